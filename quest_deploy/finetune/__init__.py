@@ -1,0 +1,1 @@
+"""QuEST's selective finetuning (arXiv 2402.03666)."""

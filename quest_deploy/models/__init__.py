@@ -1,0 +1,1 @@
+"""The diffusion models the toolchain knows, and how each is conditioned, sampled and judged."""

@@ -1,0 +1,60 @@
+"""The models by name, and what a model must offer to go through the toolchain."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from quest_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import nn
+
+MODEL_NAMES = ("tiny",)
+
+
+class DiffusionModel(Protocol):
+    """A diffusion model as the toolchain sees it.
+
+    Attributes:
+        name: its name in the registry.
+        family: which of QuEST's layer sets applies (see ``quest_deploy.finetune.layer_sets``).
+        sample_shape: the shape of one latent sample, without the batch.
+        train_timesteps: the number of steps it was trained with.
+        default_guidance: the classifier-free guidance weight it is usually sampled with; 1 is none.
+    """
+
+    name: str
+    family: str
+    sample_shape: tuple[int, ...]
+    train_timesteps: int
+    default_guidance: float
+
+    def load_unet(self) -> nn.Module:
+        """The float model, FP32, in evaluation mode."""
+
+    def load_scheduler(self, name: str) -> Any:
+        """A new diffusers scheduler; raise InputError for an unknown name."""
+
+    def draw_conditions(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Random conditions as the model meets them in use, the unconditional one included; each [count, ...]."""
+
+    def conditions(self, labels: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """The conditions for ``labels`` [B], each [B, ...]; raise InputError for a label outside the model's range."""
+
+    def null_conditions(self, count: int) -> dict[str, torch.Tensor]:
+        """The unconditional conditions, each [count, ...]."""
+
+    def images(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Decode latents [B, ...] to images [B, C, H, W] in [-1, 1]."""
+
+
+def load_model(name: str) -> DiffusionModel:
+    """The model called ``name``; raise InputError where there is none."""
+    if name == "tiny":
+        from quest_deploy.models.tiny import TinyModel
+
+        return TinyModel()
+    raise InputError(f"unknown model {name!r}: expected one of {', '.join(MODEL_NAMES)}")

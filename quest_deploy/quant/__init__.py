@@ -1,0 +1,1 @@
+"""Quantizers: pure tensor functions (affine), the modules above them (layers), sites, calibration."""

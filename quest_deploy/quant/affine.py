@@ -1,0 +1,118 @@
+"""The arithmetic of the quantizers, as pure tensor functions with straight-through gradients.
+
+Rounding is half to even everywhere, as in ONNX QuantizeLinear. Division, never multiplication by a reciprocal: the two differ on
+ties, and a tie that falls the other way is another code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quest_deploy.scheme import weight_range
+
+
+def activation_codes(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """clamp(round(x / step), low, high), in x's float dtype: the codes of TimestepQuantize. All operands broadcast against x."""
+    return torch.clamp(torch.round(x / step), low, high)
+
+
+def weight_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The int8 codes of ``weight`` [O, ...] at one ``scale`` [O] per output channel, symmetric, in :func:`weight_range`."""
+    low, high = weight_range(bits)
+    return torch.clamp(torch.round(weight / _per_output_channel(scale, weight)), low, high).to(torch.int8)
+
+
+def fake_quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """codes * scale, with the straight-through gradient for weights inside the range (zero for clipped ones)."""
+    result: Tensor = _FakeQuantizeWeight.apply(weight, _per_output_channel(scale, weight), *weight_range(bits))
+    return result
+
+
+def fake_quantize_activation(
+    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, channel: Tensor | None, axis: int
+) -> Tensor:
+    """scale * clamp(round(x / (scale * channel)), low, high), with straight-through and LSQ gradients.
+
+    The result is *not* multiplied by ``channel``: its inverse effect is folded into the weights (SmoothQuant, arXiv 2211.10438).
+
+    Args:
+        x: float [B, ...].
+        scale: [B], positive; one per sample, picked from the bucket's table by the caller.
+        low, high: [B], the clip bounds -z and 2^b-1-z (or -127 and 127): integers. Their gradients follow the clipped values.
+        channel: [C] along ``axis`` of x, positive, or None where it would be all ones.
+        axis: the channel axis of x; not 0.
+    """
+    result: Tensor = _FakeQuantizeActivation.apply(x, scale, low, high, channel, axis)
+    return result
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes as if nothing had been rounded."""
+    return x + (torch.round(x) - x).detach()
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Shape [B] values to broadcast over the rows of ``like`` [B, ...]."""
+    return values.view(-1, *([1] * (like.dim() - 1)))
+
+
+def per_channel(values: Tensor, like: Tensor, axis: int) -> Tensor:
+    """Shape [C] values to broadcast along ``axis`` of ``like``."""
+    shape = [1] * like.dim()
+    shape[axis] = -1
+    return values.view(shape)
+
+
+def _per_output_channel(scale: Tensor, weight: Tensor) -> Tensor:
+    return scale.view(-1, *([1] * (weight.dim() - 1)))
+
+
+class _FakeQuantizeWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        codes = torch.round(weight / scale)
+        ctx.save_for_backward((codes >= low) & (codes <= high))
+        return codes.clamp_(low, high).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None, None, None
+
+
+class _FakeQuantizeActivation(torch.autograd.Function):
+    # One function instead of a chain of autograd nodes: a UNet calls this some hundred times a step.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, channel: Tensor | None, axis: int) -> Tensor:
+        step = per_sample(scale, x)
+        lows, highs = per_sample(low, x), per_sample(high, x)
+        divisor = step if channel is None else step * per_channel(channel, x, axis)
+        ratio = x / divisor
+        codes = torch.round(ratio)
+        below, above = codes < lows, codes > highs
+        codes = torch.clamp(codes, lows, highs)
+        ctx.save_for_backward(ratio, codes, below, above, scale, channel)
+        ctx.axis = axis
+        return codes * step
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
+        ratio, codes, below, above, scale, channel = ctx.saved_tensors
+        grad = grads[0]
+        inside = ~(below | above)
+        grad_x = grad_scale = grad_low = grad_high = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad * inside
+            if channel is not None:
+                grad_x = grad_x / per_channel(channel, grad_x, ctx.axis)
+        if ctx.needs_input_grad[1]:
+            # LSQ (arXiv 1902.08153): the rounding error where x is inside, the bound itself where it is clipped.
+            grad_scale = (grad * (codes - ratio * inside)).flatten(1).sum(1)
+        if ctx.needs_input_grad[2]:
+            grad_low = (grad * below).flatten(1).sum(1) * scale
+        if ctx.needs_input_grad[3]:
+            grad_high = (grad * above).flatten(1).sum(1) * scale
+        return grad_x, grad_scale, grad_low, grad_high, None, None

@@ -1,0 +1,135 @@
+"""The quantization scheme: what is quantized to how many bits, and where one timestep bucket ends and the next begins.
+
+No torch here: the scheme travels in every file of a workspace, and those who verify, benchmark or serve need only this.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from quest_deploy.errors import InputError
+
+SCHEME_VERSION = 1
+SUPPORTED_BITS = ("w4a4", "w4a8", "w8a8")
+DEFAULT_BUCKETS = 20
+TRAIN_TIMESTEPS = 1000
+
+
+class Granularity(StrEnum):
+    """What one activation scale covers. Only granularities that leave an integer GEMM exact are listed (deployable ones)."""
+
+    PER_TENSOR = "per_tensor"
+    """One scale a bucket: scale [K], channel vector all ones."""
+    FOLDED_CHANNEL = "folded_channel"
+    """One scale a bucket, times a static per-channel vector g [C] whose inverse is folded into the weights: scale [K], g [C]."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A validated quantization scheme.
+
+    >>> Scheme.parse("w4a4", buckets=4).bucket_edges
+    (250.0, 500.0, 750.0)
+
+    Attributes:
+        weight_bits: 4 or 8, symmetric per output channel.
+        activation_bits: 4 or 8. Eight-bit activations are symmetric (codes -127..127), four-bit ones asymmetric.
+        first_last_bits: bits of weights and activations of the first and the last layer.
+        granularity: see :class:`Granularity`.
+        bucket_edges: K-1 strictly increasing timesteps; bucket(t) is the number of edges <= t.
+        train_timesteps: the number of steps the model was trained with; timesteps lie in [0, train_timesteps).
+    """
+
+    weight_bits: int
+    activation_bits: int
+    bucket_edges: tuple[float, ...]
+    first_last_bits: int = 8
+    granularity: Granularity = Granularity.FOLDED_CHANNEL
+    train_timesteps: int = TRAIN_TIMESTEPS
+
+    def __post_init__(self) -> None:
+        for field in ("weight_bits", "activation_bits", "first_last_bits"):
+            if getattr(self, field) not in (4, 8):
+                raise InputError(f"scheme: {field} must be 4 or 8, not {getattr(self, field)!r}")
+        edges = self.bucket_edges
+        if not all(math.isfinite(e) and 0 < e < self.train_timesteps for e in edges):
+            raise InputError(f"scheme: bucket edges must lie between 0 and {self.train_timesteps}, both excluded; found {edges}")
+        if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+            raise InputError(f"scheme: bucket edges must increase strictly; found {edges}")
+
+    @classmethod
+    def parse(
+        cls,
+        bits: str,
+        *,
+        buckets: int = DEFAULT_BUCKETS,
+        granularity: Granularity = Granularity.FOLDED_CHANNEL,
+        train_timesteps: int = TRAIN_TIMESTEPS,
+    ) -> Scheme:
+        """Make a scheme of ``buckets`` equally wide buckets from a name such as "w4a4"; raise InputError for what is unknown."""
+        if bits not in SUPPORTED_BITS:
+            raise InputError(f"unknown bits {bits!r}: expected one of {', '.join(SUPPORTED_BITS)}")
+        if not 1 <= buckets <= train_timesteps:
+            raise InputError(f"expected 1 to {train_timesteps} buckets (the number of training steps), not {buckets}")
+        match = re.fullmatch(r"w(\d)a(\d)", bits)
+        if match is None:
+            raise InputError(f"unknown bits {bits!r}")
+        edges = tuple(train_timesteps * i / buckets for i in range(1, buckets))
+        return cls(int(match[1]), int(match[2]), edges, granularity=granularity, train_timesteps=train_timesteps)
+
+    @property
+    def name(self) -> str:
+        """The short name, such as "w4a4"."""
+        return f"w{self.weight_bits}a{self.activation_bits}"
+
+    @property
+    def buckets(self) -> int:
+        """K, the number of buckets."""
+        return len(self.bucket_edges) + 1
+
+    def bucket_of(self, timestep: float) -> int:
+        """The bucket of one timestep: the number of edges <= timestep."""
+        return bisect.bisect_right(self.bucket_edges, timestep)
+
+    def bucket_range(self, bucket: int) -> tuple[float, float]:
+        """The timesteps [low, high) that fall into ``bucket``, of those the model was trained with."""
+        bounds = (0.0, *self.bucket_edges, float(self.train_timesteps))
+        return bounds[bucket], bounds[bucket + 1]
+
+    def to_json(self) -> dict[str, Any]:
+        """The scheme as a JSON value, with its version."""
+        return {"version": SCHEME_VERSION, **dataclasses.asdict(self), "bucket_edges": list(self.bucket_edges)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Scheme:
+        """Read :meth:`to_json`'s value; raise InputError for another version and for unknown or missing keys."""
+        if not isinstance(value, dict):
+            raise InputError(f"scheme: expected a JSON object, found {type(value).__name__}")
+        if value.get("version") != SCHEME_VERSION:
+            raise InputError(f"scheme: expected version {SCHEME_VERSION}, found {value.get('version')!r}")
+        given = {k: v for k, v in value.items() if k != "version"}
+        expected = {f.name for f in dataclasses.fields(cls)}
+        if given.keys() != expected:
+            raise InputError(f"scheme: expected the keys {sorted(expected)}, found {sorted(given)}")
+        try:
+            edges = tuple(float(e) for e in given.pop("bucket_edges"))
+            granularity = Granularity(given.pop("granularity"))
+        except (TypeError, ValueError) as e:
+            raise InputError(f"scheme: {e}") from e
+        return cls(bucket_edges=edges, granularity=granularity, **given)
+
+
+def weight_range(bits: int) -> tuple[int, int]:
+    """The codes of a symmetric weight: all of INT4 (-8..7); INT8 without -128, as TensorRT quantizes weights."""
+    return (-8, 7) if bits == 4 else (-127, 127)
+
+
+def activation_levels(bits: int) -> int:
+    """The highest code of an asymmetric activation, 2^b - 1; the zero-point lies in [0, 2^b - 1]."""
+    return 2**bits - 1

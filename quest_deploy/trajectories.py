@@ -1,0 +1,104 @@
+"""Calibration data without data: the float model's own sampling trajectories.
+
+Q-Diffusion's timestep-aware calibration (arXiv 2302.04304): what the model sees while it samples, at every step, with the
+conditions it is used with. Targets for finetuning come along: they are the model's own outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quest_deploy.errors import InputError
+from quest_deploy.files import atomic_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from torch import nn
+
+    from quest_deploy.models.registry import DiffusionModel
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """S recorded steps of N samplings.
+
+    Attributes:
+        sample: float32 [S, N, ...], what entered the model.
+        timestep: float32 [S], descending.
+        output: float32 [S, N, ...], what the float model answered.
+        conditions: each float32 [N, ...], the same at every step of one sampling.
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    output: Tensor
+    conditions: dict[str, Tensor]
+
+    def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """The model's inputs, one step and up to ``size`` samples at a time."""
+        steps, samples = self.sample.shape[:2]
+        for step in range(steps):
+            for start in range(0, samples, size):
+                rows = torch.arange(start, min(start + size, samples))
+                yield self.inputs(torch.full_like(rows, step), rows)
+
+    def inputs(self, steps: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """The model's inputs at (steps[i], rows[i]), each int64 [B]."""
+        conditions = {name: value[rows] for name, value in self.conditions.items()}
+        return {"sample": self.sample[steps, rows], "timestep": self.timestep[steps], **conditions}
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors, whole or not at all."""
+        tensors = {"sample": self.sample, "timestep": self.timestep, "output": self.output}
+        tensors |= {f"condition.{name}": value for name, value in self.conditions.items()}
+        with atomic_file(path) as temporary:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+
+    @classmethod
+    def load(cls, path: Path) -> Trajectories:
+        """Read what :meth:`save` wrote; raise InputError where it is missing or damaged."""
+        try:
+            tensors = load_file(path)
+            conditions = {k.removeprefix("condition."): v for k, v in tensors.items() if k.startswith("condition.")}
+            return cls(tensors["sample"], tensors["timestep"], tensors["output"], conditions)
+        except (OSError, SafetensorError, KeyError) as e:
+            raise InputError(f"{path}: not readable calibration trajectories ({e}); run `quest-deploy calibrate` again") from e
+
+
+@torch.no_grad()
+def record_trajectories(
+    model: DiffusionModel,
+    unet: nn.Module,
+    *,
+    steps: int,
+    samples: int,
+    seed: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Trajectories:
+    """Sample with DDIM and the float ``unet`` and record every step.
+
+    Args:
+        steps: DDIM steps; at least the number of buckets, so that each one is visited.
+        samples: how many samplings run side by side; their conditions are drawn by the model, the unconditional one included.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scheduler = model.load_scheduler("ddim")
+    scheduler.set_timesteps(steps)
+    conditions = model.draw_conditions(samples, generator)
+    sample = torch.randn(samples, *model.sample_shape, generator=generator)
+    inputs, outputs = [], []
+    for i, timestep in enumerate(scheduler.timesteps):
+        output = unet(sample, timestep, **conditions, return_dict=False)[0]
+        inputs.append(sample)
+        outputs.append(output)
+        sample = scheduler.step(output, timestep, sample).prev_sample
+        on_progress(i + 1, steps)
+    return Trajectories(torch.stack(inputs), scheduler.timesteps.float(), torch.stack(outputs), conditions)
