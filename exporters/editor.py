@@ -1,0 +1,69 @@
+"""A thin convenience over onnx_ir for building nodes in front of an existing one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+
+class Editor:
+    """Builds named nodes and constants, then inserts all of them before one node of the graph."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self._nodes: list[ir.Node] = []
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        *,
+        dtype: ir.DataType | None = None,
+        shape: Sequence[int | str | None] | ir.Shape | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
+        """Add a node with one output called ``name``; its dtype is the first input's unless given."""
+        first = inputs[0]
+        output = ir.Value(
+            name=name,
+            type=ir.TensorType(dtype) if dtype is not None else (None if first is None else first.type),
+            shape=shape if isinstance(shape, ir.Shape) or shape is None else ir.Shape(shape),
+        )
+        attrs = [ir.convenience.convert_attribute(k, v) for k, v in attributes.items()]
+        self._nodes.append(ir.Node(domain, op_type, inputs, attrs, outputs=[output], name=name))
+        return output
+
+    def constant(self, name: str, array: NDArray[Any] | ir.TensorProtocol) -> ir.Value:
+        """An initializer; a second call with the same name returns the first one's value."""
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        tensor = ir.tensor(np.ascontiguousarray(array), name=name) if isinstance(array, np.ndarray) else array
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def insert_before(self, node: ir.Node) -> None:
+        """Insert everything built so far before ``node``."""
+        self.graph.insert_before(node, self._nodes)
+        self._nodes = []
+
+
+def array_of(value: ir.Value) -> NDArray[Any]:
+    """The constant behind an initializer; raise ValueError where ``value`` is not one."""
+    if value.const_value is None:
+        raise ValueError(f"{value.name} is not a constant")
+    return np.asarray(value.const_value.numpy())
+
+
+def replace_value(old: ir.Value, new: ir.Value) -> None:
+    """Let every reader of ``old`` (graph outputs included) read ``new``."""
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

@@ -1,0 +1,89 @@
+"""What a graph says about itself: its scheme, its checkpoint, and where in it each layer and site is found.
+
+The portable graph carries these as metadata; lowerings keep them true, so that verification can cut a layer out of what was built.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from quest_deploy.errors import InputError
+from quest_deploy.scheme import Scheme
+
+LAYERS_KEY = "quest.layers"
+SITES_KEY = "quest.sites"
+SCHEME_KEY = "quest.scheme"
+CHECKPOINT_KEY = "quest.checkpoint_sha256"
+BUCKET = "bucket"
+"""The name of the value [batch] int64 that says which bucket each sample is in."""
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """A layer in the graph: ``output`` names its value; ``weight`` and ``scale`` the initializers of its codes and their scale."""
+
+    name: str
+    site: str
+    weight_bits: int
+    macs: int
+    output: str
+    weight: str
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """A site in the graph: ``input`` and ``codes`` name its float value and its int8 codes."""
+
+    name: str
+    bits: int
+    input: str
+    codes: str
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """All of it, layers and sites in execution order, by name."""
+
+    scheme: Scheme
+    checkpoint_sha256: str
+    layers: dict[str, LayerInfo]
+    sites: dict[str, SiteInfo]
+
+
+def describe(model: ir.Model, layers: list[LayerInfo], sites: list[SiteInfo]) -> None:
+    """Write where layers and sites are into the graph's metadata."""
+    model.metadata_props[LAYERS_KEY] = json.dumps([asdict(layer) for layer in layers])
+    model.metadata_props[SITES_KEY] = json.dumps([asdict(site) for site in sites])
+
+
+def graph_info(model: ir.Model) -> GraphInfo:
+    """Read the metadata; raise InputError for a graph that quest-deploy did not write."""
+    props = model.metadata_props
+    try:
+        return GraphInfo(
+            scheme=Scheme.from_json(json.loads(props[SCHEME_KEY])),
+            checkpoint_sha256=props[CHECKPOINT_KEY],
+            layers={entry["name"]: LayerInfo(**entry) for entry in json.loads(props[LAYERS_KEY])},
+            sites={entry["name"]: SiteInfo(**entry) for entry in json.loads(props[SITES_KEY])},
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as e:
+        raise InputError(f"expected a graph written by `quest-deploy export`, found one without its metadata ({e})") from e
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Load an ONNX file (with its external data); raise InputError where it cannot be read."""
+    try:
+        return ir.load(path)
+    except FileNotFoundError as e:
+        raise InputError(f"{path} does not exist; run `quest-deploy export` first") from e
+    except Exception as e:  # protobuf raises its own, differing by implementation
+        raise InputError(f"{path}: not a readable ONNX file ({type(e).__name__}: {e})") from e
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Save as ``path`` and ``path``.data beside it (external data has no 2 GB limit)."""
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)

@@ -1,0 +1,1 @@
+"""The portable graph, rewritten for one backend a file. Lowerings share passes and never import each other."""

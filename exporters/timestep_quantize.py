@@ -1,0 +1,103 @@
+"""The one definition of ``quest::TimestepQuantize``, version 1.
+
+    codes[int8, shape of x] = TimestepQuantize(x, bucket[B] int64, scale[K], low[K], high[K], channel[C]; axis)
+    codes = clamp(round(x / (scale[bucket] * channel)), low[bucket], high[bucket])
+
+computed in FP32 whatever x's type, rounding half to even, one bucket per sample (x.shape[0] = B). ``channel`` lies along ``axis``.
+The portable graph carries the op with this body as a model-local function, so any ONNX runtime can run it; lowerings expand the
+same arithmetic with static shapes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+DOMAIN = "quest"
+OP_TYPE = "TimestepQuantize"
+VERSION = 1
+INPUTS = ("x", "bucket", "scale", "low", "high", "channel")
+AXIS = "axis"
+OPSET = 21
+"""The ONNX opset of every graph: the first with INT4 DequantizeLinear."""
+
+
+class _Op(Protocol):
+    def __call__(self, op_type: str, inputs: Sequence[ir.Value], name: str, **attributes: Any) -> ir.Value: ...
+
+
+def arithmetic(
+    op: _Op,
+    x: ir.Value,
+    scale: ir.Value,
+    low: ir.Value,
+    high: ir.Value,
+    channel: ir.Value | None,
+    one: ir.Value,
+    zero: ir.Value,
+) -> ir.Value:
+    """Build the op's arithmetic on operands that already broadcast against ``x``, and return the int8 codes.
+
+    Args:
+        op: adds a node to whatever is being built.
+        x: float32.
+        scale, low, high: each sample's own, [B, 1, ...]; or scalars.
+        channel: [C, 1, ...], or None where it is all ones.
+        one, zero: the float32 and int8 scalars of the closing QuantizeLinear, which only changes the type: its input is an
+            integer within int8's range already. Integer engines look for it.
+    """
+    step = scale if channel is None else op("Mul", [scale, channel], "step")
+    ratio = op("Div", [x, step], "ratio")
+    rounded = op("Round", [ratio], "rounded")
+    raised = op("Max", [rounded, low], "raised")
+    clipped = op("Min", [raised, high], "clipped")
+    return op("QuantizeLinear", [clipped, one, zero], "codes", dtype=ir.DataType.INT8)
+
+
+def function_body() -> ir.Function:
+    """The op as a model-local function, for x of any rank and any float type."""
+    inputs = {name: ir.Value(name=name) for name in INPUTS}
+    nodes: list[ir.Node] = []
+
+    def op(op_type: str, operands: Sequence[ir.Value], name: str, **attributes: Any) -> ir.Value:
+        dtype = attributes.pop("dtype", None)
+        output = ir.Value(name=name, type=None if dtype is None else ir.TensorType(dtype))
+        attrs = [a if isinstance(a, ir.Attr) else ir.convenience.convert_attribute(k, a) for k, a in attributes.items()]
+        nodes.append(ir.Node("", op_type, operands, attrs, outputs=[output], name=name))
+        return output
+
+    axis = op("Constant", [], "axis_scalar", value_int=ir.RefAttr("value_int", AXIS, ir.AttributeType.INT))
+    axis = op("Reshape", [axis, op("Constant", [], "vector_shape", value_ints=[1])], "axis_vector")
+    rank = op("Shape", [op("Shape", [inputs["x"]], "x_shape")], "rank")
+    unit = op("Constant", [], "unit", value_ints=[1])
+    rest = op("Constant", [], "rest", value_ints=[-1])
+
+    def ones(count: ir.Value, name: str) -> ir.Value:
+        return op("Expand", [unit, count], name)
+
+    before = op("Sub", [rank, unit], "rank_less_one")
+    sample_shape = op("Concat", [rest, ones(before, "sample_ones")], "sample_shape", axis=0)
+    after = op("Sub", [before, axis], "axes_after")
+    channel_shape = op("Concat", [ones(axis, "ones_before"), rest, ones(after, "ones_after")], "channel_shape", axis=0)
+    gathered = {
+        name: op("Reshape", [op("Gather", [inputs[name], inputs["bucket"]], f"{name}_gathered"), sample_shape], f"{name}_of_sample")
+        for name in ("scale", "low", "high")
+    }
+    codes = arithmetic(
+        op,
+        op("Cast", [inputs["x"]], "x_float", to=ir.DataType.FLOAT.value),
+        gathered["scale"],
+        gathered["low"],
+        gathered["high"],
+        op("Reshape", [inputs["channel"], channel_shape], "channel_shaped"),
+        op("Constant", [], "one", value_float=1.0),
+        op("Constant", [], "zero", value=ir.tensor(0, dtype=ir.DataType.INT8)),
+    )
+    graph = ir.Graph(list(inputs.values()), [codes], nodes=nodes, opset_imports={"": OPSET}, name=OP_TYPE)
+    return ir.Function(DOMAIN, OP_TYPE, graph=graph, attributes=[ir.Attr(AXIS, ir.AttributeType.INT, None)])
+
+

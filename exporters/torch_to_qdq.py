@@ -1,0 +1,133 @@
+"""From a checkpoint to the portable graph: QDQ ONNX with one activation-scale set per timestep bucket.
+
+torch exports the float skeleton only: each quantized layer is one placeholder node, which ``passes.insert_quantized_layers`` then
+replaces with its integer form, taken from the checkpoint. So no integer weight ever passes through torch, and the graph's names and
+shapes are ours.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from torch import Tensor, nn
+
+from exporters import timestep_quantize
+from exporters.graph_info import CHECKPOINT_KEY, SCHEME_KEY
+from exporters.passes.insert_quantized_layers import PLACEHOLDER_DOMAIN, PLACEHOLDER_OP, InsertQuantizedLayers
+from quest_deploy.quant.model import build_float_model
+
+if TYPE_CHECKING:
+    from quest_deploy.checkpoint import Checkpoint, ConvGeometry, LayerData
+
+IR_VERSION = 10
+OUTPUT_NAME = "out_sample"
+
+
+def portable_graph(checkpoint: Checkpoint, example: dict[str, Tensor], checkpoint_sha256: str) -> ir.Model:
+    """Build the portable graph.
+
+    Args:
+        example: the model's inputs, batch 2 or more; their batch becomes dynamic, their other dimensions stay.
+        checkpoint_sha256: recorded in the graph's metadata, with the scheme.
+
+    Returns:
+        Inputs ``sample`` [batch, ...] float32, ``timestep`` [batch] float32 and the conditions; output ``out_sample``.
+    """
+    names = list(example)
+    model = _Skeleton(build_float_model(checkpoint.architecture), checkpoint, names)
+    batch = torch.export.Dim("batch", min=1, max=2**20)
+    with warnings.catch_warnings(), _quiet("torch.onnx"):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model,
+            tuple(example.values()),
+            dynamo=True,
+            opset_version=timestep_quantize.OPSET,
+            dynamic_shapes=(tuple({0: batch} for _ in names),),
+            input_names=names,
+            output_names=[OUTPUT_NAME],
+            verbose=False,
+            optimize=True,
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    graph = program.model
+    graph.ir_version = IR_VERSION
+    # Layers that read the same tensor read the same value only after equal subexpressions (one SiLU per ResBlock) are merged.
+    common.CommonSubexpressionEliminationPass()(graph)
+    InsertQuantizedLayers(checkpoint)(graph)
+    common.ClearMetadataAndDocStringPass()(graph)
+    common.RemoveUnusedNodesPass()(graph)
+    common.RemoveUnusedOpsetsPass()(graph)
+    function = timestep_quantize.function_body()
+    graph.functions[function.identifier()] = function
+    graph.graph.opset_imports[timestep_quantize.DOMAIN] = timestep_quantize.VERSION
+    graph.producer_name = "quest-deploy"
+    graph.graph.name = checkpoint.model
+    InsertQuantizedLayers.describe(graph, checkpoint)
+    graph.metadata_props[SCHEME_KEY] = json.dumps(checkpoint.scheme.to_json())
+    graph.metadata_props[CHECKPOINT_KEY] = checkpoint_sha256
+    return graph
+
+
+class _Skeleton(nn.Module):
+    """The float model, its quantized layers replaced by placeholders; called with the inputs ``names`` in order."""
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+        for layer in checkpoint.layers.values():
+            parent, _, child = layer.name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _Placeholder(layer))
+        floats = {key: torch.tensor(value) for key, value in checkpoint.floats.items()}
+        model.load_state_dict(floats, strict=True)
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        output: Tensor = self.model(**dict(zip(self.names, inputs, strict=True)), return_dict=False)[0]
+        return output
+
+
+class _Placeholder(nn.Module):
+    def __init__(self, layer: LayerData) -> None:
+        super().__init__()
+        self.name, self.conv, self.codes_shape = layer.name, layer.conv, layer.weight_codes.shape
+        # diffusers reads these to choose dtypes and shapes; they hold no values.
+        self.weight = torch.empty(0)
+        self.in_features = self.in_channels = self.codes_shape[1]
+        self.out_features = self.out_channels = self.codes_shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = torch.onnx.ops.symbolic(
+            f"{PLACEHOLDER_DOMAIN}::{PLACEHOLDER_OP}", (x,), {"layer": self.name}, dtype=x.dtype, shape=self._shape(x), version=1
+        )
+        return result
+
+    def _shape(self, x: Tensor) -> list[Any]:
+        if self.conv is None:
+            return [*x.shape[:-1], self.codes_shape[0]]
+        return [x.shape[0], self.codes_shape[0], *(_output_size(x.shape[2 + i], self.conv, self.codes_shape[2 + i], i) for i in (0, 1))]
+
+
+def _output_size(size: Any, conv: ConvGeometry, kernel: int, axis: int) -> Any:
+    return (size + 2 * conv.padding[axis] - conv.dilation[axis] * (kernel - 1) - 1) // conv.stride[axis] + 1
+
+
+class _quiet:  # noqa: N801 - reads as a context manager
+    """Raise one logger's level to ERROR for a while."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+        self._level = self._logger.level
+
+    def __enter__(self) -> None:
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *exception: object) -> None:
+        self._logger.setLevel(self._level)
