@@ -46,15 +46,19 @@ class Editor:
         """An initializer; a second call with the same name returns the first one's value."""
         if name in self.graph.initializers:
             return self.graph.initializers[name]
-        tensor = ir.tensor(np.ascontiguousarray(array), name=name) if isinstance(array, np.ndarray) else array
+        tensor = ir.tensor(np.asarray(array, order="C"), name=name) if isinstance(array, np.ndarray) else array
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
     def insert_before(self, node: ir.Node) -> None:
         """Insert everything built so far before ``node``."""
-        self.graph.insert_before(node, self._nodes)
-        self._nodes = []
+        self.graph.insert_before(node, self.take())
+
+    def take(self) -> list[ir.Node]:
+        """Hand over everything built so far, for the caller to insert."""
+        nodes, self._nodes = self._nodes, []
+        return nodes
 
 
 def array_of(value: ir.Value) -> NDArray[Any]:

@@ -48,6 +48,7 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
         graph = model.graph
         editor = Editor(graph)
         bucket = _insert_bucket(editor, self.checkpoint.scheme.bucket_edges)
+        outputs = {output_name(layer) for layer in self.checkpoint.layers}
         codes: dict[str, ir.Value] = {}
         scales: dict[str, ir.Value] = {}
         for node in list(_placeholders(graph)):
@@ -56,7 +57,7 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
             x = node.inputs[0]
             assert x is not None
             if site.name not in codes:
-                codes[site.name] = _quantize(editor, x, bucket, site)
+                codes[site.name] = _quantize(editor, x, bucket, site, outputs)
                 scales[site.name] = _scale_of_sample(editor, x, bucket, site)
             elif _input_of(codes[site.name]) is not x:
                 raise ir.passes.PreconditionError(f"site {site.name}: its layers read different values in the graph")
@@ -129,9 +130,9 @@ def _insert_bucket(editor: Editor, edges: tuple[float, ...]) -> ir.Value:
     return bucket
 
 
-def _quantize(editor: Editor, x: ir.Value, bucket: ir.Value, site: SiteData) -> ir.Value:
-    if x.producer() is not None:
-        x.name = f"{site.name}.input"
+def _quantize(editor: Editor, x: ir.Value, bucket: ir.Value, site: SiteData, outputs: set[str]) -> ir.Value:
+    if x.producer() is not None and x.name not in outputs:
+        x.name = f"{site.name}.input"  # a tensor that is a layer's output keeps that name
     tables = [editor.constant(f"{site.name}.{name}", getattr(site, name)) for name in (*TABLES, "channel")]
     return editor.op(
         timestep_quantize.OP_TYPE,

@@ -1,0 +1,43 @@
+"""Cut a part out of a graph into a model of its own, to be built and run alone.
+
+Marking an inner value as an output would change what a backend fuses around it; a cut leaves the graph as it is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from exporters.graph_info import BUCKET
+
+if TYPE_CHECKING:
+    from exporters.graph_info import GraphInfo
+
+
+def cut_codes(model: ir.Model, info: GraphInfo, site: str) -> ir.Model:
+    """A site's quantizer alone: (x, bucket) -> int8 codes."""
+    return _cut(model, [info.sites[site].input, BUCKET], info.sites[site].codes)
+
+
+def cut_layer(model: ir.Model, info: GraphInfo, layer: str) -> ir.Model:
+    """A layer with its site's quantizer: (x, bucket) -> y, the float output after scale and bias."""
+    entry = info.layers[layer]
+    return _cut(model, [info.sites[entry.site].input, BUCKET], entry.output)
+
+
+def cut_bucket(model: ir.Model) -> ir.Model:
+    """The choice of the bucket alone: timestep -> bucket."""
+    return _cut(model, ["timestep"], BUCKET)
+
+
+def _cut(model: ir.Model, inputs: list[str], output: str) -> ir.Model:
+    graph = ir.convenience.extract(model.graph, inputs, [output])
+    graph.opset_imports.update(model.graph.opset_imports)
+    cut = ir.Model(graph, ir_version=model.ir_version)
+    for identifier, function in model.functions.items():
+        cut.functions[identifier] = function
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape(["batch", *list(value.shape)[1:]])
+    return cut

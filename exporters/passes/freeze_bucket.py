@@ -1,0 +1,37 @@
+"""Freeze the graph to one bucket: a static-scale graph, for measuring what choosing a bucket costs.
+
+Needs: scale, low and high tables [K] that are read by ``quest::TimestepQuantize`` and by Gather with the value ``bucket``.
+Guarantees: every table has one row, the chosen bucket's, and is read as a scalar constant; nothing reads ``bucket``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from exporters import timestep_quantize
+from exporters.editor import Editor, array_of, replace_value
+from exporters.graph_info import BUCKET
+
+
+class FreezeBucket(ir.passes.InPlacePass):
+    """See the module's docstring; run after ExpandTimestepQuantize, before GatherTablesOnce."""
+
+    def __init__(self, bucket: int) -> None:
+        self.bucket = bucket
+
+    def requires(self, model: ir.Model) -> None:
+        if any(node.domain == timestep_quantize.DOMAIN for node in model.graph):
+            raise ir.passes.PreconditionError("expand TimestepQuantize before freezing its bucket")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        editor = Editor(model.graph)
+        bucket = ir.convenience.create_value_mapping(model.graph)[BUCKET]
+        gathers = [user for user, _ in bucket.uses() if user.op_type == "Gather"]
+        for gather in gathers:
+            table = gather.inputs[0]
+            assert table is not None
+            scalar = editor.constant(f"{table.name}_frozen", np.asarray(array_of(table)[self.bucket], np.float32))
+            for unsqueeze, _ in list(gather.outputs[0].uses()):
+                replace_value(unsqueeze.outputs[0], scalar)
+        return ir.passes.PassResult(model, modified=bool(gathers))

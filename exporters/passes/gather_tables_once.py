@@ -1,0 +1,55 @@
+"""Gather all sites' values of a sample at once, instead of one Gather and one Unsqueeze for every table.
+
+Needs: tables [K] as initializers, each read by Gather(table, bucket) and then Unsqueeze to [B, 1, ...].
+Guarantees: for each rank, one Gather from a stacked table [K, tables, 1, ...] and one Split into [B, 1, ...]; the same values.
+
+A UNet has some hundred sites with three tables each; the nodes it saves are what choosing a bucket costs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from exporters.editor import Editor, array_of, replace_value
+from exporters.graph_info import BUCKET
+
+
+class GatherTablesOnce(ir.passes.InPlacePass):
+    """See the module's docstring."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        bucket = ir.convenience.create_value_mapping(model.graph)[BUCKET]
+        by_rank: dict[int, list[ir.Node]] = {}
+        for gather, _ in bucket.uses():
+            if gather.op_type == "Gather" and gather.inputs[0] is not None and gather.inputs[0].is_initializer():
+                for unsqueeze, _ in gather.outputs[0].uses():
+                    axes = unsqueeze.inputs[1]
+                    assert axes is not None
+                    by_rank.setdefault(1 + array_of(axes).size, []).append(unsqueeze)
+        producer = bucket.producer()
+        assert producer is not None
+        for rank, unsqueezes in sorted(by_rank.items()):
+            _gather_once(Editor(model.graph), rank, bucket, unsqueezes, producer)
+        return ir.passes.PassResult(model, modified=bool(by_rank))
+
+
+def _gather_once(editor: Editor, rank: int, bucket: ir.Value, unsqueezes: list[ir.Node], producer: ir.Node) -> None:
+    graph = editor.graph
+    gathers = []
+    for unsqueeze in unsqueezes:
+        gather = unsqueeze.inputs[0].producer() if unsqueeze.inputs[0] is not None else None
+        assert gather is not None
+        gathers.append(gather)
+    tables = [array_of(table) for gather in gathers if (table := gather.inputs[0]) is not None]
+    stacked = np.stack(tables, axis=1).reshape(*(len(tables[0]), len(tables)), *[1] * (rank - 2))
+    stacked = np.ascontiguousarray(stacked)
+    rows = editor.op("Gather", [editor.constant(f"tables_of_rank_{rank}", stacked), bucket], f"values_of_rank_{rank}", dtype=ir.DataType.FLOAT)
+    outputs = [ir.Value(name=f"{u.outputs[0].name}_split", type=u.outputs[0].type, shape=u.outputs[0].shape) for u in unsqueezes]
+    split = ir.Node("", "Split", [rows], [ir.Attr("axis", ir.AttributeType.INT, 1), ir.Attr("num_outputs", ir.AttributeType.INT, len(outputs))], outputs=outputs, name=f"split_of_rank_{rank}")  # fmt: skip
+    graph.insert_after(producer, [*editor.take(), split])
+    for unsqueeze, output in zip(unsqueezes, outputs, strict=True):
+        replace_value(unsqueeze.outputs[0], output)
+        graph.remove(unsqueeze, safe=True)
+    for gather in dict.fromkeys(gathers):
+        graph.remove(gather, safe=True)

@@ -1,0 +1,87 @@
+"""Turn the quantized graph into the float graph of the same model: the baseline of the benchmarks.
+
+Needs: layers as ``insert_quantized_layers`` builds them.
+Guarantees: no quantizer, no integer, no scale: each layer is Conv(x, W, bias) or MatMul(x, W) + bias on float weights, as torch would
+export it. The weights are the dequantized ones with the channel vector divided out again, so the speed is that of the FP32
+model and the output is that of the weight-quantized one.
+
+1. Conv: the bias becomes its third input.
+2. Linear: the bias stays an Add behind the MatMul.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from exporters import timestep_quantize
+from exporters.editor import Editor, array_of, replace_value
+from exporters.graph_info import GraphInfo, graph_info
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class RemoveQuantization(ir.passes.InPlacePass):
+    """See the module's docstring; runs on the portable graph."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        info = graph_info(model)
+        values = ir.convenience.create_value_mapping(model.graph)
+        editor = Editor(model.graph)
+        for layer in info.layers.values():
+            _float_layer(editor, values, info, layer.name)
+        common.RemoveUnusedNodesPass()(model)
+        model.functions.clear()
+        model.graph.opset_imports.pop(timestep_quantize.DOMAIN, None)
+        model.metadata_props.clear()
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _float_layer(editor: Editor, values: dict[str, ir.Value], info: GraphInfo, name: str) -> None:
+    layer = info.layers[name]
+    output = values[layer.output]
+    last = output.producer()
+    assert last is not None
+    add = last if last.op_type == "Add" else None
+    mul = _producer(add.inputs[0]) if add is not None else last
+    product = _producer(mul.inputs[0])
+    quantizer = _producer(values[info.sites[layer.site].codes])
+    x, channel = quantizer.inputs[0], array_of(_given(quantizer.inputs[-1]))
+    weight = editor.constant(f"{name}.float_weight", _float_weight(_producer(product.inputs[1]), channel, product.op_type))
+    bias = None if add is None else _given(add.inputs[1])
+    attributes = {a.name: a.value for a in product.attributes.values()}
+    if product.op_type == "Conv":
+        flat = [] if bias is None else [editor.constant(f"{name}.float_bias", array_of(bias).reshape(-1))]
+        y = editor.op("Conv", [x, weight, *flat], f"{name}.float", shape=output.shape, **attributes)
+    else:
+        y = editor.op("MatMul", [x, weight], f"{name}.float", shape=output.shape)
+        y = y if bias is None else editor.op("Add", [y, bias], f"{name}.float_biased", shape=output.shape)
+    editor.insert_before(product)
+    replace_value(output, y)
+
+
+def _float_weight(dequantize: ir.Node, channel: NDArray[np.float32], op_type: str) -> NDArray[np.float32]:
+    codes, scale, _ = (array_of(_given(value)) for value in dequantize.inputs)
+    codes = codes.astype(np.float32)
+    if op_type == "MatMul":
+        return codes * scale / channel[:, None]
+    # A grouped convolution sees the channel vector in slices, one a group of output channels.
+    groups = channel.size // codes.shape[1]
+    per_output = channel.reshape(groups, -1).repeat(codes.shape[0] // groups, axis=0)
+    result: NDArray[np.float32] = codes * scale.reshape(-1, 1, 1, 1) / per_output[:, :, None, None]
+    return result
+
+
+def _given(value: ir.Value | None) -> ir.Value:
+    assert value is not None
+    return value
+
+
+def _producer(value: ir.Value | None) -> ir.Node:
+    producer = _given(value).producer()
+    assert producer is not None
+    return producer
