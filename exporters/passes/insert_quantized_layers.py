@@ -69,6 +69,8 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
                 y = editor.op("Add", [y, editor.constant(f"{layer.name}.bias", shaped)], f"{layer.name}.biased", shape=y.shape)
             y.name = output_name(layer.name)
             editor.insert_before(node)
+            if node.outputs[0].is_graph_output():
+                y.name = node.outputs[0].name
             replace_value(node.outputs[0], y)
             graph.remove(node, safe=True)
         return ir.passes.PassResult(model, modified=True)
@@ -78,11 +80,13 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
         """Write where each layer and site is into the graph's metadata."""
         values = ir.convenience.create_value_mapping(model.graph)
         inputs = {name: _input_of(values[codes_name(name)]).name or "" for name in checkpoint.sites}
+        last = model.graph.outputs[0].name or ""
+        outputs = {name: output_name(name) if output_name(name) in values else last for name in checkpoint.layers}
         site_of = {layer: site.name for site in checkpoint.sites.values() for layer in site.layers}
         describe(
             model,
             [
-                LayerInfo(x.name, site_of[x.name], x.weight_bits, x.macs, output_name(x.name), weight_name(x.name))
+                LayerInfo(x.name, site_of[x.name], x.weight_bits, x.macs, outputs[x.name], weight_name(x.name))
                 for x in checkpoint.layers.values()
             ],
             [SiteInfo(s.name, s.bits, inputs[s.name], codes_name(s.name)) for s in checkpoint.sites.values()],

@@ -1,0 +1,194 @@
+"""What a backend must offer, and how an engine folder is built, checked and opened.
+
+An engine folder holds ``lowered.onnx``, what the backend compiled from it, and ``engine.json``: what built it, from which graph, for
+which hardware, and the hash of every file, checked before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import platform
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy import __version__
+from quest_deploy.errors import InputError
+from quest_deploy.files import read_json, sha256_of, write_json
+from quest_deploy.workspace import versions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import TracebackType
+
+    import numpy as np
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+FORMAT = "quest-deploy engine"
+VERSION = 1
+ENGINE_FILE = "engine.json"
+LOWERED = "lowered.onnx"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to build and run an engine; each backend says which it takes.
+
+    Attributes:
+        provider: onnxruntime's execution provider: cpu, cuda or tensorrt.
+        threads: CPU threads; 0 lets the backend choose.
+        compute_capabilities: TensorRT for RTX's target GPUs, such as "89"; empty means Ampere, Ada and Blackwell.
+        max_batch: the largest batch of a TensorRT engine's optimization profile.
+    """
+
+    provider: str = "cpu"
+    threads: int = 0
+    compute_capabilities: tuple[str, ...] = ()
+    max_batch: int = 16
+
+    def __post_init__(self) -> None:
+        if self.provider not in ("cpu", "cuda", "tensorrt"):
+            raise InputError(f"unknown provider {self.provider!r}: expected cpu, cuda or tensorrt")
+        if self.threads < 0 or self.max_batch < 1:
+            raise InputError("threads must be 0 or more and the largest batch 1 or more")
+
+
+class Runner(ABC):
+    """A loaded engine; a context manager, since it may hold a device's memory."""
+
+    @abstractmethod
+    def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run once: the inputs by name, in the graph's dtypes, to the outputs by name."""
+
+    def close(self) -> None:  # noqa: B027 - most backends free their memory with the object
+        """Free what the engine holds."""
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Backend(ABC):
+    """A runtime that quest-deploy builds engines for. Importing its package is left to the methods."""
+
+    name: str
+    package: str
+
+    @abstractmethod
+    def check_build(self, options: EngineOptions) -> None:
+        """Raise InputError, saying what to install, where this machine cannot build with ``options``."""
+
+    @abstractmethod
+    def check_run(self, options: EngineOptions) -> None:
+        """Raise InputError where this machine cannot run such engines."""
+
+    @abstractmethod
+    def lower(self, model: ir.Model, *, frozen_bucket: int | None = None) -> ir.Model:
+        """Rewrite the portable graph for this backend, in place."""
+
+    @abstractmethod
+    def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
+        """Compile the lowered ONNX file into files of ``folder``."""
+
+    @abstractmethod
+    def open(self, folder: Path, options: EngineOptions) -> Runner:
+        """Load what :meth:`compile` wrote, beside the lowered graph, in ``folder``."""
+
+    def hardware(self, options: EngineOptions) -> dict[str, Any]:
+        """What an engine built with ``options`` runs on."""
+        return {"device": "CPU", "machine": platform.machine(), "processor": processor_name()}
+
+
+def no_progress(phase: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+def processor_name() -> str:
+    """The CPU's name as Linux gives it, or what Python knows."""
+    try:
+        with open("/proc/cpuinfo") as stream:
+            return next(line.split(":", 1)[1].strip() for line in stream if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def build_engine(
+    backend: Backend,
+    model: ir.Model,
+    folder: Path,
+    options: EngineOptions,
+    graph_sha256: str,
+    on_progress: Callable[[str, int, int], None] = no_progress,
+) -> dict[str, Any]:
+    """Lower ``model`` (changed in place), compile it into ``folder`` and return the content of its ``engine.json``."""
+    from exporters.graph_info import graph_info, save_graph
+
+    backend.check_build(options)
+    info = graph_info(model)
+    save_graph(backend.lower(model), folder / LOWERED)
+    backend.compile(folder / LOWERED, folder, options, on_progress)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "backend": backend.name,
+        "options": asdict(options),
+        "built_by": {"quest-deploy": __version__, **versions()},
+        "graph_sha256": graph_sha256,
+        "checkpoint_sha256": info.checkpoint_sha256,
+        "hardware": backend.hardware(options),
+        "files": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
+    }
+    write_json(folder / ENGINE_FILE, content)
+    return content
+
+
+def open_engine(backend: Backend, folder: Path) -> Runner:
+    """Check an engine folder's every file against its ``engine.json``, then load it.
+
+    Raises:
+        InputError: no engine, one of another version or backend, a changed file, or a machine that cannot run it.
+    """
+    content = engine_info(folder)
+    if content["backend"] != backend.name:
+        raise InputError(f"{folder}: expected an engine of {backend.name}, found one of {content['backend']}")
+    for name, digest in content["files"].items():
+        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+            raise InputError(f"{folder / name} is missing or was changed since it was built; run `quest-deploy build-engine` again")
+    options = options_from(content)
+    backend.check_run(options)
+    return backend.open(folder, options)
+
+
+def engine_info(folder: Path) -> dict[str, Any]:
+    """The content of ``engine.json``; raise InputError where there is none, or one of another version."""
+    content = read_json(folder / ENGINE_FILE)
+    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
+        raise InputError(f"{folder / ENGINE_FILE}: expected a {FORMAT} of version {VERSION}; run `quest-deploy build-engine` again")
+    return content
+
+
+def options_from(content: dict[str, Any]) -> EngineOptions:
+    """The options that an engine was built with."""
+    try:
+        given = dict(content["options"])
+        return EngineOptions(**{**given, "compute_capabilities": tuple(given["compute_capabilities"])})
+    except (KeyError, TypeError) as e:
+        raise InputError(f"damaged {ENGINE_FILE} ({e}); run `quest-deploy build-engine` again") from e
+
+
+def require_package(package: str, extra: str, purpose: str) -> None:
+    """Raise InputError where ``package`` cannot be imported, naming the extra that brings it."""
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{purpose} needs the Python package {package}, which is not installed: pip install 'quest-deploy[{extra}]'")
+
+
+def input_arrays(feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+    """The feeds as C-contiguous arrays, which every runtime takes without a copy of its own."""
+    import numpy as np
+
+    return {name: np.ascontiguousarray(value) for name, value in feeds.items()}

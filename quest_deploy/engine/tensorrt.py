@@ -1,0 +1,194 @@
+"""TensorRT and TensorRT for RTX: the same Python API in two packages.
+
+TensorRT for RTX builds ahead of time on a machine without a GPU; TensorRT proper builds on the GPU it will run on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy.engine.base import Backend, EngineOptions, Runner, input_arrays
+from quest_deploy.errors import InputError, QuestDeployError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+ENGINE = "model.engine"
+RTX = "tensorrt_rtx"
+DEFAULT_CAPABILITIES = ("80", "86", "89", "120")
+"""Ampere, Ada and Blackwell. Not Turing ("75"): TensorRT for RTX refuses FP32 matrix products there."""
+
+
+class TensorRtBackend(Backend):
+    """One of the two flavours, by the module that provides it."""
+
+    def __init__(self, name: str, package: str) -> None:
+        self.name = name
+        self.package = package
+
+    def check_build(self, options: EngineOptions) -> None:
+        trt = self._module()
+        if self.package != RTX and gpu_count() == 0:
+            raise InputError("tensorrt builds an engine on the GPU that will run it, and this machine has none; use tensorrt-rtx here")
+        if self.package == RTX:
+            for capability in options.compute_capabilities:
+                _compute_capability(trt, capability)
+
+    def check_run(self, options: EngineOptions) -> None:
+        self._module()
+        if gpu_count() == 0:
+            raise InputError(f"{self.name} engines run on an NVIDIA GPU, and this machine has none; copy the engine folder to one that has")
+
+    def lower(self, model: ir.Model, *, frozen_bucket: int | None = None) -> ir.Model:
+        from exporters.lower.tensorrt import lower
+
+        return lower(model, frozen_bucket=frozen_bucket)
+
+    def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
+        trt = self._module()
+        logger = _logger(trt)
+        builder = trt.Builder(logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, logger)
+        if not parser.parse_from_file(str(lowered)):
+            errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+            raise QuestDeployError(f"{self.name} cannot parse {lowered}: {errors}")
+        config = builder.create_builder_config()
+        config.progress_monitor = _monitor(trt, on_progress)
+        _add_profile(builder, config, network, options.max_batch)
+        if self.package == RTX:
+            _target(trt, config, options.compute_capabilities)
+        serialized = builder.build_serialized_network(network, config)
+        if serialized is None:
+            raise QuestDeployError(f"{self.name} cannot build {lowered}: {'; '.join(logger.problems[-3:]) or 'no reason given'}")
+        (folder / ENGINE).write_bytes(bytes(serialized))
+
+    def open(self, folder: Path, options: EngineOptions) -> Runner:
+        return _TensorRtRunner(folder / ENGINE, rtx=self.package == RTX)
+
+    def hardware(self, options: EngineOptions) -> dict[str, Any]:
+        if self.package == RTX:
+            return {"device": "GPU", "compute_capabilities": list(options.compute_capabilities or DEFAULT_CAPABILITIES)}
+        return {"device": "GPU", "compute_capabilities": [gpu_compute_capability()]}
+
+    def _module(self) -> Any:
+        try:
+            return importlib.import_module(self.package)
+        except (ImportError, OSError) as e:  # the wheel may be there without its libraries
+            extra = "cpu" if self.package == RTX else "gpu"
+            raise InputError(
+                f"the {self.name} backend needs the Python package {self.name} and its libraries ({e}): "
+                f"pip install 'quest-deploy[{extra}]'" + ("" if extra == "cpu" else " on a machine with NVIDIA's TensorRT SDK")
+            ) from e
+
+
+def gpu_count() -> int:
+    """How many NVIDIA GPUs the driver shows; 0 without a driver."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def gpu_compute_capability() -> str:
+    """The first GPU's compute capability, such as "90"; call it only where :func:`gpu_count` is positive."""
+    cuda = ctypes.CDLL("libcuda.so.1")
+    cuda.cuInit(0)
+    values = []
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        value = ctypes.c_int(0)
+        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0)
+        values.append(str(value.value))
+    return "".join(values)
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        """Keeps errors for our own message instead of printing them."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.problems: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.problems.append(message.strip())
+
+    return Logger()
+
+
+def _monitor(trt: Any, on_progress: Callable[[str, int, int], None]) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """Passes the builder's outermost phase on."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.totals[phase_name] = num_steps
+            on_progress(phase_name, 0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            on_progress(phase_name, step + 1, self.totals.get(phase_name, step + 1))
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            total = self.totals.pop(phase_name, 1)
+            on_progress(phase_name, total, total)
+
+    return Monitor()
+
+
+def _add_profile(builder: Any, config: Any, network: Any, max_batch: int) -> None:
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        rest = list(tensor.shape)[1:]
+        profile.set_shape(tensor.name, [1, *rest], [min(2, max_batch), *rest], [max_batch, *rest])
+    config.add_optimization_profile(profile)
+
+
+def _target(trt: Any, config: Any, capabilities: tuple[str, ...]) -> None:
+    names = capabilities or DEFAULT_CAPABILITIES
+    config.num_compute_capabilities = len(names)
+    for i, name in enumerate(names):
+        config.set_compute_capability(_compute_capability(trt, name), i)
+
+
+def _compute_capability(trt: Any, name: str) -> Any:
+    members = trt.ComputeCapability.__members__
+    if f"SM{name}" not in members:
+        supported = ", ".join(n.removeprefix("SM") for n in members if n.startswith("SM"))
+        raise InputError(f"unknown compute capability {name!r}: this TensorRT for RTX builds for {supported}")
+    return members[f"SM{name}"]
+
+
+class _TensorRtRunner(Runner):
+    """Polygraphy's TrtRunner on the serialized engine."""
+
+    def __init__(self, path: Path, *, rtx: bool) -> None:
+        if rtx:
+            os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when polygraphy.backend.trt is first imported
+        from polygraphy.backend.common import BytesFromPath
+        from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+
+        self._runner = TrtRunner(EngineFromBytes(BytesFromPath(str(path))))
+        self._runner.activate()
+
+    def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        return {name: value.copy() for name, value in self._runner.infer(input_arrays(feeds)).items()}
+
+    def close(self) -> None:
+        self._runner.deactivate()

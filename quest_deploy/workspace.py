@@ -1,0 +1,219 @@
+"""The workspace: the folder in which one model at one scheme goes from checkpoint to report.
+
+Stages meet in its files. ``manifest.json`` records, for every stage that finished, the hashes of what it wrote and of what it was
+made from; a stage that reads another's files checks both first, so a truncated, edited or outdated file is never used.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import platform
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy import __version__
+from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.files import read_json, remove_temporaries, sha256_of, sha256_of_json, write_json
+from quest_deploy.scheme import Scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+FORMAT = "quest-deploy workspace"
+VERSION = 1
+MANIFEST = "manifest.json"
+TRAJECTORIES = "trajectories.safetensors"
+CALIBRATED = "calibrated.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
+FINETUNE_STATE = "finetune-state.pt"
+GRAPH = "unet.onnx"
+REFERENCE = "reference"
+ENGINES = "engines"
+REPORTS = "reports"
+IMAGES = "images"
+_REPORTED_PACKAGES = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "polygraphy")
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One finished stage.
+
+    Attributes:
+        inputs: the digests of the stages whose files it read, by stage.
+        options: what the user chose.
+        files: {"sha256", "bytes"} of each file it wrote, by path relative to the workspace.
+        details: what it reports.
+    """
+
+    inputs: dict[str, str]
+    options: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    details: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """What identifies the stage's files."""
+        return sha256_of_json({path: entry["sha256"] for path, entry in self.files.items()})
+
+
+class Workspace:
+    """An open workspace. Make one with :meth:`create` or :meth:`open`."""
+
+    def __init__(self, root: Path, model: str, scheme: Scheme, stages: dict[str, StageRecord]) -> None:
+        self.root, self.model, self.scheme, self.stages = root, model, scheme, stages
+
+    @classmethod
+    def open(cls, root: Path) -> Workspace:
+        """Open an existing workspace; raise InputError where there is none, or one of another version."""
+        if not (root / MANIFEST).exists():
+            raise InputError(f"{root} is no workspace (it has no {MANIFEST}); run `quest-deploy calibrate -w {root}` first")
+        content = read_json(root / MANIFEST)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise InputError(f"{root / MANIFEST}: expected a {FORMAT}, found something else")
+        if content.get("version") != VERSION:
+            raise InputError(
+                f"{root}: expected a workspace of version {VERSION}, found {content.get('version')!r}; "
+                "use the quest-deploy that made it, or start a new workspace"
+            )
+        try:
+            stages = {name: StageRecord(**entry) for name, entry in content["stages"].items()}
+            return cls(root, str(content["model"]), Scheme.from_json(content["scheme"]), stages)
+        except (KeyError, TypeError, AttributeError) as e:
+            raise InputError(f"{root / MANIFEST} is damaged ({type(e).__name__}: {e}); start a new workspace") from e
+
+    @classmethod
+    def create(cls, root: Path, model: str, scheme: Scheme) -> Workspace:
+        """Open the workspace at ``root``, making it if there is none; raise InputError where it is of another model or scheme."""
+        if (root / MANIFEST).exists():
+            workspace = cls.open(root)
+            if (workspace.model, workspace.scheme) != (model, scheme):
+                raise InputError(
+                    f"{root} holds {_describe(workspace.model, workspace.scheme)}, not {_describe(model, scheme)}; "
+                    "give another folder with -w"
+                )
+            return workspace
+        if root.exists() and not root.is_dir():
+            raise InputError(f"{root} is a file, not a folder; give another one with -w")
+        if root.exists() and any(root.iterdir()):
+            raise InputError(f"{root} is neither empty nor a workspace; give another folder with -w")
+        root.mkdir(parents=True, exist_ok=True)
+        workspace = cls(root, model, scheme, {})
+        workspace._write()
+        return workspace
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other quest-deploy processes from writing here; clear away what killed ones left half-written."""
+        with (self.root / ".lock").open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise QuestDeployError(f"{self.root} is in use by another quest-deploy process; wait for it to end") from e
+            for folder in (self.root, self.root / ENGINES, self.root / REPORTS, self.root / IMAGES):
+                remove_temporaries(folder)
+            yield
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the workspace."""
+        return self.root.joinpath(*parts)
+
+    @property
+    def checkpoint_stage(self) -> str:
+        """The stage whose checkpoint is to be deployed: finetune's if there is one, else calibrate's."""
+        return "finetune" if "finetune" in self.stages else "calibrate"
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The checkpoint to be deployed."""
+        return self.path(CHECKPOINT if self.checkpoint_stage == "finetune" else CALIBRATED)
+
+    def require(self, stage: str) -> StageRecord:
+        """The record of a finished stage whose files are whole and up to date.
+
+        Raises:
+            InputError: it has not run, one of its files was changed or removed, or what it was made from has changed since.
+        """
+        record = self.stages.get(stage)
+        if record is None:
+            raise InputError(f"{self.root} has no finished `{_command(stage)}`: run `{self._hint(stage)}` first")
+        for path, entry in record.files.items():
+            problem = _problem(self.root / path, entry)
+            if problem:
+                raise InputError(f"{self.root / path} {problem}; run `{self._hint(stage)}` again")
+        for upstream, digest in record.inputs.items():
+            if upstream in self.stages and self.require(upstream).digest != digest:
+                raise InputError(f"`{_command(stage)}` ran on an older result of `{_command(upstream)}`; run `{self._hint(stage)}` again")
+        return record
+
+    def fresh(self, stage: str, inputs: Iterable[str], options: dict[str, Any]) -> StageRecord | None:
+        """The record of ``stage`` if it need not run again: same inputs, same options, files whole."""
+        record = self.stages.get(stage)
+        if record is None or record.options != options or record.made.get("quest-deploy") != __version__:
+            return None
+        if record.inputs != {name: self.stages[name].digest for name in inputs if name in self.stages}:
+            return None
+        if any(_problem(self.root / path, entry) for path, entry in record.files.items()):
+            return None
+        return record
+
+    def record(
+        self, stage: str, *, inputs: Iterable[str], options: dict[str, Any], files: Iterable[Path], details: dict[str, Any]
+    ) -> StageRecord:
+        """Write into the manifest that ``stage`` finished."""
+        entries = {str(p.relative_to(self.root)): {"sha256": sha256_of(p), "bytes": p.stat().st_size} for p in sorted(files)}
+        made = {"quest-deploy": __version__, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **versions()}
+        record = StageRecord({name: self.stages[name].digest for name in inputs}, options, entries, details, made)
+        self.stages[stage] = record
+        self._write()
+        return record
+
+    def forget(self, stage: str) -> None:
+        """Take ``stage`` out of the manifest, as before it is run again: what it leaves meanwhile counts as unfinished."""
+        if self.stages.pop(stage, None) is not None:
+            self._write()
+
+    def _write(self) -> None:
+        stages = {name: asdict(record) for name, record in self.stages.items()}
+        content = {
+            "format": FORMAT, "version": VERSION, "model": self.model, "scheme": self.scheme.to_json(), "stages": stages
+        }  # fmt: skip
+        write_json(self.root / MANIFEST, content)
+
+    def _hint(self, stage: str) -> str:
+        command, _, backend = stage.partition("/")
+        return f"quest-deploy {command}{f' --backend {backend}' if backend else ''} -w {self.root}"
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, of this machine's platform and of the packages that shape results."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _REPORTED_PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _command(stage: str) -> str:
+    command, _, backend = stage.partition("/")
+    return f"{command} --backend {backend}" if backend else command
+
+
+def _problem(path: Path, entry: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"was changed since it was written (expected {entry['bytes']} bytes, found {path.stat().st_size})"
+    if sha256_of(path) != entry["sha256"]:
+        return "was changed since it was written (its SHA-256 is not the manifest's)"
+    return None
+
+
+def _describe(model: str, scheme: Scheme) -> str:
+    return f"{model} at {scheme.name} with {scheme.buckets} buckets ({scheme.granularity.value})"
