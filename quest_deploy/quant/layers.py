@@ -65,15 +65,19 @@ class ActivationQuantizer(nn.Module):
         zero_point = round_ste(self.zero_point.clamp(0, levels))
         return scale, -zero_point, levels - zero_point
 
+    def current_bucket(self) -> Tensor:
+        """The bucket of each sample being computed, int64 [B]."""
+        return self._buckets.get()
+
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize x [B, ...]: scale * code (the channel vector's share lives in the weights)."""
-        bucket = self._buckets.get()
+        bucket = self.current_bucket()
         scale, low, high = (table[bucket] for table in self.tables())
         return fake_quantize_activation(x, scale, low, high, self.channel if self._folded else None, self.axis)
 
     def ratio(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x / (scale * channel) before rounding, and the clip bounds, shaped to broadcast: what a code comes from."""
-        bucket = self._buckets.get()
+        bucket = self.current_bucket()
         scale, low, high = (per_sample(table[bucket], x) for table in self.tables())
         return x / (scale * per_channel(self.channel, x, self.axis)), low, high
 

@@ -1,0 +1,175 @@
+"""Reference inputs and outputs of the fake-quantized torch modules: what every engine is verified against.
+
+Saved in files, so that verifying needs neither torch nor the model. A record covers one pair of timestep buckets with one batch, so
+each record also tests that every sample gets its own bucket's scales. It holds
+
+- end to end: the inputs of two samples (one at the lowest timestep of its bucket, one at the highest) and the model's outputs;
+- per layer: those two samples' real activations, and two probes that reach every code and clip bound (random codes one step beyond
+  the bounds on either side), with the codes and each layer's output.
+
+An activation within 4 ulp of a rounding tie may legitimately get another code in another runtime. Codes are saved for the real values;
+layer outputs are computed from values whose ties were moved to the middle of their code, so that they are unambiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quest_deploy.files import write_json
+from quest_deploy.quant.affine import per_channel, per_sample
+from quest_deploy.quant.layers import ActivationQuantizer
+from quest_deploy.reference_files import INDEX, TABLES, TIE_ULPS, RecordEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from quest_deploy.quant.model import QuantizedModel
+    from quest_deploy.scheme import Scheme
+    from quest_deploy.trajectories import Trajectories
+
+JITTER_ULPS = 64
+JITTERED_RUNS = 3
+
+
+@torch.no_grad()
+def save_reference(
+    model: QuantizedModel,
+    trajectories: Trajectories,
+    folder: Path,
+    *,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[RecordEntry]:
+    """Write the records for every bucket, and their index, into ``folder``."""
+    scheme = model.checkpoint.scheme
+    firsts = range(0, scheme.buckets, 2)
+    records = []
+    for i, first in enumerate(firsts):
+        buckets = (first, (first + 1) % scheme.buckets)
+        timesteps = (lowest_timestep(scheme, buckets[0]), highest_timestep(scheme, buckets[1]))
+        inputs = _inputs(trajectories, timesteps, seed + i)
+        tensors, output = _layer_tensors(model, inputs, seed + i)
+        tensors |= {f"input.{name}": value for name, value in inputs.items()} | {"output": output}
+        sensitivity = _sensitivity(model, inputs, output, seed + i)
+        file = f"buckets-{buckets[0]:04d}-{buckets[1]:04d}.safetensors"
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / file)
+        records.append(RecordEntry(file, timesteps, buckets, sensitivity))
+        on_progress(i + 1, len(firsts))
+    save_file(_tables(model), folder / TABLES)
+    write_json(folder / INDEX, {"records": [asdict(record) for record in records]})
+    return records
+
+
+def lowest_timestep(scheme: Scheme, bucket: int) -> float:
+    """The lowest timestep of ``bucket``: its lower edge itself."""
+    return scheme.bucket_range(bucket)[0]
+
+
+def highest_timestep(scheme: Scheme, bucket: int) -> float:
+    """The highest float32 timestep of ``bucket`` that is a whole step below its upper edge, or just below it in a narrower one."""
+    low, high = scheme.bucket_range(bucket)
+    if high - 1 >= low:
+        return high - 1
+    return float(torch.nextafter(torch.tensor(high), torch.tensor(0.0)))
+
+
+def is_tie(ratio: Tensor) -> Tensor:
+    """Where x/step [any shape, float32] lies within 4 ulp of a value halfway between two integers."""
+    halfway = torch.floor(ratio) + 0.5
+    ulp = torch.nextafter(ratio.abs(), torch.tensor(torch.inf, dtype=ratio.dtype)) - ratio.abs()
+    return (ratio - halfway).abs() <= TIE_ULPS * ulp
+
+
+def _inputs(trajectories: Trajectories, timesteps: tuple[float, float], seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    wanted = torch.tensor(timesteps)
+    steps = (trajectories.timestep[None] - wanted[:, None]).abs().argmin(1)
+    rows = torch.randint(trajectories.sample.shape[1], (2,), generator=generator)
+    return {**trajectories.inputs(steps, rows), "timestep": wanted}
+
+
+def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for name, site in zip(model.site_names, model.sites, strict=True):
+        handles.append(site.register_forward_pre_hook(lambda module, args, name=name: seen.setdefault(name, args[0])))
+    try:
+        output = model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    generator = torch.Generator().manual_seed(seed)
+    layers = model.quantized_layers()
+    tensors: dict[str, Tensor] = {}
+    bucket = model.bucket_of(inputs["timestep"])
+    model.bucket_state.current = torch.cat([bucket, bucket])
+    tensors["bucket"] = model.bucket_state.current
+    try:
+        for name, site in zip(model.site_names, model.sites, strict=True):
+            assert isinstance(site, ActivationQuantizer)
+            x = torch.cat([seen[name], _probe(site, seen[name], bucket, generator)])
+            ratio, low, high = site.ratio(x)
+            tensors[f"site.{name}.x"] = x
+            tensors[f"site.{name}.codes"] = torch.clamp(torch.round(ratio), low, high).to(torch.int8)
+            ties = is_tie(ratio)
+            if ties.any():
+                x = torch.where(ties, torch.floor(ratio) * _step(site, x), x)
+                tensors[f"site.{name}.untied_x"] = x
+            for layer in model.checkpoint.sites[name].layers:
+                tensors[f"layer.{layer}.y"] = layers[layer](x)
+    finally:
+        model.bucket_state.current = None
+    return tensors, output
+
+
+def _tables(model: QuantizedModel) -> dict[str, Tensor]:
+    tables: dict[str, Tensor] = {}
+    for name, site in zip(model.site_names, model.sites, strict=True):
+        assert isinstance(site, ActivationQuantizer)
+        tables[f"{name}.scale"] = site.tables()[0].contiguous()
+        tables[f"{name}.channel"] = site.channel
+    return tables
+
+
+def _step(site: ActivationQuantizer, x: Tensor) -> Tensor:
+    scale = site.tables()[0][site.current_bucket()]
+    return per_sample(scale, x) * per_channel(site.channel, x, site.axis)
+
+
+def _probe(site: ActivationQuantizer, like: Tensor, bucket: Tensor, generator: torch.Generator) -> Tensor:
+    scale, low, high = (per_sample(table[bucket], like) for table in site.tables())
+    uniform = torch.rand(like.shape, generator=generator)
+    codes = torch.floor(low - 1 + uniform * (high - low + 3))
+    inside = (torch.rand(like.shape, generator=generator) - 0.5) * 0.8  # never near a tie
+    return (codes + inside) * scale * per_channel(site.channel, like, site.axis)
+
+
+def _sensitivity(model: QuantizedModel, inputs: dict[str, Tensor], output: Tensor, seed: int) -> tuple[float, float]:
+    def relative(other: Tensor) -> Tensor:
+        return ((other - output).flatten(1).norm(dim=1) / output.flatten(1).norm(dim=1)).float()
+
+    model.double()
+    try:
+        changes = [relative(model(**{name: value.double() for name, value in inputs.items()}))]
+    finally:
+        model.float()
+    generator = torch.Generator().manual_seed(seed)
+
+    def jitter(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        return (x * (1 + (torch.rand(x.shape, generator=generator) * 2 - 1) * JITTER_ULPS * torch.finfo(x.dtype).eps), *args[1:])
+
+    handles = [site.register_forward_pre_hook(jitter) for site in model.sites]
+    try:
+        changes += [relative(model(**inputs)) for _ in range(JITTERED_RUNS)]
+    finally:
+        for handle in handles:
+            handle.remove()
+    first, second = torch.stack(changes).amax(0).tolist()
+    return first, second

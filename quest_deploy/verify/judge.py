@@ -1,0 +1,69 @@
+"""What counts as a mismatch, and what explains one. Pure numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quest_deploy.reference_files import TIE_ULPS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+LAYER_TOLERANCE = 1e-5
+"""The largest relative error of a layer's output channel; correct runtimes were seen to differ by 2e-7 to 1e-6."""
+SENSITIVITY_FACTOR = 2.0
+"""The end-to-end error allowed, in units of the model's own sensitivity to last-bit differences."""
+
+
+@dataclass(frozen=True)
+class CodeMismatches:
+    """Codes compared, those that differ, and those of them that no tie explains."""
+
+    codes: int
+    mismatches: int
+    unexplained: int
+
+    def __add__(self, other: CodeMismatches) -> CodeMismatches:
+        return CodeMismatches(
+            self.codes + other.codes, self.mismatches + other.mismatches, self.unexplained + other.unexplained
+        )
+
+
+def tie_distance_ulps(ratio: Floats) -> Floats:
+    """How far x/step lies from the nearest value halfway between two integers, in ulp of x/step itself."""
+    ulp = np.spacing(np.maximum(np.abs(ratio), np.float32(0.25)))  # no tie lies below 0.5
+    distance: Floats = np.abs(ratio - (np.floor(ratio) + np.float32(0.5))) / ulp
+    return distance
+
+
+def compare_codes(codes: NDArray[np.int8], expected: NDArray[np.int8], ratio: Floats) -> CodeMismatches:
+    """Count mismatches; one is explained if the codes are neighbours and x/step lies within 4 ulp of a tie. Equal shapes."""
+    different = codes != expected
+    neighbours = np.abs(codes.astype(np.int32) - expected.astype(np.int32)) == 1
+    explained = different & neighbours & (tie_distance_ulps(ratio) <= TIE_ULPS)
+    return CodeMismatches(codes.size, int(different.sum()), int((different & ~explained).sum()))
+
+
+def layer_error(y: Floats, expected: Floats, channel_axis: int) -> Floats:
+    """The relative error of each row of y [rows, ...], float32 [rows]: its worst output channel's, NaN counting as infinite.
+
+    A channel's error is relative to its norm in that row, or to a tenth of its norm over all rows where it happens to cancel there.
+    """
+    axes = tuple(axis for axis in range(1, y.ndim) if axis != channel_axis)
+    error = np.sqrt(np.square(y - expected, dtype=np.float64).sum(axes))
+    norm = np.sqrt(np.square(expected, dtype=np.float64).sum(axes))
+    usual = np.sqrt(np.square(norm).mean(0)) + np.finfo(np.float64).tiny
+    worst: Floats = (error / np.maximum(norm, 0.1 * usual)).max(1)
+    return np.where(np.isfinite(worst), worst, np.inf).astype(np.float32)
+
+
+def relative_error(y: Floats, expected: Floats) -> Floats:
+    """|y - expected| / |expected| of each sample, float32 [B], NaN counting as infinite."""
+    flat, reference = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (y, expected))
+    error: Any = np.linalg.norm(flat - reference, axis=1) / np.linalg.norm(reference, axis=1)
+    return np.where(np.isfinite(error), error, np.inf).astype(np.float32)

@@ -1,0 +1,263 @@
+"""Verify an engine: the choice of the bucket, every layer with the reference's own inputs, and the whole model.
+
+Two correct runtimes differ in the last bit of a float; where that bit decides a rounding tie, a code flips, and in a deep 4-bit
+network one flip grows to percents at the output. So the sharp test is per layer: each layer, cut out of the lowered graph, gets the
+reference's inputs (teacher forcing), so that nothing can hide behind an earlier flip. Every code mismatch must be explained by a tie.
+The end-to-end error is judged against the reference model's own sensitivity to last-bit differences.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from exporters.graph_info import BUCKET, GraphInfo, graph_info, load_graph, save_graph
+from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
+from quest_deploy.engine.base import LOWERED, EngineOptions, no_progress, open_engine
+from quest_deploy.errors import InputError
+from quest_deploy.reference_files import load_reference
+from quest_deploy.verify.judge import (
+    LAYER_TOLERANCE,
+    SENSITIVITY_FACTOR,
+    CodeMismatches,
+    compare_codes,
+    layer_error,
+    relative_error,
+)
+from quest_deploy.verify.runners import compare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from quest_deploy.engine.base import Backend, Runner
+    from quest_deploy.reference_files import Record
+    from quest_deploy.scheme import Scheme
+
+    Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    """A site's codes against the reference's, over all buckets."""
+
+    site: str
+    codes: int
+    mismatches: int
+    unexplained: int
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A layer's output against the reference's: the worst relative error over buckets and output channels, and its bucket."""
+
+    layer: str
+    error: float
+    bucket: int
+
+
+@dataclass(frozen=True)
+class BucketResult:
+    """One bucket: its codes over all sites, its worst layer, and the whole model at one timestep of it."""
+
+    bucket: int
+    timestep: float
+    codes: int
+    mismatches: int
+    unexplained: int
+    layer_error: float
+    end_to_end_error: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All results, and whether they pass.
+
+    Attributes:
+        wrong_buckets: timesteps, of those tried around every edge, whose bucket the engine chose wrongly.
+        end_to_end_tolerance: twice the model's own largest sensitivity to last-bit differences.
+        problems: why it fails, in words; empty if it passes.
+    """
+
+    backend: str
+    wrong_buckets: list[float]
+    sites: list[SiteResult]
+    layers: list[LayerResult]
+    buckets: list[BucketResult]
+    layer_tolerance: float
+    end_to_end_tolerance: float
+    problems: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """The verification as a JSON value."""
+        return {"passed": self.passed, **asdict(self)}
+
+
+def verify_engine(
+    backend: Backend,
+    options: EngineOptions,
+    engine: Path,
+    reference: Path,
+    on_progress: Callable[[str, int, int], None] = no_progress,
+) -> Verification:
+    """Verify the engine folder ``engine`` against the records in ``reference``.
+
+    Raises:
+        InputError: an engine, a graph or a reference that is missing, damaged or of another model.
+    """
+    lowered = load_graph(engine / LOWERED)
+    info = graph_info(lowered)
+    records, tables = load_reference(reference)
+    if set(info.sites) != {name.removesuffix(".scale") for name in tables if name.endswith(".scale")}:
+        raise InputError(f"{reference} is the reference of another model; run `quest-deploy reference` again")
+    build = _CutBuilder(backend, options)
+    wrong = _check_buckets(build, lowered, info.scheme)
+    codes: dict[str, list[list[CodeMismatches]]] = {}
+    errors: dict[str, list[NDArray[np.float32]]] = {}
+    total = len(info.sites) + len(info.layers)
+    for i, site in enumerate(info.sites):
+        codes[site] = _check_codes(build, lowered, info, site, records, tables)
+        on_progress("sites", i + 1, total)
+    for i, layer in enumerate(info.layers):
+        errors[layer] = _check_layer(build, lowered, info, layer, records)
+        on_progress("layers", len(info.sites) + i + 1, total)
+    end_to_end = _check_end_to_end(backend, engine, records)
+    tolerance = SENSITIVITY_FACTOR * max(max(record.entry.sensitivity) for record in records)
+    return _summarize(backend.name, info, records, wrong, codes, errors, end_to_end, tolerance)
+
+
+class _CutBuilder:
+    """Builds a cut as the engine was built, and gives a function that opens it."""
+
+    def __init__(self, backend: Backend, options: EngineOptions) -> None:
+        self.backend, self.options = backend, options
+
+    def __call__(self, model: ir.Model, folder: Path) -> Callable[[], Runner]:
+        save_graph(model, folder / LOWERED)
+        self.backend.compile(folder / LOWERED, folder, self.options, no_progress)
+        return lambda: self.backend.open(folder, self.options)
+
+    def run(self, model: ir.Model, feeds: list[Arrays], expected: list[Arrays]) -> list[tuple[Arrays, Arrays]]:
+        with tempfile.TemporaryDirectory(prefix="quest-deploy-") as folder:
+            return compare(self.backend.name, self(model, Path(folder)), feeds, expected)
+
+
+def _check_buckets(build: _CutBuilder, lowered: ir.Model, scheme: Scheme) -> list[float]:
+    edges = np.asarray(scheme.bucket_edges, np.float32)
+    around = [edges, np.nextafter(edges, np.float32(-np.inf)), edges - 1, edges - 0.5, edges + 0.5]
+    timesteps = np.unique(np.concatenate([np.arange(scheme.train_timesteps), *around])).astype(np.float32)
+    expected = np.asarray([scheme.bucket_of(float(t)) for t in timesteps], np.int64)
+    ((mine, theirs),) = build.run(cut_bucket(lowered), [{"timestep": timesteps}], [{BUCKET: expected}])
+    return [float(t) for t in timesteps[mine[BUCKET] != theirs[BUCKET]]]
+
+
+def _check_codes(
+    build: _CutBuilder, lowered: ir.Model, info: GraphInfo, site: str, records: list[Record], tables: Arrays
+) -> list[list[CodeMismatches]]:
+    entry = info.sites[site]
+    feeds = [{entry.input: r.tensors[f"site.{site}.x"], BUCKET: r.tensors["bucket"]} for r in records]
+    expected = [{entry.codes: r.tensors[f"site.{site}.codes"]} for r in records]
+    results = []
+    for record, (mine, theirs) in zip(records, build.run(cut_codes(lowered, info, site), feeds, expected), strict=True):
+        ratio = _ratio(record.tensors[f"site.{site}.x"], record.tensors["bucket"], tables, site)
+        rows = range(len(ratio))
+        results.append([compare_codes(mine[entry.codes][i], theirs[entry.codes][i], ratio[i]) for i in rows])
+    return results
+
+
+def _ratio(x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: str) -> NDArray[np.float32]:
+    scale, channel = tables[f"{site}.scale"], tables[f"{site}.channel"]
+    axis = 1 if x.ndim == 4 else x.ndim - 1
+    step = scale[bucket].reshape(-1, *[1] * (x.ndim - 1)) * channel.reshape(-1, *[1] * (x.ndim - 1 - axis))
+    result: NDArray[np.float32] = x / step
+    return result
+
+
+def _check_layer(build: _CutBuilder, lowered: ir.Model, info: GraphInfo, layer: str, records: list[Record]) -> list[NDArray[np.float32]]:
+    entry = info.layers[layer]
+    source = info.sites[entry.site].input
+    feeds = [
+        {source: r.tensors.get(f"site.{entry.site}.untied_x", r.tensors[f"site.{entry.site}.x"]), BUCKET: r.tensors["bucket"]}
+        for r in records
+    ]
+    expected = [{entry.output: r.tensors[f"layer.{layer}.y"]} for r in records]
+    pairs = build.run(cut_layer(lowered, info, layer), feeds, expected)
+    y, reference = (np.concatenate([pair[side][entry.output] for pair in pairs]) for side in (0, 1))
+    return np.split(layer_error(y, reference, 1 if y.ndim == 4 else y.ndim - 1), len(records))
+
+
+def _check_end_to_end(backend: Backend, engine: Path, records: list[Record]) -> list[NDArray[np.float32]]:
+    feeds = [r.inputs for r in records]
+    expected = [{"output": r.tensors["output"]} for r in records]
+    pairs = compare(backend.name, lambda: open_engine(backend, engine), feeds, expected)
+    return [relative_error(next(iter(mine.values())), theirs["output"]) for mine, theirs in pairs]
+
+
+def _summarize(
+    backend: str,
+    info: GraphInfo,
+    records: list[Record],
+    wrong: list[float],
+    codes: dict[str, list[list[CodeMismatches]]],
+    errors: dict[str, list[NDArray[np.float32]]],
+    end_to_end: list[NDArray[np.float32]],
+    tolerance: float,
+) -> Verification:
+    none = CodeMismatches(0, 0, 0)
+    sites = [SiteResult(site, **asdict(sum((c for record in rows for c in record), none))) for site, rows in codes.items()]
+    layers = []
+    for layer, rows in errors.items():
+        worst, bucket = max((float(e), b) for r, e_row in zip(records, rows, strict=True) for e, b in zip(e_row, r.row_buckets, strict=True))
+        layers.append(LayerResult(layer, worst, bucket))
+    buckets = {}
+    for i, record in enumerate(records):
+        for sample, bucket in enumerate(record.entry.buckets):
+            rows_of = [row for row, b in enumerate(record.row_buckets) if b == bucket]
+            found = sum((codes[site][i][row] for site in codes for row in rows_of), none)
+            worst = max(float(errors[layer][i][row]) for layer in errors for row in rows_of)
+            buckets[bucket] = BucketResult(
+                bucket, record.entry.timesteps[sample], **asdict(found), layer_error=worst, end_to_end_error=float(end_to_end[i][sample])
+            )
+    problems = _problems(wrong, sites, layers, list(buckets.values()), info.scheme.buckets, tolerance)
+    ordered = [buckets[b] for b in sorted(buckets)]
+    return Verification(backend, wrong, sites, layers, ordered, LAYER_TOLERANCE, tolerance, problems)
+
+
+def _problems(
+    wrong: list[float],
+    sites: list[SiteResult],
+    layers: list[LayerResult],
+    buckets: list[BucketResult],
+    expected_buckets: int,
+    tolerance: float,
+) -> list[str]:
+    problems = []
+    if wrong:
+        problems.append(f"{len(wrong)} timesteps get another bucket than the scheme's, the first at t = {wrong[0]:g}")
+    problems += [
+        f"site {s.site}: {s.unexplained} of {s.codes} codes differ although no tie explains it" for s in sites if s.unexplained
+    ]
+    problems += [
+        f"layer {x.layer}: relative error {x.error:.1e} in bucket {x.bucket}, above {LAYER_TOLERANCE:.0e}"
+        for x in layers
+        if not x.error <= LAYER_TOLERANCE
+    ]
+    problems += [
+        f"bucket {b.bucket}: end-to-end error {b.end_to_end_error:.1e} at t = {b.timestep:g}, above {tolerance:.1e}"
+        for b in buckets
+        if not b.end_to_end_error <= tolerance
+    ]
+    if len(buckets) != expected_buckets:
+        problems.append(f"the reference covers {len(buckets)} of {expected_buckets} buckets; run `quest-deploy reference` again")
+    return problems

@@ -1,0 +1,114 @@
+"""Shared fixtures: a UNet of 65 layers with Stable Diffusion's topology, calibrated on random data, and its portable graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+from tests.helpers import hand_checkpoint, hand_graph
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+    import torch
+    from torch import nn
+
+    from quest_deploy.checkpoint import Checkpoint
+    from quest_deploy.trajectories import Trajectories
+
+settings.register_profile("quest", deadline=None, max_examples=40, derandomize=True, database=None)
+settings.load_profile("quest")
+
+SMALL_UNET = {
+    "sample_size": 4,
+    "in_channels": 2,
+    "out_channels": 2,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "cross_attention_dim": 8,
+    "attention_head_dim": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "mid_block_type": None,
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+TIMESTEPS = (990.0, 700.0, 400.0, 120.0)
+"""One in each bucket of a scheme of four."""
+
+
+@pytest.fixture(scope="session")
+def small_unet() -> nn.Module:
+    """A float UNet with random weights: time embedding, resnets, self- and cross-attention, skips, shortcuts, resampling."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet: nn.Module = UNet2DConditionModel(**SMALL_UNET).eval()
+    return unet
+
+
+@pytest.fixture(scope="session")
+def small_trajectories() -> Trajectories:
+    """Random "recordings" that visit four buckets: three samplings of four steps."""
+    import torch
+
+    from quest_deploy.trajectories import Trajectories
+
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(len(TIMESTEPS), 3, 2, 4, 4, generator=generator)
+    states = torch.randn(3, 3, 8, generator=generator)
+    return Trajectories(sample, torch.tensor(TIMESTEPS), sample.clone(), {"encoder_hidden_states": states})
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(small_unet: nn.Module, small_trajectories: Trajectories) -> Checkpoint:
+    """``small_unet`` calibrated to w4a4 with four buckets."""
+    from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
+    from quest_deploy.scheme import Scheme
+
+    return calibrate("small", small_unet, small_trajectories, Scheme.parse("w4a4", buckets=4), CalibrationOptions())
+
+
+@pytest.fixture(scope="session")
+def small_inputs() -> dict[str, torch.Tensor]:
+    """A batch of five samples, each at its own timestep, in all four buckets."""
+    import torch
+
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "sample": torch.randn(5, 2, 4, 4, generator=generator),
+        "timestep": torch.tensor([999.0, 100.5, 600.0, 250.0, 30.0]),
+        "encoder_hidden_states": torch.randn(5, 3, 8, generator=generator),
+    }
+
+
+@pytest.fixture(scope="session")
+def small_proto(small_checkpoint: Checkpoint, small_inputs: dict[str, torch.Tensor]) -> onnx.ModelProto:
+    """The portable graph of ``small_checkpoint``; not to be changed."""
+    import onnx_ir as ir
+
+    from exporters.torch_to_qdq import portable_graph
+
+    return ir.to_proto(portable_graph(small_checkpoint, small_inputs, "ab" * 32))
+
+
+@pytest.fixture
+def small_graph(small_proto: onnx.ModelProto) -> ir.Model:
+    """A fresh copy of the portable graph, for passes to change."""
+    import onnx_ir as ir
+
+    return ir.from_proto(small_proto)
+
+
+@pytest.fixture
+def hand() -> Checkpoint:
+    """A small checkpoint with every kind of layer and two buckets."""
+    return hand_checkpoint()
+
+
+@pytest.fixture
+def hand_model(hand: Checkpoint) -> ir.Model:
+    """The quantized graph of ``hand``, before any lowering."""
+    return hand_graph(hand)

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.checkpoint import Checkpoint
+from quest_deploy.errors import InputError
+from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
+from quest_deploy.quant.model import fold_channel
+from quest_deploy.scheme import Granularity, Scheme, weight_range
+from quest_deploy.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.helpers import Array
+
+BUCKETS = 2
+
+
+class Net(nn.Module):
+    """A conv, a pair of linears that share their input, a grouped conv; called like a UNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"_class_name": "Net", "channels": (4, 8)}
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.grouped = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        x = self.norm(self.stem(sample * (1 + timestep.view(-1, 1, 1, 1) / 250)))
+        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
+        x = x + (self.a(tokens) * self.b(tokens)).transpose(1, 2).view_as(x)
+        output: Tensor = self.head(torch.relu(self.grouped(x)))
+        return output
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Trajectories:
+    sample = torch.randn(4, 2, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    return Trajectories(sample, torch.tensor([900.0, 600.0, 400.0, 0.0]), sample.clone(), {})
+
+
+def quantize(
+    net: nn.Module, recorded: Trajectories, *, bits: str = "w4a4", granularity: Granularity = Granularity.PER_TENSOR, **options: object
+) -> Checkpoint:
+    scheme = Scheme.parse(bits, buckets=BUCKETS, granularity=granularity)
+    return calibrate("net", net, recorded, scheme, CalibrationOptions(**options))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def minmax(net: nn.Module, recorded: Trajectories) -> Checkpoint:
+    return quantize(net, recorded, method=RangeMethod.MINMAX)
+
+
+@pytest.fixture(scope="module")
+def mse(net: nn.Module, recorded: Trajectories) -> Checkpoint:
+    return quantize(net, recorded, method=RangeMethod.MSE)
+
+
+@pytest.fixture(scope="module")
+def folded(net: nn.Module, recorded: Trajectories) -> Checkpoint:
+    return quantize(net, recorded, granularity=Granularity.FOLDED_CHANNEL)
+
+
+def inputs_of(net: nn.Module, recorded: Trajectories, checkpoint: Checkpoint) -> Iterator[tuple[str, int, Array]]:
+    """Every value that each site sees in each bucket, seen without the calibration's own recorder."""
+    for name in checkpoint.sites:
+        seen: dict[int, list[Array]] = {}
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...], timestep: list[Tensor], seen: dict[int, list[Array]] = seen) -> None:
+            for row, t in zip(args[0], timestep[0], strict=True):
+                seen.setdefault(checkpoint.scheme.bucket_of(float(t)), []).append(row.detach().numpy())
+
+        current: list[Tensor] = []
+        handle = net.get_submodule(name).register_forward_pre_hook(lambda m, a, c=current, k=keep: k(m, a, c))
+        for batch in recorded.batches(8):
+            current[:] = [batch["timestep"]]
+            net(**batch)
+        handle.remove()
+        for bucket, rows in seen.items():
+            yield name, bucket, np.stack(rows)
+
+
+def test_minmax_ranges_are_those_of_all_values_that_a_site_sees_in_a_bucket(
+    net: nn.Module, recorded: Trajectories, minmax: Checkpoint
+) -> None:
+    visited = 0
+    for name, bucket, values in inputs_of(net, recorded, minmax):
+        site, low, high = minmax.sites[name], min(values.min(), 0), max(values.max(), 0)
+        expected = np.abs(values).max() / 127 if site.bits == 8 else (high - low) / 15
+        assert site.scale[bucket] == pytest.approx(expected, rel=1e-6), name
+        if site.bits == 4:
+            assert site.low[bucket] == np.clip(np.rint(low / np.float32(expected)), -15, 0)
+        visited += 1
+    assert visited == BUCKETS * len(minmax.sites)
+
+
+def activation_error(site_values: Array, scale: Array, low: Array, high: Array) -> float:
+    return float(np.square(np.clip(np.rint(site_values / scale), low, high) * scale - site_values).mean())
+
+
+def test_mse_ranges_have_the_least_error_of_all_shrunken_minmax_ranges(
+    net: nn.Module, recorded: Trajectories, minmax: Checkpoint, mse: Checkpoint
+) -> None:
+    improved = 0
+    for name, bucket, values in inputs_of(net, recorded, mse):
+        site, full = mse.sites[name], minmax.sites[name]
+        found = activation_error(values, site.scale[bucket], site.low[bucket], site.high[bucket])
+        for factor in np.linspace(1, 0.2, 81):
+            scale = full.scale[bucket] * np.float32(factor)
+            assert found <= activation_error(values, scale, full.low[bucket], full.high[bucket]) * (1 + 1e-3), (name, factor)
+        improved += found < activation_error(values, full.scale[bucket], full.low[bucket], full.high[bucket])
+    assert improved
+
+
+@pytest.mark.parametrize("name", ["stem", "a", "b", "grouped", "head"])
+def test_mse_weight_scales_are_no_worse_than_minmax_in_any_output_channel(
+    net: nn.Module, minmax: Checkpoint, mse: Checkpoint, name: str
+) -> None:
+    weight = net.get_parameter(f"{name}.weight").detach().numpy()
+
+    def errors(checkpoint: Checkpoint) -> Array:
+        return np.square(checkpoint.layers[name].dequantized_weight - weight).reshape(len(weight), -1).mean(1)
+
+    assert (errors(mse) <= errors(minmax) * (1 + 1e-5)).all()
+
+
+def test_minmax_weight_scales_clip_nothing_and_use_the_whole_range(net: nn.Module, minmax: Checkpoint) -> None:
+    for name, layer in minmax.layers.items():
+        weight = net.get_parameter(f"{name}.weight").detach().numpy()
+        low, high = weight_range(layer.weight_bits)
+        half_step = layer.weight_scale.reshape(-1, *[1] * (weight.ndim - 1)) / 2
+        assert (np.abs(layer.dequantized_weight - weight) <= half_step * (1 + 1e-4)).all()
+        flat = layer.weight_codes.reshape(len(weight), -1)
+        assert ((flat.min(1) == low) | (flat.max(1) == high)).all()
+
+
+@pytest.mark.parametrize("bits", ["w4a4", "w4a8", "w8a8"])
+def test_bits_codes_and_bounds_are_those_of_the_scheme(net: nn.Module, recorded: Trajectories, bits: str) -> None:
+    checkpoint = quantize(net, recorded, bits=bits)
+    scheme, ends = checkpoint.scheme, {"stem", "head"}
+    for name, layer in checkpoint.layers.items():
+        assert layer.weight_bits == (8 if name in ends else scheme.weight_bits)
+        low, high = weight_range(layer.weight_bits)
+        assert low <= layer.weight_codes.min() <= layer.weight_codes.max() <= high
+    for name, site in checkpoint.sites.items():
+        assert site.bits == (8 if name in ends else scheme.activation_bits)
+        if site.bits == 8:
+            assert (site.low == -127).all()
+            assert (site.high == 127).all()
+        else:
+            assert ((-15 <= site.low) & (site.low <= 0) & (site.low == np.rint(site.low)) & (site.high - site.low == 15)).all()
+
+
+def test_a_per_tensor_scheme_has_channel_vectors_of_ones(mse: Checkpoint) -> None:
+    assert all((site.channel == 1).all() for site in mse.sites.values())
+
+
+def test_channel_vectors_balance_activations_against_weights(
+    net: nn.Module, recorded: Trajectories, folded: Checkpoint
+) -> None:
+    amax: dict[str, Array] = {}
+    for name, _, values in inputs_of(net, recorded, folded):
+        largest = np.abs(np.moveaxis(values, folded.sites[name].axis, -1)).reshape(-1, len(folded.sites[name].channel)).max(0)
+        amax[name] = np.maximum(amax.get(name, largest), largest)
+    for name in ("stem", "a", "head"):
+        site = folded.sites[name]
+        readers = [net.get_parameter(f"{layer}.weight").detach().numpy() for layer in site.layers]
+        weight = np.max([np.abs(w).reshape(*w.shape[:2], -1).max((0, 2)) for w in readers], axis=0)
+        expected = np.sqrt(amax[name] / weight)
+        np.testing.assert_allclose(site.channel, expected / np.exp(np.log(expected).mean()), rtol=1e-4)
+    assert all(np.log(site.channel).mean() == pytest.approx(0, abs=1e-5) for site in folded.sites.values())
+
+
+def test_weights_are_quantized_with_the_channel_vector_folded_in(net: nn.Module, folded: Checkpoint) -> None:
+    for name, layer in folded.layers.items():
+        weight = fold_channel(net.get_parameter(f"{name}.weight").detach(), torch.from_numpy(folded.site_of(name).channel)).numpy()
+        low, high = weight_range(layer.weight_bits)
+        codes = np.clip(np.rint(weight / layer.weight_scale.reshape(-1, *[1] * (weight.ndim - 1))), low, high)
+        np.testing.assert_array_equal(layer.weight_codes, codes)
+
+
+def test_bias_and_unquantized_parameters_are_kept_as_they_are(net: nn.Module, mse: Checkpoint) -> None:
+    assert mse.floats.keys() == {"norm.weight", "norm.bias"}
+    np.testing.assert_array_equal(mse.floats["norm.weight"], net.get_parameter("norm.weight").detach().numpy())
+    assert mse.layers["b"].bias is None
+    for name in ("stem", "a", "grouped", "head"):
+        np.testing.assert_array_equal(mse.layers[name].bias, net.get_parameter(f"{name}.bias").detach().numpy())
+
+
+def test_the_same_seed_gives_the_same_checkpoint(net: nn.Module, recorded: Trajectories, mse: Checkpoint) -> None:
+    again = quantize(net, recorded, method=RangeMethod.MSE)
+    for name, site in mse.sites.items():
+        for table in ("scale", "low", "high", "channel"):
+            np.testing.assert_array_equal(getattr(site, table), getattr(again.sites[name], table))
+    for name, layer in mse.layers.items():
+        np.testing.assert_array_equal(layer.weight_codes, again.layers[name].weight_codes)
+
+
+def test_a_bucket_that_was_never_visited_is_an_input_error_that_names_it(net: nn.Module, recorded: Trajectories) -> None:
+    late = dataclasses.replace(recorded, timestep=recorded.timestep / 4)
+    with pytest.raises(InputError, match=r"never visit the timestep buckets \[1\]"):
+        quantize(net, late)
+
+
+def test_calibration_leaves_the_float_model_as_it_was_and_reports_progress_to_the_end(recorded: Trajectories) -> None:
+    torch.manual_seed(3)
+    net = Net().eval()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    last: dict[str, tuple[int, int]] = {}
+    calibrate(
+        "net", net, recorded, Scheme.parse("w4a4", buckets=BUCKETS), CalibrationOptions(), lambda s, d, t: last.update({s: (d, t)})
+    )
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert set(last) == {"channel ranges", "activation values", "activation scales", "weight scales"}
+    assert all(done == total for done, total in last.values())

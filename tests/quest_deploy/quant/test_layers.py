@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from quest_deploy.quant.affine import weight_codes
+from quest_deploy.quant.layers import ActivationQuantizer, BucketState, QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from tests.helpers import numpy_codes, of_sample
+
+SCALE, ZERO_POINT = torch.tensor([0.11, 0.5, 0.23]), torch.tensor([8.0, 0.0, 15.0])
+
+
+def quantizer(bits: int = 4, *, channel: torch.Tensor | None = None, axis: int = 1) -> ActivationQuantizer:
+    """Three buckets, of which a batch of four samples uses 2, 0, 2 and 1."""
+    buckets = BucketState()
+    buckets.current = torch.tensor([2, 0, 2, 1])
+    return ActivationQuantizer(bits, SCALE, ZERO_POINT, torch.ones(6) if channel is None else channel, axis, buckets)
+
+
+@given(zero_points=st.lists(st.floats(-40, 40, width=32), min_size=3, max_size=3))
+def test_asymmetric_bounds_are_integers_15_apart_that_include_zero_whatever_was_learned(zero_points: list[float]) -> None:
+    site = quantizer()
+    with torch.no_grad():
+        site.zero_point.copy_(torch.tensor(zero_points))
+    _, low, high = site.tables()
+    np.testing.assert_array_equal(low.detach().numpy(), -np.rint(np.clip(np.float32(zero_points), 0, 15)))
+    assert ((high - low) == 15).all()
+
+
+def test_symmetric_codes_run_from_minus_127_to_127_and_their_zero_point_does_not_learn() -> None:
+    site = quantizer(8)
+    _, low, high = site.tables()
+    assert (low == -127).all()
+    assert (high == 127).all()
+    assert not site.zero_point.requires_grad
+
+
+def test_scales_start_exactly_at_their_calibrated_values_and_stay_positive() -> None:
+    site = quantizer()
+    torch.testing.assert_close(site.tables()[0], SCALE, rtol=0, atol=0)
+    with torch.no_grad():
+        site.log_shift.copy_(torch.tensor([-20.0, 1.0, 20.0]))
+    scale = site.tables()[0].detach()
+    assert (scale > 0).all()
+    torch.testing.assert_close(scale, SCALE * torch.tensor([-20.0, 1.0, 20.0]).exp())
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((4, 6), 1), ((4, 3, 6), 2), ((4, 6, 2, 2), 1)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_each_sample_is_quantized_with_its_own_buckets_scale_and_bounds(shape: tuple[int, ...], axis: int, bits: int) -> None:
+    channel = torch.linspace(0.5, 2, 6)
+    site, x = quantizer(bits, channel=channel, axis=axis), torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    scale, low, high = (table.detach().numpy() for table in site.tables())
+    bucket = np.asarray([2, 0, 2, 1])
+    codes = numpy_codes(x.numpy(), bucket, scale, low, high, channel.numpy(), axis)
+    np.testing.assert_array_equal(site(x).detach().numpy(), codes * of_sample(scale, bucket, x.dim()))
+    ratio, lows, highs = site.ratio(x)
+    np.testing.assert_array_equal(torch.clamp(torch.round(ratio), lows, highs).detach().numpy(), codes)
+
+
+def test_scale_and_zero_point_of_used_buckets_alone_receive_gradients() -> None:
+    buckets = BucketState()
+    buckets.current = torch.tensor([0, 2])
+    site = ActivationQuantizer(4, SCALE, ZERO_POINT, torch.ones(6), 1, buckets)
+    site(torch.tensor([[-9.0, 9.0] * 3, [-8.0, 7.0] * 3])).square().sum().backward()
+    for parameter in (site.log_shift, site.zero_point):
+        assert parameter.grad is not None
+        assert (parameter.grad != 0).tolist() == [True, False, True]
+
+
+def test_a_quantizer_called_outside_its_model_says_so() -> None:
+    with pytest.raises(RuntimeError, match="outside its QuantizedModel"):
+        ActivationQuantizer(4, SCALE, ZERO_POINT, torch.ones(6), 1, BucketState())(torch.zeros(4, 6))
+
+
+def quantized(layer: nn.Conv2d | nn.Linear, site: ActivationQuantizer, scale: torch.Tensor, bits: int) -> QuantizedLayer:
+    kind = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
+    return kind(layer, layer.weight.detach(), scale, bits, site)  # type: ignore[arg-type]
+
+
+LAYERS = {
+    "linear": lambda: (nn.Linear(6, 5), (4, 3, 6), 2),
+    "linear without bias": lambda: (nn.Linear(6, 5, bias=False), (4, 6), 1),
+    "conv": lambda: (nn.Conv2d(6, 5, 3, padding=1), (4, 6, 5, 5), 1),
+    "strided conv": lambda: (nn.Conv2d(6, 5, (3, 2), stride=(2, 1), padding=(0, 1)), (4, 6, 5, 5), 1),
+    "grouped dilated conv": lambda: (nn.Conv2d(6, 4, 2, groups=2, dilation=2, bias=False), (4, 6, 5, 5), 1),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_layer_is_scale_times_the_layer_on_codes_plus_bias(make: object, bits: int) -> None:
+    torch.manual_seed(0)
+    layer, shape, axis = make()  # type: ignore[operator]
+    x, site = torch.randn(shape), quantizer(axis=axis)
+    scale = torch.rand(layer.weight.shape[0]) * 0.05 + 0.01
+    result = quantized(layer, site, scale, bits)(x).detach()
+    # In float64 on integer codes, with the scale applied after the product and the bias last, as the deployed graph does it.
+    integer = layer.double()
+    bias = 0.0 if layer.bias is None else layer.bias.detach().view(-1, *[1] * (x.dim() - 2) if x.dim() == 4 else ())
+    codes = weight_codes(layer.weight.detach().float(), scale, bits).double()
+    integer.weight.data = codes * scale.double().view(-1, *[1] * (codes.dim() - 1))
+    integer.bias = None
+    ratio, low, high = site.ratio(x)
+    product = integer(torch.clamp(torch.round(ratio), low, high).detach().double()).detach()
+    expected = product * of_sample(SCALE.double(), torch.tensor([2, 0, 2, 1]), product.dim()) + bias
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_does_not_own_its_site() -> None:
+    layer = quantized(nn.Linear(6, 5), quantizer(), torch.ones(5), 4)
+    assert set(layer.state_dict()) == {"weight", "bias", "weight_scale"}
+    assert {name for name, _ in layer.named_parameters()} == {"weight", "bias"}
+
+
+def test_a_layer_copies_the_weights_it_was_made_from() -> None:
+    linear = nn.Linear(6, 5)
+    layer = quantized(linear, quantizer(), torch.ones(5), 4)
+    before = layer.weight.detach().clone()
+    with torch.no_grad():
+        linear.weight.zero_()
+    torch.testing.assert_close(layer.weight.detach(), before, rtol=0, atol=0)

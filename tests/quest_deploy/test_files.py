@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from quest_deploy import files
+from quest_deploy.errors import InputError
+from quest_deploy.files import (
+    atomic_file,
+    atomic_files,
+    atomic_folder,
+    read_json,
+    remove_temporaries,
+    sha256_of,
+    sha256_of_json,
+    write_json,
+)
+
+
+class Stop(Exception):
+    """What interrupts a write."""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_file_appears_whole_and_in_a_folder_that_did_not_exist(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    with atomic_file(path) as temporary:
+        temporary.write_text("half")
+        assert not path.exists()
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+    assert names(path.parent) == ["a.txt"]
+
+
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(Stop), atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise Stop
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_several_files_appear_together_beside_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "b").write_text("old")
+    with atomic_files(tmp_path, last="a") as temporary:
+        for name in "abc":
+            (temporary / name).write_text(name)
+        assert (tmp_path / "b").read_text() == "old"
+    assert names(tmp_path) == ["a", "b", "c", "kept"]
+    assert [(tmp_path / name).read_text() for name in "abc"] == ["a", "b", "c"]
+
+
+def test_the_last_of_several_files_is_renamed_after_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed = []
+    replace = files.os.replace
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (renamed.append(Path(b).name), replace(a, b)))
+    with atomic_files(tmp_path, last="b") as temporary:
+        for name in "abc":
+            (temporary / name).write_text(name)
+    assert sorted(renamed) == ["a", "b", "c"]
+    assert renamed[-1] == "b"
+
+
+def test_an_exception_leaves_none_of_several_files(tmp_path: Path) -> None:
+    with pytest.raises(Stop), atomic_files(tmp_path, last="a") as temporary:
+        (temporary / "a").write_text("half")
+        raise Stop
+    assert names(tmp_path) == []
+
+
+def test_a_folder_replaces_the_old_one_entirely(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for name in ("old", "new"):
+        with atomic_folder(path) as temporary:
+            (temporary / name).write_text(name)
+    assert names(path) == ["new"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_an_exception_leaves_the_old_folder(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with pytest.raises(Stop), atomic_folder(path) as temporary:
+        (temporary / "new").write_text("half")
+        raise Stop
+    assert names(path) == ["old"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+    replace = files.os.replace
+
+    def refuse_new(a: Path, b: Path) -> None:
+        if Path(b) == path and "-old-" not in Path(a).name:
+            raise OSError("disk trouble")
+        replace(a, b)
+
+    monkeypatch.setattr(files.os, "replace", refuse_new)
+    with pytest.raises(OSError, match="disk trouble"), atomic_folder(path) as temporary:
+        (temporary / "new").write_text("whole")
+    assert path.is_dir()
+    assert names(path) == ["old"]
+
+
+def test_what_a_killed_process_left_is_overwritten_and_can_be_removed(tmp_path: Path) -> None:
+    left = tmp_path / f"{files.TEMPORARY_PREFIX}{files.os.getpid()}-folder"
+    left.mkdir()
+    (left / "stale").write_text("stale")
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "new").write_text("new")
+    assert names(tmp_path / "folder") == ["new"]
+    (tmp_path / f"{files.TEMPORARY_PREFIX}1-a").write_text("half")
+    (tmp_path / f"{files.TEMPORARY_PREFIX}1-b").mkdir()
+    remove_temporaries(tmp_path)
+    assert names(tmp_path) == ["folder"]
+
+
+def test_json_survives_writing_and_reading(tmp_path: Path) -> None:
+    value = {"a": [1, 2.5, None, True], "ä": {"b": "c"}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+
+
+def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, 1)
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == 1
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{'a': 1}", b"\xff\xfe", b"[1] [2]", b"[" * 200_000], ids=lambda c: repr(c[:8]))
+def test_a_file_that_is_not_json_is_an_input_error_with_its_path(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.json"):
+        read_json(path)
+
+
+def test_a_missing_json_file_and_a_folder_in_its_place_are_input_errors_with_the_path(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.json does not exist"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "b.json").mkdir()
+    with pytest.raises(InputError, match=r"b\.json"):
+        read_json(tmp_path / "b.json")
+
+
+def test_a_json_file_beyond_the_limit_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_MAX_JSON_BYTES", 4)
+    path = tmp_path / "a.json"
+    path.write_text("1234")
+    assert read_json(path) == 1234
+    path.write_text("12345")
+    with pytest.raises(InputError, match=r"a\.json: expected .* at most 4 bytes, found 5"):
+        read_json(path)
+
+
+def test_hashes_are_sha256_of_the_bytes_and_of_canonical_json(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+    assert sha256_of_json({"b": 1, "a": [1, 2]}) == hashlib.sha256(b'{"a":[1,2],"b":1}').hexdigest()
+    assert sha256_of_json(json.loads('{"a": [1, 2], "b": 1}')) == sha256_of_json({"b": 1, "a": [1, 2]})
