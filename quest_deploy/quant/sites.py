@@ -84,7 +84,9 @@ def plan_quantization(model: nn.Module, probe: Mapping[str, Tensor], scheme: Sch
     seen = _execute(model, probe)
     if not seen:
         raise InputError("the model executes no Conv2d and no Linear layer: there is nothing to quantize")
-    ends = {seen[0].name, seen[-1].name}
+    # The first layer is the one that reads the sample; embeddings of the timestep may run before it.
+    sample = _content_hash(probe["sample"])
+    ends = {next((layer for layer in seen if layer.input_hash == sample), seen[0]).name, seen[-1].name}
 
     def bits_of(name: str, bits: int) -> int:
         return scheme.first_last_bits if name in ends else bits

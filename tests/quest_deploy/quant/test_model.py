@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from quest_deploy.checkpoint import Architecture, Checkpoint
 from quest_deploy.errors import InputError
+from quest_deploy.quant.affine import per_channel
 from quest_deploy.quant.model import QuantizedModel, build_float_model, conv_geometry, fold_channel
 from quest_deploy.scheme import Scheme
 from tests.helpers import numpy_layer, relative_error
@@ -144,13 +145,13 @@ def test_the_teacher_itself_is_left_alone(small_unet: nn.Module, small_checkpoin
 
 
 @torch.no_grad()
-def test_without_rounding_error_the_quantized_model_is_the_float_model(small_unet: nn.Module, small_checkpoint: Checkpoint, small_inputs: Inputs) -> None:  # fmt: skip  # noqa: E501
-    """With the quantizers' rounding switched off, folding and swapping change nothing but float rounding."""
+def test_without_rounding_the_quantized_model_is_the_float_model(
+    small_unet: nn.Module, small_checkpoint: Checkpoint, small_inputs: Inputs
+) -> None:
     student = QuantizedModel.from_checkpoint(small_checkpoint, small_unet)
     for layer in student.quantized_layers().values():
-        axis, channel = layer.site.axis, layer.site.channel
-        shape = lambda x, a=axis: [-1 if i == a else 1 for i in range(x.dim())]  # noqa: E731
-        layer.forward = lambda x, m=layer, c=channel, s=shape: m.compute(x / c.view(s(x)), m.weight)  # type: ignore[method-assign]
+        # The layer without its quantizers: only the folded channel vector and its inverse are left.
+        layer.forward = lambda x, m=layer: m.compute(x / per_channel(m.site.channel, x, m.site.axis), m.weight)  # type: ignore[method-assign]
     expected = small_unet(**small_inputs, return_dict=False)[0]
     torch.testing.assert_close(student(**small_inputs), expected, rtol=1e-3, atol=1e-4)
 

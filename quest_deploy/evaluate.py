@@ -1,0 +1,104 @@
+"""Quality, side by side: the FP32 model, the calibrated and the finetuned fake-quantized ones, the engines.
+
+All of them draw the same labels from the same noise, so their images can also be compared one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from quest_deploy.models.digit_quality import judge
+from quest_deploy.sampling import sample_images
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from quest_deploy.models.registry import DiffusionModel
+    from quest_deploy.sampling import Denoiser
+    from quest_deploy.scheme import Scheme
+    from quest_deploy.trajectories import Trajectories
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How images are drawn: ``images`` of them, labels taken in turn."""
+
+    images: int = 1000
+    steps: int = 20
+    guidance: float = 1.0
+    scheduler: str = "ddim"
+    seed: int = 2024
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One contestant's quality.
+
+    Attributes:
+        frechet_distance: to all real digits; lower is better.
+        accuracy: the share of images that show the digit asked for, in [0, 1].
+        pixel_mse: against FP32's images of the same noise, pixels in [-1, 1].
+        epsilon_mse: against FP32's predictions on FP32's trajectories, mean over each timestep bucket, [K].
+    """
+
+    frechet_distance: float
+    accuracy: float
+    pixel_mse: float
+    epsilon_mse: list[float]
+
+    def to_json(self) -> dict[str, Any]:
+        """The quality as a JSON value."""
+        return asdict(self)
+
+
+def draw(
+    model: DiffusionModel,
+    denoise: Denoiser,
+    options: SamplingOptions,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Draw the images to be judged, and their labels."""
+    labels = np.arange(options.images) % 10
+    images = sample_images(
+        model,
+        denoise,
+        labels,
+        scheduler=options.scheduler,
+        steps=options.steps,
+        guidance=options.guidance,
+        seed=options.seed,
+        on_progress=on_progress,
+    )
+    return images, labels
+
+
+def assess(
+    images: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    fp32_images: NDArray[np.float32],
+    epsilon_mse: list[float],
+) -> Quality:
+    """Judge one contestant's images against the real digits and against FP32's images."""
+    quality = judge(images, labels)
+    pixel_mse = float(np.square(images - fp32_images).mean())
+    return Quality(quality.frechet_distance, quality.accuracy, pixel_mse, epsilon_mse)
+
+
+@torch.no_grad()
+def epsilon_mse(denoise: Denoiser, trajectories: Trajectories, scheme: Scheme) -> list[float]:
+    """The mean squared difference of predictions on recorded trajectories, per bucket [K]; NaN for a bucket never visited."""
+    sums, counts = np.zeros(scheme.buckets), np.zeros(scheme.buckets)
+    samples = trajectories.sample.shape[1]
+    for step, timestep in enumerate(trajectories.timestep.tolist()):
+        inputs = trajectories.inputs(torch.full((samples,), step), torch.arange(samples))
+        error = (denoise(**inputs) - trajectories.output[step]).square().mean().item()
+        bucket = scheme.bucket_of(timestep)
+        sums[bucket] += error
+        counts[bucket] += 1
+    return [float(s / c) if c else float("nan") for s, c in zip(sums, counts, strict=True)]

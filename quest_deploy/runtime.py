@@ -1,0 +1,74 @@
+"""The bucket-aware runtime: an engine that is called like the UNet it replaces."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quest_deploy.engine.backends import get_backend
+from quest_deploy.engine.base import open_engine
+from quest_deploy.errors import InputError
+from quest_deploy.workspace import ENGINES
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from quest_deploy.engine.base import Runner
+    from quest_deploy.workspace import Workspace
+
+
+class EngineUNet:
+    """Predicts with an engine. A context manager; each sample of a batch may be at a timestep of its own.
+
+    >>> with EngineUNet.load(workspace, "openvino") as unet:            # doctest: +SKIP
+    ...     epsilon = unet.predict(sample, 501, encoder_hidden_states=tokens)
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    @classmethod
+    def load(cls, workspace: Workspace, backend: str) -> EngineUNet:
+        """Open a workspace's engine, its record and its files checked; raise InputError where there is none that can run here."""
+        workspace.require(f"build-engine/{backend}")
+        return cls(open_engine(get_backend(backend), workspace.path(ENGINES, backend)))
+
+    def predict(
+        self, sample: NDArray[Any], timestep: NDArray[Any] | float, **conditions: NDArray[Any]
+    ) -> NDArray[np.float32]:
+        """Run the engine once.
+
+        Args:
+            sample: [B, ...], any float dtype.
+            timestep: [B], or one number for the whole batch; integers and floats alike.
+            conditions: each [B, ...].
+
+        Raises:
+            InputError: batch sizes that differ.
+        """
+        batch = len(sample)
+        steps = np.asarray(timestep, np.float32)
+        steps = np.full(batch, steps) if steps.ndim == 0 else steps
+        feeds = {"sample": sample, "timestep": steps, **conditions}
+        wrong = {name: len(value) for name, value in feeds.items() if len(value) != batch}
+        if wrong:
+            raise InputError(f"expected a batch of {batch}, as in sample; found {wrong}")
+        outputs = self._runner.infer({name: np.asarray(value, np.float32) for name, value in feeds.items()})
+        return next(iter(outputs.values()))
+
+    def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        """The same on torch tensors: a :class:`quest_deploy.sampling.Denoiser`."""
+        import torch
+
+        arrays = {name: value.numpy() for name, value in conditions.items()}
+        return torch.from_numpy(self.predict(sample.numpy(), timestep.numpy(), **arrays))
+
+    def __enter__(self) -> EngineUNet:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._runner.close()

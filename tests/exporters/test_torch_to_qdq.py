@@ -1,0 +1,285 @@
+"""The portable graph of a small UNet, against the ONNX specification's evaluator, onnxruntime and the fake-quantized model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from exporters.editor import array_of
+from exporters.graph_info import GraphInfo, graph_info, load_graph, save_graph
+from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
+from exporters.torch_to_qdq import portable_graph
+from quest_deploy.errors import InputError
+from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
+from quest_deploy.quant.model import QuantizedModel
+from quest_deploy.scheme import Scheme
+from quest_deploy.trajectories import Trajectories
+from tests.helpers import Array, Feeds, numpy_layer, op_counts, proto_of, relative_error, run, run_reference, session, site_codes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from quest_deploy.checkpoint import Checkpoint
+
+BATCH = 5
+
+
+@pytest.fixture(scope="module")
+def feeds(small_inputs: dict[str, torch.Tensor]) -> Feeds:
+    return {name: value.numpy() for name, value in small_inputs.items()}
+
+
+@pytest.fixture(scope="module")
+def info(small_proto: onnx.ModelProto) -> GraphInfo:
+    return graph_info(ir.from_proto(small_proto))
+
+
+@pytest.fixture(scope="module")
+def torch_values(small_checkpoint: Checkpoint, small_inputs: dict[str, torch.Tensor]) -> dict[str, tuple[Array, Array]]:
+    """Each layer's input and output in the fake-quantized model, and the model's own output under ""."""
+    model = QuantizedModel.from_checkpoint(small_checkpoint).eval()
+    seen: dict[str, tuple[Array, Array]] = {}
+    for name, layer in model.quantized_layers().items():
+        layer.register_forward_hook(lambda m, a, o, n=name: seen.__setitem__(n, (a[0].detach().numpy(), o.detach().numpy())))
+    output = model(**small_inputs).detach().numpy()
+    return seen | {"": (output, output)}
+
+
+@pytest.fixture(scope="module")
+def bucket(small_checkpoint: Checkpoint, feeds: Feeds) -> Array:
+    return np.asarray([small_checkpoint.scheme.bucket_of(float(t)) for t in feeds["timestep"]])
+
+
+def test_the_graph_passes_the_full_check(small_proto: onnx.ModelProto) -> None:
+    onnx.checker.check_model(small_proto, full_check=True)
+
+
+def test_opsets_and_ir_version_are_the_published_ones(small_proto: onnx.ModelProto) -> None:
+    assert small_proto.ir_version == 10
+    assert {o.domain: o.version for o in small_proto.opset_import} == {"": 21, "quest": 1}
+    assert [(f.domain, f.name) for f in small_proto.functions] == [("quest", "TimestepQuantize")]
+
+
+def test_inputs_and_outputs_have_the_published_names_types_and_a_dynamic_batch(small_graph: ir.Model) -> None:
+    def described(values: list[ir.Value]) -> dict[str | None, tuple[ir.DataType | None, list[object]]]:
+        return {v.name: (v.dtype, [d.value if isinstance(d, ir.SymbolicDim) else d for d in v.shape or ()]) for v in values}
+
+    assert described(list(small_graph.graph.inputs)) == {
+        "sample": (ir.DataType.FLOAT, ["batch", 2, 4, 4]),
+        "timestep": (ir.DataType.FLOAT, ["batch"]),
+        "encoder_hidden_states": (ir.DataType.FLOAT, ["batch", 3, 8]),
+    }
+    assert described(list(small_graph.graph.outputs)) == {"out_sample": (ir.DataType.FLOAT, ["batch", 2, 4, 4])}
+
+
+def test_there_is_one_quantizer_a_site_and_no_other_node_of_ours(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
+    ours = [node for node in small_graph.graph if node.domain]
+    assert {node.op_identifier()[:2] for node in ours} == {("quest", "TimestepQuantize")}
+    assert sorted(node.outputs[0].name or "" for node in ours) == sorted(f"{name}.codes" for name in small_checkpoint.sites)
+
+
+def test_layers_that_share_a_site_read_its_one_quantizer(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
+    values = ir.convenience.create_value_mapping(small_graph.graph)
+    for site in small_checkpoint.sites.values():
+        readers = {node.outputs[0].name for node in values[f"{site.name}.codes"].consumers()}
+        assert len(readers) == len(site.layers), site.name
+    sizes = sorted(len(site.layers) for site in small_checkpoint.sites.values() if len(site.layers) > 1)
+    attentions = sum(name.endswith("attn1.to_q") for name in small_checkpoint.layers)
+    resnets = sum(name.endswith("time_emb_proj") for name in small_checkpoint.layers)
+    assert sizes == sorted([*[3] * attentions, 2 * attentions, resnets])
+
+
+def test_weights_are_stored_as_the_checkpoints_integers_at_their_own_width(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
+    for name, layer in small_checkpoint.layers.items():
+        weight = small_graph.graph.initializers[f"{name}.weight"]
+        assert weight.dtype == (ir.DataType.INT4 if layer.weight_bits == 4 else ir.DataType.INT8)
+        codes = layer.weight_codes if layer.conv else layer.weight_codes.T
+        np.testing.assert_array_equal(array_of(weight).astype(np.int8), codes)
+        assert weight.const_value is not None
+        assert weight.const_value.nbytes == (codes.size * layer.weight_bits + 7) // 8
+
+
+def test_no_float_weight_of_a_quantized_layer_is_in_the_graph(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
+    largest = max(array_of(v).size for v in small_graph.graph.initializers.values() if v.dtype is ir.DataType.FLOAT)
+    assert largest <= max(layer.weight_codes.shape[0] for layer in small_checkpoint.layers.values())
+
+
+def test_every_dequantizer_has_an_explicit_zero_point_of_zeros_and_activations_have_unit_scale(small_graph: ir.Model) -> None:
+    for node in small_graph.graph:
+        if node.op_type == "DequantizeLinear":
+            value, scale, zero = node.inputs
+            assert value is not None
+            assert scale is not None
+            assert zero is not None
+            assert zero.dtype == value.dtype
+            assert not array_of(zero).astype(np.int8).any()
+            if value.const_value is None:
+                assert array_of(scale) == 1
+
+
+def test_the_metadata_names_scheme_checkpoint_and_every_layer_and_site(
+    small_graph: ir.Model, info: GraphInfo, small_checkpoint: Checkpoint
+) -> None:
+    assert (info.scheme, info.checkpoint_sha256) == (small_checkpoint.scheme, "ab" * 32)
+    assert list(info.layers) == list(small_checkpoint.layers)
+    assert list(info.sites) == list(small_checkpoint.sites)
+    values = ir.convenience.create_value_mapping(small_graph.graph)
+    for name, layer in info.layers.items():
+        data = small_checkpoint.layers[name]
+        assert (layer.weight_bits, layer.macs) == (data.weight_bits, data.macs)
+        assert layer.site == small_checkpoint.site_of(name).name
+        assert {layer.output, layer.weight} <= values.keys()
+    for name, site in info.sites.items():
+        assert site.bits == small_checkpoint.sites[name].bits
+        quantizer = values[site.codes].producer()
+        assert quantizer is not None
+        assert quantizer.inputs[0] is values[site.input]
+
+
+def test_the_graphs_bucket_is_the_schemes_on_and_around_every_edge(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
+    edges = np.asarray(small_checkpoint.scheme.bucket_edges, np.float32)
+    down, up = (np.nextafter(edges, np.float32(end)) for end in (0, 1e6))
+    timesteps = np.concatenate([edges, down, up, np.float32([0, 999, 0.5, 1000])])
+    (found,) = run(cut_bucket(small_graph), {"timestep": timesteps})
+    assert found.dtype == np.int64
+    assert found.tolist() == [small_checkpoint.scheme.bucket_of(float(t)) for t in timesteps]
+
+
+def test_every_site_gives_the_codes_of_numpy(
+    small_proto: onnx.ModelProto, info: GraphInfo, small_checkpoint: Checkpoint, torch_values: dict[str, tuple[Array, Array]], bucket: Array
+) -> None:
+    graph = ir.from_proto(small_proto)
+    for name, site in small_checkpoint.sites.items():
+        x = torch_values[site.layers[0]][0]
+        (found,) = run(cut_codes(graph, info, name), {info.sites[name].input: x, "bucket": bucket})
+        np.testing.assert_array_equal(found, site_codes(site, x, bucket), err_msg=name)
+
+
+@pytest.mark.parametrize("runtime", ["reference", "onnxruntime", "onnxruntime optimized"])
+def test_every_layer_agrees_with_the_fake_quantized_model_on_that_models_inputs(
+    small_proto: onnx.ModelProto,
+    info: GraphInfo,
+    small_checkpoint: Checkpoint,
+    torch_values: dict[str, tuple[Array, Array]],
+    bucket: Array,
+    runtime: str,
+) -> None:
+    graph = ir.from_proto(small_proto)
+    for name, layer in info.layers.items():
+        x, y = torch_values[name]
+        cut, inputs = cut_layer(graph, info, name), {info.sites[layer.site].input: x, "bucket": bucket}
+        (found,) = run_reference(cut, inputs) if runtime == "reference" else run(cut, inputs, optimized=runtime.endswith("optimized"))
+        assert relative_error(found, y) < 1e-6, name
+        assert relative_error(found, numpy_layer(small_checkpoint, name, x, bucket)) < 1e-6, name
+
+
+def with_codes(proto: onnx.ModelProto, info: GraphInfo) -> onnx.ModelProto:
+    """The graph with every site's codes as further outputs."""
+    model = ir.from_proto(proto)
+    values = ir.convenience.create_value_mapping(model.graph)
+    model.graph.outputs.extend(values[site.codes] for site in info.sites.values())
+    return proto_of(model)
+
+
+def test_end_to_end_runtimes_agree_for_every_sample_without_a_flipped_tie(
+    small_proto: onnx.ModelProto, info: GraphInfo, small_checkpoint: Checkpoint, torch_values: dict[str, tuple[Array, Array]], feeds: Feeds,
+    bucket: Array,
+) -> None:  # fmt: skip
+    graph = with_codes(small_proto, info)
+    from_torch = [site_codes(site, torch_values[site.layers[0]][0], bucket) for site in small_checkpoint.sites.values()]
+    results = {"reference": run_reference(graph, feeds), "onnxruntime": run(graph, feeds)}
+    for runtime, (output, *codes) in results.items():
+        same = np.ones(BATCH, bool)
+        for ours, theirs in zip(codes, from_torch, strict=True):
+            same &= (ours == theirs).reshape(BATCH, -1).all(1)
+        assert same.sum() >= BATCH - 2, f"{runtime}: flipped ties in most samples, which chance does not explain"
+        assert relative_error(output[same], torch_values[""][0][same]) < 2e-5, runtime
+
+
+def test_a_batch_that_mixes_timesteps_equals_each_sample_alone(small_proto: onnx.ModelProto, feeds: Feeds) -> None:
+    infer = session(small_proto)
+    (together,) = infer(feeds)
+    for i in range(BATCH):
+        (alone,) = infer({name: value[i : i + 1] for name, value in feeds.items()})
+        np.testing.assert_allclose(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bucket_and_not_only_the_time_embedding_follows_the_timestep(
+    small_proto: onnx.ModelProto, info: GraphInfo, torch_values: dict[str, tuple[Array, Array]], bucket: Array
+) -> None:
+    x = torch_values["conv_out"][0]
+    infer = session(cut_layer(ir.from_proto(small_proto), info, "conv_out"))
+    name = info.sites["conv_out"].input
+    moved = infer({name: x, "bucket": (bucket + 1) % 4})[0]
+    assert (np.abs(moved - infer({name: x, "bucket": bucket})[0]).reshape(BATCH, -1).max(1) > 0).all()
+
+
+@pytest.fixture(scope="module")
+def plain_unet() -> torch.nn.Module:
+    """A UNet without attention and conditions, 15 layers: quick to export."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "mid_block_type": None}
+    return UNet2DModel(4, 2, 2, layers_per_block=1, block_out_channels=(4,), norm_num_groups=2, **blocks).eval()
+
+
+@pytest.mark.parametrize("buckets", [1, 1000])
+def test_one_bucket_and_one_bucket_a_training_step_both_export_and_agree_with_the_model(
+    plain_unet: torch.nn.Module, buckets: int
+) -> None:
+    sample = torch.randn(1, 2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    recorded = Trajectories(sample, torch.tensor([500.0]), sample, {})
+    options = CalibrationOptions(method=RangeMethod.MINMAX)
+    one = calibrate("plain", plain_unet, recorded, Scheme.parse("w8a8", buckets=1), options)
+    # Calibrating 1000 buckets takes long, and any scales will do here.
+    scales = np.random.default_rng(0).uniform(0.8, 1.25, buckets).astype(np.float32)
+    sites = {
+        name: dataclasses.replace(
+            site, scale=site.scale[0] * scales, low=site.low[0] * np.ones_like(scales), high=site.high[0] * np.ones_like(scales)
+        )
+        for name, site in one.sites.items()
+    }
+    checkpoint = dataclasses.replace(one, scheme=Scheme.parse("w8a8", buckets=buckets), sites=sites)
+    inputs = {"sample": torch.randn(4, 2, 4, 4), "timestep": torch.tensor([0.0, 998.5, 999.0, 417.0])}
+    graph = portable_graph(checkpoint, inputs, "")
+    feeds = {name: value.numpy() for name, value in inputs.items()}
+    onnx.checker.check_model(proto_of(graph), full_check=True)
+    found = run(cut_bucket(graph), feeds)[0].tolist()
+    assert found == ([0] * 4 if buckets == 1 else [0, 998, 999, 417])
+    expected = QuantizedModel.from_checkpoint(checkpoint).eval()(**inputs).detach().numpy()
+    # Eight bits: a flipped tie would show as a difference of about a hundredth.
+    assert relative_error(run(graph, feeds)[0], expected) < 0.02
+
+
+def test_a_saved_graph_loads_again_and_computes_the_same(small_proto: onnx.ModelProto, feeds: Feeds, tmp_path: Path) -> None:
+    save_graph(ir.from_proto(small_proto), tmp_path / "model.onnx")
+    loaded = load_graph(tmp_path / "model.onnx")
+    assert graph_info(loaded) == graph_info(ir.from_proto(small_proto))
+    onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
+    reloaded = onnx.load(tmp_path / "model.onnx")
+    np.testing.assert_array_equal(run(reloaded, feeds)[0], run(small_proto, feeds)[0])
+
+
+def test_a_graph_that_is_missing_damaged_or_foreign_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.onnx does not exist"):
+        load_graph(tmp_path / "a.onnx")
+    (tmp_path / "b.onnx").write_bytes(b"not a graph")
+    with pytest.raises(InputError, match=r"b\.onnx: not a readable ONNX file"):
+        load_graph(tmp_path / "b.onnx")
+    foreign = ir.from_onnx_text('<ir_version: 10, opset_import: ["" : 21]> g (float[1] x) => (float[1] y) { y = Abs(x) }')
+    with pytest.raises(InputError, match="quest-deploy export"):
+        graph_info(foreign)
+
+
+def test_exporting_leaves_counts_of_layers_as_products(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
+    counts, linears = op_counts(small_graph), sum(layer.conv is None for layer in small_checkpoint.layers.values())
+    assert counts["Conv"] == len(small_checkpoint.layers) - linears
+    attentions = sum(name.endswith(".to_q") for name in small_checkpoint.layers)
+    assert counts["MatMul"] == linears + 2 * attentions
