@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from torch import nn
+
     from quest_deploy.models.registry import DiffusionModel
 
 
@@ -65,3 +67,13 @@ def sample_images(
         latents = schedule.step(prediction, timestep, latents, **extra).prev_sample
         on_progress(i + 1, len(schedule.timesteps))
     return model.images(latents.float().numpy())
+
+
+def float_denoiser(unet: nn.Module) -> Denoiser:
+    """A diffusers UNet as a denoiser."""
+
+    def denoise(sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        prediction: Tensor = unet(sample, timestep, **conditions, return_dict=False)[0]
+        return prediction
+
+    return denoise

@@ -88,19 +88,11 @@ class Workspace:
 
     @classmethod
     def create(cls, root: Path, model: str, scheme: Scheme) -> Workspace:
-        """Open the workspace at ``root``, making it if there is none; raise InputError where it is of another model or scheme."""
-        if (root / MANIFEST).exists():
-            workspace = cls.open(root)
-            if (workspace.model, workspace.scheme) != (model, scheme):
-                raise InputError(
-                    f"{root} holds {_describe(workspace.model, workspace.scheme)}, not {_describe(model, scheme)}; "
-                    "give another folder with -w"
-                )
-            return workspace
+        """Make a new workspace; raise InputError where the folder holds something already."""
         if root.exists() and not root.is_dir():
             raise InputError(f"{root} is a file, not a folder; give another one with -w")
         if root.exists() and any(root.iterdir()):
-            raise InputError(f"{root} is neither empty nor a workspace; give another folder with -w")
+            raise InputError(f"{root} is not empty; give another folder with -w")
         root.mkdir(parents=True, exist_ok=True)
         workspace = cls(root, model, scheme, {})
         workspace._write()
@@ -172,11 +164,6 @@ class Workspace:
         self._write()
         return record
 
-    def forget(self, stage: str) -> None:
-        """Take ``stage`` out of the manifest, as before it is run again: what it leaves meanwhile counts as unfinished."""
-        if self.stages.pop(stage, None) is not None:
-            self._write()
-
     def _write(self) -> None:
         stages = {name: asdict(record) for name, record in self.stages.items()}
         content = {
@@ -214,6 +201,3 @@ def _problem(path: Path, entry: dict[str, Any]) -> str | None:
         return "was changed since it was written (its SHA-256 is not the manifest's)"
     return None
 
-
-def _describe(model: str, scheme: Scheme) -> str:
-    return f"{model} at {scheme.name} with {scheme.buckets} buckets ({scheme.granularity.value})"

@@ -108,14 +108,16 @@ def op_counts(model: ir.Model) -> dict[str, int]:
 
 
 def graph_from_text(text: str, **initializers: Array) -> ir.Model:
-    """A model from ONNX's textual syntax, at our opset, with the op's function and further initializers."""
-    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21, "quest" : 1, "quest.export" : 1]>\n{text}')
-    for name, array in initializers.items():
-        value = next((v for node in model.graph for v in node.inputs if v is not None and v.name == name), None)
-        assert value is not None, f"nothing reads {name}"
-        value.const_value = ir.tensor(array, name=name)
-        value.shape, value.dtype = ir.Shape(array.shape), value.const_value.dtype
-        model.graph.initializers[name] = value
+    """A model from ONNX's textual syntax, at our opset, with the op's function and further initializers.
+
+    An initializer "a.b" is written a_b in the text, which knows no dots.
+    """
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21, "quest" : 1, "quest.export" : 1]>\n{text}')
+    dotted = {name.replace(".", "_"): name for name in initializers}
+    for node in proto.graph.node:
+        node.input[:] = [dotted.get(name, name) for name in node.input]
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in initializers.items())
+    model = ir.from_proto(proto)
     function = timestep_quantize.function_body()
     model.functions[function.identifier()] = function
     return model
@@ -129,11 +131,14 @@ def relative_error(found: Array, expected: Array) -> float:
 HAND_TEXT = """
 hand (float[batch,2,6,6] sample, float[batch] timestep, float[batch,3,5] tokens)
   => (float[batch,3,3,4] image, float[batch,3,7] first, float[batch,3,6] second)
+  <float[batch,4,3,4] inner, float[batch,3,7] q, float[batch,3,6] k>
 {
   inner = quest.export.Layer <layer = "conv"> (sample)
   image = quest.export.Layer <layer = "last"> (inner)
-  first = quest.export.Layer <layer = "to_q"> (tokens)
-  second = quest.export.Layer <layer = "to_k"> (tokens)
+  q = quest.export.Layer <layer = "to_q"> (tokens)
+  k = quest.export.Layer <layer = "to_k"> (tokens)
+  first = Neg (q)
+  second = Identity (k)
 }
 """
 """A skeleton of :func:`hand_checkpoint`'s layers: a grouped 4-bit Conv, an 8-bit Conv without bias, two Linears that share a site."""

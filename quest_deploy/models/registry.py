@@ -51,10 +51,15 @@ class DiffusionModel(Protocol):
         """Decode latents [B, ...] to images [B, C, H, W] in [-1, 1]."""
 
 
+def check_model_name(name: str) -> None:
+    """Raise InputError where no model is called ``name``."""
+    if name not in MODEL_NAMES:
+        raise InputError(f"unknown model {name!r}: expected one of {', '.join(MODEL_NAMES)}")
+
+
 def load_model(name: str) -> DiffusionModel:
     """The model called ``name``; raise InputError where there is none."""
-    if name == "tiny":
-        from quest_deploy.models.tiny import TinyModel
+    check_model_name(name)
+    from quest_deploy.models.tiny import TinyModel
 
-        return TinyModel()
-    raise InputError(f"unknown model {name!r}: expected one of {', '.join(MODEL_NAMES)}")
+    return TinyModel()

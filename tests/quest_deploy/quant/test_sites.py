@@ -26,8 +26,8 @@ class Attention(nn.Module):
         self.conv = nn.Conv2d(2, 4, 3, stride=2, padding=1)
         self.unused = nn.Linear(4, 4)
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.conv(x).flatten(2).transpose(1, 2)
+    def forward(self, sample: Tensor) -> Tensor:
+        tokens = self.conv(sample).flatten(2).transpose(1, 2)
         output: Tensor = self.out(torch.tanh(self.q(tokens)) * self.k(tokens.clone()) + self.v(tokens))
         return output
 
@@ -35,7 +35,7 @@ class Attention(nn.Module):
 @pytest.fixture(scope="module")
 def plan() -> QuantizationPlan:
     torch.manual_seed(0)
-    return plan_quantization(Attention(), {"x": torch.randn(2, 2, 6, 6)}, W4A4)
+    return plan_quantization(Attention(), {"sample": torch.randn(2, 2, 6, 6)}, W4A4)
 
 
 def test_layers_and_sites_come_in_execution_order_and_unexecuted_layers_are_left_out(plan: QuantizationPlan) -> None:
@@ -52,6 +52,13 @@ def test_the_first_and_the_last_layer_get_the_schemes_own_bits(plan: Quantizatio
     assert [site.bits for site in plan.sites] == [8, 4, 8]
 
 
+def test_the_first_layer_is_the_one_that_reads_the_sample_though_an_embedding_runs_before_it(small_checkpoint: Checkpoint) -> None:
+    bits = {name: layer.weight_bits for name, layer in small_checkpoint.layers.items()}
+    assert next(iter(bits)) == "time_embedding.linear_1"
+    assert {name for name, width in bits.items() if width == 8} == {"conv_in", "conv_out"}
+    assert {name for name, site in small_checkpoint.sites.items() if site.bits == 8} == {"conv_in", "conv_out"}
+
+
 def test_the_channel_axis_is_1_for_a_convolution_and_the_last_for_a_linear(plan: QuantizationPlan) -> None:
     assert [site.axis for site in plan.sites] == [1, 2, 2]
 
@@ -66,11 +73,11 @@ def test_a_site_shared_with_an_8_bit_layer_has_8_bits() -> None:
             super().__init__()
             self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
 
-        def forward(self, x: Tensor) -> Tensor:
-            output: Tensor = self.c(self.a(x) + self.b(x))
+        def forward(self, sample: Tensor) -> Tensor:
+            output: Tensor = self.c(self.a(sample) + self.b(sample))
             return output
 
-    plan = plan_quantization(Two(), {"x": torch.randn(2, 4)}, W4A4)
+    plan = plan_quantization(Two(), {"sample": torch.randn(2, 4)}, W4A4)
     assert [(site.layers, site.bits) for site in plan.sites] == [(("a", "b"), 8), (("c",), 8)]
     assert [layer.weight_bits for layer in plan.layers] == [8, 4, 8]
 
@@ -81,21 +88,21 @@ def test_layers_that_read_one_tensor_along_different_channel_axes_do_not_share_a
             super().__init__()
             self.conv, self.linear = nn.Conv2d(4, 4, 1), nn.Linear(4, 4)
 
-        def forward(self, x: Tensor) -> Tensor:
-            output: Tensor = self.conv(x) + self.linear(x)
+        def forward(self, sample: Tensor) -> Tensor:
+            output: Tensor = self.conv(sample) + self.linear(sample)
             return output
 
-    plan = plan_quantization(Both(), {"x": torch.randn(2, 4, 4, 4)}, W4A4)
+    plan = plan_quantization(Both(), {"sample": torch.randn(2, 4, 4, 4)}, W4A4)
     assert [(site.layers, site.axis) for site in plan.sites] == [(("conv",), 1), (("linear",), 3)]
 
 
 def test_a_model_without_layers_is_refused() -> None:
     class Nothing(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x
+        def forward(self, sample: Tensor) -> Tensor:
+            return sample
 
     with pytest.raises(InputError, match="nothing to quantize"):
-        plan_quantization(Nothing(), {"x": torch.randn(2, 4)}, W4A4)
+        plan_quantization(Nothing(), {"sample": torch.randn(2, 4)}, W4A4)
 
 
 def test_a_layer_that_runs_twice_is_refused_by_name_and_no_hook_stays() -> None:
@@ -104,13 +111,13 @@ def test_a_layer_that_runs_twice_is_refused_by_name_and_no_hook_stays() -> None:
             super().__init__()
             self.again = nn.Linear(4, 4)
 
-        def forward(self, x: Tensor) -> Tensor:
-            output: Tensor = self.again(self.again(x))
+        def forward(self, sample: Tensor) -> Tensor:
+            output: Tensor = self.again(self.again(sample))
             return output
 
     model = Twice()
     with pytest.raises(InputError, match="again runs twice"):
-        plan_quantization(model, {"x": torch.randn(2, 4)}, W4A4)
+        plan_quantization(model, {"sample": torch.randn(2, 4)}, W4A4)
     assert not model.again._forward_hooks
 
 

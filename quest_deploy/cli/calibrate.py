@@ -1,0 +1,117 @@
+"""`quest-deploy calibrate`: choose every scale from the FP32 model's own sampling trajectories (PTQ)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quest_deploy.cli.console import Console, size
+from quest_deploy.cli.options import (
+    BitsOption,
+    BucketsOption,
+    GranularityOption,
+    JsonOption,
+    ModelOption,
+    WorkspaceOption,
+    create_workspace,
+)
+from quest_deploy.cli.stage import run_stage
+from quest_deploy.errors import InputError
+from quest_deploy.workspace import CALIBRATED, TRAJECTORIES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from quest_deploy.cli.console import Update
+    from quest_deploy.workspace import Workspace
+
+SAMPLES, STEPS = 256, 20
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrateOptions:
+    """``steps`` DDIM steps (at least one a bucket) of ``samples`` samplings; ``method`` chooses the clip ranges."""
+
+    samples: int = SAMPLES
+    steps: int = STEPS
+    method: str = "mse"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in ("mse", "minmax"):
+            raise InputError(f"unknown calibration method {self.method!r}: expected mse or minmax")
+        if self.samples < 1 or self.steps < 1:
+            raise InputError("calibration needs at least one sample and one step")
+
+
+def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOptions, *, reuse: bool = False) -> dict[str, Any]:
+    """Record trajectories and calibrate; writes trajectories.safetensors and calibrated.safetensors."""
+
+    def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
+        from quest_deploy.checkpoint import save_checkpoint
+        from quest_deploy.models.registry import load_model
+        from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
+        from quest_deploy.trajectories import record_trajectories
+
+        model = load_model(workspace.model)
+        unet = model.load_unet()
+        steps = max(options.steps, workspace.scheme.buckets)
+        trajectories = record_trajectories(
+            model,
+            unet,
+            steps=steps,
+            samples=options.samples,
+            seed=options.seed,
+            on_progress=lambda done, total: update("recording trajectories", done, total),
+        )
+        settings = CalibrationOptions(RangeMethod(options.method), seed=options.seed)
+        checkpoint = calibrate(workspace.model, unet, trajectories, workspace.scheme, settings, update)
+        trajectories.save(workspace.path(TRAJECTORIES))
+        save_checkpoint(checkpoint, workspace.path(CALIBRATED))
+        weights, macs = checkpoint.share_at(4)
+        details = {
+            "layers": len(checkpoint.layers),
+            "sites": len(checkpoint.sites),
+            "buckets": workspace.scheme.buckets,
+            "weights_at_4_bits": weights,
+            "macs_at_4_bits": macs,
+            "checkpoint_bytes": workspace.path(CALIBRATED).stat().st_size,
+        }
+        return [workspace.path(TRAJECTORIES), workspace.path(CALIBRATED)], details
+
+    return run_stage(
+        workspace, console, "calibrate", inputs=(), options=dataclasses.asdict(options), reuse=reuse, work=work
+    )
+
+
+def describe(workspace: Workspace, details: dict[str, Any]) -> str:
+    """The details in words."""
+    return (
+        f"{workspace.model} at {workspace.scheme.name}: {details['layers']} layers read {details['sites']} tensors, each with "
+        f"{details['buckets']} activation scales\n"
+        f"4-bit share: {details['weights_at_4_bits']:.1%} of the weights, {details['macs_at_4_bits']:.1%} of the multiply-adds\n"
+        f"{workspace.path(CALIBRATED)} ({size(details['checkpoint_bytes'])})"
+    )
+
+
+def calibrate(
+    workspace: WorkspaceOption = None,
+    model: ModelOption = None,
+    bits: BitsOption = None,
+    buckets: BucketsOption = None,
+    granularity: GranularityOption = None,
+    method: Annotated[str, typer.Option(help="How clip ranges are chosen: mse or minmax.")] = "mse",
+    samples: Annotated[int, typer.Option(min=1, help="Samplings to record.")] = SAMPLES,
+    steps: Annotated[int, typer.Option(min=1, help="DDIM steps of each; at least the number of buckets is taken.")] = STEPS,
+    seed: int = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize the FP32 model by calibration alone (PTQ), data-free."""
+    console = Console(as_json=as_json)
+    options = CalibrateOptions(samples, steps, method, seed)
+    opened = create_workspace(workspace, model, bits, buckets, granularity)
+    details = calibrate_stage(opened, console, options)
+    console.result({"workspace": str(opened.root), **details}, describe(opened, details))

@@ -1,0 +1,50 @@
+"""`quest-deploy doctor`: what this machine can build and run, and what to install for the rest."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from quest_deploy.cli.console import Console, table
+from quest_deploy.cli.options import JsonOption
+from quest_deploy.engine.backends import BACKENDS
+from quest_deploy.engine.base import EngineOptions, processor_name
+from quest_deploy.engine.tensorrt import gpu_count
+from quest_deploy.errors import InputError
+from quest_deploy.workspace import versions
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine can build and run, and what to install for the rest."""
+    console = Console(as_json=as_json)
+    backends = {}
+    for name, backend in BACKENDS.items():
+        providers = ("cpu", "cuda", "tensorrt") if name == "onnxruntime" else ("cpu",)
+        for provider in providers:
+            options = EngineOptions(provider=provider)
+            label = name if provider == "cpu" else f"{name} --provider {provider}"
+            backends[label] = {"build": _problem(backend.check_build, options), "run": _problem(backend.check_run, options)}
+    machine = {
+        "processor": processor_name(),
+        "gpus": gpu_count(),
+        "free_disk_bytes": shutil.disk_usage(".").free,
+        "versions": versions(),
+    }
+    rows = [[name, "yes" if s["build"] is None else "no", "yes" if s["run"] is None else "no"] for name, s in backends.items()]
+    remedies = dict.fromkeys(problem for s in backends.values() for problem in s.values() if problem)
+    console.result(
+        {"machine": machine, "backends": backends},
+        f"{machine['processor']}, {machine['gpus']} NVIDIA GPUs, {machine['free_disk_bytes'] / 1e9:.0f} GB free here",
+        ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
+        table(["backend", "builds", "runs"], rows),
+        "onnxruntime runs linears as INT8 and convolutions in float; openvino and TensorRT run both as INT8",
+        *(f"- {remedy}" for remedy in remedies),
+    )
+
+
+def _problem(check: Any, options: EngineOptions) -> str | None:
+    try:
+        check(options)
+    except InputError as e:
+        return str(e)
+    return None

@@ -1,0 +1,89 @@
+"""`quest-deploy export`: the portable QDQ graph with one activation-scale set per timestep bucket."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy.cli.calibrate import CalibrateOptions, calibrate_stage
+from quest_deploy.cli.console import Console, size
+from quest_deploy.cli.options import (
+    BitsOption,
+    BucketsOption,
+    GranularityOption,
+    JsonOption,
+    ModelOption,
+    WorkspaceOption,
+    create_workspace,
+)
+from quest_deploy.cli.stage import run_stage
+from quest_deploy.files import atomic_files, sha256_of
+from quest_deploy.workspace import GRAPH, TRAJECTORIES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from quest_deploy.cli.console import Update
+    from quest_deploy.workspace import Workspace
+
+
+def export_stage(workspace: Workspace, console: Console, *, reuse: bool = False) -> dict[str, Any]:
+    """Export the checkpoint, calibrating one first where there is none; writes unet.onnx and unet.onnx.data."""
+    if "finetune" not in workspace.stages:
+        console.warn("no finetuned checkpoint in this workspace: exporting a calibrated one (PTQ), which is less accurate")
+        if "calibrate" not in workspace.stages:
+            calibrate_stage(workspace, console, CalibrateOptions())
+
+    def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
+        import onnx
+
+        from exporters.graph_info import save_graph
+        from exporters.torch_to_qdq import portable_graph
+        from quest_deploy.checkpoint import load_checkpoint
+        from quest_deploy.trajectories import Trajectories
+
+        checkpoint = load_checkpoint(workspace.checkpoint_path)
+        example = next(Trajectories.load(workspace.path(TRAJECTORIES)).batches(2))
+        update("tracing the model", 0, 2)
+        graph = portable_graph(checkpoint, example, sha256_of(workspace.checkpoint_path))
+        update("checking the graph", 1, 2)
+        with atomic_files(workspace.root, last=GRAPH) as folder:
+            save_graph(graph, folder / GRAPH)
+            onnx.checker.check_model(str(folder / GRAPH), full_check=True)
+        update("checking the graph", 2, 2)
+        files = [workspace.path(GRAPH), workspace.path(f"{GRAPH}.data")]
+        details = {
+            "method": checkpoint.provenance["method"],
+            "sites": len(checkpoint.sites),
+            "layers": len(checkpoint.layers),
+            "buckets": checkpoint.scheme.buckets,
+            "bytes": sum(file.stat().st_size for file in files),
+            "fp32_weight_bytes": 4 * sum(layer.weight_codes.size for layer in checkpoint.layers.values()),
+        }
+        return files, details
+
+    inputs = ("calibrate", "finetune") if workspace.checkpoint_stage == "finetune" else ("calibrate",)
+    return run_stage(workspace, console, "export", inputs=inputs, options={}, reuse=reuse, work=work)
+
+
+def describe(workspace: Workspace, details: dict[str, Any]) -> str:
+    """The details in words."""
+    return (
+        f"{workspace.path(GRAPH)} ({size(details['bytes'])}; the layers' weights alone are {size(details['fp32_weight_bytes'])} in FP32)\n"
+        f"method {details['method']}, {details['layers']} layers, {details['sites']} quantized tensors with {details['buckets']} scales each"
+    )
+
+
+def export(
+    workspace: WorkspaceOption = None,
+    model: ModelOption = None,
+    bits: BitsOption = None,
+    buckets: BucketsOption = None,
+    granularity: GranularityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export the checkpoint as a portable ONNX graph; calibrates one where there is none."""
+    console = Console(as_json=as_json)
+    opened = create_workspace(workspace, model, bits, buckets, granularity)
+    details = export_stage(opened, console)
+    console.result({"workspace": str(opened.root), **details}, describe(opened, details))

@@ -1,0 +1,142 @@
+"""`quest-deploy inspect`: what is in a workspace, a checkpoint, a graph or an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quest_deploy.cli.console import Console, size, table
+from quest_deploy.cli.options import JsonOption
+from quest_deploy.engine.base import ENGINE_FILE, LOWERED, engine_info
+from quest_deploy.errors import InputError
+from quest_deploy.workspace import MANIFEST, Workspace
+
+if TYPE_CHECKING:
+    from quest_deploy.scheme import Scheme
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A workspace, a checkpoint (.safetensors), a graph (.onnx) or an engine's folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a file or folder holds: bits per layer, buckets, sizes, provenance."""
+    console = Console(as_json=as_json)
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    if path.suffix == ".safetensors":
+        content, text = _checkpoint(path)
+    elif path.suffix == ".onnx":
+        content, text = _graph(path)
+    elif (path / ENGINE_FILE).exists():
+        content, text = _engine(path)
+    elif (path / MANIFEST).exists():
+        content, text = _workspace(path)
+    else:
+        raise InputError(f"{path}: expected a workspace, a checkpoint (.safetensors), a graph (.onnx) or an engine's folder")
+    console.result({"path": str(path), **content}, text)
+
+
+def _scheme(scheme: Scheme) -> str:
+    return (
+        f"scheme {scheme.name}, first and last layer {scheme.first_last_bits} bits, {scheme.granularity.value}, "
+        f"{scheme.buckets} timestep buckets"
+    )
+
+
+def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
+    from quest_deploy.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(path)
+    layers = []
+    for site in checkpoint.sites.values():
+        for name in site.layers:
+            layer = checkpoint.layers[name]
+            layers.append({
+                "layer": name, "kind": "linear" if layer.conv is None else "conv", "shape": list(layer.weight_codes.shape),
+                "weight_bits": layer.weight_bits, "activation_bits": site.bits, "site": site.name, "macs": layer.macs,
+            })  # fmt: skip
+    weights, macs = checkpoint.share_at(4)
+    content = {
+        "kind": "checkpoint", "model": checkpoint.model, "scheme": checkpoint.scheme.to_json(), "layers": layers,
+        "sites": len(checkpoint.sites), "provenance": checkpoint.provenance, "bytes": path.stat().st_size,
+        "weights_at_4_bits": weights, "macs_at_4_bits": macs,
+    }  # fmt: skip
+    rows = [
+        [x["layer"], x["kind"], "x".join(map(str, x["shape"])), f"w{x['weight_bits']}a{x['activation_bits']}", str(x["macs"])]
+        for x in layers
+    ]
+    text = "\n".join([
+        f"checkpoint of {checkpoint.model}, {size(path.stat().st_size)}, made by {checkpoint.provenance['method']}",
+        _scheme(checkpoint.scheme),
+        table(["layer", "kind", "weight", "bits", "multiply-adds"], rows),
+        f"{len(layers)} layers read {len(checkpoint.sites)} quantized tensors; "
+        f"at 4 bits: {weights:.1%} of the weights, {macs:.1%} of the multiply-adds",
+    ])  # fmt: skip
+    return content, text
+
+
+def _graph(path: Path) -> tuple[dict[str, Any], str]:
+    from collections import Counter
+
+    from exporters.graph_info import graph_info, load_graph
+
+    model = load_graph(path)
+    info = graph_info(model)
+    operators = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph)
+    stored: Counter[str] = Counter()
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            stored[value.const_value.dtype.name] += value.const_value.nbytes
+    data = path.with_name(f"{path.name}.data")
+    total = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+    ports = {
+        kind: {v.name: f"{v.dtype.name if v.dtype else '?'} {[str(d) for d in v.shape or []]}" for v in values}
+        for kind, values in (("inputs", model.graph.inputs), ("outputs", model.graph.outputs))
+    }
+    bits = Counter(layer.weight_bits for layer in info.layers.values())
+    content = {
+        "kind": "graph", "scheme": info.scheme.to_json(), "checkpoint_sha256": info.checkpoint_sha256, "bytes": total, **ports,
+        "layers_by_weight_bits": {str(k): v for k, v in sorted(bits.items())}, "sites": len(info.sites),
+        "initializer_bytes": dict(stored.most_common()), "operators": dict(operators.most_common()),
+    }  # fmt: skip
+    text = "\n".join([
+        f"graph {model.graph.name}, {size(total)}, from checkpoint {info.checkpoint_sha256[:12]}",
+        _scheme(info.scheme),
+        *(f"{kind[:-1]} {name}: {port}" for kind, values in ports.items() for name, port in values.items()),
+        f"layers: {', '.join(f'{count} with {b}-bit weights' for b, count in sorted(bits.items()))}; {len(info.sites)} sites",
+        f"stored: {', '.join(f'{name} {size(count)}' for name, count in stored.most_common())}",
+        f"operators: {', '.join(f'{count} {name}' for name, count in operators.most_common())}",
+    ])  # fmt: skip
+    return content, text
+
+
+def _engine(path: Path) -> tuple[dict[str, Any], str]:
+    content = engine_info(path)
+    sizes = {name: (path / name).stat().st_size for name in content["files"] if (path / name).exists()}
+    graph, graph_text = _graph(path / LOWERED)
+    built_by = ", ".join(f"{name} {version}" for name, version in content["built_by"].items())
+    text = "\n".join([
+        f"engine for {content['backend']} on {content['hardware']}",
+        f"from graph {content['graph_sha256'][:12]}, built by {built_by}",
+        f"files: {', '.join(f'{name} {size(count)}' for name, count in sizes.items())}",
+        "lowered " + graph_text,
+    ])  # fmt: skip
+    return {**content, "kind": "engine", "file_bytes": sizes, "lowered": graph}, text
+
+
+def _workspace(path: Path) -> tuple[dict[str, Any], str]:
+    workspace = Workspace.open(path)
+    stages = {}
+    for name, record in workspace.stages.items():
+        try:
+            workspace.require(name)
+            state = "up to date"
+        except InputError as e:
+            state = str(e)
+        stages[name] = {"state": state, "made": record.made.get("time"), "bytes": sum(f["bytes"] for f in record.files.values())}
+    rows = [[name, str(s["made"]), size(s["bytes"]), s["state"]] for name, s in stages.items()]
+    content = {"kind": "workspace", "model": workspace.model, "scheme": workspace.scheme.to_json(), "stages": stages}
+    text = "\n".join([f"workspace of {workspace.model}", _scheme(workspace.scheme), table(["stage", "made", "files", "state"], rows)])
+    return content, text

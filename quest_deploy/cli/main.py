@@ -1,0 +1,72 @@
+"""The `quest-deploy` program: the commands, and how errors end."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+
+import typer
+
+from quest_deploy import __version__
+from quest_deploy.cli.benchmark import benchmark
+from quest_deploy.cli.build_engine import build_engine_command
+from quest_deploy.cli.calibrate import calibrate
+from quest_deploy.cli.doctor import doctor
+from quest_deploy.cli.evaluate import evaluate
+from quest_deploy.cli.export import export
+from quest_deploy.cli.finetune import finetune
+from quest_deploy.cli.generate import generate
+from quest_deploy.cli.inspect import inspect
+from quest_deploy.cli.reference import reference
+from quest_deploy.cli.run import run
+from quest_deploy.cli.verify import verify
+from quest_deploy.errors import QuestDeployError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="From a diffusion model to QuEST-finetuned low-bit engines with one activation-scale set per timestep bucket.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (run, calibrate, finetune, export, reference):
+    app.command()(command)
+app.command("build-engine")(build_engine_command)
+for command in (verify, benchmark, generate, evaluate, inspect, doctor):
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: bool = typer.Option(False, "--version", help="Print the version and end."),
+) -> None:
+    """From a diffusion model to QuEST-finetuned low-bit engines with one activation-scale set per timestep bucket."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the program; a user's mistake or a failed job ends in one message and exit code 2 or 1, never a traceback."""
+    try:
+        app()
+    except QuestDeployError as e:
+        _fail(str(e), e.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was finished is kept, and the same command goes on from there", INTERRUPTED)
+    except BrokenPipeError:
+        sys.exit(1)
+    except OSError as e:
+        reason = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
+        _fail(f"{reason}: {e.filename}" if e.filename else reason, 1)
+    except MemoryError:
+        _fail("out of memory", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    if "--json" in sys.argv:
+        print(json.dumps({"error": message, "exit_code": code}))
+    sys.exit(code)

@@ -1,0 +1,94 @@
+"""`quest-deploy run`: every stage in order, skipping those whose inputs have not changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quest_deploy.cli import benchmark, build_engine, calibrate, evaluate, export, finetune, generate, reference, verify
+from quest_deploy.cli.console import Console, size
+from quest_deploy.cli.options import (
+    DEFAULT_BACKEND,
+    BitsOption,
+    BucketsOption,
+    GranularityOption,
+    JsonOption,
+    ModelOption,
+    WorkspaceOption,
+    create_workspace,
+)
+from quest_deploy.engine.backends import BACKENDS, get_backend
+from quest_deploy.engine.base import EngineOptions
+
+
+def run(
+    workspace: WorkspaceOption = None,
+    model: ModelOption = None,
+    bits: BitsOption = None,
+    buckets: BucketsOption = None,
+    granularity: GranularityOption = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Backends to verify and benchmark: {', '.join(BACKENDS)}; may be repeated.", show_default=DEFAULT_BACKEND),
+    ] = None,
+    build_only: Annotated[list[str] | None, typer.Option(help="Backends to build for, without running; may be repeated.")] = None,
+    seed: int = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Go from the FP32 model to verified, benchmarked engines and a picture; goes on where it was interrupted."""
+    console = Console(as_json=as_json)
+    backends = list(dict.fromkeys(backend or [DEFAULT_BACKEND]))
+    for name in (*backends, *(build_only or [])):
+        get_backend(name).check_build(EngineOptions())
+    for name in backends:
+        get_backend(name).check_run(EngineOptions())
+    opened = create_workspace(workspace, model, bits, buckets, granularity)
+    results: dict[str, Any] = {"workspace": str(opened.root)}
+
+    def show(stage: str, details: dict[str, Any], text: str) -> dict[str, Any]:
+        results[stage] = details
+        if not as_json:
+            print(f"\n== {stage}\n{text}", flush=True)
+        return details
+
+    details = calibrate.calibrate_stage(opened, console, calibrate.CalibrateOptions(seed=seed), reuse=True)
+    show("calibrate", details, calibrate.describe(opened, details))
+    details = finetune.finetune_stage(opened, console, {"seed": seed}, reuse=True)
+    show("finetune", details, finetune.describe(opened, details))
+    details = export.export_stage(opened, console, reuse=True)
+    show("export", details, export.describe(opened, details))
+    details = reference.reference_stage(opened, console, reuse=True)
+    show("reference", details, reference.describe(opened, details))
+    for name in dict.fromkeys((*backends, *(build_only or []))):
+        details = build_engine.build_engine_stage(opened, console, name, EngineOptions(), reuse=True)
+        show(f"build-engine {name}", details, build_engine.describe(opened, details))
+    for name in backends:
+        verification = show(f"verify {name}", details := verify.verify_stage(opened, console, name, reuse=True), verify.describe(details))
+        verify.require_passed(verification)
+        details = benchmark.benchmark_stage(opened, console, name, reuse=True)
+        show(f"benchmark {name}", details, benchmark.describe(details))
+    main = backends[0]
+    details = generate.generate_stage(opened, console, main, reuse=True)
+    show(f"generate {main}", details, details["picture"])
+    details = evaluate.evaluate_stage(opened, console, main, reuse=True)
+    show(f"evaluate {main}", details, evaluate.describe(details))
+    console.result(results, "", "== summary", _summary(results, backends))
+
+
+def _summary(results: dict[str, Any], backends: list[str]) -> str:
+    main = backends[0]
+    quality = results[f"evaluate {main}"]["results"]
+    distances = "  ".join(f"{name} {entry['frechet_distance']:.2f}" for name, entry in quality.items())
+    lines = [f"Frechet distance (lower is better): {distances}"]
+    for name in backends:
+        verified, timed = results[f"verify {name}"], results[f"benchmark {name}"]
+        codes, different = (sum(b[key] for b in verified["buckets"]) for key in ("codes", "mismatches"))
+        speed = ", ".join(f"{ratio:.2f}x FP32 at batch {batch}" for batch, ratio in timed["speedup_over_fp32"].items())
+        lines.append(f"{name}: verification PASSED ({codes} codes, {different} at rounding ties differ)")
+        lines.append(f"{name}: speed {speed}; files {timed['size_ratio_to_fp32']:.2f}x smaller than FP32")
+    graph = results["export"]
+    lines.append(f"graph: {size(graph['bytes'])} for {size(graph['fp32_weight_bytes'])} of FP32 weights")
+    lines.append(f"picture: {results[f'generate {main}']['picture']}")
+    return "\n".join(lines)

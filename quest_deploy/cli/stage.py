@@ -1,0 +1,44 @@
+"""How every stage runs: its inputs checked, skipped where nothing changed, recorded when it is done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from quest_deploy.cli.console import Console, Update
+    from quest_deploy.workspace import Workspace
+
+    Work = Callable[[Update], tuple[Iterable[Path], dict[str, Any]]]
+
+
+def run_stage(
+    workspace: Workspace,
+    console: Console,
+    stage: str,
+    *,
+    inputs: tuple[str, ...],
+    options: dict[str, Any],
+    reuse: bool,
+    work: Work,
+) -> dict[str, Any]:
+    """Run ``work`` as ``stage`` and return its details.
+
+    Args:
+        inputs: the stages whose files it reads; each must be finished and up to date.
+        options: what the user chose, as a JSON value.
+        reuse: return the recorded details where the stage has run with the same inputs and options.
+        work: does it, and returns the files it wrote and the details to report.
+    """
+    with workspace.locked():
+        for upstream in inputs:
+            workspace.require(upstream)
+        record = workspace.fresh(stage, inputs, options) if reuse else None
+        if record is not None:
+            console.note(f"{stage}: up to date")
+            return record.details
+        with console.progress(stage) as update:
+            files, details = work(update)
+        return workspace.record(stage, inputs=inputs, options=options, files=files, details=details).details

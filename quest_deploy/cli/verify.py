@@ -1,0 +1,99 @@
+"""`quest-deploy verify`: compare an engine with the fake-quantized model, per layer and end to end, per bucket."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy.cli.console import Console, table
+from quest_deploy.cli.options import (
+    DEFAULT_BACKEND,
+    BackendOption,
+    BitsOption,
+    JsonOption,
+    ModelOption,
+    WorkspaceOption,
+    open_workspace,
+)
+from quest_deploy.cli.stage import run_stage
+from quest_deploy.engine.backends import get_backend
+from quest_deploy.engine.base import engine_info, options_from
+from quest_deploy.errors import QuestDeployError
+from quest_deploy.files import write_json
+from quest_deploy.workspace import ENGINES, REFERENCE, REPORTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from quest_deploy.cli.console import Update
+    from quest_deploy.workspace import Workspace
+
+
+def verify_stage(workspace: Workspace, console: Console, backend: str, *, reuse: bool = False) -> dict[str, Any]:
+    """Verify the engine of ``backend``; writes reports/verify-<backend>.json."""
+    verified = get_backend(backend)
+    report = workspace.path(REPORTS, f"verify-{backend}.json")
+
+    def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
+        from quest_deploy.verify.verify import verify_engine
+
+        engine = workspace.path(ENGINES, backend)
+        options = options_from(engine_info(engine))
+        verified.check_run(options)
+        details = verify_engine(verified, options, engine, workspace.path(REFERENCE), update).to_json()
+        write_json(report, details)
+        return [report], details
+
+    inputs = (f"build-engine/{backend}", "reference")
+    return run_stage(workspace, console, f"verify/{backend}", inputs=inputs, options={}, reuse=reuse, work=work)
+
+
+def describe(details: dict[str, Any]) -> str:
+    """The details as a table, a verdict, and what is wrong."""
+    rows = [
+        [
+            str(b["bucket"]),
+            f"{b['timestep']:g}",
+            str(b["codes"]),
+            str(b["mismatches"]),
+            str(b["unexplained"]),
+            f"{b['layer_error']:.1e}",
+            f"{b['end_to_end_error']:.1e}",
+        ]
+        for b in details["buckets"]
+    ]
+    header = ["bucket", "timestep", "codes", "differ", "unexplained", "worst layer", "end to end"]
+    codes, mismatches = (sum(b[key] for b in details["buckets"]) for key in ("codes", "mismatches"))
+    lines = [
+        table(header, rows),
+        f"{len(details['layers'])} layers: {codes} codes compared, {mismatches} differ, "
+        f"{sum(b['unexplained'] for b in details['buckets'])} of them unexplained by a rounding tie (allowed: 0)",
+        f"worst layer {max(x['error'] for x in details['layers']):.1e} (allowed: {details['layer_tolerance']:.0e}), "
+        f"worst end to end {max(b['end_to_end_error'] for b in details['buckets']):.1e} "
+        f"(allowed: {details['end_to_end_tolerance']:.1e}, twice the model's own sensitivity to last-bit differences)",
+        *(f"problem: {problem}" for problem in details["problems"][:10]),
+        f"verification on {details['backend']}: {'PASSED' if details['passed'] else 'FAILED'}",
+    ]
+    return "\n".join(lines)
+
+
+def verify(
+    workspace: WorkspaceOption = None,
+    model: ModelOption = None,
+    bits: BitsOption = None,
+    backend: BackendOption = DEFAULT_BACKEND,
+    as_json: JsonOption = False,
+) -> None:
+    """Verify an engine against the fake-quantized model; exit code 1 if it differs."""
+    console = Console(as_json=as_json)
+    get_backend(backend)
+    opened = open_workspace(workspace, model, bits)
+    details = verify_stage(opened, console, backend)
+    console.result({"workspace": str(opened.root), **details}, describe(details))
+    require_passed(details)
+
+
+def require_passed(details: dict[str, Any]) -> None:
+    """Raise QuestDeployError where the verification failed."""
+    if not details["passed"]:
+        raise QuestDeployError(f"the {details['backend']} engine does not compute the fake-quantized model: {details['problems'][0]}")

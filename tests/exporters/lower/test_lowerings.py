@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from exporters.editor import array_of
+from exporters.graph_info import graph_info
+from exporters.lower import onnxruntime, openvino, tensorrt
+from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
+from tests.helpers import (
+    Array,
+    Feeds,
+    hand_feeds,
+    numpy_layer,
+    op_counts,
+    proto_of,
+    relative_error,
+    run,
+    site_codes,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from quest_deploy.checkpoint import Checkpoint
+
+LOWERINGS = [onnxruntime.lower, openvino.lower, tensorrt.lower]
+each_lowering = pytest.mark.parametrize("lower", LOWERINGS, ids=lambda f: f.__module__.rpartition(".")[2])
+
+
+@pytest.fixture(scope="module")
+def feeds(small_inputs: dict[str, torch.Tensor]) -> Feeds:
+    return {name: value.numpy() for name, value in small_inputs.items()}
+
+
+@pytest.fixture(scope="module")
+def portable_output(small_proto: onnx.ModelProto, feeds: Feeds) -> Array:
+    return run(small_proto, feeds)[0]
+
+
+@each_lowering
+def test_a_lowered_unet_is_plain_onnx_and_computes_exactly_what_the_portable_graph_does(
+    lower: Any, small_graph: ir.Model, feeds: Feeds, portable_output: Array
+) -> None:
+    lowered = lower(small_graph)
+    assert lowered is small_graph
+    assert not any(node.domain for node in lowered.graph)
+    assert not lowered.functions
+    assert set(lowered.graph.opset_imports) == {""}
+    onnx.checker.check_model(proto_of(lowered), full_check=True)
+    np.testing.assert_array_equal(run(lowered, feeds)[0], portable_output)
+
+
+@each_lowering
+def test_inputs_outputs_and_metadata_stay(lower: Any, small_graph: ir.Model) -> None:
+    names = [value.name for value in (*small_graph.graph.inputs, *small_graph.graph.outputs)]
+    info = graph_info(small_graph)
+    lowered = lower(small_graph)
+    assert [value.name for value in (*lowered.graph.inputs, *lowered.graph.outputs)] == names
+    assert graph_info(lowered) == info
+
+
+@each_lowering
+def test_every_layer_and_site_can_still_be_cut_out_and_is_right(
+    lower: Any, hand: Checkpoint, hand_model: ir.Model
+) -> None:
+    shapes = {"conv": (3, 2, 6, 6), "last": (3, 4, 3, 4), "to_q": (3, 3, 5)}
+    lowered, bucket, rng = lower(hand_model), np.asarray([1, 0, 1]), np.random.default_rng(0)
+    info = graph_info(lowered)
+    for name, site in info.sites.items():
+        x = rng.standard_normal(shapes[name]).astype(np.float32)
+        inputs = {site.input: x, "bucket": bucket}
+        np.testing.assert_array_equal(run(cut_codes(lowered, info, name), inputs)[0], site_codes(hand.sites[name], x, bucket))
+        for layer in hand.sites[name].layers:
+            (y,) = run(cut_layer(lowered, info, layer), inputs)
+            assert relative_error(y, numpy_layer(hand, layer, x, bucket)) < 1e-6
+    assert run(cut_bucket(lowered), {"timestep": np.float32([499, 500])})[0].tolist() == [0, 1]
+
+
+@each_lowering
+def test_in_a_lowered_unet_every_layer_and_site_is_found_where_the_metadata_says(lower: Any, small_graph: ir.Model) -> None:
+    lowered = lower(small_graph)
+    values, info = ir.convenience.create_value_mapping(lowered.graph), graph_info(lowered)
+    for site in info.sites.values():
+        quantize = values[site.codes].producer()
+        assert quantize is not None
+        assert quantize.op_type == "QuantizeLinear"
+        assert site.input in values
+    for layer in info.layers.values():
+        output = values[layer.output].producer()
+        assert output is not None
+        assert output.op_type in ("Add", "Mul")
+
+
+@each_lowering
+def test_quantize_and_dequantize_have_constant_unit_scales_and_zero_points_of_zero(lower: Any, small_graph: ir.Model) -> None:
+    for node in lower(small_graph).graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            value, scale, zero = node.inputs
+            assert zero.dtype is ir.DataType.INT8
+            assert not array_of(zero).any()
+            is_weight = value.const_value is not None or (value.producer() is not None and value.producer().op_type == "Cast")
+            assert is_weight or array_of(scale) == 1
+
+
+@each_lowering
+def test_tables_are_gathered_once_a_rank(lower: Any, small_graph: ir.Model) -> None:
+    counts = op_counts(lower(small_graph))
+    assert (counts["Gather"], counts["Split"] >= 3) == (3, True)
+
+
+@pytest.mark.parametrize("lower", [onnxruntime.lower, tensorrt.lower])
+def test_onnxruntime_and_tensorrt_get_int8_initializers(lower: Any, small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
+    dtypes = [value.dtype for value in lower(small_graph).graph.initializers.values()]
+    assert ir.DataType.INT4 not in dtypes
+    assert dtypes.count(ir.DataType.INT8) > len(small_checkpoint.layers)
+
+
+def test_openvino_gets_int4_initializers_behind_a_cast(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
+    lowered = openvino.lower(small_graph)
+    int4 = {name: value for name, value in lowered.graph.initializers.items() if value.dtype is ir.DataType.INT4}
+    assert int4.keys() == {f"{name}.weight" for name, layer in small_checkpoint.layers.items() if layer.weight_bits == 4}
+    assert {node.op_type for value in int4.values() for node in value.consumers()} == {"Cast"}
+
+
+@each_lowering
+@pytest.mark.parametrize("bucket", [0, 2])
+def test_a_frozen_unet_equals_the_whole_one_within_its_bucket_and_differs_elsewhere(
+    lower: Any, bucket: int, small_proto: onnx.ModelProto, feeds: Feeds
+) -> None:
+    frozen = lower(ir.from_proto(small_proto), frozen_bucket=bucket)
+    onnx.checker.check_model(proto_of(frozen), full_check=True)
+    assert "bucket" not in ir.convenience.create_value_mapping(frozen.graph)
+    for timestep in (100.0, 600.0):
+        at = {**feeds, "timestep": np.full(5, timestep, np.float32)}
+        assert np.array_equal(run(frozen, at)[0], run(small_proto, at)[0]) == (timestep == (100.0, None, 600.0)[bucket])
+
+
+def test_openvino_itself_compiles_its_lowering_and_agrees_per_layer(hand: Checkpoint, hand_model: ir.Model) -> None:
+    import openvino as ov
+
+    lowered, feeds = openvino.lower(hand_model), hand_feeds([999.0, 0.0, 500.0])
+    core = ov.Core()
+    compiled = core.compile_model(core.read_model(proto_of(lowered).SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled(feeds)
+    bucket = np.asarray([1, 0, 1])
+    assert relative_error(-found["first"], numpy_layer(hand, "to_q", feeds["tokens"], bucket)) < 1e-6
+    assert relative_error(found["second"], numpy_layer(hand, "to_k", feeds["tokens"], bucket)) < 1e-6
+    inner = numpy_layer(hand, "conv", feeds["sample"], bucket).astype(np.float32)
+    assert relative_error(found["image"], numpy_layer(hand, "last", inner, bucket)) < 2e-6
+
+
+def test_optimizing_runtimes_do_not_change_a_lowered_layer(hand: Checkpoint, hand_model: ir.Model) -> None:
+    feeds, bucket = hand_feeds([999.0, 0.0, 500.0]), np.asarray([1, 0, 1])
+    _, first, second = run(onnxruntime.lower(hand_model), feeds, optimized=True)
+    assert relative_error(-first, numpy_layer(hand, "to_q", feeds["tokens"], bucket)) < 1e-6
+    assert relative_error(second, numpy_layer(hand, "to_k", feeds["tokens"], bucket)) < 1e-6

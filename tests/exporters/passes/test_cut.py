@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from exporters.graph_info import graph_info
+from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
+from tests.helpers import numpy_layer, op_counts, proto_of, relative_error, run, site_codes
+
+if TYPE_CHECKING:
+    from quest_deploy.checkpoint import Checkpoint
+
+BUCKET = np.asarray([1, 0, 1])
+SHAPES = {"conv": (3, 2, 6, 6), "last": (3, 4, 3, 4), "to_q": (3, 3, 5)}
+
+
+def site_input(site: str) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(SHAPES[site]).astype(np.float32)
+
+
+def test_a_cut_site_takes_its_tensor_and_buckets_and_gives_its_codes(hand: Checkpoint, hand_model: ir.Model) -> None:
+    info = graph_info(hand_model)
+    for name, site in hand.sites.items():
+        cut, x = cut_codes(hand_model, info, name), site_input(name)
+        assert [value.name for value in cut.graph.inputs] == [info.sites[name].input, "bucket"]
+        (codes,) = run(cut, {info.sites[name].input: x, "bucket": BUCKET})
+        np.testing.assert_array_equal(codes, site_codes(site, x, BUCKET))
+
+
+def test_a_cut_layer_gives_its_float_output_after_scale_and_bias(hand: Checkpoint, hand_model: ir.Model) -> None:
+    info = graph_info(hand_model)
+    for name, layer in info.layers.items():
+        cut, x = cut_layer(hand_model, info, name), site_input(layer.site)
+        (y,) = run(cut, {info.sites[layer.site].input: x, "bucket": BUCKET})
+        assert relative_error(y, numpy_layer(hand, name, x, BUCKET)) < 1e-6
+        onnx.checker.check_model(proto_of(cut), full_check=True)
+
+
+def test_a_cut_holds_the_parts_it_needs_and_no_more(hand_model: ir.Model) -> None:
+    counts = op_counts(cut_layer(hand_model, graph_info(hand_model), "to_k"))
+    assert counts == {"TimestepQuantize": 1, "DequantizeLinear": 2, "MatMul": 1, "Gather": 1, "Unsqueeze": 1, "Mul": 1}
+
+
+def test_the_cut_bucket_counts_the_edges_at_or_below_the_timestep(hand_model: ir.Model) -> None:
+    (bucket,) = run(cut_bucket(hand_model), {"timestep": np.float32([0, 499.99, 500, 999])})
+    assert bucket.tolist() == [0, 0, 1, 1]
+
+
+def test_cutting_leaves_the_graph_as_it_was(hand_model: ir.Model) -> None:
+    before = proto_of(hand_model).SerializeToString(deterministic=True)
+    info = graph_info(hand_model)
+    cut_layer(hand_model, info, "conv")
+    cut_codes(hand_model, info, "conv")
+    cut_bucket(hand_model)
+    assert proto_of(hand_model).SerializeToString(deterministic=True) == before
+
+
+def test_every_cut_has_a_dynamic_batch(hand_model: ir.Model) -> None:
+    info = graph_info(hand_model)
+    cut = cut_layer(hand_model, info, "to_q")
+    for batch in (1, 3):
+        (y,) = run(cut, {info.sites["to_q"].input: site_input("to_q")[:batch], "bucket": BUCKET[:batch]})
+        assert y.shape == (batch, 3, 7)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from exporters.passes.remove_quantization import RemoveQuantization
+from quest_deploy.checkpoint import Checkpoint
+from quest_deploy.errors import InputError
+from tests.helpers import Array, along, float_layer, graph_from_text, hand_feeds, op_counts, proto_of, relative_error, run
+
+
+@pytest.fixture
+def float_model(hand_model: ir.Model) -> ir.Model:
+    assert RemoveQuantization()(hand_model).modified
+    return hand_model
+
+
+def unquantized(checkpoint: Checkpoint, name: str, x: Array) -> Array:
+    """The layer on the float input: the channel vector divides x, as its quantizer would have."""
+    layer, site = checkpoint.layers[name], checkpoint.site_of(name)
+    y = float_layer(layer, x / along(site.channel.astype(np.float64), site.axis, x.ndim))
+    return y if layer.bias is None else y + along(layer.bias, 1 if layer.conv else y.ndim - 1, y.ndim)
+
+
+def test_the_float_graph_computes_the_layers_on_unquantized_input(hand: Checkpoint, float_model: ir.Model) -> None:
+    feeds = hand_feeds([999.0, 0.0])
+    image, first, second = run(float_model, feeds)
+    inner = unquantized(hand, "conv", feeds["sample"].astype(np.float64))
+    assert relative_error(image, unquantized(hand, "last", inner)) < 1e-5
+    assert relative_error(-first, unquantized(hand, "to_q", feeds["tokens"].astype(np.float64))) < 1e-5
+    assert relative_error(second, unquantized(hand, "to_k", feeds["tokens"].astype(np.float64))) < 1e-5
+
+
+def test_no_quantizer_integer_scale_or_trace_of_ours_is_left(float_model: ir.Model) -> None:
+    assert op_counts(float_model) == {"Conv": 2, "MatMul": 2, "Add": 1, "Neg": 1, "Identity": 1}
+    assert {value.dtype for value in float_model.graph.initializers.values()} == {ir.DataType.FLOAT}
+    assert not float_model.functions
+    assert set(float_model.graph.opset_imports) == {""}
+    assert not float_model.metadata_props
+    onnx.checker.check_model(proto_of(float_model), full_check=True)
+
+
+def test_inputs_and_outputs_keep_their_names(float_model: ir.Model) -> None:
+    assert [value.name for value in float_model.graph.inputs] == ["sample", "timestep", "tokens"]
+    assert [value.name for value in float_model.graph.outputs] == ["image", "first", "second"]
+
+
+def test_case_1_a_convs_bias_becomes_its_third_input(float_model: ir.Model) -> None:
+    assert [len(node.inputs) for node in float_model.graph if node.op_type == "Conv"] == [3, 2]
+
+
+def test_case_2_a_linears_bias_stays_an_add_behind_the_matmul(float_model: ir.Model) -> None:
+    (add,) = [node for node in float_model.graph if node.op_type == "Add"]
+    product = add.inputs[0].producer() if add.inputs[0] is not None else None
+    assert product is not None
+    assert product.op_type == "MatMul"
+
+
+def test_a_foreign_graph_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="quest-deploy export"):
+        RemoveQuantization()(graph_from_text("g (float[2] x) => (float[2] y) { y = Abs(x) }"))
