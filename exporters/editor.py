@@ -27,7 +27,7 @@ class Editor:
         name: str,
         *,
         dtype: ir.DataType | None = None,
-        shape: Sequence[int | str | None] | ir.Shape | None = None,
+        shape: Sequence[Any] | ir.Shape | None = None,
         domain: str = "",
         **attributes: Any,
     ) -> ir.Value:
@@ -47,7 +47,7 @@ class Editor:
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         tensor = ir.tensor(np.asarray(array, order="C"), name=name) if isinstance(array, np.ndarray) else array
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 

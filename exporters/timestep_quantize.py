@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import onnx_ir as ir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 DOMAIN = "quest"
 OP_TYPE = "TimestepQuantize"
@@ -60,19 +60,19 @@ def arithmetic(
 
 def function_body() -> ir.Function:
     """The op as a model-local function, for x of any rank and any float type."""
-    inputs = {name: ir.Value(name=name) for name in INPUTS}
+    operands = {name: ir.Value(name=name) for name in INPUTS}
     nodes: list[ir.Node] = []
 
-    def op(op_type: str, operands: Sequence[ir.Value], name: str, **attributes: Any) -> ir.Value:
+    def op(op_type: str, inputs: Sequence[ir.Value], name: str, **attributes: Any) -> ir.Value:
         dtype = attributes.pop("dtype", None)
         output = ir.Value(name=name, type=None if dtype is None else ir.TensorType(dtype))
         attrs = [a if isinstance(a, ir.Attr) else ir.convenience.convert_attribute(k, a) for k, a in attributes.items()]
-        nodes.append(ir.Node("", op_type, operands, attrs, outputs=[output], name=name))
+        nodes.append(ir.Node("", op_type, inputs, attrs, outputs=[output], name=name))
         return output
 
     axis = op("Constant", [], "axis_scalar", value_int=ir.RefAttr("value_int", AXIS, ir.AttributeType.INT))
     axis = op("Reshape", [axis, op("Constant", [], "vector_shape", value_ints=[1])], "axis_vector")
-    rank = op("Shape", [op("Shape", [inputs["x"]], "x_shape")], "rank")
+    rank = op("Shape", [op("Shape", [operands["x"]], "x_shape")], "rank")
     unit = op("Constant", [], "unit", value_ints=[1])
     rest = op("Constant", [], "rest", value_ints=[-1])
 
@@ -84,20 +84,18 @@ def function_body() -> ir.Function:
     after = op("Sub", [before, axis], "axes_after")
     channel_shape = op("Concat", [ones(axis, "ones_before"), rest, ones(after, "ones_after")], "channel_shape", axis=0)
     gathered = {
-        name: op("Reshape", [op("Gather", [inputs[name], inputs["bucket"]], f"{name}_gathered"), sample_shape], f"{name}_of_sample")
+        name: op("Reshape", [op("Gather", [operands[name], operands["bucket"]], f"{name}_gathered"), sample_shape], f"{name}_of_sample")
         for name in ("scale", "low", "high")
     }
     codes = arithmetic(
         op,
-        op("Cast", [inputs["x"]], "x_float", to=ir.DataType.FLOAT.value),
+        op("Cast", [operands["x"]], "x_float", to=ir.DataType.FLOAT.value),
         gathered["scale"],
         gathered["low"],
         gathered["high"],
-        op("Reshape", [inputs["channel"], channel_shape], "channel_shaped"),
+        op("Reshape", [operands["channel"], channel_shape], "channel_shaped"),
         op("Constant", [], "one", value_float=1.0),
         op("Constant", [], "zero", value=ir.tensor(0, dtype=ir.DataType.INT8)),
     )
-    graph = ir.Graph(list(inputs.values()), [codes], nodes=nodes, opset_imports={"": OPSET}, name=OP_TYPE)
+    graph = ir.Graph(list(operands.values()), [codes], nodes=nodes, opset_imports={"": OPSET}, name=OP_TYPE)
     return ir.Function(DOMAIN, OP_TYPE, graph=graph, attributes=[ir.Attr(AXIS, ir.AttributeType.INT, None)])
-
-

@@ -112,7 +112,11 @@ class _Placeholder(nn.Module):
     def _shape(self, x: Tensor) -> list[Any]:
         if self.conv is None:
             return [*x.shape[:-1], self.codes_shape[0]]
-        return [x.shape[0], self.codes_shape[0], *(_output_size(x.shape[2 + i], self.conv, self.codes_shape[2 + i], i) for i in (0, 1))]
+        return [
+            x.shape[0],
+            self.codes_shape[0],
+            *(_output_size(x.shape[2 + i], self.conv, self.codes_shape[2 + i], i) for i in (0, 1)),
+        ]
 
 
 def _output_size(size: Any, conv: ConvGeometry, kernel: int, axis: int) -> Any:

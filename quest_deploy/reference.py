@@ -147,7 +147,8 @@ def _probe(site: ActivationQuantizer, like: Tensor, bucket: Tensor, generator: t
     uniform = torch.rand(like.shape, generator=generator)
     codes = torch.floor(low - 1 + uniform * (high - low + 3))
     inside = (torch.rand(like.shape, generator=generator) - 0.5) * 0.8  # never near a tie
-    return (codes + inside) * scale * per_channel(site.channel, like, site.axis)
+    probe: Tensor = (codes + inside) * scale * per_channel(site.channel, like, site.axis)
+    return probe
 
 
 def _sensitivity(model: QuantizedModel, inputs: dict[str, Tensor], output: Tensor, seed: int) -> tuple[float, float]:

@@ -37,9 +37,7 @@ class EngineUNet:
         workspace.require(f"build-engine/{backend}")
         return cls(open_engine(get_backend(backend), workspace.path(ENGINES, backend)))
 
-    def predict(
-        self, sample: NDArray[Any], timestep: NDArray[Any] | float, **conditions: NDArray[Any]
-    ) -> NDArray[np.float32]:
+    def predict(self, sample: NDArray[Any], timestep: NDArray[Any] | float, **conditions: NDArray[Any]) -> NDArray[np.float32]:
         """Run the engine once.
 
         Args:

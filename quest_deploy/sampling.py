@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
-
     from torch import nn
 
     from quest_deploy.models.registry import DiffusionModel

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 import math
 import re
+import struct
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -60,7 +62,9 @@ class Scheme:
         edges = self.bucket_edges
         if not all(math.isfinite(e) and 0 < e < self.train_timesteps for e in edges):
             raise InputError(f"scheme: bucket edges must lie between 0 and {self.train_timesteps}, both excluded; found {edges}")
-        if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+        if any(e != _float32(e) for e in edges):
+            raise InputError("scheme: bucket edges must be float32 values, as the graph compares them")
+        if any(a >= b for a, b in itertools.pairwise(edges)):
             raise InputError(f"scheme: bucket edges must increase strictly; found {edges}")
 
     @classmethod
@@ -80,7 +84,8 @@ class Scheme:
         match = re.fullmatch(r"w(\d)a(\d)", bits)
         if match is None:
             raise InputError(f"unknown bits {bits!r}")
-        edges = tuple(train_timesteps * i / buckets for i in range(1, buckets))
+        # The graph compares in float32: an edge that float32 cannot hold would be another edge there.
+        edges = tuple(_float32(train_timesteps * i / buckets) for i in range(1, buckets))
         return cls(int(match[1]), int(match[2]), edges, granularity=granularity, train_timesteps=train_timesteps)
 
     @property
@@ -132,4 +137,8 @@ def weight_range(bits: int) -> tuple[int, int]:
 
 def activation_levels(bits: int) -> int:
     """The highest code of an asymmetric activation, 2^b - 1; the zero-point lies in [0, 2^b - 1]."""
-    return 2**bits - 1
+    return int(2**bits) - 1
+
+
+def _float32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])

@@ -139,7 +139,9 @@ class Workspace:
                 raise InputError(f"{self.root / path} {problem}; run `{self._hint(stage)}` again")
         for upstream, digest in record.inputs.items():
             if upstream in self.stages and self.require(upstream).digest != digest:
-                raise InputError(f"`{_command(stage)}` ran on an older result of `{_command(upstream)}`; run `{self._hint(stage)}` again")
+                raise InputError(
+                    f"`{_command(stage)}` ran on an older result of `{_command(upstream)}`; run `{self._hint(stage)}` again"
+                )
         return record
 
     def fresh(self, stage: str, inputs: Iterable[str], options: dict[str, Any]) -> StageRecord | None:
@@ -200,4 +202,3 @@ def _problem(path: Path, entry: dict[str, Any]) -> str | None:
     if sha256_of(path) != entry["sha256"]:
         return "was changed since it was written (its SHA-256 is not the manifest's)"
     return None
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from quest_deploy.checkpoint import Checkpoint
     from quest_deploy.trajectories import Trajectories
 
+# Small tensors: a second thread only waits for the first, for long on a busy machine. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("quest", deadline=None, max_examples=40, derandomize=True, database=None)
 settings.load_profile("quest")
 

@@ -44,9 +44,12 @@ def _gather_once(editor: Editor, rank: int, bucket: ir.Value, unsqueezes: list[i
     tables = [array_of(table) for gather in gathers if (table := gather.inputs[0]) is not None]
     stacked = np.stack(tables, axis=1).reshape(*(len(tables[0]), len(tables)), *[1] * (rank - 2))
     stacked = np.ascontiguousarray(stacked)
-    rows = editor.op("Gather", [editor.constant(f"tables_of_rank_{rank}", stacked), bucket], f"values_of_rank_{rank}", dtype=ir.DataType.FLOAT)
+    rows = editor.op(
+        "Gather", [editor.constant(f"tables_of_rank_{rank}", stacked), bucket], f"values_of_rank_{rank}", dtype=ir.DataType.FLOAT
+    )
     outputs = [ir.Value(name=f"{u.outputs[0].name}_split", type=u.outputs[0].type, shape=u.outputs[0].shape) for u in unsqueezes]
-    split = ir.Node("", "Split", [rows], [ir.Attr("axis", ir.AttributeType.INT, 1), ir.Attr("num_outputs", ir.AttributeType.INT, len(outputs))], outputs=outputs, name=f"split_of_rank_{rank}")  # fmt: skip
+    axis, parts = (ir.Attr(name, ir.AttributeType.INT, number) for name, number in (("axis", 1), ("num_outputs", len(outputs))))
+    split = ir.Node("", "Split", [rows], [axis, parts], outputs=outputs, name=f"split_of_rank_{rank}")
     graph.insert_after(producer, [*editor.take(), split])
     for unsqueeze, output in zip(unsqueezes, outputs, strict=True):
         replace_value(unsqueeze.outputs[0], output)

@@ -42,7 +42,9 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
     def requires(self, model: ir.Model) -> None:
         found = sorted(_layer_name(node) for node in _placeholders(model.graph))
         if found != sorted(self.checkpoint.layers):
-            raise ir.passes.PreconditionError(f"the graph's layers are not the checkpoint's: {set(found) ^ set(self.checkpoint.layers)}")
+            raise ir.passes.PreconditionError(
+                f"the graph's layers are not the checkpoint's: {set(found) ^ set(self.checkpoint.layers)}"
+            )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -129,7 +131,9 @@ def _insert_bucket(editor: Editor, edges: tuple[float, ...]) -> ir.Value:
     column = editor.op("Unsqueeze", [timestep, editor.constant("bucket_axis", np.asarray([1]))], "timestep_column")
     reached = editor.op("GreaterOrEqual", [column, editor.constant("bucket_edges", table)], "edges_reached", dtype=ir.DataType.BOOL)
     counted = editor.op("Cast", [reached], "edges_counted", dtype=ir.DataType.INT64, to=ir.DataType.INT64.value)
-    bucket = editor.op("ReduceSum", [counted, editor.constant("bucket_axis", np.asarray([1]))], BUCKET, shape=timestep.shape, keepdims=0)
+    bucket = editor.op(
+        "ReduceSum", [counted, editor.constant("bucket_axis", np.asarray([1]))], BUCKET, shape=timestep.shape, keepdims=0
+    )
     editor.insert_before(editor.graph[0])
     return bucket
 

@@ -68,7 +68,7 @@ def _float_weight(dequantize: ir.Node, channel: NDArray[np.float32], op_type: st
     codes, scale, _ = (array_of(_given(value)) for value in dequantize.inputs)
     codes = codes.astype(np.float32)
     if op_type == "MatMul":
-        return codes * scale / channel[:, None]
+        return np.asarray(codes * scale / channel[:, None], np.float32)
     # A grouped convolution sees the channel vector in slices, one a group of output channels.
     groups = channel.size // codes.shape[1]
     per_output = channel.reshape(groups, -1).repeat(codes.shape[0] // groups, axis=0)

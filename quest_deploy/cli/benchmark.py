@@ -81,7 +81,10 @@ def describe(details: dict[str, Any]) -> str:
         table(["engine", "files", "peak memory"], footprints),
         "",
         *(f"batch {b}: {ratio:.2f}x the speed of FP32" for b, ratio in details["speedup_over_fp32"].items()),
-        *(f"batch {b}: choosing buckets takes {ratio:.2f}x the time of a static scale" for b, ratio in details["bucket_selection_cost"].items()),
+        *(
+            f"batch {b}: choosing buckets takes {ratio:.2f}x the time of a static scale"
+            for b, ratio in details["bucket_selection_cost"].items()
+        ),
         f"files {details['size_ratio_to_fp32']:.2f}x smaller than FP32",
     ]
     return "\n".join(lines)

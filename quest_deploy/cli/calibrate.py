@@ -82,9 +82,7 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
         }
         return [workspace.path(TRAJECTORIES), workspace.path(CALIBRATED)], details
 
-    return run_stage(
-        workspace, console, "calibrate", inputs=(), options=dataclasses.asdict(options), reuse=reuse, work=work
-    )
+    return run_stage(workspace, console, "calibrate", inputs=(), options=dataclasses.asdict(options), reuse=reuse, work=work)
 
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:

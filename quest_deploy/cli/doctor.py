@@ -24,7 +24,7 @@ def doctor(as_json: JsonOption = False) -> None:
             options = EngineOptions(provider=provider)
             label = name if provider == "cpu" else f"{name} --provider {provider}"
             backends[label] = {"build": _problem(backend.check_build, options), "run": _problem(backend.check_run, options)}
-    machine = {
+    machine: dict[str, Any] = {
         "processor": processor_name(),
         "gpus": gpu_count(),
         "free_disk_bytes": shutil.disk_usage(".").free,

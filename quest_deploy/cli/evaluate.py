@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,7 +66,7 @@ def evaluate_stage(
         with EngineUNet.load(workspace, backend) as engine:
             contestants[backend] = engine
             for name, denoise in contestants.items():
-                images, labels = draw(model, denoise, chosen, lambda done, total, name=name: update(f"{name} draws", done, total))
+                images, labels = draw(model, denoise, chosen, partial(_report, update, name))
                 if name == "FP32":
                     fp32_images = images
                 quality = assess(images, labels, fp32_images, epsilon_mse(denoise, held_out, workspace.scheme))
@@ -80,11 +81,15 @@ def evaluate_stage(
     )
 
 
+def _report(update: Update, name: str, done: int, total: int) -> None:
+    update(f"{name} draws", done, total)
+
+
 def describe(details: dict[str, Any]) -> str:
-    """The details as a table; epsilon-MSE as the mean over the noisier and the cleaner half of the buckets."""
+    """The details as a table; epsilon-MSE as the mean over the upper and the lower half of the buckets."""
     rows = []
     for name, quality in details["results"].items():
-        errors = [e for e in quality["epsilon_mse"] if e == e]  # noqa: PLR0124 - NaN marks a bucket never visited
+        errors = [e for e in quality["epsilon_mse"] if e == e]  # NaN marks a bucket never visited
         clean, noisy = errors[: max(1, len(errors) // 2)], errors[len(errors) // 2 :]
         rows.append([
             name, f"{quality['frechet_distance']:.2f}", f"{quality['accuracy']:.1%}", f"{quality['pixel_mse']:.4f}",
@@ -92,7 +97,7 @@ def describe(details: dict[str, Any]) -> str:
         ])  # fmt: skip
     sampling = details["sampling"]
     caption = f"{sampling['images']} images, {sampling['steps']}-step {sampling['scheduler']}, guidance {sampling['guidance']:g}"
-    header = ["", "Frechet distance", "accuracy", "pixel MSE", "e-MSE late half", "e-MSE early half"]
+    header = ["", "Frechet distance", "accuracy", "pixel MSE", "e-MSE, t high", "e-MSE, t low"]
     return "\n".join([caption, table(header, rows)])
 
 

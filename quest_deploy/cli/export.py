@@ -68,8 +68,9 @@ def export_stage(workspace: Workspace, console: Console, *, reuse: bool = False)
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
     """The details in words."""
+    weights = size(details["fp32_weight_bytes"])
     return (
-        f"{workspace.path(GRAPH)} ({size(details['bytes'])}; the layers' weights alone are {size(details['fp32_weight_bytes'])} in FP32)\n"
+        f"{workspace.path(GRAPH)} ({size(details['bytes'])}; the layers' weights alone are {weights} in FP32)\n"
         f"method {details['method']}, {details['layers']} layers, {details['sites']} quantized tensors with {details['buckets']} scales each"
     )
 

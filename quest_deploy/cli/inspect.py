@@ -49,7 +49,7 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
     from quest_deploy.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(path)
-    layers = []
+    layers: list[dict[str, Any]] = []
     for site in checkpoint.sites.values():
         for name in site.layers:
             layer = checkpoint.layers[name]

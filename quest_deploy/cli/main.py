@@ -31,11 +31,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, calibrate, finetune, export, reference):
-    app.command()(command)
+app.command()(run)
+app.command()(calibrate)
+app.command()(finetune)
+app.command()(export)
+app.command()(reference)
 app.command("build-engine")(build_engine_command)
-for command in (verify, benchmark, generate, evaluate, inspect, doctor):
-    app.command()(command)
+app.command()(verify)
+app.command()(benchmark)
+app.command()(generate)
+app.command()(evaluate)
+app.command()(inspect)
+app.command()(doctor)
 
 
 @app.callback(invoke_without_command=True)

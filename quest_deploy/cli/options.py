@@ -36,7 +36,8 @@ BucketsOption = Annotated[
 GranularityOption = Annotated[
     Granularity | None,
     typer.Option(
-        help="What one activation scale covers, besides its bucket.", show_default=f"the workspace's, or {Granularity.FOLDED_CHANNEL.value}"
+        help="What one activation scale covers, besides its bucket.",
+        show_default=f"the workspace's, or {Granularity.FOLDED_CHANNEL.value}",
     ),
 ]
 BackendOption = Annotated[str, typer.Option(help=f"The backend: {', '.join(BACKENDS)}.")]
@@ -72,9 +73,7 @@ def _root(workspace: Path | None, model: str | None, bits: str | None) -> Path:
     return workspace or Path("quest-out") / f"{model or DEFAULT_MODEL}-{bits or DEFAULT_BITS}"
 
 
-def _check(
-    workspace: Workspace, model: str | None, bits: str | None, buckets: int | None, granularity: Granularity | None
-) -> None:
+def _check(workspace: Workspace, model: str | None, bits: str | None, buckets: int | None, granularity: Granularity | None) -> None:
     scheme = workspace.scheme
     given = {"model": (model, workspace.model), "bits": (bits, scheme.name), "buckets": (buckets, scheme.buckets)}
     given["granularity"] = (granularity, scheme.granularity)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -65,7 +64,9 @@ def run(
         details = build_engine.build_engine_stage(opened, console, name, EngineOptions(), reuse=True)
         show(f"build-engine {name}", details, build_engine.describe(opened, details))
     for name in backends:
-        verification = show(f"verify {name}", details := verify.verify_stage(opened, console, name, reuse=True), verify.describe(details))
+        verification = show(
+            f"verify {name}", details := verify.verify_stage(opened, console, name, reuse=True), verify.describe(details)
+        )
         verify.require_passed(verification)
         details = benchmark.benchmark_stage(opened, console, name, reuse=True)
         show(f"benchmark {name}", details, benchmark.describe(details))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy import __version__
@@ -18,7 +19,6 @@ from quest_deploy.workspace import versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
     from types import TracebackType
 
     import numpy as np
@@ -109,7 +109,7 @@ def no_progress(phase: str, done: int, total: int) -> None:
 def processor_name() -> str:
     """The CPU's name as Linux gives it, or what Python knows."""
     try:
-        with open("/proc/cpuinfo") as stream:
+        with Path("/proc/cpuinfo").open() as stream:
             return next(line.split(":", 1)[1].strip() for line in stream if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()

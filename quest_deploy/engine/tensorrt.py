@@ -44,7 +44,9 @@ class TensorRtBackend(Backend):
     def check_run(self, options: EngineOptions) -> None:
         self._module()
         if gpu_count() == 0:
-            raise InputError(f"{self.name} engines run on an NVIDIA GPU, and this machine has none; copy the engine folder to one that has")
+            raise InputError(
+                f"{self.name} engines run on an NVIDIA GPU, and this machine has none; copy the engine folder to one that has"
+            )
 
     def lower(self, model: ir.Model, *, frozen_bucket: int | None = None) -> ir.Model:
         from exporters.lower.tensorrt import lower
@@ -114,7 +116,7 @@ def gpu_compute_capability() -> str:
 
 
 def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         """Keeps errors for our own message instead of printing them."""
 
         def __init__(self) -> None:
@@ -129,7 +131,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _monitor(trt: Any, on_progress: Callable[[str, int, int], None]) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Passes the builder's outermost phase on."""
 
         def __init__(self) -> None:

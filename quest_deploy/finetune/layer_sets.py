@@ -23,9 +23,7 @@ class LayerSets:
 _TEMPORAL = ("*.time_emb_proj",)
 LAYER_SETS = {
     "unconditional": LayerSets(_TEMPORAL, ("*.to_q", "*.to_k", "*.to_v")),
-    "class-conditional": LayerSets(
-        _TEMPORAL, ("*.ff.net.*", "*.attn1.to_q", "*.attn1.to_k", "*.attn1.to_v", "*.attn2.to_q")
-    ),
+    "class-conditional": LayerSets(_TEMPORAL, ("*.ff.net.*", "*.attn1.to_q", "*.attn1.to_k", "*.attn1.to_v", "*.attn2.to_q")),
     "text-to-image": LayerSets(_TEMPORAL, ("*.ff.net.*",)),
 }
 """QuEST's table (its paper, section 4, and its official code)."""

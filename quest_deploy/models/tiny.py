@@ -80,7 +80,7 @@ class TinyModel:
     def conditions(self, labels: NDArray[np.int64]) -> dict[str, torch.Tensor]:
         import torch
 
-        if labels.size and not (0 <= labels.min() and labels.max() < NULL_CLASS):
+        if labels.size and not (labels.min() >= 0 and labels.max() < NULL_CLASS):
             raise InputError(f"labels must be digits 0 to 9, found {sorted(set(labels.tolist()))}")
         return self._embed(torch.from_numpy(labels))
 

@@ -31,9 +31,7 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return result
 
 
-def fake_quantize_activation(
-    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, channel: Tensor | None, axis: int
-) -> Tensor:
+def fake_quantize_activation(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, channel: Tensor | None, axis: int) -> Tensor:
     """scale * clamp(round(x / (scale * channel)), low, high), with straight-through and LSQ gradients.
 
     The result is *not* multiplied by ``channel``: its inverse effect is folded into the weights (SmoothQuant, arXiv 2211.10438).

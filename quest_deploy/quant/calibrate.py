@@ -164,9 +164,7 @@ class _Recorder:
             -zero_point, activation_levels(site.bits) - zero_point
         )  # fmt: skip
         tables = {"scale": scale, "low": low, "high": high, "channel": self.channel[site.name]}
-        return SiteData(
-            site.name, site.bits, site.axis, site.layers, **{k: v.numpy().astype(np.float32) for k, v in tables.items()}
-        )
+        return SiteData(site.name, site.bits, site.axis, site.layers, **{k: v.numpy().astype(np.float32) for k, v in tables.items()})
 
 
 def _input_amax(layer: nn.Module, like: Tensor) -> Tensor:

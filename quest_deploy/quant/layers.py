@@ -95,9 +95,7 @@ class QuantizedLayer(nn.Module):
     weight_scale: Tensor
     bias: nn.Parameter | None
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, weight_scale: Tensor, weight_bits: int, site: ActivationQuantizer
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, weight_scale: Tensor, weight_bits: int, site: ActivationQuantizer) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.clone())
         self.bias = None if bias is None else nn.Parameter(bias.clone())
@@ -120,9 +118,7 @@ class QuantizedLayer(nn.Module):
 class QuantizedConv2d(QuantizedLayer):
     """A Conv2d with fake-quantized input and weight."""
 
-    def __init__(
-        self, conv: nn.Conv2d, weight: Tensor, weight_scale: Tensor, weight_bits: int, site: ActivationQuantizer
-    ) -> None:
+    def __init__(self, conv: nn.Conv2d, weight: Tensor, weight_scale: Tensor, weight_bits: int, site: ActivationQuantizer) -> None:
         super().__init__(weight, conv.bias, weight_scale, weight_bits, site)
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
@@ -133,9 +129,7 @@ class QuantizedConv2d(QuantizedLayer):
 class QuantizedLinear(QuantizedLayer):
     """A Linear with fake-quantized input and weight."""
 
-    def __init__(
-        self, linear: nn.Linear, weight: Tensor, weight_scale: Tensor, weight_bits: int, site: ActivationQuantizer
-    ) -> None:
+    def __init__(self, linear: nn.Linear, weight: Tensor, weight_scale: Tensor, weight_bits: int, site: ActivationQuantizer) -> None:
         super().__init__(weight, linear.bias, weight_scale, weight_bits, site)
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -117,9 +117,7 @@ class QuantizedModel(nn.Module):
             assert isinstance(site, ActivationQuantizer)
             scale, low, high = (table.numpy().copy() for table in site.tables())
             sites[name] = dataclasses.replace(self.checkpoint.sites[name], scale=scale, low=low, high=high)
-        return dataclasses.replace(
-            self.checkpoint, layers=layers, sites=sites, floats=float_state(self.model), provenance=provenance
-        )
+        return dataclasses.replace(self.checkpoint, layers=layers, sites=sites, floats=float_state(self.model), provenance=provenance)
 
 
 def fold_channel(weight: Tensor, channel: Tensor) -> Tensor:
@@ -132,9 +130,7 @@ def fold_channel(weight: Tensor, channel: Tensor) -> Tensor:
 
 def float_state(model: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
     """The parameters and persistent buffers that belong to no layer that is, or will be, quantized."""
-    quantized = tuple(
-        f"{name}." for name, m in model.named_modules() if isinstance(m, QuantizedLayer | nn.Conv2d | nn.Linear)
-    )
+    quantized = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, QuantizedLayer | nn.Conv2d | nn.Linear))
     state = model.state_dict()
     return {key: value.numpy().copy() for key, value in state.items() if not key.startswith(quantized)}
 

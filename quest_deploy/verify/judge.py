@@ -29,16 +29,14 @@ class CodeMismatches:
     unexplained: int
 
     def __add__(self, other: CodeMismatches) -> CodeMismatches:
-        return CodeMismatches(
-            self.codes + other.codes, self.mismatches + other.mismatches, self.unexplained + other.unexplained
-        )
+        return CodeMismatches(self.codes + other.codes, self.mismatches + other.mismatches, self.unexplained + other.unexplained)
 
 
 def tie_distance_ulps(ratio: Floats) -> Floats:
     """How far x/step lies from the nearest value halfway between two integers, in ulp of x/step itself."""
     ulp = np.spacing(np.maximum(np.abs(ratio), np.float32(0.25)))  # no tie lies below 0.5
-    distance: Floats = np.abs(ratio - (np.floor(ratio) + np.float32(0.5))) / ulp
-    return distance
+    distance = np.abs(ratio - (np.floor(ratio) + np.float32(0.5))) / ulp
+    return np.asarray(distance, np.float32)
 
 
 def compare_codes(codes: NDArray[np.int8], expected: NDArray[np.int8], ratio: Floats) -> CodeMismatches:

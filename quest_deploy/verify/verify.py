@@ -184,7 +184,9 @@ def _ratio(x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: str) -> 
     return result
 
 
-def _check_layer(build: _CutBuilder, lowered: ir.Model, info: GraphInfo, layer: str, records: list[Record]) -> list[NDArray[np.float32]]:
+def _check_layer(
+    build: _CutBuilder, lowered: ir.Model, info: GraphInfo, layer: str, records: list[Record]
+) -> list[NDArray[np.float32]]:
     entry = info.layers[layer]
     source = info.sites[entry.site].input
     feeds = [
@@ -218,7 +220,9 @@ def _summarize(
     sites = [SiteResult(site, **asdict(sum((c for record in rows for c in record), none))) for site, rows in codes.items()]
     layers = []
     for layer, rows in errors.items():
-        worst, bucket = max((float(e), b) for r, e_row in zip(records, rows, strict=True) for e, b in zip(e_row, r.row_buckets, strict=True))
+        worst, bucket = max(
+            (float(e), b) for r, e_row in zip(records, rows, strict=True) for e, b in zip(e_row, r.row_buckets, strict=True)
+        )
         layers.append(LayerResult(layer, worst, bucket))
     buckets = {}
     for i, record in enumerate(records):
@@ -227,7 +231,11 @@ def _summarize(
             found = sum((codes[site][i][row] for site in codes for row in rows_of), none)
             worst = max(float(errors[layer][i][row]) for layer in errors for row in rows_of)
             buckets[bucket] = BucketResult(
-                bucket, record.entry.timesteps[sample], **asdict(found), layer_error=worst, end_to_end_error=float(end_to_end[i][sample])
+                bucket,
+                record.entry.timesteps[sample],
+                **asdict(found),
+                layer_error=worst,
+                end_to_end_error=float(end_to_end[i][sample]),
             )
     problems = _problems(wrong, sites, layers, list(buckets.values()), info.scheme.buckets, tolerance)
     ordered = [buckets[b] for b in sorted(buckets)]

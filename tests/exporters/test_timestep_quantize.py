@@ -111,7 +111,9 @@ def test_half_precision_input_is_divided_in_float32() -> None:
     exact = np.rint(x.astype(np.float32) / scale)
     assert (exact != np.rint(x / scale.astype(np.float16))).any()
     bounds = {"low": np.float32([-127]), "high": np.float32([127])}
-    (found,) = runner("onnxruntime", 1, np.float16)({"x": x, "bucket": np.zeros(1, np.int64), "scale": scale, "channel": unit, **bounds})
+    (found,) = runner("onnxruntime", 1, np.float16)(
+        {"x": x, "bucket": np.zeros(1, np.int64), "scale": scale, "channel": unit, **bounds}
+    )
     np.testing.assert_array_equal(found, np.clip(exact, -127, 127))
 
 

@@ -152,7 +152,11 @@ def test_the_graphs_bucket_is_the_schemes_on_and_around_every_edge(small_graph: 
 
 
 def test_every_site_gives_the_codes_of_numpy(
-    small_proto: onnx.ModelProto, info: GraphInfo, small_checkpoint: Checkpoint, torch_values: dict[str, tuple[Array, Array]], bucket: Array
+    small_proto: onnx.ModelProto,
+    info: GraphInfo,
+    small_checkpoint: Checkpoint,
+    torch_values: dict[str, tuple[Array, Array]],
+    bucket: Array,
 ) -> None:
     graph = ir.from_proto(small_proto)
     for name, site in small_checkpoint.sites.items():

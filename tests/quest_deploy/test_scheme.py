@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import Any
@@ -40,7 +41,7 @@ def test_parsed_buckets_are_equally_wide_and_cover_all_training_steps(buckets: i
     assert scheme.buckets == buckets == len(scheme.bucket_edges) + 1
     ranges = [scheme.bucket_range(i) for i in range(buckets)]
     assert (ranges[0][0], ranges[-1][1]) == (0, 1000)
-    assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
     np.testing.assert_allclose([high - low for low, high in ranges], 1000 / buckets, rtol=1e-9)
 
 

@@ -65,9 +65,7 @@ def test_inputs_outputs_and_metadata_stay(lower: Any, small_graph: ir.Model) -> 
 
 
 @each_lowering
-def test_every_layer_and_site_can_still_be_cut_out_and_is_right(
-    lower: Any, hand: Checkpoint, hand_model: ir.Model
-) -> None:
+def test_every_layer_and_site_can_still_be_cut_out_and_is_right(lower: Any, hand: Checkpoint, hand_model: ir.Model) -> None:
     shapes = {"conv": (3, 2, 6, 6), "last": (3, 4, 3, 4), "to_q": (3, 3, 5)}
     lowered, bucket, rng = lower(hand_model), np.asarray([1, 0, 1]), np.random.default_rng(0)
     info = graph_info(lowered)

@@ -56,7 +56,12 @@ def recorded() -> Trajectories:
 
 
 def quantize(
-    net: nn.Module, recorded: Trajectories, *, bits: str = "w4a4", granularity: Granularity = Granularity.PER_TENSOR, **options: object
+    net: nn.Module,
+    recorded: Trajectories,
+    *,
+    bits: str = "w4a4",
+    granularity: Granularity = Granularity.PER_TENSOR,
+    **options: object,
 ) -> Checkpoint:
     scheme = Scheme.parse(bits, buckets=BUCKETS, granularity=granularity)
     return calibrate("net", net, recorded, scheme, CalibrationOptions(**options))  # type: ignore[arg-type]
@@ -108,6 +113,15 @@ def test_minmax_ranges_are_those_of_all_values_that_a_site_sees_in_a_bucket(
             assert site.low[bucket] == np.clip(np.rint(low / np.float32(expected)), -15, 0)
         visited += 1
     assert visited == BUCKETS * len(minmax.sites)
+
+
+def test_the_extremes_survive_when_a_site_sees_more_values_than_are_kept(
+    net: nn.Module, recorded: Trajectories, minmax: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quest_deploy.quant.calibrate.VALUES_PER_BUCKET", 16)
+    few = quantize(net, recorded, method=RangeMethod.MINMAX)
+    for name, site in minmax.sites.items():
+        np.testing.assert_array_equal(few.sites[name].scale, site.scale, err_msg=name)
 
 
 def activation_error(site_values: Array, scale: Array, low: Array, high: Array) -> float:
@@ -164,16 +178,14 @@ def test_bits_codes_and_bounds_are_those_of_the_scheme(net: nn.Module, recorded:
             assert (site.low == -127).all()
             assert (site.high == 127).all()
         else:
-            assert ((-15 <= site.low) & (site.low <= 0) & (site.low == np.rint(site.low)) & (site.high - site.low == 15)).all()
+            assert ((site.low >= -15) & (site.low <= 0) & (site.low == np.rint(site.low)) & (site.high - site.low == 15)).all()
 
 
 def test_a_per_tensor_scheme_has_channel_vectors_of_ones(mse: Checkpoint) -> None:
     assert all((site.channel == 1).all() for site in mse.sites.values())
 
 
-def test_channel_vectors_balance_activations_against_weights(
-    net: nn.Module, recorded: Trajectories, folded: Checkpoint
-) -> None:
+def test_channel_vectors_balance_activations_against_weights(net: nn.Module, recorded: Trajectories, folded: Checkpoint) -> None:
     amax: dict[str, Array] = {}
     for name, _, values in inputs_of(net, recorded, folded):
         largest = np.abs(np.moveaxis(values, folded.sites[name].axis, -1)).reshape(-1, len(folded.sites[name].channel)).max(0)
@@ -224,7 +236,12 @@ def test_calibration_leaves_the_float_model_as_it_was_and_reports_progress_to_th
     before = {key: value.clone() for key, value in net.state_dict().items()}
     last: dict[str, tuple[int, int]] = {}
     calibrate(
-        "net", net, recorded, Scheme.parse("w4a4", buckets=BUCKETS), CalibrationOptions(), lambda s, d, t: last.update({s: (d, t)})
+        "net",
+        net,
+        recorded,
+        Scheme.parse("w4a4", buckets=BUCKETS),
+        CalibrationOptions(),
+        lambda s, d, t: last.update({s: (d, t)}),
     )
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())

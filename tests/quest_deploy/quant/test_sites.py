@@ -52,7 +52,9 @@ def test_the_first_and_the_last_layer_get_the_schemes_own_bits(plan: Quantizatio
     assert [site.bits for site in plan.sites] == [8, 4, 8]
 
 
-def test_the_first_layer_is_the_one_that_reads_the_sample_though_an_embedding_runs_before_it(small_checkpoint: Checkpoint) -> None:
+def test_the_first_layer_is_the_one_that_reads_the_sample_though_an_embedding_runs_before_it(
+    small_checkpoint: Checkpoint,
+) -> None:
     bits = {name: layer.weight_bits for name, layer in small_checkpoint.layers.items()}
     assert next(iter(bits)) == "time_embedding.linear_1"
     assert {name for name, width in bits.items() if width == 8} == {"conv_in", "conv_out"}
