@@ -153,7 +153,8 @@ def _probe(site: ActivationQuantizer, like: Tensor, bucket: Tensor, generator: t
 
 def _sensitivity(model: QuantizedModel, inputs: dict[str, Tensor], output: Tensor, seed: int) -> tuple[float, float]:
     def relative(other: Tensor) -> Tensor:
-        return ((other - output).flatten(1).norm(dim=1) / output.flatten(1).norm(dim=1)).float()
+        change: Tensor = (other - output).flatten(1).norm(dim=1) / output.flatten(1).norm(dim=1)
+        return change.float()
 
     model.double()
     try:

@@ -48,8 +48,8 @@ def small_unet() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
-    unet: nn.Module = UNet2DConditionModel(**SMALL_UNET).eval()
-    return unet
+    unet: nn.Module = UNet2DConditionModel(**SMALL_UNET)
+    return unet.eval()
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,11 @@ Array = NDArray[Any]
 Feeds = dict[str, Array]
 
 
+def float32(*values: float) -> Array:
+    """The values as a float32 vector."""
+    return np.asarray(values, np.float32)
+
+
 def of_sample(table: Array, bucket: Array, rank: int) -> Array:
     """table[bucket], [B], shaped to broadcast over the rows of a tensor of ``rank``."""
     return table[bucket].reshape(-1, *[1] * (rank - 1))

@@ -71,7 +71,8 @@ def describe(workspace: Workspace, details: dict[str, Any]) -> str:
     weights = size(details["fp32_weight_bytes"])
     return (
         f"{workspace.path(GRAPH)} ({size(details['bytes'])}; the layers' weights alone are {weights} in FP32)\n"
-        f"method {details['method']}, {details['layers']} layers, {details['sites']} quantized tensors with {details['buckets']} scales each"
+        f"method {details['method']}, {details['layers']} layers, "
+        f"{details['sites']} quantized tensors with {details['buckets']} scales each"
     )
 
 

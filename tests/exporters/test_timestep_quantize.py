@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from exporters import timestep_quantize
-from tests.helpers import Array, Feeds, graph_from_text, numpy_codes, proto_of, session
+from tests.helpers import Array, Feeds, float32, graph_from_text, numpy_codes, proto_of, session
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,10 +107,10 @@ def test_a_batch_that_mixes_buckets_equals_each_sample_alone(runtime: str) -> No
 
 def test_half_precision_input_is_divided_in_float32() -> None:
     x = (np.random.default_rng(0).standard_normal((1, 4096)) * 20).astype(np.float16)
-    scale, unit = np.float32([0.4]), np.ones(4096, np.float32)
+    scale, unit = float32(0.4), np.ones(4096, np.float32)
     exact = np.rint(x.astype(np.float32) / scale)
     assert (exact != np.rint(x / scale.astype(np.float16))).any()
-    bounds = {"low": np.float32([-127]), "high": np.float32([127])}
+    bounds = {"low": float32(-127), "high": float32(127)}
     (found,) = runner("onnxruntime", 1, np.float16)(
         {"x": x, "bucket": np.zeros(1, np.int64), "scale": scale, "channel": unit, **bounds}
     )

@@ -20,7 +20,19 @@ from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibr
 from quest_deploy.quant.model import QuantizedModel
 from quest_deploy.scheme import Scheme
 from quest_deploy.trajectories import Trajectories
-from tests.helpers import Array, Feeds, numpy_layer, op_counts, proto_of, relative_error, run, run_reference, session, site_codes
+from tests.helpers import (
+    Array,
+    Feeds,
+    float32,
+    numpy_layer,
+    op_counts,
+    proto_of,
+    relative_error,
+    run,
+    run_reference,
+    session,
+    site_codes,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -145,7 +157,7 @@ def test_the_metadata_names_scheme_checkpoint_and_every_layer_and_site(
 def test_the_graphs_bucket_is_the_schemes_on_and_around_every_edge(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
     edges = np.asarray(small_checkpoint.scheme.bucket_edges, np.float32)
     down, up = (np.nextafter(edges, np.float32(end)) for end in (0, 1e6))
-    timesteps = np.concatenate([edges, down, up, np.float32([0, 999, 0.5, 1000])])
+    timesteps = np.concatenate([edges, down, up, float32(0, 999, 0.5, 1000)])
     (found,) = run(cut_bucket(small_graph), {"timestep": timesteps})
     assert found.dtype == np.int64
     assert found.tolist() == [small_checkpoint.scheme.bucket_of(float(t)) for t in timesteps]

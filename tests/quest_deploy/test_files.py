@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
@@ -19,9 +20,17 @@ from quest_deploy.files import (
     write_json,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-class Stop(Exception):
+
+class StopError(Exception):
     """What interrupts a write."""
+
+
+def interrupt_after(write: Callable[[], object]) -> NoReturn:
+    write()
+    raise StopError
 
 
 def names(folder: Path) -> list[str]:
@@ -41,9 +50,8 @@ def test_a_file_appears_whole_and_in_a_folder_that_did_not_exist(tmp_path: Path)
 def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(Stop), atomic_file(path) as temporary:
-        temporary.write_text("half")
-        raise Stop
+    with pytest.raises(StopError), atomic_file(path) as temporary:
+        interrupt_after(lambda: temporary.write_text("half"))
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
 
@@ -71,9 +79,8 @@ def test_the_last_of_several_files_is_renamed_after_the_others(tmp_path: Path, m
 
 
 def test_an_exception_leaves_none_of_several_files(tmp_path: Path) -> None:
-    with pytest.raises(Stop), atomic_files(tmp_path, last="a") as temporary:
-        (temporary / "a").write_text("half")
-        raise Stop
+    with pytest.raises(StopError), atomic_files(tmp_path, last="a") as temporary:
+        interrupt_after(lambda: (temporary / "a").write_text("half"))
     assert names(tmp_path) == []
 
 
@@ -90,9 +97,8 @@ def test_an_exception_leaves_the_old_folder(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").write_text("old")
-    with pytest.raises(Stop), atomic_folder(path) as temporary:
-        (temporary / "new").write_text("half")
-        raise Stop
+    with pytest.raises(StopError), atomic_folder(path) as temporary:
+        interrupt_after(lambda: (temporary / "new").write_text("half"))
     assert names(path) == ["old"]
     assert names(tmp_path) == ["folder"]
 

@@ -14,6 +14,7 @@ from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
 from tests.helpers import (
     Array,
     Feeds,
+    float32,
     hand_feeds,
     numpy_layer,
     op_counts,
@@ -76,7 +77,7 @@ def test_every_layer_and_site_can_still_be_cut_out_and_is_right(lower: Any, hand
         for layer in hand.sites[name].layers:
             (y,) = run(cut_layer(lowered, info, layer), inputs)
             assert relative_error(y, numpy_layer(hand, layer, x, bucket)) < 1e-6
-    assert run(cut_bucket(lowered), {"timestep": np.float32([499, 500])})[0].tolist() == [0, 1]
+    assert run(cut_bucket(lowered), {"timestep": float32(499, 500)})[0].tolist() == [0, 1]
 
 
 @each_lowering

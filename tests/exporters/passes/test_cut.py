@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from exporters.graph_info import graph_info
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
-from tests.helpers import numpy_layer, op_counts, proto_of, relative_error, run, site_codes
+from tests.helpers import float32, numpy_layer, op_counts, proto_of, relative_error, run, site_codes
 
 if TYPE_CHECKING:
     from quest_deploy.checkpoint import Checkpoint
@@ -45,7 +45,7 @@ def test_a_cut_holds_the_parts_it_needs_and_no_more(hand_model: ir.Model) -> Non
 
 
 def test_the_cut_bucket_counts_the_edges_at_or_below_the_timestep(hand_model: ir.Model) -> None:
-    (bucket,) = run(cut_bucket(hand_model), {"timestep": np.float32([0, 499.99, 500, 999])})
+    (bucket,) = run(cut_bucket(hand_model), {"timestep": float32(0, 499.99, 500, 999)})
     assert bucket.tolist() == [0, 0, 1, 1]
 
 

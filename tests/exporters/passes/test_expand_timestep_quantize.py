@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
-from tests.helpers import Array, graph_from_text, numpy_codes, op_counts, proto_of, run
+from tests.helpers import Array, float32, graph_from_text, numpy_codes, op_counts, proto_of, run
 
 BUCKET = np.asarray([1, 0, 1])
 
@@ -16,7 +16,7 @@ def quantizer(
     channel: tuple[float, ...] = (0.5, 1, 2, 3), scale: tuple[float, float] = (0.1, 0.7),
 ) -> tuple[ir.Model, dict[str, Array]]:  # fmt: skip
     """A graph of one quantizer of the site "s", and its tables."""
-    tables = {"scale": np.float32(scale), "low": np.float32(low), "high": np.float32(low) + 15, "channel": np.float32(channel)}
+    tables = {"scale": float32(*scale), "low": float32(*low), "high": float32(*low) + 15, "channel": float32(*channel)}
     text = f"""
     one ({dtype}[{shape}] x, int64[batch] bucket) => (int8[{shape}] codes)
     {{ codes = quest.TimestepQuantize <axis = {axis}> (x, bucket, s_scale, s_low, s_high, s_channel) }}

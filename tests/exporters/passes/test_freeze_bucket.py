@@ -8,7 +8,7 @@ from onnx_ir.passes import common
 
 from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
 from exporters.passes.freeze_bucket import FreezeBucket
-from tests.helpers import hand_checkpoint, hand_feeds, hand_graph, op_counts, proto_of, run
+from tests.helpers import float32, hand_checkpoint, hand_feeds, hand_graph, op_counts, proto_of, run
 
 TIMESTEPS = ([30.0, 200.0, 0.0], [400.0, 499.0, 333.5], [999.0, 700.0, 800.0])
 
@@ -25,7 +25,7 @@ def test_the_frozen_graph_equals_the_whole_one_within_its_bucket_and_ignores_the
     assert FreezeBucket(bucket)(frozen).modified
     feeds = hand_feeds(TIMESTEPS[bucket])
     for other in range(3):
-        moved = {**feeds, "timestep": np.float32(TIMESTEPS[other])}
+        moved = {**feeds, "timestep": float32(*TIMESTEPS[other])}
         for ours, own, theirs in zip(run(frozen, moved), run(whole, feeds), run(whole, moved), strict=True):
             np.testing.assert_array_equal(ours, own)
             assert (other == bucket) == np.array_equal(own, theirs)

@@ -115,5 +115,5 @@ def test_a_graph_whose_layers_are_not_the_checkpoints_is_refused_by_name(hand: C
 
 def test_readers_of_one_site_that_read_different_values_are_refused_by_name(hand: Checkpoint) -> None:
     text = HAND_TEXT.replace('<layer = "to_k"> (tokens)', '<layer = "to_k"> (negated)').replace("{", "{ negated = Neg (tokens)", 1)
-    with pytest.raises(ir.passes.PreconditionError, match="to_q.*read different values") as error:
+    with pytest.raises(ir.passes.PreconditionError, match=r"to_q.*read different values"):
         InsertQuantizedLayers(hand)(graph_from_text(text))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from quest_deploy.quant.affine import weight_codes
+from quest_deploy.quant.affine import per_sample, weight_codes
 from quest_deploy.quant.layers import ActivationQuantizer, BucketState, QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from tests.helpers import numpy_codes, of_sample
 
@@ -107,7 +107,7 @@ def test_a_quantized_layer_is_scale_times_the_layer_on_codes_plus_bias(make: obj
     integer.bias = None
     ratio, low, high = site.ratio(x)
     product = integer(torch.clamp(torch.round(ratio), low, high).detach().double()).detach()
-    expected = product * of_sample(SCALE.double(), torch.tensor([2, 0, 2, 1]), product.dim()) + bias
+    expected = product * per_sample(SCALE[[2, 0, 2, 1]].double(), product) + bias
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
 
 

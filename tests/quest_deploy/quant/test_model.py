@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +18,6 @@ from quest_deploy.quant.model import QuantizedModel, build_float_model, conv_geo
 from quest_deploy.scheme import Scheme
 from tests.helpers import numpy_layer, relative_error
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 Inputs = dict[str, Tensor]
 
 
@@ -30,9 +27,9 @@ def model(small_checkpoint: Checkpoint) -> QuantizedModel:
 
 
 @pytest.fixture(scope="module")
-def double(small_checkpoint: Checkpoint) -> Iterator[QuantizedModel]:
+def double(small_checkpoint: Checkpoint) -> QuantizedModel:
     """In float64, where runs that should agree do not differ by flipped ties."""
-    yield QuantizedModel.from_checkpoint(small_checkpoint).eval().double()
+    return QuantizedModel.from_checkpoint(small_checkpoint).eval().double()
 
 
 def in_double(inputs: Inputs, rows: slice = slice(None)) -> Inputs:
@@ -151,7 +148,7 @@ def test_without_rounding_the_quantized_model_is_the_float_model(
     student = QuantizedModel.from_checkpoint(small_checkpoint, small_unet)
     for layer in student.quantized_layers().values():
         # The layer without its quantizers: only the folded channel vector and its inverse are left.
-        layer.forward = lambda x, m=layer: m.compute(x / per_channel(m.site.channel, x, m.site.axis), m.weight)  # type: ignore[method-assign]
+        layer.forward = lambda x, m=layer: m.compute(x / per_channel(m.site.channel, x, m.site.axis), m.weight)  # type: ignore[method-assign, misc]
     expected = small_unet(**small_inputs, return_dict=False)[0]
     torch.testing.assert_close(student(**small_inputs), expected, rtol=1e-3, atol=1e-4)
 
