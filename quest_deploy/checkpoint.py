@@ -118,7 +118,7 @@ def pack_int4(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
     """Pack codes in [-8, 7] two to a byte, in C order, the first in the low nibble (the ONNX layout); uint8 [ceil(n/2)]."""
     flat = np.zeros(codes.size + codes.size % 2, np.uint8)
     flat[: codes.size] = codes.reshape(-1).view(np.uint8) & 0xF
-    packed: NDArray[np.uint8] = flat[0::2] | (flat[1::2] << 4)
+    packed: NDArray[np.uint8] = flat[0::2] | np.left_shift(flat[1::2], np.uint8(4))
     return packed
 
 

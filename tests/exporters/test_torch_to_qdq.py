@@ -204,9 +204,13 @@ def with_codes(proto: onnx.ModelProto, info: GraphInfo) -> onnx.ModelProto:
 
 
 def test_end_to_end_runtimes_agree_for_every_sample_without_a_flipped_tie(
-    small_proto: onnx.ModelProto, info: GraphInfo, small_checkpoint: Checkpoint, torch_values: dict[str, tuple[Array, Array]], feeds: Feeds,
+    small_proto: onnx.ModelProto,
+    info: GraphInfo,
+    small_checkpoint: Checkpoint,
+    torch_values: dict[str, tuple[Array, Array]],
+    feeds: Feeds,
     bucket: Array,
-) -> None:  # fmt: skip
+) -> None:
     graph = with_codes(small_proto, info)
     from_torch = [site_codes(site, torch_values[site.layers[0]][0], bucket) for site in small_checkpoint.sites.values()]
     results = {"reference": run_reference(graph, feeds), "onnxruntime": run(graph, feeds)}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -69,8 +70,13 @@ def test_several_files_appear_together_beside_what_was_there(tmp_path: Path) -> 
 
 def test_the_last_of_several_files_is_renamed_after_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     renamed = []
-    replace = files.os.replace
-    monkeypatch.setattr(files.os, "replace", lambda a, b: (renamed.append(Path(b).name), replace(a, b)))
+    replace = os.replace
+
+    def record(a: Path, b: Path) -> None:
+        renamed.append(Path(b).name)
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", record)
     with atomic_files(tmp_path, last="b") as temporary:
         for name in "abc":
             (temporary / name).write_text(name)
@@ -107,14 +113,14 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path: Path, monk
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").write_text("old")
-    replace = files.os.replace
+    replace = os.replace
 
     def refuse_new(a: Path, b: Path) -> None:
         if Path(b) == path and "-old-" not in Path(a).name:
             raise OSError("disk trouble")
         replace(a, b)
 
-    monkeypatch.setattr(files.os, "replace", refuse_new)
+    monkeypatch.setattr(os, "replace", refuse_new)
     with pytest.raises(OSError, match="disk trouble"), atomic_folder(path) as temporary:
         (temporary / "new").write_text("whole")
     assert path.is_dir()
@@ -122,7 +128,7 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path: Path, monk
 
 
 def test_what_a_killed_process_left_is_overwritten_and_can_be_removed(tmp_path: Path) -> None:
-    left = tmp_path / f"{files.TEMPORARY_PREFIX}{files.os.getpid()}-folder"
+    left = tmp_path / f"{files.TEMPORARY_PREFIX}{os.getpid()}-folder"
     left.mkdir()
     (left / "stale").write_text("stale")
     with atomic_folder(tmp_path / "folder") as temporary:

@@ -9,7 +9,7 @@ from torch import nn
 
 from quest_deploy.quant.affine import per_sample, weight_codes
 from quest_deploy.quant.layers import ActivationQuantizer, BucketState, QuantizedConv2d, QuantizedLayer, QuantizedLinear
-from tests.helpers import numpy_codes, of_sample
+from tests.helpers import float32, numpy_codes, of_sample
 
 SCALE, ZERO_POINT = torch.tensor([0.11, 0.5, 0.23]), torch.tensor([8.0, 0.0, 15.0])
 
@@ -27,7 +27,7 @@ def test_asymmetric_bounds_are_integers_15_apart_that_include_zero_whatever_was_
     with torch.no_grad():
         site.zero_point.copy_(torch.tensor(zero_points))
     _, low, high = site.tables()
-    np.testing.assert_array_equal(low.detach().numpy(), -np.rint(np.clip(np.float32(zero_points), 0, 15)))
+    np.testing.assert_array_equal(low.detach().numpy(), -np.rint(np.clip(float32(*zero_points), 0, 15)))
     assert ((high - low) == 15).all()
 
 
