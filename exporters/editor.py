@@ -69,5 +69,8 @@ def array_of(value: ir.Value) -> NDArray[Any]:
 
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
-    """Let every reader of ``old`` (graph outputs included) read ``new``."""
+    """Let every reader of ``old`` read ``new``; where ``old`` is a graph output, ``new`` takes its place and its name."""
+    if old.is_graph_output():
+        name, old.name = old.name, f"{old.name}_replaced"
+        new.name = name
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

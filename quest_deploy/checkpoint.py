@@ -183,7 +183,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def _parse(content: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Checkpoint:
     scheme = Scheme.from_json(content["scheme"])
     layers = {entry["name"]: _parse_layer(entry, tensors) for entry in content["layers"]}
-    sites = {entry["name"]: _parse_site(entry, tensors, scheme) for entry in content["sites"]}
+    sites = {entry["name"]: _parse_site(entry, tensors, layers, scheme.buckets) for entry in content["sites"]}
     if sorted(name for site in sites.values() for name in site.layers) != sorted(layers):
         raise InputError("its sites and its layers do not match")
     floats = {key.removeprefix("float."): tensors.pop(key) for key in list(tensors) if key.startswith("float.")}
@@ -194,7 +194,13 @@ def _parse(content: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Checkpo
 
 
 def _parse_layer(entry: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> LayerData:
-    name, bits, shape = entry["name"], entry["weight_bits"], tuple(entry["shape"])
+    name, bits, shape, conv = entry["name"], entry["weight_bits"], tuple(entry["shape"]), entry["conv"]
+    _check(bits in (4, 8), f"layer {name}: expected weights of 4 or 8 bits, found {bits!r}")
+    _check(
+        len(shape) == (2 if conv is None else 4),
+        f"layer {name}: weight of shape {list(shape)} for {'a Linear' if conv is None else 'a Conv2d'}",
+    )
+    _check(type(entry["macs"]) is int, f"layer {name}: its number of multiply-adds is {entry['macs']!r}")
     low, high = weight_range(bits)
     if bits == 4:
         codes = unpack_int4(_take(tensors, f"layer.{name}.codes", ((int(np.prod(shape)) + 1) // 2,), np.uint8), shape)
@@ -205,24 +211,41 @@ def _parse_layer(entry: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Lay
     scale = _take(tensors, f"layer.{name}.scale", shape[:1], np.float32)
     _check_positive(scale, f"layer {name}: weight scale")
     bias = _take(tensors, f"layer.{name}.bias", shape[:1], np.float32) if entry["bias"] else None
-    conv = entry["conv"]
-    geometry = None if conv is None else ConvGeometry(
-        tuple(conv["stride"]), tuple(conv["padding"]), tuple(conv["dilation"]), conv["groups"]
-    )  # fmt: skip
-    return LayerData(name, bits, codes, scale, bias, geometry, entry["macs"])
+    return LayerData(name, bits, codes, scale, bias, None if conv is None else _parse_conv(name, conv), entry["macs"])
 
 
-def _parse_site(entry: dict[str, Any], tensors: dict[str, NDArray[Any]], scheme: Scheme) -> SiteData:
-    name, buckets = entry["name"], (scheme.buckets,)
-    tables = {table: _take(tensors, f"site.{name}.{table}", buckets, np.float32) for table in ("scale", "low", "high")}
-    channel = tensors.pop(f"site.{name}.channel")
+def _parse_conv(name: str, entry: dict[str, Any]) -> ConvGeometry:
+    pairs = {key: entry[key] for key in ("stride", "padding", "dilation")}
+    integers = [value for pair in pairs.values() for value in pair] + [entry["groups"]]
+    _check(all(len(pair) == 2 for pair in pairs.values()), f"layer {name}: expected pairs, found {pairs}")
+    _check(all(type(value) is int and value >= 0 for value in integers), f"layer {name}: damaged convolution attributes {entry}")
+    stride, padding, dilation = ((pair[0], pair[1]) for pair in pairs.values())
+    return ConvGeometry(stride, padding, dilation, entry["groups"])
+
+
+def _parse_site(entry: dict[str, Any], tensors: dict[str, NDArray[Any]], layers: dict[str, LayerData], buckets: int) -> SiteData:
+    name, bits, axis = entry["name"], entry["bits"], entry["axis"]
+    _check(bits in (4, 8), f"site {name}: expected codes of 4 or 8 bits, found {bits!r}")
+    _check(type(axis) is int and axis > 0, f"site {name}: expected a channel axis of 1 or more, found {axis!r}")
+    readers = [layers[reader] for reader in entry["layers"]]
+    tables = {table: _take(tensors, f"site.{name}.{table}", (buckets,), np.float32) for table in ("scale", "low", "high")}
+    channels = readers[0].weight_codes.shape[1] * (1 if readers[0].conv is None else readers[0].conv.groups)
+    channel = _take(tensors, f"site.{name}.channel", (channels,), np.float32)
     _check_positive(tables["scale"], f"site {name}: scale")
     _check_positive(channel, f"site {name}: channel vector")
     low, high = tables["low"], tables["high"]
-    width = 254 if entry["bits"] == 8 else activation_levels(entry["bits"])
-    if not (np.all(high - low == width) and np.all(low <= 0) and np.all(high >= 0) and np.all(low == np.round(low))):
-        raise InputError(f"site {name}: clip bounds are not those of {entry['bits']}-bit codes")
-    return SiteData(name, entry["bits"], entry["axis"], tuple(entry["layers"]), channel=channel, **tables)
+    if bits == 8:
+        bounded = np.all(low == -127) and np.all(high == 127)
+    else:
+        levels = activation_levels(bits)
+        bounded = np.all(high - low == levels) and np.all(low <= 0) and np.all(high >= 0) and np.all(low == np.round(low))
+    _check(bool(bounded), f"site {name}: clip bounds are not those of {bits}-bit codes")
+    return SiteData(name, bits, axis, tuple(entry["layers"]), channel=channel, **tables)
+
+
+def _check(condition: bool, problem: str) -> None:
+    if not condition:
+        raise InputError(problem)
 
 
 def _take(tensors: dict[str, NDArray[Any]], key: str, shape: tuple[int, ...], dtype: type) -> NDArray[Any]:

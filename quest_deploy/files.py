@@ -54,7 +54,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         if path.exists():
             os.replace(path, replaced)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            if replaced.exists():
+                os.replace(replaced, path)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -98,5 +103,5 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError as e:
         raise InputError(f"{path} does not exist") from e
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (IsADirectoryError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise InputError(f"{path}: expected JSON, found something else ({e}); delete it and run its stage again") from e

@@ -57,8 +57,10 @@ class Scheme:
 
     def __post_init__(self) -> None:
         for field in ("weight_bits", "activation_bits", "first_last_bits"):
-            if getattr(self, field) not in (4, 8):
+            if type(getattr(self, field)) is not int or getattr(self, field) not in (4, 8):
                 raise InputError(f"scheme: {field} must be 4 or 8, not {getattr(self, field)!r}")
+        if type(self.train_timesteps) is not int or self.train_timesteps < 1:
+            raise InputError(f"scheme: train_timesteps must be a positive integer, not {self.train_timesteps!r}")
         edges = self.bucket_edges
         if not all(math.isfinite(e) and 0 < e < self.train_timesteps for e in edges):
             raise InputError(f"scheme: bucket edges must lie between 0 and {self.train_timesteps}, both excluded; found {edges}")
@@ -123,7 +125,7 @@ class Scheme:
         if given.keys() != expected:
             raise InputError(f"scheme: expected the keys {sorted(expected)}, found {sorted(given)}")
         try:
-            edges = tuple(float(e) for e in given.pop("bucket_edges"))
+            edges = _numbers(given.pop("bucket_edges"))
             granularity = Granularity(given.pop("granularity"))
         except (TypeError, ValueError) as e:
             raise InputError(f"scheme: {e}") from e
@@ -138,6 +140,12 @@ def weight_range(bits: int) -> tuple[int, int]:
 def activation_levels(bits: int) -> int:
     """The highest code of an asymmetric activation, 2^b - 1; the zero-point lies in [0, 2^b - 1]."""
     return int(2**bits) - 1
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list) or not all(type(e) in (int, float) for e in value):
+        raise TypeError(f"bucket_edges must be a list of numbers, not {value!r}")
+    return tuple(float(e) for e in value)
 
 
 def _float32(value: float) -> float:

@@ -6,6 +6,7 @@ Guarantees: no node and no function of the ``quest`` domain; each site's codes k
 1. A table that varies over the buckets is gathered by each sample's bucket, [B] -> [B, 1, ...].
 2. A table that is the same in every bucket (the bounds of symmetric codes) becomes a scalar constant.
 3. A channel vector of ones is left out: x / (s * 1) is x / s, exactly.
+4. An x that is not float32 is cast first, since the op computes in FP32.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def _expand(editor: Editor, node: ir.Node) -> None:
         return editor.op(op_type, inputs, f"{prefix}.{name}", shape=shape, **attributes)
 
     scale, low, high = (_of_sample(editor, table, bucket, rank) for table in tables)
+    if x.dtype is not ir.DataType.FLOAT:
+        x = op("Cast", [x], "x_float", dtype=ir.DataType.FLOAT, to=ir.DataType.FLOAT.value)
     expanded = timestep_quantize.arithmetic(
         op,
         x,

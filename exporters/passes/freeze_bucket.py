@@ -6,7 +6,6 @@ Guarantees: every table has one row, the chosen bucket's, and is read as a scala
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from exporters import timestep_quantize
@@ -31,7 +30,12 @@ class FreezeBucket(ir.passes.InPlacePass):
         for gather in gathers:
             table = gather.inputs[0]
             assert table is not None
-            scalar = editor.constant(f"{table.name}_frozen", np.asarray(array_of(table)[self.bucket], np.float32))
-            for unsqueeze, _ in list(gather.outputs[0].uses()):
+            row = array_of(table)[self.bucket : self.bucket + 1]
+            if self.bucket < 0 or not row.size:
+                raise ir.passes.PreconditionError(f"there is no bucket {self.bucket}: {table.name} has {array_of(table).size} rows")
+            scalar = editor.constant(f"{table.name}_frozen", row.reshape(()))
+            for unsqueeze in [user for user, _ in gather.outputs[0].uses()]:
                 replace_value(unsqueeze.outputs[0], scalar)
+                model.graph.remove(unsqueeze, safe=True)
+            model.graph.remove(gather, safe=True)
         return ir.passes.PassResult(model, modified=bool(gathers))

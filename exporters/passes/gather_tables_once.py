@@ -23,10 +23,9 @@ class GatherTablesOnce(ir.passes.InPlacePass):
         by_rank: dict[int, list[ir.Node]] = {}
         for gather, _ in bucket.uses():
             if gather.op_type == "Gather" and gather.inputs[0] is not None and gather.inputs[0].is_initializer():
-                for unsqueeze, _ in gather.outputs[0].uses():
-                    axes = unsqueeze.inputs[1]
-                    assert axes is not None
-                    by_rank.setdefault(1 + array_of(axes).size, []).append(unsqueeze)
+                for reader, _ in gather.outputs[0].uses():
+                    if reader.op_type == "Unsqueeze" and reader.inputs[1] is not None:
+                        by_rank.setdefault(1 + array_of(reader.inputs[1]).size, []).append(reader)
         producer = bucket.producer()
         assert producer is not None
         for rank, unsqueezes in sorted(by_rank.items()):
@@ -55,4 +54,5 @@ def _gather_once(editor: Editor, rank: int, bucket: ir.Value, unsqueezes: list[i
         replace_value(unsqueeze.outputs[0], output)
         graph.remove(unsqueeze, safe=True)
     for gather in dict.fromkeys(gathers):
-        graph.remove(gather, safe=True)
+        if not gather.outputs[0].uses():  # a table may be read at two ranks
+            graph.remove(gather, safe=True)

@@ -71,8 +71,6 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
                 y = editor.op("Add", [y, editor.constant(f"{layer.name}.bias", shaped)], f"{layer.name}.biased", shape=y.shape)
             y.name = output_name(layer.name)
             editor.insert_before(node)
-            if node.outputs[0].is_graph_output():
-                y.name = node.outputs[0].name
             replace_value(node.outputs[0], y)
             graph.remove(node, safe=True)
         return ir.passes.PassResult(model, modified=True)

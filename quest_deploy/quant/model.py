@@ -57,7 +57,10 @@ class QuantizedModel(nn.Module):
             return cls(copy.deepcopy(teacher), checkpoint, weights)
         model = build_float_model(checkpoint.architecture)
         floats = {key: torch.from_numpy(np.array(value)) for key, value in checkpoint.floats.items()}
-        result = model.load_state_dict(floats, strict=False)
+        try:
+            result = model.load_state_dict(floats, strict=False)
+        except RuntimeError as e:
+            raise InputError(f"the checkpoint does not fit its architecture: {e}") from e
         of_layers = {f"{name}.{part}" for name in checkpoint.layers for part in ("weight", "bias")}
         missing = [key for key in result.missing_keys if key not in of_layers]
         if missing or result.unexpected_keys:

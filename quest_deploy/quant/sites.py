@@ -76,7 +76,8 @@ def plan_quantization(model: nn.Module, probe: Mapping[str, Tensor], scheme: Sch
     """Run ``model(**probe)`` once and plan the quantization of every Conv2d and Linear it executes.
 
     Args:
-        probe: the model's inputs, random and different for each sample, so that equal inputs mean the same tensor.
+        probe: the model's inputs, ``sample`` among them; random and different for each sample, so that equal layer inputs mean
+            the same tensor.
 
     Raises:
         InputError: the model executes no Conv2d or Linear.
@@ -91,9 +92,9 @@ def plan_quantization(model: nn.Module, probe: Mapping[str, Tensor], scheme: Sch
     def bits_of(name: str, bits: int) -> int:
         return scheme.first_last_bits if name in ends else bits
 
-    readers: dict[bytes, list[_Seen]] = {}
+    readers: dict[tuple[bytes, int], list[_Seen]] = {}
     for layer in seen:
-        readers.setdefault(layer.input_hash, []).append(layer)
+        readers.setdefault((layer.input_hash, layer.axis), []).append(layer)
     sites = tuple(
         SitePlan(
             name=group[0].name,
