@@ -42,6 +42,11 @@ class Trajectories:
     output: Tensor
     conditions: dict[str, Tensor]
 
+    def first(self, samples: int) -> Trajectories:
+        """The first ``samples`` samplings, or all where there are fewer."""
+        conditions = {name: value[:samples] for name, value in self.conditions.items()}
+        return Trajectories(self.sample[:, :samples], self.timestep, self.output[:, :samples], conditions)
+
     def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         """The model's inputs, one step and up to ``size`` samples at a time."""
         steps, samples = self.sample.shape[:2]

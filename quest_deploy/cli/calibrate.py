@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from quest_deploy.cli.console import Update
     from quest_deploy.workspace import Workspace
 
-SAMPLES, STEPS = 256, 20
+SAMPLES, STEPS = 1024, 20
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,9 +42,17 @@ class RangeMethod(StrEnum):
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """``method`` chooses ranges; ``batch`` samples run at once; ``seed`` picks which values are kept for the search."""
+    """How to calibrate.
+
+    Attributes:
+        method: chooses the ranges.
+        samples: how many of the recorded samplings are run, the first ones; finetuning profits from more than calibration does.
+        batch: samples that run at once.
+        seed: picks which values are kept for the search.
+    """
 
     method: RangeMethod = RangeMethod.MSE
+    samples: int = 256
     batch: int = 64
     seed: int = 0
 
@@ -67,7 +75,7 @@ def calibrate(
     Raises:
         InputError: a bucket without samples, or a layer that cannot be quantized.
     """
-    batches = list(_batches(trajectories, scheme, options.batch))
+    batches = list(_batches(trajectories.first(options.samples), scheme, options.batch))
     empty = set(range(scheme.buckets)) - {int(b) for _, buckets in batches for b in buckets.unique()}
     if empty:
         raise InputError(f"the calibration trajectories never visit the timestep buckets {sorted(empty)}; record more steps")
@@ -139,7 +147,8 @@ class _Recorder:
     def choose_channels(self) -> None:
         """g = sqrt(amax_x / amax_w) (SmoothQuant, alpha 0.5), scaled to a geometric mean of one."""
         for site in self.plan.sites:
-            weight_amax = torch.stack([_input_amax(self.unet.get_submodule(n), self.amax[site.name]) for n in site.layers]).amax(0)
+            amaxes = [_input_amax(self.unet.get_submodule(name), self.amax[site.name]) for name in site.layers]
+            weight_amax = torch.stack(amaxes).amax(0)
             x, w = self.amax[site.name].clamp(min=1e-5), weight_amax.clamp(min=1e-5)
             channel = x.pow(CHANNEL_ALPHA) / w.pow(1 - CHANNEL_ALPHA)
             self.channel[site.name] = channel / channel.log().mean().exp()
