@@ -23,11 +23,10 @@ class LayerSets:
 _TEMPORAL = ("*.time_emb_proj",)
 LAYER_SETS = {
     "unconditional": LayerSets(_TEMPORAL, ("*.to_q", "*.to_k", "*.to_v")),
-    "class-conditional": LayerSets(_TEMPORAL, ("*.ff.net.*", "*.attn1.to_*", "*.attn2.to_*")),
+    "class-conditional": LayerSets(_TEMPORAL, ("*.ff.net.*", "*.attn1.to_q", "*.attn1.to_k", "*.attn1.to_v", "*.attn2.to_q")),
     "text-to-image": LayerSets(_TEMPORAL, ("*.ff.net.*",)),
 }
-"""QuEST's table (its paper, section 4, and its official code), but the class-conditional row trains all of attention, where QuEST
-leaves out the output projections and attn2's to_k and to_v."""
+"""QuEST's table (its paper, section 4, and its official code)."""
 
 
 def select_layers(names: Iterable[str], patterns: tuple[str, ...]) -> tuple[str, ...]:
