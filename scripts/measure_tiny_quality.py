@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from quest_deploy.cli.calibrate import SAMPLES, STEPS
 from quest_deploy.evaluate import SamplingOptions, assess, draw, epsilon_mse
 from quest_deploy.finetune.train import FinetuneOptions, finetune
 from quest_deploy.models.registry import load_model
@@ -41,7 +40,7 @@ def main(
     options = SamplingOptions()
     scheme = Scheme.parse(bits, buckets=buckets)
     per_tensor = Scheme.parse(bits, buckets=1, granularity=Granularity.PER_TENSOR)
-    held_out = record_trajectories(model, unet, steps=STEPS, samples=32, seed=HELD_OUT_SEED)
+    held_out = record_trajectories(model, unet, steps=model.calibration_steps, samples=32, seed=HELD_OUT_SEED)
     fp32 = float_denoiser(unet)
     fp32_images, labels = draw(model, fp32, options)
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -55,7 +54,9 @@ def main(
     judge("FP32", fp32, 0.0)
     for seed in range(seeds):
         started = time.monotonic()
-        trajectories = record_trajectories(model, unet, steps=max(STEPS, buckets), samples=SAMPLES, seed=seed)
+        trajectories = record_trajectories(
+            model, unet, steps=max(model.calibration_steps, buckets), samples=model.calibration_samples, seed=seed
+        )
         calibrated = calibrate("tiny", unet, trajectories, scheme, CalibrationOptions(seed=seed))
         calibration_s = time.monotonic() - started
         finetuned = finetune(unet, calibrated, trajectories, FinetuneOptions(family=model.family, seed=seed))

@@ -28,22 +28,20 @@ if TYPE_CHECKING:
     from quest_deploy.cli.console import Update
     from quest_deploy.workspace import Workspace
 
-SAMPLES, STEPS = 1024, 20
-
 
 @dataclasses.dataclass(frozen=True)
 class CalibrateOptions:
-    """``steps`` DDIM steps (at least one a bucket) of ``samples`` samplings; ``method`` chooses the clip ranges."""
+    """``steps`` DDIM steps (at least one a bucket) of ``samples`` samplings, None for the model's own; ``method`` chooses ranges."""
 
-    samples: int = SAMPLES
-    steps: int = STEPS
+    samples: int | None = None
+    steps: int | None = None
     method: str = "mse"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in ("mse", "minmax"):
             raise InputError(f"unknown calibration method {self.method!r}: expected mse or minmax")
-        if self.samples < 1 or self.steps < 1:
+        if (self.samples is not None and self.samples < 1) or (self.steps is not None and self.steps < 1):
             raise InputError("calibration needs at least one sample and one step")
 
 
@@ -58,12 +56,12 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
 
         model = load_model(workspace.model)
         unet = model.load_unet()
-        steps = max(options.steps, workspace.scheme.buckets)
+        steps = max(options.steps or model.calibration_steps, workspace.scheme.buckets)
         trajectories = record_trajectories(
             model,
             unet,
             steps=steps,
-            samples=options.samples,
+            samples=options.samples or model.calibration_samples,
             seed=options.seed,
             on_progress=lambda done, total: update("recording trajectories", done, total),
         )
@@ -102,8 +100,10 @@ def calibrate(
     buckets: BucketsOption = None,
     granularity: GranularityOption = None,
     method: Annotated[str, typer.Option(help="How clip ranges are chosen: mse or minmax.")] = "mse",
-    samples: Annotated[int, typer.Option(min=1, help="Samplings to record.")] = SAMPLES,
-    steps: Annotated[int, typer.Option(min=1, help="DDIM steps of each; at least the number of buckets is taken.")] = STEPS,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samplings to record.", show_default="the model's")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="DDIM steps of each, at least one a bucket.", show_default="the model's")
+    ] = None,
     seed: int = 0,
     as_json: JsonOption = False,
 ) -> None:

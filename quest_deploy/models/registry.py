@@ -23,14 +23,15 @@ class DiffusionModel(Protocol):
         family: which of QuEST's layer sets applies (see ``quest_deploy.finetune.layer_sets``).
         sample_shape: the shape of one latent sample, without the batch.
         train_timesteps: the number of steps it was trained with.
-        default_guidance: the classifier-free guidance weight it is usually sampled with; 1 is none.
+        calibration_samples, calibration_steps: how many samplings, of how many steps, are recorded for it unless told otherwise.
     """
 
     name: str
     family: str
     sample_shape: tuple[int, ...]
     train_timesteps: int
-    default_guidance: float
+    calibration_samples: int
+    calibration_steps: int
 
     def load_unet(self) -> nn.Module:
         """The float model, FP32, in evaluation mode."""

@@ -59,7 +59,8 @@ class TinyModel:
     family = "class-conditional"
     sample_shape: tuple[int, ...] = (4, 8, 8)
     train_timesteps = 1000
-    default_guidance = 1.0
+    calibration_samples = 1024
+    calibration_steps = 20
 
     def load_unet(self) -> nn.Module:
         """The FP32 UNet: sample [B, 4, 8, 8], timestep [B], encoder_hidden_states [B, 4, 32] -> epsilon [B, 4, 8, 8]."""

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-LAYER_TOLERANCE = 1e-5
-"""The largest relative error of a layer's output channel; correct runtimes were seen to differ by 2e-7 to 1e-6."""
+LAYER_TOLERANCE = 3e-5
+"""The largest relative error of a layer's output channel; correct runtimes were seen to differ by up to 5e-6 where a sum cancels."""
 SENSITIVITY_FACTOR = 2.0
 """The end-to-end error allowed, in units of the model's own sensitivity to last-bit differences."""
 
