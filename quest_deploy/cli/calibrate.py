@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from quest_deploy.cli.console import Update
     from quest_deploy.workspace import Workspace
 
+FEWEST_SAMPLES = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class CalibrateOptions:
@@ -57,11 +59,13 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
         model = load_model(workspace.model)
         unet = model.load_unet()
         steps = max(options.steps or model.calibration_steps, workspace.scheme.buckets)
+        # More steps for more buckets, but not more data: finely divided timesteps need fewer samples each.
+        samples = options.samples or max(FEWEST_SAMPLES, model.calibration_samples * model.calibration_steps // steps)
         trajectories = record_trajectories(
             model,
             unet,
             steps=steps,
-            samples=options.samples or model.calibration_samples,
+            samples=samples,
             seed=options.seed,
             on_progress=lambda done, total: update("recording trajectories", done, total),
         )

@@ -61,7 +61,9 @@ def main() -> None:
         app()
     except QuestDeployError as e:
         _fail(str(e), e.exit_code)
-    except KeyboardInterrupt:
+    except SystemExit as e:
+        if e.code != INTERRUPTED:  # as typer ends on Ctrl-C, without a word
+            raise
         _fail("interrupted; what was finished is kept, and the same command goes on from there", INTERRUPTED)
     except BrokenPipeError:
         sys.exit(1)

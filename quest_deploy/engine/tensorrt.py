@@ -63,11 +63,14 @@ class TensorRtBackend(Backend):
             errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
             raise QuestDeployError(f"{self.name} cannot parse {lowered}: {errors}")
         config = builder.create_builder_config()
-        config.progress_monitor = _monitor(trt, on_progress)
+        monitor = _monitor(trt, on_progress)
+        config.progress_monitor = monitor
         _add_profile(builder, config, network, options.max_batch)
         if self.package == RTX:
             _target(trt, config, options.compute_capabilities)
         serialized = builder.build_serialized_network(network, config)
+        if monitor.failure is not None:
+            raise monitor.failure
         if serialized is None:
             raise QuestDeployError(f"{self.name} cannot build {lowered}: {'; '.join(logger.problems[-3:]) or 'no reason given'}")
         (folder / ENGINE).write_bytes(bytes(serialized))
@@ -132,23 +135,29 @@ def _logger(trt: Any) -> Any:
 
 def _monitor(trt: Any, on_progress: Callable[[str, int, int], None]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Passes the builder's outermost phase on."""
+        """Passes the builder's phases on; Ctrl-C stops the build at the next step, since no exception may cross into C++."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.totals: dict[str, int] = {}
+            self.failure: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.totals[phase_name] = num_steps
-            on_progress(phase_name, 0, num_steps)
+            self._report(phase_name, 0)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            on_progress(phase_name, step + 1, self.totals.get(phase_name, step + 1))
-            return True
+            self._report(phase_name, step + 1)
+            return self.failure is None
 
         def phase_finish(self, phase_name: str) -> None:
-            total = self.totals.pop(phase_name, 1)
-            on_progress(phase_name, total, total)
+            self._report(phase_name, self.totals.get(phase_name, 1))
+
+        def _report(self, phase_name: str, done: int) -> None:
+            try:
+                on_progress(phase_name, done, self.totals.get(phase_name, done))
+            except BaseException as e:
+                self.failure = self.failure or e
 
     return Monitor()
 

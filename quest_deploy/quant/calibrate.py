@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
     from quest_deploy.trajectories import Trajectories
 
-VALUES_PER_BUCKET = 4096
+VALUES_PER_SITE = 4096 * 20
+"""Shared by the buckets, of which each keeps at least FEWEST_VALUES and at most MOST_VALUES."""
+FEWEST_VALUES, MOST_VALUES = 512, 4096
 CHANNEL_ALPHA = 0.5
 SHRINK_FACTORS = torch.linspace(1.0, 0.2, 81)
 
@@ -123,6 +125,7 @@ class _Recorder:
 
     def __init__(self, unet: nn.Module, plan: QuantizationPlan, buckets: int, seed: int) -> None:
         self.unet, self.plan, self.buckets = unet, plan, buckets
+        self.kept = min(max(VALUES_PER_SITE // buckets, FEWEST_VALUES), MOST_VALUES)
         self.generator = torch.Generator().manual_seed(seed)
         self.amax: dict[str, Tensor] = {}
         self.channel: dict[str, Tensor] = {}
@@ -159,9 +162,9 @@ class _Recorder:
             values = x[buckets == bucket].flatten()
             if (old := self.values.get((site.name, bucket))) is not None:
                 values = torch.cat([old, values])
-            if values.numel() > VALUES_PER_BUCKET:
+            if values.numel() > self.kept:
                 # The extremes always stay: they are the min-max range.
-                keep = torch.randint(values.numel(), (VALUES_PER_BUCKET - 2,), generator=self.generator)
+                keep = torch.randint(values.numel(), (self.kept - 2,), generator=self.generator)
                 values = torch.cat([values[keep], values.amin()[None], values.amax()[None]])
             self.values[site.name, bucket] = values
 
