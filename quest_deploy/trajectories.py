@@ -7,7 +7,7 @@ conditions it is used with. Targets for finetuning come along: they are the mode
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from quest_deploy.models.registry import DiffusionModel
+    from quest_deploy.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,21 @@ class Trajectories:
             raise InputError(f"{path}: not readable calibration trajectories ({e}); run `quest-deploy calibrate` again") from e
 
 
+def _scheduler(model: DiffusionModel, steps: int, scheme: Scheme | None) -> Any:
+    scheduler = model.load_scheduler("ddim")
+    scheduler.set_timesteps(steps)
+    if scheme is None:
+        return scheduler
+    for count in (None, max(steps, scheme.buckets), model.train_timesteps):
+        if count is not None:
+            # "trailing" ends each of `count` equal parts of the training steps, so that no part is left out.
+            scheduler = model.load_scheduler("ddim", timestep_spacing="trailing")
+            scheduler.set_timesteps(count)
+        if len({scheme.bucket_of(t) for t in scheduler.timesteps.tolist()}) == scheme.buckets:
+            break
+    return scheduler
+
+
 @torch.no_grad()
 def record_trajectories(
     model: DiffusionModel,
@@ -86,17 +102,18 @@ def record_trajectories(
     steps: int,
     samples: int,
     seed: int,
+    scheme: Scheme | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Trajectories:
     """Sample with DDIM and the float ``unet`` and record every step.
 
     Args:
-        steps: DDIM steps; at least the number of buckets, so that each one is visited.
+        steps: DDIM steps, spaced as the model's scheduler spaces them.
+        scheme: visit each of its buckets; where ``steps`` would miss one, with other spacing and more steps.
         samples: how many samplings run side by side; their conditions are drawn by the model, the unconditional one included.
     """
     generator = torch.Generator().manual_seed(seed)
-    scheduler = model.load_scheduler("ddim")
-    scheduler.set_timesteps(steps)
+    scheduler = _scheduler(model, steps, scheme)
     conditions = model.draw_conditions(samples, generator)
     sample = torch.randn(samples, *model.sample_shape, generator=generator)
     inputs, outputs = [], []
@@ -105,5 +122,5 @@ def record_trajectories(
         inputs.append(sample)
         outputs.append(output)
         sample = scheduler.step(output, timestep, sample).prev_sample
-        on_progress(i + 1, steps)
+        on_progress(i + 1, len(scheduler.timesteps))
     return Trajectories(torch.stack(inputs), scheduler.timesteps.float(), torch.stack(outputs), conditions)

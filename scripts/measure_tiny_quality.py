@@ -55,7 +55,7 @@ def main(
     for seed in range(seeds):
         started = time.monotonic()
         trajectories = record_trajectories(
-            model, unet, steps=max(model.calibration_steps, buckets), samples=model.calibration_samples, seed=seed
+            model, unet, steps=model.calibration_steps, samples=model.calibration_samples, seed=seed, scheme=scheme
         )
         calibrated = calibrate("tiny", unet, trajectories, scheme, CalibrationOptions(seed=seed))
         calibration_s = time.monotonic() - started

@@ -33,7 +33,7 @@ FEWEST_SAMPLES = 16
 
 @dataclasses.dataclass(frozen=True)
 class CalibrateOptions:
-    """``steps`` DDIM steps (at least one a bucket) of ``samples`` samplings, None for the model's own; ``method`` chooses ranges."""
+    """``steps`` DDIM steps (or more, to visit every bucket) of ``samples`` samplings, None for the model's own numbers."""
 
     samples: int | None = None
     steps: int | None = None
@@ -58,15 +58,18 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
 
         model = load_model(workspace.model)
         unet = model.load_unet()
-        steps = max(options.steps or model.calibration_steps, workspace.scheme.buckets)
+        steps = options.steps or model.calibration_steps
         # More steps for more buckets, but not more data: finely divided timesteps need fewer samples each.
-        samples = options.samples or max(FEWEST_SAMPLES, model.calibration_samples * model.calibration_steps // steps)
+        samples = options.samples or max(
+            FEWEST_SAMPLES, model.calibration_samples * model.calibration_steps // max(steps, workspace.scheme.buckets)
+        )
         trajectories = record_trajectories(
             model,
             unet,
             steps=steps,
             samples=samples,
             seed=options.seed,
+            scheme=workspace.scheme,
             on_progress=lambda done, total: update("recording trajectories", done, total),
         )
         settings = CalibrationOptions(RangeMethod(options.method), seed=options.seed)
@@ -106,7 +109,8 @@ def calibrate(
     method: Annotated[str, typer.Option(help="How clip ranges are chosen: mse or minmax.")] = "mse",
     samples: Annotated[int | None, typer.Option(min=1, help="Samplings to record.", show_default="the model's")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="DDIM steps of each, at least one a bucket.", show_default="the model's")
+        int | None,
+        typer.Option(min=1, help="DDIM steps of each; more where that is needed to visit every bucket.", show_default="the model's"),
     ] = None,
     seed: int = 0,
     as_json: JsonOption = False,

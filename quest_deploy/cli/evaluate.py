@@ -55,9 +55,10 @@ def evaluate_stage(
 
         model = load_model(workspace.model)
         unet = model.load_unet()
-        steps = max(chosen.steps, workspace.scheme.buckets)
         update("recording held-out trajectories", 0, 1)
-        held_out = record_trajectories(model, unet, steps=steps, samples=HELD_OUT_SAMPLES, seed=HELD_OUT_SEED)
+        held_out = record_trajectories(
+            model, unet, steps=chosen.steps, samples=HELD_OUT_SAMPLES, seed=HELD_OUT_SEED, scheme=workspace.scheme
+        )
         methods = {"PTQ": CALIBRATED} | ({"QuEST": CHECKPOINT} if "finetune" in workspace.stages else {})
         contestants: dict[str, Any] = {"FP32": float_denoiser(unet)}
         for name, file in methods.items():

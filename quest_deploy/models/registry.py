@@ -36,8 +36,8 @@ class DiffusionModel(Protocol):
     def load_unet(self) -> nn.Module:
         """The float model, FP32, in evaluation mode."""
 
-    def load_scheduler(self, name: str) -> Any:
-        """A new diffusers scheduler; raise InputError for an unknown name."""
+    def load_scheduler(self, name: str, **overrides: Any) -> Any:
+        """A new diffusers scheduler, its configuration the model's but for ``overrides``; raise InputError for an unknown name."""
 
     def draw_conditions(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Random conditions as the model meets them in use, the unconditional one included; each [count, ...]."""

@@ -70,8 +70,8 @@ class TinyModel:
         unet: nn.Module = UNet2DConditionModel.from_pretrained(ASSETS / "unet", torch_dtype=torch.float32)
         return unet.eval()
 
-    def load_scheduler(self, name: str = "ddim") -> Any:
-        return make_scheduler(name, read_json(ASSETS / "scheduler" / "scheduler_config.json"))
+    def load_scheduler(self, name: str, **overrides: Any) -> Any:
+        return make_scheduler(name, {**read_json(ASSETS / "scheduler" / "scheduler_config.json"), **overrides})
 
     def draw_conditions(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         import torch
