@@ -118,7 +118,7 @@ def test_minmax_ranges_are_those_of_all_values_that_a_site_sees_in_a_bucket(
 def test_the_extremes_survive_when_a_site_sees_more_values_than_are_kept(
     net: nn.Module, recorded: Trajectories, minmax: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quest_deploy.quant.calibrate.VALUES_PER_BUCKET", 16)
+    monkeypatch.setattr("quest_deploy.quant.calibrate.MOST_VALUES", 16)
     few = quantize(net, recorded, method=RangeMethod.MINMAX)
     for name, site in minmax.sites.items():
         np.testing.assert_array_equal(few.sites[name].scale, site.scale, err_msg=name)

@@ -1,0 +1,270 @@
+"""Bad input: one message that says what to do, exit code 2 (1 where the work failed), and an untouched workspace."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from quest_deploy.files import read_json, write_json
+from quest_deploy.scheme import Scheme
+from quest_deploy.workspace import MANIFEST, Workspace
+from tests.quest_deploy.support import cli, flip_byte, snapshot, truncate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.quest_deploy.conftest import Chain
+
+BACKEND_COMMANDS = ("build-engine", "verify", "benchmark", "generate", "evaluate")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Path:
+    """A workspace in which nothing has run."""
+    return Workspace.create(tmp_path / "fresh", "tiny", Scheme.parse("w4a4", buckets=3)).root
+
+
+@pytest.mark.parametrize("command", ["calibrate", "export", "run"])
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--model", "sd99", "unknown model 'sd99': expected one of tiny"),
+        ("--bits", "w3a3", "unknown bits 'w3a3': expected one of w4a4, w4a8, w8a8"),
+        ("--buckets", "0", "expected 1 to 1000 buckets (the number of training steps), not 0"),
+        ("--buckets", "1001", "expected 1 to 1000 buckets (the number of training steps), not 1001"),
+        ("--buckets", "-5", "expected 1 to 1000 buckets"),
+    ],
+)
+def test_an_unknown_choice_is_refused_before_a_workspace_is_made(
+    tmp_path: Path, command: str, option: str, value: str, words: str
+) -> None:
+    ended = cli(command, "-w", tmp_path / "ws", option, value)
+    assert ended.code == 2
+    assert words in ended.message
+    assert not (tmp_path / "ws").exists()
+
+
+@pytest.mark.parametrize("command", BACKEND_COMMANDS)
+def test_an_unknown_backend_is_refused_with_the_known_ones(fresh: Path, command: str) -> None:
+    ended = cli(command, "-w", fresh, "--backend", "tflite")
+    assert ended.code == 2
+    assert "unknown backend 'tflite': expected one of openvino, onnxruntime, tensorrt-rtx, tensorrt" in ended.message
+
+
+@pytest.mark.parametrize("option", ["--backend", "--build-only"])
+def test_run_refuses_an_unknown_backend_before_it_starts(tmp_path: Path, option: str) -> None:
+    ended = cli("run", "-w", tmp_path / "ws", option, "tflite")
+    assert (ended.code, ended.message.split(":")[0]) == (2, "unknown backend 'tflite'")
+    assert not (tmp_path / "ws").exists()
+
+
+def test_run_refuses_a_backend_that_cannot_run_here_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quest_deploy.engine.tensorrt.gpu_count", lambda: 0)
+    ended = cli("run", "-w", tmp_path / "ws", "--backend", "tensorrt-rtx")
+    assert ended.code == 2
+    assert "this machine has none" in ended.message
+    assert not (tmp_path / "ws").exists()
+
+
+@pytest.mark.parametrize("command", [*BACKEND_COMMANDS, "finetune", "reference"])
+def test_a_command_without_a_workspace_names_the_first_one(tmp_path: Path, command: str) -> None:
+    ended = cli(command, "-w", tmp_path / "none")
+    assert ended.code == 2
+    assert f"run `quest-deploy calibrate -w {tmp_path / 'none'}` first" in ended.message
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("finetune", "calibrate"),
+        ("reference", "calibrate"),
+        ("build-engine", "export"),
+        ("verify", "build-engine --backend openvino"),
+        ("benchmark", "export"),
+        ("generate", "build-engine --backend openvino"),
+        ("evaluate", "calibrate"),
+    ],
+)
+def test_a_missing_stage_is_named_with_its_command(fresh: Path, command: str, missing: str) -> None:
+    before = snapshot(fresh)
+    ended = cli(command, "-w", fresh)
+    assert ended.code == 2
+    assert f"run `quest-deploy {missing} -w {fresh}` first" in ended.message
+    assert snapshot(fresh) == before
+
+
+def test_verify_without_a_reference_names_its_command(workspace: Path) -> None:
+    manifest = read_json(workspace / MANIFEST)
+    del manifest["stages"]["reference"]
+    write_json(workspace / MANIFEST, manifest)
+    ended = cli("verify", "-w", workspace, "--backend", "onnxruntime")
+    assert (ended.code, f"run `quest-deploy reference -w {workspace}` first" in ended.message) == (2, True)
+
+
+@pytest.mark.parametrize("damage", [flip_byte, truncate, lambda path: path.unlink()], ids=["edited", "truncated", "removed"])
+@pytest.mark.parametrize(
+    ("path", "reader", "maker"),
+    [
+        ("calibrated.safetensors", "finetune", "calibrate"),
+        ("trajectories.safetensors", "finetune", "calibrate"),
+        ("checkpoint.safetensors", "export", "finetune"),
+        ("checkpoint.safetensors", "reference", "finetune"),
+        ("unet.onnx", "build-engine", "export"),
+        ("unet.onnx.data", "build-engine", "export"),
+        ("engines/openvino/lowered.onnx.data", "verify", "build-engine --backend openvino"),
+        ("engines/openvino/engine.json", "generate", "build-engine --backend openvino"),
+        ("reference/tables.safetensors", "verify", "reference"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_command_that_makes_it_again(
+    workspace: Path, path: str, reader: str, maker: str, damage: Callable[[Path], Any]
+) -> None:
+    damage(workspace / path)
+    before = snapshot(workspace)
+    ended = cli(reader, "-w", workspace)
+    assert ended.code == 2
+    assert str(workspace / path) in ended.message
+    assert f"run `quest-deploy {maker} -w {workspace}` again" in ended.message
+    assert snapshot(workspace) == before
+
+
+def test_inspect_says_what_is_damaged_in_a_workspace(workspace: Path) -> None:
+    truncate(workspace / "unet.onnx.data")
+    stages = cli("inspect", workspace, "--json").json["stages"]
+    assert stages["finetune"]["state"] == "up to date"
+    assert "run `quest-deploy export" in stages["export"]["state"]
+    assert "run `quest-deploy export" in stages["build-engine/openvino"]["state"]
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "unet.onnx", "manifest.json", "engines/openvino/engine.json"])
+def test_inspecting_a_truncated_file_is_one_message(workspace: Path, name: str) -> None:
+    truncate(workspace / name)
+    path = workspace / name
+    ended = cli("inspect", path.parent if path.suffix == ".json" else path)
+    assert ended.code == 2
+    assert str(path) in ended.message
+
+
+def test_inspecting_an_engine_of_another_kind_is_one_message(workspace: Path) -> None:
+    content = read_json(workspace / "engines/openvino/engine.json")
+    write_json(workspace / "engines/openvino/engine.json", {"format": content["format"], "version": content["version"]})
+    ended = cli("inspect", workspace / "engines/openvino")
+    assert (ended.code, "build-engine" in ended.message) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["missing.onnx", "notes.txt", "folder"])
+def test_inspecting_something_else_is_one_message(tmp_path: Path, name: str) -> None:
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "folder").mkdir()
+    ended = cli("inspect", tmp_path / name)
+    assert (ended.code, str(tmp_path / name) in ended.message) == (2, True)
+
+
+def test_a_workspace_of_another_version_is_refused(workspace: Path) -> None:
+    write_json(workspace / MANIFEST, read_json(workspace / MANIFEST) | {"version": 2})
+    for command in ("calibrate", "export", "verify", "inspect"):
+        ended = cli(command, *([workspace] if command == "inspect" else ["-w", workspace]))
+        assert ended.code == 2
+        assert "expected a workspace of version 1, found 2" in ended.message
+
+
+@pytest.mark.parametrize("command", ["calibrate", "export", "run"])
+def test_a_folder_that_holds_other_things_is_left_alone(tmp_path: Path, command: str) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    ended = cli(command, "-w", tmp_path)
+    assert (ended.code, "is not empty; give another folder with -w" in ended.message) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["calibrate", "--bits", "w8a8"], "holds bits w4a4, not w8a8"),
+        (["calibrate", "--buckets", "4"], "holds buckets 3, not 4"),
+        (["export", "--granularity", "per_tensor"], "holds granularity folded_channel, not per_tensor"),
+        (["verify", "--bits", "w4a8"], "holds bits w4a4, not w4a8"),
+    ],
+)
+def test_a_workspace_of_another_scheme_is_not_overwritten(fresh: Path, arguments: list[str], words: str) -> None:
+    ended = cli(*arguments, "-w", fresh)
+    assert (ended.code, words in ended.message) == (2, True)
+
+
+@pytest.mark.parametrize("labels", ["12a", "", "-1", "1 2", "²", "٣"])
+def test_labels_that_are_not_digits_are_refused(workspace: Path, labels: str) -> None:
+    ended = cli("generate", "-w", workspace, "--labels", labels)
+    assert (ended.code, "labels must be digits" in ended.message) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_an_unknown_scheduler_is_refused_with_the_known_ones(workspace: Path, command: str) -> None:
+    ended = cli(command, "-w", workspace, "--scheduler", "heun")
+    assert (ended.code, "unknown scheduler 'heun': expected one of ddim, ddpm" in ended.message) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["calibrate", "--method", "entropy"], "unknown calibration method 'entropy': expected mse or minmax"),
+        (["build-engine", "--provider", "rocm"], "unknown provider 'rocm'"),
+        (["build-engine", "--backend", "tensorrt-rtx", "--compute-capability", "12"], "unknown compute capability '12'"),
+    ],
+)
+def test_an_unknown_choice_of_a_stage_is_refused(workspace: Path, arguments: list[str], words: str) -> None:
+    ended = cli(*arguments, "-w", workspace)
+    assert (ended.code, words in ended.message) == (2, True)
+
+
+def test_tensorrt_without_its_sdk_says_what_to_install(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    ended = cli("build-engine", "-w", workspace, "--backend", "tensorrt")
+    assert (ended.code, "pip install 'quest-deploy[gpu]'" in ended.message) == (2, True)
+
+
+def test_an_engine_that_cannot_run_here_is_refused_by_every_command_that_runs_it(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quest_deploy.engine.tensorrt.gpu_count", lambda: 0)
+    for command in ("verify", "benchmark", "generate"):
+        ended = cli(command, "-w", chain.root, "--backend", "tensorrt-rtx")
+        assert (ended.code, "this machine has none" in ended.message) == (2, True), command
+
+
+def test_an_engine_of_a_graph_that_is_older_than_the_checkpoint_is_refused(workspace: Path) -> None:
+    # As if `export` had run before `finetune`: its graph holds another checkpoint than the one that is to be deployed.
+    manifest = read_json(workspace / MANIFEST)
+    del manifest["stages"]["export"]["inputs"]["finetune"]
+    write_json(workspace / MANIFEST, manifest)
+    for command in ("build-engine", "generate"):
+        ended = cli(command, "-w", workspace, "--backend", "onnxruntime")
+        assert (ended.code, "run `quest-deploy export" in ended.message) == (2, True), command
+
+
+def test_a_failing_verification_ends_with_exit_code_1_and_one_json_report(workspace: Path) -> None:
+    path = next((workspace / "reference").glob("buckets-*"))
+    tensors = load_file(path)
+    tensors["layer.conv_out.y"] *= 1.01
+    save_file(tensors, path)
+    opened = Workspace.open(workspace)
+    record = opened.stages["reference"]
+    files = [workspace / name for name in record.files]
+    opened.record("reference", inputs=record.inputs, options=record.options, files=files, details=record.details)
+    ended = cli("verify", "-w", workspace, "--backend", "onnxruntime", "--json")
+    assert ended.code == 1
+    assert "does not compute the fake-quantized model: layer conv_out" in ended.message
+    assert read_json(workspace / "reports/verify-onnxruntime.json")["passed"] is False
+    assert ended.json["passed"] is False
+
+
+def test_errors_are_one_json_value_too(fresh: Path) -> None:
+    ended = cli("verify", "-w", fresh, "--json")
+    assert ended.json == {"error": ended.message, "exit_code": 2}
+
+
+@pytest.mark.parametrize("buckets", ["1", "21"])
+def test_any_number_of_buckets_is_calibrated(tmp_path: Path, buckets: str) -> None:
+    ended = cli("calibrate", "-w", tmp_path / "ws", "--buckets", buckets, "--samples", "1", "--json")
+    assert (ended.code, ended.json["buckets"]) == (0, int(buckets))

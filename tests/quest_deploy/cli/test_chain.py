@@ -1,0 +1,167 @@
+"""The main job, command by command, on the embedded model: what each leaves behind and says."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from exporters.graph_info import graph_info, load_graph
+from quest_deploy.checkpoint import load_checkpoint
+from quest_deploy.files import read_json, sha256_of
+from quest_deploy.reference_files import load_reference
+from quest_deploy.workspace import Workspace
+from tests.quest_deploy.support import CHAIN, cli
+
+if TYPE_CHECKING:
+    from tests.quest_deploy.conftest import Chain
+
+BACKENDS = ("openvino", "onnxruntime", "tensorrt-rtx")
+
+
+@pytest.mark.parametrize("step", CHAIN)
+def test_every_command_prints_one_json_value_with_its_workspace(chain: Chain, step: str) -> None:
+    assert chain.outcomes[step].json["workspace"] == str(chain.root)
+    assert "Traceback" not in chain.outcomes[step].err
+
+
+@pytest.mark.parametrize("step", CHAIN)
+def test_the_manifest_records_what_every_command_wrote(chain: Chain, step: str) -> None:
+    record = Workspace.open(chain.root).require(step.replace(" ", "/"))
+    assert record.files
+    for path, entry in record.files.items():
+        assert sha256_of(chain.root / path) == entry["sha256"]
+
+
+def test_the_workspace_has_the_layout_of_the_specification(chain: Chain) -> None:
+    expected = ["manifest.json", "checkpoint.safetensors", "unet.onnx", "unet.onnx.data", "reference/reference.json"]
+    expected += [f"engines/{backend}/engine.json" for backend in BACKENDS]
+    expected += [f"reports/{command}-onnxruntime.json" for command in ("verify", "benchmark", "evaluate")]
+    expected += ["images/grid-openvino.png"]
+    assert [path for path in expected if not (chain.root / path).is_file()] == []
+    assert list(chain.root.rglob(".tmp-*")) == []
+
+
+def test_calibrate_tells_the_share_of_weights_and_multiply_adds_at_4_bits(chain: Chain) -> None:
+    report = chain.outcomes["calibrate"].json
+    assert report["buckets"] == 3
+    assert 0.99 < report["weights_at_4_bits"] < 1
+    assert 0.99 < report["macs_at_4_bits"] < 1
+
+
+def test_all_layers_but_the_first_and_the_last_convolution_have_4_bits(chain: Chain) -> None:
+    checkpoint = load_checkpoint(chain.root / "checkpoint.safetensors")
+    assert {name for name, layer in checkpoint.layers.items() if layer.weight_bits == 8} == {"conv_in", "conv_out"}
+    assert {name for name, site in checkpoint.sites.items() if site.bits == 8} == {"conv_in", "conv_out"}
+
+
+def test_finetune_runs_the_steps_asked_for_and_leaves_no_state(chain: Chain) -> None:
+    assert chain.outcomes["finetune"].json["steps"] == 5
+    provenance = load_checkpoint(chain.root / "checkpoint.safetensors").provenance
+    assert (provenance["method"], provenance["temporal_steps"], provenance["sensitive_steps"]) == ("quest", 2, 3)
+    assert not (chain.root / "finetune-state.pt").exists()
+
+
+def test_export_deploys_the_finetuned_checkpoint(chain: Chain) -> None:
+    assert chain.outcomes["export"].json["method"] == "quest"
+    assert "warning" not in chain.outcomes["export"].err
+    assert graph_info(load_graph(chain.root / "unet.onnx")).checkpoint_sha256 == sha256_of(chain.root / "checkpoint.safetensors")
+    assert chain.outcomes["export"].json["bytes"] < 0.4 * chain.outcomes["export"].json["fp32_weight_bytes"]
+
+
+def test_reference_covers_every_bucket(chain: Chain) -> None:
+    records, _ = load_reference(chain.root / "reference")
+    assert {bucket for record in records for bucket in record.entry.buckets} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_engine_says_what_built_it_from_which_graph(chain: Chain, backend: str) -> None:
+    content = read_json(chain.root / "engines" / backend / "engine.json")
+    assert content["backend"] == backend
+    assert content["graph_sha256"] == sha256_of(chain.root / "unet.onnx")
+    assert content["checkpoint_sha256"] == sha256_of(chain.root / "checkpoint.safetensors")
+    assert content["hardware"] == chain.outcomes[f"build-engine {backend}"].json["hardware"]
+
+
+def test_tensorrt_rtx_was_built_for_the_capability_asked_for(chain: Chain) -> None:
+    assert chain.outcomes["build-engine tensorrt-rtx"].json["hardware"]["compute_capabilities"] == ["89"]
+
+
+def test_verify_passes_and_reports_every_bucket_and_layer(chain: Chain) -> None:
+    report = chain.outcomes["verify onnxruntime"].json
+    assert report["passed"] is True
+    assert [b["bucket"] for b in report["buckets"]] == [0, 1, 2]
+    assert len(report["layers"]) == chain.outcomes["export"].json["layers"]
+    assert sum(b["unexplained"] for b in report["buckets"]) == 0
+
+
+def test_benchmark_times_fp32_and_static_scales_beside_the_engine(chain: Chain) -> None:
+    report = chain.outcomes["benchmark onnxruntime"].json
+    assert {(t["engine"], t["batch"]) for t in report["timings"]} == {("quantized", 2), ("static scale", 2), ("fp32", 2)}
+    assert report["speedup_over_fp32"].keys() == report["bucket_selection_cost"].keys() == {"2"}
+    assert report["size_ratio_to_fp32"] > 2
+
+
+def test_generate_draws_one_column_a_label(chain: Chain) -> None:
+    assert chain.outcomes["generate openvino"].json["images"] == 4
+    picture = np.asarray(Image.open(chain.root / "images" / "grid-openvino.png"))
+    assert picture.shape == (18 * 4, (4 * 17 + 1) * 4)
+    assert picture.std() > 20
+
+
+def test_evaluate_judges_fp32_both_fake_quantized_models_and_the_engine(chain: Chain) -> None:
+    results = chain.outcomes["evaluate onnxruntime"].json["results"]
+    assert list(results) == ["FP32", "PTQ", "QuEST", "onnxruntime"]
+    assert results["FP32"]["pixel_mse"] == 0
+    assert results["FP32"]["epsilon_mse"] == pytest.approx([0, 0, 0], abs=1e-9)
+    assert all(error > 0 for error in results["QuEST"]["epsilon_mse"])
+    # The engine computes the fake-quantized model; a tie may flip a code here and there.
+    assert results["onnxruntime"]["epsilon_mse"] == pytest.approx(results["QuEST"]["epsilon_mse"], rel=0.1)
+
+
+@pytest.mark.parametrize("command", ["verify", "benchmark", "evaluate"])
+def test_a_report_holds_what_was_printed(chain: Chain, command: str) -> None:
+    printed = chain.outcomes[f"{command} onnxruntime"].json
+    assert read_json(chain.root / "reports" / f"{command}-onnxruntime.json") | {"workspace": str(chain.root)} == printed
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [(".", "workspace"), ("checkpoint.safetensors", "checkpoint"), ("unet.onnx", "graph"), ("engines/openvino", "engine")],
+)
+def test_inspect_shows_what_each_thing_holds(chain: Chain, path: str, kind: str) -> None:
+    shown = cli("inspect", chain.root / path, "--json")
+    assert (shown.code, shown.json["kind"]) == (0, kind)
+    scheme = shown.json.get("scheme") or shown.json["lowered"]["scheme"]
+    assert (scheme["weight_bits"], len(scheme["bucket_edges"])) == (4, 2)
+    text = cli("inspect", chain.root / path)
+    assert "3 timestep buckets" in text.out
+    assert text.code == 0
+
+
+def test_inspect_lists_the_bits_of_every_layer(chain: Chain) -> None:
+    shown = cli("inspect", chain.root / "checkpoint.safetensors", "--json").json
+    bits = {x["layer"]: (x["weight_bits"], x["activation_bits"]) for x in shown["layers"]}
+    assert len(bits) == chain.outcomes["calibrate"].json["layers"]
+    assert bits["conv_in"] == bits["conv_out"] == (8, 8)
+    assert bits["down_blocks.0.resnets.0.conv1"] == (4, 4)
+    graph = cli("inspect", chain.root / "unet.onnx", "--json").json
+    assert graph["layers_by_weight_bits"] == {"4": len(bits) - 2, "8": 2}
+    assert graph["operators"]["quest::TimestepQuantize"] == shown["sites"]
+
+
+def test_inspect_tells_which_stages_are_up_to_date(chain: Chain) -> None:
+    stages = cli("inspect", chain.root, "--json").json["stages"]
+    assert set(stages) == {step.replace(" ", "/") for step in CHAIN}
+    assert {stage["state"] for stage in stages.values()} == {"up to date"}
+
+
+def test_doctor_tells_what_this_machine_builds_and_runs() -> None:
+    report = cli("doctor", "--json").json
+    assert report["backends"]["onnxruntime"] == report["backends"]["openvino"] == {"build": None, "run": None}
+    assert report["backends"]["tensorrt-rtx"]["build"] is None
+    text = cli("doctor")
+    assert re.search(r"^openvino\s+yes\s+yes$", text.out, re.MULTILINE)

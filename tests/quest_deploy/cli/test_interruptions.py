@@ -1,0 +1,174 @@
+"""Ctrl-C, a full disk, a second process: one message, nothing half-written, and the next run goes on."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+from safetensors import SafetensorError
+
+from quest_deploy.files import read_json
+from quest_deploy.finetune.train import TrainingState, finetune
+from quest_deploy.workspace import MANIFEST, Workspace
+from tests.quest_deploy.support import CHAIN, cli, snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+FINETUNE = ("--temporal-steps", "4", "--sensitive-steps", "30", "--batch", "4")
+
+
+def interrupted(arguments: list[str | Path], ready: Callable[[str], bool], prelude: str = "") -> tuple[int, str, str]:
+    """Run the program in a process of its own, press Ctrl-C once it is ``ready``: exit code, standard output and error."""
+    program = f"{prelude}\nfrom quest_deploy.cli.main import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        deadline = time.monotonic() + 120
+        while not ready(line):
+            assert process.poll() is None, "it ended before it could be interrupted"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, line + err
+
+
+def assert_interrupted(code: int, err: str) -> None:
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: interrupted")
+
+
+def test_calibrate_goes_on_after_ctrl_c(tmp_path: Path) -> None:
+    root = tmp_path / "ws"
+    code, _, err = interrupted(
+        ["calibrate", "-w", root, "--samples", "512", "--buckets", "3"], lambda line: line.startswith("calibrate")
+    )
+    assert_interrupted(code, err)
+    assert set(snapshot(root)) == {MANIFEST}
+    assert Workspace.open(root).stages == {}
+    assert cli("calibrate", "-w", root, "--samples", "1").code == 0
+    assert list(Workspace.open(root).stages) == ["calibrate"]
+
+
+def test_finetune_resumes_after_ctrl_c_and_keeps_the_old_checkpoint_until_then(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = snapshot(workspace)
+    state = workspace / "finetune-state.pt"
+    often = "import quest_deploy.finetune.train as train; train.finetune.__kwdefaults__['save_every'] = 1"
+    code, out, err = interrupted(["finetune", "-w", workspace, *FINETUNE, "--json"], lambda line: state.exists(), often)
+    assert_interrupted(code, err)
+    assert out.startswith('{"error": "interrupted')
+    assert snapshot(workspace).keys() - before.keys() == {"finetune-state.pt"}
+    assert {name: entry for name, entry in snapshot(workspace).items() if name in before} == before
+
+    found: list[TrainingState | None] = []
+    load = TrainingState.load
+    monkeypatch.setattr(TrainingState, "load", lambda path, key: found.append(load(path, key)) or found[-1])
+    assert cli("finetune", "-w", workspace, *FINETUNE).code == 0
+    assert [one is not None and 1 <= one.step < 34 for one in found] == [True]
+    assert not state.exists()
+    assert Workspace.open(workspace).require("finetune").details["steps"] == 34
+
+
+def test_ctrl_c_stops_a_tensorrt_build_and_keeps_the_old_engine(workspace: Path) -> None:
+    before = snapshot(workspace)
+    # Inside the builder Python runs only in the progress monitor, and no exception crosses TensorRT's own code.
+    code, _, err = interrupted(["build-engine", "-w", workspace, "--backend", "tensorrt-rtx"], lambda line: time.sleep(2.5) is None)
+    assert_interrupted(code, err)
+    assert snapshot(workspace) == before
+    assert list(workspace.rglob(".tmp-*")) == []
+
+
+def test_a_second_process_is_told_to_wait(workspace: Path) -> None:
+    with Workspace.open(workspace).locked():
+        ended = cli("finetune", "-w", workspace)
+    assert (ended.code, ended.message) == (1, f"{workspace} is in use by another quest-deploy process; wait for it to end")
+
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "calibrate": ("--samples", "1"),
+    "finetune": ("--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2"),
+    "reference": (),
+    "build-engine": ("--backend", "onnxruntime"),
+    "generate": ("--backend", "onnxruntime", "--rows", "1", "--steps", "1"),
+}
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let every write beyond ``size`` bytes of a file fail, in this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_write_that_fails_ends_in_one_message_and_leaves_the_workspace_as_it_was(workspace: Path, command: str) -> None:
+    before = snapshot(workspace)
+    with files_of_at_most(500):
+        ended = cli(command, "-w", workspace, *COMMANDS[command])
+    assert ended.code == 1
+    assert ended.message
+    assert snapshot(workspace) == before
+    assert list(workspace.rglob(".tmp-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [("finetune", "finetune-state.pt"), ("finetune", "manifest.json"), ("generate", "images/grid-onnxruntime.png")],
+)
+def test_a_full_disk_is_said_to_be_full(workspace: Path, monkeypatch: pytest.MonkeyPatch, command: str, file: str) -> None:
+    target = workspace / file
+    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    kept = target.read_bytes() if target.exists() else None
+    # The lock clears temporaries away; instead of that, a file is put there that is always full.
+    monkeypatch.setattr(
+        "quest_deploy.workspace.remove_temporaries", lambda folder: temporary.is_symlink() or temporary.symlink_to("/dev/full")
+    )
+    monkeypatch.setitem(finetune.__kwdefaults__ or {}, "save_every", 1)
+    ended = cli(command, "-w", workspace, *COMMANDS[command])
+    assert ended.code == 1
+    assert "the disk is full" in ended.message
+    assert (target.read_bytes() if target.exists() else None) == kept
+    assert not temporary.is_symlink()
+    monkeypatch.undo()
+    assert cli(command, "-w", workspace, *COMMANDS[command]).code == 0
+
+
+@pytest.mark.parametrize(("command", "library"), [("calibrate", "torch"), ("finetune", "numpy")])
+def test_a_disk_that_is_full_for_safetensors_is_said_to_be_full_too(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, command: str, library: str
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(f"safetensors.{library}.serialize_file", fail)
+    before = snapshot(workspace)
+    ended = cli(command, "-w", workspace, *COMMANDS[command])
+    assert (ended.code, "the disk is full" in ended.message) == (1, True)
+    assert snapshot(workspace) == before
+
+
+def test_what_a_killed_process_left_is_cleared_away_by_the_next_command(workspace: Path) -> None:
+    left = [workspace / ".tmp-1-reference", workspace / "engines" / ".tmp-1-openvino", workspace / "images" / ".tmp-1-grid.png"]
+    for folder in left:
+        folder.mkdir()
+    assert cli("generate", "-w", workspace, "--backend", "onnxruntime", "--rows", "1", "--steps", "1").code == 0
+    assert not any(folder.exists() for folder in left)
+    assert set(read_json(workspace / MANIFEST)["stages"]) == {*(step.replace(" ", "/") for step in CHAIN), "generate/onnxruntime"}

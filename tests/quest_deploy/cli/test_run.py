@@ -1,0 +1,87 @@
+"""`run` and `export` without a checkpoint: what is skipped, what is made again, what is recorded."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from diffusers import UNet2DConditionModel
+
+from quest_deploy.cli import benchmark, calibrate, evaluate, finetune, generate
+from quest_deploy.evaluate import SamplingOptions
+from quest_deploy.workspace import Workspace
+from tests.quest_deploy.support import MINI_UNET, cli, snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+STAGES = ("calibrate", "finetune", "export", "reference", "build-engine", "verify", "benchmark", "generate", "evaluate")
+
+
+@pytest.fixture
+def run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`run` on onnxruntime with the chain's few samples and steps."""
+    stages = {
+        calibrate: partial(calibrate.CalibrateOptions, samples=8),
+        finetune: {"temporal_steps": 2, "sensitive_steps": 3, "batch": 4},
+    }
+    monkeypatch.setattr(calibrate, "CalibrateOptions", stages[calibrate])
+    tune = finetune.finetune_stage
+    monkeypatch.setattr(finetune, "finetune_stage", lambda w, console, choices, reuse: tune(w, console, stages[finetune], reuse=reuse))
+    timed = partial(benchmark.benchmark_stage, batches=(2,), runs=2, warmup=1)
+    monkeypatch.setattr(benchmark, "benchmark_stage", timed)
+    monkeypatch.setattr(generate, "generate_stage", partial(generate.generate_stage, labels="0123", rows=1, steps=3))
+    judged = partial(evaluate.evaluate_stage, options=SamplingOptions(images=20, steps=3))
+    monkeypatch.setattr(evaluate, "evaluate_stage", judged)
+    return lambda *options: cli("run", "-w", workspace, "--backend", "onnxruntime", *options)
+
+
+def test_run_goes_on_from_what_is_finished_and_a_second_run_changes_no_file(run: Callable[..., Any], workspace: Path) -> None:
+    first = run("--json")
+    assert first.code == 0, first.err
+    up_to_date = [line for line in first.err.splitlines() if line.endswith(": up to date")]
+    assert len(up_to_date) == len(STAGES) - 1
+    assert "generate/onnxruntime: done" in first.err
+    assert [name.split()[0] for name in first.json if name != "workspace"] == list(STAGES)
+
+    before = snapshot(workspace)
+    second = run()
+    assert second.code == 0
+    assert sum(line.endswith(": up to date") for line in second.err.splitlines()) == len(STAGES)
+    assert snapshot(workspace) == before
+    assert "onnxruntime: verification PASSED" in second.out.split("== summary")[1]
+    assert "Frechet distance (lower is better): FP32" in second.out
+
+
+def test_run_makes_again_what_was_damaged_and_what_depends_on_it(run: Callable[..., Any], workspace: Path) -> None:
+    assert run().code == 0
+    (workspace / "engines" / "onnxruntime" / "lowered.onnx").unlink()
+    ended = run()
+    assert ended.code == 0
+    assert "build-engine/onnxruntime: done" in ended.err
+    assert "export: up to date" in ended.err
+
+
+def test_run_fails_where_the_verification_failed_before(run: Callable[..., Any], workspace: Path) -> None:
+    opened = Workspace.open(workspace)
+    record = opened.stages["verify/onnxruntime"]
+    details = {**record.details, "passed": False, "problems": ["layer conv_in: wrong"]}
+    files = [workspace / name for name in record.files]
+    opened.record("verify/onnxruntime", inputs=record.inputs, options=record.options, files=files, details=details)
+    ended = run()
+    assert (ended.code, "layer conv_in: wrong" in ended.message) == (1, True)
+
+
+def test_export_without_a_checkpoint_calibrates_one_warns_and_records_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = UNet2DConditionModel(**{**MINI_UNET, "sample_size": 8, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 32})
+    monkeypatch.setattr("quest_deploy.models.tiny.TinyModel.load_unet", lambda model: small.eval())
+    monkeypatch.setattr("quest_deploy.cli.export.CalibrateOptions", partial(calibrate.CalibrateOptions, samples=1))
+    ended = cli("export", "-w", tmp_path / "ws", "--buckets", "1", "--bits", "w8a8", "--json")
+    assert ended.code == 0
+    assert "warning: no finetuned checkpoint in this workspace: exporting a calibrated one (PTQ)" in ended.err
+    assert (ended.json["method"], ended.json["buckets"]) == ("ptq", 1)
+    stages = Workspace.open(tmp_path / "ws").stages
+    assert list(stages) == ["calibrate", "export"]
+    assert stages["export"].inputs == {"calibrate": stages["calibrate"].digest}

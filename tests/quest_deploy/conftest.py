@@ -1,0 +1,159 @@
+"""Shared fixtures of the pipeline's tests: a very small model with its engines, and a workspace that went through every command."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.quest_deploy.support import CHAIN, MINI_UNET, Outcome, cli
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx
+    from torch import nn
+
+    from quest_deploy.checkpoint import Checkpoint
+    from quest_deploy.models.tiny import TinyModel
+    from quest_deploy.quant.model import QuantizedModel
+    from quest_deploy.trajectories import Trajectories
+
+
+@pytest.fixture(scope="session")
+def mini_unet() -> nn.Module:
+    """A float UNet of 27 layers with random weights."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet: nn.Module = UNet2DConditionModel(**MINI_UNET)
+    return unet.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def mini_trajectories(mini_unet: nn.Module) -> Trajectories:
+    """What ``mini_unet`` answers to random inputs: four samplings of six steps, two in each of three buckets."""
+    import torch
+
+    from quest_deploy.trajectories import Trajectories
+
+    generator = torch.Generator().manual_seed(1)
+    timesteps = torch.tensor([990.0, 820.0, 610.0, 400.0, 210.0, 10.0])
+    sample = torch.randn(len(timesteps), 4, 2, 4, 4, generator=generator)
+    states = torch.randn(4, 3, 8, generator=generator)
+    output = torch.stack([mini_unet(x, t, states, return_dict=False)[0] for x, t in zip(sample, timesteps, strict=True)])
+    return Trajectories(sample, timesteps, output, {"encoder_hidden_states": states})
+
+
+@pytest.fixture(scope="session")
+def mini_checkpoints(mini_unet: nn.Module, mini_trajectories: Trajectories) -> Callable[[int], Checkpoint]:
+    """``mini_unet`` calibrated to w4a4, by number of buckets."""
+    from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
+    from quest_deploy.scheme import Scheme
+
+    return lambda buckets: calibrate("mini", mini_unet, mini_trajectories, Scheme.parse("w4a4", buckets=buckets), CalibrationOptions())
+
+
+@pytest.fixture(scope="session")
+def mini_checkpoint(mini_checkpoints: Callable[[int], Checkpoint]) -> Checkpoint:
+    """``mini_unet`` calibrated to w4a4 with three buckets."""
+    return mini_checkpoints(3)
+
+
+@pytest.fixture(scope="session")
+def mini_quantized(mini_checkpoint: Checkpoint) -> QuantizedModel:
+    """The fake-quantized model of ``mini_checkpoint``."""
+    from quest_deploy.quant.model import QuantizedModel
+
+    return QuantizedModel.from_checkpoint(mini_checkpoint).eval()
+
+
+@pytest.fixture(scope="session")
+def mini_proto(mini_checkpoint: Checkpoint, mini_trajectories: Trajectories) -> onnx.ModelProto:
+    """The portable graph of ``mini_checkpoint``; not to be changed."""
+    import onnx_ir as ir
+
+    from exporters.torch_to_qdq import portable_graph
+
+    return ir.to_proto(portable_graph(mini_checkpoint, next(mini_trajectories.batches(2)), "ab" * 32))
+
+
+@pytest.fixture(scope="session")
+def mini_reference(mini_quantized: QuantizedModel, mini_trajectories: Trajectories, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference of ``mini_quantized``; not to be changed."""
+    from quest_deploy.reference import save_reference
+
+    folder = tmp_path_factory.mktemp("reference")
+    save_reference(mini_quantized, mini_trajectories, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mini_engines(mini_proto: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The engine folder of ``mini_proto`` by backend; not to be changed."""
+    import onnx_ir as ir
+
+    from quest_deploy.engine.backends import get_backend
+    from quest_deploy.engine.base import EngineOptions, build_engine
+
+    built: dict[str, Path] = {}
+
+    def engine(backend: str) -> Path:
+        if backend not in built:
+            folder = tmp_path_factory.mktemp(backend)
+            build_engine(get_backend(backend), ir.from_proto(mini_proto), folder, EngineOptions(threads=1), "cd" * 32)
+            built[backend] = folder
+        return built[backend]
+
+    return engine
+
+
+@pytest.fixture(scope="session")
+def tiny() -> TinyModel:
+    """The embedded model."""
+    from quest_deploy.models.tiny import TinyModel
+
+    return TinyModel()
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """A workspace, not to be changed, and how each command that made it ended."""
+
+    root: Path
+    outcomes: dict[str, Outcome]
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """The embedded model, through every command with few samples and steps, each with --json. Workers share one."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    root, record = base / "chain", base / "chain.json"
+    with (base / "chain.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not record.exists():
+            shutil.rmtree(root, ignore_errors=True)
+            outcomes = {}
+            for step, options in CHAIN.items():
+                command, _, backend = step.partition(" ")
+                where = ["--backend", backend] if backend else []
+                outcomes[step] = dataclasses.asdict(cli(command, "-w", root, *where, *options, "--json"))
+                assert outcomes[step]["code"] == 0, f"{step}: {outcomes[step]['err']}"
+            record.write_text(json.dumps(outcomes))
+        return Chain(root, {step: Outcome(**outcome) for step, outcome in json.loads(record.read_text()).items()})
+
+
+@pytest.fixture
+def workspace(chain: Chain, tmp_path: Path) -> Path:
+    """A copy of the chain's workspace, to be changed."""
+    copy = tmp_path / "workspace"
+    shutil.copytree(chain.root, copy, ignore=shutil.ignore_patterns("model.engine"))
+    return copy

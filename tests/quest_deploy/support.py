@@ -1,0 +1,141 @@
+"""What the tests of the pipeline share: the program in-process, strict JSON, and changes to graphs. Import by its full name."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+from unittest.mock import patch
+
+import numpy as np
+import onnx_ir as ir
+
+from quest_deploy.checkpoint import pack_int4
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+MINI_UNET = {
+    "sample_size": 4,
+    "in_channels": 2,
+    "out_channels": 2,
+    "layers_per_block": 1,
+    "block_out_channels": (8,),
+    "norm_num_groups": 4,
+    "cross_attention_dim": 8,
+    "attention_head_dim": 4,
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("UpBlock2D",),
+}
+"""27 layers that read 22 sites: resnets, attention, GEGLU, skips; it is cut into 50 parts and built in seconds."""
+CHAIN = {
+    "calibrate": ["--samples", "8", "--buckets", "3"],
+    "finetune": ["--temporal-steps", "2", "--sensitive-steps", "3", "--batch", "4"],
+    "export": [],
+    "reference": [],
+    "build-engine openvino": [],
+    "build-engine onnxruntime": [],
+    "build-engine tensorrt-rtx": ["--compute-capability", "89"],
+    "verify onnxruntime": [],
+    "benchmark onnxruntime": ["--runs", "2", "--warmup", "1", "--batch", "2"],
+    "generate openvino": ["--steps", "3", "--rows", "1", "--labels", "0123"],
+    "evaluate onnxruntime": ["--images", "20", "--steps", "3"],
+}
+"""The commands of the main job in order, with their options; a backend's name stands for --backend."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: its exit code and what it printed on standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output as one JSON value; raise ValueError where it is anything else."""
+        return strict_json(self.out)
+
+    @property
+    def message(self) -> str:
+        """The one-line error message that ends standard error; raise AssertionError for a traceback or further lines."""
+        assert "Traceback" not in self.err, self.err
+        *before, last = self.err.splitlines()
+        assert last.startswith("error: "), self.err
+        assert not [line for line in before if line.startswith("error: ")], self.err
+        return last.removeprefix("error: ")
+
+
+def cli(*arguments: str | Path) -> Outcome:
+    """Run `quest-deploy` with ``arguments`` in this process; what is not an ordinary end of the program is raised."""
+    from quest_deploy.cli.main import main
+
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with patch.object(sys, "argv", ["quest-deploy", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def strict_json(text: str) -> Any:
+    """Parse JSON as its standard has it: one value, and neither NaN nor Infinity."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file in ``folder``, but for the lock."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def flip_byte(path: Path) -> None:
+    """Change one byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    """Cut off a file's second half."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def initializer(model: ir.Model, name: str) -> NDArray[Any]:
+    """A copy of an initializer's values."""
+    value = model.graph.initializers[name].const_value
+    assert value is not None
+    return np.array(value.numpy())
+
+
+def set_initializer(model: ir.Model, name: str, array: NDArray[Any]) -> None:
+    """Replace an initializer's values; its type stays."""
+    value = model.graph.initializers[name]
+    assert value.const_value is not None
+    assert list(array.shape) == list(value.const_value.shape.numpy())
+    if value.const_value.dtype is ir.DataType.INT4:
+        packed = pack_int4(array.astype(np.int8))
+        value.const_value = ir.PackedTensor(packed, ir.DataType.INT4, shape=array.shape, name=name)
+    else:
+        value.const_value = ir.tensor(array.astype(value.const_value.numpy().dtype), name=name)
+
+
+def change(model: ir.Model, name: str, index: int | Iterable[int], *, by: float = 0.0, factor: float = 1.0) -> None:
+    """Change entries of an initializer, counted in C order."""
+    array = initializer(model, name)
+    flat = array.reshape(-1)
+    flat[index] = flat[index] * array.dtype.type(factor) + array.dtype.type(by)
+    set_initializer(model, name, flat.reshape(array.shape))

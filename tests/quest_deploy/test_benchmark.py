@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from exporters.graph_info import save_graph
+from quest_deploy.benchmark import FP32, QUANTIZED, STATIC, Benchmark, BenchmarkOptions, benchmark_engine
+from quest_deploy.engine.backends import get_backend
+from quest_deploy.engine.base import EngineOptions
+from quest_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import onnx
+
+BALLAST_BYTES = 2**30
+
+
+@pytest.fixture(scope="module")
+def timed(
+    mini_engines: Callable[[str], Path], mini_proto: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Benchmark, list[tuple[str, int, int]]]:
+    """The benchmark of the very small model on onnxruntime, run by a process that itself holds 1 GiB."""
+    folder, calls = tmp_path_factory.mktemp("benchmark"), []
+    save_graph(ir.from_proto(mini_proto), folder / "unet.onnx")
+    ballast = np.ones(BALLAST_BYTES, np.uint8)
+    result = benchmark_engine(
+        get_backend("onnxruntime"),
+        EngineOptions(threads=1),
+        mini_engines("onnxruntime"),
+        folder / "unet.onnx",
+        folder,
+        BenchmarkOptions(batches=(1, 3), runs=3, warmup=1),
+        lambda *progress: calls.append(progress),
+    )
+    assert ballast[0] == 1
+    return result, calls
+
+
+def test_every_engine_is_timed_at_every_batch_size(timed: tuple[Benchmark, Any]) -> None:
+    timings = timed[0].timings
+    assert {(t.engine, t.batch) for t in timings} == {(engine, batch) for engine in (QUANTIZED, STATIC, FP32) for batch in (1, 3)}
+    assert len(timings) == 6
+    for timing in timings:
+        assert 0 < timing.median_s <= timing.p90_s
+        assert timing.samples_per_s == pytest.approx(timing.batch / timing.median_s)
+
+
+def test_ratios_are_those_of_the_medians_and_sizes(timed: tuple[Benchmark, Any]) -> None:
+    result = timed[0]
+    medians = {(t.engine, t.batch): t.median_s for t in result.timings}
+    sizes = {f.engine: f.file_bytes for f in result.footprints}
+    for batch in (1, 3):
+        assert result.speedup_over_fp32[batch] == pytest.approx(medians[FP32, batch] / medians[QUANTIZED, batch])
+        assert result.bucket_selection_cost[batch] == pytest.approx(medians[QUANTIZED, batch] / medians[STATIC, batch])
+    assert result.size_ratio_to_fp32 == pytest.approx(sizes[FP32] / sizes[QUANTIZED])
+
+
+def test_peak_memory_is_that_of_the_engine_and_not_of_the_process_that_measures(timed: tuple[Benchmark, Any]) -> None:
+    for footprint in timed[0].footprints:
+        assert 10_000_000 < footprint.peak_memory_bytes < BALLAST_BYTES
+
+
+def test_progress_tells_every_phase_to_its_end(timed: tuple[Benchmark, list[tuple[str, int, int]]]) -> None:
+    last = {phase: (done, total) for phase, done, total in timed[1]}
+    assert last == {"building baselines": (2, 2), "timing": (2, 2), "measuring memory": (3, 3)}
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_built(
+    mini_engines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quest_deploy.engine.tensorrt.gpu_count", lambda: 0)
+    with pytest.raises(InputError, match="this machine has none"):
+        benchmark_engine(
+            get_backend("tensorrt-rtx"), EngineOptions(), tmp_path, tmp_path / "unet.onnx", tmp_path / "scratch", BenchmarkOptions()
+        )
+    assert not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.parametrize("options", [{"batches": ()}, {"batches": (0,)}, {"runs": 0}, {"warmup": -1}])
+def test_options_without_anything_to_time_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="benchmark needs"):
+        BenchmarkOptions(**options)

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quest_deploy.errors import InputError
+from quest_deploy.quant.model import QuantizedModel
+from quest_deploy.reference import highest_timestep, is_tie, lowest_timestep, save_reference
+from quest_deploy.reference_files import INDEX, TABLES, TIE_ULPS, Record, load_reference
+from quest_deploy.scheme import Scheme
+from quest_deploy.verify.judge import tie_distance_ulps
+from tests.helpers import along, numpy_layer, of_sample, relative_error, site_codes
+from tests.quest_deploy.support import truncate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from quest_deploy.checkpoint import Checkpoint
+    from quest_deploy.trajectories import Trajectories
+
+
+@pytest.fixture(scope="module")
+def records(mini_reference: Path) -> list[Record]:
+    return load_reference(mini_reference)[0]
+
+
+@pytest.mark.parametrize("buckets", [1, 2, 3, 6])
+def test_every_bucket_is_covered_at_its_lowest_or_highest_timestep(
+    mini_checkpoints: Callable[[int], Checkpoint], mini_trajectories: Trajectories, tmp_path: Path, buckets: int
+) -> None:
+    checkpoint = mini_checkpoints(buckets)
+    save_reference(QuantizedModel.from_checkpoint(checkpoint).eval(), mini_trajectories, tmp_path)
+    covered = set()
+    for record in load_reference(tmp_path)[0]:
+        assert record.row_buckets == [*record.entry.buckets] * 2
+        assert record.inputs["timestep"].tolist() == pytest.approx(list(record.entry.timesteps))
+        for bucket, timestep in zip(record.entry.buckets, record.inputs["timestep"].tolist(), strict=True):
+            assert checkpoint.scheme.bucket_of(timestep) == bucket
+            covered.add(bucket)
+    assert covered == set(range(buckets))
+
+
+@given(buckets=st.integers(1, 1000), data=st.data())
+def test_the_lowest_and_the_highest_timestep_lie_in_their_bucket(buckets: int, data: st.DataObject) -> None:
+    scheme = Scheme.parse("w4a4", buckets=buckets)
+    bucket = data.draw(st.integers(0, buckets - 1))
+    low, high = (float(np.float32(f(scheme, bucket))) for f in (lowest_timestep, highest_timestep))
+    assert scheme.bucket_of(low) == scheme.bucket_of(high) == bucket
+    assert low <= high
+    assert scheme.bucket_of(np.nextafter(np.float32(low), np.float32(-1))) < bucket or bucket == 0
+
+
+def test_a_bucket_narrower_than_a_step_has_a_highest_timestep_too() -> None:
+    scheme = Scheme(4, 4, (500.0, 500.5))
+    assert scheme.bucket_of(highest_timestep(scheme, 1)) == 1
+
+
+def test_outputs_are_those_of_the_fake_quantized_model(records: list[Record], mini_quantized: QuantizedModel) -> None:
+    for record in records:
+        inputs = {name: torch.from_numpy(value) for name, value in record.inputs.items()}
+        with torch.no_grad():
+            output = mini_quantized(**inputs)
+        np.testing.assert_allclose(record.tensors["output"], output.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_codes_are_those_of_the_ops_specification(records: list[Record], mini_checkpoint: Checkpoint) -> None:
+    for record in records:
+        for name, site in mini_checkpoint.sites.items():
+            expected = site_codes(site, record.tensors[f"site.{name}.x"], record.tensors["bucket"])
+            np.testing.assert_array_equal(record.tensors[f"site.{name}.codes"], expected, err_msg=name)
+
+
+def test_layer_outputs_are_the_integer_layers_of_the_untied_activations(records: list[Record], mini_checkpoint: Checkpoint) -> None:
+    for record in records:
+        for name in mini_checkpoint.layers:
+            site = mini_checkpoint.site_of(name)
+            x = record.tensors.get(f"site.{site.name}.untied_x", record.tensors[f"site.{site.name}.x"])
+            expected = numpy_layer(mini_checkpoint, name, x, record.tensors["bucket"])
+            assert relative_error(record.tensors[f"layer.{name}.y"], expected) < 1e-5, name
+
+
+def ratio(checkpoint: Checkpoint, site: str, x: np.ndarray, bucket: np.ndarray) -> np.ndarray:
+    entry = checkpoint.sites[site]
+    return x / (of_sample(entry.scale, bucket, x.ndim) * along(entry.channel, entry.axis, x.ndim))
+
+
+def test_untied_activations_are_far_from_every_tie_and_keep_the_others(records: list[Record], mini_checkpoint: Checkpoint) -> None:
+    for record in records:
+        for name in mini_checkpoint.sites:
+            x, bucket = record.tensors[f"site.{name}.x"], record.tensors["bucket"]
+            untied = record.tensors.get(f"site.{name}.untied_x", x)
+            assert not is_tie(torch.from_numpy(ratio(mini_checkpoint, name, untied, bucket))).any(), name
+            moved = untied != x
+            assert is_tie(torch.from_numpy(ratio(mini_checkpoint, name, x, bucket)))[torch.from_numpy(moved)].all(), name
+
+
+def test_every_probe_goes_beyond_both_clip_bounds_of_its_bucket(records: list[Record], mini_checkpoint: Checkpoint) -> None:
+    missed = []
+    for record in records:
+        for name, site in mini_checkpoint.sites.items():
+            reached = np.rint(ratio(mini_checkpoint, name, record.tensors[f"site.{name}.x"], record.tensors["bucket"]))
+            for row, bucket in list(enumerate(record.row_buckets))[2:]:
+                if reached[row].min() >= site.low[bucket] or reached[row].max() <= site.high[bucket]:
+                    missed.append((name, bucket))
+    assert missed == []
+
+
+@given(st.lists(st.tuples(st.integers(-300, 300), st.integers(-8, 8)), min_size=1, max_size=50))
+def test_the_reference_and_the_judge_mean_the_same_ties(near: list[tuple[int, int]]) -> None:
+    values = np.asarray([n + 0.5 for n, _ in near], np.float32)
+    values = values + np.asarray([ulps for _, ulps in near], np.float32) * np.spacing(np.abs(values))
+    np.testing.assert_array_equal(is_tie(torch.from_numpy(values)).numpy(), tie_distance_ulps(values) <= TIE_ULPS)
+
+
+def test_the_sensitivity_is_that_of_last_bit_differences(records: list[Record]) -> None:
+    sensitivities = np.asarray([record.entry.sensitivity for record in records])
+    assert (sensitivities > 0).all()
+    assert np.isfinite(sensitivities).all()
+
+
+def test_the_same_seed_saves_the_same_reference(
+    mini_quantized: QuantizedModel, mini_trajectories: Trajectories, mini_reference: Path, tmp_path: Path
+) -> None:
+    save_reference(mini_quantized, mini_trajectories, tmp_path)
+    for record, again in zip(load_reference(mini_reference)[0], load_reference(tmp_path)[0], strict=True):
+        assert record.entry == again.entry
+        assert all(np.array_equal(value, again.tensors[name]) for name, value in record.tensors.items())
+
+
+def test_the_reference_comes_from_torch_and_never_from_the_exported_graph() -> None:
+    program = (
+        "import sys, quest_deploy.reference\nprint([m for m in sys.modules if m.split('.')[0] in ('exporters', 'onnx', 'onnx_ir')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / INDEX).write_text("{}"),
+        lambda folder: (folder / INDEX).write_text('{"records": [{"file": "a"}]}'),
+        lambda folder: (folder / INDEX).write_text('{"records": ['),
+        lambda folder: (folder / INDEX).unlink(),
+        lambda folder: (folder / TABLES).unlink(),
+        lambda folder: truncate(next(folder.glob("buckets-*"))),
+        lambda folder: truncate(folder / TABLES),
+    ],
+)
+def test_a_damaged_reference_is_an_input_error(mini_reference: Path, tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    for path in mini_reference.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    damage(tmp_path)
+    with pytest.raises(InputError, match=str(tmp_path)):
+        load_reference(tmp_path)
