@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_file
@@ -156,7 +156,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     }  # fmt: skip
     metadata = {"format": FORMAT, "version": str(VERSION), "content": json.dumps(content)}
     with atomic_file(path) as temporary:
-        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, metadata)
+        # Not save_file: its errors on a full disk are no OSError.
+        temporary.write_bytes(save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -50,7 +50,7 @@ class Quality:
     frechet_distance: float
     accuracy: float
     pixel_mse: float
-    epsilon_mse: list[float]
+    epsilon_mse: list[float | None]
 
     def to_json(self) -> dict[str, Any]:
         """The quality as a JSON value."""
@@ -82,7 +82,7 @@ def assess(
     images: NDArray[np.float32],
     labels: NDArray[np.int64],
     fp32_images: NDArray[np.float32],
-    epsilon_mse: list[float],
+    epsilon_mse: list[float | None],
 ) -> Quality:
     """Judge one contestant's images against the real digits and against FP32's images."""
     quality = judge(images, labels)
@@ -91,8 +91,8 @@ def assess(
 
 
 @torch.no_grad()
-def epsilon_mse(denoise: Denoiser, trajectories: Trajectories, scheme: Scheme) -> list[float]:
-    """The mean squared difference of predictions on recorded trajectories, per bucket [K]; NaN for a bucket never visited."""
+def epsilon_mse(denoise: Denoiser, trajectories: Trajectories, scheme: Scheme) -> list[float | None]:
+    """The mean squared difference of predictions on recorded trajectories, per bucket [K]; None for a bucket never visited."""
     sums, counts = np.zeros(scheme.buckets), np.zeros(scheme.buckets)
     samples = trajectories.sample.shape[1]
     for step, timestep in enumerate(trajectories.timestep.tolist()):
@@ -101,4 +101,4 @@ def epsilon_mse(denoise: Denoiser, trajectories: Trajectories, scheme: Scheme) -
         bucket = scheme.bucket_of(timestep)
         sums[bucket] += error
         counts[bucket] += 1
-    return [float(s / c) if c else float("nan") for s, c in zip(sums, counts, strict=True)]
+    return [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]

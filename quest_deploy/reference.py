@@ -4,8 +4,8 @@ Saved in files, so that verifying needs neither torch nor the model. A record co
 each record also tests that every sample gets its own bucket's scales. It holds
 
 - end to end: the inputs of two samples (one at the lowest timestep of its bucket, one at the highest) and the model's outputs;
-- per layer: those two samples' real activations, and two probes that reach every code and clip bound (random codes one step beyond
-  the bounds on either side), with the codes and each layer's output.
+- per layer: those two samples' real activations, and two probes of values close to rounding ties, up to and beyond
+  the clip bounds, which any wrong scale or bound sends to another code; with the codes and each layer's output.
 
 An activation within 4 ulp of a rounding tie may legitimately get another code in another runtime. Codes are saved for the real values;
 layer outputs are computed from values whose ties were moved to the middle of their code, so that they are unambiguous.
@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from quest_deploy.files import write_json
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from quest_deploy.scheme import Scheme
     from quest_deploy.trajectories import Trajectories
 
+TIE_MARGIN = 2e-4
 JITTER_ULPS = 64
 JITTERED_RUNS = 3
 
@@ -54,14 +55,14 @@ def save_reference(
         buckets = (first, (first + 1) % scheme.buckets)
         timesteps = (lowest_timestep(scheme, buckets[0]), highest_timestep(scheme, buckets[1]))
         inputs = _inputs(trajectories, timesteps, seed + i)
-        tensors, output = _layer_tensors(model, inputs, seed + i)
+        tensors, output = _layer_tensors(model, inputs, i)
         tensors |= {f"input.{name}": value for name, value in inputs.items()} | {"output": output}
         sensitivity = _sensitivity(model, inputs, output, seed + i)
         file = f"buckets-{buckets[0]:04d}-{buckets[1]:04d}.safetensors"
-        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / file)
+        (folder / file).write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
         records.append(RecordEntry(file, timesteps, buckets, sensitivity))
         on_progress(i + 1, len(firsts))
-    save_file(_tables(model), folder / TABLES)
+    (folder / TABLES).write_bytes(save(_tables(model)))
     write_json(folder / INDEX, {"records": [asdict(record) for record in records]})
     return records
 
@@ -94,7 +95,7 @@ def _inputs(trajectories: Trajectories, timesteps: tuple[float, float], seed: in
     return {**trajectories.inputs(steps, rows), "timestep": wanted}
 
 
-def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], seed: int) -> tuple[dict[str, Tensor], Tensor]:
+def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], record: int) -> tuple[dict[str, Tensor], Tensor]:
     seen: dict[str, Tensor] = {}
     handles = []
     for name, site in zip(model.site_names, model.sites, strict=True):
@@ -104,7 +105,6 @@ def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], seed: int) 
     finally:
         for handle in handles:
             handle.remove()
-    generator = torch.Generator().manual_seed(seed)
     layers = model.quantized_layers()
     tensors: dict[str, Tensor] = {}
     bucket = model.bucket_of(inputs["timestep"])
@@ -113,7 +113,7 @@ def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], seed: int) 
     try:
         for name, site in zip(model.site_names, model.sites, strict=True):
             assert isinstance(site, ActivationQuantizer)
-            x = torch.cat([seen[name], _probe(site, seen[name], bucket, generator)])
+            x = torch.cat([seen[name], _probe(site, seen[name], bucket, record)])
             ratio, low, high = site.ratio(x)
             tensors[f"site.{name}.x"] = x
             tensors[f"site.{name}.codes"] = torch.clamp(torch.round(ratio), low, high).to(torch.int8)
@@ -142,12 +142,30 @@ def _step(site: ActivationQuantizer, x: Tensor) -> Tensor:
     return per_sample(scale, x) * per_channel(site.channel, x, site.axis)
 
 
-def _probe(site: ActivationQuantizer, like: Tensor, bucket: Tensor, generator: torch.Generator) -> Tensor:
-    scale, low, high = (per_sample(table[bucket], like) for table in site.tables())
-    uniform = torch.rand(like.shape, generator=generator)
-    codes = torch.floor(low - 1 + uniform * (high - low + 3))
-    inside = (torch.rand(like.shape, generator=generator) - 0.5) * 0.8  # never near a tie
-    probe: Tensor = (codes + inside) * scale * per_channel(site.channel, like, site.axis)
+def _probe(site: ActivationQuantizer, like: Tensor, bucket: Tensor, record: int) -> Tensor:
+    """Values of the shape of ``like`` [B, ...] that any wrong scale, channel entry or clip bound sends to another code.
+
+    Each lies two parts in ten thousand beside a rounding tie, so a relative change of x/step by more flips it in one direction; the
+    sides alternate along the channels, and from row to row. Each row starts with the ties at and beyond its clip bounds.
+    """
+    channels, rows = like.shape[site.axis], len(like)
+    count = like[0].numel()
+    _, low, high = (table[bucket].long().tolist() for table in site.tables())
+    ratios = []
+    for row in range(rows):
+        generator = torch.Generator().manual_seed(2 * record + row)
+        ties = torch.randint(low[row], high[row], (count,), generator=generator)
+        bounds = torch.tensor([high[row], low[row] - 1, high[row] - 1, low[row]]).repeat_interleave(2)[:count]
+        ties[: len(bounds)] = bounds
+        side = 1 - 2 * ((torch.arange(count) + row) % 2)
+        ratio = (ties + 0.5) * (1 + TIE_MARGIN * side)
+        # Other channels meet the bounds in every record; both sides of them stay together.
+        ratio = ratio.roll(2 * len(bounds) * record + row)
+        # Channels vary fastest, so that each one sees many of these values.
+        ratios.append(ratio.view(count // channels, channels))
+    moved = like.movedim(site.axis, -1)
+    ratio = torch.stack(ratios).view(moved.shape).movedim(-1, site.axis).contiguous()
+    probe: Tensor = ratio * (per_sample(site.tables()[0][bucket], like) * per_channel(site.channel, like, site.axis))
     return probe
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from quest_deploy.errors import InputError
@@ -66,7 +66,7 @@ class Trajectories:
         tensors = {"sample": self.sample, "timestep": self.timestep, "output": self.output}
         tensors |= {f"condition.{name}": value for name, value in self.conditions.items()}
         with atomic_file(path) as temporary:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+            temporary.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}))
 
     @classmethod
     def load(cls, path: Path) -> Trajectories:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from quest_deploy import __version__
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.files import read_json, remove_temporaries, sha256_of, sha256_of_json, write_json
+from quest_deploy.files import TEMPORARY_PREFIX, read_json, remove_temporaries, sha256_of, sha256_of_json, write_json
 from quest_deploy.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Workspace:
                 "use the quest-deploy that made it, or start a new workspace"
             )
         try:
-            stages = {name: StageRecord(**entry) for name, entry in content["stages"].items()}
+            stages = {name: _stage_record(entry) for name, entry in content["stages"].items()}
             return cls(root, str(content["model"]), Scheme.from_json(content["scheme"]), stages)
         except (KeyError, TypeError, AttributeError) as e:
             raise InputError(f"{root / MANIFEST} is damaged ({type(e).__name__}: {e}); start a new workspace") from e
@@ -91,7 +91,7 @@ class Workspace:
         """Make a new workspace; raise InputError where the folder holds something already."""
         if root.exists() and not root.is_dir():
             raise InputError(f"{root} is a file, not a folder; give another one with -w")
-        if root.exists() and any(root.iterdir()):
+        if root.exists() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in root.iterdir()):
             raise InputError(f"{root} is not empty; give another folder with -w")
         root.mkdir(parents=True, exist_ok=True)
         workspace = cls(root, model, scheme, {})
@@ -108,6 +108,7 @@ class Workspace:
                 raise QuestDeployError(f"{self.root} is in use by another quest-deploy process; wait for it to end") from e
             for folder in (self.root, self.root / ENGINES, self.root / REPORTS, self.root / IMAGES):
                 remove_temporaries(folder)
+            self.stages = Workspace.open(self.root).stages  # another process may have finished stages since
             yield
 
     def path(self, *parts: str) -> Path:
@@ -137,11 +138,12 @@ class Workspace:
             problem = _problem(self.root / path, entry)
             if problem:
                 raise InputError(f"{self.root / path} {problem}; run `{self._hint(stage)}` again")
+        again = f"run `{self._hint(stage)}` again"
+        if "calibrate" in record.inputs and stage != "finetune" and self.checkpoint_stage not in record.inputs:
+            raise InputError(f"`{_command(stage)}` ran before `{self.checkpoint_stage}` made its checkpoint; {again}")
         for upstream, digest in record.inputs.items():
             if upstream in self.stages and self.require(upstream).digest != digest:
-                raise InputError(
-                    f"`{_command(stage)}` ran on an older result of `{_command(upstream)}`; run `{self._hint(stage)}` again"
-                )
+                raise InputError(f"`{_command(stage)}` ran on an older result of `{_command(upstream)}`; {again}")
         return record
 
     def fresh(self, stage: str, inputs: Iterable[str], options: dict[str, Any]) -> StageRecord | None:
@@ -176,6 +178,17 @@ class Workspace:
     def _hint(self, stage: str) -> str:
         command, _, backend = stage.partition("/")
         return f"quest-deploy {command}{f' --backend {backend}' if backend else ''} -w {self.root}"
+
+
+def _stage_record(entry: Any) -> StageRecord:
+    """A stage's record as the manifest holds it; raise TypeError where it is damaged."""
+    record = StageRecord(**entry)
+    if not all(isinstance(part, dict) for part in (record.inputs, record.options, record.files, record.details, record.made)):
+        raise TypeError("a stage's record is not made of objects")
+    for path, file in record.files.items():
+        if not (isinstance(file, dict) and isinstance(file.get("sha256"), str) and isinstance(file.get("bytes"), int)):
+            raise TypeError(f"the record of {path} has no hash and size")
+    return record
 
 
 def versions() -> dict[str, str]:

@@ -90,7 +90,7 @@ def describe(details: dict[str, Any]) -> str:
     """The details as a table; epsilon-MSE as the mean over the upper and the lower half of the buckets."""
     rows = []
     for name, quality in details["results"].items():
-        errors = [e for e in quality["epsilon_mse"] if e == e]  # NaN marks a bucket never visited
+        errors = [e for e in quality["epsilon_mse"] if e is not None]
         clean, noisy = errors[: max(1, len(errors) // 2)], errors[len(errors) // 2 :]
         rows.append([
             name, f"{quality['frechet_distance']:.2f}", f"{quality['accuracy']:.1%}", f"{quality['pixel_mse']:.4f}",

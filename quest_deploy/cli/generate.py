@@ -47,7 +47,7 @@ def generate_stage(
 ) -> dict[str, Any]:
     """Draw ``rows`` images of every label; writes images/grid-<backend>.png."""
     get_backend(backend)
-    if not labels.isdigit():
+    if not (labels.isascii() and labels.isdigit()):
         raise InputError(f"labels must be digits such as 0123456789, not {labels!r}")
     if scheduler not in SCHEDULERS:
         raise InputError(f"unknown scheduler {scheduler!r}: expected one of {', '.join(SCHEDULERS)}")

@@ -9,7 +9,7 @@ import typer
 
 from quest_deploy.cli.console import Console, size, table
 from quest_deploy.cli.options import JsonOption
-from quest_deploy.engine.base import ENGINE_FILE, LOWERED, engine_info
+from quest_deploy.engine.base import ENGINE_FILE, LOWERED, changed_files, engine_info
 from quest_deploy.errors import InputError
 from quest_deploy.workspace import MANIFEST, Workspace
 
@@ -115,15 +115,17 @@ def _graph(path: Path) -> tuple[dict[str, Any], str]:
 def _engine(path: Path) -> tuple[dict[str, Any], str]:
     content = engine_info(path)
     sizes = {name: (path / name).stat().st_size for name in content["files"] if (path / name).exists()}
+    changed = changed_files(path, content)
     graph, graph_text = _graph(path / LOWERED)
     built_by = ", ".join(f"{name} {version}" for name, version in content["built_by"].items())
     text = "\n".join([
         f"engine for {content['backend']} on {content['hardware']}",
         f"from graph {content['graph_sha256'][:12]}, built by {built_by}",
         f"files: {', '.join(f'{name} {size(count)}' for name, count in sizes.items())}",
+        *(f"warning: {name} is missing or was changed since it was built" for name in changed),
         "lowered " + graph_text,
     ])  # fmt: skip
-    return {**content, "kind": "engine", "file_bytes": sizes, "lowered": graph}, text
+    return {**content, "kind": "engine", "file_bytes": sizes, "changed": changed, "lowered": graph}, text
 
 
 def _workspace(path: Path) -> tuple[dict[str, Any], str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import sys
+from typing import Any, NoReturn, cast
 
 import typer
+from typer.rich_utils import rich_format_error
 
 from quest_deploy import __version__
 from quest_deploy.cli.benchmark import benchmark
@@ -58,13 +60,12 @@ def root(
 def main() -> None:
     """Run the program; a user's mistake or a failed job ends in one message and exit code 2 or 1, never a traceback."""
     try:
-        app()
+        code = app(standalone_mode=False)
+    except typer.TyperException as e:  # a usage error
+        rich_format_error(cast(Any, e))
+        _end(e.format_message(), e.exit_code)
     except QuestDeployError as e:
         _fail(str(e), e.exit_code)
-    except SystemExit as e:
-        if e.code != INTERRUPTED:  # as typer ends on Ctrl-C, without a word
-            raise
-        _fail("interrupted; what was finished is kept, and the same command goes on from there", INTERRUPTED)
     except BrokenPipeError:
         sys.exit(1)
     except OSError as e:
@@ -72,10 +73,17 @@ def main() -> None:
         _fail(f"{reason}: {e.filename}" if e.filename else reason, 1)
     except MemoryError:
         _fail("out of memory", 1)
+    if code == INTERRUPTED:
+        _fail("interrupted; what was finished is kept, and the same command goes on from there", INTERRUPTED)
+    sys.exit(code)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
+    _end(message, code)
+
+
+def _end(message: str, code: int) -> NoReturn:
     if "--json" in sys.argv:
         print(json.dumps({"error": message, "exit_code": code}))
     sys.exit(code)

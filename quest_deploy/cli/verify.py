@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from quest_deploy.cli.console import Console, table
 from quest_deploy.cli.options import (
     DEFAULT_BACKEND,
@@ -90,10 +92,16 @@ def verify(
     opened = open_workspace(workspace, model, bits)
     details = verify_stage(opened, console, backend)
     console.result({"workspace": str(opened.root), **details}, describe(details))
-    require_passed(details)
+    if not details["passed"]:
+        console.note(f"error: {_failure(details)}")  # beside the report, which --json keeps the only value on standard output
+        raise typer.Exit(1)
 
 
 def require_passed(details: dict[str, Any]) -> None:
     """Raise QuestDeployError where the verification failed."""
     if not details["passed"]:
-        raise QuestDeployError(f"the {details['backend']} engine does not compute the fake-quantized model: {details['problems'][0]}")
+        raise QuestDeployError(_failure(details))
+
+
+def _failure(details: dict[str, Any]) -> str:
+    return f"the {details['backend']} engine does not compute the fake-quantized model: {details['problems'][0]}"

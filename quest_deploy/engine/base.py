@@ -154,20 +154,29 @@ def open_engine(backend: Backend, folder: Path) -> Runner:
     content = engine_info(folder)
     if content["backend"] != backend.name:
         raise InputError(f"{folder}: expected an engine of {backend.name}, found one of {content['backend']}")
-    for name, digest in content["files"].items():
-        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
-            raise InputError(f"{folder / name} is missing or was changed since it was built; run `quest-deploy build-engine` again")
+    for name in changed_files(folder, content):
+        raise InputError(f"{folder / name} is missing or was changed since it was built; run `quest-deploy build-engine` again")
     options = options_from(content)
     backend.check_run(options)
     return backend.open(folder, options)
 
 
 def engine_info(folder: Path) -> dict[str, Any]:
-    """The content of ``engine.json``; raise InputError where there is none, or one of another version."""
-    content = read_json(folder / ENGINE_FILE)
+    """The content of ``engine.json``; raise InputError where there is none, or one that is damaged or of another version."""
+    path = folder / ENGINE_FILE
+    content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
-        raise InputError(f"{folder / ENGINE_FILE}: expected a {FORMAT} of version {VERSION}; run `quest-deploy build-engine` again")
+        raise InputError(f"{path}: expected a {FORMAT} of version {VERSION}; run `quest-deploy build-engine` again")
+    kinds = {"backend": str, "graph_sha256": str, "files": dict, "options": dict, "built_by": dict, "hardware": dict}
+    damaged = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
+    if damaged:
+        raise InputError(f"{path}: damaged ({', '.join(damaged)}); run `quest-deploy build-engine` again")
     return content
+
+
+def changed_files(folder: Path, content: dict[str, Any]) -> list[str]:
+    """The engine's files that are missing or not as they were built."""
+    return [n for n, digest in content["files"].items() if not (folder / n).is_file() or sha256_of(folder / n) != digest]
 
 
 def options_from(content: dict[str, Any]) -> EngineOptions:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import signal
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.engine.base import Backend, EngineOptions, Runner, input_arrays
 from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import onnx_ir as ir
@@ -68,9 +71,8 @@ class TensorRtBackend(Backend):
         _add_profile(builder, config, network, options.max_batch)
         if self.package == RTX:
             _target(trt, config, options.compute_capabilities)
-        serialized = builder.build_serialized_network(network, config)
-        if monitor.failure is not None:
-            raise monitor.failure
+        with _interrupts_stop(monitor):
+            serialized = builder.build_serialized_network(network, config)
         if serialized is None:
             raise QuestDeployError(f"{self.name} cannot build {lowered}: {'; '.join(logger.problems[-3:]) or 'no reason given'}")
         (folder / ENGINE).write_bytes(bytes(serialized))
@@ -135,31 +137,45 @@ def _logger(trt: Any) -> Any:
 
 def _monitor(trt: Any, on_progress: Callable[[str, int, int], None]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Passes the builder's phases on; Ctrl-C stops the build at the next step, since no exception may cross into C++."""
+        """Passes the builder's phases on; ``stopped`` ends the build at its next step."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.totals: dict[str, int] = {}
-            self.failure: BaseException | None = None
+            self.stopped = False
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.totals[phase_name] = num_steps
-            self._report(phase_name, 0)
+            on_progress(phase_name, 0, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            self._report(phase_name, step + 1)
-            return self.failure is None
+            on_progress(phase_name, step + 1, self.totals.get(phase_name, step + 1))
+            return not self.stopped
 
         def phase_finish(self, phase_name: str) -> None:
-            self._report(phase_name, self.totals.get(phase_name, 1))
-
-        def _report(self, phase_name: str, done: int) -> None:
-            try:
-                on_progress(phase_name, done, self.totals.get(phase_name, done))
-            except BaseException as e:
-                self.failure = self.failure or e
+            total = self.totals.get(phase_name, 1)
+            on_progress(phase_name, total, total)
 
     return Monitor()
+
+
+@contextmanager
+def _interrupts_stop(monitor: Any) -> Iterator[None]:
+    """Let Ctrl-C stop the build through its monitor: a KeyboardInterrupt raised in a callback would be lost in C++."""
+    if threading.current_thread() is not threading.main_thread():  # only there do signals arrive
+        yield
+        return
+
+    def stop(signum: int, frame: Any) -> None:
+        monitor.stopped = True
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if monitor.stopped:
+        raise KeyboardInterrupt
 
 
 def _add_profile(builder: Any, config: Any, network: Any, max_batch: int) -> None:

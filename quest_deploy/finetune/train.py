@@ -12,6 +12,8 @@ same result.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -79,8 +81,10 @@ class TrainingState:
 
     def save(self, path: Path) -> None:
         """Write the state, whole or not at all."""
+        buffer = io.BytesIO()  # torch.save's own errors on a full disk are no OSError
+        torch.save({"key": self.key, "step": self.step, "model": self.model, "optimizer": self.optimizer}, buffer)
         with atomic_file(path) as temporary:
-            torch.save({"key": self.key, "step": self.step, "model": self.model, "optimizer": self.optimizer}, temporary)
+            temporary.write_bytes(buffer.getbuffer())
 
     @classmethod
     def load(cls, path: Path, key: str) -> TrainingState | None:
@@ -245,7 +249,11 @@ class _BlockOutputs:
 
 
 def _run_key(calibrated: Checkpoint, options: FinetuneOptions, trajectories: Trajectories) -> str:
-    return sha256_of_json([
-        calibrated.scheme.to_json(), calibrated.provenance, asdict(options), list(trajectories.sample.shape),
-        float(trajectories.output.double().sum()),
-    ])  # fmt: skip
+    digest = hashlib.sha256()
+    for site in calibrated.sites.values():
+        for table in (site.scale, site.low, site.channel):
+            digest.update(table.tobytes())
+    for layer in calibrated.layers.values():
+        digest.update(layer.weight_codes.tobytes() + layer.weight_scale.tobytes())
+    recorded = [list(trajectories.sample.shape), float(trajectories.output.double().sum())]
+    return sha256_of_json([calibrated.scheme.to_json(), digest.hexdigest(), asdict(options), recorded])

@@ -48,7 +48,7 @@ def compare_codes(codes: NDArray[np.int8], expected: NDArray[np.int8], ratio: Fl
 
 
 def layer_error(y: Floats, expected: Floats, channel_axis: int) -> Floats:
-    """The relative error of each row of y [rows, ...], float32 [rows]: its worst output channel's, NaN counting as infinite.
+    """The relative error of each row of y [rows, ...], float32 [rows]: its worst output channel's, NaN counting as the largest float.
 
     A channel's error is relative to its norm in that row, or to a tenth of its norm over all rows where it happens to cancel there.
     """
@@ -57,11 +57,17 @@ def layer_error(y: Floats, expected: Floats, channel_axis: int) -> Floats:
     norm = np.sqrt(np.square(expected, dtype=np.float64).sum(axes))
     usual = np.sqrt(np.square(norm).mean(0)) + np.finfo(np.float64).tiny
     worst: Floats = (error / np.maximum(norm, 0.1 * usual)).max(1)
-    return np.where(np.isfinite(worst), worst, np.inf).astype(np.float32)
+    return _finite(worst)
 
 
 def relative_error(y: Floats, expected: Floats) -> Floats:
-    """|y - expected| / |expected| of each sample, float32 [B], NaN counting as infinite."""
+    """|y - expected| / |expected| of each sample, float32 [B], NaN counting as the largest float."""
     flat, reference = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (y, expected))
     error: Any = np.linalg.norm(flat - reference, axis=1) / np.linalg.norm(reference, axis=1)
-    return np.where(np.isfinite(error), error, np.inf).astype(np.float32)
+    return _finite(error)
+
+
+def _finite(error: NDArray[Any]) -> Floats:
+    """NaN and infinity as float32's largest number: JSON has neither."""
+    largest = float(np.finfo(np.float32).max)
+    return np.where(np.isfinite(error), np.minimum(error, largest), largest).astype(np.float32)

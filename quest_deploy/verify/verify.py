@@ -81,7 +81,7 @@ class Verification:
 
     Attributes:
         wrong_buckets: timesteps, of those tried around every edge, whose bucket the engine chose wrongly.
-        end_to_end_tolerance: twice the model's own largest sensitivity to last-bit differences.
+        end_to_end_tolerance: twice the model's own largest sensitivity to last-bit differences, or a layer's tolerance.
         problems: why it fails, in words; empty if it passes.
     """
 
@@ -133,7 +133,7 @@ def verify_engine(
         errors[layer] = _check_layer(build, lowered, info, layer, records)
         on_progress("layers", len(info.sites) + i + 1, total)
     end_to_end = _check_end_to_end(backend, engine, records)
-    tolerance = SENSITIVITY_FACTOR * max(max(record.entry.sensitivity) for record in records)
+    tolerance = max(LAYER_TOLERANCE, SENSITIVITY_FACTOR * max(max(record.entry.sensitivity) for record in records))
     return _summarize(backend.name, info, records, wrong, codes, errors, end_to_end, tolerance)
 
 
@@ -224,22 +224,37 @@ def _summarize(
             (float(e), b) for r, e_row in zip(records, rows, strict=True) for e, b in zip(e_row, r.row_buckets, strict=True)
         )
         layers.append(LayerResult(layer, worst, bucket))
-    buckets = {}
+    buckets: dict[int, BucketResult] = {}
     for i, record in enumerate(records):
         for sample, bucket in enumerate(record.entry.buckets):
-            rows_of = [row for row, b in enumerate(record.row_buckets) if b == bucket]
+            rows_of = (sample, sample + 2)  # its real activations, and its probe
             found = sum((codes[site][i][row] for site in codes for row in rows_of), none)
             worst = max(float(errors[layer][i][row]) for layer in errors for row in rows_of)
-            buckets[bucket] = BucketResult(
+            result = BucketResult(
                 bucket,
                 record.entry.timesteps[sample],
                 **asdict(found),
                 layer_error=worst,
                 end_to_end_error=float(end_to_end[i][sample]),
             )
+            buckets[bucket] = result if bucket not in buckets else _merged(buckets[bucket], result)
     problems = _problems(wrong, sites, layers, list(buckets.values()), info.scheme.buckets, tolerance)
     ordered = [buckets[b] for b in sorted(buckets)]
     return Verification(backend, wrong, sites, layers, ordered, LAYER_TOLERANCE, tolerance, problems)
+
+
+def _merged(a: BucketResult, b: BucketResult) -> BucketResult:
+    """Two records of one bucket, as an odd number of buckets has: the counts added, the worse errors, the worse one's timestep."""
+    worse = a if a.end_to_end_error >= b.end_to_end_error else b
+    return BucketResult(
+        a.bucket,
+        worse.timestep,
+        a.codes + b.codes,
+        a.mismatches + b.mismatches,
+        a.unexplained + b.unexplained,
+        max(a.layer_error, b.layer_error),
+        worse.end_to_end_error,
+    )
 
 
 def _problems(

@@ -133,7 +133,8 @@ def test_a_damaged_engine_file_is_refused_before_it_is_loaded(engine: Path, name
         ({"options": None}, "quest-deploy build-engine"),
         ({"options": {"threads": 1}}, "quest-deploy build-engine"),
         ({"files": None}, "quest-deploy build-engine"),
-        ({"backend": None}, "expected an engine of onnxruntime"),
+        ({"backend": None}, "quest-deploy build-engine"),
+        ({"backend": "openvino"}, "expected an engine of onnxruntime"),
     ],
 )
 def test_a_damaged_engine_description_is_an_input_error(engine: Path, changes: dict[str, Any], words: str) -> None:
