@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from quest_deploy.files import write_json
-from quest_deploy.quant.affine import per_channel, per_sample
+from quest_deploy.quant.affine import activation_codes, per_channel, per_sample
 from quest_deploy.quant.layers import ActivationQuantizer
 from quest_deploy.reference_files import INDEX, TABLES, TIE_ULPS, RecordEntry
 
@@ -114,12 +114,12 @@ def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], record: int
         for name, site in zip(model.site_names, model.sites, strict=True):
             assert isinstance(site, ActivationQuantizer)
             x = torch.cat([seen[name], _probe(site, seen[name], bucket, record)])
-            ratio, low, high = site.ratio(x)
+            step, low, high = site.operands(x)
             tensors[f"site.{name}.x"] = x
-            tensors[f"site.{name}.codes"] = torch.clamp(torch.round(ratio), low, high).to(torch.int8)
-            ties = is_tie(ratio)
+            tensors[f"site.{name}.codes"] = activation_codes(x, step, low, high).to(torch.int8)
+            ties = is_tie(x / step)
             if ties.any():
-                x = torch.where(ties, torch.floor(ratio) * _step(site, x), x)
+                x = torch.where(ties, torch.floor(x / step) * step, x)
                 tensors[f"site.{name}.untied_x"] = x
             for layer in model.checkpoint.sites[name].layers:
                 tensors[f"layer.{layer}.y"] = layers[layer](x)
@@ -135,11 +135,6 @@ def _tables(model: QuantizedModel) -> dict[str, Tensor]:
         tables[f"{name}.scale"] = site.tables()[0].contiguous()
         tables[f"{name}.channel"] = site.channel
     return tables
-
-
-def _step(site: ActivationQuantizer, x: Tensor) -> Tensor:
-    scale = site.tables()[0][site.current_bucket()]
-    return per_sample(scale, x) * per_channel(site.channel, x, site.axis)
 
 
 def _probe(site: ActivationQuantizer, like: Tensor, bucket: Tensor, record: int) -> Tensor:

@@ -75,11 +75,11 @@ class ActivationQuantizer(nn.Module):
         scale, low, high = (table[bucket] for table in self.tables())
         return fake_quantize_activation(x, scale, low, high, self.channel if self._folded else None, self.axis)
 
-    def ratio(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x / (scale * channel) before rounding, and the clip bounds, shaped to broadcast: what a code comes from."""
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What :func:`activation_codes` divides x by and clamps to, shaped to broadcast: scale * channel, low, high."""
         bucket = self.current_bucket()
         scale, low, high = (per_sample(table[bucket], x) for table in self.tables())
-        return x / (scale * per_channel(self.channel, x, self.axis)), low, high
+        return scale * per_channel(self.channel, x, self.axis), low, high
 
 
 class QuantizedLayer(nn.Module):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from quest_deploy.quant.affine import per_sample, weight_codes
+from quest_deploy.quant.affine import activation_codes, per_sample, weight_codes
 from quest_deploy.quant.layers import ActivationQuantizer, BucketState, QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from tests.helpers import float32, numpy_codes, of_sample
 
@@ -58,8 +58,8 @@ def test_each_sample_is_quantized_with_its_own_buckets_scale_and_bounds(shape: t
     bucket = np.asarray([2, 0, 2, 1])
     codes = numpy_codes(x.numpy(), bucket, scale, low, high, channel.numpy(), axis)
     np.testing.assert_array_equal(site(x).detach().numpy(), codes * of_sample(scale, bucket, x.dim()))
-    ratio, lows, highs = site.ratio(x)
-    np.testing.assert_array_equal(torch.clamp(torch.round(ratio), lows, highs).detach().numpy(), codes)
+    step, lows, highs = site.operands(x)
+    np.testing.assert_array_equal(activation_codes(x, step, lows, highs).detach().numpy(), codes)
 
 
 def test_scale_and_zero_point_of_used_buckets_alone_receive_gradients() -> None:
@@ -105,8 +105,8 @@ def test_a_quantized_layer_is_scale_times_the_layer_on_codes_plus_bias(make: obj
     codes = weight_codes(layer.weight.detach().float(), scale, bits).double()
     integer.weight.data = codes * scale.double().view(-1, *[1] * (codes.dim() - 1))
     integer.bias = None
-    ratio, low, high = site.ratio(x)
-    product = integer(torch.clamp(torch.round(ratio), low, high).detach().double()).detach()
+    step, low, high = site.operands(x)
+    product = integer(activation_codes(x, step, low, high).detach().double()).detach()
     expected = product * per_sample(SCALE[[2, 0, 2, 1]].double(), product) + bias
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
 
