@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_file
-from quest_deploy.scheme import Scheme, activation_levels, weight_range
+from quest_deploy.scheme import Scheme, activation_levels, is_symmetric, weight_range
 
 FORMAT = "quest-deploy checkpoint"
 VERSION = 1
@@ -235,7 +235,7 @@ def _parse_site(entry: dict[str, Any], tensors: dict[str, NDArray[Any]], layers:
     _check_positive(tables["scale"], f"site {name}: scale")
     _check_positive(channel, f"site {name}: channel vector")
     low, high = tables["low"], tables["high"]
-    if bits == 8:
+    if is_symmetric(bits):
         bounded = np.all(low == -127) and np.all(high == 127)
     else:
         levels = activation_levels(bits)

@@ -96,6 +96,11 @@ class Scheme:
         return f"w{self.weight_bits}a{self.activation_bits}"
 
     @property
+    def activation_symmetric(self) -> bool:
+        """Whether the scheme's activations are symmetric; the first and the last layer's go by their own bits."""
+        return is_symmetric(self.activation_bits)
+
+    @property
     def buckets(self) -> int:
         """K, the number of buckets."""
         return len(self.bucket_edges) + 1
@@ -135,6 +140,11 @@ class Scheme:
 def weight_range(bits: int) -> tuple[int, int]:
     """The codes of a symmetric weight: all of INT4 (-8..7); INT8 without -128, as TensorRT quantizes weights."""
     return (-8, 7) if bits == 4 else (-127, 127)
+
+
+def is_symmetric(activation_bits: int) -> bool:
+    """Eight-bit activations are symmetric (zero-point 0, codes -127..127); four-bit ones have a zero-point in [0, 15]."""
+    return activation_bits == 8
 
 
 def activation_levels(bits: int) -> int:

@@ -19,7 +19,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.quant.affine import per_channel, weight_codes
 from quest_deploy.quant.model import conv_geometry, float_state, fold_channel
 from quest_deploy.quant.sites import LayerPlan, QuantizationPlan, SitePlan, plan_quantization
-from quest_deploy.scheme import Granularity, Scheme, activation_levels, weight_range
+from quest_deploy.scheme import Granularity, Scheme, activation_levels, is_symmetric, weight_range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -172,7 +172,7 @@ class _Recorder:
         ranges = [_activation_range(self.values[site.name, b], site.bits, method) for b in range(self.buckets)]
         scale = torch.stack([s for s, _ in ranges])
         zero_point = torch.stack([z for _, z in ranges])
-        low, high = (-127 * torch.ones_like(scale), 127 * torch.ones_like(scale)) if site.bits == 8 else (
+        low, high = (-127 * torch.ones_like(scale), 127 * torch.ones_like(scale)) if is_symmetric(site.bits) else (
             -zero_point, activation_levels(site.bits) - zero_point
         )  # fmt: skip
         tables = {"scale": scale, "low": low, "high": high, "channel": self.channel[site.name]}
@@ -188,7 +188,7 @@ def _input_amax(layer: nn.Module, like: Tensor) -> Tensor:
 def _activation_range(values: Tensor, bits: int, method: RangeMethod) -> tuple[Tensor, Tensor]:
     """Scale and zero-point, scalars, for ``values`` [V]."""
     factors = SHRINK_FACTORS if method is RangeMethod.MSE else SHRINK_FACTORS[:1]
-    if bits == 8:
+    if is_symmetric(bits):
         scale = (values.abs().amax() * factors / 127).clamp(min=1e-8)
         zero_point = torch.zeros_like(scale)
         low, high = -127.0 * torch.ones_like(scale), 127.0 * torch.ones_like(scale)

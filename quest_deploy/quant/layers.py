@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quest_deploy.quant.affine import fake_quantize_activation, fake_quantize_weight, per_channel, per_sample, round_ste
-from quest_deploy.scheme import activation_levels
+from quest_deploy.scheme import activation_levels, is_symmetric
 
 
 class BucketState:
@@ -46,7 +46,7 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, bits: int, scale: Tensor, zero_point: Tensor, channel: Tensor, axis: int, buckets: BucketState) -> None:
         super().__init__()
         self.bits = bits
-        self.symmetric = bits == 8
+        self.symmetric = is_symmetric(bits)
         self.axis = axis
         self.register_buffer("base_scale", scale.clone())
         self.log_shift = nn.Parameter(torch.zeros_like(scale))
