@@ -1,4 +1,4 @@
-# Each target sets up its own .venv if there is none; nothing else is needed than Python 3.11, make and a C++ compiler.
+# Each target sets up its own .venv if there is none; nothing else is needed than Python 3.11 and make.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin

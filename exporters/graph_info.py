@@ -1,6 +1,6 @@
 """What a graph says about itself: its scheme, its checkpoint, and where in it each layer and site is found.
 
-The portable graph carries these as metadata; lowerings keep them true, so that verification can cut a layer out of what was built.
+The portable graph carries these as metadata; lowerings keep values' names, so that verification can cut a layer out of what was built.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BUCKET = "bucket"
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A layer in the graph: ``output`` names its value; ``weight`` and ``scale`` the initializers of its codes and their scale."""
+    """A layer in the graph: ``output`` names its value; ``weight``, in the portable graph, the initializer of its codes."""
 
     name: str
     site: str

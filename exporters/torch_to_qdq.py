@@ -100,7 +100,8 @@ class _Placeholder(nn.Module):
         self.name, self.conv, self.codes_shape = layer.name, layer.conv, layer.weight_codes.shape
         # diffusers reads these to choose dtypes and shapes; they hold no values.
         self.weight = torch.empty(0)
-        self.in_features = self.in_channels = self.codes_shape[1]
+        groups = 1 if layer.conv is None else layer.conv.groups
+        self.in_features = self.in_channels = self.codes_shape[1] * groups
         self.out_features = self.out_channels = self.codes_shape[0]
 
     def forward(self, x: Tensor) -> Tensor:

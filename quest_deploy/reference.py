@@ -140,8 +140,9 @@ def _tables(model: QuantizedModel) -> dict[str, Tensor]:
 def _probe(site: ActivationQuantizer, like: Tensor, bucket: Tensor, record: int) -> Tensor:
     """Values of the shape of ``like`` [B, ...] that any wrong scale, channel entry or clip bound sends to another code.
 
-    Each lies two parts in ten thousand beside a rounding tie, so a relative change of x/step by more flips it in one direction; the
-    sides alternate along the channels, and from row to row. Each row starts with the ties at and beyond its clip bounds.
+    Each lies two parts in ten thousand beside a rounding tie, so a relative change of x/step by more flips it in one direction. The
+    sides alternate along the channels and from row to row: all records together show every channel both. Each row holds the ties
+    at its clip bounds, from both sides.
     """
     channels, rows = like.shape[site.axis], len(like)
     count = like[0].numel()
@@ -150,14 +151,12 @@ def _probe(site: ActivationQuantizer, like: Tensor, bucket: Tensor, record: int)
     for row in range(rows):
         generator = torch.Generator().manual_seed(2 * record + row)
         ties = torch.randint(low[row], high[row], (count,), generator=generator)
-        bounds = torch.tensor([high[row], low[row] - 1, high[row] - 1, low[row]]).repeat_interleave(2)[:count]
+        bounds = torch.tensor([high[row], low[row] - 1]).repeat_interleave(2)[:count]
         ties[: len(bounds)] = bounds
+        # Channels vary fastest, so that each one sees many of these values, and others of them in every row and record.
+        ties = ties.roll(3 * record + 4 * row)
         side = 1 - 2 * ((torch.arange(count) + row) % 2)
-        ratio = (ties + 0.5) * (1 + TIE_MARGIN * side)
-        # Other channels meet the bounds in every record; both sides of them stay together.
-        ratio = ratio.roll(2 * len(bounds) * record + row)
-        # Channels vary fastest, so that each one sees many of these values.
-        ratios.append(ratio.view(count // channels, channels))
+        ratios.append(((ties + 0.5) * (1 + TIE_MARGIN * side)).view(count // channels, channels))
     moved = like.movedim(site.axis, -1)
     ratio = torch.stack(ratios).view(moved.shape).movedim(-1, site.axis).contiguous()
     probe: Tensor = ratio * (per_sample(site.tables()[0][bucket], like) * per_channel(site.channel, like, site.axis))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from quest_deploy.errors import InputError
+from quest_deploy.models.schedulers import set_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,9 +49,11 @@ def sample_images(
     Returns:
         Images [B, C, H, W] in [-1, 1].
     """
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise InputError(f"expected a guidance weight of 0 or more, not {guidance}")
     generator = torch.Generator().manual_seed(seed)
     schedule = model.load_scheduler(scheduler)
-    schedule.set_timesteps(steps)
+    set_steps(schedule, steps)
     conditions = model.conditions(labels)
     guided = guidance != 1.0
     if guided:
@@ -61,7 +67,7 @@ def sample_images(
         if guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + guidance * (conditional - unconditional)
-        # Stochastic schedulers take a generator; the others refuse the argument.
+        # Not all schedulers take a generator; DDPM needs one.
         extra = {"generator": generator} if scheduler == "ddpm" else {}
         latents = schedule.step(prediction, timestep, latents, **extra).prev_sample
         on_progress(i + 1, len(schedule.timesteps))

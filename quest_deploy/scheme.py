@@ -29,7 +29,7 @@ class Granularity(StrEnum):
     PER_TENSOR = "per_tensor"
     """One scale a bucket: scale [K], channel vector all ones."""
     FOLDED_CHANNEL = "folded_channel"
-    """One scale a bucket, times a static per-channel vector g [C] whose inverse is folded into the weights: scale [K], g [C]."""
+    """One scale a bucket, times a static per-channel vector g [C] that is folded into the weights (x / g, g * W): scale [K], g [C]."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_file
+from quest_deploy.models.schedulers import set_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ class Trajectories:
 
 def _scheduler(model: DiffusionModel, steps: int, scheme: Scheme | None) -> Any:
     scheduler = model.load_scheduler("ddim")
-    scheduler.set_timesteps(steps)
+    set_steps(scheduler, steps)
     if scheme is None:
         return scheduler
     for count in (None, max(steps, scheme.buckets), model.train_timesteps):

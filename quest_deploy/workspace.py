@@ -93,7 +93,10 @@ class Workspace:
             raise InputError(f"{root} is a file, not a folder; give another one with -w")
         if root.exists() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in root.iterdir()):
             raise InputError(f"{root} is not empty; give another folder with -w")
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"cannot make the folder {root} ({e.strerror}); give another one with -w") from e
         workspace = cls(root, model, scheme, {})
         workspace._write()
         return workspace

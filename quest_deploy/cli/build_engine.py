@@ -20,7 +20,7 @@ from quest_deploy.cli.options import (
     open_workspace,
 )
 from quest_deploy.cli.stage import run_stage
-from quest_deploy.engine.backends import get_backend
+from quest_deploy.engine.backends import check_options, get_backend
 from quest_deploy.engine.base import EngineOptions, build_engine
 from quest_deploy.files import atomic_folder
 from quest_deploy.workspace import ENGINES, GRAPH
@@ -63,7 +63,10 @@ def build_engine_stage(
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
     """The details in words."""
     files = ", ".join(f"{name} {size(count)}" for name, count in details["files"].items())
-    return f"{workspace.path(ENGINES, details['backend'])}, built in {details['seconds']:.1f} s for {details['hardware']}\n{files}"
+    hardware = ", ".join(
+        value if isinstance(value, str) else "compute capabilities " + " ".join(value) for value in details["hardware"].values()
+    )
+    return f"{workspace.path(ENGINES, details['backend'])}, built in {details['seconds']:.1f} s for {hardware}\n{files}"
 
 
 def build_engine_command(
@@ -83,6 +86,7 @@ def build_engine_command(
     console = Console(as_json=as_json)
     options = EngineOptions(provider, threads, tuple(compute_capability or ()), max_batch)
     get_backend(backend)
+    check_options(backend, options)
     opened = open_workspace(workspace, model, bits)
     details = build_engine_stage(opened, console, backend, options)
     console.result({"workspace": str(opened.root), **details}, describe(opened, details))

@@ -24,7 +24,7 @@ def finetune_stage(
     workspace: Workspace, console: Console, choices: dict[str, Any] | None = None, *, reuse: bool = False
 ) -> dict[str, Any]:
     """Finetune; writes checkpoint.safetensors. ``choices`` override the defaults of FinetuneOptions."""
-    given = dict(choices or {})
+    given = {"seed": 0, **(choices or {})}
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
         from quest_deploy.checkpoint import load_checkpoint, save_checkpoint
@@ -54,7 +54,7 @@ def finetune_stage(
         details = {
             "steps": options.temporal_steps + options.sensitive_steps,
             "seconds": time.monotonic() - started,
-            "final_loss": sum(losses[-50:]) / max(len(losses[-50:]), 1),
+            "final_loss": sum(losses[-50:]) / len(losses[-50:]) if losses else None,
             "checkpoint_bytes": workspace.path(CHECKPOINT).stat().st_size,
         }
         return [workspace.path(CHECKPOINT)], details
@@ -64,10 +64,9 @@ def finetune_stage(
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
     """The details in words."""
-    return (
-        f"{details['steps']} steps in {details['seconds']:.0f} s, loss over the last 50: {details['final_loss']:.4f}\n"
-        f"{workspace.path(CHECKPOINT)} ({size(details['checkpoint_bytes'])})"
-    )
+    loss = "" if details["final_loss"] is None else f", loss over the last 50: {details['final_loss']:.4f}"
+    checkpoint = f"{workspace.path(CHECKPOINT)} ({size(details['checkpoint_bytes'])})"
+    return f"{details['steps']} steps, the last run took {details['seconds']:.0f} s{loss}\n{checkpoint}"
 
 
 def finetune(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quest_deploy.engine.base import Backend
+from quest_deploy.engine.base import Backend, EngineOptions
 from quest_deploy.engine.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.engine.openvino import OpenVinoBackend
 from quest_deploy.engine.tensorrt import TensorRtBackend
@@ -17,6 +17,14 @@ BACKENDS: dict[str, Backend] = {
         TensorRtBackend("tensorrt", "tensorrt"),
     )
 }
+
+
+def check_options(name: str, options: EngineOptions) -> None:
+    """Raise InputError where ``options`` hold what the backend called ``name`` would ignore."""
+    if options.provider != "cpu" and name != "onnxruntime":
+        raise InputError(f"--provider is onnxruntime's, and the backend is {name}")
+    if options.compute_capabilities and name != "tensorrt-rtx":
+        raise InputError(f"--compute-capability is tensorrt-rtx's, and the backend is {name}")
 
 
 def get_backend(name: str) -> Backend:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy import __version__
-from quest_deploy.errors import InputError
+from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import read_json, sha256_of, write_json
 from quest_deploy.workspace import versions
 
@@ -124,11 +124,17 @@ def build_engine(
     on_progress: Callable[[str, int, int], None] = no_progress,
 ) -> dict[str, Any]:
     """Lower ``model`` (changed in place), compile it into ``folder`` and return the content of its ``engine.json``."""
+    from onnx_ir.passes import PassError
+
     from exporters.graph_info import graph_info, save_graph
 
     backend.check_build(options)
     info = graph_info(model)
-    save_graph(backend.lower(model), folder / LOWERED)
+    try:
+        lowered = backend.lower(model)
+    except PassError as e:
+        raise QuestDeployError(f"the graph cannot be lowered for {backend.name}: {e}; run `quest-deploy export` again") from e
+    save_graph(lowered, folder / LOWERED)
     backend.compile(folder / LOWERED, folder, options, on_progress)
     content = {
         "format": FORMAT,

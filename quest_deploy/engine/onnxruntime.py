@@ -62,11 +62,14 @@ def _session(path: Path, options: EngineOptions) -> Any:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.log_severity_level = 3
-    providers = [PROVIDERS[options.provider]]
+    provider = PROVIDERS[options.provider]
     try:
-        return onnxruntime.InferenceSession(str(path), settings, providers=providers)
+        session = onnxruntime.InferenceSession(str(path), settings, providers=[provider])
     except Exception as e:  # its exceptions share no base class but this one
         raise QuestDeployError(f"onnxruntime refuses {path}: {e}") from e
+    if session.get_providers()[0] != provider:
+        raise QuestDeployError(f"onnxruntime fell back from {provider} to {session.get_providers()[0]}; check its GPU libraries")
+    return session
 
 
 class _OnnxRuntimeRunner(Runner):
@@ -75,4 +78,8 @@ class _OnnxRuntimeRunner(Runner):
         self._outputs = [output.name for output in session.get_outputs()]
 
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        return dict(zip(self._outputs, self._session.run(self._outputs, input_arrays(feeds)), strict=True))
+        try:
+            outputs = self._session.run(self._outputs, input_arrays(feeds))
+        except Exception as e:
+            raise QuestDeployError(f"onnxruntime failed: {e}") from e
+        return dict(zip(self._outputs, outputs, strict=True))

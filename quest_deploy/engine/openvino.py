@@ -82,7 +82,10 @@ class _OpenVinoRunner(Runner):
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         request = self._request(tuple((name, value.shape) for name, value in sorted(feeds.items())))
         # A copy: the request's own output memory is overwritten by the next call.
-        results = request.infer(input_arrays(feeds))
+        try:
+            results = request.infer(input_arrays(feeds))
+        except RuntimeError as e:
+            raise QuestDeployError(f"openvino failed: {e}") from e
         return {output.get_any_name(): value.copy() for output, value in results.items()}
 
     def _request(self, shapes: Shapes) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import os
 import signal
 import threading
 from contextlib import contextmanager
@@ -47,9 +46,7 @@ class TensorRtBackend(Backend):
     def check_run(self, options: EngineOptions) -> None:
         self._module()
         if gpu_count() == 0:
-            raise InputError(
-                f"{self.name} engines run on an NVIDIA GPU, and this machine has none; copy the engine folder to one that has"
-            )
+            raise InputError(f"{self.name} engines run on an NVIDIA GPU, and this machine has none; copy the workspace to one that has")
 
     def lower(self, model: ir.Model, *, frozen_bucket: int | None = None) -> ir.Model:
         from exporters.lower.tensorrt import lower
@@ -206,8 +203,9 @@ class _TensorRtRunner(Runner):
     """Polygraphy's TrtRunner on the serialized engine."""
 
     def __init__(self, path: Path, *, rtx: bool) -> None:
-        if rtx:
-            os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when polygraphy.backend.trt is first imported
+        from polygraphy import config
+
+        config.USE_TENSORRT_RTX = rtx  # before its TensorRT backend is imported; one flavour a process
         from polygraphy.backend.common import BytesFromPath
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quest_deploy import __version__
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_file, sha256_of_json
 from quest_deploy.finetune.layer_sets import LAYER_SETS, select_layers
@@ -124,7 +125,7 @@ def finetune(
     options: FinetuneOptions,
     *,
     state_path: Path | None = None,
-    save_every: int = 100,
+    save_every: int = 20,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Checkpoint:
     """Finetune ``calibrated`` towards the float ``teacher``; resume from ``state_path`` where it holds this run's state.
@@ -132,7 +133,7 @@ def finetune(
     Raises:
         InputError: the layer sets match no layer.
     """
-    student = QuantizedModel.from_checkpoint(calibrated, teacher).train()
+    student = QuantizedModel.from_checkpoint(calibrated, teacher).eval()
     teacher.requires_grad_(False)
     stages = _stages(student, options)
     key = _run_key(calibrated, options, trajectories)
@@ -256,4 +257,4 @@ def _run_key(calibrated: Checkpoint, options: FinetuneOptions, trajectories: Tra
     for layer in calibrated.layers.values():
         digest.update(layer.weight_codes.tobytes() + layer.weight_scale.tobytes())
     recorded = [list(trajectories.sample.shape), float(trajectories.output.double().sum())]
-    return sha256_of_json([calibrated.scheme.to_json(), digest.hexdigest(), asdict(options), recorded])
+    return sha256_of_json([__version__, calibrated.scheme.to_json(), digest.hexdigest(), asdict(options), recorded])

@@ -23,3 +23,11 @@ def make_scheduler(name: str, config: dict[str, Any]) -> Any:
     if name not in SCHEDULERS:
         raise InputError(f"unknown scheduler {name!r}: expected one of {', '.join(SCHEDULERS)}")
     return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+
+
+def set_steps(scheduler: Any, steps: int) -> None:
+    """Choose ``steps`` timesteps; raise InputError where they leave the range the model was trained on, as an offset can make them."""
+    scheduler.set_timesteps(steps)
+    highest, trained = float(scheduler.timesteps.max()), scheduler.config.num_train_timesteps
+    if highest >= trained:
+        raise InputError(f"{steps} steps begin at timestep {highest:g}, and the model knows those below {trained}; take fewer steps")

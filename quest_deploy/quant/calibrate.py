@@ -104,7 +104,7 @@ def calibrate(
         scheme=scheme,
         layers=layers,
         sites=sites,
-        floats=float_state(unet),
+        floats=float_state(unet, layers),
         provenance={"method": "ptq", "range": options.method.value, "seed": options.seed},
     )
 

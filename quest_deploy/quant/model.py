@@ -16,7 +16,7 @@ from quest_deploy.quant.affine import weight_codes
 from quest_deploy.quant.layers import ActivationQuantizer, BucketState, QuantizedConv2d, QuantizedLayer, QuantizedLinear
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 
 class QuantizedModel(nn.Module):
@@ -120,7 +120,9 @@ class QuantizedModel(nn.Module):
             assert isinstance(site, ActivationQuantizer)
             scale, low, high = (table.numpy().copy() for table in site.tables())
             sites[name] = dataclasses.replace(self.checkpoint.sites[name], scale=scale, low=low, high=high)
-        return dataclasses.replace(self.checkpoint, layers=layers, sites=sites, floats=float_state(self.model), provenance=provenance)
+        return dataclasses.replace(
+            self.checkpoint, layers=layers, sites=sites, floats=float_state(self.model, layers), provenance=provenance
+        )
 
 
 def fold_channel(weight: Tensor, channel: Tensor) -> Tensor:
@@ -131,11 +133,10 @@ def fold_channel(weight: Tensor, channel: Tensor) -> Tensor:
     return weight * factors.view(outputs, inputs_per_group, *([1] * (weight.dim() - 2)))
 
 
-def float_state(model: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
-    """The parameters and persistent buffers that belong to no layer that is, or will be, quantized."""
-    quantized = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, QuantizedLayer | nn.Conv2d | nn.Linear))
-    state = model.state_dict()
-    return {key: value.numpy().copy() for key, value in state.items() if not key.startswith(quantized)}
+def float_state(model: nn.Module, layers: Iterable[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """The parameters and persistent buffers that belong to none of the quantized ``layers``."""
+    quantized = tuple(f"{name}." for name in layers)
+    return {key: value.numpy().copy() for key, value in model.state_dict().items() if not key.startswith(quantized)}
 
 
 def build_float_model(architecture: Architecture) -> nn.Module:

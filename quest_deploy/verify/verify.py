@@ -119,7 +119,9 @@ def verify_engine(
     lowered = load_graph(engine / LOWERED)
     info = graph_info(lowered)
     records, tables = load_reference(reference)
-    if set(info.sites) != {name.removesuffix(".scale") for name in tables if name.endswith(".scale")}:
+    if not {f"layer.{layer}.y" for layer in info.layers} <= records[0].tensors.keys() or set(info.sites) != {
+        name.removesuffix(".scale") for name in tables if name.endswith(".scale")
+    }:
         raise InputError(f"{reference} is the reference of another model; run `quest-deploy reference` again")
     build = _CutBuilder(backend, options)
     wrong = _check_buckets(build, lowered, info.scheme)
