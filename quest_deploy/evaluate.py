@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from quest_deploy.trajectories import Trajectories
 
 
+HELD_OUT_SEED = 1_000_003
+"""Trajectories for the epsilon-MSE are drawn with a seed of their own, not the calibration's."""
+HELD_OUT_SAMPLES = 32
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """How images are drawn: ``images`` of them, labels taken in turn."""

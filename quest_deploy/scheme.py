@@ -9,7 +9,6 @@ import bisect
 import dataclasses
 import itertools
 import math
-import re
 import struct
 from dataclasses import dataclass
 from enum import StrEnum
@@ -83,12 +82,10 @@ class Scheme:
             raise InputError(f"unknown bits {bits!r}: expected one of {', '.join(SUPPORTED_BITS)}")
         if not 1 <= buckets <= train_timesteps:
             raise InputError(f"expected 1 to {train_timesteps} buckets (the number of training steps), not {buckets}")
-        match = re.fullmatch(r"w(\d)a(\d)", bits)
-        if match is None:
-            raise InputError(f"unknown bits {bits!r}")
+        weight_bits, activation_bits = (int(digit) for digit in (bits[1], bits[3]))
         # The graph compares in float32: an edge that float32 cannot hold would be another edge there.
         edges = tuple(_float32(train_timesteps * i / buckets) for i in range(1, buckets))
-        return cls(int(match[1]), int(match[2]), edges, granularity=granularity, train_timesteps=train_timesteps)
+        return cls(weight_bits, activation_bits, edges, granularity=granularity, train_timesteps=train_timesteps)
 
     @property
     def name(self) -> str:

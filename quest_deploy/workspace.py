@@ -124,6 +124,11 @@ class Workspace:
         return "finetune" if "finetune" in self.stages else "calibrate"
 
     @property
+    def checkpoint_inputs(self) -> tuple[str, ...]:
+        """The stages that a stage reads which works on the checkpoint to be deployed."""
+        return ("calibrate", "finetune") if self.checkpoint_stage == "finetune" else ("calibrate",)
+
+    @property
     def checkpoint_path(self) -> Path:
         """The checkpoint to be deployed."""
         return self.path(CHECKPOINT if self.checkpoint_stage == "finetune" else CALIBRATED)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from quest_deploy.evaluate import SamplingOptions, assess, draw, epsilon_mse
+from quest_deploy.evaluate import HELD_OUT_SAMPLES, HELD_OUT_SEED, SamplingOptions, assess, draw, epsilon_mse
 from quest_deploy.finetune.train import FinetuneOptions, finetune
 from quest_deploy.models.registry import load_model
 from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
@@ -24,8 +24,6 @@ from quest_deploy.quant.model import QuantizedModel
 from quest_deploy.sampling import float_denoiser
 from quest_deploy.scheme import DEFAULT_BUCKETS, Granularity, Scheme
 from quest_deploy.trajectories import record_trajectories
-
-HELD_OUT_SEED = 1_000_003
 
 
 def main(
@@ -40,7 +38,7 @@ def main(
     options = SamplingOptions()
     scheme = Scheme.parse(bits, buckets=buckets)
     per_tensor = Scheme.parse(bits, buckets=1, granularity=Granularity.PER_TENSOR)
-    held_out = record_trajectories(model, unet, steps=model.calibration_steps, samples=32, seed=HELD_OUT_SEED)
+    held_out = record_trajectories(model, unet, steps=model.calibration_steps, samples=HELD_OUT_SAMPLES, seed=HELD_OUT_SEED)
     fp32 = float_denoiser(unet)
     fp32_images, labels = draw(model, fp32, options)
     rows: dict[str, list[dict[str, Any]]] = {}

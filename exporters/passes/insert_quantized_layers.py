@@ -37,7 +37,6 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._site_of = {layer: site for site in checkpoint.sites.values() for layer in site.layers}
 
     def requires(self, model: ir.Model) -> None:
         found = sorted(_layer_name(node) for node in _placeholders(model.graph))
@@ -55,7 +54,7 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
         scales: dict[str, ir.Value] = {}
         for node in list(_placeholders(graph)):
             layer = self.checkpoint.layers[_layer_name(node)]
-            site = self._site_of[layer.name]
+            site = self.checkpoint.site_of(layer.name)
             x = node.inputs[0]
             assert x is not None
             if site.name not in codes:
@@ -82,11 +81,10 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
         inputs = {name: _input_of(values[codes_name(name)]).name or "" for name in checkpoint.sites}
         last = model.graph.outputs[0].name or ""
         outputs = {name: output_name(name) if output_name(name) in values else last for name in checkpoint.layers}
-        site_of = {layer: site.name for site in checkpoint.sites.values() for layer in site.layers}
         describe(
             model,
             [
-                LayerInfo(x.name, site_of[x.name], x.weight_bits, x.macs, outputs[x.name], weight_name(x.name))
+                LayerInfo(x.name, checkpoint.site_of(x.name).name, x.weight_bits, x.macs, outputs[x.name], weight_name(x.name))
                 for x in checkpoint.layers.values()
             ],
             [SiteInfo(s.name, s.bits, inputs[s.name], codes_name(s.name)) for s in checkpoint.sites.values()],

@@ -30,16 +30,12 @@ if TYPE_CHECKING:
     from quest_deploy.evaluate import SamplingOptions
     from quest_deploy.workspace import Workspace
 
-HELD_OUT_SEED = 1_000_003
-"""Trajectories for the epsilon-MSE are drawn with a seed of their own, not the calibration's."""
-HELD_OUT_SAMPLES = 32
-
 
 def evaluate_stage(
     workspace: Workspace, console: Console, backend: str, options: SamplingOptions | None = None, *, reuse: bool = False
 ) -> dict[str, Any]:
     """Judge FP32, PTQ, QuEST (where finetuned) and the engine of ``backend``; writes reports/evaluate-<backend>.json."""
-    from quest_deploy.evaluate import SamplingOptions, assess, draw, epsilon_mse
+    from quest_deploy.evaluate import HELD_OUT_SAMPLES, HELD_OUT_SEED, SamplingOptions, assess, draw, epsilon_mse
 
     get_backend(backend)
     chosen = options or SamplingOptions()
@@ -76,7 +72,7 @@ def evaluate_stage(
         write_json(report, details)
         return [report], details
 
-    inputs = (*(("finetune",) if "finetune" in workspace.stages else ()), "calibrate", f"build-engine/{backend}")
+    inputs = (*workspace.checkpoint_inputs, f"build-engine/{backend}")
     return run_stage(
         workspace, console, f"evaluate/{backend}", inputs=inputs, options=dataclasses.asdict(chosen), reuse=reuse, work=work
     )

@@ -62,8 +62,7 @@ def export_stage(workspace: Workspace, console: Console, *, reuse: bool = False)
         }
         return files, details
 
-    inputs = ("calibrate", "finetune") if workspace.checkpoint_stage == "finetune" else ("calibrate",)
-    return run_stage(workspace, console, "export", inputs=inputs, options={}, reuse=reuse, work=work)
+    return run_stage(workspace, console, "export", inputs=workspace.checkpoint_inputs, options={}, reuse=reuse, work=work)
 
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:

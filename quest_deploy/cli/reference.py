@@ -42,9 +42,9 @@ def reference_stage(workspace: Workspace, console: Console, *, seed: int = 0, re
         }
         return files, details
 
-    # export is not read, but names the checkpoint's stage: a reference of another checkpoint is outdated.
-    inputs = ("calibrate", "finetune") if workspace.checkpoint_stage == "finetune" else ("calibrate",)
-    return run_stage(workspace, console, "reference", inputs=inputs, options={"seed": seed}, reuse=reuse, work=work)
+    return run_stage(
+        workspace, console, "reference", inputs=workspace.checkpoint_inputs, options={"seed": seed}, reuse=reuse, work=work
+    )
 
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:

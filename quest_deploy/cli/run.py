@@ -46,11 +46,10 @@ def run(
     opened = create_workspace(workspace, model, bits, buckets, granularity)
     results: dict[str, Any] = {"workspace": str(opened.root)}
 
-    def show(stage: str, details: dict[str, Any], text: str) -> dict[str, Any]:
+    def show(stage: str, details: dict[str, Any], text: str) -> None:
         results[stage] = details
         if not as_json:
             print(f"\n== {stage}\n{text}", flush=True)
-        return details
 
     details = calibrate.calibrate_stage(opened, console, calibrate.CalibrateOptions(seed=seed), reuse=True)
     show("calibrate", details, calibrate.describe(opened, details))
@@ -64,10 +63,9 @@ def run(
         details = build_engine.build_engine_stage(opened, console, name, EngineOptions(), reuse=True)
         show(f"build-engine {name}", details, build_engine.describe(opened, details))
     for name in backends:
-        verification = show(
-            f"verify {name}", details := verify.verify_stage(opened, console, name, reuse=True), verify.describe(details)
-        )
-        verify.require_passed(verification)
+        details = verify.verify_stage(opened, console, name, reuse=True)
+        show(f"verify {name}", details, verify.describe(details))
+        verify.require_passed(details)
         details = benchmark.benchmark_stage(opened, console, name, reuse=True)
         show(f"benchmark {name}", details, benchmark.describe(details))
     main = backends[0]

@@ -75,7 +75,6 @@ class Backend(ABC):
     """A runtime that quest-deploy builds engines for. Importing its package is left to the methods."""
 
     name: str
-    package: str
 
     @abstractmethod
     def check_build(self, options: EngineOptions) -> None:

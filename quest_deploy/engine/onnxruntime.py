@@ -21,7 +21,6 @@ class OnnxRuntimeBackend(Backend):
     """``options.provider`` chooses the execution provider."""
 
     name = "onnxruntime"
-    package = "onnxruntime"
 
     def check_build(self, options: EngineOptions) -> None:
         require_package("onnxruntime", "cpu", "building for onnxruntime")

@@ -28,7 +28,6 @@ class OpenVinoBackend(Backend):
     """FP32 where it is not INT8: on CPUs with bf16, OpenVINO would otherwise use that unasked."""
 
     name = "openvino"
-    package = "openvino"
 
     def check_build(self, options: EngineOptions) -> None:
         require_package("openvino", "cpu", "building for openvino")

@@ -22,19 +22,19 @@ def activation_codes(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tens
 def weight_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The int8 codes of ``weight`` [O, ...] at one ``scale`` [O] per output channel, symmetric, in :func:`weight_range`."""
     low, high = weight_range(bits)
-    return torch.clamp(torch.round(weight / _per_output_channel(scale, weight)), low, high).to(torch.int8)
+    return torch.clamp(torch.round(weight / per_sample(scale, weight)), low, high).to(torch.int8)
 
 
 def fake_quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """codes * scale, with the straight-through gradient for weights inside the range (zero for clipped ones)."""
-    result: Tensor = _FakeQuantizeWeight.apply(weight, _per_output_channel(scale, weight), *weight_range(bits))
+    result: Tensor = _FakeQuantizeWeight.apply(weight, per_sample(scale, weight), *weight_range(bits))
     return result
 
 
 def fake_quantize_activation(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, channel: Tensor | None, axis: int) -> Tensor:
     """scale * clamp(round(x / (scale * channel)), low, high), with straight-through and LSQ gradients.
 
-    The result is *not* multiplied by ``channel``: its inverse effect is folded into the weights (SmoothQuant, arXiv 2211.10438).
+    The result is *not* multiplied by ``channel``: it is folded into the weights (SmoothQuant, arXiv 2211.10438).
 
     Args:
         x: float [B, ...].
@@ -52,8 +52,13 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach()
 
 
+def bucket_of(timestep: Tensor, edges: Tensor) -> Tensor:
+    """The bucket of each timestep [B], int64 [B]: the number of ``edges`` [K-1] <= t."""
+    return (timestep[:, None] >= edges[None]).sum(1)
+
+
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Shape [B] values to broadcast over the rows of ``like`` [B, ...]."""
+    """Shape [B] values to broadcast over the rows of ``like`` [B, ...] (of a weight, over its output channels)."""
     return values.view(-1, *([1] * (like.dim() - 1)))
 
 
@@ -62,10 +67,6 @@ def per_channel(values: Tensor, like: Tensor, axis: int) -> Tensor:
     shape = [1] * like.dim()
     shape[axis] = -1
     return values.view(shape)
-
-
-def _per_output_channel(scale: Tensor, weight: Tensor) -> Tensor:
-    return scale.view(-1, *([1] * (weight.dim() - 1)))
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quest_deploy.checkpoint import Architecture, Checkpoint, LayerData, SiteData
 from quest_deploy.errors import InputError
-from quest_deploy.quant.affine import per_channel, weight_codes
+from quest_deploy.quant.affine import bucket_of, per_channel, weight_codes
 from quest_deploy.quant.model import conv_geometry, float_state, fold_channel
 from quest_deploy.quant.sites import LayerPlan, QuantizationPlan, SitePlan, plan_quantization
 from quest_deploy.scheme import Granularity, Scheme, activation_levels, is_symmetric, weight_range
@@ -117,7 +117,7 @@ def _plain_config(unet: nn.Module) -> dict[str, Any]:
 def _batches(trajectories: Trajectories, scheme: Scheme, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     edges = torch.tensor(scheme.bucket_edges)
     for inputs in trajectories.batches(size):
-        yield inputs, (inputs["timestep"][:, None] >= edges[None]).sum(1)
+        yield inputs, bucket_of(inputs["timestep"], edges)
 
 
 class _Recorder:

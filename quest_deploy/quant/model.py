@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quest_deploy.checkpoint import Architecture, Checkpoint, ConvGeometry, LayerData, SiteData
 from quest_deploy.errors import InputError
-from quest_deploy.quant.affine import weight_codes
+from quest_deploy.quant.affine import bucket_of, weight_codes
 from quest_deploy.quant.layers import ActivationQuantizer, BucketState, QuantizedConv2d, QuantizedLayer, QuantizedLinear
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class QuantizedModel(nn.Module):
 
     def bucket_of(self, timestep: Tensor) -> Tensor:
         """The bucket of each timestep [B], int64 [B]: the number of edges <= t."""
-        return (timestep[:, None] >= self.edges[None]).sum(1)
+        return bucket_of(timestep, self.edges)
 
     def forward(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
         """Predict for sample [B, ...] at timestep [B] (or a scalar, for the whole batch)."""
