@@ -36,6 +36,8 @@ ENGINES = "engines"
 REPORTS = "reports"
 IMAGES = "images"
 _REPORTED_PACKAGES = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "polygraphy")
+_BEFORE_FINETUNING = ("finetune", "sensitivity")
+"""The stages that read the calibrated checkpoint, finetuned or not."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Workspace:
             if problem:
                 raise InputError(f"{self.root / path} {problem}; run `{self._hint(stage)}` again")
         again = f"run `{self._hint(stage)}` again"
-        if "calibrate" in record.inputs and stage != "finetune" and self.checkpoint_stage not in record.inputs:
+        if "calibrate" in record.inputs and stage not in _BEFORE_FINETUNING and self.checkpoint_stage not in record.inputs:
             raise InputError(f"`{_command(stage)}` ran before `{self.checkpoint_stage}` made its checkpoint; {again}")
         for upstream, digest in record.inputs.items():
             if upstream in self.stages and self.require(upstream).digest != digest:
