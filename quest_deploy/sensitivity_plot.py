@@ -36,9 +36,9 @@ def plot_sensitivity(sensitivity: Sensitivity, chosen: Collection[str], path: Pa
     largest = max((layer.mse for layer in layers), default=0.0) or 1.0
     smallest = min((layer.mse for layer in layers if layer.mse > largest / 10**DECADES), default=largest)
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
-        _draw(axes, column, chosen)
         axes.set_xlim(smallest / 2, largest * 2)
         axes.set_ylim(min(len(layers), ROWS) - 0.4, -0.6)
+        _draw(axes, column, chosen)
     present = {layer.group for layer in layers}
     patches = [Patch(color=color, label=group) for group, color in _colors().items() if group in present]
     figure.legend(handles=patches, loc="outside lower center", ncols=5 * len(columns), fontsize=FONT_SIZE + 1)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quest_deploy.cli.console import Update
     from quest_deploy.workspace import Workspace
 
-DEFAULT_SAMPLES, DEFAULT_BATCH = 8, 16
+DEFAULT_SAMPLES, DEFAULT_BATCH = 4, 32
 LISTED = 12
 SENSITIVITY = "sensitivity.json"
 
@@ -64,16 +64,27 @@ def sensitivity_stage(
 
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
-    """The most sensitive layers as a table, and what stage 2 of finetuning would train."""
-    worst = sorted(details["layers"], key=lambda layer: -layer["mse"])[:LISTED]
-    rows = [
-        [x["layer"], x["group"], f"{x['mse']:.1e}", f"{x['relative_mse']:.1e}", "yes" if x["layer"] in details["selected"] else ""]
-        for x in worst
+    """The most sensitive layers and the kinds of layers as tables, and what stage 2 of finetuning would train."""
+    layers, selected = details["layers"], details["selected"]
+    worst = [
+        [x["layer"], x["group"], f"{x['mse']:.1e}", f"{x['relative_mse']:.1e}", "yes" if x["layer"] in selected else ""]
+        for x in sorted(layers, key=lambda layer: -layer["mse"])[:LISTED]
+    ]
+    total = sum(x["mse"] for x in layers) or 1.0
+    groups: dict[str, list[float]] = {}
+    for x in layers:
+        groups.setdefault(x["group"], []).append(x["mse"])
+    kinds = [
+        [group, str(len(errors)), f"{sum(errors):.1e}", f"{sum(errors) / total:.1%}"]
+        for group, errors in sorted(groups.items(), key=lambda item: -sum(item[1]))
     ]
     return "\n".join([
-        f"{len(details['layers'])} layers, each quantized alone, {details['samples']} samplings; the worst:",
-        table(["layer", "kind", "e-MSE", "relative", "picked"], rows),
-        f"picked for stage 2: {len(details['selected'])} layers make half of the error that is not the time-embedding projections'",
+        f"{len(layers)} layers, each quantized alone, {details['samples']} samplings; the worst:",
+        table(["layer", "kind", "e-MSE", "relative", "picked"], worst),
+        "",
+        table(["kind", "layers", "summed e-MSE", "share"], kinds),
+        "",
+        f"picked for stage 2: {len(selected)} layers, which make half of the summed e-MSE without the time-embedding projections",
         f"{workspace.path(REPORTS, SENSITIVITY)}, {workspace.path(IMAGES, 'sensitivity.png')}",
     ])  # fmt: skip
 
