@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +47,14 @@ class TrainingState:
             InputError: it is damaged, or of a run with another ``key``; it is only a shortcut, and may be ignored.
         """
         try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load checks none of the checksums that torch.save writes
+            if damaged is not None:
+                raise ValueError(f"{damaged} has another checksum")
             state = cls(**torch.load(path, weights_only=True, map_location="cpu"))
         except FileNotFoundError:
             return None
-        except Exception as e:  # torch.load raises whatever the damage provokes
+        except Exception as e:  # zipfile and torch.load raise whatever the damage provokes
             raise InputError(f"{path} is damaged") from e
         if state.key != key:
             raise InputError(f"{path} is of a run with other options, model or data")
