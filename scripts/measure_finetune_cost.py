@@ -62,10 +62,13 @@ def random_trajectories(size: int) -> Trajectories:
     return Trajectories(sample, torch.tensor(TIMESTEPS), output, {"encoder_hidden_states": states})
 
 
-def calibrated_checkpoint(trajectories: Trajectories) -> Checkpoint:
+def calibrated_checkpoint(trajectories: Trajectories, attention_bits: int | None) -> Checkpoint:
     """The UNet at W4A4; the float model is released."""
     options = CalibrationOptions(RangeMethod.MINMAX, samples=1, batch=1)
-    return calibrate("sd15-size", load_unet(), trajectories, Scheme.parse("w4a4", buckets=len(TIMESTEPS)), options)
+    scheme = Scheme.parse(
+        "w4a4", buckets=len(TIMESTEPS), attention_bits=attention_bits, softmax_bits=attention_bits, split_shortcuts=True
+    )
+    return calibrate("sd15-size", load_unet(), trajectories, scheme, options)
 
 
 def peak_gib(device: str) -> float:
@@ -81,6 +84,7 @@ def main(
     precision: str = "float32",
     batch: int = 4,
     latent_size: Annotated[int, typer.Option(help="Side of the latents; 64 is Stable Diffusion 1.5's.")] = 64,
+    attention_bits: Annotated[int, typer.Option(help="Bits of q, k, v and softmax; 0 leaves attention in float.")] = 8,
     steps: Annotated[int, typer.Option(help="Steps of each stage.")] = 1,
     gradient_checkpointing: bool = True,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
@@ -88,11 +92,12 @@ def main(
     """Calibrate, run both stages, and print the cost of their steps."""
     started = time.monotonic()
     trajectories = random_trajectories(latent_size)
-    checkpoint = calibrated_checkpoint(trajectories)
+    checkpoint = calibrated_checkpoint(trajectories, attention_bits or None)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "precision": precision,
+        "attention_bits": attention_bits or None,
         "batch": batch,
         "latent_size": latent_size,
         "gradient_checkpointing": gradient_checkpointing,

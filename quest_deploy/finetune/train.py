@@ -19,20 +19,21 @@ import tempfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from quest_deploy import __version__
+from quest_deploy.checkpoint import SiteData
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import sha256_of_json
 from quest_deploy.finetune.blocks import SUPERVISED_BLOCKS, BlockOutputs, supervised_blocks
+from quest_deploy.finetune.checkpointing import enable_gradient_checkpointing
 from quest_deploy.finetune.layer_sets import LAYER_SETS, select_layers
 from quest_deploy.finetune.processes import Processes, gradients
 from quest_deploy.finetune.state import TrainingState
 from quest_deploy.finetune.targets import TargetStream
-from quest_deploy.quant.layers import ActivationQuantizer
 from quest_deploy.quant.model import QuantizedModel
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def finetune(
         stages = _stages(student, options)
         _freeze_all_but(student, {name for stage in stages for name in stage.layers})
         if gradient_checkpointing:
-            cast(Any, student.model).enable_gradient_checkpointing()
+            enable_gradient_checkpointing(student.model)
 
         batches = _Batches(trajectories, options, processes)
         plan = {**made_from, "seed": options.seed, "batch": options.batch, "share": [processes.index, processes.count]}
@@ -249,10 +250,9 @@ def _stages(student: QuantizedModel, options: FinetuneOptions) -> list[_Stage]:
         else:
             # What an earlier stage trained goes on: the best time embedding depends on the layers that are trained here.
             chosen = tuple(dict.fromkeys((*(layer for stage in stages for layer in stage.layers), *chosen)))
-            sites = [site for site in student.sites if isinstance(site, ActivationQuantizer)]
+            sites = list(student.site_quantizers().values())
         weights = [p for layer in chosen for p in (layers[layer].weight, layers[layer].bias) if p is not None]
-        # A zero-point that its symmetry fixes asks for no gradient.
-        scales = [p for site in sites for p in (site.log_shift, site.zero_point) if p.requires_grad]
+        scales = [p for site in sites for p in ((site.log_shift, site.zero_point) if site.learns_zero_point else (site.log_shift,))]
         first_step = stages[-1].first_step + stages[-1].steps if stages else 0
         stages.append(_Stage(name, chosen, weights, scales, first_step, options.steps_of(name)))
     return stages
@@ -380,7 +380,8 @@ def _load_state(path: Path | None, key: str, steps: int, notify: Callable[[str],
 def _run_key(calibrated: Checkpoint, options: FinetuneOptions, made_from: dict[str, str]) -> str:
     digest = hashlib.sha256()
     for site in calibrated.sites.values():
-        for table in (site.scale, site.low, site.channel):
+        tables = (site.scale, site.low, site.channel) if isinstance(site, SiteData) else (site.scale, site.zero_point)
+        for table in tables:
             digest.update(table.tobytes())
     for layer in calibrated.layers.values():
         digest.update(layer.weight_codes.tobytes() + layer.weight_scale.tobytes())

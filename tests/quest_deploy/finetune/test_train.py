@@ -14,12 +14,15 @@ from diffusers.models.resnet import ResnetBlock2D
 
 from quest_deploy.errors import InputError
 from quest_deploy.finetune.blocks import BlockOutputs
+from quest_deploy.finetune.checkpointing import enable_gradient_checkpointing
 from quest_deploy.finetune.layer_sets import LAYER_SETS, select_layers
 from quest_deploy.finetune.state import TrainingState
 from quest_deploy.finetune.train import FinetuneOptions, Progress, _backward, finetune
 from quest_deploy.quant import layers as layers_module
+from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
 from quest_deploy.quant.layers import ActivationQuantizer
 from quest_deploy.quant.model import QuantizedModel
+from quest_deploy.scheme import Scheme
 from tests.quest_deploy.support import flip_byte, truncate
 
 if TYPE_CHECKING:
@@ -334,9 +337,12 @@ def test_the_losses_count_as_much_as_they_are_said_to(train: Train) -> None:
     assert first_loss(0.5, 3.0) == pytest.approx(0.5 * output + 3.0 * block, rel=1e-5)
 
 
+@pytest.mark.parametrize("attention_bits", [None, 8])
 def test_checkpointing_gives_the_gradients_of_a_plain_backward_pass(
-    mini_unet: nn.Module, mini_checkpoint: Checkpoint, mini_trajectories: Trajectories
+    mini_unet: nn.Module, mini_trajectories: Trajectories, attention_bits: int | None
 ) -> None:
+    scheme = Scheme.parse("w4a4", buckets=3, attention_bits=attention_bits, softmax_bits=attention_bits, split_shortcuts=True)
+    checkpoint = calibrate("mini", mini_unet, mini_trajectories, scheme, CalibrationOptions())
     steps, rows = torch.arange(6), torch.arange(6) % 4
     inputs, target = mini_trajectories.inputs(steps, rows), mini_trajectories.output[steps, rows]
     with BlockOutputs(mini_unet) as blocks:
@@ -344,9 +350,9 @@ def test_checkpointing_gives_the_gradients_of_a_plain_backward_pass(
         block_targets = blocks.take()
     found = []
     for checkpointing in (False, True):
-        student = QuantizedModel.from_checkpoint(mini_checkpoint, mini_unet).eval().requires_grad_(True)
+        student = QuantizedModel.from_checkpoint(checkpoint, mini_unet).eval().requires_grad_(True)
         if checkpointing:
-            student.model.enable_gradient_checkpointing()
+            enable_gradient_checkpointing(student.model)
         loss = _backward(student, inputs, target, block_targets, dataclasses.replace(OPTIONS, block_loss=1.0))
         found.append((loss, {name: p.grad for name, p in student.named_parameters()}))
         with pytest.raises(RuntimeError, match="outside its QuantizedModel"):
@@ -359,6 +365,18 @@ def test_checkpointing_gives_the_gradients_of_a_plain_backward_pass(
             assert checkpointed[name] is None
         else:
             assert torch.allclose(checkpointed[name], grad, rtol=1e-5, atol=1e-6 * float(grad.abs().max())), name
+
+
+def test_checkpointed_attention_holds_the_scores_of_one_head_at_a_time(mini_unet: nn.Module, mini_trajectories: Trajectories) -> None:
+    scheme = Scheme.parse("w4a4", buckets=3, attention_bits=8, softmax_bits=8)
+    checkpoint = calibrate("mini", mini_unet, mini_trajectories, scheme, CalibrationOptions())
+    student = QuantizedModel.from_checkpoint(checkpoint, mini_unet).eval().requires_grad_(True)
+    enable_gradient_checkpointing(student.model)
+    shapes: set[torch.Size] = set()
+    for product in student.quantized_products().values():
+        product.register_forward_hook(lambda module, args, output: shapes.add(args[0].shape[:2]))
+    student(**next(mini_trajectories.batches(4)))
+    assert shapes == {(4, 1)}
 
 
 def test_checkpointing_runs_the_blocks_again_and_ends_at_the_same_result(
