@@ -140,7 +140,7 @@ def manifest(**changes: Any) -> str:
         ("[]", "expected a quest-deploy workspace"),
         (manifest()[:-40], "expected JSON"),
         ("", "expected JSON"),
-        (manifest(scheme={"version": 9}), "scheme: expected version 1"),
+        (manifest(scheme={"version": 9}), "scheme: expected version 2"),
         (manifest(scheme=None), "scheme: expected a JSON object"),
         (manifest(stages=[]), "is damaged"),
         (manifest(stages={"calibrate": {"inputs": {}}}), "is damaged"),
