@@ -35,7 +35,9 @@ REFERENCE = "reference"
 ENGINES = "engines"
 REPORTS = "reports"
 IMAGES = "images"
-_REPORTED_PACKAGES = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "polygraphy")
+_REPORTED_PACKAGES = (
+    "torch", "diffusers", "nvidia-modelopt", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "polygraphy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

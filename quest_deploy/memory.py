@@ -1,0 +1,12 @@
+"""How much memory this process has needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held in memory so far."""
+    # Not getrusage: its maximum is inherited from the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
