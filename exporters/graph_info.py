@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -15,6 +16,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.scheme import Scheme
 
 LAYERS_KEY = "quest.layers"
+PRODUCTS_KEY = "quest.products"
 SITES_KEY = "quest.sites"
 SCHEME_KEY = "quest.scheme"
 CHECKPOINT_KEY = "quest.checkpoint_sha256"
@@ -36,26 +38,44 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class SiteInfo:
-    """A site in the graph: ``input`` and ``codes`` name its float value and its int8 codes."""
+    """A site in the graph: ``input`` and ``codes`` name its float value and its codes.
+
+    Codes are int8, or float32 where ``integer`` is false: such a site and its readers compute in float.
+    """
 
     name: str
     bits: int
+    axis: int
     input: str
     codes: str
+    integer: bool
+
+
+@dataclass(frozen=True)
+class ProductInfo:
+    """A product of two activations: for each operand its site, None where it is float, and the name of its float value."""
+
+    name: str
+    sites: tuple[str | None, str | None]
+    inputs: tuple[str, str]
+    macs: int
+    output: str
 
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """All of it, layers and sites in execution order, by name."""
+    """All of it, layers, products and sites in execution order, by name."""
 
     scheme: Scheme
     checkpoint_sha256: str
     layers: dict[str, LayerInfo]
+    products: dict[str, ProductInfo]
     sites: dict[str, SiteInfo]
 
 
-def describe(model: ir.Model, layers: list[LayerInfo], sites: list[SiteInfo]) -> None:
-    """Write where layers and sites are into the graph's metadata."""
+def describe(model: ir.Model, layers: list[LayerInfo], products: list[ProductInfo], sites: list[SiteInfo]) -> None:
+    """Write where layers, products and sites are into the graph's metadata."""
+    model.metadata_props[PRODUCTS_KEY] = json.dumps([asdict(product) for product in products])
     model.metadata_props[LAYERS_KEY] = json.dumps([asdict(layer) for layer in layers])
     model.metadata_props[SITES_KEY] = json.dumps([asdict(site) for site in sites])
 
@@ -68,10 +88,15 @@ def graph_info(model: ir.Model) -> GraphInfo:
             scheme=Scheme.from_json(json.loads(props[SCHEME_KEY])),
             checkpoint_sha256=props[CHECKPOINT_KEY],
             layers={entry["name"]: LayerInfo(**entry) for entry in json.loads(props[LAYERS_KEY])},
+            products={entry["name"]: _product(entry) for entry in json.loads(props[PRODUCTS_KEY])},
             sites={entry["name"]: SiteInfo(**entry) for entry in json.loads(props[SITES_KEY])},
         )
     except (KeyError, TypeError, json.JSONDecodeError) as e:
         raise InputError(f"expected a graph written by `quest-deploy export`, found one without its metadata ({e})") from e
+
+
+def _product(entry: dict[str, Any]) -> ProductInfo:
+    return ProductInfo(entry["name"], tuple(entry["sites"]), tuple(entry["inputs"]), entry["macs"], entry["output"])
 
 
 def load_graph(path: Path) -> ir.Model:

@@ -1,9 +1,10 @@
 """The one definition of ``quest::TimestepQuantize``, version 1.
 
-    codes[int8, shape of x] = TimestepQuantize(x, bucket[B] int64, scale[K], low[K], high[K], channel[C]; axis)
-    codes = clamp(round(x / (scale[bucket] * channel)), low[bucket], high[bucket])
+    codes[int8, shape of x] = TimestepQuantize(x, bucket[B] int64, scale[K], low[K], high[K], offset[K], channel[C]; axis)
+    codes = clamp(round(x / (scale[bucket] * channel)), low[bucket], high[bucket]) + offset[bucket]
 
 computed in FP32 whatever x's type, rounding half to even, one bucket per sample (x.shape[0] = B). ``channel`` lies along ``axis``.
+``offset`` brings codes into int8 that would not fit (an unsigned 8-bit softmax: 0..255); it is zero everywhere else.
 The portable graph carries the op with this body as a model-local function, so any ONNX runtime can run it; lowerings expand the
 same arithmetic with static shapes.
 """
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 DOMAIN = "quest"
 OP_TYPE = "TimestepQuantize"
 VERSION = 1
-INPUTS = ("x", "bucket", "scale", "low", "high", "channel")
+INPUTS = ("x", "bucket", "scale", "low", "high", "offset", "channel")
+TABLES = ("scale", "low", "high", "offset")
 AXIS = "axis"
 OPSET = 21
 """The ONNX opset of every graph: the first with INT4 DequantizeLinear."""
@@ -36,6 +38,7 @@ def arithmetic(
     scale: ir.Value,
     low: ir.Value,
     high: ir.Value,
+    offset: ir.Value | None,
     channel: ir.Value | None,
     one: ir.Value,
     zero: ir.Value,
@@ -45,7 +48,7 @@ def arithmetic(
     Args:
         op: adds a node to whatever is being built.
         x: float32.
-        scale, low, high: each sample's own, [B, 1, ...]; or scalars.
+        scale, low, high, offset: each sample's own, [B, 1, ...]; or scalars. None for an offset that is zero.
         channel: [C, 1, ...], or None where it is all ones.
         one, zero: the float32 and int8 scalars of the closing QuantizeLinear, which only changes the type: its input is an
             integer within int8's range already. Integer engines look for it.
@@ -55,6 +58,7 @@ def arithmetic(
     rounded = op("Round", [ratio], "rounded")
     raised = op("Max", [rounded, low], "raised")
     clipped = op("Min", [raised, high], "clipped")
+    clipped = clipped if offset is None else op("Add", [clipped, offset], "shifted")
     return op("QuantizeLinear", [clipped, one, zero], "codes", dtype=ir.DataType.INT8)
 
 
@@ -85,7 +89,7 @@ def function_body() -> ir.Function:
     channel_shape = op("Concat", [ones(axis, "ones_before"), rest, ones(after, "ones_after")], "channel_shape", axis=0)
     gathered = {
         name: op("Reshape", [op("Gather", [operands[name], operands["bucket"]], f"{name}_gathered"), sample_shape], f"{name}_of_sample")
-        for name in ("scale", "low", "high")
+        for name in TABLES
     }
     codes = arithmetic(
         op,
@@ -93,6 +97,7 @@ def function_body() -> ir.Function:
         gathered["scale"],
         gathered["low"],
         gathered["high"],
+        gathered["offset"],
         op("Reshape", [operands["channel"], channel_shape], "channel_shaped"),
         op("Constant", [], "one", value_float=1.0),
         op("Constant", [], "zero", value=ir.tensor(0, dtype=ir.DataType.INT8)),

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from exporters import timestep_quantize
 from exporters.graph_info import CHECKPOINT_KEY, SCHEME_KEY
-from exporters.passes.insert_quantized_layers import PLACEHOLDER_DOMAIN, PLACEHOLDER_OP, InsertQuantizedLayers
+from exporters.passes.forward_slices import ForwardSlices
+from exporters.passes.insert_quantized_layers import LAYER_PLACEHOLDER, PLACEHOLDER_DOMAIN, PRODUCT_PLACEHOLDER, InsertQuantizedLayers
 from quest_deploy.quant.model import build_float_model
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def portable_graph(checkpoint: Checkpoint, example: dict[str, Tensor], checkpoin
     graph.ir_version = IR_VERSION
     # Layers that read the same tensor read the same value only after equal subexpressions (one SiLU per ResBlock) are merged.
     common.CommonSubexpressionEliminationPass()(graph)
+    ForwardSlices()(graph)
     InsertQuantizedLayers(checkpoint)(graph)
     common.ClearMetadataAndDocStringPass()(graph)
     common.RemoveUnusedNodesPass()(graph)
@@ -77,7 +79,7 @@ def portable_graph(checkpoint: Checkpoint, example: dict[str, Tensor], checkpoin
 
 
 class _Skeleton(nn.Module):
-    """The float model, its quantized layers replaced by placeholders; called with the inputs ``names`` in order."""
+    """The float model, its quantized layers and products replaced by placeholders; called with the inputs ``names`` in order."""
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, names: list[str]) -> None:
         super().__init__()
@@ -85,6 +87,9 @@ class _Skeleton(nn.Module):
         for layer in checkpoint.layers.values():
             parent, _, child = layer.name.rpartition(".")
             setattr(model.get_submodule(parent), child, _Placeholder(layer))
+        for name in checkpoint.products:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _ProductPlaceholder(name))
         floats = {key: torch.tensor(value) for key, value in checkpoint.floats.items()}
         model.load_state_dict(floats, strict=True)
         self.model = model
@@ -106,7 +111,7 @@ class _Placeholder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = torch.onnx.ops.symbolic(
-            f"{PLACEHOLDER_DOMAIN}::{PLACEHOLDER_OP}", (x,), {"layer": self.name}, dtype=x.dtype, shape=self._shape(x), version=1
+            f"{PLACEHOLDER_DOMAIN}::{LAYER_PLACEHOLDER}", (x,), {"layer": self.name}, dtype=x.dtype, shape=self._shape(x), version=1
         )
         return result
 
@@ -118,6 +123,17 @@ class _Placeholder(nn.Module):
             self.codes_shape[0],
             *(_output_size(x.shape[2 + i], self.conv, self.codes_shape[2 + i], i) for i in (0, 1)),
         ]
+
+
+class _ProductPlaceholder(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        op, shape = f"{PLACEHOLDER_DOMAIN}::{PRODUCT_PLACEHOLDER}", [*a.shape[:-1], b.shape[-1]]
+        result: Tensor = torch.onnx.ops.symbolic(op, (a, b), {"layer": self.name}, dtype=a.dtype, shape=shape, version=1)
+        return result
 
 
 def _output_size(size: Any, conv: ConvGeometry, kernel: int, axis: int) -> Any:

@@ -21,14 +21,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from quest_deploy.files import write_json
-from quest_deploy.quant.affine import activation_codes, per_channel, per_sample
-from quest_deploy.quant.layers import ActivationQuantizer
+from quest_deploy.quant.layers import ActivationQuantizer, FreeActivationQuantizer
 from quest_deploy.reference_files import INDEX, TABLES, TIE_ULPS, RecordEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from quest_deploy.quant.layers import SiteQuantizer
     from quest_deploy.quant.model import QuantizedModel
     from quest_deploy.scheme import Scheme
     from quest_deploy.trajectories import Trajectories
@@ -96,10 +96,14 @@ def _inputs(trajectories: Trajectories, timesteps: tuple[float, float], seed: in
 
 
 def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], record: int) -> tuple[dict[str, Tensor], Tensor]:
+    quantizers, products = model.site_quantizers(), model.quantized_products()
     seen: dict[str, Tensor] = {}
-    handles = []
-    for name, site in zip(model.site_names, model.sites, strict=True):
-        handles.append(site.register_forward_pre_hook(lambda module, args, name=name: seen.setdefault(name, args[0])))
+    operands: dict[str, tuple[Tensor, ...]] = {}
+    handles: list[Any] = []
+    for name, site in quantizers.items():
+        handles.append(site.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0]})))
+    for name, product in products.items():
+        handles.append(product.register_forward_pre_hook(lambda module, args, name=name: operands.update({name: args})))
     try:
         output = model(**inputs)
     finally:
@@ -111,18 +115,27 @@ def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], record: int
     model.bucket_state.current = torch.cat([bucket, bucket])
     tensors["bucket"] = model.bucket_state.current
     try:
-        for name, site in zip(model.site_names, model.sites, strict=True):
-            assert isinstance(site, ActivationQuantizer)
+        untied: dict[str, Tensor] = {}
+        for name, site in quantizers.items():
             x = torch.cat([seen[name], _probe(site, seen[name], bucket, record)])
-            step, low, high = site.operands(x)
             tensors[f"site.{name}.x"] = x
-            tensors[f"site.{name}.codes"] = activation_codes(x, step, low, high).to(torch.int8)
-            ties = is_tie(x / step)
+            tensors[f"site.{name}.codes"] = site.codes(x)
+            ties = is_tie(site.ratio(x))
             if ties.any():
-                x = torch.where(ties, torch.floor(x / step) * step, x)
+                x = site.untied(x, ties)
                 tensors[f"site.{name}.untied_x"] = x
-            for layer in model.checkpoint.sites[name].layers:
-                tensors[f"layer.{layer}.y"] = layers[layer](x)
+            untied[name] = x
+            for reader in model.checkpoint.sites[name].layers:
+                if reader in layers:
+                    tensors[f"layer.{reader}.y"] = layers[reader](x)
+        for name, product in products.items():
+            pair = [
+                untied[site] if site is not None else torch.cat([x, x.flip(0)])
+                for site, x in zip(model.checkpoint.products[name].sites, operands[name], strict=True)
+            ]
+            floats = [i for i, site in enumerate(model.checkpoint.products[name].sites) if site is None]
+            tensors |= {f"operand.{name}.{i}": pair[i].contiguous() for i in floats}
+            tensors[f"layer.{name}.y"] = product(*pair)
     finally:
         model.bucket_state.current = None
     return tensors, output
@@ -130,23 +143,29 @@ def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], record: int
 
 def _tables(model: QuantizedModel) -> dict[str, Tensor]:
     tables: dict[str, Tensor] = {}
-    for name, site in zip(model.site_names, model.sites, strict=True):
-        assert isinstance(site, ActivationQuantizer)
-        tables[f"{name}.scale"] = site.tables()[0].contiguous()
-        tables[f"{name}.channel"] = site.channel
+    for name, site in model.site_quantizers().items():
+        tables[f"{name}.scale"] = site.scale.contiguous()
+        if isinstance(site, ActivationQuantizer):
+            tables[f"{name}.channel"] = site.channel
     return tables
 
 
-def _probe(site: ActivationQuantizer, like: Tensor, bucket: Tensor, record: int) -> Tensor:
+def _probe(site: SiteQuantizer, like: Tensor, bucket: Tensor, record: int) -> Tensor:
     """Values of the shape of ``like`` [B, ...] that any wrong scale, channel entry or clip bound sends to another code.
 
     Each lies two parts in ten thousand beside a rounding tie, so a relative change of x/step by more flips it in one direction. The
     sides alternate along the channels and from row to row: all records together show every channel both. Each row holds the ties
-    at its clip bounds, from both sides.
+    at its clip bounds, from both sides. A free site's zero-points may lie far outside its range; its ties are those next to
+    zero then, where x/step has a fraction at all.
     """
     channels, rows = like.shape[site.axis], len(like)
     count = like[0].numel()
-    _, low, high = (table[bucket].long().tolist() for table in site.tables())
+    if isinstance(site, ActivationQuantizer):
+        _, low, high = (table[bucket].long().tolist() for table in site.tables())
+    else:
+        assert isinstance(site, FreeActivationQuantizer)
+        middle = (site.code_low + site.code_high) // 2
+        low, high = [site.code_low - middle] * rows, [site.code_high - middle] * rows
     ratios = []
     for row in range(rows):
         generator = torch.Generator().manual_seed(2 * record + row)
@@ -159,8 +178,7 @@ def _probe(site: ActivationQuantizer, like: Tensor, bucket: Tensor, record: int)
         ratios.append(((ties + 0.5) * (1 + TIE_MARGIN * side)).view(count // channels, channels))
     moved = like.movedim(site.axis, -1)
     ratio = torch.stack(ratios).view(moved.shape).movedim(-1, site.axis).contiguous()
-    probe: Tensor = ratio * (per_sample(site.tables()[0][bucket], like) * per_channel(site.channel, like, site.axis))
-    return probe
+    return ratio * site.step(like, bucket)
 
 
 def _sensitivity(model: QuantizedModel, inputs: dict[str, Tensor], output: Tensor, seed: int) -> tuple[float, float]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 INDEX = "reference.json"
 TABLES = "tables.safetensors"
-"""Each site's scale [K] and channel vector [C]: what tells how far an activation is from a tie."""
+"""Each site's scale [K] and channel vector [C], or its scale [K, C]: what tells how far an activation is from a tie."""
 TIE_ULPS = 4
 """An activation within this many ulp of a rounding tie may get either code."""
 
@@ -39,7 +39,8 @@ class RecordEntry:
 
 @dataclass(frozen=True)
 class Record:
-    """A record with its tensors: ``input.*`` and ``output`` [2, ...]; ``bucket`` [4], ``site.*`` and ``layer.*`` [4, ...].
+    """A record with its tensors: ``input.*`` and ``output`` [2, ...]; ``bucket`` [4], ``site.*``, ``layer.*`` (of layers and of
+    products) and ``operand.*`` (a product's float ones) [4, ...].
 
     The first two of the four rows are the two samples' real activations, the others the probes of the same buckets.
     """

@@ -16,19 +16,38 @@ from typing import Any
 
 from quest_deploy.errors import InputError
 
-SCHEME_VERSION = 1
+SCHEME_VERSION = 2
 SUPPORTED_BITS = ("w4a4", "w4a8", "w8a8")
 DEFAULT_BUCKETS = 20
 TRAIN_TIMESTEPS = 1000
 
 
 class Granularity(StrEnum):
-    """What one activation scale covers. Only granularities that leave an integer GEMM exact are listed (deployable ones)."""
+    """What one activation scale covers, besides its bucket."""
 
     PER_TENSOR = "per_tensor"
     """One scale a bucket: scale [K], channel vector all ones."""
     FOLDED_CHANNEL = "folded_channel"
     """One scale a bucket, times a static per-channel vector g [C] that is folded into the weights (x / g, g * W): scale [K], g [C]."""
+    FREE_CHANNEL = "free_channel"
+    """A scale and a zero-point of its own for each bucket and input channel: scale [K, C]. Not deployable: it lies on the reduction
+    axis of the layer's product and cannot leave an integer GEMM, so such a model runs in float."""
+
+    @property
+    def deployable(self) -> bool:
+        """Whether layers can run in integer arithmetic."""
+        return self is not Granularity.FREE_CHANNEL
+
+
+class Symmetry(StrEnum):
+    """Where a quantizer's zero lies."""
+
+    SYMMETRIC = "symmetric"
+    """Zero-point 0, codes -127..127."""
+    ASYMMETRIC = "asymmetric"
+    """A zero-point z in [0, 2^b - 1]: codes -z..2^b-1-z, the zero-point already subtracted."""
+    UNSIGNED = "unsigned"
+    """Zero-point 0, codes 0..2^b-1, for what is never negative: the softmax."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +61,12 @@ class Scheme:
         weight_bits: 4 or 8, symmetric per output channel.
         activation_bits: 4 or 8. Eight-bit activations are symmetric (codes -127..127), four-bit ones asymmetric.
         first_last_bits: bits of weights and activations of the first and the last layer.
-        granularity: see :class:`Granularity`.
+        granularity: see :class:`Granularity`; of the inputs of layers. Attention operands always have one scale a bucket.
         bucket_edges: K-1 strictly increasing timesteps; bucket(t) is the number of edges <= t.
         train_timesteps: the number of steps the model was trained with; timesteps lie in [0, train_timesteps).
+        attention_bits: bits of attention's q, k and v, or None where they stay in float.
+        softmax_bits: bits of attention's softmax (unsigned), or None where it stays in float.
+        split_shortcuts: whether a shortcut convolution that reads a concatenation has a quantizer for each half (Q-Diffusion).
     """
 
     weight_bits: int
@@ -53,11 +75,19 @@ class Scheme:
     first_last_bits: int = 8
     granularity: Granularity = Granularity.FOLDED_CHANNEL
     train_timesteps: int = TRAIN_TIMESTEPS
+    attention_bits: int | None = None
+    softmax_bits: int | None = None
+    split_shortcuts: bool = False
 
     def __post_init__(self) -> None:
         for field in ("weight_bits", "activation_bits", "first_last_bits"):
             if type(getattr(self, field)) is not int or getattr(self, field) not in (4, 8):
                 raise InputError(f"scheme: {field} must be 4 or 8, not {getattr(self, field)!r}")
+        for field in ("attention_bits", "softmax_bits"):
+            if getattr(self, field) is not None and (type(getattr(self, field)) is not int or getattr(self, field) not in (4, 8)):
+                raise InputError(f"scheme: {field} must be 4, 8 or null (float), not {getattr(self, field)!r}")
+        if type(self.split_shortcuts) is not bool:
+            raise InputError(f"scheme: split_shortcuts must be true or false, not {self.split_shortcuts!r}")
         if type(self.train_timesteps) is not int or self.train_timesteps < 1:
             raise InputError(f"scheme: train_timesteps must be a positive integer, not {self.train_timesteps!r}")
         edges = self.bucket_edges
@@ -76,6 +106,9 @@ class Scheme:
         buckets: int = DEFAULT_BUCKETS,
         granularity: Granularity = Granularity.FOLDED_CHANNEL,
         train_timesteps: int = TRAIN_TIMESTEPS,
+        attention_bits: int | None = None,
+        softmax_bits: int | None = None,
+        split_shortcuts: bool = False,
     ) -> Scheme:
         """Make a scheme of ``buckets`` equally wide buckets from a name such as "w4a4"; raise InputError for what is unknown."""
         if bits not in SUPPORTED_BITS:
@@ -85,17 +118,21 @@ class Scheme:
         weight_bits, activation_bits = (int(digit) for digit in (bits[1], bits[3]))
         # The graph compares in float32: an edge that float32 cannot hold would be another edge there.
         edges = tuple(_float32(train_timesteps * i / buckets) for i in range(1, buckets))
-        return cls(weight_bits, activation_bits, edges, granularity=granularity, train_timesteps=train_timesteps)
+        return cls(
+            weight_bits,
+            activation_bits,
+            edges,
+            granularity=granularity,
+            train_timesteps=train_timesteps,
+            attention_bits=attention_bits,
+            softmax_bits=softmax_bits,
+            split_shortcuts=split_shortcuts,
+        )
 
     @property
     def name(self) -> str:
         """The short name, such as "w4a4"."""
         return f"w{self.weight_bits}a{self.activation_bits}"
-
-    @property
-    def activation_symmetric(self) -> bool:
-        """Whether the scheme's activations are symmetric; the first and the last layer's go by their own bits."""
-        return is_symmetric(self.activation_bits)
 
     @property
     def buckets(self) -> int:
@@ -139,9 +176,9 @@ def weight_range(bits: int) -> tuple[int, int]:
     return (-8, 7) if bits == 4 else (-127, 127)
 
 
-def is_symmetric(activation_bits: int) -> bool:
+def usual_symmetry(activation_bits: int) -> Symmetry:
     """Eight-bit activations are symmetric (zero-point 0, codes -127..127); four-bit ones have a zero-point in [0, 15]."""
-    return activation_bits == 8
+    return Symmetry.SYMMETRIC if activation_bits == 8 else Symmetry.ASYMMETRIC
 
 
 def activation_levels(bits: int) -> int:

@@ -12,4 +12,4 @@ from exporters.passes.to_native import to_native
 
 def lower(model: ir.Model, *, frozen_bucket: int | None = None) -> ir.Model:
     """Rewrite the portable graph in place and return it; ``frozen_bucket`` makes its scales static (see FreezeBucket)."""
-    return to_native(model, cast_int4_at_runtime=True, frozen_bucket=frozen_bucket)
+    return to_native(model, cast_int4_at_runtime=True, signed_zero_points=True, frozen_bucket=frozen_bucket)

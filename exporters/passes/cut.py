@@ -26,6 +26,12 @@ def cut_layer(model: ir.Model, info: GraphInfo, layer: str) -> ir.Model:
     return _cut(model, [info.sites[entry.site].input, BUCKET], entry.output)
 
 
+def cut_product(model: ir.Model, info: GraphInfo, product: str) -> ir.Model:
+    """A product with its operands' quantizers: (a, b, bucket) -> y, the float output."""
+    entry = info.products[product]
+    return _cut(model, [*entry.inputs, BUCKET], entry.output)
+
+
 def cut_bucket(model: ir.Model) -> ir.Model:
     """The choice of the bucket alone: timestep -> bucket."""
     return _cut(model, ["timestep"], BUCKET)

@@ -5,7 +5,7 @@ Guarantees: no node and no function of the ``quest`` domain; each site's codes k
 
 1. A table that varies over the buckets is gathered by each sample's bucket, [B] -> [B, 1, ...].
 2. A table that is the same in every bucket (the bounds of symmetric codes) becomes a scalar constant.
-3. A channel vector of ones is left out: x / (s * 1) is x / s, exactly.
+3. A channel vector of ones is left out: x / (s * 1) is x / s, exactly; so is an offset of zeros.
 4. An x that is not float32 is cast first, since the op computes in FP32.
 """
 
@@ -48,7 +48,8 @@ def _expand(editor: Editor, node: ir.Node) -> None:
         shape = x.shape if inputs[0] is not scale else None
         return editor.op(op_type, inputs, f"{prefix}.{name}", shape=shape, **attributes)
 
-    scale, low, high = (_of_sample(editor, table, bucket, rank) for table in tables)
+    scale, low, high = (_of_sample(editor, table, bucket, rank) for table in tables[:3])
+    offset = _of_sample(editor, tables[3], bucket, rank) if array_of(tables[3]).any() else None
     if x.dtype is not ir.DataType.FLOAT:
         x = op("Cast", [x], "x_float", dtype=ir.DataType.FLOAT, to=ir.DataType.FLOAT.value)
     expanded = timestep_quantize.arithmetic(
@@ -57,6 +58,7 @@ def _expand(editor: Editor, node: ir.Node) -> None:
         scale,
         low,
         high,
+        offset,
         _shaped_channel(editor, channel, rank, axis),
         editor.constant("unit_scale", np.asarray(1.0, np.float32)),
         editor.constant("zero_code", np.asarray(0, np.int8)),

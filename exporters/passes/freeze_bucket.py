@@ -1,11 +1,12 @@
 """Freeze the graph to one bucket: a static-scale graph, for measuring what choosing a bucket costs.
 
-Needs: scale, low and high tables [K] that are read by ``quest::TimestepQuantize`` and by Gather with the value ``bucket``.
-Guarantees: every table has one row, the chosen bucket's, and is read as a scalar constant; nothing reads ``bucket``.
+Needs: tables [K] or [K, C] that are read by Gather with the value ``bucket``, and then by Unsqueeze.
+Guarantees: every table has one row, the chosen bucket's, and is read as a constant; nothing reads ``bucket``.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from exporters import timestep_quantize
@@ -31,11 +32,16 @@ class FreezeBucket(ir.passes.InPlacePass):
             table = gather.inputs[0]
             assert table is not None
             row = array_of(table)[self.bucket : self.bucket + 1]
-            if self.bucket < 0 or not row.size:
-                raise ir.passes.PreconditionError(f"there is no bucket {self.bucket}: {table.name} has {array_of(table).size} rows")
-            scalar = editor.constant(f"{table.name}_frozen", row.reshape(()))
+            if self.bucket < 0 or not len(row):
+                raise ir.passes.PreconditionError(f"there is no bucket {self.bucket}: {table.name} has {len(array_of(table))} rows")
             for unsqueeze in [user for user, _ in gather.outputs[0].uses()]:
-                replace_value(unsqueeze.outputs[0], scalar)
+                axes = unsqueeze.inputs[1]
+                assert axes is not None
+                # A free site's row [C] keeps its place among the axes; all others are one number.
+                name, frozen = (f"{table.name}_frozen", row.reshape(())) if row.ndim == 1 else (
+                    f"{table.name}_frozen_{axes.name}", np.expand_dims(row, tuple(array_of(axes)))
+                )  # fmt: skip
+                replace_value(unsqueeze.outputs[0], editor.constant(name, frozen))
                 model.graph.remove(unsqueeze, safe=True)
             model.graph.remove(gather, safe=True)
         return ir.passes.PassResult(model, modified=bool(gathers))

@@ -22,7 +22,8 @@ class GatherTablesOnce(ir.passes.InPlacePass):
         bucket = ir.convenience.create_value_mapping(model.graph)[BUCKET]
         by_rank: dict[int, list[ir.Node]] = {}
         for gather, _ in bucket.uses():
-            if gather.op_type == "Gather" and gather.inputs[0] is not None and gather.inputs[0].is_initializer():
+            table = gather.inputs[0]
+            if gather.op_type == "Gather" and table is not None and table.is_initializer() and array_of(table).ndim == 1:
                 for reader, _ in gather.outputs[0].uses():
                     if reader.op_type == "Unsqueeze" and reader.inputs[1] is not None:
                         by_rank.setdefault(1 + array_of(reader.inputs[1]).size, []).append(reader)

@@ -1,35 +1,65 @@
-"""Replace each placeholder of the exported skeleton by its layer in integer form.
+"""Replace each placeholder of the exported skeleton by its layer, or product, in integer form.
 
-Needs: placeholders named after the checkpoint's layers; the layers of one site read one value; an input ``timestep`` [batch].
-Guarantees: the value ``bucket`` [batch]; one ``quest::TimestepQuantize`` per site; for each layer
+Needs: placeholders named after the checkpoint's layers and products; the layers of one site read one value; an input ``timestep``
+[batch].
+Guarantees: the value ``bucket`` [batch]; one ``quest::TimestepQuantize`` per integer site; for each layer
 
-    codes = TimestepQuantize(x, bucket, scale, low, high, channel)
+    codes = TimestepQuantize(x, bucket, scale, low, high, offset, channel)
     y = scale[bucket] * Conv|MatMul(DequantizeLinear(codes; 1, 0), DequantizeLinear(weight codes; weight scale, 0)) + bias
 
 1. Conv: weight [O, I, kh, kw], INT4 or INT8, scaled along axis 0.
 2. Linear: weight stored transposed [I, O] for MatMul, scaled along axis 1.
 3. A site with several readers (to_q, to_k, to_v): quantized once.
 4. A scheme of one bucket: a single edge beyond every timestep, since engines refuse empty constants.
+5. A product of two activations: scale_a[bucket] * scale_b[bucket] * MatMul(DequantizeLinear(a), DequantizeLinear(b)); an operand that
+   has no site stays as it is.
+6. A site whose codes carry an offset o (8-bit unsigned or asymmetric codes): what Conv or MatMul adds for it is subtracted, o * sum
+   of the weight per output channel. A convolution's zero padding is not code 0 there, so x itself is padded and the Conv pads
+   nothing. In a product, the other operand's sum takes the weight's place.
+7. An asymmetric weight (imported): UINT4 or UINT8 with its zero-points.
+8. A site that is free per channel: quantized and dequantized in float, in the official order of operations; its layers are float
+   Conv|MatMul on the dequantized weights.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
 from exporters import timestep_quantize
 from exporters.editor import Editor, replace_value
-from exporters.graph_info import BUCKET, LayerInfo, SiteInfo, describe
-from quest_deploy.checkpoint import pack_int4
+from exporters.graph_info import BUCKET, LayerInfo, ProductInfo, SiteInfo, describe
+from quest_deploy.checkpoint import SiteData, pack_4bit
 
 if TYPE_CHECKING:
-    from quest_deploy.checkpoint import Checkpoint, LayerData, SiteData
+    from numpy.typing import NDArray
+
+    from quest_deploy.checkpoint import Checkpoint, FreeSiteData, LayerData
 
 PLACEHOLDER_DOMAIN = "quest.export"
-PLACEHOLDER_OP = "Layer"
-TABLES = ("scale", "low", "high")
+LAYER_PLACEHOLDER, PRODUCT_PLACEHOLDER = "Layer", "Product"
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """A quantized tensor in the graph.
+
+    Attributes:
+        x: what was quantized. codes: its codes, int8, or float32 for a free site.
+        value: what a layer multiplies: the codes, dequantized with scale 1, or a free site's dequantized tensor.
+        scale: of each sample, [B, 1, ...]; None for a free site, whose value has it already.
+        offset: of each sample, [B, 1, ...]; None where it is zero.
+        padded: the padding that x was given before it was quantized, as [height, width].
+    """
+
+    x: ir.Value
+    value: ir.Value
+    scale: ir.Value | None
+    offset: ir.Value | None
+    padded: tuple[int, int]
 
 
 class InsertQuantizedLayers(ir.passes.InPlacePass):
@@ -40,54 +70,68 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         found = sorted(_layer_name(node) for node in _placeholders(model.graph))
-        if found != sorted(self.checkpoint.layers):
-            raise ir.passes.PreconditionError(
-                f"the graph's layers are not the checkpoint's: {set(found) ^ set(self.checkpoint.layers)}"
-            )
+        expected = sorted((*self.checkpoint.layers, *self.checkpoint.products))
+        if found != expected:
+            raise ir.passes.PreconditionError(f"the graph's layers are not the checkpoint's: {set(found) ^ set(expected)}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         editor = Editor(graph)
         bucket = _insert_bucket(editor, self.checkpoint.scheme.bucket_edges)
-        outputs = {output_name(layer) for layer in self.checkpoint.layers}
-        codes: dict[str, ir.Value] = {}
-        scales: dict[str, ir.Value] = {}
+        sites = _Sites(editor, bucket, self.checkpoint)
         for node in list(_placeholders(graph)):
-            layer = self.checkpoint.layers[_layer_name(node)]
-            site = self.checkpoint.site_of(layer.name)
-            x = node.inputs[0]
-            assert x is not None
-            if site.name not in codes:
-                codes[site.name] = _quantize(editor, x, bucket, site, outputs)
-                scales[site.name] = _scale_of_sample(editor, x, bucket, site)
-            elif _input_of(codes[site.name]) is not x:
-                raise ir.passes.PreconditionError(f"site {site.name}: its layers read different values in the graph")
-            dequantized = _dequantize(editor, codes[site.name], layer.name)
-            y = _compute(editor, dequantized, layer, node.outputs[0])
-            y = editor.op("Mul", [y, scales[site.name]], f"{layer.name}.scaled", shape=node.outputs[0].shape)
-            if layer.bias is not None:
-                shaped = layer.bias if layer.conv is None else layer.bias.reshape(1, -1, 1, 1)
-                y = editor.op("Add", [y, editor.constant(f"{layer.name}.bias", shaped)], f"{layer.name}.biased", shape=y.shape)
-            y.name = output_name(layer.name)
+            name, output = _layer_name(node), node.outputs[0]
+            if name in self.checkpoint.layers:
+                x = node.inputs[0]
+                assert x is not None
+                y = _layer(editor, self.checkpoint.layers[name], sites.quantized(self.checkpoint.site_of(name), x), output)
+            else:
+                operands = [
+                    value if site is None else sites.quantized(self.checkpoint.sites[site], value)
+                    for site, value in zip(self.checkpoint.products[name].sites, node.inputs, strict=True)
+                    if value is not None
+                ]
+                y = _product(editor, name, operands[0], operands[1], output)
+            y.name = output_name(name)
             editor.insert_before(node)
-            replace_value(node.outputs[0], y)
+            replace_value(output, y)
             graph.remove(node, safe=True)
         return ir.passes.PassResult(model, modified=True)
 
     @staticmethod
     def describe(model: ir.Model, checkpoint: Checkpoint) -> None:
-        """Write where each layer and site is into the graph's metadata."""
+        """Write where each layer, product and site is into the graph's metadata."""
         values = ir.convenience.create_value_mapping(model.graph)
-        inputs = {name: _input_of(values[codes_name(name)]).name or "" for name in checkpoint.sites}
+        inputs = {name: input_of(values[codes_name(name)], checkpoint.sites[name]).name or "" for name in checkpoint.sites}
         last = model.graph.outputs[0].name or ""
-        outputs = {name: output_name(name) if output_name(name) in values else last for name in checkpoint.layers}
+
+        def output_of(name: str) -> str:
+            return output_name(name) if output_name(name) in values else last
+
+        def operand_of(product: str, index: int) -> str:
+            site = checkpoint.products[product].sites[index]
+            if site is not None:
+                return inputs[site]
+            name = values[f"{product}.product"].producer()
+            assert name is not None
+            operand = name.inputs[index]
+            assert operand is not None
+            return operand.name or ""
+
         describe(
             model,
             [
-                LayerInfo(x.name, checkpoint.site_of(x.name).name, x.weight_bits, x.macs, outputs[x.name], weight_name(x.name))
+                LayerInfo(x.name, checkpoint.site_of(x.name).name, x.weight_bits, x.macs, output_of(x.name), weight_name(x.name))
                 for x in checkpoint.layers.values()
             ],
-            [SiteInfo(s.name, s.bits, inputs[s.name], codes_name(s.name)) for s in checkpoint.sites.values()],
+            [
+                ProductInfo(x.name, x.sites, (operand_of(x.name, 0), operand_of(x.name, 1)), x.macs, output_of(x.name))
+                for x in checkpoint.products.values()
+            ],
+            [
+                SiteInfo(s.name, s.bits, s.axis, inputs[s.name], codes_name(s.name), isinstance(s, SiteData))
+                for s in checkpoint.sites.values()
+            ],
         )
 
 
@@ -107,15 +151,26 @@ def codes_name(site: str) -> str:
 
 
 def _placeholders(graph: ir.Graph) -> list[ir.Node]:
-    return [node for node in graph if node.domain == PLACEHOLDER_DOMAIN and node.op_type == PLACEHOLDER_OP]
+    return [node for node in graph if node.domain == PLACEHOLDER_DOMAIN]
 
 
 def _layer_name(node: ir.Node) -> str:
     return node.attributes["layer"].as_string()
 
 
-def _input_of(codes: ir.Value) -> ir.Value:
-    producer = codes.producer()
+def input_of(codes: ir.Value, site: SiteData | FreeSiteData) -> ir.Value:
+    """What was quantized to ``codes``, before the padding that a site with an offset needs."""
+    value = codes
+    # A free site is Div, Round, Add, Clip, Sub in a row.
+    for _ in range(1 if isinstance(site, SiteData) else 5):
+        value = _first_input(value)
+    producer = value.producer()
+    padded = producer is not None and producer.op_type == "Pad" and value.name == f"{site.name}.padded"
+    return _first_input(value) if padded else value
+
+
+def _first_input(value: ir.Value) -> ir.Value:
+    producer = value.producer()
     assert producer is not None
     assert producer.inputs[0] is not None
     return producer.inputs[0]
@@ -134,44 +189,148 @@ def _insert_bucket(editor: Editor, edges: tuple[float, ...]) -> ir.Value:
     return bucket
 
 
-def _quantize(editor: Editor, x: ir.Value, bucket: ir.Value, site: SiteData, outputs: set[str]) -> ir.Value:
-    if x.producer() is not None and x.name not in outputs:
-        x.name = f"{site.name}.input"  # a tensor that is a layer's output keeps that name
-    tables = [editor.constant(f"{site.name}.{name}", getattr(site, name)) for name in (*TABLES, "channel")]
-    return editor.op(
-        timestep_quantize.OP_TYPE,
-        [x, bucket, *tables],
-        codes_name(site.name),
-        dtype=ir.DataType.INT8,
-        shape=x.shape,
-        domain=timestep_quantize.DOMAIN,
-        **{timestep_quantize.AXIS: site.axis},
-    )
+class _Sites:
+    """Quantizes each site once."""
+
+    def __init__(self, editor: Editor, bucket: ir.Value, checkpoint: Checkpoint) -> None:
+        self.editor, self.bucket, self.checkpoint = editor, bucket, checkpoint
+        self.outputs = {output_name(name) for name in (*checkpoint.layers, *checkpoint.products)}
+        self.done: dict[str, _Quantized] = {}
+
+    def quantized(self, site: SiteData | FreeSiteData, x: ir.Value) -> _Quantized:
+        """The site's quantized tensor; raise PreconditionError where its layers read different values."""
+        if site.name not in self.done:
+            if x.shape is None:
+                raise ir.passes.PreconditionError(f"site {site.name}: the exporter gave its tensor no rank")
+            if x.producer() is not None and x.name not in self.outputs:
+                x.name = f"{site.name}.input"  # a tensor that is a layer's output keeps that name
+            self.done[site.name] = self._integer(site, x) if isinstance(site, SiteData) else self._free(site, x)
+        elif self.done[site.name].x is not x:
+            raise ir.passes.PreconditionError(f"site {site.name}: its layers read different values in the graph")
+        return self.done[site.name]
+
+    def _integer(self, site: SiteData, x: ir.Value) -> _Quantized:
+        editor, padding = self.editor, self._padding(site)
+        source = x
+        if any(padding):
+            pads = editor.constant(f"{site.name}.pads", np.asarray([0, 0, *padding, 0, 0, *padding]))
+            sizes = list(x.shape or [])
+            padded = [*sizes[:2], *(size + 2 * pad for size, pad in zip(sizes[2:], padding, strict=True))]
+            source = editor.op("Pad", [x, pads], f"{site.name}.padded", shape=padded)
+        tables = [editor.constant(f"{site.name}.{name}", getattr(site, name)) for name in (*timestep_quantize.TABLES, "channel")]
+        codes = editor.op(
+            timestep_quantize.OP_TYPE,
+            [source, self.bucket, *tables],
+            codes_name(site.name),
+            dtype=ir.DataType.INT8,
+            shape=source.shape,
+            domain=timestep_quantize.DOMAIN,
+            **{timestep_quantize.AXIS: site.axis},
+        )
+        one = editor.constant("unit_scale", np.asarray(1.0, np.float32))
+        zero = editor.constant("zero_code", np.asarray(0, np.int8))
+        value = editor.op(
+            "DequantizeLinear", [codes, one, zero], f"{site.name}.dequantized", dtype=ir.DataType.FLOAT, shape=source.shape
+        )
+        offset = self._of_sample(site, x, "offset") if site.offset.any() else None
+        return _Quantized(x, value, self._of_sample(site, x, "scale"), offset, padding)
+
+    def _padding(self, site: SiteData) -> tuple[int, int]:
+        if not site.offset.any():
+            return (0, 0)
+        layers = [self.checkpoint.layers[name] for name in site.layers if name in self.checkpoint.layers]
+        paddings = {layer.conv.padding for layer in layers if layer.conv is not None}
+        if len(paddings) > 1:
+            raise ir.passes.PreconditionError(f"site {site.name}: its convolutions pad differently, so they need sites of their own")
+        return next(iter(paddings), (0, 0))
+
+    def _of_sample(self, site: SiteData, x: ir.Value, table: str) -> ir.Value:
+        editor, rank = self.editor, len(x.shape or [])
+        values = editor.constant(f"{site.name}.{table}", getattr(site, table))
+        gathered = editor.op("Gather", [values, self.bucket], f"{site.name}.{table}_gathered", dtype=ir.DataType.FLOAT)
+        axes = editor.constant(f"unsqueeze_to_rank_{rank}", np.arange(1, rank))
+        shape = [(x.shape or [None])[0], *[1] * (rank - 1)]
+        return editor.op("Unsqueeze", [gathered, axes], f"{site.name}.{table}_of_sample", shape=shape)
+
+    def _free(self, site: FreeSiteData, x: ir.Value) -> _Quantized:
+        editor, rank = self.editor, len(x.shape or [])
+        kept = [axis for axis in range(1, rank) if axis != site.axis]
+        axes = editor.constant(f"unsqueeze_{'_'.join(map(str, kept))}", np.asarray(kept))
+        rows = {}
+        for table in ("scale", "zero_point"):
+            values = editor.constant(f"{site.name}.{table}", getattr(site, table))
+            gathered = editor.op("Gather", [values, self.bucket], f"{site.name}.{table}_gathered", dtype=ir.DataType.FLOAT)
+            rows[table] = editor.op("Unsqueeze", [gathered, axes], f"{site.name}.{table}_of_sample")
+        bounds = [editor.constant(f"code_bound_{bound}", np.asarray(bound, np.float32)) for bound in (site.code_low, site.code_high)]
+        value = x
+        for op_type, name, operands in (
+            ("Div", "ratio", [rows["scale"]]),
+            ("Round", "rounded", []),
+            ("Add", "raised", [rows["zero_point"]]),
+            ("Clip", "clipped", bounds),
+            ("Sub", "codes", [rows["zero_point"]]),
+        ):
+            value = editor.op(op_type, [value, *operands], f"{site.name}.{name}", shape=x.shape)
+        value.name = codes_name(site.name)
+        return _Quantized(x, editor.op("Mul", [value, rows["scale"]], f"{site.name}.dequantized", shape=x.shape), None, None, (0, 0))
 
 
-def _scale_of_sample(editor: Editor, x: ir.Value, bucket: ir.Value, site: SiteData) -> ir.Value:
-    if x.shape is None:
-        raise ir.passes.PreconditionError(f"site {site.name}: the exporter gave its tensor no rank")
-    rank = len(x.shape)
-    gathered = editor.op("Gather", [editor.constant(f"{site.name}.scale", site.scale), bucket], f"{site.name}.scale_gathered")
-    axes = editor.constant(f"unsqueeze_to_rank_{rank}", np.arange(1, rank))
-    return editor.op("Unsqueeze", [gathered, axes], f"{site.name}.scale_of_sample", shape=[x.shape[0], *[1] * (rank - 1)])
+def _layer(editor: Editor, layer: LayerData, x: _Quantized, like: ir.Value) -> ir.Value:
+    y = _compute(editor, x, layer, like)
+    if x.offset is not None:
+        sums = layer.dequantized_weight.reshape(len(layer.weight_codes), -1).sum(1, dtype=np.float64).astype(np.float32)
+        sums_of = editor.constant(f"{layer.name}.weight_sums", sums if layer.conv is None else sums.reshape(1, -1, 1, 1))
+        excess = editor.op("Mul", [x.offset, sums_of], f"{layer.name}.offset_excess")
+        y = editor.op("Sub", [y, excess], f"{layer.name}.centered", shape=like.shape)
+    if x.scale is not None:
+        y = editor.op("Mul", [y, x.scale], f"{layer.name}.scaled", shape=like.shape)
+    if layer.bias is not None:
+        shaped = layer.bias if layer.conv is None else layer.bias.reshape(1, -1, 1, 1)
+        y = editor.op("Add", [y, editor.constant(f"{layer.name}.bias", shaped)], f"{layer.name}.biased", shape=like.shape)
+    return y
 
 
-def _dequantize(editor: Editor, codes: ir.Value, layer: str) -> ir.Value:
-    one = editor.constant("unit_scale", np.asarray(1.0, np.float32))
-    zero = editor.constant("zero_code", np.asarray(0, np.int8))
-    return editor.op("DequantizeLinear", [codes, one, zero], f"{layer}.dequantized_input", dtype=ir.DataType.FLOAT, shape=codes.shape)
+def _product(editor: Editor, name: str, a: _Quantized | ir.Value, b: _Quantized | ir.Value, like: ir.Value) -> ir.Value:
+    left, right = (operand.value if isinstance(operand, _Quantized) else operand for operand in (a, b))
+    y = editor.op("MatMul", [left, right], f"{name}.product", shape=like.shape)
+    offset_a = a.offset if isinstance(a, _Quantized) else None
+    offset_b = b.offset if isinstance(b, _Quantized) else None
+    # (a - oa) @ (b - ob), with a = codes that carry their offsets: what the offsets add is taken away again.
+    if offset_a is not None:
+        y = _less(editor, y, f"{name}.left", offset_a, right, axis=2, like=like)
+    if offset_b is not None:
+        y = _less(editor, y, f"{name}.right", offset_b, left, axis=3, like=like)
+    if offset_a is not None and offset_b is not None:
+        inner = editor.constant(f"{name}.inner", np.asarray(_inner_size(name, left), np.float32))
+        both = editor.op("Mul", [editor.op("Mul", [offset_a, offset_b], f"{name}.offsets"), inner], f"{name}.offsets_summed")
+        y = editor.op("Add", [y, both], f"{name}.recentered", shape=like.shape)
+    for operand, side in ((a, "left"), (b, "right")):
+        if isinstance(operand, _Quantized) and operand.scale is not None:
+            y = editor.op("Mul", [y, operand.scale], f"{name}.{side}_scaled", shape=like.shape)
+    return y
 
 
-def _compute(editor: Editor, x: ir.Value, layer: LayerData, like: ir.Value) -> ir.Value:
+def _inner_size(name: str, left: ir.Value) -> int:
+    size = None if left.shape is None else left.shape[3]
+    if not isinstance(size, int):
+        raise ir.passes.PreconditionError(f"product {name}: both operands carry an offset, so the size of what is summed must be known")
+    return size
+
+
+def _less(editor: Editor, y: ir.Value, prefix: str, offset: ir.Value, other: ir.Value, *, axis: int, like: ir.Value) -> ir.Value:
+    sums = editor.op("ReduceSum", [other, editor.constant(f"axis_{axis}", np.asarray([axis]))], f"{prefix}_sums", keepdims=1)
+    return editor.op("Sub", [y, editor.op("Mul", [offset, sums], f"{prefix}_excess")], f"{prefix}_centered", shape=like.shape)
+
+
+def _compute(editor: Editor, x: _Quantized, layer: LayerData, like: ir.Value) -> ir.Value:
     weight = _weight(editor, layer)
     if layer.conv is None:
-        return editor.op("MatMul", [x, weight], f"{layer.name}.product", shape=like.shape)
-    (top, left), geometry = layer.conv.padding, layer.conv
+        return editor.op("MatMul", [x.value, weight], f"{layer.name}.product", shape=like.shape)
+    geometry = layer.conv
+    top, left = (size - done for size, done in zip(geometry.padding, x.padded, strict=True))
     return editor.op(
         "Conv",
-        [x, weight],
+        [x.value, weight],
         f"{layer.name}.product",
         shape=like.shape,
         kernel_shape=list(layer.weight_codes.shape[2:]),
@@ -183,15 +342,23 @@ def _compute(editor: Editor, x: ir.Value, layer: LayerData, like: ir.Value) -> i
 
 
 def _weight(editor: Editor, layer: LayerData) -> ir.Value:
+    codes: NDArray[Any]
     codes, axis = (layer.weight_codes, 0) if layer.conv is not None else (np.ascontiguousarray(layer.weight_codes.T), 1)
-    name = weight_name(layer.name)
-    if layer.weight_bits == 4:
-        stored: ir.TensorProtocol = ir.PackedTensor(pack_int4(codes), ir.DataType.INT4, shape=codes.shape, name=name)
-        zeros: ir.TensorProtocol = ir.PackedTensor(
-            pack_int4(np.zeros(codes.shape[axis], np.int8)), ir.DataType.INT4, shape=[codes.shape[axis]], name=f"{name}_zero"
-        )
-    else:
-        stored, zeros = ir.tensor(codes, name=name), ir.tensor(np.zeros(codes.shape[axis], np.int8), name=f"{name}_zero")
-    scale = editor.constant(f"{name}_scale", layer.weight_scale)
-    operands = [editor.constant(name, stored), scale, editor.constant(f"{name}_zero", zeros)]
+    name, zero_point = weight_name(layer.name), layer.weight_zero_point
+    if zero_point is None:
+        zero_point = np.zeros(codes.shape[axis], codes.dtype)
+    operands = [
+        editor.constant(name, _stored(layer.weight_bits, codes, name)),
+        editor.constant(f"{name}_scale", layer.weight_scale),
+        editor.constant(f"{name}_zero", _stored(layer.weight_bits, zero_point, f"{name}_zero")),
+    ]
     return editor.op("DequantizeLinear", operands, f"{name}_dequantized", dtype=ir.DataType.FLOAT, shape=codes.shape, axis=axis)
+
+
+def _stored(bits: int, codes: NDArray[Any], name: str) -> ir.TensorProtocol:
+    """Codes as the graph holds them: INT4 or UINT4, packed, or INT8 or UINT8."""
+    if bits != 4:
+        return ir.tensor(codes, name=name)
+    return ir.PackedTensor(
+        pack_4bit(codes), ir.DataType.INT4 if codes.dtype == np.int8 else ir.DataType.UINT4, shape=codes.shape, name=name
+    )

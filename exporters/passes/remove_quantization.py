@@ -19,7 +19,7 @@ from onnx_ir.passes import common
 
 from exporters import timestep_quantize
 from exporters.editor import Editor, array_of, replace_value
-from exporters.graph_info import GraphInfo, graph_info
+from exporters.graph_info import GraphInfo, ProductInfo, graph_info
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,6 +34,8 @@ class RemoveQuantization(ir.passes.InPlacePass):
         editor = Editor(model.graph)
         for layer in info.layers.values():
             _float_layer(editor, values, info, layer.name)
+        for product in info.products.values():
+            _float_product(editor, values, product)
         common.RemoveUnusedNodesPass()(model)
         model.functions.clear()
         model.graph.opset_imports.pop(timestep_quantize.DOMAIN, None)
@@ -43,18 +45,17 @@ class RemoveQuantization(ir.passes.InPlacePass):
 
 def _float_layer(editor: Editor, values: dict[str, ir.Value], info: GraphInfo, name: str) -> None:
     layer = info.layers[name]
-    output = values[layer.output]
-    last = output.producer()
-    assert last is not None
-    add = last if last.op_type == "Add" else None
-    mul = _producer(add.inputs[0]) if add is not None else last
-    product = _producer(mul.inputs[0])
-    quantizer = _producer(values[info.sites[layer.site].codes])
-    x, channel = quantizer.inputs[0], array_of(_given(quantizer.inputs[-1]))
+    output, site = values[layer.output], info.sites[layer.site]
+    x, product = values[site.input], _producer(values[f"{name}.product"])
+    quantizer = _producer(values[site.codes])
+    channel = array_of(_given(quantizer.inputs[-1])) if site.integer else None
     weight = editor.constant(f"{name}.float_weight", _float_weight(_producer(product.inputs[1]), channel, product.op_type))
-    bias = None if add is None else _given(add.inputs[1])
-    attributes = {a.name: a.value for a in product.attributes.values()}
+    bias = editor.graph.initializers.get(f"{name}.bias")
     if product.op_type == "Conv":
+        attributes = {a.name: a.value for a in product.attributes.values()}
+        if f"{site.name}.pads" in editor.graph.initializers:
+            pads = array_of(editor.graph.initializers[f"{site.name}.pads"]).tolist()
+            attributes["pads"] = [*pads[2:4], *pads[6:8]]
         flat = [] if bias is None else [editor.constant(f"{name}.float_bias", array_of(bias).reshape(-1))]
         y = editor.op("Conv", [x, weight, *flat], f"{name}.float", shape=output.shape, **attributes)
     else:
@@ -64,16 +65,25 @@ def _float_layer(editor: Editor, values: dict[str, ir.Value], info: GraphInfo, n
     replace_value(output, y)
 
 
-def _float_weight(dequantize: ir.Node, channel: NDArray[np.float32], op_type: str) -> NDArray[np.float32]:
-    codes, scale, _ = (array_of(_given(value)) for value in dequantize.inputs)
-    codes = codes.astype(np.float32)
+def _float_product(editor: Editor, values: dict[str, ir.Value], product: ProductInfo) -> None:
+    output = values[product.output]
+    y = editor.op("MatMul", [values[name] for name in product.inputs], f"{product.name}.float", shape=output.shape)
+    editor.insert_before(_producer(values[f"{product.name}.product"]))
+    replace_value(output, y)
+
+
+def _float_weight(dequantize: ir.Node, channel: NDArray[np.float32] | None, op_type: str) -> NDArray[np.float32]:
+    codes, scale, zero = (array_of(_given(value)).astype(np.float32) for value in dequantize.inputs)
     if op_type == "MatMul":
-        return np.asarray(codes * scale / channel[:, None], np.float32)
+        weight = (codes - zero) * scale
+        return np.asarray(weight if channel is None else weight / channel[:, None], np.float32)
+    weight = (codes - zero.reshape(-1, 1, 1, 1)) * scale.reshape(-1, 1, 1, 1)
+    if channel is None:
+        return np.asarray(weight, np.float32)
     # A grouped convolution sees the channel vector in slices, one a group of output channels.
     groups = channel.size // codes.shape[1]
     per_output = channel.reshape(groups, -1).repeat(codes.shape[0] // groups, axis=0)
-    result: NDArray[np.float32] = codes * scale.reshape(-1, 1, 1, 1) / per_output[:, :, None, None]
-    return result
+    return np.asarray(weight / per_output[:, :, None, None], np.float32)
 
 
 def _given(value: ir.Value | None) -> ir.Value:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from exporters.passes.center_weights import CenterWeights
 from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
 from exporters.passes.freeze_bucket import FreezeBucket
 from exporters.passes.gather_tables_once import GatherTablesOnce
 from exporters.passes.widen_int4 import WidenInt4
 
 
-def to_native(model: ir.Model, *, cast_int4_at_runtime: bool, frozen_bucket: int | None) -> ir.Model:
-    """Rewrite ``model`` in place and return it; see WidenInt4 and FreezeBucket for the two choices."""
+def to_native(model: ir.Model, *, cast_int4_at_runtime: bool, signed_zero_points: bool, frozen_bucket: int | None) -> ir.Model:
+    """Rewrite ``model`` in place and return it; see WidenInt4, CenterWeights and FreezeBucket for the three choices."""
     ir.passes.Sequential(
         ExpandTimestepQuantize(),
         *([] if frozen_bucket is None else [FreezeBucket(frozen_bucket)]),
+        CenterWeights(signed_zero_points=signed_zero_points),
         WidenInt4(cast_at_runtime=cast_int4_at_runtime),
         common.CommonSubexpressionEliminationPass(),
         GatherTablesOnce(),

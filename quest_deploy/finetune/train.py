@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy import __version__
+from quest_deploy.checkpoint import SiteData
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_file, sha256_of_json
 from quest_deploy.finetune.layer_sets import LAYER_SETS, select_layers
-from quest_deploy.quant.layers import ActivationQuantizer
 from quest_deploy.quant.model import QuantizedModel
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from quest_deploy.checkpoint import Checkpoint
+    from quest_deploy.quant.layers import SiteQuantizer
     from quest_deploy.trajectories import Trajectories
 
 SUPERVISED_BLOCKS = ("ResnetBlock2D", "Transformer2DModel")
@@ -185,13 +186,13 @@ def log_error(output: Tensor, target: Tensor) -> Tensor:
 def _stages(student: QuantizedModel, options: FinetuneOptions) -> list[_Stage]:
     sets, layers = LAYER_SETS[options.family], student.quantized_layers()
     temporal, sensitive = select_layers(layers, sets.temporal), select_layers(layers, sets.sensitive)
-    sites = [site for site in student.sites if isinstance(site, ActivationQuantizer)]
+    sites = list(student.site_quantizers().values())
     temporal_sites = list({id(site): site for site in (layers[name].site for name in temporal)}.values())
 
     def weights(names: tuple[str, ...]) -> list[nn.Parameter]:
         return [p for name in names for p in (layers[name].weight, layers[name].bias) if p is not None]
 
-    def scales(sites: list[ActivationQuantizer]) -> list[nn.Parameter]:
+    def scales(sites: list[SiteQuantizer]) -> list[nn.Parameter]:
         return [p for s in sites for p in (s.log_shift, s.zero_point)]
 
     first = _Stage("temporal layers", weights(temporal), scales(temporal_sites), 0, options.temporal_steps)
@@ -252,7 +253,8 @@ class _BlockOutputs:
 def _run_key(calibrated: Checkpoint, options: FinetuneOptions, trajectories: Trajectories) -> str:
     digest = hashlib.sha256()
     for site in calibrated.sites.values():
-        for table in (site.scale, site.low, site.channel):
+        tables = (site.scale, site.low, site.channel) if isinstance(site, SiteData) else (site.scale, site.zero_point)
+        for table in tables:
             digest.update(table.tobytes())
     for layer in calibrated.layers.values():
         digest.update(layer.weight_codes.tobytes() + layer.weight_scale.tobytes())

@@ -6,6 +6,7 @@ ties, and a tie that falls the other way is another code.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,15 +20,31 @@ def activation_codes(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tens
     return torch.clamp(torch.round(x / step), low, high)
 
 
-def weight_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The int8 codes of ``weight`` [O, ...] at one ``scale`` [O] per output channel, symmetric, in :func:`weight_range`."""
-    low, high = weight_range(bits)
-    return torch.clamp(torch.round(weight / per_sample(scale, weight)), low, high).to(torch.int8)
+@dataclass(frozen=True)
+class WeightGrid:
+    """What a weight [O, ...] is rounded to: whole multiples from low to high of scale, each float [O]; asymmetric for low != -high."""
+
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def symmetric(cls, scale: Tensor, bits: int) -> WeightGrid:
+        """The grid of :func:`quest_deploy.scheme.weight_range`."""
+        low, high = weight_range(bits)
+        return cls(scale, torch.full_like(scale, low), torch.full_like(scale, high))
 
 
-def fake_quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+def weight_codes(weight: Tensor, grid: WeightGrid) -> Tensor:
+    """The codes of ``weight`` [O, ...] on ``grid``, int16 (an asymmetric 8-bit weight reaches from -255 to 255)."""
+    scale, low, high = (per_sample(values, weight) for values in (grid.scale, grid.low, grid.high))
+    return torch.clamp(torch.round(weight / scale), low, high).to(torch.int16)
+
+
+def fake_quantize_weight(weight: Tensor, grid: WeightGrid) -> Tensor:
     """codes * scale, with the straight-through gradient for weights inside the range (zero for clipped ones)."""
-    result: Tensor = _FakeQuantizeWeight.apply(weight, per_sample(scale, weight), *weight_range(bits))
+    operands = (per_sample(values, weight) for values in (grid.scale, grid.low, grid.high))
+    result: Tensor = _FakeQuantizeWeight.apply(weight, *operands)
     return result
 
 
@@ -71,7 +88,7 @@ def per_channel(values: Tensor, like: Tensor, axis: int) -> Tensor:
 
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         codes = torch.round(weight / scale)
         ctx.save_for_backward((codes >= low) & (codes <= high))
         return codes.clamp_(low, high).mul_(scale)

@@ -6,6 +6,7 @@ channel vector), a sample of each site's values in each bucket (for the activati
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.checkpoint import Architecture, Checkpoint, LayerData, SiteData
+from quest_deploy.checkpoint import Architecture, Checkpoint, FreeSiteData, LayerData, ProductData, SiteData
 from quest_deploy.errors import InputError
-from quest_deploy.quant.affine import bucket_of, per_channel, weight_codes
+from quest_deploy.quant.affine import WeightGrid, bucket_of, per_channel, weight_codes
 from quest_deploy.quant.model import conv_geometry, float_state, fold_channel
+from quest_deploy.quant.prepare import prepared_for
 from quest_deploy.quant.sites import LayerPlan, QuantizationPlan, SitePlan, plan_quantization
-from quest_deploy.scheme import Granularity, Scheme, activation_levels, is_symmetric, weight_range
+from quest_deploy.scheme import Granularity, Scheme, Symmetry, activation_levels, weight_range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,10 +29,11 @@ if TYPE_CHECKING:
     from quest_deploy.trajectories import Trajectories
 
 VALUES_PER_SITE = 4096 * 20
-"""Shared by the buckets, of which each keeps at least FEWEST_VALUES and at most MOST_VALUES."""
+"""Shared by the buckets, of which each keeps at least FEWEST_VALUES and at most MOST_VALUES; each channel as many where it is free."""
 FEWEST_VALUES, MOST_VALUES = 512, 4096
 CHANNEL_ALPHA = 0.5
 SHRINK_FACTORS = torch.linspace(1.0, 0.2, 81)
+SMALLEST_SCALE = 1e-8
 
 
 class RangeMethod(StrEnum):
@@ -38,8 +41,19 @@ class RangeMethod(StrEnum):
 
     MSE = "mse"
     """The shrink factor of the min-max range with the least mean squared error."""
+    L24 = "l2.4"
+    """The shrink factor with the least mean |x - x^|^2.4: Q-Diffusion's and QuEST's search."""
     MINMAX = "minmax"
     """The smallest and the largest value."""
+
+    @property
+    def factors(self) -> Tensor:
+        """The shrink factors that are tried, float [F], the first of them 1."""
+        return SHRINK_FACTORS[:1] if self is RangeMethod.MINMAX else SHRINK_FACTORS
+
+    def error(self, difference: Tensor, dim: int) -> Tensor:
+        """The mean error over ``dim`` of x^ - x."""
+        return difference.abs().pow(2.4).mean(dim) if self is RangeMethod.L24 else difference.square().mean(dim)
 
 
 @dataclass(frozen=True)
@@ -81,18 +95,20 @@ def calibrate(
     empty = set(range(scheme.buckets)) - {int(b) for _, buckets in batches for b in buckets.unique()}
     if empty:
         raise InputError(f"the calibration trajectories never visit the timestep buckets {sorted(empty)}; record more steps")
-    first, _ = batches[0]
-    plan = plan_quantization(unet, {k: v[:2] for k, v in first.items()}, scheme)
-    recorder = _Recorder(unet, plan, scheme.buckets, options.seed)
+    probe = {k: v[:2] for k, v in batches[0][0].items()}
+    unet, split_shortcuts, attention = prepared_for(copy.deepcopy(unet), scheme, probe)
+    plan = plan_quantization(unet, probe, scheme)
+    recorder = _Recorder(unet, plan, scheme, options)
     for name, visit in (("channel ranges", recorder.visit_ranges), ("activation values", recorder.visit_values)):
         for i, (inputs, buckets) in enumerate(batches):
             recorder.run(inputs, buckets, visit)
             on_progress(name, i + 1, len(batches))
         if name == "channel ranges" and scheme.granularity is Granularity.FOLDED_CHANNEL:
             recorder.choose_channels()
-    sites, layers = {}, {}
+    sites: dict[str, SiteData | FreeSiteData] = {}
+    layers = {}
     for i, site in enumerate(plan.sites):
-        sites[site.name] = recorder.site_data(site, options.method)
+        sites[site.name] = recorder.site_data(site)
         on_progress("activation scales", i + 1, len(plan.sites))
     for i, layer in enumerate(plan.layers):
         site = next(s for s in plan.sites if layer.name in s.layers)
@@ -100,12 +116,13 @@ def calibrate(
         on_progress("weight scales", i + 1, len(plan.layers))
     return Checkpoint(
         model=model_name,
-        architecture=Architecture(type(unet).__name__, _plain_config(unet)),
+        architecture=Architecture(type(unet).__name__, _plain_config(unet), split_shortcuts, attention),
         scheme=scheme,
         layers=layers,
         sites=sites,
         floats=float_state(unet, layers),
         provenance={"method": "ptq", "range": options.method.value, "seed": options.seed},
+        products={product.name: ProductData(product.name, product.sites, product.macs) for product in plan.products},
     )
 
 
@@ -123,19 +140,21 @@ def _batches(trajectories: Trajectories, scheme: Scheme, size: int) -> Iterator[
 class _Recorder:
     """Sees each site's tensor while the float model runs."""
 
-    def __init__(self, unet: nn.Module, plan: QuantizationPlan, buckets: int, seed: int) -> None:
-        self.unet, self.plan, self.buckets = unet, plan, buckets
-        self.kept = min(max(VALUES_PER_SITE // buckets, FEWEST_VALUES), MOST_VALUES)
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, unet: nn.Module, plan: QuantizationPlan, scheme: Scheme, options: CalibrationOptions) -> None:
+        self.unet, self.plan, self.buckets, self.method = unet, plan, scheme.buckets, options.method
+        self.free = scheme.granularity is Granularity.FREE_CHANNEL
+        self.kept = min(max(VALUES_PER_SITE // self.buckets, FEWEST_VALUES), MOST_VALUES)
+        self.generator = torch.Generator().manual_seed(options.seed)
         self.amax: dict[str, Tensor] = {}
         self.channel: dict[str, Tensor] = {}
-        self.values: dict[tuple[str, int], Tensor] = {}
+        self.samples: dict[tuple[str, int], _Reservoir] = {}
 
     def run(self, inputs: dict[str, Tensor], buckets: Tensor, visit: Callable[[SitePlan, Tensor, Tensor], None]) -> None:
         def hook(site: SitePlan) -> Any:
-            return lambda module, args: visit(site, args[0], buckets)
+            return lambda module, args: visit(site, args[site.operand or 0], buckets)
 
-        handles = [self.unet.get_submodule(s.name).register_forward_pre_hook(hook(s)) for s in self.plan.sites]
+        # Layers that share a site read the same tensor: the first of them is enough.
+        handles = [self.unet.get_submodule(s.layers[0]).register_forward_pre_hook(hook(s)) for s in self.plan.sites]
         try:
             self.unet(**inputs)
         finally:
@@ -148,8 +167,10 @@ class _Recorder:
         self.channel[site.name] = torch.ones_like(amax)
 
     def choose_channels(self) -> None:
-        """g = sqrt(amax_x / amax_w) (SmoothQuant, alpha 0.5), scaled to a geometric mean of one."""
+        """g = sqrt(amax_x / amax_w) (SmoothQuant, alpha 0.5), scaled to a geometric mean of one; attention's operands have none."""
         for site in self.plan.sites:
+            if site.operand is not None:
+                continue
             amaxes = [_input_amax(self.unet.get_submodule(name), self.amax[site.name]) for name in site.layers]
             weight_amax = torch.stack(amaxes).amax(0)
             x, w = self.amax[site.name].clamp(min=1e-5), weight_amax.clamp(min=1e-5)
@@ -159,24 +180,63 @@ class _Recorder:
     def visit_values(self, site: SitePlan, x: Tensor, buckets: Tensor) -> None:
         x = x / per_channel(self.channel[site.name], x, site.axis)
         for bucket in buckets.unique().tolist():
-            values = x[buckets == bucket].flatten()
-            if (old := self.values.get((site.name, bucket))) is not None:
-                values = torch.cat([old, values])
-            if values.numel() > self.kept:
-                # The extremes always stay: they are the min-max range.
-                keep = torch.randint(values.numel(), (self.kept - 2,), generator=self.generator)
-                values = torch.cat([values[keep], values.amin()[None], values.amax()[None]])
-            self.values[site.name, bucket] = values
+            rows = x[buckets == bucket].transpose(site.axis, -1).flatten(0, -2)
+            values = rows if self.is_free(site) else rows.flatten()[:, None]
+            self.samples.setdefault((site.name, bucket), _Reservoir(self.kept)).add(values, self.generator)
 
-    def site_data(self, site: SitePlan, method: RangeMethod) -> SiteData:
-        ranges = [_activation_range(self.values[site.name, b], site.bits, method) for b in range(self.buckets)]
-        scale = torch.stack([s for s, _ in ranges])
-        zero_point = torch.stack([z for _, z in ranges])
-        low, high = (-127 * torch.ones_like(scale), 127 * torch.ones_like(scale)) if is_symmetric(site.bits) else (
-            -zero_point, activation_levels(site.bits) - zero_point
-        )  # fmt: skip
-        tables = {"scale": scale, "low": low, "high": high, "channel": self.channel[site.name]}
-        return SiteData(site.name, site.bits, site.axis, site.layers, **{k: v.numpy().astype(np.float32) for k, v in tables.items()})
+    def is_free(self, site: SitePlan) -> bool:
+        """Whether each of the site's channels has scales of its own."""
+        return self.free and site.operand is None
+
+    def site_data(self, site: SitePlan) -> SiteData | FreeSiteData:
+        ranges = [
+            _activation_ranges(self.samples[site.name, b].values, site.bits, site.symmetry, self.method) for b in range(self.buckets)
+        ]
+        scale, zero_point = (torch.stack(column) for column in zip(*ranges, strict=True))
+        low, high = _code_range(site.bits, site.symmetry)
+        if self.is_free(site):
+            tables = (_float32(scale), _float32(zero_point))
+            return FreeSiteData(site.name, site.bits, site.axis, site.layers, *tables, code_low=low, code_high=high)
+        integers = {"scale": scale[:, 0], "low": (low - zero_point)[:, 0], "high": (high - zero_point)[:, 0]}
+        tables_by_name = {name: _float32(table) for name, table in (*integers.items(), ("channel", self.channel[site.name]))}
+        return SiteData(site.name, site.bits, site.symmetry, site.axis, site.layers, **tables_by_name)
+
+
+class _Reservoir:
+    """A uniform sample, without replacement, of up to ``size`` rows of all that were added, and the extremes of each column.
+
+    Each row gets a random key when it arrives; the rows with the largest keys stay, so early and late batches count the same.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._rows: Tensor | None = None
+        self._keys = torch.empty(0)
+        self._extremes: Tensor | None = None
+
+    def add(self, rows: Tensor, generator: torch.Generator) -> None:
+        """Add rows [N, C]."""
+        extremes = torch.stack([rows.amin(0), rows.amax(0)])
+        if self._extremes is not None:
+            extremes = torch.stack([torch.minimum(self._extremes[0], extremes[0]), torch.maximum(self._extremes[1], extremes[1])])
+        self._extremes = extremes
+        keys = torch.rand(len(rows), generator=generator)
+        if len(keys) > self.size:
+            keys, chosen = keys.topk(self.size)
+            rows = rows[chosen]
+        if self._rows is not None:
+            rows, keys = torch.cat([self._rows, rows]), torch.cat([self._keys, keys])
+        if len(keys) > self.size:
+            keys, chosen = keys.topk(self.size)
+            rows = rows[chosen]
+        self._rows, self._keys = rows.clone(), keys
+
+    @property
+    def values(self) -> Tensor:
+        """The sample with the extremes, [up to size + 2, C]: the extremes are the min-max range and always stay."""
+        assert self._rows is not None
+        assert self._extremes is not None
+        return torch.cat([self._rows, self._extremes])
 
 
 def _input_amax(layer: nn.Module, like: Tensor) -> Tensor:
@@ -185,34 +245,45 @@ def _input_amax(layer: nn.Module, like: Tensor) -> Tensor:
     return amax.repeat(like.numel() // amax.numel())
 
 
-def _activation_range(values: Tensor, bits: int, method: RangeMethod) -> tuple[Tensor, Tensor]:
-    """Scale and zero-point, scalars, for ``values`` [V]."""
-    factors = SHRINK_FACTORS if method is RangeMethod.MSE else SHRINK_FACTORS[:1]
-    if is_symmetric(bits):
-        scale = (values.abs().amax() * factors / 127).clamp(min=1e-8)
+def _code_range(bits: int, symmetry: Symmetry) -> tuple[int, int]:
+    """The codes' range, the zero-point included."""
+    return (-127, 127) if symmetry is Symmetry.SYMMETRIC else (0, activation_levels(bits))
+
+
+def _activation_ranges(values: Tensor, bits: int, symmetry: Symmetry, method: RangeMethod) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point, each [C], for each column of ``values`` [V, C]."""
+    factors, (low, high) = method.factors[:, None], _code_range(bits, symmetry)
+    if symmetry is Symmetry.SYMMETRIC:
+        scale = (values.abs().amax(0) * factors / 127).clamp(min=SMALLEST_SCALE)
         zero_point = torch.zeros_like(scale)
-        low, high = -127.0 * torch.ones_like(scale), 127.0 * torch.ones_like(scale)
     else:
-        levels = activation_levels(bits)
-        smallest, largest = values.amin().clamp(max=0) * factors, values.amax().clamp(min=0) * factors
-        scale = ((largest - smallest) / levels).clamp(min=1e-8)
-        zero_point = torch.round(-smallest / scale).clamp(0, levels)
-        low, high = -zero_point, levels - zero_point
-    codes = torch.clamp(torch.round(values[None] / scale[:, None]), low[:, None], high[:, None])
-    best = (codes * scale[:, None] - values[None]).square().mean(1).argmin()
-    return scale[best], zero_point[best]
+        smallest = values.amin(0).clamp(max=0) * factors
+        largest = values.amax(0).clamp(min=0) * factors
+        if symmetry is Symmetry.UNSIGNED:
+            smallest = torch.zeros_like(smallest)
+        scale = ((largest - smallest) / high).clamp(min=SMALLEST_SCALE)
+        zero_point = torch.round(-smallest / scale).clamp(0, high)
+    best, best_error = scale[0].clone(), torch.full_like(scale[0], torch.inf)
+    best_zero = zero_point[0].clone()
+    for s, z in zip(scale, zero_point, strict=True):
+        codes = torch.clamp(torch.round(values / s), low - z, high - z)
+        error = method.error(codes * s - values, 0)
+        better = error < best_error
+        best, best_zero = torch.where(better, s, best), torch.where(better, z, best_zero)
+        best_error = torch.minimum(error, best_error)
+    return best, best_zero
 
 
 def _layer_data(layer: nn.Module, plan: LayerPlan, channel: Tensor, method: RangeMethod) -> LayerData:
-    weight = fold_channel(layer.get_parameter("weight"), channel)
+    weight = fold_channel(layer.get_parameter("weight").detach(), channel)
     scale = _weight_scale(weight, plan.weight_bits, method)
-    bias = getattr(layer, "bias", None)
+    bias = layer.bias
     return LayerData(
         name=plan.name,
         weight_bits=plan.weight_bits,
-        weight_codes=weight_codes(weight, scale, plan.weight_bits).numpy(),
+        weight_codes=weight_codes(weight, WeightGrid.symmetric(scale, plan.weight_bits)).numpy().astype(np.int8),
         weight_scale=scale.numpy(),
-        bias=None if bias is None else bias.detach().numpy().copy(),
+        bias=bias.detach().numpy().copy() if isinstance(bias, Tensor) else None,
         conv=conv_geometry(layer),
         macs=plan.macs,
     )
@@ -221,12 +292,16 @@ def _layer_data(layer: nn.Module, plan: LayerPlan, channel: Tensor, method: Rang
 def _weight_scale(weight: Tensor, bits: int, method: RangeMethod) -> Tensor:
     low, high = weight_range(bits)
     flat = weight.flatten(1)
-    full = torch.maximum(flat.amax(1) / high, flat.amin(1) / low).clamp(min=1e-8)
+    full = torch.maximum(flat.amax(1) / high, flat.amin(1) / low).clamp(min=SMALLEST_SCALE)
     best, best_error = full, torch.full_like(full, torch.inf)
-    for factor in SHRINK_FACTORS if method is RangeMethod.MSE else SHRINK_FACTORS[:1]:
+    for factor in method.factors:
         scale = full * factor
         codes = torch.clamp(torch.round(flat / scale[:, None]), low, high)
-        error = (codes * scale[:, None] - flat).square().mean(1)
+        error = method.error(codes * scale[:, None] - flat, 1)
         best = torch.where(error < best_error, scale, best)
         best_error = torch.minimum(error, best_error)
     return best
+
+
+def _float32(values: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return values.numpy().astype(np.float32)

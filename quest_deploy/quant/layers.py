@@ -10,8 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quest_deploy.quant.affine import fake_quantize_activation, fake_quantize_weight, per_channel, per_sample, round_ste
-from quest_deploy.scheme import activation_levels, is_symmetric
+from quest_deploy.quant.affine import (
+    WeightGrid,
+    activation_codes,
+    fake_quantize_activation,
+    fake_quantize_weight,
+    per_channel,
+    per_sample,
+    round_ste,
+)
+from quest_deploy.scheme import Symmetry, activation_levels
 
 
 class BucketState:
@@ -27,47 +35,105 @@ class BucketState:
         return self.current
 
 
-class ActivationQuantizer(nn.Module):
-    """One site's quantizer: a scale and a zero-point for each timestep bucket.
+class SiteQuantizer(nn.Module):
+    """What :class:`ActivationQuantizer` and :class:`FreeActivationQuantizer` share: scales of their own in each bucket.
 
     Attributes:
-        base_scale: float [K], positive.
-        log_shift: float [K], learned: scale = base_scale * exp(log_shift) stays positive, and is exactly base_scale at 0.
-        zero_point: float [K], learned; rounded and clamped to [0, 2^b - 1] where it is used. Unused where symmetric.
-        channel: float [C], the static per-channel vector (all ones where the scheme has none).
+        base_scale: float [K] or [K, C].
+        log_shift: learned, in base_scale's shape: scale = base_scale * exp(log_shift) keeps its sign, and is exactly base_scale at 0.
+        zero_point: learned where ``zero_point.requires_grad``, in base_scale's shape.
         axis: the channel axis of the tensors it quantizes (1 for convolutions, the last for linears).
     """
 
     base_scale: Tensor
     log_shift: nn.Parameter
     zero_point: nn.Parameter
-    channel: Tensor
 
-    def __init__(self, bits: int, scale: Tensor, zero_point: Tensor, channel: Tensor, axis: int, buckets: BucketState) -> None:
+    def __init__(self, scale: Tensor, zero_point: Tensor, axis: int, buckets: BucketState) -> None:
         super().__init__()
-        self.bits = bits
-        self.symmetric = is_symmetric(bits)
         self.axis = axis
         self.register_buffer("base_scale", scale.clone())
         self.log_shift = nn.Parameter(torch.zeros_like(scale))
-        self.zero_point = nn.Parameter(zero_point.clone(), requires_grad=not self.symmetric)
-        self.register_buffer("channel", channel.clone())
-        self._folded = not bool((channel == 1).all())
+        self.zero_point = nn.Parameter(zero_point.clone())
         self._buckets = buckets
 
-    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The tables of TimestepQuantize: scale, low, high, each [K]."""
-        scale = self.base_scale * self.log_shift.exp()
-        if self.symmetric:
-            bound = torch.full_like(scale, 127.0)
-            return scale, -bound, bound
-        levels = activation_levels(self.bits)
-        zero_point = round_ste(self.zero_point.clamp(0, levels))
-        return scale, -zero_point, levels - zero_point
+    @property
+    def learns_zero_point(self) -> bool:
+        """Whether its zero-points are parameters, not fixed by its symmetry."""
+        raise NotImplementedError
+
+    @property
+    def scale(self) -> Tensor:
+        """The scales, in base_scale's shape."""
+        return self.base_scale * self.log_shift.exp()
 
     def current_bucket(self) -> Tensor:
         """The bucket of each sample being computed, int64 [B]."""
         return self._buckets.get()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize x [B, ...]."""
+        raise NotImplementedError
+
+    def step(self, like: Tensor, bucket: Tensor) -> Tensor:
+        """What values are divided by before they are rounded, for samples in ``bucket`` [B]; broadcasts against ``like`` [B, ...]."""
+        raise NotImplementedError
+
+    def ratio(self, x: Tensor) -> Tensor:
+        """What is rounded: x divided by its step, in x's shape."""
+        return x / self.step(x, self.current_bucket())
+
+    def untied(self, x: Tensor, ties: Tensor) -> Tensor:
+        """x with the values where ``ties`` moved to the middle of the code below."""
+        step = self.step(x, self.current_bucket())
+        return torch.where(ties, torch.floor(x / step) * step, x)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The codes of x, as the graph's value of that name holds them: int8, or float32 for a free quantizer."""
+        raise NotImplementedError
+
+
+class ActivationQuantizer(SiteQuantizer):
+    """One site's quantizer with integer codes: a scale and a zero-point for each timestep bucket.
+
+    Attributes:
+        base_scale: float [K], positive.
+        zero_point: float [K]; rounded and clamped to [0, 2^b - 1] where it is used. Unused unless asymmetric.
+        channel: float [C], the static per-channel vector (all ones where the scheme has none).
+    """
+
+    channel: Tensor
+
+    def __init__(
+        self,
+        bits: int,
+        scale: Tensor,
+        zero_point: Tensor,
+        channel: Tensor,
+        axis: int,
+        buckets: BucketState,
+        symmetry: Symmetry,
+    ) -> None:
+        super().__init__(scale, zero_point, axis, buckets)
+        self.bits, self.symmetry = bits, symmetry
+        self.zero_point.requires_grad_(self.learns_zero_point)
+        self.register_buffer("channel", channel.clone())
+        self._folded = not bool((channel == 1).all())
+
+    @property
+    def learns_zero_point(self) -> bool:
+        return self.symmetry is Symmetry.ASYMMETRIC
+
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tables of TimestepQuantize: scale, low, high, each [K]."""
+        scale, levels = self.scale, activation_levels(self.bits)
+        if self.symmetry is Symmetry.SYMMETRIC:
+            bound = torch.full_like(scale, 127.0)
+            return scale, -bound, bound
+        if self.symmetry is Symmetry.UNSIGNED:
+            return scale, torch.zeros_like(scale), torch.full_like(scale, levels)
+        zero_point = round_ste(self.zero_point.clamp(0, levels))
+        return scale, -zero_point, levels - zero_point
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize x [B, ...]: scale * code (the channel vector's share lives in the weights)."""
@@ -75,11 +141,65 @@ class ActivationQuantizer(nn.Module):
         scale, low, high = (table[bucket] for table in self.tables())
         return fake_quantize_activation(x, scale, low, high, self.channel if self._folded else None, self.axis)
 
-    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What :func:`activation_codes` divides x by and clamps to, shaped to broadcast: scale * channel, low, high."""
+    def codes(self, x: Tensor) -> Tensor:
         bucket = self.current_bucket()
-        scale, low, high = (per_sample(table[bucket], x) for table in self.tables())
-        return scale * per_channel(self.channel, x, self.axis), low, high
+        _, low, high = (per_sample(table[bucket], x) for table in self.tables())
+        codes = activation_codes(x, self.step(x, bucket), low, high)
+        return (codes + per_sample(self.offset[bucket], x)).to(torch.int8)
+
+    @property
+    def offset(self) -> Tensor:
+        """What makes the codes fit int8, [K]; see :attr:`quest_deploy.checkpoint.SiteData.offset`."""
+        _, low, high = self.tables()
+        return torch.zeros_like(low) if low.min() >= -128 and high.max() <= 127 else -128 - low
+
+    def step(self, like: Tensor, bucket: Tensor) -> Tensor:
+        return per_sample(self.scale[bucket], like) * per_channel(self.channel, like, self.axis)
+
+
+class FreeActivationQuantizer(SiteQuantizer):
+    """One site's quantizer in float: a scale and a zero-point for each timestep bucket and channel.
+
+    Attributes:
+        base_scale, zero_point: float [K, C] along ``axis``; see :class:`quest_deploy.checkpoint.FreeSiteData`.
+        code_low, code_high: the codes' range, the zero-point included.
+    """
+
+    def __init__(
+        self, scale: Tensor, zero_point: Tensor, code_range: tuple[int, int], axis: int, buckets: BucketState, *, symmetric: bool
+    ) -> None:
+        super().__init__(scale, zero_point, axis, buckets)
+        self.code_low, self.code_high = code_range
+        self.symmetric = symmetric
+        self.zero_point.requires_grad_(self.learns_zero_point)
+
+    @property
+    def learns_zero_point(self) -> bool:
+        return not self.symmetric
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, zero_point = self._operands(x)
+        raised = round_ste(x / scale) + zero_point
+        result: Tensor = (raised.clamp(self.code_low, self.code_high) - zero_point) * scale
+        return result
+
+    def step(self, like: Tensor, bucket: Tensor) -> Tensor:
+        return _rows(self.scale[bucket], like, self.axis)
+
+    def codes(self, x: Tensor) -> Tensor:
+        scale, zero_point = self._operands(x)
+        return torch.clamp(torch.round(x / scale) + zero_point, self.code_low, self.code_high) - zero_point
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        bucket = self.current_bucket()
+        return _rows(self.scale[bucket], x, self.axis), _rows(round_ste(self.zero_point)[bucket], x, self.axis)
+
+
+def _rows(values: Tensor, like: Tensor, axis: int) -> Tensor:
+    """[B, C] values to broadcast against ``like`` [B, ...] with C along ``axis``."""
+    shape = [1] * like.dim()
+    shape[0], shape[axis] = values.shape
+    return values.view(shape)
 
 
 class QuantizedLayer(nn.Module):
@@ -88,27 +208,35 @@ class QuantizedLayer(nn.Module):
     Attributes:
         weight: float, the layer's shape, with the site's channel vector already folded in; rounded at every use.
         weight_scale: float [O], one per output channel.
+        weight_low, weight_high: float [O], the range of the codes, the zero-point already subtracted.
         bias: float [O] or None.
     """
 
     weight: nn.Parameter
     weight_scale: Tensor
+    weight_low: Tensor
+    weight_high: Tensor
     bias: nn.Parameter | None
+    site: SiteQuantizer
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, weight_scale: Tensor, weight_bits: int, site: ActivationQuantizer) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, grid: WeightGrid, site: SiteQuantizer) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.clone())
         self.bias = None if bias is None else nn.Parameter(bias.clone())
-        self.weight_bits = weight_bits
-        self.register_buffer("weight_scale", weight_scale.clone())
+        self.register_buffer("weight_scale", grid.scale.clone())
+        self.register_buffer("weight_low", grid.low.clone())
+        self.register_buffer("weight_high", grid.high.clone())
         # A site serves several layers: it is owned by the QuantizedModel, and kept out of this module's state here.
         object.__setattr__(self, "site", site)
 
-    site: ActivationQuantizer
+    @property
+    def grid(self) -> WeightGrid:
+        """What the weight is rounded to."""
+        return WeightGrid(self.weight_scale, self.weight_low, self.weight_high)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer on fake-quantized input and weight, in float."""
-        return self.compute(self.site(x), fake_quantize_weight(self.weight, self.weight_scale, self.weight_bits))
+        return self.compute(self.site(x), fake_quantize_weight(self.weight, self.grid))
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """The float layer itself, without its quantizers."""
@@ -118,8 +246,8 @@ class QuantizedLayer(nn.Module):
 class QuantizedConv2d(QuantizedLayer):
     """A Conv2d with fake-quantized input and weight."""
 
-    def __init__(self, conv: nn.Conv2d, weight: Tensor, weight_scale: Tensor, weight_bits: int, site: ActivationQuantizer) -> None:
-        super().__init__(weight, conv.bias, weight_scale, weight_bits, site)
+    def __init__(self, conv: nn.Conv2d, weight: Tensor, grid: WeightGrid, site: SiteQuantizer) -> None:
+        super().__init__(weight, conv.bias, grid, site)
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -129,8 +257,29 @@ class QuantizedConv2d(QuantizedLayer):
 class QuantizedLinear(QuantizedLayer):
     """A Linear with fake-quantized input and weight."""
 
-    def __init__(self, linear: nn.Linear, weight: Tensor, weight_scale: Tensor, weight_bits: int, site: ActivationQuantizer) -> None:
-        super().__init__(weight, linear.bias, weight_scale, weight_bits, site)
+    def __init__(self, linear: nn.Linear, weight: Tensor, grid: WeightGrid, site: SiteQuantizer) -> None:
+        super().__init__(weight, linear.bias, grid, site)
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
+
+
+class QuantizedProduct(nn.Module):
+    """A product of two activations, one or both of them fake-quantized.
+
+    Attributes:
+        quantizers: the operands' quantizers; None for one that stays in float.
+    """
+
+    quantizers: tuple[SiteQuantizer | None, SiteQuantizer | None]
+
+    def __init__(self, quantizers: tuple[SiteQuantizer | None, SiteQuantizer | None]) -> None:
+        super().__init__()
+        # Owned by the QuantizedModel, as a layer's site is.
+        object.__setattr__(self, "quantizers", quantizers)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """a^ [B, heads, M, N] @ b^ [B, heads, N, P]."""
+        first, second = (x if quantizer is None else quantizer(x) for x, quantizer in zip((a, b), self.quantizers, strict=True))
+        result: Tensor = first @ second
+        return result

@@ -10,10 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.checkpoint import Architecture, Checkpoint, ConvGeometry, LayerData, SiteData
+from quest_deploy.checkpoint import Architecture, Checkpoint, ConvGeometry, FreeSiteData, LayerData, SiteData
 from quest_deploy.errors import InputError
-from quest_deploy.quant.affine import bucket_of, weight_codes
-from quest_deploy.quant.layers import ActivationQuantizer, BucketState, QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from quest_deploy.quant.affine import WeightGrid, bucket_of, per_sample, weight_codes
+from quest_deploy.quant.layers import (
+    ActivationQuantizer,
+    BucketState,
+    FreeActivationQuantizer,
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    QuantizedProduct,
+    SiteQuantizer,
+)
+from quest_deploy.quant.prepare import prepare
+from quest_deploy.scheme import activation_levels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -26,7 +37,7 @@ class QuantizedModel(nn.Module):
 
     Attributes:
         model: the float model with its layers swapped.
-        sites: one ActivationQuantizer per site, in the checkpoint's order.
+        sites: one SiteQuantizer per site, in the checkpoint's order; :meth:`site_quantizers` has them by name.
     """
 
     edges: Tensor
@@ -44,17 +55,27 @@ class QuantizedModel(nn.Module):
         self.site_names = tuple(checkpoint.sites)
         self.sites = nn.ModuleList(_quantizer(site, self.bucket_state) for site in checkpoint.sites.values())
         self.register_buffer("edges", torch.tensor(checkpoint.scheme.bucket_edges, dtype=torch.float32))
-        for site, quantizer in zip(checkpoint.sites.values(), self.sites, strict=True):
-            assert isinstance(quantizer, ActivationQuantizer)
+        quantizers = self.site_quantizers()
+        for site in checkpoint.sites.values():
             for name in site.layers:
-                self._swap(checkpoint.layers[name], quantizer, None if float_weights is None else float_weights[name])
+                if name in checkpoint.layers:
+                    weight = None if float_weights is None else float_weights[name]
+                    self._swap(checkpoint.layers[name], quantizers[site.name], weight)
+        for product in checkpoint.products.values():
+            first, second = (None if site is None else quantizers[site] for site in product.sites)
+            _set_submodule(self.model, product.name, QuantizedProduct((first, second)))
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, teacher: nn.Module | None = None) -> QuantizedModel:
-        """The deployed model, or, with the float ``teacher``, the one to finetune: the same scales over unrounded weights."""
+        """The deployed model, or, with the float ``teacher``, the one to finetune: the same codes over unrounded weights.
+
+        The unrounded weights are the teacher's where those round to the checkpoint's codes, and else the nearest that do, so that
+        a rounding which was learned (AdaRound) is where finetuning starts, and always follows the weights from there.
+        """
         if teacher is not None:
-            weights = {name: teacher.get_parameter(f"{name}.weight").detach() for name in checkpoint.layers}
-            return cls(copy.deepcopy(teacher), checkpoint, weights)
+            model = prepare(copy.deepcopy(teacher), checkpoint.architecture.split_shortcuts, checkpoint.architecture.attention)
+            weights = {name: model.get_parameter(f"{name}.weight").detach() for name in checkpoint.layers}
+            return cls(model, checkpoint, weights)
         model = build_float_model(checkpoint.architecture)
         floats = {key: torch.from_numpy(np.array(value)) for key, value in checkpoint.floats.items()}
         try:
@@ -67,18 +88,19 @@ class QuantizedModel(nn.Module):
             raise InputError(f"the checkpoint does not fit its architecture: {missing[:3]} {result.unexpected_keys[:3]}")
         return cls(model, checkpoint)
 
-    def _swap(self, data: LayerData, site: ActivationQuantizer, float_weight: Tensor | None) -> None:
-        parent_name, _, child = data.name.rpartition(".")
-        parent = self.model.get_submodule(parent_name)
+    def _swap(self, data: LayerData, site: SiteQuantizer, float_weight: Tensor | None) -> None:
         layer = self.model.get_submodule(data.name)
-        weight = torch.from_numpy(data.dequantized_weight) if float_weight is None else fold_channel(float_weight, site.channel)
+        weight = torch.from_numpy(data.dequantized_weight)
+        grid = _grid(data)
+        if float_weight is not None:
+            folded = fold_channel(float_weight, site.channel) if isinstance(site, ActivationQuantizer) else float_weight
+            weight = _nearest_with_codes(folded, torch.from_numpy(data.centered_codes), grid)
         if data.bias is not None and layer.bias is not None:
             layer.bias = nn.Parameter(torch.from_numpy(data.bias.copy()))
-        scale = torch.from_numpy(data.weight_scale.copy())
         if isinstance(layer, nn.Conv2d):
-            setattr(parent, child, QuantizedConv2d(layer, weight, scale, data.weight_bits, site))
+            _set_submodule(self.model, data.name, QuantizedConv2d(layer, weight, grid, site))
         elif isinstance(layer, nn.Linear):
-            setattr(parent, child, QuantizedLinear(layer, weight, scale, data.weight_bits, site))
+            _set_submodule(self.model, data.name, QuantizedLinear(layer, weight, grid, site))
         else:
             raise InputError(f"layer {data.name}: expected Conv2d or Linear, found {type(layer).__name__}")
 
@@ -105,21 +127,38 @@ class QuantizedModel(nn.Module):
             layers[name] = layer
         return layers
 
+    def site_quantizers(self) -> dict[str, SiteQuantizer]:
+        """The quantizers by their sites' names, in the checkpoint's order."""
+        quantizers: dict[str, SiteQuantizer] = {}
+        for name, site in zip(self.site_names, self.sites, strict=True):
+            assert isinstance(site, SiteQuantizer)
+            quantizers[name] = site
+        return quantizers
+
+    def quantized_products(self) -> dict[str, QuantizedProduct]:
+        """The quantized products by their module path, in the checkpoint's order."""
+        products: dict[str, QuantizedProduct] = {}
+        for name in self.checkpoint.products:
+            product = self.model.get_submodule(name)
+            assert isinstance(product, QuantizedProduct)
+            products[name] = product
+        return products
+
     @torch.no_grad()
     def to_checkpoint(self, provenance: dict[str, Any]) -> Checkpoint:
         """The model as it is now, its weights rounded."""
         layers = {}
         for name, layer in self.quantized_layers().items():
+            data = self.checkpoint.layers[name]
+            codes: Any = weight_codes(layer.weight, layer.grid).cpu().numpy()
+            if data.weight_zero_point is not None:
+                codes = codes + data.weight_zero_point.astype(np.int16).reshape(-1, *[1] * (codes.ndim - 1))
             layers[name] = dataclasses.replace(
-                self.checkpoint.layers[name],
-                weight_codes=weight_codes(layer.weight, layer.weight_scale, layer.weight_bits).numpy().copy(),
-                bias=None if layer.bias is None else layer.bias.numpy().copy(),
+                data,
+                weight_codes=codes.astype(data.weight_codes.dtype),
+                bias=None if layer.bias is None else layer.bias.cpu().numpy().copy(),
             )
-        sites = {}
-        for name, site in zip(self.site_names, self.sites, strict=True):
-            assert isinstance(site, ActivationQuantizer)
-            scale, low, high = (table.numpy().copy() for table in site.tables())
-            sites[name] = dataclasses.replace(self.checkpoint.sites[name], scale=scale, low=low, high=high)
+        sites = {name: _site_data(self.checkpoint.sites[name], site) for name, site in self.site_quantizers().items()}
         return dataclasses.replace(
             self.checkpoint, layers=layers, sites=sites, floats=float_state(self.model, layers), provenance=provenance
         )
@@ -136,7 +175,7 @@ def fold_channel(weight: Tensor, channel: Tensor) -> Tensor:
 def float_state(model: nn.Module, layers: Iterable[str]) -> dict[str, np.ndarray[Any, Any]]:
     """The parameters and persistent buffers that belong to none of the quantized ``layers``."""
     quantized = tuple(f"{name}." for name in layers)
-    return {key: value.numpy().copy() for key, value in model.state_dict().items() if not key.startswith(quantized)}
+    return {key: value.cpu().numpy().copy() for key, value in model.state_dict().items() if not key.startswith(quantized)}
 
 
 def build_float_model(architecture: Architecture) -> nn.Module:
@@ -147,7 +186,7 @@ def build_float_model(architecture: Architecture) -> nn.Module:
     if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
         raise InputError(f"architecture: expected the name of a diffusers model, found {architecture.class_name!r}")
     model: nn.Module = model_class.from_config(architecture.config)
-    return model.eval()
+    return prepare(model, architecture.split_shortcuts, architecture.attention).eval()
 
 
 def conv_geometry(layer: nn.Module) -> ConvGeometry | None:
@@ -163,12 +202,49 @@ def conv_geometry(layer: nn.Module) -> ConvGeometry | None:
     return ConvGeometry(pair(layer.stride), pair(layer.padding), pair(layer.dilation), layer.groups)
 
 
-def _quantizer(site: SiteData, buckets: BucketState) -> ActivationQuantizer:
-    return ActivationQuantizer(
-        site.bits,
-        torch.from_numpy(site.scale.copy()),
-        torch.from_numpy(-site.low),
-        torch.from_numpy(site.channel.copy()),
-        site.axis,
-        buckets,
+CODE_MARGIN = 1e-3
+"""How far inside its code's interval, in steps, a weight is put that would round to another code."""
+
+
+def _nearest_with_codes(weight: Tensor, codes: Tensor, grid: WeightGrid) -> Tensor:
+    """The weight [O, ...] nearest to ``weight`` that rounds to ``codes`` on ``grid``; clipped weights stay where they are."""
+    if bool((weight_codes(weight, grid) == codes).all()):
+        return weight
+    scale = per_sample(grid.scale, weight)
+    half = 0.5 - CODE_MARGIN
+    ratio = weight / scale
+    nearest = torch.clamp(ratio, codes - half, codes + half) * scale
+    return torch.where(weight_codes(weight, grid) == codes, weight, nearest)
+
+
+def _grid(data: LayerData) -> WeightGrid:
+    scale = torch.from_numpy(data.weight_scale.copy())
+    if data.weight_zero_point is None:
+        return WeightGrid.symmetric(scale, data.weight_bits)
+    zero_point = torch.from_numpy(data.weight_zero_point.astype(np.float32))
+    return WeightGrid(scale, -zero_point, activation_levels(data.weight_bits) - zero_point)
+
+
+def _quantizer(site: SiteData | FreeSiteData, buckets: BucketState) -> SiteQuantizer:
+    scale = torch.from_numpy(site.scale.copy())
+    if isinstance(site, SiteData):
+        channel = torch.from_numpy(site.channel.copy())
+        return ActivationQuantizer(site.bits, scale, torch.from_numpy(-site.low), channel, site.axis, buckets, site.symmetry)
+    zero_point = torch.from_numpy(site.zero_point.copy())
+    symmetric = site.code_low == -site.code_high and not zero_point.any()
+    return FreeActivationQuantizer(scale, zero_point, (site.code_low, site.code_high), site.axis, buckets, symmetric=bool(symmetric))
+
+
+def _site_data(data: SiteData | FreeSiteData, site: SiteQuantizer) -> SiteData | FreeSiteData:
+    if isinstance(data, SiteData):
+        assert isinstance(site, ActivationQuantizer)
+        scale, low, high = (table.cpu().numpy().copy() for table in site.tables())
+        return dataclasses.replace(data, scale=scale, low=low, high=high)
+    return dataclasses.replace(
+        data, scale=site.scale.cpu().numpy().copy(), zero_point=torch.round(site.zero_point).cpu().numpy().copy()
     )
+
+
+def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,7 +1,7 @@
-"""Which layers are quantized, and which of them read the same tensor.
+"""Which layers and products are quantized, and which layers read the same tensor.
 
 Nothing here knows what a UNet is: the layers are the model's Conv2d and Linear modules, in execution order, and layers share a
-site where a probe batch shows that their inputs are equal, bit for bit.
+site where a probe batch shows that their inputs are equal, bit for bit. Products of two activations have a site for each operand.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.errors import InputError
+from quest_deploy.quant.prepare import Product
+from quest_deploy.scheme import Symmetry, usual_symmetry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,23 +45,36 @@ class SitePlan:
     """A tensor to quantize.
 
     Attributes:
-        name: the module path of the first layer that reads it.
+        name: the module path of the first layer that reads it, or for an operand ``<attention>.<operand>``.
         bits: 4 or 8.
         axis: the channel axis of the tensor, never negative.
-        layers: the module paths of all layers that read it, in execution order.
+        layers: the module paths of all layers that read it, in execution order, or of the one product.
+        operand: 0 or 1, which operand of the product it is; None for the input of layers.
     """
 
     name: str
     bits: int
+    symmetry: Symmetry
     axis: int
     layers: tuple[str, ...]
+    operand: int | None = None
+
+
+@dataclass(frozen=True)
+class ProductPlan:
+    """A product of two activations; see :class:`quest_deploy.checkpoint.ProductData`."""
+
+    name: str
+    sites: tuple[str | None, str | None]
+    macs: int
 
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """All layers, and all sites, in execution order."""
+    """All layers, all products, and all sites, in execution order."""
 
     layers: tuple[LayerPlan, ...]
+    products: tuple[ProductPlan, ...]
     sites: tuple[SitePlan, ...]
 
 
@@ -69,11 +84,12 @@ class _Seen:
     input_hash: bytes
     axis: int
     macs: int
+    operands: tuple[str, str] | None = None
 
 
 @torch.no_grad()
 def plan_quantization(model: nn.Module, probe: Mapping[str, Tensor], scheme: Scheme) -> QuantizationPlan:
-    """Run ``model(**probe)`` once and plan the quantization of every Conv2d and Linear it executes.
+    """Run ``model(**probe)`` once and plan the quantization of every Conv2d, Linear and Product it executes.
 
     Args:
         probe: the model's inputs, ``sample`` among them; random and different for each sample, so that equal layer inputs mean
@@ -82,7 +98,8 @@ def plan_quantization(model: nn.Module, probe: Mapping[str, Tensor], scheme: Sch
     Raises:
         InputError: the model executes no Conv2d or Linear.
     """
-    seen = _execute(model, probe)
+    executed = _execute(model, probe)
+    seen = [entry for entry in executed if entry.operands is None]
     if not seen:
         raise InputError("the model executes no Conv2d and no Linear layer: there is nothing to quantize")
     # The first layer is the one that reads the sample; embeddings of the timestep may run before it.
@@ -95,17 +112,36 @@ def plan_quantization(model: nn.Module, probe: Mapping[str, Tensor], scheme: Sch
     readers: dict[tuple[bytes, int], list[_Seen]] = {}
     for layer in seen:
         readers.setdefault((layer.input_hash, layer.axis), []).append(layer)
-    sites = tuple(
-        SitePlan(
-            name=group[0].name,
-            bits=max(bits_of(layer.name, scheme.activation_bits) for layer in group),
-            axis=group[0].axis,
-            layers=tuple(layer.name for layer in group),
-        )
-        for group in readers.values()
-    )
+    sites: list[SitePlan] = []
+    products: list[ProductPlan] = []
+    for entry in executed:
+        if entry.operands is not None:
+            operands = _operand_sites(entry, scheme)
+            sites += [site for site in operands if site is not None]
+            names = tuple(None if site is None else site.name for site in operands)
+            products.append(ProductPlan(entry.name, (names[0], names[1]), entry.macs))
+            continue
+        group = readers[entry.input_hash, entry.axis]
+        if group[0] is entry:
+            bits = max(bits_of(layer.name, scheme.activation_bits) for layer in group)
+            sites.append(SitePlan(entry.name, bits, usual_symmetry(bits), entry.axis, tuple(layer.name for layer in group)))
     layers = tuple(LayerPlan(layer.name, bits_of(layer.name, scheme.weight_bits), layer.macs) for layer in seen)
-    return QuantizationPlan(layers, sites)
+    return QuantizationPlan(layers, tuple(products), tuple(sites))
+
+
+def _operand_sites(product: _Seen, scheme: Scheme) -> tuple[SitePlan | None, SitePlan | None]:
+    assert product.operands is not None
+    attention = product.name.rpartition(".")[0]
+
+    def site(index: int, operand: str) -> SitePlan | None:
+        softmax = operand == "softmax"
+        bits = scheme.softmax_bits if softmax else scheme.attention_bits
+        if bits is None:
+            return None
+        symmetry = Symmetry.UNSIGNED if softmax else usual_symmetry(bits)
+        return SitePlan(f"{attention}.{operand}", bits, symmetry, product.axis, (product.name,), index)
+
+    return site(0, product.operands[0]), site(1, product.operands[1])
 
 
 def _execute(model: nn.Module, probe: Mapping[str, Tensor]) -> list[_Seen]:
@@ -115,11 +151,16 @@ def _execute(model: nn.Module, probe: Mapping[str, Tensor]) -> list[_Seen]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if name in seen:
                 raise InputError(f"layer {name} runs twice in one forward pass; its activations would need two quantizers")
-            seen[name] = _Seen(name, _content_hash(args[0]), _channel_axis(module, args[0]), _macs(module, output))
+            if isinstance(module, Product):
+                macs = output[0].numel() * args[0].shape[-1]
+                seen[name] = _Seen(name, b"", args[0].dim() - 1, macs, module.operands)
+            else:
+                seen[name] = _Seen(name, _content_hash(args[0]), _channel_axis(module, args[0]), _macs(module, output))
 
         return hook
 
-    handles = [m.register_forward_hook(record(n)) for n, m in model.named_modules() if isinstance(m, QUANTIZABLE)]
+    quantizable = (*QUANTIZABLE, Product)
+    handles = [m.register_forward_hook(record(n)) for n, m in model.named_modules() if isinstance(m, quantizable)]
     try:
         model(**probe)
     finally:

@@ -39,10 +39,13 @@ def tie_distance_ulps(ratio: Floats) -> Floats:
     return np.asarray(distance, np.float32)
 
 
-def compare_codes(codes: NDArray[np.int8], expected: NDArray[np.int8], ratio: Floats) -> CodeMismatches:
-    """Count mismatches; one is explained if the codes are neighbours and x/step lies within 4 ulp of a tie. Equal shapes."""
+def compare_codes(codes: NDArray[Any], expected: NDArray[Any], ratio: Floats) -> CodeMismatches:
+    """Count mismatches; one is explained if the codes are neighbours and x/step lies within 4 ulp of a tie.
+
+    Codes are int8, or whole float32 numbers, of the same shape as ``ratio``.
+    """
     different = codes != expected
-    neighbours = np.abs(codes.astype(np.int32) - expected.astype(np.int32)) == 1
+    neighbours = np.abs(codes.astype(np.float64) - expected.astype(np.float64)) <= np.maximum(1, np.spacing(np.abs(ratio)))
     explained = different & neighbours & (tie_distance_ulps(ratio) <= TIE_ULPS)
     return CodeMismatches(codes.size, int(different.sum()), int((different & ~explained).sum()))
 

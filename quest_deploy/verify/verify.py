@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporters.graph_info import BUCKET, GraphInfo, graph_info, load_graph, save_graph
-from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
+from exporters.graph_info import BUCKET, GraphInfo, SiteInfo, graph_info, load_graph, save_graph
+from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_product
 from quest_deploy.engine.base import LOWERED, EngineOptions, no_progress, open_engine
 from quest_deploy.errors import InputError
 from quest_deploy.reference_files import load_reference
@@ -119,7 +119,7 @@ def verify_engine(
     lowered = load_graph(engine / LOWERED)
     info = graph_info(lowered)
     records, tables = load_reference(reference)
-    if not {f"layer.{layer}.y" for layer in info.layers} <= records[0].tensors.keys() or set(info.sites) != {
+    if not {f"layer.{layer}.y" for layer in (*info.layers, *info.products)} <= records[0].tensors.keys() or set(info.sites) != {
         name.removesuffix(".scale") for name in tables if name.endswith(".scale")
     }:
         raise InputError(f"{reference} is the reference of another model; run `quest-deploy reference` again")
@@ -127,11 +127,11 @@ def verify_engine(
     wrong = _check_buckets(build, lowered, info.scheme)
     codes: dict[str, list[list[CodeMismatches]]] = {}
     errors: dict[str, list[NDArray[np.float32]]] = {}
-    total = len(info.sites) + len(info.layers)
+    total = len(info.sites) + len(info.layers) + len(info.products)
     for i, site in enumerate(info.sites):
         codes[site] = _check_codes(build, lowered, info, site, records, tables)
         on_progress("sites", i + 1, total)
-    for i, layer in enumerate(info.layers):
+    for i, layer in enumerate((*info.layers, *info.products)):
         errors[layer] = _check_layer(build, lowered, info, layer, records)
         on_progress("layers", len(info.sites) + i + 1, total)
     end_to_end = _check_end_to_end(backend, engine, records)
@@ -172,32 +172,44 @@ def _check_codes(
     expected = [{entry.codes: r.tensors[f"site.{site}.codes"]} for r in records]
     results = []
     for record, (mine, theirs) in zip(records, build.run(cut_codes(lowered, info, site), feeds, expected), strict=True):
-        ratio = _ratio(record.tensors[f"site.{site}.x"], record.tensors["bucket"], tables, site)
+        ratio = _ratio(record.tensors[f"site.{site}.x"], record.tensors["bucket"], tables, entry)
         rows = range(len(ratio))
         results.append([compare_codes(mine[entry.codes][i], theirs[entry.codes][i], ratio[i]) for i in rows])
     return results
 
 
-def _ratio(x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: str) -> NDArray[np.float32]:
-    scale, channel = tables[f"{site}.scale"], tables[f"{site}.channel"]
-    axis = 1 if x.ndim == 4 else x.ndim - 1
-    step = scale[bucket].reshape(-1, *[1] * (x.ndim - 1)) * channel.reshape(-1, *[1] * (x.ndim - 1 - axis))
-    result: NDArray[np.float32] = x / step
+def _ratio(x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: SiteInfo) -> NDArray[np.float32]:
+    shape = [len(x), *[1] * (x.ndim - 1)]
+    if site.integer:
+        channel = tables[f"{site.name}.channel"].reshape(-1, *[1] * (x.ndim - 1 - site.axis))
+    else:
+        shape[site.axis], channel = -1, np.ones(1, np.float32)
+    result: NDArray[np.float32] = x / (tables[f"{site.name}.scale"][bucket].reshape(shape) * channel)
     return result
 
 
 def _check_layer(
     build: _CutBuilder, lowered: ir.Model, info: GraphInfo, layer: str, records: list[Record]
 ) -> list[NDArray[np.float32]]:
-    entry = info.layers[layer]
-    source = info.sites[entry.site].input
-    feeds = [
-        {source: r.tensors.get(f"site.{entry.site}.untied_x", r.tensors[f"site.{entry.site}.x"]), BUCKET: r.tensors["bucket"]}
-        for r in records
-    ]
-    expected = [{entry.output: r.tensors[f"layer.{layer}.y"]} for r in records]
-    pairs = build.run(cut_layer(lowered, info, layer), feeds, expected)
-    y, reference = (np.concatenate([pair[side][entry.output] for pair in pairs]) for side in (0, 1))
+    sites: tuple[str | None, ...]
+    sources: tuple[str, ...]
+    if layer in info.products:
+        product = info.products[layer]
+        output, cut, sites, sources = product.output, cut_product(lowered, info, layer), product.sites, product.inputs
+    else:
+        site = info.layers[layer].site
+        output, cut, sites, sources = info.layers[layer].output, cut_layer(lowered, info, layer), (site,), (info.sites[site].input,)
+
+    def operand(record: Record, index: int) -> NDArray[Any]:
+        name = sites[index]
+        if name is None:
+            return record.tensors[f"operand.{layer}.{index}"]
+        return record.tensors.get(f"site.{name}.untied_x", record.tensors[f"site.{name}.x"])
+
+    feeds = [{**{source: operand(r, i) for i, source in enumerate(sources)}, BUCKET: r.tensors["bucket"]} for r in records]
+    expected = [{output: r.tensors[f"layer.{layer}.y"]} for r in records]
+    pairs = build.run(cut, feeds, expected)
+    y, reference = (np.concatenate([pair[side][output] for pair in pairs]) for side in (0, 1))
     return np.split(layer_error(y, reference, 1 if y.ndim == 4 else y.ndim - 1), len(records))
 
 

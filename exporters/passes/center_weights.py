@@ -1,0 +1,62 @@
+"""Rewrite asymmetric weights, which imported checkpoints have, for runtimes whose integer layers want zero-points of zero.
+
+Needs: weights as UINT4 or UINT8 initializers read by DequantizeLinear with an explicit zero-point per output channel.
+Guarantees: no unsigned initializer is read by DequantizeLinear; the values are unchanged.
+
+1. UINT4: code - zero-point fits INT8, with zero-points of zero.
+2. UINT8, ``signed_zero_points=True``: code - 128 and zero-point - 128 as INT8.
+3. UINT8, ``signed_zero_points=False``: the weight itself in float, since code - zero-point needs nine bits; its layer runs in float.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from exporters.editor import Editor, array_of, replace_value
+
+UNSIGNED = (ir.DataType.UINT4, ir.DataType.UINT8)
+
+
+class CenterWeights(ir.passes.InPlacePass):
+    """See the module's docstring."""
+
+    def __init__(self, *, signed_zero_points: bool) -> None:
+        self.signed_zero_points = signed_zero_points
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        editor = Editor(model.graph)
+        nodes = [
+            node
+            for node in model.graph
+            if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].dtype in UNSIGNED
+        ]
+        for node in nodes:
+            self._rewrite(editor, node)
+        return ir.passes.PassResult(model, modified=bool(nodes))
+
+    def _rewrite(self, editor: Editor, node: ir.Node) -> None:
+        codes, scale, zero = (value for value in node.inputs if value is not None)
+        axis = node.attributes["axis"].as_int()
+        values, zeros = array_of(codes).astype(np.int16), array_of(zero).astype(np.int16)
+        shape = [1] * values.ndim
+        shape[axis] = -1
+        if codes.dtype is ir.DataType.UINT4:
+            centered, zeros = values - zeros.reshape(shape), np.zeros_like(zeros)
+        elif self.signed_zero_points:
+            centered, zeros = values - 128, zeros - 128
+        else:
+            weight = (values - zeros.reshape(shape)).astype(np.float32) * array_of(scale).reshape(shape)
+            replace_value(node.outputs[0], editor.constant(f"{codes.name}_float", weight.astype(np.float32)))
+            editor.graph.remove(node, safe=True)
+            _drop_unread(editor.graph, codes, scale, zero)
+            return
+        node.replace_input_with(0, editor.constant(f"{codes.name}_centered", centered.astype(np.int8)))
+        node.replace_input_with(2, editor.constant(f"{zero.name}_centered", zeros.astype(np.int8)))
+        _drop_unread(editor.graph, codes, zero)
+
+
+def _drop_unread(graph: ir.Graph, *values: ir.Value) -> None:
+    for value in values:
+        if not value.uses() and value.name is not None:
+            graph.initializers.pop(value.name, None)
