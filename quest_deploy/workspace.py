@@ -38,6 +38,8 @@ IMAGES = "images"
 _REPORTED_PACKAGES = (
     "torch", "diffusers", "nvidia-modelopt", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "polygraphy",
 )  # fmt: skip
+_BEFORE_FINETUNING = ("finetune", "sensitivity")
+"""The stages that read the calibrated checkpoint, finetuned or not."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Workspace:
             if problem:
                 raise InputError(f"{self.root / path} {problem}; run `{self._hint(stage)}` again")
         again = f"run `{self._hint(stage)}` again"
-        if "calibrate" in record.inputs and stage != "finetune" and self.checkpoint_stage not in record.inputs:
+        if "calibrate" in record.inputs and stage not in _BEFORE_FINETUNING and self.checkpoint_stage not in record.inputs:
             raise InputError(f"`{_command(stage)}` ran before `{self.checkpoint_stage}` made its checkpoint; {again}")
         for upstream, digest in record.inputs.items():
             if upstream in self.stages and self.require(upstream).digest != digest:

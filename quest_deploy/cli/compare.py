@@ -12,7 +12,7 @@ import typer
 
 from quest_deploy.cli.console import Console
 from quest_deploy.cli.options import DEFAULT_MODEL, JsonOption
-from quest_deploy.compare.cells import FLOAT_BITS, ROWS, SEEDS, Pipeline, all_cells
+from quest_deploy.compare.cells import ROWS, SEEDS, Pipeline, all_cells
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.models.registry import MODEL_NAMES, check_model_name
 
@@ -139,11 +139,8 @@ def _watching(console: Console, left: _TimeLeft, cells: int) -> Iterator[Watcher
 
 
 def _summary(result: Result) -> str:
-    quality, megabytes = result.quality, result.peak_memory_bytes / 1e6
-    return (
-        f"Frechet distance {quality.frechet_distance:.2f}, accuracy {quality.accuracy:.1%}, "
-        f"{sum(result.seconds.values()):.0f} s, {megabytes:.0f} MB"
-    )
+    distance, accuracy = result.quality.frechet_distance, result.quality.accuracy
+    return f"Frechet distance {distance:.2f}, accuracy {accuracy:.1%}, made in {result.total_seconds:.0f} s"
 
 
 def compare(
@@ -169,7 +166,7 @@ def compare(
 
     from quest_deploy.compare.campaign import compute
     from quest_deploy.compare.methods import definition_of
-    from quest_deploy.compare.plot import check_matplotlib, plot
+    from quest_deploy.compare.plot import plot
     from quest_deploy.compare.report import everything, markdown
     from quest_deploy.compare.results import load_result
     from quest_deploy.files import atomic_file, remove_temporaries
@@ -182,7 +179,6 @@ def compare(
         shown = {cell.name: results[cell] is not None for cell in chosen}
         console.result({"cells": shown}, *(f"{name}: {'measured' if done else 'not run'}" for name, done in shown.items()))
         return
-    check_matplotlib()
     missing = [cell for cell in chosen if results[cell] is None]
     remove_temporaries(folder / "cells")
     failures: dict[Cell, CellError] = {}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from quest_deploy.compare.results import Result, save_result
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from quest_deploy.compare.cells import Cell
 
@@ -56,7 +56,6 @@ def compute(
     *,
     jobs: int = 1,
     threads: int = 1,
-    command: Callable[[str, Cell, Path, int], list[str]] = worker_command,
 ) -> dict[Cell, CellError]:
     """Measure the cells in the order of ``definitions`` and save each result as soon as it is there.
 
@@ -77,7 +76,7 @@ def compute(
             async with gate:
                 watcher.started(cell)
                 try:
-                    measured = await _measure(command(model, cell, scratch, threads), scratch, cell, threads, watcher)
+                    measured = await _measure(worker_command(model, cell, scratch, threads), scratch, cell, threads, watcher)
                     result = Result.from_json(definition, measured)
                 except CellError as e:
                     failures[cell] = e

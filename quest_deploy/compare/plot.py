@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from itertools import pairwise
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from quest_deploy.compare.cells import ABLATIONS, MAIN_TABLES
 from quest_deploy.compare.report import entries_of
-from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_file
 
 if TYPE_CHECKING:
@@ -20,37 +20,26 @@ if TYPE_CHECKING:
     from quest_deploy.compare.report import Results
 
 
-def check_matplotlib() -> None:
-    """Raise InputError where no picture can be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as e:
-        raise InputError("the plot needs matplotlib; install it with `pip install -c constraints.txt '.[plot]'`") from e
+TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
+"""Of the axis of Fréchet distances, which is logarithmic and the same in all panels."""
 
 
 def plot(results: Results, seeds: Sequence[int], path: Path) -> None:
-    """Write the picture as a PNG; rows and cells that were not run are left out.
-
-    Raises:
-        InputError: matplotlib is missing.
-    """
-    check_matplotlib()
+    """Write the picture as a PNG; cells that were not run are left out, rows keep their place."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 15), layout="constrained")
+    figure = Figure(figsize=(16, 15), layout="constrained")
     FigureCanvasAgg(figure)
     columns = len(MAIN_TABLES)
     grid = figure.add_gridspec(4, columns, height_ratios=[2, 2, 1.6, 1.6])
-    axes: dict[str, Any] = {"distance": None, "epsilon": None}
+    first: Any = None
     for i, table in enumerate(MAIN_TABLES):
-        for row, (name, draw) in enumerate({"distance": _draw_distances, "epsilon": _draw_epsilon}.items()):
-            axes[name] = figure.add_subplot(grid[row, i], sharex=axes[name], sharey=axes[name])
-            draw(axes[name], table, results, seeds)
-    shared = None
+        _draw_distances(figure.add_subplot(grid[0, i]), table, results, seeds)
+        first = figure.add_subplot(grid[1, i], sharey=first)
+        _draw_epsilon(first, table, results, seeds)
     for i, table in enumerate(ABLATIONS):
-        shared = figure.add_subplot(grid[2 + i // columns, i % columns], sharex=shared)
-        _draw_distances(shared, table, results, seeds)
+        _draw_distances(figure.add_subplot(grid[2 + i // columns, i % columns]), table, results, seeds)
     with atomic_file(path) as temporary:
         # No software version and no date in the file: equal results give equal bytes.
         figure.savefig(temporary, dpi=100, format="png", metadata={"Software": None})
@@ -63,13 +52,13 @@ def _draw_distances(axes: Any, table: Table, results: Results, seeds: Sequence[i
         if distances:
             axes.plot(distances, [y] * len(distances), "o", color="tab:blue", alpha=0.5)
             axes.plot([float(np.mean(distances))], [y], "|", color="black", markersize=14)
-        else:
-            # Nowhere in particular, so that the row keeps its place.
-            axes.plot([math.nan], [y])
-    axes.set_yticks(range(len(entries)), [entry.label.replace(" (baseline)", "*") for entry in entries], fontsize=8)
+    axes.set_yticks(range(len(entries)), [fill(entry.label, 26) for entry in entries], fontsize=8)
     axes.set_ylim(len(entries) - 0.5, -0.5)
     axes.set_xscale("log")
-    axes.grid(visible=True, axis="x", which="both", alpha=0.3)
+    axes.set_xlim(TICKS[0], TICKS[-1])
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axes.minorticks_off()
+    axes.grid(visible=True, axis="x", alpha=0.3)
     axes.set_title(table.title if table in MAIN_TABLES else f"{table.bits.upper()}: {table.title}", fontsize=10)
     axes.set_xlabel("Fréchet distance (dots: seeds; bar: mean)", fontsize=8)
 
@@ -80,7 +69,7 @@ def _draw_epsilon(axes: Any, table: Table, results: Results, seeds: Sequence[int
             continue
         errors = np.asarray([result.quality.epsilon_mse for result in entry.found], dtype=np.float64).mean(0)
         edges = [0.0, *entry.found[0].definition["judged"]["bucket_edges"], 1000.0]
-        axes.plot([(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)], errors, ".-", label=entry.label)
+        axes.plot([(a + b) / 2 for a, b in pairwise(edges)], errors, ".-", label=entry.label)
     axes.set_yscale("log")
     axes.set_title(f"{table.title}: error of the prediction", fontsize=10)
     axes.set_xlabel("timestep", fontsize=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +17,12 @@ if TYPE_CHECKING:
     from quest_deploy.compare.results import Result
 
     Results = Mapping[Cell, Result | None]
+    Figure = Callable[[Result], float | None]
 
 NOT_RUN = "not run"
+DASH = "\N{EN DASH}"
+PARTS = (slice(10, 20), slice(1, 10), slice(0, 1))
+"""The buckets that a table's three columns of epsilon-MSE take the mean of: t from 500, from 50 to 500, below 50."""
 LIMIT_S = 300
 """What a cell may take; the report names those that took longer."""
 
@@ -49,22 +54,27 @@ def markdown(model: str, command: str, results: Results, seeds: Sequence[int]) -
     sampling = SamplingOptions()
     cells = {cell: result for cell, result in results.items() if cell.seed in seeds or cell.bits == FLOAT_BITS}
     missing = sum(result is None for result in cells.values())
+    images = f"{sampling.images} images, {sampling.steps}-step {sampling.scheduler.upper()}, guidance {sampling.guidance:g}"
+    intro = (
+        f"Model: {model}. Each figure is the mean over the seeds {', '.join(map(str, seeds))}, in brackets each seed's own value.",
+        "A seed draws the calibration trajectories, the values kept for the range search and the finetuning batches;",
+        f"the noise and the labels of the judged images are the same in all cells ({images}).",
+        f"ε-MSE is against FP32's predictions on {HELD_OUT_SAMPLES} of its own trajectories that no cell was calibrated on.",
+        "Seconds are those of making the model (recording trajectories, calibration, training) without judging it.",
+        "Peak memory is the process's in calibration and training, Python and its packages included.",
+        "Scales: what one activation scale covers, and the number of timestep buckets. The first and the last layer have 8 bits.",
+    )
     lines = [
         "# Methods compared",
         "",
-        f"Made by `{command}` from the files in `cells/`; the numbers are not edited by hand.",
+        f"Made by `{command}` from the files in `cells/`; no number is edited by hand.",
         "",
-        f"Model: {model}. Each figure is the mean over the seeds {', '.join(map(str, seeds))}, in brackets each seed's own value. A seed draws the",
-        "calibration trajectories, the values kept for the range search and the finetuning batches; the noise and labels of the judged images are",
-        f"the same in all cells ({sampling.images} images, {sampling.steps}-step {sampling.scheduler.upper()}, guidance {sampling.guidance:g}).",
-        f"ε-MSE: against FP32's predictions on {HELD_OUT_SAMPLES} of its own trajectories that no cell was calibrated on. Time: of making the model",
-        "(trajectories, calibration, training) without judging it. Memory: the peak of the process that made it, Python and its packages included.",
-        "Scales: what one activation scale covers, and the number of timestep buckets. Bits of the first and last layer are 8.",
+        *intro,
         "",
         f"{len(cells) - missing} of {len(cells)} cells are measured" + (f"; {missing} are {NOT_RUN}." if missing else "."),
         *_environments(cells),
         *_slow(cells),
-    ]  # fmt: skip
+    ]
     for table in MAIN_TABLES:
         lines += ["", f"## {table.title}", "", *_table("method", table, results, seeds)]
     for ablation in ABLATIONS:
@@ -93,7 +103,7 @@ def everything(model: str, command: str, results: Results, seeds: Sequence[int])
 
 def _table(first: str, table: Table, results: Results, seeds: Sequence[int]) -> list[str]:
     header = [
-        first, "scales", "q, k, v / softmax", "Fréchet distance", "accuracy", "pixel MSE",
+        first, "scales", "q, k, v / softmax", "Fréchet distance", "accuracy, %", "pixel MSE",
         "ε-MSE, t ≥ 500", "50 ≤ t < 500", "t < 50", "seconds", "peak memory",
     ]  # fmt: skip
     rows = [[entry.label, *_figures(entry, len(header) - 1)] for entry in entries_of(table, results, seeds)]
@@ -102,24 +112,24 @@ def _table(first: str, table: Table, results: Results, seeds: Sequence[int]) -> 
 
 def _figures(entry: Entry, columns: int) -> list[str]:
     if not entry.cells:
-        return [f"– ({ROWS[entry.key].elsewhere})", *["–"] * (columns - 1)]
+        return [f"{DASH} ({ROWS[entry.key].elsewhere})", *[DASH] * (columns - 1)]
     if not entry.found:
-        return [NOT_RUN] * columns
+        return [NOT_RUN, *[DASH] * (columns - 1)]
     return [
         *_settings(entry.found[0].definition["recipe"]),
         _values(entry.results, lambda r: r.quality.frechet_distance, "{:.2f}"),
-        _values(entry.results, lambda r: 100 * r.quality.accuracy, "{:.1f}") + " %",
+        _values(entry.results, lambda r: r.quality.accuracy, "{:.1f}", 100),
         _values(entry.results, lambda r: r.quality.pixel_mse, "{:.4f}"),
-        *(_mean(entry.found, lambda r, part=part: _epsilon(r, part), "{:.4f}") for part in (slice(10, 20), slice(1, 10), slice(0, 1))),
-        _mean(entry.found, lambda r: sum(r.seconds.values()), "{:.0f}"),
-        _mean(entry.found, lambda r: r.peak_memory_bytes / 1e6, "{:.0f} MB"),
+        *(_mean(entry.found, partial(_epsilon, buckets=part), "{:.4f}") for part in PARTS),
+        _mean(entry.found, lambda r: r.total_seconds, "{:.0f}"),
+        _mean(entry.found, lambda r: r.highest_memory, "{:.0f} MB", 1e-6),
     ]
 
 
 def _settings(recipe: dict[str, Any]) -> list[str]:
     """What one activation scale covers and the buckets; bits of q, k, v and of softmax."""
     if recipe["method"] == "float":
-        return ["–", "float"]
+        return [DASH, "float"]
     if recipe["method"] == "modelopt":
         return ["its own, 1", "float"]
     scheme = recipe["scheme"]
@@ -128,19 +138,23 @@ def _settings(recipe: dict[str, Any]) -> list[str]:
     return [f"{scheme['granularity'].replace('_', ' ')}, {len(scheme['bucket_edges']) + 1}", attention]
 
 
-def _values(results: Sequence[Result | None], figure: Callable[[Result], float], style: str) -> str:
+def _values(results: Sequence[Result | None], figure: Figure, style: str, factor: float = 1.0) -> str:
     """The mean, and in brackets each seed's value where there are several seeds."""
-    mean = _mean([result for result in results if result is not None], figure, style)
-    each = ", ".join(NOT_RUN if result is None else style.format(figure(result)) for result in results)
-    return f"{mean} ({each})" if len(results) > 1 else mean
+    mean = _mean([result for result in results if result is not None], figure, style, factor)
+    each = [NOT_RUN if result is None else _mean([result], figure, style, factor) for result in results]
+    return f"{mean} ({', '.join(each)})" if len(each) > 1 else mean
 
 
-def _mean(results: Sequence[Result], figure: Callable[[Result], float], style: str) -> str:
-    return style.format(float(np.mean([figure(result) for result in results])))
+def _mean(results: Sequence[Result], figure: Figure, style: str, factor: float = 1.0) -> str:
+    """The mean of ``figure`` times ``factor``; a dash where a result has none."""
+    values = [figure(result) for result in results]
+    known = [value for value in values if value is not None]
+    return style.format(factor * float(np.mean(known))) if len(known) == len(values) else DASH
 
 
-def _epsilon(result: Result, buckets: slice) -> float:
-    return float(np.mean([error for error in result.quality.epsilon_mse[buckets] if error is not None]))
+def _epsilon(result: Result, buckets: slice) -> float | None:
+    errors = [error for error in result.quality.epsilon_mse[buckets] if error is not None]
+    return float(np.mean(errors)) if errors else None
 
 
 def _bucket_table(table: Table, results: Results, seeds: Sequence[int]) -> list[str]:
@@ -150,7 +164,7 @@ def _bucket_table(table: Table, results: Results, seeds: Sequence[int]) -> list[
     edges = [0.0, *shown[0].found[0].definition["judged"]["bucket_edges"], 1000.0]
     rows = []
     for bucket in reversed(range(len(edges) - 1)):
-        errors = [_mean(entry.found, lambda r: _epsilon(r, slice(bucket, bucket + 1)), "{:.5f}") for entry in shown]  # noqa: B023
+        errors = [_mean(entry.found, partial(_epsilon, buckets=slice(bucket, bucket + 1)), "{:.5f}") for entry in shown]
         rows.append([f"{edges[bucket]:g} ≤ t < {edges[bucket + 1]:g}", *errors])
     return _markdown_table(["timestep", *(entry.label for entry in shown)], rows)
 

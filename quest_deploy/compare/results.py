@@ -26,8 +26,8 @@ class Result:
         definition: what its figures depend on (see ``quest_deploy.compare.methods.definition_of``).
         quality: its epsilon-MSE is over 20 equally wide buckets, whatever the cell's own scheme.
         seconds: of each stage of making the model.
+        peak_memory_bytes: of the process in each of these stages, the interpreter and its packages included.
         wall_seconds: of making and judging it.
-        peak_memory_bytes: of the process when the model was made, the interpreter and its packages included.
         notes: what the method tells beside.
         environment: threads, processor and package versions.
     """
@@ -35,10 +35,23 @@ class Result:
     definition: dict[str, Any]
     quality: Quality
     seconds: dict[str, float]
+    peak_memory_bytes: dict[str, int]
     wall_seconds: float
-    peak_memory_bytes: int
     notes: dict[str, Any]
     environment: dict[str, Any]
+
+    @property
+    def total_seconds(self) -> float:
+        """Of making the model."""
+        return sum(self.seconds.values())
+
+    @property
+    def highest_memory(self) -> int | None:
+        """The highest peak of calibration and training, in bytes; None where there was none.
+
+        Recording trajectories is left out: its peak depends on nothing but how many are recorded side by side.
+        """
+        return max((peak for stage, peak in self.peak_memory_bytes.items() if stage != "trajectories"), default=None)
 
     @classmethod
     def from_json(cls, definition: dict[str, Any], measured: dict[str, Any]) -> Result:
@@ -53,8 +66,8 @@ class Result:
             "definition": self.definition,
             "quality": self.quality.to_json(),
             "seconds": self.seconds,
-            "wall_seconds": self.wall_seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "wall_seconds": self.wall_seconds,
             "notes": self.notes,
             "environment": self.environment,
         }

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from quest_deploy.compare.cells import Cell
 from quest_deploy.engine.base import processor_name
 from quest_deploy.errors import QuestDeployError
-from quest_deploy.memory import peak_memory
 from quest_deploy.workspace import versions
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.models.registry import DiffusionModel
 
+
 def measure(model: DiffusionModel, cell: Cell, scratch: Path, report: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Make and judge ``cell``.
 
@@ -36,8 +36,8 @@ def measure(model: DiffusionModel, cell: Cell, scratch: Path, report: Callable[[
         scratch: a folder in which cells of one campaign share the float model's images.
 
     Returns:
-        A JSON value: "quality" (as :class:`quest_deploy.evaluate.Quality` has it), "seconds" by stage of making the model,
-        "peak_memory_bytes" of this process when it was made, before it was judged, "wall_seconds" with judging, "notes".
+        A JSON value: "quality" (as :class:`quest_deploy.evaluate.Quality` has it), "seconds" and "peak_memory_bytes" by stage of
+        making the model, "wall_seconds" with judging, "notes".
     """
     from quest_deploy.compare.methods import JUDGED_SCHEME, make
     from quest_deploy.evaluate import HELD_OUT_SAMPLES, HELD_OUT_SEED, SamplingOptions, assess, draw, epsilon_mse
@@ -45,7 +45,6 @@ def measure(model: DiffusionModel, cell: Cell, scratch: Path, report: Callable[[
 
     started = time.monotonic()
     made = make(cell, model, model.load_unet(), report)
-    memory = peak_memory()
     held_out = record_trajectories(
         model, model.load_unet(), steps=model.calibration_steps, samples=HELD_OUT_SAMPLES, seed=HELD_OUT_SEED
     )
@@ -54,8 +53,8 @@ def measure(model: DiffusionModel, cell: Cell, scratch: Path, report: Callable[[
     quality = assess(images, labels, fp32_images, epsilon_mse(made.denoise, held_out, JUDGED_SCHEME))
     return {
         "quality": quality.to_json(),
-        "seconds": made.seconds,
-        "peak_memory_bytes": memory,
+        "seconds": made.costs.seconds,
+        "peak_memory_bytes": made.costs.peak_memory,
         "wall_seconds": time.monotonic() - started,
         "notes": made.notes,
     }

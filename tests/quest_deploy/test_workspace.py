@@ -115,6 +115,14 @@ def test_the_checkpoint_to_deploy_is_the_finetuned_one_where_there_is_one(tmp_pa
     assert (workspace.checkpoint_stage, workspace.checkpoint_path.name) == ("finetune", "checkpoint.safetensors")
 
 
+def test_the_sensitivity_of_the_calibrated_model_stays_up_to_date_after_finetuning(made: Workspace) -> None:
+    finish(made, "sensitivity", ("calibrate",))
+    assert made.require("sensitivity") == made.stages["sensitivity"]
+    finish(made, "calibrate", content="another", seed=1)
+    with pytest.raises(InputError, match=r"`sensitivity` ran on an older result of `calibrate`.*quest-deploy sensitivity -w"):
+        made.require("sensitivity")
+
+
 def test_the_manifest_says_what_made_each_stage(made: Workspace) -> None:
     entry = json.loads((made.root / MANIFEST).read_text())["stages"]["finetune"]
     assert {"quest-deploy", "time", "python", "platform", "onnx"} <= entry["made"].keys()
