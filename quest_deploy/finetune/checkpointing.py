@@ -1,0 +1,37 @@
+"""Gradient checkpointing for attention whose products are quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from quest_deploy.quant.prepare import ExplicitAttention
+
+
+class HeadwiseAttention(ExplicitAttention):
+    """:class:`ExplicitAttention`, one head after another, each computed again in the backward pass.
+
+    Quantized attention materializes its scores, and its quantizers keep several tensors of their shape [B, heads, tokens, tokens]:
+    at 4096 tokens, 8 heads and batch 4 each takes 2 GiB. Here only those of one head exist at a time.
+    """
+
+    def attend(self, attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        attend = super().attend
+        if not torch.is_grad_enabled():
+            return attend(attn, q, k, v, mask)
+        masks = [None] * attn.heads if mask is None else mask.split(1, dim=1)
+        heads = zip(*(x.split(1, dim=1) for x in (q, k, v)), masks, strict=True)
+        return torch.cat([checkpoint(attend, attn, *head, use_reentrant=False) for head in heads], dim=1)
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Let the blocks of a prepared diffusers model, and the heads of its quantized attention, run again in the backward pass."""
+    checkpointed: Any = model
+    checkpointed.enable_gradient_checkpointing()
+    for module in model.modules():
+        attention: Any = module
+        if isinstance(getattr(module, "processor", None), ExplicitAttention):
+            attention.set_processor(HeadwiseAttention(attention.processor.scale))
