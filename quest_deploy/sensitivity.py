@@ -6,6 +6,7 @@ trains, and the few other layers that make most of the error, which are left to 
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -18,9 +19,10 @@ from torch import nn
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.quant.affine import bucket_of
 from quest_deploy.quant.model import QuantizedModel
+from quest_deploy.quant.prepare import prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -30,10 +32,11 @@ if TYPE_CHECKING:
 
 FORMAT = "quest-deploy sensitivity"
 VERSION = 1
-TEMPORAL, OTHER = "time_emb_proj", "other"
+TEMPORAL, PRODUCTS, OTHER = "time_emb_proj", "attention products", "other"
 SENSITIVE_SHARE = 0.5
 _GROUPS = {
     TEMPORAL: ("*.time_emb_proj",),
+    PRODUCTS: ("*.scores", "*.mix"),
     "attn2": ("*.attn2.*",),
     "attn1.to_q/k/v": tuple(f"*.{attention}.to_{x}" for attention in ("attn1", "attentions.*") for x in "qkv"),
     "attn1.to_out": ("*.attn1.to_out.*", "*.attentions.*.to_out.*"),
@@ -57,7 +60,7 @@ def group_of(layer: str) -> str:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What quantizing one layer alone does to the model's output.
+    """What quantizing one layer alone, or one product of attention, does to the model's output.
 
     Attributes:
         layer: its module path.
@@ -126,14 +129,14 @@ def _layer_from_json(entry: dict[str, Any]) -> LayerSensitivity:
 def select_sensitive(report_json: dict[str, Any]) -> tuple[str, ...]:
     """The layers for stage 2 of QuEST, in execution order, from a report as :meth:`Sensitivity.to_json` writes it.
 
-    The rule: leave out the time-embedding projections, since stage 1 trains them; of the rest, take the layers with the largest
-    ``mse`` until they make at least half of the rest's summed ``mse``. That is the smallest such set. Of equal layers the earlier
-    one is taken; where no layer makes any error, none is.
+    The rule: leave out the time-embedding projections, since stage 1 trains them, and attention's products, which have no weights
+    to train; of the rest, take the layers with the largest ``mse`` until they make at least half of the rest's summed ``mse``. That
+    is the smallest such set. Of equal layers the earlier one is taken; where no layer makes any error, none is.
 
     Raises:
         InputError: the report is damaged, or of another kind or version.
     """
-    rest = [layer for layer in Sensitivity.from_json(report_json).layers if layer.group != TEMPORAL]
+    rest = [layer for layer in Sensitivity.from_json(report_json).layers if layer.group not in (TEMPORAL, PRODUCTS)]
     wanted = SENSITIVE_SHARE * math.fsum(layer.mse for layer in rest)
     chosen: list[LayerSensitivity] = []
     for layer in sorted(rest, key=lambda layer: -layer.mse):
@@ -154,7 +157,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Quantize one layer at a time, its weight and its input, and compare the model's output with the float one's.
 
-    Every layer costs one pass over ``samples`` samplings; nothing of one pass is used in the next.
+    A product inside attention counts as a layer: its operands are quantized. Every layer costs one pass over ``samples`` samplings;
+    nothing of one pass is used in the next.
 
     Args:
         unet: the float model that ``calibrated`` was made from; not changed.
@@ -173,17 +177,18 @@ def measure_sensitivity(
     inputs = list(_batches(recorded, batch))
     buckets = bucket_of(torch.cat([x["timestep"] for x in inputs]), torch.tensor(calibrated.scheme.bucket_edges)).numpy()
     count = calibrated.scheme.buckets
-    expected = [unet(**x, return_dict=False)[0] for x in inputs]
+    float_model = prepare(copy.deepcopy(unet), calibrated.architecture.split_shortcuts, calibrated.architecture.attention)
+    expected = [float_model(**x, return_dict=False)[0] for x in inputs]
     power = _mean_by_bucket([_mean_square(y) for y in expected], buckets, count)
     model = QuantizedModel.from_checkpoint(calibrated).eval()
-    quantized = model.quantized_layers()
+    quantized = {**model.quantized_layers(), **model.quantized_products()}
     for name in quantized:
-        model.model.set_submodule(name, unet.get_submodule(name))
+        model.model.set_submodule(name, float_model.get_submodule(name))
     layers = []
-    for i, (name, layer) in enumerate(quantized.items()):
-        model.model.set_submodule(name, layer)
+    for i, name in enumerate(_in_execution_order(float_model, quantized, inputs[0])):
+        model.model.set_submodule(name, quantized[name])
         errors = [_mean_square(model(**x) - y) for x, y in zip(inputs, expected, strict=True)]
-        model.model.set_submodule(name, unet.get_submodule(name))
+        model.model.set_submodule(name, float_model.get_submodule(name))
         layers.append(_layer_sensitivity(name, _mean_by_bucket(errors, buckets, count), power))
         on_progress("layers", i + 1, len(quantized))
     return Sensitivity(calibrated.model, calibrated.scheme.name, recorded.sample.shape[1], tuple(layers))
@@ -195,6 +200,17 @@ def _batches(trajectories: Trajectories, size: int) -> Iterator[dict[str, Tensor
     rows = torch.arange(steps * samples)
     for part in rows.split(size):
         yield trajectories.inputs(part // samples, part % samples)
+
+
+def _in_execution_order(model: nn.Module, names: Iterable[str], inputs: dict[str, Tensor]) -> list[str]:
+    order: list[str] = []
+    handles = [model.get_submodule(name).register_forward_hook(lambda *_, name=name: order.append(name)) for name in names]
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
 
 
 def _mean_square(x: Tensor) -> NDArray[np.float64]:

@@ -65,9 +65,9 @@ def _draw(axes: Axes, layers: tuple[LayerSensitivity, ...], chosen: Collection[s
 
 
 def _colors() -> dict[str, str]:
-    """Twelve hues that stay apart, and grey for the rest."""
+    """Hues that stay apart, and grey for the rest."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    hues = [to_hex(colormaps["tab20"](i)) for i in (6, 4, 0, 1, 2, 8, 16, 10, 12, 18, 3, 5, 14)]
+    hues = [to_hex(colormaps["tab20"](i)) for i in (6, 9, 4, 0, 1, 2, 8, 16, 10, 12, 18, 3, 5, 14)]
     return dict(zip(GROUPS, hues, strict=True))

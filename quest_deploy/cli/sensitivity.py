@@ -84,7 +84,7 @@ def describe(workspace: Workspace, details: dict[str, Any]) -> str:
         "",
         table(["kind", "layers", "summed e-MSE", "share"], kinds),
         "",
-        f"picked for stage 2: {len(selected)} layers, which make half of the summed e-MSE without the time-embedding projections",
+        f"picked for stage 2: {len(selected)} layers, which make half of the summed e-MSE of all but time_emb_proj and products",
         f"{workspace.path(REPORTS, SENSITIVITY)}, {workspace.path(IMAGES, 'sensitivity.png')}",
     ])  # fmt: skip
 

@@ -14,8 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.sensitivity import OTHER, LayerSensitivity, Sensitivity, group_of, measure_sensitivity, select_sensitive
-from tests.helpers import numpy_layer
+from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
+from quest_deploy.quant.prepare import prepare
+from quest_deploy.scheme import Scheme
+from quest_deploy.sensitivity import OTHER, PRODUCTS, LayerSensitivity, Sensitivity, group_of, measure_sensitivity, select_sensitive
+from tests.helpers import numpy_layer, of_sample
 from tests.quest_deploy.support import strict_json
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from quest_deploy.checkpoint import Checkpoint
+    from quest_deploy.checkpoint import Checkpoint, SiteData
     from quest_deploy.trajectories import Trajectories
 
 
@@ -74,6 +77,57 @@ def test_a_layers_figure_is_the_error_of_the_float_model_with_that_layer_quantiz
     assert found.bucket_relative_mse == pytest.approx(relative, rel=1e-3)
     assert found.mse == pytest.approx(np.mean(expected), rel=1e-3)
     assert found.relative_mse == pytest.approx(np.mean(relative), rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def full(mini_unet: nn.Module, mini_trajectories: Trajectories) -> tuple[Checkpoint, Sensitivity]:
+    """All that can be quantized: attention's products, softmax, both halves of the shortcuts."""
+    scheme = Scheme.parse("w4a4", buckets=3, attention_bits=4, softmax_bits=8, split_shortcuts=True)
+    checkpoint = calibrate("mini", mini_unet, mini_trajectories, scheme, CalibrationOptions())
+    return checkpoint, measure_sensitivity(mini_unet, checkpoint, mini_trajectories, samples=2, batch=12)
+
+
+def test_products_and_halves_of_shortcuts_are_measured_where_they_run(full: tuple[Checkpoint, Sensitivity]) -> None:
+    checkpoint, measured = full
+    names = [x.layer for x in measured.layers]
+    assert sorted(names) == sorted([*checkpoint.layers, *checkpoint.products])
+    attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    start = names.index(f"{attention}.to_q")
+    parts = ("to_q", "to_k", "to_v", "scores", "mix", "to_out.0")
+    assert names[start : start + 6] == [f"{attention}.{part}" for part in parts]
+    shortcut = "up_blocks.0.resnets.0.conv_shortcut"
+    assert names.index(f"{shortcut}.second") == names.index(f"{shortcut}.first") + 1
+    assert all(x.mse > 0 for x in measured.layers)
+    assert {x.group for x in measured.layers if x.layer in checkpoint.products} == {PRODUCTS}
+
+
+def test_a_products_figure_is_the_error_of_quantizing_its_operands(
+    full: tuple[Checkpoint, Sensitivity], mini_unet: nn.Module, mini_trajectories: Trajectories
+) -> None:
+    checkpoint, measured = full
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.mix"
+    tables = [checkpoint.sites[site] for site in checkpoint.products[name].sites]
+    model = prepare(copy.deepcopy(mini_unet), {}, checkpoint.architecture.attention)
+    inputs = next(mini_trajectories.first(2).batches(2))
+    bucket = np.full(2, checkpoint.scheme.bucket_of(float(inputs["timestep"][0])))
+
+    def operand(site: SiteData, x: torch.Tensor) -> torch.Tensor:
+        codes = np.rint(x.numpy() / of_sample(site.scale, bucket, 4))
+        return torch.from_numpy(codes.clip(*(of_sample(table, bucket, 4) for table in (site.low, site.high))) * site.scale[bucket[0]])
+
+    model.get_submodule(name).register_forward_hook(lambda _, args, __: operand(tables[0], args[0]) @ operand(tables[1], args[1]))
+    (found,) = (x for x in measured.layers if x.layer == name)
+    errors = [
+        (model(**step, return_dict=False)[0] - mini_unet(**step, return_dict=False)[0]).square().mean().item()
+        for step in itertools.islice(mini_trajectories.first(2).batches(2), 2)  # the two steps of the last bucket
+    ]
+    assert found.bucket_mse[2] == pytest.approx(np.mean(errors), rel=1e-2)
+
+
+def test_products_are_never_selected(full: tuple[Checkpoint, Sensitivity]) -> None:
+    checkpoint, measured = full
+    assert select_sensitive(report(attn__mix=100.0, conv_in=1.0)) == ("conv_in",)
+    assert set(select_sensitive(measured.to_json())) <= checkpoint.layers.keys()
 
 
 def test_every_layer_is_measured_in_execution_order(measured: Sensitivity, mini_checkpoint: Checkpoint) -> None:
@@ -226,6 +280,9 @@ def test_selected_layers_come_in_execution_order_and_the_earlier_of_equals() -> 
         ("conv_in", "conv_in/conv_out"),
         ("conv_out", "conv_in/conv_out"),
         ("time_embedding.linear_2", "time_embedding"),
+        ("mid_block.attentions.0.transformer_blocks.0.attn2.scores", PRODUCTS),
+        ("mid_block.attentions.0.mix", PRODUCTS),
+        ("up_blocks.1.resnets.2.conv_shortcut.second", "resnets.conv_shortcut"),
         ("something.else", OTHER),
     ],
 )
