@@ -47,7 +47,9 @@ def test_a_baseline_is_shown_in_every_table_that_has_it(result: MakeResult) -> N
 def test_what_was_not_run_is_said_to_be_not_run(result: MakeResult) -> None:
     rows = lines(nothing(), "W8A8")
     assert {cells[0] for label, cells in rows.items() if label not in ("method", "---")} == {"not run"}
-    assert f"0 of {len(all_cells())} cells are measured; {len(all_cells())} are not run." in markdown("tiny", COMMAND, nothing(), [0, 1, 2])
+    assert f"0 of {len(all_cells())} cells are measured; {len(all_cells())} are not run." in markdown(
+        "tiny", COMMAND, nothing(), [0, 1, 2]
+    )
 
 
 def test_a_method_that_does_not_exist_at_some_bits_says_why(result: MakeResult) -> None:
