@@ -43,14 +43,12 @@ class Pipeline:
     Attributes:
         scheme: of ``Scheme.parse``.
         calibration: of ``CalibrationOptions``.
-        reconstruction: of ``ReconstructOptions`` (Q-Diffusion); None leaves the stage out.
         sensitivity: of ``measure_sensitivity``, whose report then picks what stage 2 trains; None leaves that to ``finetuning``.
         finetuning: of ``FinetuneOptions`` (QuEST); None leaves the stage out.
     """
 
     scheme: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
-    reconstruction: Mapping[str, Any] | None = None
     sensitivity: Mapping[str, Any] | None = None
     finetuning: Mapping[str, Any] | None = None
 
@@ -104,7 +102,6 @@ ROWS: dict[str, Row] = {
     "ptq-l2.4": Row(Pipeline(STATIC, {"method": "l2.4"}), MAIN_BITS),
     "modelopt": Row(ModelOpt("INT8_DEFAULT_CFG"), ("w8a8",), _NO_INTEGERS),
     "modelopt-smoothquant": Row(ModelOpt("INT8_SMOOTHQUANT_CFG"), ("w8a8",), _NO_INTEGERS),
-    "qdiff": Row(Pipeline({**STATIC, "split_shortcuts": True}, {"method": "l2.4"}, reconstruction={}), MAIN_BITS),
     "quest": Row(Pipeline(finetuning={}), MAIN_BITS),
     "quest-k1": _quest({"buckets": 1}),
     "quest-k5": _quest({"buckets": 5}),
@@ -119,9 +116,7 @@ ROWS: dict[str, Row] = {
     "quest-all-layers": _quest(sensitive_layers=("*",)),
     "quest-attention8": _quest({"attention_bits": 8, "softmax_bits": 8}),
     "quest-attention4": _quest({"attention_bits": 4, "softmax_bits": 8}),
-    "quest-from-qdiff": Row(Pipeline(reconstruction={}, finetuning={})),
     "ptq-folded": Row(Pipeline()),
-    "qdiff-folded": Row(Pipeline(reconstruction={})),
 }
 _METHODS = {
     "fp32": "FP32",
@@ -129,7 +124,6 @@ _METHODS = {
     "ptq-l2.4": "PTQ, L2.4",
     "modelopt": "PTQ, modelopt INT8",
     "modelopt-smoothquant": "PTQ, modelopt INT8 SmoothQuant",
-    "qdiff": "Q-Diffusion",
     "quest": "QuEST",
 }
 MAIN_TABLES = tuple(Table(bits.upper(), bits, _METHODS) for bits in MAIN_BITS)
@@ -140,7 +134,7 @@ ABLATIONS = (
         {"quest-k1": "1 bucket", "quest-k5": "5", "quest-k10": "10", "quest": "20 (baseline)", "quest-k50": "50"},
     ),
     Table(
-        f"Stages ({STEPS} steps in each row)",
+        f"Stages ({STEPS} steps in every finetuned row)",
         ABLATION_BITS,
         {
             "ptq-folded": "none (PTQ)",
@@ -179,8 +173,6 @@ ABLATIONS = (
         {
             "ptq-folded": "PTQ, not finetuned",
             "quest": "PTQ, finetuned (baseline)",
-            "qdiff-folded": "Q-Diffusion, not finetuned",
-            "quest-from-qdiff": "Q-Diffusion, finetuned",
         },
     ),
 )
