@@ -67,8 +67,9 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
     free = [site.name for site in checkpoint.sites.values() if not isinstance(site, SiteData)]
     weights, macs = checkpoint.share_at(4)
     content = {
-        "kind": "checkpoint", "model": checkpoint.model, "scheme": checkpoint.scheme.to_json(), "layers": layers,
-        "products": products, "float_sites": free, "sites": len(checkpoint.sites), "provenance": checkpoint.provenance, "bytes": path.stat().st_size,
+        "kind": "checkpoint", "model": checkpoint.model, "scheme": checkpoint.scheme.to_json(),
+        "layers": layers, "products": products, "float_sites": free, "sites": len(checkpoint.sites),
+        "provenance": checkpoint.provenance, "bytes": path.stat().st_size,
         "weights_at_4_bits": weights, "macs_at_4_bits": macs,
     }  # fmt: skip
     rows = [

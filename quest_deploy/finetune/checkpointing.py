@@ -1,7 +1,8 @@
-"""Gradient checkpointing for attention whose products are quantized."""
+"""Gradient checkpointing: what a block keeps for the backward pass is computed again there."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +28,18 @@ class HeadwiseAttention(ExplicitAttention):
         return torch.cat([checkpoint(attend, attn, *head, use_reentrant=False) for head in heads], dim=1)
 
 
+CHECKPOINTED = ("ResnetBlock2D", "Transformer2DModel", "Upsample2D", "Downsample2D")
+"""The diffusers blocks that run again; what their quantizers keep for the backward pass is most of a step's memory."""
+
+
 def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Let the blocks of a prepared diffusers model, and the heads of its quantized attention, run again in the backward pass."""
-    checkpointed: Any = model
-    checkpointed.enable_gradient_checkpointing()
+    """Let the blocks of a prepared diffusers model, and the heads of its quantized attention, run again in the backward pass.
+
+    diffusers' own switch leaves out what surrounds a transformer's blocks, and the resampling.
+    """
     for module in model.modules():
-        attention: Any = module
-        if isinstance(getattr(module, "processor", None), ExplicitAttention):
-            attention.set_processor(HeadwiseAttention(attention.processor.scale))
+        block: Any = module
+        if type(module).__name__ in CHECKPOINTED:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        elif isinstance(getattr(module, "processor", None), ExplicitAttention):
+            block.set_processor(HeadwiseAttention(block.processor.scale))

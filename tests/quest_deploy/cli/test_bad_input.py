@@ -152,6 +152,16 @@ def test_inspecting_a_truncated_file_is_one_message(workspace: Path, name: str) 
     assert str(path) in ended.message
 
 
+def test_inspecting_an_edited_manifest_says_how_to_go_on(workspace: Path) -> None:
+    manifest = read_json(workspace / MANIFEST)
+    manifest["stages"]["calibrate"]["inputs"] = {"finetune": "0"}
+    write_json(workspace / MANIFEST, manifest)
+    ended = cli("inspect", workspace)
+    assert ended.code == 2
+    assert str(workspace / MANIFEST) in ended.message
+    assert "restore it from a copy, or start a new workspace with -w" in ended.message
+
+
 def test_inspecting_an_engine_of_another_kind_is_one_message(workspace: Path) -> None:
     content = read_json(workspace / "engines/openvino/engine.json")
     write_json(workspace / "engines/openvino/engine.json", {"format": content["format"], "version": content["version"]})
