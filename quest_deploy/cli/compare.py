@@ -114,7 +114,7 @@ class _TimeLeft:
         if taken := self._taken.get(cell.row):
             return sum(taken) / len(taken)
         recipe = ROWS[cell.row].recipe
-        trained = isinstance(recipe, Pipeline) and recipe.finetuning is not None
+        trained = isinstance(recipe, Pipeline) and (recipe.finetuning is not None or recipe.reconstruction is not None)
         return _SECONDS_TRAINED if trained else _SECONDS_CALIBRATED
 
 

@@ -43,12 +43,14 @@ class Pipeline:
     Attributes:
         scheme: of ``Scheme.parse``.
         calibration: of ``CalibrationOptions``.
+        reconstruction: of ``ReconstructOptions`` (Q-Diffusion); None leaves the stage out.
         sensitivity: of ``measure_sensitivity``, whose report then picks what stage 2 trains; None leaves that to ``finetuning``.
         finetuning: of ``FinetuneOptions`` (QuEST); None leaves the stage out.
     """
 
     scheme: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    reconstruction: Mapping[str, Any] | None = None
     sensitivity: Mapping[str, Any] | None = None
     finetuning: Mapping[str, Any] | None = None
 
@@ -102,6 +104,7 @@ ROWS: dict[str, Row] = {
     "ptq-l2.4": Row(Pipeline(STATIC, {"method": "l2.4"}), MAIN_BITS),
     "modelopt": Row(ModelOpt("INT8_DEFAULT_CFG"), ("w8a8",), _NO_INTEGERS),
     "modelopt-smoothquant": Row(ModelOpt("INT8_SMOOTHQUANT_CFG"), ("w8a8",), _NO_INTEGERS),
+    "qdiff": Row(Pipeline({**STATIC, "split_shortcuts": True}, {"method": "l2.4"}, reconstruction={}), MAIN_BITS),
     "quest": Row(Pipeline(finetuning={}), MAIN_BITS),
     "quest-k1": _quest({"buckets": 1}),
     "quest-k5": _quest({"buckets": 5}),
@@ -116,7 +119,9 @@ ROWS: dict[str, Row] = {
     "quest-all-layers": _quest(sensitive_layers=("*",)),
     "quest-attention8": _quest({"attention_bits": 8, "softmax_bits": 8}),
     "quest-attention4": _quest({"attention_bits": 4, "softmax_bits": 8}),
+    "quest-from-qdiff": Row(Pipeline(reconstruction={}, finetuning={})),
     "ptq-folded": Row(Pipeline()),
+    "qdiff-folded": Row(Pipeline(reconstruction={})),
 }
 _METHODS = {
     "fp32": "FP32",
@@ -124,6 +129,7 @@ _METHODS = {
     "ptq-l2.4": "PTQ, L2.4",
     "modelopt": "PTQ, modelopt INT8",
     "modelopt-smoothquant": "PTQ, modelopt INT8 SmoothQuant",
+    "qdiff": "Q-Diffusion",
     "quest": "QuEST",
 }
 MAIN_TABLES = tuple(Table(bits.upper(), bits, _METHODS) for bits in MAIN_BITS)
@@ -173,6 +179,8 @@ ABLATIONS = (
         {
             "ptq-folded": "PTQ, not finetuned",
             "quest": "PTQ, finetuned (baseline)",
+            "qdiff-folded": "Q-Diffusion, not finetuned",
+            "quest-from-qdiff": "Q-Diffusion, finetuned",
         },
     ),
 )

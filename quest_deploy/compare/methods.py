@@ -18,6 +18,7 @@ from quest_deploy.memory import peak_memory, reset_peak_memory
 from quest_deploy.models.tiny import ASSETS
 from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
 from quest_deploy.quant.model import QuantizedModel
+from quest_deploy.quant.reconstruct import ReconstructOptions, reconstruct
 from quest_deploy.sampling import float_denoiser
 from quest_deploy.scheme import Scheme
 from quest_deploy.sensitivity import measure_sensitivity, select_sensitive
@@ -94,12 +95,13 @@ def _recipe_of(cell: Cell, model: DiffusionModel) -> dict[str, Any]:
     if isinstance(recipe, ModelOpt):
         calibration = {"samples": MODELOPT_SAMPLES, "batch": MODELOPT_BATCH}
         return {"method": "modelopt", "config": recipe.config, "trajectories": recorded, "calibration": calibration}
-    finetuning = _finetuning(cell, recipe, model)
+    reconstruction, finetuning = _reconstruction(cell, recipe), _finetuning(cell, recipe, model)
     return {
         "method": "quest-deploy",
         "trajectories": recorded,
         "scheme": _scheme(cell, recipe).to_json(),
         "calibration": dataclasses.asdict(_calibration(cell, recipe)),
+        "reconstruction": reconstruction and dataclasses.asdict(reconstruction),
         "sensitivity": recipe.sensitivity,
         "finetuning": finetuning and dataclasses.asdict(finetuning),
     }
@@ -128,6 +130,10 @@ def _calibration(cell: Cell, recipe: Pipeline) -> CalibrationOptions:
     return CalibrationOptions(RangeMethod(given.pop("method", RangeMethod.MSE)), seed=cell.seed, **given)
 
 
+def _reconstruction(cell: Cell, recipe: Pipeline) -> ReconstructOptions | None:
+    return None if recipe.reconstruction is None else ReconstructOptions(seed=cell.seed, **recipe.reconstruction)
+
+
 def _finetuning(cell: Cell, recipe: Pipeline, model: DiffusionModel) -> FinetuneOptions | None:
     if recipe.finetuning is None:
         return None
@@ -142,6 +148,9 @@ def _make_pipeline(recipe: Pipeline, cell: Cell, model: DiffusionModel, unet: nn
         trajectories = _record(cell, model, unet, scheme, report)
     with costs.stage("calibration"):
         checkpoint = calibrate(model.name, unet, trajectories, scheme, _calibration(cell, recipe), report)
+    if (reconstruction := _reconstruction(cell, recipe)) is not None:
+        with costs.stage("reconstruction"):
+            checkpoint = reconstruct(unet, checkpoint, trajectories, reconstruction, report)
     if (finetuning := _finetuning(cell, recipe, model)) is not None:
         if recipe.sensitivity is not None:
             with costs.stage("sensitivity"):

@@ -75,7 +75,7 @@ def test_a_row_differs_from_the_baseline_in_what_its_table_is_about(definitions:
             f"{stage}.{name}": value
             for stage in ("scheme", "calibration", "finetuning")
             for name, value in recipe[stage].items()
-        } | {stage: recipe[stage] is not None for stage in ("sensitivity",)}  # fmt: skip
+        } | {stage: recipe[stage] is not None for stage in ("reconstruction", "sensitivity")}  # fmt: skip
 
     baseline = options("quest")
 
@@ -90,3 +90,4 @@ def test_a_row_differs_from_the_baseline_in_what_its_table_is_about(definitions:
     assert differences("quest-all-layers") == {"finetuning.sensitive_layers"}
     assert differences("quest-auto-layers") == {"sensitivity"}
     assert differences("quest-attention4") == {"scheme.attention_bits", "scheme.softmax_bits"}
+    assert differences("quest-from-qdiff") == {"reconstruction"}
