@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 FORMAT = "quest-deploy sensitivity"
 VERSION = 1
 TEMPORAL, PRODUCTS, OTHER = "time_emb_proj", "attention products", "other"
-SENSITIVE_SHARE = 0.5
+SENSITIVE_SHARE = 0.8
+"""How much of the layers' error :func:`select_sensitive` wants to be trained away."""
 _GROUPS = {
     TEMPORAL: ("*.time_emb_proj",),
     PRODUCTS: ("*.scores", "*.mix"),
@@ -130,20 +131,24 @@ def select_sensitive(report_json: dict[str, Any]) -> tuple[str, ...]:
     """The layers for stage 2 of QuEST, in execution order, from a report as :meth:`Sensitivity.to_json` writes it.
 
     The rule: leave out the time-embedding projections, since stage 1 trains them, and attention's products, which have no weights
-    to train; of the rest, take the layers with the largest ``mse`` until they make at least half of the rest's summed ``mse``. That
-    is the smallest such set. Of equal layers the earlier one is taken; where no layer makes any error, none is.
+    to train. A layer's score is its share of the rest's summed error, bucket by bucket, averaged over the buckets: every timestep
+    counts the same, as it does in the finetuning's loss (in a plain sum the last step, t = 1, would outweigh all others). The
+    layers with the largest scores are taken until they make ``SENSITIVE_SHARE`` of the sum: the smallest such set. Of equal layers
+    the earlier one is taken; where no layer makes any error, none is.
 
     Raises:
         InputError: the report is damaged, or of another kind or version.
     """
     rest = [layer for layer in Sensitivity.from_json(report_json).layers if layer.group not in (TEMPORAL, PRODUCTS)]
-    wanted = SENSITIVE_SHARE * math.fsum(layer.mse for layer in rest)
-    chosen: list[LayerSensitivity] = []
-    for layer in sorted(rest, key=lambda layer: -layer.mse):
-        if math.fsum(x.mse for x in chosen) >= wanted:
-            break
-        chosen.append(layer)
-    return tuple(layer.layer for layer in rest if layer in chosen)
+    errors = np.asarray([[math.nan if e is None else e for e in layer.bucket_mse] for layer in rest], np.float64)
+    visited = errors[:, ~np.isnan(errors).any(0)] if rest else errors
+    totals = visited.sum(0)
+    scores = (visited[:, totals > 0] / totals[totals > 0]).sum(1) if (totals > 0).any() else np.zeros(len(rest))
+    order = np.argsort(-scores, kind="stable")
+    reached = np.cumsum(scores[order]) >= SENSITIVE_SHARE * scores.sum() * (1 - 1e-12)
+    count = int(reached.argmax()) + 1 if scores.any() else 0
+    chosen = set(order[:count].tolist())
+    return tuple(layer.layer for i, layer in enumerate(rest) if i in chosen)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
-"""Of the axis of Fréchet distances, which is logarithmic and the same in all panels."""
+"""Of the axis of Fréchet distances, which is logarithmic, the same in all panels, and reaches further where a result does."""
 
 
 def plot(results: Results, seeds: Sequence[int], path: Path) -> None:
@@ -55,7 +55,8 @@ def _draw_distances(axes: Any, table: Table, results: Results, seeds: Sequence[i
     axes.set_yticks(range(len(entries)), [fill(entry.label, 26) for entry in entries], fontsize=8)
     axes.set_ylim(len(entries) - 0.5, -0.5)
     axes.set_xscale("log")
-    axes.set_xlim(TICKS[0], TICKS[-1])
+    everywhere = [TICKS[0], TICKS[-1], *(result.quality.frechet_distance for result in results.values() if result is not None)]
+    axes.set_xlim(min(everywhere) / 1.1, max(everywhere) * 1.1)
     axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axes.minorticks_off()
     axes.grid(visible=True, axis="x", alpha=0.3)

@@ -116,7 +116,7 @@ def _figures(entry: Entry, columns: int) -> list[str]:
     if not entry.found:
         return [NOT_RUN, *[DASH] * (columns - 1)]
     return [
-        *_settings(entry.found[0].definition["recipe"]),
+        *_settings(entry.found[0]),
         _values(entry.results, lambda r: r.quality.frechet_distance, "{:.2f}"),
         _values(entry.results, lambda r: r.quality.accuracy, "{:.1f}", 100),
         _values(entry.results, lambda r: r.quality.pixel_mse, "{:.4f}"),
@@ -126,12 +126,14 @@ def _figures(entry: Entry, columns: int) -> list[str]:
     ]
 
 
-def _settings(recipe: dict[str, Any]) -> list[str]:
+def _settings(result: Result) -> list[str]:
     """What one activation scale covers and the buckets; bits of q, k, v and of softmax."""
+    recipe = result.definition["recipe"]
     if recipe["method"] == "float":
         return [DASH, "float"]
     if recipe["method"] == "modelopt":
-        return ["its own, 1", "float"]
+        layers, quantized = result.notes["layers"], result.notes["quantized_layers"]
+        return [f"its own, 1 ({quantized} of {layers} layers)", "float"]
     scheme = recipe["scheme"]
     bits = [scheme.get("attention_bits"), scheme.get("softmax_bits")]
     attention = "float" if bits == [None, None] else " / ".join("float" if b is None else str(b) for b in bits)

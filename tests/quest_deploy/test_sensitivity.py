@@ -238,24 +238,32 @@ def test_a_report_that_is_no_object_is_an_input_error(value: Any) -> None:
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=8))
-def test_the_selected_layers_are_the_smallest_set_with_half_of_the_error(errors: list[int]) -> None:
+def test_the_selected_layers_are_the_smallest_set_with_four_fifths_of_the_error(errors: list[int]) -> None:
     given_errors = {f"layer{i}": float(e) for i, e in enumerate(errors)}
     chosen = select_sensitive(report(**given_errors))
-    assert 2 * sum(given_errors[name] for name in chosen) >= sum(errors)
+    assert 5 * sum(given_errors[name] for name in chosen) >= 4 * sum(errors)
     for smaller in itertools.combinations(errors, max(len(chosen) - 1, 0)):
-        assert len(chosen) == 0 or 2 * sum(smaller) < sum(errors)
+        assert len(chosen) == 0 or 5 * sum(smaller) < 4 * sum(errors)
     assert len(chosen) == 0 or min(given_errors[name] for name in chosen) >= max(
         (e for name, e in given_errors.items() if name not in chosen), default=0
     )
 
 
 def test_the_time_embedding_projections_are_neither_selected_nor_counted() -> None:
-    found = select_sensitive(report(a__time_emb_proj=100.0, conv_in=1.0, conv_out=3.0, b__time_emb_proj=5.0, mid=2.0))
+    found = select_sensitive(report(a__time_emb_proj=100.0, conv_in=0.5, conv_out=8.0, b__time_emb_proj=5.0, mid=1.0))
     assert found == ("conv_out",)
 
 
 def test_selected_layers_come_in_execution_order_and_the_earlier_of_equals() -> None:
-    assert select_sensitive(report(a=1.0, b=2.0, c=3.0, d=2.0)) == ("b", "c")
+    assert select_sensitive(report(a=0.5, b=2.0, c=8.0, d=2.0)) == ("b", "c")
+
+
+def test_every_visited_bucket_counts_the_same_however_large_its_errors() -> None:
+    def layer(name: str, *errors: float | None) -> LayerSensitivity:
+        return LayerSensitivity(name, 1.0, 1.0, errors, errors)
+
+    layers = (layer("late", 100.0, 0.0, None), layer("early", 0.0, 0.01, None), layer("nowhere", 0.5, 0.0001, None))
+    assert select_sensitive(Sensitivity("tiny", "w4a4", 1, layers).to_json()) == ("late", "early")
 
 
 @pytest.mark.parametrize(

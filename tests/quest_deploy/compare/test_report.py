@@ -97,3 +97,9 @@ def test_equal_results_give_equal_pictures_and_other_results_another(tmp_path: P
     pictures = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png", "none.png")]
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_how_many_layers_modelopt_left_in_float_is_stated(result: MakeResult) -> None:
+    cell = Cell("modelopt", "w8a8", 0)
+    found = nothing() | {cell: result(cell, notes={"layers": 132, "quantized_layers": 125})}
+    assert lines(found, "W8A8")["PTQ, modelopt INT8"][0] == "its own, 1 (125 of 132 layers)"
