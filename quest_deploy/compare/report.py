@@ -132,8 +132,8 @@ def _settings(result: Result) -> list[str]:
     if recipe["method"] == "float":
         return [DASH, "float"]
     if recipe["method"] == "modelopt":
-        layers, quantized = result.notes["layers"], result.notes["quantized_layers"]
-        return [f"its own, 1 ({quantized} of {layers} layers)", "float"]
+        counts = [str(result.notes.get(name, "?")) for name in ("quantized_layers", "layers")]
+        return [f"its own, 1 ({' of '.join(counts)} layers)", "float"]
     scheme = recipe["scheme"]
     bits = [scheme.get("attention_bits"), scheme.get("softmax_bits")]
     attention = "float" if bits == [None, None] else " / ".join("float" if b is None else str(b) for b in bits)

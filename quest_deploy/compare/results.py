@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FORMAT = "quest-deploy comparison cell"
 VERSION = 1
+_REPAIR = "delete it and run `quest-deploy compare` again"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def load_result(folder: Path, cell: Cell, definition: dict[str, Any]) -> Result 
     path = cell_path(folder, cell)
     if not path.exists():
         return None
-    value = read_json(path)
+    value = read_json(path, repair=_REPAIR)
     try:
         header = {key: value.pop(key) for key in ("format", "version", "cell")}
         if header != {"format": FORMAT, "version": VERSION, "cell": cell.name}:
@@ -102,5 +103,5 @@ def load_result(folder: Path, cell: Cell, definition: dict[str, Any]) -> Result 
             raise ValueError("its definition is not the one that was hashed")
         result = Result.from_json(found, value)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise InputError(f"{path}: not a readable comparison cell ({e}); delete it and run `quest-deploy compare` again") from e
+        raise InputError(f"{path}: not a readable comparison cell ({e}); {_REPAIR}") from e
     return result if found == definition else None
