@@ -65,6 +65,8 @@ def sensitivity_stage(
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
     """The most sensitive layers and the kinds of layers as tables, and what stage 2 of finetuning would train."""
+    from quest_deploy.sensitivity import SENSITIVE_SHARE
+
     layers, selected = details["layers"], details["selected"]
     worst = [
         [x["layer"], x["group"], f"{x['mse']:.1e}", f"{x['relative_mse']:.1e}", "yes" if x["layer"] in selected else ""]
@@ -84,7 +86,8 @@ def describe(workspace: Workspace, details: dict[str, Any]) -> str:
         "",
         table(["kind", "layers", "summed e-MSE", "share"], kinds),
         "",
-        f"picked for stage 2: {len(selected)} layers, which make half of the summed e-MSE of all but time_emb_proj and products",
+        f"picked for stage 2: {len(selected)} layers, which make {SENSITIVE_SHARE:.0%} of the error of all but time_emb_proj and products, "
+        "every bucket counting the same",
         f"{workspace.path(REPORTS, SENSITIVITY)}, {workspace.path(IMAGES, 'sensitivity.png')}",
     ])  # fmt: skip
 
