@@ -300,18 +300,10 @@ class Quantized(Arithmetic):
 
     def layer(self, module: Any, x: Tensor, split: int = 0) -> Tensor:
         name = f"model.{module.path}"
-        if f"{name}.weight_quantizer_0.delta" in self.state:
-            half = self.state[f"{name}.weight_quantizer.alpha"].shape[1]
-            parts = [
-                (f"{name}.act_quantizer", f"{name}.weight_quantizer", slice(0, half)),
-                (f"{name}.act_quantizer_0", f"{name}.weight_quantizer_0", slice(half, None)),
-            ]
-        else:
-            parts = [(f"{name}.act_quantizer", f"{name}.weight_quantizer", slice(None))]
-        quantized = [self.quantize(activation, x[:, part] if split else x) for activation, _, part in parts]
-        weights = [self.round_weight(quantizer, module.weight[:, part]) for _, quantizer, part in parts]
-        axis = 1 if len(parts) > 1 else 0
-        y = compute(module, quantized[0] if axis == 0 else torch.cat(quantized, 1), torch.cat(weights, axis))
+        halves = [("", slice(0, split)), ("_0", slice(split, None))] if split else [("", slice(None))]
+        quantized = [self.quantize(f"{name}.act_quantizer{suffix}", x[:, half] if split else x) for suffix, half in halves]
+        weights = [self.round_weight(f"{name}.weight_quantizer{suffix}", module.weight[:, half]) for suffix, half in halves]
+        y = compute(module, torch.cat(quantized, 1), torch.cat(weights, 1)) if split else compute(module, quantized[0], weights[0])
         self.outputs[module.path] = y
         return y
 
@@ -338,3 +330,81 @@ class Quantized(Arithmetic):
         delta, zero = self.state[f"{quantizer}.delta"], self.state[f"{quantizer}.zero_point"]
         raised = torch.floor(weight / delta) + (self.state[f"{quantizer}.alpha"] >= 0).float() + zero
         return (torch.clamp(raised, 0, 2**self.settings.weight_bits - 1) - zero) * delta
+
+
+class Calibrating(Quantized):
+    """Writes the tables that are missing, from what it sees, as the official initialisation does.
+
+    Weights round at random, not to the nearest, so that alpha counts.
+    """
+
+    per_channel: bool = False
+    timewise: bool = True
+
+    def tables(self, quantizer: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        suffix = "_list" if self.timewise else ""
+        if not self.timewise and f"{quantizer}.delta" in self.state:
+            return super().tables(quantizer, x)
+        axis = -1 if x.dim() == 3 else 1
+        low, high = self.settings.code_range(quantizer)
+        rows = x.transpose(axis, -1).flatten(0, -2) if self.per_channel else x.flatten()[:, None]
+        smallest, largest = rows.amin(0).clamp(max=0), rows.amax(0).clamp(min=0)
+        if low < 0:
+            delta, zero = torch.maximum(-smallest, largest) / high, torch.zeros_like(largest)
+        else:
+            delta = ((largest - smallest) / high).clamp(min=1e-8)
+            zero = torch.round(-smallest / delta)
+        delta = delta.clamp(min=1e-8)
+        if not self.timewise:
+            self.state[f"{quantizer}.delta"], self.state[f"{quantizer}.zero_point"] = delta[0], zero[0]
+            return super().tables(quantizer, x)
+        shape = {2: (x.shape[1],), 3: (1, x.shape[-1]), 4: (x.shape[1], 1, 1)}[x.dim()]
+        for table, values in ((f"delta{suffix}", delta), (f"zero_point{suffix}", zero)):
+            whole = self.state.setdefault(f"{quantizer}.{table}", torch.zeros(len(self.settings.timesteps), *shape))
+            whole[self.settings.timesteps.index(self.timestep)] = values.view(-1, *[1] * (len(shape) - 1)) if x.dim() == 4 else values
+        return super().tables(quantizer, x)
+
+    def round_weight(self, quantizer: str, weight: Tensor) -> Tensor:
+        if f"{quantizer}.alpha" not in self.state:
+            flat, shape = weight.flatten(1), (-1, *[1] * (weight.dim() - 1))
+            smallest, largest = flat.amin(1).clamp(max=0), flat.amax(1).clamp(min=0)
+            delta = (largest - smallest) / (2**self.settings.weight_bits - 1)
+            self.state[f"{quantizer}.alpha"] = torch.randn(weight.shape)
+            self.state[f"{quantizer}.delta"], self.state[f"{quantizer}.zero_point"] = (
+                values.view(shape) for values in (delta, torch.round(-smallest / delta))
+            )
+        return super().round_weight(quantizer, weight)
+
+
+def make_model(params: dict[str, Any], *, split: bool, seed: int = 0) -> UNetModel:
+    """A random UNet whose norms, too, are not what they start as."""
+    torch.manual_seed(seed)
+    model = UNetModel(**params).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.split = split
+    return model
+
+
+@torch.no_grad()
+def make_checkpoint(
+    model: UNetModel, settings: OfficialSettings, inputs: dict[int, tuple[Tensor, ...]], *, per_channel: bool, timewise: bool = True
+) -> dict[str, Tensor]:
+    """The official state dict of ``model``, calibrated on ``inputs`` by timestep, its weights and scales then moved as by finetuning."""
+    state = {f"model.{name}": value.clone() for name, value in model.state_dict().items()}
+    for timestep, args in inputs.items():
+        model.arithmetic = calibrating = Calibrating(state, settings, timestep)
+        calibrating.per_channel, calibrating.timewise = per_channel, timewise
+        model(*args)
+    for name, value in state.items():
+        if "act_quantizer" in name and name.endswith("delta_list"):
+            value.mul_(1 + 0.02 * torch.randn(len(value)).view(-1, *[1] * (value.dim() - 1)))
+        elif name.endswith("emb_layers.1.weight"):
+            value.add_(torch.randn(value.shape) * 0.002)
+    for name, value in [item for item in state.items() if timewise and "act_quantizer" in item[0]]:
+        if name.endswith("delta_list"):
+            state[name.replace("delta_list", "current_delta")] = value[-1:].clone()
+    model.load_state_dict({name: state[f"model.{name}"] for name in model.state_dict()})
+    return state
