@@ -307,16 +307,21 @@ def _integer_site(name: str, group: SitePlan, readers: tuple[str, ...], tables: 
     unsigned = group.operand is not None and not low.any()
     symmetry = Symmetry.UNSIGNED if unsigned else Symmetry.ASYMMETRIC
     ones = np.ones(channels, np.float32)
-    return SiteData(name, tables.bits, symmetry, group.axis, readers, _array(tables.scale[:, 0]), low, high, ones)
+    return SiteData(name, tables.bits, symmetry, _channel_axis(group, tables), readers, _array(tables.scale[:, 0]), low, high, ones)
 
 
 def _free_site(name: str, group: SitePlan, readers: tuple[str, ...], tables: _Tables, channels: int) -> FreeSiteData:
     scale, zero_point, axis = tables.scale, tables.zero_point, tables.axis
-    if tables.per_tensor or axis is None:
-        scale, zero_point = (table[:, :1].expand(-1, channels) if tables.per_tensor else table for table in (scale, zero_point))
-        axis = group.axis
+    if tables.per_tensor:
+        scale, zero_point = (table[:, :1].expand(-1, channels) for table in (scale, zero_point))
+        axis = None
     low, high = tables.code_range
-    return FreeSiteData(name, tables.bits, axis, readers, _array(scale), _array(zero_point), low, high)
+    return FreeSiteData(name, tables.bits, axis or _channel_axis(group, tables), readers, _array(scale), _array(zero_point), low, high)
+
+
+def _channel_axis(group: SitePlan, tables: _Tables) -> int:
+    """The axis that :func:`_channels` is the size of."""
+    return group.axis if group.operand is None or tables.axis is None else tables.axis
 
 
 def _layer_data(name: str, part: _Weight, bits: int, module: nn.Module, macs: int) -> LayerData:
