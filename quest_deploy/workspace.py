@@ -120,13 +120,13 @@ class Workspace:
 
     @property
     def checkpoint_stage(self) -> str:
-        """The stage whose checkpoint is to be deployed: finetune's if there is one, else calibrate's."""
-        return "finetune" if "finetune" in self.stages else "calibrate"
+        """The stage whose checkpoint is to be deployed: finetune's if there is one, else import's, else calibrate's."""
+        return next((stage for stage in ("finetune", "import") if stage in self.stages), "calibrate")
 
     @property
     def checkpoint_inputs(self) -> tuple[str, ...]:
         """The stages that a stage reads which works on the checkpoint to be deployed."""
-        return ("calibrate", "finetune") if self.checkpoint_stage == "finetune" else ("calibrate",)
+        return ("calibrate", "finetune") if self.checkpoint_stage == "finetune" else (self.checkpoint_stage,)
 
     @property
     def checkpoint_path(self) -> Path:

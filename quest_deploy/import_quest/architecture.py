@@ -172,7 +172,7 @@ class UNetConfig:
         if not given["use_spatial_transformer"] and given["num_head_channels"] == -1 and given["num_heads"] != 1:
             raise InputError("attention blocks with a fixed number of heads are not supported, only num_head_channels or one head")
         names = (*_REQUIRED, "num_heads", "num_head_channels", "use_spatial_transformer", "transformer_depth", "context_dim")
-        values = {name: tuple(given[name]) if isinstance(given[name], list) else given[name] for name in names}
+        values: dict[str, Any] = {name: tuple(given[name]) if isinstance(given[name], list) else given[name] for name in names}
         betas = (float(around.get("linear_start", BETAS[0])), float(around.get("linear_end", BETAS[1])))
         return cls(**values, train_timesteps=int(around.get("timesteps", TRAIN_TIMESTEPS)), betas=betas)
 
@@ -275,9 +275,7 @@ class _Walk:
         if read != out:
             halves = (channels, skip) if skip else None
             shortcut = (f"{target}.conv_shortcut",)
-            self.names.layers.append(
-                OfficialLayer(f"{name}.skip_connection", shortcut, (out, read, 1, 1), Layout.IMAGE, halves=halves)
-            )
+            self.names.layers.append(OfficialLayer(f"{name}.skip_connection", shortcut, (out, read, 1, 1), Layout.IMAGE, halves=halves))
 
     def _attention(self, name: str, target: str, channels: int, level: int) -> None:
         tokens = (self.config.image_size // 2**level) ** 2
@@ -290,9 +288,7 @@ class _Walk:
         self.names.floats[f"{name}.norm"] = (f"{target}.group_norm", channels)
         self.names.heads[f"{name}.qkv"] = self.config.heads(channels)
         projections = (f"{target}.to_q", f"{target}.to_k", f"{target}.to_v")
-        self.names.layers.append(
-            OfficialLayer(f"{name}.qkv", projections, (3 * channels, channels, 1), Layout.TOKENS, tokens=tokens)
-        )
+        self.names.layers.append(OfficialLayer(f"{name}.qkv", projections, (3 * channels, channels, 1), Layout.TOKENS, tokens=tokens))
         self._layer(f"{name}.proj_out", f"{target}.to_out.0", (channels, channels, 1), Layout.TOKENS, tokens=tokens)
         # q is [B, heads, N, d], k is transposed to [B, heads, d, N], the softmax is [B, heads, N, N] and v is [B, heads, N, d].
         for matmul, quantizer, operand, axis in (

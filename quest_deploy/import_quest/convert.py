@@ -19,6 +19,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.import_quest.architecture import Layout
 from quest_deploy.import_quest.read import parts_of
 from quest_deploy.import_quest.settings import BITS, Source
+from quest_deploy.models.registry import IMPORTED
 from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
 from quest_deploy.quant.model import build_float_model, conv_geometry, float_state
 from quest_deploy.quant.prepare import prepare
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from quest_deploy.import_quest.read import OfficialCheckpoint
     from quest_deploy.quant.sites import SitePlan
     from quest_deploy.trajectories import Trajectories
-
-MODEL_NAME = "imported"
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def import_checkpoint(official: OfficialCheckpoint, probe: dict[str, Tensor]) ->
     if any(isinstance(sites[site], FreeSiteData) for site in sites if sites[site].layers[0] in layers):
         scheme = dataclasses.replace(scheme, granularity=Granularity.FREE_CHANNEL)
     checkpoint = Checkpoint(
-        model=MODEL_NAME,
+        model=IMPORTED,
         architecture=Architecture(official.config.class_name, official.config.diffusers_config, splits, attention),
         scheme=scheme,
         layers=layers,
@@ -165,7 +164,9 @@ def recalibrate(
     """
     bits = official.settings.weight_bits
     scheme = dataclasses.replace(import_scheme(official), granularity=Granularity.PER_TENSOR)
-    checkpoint = calibrate(MODEL_NAME, _diffusers_model(official, lambda part: part.rounded(bits)), trajectories, scheme, options, on_progress)
+    checkpoint = calibrate(
+        IMPORTED, _diffusers_model(official, lambda part: part.rounded(bits)), trajectories, scheme, options, on_progress
+    )
     parts = _all_parts(official)
     model = build_float_model(checkpoint.architecture)
     layers = {

@@ -52,7 +52,12 @@ class ImportSettings:
     context_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("weight_bits", BITS), ("activation_bits", BITS), ("first_last_bits", BITS), ("softmax_bits", SOFTMAX_BITS)):
+        for name, allowed in (
+            ("weight_bits", BITS),
+            ("activation_bits", BITS),
+            ("first_last_bits", BITS),
+            ("softmax_bits", SOFTMAX_BITS),
+        ):
             value = getattr(self, name)
             if type(value) is not int or value not in allowed:
                 raise InputError(f"{name}: expected one of {', '.join(map(str, allowed))}, not {value!r}")

@@ -11,11 +11,24 @@ from quest_deploy.trajectories import Trajectories
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from quest_deploy.import_quest.read import OfficialCheckpoint
 
 QDIFF_STEPS = 20
+
+
+def random_inputs(official: OfficialCheckpoint, samples: int, seed: int) -> dict[str, Tensor]:
+    """Inputs of the diffusers model: noise, each sample with a timestep of its own."""
+    config, generator = official.config, torch.Generator().manual_seed(seed)
+    size = (config.in_channels, config.image_size, config.image_size)
+    inputs = {
+        "sample": torch.randn(samples, *size, generator=generator),
+        "timestep": torch.rand(samples, generator=generator) * config.train_timesteps,
+    }
+    if config.context_dim is not None:
+        inputs["encoder_hidden_states"] = torch.randn(samples, official.context_tokens or 1, config.context_dim, generator=generator)
+    return inputs
 
 
 @torch.no_grad()
@@ -31,14 +44,12 @@ def record_imported(
 
     The conditions are standard normal noise: an official checkpoint comes without its text encoder or class embedding.
     """
-    config, generator = official.config, torch.Generator().manual_seed(seed)
+    config = official.config
     even = tuple(config.train_timesteps * (i + 0.5) // QDIFF_STEPS for i in reversed(range(QDIFF_STEPS)))
     timesteps = torch.tensor(official.settings.timesteps or even)
-    conditions = {}
-    if config.context_dim is not None:
-        shape = (samples, official.context_tokens or 1, config.context_dim)
-        conditions["encoder_hidden_states"] = torch.randn(shape, generator=generator)
-    sample = torch.randn(samples, config.in_channels, config.image_size, config.image_size, generator=generator)
+    conditions = random_inputs(official, samples, seed)
+    sample = conditions.pop("sample")
+    del conditions["timestep"]
     # The LDM "linear" schedule is linear in the root of beta.
     start, end = (beta**0.5 for beta in config.betas)
     kept = (1 - torch.linspace(start, end, config.train_timesteps, dtype=torch.float64) ** 2).cumprod(0)

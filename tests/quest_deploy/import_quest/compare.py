@@ -112,7 +112,7 @@ def _official_quantizers(official: OfficialCheckpoint) -> dict[str, tuple[str, s
             found[f"{layer.targets[0]}.second"] = (f"model.{layer.name}.act_quantizer_0", "layer")
         else:
             kind = "tokens" if layer.tokens else "layer"
-            found |= {target: (f"model.{layer.name}.act_quantizer", kind) for target in layer.targets}
+            found |= dict.fromkeys(layer.targets, (f"model.{layer.name}.act_quantizer", kind))
     for operand in official.names.operands:
         kind = "channels first" if "matmul" in operand.name else "operand"
         found[f"{operand.attention}.{operand.operand}"] = (f"model.{operand.name}", kind)

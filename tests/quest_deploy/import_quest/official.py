@@ -392,7 +392,7 @@ def make_model(params: dict[str, Any], *, split: bool, seed: int = 0) -> UNetMod
 def make_checkpoint(
     model: UNetModel, settings: OfficialSettings, inputs: dict[int, tuple[Tensor, ...]], *, per_channel: bool, timewise: bool = True
 ) -> dict[str, Tensor]:
-    """The official state dict of ``model``, calibrated on ``inputs`` by timestep, its weights and scales then moved as by finetuning."""
+    """The official state dict of ``model``, calibrated on ``inputs`` by timestep, then moved as by finetuning."""
     state = {f"model.{name}": value.clone() for name, value in model.state_dict().items()}
     for timestep, args in inputs.items():
         model.arithmetic = calibrating = Calibrating(state, settings, timestep)
