@@ -95,13 +95,13 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; raise InputError where it is missing, too large or not JSON."""
+def read_json(path: Path, *, repair: str = "make it again") -> Any:
+    """Read a JSON file; raise InputError, which ends with what to do (``repair``), where it is missing, too large or not JSON."""
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise InputError(f"{path}: expected a JSON file of at most {_MAX_JSON_BYTES} bytes, found {path.stat().st_size}")
+            raise InputError(f"{path}: expected a JSON file of at most {_MAX_JSON_BYTES} bytes, found {path.stat().st_size}; {repair}")
         return json.loads(path.read_text())
     except FileNotFoundError as e:
-        raise InputError(f"{path} does not exist") from e
+        raise InputError(f"{path} does not exist; {repair}") from e
     except (IsADirectoryError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise InputError(f"{path}: expected JSON, found something else ({e}); delete it and run its stage again") from e
+        raise InputError(f"{path}: expected JSON, found something else ({e}); {repair}") from e

@@ -61,7 +61,7 @@ class Record:
 
 def load_reference(folder: Path) -> tuple[list[Record], dict[str, NDArray[Any]]]:
     """The records and the tables; raise InputError where they are missing or damaged."""
-    index = read_json(folder / INDEX)
+    index = read_json(folder / INDEX, repair="run `quest-deploy reference` again")
     try:
         entries = [RecordEntry(**entry) for entry in index["records"]]
         return [Record(entry, load_file(folder / entry.file)) for entry in entries], load_file(folder / TABLES)

@@ -11,6 +11,7 @@ import platform
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +31,16 @@ TRAJECTORIES = "trajectories.safetensors"
 CALIBRATED = "calibrated.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
 FINETUNE_STATE = "finetune-state.pt"
+FINETUNE_TARGETS = "finetune-targets.bin"
 GRAPH = "unet.onnx"
 REFERENCE = "reference"
 ENGINES = "engines"
 REPORTS = "reports"
 IMAGES = "images"
 _REPORTED_PACKAGES = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "polygraphy")
+_REPAIR = "it alone says how the other files were made: restore it from a copy, or start a new workspace with -w"
+_BEFORE_FINETUNING = ("finetune", "sensitivity")
+"""The stages that read the calibrated checkpoint, finetuned or not."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +74,28 @@ class Workspace:
 
     @classmethod
     def open(cls, root: Path) -> Workspace:
-        """Open an existing workspace; raise InputError where there is none, or one of another version."""
+        """Open an existing workspace; raise InputError where there is none, or one that is damaged or of another version."""
         if not (root / MANIFEST).exists():
             raise InputError(f"{root} is no workspace (it has no {MANIFEST}); run `quest-deploy calibrate -w {root}` first")
-        content = read_json(root / MANIFEST)
+        path = root / MANIFEST
+        content = read_json(path, repair=_REPAIR)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise InputError(f"{root / MANIFEST}: expected a {FORMAT}, found something else")
+            raise InputError(f"{path}: expected a {FORMAT}, found something else; {_REPAIR}")
         if content.get("version") != VERSION:
             raise InputError(
                 f"{root}: expected a workspace of version {VERSION}, found {content.get('version')!r}; "
-                "use the quest-deploy that made it, or start a new workspace"
+                "use the quest-deploy that made it, or start a new workspace with -w"
             )
         try:
             stages = {name: _stage_record(entry) for name, entry in content["stages"].items()}
-            return cls(root, str(content["model"]), Scheme.from_json(content["scheme"]), stages)
-        except (KeyError, TypeError, AttributeError) as e:
-            raise InputError(f"{root / MANIFEST} is damaged ({type(e).__name__}: {e}); start a new workspace") from e
+            TopologicalSorter({name: record.inputs for name, record in stages.items()}).prepare()
+            if not isinstance(content["model"], str):
+                raise TypeError(f"its model is {content['model']!r}")
+            return cls(root, content["model"], Scheme.from_json(content["scheme"]), stages)
+        except (KeyError, TypeError, AttributeError, CycleError) as e:
+            raise InputError(f"{path} is damaged ({type(e).__name__}: {e}); {_REPAIR}") from e
+        except InputError as e:
+            raise InputError(f"{path}: {e}; use the quest-deploy that made it, restore it from a copy, or start anew with -w") from e
 
     @classmethod
     def create(cls, root: Path, model: str, scheme: Scheme) -> Workspace:
@@ -147,10 +158,10 @@ class Workspace:
             if problem:
                 raise InputError(f"{self.root / path} {problem}; run `{self._hint(stage)}` again")
         again = f"run `{self._hint(stage)}` again"
-        if "calibrate" in record.inputs and stage != "finetune" and self.checkpoint_stage not in record.inputs:
+        if "calibrate" in record.inputs and stage not in _BEFORE_FINETUNING and self.checkpoint_stage not in record.inputs:
             raise InputError(f"`{_command(stage)}` ran before `{self.checkpoint_stage}` made its checkpoint; {again}")
         for upstream, digest in record.inputs.items():
-            if upstream in self.stages and self.require(upstream).digest != digest:
+            if self.require(upstream).digest != digest:
                 raise InputError(f"`{_command(stage)}` ran on an older result of `{_command(upstream)}`; {again}")
         return record
 
@@ -196,6 +207,8 @@ def _stage_record(entry: Any) -> StageRecord:
     for path, file in record.files.items():
         if not (isinstance(file, dict) and isinstance(file.get("sha256"), str) and isinstance(file.get("bytes"), int)):
             raise TypeError(f"the record of {path} has no hash and size")
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise TypeError(f"{path} is no path inside the workspace")
     return record
 
 

@@ -57,7 +57,7 @@ def main(
         )
         calibrated = calibrate("tiny", unet, trajectories, scheme, CalibrationOptions(seed=number))
         calibration_s = time.monotonic() - started
-        finetuned = finetune(unet, calibrated, trajectories, FinetuneOptions(family=model.family, seed=number))
+        finetuned = finetune(lambda: unet, calibrated, trajectories, FinetuneOptions(family=model.family, seed=number))
         total_s = time.monotonic() - started
         started = time.monotonic()
         minmax = calibrate("tiny", unet, trajectories, per_tensor, CalibrationOptions(RangeMethod.MINMAX, seed=number))

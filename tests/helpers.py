@@ -16,7 +16,7 @@ from exporters import timestep_quantize
 from exporters.graph_info import CHECKPOINT_KEY, SCHEME_KEY
 from exporters.passes.insert_quantized_layers import InsertQuantizedLayers
 from quest_deploy.checkpoint import Architecture, Checkpoint, ConvGeometry, LayerData, SiteData
-from quest_deploy.scheme import Scheme
+from quest_deploy.scheme import Scheme, Symmetry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,12 +40,15 @@ def along(values: Array, axis: int, rank: int) -> Array:
     return values.reshape([-1 if i == axis else 1 for i in range(rank)])
 
 
-def numpy_codes(x: Array, bucket: Array, scale: Array, low: Array, high: Array, channel: Array, axis: int) -> Array:
+def numpy_codes(
+    x: Array, bucket: Array, scale: Array, low: Array, high: Array, channel: Array, axis: int, offset: Array | None = None
+) -> Array:
     """TimestepQuantize, from its specification: float32 arithmetic, rounding half to even, int8 codes."""
     x = x.astype(np.float32)
     scales, lows, highs = (of_sample(table, bucket, x.ndim) for table in (scale, low, high))
     codes = np.rint(x / (scales * along(channel, axis, x.ndim)))
-    return np.minimum(np.maximum(codes, lows), highs).astype(np.int8)
+    codes = np.minimum(np.maximum(codes, lows), highs)
+    return (codes if offset is None else codes + of_sample(offset, bucket, x.ndim)).astype(np.int8)
 
 
 def site_codes(site: SiteData, x: Array, bucket: Array) -> Array:
@@ -164,7 +167,8 @@ def hand_checkpoint(buckets: int = 2) -> Checkpoint:
         high = low + (254 if bits == 8 else 15)
         scale = rng.uniform(0.02 if bits == 8 else 0.1, 0.4, buckets).astype(np.float32)
         channel = rng.uniform(0.5, 2.0, channels).astype(np.float32)
-        return SiteData(name, bits, axis, layers, scale, low.astype(np.float32), high.astype(np.float32), channel)
+        symmetry = Symmetry.SYMMETRIC if bits == 8 else Symmetry.ASYMMETRIC
+        return SiteData(name, bits, symmetry, axis, layers, scale, low.astype(np.float32), high.astype(np.float32), channel)
 
     layers = [
         layer("conv", 4, (4, 1, 3, 3), ConvGeometry((2, 1), (1, 0), (1, 1), 2), bias=True),

@@ -1,12 +1,11 @@
 """Freeze the graph to one bucket: a static-scale graph, for measuring what choosing a bucket costs.
 
-Needs: tables [K] or [K, C] that are read by Gather with the value ``bucket``, and then by Unsqueeze.
+Needs: tables [K] that are read by Gather with the value ``bucket`` and then by Unsqueeze, or [K, ...] that are read by Gather alone.
 Guarantees: every table has one row, the chosen bucket's, and is read as a constant; nothing reads ``bucket``.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from exporters import timestep_quantize
@@ -34,14 +33,11 @@ class FreezeBucket(ir.passes.InPlacePass):
             row = array_of(table)[self.bucket : self.bucket + 1]
             if self.bucket < 0 or not len(row):
                 raise ir.passes.PreconditionError(f"there is no bucket {self.bucket}: {table.name} has {len(array_of(table))} rows")
-            for unsqueeze in [user for user, _ in gather.outputs[0].uses()]:
-                axes = unsqueeze.inputs[1]
-                assert axes is not None
-                # A free site's row [C] keeps its place among the axes; all others are one number.
-                name, frozen = (f"{table.name}_frozen", row.reshape(())) if row.ndim == 1 else (
-                    f"{table.name}_frozen_{axes.name}", np.expand_dims(row, tuple(array_of(axes)))
-                )  # fmt: skip
-                replace_value(unsqueeze.outputs[0], editor.constant(name, frozen))
-                model.graph.remove(unsqueeze, safe=True)
+            # A table [K] is read through an Unsqueeze; a free site's, [K, 1, C, ...], is gathered in its final shape.
+            frozen = editor.constant(f"{table.name}_frozen", row.reshape(()) if row.ndim == 1 else row)
+            for reader in [user for user, _ in gather.outputs[0].uses()] if row.ndim == 1 else [gather]:
+                replace_value(reader.outputs[0], frozen)
+                if reader is not gather:
+                    model.graph.remove(reader, safe=True)
             model.graph.remove(gather, safe=True)
         return ir.passes.PassResult(model, modified=bool(gathers))

@@ -102,7 +102,11 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
     def describe(model: ir.Model, checkpoint: Checkpoint) -> None:
         """Write where each layer, product and site is into the graph's metadata."""
         values = ir.convenience.create_value_mapping(model.graph)
-        inputs = {name: input_of(values[codes_name(name)], checkpoint.sites[name]).name or "" for name in checkpoint.sites}
+        inputs = {
+            name: input_of(values[codes_name(name)], name, integer=isinstance(site, SiteData)).name or ""
+            for name, site in checkpoint.sites.items()
+        }
+        nodes = {node.name: node for node in model.graph}
         last = model.graph.outputs[0].name or ""
 
         def output_of(name: str) -> str:
@@ -112,9 +116,7 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
             site = checkpoint.products[product].sites[index]
             if site is not None:
                 return inputs[site]
-            name = values[f"{product}.product"].producer()
-            assert name is not None
-            operand = name.inputs[index]
+            operand = nodes[product_name(product)].inputs[index]
             assert operand is not None
             return operand.name or ""
 
@@ -140,6 +142,11 @@ def output_name(layer: str) -> str:
     return f"{layer}.output"
 
 
+def product_name(reader: str) -> str:
+    """The name of the node that multiplies, a layer's Conv or MatMul or a product's MatMul."""
+    return f"{reader}.product"
+
+
 def weight_name(layer: str) -> str:
     """The name of the initializer that holds a layer's weight codes."""
     return f"{layer}.weight"
@@ -158,15 +165,13 @@ def _layer_name(node: ir.Node) -> str:
     return node.attributes["layer"].as_string()
 
 
-def input_of(codes: ir.Value, site: SiteData | FreeSiteData) -> ir.Value:
-    """What was quantized to ``codes``, before the padding that a site with an offset needs."""
+def input_of(codes: ir.Value, site: str, *, integer: bool) -> ir.Value:
+    """What was quantized to the ``codes`` of ``site``, before the padding that a site with an offset needs."""
     value = codes
     # A free site is Div, Round, Add, Clip, Sub in a row.
-    for _ in range(1 if isinstance(site, SiteData) else 5):
+    for _ in range(1 if integer else 5):
         value = _first_input(value)
-    producer = value.producer()
-    padded = producer is not None and producer.op_type == "Pad" and value.name == f"{site.name}.padded"
-    return _first_input(value) if padded else value
+    return _first_input(value) if value.name == f"{site}.padded" else value
 
 
 def _first_input(value: ir.Value) -> ir.Value:
@@ -254,13 +259,13 @@ class _Sites:
 
     def _free(self, site: FreeSiteData, x: ir.Value) -> _Quantized:
         editor, rank = self.editor, len(x.shape or [])
-        kept = [axis for axis in range(1, rank) if axis != site.axis]
-        axes = editor.constant(f"unsqueeze_{'_'.join(map(str, kept))}", np.asarray(kept))
         rows = {}
         for table in ("scale", "zero_point"):
-            values = editor.constant(f"{site.name}.{table}", getattr(site, table))
-            gathered = editor.op("Gather", [values, self.bucket], f"{site.name}.{table}_gathered", dtype=ir.DataType.FLOAT)
-            rows[table] = editor.op("Unsqueeze", [gathered, axes], f"{site.name}.{table}_of_sample")
+            # Stored in the shape in which a sample's row broadcasts against it.
+            array = getattr(site, table)
+            shaped = array.reshape(len(array), *[-1 if axis == site.axis else 1 for axis in range(1, rank)])
+            values = editor.constant(f"{site.name}.{table}", shaped)
+            rows[table] = editor.op("Gather", [values, self.bucket], f"{site.name}.{table}_of_sample", dtype=ir.DataType.FLOAT)
         bounds = [editor.constant(f"code_bound_{bound}", np.asarray(bound, np.float32)) for bound in (site.code_low, site.code_high)]
         value = x
         for op_type, name, operands in (
@@ -292,7 +297,7 @@ def _layer(editor: Editor, layer: LayerData, x: _Quantized, like: ir.Value) -> i
 
 def _product(editor: Editor, name: str, a: _Quantized | ir.Value, b: _Quantized | ir.Value, like: ir.Value) -> ir.Value:
     left, right = (operand.value if isinstance(operand, _Quantized) else operand for operand in (a, b))
-    y = editor.op("MatMul", [left, right], f"{name}.product", shape=like.shape)
+    y = editor.op("MatMul", [left, right], product_name(name), shape=like.shape)
     offset_a = a.offset if isinstance(a, _Quantized) else None
     offset_b = b.offset if isinstance(b, _Quantized) else None
     # (a - oa) @ (b - ob), with a = codes that carry their offsets: what the offsets add is taken away again.
@@ -325,13 +330,13 @@ def _less(editor: Editor, y: ir.Value, prefix: str, offset: ir.Value, other: ir.
 def _compute(editor: Editor, x: _Quantized, layer: LayerData, like: ir.Value) -> ir.Value:
     weight = _weight(editor, layer)
     if layer.conv is None:
-        return editor.op("MatMul", [x.value, weight], f"{layer.name}.product", shape=like.shape)
+        return editor.op("MatMul", [x.value, weight], product_name(layer.name), shape=like.shape)
     geometry = layer.conv
     top, left = (size - done for size, done in zip(geometry.padding, x.padded, strict=True))
     return editor.op(
         "Conv",
         [x.value, weight],
-        f"{layer.name}.product",
+        product_name(layer.name),
         shape=like.shape,
         kernel_shape=list(layer.weight_codes.shape[2:]),
         strides=list(geometry.stride),

@@ -20,6 +20,7 @@ from onnx_ir.passes import common
 from exporters import timestep_quantize
 from exporters.editor import Editor, array_of, replace_value
 from exporters.graph_info import GraphInfo, ProductInfo, graph_info
+from exporters.passes.insert_quantized_layers import input_of, product_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,11 +32,12 @@ class RemoveQuantization(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         info = graph_info(model)
         values = ir.convenience.create_value_mapping(model.graph)
+        nodes = {node.name or "": node for node in model.graph}
         editor = Editor(model.graph)
         for layer in info.layers.values():
-            _float_layer(editor, values, info, layer.name)
+            _float_layer(editor, values, nodes[product_name(layer.name)], info, layer.name)
         for product in info.products.values():
-            _float_product(editor, values, product)
+            _float_product(editor, values, nodes[product_name(product.name)], info, product)
         common.RemoveUnusedNodesPass()(model)
         model.functions.clear()
         model.graph.opset_imports.pop(timestep_quantize.DOMAIN, None)
@@ -43,10 +45,10 @@ class RemoveQuantization(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
 
-def _float_layer(editor: Editor, values: dict[str, ir.Value], info: GraphInfo, name: str) -> None:
+def _float_layer(editor: Editor, values: dict[str, ir.Value], product: ir.Node, info: GraphInfo, name: str) -> None:
     layer = info.layers[name]
     output, site = values[layer.output], info.sites[layer.site]
-    x, product = values[site.input], _producer(values[f"{name}.product"])
+    x = input_of(values[site.codes], site.name, integer=site.integer)  # not by its name: an earlier layer may have been replaced
     quantizer = _producer(values[site.codes])
     channel = array_of(_given(quantizer.inputs[-1])) if site.integer else None
     weight = editor.constant(f"{name}.float_weight", _float_weight(_producer(product.inputs[1]), channel, product.op_type))
@@ -65,10 +67,14 @@ def _float_layer(editor: Editor, values: dict[str, ir.Value], info: GraphInfo, n
     replace_value(output, y)
 
 
-def _float_product(editor: Editor, values: dict[str, ir.Value], product: ProductInfo) -> None:
+def _float_product(editor: Editor, values: dict[str, ir.Value], node: ir.Node, info: GraphInfo, product: ProductInfo) -> None:
     output = values[product.output]
-    y = editor.op("MatMul", [values[name] for name in product.inputs], f"{product.name}.float", shape=output.shape)
-    editor.insert_before(_producer(values[f"{product.name}.product"]))
+    operands = [
+        operand if site is None else input_of(values[info.sites[site].codes], site, integer=info.sites[site].integer)
+        for site, operand in zip(product.sites, node.inputs, strict=True)
+    ]
+    y = editor.op("MatMul", operands, f"{product.name}.float", shape=output.shape)
+    editor.insert_before(node)
     replace_value(output, y)
 
 

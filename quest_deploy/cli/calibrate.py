@@ -10,11 +10,15 @@ import typer
 
 from quest_deploy.cli.console import Console, size
 from quest_deploy.cli.options import (
+    AttentionBitsOption,
     BitsOption,
     BucketsOption,
     GranularityOption,
     JsonOption,
     ModelOption,
+    SchemeChoices,
+    SoftmaxBitsOption,
+    SplitShortcutsOption,
     WorkspaceOption,
     create_workspace,
 )
@@ -106,6 +110,9 @@ def calibrate(
     bits: BitsOption = None,
     buckets: BucketsOption = None,
     granularity: GranularityOption = None,
+    attention_bits: AttentionBitsOption = None,
+    softmax_bits: SoftmaxBitsOption = None,
+    split_shortcuts: SplitShortcutsOption = None,
     method: Annotated[str, typer.Option(help="How clip ranges are chosen: mse or minmax.")] = "mse",
     samples: Annotated[int | None, typer.Option(min=1, help="Samplings to record.", show_default="the model's")] = None,
     steps: Annotated[
@@ -118,6 +125,7 @@ def calibrate(
     """Quantize the FP32 model by calibration alone (PTQ), data-free."""
     console = Console(as_json=as_json)
     options = CalibrateOptions(samples, steps, method, seed)
-    opened = create_workspace(workspace, model, bits, buckets, granularity)
+    choices = SchemeChoices(bits, buckets, granularity, attention_bits, softmax_bits, split_shortcuts)
+    opened = create_workspace(workspace, model, choices)
     details = calibrate_stage(opened, console, options)
     console.result({"workspace": str(opened.root), **details}, describe(opened, details))

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 from quest_deploy.cli.calibrate import CalibrateOptions, calibrate_stage
 from quest_deploy.cli.console import Console, size
 from quest_deploy.cli.options import (
+    AttentionBitsOption,
     BitsOption,
     BucketsOption,
     GranularityOption,
     JsonOption,
     ModelOption,
+    SchemeChoices,
+    SoftmaxBitsOption,
+    SplitShortcutsOption,
     WorkspaceOption,
     create_workspace,
 )
@@ -81,10 +85,14 @@ def export(
     bits: BitsOption = None,
     buckets: BucketsOption = None,
     granularity: GranularityOption = None,
+    attention_bits: AttentionBitsOption = None,
+    softmax_bits: SoftmaxBitsOption = None,
+    split_shortcuts: SplitShortcutsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Export the checkpoint as a portable ONNX graph; calibrates one where there is none."""
     console = Console(as_json=as_json)
-    opened = create_workspace(workspace, model, bits, buckets, granularity)
+    choices = SchemeChoices(bits, buckets, granularity, attention_bits, softmax_bits, split_shortcuts)
+    opened = create_workspace(workspace, model, choices)
     details = export_stage(opened, console)
     console.result({"workspace": str(opened.root), **details}, describe(opened, details))

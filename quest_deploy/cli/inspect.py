@@ -39,28 +39,37 @@ def inspect(
 
 
 def _scheme(scheme: Scheme) -> str:
+    attention, softmax = (f"{bits} bits" if bits else "float" for bits in (scheme.attention_bits, scheme.softmax_bits))
     return (
         f"scheme {scheme.name}, first and last layer {scheme.first_last_bits} bits, {scheme.granularity.value}, "
-        f"{scheme.buckets} timestep buckets"
+        f"{scheme.buckets} timestep buckets; q, k and v {attention}, softmax {softmax}; "
+        f"shortcuts {'split' if scheme.split_shortcuts else 'whole'}"
     )
 
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
-    from quest_deploy.checkpoint import load_checkpoint
+    from quest_deploy.checkpoint import SiteData, load_checkpoint
 
     checkpoint = load_checkpoint(path)
     layers: list[dict[str, Any]] = []
     for site in checkpoint.sites.values():
-        for name in site.layers:
+        for name in (reader for reader in site.layers if reader in checkpoint.layers):
             layer = checkpoint.layers[name]
             layers.append({
                 "layer": name, "kind": "linear" if layer.conv is None else "conv", "shape": list(layer.weight_codes.shape),
                 "weight_bits": layer.weight_bits, "activation_bits": site.bits, "site": site.name, "macs": layer.macs,
+                "computes": "integer" if isinstance(site, SiteData) else "float",
             })  # fmt: skip
+    products = [
+        {"product": x.name, "sites": list(x.sites), "bits": checkpoint.product_bits(x), "macs": x.macs}
+        for x in checkpoint.products.values()
+    ]
+    free = [site.name for site in checkpoint.sites.values() if not isinstance(site, SiteData)]
     weights, macs = checkpoint.share_at(4)
     content = {
-        "kind": "checkpoint", "model": checkpoint.model, "scheme": checkpoint.scheme.to_json(), "layers": layers,
-        "sites": len(checkpoint.sites), "provenance": checkpoint.provenance, "bytes": path.stat().st_size,
+        "kind": "checkpoint", "model": checkpoint.model, "scheme": checkpoint.scheme.to_json(),
+        "layers": layers, "products": products, "float_sites": free, "sites": len(checkpoint.sites),
+        "provenance": checkpoint.provenance, "bytes": path.stat().st_size,
         "weights_at_4_bits": weights, "macs_at_4_bits": macs,
     }  # fmt: skip
     rows = [
@@ -71,10 +80,16 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
         f"checkpoint of {checkpoint.model}, {size(path.stat().st_size)}, made by {checkpoint.provenance['method']}",
         _scheme(checkpoint.scheme),
         table(["layer", "kind", "weight", "bits", "multiply-adds"], rows),
+        *([f"{len(products)} products of attention, their wider operand at {_bits(products)}"] if products else []),
+        *([f"{len(free)} sites and the layers that read them compute in float: {', '.join(free)}"] if free else []),
         f"{len(layers)} layers read {len(checkpoint.sites)} quantized tensors; "
         f"at 4 bits: {weights:.1%} of the weights, {macs:.1%} of the multiply-adds",
     ])  # fmt: skip
     return content, text
+
+
+def _bits(products: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{bits} bits" if bits < 32 else "float" for bits in sorted({product["bits"] for product in products}))
 
 
 def _graph(path: Path) -> tuple[dict[str, Any], str]:

@@ -23,6 +23,7 @@ from quest_deploy.cli.import_ import import_command
 from quest_deploy.cli.inspect import inspect
 from quest_deploy.cli.reference import reference
 from quest_deploy.cli.run import run
+from quest_deploy.cli.sensitivity import sensitivity
 from quest_deploy.cli.verify import verify
 from quest_deploy.errors import QuestDeployError
 
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(calibrate)
+app.command()(sensitivity)
 app.command()(finetune)
 app.command("import")(import_command)
 app.command()(export)

@@ -10,11 +10,15 @@ from quest_deploy.cli import benchmark, build_engine, calibrate, evaluate, expor
 from quest_deploy.cli.console import Console, size
 from quest_deploy.cli.options import (
     DEFAULT_BACKEND,
+    AttentionBitsOption,
     BitsOption,
     BucketsOption,
     GranularityOption,
     JsonOption,
     ModelOption,
+    SchemeChoices,
+    SoftmaxBitsOption,
+    SplitShortcutsOption,
     WorkspaceOption,
     create_workspace,
 )
@@ -28,6 +32,9 @@ def run(
     bits: BitsOption = None,
     buckets: BucketsOption = None,
     granularity: GranularityOption = None,
+    attention_bits: AttentionBitsOption = None,
+    softmax_bits: SoftmaxBitsOption = None,
+    split_shortcuts: SplitShortcutsOption = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(help=f"Backends to verify and benchmark: {', '.join(BACKENDS)}; may be repeated.", show_default=DEFAULT_BACKEND),
@@ -43,7 +50,8 @@ def run(
         get_backend(name).check_build(EngineOptions())
     for name in backends:
         get_backend(name).check_run(EngineOptions())
-    opened = create_workspace(workspace, model, bits, buckets, granularity)
+    choices = SchemeChoices(bits, buckets, granularity, attention_bits, softmax_bits, split_shortcuts)
+    opened = create_workspace(workspace, model, choices)
     results: dict[str, Any] = {"workspace": str(opened.root)}
 
     def show(stage: str, details: dict[str, Any], text: str) -> None:

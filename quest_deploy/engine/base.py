@@ -29,6 +29,7 @@ FORMAT = "quest-deploy engine"
 VERSION = 1
 ENGINE_FILE = "engine.json"
 LOWERED = "lowered.onnx"
+_REPAIR = "run `quest-deploy build-engine` again"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class EngineOptions:
         provider: onnxruntime's execution provider: cpu, cuda or tensorrt.
         threads: CPU threads; 0 lets the backend choose.
         compute_capabilities: TensorRT for RTX's target GPUs, such as "89"; empty means Ampere, Ada and Blackwell.
-        max_batch: the largest batch of a TensorRT engine's optimization profile.
+        max_batch: the largest batch of a TensorRT engine's optimization profile; its runner splits larger ones.
     """
 
     provider: str = "cpu"
@@ -71,6 +72,27 @@ class Runner(ABC):
         self.close()
 
 
+class SplitRunner(Runner):
+    """Runs a batch of any size on a runner that takes at most ``max_batch`` rows: in parts, one after the other."""
+
+    def __init__(self, runner: Runner, max_batch: int) -> None:
+        self._runner, self._max_batch = runner, max_batch
+
+    def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Every input and every output has the batch in axis 0."""
+        import numpy as np
+
+        rows = max(len(value) for value in feeds.values())
+        if rows <= self._max_batch:
+            return self._runner.infer(feeds)
+        starts = range(0, rows, self._max_batch)
+        parts = [self._runner.infer({name: value[i : i + self._max_batch] for name, value in feeds.items()}) for i in starts]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def close(self) -> None:
+        self._runner.close()
+
+
 class Backend(ABC):
     """A runtime that quest-deploy builds engines for. Importing its package is left to the methods."""
 
@@ -94,7 +116,7 @@ class Backend(ABC):
 
     @abstractmethod
     def open(self, folder: Path, options: EngineOptions) -> Runner:
-        """Load what :meth:`compile` wrote, beside the lowered graph, in ``folder``."""
+        """Load what :meth:`compile` wrote, beside the lowered graph, in ``folder``. The runner takes batches of any size."""
 
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
         """What an engine built with ``options`` runs on."""
@@ -160,7 +182,7 @@ def open_engine(backend: Backend, folder: Path) -> Runner:
     if content["backend"] != backend.name:
         raise InputError(f"{folder}: expected an engine of {backend.name}, found one of {content['backend']}")
     for name in changed_files(folder, content):
-        raise InputError(f"{folder / name} is missing or was changed since it was built; run `quest-deploy build-engine` again")
+        raise InputError(f"{folder / name} is missing or was changed since it was built; {_REPAIR}")
     options = options_from(content)
     backend.check_run(options)
     return backend.open(folder, options)
@@ -169,13 +191,13 @@ def open_engine(backend: Backend, folder: Path) -> Runner:
 def engine_info(folder: Path) -> dict[str, Any]:
     """The content of ``engine.json``; raise InputError where there is none, or one that is damaged or of another version."""
     path = folder / ENGINE_FILE
-    content = read_json(path)
+    content = read_json(path, repair=_REPAIR)
     if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
-        raise InputError(f"{path}: expected a {FORMAT} of version {VERSION}; run `quest-deploy build-engine` again")
+        raise InputError(f"{path}: expected a {FORMAT} of version {VERSION}; {_REPAIR}")
     kinds = {"backend": str, "graph_sha256": str, "files": dict, "options": dict, "built_by": dict, "hardware": dict}
     damaged = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
     if damaged:
-        raise InputError(f"{path}: damaged ({', '.join(damaged)}); run `quest-deploy build-engine` again")
+        raise InputError(f"{path}: damaged ({', '.join(damaged)}); {_REPAIR}")
     return content
 
 
@@ -190,7 +212,7 @@ def options_from(content: dict[str, Any]) -> EngineOptions:
         given = dict(content["options"])
         return EngineOptions(**{**given, "compute_capabilities": tuple(given["compute_capabilities"])})
     except (KeyError, TypeError) as e:
-        raise InputError(f"damaged {ENGINE_FILE} ({e}); run `quest-deploy build-engine` again") from e
+        raise InputError(f"damaged {ENGINE_FILE} ({e}); {_REPAIR}") from e
 
 
 def require_package(package: str, extra: str, purpose: str) -> None:

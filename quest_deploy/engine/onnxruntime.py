@@ -61,6 +61,8 @@ def _session(path: Path, options: EngineOptions) -> Any:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.log_severity_level = 3
+    # By default a float activation that meets a dequantized weight is quantized to 8 bits, silently; such a layer computes in float.
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     provider = PROVIDERS[options.provider]
     try:
         session = onnxruntime.InferenceSession(str(path), settings, providers=[provider])

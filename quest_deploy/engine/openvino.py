@@ -55,7 +55,8 @@ def _compiled(path: Path, options: EngineOptions, shapes: Shapes | None = None) 
     import openvino
 
     core = openvino.Core()
-    config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    # Without the group size of 0 a float activation that meets a dequantized weight is quantized to 8 bits, silently.
+    config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     if options.threads:
         config["INFERENCE_NUM_THREADS"] = options.threads
     try:

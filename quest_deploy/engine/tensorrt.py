@@ -12,7 +12,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.engine.base import Backend, EngineOptions, Runner, input_arrays
+from quest_deploy.engine.base import Backend, EngineOptions, Runner, SplitRunner, input_arrays
 from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class TensorRtBackend(Backend):
         (folder / ENGINE).write_bytes(bytes(serialized))
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
-        return _TensorRtRunner(folder / ENGINE, rtx=self.package == RTX)
+        return SplitRunner(_TensorRtRunner(folder / ENGINE, rtx=self.package == RTX), options.max_batch)
 
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
         if self.package == RTX:

@@ -1,147 +1,212 @@
-"""QuEST's two-stage selective finetuning against the float model, data-free.
+"""QuEST's selective finetuning against the float model, data-free.
 
-Stage 1 trains the temporal layers (the time-embedding projections) and the scales of what they read; stage 2 trains them on,
-together with the sensitive layers (attention and feed-forward) and every site's scales. Both are supervised by the float model's
-final output and by its blocks' outputs, on its own sampling trajectories. What the official code gets wrong is done right: one
-optimizer per stage (it keeps its momentum), scales that stay positive, rounding that follows the weights, a batch that mixes
-timesteps, and a loss in which no timestep outweighs the others.
+The temporal stage trains the temporal layers (the time-embedding projections) and the scales of what they read; the sensitive stage
+trains the sensitive layers (attention and feed-forward) and every site's scales, and goes on with the temporal layers where their
+stage came first. Both are supervised by the float model's final output and by its blocks' outputs, on its own sampling
+trajectories. What the official code gets wrong is done right: one optimizer per stage (it keeps its momentum), scales that stay
+positive, rounding that follows the weights, a batch that mixes timesteps, and a loss in which no timestep outweighs the others.
 
-Every step draws its batch from (seed, step) alone, so an interrupted run that resumes from :class:`TrainingState` ends at the
-same result.
+Every step draws its batch from (seed, step) alone. So an interrupted run that resumes from :class:`TrainingState` ends at the same
+result, and the float model can run ahead over many steps (:class:`TargetStream`) and be gone while the student trains.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
-import io
 import math
+import tempfile
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from quest_deploy import __version__
 from quest_deploy.checkpoint import SiteData
-from quest_deploy.errors import InputError
-from quest_deploy.files import atomic_file, sha256_of_json
+from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.files import sha256_of_json
+from quest_deploy.finetune.blocks import SUPERVISED_BLOCKS, BlockOutputs, supervised_blocks
+from quest_deploy.finetune.checkpointing import enable_gradient_checkpointing
 from quest_deploy.finetune.layer_sets import LAYER_SETS, select_layers
+from quest_deploy.finetune.processes import Processes, gradients
+from quest_deploy.finetune.state import TrainingState
+from quest_deploy.finetune.targets import TargetStream
 from quest_deploy.quant.model import QuantizedModel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping
 
     from quest_deploy.checkpoint import Checkpoint
-    from quest_deploy.quant.layers import SiteQuantizer
     from quest_deploy.trajectories import Trajectories
 
-SUPERVISED_BLOCKS = ("ResnetBlock2D", "Transformer2DModel")
-"""The diffusers blocks whose outputs are compared with the float model's."""
+STAGES = ("temporal", "sensitive")
+PRECISIONS = ("float32", "bf16")
 
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """How to finetune.
+    """How to finetune; everything that shapes the result.
 
     Attributes:
         family: the row of ``LAYER_SETS`` that says which layers each stage trains.
-        temporal_steps, sensitive_steps: optimizer steps of stages 1 and 2.
+        stages: some of ``STAGES``, in the order in which they run.
+        temporal_layers, sensitive_layers: glob patterns over layer names that replace the family's.
+        temporal_steps, sensitive_steps: optimizer steps of each stage.
         batch: samples a step, their timesteps spread evenly over the trajectories' steps.
         weight_rate, scale_rate: Adam's learning rates of weights, and of scales (in the log domain) and zero-points.
-        block_loss: weight of the mean :func:`log_error` of the blocks' outputs, beside that of the model's output.
+        output_loss: weight of the :func:`log_error` of the model's output.
+        block_loss: weight of the mean :func:`log_error` of the blocks' outputs.
+        precision: "bf16" computes the float layers under autocast; the quantizers, the loss and the float model stay in float32.
         seed: of the batches.
     """
 
     family: str
+    stages: tuple[str, ...] = STAGES
+    temporal_layers: tuple[str, ...] | None = None
+    sensitive_layers: tuple[str, ...] | None = None
     temporal_steps: int = 100
     sensitive_steps: int = 700
     batch: int = 32
     weight_rate: float = 1e-3
     scale_rate: float = 5e-3
+    output_loss: float = 1.0
     block_loss: float = 0.1
+    precision: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.family not in LAYER_SETS:
             raise InputError(f"unknown model family {self.family!r}: expected one of {', '.join(LAYER_SETS)}")
+        if not self.stages or len(set(self.stages)) != len(self.stages) or not set(self.stages) <= set(STAGES):
+            raise InputError(f"expected one or both of the stages {', '.join(STAGES)}, each once; found {', '.join(self.stages)!r}")
         if self.temporal_steps < 0 or self.sensitive_steps < 0 or self.batch < 1:
             raise InputError("finetuning needs a positive batch and step counts that are not negative")
+        if not (self.output_loss >= 0 and self.block_loss >= 0 and 0 < self.output_loss + self.block_loss < math.inf):
+            raise InputError("the loss weights must not be negative, nor both zero")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"unknown precision {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps over all stages."""
+        return sum(self.steps_of(stage) for stage in self.stages)
 
-@dataclass
-class TrainingState:
-    """Where an interrupted run goes on: ``step`` optimizer steps are done, over both stages.
+    def steps_of(self, stage: str) -> int:
+        """Optimizer steps of ``stage``."""
+        return self.temporal_steps if stage == "temporal" else self.sensitive_steps
 
-    ``key`` identifies the options and inputs that made it; a state with another key is never used.
-    """
-
-    key: str
-    step: int
-    model: dict[str, Tensor]
-    optimizer: dict[str, Any]
-
-    def save(self, path: Path) -> None:
-        """Write the state, whole or not at all."""
-        buffer = io.BytesIO()  # torch.save's own errors on a full disk are no OSError
-        torch.save({"key": self.key, "step": self.step, "model": self.model, "optimizer": self.optimizer}, buffer)
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
-
-    @classmethod
-    def load(cls, path: Path, key: str) -> TrainingState | None:
-        """The state at ``path``, or None where there is none, or it is damaged or of another run."""
-        try:
-            state = cls(**torch.load(path, weights_only=True))
-        except FileNotFoundError:
-            return None
-        except Exception:  # torch.load raises whatever the damage provokes; a state is only a shortcut
-            return None
-        return state if state.key == key else None
+    def layers_of(self, stage: str) -> tuple[str, ...]:
+        """The glob patterns of the layers that ``stage`` is about."""
+        sets = LAYER_SETS[self.family]
+        if stage == "temporal":
+            return sets.temporal if self.temporal_layers is None else self.temporal_layers
+        return sets.sensitive if self.sensitive_layers is None else self.sensitive_layers
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run reports after each step: its stage, the step over both stages, and the loss."""
+    """What a run reports after each step.
+
+    Attributes:
+        stage: one of ``STAGES``.
+        step, steps: the steps done, and all of them, over all stages.
+        loss: of this step's batch.
+        buckets: the lowest and the highest timestep bucket in it.
+    """
 
     stage: str
     step: int
     steps: int
     loss: float
+    buckets: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class _Stage:
     name: str
+    layers: tuple[str, ...]
     weights: list[nn.Parameter]
     scales: list[nn.Parameter]
     first_step: int
     steps: int
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.weights, *self.scales]
+
 
 def finetune(
-    teacher: nn.Module,
+    load_teacher: Callable[[], nn.Module],
     calibrated: Checkpoint,
     trajectories: Trajectories,
     options: FinetuneOptions,
     *,
+    device: str = "cpu",
+    gradient_checkpointing: bool = False,
     state_path: Path | None = None,
     save_every: int = 20,
+    targets_path: Path | None = None,
+    target_cache: int = 1024,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_target: Callable[[int], None] = lambda step: None,
+    notify: Callable[[str], None] = lambda message: None,
 ) -> Checkpoint:
-    """Finetune ``calibrated`` towards the float ``teacher``; resume from ``state_path`` where it holds this run's state.
+    """Finetune ``calibrated`` towards the float model; resume from ``state_path`` where it holds this run's state.
+
+    Under `accelerate launch` every process calls this with the same arguments and gets the same result; each computes its share of
+    every batch. Only the main one writes the state; each keeps its own share of the targets.
+
+    Args:
+        load_teacher: gives the float model, FP32; called again whenever targets are due, its result is released in between.
+        trajectories: recorded on the float model.
+        device: "cpu" or "cuda".
+        gradient_checkpointing: compute a block's activations again in the backward pass instead of keeping them.
+        save_every: steps between two saved states.
+        targets_path: where the float model's block outputs are cached; a temporary folder where it is None. Removed at the end.
+        target_cache: MiB that this cache may take (it holds at least one step).
+        on_target: called with each step, counted from 1 over all stages, whose targets have been computed ahead.
+        notify: told, in words, where a run resumes, and of a state that cannot be used.
 
     Raises:
-        InputError: the layer sets match no layer.
+        InputError: the layer sets match no layer, the device is absent, or the processes cannot share a batch.
     """
-    student = QuantizedModel.from_checkpoint(calibrated, teacher).eval()
-    teacher.requires_grad_(False)
-    stages = _stages(student, options)
-    key = _run_key(calibrated, options, trajectories)
-    state = TrainingState.load(state_path, key) if state_path else None
-    if state is not None:
-        student.load_state_dict(state.model)
-    with _BlockOutputs(student.model) as student_blocks, _BlockOutputs(teacher) as teacher_blocks:
+    with ExitStack() as stack:
+        processes = stack.enter_context(Processes(device, options.batch))
+        if targets_path is None:
+            targets_path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "targets.bin"
+        elif not processes.is_main:
+            targets_path = targets_path.with_name(f"{targets_path.name}.{processes.index}")
+        teacher = load_teacher()
+        recorded = {"sample": trajectories.sample, "timestep": trajectories.timestep, "output": trajectories.output}
+        made_from = {"teacher": _hash_of(teacher.state_dict()), "trajectories": _hash_of(recorded | trajectories.conditions)}
+        student = QuantizedModel.from_checkpoint(calibrated, teacher).eval().to(processes.device)
+        del teacher
+        stages = _stages(student, options)
+        _freeze_all_but(student, {name for stage in stages for name in stage.layers})
+        if gradient_checkpointing:
+            enable_gradient_checkpointing(student.model)
+
+        batches = _Batches(trajectories, options, processes)
+        plan = {**made_from, "seed": options.seed, "batch": options.batch, "share": [processes.index, processes.count]}
+        stream = TargetStream(targets_path, sha256_of_json([__version__, SUPERVISED_BLOCKS, plan]), target_cache * 2**20)
+        targets = _Targets(stream, load_teacher, batches, options.steps, on_target)
+        supervised = options.block_loss > 0 and supervised_blocks(student.model)
+        key = _run_key(calibrated, options, made_from)
+        names = {id(parameter): name for name, parameter in student.named_parameters()}
+        learned = {names[id(parameter)]: parameter for stage in stages for parameter in stage.parameters}
+        state = _load_state(state_path, key, options.steps, notify)
+        if state is not None:
+            student.load_state_dict(state.model, strict=False)
+            state.model.clear()
+
+        def save(total: int, optimizer: torch.optim.Optimizer) -> None:
+            if state_path and processes.is_main and total % save_every == 0:
+                parameters = {name: parameter.detach() for name, parameter in learned.items()}
+                TrainingState(key, total, parameters, optimizer.state_dict()).save(state_path)
+
         for stage in stages:
             done = state.step - stage.first_step if state else 0
             if done >= stage.steps:
@@ -150,25 +215,17 @@ def finetune(
             if state is not None and done > 0:
                 optimizer.load_state_dict(state.optimizer)
             for step in range(max(done, 0), stage.steps):
-                schedule(step)
-                inputs, target = _batch(trajectories, options, stage.first_step + step)
-                optimizer.zero_grad(set_to_none=True)
-                with torch.no_grad():
-                    teacher(**inputs)
-                output = student(**inputs)
-                pairs = zip(student_blocks.take(), teacher_blocks.take(), strict=True)
-                block_errors = [log_error(mine, theirs) for mine, theirs in pairs]
-                loss = log_error(output, target)
-                if block_errors:
-                    loss = loss + options.block_loss * torch.stack(block_errors).mean()
-                loss.backward()
-                optimizer.step()
                 total = stage.first_step + step + 1
-                if state_path and total % save_every == 0:
-                    TrainingState(key, total, student.state_dict(), optimizer.state_dict()).save(state_path)
-                on_progress(Progress(stage.name, total, options.temporal_steps + options.sensitive_steps, loss.item()))
+                schedule(step)
+                loss = _backward(student, *batches.share(total - 1), targets.of(total - 1) if supervised else [], options)
+                processes.average([*gradients(stage.parameters), loss])
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                save(total, optimizer)
+                on_progress(Progress(stage.name, total, options.steps, loss.item(), batches.buckets(total - 1, student)))
+        stream.remove()
     provenance = {**calibrated.provenance, "method": "quest", "start": calibrated.provenance["method"], **asdict(options)}
-    return student.to_checkpoint(provenance)
+    return student.cpu().to_checkpoint(provenance)
 
 
 def log_error(output: Tensor, target: Tensor) -> Tensor:
@@ -184,26 +241,32 @@ def log_error(output: Tensor, target: Tensor) -> Tensor:
 
 
 def _stages(student: QuantizedModel, options: FinetuneOptions) -> list[_Stage]:
-    sets, layers = LAYER_SETS[options.family], student.quantized_layers()
-    temporal, sensitive = select_layers(layers, sets.temporal), select_layers(layers, sets.sensitive)
-    sites = list(student.site_quantizers().values())
-    temporal_sites = list({id(site): site for site in (layers[name].site for name in temporal)}.values())
+    layers = student.quantized_layers()
+    stages: list[_Stage] = []
+    for name in options.stages:
+        chosen = select_layers(layers, options.layers_of(name))
+        if name == "temporal":
+            sites = list({id(site): site for site in (layers[layer].site for layer in chosen)}.values())
+        else:
+            # What an earlier stage trained goes on: the best time embedding depends on the layers that are trained here.
+            chosen = tuple(dict.fromkeys((*(layer for stage in stages for layer in stage.layers), *chosen)))
+            sites = list(student.site_quantizers().values())
+        weights = [p for layer in chosen for p in (layers[layer].weight, layers[layer].bias) if p is not None]
+        scales = [p for site in sites for p in ((site.log_shift, site.zero_point) if site.learns_zero_point else (site.log_shift,))]
+        first_step = stages[-1].first_step + stages[-1].steps if stages else 0
+        stages.append(_Stage(name, chosen, weights, scales, first_step, options.steps_of(name)))
+    return stages
 
-    def weights(names: tuple[str, ...]) -> list[nn.Parameter]:
-        return [p for name in names for p in (layers[name].weight, layers[name].bias) if p is not None]
 
-    def scales(sites: list[SiteQuantizer]) -> list[nn.Parameter]:
-        return [p for s in sites for p in (s.log_shift, s.zero_point)]
-
-    first = _Stage("temporal layers", weights(temporal), scales(temporal_sites), 0, options.temporal_steps)
-    # What stage 1 trained goes on in stage 2: the best time embedding depends on the layers that are trained there.
-    both = tuple(dict.fromkeys(temporal + sensitive))
-    return [first, _Stage("sensitive layers", weights(both), scales(sites), options.temporal_steps, options.sensitive_steps)]
+def _freeze_all_but(student: QuantizedModel, trained: set[str]) -> None:
+    for name, layer in student.quantized_layers().items():
+        if name not in trained:
+            layer.freeze()
 
 
 def _optimizer(student: nn.Module, stage: _Stage, options: FinetuneOptions) -> tuple[torch.optim.Adam, Callable[[int], None]]:
     student.requires_grad_(False)
-    for parameter in (*stage.weights, *stage.scales):
+    for parameter in stage.parameters:
         parameter.requires_grad_(True)
     rates = (options.weight_rate, options.scale_rate)
     optimizer = torch.optim.Adam([{"params": stage.weights}, {"params": stage.scales}], lr=0.0)
@@ -215,42 +278,106 @@ def _optimizer(student: nn.Module, stage: _Stage, options: FinetuneOptions) -> t
     return optimizer, schedule
 
 
-def _batch(trajectories: Trajectories, options: FinetuneOptions, step: int) -> tuple[dict[str, Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
-    recorded, samples = trajectories.sample.shape[:2]
-    # Evenly spread steps with a random offset: every batch sees early and late timesteps alike.
-    offset = torch.rand(1, generator=generator) * recorded
-    steps = (torch.arange(options.batch) * recorded / options.batch + offset).long() % recorded
-    rows = torch.randint(samples, (options.batch,), generator=generator)
-    return trajectories.inputs(steps, rows), trajectories.output[steps, rows]
+def _backward(
+    student: QuantizedModel, inputs: dict[str, Tensor], target: Tensor, block_targets: list[Tensor], options: FinetuneOptions
+) -> Tensor:
+    """Leave the gradients of one batch in the student's parameters; the loss."""
+    # The hooks are gone before the backward pass, in which checkpointed blocks run again.
+    with BlockOutputs(student.model) as blocks, torch.autocast(target.device.type, torch.bfloat16, options.precision == "bf16"):
+        output = student(**inputs)
+        block_outputs = blocks.take()
+    loss = options.output_loss * log_error(output.float(), target)
+    if block_targets:
+        errors = [log_error(mine.float(), theirs) for mine, theirs in zip(block_outputs, block_targets, strict=True)]
+        loss = loss + options.block_loss * torch.stack(errors).mean()
+    with _buckets_set(student, inputs["timestep"]):
+        loss.backward()
+    return loss.detach()
 
 
-class _BlockOutputs:
-    """Collects the outputs of a model's supervised blocks, in execution order."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._blocks = [m for m in model.modules() if type(m).__name__ in SUPERVISED_BLOCKS]
-        self._handles: list[Any] = []
-        self._outputs: list[Tensor] = []
-
-    def __enter__(self) -> _BlockOutputs:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._outputs.append(output if isinstance(output, Tensor) else output[0])
-
-        self._handles = [block.register_forward_hook(hook) for block in self._blocks]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def take(self) -> Iterator[Tensor]:
-        """The outputs since the last call."""
-        outputs, self._outputs = self._outputs, []
-        return iter(outputs)
+@contextmanager
+def _buckets_set(student: QuantizedModel, timestep: Tensor) -> Iterator[None]:
+    student.bucket_state.current = student.bucket_of(timestep)
+    try:
+        yield
+    finally:
+        student.bucket_state.current = None
 
 
-def _run_key(calibrated: Checkpoint, options: FinetuneOptions, trajectories: Trajectories) -> str:
+@dataclass(frozen=True)
+class _Batches:
+    """The batch of each step, counted from 0 over all stages."""
+
+    trajectories: Trajectories
+    options: FinetuneOptions
+    processes: Processes
+
+    def share(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
+        """This process's inputs and targets [B / processes, ...], on its device."""
+        steps, rows = (self.processes.share(part) for part in self._plan(step))
+        inputs, target = self.trajectories.inputs(steps, rows), self.trajectories.output[steps, rows]
+        return {name: value.to(self.processes.device) for name, value in inputs.items()}, target.to(self.processes.device)
+
+    def buckets(self, step: int, student: QuantizedModel) -> tuple[int, int]:
+        """The lowest and the highest timestep bucket in the whole batch."""
+        buckets = student.bucket_of(self.trajectories.timestep[self._plan(step)[0]].to(student.edges.device))
+        return int(buckets.min()), int(buckets.max())
+
+    def _plan(self, step: int) -> tuple[Tensor, Tensor]:
+        options = self.options
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
+        recorded, samples = self.trajectories.sample.shape[:2]
+        # Evenly spread steps with a random offset: every batch sees early and late timesteps alike.
+        offset = torch.rand(1, generator=generator) * recorded
+        steps = (torch.arange(options.batch) * recorded / options.batch + offset).long() % recorded
+        return steps, torch.randint(samples, (options.batch,), generator=generator)
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """The float model's block outputs for this process's share of each step's batch."""
+
+    stream: TargetStream
+    load_teacher: Callable[[], nn.Module]
+    batches: _Batches
+    steps: int
+    on_target: Callable[[int], None]
+
+    def of(self, step: int) -> list[Tensor]:
+        """The block outputs at ``step``, in execution order, each [B / processes, ...]."""
+        targets = self.stream.read(step)
+        if targets is None:
+            self._run_ahead(step)
+            gc.collect()  # a module tree may hold cycles, and a float model is large
+            targets = self.stream.read(step)
+        if targets is None:
+            raise QuestDeployError(f"{self.stream.path}: what was just written cannot be read back; check the disk")
+        return [target.to(self.batches.processes.device) for target in targets]
+
+    @torch.no_grad()
+    def _run_ahead(self, first: int) -> None:
+        teacher = self.load_teacher().eval().to(self.batches.processes.device)
+        with BlockOutputs(teacher) as blocks:
+
+            def run(step: int) -> list[Tensor]:
+                teacher(**self.batches.share(step)[0])
+                return blocks.take()
+
+            self.stream.write(first, self.steps, run, lambda step: self.on_target(step + 1))
+
+
+def _load_state(path: Path | None, key: str, steps: int, notify: Callable[[str], None]) -> TrainingState | None:
+    try:
+        state = TrainingState.load(path, key) if path else None
+    except InputError as e:
+        notify(f"warning: {e}: it is ignored")
+        return None
+    if state is not None:
+        notify(f"resuming at step {state.step} of {steps}")
+    return state
+
+
+def _run_key(calibrated: Checkpoint, options: FinetuneOptions, made_from: dict[str, str]) -> str:
     digest = hashlib.sha256()
     for site in calibrated.sites.values():
         tables = (site.scale, site.low, site.channel) if isinstance(site, SiteData) else (site.scale, site.zero_point)
@@ -258,5 +385,12 @@ def _run_key(calibrated: Checkpoint, options: FinetuneOptions, trajectories: Tra
             digest.update(table.tobytes())
     for layer in calibrated.layers.values():
         digest.update(layer.weight_codes.tobytes() + layer.weight_scale.tobytes())
-    recorded = [list(trajectories.sample.shape), float(trajectories.output.double().sum())]
-    return sha256_of_json([__version__, calibrated.scheme.to_json(), digest.hexdigest(), asdict(options), recorded])
+    return sha256_of_json([__version__, calibrated.scheme.to_json(), digest.hexdigest(), asdict(options), made_from])
+
+
+def _hash_of(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -107,17 +107,18 @@ class _FakeQuantizeActivation(torch.autograd.Function):
         lows, highs = per_sample(low, x), per_sample(high, x)
         divisor = step if channel is None else step * per_channel(channel, x, axis)
         ratio = x / divisor
-        codes = torch.round(ratio)
-        below, above = codes < lows, codes > highs
-        codes = torch.clamp(codes, lows, highs)
-        ctx.save_for_backward(ratio, codes, below, above, scale, channel)
+        # Only the ratio is kept, and its codes made again in the backward pass: every site of a UNet keeps its own.
+        ctx.save_for_backward(ratio, scale, low, high, channel)
         ctx.axis = axis
-        return codes * step
+        return torch.round(ratio).clamp_(lows, highs).mul_(step)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
-        ratio, codes, below, above, scale, channel = ctx.saved_tensors
+        ratio, scale, low, high, channel = ctx.saved_tensors
         grad = grads[0]
+        lows, highs = per_sample(low, ratio), per_sample(high, ratio)
+        codes = torch.round(ratio)
+        below, above = codes < lows, codes > highs
         inside = ~(below | above)
         grad_x = grad_scale = grad_low = grad_high = None
         if ctx.needs_input_grad[0]:
@@ -126,7 +127,7 @@ class _FakeQuantizeActivation(torch.autograd.Function):
                 grad_x = grad_x / per_channel(channel, grad_x, ctx.axis)
         if ctx.needs_input_grad[1]:
             # LSQ (arXiv 1902.08153): the rounding error where x is inside, the bound itself where it is clipped.
-            grad_scale = (grad * (codes - ratio * inside)).flatten(1).sum(1)
+            grad_scale = (grad * (codes.clamp_(lows, highs) - ratio * inside)).flatten(1).sum(1)
         if ctx.needs_input_grad[2]:
             grad_low = (grad * below).flatten(1).sum(1) * scale
         if ctx.needs_input_grad[3]:

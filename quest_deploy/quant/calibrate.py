@@ -213,6 +213,7 @@ class _Reservoir:
         self._rows: Tensor | None = None
         self._keys = torch.empty(0)
         self._extremes: Tensor | None = None
+        self._seen = 0
 
     def add(self, rows: Tensor, generator: torch.Generator) -> None:
         """Add rows [N, C]."""
@@ -220,6 +221,7 @@ class _Reservoir:
         if self._extremes is not None:
             extremes = torch.stack([torch.minimum(self._extremes[0], extremes[0]), torch.maximum(self._extremes[1], extremes[1])])
         self._extremes = extremes
+        self._seen += len(rows)
         keys = torch.rand(len(rows), generator=generator)
         if len(keys) > self.size:
             keys, chosen = keys.topk(self.size)
@@ -233,10 +235,10 @@ class _Reservoir:
 
     @property
     def values(self) -> Tensor:
-        """The sample with the extremes, [up to size + 2, C]: the extremes are the min-max range and always stay."""
+        """The sample, [up to size, C], and beside it, where rows were left out, the extremes [2, C]: they are the min-max range."""
         assert self._rows is not None
         assert self._extremes is not None
-        return torch.cat([self._rows, self._extremes])
+        return self._rows if self._seen <= self.size else torch.cat([self._rows, self._extremes])
 
 
 def _input_amax(layer: nn.Module, like: Tensor) -> Tensor:

@@ -228,6 +228,7 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("weight_high", grid.high.clone())
         # A site serves several layers: it is owned by the QuantizedModel, and kept out of this module's state here.
         object.__setattr__(self, "site", site)
+        self._frozen = False
 
     @property
     def grid(self) -> WeightGrid:
@@ -236,7 +237,17 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer on fake-quantized input and weight, in float."""
-        return self.compute(self.site(x), fake_quantize_weight(self.weight, self.grid))
+        return self.compute(self.site(x), self.rounded_weight())
+
+    def rounded_weight(self) -> Tensor:
+        """The weight that the layer computes with, in its shape."""
+        return self.weight if self._frozen else fake_quantize_weight(self.weight, self.grid)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Round the weight once and for all: a layer that is not trained neither rounds again nor keeps a second weight."""
+        self.weight.copy_(self.rounded_weight())
+        self._frozen = True
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """The float layer itself, without its quantizers."""

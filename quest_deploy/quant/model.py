@@ -27,7 +27,7 @@ from quest_deploy.quant.prepare import prepare
 from quest_deploy.scheme import activation_levels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
 
 class QuantizedModel(nn.Module):
@@ -42,11 +42,11 @@ class QuantizedModel(nn.Module):
 
     edges: Tensor
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, float_weights: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, *, unrounded: bool = False) -> None:
         """Swap the layers of ``model`` in place.
 
         Args:
-            float_weights: unrounded weights by layer name, without the channel vector; None takes the checkpoint's rounded ones.
+            unrounded: keep the weights that ``model`` has, as near as they come to the checkpoint's codes; else take the codes.
         """
         super().__init__()
         self.model = model
@@ -59,8 +59,7 @@ class QuantizedModel(nn.Module):
         for site in checkpoint.sites.values():
             for name in site.layers:
                 if name in checkpoint.layers:
-                    weight = None if float_weights is None else float_weights[name]
-                    self._swap(checkpoint.layers[name], quantizers[site.name], weight)
+                    self._swap(checkpoint.layers[name], quantizers[site.name], unrounded=unrounded)
         for product in checkpoint.products.values():
             first, second = (None if site is None else quantizers[site] for site in product.sites)
             _set_submodule(self.model, product.name, QuantizedProduct((first, second)))
@@ -77,8 +76,7 @@ class QuantizedModel(nn.Module):
         """
         if teacher is not None:
             model = prepare(copy.deepcopy(teacher), checkpoint.architecture.split_shortcuts, checkpoint.architecture.attention)
-            weights = {name: model.get_parameter(f"{name}.weight").detach() for name in checkpoint.layers}
-            return cls(model, checkpoint, weights)
+            return cls(model, checkpoint, unrounded=True)
         model = build_float_model(checkpoint.architecture)
         floats = {key: torch.from_numpy(np.array(value)) for key, value in checkpoint.floats.items()}
         try:
@@ -91,11 +89,12 @@ class QuantizedModel(nn.Module):
             raise InputError(f"the checkpoint does not fit its architecture: {missing[:3]} {result.unexpected_keys[:3]}")
         return cls(model, checkpoint)
 
-    def _swap(self, data: LayerData, site: SiteQuantizer, float_weight: Tensor | None) -> None:
+    def _swap(self, data: LayerData, site: SiteQuantizer, *, unrounded: bool) -> None:
         layer = self.model.get_submodule(data.name)
         weight = torch.from_numpy(data.dequantized_weight)
         grid = _grid(data)
-        if float_weight is not None:
+        if unrounded:
+            float_weight = layer.get_parameter("weight").detach()
             folded = fold_channel(float_weight, site.channel) if isinstance(site, ActivationQuantizer) else float_weight
             weight = _nearest_with_codes(folded, torch.from_numpy(data.centered_codes), grid)
         if data.bias is not None and layer.bias is not None:

@@ -99,15 +99,11 @@ class ExplicitAttention:
             project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
         )
-        if self.scale is ScoreScale.OPERANDS:
-            root = attn.scale**0.5
-            scores = attn.scores(q * root, (k * root).transpose(2, 3))
-        else:
-            scores = attn.scores(q, k.transpose(2, 3)) * attn.scale
+        mask = None
         if attention_mask is not None:
             mask = attn.prepare_attention_mask(attention_mask, k.shape[2], shape[0])
-            scores = scores + mask.view(shape[0], attn.heads, -1, mask.shape[-1])
-        mixed = attn.mix(scores.softmax(-1), v)
+            mask = mask.view(shape[0], attn.heads, -1, mask.shape[-1])
+        mixed = self.attend(attn, q, k, v, mask)
         hidden_states = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
         if len(shape) == 4:
             hidden_states = hidden_states.transpose(1, 2).unflatten(2, shape[2:])
@@ -115,6 +111,18 @@ class ExplicitAttention:
             hidden_states = residual + hidden_states  # in this order the result has the layout of the residual, as in CompVis
         result: Tensor = hidden_states / attn.rescale_output_factor
         return result
+
+    def attend(self, attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q k^T * scale + mask) v; q, k, v [B, heads, tokens, d], mask [B, heads, 1 or tokens, tokens of k]."""
+        if self.scale is ScoreScale.OPERANDS:
+            root = attn.scale**0.5
+            scores = attn.scores(q * root, (k * root).transpose(2, 3))
+        else:
+            scores = attn.scores(q, k.transpose(2, 3)) * attn.scale
+        if mask is not None:
+            scores = scores + mask
+        mixed: Tensor = attn.mix(scores.softmax(-1), v)
+        return mixed
 
 
 def prepare(model: nn.Module, split_shortcuts: Mapping[str, int], attention: ScoreScale | None) -> nn.Module:

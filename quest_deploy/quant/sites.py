@@ -119,7 +119,8 @@ def plan_quantization(model: nn.Module, probe: Mapping[str, Tensor], scheme: Sch
             operands = _operand_sites(entry, scheme)
             sites += [site for site in operands if site is not None]
             names = tuple(None if site is None else site.name for site in operands)
-            products.append(ProductPlan(entry.name, (names[0], names[1]), entry.macs))
+            if any(names):
+                products.append(ProductPlan(entry.name, (names[0], names[1]), entry.macs))
             continue
         group = readers[entry.input_hash, entry.axis]
         if group[0] is entry:

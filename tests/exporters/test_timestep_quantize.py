@@ -26,8 +26,8 @@ DTYPES = (np.float32, np.float16)
 
 @functools.cache
 def op_model(axis: int, dtype: type) -> onnx.ModelProto:
-    """A graph of one TimestepQuantize, all six operands its inputs, x of unknown rank."""
-    types = [ir.DataType.from_numpy(np.dtype(dtype)), ir.DataType.INT64, *[ir.DataType.FLOAT] * 4]
+    """A graph of one TimestepQuantize, all seven operands its inputs, x of unknown rank."""
+    types = [ir.DataType.from_numpy(np.dtype(dtype)), ir.DataType.INT64, *[ir.DataType.FLOAT] * 5]
     inputs = [ir.Value(name=n, type=ir.TensorType(t)) for n, t in zip(timestep_quantize.INPUTS, types, strict=True)]
     codes = ir.Value(name="codes", type=ir.TensorType(ir.DataType.INT8))
     node = ir.Node("quest", "TimestepQuantize", inputs, [ir.AttrInt64("axis", axis)], outputs=[codes])
@@ -51,6 +51,7 @@ def tables(rng: np.random.Generator, buckets: int, channels: int, *, bits: int) 
         "scale": rng.uniform(0.01, 0.5, buckets).astype(np.float32),
         "low": low.astype(np.float32),
         "high": high.astype(np.float32),
+        "offset": rng.integers(-1, 2, buckets).astype(np.float32) * (bits == 4),
         "channel": rng.uniform(0.2, 3.0, channels).astype(np.float32),
     }
 
@@ -76,7 +77,7 @@ def test_codes_equal_numpys_code_for_code(runtime: str, rank: int, axis: int, dt
 @given(power=st.integers(-6, 3), seed=st.integers(0, 2**32 - 1))
 def test_a_tie_goes_to_the_even_code(runtime: str, dtype: type, power: int, seed: int) -> None:
     halves = np.random.default_rng(seed).integers(-9, 9, (2, 4)) + 0.5
-    operands = {"scale": [2.0**power], "low": [-15.0], "high": [15.0], "channel": [1.0, 2.0, 0.5, 1.0]}
+    operands = {"scale": [2.0**power], "low": [-15.0], "high": [15.0], "offset": [0.0], "channel": [1.0, 2.0, 0.5, 1.0]}
     feeds = {name: np.asarray(value, np.float32) for name, value in operands.items()}
     x = (halves * feeds["scale"] * feeds["channel"]).astype(dtype)
     (found,) = runner(runtime, 1, dtype)({"x": x, "bucket": np.zeros(2, np.int64), **feeds})
@@ -86,7 +87,7 @@ def test_a_tie_goes_to_the_even_code(runtime: str, dtype: type, power: int, seed
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_codes_stop_at_the_bounds_of_each_samples_bucket_even_for_infinities(runtime: str) -> None:
-    feeds = {"scale": [1.0, 1.0], "low": [-3.0, -127.0], "high": [12.0, 127.0], "channel": [1.0, 1.0, 1.0, 1.0]}
+    feeds = {"scale": [1.0, 1.0], "low": [-3.0, -127.0], "high": [12.0, 127.0], "offset": [0.0, 0.0], "channel": [1.0, 1.0, 1.0, 1.0]}
     operands = {name: np.asarray(value, np.float32) for name, value in feeds.items()}
     x = np.tile(np.asarray([-np.inf, -1e30, 1e30, np.inf], np.float32), (3, 1))
     (found,) = runner(runtime, 1, np.float32)({"x": x, "bucket": np.asarray([1, 0, 1]), **operands})
@@ -110,7 +111,7 @@ def test_half_precision_input_is_divided_in_float32() -> None:
     scale, unit = float32(0.4), np.ones(4096, np.float32)
     exact = np.rint(x.astype(np.float32) / scale)
     assert (exact != np.rint(x / scale.astype(np.float16))).any()
-    bounds = {"low": float32(-127), "high": float32(127)}
+    bounds = {"low": float32(-127), "high": float32(127), "offset": float32(0)}
     (found,) = runner("onnxruntime", 1, np.float16)(
         {"x": x, "bucket": np.zeros(1, np.int64), "scale": scale, "channel": unit, **bounds}
     )
@@ -120,14 +121,15 @@ def test_half_precision_input_is_divided_in_float32() -> None:
 def test_the_function_declares_the_published_signature() -> None:
     function = timestep_quantize.function_body()
     assert (function.domain, function.name) == ("quest", "TimestepQuantize")
-    assert [value.name for value in function.inputs] == ["x", "bucket", "scale", "low", "high", "channel"]
+    assert [value.name for value in function.inputs] == ["x", "bucket", "scale", "low", "high", "offset", "channel"]
     assert list(function.attributes) == ["axis"]
 
 
 def test_a_model_with_the_function_passes_the_full_check_and_its_codes_are_inferred_as_int8() -> None:
     model = graph_from_text("""
-    op (float16[N,3,H] x, int64[N] bucket, float[K] scale, float[K] low, float[K] high, float[3] channel) => (int8[N,3,H] codes)
-    { codes = quest.TimestepQuantize <axis = 1> (x, bucket, scale, low, high, channel) }
+    op (float16[N,3,H] x, int64[N] bucket, float[K] scale, float[K] low, float[K] high, float[K] offset, float[3] channel)
+    => (int8[N,3,H] codes)
+    { codes = quest.TimestepQuantize <axis = 1> (x, bucket, scale, low, high, offset, channel) }
     """)
     model.graph.opset_imports.pop("quest.export")
     onnx.checker.check_model(proto_of(model), full_check=True)

@@ -37,6 +37,7 @@ MINI_UNET = {
 """27 layers that read 22 sites: resnets, attention, GEGLU, skips; it is cut into 50 parts and built in seconds."""
 CHAIN = {
     "calibrate": ["--samples", "8", "--buckets", "3"],
+    "sensitivity": ["--samples", "1", "--batch", "20"],
     "finetune": ["--temporal-steps", "2", "--sensitive-steps", "3", "--batch", "4"],
     "export": [],
     "reference": [],

@@ -143,7 +143,7 @@ def put(container: Any, *keys_and_value: Any) -> None:
 EDITS: dict[str, Callable[[dict[str, Any], dict[str, Array], dict[str, str]], Any]] = {
     "another format": lambda c, t, m: put(m, "format", "pt"),
     "no metadata": lambda c, t, m: m.clear(),
-    "another version": lambda c, t, m: put(m, "version", "2"),
+    "another version": lambda c, t, m: put(m, "version", "1"),
     "no content": lambda c, t, m: m.pop("content"),
     "another scheme version": lambda c, t, m: put(c, "scheme", "version", 9),
     "unknown scheme key": lambda c, t, m: put(c, "scheme", "rotation", 1),

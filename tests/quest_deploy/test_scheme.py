@@ -85,7 +85,7 @@ def test_bits_other_than_4_and_8_are_refused_by_name(field: str, bits: Any) -> N
 @pytest.mark.parametrize(
     "changes",
     [
-        {"version": 2},
+        {"version": 1},
         {"version": None},
         {"rotation": "hadamard"},
         {"weight_bits": ...},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.scheme import Scheme
+from quest_deploy.scheme import SCHEME_VERSION, Scheme
 from quest_deploy.workspace import MANIFEST, Workspace
 
 if TYPE_CHECKING:
@@ -115,6 +115,14 @@ def test_the_checkpoint_to_deploy_is_the_finetuned_one_where_there_is_one(tmp_pa
     assert (workspace.checkpoint_stage, workspace.checkpoint_path.name) == ("finetune", "checkpoint.safetensors")
 
 
+def test_the_sensitivity_of_the_calibrated_model_stays_up_to_date_after_finetuning(made: Workspace) -> None:
+    finish(made, "sensitivity", ("calibrate",))
+    assert made.require("sensitivity") == made.stages["sensitivity"]
+    finish(made, "calibrate", content="another", seed=1)
+    with pytest.raises(InputError, match=r"`sensitivity` ran on an older result of `calibrate`.*quest-deploy sensitivity -w"):
+        made.require("sensitivity")
+
+
 def test_the_manifest_says_what_made_each_stage(made: Workspace) -> None:
     entry = json.loads((made.root / MANIFEST).read_text())["stages"]["finetune"]
     assert {"quest-deploy", "time", "python", "platform", "onnx"} <= entry["made"].keys()
@@ -122,11 +130,13 @@ def test_the_manifest_says_what_made_each_stage(made: Workspace) -> None:
     assert entry["inputs"] == {"calibrate": made.stages["calibrate"].digest}
 
 
+RECORD: dict[str, Any] = {"inputs": {}, "options": {}, "files": {}, "details": {}, "made": {}}
+
+
 def manifest(**changes: Any) -> str:
     """A manifest's text, with changes."""
-    record = {"inputs": {}, "options": {}, "files": {}, "details": {}, "made": {}}
     content = {
-        "format": "quest-deploy workspace", "version": 1, "model": "tiny", "scheme": SCHEME.to_json(), "stages": {"calibrate": record}
+        "format": "quest-deploy workspace", "version": 1, "model": "tiny", "scheme": SCHEME.to_json(), "stages": {"calibrate": RECORD}
     }  # fmt: skip
     return json.dumps(content | changes)
 
@@ -140,8 +150,14 @@ def manifest(**changes: Any) -> str:
         ("[]", "expected a quest-deploy workspace"),
         (manifest()[:-40], "expected JSON"),
         ("", "expected JSON"),
-        (manifest(scheme={"version": 9}), "scheme: expected version 1"),
+        (manifest(scheme={"version": 9}), f"scheme: expected version {SCHEME_VERSION}"),
         (manifest(scheme=None), "scheme: expected a JSON object"),
+        (manifest(scheme=SCHEME.to_json() | {"weight_bits": 3}), "weight_bits must be 4 or 8.*start anew with -w"),
+        (manifest(model=None), "is damaged.*its model is None"),
+        (manifest(stages={"calibrate": RECORD | {"inputs": {"calibrate": "0"}}}), "is damaged.*cycle"),
+        (manifest(stages={"a": RECORD | {"inputs": {"b": "0"}}, "b": RECORD | {"inputs": {"a": "0"}}}), "is damaged.*cycle"),
+        (manifest(stages={"calibrate": RECORD | {"files": {"../a": {"sha256": "0", "bytes": 1}}}}), "no path inside"),
+        (manifest(stages={"calibrate": RECORD | {"files": {"/a": {"sha256": "0", "bytes": 1}}}}), "no path inside"),
         (manifest(stages=[]), "is damaged"),
         (manifest(stages={"calibrate": {"inputs": {}}}), "is damaged"),
         (manifest(stages={"calibrate": {"inputs": {}, "options": {}, "files": {}, "more": 1}}), "is damaged"),
@@ -154,6 +170,16 @@ def test_a_damaged_manifest_is_refused_in_one_line(tmp_path: Path, text: str, wo
     with pytest.raises(InputError, match=words) as caught:
         Workspace.open(tmp_path)
     assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    # Nothing makes a manifest again, and without it the folder is no workspace: deleting it would lose what it says.
+    assert "start a" in str(caught.value)
+    assert "delete" not in str(caught.value)
+
+
+def test_a_stage_whose_input_is_not_in_the_manifest_is_not_up_to_date(made: Workspace) -> None:
+    del made.stages["export"]
+    with pytest.raises(InputError, match=f"no finished `export`: run `quest-deploy export -w {made.root}` first"):
+        made.require("build-engine/openvino")
 
 
 def test_no_workspace_is_an_error_that_names_the_first_command(tmp_path: Path) -> None:

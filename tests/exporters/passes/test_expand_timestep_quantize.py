@@ -14,12 +14,19 @@ BUCKET = np.asarray([1, 0, 1])
 def quantizer(
     shape: str = "batch,4,3", *, axis: int = 1, dtype: str = "float", low: tuple[float, float] = (-3, -8),
     channel: tuple[float, ...] = (0.5, 1, 2, 3), scale: tuple[float, float] = (0.1, 0.7),
+    offset: tuple[float, float] = (0, 0),
 ) -> tuple[ir.Model, dict[str, Array]]:  # fmt: skip
     """A graph of one quantizer of the site "s", and its tables."""
-    tables = {"scale": float32(*scale), "low": float32(*low), "high": float32(*low) + 15, "channel": float32(*channel)}
+    tables = {
+        "scale": float32(*scale),
+        "low": float32(*low),
+        "high": float32(*low) + 15,
+        "offset": float32(*offset),
+        "channel": float32(*channel),
+    }
     text = f"""
     one ({dtype}[{shape}] x, int64[batch] bucket) => (int8[{shape}] codes)
-    {{ codes = quest.TimestepQuantize <axis = {axis}> (x, bucket, s_scale, s_low, s_high, s_channel) }}
+    {{ codes = quest.TimestepQuantize <axis = {axis}> (x, bucket, s_scale, s_low, s_high, s_offset, s_channel) }}
     """
     model = graph_from_text(text, **{f"s.{name}": table for name, table in tables.items()})
     model.graph.outputs[0].name = "s.codes"

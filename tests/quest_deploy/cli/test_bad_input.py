@@ -70,7 +70,7 @@ def test_run_refuses_a_backend_that_cannot_run_here_before_it_starts(tmp_path: P
     assert not (tmp_path / "ws").exists()
 
 
-@pytest.mark.parametrize("command", [*BACKEND_COMMANDS, "finetune", "reference"])
+@pytest.mark.parametrize("command", [*BACKEND_COMMANDS, "sensitivity", "finetune", "reference"])
 def test_a_command_without_a_workspace_names_the_first_one(tmp_path: Path, command: str) -> None:
     ended = cli(command, "-w", tmp_path / "none")
     assert ended.code == 2
@@ -81,6 +81,7 @@ def test_a_command_without_a_workspace_names_the_first_one(tmp_path: Path, comma
 @pytest.mark.parametrize(
     ("command", "missing"),
     [
+        ("sensitivity", "calibrate"),
         ("finetune", "calibrate"),
         ("reference", "calibrate"),
         ("build-engine", "export"),
@@ -112,6 +113,7 @@ def test_verify_without_a_reference_names_its_command(workspace: Path) -> None:
     [
         ("calibrated.safetensors", "finetune", "calibrate"),
         ("trajectories.safetensors", "finetune", "calibrate"),
+        ("trajectories.safetensors", "sensitivity", "calibrate"),
         ("checkpoint.safetensors", "export", "finetune"),
         ("checkpoint.safetensors", "reference", "finetune"),
         ("unet.onnx", "build-engine", "export"),
@@ -148,6 +150,16 @@ def test_inspecting_a_truncated_file_is_one_message(workspace: Path, name: str) 
     ended = cli("inspect", path.parent if path.suffix == ".json" else path)
     assert ended.code == 2
     assert str(path) in ended.message
+
+
+def test_inspecting_an_edited_manifest_says_how_to_go_on(workspace: Path) -> None:
+    manifest = read_json(workspace / MANIFEST)
+    manifest["stages"]["calibrate"]["inputs"] = {"finetune": "0"}
+    write_json(workspace / MANIFEST, manifest)
+    ended = cli("inspect", workspace)
+    assert ended.code == 2
+    assert str(workspace / MANIFEST) in ended.message
+    assert "restore it from a copy, or start a new workspace with -w" in ended.message
 
 
 def test_inspecting_an_engine_of_another_kind_is_one_message(workspace: Path) -> None:

@@ -11,8 +11,10 @@ from PIL import Image
 
 from exporters.graph_info import graph_info, load_graph
 from quest_deploy.checkpoint import load_checkpoint
+from quest_deploy.cli.sensitivity import describe
 from quest_deploy.files import read_json, sha256_of
 from quest_deploy.reference_files import load_reference
+from quest_deploy.sensitivity import select_sensitive
 from quest_deploy.workspace import Workspace
 from tests.quest_deploy.support import CHAIN, cli
 
@@ -40,7 +42,7 @@ def test_the_workspace_has_the_layout_of_the_specification(chain: Chain) -> None
     expected = ["manifest.json", "checkpoint.safetensors", "unet.onnx", "unet.onnx.data", "reference/reference.json"]
     expected += [f"engines/{backend}/engine.json" for backend in BACKENDS]
     expected += [f"reports/{command}-onnxruntime.json" for command in ("verify", "benchmark", "evaluate")]
-    expected += ["images/grid-openvino.png"]
+    expected += ["reports/sensitivity.json", "images/sensitivity.png", "images/grid-openvino.png"]
     assert [path for path in expected if not (chain.root / path).is_file()] == []
     assert list(chain.root.rglob(".tmp-*")) == []
 
@@ -56,6 +58,26 @@ def test_all_layers_but_the_first_and_the_last_convolution_have_4_bits(chain: Ch
     checkpoint = load_checkpoint(chain.root / "checkpoint.safetensors")
     assert {name for name, layer in checkpoint.layers.items() if layer.weight_bits == 8} == {"conv_in", "conv_out"}
     assert {name for name, site in checkpoint.sites.items() if site.bits == 8} == {"conv_in", "conv_out"}
+
+
+def test_sensitivity_reports_every_layer_and_picks_some_for_stage_2(chain: Chain) -> None:
+    printed, report = chain.outcomes["sensitivity"].json, read_json(chain.root / "reports" / "sensitivity.json")
+    assert len(printed["layers"]) == len(report["layers"]) == chain.outcomes["calibrate"].json["layers"]
+    assert {len(layer["bucket_mse"]) for layer in report["layers"]} == {3}
+    assert tuple(printed["selected"]) == select_sensitive(report) != ()
+    assert not [name for name in printed["selected"] if name.endswith("time_emb_proj")]
+    assert Image.open(chain.root / "images" / "sensitivity.png").width > 1000
+
+
+def test_sensitivity_names_the_worst_layers_and_kinds_first(chain: Chain) -> None:
+    details = chain.outcomes["sensitivity"].json
+    worst = max(details["layers"], key=lambda x: x["mse"])
+    _, header, _, first, *rest = describe(Workspace.open(chain.root), details).splitlines()
+    assert header.split() == ["layer", "kind", "e-MSE", "relative", "picked"]
+    assert first.split() == [worst["layer"], worst["group"], f"{worst['mse']:.1e}", f"{worst['relative_mse']:.1e}", "yes"]
+    shares = [float(line.split()[-1].removesuffix("%")) for line in rest if line.endswith("%")]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(100, abs=1)
 
 
 def test_finetune_runs_the_steps_asked_for_and_leaves_no_state(chain: Chain) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from quest_deploy.files import read_json
-from quest_deploy.finetune.train import TrainingState, finetune
+from quest_deploy.finetune.state import TrainingState
 from quest_deploy.workspace import MANIFEST, Workspace
 from tests.quest_deploy.support import CHAIN, cli, snapshot
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-FINETUNE = ("--temporal-steps", "4", "--sensitive-steps", "30", "--batch", "4")
+FINETUNE = ("--temporal-steps", "4", "--sensitive-steps", "30", "--batch", "4", "--save-every", "1")
 
 
-def interrupted(arguments: list[str | Path], ready: Callable[[str], bool], prelude: str = "") -> tuple[int, str, str]:
+def interrupted(arguments: list[str | Path], ready: Callable[[str], bool]) -> tuple[int, str, str]:
     """Run the program in a process of its own, press Ctrl-C once it is ``ready``: exit code, standard output and error."""
-    program = f"{prelude}\nfrom quest_deploy.cli.main import main; main()"
+    program = "from quest_deploy.cli.main import main; main()"
     with subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -66,19 +66,20 @@ def test_finetune_resumes_after_ctrl_c_and_keeps_the_old_checkpoint_until_then(
 ) -> None:
     before = snapshot(workspace)
     state = workspace / "finetune-state.pt"
-    often = "import quest_deploy.finetune.train as train; train.finetune.__kwdefaults__['save_every'] = 1"
-    code, out, err = interrupted(["finetune", "-w", workspace, *FINETUNE, "--json"], lambda line: state.exists(), often)
+    code, out, err = interrupted(["finetune", "-w", workspace, *FINETUNE, "--json"], lambda line: state.exists())
     assert_interrupted(code, err)
     assert out.startswith('{"error": "interrupted')
-    assert snapshot(workspace).keys() - before.keys() == {"finetune-state.pt"}
+    assert snapshot(workspace).keys() - before.keys() == {"finetune-state.pt", "finetune-targets.bin"}
     assert {name: entry for name, entry in snapshot(workspace).items() if name in before} == before
 
     found: list[TrainingState | None] = []
     load = TrainingState.load
     monkeypatch.setattr(TrainingState, "load", lambda path, key: found.append(load(path, key)) or found[-1])
-    assert cli("finetune", "-w", workspace, *FINETUNE).code == 0
+    resumed = cli("finetune", "-w", workspace, *FINETUNE)
+    assert resumed.code == 0
+    assert "resuming at step" in resumed.err
     assert [one is not None and 1 <= one.step < 34 for one in found] == [True]
-    assert not state.exists()
+    assert snapshot(workspace).keys() == before.keys()
     assert Workspace.open(workspace).require("finetune").details["steps"] == 34
 
 
@@ -99,7 +100,7 @@ def test_a_second_process_is_told_to_wait(workspace: Path) -> None:
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "calibrate": ("--samples", "1"),
-    "finetune": ("--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2"),
+    "finetune": ("--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2", "--save-every", "1"),
     "reference": (),
     "build-engine": ("--backend", "onnxruntime"),
     "generate": ("--backend", "onnxruntime", "--rows", "1", "--steps", "1"),
@@ -147,7 +148,6 @@ def test_a_full_disk_is_said_to_be_full(workspace: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         "quest_deploy.workspace.remove_temporaries", lambda folder: temporary.is_symlink() or temporary.symlink_to("/dev/full")
     )
-    monkeypatch.setitem(finetune.__kwdefaults__ or {}, "save_every", 1)
     ended = cli(command, "-w", workspace, *COMMANDS[command])
     assert ended.code == 1
     assert "the disk is full" in ended.message

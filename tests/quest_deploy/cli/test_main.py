@@ -16,10 +16,22 @@ from tests.quest_deploy.support import cli
 if TYPE_CHECKING:
     from pathlib import Path
 
-HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "polygraphy")
+HEAVY = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "polygraphy",
+    "matplotlib",
+)
 COMMANDS = (
     "run", "calibrate", "finetune", "export", "reference", "build-engine", "verify", "benchmark", "generate", "evaluate", "inspect",
-    "doctor",
+    "doctor", "sensitivity",
 )  # fmt: skip
 
 

@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from quest_deploy.engine.backends import BACKENDS, get_backend
-from quest_deploy.engine.base import ENGINE_FILE, LOWERED, EngineOptions, build_engine, engine_info, open_engine, options_from
+from quest_deploy.engine.base import (
+    ENGINE_FILE,
+    LOWERED,
+    EngineOptions,
+    Runner,
+    SplitRunner,
+    build_engine,
+    engine_info,
+    open_engine,
+    options_from,
+)
 from quest_deploy.engine.tensorrt import DEFAULT_CAPABILITIES, ENGINE
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import read_json, sha256_of, write_json
@@ -58,6 +68,53 @@ def rtx(mini_proto: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -
         lambda *progress: calls.append(progress),
     )
     return folder, calls
+
+
+class Limited(Runner):
+    """A runner that refuses more than ``most`` rows, keeps how many it got, and answers the sample plus the timestep."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.batches, self.closed = most, [], False
+
+    def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        assert {len(value) for value in feeds.values()} == {len(feeds["sample"])}
+        assert len(feeds["sample"]) <= self.most
+        self.batches.append(len(feeds["sample"]))
+        return {"sum": feeds["sample"] + feeds["timestep"][:, None], "timestep": feeds["timestep"]}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("rows", "batches"), [(1, [1]), (3, [3]), (4, [4]), (5, [4, 1]), (8, [4, 4]), (9, [4, 4, 1])], ids=lambda x: str(x)
+)
+def test_a_batch_beyond_the_largest_is_split_and_its_results_are_put_together(rows: int, batches: list[int]) -> None:
+    inner = Limited(4)
+    feeds = {"sample": np.arange(rows * 3.0).reshape(rows, 3), "timestep": np.arange(float(rows))}
+    outputs = SplitRunner(inner, 4).infer(feeds)
+    assert inner.batches == batches
+    np.testing.assert_array_equal(outputs["sum"], feeds["sample"] + feeds["timestep"][:, None])
+    np.testing.assert_array_equal(outputs["timestep"], feeds["timestep"])
+
+
+def test_closing_a_runner_that_splits_closes_the_one_inside() -> None:
+    inner = Limited(4)
+    with SplitRunner(inner, 4):
+        assert not inner.closed
+    assert inner.closed
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt"])
+def test_a_tensorrt_engine_never_gets_more_rows_than_its_profile_allows(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Limited(6)
+    monkeypatch.setattr("quest_deploy.engine.tensorrt._TensorRtRunner", lambda path, rtx: opened)
+    with get_backend(backend).open(tmp_path, EngineOptions(max_batch=6)) as runner:
+        outputs = runner.infer({"sample": np.zeros((20, 1)), "timestep": np.arange(20.0)})
+    assert opened.batches == [6, 6, 6, 2]
+    np.testing.assert_array_equal(outputs["sum"][:, 0], np.arange(20.0))
 
 
 def test_there_are_four_backends_and_others_are_refused_by_name() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quest_deploy.quant.affine import (
+    WeightGrid,
     activation_codes,
     fake_quantize_activation,
     fake_quantize_weight,
@@ -64,9 +65,9 @@ def test_codes_come_from_a_division_and_not_from_a_reciprocal() -> None:
 @given(shape=shapes, seed=seeds, spread=st.sampled_from([0.1, 1.0, 100.0]))
 def test_weight_codes_equal_numpys_and_lie_in_the_formats_range(bits: int, shape: tuple[int, ...], seed: int, spread: float) -> None:
     weight, scale = random(shape, seed) * spread, steps(shape[0], seed)
-    codes = weight_codes(weight, scale, bits)
+    codes = weight_codes(weight, WeightGrid.symmetric(scale, bits))
     low, high = weight_range(bits)
-    assert codes.dtype == torch.int8
+    assert codes.dtype == torch.int16
     expected = np.clip(np.rint(weight.numpy() / along(scale.numpy(), 0, len(shape))), low, high)
     np.testing.assert_array_equal(codes.numpy(), expected)
     assert codes.min() >= low
@@ -77,15 +78,15 @@ def test_weight_codes_equal_numpys_and_lie_in_the_formats_range(bits: int, shape
 @given(shape=shapes, seed=seeds)
 def test_a_fake_quantized_weight_is_exactly_its_codes_times_its_scale(bits: int, shape: tuple[int, ...], seed: int) -> None:
     weight, scale = random(shape, seed), steps(shape[0], seed)
-    expected = weight_codes(weight, scale, bits).float() * per_sample(scale, weight)
-    torch.testing.assert_close(fake_quantize_weight(weight, scale, bits), expected, rtol=0, atol=0)
+    expected = weight_codes(weight, WeightGrid.symmetric(scale, bits)).float() * per_sample(scale, weight)
+    torch.testing.assert_close(fake_quantize_weight(weight, WeightGrid.symmetric(scale, bits)), expected, rtol=0, atol=0)
 
 
 @given(shape=shapes, seed=seeds)
 def test_weights_learn_as_if_unrounded_and_clipped_ones_do_not(shape: tuple[int, ...], seed: int) -> None:
     weight, scale = random(shape, seed, dtype=torch.float64).requires_grad_(), steps(shape[0], seed, dtype=torch.float64)
     upstream = random(shape, seed + 3, dtype=torch.float64)
-    fake_quantize_weight(weight, scale, 4).backward(upstream)
+    fake_quantize_weight(weight, WeightGrid.symmetric(scale, 4)).backward(upstream)
     codes = torch.round(weight.detach() / per_sample(scale, weight))
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad, torch.where((codes < -8) | (codes > 7), 0.0, upstream), rtol=0, atol=0)

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from quest_deploy.quant.affine import activation_codes, per_sample, weight_codes
+from quest_deploy.quant.affine import WeightGrid, per_sample, weight_codes
 from quest_deploy.quant.layers import ActivationQuantizer, BucketState, QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from quest_deploy.scheme import Symmetry, usual_symmetry
 from tests.helpers import float32, numpy_codes, of_sample
 
 SCALE, ZERO_POINT = torch.tensor([0.11, 0.5, 0.23]), torch.tensor([8.0, 0.0, 15.0])
@@ -18,7 +19,8 @@ def quantizer(bits: int = 4, *, channel: torch.Tensor | None = None, axis: int =
     """Three buckets, of which a batch of four samples uses 2, 0, 2 and 1."""
     buckets = BucketState()
     buckets.current = torch.tensor([2, 0, 2, 1])
-    return ActivationQuantizer(bits, SCALE, ZERO_POINT, torch.ones(6) if channel is None else channel, axis, buckets)
+    vector = torch.ones(6) if channel is None else channel
+    return ActivationQuantizer(bits, SCALE, ZERO_POINT, vector, axis, buckets, usual_symmetry(bits))
 
 
 @given(zero_points=st.lists(st.floats(-40, 40, width=32), min_size=3, max_size=3))
@@ -58,14 +60,13 @@ def test_each_sample_is_quantized_with_its_own_buckets_scale_and_bounds(shape: t
     bucket = np.asarray([2, 0, 2, 1])
     codes = numpy_codes(x.numpy(), bucket, scale, low, high, channel.numpy(), axis)
     np.testing.assert_array_equal(site(x).detach().numpy(), codes * of_sample(scale, bucket, x.dim()))
-    step, lows, highs = site.operands(x)
-    np.testing.assert_array_equal(activation_codes(x, step, lows, highs).detach().numpy(), codes)
+    np.testing.assert_array_equal(site.codes(x).detach().numpy(), codes)
 
 
 def test_scale_and_zero_point_of_used_buckets_alone_receive_gradients() -> None:
     buckets = BucketState()
     buckets.current = torch.tensor([0, 2])
-    site = ActivationQuantizer(4, SCALE, ZERO_POINT, torch.ones(6), 1, buckets)
+    site = ActivationQuantizer(4, SCALE, ZERO_POINT, torch.ones(6), 1, buckets, Symmetry.ASYMMETRIC)
     site(torch.tensor([[-9.0, 9.0] * 3, [-8.0, 7.0] * 3])).square().sum().backward()
     for parameter in (site.log_shift, site.zero_point):
         assert parameter.grad is not None
@@ -74,12 +75,12 @@ def test_scale_and_zero_point_of_used_buckets_alone_receive_gradients() -> None:
 
 def test_a_quantizer_called_outside_its_model_says_so() -> None:
     with pytest.raises(RuntimeError, match="outside its QuantizedModel"):
-        ActivationQuantizer(4, SCALE, ZERO_POINT, torch.ones(6), 1, BucketState())(torch.zeros(4, 6))
+        ActivationQuantizer(4, SCALE, ZERO_POINT, torch.ones(6), 1, BucketState(), Symmetry.ASYMMETRIC)(torch.zeros(4, 6))
 
 
 def quantized(layer: nn.Conv2d | nn.Linear, site: ActivationQuantizer, scale: torch.Tensor, bits: int) -> QuantizedLayer:
     kind = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
-    return kind(layer, layer.weight.detach(), scale, bits, site)  # type: ignore[arg-type]
+    return kind(layer, layer.weight.detach(), WeightGrid.symmetric(scale, bits), site)  # type: ignore[arg-type]
 
 
 LAYERS = {
@@ -102,18 +103,17 @@ def test_a_quantized_layer_is_scale_times_the_layer_on_codes_plus_bias(make: obj
     # In float64 on integer codes, with the scale applied after the product and the bias last, as the deployed graph does it.
     integer = layer.double()
     bias = 0.0 if layer.bias is None else layer.bias.detach().view(-1, *[1] * (x.dim() - 2) if x.dim() == 4 else ())
-    codes = weight_codes(layer.weight.detach().float(), scale, bits).double()
+    codes = weight_codes(layer.weight.detach().float(), WeightGrid.symmetric(scale, bits)).double()
     integer.weight.data = codes * scale.double().view(-1, *[1] * (codes.dim() - 1))
     integer.bias = None
-    step, low, high = site.operands(x)
-    product = integer(activation_codes(x, step, low, high).detach().double()).detach()
+    product = integer(site.codes(x).detach().double()).detach()
     expected = product * per_sample(SCALE[[2, 0, 2, 1]].double(), product) + bias
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_does_not_own_its_site() -> None:
     layer = quantized(nn.Linear(6, 5), quantizer(), torch.ones(5), 4)
-    assert set(layer.state_dict()) == {"weight", "bias", "weight_scale"}
+    assert set(layer.state_dict()) == {"weight", "bias", "weight_scale", "weight_low", "weight_high"}
     assert {name for name, _ in layer.named_parameters()} == {"weight", "bias"}
 
 

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.base import EngineOptions, build_engine
+from quest_deploy.engine.base import EngineOptions, Runner, SplitRunner, build_engine
+from quest_deploy.engine.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.errors import InputError
 from quest_deploy.reference_files import TABLES
 from quest_deploy.verify.judge import LAYER_TOLERANCE
@@ -51,6 +52,28 @@ def verify_changed(mini_proto: onnx.ModelProto, mini_reference: Path, tmp_path_f
 @pytest.fixture(scope="module")
 def faithful(mini_engines: Callable[[str], Path], mini_reference: Path) -> Callable[[str], Verification]:
     return lambda backend: verify_engine(get_backend(backend), OPTIONS, mini_engines(backend), mini_reference)
+
+
+class SmallBatches(OnnxRuntimeBackend):
+    """onnxruntime as if its engines took three rows at most, as TensorRT's take those of their profile."""
+
+    def open(self, folder: Path, options: EngineOptions) -> Runner:
+        inner = super().open(folder, options)
+
+        class Limited(Runner):
+            def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+                assert max(len(value) for value in feeds.values()) <= 3
+                return inner.infer(feeds)
+
+        return SplitRunner(Limited(), 3)
+
+
+def test_an_engine_with_a_largest_batch_is_verified_with_all_timesteps_and_records(
+    mini_engines: Callable[[str], Path], mini_reference: Path, faithful: Callable[[str], Verification]
+) -> None:
+    found = verify_engine(SmallBatches(), OPTIONS, mini_engines("onnxruntime"), mini_reference)
+    assert found.passed
+    assert sum(site.codes for site in found.sites) == sum(site.codes for site in faithful("onnxruntime").sites)
 
 
 def swap_buckets(model: ir.Model, site: str, one: int, other: int) -> None:
