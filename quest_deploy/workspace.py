@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from quest_deploy import __version__
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import TEMPORARY_PREFIX, read_json, remove_temporaries, sha256_of, sha256_of_json, write_json
+from quest_deploy.models.registry import IMPORTED_ALONE
 from quest_deploy.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -151,6 +152,8 @@ class Workspace:
             InputError: it has not run, one of its files was changed or removed, or what it was made from has changed since.
         """
         record = self.stages.get(stage)
+        if record is None and stage == "calibrate" and "import" in self.stages:
+            raise InputError(IMPORTED_ALONE)
         if record is None:
             raise InputError(f"{self.root} has no finished `{_command(stage)}`: run `{self._hint(stage)}` first")
         for path, entry in record.files.items():

@@ -173,6 +173,8 @@ class UNetConfig:
             raise InputError("attention blocks with a fixed number of heads are not supported, only num_head_channels or one head")
         names = (*_REQUIRED, "num_heads", "num_head_channels", "use_spatial_transformer", "transformer_depth", "context_dim")
         values: dict[str, Any] = {name: tuple(given[name]) if isinstance(given[name], list) else given[name] for name in names}
+        # Stable Diffusion's UNet names a size that it does not use; the model around it names the latent's.
+        values["image_size"] = around.get("image_size", values["image_size"])
         betas = (float(around.get("linear_start", BETAS[0])), float(around.get("linear_end", BETAS[1])))
         return cls(**values, train_timesteps=int(around.get("timesteps", TRAIN_TIMESTEPS)), betas=betas)
 

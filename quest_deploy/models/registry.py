@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 MODEL_NAMES = ("tiny",)
 IMPORTED = "imported"
 """What a checkpoint from `quest-deploy import` calls its model, which is no model of the registry's."""
+IMPORTED_ALONE = (
+    "an imported checkpoint comes without the rest of its model (sampler, conditions, decoder), which this command needs; "
+    "export, reference, build-engine, verify and benchmark work on it"
+)
 
 
 class DiffusionModel(Protocol):
@@ -63,10 +67,7 @@ def check_model_name(name: str) -> None:
 def load_model(name: str) -> DiffusionModel:
     """The model called ``name``; raise InputError where there is none."""
     if name == IMPORTED:
-        raise InputError(
-            "an imported checkpoint comes without the rest of its model (sampler, conditions, decoder), which this command needs; "
-            "export, reference, build-engine, verify and benchmark work on it"
-        )
+        raise InputError(IMPORTED_ALONE)
     check_model_name(name)
     from quest_deploy.models.tiny import TinyModel
 

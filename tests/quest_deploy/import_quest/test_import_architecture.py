@@ -43,7 +43,8 @@ def test_the_names_cover_every_parameter_with_its_shape(params: dict[str, Any]) 
 
 def test_an_ldm_yaml_and_the_parameters_as_json_mean_the_same_unet(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_text(json.dumps(SD))
-    whole = {"model": {"params": {"linear_start": 0.0015, "timesteps": 500, "unet_config": {"target": "x", "params": SD}}}}
+    unet = {"target": "x", "params": {**SD, "image_size": 32}}  # 32, unused: so it stands in Stable Diffusion's own file
+    whole = {"model": {"params": {"linear_start": 0.0015, "timesteps": 500, "image_size": 8, "unet_config": unet}}}
     (tmp_path / "ldm.yaml").write_text(json.dumps(whole))  # JSON is YAML
     plain, around = (UNetConfig.load(tmp_path / name) for name in ("params.json", "ldm.yaml"))
     assert plain.diffusers_config == around.diffusers_config
