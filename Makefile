@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKSPACE ?= quest-out/tiny-w4a4
 
-.PHONY: demo test lint bench bench-quality clean
+.PHONY: demo test lint bench bench-methods clean
 
 demo: $(READY)
 	$(BIN)/quest-deploy run --model tiny --bits w4a4 -w $(WORKSPACE) --backend openvino --backend onnxruntime --build-only tensorrt-rtx
@@ -24,9 +24,10 @@ bench: demo
 	$(BIN)/quest-deploy benchmark -w $(WORKSPACE) --backend openvino
 	$(BIN)/quest-deploy benchmark -w $(WORKSPACE) --backend onnxruntime
 
-# The quality table of the README: three seeds, about 20 minutes on two cores.
-bench-quality: $(READY)
-	$(BIN)/python scripts/measure_tiny_quality.py
+# The methods measured against each other, docs/comparison/table.md: computes the cells that are missing, each up to five minutes on a core.
+bench-methods: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,modelopt]'
+	$(BIN)/quest-deploy compare --model tiny $(COMPARE_ARGS)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'

@@ -20,6 +20,7 @@ from exporters.passes.remove_quantization import RemoveQuantization
 from quest_deploy.engine.backends import get_backend
 from quest_deploy.engine.base import LOWERED, EngineOptions, no_progress
 from quest_deploy.errors import InputError
+from quest_deploy.memory import peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -176,9 +177,7 @@ def _peak_memory(backend: str, options: EngineOptions, folder: Path, feeds: dict
     with get_backend(backend).open(folder, options) as runner:
         for _ in range(2):
             runner.infer(feeds)
-    # Not getrusage: its maximum is inherited from the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
+    return peak_memory()
 
 
 def _size(folder: Path) -> int:

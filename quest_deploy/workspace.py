@@ -38,7 +38,9 @@ REFERENCE = "reference"
 ENGINES = "engines"
 REPORTS = "reports"
 IMAGES = "images"
-_REPORTED_PACKAGES = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "polygraphy")
+_REPORTED_PACKAGES = (
+    "torch", "diffusers", "nvidia-modelopt", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "polygraphy",
+)  # fmt: skip
 _REPAIR = "it alone says how the other files were made: restore it from a copy, or start a new workspace with -w"
 _BEFORE_FINETUNING = ("finetune", "sensitivity")
 """The stages that read the calibrated checkpoint, finetuned or not."""

@@ -3,9 +3,9 @@
     python scripts/measure_finetune_cost.py [--device cuda] [--precision bf16] [--json FILE]
 
 The UNet has the configuration of stable-diffusion-v1-5's and random weights, and the "recorded" trajectories are random too: neither
-time nor memory depends on their values. It is calibrated to W4A4 in two buckets by min-max; then `finetune` runs, with the layer
-sets of text-to-image models and gradient checkpointing. A process's peak memory is that of its whole life, calibration included;
-it is also told as it was before finetuning began, and after each step.
+time nor memory depends on their values. It is calibrated to W4A4 in two buckets by min-max, its attention's q, k, v and softmax and
+the halves of its shortcuts included; then `finetune` runs, with the layer sets of text-to-image models and gradient checkpointing.
+Peaks are counted anew when finetuning begins, and told after each step.
 """
 
 from __future__ import annotations
@@ -72,11 +72,19 @@ def calibrated_checkpoint(trajectories: Trajectories, attention_bits: int | None
 
 
 def peak_gib(device: str) -> float:
-    """The most memory this process has held so far, in GiB: on the GPU as torch counts it, else resident (Linux)."""
+    """The most memory this process has held since :func:`reset_peak`, in GiB: on the GPU as torch counts it, else resident (Linux)."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 2**20
+
+
+def reset_peak(device: str) -> None:
+    """Count :func:`peak_gib` from now on."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def main(
@@ -103,11 +111,12 @@ def main(
         "gradient_checkpointing": gradient_checkpointing,
         "parameters": sum(layer.weight_codes.size for layer in checkpoint.layers.values()),
         "calibration_seconds": time.monotonic() - started,
-        "peak_gib_before": peak_gib(device),
+        "calibration_peak_gib": peak_gib("cpu"),
         "targets": [],
         "steps": [],
     }
     print(json.dumps({k: v for k, v in result.items() if k not in ("targets", "steps")}, indent=1), flush=True)
+    reset_peak(device)
     last = time.monotonic()
 
     def record(entries: list[dict[str, Any]], **what: Any) -> None:

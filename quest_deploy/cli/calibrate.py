@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from quest_deploy.workspace import Workspace
 
 FEWEST_SAMPLES = 16
+QDIFF = "qdiff"
+METHODS = ("mse", "minmax", "l2.4", QDIFF)
+"""How clip ranges are chosen; Q-Diffusion searches with l2.4 and then reconstructs the model's blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +48,8 @@ class CalibrateOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in ("mse", "minmax"):
-            raise InputError(f"unknown calibration method {self.method!r}: expected mse or minmax")
+        if self.method not in METHODS:
+            raise InputError(f"unknown calibration method {self.method!r}: expected one of {', '.join(METHODS)}")
         if (self.samples is not None and self.samples < 1) or (self.steps is not None and self.steps < 1):
             raise InputError("calibration needs at least one sample and one step")
 
@@ -58,6 +61,7 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
         from quest_deploy.checkpoint import save_checkpoint
         from quest_deploy.models.registry import load_model
         from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
+        from quest_deploy.quant.reconstruct import ReconstructOptions, reconstruct
         from quest_deploy.trajectories import record_trajectories
 
         model = load_model(workspace.model)
@@ -76,8 +80,11 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
             scheme=workspace.scheme,
             on_progress=lambda done, total: update("recording trajectories", done, total),
         )
-        settings = CalibrationOptions(RangeMethod(options.method), seed=options.seed)
+        reconstructs = options.method == QDIFF
+        settings = CalibrationOptions(RangeMethod.L24 if reconstructs else RangeMethod(options.method), seed=options.seed)
         checkpoint = calibrate(workspace.model, unet, trajectories, workspace.scheme, settings, update)
+        if reconstructs:
+            checkpoint = reconstruct(unet, checkpoint, trajectories, ReconstructOptions(seed=options.seed), update)
         trajectories.save(workspace.path(TRAJECTORIES))
         save_checkpoint(checkpoint, workspace.path(CALIBRATED))
         weights, macs = checkpoint.share_at(4)
@@ -113,7 +120,9 @@ def calibrate(
     attention_bits: AttentionBitsOption = None,
     softmax_bits: SoftmaxBitsOption = None,
     split_shortcuts: SplitShortcutsOption = None,
-    method: Annotated[str, typer.Option(help="How clip ranges are chosen: mse or minmax.")] = "mse",
+    method: Annotated[
+        str, typer.Option(help="How clip ranges are chosen: mse, minmax or l2.4; or qdiff: l2.4, then Q-Diffusion's reconstruction.")
+    ] = "mse",
     samples: Annotated[int | None, typer.Option(min=1, help="Samplings to record.", show_default="the model's")] = None,
     steps: Annotated[
         int | None,

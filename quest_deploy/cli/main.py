@@ -14,6 +14,7 @@ from quest_deploy import __version__
 from quest_deploy.cli.benchmark import benchmark
 from quest_deploy.cli.build_engine import build_engine_command
 from quest_deploy.cli.calibrate import calibrate
+from quest_deploy.cli.compare import compare
 from quest_deploy.cli.doctor import doctor
 from quest_deploy.cli.evaluate import evaluate
 from quest_deploy.cli.export import export
@@ -47,6 +48,7 @@ app.command()(verify)
 app.command()(benchmark)
 app.command()(generate)
 app.command()(evaluate)
+app.command()(compare)
 app.command()(inspect)
 app.command()(doctor)
 

@@ -88,6 +88,10 @@ class SiteQuantizer(nn.Module):
         step = self.step(x, self.current_bucket())
         return torch.where(ties, torch.floor(x / step) * step, x)
 
+    def unquantized(self, x: Tensor) -> Tensor:
+        """x as the weights behind this quantizer expect it, but not rounded: where they hold a channel vector, x is divided by it."""
+        return x
+
     def codes(self, x: Tensor) -> Tensor:
         """The codes of x, as the graph's value of that name holds them: int8, or float32 for a free quantizer."""
         raise NotImplementedError
@@ -146,6 +150,9 @@ class ActivationQuantizer(SiteQuantizer):
         _, low, high = (per_sample(table[bucket], x) for table in self.tables())
         codes = activation_codes(x, self.step(x, bucket), low, high)
         return (codes + per_sample(self.offset[bucket], x)).to(torch.int8)
+
+    def unquantized(self, x: Tensor) -> Tensor:
+        return x / per_channel(self.channel, x, self.axis) if self._folded else x
 
     @property
     def offset(self) -> Tensor:

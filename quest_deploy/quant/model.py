@@ -62,10 +62,14 @@ class QuantizedModel(nn.Module):
                     self._swap(checkpoint.layers[name], quantizers[site.name], unrounded=unrounded)
         for product in checkpoint.products.values():
             first, second = (None if site is None else quantizers[site] for site in product.sites)
+<<<<<<< HEAD
             _set_submodule(self.model, product.name, QuantizedProduct((first, second)))
         for name, layer in self.quantized_layers().items():
             if name.rpartition(".")[2] == PROJECTION and isinstance(layer, QuantizedConv2d):
                 layer.register_forward_pre_hook(_channels_last)
+=======
+            set_submodule(self.model, product.name, QuantizedProduct((first, second)))
+>>>>>>> main
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, teacher: nn.Module | None = None) -> QuantizedModel:
@@ -100,9 +104,9 @@ class QuantizedModel(nn.Module):
         if data.bias is not None and layer.bias is not None:
             layer.bias = nn.Parameter(torch.from_numpy(data.bias.copy()))
         if isinstance(layer, nn.Conv2d):
-            _set_submodule(self.model, data.name, QuantizedConv2d(layer, weight, grid, site))
+            set_submodule(self.model, data.name, QuantizedConv2d(layer, weight, grid, site))
         elif isinstance(layer, nn.Linear):
-            _set_submodule(self.model, data.name, QuantizedLinear(layer, weight, grid, site))
+            set_submodule(self.model, data.name, QuantizedLinear(layer, weight, grid, site))
         else:
             raise InputError(f"layer {data.name}: expected Conv2d or Linear, found {type(layer).__name__}")
 
@@ -259,6 +263,7 @@ def _site_data(data: SiteData | FreeSiteData, site: SiteQuantizer) -> SiteData |
     )
 
 
-def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule ``name``."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

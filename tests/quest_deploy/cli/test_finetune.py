@@ -1,0 +1,64 @@
+"""The options of `finetune`: which layers, which stages, and what stands in the way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from quest_deploy.checkpoint import load_checkpoint
+from quest_deploy.files import read_json
+from quest_deploy.sensitivity import select_sensitive
+from tests.quest_deploy.support import cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FEW = ("--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2")
+
+
+def test_layers_stages_losses_and_precision_are_options_and_are_recorded(workspace: Path) -> None:
+    options = ("--stages", "sensitive,temporal", "--layers", "conv_in, *.ff.net.*", "--temporal-layers", "all", "--output-loss", "2")
+    ended = cli("finetune", "-w", workspace, *FEW, *options, "--block-loss", "0.5", "--precision", "bf16", "--gradient-checkpointing")
+    assert ended.code == 0, ended.err
+    made = load_checkpoint(workspace / "checkpoint.safetensors").provenance
+    assert (made["stages"], made["temporal_layers"]) == (["sensitive", "temporal"], ["*"])
+    assert made["sensitive_layers"] == ["conv_in", "*.ff.net.*"]
+    assert (made["output_loss"], made["block_loss"], made["precision"]) == (2.0, 0.5, "bf16")
+
+
+def test_layers_auto_takes_the_sensitivity_reports_choice(workspace: Path) -> None:
+    chosen = select_sensitive(read_json(workspace / "reports" / "sensitivity.json"))
+    assert cli("finetune", "-w", workspace, *FEW, "--layers", "auto").code == 0
+    assert load_checkpoint(workspace / "checkpoint.safetensors").provenance["sensitive_layers"] == list(chosen)
+
+
+def test_layers_auto_needs_the_sensitivity_report(workspace: Path) -> None:
+    (workspace / "reports" / "sensitivity.json").unlink()
+    ended = cli("finetune", "-w", workspace, *FEW, "--layers", "auto")
+    assert ended.code == 2
+    assert "sensitivity.json is missing; run `quest-deploy sensitivity" in ended.message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--layers", "*.spatial"), "no quantized layer matches *.spatial"),
+        (("--stages", "spatial"), "expected one or both of the stages temporal, sensitive"),
+        (("--stages", ""), "expected one or both of the stages temporal, sensitive"),
+        (("--precision", "int8"), "unknown precision 'int8': expected one of float32, bf16"),
+        (("--device", "tpu"), "unknown device 'tpu': expected one of cpu, cuda"),
+        (("--output-loss", "0", "--block-loss", "0"), "the loss weights must not be negative, nor both zero"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_message(workspace: Path, options: tuple[str, ...], message: str) -> None:
+    ended = cli("finetune", "-w", workspace, *FEW, *options)
+    assert ended.code == 2
+    assert message in ended.message
+
+
+def test_a_damaged_state_is_said_to_be_ignored(workspace: Path) -> None:
+    (workspace / "finetune-state.pt").write_bytes(b"no state")
+    ended = cli("finetune", "-w", workspace, *FEW)
+    assert ended.code == 0
+    assert f"warning: {workspace / 'finetune-state.pt'} is damaged: it is ignored" in ended.err

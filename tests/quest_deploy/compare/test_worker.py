@@ -1,0 +1,87 @@
+"""One cell measured for real, on few samples and images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from quest_deploy.compare import methods
+from quest_deploy.compare.cells import ROWS, Cell, ModelOpt
+from quest_deploy.compare.worker import main, measure
+from quest_deploy.errors import InputError
+from quest_deploy.evaluate import SamplingOptions
+from quest_deploy.models.tiny import TinyModel
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight samplings to calibrate on, ten images to judge."""
+    monkeypatch.setattr(TinyModel, "calibration_samples", 8)
+    monkeypatch.setattr(SamplingOptions.__init__, "__defaults__", (10, 4, *SamplingOptions.__init__.__defaults__[2:]))  # type: ignore[index]
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    pass
+
+
+def test_the_float_model_differs_from_itself_in_nothing_and_costs_nothing(tiny: TinyModel, tmp_path: Path) -> None:
+    measured = measure(tiny, Cell("fp32", "fp32", 0), tmp_path, silent)
+    assert measured["quality"]["pixel_mse"] == 0
+    assert measured["quality"]["epsilon_mse"] == [0.0] * 20
+    assert measured["seconds"] == {}
+
+
+def test_a_cells_own_buckets_do_not_change_the_buckets_it_is_judged_by(tiny: TinyModel, tmp_path: Path) -> None:
+    measured = measure(tiny, Cell("ptq-minmax", "w4a4", 0), tmp_path, silent)
+    errors = measured["quality"]["epsilon_mse"]
+    assert len(errors) == 20
+    assert all(error > 0 for error in errors)
+    assert set(measured["seconds"]) == set(measured["peak_memory_bytes"]) == {"trajectories", "calibration"}
+    assert all(100e6 < peak < 10e9 for peak in measured["peak_memory_bytes"].values())
+
+
+def test_seeds_give_different_models_and_a_seed_the_same_one_again(tiny: TinyModel, tmp_path: Path) -> None:
+    distances = [
+        measure(tiny, Cell("ptq-minmax", "w4a4", seed), tmp_path, silent)["quality"]["pixel_mse"] for seed in (0, 1, 0)
+    ]  # fmt: skip
+    assert distances[0] == distances[2] != distances[1]
+
+
+def test_the_worker_sends_progress_and_a_result_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["tiny", "ptq-minmax", "w8a8", "0", str(tmp_path), "1"])
+    *progress, result = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert {tuple(value) for value in progress} == {("phase", "done", "total")}
+    assert "drawing" in {value["phase"] for value in progress}
+    assert result["environment"]["threads"] == 1
+    assert "torch" in result["environment"]
+
+
+def test_a_missing_package_is_the_users_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "modelopt", None)
+    main(["tiny", "modelopt", "w8a8", "0", str(tmp_path), "1"])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["exit_code"] == InputError.exit_code
+    assert "install it with `pip install -c constraints.txt '.[modelopt]'`" in last["error"]
+
+
+@pytest.mark.parametrize("row", [key for key, row in ROWS.items() if isinstance(row.recipe, ModelOpt)])
+def test_modelopt_quantizes_nearly_every_layer_to_eight_bits(tiny: TinyModel, tmp_path: Path, row: str) -> None:
+    pytest.importorskip("modelopt.torch.quantization", reason="the modelopt extra is not installed")
+    measured: dict[str, Any] = measure(tiny, Cell(row, "w8a8", 0), tmp_path, silent)
+    # Its configurations leave out layers called proj_out, as they ship.
+    assert measured["notes"] == {"layers": 132, "quantized_layers": 125}
+    assert 0 < measured["quality"]["pixel_mse"] < 0.01
+
+
+def test_every_revision_is_part_of_the_definition(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = methods.definition_of(Cell("fp32", "fp32", 0), tiny)
+    monkeypatch.setattr(methods, "REVISION", methods.REVISION + 1)
+    assert methods.definition_of(Cell("fp32", "fp32", 0), tiny) != before
