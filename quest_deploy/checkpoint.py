@@ -361,9 +361,11 @@ def _parse_site(
 ) -> SiteData | FreeSiteData:
     name, axis = entry["name"], entry["axis"]
     _check(type(axis) is int and axis > 0, f"site {name}: expected a channel axis of 1 or more, found {axis!r}")
-    channels = next((_input_channels(layers[reader]) for reader in entry["layers"] if reader in layers), None)
+    readers = [layers[reader] for reader in entry["layers"] if reader in layers]
+    channels = _input_channels(readers[0]) if readers else None
     if "code_range" in entry:
-        return _parse_free_site(entry, tensors, buckets, channels)
+        # A linear layer's free scales may lie along its tokens instead, as imported attention blocks' do.
+        return _parse_free_site(entry, tensors, buckets, channels if readers and readers[0].conv is not None else None)
     bits, symmetry = entry["bits"], Symmetry(entry["symmetry"])
     _check(bits in (4, 8), f"site {name}: expected codes of 4 or 8 bits, found {bits!r}")
     tables = {table: _take(tensors, f"site.{name}.{table}", (buckets,), np.float32) for table in ("scale", "low", "high")}

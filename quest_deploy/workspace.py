@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from quest_deploy import __version__
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import TEMPORARY_PREFIX, read_json, remove_temporaries, sha256_of, sha256_of_json, write_json
+from quest_deploy.models.registry import IMPORTED_ALONE
 from quest_deploy.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -133,13 +134,13 @@ class Workspace:
 
     @property
     def checkpoint_stage(self) -> str:
-        """The stage whose checkpoint is to be deployed: finetune's if there is one, else calibrate's."""
-        return "finetune" if "finetune" in self.stages else "calibrate"
+        """The stage whose checkpoint is to be deployed: finetune's if there is one, else import's, else calibrate's."""
+        return next((stage for stage in ("finetune", "import") if stage in self.stages), "calibrate")
 
     @property
     def checkpoint_inputs(self) -> tuple[str, ...]:
         """The stages that a stage reads which works on the checkpoint to be deployed."""
-        return ("calibrate", "finetune") if self.checkpoint_stage == "finetune" else ("calibrate",)
+        return ("calibrate", "finetune") if self.checkpoint_stage == "finetune" else (self.checkpoint_stage,)
 
     @property
     def checkpoint_path(self) -> Path:
@@ -153,6 +154,8 @@ class Workspace:
             InputError: it has not run, one of its files was changed or removed, or what it was made from has changed since.
         """
         record = self.stages.get(stage)
+        if record is None and stage == "calibrate" and "import" in self.stages:
+            raise InputError(IMPORTED_ALONE)
         if record is None:
             raise InputError(f"{self.root} has no finished `{_command(stage)}`: run `{self._hint(stage)}` first")
         for path, entry in record.files.items():

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def export_stage(workspace: Workspace, console: Console, *, reuse: bool = False) -> dict[str, Any]:
     """Export the checkpoint, calibrating one first where there is none; writes unet.onnx and unet.onnx.data."""
-    if "finetune" not in workspace.stages:
+    if workspace.checkpoint_stage == "calibrate":
         console.warn("no finetuned checkpoint in this workspace: exporting a calibrated one (PTQ), which is less accurate")
         if "calibrate" not in workspace.stages:
             calibrate_stage(workspace, console, CalibrateOptions())

@@ -20,6 +20,7 @@ from quest_deploy.cli.evaluate import evaluate
 from quest_deploy.cli.export import export
 from quest_deploy.cli.finetune import finetune
 from quest_deploy.cli.generate import generate
+from quest_deploy.cli.import_ import import_command
 from quest_deploy.cli.inspect import inspect
 from quest_deploy.cli.reference import reference
 from quest_deploy.cli.run import run
@@ -39,6 +40,7 @@ app.command()(run)
 app.command()(calibrate)
 app.command()(sensitivity)
 app.command()(finetune)
+app.command("import")(import_command)
 app.command()(export)
 app.command()(reference)
 app.command("build-engine")(build_engine_command)

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 MODEL_NAMES = ("tiny",)
+IMPORTED = "imported"
+"""What a checkpoint from `quest-deploy import` calls its model, which is no model of the registry's."""
+IMPORTED_ALONE = (
+    "an imported checkpoint comes without the rest of its model (sampler, conditions, decoder), which this command needs; "
+    "export, reference, build-engine, verify and benchmark work on it"
+)
 
 
 class DiffusionModel(Protocol):
@@ -60,6 +66,8 @@ def check_model_name(name: str) -> None:
 
 def load_model(name: str) -> DiffusionModel:
     """The model called ``name``; raise InputError where there is none."""
+    if name == IMPORTED:
+        raise InputError(IMPORTED_ALONE)
     check_model_name(name)
     from quest_deploy.models.tiny import TinyModel
 

@@ -62,7 +62,14 @@ class QuantizedModel(nn.Module):
                     self._swap(checkpoint.layers[name], quantizers[site.name], unrounded=unrounded)
         for product in checkpoint.products.values():
             first, second = (None if site is None else quantizers[site] for site in product.sites)
+<<<<<<< HEAD
+            _set_submodule(self.model, product.name, QuantizedProduct((first, second)))
+        for name, layer in self.quantized_layers().items():
+            if name.rpartition(".")[2] == PROJECTION and isinstance(layer, QuantizedConv2d):
+                layer.register_forward_pre_hook(_channels_last)
+=======
             set_submodule(self.model, product.name, QuantizedProduct((first, second)))
+>>>>>>> main
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, teacher: nn.Module | None = None) -> QuantizedModel:
@@ -161,6 +168,18 @@ class QuantizedModel(nn.Module):
         return dataclasses.replace(
             self.checkpoint, layers=layers, sites=sites, floats=float_state(self.model, layers), provenance=provenance
         )
+
+
+PROJECTION = "proj_out"
+"""The name of the convolution behind a spatial transformer, in diffusers and in CompVis's code."""
+
+
+def _channels_last(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    """Lay a transformer's result out in memory as CompVis's code does, whose results an imported model then gives to the bit.
+
+    Convolutions and norms differ in the last bit between layouts, and a normalized sum of h and a large embedding magnifies that.
+    """
+    return (args[0].contiguous(memory_format=torch.channels_last),)
 
 
 def fold_channel(weight: Tensor, channel: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class ExplicitAttention:
         if len(shape) == 4:
             hidden_states = hidden_states.transpose(1, 2).unflatten(2, shape[2:])
         if attn.residual_connection:
-            hidden_states = hidden_states + residual
+            hidden_states = residual + hidden_states  # in this order the result has the layout of the residual, as in CompVis
         result: Tensor = hidden_states / attn.rescale_output_factor
         return result
 

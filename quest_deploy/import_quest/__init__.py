@@ -1,0 +1,1 @@
+"""Checkpoints that the official QuEST and Q-Diffusion code wrote, read exactly."""

@@ -1,0 +1,359 @@
+"""From an official checkpoint to ours: the same codes, the same scales, the same order of operations.
+
+Whatever fits the integer form becomes that; the rest computes in float, as the official code does, and says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.checkpoint import Architecture, Checkpoint, FreeSiteData, LayerData, ProductData, ScoreScale, SiteData
+from quest_deploy.errors import InputError
+from quest_deploy.import_quest.architecture import Layout
+from quest_deploy.import_quest.read import parts_of
+from quest_deploy.import_quest.settings import BITS, Source
+from quest_deploy.models.registry import IMPORTED
+from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
+from quest_deploy.quant.model import build_float_model, conv_geometry, float_state
+from quest_deploy.quant.prepare import prepare
+from quest_deploy.quant.sites import plan_quantization
+from quest_deploy.scheme import Granularity, Scheme, Symmetry, activation_levels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from quest_deploy.import_quest.architecture import OfficialLayer
+    from quest_deploy.import_quest.read import OfficialCheckpoint
+    from quest_deploy.quant.sites import SitePlan
+    from quest_deploy.trajectories import Trajectories
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What came of an official checkpoint.
+
+    Attributes:
+        in_float: by site, why it and its readers compute in float.
+    """
+
+    checkpoint: Checkpoint
+    in_float: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A layer's weight in diffusers' shape, with its AdaRound quantizer: delta and zero_point [O], alpha in the weight's shape."""
+
+    weight: Tensor
+    bias: Tensor | None
+    delta: Tensor
+    zero_point: Tensor
+    alpha: Tensor
+
+    def codes(self, bits: int) -> tuple[Tensor, Tensor]:
+        """The rounded codes, zero-point included and subtracted: floor, plus one where alpha is not negative, clamped."""
+        delta, zero = (values.view(-1, *[1] * (self.weight.dim() - 1)) for values in (self.delta, self.zero_point))
+        codes = torch.clamp(torch.floor(self.weight / delta) + (self.alpha >= 0).float() + zero, 0, 2**bits - 1)
+        return codes, codes - zero
+
+    def rounded(self, bits: int) -> Tensor:
+        """The weight that the quantized model multiplies by."""
+        return self.codes(bits)[1] * self.delta.view(-1, *[1] * (self.weight.dim() - 1))
+
+    def projections(self, heads: int) -> tuple[_Weight, _Weight, _Weight]:
+        """q, k and v of an attention block's qkv, whose rows lie as (heads, 3, d)."""
+        assert self.bias is not None
+        tensors = (self.weight, self.bias, self.delta, self.zero_point, self.alpha)
+        q, k, v = (_Weight(*(x.unflatten(0, (heads, 3, -1))[:, i].flatten(0, 1) for x in tensors)) for i in range(3))
+        return q, k, v
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """An activation quantizer: scale and zero_point [K, C], lowest timesteps first.
+
+    Attributes:
+        axis: where they vary, in diffusers' tensor; None: the channels of the layers that read it.
+        summed: whether that axis is summed over by the layers or the product that read it.
+    """
+
+    bits: int
+    scale: Tensor
+    zero_point: Tensor
+    code_range: tuple[int, int]
+    axis: int | None
+    summed: bool
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether the tables do not vary along their axis."""
+        return bool((self.scale == self.scale[:, :1]).all() and (self.zero_point == self.zero_point[:, :1]).all())
+
+    def same(self, other: _Tables) -> bool:
+        """Whether both quantize alike."""
+        plain = (self.bits, self.code_range, self.axis) == (other.bits, other.code_range, other.axis)
+        return plain and torch.equal(self.scale, other.scale) and torch.equal(self.zero_point, other.zero_point)
+
+
+def float_model(official: OfficialCheckpoint) -> nn.Module:
+    """The diffusers model with the checkpoint's float weights."""
+    return _diffusers_model(official, lambda part: part.weight)
+
+
+def import_checkpoint(official: OfficialCheckpoint, probe: dict[str, Tensor]) -> Imported:
+    """Convert ``official``.
+
+    Args:
+        probe: random inputs of the diffusers model, to see which layers read the same tensor.
+
+    Raises:
+        InputError: a weight's codes that fit no checkpoint of ours, or timesteps beyond the training's.
+    """
+    scheme = import_scheme(official)
+    splits = _split_shortcuts(official)
+    attention = ScoreScale.PRODUCT if official.config.use_spatial_transformer else ScoreScale.OPERANDS
+    model = prepare(float_model(official), splits, attention)
+    # A softmax of 16 bits is a site too, though the scheme calls it float.
+    plan = plan_quantization(model, probe, dataclasses.replace(scheme, softmax_bits=scheme.softmax_bits or 8))
+    parts, tables = _all_parts(official), dict(_layer_tables(official)) | dict(_operand_tables(official))
+    sites: dict[str, SiteData | FreeSiteData] = {}
+    in_float = {}
+    for group in plan.sites:
+        for readers in _agreeing(group, tables):
+            name = group.name if group.operand is not None else readers[0]
+            found, channels = tables[name], _channels(official, model, group)
+            why = _why_float(found)
+            if why is None:
+                sites[name] = _integer_site(name, group, readers, found, channels)
+            else:
+                sites[name], in_float[name] = _free_site(name, group, readers, found, channels), why
+    bits = official.settings.weight_bits
+    layers = {x.name: _layer_data(x.name, parts[x.name], bits, model.get_submodule(x.name), x.macs) for x in plan.layers}
+    if any(isinstance(sites[site], FreeSiteData) for site in sites if sites[site].layers[0] in layers):
+        scheme = dataclasses.replace(scheme, granularity=Granularity.FREE_CHANNEL)
+    checkpoint = Checkpoint(
+        model=IMPORTED,
+        architecture=Architecture(official.config.class_name, official.config.diffusers_config, splits, attention),
+        scheme=scheme,
+        layers=layers,
+        sites=sites,
+        floats=float_state(model, layers),
+        provenance=_provenance(official),
+        products={x.name: ProductData(x.name, x.sites, x.macs) for x in plan.products},
+    )
+    return Imported(checkpoint, in_float)
+
+
+def recalibrate(
+    official: OfficialCheckpoint,
+    trajectories: Trajectories,
+    options: CalibrationOptions,
+    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Imported:
+    """Keep the rounded weights and choose new activation scales at the deployable granularity: one a tensor and bucket.
+
+    Args:
+        trajectories: recorded on :func:`float_model`; every bucket must occur in them.
+    """
+    bits = official.settings.weight_bits
+    scheme = dataclasses.replace(import_scheme(official), granularity=Granularity.PER_TENSOR)
+    checkpoint = calibrate(
+        IMPORTED, _diffusers_model(official, lambda part: part.rounded(bits)), trajectories, scheme, options, on_progress
+    )
+    parts = _all_parts(official)
+    model = build_float_model(checkpoint.architecture)
+    layers = {
+        name: _layer_data(name, parts[name], bits, model.get_submodule(name), layer.macs) for name, layer in checkpoint.layers.items()
+    }
+    provenance = {**_provenance(official), "recalibrated": {"range": options.method.value, "seed": options.seed}}
+    return Imported(dataclasses.replace(checkpoint, layers=layers, provenance=provenance), {})
+
+
+def import_scheme(official: OfficialCheckpoint) -> Scheme:
+    """The scheme that the settings describe: a bucket for each calibrated timestep, its edges midway between them."""
+    settings = official.settings
+    midway = (np.float32((a + b) / 2) for a, b in itertools.pairwise(reversed(settings.timesteps)))
+    return Scheme(
+        weight_bits=settings.weight_bits,
+        activation_bits=settings.activation_bits,
+        bucket_edges=tuple(float(edge) for edge in midway),
+        first_last_bits=settings.first_last_bits,
+        granularity=Granularity.PER_TENSOR,
+        train_timesteps=official.config.train_timesteps,
+        attention_bits=settings.activation_bits,
+        softmax_bits=settings.softmax_bits if settings.softmax_bits in BITS else None,
+        split_shortcuts=official.split,
+    )
+
+
+def _provenance(official: OfficialCheckpoint) -> dict[str, Any]:
+    settings = {**dataclasses.asdict(official.settings), "source": official.settings.source.value}
+    return {"method": "import", "settings": {**settings, "timesteps": list(official.settings.timesteps)}}
+
+
+def _split_shortcuts(official: OfficialCheckpoint) -> dict[str, int]:
+    if not official.split:
+        return {}
+    return {layer.targets[0]: layer.halves[0] for layer in official.names.layers if layer.halves is not None}
+
+
+def _diffusers_model(official: OfficialCheckpoint, weight_of: Callable[[_Weight], Tensor]) -> nn.Module:
+    state = {}
+    for layer in official.names.layers:
+        parts = list(_parts(official, layer))
+        if len(parts) == 2:  # the halves of a split shortcut
+            parts = [(layer.targets[0], parts[0][1])]
+            state[f"{layer.targets[0]}.weight"] = torch.cat([weight_of(part) for _, part in _parts(official, layer)], dim=1)
+        for target, part in parts:
+            state.setdefault(f"{target}.weight", weight_of(part))
+            if part.bias is not None:
+                state[f"{target}.bias"] = part.bias
+    for name, (target, _) in official.names.floats.items():
+        state |= {f"{target}.{part}": official.tensors[f"{name}.{part}"] for part in ("weight", "bias")}
+    model = build_float_model(Architecture(official.config.class_name, official.config.diffusers_config))
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def _all_parts(official: OfficialCheckpoint) -> dict[str, _Weight]:
+    return {target: part for layer in official.names.layers for target, part in _parts(official, layer)}
+
+
+def _parts(official: OfficialCheckpoint, layer: OfficialLayer) -> Iterator[tuple[str, _Weight]]:
+    """A layer as the prepared diffusers model has it: one, an attention block's three projections, or a split shortcut's halves."""
+    tensors, start = official.tensors, 0
+    weight, bias = tensors[f"{layer.name}.weight"], tensors[f"{layer.name}.bias"] if layer.bias else None
+    halves = parts_of(layer, official.split)
+    for (suffix, channels), child in zip(halves, ("",) if len(halves) == 1 else (".first", ".second"), strict=True):
+        quantizer = f"{layer.name}.weight_quantizer{suffix}"
+        delta, zero = (tensors[f"{quantizer}.{table}"].flatten() for table in ("delta", "zero_point"))
+        alpha = tensors[f"{quantizer}.alpha"]
+        part = _Weight(weight[:, start : start + channels], None if start else bias, delta, zero, alpha)
+        if layer.layout is Layout.TOKENS:  # a Conv1d of size 1, a Linear in diffusers
+            part = dataclasses.replace(part, weight=part.weight[..., 0], alpha=part.alpha[..., 0])
+        if len(layer.targets) == 1:
+            yield layer.targets[0] + child, part
+        else:
+            yield from zip(layer.targets, part.projections(official.names.heads[layer.name]), strict=True)
+        start += channels
+
+
+def _layer_tables(official: OfficialCheckpoint) -> Iterator[tuple[str, _Tables]]:
+    for layer in official.names.layers:
+        halves = parts_of(layer, official.split)
+        tokens = layer.layout is Layout.TOKENS
+        for (suffix, _), child in zip(halves, ("",) if len(halves) == 1 else (".first", ".second"), strict=True):
+            found = _tables(official, f"{layer.name}.act_quantizer{suffix}", 1 if tokens else None, summed=not tokens)
+            for target in layer.targets:
+                yield target + child, found
+
+
+def _operand_tables(official: OfficialCheckpoint) -> Iterator[tuple[str, _Tables]]:
+    for operand in official.names.operands:
+        # What is summed over is the last axis of the first operand (q, softmax) and the one before it of the second (k, v).
+        summed = operand.axis == (3 if operand.operand in ("q", "softmax") else 2)
+        yield f"{operand.attention}.{operand.operand}", _tables(official, operand.name, operand.axis, summed=summed)
+
+
+def _tables(official: OfficialCheckpoint, quantizer: str, axis: int | None, *, summed: bool) -> _Tables:
+    settings, tensors = official.settings, official.tensors
+    if settings.source is Source.QDIFF:
+        scale, zero = (tensors[f"{quantizer}.{table}"].view(1, 1) for table in ("delta", "zero_point"))
+    else:
+        scale, zero = (tensors[f"{quantizer}.{table}"].flatten(1).flip(0) for table in ("delta_list", "zero_point_list"))
+    return _Tables(settings.bits(quantizer), scale, zero, settings.code_range(quantizer), axis, summed)
+
+
+def _agreeing(group: SitePlan, tables: dict[str, _Tables]) -> list[tuple[str, ...]]:
+    """The readers of one tensor, divided into those whose tables are the same."""
+    if group.operand is not None:
+        return [group.layers]
+    parts: list[list[str]] = []
+    for reader in group.layers:
+        part = next((part for part in parts if tables[part[0]].same(tables[reader])), None)
+        if part is None:
+            parts.append([reader])
+        else:
+            part.append(reader)
+    return [tuple(part) for part in parts]
+
+
+def _why_float(tables: _Tables) -> str | None:
+    """Why these tables fit no integer codes with one scale a tensor; None where they do."""
+    low, high = tables.code_range
+    if not tables.per_tensor:
+        if tables.summed:
+            return "a scale for each channel, on the axis that is summed over: it cannot leave an integer product"
+        return "a scale for each channel or token, where an integer product has one for the tensor"
+    if tables.bits not in BITS:
+        return f"codes of {tables.bits} bits, more than int8 holds"
+    if high - low != activation_levels(tables.bits):
+        return f"codes {low}..{high}, more than int8 holds: the official override of the first and the last layer"
+    if bool((tables.scale < 0).any()):
+        return "a negative scale"
+    if bool((tables.zero_point < low).any() or (tables.zero_point > high).any()):
+        return "a zero-point outside of the codes"
+    return None
+
+
+def _integer_site(name: str, group: SitePlan, readers: tuple[str, ...], tables: _Tables, channels: int) -> SiteData:
+    low, high = (_array(bound - tables.zero_point[:, 0]) for bound in tables.code_range)
+    unsigned = group.operand is not None and not low.any()
+    symmetry = Symmetry.UNSIGNED if unsigned else Symmetry.ASYMMETRIC
+    ones = np.ones(channels, np.float32)
+    return SiteData(name, tables.bits, symmetry, _channel_axis(group, tables), readers, _array(tables.scale[:, 0]), low, high, ones)
+
+
+def _free_site(name: str, group: SitePlan, readers: tuple[str, ...], tables: _Tables, channels: int) -> FreeSiteData:
+    scale, zero_point, axis = tables.scale, tables.zero_point, tables.axis
+    if tables.per_tensor:
+        scale, zero_point = (table[:, :1].expand(-1, channels) for table in (scale, zero_point))
+        axis = None
+    low, high = tables.code_range
+    return FreeSiteData(name, tables.bits, axis or _channel_axis(group, tables), readers, _array(scale), _array(zero_point), low, high)
+
+
+def _channel_axis(group: SitePlan, tables: _Tables) -> int:
+    """The axis that :func:`_channels` is the size of."""
+    return group.axis if group.operand is None or tables.axis is None else tables.axis
+
+
+def _layer_data(name: str, part: _Weight, bits: int, module: nn.Module, macs: int) -> LayerData:
+    codes, centered = part.codes(bits)
+    zero_point = part.zero_point
+    if bool((zero_point < 0).any() or (zero_point > activation_levels(bits)).any()):
+        # A channel whose weights have all one sign: its codes less the zero-point fit eight bits with another zero-point.
+        bits, flat = 8, centered.flatten(1)
+        zero_point = (-flat.amin(1)).clamp(min=0)
+        codes = centered + zero_point.view(-1, *[1] * (centered.dim() - 1))
+        if bool((codes > activation_levels(bits)).any() or (zero_point > activation_levels(bits)).any()):
+            raise InputError(f"layer {name}: its weight's zero-points reach too far for codes of {bits} bits")
+    return LayerData(
+        name=name,
+        weight_bits=bits,
+        weight_codes=codes.numpy().astype(np.uint8),
+        weight_scale=_array(part.delta),
+        bias=None if part.bias is None else _array(part.bias),
+        conv=conv_geometry(module),
+        macs=macs,
+        weight_zero_point=zero_point.numpy().astype(np.uint8),
+    )
+
+
+def _channels(official: OfficialCheckpoint, model: nn.Module, group: SitePlan) -> int:
+    """The size of the tensor's axis that a channel vector lies along."""
+    if group.operand is None:
+        return int(model.get_submodule(group.layers[0]).get_parameter("weight").shape[1])
+    operand = next(x for x in official.names.operands if f"{x.attention}.{x.operand}" == group.name)
+    return operand.size or official.context_tokens or 1
+
+
+def _array(values: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.ascontiguousarray(values.numpy(), np.float32)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests.quest_deploy.import_quest.cases import UNCONDITIONAL, Case
+from tests.quest_deploy.support import cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SMALLEST = {**UNCONDITIONAL, "num_res_blocks": 1, "channel_mult": [1], "attention_resolutions": [1], "image_size": 4}
+SETTINGS = ["--weight-bits", 4, "--activation-bits", 4, "--first-last-bits", 8, "--softmax-bits", 8, "--asymmetric"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("official")
+    torch.save(Case(SMALLEST, per_channel=True).state, folder / "ckpt.pth")
+    (folder / "unet.json").write_text(json.dumps(SMALLEST))
+    return folder
+
+
+def _import(files: Path, *more: object) -> list[object]:
+    source = ["import", files / "ckpt.pth", "--from", "quest", "--unet", files / "unet.json"]
+    return [*source, "--timesteps", "900,500,101", *SETTINGS, *more]
+
+
+@pytest.mark.parametrize("options", [(), ("--recalibrate", "--samples", 4)])
+def test_an_imported_checkpoint_exports_builds_and_verifies_like_our_own(
+    files: Path, tmp_path: Path, options: tuple[object, ...]
+) -> None:
+    workspace = tmp_path / "w"
+    result = cli(*_import(files, "-w", workspace, "--json", *options))
+    assert result.code == 0, result.err
+    assert bool(result.json["in_float"]) == (not options)
+    for command in (["export"], ["reference"], ["build-engine", "--backend", "onnxruntime"], ["verify", "--backend", "onnxruntime"]):
+        outcome = cli(*command, "-w", workspace)
+        assert outcome.code == 0, outcome.err
+        assert "PTQ" not in outcome.err
+    assert "PASSED" in outcome.out
+
+
+def test_it_prints_what_computes_in_float_and_why(files: Path, tmp_path: Path) -> None:
+    outcome = cli(*_import(files, "-w", tmp_path / "w"))
+    assert "compute in float (--recalibrate chooses scales that do not)" in outcome.out
+    assert "on the axis that is summed over: it cannot leave an integer product" in outcome.out
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_no_workspace(files: Path, tmp_path: Path) -> None:
+    arguments = _import(files, "-w", tmp_path / "w")
+    arguments[arguments.index("900,500,101")] = "900,500"
+    outcome = cli(*arguments)
+    assert outcome.code == 2
+    assert "shapes do not fit" in outcome.message
+    assert not (tmp_path / "w").exists()
+
+
+def test_what_the_file_does_not_say_must_be_given(files: Path, tmp_path: Path) -> None:
+    arguments = [x for x in _import(files, "-w", tmp_path / "w") if x != "--asymmetric"]
+    outcome = cli(*arguments)
+    assert (outcome.code, "give --symmetric" in outcome.message) == (2, True)
+    arguments[arguments.index("900,500,101")] = "900;500"
+    assert "--timesteps: expected numbers" in cli(*arguments).message
+
+
+def test_commands_that_need_the_rest_of_the_model_say_so(files: Path, tmp_path: Path) -> None:
+    assert cli(*_import(files, "-w", tmp_path / "w")).code == 0
+    for command in ("calibrate", "finetune", "sensitivity"):
+        outcome = cli(command, "-w", tmp_path / "w")
+        assert outcome.code == 2
+        assert "imported checkpoint comes without" in outcome.message, command
+
+
+def test_another_scheme_does_not_go_into_the_same_workspace(files: Path, tmp_path: Path) -> None:
+    assert cli(*_import(files, "-w", tmp_path / "w")).code == 0
+    assert cli(*_import(files, "-w", tmp_path / "w")).code == 0
+    outcome = cli(*_import(files, "-w", tmp_path / "w", "--recalibrate"))
+    assert "another model or scheme" in outcome.message
