@@ -86,8 +86,8 @@ def describe(workspace: Workspace, details: dict[str, Any]) -> str:
         "",
         table(["kind", "layers", "summed e-MSE", "share"], kinds),
         "",
-        f"picked for stage 2: {len(selected)} layers, which make {SENSITIVE_SHARE:.0%} of the error of all but time_emb_proj and products, "
-        "every bucket counting the same",
+        f"picked for stage 2: {len(selected)} layers, which make {SENSITIVE_SHARE:.0%} of the error of all but "
+        "time_emb_proj and products, every bucket counting the same",
         f"{workspace.path(REPORTS, SENSITIVITY)}, {workspace.path(IMAGES, 'sensitivity.png')}",
     ])  # fmt: skip
 
