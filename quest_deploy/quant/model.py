@@ -62,14 +62,10 @@ class QuantizedModel(nn.Module):
                     self._swap(checkpoint.layers[name], quantizers[site.name], unrounded=unrounded)
         for product in checkpoint.products.values():
             first, second = (None if site is None else quantizers[site] for site in product.sites)
-<<<<<<< HEAD
-            _set_submodule(self.model, product.name, QuantizedProduct((first, second)))
+            set_submodule(self.model, product.name, QuantizedProduct((first, second)))
         for name, layer in self.quantized_layers().items():
             if name.rpartition(".")[2] == PROJECTION and isinstance(layer, QuantizedConv2d):
                 layer.register_forward_pre_hook(_channels_last)
-=======
-            set_submodule(self.model, product.name, QuantizedProduct((first, second)))
->>>>>>> main
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, teacher: nn.Module | None = None) -> QuantizedModel:
