@@ -80,7 +80,7 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
             f"w{x['weight_bits']}a{x['activation_bits']}",
             x["computes"],
             str(x["macs"]),
-        ]  # fmt: skip
+        ]
         for x in layers
     ]
     text = "\n".join([
