@@ -252,16 +252,23 @@ kinds (float[batch,2,6,6] sample, float[batch] timestep, float[batch,3,5] tokens
        float[batch,2,3,4] q, float[batch,2,4,3] kt, float[batch,2,3,3] weights, float[batch,2,3,4] v)
   => (float[batch,3,3,8] image, float[batch,3,7] plain, float[batch,3,6] by_channel, float[batch,3,4] by_token,
       float[batch,2,3,3] scores, float[batch,2,3,4] mixed, float[batch,2,3,4] half)
-  <float[batch,4,3,8] inner>
+  <float[batch,4,3,8] inner, float[batch,3,7] y0, float[batch,3,6] y1, float[batch,3,4] y2,
+   float[batch,2,3,3] y3, float[batch,2,3,4] y4, float[batch,2,3,4] y5>
 {
   inner = quest.export.Layer <layer = "padded"> (sample)
   image = quest.export.Layer <layer = "free_conv"> (inner)
-  plain = quest.export.Layer <layer = "plain"> (tokens)
-  by_channel = quest.export.Layer <layer = "by_channel"> (tokens)
-  by_token = quest.export.Layer <layer = "by_token"> (tokens)
-  scores = quest.export.Product <layer = "attn.scores"> (q, kt)
-  mixed = quest.export.Product <layer = "attn.mix"> (weights, v)
-  half = quest.export.Product <layer = "half.mix"> (weights, v)
+  y0 = quest.export.Layer <layer = "plain"> (tokens)
+  y1 = quest.export.Layer <layer = "by_channel"> (tokens)
+  y2 = quest.export.Layer <layer = "by_token"> (tokens)
+  y3 = quest.export.Product <layer = "attn.scores"> (q, kt)
+  y4 = quest.export.Product <layer = "attn.mix"> (weights, v)
+  y5 = quest.export.Product <layer = "half.mix"> (weights, v)
+  plain = Identity (y0)
+  by_channel = Identity (y1)
+  by_token = Identity (y2)
+  scores = Identity (y3)
+  mixed = Identity (y4)
+  half = Identity (y5)
 }
 """
 """A skeleton of :func:`kinds_checkpoint`'s layers and products."""
