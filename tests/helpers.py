@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from exporters import timestep_quantize
 from exporters.graph_info import CHECKPOINT_KEY, SCHEME_KEY
 from exporters.passes.insert_quantized_layers import InsertQuantizedLayers
-from quest_deploy.checkpoint import Architecture, Checkpoint, ConvGeometry, LayerData, SiteData
+from quest_deploy.checkpoint import Architecture, Checkpoint, ConvGeometry, FreeSiteData, LayerData, ProductData, ScoreScale, SiteData
 from quest_deploy.scheme import Scheme, Symmetry
 
 if TYPE_CHECKING:
@@ -52,17 +52,51 @@ def numpy_codes(
 
 
 def site_codes(site: SiteData, x: Array, bucket: Array) -> Array:
-    """:func:`numpy_codes` with a site's tables."""
+    """:func:`numpy_codes` with a site's tables, its offset left out."""
     return numpy_codes(x, bucket, site.scale, site.low, site.high, site.channel, site.axis)
 
 
+def numpy_free_codes(site: FreeSiteData, x: Array, bucket: Array) -> Array:
+    """A free site's codes without their zero-points, float32, in the published order of float32 operations."""
+    scale, zero_point = (of_channel(table, bucket, site.axis, x.ndim) for table in (site.scale, site.zero_point))
+    raised = np.rint(x.astype(np.float32) / scale) + zero_point
+    return np.clip(raised, np.float32(site.code_low), np.float32(site.code_high)) - zero_point
+
+
+def of_channel(table: Array, bucket: Array, axis: int, rank: int) -> Array:
+    """table[bucket], [B, C], shaped to broadcast over the rows and along ``axis`` of a tensor of ``rank``."""
+    shape = [1] * rank
+    shape[0], shape[axis] = len(bucket), table.shape[1]
+    return table[bucket].reshape(shape)
+
+
+def numpy_site(site: SiteData | FreeSiteData, x: Array, bucket: Array) -> Array:
+    """The quantized tensor that the site's readers get, float64: scale * code, the code wide enough for any range."""
+    if isinstance(site, FreeSiteData):
+        scale = of_channel(site.scale, bucket, site.axis, x.ndim)
+        return (numpy_free_codes(site, x, bucket) * scale).astype(np.float64)
+    step = of_sample(site.scale, bucket, x.ndim) * along(site.channel, site.axis, x.ndim)
+    low, high = (of_sample(table, bucket, x.ndim) for table in (site.low, site.high))
+    codes = np.clip(np.rint(x.astype(np.float32) / step), low, high)
+    return codes.astype(np.float64) * of_sample(site.scale, bucket, x.ndim)
+
+
+def numpy_product(checkpoint: Checkpoint, name: str, a: Array, b: Array, bucket: Array) -> Array:
+    """A product of two activations in float64."""
+    sites = checkpoint.products[name].sites
+    left, right = (
+        x.astype(np.float64) if site is None else numpy_site(checkpoint.sites[site], x, bucket)
+        for site, x in zip(sites, (a, b), strict=True)
+    )
+    return left @ right
+
+
 def numpy_layer(checkpoint: Checkpoint, name: str, x: Array, bucket: Array) -> Array:
-    """A quantized layer in float64: scale[bucket] * layer(codes, weight codes * weight scale) + bias."""
-    layer, site = checkpoint.layers[name], checkpoint.site_of(name)
-    codes = site_codes(site, x, bucket).astype(np.float64)
-    product = float_layer(layer, codes)
+    """A quantized layer in float64: layer(quantized x, (weight codes - zero-point) * weight scale) + bias."""
+    layer = checkpoint.layers[name]
+    product = float_layer(layer, numpy_site(checkpoint.site_of(name), x, bucket))
     bias = 0.0 if layer.bias is None else along(layer.bias.astype(np.float64), 1 if layer.conv else product.ndim - 1, product.ndim)
-    return product * of_sample(site.scale.astype(np.float64), bucket, product.ndim) + bias
+    return product + bias
 
 
 def float_layer(layer: LayerData, x: Array, weight: Array | None = None) -> Array:
@@ -70,7 +104,9 @@ def float_layer(layer: LayerData, x: Array, weight: Array | None = None) -> Arra
     import torch
 
     if weight is None:
-        weight = layer.weight_codes.astype(np.float64) * along(layer.weight_scale.astype(np.float64), 0, layer.weight_codes.ndim)
+        rank = layer.weight_codes.ndim
+        zero_point = 0.0 if layer.weight_zero_point is None else along(layer.weight_zero_point.astype(np.float64), 0, rank)
+        weight = (layer.weight_codes.astype(np.float64) - zero_point) * along(layer.weight_scale.astype(np.float64), 0, rank)
     if layer.conv is None:
         return x @ weight.T
     g = layer.conv
@@ -197,10 +233,140 @@ def hand_feeds(timesteps: list[float]) -> Feeds:
 
 def hand_graph(checkpoint: Checkpoint) -> ir.Model:
     """The hand-made skeleton with ``checkpoint``'s layers inserted, as ``portable_graph`` does it."""
-    model = graph_from_text(HAND_TEXT)
+    return inserted(HAND_TEXT, checkpoint)
+
+
+def inserted(text: str, checkpoint: Checkpoint) -> ir.Model:
+    """A skeleton with ``checkpoint``'s layers inserted."""
+    model = graph_from_text(text)
     InsertQuantizedLayers(checkpoint)(model)
     InsertQuantizedLayers.describe(model, checkpoint)
     model.graph.opset_imports.pop("quest.export")
     model.metadata_props[SCHEME_KEY] = json.dumps(checkpoint.scheme.to_json())
     model.metadata_props[CHECKPOINT_KEY] = "0" * 64
     return model
+
+
+KINDS_TEXT = """
+kinds (float[batch,2,6,6] sample, float[batch] timestep, float[batch,3,5] tokens,
+       float[batch,2,3,4] q, float[batch,2,4,3] kt, float[batch,2,3,3] weights, float[batch,2,3,4] v)
+  => (float[batch,3,3,8] image, float[batch,3,7] plain, float[batch,3,6] by_channel, float[batch,3,4] by_token,
+      float[batch,2,3,3] scores, float[batch,2,3,4] mixed, float[batch,2,3,4] half)
+  <float[batch,4,3,8] inner, float[batch,3,7] y0, float[batch,3,6] y1, float[batch,3,4] y2,
+   float[batch,2,3,3] y3, float[batch,2,3,4] y4, float[batch,2,3,4] y5>
+{
+  inner = quest.export.Layer <layer = "padded"> (sample)
+  image = quest.export.Layer <layer = "free_conv"> (inner)
+  y0 = quest.export.Layer <layer = "plain"> (tokens)
+  y1 = quest.export.Layer <layer = "by_channel"> (tokens)
+  y2 = quest.export.Layer <layer = "by_token"> (tokens)
+  y3 = quest.export.Product <layer = "attn.scores"> (q, kt)
+  y4 = quest.export.Product <layer = "attn.mix"> (weights, v)
+  y5 = quest.export.Product <layer = "half.mix"> (weights, v)
+  plain = Identity (y0)
+  by_channel = Identity (y1)
+  by_token = Identity (y2)
+  scores = Identity (y3)
+  mixed = Identity (y4)
+  half = Identity (y5)
+}
+"""
+"""A skeleton of :func:`kinds_checkpoint`'s layers and products."""
+
+
+def kinds_checkpoint(buckets: int = 2) -> Checkpoint:
+    """A small checkpoint of what :func:`hand_checkpoint` has not.
+
+    Asymmetric weights of 4 and 8 bits; codes that need an offset, in front of a padded convolution, a linear and in both operands of
+    a product; scales that are free by channel, by token, and of either sign; a product of 4-bit codes and one with a float operand.
+    """
+    rng = np.random.default_rng(buckets)
+
+    def layer(name: str, bits: int, shape: tuple[int, ...], conv: ConvGeometry | None, *, asymmetric: bool) -> LayerData:
+        scale, bias = rng.uniform(0.01, 0.1, shape[0]).astype(np.float32), rng.standard_normal(shape[0]).astype(np.float32)
+        if not asymmetric:
+            return LayerData(name, bits, rng.integers(-8, 8, shape, dtype=np.int8), scale, bias, conv, 10)
+        codes, zero_point = (rng.integers(0, 2**bits, size, dtype=np.uint8) for size in (shape, shape[:1]))
+        codes.flat[:2] = 0, 2**bits - 1
+        zero_point[:2] = 0, 2**bits - 1
+        return LayerData(name, bits, codes, scale, bias, conv, 10, zero_point)
+
+    def site(name: str, bits: int, symmetry: Symmetry, axis: int, channels: int, reader: str) -> SiteData:
+        low = np.zeros(buckets) if symmetry is Symmetry.UNSIGNED else -rng.integers(0, 2**bits, buckets)
+        if symmetry is Symmetry.ASYMMETRIC and bits == 8:
+            low[0] = -200  # so that codes leave int8 on the negative side in one bucket
+        scale = rng.uniform(1.0, 3.0, buckets).astype(np.float32) / 2**bits * (0.3 if symmetry is Symmetry.UNSIGNED else 2)
+        channel = rng.uniform(0.5, 2.0, channels) if "." not in name else np.ones(channels)  # attention's operands have none
+        bounds = (low.astype(np.float32), (low + 2**bits - 1).astype(np.float32))
+        return SiteData(name, bits, symmetry, axis, (reader,), scale.astype(np.float32), *bounds, channel.astype(np.float32))
+
+    def free(name: str, bits: int, axis: int, channels: int, code_range: tuple[int, int]) -> FreeSiteData:
+        scale = rng.uniform(0.1, 0.5, (buckets, channels)) * rng.choice([-1, 1], (buckets, channels))
+        zero_point = rng.integers(-3, 20, (buckets, channels)).astype(np.float32)
+        return FreeSiteData(name, bits, axis, (name,), scale.astype(np.float32), zero_point, *code_range)
+
+    layers = [
+        layer("padded", 4, (4, 2, 3, 3), ConvGeometry((2, 1), (1, 2), (1, 1), 1), asymmetric=True),
+        layer("free_conv", 8, (3, 4, 3, 3), ConvGeometry((1, 1), (1, 1), (1, 1), 1), asymmetric=True),
+        layer("plain", 8, (7, 5), None, asymmetric=True),
+        layer("by_channel", 4, (6, 5), None, asymmetric=False),
+        layer("by_token", 4, (4, 5), None, asymmetric=True),
+    ]
+    asymmetric, unsigned = Symmetry.ASYMMETRIC, Symmetry.UNSIGNED
+    sites = [
+        site("padded", 8, asymmetric, 1, 2, "padded"),
+        free("free_conv", 4, 1, 4, (0, 15)),
+        site("plain", 8, asymmetric, 2, 5, "plain"),
+        free("by_channel", 8, 2, 5, (-127, 127)),
+        free("by_token", 8, 1, 3, (0, 255)),
+        site("attn.q", 4, asymmetric, 3, 4, "attn.scores"),
+        site("attn.k", 4, asymmetric, 3, 3, "attn.scores"),
+        site("attn.softmax", 8, unsigned, 3, 3, "attn.mix"),
+        site("attn.v", 8, asymmetric, 3, 4, "attn.mix"),
+        site("half.v", 8, asymmetric, 3, 4, "half.mix"),
+    ]
+    products = [
+        ProductData("attn.scores", ("attn.q", "attn.k"), 36),
+        ProductData("attn.mix", ("attn.softmax", "attn.v"), 36),
+        ProductData("half.mix", (None, "half.v"), 36),
+    ]
+    return Checkpoint(
+        model="kinds",
+        architecture=Architecture("UNet2DModel", {"sample_size": 6}, {"up.conv_shortcut": 8}, ScoreScale.OPERANDS),
+        scheme=Scheme.parse("w4a4", buckets=buckets, attention_bits=4, softmax_bits=8, split_shortcuts=True),
+        layers={x.name: x for x in layers},
+        sites={x.name: x for x in sites},
+        floats={"norm.weight": rng.standard_normal(3).astype(np.float32)},
+        provenance={"method": "by hand"},
+        products={x.name: x for x in products},
+    )
+
+
+def kinds_feeds(timesteps: list[float]) -> Feeds:
+    """Inputs of the graph of kinds, one sample a timestep; ``weights`` as a softmax gives them."""
+    rng, batch = np.random.default_rng(11), len(timesteps)
+    shapes = {"sample": (2, 6, 6), "tokens": (3, 5), "q": (2, 3, 4), "kt": (2, 4, 3), "v": (2, 3, 4)}
+    feeds = {name: rng.standard_normal((batch, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    weights = np.exp(2 * rng.standard_normal((batch, 2, 3, 3)))
+    weights /= weights.sum(-1, keepdims=True)
+    return {**feeds, "weights": weights.astype(np.float32), "timestep": np.asarray(timesteps, np.float32)}
+
+
+def kinds_expected(checkpoint: Checkpoint, feeds: Feeds) -> dict[str, Array]:
+    """What the graph of kinds gives, in float64, by the name of its output; ``image`` from the float32 result of its first layer."""
+    bucket = np.asarray([checkpoint.scheme.bucket_of(float(t)) for t in feeds["timestep"]])
+    inner = numpy_layer(checkpoint, "padded", feeds["sample"], bucket).astype(np.float32)
+    linears = {name: numpy_layer(checkpoint, name, feeds["tokens"], bucket) for name in ("plain", "by_channel", "by_token")}
+    return {
+        "inner": inner,
+        "image": numpy_layer(checkpoint, "free_conv", inner, bucket),
+        **linears,
+        "scores": numpy_product(checkpoint, "attn.scores", feeds["q"], feeds["kt"], bucket),
+        "mixed": numpy_product(checkpoint, "attn.mix", feeds["weights"], feeds["v"], bucket),
+        "half": numpy_product(checkpoint, "half.mix", feeds["weights"], feeds["v"], bucket),
+    }
+
+
+def kinds_graph(checkpoint: Checkpoint) -> ir.Model:
+    """The skeleton of kinds with ``checkpoint``'s layers and products inserted, as ``portable_graph`` does it."""
+    return inserted(KINDS_TEXT, checkpoint)

@@ -48,8 +48,18 @@ class SplitConv2d(nn.Module):
 
 
 def _slice_of(conv: nn.Conv2d, start: int, stop: int, *, bias: bool) -> nn.Conv2d:
-    size, stride, padding, dilation = conv.kernel_size, conv.stride, conv.padding, conv.dilation
-    return nn.Conv2d(stop - start, conv.out_channels, size, stride, padding, dilation, bias=bias)  # type: ignore[arg-type]
+    return nn.Conv2d(
+        stop - start,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        bias=bias,
+        padding_mode=conv.padding_mode,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
 
 
 class Product(nn.Module):
@@ -87,8 +97,12 @@ class ExplicitAttention:
         **_: Any,
     ) -> Tensor:
         """diffusers' processor interface; raise InputError for attention that this does not compute."""
-        if attn.spatial_norm is not None or attn.norm_cross or attn.norm_q is not None or attn.norm_k is not None:
-            raise InputError("attention with spatial, cross or q/k normalization cannot be quantized; leave attention in float")
+        norms = (attn.spatial_norm, attn.norm_q, attn.norm_k)
+        if attn.norm_cross or attn.added_kv_proj_dim is not None or any(norm is not None for norm in norms):
+            raise InputError(
+                "attention with spatial, cross or q/k normalization, or with added keys and values, cannot be quantized; "
+                "leave attention in float"
+            )
         residual, shape = hidden_states, hidden_states.shape
         if len(shape) == 4:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
@@ -200,8 +214,8 @@ class _Concatenations(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in (torch.cat, torch.concat, torch.concatenate):
-            parts = args[0]
-            axis = args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0)
+            named = {**dict(zip(("tensors", "dim"), args, strict=False)), **(kwargs or {})}
+            parts, axis = named["tensors"], named.get("dim", 0)
             if len(parts) == 2 and axis == 1 and result.dim() == 4:
                 self._results.append((result, parts[0].shape[1]))
         return result

@@ -10,13 +10,24 @@ import pytest
 from exporters.editor import array_of
 from exporters.graph_info import graph_info
 from exporters.lower import onnxruntime, openvino, tensorrt
-from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
+from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_product
+from quest_deploy.checkpoint import FreeSiteData
+from quest_deploy.engine.backends import get_backend
+from quest_deploy.engine.base import EngineOptions, build_engine, open_engine
 from tests.helpers import (
     Array,
     Feeds,
     float32,
     hand_feeds,
+    kinds_checkpoint,
+    kinds_expected,
+    kinds_feeds,
+    kinds_graph,
+    numpy_free_codes,
     numpy_layer,
+    numpy_product,
+    numpy_site,
+    of_sample,
     op_counts,
     proto_of,
     relative_error,
@@ -25,6 +36,8 @@ from tests.helpers import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from quest_deploy.checkpoint import Checkpoint
@@ -158,3 +171,88 @@ def test_optimizing_runtimes_do_not_change_a_lowered_layer(hand: Checkpoint, han
     _, first, second = run(onnxruntime.lower(hand_model), feeds, optimized=True)
     assert relative_error(-first, numpy_layer(hand, "to_q", feeds["tokens"], bucket)) < 1e-6
     assert relative_error(second, numpy_layer(hand, "to_k", feeds["tokens"], bucket)) < 1e-6
+
+
+KINDS_TIMESTEPS = [999.0, 0.0, 500.0, 499.0]
+KINDS_INPUTS = {"padded": "sample", "plain": "tokens", "by_channel": "tokens", "by_token": "tokens"}
+KINDS_OPERANDS = {"attn.scores": ("q", "kt"), "attn.mix": ("weights", "v"), "half.mix": ("weights", "v")}
+
+
+def assert_kinds(found: Feeds, expected: Feeds) -> None:
+    assert found.keys() == expected.keys() - {"inner"}
+    for name, ours in found.items():
+        assert relative_error(ours, expected[name]) < 5e-6, name
+
+
+@each_lowering
+def test_every_new_kind_lowered_is_plain_onnx_and_computes_what_the_checkpoint_says(lower: Any) -> None:
+    checkpoint, feeds = kinds_checkpoint(), kinds_feeds(KINDS_TIMESTEPS)
+    portable = kinds_graph(checkpoint)
+    unlowered = run(portable, feeds)
+    lowered = lower(portable)
+    assert not any(node.domain for node in lowered.graph)
+    onnx.checker.check_model(proto_of(lowered), full_check=True)
+    found = dict(zip([value.name for value in lowered.graph.outputs], run(lowered, feeds), strict=True))
+    assert_kinds(found, kinds_expected(checkpoint, feeds))
+    for (name, ours), before in zip(found.items(), unlowered, strict=True):
+        assert relative_error(ours, before) < 1e-6, name
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_every_new_kind_on_its_own_optimizing_runtime_computes_what_the_checkpoint_says(backend: str, tmp_path: Path) -> None:
+    checkpoint, feeds, options = kinds_checkpoint(), kinds_feeds(KINDS_TIMESTEPS), EngineOptions(threads=1)
+    model = kinds_graph(checkpoint)
+    names = [value.name for value in model.graph.outputs]
+    build_engine(get_backend(backend), model, tmp_path, options, "cd" * 32)
+    with open_engine(get_backend(backend), tmp_path) as runner:
+        # In their order: OpenVINO may call an output by the name of the value that an Identity passes on.
+        assert_kinds(dict(zip(names, runner.infer(feeds).values(), strict=True)), kinds_expected(checkpoint, feeds))
+
+
+@each_lowering
+def test_every_product_layer_and_site_of_a_new_kind_can_be_cut_out_and_is_right(lower: Any) -> None:
+    checkpoint, feeds = kinds_checkpoint(), kinds_feeds(KINDS_TIMESTEPS)
+    lowered, bucket = lower(kinds_graph(checkpoint)), np.asarray([1, 0, 1, 0])
+    info = graph_info(lowered)
+    for name, (a, b) in KINDS_OPERANDS.items():
+        assert info.products[name].inputs == (a, b)
+        (y,) = run(cut_product(lowered, info, name), {a: feeds[a], b: feeds[b], "bucket": bucket})
+        assert relative_error(y, numpy_product(checkpoint, name, feeds[a], feeds[b], bucket)) < 5e-6
+    for name, source in KINDS_INPUTS.items():
+        assert info.sites[name].input == source
+        (y,) = run(cut_layer(lowered, info, name), {source: feeds[source], "bucket": bucket})
+        assert relative_error(y, numpy_layer(checkpoint, name, feeds[source], bucket)) < 5e-6
+    sources = {**KINDS_INPUTS, "attn.q": "q", "attn.k": "kt", "attn.softmax": "weights", "attn.v": "v", "half.v": "v"}
+    for name, source in sources.items():
+        site, x = checkpoint.sites[name], feeds[source]
+        (codes,) = run(cut_codes(lowered, info, name), {source: x, "bucket": bucket})
+        if isinstance(site, FreeSiteData):
+            np.testing.assert_array_equal(codes, numpy_free_codes(site, x, bucket))
+            continue
+        padding = (0, 0) if name != "padded" else (1, 2)
+        padded = np.pad(x, [(0, 0), (0, 0), *[(p, p) for p in padding]]) if x.ndim == 4 else x
+        stored = np.rint(numpy_site(site, padded, bucket) / of_sample(site.scale, bucket, x.ndim))
+        assert codes.dtype == np.int8
+        np.testing.assert_array_equal(codes, stored + of_sample(site.offset, bucket, x.ndim))
+
+
+def test_tensorrt_gets_no_unsigned_codes_and_no_zero_points_but_zero() -> None:
+    lowered = tensorrt.lower(kinds_graph(kinds_checkpoint()))
+    kinds = {value.dtype for value in lowered.graph.initializers.values()}
+    assert not kinds & {ir.DataType.UINT4, ir.DataType.UINT8, ir.DataType.INT4}
+    for node in lowered.graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert node.inputs[2].dtype is ir.DataType.INT8
+            assert not array_of(node.inputs[2]).any(), node.name
+
+
+@each_lowering
+@pytest.mark.parametrize("bucket", [0, 1])
+def test_frozen_to_one_bucket_every_new_kind_computes_that_buckets_numbers_at_any_timestep(lower: Any, bucket: int) -> None:
+    checkpoint = kinds_checkpoint()
+    feeds = kinds_feeds(KINDS_TIMESTEPS)
+    within = {**feeds, "timestep": np.full(4, (100.0, 900.0)[bucket], np.float32)}
+    frozen = lower(kinds_graph(checkpoint), frozen_bucket=bucket)
+    assert_kinds(
+        dict(zip([value.name for value in frozen.graph.outputs], run(frozen, feeds), strict=True)), kinds_expected(checkpoint, within)
+    )

@@ -17,6 +17,10 @@ from tests.helpers import (
     hand_checkpoint,
     hand_feeds,
     hand_graph,
+    kinds_checkpoint,
+    kinds_expected,
+    kinds_feeds,
+    kinds_graph,
     numpy_layer,
     op_counts,
     proto_of,
@@ -45,6 +49,19 @@ def test_the_inserted_layers_compute_what_the_checkpoint_says(runtime: object, b
     found = runtime(hand_graph(checkpoint), feeds)  # type: ignore[operator]
     for ours, theirs in zip(found, expected(checkpoint, feeds), strict=True):
         assert relative_error(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("runtime", [run, run_reference])
+@pytest.mark.parametrize("buckets", [1, 2, 1000])
+def test_products_offsets_free_sites_and_asymmetric_weights_compute_what_the_checkpoint_says(runtime: object, buckets: int) -> None:
+    checkpoint, feeds = kinds_checkpoint(buckets), kinds_feeds(TIMESTEPS)
+    graph = kinds_graph(checkpoint)
+    onnx.checker.check_model(proto_of(graph), full_check=True)
+    names = [value.name for value in graph.graph.outputs]
+    found = dict(zip(names, runtime(graph, feeds), strict=True))  # type: ignore[operator]
+    theirs = kinds_expected(checkpoint, feeds)
+    for name in names:
+        assert relative_error(found[name], theirs[name]) < 5e-6, name
 
 
 def test_no_placeholder_is_left_the_result_is_valid_and_says_it_was_modified(hand: Checkpoint) -> None:
