@@ -73,15 +73,22 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
         "weights_at_4_bits": weights, "macs_at_4_bits": macs,
     }  # fmt: skip
     rows = [
-        [x["layer"], x["kind"], "x".join(map(str, x["shape"])), f"w{x['weight_bits']}a{x['activation_bits']}", str(x["macs"])]
+        [
+            x["layer"],
+            x["kind"],
+            "x".join(map(str, x["shape"])),
+            f"w{x['weight_bits']}a{x['activation_bits']}",
+            x["computes"],
+            str(x["macs"]),
+        ]
         for x in layers
     ]
     text = "\n".join([
         f"checkpoint of {checkpoint.model}, {size(path.stat().st_size)}, made by {checkpoint.provenance['method']}",
         _scheme(checkpoint.scheme),
-        table(["layer", "kind", "weight", "bits", "multiply-adds"], rows),
+        table(["layer", "kind", "weight", "bits", "computes in", "multiply-adds"], rows),
         *([f"{len(products)} products of attention, their wider operand at {_bits(products)}"] if products else []),
-        *([f"{len(free)} sites and the layers that read them compute in float: {', '.join(free)}"] if free else []),
+        *([f"{len(free)} of {len(checkpoint.sites)} sites and the layers that read them compute in float"] if free else []),
         f"{len(layers)} layers read {len(checkpoint.sites)} quantized tensors; "
         f"at 4 bits: {weights:.1%} of the weights, {macs:.1%} of the multiply-adds",
     ])  # fmt: skip

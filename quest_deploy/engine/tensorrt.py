@@ -56,20 +56,21 @@ class TensorRtBackend(Backend):
     def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
         trt = self._module()
         logger = _logger(trt)
-        builder = trt.Builder(logger)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, logger)
-        if not parser.parse_from_file(str(lowered)):
-            errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
-            raise QuestDeployError(f"{self.name} cannot parse {lowered}: {errors}")
-        config = builder.create_builder_config()
         monitor = _monitor(trt, on_progress)
-        config.progress_monitor = monitor
-        _add_profile(builder, config, network, options.max_batch)
-        if self.package == RTX:
-            _target(trt, config, options.compute_capabilities)
+        # From the first object that logs on: parsing calls back into Python too.
         with _interrupts_stop(monitor):
-            serialized = builder.build_serialized_network(network, config)
+            builder = trt.Builder(logger)
+            network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+            parser = trt.OnnxParser(network, logger)
+            if not parser.parse_from_file(str(lowered)):
+                errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+                raise QuestDeployError(f"{self.name} cannot parse {lowered}: {errors}")
+            config = builder.create_builder_config()
+            config.progress_monitor = monitor
+            _add_profile(builder, config, network, options.max_batch)
+            if self.package == RTX:
+                _target(trt, config, options.compute_capabilities)
+            serialized = None if monitor.stopped else builder.build_serialized_network(network, config)
         if serialized is None:
             raise QuestDeployError(f"{self.name} cannot build {lowered}: {'; '.join(logger.problems[-3:]) or 'no reason given'}")
         (folder / ENGINE).write_bytes(bytes(serialized))

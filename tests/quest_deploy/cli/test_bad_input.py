@@ -222,7 +222,7 @@ def test_an_unknown_scheduler_is_refused_with_the_known_ones(workspace: Path, co
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["calibrate", "--method", "entropy"], "unknown calibration method 'entropy': expected mse or minmax"),
+        (["calibrate", "--method", "entropy"], "unknown calibration method 'entropy': expected one of mse, minmax"),
         (["build-engine", "--provider", "rocm"], "unknown provider 'rocm'"),
         (["build-engine", "--backend", "tensorrt-rtx", "--compute-capability", "12"], "unknown compute capability '12'"),
     ],
