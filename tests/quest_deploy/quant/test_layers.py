@@ -176,7 +176,9 @@ def test_free_quantization_keeps_the_published_order_of_float32_operations_at_an
     scale = rng.uniform(1e-4, 0.5, (3, 5)) * rng.choice([-1, 1], (3, 5))
     zero_point = np.rint(rng.uniform(-2, 2, (3, 5)) * 10.0**exponent)
     site = FreeSiteData("x", 8, 1, ("x",), scale.astype(np.float32), zero_point.astype(np.float32), 0, 255)
-    x = (rng.standard_normal((4, 5, 6)) * 3).astype(np.float32)
+    # Half of a code apart, and so near -zero_point that the codes lie inside their range: ties, which another order breaks otherwise.
+    halves = rng.integers(0, 510, (4, 5, 6)) / 2
+    x = ((halves - site.zero_point[KIND_BUCKET][..., None]) * site.scale[KIND_BUCKET][..., None]).astype(np.float32)
     found = _quantizer(site, buckets_of_kinds())(torch.from_numpy(x)).detach().numpy()
     np.testing.assert_array_equal(found, numpy_site(site, x, KIND_BUCKET).astype(np.float32))
 
