@@ -308,7 +308,8 @@ def _parse(content: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Checkpo
 
 def _parse_architecture(entry: dict[str, Any]) -> Architecture:
     splits = entry["split_shortcuts"]
-    _check(all(type(channels) is int and channels > 0 for channels in splits.values()), f"damaged split shortcuts {splits}")
+    whole = isinstance(splits, dict) and all(type(channels) is int and channels > 0 for channels in splits.values())
+    _check(whole, f"damaged split shortcuts {splits}")
     attention = None if entry["attention"] is None else ScoreScale(entry["attention"])
     return Architecture(entry["class_name"], entry["config"], splits, attention)
 

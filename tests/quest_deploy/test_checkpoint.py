@@ -14,9 +14,18 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from quest_deploy.checkpoint import Checkpoint, load_checkpoint, pack_int4, save_checkpoint, unpack_int4
+from quest_deploy.checkpoint import (
+    Checkpoint,
+    SiteData,
+    load_checkpoint,
+    pack_4bit,
+    pack_int4,
+    save_checkpoint,
+    unpack_int4,
+    unpack_uint4,
+)
 from quest_deploy.errors import InputError
-from tests.helpers import Array
+from tests.helpers import Array, kinds_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +53,15 @@ def test_int4_codes_are_packed_as_onnx_packs_them(shape: tuple[int, ...], seed: 
     theirs = np.asarray(proto.int32_data, np.uint8) if proto.int32_data else np.frombuffer(proto.raw_data, np.uint8)
     np.testing.assert_array_equal(pack_int4(codes), theirs)
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(proto).astype(np.int8), unpack_int4(theirs, shape))
+
+
+@given(shape=shapes, seed=st.integers(0, 2**32 - 1))
+def test_unsigned_4_bit_codes_are_packed_as_onnx_packs_uint4_and_survive(shape: tuple[int, ...], seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 16, shape, dtype=np.uint8)
+    proto = onnx.helper.make_tensor("w", onnx.TensorProto.UINT4, shape, codes.flatten().tolist())
+    theirs = np.asarray(proto.int32_data, np.uint8) if proto.int32_data else np.frombuffer(proto.raw_data, np.uint8)
+    np.testing.assert_array_equal(pack_4bit(codes), theirs)
+    np.testing.assert_array_equal(unpack_uint4(theirs, shape), codes)
 
 
 def test_packing_follows_the_logical_order_of_a_transposed_array() -> None:
@@ -83,6 +101,42 @@ def test_a_calibrated_checkpoint_survives_saving_and_loading_exactly(small_check
     assert_equal(loaded, dataclasses.replace(small_checkpoint, architecture=architecture, floats=floats))
 
 
+@pytest.mark.parametrize("buckets", [1, 2])
+def test_products_free_sites_asymmetric_weights_and_the_rewrites_survive_saving_and_loading_exactly(
+    buckets: int, tmp_path: Path
+) -> None:
+    checkpoint = kinds_checkpoint(buckets)
+    save_checkpoint(checkpoint, tmp_path / "a.safetensors")
+    assert_equal(load_checkpoint(tmp_path / "a.safetensors"), checkpoint)
+
+
+def test_codes_fit_int8_with_their_offset_which_is_zero_wherever_they_fit_without() -> None:
+    sites = [site for site in kinds_checkpoint(3).sites.values() if isinstance(site, SiteData)]
+    assert {site.bits for site in sites if site.offset.any()} == {8}
+    for site in sites:
+        assert (site.low + site.offset >= -128).all()
+        assert (site.high + site.offset <= 127).all()
+        fits = (site.low >= -128).all() and (site.high <= 127).all()
+        assert fits == (not site.offset.any())
+
+
+def test_a_centered_code_is_the_code_less_its_output_channels_zero_point() -> None:
+    for layer in kinds_checkpoint().layers.values():
+        for o in range(len(layer.weight_scale)):
+            zero_point = 0 if layer.weight_zero_point is None else int(layer.weight_zero_point[o])
+            expected = layer.weight_codes[o].astype(int) - zero_point
+            np.testing.assert_array_equal(layer.centered_codes[o], expected)
+            np.testing.assert_array_equal(layer.dequantized_weight[o], expected.astype(np.float32) * layer.weight_scale[o])
+
+
+def test_products_count_among_the_multiply_adds_with_their_wider_operands_bits() -> None:
+    checkpoint = kinds_checkpoint()
+    assert [checkpoint.product_bits(product) for product in checkpoint.products.values()] == [4, 8, 32]
+    total = 5 * 10 + 3 * 36
+    assert checkpoint.share_at(4)[1] == pytest.approx((3 * 10 + 36) / total)
+    assert checkpoint.share_at(8)[1] == pytest.approx((2 * 10 + 36) / total)
+
+
 def test_reading_a_checkpoint_needs_no_torch(hand: Checkpoint, tmp_path: Path) -> None:
     save_checkpoint(hand, tmp_path / "a.safetensors")
     code = (
@@ -112,24 +166,27 @@ def test_the_site_of_a_layer_is_the_one_that_lists_it(hand: Checkpoint) -> None:
     }  # fmt: skip
 
 
+Edit = "Callable[[dict[str, Any], dict[str, Array], dict[str, str]], Any]"
+
+
 @pytest.fixture
-def edited(hand: Checkpoint, tmp_path: Path) -> Callable[[Callable[[dict[str, Any], dict[str, Array], dict[str, str]], Any]], Path]:
+def edited(hand: Checkpoint, tmp_path: Path) -> Callable[[Edit], Path]:
     """Save ``hand``, let a function change its content, tensors and metadata, and write it again."""
+    return lambda edit: save_edited(hand, tmp_path, edit)
 
-    def make(edit: Callable[[dict[str, Any], dict[str, Array], dict[str, str]], Any]) -> Path:
-        path = tmp_path / "edited.safetensors"
-        save_checkpoint(hand, path)
-        with safe_open(path, framework="numpy") as stream:
-            metadata = dict(stream.metadata())
-            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
-        content = json.loads(metadata["content"])
-        edit(content, tensors, metadata)
-        if "content" in metadata:
-            metadata["content"] = json.dumps(content)
-        save_file(tensors, path, metadata or None)
-        return path
 
-    return make
+def save_edited(checkpoint: Checkpoint, folder: Path, edit: Edit) -> Path:
+    path = folder / "edited.safetensors"
+    save_checkpoint(checkpoint, path)
+    with safe_open(path, framework="numpy") as stream:
+        metadata = dict(stream.metadata())
+        tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+    content = json.loads(metadata["content"])
+    edit(content, tensors, metadata)
+    if "content" in metadata:
+        metadata["content"] = json.dumps(content)
+    save_file(tensors, path, metadata or None)
+    return path
 
 
 def put(container: Any, *keys_and_value: Any) -> None:
@@ -191,6 +248,63 @@ EDITS: dict[str, Callable[[dict[str, Any], dict[str, Array], dict[str, str]], An
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
 def test_a_checkpoint_that_we_would_not_have_written_is_an_input_error_with_its_path(edited: Any, edit: Any) -> None:
     path = edited(edit)
+    with pytest.raises(InputError, match=r"edited\.safetensors"):
+        load_checkpoint(path)
+
+
+KIND_EDITS: dict[str, Callable[[dict[str, Any], dict[str, Array], dict[str, str]], Any]] = {
+    "no products": lambda c, t, m: c.pop("products"),
+    "a product gone": lambda c, t, m: c["products"].pop(),
+    "a product with one operand": lambda c, t, m: put(c, "products", 0, "sites", ["attn.q"]),
+    "a product of three": lambda c, t, m: c["products"][0]["sites"].append(None),
+    "a product that reads one site twice": lambda c, t, m: put(c, "products", 0, "sites", ["attn.q", "attn.q"]),
+    "a product that reads a stranger": lambda c, t, m: put(c, "products", 0, "sites", ["attn.q", "nobody"]),
+    "a product that reads a layer's site": lambda c, t, m: put(c, "products", 0, "sites", ["attn.q", "plain"]),
+    "a product that reads another's site": lambda c, t, m: put(c, "products", 0, "sites", ["attn.q", "attn.v"]),
+    "a product whose operand is a number": lambda c, t, m: put(c, "products", 2, "sites", [3, "half.v"]),
+    "a product that no site names": lambda c, t, m: put(c, "sites", 5, "layers", []),
+    "a product's multiply-adds that are text": lambda c, t, m: put(c, "products", 0, "macs", "36"),
+    "zero-points gone": lambda c, t, m: t.pop("layer.padded.zero_point"),
+    "zero-points of a symmetric weight": lambda c, t, m: put(t, "layer.by_channel.zero_point", np.zeros(6, np.uint8)),
+    "zero-points beyond 4 bits": lambda c, t, m: put(t, "layer.padded.zero_point", 0, 16),
+    "signed zero-points": lambda c, t, m: put(t, "layer.plain.zero_point", t["layer.plain.zero_point"].astype(np.int8)),
+    "a zero-point too few": lambda c, t, m: put(t, "layer.plain.zero_point", t["layer.plain.zero_point"][1:].copy()),
+    "an asymmetric weight said to be symmetric": lambda c, t, m: put(c, "layers", 2, "asymmetric", False),
+    "a layer silent about its symmetry": lambda c, t, m: c["layers"][2].pop("asymmetric"),
+    "signed 8-bit codes of an asymmetric weight": lambda c, t, m: put(t, "layer.plain.codes", t["layer.plain.codes"].astype(np.int8)),
+    "a free scale of zero": lambda c, t, m: put(t, "site.by_channel.scale", (0, 0), 0),
+    "a free scale that is no number": lambda c, t, m: put(t, "site.by_channel.scale", (0, 0), np.nan),
+    "a free zero-point between integers": lambda c, t, m: put(t, "site.by_channel.zero_point", (0, 0), 0.5),
+    "an infinite free zero-point": lambda c, t, m: put(t, "site.by_channel.zero_point", (0, 0), np.inf),
+    "free scales of fewer buckets": lambda c, t, m: put(t, "site.by_channel.scale", t["site.by_channel.scale"][:1].copy()),
+    "free scales of fewer channels": lambda c, t, m: put(t, "site.free_conv.scale", t["site.free_conv.scale"][:, :3].copy()),
+    "free scales of rank one": lambda c, t, m: put(t, "site.by_channel.scale", t["site.by_channel.scale"][:, 0].copy()),
+    "free zero-points of another shape": lambda c, t, m: put(t, "site.by_channel.zero_point", np.zeros((2, 4), np.float32)),
+    "an empty code range": lambda c, t, m: put(c, "sites", 1, "code_range", [15, 15]),
+    "a code range of three": lambda c, t, m: put(c, "sites", 1, "code_range", [0, 7, 15]),
+    "a code range of text": lambda c, t, m: put(c, "sites", 1, "code_range", ["0", "15"]),
+    "free bits that are text": lambda c, t, m: put(c, "sites", 1, "bits", "4"),
+    "a free site said to be an integer one": lambda c, t, m: (
+        c["sites"][1].pop("code_range"),
+        put(c, "sites", 1, "symmetry", "symmetric"),
+    ),
+    "an unknown symmetry": lambda c, t, m: put(c, "sites", 7, "symmetry", "skewed"),
+    "unsigned codes below zero": lambda c, t, m: (put(t, "site.attn.softmax.low", 0, -1), put(t, "site.attn.softmax.high", 0, 254)),
+    "asymmetric 8-bit bounds too wide": lambda c, t, m: put(t, "site.plain.high", 0, t["site.plain.high"][0] + 1),
+    "an unknown place of the score scale": lambda c, t, m: put(c, "architecture", "attention", "somewhere"),
+    "no word about attention": lambda c, t, m: c["architecture"].pop("attention"),
+    "no word about split shortcuts": lambda c, t, m: c["architecture"].pop("split_shortcuts"),
+    "split shortcuts in a list": lambda c, t, m: put(c, "architecture", "split_shortcuts", ["up.conv_shortcut"]),
+    "a shortcut split at zero": lambda c, t, m: put(c, "architecture", "split_shortcuts", {"up.conv_shortcut": 0}),
+    "a shortcut split at half a channel": lambda c, t, m: put(c, "architecture", "split_shortcuts", {"up.conv_shortcut": 2.5}),
+}
+
+
+@pytest.mark.parametrize("edit", KIND_EDITS.values(), ids=KIND_EDITS.keys())
+def test_damage_to_products_free_sites_asymmetric_weights_or_rewrites_is_an_input_error_with_the_path(
+    edit: Any, tmp_path: Path
+) -> None:
+    path = save_edited(kinds_checkpoint(), tmp_path, edit)
     with pytest.raises(InputError, match=r"edited\.safetensors"):
         load_checkpoint(path)
 

@@ -43,8 +43,8 @@ def test_a_slice_that_is_one_part_is_gone_and_its_reader_reads_the_part(start: i
         lambda: sliced(2, 8),
         lambda: sliced(0, 8),
         lambda: sliced(0, 3, step=2),
-        lambda: sliced(0, 3, axis=2),
-        lambda: sliced(0, 3, axis=1, concatenated=2),
+        lambda: sliced(0, 4, axis=2),
+        lambda: sliced(0, 4, axis=1, concatenated=2),
     ],
     ids=["less than a part", "across the seam", "everything", "every second", "along another axis", "of another concatenation"],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import TYPE_CHECKING
 
@@ -8,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.checkpoint import Checkpoint
+from quest_deploy.checkpoint import Checkpoint, FreeSiteData, SiteData
 from quest_deploy.errors import InputError
-from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
+from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, _activation_ranges, _Reservoir, _weight_scale, calibrate
 from quest_deploy.quant.model import fold_channel
-from quest_deploy.scheme import Granularity, Scheme, weight_range
+from quest_deploy.quant.prepare import Product, prepare
+from quest_deploy.scheme import Granularity, Scheme, Symmetry, weight_range
 from quest_deploy.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -247,3 +249,123 @@ def test_calibration_leaves_the_float_model_as_it_was_and_reports_progress_to_th
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
     assert set(last) == {"channel ranges", "activation values", "activation scales", "weight scales"}
     assert all(done == total for done, total in last.values())
+
+
+def test_a_reservoir_keeps_each_row_of_any_batch_equally_often() -> None:
+    generator, sizes, kept, trials = torch.Generator().manual_seed(0), (3, 40, 1, 12), 8, 3000
+    rows, counts = torch.arange(sum(sizes), dtype=torch.float32)[:, None], torch.zeros(sum(sizes))
+    for _ in range(trials):
+        reservoir = _Reservoir(kept)
+        for batch in rows.split(sizes):
+            reservoir.add(batch, generator)
+        chosen = reservoir.values[:kept, 0].long()
+        assert len(chosen.unique()) == kept
+        counts[chosen] += 1
+    share = kept / len(rows)
+    spread = (trials * share * (1 - share)) ** 0.5
+    assert (counts - trials * share).abs().max() < 4.5 * spread
+    # The rows of a batch together, since an early or a late batch would be favoured as a whole.
+    for batch in counts.split(sizes):
+        assert (batch.mean() - trials * share).abs() < 4.5 * spread / len(batch) ** 0.5
+
+
+def test_a_reservoir_that_is_not_full_holds_every_row_and_a_full_one_also_the_extremes_of_each_column() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, reservoir = torch.randn(50, 3, generator=generator), _Reservoir(20)
+    reservoir.add(rows[:12], generator)
+    reservoir.add(rows[12:20], generator)
+    assert sorted(reservoir.values.tolist()) == sorted(rows[:20].tolist())
+    reservoir.add(rows[20:], generator)
+    assert reservoir.values.shape == (22, 3)
+    torch.testing.assert_close(reservoir.values.amin(0), rows.amin(0), rtol=0, atol=0)
+    torch.testing.assert_close(reservoir.values.amax(0), rows.amax(0), rtol=0, atol=0)
+
+
+def heavy_tailed(columns: int) -> Tensor:
+    return torch.randn(2000, columns, generator=torch.Generator().manual_seed(4)).pow(3)
+
+
+@pytest.mark.parametrize("symmetry", [Symmetry.ASYMMETRIC, Symmetry.UNSIGNED, Symmetry.SYMMETRIC])
+def test_each_search_is_the_best_of_all_methods_on_its_own_measure_of_activations(symmetry: Symmetry) -> None:
+    bits = 8 if symmetry is Symmetry.SYMMETRIC else 4
+    values = heavy_tailed(5).abs() if symmetry is Symmetry.UNSIGNED else heavy_tailed(5)
+    low, high = (-127, 127) if bits == 8 else (0, 15)
+    errors: dict[tuple[RangeMethod, float], Array] = {}
+    for method in RangeMethod:
+        scale, zero_point = (table.double().numpy() for table in _activation_ranges(values, bits, symmetry, method))
+        codes = np.clip(np.rint(values.numpy() / scale), low - zero_point, high - zero_point)
+        for power in (2, 2.4):
+            errors[method, power] = (np.abs(codes * scale - values.numpy()) ** power).mean(0)
+    for best, power in ((RangeMethod.MSE, 2), (RangeMethod.L24, 2.4)):
+        for other in RangeMethod:
+            assert (errors[best, power] <= errors[other, power] * (1 + 1e-4)).all()
+        assert (errors[best, power] < errors[RangeMethod.MINMAX, power]).all() or bits == 8
+    if bits == 4:
+        assert (errors[RangeMethod.L24, 2.4] < errors[RangeMethod.MSE, 2.4]).any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_each_search_is_the_best_of_all_methods_on_its_own_measure_of_weights(bits: int) -> None:
+    weight, (low, high) = heavy_tailed(6).T.contiguous(), weight_range(bits)
+
+    def error(method: RangeMethod, power: float) -> Array:
+        scale = _weight_scale(weight, bits, method).double().numpy()[:, None]
+        codes = np.clip(np.rint(weight.numpy() / scale), low, high)
+        return (np.abs(codes * scale - weight.numpy()) ** power).mean(1)
+
+    for best, power in ((RangeMethod.MSE, 2), (RangeMethod.L24, 2.4)):
+        assert all((error(best, power) <= error(other, power) * (1 + 1e-4)).all() for other in RangeMethod)
+
+
+def test_free_minmax_ranges_are_those_of_each_channel_alone_in_each_bucket(net: nn.Module, recorded: Trajectories) -> None:
+    checkpoint = quantize(net, recorded, granularity=Granularity.FREE_CHANNEL, method=RangeMethod.MINMAX)
+    for name, bucket, values in inputs_of(net, recorded, checkpoint):
+        site = checkpoint.sites[name]
+        assert isinstance(site, FreeSiteData)
+        columns = np.moveaxis(values, site.axis, -1).reshape(-1, site.scale.shape[1])
+        low, high = np.minimum(columns.min(0), 0), np.maximum(columns.max(0), 0)
+        if site.bits == 8:
+            assert (site.code_low, site.code_high) == (-127, 127)
+            np.testing.assert_allclose(site.scale[bucket], np.maximum(np.abs(columns).max(0) / 127, 1e-8), rtol=1e-6)
+            assert not site.zero_point.any()
+        else:
+            assert (site.code_low, site.code_high) == (0, 15)
+            np.testing.assert_allclose(site.scale[bucket], np.maximum((high - low) / 15, 1e-8), rtol=1e-6)
+            assert (np.abs(site.zero_point[bucket] + low / site.scale[bucket]) <= 0.5 + 1e-4).all()
+
+
+def test_attention_operands_have_one_scale_a_bucket_and_the_softmaxs_codes_begin_at_zero(
+    mini_unet: nn.Module, mini_trajectories: Trajectories
+) -> None:
+    scheme = Scheme.parse("w4a4", buckets=3, granularity=Granularity.FREE_CHANNEL, attention_bits=4, softmax_bits=8)
+    checkpoint = calibrate("mini", mini_unet, mini_trajectories, scheme, CalibrationOptions(RangeMethod.MINMAX))
+    seen: dict[tuple[str, int], list[Array]] = {}
+    model, now = prepare(copy.deepcopy(mini_unet), {}, checkpoint.architecture.attention), []
+    for name, module in model.named_modules():
+        if isinstance(module, Product):
+            attention = name.rpartition(".")[0]
+
+            def keep(m: Product, args: tuple[Tensor, ...], output: Tensor, attention: str = attention) -> None:
+                for operand, x in zip(m.operands, args, strict=True):
+                    for row, t in zip(x, now[0], strict=True):
+                        seen.setdefault((f"{attention}.{operand}", scheme.bucket_of(float(t))), []).append(row.numpy())
+
+            module.register_forward_hook(keep)
+    for batch in mini_trajectories.batches(8):
+        now[:] = [batch["timestep"]]
+        model(**batch)
+    operands = {site for product in checkpoint.products.values() for site in product.sites}
+    assert operands == {name for name, _ in seen}
+    assert {name for name, site in checkpoint.sites.items() if isinstance(site, SiteData)} == operands
+    for (name, bucket), rows in seen.items():
+        site, values = checkpoint.sites[name], np.stack(rows)
+        assert isinstance(site, SiteData)
+        assert (site.channel == 1).all()
+        if name.endswith(".softmax"):
+            assert (site.bits, site.symmetry) == (8, Symmetry.UNSIGNED)
+            assert (site.low == 0).all()
+            assert (site.high == 255).all()
+            assert site.scale[bucket] == pytest.approx(values.max() / 255, rel=1e-5)
+        else:
+            assert (site.bits, site.symmetry) == (4, Symmetry.ASYMMETRIC)
+            assert site.scale[bucket] == pytest.approx((max(values.max(), 0) - min(values.min(), 0)) / 15, rel=1e-5)

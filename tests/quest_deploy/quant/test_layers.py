@@ -7,10 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from quest_deploy.checkpoint import FreeSiteData, SiteData
 from quest_deploy.quant.affine import WeightGrid, per_sample, weight_codes
-from quest_deploy.quant.layers import ActivationQuantizer, BucketState, QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from quest_deploy.quant.layers import (
+    ActivationQuantizer,
+    BucketState,
+    FreeActivationQuantizer,
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    QuantizedProduct,
+)
+from quest_deploy.quant.model import _quantizer
 from quest_deploy.scheme import Symmetry, usual_symmetry
-from tests.helpers import float32, numpy_codes, of_sample
+from tests.helpers import float32, kinds_checkpoint, numpy_codes, numpy_free_codes, numpy_product, numpy_site, of_sample, relative_error
 
 SCALE, ZERO_POINT = torch.tensor([0.11, 0.5, 0.23]), torch.tensor([8.0, 0.0, 15.0])
 
@@ -124,3 +134,89 @@ def test_a_layer_copies_the_weights_it_was_made_from() -> None:
     with torch.no_grad():
         linear.weight.zero_()
     torch.testing.assert_close(layer.weight.detach(), before, rtol=0, atol=0)
+
+
+KIND_SHAPES = {
+    "padded": (4, 2, 6, 6), "free_conv": (4, 4, 3, 3), "plain": (4, 3, 5), "by_channel": (4, 3, 5), "by_token": (4, 3, 5),
+    "attn.q": (4, 2, 3, 4), "attn.k": (4, 2, 4, 3), "attn.softmax": (4, 2, 3, 3), "attn.v": (4, 2, 3, 4),
+}  # fmt: skip
+KIND_BUCKET = np.asarray([2, 0, 2, 1])
+
+
+def values_of(name: str) -> torch.Tensor:
+    x = torch.randn(KIND_SHAPES[name], generator=torch.Generator().manual_seed(len(name))) * 2
+    return x.softmax(-1) if name.endswith("softmax") else x
+
+
+def buckets_of_kinds() -> BucketState:
+    buckets = BucketState()
+    buckets.current = torch.from_numpy(KIND_BUCKET)
+    return buckets
+
+
+@pytest.mark.parametrize("name", KIND_SHAPES)
+def test_a_quantizer_of_every_kind_gives_exactly_its_sites_codes_and_values(name: str) -> None:
+    site, x = kinds_checkpoint(3).sites[name], values_of(name)
+    found = _quantizer(site, buckets_of_kinds())
+    assert isinstance(found, ActivationQuantizer if isinstance(site, SiteData) else FreeActivationQuantizer)
+    expected = numpy_site(site, x.numpy(), KIND_BUCKET).astype(np.float32)
+    np.testing.assert_array_equal(found(x).detach().numpy(), expected)
+    codes = found.codes(x).detach()
+    if isinstance(site, FreeSiteData):
+        np.testing.assert_array_equal(codes.numpy(), numpy_free_codes(site, x.numpy(), KIND_BUCKET))
+        return
+    assert codes.dtype is torch.int8
+    scale, offset = (of_sample(table, KIND_BUCKET, x.dim()) for table in (site.scale, site.offset))
+    np.testing.assert_array_equal((codes.numpy() - offset) * scale, expected)
+
+
+@given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(0, 8))
+def test_free_quantization_keeps_the_published_order_of_float32_operations_at_any_zero_point(seed: int, exponent: int) -> None:
+    rng = np.random.default_rng(seed)
+    scale = rng.uniform(1e-4, 0.5, (3, 5)) * rng.choice([-1, 1], (3, 5))
+    zero_point = np.rint(rng.uniform(-2, 2, (3, 5)) * 10.0**exponent)
+    site = FreeSiteData("x", 8, 1, ("x",), scale.astype(np.float32), zero_point.astype(np.float32), 0, 255)
+    # Half of a code apart, and so near -zero_point that the codes lie inside their range: ties, which another order breaks otherwise.
+    halves = rng.integers(0, 510, (4, 5, 6)) / 2
+    x = ((halves - site.zero_point[KIND_BUCKET][..., None]) * site.scale[KIND_BUCKET][..., None]).astype(np.float32)
+    found = _quantizer(site, buckets_of_kinds())(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_array_equal(found, numpy_site(site, x, KIND_BUCKET).astype(np.float32))
+
+
+def test_unsigned_codes_run_from_0_to_255_and_their_zero_point_does_not_learn() -> None:
+    site = ActivationQuantizer(8, SCALE, torch.zeros(3), torch.ones(6), 1, buckets_of_kinds(), Symmetry.UNSIGNED)
+    _, low, high = site.tables()
+    assert (low == 0).all()
+    assert (high == 255).all()
+    assert not site.zero_point.requires_grad
+
+
+def test_a_free_symmetric_quantizer_keeps_its_zero_point_and_any_other_learns_it() -> None:
+    quantizers = {name: _quantizer(site, BucketState()) for name, site in kinds_checkpoint().sites.items()}
+    assert quantizers["free_conv"].learns_zero_point
+    zero = np.zeros((2, 5), np.float32)
+    symmetric = FreeSiteData("x", 8, 1, ("x",), zero + 1, zero, -127, 127)
+    assert not _quantizer(symmetric, BucketState()).zero_point.requires_grad
+
+
+def test_free_scales_and_zero_points_of_used_buckets_alone_receive_gradients() -> None:
+    site = kinds_checkpoint(3).sites["by_channel"]
+    buckets = BucketState()
+    buckets.current = torch.tensor([0, 2])
+    found = _quantizer(site, buckets)
+    found(torch.randn(2, 30, 5, generator=torch.Generator().manual_seed(0)) * 100).square().sum().backward()
+    for parameter in (found.log_shift, found.zero_point):
+        assert parameter.grad is not None
+        assert (parameter.grad != 0).any(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["attn.scores", "attn.mix", "half.mix"])
+def test_a_quantized_product_multiplies_its_quantized_operands_and_a_float_one_as_it_is(name: str) -> None:
+    checkpoint, buckets = kinds_checkpoint(3), buckets_of_kinds()
+    first, second = checkpoint.products[name].sites
+    operands = ("attn.q", "attn.k") if name == "attn.scores" else ("attn.softmax", "attn.v")
+    a, b = (values_of(operand) for operand in operands)
+    quantizers = tuple(None if site is None else _quantizer(checkpoint.sites[site], buckets) for site in (first, second))
+    found = QuantizedProduct((quantizers[0], quantizers[1]))
+    assert relative_error(found(a, b).detach().numpy(), numpy_product(checkpoint, name, a.numpy(), b.numpy(), KIND_BUCKET)) < 1e-6
+    assert not list(found.parameters())

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from quest_deploy.checkpoint import Architecture, Checkpoint
 from quest_deploy.errors import InputError
-from quest_deploy.quant.affine import per_channel
-from quest_deploy.quant.model import QuantizedModel, build_float_model, conv_geometry, fold_channel
-from quest_deploy.scheme import Scheme
+from quest_deploy.quant.affine import WeightGrid, per_channel, weight_codes
+from quest_deploy.quant.model import QuantizedModel, _nearest_with_codes, build_float_model, conv_geometry, fold_channel
+from quest_deploy.scheme import Scheme, weight_range
 from tests.helpers import numpy_layer, relative_error
 
 Inputs = dict[str, Tensor]
@@ -134,6 +134,41 @@ def test_over_the_teachers_unrounded_weights_the_checkpoint_comes_out_the_same(
     weight = student.quantized_layers()["conv_in"].weight.detach()
     channel = torch.from_numpy(small_checkpoint.site_of("conv_in").channel)
     torch.testing.assert_close(weight, small_unet.get_parameter("conv_in.weight").detach() * channel.view(1, -1, 1, 1))
+
+
+def test_over_the_teachers_weights_a_rounding_that_was_learned_stays_and_the_weights_are_as_near_as_it_allows(
+    small_unet: nn.Module, small_checkpoint: Checkpoint
+) -> None:
+    rng, layers = np.random.default_rng(0), {}
+    for name, layer in small_checkpoint.layers.items():
+        codes = layer.weight_codes + rng.integers(-1, 2, layer.weight_codes.shape, dtype=np.int8)
+        layers[name] = dataclasses.replace(layer, weight_codes=np.clip(codes, *weight_range(layer.weight_bits)).astype(np.int8))
+    learned = changed(small_checkpoint, layers=layers)
+    student = QuantizedModel.from_checkpoint(learned, small_unet)
+    assert_same_quantization(student.to_checkpoint({}), learned)
+    usual = QuantizedModel.from_checkpoint(small_checkpoint, small_unet).quantized_layers()
+    for name, layer in student.quantized_layers().items():
+        same = torch.from_numpy(layers[name].weight_codes == small_checkpoint.layers[name].weight_codes)
+        assert 0 < same.sum() < same.numel()
+        assert torch.equal(layer.weight[same], usual[name].weight[same]), name
+
+
+@given(bits=st.sampled_from([4, 8]), asymmetric=st.booleans(), seed=st.integers(0, 2**32 - 1))
+def test_the_nearest_weight_rounds_to_any_given_codes_and_moves_no_farther_than_it_must(bits: int, asymmetric: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(3, generator=generator) * 0.2 + 0.01
+    low = -torch.randint(0, 2**bits, (3,), generator=generator).float()
+    grid = WeightGrid(scale, low, low + 2**bits - 1) if asymmetric else WeightGrid.symmetric(scale, bits)
+    weight = torch.randn(3, 40, generator=generator) * scale[:, None] * 2**bits
+    codes = torch.randint(-(2**bits), 2**bits, (3, 40), generator=generator)
+    codes = torch.maximum(torch.minimum(codes, grid.high[:, None]), grid.low[:, None]).to(torch.int16)
+    codes[:, :10] = weight_codes(weight, grid)[:, :10]
+    nearest = _nearest_with_codes(weight, codes, grid)
+    assert torch.equal(weight_codes(nearest, grid), codes)
+    assert torch.equal(nearest[:, :10], weight[:, :10])
+    ratio = (weight / scale[:, None]).double()
+    needed = ((ratio - codes).abs() - 0.5).clamp(min=0)
+    assert (((nearest - weight) / scale[:, None]).abs().double() <= needed + 2e-3 + 1e-5 * ratio.abs()).all()
 
 
 def test_the_teacher_itself_is_left_alone(small_unet: nn.Module, small_checkpoint: Checkpoint) -> None:

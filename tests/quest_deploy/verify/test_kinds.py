@@ -28,7 +28,7 @@ from quest_deploy.scheme import Granularity, Scheme, Symmetry
 from quest_deploy.trajectories import Trajectories
 from quest_deploy.verify.verify import Verification, verify_engine
 from tests.helpers import run
-from tests.quest_deploy.support import change
+from tests.quest_deploy.support import change, initializer, set_initializer
 
 OPTIONS = EngineOptions(threads=1)
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -124,6 +124,14 @@ def wrong(found: Verification, name: str) -> bool:
     return any(name in problem and problem.startswith(("site", "layer")) for problem in found.problems)
 
 
+def swap_tables(model: ir.Model, one: str, other: str) -> None:
+    """Give each of two sites the other's scales and bounds."""
+    for table in ("scale", "low", "high", "offset"):
+        first, second = (initializer(model, f"{site}.{table}") for site in (one, other))
+        set_initializer(model, f"{one}.{table}", second)
+        set_initializer(model, f"{other}.{table}", first)
+
+
 CHANGES: dict[str, tuple[str, Callable[[ir.Model], Any], str]] = {
     "a softmax scale by 0.1%": (
         "attention at 8 bits",
@@ -136,6 +144,16 @@ CHANGES: dict[str, tuple[str, Callable[[ir.Model], Any], str]] = {
         f"{ATTENTION}.softmax",
     ),
     "a scale of k by 0.1%": ("attention at 8 bits", lambda m: change(m, f"{ATTENTION}.k.scale", 2, factor=1.001), ATTENTION),
+    "q and k with each other's table": (
+        "attention at 8 bits",
+        lambda m: swap_tables(m, f"{ATTENTION}.q", f"{ATTENTION}.k"),
+        f"{ATTENTION}.q",
+    ),
+    "softmax and v with each other's table": (
+        "attention at 8 bits",
+        lambda m: swap_tables(m, f"{ATTENTION}.softmax", f"{ATTENTION}.v"),
+        f"{ATTENTION}.mix",
+    ),
     "a free scale by 0.1%": ("free channels", lambda m: change(m, "conv_in.scale", 3, factor=1.001), "conv_in"),
     "a free zero-point by one": ("free channels", lambda m: change(m, f"{ATTENTION}.to_q.zero_point", 3, by=1), f"{ATTENTION}.to_q"),
     "a weight's zero-point sum": (
