@@ -119,6 +119,7 @@ ROWS: dict[str, Row] = {
     "quest-all-layers": _quest(sensitive_layers=("*",)),
     "quest-attention8": _quest({"attention_bits": 8, "softmax_bits": 8}),
     "quest-attention4": _quest({"attention_bits": 4, "softmax_bits": 8}),
+    "quest-split-shortcuts": _quest({"split_shortcuts": True}),
     "quest-from-qdiff": Row(Pipeline(reconstruction={}, finetuning={})),
     "ptq-folded": Row(Pipeline()),
     "qdiff-folded": Row(Pipeline(reconstruction={})),
@@ -172,6 +173,11 @@ ABLATIONS = (
             "quest-attention8": "q, k, v and softmax at 8",
             "quest-attention4": "q, k, v at 4, softmax at 8",
         },
+    ),
+    Table(
+        "Shortcut convolutions behind a concatenation",
+        ABLATION_BITS,
+        {"quest": "one quantizer (baseline)", "quest-split-shortcuts": "one for each half, as Q-Diffusion's"},
     ),
     Table(
         "What finetuning starts from",
