@@ -29,10 +29,11 @@ def plot(results: Results, seeds: Sequence[int], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 15), layout="constrained")
-    FigureCanvasAgg(figure)
     columns = len(MAIN_TABLES)
-    grid = figure.add_gridspec(4, columns, height_ratios=[2, 2, 1.6, 1.6])
+    ablation_rows = -(-len(ABLATIONS) // columns)
+    figure = Figure(figsize=(16, 9 + 3 * ablation_rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2 + ablation_rows, columns, height_ratios=[2, 2, *[1.6] * ablation_rows])
     first: Any = None
     for i, table in enumerate(MAIN_TABLES):
         _draw_distances(figure.add_subplot(grid[0, i]), table, results, seeds)

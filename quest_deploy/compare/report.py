@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quest_deploy.compare.cells import ABLATIONS, FLOAT_BITS, MAIN_TABLES, ROWS, Cell, Table, cells_of
+from quest_deploy.compare.cells import ABLATION_BITS, ABLATIONS, FLOAT_BITS, MAIN_TABLES, ROWS, Cell, Table, cells_of
+from quest_deploy.compare.claims import judged
 from quest_deploy.evaluate import HELD_OUT_SAMPLES, SamplingOptions
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def markdown(model: str, command: str, results: Results, seeds: Sequence[int]) -
     ]
     for table in MAIN_TABLES:
         lines += ["", f"## {table.title}", "", *_table("method", table, results, seeds)]
+    lines += ["", "## The papers' claims on this model", "", *_claims(results, seeds)]
     for ablation in ABLATIONS:
         lines += ["", f"## {ablation.bits.upper()} ablation: {ablation.title}", "", *_table("QuEST with", ablation, results, seeds)]
     for table in MAIN_TABLES:
@@ -157,6 +159,23 @@ def _mean(results: Sequence[Result], figure: Figure, style: str, factor: float =
 def _epsilon(result: Result, buckets: slice) -> float | None:
     errors = [error for error in result.quality.epsilon_mse[buckets] if error is not None]
     return float(np.mean(errors)) if errors else None
+
+
+def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
+    """What the papers say, and what the cells say to it."""
+    header = ["claim", "Fréchet distance", "against", "on this model"]
+    picked = [
+        f"- seed {seed}: {', '.join(f'`{name}`' for name in found.notes['sensitive_layers'])}"
+        for seed in seeds
+        if (found := results.get(Cell("quest-auto-layers", ABLATION_BITS, seed))) is not None
+    ]
+    return [
+        *_markdown_table(header, [list(row) for row in judged(results, seeds)]),
+        "",
+        'Means over the seeds. "Holds": in every pair of seeds; "on average only": the means are so ordered, but not every pair.',
+        "QuEST's claim that attention and the time embedding are the sensitive groups: the sensitivity report at W4A4 picks",
+        *(["", *picked] if picked else [f"({NOT_RUN})."]),
+    ]
 
 
 def _bucket_table(table: Table, results: Results, seeds: Sequence[int]) -> list[str]:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.compare.cells import ABLATIONS, MAIN_TABLES, Cell, all_cells
+from quest_deploy.compare.cells import ABLATIONS, MAIN_TABLES, Cell, all_cells, cells_of
 from quest_deploy.compare.plot import plot
 from quest_deploy.compare.report import everything, markdown
 from tests.quest_deploy.support import strict_json
@@ -103,3 +103,29 @@ def test_how_many_layers_modelopt_left_in_float_is_stated(result: MakeResult) ->
     cell = Cell("modelopt", "w8a8", 0)
     found = nothing() | {cell: result(cell, notes={"layers": 132, "quantized_layers": 125})}
     assert lines(found, "W8A8")["PTQ, modelopt INT8"][0] == "its own, 1 (125 of 132 layers)"
+
+
+def verdicts(distances: dict[str, tuple[float, float, float]], result: MakeResult) -> dict[str, str]:
+    """What the claims' section says when rows at W4A4 have these distances."""
+    found = nothing()
+    for row, values in distances.items():
+        found |= {cell: result(cell, value) for cell, value in zip(cells_of(row, "w4a4", (0, 1, 2)), values, strict=True)}
+    return {label: cells[-1] for label, cells in lines(found, "The papers' claims on this model").items()}
+
+
+def test_a_claim_holds_only_where_every_pair_of_seeds_says_so(result: MakeResult) -> None:
+    claim = "A scale for each timestep bucket beats one for all"
+    assert verdicts({"quest": (0.6, 0.7, 0.8), "quest-k1": (0.9, 1.0, 1.1)}, result)[claim] == "holds"
+    assert verdicts({"quest": (0.6, 0.7, 0.8), "quest-k1": (0.75, 1.0, 1.1)}, result)[claim] == "on average only"
+    assert verdicts({"quest": (0.6, 0.7, 1.8), "quest-k1": (0.75, 1.0, 1.1)}, result)[claim] == "**does not hold on average**"
+    assert verdicts({"quest": (1.2, 1.3, 1.4), "quest-k1": (0.9, 1.0, 1.1)}, result)[claim].startswith("**does not hold: the opp")
+
+
+def test_nothing_is_concluded_from_rows_that_are_not_run(result: MakeResult) -> None:
+    found = verdicts({"quest": (0.6, 0.7, 0.8)}, result)
+    assert found.pop("Ours: QuEST at W4A4, deployable, reaches 0.9") == "reached"
+    assert set(found.values()) <= {"open", "on this model", "---:"}
+
+
+def test_an_aim_that_is_missed_is_said_to_be_missed(result: MakeResult) -> None:
+    assert verdicts({"quest": (0.6, 0.7, 1.9)}, result)["Ours: QuEST at W4A4, deployable, reaches 0.9"] == "**missed**"

@@ -1,0 +1,86 @@
+"""What the papers claim, each as two rows of the comparison, and what the measured cells say to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quest_deploy.compare.cells import ABLATION_BITS, Cell, cells_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from quest_deploy.compare.results import Result
+
+AIM = 0.9
+"""The Fréchet distance that QuEST at W4A4 is to reach here, on the mean of the seeds."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That row ``better`` has a lower Fréchet distance than row ``worse``; the bits are those of either row."""
+
+    text: str
+    better: str
+    worse: str
+    better_bits: str = ABLATION_BITS
+    worse_bits: str = ABLATION_BITS
+
+
+# QuEST: section 4 (its two findings, and training them in stages), tables 1 to 5. Q-Diffusion: sections 3.2 (calibration by
+# timestep, reconstruction) and 3.3 (split shortcuts).
+CLAIMS = (
+    Claim("At W4A4 QuEST beats min-max PTQ", "quest", "ptq-minmax"),
+    Claim("At W4A4 QuEST beats Q-Diffusion", "quest", "qdiff"),
+    Claim("QuEST at W4A4 beats Q-Diffusion at W4A8", "quest", "qdiff", worse_bits="w4a8"),
+    Claim("At W4A8 QuEST beats Q-Diffusion", "quest", "qdiff", "w4a8", "w4a8"),
+    Claim("At W4A8 Q-Diffusion beats min-max PTQ", "qdiff", "ptq-minmax", "w4a8", "w4a8"),
+    Claim("At W4A4 Q-Diffusion beats the L2.4 PTQ that it starts from", "qdiff", "ptq-l2.4"),
+    Claim("A scale for each timestep bucket beats one for all", "quest", "quest-k1"),
+    Claim("50 buckets beat 20", "quest-k50", "quest"),
+    Claim("Finetuning the temporal layers alone beats PTQ", "quest-stage1", "ptq-folded"),
+    Claim("Finetuning the sensitive layers alone beats PTQ", "quest-stage2", "ptq-folded"),
+    Claim("Both stages beat the temporal one alone, at the same number of steps", "quest", "quest-stage1"),
+    Claim("Both stages beat the sensitive one alone, at the same number of steps", "quest", "quest-stage2"),
+    Claim("Temporal layers first beats sensitive layers first", "quest", "quest-reversed"),
+    Claim("The selected layers beat training all of them", "quest", "quest-all-layers"),
+    Claim("Scales free per channel beat scales per tensor", "quest-free-channel", "quest-per-tensor"),
+    Claim("Splitting the shortcuts at the concatenation helps QuEST", "quest-split-shortcuts", "quest"),
+    Claim("QuEST started from Q-Diffusion beats QuEST started from PTQ", "quest-from-qdiff", "quest"),
+)
+
+
+def judged(results: Mapping[Cell, Result | None], seeds: Sequence[int]) -> list[tuple[str, str, str, str]]:
+    """Each claim with both rows' mean Fréchet distance and the verdict.
+
+    "holds" where it does for every pair of seeds, "holds on average" where only the means are so ordered, and the other way
+    round; nothing is concluded from one seed or from a row with a cell that is not run.
+    """
+    rows = []
+    for claim in CLAIMS:
+        better = _distances(claim.better, claim.better_bits, results, seeds)
+        worse = _distances(claim.worse, claim.worse_bits, results, seeds)
+        shown = [f"{np.mean(values):.2f}" if values else "not run" for values in (better, worse)]
+        rows.append((claim.text, shown[0], shown[1], _verdict(better, worse)))
+    quest = _distances("quest", ABLATION_BITS, results, seeds)
+    reached = ("reached" if np.mean(quest) <= AIM else "**missed**") if quest else "open"
+    rows.append((f"Ours: QuEST at W4A4, deployable, reaches {AIM}", f"{np.mean(quest):.2f}" if quest else "not run", str(AIM), reached))
+    return rows
+
+
+def _distances(row: str, bits: str, results: Mapping[Cell, Result | None], seeds: Sequence[int]) -> list[float]:
+    """By seed; nothing where a cell is not run."""
+    found = [results.get(cell) for cell in cells_of(row, bits, seeds)]
+    return [result.quality.frechet_distance for result in found if result is not None] if all(found) else []
+
+
+def _verdict(better: Sequence[float], worse: Sequence[float]) -> str:
+    if len(better) < 2 or len(worse) < 2:
+        return "open"
+    if max(better) < min(worse):
+        return "holds"
+    if min(better) > max(worse):
+        return "**does not hold: the opposite does**"
+    return "on average only" if np.mean(better) < np.mean(worse) else "**does not hold on average**"
