@@ -80,6 +80,8 @@ class Scheme:
     split_shortcuts: bool = False
 
     def __post_init__(self) -> None:
+        if type(self.granularity) is not Granularity:
+            raise InputError(f"scheme: granularity must be one of {', '.join(map(str, Granularity))}, not {self.granularity!r}")
         for field in ("weight_bits", "activation_bits", "first_last_bits"):
             if type(getattr(self, field)) is not int or getattr(self, field) not in (4, 8):
                 raise InputError(f"scheme: {field} must be 4 or 8, not {getattr(self, field)!r}")

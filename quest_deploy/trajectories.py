@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from quest_deploy.scheme import Scheme
 
 
+FEWEST_SAMPLES = 16
+TRAILING = {"timestep_spacing": "trailing"}
+
+
 @dataclass(frozen=True)
 class Trajectories:
     """S recorded steps of N samplings.
@@ -85,14 +89,20 @@ def _scheduler(model: DiffusionModel, steps: int, scheme: Scheme | None) -> Any:
     set_steps(scheduler, steps)
     if scheme is None:
         return scheduler
-    for count in (None, max(steps, scheme.buckets), model.train_timesteps):
-        if count is not None:
-            # "trailing" ends each of `count` equal parts of the training steps, so that no part is left out.
-            scheduler = model.load_scheduler("ddim", timestep_spacing="trailing")
-            scheduler.set_timesteps(count)
+    # The model's own spacing visits the timesteps at which it will sample; "trailing" ends each of `count` equal parts of the
+    # training steps, so that no part is left out.
+    least = max(steps, scheme.buckets)
+    for spacing, count in (({}, least), (TRAILING, least), (TRAILING, model.train_timesteps)):
         if len({scheme.bucket_of(t) for t in scheduler.timesteps.tolist()}) == scheme.buckets:
             break
+        scheduler = model.load_scheduler("ddim", **spacing)
+        scheduler.set_timesteps(count)
     return scheduler
+
+
+def samples_for(model: DiffusionModel, scheme: Scheme, steps: int) -> int:
+    """How many samplings to record: more steps for more buckets, but not more data; finely divided timesteps need fewer each."""
+    return max(FEWEST_SAMPLES, model.calibration_samples * model.calibration_steps // max(steps, scheme.buckets))
 
 
 @torch.no_grad()

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from quest_deploy.cli.console import Update
     from quest_deploy.workspace import Workspace
 
-FEWEST_SAMPLES = 16
 QDIFF = "qdiff"
 METHODS = ("mse", "minmax", "l2.4", QDIFF)
 """How clip ranges are chosen; Q-Diffusion searches with l2.4 and then reconstructs the model's blocks."""
@@ -62,15 +61,12 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
         from quest_deploy.models.registry import load_model
         from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
         from quest_deploy.quant.reconstruct import ReconstructOptions, reconstruct
-        from quest_deploy.trajectories import record_trajectories
+        from quest_deploy.trajectories import record_trajectories, samples_for
 
         model = load_model(workspace.model)
         unet = model.load_unet()
         steps = options.steps or model.calibration_steps
-        # More steps for more buckets, but not more data: finely divided timesteps need fewer samples each.
-        samples = options.samples or max(
-            FEWEST_SAMPLES, model.calibration_samples * model.calibration_steps // max(steps, workspace.scheme.buckets)
-        )
+        samples = options.samples or samples_for(model, workspace.scheme, steps)
         trajectories = record_trajectories(
             model,
             unet,

@@ -124,6 +124,14 @@ def finetune(
             show_default="the model family's",
         ),
     ] = None,
+    carry_temporal: Annotated[
+        bool | None,
+        typer.Option(
+            "--carry-temporal/--freeze-temporal",
+            help="Whether the sensitive stage trains the temporal layers on, where their stage came first.",
+            show_default="carry",
+        ),
+    ] = None,
     temporal_steps: Annotated[int | None, typer.Option(min=0, help="Optimizer steps of the temporal stage.")] = None,
     sensitive_steps: Annotated[int | None, typer.Option(min=0, help="Optimizer steps of the sensitive stage.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Samples a step, over all processes.")] = None,
@@ -148,6 +156,7 @@ def finetune(
         "stages": _listed(stages),
         "temporal_layers": _patterns(temporal_layers),
         "sensitive_layers": _sensitive_layers(opened) if layers == "auto" else _patterns(layers),
+        "carry_temporal": carry_temporal,
         "temporal_steps": temporal_steps,
         "sensitive_steps": sensitive_steps,
         "batch": batch,

@@ -6,6 +6,7 @@ ablation): its cells are computed once.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ STEPS = 800
 """Optimizer steps of every finetuned row, however its stages share them."""
 STATIC = {"buckets": 1, "granularity": Granularity.PER_TENSOR}
 """What integer toolchains do: one scale a tensor for all timesteps."""
+ATTENTION8 = {"attention_bits": 8, "softmax_bits": 8}
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,10 @@ def _quest(scheme: Mapping[str, Any] | None = None, **finetuning: Any) -> Row:
     return Row(Pipeline(scheme or {}, finetuning=finetuning))
 
 
+def _qdiff(**scheme: Any) -> Row:
+    return Row(Pipeline({**STATIC, "split_shortcuts": True, **scheme}, {"method": "l2.4"}, reconstruction={}))
+
+
 _NO_INTEGERS = "modelopt's integer configurations are W8A8"
 ROWS: dict[str, Row] = {
     "fp32": Row(Float(), (FLOAT_BITS,)),
@@ -104,7 +110,7 @@ ROWS: dict[str, Row] = {
     "ptq-l2.4": Row(Pipeline(STATIC, {"method": "l2.4"}), MAIN_BITS),
     "modelopt": Row(ModelOpt("INT8_DEFAULT_CFG"), ("w8a8",), _NO_INTEGERS),
     "modelopt-smoothquant": Row(ModelOpt("INT8_SMOOTHQUANT_CFG"), ("w8a8",), _NO_INTEGERS),
-    "qdiff": Row(Pipeline({**STATIC, "split_shortcuts": True}, {"method": "l2.4"}, reconstruction={}), MAIN_BITS),
+    "qdiff": dataclasses.replace(_qdiff(), bits=MAIN_BITS),
     "quest": Row(Pipeline(finetuning={}), MAIN_BITS),
     "quest-k1": _quest({"buckets": 1}),
     "quest-k5": _quest({"buckets": 5}),
@@ -112,17 +118,20 @@ ROWS: dict[str, Row] = {
     "quest-k50": _quest({"buckets": 50}),
     "quest-stage1": _quest(stages=("temporal",), temporal_steps=STEPS),
     "quest-stage2": _quest(stages=("sensitive",), sensitive_steps=STEPS),
+    "quest-frozen": _quest(carry_temporal=False),
     "quest-reversed": _quest(stages=("sensitive", "temporal")),
     "quest-per-tensor": _quest({"granularity": Granularity.PER_TENSOR}),
-    "quest-free-channel": _quest({"granularity": "free_channel"}),
+    "quest-free-channel": _quest({"granularity": Granularity.FREE_CHANNEL}),
     "quest-auto-layers": Row(Pipeline(sensitivity={"samples": 8, "batch": 16}, finetuning={})),
     "quest-all-layers": _quest(sensitive_layers=("*",)),
-    "quest-attention8": _quest({"attention_bits": 8, "softmax_bits": 8}),
+    "quest-attention8": _quest(ATTENTION8),
     "quest-attention4": _quest({"attention_bits": 4, "softmax_bits": 8}),
     "quest-split-shortcuts": _quest({"split_shortcuts": True}),
-    "quest-from-qdiff": Row(Pipeline(reconstruction={}, finetuning={})),
+    "qdiff-attention8": _qdiff(**ATTENTION8),
+    "quest-from-qdiff": Row(Pipeline({"split_shortcuts": True}, {"method": "l2.4"}, reconstruction={}, finetuning={})),
     "ptq-folded": Row(Pipeline()),
-    "qdiff-folded": Row(Pipeline(reconstruction={})),
+    "ptq-split": Row(Pipeline({**STATIC, "split_shortcuts": True}, {"method": "l2.4"})),
+    "qdiff-folded": Row(Pipeline({"split_shortcuts": True}, {"method": "l2.4"}, reconstruction={})),
 }
 _METHODS = {
     "fp32": "FP32",
@@ -138,7 +147,13 @@ ABLATIONS = (
     Table(
         "Timestep buckets",
         ABLATION_BITS,
-        {"quest-k1": "1 bucket", "quest-k5": "5", "quest-k10": "10", "quest": "20 (baseline)", "quest-k50": "50"},
+        {
+            "quest-k1": "1 bucket",
+            "quest-k5": "5",
+            "quest-k10": "10",
+            "quest": "20 (baseline)",
+            "quest-k50": "50 (the judged 20 steps visit 20 of them)",
+        },
     ),
     Table(
         f"Stages ({STEPS} steps in every finetuned row)",
@@ -147,7 +162,8 @@ ABLATIONS = (
             "ptq-folded": "none (PTQ)",
             "quest-stage1": "stage 1 only",
             "quest-stage2": "stage 2 only",
-            "quest": "stage 1, then stage 2 (baseline)",
+            "quest-frozen": "stage 1, then stage 2 with the temporal layers frozen (as published)",
+            "quest": "stage 1, then stage 2 training the temporal layers on (baseline)",
             "quest-reversed": "stage 2, then stage 1",
         },
     ),
@@ -172,6 +188,7 @@ ABLATIONS = (
             "quest": "float (baseline)",
             "quest-attention8": "q, k, v and softmax at 8",
             "quest-attention4": "q, k, v at 4, softmax at 8",
+            "qdiff-attention8": "q, k, v and softmax at 8, Q-Diffusion",
         },
     ),
     Table(
@@ -183,10 +200,12 @@ ABLATIONS = (
         "What finetuning starts from",
         ABLATION_BITS,
         {
-            "ptq-folded": "PTQ, not finetuned",
-            "quest": "PTQ, finetuned (baseline)",
-            "qdiff-folded": "Q-Diffusion, not finetuned",
-            "quest-from-qdiff": "Q-Diffusion, finetuned",
+            "ptq-folded": "PTQ, MSE, not finetuned",
+            "quest": "PTQ, MSE, finetuned (baseline)",
+            "qdiff-folded": "Q-Diffusion (L2.4, split shortcuts, reconstructed) in 20 buckets, not finetuned",
+            "quest-from-qdiff": "the same, finetuned",
+            "ptq-split": "static PTQ, L2.4, split shortcuts: what static Q-Diffusion starts from",
+            "qdiff": "static Q-Diffusion, not finetuned",
         },
     ),
 )

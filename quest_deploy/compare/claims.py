@@ -18,6 +18,9 @@ AIM = 0.9
 """The Fréchet distance that QuEST at W4A4 is to reach here, on the mean of the seeds."""
 
 
+AIM_TEXT = f"Ours: QuEST at W4A4, deployable, q, k, v and softmax in float, reaches {AIM}"
+
+
 @dataclass(frozen=True)
 class Claim:
     """That row ``better`` has a lower Fréchet distance than row ``worse``; the bits are those of either row."""
@@ -37,18 +40,23 @@ CLAIMS = (
     Claim("QuEST at W4A4 beats Q-Diffusion at W4A8", "quest", "qdiff", worse_bits="w4a8"),
     Claim("At W4A8 QuEST beats Q-Diffusion", "quest", "qdiff", "w4a8", "w4a8"),
     Claim("At W4A8 Q-Diffusion beats min-max PTQ", "qdiff", "ptq-minmax", "w4a8", "w4a8"),
-    Claim("At W4A4 Q-Diffusion beats the L2.4 PTQ that it starts from", "qdiff", "ptq-l2.4"),
+    Claim("At W4A4 reconstruction beats the L2.4 PTQ with split shortcuts that it starts from", "qdiff", "ptq-split"),
     Claim("A scale for each timestep bucket beats one for all", "quest", "quest-k1"),
     Claim("50 buckets beat 20", "quest-k50", "quest"),
     Claim("Finetuning the temporal layers alone beats PTQ", "quest-stage1", "ptq-folded"),
     Claim("Finetuning the sensitive layers alone beats PTQ", "quest-stage2", "ptq-folded"),
-    Claim("Both stages beat the temporal one alone, at the same number of steps", "quest", "quest-stage1"),
-    Claim("Both stages beat the sensitive one alone, at the same number of steps", "quest", "quest-stage2"),
-    Claim("Temporal layers first beats sensitive layers first", "quest", "quest-reversed"),
+    Claim("Both stages beat the temporal one alone, at the same number of steps", "quest-frozen", "quest-stage1"),
+    Claim("Both stages beat the sensitive one alone, at the same number of steps", "quest-frozen", "quest-stage2"),
+    Claim("Temporal layers first beats sensitive layers first", "quest-frozen", "quest-reversed"),
+    Claim("Ours: training the temporal layers on in stage 2 beats freezing them", "quest", "quest-frozen"),
     Claim("The selected layers beat training all of them", "quest", "quest-all-layers"),
     Claim("Scales free per channel beat scales per tensor", "quest-free-channel", "quest-per-tensor"),
     Claim("Splitting the shortcuts at the concatenation helps QuEST", "quest-split-shortcuts", "quest"),
-    Claim("QuEST started from Q-Diffusion beats QuEST started from PTQ", "quest-from-qdiff", "quest"),
+    Claim(
+        "QuEST started from Q-Diffusion beats QuEST started from PTQ, both with split shortcuts",
+        "quest-from-qdiff",
+        "quest-split-shortcuts",
+    ),
 )
 
 
@@ -65,8 +73,8 @@ def judged(results: Mapping[Cell, Result | None], seeds: Sequence[int]) -> list[
         shown = [f"{np.mean(values):.2f}" if values else "not run" for values in (better, worse)]
         rows.append((claim.text, shown[0], shown[1], _verdict(better, worse)))
     quest = _distances("quest", ABLATION_BITS, results, seeds)
-    reached = ("reached" if np.mean(quest) <= AIM else "**missed**") if quest else "open"
-    rows.append((f"Ours: QuEST at W4A4, deployable, reaches {AIM}", f"{np.mean(quest):.2f}" if quest else "not run", str(AIM), reached))
+    reached = ("reached" if np.mean(quest) <= AIM else "**missed**") if len(quest) > 1 else "open"
+    rows.append((AIM_TEXT, f"{np.mean(quest):.2f}" if quest else "not run", str(AIM), reached))
     return rows
 
 

@@ -22,7 +22,7 @@ from quest_deploy.quant.reconstruct import ReconstructOptions, reconstruct
 from quest_deploy.sampling import float_denoiser
 from quest_deploy.scheme import Scheme
 from quest_deploy.sensitivity import measure_sensitivity, select_sensitive
-from quest_deploy.trajectories import Trajectories, record_trajectories
+from quest_deploy.trajectories import Trajectories, record_trajectories, samples_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -89,22 +89,27 @@ def definition_of(cell: Cell, model: DiffusionModel) -> dict[str, Any]:
 
 def _recipe_of(cell: Cell, model: DiffusionModel) -> dict[str, Any]:
     recipe = ROWS[cell.row].recipe
-    recorded = {"steps": model.calibration_steps, "samples": model.calibration_samples}
     if isinstance(recipe, Float):
         return {"method": "float"}
     if isinstance(recipe, ModelOpt):
         calibration = {"samples": MODELOPT_SAMPLES, "batch": MODELOPT_BATCH}
-        return {"method": "modelopt", "config": recipe.config, "trajectories": recorded, "calibration": calibration}
+        return {"method": "modelopt", "config": recipe.config, "trajectories": _recorded(model, None), "calibration": calibration}
     reconstruction, finetuning = _reconstruction(cell, recipe), _finetuning(cell, recipe, model)
     return {
         "method": "quest-deploy",
-        "trajectories": recorded,
+        "trajectories": _recorded(model, _scheme(cell, recipe)),
         "scheme": _scheme(cell, recipe).to_json(),
         "calibration": dataclasses.asdict(_calibration(cell, recipe)),
         "reconstruction": reconstruction and dataclasses.asdict(reconstruction),
         "sensitivity": recipe.sensitivity,
         "finetuning": finetuning and dataclasses.asdict(finetuning),
     }
+
+
+def _recorded(model: DiffusionModel, scheme: Scheme | None) -> dict[str, int]:
+    """The steps asked for (more where the buckets need it) and the samplings."""
+    samples = model.calibration_samples if scheme is None else samples_for(model, scheme, model.calibration_steps)
+    return {"steps": model.calibration_steps, "samples": samples}
 
 
 def make(cell: Cell, model: DiffusionModel, unet: nn.Module, report: Report) -> Made:
@@ -196,8 +201,7 @@ def _record(cell: Cell, model: DiffusionModel, unet: nn.Module, scheme: Scheme |
     return record_trajectories(
         model,
         unet,
-        steps=model.calibration_steps,
-        samples=model.calibration_samples,
+        **_recorded(model, scheme),
         seed=cell.seed,
         scheme=scheme,
         on_progress=lambda done, total: report("recording trajectories", done, total),

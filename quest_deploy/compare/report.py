@@ -11,6 +11,7 @@ import numpy as np
 from quest_deploy.compare.cells import ABLATION_BITS, ABLATIONS, FLOAT_BITS, MAIN_TABLES, ROWS, Cell, Table, cells_of
 from quest_deploy.compare.claims import judged
 from quest_deploy.evaluate import HELD_OUT_SAMPLES, SamplingOptions
+from quest_deploy.quant.reconstruct import ReconstructOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,6 +64,7 @@ def markdown(model: str, command: str, results: Results, seeds: Sequence[int]) -
         f"ε-MSE is against FP32's predictions on {HELD_OUT_SAMPLES} of its own trajectories that no cell was calibrated on.",
         "Seconds are those of making the model (recording trajectories, calibration, training) without judging it.",
         "Peak memory is the process's in calibration and training, Python and its packages included.",
+        _budget_of_reconstruction(),
         "Scales: what one activation scale covers, and the number of timestep buckets. The first and the last layer have 8 bits.",
     )
     lines = [
@@ -84,6 +86,15 @@ def markdown(model: str, command: str, results: Results, seeds: Sequence[int]) -
     for table in MAIN_TABLES:
         lines += ["", f"## ε-MSE per timestep bucket, {table.title}", "", *_bucket_table(table, results, seeds)]
     return "\n".join(lines) + "\n"
+
+
+def _budget_of_reconstruction() -> str:
+    ours = ReconstructOptions()
+    return (
+        f"Q-Diffusion: {ours.samples} recorded pairs, {ours.rounding_steps} rounding and {ours.scale_steps} scale steps a unit "
+        "(the paper's, for a GPU and days: 5,120 pairs, 20,000 and 5,000 steps), symmetric weights as in all rows, "
+        "and the activations of the units before are quantized already while a unit's rounding is learned."
+    )
 
 
 def everything(model: str, command: str, results: Results, seeds: Sequence[int]) -> dict[str, Any]:

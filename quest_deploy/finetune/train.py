@@ -2,9 +2,10 @@
 
 The temporal stage trains the temporal layers (the time-embedding projections) and the scales of what they read; the sensitive stage
 trains the sensitive layers (attention and feed-forward) and every site's scales, and goes on with the temporal layers where their
-stage came first. Both are supervised by the float model's final output and by its blocks' outputs, on its own sampling
-trajectories. What the official code gets wrong is done right: one optimizer per stage (it keeps its momentum), scales that stay
-positive, rounding that follows the weights, a batch that mixes timesteps, and a loss in which no timestep outweighs the others.
+stage came first (published QuEST freezes them: ``carry_temporal``). Both are supervised by the float model's final output and by its
+blocks' outputs, on its own sampling trajectories. What the official code gets wrong is done right: one optimizer per stage (it keeps
+its momentum), scales that stay positive, rounding that follows the weights, a batch that mixes timesteps, and a loss in which no
+timestep outweighs the others.
 
 Every step draws its batch from (seed, step) alone. So an interrupted run that resumes from :class:`TrainingState` ends at the same
 result, and the float model can run ahead over many steps (:class:`TargetStream`) and be gone while the student trains.
@@ -54,6 +55,7 @@ class FinetuneOptions:
         family: the row of ``LAYER_SETS`` that says which layers each stage trains.
         stages: some of ``STAGES``, in the order in which they run.
         temporal_layers, sensitive_layers: glob patterns over layer names that replace the family's.
+        carry_temporal: whether the sensitive stage trains on what an earlier temporal stage trained; False freezes it, as published.
         temporal_steps, sensitive_steps: optimizer steps of each stage.
         batch: samples a step, their timesteps spread evenly over the trajectories' steps.
         weight_rate, scale_rate: Adam's learning rates of weights, and of scales (in the log domain) and zero-points.
@@ -67,6 +69,7 @@ class FinetuneOptions:
     stages: tuple[str, ...] = STAGES
     temporal_layers: tuple[str, ...] | None = None
     sensitive_layers: tuple[str, ...] | None = None
+    carry_temporal: bool = True
     temporal_steps: int = 100
     sensitive_steps: int = 700
     batch: int = 32
@@ -248,8 +251,9 @@ def _stages(student: QuantizedModel, options: FinetuneOptions) -> list[_Stage]:
         if name == "temporal":
             sites = list({id(site): site for site in (layers[layer].site for layer in chosen)}.values())
         else:
-            # What an earlier stage trained goes on: the best time embedding depends on the layers that are trained here.
-            chosen = tuple(dict.fromkeys((*(layer for stage in stages for layer in stage.layers), *chosen)))
+            if options.carry_temporal:
+                # The best time embedding depends on the layers that are trained here.
+                chosen = tuple(dict.fromkeys((*(layer for stage in stages for layer in stage.layers), *chosen)))
             sites = list(student.site_quantizers().values())
         weights = [p for layer in chosen for p in (layers[layer].weight, layers[layer].bias) if p is not None]
         scales = [p for site in sites for p in ((site.log_shift, site.zero_point) if site.learns_zero_point else (site.log_shift,))]

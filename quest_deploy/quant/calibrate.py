@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from quest_deploy.trajectories import Trajectories
 
 VALUES_PER_SITE = 4096 * 20
-"""Shared by the buckets, of which each keeps at least FEWEST_VALUES and at most MOST_VALUES; each channel as many where it is free."""
-FEWEST_VALUES, MOST_VALUES = 512, 4096
+"""Shared by the buckets, of which each keeps at least FEWEST_VALUES; a free channel keeps these for each bucket."""
+FEWEST_VALUES = 512
 CHANNEL_ALPHA = 0.5
 SHRINK_FACTORS = torch.linspace(1.0, 0.2, 81)
 SMALLEST_SCALE = 1e-8
@@ -143,7 +143,7 @@ class _Recorder:
     def __init__(self, unet: nn.Module, plan: QuantizationPlan, scheme: Scheme, options: CalibrationOptions) -> None:
         self.unet, self.plan, self.buckets, self.method = unet, plan, scheme.buckets, options.method
         self.free = scheme.granularity is Granularity.FREE_CHANNEL
-        self.kept = min(max(VALUES_PER_SITE // self.buckets, FEWEST_VALUES), MOST_VALUES)
+        self.kept = max(VALUES_PER_SITE // self.buckets, FEWEST_VALUES)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.amax: dict[str, Tensor] = {}
         self.channel: dict[str, Tensor] = {}
@@ -181,8 +181,8 @@ class _Recorder:
         x = x / per_channel(self.channel[site.name], x, site.axis)
         for bucket in buckets.unique().tolist():
             rows = x[buckets == bucket].transpose(site.axis, -1).flatten(0, -2)
-            values = rows if self.is_free(site) else rows.flatten()[:, None]
-            self.samples.setdefault((site.name, bucket), _Reservoir(self.kept)).add(values, self.generator)
+            values, kept = (rows, FEWEST_VALUES) if self.is_free(site) else (rows.flatten()[:, None], self.kept)
+            self.samples.setdefault((site.name, bucket), _Reservoir(kept)).add(values, self.generator)
 
     def is_free(self, site: SitePlan) -> bool:
         """Whether each of the site's channels has scales of its own."""
@@ -190,7 +190,7 @@ class _Recorder:
 
     def site_data(self, site: SitePlan) -> SiteData | FreeSiteData:
         ranges = [
-            _activation_ranges(self.samples[site.name, b].values, site.bits, site.symmetry, self.method) for b in range(self.buckets)
+            _activation_ranges(*self.samples[site.name, b].kept, site.bits, site.symmetry, self.method) for b in range(self.buckets)
         ]
         scale, zero_point = (torch.stack(column) for column in zip(*ranges, strict=True))
         low, high = _code_range(site.bits, site.symmetry)
@@ -213,7 +213,6 @@ class _Reservoir:
         self._rows: Tensor | None = None
         self._keys = torch.empty(0)
         self._extremes: Tensor | None = None
-        self._seen = 0
 
     def add(self, rows: Tensor, generator: torch.Generator) -> None:
         """Add rows [N, C]."""
@@ -221,7 +220,6 @@ class _Reservoir:
         if self._extremes is not None:
             extremes = torch.stack([torch.minimum(self._extremes[0], extremes[0]), torch.maximum(self._extremes[1], extremes[1])])
         self._extremes = extremes
-        self._seen += len(rows)
         keys = torch.rand(len(rows), generator=generator)
         if len(keys) > self.size:
             keys, chosen = keys.topk(self.size)
@@ -234,11 +232,11 @@ class _Reservoir:
         self._rows, self._keys = rows.clone(), keys
 
     @property
-    def values(self) -> Tensor:
-        """The sample, [up to size, C], and beside it, where rows were left out, the extremes [2, C]: they are the min-max range."""
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """The sample, [up to size, C], and each column's smallest and largest value of all rows, [2, C]."""
         assert self._rows is not None
         assert self._extremes is not None
-        return self._rows if self._seen <= self.size else torch.cat([self._rows, self._extremes])
+        return self._rows, self._extremes
 
 
 def _input_amax(layer: nn.Module, like: Tensor) -> Tensor:
@@ -252,15 +250,19 @@ def _code_range(bits: int, symmetry: Symmetry) -> tuple[int, int]:
     return (-127, 127) if symmetry is Symmetry.SYMMETRIC else (0, activation_levels(bits))
 
 
-def _activation_ranges(values: Tensor, bits: int, symmetry: Symmetry, method: RangeMethod) -> tuple[Tensor, Tensor]:
-    """Scale and zero-point, each [C], for each column of ``values`` [V, C]."""
+def _activation_ranges(values: Tensor, extremes: Tensor, bits: int, symmetry: Symmetry, method: RangeMethod) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point, each [C], for each column of ``values`` [V, C].
+
+    The ``extremes`` [2, C] of all values are the range that is shrunk. They have no part in the error: beside a sample of
+    thousands, the two of them would stand for millions.
+    """
     factors, (low, high) = method.factors[:, None], _code_range(bits, symmetry)
     if symmetry is Symmetry.SYMMETRIC:
-        scale = (values.abs().amax(0) * factors / 127).clamp(min=SMALLEST_SCALE)
+        scale = (extremes.abs().amax(0) * factors / 127).clamp(min=SMALLEST_SCALE)
         zero_point = torch.zeros_like(scale)
     else:
-        smallest = values.amin(0).clamp(max=0) * factors
-        largest = values.amax(0).clamp(min=0) * factors
+        smallest = extremes[0].clamp(max=0) * factors
+        largest = extremes[1].clamp(min=0) * factors
         if symmetry is Symmetry.UNSIGNED:
             smallest = torch.zeros_like(smallest)
         scale = ((largest - smallest) / high).clamp(min=SMALLEST_SCALE)

@@ -216,8 +216,9 @@ def conv_geometry(layer: nn.Module) -> ConvGeometry | None:
     return ConvGeometry(pair(layer.stride), pair(layer.padding), pair(layer.dilation), layer.groups)
 
 
-CODE_MARGIN = 1e-3
-"""How far inside its code's interval, in steps, a weight is put that would round to another code."""
+CODE_MARGIN = 0.25
+"""How far inside its code's interval, in steps, a weight is put that would round to another code: deep enough that finetuning's
+first moves, some hundredths of a step, do not undo a rounding that was learned, and no farther from the weight than that takes."""
 
 
 def _nearest_with_codes(weight: Tensor, codes: Tensor, grid: WeightGrid) -> Tensor:

@@ -86,8 +86,22 @@ def test_a_row_differs_from_the_baseline_in_what_its_table_is_about(definitions:
     assert differences("quest-stage1") == {"finetuning.stages", "finetuning.temporal_steps"}
     assert differences("quest-stage2") == {"finetuning.stages", "finetuning.sensitive_steps"}
     assert differences("quest-reversed") == {"finetuning.stages"}
+    assert differences("quest-frozen") == {"finetuning.carry_temporal"}
     assert differences("quest-per-tensor") == differences("quest-free-channel") == {"scheme.granularity"}
     assert differences("quest-all-layers") == {"finetuning.sensitive_layers"}
     assert differences("quest-auto-layers") == {"sensitivity"}
     assert differences("quest-attention4") == {"scheme.attention_bits", "scheme.softmax_bits"}
-    assert differences("quest-from-qdiff") == {"reconstruction"}
+    assert differences("quest-split-shortcuts") == {"scheme.split_shortcuts"}
+    assert differences("quest-from-qdiff") == {"scheme.split_shortcuts", "calibration.method", "reconstruction"}
+
+
+def test_every_row_starts_from_the_same_amount_of_recorded_data(definitions: dict[Cell, dict[str, Any]], tiny: TinyModel) -> None:
+    amounts = set()
+    for definition in definitions.values():
+        recipe = definition["recipe"]
+        if "trajectories" in recipe:
+            buckets = len(recipe.get("scheme", {}).get("bucket_edges", [])) + 1
+            amounts.add(recipe["trajectories"]["samples"] * max(recipe["trajectories"]["steps"], buckets))
+    most = tiny.calibration_samples * tiny.calibration_steps
+    assert max(amounts) == most
+    assert min(amounts) > 0.99 * most

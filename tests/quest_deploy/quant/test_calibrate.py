@@ -120,7 +120,8 @@ def test_minmax_ranges_are_those_of_all_values_that_a_site_sees_in_a_bucket(
 def test_the_extremes_survive_when_a_site_sees_more_values_than_are_kept(
     net: nn.Module, recorded: Trajectories, minmax: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quest_deploy.quant.calibrate.MOST_VALUES", 16)
+    monkeypatch.setattr("quest_deploy.quant.calibrate.VALUES_PER_SITE", 1)
+    monkeypatch.setattr("quest_deploy.quant.calibrate.FEWEST_VALUES", 16)
     few = quantize(net, recorded, method=RangeMethod.MINMAX)
     for name, site in minmax.sites.items():
         np.testing.assert_array_equal(few.sites[name].scale, site.scale, err_msg=name)
@@ -258,7 +259,7 @@ def test_a_reservoir_keeps_each_row_of_any_batch_equally_often() -> None:
         reservoir = _Reservoir(kept)
         for batch in rows.split(sizes):
             reservoir.add(batch, generator)
-        chosen = reservoir.values[:kept, 0].long()
+        chosen = reservoir.kept[0][:, 0].long()
         assert len(chosen.unique()) == kept
         counts[chosen] += 1
     share = kept / len(rows)
@@ -269,16 +270,28 @@ def test_a_reservoir_keeps_each_row_of_any_batch_equally_often() -> None:
         assert (batch.mean() - trials * share).abs() < 4.5 * spread / len(batch) ** 0.5
 
 
-def test_a_reservoir_that_is_not_full_holds_every_row_and_a_full_one_also_the_extremes_of_each_column() -> None:
+def test_a_reservoir_holds_every_row_until_it_is_full_and_always_the_extremes_of_each_column() -> None:
     generator = torch.Generator().manual_seed(0)
     rows, reservoir = torch.randn(50, 3, generator=generator), _Reservoir(20)
     reservoir.add(rows[:12], generator)
     reservoir.add(rows[12:20], generator)
-    assert sorted(reservoir.values.tolist()) == sorted(rows[:20].tolist())
+    assert sorted(reservoir.kept[0].tolist()) == sorted(rows[:20].tolist())
     reservoir.add(rows[20:], generator)
-    assert reservoir.values.shape == (22, 3)
-    torch.testing.assert_close(reservoir.values.amin(0), rows.amin(0), rtol=0, atol=0)
-    torch.testing.assert_close(reservoir.values.amax(0), rows.amax(0), rtol=0, atol=0)
+    kept, extremes = reservoir.kept
+    assert kept.shape == (20, 3)
+    torch.testing.assert_close(extremes, torch.stack([rows.amin(0), rows.amax(0)]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", [RangeMethod.MSE, RangeMethod.L24])
+def test_a_range_searched_on_a_sample_is_about_that_of_all_values(method: RangeMethod) -> None:
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(400_000, 1, generator=generator).pow(3)
+    extremes = torch.stack([values.amin(0), values.amax(0)])
+    sample = values[torch.randperm(len(values), generator=generator)[:8000]]
+    of_all, _ = _activation_ranges(values, extremes, 4, Symmetry.ASYMMETRIC, method)
+    of_sample, _ = _activation_ranges(sample, extremes, 4, Symmetry.ASYMMETRIC, method)
+    assert of_all[0] < 0.6 * (extremes[1] - extremes[0]) / 15
+    torch.testing.assert_close(of_sample, of_all, rtol=0.2, atol=0)
 
 
 def heavy_tailed(columns: int) -> Tensor:
@@ -289,10 +302,11 @@ def heavy_tailed(columns: int) -> Tensor:
 def test_each_search_is_the_best_of_all_methods_on_its_own_measure_of_activations(symmetry: Symmetry) -> None:
     bits = 8 if symmetry is Symmetry.SYMMETRIC else 4
     values = heavy_tailed(5).abs() if symmetry is Symmetry.UNSIGNED else heavy_tailed(5)
+    extremes = torch.stack([values.amin(0), values.amax(0)])
     low, high = (-127, 127) if bits == 8 else (0, 15)
     errors: dict[tuple[RangeMethod, float], Array] = {}
     for method in RangeMethod:
-        scale, zero_point = (table.double().numpy() for table in _activation_ranges(values, bits, symmetry, method))
+        scale, zero_point = (table.double().numpy() for table in _activation_ranges(values, extremes, bits, symmetry, method))
         codes = np.clip(np.rint(values.numpy() / scale), low - zero_point, high - zero_point)
         for power in (2, 2.4):
             errors[method, power] = (np.abs(codes * scale - values.numpy()) ** power).mean(0)
