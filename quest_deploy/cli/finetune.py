@@ -10,6 +10,7 @@ import typer
 
 from quest_deploy.cli.console import Console, size
 from quest_deploy.cli.options import BitsOption, JsonOption, ModelOption, WorkspaceOption, open_workspace
+from quest_deploy.cli.sensitivity import SENSITIVITY
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.files import read_json
 from quest_deploy.finetune.processes import is_main_process
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from quest_deploy.cli.console import Update
     from quest_deploy.finetune.train import FinetuneOptions, Progress
     from quest_deploy.workspace import Workspace
-
-SENSITIVITY = "sensitivity.json"
 
 
 def finetune_stage(

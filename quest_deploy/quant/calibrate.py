@@ -221,11 +221,10 @@ class _Reservoir:
             extremes = torch.stack([torch.minimum(self._extremes[0], extremes[0]), torch.maximum(self._extremes[1], extremes[1])])
         self._extremes = extremes
         keys = torch.rand(len(rows), generator=generator)
-        if len(keys) > self.size:
-            keys, chosen = keys.topk(self.size)
-            rows = rows[chosen]
         if self._rows is not None:
-            rows, keys = torch.cat([self._rows, rows]), torch.cat([self._keys, keys])
+            # Of a late batch few rows have a chance: looking at those alone is what makes a large sample cheap.
+            chosen = (keys > (self._keys.min() if len(self._keys) == self.size else -1)).nonzero()[:, 0]
+            rows, keys = torch.cat([self._rows, rows[chosen]]), torch.cat([self._keys, keys[chosen]])
         if len(keys) > self.size:
             keys, chosen = keys.topk(self.size)
             rows = rows[chosen]
