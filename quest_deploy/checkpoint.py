@@ -155,12 +155,14 @@ class Architecture:
     Attributes:
         split_shortcuts: by the name of a shortcut convolution that was split in two, the channels that its first half reads.
         attention: where explicit attention, whose products are modules, applies its scale; None where attention was left alone.
+        heads: the heads of every attention, where the configuration, which has one size for the heads of all levels, cannot say it.
     """
 
     class_name: str
     config: dict[str, Any]
     split_shortcuts: dict[str, int] = field(default_factory=dict)
     attention: ScoreScale | None = None
+    heads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -311,7 +313,9 @@ def _parse_architecture(entry: dict[str, Any]) -> Architecture:
     whole = isinstance(splits, dict) and all(type(channels) is int and channels > 0 for channels in splits.values())
     _check(whole, f"damaged split shortcuts {splits}")
     attention = None if entry["attention"] is None else ScoreScale(entry["attention"])
-    return Architecture(entry["class_name"], entry["config"], splits, attention)
+    heads = entry.get("heads")  # files written before there was such a thing have none
+    _check(heads is None or (type(heads) is int and heads > 0), f"a number of heads of {heads!r}")
+    return Architecture(entry["class_name"], entry["config"], splits, attention, heads)
 
 
 def _parse_product(entry: dict[str, Any]) -> ProductData:

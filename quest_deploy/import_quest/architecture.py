@@ -1,7 +1,8 @@
 """From the configuration of a CompVis UNetModel to the equal diffusers model, and from the one's names to the other's.
 
 Covered: Stable Diffusion v1 and class-conditional latent diffusion (spatial transformers, a UNet2DConditionModel) and unconditional
-latent diffusion (attention blocks, a UNet2DModel), with any number of levels and of ResBlocks.
+latent diffusion (attention blocks, a UNet2DModel; ResBlocks or convolutions between its levels), with any number of levels and of
+ResBlocks.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ _REQUIRED = (
 )  # fmt: skip
 _OPTIONAL = {
     "num_heads": -1, "num_head_channels": -1, "num_heads_upsample": -1, "use_spatial_transformer": False, "transformer_depth": 1,
-    "context_dim": None, "dropout": 0, "use_checkpoint": False, "use_fp16": False, "legacy": True,
+    "context_dim": None, "dropout": 0, "use_checkpoint": False, "use_fp16": False, "legacy": True, "use_scale_shift_norm": False,
+    "resblock_updown": False,
 }  # fmt: skip
 _FIXED = {
-    "conv_resample": True, "dims": 2, "num_classes": None, "use_scale_shift_norm": False, "resblock_updown": False,
-    "use_new_attention_order": False, "n_embed": None,
+    "conv_resample": True, "dims": 2, "num_classes": None, "use_new_attention_order": False, "n_embed": None,
 }  # fmt: skip
 """What other values would change the network in ways that no listed model uses."""
 
@@ -124,6 +125,8 @@ class UNetConfig:
     use_spatial_transformer: bool = False
     transformer_depth: int = 1
     context_dim: int | None = None
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
     train_timesteps: int = TRAIN_TIMESTEPS
     betas: tuple[float, float] = BETAS
 
@@ -169,9 +172,9 @@ class UNetConfig:
             raise InputError(f"num_heads_upsample: {given['num_heads_upsample']!r} is not supported, only num_heads itself")
         if given["use_spatial_transformer"] and type(given["context_dim"]) is not int:
             raise InputError(f"context_dim: expected the size of a context vector, found {given['context_dim']!r}")
-        if not given["use_spatial_transformer"] and given["num_head_channels"] == -1 and given["num_heads"] != 1:
-            raise InputError("attention blocks with a fixed number of heads are not supported, only num_head_channels or one head")
-        names = (*_REQUIRED, "num_heads", "num_head_channels", "use_spatial_transformer", "transformer_depth", "context_dim")
+        if given["use_spatial_transformer"] and given["resblock_updown"]:
+            raise InputError("resblock_updown: with spatial transformers only False is supported")
+        names = [*_REQUIRED, *(name for name in _OPTIONAL if name in cls.__dataclass_fields__)]
         values: dict[str, Any] = {name: tuple(given[name]) if isinstance(given[name], list) else given[name] for name in names}
         # Stable Diffusion's UNet names a size that it does not use; the model around it names the latent's.
         values["image_size"] = around.get("image_size", values["image_size"])
@@ -199,21 +202,31 @@ class UNetConfig:
     @property
     def diffusers_config(self) -> dict[str, Any]:
         """The diffusers class's configuration."""
-        levels = range(len(self.channel_mult))
+        levels, shift = range(len(self.channel_mult)), "scale_shift" if self.use_scale_shift_norm else "default"
         kind = "CrossAttn{}Block2D" if self.use_spatial_transformer else "Attn{}Block2D"
-        types = {side: [kind.format(side) if self.attends(i) else f"{side}Block2D" for i in levels] for side in ("Down", "Up")}
+        plain = {side: f"Resnet{side}sampleBlock2D" if self.resblock_updown else f"{side}Block2D" for side in ("Down", "Up")}
+        types = {side: [kind.format(side) if self.attends(i) else name for i in levels] for side, name in plain.items()}
         config: dict[str, Any] = {
             "sample_size": self.image_size, "in_channels": self.in_channels, "out_channels": self.out_channels,
             "layers_per_block": self.num_res_blocks, "block_out_channels": list(self.channels), "down_block_types": types["Down"],
             "up_block_types": types["Up"][::-1], "norm_num_groups": GROUPS, "norm_eps": 1e-5, "downsample_padding": 1,
-            "flip_sin_to_cos": True, "freq_shift": 0,
+            "flip_sin_to_cos": True, "freq_shift": 0, "resnet_time_scale_shift": shift,
         }  # fmt: skip
         if self.use_spatial_transformer:
             # diffusers calls the number of heads attention_head_dim in this class.
             heads = [self.heads(channels) for channels in self.channels]
             depth = {"transformer_layers_per_block": self.transformer_depth}
             return {**config, **depth, "cross_attention_dim": self.context_dim, "attention_head_dim": heads}
-        return {**config, "attention_head_dim": None if self.num_head_channels == -1 else self.num_head_channels}
+        resample = "resnet" if self.resblock_updown else "conv"
+        return {
+            **config, "attention_head_dim": None if self.num_head_channels == -1 else self.num_head_channels,
+            "attn_norm_num_groups": GROUPS, "downsample_type": resample, "upsample_type": resample,
+        }  # fmt: skip
+
+    @property
+    def fixed_heads(self) -> int | None:
+        """The heads of every attention where diffusers' configuration can only say how many channels each has, else None."""
+        return None if self.use_spatial_transformer or self.num_head_channels != -1 else self.num_heads
 
     def names(self) -> Names:
         """Every module of the CompVis model with its diffusers name, in the order of its state dict."""
@@ -240,7 +253,7 @@ class _Walk:
                 skips.append(channels)
                 block += 1
             if level + 1 < levels:
-                self._layer(f"input_blocks.{block}.0.op", f"{target}.downsamplers.0.conv", (channels, channels, 3, 3))
+                self._resample(f"input_blocks.{block}.0", "op", f"{target}.downsamplers.0", channels)
                 skips.append(channels)
                 block += 1
         self._res("middle_block.0", "mid_block.resnets.0", channels, channels)
@@ -256,8 +269,7 @@ class _Walk:
                     self._attention(f"output_blocks.{block}.1", f"{target}.attentions.{i}", channels, level)
                     child = 2
                 if level and i == config.num_res_blocks:
-                    name, shape = f"output_blocks.{block}.{child}.conv", (channels, channels, 3, 3)
-                    self._layer(name, f"{target}.upsamplers.0.conv", shape)
+                    self._resample(f"output_blocks.{block}.{child}", "conv", f"{target}.upsamplers.0", channels)
                 block += 1
         self.names.floats["out.0"] = ("conv_norm_out", channels)
         self._layer("out.2", "conv_out", (config.out_channels, base, 3, 3))
@@ -267,11 +279,18 @@ class _Walk:
     ) -> None:
         self.names.layers.append(OfficialLayer(name, (target,), shape, layout, bias, tokens))
 
+    def _resample(self, name: str, conv: str, target: str, channels: int) -> None:
+        if self.config.resblock_updown:
+            self._res(name, target, channels, channels)
+        else:
+            self._layer(f"{name}.{conv}", f"{target}.conv", (channels, channels, 3, 3))
+
     def _res(self, name: str, target: str, channels: int, out: int, skip: int = 0) -> None:
         read, embedding = channels + skip, 4 * self.config.model_channels
         self.names.floats[f"{name}.in_layers.0"] = (f"{target}.norm1", read)
         self._layer(f"{name}.in_layers.2", f"{target}.conv1", (out, read, 3, 3))
-        self._layer(f"{name}.emb_layers.1", f"{target}.time_emb_proj", (out, embedding), Layout.VECTOR)
+        projected = 2 * out if self.config.use_scale_shift_norm else out
+        self._layer(f"{name}.emb_layers.1", f"{target}.time_emb_proj", (projected, embedding), Layout.VECTOR)
         self.names.floats[f"{name}.out_layers.0"] = (f"{target}.norm2", out)
         self._layer(f"{name}.out_layers.3", f"{target}.conv2", (out, out, 3, 3))
         if read != out:
@@ -355,3 +374,6 @@ def _check_types(given: dict[str, Any]) -> None:
     for name in ("num_heads", "num_head_channels"):
         if type(given[name]) is not int or (given[name] < 1 and given[name] != -1):
             raise InputError(f"{name}: expected a positive integer or -1, found {given[name]!r}")
+    for name in ("use_spatial_transformer", "use_scale_shift_norm", "resblock_updown"):
+        if type(given[name]) is not bool:
+            raise InputError(f"{name}: expected true or false, found {given[name]!r}")

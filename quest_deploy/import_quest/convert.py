@@ -116,9 +116,9 @@ def import_checkpoint(official: OfficialCheckpoint, probe: dict[str, Tensor]) ->
     Raises:
         InputError: a weight's codes that fit no checkpoint of ours, or timesteps beyond the training's.
     """
-    scheme = import_scheme(official)
+    scheme, config = import_scheme(official), official.config
     splits = _split_shortcuts(official)
-    attention = ScoreScale.PRODUCT if official.config.use_spatial_transformer else ScoreScale.OPERANDS
+    attention = ScoreScale.PRODUCT if config.use_spatial_transformer else ScoreScale.OPERANDS
     model = prepare(float_model(official), splits, attention)
     # A softmax of 16 bits is a site too, though the scheme calls it float.
     plan = plan_quantization(model, probe, dataclasses.replace(scheme, softmax_bits=scheme.softmax_bits or 8))
@@ -140,7 +140,7 @@ def import_checkpoint(official: OfficialCheckpoint, probe: dict[str, Tensor]) ->
         scheme = dataclasses.replace(scheme, granularity=Granularity.FREE_CHANNEL)
     checkpoint = Checkpoint(
         model=IMPORTED,
-        architecture=Architecture(official.config.class_name, official.config.diffusers_config, splits, attention),
+        architecture=Architecture(config.class_name, config.diffusers_config, splits, attention, config.fixed_heads),
         scheme=scheme,
         layers=layers,
         sites=sites,
@@ -168,12 +168,13 @@ def recalibrate(
         IMPORTED, _diffusers_model(official, lambda part: part.rounded(bits)), trajectories, scheme, options, on_progress
     )
     parts = _all_parts(official)
-    model = build_float_model(checkpoint.architecture)
+    architecture = dataclasses.replace(checkpoint.architecture, heads=official.config.fixed_heads)
+    model = build_float_model(architecture)
     layers = {
         name: _layer_data(name, parts[name], bits, model.get_submodule(name), layer.macs) for name, layer in checkpoint.layers.items()
     }
     provenance = {**_provenance(official), "recalibrated": {"range": options.method.value, "seed": options.seed}}
-    return Imported(dataclasses.replace(checkpoint, layers=layers, provenance=provenance), {})
+    return Imported(dataclasses.replace(checkpoint, architecture=architecture, layers=layers, provenance=provenance), {})
 
 
 def import_scheme(official: OfficialCheckpoint) -> Scheme:
@@ -217,7 +218,8 @@ def _diffusers_model(official: OfficialCheckpoint, weight_of: Callable[[_Weight]
                 state[f"{target}.bias"] = part.bias
     for name, (target, _) in official.names.floats.items():
         state |= {f"{target}.{part}": official.tensors[f"{name}.{part}"] for part in ("weight", "bias")}
-    model = build_float_model(Architecture(official.config.class_name, official.config.diffusers_config))
+    config = official.config
+    model = build_float_model(Architecture(config.class_name, config.diffusers_config, heads=config.fixed_heads))
     model.load_state_dict(state, strict=True)
     return model
 

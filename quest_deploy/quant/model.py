@@ -23,7 +23,7 @@ from quest_deploy.quant.layers import (
     QuantizedProduct,
     SiteQuantizer,
 )
-from quest_deploy.quant.prepare import prepare
+from quest_deploy.quant.prepare import prepare, set_heads
 from quest_deploy.scheme import activation_levels
 
 if TYPE_CHECKING:
@@ -200,6 +200,8 @@ def build_float_model(architecture: Architecture) -> nn.Module:
     if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
         raise InputError(f"architecture: expected the name of a diffusers model, found {architecture.class_name!r}")
     model: nn.Module = model_class.from_config(architecture.config)
+    if architecture.heads is not None:
+        set_heads(model, architecture.heads)
     return prepare(model, architecture.split_shortcuts, architecture.attention).eval()
 
 

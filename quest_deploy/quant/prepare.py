@@ -165,6 +165,12 @@ def prepare(model: nn.Module, split_shortcuts: Mapping[str, int], attention: Sco
     return model
 
 
+def set_heads(model: nn.Module, heads: int) -> None:
+    """Give every attention of ``model`` this number of heads; its weights keep their shapes."""
+    for attention in _attentions(model):
+        attention.heads, attention.scale = heads, (attention.inner_dim // heads) ** -0.5
+
+
 def prepared_for(model: nn.Module, scheme: Scheme, probe: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, int], ScoreScale | None]:
     """:func:`prepare` ``model`` for ``scheme``, in place, finding the split shortcuts by running the model on ``probe``.
 

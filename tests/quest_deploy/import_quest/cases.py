@@ -34,6 +34,10 @@ UNCONDITIONAL = {
     "image_size": 8, "in_channels": 3, "model_channels": 32, "out_channels": 3, "num_res_blocks": 2, "attention_resolutions": [2],
     "channel_mult": [1, 2], "num_head_channels": 16,
 }  # fmt: skip
+CHURCHES = {
+    "image_size": 8, "in_channels": 4, "model_channels": 32, "out_channels": 4, "num_res_blocks": 1, "attention_resolutions": [2],
+    "channel_mult": [1, 2, 3], "num_heads": 2, "use_scale_shift_norm": True, "resblock_updown": True,
+}  # fmt: skip
 TIMESTEPS = (900, 500, 101)
 CONTEXT_TOKENS = 5
 

@@ -49,17 +49,35 @@ class Block(nn.Module):
 
 
 class ResBlock(Block):
-    def __init__(self, channels: int, emb: int, out: int) -> None:
+    """A ResBlock.
+
+    Attributes:
+        resample: between the first activation and its convolution, and on the shortcut: "up", "down" or "".
+        scale_shift: whether the embedding scales and shifts the second norm's result; else it is added before that.
+    """
+
+    def __init__(self, channels: int, emb: int, out: int, *, scale_shift: bool = False, resample: str = "") -> None:
         super().__init__()
+        self.scale_shift, self.resample = scale_shift, resample
         self.in_layers = nn.ModuleList([nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1)])
-        self.emb_layers = nn.ModuleList([nn.SiLU(), nn.Linear(emb, out)])
+        self.emb_layers = nn.ModuleList([nn.SiLU(), nn.Linear(emb, 2 * out if scale_shift else out)])
         self.out_layers = nn.ModuleList([nn.GroupNorm(32, out), nn.SiLU(), nn.Dropout(0), nn.Conv2d(out, out, 3, padding=1)])
         self.skip_connection = nn.Identity() if out == channels else nn.Conv2d(channels, out, 1)
 
     def forward(self, x: Tensor, emb: Tensor, split: int) -> Tensor:
-        h = self.run(self.in_layers[2], F.silu(self.in_layers[0](x)))
-        h = h + self.run(self.emb_layers[1], F.silu(emb))[..., None, None]
-        h = self.run(self.out_layers[3], F.silu(self.out_layers[0](h)))
+        h = F.silu(self.in_layers[0](x))
+        if self.resample == "up":
+            h, x = (F.interpolate(values, scale_factor=2, mode="nearest") for values in (h, x))
+        elif self.resample == "down":
+            h, x = (F.avg_pool2d(values, kernel_size=2, stride=2) for values in (h, x))
+        h = self.run(self.in_layers[2], h)
+        embedded = self.run(self.emb_layers[1], F.silu(emb))[..., None, None]
+        if self.scale_shift:
+            scale, shift = embedded.chunk(2, dim=1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+        else:
+            h = self.out_layers[0](h + embedded)
+        h = self.run(self.out_layers[3], F.silu(h))
         skip = x if isinstance(self.skip_connection, nn.Identity) else self.run(self.skip_connection, x, split)
         return skip + h
 
@@ -190,10 +208,15 @@ class UNetModel(Block):
         use_spatial_transformer: bool = False,
         context_dim: int = 0,
         transformer_depth: int = 1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
         **_: Any,
     ) -> None:
         super().__init__()
         self.channels, emb = model_channels, 4 * model_channels
+
+        def res(channels: int, out: int, resample: str = "") -> nn.Module:
+            return ResBlock(channels, emb, out, scale_shift=use_scale_shift_norm, resample=resample)
 
         def attention(channels: int) -> nn.Module:
             heads = num_heads if num_head_channels == -1 else channels // num_head_channels
@@ -206,24 +229,24 @@ class UNetModel(Block):
         skips, ch, ds = [model_channels], model_channels, 1
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [ResBlock(ch, emb, mult * model_channels)]
+                layers: list[nn.Module] = [res(ch, mult * model_channels)]
                 ch = mult * model_channels
                 layers += [attention(ch)] if ds in attention_resolutions else []
                 self.input_blocks.append(nn.ModuleList(layers))
                 skips.append(ch)
             if level + 1 < len(channel_mult):
-                self.input_blocks.append(nn.ModuleList([Downsample(ch)]))
+                self.input_blocks.append(nn.ModuleList([res(ch, ch, "down") if resblock_updown else Downsample(ch)]))
                 skips.append(ch)
                 ds *= 2
-        self.middle_block = nn.ModuleList([ResBlock(ch, emb, ch), attention(ch), ResBlock(ch, emb, ch)])
+        self.middle_block = nn.ModuleList([res(ch, ch), attention(ch), res(ch, ch)])
         self.output_blocks = nn.ModuleList()
         for level, mult in list(enumerate(channel_mult))[::-1]:
             for i in range(num_res_blocks + 1):
-                layers = [ResBlock(ch + skips.pop(), emb, mult * model_channels)]
+                layers = [res(ch + skips.pop(), mult * model_channels)]
                 ch = mult * model_channels
                 layers += [attention(ch)] if ds in attention_resolutions else []
                 if level and i == num_res_blocks:
-                    layers.append(Upsample(ch))
+                    layers.append(res(ch, ch, "up") if resblock_updown else Upsample(ch))
                     ds //= 2
                 self.output_blocks.append(nn.ModuleList(layers))
         self.out = nn.ModuleList([nn.GroupNorm(32, ch), nn.SiLU(), nn.Conv2d(model_channels, out_channels, 3, padding=1)])

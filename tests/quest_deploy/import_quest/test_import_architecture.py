@@ -9,7 +9,7 @@ import torch
 from quest_deploy.errors import InputError
 from quest_deploy.import_quest.architecture import UNetConfig
 from quest_deploy.import_quest.convert import float_model
-from tests.quest_deploy.import_quest.cases import CLASS_CONDITIONAL, SD, UNCONDITIONAL, Case
+from tests.quest_deploy.import_quest.cases import CHURCHES, CLASS_CONDITIONAL, SD, UNCONDITIONAL, Case
 from tests.quest_deploy.import_quest.compare import relative
 from tests.quest_deploy.import_quest.official import Arithmetic, UNetModel
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 THREE_LEVELS = {**UNCONDITIONAL, "image_size": 16, "num_res_blocks": 3, "channel_mult": [1, 2, 3], "attention_resolutions": [1, 4]}
 ONE_HEAD = {**UNCONDITIONAL, "num_head_channels": -1, "num_heads": 1, "num_res_blocks": 1}
+SCALE_SHIFT = {**SD, "use_scale_shift_norm": True}
 HEAD_CHANNELS = {**CLASS_CONDITIONAL, "num_heads": -1, "num_head_channels": 16}
 
 
-@pytest.mark.parametrize("params", [SD, CLASS_CONDITIONAL, UNCONDITIONAL, THREE_LEVELS, ONE_HEAD, HEAD_CHANNELS])
+@pytest.mark.parametrize("params", [SD, CLASS_CONDITIONAL, UNCONDITIONAL, THREE_LEVELS, ONE_HEAD, HEAD_CHANNELS, CHURCHES, SCALE_SHIFT])
 @torch.no_grad()
 def test_the_diffusers_model_with_mapped_weights_is_the_compvis_model(params: dict[str, Any], tmp_path: Path) -> None:
     case = Case(params)
@@ -32,7 +33,7 @@ def test_the_diffusers_model_with_mapped_weights_is_the_compvis_model(params: di
         assert relative(output, case.model(*args)) < 1e-5
 
 
-@pytest.mark.parametrize("params", [SD, CLASS_CONDITIONAL, THREE_LEVELS])
+@pytest.mark.parametrize("params", [SD, CLASS_CONDITIONAL, THREE_LEVELS, CHURCHES])
 def test_the_names_cover_every_parameter_with_its_shape(params: dict[str, Any]) -> None:
     names = UNetConfig.from_params(params).names()
     shapes = {f"{layer.name}.weight": layer.shape for layer in names.layers}
@@ -55,11 +56,11 @@ def test_an_ldm_yaml_and_the_parameters_as_json_mean_the_same_unet(tmp_path: Pat
     ("change", "message"),
     [
         ({"channel_mult": None}, "channel_mult: expected a list"),
-        ({"resblock_updown": True}, "resblock_updown: True is not supported"),
+        ({"resblock_updown": True}, "resblock_updown: with spatial transformers only False"),
+        ({"use_scale_shift_norm": 1}, "use_scale_shift_norm: expected true or false"),
         ({"num_classes": 1000}, "num_classes: 1000 is not supported"),
         ({"dim_heads": 3}, "unknown \\['dim_heads'\\]"),
         ({"context_dim": None}, "context_dim: expected the size"),
-        ({"num_heads": 2, "num_head_channels": -1, "use_spatial_transformer": False}, "fixed number of heads"),
         ({"num_heads": -1}, "one of num_heads and num_head_channels"),
     ],
 )

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.quest_deploy.import_quest.cases import UNCONDITIONAL, Case
+from tests.quest_deploy.import_quest.cases import CHURCHES, UNCONDITIONAL, Case
 from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 SMALLEST = {**UNCONDITIONAL, "num_res_blocks": 1, "channel_mult": [1], "attention_resolutions": [1], "image_size": 4}
+SMALLEST_CHURCHES = {**CHURCHES, "channel_mult": [1, 2], "attention_resolutions": [1], "image_size": 4}
 SETTINGS = ["--weight-bits", 4, "--activation-bits", 4, "--first-last-bits", 8, "--softmax-bits", 8, "--asymmetric"]
 
 
@@ -41,6 +42,19 @@ def test_an_imported_checkpoint_exports_builds_and_verifies_like_our_own(
         outcome = cli(*command, "-w", workspace)
         assert outcome.code == 0, outcome.err
         assert "PTQ" not in outcome.err
+    assert "PASSED" in outcome.out
+
+
+def test_a_unet_that_resamples_in_its_resblocks_verifies_on_every_engine(tmp_path: Path) -> None:
+    torch.save(Case(SMALLEST_CHURCHES, split=True).state, tmp_path / "ckpt.pth")
+    (tmp_path / "unet.json").write_text(json.dumps(SMALLEST_CHURCHES))
+    workspace = tmp_path / "w"
+    commands = [_import(tmp_path, "-w", workspace), ["export", "-w", workspace], ["reference", "-w", workspace]]
+    for backend in ("onnxruntime", "openvino"):
+        commands += [[command, "-w", workspace, "--backend", backend] for command in ("build-engine", "verify")]
+    for command in commands:
+        outcome = cli(*command)
+        assert outcome.code == 0, outcome.err
     assert "PASSED" in outcome.out
 
 

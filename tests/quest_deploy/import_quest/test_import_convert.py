@@ -15,7 +15,7 @@ from quest_deploy.import_quest.settings import ImportSettings, Source
 from quest_deploy.import_quest.trajectories import record_imported
 from quest_deploy.quant.calibrate import CalibrationOptions
 from quest_deploy.quant.model import QuantizedModel
-from tests.quest_deploy.import_quest.cases import CLASS_CONDITIONAL, SD, TIMESTEPS, UNCONDITIONAL, Case
+from tests.quest_deploy.import_quest.cases import CHURCHES, CLASS_CONDITIONAL, SD, TIMESTEPS, UNCONDITIONAL, Case
 from tests.quest_deploy.import_quest.compare import compare, relative
 from tests.quest_deploy.import_quest.official import OfficialSettings, Quantized, UNetModel
 
@@ -26,6 +26,8 @@ CASES = {
     "unconditional W4A4 per channel": Case(UNCONDITIONAL, per_channel=True),
     "unconditional W8A8": Case(UNCONDITIONAL, options={"weight_bits": 8, "activation_bits": 8}),
     "unconditional Q-Diffusion": Case(UNCONDITIONAL, source=Source.QDIFF, options={"activation_bits": 8}),
+    "unconditional resampling W4A4": Case(CHURCHES),
+    "unconditional resampling W8A8": Case(CHURCHES, split=True, options={"weight_bits": 8, "activation_bits": 8}),
     "SD Q-Diffusion": Case(SD, split=True, source=Source.QDIFF, options={"activation_bits": 8, "softmax_bits": 16}),
 }
 SAMPLES = os.environ.get("QUEST_OFFICIAL_SAMPLES")
@@ -123,7 +125,7 @@ def test_a_weight_of_one_sign_keeps_its_codes_in_eight_bits(tmp_path: Path) -> N
     assert compare(model, official, run, case.named_inputs(TIMESTEPS[0]), output).output < 1e-5
 
 
-@pytest.mark.parametrize("name", ["SD W4A4 per channel", "unconditional W4A4 per channel"])
+@pytest.mark.parametrize("name", ["SD W4A4 per channel", "unconditional W4A4 per channel", "unconditional resampling W4A4"])
 def test_recalibrated_models_keep_the_rounded_weights_and_run_in_integers(name: str, tmp_path: Path) -> None:
     official, imported, _ = CASES[name].imported(tmp_path / "x")
     trajectories = record_imported(official, float_model(official), samples=4, seed=0)
@@ -131,6 +133,7 @@ def test_recalibrated_models_keep_the_rounded_weights_and_run_in_integers(name: 
     assert torch.isfinite(trajectories.output).all()
     again = recalibrate(official, trajectories, CalibrationOptions()).checkpoint
     assert all(isinstance(site, SiteData) for site in again.sites.values())
+    assert again.architecture.heads == imported.checkpoint.architecture.heads
     assert again.layers.keys() == imported.checkpoint.layers.keys()
     for layer, data in again.layers.items():
         before = imported.checkpoint.layers[layer]
