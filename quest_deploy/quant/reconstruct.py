@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from quest_deploy import __version__
 from quest_deploy.errors import InputError
 from quest_deploy.files import sha256_of_json
-from quest_deploy.finetune.state import TrainingState, hash_of_tensors
 from quest_deploy.quant.affine import per_sample
 from quest_deploy.quant.model import QuantizedModel, set_submodule
+from quest_deploy.training_state import TrainingState, hash_of_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -17,13 +17,13 @@ from quest_deploy.errors import InputError
 from quest_deploy.finetune.blocks import BlockOutputs
 from quest_deploy.finetune.checkpointing import enable_gradient_checkpointing
 from quest_deploy.finetune.layer_sets import LAYER_SETS, select_layers
-from quest_deploy.finetune.state import TrainingState
 from quest_deploy.finetune.train import FinetuneOptions, Progress, _backward, finetune
 from quest_deploy.quant import layers as layers_module
 from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
 from quest_deploy.quant.layers import ActivationQuantizer
 from quest_deploy.quant.model import QuantizedModel
 from quest_deploy.scheme import Granularity, Scheme
+from quest_deploy.training_state import TrainingState
 from tests.quest_deploy.support import flip_byte, truncate
 
 if TYPE_CHECKING:
