@@ -30,6 +30,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 TRAJECTORIES = "trajectories.safetensors"
 CALIBRATED = "calibrated.safetensors"
+RECONSTRUCT_STATE = "reconstruct-state"
 CHECKPOINT = "checkpoint.safetensors"
 FINETUNE_STATE = "finetune-state.pt"
 FINETUNE_TARGETS = "finetune-targets.bin"
@@ -123,7 +124,7 @@ class Workspace:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
                 raise QuestDeployError(f"{self.root} is in use by another quest-deploy process; wait for it to end") from e
-            for folder in (self.root, self.root / ENGINES, self.root / REPORTS, self.root / IMAGES):
+            for folder in (self.root, *(self.root / name for name in (RECONSTRUCT_STATE, ENGINES, REPORTS, IMAGES))):
                 remove_temporaries(folder)
             self.stages = Workspace.open(self.root).stages  # another process may have finished stages since
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,7 @@ from quest_deploy.cli.options import (
 )
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.errors import InputError
-from quest_deploy.workspace import CALIBRATED, TRAJECTORIES
+from quest_deploy.workspace import CALIBRATED, RECONSTRUCT_STATE, TRAJECTORIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,26 +36,39 @@ if TYPE_CHECKING:
 QDIFF = "qdiff"
 METHODS = ("mse", "minmax", "l2.4", QDIFF)
 """How clip ranges are chosen; Q-Diffusion searches with l2.4 and then reconstructs the model's blocks."""
+RECONSTRUCTION_OPTIONS = ("--reconstruction-samples", "--rounding-steps", "--scale-steps", "--reconstruction-batch")
 
 
 @dataclasses.dataclass(frozen=True)
 class CalibrateOptions:
-    """``steps`` DDIM steps (or more, to visit every bucket) of ``samples`` samplings, None for the model's own numbers."""
+    """How to calibrate.
+
+    Attributes:
+        samples, steps: samplings of so many DDIM steps (or more, to visit every bucket); None for the model's own numbers.
+        method: one of ``METHODS``.
+        reconstruction: of ``ReconstructOptions``, for "qdiff".
+    """
 
     samples: int | None = None
     steps: int | None = None
     method: str = "mse"
     seed: int = 0
+    reconstruction: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"unknown calibration method {self.method!r}: expected one of {', '.join(METHODS)}")
         if (self.samples is not None and self.samples < 1) or (self.steps is not None and self.steps < 1):
             raise InputError("calibration needs at least one sample and one step")
+        if self.reconstruction and self.method != QDIFF:
+            raise InputError(f"{', '.join(RECONSTRUCTION_OPTIONS)}: expected --method {QDIFF} with them, not {self.method}")
 
 
 def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOptions, *, reuse: bool = False) -> dict[str, Any]:
-    """Record trajectories and calibrate; writes trajectories.safetensors and calibrated.safetensors."""
+    """Record trajectories and calibrate; writes trajectories.safetensors and calibrated.safetensors.
+
+    An interrupted reconstruction goes on: what comes before it is made again, the same for the same seed.
+    """
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
         from quest_deploy.checkpoint import save_checkpoint
@@ -80,9 +94,18 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
         settings = CalibrationOptions(RangeMethod.L24 if reconstructs else RangeMethod(options.method), seed=options.seed)
         checkpoint = calibrate(workspace.model, unet, trajectories, workspace.scheme, settings, update)
         if reconstructs:
-            checkpoint = reconstruct(unet, checkpoint, trajectories, ReconstructOptions(seed=options.seed), update)
+            checkpoint = reconstruct(
+                unet,
+                checkpoint,
+                trajectories,
+                ReconstructOptions(seed=options.seed, **options.reconstruction),
+                update,
+                state_path=workspace.path(RECONSTRUCT_STATE),
+                notify=console.note,
+            )
         trajectories.save(workspace.path(TRAJECTORIES))
         save_checkpoint(checkpoint, workspace.path(CALIBRATED))
+        shutil.rmtree(workspace.path(RECONSTRUCT_STATE), ignore_errors=True)
         weights, macs = checkpoint.share_at(4)
         details = {
             "layers": len(checkpoint.layers),
@@ -117,20 +140,35 @@ def calibrate(
     softmax_bits: SoftmaxBitsOption = None,
     split_shortcuts: SplitShortcutsOption = None,
     method: Annotated[
-        str, typer.Option(help="How clip ranges are chosen: mse, minmax or l2.4; or qdiff: l2.4, then Q-Diffusion's reconstruction.")
+        str,
+        typer.Option(
+            help="How clip ranges are chosen: mse, minmax or l2.4; or qdiff: l2.4, then Q-Diffusion's reconstruction "
+            "(a new workspace has --split-shortcuts then)."
+        ),
     ] = "mse",
     samples: Annotated[int | None, typer.Option(min=1, help="Samplings to record.", show_default="the model's")] = None,
     steps: Annotated[
         int | None,
         typer.Option(min=1, help="DDIM steps of each; more where that is needed to visit every bucket.", show_default="the model's"),
     ] = None,
+    reconstruction_samples: Annotated[int | None, typer.Option(min=1, help="qdiff: recorded samples it learns from.")] = None,
+    rounding_steps: Annotated[int | None, typer.Option(min=0, help="qdiff: steps a block that learn the rounding.")] = None,
+    scale_steps: Annotated[int | None, typer.Option(min=0, help="qdiff: steps a block that learn the activation scales.")] = None,
+    reconstruction_batch: Annotated[int | None, typer.Option(min=1, help="qdiff: samples a step.")] = None,
     seed: int = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Quantize the FP32 model by calibration alone (PTQ), data-free."""
+    """Quantize the FP32 model by calibration alone (PTQ), data-free; qdiff resumes where it was interrupted."""
     console = Console(as_json=as_json)
-    options = CalibrateOptions(samples, steps, method, seed)
+    reconstruction = {
+        "samples": reconstruction_samples,
+        "rounding_steps": rounding_steps,
+        "scale_steps": scale_steps,
+        "batch": reconstruction_batch,
+    }
+    given = {name: value for name, value in reconstruction.items() if value is not None}
+    options = CalibrateOptions(samples, steps, method, seed, given)
     choices = SchemeChoices(bits, buckets, granularity, attention_bits, softmax_bits, split_shortcuts)
-    opened = create_workspace(workspace, model, choices)
+    opened = create_workspace(workspace, model, choices, split_shortcuts=method == QDIFF)
     details = calibrate_stage(opened, console, options)
     console.result({"workspace": str(opened.root), **details}, describe(opened, details))

@@ -73,15 +73,19 @@ class SchemeChoices:
     softmax_bits: str | None = None
     split_shortcuts: bool | None = None
 
-    def scheme(self) -> Scheme:
-        """The scheme of a new workspace; raise InputError for what is unknown."""
+    def scheme(self, *, split_shortcuts: bool = False) -> Scheme:
+        """The scheme of a new workspace; raise InputError for what is unknown.
+
+        Args:
+            split_shortcuts: where the user chose neither.
+        """
         return Scheme.parse(
             self.bits or DEFAULT_BITS,
             buckets=DEFAULT_BUCKETS if self.buckets is None else self.buckets,
             granularity=self.granularity or Granularity.FOLDED_CHANNEL,
             attention_bits=_operand_bits("--attention-bits", self.attention_bits),
             softmax_bits=_operand_bits("--softmax-bits", self.softmax_bits),
-            split_shortcuts=bool(self.split_shortcuts),
+            split_shortcuts=split_shortcuts if self.split_shortcuts is None else self.split_shortcuts,
         )
 
     def check(self, workspace: Workspace) -> None:
@@ -107,10 +111,10 @@ def open_workspace(workspace: Path | None, model: str | None, bits: str | None) 
     return opened
 
 
-def create_workspace(workspace: Path | None, model: str | None, choices: SchemeChoices) -> Workspace:
-    """Open a workspace, or make it; what is not given is taken from it, or else the default."""
+def create_workspace(workspace: Path | None, model: str | None, choices: SchemeChoices, *, split_shortcuts: bool = False) -> Workspace:
+    """Open a workspace, or make it; what is not given is taken from it, or else the default (``split_shortcuts`` is that default)."""
     check_model_name(model or DEFAULT_MODEL)
-    scheme = choices.scheme()
+    scheme = choices.scheme(split_shortcuts=split_shortcuts)
     root = _root(workspace, model, choices.bits)
     if not (root / MANIFEST).exists():
         return Workspace.create(root, model or DEFAULT_MODEL, scheme)

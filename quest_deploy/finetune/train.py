@@ -33,12 +33,12 @@ from quest_deploy.finetune.blocks import SUPERVISED_BLOCKS, BlockOutputs, superv
 from quest_deploy.finetune.checkpointing import enable_gradient_checkpointing
 from quest_deploy.finetune.layer_sets import LAYER_SETS, select_layers
 from quest_deploy.finetune.processes import Processes, gradients
-from quest_deploy.finetune.state import TrainingState
 from quest_deploy.finetune.targets import TargetStream
 from quest_deploy.quant.model import QuantizedModel
+from quest_deploy.training_state import TrainingState, hash_of_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from quest_deploy.checkpoint import Checkpoint
     from quest_deploy.trajectories import Trajectories
@@ -184,7 +184,10 @@ def finetune(
             targets_path = targets_path.with_name(f"{targets_path.name}.{processes.index}")
         teacher = load_teacher()
         recorded = {"sample": trajectories.sample, "timestep": trajectories.timestep, "output": trajectories.output}
-        made_from = {"teacher": _hash_of(teacher.state_dict()), "trajectories": _hash_of(recorded | trajectories.conditions)}
+        made_from = {
+            "teacher": hash_of_tensors(teacher.state_dict()),
+            "trajectories": hash_of_tensors(recorded | trajectories.conditions),
+        }
         student = QuantizedModel.from_checkpoint(calibrated, teacher).eval().to(processes.device)
         del teacher
         stages = _stages(student, options)
@@ -390,11 +393,3 @@ def _run_key(calibrated: Checkpoint, options: FinetuneOptions, made_from: dict[s
     for layer in calibrated.layers.values():
         digest.update(layer.weight_codes.tobytes() + layer.weight_scale.tobytes())
     return sha256_of_json([__version__, calibrated.scheme.to_json(), digest.hexdigest(), asdict(options), made_from])
-
-
-def _hash_of(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

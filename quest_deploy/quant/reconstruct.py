@@ -4,6 +4,8 @@ Unit by unit in execution order: a ResBlock, a transformer block, an attention b
 quantized model before it gives, and its target is what the float model gives. First each weight learns whether it is rounded up or
 down (AdaRound, arXiv 2004.10568) while activations are in float; then the scales of the unit's activations are learned. Only a
 unit's own inputs and targets are ever held, and every part of the model behind it is left out of the runs that record them.
+
+Each unit that is done is saved with the generator's state, so an interrupted run goes on at the next one, to the same result.
 """
 
 from __future__ import annotations
@@ -17,12 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quest_deploy import __version__
 from quest_deploy.errors import InputError
+from quest_deploy.files import sha256_of_json
 from quest_deploy.quant.affine import per_sample
 from quest_deploy.quant.model import QuantizedModel, set_submodule
+from quest_deploy.training_state import TrainingState, hash_of_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from quest_deploy.checkpoint import Checkpoint
     from quest_deploy.quant.layers import QuantizedLayer
@@ -68,6 +74,9 @@ def reconstruct(
     trajectories: Trajectories,
     options: ReconstructOptions,
     on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    *,
+    state_path: Path | None = None,
+    notify: Callable[[str], None] = lambda message: None,
 ) -> Checkpoint:
     """Learn the rounding and the activation scales of ``calibrated``, any scheme of any number of buckets.
 
@@ -75,6 +84,9 @@ def reconstruct(
         unet: the float model that ``calibrated`` was made from; not changed.
         trajectories: recorded on ``unet``; ``options.samples`` of their (step, sampling) pairs are used.
         on_progress: called with a unit's name, the units done and their number.
+        state_path: the folder that each unit is saved in when it is done; where it holds this run's units, they are not learned
+            again. It may be removed once the result is kept.
+        notify: told, in words, where a run resumes, and of a state that cannot be used.
 
     Returns:
         The checkpoint with other weight codes, each of them the weight rounded down or up, and other scales.
@@ -82,18 +94,25 @@ def reconstruct(
     student = QuantizedModel.from_checkpoint(calibrated, unet).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(options.seed)
     rows = _rows(trajectories, options.samples, generator)
-    learned: set[str] = set()
     units = units_of(student)
+    key = _run_key(student, unet, trajectories, options) if state_path else ""
+    done = _resume(student, list(units.values()), generator, state_path, key, notify) if state_path else 0
+    learned: set[str] = set()
     for i, (name, layers) in enumerate(units.items()):
+        sites = [site for site in _sites_of(student, name, layers) if site not in learned]
+        learned.update(sites)
+        if i < done:
+            continue
         data = _record(unet, student, name, trajectories, rows, options.batch)
         if options.rounding_steps:
             _learn_rounding(student, name, layers, data, options, generator)
         for layer in layers:
             student.quantized_layers()[layer].freeze()
-        sites = [site for site in _sites_of(student, name, layers) if site not in learned]
-        learned.update(sites)
         if options.scale_steps and sites:
             _learn_scales(student, name, sites, data, options, generator)
+        if state_path:
+            parameters = _parameters(student, layers, sites)
+            TrainingState(key, i + 1, parameters, {}, generator.get_state()).save(_state_file(state_path, i))
         on_progress(name, i + 1, len(units))
     provenance = {**calibrated.provenance, "method": "qdiff", "reconstruction": dataclasses.asdict(options)}
     return student.to_checkpoint(provenance)
@@ -108,6 +127,51 @@ def units_of(student: QuantizedModel) -> dict[str, tuple[str, ...]]:
         unit = next((p for p in prefixes if type(student.model.get_submodule(p)).__name__ in UNITS), layer)
         units[unit] = (*units.get(unit, ()), layer)
     return units
+
+
+def _run_key(student: QuantizedModel, unet: nn.Module, trajectories: Trajectories, options: ReconstructOptions) -> str:
+    recorded = {"sample": trajectories.sample, "timestep": trajectories.timestep, "output": trajectories.output}
+    made_from = [hash_of_tensors(part) for part in (student.state_dict(), unet.state_dict(), recorded | trajectories.conditions)]
+    return sha256_of_json([__version__, student.checkpoint.scheme.to_json(), dataclasses.asdict(options), made_from])
+
+
+def _state_file(folder: Path, unit: int) -> Path:
+    # A file for each unit: at Stable Diffusion's size, a single one would be written again and again in gigabytes.
+    return folder / f"unit-{unit}.pt"
+
+
+def _resume(
+    student: QuantizedModel,
+    units: list[tuple[str, ...]],
+    generator: torch.Generator,
+    folder: Path,
+    key: str,
+    notify: Callable[[str], None],
+) -> int:
+    """Put what an interrupted run learned into ``student`` and ``generator``; the number of units, given by their layers, it did."""
+    done = 0
+    for layers in units:
+        try:
+            state = TrainingState.load(_state_file(folder, done), key)
+        except InputError as e:
+            notify(f"warning: {e}: it is ignored")
+            break
+        if state is None or state.generator is None:
+            break
+        student.load_state_dict(state.model, strict=False)
+        generator.set_state(state.generator)
+        for layer in layers:
+            student.quantized_layers()[layer].freeze()
+        done += 1
+    if done:
+        notify(f"resuming at unit {done} of {len(units)}")
+    return done
+
+
+def _parameters(student: QuantizedModel, layers: tuple[str, ...], sites: list[str]) -> dict[str, Tensor]:
+    quantized, quantizers = student.quantized_layers(), student.site_quantizers()
+    learned = {id(p) for p in (*(quantized[layer].weight for layer in layers), *(quantizers[site].log_shift for site in sites))}
+    return {name: parameter.detach() for name, parameter in student.named_parameters() if id(parameter) in learned}
 
 
 @dataclass(frozen=True)

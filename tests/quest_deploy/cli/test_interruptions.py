@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from quest_deploy.files import read_json
-from quest_deploy.finetune.state import TrainingState
+from quest_deploy.training_state import TrainingState
 from quest_deploy.workspace import MANIFEST, Workspace
 from tests.quest_deploy.support import CHAIN, cli, snapshot
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from quest_deploy.cli.main import main
-from quest_deploy.finetune.state import TrainingState
+from quest_deploy.training_state import TrainingState
 
 if __name__ == "__main__":
     copy, save = Path(sys.argv.pop(1)), TrainingState.save

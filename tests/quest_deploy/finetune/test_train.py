@@ -12,17 +12,18 @@ import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 
+from quest_deploy.checkpoint import FreeSiteData
 from quest_deploy.errors import InputError
 from quest_deploy.finetune.blocks import BlockOutputs
 from quest_deploy.finetune.checkpointing import enable_gradient_checkpointing
 from quest_deploy.finetune.layer_sets import LAYER_SETS, select_layers
-from quest_deploy.finetune.state import TrainingState
 from quest_deploy.finetune.train import FinetuneOptions, Progress, _backward, finetune
 from quest_deploy.quant import layers as layers_module
 from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
 from quest_deploy.quant.layers import ActivationQuantizer
 from quest_deploy.quant.model import QuantizedModel
-from quest_deploy.scheme import Scheme
+from quest_deploy.scheme import Granularity, Scheme
+from quest_deploy.training_state import TrainingState
 from tests.quest_deploy.support import flip_byte, truncate
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def learned(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
         if layer.bias is not None:
             yield f"{layer.name} bias", layer.bias
     for site in checkpoint.sites.values():
-        for table in ("scale", "low", "high", "channel"):
+        for table in ("scale", "zero_point") if isinstance(site, FreeSiteData) else ("scale", "low", "high", "channel"):
             yield f"{site.name} {table}", getattr(site, table)
 
 
@@ -117,6 +118,23 @@ def test_a_run_that_is_interrupted_twice_ends_the_same(train: Train, uninterrupt
         with pytest.raises(StopError):
             train(OPTIONS, state_path=state, save_every=1, on_progress=stop_after(step))
     assert differences(train(OPTIONS, state_path=state), uninterrupted) == []
+
+
+def test_free_channels_are_learned_and_resume_like_any_others(
+    mini_unet: nn.Module, mini_trajectories: Trajectories, tmp_path: Path
+) -> None:
+    scheme = Scheme.parse("w4a4", buckets=3, granularity=Granularity.FREE_CHANNEL)
+    start = calibrate("mini", mini_unet, mini_trajectories, scheme, CalibrationOptions())
+    free = partial(finetune, lambda: mini_unet, start, mini_trajectories, dataclasses.replace(OPTIONS, scale_rate=0.3))
+    uninterrupted = free()
+    for table in ("scale", "zero_point"):
+        moved = [getattr(uninterrupted.sites[name], table) != getattr(site, table) for name, site in start.sites.items()]
+        assert np.concatenate(moved, 1).any(1).all()
+    with pytest.raises(StopError):
+        free(state_path=tmp_path / "state.pt", save_every=1, on_progress=stop_after(5))
+    seen: list[int] = []
+    assert differences(free(state_path=tmp_path / "state.pt", on_progress=lambda p: seen.append(p.step)), uninterrupted) == []
+    assert seen == [6, 7, 8]
 
 
 @pytest.mark.parametrize(

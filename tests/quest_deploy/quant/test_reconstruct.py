@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,13 +10,21 @@ from torch import nn
 
 from quest_deploy.checkpoint import Checkpoint, SiteData, load_checkpoint, save_checkpoint
 from quest_deploy.errors import InputError
+from quest_deploy.quant import reconstruct as reconstruct_module
 from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
+from quest_deploy.quant.layers import ActivationQuantizer
 from quest_deploy.quant.model import QuantizedModel
 from quest_deploy.quant.reconstruct import ReconstructOptions, _SoftRounding, reconstruct, units_of
 from quest_deploy.scheme import Granularity, Scheme
 from quest_deploy.trajectories import Trajectories
+from tests.quest_deploy.support import flip_byte, truncate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 OPTIONS = ReconstructOptions(samples=32, rounding_steps=60, scale_steps=10, batch=8)
+FEW = ReconstructOptions(samples=8, rounding_steps=3, scale_steps=2, batch=4, seed=3)
 
 
 def schemes() -> dict[str, Scheme]:
@@ -81,26 +92,207 @@ def test_it_is_a_checkpoint_like_any_other(learned: Checkpoint, tmp_path: object
         np.testing.assert_array_equal(again.layers[name].weight_codes, layer.weight_codes)
 
 
-def test_the_same_seed_gives_the_same_checkpoint(mini_unet: nn.Module, mini_trajectories: Trajectories) -> None:
-    start = calibrate("mini", mini_unet, mini_trajectories, Scheme.parse("w4a4", buckets=2), CalibrationOptions())
-    few = ReconstructOptions(samples=8, rounding_steps=3, scale_steps=2, batch=4, seed=3)
-    first, second = (reconstruct(mini_unet, start, mini_trajectories, few) for _ in range(2))
-    for name, layer in first.layers.items():
-        np.testing.assert_array_equal(second.layers[name].weight_codes, layer.weight_codes)
-    for name, site in first.sites.items():
-        np.testing.assert_array_equal(second.sites[name].scale, site.scale)
+def differences(one: Checkpoint, other: Checkpoint) -> list[str]:
+    """What reconstruction may change, where it differs."""
+    codes = [name for name, layer in one.layers.items() if (other.layers[name].weight_codes != layer.weight_codes).any()]
+    return codes + [name for name, site in one.sites.items() if (other.sites[name].scale != site.scale).any()]
 
 
-def test_every_layer_is_in_one_unit_and_units_come_in_execution_order(start: Checkpoint, mini_unet: nn.Module) -> None:
+@pytest.fixture(scope="module")
+def calibrated(mini_unet: nn.Module, mini_trajectories: Trajectories) -> Checkpoint:
+    return calibrate("mini", mini_unet, mini_trajectories, schemes()["everything quantized"], CalibrationOptions(RangeMethod.L24))
+
+
+Run = "Callable[..., Checkpoint]"
+
+
+@pytest.fixture(scope="module")
+def run(calibrated: Checkpoint, mini_unet: nn.Module, mini_trajectories: Trajectories) -> Run:
+    """Reconstruct ``calibrated``, with few steps unless it is told otherwise; tells which units were learned."""
+
+    def reconstruct_(
+        options: ReconstructOptions = FEW,
+        *,
+        start: Checkpoint = calibrated,
+        trajectories: Trajectories = mini_trajectories,
+        learned: list[str] | None = None,
+        stop_after: int = 0,
+        **others: Any,
+    ) -> Checkpoint:
+        def report(name: str, done: int, total: int) -> None:
+            if learned is not None:
+                learned.append(name)
+            if done == stop_after:
+                raise KeyboardInterrupt
+
+        return reconstruct(mini_unet, start, trajectories, options, report, **others)
+
+    return reconstruct_
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run: Run) -> Checkpoint:
+    return run()
+
+
+def test_the_same_seed_gives_the_same_checkpoint_and_another_seed_another(run: Run, uninterrupted: Checkpoint) -> None:
+    assert differences(run(), uninterrupted) == []
+    assert differences(run(dataclasses.replace(FEW, seed=4)), uninterrupted) != []
+
+
+def test_every_layer_is_in_one_unit(start: Checkpoint, mini_unet: nn.Module) -> None:
     units = units_of(QuantizedModel.from_checkpoint(start, mini_unet))
-    layers = [layer for unit in units.values() for layer in unit]
-    assert sorted(layers) == sorted(start.layers)
-    order = list(start.layers)
-    firsts = [order.index(unit[0]) for unit in units.values()]
-    assert firsts == sorted(firsts)
+    assert sorted(layer for unit in units.values() for layer in unit) == sorted(start.layers)
     kinds = {type(mini_unet.get_submodule(name)).__name__ for name, unit in units.items() if len(unit) > 1}
     assert kinds == {"ResnetBlock2D", "BasicTransformerBlock"}
-    assert all(name == unit[0] for name, unit in units.items() if name in order)
+    assert all(unit == (name,) for name, unit in units.items() if name in start.layers)
+
+
+def test_units_are_learned_in_the_order_in_which_the_float_model_runs_them(
+    run: Run, mini_unet: nn.Module, mini_trajectories: Trajectories
+) -> None:
+    learned: list[str] = []
+    run(dataclasses.replace(FEW, samples=1, rounding_steps=0, scale_steps=0), learned=learned)
+    executed: list[str] = []
+    hooks = [
+        mini_unet.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: executed.append(name))
+        for name in reversed(learned)
+    ]
+    mini_unet(**next(mini_trajectories.batches(1)))
+    for hook in hooks:
+        hook.remove()
+    assert learned == executed
+
+
+def call_of(model: nn.Module, module: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, dict[str, Any], Any]:
+    """What ``module`` was called with and gave while ``model`` ran."""
+    calls: list[tuple[Any, dict[str, Any], Any]] = []
+    hook = module.register_forward_hook(lambda module, *call: calls.append(call), with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    (call,) = calls
+    return call
+
+
+def same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_a_unit_learns_from_the_quantized_models_inputs_and_the_float_models_outputs(
+    run: Run, calibrated: Checkpoint, mini_unet: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_calibrated = QuantizedModel.from_checkpoint(calibrated, mini_unet).eval()
+    as_in_float, as_before = set(), set()
+    record = reconstruct_module._record
+
+    def check(unet: nn.Module, student: QuantizedModel, unit: str, trajectories: Trajectories, rows: Any, batch: int) -> Any:
+        data = record(unet, student, unit, trajectories, rows, batch)
+        for part in torch.arange(len(rows[0])).split(batch):  # of other batches, floats would differ in their last bits
+            inputs, found = trajectories.inputs(rows[0][part], rows[1][part]), data.take(part)
+            args, kwargs, _ = call_of(student, student.model.get_submodule(unit), inputs)
+            assert len(found.args) == len(args)
+            assert all(same(*pair) for pair in zip(found.args, args, strict=True))
+            assert found.kwargs.keys() == kwargs.keys()
+            assert all(same(found.kwargs[name], value) for name, value in kwargs.items())
+            assert torch.equal(found.buckets, student.bucket_of(inputs["timestep"]))
+            float_args, _, target = call_of(unet, unet.get_submodule(unit), inputs)
+            assert torch.equal(found.targets, target)
+            if torch.equal(found.args[0], float_args[0]):
+                as_in_float.add(unit)
+            if torch.equal(found.args[0], call_of(as_calibrated, as_calibrated.model.get_submodule(unit), inputs)[0][0]):
+                as_before.add(unit)
+        return data
+
+    monkeypatch.setattr(reconstruct_module, "_record", check)
+    run()
+    assert as_in_float == as_before == {"conv_in", "time_embedding.linear_1"}
+
+
+def test_activations_are_in_float_while_the_rounding_is_learned_and_quantized_while_their_scales_are(
+    run: Run, calibrated: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied: dict[str, set[str]] = {"_learn_rounding": set(), "_learn_scales": set()}
+    for phase, names in applied.items():
+        learn = getattr(reconstruct_module, phase)
+
+        def watched(student: QuantizedModel, *rest: Any, learn: Any = learn, names: set[str] = names) -> None:
+            by_id = {id(quantizer): name for name, quantizer in student.site_quantizers().items()}
+            quantize = ActivationQuantizer.forward
+            with monkeypatch.context() as patch:
+                patch.setattr(ActivationQuantizer, "forward", lambda site, x: names.add(by_id[id(site)]) or quantize(site, x))
+                learn(student, *rest)
+
+        monkeypatch.setattr(reconstruct_module, phase, watched)
+    run()
+    assert applied == {"_learn_rounding": set(), "_learn_scales": set(calibrated.sites)}
+
+
+def test_an_interrupted_run_resumes_unit_by_unit_to_the_same_result(run: Run, uninterrupted: Checkpoint, tmp_path: Path) -> None:
+    learned: list[str] = []
+    said: list[str] = []
+    state = {"state_path": tmp_path / "state", "learned": learned, "notify": said.append}
+    for done in (1, 2, 7):
+        with pytest.raises(KeyboardInterrupt):
+            run(**state, stop_after=done)
+    resumed = run(**state)
+    everything: list[str] = []
+    again = run(**{**state, "learned": everything})
+    units = len(learned)
+    assert units == len(set(learned))
+    assert everything == []
+    assert said == [f"resuming at unit {done} of {units}" for done in (1, 2, 7, units)]
+    for checkpoint in (resumed, again):
+        assert differences(checkpoint, uninterrupted) == []
+        assert checkpoint.provenance == uninterrupted.provenance
+
+
+def test_a_run_that_is_interrupted_within_a_unit_learns_it_from_its_beginning(
+    run: Run, uninterrupted: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(state_path=tmp_path, stop_after=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reconstruct_module, "_learn_scales", interrupt)
+        run(state_path=tmp_path)
+    assert differences(run(state_path=tmp_path), uninterrupted) == []
+
+
+@pytest.mark.parametrize("what", ["options", "trajectories", "scales", "codes"])
+def test_a_state_of_another_run_is_ignored(
+    run: Run, calibrated: Checkpoint, mini_trajectories: Trajectories, tmp_path: Path, what: str
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(state_path=tmp_path, stop_after=2)
+    site, layer = calibrated.sites["conv_in"], calibrated.layers["conv_in"]
+    other_site = dataclasses.replace(site, scale=site.scale * np.float32(1.1))
+    other_layer = dataclasses.replace(layer, weight_codes=np.clip(layer.weight_codes + 1, -127, 127).astype(np.int8))
+    changes: dict[str, dict[str, Any]] = {
+        "options": {"options": dataclasses.replace(FEW, seed=4)},
+        "trajectories": {"trajectories": dataclasses.replace(mini_trajectories, sample=mini_trajectories.sample + 1e-3)},
+        "scales": {"start": dataclasses.replace(calibrated, sites={**calibrated.sites, "conv_in": other_site})},
+        "codes": {"start": dataclasses.replace(calibrated, layers={**calibrated.layers, "conv_in": other_layer})},
+    }
+    learned: list[str] = []
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(**changes[what], state_path=tmp_path, learned=learned, notify=said.append, stop_after=1)
+    assert len(learned) == 1
+    assert said == [f"warning: {tmp_path / 'unit-0.pt'} is of a run with other options, model or data: it is ignored"]
+
+
+@pytest.mark.parametrize("damage", [flip_byte, truncate, lambda path: path.write_bytes(b"")], ids=["edited", "truncated", "empty"])
+def test_a_damaged_unit_is_learned_again(run: Run, uninterrupted: Checkpoint, tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(state_path=tmp_path, stop_after=3)
+    damage(tmp_path / "unit-1.pt")
+    said: list[str] = []
+    assert differences(run(state_path=tmp_path, notify=said.append), uninterrupted) == []
+    units = len(list(tmp_path.iterdir()))
+    assert said == [f"warning: {tmp_path / 'unit-1.pt'} is damaged: it is ignored", f"resuming at unit 1 of {units}"]
 
 
 def test_no_steps_leave_the_codes_and_scales_alone(start: Checkpoint, mini_unet: nn.Module, mini_trajectories: Trajectories) -> None:

@@ -1,0 +1,117 @@
+"""`calibrate --method qdiff`: its scheme, its options, and how it goes on where it was interrupted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+
+from quest_deploy.checkpoint import load_checkpoint
+from quest_deploy.quant import reconstruct as reconstruct_module
+from quest_deploy.workspace import MANIFEST, Workspace
+from tests.quest_deploy.support import MINI_UNET, Outcome, cli, snapshot
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CALIBRATE = ("--buckets", "2", "--samples", "2", "--steps", "2")
+QDIFF = (
+    *CALIBRATE, "--method", "qdiff",
+    "--reconstruction-samples", "6", "--rounding-steps", "3", "--scale-steps", "2", "--reconstruction-batch", "4",
+)  # fmt: skip
+CALIBRATED = "calibrated.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def mini(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model is a smaller one, with random weights."""
+    config = {**MINI_UNET, "sample_size": 8, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 32}
+    small = UNet2DConditionModel(**config).eval().requires_grad_(False)
+    monkeypatch.setattr("quest_deploy.models.tiny.TinyModel.load_unet", lambda model: small)
+
+
+def test_qdiff_splits_shortcuts_and_finetuning_starts_from_it(tmp_path: Path) -> None:
+    assert cli("calibrate", "-w", tmp_path, *QDIFF).code == 0
+    checkpoint = load_checkpoint(tmp_path / CALIBRATED)
+    assert checkpoint.scheme.split_shortcuts
+    assert list(checkpoint.architecture.split_shortcuts) == [
+        "up_blocks.0.resnets.0.conv_shortcut",
+        "up_blocks.0.resnets.1.conv_shortcut",
+    ]
+    given = {"samples": 6, "rounding_steps": 3, "scale_steps": 2, "batch": 4}
+    assert given.items() <= checkpoint.provenance["reconstruction"].items()
+    assert Workspace.open(tmp_path).stages["calibrate"].options["reconstruction"] == given
+    assert set(snapshot(tmp_path)) == {MANIFEST, CALIBRATED, "trajectories.safetensors"}
+
+    assert cli("finetune", "-w", tmp_path, "--temporal-steps", "2", "--sensitive-steps", "2", "--batch", "2").code == 0
+    tuned = load_checkpoint(tmp_path / "checkpoint.safetensors")
+    assert (tuned.provenance["method"], tuned.provenance["start"]) == ("quest", "qdiff")
+    assert tuned.architecture == checkpoint.architecture
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [((*QDIFF, "--whole-shortcuts"), QDIFF), (CALIBRATE, QDIFF)], ids=["told not to", "workspace without"]
+)
+def test_qdiff_leaves_shortcuts_whole(tmp_path: Path, first: tuple[str, ...], second: tuple[str, ...]) -> None:
+    for options in (first, second):
+        assert cli("calibrate", "-w", tmp_path, *options).code == 0
+        assert not Workspace.open(tmp_path).scheme.split_shortcuts
+    assert load_checkpoint(tmp_path / CALIBRATED).provenance["method"] == "qdiff"
+
+
+@pytest.mark.parametrize("option", ["--reconstruction-samples", "--rounding-steps", "--scale-steps", "--reconstruction-batch"])
+def test_options_of_the_reconstruction_need_qdiff(tmp_path: Path, option: str) -> None:
+    ended = cli("calibrate", "-w", tmp_path / "ws", "--method", "l2.4", option, "3")
+    assert ended.code == 2
+    assert option in ended.message
+    assert "expected --method qdiff" in ended.message
+    assert not (tmp_path / "ws").exists()
+
+
+def content(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Metadata and tensors, which the file itself holds in any order."""
+    with safe_open(path, "np") as file:
+        return file.metadata(), {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118 - no dict
+
+
+def calibrate_until(done: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> Outcome:
+    """Press Ctrl-C when so many units are ``done``."""
+    reconstruct = reconstruct_module.reconstruct
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        def report(name: str, units: int, total: int) -> None:
+            if units == done:
+                raise KeyboardInterrupt
+
+        return reconstruct(*arguments[:4], report, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstruct_module, "reconstruct", interrupted)
+        return cli("calibrate", "-w", root, *QDIFF)
+
+
+def test_an_interrupted_reconstruction_resumes_to_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli("calibrate", "-w", tmp_path / "whole", *QDIFF).code == 0
+    root = tmp_path / "interrupted"
+    ended = calibrate_until(5, root, monkeypatch)
+    assert (ended.code, ended.message.split(";")[0]) == (130, "interrupted")
+    assert set(snapshot(root)) == {MANIFEST, *(f"reconstruct-state/unit-{unit}.pt" for unit in range(5))}
+    resumed = cli("calibrate", "-w", root, *QDIFF)
+    assert resumed.code == 0
+    assert "resuming at unit 5 of " in resumed.err
+    assert content(root / CALIBRATED) == content(tmp_path / "whole" / CALIBRATED)
+    assert set(snapshot(root)) == {MANIFEST, CALIBRATED, "trajectories.safetensors"}
+
+
+def test_an_interrupted_reconstruction_keeps_the_old_calibration_and_another_one_drops_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli("calibrate", "-w", tmp_path, *CALIBRATE).code == 0
+    before = snapshot(tmp_path)
+    assert calibrate_until(1, tmp_path, monkeypatch).code == 130
+    assert before.items() < snapshot(tmp_path).items()
+    assert Workspace.open(tmp_path).require("calibrate")
+    assert cli("calibrate", "-w", tmp_path, *CALIBRATE).code == 0
+    assert snapshot(tmp_path).keys() == before.keys()
