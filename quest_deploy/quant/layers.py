@@ -282,6 +282,30 @@ class QuantizedLinear(QuantizedLayer):
         return F.linear(x, weight, self.bias)
 
 
+class QuantizedPointwise(QuantizedLinear):
+    """A Linear that sums as a Conv1d of size 1 does: what the layers of CompVis's attention blocks are."""
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [B, N, C] -> [B, N, O]; a vector [B, C] is no attention block's."""
+        if x.dim() != 3:
+            return super().compute(x, weight)
+        return F.conv1d(x.transpose(1, 2), weight[..., None], self.bias).transpose(1, 2)
+
+
+class QuantizedSplit(nn.Module):
+    """The halves of a split shortcut, each quantized by itself, in one convolution: one sum over both, as the official code's."""
+
+    def __init__(self, first: QuantizedLayer, second: QuantizedLayer) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, O, H', W']."""
+        halves, inputs = (self.first, self.second), x.split([self.first.weight.shape[1], self.second.weight.shape[1]], dim=1)
+        quantized = torch.cat([half.site(part) for half, part in zip(halves, inputs, strict=True)], dim=1)
+        return self.first.compute(quantized, torch.cat([half.rounded_weight() for half in halves], dim=1))
+
+
 class QuantizedProduct(nn.Module):
     """A product of two activations, one or both of them fake-quantized.
 
@@ -299,5 +323,23 @@ class QuantizedProduct(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """a^ [B, heads, M, N] @ b^ [B, heads, N, P]."""
         first, second = (x if quantizer is None else quantizer(x) for x, quantizer in zip((a, b), self.quantizers, strict=True))
+        return self.compute(first, second)
+
+    def compute(self, first: Tensor, second: Tensor) -> Tensor:
+        """The float product itself, without its quantizers."""
         result: Tensor = first @ second
         return result
+
+
+class QuantizedTransformerScores(QuantizedProduct):
+    """q k^T with k laid out as in CompVis's spatial transformers, [B, heads, N, d], on which the order of the sums depends."""
+
+    def compute(self, first: Tensor, second: Tensor) -> Tensor:
+        return super().compute(first, second.transpose(2, 3).contiguous().transpose(2, 3))
+
+
+class QuantizedBlockMix(QuantizedProduct):
+    """softmax v, summed as v^T softmax^T: what torch makes of the einsum in CompVis's attention blocks."""
+
+    def compute(self, first: Tensor, second: Tensor) -> Tensor:
+        return super().compute(second.transpose(2, 3), first.transpose(2, 3)).transpose(2, 3)

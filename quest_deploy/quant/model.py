@@ -10,17 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.checkpoint import Architecture, Checkpoint, ConvGeometry, FreeSiteData, LayerData, SiteData
+from quest_deploy.checkpoint import Architecture, Checkpoint, ConvGeometry, FreeSiteData, LayerData, ScoreScale, SiteData
 from quest_deploy.errors import InputError
+from quest_deploy.models.registry import IMPORTED
 from quest_deploy.quant.affine import WeightGrid, bucket_of, per_sample, weight_codes
 from quest_deploy.quant.layers import (
     ActivationQuantizer,
     BucketState,
     FreeActivationQuantizer,
+    QuantizedBlockMix,
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
+    QuantizedPointwise,
     QuantizedProduct,
+    QuantizedSplit,
+    QuantizedTransformerScores,
     SiteQuantizer,
 )
 from quest_deploy.quant.prepare import prepare, set_heads
@@ -62,10 +67,14 @@ class QuantizedModel(nn.Module):
                     self._swap(checkpoint.layers[name], quantizers[site.name], unrounded=unrounded)
         for product in checkpoint.products.values():
             first, second = (None if site is None else quantizers[site] for site in product.sites)
-            set_submodule(self.model, product.name, QuantizedProduct((first, second)))
+            set_submodule(self.model, product.name, self._product_class(product.name)((first, second)))
         for name, layer in self.quantized_layers().items():
             if name.rpartition(".")[2] == PROJECTION and isinstance(layer, QuantizedConv2d):
                 layer.register_forward_pre_hook(_channels_last)
+        if checkpoint.model == IMPORTED:
+            layers = self.quantized_layers()
+            for name in checkpoint.architecture.split_shortcuts:
+                set_submodule(self.model, name, QuantizedSplit(layers[f"{name}.first"], layers[f"{name}.second"]))
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, teacher: nn.Module | None = None) -> QuantizedModel:
@@ -102,9 +111,21 @@ class QuantizedModel(nn.Module):
         if isinstance(layer, nn.Conv2d):
             set_submodule(self.model, data.name, QuantizedConv2d(layer, weight, grid, site))
         elif isinstance(layer, nn.Linear):
-            set_submodule(self.model, data.name, QuantizedLinear(layer, weight, grid, site))
+            of_blocks = self.checkpoint.architecture.attention is ScoreScale.OPERANDS
+            kind = QuantizedPointwise if of_blocks else QuantizedLinear
+            set_submodule(self.model, data.name, kind(layer, weight, grid, site))
         else:
             raise InputError(f"layer {data.name}: expected Conv2d or Linear, found {type(layer).__name__}")
+
+    def _product_class(self, name: str) -> type[QuantizedProduct]:
+        """What sums in the order of the model: an imported one gives the official results to the bit."""
+        if self.checkpoint.model == IMPORTED:
+            match self.checkpoint.architecture.attention, name.rpartition(".")[2]:
+                case ScoreScale.PRODUCT, "scores":
+                    return QuantizedTransformerScores
+                case ScoreScale.OPERANDS, "mix":
+                    return QuantizedBlockMix
+        return QuantizedProduct
 
     def bucket_of(self, timestep: Tensor) -> Tensor:
         """The bucket of each timestep [B], int64 [B]: the number of edges <= t."""

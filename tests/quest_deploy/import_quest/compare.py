@@ -22,12 +22,14 @@ class Comparison:
     Attributes:
         codes: quantizers that gave other codes for the official quantizer's own input.
         layers: the largest relative error of each layer, given the official layer's own input.
+        inputs: quantizers that saw other values end to end, be it in the last bit, where every code before them was the official one.
         flips: for every code that differed end to end, how far the official value lay from a rounding tie, in ulp.
         output: the relative error end to end, each flipped code set to the official one.
     """
 
     codes: list[str] = field(default_factory=list)
     layers: dict[str, float] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
     flips: list[float] = field(default_factory=list)
     output: float = math.nan
 
@@ -52,6 +54,8 @@ def compare(
             # Calling forward itself passes by this hook.
             if not torch.equal(site.forward(x), value := codes * site.step(x, site.current_bucket())):
                 found.codes.append(name)
+            if not torch.equal(args[0], x):
+                found.inputs.append(name)
             flipped = result != value
             found.flips.extend(_ulps_from_tie(ratio[flipped]).tolist())
             return torch.where(flipped, value, result)
