@@ -71,22 +71,24 @@ def judged(results: Mapping[Cell, Result | None], seeds: Sequence[int]) -> list[
         better = _distances(claim.better, claim.better_bits, results, seeds)
         worse = _distances(claim.worse, claim.worse_bits, results, seeds)
         shown = [f"{np.mean(values):.2f}" if values else "not run" for values in (better, worse)]
-        rows.append((claim.text, shown[0], shown[1], _verdict(better, worse)))
+        rows.append((claim.text, shown[0], shown[1], _verdict(better, worse, len(seeds))))
     quest = _distances("quest", ABLATION_BITS, results, seeds)
-    reached = ("reached" if np.mean(quest) <= AIM else "**missed**") if len(quest) > 1 else "open"
+    reached = _verdict(quest, [AIM] * len(quest), len(seeds))
+    if not reached.startswith("open"):
+        reached = "reached" if np.mean(quest) <= AIM else "**missed**"
     rows.append((AIM_TEXT, f"{np.mean(quest):.2f}" if quest else "not run", str(AIM), reached))
     return rows
 
 
 def _distances(row: str, bits: str, results: Mapping[Cell, Result | None], seeds: Sequence[int]) -> list[float]:
-    """By seed; nothing where a cell is not run."""
+    """Of the seeds that are run."""
     found = [results.get(cell) for cell in cells_of(row, bits, seeds)]
-    return [result.quality.frechet_distance for result in found if result is not None] if all(found) else []
+    return [result.quality.frechet_distance for result in found if result is not None]
 
 
-def _verdict(better: Sequence[float], worse: Sequence[float]) -> str:
-    if len(better) < 2 or len(worse) < 2:
-        return "open"
+def _verdict(better: Sequence[float], worse: Sequence[float], seeds: int) -> str:
+    if min(len(better), len(worse)) < max(seeds, 2):
+        return f"open: {min(len(better), len(worse))} of {max(seeds, 2)} seeds"
     if max(better) < min(worse):
         return "holds"
     if min(better) > max(worse):
