@@ -42,7 +42,8 @@ class Record:
     """A record with its tensors: ``input.*`` and ``output`` [2, ...]; ``bucket`` [4], ``site.*``, ``layer.*`` (of layers and of
     products) and ``operand.*`` (a product's float ones) [4, ...].
 
-    The first two of the four rows are the two samples' real activations, the others the probes of the same buckets.
+    The first two of the four rows are the two samples' real activations, the others the probes of the same buckets. The real ones
+    are those of a pass in which every tie was moved, and ``untied_output`` [2, ...] is what that pass gave.
     """
 
     entry: RecordEntry

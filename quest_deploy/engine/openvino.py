@@ -86,7 +86,8 @@ class _OpenVinoRunner(Runner):
             results = request.infer(input_arrays(feeds))
         except RuntimeError as e:
             raise QuestDeployError(f"openvino failed: {e}") from e
-        return {output.get_any_name(): value.copy() for output, value in results.items()}
+        copies = [(output.get_names(), value.copy()) for output, value in results.items()]
+        return {name: value for names, value in copies for name in names}  # equal outputs are one that has all their names
 
     def _request(self, shapes: Shapes) -> Any:
         if shapes not in self._requests:

@@ -1,9 +1,11 @@
-"""Verify an engine: the choice of the bucket, every layer with the reference's own inputs, and the whole model.
+"""Verify an engine: the choice of the bucket, every layer and all between them with the reference's own values, the whole model.
 
 Two correct runtimes differ in the last bit of a float; where that bit decides a rounding tie, a code flips, and in a deep 4-bit
 network one flip grows to percents at the output. So the sharp test is per layer: each layer, cut out of the lowered graph, gets the
 reference's inputs (teacher forcing), so that nothing can hide behind an earlier flip. Every code mismatch must be explained by a tie.
-The end-to-end error is judged against the reference model's own sensitivity to last-bit differences.
+What the layers leave (norms, SiLU, softmax, residual sums) is tested likewise: a segment is all that is computed in float from layers'
+outputs to one site's input, and gets the reference's outputs. The end-to-end error is judged against the reference model's own
+sensitivity to last-bit differences; where that is large, end to end proves nothing, and layers and segments decide.
 """
 
 from __future__ import annotations
@@ -16,17 +18,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporters.graph_info import BUCKET, GraphInfo, SiteInfo, graph_info, load_graph, save_graph
-from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_product
+from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_product, cut_segments
 from quest_deploy.engine.base import LOWERED, EngineOptions, no_progress, open_engine
 from quest_deploy.errors import InputError
 from quest_deploy.reference_files import load_reference
 from quest_deploy.verify.judge import (
+    INFORMATIVE,
     LAYER_TOLERANCE,
+    ROUNDING_FACTOR,
+    SEGMENT_TOLERANCE,
     SENSITIVITY_FACTOR,
     CodeMismatches,
     compare_codes,
     layer_error,
     relative_error,
+    segment_error,
 )
 from quest_deploy.verify.runners import compare
 
@@ -63,8 +69,18 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
+class SegmentResult:
+    """The float part in front of a site, product or the output: its worst relative error, that one's bucket, and what is allowed."""
+
+    segment: str
+    error: float
+    bucket: int
+    tolerance: float
+
+
+@dataclass(frozen=True)
 class BucketResult:
-    """One bucket: its codes over all sites, its worst layer, and the whole model at one timestep of it."""
+    """One bucket: its codes over all sites, its worst layer and segment, and the whole model at one timestep of it."""
 
     bucket: int
     timestep: float
@@ -72,6 +88,7 @@ class BucketResult:
     mismatches: int
     unexplained: int
     layer_error: float
+    segment_error: float
     end_to_end_error: float
 
 
@@ -82,6 +99,7 @@ class Verification:
     Attributes:
         wrong_buckets: timesteps, of those tried around every edge, whose bucket the engine chose wrongly.
         end_to_end_tolerance: twice the model's own largest sensitivity to last-bit differences, or a layer's tolerance.
+        end_to_end_informative: whether that is at most 5%; above, the verdict rests on layers and segments.
         problems: why it fails, in words; empty if it passes.
     """
 
@@ -89,9 +107,11 @@ class Verification:
     wrong_buckets: list[float]
     sites: list[SiteResult]
     layers: list[LayerResult]
+    segments: list[SegmentResult]
     buckets: list[BucketResult]
     layer_tolerance: float
     end_to_end_tolerance: float
+    end_to_end_informative: bool
     problems: list[str]
 
     @property
@@ -119,7 +139,8 @@ def verify_engine(
     lowered = load_graph(engine / LOWERED)
     info = graph_info(lowered)
     records, tables = load_reference(reference)
-    if not {f"layer.{layer}.y" for layer in (*info.layers, *info.products)} <= records[0].tensors.keys() or set(info.sites) != {
+    needed = {"untied_output", *(f"layer.{layer}.y" for layer in (*info.layers, *info.products))}
+    if not needed <= records[0].tensors.keys() or set(info.sites) != {
         name.removesuffix(".scale") for name in tables if name.endswith(".scale")
     }:
         raise InputError(f"{reference} is the reference of another model; run `quest-deploy reference` again")
@@ -127,16 +148,18 @@ def verify_engine(
     wrong = _check_buckets(build, lowered, info.scheme)
     codes: dict[str, list[list[CodeMismatches]]] = {}
     errors: dict[str, list[NDArray[np.float32]]] = {}
-    total = len(info.sites) + len(info.layers) + len(info.products)
+    total = len(info.sites) + len(info.layers) + len(info.products) + 1
     for i, site in enumerate(info.sites):
         codes[site] = _check_codes(build, lowered, info, site, records, tables)
         on_progress("sites", i + 1, total)
     for i, layer in enumerate((*info.layers, *info.products)):
         errors[layer] = _check_layer(build, lowered, info, layer, records)
         on_progress("layers", len(info.sites) + i + 1, total)
+    segments = _check_segments(build, lowered, info, records)
+    on_progress("segments", total, total)
     end_to_end = _check_end_to_end(backend, engine, records)
     tolerance = max(LAYER_TOLERANCE, SENSITIVITY_FACTOR * max(max(record.entry.sensitivity) for record in records))
-    return _summarize(backend.name, info, records, wrong, codes, errors, end_to_end, tolerance)
+    return _summarize(backend.name, info, records, wrong, codes, errors, segments, end_to_end, tolerance)
 
 
 class _CutBuilder:
@@ -219,6 +242,53 @@ def _check_layer(
     return np.split(layer_error(y, reference, 1 if y.ndim == 4 else y.ndim - 1), len(records))
 
 
+@dataclass(frozen=True)
+class _Segment:
+    """A segment's relative error in each record's two samples [records, 2], and what is allowed."""
+
+    errors: NDArray[np.float32]
+    tolerance: float
+
+
+def _check_segments(build: _CutBuilder, lowered: ir.Model, info: GraphInfo, records: list[Record]) -> dict[str, _Segment]:
+    """All segments at once: they are one graph, run record by record.
+
+    It runs once more with its inputs changed in the last bit. What that changes, and what the reference says of its own rounding, is
+    how well a segment is determined at all: the sine of a large timestep is not to 3e-5, nor a norm of values far from zero.
+    """
+    cut = cut_segments(lowered, info)
+    results = {entry.output: f"layer.{name}.y" for name, entry in (info.layers | info.products).items()}
+    places = {value.name: ("output", "untied_output", 1) for value in lowered.graph.outputs}
+    for name, product in info.products.items():
+        places |= {x: (name, f"operand.{name}.{i}", -1) for i, x in enumerate(product.inputs)}
+    places |= {site.input: (name, f"site.{name}.x", site.axis) for name, site in info.sites.items()}
+    outputs = [name for name in places if name in {value.name for value in cut.graph.outputs}]
+    found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in outputs}
+    limits = dict.fromkeys(outputs, 0.0)
+    generator = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(prefix="quest-deploy-") as folder, build(cut, Path(folder))() as runner:
+        for record in records:
+            given = {name: record.tensors[key][:2] for name, key in results.items()} | record.inputs
+            feeds = {str(value.name): given[str(value.name)] for value in cut.graph.inputs}
+            mine = runner.infer(feeds)
+            moved = runner.infer({name: _last_bit_changed(value, generator) for name, value in feeds.items()})
+            for name in outputs:
+                place, key, axis = places[name]
+                expected = record.tensors[key][:2]
+                found[name].append(segment_error(mine[name], expected, axis))
+                unsure = [*segment_error(moved[name], mine[name], axis), *record.tensors.get(f"site.{place}.rounding", ())]
+                limits[name] = max(limits[name], *map(float, unsure))
+    return {
+        places[name][0]: _Segment(np.stack(found[name]), max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * limits[name])) for name in outputs
+    }
+
+
+def _last_bit_changed(x: NDArray[Any], generator: np.random.Generator) -> NDArray[Any]:
+    if x.dtype != np.float32:
+        return x
+    return np.nextafter(x, np.where(generator.random(x.shape) < 0.5, np.float32(-np.inf), np.float32(np.inf)))
+
+
 def _check_end_to_end(backend: Backend, engine: Path, records: list[Record]) -> list[NDArray[np.float32]]:
     feeds = [r.inputs for r in records]
     expected = [{"output": r.tensors["output"]} for r in records]
@@ -233,6 +303,7 @@ def _summarize(
     wrong: list[float],
     codes: dict[str, list[list[CodeMismatches]]],
     errors: dict[str, list[NDArray[np.float32]]],
+    segments: dict[str, _Segment],
     end_to_end: list[NDArray[np.float32]],
     tolerance: float,
 ) -> Verification:
@@ -255,12 +326,19 @@ def _summarize(
                 record.entry.timesteps[sample],
                 **asdict(found),
                 layer_error=worst,
+                segment_error=max((float(segment.errors[i, sample]) for segment in segments.values()), default=0.0),
                 end_to_end_error=float(end_to_end[i][sample]),
             )
             buckets[bucket] = result if bucket not in buckets else _merged(buckets[bucket], result)
-    problems = _problems(wrong, sites, layers, list(buckets.values()), info.scheme.buckets, tolerance)
+    between = []
+    for name, segment in segments.items():
+        record_of_worst, sample = np.unravel_index(segment.errors.argmax(), segment.errors.shape)
+        bucket = records[record_of_worst].entry.buckets[sample]
+        between.append(SegmentResult(name, float(segment.errors.max()), bucket, segment.tolerance))
+    problems = _problems(wrong, sites, layers, between, list(buckets.values()), info.scheme.buckets, tolerance)
     ordered = [buckets[b] for b in sorted(buckets)]
-    return Verification(backend, wrong, sites, layers, ordered, LAYER_TOLERANCE, tolerance, problems)
+    informative = tolerance <= INFORMATIVE
+    return Verification(backend, wrong, sites, layers, between, ordered, LAYER_TOLERANCE, tolerance, informative, problems)
 
 
 def _merged(a: BucketResult, b: BucketResult) -> BucketResult:
@@ -273,6 +351,7 @@ def _merged(a: BucketResult, b: BucketResult) -> BucketResult:
         a.mismatches + b.mismatches,
         a.unexplained + b.unexplained,
         max(a.layer_error, b.layer_error),
+        max(a.segment_error, b.segment_error),
         worse.end_to_end_error,
     )
 
@@ -281,6 +360,7 @@ def _problems(
     wrong: list[float],
     sites: list[SiteResult],
     layers: list[LayerResult],
+    segments: list[SegmentResult],
     buckets: list[BucketResult],
     expected_buckets: int,
     tolerance: float,
@@ -295,6 +375,11 @@ def _problems(
         f"layer {x.layer}: relative error {x.error:.1e} in bucket {x.bucket}, above {LAYER_TOLERANCE:.0e}"
         for x in layers
         if not x.error <= LAYER_TOLERANCE
+    ]
+    problems += [
+        f"segment before {x.segment}: relative error {x.error:.1e} in bucket {x.bucket}, above {x.tolerance:.0e}"
+        for x in segments
+        if not x.error <= x.tolerance
     ]
     problems += [
         f"bucket {b.bucket}: end-to-end error {b.end_to_end_error:.1e} at t = {b.timestep:g}, above {tolerance:.1e}"
