@@ -11,6 +11,7 @@ sensitivity to last-bit differences; where that is large, end to end proves noth
 from __future__ import annotations
 
 import tempfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ from quest_deploy.verify.judge import (
 from quest_deploy.verify.runners import compare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -163,19 +164,28 @@ def verify_engine(
 
 
 class _CutBuilder:
-    """Builds a cut as the engine was built, and gives a function that opens it."""
+    """Builds a cut as the engine was built, and runs it."""
 
     def __init__(self, backend: Backend, options: EngineOptions) -> None:
         self.backend, self.options = backend, options
 
-    def __call__(self, model: ir.Model, folder: Path) -> Callable[[], Runner]:
-        save_graph(model, folder / LOWERED)
-        self.backend.compile(folder / LOWERED, folder, self.options, no_progress)
-        return lambda: self.backend.open(folder, self.options)
-
     def run(self, model: ir.Model, feeds: list[Arrays], expected: list[Arrays]) -> list[tuple[Arrays, Arrays]]:
-        with tempfile.TemporaryDirectory(prefix="quest-deploy-") as folder:
-            return compare(self.backend.name, self(model, Path(folder)), feeds, expected)
+        with self._compiled(model) as folder:
+            return compare(self.backend.name, lambda: self.backend.open(folder, self.options), feeds, expected)
+
+    @contextmanager
+    def open_segments(self, model: ir.Model) -> Iterator[Runner]:
+        """The segments' graph, ready to run."""
+        with self._compiled(model) as folder, self.backend.open_segments(folder, self.options) as runner:
+            yield runner
+
+    @contextmanager
+    def _compiled(self, model: ir.Model) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="quest-deploy-") as name:
+            folder = Path(name)
+            save_graph(model, folder / LOWERED)
+            self.backend.compile(folder / LOWERED, folder, self.options, no_progress)
+            yield folder
 
 
 def _check_buckets(build: _CutBuilder, lowered: ir.Model, scheme: Scheme) -> list[float]:
@@ -266,7 +276,7 @@ def _check_segments(build: _CutBuilder, lowered: ir.Model, info: GraphInfo, reco
     found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in outputs}
     limits = dict.fromkeys(outputs, 0.0)
     generator = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory(prefix="quest-deploy-") as folder, build(cut, Path(folder))() as runner:
+    with build.open_segments(cut) as runner:
         for record in records:
             given = {name: record.tensors[key][:2] for name, key in results.items()} | record.inputs
             feeds = {str(value.name): given[str(value.name)] for value in cut.graph.inputs}
@@ -279,7 +289,7 @@ def _check_segments(build: _CutBuilder, lowered: ir.Model, info: GraphInfo, reco
                 unsure = [*segment_error(moved[name], mine[name], axis), *record.tensors.get(f"site.{place}.rounding", ())]
                 limits[name] = max(limits[name], *map(float, unsure))
     return {
-        places[name][0]: _Segment(np.stack(found[name]), max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * limits[name])) for name in outputs
+        places[name][0]: _Segment(np.stack(found[name]), max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(limits[name], 1.0))) for name in outputs
     }
 
 
