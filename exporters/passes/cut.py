@@ -37,10 +37,10 @@ def cut_segments(model: ir.Model, info: GraphInfo) -> ir.Model:
 
     A value that is both, as a site that reads the model's input itself, is left out: nothing is computed between.
     """
-    given = [*(value.name for value in model.graph.inputs), *(entry.output for entry in (info.layers | info.products).values())]
+    given = [*(str(value.name) for value in model.graph.inputs), *(entry.output for entry in (info.layers | info.products).values())]
     wanted = [site.input for site in info.sites.values()]
     wanted += [name for product in info.products.values() for name in product.inputs]
-    wanted += [value.name for value in model.graph.outputs]
+    wanted += [str(value.name) for value in model.graph.outputs]
     cut = _cut(model, given, [name for name in dict.fromkeys(wanted) if name not in given])
     for value in list(cut.graph.inputs):
         if not value.uses():

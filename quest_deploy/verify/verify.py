@@ -253,6 +253,15 @@ def _check_layer(
 
 
 @dataclass(frozen=True)
+class _End:
+    """Where a segment ends: its site, product or "output", the reference's tensor of its value, and that one's channel axis."""
+
+    name: str
+    key: str
+    axis: int
+
+
+@dataclass(frozen=True)
 class _Segment:
     """A segment's relative error in each record's two samples [records, 2], and what is allowed."""
 
@@ -268,35 +277,38 @@ def _check_segments(build: _CutBuilder, lowered: ir.Model, info: GraphInfo, reco
     """
     cut = cut_segments(lowered, info)
     results = {entry.output: f"layer.{name}.y" for name, entry in (info.layers | info.products).items()}
-    places = {value.name: ("output", "untied_output", 1) for value in lowered.graph.outputs}
-    for name, product in info.products.items():
-        places |= {x: (name, f"operand.{name}.{i}", -1) for i, x in enumerate(product.inputs)}
-    places |= {site.input: (name, f"site.{name}.x", site.axis) for name, site in info.sites.items()}
-    outputs = [name for name in places if name in {value.name for value in cut.graph.outputs}]
-    found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in outputs}
-    limits = dict.fromkeys(outputs, 0.0)
+    ends = [(site.input, _End(name, f"site.{name}.x", site.axis)) for name, site in info.sites.items()]
+    ends += [
+        (x, _End(name, f"operand.{name}.{i}", -1)) for name, product in info.products.items() for i, x in enumerate(product.inputs)
+    ]
+    ends += [(str(value.name), _End("output", "untied_output", 1)) for value in lowered.graph.outputs]
+    computed = {value.name for value in cut.graph.outputs}
+    # The first of those at one value: sites of one tensor are one segment, and a product's operand may be a site's input.
+    segments = {value: end for value, end in reversed(ends) if value in computed}
+    errors: dict[str, list[NDArray[np.float32]]] = {value: [] for value in segments}
+    rounding = dict.fromkeys(segments, 0.0)
     generator = np.random.default_rng(0)
     with build.open_segments(cut) as runner:
         for record in records:
-            given = {name: record.tensors[key][:2] for name, key in results.items()} | record.inputs
+            given = {value: record.tensors[key][:2] for value, key in results.items()} | record.inputs
             feeds = {str(value.name): given[str(value.name)] for value in cut.graph.inputs}
             mine = runner.infer(feeds)
-            moved = runner.infer({name: _last_bit_changed(value, generator) for name, value in feeds.items()})
-            for name in outputs:
-                place, key, axis = places[name]
-                expected = record.tensors[key][:2]
-                found[name].append(segment_error(mine[name], expected, axis))
-                unsure = [*segment_error(moved[name], mine[name], axis), *record.tensors.get(f"site.{place}.rounding", ())]
-                limits[name] = max(limits[name], *map(float, unsure))
+            moved = runner.infer({value: _last_bit_changed(x, generator) for value, x in feeds.items()})
+            for value, end in segments.items():
+                errors[value].append(segment_error(mine[value], record.tensors[end.key][:2], end.axis))
+                noise = [*segment_error(moved[value], mine[value], end.axis), *record.tensors.get(f"site.{end.name}.rounding", ())]
+                rounding[value] = max(rounding[value], *map(float, noise))
     return {
-        places[name][0]: _Segment(np.stack(found[name]), max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(limits[name], 1.0))) for name in outputs
+        end.name: _Segment(np.stack(errors[value]), max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(rounding[value], 1.0)))
+        for value, end in reversed(segments.items())
     }
 
 
 def _last_bit_changed(x: NDArray[Any], generator: np.random.Generator) -> NDArray[Any]:
     if x.dtype != np.float32:
         return x
-    return np.nextafter(x, np.where(generator.random(x.shape) < 0.5, np.float32(-np.inf), np.float32(np.inf)))
+    changed: NDArray[Any] = np.nextafter(x, np.where(generator.random(x.shape) < 0.5, np.float32(-np.inf), np.float32(np.inf)))
+    return changed
 
 
 def _check_end_to_end(backend: Backend, engine: Path, records: list[Record]) -> list[NDArray[np.float32]]:
@@ -342,8 +354,8 @@ def _summarize(
             buckets[bucket] = result if bucket not in buckets else _merged(buckets[bucket], result)
     between = []
     for name, segment in segments.items():
-        record_of_worst, sample = np.unravel_index(segment.errors.argmax(), segment.errors.shape)
-        bucket = records[record_of_worst].entry.buckets[sample]
+        which, sample = divmod(int(segment.errors.argmax()), 2)
+        bucket = records[which].entry.buckets[sample]
         between.append(SegmentResult(name, float(segment.errors.max()), bucket, segment.tolerance))
     problems = _problems(wrong, sites, layers, between, list(buckets.values()), info.scheme.buckets, tolerance)
     ordered = [buckets[b] for b in sorted(buckets)]
