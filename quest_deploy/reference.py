@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from quest_deploy.files import write_json
 from quest_deploy.quant.layers import ActivationQuantizer, FreeActivationQuantizer, QuantizedLayer, QuantizedProduct, QuantizedSplit
-from quest_deploy.reference_files import INDEX, TABLES, TIE_ULPS, RecordEntry
+from quest_deploy.reference_files import INDEX, OUTPUT, TABLES, TIE_ULPS, RecordEntry
 from quest_deploy.verify.judge import segment_error
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], record: int
     finally:
         for handle in handles:
             handle.remove()
-    tensors |= _rounding(model, inputs, seen, results)
+    tensors |= _rounding(model, inputs, {**seen, OUTPUT: tensors["untied_output"]}, operands, results, record)
 
     def with_probes(module: nn.Module, y: Tensor) -> Tensor:
         """y [4, ...] with the rows that the pass itself gave, to the bit; the halves of a joint shortcut gave none."""
@@ -161,22 +161,45 @@ def _quantized(model: QuantizedModel) -> list[nn.Module]:
 
 
 def _rounding(
-    model: QuantizedModel, inputs: dict[str, Tensor], seen: dict[str, Tensor], results: dict[nn.Module, Tensor]
+    model: QuantizedModel,
+    inputs: dict[str, Tensor],
+    seen: dict[str, Tensor],
+    operands: dict[str, tuple[Tensor, ...]],
+    results: dict[nn.Module, Tensor],
+    seed: int,
 ) -> dict[str, Tensor]:
-    """How far each site's input [2, ...] is from what float64 makes of the same layers' outputs: the error of the float part itself."""
+    """How well the float part before each site, product and the output is determined: float32 [2], relative.
+
+    The change that float64 makes there when the model's inputs and the layers' outputs are moved to a float32 next to them. The sine
+    of a large timestep is not determined to 1e-4, nor a norm of values far from zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
     rounding: dict[str, Tensor] = {}
 
-    def compare(name: str, site: SiteQuantizer, x: Tensor) -> None:
-        rounding[f"site.{name}.rounding"] = torch.from_numpy(segment_error(seen[name].numpy(), x.numpy(), site.axis))
+    def moved(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        towards = torch.where(torch.rand(x.shape, generator=generator) < 0.5, -torch.inf, torch.inf)
+        return torch.nextafter(x, towards).double()
+
+    def compare(name: str, x: Tensor, expected: Tensor, axis: int) -> None:
+        error = torch.from_numpy(segment_error(expected.numpy(), x.numpy(), axis))
+        rounding[f"rounding.{name}"] = torch.maximum(error, rounding.get(f"rounding.{name}", error))
+
+    def compare_operands(name: str, args: tuple[Tensor, ...]) -> None:
+        for x, expected in zip(args, operands[name], strict=True):
+            compare(name, x, expected, -1)
 
     handles: list[Any] = []
     for name, site in model.site_quantizers().items():
-        handles.append(site.register_forward_pre_hook(lambda module, args, name=name: compare(name, module, args[0])))
+        handles.append(site.register_forward_pre_hook(lambda module, args, name=name: compare(name, args[0], seen[name], module.axis)))
+    for name, product in model.quantized_products().items():
+        handles.append(product.register_forward_pre_hook(lambda module, args, name=name: compare_operands(name, args)))
     for module in results:
-        handles.append(module.register_forward_hook(lambda module, args, y: results[module].double()))
+        handles.append(module.register_forward_hook(lambda module, args, y: moved(results[module])))
     model.double()
     try:
-        model(**{name: value.double() for name, value in inputs.items()})
+        compare(OUTPUT, model(**{name: moved(value) for name, value in inputs.items()}), seen[OUTPUT], 1)
     finally:
         model.float()
         for handle in handles:

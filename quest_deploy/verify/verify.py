@@ -22,7 +22,7 @@ from exporters.graph_info import BUCKET, GraphInfo, SiteInfo, graph_info, load_g
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_product, cut_segments
 from quest_deploy.engine.base import LOWERED, EngineOptions, no_progress, open_engine
 from quest_deploy.errors import InputError
-from quest_deploy.reference_files import load_reference
+from quest_deploy.reference_files import OUTPUT, load_reference
 from quest_deploy.verify.judge import (
     INFORMATIVE,
     LAYER_TOLERANCE,
@@ -140,11 +140,13 @@ def verify_engine(
     lowered = load_graph(engine / LOWERED)
     info = graph_info(lowered)
     records, tables = load_reference(reference)
-    needed = {"untied_output", *(f"layer.{layer}.y" for layer in (*info.layers, *info.products))}
+    results = (*info.layers, *info.products)
+    needed = {"untied_output", *(f"layer.{name}.y" for name in results)}
+    needed |= {f"rounding.{name}" for name in (*info.sites, *info.products, OUTPUT)}
     if not needed <= records[0].tensors.keys() or set(info.sites) != {
         name.removesuffix(".scale") for name in tables if name.endswith(".scale")
     }:
-        raise InputError(f"{reference} is the reference of another model; run `quest-deploy reference` again")
+        raise InputError(f"{reference} is the reference of another model or version; run `quest-deploy reference` again")
     build = _CutBuilder(backend, options)
     wrong = _check_buckets(build, lowered, info.scheme)
     codes: dict[str, list[list[CodeMismatches]]] = {}
@@ -153,7 +155,7 @@ def verify_engine(
     for i, site in enumerate(info.sites):
         codes[site] = _check_codes(build, lowered, info, site, records, tables)
         on_progress("sites", i + 1, total)
-    for i, layer in enumerate((*info.layers, *info.products)):
+    for i, layer in enumerate(results):
         errors[layer] = _check_layer(build, lowered, info, layer, records)
         on_progress("layers", len(info.sites) + i + 1, total)
     segments = _check_segments(build, lowered, info, records)
@@ -254,7 +256,7 @@ def _check_layer(
 
 @dataclass(frozen=True)
 class _End:
-    """Where a segment ends: its site, product or "output", the reference's tensor of its value, and that one's channel axis."""
+    """Where a segment ends: its site, product or the output, the reference's tensor of its value, and that one's channel axis."""
 
     name: str
     key: str
@@ -270,45 +272,29 @@ class _Segment:
 
 
 def _check_segments(build: _CutBuilder, lowered: ir.Model, info: GraphInfo, records: list[Record]) -> dict[str, _Segment]:
-    """All segments at once: they are one graph, run record by record.
-
-    It runs once more with its inputs changed in the last bit. What that changes, and what the reference says of its own rounding, is
-    how well a segment is determined at all: the sine of a large timestep is not to 3e-5, nor a norm of values far from zero.
-    """
+    """All segments at once: they are one graph, run record by record."""
     cut = cut_segments(lowered, info)
     results = {entry.output: f"layer.{name}.y" for name, entry in (info.layers | info.products).items()}
     ends = [(site.input, _End(name, f"site.{name}.x", site.axis)) for name, site in info.sites.items()]
     ends += [
         (x, _End(name, f"operand.{name}.{i}", -1)) for name, product in info.products.items() for i, x in enumerate(product.inputs)
     ]
-    ends += [(str(value.name), _End("output", "untied_output", 1)) for value in lowered.graph.outputs]
+    ends += [(str(value.name), _End(OUTPUT, "untied_output", 1)) for value in lowered.graph.outputs]
     computed = {value.name for value in cut.graph.outputs}
     # The first of those at one value: sites of one tensor are one segment, and a product's operand may be a site's input.
     segments = {value: end for value, end in reversed(ends) if value in computed}
     errors: dict[str, list[NDArray[np.float32]]] = {value: [] for value in segments}
-    rounding = dict.fromkeys(segments, 0.0)
-    generator = np.random.default_rng(0)
     with build.open_segments(cut) as runner:
         for record in records:
             given = {value: record.tensors[key][:2] for value, key in results.items()} | record.inputs
-            feeds = {str(value.name): given[str(value.name)] for value in cut.graph.inputs}
-            mine = runner.infer(feeds)
-            moved = runner.infer({value: _last_bit_changed(x, generator) for value, x in feeds.items()})
+            mine = runner.infer({str(value.name): given[str(value.name)] for value in cut.graph.inputs})
             for value, end in segments.items():
                 errors[value].append(segment_error(mine[value], record.tensors[end.key][:2], end.axis))
-                noise = [*segment_error(moved[value], mine[value], end.axis), *record.tensors.get(f"site.{end.name}.rounding", ())]
-                rounding[value] = max(rounding[value], *map(float, noise))
-    return {
-        end.name: _Segment(np.stack(errors[value]), max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(rounding[value], 1.0)))
-        for value, end in reversed(segments.items())
-    }
-
-
-def _last_bit_changed(x: NDArray[Any], generator: np.random.Generator) -> NDArray[Any]:
-    if x.dtype != np.float32:
-        return x
-    changed: NDArray[Any] = np.nextafter(x, np.where(generator.random(x.shape) < 0.5, np.float32(-np.inf), np.float32(np.inf)))
-    return changed
+    found: dict[str, _Segment] = {}
+    for value, end in reversed(segments.items()):
+        rounding = max(float(record.tensors[f"rounding.{end.name}"].max()) for record in records)
+        found[end.name] = _Segment(np.stack(errors[value]), max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(rounding, 1.0)))
+    return found
 
 
 def _check_end_to_end(backend: Backend, engine: Path, records: list[Record]) -> list[NDArray[np.float32]]:

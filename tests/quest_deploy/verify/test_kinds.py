@@ -131,7 +131,7 @@ def test_another_softmax_is_placed_before_its_own_quantizer(cases: Callable[[str
             node.attributes.clear()
 
     problems = verified(cases(kind), "onnxruntime", tmp_path, sigmoid).problems
-    assert [p.split(":")[0] for p in problems] == [
+    assert [p.split(":")[0] for p in problems if not p.startswith("bucket")] == [
         f"segment before {ATTENTION.replace('attn1', a)}.softmax" for a in ("attn1", "attn2")
     ]
 

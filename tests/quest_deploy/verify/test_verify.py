@@ -350,7 +350,17 @@ def test_the_reference_of_another_model_is_an_input_error(
     shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
     tables = load_file(tmp_path / TABLES)
     save_file({name.replace("conv_in", "conv_other"): value for name, value in tables.items()}, tmp_path / TABLES)
-    with pytest.raises(InputError, match="reference of another model; run `quest-deploy reference` again"):
+    with pytest.raises(InputError, match="reference of another model or version; run `quest-deploy reference` again"):
+        verify_engine(get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path)
+
+
+def test_a_reference_without_what_segments_need_is_an_input_error(
+    mini_engines: Callable[[str], Path], mini_reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
+    path = sorted(tmp_path.glob("buckets-*"))[0]
+    save_file({name: value for name, value in load_file(path).items() if name != "untied_output"}, path)
+    with pytest.raises(InputError, match="run `quest-deploy reference` again"):
         verify_engine(get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path)
 
 
