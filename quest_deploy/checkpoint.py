@@ -202,6 +202,28 @@ class Checkpoint:
     def site_of(self, layer: str) -> SiteData | FreeSiteData:
         """The site that ``layer`` reads."""
         return next(site for site in self.sites.values() if layer in site.layers)
+    @property
+    def float_sites(self) -> dict[str, str]:
+        """By name, why each site that computes in float, with what reads it, does so."""
+        return {name: self._why_float(site) for name, site in self.sites.items() if isinstance(site, FreeSiteData)}
+
+    def _why_float(self, site: FreeSiteData) -> str:
+        if site.scale.shape[1] > 1 and all((table == table[:, :1]).all() for table in (site.scale, site.zero_point)):
+            return "codes that int8 does not hold"
+        readers = [self.layers[name] for name in site.layers if name in self.layers]
+        if readers:
+            summed = site.scale.shape[1] == _input_channels(readers[0])  # else they lie along the tokens
+        else:
+            summed = any(
+                site.axis == axis
+                for x in self.products.values()
+                for name, axis in zip(x.sites, (3, 2), strict=True)
+                if name == site.name
+            )
+        if summed:
+            return "a scale for each channel lies on the axis that is summed over"
+        return "a scale for each channel or token, where an integer product has one for the tensor"
+
 
 
 def pack_int4(codes: NDArray[np.int8]) -> NDArray[np.uint8]:

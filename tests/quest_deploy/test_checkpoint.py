@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from quest_deploy.checkpoint import (
     Checkpoint,
+    FreeSiteData,
     SiteData,
     load_checkpoint,
     pack_4bit,
@@ -127,6 +128,27 @@ def test_a_centered_code_is_the_code_less_its_output_channels_zero_point() -> No
             expected = layer.weight_codes[o].astype(int) - zero_point
             np.testing.assert_array_equal(layer.centered_codes[o], expected)
             np.testing.assert_array_equal(layer.dequantized_weight[o], expected.astype(np.float32) * layer.weight_scale[o])
+
+
+def test_a_free_site_says_which_of_its_scales_keeps_it_in_float() -> None:
+    checkpoint = kinds_checkpoint()
+    constant = np.ones((2, 4), np.float32)
+    wide = FreeSiteData("wide", 16, 3, ("attn.mix",), constant, 0 * constant, 0, 2**16 - 1)
+    operand = FreeSiteData("attn.q", 4, 3, ("attn.scores",), np.arange(1, 9, dtype=np.float32).reshape(2, 4), 0 * constant, 0, 15)
+    sites = {**checkpoint.sites, "wide": wide, "attn.q": operand}
+    channel = "a scale for each channel lies on the axis that is summed over"
+    assert dataclasses.replace(checkpoint, sites=sites).float_sites == {
+        "free_conv": channel,
+        "by_channel": channel,
+        "by_token": "a scale for each channel or token, where an integer product has one for the tensor",
+        "attn.q": channel,
+        "wide": "codes that int8 does not hold",
+    }
+    assert (
+        dataclasses.replace(checkpoint, sites={**sites, "attn.q": dataclasses.replace(operand, axis=2)})
+        .float_sites["attn.q"]
+        .startswith("a scale for each channel or token")
+    )
 
 
 def test_products_count_among_the_multiply_adds_with_their_wider_operands_bits() -> None:
