@@ -25,6 +25,7 @@ CASES = {
     "class-conditional symmetric": Case(CLASS_CONDITIONAL, options={"symmetric": True}),
     "unconditional W4A4 per channel": Case(UNCONDITIONAL, per_channel=True),
     "unconditional W8A8": Case(UNCONDITIONAL, split=True, options={"weight_bits": 8, "activation_bits": 8}),
+    "unconditional W8A8 symmetric": Case(UNCONDITIONAL, options={"weight_bits": 8, "activation_bits": 8, "symmetric": True}),
     "unconditional Q-Diffusion": Case(UNCONDITIONAL, source=Source.QDIFF, options={"activation_bits": 8}),
     "unconditional resampling W4A4": Case(CHURCHES),
     "unconditional resampling W8A8": Case(CHURCHES, split=True, options={"weight_bits": 8, "activation_bits": 8}),
@@ -74,6 +75,8 @@ def test_the_official_sample_is_reproduced_end_to_end() -> None:
         found = compare(model, official, run, inputs, expected)
         assert not found.codes
         assert max(found.layers.values()) < 1e-5
+        assert max(found.flips, default=0.0) <= 4
+        assert found.output < 1e-5
 
 
 def test_each_calibrated_timestep_has_its_own_scales_and_the_edges_lie_midway(tmp_path: Path) -> None:
