@@ -56,7 +56,8 @@ def import_stage(
     from quest_deploy.quant.calibrate import CalibrationOptions
 
     official = read(checkpoint, UNetConfig.load(unet), settings)
-    imported = None if recalibrate else convert.import_checkpoint(official, random_inputs(official, 2, seed))
+    rounded = convert.rounded_layers(official)
+    imported = None if recalibrate else convert.import_checkpoint(official, rounded, random_inputs(official, 2, seed))
     scheme = convert.import_scheme(official) if imported is None else imported.checkpoint.scheme
     workspace = _workspace(root, scheme)
 
@@ -68,7 +69,7 @@ def import_stage(
             seed=seed,
             on_progress=lambda done, total: update("recording trajectories", done, total),
         )
-        result = imported or convert.recalibrate(official, trajectories, CalibrationOptions(seed=seed), update)
+        result = imported or convert.recalibrate(official, rounded, trajectories, CalibrationOptions(seed=seed), update)
         trajectories.save(workspace.path(TRAJECTORIES))
         save_checkpoint(result.checkpoint, workspace.path(CALIBRATED))
         weights, macs = result.checkpoint.share_at(4)

@@ -31,11 +31,13 @@ class OfficialCheckpoint:
     """A checkpoint whose keys and shapes are all as expected.
 
     Attributes:
+        path: its file.
         tensors: float32, by name without the prefix.
         split: whether shortcut convolutions that read a concatenation have quantizers for each half.
         context_tokens: the length of the condition; None for a UNet that has none.
     """
 
+    path: Path
     config: UNetConfig
     settings: ImportSettings
     names: Names
@@ -68,7 +70,7 @@ def read(path: Path, config: UNetConfig, settings: ImportSettings) -> OfficialCh
         problems = _bad_values(tensors)
     if problems:
         raise InputError(f"{path} does not fit the given UNet and settings (from {settings.source.value}): {'; '.join(problems)}")
-    return OfficialCheckpoint(config, settings, names, tensors, split, context)
+    return OfficialCheckpoint(path, config, settings, names, tensors, split, context)
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from quest_deploy.import_quest import trajectories
 from tests.quest_deploy.import_quest.cases import CHURCHES, UNCONDITIONAL, Case
 from tests.quest_deploy.support import cli
 
@@ -70,6 +71,21 @@ def test_a_checkpoint_that_does_not_fit_leaves_no_workspace(files: Path, tmp_pat
     outcome = cli(*arguments)
     assert outcome.code == 2
     assert "shapes do not fit" in outcome.message
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("recalibrate", [False, True])
+def test_unusable_weights_are_found_before_anything_is_recorded(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recalibrate: bool
+) -> None:
+    state = torch.load(files / "ckpt.pth", weights_only=True)
+    state["model.out.2.weight_quantizer.zero_point"] += 1e6
+    torch.save(state, tmp_path / "ckpt.pth")
+    (tmp_path / "unet.json").write_text(json.dumps(SMALLEST))
+    monkeypatch.setattr(trajectories, "record_imported", lambda *args, **kw: pytest.fail("recorded"))
+    outcome = cli(*_import(tmp_path, "-w", tmp_path / "w", *["--recalibrate"] * recalibrate))
+    assert outcome.code == 2
+    assert f"{tmp_path / 'ckpt.pth'}: layer conv_out: its weight's zero-points reach too far" in outcome.message
     assert not (tmp_path / "w").exists()
 
 
