@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
 PREFIX = "model."
 IGNORED = ".current_delta"
 """The scales of the timestep that was set last; only files of finetuned models have it."""
+DTYPES = frozenset({
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
+})  # fmt: skip
 LISTED = 8
 """How many keys of a kind a message names."""
 
@@ -50,8 +52,9 @@ def read(path: Path, config: UNetConfig, settings: ImportSettings) -> OfficialCh
     """Read the file at ``path``, tensors only.
 
     Raises:
-        InputError: it cannot be read; keys are missing or unexpected (they are listed); shapes do not fit (they are named); a value
-            is not finite; a zero-point is no integer; a weight's scale is not positive.
+        InputError: it cannot be read; it holds anything but dense tensors of real numbers; keys are missing or unexpected (they are
+            listed); shapes do not fit (they are named); a value is not finite; a zero-point is no integer; a weight's scale is not
+            positive.
     """
     tensors = _load(path)
     names = config.names()
@@ -67,6 +70,8 @@ def read(path: Path, config: UNetConfig, settings: ImportSettings) -> OfficialCh
         shapes = (f"{PREFIX}{key} is {list(tensors[key].shape)}, expected {list(expected[key])}" for key in wrong)
         problems.append(f"{len(wrong)} shapes do not fit: {_listed(shapes)}")
     if not problems:
+        # Only now: a few bytes can describe a tensor of any shape, which takes no memory before it is copied.
+        tensors = {key: value.detach().float() for key, value in tensors.items()}
         problems = _bad_values(tensors)
     if problems:
         raise InputError(f"{path} does not fit the given UNet and settings (from {settings.source.value}): {'; '.join(problems)}")
@@ -78,15 +83,23 @@ def _load(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
         raise InputError(f"{path} does not exist") from e
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
-        raise InputError(f"{path}: expected a file of tensors as torch.save writes it ({e})") from e
+    except Exception as e:  # a malformed file makes torch and pickle raise anything, MemoryError too
+        # torch's own words advise loading with weights_only=False, which would run the file's code.
+        reason = e if isinstance(e, OSError) else type(e).__name__
+        raise InputError(f"{path}: expected a file of tensors as torch.save writes it ({reason})") from e
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"{path}: expected a state dict of tensors, found {type(content).__name__} of something else")
     others = [str(key) for key in content if not str(key).startswith(PREFIX)]
     if others:
         raise InputError(f"{path}: expected keys that begin with {PREFIX!r}, found {_listed(others)}")
-    used = {key.removeprefix(PREFIX): value for key, value in content.items() if not key.endswith(IGNORED)}
-    return {key: value.float() for key, value in used.items()}
+    if strange := [key for key, value in content.items() if not _is_plain(value)]:
+        raise InputError(f"{path}: expected dense tensors of real numbers, found others: {_listed(strange)}")
+    return {key.removeprefix(PREFIX): value for key, value in content.items() if not key.endswith(IGNORED)}
+
+
+def _is_plain(value: Tensor) -> bool:
+    dense = value.layout is torch.strided and not value.is_nested and value.device.type == "cpu" and not value.is_neg()
+    return dense and value.dtype in DTYPES
 
 
 def _context_tokens(tensors: dict[str, Tensor], names: Names, settings: ImportSettings) -> int | None:
