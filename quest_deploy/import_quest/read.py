@@ -52,10 +52,13 @@ def read(path: Path, config: UNetConfig, settings: ImportSettings) -> OfficialCh
     """Read the file at ``path``, tensors only.
 
     Raises:
-        InputError: it cannot be read; it holds anything but dense tensors of real numbers; keys are missing or unexpected (they are
-            listed); shapes do not fit (they are named); a value is not finite; a zero-point is no integer; a weight's scale is not
-            positive.
+        InputError: a timestep lies beyond the training's; the file cannot be read; it holds anything but dense tensors of real
+            numbers; keys are missing or unexpected (they are listed); shapes do not fit (they are named); a value is not finite; a
+            zero-point is no integer; a weight's scale is not positive.
     """
+    last = config.train_timesteps - 1
+    if settings.timesteps and not 0 <= settings.timesteps[-1] <= settings.timesteps[0] <= last:
+        raise InputError(f"timesteps: expected them from {last} down to 0, as the UNet was trained, found {settings.timesteps}")
     tensors = _load(path)
     names = config.names()
     split = any(key.endswith(".weight_quantizer_0.delta") for key in tensors)

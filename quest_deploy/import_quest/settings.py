@@ -90,8 +90,8 @@ class ImportSettings:
             named = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
             raise InputError(f"the checkpoint does not say how it was made; give {named} (or --settings with a JSON file of them)")
         timesteps = given.pop("timesteps")
-        if not isinstance(timesteps, list | tuple) or any(type(t) not in (int, float) for t in timesteps):
-            raise InputError(f"timesteps: expected a list of numbers, found {timesteps!r}")
+        if not isinstance(timesteps, list | tuple) or any(type(t) not in (int, float) or not 0 <= t < 2**31 for t in timesteps):
+            raise InputError(f"timesteps: expected a list of numbers of 0 or more, found {timesteps!r}")
         return cls(source, tuple(float(t) for t in timesteps), **given)
 
     def code_range(self, quantizer: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from quest_deploy.errors import InputError
 from quest_deploy.import_quest import trajectories
 from tests.quest_deploy.import_quest.cases import CHURCHES, UNCONDITIONAL, Case
 from tests.quest_deploy.support import cli
@@ -86,6 +87,34 @@ def test_unusable_weights_are_found_before_anything_is_recorded(
     outcome = cli(*_import(tmp_path, "-w", tmp_path / "w", *["--recalibrate"] * recalibrate))
     assert outcome.code == 2
     assert f"{tmp_path / 'ckpt.pth'}: layer conv_out: its weight's zero-points reach too far" in outcome.message
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "seed", "message"),
+    [
+        ("1050,500,101", 0, "timesteps: expected them from 999 down to 0"),
+        ("1000,500,101", 0, "timesteps: expected them from 999 down to 0"),
+        ("900,500,-5", 0, "timesteps: expected a list of numbers of 0 or more"),
+        ("900,500,101", 2**70, "--seed: expected an integer from 0"),
+    ],
+)
+def test_timesteps_and_seeds_that_cannot_be_leave_no_workspace(
+    files: Path, tmp_path: Path, timesteps: str, seed: int, message: str
+) -> None:
+    arguments = _import(files, "-w", tmp_path / "w", "--seed", seed)
+    arguments[arguments.index("900,500,101")] = timesteps
+    outcome = cli(*arguments)
+    assert (outcome.code, message in outcome.message) == (2, True)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_failure_while_recording_leaves_no_workspace(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kw: object) -> None:
+        raise InputError("no")
+
+    monkeypatch.setattr(trajectories, "record_imported", fail)
+    assert cli(*_import(files, "-w", tmp_path / "w")).code == 2
     assert not (tmp_path / "w").exists()
 
 
