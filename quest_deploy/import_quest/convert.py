@@ -100,6 +100,12 @@ class _Tables:
         """Whether the tables do not vary along their axis."""
         return bool((self.scale == self.scale[:, :1]).all() and (self.zero_point == self.zero_point[:, :1]).all())
 
+    @property
+    def has_offset(self) -> bool:
+        """Whether the codes less their zero-point reach beyond int8: a deployed site then pads with its offset, not with zero."""
+        low, high = (bound - self.zero_point for bound in self.code_range)
+        return bool((low < -128).any() or (high > 127).any())
+
     def same(self, other: _Tables) -> bool:
         """Whether both quantize alike."""
         plain = (self.bits, self.code_range, self.axis) == (other.bits, other.code_range, other.axis)
@@ -145,7 +151,7 @@ def import_checkpoint(official: OfficialCheckpoint, rounded: dict[str, LayerData
     sites: dict[str, SiteData | FreeSiteData] = {}
     in_float = {}
     for group in plan.sites:
-        for readers in _agreeing(group, tables):
+        for readers in _agreeing(group, tables, model):
             name = group.name if group.operand is not None else readers[0]
             found, channels = tables[name], _channels(official, model, group)
             why = _why_float(found)
@@ -290,13 +296,18 @@ def _tables(official: OfficialCheckpoint, quantizer: str, axis: int | None, *, s
     return _Tables(settings.bits(quantizer), scale, zero, settings.code_range(quantizer), axis, summed)
 
 
-def _agreeing(group: SitePlan, tables: dict[str, _Tables]) -> list[tuple[str, ...]]:
-    """The readers of one tensor, divided into those whose tables are the same."""
+def _agreeing(group: SitePlan, tables: dict[str, _Tables], model: nn.Module) -> list[tuple[str, ...]]:
+    """The readers of one tensor, divided into those whose tables are the same, and their padding too where there is an offset."""
     if group.operand is not None:
         return [group.layers]
     parts: list[list[str]] = []
+
+    def agree(a: str, b: str) -> bool:
+        paddings = {getattr(model.get_submodule(name), "padding", None) for name in (a, b)}
+        return tables[a].same(tables[b]) and (len(paddings) == 1 or not tables[a].has_offset)
+
     for reader in group.layers:
-        part = next((part for part in parts if tables[part[0]].same(tables[reader])), None)
+        part = next((part for part in parts if agree(part[0], reader)), None)
         if part is None:
             parts.append([reader])
         else:

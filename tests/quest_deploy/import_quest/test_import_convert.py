@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from exporters.torch_to_qdq import portable_graph
 from quest_deploy.checkpoint import FreeSiteData, SiteData, load_checkpoint, save_checkpoint
 from quest_deploy.errors import InputError
 from quest_deploy.import_quest.architecture import UNetConfig
@@ -97,6 +98,20 @@ def test_layers_share_a_site_only_where_their_tables_are_the_same(tmp_path: Path
     sites = case.imported(tmp_path / "x")[1].checkpoint.sites
     assert sites[f"{target}.to_q"].layers == (f"{target}.to_q", f"{target}.to_k")
     assert sites[f"{target}.to_v"].layers == (f"{target}.to_v",)
+
+
+@pytest.mark.parametrize(("zero_point", "sites"), [(120, 2), (128, 1)])
+def test_layers_that_pad_differently_share_a_site_only_without_an_offset(zero_point: int, sites: int, tmp_path: Path) -> None:
+    case = Case(SD, split=True, source=Source.QDIFF, options={"activation_bits": 8, "softmax_bits": 16})
+    downsampler, half = "down_blocks.0.downsamplers.0.conv", "up_blocks.1.resnets.0.conv_shortcut.second"
+    for name in [name for name in case.state if "act_quantizer" in name]:
+        if name.endswith(".delta"):
+            case.state[name] = torch.tensor(0.03)
+        elif "act_quantizer_w" not in name:
+            case.state[name] = torch.tensor(float(zero_point))
+    checkpoint = case.imported(tmp_path / "x")[1].checkpoint
+    assert len({site.name for site in checkpoint.sites.values() if {downsampler, half} & {*site.layers}}) == sites
+    portable_graph(checkpoint, case.named_inputs(TIMESTEPS[0]), "0" * 64)
 
 
 def test_tables_that_fit_no_integer_codes_say_why(tmp_path: Path) -> None:
