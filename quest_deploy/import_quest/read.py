@@ -108,15 +108,23 @@ def _is_plain(value: Tensor) -> bool:
 def _context_tokens(tensors: dict[str, Tensor], names: Names, settings: ImportSettings) -> int | None:
     """The length of the context: the tables of the softmax over it show it, but for a Q-Diffusion file, which has scalars."""
     over_context = [operand.name for operand in names.operands if operand.size is None]
+    given = settings.context_tokens
     if not over_context:
+        if given is not None:
+            raise InputError("--context-tokens: the UNet reads no context")
         return None
     for name in over_context:
         table = tensors.get(f"{name}.delta_list")
         if table is not None and table.dim() == 3:
-            return table.shape[2]
-    if settings.context_tokens is None:
+            shown = table.shape[2]
+            if shown < 1:
+                raise InputError(f"{PREFIX}{name}.delta_list is for a context of no tokens")
+            if given not in (None, shown):
+                raise InputError(f"--context-tokens: the checkpoint shows {shown}, not {given}")
+            return shown
+    if given is None:
         raise InputError("the checkpoint does not say how long the model's context is; give --context-tokens (77 for Stable Diffusion)")
-    return settings.context_tokens
+    return given
 
 
 def _expected(names: Names, settings: ImportSettings, split: bool, context: int | None) -> dict[str, tuple[int, ...]]:

@@ -63,7 +63,8 @@ class Case:
     @cached_property
     def import_settings(self) -> ImportSettings:
         quest, s = self.source is Source.QUEST, self.settings
-        timesteps, context = (tuple(map(float, TIMESTEPS)), None) if quest else ((), CONTEXT_TOKENS)
+        timesteps = tuple(map(float, TIMESTEPS)) if quest else ()
+        context = None if quest or "context_dim" not in self.params else CONTEXT_TOKENS
         bits = (s.weight_bits, s.activation_bits, s.first_last_bits, s.softmax_bits)
         return ImportSettings(self.source, timesteps, *bits, s.symmetric, context)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from quest_deploy.errors import InputError
 from quest_deploy.import_quest.read import read
 from quest_deploy.import_quest.settings import ImportSettings, Source
-from tests.quest_deploy.import_quest.cases import SD, UNCONDITIONAL, Case
+from tests.quest_deploy.import_quest.cases import CONTEXT_TOKENS, SD, UNCONDITIONAL, Case
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,6 +133,27 @@ def test_a_checkpoint_of_another_unet_is_refused(case: Case, tmp_path: Path) -> 
     torch.save(case.state, tmp_path / "x")
     with pytest.raises(InputError, match=r"missing keys: .* unexpected keys: "):
         read(tmp_path / "x", Case(UNCONDITIONAL).config, case.import_settings)
+
+
+@pytest.mark.parametrize("params", [SD, UNCONDITIONAL])
+def test_context_tokens_that_the_file_or_the_unet_contradicts_are_refused(params: dict[str, Any], tmp_path: Path) -> None:
+    case = Case(params)
+    case.read(tmp_path / "x")
+    other = dataclasses.replace(case.import_settings, context_tokens=CONTEXT_TOKENS + 1)
+    message = f"shows {CONTEXT_TOKENS}, not {CONTEXT_TOKENS + 1}" if params is SD else "the UNet reads no context"
+    with pytest.raises(InputError, match=f"--context-tokens: .*{message}"):
+        read(tmp_path / "x", case.config, other)
+    if params is SD:
+        same = dataclasses.replace(case.import_settings, context_tokens=CONTEXT_TOKENS)
+        assert read(tmp_path / "x", case.config, same).context_tokens == CONTEXT_TOKENS
+
+
+def test_a_table_for_a_context_of_no_tokens_is_refused(case: Case, tmp_path: Path) -> None:
+    def empty(state: dict[str, Tensor]) -> None:
+        for name in [name for name in state if "attn2.act_quantizer_w." in name]:
+            state[name] = state[name][..., :0]
+
+    assert "is for a context of no tokens" in _message(case, tmp_path / "x", empty)
 
 
 def test_q_diffusion_files_do_not_show_the_context(tmp_path: Path) -> None:
