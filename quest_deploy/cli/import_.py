@@ -12,6 +12,7 @@ from quest_deploy.cli.console import Console, size
 from quest_deploy.cli.options import JsonOption, WorkspaceOption
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.errors import InputError
+from quest_deploy.files import sha256_of
 from quest_deploy.import_quest.settings import ImportSettings, Source
 from quest_deploy.models.registry import IMPORTED
 from quest_deploy.workspace import CALIBRATED, MANIFEST, TRAJECTORIES, Workspace, check_vacant
@@ -92,7 +93,10 @@ def import_stage(
         }
         return [workspace.path(TRAJECTORIES), workspace.path(CALIBRATED)], details
 
-    options = {"checkpoint": str(checkpoint), "unet": str(unet), "recalibrate": recalibrate, "samples": samples, "seed": seed}
+    options = {
+        "checkpoint": str(checkpoint), "checkpoint_sha256": sha256_of(checkpoint), "unet": str(unet), "unet_sha256": sha256_of(unet),
+        "recalibrate": recalibrate, "samples": samples, "seed": seed,
+    }  # fmt: skip
     return workspace, run_stage(workspace, console, "import", inputs=(), options=options, reuse=False, work=work)
 
 

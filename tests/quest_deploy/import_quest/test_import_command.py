@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from quest_deploy.errors import InputError
+from quest_deploy.files import sha256_of
 from quest_deploy.import_quest import trajectories
+from quest_deploy.workspace import Workspace
 from tests.quest_deploy.import_quest.cases import CHURCHES, UNCONDITIONAL, Case
 from tests.quest_deploy.support import cli
 
@@ -64,6 +66,13 @@ def test_it_prints_what_computes_in_float_and_why(files: Path, tmp_path: Path) -
     outcome = cli(*_import(files, "-w", tmp_path / "w"))
     assert "compute in float (--recalibrate chooses scales that do not)" in outcome.out
     assert "on the axis that is summed over: it cannot leave an integer product" in outcome.out
+
+
+def test_the_workspace_records_which_files_it_came_of(files: Path, tmp_path: Path) -> None:
+    assert cli(*_import(files, "-w", tmp_path / "w")).code == 0
+    options = Workspace.open(tmp_path / "w").stages["import"].options
+    assert options["checkpoint_sha256"] == sha256_of(files / "ckpt.pth")
+    assert options["unet_sha256"] == sha256_of(files / "unet.json")
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_no_workspace(files: Path, tmp_path: Path) -> None:
