@@ -109,5 +109,5 @@ def read_json(path: Path, *, repair: str = "make it again") -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError as e:
         raise InputError(f"{path} does not exist; {repair}") from e
-    except (IsADirectoryError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except (IsADirectoryError, ValueError, RecursionError) as e:  # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
         raise InputError(f"{path}: expected JSON, found something else ({e}); {repair}") from e
