@@ -24,6 +24,9 @@ from quest_deploy.scheme import Scheme, Symmetry, activation_levels, weight_rang
 FORMAT = "quest-deploy checkpoint"
 VERSION = 2
 
+OPERANDS = {"scores": ("q", "k"), "mix": ("softmax", "v")}
+"""By the name of a product of attention, what its operands are called, the left one first."""
+
 FloatArray = NDArray[np.float32]
 
 
@@ -199,6 +202,28 @@ class Checkpoint:
         """The bits of the wider operand; 32 where one stays in float."""
         return max(32 if site is None else self.sites[site].bits for site in product.sites)
 
+    @property
+    def float_sites(self) -> dict[str, str]:
+        """By name, why each site that computes in float, with what reads it, does so."""
+        return {name: self._why_float(site) for name, site in self.sites.items() if isinstance(site, FreeSiteData)}
+
+    def _why_float(self, site: FreeSiteData) -> str:
+        if site.scale.shape[1] > 1 and all((table == table[:, :1]).all() for table in (site.scale, site.zero_point)):
+            return "codes that int8 does not hold"
+        readers = [self.layers[name] for name in site.layers if name in self.layers]
+        if readers:
+            summed = site.scale.shape[1] == _input_channels(readers[0])  # else they lie along the tokens
+        else:
+            summed = any(
+                site.axis == axis
+                for x in self.products.values()
+                for name, axis in zip(x.sites, (3, 2), strict=True)
+                if name == site.name
+            )
+        if summed:
+            return "a scale for each channel lies on the axis that is summed over"
+        return "a scale for each channel or token, where an integer product has one for the tensor"
+
     def site_of(self, layer: str) -> SiteData | FreeSiteData:
         """The site that ``layer`` reads."""
         return next(site for site in self.sites.values() if layer in site.layers)
@@ -285,7 +310,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"{path} does not exist; run `quest-deploy calibrate` or `quest-deploy finetune` first") from e
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path}: not a readable safetensors file ({e}); it is truncated or damaged, make it again") from e
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as e:
         raise InputError(f"{path}: the checkpoint's content is damaged ({type(e).__name__}: {e}); make it again") from e
     except InputError as e:
         raise InputError(str(e) if str(path) in str(e) else f"{path}: {e}") from e
@@ -295,6 +320,7 @@ def _parse(content: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Checkpo
     scheme = Scheme.from_json(content["scheme"])
     layers = {entry["name"]: _parse_layer(entry, tensors) for entry in content["layers"]}
     products = {entry["name"]: _parse_product(entry) for entry in content["products"]}
+    _check(bool(layers), "it has no layers")
     sites = {entry["name"]: _parse_site(entry, tensors, layers, scheme.buckets) for entry in content["sites"]}
     readers = sorted((site.name, reader) for site in sites.values() for reader in site.layers)
     of_products = [(site, product.name) for product in products.values() for site in product.sites if site is not None]
@@ -304,8 +330,14 @@ def _parse(content: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Checkpo
     floats = {key.removeprefix("float."): tensors.pop(key) for key in list(tensors) if key.startswith("float.")}
     if tensors:
         raise InputError(f"unexpected tensors: {', '.join(sorted(tensors)[:5])}")
+    for name, values in floats.items():
+        _check_finite(values, f"float.{name}")
     architecture = _parse_architecture(content["architecture"])
-    return Checkpoint(content["model"], architecture, scheme, layers, sites, floats, content["provenance"], products)
+    model, provenance = content["model"], content["provenance"]
+    _check(isinstance(model, str), f"expected a model's name, found {model!r}")
+    told = isinstance(provenance, dict) and isinstance(provenance.get("method"), str)
+    _check(told, f"expected a provenance with its method, found {provenance!r}")
+    return Checkpoint(model, architecture, scheme, layers, sites, floats, provenance, products)
 
 
 def _parse_architecture(entry: dict[str, Any]) -> Architecture:
@@ -315,13 +347,20 @@ def _parse_architecture(entry: dict[str, Any]) -> Architecture:
     attention = None if entry["attention"] is None else ScoreScale(entry["attention"])
     heads = entry.get("heads")  # files written before there was such a thing have none
     _check(heads is None or (type(heads) is int and heads > 0), f"a number of heads of {heads!r}")
-    return Architecture(entry["class_name"], entry["config"], splits, attention, heads)
+    class_name, config = entry["class_name"], entry["config"]
+    _check(isinstance(class_name, str), f"expected the name of a model's class, found {class_name!r}")
+    _check(isinstance(config, dict), f"expected a model's configuration, found {type(config).__name__}")
+    return Architecture(class_name, config, splits, attention, heads)
 
 
 def _parse_product(entry: dict[str, Any]) -> ProductData:
     name, sites, macs = entry["name"], entry["sites"], entry["macs"]
     _check(len(sites) == 2 and all(site is None or isinstance(site, str) for site in sites), f"product {name}: operands {sites!r}")
-    _check(type(macs) is int, f"product {name}: its number of multiply-adds is {macs!r}")
+    _check(type(macs) is int and macs > 0, f"product {name}: its number of multiply-adds is {macs!r}")
+    attention, _, product = name.rpartition(".")
+    expected = [f"{attention}.{operand}" for operand in OPERANDS[product]]
+    fits = all(site in (None, operand) for site, operand in zip(sites, expected, strict=True))
+    _check(fits, f"product {name}: expected the operands {expected}, found {sites}")
     return ProductData(name, (sites[0], sites[1]), macs)
 
 
@@ -332,7 +371,8 @@ def _parse_layer(entry: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Lay
         len(shape) == (2 if conv is None else 4),
         f"layer {name}: weight of shape {list(shape)} for {'a Linear' if conv is None else 'a Conv2d'}",
     )
-    _check(type(entry["macs"]) is int, f"layer {name}: its number of multiply-adds is {entry['macs']!r}")
+    _check(all(type(size) is int and size > 0 for size in shape), f"layer {name}: weight of shape {list(shape)}")
+    _check(type(entry["macs"]) is int and entry["macs"] > 0, f"layer {name}: its number of multiply-adds is {entry['macs']!r}")
     asymmetric = entry["asymmetric"]
     low, high = (0, activation_levels(bits)) if asymmetric else weight_range(bits)
     codes: NDArray[Any]
@@ -348,6 +388,8 @@ def _parse_layer(entry: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Lay
     scale = _take(tensors, f"layer.{name}.scale", shape[:1], np.float32)
     _check_positive(scale, f"layer {name}: weight scale")
     bias = _take(tensors, f"layer.{name}.bias", shape[:1], np.float32) if entry["bias"] else None
+    if bias is not None:
+        _check_finite(bias, f"layer {name}: bias")
     geometry = None if conv is None else _parse_conv(name, conv)
     return LayerData(name, bits, codes, scale, bias, geometry, entry["macs"], zero_point)
 
@@ -365,8 +407,9 @@ def _parse_site(
     entry: dict[str, Any], tensors: dict[str, NDArray[Any]], layers: dict[str, LayerData], buckets: int
 ) -> SiteData | FreeSiteData:
     name, axis = entry["name"], entry["axis"]
-    _check(type(axis) is int and axis > 0, f"site {name}: expected a channel axis of 1 or more, found {axis!r}")
     readers = [layers[reader] for reader in entry["layers"] if reader in layers]
+    last = 1 if any(reader.conv is not None for reader in readers) else 3
+    _check(type(axis) is int and 1 <= axis <= last, f"site {name}: expected a channel axis of 1 to {last}, found {axis!r}")
     channels = _input_channels(readers[0]) if readers else None
     if "code_range" in entry:
         # A linear layer's free scales may lie along its tokens instead, as imported attention blocks' do.
@@ -423,6 +466,10 @@ def _take(tensors: dict[str, NDArray[Any]], key: str, shape: tuple[int, ...], dt
     if tensor.shape != shape or tensor.dtype != dtype:
         raise InputError(f"{key}: expected {np.dtype(dtype)} {list(shape)}, found {tensor.dtype} {list(tensor.shape)}")
     return tensor
+
+
+def _check_finite(values: NDArray[Any], what: str) -> None:
+    _check(bool(np.all(np.isfinite(values))), f"{what} must be finite")
 
 
 def _check_positive(values: NDArray[Any], what: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,23 +53,28 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     replaced = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-old-{path.name}"
     try:
         yield temporary
-        if path.exists():
-            os.replace(path, replaced)
         try:
+            if path.exists():
+                os.replace(path, replaced)
             os.replace(temporary, path)
         except BaseException:
-            if replaced.exists():
+            # Once the new folder is in place the old one is not wanted back.
+            if replaced.exists() and not path.exists():
                 os.replace(replaced, path)
             raise
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what a killed process left half-written in ``folder`` (see :func:`atomic_file`)."""
+    """Delete what a killed process left half-written in ``folder``; put back what :func:`atomic_folder` had moved away by then."""
     for left in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        replaced = re.fullmatch(rf"{re.escape(TEMPORARY_PREFIX)}\d+-old-(.+)", left.name)
+        if replaced and left.is_dir() and not (folder / replaced[1]).exists():
+            os.replace(left, folder / replaced[1])
+        else:
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _fresh_folder(parent: Path, name: str) -> Path:
@@ -103,5 +109,5 @@ def read_json(path: Path, *, repair: str = "make it again") -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError as e:
         raise InputError(f"{path} does not exist; {repair}") from e
-    except (IsADirectoryError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except (IsADirectoryError, ValueError, RecursionError) as e:  # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
         raise InputError(f"{path}: expected JSON, found something else ({e}); {repair}") from e

@@ -168,9 +168,9 @@ class Scheme:
         try:
             edges = _numbers(given.pop("bucket_edges"))
             granularity = Granularity(given.pop("granularity"))
-        except (TypeError, ValueError) as e:
+            return cls(bucket_edges=edges, granularity=granularity, **given)
+        except (TypeError, ValueError, OverflowError) as e:
             raise InputError(f"scheme: {e}") from e
-        return cls(bucket_edges=edges, granularity=granularity, **given)
 
 
 def weight_range(bits: int) -> tuple[int, int]:

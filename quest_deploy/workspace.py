@@ -70,6 +70,14 @@ class StageRecord:
         return sha256_of_json({path: entry["sha256"] for path, entry in self.files.items()})
 
 
+def check_vacant(root: Path) -> None:
+    """Raise InputError where ``root`` is a file or a folder that holds something already."""
+    if root.exists() and not root.is_dir():
+        raise InputError(f"{root} is a file, not a folder; give another one with -w")
+    if root.exists() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in root.iterdir()):
+        raise InputError(f"{root} is not empty; give another folder with -w")
+
+
 class Workspace:
     """An open workspace. Make one with :meth:`create` or :meth:`open`."""
 
@@ -104,10 +112,7 @@ class Workspace:
     @classmethod
     def create(cls, root: Path, model: str, scheme: Scheme) -> Workspace:
         """Make a new workspace; raise InputError where the folder holds something already."""
-        if root.exists() and not root.is_dir():
-            raise InputError(f"{root} is a file, not a folder; give another one with -w")
-        if root.exists() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in root.iterdir()):
-            raise InputError(f"{root} is not empty; give another folder with -w")
+        check_vacant(root)
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as e:

@@ -7,6 +7,7 @@ model and the output is that of the weight-quantized one.
 
 1. Conv: the bias becomes its third input.
 2. Linear: the bias stays an Add behind the MatMul.
+3. The halves of a split shortcut: one Conv on the concatenation that was split, its weight theirs side by side.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ class RemoveQuantization(ir.passes.InPlacePass):
         values = ir.convenience.create_value_mapping(model.graph)
         nodes = {node.name or "": node for node in model.graph}
         editor = Editor(model.graph)
-        for layer in info.layers.values():
-            _float_layer(editor, values, nodes[product_name(layer.name)], info, layer.name)
+        outputs = {name: _float_layer(editor, values, nodes[product_name(name)], info, name) for name in info.layers}
         for product in info.products.values():
             _float_product(editor, values, nodes[product_name(product.name)], info, product)
+        for name in [name.removesuffix(".first") for name in info.layers if name.endswith(".first")]:
+            _join_halves(editor, name, _producer(outputs[f"{name}.first"]), _producer(outputs[f"{name}.second"]))
         common.RemoveUnusedNodesPass()(model)
         model.functions.clear()
         model.graph.opset_imports.pop(timestep_quantize.DOMAIN, None)
@@ -45,7 +47,7 @@ class RemoveQuantization(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
 
-def _float_layer(editor: Editor, values: dict[str, ir.Value], product: ir.Node, info: GraphInfo, name: str) -> None:
+def _float_layer(editor: Editor, values: dict[str, ir.Value], product: ir.Node, info: GraphInfo, name: str) -> ir.Value:
     layer = info.layers[name]
     output, site = values[layer.output], info.sites[layer.site]
     x = input_of(values[site.codes], site.name, integer=site.integer)  # not by its name: an earlier layer may have been replaced
@@ -65,6 +67,22 @@ def _float_layer(editor: Editor, values: dict[str, ir.Value], product: ir.Node, 
         y = y if bias is None else editor.op("Add", [y, bias], f"{name}.float_biased", shape=output.shape)
     editor.insert_before(product)
     replace_value(output, y)
+    return y
+
+
+def _join_halves(editor: Editor, name: str, first: ir.Node, second: ir.Node) -> None:
+    """Undo ``SplitConv2d``: first(a) + second(b), the bias in ``first``, is one convolution of concat(a, b)."""
+    (add,) = first.outputs[0].consumers()
+    parts = [_given(half.inputs[0]) for half in (first, second)]
+    concatenations = (node for node in parts[0].consumers() if node.op_type == "Concat" and list(node.inputs) == parts)
+    concat = next(concatenations, None)
+    whole = concat.outputs[0] if concat is not None else editor.op("Concat", parts, f"{name}.whole", axis=1)
+    weights = [array_of(_given(half.inputs[1])) for half in (first, second)]
+    weight = editor.constant(f"{name}.float_weight", np.concatenate(weights, axis=1))
+    attributes = {a.name: a.value for a in first.attributes.values()}
+    y = editor.op("Conv", [whole, weight, *first.inputs[2:]], f"{name}.float", shape=add.outputs[0].shape, **attributes)
+    editor.insert_before(add)
+    replace_value(add.outputs[0], y)
 
 
 def _float_product(editor: Editor, values: dict[str, ir.Value], node: ir.Node, info: GraphInfo, product: ProductInfo) -> None:

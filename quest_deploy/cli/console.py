@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def in_float(float_sites: dict[str, str], sites: int) -> list[str]:
+    """The line that says how many of a checkpoint's ``sites`` compute in float and why (``Checkpoint.float_sites``), if any do."""
+    if not float_sites:
+        return []
+    counts = Counter(float_sites.values()).most_common()
+    reasons = counts[0][0] if len(counts) == 1 else "; ".join(f"{count}: {reason}" for reason, count in counts)
+    return [f"{len(float_sites)} of {sites} tensors and the layers that read them compute in float ({reasons})"]
 
 
 def size(count: float) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.cli.calibrate import CalibrateOptions, calibrate_stage
-from quest_deploy.cli.console import Console, size
+from quest_deploy.cli.console import Console, in_float, size
 from quest_deploy.cli.options import (
     AttentionBitsOption,
     BitsOption,
@@ -21,6 +21,7 @@ from quest_deploy.cli.options import (
     create_workspace,
 )
 from quest_deploy.cli.stage import run_stage
+from quest_deploy.errors import QuestDeployError
 from quest_deploy.files import atomic_files, sha256_of
 from quest_deploy.workspace import GRAPH, TRAJECTORIES
 
@@ -40,6 +41,7 @@ def export_stage(workspace: Workspace, console: Console, *, reuse: bool = False)
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
         import onnx
+        from onnx_ir.passes import InvariantError, PassError
 
         from exporters.graph_info import save_graph
         from exporters.torch_to_qdq import portable_graph
@@ -49,7 +51,10 @@ def export_stage(workspace: Workspace, console: Console, *, reuse: bool = False)
         checkpoint = load_checkpoint(workspace.checkpoint_path)
         example = next(Trajectories.load(workspace.path(TRAJECTORIES)).batches(2))
         update("tracing the model", 0, 2)
-        graph = portable_graph(checkpoint, example, sha256_of(workspace.checkpoint_path))
+        try:
+            graph = portable_graph(checkpoint, example, sha256_of(workspace.checkpoint_path))
+        except (PassError, InvariantError) as e:
+            raise QuestDeployError(f"{workspace.checkpoint_path} cannot be exported: {e}; make it again, with another scheme") from e
         update("checking the graph", 1, 2)
         with atomic_files(workspace.root, last=GRAPH) as folder:
             save_graph(graph, folder / GRAPH)
@@ -59,6 +64,7 @@ def export_stage(workspace: Workspace, console: Console, *, reuse: bool = False)
         details = {
             "method": checkpoint.provenance["method"],
             "sites": len(checkpoint.sites),
+            "float_sites": checkpoint.float_sites,
             "layers": len(checkpoint.layers),
             "buckets": checkpoint.scheme.buckets,
             "bytes": sum(file.stat().st_size for file in files),
@@ -72,11 +78,12 @@ def export_stage(workspace: Workspace, console: Console, *, reuse: bool = False)
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
     """The details in words."""
     weights = size(details["fp32_weight_bytes"])
-    return (
-        f"{workspace.path(GRAPH)} ({size(details['bytes'])}; the layers' weights alone are {weights} in FP32)\n"
+    return "\n".join([
+        f"{workspace.path(GRAPH)} ({size(details['bytes'])}; the layers' weights alone are {weights} in FP32)",
         f"method {details['method']}, {details['layers']} layers, "
-        f"{details['sites']} quantized tensors with {details['buckets']} scales each"
-    )
+        f"{details['sites']} quantized tensors with {details['buckets']} scales each",
+        *in_float(details.get("float_sites", {}), details["sites"]),  # records of earlier versions have none
+    ])  # fmt: skip
 
 
 def export(

@@ -12,9 +12,10 @@ from quest_deploy.cli.console import Console, size
 from quest_deploy.cli.options import JsonOption, WorkspaceOption
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.errors import InputError
+from quest_deploy.files import sha256_of
 from quest_deploy.import_quest.settings import ImportSettings, Source
 from quest_deploy.models.registry import IMPORTED
-from quest_deploy.workspace import CALIBRATED, MANIFEST, TRAJECTORIES, Workspace
+from quest_deploy.workspace import CALIBRATED, MANIFEST, TRAJECTORIES, Workspace, check_vacant
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -56,11 +57,14 @@ def import_stage(
     from quest_deploy.quant.calibrate import CalibrationOptions
 
     official = read(checkpoint, UNetConfig.load(unet), settings)
-    imported = None if recalibrate else convert.import_checkpoint(official, random_inputs(official, 2, seed))
+    rounded = convert.rounded_layers(official)
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed: expected an integer from 0 to 2^63 - 1, not {seed}")
+    imported = None if recalibrate else convert.import_checkpoint(official, rounded, random_inputs(official, 2, seed))
     scheme = convert.import_scheme(official) if imported is None else imported.checkpoint.scheme
-    workspace = _workspace(root, scheme)
-
-    def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
+    root = root or Path("quest-out") / f"{IMPORTED}-{scheme.name}"
+    opened = _opened(root, scheme)
+    with console.progress("record") as update:
         trajectories = record_imported(
             official,
             convert.float_model(official),
@@ -68,7 +72,11 @@ def import_stage(
             seed=seed,
             on_progress=lambda done, total: update("recording trajectories", done, total),
         )
-        result = imported or convert.recalibrate(official, trajectories, CalibrationOptions(seed=seed), update)
+        result = imported or convert.recalibrate(official, rounded, trajectories, CalibrationOptions(seed=seed), update)
+    # Not before: an import that fails leaves no workspace.
+    workspace = opened or Workspace.create(root, IMPORTED, scheme)
+
+    def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
         trajectories.save(workspace.path(TRAJECTORIES))
         save_checkpoint(result.checkpoint, workspace.path(CALIBRATED))
         weights, macs = result.checkpoint.share_at(4)
@@ -85,14 +93,18 @@ def import_stage(
         }
         return [workspace.path(TRAJECTORIES), workspace.path(CALIBRATED)], details
 
-    options = {"checkpoint": str(checkpoint), "unet": str(unet), "recalibrate": recalibrate, "samples": samples, "seed": seed}
+    options = {
+        "checkpoint": str(checkpoint), "checkpoint_sha256": sha256_of(checkpoint), "unet": str(unet), "unet_sha256": sha256_of(unet),
+        "recalibrate": recalibrate, "samples": samples, "seed": seed,
+    }  # fmt: skip
     return workspace, run_stage(workspace, console, "import", inputs=(), options=options, reuse=False, work=work)
 
 
-def _workspace(root: Path | None, scheme: Scheme) -> Workspace:
-    root = root or Path("quest-out") / f"{IMPORTED}-{scheme.name}"
+def _opened(root: Path, scheme: Scheme) -> Workspace | None:
+    """The workspace in ``root``, or None where one can be made there."""
     if not (root / MANIFEST).exists():
-        return Workspace.create(root, IMPORTED, scheme)
+        check_vacant(root)
+        return None
     opened = Workspace.open(root)
     if opened.model != IMPORTED or opened.scheme != scheme:
         raise InputError(f"{root} holds another model or scheme; give another folder with -w")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quest_deploy.cli.console import Console, size, table
+from quest_deploy.cli.console import Console, in_float, size, table
 from quest_deploy.cli.options import JsonOption
 from quest_deploy.engine.base import ENGINE_FILE, LOWERED, changed_files, engine_info
 from quest_deploy.errors import InputError
@@ -64,11 +64,10 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
         {"product": x.name, "sites": list(x.sites), "bits": checkpoint.product_bits(x), "macs": x.macs}
         for x in checkpoint.products.values()
     ]
-    free = [site.name for site in checkpoint.sites.values() if not isinstance(site, SiteData)]
     weights, macs = checkpoint.share_at(4)
     content = {
         "kind": "checkpoint", "model": checkpoint.model, "scheme": checkpoint.scheme.to_json(),
-        "layers": layers, "products": products, "float_sites": free, "sites": len(checkpoint.sites),
+        "layers": layers, "products": products, "float_sites": checkpoint.float_sites, "sites": len(checkpoint.sites),
         "provenance": checkpoint.provenance, "bytes": path.stat().st_size,
         "weights_at_4_bits": weights, "macs_at_4_bits": macs,
     }  # fmt: skip
@@ -88,7 +87,7 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
         _scheme(checkpoint.scheme),
         table(["layer", "kind", "weight", "bits", "computes in", "multiply-adds"], rows),
         *([f"{len(products)} products of attention, their wider operand at {_bits(products)}"] if products else []),
-        *([f"{len(free)} of {len(checkpoint.sites)} sites and the layers that read them compute in float"] if free else []),
+        *in_float(checkpoint.float_sites, len(checkpoint.sites)),
         f"{len(layers)} layers read {len(checkpoint.sites)} quantized tensors; "
         f"at 4 bits: {weights:.1%} of the weights, {macs:.1%} of the multiply-adds",
     ])  # fmt: skip

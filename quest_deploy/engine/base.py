@@ -149,7 +149,7 @@ def build_engine(
     on_progress: Callable[[str, int, int], None] = no_progress,
 ) -> dict[str, Any]:
     """Lower ``model`` (changed in place), compile it into ``folder`` and return the content of its ``engine.json``."""
-    from onnx_ir.passes import PassError
+    from onnx_ir.passes import InvariantError, PassError
 
     from exporters.graph_info import graph_info, save_graph
 
@@ -157,7 +157,7 @@ def build_engine(
     info = graph_info(model)
     try:
         lowered = backend.lower(model)
-    except PassError as e:
+    except (PassError, InvariantError) as e:
         raise QuestDeployError(f"the graph cannot be lowered for {backend.name}: {e}; run `quest-deploy export` again") from e
     save_graph(lowered, folder / LOWERED)
     backend.compile(folder / LOWERED, folder, options, on_progress)

@@ -22,6 +22,7 @@ GROUPS = 32
 """The groups of every GroupNorm in a CompVis UNet."""
 BETAS = (0.00085, 0.012)
 """Stable Diffusion's noise schedule, where the configuration names none."""
+MOST_TIMESTEPS = 100_000
 _REQUIRED = (
     "image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions", "channel_mult"
 )  # fmt: skip
@@ -141,7 +142,7 @@ class UNetConfig:
             content = _parse(path)
         except FileNotFoundError as e:
             raise InputError(f"{path} does not exist") from e
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise InputError(f"{path}: expected the UNet's configuration as YAML or JSON ({e})") from e
         try:
             return cls.from_params(content)
@@ -157,9 +158,10 @@ class UNetConfig:
             content = _get(around, "unet_config", "params")
         if not isinstance(content, dict):
             raise InputError(f"expected model.params.unet_config.params, or those parameters alone, found {type(content).__name__}")
-        given = {**_OPTIONAL, **content}
+        # Stable Diffusion's UNet names a size that it does not use; the model around it names the latent's.
+        given = {**_OPTIONAL, **content, **({"image_size": around["image_size"]} if "image_size" in around else {})}
         missing = [name for name in _REQUIRED if name not in given]
-        unknown = sorted(given.keys() - {*_REQUIRED, *_OPTIONAL, *_FIXED})
+        unknown = sorted(map(str, given.keys() - {*_REQUIRED, *_OPTIONAL, *_FIXED}))
         if missing or unknown:
             raise InputError(f"a UNetModel's parameters: missing {missing or 'none'}, unknown {unknown or 'none'}")
         for name, value in _FIXED.items():
@@ -170,16 +172,35 @@ class UNetConfig:
             raise InputError("one of num_heads and num_head_channels must be set")
         if given["num_heads_upsample"] not in (-1, given["num_heads"]):
             raise InputError(f"num_heads_upsample: {given['num_heads_upsample']!r} is not supported, only num_heads itself")
-        if given["use_spatial_transformer"] and type(given["context_dim"]) is not int:
-            raise InputError(f"context_dim: expected the size of a context vector, found {given['context_dim']!r}")
+        context = given["context_dim"]
+        if given["use_spatial_transformer"] and (type(context) is not int or context < 1):
+            raise InputError(f"context_dim: expected the size of a context vector, found {context!r}")
+        if context is not None and not given["use_spatial_transformer"]:
+            raise InputError("context_dim: only a UNet with use_spatial_transformer reads a context")
         if given["use_spatial_transformer"] and given["resblock_updown"]:
             raise InputError("resblock_updown: with spatial transformers only False is supported")
         names = [*_REQUIRED, *(name for name in _OPTIONAL if name in cls.__dataclass_fields__)]
         values: dict[str, Any] = {name: tuple(given[name]) if isinstance(given[name], list) else given[name] for name in names}
-        # Stable Diffusion's UNet names a size that it does not use; the model around it names the latent's.
-        values["image_size"] = around.get("image_size", values["image_size"])
-        betas = (float(around.get("linear_start", BETAS[0])), float(around.get("linear_end", BETAS[1])))
-        return cls(**values, train_timesteps=int(around.get("timesteps", TRAIN_TIMESTEPS)), betas=betas)
+        timesteps = around.get("timesteps", TRAIN_TIMESTEPS)
+        if type(timesteps) is not int or not 1 <= timesteps <= MOST_TIMESTEPS:
+            raise InputError(f"timesteps: expected an integer from 1 to {MOST_TIMESTEPS}, found {timesteps!r}")
+        betas = (_beta(around, "linear_start", BETAS[0]), _beta(around, "linear_end", BETAS[1]))
+        config = cls(**values, train_timesteps=timesteps, betas=betas)
+        config._check_sizes()
+        return config
+
+    def _check_sizes(self) -> None:
+        if self.model_channels % GROUPS:
+            raise InputError(f"model_channels: expected a multiple of the {GROUPS} groups of its norms, found {self.model_channels}")
+        halvings = len(self.channel_mult) - 1
+        if self.image_size % 2**halvings:
+            raise InputError(f"image_size: expected a size that can be halved {halvings} times, found {self.image_size}")
+        name = "num_heads" if self.num_head_channels == -1 else "num_head_channels"
+        divisor = getattr(self, name)
+        for level, channels in enumerate(self.channels):
+            attends = self.attends(level) or level == halvings  # the middle block does
+            if attends and channels % divisor:
+                raise InputError(f"{name}: expected a divisor of the {channels} channels that attention reads, found {divisor}")
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -361,6 +382,16 @@ def _get(content: Any, *keys: str) -> Any:
             raise InputError(f"expected model.params.unet_config.params; {key!r} is missing")
         content = content[key]
     return content
+
+
+def _beta(around: dict[str, Any], name: str, default: float) -> float:
+    try:
+        beta = float(around.get(name, default))  # YAML reads 1e-3 as text
+    except (TypeError, ValueError, OverflowError):
+        beta = 0.0
+    if not 0 < beta < 1:
+        raise InputError(f"{name}: expected a variance between 0 and 1, found {around[name]!r}")
+    return beta
 
 
 def _check_types(given: dict[str, Any]) -> None:

@@ -57,11 +57,15 @@ class _Weight:
     zero_point: Tensor
     alpha: Tensor
 
-    def codes(self, bits: int) -> tuple[Tensor, Tensor]:
-        """The rounded codes, zero-point included and subtracted: floor, plus one where alpha is not negative, clamped."""
+    def unclamped_codes(self) -> Tensor:
+        """The codes with the zero-point: floor, plus one where alpha is not negative."""
         delta, zero = (values.view(-1, *[1] * (self.weight.dim() - 1)) for values in (self.delta, self.zero_point))
-        codes = torch.clamp(torch.floor(self.weight / delta) + (self.alpha >= 0).float() + zero, 0, 2**bits - 1)
-        return codes, codes - zero
+        return torch.floor(self.weight / delta) + (self.alpha >= 0).float() + zero
+
+    def codes(self, bits: int) -> tuple[Tensor, Tensor]:
+        """The rounded and clamped codes, zero-point included and subtracted."""
+        codes = torch.clamp(self.unclamped_codes(), 0, 2**bits - 1)
+        return codes, codes - self.zero_point.view(-1, *[1] * (self.weight.dim() - 1))
 
     def rounded(self, bits: int) -> Tensor:
         """The weight that the quantized model multiplies by."""
@@ -96,6 +100,12 @@ class _Tables:
         """Whether the tables do not vary along their axis."""
         return bool((self.scale == self.scale[:, :1]).all() and (self.zero_point == self.zero_point[:, :1]).all())
 
+    @property
+    def has_offset(self) -> bool:
+        """Whether the codes less their zero-point reach beyond int8: a deployed site then pads with its offset, not with zero."""
+        low, high = (bound - self.zero_point for bound in self.code_range)
+        return bool((low < -128).any() or (high > 127).any())
+
     def same(self, other: _Tables) -> bool:
         """Whether both quantize alike."""
         plain = (self.bits, self.code_range, self.axis) == (other.bits, other.code_range, other.axis)
@@ -107,14 +117,29 @@ def float_model(official: OfficialCheckpoint) -> nn.Module:
     return _diffusers_model(official, lambda part: part.weight)
 
 
-def import_checkpoint(official: OfficialCheckpoint, probe: dict[str, Tensor]) -> Imported:
+def rounded_layers(official: OfficialCheckpoint) -> dict[str, LayerData]:
+    """Every layer with its rounded weight, its geometry and its MACs still to be filled in.
+
+    Raises:
+        InputError: the weights were not quantized to the settings' bits, or a weight's codes fit no checkpoint of ours.
+    """
+    parts, bits = _all_parts(official), official.settings.weight_bits
+    try:
+        _check_bits(parts, bits)
+        return {name: _layer_data(name, part, bits) for name, part in parts.items()}
+    except InputError as e:
+        raise InputError(f"{official.path}: {e}") from e
+
+
+def import_checkpoint(official: OfficialCheckpoint, rounded: dict[str, LayerData], probe: dict[str, Tensor]) -> Imported:
     """Convert ``official``.
 
     Args:
+        rounded: its :func:`rounded_layers`.
         probe: random inputs of the diffusers model, to see which layers read the same tensor.
 
     Raises:
-        InputError: a weight's codes that fit no checkpoint of ours, or timesteps beyond the training's.
+        InputError: timesteps beyond the training's.
     """
     scheme, config = import_scheme(official), official.config
     splits = _split_shortcuts(official)
@@ -122,11 +147,11 @@ def import_checkpoint(official: OfficialCheckpoint, probe: dict[str, Tensor]) ->
     model = prepare(float_model(official), splits, attention)
     # A softmax of 16 bits is a site too, though the scheme calls it float.
     plan = plan_quantization(model, probe, dataclasses.replace(scheme, softmax_bits=scheme.softmax_bits or 8))
-    parts, tables = _all_parts(official), dict(_layer_tables(official)) | dict(_operand_tables(official))
+    tables = dict(_layer_tables(official)) | dict(_operand_tables(official))
     sites: dict[str, SiteData | FreeSiteData] = {}
     in_float = {}
     for group in plan.sites:
-        for readers in _agreeing(group, tables):
+        for readers in _agreeing(group, tables, model):
             name = group.name if group.operand is not None else readers[0]
             found, channels = tables[name], _channels(official, model, group)
             why = _why_float(found)
@@ -134,8 +159,7 @@ def import_checkpoint(official: OfficialCheckpoint, probe: dict[str, Tensor]) ->
                 sites[name] = _integer_site(name, group, readers, found, channels)
             else:
                 sites[name], in_float[name] = _free_site(name, group, readers, found, channels), why
-    bits = official.settings.weight_bits
-    layers = {x.name: _layer_data(x.name, parts[x.name], bits, model.get_submodule(x.name), x.macs) for x in plan.layers}
+    layers = {x.name: _placed(rounded[x.name], model, x.macs) for x in plan.layers}
     if any(isinstance(sites[site], FreeSiteData) for site in sites if sites[site].layers[0] in layers):
         scheme = dataclasses.replace(scheme, granularity=Granularity.FREE_CHANNEL)
     checkpoint = Checkpoint(
@@ -153,6 +177,7 @@ def import_checkpoint(official: OfficialCheckpoint, probe: dict[str, Tensor]) ->
 
 def recalibrate(
     official: OfficialCheckpoint,
+    rounded: dict[str, LayerData],
     trajectories: Trajectories,
     options: CalibrationOptions,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
@@ -160,6 +185,7 @@ def recalibrate(
     """Keep the rounded weights and choose new activation scales at the deployable granularity: one a tensor and bucket.
 
     Args:
+        rounded: its :func:`rounded_layers`.
         trajectories: recorded on :func:`float_model`; every bucket must occur in them.
     """
     bits = official.settings.weight_bits
@@ -167,12 +193,9 @@ def recalibrate(
     checkpoint = calibrate(
         IMPORTED, _diffusers_model(official, lambda part: part.rounded(bits)), trajectories, scheme, options, on_progress
     )
-    parts = _all_parts(official)
     architecture = dataclasses.replace(checkpoint.architecture, heads=official.config.fixed_heads)
     model = build_float_model(architecture)
-    layers = {
-        name: _layer_data(name, parts[name], bits, model.get_submodule(name), layer.macs) for name, layer in checkpoint.layers.items()
-    }
+    layers = {name: _placed(rounded[name], model, layer.macs) for name, layer in checkpoint.layers.items()}
     provenance = {**_provenance(official), "recalibrated": {"range": options.method.value, "seed": options.seed}}
     return Imported(dataclasses.replace(checkpoint, architecture=architecture, layers=layers, provenance=provenance), {})
 
@@ -273,13 +296,18 @@ def _tables(official: OfficialCheckpoint, quantizer: str, axis: int | None, *, s
     return _Tables(settings.bits(quantizer), scale, zero, settings.code_range(quantizer), axis, summed)
 
 
-def _agreeing(group: SitePlan, tables: dict[str, _Tables]) -> list[tuple[str, ...]]:
-    """The readers of one tensor, divided into those whose tables are the same."""
+def _agreeing(group: SitePlan, tables: dict[str, _Tables], model: nn.Module) -> list[tuple[str, ...]]:
+    """The readers of one tensor, divided into those whose tables are the same, and their padding too where there is an offset."""
     if group.operand is not None:
         return [group.layers]
     parts: list[list[str]] = []
+
+    def agree(a: str, b: str) -> bool:
+        paddings = {getattr(model.get_submodule(name), "padding", None) for name in (a, b)}
+        return tables[a].same(tables[b]) and (len(paddings) == 1 or not tables[a].has_offset)
+
     for reader in group.layers:
-        part = next((part for part in parts if tables[part[0]].same(tables[reader])), None)
+        part = next((part for part in parts if agree(part[0], reader)), None)
         if part is None:
             parts.append([reader])
         else:
@@ -327,7 +355,28 @@ def _channel_axis(group: SitePlan, tables: _Tables) -> int:
     return group.axis if group.operand is None or tables.axis is None else tables.axis
 
 
-def _layer_data(name: str, part: _Weight, bits: int, module: nn.Module, macs: int) -> LayerData:
+def _check_bits(parts: dict[str, _Weight], bits: int) -> None:
+    """Raise InputError where the weights contradict ``bits``. A few channels of one sign do not: their zero-points lie outside."""
+    levels = activation_levels(bits)
+
+    def mostly_outside(values: Tensor) -> bool:
+        return bool(((values < 0) | (values > levels)).float().mean() > 0.5)
+
+    asked = ": were the weights quantized to 8 bits?" if bits == 4 else ""
+    for what, values_of in (("zero-points", lambda part: part.zero_point), ("codes", _Weight.unclamped_codes)):
+        outside = sum(mostly_outside(values_of(part)) for part in parts.values())
+        if 2 * outside > len(parts):
+            raise InputError(f"the {what} of {outside} of {len(parts)} layers exceed {bits}-bit codes{asked}")
+    # Rounding up may lead one beyond the highest code.
+    if bits == 8 and all(part.unclamped_codes().amax() <= activation_levels(4) + 1 for part in parts.values()):
+        raise InputError("no weight has a code of more than 4 bits: were the weights quantized to 4 bits?")
+
+
+def _placed(layer: LayerData, model: nn.Module, macs: int) -> LayerData:
+    return dataclasses.replace(layer, conv=conv_geometry(model.get_submodule(layer.name)), macs=macs)
+
+
+def _layer_data(name: str, part: _Weight, bits: int) -> LayerData:
     codes, centered = part.codes(bits)
     zero_point = part.zero_point
     if bool((zero_point < 0).any() or (zero_point > activation_levels(bits)).any()):
@@ -343,8 +392,8 @@ def _layer_data(name: str, part: _Weight, bits: int, module: nn.Module, macs: in
         weight_codes=codes.numpy().astype(np.uint8),
         weight_scale=_array(part.delta),
         bias=None if part.bias is None else _array(part.bias),
-        conv=conv_geometry(module),
-        macs=macs,
+        conv=None,
+        macs=0,
         weight_zero_point=zero_point.numpy().astype(np.uint8),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
 PREFIX = "model."
 IGNORED = ".current_delta"
 """The scales of the timestep that was set last; only files of finetuned models have it."""
+DTYPES = frozenset({
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
+})  # fmt: skip
 LISTED = 8
 """How many keys of a kind a message names."""
 
@@ -31,11 +33,13 @@ class OfficialCheckpoint:
     """A checkpoint whose keys and shapes are all as expected.
 
     Attributes:
+        path: its file.
         tensors: float32, by name without the prefix.
         split: whether shortcut convolutions that read a concatenation have quantizers for each half.
         context_tokens: the length of the condition; None for a UNet that has none.
     """
 
+    path: Path
     config: UNetConfig
     settings: ImportSettings
     names: Names
@@ -48,9 +52,13 @@ def read(path: Path, config: UNetConfig, settings: ImportSettings) -> OfficialCh
     """Read the file at ``path``, tensors only.
 
     Raises:
-        InputError: it cannot be read; keys are missing or unexpected (they are listed); shapes do not fit (they are named); a value
-            is not finite; a zero-point is no integer; a weight's scale is not positive.
+        InputError: a timestep lies beyond the training's; the file cannot be read; it holds anything but dense tensors of real
+            numbers; keys are missing or unexpected (they are listed); shapes do not fit (they are named); a value is not finite; a
+            zero-point is no integer; a weight's scale is not positive.
     """
+    last = config.train_timesteps - 1
+    if settings.timesteps and not 0 <= settings.timesteps[-1] <= settings.timesteps[0] <= last:
+        raise InputError(f"timesteps: expected them from {last} down to 0, as the UNet was trained, found {settings.timesteps}")
     tensors = _load(path)
     names = config.names()
     split = any(key.endswith(".weight_quantizer_0.delta") for key in tensors)
@@ -65,10 +73,12 @@ def read(path: Path, config: UNetConfig, settings: ImportSettings) -> OfficialCh
         shapes = (f"{PREFIX}{key} is {list(tensors[key].shape)}, expected {list(expected[key])}" for key in wrong)
         problems.append(f"{len(wrong)} shapes do not fit: {_listed(shapes)}")
     if not problems:
+        # Only now: a few bytes can describe a tensor of any shape, which takes no memory before it is copied.
+        tensors = {key: value.detach().float() for key, value in tensors.items()}
         problems = _bad_values(tensors)
     if problems:
         raise InputError(f"{path} does not fit the given UNet and settings (from {settings.source.value}): {'; '.join(problems)}")
-    return OfficialCheckpoint(config, settings, names, tensors, split, context)
+    return OfficialCheckpoint(path, config, settings, names, tensors, split, context)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -76,29 +86,45 @@ def _load(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
         raise InputError(f"{path} does not exist") from e
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
-        raise InputError(f"{path}: expected a file of tensors as torch.save writes it ({e})") from e
+    except Exception as e:  # a malformed file makes torch and pickle raise anything, MemoryError too
+        # torch's own words advise loading with weights_only=False, which would run the file's code.
+        reason = e if isinstance(e, OSError) else type(e).__name__
+        raise InputError(f"{path}: expected a file of tensors as torch.save writes it ({reason})") from e
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"{path}: expected a state dict of tensors, found {type(content).__name__} of something else")
     others = [str(key) for key in content if not str(key).startswith(PREFIX)]
     if others:
         raise InputError(f"{path}: expected keys that begin with {PREFIX!r}, found {_listed(others)}")
-    used = {key.removeprefix(PREFIX): value for key, value in content.items() if not key.endswith(IGNORED)}
-    return {key: value.float() for key, value in used.items()}
+    if strange := [key for key, value in content.items() if not _is_plain(value)]:
+        raise InputError(f"{path}: expected dense tensors of real numbers, found others: {_listed(strange)}")
+    return {key.removeprefix(PREFIX): value for key, value in content.items() if not key.endswith(IGNORED)}
+
+
+def _is_plain(value: Tensor) -> bool:
+    dense = value.layout is torch.strided and not value.is_nested and value.device.type == "cpu" and not value.is_neg()
+    return dense and value.dtype in DTYPES
 
 
 def _context_tokens(tensors: dict[str, Tensor], names: Names, settings: ImportSettings) -> int | None:
     """The length of the context: the tables of the softmax over it show it, but for a Q-Diffusion file, which has scalars."""
     over_context = [operand.name for operand in names.operands if operand.size is None]
+    given = settings.context_tokens
     if not over_context:
+        if given is not None:
+            raise InputError("--context-tokens: the UNet reads no context")
         return None
     for name in over_context:
         table = tensors.get(f"{name}.delta_list")
         if table is not None and table.dim() == 3:
-            return table.shape[2]
-    if settings.context_tokens is None:
+            shown = table.shape[2]
+            if shown < 1:
+                raise InputError(f"{PREFIX}{name}.delta_list is for a context of no tokens")
+            if given not in (None, shown):
+                raise InputError(f"--context-tokens: the checkpoint shows {shown}, not {given}")
+            return shown
+    if given is None:
         raise InputError("the checkpoint does not say how long the model's context is; give --context-tokens (77 for Stable Diffusion)")
-    return settings.context_tokens
+    return given
 
 
 def _expected(names: Names, settings: ImportSettings, split: bool, context: int | None) -> dict[str, tuple[int, ...]]:

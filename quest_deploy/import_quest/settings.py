@@ -90,18 +90,18 @@ class ImportSettings:
             named = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
             raise InputError(f"the checkpoint does not say how it was made; give {named} (or --settings with a JSON file of them)")
         timesteps = given.pop("timesteps")
-        if not isinstance(timesteps, list | tuple) or any(type(t) not in (int, float) for t in timesteps):
-            raise InputError(f"timesteps: expected a list of numbers, found {timesteps!r}")
+        if not isinstance(timesteps, list | tuple) or any(type(t) not in (int, float) or not 0 <= t < 2**31 for t in timesteps):
+            raise InputError(f"timesteps: expected a list of numbers of 0 or more, found {timesteps!r}")
         return cls(source, tuple(float(t) for t in timesteps), **given)
 
     def code_range(self, quantizer: str) -> tuple[int, int]:
         """The codes that an activation quantizer clamps to, its zero-point included, by its CompVis name.
 
-        The official scripts overwrite the number of levels of the first and the last layer's quantizers, which makes symmetric ones
-        clamp to -257..256. Unconditional models' softmax is never symmetric.
+        QuEST's scripts overwrite the number of levels of the first and the last layer's quantizers whatever the activations' bits,
+        which makes symmetric ones clamp to -257..256. Unconditional models' softmax is never symmetric.
         """
         bits, symmetric = self.activation_bits, self.symmetric
-        if quantizer in FIRST_AND_LAST and self.first_last_bits != bits:
+        if quantizer in FIRST_AND_LAST and (self.source is Source.QUEST or self.first_last_bits != bits):
             bits = self.first_last_bits
             return (-(2**bits) - 1, 2**bits) if symmetric else (0, 2**bits - 1)
         if quantizer.endswith("act_quantizer_w"):

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from quest_deploy.checkpoint import (
     Checkpoint,
+    FreeSiteData,
     SiteData,
     load_checkpoint,
     pack_4bit,
@@ -127,6 +128,27 @@ def test_a_centered_code_is_the_code_less_its_output_channels_zero_point() -> No
             expected = layer.weight_codes[o].astype(int) - zero_point
             np.testing.assert_array_equal(layer.centered_codes[o], expected)
             np.testing.assert_array_equal(layer.dequantized_weight[o], expected.astype(np.float32) * layer.weight_scale[o])
+
+
+def test_a_free_site_says_which_of_its_scales_keeps_it_in_float() -> None:
+    checkpoint = kinds_checkpoint()
+    constant = np.ones((2, 4), np.float32)
+    wide = FreeSiteData("wide", 16, 3, ("attn.mix",), constant, 0 * constant, 0, 2**16 - 1)
+    operand = FreeSiteData("attn.q", 4, 3, ("attn.scores",), np.arange(1, 9, dtype=np.float32).reshape(2, 4), 0 * constant, 0, 15)
+    sites = {**checkpoint.sites, "wide": wide, "attn.q": operand}
+    channel = "a scale for each channel lies on the axis that is summed over"
+    assert dataclasses.replace(checkpoint, sites=sites).float_sites == {
+        "free_conv": channel,
+        "by_channel": channel,
+        "by_token": "a scale for each channel or token, where an integer product has one for the tensor",
+        "attn.q": channel,
+        "wide": "codes that int8 does not hold",
+    }
+    assert (
+        dataclasses.replace(checkpoint, sites={**sites, "attn.q": dataclasses.replace(operand, axis=2)})
+        .float_sites["attn.q"]
+        .startswith("a scale for each channel or token")
+    )
 
 
 def test_products_count_among_the_multiply_adds_with_their_wider_operands_bits() -> None:
@@ -242,6 +264,28 @@ EDITS: dict[str, Callable[[dict[str, Any], dict[str, Array], dict[str, str]], An
     "bounds above zero": lambda c, t, m: (put(t, "site.conv.low", 0, 1), put(t, "site.conv.high", 0, 16)),
     "shifted 8-bit bounds": lambda c, t, m: (put(t, "site.last.low", 0, -254), put(t, "site.last.high", 0, 0)),
     "bounds that are no number": lambda c, t, m: put(t, "site.conv.low", 0, np.nan),
+    "a bias that is no number": lambda c, t, m: put(t, "layer.conv.bias", 0, np.nan),
+    "an infinite float parameter": lambda c, t, m: put(t, "float.norm.weight", 0, np.inf),
+    "a provenance without its method": lambda c, t, m: put(c, "provenance", {}),
+    "a provenance in a list": lambda c, t, m: put(c, "provenance", [1]),
+    "a method that is a number": lambda c, t, m: put(c, "provenance", "method", 5),
+    "a model in a list": lambda c, t, m: put(c, "model", ["hand"]),
+    "a class that is a number": lambda c, t, m: put(c, "architecture", "class_name", 5),
+    "a configuration that is text": lambda c, t, m: put(c, "architecture", "config", "small"),
+    "an architecture in a list": lambda c, t, m: put(c, "architecture", []),
+    "not one layer": lambda c, t, m: (
+        c.update(layers=[], sites=[]),
+        [t.pop(key) for key in list(t) if not key.startswith("float.")],
+    ),
+    "a layer without weights": lambda c, t, m: (
+        put(c, "layers", 0, "shape", [0, 1, 3, 3]),
+        [put(t, f"layer.conv.{table}", t[f"layer.conv.{table}"][:0].copy()) for table in ("codes", "scale", "bias")],
+    ),
+    "no multiply-adds": lambda c, t, m: put(c, "layers", 0, "macs", 0),
+    "multiply-adds below zero": lambda c, t, m: put(c, "layers", 0, "macs", -5),
+    "a convolution's site along the height": lambda c, t, m: put(c, "sites", 0, "axis", 2),
+    "a linear's site along a fifth axis": lambda c, t, m: put(c, "sites", 2, "axis", 4),
+    "an edge beyond all floats": lambda c, t, m: put(c, "scheme", "bucket_edges", [10**400]),
 }
 
 
@@ -264,6 +308,13 @@ KIND_EDITS: dict[str, Callable[[dict[str, Any], dict[str, Array], dict[str, str]
     "a product whose operand is a number": lambda c, t, m: put(c, "products", 2, "sites", [3, "half.v"]),
     "a product that no site names": lambda c, t, m: put(c, "sites", 5, "layers", []),
     "a product's multiply-adds that are text": lambda c, t, m: put(c, "products", 0, "macs", "36"),
+    "a product's multiply-adds below zero": lambda c, t, m: put(c, "products", 0, "macs", -36),
+    "a product whose operands are swapped": lambda c, t, m: put(c, "products", 0, "sites", ["attn.k", "attn.q"]),
+    "a product of an unknown kind": lambda c, t, m: (
+        put(c, "products", 2, "name", "half.other"),
+        put(c, "sites", 9, "layers", ["half.other"]),
+    ),
+    "an operand's site along a fifth axis": lambda c, t, m: put(c, "sites", 5, "axis", 4),
     "zero-points gone": lambda c, t, m: t.pop("layer.padded.zero_point"),
     "zero-points of a symmetric weight": lambda c, t, m: put(t, "layer.by_channel.zero_point", np.zeros(6, np.uint8)),
     "zero-points beyond 4 bits": lambda c, t, m: put(t, "layer.padded.zero_point", 0, 16),
@@ -305,6 +356,17 @@ def test_damage_to_products_free_sites_asymmetric_weights_or_rewrites_is_an_inpu
     edit: Any, tmp_path: Path
 ) -> None:
     path = save_edited(kinds_checkpoint(), tmp_path, edit)
+    with pytest.raises(InputError, match=r"edited\.safetensors"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '"text"', "[]", "{"], ids=lambda text: text[:6])
+def test_content_that_is_no_json_object_is_an_input_error_with_the_path(hand: Checkpoint, tmp_path: Path, text: str) -> None:
+    path = save_edited(hand, tmp_path, lambda c, t, m: None)
+    with safe_open(path, framework="numpy") as stream:
+        metadata = {**stream.metadata(), "content": text}
+        tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata)
     with pytest.raises(InputError, match=r"edited\.safetensors"):
         load_checkpoint(path)
 

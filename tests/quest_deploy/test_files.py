@@ -127,6 +127,43 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path: Path, monk
     assert names(path) == ["old"]
 
 
+@pytest.mark.parametrize("restore_fails", [False, True])
+def test_ctrl_c_while_folders_are_renamed_loses_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, restore_fails: bool
+) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+    replace = os.replace
+
+    def interrupted(a: Path, b: Path) -> None:
+        if "-old-" in Path(a).name and restore_fails:
+            raise OSError("disk trouble")
+        replace(a, b)
+        if "-old-" in Path(b).name:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", interrupted)
+        with pytest.raises((KeyboardInterrupt, OSError)), atomic_folder(path) as temporary:
+            (temporary / "new").write_text("whole")
+    assert path.exists() is not restore_fails
+    remove_temporaries(tmp_path)
+    assert names(tmp_path) == ["folder"]
+    assert names(path) == ["old"]
+
+
+def test_a_folder_that_a_killed_process_had_moved_away_is_put_back_unless_the_new_one_is_there(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        old = tmp_path / f"{files.TEMPORARY_PREFIX}12-old-{name}"
+        old.mkdir()
+        (old / "old").write_text("old")
+    (tmp_path / "b").mkdir()
+    remove_temporaries(tmp_path)
+    assert names(tmp_path) == ["a", "b"]
+    assert (names(tmp_path / "a"), names(tmp_path / "b")) == (["old"], [])
+
+
 def test_what_a_killed_process_left_is_overwritten_and_can_be_removed(tmp_path: Path) -> None:
     left = tmp_path / f"{files.TEMPORARY_PREFIX}{os.getpid()}-folder"
     left.mkdir()

@@ -107,6 +107,12 @@ def test_json_that_is_not_a_scheme_of_this_version_is_refused(changes: dict[str,
         Scheme.from_json({k: v for k, v in value.items() if v is not ...})
 
 
+@pytest.mark.parametrize(("edge", "steps"), [(10**400, 1000), (1e39, 10**40)])
+def test_an_edge_that_no_float_holds_is_refused(edge: float, steps: int) -> None:
+    with pytest.raises(InputError, match="scheme: "):
+        Scheme.from_json({**Scheme.parse("w4a4").to_json(), "bucket_edges": [edge], "train_timesteps": steps})
+
+
 @pytest.mark.parametrize("value", [None, [], "w4a4", 4])
 def test_json_that_is_no_object_is_refused(value: Any) -> None:
     with pytest.raises(InputError, match="JSON object"):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -8,7 +10,19 @@ import pytest
 from exporters.passes.remove_quantization import RemoveQuantization
 from quest_deploy.checkpoint import Checkpoint
 from quest_deploy.errors import InputError
-from tests.helpers import Array, along, float_layer, graph_from_text, hand_feeds, op_counts, proto_of, relative_error, run
+from tests.helpers import (
+    Array,
+    along,
+    float32,
+    float_layer,
+    graph_from_text,
+    hand_feeds,
+    inserted,
+    op_counts,
+    proto_of,
+    relative_error,
+    run,
+)
 
 
 @pytest.fixture
@@ -56,6 +70,48 @@ def test_case_2_a_linears_bias_stays_an_add_behind_the_matmul(float_model: ir.Mo
     product = add.inputs[0].producer() if add.inputs[0] is not None else None
     assert product is not None
     assert product.op_type == "MatMul"
+
+
+SPLIT_TEXT = """
+split (float[batch,2,6,6] a, float[batch,4,6,6] b, float[batch] timestep)
+  => (float[batch,3,6,6] image, float[batch,6,6,6] normed)
+  <float[batch,6,6,6] whole, float[batch,3,6,6] y0, float[batch,3,6,6] y1>
+{
+  CONCAT
+  y0 = quest.export.Layer <layer = "conv_shortcut.first"> (a)
+  y1 = quest.export.Layer <layer = "conv_shortcut.second"> (b)
+  image = Add (y0, y1)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "concat",
+    ["whole = Concat <axis = 1> (a, b) normed = Relu (whole)", "whole = Concat <axis = 1> (b, a) normed = Relu (whole)"],
+    ids=["what was split is there", "another concatenation is there"],
+)
+def test_case_3_the_halves_of_a_split_shortcut_are_one_conv_of_the_concatenation(hand: Checkpoint, concat: str) -> None:
+    rng = np.random.default_rng(0)
+    halves = {}
+    for half, like, channels in (("first", "conv", 2), ("second", "last", 4)):
+        codes = rng.integers(-8, 8, (3, channels, 1, 1), dtype=np.int8)
+        layer = dataclasses.replace(hand.layers["last"], name=f"conv_shortcut.{half}", weight_codes=codes)
+        site = dataclasses.replace(hand.sites[like], name=layer.name, layers=(layer.name,))
+        halves[layer.name] = (layer, site)
+    first = halves["conv_shortcut.first"]
+    halves["conv_shortcut.first"] = (dataclasses.replace(first[0], bias=rng.standard_normal(3).astype(np.float32)), first[1])
+    checkpoint = dataclasses.replace(
+        hand, layers={n: layer for n, (layer, _) in halves.items()}, sites={n: site for n, (_, site) in halves.items()}
+    )
+    model = inserted(SPLIT_TEXT.replace("CONCAT", concat), checkpoint)
+    RemoveQuantization()(model)
+    onnx.checker.check_model(proto_of(model), full_check=True)
+    assert (op_counts(model)["Conv"], op_counts(model).get("Add")) == (1, None)
+    assert op_counts(model)["Concat"] == (1 if "(a, b)" in concat else 2)
+    a, b = (rng.standard_normal((2, channels, 6, 6)).astype(np.float32) for channels in (2, 4))
+    image = run(model, {"a": a, "b": b, "timestep": float32(999.0, 0.0)})[0]
+    expected = [unquantized(checkpoint, name, x.astype(np.float64)) for name, x in zip(checkpoint.layers, (a, b), strict=True)]
+    assert relative_error(image, expected[0] + expected[1]) < 1e-5
 
 
 def test_a_foreign_graph_is_an_input_error() -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 from diffusers import UNet2DConditionModel
+from onnx_ir.passes import PreconditionError
 
 from quest_deploy.cli import benchmark, calibrate, evaluate, finetune, generate
 from quest_deploy.evaluate import SamplingOptions
 from quest_deploy.workspace import Workspace
-from tests.quest_deploy.support import MINI_UNET, cli, snapshot
+from tests.quest_deploy.support import MINI_UNET, Outcome, cli, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,14 +75,43 @@ def test_run_fails_where_the_verification_failed_before(run: Callable[..., Any],
     assert (ended.code, "layer conv_in: wrong" in ended.message) == (1, True)
 
 
-def test_export_without_a_checkpoint_calibrates_one_warns_and_records_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Run `export` in a new workspace of a small model, which calibrates it first."""
     small = UNet2DConditionModel(**{**MINI_UNET, "sample_size": 8, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 32})
     monkeypatch.setattr("quest_deploy.models.tiny.TinyModel.load_unet", lambda model: small.eval())
     monkeypatch.setattr("quest_deploy.cli.export.CalibrateOptions", partial(calibrate.CalibrateOptions, samples=1))
-    ended = cli("export", "-w", tmp_path / "ws", "--buckets", "1", "--bits", "w8a8", "--json")
+    return lambda *options: cli("export", "-w", tmp_path / "ws", "--buckets", "1", "--bits", "w8a8", *options)
+
+
+def test_export_without_a_checkpoint_calibrates_one_warns_and_records_it(small_export: Callable[..., Outcome], tmp_path: Path) -> None:
+    ended = small_export("--json")
     assert ended.code == 0
     assert "warning: no finetuned checkpoint in this workspace: exporting a calibrated one (PTQ)" in ended.err
-    assert (ended.json["method"], ended.json["buckets"]) == ("ptq", 1)
+    assert (ended.json["method"], ended.json["buckets"], ended.json["float_sites"]) == ("ptq", 1, {})
     stages = Workspace.open(tmp_path / "ws").stages
     assert list(stages) == ["calibrate", "export"]
     assert stages["export"].inputs == {"calibrate": stages["calibrate"].digest}
+
+
+def test_export_and_inspect_say_what_computes_in_float_and_why(small_export: Callable[..., Outcome], tmp_path: Path) -> None:
+    reason = "a scale for each channel lies on the axis that is summed over"
+    ended = small_export("--granularity", "free_channel")
+    details = Workspace.open(tmp_path / "ws").stages["export"].details
+    assert set(details["float_sites"].values()) == {reason}
+    count = details["sites"]
+    said = f"{count} of {count} tensors and the layers that read them compute in float ({reason})"
+    assert said in ended.out.splitlines()
+    assert said in cli("inspect", tmp_path / "ws" / "calibrated.safetensors").out.splitlines()
+
+
+def test_a_checkpoint_that_cannot_be_exported_is_one_message(
+    small_export: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise PreconditionError("site x: its convolutions pad differently")
+
+    monkeypatch.setattr("exporters.torch_to_qdq.portable_graph", refuse)
+    ended = small_export()
+    assert ended.code == 1
+    assert "calibrated.safetensors cannot be exported: site x: its convolutions pad differently" in ended.message

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quest_deploy.import_quest.architecture import UNetConfig
-from quest_deploy.import_quest.convert import import_checkpoint
+from quest_deploy.import_quest.convert import import_checkpoint, rounded_layers
 from quest_deploy.import_quest.read import read
 from quest_deploy.import_quest.settings import ImportSettings, Source
 from quest_deploy.quant.model import QuantizedModel
@@ -63,7 +63,8 @@ class Case:
     @cached_property
     def import_settings(self) -> ImportSettings:
         quest, s = self.source is Source.QUEST, self.settings
-        timesteps, context = (tuple(map(float, TIMESTEPS)), None) if quest else ((), CONTEXT_TOKENS)
+        timesteps = tuple(map(float, TIMESTEPS)) if quest else ()
+        context = None if quest or "context_dim" not in self.params else CONTEXT_TOKENS
         bits = (s.weight_bits, s.activation_bits, s.first_last_bits, s.softmax_bits)
         return ImportSettings(self.source, timesteps, *bits, s.symmetric, context)
 
@@ -100,7 +101,7 @@ class Case:
 
     def imported(self, path: Path) -> tuple[OfficialCheckpoint, Imported, QuantizedModel]:
         official = self.read(path)
-        imported = import_checkpoint(official, self.named_inputs(TIMESTEPS[0]))
+        imported = import_checkpoint(official, rounded_layers(official), self.named_inputs(TIMESTEPS[0]))
         return official, imported, QuantizedModel.from_checkpoint(imported.checkpoint).eval()
 
     @torch.no_grad()

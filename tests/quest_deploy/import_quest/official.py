@@ -297,8 +297,8 @@ class OfficialSettings:
     def code_range(self, quantizer: str) -> tuple[int, int]:
         """The clamp of an activation quantizer, its zero-point included."""
         bits, symmetric = self.activation_bits, self.symmetric
-        if quantizer in ("model.input_blocks.0.0.act_quantizer", "model.out.2.act_quantizer") and self.first_last_bits != bits:
-            # The scripts overwrite the number of levels of these two, symmetric or not.
+        if quantizer in ("model.input_blocks.0.0.act_quantizer", "model.out.2.act_quantizer"):
+            # QuEST's scripts overwrite the number of levels of these two, symmetric or not, whatever the others' bits.
             return (-257, 256) if symmetric else (0, 2**self.first_last_bits - 1)
         if quantizer.endswith("act_quantizer_w"):
             bits, symmetric = self.softmax_bits, symmetric and "smv_matmul" not in quantizer

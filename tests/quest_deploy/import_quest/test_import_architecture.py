@@ -61,12 +61,43 @@ def test_an_ldm_yaml_and_the_parameters_as_json_mean_the_same_unet(tmp_path: Pat
         ({"num_classes": 1000}, "num_classes: 1000 is not supported"),
         ({"dim_heads": 3}, "unknown \\['dim_heads'\\]"),
         ({"context_dim": None}, "context_dim: expected the size"),
+        ({"context_dim": 0}, "context_dim: expected the size"),
+        ({"use_spatial_transformer": False}, "context_dim: only a UNet with use_spatial_transformer"),
+        ({"num_head_channels": 64}, "num_head_channels: expected a divisor of the 32 channels"),
+        ({"num_head_channels": 12}, "num_head_channels: expected a divisor of the 32 channels"),
+        ({"num_heads": 3}, "num_heads: expected a divisor of the 32 channels"),
+        ({"model_channels": 30}, "model_channels: expected a multiple of the 32 groups"),
+        ({"image_size": 7}, "image_size: expected a size that can be halved 1 times"),
+        ({1: 2, "foo": 3}, "unknown \\['1', 'foo'\\]"),
         ({"num_heads": -1}, "one of num_heads and num_head_channels"),
     ],
 )
 def test_a_unet_that_is_not_covered_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         UNetConfig.from_params({**SD, **change})
+
+
+@pytest.mark.parametrize(
+    ("around", "message"),
+    [
+        ({"image_size": "x"}, "image_size: expected a positive integer"),
+        ({"timesteps": "x"}, "timesteps: expected an integer from 1"),
+        ({"timesteps": 0}, "timesteps: expected an integer from 1"),
+        ({"linear_start": "x"}, "linear_start: expected a variance between 0 and 1"),
+        ({"linear_start": 5}, "linear_start: expected a variance between 0 and 1"),
+        ({"linear_end": None}, "linear_end: expected a variance between 0 and 1"),
+    ],
+)
+def test_a_model_around_the_unet_that_cannot_be_is_refused(around: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        UNetConfig.from_params({"model": {"params": {**around, "unet_config": {"params": SD}}}})
+
+
+@pytest.mark.parametrize("name", ["unet.json", "unet.yaml"])
+def test_a_deeply_nested_configuration_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(InputError, match="YAML or JSON"):
+        UNetConfig.load(tmp_path / name)
 
 
 def test_a_configuration_without_its_parts_or_that_is_no_yaml_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from quest_deploy.errors import InputError
+from quest_deploy.files import sha256_of
+from quest_deploy.import_quest import trajectories
+from quest_deploy.workspace import Workspace
 from tests.quest_deploy.import_quest.cases import CHURCHES, UNCONDITIONAL, Case
 from tests.quest_deploy.support import cli
 
@@ -64,12 +68,62 @@ def test_it_prints_what_computes_in_float_and_why(files: Path, tmp_path: Path) -
     assert "on the axis that is summed over: it cannot leave an integer product" in outcome.out
 
 
+def test_the_workspace_records_which_files_it_came_of(files: Path, tmp_path: Path) -> None:
+    assert cli(*_import(files, "-w", tmp_path / "w")).code == 0
+    options = Workspace.open(tmp_path / "w").stages["import"].options
+    assert options["checkpoint_sha256"] == sha256_of(files / "ckpt.pth")
+    assert options["unet_sha256"] == sha256_of(files / "unet.json")
+
+
 def test_a_checkpoint_that_does_not_fit_leaves_no_workspace(files: Path, tmp_path: Path) -> None:
     arguments = _import(files, "-w", tmp_path / "w")
     arguments[arguments.index("900,500,101")] = "900,500"
     outcome = cli(*arguments)
     assert outcome.code == 2
     assert "shapes do not fit" in outcome.message
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("recalibrate", [False, True])
+def test_unusable_weights_are_found_before_anything_is_recorded(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recalibrate: bool
+) -> None:
+    state = torch.load(files / "ckpt.pth", weights_only=True)
+    state["model.out.2.weight_quantizer.zero_point"] += 1e6
+    torch.save(state, tmp_path / "ckpt.pth")
+    (tmp_path / "unet.json").write_text(json.dumps(SMALLEST))
+    monkeypatch.setattr(trajectories, "record_imported", lambda *args, **kw: pytest.fail("recorded"))
+    outcome = cli(*_import(tmp_path, "-w", tmp_path / "w", *["--recalibrate"] * recalibrate))
+    assert outcome.code == 2
+    assert f"{tmp_path / 'ckpt.pth'}: layer conv_out: its weight's zero-points reach too far" in outcome.message
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "seed", "message"),
+    [
+        ("1050,500,101", 0, "timesteps: expected them from 999 down to 0"),
+        ("1000,500,101", 0, "timesteps: expected them from 999 down to 0"),
+        ("900,500,-5", 0, "timesteps: expected a list of numbers of 0 or more"),
+        ("900,500,101", 2**70, "--seed: expected an integer from 0"),
+    ],
+)
+def test_timesteps_and_seeds_that_cannot_be_leave_no_workspace(
+    files: Path, tmp_path: Path, timesteps: str, seed: int, message: str
+) -> None:
+    arguments = _import(files, "-w", tmp_path / "w", "--seed", seed)
+    arguments[arguments.index("900,500,101")] = timesteps
+    outcome = cli(*arguments)
+    assert (outcome.code, message in outcome.message) == (2, True)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_failure_while_recording_leaves_no_workspace(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kw: object) -> None:
+        raise InputError("no")
+
+    monkeypatch.setattr(trajectories, "record_imported", fail)
+    assert cli(*_import(files, "-w", tmp_path / "w")).code == 2
     assert not (tmp_path / "w").exists()
 
 

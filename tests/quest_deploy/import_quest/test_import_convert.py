@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from exporters.torch_to_qdq import portable_graph
 from quest_deploy.checkpoint import FreeSiteData, SiteData, load_checkpoint, save_checkpoint
+from quest_deploy.errors import InputError
 from quest_deploy.import_quest.architecture import UNetConfig
-from quest_deploy.import_quest.convert import float_model, import_checkpoint, recalibrate
+from quest_deploy.import_quest.convert import float_model, import_checkpoint, recalibrate, rounded_layers
 from quest_deploy.import_quest.read import read
 from quest_deploy.import_quest.settings import ImportSettings, Source
 from quest_deploy.import_quest.trajectories import record_imported
@@ -25,6 +28,7 @@ CASES = {
     "class-conditional symmetric": Case(CLASS_CONDITIONAL, options={"symmetric": True}),
     "unconditional W4A4 per channel": Case(UNCONDITIONAL, per_channel=True),
     "unconditional W8A8": Case(UNCONDITIONAL, split=True, options={"weight_bits": 8, "activation_bits": 8}),
+    "unconditional W8A8 symmetric": Case(UNCONDITIONAL, options={"weight_bits": 8, "activation_bits": 8, "symmetric": True}),
     "unconditional Q-Diffusion": Case(UNCONDITIONAL, source=Source.QDIFF, options={"activation_bits": 8}),
     "unconditional resampling W4A4": Case(CHURCHES),
     "unconditional resampling W8A8": Case(CHURCHES, split=True, options={"weight_bits": 8, "activation_bits": 8}),
@@ -69,11 +73,13 @@ def test_the_official_sample_is_reproduced_end_to_end() -> None:
         inputs = {"sample": given["sample"], "timestep": given["timestep"], "encoder_hidden_states": given["context"]}
         theirs.arithmetic = run = Quantized(state, OfficialSettings(timesteps, softmax_bits=16), timestep)
         assert relative(theirs(*inputs.values()), expected) < 1e-5, "the tests' own official model is wrong"
-        model = model or QuantizedModel.from_checkpoint(import_checkpoint(official, inputs).checkpoint).eval()
+        model = model or QuantizedModel.from_checkpoint(import_checkpoint(official, rounded_layers(official), inputs).checkpoint).eval()
         assert relative(model(**inputs), expected) < 1e-5
         found = compare(model, official, run, inputs, expected)
         assert not found.codes
         assert max(found.layers.values()) < 1e-5
+        assert max(found.flips, default=0.0) <= 4
+        assert found.output < 1e-5
 
 
 def test_each_calibrated_timestep_has_its_own_scales_and_the_edges_lie_midway(tmp_path: Path) -> None:
@@ -92,6 +98,20 @@ def test_layers_share_a_site_only_where_their_tables_are_the_same(tmp_path: Path
     sites = case.imported(tmp_path / "x")[1].checkpoint.sites
     assert sites[f"{target}.to_q"].layers == (f"{target}.to_q", f"{target}.to_k")
     assert sites[f"{target}.to_v"].layers == (f"{target}.to_v",)
+
+
+@pytest.mark.parametrize(("zero_point", "sites"), [(120, 2), (128, 1)])
+def test_layers_that_pad_differently_share_a_site_only_without_an_offset(zero_point: int, sites: int, tmp_path: Path) -> None:
+    case = Case(SD, split=True, source=Source.QDIFF, options={"activation_bits": 8, "softmax_bits": 16})
+    downsampler, half = "down_blocks.0.downsamplers.0.conv", "up_blocks.1.resnets.0.conv_shortcut.second"
+    for name in [name for name in case.state if "act_quantizer" in name]:
+        if name.endswith(".delta"):
+            case.state[name] = torch.tensor(0.03)
+        elif "act_quantizer_w" not in name:
+            case.state[name] = torch.tensor(float(zero_point))
+    checkpoint = case.imported(tmp_path / "x")[1].checkpoint
+    assert len({site.name for site in checkpoint.sites.values() if {downsampler, half} & {*site.layers}}) == sites
+    portable_graph(checkpoint, case.named_inputs(TIMESTEPS[0]), "0" * 64)
 
 
 def test_tables_that_fit_no_integer_codes_say_why(tmp_path: Path) -> None:
@@ -124,13 +144,30 @@ def test_a_weight_of_one_sign_keeps_its_codes_in_eight_bits(tmp_path: Path) -> N
     assert compare(model, official, run, case.named_inputs(TIMESTEPS[0]), output).output < 1e-5
 
 
+@pytest.mark.parametrize(("written", "given"), [(8, 4), (4, 8)])
+def test_weight_bits_that_the_weights_contradict_are_refused(written: int, given: int, tmp_path: Path) -> None:
+    case = Case(UNCONDITIONAL, options={"weight_bits": written})
+    torch.save(case.state, tmp_path / "x")
+    official = read(tmp_path / "x", case.config, dataclasses.replace(case.import_settings, weight_bits=given))
+    with pytest.raises(InputError, match=f"x: .* were the weights quantized to {written} bits"):
+        rounded_layers(official)
+
+
+def test_weights_whose_codes_mostly_clamp_are_refused(tmp_path: Path) -> None:
+    case = Case(UNCONDITIONAL)
+    for name in [name for name in case.state if "weight_quantizer" in name and name.endswith("delta")]:
+        case.state[name].div_(64)
+    with pytest.raises(InputError, match=r"the codes of .* layers exceed 4-bit codes"):
+        rounded_layers(case.read(tmp_path / "x"))
+
+
 @pytest.mark.parametrize("name", ["SD W4A4 per channel", "unconditional W4A4 per channel", "unconditional resampling W4A4"])
 def test_recalibrated_models_keep_the_rounded_weights_and_run_in_integers(name: str, tmp_path: Path) -> None:
     official, imported, _ = CASES[name].imported(tmp_path / "x")
     trajectories = record_imported(official, float_model(official), samples=4, seed=0)
     assert trajectories.timestep.tolist() == list(TIMESTEPS)
     assert torch.isfinite(trajectories.output).all()
-    again = recalibrate(official, trajectories, CalibrationOptions()).checkpoint
+    again = recalibrate(official, rounded_layers(official), trajectories, CalibrationOptions()).checkpoint
     assert all(isinstance(site, SiteData) for site in again.sites.values())
     assert again.architecture.heads == imported.checkpoint.architecture.heads
     assert again.layers.keys() == imported.checkpoint.layers.keys()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from quest_deploy.errors import InputError
 from quest_deploy.import_quest.read import read
 from quest_deploy.import_quest.settings import ImportSettings, Source
-from tests.quest_deploy.import_quest.cases import SD, UNCONDITIONAL, Case
+from tests.quest_deploy.import_quest.cases import CONTEXT_TOKENS, SD, UNCONDITIONAL, Case
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,10 +89,71 @@ def test_a_file_of_code_or_of_anything_but_tensors_is_refused(case: Case, tmp_pa
             read(path, case.config, case.import_settings)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda x: x.to_sparse(), id="sparse"),
+        pytest.param(lambda x: x.to("meta"), id="meta"),
+        pytest.param(lambda x: x.to(torch.complex64), id="complex"),
+        pytest.param(lambda x: x.bool(), id="bool"),
+        pytest.param(lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), id="quantized"),
+        pytest.param(lambda x: torch.nested.nested_tensor([x, x[:1]]), id="nested"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_not_dense_real_numbers_are_named(case: Case, tmp_path: Path, make: Callable[[Tensor], Tensor]) -> None:
+    message = _message(case, tmp_path / "x", lambda state: state.update({"model.out.2.bias": make(state["model.out.2.bias"])}))
+    assert "expected dense tensors of real numbers, found others: model.out.2.bias" in message
+
+
+def test_a_tensor_of_a_monstrous_shape_is_never_copied(case: Case, tmp_path: Path) -> None:
+    huge = torch.zeros(1, dtype=torch.float16).expand(10**13)
+    message = _message(case, tmp_path / "x", lambda state: state.update({"model.out.2.bias": huge}))
+    assert "model.out.2.bias is [10000000000000], expected [4]" in message
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), IndexError("x"), MemoryError(), AttributeError("use weights_only=False")])
+def test_whatever_torch_raises_at_a_malformed_file_is_the_files_fault(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load(*args: object, **kw: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(InputError, match=r"x: expected a file of tensors as torch.save writes it \([A-Za-z]+\)$"):
+        read(tmp_path / "x", case.config, case.import_settings)
+
+
+def test_parameters_are_read_as_their_values(case: Case, tmp_path: Path) -> None:
+    torch.save({key: torch.nn.Parameter(value) for key, value in case.state.items()}, tmp_path / "x")
+    assert not any(value.requires_grad for value in read(tmp_path / "x", case.config, case.import_settings).tensors.values())
+
+
 def test_a_checkpoint_of_another_unet_is_refused(case: Case, tmp_path: Path) -> None:
     torch.save(case.state, tmp_path / "x")
     with pytest.raises(InputError, match=r"missing keys: .* unexpected keys: "):
         read(tmp_path / "x", Case(UNCONDITIONAL).config, case.import_settings)
+
+
+@pytest.mark.parametrize("params", [SD, UNCONDITIONAL])
+def test_context_tokens_that_the_file_or_the_unet_contradicts_are_refused(params: dict[str, Any], tmp_path: Path) -> None:
+    case = Case(params)
+    case.read(tmp_path / "x")
+    other = dataclasses.replace(case.import_settings, context_tokens=CONTEXT_TOKENS + 1)
+    message = f"shows {CONTEXT_TOKENS}, not {CONTEXT_TOKENS + 1}" if params is SD else "the UNet reads no context"
+    with pytest.raises(InputError, match=f"--context-tokens: .*{message}"):
+        read(tmp_path / "x", case.config, other)
+    if params is SD:
+        same = dataclasses.replace(case.import_settings, context_tokens=CONTEXT_TOKENS)
+        assert read(tmp_path / "x", case.config, same).context_tokens == CONTEXT_TOKENS
+
+
+def test_a_table_for_a_context_of_no_tokens_is_refused(case: Case, tmp_path: Path) -> None:
+    def empty(state: dict[str, Tensor]) -> None:
+        for name in [name for name in state if "attn2.act_quantizer_w." in name]:
+            state[name] = state[name][..., :0]
+
+    assert "is for a context of no tokens" in _message(case, tmp_path / "x", empty)
 
 
 def test_q_diffusion_files_do_not_show_the_context(tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ def test_options_go_before_a_side_file(tmp_path: Path) -> None:
         (Source.QUEST, {"timesteps": []}, "needs the calibrated timesteps"),
         (Source.QDIFF, {}, "needs no timesteps"),
         (Source.QUEST, {"timesteps": ["a"]}, "list of numbers"),
+        (Source.QUEST, {"timesteps": [10**400, 5]}, "list of numbers"),
+        (Source.QUEST, {"timesteps": [float("nan"), 5]}, "list of numbers"),
+        (Source.QUEST, {"timesteps": [900, -5]}, "list of numbers of 0 or more"),
         (Source.QUEST, {"weight_bits": 3}, "weight_bits: expected one of 4, 8"),
         (Source.QUEST, {"symmetric": 1}, "symmetric: expected true or false"),
         (Source.QUEST, {"context_tokens": 0}, "context_tokens: expected a positive"),
@@ -65,3 +68,10 @@ def test_wrong_settings_are_refused(source: Source, change: dict[str, Any], mess
 )
 def test_clamps_are_the_official_ones_even_where_those_are_odd(quantizer: str, symmetric: bool, expected: tuple[int, int]) -> None:
     assert ImportSettings.gather(Source.QUEST, {**ALL, "symmetric": symmetric}, None).code_range(quantizer) == expected
+
+
+@pytest.mark.parametrize(("source", "expected"), [(Source.QUEST, (-257, 256)), (Source.QDIFF, (-128, 127))])
+def test_quest_overrides_the_first_layers_levels_even_at_the_same_bits(source: Source, expected: tuple[int, int]) -> None:
+    timesteps = ALL["timesteps"] if source is Source.QUEST else ()
+    given = {**ALL, "timesteps": timesteps, "activation_bits": 8, "symmetric": True}
+    assert ImportSettings.gather(source, given, None).code_range("input_blocks.0.0.act_quantizer") == expected
