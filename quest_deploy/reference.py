@@ -8,7 +8,8 @@ each record also tests that every sample gets its own bucket's scales. It holds
   the clip bounds, which any wrong scale or bound sends to another code; with the codes and each layer's output.
 
 An activation within 4 ulp of a rounding tie may legitimately get another code in another runtime. Codes are saved for the real values;
-layer outputs are computed from values whose ties were moved to the middle of their code, so that they are unambiguous.
+layer outputs are computed from values whose ties were moved to the middle of their code, so that they are unambiguous. All of a
+record's real activations and layer outputs are those of one pass of the model, so that the float part between them can be checked too.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from quest_deploy.files import write_json
-from quest_deploy.quant.layers import ActivationQuantizer, FreeActivationQuantizer
-from quest_deploy.reference_files import INDEX, TABLES, TIE_ULPS, RecordEntry
+from quest_deploy.quant.layers import ActivationQuantizer, FreeActivationQuantizer, QuantizedLayer, QuantizedProduct, QuantizedSplit
+from quest_deploy.reference_files import INDEX, OUTPUT, TABLES, TIE_ULPS, RecordEntry
+from quest_deploy.verify.judge import segment_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,8 +57,8 @@ def save_reference(
         buckets = (first, (first + 1) % scheme.buckets)
         timesteps = (lowest_timestep(scheme, buckets[0]), highest_timestep(scheme, buckets[1]))
         inputs = _inputs(trajectories, timesteps, seed + i)
-        tensors, output = _layer_tensors(model, inputs, i)
-        tensors |= {f"input.{name}": value for name, value in inputs.items()} | {"output": output}
+        output = model(**inputs)
+        tensors = {f"input.{name}": value for name, value in inputs.items()} | {"output": output} | _layer_tensors(model, inputs, i)
         sensitivity = _sensitivity(model, inputs, output, seed + i)
         file = f"buckets-{buckets[0]:04d}-{buckets[1]:04d}.safetensors"
         (folder / file).write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
@@ -95,22 +97,34 @@ def _inputs(trajectories: Trajectories, timesteps: tuple[float, float], seed: in
     return {**trajectories.inputs(steps, rows), "timestep": wanted}
 
 
-def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], record: int) -> tuple[dict[str, Tensor], Tensor]:
-    quantizers, products = model.site_quantizers(), model.quantized_products()
+def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], record: int) -> dict[str, Tensor]:
+    quantizers, layers, products = model.site_quantizers(), model.quantized_layers(), model.quantized_products()
     seen: dict[str, Tensor] = {}
     operands: dict[str, tuple[Tensor, ...]] = {}
+    results: dict[nn.Module, Tensor] = {}
+
+    def untie(name: str, site: SiteQuantizer, x: Tensor) -> Tensor:
+        seen[name] = x
+        return site.untied(x, is_tie(site.ratio(x)))
+
     handles: list[Any] = []
     for name, site in quantizers.items():
-        handles.append(site.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0]})))
+        handles.append(site.register_forward_pre_hook(lambda module, args, name=name: untie(name, module, args[0])))
     for name, product in products.items():
         handles.append(product.register_forward_pre_hook(lambda module, args, name=name: operands.update({name: args})))
+    for module in _quantized(model):
+        handles.append(module.register_forward_hook(lambda module, args, y: results.update({module: y})))
     try:
-        output = model(**inputs)
+        tensors = {"untied_output": model(**inputs)}
     finally:
         for handle in handles:
             handle.remove()
-    layers = model.quantized_layers()
-    tensors: dict[str, Tensor] = {}
+    tensors |= _rounding(model, inputs, {**seen, OUTPUT: tensors["untied_output"]}, operands, results, record)
+
+    def with_probes(module: nn.Module, y: Tensor) -> Tensor:
+        """y [4, ...] with the rows that the pass itself gave, to the bit; the halves of a joint shortcut gave none."""
+        return torch.cat([results.pop(module), y[2:]]) if module in results else y
+
     bucket = model.bucket_of(inputs["timestep"])
     model.bucket_state.current = torch.cat([bucket, bucket])
     tensors["bucket"] = model.bucket_state.current
@@ -127,7 +141,7 @@ def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], record: int
             untied[name] = x
             for reader in model.checkpoint.sites[name].layers:
                 if reader in layers:
-                    tensors[f"layer.{reader}.y"] = layers[reader](x)
+                    tensors[f"layer.{reader}.y"] = with_probes(layers[reader], layers[reader](x))
         for name, product in products.items():
             pair = [
                 untied[site] if site is not None else torch.cat([x, x.flip(0)])
@@ -135,10 +149,62 @@ def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], record: int
             ]
             floats = [i for i, site in enumerate(model.checkpoint.products[name].sites) if site is None]
             tensors |= {f"operand.{name}.{i}": pair[i].contiguous() for i in floats}
-            tensors[f"layer.{name}.y"] = product(*pair)
+            tensors[f"layer.{name}.y"] = with_probes(product, product(*pair))
     finally:
         model.bucket_state.current = None
-    return tensors, output
+    return tensors
+
+
+def _quantized(model: QuantizedModel) -> list[nn.Module]:
+    """What segments begin at: layers, products, and shortcuts whose halves are one convolution."""
+    return [module for module in model.modules() if isinstance(module, (QuantizedLayer, QuantizedProduct, QuantizedSplit))]
+
+
+def _rounding(
+    model: QuantizedModel,
+    inputs: dict[str, Tensor],
+    seen: dict[str, Tensor],
+    operands: dict[str, tuple[Tensor, ...]],
+    results: dict[nn.Module, Tensor],
+    seed: int,
+) -> dict[str, Tensor]:
+    """How well the float part before each site, product and the output is determined: float32 [2], relative.
+
+    The change that float64 makes there when the model's inputs and the layers' outputs are moved to a float32 next to them. The sine
+    of a large timestep is not determined to 1e-4, nor a norm of values far from zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rounding: dict[str, Tensor] = {}
+
+    def moved(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        towards = torch.where(torch.rand(x.shape, generator=generator) < 0.5, -torch.inf, torch.inf)
+        return torch.nextafter(x, towards).double()
+
+    def compare(name: str, x: Tensor, expected: Tensor, axis: int) -> None:
+        error = torch.from_numpy(segment_error(expected.numpy(), x.numpy(), axis))
+        rounding[f"rounding.{name}"] = torch.maximum(error, rounding.get(f"rounding.{name}", error))
+
+    def compare_operands(name: str, args: tuple[Tensor, ...]) -> None:
+        for x, expected in zip(args, operands[name], strict=True):
+            compare(name, x, expected, -1)
+
+    handles: list[Any] = []
+    for name, site in model.site_quantizers().items():
+        handles.append(site.register_forward_pre_hook(lambda module, args, name=name: compare(name, args[0], seen[name], module.axis)))
+    for name, product in model.quantized_products().items():
+        handles.append(product.register_forward_pre_hook(lambda module, args, name=name: compare_operands(name, args)))
+    for module in results:
+        handles.append(module.register_forward_hook(lambda module, args, y: moved(results[module])))
+    model.double()
+    try:
+        compare(OUTPUT, model(**{name: moved(value) for name, value in inputs.items()}), seen[OUTPUT], 1)
+    finally:
+        model.float()
+        for handle in handles:
+            handle.remove()
+    return rounding
 
 
 def _tables(model: QuantizedModel) -> dict[str, Tensor]:

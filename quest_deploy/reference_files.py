@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 INDEX = "reference.json"
 TABLES = "tables.safetensors"
 """Each site's scale [K] and channel vector [C], or its scale [K, C]: what tells how far an activation is from a tie."""
+OUTPUT = "output"
+"""What stands for a site's name where the model's output is meant."""
 TIE_ULPS = 4
 """An activation within this many ulp of a rounding tie may get either code."""
 
@@ -42,7 +44,9 @@ class Record:
     """A record with its tensors: ``input.*`` and ``output`` [2, ...]; ``bucket`` [4], ``site.*``, ``layer.*`` (of layers and of
     products) and ``operand.*`` (a product's float ones) [4, ...].
 
-    The first two of the four rows are the two samples' real activations, the others the probes of the same buckets.
+    The first two of the four rows are the two samples' real activations, the others the probes of the same buckets. The real ones
+    are those of a pass in which every tie was moved, and ``untied_output`` [2, ...] is what that pass gave. ``rounding.*`` [2], of
+    sites, products and the output, is how much rounding alone changes the float part before it.
     """
 
     entry: RecordEntry

@@ -17,28 +17,44 @@ if TYPE_CHECKING:
 
 def cut_codes(model: ir.Model, info: GraphInfo, site: str) -> ir.Model:
     """A site's quantizer alone: (x, bucket) -> int8 codes."""
-    return _cut(model, [info.sites[site].input, BUCKET], info.sites[site].codes)
+    return _cut(model, [info.sites[site].input, BUCKET], [info.sites[site].codes])
 
 
 def cut_layer(model: ir.Model, info: GraphInfo, layer: str) -> ir.Model:
     """A layer with its site's quantizer: (x, bucket) -> y, the float output after scale and bias."""
     entry = info.layers[layer]
-    return _cut(model, [info.sites[entry.site].input, BUCKET], entry.output)
+    return _cut(model, [info.sites[entry.site].input, BUCKET], [entry.output])
 
 
 def cut_product(model: ir.Model, info: GraphInfo, product: str) -> ir.Model:
     """A product with its operands' quantizers: (a, b, bucket) -> y, the float output."""
     entry = info.products[product]
-    return _cut(model, [*entry.inputs, BUCKET], entry.output)
+    return _cut(model, [*entry.inputs, BUCKET], [entry.output])
+
+
+def cut_segments(model: ir.Model, info: GraphInfo) -> ir.Model:
+    """What layers and products leave: (the model's inputs, their outputs) -> sites' inputs, products' operands, the model's outputs.
+
+    A value that is both, as a site that reads the model's input itself, is left out: nothing is computed between.
+    """
+    given = [*(str(value.name) for value in model.graph.inputs), *(entry.output for entry in (info.layers | info.products).values())]
+    wanted = [site.input for site in info.sites.values()]
+    wanted += [name for product in info.products.values() for name in product.inputs]
+    wanted += [str(value.name) for value in model.graph.outputs]
+    cut = _cut(model, given, [name for name in dict.fromkeys(wanted) if name not in given])
+    for value in list(cut.graph.inputs):
+        if not value.uses():
+            cut.graph.inputs.remove(value)
+    return cut
 
 
 def cut_bucket(model: ir.Model) -> ir.Model:
     """The choice of the bucket alone: timestep -> bucket."""
-    return _cut(model, ["timestep"], BUCKET)
+    return _cut(model, ["timestep"], [BUCKET])
 
 
-def _cut(model: ir.Model, inputs: list[str], output: str) -> ir.Model:
-    graph = ir.convenience.extract(model.graph, inputs, [output])
+def _cut(model: ir.Model, inputs: list[str], outputs: list[str]) -> ir.Model:
+    graph = ir.convenience.extract(model.graph, inputs, outputs)
     graph.opset_imports.update(model.graph.opset_imports)
     cut = ir.Model(graph, ir_version=model.ir_version)
     for identifier, function in model.functions.items():

@@ -60,23 +60,40 @@ def describe(details: dict[str, Any]) -> str:
             str(b["mismatches"]),
             str(b["unexplained"]),
             f"{b['layer_error']:.1e}",
+            f"{b['segment_error']:.1e}",
             f"{b['end_to_end_error']:.1e}",
         ]
         for b in details["buckets"]
     ]
-    header = ["bucket", "timestep", "codes", "differ", "unexplained", "worst layer", "end to end"]
+    header = ["bucket", "timestep", "codes", "differ", "unexplained", "worst layer", "worst segment", "end to end"]
     codes, mismatches = (sum(b[key] for b in details["buckets"]) for key in ("codes", "mismatches"))
     lines = [
         table(header, rows),
         f"{len(details['layers'])} layers: {codes} codes compared, {mismatches} differ, "
         f"{sum(b['unexplained'] for b in details['buckets'])} of them unexplained by a rounding tie (allowed: 0)",
-        f"worst layer {max(x['error'] for x in details['layers']):.1e} (allowed: {details['layer_tolerance']:.0e}), "
+        f"worst layer {max(x['error'] for x in details['layers']):.1e} (allowed: {details['layer_tolerance']:.0e})",
+        _describe_segments(details["segments"]),
         f"worst end to end {max(b['end_to_end_error'] for b in details['buckets']):.1e} "
         f"(allowed: {details['end_to_end_tolerance']:.1e}, twice the model's own sensitivity to last-bit differences)",
+        *([] if details["end_to_end_informative"] else ["end to end is not informative for this model: layers and segments decide"]),
         *(f"problem: {problem}" for problem in details["problems"][:10]),
         f"verification on {details['backend']}: {'PASSED' if details['passed'] else 'FAILED'}",
     ]
     return "\n".join(lines)
+
+
+def _describe_segments(segments: list[dict[str, Any]]) -> str:
+    from quest_deploy.verify.judge import INFORMATIVE
+
+    worst = max(segments, key=lambda x: x["error"] / x["tolerance"])
+    line = (
+        f"{len(segments)} segments between layers: the worst, before {worst['segment']}, {worst['error']:.1e} "
+        f"(allowed: {worst['tolerance']:.0e})"
+    )
+    vague = [x["segment"] for x in segments if x["tolerance"] > INFORMATIVE]
+    if not vague:
+        return line
+    return f"{line}; {len(vague)} of them say nothing, since rounding alone changes them so much: before {', '.join(vague[:3])}"
 
 
 def verify(

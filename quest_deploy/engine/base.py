@@ -118,6 +118,10 @@ class Backend(ABC):
     def open(self, folder: Path, options: EngineOptions) -> Runner:
         """Load what :meth:`compile` wrote, beside the lowered graph, in ``folder``. The runner takes batches of any size."""
 
+    def open_segments(self, folder: Path, options: EngineOptions) -> Runner:
+        """As :meth:`open`, for the float parts of a graph, cut out to be verified."""
+        return self.open(folder, options)
+
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
         """What an engine built with ``options`` runs on."""
         return {"device": "CPU", "machine": platform.machine(), "processor": processor_name()}

@@ -49,14 +49,20 @@ class OpenVinoBackend(Backend):
     def open(self, folder: Path, options: EngineOptions) -> Runner:
         return _OpenVinoRunner(folder / LOWERED, options)
 
+    def open_segments(self, folder: Path, options: EngineOptions) -> Runner:
+        """Without fused elementwise kernels: a GroupNormalization and a computed factor, with no layer around, crash 2026.4 there."""
+        return _OpenVinoRunner(folder / LOWERED, options, fuse=False)
 
-def _compiled(path: Path, options: EngineOptions, shapes: Shapes | None = None) -> Any:
+
+def _compiled(path: Path, options: EngineOptions, shapes: Shapes | None = None, *, fuse: bool = True) -> Any:
     """Compile the graph at ``path``, for fixed input shapes if given."""
     import openvino
 
     core = openvino.Core()
     # Without the group size of 0 a float activation that meets a dequantized weight is quantized to 8 bits, silently.
     config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    if not fuse:
+        config["SNIPPETS_MODE"] = "DISABLE"
     if options.threads:
         config["INFERENCE_NUM_THREADS"] = options.threads
     try:
@@ -75,8 +81,8 @@ class _OpenVinoRunner(Runner):
     seen to take twice as long.
     """
 
-    def __init__(self, path: Path, options: EngineOptions) -> None:
-        self._path, self._options = path, options
+    def __init__(self, path: Path, options: EngineOptions, *, fuse: bool = True) -> None:
+        self._path, self._options, self._fuse = path, options, fuse
         self._requests: OrderedDict[Shapes, Any] = OrderedDict()
 
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -86,11 +92,12 @@ class _OpenVinoRunner(Runner):
             results = request.infer(input_arrays(feeds))
         except RuntimeError as e:
             raise QuestDeployError(f"openvino failed: {e}") from e
-        return {output.get_any_name(): value.copy() for output, value in results.items()}
+        copies = [(output.get_names(), value.copy()) for output, value in results.items()]
+        return {name: value for names, value in copies for name in names}  # equal outputs are one that has all their names
 
     def _request(self, shapes: Shapes) -> Any:
         if shapes not in self._requests:
-            self._requests[shapes] = _compiled(self._path, self._options, shapes).create_infer_request()
+            self._requests[shapes] = _compiled(self._path, self._options, shapes, fuse=self._fuse).create_infer_request()
             while len(self._requests) > KEPT_SHAPES:
                 self._requests.popitem(last=False)
         self._requests.move_to_end(shapes)

@@ -16,8 +16,14 @@ if TYPE_CHECKING:
 
 LAYER_TOLERANCE = 3e-5
 """The largest relative error of a layer's output channel; correct runtimes were seen to differ by up to 5e-6 where a sum cancels."""
+SEGMENT_TOLERANCE = 1e-4
+"""The largest relative error of a channel of what a segment gives; correct runtimes were seen to differ by up to 3e-5 behind a GELU."""
+ROUNDING_FACTOR = 4.0
+"""The error allowed where a segment's rounding is worse, in units of what rounding was seen to do to it."""
 SENSITIVITY_FACTOR = 2.0
 """The end-to-end error allowed, in units of the model's own sensitivity to last-bit differences."""
+INFORMATIVE = 0.05
+"""The largest tolerance under which a comparison says something."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,19 @@ def layer_error(y: Floats, expected: Floats, channel_axis: int) -> Floats:
     error = np.sqrt(np.square(y - expected, dtype=np.float64).sum(axes))
     norm = np.sqrt(np.square(expected, dtype=np.float64).sum(axes))
     usual = np.sqrt(np.square(norm).mean(0)) + np.finfo(np.float64).tiny
+    worst: Floats = (error / np.maximum(norm, 0.1 * usual)).max(1)
+    return _finite(worst)
+
+
+def segment_error(x: NDArray[Any], expected: NDArray[Any], channel_axis: int) -> Floats:
+    """The relative error of each row of x [rows, ...], float32 [rows]: its worst channel's, NaN counting as the largest float.
+
+    A channel's error is relative to its norm, or to a tenth of the channels' usual norm where a GELU or a softmax makes it vanish.
+    """
+    axes = tuple(axis for axis in range(1, x.ndim) if axis != channel_axis % x.ndim)
+    error = np.sqrt(np.square(x - expected, dtype=np.float64).sum(axes))
+    norm = np.sqrt(np.square(expected, dtype=np.float64).sum(axes))
+    usual = np.sqrt(np.square(norm).mean(1, keepdims=True)) + np.finfo(np.float64).tiny
     worst: Floats = (error / np.maximum(norm, 0.1 * usual)).max(1)
     return _finite(worst)
 

@@ -1,14 +1,17 @@
-"""Verify an engine: the choice of the bucket, every layer with the reference's own inputs, and the whole model.
+"""Verify an engine: the choice of the bucket, every layer and all between them with the reference's own values, the whole model.
 
 Two correct runtimes differ in the last bit of a float; where that bit decides a rounding tie, a code flips, and in a deep 4-bit
 network one flip grows to percents at the output. So the sharp test is per layer: each layer, cut out of the lowered graph, gets the
 reference's inputs (teacher forcing), so that nothing can hide behind an earlier flip. Every code mismatch must be explained by a tie.
-The end-to-end error is judged against the reference model's own sensitivity to last-bit differences.
+What the layers leave (norms, SiLU, softmax, residual sums) is tested likewise: a segment is all that is computed in float from layers'
+outputs to one site's input, and gets the reference's outputs. The end-to-end error is judged against the reference model's own
+sensitivity to last-bit differences; where that is large, end to end proves nothing, and layers and segments decide.
 """
 
 from __future__ import annotations
 
 import tempfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,22 +19,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporters.graph_info import BUCKET, GraphInfo, SiteInfo, graph_info, load_graph, save_graph
-from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_product
+from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_product, cut_segments
 from quest_deploy.engine.base import LOWERED, EngineOptions, no_progress, open_engine
 from quest_deploy.errors import InputError
-from quest_deploy.reference_files import load_reference
+from quest_deploy.reference_files import OUTPUT, load_reference
 from quest_deploy.verify.judge import (
+    INFORMATIVE,
     LAYER_TOLERANCE,
+    ROUNDING_FACTOR,
+    SEGMENT_TOLERANCE,
     SENSITIVITY_FACTOR,
     CodeMismatches,
     compare_codes,
     layer_error,
     relative_error,
+    segment_error,
 )
 from quest_deploy.verify.runners import compare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -63,8 +70,18 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
+class SegmentResult:
+    """The float part in front of a site, product or the output: its worst relative error, that one's bucket, and what is allowed."""
+
+    segment: str
+    error: float
+    bucket: int
+    tolerance: float
+
+
+@dataclass(frozen=True)
 class BucketResult:
-    """One bucket: its codes over all sites, its worst layer, and the whole model at one timestep of it."""
+    """One bucket: its codes over all sites, its worst layer and segment, and the whole model at one timestep of it."""
 
     bucket: int
     timestep: float
@@ -72,6 +89,7 @@ class BucketResult:
     mismatches: int
     unexplained: int
     layer_error: float
+    segment_error: float
     end_to_end_error: float
 
 
@@ -82,6 +100,7 @@ class Verification:
     Attributes:
         wrong_buckets: timesteps, of those tried around every edge, whose bucket the engine chose wrongly.
         end_to_end_tolerance: twice the model's own largest sensitivity to last-bit differences, or a layer's tolerance.
+        end_to_end_informative: whether that is at most 5%; above, the verdict rests on layers and segments.
         problems: why it fails, in words; empty if it passes.
     """
 
@@ -89,9 +108,11 @@ class Verification:
     wrong_buckets: list[float]
     sites: list[SiteResult]
     layers: list[LayerResult]
+    segments: list[SegmentResult]
     buckets: list[BucketResult]
     layer_tolerance: float
     end_to_end_tolerance: float
+    end_to_end_informative: bool
     problems: list[str]
 
     @property
@@ -119,40 +140,54 @@ def verify_engine(
     lowered = load_graph(engine / LOWERED)
     info = graph_info(lowered)
     records, tables = load_reference(reference)
-    if not {f"layer.{layer}.y" for layer in (*info.layers, *info.products)} <= records[0].tensors.keys() or set(info.sites) != {
+    results = (*info.layers, *info.products)
+    needed = {"untied_output", *(f"layer.{name}.y" for name in results)}
+    needed |= {f"rounding.{name}" for name in (*info.sites, *info.products, OUTPUT)}
+    if not needed <= records[0].tensors.keys() or set(info.sites) != {
         name.removesuffix(".scale") for name in tables if name.endswith(".scale")
     }:
-        raise InputError(f"{reference} is the reference of another model; run `quest-deploy reference` again")
+        raise InputError(f"{reference} is the reference of another model or version; run `quest-deploy reference` again")
     build = _CutBuilder(backend, options)
     wrong = _check_buckets(build, lowered, info.scheme)
     codes: dict[str, list[list[CodeMismatches]]] = {}
     errors: dict[str, list[NDArray[np.float32]]] = {}
-    total = len(info.sites) + len(info.layers) + len(info.products)
+    total = len(info.sites) + len(info.layers) + len(info.products) + 1
     for i, site in enumerate(info.sites):
         codes[site] = _check_codes(build, lowered, info, site, records, tables)
         on_progress("sites", i + 1, total)
-    for i, layer in enumerate((*info.layers, *info.products)):
+    for i, layer in enumerate(results):
         errors[layer] = _check_layer(build, lowered, info, layer, records)
         on_progress("layers", len(info.sites) + i + 1, total)
+    segments = _check_segments(build, lowered, info, records)
+    on_progress("segments", total, total)
     end_to_end = _check_end_to_end(backend, engine, records)
     tolerance = max(LAYER_TOLERANCE, SENSITIVITY_FACTOR * max(max(record.entry.sensitivity) for record in records))
-    return _summarize(backend.name, info, records, wrong, codes, errors, end_to_end, tolerance)
+    return _summarize(backend.name, info, records, wrong, codes, errors, segments, end_to_end, tolerance)
 
 
 class _CutBuilder:
-    """Builds a cut as the engine was built, and gives a function that opens it."""
+    """Builds a cut as the engine was built, and runs it."""
 
     def __init__(self, backend: Backend, options: EngineOptions) -> None:
         self.backend, self.options = backend, options
 
-    def __call__(self, model: ir.Model, folder: Path) -> Callable[[], Runner]:
-        save_graph(model, folder / LOWERED)
-        self.backend.compile(folder / LOWERED, folder, self.options, no_progress)
-        return lambda: self.backend.open(folder, self.options)
-
     def run(self, model: ir.Model, feeds: list[Arrays], expected: list[Arrays]) -> list[tuple[Arrays, Arrays]]:
-        with tempfile.TemporaryDirectory(prefix="quest-deploy-") as folder:
-            return compare(self.backend.name, self(model, Path(folder)), feeds, expected)
+        with self._compiled(model) as folder:
+            return compare(self.backend.name, lambda: self.backend.open(folder, self.options), feeds, expected)
+
+    @contextmanager
+    def open_segments(self, model: ir.Model) -> Iterator[Runner]:
+        """The segments' graph, ready to run."""
+        with self._compiled(model) as folder, self.backend.open_segments(folder, self.options) as runner:
+            yield runner
+
+    @contextmanager
+    def _compiled(self, model: ir.Model) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="quest-deploy-") as name:
+            folder = Path(name)
+            save_graph(model, folder / LOWERED)
+            self.backend.compile(folder / LOWERED, folder, self.options, no_progress)
+            yield folder
 
 
 def _check_buckets(build: _CutBuilder, lowered: ir.Model, scheme: Scheme) -> list[float]:
@@ -219,6 +254,49 @@ def _check_layer(
     return np.split(layer_error(y, reference, 1 if y.ndim == 4 else y.ndim - 1), len(records))
 
 
+@dataclass(frozen=True)
+class _End:
+    """Where a segment ends: its site, product or the output, the reference's tensor of its value, and that one's channel axis."""
+
+    name: str
+    key: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A segment's relative error in each record's two samples [records, 2], and what is allowed."""
+
+    errors: NDArray[np.float32]
+    tolerance: float
+
+
+def _check_segments(build: _CutBuilder, lowered: ir.Model, info: GraphInfo, records: list[Record]) -> dict[str, _Segment]:
+    """All segments at once: they are one graph, run record by record."""
+    cut = cut_segments(lowered, info)
+    results = {entry.output: f"layer.{name}.y" for name, entry in (info.layers | info.products).items()}
+    ends = [(site.input, _End(name, f"site.{name}.x", site.axis)) for name, site in info.sites.items()]
+    ends += [
+        (x, _End(name, f"operand.{name}.{i}", -1)) for name, product in info.products.items() for i, x in enumerate(product.inputs)
+    ]
+    ends += [(str(value.name), _End(OUTPUT, "untied_output", 1)) for value in lowered.graph.outputs]
+    computed = {value.name for value in cut.graph.outputs}
+    # The first of those at one value: sites of one tensor are one segment, and a product's operand may be a site's input.
+    segments = {value: end for value, end in reversed(ends) if value in computed}
+    errors: dict[str, list[NDArray[np.float32]]] = {value: [] for value in segments}
+    with build.open_segments(cut) as runner:
+        for record in records:
+            given = {value: record.tensors[key][:2] for value, key in results.items()} | record.inputs
+            mine = runner.infer({str(value.name): given[str(value.name)] for value in cut.graph.inputs})
+            for value, end in segments.items():
+                errors[value].append(segment_error(mine[value], record.tensors[end.key][:2], end.axis))
+    found: dict[str, _Segment] = {}
+    for value, end in reversed(segments.items()):
+        rounding = max(float(record.tensors[f"rounding.{end.name}"].max()) for record in records)
+        found[end.name] = _Segment(np.stack(errors[value]), max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(rounding, 1.0)))
+    return found
+
+
 def _check_end_to_end(backend: Backend, engine: Path, records: list[Record]) -> list[NDArray[np.float32]]:
     feeds = [r.inputs for r in records]
     expected = [{"output": r.tensors["output"]} for r in records]
@@ -233,6 +311,7 @@ def _summarize(
     wrong: list[float],
     codes: dict[str, list[list[CodeMismatches]]],
     errors: dict[str, list[NDArray[np.float32]]],
+    segments: dict[str, _Segment],
     end_to_end: list[NDArray[np.float32]],
     tolerance: float,
 ) -> Verification:
@@ -255,12 +334,19 @@ def _summarize(
                 record.entry.timesteps[sample],
                 **asdict(found),
                 layer_error=worst,
+                segment_error=max((float(segment.errors[i, sample]) for segment in segments.values()), default=0.0),
                 end_to_end_error=float(end_to_end[i][sample]),
             )
             buckets[bucket] = result if bucket not in buckets else _merged(buckets[bucket], result)
-    problems = _problems(wrong, sites, layers, list(buckets.values()), info.scheme.buckets, tolerance)
+    between = []
+    for name, segment in segments.items():
+        which, sample = divmod(int(segment.errors.argmax()), 2)
+        bucket = records[which].entry.buckets[sample]
+        between.append(SegmentResult(name, float(segment.errors.max()), bucket, segment.tolerance))
+    problems = _problems(wrong, sites, layers, between, list(buckets.values()), info.scheme.buckets, tolerance)
     ordered = [buckets[b] for b in sorted(buckets)]
-    return Verification(backend, wrong, sites, layers, ordered, LAYER_TOLERANCE, tolerance, problems)
+    informative = tolerance <= INFORMATIVE
+    return Verification(backend, wrong, sites, layers, between, ordered, LAYER_TOLERANCE, tolerance, informative, problems)
 
 
 def _merged(a: BucketResult, b: BucketResult) -> BucketResult:
@@ -273,6 +359,7 @@ def _merged(a: BucketResult, b: BucketResult) -> BucketResult:
         a.mismatches + b.mismatches,
         a.unexplained + b.unexplained,
         max(a.layer_error, b.layer_error),
+        max(a.segment_error, b.segment_error),
         worse.end_to_end_error,
     )
 
@@ -281,6 +368,7 @@ def _problems(
     wrong: list[float],
     sites: list[SiteResult],
     layers: list[LayerResult],
+    segments: list[SegmentResult],
     buckets: list[BucketResult],
     expected_buckets: int,
     tolerance: float,
@@ -295,6 +383,11 @@ def _problems(
         f"layer {x.layer}: relative error {x.error:.1e} in bucket {x.bucket}, above {LAYER_TOLERANCE:.0e}"
         for x in layers
         if not x.error <= LAYER_TOLERANCE
+    ]
+    problems += [
+        f"segment before {x.segment}: relative error {x.error:.1e} in bucket {x.bucket}, above {x.tolerance:.0e}"
+        for x in segments
+        if not x.error <= x.tolerance
     ]
     problems += [
         f"bucket {b.bucket}: end-to-end error {b.end_to_end_error:.1e} at t = {b.timestep:g}, above {tolerance:.1e}"

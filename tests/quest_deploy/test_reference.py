@@ -87,6 +87,19 @@ def test_layer_outputs_are_the_integer_layers_of_the_untied_activations(records:
             assert relative_error(record.tensors[f"layer.{name}.y"], expected) < 1e-5, name
 
 
+def test_rounding_before_each_site_and_the_output_is_what_last_bits_change(records: list[Record], mini_checkpoint: Checkpoint) -> None:
+    last_bit = 2.0**-24
+    for record in records:
+        rounding = {name: record.tensors[f"rounding.{name}"] for name in (*mini_checkpoint.sites, "output")}
+        phases = record.tensors["input.timestep"] * last_bit
+        assert np.all(rounding.pop("time_embedding.linear_1") <= 20 * (phases + last_bit))
+        for name, value in rounding.items():
+            assert value.shape == (2,)
+            assert value.min() > last_bit / 10, name
+            assert value.max() < 100 * last_bit, name
+        assert rounding["conv_in"].max() < 2 * last_bit
+
+
 def ratio(checkpoint: Checkpoint, site: str, x: np.ndarray, bucket: np.ndarray) -> np.ndarray:
     entry = checkpoint.sites[site]
     return x / (of_sample(entry.scale, bucket, x.ndim) * along(entry.channel, entry.axis, x.ndim))

@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 
 from exporters.graph_info import graph_info
-from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
+from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_segments
 from tests.helpers import float32, numpy_layer, op_counts, proto_of, relative_error, run, site_codes
 
 if TYPE_CHECKING:
@@ -49,12 +49,31 @@ def test_the_cut_bucket_counts_the_edges_at_or_below_the_timestep(hand_model: ir
     assert bucket.tolist() == [0, 0, 1, 1]
 
 
+def test_the_segments_are_what_lies_between_layers_and_no_layer(hand_model: ir.Model) -> None:
+    cut = cut_segments(hand_model, graph_info(hand_model))
+    assert op_counts(cut) == {"Neg": 1, "Identity": 1}
+    assert [value.name for value in cut.graph.inputs] == ["to_q.output", "to_k.output"]
+    assert [value.name for value in cut.graph.outputs] == ["first", "second"]
+
+
+def test_segments_begin_at_layers_and_products_and_end_at_sites_and_the_output(small_graph: ir.Model) -> None:
+    info = graph_info(small_graph)
+    cut = cut_segments(small_graph, info)
+    assert not {"TimestepQuantize", "DequantizeLinear", "Conv"} & op_counts(cut).keys()
+    given = {value.name for value in small_graph.graph.inputs} | {x.output for x in (info.layers | info.products).values()}
+    wanted = {site.input for site in info.sites.values()} | {x for product in info.products.values() for x in product.inputs}
+    wanted |= {value.name for value in small_graph.graph.outputs}
+    assert {value.name for value in cut.graph.inputs} <= given
+    assert {value.name for value in cut.graph.outputs} == wanted - given
+
+
 def test_cutting_leaves_the_graph_as_it_was(hand_model: ir.Model) -> None:
     before = proto_of(hand_model).SerializeToString(deterministic=True)
     info = graph_info(hand_model)
     cut_layer(hand_model, info, "conv")
     cut_codes(hand_model, info, "conv")
     cut_bucket(hand_model)
+    cut_segments(hand_model, info)
     assert proto_of(hand_model).SerializeToString(deterministic=True) == before
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quest_deploy.verify.judge import CodeMismatches, compare_codes, layer_error, relative_error, tie_distance_ulps
+from quest_deploy.verify.judge import CodeMismatches, compare_codes, layer_error, relative_error, segment_error, tie_distance_ulps
 
 
 def near_tie(tie: float, ulps: int) -> np.ndarray:
@@ -87,12 +87,28 @@ def test_a_channel_that_cancels_in_one_row_is_judged_by_its_usual_size() -> None
     assert 0 < layer_error(y, expected, 1)[0] < 1e-5
 
 
+@pytest.mark.parametrize("axis", [2, -1])
+def test_a_segments_error_is_its_worst_channels_of_each_row(axis: int) -> None:
+    expected = np.random.default_rng(0).standard_normal((2, 6, 5)).astype(np.float32)
+    x = expected.copy()
+    x[0, :, 3] *= np.float32(1.01)
+    np.testing.assert_allclose(segment_error(x, expected, axis), [0.01, 0], rtol=1e-3)
+
+
+def test_a_channel_that_vanishes_is_judged_by_the_size_of_the_others() -> None:
+    expected = np.ones((1, 100, 2), np.float32)
+    expected[0, :, 0] = 1e-6
+    x = expected.copy()
+    x[0, :, 0] += np.float32(1e-7)
+    assert 1e-7 < segment_error(x, expected, 2)[0] < 1e-5
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_an_output_that_is_not_finite_is_infinitely_wrong(value: float) -> None:
     expected = np.ones((2, 3, 4), np.float32)
     y = expected.copy()
     y[1, 0, 0] = value
-    for error in (layer_error(y, expected, 1), relative_error(y, expected)):
+    for error in (layer_error(y, expected, 1), segment_error(y, expected, 1), relative_error(y, expected)):
         assert error.tolist() == [0, np.finfo(np.float32).max]
 
 

@@ -32,6 +32,8 @@ from tests.quest_deploy.support import change, initializer, set_initializer
 
 OPTIONS = EngineOptions(threads=1)
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+TEXT = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+"""The site of the text states, an input of the model."""
 
 
 def asymmetric(checkpoint: Checkpoint) -> Checkpoint:
@@ -118,6 +120,20 @@ def test_an_engine_of_every_kind_computes_what_the_fake_quantized_model_does(
     assert {layer.layer for layer in found.layers} == {*case.checkpoint.layers, *case.checkpoint.products}
     assert {site.site for site in found.sites} == set(case.checkpoint.sites)
     assert all(site.codes for site in found.sites)
+    assert {segment.segment for segment in found.segments} >= {s for s in case.checkpoint.sites if "transformer_blocks" in s} - {TEXT}
+
+
+@pytest.mark.parametrize("kind", ["attention at 8 bits", "softmax alone", "free channels"])
+def test_another_softmax_is_placed_before_its_own_quantizer(cases: Callable[[str], Case], kind: str, tmp_path: Path) -> None:
+    def sigmoid(model: ir.Model) -> None:
+        for node in (node for node in model.graph if node.op_type == "Softmax"):
+            node.op_type = "Sigmoid"
+            node.attributes.clear()
+
+    problems = verified(cases(kind), "onnxruntime", tmp_path, sigmoid).problems
+    assert [p.split(":")[0] for p in problems if not p.startswith("bucket")] == [
+        f"segment before {ATTENTION.replace('attn1', a)}.softmax" for a in ("attn1", "attn2")
+    ]
 
 
 def wrong(found: Verification, name: str) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,12 +12,13 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from quest_deploy.cli.verify import describe
 from quest_deploy.engine.backends import get_backend
 from quest_deploy.engine.base import EngineOptions, Runner, SplitRunner, build_engine
 from quest_deploy.engine.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.errors import InputError
-from quest_deploy.reference_files import TABLES
-from quest_deploy.verify.judge import LAYER_TOLERANCE
+from quest_deploy.reference_files import INDEX, TABLES
+from quest_deploy.verify.judge import LAYER_TOLERANCE, relative_error
 from quest_deploy.verify.verify import Verification, verify_engine
 from tests.quest_deploy.support import change, initializer, set_initializer, strict_json
 
@@ -27,11 +29,15 @@ if TYPE_CHECKING:
     import onnx
 
     from quest_deploy.checkpoint import Checkpoint
+    from quest_deploy.quant.model import QuantizedModel
+    from quest_deploy.trajectories import Trajectories
 
 BACKENDS = ("onnxruntime", "openvino")
 OPTIONS = EngineOptions(threads=1)
 FIRST = "down_blocks.0.resnets.0"
 RESNET, ATTENTION = "up_blocks.0.resnets.0", "down_blocks.0.attentions.0.transformer_blocks.0"
+INPUTS = {"conv_in", f"{ATTENTION}.attn2.to_k"}
+"""Sites that read the model's inputs themselves: nothing is computed before them."""
 Verify = "Callable[[str, Callable[[ir.Model], Any]], Verification]"
 
 
@@ -136,6 +142,8 @@ def test_a_faithful_engine_passes(faithful: Callable[[str], Verification], backe
     assert sum(site.codes for site in verification.sites) > 10_000
     assert all(site.unexplained == 0 for site in verification.sites)
     assert max(layer.error for layer in verification.layers) < LAYER_TOLERANCE
+    assert {segment.segment for segment in verification.segments} == {site.site for site in verification.sites} - INPUTS
+    assert max(segment.tolerance for segment in verification.segments) < 0.01
 
 
 @pytest.mark.parametrize("changed", CHANGES)
@@ -144,6 +152,117 @@ def test_a_single_change_of_the_graph_fails_on_onnxruntime(verify_changed: Verif
     verification = verify_changed("onnxruntime", edit)
     assert not verification.passed
     assert found(verification), verification.problems
+
+
+def node_of(model: ir.Model, output: str) -> ir.Node:
+    return next(node for node in model.graph if node.outputs[0].name == output)
+
+
+def nodes_of(model: ir.Model, *op_types: str) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type in op_types]
+
+
+def sigmoid_for_softmax(model: ir.Model) -> None:
+    for node in nodes_of(model, "Softmax"):
+        node.op_type = "Sigmoid"
+        node.attributes.clear()
+
+
+def unscaled_scores(model: ir.Model) -> None:
+    """Drop the 1/sqrt(d), which is multiplied into q and into k."""
+    for node in nodes_of(model, "Softmax"):
+        scores = node.inputs[0]
+        assert scores is not None
+        for operand in scores.producer().inputs:
+            operand.replace_all_uses_with(operand.producer().inputs[0])
+
+
+def swapped_sin_and_cos(model: ir.Model) -> None:
+    for node in nodes_of(model, "Sin", "Cos"):
+        node.op_type = {"Sin": "Cos", "Cos": "Sin"}[node.op_type]
+
+
+def one_operand_twice(model: ir.Model) -> None:
+    """Add a residual block's result to itself."""
+    (node,) = (n for n in nodes_of(model, "Add") if n.inputs[1] is not None and n.inputs[1].name == f"{FIRST}.conv2.output")
+    node.replace_input_with(0, node.inputs[1])
+
+
+def swapped_halves(model: ir.Model, output: str) -> None:
+    node = node_of(model, output)
+    first, second = node.inputs
+    node.replace_input_with(0, second)
+    node.replace_input_with(1, first)
+
+
+BETWEEN: dict[str, tuple[Callable[[ir.Model], Any], str]] = {
+    "a sigmoid for the softmax": (sigmoid_for_softmax, f"{ATTENTION}.attn1.to_out.0"),
+    "no 1/sqrt(d)": (unscaled_scores, f"{ATTENTION}.attn1.to_out.0"),
+    "a norm's epsilon of 1": (
+        lambda m: node_of(m, f"{ATTENTION}.attn1.to_q.input").attributes.add(ir.AttrFloat32("epsilon", 1.0)),
+        f"{ATTENTION}.attn1.to_q",
+    ),
+    "one weight of a norm by 0.1%": (lambda m: change(m, f"model.{RESNET}.norm1.weight", 3, factor=1.001), f"{RESNET}.conv1"),
+    "sine and cosine swapped": (swapped_sin_and_cos, "time_embedding.linear_1"),
+    "a residual sum of one operand twice": (one_operand_twice, "down_blocks.0.attentions.0.proj_in"),
+    "a skip connection's halves swapped": (
+        lambda m: swapped_halves(m, "up_blocks.0.resnets.1.conv_shortcut.input"),
+        "up_blocks.0.resnets.1.conv1",
+    ),
+    "the tanh approximation of a GELU": (
+        lambda m: nodes_of(m, "Gelu")[0].attributes.add(ir.AttrString("approximate", "tanh")),
+        f"{ATTENTION}.ff.net.2",
+    ),
+}
+"""Changes of the float part between layers, and the site before which each is first seen."""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("changed", BETWEEN)
+def test_a_change_between_layers_fails_and_is_placed(verify_changed: Verify, changed: str, backend: str) -> None:
+    edit, place = BETWEEN[changed]
+    verification = verify_changed(backend, edit)
+    assert not [problem for problem in verification.problems if problem.startswith(("site", "layer"))]
+    between = [problem for problem in verification.problems if problem.startswith("segment")]
+    assert between
+    assert between[0].startswith(f"segment before {place}: relative error"), between
+
+
+def test_a_segment_that_is_not_a_number_fails(verify_changed: Verify) -> None:
+    verification = verify_changed("onnxruntime", lambda m: change(m, f"model.{RESNET}.norm1.weight", 3, by=np.nan))
+    assert any(problem.startswith(f"segment before {RESNET}.conv1:") for problem in verification.problems)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_real_activations_on_ties_are_no_problem_for_segments(
+    mini_quantized: QuantizedModel, mini_trajectories: Trajectories, mini_engines: Callable[[str], Path], tmp_path: Path, backend: str
+) -> None:
+    from quest_deploy.reference import save_reference
+
+    site = mini_quantized.site_quantizers()["conv_in"]
+    step = site.step(mini_trajectories.sample[0], mini_quantized.edges.new_zeros(4).long())
+    on_ties = dataclasses.replace(mini_trajectories, sample=((mini_trajectories.sample / step).floor() + 0.5) * step)
+    save_reference(mini_quantized, on_ties, tmp_path)
+    tensors = load_file(sorted(tmp_path.glob("buckets-*"))[0])
+    assert relative_error(tensors["untied_output"], tensors["output"]).max() > 0.01
+    verification = verify_engine(get_backend(backend), OPTIONS, mini_engines(backend), tmp_path)
+    assert not [problem for problem in verification.problems if problem.startswith(("segment", "site", "layer"))]
+
+
+def test_a_tolerance_that_says_nothing_is_called_so(
+    mini_engines: Callable[[str], Path], mini_reference: Path, faithful: Callable[[str], Verification], tmp_path: Path
+) -> None:
+    verification = faithful("onnxruntime")
+    assert verification.end_to_end_informative is (verification.end_to_end_tolerance <= 0.05)
+    shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
+    for sensitivity, informative in ((0.024, True), (0.026, False)):
+        index = json.loads((mini_reference / INDEX).read_text())
+        for record in index["records"]:
+            record["sensitivity"] = [sensitivity] * 2
+        (tmp_path / INDEX).write_text(json.dumps(index))
+        found = verify_engine(get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path)
+        assert found.end_to_end_informative is informative
+        assert ("end to end is not informative" in describe(found.to_json())) is not informative
 
 
 @pytest.fixture(scope="module")
@@ -217,12 +336,12 @@ def test_the_whole_model_may_differ_by_at_least_as_much_as_one_layer(faithful: C
     assert verification.end_to_end_tolerance >= LAYER_TOLERANCE
 
 
-def test_progress_counts_every_site_and_layer(mini_engines: Callable[[str], Path], mini_reference: Path) -> None:
+def test_progress_counts_every_site_and_layer_and_all_segments(mini_engines: Callable[[str], Path], mini_reference: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     verify_engine(
         get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), mini_reference, lambda *progress: calls.append(progress)
     )
-    assert [(done, total) for _, done, total in calls] == [(i + 1, 49) for i in range(49)]
+    assert [(done, total) for _, done, total in calls] == [(i + 1, 50) for i in range(50)]
 
 
 def test_the_reference_of_another_model_is_an_input_error(
@@ -231,7 +350,17 @@ def test_the_reference_of_another_model_is_an_input_error(
     shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
     tables = load_file(tmp_path / TABLES)
     save_file({name.replace("conv_in", "conv_other"): value for name, value in tables.items()}, tmp_path / TABLES)
-    with pytest.raises(InputError, match="reference of another model; run `quest-deploy reference` again"):
+    with pytest.raises(InputError, match="reference of another model or version; run `quest-deploy reference` again"):
+        verify_engine(get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path)
+
+
+def test_a_reference_without_what_segments_need_is_an_input_error(
+    mini_engines: Callable[[str], Path], mini_reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
+    path = sorted(tmp_path.glob("buckets-*"))[0]
+    save_file({name: value for name, value in load_file(path).items() if name != "untied_output"}, path)
+    with pytest.raises(InputError, match="run `quest-deploy reference` again"):
         verify_engine(get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path)
 
 
