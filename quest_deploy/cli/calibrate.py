@@ -36,6 +36,14 @@ if TYPE_CHECKING:
 QDIFF = "qdiff"
 METHODS = ("mse", "minmax", "l2.4", QDIFF)
 """How clip ranges are chosen; Q-Diffusion searches with l2.4 and then reconstructs the model's blocks."""
+DEFAULT_METHOD = "mse"
+MethodOption = Annotated[
+    str,
+    typer.Option(
+        help="How clip ranges are chosen: mse, minmax or l2.4; or qdiff: l2.4, then Q-Diffusion's reconstruction "
+        "(a new workspace has --split-shortcuts then)."
+    ),
+]
 RECONSTRUCTION_OPTIONS = ("--reconstruction-samples", "--rounding-steps", "--scale-steps", "--reconstruction-batch")
 
 
@@ -51,7 +59,7 @@ class CalibrateOptions:
 
     samples: int | None = None
     steps: int | None = None
-    method: str = "mse"
+    method: str = DEFAULT_METHOD
     seed: int = 0
     reconstruction: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -139,13 +147,7 @@ def calibrate(
     attention_bits: AttentionBitsOption = None,
     softmax_bits: SoftmaxBitsOption = None,
     split_shortcuts: SplitShortcutsOption = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="How clip ranges are chosen: mse, minmax or l2.4; or qdiff: l2.4, then Q-Diffusion's reconstruction "
-            "(a new workspace has --split-shortcuts then)."
-        ),
-    ] = "mse",
+    method: MethodOption = DEFAULT_METHOD,
     samples: Annotated[int | None, typer.Option(min=1, help="Samplings to record.", show_default="the model's")] = None,
     steps: Annotated[
         int | None,

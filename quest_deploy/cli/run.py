@@ -35,6 +35,7 @@ def run(
     attention_bits: AttentionBitsOption = None,
     softmax_bits: SoftmaxBitsOption = None,
     split_shortcuts: SplitShortcutsOption = None,
+    method: calibrate.MethodOption = calibrate.DEFAULT_METHOD,
     backend: Annotated[
         list[str] | None,
         typer.Option(help=f"Backends to verify and benchmark: {', '.join(BACKENDS)}; may be repeated.", show_default=DEFAULT_BACKEND),
@@ -51,7 +52,8 @@ def run(
     for name in backends:
         get_backend(name).check_run(EngineOptions())
     choices = SchemeChoices(bits, buckets, granularity, attention_bits, softmax_bits, split_shortcuts)
-    opened = create_workspace(workspace, model, choices)
+    calibration = calibrate.CalibrateOptions(method=method, seed=seed)
+    opened = create_workspace(workspace, model, choices, split_shortcuts=method == calibrate.QDIFF)
     results: dict[str, Any] = {"workspace": str(opened.root)}
 
     def show(stage: str, details: dict[str, Any], text: str) -> None:
@@ -59,7 +61,7 @@ def run(
         if not as_json:
             print(f"\n== {stage}\n{text}", flush=True)
 
-    details = calibrate.calibrate_stage(opened, console, calibrate.CalibrateOptions(seed=seed), reuse=True)
+    details = calibrate.calibrate_stage(opened, console, calibration, reuse=True)
     show("calibrate", details, calibrate.describe(opened, details))
     details = finetune.finetune_stage(opened, console, {"seed": seed}, reuse=True)
     show("finetune", details, finetune.describe(opened, details))

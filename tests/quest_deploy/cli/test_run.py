@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from onnx_ir.passes import PreconditionError
 
 from quest_deploy.cli import benchmark, calibrate, evaluate, finetune, generate
+from quest_deploy.errors import InputError
 from quest_deploy.evaluate import SamplingOptions
 from quest_deploy.workspace import Workspace
 from tests.quest_deploy.support import MINI_UNET, Outcome, cli, snapshot
@@ -63,6 +64,19 @@ def test_run_makes_again_what_was_damaged_and_what_depends_on_it(run: Callable[.
     assert ended.code == 0
     assert "build-engine/onnxruntime: done" in ended.err
     assert "export: up to date" in ended.err
+
+
+def test_run_calibrates_with_the_method_that_is_given(
+    run: Callable[..., Any], workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> NoReturn:
+        raise InputError("far enough")
+
+    monkeypatch.setattr(finetune, "finetune_stage", stop)
+    assert run("--method", "minmax").message.endswith("far enough")
+    assert Workspace.open(workspace).stages["calibrate"].options["method"] == "minmax"
+    unknown = run("--method", "median")
+    assert (unknown.code, "unknown calibration method 'median'" in unknown.message) == (2, True)
 
 
 def test_run_fails_where_the_verification_failed_before(run: Callable[..., Any], workspace: Path) -> None:
