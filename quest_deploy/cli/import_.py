@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quest_deploy.cli.console import Console, size
+from quest_deploy.cli.console import Console, in_float, size
 from quest_deploy.cli.options import JsonOption, WorkspaceOption
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.errors import InputError
@@ -113,17 +112,14 @@ def _opened(root: Path, scheme: Scheme) -> Workspace | None:
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
     """The details in words."""
-    reasons = Counter(details["in_float"].values())
     lines = [
         f"{details['layers']} layers, {details['sites']} quantized tensors, each with {details['buckets']} sets of scales, "
         f"at {workspace.scheme.name}",
         f"{workspace.path(CALIBRATED)} ({size(details['checkpoint_bytes'])})",
+        *in_float(details["in_float"], details["sites"]),
     ]
-    if reasons:
-        lines.append(
-            f"{sum(reasons.values())} tensors and what reads them compute in float (--recalibrate chooses scales that do not):"
-        )
-        lines += [f"  {count}: {reason}" for reason, count in reasons.most_common()]
+    if details["in_float"]:
+        lines.append("--recalibrate chooses scales that do not")
     return "\n".join(lines)
 
 
