@@ -22,7 +22,7 @@ from quest_deploy.quant.model import QuantizedModel
 from quest_deploy.quant.prepare import prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -140,15 +140,34 @@ def select_sensitive(report_json: dict[str, Any]) -> tuple[str, ...]:
         InputError: the report is damaged, or of another kind or version.
     """
     rest = [layer for layer in Sensitivity.from_json(report_json).layers if layer.group not in (TEMPORAL, PRODUCTS)]
-    errors = np.asarray([[math.nan if e is None else e for e in layer.bucket_mse] for layer in rest], np.float64)
-    visited = errors[:, ~np.isnan(errors).any(0)] if rest else errors
-    totals = visited.sum(0)
-    scores = (visited[:, totals > 0] / totals[totals > 0]).sum(1) if (totals > 0).any() else np.zeros(len(rest))
+    scores = _scores(rest)
     order = np.argsort(-scores, kind="stable")
     reached = np.cumsum(scores[order]) >= SENSITIVE_SHARE * scores.sum() * (1 - 1e-12)
     count = int(reached.argmax()) + 1 if scores.any() else 0
     chosen = set(order[:count].tolist())
     return tuple(layer.layer for i, layer in enumerate(rest) if i in chosen)
+
+
+def error_shares(report_json: dict[str, Any]) -> dict[str, float]:
+    """Each layer's share of the error, in execution order: scored as in :func:`select_sensitive`, but no layer left out.
+
+    Raises:
+        InputError: the report is damaged, or of another kind or version.
+    """
+    layers = Sensitivity.from_json(report_json).layers
+    scores = _scores(layers)
+    return {layer.layer: float(score) for layer, score in zip(layers, scores / max(scores.sum(), 1e-300), strict=True)}
+
+
+def _scores(layers: Sequence[LayerSensitivity]) -> NDArray[np.float64]:
+    """The sum over the visited buckets of each layer's share of the error there."""
+    errors = np.asarray([[math.nan if e is None else e for e in layer.bucket_mse] for layer in layers], np.float64)
+    visited = errors[:, ~np.isnan(errors).any(0)] if layers else errors
+    totals = visited.sum(0)
+    scores: NDArray[np.float64] = np.zeros(len(layers))
+    if (totals > 0).any():
+        scores = (visited[:, totals > 0] / totals[totals > 0]).sum(1)
+    return scores
 
 
 @torch.no_grad()

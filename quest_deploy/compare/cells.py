@@ -23,6 +23,8 @@ STEPS = 800
 """Optimizer steps of every finetuned row, however its stages share them."""
 STATIC = {"buckets": 1, "granularity": Granularity.PER_TENSOR}
 """What integer toolchains do: one scale a tensor for all timesteps."""
+PAPER_TEMPORAL, PAPER_SENSITIVE = "QuEST's temporal layers", "QuEST's sensitive layers"
+"""How a cell's notes call the two sets that QuEST finetunes where they tell the layers' shares of the error."""
 ATTENTION8 = {"attention_bits": 8, "softmax_bits": 8}
 
 

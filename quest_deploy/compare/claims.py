@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quest_deploy.compare.cells import ABLATION_BITS, Cell, cells_of
+from quest_deploy.compare.cells import ABLATION_BITS, PAPER_SENSITIVE, PAPER_TEMPORAL, Cell, cells_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -94,3 +94,22 @@ def _verdict(better: Sequence[float], worse: Sequence[float], seeds: int) -> str
     if min(better) > max(worse):
         return "**does not hold: the opposite does**"
     return "on average only" if np.mean(better) < np.mean(worse) else "**does not hold on average**"
+
+
+def critical_groups(results: Mapping[Cell, Result | None], seeds: Sequence[int]) -> list[str]:
+    """QuEST's claim that its two sets of layers are the ones that quantization hurts, judged by their share of the layers' error.
+
+    The error is what each layer makes when it alone is quantized, at W4A4, every timestep bucket counting the same; the claim holds
+    where both sets together make more than half of it.
+    """
+    found = [(cell.seed, results.get(cell)) for cell in cells_of("quest-auto-layers", ABLATION_BITS, seeds)]
+    notes = {seed: result.notes for seed, result in found if result is not None and "error_shares" in result.notes}
+    both = [note["error_shares"][PAPER_TEMPORAL] + note["error_shares"][PAPER_SENSITIVE] for note in notes.values()]
+    verdict = _verdict([1 - share for share in both], [0.5] * len(both), len(seeds))
+    lines = [f"QuEST's claim that its temporal and its sensitive layers make most of the error, at W4A4: {verdict}."]
+    for seed, note in notes.items():
+        ordered = sorted(note["error_shares"].items(), key=lambda entry: -entry[1])
+        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in ordered)
+        picked = ", ".join(f"`{name}`" for name in note["sensitive_layers"])
+        lines += ["", f"- seed {seed}: {shares}. `--layers auto` trains, besides the temporal layers, {picked}"]
+    return lines

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.compare.cells import ROWS, Cell, Float, ModelOpt, Pipeline
+from quest_deploy.compare.cells import PAPER_SENSITIVE, PAPER_TEMPORAL, ROWS, Cell, Float, ModelOpt, Pipeline
 from quest_deploy.errors import InputError
 from quest_deploy.evaluate import HELD_OUT_SAMPLES, HELD_OUT_SEED, SamplingOptions
 from quest_deploy.files import sha256_of
+from quest_deploy.finetune.layer_sets import LAYER_SETS, select_layers
 from quest_deploy.finetune.train import FinetuneOptions, finetune
 from quest_deploy.memory import peak_memory, reset_peak_memory
 from quest_deploy.models.tiny import ASSETS
@@ -21,7 +22,7 @@ from quest_deploy.quant.model import QuantizedModel
 from quest_deploy.quant.reconstruct import ReconstructOptions, reconstruct
 from quest_deploy.sampling import float_denoiser
 from quest_deploy.scheme import Scheme
-from quest_deploy.sensitivity import measure_sensitivity, select_sensitive
+from quest_deploy.sensitivity import error_shares, group_of, measure_sensitivity, select_sensitive
 from quest_deploy.trajectories import Trajectories, record_trajectories, samples_for
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ def _make_pipeline(recipe: Pipeline, cell: Cell, model: DiffusionModel, unet: nn
             with costs.stage("sensitivity"):
                 measured = measure_sensitivity(unet, checkpoint, trajectories, **recipe.sensitivity, on_progress=report)
                 notes["sensitive_layers"] = select_sensitive(measured.to_json())
+                notes["error_shares"] = paper_shares(error_shares(measured.to_json()), model.family)
             finetuning = dataclasses.replace(finetuning, sensitive_layers=notes["sensitive_layers"])
         with costs.stage("finetuning"):
             checkpoint = finetune(
@@ -171,6 +173,17 @@ def _make_pipeline(recipe: Pipeline, cell: Cell, model: DiffusionModel, unet: nn
                 on_progress=lambda p: report(f"{p.stage} layers, loss {p.loss:.3f}", p.step, p.steps),
             )
     return Made(QuantizedModel.from_checkpoint(checkpoint).eval(), costs, notes)
+
+
+def paper_shares(of_layer: dict[str, float], family: str) -> dict[str, float]:
+    """The shares of the layers' error that the paper's two sets make, and each of the other kinds of layers."""
+    sets = LAYER_SETS[family]
+    shares = {PAPER_TEMPORAL: 0.0, PAPER_SENSITIVE: 0.0}
+    temporal, sensitive = (set(select_layers(of_layer, patterns)) for patterns in (sets.temporal, sets.sensitive))
+    for layer, share in of_layer.items():
+        kind = PAPER_TEMPORAL if layer in temporal else PAPER_SENSITIVE if layer in sensitive else group_of(layer)
+        shares[kind] = shares.get(kind, 0.0) + share
+    return shares
 
 
 def _make_modelopt(recipe: ModelOpt, cell: Cell, model: DiffusionModel, unet: nn.Module, report: Report) -> Made:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quest_deploy.compare.cells import ABLATION_BITS, ABLATIONS, FLOAT_BITS, MAIN_TABLES, ROWS, Cell, Table, cells_of
-from quest_deploy.compare.claims import judged
+from quest_deploy.compare.cells import ABLATIONS, FLOAT_BITS, MAIN_TABLES, ROWS, Cell, Table, cells_of
+from quest_deploy.compare.claims import critical_groups, judged
 from quest_deploy.evaluate import HELD_OUT_SAMPLES, SamplingOptions
 from quest_deploy.quant.reconstruct import ReconstructOptions
 
@@ -175,17 +175,12 @@ def _epsilon(result: Result, buckets: slice) -> float | None:
 def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
     """What the papers say, and what the cells say to it."""
     header = ["claim", "Fréchet distance", "against", "on this model"]
-    picked = [
-        f"- seed {seed}: {', '.join(f'`{name}`' for name in found.notes['sensitive_layers'])}"
-        for seed in seeds
-        if (found := results.get(Cell("quest-auto-layers", ABLATION_BITS, seed))) is not None
-    ]
     return [
         *_markdown_table(header, [list(row) for row in judged(results, seeds)]),
         "",
         'Means over the seeds. "Holds": in every pair of seeds; "on average only": the means are so ordered, but not every pair.',
-        "QuEST's claim that attention and the time embedding are the sensitive groups: the sensitivity report at W4A4 picks",
-        *(["", *picked] if picked else [f"({NOT_RUN})."]),
+        "",
+        *critical_groups(results, seeds),
     ]
 
 

@@ -17,7 +17,16 @@ from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
 from quest_deploy.quant.prepare import prepare
 from quest_deploy.scheme import Scheme
-from quest_deploy.sensitivity import OTHER, PRODUCTS, LayerSensitivity, Sensitivity, group_of, measure_sensitivity, select_sensitive
+from quest_deploy.sensitivity import (
+    OTHER,
+    PRODUCTS,
+    LayerSensitivity,
+    Sensitivity,
+    error_shares,
+    group_of,
+    measure_sensitivity,
+    select_sensitive,
+)
 from tests.helpers import numpy_layer, of_sample
 from tests.quest_deploy.support import strict_json
 
@@ -247,6 +256,11 @@ def test_the_selected_layers_are_the_smallest_set_with_four_fifths_of_the_error(
     assert len(chosen) == 0 or min(given_errors[name] for name in chosen) >= max(
         (e for name, e in given_errors.items() if name not in chosen), default=0
     )
+
+
+def test_every_layers_share_counts_the_time_embedding_projections_too() -> None:
+    assert error_shares(report(block__time_emb_proj=1.0, conv_in=3.0)) == {"block.time_emb_proj": 0.25, "conv_in": 0.75}
+    assert error_shares(report(conv_in=0.0)) == {"conv_in": 0.0}
 
 
 def test_the_time_embedding_projections_are_neither_selected_nor_counted() -> None:

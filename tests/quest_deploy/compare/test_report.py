@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.compare.cells import ABLATIONS, MAIN_TABLES, Cell, all_cells, cells_of
+from quest_deploy.compare.cells import ABLATIONS, MAIN_TABLES, PAPER_SENSITIVE, PAPER_TEMPORAL, Cell, all_cells, cells_of
 from quest_deploy.compare.claims import AIM_TEXT
 from quest_deploy.compare.plot import plot
 from quest_deploy.compare.report import everything, markdown
@@ -114,6 +114,27 @@ def verdicts(
     for row, values in distances.items():
         found |= {cell: result(cell, value) for cell, value in zip(cells_of(row, "w4a4", (0, 1, 2)), values, strict=True)}
     return {label: cells[-1] for label, cells in lines(found, "The papers' claims on this model").items()}
+
+
+def test_the_critical_groups_are_judged_by_their_share_of_the_error(result: MakeResult) -> None:
+    def said(*shares: float) -> str:
+        found = nothing()
+        for seed, share in enumerate(shares):
+            notes = {
+                "sensitive_layers": ["conv_out"],
+                "error_shares": {PAPER_TEMPORAL: 0.1, PAPER_SENSITIVE: share - 0.1, "conv_in/conv_out": 1 - share},
+            }
+            cell = Cell("quest-auto-layers", "w4a4", seed)
+            found[cell] = result(cell, notes=notes)
+        return markdown("tiny", COMMAND, found, [0, 1, 2])
+
+    claim = "QuEST's claim that its temporal and its sensitive layers make most of the error, at W4A4: "
+    assert f"{claim}open: 0 of 3 seeds." in said()
+    assert f"{claim}open: 2 of 3 seeds." in said(0.3, 0.3)
+    assert f"{claim}holds." in said(0.6, 0.7, 0.8)
+    assert f"{claim}**does not hold: the opposite does**." in said(0.3, 0.4, 0.3)
+    listed = "seed 1: conv_in/conv_out 60.0%, QuEST's sensitive layers 30.0%, QuEST's temporal layers 10.0%. `--layers auto` trains"
+    assert listed in said(0.3, 0.4, 0.3)
 
 
 def test_a_claim_holds_only_where_every_pair_of_seeds_says_so(result: MakeResult) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from quest_deploy.compare import methods
-from quest_deploy.compare.cells import ROWS, Cell, ModelOpt
+from quest_deploy.compare.cells import PAPER_SENSITIVE, PAPER_TEMPORAL, ROWS, Cell, ModelOpt
 from quest_deploy.compare.worker import main, measure
 from quest_deploy.errors import InputError
 from quest_deploy.evaluate import SamplingOptions
@@ -79,6 +79,16 @@ def test_modelopt_quantizes_nearly_every_layer_to_eight_bits(tiny: TinyModel, tm
     # Its configurations leave out layers called proj_out, as they ship.
     assert measured["notes"] == {"layers": 132, "quantized_layers": 125}
     assert 0 < measured["quality"]["pixel_mse"] < 0.01
+
+
+def test_shares_of_the_error_are_added_up_by_the_papers_sets_and_else_by_kind() -> None:
+    shares = {"a.time_emb_proj": 0.125, "a.ff.net.2": 0.25, "a.attn1.to_q": 0.125, "a.attn1.to_out.0": 0.25, "conv_in": 0.25}
+    assert methods.paper_shares(shares, "class-conditional") == {
+        PAPER_TEMPORAL: 0.125,
+        PAPER_SENSITIVE: 0.375,
+        "attn1.to_out": 0.25,
+        "conv_in/conv_out": 0.25,
+    }
 
 
 def test_every_revision_is_part_of_the_definition(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
