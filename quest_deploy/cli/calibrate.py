@@ -37,13 +37,10 @@ QDIFF = "qdiff"
 METHODS = ("mse", "minmax", "l2.4", QDIFF)
 """How clip ranges are chosen; Q-Diffusion searches with l2.4 and then reconstructs the model's blocks."""
 DEFAULT_METHOD = "mse"
-MethodOption = Annotated[
-    str,
-    typer.Option(
-        help="How clip ranges are chosen: mse, minmax or l2.4; or qdiff: l2.4, then Q-Diffusion's reconstruction "
-        "(a new workspace has --split-shortcuts then)."
-    ),
-]
+METHOD_HELP = (
+    "How clip ranges are chosen: mse, minmax or l2.4; or qdiff: l2.4, then Q-Diffusion's reconstruction "
+    "(a new workspace has --split-shortcuts then)."
+)
 RECONSTRUCTION_OPTIONS = ("--reconstruction-samples", "--rounding-steps", "--scale-steps", "--reconstruction-batch")
 
 
@@ -147,7 +144,7 @@ def calibrate(
     attention_bits: AttentionBitsOption = None,
     softmax_bits: SoftmaxBitsOption = None,
     split_shortcuts: SplitShortcutsOption = None,
-    method: MethodOption = DEFAULT_METHOD,
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = DEFAULT_METHOD,
     samples: Annotated[int | None, typer.Option(min=1, help="Samplings to record.", show_default="the model's")] = None,
     steps: Annotated[
         int | None,

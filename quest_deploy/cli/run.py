@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,10 @@ from quest_deploy.cli.options import (
 )
 from quest_deploy.engine.backends import BACKENDS, get_backend
 from quest_deploy.engine.base import EngineOptions
+from quest_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from quest_deploy.workspace import Workspace
 
 
 def run(
@@ -35,16 +39,21 @@ def run(
     attention_bits: AttentionBitsOption = None,
     softmax_bits: SoftmaxBitsOption = None,
     split_shortcuts: SplitShortcutsOption = None,
-    method: calibrate.MethodOption = calibrate.DEFAULT_METHOD,
+    method: Annotated[
+        str | None, typer.Option(help=calibrate.METHOD_HELP, show_default=f"the workspace's, or {calibrate.DEFAULT_METHOD}")
+    ] = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(help=f"Backends to verify and benchmark: {', '.join(BACKENDS)}; may be repeated.", show_default=DEFAULT_BACKEND),
     ] = None,
     build_only: Annotated[list[str] | None, typer.Option(help="Backends to build for, without running; may be repeated.")] = None,
-    seed: int = 0,
+    seed: Annotated[int | None, typer.Option(help="Of calibration and finetuning.", show_default="the workspace's, or 0")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Go from the FP32 model to verified, benchmarked engines and a picture; goes on where it was interrupted."""
+    """Go from the FP32 model to verified, benchmarked engines and a picture; goes on where it was interrupted.
+
+    What was calibrated or finetuned with options of its own keeps them.
+    """
     console = Console(as_json=as_json)
     backends = list(dict.fromkeys(backend or [DEFAULT_BACKEND]))
     for name in (*backends, *(build_only or [])):
@@ -52,7 +61,7 @@ def run(
     for name in backends:
         get_backend(name).check_run(EngineOptions())
     choices = SchemeChoices(bits, buckets, granularity, attention_bits, softmax_bits, split_shortcuts)
-    calibration = calibrate.CalibrateOptions(method=method, seed=seed)
+    calibrate.CalibrateOptions(method=method or calibrate.DEFAULT_METHOD)  # refused before a workspace is made
     opened = create_workspace(workspace, model, choices, split_shortcuts=method == calibrate.QDIFF)
     results: dict[str, Any] = {"workspace": str(opened.root)}
 
@@ -61,9 +70,9 @@ def run(
         if not as_json:
             print(f"\n== {stage}\n{text}", flush=True)
 
-    details = calibrate.calibrate_stage(opened, console, calibration, reuse=True)
+    details = calibrate.calibrate_stage(opened, console, _calibration(opened, method, seed), reuse=True)
     show("calibrate", details, calibrate.describe(opened, details))
-    details = finetune.finetune_stage(opened, console, {"seed": seed}, reuse=True)
+    details = finetune.finetune_stage(opened, console, _finetuning(opened, seed), reuse=True)
     show("finetune", details, finetune.describe(opened, details))
     details = export.export_stage(opened, console, reuse=True)
     show("export", details, export.describe(opened, details))
@@ -84,6 +93,28 @@ def run(
     details = evaluate.evaluate_stage(opened, console, main, reuse=True)
     show(f"evaluate {main}", details, evaluate.describe(details))
     console.result(results, "", "== summary", _summary(results, backends))
+
+
+def _calibration(workspace: Workspace, method: str | None, seed: int | None) -> calibrate.CalibrateOptions:
+    """The options that the workspace was calibrated with, if it was, but for those that are given."""
+    options = _recorded(workspace, "calibrate")
+    if method not in (None, options.get("method")):
+        options |= {"method": method, "reconstruction": {}}
+    try:
+        return calibrate.CalibrateOptions(**(options | ({} if seed is None else {"seed": seed})))
+    except TypeError as e:
+        raise InputError(f"{workspace.root}: calibrated with options that are unknown here ({e}); run `quest-deploy calibrate`") from e
+
+
+def _finetuning(workspace: Workspace, seed: int | None) -> dict[str, Any]:
+    """The options that the workspace was finetuned with, if it was, but for the seed that is given."""
+    options = {name: tuple(x) if isinstance(x, list) else x for name, x in _recorded(workspace, "finetune").items()}
+    return options | ({} if seed is None else {"seed": seed})
+
+
+def _recorded(workspace: Workspace, stage: str) -> dict[str, Any]:
+    record = workspace.stages.get(stage)
+    return {} if record is None else dict(record.options)
 
 
 def _summary(results: dict[str, Any], backends: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,10 +29,11 @@ def run_stage(
 
     Args:
         inputs: the stages whose files it reads; each must be finished and up to date.
-        options: what the user chose, as a JSON value.
+        options: what the user chose, of JSON's types.
         reuse: return the recorded details where the stage has run with the same inputs and options.
         work: does it, and returns the files it wrote and the details to report.
     """
+    options = json.loads(json.dumps(options))  # as the manifest gives them back: a tuple becomes a list
     with workspace.locked():
         for upstream in inputs:
             workspace.require(upstream)

@@ -9,7 +9,7 @@ import pytest
 from diffusers import UNet2DConditionModel
 from onnx_ir.passes import PreconditionError
 
-from quest_deploy.cli import benchmark, calibrate, evaluate, finetune, generate
+from quest_deploy.cli import benchmark, calibrate, evaluate, export, finetune, generate
 from quest_deploy.errors import InputError
 from quest_deploy.evaluate import SamplingOptions
 from quest_deploy.workspace import Workspace
@@ -66,17 +66,33 @@ def test_run_makes_again_what_was_damaged_and_what_depends_on_it(run: Callable[.
     assert "export: up to date" in ended.err
 
 
-def test_run_calibrates_with_the_method_that_is_given(
-    run: Callable[..., Any], workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_keeps_the_options_that_calibration_and_finetuning_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any, **__: Any) -> NoReturn:
         raise InputError("far enough")
 
-    monkeypatch.setattr(finetune, "finetune_stage", stop)
-    assert run("--method", "minmax").message.endswith("far enough")
-    assert Workspace.open(workspace).stages["calibrate"].options["method"] == "minmax"
-    unknown = run("--method", "median")
-    assert (unknown.code, "unknown calibration method 'median'" in unknown.message) == (2, True)
+    monkeypatch.setattr(export, "export_stage", stop)
+    root = tmp_path / "w"
+    small = ("--samples", 8, "--steps", 4)
+    assert cli("calibrate", "-w", root, "--method", "minmax", *small, "--buckets", 2).code == 0
+    chosen = ("--layers", "conv_out,conv_in", "--temporal-steps", 1, "--sensitive-steps", 1, "--batch", 2)
+    assert cli("finetune", "-w", root, *chosen).code == 0
+    before = snapshot(root)
+    ended = cli("run", "-w", root)
+    assert ended.message.endswith("far enough")
+    assert [line for line in ended.err.splitlines() if "up to date" in line] == ["calibrate: up to date", "finetune: up to date"]
+    assert snapshot(root) == before
+
+    assert cli("run", "-w", root, "--method", "mse", "--seed", 1).message.endswith("far enough")
+    stages = Workspace.open(root).stages
+    assert stages["calibrate"].options == {"samples": 8, "steps": 4, "method": "mse", "seed": 1, "reconstruction": {}}
+    assert stages["finetune"].options["sensitive_layers"] == ["conv_out", "conv_in"]
+    assert stages["finetune"].options["seed"] == 1
+
+
+def test_run_refuses_an_unknown_method_before_it_makes_a_workspace(tmp_path: Path) -> None:
+    ended = cli("run", "-w", tmp_path / "w", "--method", "median")
+    assert (ended.code, "unknown calibration method 'median'" in ended.message) == (2, True)
+    assert not (tmp_path / "w").exists()
 
 
 def test_run_fails_where_the_verification_failed_before(run: Callable[..., Any], workspace: Path) -> None:
