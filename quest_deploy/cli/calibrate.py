@@ -125,6 +125,12 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
     return run_stage(workspace, console, "calibrate", inputs=(), options=dataclasses.asdict(options), reuse=reuse, work=work)
 
 
+def method_name(workspace: Workspace) -> str:
+    """What its calibrated checkpoint is called beside others."""
+    record = workspace.stages.get("calibrate")
+    return "Q-Diffusion" if record is not None and record.options.get("method") == QDIFF else "PTQ"
+
+
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
     """The details in words."""
     return (

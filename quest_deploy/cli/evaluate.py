@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quest_deploy.cli.calibrate import method_name
 from quest_deploy.cli.console import Console, table
 from quest_deploy.cli.options import (
     DEFAULT_BACKEND,
@@ -55,7 +56,7 @@ def evaluate_stage(
         held_out = record_trajectories(
             model, unet, steps=chosen.steps, samples=HELD_OUT_SAMPLES, seed=HELD_OUT_SEED, scheme=workspace.scheme
         )
-        methods = {"PTQ": CALIBRATED} | ({"QuEST": CHECKPOINT} if "finetune" in workspace.stages else {})
+        methods = {method_name(workspace): CALIBRATED} | ({"QuEST": CHECKPOINT} if "finetune" in workspace.stages else {})
         contestants: dict[str, Any] = {"FP32": float_denoiser(unet)}
         for name, file in methods.items():
             contestants[name] = QuantizedModel.from_checkpoint(load_checkpoint(workspace.path(file))).eval()

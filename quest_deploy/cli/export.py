@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.cli.calibrate import CalibrateOptions, calibrate_stage
+from quest_deploy.cli.calibrate import CalibrateOptions, calibrate_stage, method_name
 from quest_deploy.cli.console import Console, in_float, size
 from quest_deploy.cli.options import (
     AttentionBitsOption,
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 def export_stage(workspace: Workspace, console: Console, *, reuse: bool = False) -> dict[str, Any]:
     """Export the checkpoint, calibrating one first where there is none; writes unet.onnx and unet.onnx.data."""
     if workspace.checkpoint_stage == "calibrate":
-        console.warn("no finetuned checkpoint in this workspace: exporting a calibrated one (PTQ), which is less accurate")
+        method = method_name(workspace)
+        console.warn(f"no finetuned checkpoint in this workspace: exporting a calibrated one ({method}), which is less accurate")
         if "calibrate" not in workspace.stages:
             calibrate_stage(workspace, console, CalibrateOptions())
 

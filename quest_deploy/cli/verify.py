@@ -83,14 +83,12 @@ def describe(details: dict[str, Any]) -> str:
 
 
 def _describe_segments(segments: list[dict[str, Any]]) -> str:
-    from quest_deploy.verify.judge import INFORMATIVE
-
     worst = max(segments, key=lambda x: x["error"] / x["tolerance"])
     line = (
         f"{len(segments)} segments between layers: the worst, before {worst['segment']}, {worst['error']:.1e} "
         f"(allowed: {worst['tolerance']:.0e})"
     )
-    vague = [x["segment"] for x in segments if x["tolerance"] > INFORMATIVE]
+    vague = [x["segment"] for x in segments if not x["informative"]]
     if not vague:
         return line
     return f"{line}; {len(vague)} of them say nothing, since rounding alone changes them so much: before {', '.join(vague[:3])}"

@@ -71,12 +71,17 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class SegmentResult:
-    """The float part in front of a site, product or the output: its worst relative error, that one's bucket, and what is allowed."""
+    """The float part in front of a site, product or the output: its worst relative error, that one's bucket, and what is allowed.
+
+    Attributes:
+        informative: whether that is at most 5%; above, rounding alone changes the segment so much that nothing is proved.
+    """
 
     segment: str
     error: float
     bucket: int
     tolerance: float
+    informative: bool
 
 
 @dataclass(frozen=True)
@@ -342,7 +347,7 @@ def _summarize(
     for name, segment in segments.items():
         which, sample = divmod(int(segment.errors.argmax()), 2)
         bucket = records[which].entry.buckets[sample]
-        between.append(SegmentResult(name, float(segment.errors.max()), bucket, segment.tolerance))
+        between.append(SegmentResult(name, float(segment.errors.max()), bucket, segment.tolerance, segment.tolerance <= INFORMATIVE))
     problems = _problems(wrong, sites, layers, between, list(buckets.values()), info.scheme.buckets, tolerance)
     ordered = [buckets[b] for b in sorted(buckets)]
     informative = tolerance <= INFORMATIVE

@@ -44,6 +44,7 @@ def test_qdiff_splits_shortcuts_and_finetuning_starts_from_it(tmp_path: Path) ->
     assert given.items() <= checkpoint.provenance["reconstruction"].items()
     assert Workspace.open(tmp_path).stages["calibrate"].options["reconstruction"] == given
     assert set(snapshot(tmp_path)) == {MANIFEST, CALIBRATED, "trajectories.safetensors"}
+    assert "exporting a calibrated one (Q-Diffusion)" in cli("export", "-w", tmp_path).err
 
     assert cli("finetune", "-w", tmp_path, "--temporal-steps", "2", "--sensitive-steps", "2", "--batch", "2").code == 0
     tuned = load_checkpoint(tmp_path / "checkpoint.safetensors")

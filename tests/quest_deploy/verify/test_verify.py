@@ -265,6 +265,20 @@ def test_a_tolerance_that_says_nothing_is_called_so(
         assert ("end to end is not informative" in describe(found.to_json())) is not informative
 
 
+def test_a_segment_that_rounding_alone_changes_much_is_called_uninformative(
+    mini_engines: Callable[[str], Path], mini_reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("buckets-*"):
+        tensors = load_file(path)
+        tensors["rounding.conv_out"] = np.full(2, 0.02, np.float32)
+        save_file(tensors, path)
+    found = verify_engine(get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path)
+    assert found.passed
+    assert {x.segment: x.tolerance for x in found.segments if not x.informative} == {"conv_out": pytest.approx(0.08)}
+    assert "1 of them say nothing, since rounding alone changes them so much: before conv_out" in describe(found.to_json())
+
+
 @pytest.fixture(scope="module")
 def all_changes_on_openvino(verify_changed: Verify) -> Verification:
     """One engine with all the changes: openvino compiles it slowly, and each layer is judged alone anyway."""
