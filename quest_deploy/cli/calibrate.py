@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quest_deploy import __version__
 from quest_deploy.cli.console import Console, size
 from quest_deploy.cli.options import (
     AttentionBitsOption,
@@ -25,13 +26,19 @@ from quest_deploy.cli.options import (
 )
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.errors import InputError
+from quest_deploy.files import read_json, sha256_of, write_json
 from quest_deploy.workspace import CALIBRATED, RECONSTRUCT_STATE, TRAJECTORIES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
+    from quest_deploy.checkpoint import Checkpoint
     from quest_deploy.cli.console import Update
+    from quest_deploy.trajectories import Trajectories
     from quest_deploy.workspace import Workspace
+
+    Start = tuple[Trajectories, Checkpoint]
+    """What reconstruction starts from: the recorded trajectories and the model calibrated on them."""
 
 QDIFF = "qdiff"
 METHODS = ("mse", "minmax", "l2.4", QDIFF)
@@ -42,6 +49,8 @@ METHOD_HELP = (
     "(a new workspace has --split-shortcuts then)."
 )
 RECONSTRUCTION_OPTIONS = ("--reconstruction-samples", "--rounding-steps", "--scale-steps", "--reconstruction-batch")
+MADE_FROM = "made-from.json"
+"""Beside the start that reconstruction keeps: what it was made from, and its files' hashes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +81,7 @@ class CalibrateOptions:
 def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOptions, *, reuse: bool = False) -> dict[str, Any]:
     """Record trajectories and calibrate; writes trajectories.safetensors and calibrated.safetensors.
 
-    An interrupted reconstruction goes on: what comes before it is made again, the same for the same seed.
+    An interrupted reconstruction goes on: what comes before it is kept with its state, and read from there.
     """
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
@@ -80,25 +89,38 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
         from quest_deploy.models.registry import load_model
         from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
         from quest_deploy.quant.reconstruct import ReconstructOptions, reconstruct
+        from quest_deploy.training_state import hash_of_tensors
         from quest_deploy.trajectories import record_trajectories, samples_for
 
         model = load_model(workspace.model)
         unet = model.load_unet()
         steps = options.steps or model.calibration_steps
         samples = options.samples or samples_for(model, workspace.scheme, steps)
-        trajectories = record_trajectories(
-            model,
-            unet,
-            steps=steps,
-            samples=samples,
-            seed=options.seed,
-            scheme=workspace.scheme,
-            on_progress=lambda done, total: update("recording trajectories", done, total),
-        )
         reconstructs = options.method == QDIFF
-        settings = CalibrationOptions(RangeMethod.L24 if reconstructs else RangeMethod(options.method), seed=options.seed)
-        checkpoint = calibrate(workspace.model, unet, trajectories, workspace.scheme, settings, update)
-        if reconstructs:
+
+        def start() -> Start:
+            trajectories = record_trajectories(
+                model,
+                unet,
+                steps=steps,
+                samples=samples,
+                seed=options.seed,
+                scheme=workspace.scheme,
+                on_progress=lambda done, total: update("recording trajectories", done, total),
+            )
+            settings = CalibrationOptions(RangeMethod.L24 if reconstructs else RangeMethod(options.method), seed=options.seed)
+            return trajectories, calibrate(workspace.model, unet, trajectories, workspace.scheme, settings, update)
+
+        if not reconstructs:
+            trajectories, checkpoint = start()
+        else:
+            made_from = {
+                "quest-deploy": __version__,
+                "model": [workspace.model, hash_of_tensors(unet.state_dict())],
+                "scheme": workspace.scheme.to_json(),
+                "options": dataclasses.asdict(options),
+            }
+            trajectories, checkpoint = _kept(workspace.path(RECONSTRUCT_STATE), made_from, start, console.note)
             checkpoint = reconstruct(
                 unet,
                 checkpoint,
@@ -129,6 +151,45 @@ def method_name(workspace: Workspace) -> str:
     """What its calibrated checkpoint is called beside others."""
     record = workspace.stages.get("calibrate")
     return "Q-Diffusion" if record is not None and record.options.get("method") == QDIFF else "PTQ"
+
+
+def _kept(folder: Path, made_from: dict[str, Any], make: Callable[[], Start], notify: Callable[[str], None]) -> Start:
+    """What an interrupted reconstruction started from, to the bit, or else what ``make`` gives, kept in ``folder``.
+
+    Made again with other threads or on another machine it would differ in last bits, and no unit that is done would fit it.
+    """
+    if (folder / MADE_FROM).exists():
+        try:
+            return _read_start(folder, made_from)
+        except InputError as e:
+            notify(f"warning: {e}: trajectories and scales are made anew")
+    _write_start(folder, made_from, *make())
+    # Not what is in memory: every run computes from the very tensors that a resumed one reads, their layout included.
+    return _read_start(folder, made_from)
+
+
+def _read_start(folder: Path, made_from: dict[str, Any]) -> Start:
+    from quest_deploy.checkpoint import load_checkpoint
+    from quest_deploy.trajectories import Trajectories
+
+    record = read_json(folder / MADE_FROM, repair="it cannot be used")
+    if not isinstance(record, dict) or record.get("made_from") != made_from:
+        raise InputError(f"{folder / MADE_FROM} is of a run with other options, model or version")
+    if record.get("sha256") != _hashes(folder):
+        raise InputError(f"{folder}: {TRAJECTORIES} or {CALIBRATED} is damaged")
+    return Trajectories.load(folder / TRAJECTORIES), load_checkpoint(folder / CALIBRATED)
+
+
+def _write_start(folder: Path, made_from: dict[str, Any], trajectories: Trajectories, checkpoint: Checkpoint) -> None:
+    from quest_deploy.checkpoint import save_checkpoint
+
+    trajectories.save(folder / TRAJECTORIES)
+    save_checkpoint(checkpoint, folder / CALIBRATED)
+    write_json(folder / MADE_FROM, {"made_from": made_from, "sha256": _hashes(folder)})
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {name: sha256_of(folder / name) for name in (TRAJECTORIES, CALIBRATED) if (folder / name).is_file()}
 
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:

@@ -144,7 +144,7 @@ def finetune(
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Compute activations again in the backward pass: less memory, more time.")
     ] = False,
-    target_cache: Annotated[int, typer.Option(min=1, help="MiB on disk for the float model's block outputs.")] = 1024,
+    target_cache: Annotated[int, typer.Option(min=1, help="MiB on disk for the float model's block outputs, per process.")] = 1024,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between two saved states.")] = 20,
     as_json: JsonOption = False,
 ) -> None:

@@ -168,8 +168,9 @@ def finetune(
         device: "cpu" or "cuda".
         gradient_checkpointing: compute a block's activations again in the backward pass instead of keeping them.
         save_every: steps between two saved states.
-        targets_path: where the float model's block outputs are cached; a temporary folder where it is None. Removed at the end.
-        target_cache: MiB that this cache may take (it holds at least one step).
+        targets_path: where the float model's block outputs are cached, with ".1" and so on behind it by the further processes;
+            a temporary folder where it is None. All are removed at the end.
+        target_cache: MiB that each process's cache may take (it holds at least one step).
         on_target: called with each step, counted from 1 over all stages, whose targets have been computed ahead.
         notify: told, in words, where a run resumes, and of a state that cannot be used.
 
@@ -230,6 +231,10 @@ def finetune(
                 save(total, optimizer)
                 on_progress(Progress(stage.name, total, options.steps, loss.item(), batches.buckets(total - 1, student)))
         stream.remove()
+    if processes.is_main:
+        # By now every process is done with its own. What is left is of an interrupted run of more processes than this one.
+        for left in targets_path.parent.glob(f"{targets_path.name}.*"):
+            left.unlink(missing_ok=True)
     provenance = {**calibrated.provenance, "method": "quest", "start": calibrated.provenance["method"], **asdict(options)}
     return student.cpu().to_checkpoint(provenance)
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
+from quest_deploy import trajectories as trajectories_module
 from quest_deploy.checkpoint import load_checkpoint
 from quest_deploy.quant import reconstruct as reconstruct_module
 from quest_deploy.workspace import MANIFEST, Workspace
-from tests.quest_deploy.support import MINI_UNET, Outcome, cli, snapshot
+from tests.quest_deploy.support import MINI_UNET, Outcome, cli, flip_byte, snapshot, truncate
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
 CALIBRATE = ("--buckets", "2", "--samples", "2", "--steps", "2")
 QDIFF = (
@@ -22,6 +25,7 @@ QDIFF = (
     "--reconstruction-samples", "6", "--rounding-steps", "3", "--scale-steps", "2", "--reconstruction-batch", "4",
 )  # fmt: skip
 CALIBRATED = "calibrated.safetensors"
+START = tuple(f"reconstruct-state/{name}" for name in ("trajectories.safetensors", CALIBRATED, "made-from.json"))
 
 
 @pytest.fixture(autouse=True)
@@ -98,12 +102,72 @@ def test_an_interrupted_reconstruction_resumes_to_the_same_checkpoint(tmp_path: 
     root = tmp_path / "interrupted"
     ended = calibrate_until(5, root, monkeypatch)
     assert (ended.code, ended.message.split(";")[0]) == (130, "interrupted")
-    assert set(snapshot(root)) == {MANIFEST, *(f"reconstruct-state/unit-{unit}.pt" for unit in range(5))}
+    assert set(snapshot(root)) == {MANIFEST, *START, *(f"reconstruct-state/unit-{unit}.pt" for unit in range(5))}
     resumed = cli("calibrate", "-w", root, *QDIFF)
     assert resumed.code == 0
     assert "resuming at unit 5 of " in resumed.err
     assert content(root / CALIBRATED) == content(tmp_path / "whole" / CALIBRATED)
     assert set(snapshot(root)) == {MANIFEST, CALIBRATED, "trajectories.safetensors"}
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """One entry for each time that trajectories are recorded; what is in them differs in last bits from one time to the next."""
+    record, made = trajectories_module.record_trajectories, list[float]()
+
+    def elsewhere(*arguments: Any, **options: Any) -> Any:
+        recorded = record(*arguments, **options)
+        made.append(1 + 1e-6 * len(made))
+        return dataclasses.replace(recorded, sample=recorded.sample * made[-1], output=recorded.output * made[-1])
+
+    monkeypatch.setattr(trajectories_module, "record_trajectories", elsewhere)
+    return made
+
+
+def test_a_reconstruction_resumes_where_its_start_would_come_out_with_other_last_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recordings: list[float]
+) -> None:
+    assert cli("calibrate", "-w", tmp_path / "whole", *QDIFF).code == 0
+    recordings.clear()
+    root = tmp_path / "interrupted"
+    assert calibrate_until(5, root, monkeypatch).code == 130
+    resumed = cli("calibrate", "-w", root, *QDIFF)
+    assert "resuming at unit 5 of " in resumed.err
+    assert "warning" not in resumed.err
+    assert len(recordings) == 1
+    for file in (CALIBRATED, "trajectories.safetensors"):
+        assert content(root / file) == content(tmp_path / "whole" / file)
+
+
+def test_a_reconstruction_with_other_options_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recordings: list[float]
+) -> None:
+    other = (*QDIFF, "--seed", "1")
+    assert cli("calibrate", "-w", tmp_path / "whole", *other).code == 0
+    root = tmp_path / "interrupted"
+    assert calibrate_until(2, root, monkeypatch).code == 130
+    recordings.clear()
+    anew = cli("calibrate", "-w", root, *other)
+    assert anew.code == 0
+    assert "made-from.json is of a run with other options, model or version: trajectories and scales are made anew" in anew.err
+    assert "resuming" not in anew.err
+    assert len(recordings) == 1
+    assert content(root / CALIBRATED) == content(tmp_path / "whole" / CALIBRATED)
+    assert set(snapshot(root)) == {MANIFEST, CALIBRATED, "trajectories.safetensors"}
+
+
+@pytest.mark.parametrize(("damage", "file"), [*((flip_byte, file) for file in START), (truncate, START[2]), (Path.unlink, START[0])])
+def test_a_damaged_start_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], Any], file: str
+) -> None:
+    assert cli("calibrate", "-w", tmp_path / "whole", *QDIFF).code == 0
+    root = tmp_path / "interrupted"
+    assert calibrate_until(2, root, monkeypatch).code == 130
+    damage(root / file)
+    anew = cli("calibrate", "-w", root, *QDIFF)
+    assert "trajectories and scales are made anew" in anew.err
+    assert "resuming at unit 2 of " in anew.err  # made where the first start was, it is the same to the bit
+    assert content(root / CALIBRATED) == content(tmp_path / "whole" / CALIBRATED)
 
 
 def test_an_interrupted_reconstruction_keeps_the_old_calibration_and_another_one_drops_its_state(

@@ -17,6 +17,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.finetune.blocks import BlockOutputs
 from quest_deploy.finetune.checkpointing import enable_gradient_checkpointing
 from quest_deploy.finetune.layer_sets import LAYER_SETS, select_layers
+from quest_deploy.finetune.processes import Processes
 from quest_deploy.finetune.train import FinetuneOptions, Progress, _backward, finetune
 from quest_deploy.quant import layers as layers_module
 from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
@@ -514,6 +515,19 @@ def test_an_interrupted_runs_targets_are_used_again_and_removed_at_the_end(
     assert differences(finetune(again, mini_checkpoint, mini_trajectories, OPTIONS, **paths), uninterrupted) == []
     assert len(again.loaded) == 1
     assert not paths["targets_path"].exists()
+
+
+def test_targets_that_an_interrupted_run_of_more_processes_left_are_removed_once_every_process_is_done(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, other = tmp_path / "targets.bin.1", tmp_path / "other.bin.1"
+    for path in (left, other):
+        path.touch()
+    leave, at_exit = Processes.__exit__, list[bool]()
+    monkeypatch.setattr(Processes, "__exit__", lambda *arguments: at_exit.append(left.exists()) or leave(*arguments))
+    train(OPTIONS, targets_path=tmp_path / "targets.bin")
+    assert at_exit == [True]  # where it waits for the others, who may still read theirs
+    assert list(tmp_path.iterdir()) == [other]
 
 
 @pytest.mark.parametrize("what", ["teacher", "trajectories", "seed", "batch"])
