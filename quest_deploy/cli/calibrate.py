@@ -126,7 +126,7 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
                 checkpoint,
                 trajectories,
                 ReconstructOptions(seed=options.seed, **options.reconstruction),
-                update,
+                lambda unit, done, total: update("reconstruction", done, total, unit),
                 state_path=workspace.path(RECONSTRUCT_STATE),
                 notify=console.note,
             )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quest_deploy.cli.console import Console
+from quest_deploy.cli.console import Console, time_left
 from quest_deploy.cli.options import DEFAULT_MODEL, JsonOption
 from quest_deploy.compare.cells import ROWS, SEEDS, Pipeline, all_cells
 from quest_deploy.errors import InputError, QuestDeployError
@@ -107,8 +107,7 @@ class _TimeLeft:
         now = time.monotonic()
         waiting = sum(self._expected(cell) for cell in self._pending)
         running = sum(max(0.0, self._expected(cell) - (now - since)) for cell, since in self._running.items())
-        minutes = (waiting + running) / self._jobs / 60
-        return f"about {minutes:.0f} min left" if minutes >= 1 else "less than a minute left"
+        return time_left((waiting + running) / self._jobs)
 
     def _expected(self, cell: Cell) -> float:
         if taken := self._taken.get(cell.row):

@@ -11,40 +11,59 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from typing import Protocol
 
-    Update = Callable[[str, int, int], None]
+    class Update(Protocol):
+        """Reports that ``done`` of ``total`` steps of ``phase`` are done; ``detail`` is what else to show of the last one."""
+
+        def __call__(self, phase: str, done: int, total: int, detail: str = "") -> None: ...
+
+
+SECONDS_BETWEEN_LINES = 30.0
 
 
 class Console:
-    """One command's output."""
+    """One command's output; ``clock`` gives the seconds that pass."""
 
-    def __init__(self, *, as_json: bool) -> None:
+    def __init__(self, *, as_json: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self.as_json = as_json
+        self._clock = clock
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Update]:
-        """Show a bar for the phase that was last reported with update(phase, done, total); one line per title where piped."""
-        started = time.monotonic()
+        """Show the phase that was last reported and its time left: in a bar, or where piped in a line every 30 s at most."""
+        pace = _Pace(self._clock)
         if not sys.stderr.isatty():
-            print(f"{title} ...", file=sys.stderr, flush=True)
-            yield lambda phase, done, total: None
-            print(f"{title}: done in {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+            told = started = self._clock()
+            self.note(f"{title} ...")
+
+            def tell(phase: str, done: int, total: int, detail: str = "") -> None:
+                nonlocal told
+                left = pace.left(phase, done, total)  # also where nothing is printed: it measures
+                if (now := self._clock()) - told >= SECONDS_BETWEEN_LINES:
+                    told = now
+                    self.note(_listing(f"{title}: {phase}", detail, f"{done} of {total}", left))
+
+            yield tell
+            self.note(f"{title}: done in {self._clock() - started:.1f} s")
             return
         from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.table import Column
 
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
+            TextColumn("{task.description}", table_column=Column()),  # wraps, where rich's own would cut off what is behind it
+            BarColumn(10),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
         )
         with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
-            task = bar.add_task(title, total=None)
+            task = bar.add_task(title, total=None, left="")
 
-            def update(phase: str, done: int, total: int) -> None:
-                bar.update(task, description=f"{title}: {phase}", completed=done, total=total)
+            def update(phase: str, done: int, total: int, detail: str = "") -> None:
+                description = _listing(f"{title}: {phase}", detail)
+                bar.update(task, description=description, completed=done, total=total, left=pace.left(phase, done, total))
 
             yield update
 
@@ -62,6 +81,38 @@ class Console:
             print(json.dumps(value, indent=1))
         else:
             print("\n".join(lines), flush=True)
+
+
+class _Pace:
+    """How long phases will still take, each from the time since this process saw its first step.
+
+    Where phases alternate, the turns of the others are part of that time: they will come again.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._first: dict[str, tuple[float, int]] = {}
+
+    def left(self, phase: str, done: int, total: int) -> str:
+        """The time left of ``phase`` in words; nothing where it is done, or no step's time is known yet."""
+        now = self._clock()
+        since, first = self._first.setdefault(phase, (now, done))
+        if done <= first:  # seen for the first time, or it starts over
+            self._first[phase] = now, done
+            return ""
+        return time_left((now - since) / (done - first) * (total - done)) if done < total else ""
+
+
+def _listing(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
+
+
+def time_left(seconds: float) -> str:
+    """A time left as people read it."""
+    if seconds < 60:
+        return "less than a minute left"
+    minutes = seconds / 60
+    return f"about {minutes:.0f} min left" if minutes < 120 else f"about {minutes / 60:.0f} h left"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -50,7 +50,7 @@ def finetune_stage(
         def report(progress: Progress) -> None:
             losses.append(progress.loss)
             low, high = progress.buckets
-            update(f"{progress.stage} layers, buckets {low}-{high}, loss {progress.loss:.4f}", progress.step, progress.steps)
+            update(f"{progress.stage} layers", progress.step, progress.steps, f"buckets {low}-{high}, loss {progress.loss:.4f}")
 
         started = time.monotonic()
         checkpoint = _finetune(
