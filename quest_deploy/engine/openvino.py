@@ -50,8 +50,21 @@ class OpenVinoBackend(Backend):
         return _OpenVinoRunner(folder / LOWERED, options)
 
     def open_segments(self, folder: Path, options: EngineOptions) -> Runner:
-        """Without fused elementwise kernels: a GroupNormalization and a computed factor, with no layer around, crash 2026.4 there."""
-        return _OpenVinoRunner(folder / LOWERED, options, fuse=False)
+        """With the kernels that the engine has, but for graphs that openvino crashes on: see :func:`fusing_crashes`."""
+        from exporters.graph_info import load_graph
+
+        return _OpenVinoRunner(folder / LOWERED, options, fuse=not fusing_crashes(load_graph(folder / LOWERED)))
+
+
+def fusing_crashes(segments: ir.Model) -> bool:
+    """Whether a norm is scaled by a computed factor: with no layer around, fusing the two kills the process (openvino 2026.4)."""
+    for node in (node for node in segments.graph if node.op_type == "GroupNormalization"):
+        for product in (use.node for use in node.outputs[0].uses() if use.node.op_type == "Mul"):
+            factors = [x.producer() for x in product.inputs if x is not None and x is not node.outputs[0]]
+            # SiLU multiplies by the norm's own sigmoid.
+            if any(factor is not None and factor.op_type != "Sigmoid" for factor in factors):
+                return True
+    return False
 
 
 def _compiled(path: Path, options: EngineOptions, shapes: Shapes | None = None, *, fuse: bool = True) -> Any:

@@ -9,6 +9,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from exporters.graph_info import graph_info, load_graph
+from exporters.passes.cut import cut_segments
 from quest_deploy.engine.backends import BACKENDS, get_backend
 from quest_deploy.engine.base import (
     ENGINE_FILE,
@@ -21,6 +23,7 @@ from quest_deploy.engine.base import (
     open_engine,
     options_from,
 )
+from quest_deploy.engine.openvino import fusing_crashes
 from quest_deploy.engine.tensorrt import DEFAULT_CAPABILITIES, ENGINE
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import read_json, sha256_of, write_json
@@ -300,3 +303,17 @@ def test_building_with_tensorrt_without_a_gpu_points_to_tensorrt_rtx(monkeypatch
     monkeypatch.setattr("quest_deploy.engine.tensorrt.gpu_count", lambda: 0)
     with pytest.raises(InputError, match="this machine has none; use tensorrt-rtx here"):
         get_backend("tensorrt").check_build(EngineOptions())
+
+
+def test_openvino_fuses_segments_but_where_a_norm_is_scaled_by_a_computed_factor(mini_engines: Callable[[str], Path]) -> None:
+    lowered = load_graph(mini_engines("openvino") / LOWERED)
+    assert not fusing_crashes(cut_segments(lowered, graph_info(lowered)))
+    scaled = """
+        <ir_version: 10, opset_import: ["": 21]>
+        scaled (float[2,4,8] x, float[4] weight, float[4] bias, float[2,4,1] scale, float[4,1] one) => (float[2,4,8] y) {
+            normed = GroupNormalization <num_groups = 2> (x, weight, bias)
+            factor = Add (scale, one)
+            y = Mul (normed, factor)
+        }
+    """
+    assert fusing_crashes(ir.from_onnx_text(scaled))
