@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ CASES = {
     "unconditional resampling W8A8": Case(CHURCHES, split=True, options={"weight_bits": 8, "activation_bits": 8}),
     "SD Q-Diffusion": Case(SD, split=True, source=Source.QDIFF, options={"activation_bits": 8, "softmax_bits": 16}),
 }
-SAMPLES = os.environ.get("QUEST_OFFICIAL_SAMPLES")
+OFFICIAL_SAMPLE = Path(__file__).parent / "official_sample"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -55,18 +55,18 @@ def test_an_imported_model_is_the_official_one_at_every_timestep(name: str, tmp_
             assert relative(model(**case.named_inputs(timestep)), output) < 1e-5
 
 
-@pytest.mark.skipif(SAMPLES is None, reason="QUEST_OFFICIAL_SAMPLES names no folder of official checkpoints")
 @torch.no_grad()
-def test_the_official_sample_is_reproduced_end_to_end() -> None:
-    folder = Path(SAMPLES or "") / "sd_w4a4"
-    reference = torch.load(folder / "reference.pt", weights_only=True)
+def test_the_official_sample_is_reproduced_end_to_end(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint.pth"
+    checkpoint.write_bytes(lzma.decompress((OFFICIAL_SAMPLE / "checkpoint.pth.xz").read_bytes()))
+    reference = torch.load(OFFICIAL_SAMPLE / "reference.pt", weights_only=True)
     timesteps = tuple(reference["timesteps"])
-    state = torch.load(folder / "checkpoint.pth", weights_only=True)
+    state = torch.load(checkpoint, weights_only=True)
     theirs = UNetModel(**SD).eval()
     theirs.load_state_dict({name: state[f"model.{name}"] for name in theirs.state_dict()})
     theirs.split = True
     settings = ImportSettings(Source.QUEST, tuple(map(float, timesteps)), 4, 4, 8, 16, symmetric=False)
-    official = read(folder / "checkpoint.pth", UNetConfig.from_params(SD), settings)
+    official = read(checkpoint, UNetConfig.from_params(SD), settings)
     model = None
     for timestep in timesteps:
         given, expected = reference["inputs"][timestep], reference["outputs"][timestep]
