@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+VERSION = 2
+"""Of what the files hold: a stage that has run with another version's runs again."""
 INDEX = "reference.json"
 TABLES = "tables.safetensors"
 """Each site's scale [K] and channel vector [C], or its scale [K, C]: what tells how far an activation is from a tie."""

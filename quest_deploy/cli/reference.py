@@ -9,6 +9,7 @@ from quest_deploy.cli.console import Console, size
 from quest_deploy.cli.options import BitsOption, JsonOption, ModelOption, WorkspaceOption, open_workspace
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.files import atomic_folder
+from quest_deploy.reference_files import VERSION
 from quest_deploy.workspace import REFERENCE, TRAJECTORIES
 
 if TYPE_CHECKING:
@@ -42,9 +43,8 @@ def reference_stage(workspace: Workspace, console: Console, *, seed: int = 0, re
         }
         return files, details
 
-    return run_stage(
-        workspace, console, "reference", inputs=workspace.checkpoint_inputs, options={"seed": seed}, reuse=reuse, work=work
-    )
+    options = {"seed": seed, "version": VERSION}
+    return run_stage(workspace, console, "reference", inputs=workspace.checkpoint_inputs, options=options, reuse=reuse, work=work)
 
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+SETTINGS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+"""What is not quantized is FP32: TF32, which is on by default, rounds the operands of float products to 10 bits."""
 
 
 class OnnxRuntimeBackend(Backend):
@@ -65,7 +67,7 @@ def _session(path: Path, options: EngineOptions) -> Any:
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     provider = PROVIDERS[options.provider]
     try:
-        session = onnxruntime.InferenceSession(str(path), settings, providers=[provider])
+        session = onnxruntime.InferenceSession(str(path), settings, providers=[(provider, SETTINGS.get(provider, {}))])
     except Exception as e:  # its exceptions share no base class but this one
         raise QuestDeployError(f"onnxruntime refuses {path}: {e}") from e
     if session.get_providers()[0] != provider:

@@ -67,6 +67,8 @@ class TensorRtBackend(Backend):
                 raise QuestDeployError(f"{self.name} cannot parse {lowered}: {errors}")
             config = builder.create_builder_config()
             config.progress_monitor = monitor
+            # On by default, it rounds the float products' operands to 10 bits: what is not quantized is FP32, as on the other backends.
+            config.clear_flag(trt.BuilderFlag.TF32)
             _add_profile(builder, config, network, options.max_batch)
             if self.package == RTX:
                 _target(trt, config, options.compute_capabilities)

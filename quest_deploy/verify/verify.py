@@ -277,29 +277,37 @@ class _Segment:
 
 
 def _check_segments(build: _CutBuilder, lowered: ir.Model, info: GraphInfo, records: list[Record]) -> dict[str, _Segment]:
-    """All segments at once: they are one graph, run record by record."""
+    """All segments at once: they are one graph, run record by record.
+
+    Where a segment ends is what the graph itself says: one that reads another's value, or a layer's as it is, is compared all the same.
+    """
     cut = cut_segments(lowered, info)
     results = {entry.output: f"layer.{name}.y" for name, entry in (info.layers | info.products).items()}
     ends = [(site.input, _End(name, f"site.{name}.x", site.axis)) for name, site in info.sites.items()]
-    ends += [
-        (x, _End(name, f"operand.{name}.{i}", -1)) for name, product in info.products.items() for i, x in enumerate(product.inputs)
-    ]
+    for name, product in info.products.items():
+        for i, (value, site) in enumerate(zip(product.inputs, product.sites, strict=True)):
+            if site is None:
+                ends.append((value, _End(name, f"operand.{name}.{i}", -1)))
+            elif value != info.sites[site].input:
+                ends.append((value, _End(name, f"site.{site}.x", info.sites[site].axis)))
     ends += [(str(value.name), _End(OUTPUT, "untied_output", 1)) for value in lowered.graph.outputs]
-    computed = {value.name for value in cut.graph.outputs}
-    # The first of those at one value: sites of one tensor are one segment, and a product's operand may be a site's input.
-    segments = {value: end for value, end in reversed(ends) if value in computed}
-    errors: dict[str, list[NDArray[np.float32]]] = {value: [] for value in segments}
+    errors: dict[str, list[NDArray[np.float32]]] = {}
     with build.open_segments(cut) as runner:
-        for record in records:
+        for i, record in enumerate(records):
             given = {value: record.tensors[key][:2] for value, key in results.items()} | record.inputs
-            mine = runner.infer({str(value.name): given[str(value.name)] for value in cut.graph.inputs})
-            for value, end in segments.items():
-                errors[value].append(segment_error(mine[value], record.tensors[end.key][:2], end.axis))
-    found: dict[str, _Segment] = {}
-    for value, end in reversed(segments.items()):
-        rounding = max(float(record.tensors[f"rounding.{end.name}"].max()) for record in records)
-        found[end.name] = _Segment(np.stack(errors[value]), max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(rounding, 1.0)))
-    return found
+            values = given | runner.infer({str(value.name): given[str(value.name)] for value in cut.graph.inputs})
+            for value, end in ends:
+                error = segment_error(values[value], record.tensors[end.key][:2], end.axis)
+                found = errors.setdefault(end.name, [])
+                if i < len(found):  # a product's other operand
+                    found[i] = np.maximum(found[i], error)
+                else:
+                    found.append(error)
+    rounding = {name: max(float(record.tensors[f"rounding.{name}"].max()) for record in records) for name in errors}
+    return {
+        name: _Segment(np.stack(found), max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(rounding[name], 1.0)))
+        for name, found in errors.items()
+    }
 
 
 def _check_end_to_end(backend: Backend, engine: Path, records: list[Record]) -> list[NDArray[np.float32]]:

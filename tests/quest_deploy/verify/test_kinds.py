@@ -32,8 +32,6 @@ from tests.quest_deploy.support import change, initializer, set_initializer
 
 OPTIONS = EngineOptions(threads=1)
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
-TEXT = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
-"""The site of the text states, an input of the model."""
 
 
 def asymmetric(checkpoint: Checkpoint) -> Checkpoint:
@@ -120,7 +118,7 @@ def test_an_engine_of_every_kind_computes_what_the_fake_quantized_model_does(
     assert {layer.layer for layer in found.layers} == {*case.checkpoint.layers, *case.checkpoint.products}
     assert {site.site for site in found.sites} == set(case.checkpoint.sites)
     assert all(site.codes for site in found.sites)
-    assert {segment.segment for segment in found.segments} >= {s for s in case.checkpoint.sites if "transformer_blocks" in s} - {TEXT}
+    assert {segment.segment for segment in found.segments} >= {s for s in case.checkpoint.sites if "transformer_blocks" in s}
 
 
 @pytest.mark.parametrize("kind", ["attention at 8 bits", "softmax alone", "free channels"])
