@@ -43,6 +43,9 @@ _REPORTED_PACKAGES = (
     "torch", "diffusers", "nvidia-modelopt", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "polygraphy",
 )  # fmt: skip
 _REPAIR = "it alone says how the other files were made: restore it from a copy, or start a new workspace with -w"
+STARTED = "{}-options.json"
+"""What a stage that takes long was started with, until it is done."""
+_LONG_STAGES = ("calibrate", "finetune")
 _BEFORE_FINETUNING = ("finetune", "sensitivity")
 """The stages that read the calibrated checkpoint, finetuned or not."""
 
@@ -186,6 +189,25 @@ class Workspace:
         if any(_problem(self.root / path, entry) for path, entry in record.files.items()):
             return None
         return record
+
+    def start(self, stage: str, options: dict[str, Any]) -> None:
+        """Keep the options of a stage that takes long, so that :meth:`options_of` knows them if it is interrupted."""
+        if stage in _LONG_STAGES:
+            write_json(self.path(STARTED.format(stage)), options)
+
+    def forget_start(self, stage: str) -> None:
+        """Forget what :meth:`start` kept."""
+        self.path(STARTED.format(stage)).unlink(missing_ok=True)
+
+    def options_of(self, stage: str) -> dict[str, Any]:
+        """The options that ``stage`` was last started with, interrupted or not; empty if it never was."""
+        path = self.path(STARTED.format(stage))
+        if path.exists():
+            options = read_json(path, repair=f"run `{self._hint(stage)}` with the options that you want")
+            if isinstance(options, dict):
+                return options
+        record = self.stages.get(stage)
+        return {} if record is None else dict(record.options)
 
     def record(
         self, stage: str, *, inputs: Iterable[str], options: dict[str, Any], files: Iterable[Path], details: dict[str, Any]

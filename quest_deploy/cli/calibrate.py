@@ -74,6 +74,8 @@ class CalibrateOptions:
             raise InputError(f"unknown calibration method {self.method!r}: expected one of {', '.join(METHODS)}")
         if (self.samples is not None and self.samples < 1) or (self.steps is not None and self.steps < 1):
             raise InputError("calibration needs at least one sample and one step")
+        if not self.reconstruction.keys() <= {"samples", "rounding_steps", "scale_steps", "batch"}:
+            raise InputError(f"unknown options of the reconstruction: {', '.join(self.reconstruction)}")
         if self.reconstruction and self.method != QDIFF:
             raise InputError(f"{', '.join(RECONSTRUCTION_OPTIONS)}: expected --method {QDIFF} with them, not {self.method}")
 

@@ -12,6 +12,7 @@ from quest_deploy.cli.console import Console, size
 from quest_deploy.cli.options import BitsOption, JsonOption, ModelOption, WorkspaceOption, open_workspace
 from quest_deploy.cli.sensitivity import SENSITIVITY
 from quest_deploy.cli.stage import run_stage
+from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
 from quest_deploy.finetune.processes import is_main_process
 from quest_deploy.workspace import CALIBRATED, CHECKPOINT, FINETUNE_STATE, FINETUNE_TARGETS, REPORTS, TRAJECTORIES
@@ -78,7 +79,10 @@ def _options(workspace: Workspace, given: dict[str, Any]) -> FinetuneOptions:
     from quest_deploy.finetune.train import FinetuneOptions
     from quest_deploy.models.registry import load_model
 
-    return FinetuneOptions(family=load_model(workspace.model).family, **given)
+    try:
+        return FinetuneOptions(family=load_model(workspace.model).family, **given)
+    except TypeError as e:
+        raise InputError(f"{workspace.root}: finetuned with options that are unknown here ({e}); run `quest-deploy finetune`") from e
 
 
 def _finetune(workspace: Workspace, options: FinetuneOptions, **execution: Any) -> Checkpoint:

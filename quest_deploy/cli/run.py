@@ -97,24 +97,19 @@ def run(
 
 def _calibration(workspace: Workspace, method: str | None, seed: int | None) -> calibrate.CalibrateOptions:
     """The options that the workspace was calibrated with, if it was, but for those that are given."""
-    options = _recorded(workspace, "calibrate")
+    options = workspace.options_of("calibrate") | ({} if seed is None else {"seed": seed})
     if method not in (None, options.get("method")):
         options |= {"method": method, "reconstruction": {}}
     try:
-        return calibrate.CalibrateOptions(**(options | ({} if seed is None else {"seed": seed})))
+        return calibrate.CalibrateOptions(**options)
     except TypeError as e:
         raise InputError(f"{workspace.root}: calibrated with options that are unknown here ({e}); run `quest-deploy calibrate`") from e
 
 
 def _finetuning(workspace: Workspace, seed: int | None) -> dict[str, Any]:
     """The options that the workspace was finetuned with, if it was, but for the seed that is given."""
-    options = {name: tuple(x) if isinstance(x, list) else x for name, x in _recorded(workspace, "finetune").items()}
+    options = {name: tuple(x) if isinstance(x, list) else x for name, x in workspace.options_of("finetune").items()}
     return options | ({} if seed is None else {"seed": seed})
-
-
-def _recorded(workspace: Workspace, stage: str) -> dict[str, Any]:
-    record = workspace.stages.get(stage)
-    return {} if record is None else dict(record.options)
 
 
 def _summary(results: dict[str, Any], backends: list[str]) -> str:

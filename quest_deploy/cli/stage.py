@@ -41,6 +41,13 @@ def run_stage(
         if record is not None:
             console.note(f"{stage}: up to date")
             return record.details
-        with console.progress(stage) as update:
-            files, details = work(update)
-        return workspace.record(stage, inputs=inputs, options=options, files=files, details=details).details
+        workspace.start(stage, options)
+        try:
+            with console.progress(stage) as update:
+                files, details = work(update)
+        except Exception:  # but an interruption is none
+            workspace.forget_start(stage)
+            raise
+        details = workspace.record(stage, inputs=inputs, options=options, files=files, details=details).details
+        workspace.forget_start(stage)
+        return details

@@ -102,7 +102,12 @@ def test_an_interrupted_reconstruction_resumes_to_the_same_checkpoint(tmp_path: 
     root = tmp_path / "interrupted"
     ended = calibrate_until(5, root, monkeypatch)
     assert (ended.code, ended.message.split(";")[0]) == (130, "interrupted")
-    assert set(snapshot(root)) == {MANIFEST, *START, *(f"reconstruct-state/unit-{unit}.pt" for unit in range(5))}
+    assert set(snapshot(root)) == {
+        MANIFEST,
+        "calibrate-options.json",
+        *START,
+        *(f"reconstruct-state/unit-{unit}.pt" for unit in range(5)),
+    }
     resumed = cli("calibrate", "-w", root, *QDIFF)
     assert resumed.code == 0
     assert "resuming at unit 5 of " in resumed.err

@@ -55,10 +55,12 @@ def test_calibrate_goes_on_after_ctrl_c(tmp_path: Path) -> None:
         ["calibrate", "-w", root, "--samples", "512", "--buckets", "3"], lambda line: line.startswith("calibrate")
     )
     assert_interrupted(code, err)
-    assert set(snapshot(root)) == {MANIFEST}
+    assert set(snapshot(root)) == {MANIFEST, "calibrate-options.json"}
+    assert Workspace.open(root).options_of("calibrate")["samples"] == 512
     assert Workspace.open(root).stages == {}
     assert cli("calibrate", "-w", root, "--samples", "1").code == 0
     assert list(Workspace.open(root).stages) == ["calibrate"]
+    assert Workspace.open(root).options_of("calibrate")["samples"] == 1
 
 
 def test_finetune_resumes_after_ctrl_c_and_keeps_the_old_checkpoint_until_then(
@@ -69,7 +71,7 @@ def test_finetune_resumes_after_ctrl_c_and_keeps_the_old_checkpoint_until_then(
     code, out, err = interrupted(["finetune", "-w", workspace, *FINETUNE, "--json"], lambda line: state.exists())
     assert_interrupted(code, err)
     assert out.startswith('{"error": "interrupted')
-    assert snapshot(workspace).keys() - before.keys() == {"finetune-state.pt", "finetune-targets.bin"}
+    assert snapshot(workspace).keys() - before.keys() == {"finetune-state.pt", "finetune-targets.bin", "finetune-options.json"}
     assert {name: entry for name, entry in snapshot(workspace).items() if name in before} == before
 
     found: list[TrainingState | None] = []

@@ -89,6 +89,30 @@ def test_run_keeps_the_options_that_calibration_and_finetuning_had(tmp_path: Pat
     assert stages["finetune"].options["seed"] == 1
 
 
+def test_run_goes_on_with_the_options_of_what_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    root = tmp_path / "w"
+    with monkeypatch.context() as patch:
+        patch.setattr("quest_deploy.trajectories.record_trajectories", interrupt)
+        ended = cli("calibrate", "-w", root, "--samples", 8, "--steps", 4, "--method", "minmax", "--buckets", 2)
+    assert ended.code == 130
+    with monkeypatch.context() as patch:
+        patch.setattr("quest_deploy.finetune.train.finetune", interrupt)
+        assert cli("run", "-w", root).code == 130
+        calibrated = Workspace.open(root).stages["calibrate"].options
+        assert (calibrated["samples"], calibrated["steps"], calibrated["method"]) == (8, 4, "minmax")
+        chosen = ("--layers", "conv_out,conv_in", "--temporal-steps", 1, "--sensitive-steps", 1, "--batch", 2)
+        assert cli("finetune", "-w", root, *chosen).code == 130
+        kept = Workspace.open(root).options_of("finetune")
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(finetune, "finetune_stage", lambda w, console, options, reuse: started.append(options) or interrupt())
+    assert cli("run", "-w", root).code == 130
+    assert kept["sensitive_layers"] == ["conv_out", "conv_in"]
+    assert started == [kept | {"sensitive_layers": ("conv_out", "conv_in")}]
+
+
 def test_run_refuses_an_unknown_method_before_it_makes_a_workspace(tmp_path: Path) -> None:
     ended = cli("run", "-w", tmp_path / "w", "--method", "median")
     assert (ended.code, "unknown calibration method 'median'" in ended.message) == (2, True)

@@ -50,7 +50,7 @@ def test_what_cells_measure_changes_only_with_their_revision(mini_unet: nn.Modul
     learned = reconstruct(
         mini_unet, start, mini_trajectories, ReconstructOptions(samples=16, rounding_steps=20, scale_steps=20, batch=4)
     )
-    options = FinetuneOptions(family="text-to-image", temporal_steps=3, sensitive_steps=3, batch=4)
+    options = FinetuneOptions(family="class-conditional", temporal_steps=3, sensitive_steps=3, batch=4)
     tuned = finetune(lambda: mini_unet, start, mini_trajectories, options, on_progress=steps.append)
     moved = [learned.layers[name].weight_codes != layer.weight_codes for name, layer in start.layers.items()]
     measured = {
