@@ -106,11 +106,15 @@ class Workspace:
             TopologicalSorter({name: record.inputs for name, record in stages.items()}).prepare()
             if not isinstance(content["model"], str):
                 raise TypeError(f"its model is {content['model']!r}")
-            return cls(root, content["model"], Scheme.from_json(content["scheme"]), stages)
+            opened = cls(root, content["model"], Scheme.from_json(content["scheme"]), stages)
         except (KeyError, TypeError, AttributeError, CycleError) as e:
             raise InputError(f"{path} is damaged ({type(e).__name__}: {e}); {_REPAIR}") from e
         except InputError as e:
             raise InputError(f"{path}: {e}; use the quest-deploy that made it, restore it from a copy, or start anew with -w") from e
+        digest = content.pop("sha256", None)  # manifests of earlier versions have none
+        if digest not in (None, sha256_of_json(content)):
+            raise InputError(f"{path} was edited; {_REPAIR}")
+        return opened
 
     @classmethod
     def create(cls, root: Path, model: str, scheme: Scheme) -> Workspace:
@@ -225,7 +229,7 @@ class Workspace:
         content = {
             "format": FORMAT, "version": VERSION, "model": self.model, "scheme": self.scheme.to_json(), "stages": stages
         }  # fmt: skip
-        write_json(self.root / MANIFEST, content)
+        write_json(self.root / MANIFEST, {**content, "sha256": sha256_of_json(content)})
 
     def _hint(self, stage: str) -> str:
         command, _, backend = stage.partition("/")

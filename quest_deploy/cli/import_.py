@@ -164,6 +164,9 @@ def import_command(
 
     What the file does not say must be given; nothing is guessed.
     """
+    for path in (checkpoint, unet):
+        if not path.is_file():
+            raise InputError(f"{path} does not exist")
     console = Console(as_json=as_json)
     options = {
         "timesteps": _numbers(timesteps), "weight_bits": weight_bits, "activation_bits": activation_bits,

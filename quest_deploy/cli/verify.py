@@ -85,8 +85,8 @@ def describe(details: dict[str, Any]) -> str:
 def _describe_segments(segments: list[dict[str, Any]]) -> str:
     worst = max(segments, key=lambda x: x["error"] / x["tolerance"])
     line = (
-        f"{len(segments)} segments between layers: the worst, before {worst['segment']}, {worst['error']:.1e} "
-        f"(allowed: {worst['tolerance']:.0e})"
+        f"{len(segments)} segments between layers, what rounding alone does to each allowed for: the nearest to its limit, before "
+        f"{worst['segment']}, {worst['error']:.1e} (allowed: {worst['tolerance']:.0e})"
     )
     vague = [x["segment"] for x in segments if not x["informative"]]
     if not vague:

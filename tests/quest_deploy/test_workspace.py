@@ -239,3 +239,11 @@ def test_a_process_keeps_what_another_one_finished_since_it_opened_the_workspace
         with workspace.locked():
             finish(workspace, stage)
     assert {"reference", "build-engine/onnxruntime"} <= Workspace.open(made.root).stages.keys()
+
+
+def test_a_manifest_that_was_edited_is_refused_even_if_it_is_sound(tmp_path: Path) -> None:
+    Workspace.create(tmp_path / "w", "tiny", Scheme.parse("w4a4"))
+    path = tmp_path / "w" / MANIFEST
+    path.write_text(path.read_text().replace('"weight_bits": 4', '"weight_bits": 8'))
+    with pytest.raises(InputError, match=r"manifest.json was edited; it alone says how the other files were made"):
+        Workspace.open(tmp_path / "w")

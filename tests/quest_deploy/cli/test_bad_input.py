@@ -102,6 +102,7 @@ def test_a_missing_stage_is_named_with_its_command(fresh: Path, command: str, mi
 def test_verify_without_a_reference_names_its_command(workspace: Path) -> None:
     manifest = read_json(workspace / MANIFEST)
     del manifest["stages"]["reference"]
+    del manifest["sha256"]
     write_json(workspace / MANIFEST, manifest)
     ended = cli("verify", "-w", workspace, "--backend", "onnxruntime")
     assert (ended.code, f"run `quest-deploy reference -w {workspace}` first" in ended.message) == (2, True)
@@ -249,6 +250,7 @@ def test_an_engine_of_a_graph_that_is_older_than_the_checkpoint_is_refused(works
     # As if `export` had run before `finetune`: its graph holds another checkpoint than the one that is to be deployed.
     manifest = read_json(workspace / MANIFEST)
     del manifest["stages"]["export"]["inputs"]["finetune"]
+    del manifest["sha256"]
     write_json(workspace / MANIFEST, manifest)
     for command in ("build-engine", "generate"):
         ended = cli(command, "-w", workspace, "--backend", "onnxruntime")

@@ -149,3 +149,11 @@ def test_another_scheme_does_not_go_into_the_same_workspace(files: Path, tmp_pat
     assert cli(*_import(files, "-w", tmp_path / "w")).code == 0
     outcome = cli(*_import(files, "-w", tmp_path / "w", "--recalibrate"))
     assert "another model or scheme" in outcome.message
+
+
+@pytest.mark.parametrize("missing", ["ckpt.pth", "unet.json"])
+def test_a_file_that_is_missing_is_named_first(files: Path, tmp_path: Path, missing: str) -> None:
+    for name in {"ckpt.pth", "unet.json"} - {missing}:
+        (tmp_path / name).write_bytes((files / name).read_bytes())
+    ended = cli("import", tmp_path / "ckpt.pth", "--from", "quest", "--unet", tmp_path / "unet.json", "-w", tmp_path / "w")
+    assert (ended.code, ended.message) == (2, f"{tmp_path / missing} does not exist")
