@@ -48,6 +48,11 @@ class Trajectories:
     output: Tensor
     conditions: dict[str, Tensor]
 
+    @property
+    def recorded(self) -> dict[str, Tensor]:
+        """What was recorded of the model, by name, without the conditions."""
+        return {"sample": self.sample, "timestep": self.timestep, "output": self.output}
+
     def first(self, samples: int) -> Trajectories:
         """The first ``samples`` samplings, or all where there are fewer."""
         conditions = {name: value[:samples] for name, value in self.conditions.items()}
@@ -68,8 +73,7 @@ class Trajectories:
 
     def save(self, path: Path) -> None:
         """Write as safetensors, whole or not at all."""
-        tensors = {"sample": self.sample, "timestep": self.timestep, "output": self.output}
-        tensors |= {f"condition.{name}": value for name, value in self.conditions.items()}
+        tensors = self.recorded | {f"condition.{name}": value for name, value in self.conditions.items()}
         with atomic_file(path) as temporary:
             temporary.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}))
 

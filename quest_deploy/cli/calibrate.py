@@ -48,7 +48,13 @@ METHOD_HELP = (
     "How clip ranges are chosen: mse, minmax or l2.4; or qdiff: l2.4, then Q-Diffusion's reconstruction "
     "(a new workspace has --split-shortcuts then)."
 )
-RECONSTRUCTION_OPTIONS = ("--reconstruction-samples", "--rounding-steps", "--scale-steps", "--reconstruction-batch")
+RECONSTRUCTION_OPTIONS = {
+    "samples": "--reconstruction-samples",
+    "rounding_steps": "--rounding-steps",
+    "scale_steps": "--scale-steps",
+    "batch": "--reconstruction-batch",
+}
+"""How a field of ``ReconstructOptions`` is called at the command line."""
 MADE_FROM = "made-from.json"
 """Beside the start that reconstruction keeps: what it was made from, and its files' hashes."""
 
@@ -74,10 +80,10 @@ class CalibrateOptions:
             raise InputError(f"unknown calibration method {self.method!r}: expected one of {', '.join(METHODS)}")
         if (self.samples is not None and self.samples < 1) or (self.steps is not None and self.steps < 1):
             raise InputError("calibration needs at least one sample and one step")
-        if not self.reconstruction.keys() <= {"samples", "rounding_steps", "scale_steps", "batch"}:
+        if not self.reconstruction.keys() <= RECONSTRUCTION_OPTIONS.keys():
             raise InputError(f"unknown options of the reconstruction: {', '.join(self.reconstruction)}")
         if self.reconstruction and self.method != QDIFF:
-            raise InputError(f"{', '.join(RECONSTRUCTION_OPTIONS)}: expected --method {QDIFF} with them, not {self.method}")
+            raise InputError(f"{', '.join(RECONSTRUCTION_OPTIONS.values())}: expected --method {QDIFF} with them, not {self.method}")
 
 
 def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOptions, *, reuse: bool = False) -> dict[str, Any]:

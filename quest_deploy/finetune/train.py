@@ -184,10 +184,9 @@ def finetune(
         elif not processes.is_main:
             targets_path = targets_path.with_name(f"{targets_path.name}.{processes.index}")
         teacher = load_teacher()
-        recorded = {"sample": trajectories.sample, "timestep": trajectories.timestep, "output": trajectories.output}
         made_from = {
             "teacher": hash_of_tensors(teacher.state_dict()),
-            "trajectories": hash_of_tensors(recorded | trajectories.conditions),
+            "trajectories": hash_of_tensors(trajectories.recorded | trajectories.conditions),
         }
         student = QuantizedModel.from_checkpoint(calibrated, teacher).eval().to(processes.device)
         del teacher

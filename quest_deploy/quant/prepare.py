@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quest_deploy.checkpoint import ScoreScale
+from quest_deploy.checkpoint import OPERANDS, ScoreScale
 from quest_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Product(nn.Module):
     """A product of two activations, a [B, heads, M, N] @ b [B, heads, N, P].
 
     Attributes:
-        operands: what each operand is called: ("q", "k") or ("softmax", "v").
+        operands: what each operand is called, one of ``OPERANDS``.
     """
 
     def __init__(self, operands: tuple[str, str]) -> None:
@@ -160,7 +160,7 @@ def prepare(model: nn.Module, split_shortcuts: Mapping[str, int], attention: Sco
         setattr(model.get_submodule(parent), child, SplitConv2d(conv, channels))
     if attention is not None:
         for module in _attentions(model):
-            module.scores, module.mix = Product(("q", "k")), Product(("softmax", "v"))
+            module.scores, module.mix = Product(OPERANDS["scores"]), Product(OPERANDS["mix"])
             module.set_processor(ExplicitAttention(attention))
     return model
 

@@ -130,8 +130,9 @@ def units_of(student: QuantizedModel) -> dict[str, tuple[str, ...]]:
 
 
 def _run_key(student: QuantizedModel, unet: nn.Module, trajectories: Trajectories, options: ReconstructOptions) -> str:
-    recorded = {"sample": trajectories.sample, "timestep": trajectories.timestep, "output": trajectories.output}
-    made_from = [hash_of_tensors(part) for part in (student.state_dict(), unet.state_dict(), recorded | trajectories.conditions)]
+    made_from = [
+        hash_of_tensors(part) for part in (student.state_dict(), unet.state_dict(), trajectories.recorded | trajectories.conditions)
+    ]
     return sha256_of_json([__version__, student.checkpoint.scheme.to_json(), dataclasses.asdict(options), made_from])
 
 

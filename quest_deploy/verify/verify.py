@@ -291,23 +291,16 @@ def _check_segments(build: _CutBuilder, lowered: ir.Model, info: GraphInfo, reco
             elif value != info.sites[site].input:
                 ends.append((value, _End(name, f"site.{site}.x", info.sites[site].axis)))
     ends += [(str(value.name), _End(OUTPUT, "untied_output", 1)) for value in lowered.graph.outputs]
-    errors: dict[str, list[NDArray[np.float32]]] = {}
+    errors = {end.name: np.zeros((len(records), 2), np.float32) for _, end in ends}
     with build.open_segments(cut) as runner:
         for i, record in enumerate(records):
             given = {value: record.tensors[key][:2] for value, key in results.items()} | record.inputs
             values = given | runner.infer({str(value.name): given[str(value.name)] for value in cut.graph.inputs})
             for value, end in ends:
                 error = segment_error(values[value], record.tensors[end.key][:2], end.axis)
-                found = errors.setdefault(end.name, [])
-                if i < len(found):  # a product's other operand
-                    found[i] = np.maximum(found[i], error)
-                else:
-                    found.append(error)
+                errors[end.name][i] = np.maximum(errors[end.name][i], error)  # a product may have two ends
     rounding = {name: max(float(record.tensors[f"rounding.{name}"].max()) for record in records) for name in errors}
-    return {
-        name: _Segment(np.stack(found), max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(rounding[name], 1.0)))
-        for name, found in errors.items()
-    }
+    return {name: _Segment(found, max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(rounding[name], 1.0))) for name, found in errors.items()}
 
 
 def _check_end_to_end(backend: Backend, engine: Path, records: list[Record]) -> list[NDArray[np.float32]]:
