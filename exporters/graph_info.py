@@ -20,6 +20,7 @@ PRODUCTS_KEY = "quest.products"
 SITES_KEY = "quest.sites"
 SCHEME_KEY = "quest.scheme"
 CHECKPOINT_KEY = "quest.checkpoint_sha256"
+SAMPLE_SHAPE_KEY = "quest.sample_shape"
 BUCKET = "bucket"
 """The name of the value [batch] int64 that says which bucket each sample is in."""
 
@@ -64,10 +65,15 @@ class ProductInfo:
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """All of it, layers, products and sites in execution order, by name."""
+    """All of it, layers, products and sites in execution order, by name.
+
+    Attributes:
+        sample_shape: the shape of one sample, without the batch, that the model is meant for; its height and width may be others.
+    """
 
     scheme: Scheme
     checkpoint_sha256: str
+    sample_shape: tuple[int, ...]
     layers: dict[str, LayerInfo]
     products: dict[str, ProductInfo]
     sites: dict[str, SiteInfo]
@@ -87,12 +93,18 @@ def graph_info(model: ir.Model) -> GraphInfo:
         return GraphInfo(
             scheme=Scheme.from_json(json.loads(props[SCHEME_KEY])),
             checkpoint_sha256=props[CHECKPOINT_KEY],
+            sample_shape=sample_shape(model),
             layers={entry["name"]: LayerInfo(**entry) for entry in json.loads(props[LAYERS_KEY])},
             products={entry["name"]: _product(entry) for entry in json.loads(props[PRODUCTS_KEY])},
             sites={entry["name"]: SiteInfo(**entry) for entry in json.loads(props[SITES_KEY])},
         )
     except (KeyError, TypeError, json.JSONDecodeError) as e:
         raise InputError(f"expected a graph written by `quest-deploy export`, found one without its metadata ({e})") from e
+
+
+def sample_shape(model: ir.Model) -> tuple[int, ...]:
+    """The shape of one sample, from the metadata; raise KeyError where it is not there."""
+    return tuple(json.loads(model.metadata_props[SAMPLE_SHAPE_KEY]))
 
 
 def _product(entry: dict[str, Any]) -> ProductInfo:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
+from diffusers.models.downsampling import Downsample2D
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
 from exporters import timestep_quantize
-from exporters.graph_info import CHECKPOINT_KEY, SCHEME_KEY
+from exporters.graph_info import CHECKPOINT_KEY, SAMPLE_SHAPE_KEY, SCHEME_KEY
 from exporters.passes.forward_slices import ForwardSlices
 from exporters.passes.insert_quantized_layers import LAYER_PLACEHOLDER, PLACEHOLDER_DOMAIN, PRODUCT_PLACEHOLDER, InsertQuantizedLayers
 from quest_deploy.quant.model import build_float_model
@@ -28,37 +29,25 @@ if TYPE_CHECKING:
 
 IR_VERSION = 10
 OUTPUT_NAME = "out_sample"
+BATCH_LIMIT = 63
+"""To torch.export alone: diffusers copies larger batches before it upsamples them, which leaves no trace in the graph."""
+SIZES = (("rows", 2**12), ("columns", 2**12))
+"""The names, to torch.export, of the smallest feature map's height and width, and their limits."""
 
 
 def portable_graph(checkpoint: Checkpoint, example: dict[str, Tensor], checkpoint_sha256: str) -> ir.Model:
     """Build the portable graph.
 
     Args:
-        example: the model's inputs, batch 2 or more; their batch becomes dynamic, their other dimensions stay.
-        checkpoint_sha256: recorded in the graph's metadata, with the scheme.
+        example: the model's inputs, batch 2 or more. Their batch becomes dynamic, and so do the height and the width of ``sample``:
+            any multiple of the model's total downsampling. Their other dimensions stay.
+        checkpoint_sha256: recorded in the graph's metadata, with the scheme and the sample's shape.
 
     Returns:
-        Inputs ``sample`` [batch, ...] float32, ``timestep`` [batch] float32 and the conditions; output ``out_sample``.
+        Inputs ``sample`` [batch, C, height, width] float32, ``timestep`` [batch] float32 and the conditions; output ``out_sample``.
     """
-    names = list(example)
-    model = _Skeleton(build_float_model(checkpoint.architecture), checkpoint, names)
-    batch = torch.export.Dim("batch", min=1, max=2**20)
-    with warnings.catch_warnings(), _quiet("torch.onnx"):
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model,
-            tuple(example.values()),
-            dynamo=True,
-            opset_version=timestep_quantize.OPSET,
-            dynamic_shapes=(tuple({0: batch} for _ in names),),
-            input_names=names,
-            output_names=[OUTPUT_NAME],
-            verbose=False,
-            optimize=True,
-        )
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned nothing")
-    graph = program.model
+    skeleton = _Skeleton(build_float_model(checkpoint.architecture), checkpoint, list(example))
+    graph = _traced(skeleton, example)
     graph.ir_version = IR_VERSION
     # Layers that read the same tensor read the same value only after equal subexpressions (one SiLU per ResBlock) are merged.
     common.CommonSubexpressionEliminationPass()(graph)
@@ -75,7 +64,38 @@ def portable_graph(checkpoint: Checkpoint, example: dict[str, Tensor], checkpoin
     InsertQuantizedLayers.describe(graph, checkpoint)
     graph.metadata_props[SCHEME_KEY] = json.dumps(checkpoint.scheme.to_json())
     graph.metadata_props[CHECKPOINT_KEY] = checkpoint_sha256
+    graph.metadata_props[SAMPLE_SHAPE_KEY] = json.dumps(list(example["sample"].shape[1:]))
     return graph
+
+
+def _traced(skeleton: _Skeleton, example: dict[str, Tensor]) -> ir.Model:
+    """The skeleton as torch exports it: ``sample`` [batch, C, height, width], the other inputs [batch, ...]."""
+    factor = 2 ** sum(isinstance(module, Downsample2D) for module in skeleton.modules())
+    batch, rows, columns = (torch.export.Dim(name, max=limit) for name, limit in (("batch", BATCH_LIMIT), *SIZES))
+    shapes = {name: {0: batch} for name in example}
+    shapes["sample"] |= {2: factor * rows, 3: factor * columns}
+    # Sizes are only what the symbols begin with: small ones, and all different, since equal ones would be taken for one.
+    inputs = {name: value.new_zeros(2, *value.shape[1:]) for name, value in example.items()}
+    inputs["sample"] = inputs["sample"].new_zeros(2, example["sample"].shape[1], 3 * factor, 4 * factor)
+    with warnings.catch_warnings(), _quiet("torch.onnx"):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            skeleton,
+            tuple(inputs.values()),
+            dynamo=True,
+            opset_version=timestep_quantize.OPSET,
+            dynamic_shapes=(tuple(shapes.values()),),
+            input_names=list(example),
+            output_names=[OUTPUT_NAME],
+            verbose=False,
+            optimize=True,
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    for value in (*program.model.graph.inputs, *program.model.graph.outputs):
+        if value.shape is not None and len(value.shape) == 4:
+            value.shape = ir.Shape([*value.shape[:2], "height", "width"])
+    return program.model
 
 
 class _Skeleton(nn.Module):

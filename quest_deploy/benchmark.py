@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporters.graph_info import graph_info, load_graph, save_graph
+from exporters.graph_info import graph_info, load_graph, sample_shape, save_graph
 from exporters.passes.remove_quantization import RemoveQuantization
 from quest_deploy.engine.backends import get_backend
 from quest_deploy.engine.base import LOWERED, EngineOptions, no_progress
@@ -134,11 +134,12 @@ def _build_baseline(backend: Backend, options: EngineOptions, graph: Path, folde
 
 
 def _feeds(graph: Path, batch: int) -> dict[str, NDArray[np.float32]]:
+    """Random inputs [batch, ...], the sample of the size that the model is meant for."""
     generator = np.random.default_rng(0)
-    feeds = {}
-    for value in load_graph(graph).graph.inputs:
-        rest = [int(d) for d in list(value.shape or [])[1:] if isinstance(d, int)]
-        feeds[value.name or ""] = generator.standard_normal([batch, *rest]).astype(np.float32)
+    model = load_graph(graph)
+    shapes = {value.name or "": [d for d in list(value.shape or [])[1:] if isinstance(d, int)] for value in model.graph.inputs}
+    shapes["sample"] = list(sample_shape(model))
+    feeds = {name: generator.standard_normal([batch, *shape]).astype(np.float32) for name, shape in shapes.items()}
     feeds["timestep"] = np.linspace(1, 990, batch).astype(np.float32)
     return feeds
 

@@ -222,7 +222,8 @@ class _Sites:
             sizes = list(x.shape or [])
             padded = [*sizes[:2], *(size + 2 * pad for size, pad in zip(sizes[2:], padding, strict=True))]
             source = editor.op("Pad", [x, pads], f"{site.name}.padded", shape=padded)
-        tables = [editor.constant(f"{site.name}.{name}", getattr(site, name)) for name in (*timestep_quantize.TABLES, "channel")]
+        tables = [editor.constant(f"{site.name}.{name}", getattr(site, name)) for name in timestep_quantize.TABLES]
+        tables.append(editor.constant(f"{site.name}.channel", self._channel(site)))
         codes = editor.op(
             timestep_quantize.OP_TYPE,
             [source, self.bucket, *tables],
@@ -239,6 +240,11 @@ class _Sites:
         )
         offset = self._of_sample(site, x, "offset") if site.offset.any() else None
         return _Quantized(x, value, self._of_sample(site, x, "scale"), offset, padding)
+
+    def _channel(self, site: SiteData) -> NDArray[np.float32]:
+        """The channel vector; a single one for ones that lie along a product's tokens, whose number the graph leaves open."""
+        of_layers = any(name in self.checkpoint.layers for name in site.layers)
+        return site.channel if of_layers or (site.channel != 1).any() else np.ones(1, np.float32)
 
     def _padding(self, site: SiteData) -> tuple[int, int]:
         if not site.offset.any():
@@ -306,7 +312,7 @@ def _product(editor: Editor, name: str, a: _Quantized | ir.Value, b: _Quantized 
     if offset_b is not None:
         y = _less(editor, y, f"{name}.right", offset_b, left, axis=3, like=like)
     if offset_a is not None and offset_b is not None:
-        inner = editor.constant(f"{name}.inner", np.asarray(_inner_size(name, left), np.float32))
+        inner = _inner_size(editor, name, left)
         both = editor.op("Mul", [editor.op("Mul", [offset_a, offset_b], f"{name}.offsets"), inner], f"{name}.offsets_summed")
         y = editor.op("Add", [y, both], f"{name}.recentered", shape=like.shape)
     for operand, side in ((a, "left"), (b, "right")):
@@ -315,11 +321,13 @@ def _product(editor: Editor, name: str, a: _Quantized | ir.Value, b: _Quantized 
     return y
 
 
-def _inner_size(name: str, left: ir.Value) -> int:
+def _inner_size(editor: Editor, name: str, left: ir.Value) -> ir.Value:
+    """How many products are summed, as float32: a constant, or read off where it depends on the sample's size."""
     size = None if left.shape is None else left.shape[3]
-    if not isinstance(size, int):
-        raise ir.passes.PreconditionError(f"product {name}: both operands carry an offset, so the size of what is summed must be known")
-    return size
+    if isinstance(size, int):
+        return editor.constant(f"{name}.inner", np.asarray(size, np.float32))
+    found = editor.op("Shape", [left], f"{name}.inner_int64", dtype=ir.DataType.INT64, shape=[1], start=3, end=4)
+    return editor.op("Cast", [found], f"{name}.inner", dtype=ir.DataType.FLOAT, shape=[1], to=ir.DataType.FLOAT.value)
 
 
 def _less(editor: Editor, y: ir.Value, prefix: str, offset: ir.Value, other: ir.Value, *, axis: int, like: ir.Value) -> ir.Value:

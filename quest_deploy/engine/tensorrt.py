@@ -69,7 +69,7 @@ class TensorRtBackend(Backend):
             config.progress_monitor = monitor
             # On by default, it rounds the float products' operands to 10 bits: what is not quantized is FP32, as on the other backends.
             config.clear_flag(trt.BuilderFlag.TF32)
-            _add_profile(builder, config, network, options.max_batch)
+            _add_profile(builder, config, network, options.max_batch, lowered)
             if self.package == RTX:
                 _target(trt, config, options.compute_capabilities)
             serialized = None if monitor.stopped else builder.build_serialized_network(network, config)
@@ -178,11 +178,16 @@ def _interrupts_stop(monitor: Any) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _add_profile(builder: Any, config: Any, network: Any, max_batch: int) -> None:
+def _add_profile(builder: Any, config: Any, network: Any, max_batch: int, lowered: Path) -> None:
+    """One profile: batches of up to ``max_batch``, the sample of the size that the model is meant for."""
+    from exporters.graph_info import load_graph, sample_shape
+
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
         rest = list(tensor.shape)[1:]
+        if -1 in rest:
+            rest = list(sample_shape(load_graph(lowered)))
         profile.set_shape(tensor.name, [1, *rest], [min(2, max_batch), *rest], [max_batch, *rest])
     config.add_optimization_profile(profile)
 

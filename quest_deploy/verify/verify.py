@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 
 from exporters.graph_info import BUCKET, GraphInfo, SiteInfo, graph_info, load_graph, save_graph
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_product, cut_segments
@@ -40,7 +41,6 @@ from quest_deploy.verify.runners import compare
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import onnx_ir as ir
     from numpy.typing import NDArray
 
     from quest_deploy.engine.base import Backend, Runner
@@ -177,17 +177,19 @@ class _CutBuilder:
         self.backend, self.options = backend, options
 
     def run(self, model: ir.Model, feeds: list[Arrays], expected: list[Arrays]) -> list[tuple[Arrays, Arrays]]:
-        with self._compiled(model) as folder:
+        with self._compiled(model, feeds[0]) as folder:
             return compare(self.backend.name, lambda: self.backend.open(folder, self.options), feeds, expected)
 
     @contextmanager
-    def open_segments(self, model: ir.Model) -> Iterator[Runner]:
-        """The segments' graph, ready to run."""
-        with self._compiled(model) as folder, self.backend.open_segments(folder, self.options) as runner:
+    def open_segments(self, model: ir.Model, feed: Arrays) -> Iterator[Runner]:
+        """The segments' graph, ready to run on feeds of this one's sizes."""
+        with self._compiled(model, feed) as folder, self.backend.open_segments(folder, self.options) as runner:
             yield runner
 
     @contextmanager
-    def _compiled(self, model: ir.Model) -> Iterator[Path]:
+    def _compiled(self, model: ir.Model, feed: Arrays) -> Iterator[Path]:
+        for value in model.graph.inputs:  # some engines are built for some sizes only
+            value.shape = ir.Shape(["batch", *feed[value.name or ""].shape[1:]])
         with tempfile.TemporaryDirectory(prefix="quest-deploy-") as name:
             folder = Path(name)
             save_graph(model, folder / LOWERED)
@@ -292,10 +294,10 @@ def _check_segments(build: _CutBuilder, lowered: ir.Model, info: GraphInfo, reco
                 ends.append((value, _End(name, f"site.{site}.x", info.sites[site].axis)))
     ends += [(str(value.name), _End(OUTPUT, "untied_output", 1)) for value in lowered.graph.outputs]
     errors = {end.name: np.zeros((len(records), 2), np.float32) for _, end in ends}
-    with build.open_segments(cut) as runner:
+    given = [{value: r.tensors[key][:2] for value, key in results.items()} | r.inputs for r in records]
+    with build.open_segments(cut, given[0]) as runner:
         for i, record in enumerate(records):
-            given = {value: record.tensors[key][:2] for value, key in results.items()} | record.inputs
-            values = given | runner.infer({str(value.name): given[str(value.name)] for value in cut.graph.inputs})
+            values = given[i] | runner.infer({str(value.name): given[i][str(value.name)] for value in cut.graph.inputs})
             for value, end in ends:
                 error = segment_error(values[value], record.tensors[end.key][:2], end.axis)
                 errors[end.name][i] = np.maximum(errors[end.name][i], error)  # a product may have two ends

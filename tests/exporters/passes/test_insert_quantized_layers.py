@@ -10,13 +10,15 @@ import pytest
 from exporters.editor import array_of
 from exporters.graph_info import graph_info
 from exporters.passes.insert_quantized_layers import InsertQuantizedLayers
-from quest_deploy.checkpoint import Checkpoint
+from quest_deploy.checkpoint import Checkpoint, SiteData
 from tests.helpers import (
     HAND_TEXT,
+    KINDS_TEXT,
     graph_from_text,
     hand_checkpoint,
     hand_feeds,
     hand_graph,
+    inserted,
     kinds_checkpoint,
     kinds_expected,
     kinds_feeds,
@@ -62,6 +64,21 @@ def test_products_offsets_free_sites_and_asymmetric_weights_compute_what_the_che
     theirs = kinds_expected(checkpoint, feeds)
     for name in names:
         assert relative_error(found[name], theirs[name]) < 5e-6, name
+
+
+def test_products_take_any_number_of_tokens_where_the_graph_leaves_it_open() -> None:
+    checkpoint, rng, tokens = kinds_checkpoint(), np.random.default_rng(12), 5
+    text = KINDS_TEXT.replace("2,3,3]", "2,tokens,tokens]").replace("2,3,4]", "2,tokens,4]").replace("2,4,3]", "2,4,tokens]")
+    shapes = {"q": (2, tokens, 4), "kt": (2, 4, tokens), "v": (2, tokens, 4), "weights": (2, tokens, tokens)}
+    feeds = kinds_feeds(TIMESTEPS) | {n: rng.uniform(0, 1, (len(TIMESTEPS), *s)).astype(np.float32) for n, s in shapes.items()}
+    found = dict(zip(("scores", "mixed", "half"), run(inserted(text, checkpoint), feeds)[-3:], strict=True))
+    for name, site in checkpoint.sites.items():
+        if isinstance(site, SiteData) and "." in name:
+            assert (site.channel == 1).all()
+            checkpoint.sites[name] = dataclasses.replace(site, channel=np.ones(1, np.float32))
+    theirs = kinds_expected(checkpoint, feeds)
+    for name, value in found.items():
+        assert relative_error(value, theirs[name]) < 5e-6, name
 
 
 def test_no_placeholder_is_left_the_result_is_valid_and_says_it_was_modified(hand: Checkpoint) -> None:
