@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 FEW_IMAGES = 4
 """To draw with each of the contestants, where a forward pass may take seconds."""
+STEPS, SCHEDULER, SEED = 20, "ddim", 2024
+DEFAULTS = {"steps": STEPS, "scheduler": SCHEDULER, "seed": SEED}
 
 
 def evaluate_stage(
@@ -52,7 +54,7 @@ def evaluate_stage(
     """
     get_backend(backend)
     report = workspace.path(REPORTS, f"evaluate-{backend}.json")
-    given = choices or {}
+    given = {**DEFAULTS, **(choices or {})}
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
         from quest_deploy.evaluate import HELD_OUT_SAMPLES, HELD_OUT_SEED, SamplingOptions, assess, compare_images, draw, epsilon_mse
@@ -146,12 +148,12 @@ def evaluate(
     images: Annotated[
         int | None, typer.Option(min=2, help="Images to draw with each.", show_default=f"1000 for {DEFAULT_MODEL}, else {FEW_IMAGES}")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = STEPS,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance weight; 1 is none.", show_default="the model's")
     ] = None,
-    scheduler: Annotated[str, typer.Option(help="A diffusers scheduler.")] = "ddim",
-    seed: int = 2024,
+    scheduler: Annotated[str, typer.Option(help="A diffusers scheduler.")] = SCHEDULER,
+    seed: int = SEED,
     as_json: JsonOption = False,
 ) -> None:
     """Judge FP32, the fake-quantized models and the engine: digits by a classifier, other models by their distance from FP32."""
