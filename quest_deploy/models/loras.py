@@ -60,6 +60,8 @@ def _read(lora: Lora, pipeline_class: Any, unet_config: Any) -> tuple[dict[str, 
         state, alphas, metadata = pipeline_class.lora_state_dict(lora.path, return_lora_metadata=True, use_safetensors=True, **extra)
     except Exception as e:
         raise InputError(f"{lora.path} cannot be read as a LoRA ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+    if any(key.endswith(".alpha") for key in state):
+        raise InputError(f"the LoRA {lora.path} has alphas in a layout that diffusers leaves out; convert it to diffusers' or kohya's")
     return state, alphas, metadata
 
 

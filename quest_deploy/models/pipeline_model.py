@@ -211,10 +211,10 @@ class PipelineModel:
 
         from quest_deploy.models.conditions import ClassLabels, ClassTokens, NoConditions, Prompts, random_prompts
 
-        if self.family == UNCONDITIONAL:
-            return NoConditions()
         if self.config.get("num_class_embeds") is not None:
             return ClassLabels(self.config["num_class_embeds"])
+        if self.family == UNCONDITIONAL:
+            return NoConditions()
         if self.family == CLASS_CONDITIONAL:
             width = self.config["cross_attention_dim"]
             if self.source.random_weights:
@@ -281,10 +281,10 @@ class PipelineModel:
             raise InputError(f"{self.name}: a UNet with {unsupported} takes conditions that are not supported")
 
     def _family(self) -> str:
+        """Which layers QuEST trains: a UNet2DModel has attention blocks for transformers, whether it embeds a class or not."""
         if any(self.index.get(name, [None])[0] is not None for name in TEXT_ENCODERS):
             return TEXT_TO_IMAGE
-        with_class = self.config["_class_name"] == "UNet2DConditionModel" or self.config.get("num_class_embeds") is not None
-        return CLASS_CONDITIONAL if with_class else UNCONDITIONAL
+        return CLASS_CONDITIONAL if self.config["_class_name"] == "UNet2DConditionModel" else UNCONDITIONAL
 
     def _require_weights(self, purpose: str) -> None:
         if self.source.random_weights:

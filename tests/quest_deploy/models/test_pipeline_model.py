@@ -26,7 +26,7 @@ FAMILIES = {
     "sdxl": "text-to-image",
     "ldm": "unconditional",
     "class-tokens": "class-conditional",
-    "class-labels": "class-conditional",
+    "class-labels": "unconditional",
 }
 RANK, ALPHA = 2, 4.0
 LORA_LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -63,7 +63,9 @@ def test_every_family_predicts_in_the_samples_shape_and_decodes_to_pixels(
 
 
 @torch.no_grad()
-def test_sdxls_flat_conditions_mean_what_diffusers_packs(pipelines: Callable[[str], Path], models: Callable[[str], PipelineModel]) -> None:
+def test_sdxls_flat_conditions_mean_what_diffusers_packs(
+    pipelines: Callable[[str], Path], models: Callable[[str], PipelineModel]
+) -> None:
     from diffusers import UNet2DConditionModel
 
     model, theirs = models("sdxl"), UNet2DConditionModel.from_pretrained(pipelines("sdxl") / "unet")
@@ -94,14 +96,12 @@ def test_prompts_are_encoded_as_the_pipeline_itself_does(pipelines: Callable[[st
     model = load_model(resolve_source(str(pipelines(name))), ["a cat", "a red dog"])
     theirs = DiffusionPipeline.from_pretrained(pipelines(name))
     with torch.no_grad():
-        encoded = theirs.encode_prompt(
-            prompt=["a red dog"], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
-        )
+        encoded = theirs.encode_prompt(prompt=["a red dog"], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
     states, null = model.conditions(np.asarray([1])), model.null_conditions(1)
-    assert torch.equal(states["encoder_hidden_states"], encoded[0])
-    assert torch.equal(null["encoder_hidden_states"], encoded[1])
+    torch.testing.assert_close(states["encoder_hidden_states"], encoded[0])
+    torch.testing.assert_close(null["encoder_hidden_states"], encoded[1])
     if name == "sdxl":
-        assert torch.equal(states["text_embeds"], encoded[2])
+        torch.testing.assert_close(states["text_embeds"], encoded[2])
         assert states["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
 
 
@@ -154,41 +154,49 @@ def test_both_halves_of_guidance_are_recorded_along_the_guided_trajectory(models
     torch.testing.assert_close(recorded.sample[1, 0::2], following, rtol=1e-5, atol=1e-6)
 
 
-def lora(path: Path, layers: dict[str, tuple[int, int]], *, alpha: float = ALPHA) -> dict[str, torch.Tensor]:
-    """Save a LoRA for layers {name: (outputs, inputs)} in diffusers' layout; what it adds to each weight at weight 1."""
+def lora(path: Path, name: str, *, inputs: int = 16, alpha: float | None = ALPHA) -> torch.Tensor:
+    """Save a LoRA of the layer ``name`` with 16 outputs; what it adds to its weight at weight 1.
+
+    Args:
+        alpha: in kohya's layout, which has one for each layer; None for diffusers' layout, where it is the rank.
+    """
     from safetensors.torch import save_file
 
-    state, delta = {}, {}
-    for i, (name, (outputs, inputs)) in enumerate(layers.items()):
-        a, b = torch.randn(RANK, inputs, generator=seeded(i)), torch.randn(outputs, RANK, generator=seeded(i + 9))
-        state |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b, f"{name}.alpha": torch.tensor(alpha)}
-        delta[name] = alpha / RANK * b @ a
-    save_file(state, path)
-    return delta
+    a, b = torch.randn(RANK, inputs, generator=seeded(1)), torch.randn(16, RANK, generator=seeded(2))
+    if alpha is None:
+        save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, path)
+        return b @ a
+    part, _, layer = name.partition(".")
+    flat = f"lora_{part}_{layer.replace('.', '_')}"
+    save_file({f"{flat}.lora_down.weight": a, f"{flat}.lora_up.weight": b, f"{flat}.alpha": torch.tensor(alpha)}, path)
+    return alpha / RANK * b @ a
 
 
-def test_a_loras_product_is_added_to_the_weights_times_its_weight(pipelines: Callable[[str], Path], tmp_path: Path) -> None:
-    delta = lora(tmp_path / "style.safetensors", {f"unet.{LORA_LAYER}": (16, 16)})
+@pytest.mark.parametrize("alpha", [None, ALPHA])
+def test_a_loras_product_is_added_to_the_weights_times_its_weight(
+    pipelines: Callable[[str], Path], tmp_path: Path, alpha: float | None
+) -> None:
+    delta = lora(tmp_path / "style.safetensors", f"unet.{LORA_LAYER}", alpha=alpha)
     plain = load_model(resolve_source(str(pipelines("sd")))).load_unet()
     fused = load_model(resolve_source(str(pipelines("sd")), loras=[f"{tmp_path}/style.safetensors:0.5"])).load_unet()
     assert fused.state_dict().keys() == plain.state_dict().keys()
     changed = {name for name, value in plain.state_dict().items() if not torch.equal(value, fused.state_dict()[name])}
     assert changed == {f"{LORA_LAYER}.weight"}
-    expected = plain.get_parameter(f"{LORA_LAYER}.weight") + 0.5 * delta[f"unet.{LORA_LAYER}"]
+    expected = plain.get_parameter(f"{LORA_LAYER}.weight") + 0.5 * delta
     torch.testing.assert_close(fused.get_parameter(f"{LORA_LAYER}.weight"), expected)
 
 
 def test_two_loras_add_up(pipelines: Callable[[str], Path], tmp_path: Path) -> None:
-    deltas = [lora(tmp_path / f"{i}.safetensors", {f"unet.{LORA_LAYER}": (16, 16)}, alpha=i + 1.0) for i in range(2)]
+    deltas = [lora(tmp_path / f"{i}.safetensors", f"unet.{LORA_LAYER}", alpha=i + 1.0) for i in range(2)]
     both = [f"{tmp_path}/0.safetensors:0.5", f"{tmp_path}/1.safetensors:-1"]
-    name, key = f"unet.{LORA_LAYER}", f"{LORA_LAYER}.weight"
+    key = f"{LORA_LAYER}.weight"
     plain, fused = (load_model(resolve_source(str(pipelines("sd")), loras=given)).load_unet() for given in ([], both))
-    expected = plain.get_parameter(key) + 0.5 * deltas[0][name] - deltas[1][name]
+    expected = plain.get_parameter(key) + 0.5 * deltas[0] - deltas[1]
     torch.testing.assert_close(fused.get_parameter(key), expected)
 
 
 def test_a_loras_part_for_the_text_encoder_is_fused_there(pipelines: Callable[[str], Path], tmp_path: Path) -> None:
-    delta = lora(tmp_path / "style.safetensors", {f"text_encoder.{ENCODER_LAYER}": (16, 16)})
+    delta = lora(tmp_path / "style.safetensors", f"text_encoder.{ENCODER_LAYER}", alpha=None)
 
     def weight(loras: list[str]) -> Any:
         model = load_model(resolve_source(str(pipelines("sd")), loras=loras))
@@ -197,26 +205,27 @@ def test_a_loras_part_for_the_text_encoder_is_fused_there(pipelines: Callable[[s
         return next(value for key, value in encoder.state_dict().items() if key.endswith("layers.0.self_attn.q_proj.weight"))
 
     plain, fused = weight([]), weight([f"{tmp_path}/style.safetensors:0.25"])
-    torch.testing.assert_close(fused, plain + 0.25 * delta[f"text_encoder.{ENCODER_LAYER}"])
+    torch.testing.assert_close(fused, plain + 0.25 * delta)
 
 
 @pytest.mark.parametrize(
-    ("layers", "words"),
+    ("name", "inputs", "words"),
     [
-        ({f"unet.{LORA_LAYER}": (16, 12)}, "does not fit the model"),
-        ({"transformer.blocks.0.to_q": (16, 16)}, "has nothing for a UNet or a text encoder"),
+        (f"unet.{LORA_LAYER}", 12, "does not fit the model"),
+        ("unet.down_blocks.7.to_q", 16, "does not fit the model"),
+        ("transformer.blocks.0.to_q", 16, "has nothing for a UNet or a text encoder"),
     ],
 )
 def test_a_lora_of_another_model_is_refused(
-    pipelines: Callable[[str], Path], tmp_path: Path, layers: dict[str, tuple[int, int]], words: str
+    pipelines: Callable[[str], Path], tmp_path: Path, name: str, inputs: int, words: str
 ) -> None:
-    lora(tmp_path / "style.safetensors", layers)
+    lora(tmp_path / "style.safetensors", name, inputs=inputs, alpha=None)
     with pytest.raises(InputError, match=words):
         load_model(resolve_source(str(pipelines("sd")), loras=[f"{tmp_path}/style.safetensors"])).load_unet()
 
 
 def test_loras_are_for_pipelines_that_take_them(pipelines: Callable[[str], Path], tmp_path: Path) -> None:
-    lora(tmp_path / "style.safetensors", {f"unet.{LORA_LAYER}": (16, 16)})
+    lora(tmp_path / "style.safetensors", f"unet.{LORA_LAYER}")
     with pytest.raises(InputError, match="--lora: expected a pipeline that takes LoRAs, and LDMPipeline does not"):
         load_model(resolve_source(str(pipelines("ldm")), loras=[f"{tmp_path}/style.safetensors"])).load_unet()
 
