@@ -153,7 +153,7 @@ class ScoreScale(StrEnum):
 
 @dataclass(frozen=True)
 class Architecture:
-    """The float model's class (a diffusers class name) and its configuration, enough to build it without its weights.
+    """The float model's class (of diffusers or ``models.unets``) and its configuration, enough to build it without its weights.
 
     Attributes:
         split_shortcuts: by the name of a shortcut convolution that was split in two, the channels that its first half reads.

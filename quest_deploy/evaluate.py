@@ -5,6 +5,7 @@ All of them draw the same labels from the same noise, so their images can also b
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 
 from quest_deploy.models.digit_quality import judge
 from quest_deploy.sampling import sample_images
+from quest_deploy.trajectories import in_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +64,25 @@ class Quality:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Fidelity:
+    """How near one contestant comes to FP32, for a model whose images nothing here can judge.
+
+    Attributes:
+        pixel_mse: as in :class:`Quality`.
+        psnr: the same in decibels, 10 log10(4 / pixel_mse); None where there is no difference.
+        epsilon_mse: as in :class:`Quality`.
+    """
+
+    pixel_mse: float
+    psnr: float | None
+    epsilon_mse: list[float | None]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fidelity as a JSON value."""
+        return asdict(self)
+
+
 def draw(
     model: DiffusionModel,
     denoise: Denoiser,
@@ -69,7 +90,7 @@ def draw(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Draw the images to be judged, and their labels."""
-    labels = np.arange(options.images) % 10
+    labels = np.arange(options.images) % model.labels
     images = sample_images(
         model,
         denoise,
@@ -95,14 +116,24 @@ def assess(
     return Quality(quality.frechet_distance, quality.accuracy, pixel_mse, epsilon_mse)
 
 
+def compare_images(images: NDArray[np.float32], fp32_images: NDArray[np.float32], epsilon_mse: list[float | None]) -> Fidelity:
+    """Compare one contestant's images [N, C, H, W] in [-1, 1] with FP32's of the same noise."""
+    mse = float(np.square(images - fp32_images).mean())
+    return Fidelity(mse, 10 * math.log10(4 / mse) if mse > 0 else None, epsilon_mse)
+
+
 @torch.no_grad()
-def epsilon_mse(denoise: Denoiser, trajectories: Trajectories, scheme: Scheme) -> list[float | None]:
-    """The mean squared difference of predictions on recorded trajectories, per bucket [K]; None for a bucket never visited."""
+def epsilon_mse(denoise: Denoiser, trajectories: Trajectories, scheme: Scheme, rows: int | None = None) -> list[float | None]:
+    """The mean squared difference of predictions on recorded trajectories, per bucket [K]; None for a bucket never visited.
+
+    Args:
+        rows: how many rows run at once; all of a step where it is None.
+    """
     sums, counts = np.zeros(scheme.buckets), np.zeros(scheme.buckets)
     samples = trajectories.sample.shape[1]
     for step, timestep in enumerate(trajectories.timestep.tolist()):
         inputs = trajectories.inputs(torch.full((samples,), step), torch.arange(samples))
-        error = (denoise(**inputs) - trajectories.output[step]).square().mean().item()
+        error = (in_parts(denoise, rows, **inputs) - trajectories.output[step]).square().mean().item()
         bucket = scheme.bucket_of(timestep)
         sums[bucket] += error
         counts[bucket] += 1

@@ -62,8 +62,8 @@ class EngineUNet:
         """The same on torch tensors: a :class:`quest_deploy.sampling.Denoiser`."""
         import torch
 
-        arrays = {name: value.numpy() for name, value in conditions.items()}
-        return torch.from_numpy(self.predict(sample.numpy(), timestep.numpy(), **arrays))
+        arrays = {name: value.numpy(force=True) for name, value in conditions.items()}
+        return torch.from_numpy(self.predict(sample.numpy(force=True), timestep.numpy(force=True), **arrays))
 
     def __enter__(self) -> EngineUNet:
         return self

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quest_deploy.errors import InputError
 from quest_deploy.models.schedulers import set_steps
+from quest_deploy.trajectories import in_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +43,8 @@ def sample_images(
 ) -> NDArray[np.float32]:
     """Draw one image per label; the noise depends on ``seed`` alone, so two denoisers can be compared image by image.
 
+    Labels are what :class:`quest_deploy.models.registry.DiffusionModel` calls so.
+
     Args:
         labels: int64 [B].
         guidance: the classifier-free guidance weight; where it is not 1, both halves run as one batch.
@@ -63,12 +66,12 @@ def sample_images(
     for i, timestep in enumerate(schedule.timesteps):
         scaled = schedule.scale_model_input(latents, timestep)
         batch = torch.cat([scaled, scaled]) if guided else scaled
-        prediction = denoise(batch, timestep.float().expand(len(batch)), **conditions)
+        prediction = in_parts(denoise, model.forward_rows, batch, timestep=timestep.float().expand(len(batch)), **conditions)
         if guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + guidance * (conditional - unconditional)
-        # Not all schedulers take a generator; DDPM needs one.
-        extra = {"generator": generator} if scheduler == "ddpm" else {}
+        # Not all schedulers take a generator; those that add noise need one.
+        extra = {"generator": generator} if scheduler in ("ddpm", "lcm") else {}
         latents = schedule.step(prediction, timestep, latents, **extra).prev_sample
         on_progress(i + 1, len(schedule.timesteps))
     return model.images(latents.float().numpy())

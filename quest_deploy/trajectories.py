@@ -106,7 +106,8 @@ def _scheduler(model: DiffusionModel, steps: int, scheme: Scheme | None) -> Any:
 
 def samples_for(model: DiffusionModel, scheme: Scheme, steps: int) -> int:
     """How many samplings to record: more steps for more buckets, but not more data; finely divided timesteps need fewer each."""
-    return max(FEWEST_SAMPLES, model.calibration_samples * model.calibration_steps // max(steps, scheme.buckets))
+    fewest = min(FEWEST_SAMPLES, model.calibration_samples)
+    return max(fewest, model.calibration_samples * model.calibration_steps // max(steps, scheme.buckets))
 
 
 @torch.no_grad()
@@ -118,6 +119,8 @@ def record_trajectories(
     samples: int,
     seed: int,
     scheme: Scheme | None = None,
+    guidance: float | None = None,
+    rows: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Trajectories:
     """Sample with DDIM and the float ``unet`` and record every step.
@@ -125,17 +128,34 @@ def record_trajectories(
     Args:
         steps: DDIM steps, spaced as the model's scheduler spaces them.
         scheme: visit each of its buckets; where ``steps`` would miss one, with other spacing and more steps.
-        samples: how many samplings run side by side; their conditions are drawn by the model, the unconditional one included.
+        samples: how many samplings run side by side; their conditions are drawn by the model.
+        guidance: the classifier-free guidance weight, the model's where it is None. Where it is not 1, both halves of every
+            sampling are recorded, the unconditional one first: 2 x ``samples`` rows.
+        rows: how many rows run at once; all where it is None.
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler = _scheduler(model, steps, scheme)
+    weight = model.guidance if guidance is None else guidance
     conditions = model.draw_conditions(samples, generator)
+    if weight != 1.0:
+        null = model.null_conditions(samples)
+        conditions = {name: torch.stack([null[name], value], 1).flatten(0, 1) for name, value in conditions.items()}
     sample = torch.randn(samples, *model.sample_shape, generator=generator)
     inputs, outputs = [], []
     for i, timestep in enumerate(scheduler.timesteps):
-        output = unet(sample, timestep, **conditions, return_dict=False)[0]
-        inputs.append(sample)
+        entered = sample if weight == 1.0 else sample.repeat_interleave(2, 0)
+        output = in_parts(lambda x, t=timestep, **c: unet(x, t, **c, return_dict=False)[0], rows, entered, **conditions)
+        inputs.append(entered)
         outputs.append(output)
-        sample = scheduler.step(output, timestep, sample).prev_sample
+        prediction = output if weight == 1.0 else torch.lerp(output[0::2], output[1::2], weight)
+        sample = scheduler.step(prediction, timestep, sample).prev_sample
         on_progress(i + 1, len(scheduler.timesteps))
     return Trajectories(torch.stack(inputs), scheduler.timesteps.float(), torch.stack(outputs), conditions)
+
+
+def in_parts(run: Callable[..., Tensor], rows: int | None, sample: Tensor, **inputs: Tensor) -> Tensor:
+    """``run(sample, **inputs)``, each [B, ...], on ``rows`` rows at a time; on all of them where it is None."""
+    if rows is None or len(sample) <= rows:
+        return run(sample, **inputs)
+    starts = range(0, len(sample), rows)
+    return torch.cat([run(sample[i : i + rows], **{name: x[i : i + rows] for name, x in inputs.items()}) for i in starts])

@@ -20,6 +20,7 @@ from quest_deploy import __version__
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import TEMPORARY_PREFIX, read_json, remove_temporaries, sha256_of, sha256_of_json, write_json
 from quest_deploy.models.registry import IMPORTED_ALONE
+from quest_deploy.models.source import ModelSource
 from quest_deploy.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -84,8 +85,13 @@ def check_vacant(root: Path) -> None:
 class Workspace:
     """An open workspace. Make one with :meth:`create` or :meth:`open`."""
 
-    def __init__(self, root: Path, model: str, scheme: Scheme, stages: dict[str, StageRecord]) -> None:
-        self.root, self.model, self.scheme, self.stages = root, model, scheme, stages
+    def __init__(self, root: Path, source: ModelSource, scheme: Scheme, stages: dict[str, StageRecord]) -> None:
+        self.root, self.source, self.scheme, self.stages = root, source, scheme, stages
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self.source.name
 
     @classmethod
     def open(cls, root: Path) -> Workspace:
@@ -106,7 +112,9 @@ class Workspace:
             TopologicalSorter({name: record.inputs for name, record in stages.items()}).prepare()
             if not isinstance(content["model"], str):
                 raise TypeError(f"its model is {content['model']!r}")
-            opened = cls(root, content["model"], Scheme.from_json(content["scheme"]), stages)
+            # Manifests of earlier versions, which knew the embedded model alone, have no source.
+            source = ModelSource.from_json(content["source"]) if "source" in content else ModelSource(content["model"])
+            opened = cls(root, source, Scheme.from_json(content["scheme"]), stages)
         except (KeyError, TypeError, AttributeError, CycleError) as e:
             raise InputError(f"{path} is damaged ({type(e).__name__}: {e}); {_REPAIR}") from e
         except InputError as e:
@@ -117,14 +125,14 @@ class Workspace:
         return opened
 
     @classmethod
-    def create(cls, root: Path, model: str, scheme: Scheme) -> Workspace:
-        """Make a new workspace; raise InputError where the folder holds something already."""
+    def create(cls, root: Path, model: ModelSource | str, scheme: Scheme) -> Workspace:
+        """Make a new workspace, for a model's source or a name that says it all; raise InputError where the folder holds something."""
         check_vacant(root)
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise InputError(f"cannot make the folder {root} ({e.strerror}); give another one with -w") from e
-        workspace = cls(root, model, scheme, {})
+        workspace = cls(root, ModelSource(model) if isinstance(model, str) else model, scheme, {})
         workspace._write()
         return workspace
 
@@ -227,7 +235,8 @@ class Workspace:
     def _write(self) -> None:
         stages = {name: asdict(record) for name, record in self.stages.items()}
         content = {
-            "format": FORMAT, "version": VERSION, "model": self.model, "scheme": self.scheme.to_json(), "stages": stages
+            "format": FORMAT, "version": VERSION, "model": self.model, "source": self.source.to_json(),
+            "scheme": self.scheme.to_json(), "stages": stages,
         }  # fmt: skip
         write_json(self.root / MANIFEST, {**content, "sha256": sha256_of_json(content)})
 

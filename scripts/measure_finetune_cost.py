@@ -17,40 +17,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from diffusers import UNet2DConditionModel
 
 from quest_deploy.finetune.train import FinetuneOptions, Progress, finetune
+from quest_deploy.models.registry import load_model
+from quest_deploy.models.source import ModelSource
 from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
 from quest_deploy.scheme import Scheme
 from quest_deploy.trajectories import Trajectories
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from quest_deploy.checkpoint import Checkpoint
 
-UNET_CONFIG = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 2,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
-}
-TEXT_TOKENS = 77
+MODEL = load_model(ModelSource("sd15", random_weights=True))
 TIMESTEPS = (801.0, 201.0)
 """One in each of two buckets."""
 SAMPLES = 4
 """Samplings in the trajectories."""
 
 
-def load_unet() -> UNet2DConditionModel:
+def load_unet() -> nn.Module:
     """The float UNet, the same at every call."""
-    torch.manual_seed(0)
-    return UNet2DConditionModel(**UNET_CONFIG).eval()
+    return MODEL.load_unet()
 
 
 def random_trajectories(size: int) -> Trajectories:
@@ -58,8 +47,7 @@ def random_trajectories(size: int) -> Trajectories:
     generator = torch.Generator().manual_seed(1)
     sample = torch.randn(len(TIMESTEPS), SAMPLES, 4, size, size, generator=generator)
     output = torch.randn(sample.shape, generator=generator)
-    states = torch.randn(SAMPLES, TEXT_TOKENS, UNET_CONFIG["cross_attention_dim"], generator=generator)
-    return Trajectories(sample, torch.tensor(TIMESTEPS), output, {"encoder_hidden_states": states})
+    return Trajectories(sample, torch.tensor(TIMESTEPS), output, MODEL.draw_conditions(SAMPLES, generator))
 
 
 def calibrated_checkpoint(trajectories: Trajectories, attention_bits: int | None) -> Checkpoint:

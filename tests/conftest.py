@@ -11,6 +11,9 @@ from hypothesis import settings
 from tests.helpers import hand_checkpoint, hand_graph
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     import onnx
     import onnx_ir as ir
     import torch
@@ -103,6 +106,21 @@ def small_graph(small_proto: onnx.ModelProto) -> ir.Model:
     import onnx_ir as ir
 
     return ir.from_proto(small_proto)
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A small pipeline's folder in the hub's layout, by its name in ``tests.pipelines.PIPELINES``; not to be changed."""
+    from tests.pipelines import PIPELINES
+
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = PIPELINES[name](tmp_path_factory.mktemp("pipelines") / name)
+        return made[name]
+
+    return folder
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,11 @@ from quest_deploy.cli.options import (
     BucketsOption,
     GranularityOption,
     JsonOption,
+    LoraOption,
+    ModelChoices,
     ModelOption,
+    RandomWeightsOption,
+    RevisionOption,
     SchemeChoices,
     SoftmaxBitsOption,
     SplitShortcutsOption,
@@ -55,6 +60,7 @@ RECONSTRUCTION_OPTIONS = {
     "batch": "--reconstruction-batch",
 }
 """How a field of ``ReconstructOptions`` is called at the command line."""
+_MAX_PROMPT_BYTES = 2**20
 MADE_FROM = "made-from.json"
 """Beside the start that reconstruction keeps: what it was made from, and its files' hashes."""
 
@@ -67,6 +73,9 @@ class CalibrateOptions:
         samples, steps: samplings of so many DDIM steps (or more, to visit every bucket); None for the model's own numbers.
         method: one of ``METHODS``.
         reconstruction: of ``ReconstructOptions``, for "qdiff".
+        batch: rows that run through the float model at once; None for the model's own number.
+        guidance: the classifier-free guidance weight of the samplings; None for the model's own.
+        prompts: for a text-to-image model; None for those of the package.
     """
 
     samples: int | None = None
@@ -74,8 +83,15 @@ class CalibrateOptions:
     method: str = DEFAULT_METHOD
     seed: int = 0
     reconstruction: dict[str, int] = dataclasses.field(default_factory=dict)
+    batch: int | None = None
+    guidance: float | None = None
+    prompts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.batch is not None and self.batch < 1:
+            raise InputError("calibration needs a batch of at least one row")
+        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise InputError(f"expected a guidance weight of 0 or more, not {self.guidance}")
         if self.method not in METHODS:
             raise InputError(f"unknown calibration method {self.method!r}: expected one of {', '.join(METHODS)}")
         if (self.samples is not None and self.samples < 1) or (self.steps is not None and self.steps < 1):
@@ -100,10 +116,11 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
         from quest_deploy.training_state import hash_of_tensors
         from quest_deploy.trajectories import record_trajectories, samples_for
 
-        model = load_model(workspace.model)
+        model = load_model(workspace.source, options.prompts)
         unet = model.load_unet()
         steps = options.steps or model.calibration_steps
         samples = options.samples or samples_for(model, workspace.scheme, steps)
+        rows = options.batch or model.forward_rows
         reconstructs = options.method == QDIFF
 
         def start() -> Start:
@@ -114,9 +131,12 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
                 samples=samples,
                 seed=options.seed,
                 scheme=workspace.scheme,
+                guidance=options.guidance,
+                rows=rows,
                 on_progress=lambda done, total: update("recording trajectories", done, total),
             )
-            settings = CalibrationOptions(RangeMethod.L24 if reconstructs else RangeMethod(options.method), seed=options.seed)
+            method = RangeMethod.L24 if reconstructs else RangeMethod(options.method)
+            settings = CalibrationOptions(method, seed=options.seed, **({} if rows is None else {"batch": rows}))
             return trajectories, calibrate(workspace.model, unet, trajectories, workspace.scheme, settings, update)
 
         if not reconstructs:
@@ -200,6 +220,19 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in (TRAJECTORIES, CALIBRATED) if (folder / name).is_file()}
 
 
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a text file, one a line; raise InputError where it cannot be read or has none."""
+    try:
+        if path.stat().st_size > _MAX_PROMPT_BYTES:
+            raise InputError(f"{path}: expected a file of prompts of at most {_MAX_PROMPT_BYTES} bytes")
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: expected a text file with a prompt a line ({e})") from e
+    if prompts := tuple(line.strip() for line in lines if line.strip()):
+        return prompts
+    raise InputError(f"{path}: expected a prompt a line, and found none")
+
+
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
     """The details in words."""
     return (
@@ -213,6 +246,9 @@ def describe(workspace: Workspace, details: dict[str, Any]) -> str:
 def calibrate(
     workspace: WorkspaceOption = None,
     model: ModelOption = None,
+    revision: RevisionOption = None,
+    random_weights: RandomWeightsOption = False,
+    lora: LoraOption = None,
     bits: BitsOption = None,
     buckets: BucketsOption = None,
     granularity: GranularityOption = None,
@@ -224,6 +260,13 @@ def calibrate(
     steps: Annotated[
         int | None,
         typer.Option(min=1, help="DDIM steps of each; more where that is needed to visit every bucket.", show_default="the model's"),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows that run at once.", show_default="the model's")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance weight of the samplings; 1 is none.", show_default="the model's")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file with a prompt a line, for a text-to-image model.", show_default="a short list of ours")
     ] = None,
     reconstruction_samples: Annotated[int | None, typer.Option(min=1, help="qdiff: recorded samples it learns from.")] = None,
     rounding_steps: Annotated[int | None, typer.Option(min=0, help="qdiff: steps a block that learn the rounding.")] = None,
@@ -241,8 +284,10 @@ def calibrate(
         "batch": reconstruction_batch,
     }
     given = {name: value for name, value in reconstruction.items() if value is not None}
-    options = CalibrateOptions(samples, steps, method, seed, given)
+    asked = None if prompts is None else read_prompts(prompts)
+    options = CalibrateOptions(samples, steps, method, seed, given, batch, guidance, asked)
     choices = SchemeChoices(bits, buckets, granularity, attention_bits, softmax_bits, split_shortcuts)
-    opened = create_workspace(workspace, model, choices, split_shortcuts=method == QDIFF)
+    chosen = ModelChoices(model, revision, random_weights, tuple(lora or ()))
+    opened = create_workspace(workspace, chosen, choices, split_shortcuts=method == QDIFF)
     details = calibrate_stage(opened, console, options)
     console.result({"workspace": str(opened.root), **details}, describe(opened, details))

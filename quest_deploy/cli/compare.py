@@ -14,7 +14,7 @@ from quest_deploy.cli.console import Console, time_left
 from quest_deploy.cli.options import DEFAULT_MODEL, JsonOption
 from quest_deploy.compare.cells import ROWS, SEEDS, Pipeline, all_cells
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.models.registry import MODEL_NAMES, check_model_name
+from quest_deploy.models.registry import check_model_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -143,7 +143,7 @@ def _summary(result: Result) -> str:
 
 
 def compare(
-    model: Annotated[str, typer.Option(help=f"The model: {', '.join(MODEL_NAMES)}.")] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option(help=f"The model: {DEFAULT_MODEL}, whose images can be judged.")] = DEFAULT_MODEL,
     only: Annotated[
         list[str] | None, typer.Option(help="Compute only cells whose name matches this glob, such as 'w4a4-quest-*'; may be repeated.")
     ] = None,
@@ -157,6 +157,8 @@ def compare(
     """Compute the missing cells of the comparison, then write its table and its plot; resumes where it was interrupted."""
     console = Console(as_json=as_json)
     check_model_name(model)
+    if model != DEFAULT_MODEL:
+        raise InputError(f"--model {model}: expected {DEFAULT_MODEL}, the model whose images the comparison can judge")
     numbers = _seeds(seeds)
     cells = all_cells(numbers)
     chosen = [cell for cell in cells if not only or any(fnmatchcase(cell.name, pattern) for pattern in only)]
@@ -170,8 +172,9 @@ def compare(
     from quest_deploy.compare.results import load_result
     from quest_deploy.files import atomic_file, remove_temporaries
     from quest_deploy.models.registry import load_model
+    from quest_deploy.models.source import ModelSource
 
-    loaded = load_model(model)
+    loaded = load_model(ModelSource(model))
     definitions = {cell: definition_of(cell, loaded) for cell in cells}
     results = {cell: load_result(folder, cell, definitions[cell]) for cell in cells}
     if list_cells:

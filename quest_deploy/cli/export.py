@@ -13,7 +13,11 @@ from quest_deploy.cli.options import (
     BucketsOption,
     GranularityOption,
     JsonOption,
+    LoraOption,
+    ModelChoices,
     ModelOption,
+    RandomWeightsOption,
+    RevisionOption,
     SchemeChoices,
     SoftmaxBitsOption,
     SplitShortcutsOption,
@@ -90,6 +94,9 @@ def describe(workspace: Workspace, details: dict[str, Any]) -> str:
 def export(
     workspace: WorkspaceOption = None,
     model: ModelOption = None,
+    revision: RevisionOption = None,
+    random_weights: RandomWeightsOption = False,
+    lora: LoraOption = None,
     bits: BitsOption = None,
     buckets: BucketsOption = None,
     granularity: GranularityOption = None,
@@ -101,6 +108,6 @@ def export(
     """Export the checkpoint as a portable ONNX graph; calibrates one where there is none."""
     console = Console(as_json=as_json)
     choices = SchemeChoices(bits, buckets, granularity, attention_bits, softmax_bits, split_shortcuts)
-    opened = create_workspace(workspace, model, choices)
+    opened = create_workspace(workspace, ModelChoices(model, revision, random_weights, tuple(lora or ())), choices)
     details = export_stage(opened, console)
     console.result({"workspace": str(opened.root), **details}, describe(opened, details))

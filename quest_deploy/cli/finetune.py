@@ -80,7 +80,7 @@ def _options(workspace: Workspace, given: dict[str, Any]) -> FinetuneOptions:
     from quest_deploy.models.registry import load_model
 
     try:
-        return FinetuneOptions(family=load_model(workspace.model).family, **given)
+        return FinetuneOptions(family=load_model(workspace.source).family, **given)
     except TypeError as e:
         raise InputError(f"{workspace.root}: finetuned with options that are unknown here ({e}); run `quest-deploy finetune`") from e
 
@@ -92,7 +92,7 @@ def _finetune(workspace: Workspace, options: FinetuneOptions, **execution: Any) 
     from quest_deploy.trajectories import Trajectories
 
     return finetune(
-        load_model(workspace.model).load_unet,
+        load_model(workspace.source).load_unet,
         load_checkpoint(workspace.path(CALIBRATED)),
         Trajectories.load(workspace.path(TRAJECTORIES)),
         options,

@@ -27,60 +27,125 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from quest_deploy.cli.console import Update
+    from quest_deploy.models.registry import DiffusionModel
     from quest_deploy.workspace import Workspace
 
-LABELS, ROWS = "0123456789", 4
+ROWS, STEPS, SCHEDULER, DEFAULT_COLUMNS = 4, 20, "ddim", 10
 
 
 def generate_stage(
-    workspace: Workspace,
-    console: Console,
-    backend: str,
-    labels: str = LABELS,
-    rows: int = ROWS,
-    steps: int = 20,
-    guidance: float = 1.0,
-    scheduler: str = "ddim",
-    seed: int = 0,
-    *,
-    reuse: bool = False,
+    workspace: Workspace, console: Console, backend: str, choices: dict[str, Any] | None = None, *, reuse: bool = False
 ) -> dict[str, Any]:
-    """Draw ``rows`` images of every label; writes images/grid-<backend>.png."""
+    """Draw; writes images/grid-<backend>.png, or for a text-to-image model images/<backend>-<number>.png.
+
+    Args:
+        choices: labels, rows, steps, guidance, scheduler, seed; of a text-to-image model prompt (a list), negative_prompt, height
+            and width instead of labels; what is absent is the model's default.
+    """
     get_backend(backend)
-    if not (labels.isascii() and labels.isdigit()):
-        raise InputError(f"labels must be digits such as 0123456789, not {labels!r}")
-    if scheduler not in SCHEDULERS:
-        raise InputError(f"unknown scheduler {scheduler!r}: expected one of {', '.join(SCHEDULERS)}")
-    picture = workspace.path(IMAGES, f"grid-{backend}.png")
+    given = {"rows": None, "steps": STEPS, "scheduler": SCHEDULER, "seed": 0, **(choices or {})}
+    if given["scheduler"] not in SCHEDULERS:
+        raise InputError(f"unknown scheduler {given['scheduler']!r}: expected one of {', '.join(SCHEDULERS)}")
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
-        import numpy as np
-
         from quest_deploy.models.registry import load_model
-        from quest_deploy.pictures import save_grid
-        from quest_deploy.runtime import EngineUNet
-        from quest_deploy.sampling import sample_images
 
-        wanted = np.tile(np.asarray([int(c) for c in labels], np.int64), rows)
-        with EngineUNet.load(workspace, backend) as unet:
-            images = sample_images(
-                load_model(workspace.model),
-                unet,
-                wanted,
-                scheduler=scheduler,
-                steps=steps,
-                guidance=guidance,
-                seed=seed,
-                on_progress=lambda done, total: update("denoising", done, total),
-            )
-        save_grid(images, picture, columns=len(labels))
-        return [picture], {"backend": backend, "images": len(images), "picture": str(picture)}
+        model = load_model(workspace.source)
+        of_text = model.family == "text-to-image"
+        unused = ("labels",) if of_text else ("prompt", "negative_prompt", "height", "width")
+        if misplaced := [name for name in unused if given.get(name) is not None]:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in misplaced)
+            raise InputError(f"{options}: not for {model.name}, a model that is {model.family}")
+        draw = _draw_prompts if of_text else _draw_labels
+        pictures, count = draw(workspace, backend, model, given, update)
+        details = {"backend": backend, "images": count, "picture": str(pictures[0]), "pictures": [str(path) for path in pictures]}
+        return pictures, details
 
-    options = {
-        "labels": labels, "rows": rows, "steps": steps, "guidance": guidance, "scheduler": scheduler, "seed": seed
-    }  # fmt: skip
     inputs = (f"build-engine/{backend}",)
-    return run_stage(workspace, console, f"generate/{backend}", inputs=inputs, options=options, reuse=reuse, work=work)
+    return run_stage(workspace, console, f"generate/{backend}", inputs=inputs, options=given, reuse=reuse, work=work)
+
+
+def _draw_labels(
+    workspace: Workspace, backend: str, model: DiffusionModel, given: dict[str, Any], update: Update
+) -> tuple[list[Path], int]:
+    import numpy as np
+
+    from quest_deploy.pictures import save_grid
+    from quest_deploy.runtime import EngineUNet
+    from quest_deploy.sampling import sample_images
+
+    labels = _labels(given.get("labels"), model)
+    wanted = np.tile(labels, given["rows"] or ROWS)
+    picture = workspace.path(IMAGES, f"grid-{backend}.png")
+    with EngineUNet.load(workspace, backend) as unet:
+        images = sample_images(
+            model,
+            unet,
+            wanted,
+            scheduler=given["scheduler"],
+            steps=given["steps"],
+            guidance=model.guidance if given.get("guidance") is None else given["guidance"],
+            seed=given["seed"],
+            on_progress=lambda done, total: update("denoising", done, total),
+        )
+    save_grid(images, picture, columns=len(labels))
+    return [picture], len(images)
+
+
+def _labels(text: str | None, model: DiffusionModel) -> Any:
+    """The labels of "0123" where each is a digit, or of "207,360"; the model's first ones where ``text`` is None."""
+    import numpy as np
+
+    if text is None:
+        return np.arange(min(model.labels, DEFAULT_COLUMNS), dtype=np.int64)
+    if model.labels == 1:
+        raise InputError(f"--labels: not for {model.name}, a model that is {model.family}; --rows says how many images")
+    parts = text.split(",") if "," in text or model.labels > 10 else list(text)
+    if not parts or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise InputError(f"labels must be digits such as 0123456789, or numbers such as 207,360, not {text!r}")
+    return np.asarray([int(part) for part in parts], np.int64)
+
+
+def _draw_prompts(
+    workspace: Workspace, backend: str, model: DiffusionModel, given: dict[str, Any], update: Update
+) -> tuple[list[Path], int]:
+    import torch
+
+    from quest_deploy.files import atomic_file
+    from quest_deploy.models.pipeline_model import default_prompts
+    from quest_deploy.models.schedulers import set_steps
+    from quest_deploy.pipeline import load_pipeline
+
+    prompts = given.get("prompt") or default_prompts()[:1]
+    pipeline = load_pipeline(workspace, backend)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = model.load_scheduler(given["scheduler"])
+    set_steps(model.load_scheduler(given["scheduler"]), given["steps"])  # refuses what leaves the model's range
+
+    def report(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        update("denoising", step + 1, pipe.num_timesteps)
+        return values
+
+    negative = given.get("negative_prompt")
+    try:
+        images = pipeline(
+            prompt=prompts,
+            negative_prompt=None if negative is None else [negative] * len(prompts),
+            num_inference_steps=given["steps"],
+            guidance_scale=model.guidance if given.get("guidance") is None else given["guidance"],
+            num_images_per_prompt=given["rows"] or 1,
+            height=given.get("height"),
+            width=given.get("width"),
+            generator=torch.Generator().manual_seed(given["seed"]),
+            callback_on_step_end=report,
+        ).images
+    except ValueError as e:  # what diffusers raises for arguments that do not go together
+        raise InputError(str(e)) from e
+    pictures = [workspace.path(IMAGES, f"{backend}-{i}.png") for i in range(len(images))]
+    for path, image in zip(pictures, images, strict=True):
+        with atomic_file(path) as temporary, temporary.open("wb") as stream:
+            image.save(stream, format="PNG")
+    return pictures, len(images)
 
 
 def generate(
@@ -88,16 +153,39 @@ def generate(
     model: ModelOption = None,
     bits: BitsOption = None,
     backend: BackendOption = DEFAULT_BACKEND,
-    labels: Annotated[str, typer.Option(help="The digits to draw, one column each.")] = LABELS,
-    rows: Annotated[int, typer.Option(min=1, help="Images of each.")] = ROWS,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance weight; 1 is none.")] = 1.0,
-    scheduler: Annotated[str, typer.Option(help=f"A diffusers scheduler: {', '.join(SCHEDULERS)}.")] = "ddim",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw, for a text-to-image model; may be repeated.", show_default="one of ours")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="The classes to draw, one column each: 0123, or 207,360 where there are more.", show_default="the first ten"),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Images of each.", show_default=f"{ROWS}, or 1 for a text-to-image model")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = STEPS,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance weight; 1 is none.", show_default="the model's")
+    ] = None,
+    scheduler: Annotated[str, typer.Option(help=f"A diffusers scheduler: {', '.join(SCHEDULERS)}.")] = SCHEDULER,
+    height: Annotated[int | None, typer.Option(min=8, help="Pixels, for a text-to-image model.", show_default="the model's")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="Pixels, for a text-to-image model.", show_default="the model's")] = None,
     seed: int = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw a PNG grid with the engine."""
+    """Draw PNG pictures with the engine."""
     console = Console(as_json=as_json)
     opened = open_workspace(workspace, model, bits)
-    details = generate_stage(opened, console, backend, labels, rows, steps, guidance, scheduler, seed)
-    console.result({"workspace": str(opened.root), **details}, f"{details['picture']}: {details['images']} images")
+    choices = {
+        "labels": labels, "rows": rows, "steps": steps, "guidance": guidance, "scheduler": scheduler, "seed": seed, "prompt": prompt,
+        "negative_prompt": negative_prompt, "height": height, "width": width,
+    }  # fmt: skip
+    details = generate_stage(opened, console, backend, {name: value for name, value in choices.items() if value is not None})
+    console.result({"workspace": str(opened.root), **details}, describe(details))
+
+
+def describe(details: dict[str, Any]) -> str:
+    """The details in words."""
+    pictures = details.get("pictures", [details["picture"]])
+    return f"{details['picture']}: {details['images']} images" if len(pictures) == 1 else "\n".join(pictures)

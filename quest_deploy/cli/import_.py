@@ -13,7 +13,7 @@ from quest_deploy.cli.stage import run_stage
 from quest_deploy.errors import InputError
 from quest_deploy.files import sha256_of
 from quest_deploy.import_quest.settings import ImportSettings, Source
-from quest_deploy.models.registry import IMPORTED
+from quest_deploy.models.source import IMPORTED
 from quest_deploy.workspace import CALIBRATED, MANIFEST, TRAJECTORIES, Workspace, check_vacant
 
 if TYPE_CHECKING:

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quest_deploy.engine.backends import BACKENDS
 from quest_deploy.errors import InputError
-from quest_deploy.models.registry import MODEL_NAMES, check_model_name
+from quest_deploy.models.registry import EMBEDDED, MODEL_NAMES, check_model_name, resolve_source
+from quest_deploy.models.source import Lora
 from quest_deploy.scheme import DEFAULT_BUCKETS, SUPPORTED_BITS, Granularity, Scheme
-from quest_deploy.workspace import MANIFEST, Workspace
+from quest_deploy.workspace import MANIFEST, Workspace, check_vacant
 
-DEFAULT_MODEL, DEFAULT_BITS, DEFAULT_BACKEND = "tiny", "w4a4", "openvino"
+if TYPE_CHECKING:
+    from quest_deploy.models.source import ModelSource
+
+DEFAULT_MODEL, DEFAULT_BITS, DEFAULT_BACKEND = EMBEDDED, "w4a4", "openvino"
 FLOAT = "float"
 
 WorkspaceOption = Annotated[
     Path | None, typer.Option("--workspace", "-w", help="The workspace folder.", show_default="quest-out/<model>-<bits>")
 ]
 ModelOption = Annotated[
-    str | None, typer.Option(help=f"The model: {', '.join(MODEL_NAMES)}.", show_default=f"the workspace's, or {DEFAULT_MODEL}")
+    str | None,
+    typer.Option(
+        help=f"The model: {', '.join(MODEL_NAMES)}; or the path of a diffusers folder or of a single-file checkpoint.",
+        show_default=f"the workspace's, or {DEFAULT_MODEL}",
+    ),
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Commit, branch or tag of a model on the Hugging Face Hub.", show_default="the registry's commit")
+]
+RandomWeightsOption = Annotated[
+    bool, typer.Option("--random-weights", help="Build the model's architecture alone, for size and speed; needs no download.")
+]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="PATH:WEIGHT", help="A LoRA to fuse before quantization, a .safetensors file; may be repeated."),
 ]
 BitsOption = Annotated[
     str | None,
@@ -103,29 +121,69 @@ class SchemeChoices:
             _check(workspace, name.replace("_", " "), getattr(self, name), value)
 
 
+@dataclass(frozen=True)
+class ModelChoices:
+    """What the user chose of the model; None, False or nothing for what is the workspace's, or the default."""
+
+    model: str | None = None
+    revision: str | None = None
+    random_weights: bool = False
+    loras: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the model is called: its name in the registry, or the stem of its path."""
+        model = self.model or DEFAULT_MODEL
+        if model in MODEL_NAMES:
+            return model
+        path = Path(model).resolve()
+        return path.stem if path.is_file() else path.name
+
+    def source(self) -> ModelSource:
+        """Where the model comes from; a model on the hub is fetched. Raise InputError where there is none."""
+        return resolve_source(self.model or DEFAULT_MODEL, revision=self.revision, random_weights=self.random_weights, loras=self.loras)
+
+    def check(self, workspace: Workspace) -> None:
+        """Raise InputError where the workspace's model is another one."""
+        source = workspace.source
+        if self.model is not None:
+            named = self.model if self.model in MODEL_NAMES else str(Path(self.model).resolve())
+            _check(workspace, "model", named, source.name if source.path is None else source.location)
+        if self.revision not in (None, source.requested, source.revision):
+            _check(workspace, "revision", self.revision, source.revision)
+        if self.random_weights:
+            _check(workspace, "weights", "random ones", "random ones" if source.random_weights else "trained ones")
+        if self.loras:
+            _check(workspace, "LoRAs", [Lora.parse(text) for text in self.loras], list(source.loras))
+
+
 def open_workspace(workspace: Path | None, model: str | None, bits: str | None) -> Workspace:
     """Open an existing workspace; raise InputError where it is not of the given model or bits."""
-    opened = Workspace.open(_root(workspace, model, bits))
-    _check(opened, "model", model, opened.model)
+    choices = ModelChoices(model)
+    opened = Workspace.open(_root(workspace, choices, bits))
+    choices.check(opened)
     SchemeChoices(bits).check(opened)
     return opened
 
 
-def create_workspace(workspace: Path | None, model: str | None, choices: SchemeChoices, *, split_shortcuts: bool = False) -> Workspace:
+def create_workspace(
+    workspace: Path | None, model: ModelChoices, choices: SchemeChoices, *, split_shortcuts: bool = False
+) -> Workspace:
     """Open a workspace, or make it; what is not given is taken from it, or else the default (``split_shortcuts`` is that default)."""
-    check_model_name(model or DEFAULT_MODEL)
+    check_model_name(model.model or DEFAULT_MODEL)
     scheme = choices.scheme(split_shortcuts=split_shortcuts)
     root = _root(workspace, model, choices.bits)
     if not (root / MANIFEST).exists():
-        return Workspace.create(root, model or DEFAULT_MODEL, scheme)
+        check_vacant(root)  # before anything is downloaded
+        return Workspace.create(root, model.source(), scheme)
     opened = Workspace.open(root)
-    _check(opened, "model", model, opened.model)
+    model.check(opened)
     choices.check(opened)
     return opened
 
 
-def _root(workspace: Path | None, model: str | None, bits: str | None) -> Path:
-    return workspace or Path("quest-out") / f"{model or DEFAULT_MODEL}-{bits or DEFAULT_BITS}"
+def _root(workspace: Path | None, model: ModelChoices, bits: str | None) -> Path:
+    return workspace or Path("quest-out") / f"{model.name}-{bits or DEFAULT_BITS}"
 
 
 def _operand_bits(option: str, value: str | None) -> int | None:

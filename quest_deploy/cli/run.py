@@ -15,7 +15,11 @@ from quest_deploy.cli.options import (
     BucketsOption,
     GranularityOption,
     JsonOption,
+    LoraOption,
+    ModelChoices,
     ModelOption,
+    RandomWeightsOption,
+    RevisionOption,
     SchemeChoices,
     SoftmaxBitsOption,
     SplitShortcutsOption,
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
 def run(
     workspace: WorkspaceOption = None,
     model: ModelOption = None,
+    revision: RevisionOption = None,
+    random_weights: RandomWeightsOption = False,
+    lora: LoraOption = None,
     bits: BitsOption = None,
     buckets: BucketsOption = None,
     granularity: GranularityOption = None,
@@ -62,7 +69,8 @@ def run(
         get_backend(name).check_run(EngineOptions())
     choices = SchemeChoices(bits, buckets, granularity, attention_bits, softmax_bits, split_shortcuts)
     calibrate.CalibrateOptions(method=method or calibrate.DEFAULT_METHOD)  # refused before a workspace is made
-    opened = create_workspace(workspace, model, choices, split_shortcuts=method == calibrate.QDIFF)
+    chosen = ModelChoices(model, revision, random_weights, tuple(lora or ()))
+    opened = create_workspace(workspace, chosen, choices, split_shortcuts=method == calibrate.QDIFF)
     results: dict[str, Any] = {"workspace": str(opened.root)}
 
     def show(stage: str, details: dict[str, Any], text: str) -> None:
@@ -88,10 +96,13 @@ def run(
         details = benchmark.benchmark_stage(opened, console, name, reuse=True)
         show(f"benchmark {name}", details, benchmark.describe(details))
     main = backends[0]
-    details = generate.generate_stage(opened, console, main, reuse=True)
-    show(f"generate {main}", details, details["picture"])
-    details = evaluate.evaluate_stage(opened, console, main, reuse=True)
-    show(f"evaluate {main}", details, evaluate.describe(details))
+    if opened.source.random_weights:
+        console.note("generate, evaluate: left out, random weights draw nothing")
+    else:
+        details = generate.generate_stage(opened, console, main, reuse=True)
+        show(f"generate {main}", details, details["picture"])
+        details = evaluate.evaluate_stage(opened, console, main, reuse=True)
+        show(f"evaluate {main}", details, evaluate.describe(details))
     console.result(results, "", "== summary", _summary(results, backends))
 
 
@@ -101,7 +112,8 @@ def _calibration(workspace: Workspace, method: str | None, seed: int | None) -> 
     if method not in (None, options.get("method")):
         options |= {"method": method, "reconstruction": {}}
     try:
-        return calibrate.CalibrateOptions(**options)
+        prompts = None if options.get("prompts") is None else tuple(options["prompts"])
+        return calibrate.CalibrateOptions(**{**options, "prompts": prompts})
     except TypeError as e:
         raise InputError(f"{workspace.root}: calibrated with options that are unknown here ({e}); run `quest-deploy calibrate`") from e
 
@@ -114,9 +126,8 @@ def _finetuning(workspace: Workspace, seed: int | None) -> dict[str, Any]:
 
 def _summary(results: dict[str, Any], backends: list[str]) -> str:
     main = backends[0]
-    quality = results[f"evaluate {main}"]["results"]
-    distances = "  ".join(f"{name} {entry['frechet_distance']:.2f}" for name, entry in quality.items())
-    lines = [f"Frechet distance (lower is better): {distances}"]
+    evaluated = results.get(f"evaluate {main}")
+    lines = [] if evaluated is None else [evaluate.summary(evaluated)]
     for name in backends:
         verified, timed = results[f"verify {name}"], results[f"benchmark {name}"]
         codes, different = (sum(b[key] for b in verified["buckets"]) for key in ("codes", "mismatches"))
@@ -125,5 +136,6 @@ def _summary(results: dict[str, Any], backends: list[str]) -> str:
         lines.append(f"{name}: speed {speed}; files {timed['size_ratio_to_fp32']:.2f}x smaller than FP32")
     graph = results["export"]
     lines.append(f"graph: {size(graph['bytes'])} for {size(graph['fp32_weight_bytes'])} of FP32 weights")
-    lines.append(f"picture: {results[f'generate {main}']['picture']}")
+    if f"generate {main}" in results:
+        lines.append(f"picture: {results[f'generate {main}']['picture']}")
     return "\n".join(lines)

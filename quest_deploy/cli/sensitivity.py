@@ -39,7 +39,7 @@ def sensitivity_stage(
 
         started = time.monotonic()
         measured = measure_sensitivity(
-            load_model(workspace.model).load_unet(),
+            load_model(workspace.source).load_unet(),
             load_checkpoint(workspace.path(CALIBRATED)),
             Trajectories.load(workspace.path(TRAJECTORIES)),
             samples,

@@ -91,10 +91,11 @@ def main(arguments: list[str]) -> None:
             import torch
 
             from quest_deploy.models.registry import load_model
+            from quest_deploy.models.source import ModelSource
 
             torch.set_num_threads(int(threads))
             result = measure(
-                load_model(name),
+                load_model(ModelSource(name)),
                 Cell(row, bits, int(seed)),
                 Path(scratch),
                 lambda phase, done, total: send({"phase": phase, "done": done, "total": total}),

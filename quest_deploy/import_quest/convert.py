@@ -19,7 +19,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.import_quest.architecture import Layout
 from quest_deploy.import_quest.read import parts_of
 from quest_deploy.import_quest.settings import BITS, Source
-from quest_deploy.models.registry import IMPORTED
+from quest_deploy.models.source import IMPORTED
 from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
 from quest_deploy.quant.model import build_float_model, conv_geometry, float_state
 from quest_deploy.quant.prepare import prepare

@@ -11,6 +11,7 @@ SCHEDULERS = {
     "ddpm": "DDPMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
+    "lcm": "LCMScheduler",
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }

@@ -59,8 +59,12 @@ class TinyModel:
     family = "class-conditional"
     sample_shape: tuple[int, ...] = (4, 8, 8)
     train_timesteps = 1000
+    labels = NULL_CLASS
+    guidance = 1.0
     calibration_samples = 1024
     calibration_steps = 20
+    forward_rows: int | None = None
+    judges_digits = True
 
     def load_unet(self) -> nn.Module:
         """The FP32 UNet: sample [B, 4, 8, 8], timestep [B], encoder_hidden_states [B, 4, 32] -> epsilon [B, 4, 8, 8]."""

@@ -19,7 +19,7 @@ from quest_deploy.checkpoint import Architecture, Checkpoint, FreeSiteData, Laye
 from quest_deploy.errors import InputError
 from quest_deploy.quant.affine import WeightGrid, bucket_of, per_channel, weight_codes
 from quest_deploy.quant.model import conv_geometry, float_state, fold_channel
-from quest_deploy.quant.prepare import prepared_for
+from quest_deploy.quant.prepare import fixed_heads, prepared_for
 from quest_deploy.quant.sites import LayerPlan, QuantizationPlan, SitePlan, plan_quantization
 from quest_deploy.scheme import Granularity, Scheme, Symmetry, activation_levels, weight_range
 
@@ -116,7 +116,7 @@ def calibrate(
         on_progress("weight scales", i + 1, len(plan.layers))
     return Checkpoint(
         model=model_name,
-        architecture=Architecture(type(unet).__name__, _plain_config(unet), split_shortcuts, attention),
+        architecture=Architecture(type(unet).__name__, _plain_config(unet), split_shortcuts, attention, fixed_heads(unet)),
         scheme=scheme,
         layers=layers,
         sites=sites,

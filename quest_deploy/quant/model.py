@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quest_deploy.checkpoint import Architecture, Checkpoint, ConvGeometry, FreeSiteData, LayerData, ScoreScale, SiteData
 from quest_deploy.errors import InputError
-from quest_deploy.models.registry import IMPORTED
+from quest_deploy.models.source import IMPORTED
 from quest_deploy.quant.affine import WeightGrid, bucket_of, per_sample, weight_codes
 from quest_deploy.quant.layers import (
     ActivationQuantizer,
@@ -217,7 +217,9 @@ def build_float_model(architecture: Architecture) -> nn.Module:
     """The float model with uninitialized meaning: its class from diffusers, its weights to be filled in."""
     import diffusers
 
-    model_class = getattr(diffusers, architecture.class_name, None)
+    from quest_deploy.models.unets import FLAT_CLASSES
+
+    model_class = FLAT_CLASSES.get(architecture.class_name) or getattr(diffusers, architecture.class_name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
         raise InputError(f"architecture: expected the name of a diffusers model, found {architecture.class_name!r}")
     model: nn.Module = model_class.from_config(architecture.config)

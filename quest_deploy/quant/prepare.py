@@ -169,6 +169,12 @@ def set_heads(model: nn.Module, heads: int) -> None:
     """Give every attention of ``model`` this number of heads; its weights keep their shapes."""
     for attention in _attentions(model):
         attention.heads, attention.scale = heads, (attention.inner_dim // heads) ** -0.5
+    model.fixed_heads = heads  # type: ignore[assignment]
+
+
+def fixed_heads(model: nn.Module) -> int | None:
+    """What :func:`set_heads` gave ``model``, or None."""
+    return getattr(model, "fixed_heads", None)
 
 
 def prepared_for(model: nn.Module, scheme: Scheme, probe: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, int], ScoreScale | None]:

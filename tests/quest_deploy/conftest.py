@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.quest_deploy.support import CHAIN, MINI_UNET, Outcome, cli
+from tests.pipelines import PIPELINES
+from tests.quest_deploy.support import CHAIN, LDM_CHAIN, MINI_UNET, TEXT_CHAIN, Outcome, cli
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import onnx
     from torch import nn
@@ -134,17 +135,35 @@ class Chain:
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """The embedded model, through every command with few samples and steps, each with --json. Workers share one."""
+    return _chain("chain", CHAIN, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def text_chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """The small text-to-image pipeline, through every command. Workers share one."""
+    return _chain("sd", TEXT_CHAIN, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def ldm_chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """The small unconditional latent-diffusion pipeline, through every command. Workers share one."""
+    return _chain("ldm", LDM_CHAIN, tmp_path_factory)
+
+
+def _chain(name: str, steps: Mapping[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Chain:
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    root, record = base / "chain", base / "chain.json"
-    with (base / "chain.lock").open("w") as lock:
+    root, record, pipeline = base / name, base / f"{name}.json", base / f"{name}-pipeline"
+    with (base / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not record.exists():
             shutil.rmtree(root, ignore_errors=True)
             outcomes = {}
-            for step, options in CHAIN.items():
+            for step, options in steps.items():
                 command, _, backend = step.partition(" ")
                 where = ["--backend", backend] if backend else []
+                if command == "calibrate" and name in PIPELINES:
+                    where += ["--model", str(PIPELINES[name](pipeline))]
                 outcomes[step] = dataclasses.asdict(cli(command, "-w", root, *where, *options, "--json"))
                 assert outcomes[step]["code"] == 0, f"{step}: {outcomes[step]['err']}"
             record.write_text(json.dumps(outcomes))

@@ -50,6 +50,27 @@ CHAIN = {
     "evaluate onnxruntime": ["--images", "20", "--steps", "3"],
 }
 """The commands of the main job in order, with their options; a backend's name stands for --backend."""
+LDM_CHAIN = {
+    "calibrate": ["--samples", "2", "--steps", "3", "--buckets", "3"],
+    "finetune": ["--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2"],
+    "export": [],
+    "reference": [],
+    "build-engine openvino": ["--threads", "1"],
+    "verify openvino": [],
+    "benchmark openvino": ["--runs", "1", "--warmup", "0", "--batch", "2"],
+    "generate openvino": ["--steps", "2", "--rows", "2"],
+    "evaluate openvino": ["--images", "2", "--steps", "2"],
+}
+"""The same for a latent-diffusion pipeline, whose images nothing can judge."""
+TEXT_CHAIN = {
+    **{step: LDM_CHAIN[step] for step in ("calibrate", "finetune", "export", "reference")},
+    "build-engine onnxruntime": ["--threads", "1"],
+    "verify onnxruntime": [],
+    "benchmark onnxruntime": LDM_CHAIN["benchmark openvino"],
+    "generate onnxruntime": ["--prompt", "a red cat", "--negative-prompt", "blue", "--steps", "2", "--rows", "2"],
+    "evaluate onnxruntime": ["--images", "2", "--steps", "2"],
+}
+"""And for a text-to-image pipeline."""
 
 
 @dataclass(frozen=True)

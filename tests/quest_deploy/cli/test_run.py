@@ -11,7 +11,6 @@ from onnx_ir.passes import PreconditionError
 
 from quest_deploy.cli import benchmark, calibrate, evaluate, export, finetune, generate
 from quest_deploy.errors import InputError
-from quest_deploy.evaluate import SamplingOptions
 from quest_deploy.workspace import Workspace
 from tests.quest_deploy.support import MINI_UNET, Outcome, cli, snapshot
 
@@ -34,8 +33,9 @@ def run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setattr(finetune, "finetune_stage", lambda w, console, choices, reuse: tune(w, console, stages[finetune], reuse=reuse))
     timed = partial(benchmark.benchmark_stage, batches=(2,), runs=2, warmup=1)
     monkeypatch.setattr(benchmark, "benchmark_stage", timed)
-    monkeypatch.setattr(generate, "generate_stage", partial(generate.generate_stage, labels="0123", rows=1, steps=3))
-    judged = partial(evaluate.evaluate_stage, options=SamplingOptions(images=20, steps=3))
+    pictures = {"labels": "0123", "rows": 1, "steps": 3}
+    monkeypatch.setattr(generate, "generate_stage", partial(generate.generate_stage, choices=pictures))
+    judged = partial(evaluate.evaluate_stage, choices={"images": 20, "steps": 3})
     monkeypatch.setattr(evaluate, "evaluate_stage", judged)
     return lambda *options: cli("run", "-w", workspace, "--backend", "onnxruntime", *options)
 

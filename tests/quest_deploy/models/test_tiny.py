@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quest_deploy.errors import InputError
-from quest_deploy.models.registry import MODEL_NAMES, check_model_name, load_model
+from quest_deploy.models.registry import MODEL_NAMES, check_model_name, load_model, resolve_source
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.models.tiny import ASSETS, NULL_CLASS, latents_from_images
 from quest_deploy.scheme import Scheme
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 def test_the_registry_knows_the_embedded_model_and_refuses_others() -> None:
-    assert [load_model(name).name for name in MODEL_NAMES] == ["tiny"]
-    for look_up in (check_model_name, load_model):
-        with pytest.raises(InputError, match="unknown model 'sd15': expected one of tiny"):
-            look_up("sd15")
+    assert "tiny" in MODEL_NAMES
+    assert load_model(resolve_source("tiny")).name == "tiny"
+    for look_up in (check_model_name, resolve_source):
+        with pytest.raises(InputError, match="unknown model 'sd99': expected one of tiny, sd14, .*, or the path of a diffusers folder"):
+            look_up("sd99")
 
 
 def test_its_weights_are_safetensors_of_at_most_4_mb() -> None:

@@ -1,0 +1,159 @@
+"""What a model can be asked for: nothing, a class, or a prompt; each as the tensors that its UNet takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quest_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Encode = Callable[[list[str]], tuple[dict[str, Tensor], dict[str, Tensor]]]
+    """From N prompts to their conditions and to the unconditional ones, each [N, ...]."""
+
+TEXT_TOKENS = 77
+"""CLIP's: what prompts are padded to."""
+RANDOM_LABELS = 16
+NO_GUIDANCE = "the model has no unconditional condition, and so no classifier-free guidance: expected a guidance weight of 1"
+
+
+class Conditions(Protocol):
+    """See :class:`quest_deploy.models.registry.DiffusionModel`, whose members of the same names these are."""
+
+    @property
+    def labels(self) -> int:
+        """How many labels there are."""
+
+    def of(self, labels: NDArray[np.int64]) -> dict[str, Tensor]:
+        """The conditions for ``labels`` [B], each [B, ...]."""
+
+    def null(self, count: int) -> dict[str, Tensor]:
+        """The unconditional conditions, each [count, ...]."""
+
+
+class NoConditions:
+    """Of an unconditional model."""
+
+    labels = 1
+
+    def of(self, labels: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Nothing, whatever is asked for."""
+        return {}
+
+    def null(self, count: int) -> dict[str, Tensor]:
+        """There is none."""
+        raise InputError(NO_GUIDANCE)
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """Of a UNet that embeds the class itself: ``class_labels``, float32 [B]."""
+
+    labels: int
+
+    def of(self, labels: NDArray[np.int64]) -> dict[str, Tensor]:
+        """The labels themselves."""
+        check_labels(labels, self.labels)
+        return {"class_labels": torch.from_numpy(labels).float()}
+
+    def null(self, count: int) -> dict[str, Tensor]:
+        """There is none."""
+        raise InputError(NO_GUIDANCE)
+
+
+@dataclass(frozen=True)
+class ClassTokens:
+    """Of a UNet that attends to a class's tokens: ``encoder_hidden_states``, float32 [B, tokens, D].
+
+    Attributes:
+        table: float32 [classes + 1, tokens, D]; the last row is the class of no class.
+    """
+
+    table: Tensor
+
+    @property
+    def labels(self) -> int:
+        """The classes, without that of no class."""
+        return len(self.table) - 1
+
+    def of(self, labels: NDArray[np.int64]) -> dict[str, Tensor]:
+        """The labels' rows."""
+        check_labels(labels, self.labels)
+        return {"encoder_hidden_states": self.table[torch.from_numpy(labels)]}
+
+    def null(self, count: int) -> dict[str, Tensor]:
+        """The last row."""
+        return {"encoder_hidden_states": self.table[-1:].repeat(count, 1, 1)}
+
+
+class Prompts:
+    """Of a text-to-image model: the text encoders' states of a list of prompts, computed when they are first asked for."""
+
+    def __init__(self, prompts: Sequence[str], encode: Encode) -> None:
+        self.prompts, self._encode = list(prompts), encode
+        self._encoded: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+
+    @property
+    def labels(self) -> int:
+        """How many prompts there are."""
+        return len(self.prompts)
+
+    def of(self, labels: NDArray[np.int64]) -> dict[str, Tensor]:
+        """The states of the prompts with these numbers."""
+        check_labels(labels, self.labels)
+        rows = torch.from_numpy(labels)
+        return {name: value[rows] for name, value in self._both[0].items()}
+
+    def null(self, count: int) -> dict[str, Tensor]:
+        """The states of no prompt."""
+        return {name: value[:1].repeat(count, *[1] * (value.dim() - 1)) for name, value in self._both[1].items()}
+
+    @property
+    def _both(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if self._encoded is None:
+            self._encoded = self._encode(self.prompts)
+        return self._encoded
+
+
+def random_prompts(config: dict[str, Any], seed: int) -> Prompts:
+    """Random normal states in the shapes that a UNet of ``config`` takes, where there is no text encoder.
+
+    Sizes of the picture (``time_ids``) are those that the UNet was made for, eight pixels to a latent.
+    """
+
+    def encode(prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        halves = []
+        for _ in range(2):
+            states = {
+                "encoder_hidden_states": torch.randn(len(prompts), TEXT_TOKENS, config["cross_attention_dim"], generator=generator)
+            }
+            if config.get("addition_embed_type") == "text_time":
+                pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
+                states["text_embeds"] = torch.randn(len(prompts), pooled, generator=generator)
+                states["time_ids"] = time_ids(8 * config["sample_size"]).repeat(len(prompts), 1)
+            halves.append(states)
+        return halves[0], halves[1]
+
+    return Prompts([""] * RANDOM_LABELS, encode)
+
+
+TIME_IDS = 6
+
+
+def time_ids(pixels: int) -> Tensor:
+    """SDXL's condition on the picture's size, [1, 6]: it was ``pixels`` high and wide, not cropped, and is to be so."""
+    return torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=torch.float32)
+
+
+def check_labels(labels: NDArray[np.int64], count: int) -> None:
+    """Raise InputError for a label outside 0..count-1."""
+    if labels.size and not (labels.min() >= 0 and labels.max() < count):
+        raise InputError(f"labels must be 0 to {count - 1}, found {sorted(set(labels.tolist()))}")
