@@ -262,7 +262,7 @@ def main(
             f"{row.dtype} {row.variant:14} {row.seconds:7.3f} s  {row.speedup:5.2f} x fp32  {row.against_engine:5.3f} x engine",
             end="  ",
         )
-        print(f"error {row.error:.2e}  " + ", ".join(f"{role} {ms:.0f} ms" for role, ms in row.profile.items()))
+        print(f"error {row.error:.2e}; " + ", ".join(f"{role} {ms:.0f} ms" for role, ms in row.profile.items()))
     if json_file:
         machine = {"processor": processor_name(), "threads": threads, "batch": batch, "runs": runs, "versions": versions}
         nncf_options = {"preset": "default", "model_type": "TRANSFORMER", "calibration_batches": calibration_samples}

@@ -104,5 +104,5 @@ def _half(editor: Editor, value: ir.Value | None, i: int, half: str) -> ir.Value
     name = f"{value.name}.{half}"
     if value.dtype not in (ir.DataType.INT4, ir.DataType.UINT4):
         return editor.constant(name, array)
-    packed = pack_4bit(np.ascontiguousarray(array.astype(np.int8 if value.dtype is ir.DataType.INT4 else np.uint8)))
+    packed = pack_4bit(array.astype(np.int8) if value.dtype is ir.DataType.INT4 else array.astype(np.uint8))
     return editor.constant(name, ir.PackedTensor(packed, value.dtype, shape=array.shape, name=name))
