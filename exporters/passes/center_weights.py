@@ -29,7 +29,7 @@ class CenterWeights(ir.passes.InPlacePass):
         nodes = [
             node
             for node in model.graph
-            if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].dtype in UNSIGNED
+            if node.op_type == "DequantizeLinear" and (x := node.inputs[0]) is not None and x.is_initializer() and x.dtype in UNSIGNED
         ]
         for node in nodes:
             self._rewrite(editor, node)

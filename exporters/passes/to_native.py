@@ -12,10 +12,23 @@ from exporters.passes.gather_tables_once import GatherTablesOnce
 from exporters.passes.widen_int4 import WidenInt4
 
 
-def to_native(model: ir.Model, *, cast_int4_at_runtime: bool, signed_zero_points: bool, frozen_bucket: int | None) -> ir.Model:
-    """Rewrite ``model`` in place and return it; see WidenInt4, CenterWeights and FreezeBucket for the three choices."""
+def to_native(
+    model: ir.Model,
+    *,
+    cast_int4_at_runtime: bool,
+    signed_zero_points: bool,
+    frozen_bucket: int | None,
+    expanded: tuple[ir.passes.InPlacePass, ...] = (),
+) -> ir.Model:
+    """Rewrite ``model`` in place and return it.
+
+    Args:
+        cast_int4_at_runtime, signed_zero_points, frozen_bucket: see WidenInt4, CenterWeights and FreezeBucket.
+        expanded: a backend's own passes, on the graph whose quantizers have been expanded.
+    """
     ir.passes.Sequential(
         ExpandTimestepQuantize(),
+        *expanded,
         *([] if frozen_bucket is None else [FreezeBucket(frozen_bucket)]),
         CenterWeights(signed_zero_points=signed_zero_points),
         WidenInt4(cast_at_runtime=cast_int4_at_runtime),

@@ -29,6 +29,7 @@ FORMAT = "quest-deploy engine"
 VERSION = 1
 ENGINE_FILE = "engine.json"
 LOWERED = "lowered.onnx"
+DTYPES = ("fp32", "fp16", "bf16")
 _REPAIR = "run `quest-deploy build-engine` again"
 
 
@@ -41,16 +42,20 @@ class EngineOptions:
         threads: CPU threads; 0 lets the backend choose.
         compute_capabilities: TensorRT for RTX's target GPUs, such as "89"; empty means Ampere, Ada and Blackwell.
         max_batch: the largest batch of a TensorRT engine's optimization profile; its runner splits larger ones.
+        dtype: what an engine computes in where it does not compute in integers: fp32, fp16 or bf16.
     """
 
     provider: str = "cpu"
     threads: int = 0
     compute_capabilities: tuple[str, ...] = ()
     max_batch: int = 16
+    dtype: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.provider not in ("cpu", "cuda", "tensorrt"):
             raise InputError(f"unknown provider {self.provider!r}: expected cpu, cuda or tensorrt")
+        if self.dtype not in DTYPES:
+            raise InputError(f"unknown dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
         if self.threads < 0 or self.max_batch < 1:
             raise InputError("threads must be 0 or more and the largest batch 1 or more")
 

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.engine.base import LOWERED, Backend, EngineOptions, Runner, input_arrays, require_package
-from quest_deploy.errors import QuestDeployError
+from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,20 +20,24 @@ if TYPE_CHECKING:
 
     Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+"""openvino's name of each dtype that what is not INT8 may run in."""
 KEPT_SHAPES = 4
 """Each compiled batch size holds weights of its own in memory."""
 
 
 class OpenVinoBackend(Backend):
-    """FP32 where it is not INT8: on CPUs with bf16, OpenVINO would otherwise use that unasked."""
+    """FP32 where it is not INT8, or bf16 if asked for: on CPUs with bf16, OpenVINO would otherwise use that unasked."""
 
     name = "openvino"
 
     def check_build(self, options: EngineOptions) -> None:
         require_package("openvino", "cpu", "building for openvino")
+        _check_dtype(options)
 
     def check_run(self, options: EngineOptions) -> None:
         require_package("openvino", "cpu", "running on openvino")
+        _check_dtype(options)
 
     def lower(self, model: ir.Model, *, frozen_bucket: int | None = None) -> ir.Model:
         from exporters.lower.openvino import lower
@@ -43,7 +47,7 @@ class OpenVinoBackend(Backend):
     def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
         """Compile it once: what openvino refuses is refused now."""
         on_progress("compiling with openvino", 0, 1)
-        _compiled(lowered, options)
+        compile_graph(lowered, options)
         on_progress("compiling with openvino", 1, 1)
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
@@ -54,6 +58,11 @@ class OpenVinoBackend(Backend):
         from exporters.graph_info import load_graph
 
         return _OpenVinoRunner(folder / LOWERED, options, fuse=not fusing_crashes(load_graph(folder / LOWERED)))
+
+
+def _check_dtype(options: EngineOptions) -> None:
+    if options.dtype not in HINTS:
+        raise InputError(f"openvino runs what is not INT8 in {' or '.join(HINTS)} on a CPU, not in {options.dtype}")
 
 
 def fusing_crashes(segments: ir.Model) -> bool:
@@ -67,24 +76,42 @@ def fusing_crashes(segments: ir.Model) -> bool:
     return False
 
 
-def _compiled(path: Path, options: EngineOptions, shapes: Shapes | None = None, *, fuse: bool = True) -> Any:
-    """Compile the graph at ``path``, for fixed input shapes if given."""
+def compile_graph(path: Path, options: EngineOptions, shapes: Shapes | None = None, *, fuse: bool = True, profile: bool = False) -> Any:
+    """Compile the graph at ``path``, for fixed input shapes if given; ``profile`` makes each run time its nodes."""
     import openvino
 
     core = openvino.Core()
     # Without the group size of 0 a float activation that meets a dequantized weight is quantized to 8 bits, silently.
-    config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[options.dtype], "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     if not fuse:
         config["SNIPPETS_MODE"] = "DISABLE"
+    if profile:
+        config["PERF_COUNT"] = True
     if options.threads:
         config["INFERENCE_NUM_THREADS"] = options.threads
     try:
         model = core.read_model(path)
         if shapes is not None:
             model.reshape({name: list(shape) for name, shape in shapes})
+        _forward_halves(model)
         return core.compile_model(model, "CPU", config)
     except RuntimeError as e:
         raise QuestDeployError(f"openvino refuses {path}: {e}") from e
+
+
+def _forward_halves(model: Any) -> None:
+    """Let the readers of a Split of a Concat into the same parts read the parts themselves, in place.
+
+    The graph joins the halves of a gated layer so that the layer's output can be verified; openvino would copy them, twice.
+    """
+    for split in (op for op in model.get_ops() if op.get_type_name() in ("Split", "VariadicSplit")):
+        concat = split.input_value(0).get_node()
+        if concat.get_type_name() != "Concat" or concat.get_input_size() != split.get_output_size():
+            continue
+        parts = [concat.input_value(i) for i in range(concat.get_input_size())]
+        if all(part.get_partial_shape() == split.output(i).get_partial_shape() for i, part in enumerate(parts)):
+            for i, part in enumerate(parts):
+                split.output(i).replace(part)
 
 
 class _OpenVinoRunner(Runner):
@@ -110,7 +137,7 @@ class _OpenVinoRunner(Runner):
 
     def _request(self, shapes: Shapes) -> Any:
         if shapes not in self._requests:
-            self._requests[shapes] = _compiled(self._path, self._options, shapes, fuse=self._fuse).create_infer_request()
+            self._requests[shapes] = compile_graph(self._path, self._options, shapes, fuse=self._fuse).create_infer_request()
             while len(self._requests) > KEPT_SHAPES:
                 self._requests.popitem(last=False)
         self._requests.move_to_end(shapes)

@@ -1,0 +1,152 @@
+"""What openvino makes of our graphs, read from the graph that it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from exporters.graph_info import save_graph
+from exporters.lower.openvino import lower
+from quest_deploy.checkpoint import Checkpoint, ProductData, SiteData
+from quest_deploy.engine.base import EngineOptions
+from quest_deploy.engine.openvino import OpenVinoBackend, compile_graph
+from quest_deploy.errors import InputError
+from quest_deploy.scheme import Symmetry
+from tests.helpers import hand_checkpoint, inserted, numpy_product, relative_error
+
+HEADS, TOKENS, WIDTH = 2, 8, 4
+ATTENTION = f"""
+attention (float[batch,{TOKENS},{HEADS},{WIDTH}] q, float[batch,{TOKENS},{HEADS},{WIDTH}] k,
+           float[batch,{TOKENS},{HEADS},{WIDTH}] v, float[batch] timestep)
+  => (float[batch,{HEADS},{TOKENS},{WIDTH}] out)
+  <float[batch,{HEADS},{TOKENS},{WIDTH}] qt, float[batch,{HEADS},{WIDTH},{TOKENS}] kt, float[batch,{HEADS},{TOKENS},{WIDTH}] vt,
+   float[batch,{HEADS},{TOKENS},{TOKENS}] scores, float[batch,{HEADS},{TOKENS},{TOKENS}] weights,
+   float[batch,{HEADS},{TOKENS},{WIDTH}] mixed>
+{{
+  qt = Transpose <perm = [0, 2, 1, 3]> (q)
+  kt = Transpose <perm = [0, 2, 3, 1]> (k)
+  vt = Transpose <perm = [0, 2, 1, 3]> (v)
+  scores = quest.export.Product <layer = "attn.scores"> (qt, kt)
+  half = Constant <value_float = 0.5> ()
+  scaled = Mul (scores, half)
+  weights = Softmax <axis = -1> (scaled)
+  mixed = quest.export.Product <layer = "attn.mix"> (weights, vt)
+  out = Identity (mixed)
+}}
+"""
+"""Attention on operands of [batch, tokens, heads, width]."""
+GATED = """
+gated (float[batch,3,5] x, float[batch] timestep) => (float[batch,3,3] out) <float[batch,3,6] y>
+{
+  y = quest.export.Layer <layer = "gated"> (x)
+  value, gate = Split <axis = -1, num_outputs = 2> (y)
+  open = Sigmoid (gate)
+  out = Mul (value, open)
+}
+"""
+BATCH = 2
+
+
+def has_vnni() -> bool:
+    """Whether this CPU multiplies int8 in vectors, without which openvino fuses no quantized attention."""
+    try:
+        return "avx512_vnni" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def attention() -> Checkpoint:
+    """A checkpoint of one attention, all four operands at 8 bits, in two buckets."""
+
+    def site(operand: str, reader: str, axis_size: int, scale: tuple[float, float], *, unsigned: bool = False) -> SiteData:
+        low, high = (0, 255) if unsigned else (-127, 127)
+        symmetry = Symmetry.UNSIGNED if unsigned else Symmetry.SYMMETRIC
+        bounds = (np.full(2, bound, np.float32) for bound in (low, high))
+        ones = np.ones(axis_size, np.float32)
+        return SiteData(f"attn.{operand}", 8, symmetry, 3, (reader,), np.asarray(scale, np.float32), *bounds, ones)
+
+    sites = [
+        site("q", "attn.scores", WIDTH, (0.03, 0.02)),
+        site("k", "attn.scores", TOKENS, (0.02, 0.03)),
+        site("softmax", "attn.mix", TOKENS, (1 / 255, 0.5 / 255), unsigned=True),
+        site("v", "attn.mix", WIDTH, (0.03, 0.025)),
+    ]
+    products = [ProductData("attn.scores", ("attn.q", "attn.k"), 1), ProductData("attn.mix", ("attn.softmax", "attn.v"), 1)]
+    return dataclasses.replace(hand_checkpoint(), layers={}, sites={s.name: s for s in sites}, products={p.name: p for p in products})
+
+
+def gated() -> Checkpoint:
+    """A checkpoint of one gated layer."""
+    hand = hand_checkpoint()
+    layer = dataclasses.replace(hand.layers["to_k"], name="gated", bias=np.arange(6, dtype=np.float32))
+    site = dataclasses.replace(hand.sites["to_q"], name="gated", layers=("gated",))
+    return dataclasses.replace(hand, layers={"gated": layer}, sites={"gated": site})
+
+
+def compiled(model: ir.Model, folder: Path, feeds: dict[str, np.ndarray]) -> Any:
+    save_graph(lower(model), folder / "lowered.onnx")
+    shapes = tuple((name, value.shape) for name, value in feeds.items())
+    return compile_graph(folder / "lowered.onnx", EngineOptions(threads=1), shapes)
+
+
+def nodes(model: Any) -> list[tuple[str, str]]:
+    """The type of each node that runs, and the names of what it fused."""
+
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else str(value.astype(str))
+
+    infos = [node.get_rt_info() for node in model.get_runtime_model().get_ordered_ops()]
+    return [(text(i["layerType"]), text(i["originalLayersNames"]) if "originalLayersNames" in i else "") for i in infos]
+
+
+@pytest.mark.skipif(not has_vnni(), reason="openvino fuses quantized attention on CPUs with AVX512-VNNI only")
+def test_attention_at_8_bits_runs_as_one_kernel_and_is_right_in_a_batch_that_mixes_buckets(tmp_path: Path) -> None:
+    rng, checkpoint = np.random.default_rng(0), attention()
+    feeds = {name: rng.standard_normal((BATCH, TOKENS, HEADS, WIDTH)).astype(np.float32) for name in "qkv"}
+    feeds["timestep"] = np.asarray([900, 100], np.float32)
+    model = compiled(inserted(ATTENTION, checkpoint), tmp_path, feeds)
+    types = [node_type for node_type, _ in nodes(model)]
+    assert not {"MatMul", "Softmax"} & set(types), types
+    assert any("attn.scores.product" in fused and "attn.mix.product" in fused for _, fused in nodes(model))
+    bucket, found = np.asarray([1, 0]), model(feeds)[0]
+    q, k, v = (feeds[name].transpose(0, 2, 1, 3) for name in "qkv")
+    scores = numpy_product(checkpoint, "attn.scores", q, k.transpose(0, 1, 3, 2), bucket) * 0.5
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    mixed = numpy_product(checkpoint, "attn.mix", weights.astype(np.float32), v, bucket)
+    assert relative_error(found, mixed) < 5e-3  # a softmax on a tie may get the next code
+
+
+def test_the_halves_of_a_gated_layer_are_neither_joined_nor_split_and_the_cut_layer_still_is_whole(tmp_path: Path) -> None:
+    feeds = {"x": np.random.default_rng(0).standard_normal((BATCH, 3, 5)).astype(np.float32), "timestep": np.zeros(BATCH, np.float32)}
+    model = compiled(inserted(GATED, gated()), tmp_path, feeds)
+    fused = [names for node_type, names in nodes(model) if node_type in ("Concatenation", "Split", "StridedSlice")]
+    assert not [names for names in fused if "gated" in names]
+    assert not any(node_type == "Concatenation" for node_type, _ in nodes(model))
+
+
+def test_what_no_cpu_computes_in_is_refused_by_name() -> None:
+    for check in (OpenVinoBackend().check_build, OpenVinoBackend().check_run):
+        with pytest.raises(InputError, match="fp32 or bf16 on a CPU, not in fp16"):
+            check(EngineOptions(dtype="fp16"))
+        check(EngineOptions(dtype="bf16"))
+
+
+def test_bf16_is_used_only_if_asked_for(tmp_path: Path) -> None:
+    feeds = {"x": np.random.default_rng(0).standard_normal((BATCH, 3, 5)).astype(np.float32), "timestep": np.zeros(BATCH, np.float32)}
+    save_graph(lower(inserted(GATED, gated())), tmp_path / "lowered.onnx")
+    shapes = tuple((name, value.shape) for name, value in feeds.items())
+    hints = [
+        compile_graph(tmp_path / "lowered.onnx", EngineOptions(threads=1, dtype=dtype), shapes).get_property("INFERENCE_PRECISION_HINT")
+        for dtype in ("fp32", "bf16")
+    ]
+    assert [hint.to_string() for hint in hints] == ["f32", "bf16"]
+
+
+def test_an_unknown_dtype_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="unknown dtype 'int4': expected one of fp32, fp16, bf16"):
+        EngineOptions(dtype="int4")

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from exporters.graph_info import save_graph
+from tests.helpers import hand_checkpoint, hand_graph
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_openvino.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compare_openvino", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["compare_openvino"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pair(script: ModuleType, rival: Any, engine: list[float], theirs: list[float], output: float) -> dict[Any, Any]:
+    def timing(seconds: list[float], value: float) -> Any:
+        return script.Timing(seconds, {"attention": min(seconds)}, np.full(4, value, np.float32))
+
+    return {script.Variant.ENGINE: timing(engine, 1.1), rival: timing(theirs, output)}
+
+
+def test_each_ratio_is_of_medians_of_the_pair_that_ran_side_by_side(script: ModuleType) -> None:
+    fp32, nncf, static = script.RIVALS
+    pairs = {
+        fp32: pair(script, fp32, [2, 2, 9], [8, 8, 8], 1.0),
+        nncf: pair(script, nncf, [4, 4, 4], [5, 5, 1], 1.5),  # a slower minute: both sides took twice as long
+        static: pair(script, static, [2, 2, 2], [1.9, 1.9, 1.9], 1.1),
+    }
+    rows = {row.variant: row for row in script.rows_of("fp32", pairs, np.ones(4, np.float32))}
+    assert rows["engine"].seconds == 2
+    assert rows["engine"].speedup == pytest.approx(4)
+    assert rows["nncf int8"].against_engine == pytest.approx(1.25)
+    assert rows["nncf int8"].speedup == pytest.approx(3.2)
+    assert rows["static scales"].against_engine == pytest.approx(0.95)
+    assert [rows[name].error for name in ("fp32", "engine", "nncf int8")] == pytest.approx([0, 0.1, 0.5])
+    assert rows["engine"].profile == {"attention": 2}  # the fastest run's
+
+
+@pytest.mark.parametrize(
+    ("node_type", "fused", "role"),
+    [
+        ("Convolution", "conv1.product", "convolution and linear"),
+        ("FullyConnectedQuantizedLegacy", "to_q.product", "convolution and linear"),
+        ("Subgraph", "attn1.scores.product,node_Softmax_3,attn1.mix.product", "attention"),
+        ("Subgraph", "conv1.scaled,conv1.biased", "quantize and elementwise"),
+        ("MVN", "", "norm"),
+        ("Reorder", "", "layout"),
+        ("Interpolate", "", "rest"),
+    ],
+)
+def test_a_node_counts_for_what_it_computes(script: ModuleType, node_type: str, fused: str, role: str) -> None:
+    assert script.role_of(node_type, fused) == role
+
+
+def test_a_small_graph_is_compared_with_nncf_and_the_table_is_written(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_graph(hand_graph(hand_checkpoint()), tmp_path / "model.onnx")
+    script.main(tmp_path / "model.onnx", batch=2, threads=1, dtype=["fp32"], runs=1, folder=tmp_path / "kept", json_file=tmp_path / "j")
+    result = json.loads((tmp_path / "j").read_text())
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert rows.keys() == {"engine", "fp32", "nncf int8", "static scales"}
+    assert result["versions"].keys() == {"openvino", "nncf"}
+    assert rows["fp32"]["error"] == 0
+    assert 0 < rows["engine"]["error"] < 1
+    assert 0 < rows["nncf int8"]["error"] < rows["engine"]["error"]  # 8-bit activations in place of 4-bit ones
+    assert all(row["seconds"] > 0 and row["profile"] for row in rows.values())
+    assert "nncf int8" in capsys.readouterr().out
