@@ -20,6 +20,7 @@ import numpy as np
 
 from exporters.graph_info import BUCKET, GraphInfo, SiteInfo, graph_info, load_graph, save_graph
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_product, cut_segments
+from exporters.passes.unsigned_activations import MIDDLE
 from quest_deploy.engine.base import LOWERED, EngineOptions, no_progress, open_engine
 from quest_deploy.errors import InputError
 from quest_deploy.reference_files import OUTPUT, load_reference
@@ -213,9 +214,14 @@ def _check_codes(
     results = []
     for record, (mine, theirs) in zip(records, build.run(cut_codes(lowered, info, site), feeds, expected), strict=True):
         ratio = _ratio(record.tensors[f"site.{site}.x"], record.tensors["bucket"], tables, entry)
-        found = _without_padding(mine[entry.codes], ratio.shape)
+        found = _without_padding(_signed(mine[entry.codes]), ratio.shape)
         results.append([compare_codes(found[i], theirs[entry.codes][i], ratio[i]) for i in range(len(ratio))])
     return results
+
+
+def _signed(codes: NDArray[Any]) -> NDArray[Any]:
+    """The codes as the reference has them; a lowering may store them as UINT8 (see exporters.passes.unsigned_activations)."""
+    return codes.astype(np.int16) - MIDDLE if codes.dtype == np.uint8 else codes
 
 
 def _without_padding(codes: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
