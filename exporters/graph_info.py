@@ -41,7 +41,8 @@ class LayerInfo:
 class SiteInfo:
     """A site in the graph: ``input`` and ``codes`` name its float value and its codes.
 
-    Codes are int8, or float32 where ``integer`` is false: such a site and its readers compute in float.
+    Codes are int8, or float32 where ``integer`` is false: such a site and its readers compute in float. Lowered for onnxruntime, codes
+    may be uint8, 128 above the int8 code.
     """
 
     name: str
@@ -112,13 +113,29 @@ def _product(entry: dict[str, Any]) -> ProductInfo:
 
 
 def load_graph(path: Path) -> ir.Model:
-    """Load an ONNX file (with its external data); raise InputError where it cannot be read."""
+    """Load an ONNX file (with its external data); raise InputError where it, or the file of its weights, is missing or damaged."""
     try:
-        return ir.load(path)
+        model = ir.load(path)
     except FileNotFoundError as e:
         raise InputError(f"{path} does not exist; run `quest-deploy export` first") from e
     except Exception as e:  # protobuf raises its own, differing by implementation
         raise InputError(f"{path}: not a readable ONNX file ({type(e).__name__}: {e})") from e
+    _check_weights(model)
+    return model
+
+
+def _check_weights(model: ir.Model) -> None:
+    """Weights are read when they are used, so a file that is cut off would be noticed late, by whatever uses them."""
+    ends: dict[Path, int] = {}
+    for value in model.graph.initializers.values():
+        if isinstance(tensor := value.const_value, ir.ExternalTensor):
+            path = Path(tensor.path)
+            ends[path] = max(ends.get(path, 0), (tensor.offset or 0) + (tensor.length or 0))
+    for path, end in ends.items():
+        found = path.stat().st_size if path.is_file() else None
+        if found is None or found < end:
+            state = "is missing" if found is None else f"is cut off (expected {end} bytes, found {found})"
+            raise InputError(f"{path}, which holds the graph's weights, {state}; make the graph again, or copy both of its files")
 
 
 def save_graph(model: ir.Model, path: Path) -> None:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporters.graph_info import graph_info, load_graph, sample_shape, save_graph
+from exporters.graph_info import graph_info, load_graph, save_graph
 from exporters.passes.remove_quantization import RemoveQuantization
 from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.base import LOWERED, EngineOptions, no_progress
+from quest_deploy.engine.base import LOWERED, EngineOptions, input_shapes, no_progress
 from quest_deploy.errors import InputError
 from quest_deploy.memory import peak_memory
+from quest_deploy.precision import engine_precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,7 +68,10 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All of it. Ratios are of medians within this run: above 1, the quantized engine is faster (smaller)."""
+    """All of it. Ratios are of medians within this run: above 1, the quantized engine is faster (smaller).
+
+    ``precision`` is what the quantized engine's layers run in, ``PrecisionReport.summary()``.
+    """
 
     backend: str
     timings: list[Timing]
@@ -75,6 +79,7 @@ class Benchmark:
     speedup_over_fp32: dict[int, float]
     bucket_selection_cost: dict[int, float]
     size_ratio_to_fp32: float
+    precision: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """The benchmark as a JSON value."""
@@ -102,6 +107,9 @@ def benchmark_engine(
         on_progress("building baselines", i, 2)
         _build_baseline(backend, options, graph, folders[name], name)
     on_progress("building baselines", 2, 2)
+    on_progress("asking the engine what its layers run in", 0, 1)
+    precision = engine_precision(backend, engine, options).summary()
+    on_progress("asking the engine what its layers run in", 1, 1)
     feeds = _feeds(graph, max(choices.batches))
     timings = _time_in_turn(backend, options, folders, feeds, choices, on_progress)
     footprints = []
@@ -119,6 +127,7 @@ def benchmark_engine(
         {b: medians[FP32, b] / medians[QUANTIZED, b] for b in choices.batches},
         {b: medians[QUANTIZED, b] / medians[STATIC, b] for b in choices.batches},
         sizes[FP32] / sizes[QUANTIZED],
+        precision,
     )
 
 
@@ -136,10 +145,8 @@ def _build_baseline(backend: Backend, options: EngineOptions, graph: Path, folde
 def _feeds(graph: Path, batch: int) -> dict[str, NDArray[np.float32]]:
     """Random inputs [batch, ...], the sample of the size that the model is meant for."""
     generator = np.random.default_rng(0)
-    model = load_graph(graph)
-    shapes = {value.name or "": [d for d in list(value.shape or [])[1:] if isinstance(d, int)] for value in model.graph.inputs}
-    shapes["sample"] = list(sample_shape(model))
-    feeds = {name: generator.standard_normal([batch, *shape]).astype(np.float32) for name, shape in shapes.items()}
+    shapes = input_shapes(load_graph(graph), batch)
+    feeds = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     feeds["timestep"] = np.linspace(1, 990, batch).astype(np.float32)
     return feeds
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.groups import PRODUCTS, TEMPORAL, group_of
 from quest_deploy.quant.affine import bucket_of
 from quest_deploy.quant.model import QuantizedModel
 from quest_deploy.quant.prepare import prepare
@@ -32,31 +32,8 @@ if TYPE_CHECKING:
 
 FORMAT = "quest-deploy sensitivity"
 VERSION = 1
-TEMPORAL, PRODUCTS, OTHER = "time_emb_proj", "attention products", "other"
 SENSITIVE_SHARE = 0.8
 """How much of the layers' error :func:`select_sensitive` wants to be trained away."""
-_GROUPS = {
-    TEMPORAL: ("*.time_emb_proj",),
-    PRODUCTS: ("*.scores", "*.mix"),
-    "attn2": ("*.attn2.*",),
-    "attn1.to_q/k/v": tuple(f"*.{attention}.to_{x}" for attention in ("attn1", "attentions.*") for x in "qkv"),
-    "attn1.to_out": ("*.attn1.to_out.*", "*.attentions.*.to_out.*"),
-    "ff.net": ("*.ff.net.*",),
-    "resnets.conv1": ("*.resnets.*.conv1",),
-    "resnets.conv2": ("*.resnets.*.conv2",),
-    "resnets.conv_shortcut": ("*.conv_shortcut", "*.conv_shortcut.*"),
-    "proj_in/proj_out": ("*.proj_in", "*.proj_out"),
-    "samplers": ("*.downsamplers.*", "*.upsamplers.*"),
-    "conv_in/conv_out": ("conv_in", "conv_out"),
-    "time_embedding": ("time_embedding.*", "class_embedding.*"),
-}
-"""Glob patterns of each kind of layer in a diffusers UNet; the first match counts."""
-GROUPS = (*_GROUPS, OTHER)
-
-
-def group_of(layer: str) -> str:
-    """The kind of layer that a module path names, one of ``GROUPS``."""
-    return next((group for group, patterns in _GROUPS.items() if any(fnmatchcase(layer, p) for p in patterns)), OTHER)
 
 
 @dataclass(frozen=True)

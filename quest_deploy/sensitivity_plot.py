@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quest_deploy.files import atomic_file
-from quest_deploy.sensitivity import GROUPS
+from quest_deploy.groups import GROUPS
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -1,15 +1,20 @@
-"""ONNX Runtime: the op expanded, weights as INT8.
+"""ONNX Runtime: the op expanded, all layers as INT8 matrix products, weights stored as INT4 and widened by a Cast.
 
-Linears run as INT8 GEMMs; a convolution without a quantizer behind it stays in float there (ConvInteger is slower than float).
+Its integer convolutions requantize what they put out (QLinearConv) or are slower than float (ConvInteger), while its matrix products
+run as INT8 on unsigned activations and signed weights.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
+from exporters.passes.conv_to_matmul import ConvToMatMul
+from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
 from exporters.passes.to_native import to_native
+from exporters.passes.unsigned_activations import UnsignedActivations
 
 
 def lower(model: ir.Model, *, frozen_bucket: int | None = None) -> ir.Model:
     """Rewrite the portable graph in place and return it; ``frozen_bucket`` makes its scales static (see FreezeBucket)."""
-    return to_native(model, cast_int4_at_runtime=False, signed_zero_points=True, frozen_bucket=frozen_bucket)
+    ir.passes.Sequential(ExpandTimestepQuantize(), UnsignedActivations(), ConvToMatMul())(model)
+    return to_native(model, cast_int4_at_runtime=True, signed_zero_points=True, frozen_bucket=frozen_bucket)

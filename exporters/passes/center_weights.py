@@ -26,11 +26,7 @@ class CenterWeights(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor = Editor(model.graph)
-        nodes = [
-            node
-            for node in model.graph
-            if node.op_type == "DequantizeLinear" and (x := node.inputs[0]) is not None and x.is_initializer() and x.dtype in UNSIGNED
-        ]
+        nodes = [node for node in model.graph if node.op_type == "DequantizeLinear" and _is_unsigned_weight(node.inputs[0])]
         for node in nodes:
             self._rewrite(editor, node)
         return ir.passes.PassResult(model, modified=bool(nodes))
@@ -54,6 +50,10 @@ class CenterWeights(ir.passes.InPlacePass):
         node.replace_input_with(0, editor.constant(f"{codes.name}_centered", centered.astype(np.int8)))
         node.replace_input_with(2, editor.constant(f"{zero.name}_centered", zeros.astype(np.int8)))
         _drop_unread(editor.graph, codes, zero)
+
+
+def _is_unsigned_weight(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer() and value.dtype in UNSIGNED  # activations may be unsigned too
 
 
 def _drop_unread(graph: ir.Graph, *values: ir.Value) -> None:

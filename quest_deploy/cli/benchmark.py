@@ -18,6 +18,7 @@ from quest_deploy.cli.options import (
     WorkspaceOption,
     open_workspace,
 )
+from quest_deploy.cli.precision import describe_summary
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.engine.backends import get_backend
 from quest_deploy.engine.base import engine_info, options_from
@@ -86,6 +87,7 @@ def describe(details: dict[str, Any]) -> str:
             for b, ratio in details["bucket_selection_cost"].items()
         ),
         f"files {details['size_ratio_to_fp32']:.2f}x smaller than FP32",
+        *describe_summary(details["precision"]),
     ]
     return "\n".join(lines)
 

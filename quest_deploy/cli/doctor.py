@@ -8,7 +8,7 @@ from typing import Any
 from quest_deploy.cli.console import Console, table
 from quest_deploy.cli.options import JsonOption
 from quest_deploy.engine.backends import BACKENDS
-from quest_deploy.engine.base import EngineOptions, processor_name
+from quest_deploy.engine.base import EngineOptions, integer_instructions, processor_name
 from quest_deploy.engine.tensorrt import gpu_count
 from quest_deploy.errors import InputError
 from quest_deploy.workspace import versions
@@ -26,6 +26,7 @@ def doctor(as_json: JsonOption = False) -> None:
             backends[label] = {"build": _problem(backend.check_build, options), "run": _problem(backend.check_run, options)}
     machine: dict[str, Any] = {
         "processor": processor_name(),
+        "integer_instructions": list(integer_instructions()),
         "gpus": gpu_count(),
         "free_disk_bytes": shutil.disk_usage(".").free,
         "versions": versions(),
@@ -37,9 +38,21 @@ def doctor(as_json: JsonOption = False) -> None:
         f"{machine['processor']}, {machine['gpus']} NVIDIA GPUs, {machine['free_disk_bytes'] / 1e9:.0f} GB free here",
         ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
         table(["backend", "builds", "runs"], rows),
-        "onnxruntime runs linears as INT8 and convolutions in float; openvino and TensorRT run both as INT8",
+        *_integers(machine["integer_instructions"]),
         *(f"- {remedy}" for remedy in remedies),
     )
+
+
+def _integers(instructions: list[str]) -> list[str]:
+    """What runs on integers here."""
+    found = f"has {', '.join(instructions)}" if instructions else "shows neither VNNI nor AMX: integers gain little speed on it"
+    return [
+        f"integers: this processor {found}",
+        "openvino and TensorRT run quantized convolutions and linears as INT8",
+        "onnxruntime runs both as INT8 matrix products, convolutions rewritten as such, since its own integer convolutions are slower "
+        "than float; grouped convolutions stay in float",
+        "`quest-deploy inspect` on an engine tells what each of its layers runs in",
+    ]
 
 
 def _problem(check: Any, options: EngineOptions) -> str | None:

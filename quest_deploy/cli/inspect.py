@@ -9,7 +9,9 @@ import typer
 
 from quest_deploy.cli.console import Console, in_float, size, table
 from quest_deploy.cli.options import JsonOption
-from quest_deploy.engine.base import ENGINE_FILE, LOWERED, changed_files, engine_info
+from quest_deploy.cli.precision import describe
+from quest_deploy.engine.backends import get_backend
+from quest_deploy.engine.base import ENGINE_FILE, LOWERED, changed_files, engine_info, options_from
 from quest_deploy.errors import InputError
 from quest_deploy.workspace import MANIFEST, Workspace
 
@@ -19,18 +21,19 @@ if TYPE_CHECKING:
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="A workspace, a checkpoint (.safetensors), a graph (.onnx) or an engine's folder.")],
+    layers: Annotated[bool, typer.Option("--layers", help="List each layer of a graph or engine, not each kind.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a file or folder holds: bits per layer, buckets, sizes, provenance."""
+    """Show what a file or folder holds: bits per layer, the precision an engine runs each in, buckets, sizes, provenance."""
     console = Console(as_json=as_json)
     if not path.exists():
         raise InputError(f"{path} does not exist")
     if path.suffix == ".safetensors":
         content, text = _checkpoint(path)
     elif path.suffix == ".onnx":
-        content, text = _graph(path)
+        content, text = _graph(path, layers=layers)
     elif (path / ENGINE_FILE).exists():
-        content, text = _engine(path)
+        content, text = _engine(console, path, layers=layers)
     elif (path / MANIFEST).exists():
         content, text = _workspace(path)
     else:
@@ -98,7 +101,15 @@ def _bits(products: list[dict[str, Any]]) -> str:
     return ", ".join(f"{bits} bits" if bits < 32 else "float" for bits in sorted({product["bits"] for product in products}))
 
 
-def _graph(path: Path) -> tuple[dict[str, Any], str]:
+def _graph(path: Path, *, layers: bool) -> tuple[dict[str, Any], str]:
+    from quest_deploy.precision import graph_precision
+
+    content, text = _content(path)
+    precision = graph_precision(path)
+    return {**content, "precision": precision.to_json()}, f"{text}\n{describe(precision, layers=layers)}"
+
+
+def _content(path: Path) -> tuple[dict[str, Any], str]:
     from collections import Counter
 
     from exporters.graph_info import graph_info, load_graph
@@ -133,11 +144,15 @@ def _graph(path: Path) -> tuple[dict[str, Any], str]:
     return content, text
 
 
-def _engine(path: Path) -> tuple[dict[str, Any], str]:
+def _engine(console: Console, path: Path, *, layers: bool) -> tuple[dict[str, Any], str]:
+    from quest_deploy.precision import engine_precision
+
     content = engine_info(path)
     sizes = {name: (path / name).stat().st_size for name in content["files"] if (path / name).exists()}
     changed = changed_files(path, content)
-    graph, graph_text = _graph(path / LOWERED)
+    graph, graph_text = _content(path / LOWERED)
+    with console.progress("asking the engine what its layers run in"):
+        precision = engine_precision(get_backend(content["backend"]), path, options_from(content))
     built_by = ", ".join(f"{name} {version}" for name, version in content["built_by"].items())
     text = "\n".join([
         f"engine for {content['backend']} on {content['hardware']}",
@@ -145,8 +160,10 @@ def _engine(path: Path) -> tuple[dict[str, Any], str]:
         f"files: {', '.join(f'{name} {size(count)}' for name, count in sizes.items())}",
         *(f"warning: {name} is missing or was changed since it was built" for name in changed),
         "lowered " + graph_text,
+        describe(precision, layers=layers),
     ])  # fmt: skip
-    return {**content, "kind": "engine", "file_bytes": sizes, "changed": changed, "lowered": graph}, text
+    details = {"file_bytes": sizes, "changed": changed, "lowered": graph, "precision": precision.to_json()}
+    return {**content, "kind": "engine", **details}, text
 
 
 def _workspace(path: Path) -> tuple[dict[str, Any], str]:

@@ -15,6 +15,7 @@ from quest_deploy.evaluate import HELD_OUT_SAMPLES, HELD_OUT_SEED, SamplingOptio
 from quest_deploy.files import sha256_of
 from quest_deploy.finetune.layer_sets import LAYER_SETS, select_layers
 from quest_deploy.finetune.train import FinetuneOptions, finetune
+from quest_deploy.groups import group_of
 from quest_deploy.memory import peak_memory, reset_peak_memory
 from quest_deploy.models.tiny import ASSETS
 from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
@@ -22,7 +23,7 @@ from quest_deploy.quant.model import QuantizedModel
 from quest_deploy.quant.reconstruct import ReconstructOptions, reconstruct
 from quest_deploy.sampling import float_denoiser
 from quest_deploy.scheme import Scheme
-from quest_deploy.sensitivity import error_shares, group_of, measure_sensitivity, select_sensitive
+from quest_deploy.sensitivity import error_shares, measure_sensitivity, select_sensitive
 from quest_deploy.trajectories import Trajectories, record_trajectories, samples_for
 
 if TYPE_CHECKING:

@@ -127,6 +127,20 @@ class Backend(ABC):
         """As :meth:`open`, for the float parts of a graph, cut out to be verified."""
         return self.open(folder, options)
 
+    @abstractmethod
+    def realised_precision(self, folder: Path, options: EngineOptions) -> dict[str, str]:
+        """What each Conv and matrix product of the lowered graph in ``folder`` runs in, by the name of its node.
+
+        "int8", "fp32", "fp16" or "bf16", as the runtime itself tells it; a node that it does not name is left out.
+
+        Raises:
+            InputError: this machine cannot tell.
+        """
+
+    def float_reason(self, operator: str) -> str:
+        """Why an integer layer of this ``operator`` (Conv, MatMul) runs in float on this backend; empty where none is known."""
+        return ""
+
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
         """What an engine built with ``options`` runs on."""
         return {"device": "CPU", "machine": platform.machine(), "processor": processor_name()}
@@ -143,6 +157,27 @@ def processor_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in stream if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
+
+
+def integer_instructions() -> tuple[str, ...]:
+    """The CPU's instructions for 8-bit integer products, as Linux names them; empty where it has none or does not tell."""
+    try:
+        with Path("/proc/cpuinfo").open() as stream:
+            flags = next((line.split(":", 1)[1].split() for line in stream if line.startswith("flags")), [])
+    except OSError:
+        return ()
+    return tuple(flag for flag in flags if flag in ("avx_vnni", "avx512_vnni", "amx_int8"))
+
+
+def input_shapes(model: ir.Model, batch: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the graph's inputs, by name, the sample of the size that the model is meant for."""
+    from exporters.graph_info import sample_shape
+
+    shapes = {
+        value.name or "": (batch, *(size for size in list(value.shape or [])[1:] if isinstance(size, int)))
+        for value in model.graph.inputs
+    }
+    return shapes | {"sample": (batch, *sample_shape(model))}
 
 
 def build_engine(

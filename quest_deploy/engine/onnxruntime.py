@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.engine.base import LOWERED, Backend, EngineOptions, Runner, input_arrays, require_package
+from quest_deploy.engine.base import (
+    LOWERED,
+    Backend,
+    EngineOptions,
+    Runner,
+    input_arrays,
+    input_shapes,
+    integer_instructions,
+    require_package,
+)
 from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -17,6 +28,11 @@ if TYPE_CHECKING:
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 SETTINGS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 """What is not quantized is FP32: TF32, which is on by default, rounds the operands of float products to 10 bits."""
+_KERNEL = "_kernel_time"
+_INTEGER_KERNELS = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul")
+_FLOAT_KERNELS = ("Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MatMulNBits", "NhwcFusedConv")
+"""MatMulNBits is one at the accuracy level that sessions ask for: it widens its weights."""
+_FLOATS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class OnnxRuntimeBackend(Backend):
@@ -53,11 +69,49 @@ class OnnxRuntimeBackend(Backend):
     def open(self, folder: Path, options: EngineOptions) -> Runner:
         return _OnnxRuntimeRunner(_session(folder / LOWERED, options))
 
+    def realised_precision(self, folder: Path, options: EngineOptions) -> dict[str, str]:
+        """From the profile of one inference of one sample: which kernel ran, and the types of the operands that it was given."""
+        import numpy as np
+
+        from exporters.graph_info import load_graph
+        from exporters.multiplications import OPERATORS
+
+        lowered = load_graph(folder / LOWERED)
+        wanted = [node.name or "" for node in lowered.graph if node.op_type in OPERATORS]
+        feeds = {name: np.ones(shape, np.float32) for name, shape in input_shapes(lowered, 1).items()}
+        with tempfile.TemporaryDirectory(prefix="quest-deploy-") as scratch:
+            session = _session(folder / LOWERED, options, profile=Path(scratch) / "profile")
+            _OnnxRuntimeRunner(session).infer(feeds)
+            events = json.loads(Path(session.end_profiling()).read_text())
+        return profiled_precisions(events, wanted)
+
+    def float_reason(self, operator: str) -> str:
+        if operator != "Conv":
+            return ""
+        return "its integer convolutions are slower than float or round what they put out, and a grouped one is no matrix product"
+
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
         return {**super().hardware(options), "device": options.provider}
 
 
-def _session(path: Path, options: EngineOptions) -> Any:
+def profiled_precisions(events: list[dict[str, Any]], wanted: list[str]) -> dict[str, str]:
+    """What each ``wanted`` node ran in, by its name: by the kernel that ran, and for a float one by the type of its first operand.
+
+    A node that onnxruntime fused has the name of one that it was made of, and something behind it.
+    """
+    names, found = set(wanted), {}
+    for event in (e for e in events if e.get("cat") == "Node" and str(e.get("name", "")).endswith(_KERNEL)):
+        ran, kernel = event["name"].removesuffix(_KERNEL), event["args"].get("op_name")
+        name = ran if ran in names else max((n for n in names if ran.startswith((f"{n}_", f"{n}/"))), key=len, default=None)
+        if name is not None and kernel in _INTEGER_KERNELS:
+            found[name] = "int8"
+        elif name is not None and kernel in _FLOAT_KERNELS:
+            kind = next(iter(event["args"]["input_type_shape"][0]))
+            found[name] = _FLOATS.get(kind, kind)
+    return found
+
+
+def _session(path: Path, options: EngineOptions, profile: Path | None = None) -> Any:
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -65,6 +119,11 @@ def _session(path: Path, options: EngineOptions) -> Any:
     settings.log_severity_level = 3
     # By default a float activation that meets a dequantized weight is quantized to 8 bits, silently; such a layer computes in float.
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # Without VNNI a product of unsigned by signed 8-bit codes can saturate: there onnxruntime shall make both unsigned.
+    settings.add_session_config_entry("session.x64quantprecision", "1")
+    settings.add_session_config_entry("session.qdqisint8allowed", "1" if integer_instructions() else "0")
+    if profile is not None:
+        settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
     provider = PROVIDERS[options.provider]
     try:
         session = onnxruntime.InferenceSession(str(path), settings, providers=[(provider, SETTINGS.get(provider, {}))])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.engine.base import LOWERED, Backend, EngineOptions, Runner, input_arrays, require_package
+from quest_deploy.engine.base import LOWERED, Backend, EngineOptions, Runner, input_arrays, input_shapes, require_package
 from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
@@ -58,6 +58,17 @@ class OpenVinoBackend(Backend):
         from exporters.graph_info import load_graph
 
         return _OpenVinoRunner(folder / LOWERED, options, fuse=not fusing_crashes(load_graph(folder / LOWERED)))
+
+    def realised_precision(self, folder: Path, options: EngineOptions) -> dict[str, str]:
+        """From the runtime model of the engine compiled for one sample."""
+        from exporters.graph_info import load_graph
+        from exporters.multiplications import multiplications
+        from quest_deploy.engine.openvino_precision import runtime_precisions
+
+        lowered = load_graph(folder / LOWERED)
+        shapes = input_shapes(lowered, 1)
+        compiled = _compiled(folder / LOWERED, options, tuple(shapes.items()))
+        return runtime_precisions(compiled.get_runtime_model(), multiplications(lowered, shapes))
 
 
 def _check_dtype(options: EngineOptions) -> None:

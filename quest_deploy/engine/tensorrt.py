@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import json
+import re
 import signal
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.engine.base import Backend, EngineOptions, Runner, SplitRunner, input_arrays
+from quest_deploy.engine.base import LOWERED, Backend, EngineOptions, Runner, SplitRunner, input_arrays
 from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
@@ -24,6 +26,17 @@ if TYPE_CHECKING:
 
 ENGINE = "model.engine"
 RTX = "tensorrt_rtx"
+_TYPES = {
+    "Int8": "int8",
+    "INT8": "int8",
+    "BFloat16": "bf16",
+    "BF16": "bf16",
+    "Half": "fp16",
+    "FP16": "fp16",
+    "Float": "fp32",
+    "FP32": "fp32",
+}
+"""How its layer information names types."""
 DEFAULT_CAPABILITIES = ("80", "86", "89", "120")
 """Ampere, Ada and Blackwell. Not Turing ("75"): TensorRT for RTX refuses FP32 matrix products there."""
 
@@ -69,6 +82,7 @@ class TensorRtBackend(Backend):
             config.progress_monitor = monitor
             # On by default, it rounds the float products' operands to 10 bits: what is not quantized is FP32, as on the other backends.
             config.clear_flag(trt.BuilderFlag.TF32)
+            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the engine can tell its layers' precisions
             _add_profile(builder, config, network, options.max_batch, lowered)
             if self.package == RTX:
                 _target(trt, config, options.compute_capabilities)
@@ -79,6 +93,21 @@ class TensorRtBackend(Backend):
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
         return SplitRunner(_TensorRtRunner(folder / ENGINE, rtx=self.package == RTX), options.max_batch)
+
+    def realised_precision(self, folder: Path, options: EngineOptions) -> dict[str, str]:
+        """From the engine's own layer information; only a GPU that can run the engine can read it."""
+        from exporters.graph_info import load_graph
+        from exporters.multiplications import OPERATORS
+
+        wanted = [node.name or "" for node in load_graph(folder / LOWERED).graph if node.op_type in OPERATORS]
+        trt = self._module()
+        engine = trt.Runtime(_logger(trt)).deserialize_cuda_engine((folder / ENGINE).read_bytes())
+        if engine is None:
+            raise QuestDeployError(
+                f"{self.name} cannot load {folder / ENGINE} on this machine's GPU; run `quest-deploy build-engine` again"
+            )
+        told = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        return told_precisions(json.loads(told)["Layers"], wanted)
 
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
         if self.package == RTX:
@@ -94,6 +123,24 @@ class TensorRtBackend(Backend):
                 f"the {self.name} backend needs the Python package {self.name} and its libraries ({e}): "
                 f"pip install 'quest-deploy[{extra}]'" + ("" if extra == "cpu" else " on a machine with NVIDIA's TensorRT SDK")
             ) from e
+
+
+def told_precisions(layers: list[Any], wanted: list[str]) -> dict[str, str]:
+    """What each ``wanted`` node runs in, by its name, from TensorRT's layer information at detailed verbosity.
+
+    A layer's metadata names the ONNX nodes it was made of. One that holds several multiplications does not tell what each runs in,
+    so they are left out; so is a layer whose operands' types are not told.
+    """
+    names, found = set(wanted), {}
+    for layer in (entry for entry in layers if isinstance(entry, dict)):
+        made_of = [name for name in re.findall(r"\[ONNX Layer: ([^\]]+)\]", str(layer.get("Metadata", ""))) if name in names]
+        operands = [str(entry.get("Format/Datatype", "")) for entry in layer.get("Inputs", [])[:2]]
+        if isinstance(weights := layer.get("Weights"), dict):
+            operands = [*operands[:1], str(weights.get("Type", ""))]
+        types = [next((name for word, name in _TYPES.items() if word in operand), None) for operand in operands]
+        if len(set(made_of)) == 1 and types and None not in types:
+            found[made_of[0]] = "int8" if set(types) == {"int8"} else str(next(kind for kind in types if kind != "int8"))
+    return found
 
 
 def gpu_count() -> int:

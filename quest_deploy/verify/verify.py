@@ -221,7 +221,7 @@ def _check_codes(
 
 
 def _signed(codes: NDArray[Any]) -> NDArray[Any]:
-    """Codes that a lowering stores as UINT8 (see UnsignedCodes), less 128 as the reference has them."""
+    """Codes that a lowering stores as UINT8 (UnsignedCodes, UnsignedActivations), less 128 as the reference has them."""
     return (codes ^ np.uint8(128)).view(np.int8) if codes.dtype == np.uint8 else codes
 
 

@@ -68,7 +68,15 @@ def test_peak_memory_is_that_of_the_engine_and_not_of_the_process_that_measures(
 
 def test_progress_tells_every_phase_to_its_end(timed: tuple[Benchmark, list[tuple[str, int, int]]]) -> None:
     last = {phase: (done, total) for phase, done, total in timed[1]}
-    assert last == {"building baselines": (2, 2), "timing": (2, 2), "measuring memory": (3, 3)}
+    phases = {"building baselines": (2, 2), "timing": (2, 2), "measuring memory": (3, 3)}
+    assert last == phases | {"asking the engine what its layers run in": (1, 1)}
+
+
+def test_what_the_layers_run_in_is_told_beside_the_speed(timed: tuple[Benchmark, Any]) -> None:
+    precision = timed[0].precision
+    assert precision["shares"].keys() == {"int8", "fp32"}  # attention's products are float
+    assert precision["int8_share"] == precision["asked_int8_share"] > 0.5
+    assert precision["fell_back"] == precision["warnings"] == []
 
 
 def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_built(

@@ -14,16 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.groups import OTHER, PRODUCTS, group_of
 from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
 from quest_deploy.quant.prepare import prepare
 from quest_deploy.scheme import Scheme
 from quest_deploy.sensitivity import (
-    OTHER,
-    PRODUCTS,
     LayerSensitivity,
     Sensitivity,
     error_shares,
-    group_of,
     measure_sensitivity,
     select_sensitive,
 )

@@ -42,6 +42,12 @@ if TYPE_CHECKING:
 
     from quest_deploy.checkpoint import Checkpoint
 
+
+def signed(codes: Array) -> Array:
+    """The codes as the checkpoint has them; onnxruntime's lowering stores those that a layer reads 128 higher."""
+    return codes.astype(np.int16) - 128 if codes.dtype == np.uint8 else codes
+
+
 LOWERINGS = [onnxruntime.lower, openvino.lower, tensorrt.lower]
 each_lowering = pytest.mark.parametrize("lower", LOWERINGS, ids=lambda f: f.__module__.rpartition(".")[2])
 
@@ -66,7 +72,8 @@ def test_a_lowered_unet_is_plain_onnx_and_computes_exactly_what_the_portable_gra
     assert not lowered.functions
     assert set(lowered.graph.opset_imports) == {""}
     onnx.checker.check_model(proto_of(lowered), full_check=True)
-    np.testing.assert_array_equal(run(lowered, feeds)[0], portable_output)
+    # Not fused, onnxruntime's matrix products add the floats of a convolution in another order.
+    assert relative_error(run(lowered, feeds)[0], portable_output) <= (1e-5 if lower is onnxruntime.lower else 0)
 
 
 @each_lowering
@@ -86,7 +93,8 @@ def test_every_layer_and_site_can_still_be_cut_out_and_is_right(lower: Any, hand
     for name, site in info.sites.items():
         x = rng.standard_normal(shapes[name]).astype(np.float32)
         inputs = {site.input: x, "bucket": bucket}
-        np.testing.assert_array_equal(run(cut_codes(lowered, info, name), inputs)[0], site_codes(hand.sites[name], x, bucket))
+        codes = signed(run(cut_codes(lowered, info, name), inputs)[0])
+        np.testing.assert_array_equal(codes, site_codes(hand.sites[name], x, bucket))
         for layer in hand.sites[name].layers:
             (y,) = run(cut_layer(lowered, info, layer), inputs)
             assert relative_error(y, numpy_layer(hand, layer, x, bucket)) < 1e-6
@@ -113,6 +121,9 @@ def test_quantize_and_dequantize_have_constant_unit_scales_and_zero_points_of_ze
     for node in lower(small_graph).graph:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             value, scale, zero = node.inputs
+            if zero.dtype is ir.DataType.UINT8:  # 128 stands for 0
+                assert (lower, array_of(zero)) == (onnxruntime.lower, 128)
+                continue
             assert zero.dtype is ir.DataType.INT8
             assert not array_of(zero).any()
             is_weight = value.const_value is not None or (value.producer() is not None and value.producer().op_type == "Cast")
@@ -125,18 +136,20 @@ def test_tables_are_gathered_once_a_rank(lower: Any, small_graph: ir.Model) -> N
     assert (counts["Gather"], counts["Split"] >= 3) == (3, True)
 
 
-@pytest.mark.parametrize("lower", [onnxruntime.lower, tensorrt.lower])
-def test_onnxruntime_and_tensorrt_get_int8_initializers(lower: Any, small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
-    dtypes = [value.dtype for value in lower(small_graph).graph.initializers.values()]
+def test_tensorrt_gets_int8_initializers(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
+    dtypes = [value.dtype for value in tensorrt.lower(small_graph).graph.initializers.values()]
     assert ir.DataType.INT4 not in dtypes
     assert dtypes.count(ir.DataType.INT8) > len(small_checkpoint.layers)
 
 
-def test_openvino_gets_int4_initializers_behind_a_cast(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
-    lowered = openvino.lower(small_graph)
+@pytest.mark.parametrize("lower", [onnxruntime.lower, openvino.lower])
+def test_openvino_and_onnxruntime_get_int4_initializers_behind_a_cast(
+    lower: Any, small_graph: ir.Model, small_checkpoint: Checkpoint
+) -> None:
+    lowered = lower(small_graph)
     int4 = {name: value for name, value in lowered.graph.initializers.items() if value.dtype is ir.DataType.INT4}
-    whole = {name.removesuffix(".first").removesuffix(".second") for name in int4}
-    assert whole == {f"{name}.weight" for name, layer in small_checkpoint.layers.items() if layer.weight_bits == 4}
+    stems = {name.removesuffix(".first").removesuffix(".second").removesuffix("_of_matmul") for name in int4}
+    assert stems == {f"{name}.weight" for name, layer in small_checkpoint.layers.items() if layer.weight_bits == 4}
     assert {node.op_type for value in int4.values() for node in value.consumers()} == {"Cast"}
 
 
@@ -150,7 +163,8 @@ def test_a_frozen_unet_equals_the_whole_one_within_its_bucket_and_differs_elsewh
     assert "bucket" not in ir.convenience.create_value_mapping(frozen.graph)
     for timestep in (100.0, 600.0):
         at = {**feeds, "timestep": np.full(5, timestep, np.float32)}
-        assert np.array_equal(run(frozen, at)[0], run(small_proto, at)[0]) == (timestep == (100.0, None, 600.0)[bucket])
+        error = relative_error(run(frozen, at)[0], run(small_proto, at)[0])
+        assert (error <= (1e-5 if lower is onnxruntime.lower else 0)) == (timestep == (100.0, None, 600.0)[bucket])
 
 
 def test_openvino_itself_compiles_its_lowering_and_agrees_per_layer(hand: Checkpoint, hand_model: ir.Model) -> None:
@@ -226,16 +240,14 @@ def test_every_product_layer_and_site_of_a_new_kind_can_be_cut_out_and_is_right(
     sources = {**KINDS_INPUTS, "attn.q": "q", "attn.k": "kt", "attn.softmax": "weights", "attn.v": "v", "half.v": "v"}
     for name, source in sources.items():
         site, x = checkpoint.sites[name], feeds[source]
-        (codes,) = run(cut_codes(lowered, info, name), {source: x, "bucket": bucket})
+        codes = signed(run(cut_codes(lowered, info, name), {source: x, "bucket": bucket})[0])
         if isinstance(site, FreeSiteData):
             np.testing.assert_array_equal(codes, numpy_free_codes(site, x, bucket))
             continue
         padding = (0, 0) if name != "padded" else (1, 2)
         padded = np.pad(x, [(0, 0), (0, 0), *[(p, p) for p in padding]]) if x.ndim == 4 else x
         stored = np.rint(numpy_site(site, padded, bucket) / of_sample(site.scale, bucket, x.ndim))
-        unsigned = lower is openvino.lower and name == "attn.softmax"
-        assert codes.dtype == (np.uint8 if unsigned else np.int8)
-        np.testing.assert_array_equal(codes, stored if unsigned else stored + of_sample(site.offset, bucket, x.ndim))
+        np.testing.assert_array_equal(codes, stored + of_sample(site.offset, bucket, x.ndim))
 
 
 def test_tensorrt_gets_no_unsigned_codes_and_no_zero_points_but_zero() -> None:
