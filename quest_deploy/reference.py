@@ -7,6 +7,9 @@ each record also tests that every sample gets its own bucket's scales. It holds
 - per layer: those two samples' real activations, and two probes of values close to rounding ties, up to and beyond
   the clip bounds, which any wrong scale or bound sends to another code; with the codes and each layer's output.
 
+A large model's records hold, in turn, as many sites as a record's largest size admits (``reference_sample``). One record is made, and
+in memory, at a time.
+
 An activation within 4 ulp of a rounding tie may legitimately get another code in another runtime. Codes are saved for the real values;
 layer outputs are computed from values whose ties were moved to the middle of their code, so that they are unambiguous. All of a
 record's real activations and layer outputs are those of one pass of the model, so that the float part between them can be checked too.
@@ -14,30 +17,46 @@ record's real activations and layer outputs are those of one pass of the model, 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quest_deploy.errors import InputError
 from quest_deploy.files import write_json
-from quest_deploy.quant.layers import ActivationQuantizer, FreeActivationQuantizer, QuantizedLayer, QuantizedProduct, QuantizedSplit
+from quest_deploy.quant.layers import (
+    ActivationQuantizer,
+    FreeActivationQuantizer,
+    QuantizedLayer,
+    QuantizedProduct,
+    QuantizedSplit,
+    SiteQuantizer,
+)
 from quest_deploy.reference_files import INDEX, OUTPUT, TABLES, TIE_ULPS, RecordEntry
+from quest_deploy.reference_sample import choose, structure
 from quest_deploy.verify.judge import segment_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from quest_deploy.quant.layers import SiteQuantizer
     from quest_deploy.quant.model import QuantizedModel
+    from quest_deploy.reference_sample import Sample
     from quest_deploy.scheme import Scheme
     from quest_deploy.trajectories import Trajectories
 
 TIE_MARGIN = 2e-4
 JITTER_ULPS = 64
 JITTERED_RUNS = 3
+MEGABYTE = 10**6
+MEASURED_RECORDS = 2
+"""In how many records the sensitivity is measured, if nothing else is asked for, where a record cannot hold all sites."""
+FLOAT64_BYTES = 2**30
+"""The largest float32 parameters of a model whose sensitivity is measured in float64 too, which doubles them, and by several runs."""
 
 
 @torch.no_grad()
@@ -47,24 +66,39 @@ def save_reference(
     folder: Path,
     *,
     seed: int = 0,
+    megabytes: int = 1000,
+    measured: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[RecordEntry]:
-    """Write the records for every bucket, and their index, into ``folder``."""
+    """Write the records for every bucket, and their index, into ``folder``.
+
+    Args:
+        megabytes: the largest size of a record (1 MB = 10^6 bytes), which holds as many sites as fit.
+        measured: in how many of the records the sensitivity is measured; None for all, or 2 where the records cannot hold all sites.
+    """
     scheme = model.checkpoint.scheme
-    firsts = range(0, scheme.buckets, 2)
+    pairs = [(first, (first + 1) % scheme.buckets) for first in range(0, scheme.buckets, 2)]
+    timesteps = [(lowest_timestep(scheme, first), highest_timestep(scheme, second)) for first, second in pairs]
+    found = structure(model, _inputs(trajectories, timesteps[0], seed))
+    samples = choose(model.checkpoint, found, len(pairs), megabytes * MEGABYTE)
+    if not all(sample.sites for sample in samples):
+        raise InputError(f"no quantized tensor fits a record of {megabytes} MB; allow more (--megabytes)")
+    if measured is None:
+        whole = all(len(sample.sites) == len(model.sites) for sample in samples)
+        measured = len(pairs) if whole else MEASURED_RECORDS
+    with_sensitivity = {i * len(pairs) // measured for i in range(measured)} if measured < len(pairs) else set(range(len(pairs)))
     records = []
-    for i, first in enumerate(firsts):
-        buckets = (first, (first + 1) % scheme.buckets)
-        timesteps = (lowest_timestep(scheme, buckets[0]), highest_timestep(scheme, buckets[1]))
-        inputs = _inputs(trajectories, timesteps, seed + i)
+    for i, (buckets, sample) in enumerate(zip(pairs, samples, strict=True)):
+        inputs = _inputs(trajectories, timesteps[i], seed + i)
         output = model(**inputs)
-        tensors = {f"input.{name}": value for name, value in inputs.items()} | {"output": output} | _layer_tensors(model, inputs, i)
-        sensitivity = _sensitivity(model, inputs, output, seed + i)
+        sensitivity = _sensitivity(model, inputs, output, seed + i) if i in with_sensitivity else None
+        tensors = {f"input.{name}": value for name, value in inputs.items()} | {"output": output}
+        tensors |= _layer_tensors(model, inputs, sample, i)
         file = f"buckets-{buckets[0]:04d}-{buckets[1]:04d}.safetensors"
-        (folder / file).write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
-        records.append(RecordEntry(file, timesteps, buckets, sensitivity))
-        on_progress(i + 1, len(firsts))
-    (folder / TABLES).write_bytes(save(_tables(model)))
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / file)
+        records.append(RecordEntry(file, timesteps[i], buckets, sensitivity, sample.sites, sample.products))
+        on_progress(i + 1, len(pairs))
+    save_file(_tables(model), folder / TABLES)
     write_json(folder / INDEX, {"records": [asdict(record) for record in records]})
     return records
 
@@ -97,67 +131,78 @@ def _inputs(trajectories: Trajectories, timesteps: tuple[float, float], seed: in
     return {**trajectories.inputs(steps, rows), "timestep": wanted}
 
 
-def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], record: int) -> dict[str, Tensor]:
+def _layer_tensors(model: QuantizedModel, inputs: dict[str, Tensor], sample: Sample, record: int) -> dict[str, Tensor]:
     quantizers, layers, products = model.site_quantizers(), model.quantized_layers(), model.quantized_products()
+    chosen = {name: quantizers[name] for name in sample.sites}
+    chosen_products = {name: products[name] for name in sample.products}
+    wanted: set[nn.Module] = {(layers | products)[name] for name in sample.outputs}
+    wanted |= {x for x in _quantized(model) if isinstance(x, QuantizedSplit) and {x.first, x.second} & wanted}
     seen: dict[str, Tensor] = {}
     operands: dict[str, tuple[Tensor, ...]] = {}
     results: dict[nn.Module, Tensor] = {}
+    shapes: dict[nn.Module, torch.Size] = {}
 
     def untie(name: str, site: SiteQuantizer, x: Tensor) -> Tensor:
         seen[name] = x
         return site.untied(x, is_tie(site.ratio(x)))
 
+    def halves(split: QuantizedSplit, args: tuple[Tensor, ...], y: Tensor) -> None:
+        for half, part in zip((split.first, split.second), split.parts(args[0]), strict=True):
+            half(part)
+
     handles: list[Any] = []
-    for name, site in quantizers.items():
+    for name, site in chosen.items():
         handles.append(site.register_forward_pre_hook(lambda module, args, name=name: untie(name, module, args[0])))
-    for name, product in products.items():
+    for name, product in chosen_products.items():
         handles.append(product.register_forward_pre_hook(lambda module, args, name=name: operands.update({name: args})))
     for module in _quantized(model):
+        handles.append(module.register_forward_hook(lambda module, args, y: shapes.update({module: y.shape})))
+    for module in wanted:
         handles.append(module.register_forward_hook(lambda module, args, y: results.update({module: y})))
+        if isinstance(module, QuantizedSplit):
+            handles.append(module.register_forward_hook(halves))
     try:
         tensors = {"untied_output": model(**inputs)}
     finally:
         for handle in handles:
             handle.remove()
-    tensors |= _rounding(model, inputs, {**seen, OUTPUT: tensors["untied_output"]}, operands, results, record)
-
-    def with_probes(module: nn.Module, y: Tensor) -> Tensor:
-        """y [4, ...] with the rows that the pass itself gave, to the bit; the halves of a joint shortcut gave none."""
-        return torch.cat([results.pop(module), y[2:]]) if module in results else y
+    tensors |= _rounding(model, inputs, {**seen, OUTPUT: tensors["untied_output"]}, operands, results, shapes, record)
+    # Copies: the output may be a layer's, and a file holds no memory twice.
+    tensors |= {f"layer.{name}.y": results[(layers | products)[name]].clone() for name in sample.outputs}
 
     bucket = model.bucket_of(inputs["timestep"])
     model.bucket_state.current = torch.cat([bucket, bucket])
     tensors["bucket"] = model.bucket_state.current
     try:
         untied: dict[str, Tensor] = {}
-        for name, site in quantizers.items():
+        for name, site in chosen.items():
             x = torch.cat([seen[name], _probe(site, seen[name], bucket, record)])
             tensors[f"site.{name}.x"] = x
             tensors[f"site.{name}.codes"] = site.codes(x)
             ties = is_tie(site.ratio(x))
             if ties.any():
                 x = site.untied(x, ties)
-                tensors[f"site.{name}.untied_x"] = x
-            untied[name] = x
-            for reader in model.checkpoint.sites[name].layers:
-                if reader in layers:
-                    tensors[f"layer.{reader}.y"] = with_probes(layers[reader], layers[reader](x))
-        for name, product in products.items():
+                tensors |= {f"site.{name}.ties": ties.flatten().nonzero()[:, 0], f"site.{name}.untied": x[ties]}
+            readers = [reader for reader in model.checkpoint.sites[name].layers if reader in layers]
+            for reader in readers:
+                tensors[f"layer.{reader}.y"] = _with_probes(tensors[f"layer.{reader}.y"], layers[reader](x))
+            if not readers:
+                untied[name] = x
+        for name, product in chosen_products.items():
+            sites = model.checkpoint.products[name].sites
             pair = [
-                untied[site] if site is not None else torch.cat([x, x.flip(0)])
-                for site, x in zip(model.checkpoint.products[name].sites, operands[name], strict=True)
+                untied[site] if site is not None else torch.cat([x, x.flip(0)]) for site, x in zip(sites, operands[name], strict=True)
             ]
-            floats = [i for i, site in enumerate(model.checkpoint.products[name].sites) if site is None]
-            tensors |= {f"operand.{name}.{i}": pair[i].contiguous() for i in floats}
-            tensors[f"layer.{name}.y"] = with_probes(product, product(*pair))
+            tensors |= {f"operand.{name}.{i}": x for i, (site, x) in enumerate(zip(sites, pair, strict=True)) if site is None}
+            tensors[f"layer.{name}.y"] = _with_probes(tensors[f"layer.{name}.y"], product(*pair))
     finally:
         model.bucket_state.current = None
     return tensors
 
 
-def _quantized(model: QuantizedModel) -> list[nn.Module]:
-    """What segments begin at: layers, products, and shortcuts whose halves are one convolution."""
-    return [module for module in model.modules() if isinstance(module, (QuantizedLayer, QuantizedProduct, QuantizedSplit))]
+def _with_probes(real: Tensor, y: Tensor) -> Tensor:
+    """y [4, ...] with the rows that the pass itself gave, to the bit."""
+    return torch.cat([real, y[len(real) :]])
 
 
 def _rounding(
@@ -166,12 +211,14 @@ def _rounding(
     seen: dict[str, Tensor],
     operands: dict[str, tuple[Tensor, ...]],
     results: dict[nn.Module, Tensor],
+    shapes: dict[nn.Module, torch.Size],
     seed: int,
 ) -> dict[str, Tensor]:
     """How well the float part before each site, product and the output is determined: float32 [2], relative.
 
     The change that float64 makes there when the model's inputs and the layers' outputs are moved to a float32 next to them. The sine
-    of a large timestep is not determined to 1e-4, nor a norm of values far from zero.
+    of a large timestep is not determined to 1e-4, nor a norm of values far from zero. Layers and products themselves are not computed:
+    what is not in ``results`` matters to none of those sites, and is zero.
     """
     generator = torch.Generator().manual_seed(seed)
     rounding: dict[str, Tensor] = {}
@@ -186,25 +233,66 @@ def _rounding(
         error = torch.from_numpy(segment_error(expected.numpy(), x.numpy(), axis))
         rounding[f"rounding.{name}"] = torch.maximum(error, rounding.get(f"rounding.{name}", error))
 
-    def compare_operands(name: str, args: tuple[Tensor, ...]) -> None:
-        for x, expected in zip(args, operands[name], strict=True):
-            compare(name, x, expected, -1)
+    names = {site: name for name, site in model.site_quantizers().items()}
+    products = {product: name for name, product in model.quantized_products().items()}
 
-    handles: list[Any] = []
-    for name, site in model.site_quantizers().items():
-        handles.append(site.register_forward_pre_hook(lambda module, args, name=name: compare(name, args[0], seen[name], module.axis)))
-    for name, product in model.quantized_products().items():
-        handles.append(product.register_forward_pre_hook(lambda module, args, name=name: compare_operands(name, args)))
-    for module in results:
-        handles.append(module.register_forward_hook(lambda module, args, y: moved(results[module])))
-    model.double()
-    try:
+    def quantized(site: SiteQuantizer | None, x: Tensor) -> None:
+        if site is not None and names[site] in seen:
+            compare(names[site], x, seen[names[site]], site.axis)
+
+    def replaced(module: nn.Module, *args: Tensor) -> Tensor:
+        """Instead of what a layer or product computes: look at what it reads, and give what it gave."""
+        match module:
+            case QuantizedLayer():
+                quantized(module.site, args[0])
+            case QuantizedSplit():
+                for half, part in zip((module.first, module.second), module.parts(args[0]), strict=True):
+                    quantized(half.site, part)
+            case QuantizedProduct():
+                for site, x in zip(module.quantizers, args, strict=True):
+                    quantized(site, x)
+                for x, expected in zip(args, operands[products[module]], strict=True) if products[module] in operands else ():
+                    compare(products[module], x, expected, -1)
+        return moved(results[module]) if module in results else torch.zeros(shapes[module], dtype=torch.float64)
+
+    with _float_parts_in_float64(model), _forwards_replaced(_quantized(model), replaced):
         compare(OUTPUT, model(**{name: moved(value) for name, value in inputs.items()}), seen[OUTPUT], 1)
-    finally:
-        model.float()
-        for handle in handles:
-            handle.remove()
     return rounding
+
+
+def _quantized(model: QuantizedModel) -> list[nn.Module]:
+    """What float parts begin at: layers, products, and shortcuts whose halves are one convolution."""
+    return [module for module in model.modules() if isinstance(module, (QuantizedLayer, QuantizedProduct, QuantizedSplit))]
+
+
+@contextmanager
+def _forwards_replaced(modules: list[nn.Module], replaced: Callable[..., Tensor]) -> Iterator[None]:
+    """``modules`` compute ``replaced(module, *args)``."""
+    for module in modules:
+        object.__setattr__(module, "forward", partial(replaced, module))
+    try:
+        yield
+    finally:
+        for module in modules:
+            object.__delattr__(module, "forward")
+
+
+@contextmanager
+def _float_parts_in_float64(model: QuantizedModel) -> Iterator[None]:
+    """All parameters and buffers in float64 but for those of the layers and sites, which are nearly all."""
+    parts = [module for module in model.modules() if not isinstance(module, (QuantizedLayer, SiteQuantizer))]
+
+    def convert(dtype: torch.dtype) -> None:
+        for part in parts:
+            for value in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+                if value.is_floating_point():
+                    value.data = value.data.to(dtype)
+
+    convert(torch.float64)
+    try:
+        yield
+    finally:
+        convert(torch.float32)
 
 
 def _tables(model: QuantizedModel) -> dict[str, Tensor]:
@@ -252,11 +340,14 @@ def _sensitivity(model: QuantizedModel, inputs: dict[str, Tensor], output: Tenso
         change: Tensor = (other - output).flatten(1).norm(dim=1) / output.flatten(1).norm(dim=1)
         return change.float()
 
-    model.double()
-    try:
-        changes = [relative(model(**{name: value.double() for name, value in inputs.items()}))]
-    finally:
-        model.float()
+    changes = []
+    small = sum(parameter.nbytes for parameter in model.parameters()) <= FLOAT64_BYTES
+    if small:
+        model.double()
+        try:
+            changes.append(relative(model(**{name: value.double() for name, value in inputs.items()})))
+        finally:
+            model.float()
     generator = torch.Generator().manual_seed(seed)
 
     def jitter(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -265,7 +356,7 @@ def _sensitivity(model: QuantizedModel, inputs: dict[str, Tensor], output: Tenso
 
     handles = [site.register_forward_pre_hook(jitter) for site in model.sites]
     try:
-        changes += [relative(model(**inputs)) for _ in range(JITTERED_RUNS)]
+        changes += [relative(model(**inputs)) for _ in range(JITTERED_RUNS if small else 1)]
     finally:
         for handle in handles:
             handle.remove()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from quest_deploy.errors import InputError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-VERSION = 2
+VERSION = 3
 """Of what the files hold: a stage that has run with another version's runs again."""
 INDEX = "reference.json"
 TABLES = "tables.safetensors"
@@ -29,30 +30,63 @@ TIE_ULPS = 4
 
 @dataclass(frozen=True)
 class RecordEntry:
-    """A record's line in the index: its file, and for each of its two samples the timestep, the bucket, the sensitivity.
+    """A record's line in the index: its file, for each of its two samples the timestep and the bucket, and what it holds.
 
-    ``sensitivity`` is the largest relative change of the output when the same model runs in float64, or with its activations
-    jittered by up to 64 ulp before each quantizer (more than any two runtimes differ).
+    Attributes:
+        sensitivity: for each sample, the largest relative change of the output when the same model runs with its activations
+            jittered by up to 64 ulp before each quantizer (more than any two runtimes differ), or in float64 where it is not too
+            large for that; None where it was not measured.
+        sites, products: those whose tensors it holds; of the sites' layers it holds all.
     """
 
     file: str
     timesteps: tuple[float, float]
     buckets: tuple[int, int]
-    sensitivity: tuple[float, float]
+    sensitivity: tuple[float, float] | None
+    sites: tuple[str, ...]
+    products: tuple[str, ...]
+
+
+class StoredTensors(Mapping[str, "NDArray[Any]"]):
+    """The tensors of a safetensors file, each read when it is asked for: a record may be larger than memory should hold at once."""
+
+    def __init__(self, path: Path) -> None:
+        """Raise OSError or SafetensorError where there is no such file, or one that is damaged."""
+        self._file = safe_open(path, framework="numpy")
+        self._names = dict.fromkeys(self._file.keys())
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: NDArray[Any] = self._file.get_tensor(name)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
 class Record:
-    """A record with its tensors: ``input.*`` and ``output`` [2, ...]; ``bucket`` [4], ``site.*``, ``layer.*`` (of layers and of
-    products) and ``operand.*`` (a product's float ones) [4, ...].
+    """A record with its tensors.
 
-    The first two of the four rows are the two samples' real activations, the others the probes of the same buckets. The real ones
-    are those of a pass in which every tie was moved, and ``untied_output`` [2, ...] is what that pass gave. ``rounding.*`` [2], of
-    sites, products and the output, is how much rounding alone changes the float part before it.
+    ``input.*`` and ``output`` are [2, ...], ``bucket`` [4], and ``site.*`` [4, ...]. ``layer.*`` are layers' and products' outputs:
+    [4, ...] of those that read the record's sites, [2, ...] of others that are upstream of a float part. ``operand.*`` [4, ...] are
+    products' float operands. ``rounding.*`` [2], of sites, products and the output, is how much rounding alone changes the float
+    part before it.
+
+    The first two of four rows are the two samples' real activations, the others the probes of the same buckets. The real ones are
+    those of a pass in which every tie of the record's sites was moved, and ``untied_output`` [2, ...] is what that pass gave.
+    ``site.*.ties`` and ``site.*.untied`` are the places of ties in all four rows, counted in C order, and the values moved there.
     """
 
     entry: RecordEntry
-    tensors: dict[str, NDArray[Any]]
+    tensors: Mapping[str, NDArray[Any]]
 
     @property
     def row_buckets(self) -> list[int]:
@@ -62,14 +96,21 @@ class Record:
     @property
     def inputs(self) -> dict[str, NDArray[Any]]:
         """The model's inputs, end to end."""
-        return {name.removeprefix("input."): value for name, value in self.tensors.items() if name.startswith("input.")}
+        return {name.removeprefix("input."): self.tensors[name] for name in self.tensors if name.startswith("input.")}
+
+    def untied(self, site: str) -> NDArray[Any]:
+        """The site's tensor with the values on ties moved to the middle of their codes: what its layers' outputs are computed from."""
+        x = self.tensors[f"site.{site}.x"]
+        if f"site.{site}.ties" in self.tensors:
+            x.flat[self.tensors[f"site.{site}.ties"]] = self.tensors[f"site.{site}.untied"]
+        return x
 
 
 def load_reference(folder: Path) -> tuple[list[Record], dict[str, NDArray[Any]]]:
-    """The records and the tables; raise InputError where they are missing or damaged."""
+    """The records, whose tensors are read when they are asked for, and the tables; raise InputError where one is missing or damaged."""
     index = read_json(folder / INDEX, repair="run `quest-deploy reference` again")
     try:
         entries = [RecordEntry(**entry) for entry in index["records"]]
-        return [Record(entry, load_file(folder / entry.file)) for entry in entries], load_file(folder / TABLES)
+        return [Record(entry, StoredTensors(folder / entry.file)) for entry in entries], load_file(folder / TABLES)
     except (KeyError, TypeError, OSError, SafetensorError) as e:
         raise InputError(f"{folder}: not a readable reference ({type(e).__name__}: {e}); run `quest-deploy reference` again") from e

@@ -12,6 +12,8 @@ import onnx_ir as ir
 from exporters.graph_info import BUCKET
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from exporters.graph_info import GraphInfo
 
 
@@ -32,15 +34,45 @@ def cut_product(model: ir.Model, info: GraphInfo, product: str) -> ir.Model:
     return _cut(model, [*entry.inputs, BUCKET], [entry.output])
 
 
-def cut_segments(model: ir.Model, info: GraphInfo) -> ir.Model:
+def segment_starts(model: ir.Model, info: GraphInfo) -> list[str]:
+    """The values that segments begin at: the model's inputs, and what layers and products give."""
+    return [*(str(value.name) for value in model.graph.inputs), *(entry.output for entry in (info.layers | info.products).values())]
+
+
+def upstream(model: ir.Model, info: GraphInfo, wanted: Iterable[str]) -> dict[str, set[str]]:
+    """For each of ``wanted``, the values that its segment reads, of those that segments begin at; itself, if it is one of them."""
+    starts = set(segment_starts(model, info))
+    values = {str(x.name): x for node in model.graph for x in (*node.inputs, *node.outputs) if x is not None}
+    found: dict[str, set[str]] = {}
+    for name in wanted:
+        found[name] = set()
+        left, seen = [values[name]], set()
+        while left:
+            value = left.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            producer = value.producer()
+            if value.name in starts:
+                found[name].add(str(value.name))
+            elif producer is not None:
+                left += [x for x in producer.inputs if x is not None]
+    return found
+
+
+def cut_segments(model: ir.Model, info: GraphInfo, wanted: Iterable[str] | None = None) -> ir.Model:
     """What layers and products leave: (the model's inputs, their outputs) -> sites' inputs, products' operands, the model's outputs.
 
     A value that is both, as a site that reads the model's input itself, is left out: nothing is computed between.
+
+    Args:
+        wanted: those of the values where segments end; all if None.
     """
-    given = [*(str(value.name) for value in model.graph.inputs), *(entry.output for entry in (info.layers | info.products).values())]
-    wanted = [site.input for site in info.sites.values()]
-    wanted += [name for product in info.products.values() for name in product.inputs]
-    wanted += [str(value.name) for value in model.graph.outputs]
+    given = segment_starts(model, info)
+    if wanted is None:
+        wanted = [site.input for site in info.sites.values()]
+        wanted += [name for product in info.products.values() for name in product.inputs]
+        wanted += [str(value.name) for value in model.graph.outputs]
     cut = _cut(model, given, [name for name in dict.fromkeys(wanted) if name not in given])
     for value in list(cut.graph.inputs):
         if not value.uses():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from quest_deploy.cli.console import Console, size
 from quest_deploy.cli.options import BitsOption, JsonOption, ModelOption, WorkspaceOption, open_workspace
 from quest_deploy.cli.stage import run_stage
+from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder
 from quest_deploy.reference_files import VERSION
 from quest_deploy.workspace import REFERENCE, TRAJECTORIES
@@ -19,7 +23,25 @@ if TYPE_CHECKING:
     from quest_deploy.workspace import Workspace
 
 
-def reference_stage(workspace: Workspace, console: Console, *, seed: int = 0, reuse: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """The options of :func:`quest_deploy.reference.save_reference`; raise InputError where one is out of range."""
+
+    seed: int = 0
+    megabytes: int = 1000
+    measured: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.megabytes < 1 or (self.measured is not None and self.measured < 1):
+            raise InputError("--megabytes and --measured: expected 1 or more")
+
+
+DEFAULTS = ReferenceOptions()
+
+
+def reference_stage(
+    workspace: Workspace, console: Console, options: ReferenceOptions = DEFAULTS, *, reuse: bool = False
+) -> dict[str, Any]:
     """Run the torch modules and save what went in and out; writes reference/."""
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
@@ -32,26 +54,33 @@ def reference_stage(workspace: Workspace, console: Console, *, seed: int = 0, re
         trajectories = Trajectories.load(workspace.path(TRAJECTORIES))
         with atomic_folder(workspace.path(REFERENCE)) as folder:
             entries = save_reference(
-                model, trajectories, folder, seed=seed, on_progress=lambda done, total: update("recording", done, total)
+                model, trajectories, folder, **asdict(options), on_progress=lambda done, total: update("recording", done, total)
             )
         files = sorted(workspace.path(REFERENCE).iterdir())
+        measured = [max(entry.sensitivity) for entry in entries if entry.sensitivity is not None]
         details = {
             "records": len(entries),
             "buckets": workspace.scheme.buckets,
+            "sites": len({site for entry in entries for site in entry.sites}),
+            "all_sites": len(model.sites),
             "bytes": sum(file.stat().st_size for file in files),
-            "largest_sensitivity": max(max(entry.sensitivity) for entry in entries),
+            "largest_sensitivity": max(measured),
+            "measured_records": len(measured),
         }
         return files, details
 
-    options = {"seed": seed, "version": VERSION}
-    return run_stage(workspace, console, "reference", inputs=workspace.checkpoint_inputs, options=options, reuse=reuse, work=work)
+    recorded = {**asdict(options), "version": VERSION}
+    return run_stage(workspace, console, "reference", inputs=workspace.checkpoint_inputs, options=recorded, reuse=reuse, work=work)
 
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
     """The details in words."""
+    records, measured = details["records"], details["measured_records"]
+    within = "" if measured == records else f" (measured in {measured} of {records} records)"
     return (
-        f"{workspace.path(REFERENCE)}: {details['records']} records cover {details['buckets']} buckets ({size(details['bytes'])})\n"
-        f"last-bit differences alone change this model's output by up to {details['largest_sensitivity']:.1%}"
+        f"{workspace.path(REFERENCE)}: {records} records cover {details['buckets']} buckets "
+        f"and {details['sites']} of {details['all_sites']} quantized tensors ({size(details['bytes'])})\n"
+        f"last-bit differences alone change this model's output by up to {details['largest_sensitivity']:.1%}{within}"
     )
 
 
@@ -59,11 +88,22 @@ def reference(
     workspace: WorkspaceOption = None,
     model: ModelOption = None,
     bits: BitsOption = None,
-    seed: int = 0,
+    seed: int = DEFAULTS.seed,
+    megabytes: Annotated[
+        int, typer.Option(help="The largest record; where it cannot hold all quantized tensors, the records hold them in turn.")
+    ] = DEFAULTS.megabytes,
+    measured: Annotated[
+        int | None,
+        typer.Option(
+            help="In how many records the model's sensitivity to last-bit differences is measured.",
+            show_default="all, or 2 where a record cannot hold all quantized tensors",
+        ),
+    ] = DEFAULTS.measured,
     as_json: JsonOption = False,
 ) -> None:
     """Save the fake-quantized torch model's inputs and outputs, per layer and end to end, for every bucket."""
     console = Console(as_json=as_json)
+    options = ReferenceOptions(seed, megabytes, measured)
     opened = open_workspace(workspace, model, bits)
-    details = reference_stage(opened, console, seed=seed)
+    details = reference_stage(opened, console, options)
     console.result({"workspace": str(opened.root), **details}, describe(opened, details))

@@ -56,6 +56,7 @@ def describe(details: dict[str, Any]) -> str:
         [
             str(b["bucket"]),
             f"{b['timestep']:g}",
+            str(b["sites"]),
             str(b["codes"]),
             str(b["mismatches"]),
             str(b["unexplained"]),
@@ -65,10 +66,11 @@ def describe(details: dict[str, Any]) -> str:
         ]
         for b in details["buckets"]
     ]
-    header = ["bucket", "timestep", "codes", "differ", "unexplained", "worst layer", "worst segment", "end to end"]
+    header = ["bucket", "timestep", "tensors", "codes", "differ", "unexplained", "worst layer", "worst segment", "end to end"]
     codes, mismatches = (sum(b[key] for b in details["buckets"]) for key in ("codes", "mismatches"))
     lines = [
         table(header, rows),
+        _describe_coverage(details["coverage"]),
         f"{len(details['layers'])} layers: {codes} codes compared, {mismatches} differ, "
         f"{sum(b['unexplained'] for b in details['buckets'])} of them unexplained by a rounding tie (allowed: 0)",
         f"worst layer {max(x['error'] for x in details['layers']):.1e} (allowed: {details['layer_tolerance']:.0e})",
@@ -80,6 +82,18 @@ def describe(details: dict[str, Any]) -> str:
         f"verification on {details['backend']}: {'PASSED' if details['passed'] else 'FAILED'}",
     ]
     return "\n".join(lines)
+
+
+def _describe_coverage(coverage: dict[str, Any]) -> str:
+    fewest, most, unchecked = coverage["fewest_buckets"], coverage["most_buckets"], coverage["unchecked"]
+    line = (
+        f"checked {coverage['sites']} of {coverage['all_sites']} quantized tensors and {coverage['layers']} of "
+        f"{coverage['all_layers']} layers, each in {fewest if fewest == most else f'{fewest} to {most}'} of "
+        f"{coverage['all_buckets']} buckets"
+    )
+    if not unchecked:
+        return line
+    return f"{line}; unchecked, as the reference's records had no room: {', '.join(unchecked[:3])}{', ...' * (len(unchecked) > 3)}"
 
 
 def _describe_segments(segments: list[dict[str, Any]]) -> str:

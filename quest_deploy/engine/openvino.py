@@ -67,7 +67,7 @@ class OpenVinoBackend(Backend):
 
         lowered = load_graph(folder / LOWERED)
         shapes = input_shapes(lowered, 1)
-        compiled = _compiled(folder / LOWERED, options, tuple(shapes.items()))
+        compiled = compile_graph(folder / LOWERED, options, tuple(shapes.items()))
         return runtime_precisions(compiled.get_runtime_model(), multiplications(lowered, shapes))
 
 

@@ -301,9 +301,14 @@ class QuantizedSplit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, O, H', W']."""
-        halves, inputs = (self.first, self.second), x.split([self.first.weight.shape[1], self.second.weight.shape[1]], dim=1)
-        quantized = torch.cat([half.site(part) for half, part in zip(halves, inputs, strict=True)], dim=1)
+        halves = (self.first, self.second)
+        quantized = torch.cat([half.site(part) for half, part in zip(halves, self.parts(x), strict=True)], dim=1)
         return self.first.compute(quantized, torch.cat([half.rounded_weight() for half in halves], dim=1))
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What of x [B, C, H, W] each half reads."""
+        parts: tuple[Tensor, ...] = x.split([self.first.weight.shape[1], self.second.weight.shape[1]], dim=1)
+        return parts
 
 
 class QuantizedProduct(nn.Module):

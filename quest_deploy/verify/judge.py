@@ -10,6 +10,8 @@ import numpy as np
 from quest_deploy.reference_files import TIE_ULPS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
@@ -56,14 +58,27 @@ def compare_codes(codes: NDArray[Any], expected: NDArray[Any], ratio: Floats) ->
     return CodeMismatches(codes.size, int(different.sum()), int((different & ~explained).sum()))
 
 
-def layer_error(y: Floats, expected: Floats, channel_axis: int) -> Floats:
-    """The relative error of each row of y [rows, ...], float32 [rows]: its worst output channel's, NaN counting as the largest float.
+@dataclass(frozen=True)
+class ChannelErrors:
+    """Of each row and output channel of a layer, float64 [rows, channels]: the norm of its error, and its own norm."""
+
+    error: NDArray[np.float64]
+    norm: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, y: Floats, expected: Floats, channel_axis: int) -> ChannelErrors:
+        """Those of y [rows, ...]."""
+        axes = tuple(axis for axis in range(1, y.ndim) if axis != channel_axis % y.ndim)
+        error, norm = (np.sqrt(np.square(x, dtype=np.float64).sum(axes)) for x in (y - expected, expected))
+        return cls(error, norm)
+
+
+def layer_error(records: Sequence[ChannelErrors]) -> Floats:
+    """The relative error of each row of a layer's records, float32 [rows]: its worst channel's, NaN counting as the largest float.
 
     A channel's error is relative to its norm in that row, or to a tenth of its norm over all rows where it happens to cancel there.
     """
-    axes = tuple(axis for axis in range(1, y.ndim) if axis != channel_axis)
-    error = np.sqrt(np.square(y - expected, dtype=np.float64).sum(axes))
-    norm = np.sqrt(np.square(expected, dtype=np.float64).sum(axes))
+    error, norm = (np.concatenate([getattr(record, name) for record in records]) for name in ("error", "norm"))
     usual = np.sqrt(np.square(norm).mean(0)) + np.finfo(np.float64).tiny
     worst: Floats = (error / np.maximum(norm, 0.1 * usual)).max(1)
     return _finite(worst)

@@ -1,4 +1,4 @@
-"""Polygraphy runners: the fake-quantized model's saved outputs, and any engine."""
+"""Polygraphy runners: the fake-quantized model's saved outputs, and any engine that is open."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from numpy.typing import NDArray
 
     from quest_deploy.engine.base import Runner
@@ -24,41 +22,29 @@ G_LOGGER.module_severity = G_LOGGER.ERROR
 
 
 class ReferenceRunner(BaseRunner):  # type: ignore[misc]
-    """Answers the i-th inference with the i-th saved output, whatever the feed: the fake-quantized torch model, from files."""
+    """Answers with the saved outputs: the fake-quantized torch model, from files."""
 
-    def __init__(self, feeds: Sequence[Arrays], outputs: Sequence[Arrays]) -> None:
+    def __init__(self, feed: Arrays, outputs: Arrays) -> None:
         super().__init__(name="fake-quant")
-        self._feeds, self._outputs, self._next = feeds, outputs, 0
-
-    def activate_impl(self) -> None:
-        self._next = 0
+        self._feed, self._outputs = feed, outputs
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        return _metadata(self._feeds[0])
+        return _metadata(self._feed)
 
     def infer_impl(self, feed_dict: Arrays) -> Arrays:
-        output = self._outputs[self._next]
-        self._next += 1
         self.inference_time = 0.0
-        return output
+        return self._outputs
 
 
 class EngineRunner(BaseRunner):  # type: ignore[misc]
-    """Runs one of our engines (onnxruntime, openvino, TensorRT), opened when Polygraphy activates it."""
+    """Runs one of our engines (onnxruntime, openvino, TensorRT), which stays open: one engine answers record after record."""
 
-    def __init__(self, name: str, opened: Callable[[], Runner], feeds: Sequence[Arrays]) -> None:
+    def __init__(self, name: str, runner: Runner, feed: Arrays) -> None:
         super().__init__(name=name)
-        self._open, self._feeds = opened, feeds
-
-    def activate_impl(self) -> None:
-        self._runner = self._open()
-
-    def deactivate_impl(self) -> None:
-        self._runner.close()
-        del self._runner
+        self._runner, self._feed = runner, feed
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        return _metadata(self._feeds[0])
+        return _metadata(self._feed)
 
     def infer_impl(self, feed_dict: Arrays) -> Arrays:
         start = time.perf_counter()
@@ -67,16 +53,14 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
         return output
 
 
-def compare(
-    name: str, opened: Callable[[], Runner], feeds: Sequence[Arrays], expected: Sequence[Arrays]
-) -> list[tuple[Arrays, Arrays]]:
-    """Run ``feeds`` through the engine and the reference under Polygraphy's Comparator: pairs of (engine's, reference's) outputs.
+def compare(name: str, runner: Runner, feed: Arrays, expected: Arrays) -> tuple[Arrays, Arrays]:
+    """Run ``feed`` through the engine and the reference under Polygraphy's Comparator: the engine's outputs and the reference's.
 
     The judgement is the caller's: what a mismatch means depends on how far its activation is from a rounding tie.
     """
-    runners = [EngineRunner(name, opened, feeds), ReferenceRunner(feeds, expected)]
-    engine, reference = Comparator.run(runners, data_loader=list(feeds)).values()
-    return [(dict(mine), dict(theirs)) for mine, theirs in zip(engine, reference, strict=True)]
+    runners = [EngineRunner(name, runner, feed), ReferenceRunner(feed, expected)]
+    ((mine,), (theirs,)) = Comparator.run(runners, data_loader=[feed]).values()
+    return dict(mine), dict(theirs)
 
 
 def _metadata(feed: Arrays) -> TensorMetadata:

@@ -6,21 +6,24 @@ reference's inputs (teacher forcing), so that nothing can hide behind an earlier
 What the layers leave (norms, SiLU, softmax, residual sums) is tested likewise: a segment is all that is computed in float from layers'
 outputs to one site's input, and gets the reference's outputs. The end-to-end error is judged against the reference model's own
 sensitivity to last-bit differences; where that is large, end to end proves nothing, and layers and segments decide.
+
+A reference of a large model holds a sample of the sites in each record, so the result says how many of all were checked, and in how
+many buckets. One cut is compiled, and one tensor's values are in memory, at a time.
 """
 
 from __future__ import annotations
 
 import tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
 from exporters.graph_info import BUCKET, GraphInfo, SiteInfo, graph_info, load_graph, save_graph
-from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_product, cut_segments
+from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_product, cut_segments, upstream
 from quest_deploy.engine.base import LOWERED, EngineOptions, no_progress, open_engine
 from quest_deploy.errors import InputError
 from quest_deploy.reference_files import OUTPUT, load_reference
@@ -30,6 +33,7 @@ from quest_deploy.verify.judge import (
     ROUNDING_FACTOR,
     SEGMENT_TOLERANCE,
     SENSITIVITY_FACTOR,
+    ChannelErrors,
     CodeMismatches,
     compare_codes,
     layer_error,
@@ -39,7 +43,7 @@ from quest_deploy.verify.judge import (
 from quest_deploy.verify.runners import compare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -48,6 +52,9 @@ if TYPE_CHECKING:
     from quest_deploy.scheme import Scheme
 
     Arrays = dict[str, NDArray[Any]]
+    T = TypeVar("T")
+    _ByRecord: TypeAlias = dict[str, dict[int, T]]
+    """Of a site or layer, by the record's number."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class SegmentResult:
 
     Attributes:
         informative: whether that is at most 5%; above, rounding alone changes the segment so much that nothing is proved.
+        misread: values that it reads in the engine, and not in the fake-quantized model; its error is infinite then.
     """
 
     segment: str
@@ -82,20 +90,41 @@ class SegmentResult:
     bucket: int
     tolerance: float
     informative: bool
+    misread: list[str]
 
 
 @dataclass(frozen=True)
 class BucketResult:
-    """One bucket: its codes over all sites, its worst layer and segment, and the whole model at one timestep of it."""
+    """One bucket: its codes over the sites checked in it, its worst layer and segment, and the whole model at one timestep of it."""
 
     bucket: int
     timestep: float
+    sites: int
     codes: int
     mismatches: int
     unexplained: int
     layer_error: float
     segment_error: float
     end_to_end_error: float
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the model was checked: of all sites and layers (products too), those that any record of the reference holds.
+
+    Attributes:
+        fewest_buckets, most_buckets: in how many of all buckets a site that was checked was checked.
+        unchecked: the sites that were not.
+    """
+
+    sites: int
+    all_sites: int
+    layers: int
+    all_layers: int
+    fewest_buckets: int
+    most_buckets: int
+    all_buckets: int
+    unchecked: list[str]
 
 
 @dataclass(frozen=True)
@@ -110,6 +139,7 @@ class Verification:
     """
 
     backend: str
+    coverage: Coverage
     wrong_buckets: list[float]
     sites: list[SiteResult]
     layers: list[LayerResult]
@@ -145,29 +175,45 @@ def verify_engine(
     lowered = load_graph(engine / LOWERED)
     info = graph_info(lowered)
     records, tables = load_reference(reference)
-    results = (*info.layers, *info.products)
-    needed = {"untied_output", *(f"layer.{name}.y" for name in results)}
-    needed |= {f"rounding.{name}" for name in (*info.sites, *info.products, OUTPUT)}
-    if not needed <= records[0].tensors.keys() or set(info.sites) != {
-        name.removesuffix(".scale") for name in tables if name.endswith(".scale")
-    }:
+    if not _fits(info, records, tables):
         raise InputError(f"{reference} is the reference of another model or version; run `quest-deploy reference` again")
     build = _CutBuilder(backend, options)
     wrong = _check_buckets(build, lowered, info.scheme)
-    codes: dict[str, list[list[CodeMismatches]]] = {}
-    errors: dict[str, list[NDArray[np.float32]]] = {}
-    total = len(info.sites) + len(info.layers) + len(info.products) + 1
-    for i, site in enumerate(info.sites):
-        codes[site] = _check_codes(build, lowered, info, site, records, tables)
+    by_site = {site: held for site in info.sites if (held := [i for i, r in enumerate(records) if site in r.entry.sites])}
+    by_layer = {layer.name: by_site[layer.site] for layer in info.layers.values() if layer.site in by_site}
+    by_layer |= {name: held for name in info.products if (held := [i for i, r in enumerate(records) if name in r.entry.products])}
+    codes: _ByRecord[list[CodeMismatches]] = {}
+    errors: _ByRecord[NDArray[np.float32]] = {}
+    total = len(by_site) + len(by_layer) + 1
+    for i, (site, held) in enumerate(by_site.items()):
+        codes[site] = _check_codes(build, lowered, info, site, {k: records[k] for k in held}, tables)
         on_progress("sites", i + 1, total)
-    for i, layer in enumerate(results):
-        errors[layer] = _check_layer(build, lowered, info, layer, records)
-        on_progress("layers", len(info.sites) + i + 1, total)
+    for i, (layer, held) in enumerate(by_layer.items()):
+        errors[layer] = _check_layer(build, lowered, info, layer, {k: records[k] for k in held})
+        on_progress("layers", len(by_site) + i + 1, total)
     segments = _check_segments(build, lowered, info, records)
     on_progress("segments", total, total)
     end_to_end = _check_end_to_end(backend, engine, records)
-    tolerance = max(LAYER_TOLERANCE, SENSITIVITY_FACTOR * max(max(record.entry.sensitivity) for record in records))
+    sensitivity = max(max(record.entry.sensitivity) for record in records if record.entry.sensitivity is not None)
+    tolerance = max(LAYER_TOLERANCE, SENSITIVITY_FACTOR * sensitivity)
     return _summarize(backend.name, info, records, wrong, codes, errors, segments, end_to_end, tolerance)
+
+
+def _fits(info: GraphInfo, records: list[Record], tables: Arrays) -> bool:
+    """Whether a reference is of the graph's model, and whole: each record has what belongs to its sites and products."""
+    sites = {name.removesuffix(".scale") for name in tables if name.endswith(".scale")}
+    if sites != set(info.sites) or all(record.entry.sensitivity is None for record in records):
+        return False
+    for record in records:
+        chosen, products = set(record.entry.sites), set(record.entry.products)
+        if not chosen or not chosen <= info.sites.keys() or not products <= info.products.keys():
+            return False
+        layers = {layer.name for layer in info.layers.values() if layer.site in chosen}
+        needed = {"bucket", OUTPUT, "untied_output", *(f"site.{name}.{part}" for name in chosen for part in ("x", "codes"))}
+        needed |= {f"layer.{name}.y" for name in layers | products} | {f"rounding.{name}" for name in (*chosen, *products, OUTPUT)}
+        if not needed <= record.tensors.keys():
+            return False
+    return True
 
 
 class _CutBuilder:
@@ -176,9 +222,15 @@ class _CutBuilder:
     def __init__(self, backend: Backend, options: EngineOptions) -> None:
         self.backend, self.options = backend, options
 
-    def run(self, model: ir.Model, feeds: list[Arrays], expected: list[Arrays]) -> list[tuple[Arrays, Arrays]]:
-        with self._compiled(model, feeds[0]) as folder:
-            return compare(self.backend.name, lambda: self.backend.open(folder, self.options), feeds, expected)
+    def run(self, model: ir.Model, feeds: Iterable[tuple[Arrays, Arrays]]) -> Iterator[tuple[Arrays, Arrays]]:
+        """Pairs of (the engine's, the reference's) outputs for pairs of (feed, the reference's outputs), one at a time."""
+        with ExitStack() as stack:
+            runner = None
+            for feed, expected in feeds:
+                if runner is None:
+                    folder = stack.enter_context(self._compiled(model, feed))
+                    runner = stack.enter_context(self.backend.open(folder, self.options))
+                yield compare(self.backend.name, runner, feed, expected)
 
     @contextmanager
     def open_segments(self, model: ir.Model, feed: Arrays) -> Iterator[Runner]:
@@ -202,21 +254,25 @@ def _check_buckets(build: _CutBuilder, lowered: ir.Model, scheme: Scheme) -> lis
     around = [edges, np.nextafter(edges, np.float32(-np.inf)), edges - 1, edges - 0.5, edges + 0.5]
     timesteps = np.unique(np.concatenate([np.arange(scheme.train_timesteps), *around])).astype(np.float32)
     expected = np.asarray([scheme.bucket_of(float(t)) for t in timesteps], np.int64)
-    ((mine, theirs),) = build.run(cut_bucket(lowered), [{"timestep": timesteps}], [{BUCKET: expected}])
+    ((mine, theirs),) = build.run(cut_bucket(lowered), [({"timestep": timesteps}, {BUCKET: expected})])
     return [float(t) for t in timesteps[mine[BUCKET] != theirs[BUCKET]]]
 
 
 def _check_codes(
-    build: _CutBuilder, lowered: ir.Model, info: GraphInfo, site: str, records: list[Record], tables: Arrays
-) -> list[list[CodeMismatches]]:
+    build: _CutBuilder, lowered: ir.Model, info: GraphInfo, site: str, records: dict[int, Record], tables: Arrays
+) -> dict[int, list[CodeMismatches]]:
     entry = info.sites[site]
-    feeds = [{entry.input: r.tensors[f"site.{site}.x"], BUCKET: r.tensors["bucket"]} for r in records]
-    expected = [{entry.codes: r.tensors[f"site.{site}.codes"]} for r in records]
-    results = []
-    for record, (mine, theirs) in zip(records, build.run(cut_codes(lowered, info, site), feeds, expected), strict=True):
+
+    def tensors(record: Record) -> tuple[Arrays, Arrays]:
+        feed = {entry.input: record.tensors[f"site.{site}.x"], BUCKET: record.tensors["bucket"]}
+        return feed, {entry.codes: record.tensors[f"site.{site}.codes"]}
+
+    results = {}
+    pairs = build.run(cut_codes(lowered, info, site), map(tensors, records.values()))
+    for (i, record), (mine, theirs) in zip(records.items(), pairs, strict=True):
         ratio = _ratio(record.tensors[f"site.{site}.x"], record.tensors["bucket"], tables, entry)
         found = _without_padding(_signed(mine[entry.codes]), ratio.shape)
-        results.append([compare_codes(found[i], theirs[entry.codes][i], ratio[i]) for i in range(len(ratio))])
+        results[i] = [compare_codes(found[row], theirs[entry.codes][row], ratio[row]) for row in range(len(ratio))]
     return results
 
 
@@ -242,8 +298,8 @@ def _ratio(x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: SiteInfo
 
 
 def _check_layer(
-    build: _CutBuilder, lowered: ir.Model, info: GraphInfo, layer: str, records: list[Record]
-) -> list[NDArray[np.float32]]:
+    build: _CutBuilder, lowered: ir.Model, info: GraphInfo, layer: str, records: dict[int, Record]
+) -> dict[int, NDArray[np.float32]]:
     sites: tuple[str | None, ...]
     sources: tuple[str, ...]
     if layer in info.products:
@@ -255,15 +311,15 @@ def _check_layer(
 
     def operand(record: Record, index: int) -> NDArray[Any]:
         name = sites[index]
-        if name is None:
-            return record.tensors[f"operand.{layer}.{index}"]
-        return record.tensors.get(f"site.{name}.untied_x", record.tensors[f"site.{name}.x"])
+        return record.tensors[f"operand.{layer}.{index}"] if name is None else record.untied(name)
 
-    feeds = [{**{source: operand(r, i) for i, source in enumerate(sources)}, BUCKET: r.tensors["bucket"]} for r in records]
-    expected = [{output: r.tensors[f"layer.{layer}.y"]} for r in records]
-    pairs = build.run(cut, feeds, expected)
-    y, reference = (np.concatenate([pair[side][output] for pair in pairs]) for side in (0, 1))
-    return np.split(layer_error(y, reference, 1 if y.ndim == 4 else y.ndim - 1), len(records))
+    def tensors(record: Record) -> tuple[Arrays, Arrays]:
+        feed = {**{source: operand(record, i) for i, source in enumerate(sources)}, BUCKET: record.tensors["bucket"]}
+        return feed, {output: record.tensors[f"layer.{layer}.y"]}
+
+    pairs = build.run(cut, map(tensors, records.values()))
+    channels = [ChannelErrors.of(mine[output], theirs[output], 1 if mine[output].ndim == 4 else -1) for mine, theirs in pairs]
+    return dict(zip(records, np.split(layer_error(channels), len(records)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -277,44 +333,89 @@ class _End:
 
 @dataclass(frozen=True)
 class _Segment:
-    """A segment's relative error in each record's two samples [records, 2], and what is allowed."""
+    """A segment's relative error in the two samples of each record that has it, float32 [2]; what is allowed; what it misreads."""
 
-    errors: NDArray[np.float32]
+    errors: dict[int, NDArray[np.float32]]
     tolerance: float
+    misread: list[str]
 
 
 def _check_segments(build: _CutBuilder, lowered: ir.Model, info: GraphInfo, records: list[Record]) -> dict[str, _Segment]:
-    """All segments at once: they are one graph, run record by record.
+    """All of a record's segments at once: they are one graph. Records with the same sites share it.
 
     Where a segment ends is what the graph itself says: one that reads another's value, or a layer's as it is, is compared all the same.
     """
-    cut = cut_segments(lowered, info)
-    results = {entry.output: f"layer.{name}.y" for name, entry in (info.layers | info.products).items()}
-    ends = [(site.input, _End(name, f"site.{name}.x", site.axis)) for name, site in info.sites.items()]
-    for name, product in info.products.items():
+    reads = upstream(lowered, info, {value for value, _ in _ends(lowered, info, info.sites, info.products)})
+    errors: dict[str, dict[int, NDArray[np.float32]]] = {}
+    misread: dict[str, set[str]] = {}
+    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+    for i, record in enumerate(records):
+        groups.setdefault((tuple(record.entry.sites), tuple(record.entry.products)), []).append(i)
+    for (sites, products), held in groups.items():
+        ends = _ends(lowered, info, sites, products)
+        known = {str(value.name) for value in lowered.graph.inputs} | _outputs(info, records[held[0]]).keys()
+        for value, end in ends:
+            errors.setdefault(end.name, {}).update({i: np.zeros(2, np.float32) for i in held})
+            misread.setdefault(end.name, set()).update(reads[value] - known)
+        checked = [(value, end) for value, end in ends if reads[value] <= known]
+        for i, values in _segment_values(build, lowered, info, {value for value, _ in checked}, {i: records[i] for i in held}):
+            for value, end in checked:
+                error = segment_error(values[value], records[i].tensors[end.key][:2], end.axis)
+                errors[end.name][i] = np.maximum(errors[end.name][i], error)  # a product may have two ends
+    segments = {}
+    for name, found in errors.items():
+        if misread[name]:
+            found = {i: np.full(2, np.finfo(np.float32).max) for i in found}
+        rounding = max(float(records[i].tensors[f"rounding.{name}"].max()) for i in found)
+        tolerance = max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(rounding, 1.0))
+        segments[name] = _Segment(found, tolerance, sorted(misread[name]))
+    return segments
+
+
+def _ends(lowered: ir.Model, info: GraphInfo, sites: Iterable[str], products: Iterable[str]) -> list[tuple[str, _End]]:
+    """Where the segments in front of ``sites``, ``products`` and the output end: the graph's values, each with what it should be."""
+    ends = [(info.sites[name].input, _End(name, f"site.{name}.x", info.sites[name].axis)) for name in sites]
+    for name in products:
+        product = info.products[name]
         for i, (value, site) in enumerate(zip(product.inputs, product.sites, strict=True)):
             if site is None:
                 ends.append((value, _End(name, f"operand.{name}.{i}", -1)))
             elif value != info.sites[site].input:
                 ends.append((value, _End(name, f"site.{site}.x", info.sites[site].axis)))
-    ends += [(str(value.name), _End(OUTPUT, "untied_output", 1)) for value in lowered.graph.outputs]
-    errors = {end.name: np.zeros((len(records), 2), np.float32) for _, end in ends}
-    given = [{value: r.tensors[key][:2] for value, key in results.items()} | r.inputs for r in records]
-    with build.open_segments(cut, given[0]) as runner:
-        for i, record in enumerate(records):
-            values = given[i] | runner.infer({str(value.name): given[i][str(value.name)] for value in cut.graph.inputs})
-            for value, end in ends:
-                error = segment_error(values[value], record.tensors[end.key][:2], end.axis)
-                errors[end.name][i] = np.maximum(errors[end.name][i], error)  # a product may have two ends
-    rounding = {name: max(float(record.tensors[f"rounding.{name}"].max()) for record in records) for name in errors}
-    return {name: _Segment(found, max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(rounding[name], 1.0))) for name, found in errors.items()}
+    return ends + [(str(value.name), _End(OUTPUT, "untied_output", 1)) for value in lowered.graph.outputs]
+
+
+def _outputs(info: GraphInfo, record: Record) -> dict[str, str]:
+    """The layers' and products' values in the graph, each with the record's tensor of it, where it has one."""
+    keys = {entry.output: f"layer.{name}.y" for name, entry in (info.layers | info.products).items()}
+    return {value: key for value, key in keys.items() if key in record.tensors}
+
+
+def _segment_values(
+    build: _CutBuilder, lowered: ir.Model, info: GraphInfo, wanted: set[str], records: dict[int, Record]
+) -> Iterator[tuple[int, Arrays]]:
+    """What the engine computes of ``wanted`` from what the reference's layers gave, record by record; what is given, as it is."""
+    outputs = _outputs(info, next(iter(records.values())))
+    given = {str(value.name) for value in lowered.graph.inputs} | outputs.keys()
+    cut = cut_segments(lowered, info, sorted(wanted)) if wanted - given else None
+    feeds = set() if cut is None else {str(value.name) for value in cut.graph.inputs}
+    with ExitStack() as stack:
+        runner = None
+        for i, record in records.items():
+            values = {name: record.tensors[outputs[name]][:2] for name in (feeds | wanted) & outputs.keys()} | record.inputs
+            if cut is not None:
+                runner = runner or stack.enter_context(build.open_segments(cut, values))
+                values |= runner.infer({name: values[name] for name in feeds})
+            yield i, values
 
 
 def _check_end_to_end(backend: Backend, engine: Path, records: list[Record]) -> list[NDArray[np.float32]]:
-    feeds = [r.inputs for r in records]
-    expected = [{"output": r.tensors["output"]} for r in records]
-    pairs = compare(backend.name, lambda: open_engine(backend, engine), feeds, expected)
-    return [relative_error(next(iter(mine.values())), theirs["output"]) for mine, theirs in pairs]
+    errors = []
+    with open_engine(backend, engine) as runner:
+        for record in records:
+            mine, theirs = compare(backend.name, runner, record.inputs, {OUTPUT: record.tensors[OUTPUT]})
+            errors.append(relative_error(next(iter(mine.values())), theirs[OUTPUT]))
+    return errors
 
 
 def _summarize(
@@ -322,44 +423,61 @@ def _summarize(
     info: GraphInfo,
     records: list[Record],
     wrong: list[float],
-    codes: dict[str, list[list[CodeMismatches]]],
-    errors: dict[str, list[NDArray[np.float32]]],
+    codes: _ByRecord[list[CodeMismatches]],
+    errors: _ByRecord[NDArray[np.float32]],
     segments: dict[str, _Segment],
     end_to_end: list[NDArray[np.float32]],
     tolerance: float,
 ) -> Verification:
     none = CodeMismatches(0, 0, 0)
-    sites = [SiteResult(site, **asdict(sum((c for record in rows for c in record), none))) for site, rows in codes.items()]
+    sites = [SiteResult(site, **asdict(sum((c for rows in found.values() for c in rows), none))) for site, found in codes.items()]
     layers = []
-    for layer, rows in errors.items():
-        worst, bucket = max(
-            (float(e), b) for r, e_row in zip(records, rows, strict=True) for e, b in zip(e_row, r.row_buckets, strict=True)
-        )
+    for layer, found in errors.items():
+        worst, bucket = max((float(e), b) for i, row in found.items() for e, b in zip(row, records[i].row_buckets, strict=True))
         layers.append(LayerResult(layer, worst, bucket))
     buckets: dict[int, BucketResult] = {}
     for i, record in enumerate(records):
         for sample, bucket in enumerate(record.entry.buckets):
             rows_of = (sample, sample + 2)  # its real activations, and its probe
-            found = sum((codes[site][i][row] for site in codes for row in rows_of), none)
-            worst = max(float(errors[layer][i][row]) for layer in errors for row in rows_of)
             result = BucketResult(
                 bucket,
                 record.entry.timesteps[sample],
-                **asdict(found),
-                layer_error=worst,
-                segment_error=max((float(segment.errors[i, sample]) for segment in segments.values()), default=0.0),
+                len(record.entry.sites),
+                **asdict(sum((of[i][row] for of in codes.values() if i in of for row in rows_of), none)),
+                layer_error=max(float(of[i][row]) for of in errors.values() if i in of for row in rows_of),
+                segment_error=max(float(segment.errors[i][sample]) for segment in segments.values() if i in segment.errors),
                 end_to_end_error=float(end_to_end[i][sample]),
             )
             buckets[bucket] = result if bucket not in buckets else _merged(buckets[bucket], result)
-    between = []
-    for name, segment in segments.items():
-        which, sample = divmod(int(segment.errors.argmax()), 2)
-        bucket = records[which].entry.buckets[sample]
-        between.append(SegmentResult(name, float(segment.errors.max()), bucket, segment.tolerance, segment.tolerance <= INFORMATIVE))
+    between = [_segment_result(name, segment, records) for name, segment in segments.items()]
     problems = _problems(wrong, sites, layers, between, list(buckets.values()), info.scheme.buckets, tolerance)
     ordered = [buckets[b] for b in sorted(buckets)]
+    coverage = _coverage(info, records, set(errors))
     informative = tolerance <= INFORMATIVE
-    return Verification(backend, wrong, sites, layers, between, ordered, LAYER_TOLERANCE, tolerance, informative, problems)
+    return Verification(backend, coverage, wrong, sites, layers, between, ordered, LAYER_TOLERANCE, tolerance, informative, problems)
+
+
+def _segment_result(name: str, segment: _Segment, records: list[Record]) -> SegmentResult:
+    worst, bucket = max((float(e), b) for i, row in segment.errors.items() for e, b in zip(row, records[i].entry.buckets, strict=True))
+    return SegmentResult(name, worst, bucket, segment.tolerance, segment.tolerance <= INFORMATIVE, segment.misread)
+
+
+def _coverage(info: GraphInfo, records: list[Record], layers: set[str]) -> Coverage:
+    buckets: dict[str, set[int]] = {}
+    for record in records:
+        for site in record.entry.sites:
+            buckets.setdefault(site, set()).update(record.entry.buckets)
+    times = [len(found) for found in buckets.values()]
+    return Coverage(
+        len(buckets),
+        len(info.sites),
+        len(layers),
+        len(info.layers) + len(info.products),
+        min(times),
+        max(times),
+        info.scheme.buckets,
+        [site for site in info.sites if site not in buckets],
+    )
 
 
 def _merged(a: BucketResult, b: BucketResult) -> BucketResult:
@@ -368,6 +486,7 @@ def _merged(a: BucketResult, b: BucketResult) -> BucketResult:
     return BucketResult(
         a.bucket,
         worse.timestep,
+        max(a.sites, b.sites),
         a.codes + b.codes,
         a.mismatches + b.mismatches,
         a.unexplained + b.unexplained,
@@ -398,9 +517,14 @@ def _problems(
         if not x.error <= LAYER_TOLERANCE
     ]
     problems += [
+        f"segment before {x.segment}: it reads {x.misread[0]}, which that part of the fake-quantized model does not"
+        for x in segments
+        if x.misread
+    ]
+    problems += [
         f"segment before {x.segment}: relative error {x.error:.1e} in bucket {x.bucket}, above {x.tolerance:.0e}"
         for x in segments
-        if not x.error <= x.tolerance
+        if not x.misread and not x.error <= x.tolerance
     ]
     problems += [
         f"bucket {b.bucket}: end-to-end error {b.end_to_end_error:.1e} at t = {b.timestep:g}, above {tolerance:.1e}"

@@ -11,7 +11,7 @@ from quest_deploy.engine.base import input_shapes
 from tests.helpers import graph_from_text
 
 TEXT = """
-g (float[batch,4,6,6] x, float[batch,2,3,5] a, float[batch,2,5,n] b) 
+g (float[batch,4,6,6] x, float[batch,2,3,5] a, float[batch,2,5,n] b)
   => (float[batch,8,h,w] y, float[batch,2,3,n] s, float[batch,2,3,7] t)
 {
   wide = Cast <to = 1> (w)

@@ -143,7 +143,8 @@ def test_inside_openvinos_fused_attention_each_product_is_told_by_its_own_operan
 
 
 @pytest.mark.parametrize(("kernel", "types", "expected"), [
-    ("MatMulIntegerToFloat", ["uint8", "float"], "int8"), ("Conv", ["float", "float"], "fp32"), ("MatMul", ["float16", "float16"], "fp16"),
+    ("MatMulIntegerToFloat", ["uint8", "float"], "int8"), ("Conv", ["float", "float"], "fp32"),
+        ("MatMul", ["float16", "float16"], "fp16"),
     ("MatMulNBits", ["float", "uint8"], "fp32"), ("QLinearConv", ["uint8", "float"], "int8"),
 ])  # fmt: skip
 def test_onnxruntimes_profile_tells_by_the_kernel(kernel: str, types: list[str], expected: str) -> None:

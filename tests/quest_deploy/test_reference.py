@@ -82,8 +82,7 @@ def test_layer_outputs_are_the_integer_layers_of_the_untied_activations(records:
     for record in records:
         for name in mini_checkpoint.layers:
             site = mini_checkpoint.site_of(name)
-            x = record.tensors.get(f"site.{site.name}.untied_x", record.tensors[f"site.{site.name}.x"])
-            expected = numpy_layer(mini_checkpoint, name, x, record.tensors["bucket"])
+            expected = numpy_layer(mini_checkpoint, name, record.untied(site.name), record.tensors["bucket"])
             assert relative_error(record.tensors[f"layer.{name}.y"], expected) < 1e-5, name
 
 
@@ -109,7 +108,7 @@ def test_untied_activations_are_far_from_every_tie_and_keep_the_others(records: 
     for record in records:
         for name in mini_checkpoint.sites:
             x, bucket = record.tensors[f"site.{name}.x"], record.tensors["bucket"]
-            untied = record.tensors.get(f"site.{name}.untied_x", x)
+            untied = record.untied(name)
             assert not is_tie(torch.from_numpy(ratio(mini_checkpoint, name, untied, bucket))).any(), name
             moved = untied != x
             assert is_tie(torch.from_numpy(ratio(mini_checkpoint, name, x, bucket)))[torch.from_numpy(moved)].all(), name

@@ -126,7 +126,7 @@ def test_a_copy_in_the_cache_that_lacks_a_file_is_not_used(cached: Path) -> None
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error_that_names_the_other_ways(hub: Path) -> None:
-    with pytest.raises(InputError, match="stable-diffusion-v1-5 is not in the cache, .*--model PATH .*--random-weights"):
+    with pytest.raises(InputError, match=r"stable-diffusion-v1-5 is not in the cache, .*--model PATH .*--random-weights"):
         resolve_source("sd15")
 
 
@@ -184,7 +184,7 @@ def test_a_lora_that_was_changed_is_refused(pipelines: Callable[[str], Path], tm
     source = ModelSource("sd", str(pipelines("sd")), loras=(Lora.parse(f"{tmp_path}/style.safetensors:0.5"),))
     assert source.loras[0].weight == 0.5
     (tmp_path / "style.safetensors").write_bytes(b"two")
-    with pytest.raises(InputError, match="the LoRA .* was changed or removed"):
+    with pytest.raises(InputError, match=r"the LoRA .* was changed or removed"):
         load_model(source)
 
 

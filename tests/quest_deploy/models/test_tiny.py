@@ -21,7 +21,9 @@ def test_the_registry_knows_the_embedded_model_and_refuses_others() -> None:
     assert "tiny" in MODEL_NAMES
     assert load_model(resolve_source("tiny")).name == "tiny"
     for look_up in (check_model_name, resolve_source):
-        with pytest.raises(InputError, match="unknown model 'sd99': expected one of tiny, sd14, .*, or the path of a diffusers folder"):
+        with pytest.raises(
+            InputError, match=r"unknown model 'sd99': expected one of tiny, sd14, .*, or the path of a diffusers folder"
+        ):
             look_up("sd99")
 
 

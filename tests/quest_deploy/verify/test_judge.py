@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quest_deploy.verify.judge import CodeMismatches, compare_codes, layer_error, relative_error, segment_error, tie_distance_ulps
+from quest_deploy.verify.judge import (
+    ChannelErrors,
+    CodeMismatches,
+    compare_codes,
+    layer_error,
+    relative_error,
+    segment_error,
+    tie_distance_ulps,
+)
 
 
 def near_tie(tie: float, ulps: int) -> np.ndarray:
@@ -67,7 +75,7 @@ def test_a_layers_error_is_its_worst_channels_of_each_row() -> None:
     expected = np.random.default_rng(0).standard_normal((3, 5, 4, 4)).astype(np.float32)
     y = expected.copy()
     y[1, 2] *= np.float32(1.01)
-    error = layer_error(y, expected, 1)
+    error = layer_error([ChannelErrors.of(y, expected, 1)])
     assert error[0] == error[2] == 0
     assert error[1] == pytest.approx(0.01, rel=1e-3)
 
@@ -76,7 +84,7 @@ def test_the_channels_of_a_linear_layer_lie_last() -> None:
     expected = np.random.default_rng(0).standard_normal((2, 6, 5)).astype(np.float32)
     y = expected.copy()
     y[0, :, 3] *= np.float32(1.1)
-    np.testing.assert_allclose(layer_error(y, expected, 2), [0.1, 0], rtol=1e-3)
+    np.testing.assert_allclose(layer_error([ChannelErrors.of(y, expected, 2)]), [0.1, 0], rtol=1e-3)
 
 
 def test_a_channel_that_cancels_in_one_row_is_judged_by_its_usual_size() -> None:
@@ -84,7 +92,7 @@ def test_a_channel_that_cancels_in_one_row_is_judged_by_its_usual_size() -> None
     expected[0] = 0
     y = expected.copy()
     y[0] += np.float32(1e-7)
-    assert 0 < layer_error(y, expected, 1)[0] < 1e-5
+    assert 0 < layer_error([ChannelErrors.of(y, expected, 1)])[0] < 1e-5
 
 
 @pytest.mark.parametrize("axis", [2, -1])
@@ -108,7 +116,7 @@ def test_an_output_that_is_not_finite_is_infinitely_wrong(value: float) -> None:
     expected = np.ones((2, 3, 4), np.float32)
     y = expected.copy()
     y[1, 0, 0] = value
-    for error in (layer_error(y, expected, 1), segment_error(y, expected, 1), relative_error(y, expected)):
+    for error in (layer_error([ChannelErrors.of(y, expected, 1)]), segment_error(y, expected, 1), relative_error(y, expected)):
         assert error.tolist() == [0, np.finfo(np.float32).max]
 
 

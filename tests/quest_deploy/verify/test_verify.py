@@ -18,7 +18,7 @@ from quest_deploy.engine.backends import get_backend
 from quest_deploy.engine.base import EngineOptions, Runner, SplitRunner, build_engine
 from quest_deploy.engine.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.errors import InputError
-from quest_deploy.reference_files import INDEX, TABLES
+from quest_deploy.reference_files import INDEX, TABLES, load_reference
 from quest_deploy.verify.judge import LAYER_TOLERANCE, relative_error
 from quest_deploy.verify.verify import Verification, verify_engine
 from tests.quest_deploy.support import change, initializer, set_initializer, strict_json
@@ -247,6 +247,111 @@ def test_a_change_between_layers_fails_and_is_placed(verify_changed: Verify, cha
 def test_a_segment_that_is_not_a_number_fails(verify_changed: Verify) -> None:
     verification = verify_changed("onnxruntime", lambda m: change(m, f"model.{RESNET}.norm1.weight", 3, by=np.nan))
     assert any(problem.startswith(f"segment before {RESNET}.conv1:") for problem in verification.problems)
+
+
+@pytest.fixture(scope="module")
+def sampled(
+    mini_checkpoints: Callable[[int], Checkpoint], mini_trajectories: Trajectories, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A reference of the six-bucket model whose three records hold a part of the sites each, and the widest layer's in none."""
+    from quest_deploy import reference
+    from quest_deploy.quant.model import QuantizedModel
+
+    folder = tmp_path_factory.mktemp("sampled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "MEGABYTE", 1000)
+        model = QuantizedModel.from_checkpoint(mini_checkpoints(6)).eval()
+        reference.save_reference(model, mini_trajectories, folder, megabytes=17, measured=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def verify_sampled(
+    mini_checkpoints: Callable[[int], Checkpoint],
+    mini_trajectories: Trajectories,
+    sampled: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Verification]:
+    """As ``verify_changed``, on onnxruntime and against the reference of a sample."""
+    from exporters.torch_to_qdq import portable_graph
+
+    proto = ir.to_proto(portable_graph(mini_checkpoints(6), next(mini_trajectories.batches(2)), "ab" * 32))
+
+    def verify(edit: Callable[[ir.Model], Any] = lambda model: None) -> Verification:
+        model = ir.from_proto(proto)
+        edit(model)
+        folder = tmp_path_factory.mktemp("changed")
+        build_engine(get_backend("onnxruntime"), model, folder, OPTIONS, "cd" * 32)
+        return verify_engine(get_backend("onnxruntime"), OPTIONS, folder, sampled)
+
+    return verify
+
+
+def in_records(sampled: Path) -> dict[str, set[int]]:
+    """The buckets in which each site of the sample is recorded."""
+    buckets: dict[str, set[int]] = {}
+    for record in load_reference(sampled)[0]:
+        for site in record.entry.sites:
+            buckets.setdefault(site, set()).update(record.entry.buckets)
+    return buckets
+
+
+def test_what_a_sample_holds_is_checked_and_no_more_is_claimed(
+    verify_sampled: Callable[..., Verification], sampled: Path, mini_checkpoint: Checkpoint
+) -> None:
+    found, held = verify_sampled(), in_records(sampled)
+    assert found.problems == []
+    assert 0 < len(held) < len(mini_checkpoint.sites)
+    assert {site.site for site in found.sites} == set(held)
+    assert {layer.layer for layer in found.layers} == {layer for site in held for layer in mini_checkpoint.sites[site].layers}
+    assert {segment.segment for segment in found.segments} == {*held, "output"}
+    coverage = found.coverage
+    assert (coverage.sites, coverage.all_sites, coverage.all_layers, coverage.all_buckets) == (len(held), 22, 27, 6)
+    assert coverage.layers == len(found.layers)
+    assert (coverage.fewest_buckets, coverage.most_buckets) == (2, 6)
+    assert set(coverage.unchecked) == set(mini_checkpoint.sites) - set(held)
+    assert (
+        f"checked {len(held)} of 22 quantized tensors and {len(found.layers)} of 27 layers, each in 2 to 6 of 6 buckets; unchecked, "
+        f"as the reference's records had no room: {coverage.unchecked[0]}"
+    ) in describe(found.to_json())
+    assert sum(b.codes for b in found.buckets) == sum(s.codes for s in found.sites)
+
+
+def test_a_scale_changed_by_a_thousandth_is_found_in_exactly_the_buckets_in_which_a_sample_holds_its_site(
+    verify_sampled: Callable[..., Verification], sampled: Path, mini_checkpoint: Checkpoint
+) -> None:
+    held = in_records(sampled)
+    found = verify_sampled(lambda m: [change(m, f"{site}.scale", 4, factor=1.001) for site in held])
+    wrong = {x.layer: x.bucket for x in found.layers if not x.error <= LAYER_TOLERANCE}
+    assert set(wrong) == {layer for site, buckets in held.items() if 4 in buckets for layer in mini_checkpoint.sites[site].layers}
+    assert set(wrong.values()) == {4}
+
+
+def test_a_sampled_site_that_reads_a_layer_of_which_the_reference_has_nothing_fails_and_is_told(
+    verify_sampled: Callable[..., Verification], sampled: Path, mini_checkpoint: Checkpoint
+) -> None:
+    record, order = load_reference(sampled)[0][-1], list(mini_checkpoint.layers)
+    site = max(record.entry.sites, key=order.index)
+    layer = next(name for name in order[: order.index(site)] if f"layer.{name}.y" not in record.tensors)
+
+    def add(model: ir.Model) -> None:
+        """Add the mean of the layer's output to what the site reads."""
+        codes = node_of(model, f"{site}.codes")
+        mean = ir.node("ReduceMean", [node_of(model, f"{layer}.output").outputs[0]], {"keepdims": 0})
+        total = ir.node("Add", [codes.inputs[0], mean.outputs[0]])
+        read = codes.inputs[0]
+        assert read is not None
+        total.outputs[0].name, total.outputs[0].type, total.outputs[0].shape = "changed", read.type, read.shape
+        model.graph.insert_before(codes, [mean, total])
+        codes.replace_input_with(0, total.outputs[0])
+        sites = json.loads(model.metadata_props[SITES_KEY])
+        for entry in (entry for entry in sites if entry["name"] == site):
+            entry["input"] = "changed"
+        model.metadata_props[SITES_KEY] = json.dumps(sites)
+
+    assert [problem for problem in verify_sampled(add).problems if problem.startswith("segment")] == [
+        f"segment before {site}: it reads {layer}.output, which that part of the fake-quantized model does not"
+    ]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
