@@ -15,6 +15,7 @@ import onnx_ir as ir
 from exporters.graph_info import graph_info, load_graph
 from exporters.multiplications import multiplications
 from exporters.passes.insert_quantized_layers import product_name
+from exporters.passes.split_gates import HALVES, whole
 from exporters.timestep_quantize import TABLES
 from quest_deploy.engine.base import LOWERED, input_shapes
 from quest_deploy.errors import InputError
@@ -183,8 +184,9 @@ def _asked(path: Path) -> tuple[list[LayerPrecision], Sizes]:
     found = []
     nodes = multiplications(model, input_shapes(model, 1))
     for node in nodes:
-        if node.node in layers:
-            found.append(_layer(info, layers[node.node], node))
+        if whole(node.node) in layers:
+            if not node.node.endswith(f".{HALVES[1]}"):  # the first half has told of the whole layer
+                found.append(_layer(info, layers[whole(node.node)], node))
         elif node.node in products:
             found.append(_product(info, products[node.node], node))
         else:
@@ -196,7 +198,8 @@ def _asked(path: Path) -> tuple[list[LayerPrecision], Sizes]:
 def _layer(info: GraphInfo, layer: LayerInfo, node: Multiplication) -> LayerPrecision:
     site = info.sites[layer.site]
     asked = INTEGER if site.integer else FLOAT
-    return LayerPrecision(layer.name, node.node, group_of(layer.name), node.operator, layer.weight_bits, site.bits, layer.macs, asked)
+    name, group = whole(node.node), group_of(layer.name)
+    return LayerPrecision(layer.name, name, group, node.operator, layer.weight_bits, site.bits, layer.macs, asked)
 
 
 def _product(info: GraphInfo, product: ProductInfo, node: Multiplication) -> LayerPrecision:
@@ -208,10 +211,10 @@ def _product(info: GraphInfo, product: ProductInfo, node: Multiplication) -> Lay
 
 def _sizes(model: ir.Model, info: GraphInfo, nodes: list[Multiplication], path: Path) -> Sizes:
     bits = {product_name(layer.name): layer.weight_bits for layer in info.layers.values()}
-    weights = {node.node: node.weights for node in nodes if node.node in bits}
+    weights = {node.node: node.weights for node in nodes if whole(node.node) in bits}
     others = sum(value.const_value.size for value in _float_parameters(model, info) if value.const_value is not None)
     graph = path.stat().st_size + (data.stat().st_size if (data := path.with_name(f"{path.name}.data")).exists() else 0)
-    ideal = sum(count * bits[node] for node, count in weights.items()) // 8
+    ideal = sum(count * bits[whole(node)] for node, count in weights.items()) // 8
     return Sizes(graph, None, 2 * (sum(weights.values()) + others), ideal + 2 * others)
 
 

@@ -13,9 +13,10 @@ import pytest
 from exporters.graph_info import save_graph
 from exporters.lower.openvino import lower
 from quest_deploy.checkpoint import Checkpoint, ProductData, SiteData
-from quest_deploy.engine.base import EngineOptions
+from quest_deploy.engine.base import EngineOptions, build_engine
 from quest_deploy.engine.openvino import OpenVinoBackend, compile_graph
 from quest_deploy.errors import InputError
+from quest_deploy.precision import engine_precision, graph_precision
 from quest_deploy.scheme import Symmetry
 from tests.helpers import hand_checkpoint, inserted, numpy_product, relative_error
 
@@ -41,8 +42,10 @@ attention (float[batch,{TOKENS},{HEADS},{WIDTH}] q, float[batch,{TOKENS},{HEADS}
 """
 """Attention on operands of [batch, tokens, heads, width]."""
 GATED = """
-gated (float[batch,3,5] x, float[batch] timestep) => (float[batch,3,3] out) <float[batch,3,6] y>
+gated (float[batch,2,6,6] sample, float[batch,3,5] x, float[batch] timestep)
+  => (float[batch,3,3] out, float[batch,2,6,6] unused) <float[batch,3,6] y>
 {
+  unused = Neg (sample)
   y = quest.export.Layer <layer = "gated"> (x)
   value, gate = Split <axis = -1, num_outputs = 2> (y)
   open = Sigmoid (gate)
@@ -88,6 +91,12 @@ def gated() -> Checkpoint:
     return dataclasses.replace(hand, layers={"gated": layer}, sites={"gated": site})
 
 
+def gated_feeds() -> dict[str, np.ndarray]:
+    """Inputs of the gated layer's graph."""
+    rng, shapes = np.random.default_rng(0), {"sample": (BATCH, 2, 6, 6), "x": (BATCH, 3, 5), "timestep": (BATCH,)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
 def compiled(model: ir.Model, folder: Path, feeds: dict[str, np.ndarray]) -> Any:
     save_graph(lower(model), folder / "lowered.onnx")
     shapes = tuple((name, value.shape) for name, value in feeds.items())
@@ -122,11 +131,23 @@ def test_attention_at_8_bits_runs_as_one_kernel_and_is_right_in_a_batch_that_mix
 
 
 def test_the_halves_of_a_gated_layer_are_neither_joined_nor_split_and_the_cut_layer_still_is_whole(tmp_path: Path) -> None:
-    feeds = {"x": np.random.default_rng(0).standard_normal((BATCH, 3, 5)).astype(np.float32), "timestep": np.zeros(BATCH, np.float32)}
+    feeds = gated_feeds()
     model = compiled(inserted(GATED, gated()), tmp_path, feeds)
     fused = [names for node_type, names in nodes(model) if node_type in ("Concatenation", "Split", "StridedSlice")]
     assert not [names for names in fused if "gated" in names]
     assert not any(node_type == "Concatenation" for node_type, _ in nodes(model))
+
+
+def test_a_gated_layer_is_one_layer_to_inspect_and_runs_on_integers(tmp_path: Path) -> None:
+    options = EngineOptions(threads=1)
+    save_graph(inserted(GATED, gated()), tmp_path / "portable.onnx")
+    (tmp_path / "engine").mkdir()
+    build_engine(OpenVinoBackend(), inserted(GATED, gated()), tmp_path / "engine", options, "cd" * 32)
+    report = engine_precision(OpenVinoBackend(), tmp_path / "engine", options)
+    assert [(layer.name, layer.runs_in, layer.macs) for layer in report.layers] == [("gated", "int8", 10)]
+    portable = graph_precision(tmp_path / "portable.onnx")
+    assert (report.sizes.ideal, report.sizes.fp16) == (portable.sizes.ideal, portable.sizes.fp16)
+    assert not report.warnings
 
 
 def test_what_no_cpu_computes_in_is_refused_by_name() -> None:
@@ -137,9 +158,8 @@ def test_what_no_cpu_computes_in_is_refused_by_name() -> None:
 
 
 def test_bf16_is_used_only_if_asked_for(tmp_path: Path) -> None:
-    feeds = {"x": np.random.default_rng(0).standard_normal((BATCH, 3, 5)).astype(np.float32), "timestep": np.zeros(BATCH, np.float32)}
     save_graph(lower(inserted(GATED, gated())), tmp_path / "lowered.onnx")
-    shapes = tuple((name, value.shape) for name, value in feeds.items())
+    shapes = tuple((name, value.shape) for name, value in gated_feeds().items())
     hints = [
         compile_graph(tmp_path / "lowered.onnx", EngineOptions(threads=1, dtype=dtype), shapes).get_property("INFERENCE_PRECISION_HINT")
         for dtype in ("fp32", "bf16")
