@@ -51,7 +51,12 @@ class OpenVinoBackend(Backend):
         on_progress("compiling with openvino", 1, 1)
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
-        return _OpenVinoRunner(folder / LOWERED, options)
+        """With all kernels, but for float graphs that openvino crashes on, the benchmark's: see :func:`fusing_crashes`."""
+        from exporters.graph_info import load_graph
+
+        lowered = load_graph(folder / LOWERED)
+        in_float = all(node.op_type != "DequantizeLinear" for node in lowered.graph)
+        return _OpenVinoRunner(folder / LOWERED, options, fuse=not (in_float and fusing_crashes(lowered)))
 
     def open_segments(self, folder: Path, options: EngineOptions) -> Runner:
         """With the kernels that the engine has, but for graphs that openvino crashes on: see :func:`fusing_crashes`."""

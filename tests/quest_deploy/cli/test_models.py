@@ -1,0 +1,161 @@
+"""Models other than the embedded one at the command line: what is recorded, what may be given again, what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+from PIL import Image
+
+from quest_deploy.files import sha256_of_json
+from quest_deploy.models.registry import resolve_source
+from quest_deploy.models.source import ModelSource
+from quest_deploy.scheme import Scheme
+from quest_deploy.workspace import MANIFEST, TRAJECTORIES, Workspace
+from tests.quest_deploy.support import LDM_CHAIN, TEXT_CHAIN, cli
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.quest_deploy.conftest import Chain
+
+FEW = ("--samples", "2", "--steps", "2", "--buckets", "2", "--method", "minmax")
+
+
+def test_a_text_to_image_pipeline_goes_through_every_command(text_chain: Chain) -> None:
+    assert text_chain.outcomes.keys() == TEXT_CHAIN.keys()
+    assert text_chain.outcomes["verify onnxruntime"].json["passed"]
+    pictures = text_chain.outcomes["generate onnxruntime"].json["pictures"]
+    assert [Image.open(path).size for path in pictures] == [(16, 16)] * 2
+    results = text_chain.outcomes["evaluate onnxruntime"].json["results"]
+    assert list(results) == ["FP32", "PTQ", "QuEST", "onnxruntime"]
+    assert results["FP32"]["pixel_mse"] == 0
+    assert results["onnxruntime"]["psnr"] == pytest.approx(results["QuEST"]["psnr"], abs=0.5)
+    assert len(results["PTQ"]["epsilon_mse"]) == 3
+
+
+def test_an_unconditional_pipeline_goes_through_every_command(ldm_chain: Chain) -> None:
+    assert ldm_chain.outcomes.keys() == LDM_CHAIN.keys()
+    assert ldm_chain.outcomes["verify openvino"].json["passed"]
+    assert Image.open(ldm_chain.outcomes["generate openvino"].json["picture"]).size[0] > 16
+
+
+def test_the_manifest_says_where_the_model_comes_from_and_later_commands_need_no_option(text_chain: Chain) -> None:
+    source = json.loads((text_chain.root / MANIFEST).read_text())["source"]
+    folder = text_chain.root.parent / "sd-pipeline"
+    assert (source["name"], source["location"]) == ("sd-pipeline", str(folder))
+    assert source["fingerprint"] == resolve_source(str(folder)).fingerprint
+    assert Workspace.open(text_chain.root).source.path == folder
+
+
+def test_a_manifest_of_an_earlier_version_has_no_source_and_still_opens(tmp_path: Path) -> None:
+    root = Workspace.create(tmp_path / "ws", "tiny", Scheme.parse("w4a4")).root
+    content = json.loads((root / MANIFEST).read_text())
+    content = {key: value for key, value in content.items() if key not in ("source", "sha256")}
+    (root / MANIFEST).write_text(json.dumps({**content, "sha256": sha256_of_json(content)}))
+    assert Workspace.open(root).source == ModelSource("tiny")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model", "tiny"], "not tiny"),
+        (["--random-weights"], "holds weights trained ones, not random ones"),
+        (["--revision", "main"], "holds revision None, not main"),
+        (["--lora", "{lora}:0.5"], "holds LoRAs"),
+    ],
+)
+def test_a_workspace_of_another_model_is_refused(
+    tmp_path: Path, pipelines: Callable[[str], Path], options: list[str], words: str
+) -> None:
+    (tmp_path / "style.safetensors").write_bytes(b"")
+    Workspace.create(tmp_path / "ws", resolve_source(str(pipelines("sd"))), Scheme.parse("w4a4"))
+    given = [option.format(lora=tmp_path / "style.safetensors") for option in options]
+    ended = cli("calibrate", "-w", tmp_path / "ws", *given)
+    assert ended.code == 2
+    assert words in ended.message
+
+
+def test_the_same_model_may_be_named_again_by_any_path_to_it(
+    tmp_path: Path, pipelines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quest_deploy.cli.options import ModelChoices, SchemeChoices, create_workspace, open_workspace
+
+    monkeypatch.chdir(pipelines("sd"))
+    made = create_workspace(tmp_path / "ws", ModelChoices("."), SchemeChoices())
+    assert made.model == "sd"
+    assert open_workspace(tmp_path / "ws", str(pipelines("sd")), None).source == made.source
+
+
+def test_the_default_folder_is_called_after_the_models_folder(
+    tmp_path: Path, pipelines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = cli("calibrate", "--model", pipelines("class-labels"), *FEW, "--json")
+    assert ended.code == 0, ended.err
+    assert ended.json["workspace"] == "quest-out/class-labels-w4a4"
+
+
+def test_random_weights_are_recorded_and_calibrated_without_text_encoder_or_hub(
+    tmp_path: Path, pipelines: Callable[[str], Path]
+) -> None:
+    ended = cli("calibrate", "-w", tmp_path, "--model", pipelines("sdxl"), "--random-weights", *FEW)
+    assert ended.code == 0, ended.err
+    source = Workspace.open(tmp_path).source
+    assert (source.random_weights, source.seed) == (True, 0)
+    drawn = cli("generate", "-w", tmp_path)
+    assert drawn.code == 2
+
+
+def test_the_prompts_of_a_file_are_recorded_and_used(tmp_path: Path, pipelines: Callable[[str], Path]) -> None:
+    from quest_deploy.trajectories import Trajectories
+
+    (tmp_path / "prompts.txt").write_text("a cat\n\n  a red dog \n")
+    options = ("--model", pipelines("sd"), *FEW, "--prompts", tmp_path / "prompts.txt", "--guidance", "3", "--batch", "3")
+    assert cli("calibrate", "-w", tmp_path / "ws", *options).code == 0
+    recorded = Workspace.open(tmp_path / "ws").require("calibrate").options
+    assert (recorded["prompts"], recorded["guidance"], recorded["batch"]) == (["a cat", "a red dog"], 3, 3)
+    states = Trajectories.load(tmp_path / "ws" / TRAJECTORIES).conditions["encoder_hidden_states"]
+    assert len(states) == 4  # two samplings, both halves
+    assert len(states.flatten(1).unique(dim=0)) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "expected a text file with a prompt a line"), ("\n \n", "expected a prompt a line, and found none")]
+)
+def test_a_file_without_prompts_is_refused(tmp_path: Path, pipelines: Callable[[str], Path], content: str | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / "prompts.txt").write_text(content)
+    ended = cli("calibrate", "-w", tmp_path / "ws", "--model", pipelines("sd"), "--prompts", tmp_path / "prompts.txt")
+    assert ended.code == 2
+    assert words in ended.message
+    assert not (tmp_path / "ws").exists()
+
+
+def test_prompts_and_loras_are_not_for_the_embedded_model(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    assert "and tiny draws digits" in cli("calibrate", "-w", tmp_path / "a", "--prompts", tmp_path / "prompts.txt").message
+    assert "comes with its weights" in cli("calibrate", "-w", tmp_path / "b", "--random-weights").message
+
+
+@pytest.mark.parametrize(
+    ("chain", "backend", "options", "words"),
+    [
+        ("text_chain", "onnxruntime", ["--labels", "01"], "--labels: not for sd-pipeline, a model that is text-to-image"),
+        ("text_chain", "onnxruntime", ["--height", "15"], "divisible by 8"),
+        ("ldm_chain", "openvino", ["--prompt", "a cat"], "--prompt: not for ldm-pipeline, a model that is unconditional"),
+        ("ldm_chain", "openvino", ["--labels", "0"], "--labels: not for ldm-pipeline"),
+        ("ldm_chain", "openvino", ["--guidance", "3"], "expected a guidance weight of 1"),
+    ],
+)
+def test_generate_refuses_what_the_model_cannot_be_asked_for(
+    request: pytest.FixtureRequest, chain: str, backend: str, options: list[str], words: str
+) -> None:
+    root = request.getfixturevalue(chain).root
+    before = (root / MANIFEST).read_bytes()
+    ended = cli("generate", "-w", root, "--backend", backend, *options)
+    assert ended.code == 2
+    assert words in ended.message
+    assert (root / MANIFEST).read_bytes() == before
