@@ -236,7 +236,7 @@ def test_sizes_of_an_engine_are_those_of_its_graph_but_for_its_files(
 
 
 def test_a_report_is_json_and_its_shares_are_of_all_multiply_adds() -> None:
-    layer = LayerPrecision("a", "a.product", "other", "Conv", 4, 4, 60, "int8", "int8")
+    layer = LayerPrecision("a", ("a.product",), "other", "Conv", 4, 4, 60, "int8", "int8")
     report = PrecisionReport(
         [
             layer,
