@@ -6,13 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+
+from exporters import timestep_quantize
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 OPERATORS = ("Conv", "ConvInteger", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger")
+_FIRST_AXIS = "first_axis_of_inference"
+_KEEP_SHAPE = (timestep_quantize.OP_TYPE, "GroupNormalization")
 _KEEP_CONSTANT = ("Cast", "DequantizeLinear", "Identity", "Mul", "Reshape", "Sub", "Transpose")
 """What lies between an initializer and the weight that a multiplication reads."""
 
@@ -84,6 +89,14 @@ def _macs(node: ir.Node, weights: int, shapes: dict[str, list[int | None]]) -> i
 def _inferred_shapes(model: ir.Model, shapes: dict[str, tuple[int, ...]]) -> dict[str, list[int | None]]:
     proto = ir.to_proto(model)  # initializers in a file beside the graph stay there
     del proto.graph.value_info[:]  # with their symbols, which would hide sizes that follow from ``shapes``
+    scalars = {node.name for node in model.graph if node.op_type == "Reshape" and _is_scalar(node.inputs[0])}
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray([0]), _FIRST_AXIS))
+    for node in proto.graph.node:
+        if node.op_type in _KEEP_SHAPE:
+            _pass_shape_on(node)
+        elif node.name in scalars:  # of sizes, computed: inference follows them through Unsqueeze, not through Reshape
+            node.op_type, node.input[1] = "Unsqueeze", _FIRST_AXIS
+            del node.attribute[:]
     for value in proto.graph.input:
         if value.name in shapes:
             value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, shapes[value.name]))
@@ -94,6 +107,18 @@ def _inferred_shapes(model: ir.Model, shapes: dict[str, tuple[int, ...]]) -> dic
         if value.type.tensor_type.HasField("shape")
     }
     return {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer} | found
+
+
+def _is_scalar(value: ir.Value | None) -> bool:
+    return value is not None and value.shape is not None and len(value.shape) == 0
+
+
+def _pass_shape_on(node: onnx.NodeProto) -> None:
+    """Make ``node`` an operator of the same shape that shape inference knows: it fails at these, and at all that follows."""
+    to = onnx.TensorProto.INT8 if node.op_type == timestep_quantize.OP_TYPE else onnx.TensorProto.FLOAT
+    del node.input[1:], node.attribute[:]
+    node.op_type, node.domain = "Cast", ""
+    node.attribute.append(onnx.helper.make_attribute("to", to))
 
 
 def _constants(value: ir.Value) -> list[ir.Value] | None:

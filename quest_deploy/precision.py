@@ -15,7 +15,6 @@ import onnx_ir as ir
 from exporters.graph_info import graph_info, load_graph
 from exporters.multiplications import multiplications
 from exporters.passes.insert_quantized_layers import product_name
-from exporters.passes.split_gates import HALVES, whole
 from exporters.timestep_quantize import TABLES
 from quest_deploy.engine.base import LOWERED, input_shapes
 from quest_deploy.errors import InputError
@@ -40,7 +39,7 @@ class LayerPrecision:
     """One multiplication.
 
     Attributes:
-        node: the name of its node. operator: Conv or MatMul, as the inspected graph has it.
+        nodes: the names of the nodes that make it. operator: Conv or MatMul, as the inspected graph has it.
         weight_bits: None for a product of two activations. activation_bits: of the wider one; 32 where it stays in float.
         asked: "int8" or "float": what the checkpoint wants it to run in.
         runs_in: "int8", "fp32", "fp16" or "bf16"; "unknown" where the runtime does not tell; None for a graph, which nothing runs.
@@ -48,7 +47,7 @@ class LayerPrecision:
     """
 
     name: str
-    node: str
+    nodes: tuple[str, ...]
     group: str
     operator: str
     weight_bits: int | None
@@ -117,7 +116,7 @@ class PrecisionReport:
 
     @property
     def warnings(self) -> list[str]:
-        """One for each reason of falling back, and one for layers that the runtime says nothing about."""
+        """One for each reason of falling back, one for layers that the runtime says nothing about, one for products of unknown size."""
         found = []
         for reason, kind in dict.fromkeys((layer.reason, layer.runs_in) for layer in self.fell_back):
             layers = [layer for layer in self.fell_back if (layer.reason, layer.runs_in) == (reason, kind)]
@@ -125,6 +124,9 @@ class PrecisionReport:
         unknown = [layer for layer in self.layers if layer.runs_in == UNKNOWN and layer.asked == INTEGER]
         if unknown and not self.unavailable:
             found.append(f"{self._count(unknown)} cannot be found in what the runtime tells: {_names(unknown)}")
+        uncounted = [layer for layer in self.layers if not layer.macs]
+        if uncounted:
+            found.append(f"{len(uncounted)} products, whose size the graph does not tell, are not counted: {_names(uncounted)}")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -172,7 +174,7 @@ def engine_precision(backend: Backend, folder: Path, options: EngineOptions) -> 
         found = backend.realised_precision(folder, options)
     except InputError as e:
         return PrecisionReport([replace(layer, runs_in=UNKNOWN) for layer in asked], sizes, str(e))
-    layers = [replace(layer, runs_in=found.get(layer.node, UNKNOWN)) for layer in asked]
+    layers = [replace(layer, runs_in=_realised(layer, found)) for layer in asked]
     return PrecisionReport([replace(x, reason=backend.float_reason(x.operator)) if x.fell_back else x for x in layers], sizes)
 
 
@@ -181,40 +183,56 @@ def _asked(path: Path) -> tuple[list[LayerPrecision], Sizes]:
     info = graph_info(model)
     layers = {product_name(layer.name): layer for layer in info.layers.values()}
     products = {product_name(product.name): product for product in info.products.values()}
+    parts: dict[str, list[Multiplication]] = {}
+    for node in multiplications(model, input_shapes(model, 1)):
+        # A lowering may have made several nodes of one (see exporters.passes.split_gates).
+        whole = node.node.rpartition(".")[0]
+        parts.setdefault(whole if whole in layers or whole in products else node.node, []).append(node)
     found = []
-    nodes = multiplications(model, input_shapes(model, 1))
-    for node in nodes:
-        if whole(node.node) in layers:
-            if not node.node.endswith(f".{HALVES[1]}"):  # the first half has told of the whole layer
-                found.append(_layer(info, layers[whole(node.node)], node))
-        elif node.node in products:
-            found.append(_product(info, products[node.node], node))
+    for name, nodes in (parts | {name: [] for name in (*layers, *products) if name not in parts}).items():
+        if name in layers:
+            found.append(_layer(info, layers[name], nodes))
+        elif name in products:
+            found.append(_product(info, products[name], nodes))
         else:
-            macs = node.macs or 0
-            found.append(LayerPrecision(node.node, node.node, PRODUCTS, node.operator, None, FLOAT_BITS, macs, FLOAT))
-    return found, _sizes(model, info, nodes, path)
+            macs = sum(node.macs or 0 for node in nodes)
+            found.append(LayerPrecision(name, (name,), PRODUCTS, nodes[0].operator, None, FLOAT_BITS, macs, FLOAT))
+    return found, _sizes(model, info, {name: sum(node.weights for node in parts.get(name, [])) for name in layers}, path)
 
 
-def _layer(info: GraphInfo, layer: LayerInfo, node: Multiplication) -> LayerPrecision:
+def _layer(info: GraphInfo, layer: LayerInfo, nodes: list[Multiplication]) -> LayerPrecision:
     site = info.sites[layer.site]
     asked = INTEGER if site.integer else FLOAT
-    name, group = whole(node.node), group_of(layer.name)
-    return LayerPrecision(layer.name, name, group, node.operator, layer.weight_bits, site.bits, layer.macs, asked)
+    bits = (layer.weight_bits, site.bits)
+    return LayerPrecision(layer.name, _node_names(nodes), group_of(layer.name), _operator(nodes), *bits, layer.macs, asked)
 
 
-def _product(info: GraphInfo, product: ProductInfo, node: Multiplication) -> LayerPrecision:
+def _product(info: GraphInfo, product: ProductInfo, nodes: list[Multiplication]) -> LayerPrecision:
     sites = [None if name is None else info.sites[name] for name in product.sites]
     asked = INTEGER if all(site is not None and site.integer for site in sites) else FLOAT
     bits = max(FLOAT_BITS if site is None else site.bits for site in sites)
-    return LayerPrecision(product.name, node.node, group_of(product.name), node.operator, None, bits, product.macs, asked)
+    return LayerPrecision(product.name, _node_names(nodes), group_of(product.name), _operator(nodes), None, bits, product.macs, asked)
 
 
-def _sizes(model: ir.Model, info: GraphInfo, nodes: list[Multiplication], path: Path) -> Sizes:
+def _node_names(nodes: list[Multiplication]) -> tuple[str, ...]:
+    return tuple(node.node for node in nodes)
+
+
+def _operator(nodes: list[Multiplication]) -> str:
+    return nodes[0].operator if nodes else ""
+
+
+def _realised(layer: LayerPrecision, found: dict[str, str]) -> str:
+    """What a layer runs in: if its parts differ, what is known least of, or else what is not integer."""
+    kinds = {found.get(node, UNKNOWN) for node in layer.nodes} or {UNKNOWN}
+    return UNKNOWN if UNKNOWN in kinds else next((kind for kind in sorted(kinds) if kind != INTEGER), INTEGER)
+
+
+def _sizes(model: ir.Model, info: GraphInfo, weights: dict[str, int], path: Path) -> Sizes:
     bits = {product_name(layer.name): layer.weight_bits for layer in info.layers.values()}
-    weights = {node.node: node.weights for node in nodes if whole(node.node) in bits}
     others = sum(value.const_value.size for value in _float_parameters(model, info) if value.const_value is not None)
     graph = path.stat().st_size + (data.stat().st_size if (data := path.with_name(f"{path.name}.data")).exists() else 0)
-    ideal = sum(count * bits[whole(node)] for node, count in weights.items()) // 8
+    ideal = sum(count * bits[node] for node, count in weights.items()) // 8
     return Sizes(graph, None, 2 * (sum(weights.values()) + others), ideal + 2 * others)
 
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from exporters.passes.conv_to_matmul import ConvToMatMul
-from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
 from exporters.passes.to_native import to_native
 from exporters.passes.unsigned_activations import UnsignedActivations
 
 
 def lower(model: ir.Model, *, frozen_bucket: int | None = None) -> ir.Model:
     """Rewrite the portable graph in place and return it; ``frozen_bucket`` makes its scales static (see FreezeBucket)."""
-    ir.passes.Sequential(ExpandTimestepQuantize(), UnsignedActivations(), ConvToMatMul())(model)
-    return to_native(model, cast_int4_at_runtime=True, signed_zero_points=True, frozen_bucket=frozen_bucket)
+    return to_native(
+        model,
+        cast_int4_at_runtime=True,
+        signed_zero_points=True,
+        frozen_bucket=frozen_bucket,
+        expanded=(UnsignedActivations(), ConvToMatMul()),
+    )

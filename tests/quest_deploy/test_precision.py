@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -118,7 +119,8 @@ mha (float[2,3,8,4] q, float[2,3,8,4] k, float[2,3,8,4] v) => (float[2,3,8,4] o)
   kt = Transpose <perm = [0, 1, 3, 2]> (kd)
   s = MatMul(qd, kt)
   p = Softmax <axis = -1> (s)
-  o = MatMul(p, v)
+  values = MatMul(v, m)
+  o = MatMul(p, values)
 }
 """
 
@@ -130,7 +132,7 @@ def test_inside_openvinos_fused_attention_each_product_is_told_by_its_own_operan
     from exporters.multiplications import multiplications
     from quest_deploy.engine.openvino_precision import runtime_precisions
 
-    model = graph_from_text(MHA)
+    model = graph_from_text(MHA, m=np.eye(4, dtype=np.float32) * 2)
     for node in model.graph:
         node.name = f"n_{node.outputs[0].name}"
     core = openvino.Core()
@@ -139,14 +141,19 @@ def test_inside_openvinos_fused_attention_each_product_is_told_by_its_own_operan
     read = core.read_model(ir.to_proto(model).SerializeToString())
     compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": hint})
     found = runtime_precisions(compiled.get_runtime_model(), multiplications(model, {}))
-    assert found == {"n_s": "int8", "n_o": floats}
+    assert found == {"n_s": "int8", "n_values": floats, "n_o": floats}
 
 
-@pytest.mark.parametrize(("kernel", "types", "expected"), [
-    ("MatMulIntegerToFloat", ["uint8", "float"], "int8"), ("Conv", ["float", "float"], "fp32"),
+@pytest.mark.parametrize(
+    ("kernel", "types", "expected"),
+    [
+        ("MatMulIntegerToFloat", ["uint8", "float"], "int8"),
+        ("QLinearConv", ["uint8", "float"], "int8"),
+        ("Conv", ["float", "float"], "fp32"),
         ("MatMul", ["float16", "float16"], "fp16"),
-    ("MatMulNBits", ["float", "uint8"], "fp32"), ("QLinearConv", ["uint8", "float"], "int8"),
-])  # fmt: skip
+        ("MatMulNBits", ["float", "uint8"], "fp32"),
+    ],
+)
 def test_onnxruntimes_profile_tells_by_the_kernel(kernel: str, types: list[str], expected: str) -> None:
     event = {"cat": "Node", "name": "a.product_kernel_time", "args": {"op_name": kernel, "input_type_shape": [{t: [1]} for t in types]}}
     other = {"cat": "Node", "name": "a.product_kernel_time", "args": {"op_name": "Mul", "input_type_shape": [{"float": [1]}]}}
@@ -229,7 +236,7 @@ def test_sizes_of_an_engine_are_those_of_its_graph_but_for_its_files(
 
 
 def test_a_report_is_json_and_its_shares_are_of_all_multiply_adds() -> None:
-    layer = LayerPrecision("a", "a.product", "other", "Conv", 4, 4, 60, "int8", "int8")
+    layer = LayerPrecision("a", ("a.product",), "other", "Conv", 4, 4, 60, "int8", "int8")
     report = PrecisionReport(
         [
             layer,

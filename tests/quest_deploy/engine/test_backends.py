@@ -52,10 +52,19 @@ def feeds() -> dict[str, np.ndarray]:
     }
 
 
+@pytest.fixture(scope="module")
+def undamaged(small_proto: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An onnxruntime engine whose weights are large enough for a file of their own."""
+    folder = tmp_path_factory.mktemp("undamaged")
+    build_engine(get_backend("onnxruntime"), ir.from_proto(small_proto), folder, EngineOptions(threads=1), "cd" * 32)
+    assert (folder / f"{LOWERED}.data").stat().st_size > 0
+    return folder
+
+
 @pytest.fixture
-def engine(mini_engines: Callable[[str], Path], tmp_path: Path) -> Path:
+def engine(undamaged: Path, tmp_path: Path) -> Path:
     """A copy of the onnxruntime engine, to be damaged."""
-    return shutil.copytree(mini_engines("onnxruntime"), tmp_path / "engine")
+    return shutil.copytree(undamaged, tmp_path / "engine")
 
 
 @pytest.fixture(scope="module")
