@@ -51,8 +51,8 @@ class ToHalf(ir.passes.InPlacePass):
             raise ir.passes.PreconditionError(f"the types of {', '.join(map(str, untyped))} are unknown")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        for part in (model.graph, *model.functions.values()):
-            part.opset_imports[""] = max(part.opset_imports[""], OPSETS[self.dtype])
+        for imports in (model.graph.opset_imports, *(function.opset_imports for function in model.functions.values())):
+            imports[""] = max(imports[""], OPSETS[self.dtype])
         _Rewriter(model.graph, self.dtype).rewrite()
         return ir.passes.PassResult(model, modified=True)
 
