@@ -137,7 +137,7 @@ def _build_baseline(backend: Backend, options: EngineOptions, graph: Path, folde
     if name == FP32:
         RemoveQuantization()(model)
     else:
-        model = backend.lower(model, frozen_bucket=graph_info(model).scheme.buckets // 2)
+        model = backend.lower(model, frozen_bucket=graph_info(model).scheme.buckets // 2, dtype=options.dtype)
     save_graph(model, folder / LOWERED)
     backend.compile(folder / LOWERED, folder, options, no_progress)
 

@@ -5,7 +5,8 @@ Guarantees: no unsigned initializer is read by DequantizeLinear; the values are 
 
 1. UINT4: code - zero-point fits INT8, with zero-points of zero.
 2. UINT8, ``signed_zero_points=True``: code - 128 and zero-point - 128 as INT8.
-3. UINT8, ``signed_zero_points=False``: the weight itself in float, since code - zero-point needs nine bits; its layer runs in float.
+3. UINT8, ``signed_zero_points=False``: the weight itself in float, of its scale's type, since code - zero-point needs nine bits; its
+   layer runs in float.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ class CenterWeights(ir.passes.InPlacePass):
         elif self.signed_zero_points:
             centered, zeros = values - 128, zeros - 128
         else:
-            weight = (values - zeros.reshape(shape)).astype(np.float32) * array_of(scale).reshape(shape)
-            replace_value(node.outputs[0], editor.constant(f"{codes.name}_float", weight.astype(np.float32)))
+            scales = array_of(scale)
+            weight = (values - zeros.reshape(shape)).astype(np.float32) * scales.astype(np.float32).reshape(shape)
+            replace_value(node.outputs[0], editor.constant(f"{codes.name}_float", weight.astype(scales.dtype)))
             editor.graph.remove(node, safe=True)
             _drop_unread(editor.graph, codes, scale, zero)
             return

@@ -1,6 +1,7 @@
 """Cut a part out of a graph into a model of its own, to be built and run alone.
 
-Marking an inner value as an output would change what a backend fuses around it; a cut leaves the graph as it is.
+Marking an inner value as an output would change what a backend fuses around it; a cut leaves the graph as it is. What is FP16 or bf16
+at its edge is FP32 outside.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from exporters.editor import Editor
 from exporters.graph_info import BUCKET
 
 if TYPE_CHECKING:
@@ -94,4 +96,22 @@ def _cut(model: ir.Model, inputs: list[str], outputs: list[str]) -> ir.Model:
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None:
             value.shape = ir.Shape(["batch", *list(value.shape)[1:]])
+    _make_edges_float(graph)
     return cut
+
+
+def _make_edges_float(graph: ir.Graph) -> None:
+    editor, halves = Editor(graph), (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    for i, inner in enumerate(graph.inputs):
+        if inner.dtype in halves:
+            outer = ir.Value(name=inner.name, type=ir.TensorType(ir.DataType.FLOAT), shape=inner.shape)
+            cast = editor.op("Cast", [outer], f"{inner.name}_inside", dtype=inner.dtype, shape=inner.shape, to=inner.dtype.value)
+            graph.insert_before(graph[0], editor.take())
+            ir.convenience.replace_all_uses_with(inner, cast)
+            graph.inputs[i] = outer
+    for i, inner in enumerate(graph.outputs):
+        if inner.dtype in halves:
+            name, inner.name = inner.name, f"{inner.name}_inside"
+            outer = editor.op("Cast", [inner], str(name), dtype=ir.DataType.FLOAT, shape=inner.shape, to=ir.DataType.FLOAT.value)
+            graph.insert_after(graph[-1], editor.take())
+            graph.outputs[i] = outer

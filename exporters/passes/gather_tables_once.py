@@ -1,7 +1,7 @@
 """Gather all sites' values of a sample at once, instead of one Gather and one Unsqueeze for every table.
 
 Needs: tables [K] as initializers, each read by Gather(table, bucket) and then Unsqueeze to [B, 1, ...].
-Guarantees: for each rank, one Gather from a stacked table [K, tables, 1, ...] and one Split into [B, 1, ...]; the same values.
+Guarantees: for each rank and type, one Gather from a stacked table [K, tables, 1, ...] and one Split into [B, 1, ...]; the same values.
 
 A UNet has some hundred sites with three tables each; the nodes it saves are what choosing a bucket costs.
 """
@@ -20,21 +20,22 @@ class GatherTablesOnce(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         bucket = ir.convenience.create_value_mapping(model.graph)[BUCKET]
-        by_rank: dict[int, list[ir.Node]] = {}
+        groups: dict[tuple[int, str], list[ir.Node]] = {}
         for gather, _ in bucket.uses():
             table = gather.inputs[0]
             if gather.op_type == "Gather" and table is not None and table.is_initializer() and array_of(table).ndim == 1:
                 for reader, _ in gather.outputs[0].uses():
                     if reader.op_type == "Unsqueeze" and reader.inputs[1] is not None:
-                        by_rank.setdefault(1 + array_of(reader.inputs[1]).size, []).append(reader)
+                        kind = 1 + array_of(reader.inputs[1]).size, str(array_of(table).dtype)
+                        groups.setdefault(kind, []).append(reader)
         producer = bucket.producer()
         assert producer is not None
-        for rank, unsqueezes in sorted(by_rank.items()):
-            _gather_once(Editor(model.graph), rank, bucket, unsqueezes, producer)
-        return ir.passes.PassResult(model, modified=bool(by_rank))
+        for (rank, dtype), unsqueezes in sorted(groups.items()):
+            _gather_once(Editor(model.graph), rank, dtype, bucket, unsqueezes, producer)
+        return ir.passes.PassResult(model, modified=bool(groups))
 
 
-def _gather_once(editor: Editor, rank: int, bucket: ir.Value, unsqueezes: list[ir.Node], producer: ir.Node) -> None:
+def _gather_once(editor: Editor, rank: int, dtype: str, bucket: ir.Value, unsqueezes: list[ir.Node], producer: ir.Node) -> None:
     graph = editor.graph
     gathers = []
     for unsqueeze in unsqueezes:
@@ -44,12 +45,11 @@ def _gather_once(editor: Editor, rank: int, bucket: ir.Value, unsqueezes: list[i
     tables = [array_of(table) for gather in gathers if (table := gather.inputs[0]) is not None]
     stacked = np.stack(tables, axis=1).reshape(*(len(tables[0]), len(tables)), *[1] * (rank - 2))
     stacked = np.ascontiguousarray(stacked)
-    rows = editor.op(
-        "Gather", [editor.constant(f"tables_of_rank_{rank}", stacked), bucket], f"values_of_rank_{rank}", dtype=ir.DataType.FLOAT
-    )
+    kind = f"rank_{rank}_{dtype}"
+    rows = editor.op("Gather", [editor.constant(f"tables_of_{kind}", stacked), bucket], f"values_of_{kind}")
     outputs = [ir.Value(name=f"{u.outputs[0].name}_split", type=u.outputs[0].type, shape=u.outputs[0].shape) for u in unsqueezes]
     axis, parts = (ir.Attr(name, ir.AttributeType.INT, number) for name, number in (("axis", 1), ("num_outputs", len(outputs))))
-    split = ir.Node("", "Split", [rows], [axis, parts], outputs=outputs, name=f"split_of_rank_{rank}")
+    split = ir.Node("", "Split", [rows], [axis, parts], outputs=outputs, name=f"split_of_{kind}")
     graph.insert_after(producer, [*editor.take(), split])
     for unsqueeze, output in zip(unsqueezes, outputs, strict=True):
         replace_value(unsqueeze.outputs[0], output)

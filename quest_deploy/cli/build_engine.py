@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +22,8 @@ from quest_deploy.cli.options import (
 )
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.engine.backends import check_options, get_backend
-from quest_deploy.engine.base import EngineOptions, build_engine
+from quest_deploy.engine.base import DTYPES, HARDWARE_COMPATIBILITY_LEVELS, EngineOptions, build_engine
+from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder
 from quest_deploy.workspace import ENGINES, GRAPH
 
@@ -56,8 +58,24 @@ def build_engine_stage(
         }
         return files, details
 
-    chosen = {**dataclasses.asdict(options), "compute_capabilities": list(options.compute_capabilities)}
+    chosen = dataclasses.asdict(options)
     return run_stage(workspace, console, f"build-engine/{backend}", inputs=("export",), options=chosen, reuse=reuse, work=work)
+
+
+def parse_sample_size(text: str) -> tuple[int, int]:
+    """A height and a width from "64" or "64x96"; raise InputError for anything else."""
+    found = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
+    if found is None:
+        raise InputError(f"--sample-size: expected a size, such as 64, or a height and a width, such as 64x96, not {text!r}")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def parse_pool_limit(text: str) -> int:
+    """Bytes from "workspace:2G" (units of 1024: K, M, G); raise InputError for anything else."""
+    found = re.fullmatch(r"workspace:(\d{1,15})([KMG]?)", text)
+    if found is None:
+        raise InputError(f"--pool-limit: expected workspace:SIZE, such as workspace:2G, not {text!r}")
+    return int(found[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[found[2]]
 
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
@@ -80,11 +98,62 @@ def build_engine_command(
         list[str] | None, typer.Option(help="tensorrt-rtx: a GPU to build for, such as 89; may be repeated.")
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="TensorRT: the largest batch.")] = 16,
+    dtype: Annotated[
+        str, typer.Option(help=f"What is computed in besides integers: {', '.join(DTYPES)}; openvino takes fp32 and bf16.")
+    ] = "fp32",
+    opt_batch: Annotated[
+        int | None, typer.Option(min=1, help="TensorRT: the batch to tune for.", show_default="2, or the largest batch")
+    ] = None,
+    sample_size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SIZE|HEIGHTxWIDTH",
+            help="TensorRT: a size of the model's samples, such as 64 for Stable Diffusion's latents at 512 pixels; may be repeated: "
+            "one optimization profile each.",
+            show_default="the model's",
+        ),
+    ] = None,
+    pool_limit: Annotated[
+        str | None, typer.Option(metavar="workspace:SIZE", help="TensorRT: the most memory that a layer may use, such as workspace:2G.")
+    ] = None,
+    refittable: Annotated[
+        bool, typer.Option("--refittable", help="TensorRT: let the weights be exchanged; tensorrt-rtx needs a GPU for it.")
+    ] = False,
+    strip_plan: Annotated[
+        bool, typer.Option("--strip-plan", help="TensorRT: an engine without weights, given them when it is opened; needs a GPU.")
+    ] = False,
+    timing_cache: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="tensorrt: keep the times of kernels in a file, for the next engine.")
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="tensorrt: an engine that later versions can run.")
+    ] = False,
+    hardware_compatibility_level: Annotated[
+        str | None, typer.Option(help=f"tensorrt: the GPUs that can run it: {', '.join(HARDWARE_COMPATIBILITY_LEVELS)}.")
+    ] = None,
+    builder_optimization_level: Annotated[
+        int | None, typer.Option(help="tensorrt: how long to look for fast kernels, from 0 to 5.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Build an engine from the exported graph."""
     console = Console(as_json=as_json)
-    options = EngineOptions(provider, threads, tuple(compute_capability or ()), max_batch)
+    options = EngineOptions(
+        provider=provider,
+        threads=threads,
+        compute_capabilities=tuple(compute_capability or ()),
+        max_batch=max_batch,
+        dtype=dtype,
+        opt_batch=opt_batch,
+        sample_sizes=tuple(parse_sample_size(size) for size in sample_size or ()),
+        workspace_limit=None if pool_limit is None else parse_pool_limit(pool_limit),
+        refittable=refittable,
+        strip_plan=strip_plan,
+        timing_cache=None if timing_cache is None else str(timing_cache.resolve()),
+        version_compatible=version_compatible,
+        hardware_compatibility_level=hardware_compatibility_level,
+        builder_optimization_level=builder_optimization_level,
+    )
     get_backend(backend)
     check_options(backend, options)
     opened = open_workspace(workspace, model, bits)

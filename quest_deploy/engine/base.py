@@ -6,6 +6,7 @@ which hardware, and the hash of every file, checked before anything is loaded.
 
 from __future__ import annotations
 
+import gc
 import platform
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ VERSION = 1
 ENGINE_FILE = "engine.json"
 LOWERED = "lowered.onnx"
 DTYPES = ("fp32", "fp16", "bf16")
+HARDWARE_COMPATIBILITY_LEVELS = ("none", "ampere_plus", "same_compute_capability")
 _REPAIR = "run `quest-deploy build-engine` again"
 
 
@@ -37,12 +39,23 @@ _REPAIR = "run `quest-deploy build-engine` again"
 class EngineOptions:
     """How to build and run an engine; each backend says which it takes.
 
+    Those after ``dtype`` are TensorRT's, with Polygraphy's names.
+
     Attributes:
         provider: onnxruntime's execution provider: cpu, cuda or tensorrt.
         threads: CPU threads; 0 lets the backend choose.
         compute_capabilities: TensorRT for RTX's target GPUs, such as "89"; empty means Ampere, Ada and Blackwell.
         max_batch: the largest batch of a TensorRT engine's optimization profile; its runner splits larger ones.
         dtype: what an engine computes in where it does not compute in integers: fp32, fp16 or bf16.
+        opt_batch: the batch that its optimization profiles are tuned for; None means 2.
+        sample_sizes: heights and widths of the model's samples, one optimization profile each; empty means the graph's own.
+        workspace_limit: the most GPU memory in bytes that one layer may use for itself; None is all there is.
+        refittable: whether another model's weights may be put into the engine.
+        strip_plan: whether the engine's file is without weights, which :meth:`Backend.open` then takes from the lowered graph.
+        timing_cache: a file of kernels' times, read before building, if it is there, and written after.
+        version_compatible: whether later versions of TensorRT may run the engine.
+        hardware_compatibility_level: none, ampere_plus or same_compute_capability: which other GPUs may run the engine.
+        builder_optimization_level: how long to look for fast kernels, from 0 to 5.
     """
 
     provider: str = "cpu"
@@ -50,6 +63,15 @@ class EngineOptions:
     compute_capabilities: tuple[str, ...] = ()
     max_batch: int = 16
     dtype: str = "fp32"
+    opt_batch: int | None = None
+    sample_sizes: tuple[tuple[int, int], ...] = ()
+    workspace_limit: int | None = None
+    refittable: bool = False
+    strip_plan: bool = False
+    timing_cache: str | None = None
+    version_compatible: bool = False
+    hardware_compatibility_level: str | None = None
+    builder_optimization_level: int | None = None
 
     def __post_init__(self) -> None:
         if self.provider not in ("cpu", "cuda", "tensorrt"):
@@ -58,6 +80,19 @@ class EngineOptions:
             raise InputError(f"unknown dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
         if self.threads < 0 or self.max_batch < 1:
             raise InputError("threads must be 0 or more and the largest batch 1 or more")
+        if self.opt_batch is not None and not 1 <= self.opt_batch <= self.max_batch:
+            raise InputError(f"the batch to tune for must be between 1 and the largest, {self.max_batch}, not {self.opt_batch}")
+        if any(side < 1 for size in self.sample_sizes for side in size) or len(set(self.sample_sizes)) < len(self.sample_sizes):
+            raise InputError("sample sizes must be positive, and each one another")
+        if self.workspace_limit is not None and self.workspace_limit < 1:
+            raise InputError("the workspace's limit must be 1 byte or more")
+        if self.builder_optimization_level not in (None, *range(6)):
+            raise InputError(f"the builder's optimization level must be from 0 to 5, not {self.builder_optimization_level}")
+        if self.hardware_compatibility_level not in (None, *HARDWARE_COMPATIBILITY_LEVELS):
+            raise InputError(
+                f"unknown hardware compatibility level {self.hardware_compatibility_level!r}: "
+                f"expected one of {', '.join(HARDWARE_COMPATIBILITY_LEVELS)}"
+            )
 
 
 class Runner(ABC):
@@ -111,9 +146,12 @@ class Backend(ABC):
     def check_run(self, options: EngineOptions) -> None:
         """Raise InputError where this machine cannot run such engines."""
 
+    def check_graph(self, model: ir.Model, options: EngineOptions) -> None:  # noqa: B027 - most backends build any graph with any options
+        """Raise InputError where the portable graph ``model`` cannot be built with ``options``."""
+
     @abstractmethod
-    def lower(self, model: ir.Model, *, frozen_bucket: int | None = None) -> ir.Model:
-        """Rewrite the portable graph for this backend, in place."""
+    def lower(self, model: ir.Model, *, frozen_bucket: int | None = None, dtype: str = "fp32") -> ir.Model:
+        """Rewrite the portable graph for this backend, in place; ``dtype`` is what it computes in besides integers."""
 
     @abstractmethod
     def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
@@ -195,11 +233,14 @@ def build_engine(
 
     backend.check_build(options)
     info = graph_info(model)
+    backend.check_graph(model, options)
     try:
-        lowered = backend.lower(model)
+        lowered = backend.lower(model, dtype=options.dtype)
     except (PassError, InvariantError) as e:
         raise QuestDeployError(f"the graph cannot be lowered for {backend.name}: {e}; run `quest-deploy export` again") from e
     save_graph(lowered, folder / LOWERED)
+    del model, lowered  # a gigabyte for Stable Diffusion, while the backend holds its own copy
+    gc.collect()
     backend.compile(folder / LOWERED, folder, options, on_progress)
     content = {
         "format": FORMAT,
@@ -254,8 +295,10 @@ def options_from(content: dict[str, Any]) -> EngineOptions:
     """The options that an engine was built with."""
     try:
         given = dict(content["options"])
-        return EngineOptions(**{**given, "compute_capabilities": tuple(given["compute_capabilities"])})
-    except (KeyError, TypeError) as e:
+        given["compute_capabilities"] = tuple(given["compute_capabilities"])
+        given["sample_sizes"] = tuple((height, width) for height, width in given["sample_sizes"])
+        return EngineOptions(**given)
+    except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"damaged {ENGINE_FILE} ({e}); {_REPAIR}") from e
 
 

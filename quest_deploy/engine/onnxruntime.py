@@ -42,9 +42,11 @@ class OnnxRuntimeBackend(Backend):
 
     def check_build(self, options: EngineOptions) -> None:
         require_package("onnxruntime", "cpu", "building for onnxruntime")
+        _check_dtype(options)
 
     def check_run(self, options: EngineOptions) -> None:
         require_package("onnxruntime", "cpu", "running on onnxruntime")
+        _check_dtype(options)
         import onnxruntime
 
         available = onnxruntime.get_available_providers()
@@ -54,10 +56,10 @@ class OnnxRuntimeBackend(Backend):
                 "install 'quest-deploy[gpu]' on a machine with an NVIDIA GPU"
             )
 
-    def lower(self, model: ir.Model, *, frozen_bucket: int | None = None) -> ir.Model:
+    def lower(self, model: ir.Model, *, frozen_bucket: int | None = None, dtype: str = "fp32") -> ir.Model:
         from exporters.lower.onnxruntime import lower
 
-        return lower(model, frozen_bucket=frozen_bucket)
+        return lower(model, frozen_bucket=frozen_bucket, dtype=dtype)
 
     def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
         """Load it once: what onnxruntime refuses is refused now."""
@@ -92,6 +94,11 @@ class OnnxRuntimeBackend(Backend):
 
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
         return {**super().hardware(options), "device": options.provider}
+
+
+def _check_dtype(options: EngineOptions) -> None:
+    if options.dtype != "fp32" and options.provider == "cpu":
+        raise InputError(f"onnxruntime computes {options.dtype} on GPUs only: give --provider cuda, or leave --dtype at fp32")
 
 
 def profiled_precisions(events: list[dict[str, Any]], wanted: list[str]) -> dict[str, str]:

@@ -39,7 +39,8 @@ class OpenVinoBackend(Backend):
         require_package("openvino", "cpu", "running on openvino")
         _check_dtype(options)
 
-    def lower(self, model: ir.Model, *, frozen_bucket: int | None = None) -> ir.Model:
+    def lower(self, model: ir.Model, *, frozen_bucket: int | None = None, dtype: str = "fp32") -> ir.Model:
+        """In FP32 whatever ``dtype``: the runtime itself converts."""
         from exporters.lower.openvino import lower
 
         return lower(model, frozen_bucket=frozen_bucket)

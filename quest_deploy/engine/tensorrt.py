@@ -9,22 +9,25 @@ import ctypes
 import importlib
 import json
 import re
+import math
 import signal
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.engine.base import LOWERED, Backend, EngineOptions, Runner, SplitRunner, input_arrays
 from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.files import atomic_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     import onnx_ir as ir
     from numpy.typing import NDArray
 
 ENGINE = "model.engine"
+SAMPLE = "sample"
 RTX = "tensorrt_rtx"
 _TYPES = {
     "Int8": "int8",
@@ -37,6 +40,13 @@ _TYPES = {
     "FP32": "fp32",
 }
 """How its layer information names types."""
+RTX_LACKS = {
+    "timing_cache": "it times no kernels when it builds",
+    "version_compatible": "its engines run on the release that built them alone",
+    "hardware_compatibility_level": "its engines run on the GPUs given with --compute-capability",
+    "builder_optimization_level": "it looks for fast kernels when an engine runs, not when it is built",
+}
+"""Options of TensorRT alone, and why (its documentation; tried with 1.7: refused, ignored, or the same engine whatever is chosen)."""
 DEFAULT_CAPABILITIES = ("80", "86", "89", "120")
 """Ampere, Ada and Blackwell. Not Turing ("75"): TensorRT for RTX refuses FP32 matrix products there."""
 
@@ -50,21 +60,35 @@ class TensorRtBackend(Backend):
 
     def check_build(self, options: EngineOptions) -> None:
         trt = self._module()
-        if self.package != RTX and gpu_count() == 0:
-            raise InputError("tensorrt builds an engine on the GPU that will run it, and this machine has none; use tensorrt-rtx here")
-        if self.package == RTX:
-            for capability in options.compute_capabilities:
-                _compute_capability(trt, capability)
+        if self.package != RTX:
+            if gpu_count() == 0:
+                raise InputError("tensorrt builds on the GPU that runs the engine, and this machine has none; use tensorrt-rtx here")
+            _check_timing_cache(options)
+            return
+        for option, reason in RTX_LACKS.items():
+            if getattr(options, option) != getattr(EngineOptions(), option):
+                raise InputError(f"--{option.replace('_', '-')} is tensorrt's; tensorrt-rtx has no such option: {reason}")
+        if (options.refittable or options.strip_plan) and gpu_count() == 0:
+            raise InputError(
+                "--refittable and --strip-plan need an NVIDIA GPU, and this machine has none: tensorrt-rtx compiles what puts weights "
+                "into an engine with the GPU's driver"
+            )
+        for capability in options.compute_capabilities:
+            _compute_capability(trt, capability)
 
     def check_run(self, options: EngineOptions) -> None:
         self._module()
         if gpu_count() == 0:
             raise InputError(f"{self.name} engines run on an NVIDIA GPU, and this machine has none; copy the workspace to one that has")
 
-    def lower(self, model: ir.Model, *, frozen_bucket: int | None = None) -> ir.Model:
+    def check_graph(self, model: ir.Model, options: EngineOptions) -> None:
+        """The sample sizes must be those that the graph can take."""
+        check_sample_sizes(model, options.sample_sizes)
+
+    def lower(self, model: ir.Model, *, frozen_bucket: int | None = None, dtype: str = "fp32") -> ir.Model:
         from exporters.lower.tensorrt import lower
 
-        return lower(model, frozen_bucket=frozen_bucket)
+        return lower(model, frozen_bucket=frozen_bucket, dtype=dtype)
 
     def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
         trt = self._module()
@@ -80,19 +104,22 @@ class TensorRtBackend(Backend):
                 raise QuestDeployError(f"{self.name} cannot parse {lowered}: {errors}")
             config = builder.create_builder_config()
             config.progress_monitor = monitor
-            # On by default, it rounds the float products' operands to 10 bits: what is not quantized is FP32, as on the other backends.
-            config.clear_flag(trt.BuilderFlag.TF32)
-            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the engine can tell its layers' precisions
-            _add_profile(builder, config, network, options.max_batch, lowered)
+            configure(trt, config, options)
+            for shapes in profile_shapes(network, lowered, options):
+                _add_profile(builder, config, shapes)
             if self.package == RTX:
                 _target(trt, config, options.compute_capabilities)
+            timing_cache = _read_timing_cache(config, options)
             serialized = None if monitor.stopped else builder.build_serialized_network(network, config)
         if serialized is None:
             raise QuestDeployError(f"{self.name} cannot build {lowered}: {'; '.join(logger.problems[-3:]) or 'no reason given'}")
-        (folder / ENGINE).write_bytes(bytes(serialized))
+        (folder / ENGINE).write_bytes(serialized)
+        if timing_cache is not None and options.timing_cache is not None:
+            with atomic_file(Path(options.timing_cache)) as temporary:
+                temporary.write_bytes(timing_cache.serialize())
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
-        return SplitRunner(_TensorRtRunner(folder / ENGINE, rtx=self.package == RTX), options.max_batch)
+        return SplitRunner(_TensorRtRunner(folder, options, self.package), options.max_batch)
 
     def realised_precision(self, folder: Path, options: EngineOptions) -> dict[str, str]:
         """From the engine's own layer information; only a GPU that can run the engine can read it."""
@@ -225,17 +252,91 @@ def _interrupts_stop(monitor: Any) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _add_profile(builder: Any, config: Any, network: Any, max_batch: int, lowered: Path) -> None:
-    """One profile: batches of up to ``max_batch``, the sample of the size that the model is meant for."""
+def check_sample_sizes(model: ir.Model, sizes: tuple[tuple[int, int], ...]) -> None:
+    """Raise InputError where a graph cannot take samples of one of ``sizes``."""
+    (own,) = (list(value.shape or [])[2:] for value in model.graph.inputs if value.name == SAMPLE)
+    # A UNet halves what it reads at each convolution with a stride, and doubles it as often: nothing may be lost.
+    strided = (node.attributes["strides"] for node in model.graph if node.op_type == "Conv" and "strides" in node.attributes)
+    factor = math.prod(strides.as_ints()[0] for strides in strided)
+    for size in sizes:
+        if all(isinstance(side, int) for side in own) and list(size) != own:
+            raise InputError(f"the graph takes samples of {own[0]}x{own[1]} alone, not of {size[0]}x{size[1]}")
+        if any(side % factor for side in size):
+            raise InputError(f"a sample of {size[0]}x{size[1]}: the model takes multiples of {factor}")
+
+
+def configure(trt: Any, config: Any, options: EngineOptions) -> None:
+    """Set what ``options`` ask of a builder's configuration, besides its profiles and targets."""
+    flag = trt.BuilderFlag
+    # On by default, it rounds the float products' operands to 10 bits: what is not quantized is FP32, as on the other backends.
+    config.clear_flag(flag.TF32)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the engine can tell its layers' precisions
+    chosen = {flag.REFIT: options.refittable, flag.STRIP_PLAN: options.strip_plan, flag.VERSION_COMPATIBLE: options.version_compatible}
+    for name, wanted in chosen.items():
+        if wanted:
+            config.set_flag(name)
+    if options.workspace_limit is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_limit)
+    if options.hardware_compatibility_level is not None:
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatibility_level.upper())
+    if options.builder_optimization_level is not None:
+        config.builder_optimization_level = options.builder_optimization_level
+
+
+def _check_timing_cache(options: EngineOptions) -> None:
+    if options.timing_cache is None:
+        return
+    path = Path(options.timing_cache)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):  # it is read before the engine is built, and written after
+            pass
+    except OSError as e:
+        raise InputError(f"the timing cache {path} cannot be read and written ({e.strerror})") from e
+
+
+def _read_timing_cache(config: Any, options: EngineOptions) -> Any:
+    """Let the builder use what is in the timing cache's file, an empty one if that is of another version."""
+    if options.timing_cache is None:
+        return None
+    cache = config.create_timing_cache(Path(options.timing_cache).read_bytes())
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def profile_shapes(network: Any, lowered: Path, options: EngineOptions) -> list[dict[str, tuple[list[int], ...]]]:
+    """The least, the tuned for and the largest shape of each input by name, for each optimization profile.
+
+    One for each of the sample sizes, or one of the size that the model is meant for; the conditions' shapes are the graph's.
+    """
+    inputs = {tensor.name: list(tensor.shape)[1:] for tensor in map(network.get_input, range(network.num_inputs))}
+    sizes: list[list[int]] = [list(size) for size in options.sample_sizes] or [inputs.get(SAMPLE, [])[1:]]
+    if any(side < 0 for size in sizes for side in size):
+        sizes = [_own_sample_size(lowered)]
+    batches = (1, options.opt_batch or min(2, options.max_batch), options.max_batch)
+    return [
+        {
+            name: tuple([batch, *(shape if name != SAMPLE else [*shape[:1], *size])] for batch in batches)
+            for name, shape in inputs.items()
+        }
+        for size in sizes
+    ]
+
+
+def _own_sample_size(lowered: Path) -> list[int]:
+    """The height and width of the samples that a graph is meant for, which takes others too."""
     from exporters.graph_info import load_graph, sample_shape
 
+    try:
+        return list(sample_shape(load_graph(lowered)))[1:]
+    except KeyError as e:
+        raise QuestDeployError(f"{lowered} takes samples of any size and does not say which it is meant for") from e
+
+
+def _add_profile(builder: Any, config: Any, shapes: dict[str, tuple[list[int], ...]]) -> None:
     profile = builder.create_optimization_profile()
-    for i in range(network.num_inputs):
-        tensor = network.get_input(i)
-        rest = list(tensor.shape)[1:]
-        if -1 in rest:
-            rest = list(sample_shape(load_graph(lowered)))
-        profile.set_shape(tensor.name, [1, *rest], [min(2, max_batch), *rest], [max_batch, *rest])
+    for name, (least, tuned_for, largest) in shapes.items():
+        profile.set_shape(name, least, tuned_for, largest)
     config.add_optimization_profile(profile)
 
 
@@ -254,20 +355,54 @@ def _compute_capability(trt: Any, name: str) -> Any:
     return members[f"SM{name}"]
 
 
-class _TensorRtRunner(Runner):
-    """Polygraphy's TrtRunner on the serialized engine."""
+def load_engine(trt: Any, logger: Any, folder: Path, options: EngineOptions) -> Any:
+    """The engine in ``folder``, on the GPU, with its weights: one that was stripped gets them from the lowered graph."""
+    runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = options.version_compatible  # such an engine brings the runtime that it needs
+    engine = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
+    if engine is None:
+        raise QuestDeployError(f"{folder / ENGINE} cannot be loaded: {'; '.join(logger.problems[-3:]) or 'no reason given'}")
+    if options.strip_plan:
+        refitter = trt.Refitter(engine, logger)
+        parser = trt.OnnxParserRefitter(refitter, logger)
+        if not parser.refit_from_file(str(folder / LOWERED)) or not refitter.refit_cuda_engine():
+            errors = [parser.get_error(i).desc() for i in range(parser.num_errors)] + logger.problems[-3:]
+            raise QuestDeployError(f"{folder / ENGINE} cannot be given the weights of {folder / LOWERED}: {'; '.join(errors)}")
+    return engine
 
-    def __init__(self, path: Path, *, rtx: bool) -> None:
+
+def fitting_profile(engine: Any, shapes: dict[str, tuple[int, ...]]) -> int:
+    """The first optimization profile of ``engine`` that takes inputs of ``shapes``; raise InputError where none does."""
+    for profile in range(engine.num_optimization_profiles):
+        bounds = {name: engine.get_tensor_profile_shape(name, profile) for name in shapes}
+        if all(
+            len(least) == len(shapes[name]) and all(a <= x <= b for a, x, b in zip(least, shapes[name], largest, strict=True))
+            for name, (least, _, largest) in bounds.items()
+        ):
+            return profile
+    raise InputError(f"the engine was built for other inputs than {shapes}; run `quest-deploy build-engine` with their --sample-size")
+
+
+class _TensorRtRunner(Runner):
+    """Polygraphy's TrtRunner on the engine."""
+
+    def __init__(self, folder: Path, options: EngineOptions, package: str) -> None:
         from polygraphy import config
 
-        config.USE_TENSORRT_RTX = rtx  # before its TensorRT backend is imported; one flavour a process
-        from polygraphy.backend.common import BytesFromPath
-        from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+        config.USE_TENSORRT_RTX = package == RTX  # before its TensorRT backend is imported; one flavour a process
+        from polygraphy.backend.trt import TrtRunner
 
-        self._runner = TrtRunner(EngineFromBytes(BytesFromPath(str(path))))
+        trt = importlib.import_module(package)
+        self._logger = _logger(trt)  # the engine logs on it
+        self._engine, self._profile = load_engine(trt, self._logger, folder, options), 0
+        self._runner = TrtRunner(self._engine)
         self._runner.activate()
 
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        profile = fitting_profile(self._engine, {name: value.shape for name, value in feeds.items()})
+        if profile != self._profile:
+            self._runner.set_profile(profile)
+            self._profile = profile
         return {name: value.copy() for name, value in self._runner.infer(input_arrays(feeds)).items()}
 
     def close(self) -> None:

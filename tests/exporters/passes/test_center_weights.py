@@ -80,3 +80,13 @@ def test_a_second_run_and_a_graph_of_signed_weights_change_nothing(hand_model: i
     CenterWeights(signed_zero_points=True)(model)
     assert not CenterWeights(signed_zero_points=True)(model).modified
     assert not CenterWeights(signed_zero_points=False)(hand_model).modified
+
+
+def test_case_3_a_weight_has_the_type_of_its_scale() -> None:
+    model, expected = dequantized(8, 1, 0)
+    scale = model.graph.initializers["scale"]
+    scale.const_value = ir.tensor(array_of(scale).astype(np.float16), name="scale")
+    CenterWeights(signed_zero_points=False)(model)
+    weight = array_of(model.graph.outputs[0])
+    assert weight.dtype == np.float16
+    np.testing.assert_allclose(weight, expected, rtol=2e-3)

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from exporters.graph_info import graph_info
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_segments
+from exporters.passes.to_half import ToHalf
 from tests.helpers import float32, numpy_layer, op_counts, proto_of, relative_error, run, site_codes
 
 if TYPE_CHECKING:
@@ -83,3 +84,18 @@ def test_every_cut_has_a_dynamic_batch(hand_model: ir.Model) -> None:
     for batch in (1, 3):
         (y,) = run(cut, {info.sites["to_q"].input: site_input("to_q")[:batch], "bucket": BUCKET[:batch]})
         assert y.shape == (batch, 3, 7)
+
+
+def test_what_is_half_at_the_edge_of_a_cut_is_fp32_outside_under_the_same_name(hand: Checkpoint, hand_model: ir.Model) -> None:
+    ToHalf(ir.DataType.FLOAT16)(hand_model)
+    info = graph_info(hand_model)
+    cuts = [cut_segments(hand_model, info), *(cut_layer(hand_model, info, name) for name in info.layers)]
+    for cut in cuts:
+        assert all(value.dtype in (ir.DataType.FLOAT, ir.DataType.INT64) for value in (*cut.graph.inputs, *cut.graph.outputs))
+        onnx.checker.check_model(proto_of(cut), full_check=True)
+    layer = cut_layer(hand_model, info, "last")  # it reads what conv gives, in FP16
+    assert [value.name for value in (*layer.graph.inputs, *layer.graph.outputs)] == ["conv.output", "bucket", "image"]
+    x = site_input("last").astype(np.float16).astype(np.float32)
+    (y,) = run(layer, {"conv.output": x, "bucket": BUCKET})
+    assert y.dtype == np.float32
+    assert relative_error(y, numpy_layer(hand, "last", x, BUCKET)) < 2e-3

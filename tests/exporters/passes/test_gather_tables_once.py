@@ -64,3 +64,15 @@ def test_a_graph_whose_tables_are_gathered_already_is_not_modified(hand_model: i
     counts = op_counts(hand_model)
     assert not GatherTablesOnce()(hand_model).modified
     assert op_counts(hand_model) == counts
+
+
+def test_tables_of_different_types_are_kept_apart() -> None:
+    text = TEXT.replace("float[batch,1] b2", "float16[batch,1] b2")
+    tables = TABLES | {"b": TABLES["b"].astype(np.float16)}
+    model, bucket = graph_from_text(text, **tables), np.asarray([4, 0, 2, 2])
+    GatherTablesOnce()(model)
+    assert op_counts(model) == {"Add": 1, "Gather": 3, "Split": 3}
+    onnx.checker.check_model(proto_of(model), full_check=True)
+    for found, name in zip(run(model, {"start": bucket}), "abc", strict=True):
+        assert found.dtype == tables[name].dtype
+        np.testing.assert_array_equal(found.reshape(-1), tables[name][bucket])

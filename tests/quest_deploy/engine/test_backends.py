@@ -122,7 +122,7 @@ def test_a_tensorrt_engine_never_gets_more_rows_than_its_profile_allows(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = Limited(6)
-    monkeypatch.setattr("quest_deploy.engine.tensorrt._TensorRtRunner", lambda path, rtx: opened)
+    monkeypatch.setattr("quest_deploy.engine.tensorrt._TensorRtRunner", lambda folder, options, package: opened)
     with get_backend(backend).open(tmp_path, EngineOptions(max_batch=6)) as runner:
         outputs = runner.infer({"sample": np.zeros((20, 1)), "timestep": np.arange(20.0)})
     assert opened.batches == [6, 6, 6, 2]

@@ -1,0 +1,287 @@
+"""The builder's options of the TensorRT backends: what is refused and why, and what the real builder's configuration gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import pytest
+import tensorrt_rtx as trt
+
+from exporters.graph_info import SAMPLE_SHAPE_KEY, load_graph
+from quest_deploy.engine.backends import TENSORRT_OPTIONS, check_options, get_backend, option_name
+from quest_deploy.engine.base import LOWERED, EngineOptions, build_engine, engine_info, options_from
+from quest_deploy.engine.tensorrt import (
+    ENGINE,
+    RTX_LACKS,
+    check_sample_sizes,
+    configure,
+    fitting_profile,
+    load_engine,
+    profile_shapes,
+)
+from quest_deploy.errors import InputError, QuestDeployError
+
+if TYPE_CHECKING:
+    import onnx
+
+GIVEN: dict[str, Any] = {
+    "opt_batch": 3,
+    "sample_sizes": ((8, 8),),
+    "workspace_limit": 2**30,
+    "refittable": True,
+    "strip_plan": True,
+    "timing_cache": "cache.bin",
+    "version_compatible": True,
+    "hardware_compatibility_level": "ampere_plus",
+    "builder_optimization_level": 5,
+}
+
+
+class _Log(trt.ILogger):
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self.problems: list[str] = []
+
+    def log(self, severity: Any, message: str) -> None:
+        if severity <= trt.ILogger.Severity.ERROR:
+            self.problems.append(message)
+
+
+@pytest.fixture(scope="module")
+def builder() -> Any:
+    return trt.Builder(_Log())
+
+
+def test_every_option_of_tensorrt_is_tried_here() -> None:
+    assert set(GIVEN) == set(TENSORRT_OPTIONS)
+    assert set(RTX_LACKS) < set(TENSORRT_OPTIONS)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("option", GIVEN)
+def test_other_backends_refuse_what_is_tensorrts(backend: str, option: str) -> None:
+    with pytest.raises(InputError, match=f"{option_name(option)} is TensorRT's, and the backend is {backend}"):
+        check_options(backend, EngineOptions(**{option: GIVEN[option]}))
+    check_options("tensorrt-rtx", EngineOptions(**{option: GIVEN[option]}))
+
+
+@pytest.mark.parametrize("option", RTX_LACKS)
+def test_tensorrt_rtx_refuses_what_it_lacks_and_says_why(option: str) -> None:
+    with pytest.raises(InputError, match=f"{option_name(option)} is tensorrt's; tensorrt-rtx has no such option: {RTX_LACKS[option]}"):
+        get_backend("tensorrt-rtx").check_build(EngineOptions(**{option: GIVEN[option]}))
+
+
+@pytest.mark.parametrize("option", ["refittable", "strip_plan"])
+def test_tensorrt_rtx_needs_a_gpu_for_weights_that_can_be_exchanged(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = EngineOptions(**{option: True})
+    monkeypatch.setattr("quest_deploy.engine.tensorrt.gpu_count", lambda: 1)
+    get_backend("tensorrt-rtx").check_build(options)
+    monkeypatch.setattr("quest_deploy.engine.tensorrt.gpu_count", lambda: 0)
+    with pytest.raises(InputError, match="--refittable and --strip-plan need an NVIDIA GPU, and this machine has none"):
+        get_backend("tensorrt-rtx").check_build(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "fp8"}, "unknown dtype 'fp8': expected one of fp32, fp16, bf16"),
+        ({"opt_batch": 9, "max_batch": 8}, "between 1 and the largest, 8, not 9"),
+        ({"opt_batch": 0}, "between 1 and the largest"),
+        ({"sample_sizes": ((0, 64),)}, "sample sizes must be positive"),
+        ({"sample_sizes": ((64, 64), (64, 64))}, "each one another"),
+        ({"workspace_limit": 0}, "1 byte or more"),
+        ({"builder_optimization_level": 6}, "from 0 to 5, not 6"),
+        (
+            {"hardware_compatibility_level": "hopper"},
+            "unknown hardware compatibility level 'hopper': expected one of none",
+        ),
+    ],
+)
+def test_options_that_no_builder_takes_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        EngineOptions(**options)
+
+
+def test_onnxruntime_computes_in_half_types_on_gpus_only() -> None:
+    for dtype in ("fp16", "bf16"):
+        with pytest.raises(InputError, match=f"onnxruntime computes {dtype} on GPUs only: give --provider cuda"):
+            get_backend("onnxruntime").check_build(EngineOptions(dtype=dtype))
+        get_backend("onnxruntime").check_build(EngineOptions(dtype=dtype, provider="cuda"))
+
+
+@pytest.mark.parametrize("place", ["folder", "unwritable/cache"])
+def test_a_timing_cache_that_cannot_be_used_is_refused_before_anything_is_built(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "unwritable").write_text("a file")
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", trt)
+    monkeypatch.setattr("quest_deploy.engine.tensorrt.gpu_count", lambda: 1)
+    with pytest.raises(InputError, match=r"the timing cache .* cannot be read and written"):
+        get_backend("tensorrt").check_build(EngineOptions(timing_cache=str(tmp_path / place)))
+    get_backend("tensorrt").check_build(EngineOptions(timing_cache=str(tmp_path / "new" / "cache.bin")))
+
+
+def test_flags_and_limits_reach_the_builders_configuration(builder: Any) -> None:
+    config = builder.create_builder_config()
+    configure(trt, config, EngineOptions())
+    asked = (trt.BuilderFlag.REFIT, trt.BuilderFlag.STRIP_PLAN, trt.BuilderFlag.VERSION_COMPATIBLE)
+    assert not any(config.get_flag(flag) for flag in (trt.BuilderFlag.TF32, *asked))
+    configure(trt, config, EngineOptions(refittable=True, strip_plan=True, version_compatible=True, workspace_limit=3 * 2**20,
+                                         builder_optimization_level=1))  # fmt: skip
+    assert all(config.get_flag(flag) for flag in asked)
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 3 * 2**20
+    assert config.builder_optimization_level == 1
+
+
+@pytest.mark.parametrize("level", ["none", "ampere_plus", "same_compute_capability"])
+def test_hardware_compatibility_levels_are_the_builders_own(level: str) -> None:
+    config = SimpleNamespace(clear_flag=lambda flag: None)
+    configure(trt, config, EngineOptions(hardware_compatibility_level=level))
+    assert config.hardware_compatibility_level == getattr(trt.HardwareCompatibilityLevel, level.upper())
+
+
+class _Network:
+    """A network's inputs."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        self._inputs = [SimpleNamespace(name=name, shape=shape) for name, shape in shapes.items()]
+        self.num_inputs = len(shapes)
+
+    def get_input(self, i: int) -> Any:
+        return self._inputs[i]
+
+
+def dynamic_graph(tmp_path: Path) -> Path:
+    """A graph of samples [4, height, width] that is meant for 64 x 96."""
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[batch,4,height,width] sample) => (float[batch,4,height,width] y)'
+        "{ y = Identity(sample) }"
+    )
+    model.metadata_props[SAMPLE_SHAPE_KEY] = json.dumps([4, 64, 96])
+    ir.save(model, tmp_path / LOWERED)
+    return tmp_path / LOWERED
+
+
+def test_each_sample_size_has_a_profile_of_batches_from_one_to_the_largest(tmp_path: Path) -> None:
+    network = _Network(sample=(-1, 4, -1, -1), timestep=(-1,), encoder_hidden_states=(-1, 77, 768))
+    options = EngineOptions(max_batch=8, opt_batch=4, sample_sizes=((64, 64), (96, 80)))
+    first, second = profile_shapes(network, tmp_path, options)
+    assert first["sample"] == ([1, 4, 64, 64], [4, 4, 64, 64], [8, 4, 64, 64])
+    assert second["sample"] == ([1, 4, 96, 80], [4, 4, 96, 80], [8, 4, 96, 80])
+    assert first["timestep"] == second["timestep"] == ([1], [4], [8])
+    assert first["encoder_hidden_states"] == ([1, 77, 768], [4, 77, 768], [8, 77, 768])
+
+
+def test_without_sample_sizes_there_is_one_profile_of_the_size_that_the_model_is_meant_for(tmp_path: Path) -> None:
+    (shapes,) = profile_shapes(_Network(sample=(-1, 4, -1, -1)), dynamic_graph(tmp_path), EngineOptions(max_batch=1))
+    assert shapes["sample"] == ([1, 4, 64, 96],) * 3
+    (shapes,) = profile_shapes(_Network(sample=(-1, 2, 4, 4)), tmp_path, EngineOptions())
+    assert shapes["sample"] == ([1, 2, 4, 4], [2, 2, 4, 4], [16, 2, 4, 4])
+    assert profile_shapes(_Network(x=(-1, 5)), tmp_path, EngineOptions(max_batch=3)) == [{"x": ([1, 5], [2, 5], [3, 5])}]
+
+
+def unet(size: str) -> ir.Model:
+    """A graph that halves its samples twice, and doubles them again."""
+    return ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 21]> g (float[batch,4,{size}] sample, float[4,4,2,2] w) => (float[batch,4,a,b] y) {{
+            half = Conv <strides = [2, 2]> (sample, w)
+            quarter = Conv <strides = [2, 2]> (half, w)
+            y = Conv <strides = [1, 1]> (quarter, w)
+        }}"""
+    )
+
+
+def test_a_sample_size_that_the_model_cannot_halve_as_often_as_it_does_is_refused() -> None:
+    check_sample_sizes(unet("h,w2"), ((64, 64), (96, 100)))
+    with pytest.raises(InputError, match="a sample of 64x98: the model takes multiples of 4"):
+        check_sample_sizes(unet("h,w2"), ((64, 64), (64, 98)))
+
+
+def test_a_graph_of_one_size_takes_no_other() -> None:
+    check_sample_sizes(unet("64,96"), ((64, 96),))
+    with pytest.raises(InputError, match="the graph takes samples of 64x96 alone, not of 96x96"):
+        check_sample_sizes(unet("64,96"), ((96, 96),))
+
+
+def test_a_sample_size_is_refused_before_the_graph_is_lowered(mini_proto: onnx.ModelProto, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the graph takes samples of"):
+        build_engine(get_backend("tensorrt-rtx"), ir.from_proto(mini_proto), tmp_path, EngineOptions(sample_sizes=((5, 5),)), "cd" * 32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_profile_that_takes_the_inputs_is_found() -> None:
+    bounds = {"sample": [((1, 4, 64, 64), 0, (8, 4, 64, 64)), ((1, 4, 96, 96), 0, (8, 4, 96, 96))], "timestep": [((1,), 0, (8,))] * 2}
+    engine = SimpleNamespace(num_optimization_profiles=2, get_tensor_profile_shape=lambda name, i: bounds[name][i])
+    assert fitting_profile(engine, {"sample": (1, 4, 64, 64), "timestep": (1,)}) == 0
+    assert fitting_profile(engine, {"sample": (8, 4, 96, 96), "timestep": (8,)}) == 1
+    for shape in ((9, 4, 64, 64), (1, 4, 80, 80), (4, 64, 64)):
+        with pytest.raises(InputError, match=r"built for other inputs.*--sample-size"):
+            fitting_profile(engine, {"sample": shape, "timestep": (1,)})
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_the_real_builder_takes_the_unet_in_a_half_type_with_a_workspace_limit(
+    mini_proto: onnx.ModelProto, tmp_path: Path, dtype: str
+) -> None:
+    options = EngineOptions(compute_capabilities=("89", "120"), max_batch=8, opt_batch=4, dtype=dtype, workspace_limit=2**30)
+    build_engine(get_backend("tensorrt-rtx"), ir.from_proto(mini_proto), tmp_path, options, "cd" * 32)
+    assert options_from(engine_info(tmp_path)) == options
+    lowered = load_graph(tmp_path / LOWERED)
+    half = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.BFLOAT16
+    assert {node.outputs[0].dtype for node in lowered.graph if node.op_type == "Conv"} == {half}
+    assert (tmp_path / ENGINE).stat().st_size > 100_000
+
+
+def test_a_workspace_limit_that_is_too_low_is_told_as_the_builder_tells_it(mini_proto: onnx.ModelProto, tmp_path: Path) -> None:
+    options = EngineOptions(compute_capabilities=("89",), workspace_limit=1)
+    with pytest.raises(QuestDeployError, match=r"tensorrt-rtx cannot build .*workspace limit"):
+        build_engine(get_backend("tensorrt-rtx"), ir.from_proto(mini_proto), tmp_path, options, "cd" * 32)
+
+
+class _FakeTensorRt:
+    """The parts of the package that load an engine; what is called is kept."""
+
+    def __init__(self, *, refits: bool = True) -> None:
+        self.calls: list[Any] = []
+        self.engine = object()
+        self.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=self._deserialize)
+        self.Refitter = lambda engine, logger: SimpleNamespace(refit_cuda_engine=lambda: self._note("refit") or True)
+        self.OnnxParserRefitter = lambda refitter, logger: SimpleNamespace(
+            refit_from_file=lambda path: self._note(path) or refits,
+            num_errors=1,
+            get_error=lambda i: SimpleNamespace(desc=lambda: "no x"),
+        )
+
+    def _deserialize(self, plan: bytes) -> object:
+        self.calls.append(plan)
+        return self.engine
+
+    def _note(self, what: Any) -> None:
+        self.calls.append(what)
+
+
+def test_a_stripped_engine_gets_its_weights_from_the_lowered_graph_beside_it(tmp_path: Path) -> None:
+    (tmp_path / ENGINE).write_bytes(b"plan")
+    fake = _FakeTensorRt()
+    assert load_engine(fake, _Log(), tmp_path, EngineOptions(strip_plan=True)) is fake.engine
+    assert fake.calls == [b"plan", str(tmp_path / LOWERED), "refit"]
+    whole = _FakeTensorRt()
+    load_engine(whole, _Log(), tmp_path, EngineOptions())
+    assert whole.calls == [b"plan"]
+    with pytest.raises(QuestDeployError, match=f"cannot be given the weights of {tmp_path / LOWERED}: no x"):
+        load_engine(_FakeTensorRt(refits=False), _Log(), tmp_path, EngineOptions(strip_plan=True))
+
+
+def test_without_a_gpu_loading_an_engine_is_one_error(tmp_path: Path) -> None:
+    from quest_deploy.engine.tensorrt import gpu_count
+
+    if gpu_count():
+        pytest.skip("this machine has a GPU")
+    (tmp_path / ENGINE).write_bytes(b"no plan")
+    with pytest.raises(QuestDeployError, match=f"{tmp_path / ENGINE} cannot be loaded"):
+        load_engine(trt, _Log(), tmp_path, EngineOptions(strip_plan=True))
