@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
+from accelerate import init_empty_weights
 from diffusers.models.downsampling import Downsample2D
 from onnx_ir.passes import common
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from exporters import timestep_quantize
 from exporters.graph_info import CHECKPOINT_KEY, SAMPLE_SHAPE_KEY, SCHEME_KEY
 from exporters.passes.forward_slices import ForwardSlices
 from exporters.passes.insert_quantized_layers import LAYER_PLACEHOLDER, PLACEHOLDER_DOMAIN, PRODUCT_PLACEHOLDER, InsertQuantizedLayers
-from quest_deploy.quant.model import build_float_model
+from quest_deploy.quant.model import build_float_model, set_submodule
 
 if TYPE_CHECKING:
     from quest_deploy.checkpoint import Checkpoint, ConvGeometry, LayerData
@@ -46,11 +47,11 @@ def portable_graph(checkpoint: Checkpoint, example: dict[str, Tensor], checkpoin
     Returns:
         Inputs ``sample`` [batch, C, height, width] float32, ``timestep`` [batch] float32 and the conditions; output ``out_sample``.
     """
-    skeleton = _Skeleton(build_float_model(checkpoint.architecture), checkpoint, list(example))
-    graph = _traced(skeleton, example)
+    with init_empty_weights(include_buffers=False):  # what is quantized would be made, and thrown away, at four bytes a weight
+        model = build_float_model(checkpoint.architecture)
+    graph = _traced(_Skeleton(model, checkpoint, list(example)), example)
+    _simplify(graph)
     graph.ir_version = IR_VERSION
-    # Layers that read the same tensor read the same value only after equal subexpressions (one SiLU per ResBlock) are merged.
-    common.CommonSubexpressionEliminationPass()(graph)
     ForwardSlices()(graph)
     InsertQuantizedLayers(checkpoint)(graph)
     common.ClearMetadataAndDocStringPass()(graph)
@@ -88,7 +89,7 @@ def _traced(skeleton: _Skeleton, example: dict[str, Tensor]) -> ir.Model:
             input_names=list(example),
             output_names=[OUTPUT_NAME],
             verbose=False,
-            optimize=True,
+            optimize=False,  # see _simplify
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
@@ -96,6 +97,42 @@ def _traced(skeleton: _Skeleton, example: dict[str, Tensor]) -> ir.Model:
         if value.shape is not None and len(value.shape) == 4:
             value.shape = ir.Shape([*value.shape[:2], "height", "width"])
     return program.model
+
+
+def _simplify(model: ir.Model) -> None:
+    """onnxscript's optimizer, without the one of its rules that looks through the whole graph for each node: most of the export."""
+    from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter.rules import common as rules
+
+    common.InlinePass()(model)
+    for _ in range(2):
+        optimizer.fold_constants_ir(model, onnx_shape_inference=True)
+        rewriter.rewrite(
+            model,
+            [
+                rules.mul_by_1_rule,
+                rules.div_by_1_rule,
+                rules.add_0_rule,
+                rules.sub_0_rule,
+                rules.cast_cast_rule,
+                rules.no_op_cast_rule,
+                rules.no_op_expand_rule,
+                rules.no_op_transpose_rule,
+                rules.transpose_transpose_rule,
+                rules.reshape_reshape_rule,
+                rules.materialize_reshape_shape_rule,
+                rules.unsqueeze_unsqueeze_rule,
+                rules.squeeze_reshape_1d_rule,
+            ],
+        )
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass()(model)
+    # Layers that read the same tensor read the same value only after equal subexpressions (one SiLU per ResBlock) are merged.
+    common.CommonSubexpressionEliminationPass()(model)
+    common.OutputFixPass()(model)
+    common.NameFixPass()(model)
 
 
 class _Skeleton(nn.Module):
@@ -111,8 +148,10 @@ class _Skeleton(nn.Module):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _ProductPlaceholder(name))
         floats = {key: torch.tensor(value) for key, value in checkpoint.floats.items()}
-        model.load_state_dict(floats, strict=True)
-        self.model = model
+        model.load_state_dict(floats, strict=True, assign=True)
+        for name, module in list(model.named_modules()):
+            _replace_by_onnx(model, name, module)
+        self.model = model.requires_grad_(requires_grad=False)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         output: Tensor = self.model(**dict(zip(self.names, inputs, strict=True)), return_dict=False)[0]
@@ -143,6 +182,34 @@ class _Placeholder(nn.Module):
             self.codes_shape[0],
             *(_output_size(x.shape[2 + i], self.conv, self.codes_shape[2 + i], i) for i in (0, 1)),
         ]
+
+
+def _replace_by_onnx(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put what exports as one node in the place of a norm, and nothing in a dropout's: torch takes long over them at open sizes."""
+    if type(module) is nn.Dropout:
+        set_submodule(model, name, nn.Identity())
+    elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and module.weight is not None and module.bias is not None:
+        set_submodule(model, name, _OnnxNorm(module))
+
+
+class _OnnxNorm(nn.Module):
+    """GroupNorm or LayerNorm as the ONNX operator of that name."""
+
+    def __init__(self, norm: nn.GroupNorm | nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        self.attributes: dict[str, Any] = {"epsilon": norm.eps}
+        if isinstance(norm, nn.GroupNorm):
+            self.op_type = "GroupNormalization"
+            self.attributes["num_groups"] = norm.num_groups
+        else:
+            self.op_type = "LayerNormalization"
+            self.attributes["axis"] = -len(norm.normalized_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        operands, version = (x, self.weight, self.bias), timestep_quantize.OPSET
+        result: Tensor = torch.onnx.ops.symbolic(self.op_type, operands, self.attributes, dtype=x.dtype, shape=x.shape, version=version)
+        return result
 
 
 class _ProductPlaceholder(nn.Module):
