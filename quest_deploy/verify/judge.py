@@ -27,7 +27,7 @@ SENSITIVITY_FACTOR = 2.0
 HALF_ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 """The largest relative error of rounding to a half type."""
 LAYER_ROUNDINGS = 6
-"""How often a layer's result may be rounded to a half type: in its weights' scale, its weights, their sum, its factor, twice after it."""
+"""How often a layer's result may be rounded to a half type: its weights, their scale and sum, a factor, and after it."""
 SEGMENT_ROUNDINGS = 8
 """How often a segment's may be: in what it reads, in the sums of a residual path, in the factors of a SiLU or GELU."""
 INFORMATIVE = 0.05
