@@ -24,6 +24,12 @@ ROUNDING_FACTOR = 4.0
 """The error allowed where a segment's rounding is worse, in units of what rounding was seen to do to it."""
 SENSITIVITY_FACTOR = 2.0
 """The end-to-end error allowed, in units of the model's own sensitivity to last-bit differences."""
+HALF_ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
+"""The largest relative error of rounding to a half type."""
+LAYER_ROUNDINGS = 6
+"""How often a layer's result may be rounded to a half type: its weights, their scale and sum, a factor, and after it."""
+SEGMENT_ROUNDINGS = 8
+"""How often a segment's may be: in what it reads, in the sums of a residual path, in the factors of a SiLU or GELU."""
 INFORMATIVE = 0.05
 """The largest tolerance under which a comparison says something."""
 
@@ -38,6 +44,24 @@ class CodeMismatches:
 
     def __add__(self, other: CodeMismatches) -> CodeMismatches:
         return CodeMismatches(self.codes + other.codes, self.mismatches + other.mismatches, self.unexplained + other.unexplained)
+
+
+def layer_tolerance(half: str | None) -> float:
+    """The largest relative error of an output channel of a layer whose result has the half type, or None for FP32."""
+    return LAYER_TOLERANCE if half is None else LAYER_ROUNDINGS * HALF_ROUNDING[half]
+
+
+def segment_tolerance(rounding: float, half: str | None) -> float:
+    """The largest relative error of a channel of what a segment gives.
+
+    Args:
+        rounding: what rounding to FP32 was seen to do to it; a half type's rounding does as much more as it is coarser.
+        half: the half type of any value that it reads or gives; None for FP32 alone.
+    """
+    if half is None:
+        return max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(rounding, 1.0))
+    coarser = HALF_ROUNDING[half] / 2.0**-24
+    return max(SEGMENT_ROUNDINGS * HALF_ROUNDING[half], ROUNDING_FACTOR * min(rounding * coarser, 1.0))
 
 
 def tie_distance_ulps(ratio: Floats) -> Floats:
