@@ -53,10 +53,10 @@ def _rewrite(editor: Editor, conv: ir.Node) -> None:
     weight, scale, weight_zero = _operands(conv.inputs[1])
     name = (conv.name or "").removesuffix(".product")
     columns = _columns(editor, conv, name, codes, zero)
-    activation = editor.op("DequantizeLinear", [columns, unit, zero], f"{name}.columns_dequantized", dtype=ir.DataType.FLOAT)
+    activation = editor.op("DequantizeLinear", [columns, unit, zero], f"{name}.columns_dequantized", dtype=unit.dtype)
     flat = editor.constant(f"{weight.name}_of_matmul", _flattened(weight))
     operands = [flat, scale, weight_zero]
-    matrix = editor.op("DequantizeLinear", operands, f"{flat.name}_dequantized", dtype=ir.DataType.FLOAT, shape=flat.shape, axis=1)
+    matrix = editor.op("DequantizeLinear", operands, f"{flat.name}_dequantized", dtype=scale.dtype, shape=flat.shape, axis=1)
     old = conv.outputs[0]
     product_name, old.name = old.name, f"{name}.conv"
     product = editor.op("MatMul", [activation, matrix], product_name or "")

@@ -238,9 +238,9 @@ class _Types:
         return next((HALF[dtype] for value in values if (dtype := self._types.get(value)) in HALF), None)
 
     def cast(self, value: str, x: NDArray[Any]) -> NDArray[Any]:
-        """x in the type of ``value``, rounded if that is a half type."""
+        """x as FP32, rounded to the type of ``value`` if that is a half type: a cut is FP32 outside."""
         dtype = self._types.get(value)
-        return x.astype(dtype.numpy()) if dtype in HALF else x
+        return x.astype(dtype.numpy()).astype(np.float32) if dtype in HALF else x
 
 
 class _CutBuilder:
@@ -329,7 +329,8 @@ def _of_rows(table: NDArray[Any], x: NDArray[Any], bucket: NDArray[Any], site: S
     shape = [len(x), *[1] * (x.ndim - 1)]
     if table.ndim == 2:
         shape[site.axis] = -1
-    return table[bucket].reshape(shape)
+    rows: NDArray[Any] = table[bucket].reshape(shape)
+    return rows
 
 
 def _ratio(x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: SiteInfo) -> NDArray[np.float32]:

@@ -209,8 +209,10 @@ def test_a_graph_of_one_size_takes_no_other() -> None:
 
 
 def test_a_sample_size_is_refused_before_the_graph_is_lowered(mini_proto: onnx.ModelProto, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the graph takes samples of"):
-        build_engine(get_backend("tensorrt-rtx"), ir.from_proto(mini_proto), tmp_path, EngineOptions(sample_sizes=((5, 5),)), "cd" * 32)
+    model = ir.from_proto(mini_proto)
+    model.graph.inputs[0].shape = ir.Shape(["batch", 2, 4, 4])
+    with pytest.raises(InputError, match="the graph takes samples of 4x4 alone, not of 5x5"):
+        build_engine(get_backend("tensorrt-rtx"), model, tmp_path, EngineOptions(sample_sizes=((5, 5),)), "cd" * 32)
     assert not list(tmp_path.iterdir())
 
 
@@ -225,10 +227,17 @@ def test_the_profile_that_takes_the_inputs_is_found() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_the_real_builder_takes_the_unet_in_a_half_type_with_a_workspace_limit(
+def test_the_real_builder_takes_the_unet_in_a_half_type_at_two_sample_sizes_with_a_workspace_limit(
     mini_proto: onnx.ModelProto, tmp_path: Path, dtype: str
 ) -> None:
-    options = EngineOptions(compute_capabilities=("89", "120"), max_batch=8, opt_batch=4, dtype=dtype, workspace_limit=2**30)
+    options = EngineOptions(
+        compute_capabilities=("89", "120"),
+        max_batch=8,
+        opt_batch=4,
+        dtype=dtype,
+        sample_sizes=((4, 4), (6, 8)),
+        workspace_limit=2**30,
+    )
     build_engine(get_backend("tensorrt-rtx"), ir.from_proto(mini_proto), tmp_path, options, "cd" * 32)
     assert options_from(engine_info(tmp_path)) == options
     lowered = load_graph(tmp_path / LOWERED)
