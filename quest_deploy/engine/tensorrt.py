@@ -8,8 +8,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
-import re
 import math
+import re
 import signal
 import threading
 from contextlib import contextmanager
