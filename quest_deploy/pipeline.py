@@ -48,7 +48,8 @@ def load_pipeline(workspace: Workspace | Path | str, backend: str = DEFAULT_BACK
     model = load_model(opened.source)
     if not isinstance(model, PipelineModel):
         raise InputError(f"{EMBEDDED} is no diffusers pipeline; use quest_deploy.runtime.EngineUNet, or `quest-deploy generate`")
-    model.pipeline_class()  # refused before an engine is opened
+    model.require_weights("run as a pipeline")  # both refused before an engine is opened
+    model.pipeline_class()
     return model.load_pipeline(**{"unet": PipelineUNet(EngineUNet.load(opened, backend), model.config), **parts})
 
 

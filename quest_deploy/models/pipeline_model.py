@@ -135,7 +135,7 @@ class PipelineModel:
         """Decode one by one, which bounds memory; a model without a decoder works on pixels."""
         import torch
 
-        self._require_weights("draw")
+        self.require_weights("draw")
         decoder = self._load_decoder()
         if decoder is None:
             return np.clip(latents, -1.0, 1.0)
@@ -170,7 +170,7 @@ class PipelineModel:
         """
         from quest_deploy.models.loras import fuse_into_text_encoders
 
-        self._require_weights("run as a pipeline")
+        self.require_weights("run as a pipeline")
         pipeline_class = self.pipeline_class()
         given = {"unet": None, **parts}
         if "safety_checker" in self.index and "safety_checker" not in given:
@@ -286,7 +286,8 @@ class PipelineModel:
             return TEXT_TO_IMAGE
         return CLASS_CONDITIONAL if self.config["_class_name"] == "UNet2DConditionModel" else UNCONDITIONAL
 
-    def _require_weights(self, purpose: str) -> None:
+    def require_weights(self, purpose: str) -> None:
+        """Raise InputError where the model has random weights, which are of no use to ``purpose``."""
         if self.source.random_weights:
             raise InputError(f"{self.name} has random weights and neither text encoder nor decoder: there is nothing to {purpose}")
 
