@@ -129,12 +129,8 @@ ROWS: dict[str, Row] = {
     "quest-attention8": _quest(ATTENTION8),
     "quest-attention4": _quest({"attention_bits": 4, "softmax_bits": 8}),
     "quest-split-shortcuts": _quest({"split_shortcuts": True}),
-<<<<<<< Updated upstream
     "qdiff-attention8": _qdiff(**ATTENTION8),
     "quest-from-qdiff": Row(Pipeline({"split_shortcuts": True}, {"method": "l2.4"}, reconstruction={}, finetuning={})),
-=======
-    "quest-from-qdiff": Row(Pipeline(reconstruction={}, finetuning={})),
->>>>>>> Stashed changes
     "ptq-folded": Row(Pipeline()),
     "ptq-split": Row(Pipeline({**STATIC, "split_shortcuts": True}, {"method": "l2.4"})),
     "qdiff-folded": Row(Pipeline({"split_shortcuts": True}, {"method": "l2.4"}, reconstruction={})),
