@@ -28,13 +28,6 @@ if TYPE_CHECKING:
 HALVES = ("first", "second")
 
 
-def whole(node: str) -> str:
-    """The name of the product that ``node`` computes a half of; any other name as it is."""
-    for half in HALVES:
-        node = node.removesuffix(f".{half}")
-    return node
-
-
 class SplitGates(ir.passes.InPlacePass):
     """See the module's docstring; run before WidenInt4."""
 
