@@ -36,7 +36,7 @@ from quest_deploy.quant.layers import (
     QuantizedSplit,
     SiteQuantizer,
 )
-from quest_deploy.reference_files import INDEX, OUTPUT, TABLES, TIE_ULPS, RecordEntry
+from quest_deploy.reference_files import HALF_TYPES, INDEX, OUTPUT, TABLES, TIE_ULPS, RecordEntry
 from quest_deploy.reference_sample import choose, structure
 from quest_deploy.verify.judge import segment_error
 
@@ -92,11 +92,12 @@ def save_reference(
         inputs = _inputs(trajectories, timesteps[i], seed + i)
         output = model(**inputs)
         sensitivity = _sensitivity(model, inputs, output, seed + i) if i in with_sensitivity else None
+        half_sensitivity = _half_sensitivity(model, inputs, output) if i in with_sensitivity else None
         tensors = {f"input.{name}": value for name, value in inputs.items()} | {"output": output}
         tensors |= _layer_tensors(model, inputs, sample, i)
         file = f"buckets-{buckets[0]:04d}-{buckets[1]:04d}.safetensors"
         save_file({name: value.contiguous() for name, value in tensors.items()}, folder / file)
-        records.append(RecordEntry(file, timesteps[i], buckets, sensitivity, sample.sites, sample.products))
+        records.append(RecordEntry(file, timesteps[i], buckets, sensitivity, half_sensitivity, sample.sites, sample.products))
         on_progress(i + 1, len(pairs))
     save_file(_tables(model), folder / TABLES)
     write_json(folder / INDEX, {"records": [asdict(record) for record in records]})
@@ -300,8 +301,12 @@ def _tables(model: QuantizedModel) -> dict[str, Tensor]:
     for name, site in model.site_quantizers().items():
         tables[f"{name}.scale"] = site.scale.contiguous()
         if isinstance(site, ActivationQuantizer):
-            tables[f"{name}.channel"] = site.channel
-    return tables
+            _, low, high = site.tables()
+            tables |= {f"{name}.channel": site.channel, f"{name}.low": low, f"{name}.high": high, f"{name}.offset": site.offset}
+        elif isinstance(site, FreeActivationQuantizer):
+            tables[f"{name}.zero_point"] = torch.round(site.zero_point)
+            tables[f"{name}.range"] = torch.tensor([site.code_low, site.code_high])
+    return {name: table.clone(memory_format=torch.contiguous_format) for name, table in tables.items()}
 
 
 def _probe(site: SiteQuantizer, like: Tensor, bucket: Tensor, record: int) -> Tensor:
@@ -336,16 +341,12 @@ def _probe(site: SiteQuantizer, like: Tensor, bucket: Tensor, record: int) -> Te
 
 
 def _sensitivity(model: QuantizedModel, inputs: dict[str, Tensor], output: Tensor, seed: int) -> tuple[float, float]:
-    def relative(other: Tensor) -> Tensor:
-        change: Tensor = (other - output).flatten(1).norm(dim=1) / output.flatten(1).norm(dim=1)
-        return change.float()
-
     changes = []
     small = sum(parameter.nbytes for parameter in model.parameters()) <= FLOAT64_BYTES
     if small:
         model.double()
         try:
-            changes.append(relative(model(**{name: value.double() for name, value in inputs.items()})))
+            changes.append(_change(model(**{name: value.double() for name, value in inputs.items()}), output))
         finally:
             model.float()
     generator = torch.Generator().manual_seed(seed)
@@ -356,9 +357,37 @@ def _sensitivity(model: QuantizedModel, inputs: dict[str, Tensor], output: Tenso
 
     handles = [site.register_forward_pre_hook(jitter) for site in model.sites]
     try:
-        changes += [relative(model(**inputs)) for _ in range(JITTERED_RUNS if small else 1)]
+        changes += [_change(model(**inputs), output) for _ in range(JITTERED_RUNS if small else 1)]
     finally:
         for handle in handles:
             handle.remove()
     first, second = torch.stack(changes).amax(0).tolist()
     return first, second
+
+
+def _half_sensitivity(model: QuantizedModel, inputs: dict[str, Tensor], output: Tensor) -> dict[str, tuple[float, float]]:
+    """As :func:`_sensitivity`, when activations are of a half type: what enters each site and what leaves each layer and product."""
+    found = {}
+    for name, dtype in zip(HALF_TYPES, (torch.float16, torch.bfloat16), strict=True):
+
+        def enters(module: nn.Module, args: tuple[Tensor, ...], dtype: torch.dtype = dtype) -> tuple[Tensor, ...]:
+            return (args[0].to(dtype).to(args[0].dtype), *args[1:])
+
+        def leaves(module: nn.Module, args: tuple[Tensor, ...], y: Tensor, dtype: torch.dtype = dtype) -> Tensor:
+            return y.to(dtype).to(y.dtype)
+
+        handles: list[Any] = [site.register_forward_pre_hook(enters) for site in model.sites]
+        handles += [module.register_forward_hook(leaves) for module in _quantized(model)]
+        try:
+            first, second = _change(model(**inputs), output).tolist()
+        finally:
+            for handle in handles:
+                handle.remove()
+        found[name] = (first, second)
+    return found
+
+
+def _change(other: Tensor, output: Tensor) -> Tensor:
+    """The relative change of each sample's output, float32 [B]."""
+    change: Tensor = (other - output).flatten(1).norm(dim=1) / output.flatten(1).norm(dim=1)
+    return change.float()

@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-VERSION = 3
+VERSION = 4
 """Of what the files hold: a stage that has run with another version's runs again."""
 INDEX = "reference.json"
 TABLES = "tables.safetensors"
-"""Each site's scale [K] and channel vector [C], or its scale [K, C]: what tells how far an activation is from a tie."""
+"""Each site's scale [K] and channel vector [C], or its scale [K, C]: what tells how far an activation is from a tie.
+
+And what its codes are: ``low``, ``high`` and ``offset`` [K], or ``zero_point`` [K, C] and the ``range`` [2] of the codes with it.
+"""
+HALF_TYPES = ("fp16", "bf16")
+"""What an engine's activations may be besides FP32."""
 OUTPUT = "output"
 """What stands for a site's name where the model's output is meant."""
 TIE_ULPS = 4
@@ -36,6 +41,7 @@ class RecordEntry:
         sensitivity: for each sample, the largest relative change of the output when the same model runs with its activations
             jittered by up to 64 ulp before each quantizer (more than any two runtimes differ), or in float64 where it is not too
             large for that; None where it was not measured.
+        half_sensitivity: the same by type (fp16, bf16), when what enters each site and leaves each layer is rounded to that type.
         sites, products: those whose tensors it holds; of the sites' layers it holds all.
     """
 
@@ -43,6 +49,7 @@ class RecordEntry:
     timesteps: tuple[float, float]
     buckets: tuple[int, int]
     sensitivity: tuple[float, float] | None
+    half_sensitivity: dict[str, tuple[float, float]] | None
     sites: tuple[str, ...]
     products: tuple[str, ...]
 
@@ -92,6 +99,10 @@ class Record:
     def row_buckets(self) -> list[int]:
         """The buckets of the four rows."""
         return [int(b) for b in self.tensors["bucket"]]
+
+    def sensitivity(self, half: str | None) -> tuple[float, float] | None:
+        """That of the model as it is, or with activations of a half type; None where it was not measured."""
+        return self.entry.sensitivity if half is None or self.entry.half_sensitivity is None else self.entry.half_sensitivity[half]
 
     @property
     def inputs(self) -> dict[str, NDArray[Any]]:

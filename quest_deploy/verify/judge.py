@@ -24,6 +24,12 @@ ROUNDING_FACTOR = 4.0
 """The error allowed where a segment's rounding is worse, in units of what rounding was seen to do to it."""
 SENSITIVITY_FACTOR = 2.0
 """The end-to-end error allowed, in units of the model's own sensitivity to last-bit differences."""
+HALF_ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
+"""The largest relative error of rounding to a half type."""
+LAYER_ROUNDINGS = 6
+"""How often a layer's result may be rounded to a half type: its weights, their scale and sum, a factor, and after it."""
+SEGMENT_ROUNDINGS = 8
+"""How often a segment's may be: in what it reads, in the sums of a residual path, in the factors of a SiLU or GELU."""
 INFORMATIVE = 0.05
 """The largest tolerance under which a comparison says something."""
 
@@ -38,6 +44,24 @@ class CodeMismatches:
 
     def __add__(self, other: CodeMismatches) -> CodeMismatches:
         return CodeMismatches(self.codes + other.codes, self.mismatches + other.mismatches, self.unexplained + other.unexplained)
+
+
+def layer_tolerance(half: str | None) -> float:
+    """The largest relative error of an output channel of a layer whose result has the half type, or None for FP32."""
+    return LAYER_TOLERANCE if half is None else LAYER_ROUNDINGS * HALF_ROUNDING[half]
+
+
+def segment_tolerance(rounding: float, half: str | None) -> float:
+    """The largest relative error of a channel of what a segment gives.
+
+    Args:
+        rounding: what rounding to FP32 was seen to do to it; a half type's rounding does as much more as it is coarser.
+        half: the half type of any value that it reads or gives; None for FP32 alone.
+    """
+    if half is None:
+        return max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(rounding, 1.0))
+    coarser = HALF_ROUNDING[half] / 2.0**-24
+    return max(SEGMENT_ROUNDINGS * HALF_ROUNDING[half], ROUNDING_FACTOR * min(rounding * coarser, 1.0))
 
 
 def tie_distance_ulps(ratio: Floats) -> Floats:
@@ -60,17 +84,27 @@ def compare_codes(codes: NDArray[Any], expected: NDArray[Any], ratio: Floats) ->
 
 @dataclass(frozen=True)
 class ChannelErrors:
-    """Of each row and output channel of a layer, float64 [rows, channels]: the norm of its error, and its own norm."""
+    """Of each row and output channel of a layer, float64 [rows, channels]: the norm of its error, and its own norm.
+
+    Attributes:
+        least: what a channel's error is relative to at least, float64 [rows, 1].
+    """
 
     error: NDArray[np.float64]
     norm: NDArray[np.float64]
+    least: NDArray[np.float64]
 
     @classmethod
-    def of(cls, y: Floats, expected: Floats, channel_axis: int) -> ChannelErrors:
-        """Those of y [rows, ...]."""
+    def of(cls, y: Floats, expected: Floats, channel_axis: int, half: str | None = None) -> ChannelErrors:
+        """Those of y [rows, ...].
+
+        Where y [rows, channels] is a vector of a half type, a channel is one number, whose sum may cancel, and the half type's
+        rounding is of the terms: such an error is relative to the channels' usual norm at least.
+        """
         axes = tuple(axis for axis in range(1, y.ndim) if axis != channel_axis % y.ndim)
         error, norm = (np.sqrt(np.square(x, dtype=np.float64).sum(axes)) for x in (y - expected, expected))
-        return cls(error, norm)
+        usual = np.sqrt(np.square(norm).mean(1, keepdims=True))
+        return cls(error, norm, usual if half is not None and y.ndim == 2 else np.zeros_like(usual))
 
 
 def layer_error(records: Sequence[ChannelErrors]) -> Floats:
@@ -78,9 +112,9 @@ def layer_error(records: Sequence[ChannelErrors]) -> Floats:
 
     A channel's error is relative to its norm in that row, or to a tenth of its norm over all rows where it happens to cancel there.
     """
-    error, norm = (np.concatenate([getattr(record, name) for record in records]) for name in ("error", "norm"))
+    error, norm, least = (np.concatenate([getattr(record, name) for record in records]) for name in ("error", "norm", "least"))
     usual = np.sqrt(np.square(norm).mean(0)) + np.finfo(np.float64).tiny
-    worst: Floats = (error / np.maximum(norm, 0.1 * usual)).max(1)
+    worst: Floats = (error / np.maximum(np.maximum(norm, 0.1 * usual), least)).max(1)
     return _finite(worst)
 
 

@@ -9,6 +9,11 @@ sensitivity to last-bit differences; where that is large, end to end proves noth
 
 A reference of a large model holds a sample of the sites in each record, so the result says how many of all were checked, and in how
 many buckets. One cut is compiled, and one tensor's values are in memory, at a time.
+
+Where an engine computes in FP16 or bf16, its graph says which values have that type. A site then gets the reference's values rounded to
+it, and must give the codes that belong to those: they are computed here, from the reference's tables. A layer gets the middle of each
+code, which rounding leaves in it, and so must give the reference's output, but for a half type's rounding; likewise a segment. End to
+end, the reference's sensitivity is that to activations of the type.
 """
 
 from __future__ import annotations
@@ -29,16 +34,15 @@ from quest_deploy.errors import InputError
 from quest_deploy.reference_files import OUTPUT, load_reference
 from quest_deploy.verify.judge import (
     INFORMATIVE,
-    LAYER_TOLERANCE,
-    ROUNDING_FACTOR,
-    SEGMENT_TOLERANCE,
     SENSITIVITY_FACTOR,
     ChannelErrors,
     CodeMismatches,
     compare_codes,
     layer_error,
+    layer_tolerance,
     relative_error,
     segment_error,
+    segment_tolerance,
 )
 from quest_deploy.verify.runners import compare
 
@@ -69,11 +73,12 @@ class SiteResult:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A layer's output against the reference's: the worst relative error over buckets and output channels, and its bucket."""
+    """A layer's output against the reference's: the worst relative error over buckets and output channels, its bucket, the allowed."""
 
     layer: str
     error: float
     bucket: int
+    tolerance: float
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,7 @@ def verify_engine(
     records, tables = load_reference(reference)
     if not _fits(info, records, tables):
         raise InputError(f"{reference} is the reference of another model or version; run `quest-deploy reference` again")
-    build = _CutBuilder(backend, options)
+    build, types = _CutBuilder(backend, options), _Types(lowered, options.dtype)
     wrong = _check_buckets(build, lowered, info.scheme)
     by_site = {site: held for site in info.sites if (held := [i for i, r in enumerate(records) if site in r.entry.sites])}
     by_layer = {layer.name: by_site[layer.site] for layer in info.layers.values() if layer.site in by_site}
@@ -186,17 +191,19 @@ def verify_engine(
     errors: _ByRecord[NDArray[np.float32]] = {}
     total = len(by_site) + len(by_layer) + 1
     for i, (site, held) in enumerate(by_site.items()):
-        codes[site] = _check_codes(build, lowered, info, site, {k: records[k] for k in held}, tables)
+        codes[site] = _check_codes(build, lowered, types, info, site, {k: records[k] for k in held}, tables)
         on_progress("sites", i + 1, total)
     for i, (layer, held) in enumerate(by_layer.items()):
-        errors[layer] = _check_layer(build, lowered, info, layer, {k: records[k] for k in held})
+        errors[layer] = _check_layer(build, lowered, types, info, layer, {k: records[k] for k in held}, tables)
         on_progress("layers", len(by_site) + i + 1, total)
-    segments = _check_segments(build, lowered, info, records)
+    segments = _check_segments(build, lowered, types, info, records)
     on_progress("segments", total, total)
     end_to_end = _check_end_to_end(backend, engine, records)
-    sensitivity = max(max(record.entry.sensitivity) for record in records if record.entry.sensitivity is not None)
-    tolerance = max(LAYER_TOLERANCE, SENSITIVITY_FACTOR * sensitivity)
-    return _summarize(backend.name, info, records, wrong, codes, errors, segments, end_to_end, tolerance)
+    half = types.half(*(entry.output for entry in (info.layers | info.products).values()))
+    sensitivity = max(max(found) for record in records if (found := record.sensitivity(half)) is not None)
+    tolerance = max(layer_tolerance(half), SENSITIVITY_FACTOR * sensitivity)
+    allowed = {name: layer_tolerance(types.half(entry.output)) for name, entry in (info.layers | info.products).items()}
+    return _summarize(backend.name, info, records, wrong, codes, errors, allowed, segments, end_to_end, tolerance)
 
 
 def _fits(info: GraphInfo, records: list[Record], tables: Arrays) -> bool:
@@ -214,6 +221,35 @@ def _fits(info: GraphInfo, records: list[Record], tables: Arrays) -> bool:
         if not needed <= record.tensors.keys():
             return False
     return True
+
+
+FARTHER = np.float32(1.25)
+HALF = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+
+
+class _Types:
+    """The types of a graph's values, and the half type that it computes in, if any: its own, or one that the runtime was told."""
+
+    def __init__(self, lowered: ir.Model, dtype: str) -> None:
+        values = [x for node in lowered.graph for x in (*node.inputs, *node.outputs) if x is not None]
+        self._types = {str(x.name): x.dtype for x in (*lowered.graph.inputs, *values)}
+        casts = [(node.inputs[0], str(node.outputs[0].name)) for node in lowered.graph if node.op_type == "Cast"]
+        self._was = {output: x.dtype for x, output in casts if x is not None}
+        self._hidden = dtype if dtype in HALF.values() and not set(HALF) & set(self._types.values()) else None
+
+    def half(self, *values: str) -> str | None:
+        """The half type, fp16 or bf16, that any of ``values`` may be rounded to, or was; None where all are FP32."""
+        found = (dtype for value in values for dtype in (self._types.get(value), self._was.get(value)) if dtype in HALF)
+        return self._hidden or next((HALF[dtype] for dtype in found), None)
+
+    def is_half(self, value: str) -> bool:
+        """Whether the graph itself gives ``value`` a half type."""
+        return self._types.get(value) in HALF
+
+    def cast(self, value: str, x: NDArray[Any]) -> NDArray[Any]:
+        """x in the type of ``value``, rounded if that is a half type."""
+        dtype = self._types.get(value)
+        return x.astype(dtype.numpy()) if dtype in HALF else x
 
 
 class _CutBuilder:
@@ -259,18 +295,26 @@ def _check_buckets(build: _CutBuilder, lowered: ir.Model, scheme: Scheme) -> lis
 
 
 def _check_codes(
-    build: _CutBuilder, lowered: ir.Model, info: GraphInfo, site: str, records: dict[int, Record], tables: Arrays
+    build: _CutBuilder, lowered: ir.Model, types: _Types, info: GraphInfo, site: str, records: dict[int, Record], tables: Arrays
 ) -> dict[int, list[CodeMismatches]]:
     entry = info.sites[site]
 
+    def read(record: Record) -> tuple[NDArray[Any], NDArray[Any]]:
+        x, bucket = record.tensors[f"site.{site}.x"], record.tensors["bucket"]
+        if not types.is_half(entry.input):
+            return x, bucket
+        # Rounded, a probe just beyond a clip bound may be no more: more rows, which go farther.
+        return types.cast(entry.input, np.concatenate([x, FARTHER * x[2:]])), np.concatenate([bucket, bucket[2:]])
+
     def tensors(record: Record) -> tuple[Arrays, Arrays]:
-        feed = {entry.input: record.tensors[f"site.{site}.x"], BUCKET: record.tensors["bucket"]}
-        return feed, {entry.codes: record.tensors[f"site.{site}.codes"]}
+        x, bucket = read(record)
+        expected = _codes(x, bucket, tables, entry) if types.is_half(entry.input) else record.tensors[f"site.{site}.codes"]
+        return {entry.input: x, BUCKET: bucket}, {entry.codes: expected}
 
     results = {}
     pairs = build.run(cut_codes(lowered, info, site), map(tensors, records.values()))
     for (i, record), (mine, theirs) in zip(records.items(), pairs, strict=True):
-        ratio = _ratio(record.tensors[f"site.{site}.x"], record.tensors["bucket"], tables, entry)
+        ratio = _ratio(*read(record), tables, entry)
         found = _without_padding(_signed(mine[entry.codes]), ratio.shape)
         results[i] = [compare_codes(found[row], theirs[entry.codes][row], ratio[row]) for row in range(len(ratio))]
     return results
@@ -287,18 +331,53 @@ def _without_padding(codes: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any
     return codes[tuple(slice(b, b + size) for b, size in zip(border, shape, strict=True))]
 
 
-def _ratio(x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: SiteInfo) -> NDArray[np.float32]:
-    shape = [len(x), *[1] * (x.ndim - 1)]
-    if site.integer:
-        channel = tables[f"{site.name}.channel"].reshape(-1, *[1] * (x.ndim - 1 - site.axis))
-    else:
-        shape[site.axis], channel = -1, np.ones(1, np.float32)
-    result: NDArray[np.float32] = x / (tables[f"{site.name}.scale"][bucket].reshape(shape) * channel)
+def _step(x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: SiteInfo) -> NDArray[np.float32]:
+    """What x [rows, ...] is divided by before it is rounded."""
+    scale = _of_rows(tables[f"{site.name}.scale"], x, bucket, site)
+    if not site.integer:
+        return scale
+    result: NDArray[np.float32] = scale * tables[f"{site.name}.channel"].reshape(-1, *[1] * (x.ndim - 1 - site.axis % x.ndim))
     return result
 
 
+def _of_rows(table: NDArray[Any], x: NDArray[Any], bucket: NDArray[Any], site: SiteInfo) -> NDArray[Any]:
+    """A table [K], or [K, C] along the site's axis, at each row's bucket, to broadcast against x [rows, ...]."""
+    shape = [len(x), *[1] * (x.ndim - 1)]
+    if table.ndim == 2:
+        shape[site.axis] = -1
+    rows: NDArray[Any] = table[bucket].reshape(shape)
+    return rows
+
+
+def _ratio(x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: SiteInfo) -> NDArray[np.float32]:
+    result: NDArray[np.float32] = x.astype(np.float32, copy=False) / _step(x, bucket, tables, site)
+    return result
+
+
+def _levels(x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: SiteInfo) -> NDArray[np.float32]:
+    """What x is rounded to, in steps: whole numbers, within the site's bounds."""
+    rounded = np.rint(_ratio(x, bucket, tables, site))
+    if site.integer:
+        low, high = (_of_rows(tables[f"{site.name}.{bound}"], x, bucket, site) for bound in ("low", "high"))
+        bounded: NDArray[np.float32] = np.clip(rounded, low, high)
+        return bounded
+    zero_point = _of_rows(tables[f"{site.name}.zero_point"], x, bucket, site)
+    low, high = tables[f"{site.name}.range"].astype(np.float32)
+    result: NDArray[np.float32] = np.clip(rounded + zero_point, low, high) - zero_point
+    return result
+
+
+def _codes(x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: SiteInfo) -> NDArray[Any]:
+    """The codes of x by the op's definition, as the reference has them."""
+    levels = _levels(x, bucket, tables, site)
+    if not site.integer:
+        return levels
+    codes: NDArray[np.int8] = (levels + _of_rows(tables[f"{site.name}.offset"], x, bucket, site)).astype(np.int8)
+    return codes
+
+
 def _check_layer(
-    build: _CutBuilder, lowered: ir.Model, info: GraphInfo, layer: str, records: dict[int, Record]
+    build: _CutBuilder, lowered: ir.Model, types: _Types, info: GraphInfo, layer: str, records: dict[int, Record], tables: Arrays
 ) -> dict[int, NDArray[np.float32]]:
     sites: tuple[str | None, ...]
     sources: tuple[str, ...]
@@ -311,14 +390,22 @@ def _check_layer(
 
     def operand(record: Record, index: int) -> NDArray[Any]:
         name = sites[index]
-        return record.tensors[f"operand.{layer}.{index}"] if name is None else record.untied(name)
+        x = record.tensors[f"operand.{layer}.{index}"] if name is None else record.untied(name)
+        if name is not None and types.half(sources[index]):
+            x = _levels(x, record.tensors["bucket"], tables, info.sites[name]) * _step(
+                x, record.tensors["bucket"], tables, info.sites[name]
+            )
+        return types.cast(sources[index], x)
 
     def tensors(record: Record) -> tuple[Arrays, Arrays]:
         feed = {**{source: operand(record, i) for i, source in enumerate(sources)}, BUCKET: record.tensors["bucket"]}
         return feed, {output: record.tensors[f"layer.{layer}.y"]}
 
     pairs = build.run(cut, map(tensors, records.values()))
-    channels = [ChannelErrors.of(mine[output], theirs[output], 1 if mine[output].ndim == 4 else -1) for mine, theirs in pairs]
+    channels = []
+    for mine, theirs in pairs:
+        y = mine[output].astype(np.float32, copy=False)
+        channels.append(ChannelErrors.of(y, theirs[output], 1 if y.ndim == 4 else -1, types.half(output)))
     return dict(zip(records, np.split(layer_error(channels), len(records)), strict=True))
 
 
@@ -340,13 +427,16 @@ class _Segment:
     misread: list[str]
 
 
-def _check_segments(build: _CutBuilder, lowered: ir.Model, info: GraphInfo, records: list[Record]) -> dict[str, _Segment]:
+def _check_segments(
+    build: _CutBuilder, lowered: ir.Model, types: _Types, info: GraphInfo, records: list[Record]
+) -> dict[str, _Segment]:
     """All of a record's segments at once: they are one graph. Records with the same sites share it.
 
     Where a segment ends is what the graph itself says: one that reads another's value, or a layer's as it is, is compared all the same.
     """
     reads = upstream(lowered, info, {value for value, _ in _ends(lowered, info, info.sites, info.products)})
     errors: dict[str, dict[int, NDArray[np.float32]]] = {}
+    halves: dict[str, str | None] = {}
     misread: dict[str, set[str]] = {}
     groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
     for i, record in enumerate(records):
@@ -357,18 +447,18 @@ def _check_segments(build: _CutBuilder, lowered: ir.Model, info: GraphInfo, reco
         for value, end in ends:
             errors.setdefault(end.name, {}).update({i: np.zeros(2, np.float32) for i in held})
             misread.setdefault(end.name, set()).update(reads[value] - known)
+            halves[end.name] = halves.get(end.name) or types.half(value, *reads[value])
         checked = [(value, end) for value, end in ends if reads[value] <= known]
-        for i, values in _segment_values(build, lowered, info, {value for value, _ in checked}, {i: records[i] for i in held}):
+        for i, values in _segment_values(build, lowered, types, info, {value for value, _ in checked}, {i: records[i] for i in held}):
             for value, end in checked:
-                error = segment_error(values[value], records[i].tensors[end.key][:2], end.axis)
+                error = segment_error(values[value].astype(np.float32, copy=False), records[i].tensors[end.key][:2], end.axis)
                 errors[end.name][i] = np.maximum(errors[end.name][i], error)  # a product may have two ends
     segments = {}
     for name, found in errors.items():
         if misread[name]:
             found = {i: np.full(2, np.finfo(np.float32).max) for i in found}
         rounding = max(float(records[i].tensors[f"rounding.{name}"].max()) for i in found)
-        tolerance = max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(rounding, 1.0))
-        segments[name] = _Segment(found, tolerance, sorted(misread[name]))
+        segments[name] = _Segment(found, segment_tolerance(rounding, halves[name]), sorted(misread[name]))
     return segments
 
 
@@ -392,7 +482,7 @@ def _outputs(info: GraphInfo, record: Record) -> dict[str, str]:
 
 
 def _segment_values(
-    build: _CutBuilder, lowered: ir.Model, info: GraphInfo, wanted: set[str], records: dict[int, Record]
+    build: _CutBuilder, lowered: ir.Model, types: _Types, info: GraphInfo, wanted: set[str], records: dict[int, Record]
 ) -> Iterator[tuple[int, Arrays]]:
     """What the engine computes of ``wanted`` from what the reference's layers gave, record by record; what is given, as it is."""
     outputs = _outputs(info, next(iter(records.values())))
@@ -402,7 +492,8 @@ def _segment_values(
     with ExitStack() as stack:
         runner = None
         for i, record in records.items():
-            values = {name: record.tensors[outputs[name]][:2] for name in (feeds | wanted) & outputs.keys()} | record.inputs
+            saved = {name: record.tensors[outputs[name]][:2] for name in (feeds | wanted) & outputs.keys()}
+            values = {name: types.cast(name, x) for name, x in saved.items()} | record.inputs
             if cut is not None:
                 runner = runner or stack.enter_context(build.open_segments(cut, values))
                 values |= runner.infer({name: values[name] for name in feeds})
@@ -425,6 +516,7 @@ def _summarize(
     wrong: list[float],
     codes: _ByRecord[list[CodeMismatches]],
     errors: _ByRecord[NDArray[np.float32]],
+    allowed: dict[str, float],
     segments: dict[str, _Segment],
     end_to_end: list[NDArray[np.float32]],
     tolerance: float,
@@ -434,16 +526,17 @@ def _summarize(
     layers = []
     for layer, found in errors.items():
         worst, bucket = max((float(e), b) for i, row in found.items() for e, b in zip(row, records[i].row_buckets, strict=True))
-        layers.append(LayerResult(layer, worst, bucket))
+        layers.append(LayerResult(layer, worst, bucket, allowed[layer]))
     buckets: dict[int, BucketResult] = {}
     for i, record in enumerate(records):
         for sample, bucket in enumerate(record.entry.buckets):
             rows_of = (sample, sample + 2)  # its real activations, and its probe
+            of_codes = (c for of in codes.values() if i in of for c in of[i][sample::2])
             result = BucketResult(
                 bucket,
                 record.entry.timesteps[sample],
                 len(record.entry.sites),
-                **asdict(sum((of[i][row] for of in codes.values() if i in of for row in rows_of), none)),
+                **asdict(sum(of_codes, none)),
                 layer_error=max(float(of[i][row]) for of in errors.values() if i in of for row in rows_of),
                 segment_error=max(float(segment.errors[i][sample]) for segment in segments.values() if i in segment.errors),
                 end_to_end_error=float(end_to_end[i][sample]),
@@ -454,7 +547,9 @@ def _summarize(
     ordered = [buckets[b] for b in sorted(buckets)]
     coverage = _coverage(info, records, set(errors))
     informative = tolerance <= INFORMATIVE
-    return Verification(backend, coverage, wrong, sites, layers, between, ordered, LAYER_TOLERANCE, tolerance, informative, problems)
+    return Verification(
+        backend, coverage, wrong, sites, layers, between, ordered, max(allowed.values()), tolerance, informative, problems
+    )
 
 
 def _segment_result(name: str, segment: _Segment, records: list[Record]) -> SegmentResult:
@@ -512,9 +607,9 @@ def _problems(
         f"site {s.site}: {s.unexplained} of {s.codes} codes differ although no tie explains it" for s in sites if s.unexplained
     ]
     problems += [
-        f"layer {x.layer}: relative error {x.error:.1e} in bucket {x.bucket}, above {LAYER_TOLERANCE:.0e}"
+        f"layer {x.layer}: relative error {x.error:.1e} in bucket {x.bucket}, above {x.tolerance:.0e}"
         for x in layers
-        if not x.error <= LAYER_TOLERANCE
+        if not x.error <= x.tolerance
     ]
     problems += [
         f"segment before {x.segment}: it reads {x.misread[0]}, which that part of the fake-quantized model does not"
