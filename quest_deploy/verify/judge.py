@@ -98,13 +98,14 @@ class ChannelErrors:
     def of(cls, y: Floats, expected: Floats, channel_axis: int, half: str | None = None) -> ChannelErrors:
         """Those of y [rows, ...].
 
-        Where y [rows, channels] is a vector of a half type, a channel is one number, whose sum may cancel, and the half type's
-        rounding is of the terms: such an error is relative to the channels' usual norm at least.
+        Where y is a vector [rows, channels], a channel is one number, in which the sum may cancel, while rounding is that of its
+        terms: the error is relative to a tenth of the row's usual channel at least; to all of it where a half type rounds the terms.
         """
         axes = tuple(axis for axis in range(1, y.ndim) if axis != channel_axis % y.ndim)
         error, norm = (np.sqrt(np.square(x, dtype=np.float64).sum(axes)) for x in (y - expected, expected))
         usual = np.sqrt(np.square(norm).mean(1, keepdims=True))
-        return cls(error, norm, usual if half is not None and y.ndim == 2 else np.zeros_like(usual))
+        share = 0.0 if y.ndim > 2 else 0.1 if half is None else 1.0
+        return cls(error, norm, share * usual)
 
 
 def layer_error(records: Sequence[ChannelErrors]) -> Floats:
