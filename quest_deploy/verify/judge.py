@@ -84,17 +84,28 @@ def compare_codes(codes: NDArray[Any], expected: NDArray[Any], ratio: Floats) ->
 
 @dataclass(frozen=True)
 class ChannelErrors:
-    """Of each row and output channel of a layer, float64 [rows, channels]: the norm of its error, and its own norm."""
+    """Of each row and output channel of a layer, float64 [rows, channels]: the norm of its error, and its own norm.
+
+    Attributes:
+        least: what a channel's error is relative to at least, float64 [rows, 1].
+    """
 
     error: NDArray[np.float64]
     norm: NDArray[np.float64]
+    least: NDArray[np.float64]
 
     @classmethod
-    def of(cls, y: Floats, expected: Floats, channel_axis: int) -> ChannelErrors:
-        """Those of y [rows, ...]."""
+    def of(cls, y: Floats, expected: Floats, channel_axis: int, half: str | None = None) -> ChannelErrors:
+        """Those of y [rows, ...].
+
+        Where y is a vector [rows, channels], a channel is one number, in which the sum may cancel, while rounding is that of its
+        terms: the error is relative to a tenth of the row's usual channel at least; to all of it where a half type rounds the terms.
+        """
         axes = tuple(axis for axis in range(1, y.ndim) if axis != channel_axis % y.ndim)
         error, norm = (np.sqrt(np.square(x, dtype=np.float64).sum(axes)) for x in (y - expected, expected))
-        return cls(error, norm)
+        usual = np.sqrt(np.square(norm).mean(1, keepdims=True))
+        share = 0.0 if y.ndim > 2 else 0.1 if half is None else 1.0
+        return cls(error, norm, share * usual)
 
 
 def layer_error(records: Sequence[ChannelErrors]) -> Floats:
@@ -102,9 +113,9 @@ def layer_error(records: Sequence[ChannelErrors]) -> Floats:
 
     A channel's error is relative to its norm in that row, or to a tenth of its norm over all rows where it happens to cancel there.
     """
-    error, norm = (np.concatenate([getattr(record, name) for record in records]) for name in ("error", "norm"))
+    error, norm, least = (np.concatenate([getattr(record, name) for record in records]) for name in ("error", "norm", "least"))
     usual = np.sqrt(np.square(norm).mean(0)) + np.finfo(np.float64).tiny
-    worst: Floats = (error / np.maximum(norm, 0.1 * usual)).max(1)
+    worst: Floats = (error / np.maximum(np.maximum(norm, 0.1 * usual), least)).max(1)
     return _finite(worst)
 
 

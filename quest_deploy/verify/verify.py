@@ -182,7 +182,7 @@ def verify_engine(
     records, tables = load_reference(reference)
     if not _fits(info, records, tables):
         raise InputError(f"{reference} is the reference of another model or version; run `quest-deploy reference` again")
-    build, types = _CutBuilder(backend, options), _Types(lowered)
+    build, types = _CutBuilder(backend, options), _Types(lowered, options.dtype)
     wrong = _check_buckets(build, lowered, info.scheme)
     by_site = {site: held for site in info.sites if (held := [i for i, r in enumerate(records) if site in r.entry.sites])}
     by_layer = {layer.name: by_site[layer.site] for layer in info.layers.values() if layer.site in by_site}
@@ -223,19 +223,28 @@ def _fits(info: GraphInfo, records: list[Record], tables: Arrays) -> bool:
     return True
 
 
+FARTHER = np.float32(1.25)
 HALF = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
 
 class _Types:
-    """The types of a graph's values."""
+    """The types of a graph's values, and the half type that it computes in, if any: its own, or one that the runtime was told."""
 
-    def __init__(self, lowered: ir.Model) -> None:
+    def __init__(self, lowered: ir.Model, dtype: str) -> None:
         values = [x for node in lowered.graph for x in (*node.inputs, *node.outputs) if x is not None]
         self._types = {str(x.name): x.dtype for x in (*lowered.graph.inputs, *values)}
+        casts = [(node.inputs[0], str(node.outputs[0].name)) for node in lowered.graph if node.op_type == "Cast"]
+        self._was = {output: x.dtype for x, output in casts if x is not None}
+        self._hidden = dtype if dtype in HALF.values() and not set(HALF) & set(self._types.values()) else None
 
     def half(self, *values: str) -> str | None:
-        """The half type, fp16 or bf16, that any of ``values`` has; None where all are FP32."""
-        return next((HALF[dtype] for value in values if (dtype := self._types.get(value)) in HALF), None)
+        """The half type, fp16 or bf16, that any of ``values`` may be rounded to, or was; None where all are FP32."""
+        found = (dtype for value in values for dtype in (self._types.get(value), self._was.get(value)) if dtype in HALF)
+        return self._hidden or next((HALF[dtype] for dtype in found), None)
+
+    def is_half(self, value: str) -> bool:
+        """Whether the graph itself gives ``value`` a half type."""
+        return self._types.get(value) in HALF
 
     def cast(self, value: str, x: NDArray[Any]) -> NDArray[Any]:
         """x as FP32, rounded to the type of ``value`` if that is a half type: a cut is FP32 outside."""
@@ -290,15 +299,22 @@ def _check_codes(
 ) -> dict[int, list[CodeMismatches]]:
     entry = info.sites[site]
 
+    def read(record: Record) -> tuple[NDArray[Any], NDArray[Any]]:
+        x, bucket = record.tensors[f"site.{site}.x"], record.tensors["bucket"]
+        if not types.is_half(entry.input):
+            return x, bucket
+        # Rounded, a probe just beyond a clip bound may be no more: more rows, which go farther.
+        return types.cast(entry.input, np.concatenate([x, FARTHER * x[2:]])), np.concatenate([bucket, bucket[2:]])
+
     def tensors(record: Record) -> tuple[Arrays, Arrays]:
-        x, bucket = types.cast(entry.input, record.tensors[f"site.{site}.x"]), record.tensors["bucket"]
-        expected = record.tensors[f"site.{site}.codes"] if types.half(entry.input) is None else _codes(x, bucket, tables, entry)
+        x, bucket = read(record)
+        expected = _codes(x, bucket, tables, entry) if types.is_half(entry.input) else record.tensors[f"site.{site}.codes"]
         return {entry.input: x, BUCKET: bucket}, {entry.codes: expected}
 
     results = {}
     pairs = build.run(cut_codes(lowered, info, site), map(tensors, records.values()))
     for (i, record), (mine, theirs) in zip(records.items(), pairs, strict=True):
-        ratio = _ratio(types.cast(entry.input, record.tensors[f"site.{site}.x"]), record.tensors["bucket"], tables, entry)
+        ratio = _ratio(*read(record), tables, entry)
         found = _without_padding(_signed(mine[entry.codes]), ratio.shape)
         results[i] = [compare_codes(found[row], theirs[entry.codes][row], ratio[row]) for row in range(len(ratio))]
     return results
@@ -354,7 +370,10 @@ def _levels(x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: SiteInf
 def _codes(x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: SiteInfo) -> NDArray[Any]:
     """The codes of x by the op's definition, as the reference has them."""
     levels = _levels(x, bucket, tables, site)
-    return (levels + _of_rows(tables[f"{site.name}.offset"], x, bucket, site)).astype(np.int8) if site.integer else levels
+    if not site.integer:
+        return levels
+    codes: NDArray[np.int8] = (levels + _of_rows(tables[f"{site.name}.offset"], x, bucket, site)).astype(np.int8)
+    return codes
 
 
 def _check_layer(
@@ -372,7 +391,7 @@ def _check_layer(
     def operand(record: Record, index: int) -> NDArray[Any]:
         name = sites[index]
         x = record.tensors[f"operand.{layer}.{index}"] if name is None else record.untied(name)
-        if name is not None and types.half(sources[index]) is not None:
+        if name is not None and types.half(sources[index]):
             x = _levels(x, record.tensors["bucket"], tables, info.sites[name]) * _step(
                 x, record.tensors["bucket"], tables, info.sites[name]
             )
@@ -383,10 +402,10 @@ def _check_layer(
         return feed, {output: record.tensors[f"layer.{layer}.y"]}
 
     pairs = build.run(cut, map(tensors, records.values()))
-    channels = [
-        ChannelErrors.of(mine[output].astype(np.float32, copy=False), theirs[output], 1 if mine[output].ndim == 4 else -1)
-        for mine, theirs in pairs
-    ]
+    channels = []
+    for mine, theirs in pairs:
+        y = mine[output].astype(np.float32, copy=False)
+        channels.append(ChannelErrors.of(y, theirs[output], 1 if y.ndim == 4 else -1, types.half(output)))
     return dict(zip(records, np.split(layer_error(channels), len(records)), strict=True))
 
 
@@ -512,11 +531,12 @@ def _summarize(
     for i, record in enumerate(records):
         for sample, bucket in enumerate(record.entry.buckets):
             rows_of = (sample, sample + 2)  # its real activations, and its probe
+            of_codes = (c for of in codes.values() if i in of for c in of[i][sample::2])
             result = BucketResult(
                 bucket,
                 record.entry.timesteps[sample],
                 len(record.entry.sites),
-                **asdict(sum((of[i][row] for of in codes.values() if i in of for row in rows_of), none)),
+                **asdict(sum(of_codes, none)),
                 layer_error=max(float(of[i][row]) for of in errors.values() if i in of for row in rows_of),
                 segment_error=max(float(segment.errors[i][sample]) for segment in segments.values() if i in segment.errors),
                 end_to_end_error=float(end_to_end[i][sample]),

@@ -95,6 +95,17 @@ def test_a_channel_that_cancels_in_one_row_is_judged_by_its_usual_size() -> None
     assert 0 < layer_error([ChannelErrors.of(y, expected, 1)])[0] < 1e-5
 
 
+@pytest.mark.parametrize(("half", "share"), [(None, 0.1), ("fp16", 1.0)])
+def test_a_number_that_cancels_in_a_vector_is_judged_by_the_size_of_the_others(half: str | None, share: float) -> None:
+    expected = np.ones((2, 100), np.float32)
+    expected[:, 0] = 1e-6
+    y = expected.copy()
+    y[:, 0] += np.float32(1e-4)
+    np.testing.assert_allclose(layer_error([ChannelErrors.of(y, expected, -1, half)]), 1e-4 / share, rtol=0.01)
+    y = expected * np.float32(1.001)
+    np.testing.assert_allclose(layer_error([ChannelErrors.of(y, expected, -1, half)]), 1e-3, rtol=0.01)
+
+
 @pytest.mark.parametrize("axis", [2, -1])
 def test_a_segments_error_is_its_worst_channels_of_each_row(axis: int) -> None:
     expected = np.random.default_rng(0).standard_normal((2, 6, 5)).astype(np.float32)
