@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from exporters.passes.split_gates import whole
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -26,10 +24,7 @@ _NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
 
 
 def runtime_precisions(runtime_model: Any, wanted: Sequence[Multiplication]) -> dict[str, str]:
-    """What each multiplication runs in ("int8", "fp32", "bf16" or "fp16"), by the name of its node, where the runtime model tells.
-
-    A gated layer's two halves (SplitGates) go by the name of the whole.
-    """
+    """What each multiplication runs in ("int8", "fp32", "bf16" or "fp16"), by the name of its node, where the runtime model tells."""
     operations = list(runtime_model.get_ordered_ops())
     found: dict[str, str] = {}
     by_weight = {name: x.node for x in wanted for name in x.weight_names}
@@ -46,10 +41,7 @@ def runtime_precisions(runtime_model: Any, wanted: Sequence[Multiplication]) -> 
             types = [kind for operand in product.operands if (kind := _arriving(operation, operand)) is not None]
             if types:
                 found[product.node] = _worse(found.get(product.node), _precision(types))
-    told: dict[str, str] = {}
-    for name, kind in found.items():
-        told[whole(name)] = _worse(told.get(whole(name)), kind)
-    return told
+    return found
 
 
 def _precision(types: Sequence[str]) -> str:
