@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKSPACE ?= quest-out/tiny-w4a4
 
-.PHONY: demo test lint bench bench-methods clean
+.PHONY: demo test lint bench bench-methods bench-sd15 clean
 
 demo: $(READY)
 	$(BIN)/quest-deploy run --model tiny --bits w4a4 -w $(WORKSPACE) --backend openvino --backend onnxruntime --build-only tensorrt-rtx
@@ -26,13 +26,17 @@ bench: demo
 
 # The methods measured against each other, docs/comparison/table.md: computes the cells that are missing, each up to five minutes on a core.
 bench-methods: $(READY)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,modelopt]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,bench,modelopt]'
 	$(BIN)/quest-deploy compare --model tiny $(COMPARE_ARGS)
+
+# Everything at Stable Diffusion 1.5's size, docs/sd15/table.md: measures the steps that are missing; about an hour on two cores, 16 GiB.
+bench-sd15: $(READY)
+	$(BIN)/python scripts/bench_sd15.py $(BENCH_ARGS)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,bench]'
 	touch $(READY)
 
 clean:

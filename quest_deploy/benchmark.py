@@ -35,11 +35,12 @@ QUANTIZED, STATIC, FP32 = "quantized", "static scale", "fp32"
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """``runs`` timed inferences of each engine at each batch size, after ``warmup`` untimed ones."""
+    """``runs`` timed inferences of each engine at each batch size, after ``warmup`` untimed ones; ``static`` scales among them or not."""
 
     batches: tuple[int, ...] = (1, 16)
     runs: int = 50
     warmup: int = 5
+    static: bool = True
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1 or self.runs < 1 or self.warmup < 0:
@@ -70,7 +71,7 @@ class Footprint:
 class Benchmark:
     """All of it. Ratios are of medians within this run: above 1, the quantized engine is faster (smaller).
 
-    ``precision`` is what the quantized engine's layers run in, ``PrecisionReport.summary()``.
+    ``bucket_selection_cost`` is empty where static scales were left out. ``precision`` is what the quantized engine's layers run in, ``PrecisionReport.summary()``.
     """
 
     backend: str
@@ -95,18 +96,19 @@ def benchmark_engine(
     choices: BenchmarkOptions,
     on_progress: Callable[[str, int, int], None] = no_progress,
 ) -> Benchmark:
-    """Build the two baselines in ``scratch`` and time all three engines.
+    """Build the baselines in ``scratch`` and time all engines.
 
     Args:
         engine: the quantized engine's folder.
         graph: the portable graph that it was built from.
     """
     backend.check_run(options)
-    folders = {QUANTIZED: engine, STATIC: scratch / "static", FP32: scratch / "fp32"}
-    for i, name in enumerate((STATIC, FP32)):
-        on_progress("building baselines", i, 2)
+    baselines = (STATIC, FP32) if choices.static else (FP32,)
+    folders = {QUANTIZED: engine} | {name: scratch / name.replace(" ", "-") for name in baselines}
+    for i, name in enumerate(baselines):
+        on_progress("building baselines", i, len(baselines))
         _build_baseline(backend, options, graph, folders[name], name)
-    on_progress("building baselines", 2, 2)
+    on_progress("building baselines", len(baselines), len(baselines))
     on_progress("asking the engine what its layers run in", 0, 1)
     precision = engine_precision(backend, engine, options).summary()
     on_progress("asking the engine what its layers run in", 1, 1)
@@ -125,7 +127,7 @@ def benchmark_engine(
         timings,
         footprints,
         {b: medians[FP32, b] / medians[QUANTIZED, b] for b in choices.batches},
-        {b: medians[QUANTIZED, b] / medians[STATIC, b] for b in choices.batches},
+        {b: medians[QUANTIZED, b] / medians[STATIC, b] for b in choices.batches if choices.static},
         sizes[FP32] / sizes[QUANTIZED],
         precision,
     )

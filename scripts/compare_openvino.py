@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from quest_deploy.engine.base import EngineOptions, processor_name
+from quest_deploy.engine.base import EngineOptions, input_shapes, processor_name
 from quest_deploy.engine.openvino import compile_graph
 
 if TYPE_CHECKING:
@@ -195,10 +195,9 @@ def random_feeds(graph: Path, batch: int, seed: int) -> Feeds:
     from exporters.graph_info import load_graph
 
     generator, feeds = np.random.default_rng(seed), {}
-    for value in load_graph(graph).graph.inputs:
-        shape = [batch, *[int(size) for size in list(value.shape or [])[1:]]]
-        wide = generator.uniform(0, TRAIN_TIMESTEPS, shape) if value.name == "timestep" else generator.standard_normal(shape)
-        feeds[value.name or ""] = wide.astype(np.float32)
+    for name, shape in input_shapes(load_graph(graph), batch).items():
+        wide = generator.uniform(0, TRAIN_TIMESTEPS, shape) if name == "timestep" else generator.standard_normal(shape)
+        feeds[name] = wide.astype(np.float32)
     return feeds
 
 

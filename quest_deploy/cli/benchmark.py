@@ -42,6 +42,7 @@ def benchmark_stage(
     runs: int = RUNS,
     warmup: int = WARMUP,
     *,
+    static: bool = True,
     reuse: bool = False,
 ) -> dict[str, Any]:
     """Benchmark the engine of ``backend``; writes reports/benchmark-<backend>.json."""
@@ -51,7 +52,7 @@ def benchmark_stage(
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
         from quest_deploy.benchmark import BenchmarkOptions, benchmark_engine
 
-        choices = BenchmarkOptions(batches, runs, warmup)
+        choices = BenchmarkOptions(batches, runs, warmup, static)
         engine = workspace.path(ENGINES, backend)
         options = options_from(engine_info(engine))
         with tempfile.TemporaryDirectory(prefix="quest-deploy-") as scratch:
@@ -63,7 +64,7 @@ def benchmark_stage(
         write_json(report, details)
         return [report], details
 
-    options = {"batches": list(batches), "runs": runs, "warmup": warmup}
+    options = {"batches": list(batches), "runs": runs, "warmup": warmup, "static": static}
     inputs = ("export", f"build-engine/{backend}")
     return run_stage(workspace, console, f"benchmark/{backend}", inputs=inputs, options=options, reuse=reuse, work=work)
 
@@ -100,11 +101,14 @@ def benchmark(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="A batch size; may be repeated. [default: 1 and 16]")] = None,
     runs: Annotated[int, typer.Option(min=1, help="Timed inferences of each engine.")] = RUNS,
     warmup: Annotated[int, typer.Option(min=0, help="Untimed inferences before.")] = WARMUP,
+    static: Annotated[
+        bool, typer.Option("--static/--no-static", help="Time static scales too; a large model's third engine may not fit into memory.")
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Time the engine against FP32 and against static scales, on the same backend."""
     console = Console(as_json=as_json)
     get_backend(backend)
     opened = open_workspace(workspace, model, bits)
-    details = benchmark_stage(opened, console, backend, tuple(batch or BATCHES), runs, warmup)
+    details = benchmark_stage(opened, console, backend, tuple(batch or BATCHES), runs, warmup, static=static)
     console.result({"workspace": str(opened.root), **details}, describe(details))
