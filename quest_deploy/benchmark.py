@@ -35,7 +35,7 @@ QUANTIZED, STATIC, FP32 = "quantized", "static scale", "fp32"
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """``runs`` timed inferences of each engine at each batch size, after ``warmup`` untimed ones; ``static`` scales among them or not."""
+    """``runs`` timed inferences of each engine and batch size, after ``warmup`` untimed ones; ``static``: with static scales too."""
 
     batches: tuple[int, ...] = (1, 16)
     runs: int = 50
@@ -71,7 +71,8 @@ class Footprint:
 class Benchmark:
     """All of it. Ratios are of medians within this run: above 1, the quantized engine is faster (smaller).
 
-    ``bucket_selection_cost`` is empty where static scales were left out. ``precision`` is what the quantized engine's layers run in, ``PrecisionReport.summary()``.
+    ``bucket_selection_cost`` is empty where static scales were left out; ``precision`` is what the quantized engine's layers run in,
+    ``PrecisionReport.summary()``.
     """
 
     backend: str

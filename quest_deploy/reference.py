@@ -17,6 +17,7 @@ record's real activations and layer outputs are those of one pass of the model, 
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -36,6 +37,7 @@ from quest_deploy.quant.layers import (
     QuantizedSplit,
     SiteQuantizer,
 )
+from quest_deploy.quant.model import downsampling
 from quest_deploy.reference_files import HALF_TYPES, INDEX, OUTPUT, TABLES, TIE_ULPS, RecordEntry
 from quest_deploy.reference_sample import choose, structure
 from quest_deploy.verify.judge import segment_error
@@ -68,6 +70,7 @@ def save_reference(
     seed: int = 0,
     megabytes: int = 1000,
     measured: int | None = None,
+    sample_size: tuple[int, int] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[RecordEntry]:
     """Write the records for every bucket, and their index, into ``folder``.
@@ -75,7 +78,13 @@ def save_reference(
     Args:
         megabytes: the largest size of a record (1 MB = 10^6 bytes), which holds as many sites as fit.
         measured: in how many of the records the sensitivity is measured; None for all, or 2 where the records cannot hold all sites.
+        sample_size: height and width that the samples are cut down to; None for those of the trajectories.
+
+    Raises:
+        InputError: a size that the model cannot take, or that the trajectories do not have.
     """
+    if sample_size is not None:
+        trajectories = _cut_down(trajectories, sample_size, downsampling(model.model))
     scheme = model.checkpoint.scheme
     pairs = [(first, (first + 1) % scheme.buckets) for first in range(0, scheme.buckets, 2)]
     timesteps = [(lowest_timestep(scheme, first), highest_timestep(scheme, second)) for first, second in pairs]
@@ -102,6 +111,17 @@ def save_reference(
     save_file(_tables(model), folder / TABLES)
     write_json(folder / INDEX, {"records": [asdict(record) for record in records]})
     return records
+
+
+def _cut_down(trajectories: Trajectories, size: tuple[int, int], factor: int) -> Trajectories:
+    height, width = size
+    recorded = trajectories.sample.shape[-2:]
+    if not (0 < height <= recorded[0] and 0 < width <= recorded[1]) or height % factor or width % factor:
+        raise InputError(
+            f"--sample-size: expected multiples of {factor} up to the recorded {recorded[0]}x{recorded[1]}, not {height}x{width}"
+        )
+    sample, output = (x[..., :height, :width] for x in (trajectories.sample, trajectories.output))
+    return dataclasses.replace(trajectories, sample=sample, output=output)
 
 
 def lowest_timestep(scheme: Scheme, bucket: int) -> float:

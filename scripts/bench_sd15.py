@@ -178,9 +178,9 @@ def onnxruntime_lines(found: dict[str, Any]) -> list[Line]:
 
 def precision_lines(found: dict[str, Any]) -> list[Line]:
     sizes = found["sizes"]
-    fell_back = f"{len(found['fell_back'])} layers fell back to float"
+    asked, fell_back = f"asked for {found['asked_int8_share']:.1%}", f"{len(found['fell_back'])} layers fell back to float"
     return [
-        Line("openvino, multiply-adds in INT8", f"{found['int8_share']:.1%}", f"asked for {found['asked_int8_share']:.1%}", "", fell_back),
+        Line("openvino, multiply-adds in INT8", f"{found['int8_share']:.1%}", asked, "", fell_back),
         Line("openvino engine, files", f"{sizes['engine'] / MEGA:.0f} MB", f"FP16 {sizes['fp16'] / MEGA:.0f} MB",
              f"{sizes['engine'] / sizes['fp16']:.3f}x", f"4-bit ideal {sizes['ideal'] / MEGA:.0f} MB"),
     ]  # fmt: skip
@@ -224,7 +224,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([
         "# Stable Diffusion 1.5 at full size",
         "",
-        "Written by `make bench-sd15` (`scripts/bench_sd15.py`, which says how each figure is measured): UNet with random weights, W4A4,",
+        "Written by `make bench-sd15`; `scripts/bench_sd15.py` says how each figure is measured. The UNet has random weights; W4A4,",
         f"20 buckets, latents 64x64; engines at batch {BATCH} with {THREADS} threads, medians, both sides of a ratio in one run.",
         "",
         f"Measured on: {'; '.join(machines)}.",

@@ -19,7 +19,8 @@ from typing import Annotated, Any
 
 import typer
 
-from quest_deploy.cli.build_engine import parse_pool_limit, parse_sample_size
+from quest_deploy.cli.build_engine import parse_pool_limit
+from quest_deploy.cli.options import parse_sample_size
 from quest_deploy.engine.backends import check_options, get_backend
 from quest_deploy.engine.base import EngineOptions, build_engine
 from quest_deploy.engine.tensorrt import ENGINE

@@ -19,6 +19,7 @@ from quest_deploy.cli.options import (
     ModelOption,
     WorkspaceOption,
     open_workspace,
+    parse_sample_size,
 )
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.engine.backends import check_options, get_backend
@@ -60,14 +61,6 @@ def build_engine_stage(
 
     chosen = dataclasses.asdict(options)
     return run_stage(workspace, console, f"build-engine/{backend}", inputs=("export",), options=chosen, reuse=reuse, work=work)
-
-
-def parse_sample_size(text: str) -> tuple[int, int]:
-    """A height and a width from "64" or "64x96"; raise InputError for anything else."""
-    found = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
-    if found is None:
-        raise InputError(f"--sample-size: expected a size, such as 64, or a height and a width, such as 64x96, not {text!r}")
-    return int(found[1]), int(found[2] or found[1])
 
 
 def parse_pool_limit(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -180,6 +181,14 @@ def create_workspace(
     model.check(opened)
     choices.check(opened)
     return opened
+
+
+def parse_sample_size(text: str) -> tuple[int, int]:
+    """A height and a width from "64" or "64x96"; raise InputError for anything else."""
+    found = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
+    if found is None:
+        raise InputError(f"--sample-size: expected a size, such as 64, or a height and a width, such as 64x96, not {text!r}")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def _root(workspace: Path | None, model: ModelChoices, bits: str | None) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quest_deploy.cli.console import Console, size
-from quest_deploy.cli.options import BitsOption, JsonOption, ModelOption, WorkspaceOption, open_workspace
+from quest_deploy.cli.options import BitsOption, JsonOption, ModelOption, WorkspaceOption, open_workspace, parse_sample_size
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder
@@ -30,6 +30,7 @@ class ReferenceOptions:
     seed: int = 0
     megabytes: int = 1000
     measured: int | None = None
+    sample_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.megabytes < 1 or (self.measured is not None and self.measured < 1):
@@ -69,7 +70,8 @@ def reference_stage(
         }
         return files, details
 
-    recorded = {**asdict(options), "version": VERSION}
+    sample_size = options.sample_size and list(options.sample_size)
+    recorded = {**asdict(options), "sample_size": sample_size, "version": VERSION}
     return run_stage(workspace, console, "reference", inputs=workspace.checkpoint_inputs, options=recorded, reuse=reuse, work=work)
 
 
@@ -99,11 +101,19 @@ def reference(
             show_default="all, or 2 where a record cannot hold all quantized tensors",
         ),
     ] = DEFAULTS.measured,
+    sample_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE|HEIGHTxWIDTH",
+            help="Cut the recorded samples down to this size: a large model's records then hold more quantized tensors, in less time.",
+            show_default="as recorded",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Save the fake-quantized torch model's inputs and outputs, per layer and end to end, for every bucket."""
     console = Console(as_json=as_json)
-    options = ReferenceOptions(seed, megabytes, measured)
+    options = ReferenceOptions(seed, megabytes, measured, None if sample_size is None else parse_sample_size(sample_size))
     opened = open_workspace(workspace, model, bits)
     details = reference_stage(opened, console, options)
     console.result({"workspace": str(opened.root), **details}, describe(opened, details))

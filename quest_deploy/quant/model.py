@@ -228,6 +228,13 @@ def build_float_model(architecture: Architecture) -> nn.Module:
     return prepare(model, architecture.split_shortcuts, architecture.attention).eval()
 
 
+def downsampling(model: nn.Module) -> int:
+    """What heights and widths of the model's samples must be multiples of."""
+    from diffusers.models.downsampling import Downsample2D
+
+    return int(2 ** sum(isinstance(module, Downsample2D) for module in model.modules()))
+
+
 def conv_geometry(layer: nn.Module) -> ConvGeometry | None:
     """A Conv2d's geometry, or None for a Linear; raise InputError for padding that ONNX Conv would not reproduce."""
     if not isinstance(layer, nn.Conv2d):

@@ -173,3 +173,21 @@ def test_a_damaged_reference_is_an_input_error(mini_reference: Path, tmp_path: P
     damage(tmp_path)
     with pytest.raises(InputError, match=str(tmp_path)):
         load_reference(tmp_path)
+
+
+def test_samples_can_be_cut_down_to_a_size_that_the_model_takes(
+    mini_quantized: QuantizedModel, mini_trajectories: Trajectories, tmp_path: Path
+) -> None:
+    save_reference(mini_quantized, mini_trajectories, tmp_path, sample_size=(2, 4))
+    records, _ = load_reference(tmp_path)
+    assert {record.tensors["input.sample"].shape[2:] for record in records} == {(2, 4)}
+    assert {record.tensors["output"].shape[2:] for record in records} == {(2, 4)}
+
+
+@pytest.mark.parametrize("size", [(3, 4), (4, 0), (4, 1024)])
+def test_a_size_that_the_model_cannot_take_or_that_was_not_recorded_is_refused(
+    small_checkpoint: Checkpoint, small_trajectories: Trajectories, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    model = QuantizedModel.from_checkpoint(small_checkpoint).eval()
+    with pytest.raises(InputError, match="--sample-size: expected multiples of 2 up to the recorded"):
+        save_reference(model, small_trajectories, tmp_path, sample_size=size)
