@@ -80,23 +80,56 @@ def _traced(skeleton: _Skeleton, example: dict[str, Tensor]) -> ir.Model:
     inputs["sample"] = inputs["sample"].new_zeros(2, example["sample"].shape[1], 3 * factor, 4 * factor)
     with warnings.catch_warnings(), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            skeleton,
-            tuple(inputs.values()),
-            dynamo=True,
-            opset_version=timestep_quantize.OPSET,
-            dynamic_shapes=(tuple(shapes.values()),),
-            input_names=list(example),
-            output_names=[OUTPUT_NAME],
-            verbose=False,
-            optimize=False,  # see _simplify
-        )
+        exported = torch.export.export(skeleton, tuple(inputs.values()), dynamic_shapes=(tuple(shapes.values()),))
+        program = _to_onnx(exported, list(example))
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     for value in (*program.model.graph.inputs, *program.model.graph.outputs):
         if value.shape is not None and len(value.shape) == 4:
             value.shape = ir.Shape([*value.shape[:2], "height", "width"])
     return program.model
+
+
+def _to_onnx(exported: torch.export.ExportedProgram, names: list[str]) -> torch.onnx.ONNXProgram | None:
+    """torch.onnx's translation, without tracing the model a second time to decompose its operators, where it does without.
+
+    That is half of the time. torch.onnx knows the operators of the usual models as they are, once conversions are written as it
+    knows them; it must decompose what it does not know, and what writes into a tensor.
+    """
+
+    def translated() -> torch.onnx.ONNXProgram | None:
+        return torch.onnx.export(
+            exported,
+            opset_version=timestep_quantize.OPSET,
+            input_names=names,
+            output_names=[OUTPUT_NAME],
+            verbose=False,
+            optimize=False,  # see _simplify
+        )
+
+    targets = {node.target for node in exported.graph.nodes}
+    if not any(target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload)):
+        _rewrite_conversions(exported.graph)
+        exported.run_decompositions = lambda _: exported  # type: ignore[method-assign,assignment]
+        try:
+            return translated()
+        except torch.onnx.OnnxExporterError as e:
+            logging.getLogger(__name__).info("torch.onnx does not know all of the model's operators: %s", e)
+        finally:
+            del exported.run_decompositions
+    return translated()
+
+
+def _rewrite_conversions(graph: torch.fx.Graph) -> None:
+    """Write each ``x.to(dtype)`` as the copy that it is, or as x where it is none."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.to.dtype:
+            x, dtype = node.args[:2]
+            if x.meta["val"].dtype == dtype:
+                node.replace_all_uses_with(x)
+                graph.erase_node(node)
+            else:
+                node.target, node.args, node.kwargs = torch.ops.aten._to_copy.default, (x,), {"dtype": dtype}
 
 
 def _simplify(model: ir.Model) -> None:
