@@ -110,7 +110,7 @@ def _to_onnx(exported: torch.export.ExportedProgram, names: list[str]) -> torch.
     targets = {node.target for node in exported.graph.nodes}
     if not any(target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload)):
         _rewrite_conversions(exported.graph)
-        exported.run_decompositions = lambda _: exported  # type: ignore[method-assign,assignment]
+        exported.run_decompositions = lambda _: exported
         try:
             return translated()
         except torch.onnx.OnnxExporterError as e:
