@@ -81,7 +81,7 @@ def _traced(skeleton: _Skeleton, example: dict[str, Tensor]) -> ir.Model:
     with warnings.catch_warnings(), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")
         exported = torch.export.export(skeleton, tuple(inputs.values()), dynamic_shapes=(tuple(shapes.values()),))
-        program = _to_onnx(exported, list(example))
+        program = _to_onnx(exported, list(example), shapes)
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     for value in (*program.model.graph.inputs, *program.model.graph.outputs):
@@ -90,7 +90,7 @@ def _traced(skeleton: _Skeleton, example: dict[str, Tensor]) -> ir.Model:
     return program.model
 
 
-def _to_onnx(exported: torch.export.ExportedProgram, names: list[str]) -> torch.onnx.ONNXProgram | None:
+def _to_onnx(exported: torch.export.ExportedProgram, names: list[str], shapes: dict[str, Any]) -> torch.onnx.ONNXProgram | None:
     """torch.onnx's translation, without tracing the model a second time to decompose its operators, where it does without.
 
     That is half of the time. torch.onnx knows the operators of the usual models as they are, once conversions are written as it
@@ -101,6 +101,7 @@ def _to_onnx(exported: torch.export.ExportedProgram, names: list[str]) -> torch.
         return torch.onnx.export(
             exported,
             opset_version=timestep_quantize.OPSET,
+            dynamic_shapes=(tuple(shapes.values()),),  # for its names alone
             input_names=names,
             output_names=[OUTPUT_NAME],
             verbose=False,
@@ -110,7 +111,7 @@ def _to_onnx(exported: torch.export.ExportedProgram, names: list[str]) -> torch.
     targets = {node.target for node in exported.graph.nodes}
     if not any(target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload)):
         _rewrite_conversions(exported.graph)
-        exported.run_decompositions = lambda _: exported  # type: ignore[method-assign,assignment]
+        exported.run_decompositions = lambda _: exported
         try:
             return translated()
         except torch.onnx.OnnxExporterError as e:
