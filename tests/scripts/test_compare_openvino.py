@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,22 +8,15 @@ import numpy as np
 import pytest
 
 from exporters.graph_info import save_graph
-from tests.helpers import hand_checkpoint, hand_graph
+from tests.helpers import hand_checkpoint, hand_graph, load_script
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_openvino.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_openvino", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["compare_openvino"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("compare_openvino")
 
 
 def pair(script: ModuleType, rival: Any, engine: list[float], theirs: list[float], output: float) -> dict[Any, Any]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,23 +9,17 @@ import onnx
 import pytest
 
 from quest_deploy.checkpoint import SiteData
+from tests.helpers import load_script
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from quest_deploy.checkpoint import Checkpoint
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_export.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("measure_export", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["measure_export"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("measure_export")
 
 
 @pytest.mark.parametrize("buckets", [8, 50])
