@@ -24,10 +24,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quest_deploy.errors import InputError
+from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import write_json
 from quest_deploy.quant.layers import (
     ActivationQuantizer,
@@ -105,12 +106,19 @@ def save_reference(
         tensors = {f"input.{name}": value for name, value in inputs.items()} | {"output": output}
         tensors |= _layer_tensors(model, inputs, sample, i)
         file = f"buckets-{buckets[0]:04d}-{buckets[1]:04d}.safetensors"
-        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / file)
+        _write(tensors, folder / file)
         records.append(RecordEntry(file, timesteps[i], buckets, sensitivity, half_sensitivity, sample.sites, sample.products))
         on_progress(i + 1, len(pairs))
-    save_file(_tables(model), folder / TABLES)
+    _write(_tables(model), folder / TABLES)
     write_json(folder / INDEX, {"records": [asdict(record) for record in records]})
     return records
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    except SafetensorError as e:  # it hides the operating system's error, a full disk for one
+        raise QuestDeployError(f"{path.name} cannot be written: {e}") from e
 
 
 def _cut_down(trajectories: Trajectories, size: tuple[int, int], factor: int) -> Trajectories:

@@ -106,6 +106,13 @@ def _labels(text: str | None, model: DiffusionModel) -> Any:
     return np.asarray([int(part) for part in parts], np.int64)
 
 
+def _check_pixels(pipeline: Any, given: dict[str, Any]) -> None:
+    factor = pipeline.vae_scale_factor * pipeline.unet.factor
+    wrong = [f"--{name} {size}" for name in ("height", "width") if (size := given.get(name)) is not None and size % factor]
+    if wrong:
+        raise InputError(f"{', '.join(wrong)}: expected a multiple of {factor}")
+
+
 def _draw_prompts(
     workspace: Workspace, backend: str, model: DiffusionModel, given: dict[str, Any], update: Update
 ) -> tuple[list[Path], int]:
@@ -119,6 +126,7 @@ def _draw_prompts(
     prompts = given.get("prompt") or default_prompts()[:1]
     pipeline = load_pipeline(workspace, backend)
     pipeline.set_progress_bar_config(disable=True)
+    _check_pixels(pipeline, given)
     pipeline.scheduler = model.load_scheduler(given["scheduler"])
     set_steps(model.load_scheduler(given["scheduler"]), given["steps"])  # refuses what leaves the model's range
 
