@@ -41,8 +41,8 @@ class LayerInfo:
 class SiteInfo:
     """A site in the graph: ``input`` and ``codes`` name its float value and its codes.
 
-    Codes are int8, or float32 where ``integer`` is false: such a site and its readers compute in float. Lowered for onnxruntime, codes
-    may be uint8, 128 above the int8 code.
+    Codes are int8, or float32 where ``integer`` is false: such a site and its readers compute in float. Lowered for a CPU, codes may
+    be uint8, 128 above the int8 code.
     """
 
     name: str

@@ -51,7 +51,16 @@ def multiplications(model: ir.Model, shapes: dict[str, tuple[int, ...]]) -> list
         shapes: of the graph's inputs, by name, the batch in axis 0.
     """
     inferred = _inferred_shapes(model, shapes)
-    return [_multiplication(node, inferred) for node in model.graph if node.op_type in OPERATORS]
+    return [_multiplication(node, inferred) for node in _nodes(model)]
+
+
+def multiplication_names(model: ir.Model) -> list[str]:
+    """The names of their nodes alone, in the graph's order."""
+    return [node.name or "" for node in _nodes(model)]
+
+
+def _nodes(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type in OPERATORS]
 
 
 def _multiplication(node: ir.Node, shapes: dict[str, list[int | None]]) -> Multiplication:

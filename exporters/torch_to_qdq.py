@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 import torch
 from accelerate import init_empty_weights
-from diffusers.models.downsampling import Downsample2D
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from exporters import timestep_quantize
 from exporters.graph_info import CHECKPOINT_KEY, SAMPLE_SHAPE_KEY, SCHEME_KEY
 from exporters.passes.forward_slices import ForwardSlices
 from exporters.passes.insert_quantized_layers import LAYER_PLACEHOLDER, PLACEHOLDER_DOMAIN, PRODUCT_PLACEHOLDER, InsertQuantizedLayers
-from quest_deploy.quant.model import build_float_model, set_submodule
+from quest_deploy.quant.model import build_float_model, downsampling, set_submodule
 
 if TYPE_CHECKING:
     from quest_deploy.checkpoint import Checkpoint, ConvGeometry, LayerData
@@ -71,7 +70,7 @@ def portable_graph(checkpoint: Checkpoint, example: dict[str, Tensor], checkpoin
 
 def _traced(skeleton: _Skeleton, example: dict[str, Tensor]) -> ir.Model:
     """The skeleton as torch exports it: ``sample`` [batch, C, height, width], the other inputs [batch, ...]."""
-    factor = 2 ** sum(isinstance(module, Downsample2D) for module in skeleton.modules())
+    factor = downsampling(skeleton)
     batch, rows, columns = (torch.export.Dim(name, max=limit) for name, limit in (("batch", BATCH_LIMIT), *SIZES))
     shapes = {name: {0: batch} for name in example}
     shapes["sample"] |= {2: factor * rows, 3: factor * columns}
@@ -93,7 +92,7 @@ def _traced(skeleton: _Skeleton, example: dict[str, Tensor]) -> ir.Model:
 def _to_onnx(exported: torch.export.ExportedProgram, names: list[str], shapes: dict[str, Any]) -> torch.onnx.ONNXProgram | None:
     """torch.onnx's translation, without tracing the model a second time to decompose its operators, where it does without.
 
-    That is half of the time. torch.onnx knows the operators of the usual models as they are, once conversions are written as it
+    That is two fifths of the time. torch.onnx knows the operators of the usual models as they are, once conversions are written as it
     knows them; it must decompose what it does not know, and what writes into a tensor.
     """
 

@@ -34,7 +34,7 @@ CALIBRATION = (
 )  # fmt: skip
 QUANTIZED_ATTENTION = ("--attention-bits", "8", "--softmax-bits", "8")
 BATCH, THREADS, RUNS = "2", "2", "5"
-MEBI, GIBI, MEGA = 2**20, 2**30, 1e6
+MEGA = 1e6
 
 
 @dataclass(frozen=True)

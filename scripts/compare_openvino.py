@@ -29,6 +29,7 @@ import typer
 
 from quest_deploy.engine.base import EngineOptions, input_shapes, processor_name
 from quest_deploy.engine.openvino import compile_graph
+from quest_deploy.engine.openvino_precision import runtime_info
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -113,9 +114,7 @@ def profile_of(compiled: Any, request: Any) -> dict[str, float]:
     """Milliseconds by role of the request's last run."""
     fused: dict[str, str] = {}
     for node in compiled.get_runtime_model().get_ordered_ops():
-        info = node.get_rt_info()
-        names = info["originalLayersNames"] if "originalLayersNames" in info else ""  # noqa: SIM401 - an RTMap has no get
-        fused[node.get_friendly_name()] = names if isinstance(names, str) else names.astype(str)
+        fused[node.get_friendly_name()] = runtime_info(node, "originalLayersNames")
     total: Counter[str] = Counter()
     for entry in request.profiling_info:
         total[role_of(entry.node_type, fused.get(entry.node_name, ""))] += entry.real_time.total_seconds() * 1000

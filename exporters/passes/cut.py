@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from exporters.editor import Editor
 from exporters.graph_info import BUCKET
+from exporters.passes.to_dtype import HALF_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -101,7 +102,7 @@ def _cut(model: ir.Model, inputs: list[str], outputs: list[str]) -> ir.Model:
 
 
 def _make_edges_float(graph: ir.Graph) -> None:
-    editor, halves = Editor(graph), (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    editor, halves = Editor(graph), tuple(HALF_TYPES.values())
     for i, inner in enumerate(graph.inputs):
         if inner.dtype in halves:
             outer = ir.Value(name=inner.name, type=ir.TensorType(ir.DataType.FLOAT), shape=inner.shape)

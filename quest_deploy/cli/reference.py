@@ -70,8 +70,7 @@ def reference_stage(
         }
         return files, details
 
-    sample_size = options.sample_size and list(options.sample_size)
-    recorded = {**asdict(options), "sample_size": sample_size, "version": VERSION}
+    recorded = {**asdict(options), "version": VERSION}
     return run_stage(workspace, console, "reference", inputs=workspace.checkpoint_inputs, options=recorded, reuse=reuse, work=work)
 
 

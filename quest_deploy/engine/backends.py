@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quest_deploy.engine.base import Backend, EngineOptions
+from quest_deploy.engine.base import Backend, EngineOptions, option_name
 from quest_deploy.engine.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.engine.openvino import OpenVinoBackend
 from quest_deploy.engine.tensorrt import TensorRtBackend
@@ -30,25 +30,17 @@ TENSORRT_OPTIONS = (
     "hardware_compatibility_level",
     "builder_optimization_level",
 )
-OPTION_NAMES = {"sample_sizes": "--sample-size", "workspace_limit": "--pool-limit"}
-"""The options of `quest-deploy build-engine` that are not called as their attributes."""
 
 
 def check_options(name: str, options: EngineOptions) -> None:
     """Raise InputError where ``options`` hold what the backend called ``name`` would ignore."""
     if not name.startswith("tensorrt"):
-        for option in TENSORRT_OPTIONS:
-            if getattr(options, option) != getattr(EngineOptions(), option):
-                raise InputError(f"{option_name(option)} is TensorRT's, and the backend is {name}")
+        for option in options.given(TENSORRT_OPTIONS):
+            raise InputError(f"{option_name(option)} is TensorRT's, and the backend is {name}")
     if options.provider != "cpu" and name != "onnxruntime":
         raise InputError(f"--provider is onnxruntime's, and the backend is {name}")
     if options.compute_capabilities and name != "tensorrt-rtx":
         raise InputError(f"--compute-capability is tensorrt-rtx's, and the backend is {name}")
-
-
-def option_name(attribute: str) -> str:
-    """What the command line calls an attribute of EngineOptions."""
-    return OPTION_NAMES.get(attribute, f"--{attribute.replace('_', '-')}")
 
 
 def get_backend(name: str) -> Backend:

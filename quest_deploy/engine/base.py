@@ -19,7 +19,7 @@ from quest_deploy.files import read_json, sha256_of, write_json
 from quest_deploy.workspace import versions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     import numpy as np
@@ -32,6 +32,8 @@ ENGINE_FILE = "engine.json"
 LOWERED = "lowered.onnx"
 DTYPES = ("fp32", "fp16", "bf16")
 HARDWARE_COMPATIBILITY_LEVELS = ("none", "ampere_plus", "same_compute_capability")
+OPTION_NAMES = {"sample_sizes": "--sample-size", "workspace_limit": "--pool-limit"}
+"""The options of `quest-deploy build-engine` that are not called as their attributes."""
 _REPAIR = "run `quest-deploy build-engine` again"
 
 
@@ -93,6 +95,16 @@ class EngineOptions:
                 f"unknown hardware compatibility level {self.hardware_compatibility_level!r}: "
                 f"expected one of {', '.join(HARDWARE_COMPATIBILITY_LEVELS)}"
             )
+
+    def given(self, attributes: Iterable[str]) -> list[str]:
+        """Those of ``attributes`` that are not the default."""
+        defaults = EngineOptions()
+        return [name for name in attributes if getattr(self, name) != getattr(defaults, name)]
+
+
+def option_name(attribute: str) -> str:
+    """What `quest-deploy build-engine` calls an attribute of EngineOptions."""
+    return OPTION_NAMES.get(attribute, f"--{attribute.replace('_', '-')}")
 
 
 class Runner(ABC):
@@ -190,20 +202,22 @@ def no_progress(phase: str, done: int, total: int) -> None:
 
 def processor_name() -> str:
     """The CPU's name as Linux gives it, or what Python knows."""
+    name = _cpuinfo("model name")
+    return platform.processor() if name is None else name
+
+
+def _cpuinfo(key: str) -> str | None:
+    """What Linux tells of the first CPU under ``key``; None where it does not."""
     try:
         with Path("/proc/cpuinfo").open() as stream:
-            return next(line.split(":", 1)[1].strip() for line in stream if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+            return next((line.split(":", 1)[1].strip() for line in stream if line.startswith(key)), None)
+    except OSError:
+        return None
 
 
 def integer_instructions() -> tuple[str, ...]:
     """The CPU's instructions for 8-bit integer products, as Linux names them; empty where it has none or does not tell."""
-    try:
-        with Path("/proc/cpuinfo").open() as stream:
-            flags = next((line.split(":", 1)[1].split() for line in stream if line.startswith("flags")), [])
-    except OSError:
-        return ()
+    flags = (_cpuinfo("flags") or "").split()
     return tuple(flag for flag in flags if flag in ("avx_vnni", "avx512_vnni", "amx_int8"))
 
 

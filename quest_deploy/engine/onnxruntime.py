@@ -76,16 +76,15 @@ class OnnxRuntimeBackend(Backend):
         import numpy as np
 
         from exporters.graph_info import load_graph
-        from exporters.multiplications import OPERATORS
+        from exporters.multiplications import multiplication_names
 
         lowered = load_graph(folder / LOWERED)
-        wanted = [node.name or "" for node in lowered.graph if node.op_type in OPERATORS]
         feeds = {name: np.ones(shape, np.float32) for name, shape in input_shapes(lowered, 1).items()}
         with tempfile.TemporaryDirectory(prefix="quest-deploy-") as scratch:
             session = _session(folder / LOWERED, options, profile=Path(scratch) / "profile")
             _OnnxRuntimeRunner(session).infer(feeds)
             events = json.loads(Path(session.end_profiling()).read_text())
-        return profiled_precisions(events, wanted)
+        return profiled_precisions(events, multiplication_names(lowered))
 
     def float_reason(self, operator: str) -> str:
         if operator != "Conv":

@@ -73,16 +73,17 @@ def _behind(operation: Any, index: int) -> Iterator[str]:
 
 def _names(operation: Any) -> Iterator[str]:
     """A node's own name and those of the graph's nodes that it was made of, also without what the runtime appends to them."""
-    for name in (operation.get_friendly_name(), *_told(operation, "originalLayersNames").split(",")):
+    for name in (operation.get_friendly_name(), *runtime_info(operation, "originalLayersNames").split(",")):
         yield name
         yield name.rpartition("/")[0] or name
 
 
 def _kind(operation: Any) -> str:
-    return _told(operation, "layerType")
+    return runtime_info(operation, "layerType")
 
 
-def _told(operation: Any, key: str) -> str:
+def runtime_info(operation: Any, key: str) -> str:
+    """What the runtime model tells of a node under ``key``, such as layerType; empty where it does not."""
     told = operation.get_rt_info()
     return str(told[key].get()) if key in told else ""
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.engine.base import LOWERED, Backend, EngineOptions, Runner, SplitRunner, input_arrays
+from quest_deploy.engine.base import LOWERED, Backend, EngineOptions, Runner, SplitRunner, input_arrays, option_name
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file
 
@@ -65,9 +65,8 @@ class TensorRtBackend(Backend):
                 raise InputError("tensorrt builds on the GPU that runs the engine, and this machine has none; use tensorrt-rtx here")
             _check_timing_cache(options)
             return
-        for option, reason in RTX_LACKS.items():
-            if getattr(options, option) != getattr(EngineOptions(), option):
-                raise InputError(f"--{option.replace('_', '-')} is tensorrt's; tensorrt-rtx has no such option: {reason}")
+        for option in options.given(RTX_LACKS):
+            raise InputError(f"{option_name(option)} is tensorrt's; tensorrt-rtx has no such option: {RTX_LACKS[option]}")
         if (options.refittable or options.strip_plan) and gpu_count() == 0:
             raise InputError(
                 "--refittable and --strip-plan need an NVIDIA GPU, and this machine has none: tensorrt-rtx compiles what puts weights "
@@ -124,9 +123,9 @@ class TensorRtBackend(Backend):
     def realised_precision(self, folder: Path, options: EngineOptions) -> dict[str, str]:
         """From the engine's own layer information; only a GPU that can run the engine can read it."""
         from exporters.graph_info import load_graph
-        from exporters.multiplications import OPERATORS
+        from exporters.multiplications import multiplication_names
 
-        wanted = [node.name or "" for node in load_graph(folder / LOWERED).graph if node.op_type in OPERATORS]
+        wanted = multiplication_names(load_graph(folder / LOWERED))
         trt = self._module()
         engine = trt.Runtime(_logger(trt)).deserialize_cuda_engine((folder / ENGINE).read_bytes())
         if engine is None:

@@ -29,6 +29,7 @@ import onnx_ir as ir
 
 from exporters.graph_info import BUCKET, GraphInfo, SiteInfo, graph_info, load_graph, save_graph
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_product, cut_segments, upstream
+from exporters.passes.to_dtype import HALF_TYPES
 from quest_deploy.engine.base import LOWERED, EngineOptions, no_progress, open_engine
 from quest_deploy.errors import InputError
 from quest_deploy.reference_files import OUTPUT, load_reference
@@ -224,7 +225,7 @@ def _fits(info: GraphInfo, records: list[Record], tables: Arrays) -> bool:
 
 
 FARTHER = np.float32(1.25)
-HALF = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+HALF = {dtype: name for name, dtype in HALF_TYPES.items()}
 
 
 class _Types:
@@ -258,15 +259,15 @@ class _CutBuilder:
     def __init__(self, backend: Backend, options: EngineOptions) -> None:
         self.backend, self.options = backend, options
 
-    def run(self, model: ir.Model, feeds: Iterable[tuple[Arrays, Arrays]]) -> Iterator[tuple[Arrays, Arrays]]:
-        """Pairs of (the engine's, the reference's) outputs for pairs of (feed, the reference's outputs), one at a time."""
+    def run(self, model: ir.Model, feeds: Iterable[tuple[Arrays, Arrays]]) -> Iterator[tuple[Arrays, Arrays, Arrays]]:
+        """(the feed, the engine's outputs, the reference's) for pairs of (feed, the reference's outputs), one at a time."""
         with ExitStack() as stack:
             runner = None
             for feed, expected in feeds:
                 if runner is None:
                     folder = stack.enter_context(self._compiled(model, feed))
                     runner = stack.enter_context(self.backend.open(folder, self.options))
-                yield compare(self.backend.name, runner, feed, expected)
+                yield feed, *compare(self.backend.name, runner, feed, expected)
 
     @contextmanager
     def open_segments(self, model: ir.Model, feed: Arrays) -> Iterator[Runner]:
@@ -290,7 +291,7 @@ def _check_buckets(build: _CutBuilder, lowered: ir.Model, scheme: Scheme) -> lis
     around = [edges, np.nextafter(edges, np.float32(-np.inf)), edges - 1, edges - 0.5, edges + 0.5]
     timesteps = np.unique(np.concatenate([np.arange(scheme.train_timesteps), *around])).astype(np.float32)
     expected = np.asarray([scheme.bucket_of(float(t)) for t in timesteps], np.int64)
-    ((mine, theirs),) = build.run(cut_bucket(lowered), [({"timestep": timesteps}, {BUCKET: expected})])
+    ((_, mine, theirs),) = build.run(cut_bucket(lowered), [({"timestep": timesteps}, {BUCKET: expected})])
     return [float(t) for t in timesteps[mine[BUCKET] != theirs[BUCKET]]]
 
 
@@ -299,22 +300,18 @@ def _check_codes(
 ) -> dict[int, list[CodeMismatches]]:
     entry = info.sites[site]
 
-    def read(record: Record) -> tuple[NDArray[Any], NDArray[Any]]:
+    def tensors(record: Record) -> tuple[Arrays, Arrays]:
         x, bucket = record.tensors[f"site.{site}.x"], record.tensors["bucket"]
         if not types.is_half(entry.input):
-            return x, bucket
+            return {entry.input: x, BUCKET: bucket}, {entry.codes: record.tensors[f"site.{site}.codes"]}
         # Rounded, a probe just beyond a clip bound may be no more: more rows, which go farther.
-        return types.cast(entry.input, np.concatenate([x, FARTHER * x[2:]])), np.concatenate([bucket, bucket[2:]])
-
-    def tensors(record: Record) -> tuple[Arrays, Arrays]:
-        x, bucket = read(record)
-        expected = _codes(x, bucket, tables, entry) if types.is_half(entry.input) else record.tensors[f"site.{site}.codes"]
-        return {entry.input: x, BUCKET: bucket}, {entry.codes: expected}
+        x, bucket = types.cast(entry.input, np.concatenate([x, FARTHER * x[2:]])), np.concatenate([bucket, bucket[2:]])
+        return {entry.input: x, BUCKET: bucket}, {entry.codes: _codes(x, bucket, tables, entry)}
 
     results = {}
     pairs = build.run(cut_codes(lowered, info, site), map(tensors, records.values()))
-    for (i, record), (mine, theirs) in zip(records.items(), pairs, strict=True):
-        ratio = _ratio(*read(record), tables, entry)
+    for i, (fed, mine, theirs) in zip(records, pairs, strict=True):
+        ratio = _ratio(fed[entry.input], fed[BUCKET], tables, entry)
         found = _without_padding(_signed(mine[entry.codes]), ratio.shape)
         results[i] = [compare_codes(found[row], theirs[entry.codes][row], ratio[row]) for row in range(len(ratio))]
     return results
@@ -392,9 +389,8 @@ def _check_layer(
         name = sites[index]
         x = record.tensors[f"operand.{layer}.{index}"] if name is None else record.untied(name)
         if name is not None and types.half(sources[index]):
-            x = _levels(x, record.tensors["bucket"], tables, info.sites[name]) * _step(
-                x, record.tensors["bucket"], tables, info.sites[name]
-            )
+            known = (x, record.tensors["bucket"], tables, info.sites[name])
+            x = _levels(*known) * _step(*known)
         return types.cast(sources[index], x)
 
     def tensors(record: Record) -> tuple[Arrays, Arrays]:
@@ -403,7 +399,7 @@ def _check_layer(
 
     pairs = build.run(cut, map(tensors, records.values()))
     channels = []
-    for mine, theirs in pairs:
+    for _, mine, theirs in pairs:
         y = mine[output].astype(np.float32, copy=False)
         channels.append(ChannelErrors.of(y, theirs[output], 1 if y.ndim == 4 else -1, types.half(output)))
     return dict(zip(records, np.split(layer_error(channels), len(records)), strict=True))

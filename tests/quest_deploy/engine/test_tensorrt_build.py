@@ -12,8 +12,8 @@ import pytest
 import tensorrt_rtx as trt
 
 from exporters.graph_info import SAMPLE_SHAPE_KEY, load_graph
-from quest_deploy.engine.backends import TENSORRT_OPTIONS, check_options, get_backend, option_name
-from quest_deploy.engine.base import LOWERED, EngineOptions, build_engine, engine_info, options_from
+from quest_deploy.engine.backends import TENSORRT_OPTIONS, check_options, get_backend
+from quest_deploy.engine.base import LOWERED, EngineOptions, build_engine, engine_info, option_name, options_from
 from quest_deploy.engine.tensorrt import (
     ENGINE,
     RTX_LACKS,
