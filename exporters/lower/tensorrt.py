@@ -12,7 +12,6 @@ import onnx_ir as ir
 from exporters.passes.to_dtype import to_dtype
 from exporters.passes.to_native import to_native
 
-
 Quantize = Literal["native", "plugin"]
 
 
@@ -22,8 +21,8 @@ def lower(model: ir.Model, *, frozen_bucket: int | None = None, dtype: str = "fp
     Args:
         frozen_bucket: makes its scales static (see FreezeBucket).
         dtype: what is computed in besides integers (see ToHalf).
-        quantize: ``native`` expands the op into TensorRT's own layers; ``plugin`` keeps it for the plugin of trt_plugins/, which TensorRT
-            alone can load. With a frozen bucket it is always native: the static-scale graph has no bucket to pick.
+        quantize: ``native`` expands the op into TensorRT's own layers; ``plugin`` keeps it for the plugin of trt_plugins/, which
+            TensorRT proper alone takes. With a frozen bucket it is always native: the static-scale graph has no bucket to pick.
     """
     to_dtype(model, dtype)
     return to_native(
