@@ -21,6 +21,8 @@ BACKENDS: dict[str, Backend] = {
 
 
 TENSORRT_OPTIONS = (
+    "serialize_plugins",
+    "weight_streaming_budget",
     "opt_batch",
     "sample_sizes",
     "workspace_limit",
@@ -32,9 +34,7 @@ TENSORRT_OPTIONS = (
     "builder_optimization_level",
     "quantize",
     "plugins",
-    "serialize_plugins",
     "weight_streaming",
-    "weight_streaming_budget",
     "tactic_sources",
     "max_num_tactics",
     "profiling_verbosity",

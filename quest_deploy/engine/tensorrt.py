@@ -55,6 +55,7 @@ _TYPES = {
 }
 """How its layer information names types."""
 RTX_LACKS = {
+    "serialize_plugins": "it runs no plugins",
     "timing_cache": "it times no kernels when it builds",
     "version_compatible": "its engines run on the release that built them alone",
     "hardware_compatibility_level": "its engines run on the GPUs given with --compute-capability",
@@ -62,7 +63,6 @@ RTX_LACKS = {
     "tactic_sources": "it looks for fast kernels when an engine runs, not when it is built",
     "max_num_tactics": "it looks for fast kernels when an engine runs, not when it is built",
     "plugins": "it runs no plugins",
-    "serialize_plugins": "it runs no plugins",
 }
 """Options of TensorRT alone, and why (its documentation; tried with 1.7: refused, ignored, or the same engine whatever is chosen)."""
 DEFAULT_CAPABILITIES = ("80", "86", "89", "120")
@@ -112,7 +112,8 @@ class TensorRtBackend(Backend):
     def lower(self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None) -> ir.Model:
         from exporters.lower.tensorrt import lower
 
-        return lower(model, frozen_bucket=frozen_bucket, dtype=options.dtype)
+        quantize = "plugin" if options.quantize == PLUGIN else "native"
+        return lower(model, frozen_bucket=frozen_bucket, dtype=options.dtype, quantize=quantize)
 
     def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
         trt = self._module()

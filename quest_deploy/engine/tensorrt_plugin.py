@@ -17,6 +17,8 @@ NAME, VERSION, NAMESPACE = "TimestepQuantize", "1", "quest"
 LIBRARY = "libquest_plugins.so"
 ENVIRONMENT = "QUEST_DEPLOY_PLUGINS"
 """The environment variable that holds the library's path."""
+BUILT = Path(__file__).parents[2] / "build" / "trt_plugins" / LIBRARY
+"""Where trt_plugins/ is built by default."""
 HINT = f"build it (trt_plugins/README.md) and give its path with --plugins, or in the environment variable {ENVIRONMENT}"
 
 
@@ -38,9 +40,8 @@ def _libraries(given: str | None) -> Iterator[Path]:
             if not Path(path).is_file():
                 raise InputError(f"{source}: there is no plugin library {path}; build it as trt_plugins/README.md says")
             yield Path(path).resolve()
-    built = Path(__file__).parents[2] / "build" / "trt_plugins" / LIBRARY
-    if built.is_file():
-        yield built
+    if BUILT.is_file():
+        yield BUILT
     found = ctypes.util.find_library(LIBRARY.removeprefix("lib").removesuffix(".so"))
     if found:
         yield Path(found)
@@ -85,7 +86,7 @@ def load_plugin(registry: Any, library: str | None, logger: Any) -> None:
     except (RuntimeError, ValueError, TypeError) as e:
         raise QuestDeployError(f"TensorRT cannot load the plugin library {library} ({e}): {HINT}") from e
     if handle is None:
-        told = "; ".join(logger.problems[before:][-3:]) or "it gives no reason"
+        told = next(iter(logger.problems[before:]), "it gives no reason")
         raise QuestDeployError(f"TensorRT cannot load the plugin library {library} ({told}): {HINT}")
     if registry.get_creator(NAME, VERSION, NAMESPACE) is None:
         raise QuestDeployError(f"{library} offers no {NAMESPACE}::{NAME} of version {VERSION}: {HINT}")
