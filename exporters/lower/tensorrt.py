@@ -1,6 +1,7 @@
 """TensorRT and TensorRT for RTX: unit-scale Q/DQ around INT8 layers, for strong typing; the op expanded, or left to our plugin.
 
-The parser refuses INT4 weights in a Conv, and the Cast that would widen them, so the initializers themselves are INT8.
+The parser refuses INT4 weights in a Conv, and the Cast that would widen them, so the initializers themselves are INT8. Its builder is
+slow in layers, so that the graph has few.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from exporters.passes.gather_shaped_tables import GatherShapedTables
+from exporters.passes.round_in_quantize_linear import RoundInQuantizeLinear
 from exporters.passes.to_dtype import to_dtype
 from exporters.passes.to_native import to_native
 
@@ -26,5 +29,10 @@ def lower(model: ir.Model, *, frozen_bucket: int | None = None, dtype: str = "fp
     """
     to_dtype(model, dtype)
     return to_native(
-        model, cast_int4_at_runtime=False, signed_zero_points=False, frozen_bucket=frozen_bucket, plugin=quantize == "plugin"
+        model,
+        cast_int4_at_runtime=False,
+        signed_zero_points=False,
+        frozen_bucket=frozen_bucket,
+        expanded=(GatherShapedTables(), RoundInQuantizeLinear()),
+        plugin=quantize == "plugin",
     )

@@ -133,7 +133,7 @@ def build_engine_command(
         typer.Option(
             metavar="SIZE|HEIGHTxWIDTH",
             help="TensorRT: a size of the model's samples, such as 64 for Stable Diffusion's latents at 512 pixels; may be repeated: "
-            "one optimization profile each.",
+            "one optimization profile each (tensorrt-rtx: one from the least to the largest).",
             show_default="the model's",
         ),
     ] = None,

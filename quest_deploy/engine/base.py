@@ -54,7 +54,8 @@ class EngineOptions:
         max_batch: the largest batch of a TensorRT engine's optimization profile; its runner splits larger ones.
         dtype: what an engine computes in where it does not compute in integers: fp32, fp16 or bf16.
         opt_batch: the batch that its optimization profiles are tuned for; None means 2.
-        sample_sizes: heights and widths of the model's samples, one optimization profile each; empty means the graph's own.
+        sample_sizes: heights and widths of the model's samples; empty means the graph's own. TensorRT has an optimization profile for
+            each, TensorRT for RTX one from the least to the largest.
         workspace_limit: the most GPU memory in bytes that one layer may use for itself; None is all there is.
         refittable: whether another model's weights may be put into the engine.
         strip_plan: whether the engine's file is without weights, which :meth:`Backend.open` then takes from the lowered graph.

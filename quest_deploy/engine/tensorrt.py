@@ -69,6 +69,10 @@ DEFAULT_CAPABILITIES = ("80", "86", "89", "120")
 """Ampere, Ada and Blackwell. Not Turing ("75"): TensorRT for RTX refuses FP32 matrix products there."""
 
 
+Shapes = dict[str, tuple[list[int], list[int], list[int]]]
+"""An optimization profile: the least, the tuned for and the largest shape of each input."""
+
+
 class TensorRtBackend(Backend):
     """What the two flavours share. What differs is in :class:`TensorRtRtxBackend` and in tensorrt_sdk.py."""
 
@@ -132,7 +136,7 @@ class TensorRtBackend(Backend):
             config = builder.create_builder_config()
             config.progress_monitor = monitor
             configure(trt, config, options)
-            for shapes in profile_shapes(network, lowered, options):
+            for shapes in self.profiles(profile_shapes(network, lowered, options)):
                 _add_profile(builder, config, shapes)
             self.configure_flavour(trt, config, options)
             timing_cache = _read_timing_cache(config, options)
@@ -149,6 +153,10 @@ class TensorRtBackend(Backend):
 
     def configure_flavour(self, trt: Any, config: Any, options: EngineOptions) -> None:
         """Set what only this flavour's builder takes."""
+
+    def profiles(self, shapes: list[Shapes]) -> list[Shapes]:
+        """The optimization profiles to build for inputs of ``shapes``: one each, since the builder times kernels for each."""
+        return shapes
 
     def realised_precision(self, folder: Path, options: EngineOptions) -> dict[str, str]:
         """From the engine's own layer information; only a GPU that can run the engine can read it."""
@@ -195,6 +203,10 @@ class TensorRtRtxBackend(TensorRtBackend):
             )
         for capability in options.compute_capabilities:
             _compute_capability(trt, capability)
+
+    def profiles(self, shapes: list[Shapes]) -> list[Shapes]:
+        """One for all: kernels are made for a shape when it is met, while each profile would be compiled anew (see spanning_shapes)."""
+        return [spanning_shapes(shapes)]
 
     def configure_flavour(self, trt: Any, config: Any, options: EngineOptions) -> None:
         _target(trt, config, options.compute_capabilities)
@@ -386,7 +398,7 @@ def _read_timing_cache(config: Any, options: EngineOptions) -> Any:
     return cache
 
 
-def profile_shapes(network: Any, lowered: Path, options: EngineOptions) -> list[dict[str, tuple[list[int], ...]]]:
+def profile_shapes(network: Any, lowered: Path, options: EngineOptions) -> list[Shapes]:
     """The least, the tuned for and the largest shape of each input by name, for each optimization profile.
 
     One for each of the sample sizes, or one of the size that the model is meant for; the conditions' shapes are the graph's.
@@ -395,14 +407,25 @@ def profile_shapes(network: Any, lowered: Path, options: EngineOptions) -> list[
     sizes: list[list[int]] = [list(size) for size in options.sample_sizes] or [inputs.get(SAMPLE, [])[1:]]
     if any(side < 0 for size in sizes for side in size):
         sizes = [_own_sample_size(lowered)]
+
+    def shapes(size: list[int], batch: int) -> dict[str, list[int]]:
+        return {name: [batch, *(shape if name != SAMPLE else [*shape[:1], *size])] for name, shape in inputs.items()}
+
     batches = (1, options.opt_batch or min(2, options.max_batch), options.max_batch)
-    return [
-        {
-            name: tuple([batch, *(shape if name != SAMPLE else [*shape[:1], *size])] for batch in batches)
-            for name, shape in inputs.items()
-        }
-        for size in sizes
-    ]
+    bounds = [[shapes(size, batch) for batch in batches] for size in sizes]
+    return [{name: (least[name], tuned_for[name], largest[name]) for name in inputs} for least, tuned_for, largest in bounds]
+
+
+def spanning_shapes(profiles: list[Shapes]) -> Shapes:
+    """One profile that takes what any of ``profiles`` takes, and what lies between; tuned for what the first is tuned for."""
+    return {
+        name: (
+            [min(sides) for sides in zip(*(shapes[name][0] for shapes in profiles), strict=True)],
+            profiles[0][name][1],
+            [max(sides) for sides in zip(*(shapes[name][2] for shapes in profiles), strict=True)],
+        )
+        for name in profiles[0]
+    }
 
 
 def _own_sample_size(lowered: Path) -> list[int]:
@@ -415,7 +438,7 @@ def _own_sample_size(lowered: Path) -> list[int]:
         raise QuestDeployError(f"{lowered} takes samples of any size and does not say which it is meant for") from e
 
 
-def _add_profile(builder: Any, config: Any, shapes: dict[str, tuple[list[int], ...]]) -> None:
+def _add_profile(builder: Any, config: Any, shapes: Shapes) -> None:
     profile = builder.create_optimization_profile()
     for name, (least, tuned_for, largest) in shapes.items():
         profile.set_shape(name, least, tuned_for, largest)

@@ -216,6 +216,15 @@ def test_without_sample_sizes_there_is_one_profile_of_the_size_that_the_model_is
     assert profile_shapes(_Network(x=(-1, 5)), tmp_path, EngineOptions(max_batch=3)) == [{"x": ([1, 5], [2, 5], [3, 5])}]
 
 
+def test_tensorrt_for_rtx_builds_one_profile_from_the_least_to_the_largest_size(tmp_path: Path) -> None:
+    network = _Network(sample=(-1, 4, -1, -1), timestep=(-1,))
+    shapes = profile_shapes(network, tmp_path, EngineOptions(max_batch=8, sample_sizes=((96, 64), (64, 80))))
+    assert get_backend("tensorrt-rtx").profiles(shapes) == [
+        {"sample": ([1, 4, 64, 64], [2, 4, 96, 64], [8, 4, 96, 80]), "timestep": ([1], [2], [8])}
+    ]
+    assert get_backend("tensorrt").profiles(shapes) == shapes
+
+
 def unet(size: str) -> ir.Model:
     """A graph that halves its samples twice, and doubles them again."""
     return ir.from_onnx_text(
