@@ -36,7 +36,7 @@ class GatherShapedTables(ir.passes.InPlacePass):
                     shaped[table, axes] = editor.op("Gather", [rows, bucket], f"{name}_of_sample", shape=reader.outputs[0].shape)
                 replace_value(reader.outputs[0], shaped[table, axes])
                 model.graph.remove(reader, safe=True)
-            if not gather.outputs[0].uses():
+            if not gather.outputs[0].uses() and not gather.outputs[0].is_graph_output():
                 model.graph.remove(gather, safe=True)
         producer = bucket.producer()
         assert producer is not None
