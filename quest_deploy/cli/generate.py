@@ -108,7 +108,7 @@ def _labels(text: str | None, model: DiffusionModel) -> Any:
 
 
 def _check_pixels(pipeline: Any, given: dict[str, Any]) -> None:
-    factor = pipeline.vae_scale_factor * pipeline.unet.factor
+    factor = pipeline.vae_scale_factor * pipeline.unet.engine.sample_multiple
     wrong = [f"--{name} {size}" for name in ("height", "width") if (size := given.get(name)) is not None and size % factor]
     if wrong:
         raise InputError(f"{', '.join(wrong)}: expected a multiple of {factor}")

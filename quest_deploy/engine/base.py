@@ -321,6 +321,7 @@ def build_engine(
         "built_by": {"quest-deploy": __version__, **versions()},
         "graph_sha256": graph_sha256,
         "checkpoint_sha256": info.checkpoint_sha256,
+        "sample_multiple": info.sample_multiple,
         "hardware": backend.hardware(options),
         **backend.record(options),
         "files": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
@@ -355,7 +356,15 @@ def engine_info(folder: Path) -> dict[str, Any]:
     content = read_json(path, repair=_REPAIR)
     if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
         raise InputError(f"{path}: expected a {FORMAT} of version {VERSION}; {_REPAIR}")
-    kinds = {"backend": str, "graph_sha256": str, "files": dict, "options": dict, "built_by": dict, "hardware": dict}
+    kinds = {
+        "backend": str,
+        "graph_sha256": str,
+        "files": dict,
+        "options": dict,
+        "built_by": dict,
+        "hardware": dict,
+        "sample_multiple": int,
+    }
     damaged = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
     if damaged:
         raise InputError(f"{path}: damaged ({', '.join(damaged)}); {_REPAIR}")
