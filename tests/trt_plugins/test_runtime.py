@@ -254,6 +254,16 @@ def test_an_engine_runs_with_the_very_plugin_library_that_it_was_built_with(host
     assert host("plugin", folder, "").returncode == 0
 
 
+def _scheduler(name: str) -> Any:
+    scheduler = make_scheduler(name, NOISE_SCHEDULE)
+    scheduler.set_timesteps(8)
+    return scheduler
+
+
+def _schedule(name: str) -> Schedule:
+    return schedule_from_scheduler(lambda: _scheduler(name))
+
+
 def fake_model(sample: torch.Tensor, timestep: float) -> torch.Tensor:
     """The host program's model, of samples [rows, ...]."""
     condition = torch.zeros_like(sample)
@@ -264,14 +274,9 @@ def fake_model(sample: torch.Tensor, timestep: float) -> torch.Tensor:
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_loop_with_a_schedulers_table_draws_what_diffusers_draws(host: Host, tmp_path: Path, name: str, guidance: float) -> None:
-    def make() -> Any:
-        scheduler = make_scheduler(name, NOISE_SCHEDULE)
-        scheduler.set_timesteps(8)
-        return scheduler
-
-    schedule = schedule_from_scheduler(make)
+    schedule = _schedule(name)
     schedule.save(tmp_path / "schedule.json")
-    scheduler, generator = make(), torch.Generator().manual_seed(3)
+    scheduler, generator = _scheduler(name), torch.Generator().manual_seed(3)
     drawn = torch.randn(2, 5, 4, generator=generator)
     sample, noise = drawn * scheduler.init_noise_sigma, []
     for timestep in scheduler.timesteps:
@@ -296,6 +301,41 @@ def test_the_loop_with_a_schedulers_table_draws_what_diffusers_draws(host: Host,
     assert ended.stderr == ""
     result = np.fromfile(tmp_path / "result", np.float32).reshape(drawn.shape)
     np.testing.assert_allclose(result, sample.numpy(), rtol=0, atol=2e-5 * float(sample.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """The GPU's loop on the CPU, CUDA's functions and the engine emulated."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs CUDA's headers, which come with nvcc")
+    program = tmp_path_factory.mktemp("emulated") / "emulated"
+    sources = [
+        RUNTIME / "tests" / "emulated.cpp",
+        *(RUNTIME / "src" / f"{n}.cpp" for n in ("denoiser", "schedule", "json", "workspace", "sha256")),
+    ]
+    subprocess.run(
+        ["nvcc", "-std=c++17", "--cudart", "none", "-x", "c++", f"-I{RUNTIME / 'include'}", *sources, "-o", program], check=True
+    )
+    return lambda *words: subprocess.run([program, *map(str, words)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("graph", [0, 1])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("name", ["euler", "unipc", "ddpm"])
+def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
+    host: Host, emulated: Host, tmp_path: Path, name: str, guidance: float, graph: int
+) -> None:
+    schedule = _schedule(name)
+    schedule.save(tmp_path / "schedule.json")
+    rng = np.random.default_rng(0)
+    rng.standard_normal((2, 5, 4)).astype(np.float32).tofile(tmp_path / "sample")
+    noise = [tmp_path / "noise"] * any(step.noise_scale for step in schedule.steps)
+    rng.standard_normal((len(schedule.steps), 2, 5, 4)).astype(np.float32).tofile(tmp_path / "noise")
+    expected = host("denoise", tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "expected", guidance, *noise)
+    ended = emulated(tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "result", guidance, graph, *noise)
+    assert (expected.returncode, ended.stderr) == (0, "the condition condition was not set\n")
+    assert ended.stdout == f"{len(schedule.steps)} steps, {graph} recordings, {2 * graph * len(schedule.steps)} launches\n"
+    assert (tmp_path / "result").read_bytes() == (tmp_path / "expected").read_bytes()
 
 
 STEP = ScheduleStep(10.0, 1.0, (1.0,), (-0.1,), 0.0)
