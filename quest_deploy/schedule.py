@@ -90,7 +90,8 @@ def schedule_from_scheduler(make: Callable[[], Any]) -> Schedule:
         drawn, noise_scale = silent.noise[i], 0.0
         if drawn is not None:
             fresh = silent.samples[i + 1] - sum(scale * silent.samples[i - back] for back, scale in enumerate(sample_scales))
-            noise_scale = float((fresh * drawn).sum() / (drawn * drawn).sum())
+            if fresh.abs().max() > _NEGLIGIBLE * silent.samples[i].abs().max():
+                noise_scale = float((fresh * drawn).sum() / (drawn * drawn).sum())
         steps.append(ScheduleStep(float(timestep), silent.input_scales[i], sample_scales, prediction_scales, noise_scale))
     schedule = Schedule(name, float(getattr(scheduler, "init_noise_sigma", 1.0)), tuple(steps))
     _try(schedule, make)

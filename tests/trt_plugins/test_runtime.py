@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -406,6 +407,40 @@ def test_another_project_finds_the_installed_package_and_opens_a_workspace(built
     _cmake("--build", tmp_path / "consumer")
     ended = subprocess.run([tmp_path / "consumer" / "consumer", built], capture_output=True, text=True, check=True)
     assert ended.stdout == "tiny\n"
+
+
+EMBEDDING = (Path(__file__).parents[2] / "docs" / "embedding.md").read_text()
+
+
+def _blocks(language: str) -> list[str]:
+    """The blocks of docs/embedding.md in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", EMBEDDING, re.MULTILINE | re.DOTALL)
+
+
+def test_the_documents_python_makes_the_apps_input_and_reads_its_result(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "workspace").symlink_to(built)
+    monkeypatch.chdir(tmp_path)
+    first, second = _blocks("python")
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert {path.name for path in tmp_path.glob("*.f32")} == {
+        "noise.f32",
+        *(f"{name}.f32" for name in names["model"].conditions(names["labels"])),
+    }
+    shutil.copy("noise.f32", "result.f32")
+    exec(second, names)
+    assert Path("result.png").stat().st_size > 0
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's headers, which come with nvcc")
+def test_the_documents_c_plus_plus_compiles(tmp_path: Path) -> None:
+    (code,) = _blocks("cpp")
+    (tmp_path / "draw.cpp").write_text(code)
+    subprocess.run(
+        ["nvcc", "-std=c++17", f"-I{RUNTIME / 'include'}", "-c", tmp_path / "draw.cpp", "-o", tmp_path / "draw.o"], check=True
+    )
 
 
 def _rtx_library() -> Path:
