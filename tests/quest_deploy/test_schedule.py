@@ -134,7 +134,7 @@ def test_the_command_writes_the_models_table_into_the_workspace_or_where_it_is_t
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--scheduler", "heun"], "unknown scheduler 'heun'"), (["--steps", "0"], "not in the range")],
+    [(["--scheduler", "heun"], "unknown scheduler 'heun'"), (["--steps", "0"], "--steps")],
 )
 def test_a_schedule_that_cannot_be_is_refused(chain: Chain, options: list[str], words: str) -> None:
     ended = cli("schedule", "-w", chain.root, *options)
