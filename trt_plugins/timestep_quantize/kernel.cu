@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) blockedKernel(BlockedArguments const
     uint32_t const block = a.pixels.quotient(rest);
     uint32_t const pixel = rest - block * a.pixels.number;
     auto const c0 = static_cast<int32_t>((block * kSideBySide + index % kSideBySide) * kGroup);
-    bool const inside = index < a.groups && c0 < a.codesLayout.channels;
+    bool const inside = c0 < a.codesLayout.channels;
 
     Pack<T, kLoad> x[kGroup / kLoad] = {};
     float channel[kGroup];
