@@ -12,6 +12,7 @@ import math
 import re
 import signal
 import sys
+import tempfile
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -120,13 +121,13 @@ class TensorRtBackend(Backend):
         logger = make_logger(trt, verbose=options.verbose)
         monitor = _monitor(trt, on_progress)
         # From the first object that logs on: parsing calls back into Python too.
-        with _interrupts_stop(monitor):
+        with _interrupts_stop(monitor), tempfile.TemporaryDirectory(dir=folder) as scratch:
             builder = trt.Builder(logger)
             if options.quantize == PLUGIN:
                 load_plugin(builder.get_plugin_registry(), options.plugins, logger)
             network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
             parser = trt.OnnxParser(network, logger)
-            if not parser.parse_from_file(str(lowered)):
+            if not parser.parse_from_file(str(self.graph_to_parse(lowered, Path(scratch), options))):
                 errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
                 raise QuestDeployError(f"{self.name} cannot parse {lowered}: {errors}")
             config = builder.create_builder_config()
@@ -146,6 +147,10 @@ class TensorRtBackend(Backend):
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
         return SplitRunner(_TensorRtRunner(folder, options, self.package), options.max_batch)
+
+    def graph_to_parse(self, lowered: Path, scratch: Path, options: EngineOptions) -> Path:
+        """What the parser gets: the lowered graph, or what was made of it in ``scratch``."""
+        return lowered
 
     def configure_flavour(self, trt: Any, config: Any, options: EngineOptions) -> None:
         """Set what only this flavour's builder takes."""
