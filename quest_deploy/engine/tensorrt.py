@@ -113,8 +113,9 @@ class TensorRtBackend(Backend):
     def lower(self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None) -> ir.Model:
         from exporters.lower.tensorrt import lower
 
-        quantize = "plugin" if options.quantize == PLUGIN else "native"
-        return lower(model, frozen_bucket=frozen_bucket, dtype=options.dtype, quantize=quantize)
+        return lower(
+            model, frozen_bucket=frozen_bucket, dtype=options.dtype, quantize="plugin" if options.quantize == PLUGIN else "native"
+        )
 
     def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
         trt = self._module()
