@@ -27,10 +27,11 @@ def to_native(
     Args:
         cast_int4_at_runtime, signed_zero_points, frozen_bucket: see WidenInt4, CenterWeights and FreezeBucket.
         expanded: a backend's own passes, on the graph whose quantizers have been expanded.
-        plugin: keeps the quantizers for TensorRT's plugin (see KeepTimestepQuantize). A frozen bucket leaves it nothing to pick.
+        plugin: keeps layers' quantizers for TensorRT's plugin (see KeepTimestepQuantize). A frozen bucket leaves it nothing to pick.
     """
     ir.passes.Sequential(
-        KeepTimestepQuantize() if plugin and frozen_bucket is None else ExpandTimestepQuantize(),
+        *([KeepTimestepQuantize()] if plugin and frozen_bucket is None else []),
+        ExpandTimestepQuantize(),
         *expanded,
         *([] if frozen_bucket is None else [FreezeBucket(frozen_bucket)]),
         CenterWeights(signed_zero_points=signed_zero_points),

@@ -170,7 +170,7 @@ def build_engine_command(
         typer.Option(
             metavar="FILE",
             help="tensorrt: the library of the plugin.",
-            show_default="QUEST_DEPLOY_PLUGINS in the environment, or build/trt_plugins",
+            show_default="QUEST_DEPLOY_PLUGINS in the environment, or trt_plugins/build",
         ),
     ] = None,
     serialize_plugins: Annotated[

@@ -11,6 +11,7 @@ import json
 import re
 import signal
 import sys
+import tempfile
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -115,21 +116,22 @@ class TensorRtBackend(Backend):
     def lower(self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None) -> ir.Model:
         from exporters.lower.tensorrt import lower
 
-        quantize = "plugin" if options.quantize == PLUGIN else "native"
-        return lower(model, frozen_bucket=frozen_bucket, dtype=options.dtype, quantize=quantize)
+        return lower(
+            model, frozen_bucket=frozen_bucket, dtype=options.dtype, quantize="plugin" if options.quantize == PLUGIN else "native"
+        )
 
     def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
         trt = self._module()
         logger = make_logger(trt, verbose=options.verbose)
         monitor = _monitor(trt, on_progress)
         # From the first object that logs on: parsing calls back into Python too.
-        with _interrupts_stop(monitor):
+        with _interrupts_stop(monitor), tempfile.TemporaryDirectory(dir=folder) as scratch:
             builder = trt.Builder(logger)
             if options.quantize == PLUGIN:
                 load_plugin(builder.get_plugin_registry(), options.plugins, logger)
             network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
             parser = trt.OnnxParser(network, logger)
-            if not parser.parse_from_file(str(lowered)):
+            if not parser.parse_from_file(str(self.graph_to_parse(lowered, Path(scratch), options))):
                 errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
                 raise QuestDeployError(f"{self.name} cannot parse {lowered}: {errors}")
             config = builder.create_builder_config()
@@ -149,6 +151,10 @@ class TensorRtBackend(Backend):
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
         return SplitRunner(_TensorRtRunner(folder, options, self.package), options.max_batch)
+
+    def graph_to_parse(self, lowered: Path, scratch: Path, options: EngineOptions) -> Path:
+        """What the parser gets: the lowered graph, or what was made of it in ``scratch``."""
+        return lowered
 
     def configure_flavour(self, trt: Any, config: Any, options: EngineOptions) -> None:
         """Set what only this flavour's builder takes."""

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NAME, VERSION, NAMESPACE = "TimestepQuantize", "1", "quest"
-LIBRARY = "libquest_plugins.so"
+LIBRARY = "libquest_trt_plugins.so"
 ENVIRONMENT = "QUEST_DEPLOY_PLUGINS"
 """The environment variable that holds the library's path."""
-BUILT = Path(__file__).parents[2] / "build" / "trt_plugins" / LIBRARY
+BUILT = Path(__file__).parents[2] / "trt_plugins" / "build" / LIBRARY
 """Where trt_plugins/ is built by default."""
 HINT = f"build it (trt_plugins/README.md) and give its path with --plugins, or in the environment variable {ENVIRONMENT}"
 
@@ -25,7 +25,7 @@ HINT = f"build it (trt_plugins/README.md) and give its path with --plugins, or i
 def plugin_library(given: str | None) -> Path | None:
     """The plugin library: ``given``, or the first there is; None where there is none.
 
-    Looked for in the environment variable QUEST_DEPLOY_PLUGINS, in the build folder of this repository (build/trt_plugins), and where
+    Looked for in the environment variable QUEST_DEPLOY_PLUGINS, in trt_plugins/build, and where
     the dynamic linker looks.
 
     Raises:

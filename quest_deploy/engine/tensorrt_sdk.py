@@ -59,6 +59,19 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
             raise InputError("the engine's record does not say which plugin library it needs; run `quest-deploy build-engine` again")
         return replace(options, plugins=str(recorded_library(options.plugins, plugin["sha256"])))
 
+    def graph_to_parse(self, lowered: Path, scratch: Path, options: EngineOptions) -> Path:
+        """With the plugin, GEGLU goes into the quantizer behind it; ``lowered`` itself keeps the values that `verify` cuts it at."""
+        if options.quantize != PLUGIN:
+            return lowered
+        from exporters.graph_info import load_graph, save_graph
+        from exporters.passes.fuse_geglu import FuseGeglu
+
+        model = load_graph(lowered)
+        if not FuseGeglu()(model).modified:
+            return lowered
+        save_graph(model, scratch / lowered.name)
+        return scratch / lowered.name
+
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
         return {"device": gpu_name(), "compute_capabilities": [shared.gpu_compute_capability()], "driver": f"CUDA {driver_version()}"}
 

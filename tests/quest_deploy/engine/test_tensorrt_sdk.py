@@ -222,7 +222,11 @@ def test_with_the_plugin_its_library_is_loaded_before_the_graph_is_parsed_and_th
     options = EngineOptions(plugins=str(library))
     with pytest.raises(QuestDeployError, match="tensorrt cannot parse"):
         build_engine(SDK, ir.from_proto(mini_proto), tmp_path, options, "cd" * 32)
-    assert "TimestepQuantize" in parsed[0]
+    assert {"TimestepQuantize", "GegluTimestepQuantize"} <= parsed[0]
+    kept = {node.op_type for node in load_graph(tmp_path / LOWERED).graph}  # verify cuts it at GEGLU's output
+    assert "TimestepQuantize" in kept
+    assert "GegluTimestepQuantize" not in kept
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
     record = SDK.record(SDK.resolve(options))
     assert record["plugin"] == {"library": "plugins.so", "sha256": sha256_of(library), "serialized": False}
 
