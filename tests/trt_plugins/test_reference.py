@@ -1,4 +1,4 @@
-"""The plugins' scalar references, built with a C++ compiler alone, against the exporter's definition; and the kernels' short way to a code."""
+"""The plugins' scalar references, built with a C++ compiler alone, are the exporter's definition; how the kernels avoid dividing."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def onnxruntime_codes() -> Callable[..., Array]:
 
 
 def adversarial(rng: np.random.Generator, shape: tuple[int, ...], step: Array) -> Array:
-    """float32 values: spread over the codes of ``step`` (broadcast against ``shape``), on their ties and beside them, special, any bits."""
+    """float32 values: spread over the codes of ``step``, which broadcasts; on their ties and beside them, special, any bits."""
     kind = rng.integers(0, 10, shape)
     ratio = rng.uniform(-20, 20, shape).astype(np.float32) * np.where(rng.random(shape) < 0.3, np.float32(12), np.float32(1))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -138,8 +138,10 @@ def adversarial(rng: np.random.Generator, shape: tuple[int, ...], step: Array) -
     return np.where(np.isnan(x), np.float32(0), x).astype(np.float32)
 
 
-def assert_codes(codes: Array, expected: Array, x: Array, bucket: Array, tables: Mapping[str, Array], channel: Array, axis: int) -> None:
-    """That the codes are the expected ones; where the ratio is no number (0 / 0 by a step that underflows), that they are the lowest."""
+def assert_codes(
+    codes: Array, expected: Array, x: Array, bucket: Array, tables: Mapping[str, Array], channel: Array, axis: int
+) -> None:
+    """Check the codes; where the ratio is no number (0 / 0, by a step that underflows), they must be the lowest."""
     with np.errstate(all="ignore"):
         ratio = x.astype(np.float32) / (of_sample(tables["scale"], bucket, x.ndim) * along(channel, axis, x.ndim))
     undefined = np.isnan(ratio)
@@ -176,7 +178,14 @@ floats = st.floats(width=32, allow_nan=False)
     low=st.integers(-128, 0), width=st.integers(0, 255), shift=st.integers(-300, 300),
 )  # fmt: skip
 def test_any_finite_number_scale_and_bounds_give_onnxruntimes_codes(
-    reference: Reference, onnxruntime_codes: Callable[..., Array], x: Array, scale: float, channel: Array, low: int, width: int, shift: int
+    reference: Reference,
+    onnxruntime_codes: Callable[..., Array],
+    x: Array,
+    scale: float,
+    channel: Array,
+    low: int,
+    width: int,
+    shift: int,
 ) -> None:
     high = min(low + width, 127)
     rows = [(scale, low - shift, high - shift, shift)] * 2  # codes end up within [low, high]
@@ -228,7 +237,9 @@ STEPS = [0.11, 0.25, 1.0, 1 / 3, 3e-5, 7e8, 2.0**-100, 2.0**100, 1.0000001, 0.99
 
 
 @pytest.mark.parametrize("ulps", [-1, 0, 1])
-@pytest.mark.parametrize(("low", "high", "offset"), [(-15, 15, 0), (-3, 12, 0), (-127, 127, 0), (0, 255, -128), (0, 0, 7), (-200, 55, 72)])
+@pytest.mark.parametrize(
+    ("low", "high", "offset"), [(-15, 15, 0), (-3, 12, 0), (-127, 127, 0), (0, 255, -128), (0, 0, 7), (-200, 55, 72)]
+)
 def test_the_kernels_short_way_never_decides_for_another_code_than_the_division_and_seldom_not_at_all(
     reference: Reference, low: int, high: int, offset: int, ulps: int
 ) -> None:
@@ -252,7 +263,15 @@ def test_the_kernels_short_way_never_decides_for_another_code_than_the_division_
 
 @pytest.mark.parametrize(
     ("step", "low", "high", "offset"),
-    [(1e-39, -15, 15, 0), (2.0**101, -15, 15, 0), (0.0, -15, 15, 0), (1.0, -3.5, 2, 0), (1.0, -3, 12, 0.5), (1.0, -200, 0, 0), (1.0, 5, -5, 0)],
+    [
+        (1e-39, -15, 15, 0),
+        (2.0**101, -15, 15, 0),
+        (0.0, -15, 15, 0),
+        (1.0, -3.5, 2, 0),
+        (1.0, -3, 12, 0.5),
+        (1.0, -200, 0, 0),
+        (1.0, 5, -5, 0),
+    ],
 )
 def test_what_the_short_way_cannot_bound_is_left_to_the_division(
     reference: Reference, step: float, low: float, high: float, offset: float
