@@ -31,7 +31,7 @@ def library(build: Path) -> Path:
     """The plugins; ``build`` has them and the programs that load them only where TensorRT's headers are."""
     if HEADERS not in os.environ:
         pytest.skip(f"{HEADERS}, the folder of TensorRT's headers, is not set")
-    return build / "libquest_plugins.so"
+    return build / "libquest_trt_plugins.so"
 
 
 def test_the_kernels_own_source_run_on_the_cpu_gives_the_references_codes_between_all_layouts_and_touches_nothing_else(
@@ -59,7 +59,7 @@ def test_loaded_as_tensorrt_loads_it_the_library_makes_plugins_that_keep_the_rul
 
 
 def test_enqueue_gives_the_references_codes_in_every_combination_of_formats_on_the_cpu(build: Path, library: Path) -> None:
-    told = run(build / "tests" / "plugin_test_emulated", build / "tests" / "libquest_plugins_emulated.so")
+    told = run(build / "tests" / "plugin_test_emulated", build / "tests" / "libquest_trt_plugins_emulated.so")
     assert told.count("ok     enqueue gives the reference's codes in every combination") == 6
 
 
@@ -153,7 +153,7 @@ def test_without_tensorrts_headers_the_kernels_and_their_tests_are_built_and_the
     assert "plugins are not built" in told
     targets = run("cmake", "--build", folder, "--target", "help")
     assert "kernel_test_emulated" in targets
-    assert "quest_plugins" not in targets
+    assert "quest_trt_plugins" not in targets
 
 
 def test_a_folder_without_headers_is_refused_and_named(without_headers: tuple[Path, str], tmp_path: Path) -> None:
