@@ -115,6 +115,12 @@ class Clients:
         return draw
 
 
+def alone(server: PackageServer) -> list[np.ndarray]:
+    """The image of each of :func:`requests`, with nothing else under way."""
+    with Clients(server, "grpc", 1) as (draw,):
+        return [draw(request) for request in requests()]
+
+
 def batches(server: PackageServer) -> tuple[int, int]:
     """How many rows, and in how many batches, the UNet has run."""
     import tritonclient.grpc
@@ -284,9 +290,10 @@ def main(
         write_package(opened, folders[TOGETHER], TritonOptions())
         write_package(opened, folders[ONE_BY_ONE], TritonOptions(max_in_flight=1, max_images=1))
         with PackageServer(folders[TOGETHER], Path(scratch) / "together.log") as server:
-            with Clients(server, "grpc", 1) as (draw,):
-                expected = [draw(request) for request in requests()]
+            expected = alone(server)
             with PackageServer(folders[ONE_BY_ONE], Path(scratch) / "alone.log") as other:
+                if not all(map(np.array_equal, alone(other), expected)):  # it also warms the server up, as the other one is
+                    sys.exit("error: two servers of one model draw other images, each alone")
                 throughput = list(measure_throughput({ONE_BY_ONE: other, TOGETHER: server}, seconds, expected))
             load = []
             for protocol in PROTOCOLS:
