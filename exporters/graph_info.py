@@ -6,7 +6,6 @@ The portable graph carries these as metadata; lowerings keep values' names, so t
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,15 +106,6 @@ def graph_info(model: ir.Model) -> GraphInfo:
 def sample_shape(model: ir.Model) -> tuple[int, ...]:
     """The shape of one sample, from the metadata; raise KeyError where it is not there."""
     return tuple(json.loads(model.metadata_props[SAMPLE_SHAPE_KEY]))
-
-
-def size_factor(model: ir.Model) -> int:
-    """What heights and widths of samples must be multiples of.
-
-    A UNet halves what it reads at each convolution with a stride, and doubles it as often: nothing may be lost.
-    """
-    strided = (node.attributes["strides"] for node in model.graph if node.op_type == "Conv" and "strides" in node.attributes)
-    return math.prod(strides.as_ints()[0] for strides in strided)
 
 
 def _product(entry: dict[str, Any]) -> ProductInfo:

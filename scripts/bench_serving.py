@@ -187,7 +187,7 @@ def summary(protocol: str, run: Run) -> dict[str, Any]:
     """What is kept of a load."""
     p50, p90, p99 = (float(np.percentile(run.latencies, q)) for q in (50, 90, 99))
     totals = [(at, sum(found.values())) for at, found in run.memory if at >= WARM * run.seconds]
-    slope = float(np.polyfit(*zip(*totals, strict=True), 1)[0]) if len(totals) > 2 else float("nan")
+    slope = float(np.polyfit(*zip(*totals, strict=True), 1)[0]) if len(totals) > 2 else 0.0
     return {
         "protocol": protocol, "clients": LOAD_CLIENTS, "seconds": run.seconds, "images": len(run.latencies),
         "throughput": run.throughput, "p50": p50, "p90": p90, "p99": p99, "max": max(run.latencies), "mean_batch": run.mean_batch,

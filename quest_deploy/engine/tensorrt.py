@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import math
 import re
 import signal
 import threading
@@ -252,10 +253,10 @@ def _interrupts_stop(monitor: Any) -> Iterator[None]:
 
 def check_sample_sizes(model: ir.Model, sizes: tuple[tuple[int, int], ...]) -> None:
     """Raise InputError where a graph cannot take samples of one of ``sizes``."""
-    from exporters.graph_info import size_factor
-
     (own,) = (list(value.shape or [])[2:] for value in model.graph.inputs if value.name == SAMPLE)
-    factor = size_factor(model)
+    # A UNet halves what it reads at each convolution with a stride, and doubles it as often: nothing may be lost.
+    strided = (node.attributes["strides"] for node in model.graph if node.op_type == "Conv" and "strides" in node.attributes)
+    factor = math.prod(strides.as_ints()[0] for strides in strided)
     for size in sizes:
         if all(isinstance(side, int) for side in own) and list(size) != own:
             raise InputError(f"the graph takes samples of {own[0]}x{own[1]} alone, not of {size[0]}x{size[1]}")

@@ -51,9 +51,9 @@ class Decoder(nn.Module):
         self.scale = decoder.config.scaling_factor
         self.shift = getattr(decoder.config, "shift_factor", None) or 0.0
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, sample: Tensor) -> Tensor:
         """Undo the scaling and decode."""
-        image: Tensor = self.decoder.decode(latents / self.scale + self.shift, return_dict=False)[0]
+        image: Tensor = self.decoder.decode(sample / self.scale + self.shift, return_dict=False)[0]
         return image
 
 

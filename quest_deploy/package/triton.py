@@ -7,25 +7,28 @@ TensorRT backend loads the plan; the python-based stand-in of ``backends_cpu`` o
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy import __version__
 from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.base import engine_info, no_progress, options_from
+from quest_deploy.engine.base import LOWERED, EngineOptions, engine_info, no_progress, options_from
 from quest_deploy.engine.tensorrt import ENGINE
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder, read_json, sha256_of, write_json
 from quest_deploy.models.registry import load_model
 from quest_deploy.models.schedulers import SCHEDULERS
-from quest_deploy.package.pbtxt import Word, pbtxt
+from quest_deploy.package.configs import pipeline_config, plan_config
+from quest_deploy.package.pbtxt import pbtxt
+from quest_deploy.package.plans import FLOAT_INPUTS, write_plan
 from quest_deploy.workspace import ENGINES, GRAPH
 
 if TYPE_CHECKING:
@@ -46,7 +49,8 @@ FILES = Path(__file__).parent / "triton_files"
 """What is copied as it is."""
 TRT = "tensorrt"
 PLAN, ONNX = "model.plan", "model.onnx"
-IO_DTYPES = {"fp32": ("TYPE_FP32", "float32"), "fp16": ("TYPE_FP16", "float16")}
+IO_DTYPES = {"fp32": "TYPE_FP32", "fp16": "TYPE_FP16"}
+NUMPY_TYPES = {"TYPE_FP32": "float32", "TYPE_FP16": "float16", "TYPE_INT32": "int32"}
 DECODER_BATCH = 4
 STEPS, SCHEDULER = 20, "ddim"
 INPUTS = {
@@ -75,7 +79,7 @@ class TritonOptions:
         max_in_flight: images that are drawn at the same time; more wait.
         max_queue: requests that wait; more are refused at once.
         queue_delay: microseconds that the UNet's batcher waits for more requests, at every denoising step.
-        io_dtype: fp32 or fp16, of the models' inputs and outputs.
+        io_dtype: fp32 or fp16, of the models' inputs and outputs but for timesteps, which FP16 would round.
         plugins: TensorRT plugin libraries that the plan needs.
     """
 
@@ -119,7 +123,7 @@ def write_package(
     model = load_model(workspace.source)
     if isinstance(model, PipelineModel):
         model.require_weights("serve")
-    plan = _plan(workspace, options)
+    plan = _plan(workspace, options, alone=not isinstance(model, PipelineModel))
     with atomic_folder(folder) as made:
         writer = _Writer(workspace, model, made, options, plan, on_progress)
         return writer.write()
@@ -142,19 +146,30 @@ class Plan:
     """A TensorRT engine of the workspace.
 
     Attributes:
-        sizes: heights and widths of the samples that it takes; empty for the model's own.
+        folder: the engine's.
+        options: what it was built with.
         tensorrt: the version that built it.
     """
 
-    path: Path
-    max_batch: int
-    sizes: tuple[tuple[int, int], ...]
-    version_compatible: bool
+    folder: Path
+    options: EngineOptions
     tensorrt: str
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Heights and widths of the samples that it takes; empty for the model's own."""
+        return self.options.sample_sizes
 
-def _plan(workspace: Workspace, options: TritonOptions) -> Plan | None:
-    """The workspace's TensorRT engine, if it has one; raise InputError where it does not go with ``options``."""
+
+def _plan(workspace: Workspace, options: TritonOptions, *, alone: bool) -> Plan | None:
+    """The workspace's TensorRT engine, if it has one.
+
+    Args:
+        alone: whether the model has nothing beside the UNet that needs a plan too.
+
+    Raises:
+        InputError: it does not go with ``options``, or further plans must be built and this machine cannot.
+    """
     if f"build-engine/{TRT}" not in workspace.stages:
         return None
     workspace.require(f"build-engine/{TRT}")
@@ -163,11 +178,15 @@ def _plan(workspace: Workspace, options: TritonOptions) -> Plan | None:
     built = options_from(info)
     if built.strip_plan:
         raise InputError(f"{folder} holds a plan without weights, which Triton cannot load; build it without --strip-plan")
-    if options.io_dtype != "fp32":
-        raise InputError(f"{folder} holds a plan with FP32 inputs and outputs; package it with --io-dtype fp32")
     if options.max_batch is not None and options.max_batch > built.max_batch:
         raise InputError(f"--max-batch {options.max_batch}: the plan in {folder} takes batches up to {built.max_batch}")
-    return Plan(folder / ENGINE, built.max_batch, built.sample_sizes, built.version_compatible, info["built_by"].get(TRT, "unknown"))
+    if options.io_dtype != "fp32" or not alone:
+        why = "the text encoder and the decoder need plans too" if options.io_dtype == "fp32" else "--io-dtype fp16 needs another plan"
+        try:
+            get_backend(TRT).check_build(built)
+        except InputError as e:
+            raise InputError(f"{why}, and {e}") from e
+    return Plan(folder, built, info["built_by"].get(TRT, "unknown"))
 
 
 class _Writer:
@@ -191,8 +210,9 @@ class _Writer:
         self.workspace, self.model, self.folder, self.options, self.plan = workspace, model, folder, options, plan
         self.on_progress = on_progress
         self.of_text = model.family == "text-to-image"
-        self.max_batch = options.max_batch or (16 if plan is None else plan.max_batch)
-        self.kind, self.numpy_kind = IO_DTYPES[options.io_dtype]
+        self.max_batch = options.max_batch or (16 if plan is None else plan.options.max_batch)
+        self.half = options.io_dtype == "fp16"
+        self.kind = IO_DTYPES[options.io_dtype]
         self.signatures: dict[str, Any] = {}
         self.decoder = model.load_decoder() if isinstance(model, PipelineModel) else None
 
@@ -215,20 +235,23 @@ class _Writer:
     # the models that run on TensorRT, or its stand-in
 
     def _write_unet(self) -> None:
-        from exporters.graph_info import graph_info, load_graph, sample_shape, save_graph, size_factor
+        from exporters.graph_info import graph_info, load_graph, sample_shape, save_graph
+        from exporters.lower.onnxruntime import lower
 
         graph = load_graph(self.workspace.path(GRAPH))
         self.sample_shape, self.size_factor = sample_shape(graph), size_factor(graph)
         self.checkpoint_sha256 = graph_info(graph).checkpoint_sha256
-        graph = get_backend("onnxruntime").lower(graph)
+        graph = lower(graph)
         version = self._version_folder("unet")
         inputs = {value.name or "": _dims(value) for value in graph.graph.inputs}
         (output,) = (value.name or "" for value in graph.graph.outputs)
         save_graph(graph, version / ONNX)
-        if self.plan is not None:
-            shutil.copyfile(self.plan.path, version / PLAN)
-        outputs = {output: inputs["sample"]}
-        self._write_model("unet", inputs, outputs, self.max_batch, dict.fromkeys(inputs, self.kind), self.options.queue_delay)
+        if self.plan is not None and self.half:
+            write_plan(get_backend(TRT), self.plan.folder / LOWERED, version / PLAN, self.plan.options, half_io=True)
+        elif self.plan is not None:
+            shutil.copyfile(self.plan.folder / ENGINE, version / PLAN)
+        kinds = {name: "TYPE_FP32" if name in FLOAT_INPUTS else self.kind for name in inputs}
+        self._write_model("unet", inputs, {output: inputs["sample"]}, self.max_batch, kinds, self.options.queue_delay)
 
     def _write_text_encoder(self) -> None:
         import torch
@@ -244,7 +267,10 @@ class _Writer:
         module = TextEncoder(*(encoder for encoder, _ in found))
         names = ["input_ids", "input_ids_2"][: len(found)]
         ids = {name: torch.zeros(2, words.model_max_length, dtype=torch.int32) for name, (_, words) in zip(names, found, strict=True)}
-        save_onnx(module, ids, module.outputs, {0: "batch"}, self._version_folder("text_encoder") / ONNX)
+        version = self._version_folder("text_encoder")
+        save_onnx(module, ids, module.outputs, {0: "batch"}, version / ONNX)
+        if self.plan is not None:
+            self._build_plan(version, EngineOptions(max_batch=self.max_batch))
         with torch.no_grad():
             outputs = dict(zip(module.outputs, module(*ids.values()), strict=True))
         self._write_model(
@@ -266,9 +292,19 @@ class _Writer:
         with torch.no_grad():
             channels = module(latents).shape[1]
         free = {0: "batch", 2: "height", 3: "width"}
-        save_onnx(module, {"latents": latents.repeat(2, 1, 1, 1)}, ["image"], free, self._version_folder("vae_decoder") / ONNX)
-        shapes = {"latents": [self.sample_shape[0], -1, -1]}, {"image": [channels, -1, -1]}
-        self._write_model("vae_decoder", *shapes, DECODER_BATCH, {"latents": self.kind})
+        version = self._version_folder("vae_decoder")
+        save_onnx(module, {"sample": latents.repeat(2, 1, 1, 1)}, ["image"], free, version / ONNX)
+        if self.plan is not None:
+            height, width = self.sample_shape[1:]
+            self._build_plan(version, EngineOptions(max_batch=DECODER_BATCH, sample_sizes=self.plan.sizes or ((height, width),)))
+        shapes = {"sample": [self.sample_shape[0], -1, -1]}, {"image": [channels, -1, -1]}
+        self._write_model("vae_decoder", *shapes, DECODER_BATCH, {"sample": self.kind})
+
+    def _build_plan(self, version: Path, options: EngineOptions) -> None:
+        """Build the plan of a part beside the UNet, in FP32, from the ONNX file in ``version``."""
+        assert self.plan is not None
+        chosen = replace(options, version_compatible=self.plan.options.version_compatible)
+        write_plan(get_backend(TRT), version / ONNX, version / PLAN, chosen, half_io=self.half)
 
     def _write_model(
         self,
@@ -279,36 +315,12 @@ class _Writer:
         kinds: dict[str, str],
         queue_delay: int = 0,
     ) -> None:
-        """The configuration of a model of the platform tensorrt_plan.
-
-        Args:
-            inputs, outputs: dimensions without the batch, -1 for any; those without one get a dimension that Triton takes away again.
-            kinds: the inputs' types.
-        """
-        scalar = {"dims": [1], "reshape": {"shape": []}}
-        warm = {
-            key: {"data_type": Word(kinds[key]), "dims": self._native(dims) or [1], "zero_data": True} for key, dims in inputs.items()
-        }
-        config = {
-            "name": name,
-            "platform": "tensorrt_plan",
-            "max_batch_size": max_batch,
-            "version_policy": {"latest": {"num_versions": 1}},
-            "input": [{"name": key, "data_type": Word(kinds[key]), **({"dims": d} if d else scalar)} for key, d in inputs.items()],
-            "output": [{"name": key, "data_type": Word(self.kind), "dims": dims} for key, dims in outputs.items()],
-            "dynamic_batching": {"max_queue_delay_microseconds": queue_delay},
-            "model_warmup": [
-                {"name": f"batch {batch}", "batch_size": batch, "inputs": [{"key": key, "value": value} for key, value in warm.items()]}
-                for batch in dict.fromkeys((1, max_batch))
-            ],
-        }
-        self._write_config(name, config)
-        types = {"TYPE_INT32": "int32", self.kind: self.numpy_kind}
-        self.signatures[name] = {"inputs": {key: types[kinds[key]] for key in inputs}, "outputs": list(outputs)}
-
-    def _native(self, dims: list[int]) -> list[int]:
-        """``dims`` with the model's own height and width where any would do."""
-        return [size if size > 0 else self.sample_shape[axis] for axis, size in enumerate(dims)]
+        """Configure a model of the platform tensorrt_plan; see :func:`quest_deploy.package.configs.plan_config`."""
+        tensors = {key: (kinds[key], dims) for key, dims in inputs.items()}
+        native = {key: [s if s > 0 else self.sample_shape[axis] for axis, s in enumerate(dims)] for key, dims in inputs.items()}
+        given = {key: (self.kind, dims) for key, dims in outputs.items()}
+        self._write_config(name, plan_config(name, tensors, given, native, max_batch, queue_delay))
+        self.signatures[name] = {"inputs": {key: NUMPY_TYPES[kind] for key, kind in kinds.items()}, "outputs": list(outputs)}
 
     # the models that call them
 
@@ -327,7 +339,9 @@ class _Writer:
                 shutil.copyfile(source, version / source.name)
             self._write_conditions(version)
             write_json(version / "settings.json", self._settings(factor))
-            self._write_config(name, self._pipeline_config(name, stream=stream))
+            limits = {"max_steps": self.options.max_steps, "max_size": self.max_size, "max_in_flight": self.options.max_in_flight}
+            images, queue = 1 if stream else self.options.max_images, self.options.max_queue
+            self._write_config(name, pipeline_config(name, self._inputs(), limits, images, queue, stream=stream))
 
     def _write_conditions(self, version: Path) -> None:
         """What the UNet is conditioned on: tokenizers, or a table with a row for each label, the last one for none."""
@@ -366,30 +380,6 @@ class _Writer:
             "models": self.signatures,
         }
 
-    def _pipeline_config(self, name: str, *, stream: bool) -> dict[str, Any]:
-        """Configure `pipeline`, or `pipeline_stream`, which draws one image a request and tells of every step."""
-        inputs = [{"name": key, "data_type": Word(kind), "dims": [1], "optional": True} for key, kind in self._inputs().items()]
-        outputs = [
-            {"name": "image", "data_type": Word("TYPE_STRING"), "dims": [1]},
-            {"name": "pixels", "data_type": Word("TYPE_UINT8"), "dims": [-1, -1, -1]},
-            {"name": "seed", "data_type": Word("TYPE_INT64"), "dims": [1]},
-        ]
-        if stream:
-            outputs += [{"name": key, "data_type": Word("TYPE_INT32"), "dims": [1]} for key in ("step", "steps")]
-        limits = {"max_steps": self.options.max_steps, "max_size": self.max_size, "max_in_flight": self.options.max_in_flight}
-        return {
-            "name": name,
-            "backend": "python",
-            "max_batch_size": 1 if stream else self.options.max_images,
-            "version_policy": {"latest": {"num_versions": 1}},
-            "input": inputs,
-            "output": outputs,
-            "instance_group": [{"kind": Word("KIND_CPU"), "count": 1}],
-            "dynamic_batching": {"default_queue_policy": {"max_queue_size": self.options.max_queue}},
-            "model_transaction_policy": {"decoupled": stream},
-            "parameters": [{"key": key, "value": {"string_value": str(value)}} for key, value in limits.items()],
-        }
-
     def _inputs(self) -> dict[str, str]:
         """The pipelines' inputs and their types."""
         asked = {"prompt": "TYPE_STRING", "negative_prompt": "TYPE_STRING"} if self.of_text else {}
@@ -426,7 +416,7 @@ class _Writer:
             question, option = '("label", "INT32", np.int32(3))', "--label 3"
         plan = (
             f"The plan was built with TensorRT {self.plan.tensorrt}; take the container that has it"
-            + (", or a later one: the plan is version-compatible." if self.plan.version_compatible else ".")
+            + (", or a later one: the plan is version-compatible." if self.plan.options.version_compatible else ".")
             if self.plan
             else NO_PLAN
         )
@@ -467,7 +457,7 @@ class _Writer:
             },
             "models": sorted(self.signatures),
             "plan": self.plan is not None,
-            "version_compatible": self.plan is not None and self.plan.version_compatible,
+            "version_compatible": self.plan is not None and self.plan.options.version_compatible,
             # Configurations are the operator's to edit; what is run is not.
             "files": {str(p.relative_to(self.folder)): sha256_of(p) for p in files if p.suffix not in (".pbtxt", ".md", ".txt")},
         }
@@ -490,6 +480,12 @@ class _Writer:
         except InputError:  # it has none
             return None
         return conditions
+
+
+def size_factor(graph: ir.Model) -> int:
+    """What heights and widths of samples must be multiples of: a UNet halves what it reads at each convolution with a stride."""
+    strided = (node.attributes["strides"] for node in graph.graph if node.op_type == "Conv" and "strides" in node.attributes)
+    return math.prod(strides.as_ints()[0] for strides in strided)
 
 
 def _dims(value: ir.Value) -> list[int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
+from quest_deploy.package.plans import FLOAT_INPUTS
 from quest_deploy.package.triton import MODELS
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class LocalPipeline:
         path = self._package / MODELS / model / "1" / "model.onnx"
         session = self._sessions.setdefault(model, ort.InferenceSession(path))
         ranks = {value.name: len(value.shape) for value in session.get_inputs()}
-        feeds = {name: self._rounded(value).reshape(value.shape[: ranks[name]]) for name, value in inputs.items()}
+        rounded = {name: value if name in FLOAT_INPUTS else self._rounded(value) for name, value in inputs.items()}
+        feeds = {name: value.reshape(value.shape[: ranks[name]]) for name, value in rounded.items()}
         outputs = session.run(None, feeds)
         return {value.name: self._rounded(output) for value, output in zip(session.get_outputs(), outputs, strict=True)}
 

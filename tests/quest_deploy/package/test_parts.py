@@ -46,8 +46,8 @@ def test_the_decoder_s_file_decodes_any_batch_and_size_as_the_model_does(
     pipelines: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     model = PipelineModel(resolve_source(str(pipelines(name))))
-    example = {"latents": torch.zeros(2, *model.sample_shape)}
+    example = {"sample": torch.zeros(2, *model.sample_shape)}
     save_onnx(Decoder(model.load_decoder()), example, ["image"], {0: "batch", 2: "height", 3: "width"}, tmp_path / "model.onnx")
     latents = np.random.default_rng(0).standard_normal((3, model.sample_shape[0], 8, 12)).astype(np.float32)
-    (image,) = ort.InferenceSession(tmp_path / "model.onnx").run(None, {"latents": latents})
+    (image,) = ort.InferenceSession(tmp_path / "model.onnx").run(None, {"sample": latents})
     assert relative_error(np.clip(image, -1, 1), model.images(latents)) < 1e-5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +18,10 @@ import pytest
 
 from quest_deploy.models.tiny import TinyModel
 from quest_deploy.package.server import PackageServer, missing_server
-from quest_deploy.package.triton import MODELS
 from quest_deploy.runtime import EngineUNet
 from quest_deploy.sampling import sample_images
 from quest_deploy.workspace import Workspace
+from tests.helpers import load_script
 from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:
@@ -212,20 +211,34 @@ def test_http_and_grpc_draw_the_same_image(server: PackageServer, client: Any) -
     np.testing.assert_array_equal(found, draw(client, label=2, seed=9, steps=4))
 
 
-def test_a_client_that_goes_away_stops_its_request(server: PackageServer, client: Any) -> None:
+def leave_stream(server: PackageServer, inputs: list[Any]) -> None:
+    """Ask for an image with a message for every step, and go away after the first."""
     first = threading.Event()
     with grpc.InferenceServerClient(server.grpc) as own:
         own.start_stream(lambda result, error: first.set())
-        own.async_stream_infer("pipeline_stream", tensors(grpc, label=1, steps=MAX_STEPS, guidance=2.0))
+        own.async_stream_infer("pipeline_stream", inputs)
         assert first.wait(30)
         own.stop_stream(cancel_requests=True)
+
+
+def leave_call(server: PackageServer, inputs: list[Any]) -> None:
+    """Ask for an image and go away."""
+    with grpc.InferenceServerClient(server.grpc) as own:
+        call = own.async_infer("pipeline", inputs, callback=lambda result, error: None)
+        time.sleep(0.1)
+        call.cancel()
+
+
+@pytest.mark.parametrize("leave", [leave_stream, leave_call])
+def test_a_client_that_goes_away_stops_its_request(server: PackageServer, client: Any, leave: Any) -> None:
+    start = batches(client)[0]
+    leave(server, tensors(grpc, label=1, steps=MAX_STEPS, guidance=2.0, scheduler="pndm"))
     time.sleep(0.5)
-    stopped = batches(client)
+    stopped = batches(client)[0]
     time.sleep(0.5)
-    assert batches(client) == stopped
-    again = batches(client)
-    draw(client, label=1, steps=MAX_STEPS, guidance=2.0)
-    assert batches(client)[0] - again[0] == 2 * MAX_STEPS  # what was cancelled had not come to its end
+    assert batches(client)[0] == stopped
+    assert stopped - start < 2 * MAX_STEPS  # it had not come to its end
+    assert draw(client, label=1, steps=1).shape == (16, 16, 1)
 
 
 def test_the_client_command_draws_what_the_pipeline_draws_and_counts_every_step(
@@ -274,20 +287,24 @@ def test_the_readme_s_example_draws_an_image(server: PackageServer, tmp_path: Pa
     assert (tmp_path / "image.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_for_a_gpu_the_repository_lacks_nothing_but_triton_s_tensorrt_backend(package: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "package"
-    shutil.copytree(package, broken)
-    config = broken / MODELS / "broken" / "config.pbtxt"
-    shutil.copytree(broken / MODELS / "unet", config.parent)
-    config.write_text(config.read_text().replace('name: "unet"', 'name: "broken"').replace("dims: [4, -1, -1]", "dims: [4, 0, -1]"))
-    said = {}
-    with PackageServer(broken, tmp_path / "server.log", cpu=False, options=["--model-control-mode=explicit"]) as server:
-        for model in ("unet", "broken"):
-            with http.InferenceServerClient(server.http) as client, pytest.raises(http.InferenceServerException) as refused:
-                client.load_model(model)
-            said[model] = refused.value.message()
-    assert "unable to find backend library for backend 'tensorrt'" in said["unet"]
-    assert "unable to find backend library" not in said["broken"]
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_the_load_benchmark_counts_images_wrong_ones_and_memory(server: PackageServer, protocol: str) -> None:
+    script = load_script("bench_serving")
+    expected = script.alone(server)
+    run = script.ask(server, protocol, 2, 1.0, expected, watch=True)
+    assert len(run.latencies) >= 2
+    assert (run.wrong, run.errors.total()) == (0, 0)
+    assert set(run.memory[0][1]) == {"tritonserver", "unet", "pipeline", "pipeline_stream"}
+    assert all(size > 2**20 for size in run.memory[0][1].values())
+    wrong = script.ask(server, protocol, 2, 0.5, [1 - image for image in expected])
+    assert wrong.wrong == len(wrong.latencies) > 0
+    page = script.table(
+        {
+            "scheme": "w4a4", "note": "", "throughput": [], "load": [script.summary(protocol, wrong)], "processor": "a processor",
+            "cores": 2, "date": "2026-11-21", "versions": {},
+        }
+    )  # fmt: skip
+    assert f"| {wrong.wrong} |" in page
 
 
 def health(server: PackageServer) -> subprocess.CompletedProcess[str]:

@@ -44,11 +44,11 @@ class TritonPythonModel:
         limits = {name: int(entry["string_value"]) for name, entry in config["parameters"].items()}
         self._stream = pb_utils.using_decoupled_model_transaction_policy(config)
         self._generator = Generator(Path(__file__).parent, Limits(limits["max_steps"], limits["max_size"]))
-        in_flight = limits["max_in_flight"]
-        self._slots = threading.Semaphore(in_flight)
+        self._in_flight = limits["max_in_flight"]
+        self._slots = threading.Semaphore(self._in_flight)
         self._loop = asyncio.new_event_loop()
         # Each call of another model waits in a thread of its own.
-        self._loop.set_default_executor(ThreadPoolExecutor(in_flight))
+        self._loop.set_default_executor(ThreadPoolExecutor(self._in_flight))
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
@@ -56,10 +56,11 @@ class TritonPythonModel:
         """Start each request and return; with as many images in flight as are allowed, wait, and let Triton's queue fill."""
         for request in requests:
             inputs = {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}
-            rows = len(next(iter(inputs.values()), ()))
-            for _ in range(rows):
+            # One for each image, as far as there are so many at all.
+            slots = min(max(1, len(next(iter(inputs.values()), ()))), self._in_flight)
+            for _ in range(slots):
                 self._slots.acquire()
-            work = self._serve(inputs, request.requested_output_names(), request.get_response_sender(), rows)
+            work = self._serve(inputs, request.requested_output_names(), request.get_response_sender(), slots)
             asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def finalize(self) -> None:
@@ -67,7 +68,7 @@ class TritonPythonModel:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
-    async def _serve(self, inputs: dict[str, np.ndarray], outputs: list[str], sender: Any, rows: int) -> None:
+    async def _serve(self, inputs: dict[str, np.ndarray], outputs: list[str], sender: Any, slots: int) -> None:
         code = pb_utils.TritonError
         error = None
         try:
@@ -84,7 +85,7 @@ class TritonPythonModel:
         try:
             sender.send(pb_utils.InferenceResponse(error=error) if error else response, flags=FINAL)
         finally:
-            self._slots.release(rows)
+            self._slots.release(slots)
 
     async def _draw(self, inputs: dict[str, np.ndarray], outputs: list[str], sender: Any) -> Any:
         jobs = self._generator.jobs(inputs)
