@@ -3,16 +3,18 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SERVING := $(VENV)/serving
 WORKSPACE ?= quest-out/tiny-w4a4
 
-.PHONY: demo test lint bench bench-methods bench-sd15 clean
+.PHONY: demo test lint bench bench-methods bench-sd15 bench-serving clean
 
 demo: $(READY)
 	$(BIN)/quest-deploy run --model tiny --bits w4a4 -w $(WORKSPACE) --backend openvino --backend onnxruntime --build-only tensorrt-rtx
 
 # One BLAS thread a worker: two workers with two threads each only get in each other's way.
-test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+# Tests that share a server run in one worker (loadgroup).
+test: $(READY) $(SERVING)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -26,7 +28,7 @@ bench: demo
 
 # The methods measured against each other, docs/comparison/table.md: computes the cells that are missing, each up to five minutes on a core.
 bench-methods: $(READY)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,bench,modelopt]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,bench,serving,modelopt]'
 	$(BIN)/quest-deploy compare --model tiny $(COMPARE_ARGS)
 
 # Everything at Stable Diffusion 1.5's size, docs/sd15/table.md: measures the steps that are missing; about an hour on two cores, 16 GiB.
@@ -36,8 +38,20 @@ bench-sd15: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,bench]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,bench,serving]'
 	touch $(READY)
+
+# A Triton server under load on both protocols, docs/serving/table.md: about half an hour; BENCH_ARGS='--minutes 1' takes less.
+bench-serving: demo $(SERVING)
+	$(BIN)/python scripts/bench_serving.py -w $(WORKSPACE) $(BENCH_ARGS)
+
+# Where a Triton server runs: the toolchain's packages, but for the NumPy 1 that this wheel's python backend was built for.
+$(SERVING): $(READY)
+	$(BIN)/python -m venv --clear --without-pip $(SERVING)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	  > `$(SERVING)/bin/python -c 'import site; print(site.getsitepackages()[0])'`/toolchain.pth
+	$(BIN)/pip --python $(SERVING)/bin/python install --quiet --no-deps nvidia-pytriton==0.7.0 numpy==1.26.4 \
+	  || echo 'no Triton server for this machine: the tests that serve on one will be skipped'
 
 clean:
 	rm -rf $(VENV) quest-out build *.egg-info

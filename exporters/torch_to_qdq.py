@@ -78,7 +78,7 @@ def _traced(skeleton: _Skeleton, example: dict[str, Tensor]) -> ir.Model:
     # Sizes are only what the symbols begin with: small ones, and all different, since equal ones would be taken for one.
     inputs = {name: value.new_zeros(2, *value.shape[1:]) for name, value in example.items()}
     inputs["sample"] = inputs["sample"].new_zeros(2, example["sample"].shape[1], 3 * factor, 4 * factor)
-    with warnings.catch_warnings(), _quiet("torch.onnx"):
+    with warnings.catch_warnings(), quiet("torch.onnx"):
         warnings.simplefilter("ignore")
         exported = torch.export.export(skeleton, tuple(inputs.values()), dynamic_shapes=(tuple(shapes.values()),))
         program = _to_onnx(exported, list(example), shapes)
@@ -286,7 +286,7 @@ def _output_size(size: Any, conv: ConvGeometry, kernel: int, axis: int) -> Any:
     return (size + 2 * conv.padding[axis] - conv.dilation[axis] * (kernel - 1) - 1) // conv.stride[axis] + 1
 
 
-class _quiet:  # noqa: N801 - reads as a context manager
+class quiet:  # noqa: N801 - reads as a context manager
     """Raise one logger's level to ERROR for a while."""
 
     def __init__(self, name: str) -> None:

@@ -14,6 +14,7 @@ from quest_deploy import __version__
 from quest_deploy.cli.benchmark import benchmark
 from quest_deploy.cli.build_engine import build_engine_command
 from quest_deploy.cli.calibrate import calibrate
+from quest_deploy.cli.client import client
 from quest_deploy.cli.compare import compare
 from quest_deploy.cli.doctor import doctor
 from quest_deploy.cli.evaluate import evaluate
@@ -22,6 +23,7 @@ from quest_deploy.cli.finetune import finetune
 from quest_deploy.cli.generate import generate
 from quest_deploy.cli.import_ import import_command
 from quest_deploy.cli.inspect import inspect
+from quest_deploy.cli.package import package
 from quest_deploy.cli.reference import reference
 from quest_deploy.cli.run import run
 from quest_deploy.cli.schedule import schedule
@@ -50,6 +52,8 @@ app.command()(benchmark)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(schedule)
+app.command()(package)
+app.command()(client)
 app.command()(compare)
 app.command()(inspect)
 app.command()(doctor)

@@ -71,7 +71,7 @@ class PipelineModel:
         self._conditions: Conditions | None = None
         side = self.config["sample_size"]
         self.sample_shape: tuple[int, ...] = (self.config["in_channels"], *((side, side) if isinstance(side, int) else side))
-        self.train_timesteps: int = self._scheduler_config()["num_train_timesteps"]
+        self.train_timesteps: int = self.scheduler_config()["num_train_timesteps"]
         without_null = self.config.get("num_class_embeds") is not None
         self.guidance = 1.0 if without_null else GUIDANCE[self.family]
         # A forward pass of Stable Diffusion takes seconds on a CPU, one of a latent-diffusion UNet about one.
@@ -108,7 +108,7 @@ class PipelineModel:
 
     def load_scheduler(self, name: str, **overrides: Any) -> Any:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""
-        return make_scheduler(name, {**self._scheduler_config(), **overrides})
+        return make_scheduler(name, {**self.scheduler_config(), **overrides})
 
     @property
     def labels(self) -> int:
@@ -136,7 +136,7 @@ class PipelineModel:
         import torch
 
         self.require_weights("draw")
-        decoder = self._load_decoder()
+        decoder = self.load_decoder()
         if decoder is None:
             return np.clip(latents, -1.0, 1.0)
         scale, shift = decoder.config.scaling_factor, getattr(decoder.config, "shift_factor", None) or 0.0
@@ -248,7 +248,8 @@ class PipelineModel:
         levels = len(read_json(path)["block_out_channels"]) if path.exists() else 4
         return int(2 ** (levels - 1))
 
-    def _load_decoder(self) -> Any:
+    def load_decoder(self) -> Any:
+        """The diffusers module that decodes latents; None where the model works on pixels."""
         import diffusers
         import torch
 
@@ -266,7 +267,8 @@ class PipelineModel:
                 decoder = decoder_class.from_pretrained(self.folder / name, torch_dtype=torch.float32, use_safetensors=True)
         return decoder.eval()
 
-    def _scheduler_config(self) -> dict[str, Any]:
+    def scheduler_config(self) -> dict[str, Any]:
+        """See :class:`quest_deploy.models.registry.DiffusionModel`."""
         config: dict[str, Any] = read_json(self.folder / "scheduler" / "scheduler_config.json", repair=OTHERWISE)
         return config
 

@@ -91,6 +91,9 @@ class DiffusionModel(Protocol):
     def load_scheduler(self, name: str, **overrides: Any) -> Any:
         """A new diffusers scheduler, its configuration the model's but for ``overrides``; raise InputError for an unknown name."""
 
+    def scheduler_config(self) -> dict[str, Any]:
+        """The model's own scheduler's configuration, its noise schedule among it."""
+
     def draw_conditions(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Random conditions as the model meets them in use; each [count, ...]. Without guidance, the unconditional one included."""
 

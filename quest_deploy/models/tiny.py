@@ -75,7 +75,11 @@ class TinyModel:
         return unet.eval()
 
     def load_scheduler(self, name: str, **overrides: Any) -> Any:
-        return make_scheduler(name, {**read_json(ASSETS / "scheduler" / "scheduler_config.json"), **overrides})
+        return make_scheduler(name, {**self.scheduler_config(), **overrides})
+
+    def scheduler_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = read_json(ASSETS / "scheduler" / "scheduler_config.json")
+        return config
 
     def draw_conditions(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         import torch

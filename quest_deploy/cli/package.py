@@ -1,0 +1,73 @@
+"""`quest-deploy package`: write what a server needs to serve the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quest_deploy.cli.console import Console, size
+from quest_deploy.cli.options import BitsOption, JsonOption, ModelOption, WorkspaceOption, open_workspace
+from quest_deploy.errors import InputError
+from quest_deploy.package.triton import IO_DTYPES, TritonOptions, write_package
+
+RTX_IS_NO_PLAN = (
+    "this workspace's tensorrt-rtx engine is left out: it is no plan of TensorRT, and Triton's TensorRT backend cannot load it"
+)
+NO_PLAN = (
+    "no plan: this workspace has no tensorrt engine, so the package serves from its ONNX files, with the stand-in backend on a CPU; "
+    "on the GPU machine, run `quest-deploy build-engine --backend tensorrt` and package again"
+)
+
+
+def package(
+    workspace: WorkspaceOption = None,
+    model: ModelOption = None,
+    bits: BitsOption = None,
+    triton: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a package for Triton Inference Server there.")] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(help="Rows that the UNet runs at once; with guidance an image is two.", show_default="the plan's, or 16"),
+    ] = None,
+    max_steps: Annotated[int, typer.Option(help="The most denoising steps of a request.")] = TritonOptions.max_steps,
+    max_size: Annotated[
+        int | None, typer.Option(help="The most pixels of a height or width.", show_default="the plan's, or the model's")
+    ] = None,
+    max_images: Annotated[int, typer.Option(help="The most images of a request.")] = TritonOptions.max_images,
+    max_in_flight: Annotated[int, typer.Option(help="Images that are drawn at the same time.")] = TritonOptions.max_in_flight,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused at once.")] = TritonOptions.max_queue,
+    queue_delay: Annotated[
+        int, typer.Option(help="Microseconds that a batch of the UNet waits for more requests, at every denoising step.")
+    ] = TritonOptions.queue_delay,
+    io_dtype: Annotated[
+        str, typer.Option(help=f"Of the models' inputs and outputs: {' or '.join(IO_DTYPES)}.")
+    ] = TritonOptions.io_dtype,
+    plugin_library: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A library of TensorRT plugins that the plan needs; may be repeated.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a package that serves the model: a model repository for Triton Inference Server."""
+    console = Console(as_json=as_json)
+    if triton is None:
+        raise InputError("expected what to package for: --triton DIR")
+    options = TritonOptions(
+        max_batch, max_steps, max_size, max_images, max_in_flight, max_queue, queue_delay, io_dtype,
+        tuple(map(str, plugin_library or ())),
+    )  # fmt: skip
+    opened = open_workspace(workspace, model, bits)
+    with console.progress("package") as update:
+        details = write_package(opened, triton, options, update)
+    if not details["plan"]:
+        if "build-engine/tensorrt-rtx" in opened.stages:
+            console.note(RTX_IS_NO_PLAN)
+        console.note(NO_PLAN)
+    console.result({"workspace": str(opened.root), "triton": str(triton), **details}, describe(triton, details))
+
+
+def describe(folder: Path, details: dict[str, Any]) -> str:
+    """The details in words."""
+    models = ", ".join([*details["models"], "pipeline", "pipeline_stream"])
+    command = "python serve.py" if details["plan"] else "python serve.py --cpu"
+    return f"{folder} ({size(details['bytes'])}): {models}\nserve it with `{command}` there, see README.md"

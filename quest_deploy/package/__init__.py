@@ -1,0 +1,1 @@
+"""What a finished workspace is handed over as, to be served elsewhere."""

@@ -1,0 +1,135 @@
+"""What the pipelines draw is what diffusers' own pipeline draws with the same engine, and what they refuse; without a server."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from quest_deploy.models.registry import load_model
+from quest_deploy.models.schedulers import SCHEDULERS
+from quest_deploy.pipeline import load_pipeline
+from quest_deploy.sampling import sample_images
+from quest_deploy.workspace import Workspace
+from tests.pipelines import TOKENS
+from tests.quest_deploy.package.local import LocalPipeline
+from tests.quest_deploy.support import cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.quest_deploy.conftest import Chain
+
+PROMPT = "a red cat"
+
+
+@pytest.fixture(scope="module")
+def package(text_chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text-to-image pipeline's package; not to be changed."""
+    folder = tmp_path_factory.mktemp("package") / "triton"
+    ended = cli("package", "--triton", folder, "-w", text_chain.root, "--json")
+    assert ended.code == 0, ended.err
+    assert ended.json["models"] == ["text_encoder", "unet", "vae_decoder"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(package: Path) -> LocalPipeline:
+    """Its pipeline."""
+    return LocalPipeline(package)
+
+
+@pytest.fixture(scope="module")
+def diffusers_pipeline(text_chain: Chain) -> Any:
+    """Diffusers' pipeline with the workspace's engine. Its scheduler may be changed."""
+    made = load_pipeline(text_chain.root, "onnxruntime")
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "guidance and a negative prompt": {"negative_prompt": "blue", "guidance": 7.5},
+    "guidance alone, another size": {"guidance": 3.0, "height": 32, "width": 16},
+    "no guidance": {"guidance": 1.0},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_the_image_is_the_one_of_diffusers_pipeline(
+    local: LocalPipeline, diffusers_pipeline: Any, text_chain: Chain, scheduler: str, case: str
+) -> None:
+    choices = CASES[case]
+    diffusers_pipeline.scheduler = load_model(Workspace.open(text_chain.root).source).load_scheduler(scheduler)
+    expected = diffusers_pipeline(
+        prompt=PROMPT,
+        negative_prompt=choices.get("negative_prompt"),
+        guidance_scale=choices["guidance"],
+        height=choices.get("height"),
+        width=choices.get("width"),
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]
+    found = local.draw(prompt=PROMPT, steps=4, seed=5, scheduler=scheduler, **choices)
+    assert np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1  # the decoder's last bits
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({}, "expected inputs"),
+        ({"steps": 2}, "prompt: expected one"),
+        ({"prompt": "red " * TOKENS}, f"prompt: expected at most {TOKENS} tokens, of which two mark the start and the end; found"),
+        ({"prompt": PROMPT, "negative_prompt": "red " * TOKENS}, "negative_prompt: expected at most"),
+        ({"prompt": "x" * 20000}, "prompt: expected at most 16384 characters, found 20000"),
+        ({"prompt": b"\xff"}, "prompt: expected UTF-8"),
+        ({"prompt": PROMPT, "height": 0}, "height: expected a multiple of"),
+        ({"prompt": PROMPT, "width": 66}, "width: expected a multiple of"),
+        ({"prompt": PROMPT, "scheduler": "lcm", "steps": 60}, "steps: lcm does not take 60"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_with_the_reason(local: LocalPipeline, request_: dict[str, Any], words: str) -> None:
+    with pytest.raises(local.generation.InvalidRequestError) as refused:
+        local.draw(**request_)
+    assert words in str(refused.value)
+
+
+def test_the_longest_prompt_is_drawn(local: LocalPipeline) -> None:
+    assert local.draw(prompt="red " * (TOKENS - 2), steps=1).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("label", np.ones((1, 1), np.float32), "label: expected the type int32, found float32"),
+        ("label", np.ones((1, 2), np.int32), "label: expected the shape [images, 1], found [1, 2]"),
+        ("colour", np.ones((1, 1), np.int32), "colour: unknown"),
+    ],
+)
+def test_inputs_of_another_type_shape_or_name_are_refused(local: LocalPipeline, name: str, value: np.ndarray, words: str) -> None:
+    with pytest.raises(local.generation.InvalidRequestError) as refused:
+        local.generator.jobs({name: value})
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
+def test_an_unconditional_model_draws_what_the_engine_draws_in_this_process(ldm_chain: Chain, tmp_path: Path, scheduler: str) -> None:
+    ended = cli("package", "--triton", tmp_path / "out", "-w", ldm_chain.root, "--json")
+    assert ended.code == 0, ended.err
+    workspace = Workspace.open(ldm_chain.root)
+    pipeline = LocalPipeline(tmp_path / "out")
+    model = load_model(workspace.source)
+
+    def denoise(sample: torch.Tensor, timestep: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
+        inputs = {"sample": sample.numpy(), "timestep": timestep.numpy().reshape(-1, 1)}
+        (output,) = asyncio.run(pipeline.infer("unet", inputs)).values()
+        return torch.from_numpy(output)
+
+    expected = sample_images(model, denoise, np.zeros(1, np.int64), scheduler=scheduler, steps=3, seed=4)[0].transpose(1, 2, 0)
+    found = pipeline.draw(seed=4, steps=3, scheduler=scheduler).astype(int)
+    assert np.abs(found - (expected + 1) * 127.5).max() <= 1  # rounding, and the decoder's last bits
+    with pytest.raises(pipeline.generation.InvalidRequestError, match="no unconditional condition"):
+        pipeline.draw(seed=4, guidance=2.0)

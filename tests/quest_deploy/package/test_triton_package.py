@@ -1,0 +1,263 @@
+"""What `quest-deploy package --triton` writes, refuses, and takes from the workspace; no server is needed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnxruntime as ort
+import pytest
+
+from exporters.graph_info import load_graph, save_graph
+from exporters.lower.tensorrt import lower as lower_for_tensorrt
+from quest_deploy.engine.backends import BACKENDS, get_backend
+from quest_deploy.engine.base import ENGINE_FILE, EngineOptions
+from quest_deploy.engine.tensorrt import ENGINE, TensorRtBackend
+from quest_deploy.files import sha256_of
+from quest_deploy.package.pbtxt import Word, pbtxt
+from quest_deploy.package.triton import MODELS
+from quest_deploy.workspace import ENGINES, Workspace
+from tests.quest_deploy.support import cli, flip_byte
+
+if TYPE_CHECKING:
+    from tests.quest_deploy.conftest import Chain
+
+text_format = pytest.importorskip("google.protobuf.text_format")
+model_config = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+
+
+def packaged(workspace: Path, folder: Path, *options: str) -> dict[str, Any]:
+    """What the command says of the package that it writes into ``folder``."""
+    ended = cli("package", "--triton", folder, "-w", workspace, *options, "--json")
+    assert ended.code == 0, ended.err
+    found: dict[str, Any] = ended.json
+    return found
+
+
+def config(folder: Path, model: str) -> Any:
+    """A model's configuration, read as Triton reads it; raises for an unknown field or a wrong type."""
+    return text_format.Parse((folder / MODELS / model / "config.pbtxt").read_text(), model_config.ModelConfig())
+
+
+@pytest.fixture(scope="module")
+def package(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's package; not to be changed."""
+    folder = tmp_path_factory.mktemp("package") / "triton"
+    packaged(chain.root, folder)
+    return folder
+
+
+def test_the_configurations_are_triton_s_and_agree_with_the_graphs(package: Path) -> None:
+    unet = config(package, "unet")
+    assert (unet.platform, unet.max_batch_size) == ("tensorrt_plan", 16)
+    assert unet.HasField("dynamic_batching")
+    assert [warm.batch_size for warm in unet.model_warmup] == [1, 16]
+    graph = ort.InferenceSession(package / MODELS / "unet" / "1" / "model.onnx")
+    assert [entry.name for entry in unet.input] == [value.name for value in graph.get_inputs()]
+    assert [entry.name for entry in unet.output] == [value.name for value in graph.get_outputs()]
+    for entry, value in zip(unet.input, graph.get_inputs(), strict=True):
+        dims = list(entry.reshape.shape) if entry.HasField("reshape") else list(entry.dims)
+        assert dims == [size if isinstance(size, int) else -1 for size in value.shape[1:]]
+    assert not config(package, "pipeline").model_transaction_policy.decoupled
+    assert config(package, "pipeline_stream").model_transaction_policy.decoupled
+
+
+def test_limits_types_and_delay_are_those_that_were_asked_for(chain: Chain, tmp_path: Path) -> None:
+    limits = {"max_steps": 30, "max_size": 32, "max_in_flight": 5}
+    options = [text for name, value in limits.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    queue = ["--max-queue", "7", "--max-images", "3", "--max-batch", "8", "--queue-delay", "500", "--io-dtype", "fp16"]
+    packaged(chain.root, tmp_path / "out", *options, *queue)
+    for name in ("pipeline", "pipeline_stream"):
+        found = config(tmp_path / "out", name)
+        assert {key: int(value.string_value) for key, value in found.parameters.items()} == limits
+        assert found.dynamic_batching.default_queue_policy.max_queue_size == 7
+    assert config(tmp_path / "out", "pipeline").max_batch_size == 3
+    unet = config(tmp_path / "out", "unet")
+    assert unet.max_batch_size == 8
+    assert unet.dynamic_batching.max_queue_delay_microseconds == 500
+    types = {entry.name: entry.data_type for entry in (*unet.input, *unet.output)}
+    assert types.pop("timestep") == model_config.TYPE_FP32  # rounded, it could land in another bucket
+    assert set(types.values()) == {model_config.TYPE_FP16}
+
+
+def with_plan(workspace: Path, source: Path, *, strip: bool = False) -> bytes:
+    """Give a workspace what `build-engine --backend tensorrt` leaves behind, but for the plan, which only a GPU can build.
+
+    Args:
+        source: an engine of another backend, whose record it resembles.
+    """
+    folder = workspace / ENGINES / "tensorrt"
+    folder.mkdir()
+    (folder / ENGINE).write_bytes(b"a plan")
+    content = json.loads((source / ENGINE_FILE).read_text())
+    content["options"] |= {"max_batch": 6, "version_compatible": True, "strip_plan": strip, "sample_sizes": [[8, 8], [16, 8]]}
+    content |= {"backend": "tensorrt", "built_by": {"tensorrt": "10.9.0"}, "files": {ENGINE: sha256_of(folder / ENGINE)}}
+    (folder / ENGINE_FILE).write_text(json.dumps(content))
+    opened = Workspace.open(workspace)
+    opened.record("build-engine/tensorrt", inputs=("export",), options={}, files=sorted(folder.iterdir()), details={})
+    return b"a plan"
+
+
+def test_a_plan_of_the_workspace_is_packaged_with_its_own_limits(workspace: Path, tmp_path: Path) -> None:
+    plan = with_plan(workspace, workspace / ENGINES / "tensorrt-rtx")
+    plugin = tmp_path / "libplugins.so"
+    plugin.write_bytes(b"a library")
+    found = packaged(workspace, tmp_path / "out", "--plugin-library", str(plugin))
+    assert found["plan"]
+    assert (tmp_path / "out" / MODELS / "unet" / "1" / "model.plan").read_bytes() == plan
+    assert (tmp_path / "out" / MODELS / "unet" / "1" / "model.onnx").exists()
+    assert config(tmp_path / "out", "unet").max_batch_size == 6
+    assert config(tmp_path / "out", "pipeline").parameters["max_size"].string_value == "32"
+    readme = (tmp_path / "out" / "README.md").read_text()
+    for words in ("TensorRT 10.9.0", "--backend-config=tensorrt,version-compatible=true", "plugins=/package/plugins/libplugins.so"):
+        assert words in readme
+
+
+@pytest.mark.parametrize(
+    ("strip", "options", "words"),
+    [
+        (True, [], "a plan without weights"),
+        (False, ["--io-dtype", "fp16"], "--io-dtype fp16 needs another plan, and"),
+        (False, ["--max-batch", "8"], "the plan in"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(workspace: Path, tmp_path: Path, *, strip: bool, options: list[str], words: str) -> None:
+    with_plan(workspace, workspace / ENGINES / "tensorrt-rtx", strip=strip)
+    ended = cli("package", "--triton", tmp_path / "out", "-w", workspace, *options)
+    assert ended.code == 2
+    assert words in ended.message
+    assert not (tmp_path / "out").exists()
+
+
+class RtxForTensorRt(TensorRtBackend):
+    """TensorRT's builder where there is no GPU: that of TensorRT for RTX, under its name."""
+
+    def check_build(self, options: EngineOptions) -> None:
+        """It builds anywhere."""
+
+    def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Any) -> None:
+        """For one GPU, which is quicker."""
+        chosen = replace(options, version_compatible=False, compute_capabilities=("89",))
+        get_backend("tensorrt-rtx").compile(lowered, folder, chosen, on_progress)
+
+
+@pytest.mark.parametrize("io_dtype", ["fp32", "fp16"])
+def test_where_there_is_a_plan_of_the_unet_the_other_models_plans_are_built_too(
+    text_chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, io_dtype: str
+) -> None:
+    workspace = tmp_path / "workspace"
+    shutil.copytree(text_chain.root, workspace)
+    with_plan(workspace, workspace / ENGINES / "onnxruntime")
+    lowered = lower_for_tensorrt(load_graph(workspace / "unet.onnx"))
+    save_graph(lowered, workspace / ENGINES / "tensorrt" / "lowered.onnx")
+    monkeypatch.setitem(BACKENDS, "tensorrt", RtxForTensorRt("tensorrt", "tensorrt_rtx"))
+    found = packaged(workspace, tmp_path / "out", "--io-dtype", io_dtype)
+    assert found["models"] == ["text_encoder", "unet", "vae_decoder"]
+    plans = {name: (tmp_path / "out" / MODELS / name / "1" / "model.plan").read_bytes() for name in found["models"]}
+    assert (plans["unet"] == b"a plan") == (io_dtype == "fp32")
+    assert all(len(plans[name]) > 1000 for name in ("text_encoder", "vae_decoder"))
+    assert not list((tmp_path / "out").rglob(".tmp-*"))
+
+
+def test_an_rtx_engine_is_not_packaged_as_a_plan_and_the_command_says_so(chain: Chain, tmp_path: Path) -> None:
+    ended = cli("package", "--triton", tmp_path / "out", "-w", chain.root)
+    assert ended.code == 0
+    assert "tensorrt-rtx engine is left out" in ended.err
+    assert "no plan" in ended.err
+    assert list((tmp_path / "out").rglob("*.plan")) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "--triton DIR"),
+        (["--triton", "{}", "--io-dtype", "int8"], "unknown type 'int8'"),
+        (["--triton", "{}", "--max-batch", "1"], "--max-batch: expected 2 or more"),
+        (["--triton", "{}", "--max-size", "8"], "--max-size 8: the model's own images are 16x16"),
+        (["--triton", "{}", "--max-images", "20"], "--max-images 20: expected at most --max-in-flight"),
+        (["--triton", "{}", "--plugin-library", "none.so"], "there is no such file"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(chain: Chain, tmp_path: Path, options: list[str], words: str) -> None:
+    ended = cli("package", "-w", chain.root, *(option.format(tmp_path / "out") for option in options))
+    assert ended.code == 2
+    assert words in ended.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_else_is_left_alone_and_an_earlier_package_is_replaced(chain: Chain, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    ended = cli("package", "--triton", tmp_path, "-w", chain.root)
+    assert ended.code == 2
+    assert "is not empty" in ended.message
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    packaged(chain.root, tmp_path / "out")
+    (tmp_path / "out" / "left").write_text("left")
+    packaged(chain.root, tmp_path / "out")
+    assert not (tmp_path / "out" / "left").exists()
+
+
+def test_a_graph_that_was_changed_is_not_packaged(workspace: Path, tmp_path: Path) -> None:
+    flip_byte(workspace / "unet.onnx")
+    ended = cli("package", "--triton", tmp_path / "out", "-w", workspace)
+    assert ended.code == 2
+    assert "was changed" in ended.message
+
+
+@pytest.mark.parametrize("name", ["models/unet/1/model.onnx.data", "models/pipeline/1/model.py"])
+def test_a_package_that_was_changed_is_not_served(package: Path, tmp_path: Path, name: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(package, copy)
+    flip_byte(copy / name)
+    program = tmp_path / "server" / "bin" / "tritonserver"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho started\n")
+    program.chmod(0o755)
+    line = [sys.executable, "serve.py", "--tritonserver", program]
+    assert subprocess.run([*line], cwd=package, capture_output=True, text=True, check=False).stdout == "started\n"
+    ended = subprocess.run(line, cwd=copy, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert f"{name} is missing or was changed" in ended.stderr
+    assert "started" not in ended.stdout
+
+
+def test_configurations_may_be_edited_and_the_package_is_served(package: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(package, copy)
+    path = copy / MODELS / "pipeline" / "config.pbtxt"
+    path.write_text(path.read_text().replace('"100"', '"50"'))
+    line = [sys.executable, "serve.py", "--tritonserver", "/bin/true"]
+    assert subprocess.run(line, cwd=copy, check=False).returncode == 0
+
+
+def test_the_server_binds_to_this_machine_alone_unless_told_otherwise(package: Path) -> None:
+    line = [sys.executable, package / "serve.py", "--print"]
+    printed = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    assert printed.count("address=127.0.0.1") == 3
+    printed = subprocess.run([*line, "--host", "0.0.0.0"], capture_output=True, text=True, check=True).stdout
+    assert printed.count("address=0.0.0.0") == 3
+
+
+def test_text_format_quotes_strings_escapes_them_and_writes_words_and_truth_values_bare() -> None:
+    message = {"name": 'a "b"', "kind": Word("KIND_CPU"), "on": True, "dims": [1, -1], "part": [{"x": 1}, {}], "empty": {"shape": []}}
+    assert pbtxt(message) == (
+        'name: "a \\"b\\""\nkind: KIND_CPU\non: true\ndims: [1, -1]\npart {\n  x: 1\n}\npart {\n}\nempty {\n  shape: []\n}\n'
+    )
+
+
+def test_without_a_server_the_client_says_so(tmp_path: Path) -> None:
+    ended = cli("client", "127.0.0.1:9", "--label", "1", "-o", tmp_path / "none.png")
+    assert ended.code == 1
+    assert "no server answers at 127.0.0.1:9" in ended.message
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "localhost"])
+def test_the_client_wants_a_host_and_a_port(tmp_path: Path, url: str) -> None:
+    ended = cli("client", url, "--label", "1", "-o", tmp_path / "none.png")
+    assert ended.code == 2
+    assert "expected HOST:PORT" in ended.message
