@@ -1,4 +1,4 @@
-"""Compare speeds on OpenVINO: a portable graph's engine, the same with static scales and with more buckets, NNCF's static INT8, and FP32.
+"""Compare speeds on OpenVINO: a portable graph's engine, the same with static scales and with more buckets, NNCF's INT8, and FP32.
 
     python scripts/compare_openvino.py GRAPH [--dtype fp32 --dtype bf16] [--json FILE]
 
