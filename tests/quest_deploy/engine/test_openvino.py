@@ -170,3 +170,28 @@ def test_bf16_is_used_only_if_asked_for(tmp_path: Path) -> None:
 def test_an_unknown_dtype_is_an_input_error() -> None:
     with pytest.raises(InputError, match="unknown dtype 'int4': expected one of fp32, fp16, bf16"):
         EngineOptions(dtype="int4")
+
+
+@pytest.mark.parametrize("tokens", [4, 5])
+def test_float_attention_in_bf16_is_right_with_as_many_tokens_as_heads_and_with_others(tmp_path: Path, tokens: int) -> None:
+    heads, width = 4, 16
+    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+        attention (float[batch,{tokens},{heads},{width}] q, float[batch,6,{heads},{width}] k, float[batch,6,{heads},{width}] v)
+          => (float[batch,{tokens},{heads},{width}] out) {{
+            qt = Transpose <perm = [0, 2, 1, 3]> (q)
+            kt = Transpose <perm = [0, 2, 3, 1]> (k)
+            vt = Transpose <perm = [0, 2, 1, 3]> (v)
+            scores = MatMul (qt, kt)
+            weights = Softmax <axis = -1> (scores)
+            mixed = MatMul (weights, vt)
+            out = Transpose <perm = [0, 2, 1, 3]> (mixed)
+        }}"""
+    ir.save(ir.from_onnx_text(text), tmp_path / "graph.onnx")
+    generator = np.random.default_rng(0)
+    q, k, v = (generator.standard_normal((BATCH, n, heads, width)).astype(np.float32) for n in (tokens, 6, 6))
+    shapes = tuple((name, x.shape) for name, x in (("q", q), ("k", k), ("v", v)))
+    (found,) = compile_graph(tmp_path / "graph.onnx", EngineOptions(threads=1, dtype="bf16"), shapes)({"q": q, "k": k, "v": v}).values()
+    scores = np.einsum("bnhd,bmhd->bhnm", q, k)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v)
+    assert relative_error(found, expected) < 0.05
