@@ -176,22 +176,30 @@ def test_an_unknown_dtype_is_an_input_error() -> None:
 def test_float_attention_in_bf16_is_right_with_as_many_tokens_as_heads_and_with_others(tmp_path: Path, tokens: int) -> None:
     heads, width = 4, 16
     text = f"""<ir_version: 10, opset_import: ["" : 21]>
-        attention (float[batch,{tokens},{heads},{width}] q, float[batch,6,{heads},{width}] k, float[batch,6,{heads},{width}] v)
-          => (float[batch,{tokens},{heads},{width}] out) {{
-            qt = Transpose <perm = [0, 2, 1, 3]> (q)
-            kt = Transpose <perm = [0, 2, 3, 1]> (k)
-            vt = Transpose <perm = [0, 2, 1, 3]> (v)
-            scores = MatMul (qt, kt)
+        attention (float[batch,{tokens},{heads * width}] q, float[batch,6,{heads * width}] k, float[batch,6,{heads * width}] v)
+          => (float[batch,{tokens},{heads},{width}] out)
+          <int64[4] split = {{0, -1, {heads}, {width}}}, float half = {{0.5}}> {{
+            q4 = Reshape (q, split)
+            k4 = Reshape (k, split)
+            v4 = Reshape (v, split)
+            qt = Transpose <perm = [0, 2, 1, 3]> (q4)
+            kt = Transpose <perm = [0, 2, 1, 3]> (k4)
+            vt = Transpose <perm = [0, 2, 1, 3]> (v4)
+            keys = Transpose <perm = [0, 1, 3, 2]> (kt)
+            qs = Mul (qt, half)
+            ks = Mul (keys, half)
+            scores = MatMul (qs, ks)
             weights = Softmax <axis = -1> (scores)
             mixed = MatMul (weights, vt)
             out = Transpose <perm = [0, 2, 1, 3]> (mixed)
         }}"""
     ir.save(ir.from_onnx_text(text), tmp_path / "graph.onnx")
     generator = np.random.default_rng(0)
-    q, k, v = (generator.standard_normal((BATCH, n, heads, width)).astype(np.float32) for n in (tokens, 6, 6))
+    q, k, v = (generator.standard_normal((BATCH, n, heads * width)).astype(np.float32) for n in (tokens, 6, 6))
     shapes = tuple((name, x.shape) for name, x in (("q", q), ("k", k), ("v", v)))
     (found,) = compile_graph(tmp_path / "graph.onnx", EngineOptions(threads=1, dtype="bf16"), shapes)({"q": q, "k": k, "v": v}).values()
-    scores = np.einsum("bnhd,bmhd->bhnm", q, k)
+    q, k, v = (x.reshape(BATCH, -1, heads, width) for x in (q, k, v))
+    scores = np.einsum("bnhd,bmhd->bhnm", q, k) / 4
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     expected = np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v)
     assert relative_error(found, expected) < 0.05
