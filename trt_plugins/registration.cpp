@@ -11,14 +11,16 @@
 #include "timestep_quantize/creator.h"
 
 #include <array>
+#include <cstdio>
 #include <mutex>
-#include <string>
 
 #define QUEST_EXPORT __attribute__((visibility("default")))
 
 // Not defined by this library. Without TensorRT among the global symbols they are null, and the library can still be loaded.
+// NOLINTBEGIN(readability-redundant-declaration): declared again to be weak
 extern "C" __attribute__((weak)) nvinfer1::IPluginRegistry* getPluginRegistry() noexcept;
 extern "C" __attribute__((weak)) int32_t getInferLibMajorVersion() noexcept;
+// NOLINTEND(readability-redundant-declaration)
 
 namespace quest
 {
@@ -28,7 +30,7 @@ namespace
 class Library
 {
 public:
-    static Library& instance()
+    static Library& instance() noexcept
     {
         static Library library;
         return library;
@@ -45,7 +47,7 @@ public:
     }
 
 private:
-    Library()
+    Library() noexcept
     {
         if (getPluginRegistry == nullptr || getInferLibMajorVersion == nullptr)
         {
@@ -54,10 +56,12 @@ private:
         if (int32_t const major = getInferLibMajorVersion(); major != NV_TENSORRT_MAJOR)
         {
             // A registry of another major version has another table of virtual functions: calling it would end in a crash.
-            logError("registration",
-                ("built for TensorRT " + std::to_string(NV_TENSORRT_MAJOR) + ", expected that library and found its version "
-                    + std::to_string(major) + ": the plugins do not register themselves; build them with that version's headers")
-                    .c_str());
+            char message[256];
+            static_cast<void>(std::snprintf(message, sizeof(message),
+                "built for TensorRT %d, expected that library and found its version %d: the plugins do not register themselves; build them "
+                "with that version's headers",
+                NV_TENSORRT_MAJOR, major));
+            logError("registration", message);
             return;
         }
         nvinfer1::IPluginRegistry& registry = *getPluginRegistry();
@@ -76,7 +80,7 @@ private:
 
     void withdraw() noexcept
     {
-        std::lock_guard<std::mutex> const lock(mMutex);
+        std::scoped_lock const lock(mMutex);
         if (mRegistry != nullptr)
         {
             for (nvinfer1::IPluginCreatorInterface const* creator : mCreators)

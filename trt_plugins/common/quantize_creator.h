@@ -6,7 +6,7 @@
 
 #include <NvInferRuntime.h>
 
-#include <vector>
+#include <cstdint>
 
 namespace quest
 {
@@ -43,10 +43,10 @@ public:
     }
 
 protected:
-    QuantizeCreator(char const* name, std::vector<nvinfer1::PluginField> fields)
+    //! \param fields \p count of them, which outlive the creator.
+    QuantizeCreator(char const* name, nvinfer1::PluginField const* fields, int32_t count) noexcept
         : mName(name)
-        , mFields(std::move(fields))
-        , mCollection{static_cast<int32_t>(mFields.size()), mFields.data()}
+        , mCollection{count, fields}
     {
     }
 
@@ -55,7 +55,6 @@ protected:
 
 private:
     char const* mName;
-    std::vector<nvinfer1::PluginField> mFields;
     nvinfer1::PluginFieldCollection mCollection;
 };
 

@@ -221,7 +221,7 @@ void QuantizePlugin::checkShapes(Dims const* inputs, int32_t nbInputs, int32_t n
     require(mayEqual(inputs[kBucket].d[0], x.d[0]),
         "bucket has shape " + text(inputs[kBucket]) + ", expected one for each of the samples of x, " + text(x));
     int64_t const buckets = inputs[kScale].d[0];
-    for (int32_t i : {kScale, kLow, kHigh, kOffset})
+    for (int32_t const i : {kScale, kLow, kHigh, kOffset})
     {
         require(inputs[i].d[0] != 0 && mayEqual(inputs[i].d[0], buckets),
             std::string(kInputNames[i]) + " has shape " + text(inputs[i]) + ", expected one number for each bucket, as scale has, "

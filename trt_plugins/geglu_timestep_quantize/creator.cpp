@@ -3,13 +3,14 @@
 #include "geglu_timestep_quantize/definition.h"
 #include "geglu_timestep_quantize/plugin.h"
 
+#include <memory>
 #include <stdexcept>
 
 namespace quest
 {
 
-GegluTimestepQuantizeCreator::GegluTimestepQuantizeCreator()
-    : QuantizeCreator(kGegluTimestepQuantizeName, {})
+GegluTimestepQuantizeCreator::GegluTimestepQuantizeCreator() noexcept
+    : QuantizeCreator(kGegluTimestepQuantizeName, nullptr, 0)
 {
 }
 
@@ -19,7 +20,7 @@ nvinfer1::IPluginV3* GegluTimestepQuantizeCreator::create(nvinfer1::PluginFieldC
     {
         throw std::invalid_argument("expected no fields");
     }
-    return new GegluTimestepQuantizePlugin();
+    return std::make_unique<GegluTimestepQuantizePlugin>().release();
 }
 
 } // namespace quest

@@ -9,7 +9,7 @@ namespace quest
 class GegluTimestepQuantizeCreator final : public QuantizeCreator
 {
 public:
-    GegluTimestepQuantizeCreator();
+    GegluTimestepQuantizeCreator() noexcept;
 
 protected:
     nvinfer1::IPluginV3* create(nvinfer1::PluginFieldCollection const* fields) const override;

@@ -5,6 +5,7 @@
 #include "geglu_timestep_quantize/definition.h"
 #include "geglu_timestep_quantize/kernel.h"
 
+#include <memory>
 #include <stdexcept>
 
 namespace quest
@@ -17,7 +18,7 @@ GegluTimestepQuantizePlugin::GegluTimestepQuantizePlugin()
 
 nvinfer1::IPluginV3* GegluTimestepQuantizePlugin::clone() noexcept
 {
-    return guarded<nvinfer1::IPluginV3*>(kGegluTimestepQuantizeName, nullptr, [] { return new GegluTimestepQuantizePlugin(); });
+    return guarded<nvinfer1::IPluginV3*>(kGegluTimestepQuantizeName, nullptr, [] { return std::make_unique<GegluTimestepQuantizePlugin>().release(); });
 }
 
 nvinfer1::PluginFieldCollection const* GegluTimestepQuantizePlugin::getFieldsToSerialize() noexcept

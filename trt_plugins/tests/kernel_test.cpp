@@ -85,7 +85,7 @@ void checkLayouts(Checks& checks, FloatType type, bool emulated, std::mt19937& r
     {
         for (int64_t const pixels : {int64_t{1}, int64_t{5}, int64_t{70}, int64_t{1000}})
         {
-            if (emulated && channels * pixels > 33 * 70)
+            if (emulated && channels * pixels > int64_t{33} * 70)
             {
                 continue;
             }
@@ -124,7 +124,8 @@ bool gegluAgrees(GegluTimestepQuantizeProblem problem, bool oneChannel, std::siz
 {
     constexpr int32_t kBuckets = 4; // integer bounds, ordinary scales
     HostTables const tables(kBuckets, problem.samples, problem.channels, oneChannel, oneChannel, random);
-    auto const count = static_cast<std::size_t>(problem.samples) * static_cast<std::size_t>(problem.rows * problem.channels);
+    auto const perSample = static_cast<std::size_t>(problem.rows) * static_cast<std::size_t>(problem.channels);
+    std::size_t const count = static_cast<std::size_t>(problem.samples) * perSample;
     std::vector<uint8_t> const x = randomFloats(problem.type, static_cast<int64_t>(2 * count), tables, random);
     std::vector<int8_t> expected(count + kMargin, kUntouched);
     std::vector<int8_t> const untouched = expected;
@@ -153,7 +154,6 @@ bool gegluAgrees(GegluTimestepQuantizeProblem problem, bool oneChannel, std::siz
         {
             return false;
         }
-        auto const perSample = static_cast<std::size_t>(problem.rows * problem.channels);
         auto const bucket = std::clamp<int64_t>(tables.bucket64[i / perSample], 0, kBuckets - 1);
         float const ratio = activations[i]
             / (tables.scale[static_cast<std::size_t>(bucket)]

@@ -75,9 +75,10 @@ public:
 
     std::vector<IPluginCreatorV3One*> creators() const
     {
-        int32_t count = 0;
+        int32_t count = 0; // NOLINT(misc-const-correctness): getCreators sets it
         auto* const all = symbol<IPluginCreatorInterface* const* (*)(int32_t&)>("getCreators")(count);
         std::vector<IPluginCreatorV3One*> result;
+        result.reserve(static_cast<std::size_t>(count));
         for (int32_t i = 0; i < count; ++i)
         {
             result.push_back(static_cast<IPluginCreatorV3One*>(all[i]));
@@ -214,8 +215,10 @@ bool supports(IPluginV3& plugin, std::array<DynamicPluginTensorDesc, kInputs + 1
         std::array<DynamicPluginTensorDesc, kInputs + 1> partial = asked;
         for (int32_t later = pos + 1; later <= kInputs; ++later)
         {
+            // Not yet chosen, and not to be looked at. NOLINTBEGIN(clang-analyzer-optin.core.EnumCastOutOfRange)
             partial[static_cast<std::size_t>(later)].desc.type = static_cast<DataType>(-1);
             partial[static_cast<std::size_t>(later)].desc.format = static_cast<TensorFormat>(-1);
+            // NOLINTEND(clang-analyzer-optin.core.EnumCastOutOfRange)
         }
         if (!build(plugin).supportsFormatCombination(pos, partial.data(), kInputs, 1))
         {
@@ -636,7 +639,7 @@ int main(int argc, char** argv)
     std::string const option = argc == 3 ? argv[2] : "";
     if (argc < 2 || argc > 3 || (argc == 3 && option != "--describe" && option != "--other-version"))
     {
-        std::fprintf(stderr, "usage: plugin_test LIBRARY [--describe | --other-version]\n");
+        std::printf("usage: plugin_test LIBRARY [--describe | --other-version]\n");
         return 2;
     }
     try

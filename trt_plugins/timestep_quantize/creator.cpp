@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -35,8 +36,9 @@ int32_t axisFrom(PluginField const& field)
 
 } // namespace
 
-TimestepQuantizeCreator::TimestepQuantizeCreator()
-    : QuantizeCreator(kTimestepQuantizeName, {PluginField(kAxisField, nullptr, PluginFieldType::kINT32, 1)})
+TimestepQuantizeCreator::TimestepQuantizeCreator() noexcept
+    : QuantizeCreator(kTimestepQuantizeName, &mAxisField, 1)
+    , mAxisField(kAxisField, nullptr, PluginFieldType::kINT32, 1)
 {
 }
 
@@ -47,7 +49,7 @@ nvinfer1::IPluginV3* TimestepQuantizeCreator::create(nvinfer1::PluginFieldCollec
     {
         throw std::invalid_argument("expected the field axis and no other");
     }
-    return new TimestepQuantizePlugin(axisFrom(fields->fields[0]));
+    return std::make_unique<TimestepQuantizePlugin>(axisFrom(fields->fields[0])).release();
 }
 
 } // namespace quest

@@ -9,10 +9,13 @@ namespace quest
 class TimestepQuantizeCreator final : public QuantizeCreator
 {
 public:
-    TimestepQuantizeCreator();
+    TimestepQuantizeCreator() noexcept;
 
 protected:
     nvinfer1::IPluginV3* create(nvinfer1::PluginFieldCollection const* fields) const override;
+
+private:
+    nvinfer1::PluginField mAxisField;
 };
 
 } // namespace quest

@@ -5,6 +5,7 @@
 #include "timestep_quantize/definition.h"
 #include "timestep_quantize/kernel.h"
 
+#include <memory>
 #include <stdexcept>
 
 namespace quest
@@ -41,7 +42,7 @@ TimestepQuantizePlugin::TimestepQuantizePlugin(int32_t axis)
 
 nvinfer1::IPluginV3* TimestepQuantizePlugin::clone() noexcept
 {
-    return guarded<nvinfer1::IPluginV3*>(kTimestepQuantizeName, nullptr, [this] { return new TimestepQuantizePlugin(mAxis); });
+    return guarded<nvinfer1::IPluginV3*>(kTimestepQuantizeName, nullptr, [this] { return std::make_unique<TimestepQuantizePlugin>(mAxis).release(); });
 }
 
 nvinfer1::PluginFieldCollection const* TimestepQuantizePlugin::getFieldsToSerialize() noexcept

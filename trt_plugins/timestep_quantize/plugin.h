@@ -25,7 +25,7 @@ protected:
 
 private:
     int32_t mAxis;
-    nvinfer1::PluginField mField{};
+    nvinfer1::PluginField mField;
     nvinfer1::PluginFieldCollection mSerialized{};
 };
 
