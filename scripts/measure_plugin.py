@@ -140,7 +140,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 def main(
-    build_folder: Annotated[Path, typer.Option("--build", help="Where to build.")] = ROOT / "trt_plugins" / "build-measure",
+    build_folder: Annotated[Path, typer.Option("--build", help="Where to build.")] = ROOT / "trt_plugins" / "build" / "measure",
     docs: Path = ROOT / "docs" / "plugin",
     repeats: Annotated[int, typer.Option(min=1)] = 51,
     results_file: Annotated[Path | None, typer.Option("--results", help="What `measure` printed elsewhere; nothing is run.")] = None,

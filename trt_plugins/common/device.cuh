@@ -22,6 +22,10 @@ constexpr int kWarp = 32;
 constexpr int kVectorBytes = 16;
 constexpr int kMaxSamplesInGrid = 65535;
 
+//! Loads that a thread sends out before it computes, where there is enough work to keep the GPU busy; else one.
+constexpr int kMany = 4;
+constexpr uint64_t kEnough = uint64_t{1} << 18;
+
 //! Elements of T in a vector load.
 template <typename T>
 constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(T));
@@ -162,21 +166,36 @@ __device__ inline SharedRow rowOf(Tables const& tables, int32_t n)
     return shared;
 }
 
-//! The codes of \p N elements, packed four to a word; \p S is 1 where all are of one channel, else N.
-template <int N, int S>
-__device__ void quantize(float const (&x)[N], float const (&channel)[S], SharedRow const& shared, uint32_t (&packed)[N / 4])
+//! What the elements of \p S channels are divided by, in one sample.
+template <int S>
+struct Steps
 {
-    static_assert(S == 1 || S == N);
     float step[S];
     float reciprocal[S];
-    float farthest = 0.F;
+    bool areOrdinary;
+};
+
+template <int S>
+__device__ Steps<S> stepsOf(Pack<float, S> const& channel, Row const& row)
+{
+    Steps<S> result;
+    result.areOrdinary = true;
 #pragma unroll
     for (int i = 0; i < S; ++i)
     {
-        step[i] = stepOf(shared.row.scale, channel[i]);
-        reciprocal[i] = reciprocalOf(step[i]);
-        farthest = isOrdinary(step[i]) ? farthest : 1.F;
+        result.step[i] = stepOf(row.scale, channel.elements[i]);
+        result.reciprocal[i] = reciprocalOf(result.step[i]);
+        result.areOrdinary = isOrdinary(result.step[i]) && result.areOrdinary;
     }
+    return result;
+}
+
+//! The codes of \p N elements, packed four to a word; \p S is 1 where all are of one channel, else N.
+template <int N, int S>
+__device__ void quantize(float const (&x)[N], Steps<S> const& steps, SharedRow const& shared, uint32_t (&packed)[N / 4])
+{
+    static_assert(S == 1 || S == N);
+    float farthest = 0.F;
 #pragma unroll
     for (int i = 0; i < N; i += 4)
     {
@@ -185,12 +204,12 @@ __device__ void quantize(float const (&x)[N], float const (&channel)[S], SharedR
         for (int j = 0; j < 4; ++j)
         {
             float distance;
-            codes[j] = fastCode(x[i + j], reciprocal[S == 1 ? 0 : i + j], shared.fast, distance);
+            codes[j] = fastCode(x[i + j], steps.reciprocal[S == 1 ? 0 : i + j], shared.fast, distance);
             farthest = fmaxf(farthest, distance);
         }
         packed[i / 4] = __byte_perm(__byte_perm(codes[0], codes[1], 0x0040), __byte_perm(codes[2], codes[3], 0x0040), 0x5410);
     }
-    if (farthest > shared.fast.farthest) // rare: some 2^-14 of all elements lie so close to a tie
+    if (farthest > shared.fast.farthest || !steps.areOrdinary) // rare: some 2^-14 of all elements lie so close to a tie
     {
 #pragma unroll
         for (int i = 0; i < N; i += 4)
@@ -199,7 +218,7 @@ __device__ void quantize(float const (&x)[N], float const (&channel)[S], SharedR
 #pragma unroll
             for (int j = 0; j < 4; ++j)
             {
-                auto const code = static_cast<uint8_t>(exactCode(x[i + j], step[S == 1 ? 0 : i + j], shared.row));
+                auto const code = static_cast<uint8_t>(exactCode(x[i + j], steps.step[S == 1 ? 0 : i + j], shared.row));
                 packed[i / 4] |= static_cast<uint32_t>(code) << (8 * j);
             }
         }

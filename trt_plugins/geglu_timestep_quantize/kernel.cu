@@ -15,31 +15,39 @@ struct Arguments
 {
     void const* x;
     int8_t* codes;
-    uint32_t units;        //!< of a sample's codes: vectors, or single elements
+    uint32_t units;     //!< of a sample's codes: vectors, or single elements
+    uint32_t stride;    //!< whole rows, from a thread's unit to its next: all are of the same channels
     Divisor unitsInRow;
     Tables tables;
     int32_t firstSample;
 };
 
-//! \p N codes a thread, from \p N values and \p N gates.
-template <typename T, int N>
+//! \p N codes at a time, from \p N values and \p N gates, \p kUnroll times a thread.
+template <typename T, int N, int kUnroll>
 __global__ void __launch_bounds__(kThreads) gegluKernel(Arguments const a)
 {
     int32_t const n = a.firstSample + static_cast<int32_t>(blockIdx.y);
-    uint32_t const unit = blockIdx.x * kThreads + threadIdx.x;
-    uint32_t const r = a.unitsInRow.quotient(unit);
+    uint32_t const first = blockIdx.x * kThreads + threadIdx.x;
     uint32_t const channels = a.unitsInRow.number * N;
-    uint32_t const c = (unit - r * a.unitsInRow.number) * N;
-    int64_t const place = (static_cast<int64_t>(n) * a.units + unit) * N;
+    uint32_t const c = a.unitsInRow.remainder(first) * N;
+    int64_t const place = (static_cast<int64_t>(n) * a.units + first) * N;
 
-    Pack<T, N> value;
-    Pack<T, N> gate;
+    // All loads go out before the first result is waited for.
+    Pack<T, N> value[kUnroll];
+    Pack<T, N> gate[kUnroll];
     Pack<float, N> channel;
-    if (unit < a.units)
+    if (first < a.stride)
     {
         T const* from = static_cast<T const*>(a.x) + 2 * (place - c) + c;
-        value = load<N>(from);
-        gate = load<N>(from + channels);
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u)
+        {
+            if (first + u * a.stride < a.units)
+            {
+                value[u] = load<N>(from + 2 * u * static_cast<int64_t>(a.stride) * N);
+                gate[u] = load<N>(from + 2 * u * static_cast<int64_t>(a.stride) * N + channels);
+            }
+        }
         if (a.tables.channels != 1)
         {
             channel = load<N>(a.tables.channel + c);
@@ -54,25 +62,35 @@ __global__ void __launch_bounds__(kThreads) gegluKernel(Arguments const a)
         }
     }
     SharedRow const shared = rowOf(a.tables, n);
-    if (unit >= a.units)
+    if (first >= a.stride)
     {
         return;
     }
-    float x[N];
+    Steps<N> const steps = stepsOf(channel, shared.row);
 #pragma unroll
-    for (int i = 0; i < N; ++i)
+    for (int u = 0; u < kUnroll; ++u)
     {
-        x[i] = geglu(toFloat(value.elements[i]), toFloat(gate.elements[i]));
-    }
-    if constexpr (N == 1)
-    {
-        a.codes[place] = exactCode(x[0], stepOf(shared.row.scale, channel.elements[0]), shared.row);
-    }
-    else
-    {
-        uint32_t packed[N / 4];
-        quantize(x, channel.elements, shared, packed);
-        store<N>(a.codes + place, packed);
+        if (first + u * a.stride >= a.units)
+        {
+            return;
+        }
+        float x[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+        {
+            x[i] = geglu(toFloat(value[u].elements[i]), toFloat(gate[u].elements[i]));
+        }
+        int8_t* to = a.codes + place + u * static_cast<int64_t>(a.stride) * N;
+        if constexpr (N == 1)
+        {
+            *to = exactCode(x[0], steps.step[0], shared.row);
+        }
+        else
+        {
+            uint32_t packed[N / 4];
+            quantize(x, steps, shared, packed);
+            store<N>(to, packed);
+        }
     }
 }
 
@@ -84,8 +102,13 @@ cudaError_t launchTyped(GegluTimestepQuantizeProblem const& p, uint32_t codes, c
     bool const aligned = isAligned(p.x, kVectorBytes) && isAligned(p.codes, kSize) && isAligned(p.tables.channel, kVectorBytes);
     bool const vectors = channels % kSize == 0 && aligned;
     uint32_t const size = vectors ? kSize : 1;
-    Arguments const a{p.x, p.codes, codes / size, Divisor(channels / size), p.tables, 0};
-    return launch(vectors ? gegluKernel<T, kSize> : gegluKernel<T, 1>, a, blocksFor(a.units, kThreads), p.samples, stream);
+    uint32_t const units = codes / size;
+    constexpr int kUnroll = 2; // a unit is two vectors to load
+    bool const many = vectors && static_cast<uint64_t>(units) * static_cast<uint32_t>(p.samples) >= kEnough;
+    uint32_t const stride = blocksFor(static_cast<uint32_t>(p.rows), many ? kUnroll : 1) * (channels / size);
+    Arguments const a{p.x, p.codes, units, stride, Divisor(channels / size), p.tables, 0};
+    auto* const kernel = many ? gegluKernel<T, kSize, kUnroll> : (vectors ? gegluKernel<T, kSize, 1> : gegluKernel<T, 1, 1>);
+    return launch(kernel, a, blocksFor(stride, kThreads), p.samples, stream);
 }
 
 } // namespace

@@ -11,6 +11,7 @@
 #include <array>
 #include <cstdlib>
 #include <exception>
+#include <utility>
 
 namespace quest::test
 {
@@ -59,7 +60,7 @@ void checkLinear(Checks& checks, FloatType type, bool emulated, std::mt19937& ra
 {
     // Planes, rows, single elements; few vectors and many; attention's operands with the channels last.
     std::vector<Shape> shapes{{3, 1, 32, 64}, {9, 1, 40, 16}, {2, 7, 768, 1}, {2, 40, 40, 1}, {2, 8, 77, 20}, {3, 1, 5, 7}, {1, 1, 3, 1},
-        {2, 1, 4, 4096}, {1, 1, 512, 4096}};
+        {2, 1, 4, 4096}, {1, 1, 512, 4096}, {1, 4099, 512, 1}};
     if (!emulated)
     {
         shapes.insert(shapes.end(), {{2, 1, 320, 4096}, {2, 4096, 320, 1}, {70000, 1, 8, 1}});
@@ -79,8 +80,27 @@ void checkLinear(Checks& checks, FloatType type, bool emulated, std::mt19937& ra
     checks.check(agrees(problem, 8, false, true, 1, random), std::string(nameOf(type)) + " at an address that is not aligned");
 }
 
+//! So many pixels that a thread takes several.
+void checkManyPixels(Checks& checks, FloatType type, std::mt19937& random)
+{
+    constexpr int32_t kChannels = 72;
+    constexpr int64_t kPixels = 32773;
+    Layout const x = type == FloatType::kFloat32 ? vectorMajor(32, kChannels, kPixels) : vectorMinor(8, kChannels, kPixels);
+    Layout const plain = linear(kChannels, kPixels);
+    std::pair<Layout, Layout> const pairs[] = {{x, vectorMajor(32, kChannels, kPixels)}, {plain, vectorMinor(16, kChannels, kPixels)},
+        {plain, vectorMajor(4, kChannels, kPixels)}, {x, plain}};
+    bool passed = true;
+    for (auto const& [input, output] : pairs)
+    {
+        TimestepQuantizeProblem const problem{nullptr, type, input, nullptr, output, 1, 1, kChannels, kPixels, {}};
+        passed = agrees(problem, 8, false, true, 0, random) && passed;
+    }
+    checks.check(passed, std::string(nameOf(type)) + " of many pixels, between layouts");
+}
+
 void checkLayouts(Checks& checks, FloatType type, bool emulated, std::mt19937& random)
 {
+    checkManyPixels(checks, type, random);
     for (int32_t const channels : {1, 3, 4, 16, 31, 32, 33, 48, 72, 320})
     {
         for (int64_t const pixels : {int64_t{1}, int64_t{5}, int64_t{70}, int64_t{1000}})
@@ -169,7 +189,7 @@ bool gegluAgrees(GegluTimestepQuantizeProblem problem, bool oneChannel, std::siz
 
 void checkGeglu(Checks& checks, FloatType type, bool emulated, std::mt19937& random)
 {
-    std::vector<Shape> shapes{{2, 4, 1280, 1}, {3, 5, 40, 1}, {3, 7, 5, 1}};
+    std::vector<Shape> shapes{{2, 4, 1280, 1}, {3, 5, 40, 1}, {3, 7, 5, 1}, {1, 8193, 256, 1}};
     if (!emulated)
     {
         shapes.push_back({2, 4096, 1280, 1});

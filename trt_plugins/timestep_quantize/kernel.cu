@@ -11,9 +11,6 @@ namespace
 
 using namespace device;
 
-//! Vectors that a thread of the linear kernel loads before it computes, where there are enough of them to keep the GPU busy.
-constexpr int kManyVectors = 4;
-constexpr uint64_t kEnough = uint64_t{1} << 18;
 //! Channels of one pixel that a thread of the blocked kernel computes.
 constexpr int kGroup = 16;
 
@@ -30,6 +27,7 @@ struct LinearArguments
     void const* x;
     int8_t* codes;
     uint32_t vectors;       //!< of a sample
+    uint32_t stride;        //!< from a thread's vector to its next; kRow: whole rows, so that all are of the same channels
     Divisor vectorsInPlane; //!< kPlane: inner / vector
     Divisor period;         //!< kPlane: C; kRow: C / vector
     Tables tables;
@@ -41,43 +39,48 @@ __global__ void __launch_bounds__(kThreads) linearKernel(LinearArguments const a
 {
     constexpr int kSize = kVector<T>;
     constexpr int kSteps = kChannels == Channels::kRow ? kSize : 1;
+    constexpr int kLookups = kChannels == Channels::kPlane ? kUnroll : 1;
     int32_t const n = a.firstSample + static_cast<int32_t>(blockIdx.y);
     auto const begin = static_cast<int64_t>(n) * a.vectors * kSize;
-    uint32_t const first = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
+    uint32_t const first = blockIdx.x * kThreads + threadIdx.x;
 
     // All loads go out before the first result is waited for.
     Pack<T, kSize> x[kUnroll];
-    Pack<float, kSteps> channel[kUnroll];
+    Pack<float, kSteps> channel[kLookups];
+    bool inside[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
     {
-        uint32_t const v = first + u * kThreads;
-        if (v < a.vectors)
+        uint32_t const v = first + u * a.stride;
+        inside[u] = first < a.stride && v < a.vectors;
+        if (inside[u])
         {
             x[u] = load<kSize>(static_cast<T const*>(a.x) + begin + static_cast<int64_t>(v) * kSize);
-            if constexpr (kChannels == Channels::kRow)
+            if (u < kLookups)
             {
-                channel[u] = load<kSteps>(a.tables.channel + a.period.remainder(v) * kSize);
-            }
-            else
-            {
-                uint32_t const c = kChannels == Channels::kOne ? 0 : a.period.remainder(a.vectorsInPlane.quotient(v));
+                uint32_t const c = kChannels == Channels::kOne
+                    ? 0
+                    : (kChannels == Channels::kRow ? a.period.remainder(v) * kSize : a.period.remainder(a.vectorsInPlane.quotient(v)));
                 channel[u] = load<kSteps>(a.tables.channel + c);
             }
         }
     }
     SharedRow const shared = rowOf(a.tables, n);
+    Steps<kSteps> steps[kLookups];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
     {
-        uint32_t const v = first + u * kThreads;
-        if (v < a.vectors)
+        if (inside[u])
         {
+            if (u < kLookups)
+            {
+                steps[u] = stepsOf(channel[u], shared.row);
+            }
             float values[kSize];
             unpack(x[u], values);
             uint32_t packed[kSize / 4];
-            quantize(values, channel[u].elements, shared, packed);
-            store<kSize>(a.codes + begin + static_cast<int64_t>(v) * kSize, packed);
+            quantize(values, steps[u < kLookups ? u : 0], shared, packed);
+            store<kSize>(a.codes + begin + static_cast<int64_t>(first + u * a.stride) * kSize, packed);
         }
     }
 }
@@ -91,77 +94,27 @@ struct BlockedArguments
     Layout codesLayout;
     int64_t codesStep; //!< from one store of a group to the next
     int32_t channels;
-    Divisor pixels;
-    uint32_t groups; //!< of a sample's pixels and channels, with padding
+    int64_t pixels;
+    Divisor stride;  //!< from a thread's pixel to its next
+    uint32_t groups; //!< of a sample's channels, with padding, times the stride: threads
     Tables tables;
     bool channelIsAligned;
     int32_t firstSample;
 };
 
-//! Any layout to any other: a thread takes 16 channels of one pixel, \p kLoad at a time, and stores \p kStore codes at a time.
-template <typename T, int kLoad, int kStore>
-__global__ void __launch_bounds__(kThreads) blockedKernel(BlockedArguments const a)
+//! Store the codes of one group from \p to on, with zeros for padding.
+template <int kStore>
+__device__ void storeGroup(BlockedArguments const& a, int32_t c0, int8_t* to, uint32_t (&packed)[kGroup / 4])
 {
-    int32_t const n = a.firstSample + static_cast<int32_t>(blockIdx.y);
-    uint32_t const index = blockIdx.x * kThreads + threadIdx.x;
-    // Neighbours write what lies side by side: the two halves of 32 channels, or the next pixel where each code is stored alone.
-    constexpr uint32_t kSideBySide = kStore == 1 ? 1 : 2;
-    uint32_t const rest = index / kSideBySide;
-    uint32_t const block = a.pixels.quotient(rest);
-    uint32_t const pixel = rest - block * a.pixels.number;
-    auto const c0 = static_cast<int32_t>((block * kSideBySide + index % kSideBySide) * kGroup);
-    bool const inside = c0 < a.codesLayout.channels;
-
-    Pack<T, kLoad> x[kGroup / kLoad] = {};
-    float channel[kGroup];
-    if (inside)
+    if (c0 + kGroup > a.channels)
     {
-        T const* from = static_cast<T const*>(a.x) + n * a.xLayout.sample + offsetOf(a.xLayout, c0, pixel);
 #pragma unroll
-        for (int i = 0; i < kGroup; i += kLoad)
+        for (int i = 0; i < kGroup; i += 4)
         {
-            if (c0 + i < a.xLayout.channels)
-            {
-                x[i / kLoad] = load<kLoad>(from + i / kLoad * a.xStep);
-            }
-        }
-        if (a.channelIsAligned && c0 + kGroup <= a.tables.channels)
-        {
-            unpack(load<kGroup>(a.tables.channel + c0), channel);
-        }
-        else
-        {
-#pragma unroll
-            for (int i = 0; i < kGroup; ++i)
-            {
-                channel[i] = a.tables.channel[min(c0 + i, a.tables.channels - 1)]; // the only one, or any for padding
-            }
+            int32_t const real = a.channels - (c0 + i);
+            packed[i / 4] &= real >= 4 ? 0xffffffffU : (real <= 0 ? 0U : (1U << (8 * real)) - 1U);
         }
     }
-    SharedRow const shared = rowOf(a.tables, n);
-    if (!inside)
-    {
-        return;
-    }
-    uint32_t packed[kGroup / 4];
-#pragma unroll
-    for (int i = 0; i < kGroup; i += 4)
-    {
-        float values[4];
-        float channels[4];
-        uint32_t codes[1];
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-        {
-            values[j] = toFloat(x[(i + j) / kLoad].elements[(i + j) % kLoad]);
-            channels[j] = channel[i + j];
-        }
-        quantize(values, channels, shared, codes);
-        int32_t const real = a.channels - (c0 + i); // what is beyond is padding
-        uint32_t const mask = real >= 4 ? 0xffffffffU : (real <= 0 ? 0U : (1U << (8 * real)) - 1U);
-        packed[i / 4] = codes[0] & mask;
-    }
-    int8_t* to = a.codes + n * a.codesLayout.sample + offsetOf(a.codesLayout, c0, pixel);
     if constexpr (kStore == kGroup)
     {
         store<kGroup>(to, packed);
@@ -184,6 +137,78 @@ __global__ void __launch_bounds__(kThreads) blockedKernel(BlockedArguments const
                 }
             }
         }
+    }
+}
+
+//! Any layout to any other: a thread takes 16 channels of some pixels, \p kLoad at a time, and stores \p kStore codes at a time.
+template <typename T, int kLoad, int kStore, int kUnroll>
+__global__ void __launch_bounds__(kThreads) blockedKernel(BlockedArguments const a)
+{
+    int32_t const n = a.firstSample + static_cast<int32_t>(blockIdx.y);
+    uint32_t const index = blockIdx.x * kThreads + threadIdx.x;
+    // Neighbours write what lies side by side: the two halves of 32 channels, or the next pixel where each code is stored alone.
+    constexpr uint32_t kSideBySide = kStore == 1 ? 1 : 2;
+    uint32_t const rest = index / kSideBySide;
+    uint32_t const block = a.stride.quotient(rest);
+    auto const c0 = static_cast<int32_t>((block * kSideBySide + index % kSideBySide) * kGroup);
+    int64_t const firstPixel = rest - block * a.stride.number;
+    bool const inside = c0 < a.codesLayout.channels;
+
+    // All loads go out before the first result is waited for.
+    Pack<T, kLoad> x[kUnroll][kGroup / kLoad] = {};
+    Pack<float, kGroup> channel;
+    if (inside)
+    {
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u)
+        {
+            int64_t const pixel = firstPixel + u * static_cast<int64_t>(a.stride.number);
+            T const* from = static_cast<T const*>(a.x) + n * a.xLayout.sample + offsetOf(a.xLayout, c0, pixel);
+#pragma unroll
+            for (int i = 0; i < kGroup; i += kLoad)
+            {
+                if (c0 + i < a.xLayout.channels && pixel < a.pixels)
+                {
+                    x[u][i / kLoad] = load<kLoad>(from + i / kLoad * a.xStep);
+                }
+            }
+        }
+        if (a.channelIsAligned && c0 + kGroup <= a.tables.channels)
+        {
+            channel = load<kGroup>(a.tables.channel + c0);
+        }
+        else
+        {
+#pragma unroll
+            for (int i = 0; i < kGroup; ++i)
+            {
+                channel.elements[i] = a.tables.channel[min(c0 + i, a.tables.channels - 1)]; // the only one, or any for padding
+            }
+        }
+    }
+    SharedRow const shared = rowOf(a.tables, n);
+    if (!inside)
+    {
+        return;
+    }
+    Steps<kGroup> const steps = stepsOf(channel, shared.row);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+    {
+        int64_t const pixel = firstPixel + u * static_cast<int64_t>(a.stride.number);
+        if (pixel >= a.pixels)
+        {
+            return;
+        }
+        float values[kGroup];
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i)
+        {
+            values[i] = toFloat(x[u][i / kLoad].elements[i % kLoad]);
+        }
+        uint32_t packed[kGroup / 4];
+        quantize(values, steps, shared, packed);
+        storeGroup<kStore>(a, c0, a.codes + n * a.codesLayout.sample + offsetOf(a.codesLayout, c0, pixel), packed);
     }
 }
 
@@ -234,11 +259,15 @@ cudaError_t launchLinear(TimestepQuantizeProblem const& p, uint32_t elements, cu
         ElementArguments const a{p.x, p.codes, elements, Divisor(inner), Divisor(channels), p.tables, 0};
         return launch(elementKernel<T>, a, blocksFor(elements, kThreads), p.samples, stream);
     }
-    LinearArguments const a{p.x, p.codes, elements / kSize, Divisor(planes ? inner / kSize : 1),
-        Divisor(planes || one ? channels : channels / kSize), p.tables, 0};
-    bool const many = static_cast<uint64_t>(a.vectors) * static_cast<uint32_t>(p.samples) >= kEnough;
-    auto* const kernel = many ? linearKernelFor<T, kManyVectors>(one, planes) : linearKernelFor<T, 1>(one, planes);
-    return launch(kernel, a, blocksFor(a.vectors, kThreads * (many ? kManyVectors : 1)), p.samples, stream);
+    uint32_t const vectors = elements / kSize;
+    bool const many = static_cast<uint64_t>(vectors) * static_cast<uint32_t>(p.samples) >= kEnough;
+    uint32_t const unroll = many ? kMany : 1;
+    bool const byRows = !one && !planes;
+    uint32_t const unit = byRows ? channels / kSize : 1; // a thread's vectors are some of these apart
+    uint32_t const stride = blocksFor(vectors / unit, unroll) * unit;
+    LinearArguments const a{p.x, p.codes, vectors, stride, Divisor(planes ? inner / kSize : 1), Divisor(byRows ? unit : channels), p.tables, 0};
+    auto* const kernel = many ? linearKernelFor<T, kMany>(one, planes) : linearKernelFor<T, 1>(one, planes);
+    return launch(kernel, a, blocksFor(stride, kThreads), p.samples, stream);
 }
 
 //! From one run of \p size channels to the next, both within a group of 16 channels.
@@ -248,22 +277,31 @@ int64_t stepIn(Layout const& layout, int32_t size)
     return sideBySide ? size : layout.block;
 }
 
-template <typename T, int kLoad>
+template <typename T, int kLoad, int kUnroll>
 cudaError_t launchBlocked(TimestepQuantizeProblem const& p, cudaStream_t stream)
 {
     int32_t const kStore = p.codesLayout.run >= kGroup ? kGroup : (p.codesLayout.run == 4 ? 4 : 1);
     constexpr int32_t kBlock = 2 * kGroup;
-    auto const pixels = static_cast<uint32_t>(p.inner);
-    uint64_t const groups = uint64_t{pixels} * static_cast<uint32_t>(roundedUp(p.codesLayout.channels, kBlock) / kGroup);
+    uint32_t const stride = blocksFor(static_cast<uint32_t>(p.inner), kUnroll);
+    uint64_t const groups = uint64_t{stride} * static_cast<uint32_t>(roundedUp(p.codesLayout.channels, kBlock) / kGroup);
     if (groups > static_cast<uint64_t>(std::numeric_limits<int32_t>::max()))
     {
         return cudaErrorInvalidValue;
     }
     BlockedArguments const a{p.x, p.xLayout, stepIn(p.xLayout, kLoad), p.codes, p.codesLayout, stepIn(p.codesLayout, kStore), p.channels,
-        Divisor(pixels), static_cast<uint32_t>(groups), p.tables, isAligned(p.tables.channel, kVectorBytes), 0};
-    auto* const kernel = kStore == kGroup ? blockedKernel<T, kLoad, kGroup>
-                                          : (kStore == 4 ? blockedKernel<T, kLoad, 4> : blockedKernel<T, kLoad, 1>);
+        p.inner, Divisor(stride), static_cast<uint32_t>(groups), p.tables, isAligned(p.tables.channel, kVectorBytes), 0};
+    auto* const kernel = kStore == kGroup
+        ? blockedKernel<T, kLoad, kGroup, kUnroll>
+        : (kStore == 4 ? blockedKernel<T, kLoad, 4, kUnroll> : blockedKernel<T, kLoad, 1, kUnroll>);
     return launch(kernel, a, blocksFor(a.groups, kThreads), p.samples, stream);
+}
+
+template <typename T, int kLoad>
+cudaError_t launchBlocked(TimestepQuantizeProblem const& p, cudaStream_t stream)
+{
+    constexpr int kPixels = 2; // a group is two vectors or more to load
+    uint64_t const groups = static_cast<uint64_t>(p.inner) * static_cast<uint32_t>(p.codesLayout.channels / kGroup) * static_cast<uint32_t>(p.samples);
+    return groups >= kEnough / 2 ? launchBlocked<T, kLoad, kPixels>(p, stream) : launchBlocked<T, kLoad, 1>(p, stream);
 }
 
 bool isLinear(Layout const& layout)
