@@ -6,11 +6,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporters.graph_info import save_graph
-from quest_deploy.benchmark import FP32, QUANTIZED, STATIC, Benchmark, BenchmarkOptions, benchmark_engine
+from exporters.graph_info import load_graph, save_graph
+from quest_deploy.benchmark import FP32, NATIVE_ENGINE, QUANTIZED, STATIC, Benchmark, BenchmarkOptions, benchmark_engine
 from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.base import EngineOptions
+from quest_deploy.engine.base import LOWERED, EngineOptions, build_engine
 from quest_deploy.errors import InputError
+from tests.quest_deploy.plugin_backend import PluginOnTheCpu, kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,6 +71,25 @@ def test_progress_tells_every_phase_to_its_end(timed: tuple[Benchmark, list[tupl
     last = {phase: (done, total) for phase, done, total in timed[1]}
     phases = {"building baselines": (2, 2), "timing": (2, 2), "measuring memory": (3, 3)}
     assert last == phases | {"asking the engine what its layers run in": (1, 1)}
+
+
+def test_an_engine_whose_plugin_quantizes_is_timed_against_itself_quantized_natively(
+    mini_proto: onnx.ModelProto, tmp_path: Path
+) -> None:
+    backend, options = PluginOnTheCpu(), EngineOptions(threads=1, quantize="plugin")
+    (tmp_path / "engine").mkdir()
+    build_engine(backend, ir.from_proto(mini_proto), tmp_path / "engine", options, "cd" * 32)
+    save_graph(ir.from_proto(mini_proto), tmp_path / "unet.onnx")
+    choices = BenchmarkOptions(batches=(2,), runs=2, warmup=0)
+    result = benchmark_engine(backend, options, tmp_path / "engine", tmp_path / "unet.onnx", tmp_path / "scratch", choices)
+    medians = {t.engine: t.median_s for t in result.timings}
+    assert medians.keys() == {QUANTIZED, NATIVE_ENGINE, STATIC, FP32}
+    assert result.plugin_speedup == {2: pytest.approx(medians[NATIVE_ENGINE] / medians[QUANTIZED])}
+    nodes = {
+        folder.name: len(kept(load_graph(folder / LOWERED))) for folder in (tmp_path / "engine", *(tmp_path / "scratch").iterdir())
+    }
+    assert nodes.pop("engine") > 10
+    assert nodes == {"native": 0, "static-scale": 0, "fp32": 0}
 
 
 def test_what_the_layers_run_in_is_told_beside_the_speed(timed: tuple[Benchmark, Any]) -> None:

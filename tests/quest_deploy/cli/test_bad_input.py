@@ -226,6 +226,11 @@ def test_an_unknown_scheduler_is_refused_with_the_known_ones(workspace: Path, co
         (["calibrate", "--method", "entropy"], "unknown calibration method 'entropy': expected one of mse, minmax"),
         (["build-engine", "--provider", "rocm"], "unknown provider 'rocm'"),
         (["build-engine", "--backend", "tensorrt-rtx", "--compute-capability", "12"], "unknown compute capability '12'"),
+        (["build-engine", "--backend", "tensorrt-rtx", "--pool-limit", "tactic_dram:2G"], "expected workspace:SIZE"),
+        (["build-engine", "--backend", "tensorrt-rtx", "--weight-streaming-budget", "half"], "expected a size, such as 2G, not 'half'"),
+        (["build-engine", "--backend", "tensorrt", "--tactic-sources", "none", "--tactic-sources", "x"], "none excludes every other"),
+        (["build-engine", "--backend", "tensorrt-rtx", "--quantize", "plugin"], "tensorrt-rtx runs no plugins"),
+        (["build-engine", "--quantize", "native"], "--quantize is TensorRT's, and the backend is openvino"),
     ],
 )
 def test_an_unknown_choice_of_a_stage_is_refused(workspace: Path, arguments: list[str], words: str) -> None:

@@ -109,7 +109,8 @@ def test_an_engine_says_what_built_it_from_which_graph(chain: Chain, backend: st
 
 
 def test_tensorrt_rtx_was_built_for_the_capability_asked_for(chain: Chain) -> None:
-    assert chain.outcomes["build-engine tensorrt-rtx"].json["hardware"]["compute_capabilities"] == ["89"]
+    built = chain.outcomes["build-engine tensorrt-rtx"].json
+    assert (built["hardware"]["compute_capabilities"], built["quantize"]) == (["89"], "native")
 
 
 def test_verify_passes_and_reports_every_bucket_and_layer(chain: Chain) -> None:

@@ -80,7 +80,8 @@ void write_string(std::string& out, const std::string& text) {
 
 class JsonParser {
 public:
-    JsonParser(const std::string& text, const std::string& what) : text_(text), what_(what) {}
+    JsonParser(const std::string& text, const std::string& what, const std::string& repair)
+        : text_(text), what_(what), repair_(std::make_shared<const std::string>(repair)) {}
 
     Json document() {
         Json value = parse(what_, 0);
@@ -91,7 +92,7 @@ public:
 
 private:
     [[noreturn]] void fail(const std::string& expected) const {
-        throw Error(what_ + " is damaged: expected " + expected + " at byte " + std::to_string(at_));
+        throw Error(what_ + " is damaged: expected " + expected + " at byte " + std::to_string(at_) + "; " + *repair_);
     }
 
     char peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }
@@ -123,6 +124,7 @@ private:
         skip_space();
         Json value;
         value.path_ = path;
+        value.repair_ = repair_;
         if (peek() == '{') {
             value.kind_ = Json::Kind::object;
             members(value, path, depth);
@@ -239,16 +241,17 @@ private:
 
     const std::string& text_;
     const std::string& what_;
+    std::shared_ptr<const std::string> repair_;
     std::size_t at_ = 0;
 };
 
-Json Json::parse(const std::string& text, const std::string& what) {
-    return JsonParser(text, what).document();
+Json Json::parse(const std::string& text, const std::string& what, const std::string& repair) {
+    return JsonParser(text, what, repair).document();
 }
 
 void Json::wrong(const char* expected) const {
     static const char* const names[] = {"null", "true or false", "a number", "a string", "a list", "an object"};
-    throw Error(path_ + ": expected " + expected + ", found " + names[static_cast<int>(kind_)]);
+    throw Error(path_ + ": expected " + expected + ", found " + names[static_cast<int>(kind_)] + "; " + *repair_);
 }
 
 const Json* Json::find(const std::string& key) const {
@@ -259,7 +262,7 @@ const Json* Json::find(const std::string& key) const {
 
 const Json& Json::at(const std::string& key) const {
     const Json* found = find(key);
-    if (found == nullptr) throw Error(path_ + " has no " + key);
+    if (found == nullptr) throw Error(path_ + " has no " + key + "; " + *repair_);
     return *found;
 }
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -14,8 +15,9 @@ class Json {
 public:
     enum class Kind { null, boolean, number, string, array, object };
 
-    /// Parse a whole document; throws Error with `what` it is and the byte where it goes wrong.
-    static Json parse(const std::string& text, const std::string& what);
+    /// Parse a whole document. Throws Error with `what` it is and the byte where it goes wrong; that, and every later error about a value,
+    /// ends with what to do.
+    static Json parse(const std::string& text, const std::string& what, const std::string& repair);
 
     Kind kind() const { return kind_; }
 
@@ -44,6 +46,7 @@ private:
     std::vector<Json> items_;
     std::map<std::string, Json> members_;
     std::string path_;  ///< where it is, for messages
+    std::shared_ptr<const std::string> repair_;
 };
 
 }  // namespace quest_deploy

@@ -33,7 +33,7 @@ void check_scales(const std::vector<float>& scales, std::size_t most, const std:
 
 Schedule Schedule::load(const std::filesystem::path& path) {
     const std::vector<char> text = read_file(path, kRepair, kMaxBytes);
-    const Json content = Json::parse(std::string(text.begin(), text.end()), path.string());
+    const Json content = Json::parse(std::string(text.begin(), text.end()), path.string(), kRepair);
     if (content.at("format").as_string() != kFormat || content.at("version").as_integer() != kVersion) {
         throw Error(path.string() + ": expected a " + kFormat + " of version " + std::to_string(kVersion) + "; " + kRepair);
     }

@@ -24,7 +24,7 @@ constexpr std::uintmax_t kMaxJsonBytes = std::uintmax_t{1} << 28;
 
 Json read_json(const fs::path& path, const char* repair) {
     const std::vector<char> content = read_file(path, repair, kMaxJsonBytes);
-    return Json::parse(std::string(content.begin(), content.end()), path.string());
+    return Json::parse(std::string(content.begin(), content.end()), path.string(), repair);
 }
 
 void check_format(const Json& content, const fs::path& path, const char* format, std::int64_t version, const char* repair) {

@@ -42,7 +42,7 @@ int run(const std::vector<std::string>& words) {
         std::cout << sha256(content.data(), content.size()) << "\n";
     } else if (command == "canonical") {
         const std::vector<char> content = read_file(words.at(1), "");
-        std::cout << Json::parse(std::string(content.begin(), content.end()), words.at(1)).canonical() << "\n";
+        std::cout << Json::parse(std::string(content.begin(), content.end()), words.at(1), "write it again").canonical() << "\n";
     } else if (command == "engine") {
         const Workspace workspace = Workspace::open(words.at(1));
         const EngineRecord record = workspace.engine(words.at(2));
