@@ -66,7 +66,7 @@ class PackageServer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
-    def start(self, seconds: float = 180.0) -> None:
+    def start(self, seconds: float = 300.0) -> None:
         """Start and wait until every model is loaded; raise QuestDeployError where that fails."""
         http, grpc, metrics = _free_ports(3)
         self.http, self.grpc = f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
