@@ -236,7 +236,8 @@ class Generator:
     async def _decode(self, latents: np.ndarray, infer: Infer) -> np.ndarray:
         """Latents [1, C, h, w] to an image [1, C, H, W] in [-1, 1], or a little beyond."""
         if self.settings["decoder"]:
-            return (await infer("vae_decoder", {"sample": latents}))["image"]
+            decoded: np.ndarray = (await infer("vae_decoder", {"sample": latents}))["image"]
+            return decoded
         if (factor := self.settings["pixels_per_latent"]) == 1:
             return latents
         shuffled: np.ndarray = torch.nn.functional.pixel_shuffle(torch.from_numpy(latents), factor).numpy()
