@@ -246,7 +246,8 @@ class Generator:
 
 def pixels(image: np.ndarray) -> np.ndarray:
     """An image [1, C, H, W] in [-1, 1] as uint8 [H, W, C]."""
-    return ((image[0].transpose(1, 2, 0).clip(-1, 1) / 2 + 0.5) * 255).round().astype(np.uint8)
+    levels: np.ndarray = ((image[0].transpose(1, 2, 0).clip(-1, 1) / 2 + 0.5) * 255).round().astype(np.uint8)
+    return levels
 
 
 def png(image: np.ndarray) -> bytes:
