@@ -21,6 +21,7 @@ SITES_KEY = "quest.sites"
 SCHEME_KEY = "quest.scheme"
 CHECKPOINT_KEY = "quest.checkpoint_sha256"
 SAMPLE_SHAPE_KEY = "quest.sample_shape"
+SAMPLE_MULTIPLE_KEY = "quest.sample_multiple"
 BUCKET = "bucket"
 """The name of the value [batch] int64 that says which bucket each sample is in."""
 
@@ -70,11 +71,13 @@ class GraphInfo:
 
     Attributes:
         sample_shape: the shape of one sample, without the batch, that the model is meant for; its height and width may be others.
+        sample_multiple: what they must be multiples of, since the model halves them so often.
     """
 
     scheme: Scheme
     checkpoint_sha256: str
     sample_shape: tuple[int, ...]
+    sample_multiple: int
     layers: dict[str, LayerInfo]
     products: dict[str, ProductInfo]
     sites: dict[str, SiteInfo]
@@ -95,6 +98,7 @@ def graph_info(model: ir.Model) -> GraphInfo:
             scheme=Scheme.from_json(json.loads(props[SCHEME_KEY])),
             checkpoint_sha256=props[CHECKPOINT_KEY],
             sample_shape=sample_shape(model),
+            sample_multiple=sample_multiple(model),
             layers={entry["name"]: LayerInfo(**entry) for entry in json.loads(props[LAYERS_KEY])},
             products={entry["name"]: _product(entry) for entry in json.loads(props[PRODUCTS_KEY])},
             sites={entry["name"]: SiteInfo(**entry) for entry in json.loads(props[SITES_KEY])},
@@ -106,6 +110,11 @@ def graph_info(model: ir.Model) -> GraphInfo:
 def sample_shape(model: ir.Model) -> tuple[int, ...]:
     """The shape of one sample, from the metadata; raise KeyError where it is not there."""
     return tuple(json.loads(model.metadata_props[SAMPLE_SHAPE_KEY]))
+
+
+def sample_multiple(model: ir.Model) -> int:
+    """What heights and widths of samples must be multiples of, from the metadata; raise KeyError where it is not there."""
+    return int(json.loads(model.metadata_props[SAMPLE_MULTIPLE_KEY]))
 
 
 def _product(entry: dict[str, Any]) -> ProductInfo:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
 
 from exporters import timestep_quantize
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
 OPERATORS = ("Conv", "ConvInteger", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger")
-_FIRST_AXIS = "first_axis_of_inference"
+_COMPUTED = "_computed"
+_SIZES = ("Add", "Concat", "Div", "Mul", "Reshape", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze")
+"""What exporters compute sizes with."""
 _KEEP_SHAPE = (timestep_quantize.OP_TYPE, "GroupNormalization")
 _KEEP_CONSTANT = ("Cast", "DequantizeLinear", "Identity", "Mul", "Reshape", "Sub", "Transpose")
 """What lies between an initializer and the weight that a multiplication reads."""
@@ -98,14 +103,13 @@ def _macs(node: ir.Node, weights: int, shapes: dict[str, list[int | None]]) -> i
 def _inferred_shapes(model: ir.Model, shapes: dict[str, tuple[int, ...]]) -> dict[str, list[int | None]]:
     proto = ir.to_proto(model)  # initializers in a file beside the graph stay there
     del proto.graph.value_info[:]  # with their symbols, which would hide sizes that follow from ``shapes``
-    scalars = {node.name for node in model.graph if node.op_type == "Reshape" and _is_scalar(node.inputs[0])}
-    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray([0]), _FIRST_AXIS))
+    sizes = _computed_sizes(model, shapes)
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, f"{name}{_COMPUTED}") for name, array in sizes.items())
     for node in proto.graph.node:
         if node.op_type in _KEEP_SHAPE:
             _pass_shape_on(node)
-        elif node.name in scalars:  # of sizes, computed: inference follows them through Unsqueeze, not through Reshape
-            node.op_type, node.input[1] = "Unsqueeze", _FIRST_AXIS
-            del node.attribute[:]
+        elif node.op_type == "Reshape" and node.input[1] in sizes:
+            node.input[1] += _COMPUTED
     for value in proto.graph.input:
         if value.name in shapes:
             value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, shapes[value.name]))
@@ -118,8 +122,36 @@ def _inferred_shapes(model: ir.Model, shapes: dict[str, tuple[int, ...]]) -> dic
     return {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer} | found
 
 
-def _is_scalar(value: ir.Value | None) -> bool:
-    return value is not None and value.shape is not None and len(value.shape) == 0
+def _computed_sizes(model: ir.Model, shapes: dict[str, tuple[int, ...]]) -> dict[str, NDArray[Any]]:
+    """The targets of Reshapes that are computed from the sizes of the graph's inputs: shape inference does not divide."""
+    found: dict[ir.Value, NDArray[Any] | None] = {}
+
+    def value_of(value: ir.Value | None) -> NDArray[Any] | None:
+        if value is None or value.const_value is not None:
+            return None if value is None else value.const_value.numpy()
+        if value not in found:
+            found[value] = computed(value.producer())
+        return found[value]
+
+    def computed(node: ir.Node | None) -> NDArray[Any] | None:
+        if node is None or node.op_type not in _SIZES:
+            return None
+        if node.op_type == "Shape":
+            source = node.inputs[0]
+            if source is None or source.name not in shapes:
+                return None
+            operands = [np.empty(shapes[source.name])]
+        else:
+            known = [value_of(operand) for operand in node.inputs]
+            operands = [operand for operand in known if operand is not None]
+            if len(operands) < len(known):
+                return None
+        feeds = {x.name: operand for x, operand in zip(node.inputs, operands, strict=True) if x is not None}
+        return np.asarray(ReferenceEvaluator(ir.to_proto(node)).run(None, feeds)[0])
+
+    targets = {node.inputs[1] for node in model.graph if node.op_type == "Reshape"}
+    arrays = {target.name or "": value_of(target) for target in targets if target is not None and target.const_value is None}
+    return {name: array for name, array in arrays.items() if array is not None}
 
 
 def _pass_shape_on(node: onnx.NodeProto) -> None:

@@ -62,45 +62,55 @@ def arithmetic(
     return op("QuantizeLinear", [clipped, one, zero], "codes", dtype=ir.DataType.INT8)
 
 
+class FunctionBuilder:
+    """Builds the body of a model-local function over named operands."""
+
+    def __init__(self, inputs: Sequence[str]) -> None:
+        self.operands = {name: ir.Value(name=name) for name in inputs}
+        self.nodes: list[ir.Node] = []
+
+    def op(self, op_type: str, inputs: Sequence[ir.Value], name: str, **attributes: Any) -> ir.Value:
+        """Add a node with one output and return it."""
+        return self.ops(op_type, inputs, [name], **attributes)[0]
+
+    def ops(self, op_type: str, inputs: Sequence[ir.Value], names: Sequence[str], **attributes: Any) -> list[ir.Value]:
+        """Add a node and return its outputs."""
+        dtype = attributes.pop("dtype", None)
+        outputs = [ir.Value(name=name, type=None if dtype is None else ir.TensorType(dtype)) for name in names]
+        attrs = [a if isinstance(a, ir.Attr) else ir.convenience.convert_attribute(k, a) for k, a in attributes.items()]
+        self.nodes.append(ir.Node("", op_type, inputs, attrs, outputs=outputs, name=names[0]))
+        return outputs
+
+    def codes(self, x: ir.Value, rank: ir.Value, channel: ir.Value) -> ir.Value:
+        """Add the op's arithmetic on ``x``, float32, of ``rank``, a vector of one number; ``channel`` broadcasts against ``x``."""
+        unit = self.op("Constant", [], "unit", value_ints=[1])
+        rest = self.op("Constant", [], "rest", value_ints=[-1])
+        ones = self.op("Expand", [unit, self.op("Sub", [rank, unit], "rank_less_one")], "sample_ones")
+        sample_shape = self.op("Concat", [rest, ones], "sample_shape", axis=0)
+        gathered = [self.op("Gather", [self.operands[name], self.operands["bucket"]], f"{name}_gathered") for name in TABLES]
+        scale, low, high, offset = (self.op("Reshape", [g, sample_shape], f"{g.name}_of_sample") for g in gathered)
+        one = self.op("Constant", [], "one", value_float=1.0)
+        zero = self.op("Constant", [], "zero", value=ir.tensor(0, dtype=ir.DataType.INT8))
+        return arithmetic(self.op, x, scale, low, high, offset, channel, one, zero)
+
+    def function(self, op_type: str, output: ir.Value, attributes: Sequence[str] = ()) -> ir.Function:
+        """The function of our domain, with integer ``attributes``."""
+        graph = ir.Graph(list(self.operands.values()), [output], nodes=self.nodes, opset_imports={"": OPSET}, name=op_type)
+        attrs = [ir.Attr(name, ir.AttributeType.INT, None) for name in attributes]
+        return ir.Function(DOMAIN, op_type, graph=graph, attributes=attrs)
+
+
 def function_body() -> ir.Function:
     """The op as a model-local function, for x of any rank and any float type."""
-    operands = {name: ir.Value(name=name) for name in INPUTS}
-    nodes: list[ir.Node] = []
-
-    def op(op_type: str, inputs: Sequence[ir.Value], name: str, **attributes: Any) -> ir.Value:
-        dtype = attributes.pop("dtype", None)
-        output = ir.Value(name=name, type=None if dtype is None else ir.TensorType(dtype))
-        attrs = [a if isinstance(a, ir.Attr) else ir.convenience.convert_attribute(k, a) for k, a in attributes.items()]
-        nodes.append(ir.Node("", op_type, inputs, attrs, outputs=[output], name=name))
-        return output
-
+    builder = FunctionBuilder(INPUTS)
+    op, operands = builder.op, builder.operands
     axis = op("Constant", [], "axis_scalar", value_int=ir.RefAttr("value_int", AXIS, ir.AttributeType.INT))
     axis = op("Reshape", [axis, op("Constant", [], "vector_shape", value_ints=[1])], "axis_vector")
     rank = op("Shape", [op("Shape", [operands["x"]], "x_shape")], "rank")
-    unit = op("Constant", [], "unit", value_ints=[1])
-    rest = op("Constant", [], "rest", value_ints=[-1])
-
-    def ones(count: ir.Value, name: str) -> ir.Value:
-        return op("Expand", [unit, count], name)
-
-    before = op("Sub", [rank, unit], "rank_less_one")
-    sample_shape = op("Concat", [rest, ones(before, "sample_ones")], "sample_shape", axis=0)
-    after = op("Sub", [before, axis], "axes_after")
-    channel_shape = op("Concat", [ones(axis, "ones_before"), rest, ones(after, "ones_after")], "channel_shape", axis=0)
-    gathered = {
-        name: op("Reshape", [op("Gather", [operands[name], operands["bucket"]], f"{name}_gathered"), sample_shape], f"{name}_of_sample")
-        for name in TABLES
-    }
-    codes = arithmetic(
-        op,
-        op("Cast", [operands["x"]], "x_float", to=ir.DataType.FLOAT.value),
-        gathered["scale"],
-        gathered["low"],
-        gathered["high"],
-        gathered["offset"],
-        op("Reshape", [operands["channel"], channel_shape], "channel_shaped"),
-        op("Constant", [], "one", value_float=1.0),
-        op("Constant", [], "zero", value=ir.tensor(0, dtype=ir.DataType.INT8)),
-    )
-    graph = ir.Graph(list(operands.values()), [codes], nodes=nodes, opset_imports={"": OPSET}, name=OP_TYPE)
-    return ir.Function(DOMAIN, OP_TYPE, graph=graph, attributes=[ir.Attr(AXIS, ir.AttributeType.INT, None)])
+    one_axis = op("Constant", [], "one_axis", value_ints=[1])
+    before = op("Expand", [one_axis, axis], "ones_before")
+    after = op("Expand", [one_axis, op("Sub", [op("Sub", [rank, one_axis], "axes"), axis], "axes_after")], "ones_after")
+    channel_shape = op("Concat", [before, op("Constant", [], "all_channels", value_ints=[-1]), after], "channel_shape", axis=0)
+    x = op("Cast", [operands["x"]], "x_float", to=ir.DataType.FLOAT.value)
+    codes = builder.codes(x, rank, op("Reshape", [operands["channel"], channel_shape], "channel_shaped"))
+    return builder.function(OP_TYPE, codes, [AXIS])

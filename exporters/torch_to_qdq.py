@@ -19,7 +19,8 @@ from onnx_ir.passes import common
 from torch import Tensor, nn
 
 from exporters import timestep_quantize
-from exporters.graph_info import CHECKPOINT_KEY, SAMPLE_SHAPE_KEY, SCHEME_KEY
+from exporters.graph_info import CHECKPOINT_KEY, SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, SCHEME_KEY
+from exporters.passes.constant_reshapes import ConstantReshapes
 from exporters.passes.forward_slices import ForwardSlices
 from exporters.passes.insert_quantized_layers import LAYER_PLACEHOLDER, PLACEHOLDER_DOMAIN, PRODUCT_PLACEHOLDER, InsertQuantizedLayers
 from quest_deploy.quant.model import build_float_model, downsampling, set_submodule
@@ -86,6 +87,7 @@ def _traced(skeleton: _Skeleton, example: dict[str, Tensor]) -> ir.Model:
     for value in (*program.model.graph.inputs, *program.model.graph.outputs):
         if value.shape is not None and len(value.shape) == 4:
             value.shape = ir.Shape([*value.shape[:2], "height", "width"])
+    program.model.metadata_props[SAMPLE_MULTIPLE_KEY] = json.dumps(factor)
     return program.model
 
 
@@ -105,6 +107,7 @@ def _to_onnx(exported: torch.export.ExportedProgram, names: list[str], shapes: d
             output_names=[OUTPUT_NAME],
             verbose=False,
             optimize=False,  # see _simplify
+            custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
         )
 
     targets = {node.target for node in exported.graph.nodes}
@@ -118,6 +121,28 @@ def _to_onnx(exported: torch.export.ExportedProgram, names: list[str], shapes: d
         finally:
             del exported.run_decompositions
     return translated()
+
+
+def _attention(
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    attn_mask: ir.Value | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> ir.Value:
+    """Attention on [B, heads, N, d] without a mask, its keys transposed by one node; torch.onnx reshapes them for it and back."""
+    from onnxscript import opset21 as op
+    from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
+
+    width = None if query.shape is None or len(query.shape) != 4 else query.shape[-1]
+    if attn_mask is not None or dropout_p or is_causal or enable_gqa or not isinstance(width, int):
+        return aten_scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    factor = op.Constant(value_float=(width**-0.5 if scale is None else scale) ** 0.5)  # on both, as torch does: nothing overflows
+    scores = op.MatMul(op.Mul(query, factor), op.Mul(op.Transpose(key, perm=[0, 1, 3, 2]), factor))
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 
 def _rewrite_conversions(graph: torch.fx.Graph) -> None:
@@ -158,9 +183,10 @@ def _simplify(model: ir.Model) -> None:
                 rules.squeeze_reshape_1d_rule,
             ],
         )
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    ConstantReshapes()(model)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass()(model)
     # Layers that read the same tensor read the same value only after equal subexpressions (one SiLU per ResBlock) are merged.
     common.CommonSubexpressionEliminationPass()(model)

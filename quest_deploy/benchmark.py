@@ -1,6 +1,7 @@
-"""Benchmarks: the quantized engine against the float engine of the same model, and against itself with static scales.
+"""Benchmarks: the quantized engine against the float engine of the same model, against itself with static scales and, where a plugin
+quantizes, against itself quantized natively.
 
-All three are built for the same backend from the same graph and timed in turn in one process, so that a machine whose speed drifts
+All are built for the same backend from the same graph and timed in turn in one process, so that a machine whose speed drifts
 slows all of them alike; peak memory is taken in a process of its own for each.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import numpy as np
 from exporters.graph_info import graph_info, load_graph, save_graph
 from exporters.passes.remove_quantization import RemoveQuantization
 from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.base import LOWERED, EngineOptions, input_shapes, no_progress
+from quest_deploy.engine.base import LOWERED, NATIVE, PLUGIN, EngineOptions, input_shapes, no_progress
 from quest_deploy.errors import InputError
 from quest_deploy.memory import peak_memory
 from quest_deploy.precision import engine_precision
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.engine.base import Backend
 
-QUANTIZED, STATIC, FP32 = "quantized", "static scale", "fp32"
+QUANTIZED, STATIC, FP32, NATIVE_ENGINE = "quantized", "static scale", "fp32", "native"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Benchmark:
     """All of it. Ratios are of medians within this run: above 1, the quantized engine is faster (smaller).
 
     ``bucket_selection_cost`` is empty where static scales were left out; ``precision`` is what the quantized engine's layers run in,
-    ``PrecisionReport.summary()``.
+    ``PrecisionReport.summary()``; ``plugin_speedup`` is over the same engine quantized natively, empty where no plugin quantizes.
     """
 
     backend: str
@@ -82,6 +83,7 @@ class Benchmark:
     bucket_selection_cost: dict[int, float]
     size_ratio_to_fp32: float
     precision: dict[str, Any]
+    plugin_speedup: dict[int, float]
 
     def to_json(self) -> dict[str, Any]:
         """The benchmark as a JSON value."""
@@ -105,6 +107,8 @@ def benchmark_engine(
     """
     backend.check_run(options)
     baselines = (STATIC, FP32) if choices.static else (FP32,)
+    if options.quantize == PLUGIN:
+        baselines = (NATIVE_ENGINE, *baselines)
     folders = {QUANTIZED: engine} | {name: scratch / name.replace(" ", "-") for name in baselines}
     for i, name in enumerate(baselines):
         on_progress("building baselines", i, len(baselines))
@@ -131,6 +135,7 @@ def benchmark_engine(
         {b: medians[QUANTIZED, b] / medians[STATIC, b] for b in choices.batches if choices.static},
         sizes[FP32] / sizes[QUANTIZED],
         precision,
+        {b: medians[NATIVE_ENGINE, b] / medians[QUANTIZED, b] for b in choices.batches if NATIVE_ENGINE in folders},
     )
 
 
@@ -140,7 +145,10 @@ def _build_baseline(backend: Backend, options: EngineOptions, graph: Path, folde
     if name == FP32:
         RemoveQuantization()(model)
     else:
-        model = backend.lower(model, frozen_bucket=graph_info(model).scheme.buckets // 2, dtype=options.dtype)
+        # A plugin's scales are never static: both of these are native.
+        options = replace(options, quantize=NATIVE, plugins=None, serialize_plugins=False) if options.quantize == PLUGIN else options
+        frozen_bucket = graph_info(model).scheme.buckets // 2 if name == STATIC else None
+        model = backend.lower(model, options, frozen_bucket=frozen_bucket)
     save_graph(model, folder / LOWERED)
     backend.compile(folder / LOWERED, folder, options, no_progress)
 

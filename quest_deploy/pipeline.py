@@ -84,11 +84,6 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         """Where pipelines put their latents and states."""
         return self._place.device
 
-    @property
-    def factor(self) -> int:
-        """What heights and widths of latents must be multiples of: the UNet halves them so often."""
-        return int(2 ** (len(self.config["block_out_channels"]) - 1))
-
     def forward(
         self,
         sample: Tensor,
@@ -113,8 +108,6 @@ class PipelineUNet(ModelMixin, ConfigMixin):
             InputError: an argument that the engine does not compute (ControlNet's residuals, attention arguments, IP-Adapter), or a
                 height or width that the UNet cannot halve.
         """
-        if any(size % self.factor for size in sample.shape[2:]):
-            raise InputError(f"expected latents whose height and width are multiples of {self.factor}, found {list(sample.shape[2:])}")
         wanted = {name: value for name, value in unsupported.items() if value is not None and value != {}}
         added = dict(added_cond_kwargs or {})
         wanted |= {name: value for name, value in added.items() if name not in ("text_embeds", "time_ids")}

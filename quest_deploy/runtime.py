@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.base import open_engine
+from quest_deploy.engine.base import engine_info, open_engine
 from quest_deploy.errors import InputError
 from quest_deploy.workspace import ENGINES
 
@@ -28,14 +28,17 @@ class EngineUNet:
     ...     epsilon = unet.predict(sample, 501, encoder_hidden_states=tokens)
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, sample_multiple: int = 1) -> None:
+        """Run with ``runner`` on samples whose height and width are multiples of ``sample_multiple``."""
         self._runner = runner
+        self.sample_multiple = sample_multiple
 
     @classmethod
     def load(cls, workspace: Workspace, backend: str) -> EngineUNet:
         """Open a workspace's engine, its record and its files checked; raise InputError where there is none that can run here."""
         workspace.require(f"build-engine/{backend}")
-        return cls(open_engine(get_backend(backend), workspace.path(ENGINES, backend)))
+        folder = workspace.path(ENGINES, backend)
+        return cls(open_engine(get_backend(backend), folder), engine_info(folder)["sample_multiple"])
 
     def predict(self, sample: NDArray[Any], timestep: NDArray[Any] | float, **conditions: NDArray[Any]) -> NDArray[np.float32]:
         """Run the engine once.
@@ -46,8 +49,12 @@ class EngineUNet:
             conditions: each [B, ...].
 
         Raises:
-            InputError: batch sizes that differ.
+            InputError: batch sizes that differ, or a height or width that the UNet cannot halve as often as it does.
         """
+        if any(size % self.sample_multiple for size in sample.shape[2:]):
+            raise InputError(
+                f"expected samples whose height and width are multiples of {self.sample_multiple}, found {list(sample.shape[2:])}"
+            )
         batch = len(sample)
         steps = np.asarray(timestep, np.float32)
         steps = np.full(batch, steps) if steps.ndim == 0 else steps

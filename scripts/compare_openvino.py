@@ -1,4 +1,4 @@
-"""Compare speeds on OpenVINO: a portable graph's engine, NNCF's static INT8, the same model in FP32, and our graph with static scales.
+"""Compare speeds on OpenVINO: a portable graph's engine, the same with static scales and with more buckets, NNCF's INT8, and FP32.
 
     python scripts/compare_openvino.py GRAPH [--dtype fp32 --dtype bf16] [--json FILE]
 
@@ -34,6 +34,7 @@ from quest_deploy.engine.openvino_precision import runtime_info
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import onnx_ir as ir
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
@@ -47,11 +48,14 @@ class Variant(StrEnum):
     """What `quest-deploy build-engine --backend openvino` runs: each sample's bucket is chosen in the graph."""
     STATIC = "static scales"
     """The engine, frozen to one bucket."""
+    WIDER = "50 buckets"
+    """The engine with so many buckets."""
     NNCF = "nncf int8"
     FP32 = "fp32"
 
 
-RIVALS = (Variant.FP32, Variant.NNCF, Variant.STATIC)
+RIVALS = (Variant.FP32, Variant.NNCF, Variant.STATIC, Variant.WIDER)
+WIDER_BUCKETS = 50
 TRAIN_TIMESTEPS = 1000.0
 ROLES = {
     "convolution and linear": {"Convolution", "FullyConnected", "FullyConnectedQuantizedLegacy", "Deconvolution"},
@@ -206,12 +210,17 @@ def build(graph: Path, folder: Path, feeds: Feeds, calibration: list[Feeds]) -> 
     from exporters.lower.openvino import lower
     from exporters.passes.remove_quantization import RemoveQuantization
 
-    names = {Variant.ENGINE: "engine.onnx", Variant.STATIC: "static.onnx", Variant.FP32: "float.onnx", Variant.NNCF: "nncf.xml"}
+    names = {
+        Variant.ENGINE: "engine.onnx", Variant.STATIC: "static.onnx", Variant.WIDER: "wider.onnx", Variant.FP32: "float.onnx",
+        Variant.NNCF: "nncf.xml",
+    }  # fmt: skip
     paths = {variant: folder / name for variant, name in names.items()}
     buckets = len(graph_info(load_graph(graph)).scheme.bucket_edges) + 1
     for variant, frozen_bucket in ((Variant.ENGINE, None), (Variant.STATIC, buckets // 2)):
         if not paths[variant].exists():
             save_graph(lower(load_graph(graph), frozen_bucket=frozen_bucket), paths[variant])
+    if not paths[Variant.WIDER].exists():
+        save_graph(lower(with_buckets(load_graph(graph), WIDER_BUCKETS)), paths[Variant.WIDER])
     if not paths[Variant.FP32].exists():
         model = load_graph(graph)
         RemoveQuantization()(model)
@@ -219,6 +228,27 @@ def build(graph: Path, folder: Path, feeds: Feeds, calibration: list[Feeds]) -> 
     if not paths[Variant.NNCF].exists():
         quantize_with_nncf(paths[Variant.FP32], paths[Variant.NNCF], feeds, calibration)
     return paths
+
+
+def with_buckets(model: ir.Model, buckets: int) -> ir.Model:
+    """The portable graph with ``buckets`` equal ones, each with the tables of the old bucket at its middle, counted in buckets."""
+    import onnx_ir as ir
+
+    from exporters.editor import array_of
+    from exporters.graph_info import BUCKET, graph_info
+
+    scheme, initializers = graph_info(model).scheme, model.graph.initializers
+    rows = ((np.arange(buckets) + 0.5) * scheme.buckets / buckets).astype(int)
+    edges = (np.arange(1, buckets) * scheme.train_timesteps / buckets).astype(np.float32)
+    initializers["bucket_edges"].const_value, initializers["bucket_edges"].shape = ir.tensor(edges), ir.Shape(edges.shape)
+    readers = [node for node, _ in ir.convenience.create_value_mapping(model.graph)[BUCKET].uses()]
+    tables = {value for node in readers for value in node.inputs if value is not None and value.name in initializers}
+    for table in tables:
+        array = array_of(table)
+        if array.shape[:1] == (scheme.buckets,) and not (table.name or "").endswith(".channel"):
+            wider = np.ascontiguousarray(array[rows])
+            table.const_value, table.shape = ir.tensor(wider), ir.Shape(wider.shape)
+    return model
 
 
 def quantize_with_nncf(source: Path, target: Path, feeds: Feeds, calibration: list[Feeds]) -> None:

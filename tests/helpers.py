@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from exporters import timestep_quantize
-from exporters.graph_info import CHECKPOINT_KEY, SAMPLE_SHAPE_KEY, SCHEME_KEY
+from exporters.graph_info import CHECKPOINT_KEY, SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, SCHEME_KEY
 from exporters.passes.insert_quantized_layers import InsertQuantizedLayers
 from quest_deploy.checkpoint import Architecture, Checkpoint, ConvGeometry, FreeSiteData, LayerData, ProductData, ScoreScale, SiteData
 from quest_deploy.scheme import Scheme, Symmetry
@@ -259,6 +259,7 @@ def inserted(text: str, checkpoint: Checkpoint) -> ir.Model:
     model.metadata_props[SCHEME_KEY] = json.dumps(checkpoint.scheme.to_json())
     model.metadata_props[CHECKPOINT_KEY] = "0" * 64
     model.metadata_props[SAMPLE_SHAPE_KEY] = "[2, 6, 6]"
+    model.metadata_props[SAMPLE_MULTIPLE_KEY] = "2"
     return model
 
 

@@ -1,7 +1,8 @@
 """Expand each ``quest::TimestepQuantize`` into standard ONNX with static shapes, for runtimes without our plugin.
 
 Needs: every x has a known rank; tables are initializers.
-Guarantees: no node and no function of the ``quest`` domain; each site's codes keep their name.
+Guarantees: no node and no function of the ``quest`` domain, but for quantizers kept for the plugin (KeepTimestepQuantize); each site's
+codes keep their name.
 
 1. A table that varies over the buckets is gathered by each sample's bucket, [B] -> [B, 1, ...].
 2. A table that is the same in every bucket (the bounds of symmetric codes) becomes a scalar constant.
@@ -18,6 +19,7 @@ import onnx_ir as ir
 
 from exporters import timestep_quantize
 from exporters.editor import Editor, array_of, replace_value
+from exporters.passes.keep_timestep_quantize import is_kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,11 +30,13 @@ class ExpandTimestepQuantize(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor = Editor(model.graph)
-        nodes = [n for n in model.graph if (n.domain, n.op_type) == (timestep_quantize.DOMAIN, timestep_quantize.OP_TYPE)]
+        ours = [n for n in model.graph if (n.domain, n.op_type) == (timestep_quantize.DOMAIN, timestep_quantize.OP_TYPE)]
+        nodes = [node for node in ours if not is_kept(node)]
         for node in nodes:
             _expand(editor, node)
         model.functions.clear()
-        model.graph.opset_imports.pop(timestep_quantize.DOMAIN, None)
+        if len(nodes) == len(ours):
+            model.graph.opset_imports.pop(timestep_quantize.DOMAIN, None)
         return ir.passes.PassResult(model, modified=bool(nodes))
 
 

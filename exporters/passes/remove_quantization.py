@@ -20,7 +20,7 @@ from onnx_ir.passes import common
 
 from exporters import timestep_quantize
 from exporters.editor import Editor, array_of, replace_value
-from exporters.graph_info import SAMPLE_SHAPE_KEY, GraphInfo, ProductInfo, graph_info
+from exporters.graph_info import SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, GraphInfo, ProductInfo, graph_info
 from exporters.passes.insert_quantized_layers import input_of, product_name
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ class RemoveQuantization(ir.passes.InPlacePass):
         common.RemoveUnusedNodesPass()(model)
         model.functions.clear()
         model.graph.opset_imports.pop(timestep_quantize.DOMAIN, None)
-        sample_shape = model.metadata_props[SAMPLE_SHAPE_KEY]
+        kept = {key: model.metadata_props[key] for key in (SAMPLE_SHAPE_KEY, SAMPLE_MULTIPLE_KEY)}
         model.metadata_props.clear()
-        model.metadata_props[SAMPLE_SHAPE_KEY] = sample_shape  # builders need the sizes that inputs usually have
+        model.metadata_props.update(kept)  # builders need the sizes that inputs usually have
         return ir.passes.PassResult(model, modified=True)
 
 

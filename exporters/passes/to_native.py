@@ -1,4 +1,4 @@
-"""The passes, in order, that turn the portable graph into one that a runtime without our plugin compiles."""
+"""The passes, in order, that turn the portable graph into one that a runtime compiles, with our plugin or without it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from exporters.passes.center_weights import CenterWeights
 from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
 from exporters.passes.freeze_bucket import FreezeBucket
 from exporters.passes.gather_tables_once import GatherTablesOnce
+from exporters.passes.keep_timestep_quantize import KeepTimestepQuantize
 from exporters.passes.widen_int4 import WidenInt4
 
 
@@ -19,14 +20,17 @@ def to_native(
     signed_zero_points: bool,
     frozen_bucket: int | None,
     expanded: tuple[ir.passes.InPlacePass, ...] = (),
+    plugin: bool = False,
 ) -> ir.Model:
     """Rewrite ``model`` in place and return it.
 
     Args:
         cast_int4_at_runtime, signed_zero_points, frozen_bucket: see WidenInt4, CenterWeights and FreezeBucket.
         expanded: a backend's own passes, on the graph whose quantizers have been expanded.
+        plugin: keeps layers' quantizers for TensorRT's plugin (see KeepTimestepQuantize). A frozen bucket leaves it nothing to pick.
     """
     ir.passes.Sequential(
+        *([KeepTimestepQuantize()] if plugin and frozen_bucket is None else []),
         ExpandTimestepQuantize(),
         *expanded,
         *([] if frozen_bucket is None else [FreezeBucket(frozen_bucket)]),

@@ -21,7 +21,7 @@ from quest_deploy.cli.options import (
 from quest_deploy.cli.precision import describe_summary
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.base import engine_info, options_from
+from quest_deploy.engine.base import EngineOptions, engine_options
 from quest_deploy.files import write_json
 from quest_deploy.workspace import ENGINES, GRAPH, REPORTS
 
@@ -47,6 +47,7 @@ def benchmark_stage(
 ) -> dict[str, Any]:
     """Benchmark the engine of ``backend``; writes reports/benchmark-<backend>.json."""
     timed = get_backend(backend)
+    timed.check_run(EngineOptions())  # at once, before any file is read
     report = workspace.path(REPORTS, f"benchmark-{backend}.json")
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
@@ -54,12 +55,12 @@ def benchmark_stage(
 
         choices = BenchmarkOptions(batches, runs, warmup, static)
         engine = workspace.path(ENGINES, backend)
-        options = options_from(engine_info(engine))
+        options = engine_options(timed, engine)
         with tempfile.TemporaryDirectory(prefix="quest-deploy-") as scratch:
             result = benchmark_engine(timed, options, engine, workspace.path(GRAPH), Path(scratch), choices, update)
         # Through JSON, so that what is printed is what a later run reads back.
         details = {**result.to_json(), "buckets": workspace.scheme.buckets}
-        for ratios in ("speedup_over_fp32", "bucket_selection_cost"):
+        for ratios in ("speedup_over_fp32", "bucket_selection_cost", "plugin_speedup"):
             details[ratios] = {str(batch): ratio for batch, ratio in details[ratios].items()}
         write_json(report, details)
         return [report], details
@@ -87,6 +88,7 @@ def describe(details: dict[str, Any]) -> str:
             f"batch {b}: choosing buckets takes {ratio:.2f}x the time of a static scale"
             for b, ratio in details["bucket_selection_cost"].items()
         ),
+        *(f"batch {b}: {ratio:.2f}x the speed of native quantization" for b, ratio in details.get("plugin_speedup", {}).items()),
         f"files {details['size_ratio_to_fp32']:.2f}x smaller than FP32",
         *describe_summary(details["precision"]),
     ]

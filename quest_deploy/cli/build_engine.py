@@ -23,7 +23,14 @@ from quest_deploy.cli.options import (
 )
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.engine.backends import check_options, get_backend
-from quest_deploy.engine.base import DTYPES, HARDWARE_COMPATIBILITY_LEVELS, EngineOptions, build_engine
+from quest_deploy.engine.base import (
+    DTYPES,
+    HARDWARE_COMPATIBILITY_LEVELS,
+    PROFILING_VERBOSITIES,
+    QUANTIZE,
+    EngineOptions,
+    build_engine,
+)
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder
 from quest_deploy.workspace import ENGINES, GRAPH
@@ -40,6 +47,7 @@ def build_engine_stage(
 ) -> dict[str, Any]:
     """Build the engine of ``backend``; writes engines/<backend>/."""
     built_for = get_backend(backend)
+    options = built_for.resolve(options)
     built_for.check_build(options)
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
@@ -54,6 +62,7 @@ def build_engine_stage(
         details = {
             "backend": backend,
             "hardware": content["hardware"],
+            **({"quantize": options.quantize} if backend.startswith("tensorrt") else {}),
             "seconds": time.monotonic() - started,
             "files": {file.name: file.stat().st_size for file in files},
         }
@@ -65,19 +74,41 @@ def build_engine_stage(
 
 def parse_pool_limit(text: str) -> int:
     """Bytes from "workspace:2G" (units of 1024: K, M, G); raise InputError for anything else."""
-    found = re.fullmatch(r"workspace:(\d{1,15})([KMG]?)", text)
+    pool, _, given = text.partition(":")
+    found = _bytes(given) if pool == "workspace" else None
     if found is None:
         raise InputError(f"--pool-limit: expected workspace:SIZE, such as workspace:2G, not {text!r}")
-    return int(found[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[found[2]]
+    return found
+
+
+def parse_budget(text: str) -> int:
+    """Bytes from "2G"; raise InputError for anything else."""
+    found = _bytes(text)
+    if found is None:
+        raise InputError(f"--weight-streaming-budget: expected a size, such as 2G, not {text!r}")
+    return found
+
+
+def _bytes(text: str) -> int | None:
+    found = re.fullmatch(r"(\d{1,15})([KMG]?)", text)
+    return None if found is None else int(found[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[found[2]]
+
+
+def parse_tactic_sources(names: list[str]) -> tuple[str, ...]:
+    """The names; "none", which must be alone, is no source at all."""
+    if "none" in names and len(names) > 1:
+        raise InputError("--tactic-sources none excludes every other")
+    return () if names == ["none"] else tuple(dict.fromkeys(names))
 
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
     """The details in words."""
     files = ", ".join(f"{name} {size(count)}" for name, count in details["files"].items())
+    how = {"plugin": ", quantized by the plugin", "native": ", quantized natively"}.get(details.get("quantize", ""), "")
     hardware = ", ".join(
         value if isinstance(value, str) else "compute capabilities " + " ".join(value) for value in details["hardware"].values()
     )
-    return f"{workspace.path(ENGINES, details['backend'])}, built in {details['seconds']:.1f} s for {hardware}\n{files}"
+    return f"{workspace.path(ENGINES, details['backend'])}, built in {details['seconds']:.1f} s for {hardware}{how}\n{files}"
 
 
 def build_engine_command(
@@ -102,7 +133,7 @@ def build_engine_command(
         typer.Option(
             metavar="SIZE|HEIGHTxWIDTH",
             help="TensorRT: a size of the model's samples, such as 64 for Stable Diffusion's latents at 512 pixels; may be repeated: "
-            "one optimization profile each.",
+            "one optimization profile each (tensorrt-rtx: one from the least to the largest).",
             show_default="the model's",
         ),
     ] = None,
@@ -127,6 +158,49 @@ def build_engine_command(
     builder_optimization_level: Annotated[
         int | None, typer.Option(help="tensorrt: how long to look for fast kernels, from 0 to 5.")
     ] = None,
+    quantize: Annotated[
+        str,
+        typer.Option(
+            help=f"TensorRT: what quantizes activations: {', '.join(QUANTIZE)}. plugin is quest::TimestepQuantize, for tensorrt alone; "
+            "native is QuantizeLinear; auto takes the plugin where its library is found."
+        ),
+    ] = "auto",
+    plugins: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="tensorrt: the library of the plugin.",
+            show_default="QUEST_DEPLOY_PLUGINS in the environment, or trt_plugins/build",
+        ),
+    ] = None,
+    serialize_plugins: Annotated[
+        bool, typer.Option("--serialize-plugins", help="tensorrt: put the plugin's library into the engine; with --version-compatible.")
+    ] = False,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="TensorRT: let weights stay in the host's memory, fetched while the engine runs.")
+    ] = False,
+    weight_streaming_budget: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="TensorRT: weights to keep on the GPU then, such as 2G.", show_default="TensorRT's choice"),
+    ] = None,
+    tactic_sources: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="tensorrt: what kernels may be taken from, such as edge_mask_convolutions, or none; may be repeated.",
+            show_default="TensorRT's choice",
+        ),
+    ] = None,
+    max_num_tactics: Annotated[
+        int | None, typer.Option(min=1, help="tensorrt: how many kernels to time for a layer.", show_default="TensorRT's choice")
+    ] = None,
+    profiling_verbosity: Annotated[
+        str,
+        typer.Option(
+            help=f"TensorRT: what the engine tells of its layers: {', '.join(PROFILING_VERBOSITIES)}; "
+            "`quest-deploy inspect` tells what they run in only if it is the first."
+        ),
+    ] = "detailed",
+    verbose: Annotated[bool, typer.Option("--verbose", help="TensorRT: print all that it logs while it builds.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build an engine from the exported graph."""
@@ -146,6 +220,15 @@ def build_engine_command(
         version_compatible=version_compatible,
         hardware_compatibility_level=hardware_compatibility_level,
         builder_optimization_level=builder_optimization_level,
+        quantize=quantize,
+        plugins=None if plugins is None else str(plugins.resolve()),
+        serialize_plugins=serialize_plugins,
+        weight_streaming=weight_streaming,
+        weight_streaming_budget=None if weight_streaming_budget is None else parse_budget(weight_streaming_budget),
+        tactic_sources=None if tactic_sources is None else parse_tactic_sources(tactic_sources),
+        max_num_tactics=max_num_tactics,
+        profiling_verbosity=profiling_verbosity,
+        verbose=verbose,
     )
     get_backend(backend)
     check_options(backend, options)

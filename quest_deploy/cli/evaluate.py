@@ -26,6 +26,7 @@ from quest_deploy.cli.options import (
 )
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.engine.backends import BACKENDS, get_backend
+from quest_deploy.engine.base import EngineOptions
 from quest_deploy.files import write_json
 from quest_deploy.workspace import CALIBRATED, CHECKPOINT, REPORTS
 
@@ -52,7 +53,7 @@ def evaluate_stage(
     Args:
         choices: override the defaults of SamplingOptions, some of which are the model's.
     """
-    get_backend(backend)
+    get_backend(backend).check_run(EngineOptions())  # at once, before anything is drawn
     report = workspace.path(REPORTS, f"evaluate-{backend}.json")
     given = {**DEFAULTS, **(choices or {})}
 

@@ -19,6 +19,7 @@ from quest_deploy.cli.options import (
 )
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.engine.backends import get_backend
+from quest_deploy.engine.base import EngineOptions
 from quest_deploy.errors import InputError
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.workspace import IMAGES
@@ -42,7 +43,7 @@ def generate_stage(
         choices: labels, rows, steps, guidance, scheduler, seed; of a text-to-image model prompt (a list), negative_prompt, height
             and width instead of labels; what is absent is the model's default.
     """
-    get_backend(backend)
+    get_backend(backend).check_run(EngineOptions())  # at once, before the model is loaded
     given = {"rows": None, "steps": STEPS, "scheduler": SCHEDULER, "seed": 0, **(choices or {})}
     if given["scheduler"] not in SCHEDULERS:
         raise InputError(f"unknown scheduler {given['scheduler']!r}: expected one of {', '.join(SCHEDULERS)}")
@@ -107,7 +108,7 @@ def _labels(text: str | None, model: DiffusionModel) -> Any:
 
 
 def _check_pixels(pipeline: Any, given: dict[str, Any]) -> None:
-    factor = pipeline.vae_scale_factor * pipeline.unet.factor
+    factor = pipeline.vae_scale_factor * pipeline.unet.engine.sample_multiple
     wrong = [f"--{name} {size}" for name in ("height", "width") if (size := given.get(name)) is not None and size % factor]
     if wrong:
         raise InputError(f"{', '.join(wrong)}: expected a multiple of {factor}")

@@ -26,6 +26,7 @@ from quest_deploy.cli.inspect import inspect
 from quest_deploy.cli.package import package
 from quest_deploy.cli.reference import reference
 from quest_deploy.cli.run import run
+from quest_deploy.cli.schedule import schedule
 from quest_deploy.cli.sensitivity import sensitivity
 from quest_deploy.cli.verify import verify
 from quest_deploy.errors import QuestDeployError
@@ -50,6 +51,7 @@ app.command()(verify)
 app.command()(benchmark)
 app.command()(generate)
 app.command()(evaluate)
+app.command()(schedule)
 app.command()(package)
 app.command()(client)
 app.command()(compare)

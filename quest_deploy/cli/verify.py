@@ -19,7 +19,7 @@ from quest_deploy.cli.options import (
 )
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.base import engine_info, options_from
+from quest_deploy.engine.base import EngineOptions, engine_options
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.files import write_json
 from quest_deploy.workspace import ENGINES, REFERENCE, REPORTS
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 def verify_stage(workspace: Workspace, console: Console, backend: str, *, reuse: bool = False) -> dict[str, Any]:
     """Verify the engine of ``backend``; writes reports/verify-<backend>.json."""
     verified = get_backend(backend)
+    verified.check_run(EngineOptions())  # at once, before any file is read
     report = workspace.path(REPORTS, f"verify-{backend}.json")
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
         from quest_deploy.verify.verify import verify_engine
 
         engine = workspace.path(ENGINES, backend)
-        options = options_from(engine_info(engine))
-        verified.check_run(options)
+        options = engine_options(verified, engine)
         details = verify_engine(verified, options, engine, workspace.path(REFERENCE), update).to_json()
         write_json(report, details)
         return [report], details

@@ -5,7 +5,8 @@ from __future__ import annotations
 from quest_deploy.engine.base import Backend, EngineOptions, option_name
 from quest_deploy.engine.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.engine.openvino import OpenVinoBackend
-from quest_deploy.engine.tensorrt import TensorRtBackend
+from quest_deploy.engine.tensorrt import TensorRtRtxBackend
+from quest_deploy.engine.tensorrt_sdk import TensorRtSdkBackend
 from quest_deploy.errors import InputError
 
 BACKENDS: dict[str, Backend] = {
@@ -13,13 +14,15 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         OpenVinoBackend(),
         OnnxRuntimeBackend(),
-        TensorRtBackend("tensorrt-rtx", "tensorrt_rtx"),
-        TensorRtBackend("tensorrt", "tensorrt"),
+        TensorRtRtxBackend(),
+        TensorRtSdkBackend(),
     )
 }
 
 
 TENSORRT_OPTIONS = (
+    "serialize_plugins",
+    "weight_streaming_budget",
     "opt_batch",
     "sample_sizes",
     "workspace_limit",
@@ -29,6 +32,13 @@ TENSORRT_OPTIONS = (
     "version_compatible",
     "hardware_compatibility_level",
     "builder_optimization_level",
+    "quantize",
+    "plugins",
+    "weight_streaming",
+    "tactic_sources",
+    "max_num_tactics",
+    "profiling_verbosity",
+    "verbose",
 )
 
 

@@ -32,6 +32,10 @@ ENGINE_FILE = "engine.json"
 LOWERED = "lowered.onnx"
 DTYPES = ("fp32", "fp16", "bf16")
 HARDWARE_COMPATIBILITY_LEVELS = ("none", "ampere_plus", "same_compute_capability")
+PROFILING_VERBOSITIES = ("detailed", "layer_names_only", "none")
+QUANTIZE = ("auto", "plugin", "native")
+PLUGIN = "plugin"
+NATIVE = "native"
 OPTION_NAMES = {"sample_sizes": "--sample-size", "workspace_limit": "--pool-limit"}
 """The options of `quest-deploy build-engine` that are not called as their attributes."""
 _REPAIR = "run `quest-deploy build-engine` again"
@@ -50,7 +54,8 @@ class EngineOptions:
         max_batch: the largest batch of a TensorRT engine's optimization profile; its runner splits larger ones.
         dtype: what an engine computes in where it does not compute in integers: fp32, fp16 or bf16.
         opt_batch: the batch that its optimization profiles are tuned for; None means 2.
-        sample_sizes: heights and widths of the model's samples, one optimization profile each; empty means the graph's own.
+        sample_sizes: heights and widths of the model's samples; empty means the graph's own. TensorRT has an optimization profile for
+            each, TensorRT for RTX one from the least to the largest.
         workspace_limit: the most GPU memory in bytes that one layer may use for itself; None is all there is.
         refittable: whether another model's weights may be put into the engine.
         strip_plan: whether the engine's file is without weights, which :meth:`Backend.open` then takes from the lowered graph.
@@ -58,6 +63,16 @@ class EngineOptions:
         version_compatible: whether later versions of TensorRT may run the engine.
         hardware_compatibility_level: none, ampere_plus or same_compute_capability: which other GPUs may run the engine.
         builder_optimization_level: how long to look for fast kernels, from 0 to 5.
+        quantize: what quantizes activations: plugin (``quest::TimestepQuantize``, tensorrt alone), native (QuantizeLinear), or auto:
+            the plugin where its library is found.
+        plugins: the plugin library's path; None looks where :func:`quest_deploy.engine.tensorrt_plugin.plugin_library` says.
+        serialize_plugins: whether the engine's file holds the plugin library too; needs ``version_compatible``.
+        weight_streaming: whether weights may stay in the host's memory, to be fetched while the engine runs.
+        weight_streaming_budget: the bytes of weights that then stay on the GPU; None lets TensorRT choose.
+        tactic_sources: what TensorRT may take kernels from, by its own names, lower case; None is its default, empty is no extra one.
+        max_num_tactics: how many kernels are timed for a layer; None lets TensorRT choose.
+        profiling_verbosity: what the engine tells of its layers: detailed (their precisions too), layer_names_only or none.
+        verbose: whether all that TensorRT logs while it builds goes to standard error.
     """
 
     provider: str = "cpu"
@@ -74,6 +89,15 @@ class EngineOptions:
     version_compatible: bool = False
     hardware_compatibility_level: str | None = None
     builder_optimization_level: int | None = None
+    quantize: str = "auto"
+    plugins: str | None = None
+    serialize_plugins: bool = False
+    weight_streaming: bool = False
+    weight_streaming_budget: int | None = None
+    tactic_sources: tuple[str, ...] | None = None
+    max_num_tactics: int | None = None
+    profiling_verbosity: str = "detailed"
+    verbose: bool = False
 
     def __post_init__(self) -> None:
         if self.provider not in ("cpu", "cuda", "tensorrt"):
@@ -95,6 +119,20 @@ class EngineOptions:
                 f"unknown hardware compatibility level {self.hardware_compatibility_level!r}: "
                 f"expected one of {', '.join(HARDWARE_COMPATIBILITY_LEVELS)}"
             )
+        for option, value, known in (
+            ("--quantize", self.quantize, QUANTIZE),
+            ("--profiling-verbosity", self.profiling_verbosity, PROFILING_VERBOSITIES),
+        ):
+            if value not in known:
+                raise InputError(f"{option}: expected one of {', '.join(known)}, not {value!r}")
+        if self.quantize == NATIVE and (self.plugins is not None or self.serialize_plugins):
+            raise InputError("--plugins and --serialize-plugins are for --quantize plugin; --quantize native uses no plugin")
+        if self.serialize_plugins and not self.version_compatible:
+            raise InputError("--serialize-plugins needs --version-compatible: TensorRT puts plugins into such engines alone")
+        if self.weight_streaming_budget is not None and (not self.weight_streaming or self.weight_streaming_budget < 0):
+            raise InputError("--weight-streaming-budget needs --weight-streaming, and 0 bytes or more")
+        if self.max_num_tactics is not None and self.max_num_tactics < 1:
+            raise InputError(f"--max-num-tactics: expected 1 or more, not {self.max_num_tactics}")
 
     def given(self, attributes: Iterable[str]) -> list[str]:
         """Those of ``attributes`` that are not the default."""
@@ -161,9 +199,23 @@ class Backend(ABC):
     def check_graph(self, model: ir.Model, options: EngineOptions) -> None:  # noqa: B027 - most backends build any graph with any options
         """Raise InputError where the portable graph ``model`` cannot be built with ``options``."""
 
+    def resolve(self, options: EngineOptions) -> EngineOptions:
+        """``options`` with what depends on this machine settled: they are what an engine's record keeps."""
+        return options
+
+    def check_engine(self, content: dict[str, Any]) -> EngineOptions:
+        """The options to run an engine with, from its record (see :func:`engine_info`).
+
+        Raises:
+            InputError: this machine cannot run it.
+        """
+        options = options_from(content)
+        self.check_run(options)
+        return options
+
     @abstractmethod
-    def lower(self, model: ir.Model, *, frozen_bucket: int | None = None, dtype: str = "fp32") -> ir.Model:
-        """Rewrite the portable graph for this backend, in place; ``dtype`` is what it computes in besides integers."""
+    def lower(self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None) -> ir.Model:
+        """Rewrite the portable graph for this backend, in place; ``frozen_bucket`` makes its scales static."""
 
     @abstractmethod
     def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
@@ -194,6 +246,10 @@ class Backend(ABC):
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
         """What an engine built with ``options`` runs on."""
         return {"device": "CPU", "machine": platform.machine(), "processor": processor_name()}
+
+    def record(self, options: EngineOptions) -> dict[str, Any]:
+        """What else the record of an engine built with ``options`` holds."""
+        return {}
 
 
 def no_progress(phase: str, done: int, total: int) -> None:
@@ -245,11 +301,12 @@ def build_engine(
 
     from exporters.graph_info import graph_info, save_graph
 
+    options = backend.resolve(options)
     backend.check_build(options)
     info = graph_info(model)
     backend.check_graph(model, options)
     try:
-        lowered = backend.lower(model, dtype=options.dtype)
+        lowered = backend.lower(model, options)
     except (PassError, InvariantError) as e:
         raise QuestDeployError(f"the graph cannot be lowered for {backend.name}: {e}; run `quest-deploy export` again") from e
     save_graph(lowered, folder / LOWERED)
@@ -264,7 +321,9 @@ def build_engine(
         "built_by": {"quest-deploy": __version__, **versions()},
         "graph_sha256": graph_sha256,
         "checkpoint_sha256": info.checkpoint_sha256,
+        "sample_multiple": info.sample_multiple,
         "hardware": backend.hardware(options),
+        **backend.record(options),
         "files": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
     }
     write_json(folder / ENGINE_FILE, content)
@@ -277,14 +336,18 @@ def open_engine(backend: Backend, folder: Path) -> Runner:
     Raises:
         InputError: no engine, one of another version or backend, a changed file, or a machine that cannot run it.
     """
+    options = engine_options(backend, folder)
+    for name in changed_files(folder, engine_info(folder)):
+        raise InputError(f"{folder / name} is missing or was changed since it was built; {_REPAIR}")
+    return backend.open(folder, options)
+
+
+def engine_options(backend: Backend, folder: Path) -> EngineOptions:
+    """The options to run the engine in ``folder`` with; raise InputError where there is none that this machine can run."""
     content = engine_info(folder)
     if content["backend"] != backend.name:
         raise InputError(f"{folder}: expected an engine of {backend.name}, found one of {content['backend']}")
-    for name in changed_files(folder, content):
-        raise InputError(f"{folder / name} is missing or was changed since it was built; {_REPAIR}")
-    options = options_from(content)
-    backend.check_run(options)
-    return backend.open(folder, options)
+    return backend.check_engine(content)
 
 
 def engine_info(folder: Path) -> dict[str, Any]:
@@ -293,7 +356,15 @@ def engine_info(folder: Path) -> dict[str, Any]:
     content = read_json(path, repair=_REPAIR)
     if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
         raise InputError(f"{path}: expected a {FORMAT} of version {VERSION}; {_REPAIR}")
-    kinds = {"backend": str, "graph_sha256": str, "files": dict, "options": dict, "built_by": dict, "hardware": dict}
+    kinds = {
+        "backend": str,
+        "graph_sha256": str,
+        "files": dict,
+        "options": dict,
+        "built_by": dict,
+        "hardware": dict,
+        "sample_multiple": int,
+    }
     damaged = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
     if damaged:
         raise InputError(f"{path}: damaged ({', '.join(damaged)}); {_REPAIR}")
@@ -311,6 +382,8 @@ def options_from(content: dict[str, Any]) -> EngineOptions:
         given = dict(content["options"])
         given["compute_capabilities"] = tuple(given["compute_capabilities"])
         given["sample_sizes"] = tuple((height, width) for height, width in given["sample_sizes"])
+        if given.get("tactic_sources") is not None:
+            given["tactic_sources"] = tuple(given["tactic_sources"])
         return EngineOptions(**given)
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"damaged {ENGINE_FILE} ({e}); {_REPAIR}") from e

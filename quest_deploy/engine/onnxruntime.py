@@ -56,10 +56,10 @@ class OnnxRuntimeBackend(Backend):
                 "install 'quest-deploy[gpu]' on a machine with an NVIDIA GPU"
             )
 
-    def lower(self, model: ir.Model, *, frozen_bucket: int | None = None, dtype: str = "fp32") -> ir.Model:
+    def lower(self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None) -> ir.Model:
         from exporters.lower.onnxruntime import lower
 
-        return lower(model, frozen_bucket=frozen_bucket, dtype=dtype)
+        return lower(model, frozen_bucket=frozen_bucket, dtype=options.dtype)
 
     def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
         """Load it once: what onnxruntime refuses is refused now."""

@@ -39,7 +39,7 @@ class OpenVinoBackend(Backend):
         require_package("openvino", "cpu", "running on openvino")
         _check_dtype(options)
 
-    def lower(self, model: ir.Model, *, frozen_bucket: int | None = None, dtype: str = "fp32") -> ir.Model:
+    def lower(self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None) -> ir.Model:
         """In FP32 whatever ``dtype``: the runtime itself converts."""
         from exporters.lower.openvino import lower
 

@@ -1,6 +1,6 @@
 """TensorRT and TensorRT for RTX: the same Python API in two packages.
 
-TensorRT for RTX builds ahead of time on a machine without a GPU; TensorRT proper builds on the GPU it will run on.
+TensorRT for RTX builds ahead of time on a machine without a GPU; TensorRT proper, in tensorrt_sdk.py, on the GPU it will run on.
 """
 
 from __future__ import annotations
@@ -8,15 +8,29 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
-import math
 import re
 import signal
+import sys
+import tempfile
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.engine.base import LOWERED, Backend, EngineOptions, Runner, SplitRunner, input_arrays, option_name
+from quest_deploy.engine.base import (
+    LOWERED,
+    NATIVE,
+    PLUGIN,
+    Backend,
+    EngineOptions,
+    Runner,
+    SplitRunner,
+    engine_options,
+    input_arrays,
+    option_name,
+)
+from quest_deploy.engine.tensorrt_plugin import load_plugin
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file
 
@@ -41,73 +55,91 @@ _TYPES = {
 }
 """How its layer information names types."""
 RTX_LACKS = {
+    "serialize_plugins": "it runs no plugins",
     "timing_cache": "it times no kernels when it builds",
     "version_compatible": "its engines run on the release that built them alone",
     "hardware_compatibility_level": "its engines run on the GPUs given with --compute-capability",
     "builder_optimization_level": "it looks for fast kernels when an engine runs, not when it is built",
+    "tactic_sources": "it looks for fast kernels when an engine runs, not when it is built",
+    "max_num_tactics": "it looks for fast kernels when an engine runs, not when it is built",
+    "plugins": "it runs no plugins",
 }
 """Options of TensorRT alone, and why (its documentation; tried with 1.7: refused, ignored, or the same engine whatever is chosen)."""
 DEFAULT_CAPABILITIES = ("80", "86", "89", "120")
 """Ampere, Ada and Blackwell. Not Turing ("75"): TensorRT for RTX refuses FP32 matrix products there."""
 
 
+Shapes = dict[str, tuple[list[int], list[int], list[int]]]
+"""An optimization profile: the least, the tuned for and the largest shape of each input."""
+
+
 class TensorRtBackend(Backend):
-    """One of the two flavours, by the module that provides it."""
+    """What the two flavours share. What differs is in :class:`TensorRtRtxBackend` and in tensorrt_sdk.py."""
 
-    def __init__(self, name: str, package: str) -> None:
-        self.name = name
-        self.package = package
-
-    def check_build(self, options: EngineOptions) -> None:
-        trt = self._module()
-        if self.package != RTX:
-            if gpu_count() == 0:
-                raise InputError("tensorrt builds on the GPU that runs the engine, and this machine has none; use tensorrt-rtx here")
-            _check_timing_cache(options)
-            return
-        for option in options.given(RTX_LACKS):
-            raise InputError(f"{option_name(option)} is tensorrt's; tensorrt-rtx has no such option: {RTX_LACKS[option]}")
-        if (options.refittable or options.strip_plan) and gpu_count() == 0:
-            raise InputError(
-                "--refittable and --strip-plan need an NVIDIA GPU, and this machine has none: tensorrt-rtx compiles what puts weights "
-                "into an engine with the GPU's driver"
-            )
-        for capability in options.compute_capabilities:
-            _compute_capability(trt, capability)
+    package: str
+    """The Python module that provides the flavour."""
+    remedy: str
+    """How to get it."""
 
     def check_run(self, options: EngineOptions) -> None:
         self._module()
         if gpu_count() == 0:
             raise InputError(f"{self.name} engines run on an NVIDIA GPU, and this machine has none; copy the workspace to one that has")
 
+    def check_engine(self, content: dict[str, Any]) -> EngineOptions:
+        """Its version, its GPU and, where it has one, its plugin must be here."""
+        options = super().check_engine(content)
+        runtime = content.get("runtime")
+        built = runtime.get("version") if isinstance(runtime, dict) else None
+        here = str(self._module().__version__)
+        if built is not None and not runs_engines_of(here, str(built), version_compatible=options.version_compatible):
+            raise InputError(
+                f"the engine was built by {self.name} {built}, and {here}, which is installed, does not run it; "
+                "run `quest-deploy build-engine` again"
+            )
+        check_compute_capability(content["hardware"], options)
+        return options
+
+    def check_options(self, trt: Any, options: EngineOptions) -> None:
+        """Raise InputError where the builder lacks what ``options`` ask for, by the names that its Python module has."""
+        if options.hardware_compatibility_level is not None:
+            _member(trt, "HardwareCompatibilityLevel", options.hardware_compatibility_level, "--hardware-compatibility-level")
+        for source in options.tactic_sources or ():
+            _member(trt, "TacticSource", source, "--tactic-sources")
+        if options.max_num_tactics is not None and not hasattr(trt.IBuilderConfig, "max_num_tactics"):
+            raise InputError(f"--max-num-tactics: {self.name} {trt.__version__} has no such option; a later one has")
+
     def check_graph(self, model: ir.Model, options: EngineOptions) -> None:
         """The sample sizes must be those that the graph can take."""
         check_sample_sizes(model, options.sample_sizes)
 
-    def lower(self, model: ir.Model, *, frozen_bucket: int | None = None, dtype: str = "fp32") -> ir.Model:
+    def lower(self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None) -> ir.Model:
         from exporters.lower.tensorrt import lower
 
-        return lower(model, frozen_bucket=frozen_bucket, dtype=dtype)
+        return lower(
+            model, frozen_bucket=frozen_bucket, dtype=options.dtype, quantize="plugin" if options.quantize == PLUGIN else "native"
+        )
 
     def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
         trt = self._module()
-        logger = _logger(trt)
+        logger = make_logger(trt, verbose=options.verbose)
         monitor = _monitor(trt, on_progress)
         # From the first object that logs on: parsing calls back into Python too.
-        with _interrupts_stop(monitor):
+        with _interrupts_stop(monitor), tempfile.TemporaryDirectory(dir=folder) as scratch:
             builder = trt.Builder(logger)
+            if options.quantize == PLUGIN:
+                load_plugin(builder.get_plugin_registry(), options.plugins, logger)
             network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
             parser = trt.OnnxParser(network, logger)
-            if not parser.parse_from_file(str(lowered)):
+            if not parser.parse_from_file(str(self.graph_to_parse(lowered, Path(scratch), options))):
                 errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
                 raise QuestDeployError(f"{self.name} cannot parse {lowered}: {errors}")
             config = builder.create_builder_config()
             config.progress_monitor = monitor
             configure(trt, config, options)
-            for shapes in profile_shapes(network, lowered, options):
+            for shapes in self.profiles(profile_shapes(network, lowered, options)):
                 _add_profile(builder, config, shapes)
-            if self.package == RTX:
-                _target(trt, config, options.compute_capabilities)
+            self.configure_flavour(trt, config, options)
             timing_cache = _read_timing_cache(config, options)
             serialized = None if monitor.stopped else builder.build_serialized_network(network, config)
         if serialized is None:
@@ -120,6 +152,17 @@ class TensorRtBackend(Backend):
     def open(self, folder: Path, options: EngineOptions) -> Runner:
         return SplitRunner(_TensorRtRunner(folder, options, self.package), options.max_batch)
 
+    def graph_to_parse(self, lowered: Path, scratch: Path, options: EngineOptions) -> Path:
+        """What the parser gets: the lowered graph, or what was made of it in ``scratch``."""
+        return lowered
+
+    def configure_flavour(self, trt: Any, config: Any, options: EngineOptions) -> None:
+        """Set what only this flavour's builder takes."""
+
+    def profiles(self, shapes: list[Shapes]) -> list[Shapes]:
+        """The optimization profiles to build for inputs of ``shapes``: one each, since the builder times kernels for each."""
+        return shapes
+
     def realised_precision(self, folder: Path, options: EngineOptions) -> dict[str, str]:
         """From the engine's own layer information; only a GPU that can run the engine can read it."""
         from exporters.graph_info import load_graph
@@ -127,28 +170,82 @@ class TensorRtBackend(Backend):
 
         wanted = multiplication_names(load_graph(folder / LOWERED))
         trt = self._module()
-        engine = trt.Runtime(_logger(trt)).deserialize_cuda_engine((folder / ENGINE).read_bytes())
-        if engine is None:
-            raise QuestDeployError(
-                f"{self.name} cannot load {folder / ENGINE} on this machine's GPU; run `quest-deploy build-engine` again"
-            )
+        engine = load_engine(trt, make_logger(trt), folder, engine_options(self, folder))
         told = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
         return told_precisions(json.loads(told)["Layers"], wanted)
 
-    def hardware(self, options: EngineOptions) -> dict[str, Any]:
-        if self.package == RTX:
-            return {"device": "GPU", "compute_capabilities": list(options.compute_capabilities or DEFAULT_CAPABILITIES)}
-        return {"device": "GPU", "compute_capabilities": [gpu_compute_capability()]}
+    def record(self, options: EngineOptions) -> dict[str, Any]:
+        return {"runtime": {"name": self.package, "version": str(self._module().__version__)}}
 
     def _module(self) -> Any:
         try:
             return importlib.import_module(self.package)
         except (ImportError, OSError) as e:  # the wheel may be there without its libraries
-            extra = "cpu" if self.package == RTX else "gpu"
+            needed = f"the {self.name} backend needs the Python package {self.name} and its libraries"
+            raise InputError(f"{needed} ({e}): {self.remedy}") from e
+
+
+class TensorRtRtxBackend(TensorRtBackend):
+    """TensorRT for RTX: built ahead of time for the GPUs chosen, on any machine."""
+
+    name = "tensorrt-rtx"
+    package = RTX
+    remedy = "pip install 'quest-deploy[cpu]'"
+
+    def resolve(self, options: EngineOptions) -> EngineOptions:
+        return replace(options, quantize=NATIVE) if options.quantize == "auto" else options
+
+    def check_build(self, options: EngineOptions) -> None:
+        trt = self._module()
+        for option in options.given(RTX_LACKS):
+            raise InputError(f"{option_name(option)} is tensorrt's; tensorrt-rtx has no such option: {RTX_LACKS[option]}")
+        if options.quantize == PLUGIN:
+            raise InputError("--quantize plugin is tensorrt's: tensorrt-rtx runs no plugins; give --quantize native, or leave it out")
+        if (options.refittable or options.strip_plan) and gpu_count() == 0:
             raise InputError(
-                f"the {self.name} backend needs the Python package {self.name} and its libraries ({e}): "
-                f"pip install 'quest-deploy[{extra}]'" + ("" if extra == "cpu" else " on a machine with NVIDIA's TensorRT SDK")
-            ) from e
+                "--refittable and --strip-plan need an NVIDIA GPU, and this machine has none: tensorrt-rtx compiles what puts weights "
+                "into an engine with the GPU's driver"
+            )
+        for capability in options.compute_capabilities:
+            _compute_capability(trt, capability)
+
+    def profiles(self, shapes: list[Shapes]) -> list[Shapes]:
+        """One for all: kernels are made for a shape when it is met, while each profile would be compiled anew (see spanning_shapes)."""
+        return [spanning_shapes(shapes)]
+
+    def configure_flavour(self, trt: Any, config: Any, options: EngineOptions) -> None:
+        _target(trt, config, options.compute_capabilities)
+
+    def hardware(self, options: EngineOptions) -> dict[str, Any]:
+        return {"device": "GPU", "compute_capabilities": list(options.compute_capabilities or DEFAULT_CAPABILITIES)}
+
+
+def runs_engines_of(here: str, built: str, *, version_compatible: bool) -> bool:
+    """Whether TensorRT ``here`` runs an engine that version ``built`` made: its own, and earlier ones' that are version compatible."""
+    return here == built or (version_compatible and _version(here) >= _version(built))
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text))
+
+
+def check_compute_capability(hardware: dict[str, Any], options: EngineOptions) -> None:
+    """Raise InputError where an engine that was built for ``hardware`` (see :meth:`Backend.hardware`) does not run on this GPU."""
+    here, built = gpu_compute_capability(), hardware.get("compute_capabilities")
+    anywhere = options.hardware_compatibility_level == "ampere_plus" and int(here) >= 80
+    if isinstance(built, list) and here not in built and not anywhere:
+        raise InputError(
+            f"the engine was built for compute capabilities {', '.join(map(str, built))}, and this machine's GPU has {here}; "
+            "run `quest-deploy build-engine` for it"
+        )
+
+
+def _member(trt: Any, enumeration: str, name: str, option: str) -> Any:
+    """The member of one of TensorRT's enumerations, its name in lower case; raise InputError where this version has none such."""
+    members = getattr(trt, enumeration).__members__
+    if name.upper() not in members:
+        raise InputError(f"{option}: TensorRT {trt.__version__} has no {name!r}: it has {', '.join(m.lower() for m in members)}")
+    return members[name.upper()]
 
 
 def told_precisions(layers: list[Any], wanted: list[str]) -> dict[str, str]:
@@ -193,9 +290,9 @@ def gpu_compute_capability() -> str:
     return "".join(values)
 
 
-def _logger(trt: Any) -> Any:
+def make_logger(trt: Any, *, verbose: bool = False) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors for our own message instead of printing them."""
+        """Keeps errors for our own message instead of printing them; prints everything if it is ``verbose``."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -204,6 +301,8 @@ def _logger(trt: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.Severity.ERROR:
                 self.problems.append(message.strip())
+            if verbose:
+                print(f"[{severity.name}] {message}", file=sys.stderr, flush=True)
 
     return Logger()
 
@@ -253,15 +352,15 @@ def _interrupts_stop(monitor: Any) -> Iterator[None]:
 
 def check_sample_sizes(model: ir.Model, sizes: tuple[tuple[int, int], ...]) -> None:
     """Raise InputError where a graph cannot take samples of one of ``sizes``."""
+    from exporters.graph_info import sample_multiple
+
     (own,) = (list(value.shape or [])[2:] for value in model.graph.inputs if value.name == SAMPLE)
-    # A UNet halves what it reads at each convolution with a stride, and doubles it as often: nothing may be lost.
-    strided = (node.attributes["strides"] for node in model.graph if node.op_type == "Conv" and "strides" in node.attributes)
-    factor = math.prod(strides.as_ints()[0] for strides in strided)
+    multiple = sample_multiple(model)
     for size in sizes:
         if all(isinstance(side, int) for side in own) and list(size) != own:
             raise InputError(f"the graph takes samples of {own[0]}x{own[1]} alone, not of {size[0]}x{size[1]}")
-        if any(side % factor for side in size):
-            raise InputError(f"a sample of {size[0]}x{size[1]}: the model takes multiples of {factor}")
+        if any(side % multiple for side in size):
+            raise InputError(f"a sample of {size[0]}x{size[1]}: the model takes multiples of {multiple}")
 
 
 def configure(trt: Any, config: Any, options: EngineOptions) -> None:
@@ -269,29 +368,30 @@ def configure(trt: Any, config: Any, options: EngineOptions) -> None:
     flag = trt.BuilderFlag
     # On by default, it rounds the float products' operands to 10 bits: what is not quantized is FP32, as on the other backends.
     config.clear_flag(flag.TF32)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the engine can tell its layers' precisions
-    chosen = {flag.REFIT: options.refittable, flag.STRIP_PLAN: options.strip_plan, flag.VERSION_COMPATIBLE: options.version_compatible}
+    config.profiling_verbosity = _member(trt, "ProfilingVerbosity", options.profiling_verbosity, "--profiling-verbosity")
+    chosen = {
+        flag.REFIT: options.refittable,
+        flag.STRIP_PLAN: options.strip_plan,
+        flag.VERSION_COMPATIBLE: options.version_compatible,
+        flag.WEIGHT_STREAMING: options.weight_streaming,
+    }
     for name, wanted in chosen.items():
         if wanted:
             config.set_flag(name)
     if options.workspace_limit is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_limit)
     if options.hardware_compatibility_level is not None:
-        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatibility_level.upper())
+        level = _member(trt, "HardwareCompatibilityLevel", options.hardware_compatibility_level, "--hardware-compatibility-level")
+        config.hardware_compatibility_level = level
     if options.builder_optimization_level is not None:
         config.builder_optimization_level = options.builder_optimization_level
-
-
-def _check_timing_cache(options: EngineOptions) -> None:
-    if options.timing_cache is None:
-        return
-    path = Path(options.timing_cache)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):  # it is read before the engine is built, and written after
-            pass
-    except OSError as e:
-        raise InputError(f"the timing cache {path} cannot be read and written ({e.strerror})") from e
+    if options.tactic_sources is not None:
+        sources = (int(_member(trt, "TacticSource", name, "--tactic-sources")) for name in options.tactic_sources)
+        config.set_tactic_sources(sum(1 << source for source in sources))
+    if options.max_num_tactics is not None:
+        config.max_num_tactics = options.max_num_tactics
+    if options.serialize_plugins:
+        config.plugins_to_serialize = [options.plugins]
 
 
 def _read_timing_cache(config: Any, options: EngineOptions) -> Any:
@@ -303,7 +403,7 @@ def _read_timing_cache(config: Any, options: EngineOptions) -> Any:
     return cache
 
 
-def profile_shapes(network: Any, lowered: Path, options: EngineOptions) -> list[dict[str, tuple[list[int], ...]]]:
+def profile_shapes(network: Any, lowered: Path, options: EngineOptions) -> list[Shapes]:
     """The least, the tuned for and the largest shape of each input by name, for each optimization profile.
 
     One for each of the sample sizes, or one of the size that the model is meant for; the conditions' shapes are the graph's.
@@ -312,14 +412,25 @@ def profile_shapes(network: Any, lowered: Path, options: EngineOptions) -> list[
     sizes: list[list[int]] = [list(size) for size in options.sample_sizes] or [inputs.get(SAMPLE, [])[1:]]
     if any(side < 0 for size in sizes for side in size):
         sizes = [_own_sample_size(lowered)]
+
+    def shapes(size: list[int], batch: int) -> dict[str, list[int]]:
+        return {name: [batch, *(shape if name != SAMPLE else [*shape[:1], *size])] for name, shape in inputs.items()}
+
     batches = (1, options.opt_batch or min(2, options.max_batch), options.max_batch)
-    return [
-        {
-            name: tuple([batch, *(shape if name != SAMPLE else [*shape[:1], *size])] for batch in batches)
-            for name, shape in inputs.items()
-        }
-        for size in sizes
-    ]
+    bounds = [[shapes(size, batch) for batch in batches] for size in sizes]
+    return [{name: (least[name], tuned_for[name], largest[name]) for name in inputs} for least, tuned_for, largest in bounds]
+
+
+def spanning_shapes(profiles: list[Shapes]) -> Shapes:
+    """One profile that takes what any of ``profiles`` takes, and what lies between; tuned for what the first is tuned for."""
+    return {
+        name: (
+            [min(sides) for sides in zip(*(shapes[name][0] for shapes in profiles), strict=True)],
+            profiles[0][name][1],
+            [max(sides) for sides in zip(*(shapes[name][2] for shapes in profiles), strict=True)],
+        )
+        for name in profiles[0]
+    }
 
 
 def _own_sample_size(lowered: Path) -> list[int]:
@@ -332,7 +443,7 @@ def _own_sample_size(lowered: Path) -> list[int]:
         raise QuestDeployError(f"{lowered} takes samples of any size and does not say which it is meant for") from e
 
 
-def _add_profile(builder: Any, config: Any, shapes: dict[str, tuple[list[int], ...]]) -> None:
+def _add_profile(builder: Any, config: Any, shapes: Shapes) -> None:
     profile = builder.create_optimization_profile()
     for name, (least, tuned_for, largest) in shapes.items():
         profile.set_shape(name, least, tuned_for, largest)
@@ -357,7 +468,9 @@ def _compute_capability(trt: Any, name: str) -> Any:
 def load_engine(trt: Any, logger: Any, folder: Path, options: EngineOptions) -> Any:
     """The engine in ``folder``, on the GPU, with its weights: one that was stripped gets them from the lowered graph."""
     runtime = trt.Runtime(logger)
-    runtime.engine_host_code_allowed = options.version_compatible  # such an engine brings the runtime that it needs
+    runtime.engine_host_code_allowed = options.version_compatible  # such an engine brings the runtime that it needs, or the plugin
+    if options.quantize == PLUGIN and not options.serialize_plugins:
+        load_plugin(runtime.get_plugin_registry(), options.plugins, logger)
     engine = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
     if engine is None:
         raise QuestDeployError(f"{folder / ENGINE} cannot be loaded: {'; '.join(logger.problems[-3:]) or 'no reason given'}")
@@ -392,9 +505,11 @@ class _TensorRtRunner(Runner):
         from polygraphy.backend.trt import TrtRunner
 
         trt = importlib.import_module(package)
-        self._logger = _logger(trt)  # the engine logs on it
+        self._logger = make_logger(trt)  # the engine logs on it
         self._engine, self._profile = load_engine(trt, self._logger, folder, options), 0
-        self._runner = TrtRunner(self._engine)
+        # -1: TensorRT chooses.
+        budget = options.weight_streaming_budget if options.weight_streaming_budget is not None else -1
+        self._runner = TrtRunner(self._engine, weight_streaming_budget=budget if options.weight_streaming else None)
         self._runner.activate()
 
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -7,7 +7,6 @@ TensorRT backend loads the plan; the python-based stand-in of ``backends_cpu`` o
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import re
 import shlex
 import shutil
@@ -250,11 +249,11 @@ class _Writer:
     # the models that run on TensorRT, or its stand-in
 
     def _write_unet(self) -> None:
-        from exporters.graph_info import graph_info, load_graph, sample_shape, save_graph
+        from exporters.graph_info import graph_info, load_graph, sample_multiple, sample_shape, save_graph
         from exporters.lower.onnxruntime import lower
 
         graph = load_graph(self.workspace.path(GRAPH))
-        self.sample_shape, self.size_factor = sample_shape(graph), size_factor(graph)
+        self.sample_shape, self.sample_multiple = sample_shape(graph), sample_multiple(graph)
         self.checkpoint_sha256 = graph_info(graph).checkpoint_sha256
         graph = lower(graph)
         version = self._version_folder("unet")
@@ -385,7 +384,7 @@ class _Writer:
             "labels": 1 if self.of_text else self.model.labels,
             "guidable": self.of_text or self._null_conditions() is not None,
             "pixels_per_latent": factor,
-            "size_factor": factor * self.size_factor,
+            "size_factor": factor * self.sample_multiple,
             "decoder": self.decoder is not None,
             "schedulers": SCHEDULERS,
             "scheduler_config": self.model.scheduler_config(),
@@ -495,12 +494,6 @@ class _Writer:
         except InputError:  # it has none
             return None
         return conditions
-
-
-def size_factor(graph: ir.Model) -> int:
-    """What heights and widths of samples must be multiples of: a UNet halves what it reads at each convolution with a stride."""
-    strided = (node.attributes["strides"] for node in graph.graph if node.op_type == "Conv" and "strides" in node.attributes)
-    return math.prod(strides.as_ints()[0] for strides in strided)
 
 
 def _dims(value: ir.Value) -> list[int]:

@@ -161,7 +161,9 @@ class ActivationQuantizer(SiteQuantizer):
         return torch.zeros_like(low) if low.min() >= -128 and high.max() <= 127 else -128 - low
 
     def step(self, like: Tensor, bucket: Tensor) -> Tensor:
-        return per_sample(self.scale[bucket], like) * per_channel(self.channel, like, self.axis)
+        scale = per_sample(self.scale[bucket], like)
+        # Ones may lie along a product's tokens, of which there are as many as the sample is large.
+        return scale * per_channel(self.channel, like, self.axis) if self._folded else scale
 
 
 class FreeActivationQuantizer(SiteQuantizer):

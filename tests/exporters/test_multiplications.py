@@ -60,3 +60,31 @@ def test_in_lowered_unets_the_layers_multiply_adds_are_the_checkpoints(small_gra
             others -= parts
         assert len(others) == 12  # six attentions in float
         assert all(found[name].macs for name in others)
+
+
+def test_products_behind_sizes_that_are_computed_by_division_are_counted() -> None:
+    model = graph_from_text("""
+        g (float[batch,4,height,width] x) => (float[batch,tokens,tokens] scores)
+        <int64[1] one = {1}, int64[1] two = {2}, int64[1] channels = {4}, int64[1] rest = {-1}>
+        {
+          rows = Shape <start = 2, end = 3> (x)
+          less = Sub(rows, one)
+          half = Div(less, two)
+          tokens = Mul(half, rest)
+          positive = Mul(tokens, rest)
+          batch = Shape <end = 1> (x)
+          target = Concat <axis = 0> (batch, positive, rest, channels)
+          again = Reshape(x, target)
+          right = Transpose <perm = [0, 1, 3, 2]> (again)
+          scores4 = MatMul(again, right)
+          scores = Squeeze(scores4, one)
+        }
+    """)
+    (product,) = multiplications(model, {"x": (1, 4, 5, 6)})
+    assert product.macs == 2 * 15 * 15 * 4
+
+
+def test_every_product_of_an_exported_unet_is_counted(small_graph: ir.Model) -> None:
+    for model in (small_graph, openvino.lower(small_graph.clone())):
+        uncounted = [node.node for node in multiplications(model, input_shapes(model, 1)) if not node.macs]
+        assert uncounted == []

@@ -139,7 +139,7 @@ def test_the_metadata_names_scheme_checkpoint_and_every_layer_and_site(
     small_graph: ir.Model, info: GraphInfo, small_checkpoint: Checkpoint
 ) -> None:
     assert (info.scheme, info.checkpoint_sha256) == (small_checkpoint.scheme, "ab" * 32)
-    assert info.sample_shape == (2, 4, 4)
+    assert (info.sample_shape, info.sample_multiple) == ((2, 4, 4), 2)
     assert list(info.layers) == list(small_checkpoint.layers)
     assert list(info.sites) == list(small_checkpoint.sites)
     values = ir.convenience.create_value_mapping(small_graph.graph)

@@ -48,6 +48,7 @@ CHAIN = {
     "benchmark onnxruntime": ["--runs", "2", "--warmup", "1", "--batch", "2"],
     "generate openvino": ["--steps", "3", "--rows", "1", "--labels", "0123"],
     "evaluate onnxruntime": ["--images", "20", "--steps", "3"],
+    "schedule": ["--scheduler", "unipc", "--steps", "6"],
 }
 """The commands of the main job in order, with their options; a backend's name stands for --backend."""
 LDM_CHAIN = {

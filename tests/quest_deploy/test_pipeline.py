@@ -284,6 +284,7 @@ def test_the_engine_stays_usable_by_itself(text_chain: Chain) -> None:
 
 
 def test_latents_that_the_unet_cannot_halve_are_refused() -> None:
-    unet = PipelineUNet(Any, {"_class_name": "UNet2DConditionModel", "block_out_channels": [32, 64, 64]})
+    engine = EngineUNet(Any, sample_multiple=4)
+    unet = PipelineUNet(engine, {"_class_name": "UNet2DConditionModel", "block_out_channels": [32, 64, 64]})
     with pytest.raises(InputError, match=r"multiples of 4, found \[8, 6\]"):
         unet(torch.zeros(1, 4, 8, 6), 1.0)

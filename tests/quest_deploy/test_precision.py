@@ -69,7 +69,7 @@ def test_a_site_that_computes_in_float_is_no_fallback_and_runs_in_fp32(backend: 
 
 @each_backend
 def test_a_model_of_float_weights_runs_in_float_and_its_layers_are_warned_of(hand: Checkpoint, backend: str, tmp_path: Path) -> None:
-    model = get_backend(backend).lower(hand_graph(hand))
+    model = get_backend(backend).lower(hand_graph(hand), EngineOptions())
     for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
         # As a runtime without integer kernels has it: codes widened to float in front of each layer.
         cast = ir.Node("", "Cast", [node.inputs[0]], [ir.Attr("to", ir.AttributeType.INT, 1)], num_outputs=1)
@@ -190,7 +190,7 @@ def test_an_engine_that_needs_a_gpu_says_so_and_claims_nothing(
 ) -> None:
     monkeypatch.setattr("quest_deploy.engine.tensorrt.gpu_count", lambda: 0)
     backend = get_backend("tensorrt-rtx")
-    save_graph(backend.lower(ir.from_proto(mini_proto)), tmp_path / LOWERED)
+    save_graph(backend.lower(ir.from_proto(mini_proto), EngineOptions()), tmp_path / LOWERED)
     report = engine_precision(backend, tmp_path, EngineOptions())
     assert "this machine has none" in report.unavailable
     assert {layer.runs_in for layer in report.layers} == {"unknown"}

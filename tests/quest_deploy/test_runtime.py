@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.base import Runner, open_engine
+from quest_deploy.engine.base import Runner, engine_info, open_engine
 from quest_deploy.errors import InputError
 from quest_deploy.runtime import EngineUNet
 from quest_deploy.scheme import Scheme
@@ -75,6 +75,20 @@ def test_inputs_of_any_type_reach_the_engine_as_float32(runner: Recorder, dtype:
 def test_batch_sizes_that_differ_are_refused_by_name(runner: Recorder, timestep: Any, tokens: int, named: str) -> None:
     with pytest.raises(InputError, match=f"expected a batch of 3, as in sample; found .*{named}"):
         EngineUNet(runner).predict(SAMPLE, np.asarray(timestep), tokens=np.ones((tokens, 4)))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 6, 4), (3, 2, 4, 2)])
+def test_sizes_that_the_model_cannot_halve_as_often_as_it_does_are_refused(runner: Recorder, shape: tuple[int, ...]) -> None:
+    unet = EngineUNet(runner, sample_multiple=4)
+    with pytest.raises(InputError, match=rf"multiples of 4, found \[{shape[2]}, {shape[3]}\]"):
+        unet.predict(np.zeros(shape), 1)
+    assert not runner.feeds
+    assert unet.predict(np.zeros((3, 2, 4, 8)), 1).shape == (3, 2, 4, 8)
+
+
+def test_an_engine_knows_what_sizes_its_model_takes(mini_engines: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = mini_engines("onnxruntime")
+    assert engine_info(folder)["sample_multiple"] == 2
 
 
 def test_it_takes_and_gives_torch_tensors_as_a_denoiser(runner: Recorder) -> None:

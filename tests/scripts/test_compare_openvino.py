@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from exporters.graph_info import save_graph
-from tests.helpers import hand_checkpoint, hand_graph, load_script
+from exporters.graph_info import graph_info, save_graph
+from exporters.lower.onnxruntime import lower
+from quest_deploy.engine.base import input_shapes
+from tests.helpers import hand_checkpoint, hand_graph, load_script, run
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    import onnx_ir as ir
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def pair(script: ModuleType, rival: Any, engine: list[float], theirs: list[float
 
 
 def test_each_ratio_is_of_medians_of_the_pair_that_ran_side_by_side(script: ModuleType) -> None:
-    fp32, nncf, static = script.RIVALS
+    fp32, nncf, static, _ = script.RIVALS
     pairs = {
         fp32: pair(script, fp32, [2, 2, 9], [8, 8, 8], 1.0),
         nncf: pair(script, nncf, [4, 4, 4], [5, 5, 1], 1.5),  # a slower minute: both sides took twice as long
@@ -41,6 +45,18 @@ def test_each_ratio_is_of_medians_of_the_pair_that_ran_side_by_side(script: Modu
     assert rows["static scales"].against_engine == pytest.approx(0.95)
     assert [rows[name].error for name in ("fp32", "engine", "nncf int8")] == pytest.approx([0, 0.1, 0.5])
     assert rows["engine"].profile == {"attention": 2}  # the fastest run's
+
+
+@pytest.mark.parametrize("buckets", [8, 20])
+def test_more_buckets_hold_the_tables_of_the_buckets_that_they_divide(script: ModuleType, small_graph: ir.Model, buckets: int) -> None:
+    assert buckets % graph_info(small_graph).scheme.buckets == 0
+    generator = np.random.default_rng(0)
+    feeds = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in input_shapes(small_graph, 6).items()}
+    feeds["timestep"] = np.linspace(0, 999, 6, dtype=np.float32)
+    wider = script.with_buckets(small_graph.clone(), buckets)
+    assert wider.graph.initializers["bucket_edges"].shape == (buckets - 1,)
+    before, after = (run(lower(model), feeds)[0] for model in (small_graph, wider))
+    np.testing.assert_array_equal(after, before)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +82,7 @@ def test_a_small_graph_is_compared_with_nncf_and_the_table_is_written(
     script.main(tmp_path / "model.onnx", batch=2, threads=1, dtype=["fp32"], runs=1, folder=tmp_path / "kept", json_file=tmp_path / "j")
     result = json.loads((tmp_path / "j").read_text())
     rows = {row["variant"]: row for row in result["rows"]}
-    assert rows.keys() == {"engine", "fp32", "nncf int8", "static scales"}
+    assert rows.keys() == {"engine", "fp32", "nncf int8", "static scales", "50 buckets"}
     assert result["versions"].keys() == {"openvino", "nncf"}
     assert rows["fp32"]["error"] == 0
     assert 0 < rows["engine"]["error"] < 1

@@ -130,10 +130,18 @@ def test_quantize_and_dequantize_have_constant_unit_scales_and_zero_points_of_ze
             assert is_weight or array_of(scale) == 1
 
 
-@each_lowering
-def test_tables_are_gathered_once_a_rank(lower: Any, small_graph: ir.Model) -> None:
+@pytest.mark.parametrize("lower", [onnxruntime.lower, openvino.lower])
+def test_cpus_gather_tables_once_a_rank(lower: Any, small_graph: ir.Model) -> None:
     counts = op_counts(lower(small_graph))
     assert (counts["Gather"], counts["Split"] >= 3) == (3, True)
+
+
+def test_tensorrt_gathers_each_table_in_its_shape_and_rounds_where_it_quantizes(small_graph: ir.Model) -> None:
+    lowered = tensorrt.lower(small_graph)
+    assert sum(node.op_type == "Gather" for node in lowered.graph) > 50
+    unsqueezed = [node.inputs[0].producer() for node in lowered.graph if node.op_type == "Unsqueeze"]
+    assert "Gather" not in {producer.op_type for producer in unsqueezed if producer is not None}
+    assert "Round" not in op_counts(lowered)
 
 
 def test_tensorrt_gets_int8_initializers(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:

@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from exporters.graph_info import SAMPLE_SHAPE_KEY
+from exporters.graph_info import SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY
 from exporters.passes.remove_quantization import RemoveQuantization
 from quest_deploy.checkpoint import Checkpoint
 from quest_deploy.errors import InputError
@@ -53,7 +53,7 @@ def test_no_quantizer_integer_scale_or_trace_of_ours_is_left(float_model: ir.Mod
     assert {value.dtype for value in float_model.graph.initializers.values()} == {ir.DataType.FLOAT}
     assert not float_model.functions
     assert set(float_model.graph.opset_imports) == {""}
-    assert set(float_model.metadata_props) == {SAMPLE_SHAPE_KEY}
+    assert set(float_model.metadata_props) == {SAMPLE_SHAPE_KEY, SAMPLE_MULTIPLE_KEY}
     onnx.checker.check_model(proto_of(float_model), full_check=True)
 
 

@@ -241,7 +241,7 @@ def test_tensorrt_without_its_sdk_says_what_to_install(workspace: Path, monkeypa
 
 def test_an_engine_that_cannot_run_here_is_refused_by_every_command_that_runs_it(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quest_deploy.engine.tensorrt.gpu_count", lambda: 0)
-    for command in ("verify", "benchmark", "generate"):
+    for command in ("verify", "benchmark", "generate", "evaluate"):
         ended = cli(command, "-w", chain.root, "--backend", "tensorrt-rtx")
         assert (ended.code, "this machine has none" in ended.message) == (2, True), command
 

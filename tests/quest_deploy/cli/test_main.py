@@ -31,7 +31,7 @@ HEAVY = (
 )
 COMMANDS = (
     "run", "calibrate", "finetune", "export", "reference", "build-engine", "verify", "benchmark", "generate", "evaluate", "inspect",
-    "doctor", "sensitivity", "compare",
+    "doctor", "sensitivity", "compare", "schedule",
 )  # fmt: skip
 
 

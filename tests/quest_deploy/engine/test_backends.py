@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -308,7 +309,7 @@ def test_tensorrt_without_its_sdk_is_an_input_error(purpose: str, monkeypatch: p
 
 
 def test_building_with_tensorrt_without_a_gpu_points_to_tensorrt_rtx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", sys)
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.16.1"))
     monkeypatch.setattr("quest_deploy.engine.tensorrt.gpu_count", lambda: 0)
     with pytest.raises(InputError, match="this machine has none; use tensorrt-rtx here"):
         get_backend("tensorrt").check_build(EngineOptions())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import tensorrt_rtx as trt
 
-from exporters.graph_info import SAMPLE_SHAPE_KEY, load_graph
+from exporters.graph_info import SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, load_graph
 from quest_deploy.engine.backends import TENSORRT_OPTIONS, check_options, get_backend
 from quest_deploy.engine.base import LOWERED, EngineOptions, build_engine, engine_info, option_name, options_from
 from quest_deploy.engine.tensorrt import (
@@ -26,6 +26,8 @@ from quest_deploy.engine.tensorrt import (
 from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import onnx
 
 GIVEN: dict[str, Any] = {
@@ -38,7 +40,26 @@ GIVEN: dict[str, Any] = {
     "version_compatible": True,
     "hardware_compatibility_level": "ampere_plus",
     "builder_optimization_level": 5,
+    "quantize": "native",
+    "plugins": "plugins.so",
+    "serialize_plugins": True,
+    "weight_streaming": True,
+    "weight_streaming_budget": 2**20,
+    "tactic_sources": ("jit_convolutions",),
+    "max_num_tactics": 3,
+    "profiling_verbosity": "none",
+    "verbose": True,
 }
+NEEDED: dict[str, dict[str, Any]] = {
+    "serialize_plugins": {"version_compatible": True},
+    "weight_streaming_budget": {"weight_streaming": True},
+}
+"""The options that another one needs, and which."""
+
+
+def given(option: str) -> EngineOptions:
+    """The option, and what it needs."""
+    return EngineOptions(**{option: GIVEN[option], **NEEDED.get(option, {})})
 
 
 class _Log(trt.ILogger):
@@ -65,14 +86,21 @@ def test_every_option_of_tensorrt_is_tried_here() -> None:
 @pytest.mark.parametrize("option", GIVEN)
 def test_other_backends_refuse_what_is_tensorrts(backend: str, option: str) -> None:
     with pytest.raises(InputError, match=f"{option_name(option)} is TensorRT's, and the backend is {backend}"):
-        check_options(backend, EngineOptions(**{option: GIVEN[option]}))
-    check_options("tensorrt-rtx", EngineOptions(**{option: GIVEN[option]}))
+        check_options(backend, given(option))
+    check_options("tensorrt-rtx", given(option))
 
 
 @pytest.mark.parametrize("option", RTX_LACKS)
 def test_tensorrt_rtx_refuses_what_it_lacks_and_says_why(option: str) -> None:
     with pytest.raises(InputError, match=f"{option_name(option)} is tensorrt's; tensorrt-rtx has no such option: {RTX_LACKS[option]}"):
-        get_backend("tensorrt-rtx").check_build(EngineOptions(**{option: GIVEN[option]}))
+        get_backend("tensorrt-rtx").check_build(given(option))
+
+
+def test_tensorrt_rtx_is_always_quantized_natively() -> None:
+    backend = get_backend("tensorrt-rtx")
+    assert backend.resolve(EngineOptions()).quantize == "native"
+    with pytest.raises(InputError, match="tensorrt-rtx runs no plugins"):
+        backend.check_build(EngineOptions(quantize="plugin"))
 
 
 @pytest.mark.parametrize("option", ["refittable", "strip_plan"])
@@ -95,6 +123,13 @@ def test_tensorrt_rtx_needs_a_gpu_for_weights_that_can_be_exchanged(option: str,
         ({"sample_sizes": ((64, 64), (64, 64))}, "each one another"),
         ({"workspace_limit": 0}, "1 byte or more"),
         ({"builder_optimization_level": 6}, "from 0 to 5, not 6"),
+        ({"quantize": "int8"}, "--quantize: expected one of auto, plugin, native, not 'int8'"),
+        ({"quantize": "native", "plugins": "x.so"}, "--quantize native uses no plugin"),
+        ({"serialize_plugins": True}, "--serialize-plugins needs --version-compatible"),
+        ({"weight_streaming_budget": 1}, "--weight-streaming-budget needs --weight-streaming"),
+        ({"weight_streaming_budget": -1, "weight_streaming": True}, "0 bytes or more"),
+        ({"max_num_tactics": 0}, "--max-num-tactics: expected 1 or more, not 0"),
+        ({"profiling_verbosity": "verbose"}, "--profiling-verbosity: expected one of detailed, layer_names_only, none"),
         (
             {"hardware_compatibility_level": "hopper"},
             "unknown hardware compatibility level 'hopper': expected one of none",
@@ -113,34 +148,30 @@ def test_onnxruntime_computes_in_half_types_on_gpus_only() -> None:
         get_backend("onnxruntime").check_build(EngineOptions(dtype=dtype, provider="cuda"))
 
 
-@pytest.mark.parametrize("place", ["folder", "unwritable/cache"])
-def test_a_timing_cache_that_cannot_be_used_is_refused_before_anything_is_built(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "unwritable").write_text("a file")
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", trt)
-    monkeypatch.setattr("quest_deploy.engine.tensorrt.gpu_count", lambda: 1)
-    with pytest.raises(InputError, match=r"the timing cache .* cannot be read and written"):
-        get_backend("tensorrt").check_build(EngineOptions(timing_cache=str(tmp_path / place)))
-    get_backend("tensorrt").check_build(EngineOptions(timing_cache=str(tmp_path / "new" / "cache.bin")))
-
-
 def test_flags_and_limits_reach_the_builders_configuration(builder: Any) -> None:
     config = builder.create_builder_config()
     configure(trt, config, EngineOptions())
-    asked = (trt.BuilderFlag.REFIT, trt.BuilderFlag.STRIP_PLAN, trt.BuilderFlag.VERSION_COMPATIBLE)
+    flag = trt.BuilderFlag
+    asked = (flag.REFIT, flag.STRIP_PLAN, flag.VERSION_COMPATIBLE, flag.WEIGHT_STREAMING)
     assert not any(config.get_flag(flag) for flag in (trt.BuilderFlag.TF32, *asked))
+    assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
     configure(trt, config, EngineOptions(refittable=True, strip_plan=True, version_compatible=True, workspace_limit=3 * 2**20,
-                                         builder_optimization_level=1))  # fmt: skip
+                                         builder_optimization_level=1, weight_streaming=True, max_num_tactics=7, plugins="plugins.so",
+                                         tactic_sources=("jit_convolutions",), profiling_verbosity="layer_names_only",
+                                         serialize_plugins=True))  # fmt: skip
     assert all(config.get_flag(flag) for flag in asked)
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 3 * 2**20
     assert config.builder_optimization_level == 1
+    assert config.get_tactic_sources() == 1 << int(trt.TacticSource.JIT_CONVOLUTIONS)
+    assert (config.max_num_tactics, config.plugins_to_serialize) == (7, ["plugins.so"])
+    assert config.profiling_verbosity == trt.ProfilingVerbosity.LAYER_NAMES_ONLY
+    configure(trt, config, EngineOptions(tactic_sources=()))
+    assert config.get_tactic_sources() == 0
 
 
 @pytest.mark.parametrize("level", ["none", "ampere_plus", "same_compute_capability"])
 def test_hardware_compatibility_levels_are_the_builders_own(level: str) -> None:
-    config = SimpleNamespace(clear_flag=lambda flag: None)
+    config = SimpleNamespace(clear_flag=lambda flag: None)  # the real one of this flavour ignores it
     configure(trt, config, EngineOptions(hardware_compatibility_level=level))
     assert config.hardware_compatibility_level == getattr(trt.HardwareCompatibilityLevel, level.upper())
 
@@ -185,15 +216,24 @@ def test_without_sample_sizes_there_is_one_profile_of_the_size_that_the_model_is
     assert profile_shapes(_Network(x=(-1, 5)), tmp_path, EngineOptions(max_batch=3)) == [{"x": ([1, 5], [2, 5], [3, 5])}]
 
 
+def test_tensorrt_for_rtx_builds_one_profile_from_the_least_to_the_largest_size(tmp_path: Path) -> None:
+    network = _Network(sample=(-1, 4, -1, -1), timestep=(-1,))
+    shapes = profile_shapes(network, tmp_path, EngineOptions(max_batch=8, sample_sizes=((96, 64), (64, 80))))
+    assert get_backend("tensorrt-rtx").profiles(shapes) == [
+        {"sample": ([1, 4, 64, 64], [2, 4, 96, 64], [8, 4, 96, 80]), "timestep": ([1], [2], [8])}
+    ]
+    assert get_backend("tensorrt").profiles(shapes) == shapes
+
+
 def unet(size: str) -> ir.Model:
-    """A graph that halves its samples twice, and doubles them again."""
-    return ir.from_onnx_text(
-        f"""<ir_version: 10, opset_import: ["" : 21]> g (float[batch,4,{size}] sample, float[4,4,2,2] w) => (float[batch,4,a,b] y) {{
-            half = Conv <strides = [2, 2]> (sample, w)
-            quarter = Conv <strides = [2, 2]> (half, w)
-            y = Conv <strides = [1, 1]> (quarter, w)
+    """A graph of samples [4, ``size``], multiples of 4."""
+    model = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 21]> g (float[batch,4,{size}] sample) => (float[batch,4,{size}] y) {{
+            y = Identity(sample)
         }}"""
     )
+    model.metadata_props[SAMPLE_MULTIPLE_KEY] = "4"
+    return model
 
 
 def test_a_sample_size_that_the_model_cannot_halve_as_often_as_it_does_is_refused() -> None:
@@ -237,9 +277,14 @@ def test_the_real_builder_takes_the_unet_in_a_half_type_at_two_sample_sizes_with
         dtype=dtype,
         sample_sizes=((4, 4), (6, 8)),
         workspace_limit=2**30,
+        weight_streaming=True,
+        weight_streaming_budget=2**20,
+        profiling_verbosity="none",
     )
     build_engine(get_backend("tensorrt-rtx"), ir.from_proto(mini_proto), tmp_path, options, "cd" * 32)
-    assert options_from(engine_info(tmp_path)) == options
+    content = engine_info(tmp_path)
+    assert options_from(content) == replace(options, quantize="native")
+    assert content["runtime"] == {"name": "tensorrt_rtx", "version": trt.__version__}
     lowered = load_graph(tmp_path / LOWERED)
     half = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.BFLOAT16
     assert {node.outputs[0].dtype for node in lowered.graph if node.op_type == "Conv"} == {half}

@@ -83,6 +83,15 @@ def test_scale_and_zero_point_of_used_buckets_alone_receive_gradients() -> None:
         assert (parameter.grad != 0).tolist() == [True, False, True]
 
 
+def test_ones_along_the_tokens_of_a_product_take_any_number_of_tokens() -> None:
+    site, fitting = (quantizer(channel=torch.ones(tokens), axis=2) for tokens in (6, 4))
+    x = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0))
+    for method in ("forward", "codes", "ratio", "unquantized"):
+        assert torch.equal(getattr(site, method)(x), getattr(fitting, method)(x)), method
+    ties = torch.ones_like(x, dtype=torch.bool)
+    assert torch.equal(site.untied(x, ties), fitting.untied(x, ties))
+
+
 def test_a_quantizer_called_outside_its_model_says_so() -> None:
     with pytest.raises(RuntimeError, match="outside its QuantizedModel"):
         ActivationQuantizer(4, SCALE, ZERO_POINT, torch.ones(6), 1, BucketState(), Symmetry.ASYMMETRIC)(torch.zeros(4, 6))

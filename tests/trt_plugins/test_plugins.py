@@ -1,0 +1,162 @@
+"""The plugin library: the host programs, the registry and the parser of TensorRT for RTX, and one definition in two languages."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from exporters import geglu_timestep_quantize, timestep_quantize
+from tests.trt_plugins.conftest import HEADERS, PLUGINS, configure, require_compilers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def run(*command: str | Path) -> str:
+    """What the program prints, errors included; it must succeed."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def library(build: Path) -> Path:
+    """The plugins; ``build`` has them and the programs that load them only where TensorRT's headers are."""
+    if HEADERS not in os.environ:
+        pytest.skip(f"{HEADERS}, the folder of TensorRT's headers, is not set")
+    return build / "libquest_trt_plugins.so"
+
+
+def test_the_kernels_own_source_run_on_the_cpu_gives_the_references_codes_between_all_layouts_and_touches_nothing_else(
+    build: Path,
+) -> None:
+    told = run(build / "tests" / "kernel_test_emulated", "--emulated")
+    for kernel in ("FP32 33 channels, 70 pixels, between all layouts", "bf16 [1, 1 x 512, 4096]", "GEGLU FP16 [3, 5 x 40, 1]"):
+        assert f"ok     {kernel}\n" in told
+
+
+def test_on_a_gpu_the_kernels_give_the_references_codes_and_without_one_that_is_said(build: Path) -> None:
+    told = run(build / "tests" / "kernel_test")
+    assert ("no GPU is here" in told) != ("captured in a CUDA graph and replayed" in told)
+
+
+def test_loaded_as_tensorrt_loads_it_the_library_makes_plugins_that_keep_the_rules(build: Path, library: Path) -> None:
+    told = run(build / "tests" / "plugin_test", library)
+    for claim in (
+        "registers each creator once",
+        "those are taken that TensorRT documents, 88",
+        "a copy outlives the plugin",
+        "is refused and logged",
+    ):
+        assert claim in told
+
+
+def test_enqueue_gives_the_references_codes_in_every_combination_of_formats_on_the_cpu(build: Path, library: Path) -> None:
+    told = run(build / "tests" / "plugin_test_emulated", build / "tests" / "libquest_trt_plugins_emulated.so")
+    assert told.count("ok     enqueue gives the reference's codes in every combination") == 6
+
+
+def test_beside_another_major_version_of_tensorrt_the_library_registers_nothing_and_says_so(build: Path, library: Path) -> None:
+    told = run(build / "tests" / "plugin_test", library, "--other-version")
+    assert "build them with that version's headers" in told
+
+
+def test_name_version_namespace_inputs_and_fields_are_the_exporters(build: Path, library: Path) -> None:
+    described = json.loads(run(build / "tests" / "plugin_test", library, "--describe"))
+    shared = {
+        "version": str(timestep_quantize.VERSION),
+        "namespace": timestep_quantize.DOMAIN,
+        "inputs": list(timestep_quantize.INPUTS),
+    }
+    assert described == [
+        {"name": timestep_quantize.OP_TYPE, **shared, "fields": [timestep_quantize.AXIS]},
+        {"name": geglu_timestep_quantize.OP_TYPE, **shared, "fields": []},
+    ]
+
+
+def test_without_tensorrt_in_the_process_the_library_can_still_be_opened(library: Path) -> None:
+    count = ctypes.c_int32()
+    creators = ctypes.CDLL(str(library)).getCreators
+    creators.restype = ctypes.c_void_p
+    assert creators(ctypes.byref(count))
+    assert count.value == 2
+
+
+PARSE = """
+import sys
+import onnx_ir as ir
+import tensorrt_rtx as trt
+from tests.helpers import hand_checkpoint, hand_graph
+
+registry, logger = trt.get_plugin_registry(), trt.Logger(trt.Logger.VERBOSE)
+builder = trt.Builder(logger)
+library = registry.load_library(sys.argv[1])
+assert library is not None
+assert registry.get_creator("TimestepQuantize", "1", "quest").plugin_namespace == "quest"
+assert registry.get_creator("GegluTimestepQuantize", "1", "quest").name == "GegluTimestepQuantize"
+registry.deregister_library(library)
+assert registry.get_creator("TimestepQuantize", "1", "quest") is None
+assert registry.load_library(sys.argv[1]) is not None
+print("LOADED", flush=True)
+if len(sys.argv) > 2:
+    from exporters.lower.tensorrt import lower
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    model = lower(hand_graph(hand_checkpoint()), quantize="plugin")
+    print("PARSED", trt.OnnxParser(network, logger).parse(ir.to_proto(model).SerializeToString()), flush=True)
+"""
+
+
+def in_tensorrt_rtx(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own: the parser of TensorRT for RTX ends it."""
+    pytest.importorskip("tensorrt_rtx", reason="the Python package tensorrt-rtx is not installed")
+    environment = {**os.environ, "PYTHONPATH": str(PLUGINS.parent)}
+    command = [sys.executable, "-c", PARSE, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=PLUGINS.parent)
+
+
+def test_the_registry_of_tensorrt_for_rtx_loads_finds_unloads_and_loads_again_the_library(library: Path) -> None:
+    done = in_tensorrt_rtx(str(library))
+    assert done.returncode == 0, done.stderr
+    assert "LOADED" in done.stdout
+
+
+def test_the_parser_of_tensorrt_for_rtx_has_our_creator_make_the_plugin_and_then_refuses_plugins(library: Path) -> None:
+    done = in_tensorrt_rtx(str(library), "parse")
+    told = done.stdout + done.stderr
+    assert "Searching for plugin: TimestepQuantize, plugin_version: 1, plugin_namespace: quest" in told
+    assert "Successfully created plugin: TimestepQuantize" in told
+    # Release 1.7 ends the process where TensorRT adds the plugin to the network, whoever wrote the plugin.
+    assert done.returncode == -signal.SIGABRT or "PARSED False" in told
+
+
+@pytest.fixture(scope="module")
+def without_headers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder that was configured without TensorRT's headers, and what cmake said."""
+    require_compilers()
+    folder = tmp_path_factory.mktemp("without_headers")
+    configured = configure(folder)
+    assert configured.returncode == 0, configured.stderr
+    return folder, configured.stdout
+
+
+def test_without_tensorrts_headers_the_kernels_and_their_tests_are_built_and_the_plugins_are_not(
+    without_headers: tuple[Path, str],
+) -> None:
+    folder, told = without_headers
+    assert "plugins are not built" in told
+    targets = run("cmake", "--build", folder, "--target", "help")
+    assert "kernel_test_emulated" in targets
+    assert "quest_trt_plugins" not in targets
+
+
+def test_a_folder_without_headers_is_refused_and_named(without_headers: tuple[Path, str], tmp_path: Path) -> None:
+    configured = configure(without_headers[0], headers=str(tmp_path))
+    assert configured.returncode != 0
+    assert f"TENSORRT_INCLUDE_DIR is {tmp_path}, where NvInferRuntime.h" in " ".join(configured.stderr.split())

@@ -1,0 +1,499 @@
+"""The C++ runtime: what it reads of workspaces and schedules with no GPU, and that all of it compiles, links and starts.
+
+Its host parts are built with g++ alone; the rest where TENSORRT_INCLUDE_DIR names TensorRT's headers and nvcc and cmake are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from exporters.graph_info import save_graph
+from quest_deploy.engine import tensorrt as shared
+from quest_deploy.engine.backends import get_backend
+from quest_deploy.engine.base import ENGINE_FILE, EngineOptions, build_engine
+from quest_deploy.errors import InputError
+from quest_deploy.files import read_json, sha256_of, sha256_of_json, write_json
+from quest_deploy.models.schedulers import SCHEDULERS, make_scheduler
+from quest_deploy.schedule import Schedule, ScheduleStep, schedule_from_scheduler
+from quest_deploy.scheme import Scheme
+from quest_deploy.workspace import GRAPH, MANIFEST, Workspace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx
+
+    Host = Callable[..., subprocess.CompletedProcess[str]]
+
+PLUGINS = Path(__file__).parents[2] / "trt_plugins"
+RUNTIME = PLUGINS / "runtime"
+RTX = "tensorrt-rtx"
+NOISE_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "skip_prk_steps": True,
+}
+"""Stable Diffusion's."""
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """The host's parts as a program, built with g++ alone."""
+    program = tmp_path_factory.mktemp("host") / "host_program"
+    sources = [
+        RUNTIME / "tests" / "host_program.cpp",
+        *(RUNTIME / "src" / f"{n}.cpp" for n in ("json", "sha256", "workspace", "schedule")),
+    ]
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wpedantic", "-Werror"]
+    subprocess.run(["g++", *flags, f"-I{RUNTIME / 'include'}", *sources, "-o", program], check=True)
+    return lambda *words: subprocess.run([program, *map(str, words)], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def built(small_proto: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with an engine of TensorRT for RTX, as quest-deploy makes them; not to be changed."""
+    root = tmp_path_factory.mktemp("built") / "workspace"
+    workspace = Workspace.create(root, "tiny", Scheme.parse("w4a4", buckets=3))
+    model = ir.from_proto(small_proto)
+    save_graph(model, root / GRAPH)
+    workspace.record("export", inputs=(), options={}, files=[root / GRAPH], details={"share": 0.1 + 0.2, "name": "Grüße 🙂"})
+    folder = root / "engines" / RTX
+    folder.mkdir(parents=True)
+    options = EngineOptions(compute_capabilities=("89",), max_batch=4)
+    build_engine(get_backend(RTX), model, folder, options, sha256_of(root / GRAPH))
+    workspace.record(f"build-engine/{RTX}", inputs=("export",), options={}, files=sorted(folder.iterdir()), details={})
+    return root
+
+
+@pytest.fixture
+def workspace(built: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(built, tmp_path / "workspace"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 55, 56, 63, 64, 65, 119, 120, 128, 1_000_003])
+def test_hashes_are_sha_256(host: Host, tmp_path: Path, size: int) -> None:
+    content = np.random.default_rng(size).bytes(size)
+    (tmp_path / "file").write_bytes(content)
+    assert host("sha256", tmp_path / "file").stdout.strip() == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"b": [1, -2.5, 1e-7, 1e300, 0.1, 123456789012345678], "a": {"z": None, "": True, "y": False}, "ä": [], "Z": {}, "🙂": "x"},
+        ['"\\/\b\f\n\r\t\x00\x1f\x7f\x80 é € 🙂 \u2028'],
+        [[[[[]]]], {"a": {"a": {"a": [{}]}}}],
+        "text",
+        -0.0,
+        None,
+    ],
+)
+def test_json_is_hashed_in_the_form_that_python_hashes(host: Host, tmp_path: Path, value: Any) -> None:
+    write_json(tmp_path / "value.json", value)
+    canonical = host("canonical", tmp_path / "value.json").stdout[:-1]
+    assert hashlib.sha256(canonical.encode()).hexdigest() == sha256_of_json(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[1,]", '{"a":1,}', '{"a":1 "b":2}', "{a:1}", "[01]", "[1.]", "[.5]", "[+1]", "[1e]", "[NaN]", "[Infinity]", "[tru]",
+        "[1] 2", '["\\x"]', '["\\u12"]', '["\\ud800"]', '["\\udc00"]', '["\\ud800\\u0041"]', '["a\nb"]', '["a', '{"a":1,"a":2}',
+        "[" * 100 + "]" * 100,
+    ],
+)  # fmt: skip
+def test_what_is_no_json_is_refused_with_its_place(host: Host, tmp_path: Path, text: str) -> None:
+    (tmp_path / "value.json").write_text(text)
+    ended = host("canonical", tmp_path / "value.json")
+    assert (ended.returncode, "is damaged: expected" in ended.stderr and "at byte" in ended.stderr) == (1, True), ended.stderr
+
+
+@pytest.mark.parametrize("content", [b'["\xff"]', b'["\xc0\x80"]', b'["\xed\xa0\x80"]', b'["\xf5\x80\x80\x80"]', b'["\xe2\x82"]'])
+def test_what_is_no_utf_8_is_refused(host: Host, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "value.json").write_bytes(content)
+    assert "expected UTF-8" in host("canonical", tmp_path / "value.json").stderr
+
+
+def test_a_workspace_that_quest_deploy_wrote_is_opened_and_its_engine_is_read(host: Host, built: Path) -> None:
+    record = read_json(built / "engines" / RTX / ENGINE_FILE)
+    size = (built / "engines" / RTX / shared.ENGINE).stat().st_size
+    ended = host("engine", built, RTX)
+    assert ended.stderr == ""
+    assert ended.stdout.split() == ["tiny", RTX, record["runtime"]["version"], "4", "89", str(size)]
+
+
+def _edit(path: Path, change: Callable[[Any], object]) -> None:
+    content = read_json(path)
+    change(content)
+    write_json(path, content)
+
+
+def _sign(workspace: Path, change: Callable[[Any], object]) -> None:
+    """Change a manifest as if quest-deploy had written it so."""
+
+    def changed(content: Any) -> None:
+        del content["sha256"]
+        change(content)
+        content["sha256"] = sha256_of_json(content)
+
+    _edit(workspace / MANIFEST, changed)
+
+
+def _flip_plan(workspace: Path) -> None:
+    path = workspace / "engines" / RTX / shared.ENGINE
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda w: (w / MANIFEST).unlink(), "manifest.json cannot be read"),
+    "an edited manifest": (lambda w: _edit(w / MANIFEST, lambda c: c.update(model="sd15")), "manifest.json was edited"),
+    "a later version": (lambda w: _sign(w, lambda c: c.update(version=2)), "expected a quest-deploy workspace of version 1"),
+    "another format": (lambda w: _sign(w, lambda c: c.update(format="archive")), "expected a quest-deploy workspace;"),
+    "no engine": (
+        lambda w: _sign(w, lambda c: c["stages"].pop(f"build-engine/{RTX}")),
+        f"has no engine of {RTX}; run `quest-deploy build-",
+    ),
+    "a changed plan": (_flip_plan, "model.engine was changed since it was built"),
+    "no plan": (lambda w: (w / "engines" / RTX / shared.ENGINE).unlink(), "model.engine cannot be read"),
+    "a changed record": (
+        lambda w: _edit(w / "engines" / RTX / ENGINE_FILE, lambda c: c["options"].update(max_batch=64)),
+        "engine.json was changed since it was written",
+    ),
+    "a newer graph": (
+        lambda w: _sign(w, lambda c: c["stages"]["export"]["files"][GRAPH].update(sha256="ab" * 32)),
+        "was built from another graph than the workspace's unet.onnx",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_workspace_that_is_damaged_is_refused_with_what_to_do(host: Host, workspace: Path, damage: str) -> None:
+    change, words = DAMAGE[damage]
+    change(workspace)
+    ended = host("engine", workspace, RTX)
+    assert (ended.returncode, words in ended.stderr) == (1, True), ended.stderr
+
+
+def test_an_engine_without_weights_or_of_another_runtime_is_refused(host: Host, workspace: Path) -> None:
+    folder = workspace / "engines" / RTX
+    _edit(folder / ENGINE_FILE, lambda c: c["options"].update(strip_plan=True))
+    assert "without its weights" in host("runs", folder, RTX, "1.7.1", "89").stderr
+    _edit(folder / ENGINE_FILE, lambda c: c.update(backend="openvino"))
+    assert "expected an engine of tensorrt or tensorrt-rtx, found one of openvino" in host("runs", folder, RTX, "1.7.1", "89").stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "version", "capability"),
+    [
+        ({}, "10.16.1", "89"),
+        ({}, "10.16.2", "89"),
+        ({}, "10.9.0", "89"),
+        ({"version_compatible": True}, "10.16.2", "89"),
+        ({"version_compatible": True}, "11.0.0", "89"),
+        ({"version_compatible": True}, "10.9.0", "89"),
+        ({}, "10.16.1", "90"),
+        ({"hardware_compatibility_level": "ampere_plus"}, "10.16.1", "120"),
+        ({"hardware_compatibility_level": "ampere_plus"}, "10.16.1", "75"),
+        ({"hardware_compatibility_level": "same_compute_capability"}, "10.16.1", "90"),
+    ],
+)
+def test_what_runs_an_engine_here_is_what_python_says(
+    host: Host, workspace: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], version: str, capability: str
+) -> None:
+    folder = workspace / "engines" / RTX
+
+    def of_tensorrt(content: Any) -> None:
+        content.update(backend="tensorrt", runtime={"name": "tensorrt", "version": "10.16.1"})
+        content["options"].update(options)
+
+    _edit(folder / ENGINE_FILE, of_tensorrt)
+    monkeypatch.setattr(shared, "gpu_compute_capability", lambda: capability)
+    chosen = EngineOptions(**options)
+    expected = shared.runs_engines_of(version, "10.16.1", version_compatible=chosen.version_compatible)
+    try:
+        shared.check_compute_capability({"compute_capabilities": ["89"]}, chosen)
+    except InputError:
+        expected = False
+    ended = host("runs", folder, "tensorrt", f"{version}.11", capability)  # the library tells its build's number too
+    assert (ended.returncode == 0) == expected, ended.stderr
+    assert f"of tensorrt, and this program was built with {RTX}" in host("runs", folder, RTX, version, capability).stderr
+
+
+def test_an_engine_runs_with_the_very_plugin_library_that_it_was_built_with(host: Host, workspace: Path, tmp_path: Path) -> None:
+    folder, library = workspace / "engines" / RTX, tmp_path / "plugins.so"
+    library.write_bytes(b"the plugin")
+    assert host("plugin", folder, tmp_path / "none.so").returncode == 0  # it needs none
+    plugin = {"library": library.name, "sha256": sha256_of(library), "serialized": False}
+    _edit(folder / ENGINE_FILE, lambda c: c.update(plugin=plugin))
+    assert host("plugin", folder, library).returncode == 0
+    assert "the engine needs the plugin library plugins.so; give its path" in host("plugin", folder, "").stderr
+    library.write_bytes(b"another one")
+    assert (
+        f"is not the plugin library that the engine was built with (SHA-256 {plugin['sha256']})"
+        in host("plugin", folder, library).stderr
+    )
+    _edit(folder / ENGINE_FILE, lambda c: c["plugin"].update(serialized=True))  # the engine holds it
+    assert host("plugin", folder, "").returncode == 0
+
+
+def _scheduler(name: str) -> Any:
+    scheduler = make_scheduler(name, NOISE_SCHEDULE)
+    scheduler.set_timesteps(8)
+    return scheduler
+
+
+def _schedule(name: str) -> Schedule:
+    return schedule_from_scheduler(lambda: _scheduler(name))
+
+
+def fake_model(sample: torch.Tensor, timestep: float) -> torch.Tensor:
+    """The host program's model, of samples [rows, ...]."""
+    condition = torch.zeros_like(sample)
+    condition.view(-1)[sample.numel() // 2 :] = 0.25
+    return sample / (1 + sample.abs()) + 0.0005 * timestep + condition
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_loop_with_a_schedulers_table_draws_what_diffusers_draws(host: Host, tmp_path: Path, name: str, guidance: float) -> None:
+    schedule = _schedule(name)
+    schedule.save(tmp_path / "schedule.json")
+    scheduler, generator = _scheduler(name), torch.Generator().manual_seed(3)
+    drawn = torch.randn(2, 5, 4, generator=generator)
+    sample, noise = drawn * scheduler.init_noise_sigma, []
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(sample, timestep)
+        if guidance == 1:
+            prediction = fake_model(scaled, float(timestep))
+        else:
+            without, with_condition = fake_model(torch.cat([scaled, scaled]), float(timestep)).chunk(2)
+            prediction = without + guidance * (with_condition - without)
+        before = torch.Generator()
+        before.set_state(generator.get_state())
+        extra = {"generator": generator} if name in ("ddpm", "lcm") else {}
+        sample = scheduler.step(prediction, timestep, sample, **extra).prev_sample
+        fresh = not torch.equal(before.get_state(), generator.get_state())
+        noise.append(torch.randn(drawn.shape, generator=before) if fresh else torch.zeros_like(drawn))
+    drawn.numpy().tofile(tmp_path / "sample")
+    given = []
+    if any(step.noise_scale for step in schedule.steps):
+        torch.stack(noise).numpy().tofile(tmp_path / "noise")
+        given = [tmp_path / "noise"]
+    ended = host("denoise", tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "result", guidance, *given)
+    assert ended.stderr == ""
+    result = np.fromfile(tmp_path / "result", np.float32).reshape(drawn.shape)
+    np.testing.assert_allclose(result, sample.numpy(), rtol=0, atol=2e-5 * float(sample.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """The GPU's loop on the CPU, CUDA's functions and the engine emulated."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs CUDA's headers, which come with nvcc")
+    program = tmp_path_factory.mktemp("emulated") / "emulated"
+    sources = [
+        RUNTIME / "tests" / "emulated.cpp",
+        *(RUNTIME / "src" / f"{n}.cpp" for n in ("denoiser", "schedule", "json", "workspace", "sha256")),
+    ]
+    subprocess.run(
+        ["nvcc", "-std=c++17", "--cudart", "none", "-x", "c++", f"-I{RUNTIME / 'include'}", *sources, "-o", program], check=True
+    )
+    return lambda *words: subprocess.run([program, *map(str, words)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("graph", [0, 1])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("name", ["euler", "unipc", "ddpm"])
+def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
+    host: Host, emulated: Host, tmp_path: Path, name: str, guidance: float, graph: int
+) -> None:
+    schedule = _schedule(name)
+    schedule.save(tmp_path / "schedule.json")
+    rng = np.random.default_rng(0)
+    rng.standard_normal((2, 5, 4)).astype(np.float32).tofile(tmp_path / "sample")
+    noise = [tmp_path / "noise"] * any(step.noise_scale for step in schedule.steps)
+    rng.standard_normal((len(schedule.steps), 2, 5, 4)).astype(np.float32).tofile(tmp_path / "noise")
+    expected = host("denoise", tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "expected", guidance, *noise)
+    ended = emulated(tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "result", guidance, graph, *noise)
+    assert (expected.returncode, ended.stderr) == (0, "the condition condition was not set\n")
+    assert ended.stdout == f"{len(schedule.steps)} steps, {graph} recordings, {2 * graph * len(schedule.steps)} launches\n"
+    assert (tmp_path / "result").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+STEP = ScheduleStep(10.0, 1.0, (1.0,), (-0.1,), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": 2}, "expected a quest-deploy schedule of version 1"),
+        ({"steps": []}, "a schedule without steps"),
+        ({"steps": [{"timestep": 1.0}]}, "has no input_scale"),
+        ({"steps": [{**vars(STEP), "sample_scales": [1.0, 0.5]}]}, "step 0 of the schedule: expected 1 to 1 scales, found 2"),
+        ({"steps": [{**vars(STEP), "prediction_scales": []}]}, "expected 1 to 1 scales, found 0"),
+        ({"steps": [{**vars(STEP), "prediction_scales": [1e60]}]}, "finite numbers"),
+        ({"steps": [{**vars(STEP), "timestep": "10"}]}, "expected a number, found a string"),
+    ],
+)
+def test_a_damaged_schedule_is_refused(host: Host, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    Schedule("Euler", 1.0, (STEP,)).save(tmp_path / "schedule.json")
+    _edit(tmp_path / "schedule.json", lambda c: c.update(change))
+    np.zeros(4, np.float32).tofile(tmp_path / "sample")
+    ended = host("denoise", tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "result", 1)
+    assert (ended.returncode, words in ended.stderr) == (1, True), ended.stderr
+    assert not (tmp_path / "result").exists()
+
+
+def test_noise_must_be_given_where_the_schedule_adds_some_and_nowhere_else(host: Host, tmp_path: Path) -> None:
+    np.zeros(4, np.float32).tofile(tmp_path / "sample")
+    for scale, values in ((0.5, 0), (0.5, 3), (0.0, 4)):
+        step = ScheduleStep(10.0, 1.0, (1.0,), (-0.1,), scale)
+        Schedule("Ancestral", 1.0, (step,)).save(tmp_path / "schedule.json")
+        np.zeros(values, np.float32).tofile(tmp_path / "noise")
+        ended = host("denoise", tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "result", 1, tmp_path / "noise")
+        assert f"expected {4 if scale else 0} values of noise, found {values}" in ended.stderr
+
+
+CONSUMER = """cmake_minimum_required(VERSION 3.24)
+project(consumer LANGUAGES CXX)
+find_package(quest_deploy 0.1 REQUIRED)
+add_executable(consumer main.cpp)
+target_link_libraries(consumer PRIVATE quest_deploy::host)
+"""
+CONSUMER_MAIN = """#include <quest_deploy/workspace.h>
+#include <cstdio>
+int main(int, char** words) { std::puts(quest_deploy::Workspace::open(words[1]).model().c_str()); }
+"""
+
+
+def _cmake(*arguments: str | Path) -> None:
+    ended = subprocess.run(["cmake", *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
+
+
+def _install(folder: Path, *options: str) -> Path:
+    """Build and install the package; where it is."""
+    _cmake("-S", RUNTIME, "-B", folder / "build", f"-DCMAKE_INSTALL_PREFIX={folder / 'prefix'}", *options)
+    _cmake("--build", folder / "build")
+    _cmake("--install", folder / "build")
+    return folder / "prefix"
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_another_project_finds_the_installed_package_and_opens_a_workspace(built: Path, tmp_path: Path) -> None:
+    prefix = _install(tmp_path / "package", "-DCMAKE_CUDA_COMPILER=NOTFOUND", "-DTENSORRT_INCLUDE_DIR=TENSORRT_INCLUDE_DIR-NOTFOUND")
+    (tmp_path / "CMakeLists.txt").write_text(CONSUMER)
+    (tmp_path / "main.cpp").write_text(CONSUMER_MAIN)
+    _cmake("-S", tmp_path, "-B", tmp_path / "consumer", f"-DCMAKE_PREFIX_PATH={prefix}")
+    _cmake("--build", tmp_path / "consumer")
+    ended = subprocess.run([tmp_path / "consumer" / "consumer", built], capture_output=True, text=True, check=True)
+    assert ended.stdout == "tiny\n"
+
+
+EMBEDDING = (Path(__file__).parents[2] / "docs" / "embedding.md").read_text()
+
+
+def _blocks(language: str) -> list[str]:
+    """The blocks of docs/embedding.md in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", EMBEDDING, re.MULTILINE | re.DOTALL)
+
+
+def test_the_documents_python_makes_the_apps_input_and_reads_its_result(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "workspace").symlink_to(built)
+    monkeypatch.chdir(tmp_path)
+    first, second = _blocks("python")
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert {path.name for path in tmp_path.glob("*.f32")} == {
+        "noise.f32",
+        *(f"{name}.f32" for name in names["model"].conditions(names["labels"])),
+    }
+    shutil.copy("noise.f32", "result.f32")
+    exec(second, names)
+    assert Path("result.png").stat().st_size > 0
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's headers, which come with nvcc")
+def test_the_documents_c_plus_plus_compiles(tmp_path: Path) -> None:
+    (code,) = _blocks("cpp")
+    (tmp_path / "draw.cpp").write_text(code)
+    subprocess.run(
+        ["nvcc", "-std=c++17", f"-I{RUNTIME / 'include'}", "-c", tmp_path / "draw.cpp", "-o", tmp_path / "draw.o"], check=True
+    )
+
+
+def _rtx_library() -> Path:
+    import tensorrt_rtx_libs
+
+    return next(Path(tensorrt_rtx_libs.__file__).parent.glob("libtensorrt_rtx.so*"))
+
+
+@pytest.fixture(scope="module")
+def denoise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """apps/denoise, built against the installed package and linked with TensorRT for RTX's library."""
+    headers = os.environ.get("TENSORRT_INCLUDE_DIR")
+    if headers is None or shutil.which("nvcc") is None or shutil.which("cmake") is None:
+        pytest.skip("needs TensorRT's headers (TENSORRT_INCLUDE_DIR), nvcc and cmake")
+    folder = tmp_path_factory.mktemp("runtime")
+    where = [f"-DTENSORRT_INCLUDE_DIR={headers}", f"-DTENSORRT_LIBRARY={_rtx_library()}"]
+    prefix = _install(folder, *where, "-DQUEST_DEPLOY_TENSORRT_RTX=ON", "-DCMAKE_CUDA_ARCHITECTURES=89")
+    _cmake("-S", PLUGINS / "apps" / "denoise", "-B", folder / "denoise", f"-DCMAKE_PREFIX_PATH={prefix}", *where)
+    _cmake("--build", folder / "denoise")
+    return folder / "denoise" / "denoise"
+
+
+def _denoise(program: Path, workspace: Path, folder: Path, backend: str = RTX) -> subprocess.CompletedProcess[str]:
+    Schedule("Euler", 1.0, (STEP,)).save(folder / "schedule.json")
+    np.zeros(4, np.float32).tofile(folder / "sample")
+    words = [program, workspace, backend, folder / "schedule.json", folder / "sample", folder / "result"]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def test_the_app_starts_tensorrt_for_rtx_and_says_that_there_is_no_gpu(denoise: Path, built: Path, tmp_path: Path) -> None:
+    if shared.gpu_count():
+        pytest.skip("this machine has a GPU")
+    ended = _denoise(denoise, built, tmp_path)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith("error: an engine runs on an NVIDIA GPU, and none can be used here: ")
+    assert not (tmp_path / "result").exists()
+
+
+def test_the_app_compares_the_engines_version_with_that_of_the_library_it_runs_with(
+    denoise: Path, workspace: Path, tmp_path: Path
+) -> None:
+    record = workspace / "engines" / RTX / ENGINE_FILE
+    _edit(record, lambda c: c["runtime"].update(version="1.6.0.5"))
+    _sign(
+        workspace,
+        lambda c: c["stages"][f"build-engine/{RTX}"]["files"][f"engines/{RTX}/{ENGINE_FILE}"].update(sha256=sha256_of(record)),
+    )
+    here = get_backend(RTX).record(EngineOptions())["runtime"]["version"]
+    ended = _denoise(denoise, workspace, tmp_path)
+    assert f"was built by tensorrt-rtx 1.6.0.5, and {here}, which is here, does not run it" in ended.stderr
+
+
+def test_the_apps_usage_errors_end_with_exit_code_2(denoise: Path) -> None:
+    for words in ([], ["--batch"], ["--unknown"], ["a", "b", "c", "d", "e", "--batch", "many"], ["--condition", "x"]):
+        ended = subprocess.run([denoise, *words], capture_output=True, text=True, check=False)
+        assert (ended.returncode, ended.stderr.startswith("error: "), "usage: denoise" in ended.stderr) == (2, True, True)

@@ -1,0 +1,35 @@
+//! What the scalar references share.
+#pragma once
+
+#include "common/arithmetic.h"
+#include "common/half.h"
+#include "common/layout.h"
+#include "common/tables.h"
+
+#include <algorithm>
+
+namespace quest
+{
+
+//! Element \p place of \p x, as a float.
+inline float elementOf(void const* x, FloatType type, int64_t place)
+{
+    switch (type)
+    {
+    case FloatType::kFloat32: return static_cast<float const*>(x)[place];
+    case FloatType::kFloat16: return floatFromHalf(static_cast<uint16_t const*>(x)[place]);
+    case FloatType::kBfloat16: return floatFromBfloat16(static_cast<uint16_t const*>(x)[place]);
+    }
+    return 0.F;
+}
+
+//! The tables' row of sample \p n, its bucket clamped to the tables.
+inline Row referenceRow(Tables const& tables, int32_t n)
+{
+    int64_t const given
+        = tables.bucketIsInt64 ? static_cast<int64_t const*>(tables.bucket)[n] : static_cast<int32_t const*>(tables.bucket)[n];
+    int64_t const bucket = std::clamp<int64_t>(given, 0, tables.buckets - 1);
+    return {tables.scale[bucket], tables.low[bucket], tables.high[bucket], tables.offset[bucket]};
+}
+
+} // namespace quest

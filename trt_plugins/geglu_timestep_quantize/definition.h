@@ -1,0 +1,8 @@
+#pragma once
+
+namespace quest
+{
+
+inline constexpr char kGegluTimestepQuantizeName[] = "GegluTimestepQuantize";
+
+} // namespace quest

@@ -1,0 +1,56 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "quest_deploy/engine.h"
+#include "quest_deploy/schedule.h"
+
+namespace quest_deploy {
+
+struct DenoiserOptions {
+    std::int64_t batch = 1;  ///< samples denoised together
+    Shape sample_shape;      ///< of one sample, such as {4, 64, 64}; may be empty where the engine takes one size only
+    /// Classifier-free guidance. Where it is not 1, the engine runs on twice the batch, and a condition's first half is the empty one's.
+    float guidance = 1;
+    /// Record one step as a CUDA graph, once, and launch that. Not all that TensorRT does can be recorded; the error then says so.
+    bool cuda_graph = true;
+};
+
+/// A whole denoising loop on the GPU: the engine, the schedule's arithmetic and nothing on the host between the steps. One thread at a
+/// time uses it; for several threads make one each, of the same engine.
+class Denoiser {
+public:
+    /// Throws Error where the schedule, the engine and the options do not fit each other.
+    Denoiser(const Engine& engine, const Schedule& schedule, const DenoiserOptions& options = {});
+    Denoiser(Denoiser&&) noexcept;
+    Denoiser& operator=(Denoiser&&) noexcept;
+    ~Denoiser();
+
+    /// The inputs besides the sample and the timestep, with the shapes that set_condition takes: [rows, ...], rows being the batch, or
+    /// twice the batch under guidance.
+    const std::vector<Tensor>& conditions() const;
+    /// Copy a condition to the GPU; it stays until it is set again. Throws Error for an unknown name or another number of values.
+    void set_condition(const std::string& name, const std::vector<float>& values);
+
+    /// Denoise `sample`, [batch, ...], Gaussian noise times the schedule's init_noise_sigma, in place. `noise`, [steps, batch, ...], is
+    /// the fresh noise of each step where the schedule adds some, else empty. Throws Error, also for what failed on the GPU.
+    void run(std::vector<float>& sample, const std::vector<float>& noise = {});
+
+    /// The same without a copy or a wait: put the sample into sample() and the noise into noise() on `stream`, call this, and read
+    /// result() on the same stream.
+    void enqueue(cudaStream_t stream);
+    float* sample() const;
+    float* noise() const;
+    const float* result() const;
+    /// Values of one batch of samples.
+    std::size_t sample_size() const;
+
+private:
+    struct Impl;
+    std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace quest_deploy

@@ -1,0 +1,207 @@
+#include "quest_deploy/denoiser.h"
+
+#include <algorithm>
+#include <functional>
+#include <map>
+#include <numeric>
+
+#include "cuda.h"
+#include "kernels.h"
+
+namespace quest_deploy {
+
+namespace {
+
+constexpr char kSample[] = "sample", kTimestep[] = "timestep";  // as the exporter names them
+
+std::size_t volume(const Shape& shape) {
+    return std::accumulate(shape.begin(), shape.end(), std::size_t{1}, [](std::size_t all, std::int64_t size) {
+        return all * static_cast<std::size_t>(size);
+    });
+}
+
+/// `shape`, its sizes after the first filled in from `sizes` where it leaves them open, and `rows` before them.
+Shape with_rows(const Tensor& tensor, std::int64_t rows, const Shape& sizes) {
+    Shape shape = tensor.shape;
+    if (shape.empty() || (!sizes.empty() && sizes.size() + 1 != shape.size())) {
+        throw Error(tensor.name + ": expected a shape of " + std::to_string(shape.size()) + " sizes with the batch");
+    }
+    shape[0] = rows;
+    for (std::size_t i = 1; i < shape.size(); ++i) {
+        if (!sizes.empty()) shape[i] = sizes[i - 1];
+        if (shape[i] < 0) throw Error(tensor.name + ": the engine takes several sizes; say which (DenoiserOptions::sample_shape)");
+    }
+    return shape;
+}
+
+/// Records what is put on a stream; ends the recording also where that fails, or the stream would be of no use.
+OwnedGraphExec record(cudaStream_t stream, const std::function<void()>& enqueue) {
+    const std::string advice = "recording a step as a CUDA graph (without: DenoiserOptions::cuda_graph = false)";
+    OwnedGraph graph;
+    check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), advice);
+    try {
+        enqueue();
+    } catch (const std::exception& error) {
+        cudaStreamEndCapture(stream, graph.out());
+        cudaGetLastError();  // that the recording failed is told by the exception
+        throw Error(advice + ": " + error.what());
+    }
+    check_cuda(cudaStreamEndCapture(stream, graph.out()), advice);
+    OwnedGraphExec exec;
+    check_cuda(cudaGraphInstantiateWithFlags(exec.out(), graph.get(), 0), advice);
+    return exec;
+}
+
+}  // namespace
+
+struct Denoiser::Impl {
+    Engine engine;
+    Context context;
+    std::size_t steps, count;
+    OwnedStream stream;  ///< of run(), and of the recording
+    DeviceArray<StepScales> table;
+    DeviceArray<int> step;
+    DeviceArray<float> samples, predictions, noise, input, timestep, output;
+    std::map<std::string, DeviceArray<float>> condition_values;
+    std::map<std::string, bool> condition_given;
+    std::vector<Tensor> conditions;
+    StepBuffers buffers{};
+    OwnedGraphExec graph;
+
+    Impl(const Engine& of, const Schedule& schedule, const DenoiserOptions& options)
+        : engine(of), context(of.create_context()), steps(schedule.steps.size()), count(0) {
+        check_cuda(cudaStreamCreateWithFlags(stream.out(), cudaStreamNonBlocking), "making a stream");
+        const bool halves = options.guidance != 1;
+        const std::int64_t rows = options.batch * (halves ? 2 : 1);
+        if (options.batch < 1) throw Error("expected a batch of 1 or more");
+        const std::size_t length = schedule.history();
+        const Shape sample_shape = with_rows(engine.tensor(kSample), rows, options.sample_shape);
+        std::map<std::string, Shape> shapes{{kSample, sample_shape}, {kTimestep, with_rows(engine.tensor(kTimestep), rows, {})}};
+        for (const Tensor& tensor : engine.tensors()) {
+            if (!tensor.is_input || shapes.count(tensor.name) != 0) continue;
+            shapes[tensor.name] = with_rows(tensor, rows, {});
+            conditions.push_back({tensor.name, true, shapes[tensor.name]});
+        }
+        context.set_shapes(shapes, stream.get());
+        count = volume(sample_shape) / (halves ? 2 : 1);
+        const std::vector<StepScales> scales = step_scales(schedule);
+        table = DeviceArray<StepScales>(scales.size());
+        table.copy_from(scales.data(), scales.size(), stream.get());
+        step = DeviceArray<int>(1);
+        samples = DeviceArray<float>(length * count);
+        predictions = DeviceArray<float>(length * count);
+        noise = DeviceArray<float>(schedule.noisy() ? steps * count : 0);
+        input = DeviceArray<float>(volume(sample_shape));
+        timestep = DeviceArray<float>(static_cast<std::size_t>(rows));
+        output = DeviceArray<float>(volume(sample_shape));
+        bind(sample_shape);
+        buffers = {table.data(), step.data(), static_cast<int>(length), count, static_cast<std::size_t>(rows), halves, options.guidance,
+                   samples.data(), predictions.data(), input.data(), timestep.data(), output.data(), noise.data()};
+        // Once before the recording: TensorRT sets up what a new shape needs, which no recording may hold.
+        context.enqueue(stream.get());
+        check_cuda(cudaStreamSynchronize(stream.get()), "running the engine");
+        if (options.cuda_graph) graph = record(stream.get(), [this] { enqueue_step(stream.get()); });
+    }
+
+    void bind(const Shape& sample_shape) {
+        context.bind(kSample, input.data());
+        context.bind(kTimestep, timestep.data());
+        for (const Tensor& condition : conditions) {
+            const auto made = condition_values.emplace(condition.name, DeviceArray<float>(volume(condition.shape))).first;
+            condition_given[condition.name] = false;
+            context.bind(condition.name, made->second.data());
+        }
+        const auto& all = engine.tensors();
+        const auto outputs = std::count_if(all.begin(), all.end(), [](const Tensor& tensor) { return !tensor.is_input; });
+        const auto first = std::find_if(all.begin(), all.end(), [](const Tensor& tensor) { return !tensor.is_input; });
+        if (outputs != 1 || context.shape(first->name) != sample_shape) {
+            throw Error("expected an engine with one output, of the sample's shape");
+        }
+        context.bind(first->name, output.data());
+    }
+
+    void enqueue_step(cudaStream_t on) {
+        check_cuda(launch_prepare(buffers, on), "preparing a step");
+        context.enqueue(on);
+        check_cuda(launch_update(buffers, on), "ending a step");
+    }
+
+    void enqueue(cudaStream_t on) {
+        for (const auto& [name, given] : condition_given) {
+            if (!given) throw Error("the condition " + name + " was not set");
+        }
+        const DeviceGuard guard(engine.device());
+        check_cuda(cudaMemsetAsync(step.data(), 0, sizeof(int), on), "going back to the first step");
+        for (std::size_t i = 0; i < steps; ++i) {
+            if (graph.get() == nullptr) {
+                enqueue_step(on);
+            } else {
+                check_cuda(cudaGraphLaunch(graph.get(), on), "launching a step");
+            }
+        }
+    }
+
+    float* result() const { return samples.data() + steps % static_cast<std::size_t>(buffers.length) * count; }
+};
+
+Denoiser::Denoiser(const Engine& engine, const Schedule& schedule, const DenoiserOptions& options) {
+    schedule.check();
+    const DeviceGuard guard(engine.device());
+    impl_ = std::make_unique<Impl>(engine, schedule, options);
+}
+
+Denoiser::Denoiser(Denoiser&&) noexcept = default;
+Denoiser& Denoiser::operator=(Denoiser&&) noexcept = default;
+Denoiser::~Denoiser() = default;
+
+const std::vector<Tensor>& Denoiser::conditions() const {
+    return impl_->conditions;
+}
+
+void Denoiser::set_condition(const std::string& name, const std::vector<float>& values) {
+    const auto found = impl_->condition_values.find(name);
+    if (found == impl_->condition_values.end()) throw Error("the engine has no condition called " + name);
+    if (values.size() != found->second.size()) {
+        throw Error(name + ": expected " + std::to_string(found->second.size()) + " values, found " + std::to_string(values.size()));
+    }
+    const DeviceGuard guard(impl_->engine.device());
+    found->second.copy_from(values.data(), values.size(), impl_->stream.get());
+    check_cuda(cudaStreamSynchronize(impl_->stream.get()), "copying " + name);
+    impl_->condition_given[name] = true;
+}
+
+void Denoiser::run(std::vector<float>& sample, const std::vector<float>& noise) {
+    if (sample.size() != impl_->count || noise.size() != impl_->noise.size()) {
+        throw Error("expected " + std::to_string(impl_->count) + " values of the sample and " + std::to_string(impl_->noise.size()) +
+                    " of noise, found " + std::to_string(sample.size()) + " and " + std::to_string(noise.size()));
+    }
+    const DeviceGuard guard(impl_->engine.device());
+    const cudaStream_t stream = impl_->stream.get();
+    impl_->samples.copy_from(sample.data(), sample.size(), stream);
+    if (!noise.empty()) impl_->noise.copy_from(noise.data(), noise.size(), stream);
+    impl_->enqueue(stream);
+    check_cuda(cudaMemcpyAsync(sample.data(), impl_->result(), sample.size() * sizeof(float), cudaMemcpyDeviceToHost, stream), "copying back");
+    check_cuda(cudaStreamSynchronize(stream), "denoising");
+}
+
+void Denoiser::enqueue(cudaStream_t stream) {
+    impl_->enqueue(stream);
+}
+
+float* Denoiser::sample() const {
+    return impl_->samples.data();
+}
+
+float* Denoiser::noise() const {
+    return impl_->noise.data();
+}
+
+const float* Denoiser::result() const {
+    return impl_->result();
+}
+
+std::size_t Denoiser::sample_size() const {
+    return impl_->count;
+}
+
+}  // namespace quest_deploy

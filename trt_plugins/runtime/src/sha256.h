@@ -1,0 +1,12 @@
+// SHA-256 (FIPS 180-4), so that an engine's hash can be checked where no cryptographic library is installed.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+namespace quest_deploy {
+
+/// The SHA-256 of `size` bytes, as lower-case hexadecimal.
+std::string sha256(const void* data, std::size_t size);
+
+}  // namespace quest_deploy

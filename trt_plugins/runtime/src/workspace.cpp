@@ -1,0 +1,190 @@
+#include "quest_deploy/workspace.h"
+
+#include <algorithm>
+#include <fstream>
+#include <sstream>
+
+#include "files.h"
+#include "json.h"
+#include "sha256.h"
+
+namespace quest_deploy {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+// The formats are those of quest_deploy/workspace.py and quest_deploy/engine/base.py.
+constexpr char kWorkspaceFormat[] = "quest-deploy workspace", kEngineFormat[] = "quest-deploy engine";
+constexpr std::int64_t kWorkspaceVersion = 1, kEngineVersion = 1;
+constexpr char kManifest[] = "manifest.json", kEngineFile[] = "engine.json", kPlan[] = "model.engine";
+constexpr char kRebuild[] = "run `quest-deploy build-engine` again";
+constexpr char kRestore[] = "restore it from a copy, or start a new workspace";
+constexpr std::uintmax_t kMaxJsonBytes = std::uintmax_t{1} << 28;
+
+Json read_json(const fs::path& path, const char* repair) {
+    const std::vector<char> content = read_file(path, repair, kMaxJsonBytes);
+    return Json::parse(std::string(content.begin(), content.end()), path.string());
+}
+
+void check_format(const Json& content, const fs::path& path, const char* format, std::int64_t version, const char* repair) {
+    const Json *found = content.find("format"), *number = content.find("version");
+    if (found == nullptr || found->as_string() != format) throw Error(path.string() + ": expected a " + format + "; " + repair);
+    if (number == nullptr || number->as_integer() != version) {
+        throw Error(path.string() + ": expected a " + format + " of version " + std::to_string(version) + "; " + repair);
+    }
+}
+
+bool flag(const Json& options, const char* name) {
+    const Json* found = options.find(name);
+    return found != nullptr && found->as_bool();
+}
+
+std::vector<int> numbers(const std::string& version) {
+    std::vector<int> found;
+    std::istringstream stream(version);
+    for (std::string part; std::getline(stream, part, '.');) found.push_back(std::atoi(part.c_str()));
+    return found;
+}
+
+/// Whether TensorRT `here` runs what `built` made: its own engines, and earlier ones' that are version compatible.
+bool runs_engines_of(const std::string& here, const std::string& built, bool version_compatible) {
+    std::vector<int> mine = numbers(here), theirs = numbers(built);
+    const std::size_t parts = std::min(mine.size(), theirs.size());  // some of its names leave the build's number out
+    mine.resize(parts);
+    theirs.resize(parts);
+    return mine == theirs || (version_compatible && mine > theirs);
+}
+
+std::string join(const std::vector<std::string>& words) {
+    std::string joined;
+    for (const std::string& word : words) joined += (joined.empty() ? "" : ", ") + word;
+    return joined;
+}
+
+}  // namespace
+
+std::vector<char> read_file(const fs::path& path, const char* repair, std::uintmax_t limit) {
+    std::error_code problem;
+    const std::uintmax_t size = fs::file_size(path, problem);
+    if (problem) throw Error(path.string() + " cannot be read (" + problem.message() + "); " + repair);
+    if (size > limit) throw Error(path.string() + ": expected at most " + std::to_string(limit) + " bytes; " + repair);
+    std::vector<char> content(size);
+    std::ifstream stream(path, std::ios::binary);
+    if (!stream.read(content.data(), static_cast<std::streamsize>(size))) throw Error(path.string() + " cannot be read; " + repair);
+    return content;
+}
+
+EngineRecord EngineRecord::open(const fs::path& folder) {
+    const fs::path path = folder / kEngineFile;
+    const Json content = read_json(path, kRebuild);
+    check_format(content, path, kEngineFormat, kEngineVersion, kRebuild);
+    EngineRecord record;
+    record.folder = folder;
+    record.backend = content.at("backend").as_string();
+    if (record.backend != "tensorrt" && record.backend != "tensorrt-rtx") {
+        throw Error(path.string() + ": expected an engine of tensorrt or tensorrt-rtx, found one of " + record.backend);
+    }
+    record.graph_sha256 = content.at("graph_sha256").as_string();
+    record.runtime_version = content.at("runtime").at("version").as_string();
+    for (const Json& name : content.at("hardware").at("compute_capabilities").as_array()) {
+        record.compute_capabilities.push_back(name.as_string());
+    }
+    const Json& options = content.at("options");
+    if (flag(options, "strip_plan")) {
+        throw Error(path.string() + ": an engine without its weights (--strip-plan), which this runtime cannot give it; build it with them");
+    }
+    const Json* level = options.find("hardware_compatibility_level");
+    record.hardware_compatibility_level = level == nullptr ? "none" : level->as_string();
+    record.version_compatible = flag(options, "version_compatible");
+    record.weight_streaming = flag(options, "weight_streaming");
+    if (const Json* budget = options.find("weight_streaming_budget")) record.weight_streaming_budget = budget->as_integer();
+    record.max_batch = options.at("max_batch").as_integer();
+    if (const Json* plugin = content.find("plugin"); plugin != nullptr && !flag(*plugin, "serialized")) {
+        record.plugin_library = plugin->at("library").as_string();
+        record.plugin_sha256 = plugin->at("sha256").as_string();
+    }
+    record.plan_sha256 = content.at("files").at(kPlan).as_string();
+    return record;
+}
+
+std::vector<char> EngineRecord::read_plan() const {
+    std::vector<char> plan = read_file(folder / kPlan, kRebuild);
+    if (sha256(plan.data(), plan.size()) != plan_sha256) {
+        throw Error((folder / kPlan).string() + " was changed since it was built (its SHA-256 is not the record's); " + kRebuild);
+    }
+    return plan;
+}
+
+void EngineRecord::check_plugin(const fs::path& library) const {
+    if (plugin_library.empty()) return;
+    if (library.empty()) throw Error(folder.string() + ": the engine needs the plugin library " + plugin_library + "; give its path");
+    const std::vector<char> content = read_file(library, "give the path of the plugin library that the engine was built with");
+    if (sha256(content.data(), content.size()) != plugin_sha256) {
+        throw Error(library.string() + " is not the plugin library that the engine was built with (SHA-256 " + plugin_sha256 +
+                    "); give that one, or " + kRebuild);
+    }
+}
+
+void check_runtime(const EngineRecord& record, const std::string& backend, const std::string& version) {
+    const std::string engine = record.folder.string() + ": the engine ";
+    if (record.backend != backend) throw Error(engine + "is of " + record.backend + ", and this program was built with " + backend);
+    if (!runs_engines_of(version, record.runtime_version, record.version_compatible)) {
+        throw Error(engine + "was built by " + backend + " " + record.runtime_version + ", and " + version +
+                    ", which is here, does not run it; " + kRebuild);
+    }
+}
+
+void check_gpu(const EngineRecord& record, int compute_capability) {
+    const auto& built = record.compute_capabilities;
+    const bool anywhere = record.hardware_compatibility_level == "ampere_plus" && compute_capability >= 80;
+    const std::string here = std::to_string(compute_capability);
+    if (std::find(built.begin(), built.end(), here) == built.end() && !anywhere) {
+        throw Error(record.folder.string() + ": the engine was built for compute capabilities " + join(built) + ", and this GPU has " + here +
+                    "; " + kRebuild);
+    }
+}
+
+Workspace Workspace::open(const fs::path& root) {
+    const fs::path path = root / kManifest;
+    const Json content = read_json(path, kRestore);
+    check_format(content, path, kWorkspaceFormat, kWorkspaceVersion, "use the quest-deploy that made it");
+    const std::string digest = content.at("sha256").as_string(), canonical = content.canonical("sha256");
+    if (sha256(canonical.data(), canonical.size()) != digest) throw Error(path.string() + " was edited; " + kRestore);
+    Workspace opened;
+    opened.root_ = root;
+    opened.model_ = content.at("model").as_string();
+    for (const auto& [stage, record] : content.at("stages").as_object()) {
+        for (const auto& [name, file] : record.at("files").as_object()) {
+            opened.files_.push_back({stage, name, file.at("sha256").as_string(), file.at("bytes").as_integer()});
+        }
+    }
+    return opened;
+}
+
+const Workspace::File* Workspace::find(const std::string& stage, const std::string& path) const {
+    const auto found = std::find_if(files_.begin(), files_.end(), [&](const File& f) { return f.stage == stage && f.path == path; });
+    return found == files_.end() ? nullptr : &*found;
+}
+
+EngineRecord Workspace::engine(const std::string& backend) const {
+    const std::string stage = "build-engine/" + backend, folder = "engines/" + backend;
+    const File *described = find(stage, folder + "/" + kEngineFile), *plan = find(stage, folder + "/" + kPlan);
+    if (described == nullptr || plan == nullptr) {
+        throw Error(root_.string() + " has no engine of " + backend + "; run `quest-deploy build-engine --backend " + backend + " -w " +
+                    root_.string() + "`");
+    }
+    const std::vector<char> content = read_file(root_ / described->path, kRebuild, kMaxJsonBytes);
+    if (sha256(content.data(), content.size()) != described->sha256) {
+        throw Error((root_ / described->path).string() + " was changed since it was written (its SHA-256 is not the manifest's); " + kRebuild);
+    }
+    EngineRecord record = EngineRecord::open(root_ / folder);
+    if (record.plan_sha256 != plan->sha256) throw Error((root_ / plan->path).string() + " is not the manifest's; " + kRebuild);
+    const File* graph = find("export", "unet.onnx");
+    if (graph == nullptr || graph->sha256 != record.graph_sha256) {
+        throw Error((root_ / folder).string() + " was built from another graph than the workspace's unet.onnx; " + kRebuild);
+    }
+    return record;
+}
+
+}  // namespace quest_deploy

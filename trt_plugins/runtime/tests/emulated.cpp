@@ -1,0 +1,179 @@
+// Runs Denoiser on the CPU, for tests/trt_plugins/test_runtime.py: the few CUDA functions that it calls, on the host's memory, and a small
+// model in the engine's place. Work put on a stream is done at once, or kept while a graph is recorded, as CUDA does.
+//
+//   emulated SCHEDULE SAMPLE RESULT GUIDANCE GRAPH [NOISE]      two samples of 5 x 4; GRAPH is 0 or 1
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <functional>
+#include <iostream>
+
+#include "../src/files.h"
+#include "../src/kernels.h"
+#include "quest_deploy/denoiser.h"
+
+namespace {
+
+using Work = std::function<void()>;
+
+std::vector<Work>* recording = nullptr;
+int launches = 0, recordings = 0;
+
+cudaError_t submit(const Work& work) {
+    if (recording == nullptr) work();
+    else recording->push_back(work);
+    return cudaSuccess;
+}
+
+std::vector<Work>* works(void* handle) {
+    return static_cast<std::vector<Work>*>(handle);
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
+    if (recording != nullptr) return cudaErrorStreamCaptureUnsupported;
+    *memory = std::malloc(bytes);
+    std::memset(*memory, 0x7F, bytes);  // large numbers: what is not written must not be read
+    return cudaSuccess;
+}
+cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
+cudaError_t cudaMemset(void* memory, int value, std::size_t bytes) { return std::memset(memory, value, bytes), cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
+    return submit([=] { std::memset(memory, value, bytes); });
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t) {
+    return submit([=] { std::memcpy(to, from, bytes); });
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+    *stream = static_cast<cudaStream_t>(std::malloc(1));
+    return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    return recording == nullptr ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) { return std::free(stream), cudaSuccess; }
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+    recording = new std::vector<Work>;
+    ++recordings;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+    *graph = reinterpret_cast<cudaGraph_t>(recording);
+    recording = nullptr;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+    *exec = reinterpret_cast<cudaGraphExec_t>(new std::vector<Work>(*works(graph)));
+    return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+    ++launches;
+    for (const Work& work : *works(exec)) work();
+    return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete works(graph), cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete works(exec), cudaSuccess; }
+
+}  // extern "C"
+
+namespace quest_deploy {
+
+cudaError_t launch_prepare(const StepBuffers& buffers, cudaStream_t) {
+    return submit([=] {
+        for (std::size_t i = 0; i < std::max(buffers.count, buffers.rows); ++i) prepare_value(buffers, *buffers.step, i);
+    });
+}
+
+cudaError_t launch_update(const StepBuffers& buffers, cudaStream_t) {
+    return submit([=] {
+        for (std::size_t i = 0; i < buffers.count; ++i) update_value(buffers, *buffers.step, i);
+        ++*buffers.step;
+    });
+}
+
+// The engine: tests/host_program.cpp's model, whose condition is an input here.
+struct Engine::Impl {
+    std::vector<Tensor> tensors{{"sample", true, {-1, 5, 4}}, {"timestep", true, {-1}}, {"condition", true, {-1, 1}}, {"out", false, {-1, 5, 4}}};
+};
+struct Context::Impl {
+    std::map<std::string, Shape> shapes;
+    std::map<std::string, float*> places;
+};
+
+Engine::Engine(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Engine Engine::open(const EngineRecord&, const EngineOptions&) { return Engine(std::make_shared<Impl>()); }
+const std::vector<Tensor>& Engine::tensors() const { return impl_->tensors; }
+const Tensor& Engine::tensor(const std::string& name) const {
+    return *std::find_if(impl_->tensors.begin(), impl_->tensors.end(), [&](const Tensor& tensor) { return tensor.name == name; });
+}
+int Engine::device() const { return 0; }
+Context Engine::create_context() const { return Context(std::make_unique<Context::Impl>()); }
+
+Context::Context(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Context::Context(Context&&) noexcept = default;
+Context& Context::operator=(Context&&) noexcept = default;
+Context::~Context() = default;
+void Context::set_shapes(const std::map<std::string, Shape>& inputs, cudaStream_t) { impl_->shapes = inputs; }
+Shape Context::shape(const std::string& name) const { return impl_->shapes.at(name == "out" ? "sample" : name); }
+void Context::bind(const std::string& name, void* device_memory) { impl_->places[name] = static_cast<float*>(device_memory); }
+void Context::enqueue(cudaStream_t) {
+    if (impl_->places.size() != 4 || impl_->shapes.size() != 3) throw Error("something is not bound");
+    const std::size_t rows = static_cast<std::size_t>(impl_->shapes["sample"][0]), each = 20;
+    submit([places = impl_->places, rows, each] {
+        for (std::size_t i = 0; i < rows * each; ++i) {
+            const float x = places.at("sample")[i];
+            places.at("out")[i] = x / (1 + std::fabs(x)) + 0.0005F * places.at("timestep")[i / each] + places.at("condition")[i / each];
+        }
+    });
+}
+
+}  // namespace quest_deploy
+
+int main(int count, char** words) {
+    using namespace quest_deploy;
+    const auto read_floats = [](const char* path) {
+        const std::vector<char> bytes = read_file(path, "write it");
+        std::vector<float> values(bytes.size() / sizeof(float));
+        std::memcpy(values.data(), bytes.data(), bytes.size());
+        return values;
+    };
+    try {
+        const Schedule schedule = Schedule::load(words[1]);
+        std::vector<float> sample = read_floats(words[2]);
+        for (float& value : sample) value *= schedule.init_noise_sigma;
+        DenoiserOptions options;
+        options.batch = 2;
+        options.guidance = std::stof(words[4]);
+        options.cuda_graph = std::stoi(words[5]) != 0;
+        Denoiser denoiser(Engine::open({}), schedule, options);
+        const std::vector<float> noise = count > 6 ? read_floats(words[6]) : std::vector<float>();
+        try {
+            denoiser.run(sample, noise);
+            throw std::logic_error("it ran without its condition");
+        } catch (const Error& error) {
+            std::cerr << error.what() << "\n";
+        }
+        const bool halves = options.guidance != 1;
+        denoiser.set_condition("condition", halves ? std::vector<float>{0, 0, 0.25F, 0.25F} : std::vector<float>{0, 0.25F});
+        std::vector<float> again = sample;
+        denoiser.run(sample, noise);
+        denoiser.run(again, noise);  // from the first step, whatever the run before left
+        if (again != sample) throw std::logic_error("a second run differs from the first");
+        std::ofstream(words[3], std::ios::binary)
+            .write(reinterpret_cast<const char*>(sample.data()), static_cast<std::streamsize>(sample.size() * sizeof(float)));
+        std::cout << schedule.steps.size() << " steps, " << recordings << " recordings, " << launches << " launches\n";
+        return 0;
+    } catch (const std::exception& error) {
+        std::cerr << error.what() << "\n";
+        return 1;
+    }
+}

@@ -1,0 +1,1 @@
+#include "geglu_timestep_quantize/kernel.cu"

@@ -1,0 +1,1 @@
+#include "timestep_quantize/kernel.cu"

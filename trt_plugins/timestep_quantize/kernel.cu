@@ -1,0 +1,324 @@
+#include "timestep_quantize/kernel.h"
+
+#include "common/launch.cuh"
+
+#include <limits>
+
+namespace quest
+{
+namespace
+{
+
+using namespace device;
+
+//! Vectors that a thread of the linear kernel loads before it computes, where there are enough of them to keep the GPU busy.
+constexpr int kManyVectors = 4;
+constexpr uint64_t kEnough = uint64_t{1} << 18;
+//! Channels of one pixel that a thread of the blocked kernel computes.
+constexpr int kGroup = 16;
+
+//! How the linear kernel finds the channels of a vector.
+enum class Channels
+{
+    kOne,   //!< the channel vector is one number
+    kPlane, //!< a vector lies within one channel
+    kRow,   //!< a vector's elements are consecutive channels
+};
+
+struct LinearArguments
+{
+    void const* x;
+    int8_t* codes;
+    uint32_t vectors;       //!< of a sample
+    Divisor vectorsInPlane; //!< kPlane: inner / vector
+    Divisor period;         //!< kPlane: C; kRow: C / vector
+    Tables tables;
+    int32_t firstSample;
+};
+
+template <typename T, Channels kChannels, int kUnroll>
+__global__ void __launch_bounds__(kThreads) linearKernel(LinearArguments const a)
+{
+    constexpr int kSize = kVector<T>;
+    constexpr int kSteps = kChannels == Channels::kRow ? kSize : 1;
+    int32_t const n = a.firstSample + static_cast<int32_t>(blockIdx.y);
+    auto const begin = static_cast<int64_t>(n) * a.vectors * kSize;
+    uint32_t const first = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
+
+    // All loads go out before the first result is waited for.
+    Pack<T, kSize> x[kUnroll];
+    Pack<float, kSteps> channel[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+    {
+        uint32_t const v = first + u * kThreads;
+        if (v < a.vectors)
+        {
+            x[u] = load<kSize>(static_cast<T const*>(a.x) + begin + static_cast<int64_t>(v) * kSize);
+            if constexpr (kChannels == Channels::kRow)
+            {
+                channel[u] = load<kSteps>(a.tables.channel + a.period.remainder(v) * kSize);
+            }
+            else
+            {
+                uint32_t const c = kChannels == Channels::kOne ? 0 : a.period.remainder(a.vectorsInPlane.quotient(v));
+                channel[u] = load<kSteps>(a.tables.channel + c);
+            }
+        }
+    }
+    SharedRow const shared = rowOf(a.tables, n);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+    {
+        uint32_t const v = first + u * kThreads;
+        if (v < a.vectors)
+        {
+            float values[kSize];
+            unpack(x[u], values);
+            uint32_t packed[kSize / 4];
+            quantize(values, channel[u].elements, shared, packed);
+            store<kSize>(a.codes + begin + static_cast<int64_t>(v) * kSize, packed);
+        }
+    }
+}
+
+struct BlockedArguments
+{
+    void const* x;
+    Layout xLayout;
+    int64_t xStep; //!< from one load of a group to the next
+    int8_t* codes;
+    Layout codesLayout;
+    int64_t codesStep; //!< from one store of a group to the next
+    int32_t channels;
+    Divisor pixels;
+    uint32_t groups; //!< of a sample's pixels and channels, with padding
+    Tables tables;
+    bool channelIsAligned;
+    int32_t firstSample;
+};
+
+//! Any layout to any other: a thread takes 16 channels of one pixel, \p kLoad at a time, and stores \p kStore codes at a time.
+template <typename T, int kLoad, int kStore>
+__global__ void __launch_bounds__(kThreads) blockedKernel(BlockedArguments const a)
+{
+    int32_t const n = a.firstSample + static_cast<int32_t>(blockIdx.y);
+    uint32_t const index = blockIdx.x * kThreads + threadIdx.x;
+    // Neighbours write what lies side by side: the two halves of 32 channels, or the next pixel where each code is stored alone.
+    constexpr uint32_t kSideBySide = kStore == 1 ? 1 : 2;
+    uint32_t const rest = index / kSideBySide;
+    uint32_t const block = a.pixels.quotient(rest);
+    uint32_t const pixel = rest - block * a.pixels.number;
+    auto const c0 = static_cast<int32_t>((block * kSideBySide + index % kSideBySide) * kGroup);
+    bool const inside = c0 < a.codesLayout.channels;
+
+    Pack<T, kLoad> x[kGroup / kLoad] = {};
+    float channel[kGroup];
+    if (inside)
+    {
+        T const* from = static_cast<T const*>(a.x) + n * a.xLayout.sample + offsetOf(a.xLayout, c0, pixel);
+#pragma unroll
+        for (int i = 0; i < kGroup; i += kLoad)
+        {
+            if (c0 + i < a.xLayout.channels)
+            {
+                x[i / kLoad] = load<kLoad>(from + i / kLoad * a.xStep);
+            }
+        }
+        if (a.channelIsAligned && c0 + kGroup <= a.tables.channels)
+        {
+            unpack(load<kGroup>(a.tables.channel + c0), channel);
+        }
+        else
+        {
+#pragma unroll
+            for (int i = 0; i < kGroup; ++i)
+            {
+                channel[i] = a.tables.channel[min(c0 + i, a.tables.channels - 1)]; // the only one, or any for padding
+            }
+        }
+    }
+    SharedRow const shared = rowOf(a.tables, n);
+    if (!inside)
+    {
+        return;
+    }
+    uint32_t packed[kGroup / 4];
+#pragma unroll
+    for (int i = 0; i < kGroup; i += 4)
+    {
+        float values[4];
+        float channels[4];
+        uint32_t codes[1];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+        {
+            values[j] = toFloat(x[(i + j) / kLoad].elements[(i + j) % kLoad]);
+            channels[j] = channel[i + j];
+        }
+        quantize(values, channels, shared, codes);
+        int32_t const real = a.channels - (c0 + i); // what is beyond is padding
+        uint32_t const mask = real >= 4 ? 0xffffffffU : (real <= 0 ? 0U : (1U << (8 * real)) - 1U);
+        packed[i / 4] = codes[0] & mask;
+    }
+    int8_t* to = a.codes + n * a.codesLayout.sample + offsetOf(a.codesLayout, c0, pixel);
+    if constexpr (kStore == kGroup)
+    {
+        store<kGroup>(to, packed);
+    }
+    else
+    {
+#pragma unroll
+        for (int i = 0; i < kGroup; i += kStore)
+        {
+            if (c0 + i < a.codesLayout.channels)
+            {
+                if constexpr (kStore == 4)
+                {
+                    uint32_t const part[1] = {packed[i / 4]};
+                    store<4>(to + i / kStore * a.codesStep, part);
+                }
+                else
+                {
+                    to[i * a.codesStep] = static_cast<int8_t>(packed[i / 4] >> (8 * (i % 4)));
+                }
+            }
+        }
+    }
+}
+
+struct ElementArguments
+{
+    void const* x;
+    int8_t* codes;
+    uint32_t elements; //!< of a sample
+    Divisor inner;
+    Divisor channels;
+    Tables tables;
+    int32_t firstSample;
+};
+
+//! Linear tensors of any shape and alignment, an element a thread.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) elementKernel(ElementArguments const a)
+{
+    int32_t const n = a.firstSample + static_cast<int32_t>(blockIdx.y);
+    uint32_t const i = blockIdx.x * kThreads + threadIdx.x;
+    Row const row = rowOf(a.tables, n).row;
+    if (i < a.elements)
+    {
+        uint32_t const c = a.tables.channels == 1 ? 0 : a.channels.remainder(a.inner.quotient(i));
+        int64_t const place = static_cast<int64_t>(n) * a.elements + i;
+        a.codes[place] = exactCode(toFloat(static_cast<T const*>(a.x)[place]), stepOf(row.scale, a.tables.channel[c]), row);
+    }
+}
+
+template <typename T, int kUnroll>
+auto* linearKernelFor(bool one, bool planes)
+{
+    return one ? linearKernel<T, Channels::kOne, kUnroll>
+               : (planes ? linearKernel<T, Channels::kPlane, kUnroll> : linearKernel<T, Channels::kRow, kUnroll>);
+}
+
+template <typename T>
+cudaError_t launchLinear(TimestepQuantizeProblem const& p, uint32_t elements, cudaStream_t stream)
+{
+    constexpr uint32_t kSize = kVector<T>;
+    auto const inner = static_cast<uint32_t>(p.inner);
+    auto const channels = static_cast<uint32_t>(p.channels);
+    bool const one = p.tables.channels == 1;
+    bool const planes = inner % kSize == 0;
+    bool const rows = inner == 1 && channels % kSize == 0 && isAligned(p.tables.channel, kVectorBytes);
+    if (elements % kSize != 0 || !isAligned(p.x, kVectorBytes) || !isAligned(p.codes, kSize) || !(one || planes || rows))
+    {
+        ElementArguments const a{p.x, p.codes, elements, Divisor(inner), Divisor(channels), p.tables, 0};
+        return launch(elementKernel<T>, a, blocksFor(elements, kThreads), p.samples, stream);
+    }
+    LinearArguments const a{p.x, p.codes, elements / kSize, Divisor(planes ? inner / kSize : 1),
+        Divisor(planes || one ? channels : channels / kSize), p.tables, 0};
+    bool const many = static_cast<uint64_t>(a.vectors) * static_cast<uint32_t>(p.samples) >= kEnough;
+    auto* const kernel = many ? linearKernelFor<T, kManyVectors>(one, planes) : linearKernelFor<T, 1>(one, planes);
+    return launch(kernel, a, blocksFor(a.vectors, kThreads * (many ? kManyVectors : 1)), p.samples, stream);
+}
+
+//! From one run of \p size channels to the next, both within a group of 16 channels.
+int64_t stepIn(Layout const& layout, int32_t size)
+{
+    bool const sideBySide = layout.run >= kGroup || layout.block == layout.run;
+    return sideBySide ? size : layout.block;
+}
+
+template <typename T, int kLoad>
+cudaError_t launchBlocked(TimestepQuantizeProblem const& p, cudaStream_t stream)
+{
+    int32_t const kStore = p.codesLayout.run >= kGroup ? kGroup : (p.codesLayout.run == 4 ? 4 : 1);
+    constexpr int32_t kBlock = 2 * kGroup;
+    auto const pixels = static_cast<uint32_t>(p.inner);
+    uint64_t const groups = uint64_t{pixels} * static_cast<uint32_t>(roundedUp(p.codesLayout.channels, kBlock) / kGroup);
+    if (groups > static_cast<uint64_t>(std::numeric_limits<int32_t>::max()))
+    {
+        return cudaErrorInvalidValue;
+    }
+    BlockedArguments const a{p.x, p.xLayout, stepIn(p.xLayout, kLoad), p.codes, p.codesLayout, stepIn(p.codesLayout, kStore), p.channels,
+        Divisor(pixels), static_cast<uint32_t>(groups), p.tables, isAligned(p.tables.channel, kVectorBytes), 0};
+    auto* const kernel = kStore == kGroup ? blockedKernel<T, kLoad, kGroup>
+                                          : (kStore == 4 ? blockedKernel<T, kLoad, 4> : blockedKernel<T, kLoad, 1>);
+    return launch(kernel, a, blocksFor(a.groups, kThreads), p.samples, stream);
+}
+
+bool isLinear(Layout const& layout)
+{
+    return layout.run == 1 && layout.pixel == 1;
+}
+
+template <typename T>
+cudaError_t launchTyped(TimestepQuantizeProblem const& p, uint32_t elements, cudaStream_t stream)
+{
+    if (isLinear(p.xLayout) && isLinear(p.codesLayout))
+    {
+        return launchLinear<T>(p, elements, stream);
+    }
+    if (p.outer != 1)
+    {
+        return cudaErrorInvalidValue;
+    }
+    if (!isAligned(p.x, isLinear(p.xLayout) ? sizeof(T) : kVectorBytes) || !isAligned(p.codes, isLinear(p.codesLayout) ? 1 : kVectorBytes))
+    {
+        return cudaErrorMisalignedAddress;
+    }
+    if (p.xLayout.run >= kVector<T>)
+    {
+        return launchBlocked<T, kVector<T>>(p, stream);
+    }
+    if (sizeof(T) == 2 && p.xLayout.run == 2)
+    {
+        return launchBlocked<T, sizeof(T) == 2 ? 2 : 1>(p, stream);
+    }
+    return launchBlocked<T, 1>(p, stream);
+}
+
+} // namespace
+
+cudaError_t launchTimestepQuantize(TimestepQuantizeProblem const& problem, cudaStream_t stream) noexcept
+{
+    // A code's layout may pad the channels; a sample must still be counted in 31 bits.
+    int64_t const elements = static_cast<int64_t>(problem.outer) * problem.channels * problem.inner;
+    if (problem.samples < 0 || problem.tables.buckets < 1 || elements > std::numeric_limits<int32_t>::max())
+    {
+        return cudaErrorInvalidValue;
+    }
+    if (problem.samples == 0 || elements == 0)
+    {
+        return cudaSuccess;
+    }
+    auto const count = static_cast<uint32_t>(elements);
+    switch (problem.type)
+    {
+    case FloatType::kFloat32: return launchTyped<float>(problem, count, stream);
+    case FloatType::kFloat16: return launchTyped<__half>(problem, count, stream);
+    case FloatType::kBfloat16: return launchTyped<__nv_bfloat16>(problem, count, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+} // namespace quest
