@@ -44,7 +44,8 @@ def package(
         str, typer.Option(help=f"Of the models' inputs and outputs: {' or '.join(IO_DTYPES)}.")
     ] = TritonOptions.io_dtype,
     plugin_library: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A library of TensorRT plugins that the plan needs; may be repeated.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A library of TensorRT plugins that the plan needs, besides its own; may be repeated."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

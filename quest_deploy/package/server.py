@@ -66,7 +66,7 @@ class PackageServer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
-    def start(self, seconds: float = 180.0) -> None:
+    def start(self, seconds: float = 300.0) -> None:
         """Start and wait until every model is loaded; raise QuestDeployError where that fails."""
         http, grpc, metrics = _free_ports(3)
         self.http, self.grpc = f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
@@ -118,15 +118,19 @@ class PackageServer:
         return found
 
     def memory(self) -> dict[str, int]:
-        """The memory of each of :meth:`processes`, in bytes: what is resident, shared pages counted in parts."""
+        """The anonymous memory of each of :meth:`processes`, and what they share, "shared memory", in bytes.
+
+        Not the pages of libraries: their share depends on who else has them open.
+        """
         found = {}
         for name, pid in self.processes().items():
             try:
                 text = Path(f"/proc/{pid}/smaps_rollup").read_text()
             except OSError:  # it has ended meanwhile
                 continue
-            found[name] = next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")) * 1024
-        return found
+            found[name] = next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Anonymous:")) * 1024
+        shared = Path("/dev/shm").glob(f"quest-deploy-triton-{self.process.pid}-*")
+        return {**found, "shared memory": sum(512 * path.stat().st_blocks for path in shared)}
 
 
 def _processes() -> list[tuple[int, int, str]]:

@@ -79,7 +79,7 @@ class TritonOptions:
         max_queue: requests that wait; more are refused at once.
         queue_delay: microseconds that the UNet's batcher waits for more requests, at every denoising step.
         io_dtype: fp32 or fp16, of the models' inputs and outputs but for timesteps, which FP16 would round.
-        plugins: TensorRT plugin libraries that the plan needs.
+        plugins: TensorRT plugin libraries that the plan needs, besides the one that the engine's record names.
     """
 
     max_batch: int | None = None
@@ -148,11 +148,13 @@ class Plan:
         folder: the engine's.
         options: what it was built with.
         tensorrt: the version that built it.
+        plugins: the libraries of plugins that it needs.
     """
 
     folder: Path
     options: EngineOptions
     tensorrt: str
+    plugins: tuple[Path, ...]
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -185,7 +187,19 @@ def _plan(workspace: Workspace, options: TritonOptions, *, alone: bool) -> Plan 
             get_backend(TRT).check_build(built)
         except InputError as e:
             raise InputError(f"{why}, and {e}") from e
-    return Plan(folder, built, info["built_by"].get(TRT, "unknown"))
+    return Plan(folder, built, info["built_by"].get(TRT, "unknown"), _plugins(info, options.plugins))
+
+
+def _plugins(info: dict[str, Any], given: tuple[str, ...]) -> tuple[Path, ...]:
+    """The plugin libraries to package: those given, and the one that the engine's record (``info``) names, found by its hash."""
+    plugin, libraries = info.get("plugin"), tuple(map(Path, given))
+    if not isinstance(plugin, dict) or plugin.get("serialized"):
+        return libraries
+    recorded = [Path(path) for path in (info["options"].get("plugins"),) if path]
+    for library in (*libraries, *recorded):
+        if library.is_file() and sha256_of(library) == plugin["sha256"]:
+            return tuple(dict.fromkeys((*libraries, library)))
+    raise InputError(f"the plan needs {plugin['library']} with the SHA-256 {plugin['sha256']}; give it with --plugin-library")
 
 
 class _Writer:
@@ -210,6 +224,7 @@ class _Writer:
         self.on_progress = on_progress
         self.of_text = model.family == "text-to-image"
         self.max_batch = options.max_batch or (16 if plan is None else plan.options.max_batch)
+        self.plugins = tuple(map(Path, options.plugins)) if plan is None else plan.plugins
         self.half = options.io_dtype == "fp16"
         self.kind = IO_DTYPES[options.io_dtype]
         self.signatures: dict[str, Any] = {}
@@ -392,7 +407,7 @@ class _Writer:
         shutil.copytree(FILES / BACKENDS_CPU, self.folder / BACKENDS_CPU, ignore=shutil.ignore_patterns("__pycache__"))
         for path in FILES.glob("*.py"):
             shutil.copyfile(path, self.folder / path.name)
-        for plugin in map(Path, self.options.plugins):
+        for plugin in self.plugins:
             (self.folder / PLUGINS).mkdir(exist_ok=True)
             shutil.copyfile(plugin, self.folder / PLUGINS / plugin.name)
         # Not NumPy: a container brings the one that its python backend was built for.
@@ -452,7 +467,7 @@ class _Writer:
                 **asdict(self.options),
                 "max_batch": self.max_batch,
                 "max_size": self.max_size,
-                "plugins": [Path(plugin).name for plugin in self.options.plugins],
+                "plugins": [plugin.name for plugin in self.plugins],
             },
             "models": sorted(self.signatures),
             "plan": self.plan is not None,

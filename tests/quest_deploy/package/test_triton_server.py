@@ -288,13 +288,16 @@ def test_the_readme_s_example_draws_an_image(server: PackageServer, tmp_path: Pa
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_the_load_benchmark_counts_images_wrong_ones_and_memory(server: PackageServer, protocol: str) -> None:
+def test_the_load_benchmark_counts_images_wrong_ones_and_memory(
+    server: PackageServer, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = load_script("bench_serving")
+    monkeypatch.setattr(script, "REQUESTS", 6)
     expected = script.alone(server)
     run = script.ask(server, protocol, 2, 1.0, expected, watch=True)
     assert len(run.latencies) >= 2
     assert (run.wrong, run.errors.total()) == (0, 0)
-    assert set(run.memory[0][1]) == {"tritonserver", "unet", "pipeline", "pipeline_stream"}
+    assert set(run.memory[0][1]) == {"tritonserver", "unet", "pipeline", "pipeline_stream", "shared memory"}
     assert all(size > 2**20 for size in run.memory[0][1].values())
     wrong = script.ask(server, protocol, 2, 0.5, [1 - image for image in expected])
     assert wrong.wrong == len(wrong.latencies) > 0

@@ -236,7 +236,8 @@ class Generator:
     async def _decode(self, latents: np.ndarray, infer: Infer) -> np.ndarray:
         """Latents [1, C, h, w] to an image [1, C, H, W] in [-1, 1], or a little beyond."""
         if self.settings["decoder"]:
-            return (await infer("vae_decoder", {"sample": latents}))["image"]
+            decoded: np.ndarray = (await infer("vae_decoder", {"sample": latents}))["image"]
+            return decoded
         if (factor := self.settings["pixels_per_latent"]) == 1:
             return latents
         shuffled: np.ndarray = torch.nn.functional.pixel_shuffle(torch.from_numpy(latents), factor).numpy()
@@ -245,7 +246,8 @@ class Generator:
 
 def pixels(image: np.ndarray) -> np.ndarray:
     """An image [1, C, H, W] in [-1, 1] as uint8 [H, W, C]."""
-    return ((image[0].transpose(1, 2, 0).clip(-1, 1) / 2 + 0.5) * 255).round().astype(np.uint8)
+    levels: np.ndarray = ((image[0].transpose(1, 2, 0).clip(-1, 1) / 2 + 0.5) * 255).round().astype(np.uint8)
+    return levels
 
 
 def png(image: np.ndarray) -> bytes:
