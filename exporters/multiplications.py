@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from exporters import timestep_quantize
+from exporters.editor import array_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,8 +128,10 @@ def _computed_sizes(model: ir.Model, shapes: dict[str, tuple[int, ...]]) -> dict
     found: dict[ir.Value, NDArray[Any] | None] = {}
 
     def value_of(value: ir.Value | None) -> NDArray[Any] | None:
-        if value is None or value.const_value is not None:
-            return None if value is None else value.const_value.numpy()
+        if value is None:
+            return None
+        if value.const_value is not None:
+            return array_of(value)
         if value not in found:
             found[value] = computed(value.producer())
         return found[value]
@@ -146,8 +149,9 @@ def _computed_sizes(model: ir.Model, shapes: dict[str, tuple[int, ...]]) -> dict
             operands = [operand for operand in known if operand is not None]
             if len(operands) < len(known):
                 return None
-        feeds = {x.name: operand for x, operand in zip(node.inputs, operands, strict=True) if x is not None}
-        return np.asarray(ReferenceEvaluator(ir.to_proto(node)).run(None, feeds)[0])
+        feeds = {x.name or "": operand for x, operand in zip(node.inputs, operands, strict=True) if x is not None}
+        results: Any = ReferenceEvaluator(ir.to_proto(node)).run(None, feeds)
+        return np.asarray(results[0])
 
     targets = {node.inputs[1] for node in model.graph if node.op_type == "Reshape"}
     arrays = {target.name or "": value_of(target) for target in targets if target is not None and target.const_value is None}

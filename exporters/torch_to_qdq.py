@@ -124,19 +124,23 @@ def _to_onnx(exported: torch.export.ExportedProgram, names: list[str], shapes: d
 
 
 def _attention(
-    query: ir.Value,
-    key: ir.Value,
-    value: ir.Value,
-    attn_mask: ir.Value | None = None,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> ir.Value:
-    """Attention on [B, heads, N, d] without a mask, its keys transposed by one node; torch.onnx reshapes them for it and back."""
-    from onnxscript import opset21 as op
-    from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
+) -> Any:
+    """Attention on [B, heads, N, d] without a mask, its keys transposed by one node; torch.onnx reshapes them for it and back.
 
+    The operands are onnx_ir's values, which onnxscript's operators take and give while torch.onnx traces this.
+    """
+    from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
+    from onnxscript.onnx_opset import opset21
+
+    op: Any = opset21
     width = None if query.shape is None or len(query.shape) != 4 else query.shape[-1]
     if attn_mask is not None or dropout_p or is_causal or enable_gqa or not isinstance(width, int):
         return aten_scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

@@ -69,7 +69,7 @@ def _kept(part: ir.Value, x: ir.Value, axis: int) -> list[int] | None:
     if node is None or source is None or source.shape is None or x.shape is None or bounds[2:] not in ([], [0], [0, 1]):
         return None
     start, end = (node.attributes[name].as_int() if name in node.attributes else None for name in ("start", "end"))
-    axes = range(len(source.shape))[slice(start, end)][slice(*(bounds[:2] or [None]))]
+    axes = range(len(source.shape))[slice(start, end)][slice(*bounds[:2]) if bounds else slice(None)]
     if not axes or axis + len(axes) > len(x.shape):
         return None
     in_place = source is x and axes[0] == axis
