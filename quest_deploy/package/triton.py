@@ -21,6 +21,7 @@ from quest_deploy import __version__
 from quest_deploy.engine.backends import get_backend
 from quest_deploy.engine.base import LOWERED, EngineOptions, engine_info, no_progress, options_from
 from quest_deploy.engine.tensorrt import ENGINE
+from quest_deploy.engine.tensorrt_plugin import recorded_library
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder, read_json, sha256_of, write_json
 from quest_deploy.models.registry import load_model
@@ -193,13 +194,9 @@ def _plan(workspace: Workspace, options: TritonOptions, *, alone: bool) -> Plan 
 def _plugins(info: dict[str, Any], given: tuple[str, ...]) -> tuple[Path, ...]:
     """The plugin libraries to package: those given, and the one that the engine's record (``info``) names, found by its hash."""
     plugin, libraries = info.get("plugin"), tuple(map(Path, given))
-    if not isinstance(plugin, dict) or plugin.get("serialized"):
+    if not isinstance(plugin, dict) or plugin.get("serialized") or any(sha256_of(path) == plugin["sha256"] for path in libraries):
         return libraries
-    recorded = [Path(path) for path in (info["options"].get("plugins"),) if path]
-    for library in (*libraries, *recorded):
-        if library.is_file() and sha256_of(library) == plugin["sha256"]:
-            return tuple(dict.fromkeys((*libraries, library)))
-    raise InputError(f"the plan needs {plugin['library']} with the SHA-256 {plugin['sha256']}; give it with --plugin-library")
+    return (*libraries, recorded_library(info["options"].get("plugins"), plugin["sha256"]))
 
 
 class _Writer:

@@ -130,7 +130,7 @@ def test_the_plugin_library_that_a_plan_was_built_with_is_needed_and_packaged(wo
     with_plan(workspace, workspace / ENGINES / "tensorrt-rtx", plugin=plugin)
     ended = cli("package", "--triton", tmp_path / "out", "-w", workspace, "--plugin-library", wrong)
     assert ended.code == 2
-    assert f"the plan needs libquest_plugins.so with the SHA-256 {plugin['sha256']}" in ended.message
+    assert f"needs the plugin library with SHA-256 {plugin['sha256']}" in ended.message
     packaged(workspace, tmp_path / "out", "--plugin-library", str(right))
     assert [path.name for path in (tmp_path / "out" / "plugins").iterdir()] == [right.name]
 
