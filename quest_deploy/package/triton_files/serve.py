@@ -30,6 +30,8 @@ SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "quest-deploy-triton-"
 """Of the names of shared memory and temporary folders, before this process's id."""
 EXIT_TIMEOUT = 20
+START_TIMEOUT = 300
+"""Seconds that a Python process may take to start; with Triton's 30, the server of a busy machine was seen to abort."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -78,6 +80,7 @@ def command(server: Server, arguments: argparse.Namespace, backends: Path | None
         f"--exit-timeout-secs={EXIT_TIMEOUT}",
         "--disable-auto-complete-config",  # the configurations are complete, and asking the python models would start each twice
         f"--backend-config=python,shm-region-prefix-name={shared_memory}",
+        f"--backend-config=python,stub-timeout-seconds={START_TIMEOUT}",
         # A thread for each call of the pipelines, and for each response.
         f"--backend-config=python,thread-pool-size={2 * package['options']['max_in_flight']}",
     ]  # fmt: skip
