@@ -51,6 +51,8 @@ CHAIN = {
     "schedule": ["--scheduler", "unipc", "--steps", "6"],
 }
 """The commands of the main job in order, with their options; a backend's name stands for --backend."""
+STAGES = tuple(step.replace(" ", "/") for step in CHAIN if step != "schedule")
+"""The chain's commands that finish a stage; a schedule is only a file."""
 LDM_CHAIN = {
     "calibrate": ["--samples", "2", "--steps", "3", "--buckets", "3"],
     "finetune": ["--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2"],

@@ -16,7 +16,7 @@ from quest_deploy.files import read_json, sha256_of
 from quest_deploy.reference_files import load_reference
 from quest_deploy.sensitivity import select_sensitive
 from quest_deploy.workspace import Workspace
-from tests.quest_deploy.support import CHAIN, cli
+from tests.quest_deploy.support import CHAIN, STAGES, cli
 
 if TYPE_CHECKING:
     from tests.quest_deploy.conftest import Chain
@@ -30,9 +30,9 @@ def test_every_command_prints_one_json_value_with_its_workspace(chain: Chain, st
     assert "Traceback" not in chain.outcomes[step].err
 
 
-@pytest.mark.parametrize("step", CHAIN)
-def test_the_manifest_records_what_every_command_wrote(chain: Chain, step: str) -> None:
-    record = Workspace.open(chain.root).require(step.replace(" ", "/"))
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_manifest_records_what_every_command_wrote(chain: Chain, stage: str) -> None:
+    record = Workspace.open(chain.root).require(stage)
     assert record.files
     for path, entry in record.files.items():
         assert sha256_of(chain.root / path) == entry["sha256"]
@@ -178,7 +178,7 @@ def test_inspect_lists_the_bits_of_every_layer(chain: Chain) -> None:
 
 def test_inspect_tells_which_stages_are_up_to_date(chain: Chain) -> None:
     stages = cli("inspect", chain.root, "--json").json["stages"]
-    assert set(stages) == {step.replace(" ", "/") for step in CHAIN}
+    assert set(stages) == set(STAGES)
     assert {stage["state"] for stage in stages.values()} == {"up to date"}
 
 

@@ -16,7 +16,7 @@ import pytest
 from quest_deploy.files import read_json
 from quest_deploy.training_state import TrainingState
 from quest_deploy.workspace import MANIFEST, Workspace
-from tests.quest_deploy.support import CHAIN, cli, snapshot
+from tests.quest_deploy.support import STAGES, cli, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -165,4 +165,4 @@ def test_what_a_killed_process_left_is_cleared_away_by_the_next_command(workspac
         folder.mkdir()
     assert cli("generate", "-w", workspace, "--backend", "onnxruntime", "--rows", "1", "--steps", "1").code == 0
     assert not any(folder.exists() for folder in left)
-    assert set(read_json(workspace / MANIFEST)["stages"]) == {*(step.replace(" ", "/") for step in CHAIN), "generate/onnxruntime"}
+    assert set(read_json(workspace / MANIFEST)["stages"]) == {*STAGES, "generate/onnxruntime"}

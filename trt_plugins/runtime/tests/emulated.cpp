@@ -1,4 +1,4 @@
-// Runs Denoiser on the CPU, for tests/trt_plugins/test_runtime.py: the few CUDA functions that it calls, on the host's memory, and a small
+// Runs Denoiser on the CPU, for tests/trt_plugins/test_cpp_runtime.py: the few CUDA functions that it calls, on the host's memory, and a small
 // model in the engine's place. Work put on a stream is done at once, or kept while a graph is recorded, as CUDA does.
 //
 //   emulated SCHEDULE SAMPLE RESULT GUIDANCE GRAPH [NOISE]      two samples of 5 x 4; GRAPH is 0 or 1

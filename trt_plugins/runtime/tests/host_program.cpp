@@ -1,4 +1,4 @@
-// What tests/trt_plugins/test_runtime.py runs: the parts of the runtime that need neither CUDA nor TensorRT.
+// What tests/trt_plugins/test_cpp_runtime.py runs: the parts of the runtime that need neither CUDA nor TensorRT.
 //
 //   host_program sha256 FILE
 //   host_program canonical FILE                    the JSON of FILE as it is hashed
