@@ -497,6 +497,37 @@ def denoise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "denoise" / "denoise"
 
 
+def test_tensorrts_one_logger_outlives_the_runtime_that_brought_it_and_errors_are_told_by_their_own_call(tmp_path: Path) -> None:
+    headers = os.environ.get("TENSORRT_INCLUDE_DIR")
+    if headers is None or shutil.which("nvcc") is None:
+        pytest.skip("needs TensorRT's headers (TENSORRT_INCLUDE_DIR) and nvcc")
+    library, program = _rtx_library(), tmp_path / "logger"
+    sources = [RUNTIME / "tests" / "logger.cpp", *(RUNTIME / "src" / f"{n}.cpp" for n in ("json", "workspace", "sha256"))]
+    flags = ["-DQUEST_DEPLOY_TENSORRT_RTX", "-Xcompiler=-Wno-subobject-linkage", f"-I{headers}", f"-I{RUNTIME / 'include'}"]
+    subprocess.run(
+        [
+            "nvcc",
+            "-std=c++17",
+            "-x",
+            "c++",
+            *flags,
+            *sources,
+            "-o",
+            program,
+            f"-Xlinker={library}",
+            f"-Xlinker=-rpath={library.parent}",
+        ],
+        check=True,
+    )
+    ended = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    first, second, reason, silent, elsewhere = ended.stdout.splitlines()
+    assert (first, second) == ("the first sink was told while it lived", "the second was told more")
+    assert reason.startswith("loading: ")
+    assert "Unable to load library: /no/library.so" in reason
+    assert silent == elsewhere == "a call: TensorRT gives no reason"
+
+
 def _denoise(program: Path, workspace: Path, folder: Path, backend: str = RTX) -> subprocess.CompletedProcess[str]:
     Schedule("Euler", 1.0, (STEP,)).save(folder / "schedule.json")
     np.zeros(4, np.float32).tofile(folder / "sample")
