@@ -67,7 +67,10 @@ private:
         nvinfer1::IPluginRegistry& registry = *getPluginRegistry();
         for (nvinfer1::IPluginCreatorInterface* creator : mCreators)
         {
-            static_cast<void>(registry.registerCreator(*creator, kNamespace));
+            if (!registry.registerCreator(*creator, kNamespace))
+            {
+                logError("registration", "TensorRT's registry refuses a creator: one of its name, version and namespace is there already");
+            }
         }
         mRegistry = &registry;
     }

@@ -6,6 +6,7 @@ TensorRT for RTX builds ahead of time on a machine without a GPU; TensorRT prope
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import json
 import re
@@ -140,7 +141,7 @@ class TensorRtBackend(Backend):
             for shapes in self.profiles(profile_shapes(network, lowered, options)):
                 _add_profile(builder, config, shapes)
             self.configure_flavour(trt, config, options)
-            timing_cache = _read_timing_cache(config, options)
+            timing_cache = read_timing_cache(config, options)
             serialized = None if monitor.stopped else builder.build_serialized_network(network, config)
         if serialized is None:
             raise QuestDeployError(f"{self.name} cannot build {lowered}: {'; '.join(logger.problems[-3:]) or 'no reason given'}")
@@ -221,12 +222,23 @@ class TensorRtRtxBackend(TensorRtBackend):
 
 
 def runs_engines_of(here: str, built: str, *, version_compatible: bool) -> bool:
-    """Whether TensorRT ``here`` runs an engine that version ``built`` made: its own, and earlier ones' that are version compatible."""
-    return here == built or (version_compatible and _version(here) >= _version(built))
+    """Whether TensorRT ``here`` runs an engine that version ``built`` made: its own, and earlier ones' that are version compatible.
+
+    Raises:
+        InputError: one of them is no version of three numbers or more.
+    """
+    mine, theirs = _version(here), _version(built)
+    parts = min(len(mine), len(theirs))  # some of its names leave the build's number out
+    return mine[:parts] == theirs[:parts] or (version_compatible and mine[:parts] > theirs[:parts])
 
 
 def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text))
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+){2,}", text):
+        raise InputError(
+            f"expected TensorRT's version as three numbers or more, such as 10.16.1, found {text!r}; "
+            "run `quest-deploy build-engine` again"
+        )
+    return tuple(map(int, text.split(".")))
 
 
 def check_compute_capability(hardware: dict[str, Any], options: EngineOptions) -> None:
@@ -291,17 +303,30 @@ def gpu_compute_capability() -> str:
 
 
 def make_logger(trt: Any, *, verbose: bool = False) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    """The process's logger for the package ``trt``, its ``problems`` forgotten, for what comes next.
+
+    There is one: TensorRT keeps the first that it is given until all of its objects are gone, whichever made them.
+    """
+    logger = _logger(trt.ILogger)
+    logger.problems.clear()
+    logger.verbose = verbose
+    return logger
+
+
+@functools.cache
+def _logger(base: Any) -> Any:
+    class Logger(base):  # type: ignore[misc]
         """Keeps errors for our own message instead of printing them; prints everything if it is ``verbose``."""
 
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            base.__init__(self)
             self.problems: list[str] = []
+            self.verbose = False
 
         def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
+            if severity <= base.Severity.ERROR:
                 self.problems.append(message.strip())
-            if verbose:
+            if self.verbose:
                 print(f"[{severity.name}] {message}", file=sys.stderr, flush=True)
 
     return Logger()
@@ -394,12 +419,16 @@ def configure(trt: Any, config: Any, options: EngineOptions) -> None:
         config.plugins_to_serialize = [options.plugins]
 
 
-def _read_timing_cache(config: Any, options: EngineOptions) -> Any:
-    """Let the builder use what is in the timing cache's file, an empty one if that is of another version."""
+def read_timing_cache(config: Any, options: EngineOptions) -> Any:
+    """Let the builder use what is in the timing cache's file; an empty one, and say so, if that is another version's or GPU's."""
     if options.timing_cache is None:
         return None
-    cache = config.create_timing_cache(Path(options.timing_cache).read_bytes())
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    path = Path(options.timing_cache)
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        print(f"the timing cache {path} is not this TensorRT's and this GPU's; it is written anew", file=sys.stderr, flush=True)
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
 
 
@@ -505,8 +534,7 @@ class _TensorRtRunner(Runner):
         from polygraphy.backend.trt import TrtRunner
 
         trt = importlib.import_module(package)
-        self._logger = make_logger(trt)  # the engine logs on it
-        self._engine, self._profile = load_engine(trt, self._logger, folder, options), 0
+        self._engine, self._profile = load_engine(trt, make_logger(trt), folder, options), 0
         # -1: TensorRT chooses.
         budget = options.weight_streaming_budget if options.weight_streaming_budget is not None else -1
         self._runner = TrtRunner(self._engine, weight_streaming_budget=budget if options.weight_streaming else None)

@@ -1,8 +1,7 @@
-"""The library of the ``quest::TimestepQuantize`` plugin: where it is, and how TensorRT loads it."""
+"""The library of the ``quest::TimestepQuantize`` plugins: where it is, and how TensorRT loads it."""
 
 from __future__ import annotations
 
-import ctypes.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NAME, VERSION, NAMESPACE = "TimestepQuantize", "1", "quest"
+NAMES = (NAME, "GegluTimestepQuantize")
+"""All that an engine may hold."""
 LIBRARY = "libquest_trt_plugins.so"
 ENVIRONMENT = "QUEST_DEPLOY_PLUGINS"
 """The environment variable that holds the library's path."""
@@ -25,8 +26,7 @@ HINT = f"build it (trt_plugins/README.md) and give its path with --plugins, or i
 def plugin_library(given: str | None) -> Path | None:
     """The plugin library: ``given``, or the first there is; None where there is none.
 
-    Looked for in the environment variable QUEST_DEPLOY_PLUGINS, in trt_plugins/build, and where
-    the dynamic linker looks.
+    Looked for in the environment variable QUEST_DEPLOY_PLUGINS and in trt_plugins/build.
 
     Raises:
         InputError: a path was given, here or in the environment, and there is no file.
@@ -42,9 +42,6 @@ def _libraries(given: str | None) -> Iterator[Path]:
             yield Path(path).resolve()
     if BUILT.is_file():
         yield BUILT
-    found = ctypes.util.find_library(LIBRARY.removeprefix("lib").removesuffix(".so"))
-    if found:
-        yield Path(found)
 
 
 def recorded_library(given: str | None, sha256: str) -> Path:
@@ -57,10 +54,11 @@ def recorded_library(given: str | None, sha256: str) -> Path:
     Raises:
         InputError: none, or another one.
     """
-    found = list(_libraries(given if given is not None and Path(given).is_file() else None))
-    for path in found:
-        if path.is_file() and sha256_of(path) == sha256:
+    found = []
+    for path in _libraries(given if given is not None and Path(given).is_file() else None):
+        if sha256_of(path) == sha256:
             return path
+        found.append(path)
     others = f" (found {', '.join(map(str, found))}, which differs)" if found else ""
     raise InputError(
         f"the engine needs the plugin library with SHA-256 {sha256}{others}: give its path in the environment variable {ENVIRONMENT}, "
@@ -76,7 +74,7 @@ def load_plugin(registry: Any, library: str | None, logger: Any) -> None:
         logger: its ``problems`` are quoted.
 
     Raises:
-        QuestDeployError: TensorRT cannot load it, or it offers no quest::TimestepQuantize.
+        QuestDeployError: TensorRT cannot load it, or it does not offer all of ``NAMES``.
     """
     if library is None:
         raise QuestDeployError(f"no library of the plugin {NAMESPACE}::{NAME} was found: {HINT}")
@@ -88,5 +86,6 @@ def load_plugin(registry: Any, library: str | None, logger: Any) -> None:
     if handle is None:
         told = next(iter(logger.problems[before:]), "it gives no reason")
         raise QuestDeployError(f"TensorRT cannot load the plugin library {library} ({told}): {HINT}")
-    if registry.get_creator(NAME, VERSION, NAMESPACE) is None:
-        raise QuestDeployError(f"{library} offers no {NAMESPACE}::{NAME} of version {VERSION}: {HINT}")
+    for name in NAMES:
+        if registry.get_creator(name, VERSION, NAMESPACE) is None:
+            raise QuestDeployError(f"{library} offers no {NAMESPACE}::{name} of version {VERSION}: {HINT}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,13 +107,13 @@ def _check_plugin(trt: Any, options: EngineOptions) -> None:
 def _check_timing_cache(options: EngineOptions) -> None:
     if options.timing_cache is None:
         return
+    # It is read before the engine is built, and written after: nothing is made now, since a later check may fail.
     path = Path(options.timing_cache)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):  # it is read before the engine is built, and written after
-            pass
-    except OSError as e:
-        raise InputError(f"the timing cache {path} cannot be read and written ({e.strerror})") from e
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.exists() and not (path.is_file() and os.access(path, os.R_OK)):
+        raise InputError(f"the timing cache {path} cannot be read and written: it is no file that can be read")
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise InputError(f"the timing cache {path} cannot be read and written: {folder} is no folder that can be written to")
 
 
 def gpu_name() -> str:

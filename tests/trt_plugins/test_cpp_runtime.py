@@ -123,7 +123,7 @@ def test_json_is_hashed_in_the_form_that_python_hashes(host: Host, tmp_path: Pat
     [
         "", "{", "[1,]", '{"a":1,}', '{"a":1 "b":2}', "{a:1}", "[01]", "[1.]", "[.5]", "[+1]", "[1e]", "[NaN]", "[Infinity]", "[tru]",
         "[1] 2", '["\\x"]', '["\\u12"]', '["\\ud800"]', '["\\udc00"]', '["\\ud800\\u0041"]', '["a\nb"]', '["a', '{"a":1,"a":2}',
-        "[" * 100 + "]" * 100,
+        "[" * 100 + "]" * 100, f"[{'0,' * 2_000_000}0]",
     ],
 )  # fmt: skip
 def test_what_is_no_json_is_refused_with_its_place(host: Host, tmp_path: Path, text: str) -> None:
@@ -144,7 +144,7 @@ def test_a_workspace_that_quest_deploy_wrote_is_opened_and_its_engine_is_read(ho
     size = (built / "engines" / RTX / shared.ENGINE).stat().st_size
     ended = host("engine", built, RTX)
     assert ended.stderr == ""
-    assert ended.stdout.split() == ["tiny", RTX, record["runtime"]["version"], "4", "89", str(size)]
+    assert ended.stdout.split() == ["tiny", RTX, record["runtime"]["version"], "89", str(size)]
 
 
 def _edit(path: Path, change: Callable[[Any], object]) -> None:
@@ -260,6 +260,18 @@ def test_what_runs_an_engine_here_is_what_python_says(
     assert f"of tensorrt, and this program was built with {RTX}" in host("runs", folder, RTX, version, capability).stderr
 
 
+@pytest.mark.parametrize(
+    "version", ["", "10", "10.16", "10.16.", "10..1", "10.16.1.", "10.16.x", "10.16.-1", "10.16.+1", "10. 16.1", "10.16.1,2"]
+)
+def test_what_is_no_version_is_refused_here_and_in_python(host: Host, workspace: Path, version: str) -> None:
+    with pytest.raises(InputError, match=r"expected TensorRT's version as three numbers or more, such as 10\.16\.1"):
+        shared.runs_engines_of("10.16.1", version, version_compatible=True)
+    folder = workspace / "engines" / RTX
+    _edit(folder / ENGINE_FILE, lambda c: c["runtime"].update(version=version))
+    ended = host("runs", folder, RTX, "1.7.1", "89")
+    assert f'expected TensorRT\'s version as three numbers or more, such as 10.16.1, found "{version}"' in ended.stderr
+
+
 def test_an_engine_runs_with_the_very_plugin_library_that_it_was_built_with(host: Host, workspace: Path, tmp_path: Path) -> None:
     folder, library = workspace / "engines" / RTX, tmp_path / "plugins.so"
     library.write_bytes(b"the plugin")
@@ -357,7 +369,7 @@ def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
     expected = host("denoise", tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "expected", guidance, *noise)
     ended = emulated(tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "result", guidance, graph, *noise)
     assert (expected.returncode, ended.stderr) == (0, "the condition condition was not set\n")
-    assert ended.stdout == f"{len(schedule.steps)} steps, {graph} recordings, {2 * graph * len(schedule.steps)} launches\n"
+    assert ended.stdout == f"{len(schedule.steps)} steps, {graph} recordings, {5 * graph * len(schedule.steps)} launches\n"
     assert (tmp_path / "result").read_bytes() == (tmp_path / "expected").read_bytes()
 
 
@@ -485,6 +497,37 @@ def denoise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "denoise" / "denoise"
 
 
+def test_tensorrts_one_logger_outlives_the_runtime_that_brought_it_and_errors_are_told_by_their_own_call(tmp_path: Path) -> None:
+    headers = os.environ.get("TENSORRT_INCLUDE_DIR")
+    if headers is None or shutil.which("nvcc") is None:
+        pytest.skip("needs TensorRT's headers (TENSORRT_INCLUDE_DIR) and nvcc")
+    library, program = _rtx_library(), tmp_path / "logger"
+    sources = [RUNTIME / "tests" / "logger.cpp", *(RUNTIME / "src" / f"{n}.cpp" for n in ("json", "workspace", "sha256"))]
+    flags = ["-DQUEST_DEPLOY_TENSORRT_RTX", "-Xcompiler=-Wno-subobject-linkage", f"-I{headers}", f"-I{RUNTIME / 'include'}"]
+    subprocess.run(
+        [
+            "nvcc",
+            "-std=c++17",
+            "-x",
+            "c++",
+            *flags,
+            *sources,
+            "-o",
+            program,
+            f"-Xlinker={library}",
+            f"-Xlinker=-rpath={library.parent}",
+        ],
+        check=True,
+    )
+    ended = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    first, second, reason, silent, elsewhere = ended.stdout.splitlines()
+    assert (first, second) == ("the first sink was told while it lived", "the second was told more")
+    assert reason.startswith("loading: ")
+    assert "Unable to load library: /no/library.so" in reason
+    assert silent == elsewhere == "a call: TensorRT gives no reason"
+
+
 def _denoise(program: Path, workspace: Path, folder: Path, backend: str = RTX) -> subprocess.CompletedProcess[str]:
     Schedule("Euler", 1.0, (STEP,)).save(folder / "schedule.json")
     np.zeros(4, np.float32).tofile(folder / "sample")
@@ -511,6 +554,17 @@ def test_the_app_compares_the_engines_version_with_that_of_the_library_it_runs_w
 
 
 def test_the_apps_usage_errors_end_with_exit_code_2(denoise: Path) -> None:
-    for words in ([], ["--batch"], ["--unknown"], ["a", "b", "c", "d", "e", "--batch", "many"], ["--condition", "x"]):
+    for words in (
+        [], ["--batch"], ["--unknown"], ["a", "b", "c", "d", "e", "--batch", "many"], ["--condition", "x"],
+        ["--batch", "2x"], ["--batch", "99999999999999999999"], ["--guidance", "nan"], ["--sample-shape", "4x"], ["--device", " 0"],
+    ):  # fmt: skip
         ended = subprocess.run([denoise, *words], capture_output=True, text=True, check=False)
         assert (ended.returncode, ended.stderr.startswith("error: "), "usage: denoise" in ended.stderr) == (2, True, True)
+
+
+def test_the_apps_bad_input_ends_with_exit_code_2_and_writes_nothing(denoise: Path, built: Path, tmp_path: Path) -> None:
+    ended = _denoise(denoise, tmp_path / "none", tmp_path)
+    assert (ended.returncode, "manifest.json cannot be read" in ended.stderr) == (2, True), ended.stderr
+    ended = _denoise(denoise, built, tmp_path, "tensorrt")
+    assert (ended.returncode, "has no engine of tensorrt" in ended.stderr) == (2, True), ended.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"schedule.json", "sample"}

@@ -129,7 +129,7 @@ __device__ inline int32_t bucketOf(Tables const& tables, int32_t n)
 #ifndef NDEBUG
     if ((given < 0 || given > last) && blockIdx.x == 0 && threadIdx.x == 0)
     {
-        printf("quest::TimestepQuantize: sample %d has bucket %lld, expected 0 to %lld; clamped\n", n, static_cast<long long>(given),
+        printf("quest: sample %d has bucket %lld, expected 0 to %lld; clamped\n", n, static_cast<long long>(given),
             static_cast<long long>(last));
     }
 #endif

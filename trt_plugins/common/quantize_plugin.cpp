@@ -4,6 +4,7 @@
 #include "common/log.h"
 
 #include <array>
+#include <limits>
 #include <stdexcept>
 #include <utility>
 
@@ -37,6 +38,19 @@ std::string text(Dims const& dims)
         result += (i == 0 ? "" : ", ") + std::to_string(dims.d[i]);
     }
     return result + "]";
+}
+
+//! The kernels count samples, and a sample's codes, in 31 bits; their numbers are narrowed to that behind this check.
+void requireCountable(Dims const& codes)
+{
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    int64_t ofSample = 1;
+    for (int32_t i = 0; i < codes.nbDims; ++i)
+    {
+        require(codes.d[i] >= 0 && codes.d[i] <= kMost, "the codes have shape " + text(codes) + ", expected dimensions below 2^31");
+        ofSample *= i == 0 ? 1 : codes.d[i];
+        require(ofSample <= kMost, "the codes have shape " + text(codes) + ", expected fewer than 2^31 in a sample");
+    }
 }
 
 //! Whether the two may be the same; -1 is a dimension not known yet.
@@ -186,6 +200,7 @@ int32_t QuantizePlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorD
     void* const* outputs, void* /*workspace*/, cudaStream_t stream) noexcept
 {
     return guarded(mName, -1, [&] {
+        requireCountable(outputDesc[0].dims);
         auto const floats = [inputs](Input input) { return static_cast<float const*>(inputs[input]); };
         Tables const tables{inputs[kBucket], inputDesc[kBucket].type == DataType::kINT64, floats(kScale), floats(kLow), floats(kHigh),
             floats(kOffset), static_cast<int32_t>(inputDesc[kScale].dims.d[0]), floats(kChannel),

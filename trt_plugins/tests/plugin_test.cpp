@@ -555,6 +555,23 @@ void checkEnqueueError(Checks& checks, IPluginCreatorV3One& creator, Logger& log
     checks.check(status != 0 && !logger.take().empty(), "an error of CUDA is logged and returned by enqueue");
 }
 
+//! A sample of 2^32 codes, of which 32 bits are zero, as x and as the codes of GEGLU.
+void checkTooLarge(Checks& checks, IPluginV3& plugin, Shape const& x, Shape const& codes, int64_t channels, Logger& logger)
+{
+    auto const asked
+        = descriptions(inputShapes(x, 2, channels), codes, DataType::kFLOAT, TensorFormat::kLINEAR, DataType::kINT64, TensorFormat::kLINEAR);
+    std::array<PluginTensorDesc, kInputs> now{};
+    for (std::size_t i = 0; i < kInputs; ++i)
+    {
+        now[i] = asked[i].desc;
+    }
+    void const* const inputs[kInputs] = {};
+    void* const outputs[1] = {};
+    int32_t const status = runtime(plugin).enqueue(now.data(), &asked[kInputs].desc, inputs, outputs, nullptr, nullptr);
+    checks.check(status != 0 && logger.take().find("expected fewer than 2^31") != std::string::npos,
+        "a sample too large to count is refused, its last dimension " + std::to_string(x.back()));
+}
+
 void describe(Library const& library)
 {
     std::printf("[");
@@ -606,6 +623,8 @@ int run(char const* path)
         checkCopies(checks, quantize, makeWithAxis(quantize, 2));
         checkCopies(checks, geglu, make(geglu, {}, TensorRTPhase::kBUILD));
         checkEnqueueError(checks, quantize, logger);
+        checkTooLarge(checks, *makeWithAxis(quantize, 3), {1, 65536, 65536, 1}, {1, 65536, 65536, 1}, 1, logger);
+        checkTooLarge(checks, *gegluPlugin, {1, 65536, 65536, 2}, {1, 65536, 65536, 1}, 1, logger);
         if (countGpus() > 0)
         {
             checkEnqueue(checks, quantize);

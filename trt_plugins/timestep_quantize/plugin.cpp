@@ -79,7 +79,7 @@ bool TimestepQuantizePlugin::takesVectorizedFormats(nvinfer1::Dims const& x) con
 cudaError_t TimestepQuantizePlugin::launch(nvinfer1::PluginTensorDesc const& x, nvinfer1::PluginTensorDesc const& codes, void const* xData,
     int8_t* codesData, Tables const& tables, cudaStream_t stream) const
 {
-    nvinfer1::Dims const& dims = x.dims;
+    nvinfer1::Dims const& dims = x.dims; // few enough for 32 bits, as enqueue has checked
     auto const outer = static_cast<int32_t>(product(dims, 1, mAxis));
     auto const channels = static_cast<int32_t>(dims.d[mAxis]);
     int64_t const inner = product(dims, mAxis + 1, dims.nbDims);

@@ -38,6 +38,26 @@ def test_codes_stay_the_same_at_ties_beside_them_and_beyond_the_bounds(low: floa
     np.testing.assert_array_equal(run_reference(model, {"x": X})[0], wanted)
 
 
+@pytest.mark.parametrize(
+    ("low", "closing"),
+    [(-7.25, "one, zero"), (-8.0, "two, zero"), (-8.0, "one, five"), (-8.0, "x_scale, zero")],
+    ids=["a bound that is no integer", "a scale of two", "a zero point", "a scale that is not known"],
+)
+def test_a_quantizer_that_does_more_than_change_the_type_keeps_its_round(low: float, closing: str) -> None:
+    model = graph_from_text(
+        f"""g (float[1,n] x, float x_scale) => (int8[1,n] codes)
+        <float one = {{1.0}}, int8 zero = {{0}}, float two = {{2.0}}, int8 five = {{5}}> {{
+            rounded = Round(x)
+            raised = Max(rounded, low)
+            clipped = Min(raised, high)
+            codes = QuantizeLinear(clipped, {closing})
+        }}""",
+        low=np.float32(low),
+        high=np.float32(7),
+    )
+    assert not RoundInQuantizeLinear()(model).modified
+
+
 def test_codes_that_an_offset_is_added_to_are_still_rounded_before_it() -> None:
     model = clamped(0, 255, "shifted = Sub(clipped, two)\n codes = QuantizeLinear(shifted, one, zero)")
     assert not RoundInQuantizeLinear()(model).modified

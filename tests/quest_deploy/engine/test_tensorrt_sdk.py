@@ -17,11 +17,12 @@ import onnx_ir as ir
 import pytest
 import tensorrt_rtx
 
+from exporters import geglu_timestep_quantize, timestep_quantize
 from exporters.graph_info import load_graph
 from quest_deploy.engine import tensorrt_plugin
 from quest_deploy.engine.backends import get_backend
 from quest_deploy.engine.base import LOWERED, EngineOptions, build_engine, engine_info, engine_options
-from quest_deploy.engine.tensorrt import ENGINE, check_compute_capability, make_logger, runs_engines_of
+from quest_deploy.engine.tensorrt import ENGINE, check_compute_capability, make_logger, read_timing_cache, runs_engines_of
 from quest_deploy.engine.tensorrt_plugin import load_plugin, plugin_library, recorded_library
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import read_json, sha256_of, write_json
@@ -91,7 +92,9 @@ class _Registry:
         return object() if name in self.offered else None
 
 
-QUEST = ("TimestepQuantize", "1", "quest")
+QUEST = tuple(
+    (op.OP_TYPE, str(timestep_quantize.VERSION), timestep_quantize.DOMAIN) for op in (timestep_quantize, geglu_timestep_quantize)
+)
 
 
 def test_versions_that_it_is_not_written_for_are_refused(sdk: ModuleType) -> None:
@@ -124,6 +127,33 @@ def test_a_timing_cache_that_cannot_be_used_is_refused_before_anything_is_built(
     with pytest.raises(InputError, match=r"the timing cache .* cannot be read and written"):
         SDK.check_build(EngineOptions(timing_cache=str(tmp_path / place)))
     SDK.check_build(EngineOptions(timing_cache=str(tmp_path / "new" / "cache.bin")))
+    assert not (tmp_path / "new").exists()  # what checks leaves nothing behind
+
+
+@pytest.mark.parametrize("refused", ["by the builder", "when it is read"])
+def test_a_timing_cache_of_another_version_is_written_anew_and_that_is_said(
+    refused: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Config:
+        taken: object = None
+
+        def create_timing_cache(self, content: bytes) -> object | None:
+            return None if content and refused == "when it is read" else SimpleNamespace(content=content)
+
+        def set_timing_cache(self, cache: Any, *, ignore_mismatch: bool) -> bool:
+            if cache.content in (b"", b"mine"):
+                self.taken = cache
+            return self.taken is cache
+
+    config, options = Config(), EngineOptions(timing_cache=str(tmp_path / "cache.bin"))
+    for content, kept in ((None, b""), (b"mine", b"mine"), (b"another's", b"")):
+        if content is not None:
+            (tmp_path / "cache.bin").write_bytes(content)
+        if content == b"mine" and refused == "when it is read":
+            continue
+        cache = read_timing_cache(config, options)
+        assert (cache.content, config.taken) == (kept, cache)
+        assert ("is written anew" in capsys.readouterr().err) == (content == b"another's")
 
 
 def test_a_plugin_that_is_asked_for_and_not_there_is_refused_with_where_to_get_it(sdk: ModuleType, tmp_path: Path) -> None:
@@ -151,7 +181,9 @@ def test_a_library_that_offers_other_plugins_is_refused() -> None:
     registry = _Registry(("TimestepQuantize", "2", "quest"), ("TimestepQuantize", "1", ""))
     with pytest.raises(QuestDeployError, match=r"a\.so offers no quest::TimestepQuantize of version 1"):
         load_plugin(registry, "a.so", SimpleNamespace(problems=[]))
-    load_plugin(_Registry(QUEST), "a.so", SimpleNamespace(problems=[]))
+    with pytest.raises(QuestDeployError, match=r"a\.so offers no quest::GegluTimestepQuantize of version 1"):
+        load_plugin(_Registry(QUEST[0]), "a.so", SimpleNamespace(problems=[]))
+    load_plugin(_Registry(*QUEST), "a.so", SimpleNamespace(problems=[]))
 
 
 def test_the_plugins_library_is_found_where_it_is_given_in_the_environment_or_where_it_was_built(
@@ -159,6 +191,8 @@ def test_the_plugins_library_is_found_where_it_is_given_in_the_environment_or_wh
 ) -> None:
     for name in ("given.so", "environment.so", "built.so"):
         (tmp_path / name).write_bytes(name.encode())
+    # A library where the dynamic linker looks is no file that could be hashed.
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: "libquest_trt_plugins.so")
     assert plugin_library(None) is None
     assert SDK.resolve(EngineOptions()).quantize == "native"
     monkeypatch.setattr(tensorrt_plugin, "BUILT", tmp_path / "built.so")
@@ -188,6 +222,8 @@ def test_an_engine_runs_with_the_very_library_that_it_was_built_with(
         recorded_library("/another/machine/a.so", digest)
     monkeypatch.setenv(tensorrt_plugin.ENVIRONMENT, str(tmp_path / "a.so"))
     assert recorded_library("/another/machine/a.so", digest) == tmp_path / "a.so"
+    monkeypatch.setenv(tensorrt_plugin.ENVIRONMENT, str(tmp_path / "none.so"))
+    assert recorded_library(str(tmp_path / "a.so"), digest) == tmp_path / "a.so"  # the rest is not looked at
 
 
 def test_the_plugins_nodes_stay_in_the_graph_only_where_the_plugin_quantizes(mini_proto: onnx.ModelProto) -> None:
@@ -204,7 +240,7 @@ def test_with_the_plugin_its_library_is_loaded_before_the_graph_is_parsed_and_th
 ) -> None:
     library = tmp_path / "plugins.so"
     library.write_bytes(b"the plugin")
-    registry, parsed = _Registry(QUEST), []
+    registry, parsed = _Registry(*QUEST), []
 
     class Parser:
         num_errors = 0
@@ -317,3 +353,25 @@ def test_verbose_builds_print_what_tensorrt_logs_and_others_keep_its_errors_alon
         logger.log(severity.ERROR, "a problem")
         assert logger.problems == ["a problem"]
         assert capsys.readouterr().err == ("[VERBOSE] a detail\n[ERROR] a problem\n" if verbose else "")
+
+
+OUTLIVED = """
+import gc
+import tensorrt_rtx as trt
+from quest_deploy.engine.tensorrt import make_logger
+
+first = trt.Builder(make_logger(trt))
+second = trt.Builder(make_logger(trt))
+del first
+gc.collect()
+second.get_plugin_registry().load_library("/no/library.so")  # logged on the process's first logger
+assert make_logger(trt).problems == []
+second.get_plugin_registry().load_library("/no/library.so")
+assert make_logger(trt) is make_logger(trt, verbose=True)
+print("alive")
+"""
+
+
+def test_the_logger_that_tensorrt_keeps_for_the_process_outlives_the_build_that_gave_it() -> None:
+    ended = subprocess.run([sys.executable, "-c", OUTLIVED], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "alive\n"), ended.stderr

@@ -2,7 +2,10 @@
 #include <quest_deploy/denoiser.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
+#include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <fstream>
@@ -27,7 +30,6 @@ constexpr char kUsage[] =
     "  --plugins FILE       the plugin library, where the engine needs it\n"
     "  --device N           the GPU [0]\n"
     "  --no-cuda-graph      launch each kernel by itself\n";
-
 struct Usage : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
@@ -39,11 +41,21 @@ struct Arguments {
     quest_deploy::DenoiserOptions denoiser;
 };
 
-quest_deploy::Shape parse_shape(const std::string& text) {
+/// `text`, all of it, as the value of an option.
+template <typename Number>
+Number parse_number(const std::string& option, const std::string& text) {
+    Number value{};
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    const bool whole = error == std::errc() && end == text.data() + text.size();
+    if (!whole || !std::isfinite(static_cast<double>(value))) throw Usage(option + ": expected a number, not " + text);
+    return value;
+}
+
+quest_deploy::Shape parse_shape(const std::string& option, const std::string& text) {
     quest_deploy::Shape shape;
     for (std::size_t at = 0; at <= text.size();) {
         const std::size_t end = std::min(text.find('x', at), text.size());
-        shape.push_back(std::stoll(text.substr(at, end - at)));
+        shape.push_back(parse_number<std::int64_t>(option, text.substr(at, end - at)));
         at = end + 1;
     }
     return shape;
@@ -53,7 +65,7 @@ Arguments parse(std::vector<std::string> words) {
     Arguments found;
     std::vector<std::string> places;
     for (std::size_t i = 0; i < words.size(); ++i) {
-        const std::string& word = words[i];
+        const std::string word = words[i];
         const auto value = [&]() -> const std::string& {
             if (i + 1 == words.size()) throw Usage(word + " needs a value");
             return words[++i];
@@ -66,11 +78,11 @@ Arguments parse(std::vector<std::string> words) {
             found.conditions[given.substr(0, equals)] = given.substr(equals + 1);
         }
         else if (word == "--noise") found.noise = value();
-        else if (word == "--batch") found.denoiser.batch = std::stoll(value());
-        else if (word == "--guidance") found.denoiser.guidance = std::stof(value());
-        else if (word == "--sample-shape") found.denoiser.sample_shape = parse_shape(value());
+        else if (word == "--batch") found.denoiser.batch = parse_number<std::int64_t>(word, value());
+        else if (word == "--guidance") found.denoiser.guidance = parse_number<float>(word, value());
+        else if (word == "--sample-shape") found.denoiser.sample_shape = parse_shape(word, value());
         else if (word == "--plugins") found.engine.plugin_library = value();
-        else if (word == "--device") found.engine.device = std::stoi(value());
+        else if (word == "--device") found.engine.device = parse_number<int>(word, value());
         else if (word == "--no-cuda-graph") found.denoiser.cuda_graph = false;
         else throw Usage("unknown option " + word);
     }
@@ -84,8 +96,7 @@ std::vector<float> read_floats(const std::string& path) {
     const std::streamoff bytes = stream ? static_cast<std::streamoff>(stream.tellg()) : -1;
     if (bytes < 0 || bytes % 4 != 0) throw quest_deploy::Error(path + ": expected a file of float32 values");
     std::vector<float> values(static_cast<std::size_t>(bytes) / 4);
-    stream.seekg(0);
-    if (!stream.read(reinterpret_cast<char*>(values.data()), bytes)) throw quest_deploy::Error(path + " cannot be read");
+    if (!stream.seekg(0).read(reinterpret_cast<char*>(values.data()), bytes)) throw quest_deploy::Error(path + " cannot be read");
     return values;
 }
 
@@ -94,18 +105,25 @@ void write_floats(const std::string& path, const std::vector<float>& values) {
     std::ofstream stream(temporary, std::ios::binary);
     stream.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(values.size() * 4));
     stream.close();
-    if (!stream || std::rename(temporary.c_str(), path.c_str()) != 0) throw quest_deploy::Error(path + " cannot be written");
+    if (stream && std::rename(temporary.c_str(), path.c_str()) == 0) return;
+    std::remove(temporary.c_str());
+    throw quest_deploy::Error(path + " cannot be written");
 }
 
-void denoise(const Arguments& arguments) {
+/// Sets `exit_code` to 1 once the input is read: what fails then is the job.
+void denoise(const Arguments& arguments, int& exit_code) {
     using Clock = std::chrono::steady_clock;
+    const auto workspace = quest_deploy::Workspace::open(arguments.workspace);
+    const auto record = workspace.engine(arguments.backend);
     const auto schedule = quest_deploy::Schedule::load(arguments.schedule);
     std::vector<float> sample = read_floats(arguments.sample);
     const std::vector<float> noise = arguments.noise.empty() ? std::vector<float>() : read_floats(arguments.noise);
-    const auto workspace = quest_deploy::Workspace::open(arguments.workspace);
-    const auto engine = quest_deploy::Engine::open(workspace.engine(arguments.backend), arguments.engine);
+    std::map<std::string, std::vector<float>> conditions;
+    for (const auto& [name, file] : arguments.conditions) conditions[name] = read_floats(file);
+    exit_code = 1;
+    const auto engine = quest_deploy::Engine::open(record, arguments.engine);
     quest_deploy::Denoiser denoiser(engine, schedule, arguments.denoiser);
-    for (const auto& [name, file] : arguments.conditions) denoiser.set_condition(name, read_floats(file));
+    for (const auto& [name, values] : conditions) denoiser.set_condition(name, values);
     for (float& value : sample) value *= schedule.init_noise_sigma;
     const auto start = Clock::now();
     denoiser.run(sample, noise);
@@ -118,17 +136,14 @@ void denoise(const Arguments& arguments) {
 }  // namespace
 
 int main(int count, char** words) {
+    int exit_code = 2;
     try {
-        denoise(parse(std::vector<std::string>(words + 1, words + count)));
+        denoise(parse(std::vector<std::string>(words + 1, words + count)), exit_code);
         return 0;
     } catch (const Usage& error) {
         std::cerr << "error: " << error.what() << "\n" << kUsage;
-        return 2;
-    } catch (const std::logic_error&) {  // std::stoi and its kin
-        std::cerr << "error: expected a number\n" << kUsage;
-        return 2;
     } catch (const std::exception& error) {
         std::cerr << "error: " << error.what() << "\n";
-        return 1;
     }
+    return exit_code;
 }

@@ -1,6 +1,7 @@
 #include "quest_deploy/denoiser.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <functional>
 #include <map>
 #include <numeric>
@@ -58,7 +59,8 @@ struct Denoiser::Impl {
     Engine engine;
     Context context;
     std::size_t steps, count;
-    OwnedStream stream;  ///< of run(), and of the recording
+    OwnedStream stream;   ///< of run(), and of the recording
+    OwnedEvent finished;  ///< the end of the loop that was enqueued last, on whatever stream
     DeviceArray<StepScales> table;
     DeviceArray<int> step;
     DeviceArray<float> samples, predictions, noise, input, timestep, output;
@@ -71,9 +73,10 @@ struct Denoiser::Impl {
     Impl(const Engine& of, const Schedule& schedule, const DenoiserOptions& options)
         : engine(of), context(of.create_context()), steps(schedule.steps.size()), count(0) {
         check_cuda(cudaStreamCreateWithFlags(stream.out(), cudaStreamNonBlocking), "making a stream");
+        check_cuda(cudaEventCreateWithFlags(finished.out(), cudaEventDisableTiming), "making an event");
+        if (options.batch < 1 || options.batch > INT32_MAX) throw Error("expected a batch of 1 or more, found " + std::to_string(options.batch));
         const bool halves = options.guidance != 1;
         const std::int64_t rows = options.batch * (halves ? 2 : 1);
-        if (options.batch < 1) throw Error("expected a batch of 1 or more");
         const std::size_t length = schedule.history();
         const Shape sample_shape = with_rows(engine.tensor(kSample), rows, options.sample_shape);
         std::map<std::string, Shape> shapes{{kSample, sample_shape}, {kTimestep, with_rows(engine.tensor(kTimestep), rows, {})}};
@@ -139,7 +142,11 @@ struct Denoiser::Impl {
                 check_cuda(cudaGraphLaunch(graph.get(), on), "launching a step");
             }
         }
+        check_cuda(cudaEventRecord(finished.get(), on), "ending the loop");
     }
+
+    /// Has the own stream wait for the loop that was enqueued last, which reads the conditions and writes the samples.
+    void wait_for_loop() { check_cuda(cudaStreamWaitEvent(stream.get(), finished.get(), 0), "waiting for the loop before"); }
 
     float* result() const { return samples.data() + steps % static_cast<std::size_t>(buffers.length) * count; }
 };
@@ -165,6 +172,7 @@ void Denoiser::set_condition(const std::string& name, const std::vector<float>& 
         throw Error(name + ": expected " + std::to_string(found->second.size()) + " values, found " + std::to_string(values.size()));
     }
     const DeviceGuard guard(impl_->engine.device());
+    impl_->wait_for_loop();
     found->second.copy_from(values.data(), values.size(), impl_->stream.get());
     check_cuda(cudaStreamSynchronize(impl_->stream.get()), "copying " + name);
     impl_->condition_given[name] = true;
@@ -177,6 +185,7 @@ void Denoiser::run(std::vector<float>& sample, const std::vector<float>& noise) 
     }
     const DeviceGuard guard(impl_->engine.device());
     const cudaStream_t stream = impl_->stream.get();
+    impl_->wait_for_loop();
     impl_->samples.copy_from(sample.data(), sample.size(), stream);
     if (!noise.empty()) impl_->noise.copy_from(noise.data(), noise.size(), stream);
     impl_->enqueue(stream);

@@ -4,6 +4,7 @@
 #include <NvInferVersion.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <mutex>
 
 #include "cuda.h"
@@ -18,31 +19,73 @@ constexpr char kBackend[] = "tensorrt-rtx";
 constexpr char kBackend[] = "tensorrt";
 #endif
 
-/// Keeps what TensorRT complains of for the exceptions that say what failed; TensorRT calls it from any thread.
+/// The first error that TensorRT logged on this thread since the last `require`. Plain memory, which is there however late TensorRT logs.
+thread_local char problem[1024] = "";
+
+using Sink = std::function<void(int, const char*)>;
+
+/// TensorRT keeps the first logger that a process gives it until all of its objects are gone, whichever made them. So there is one logger,
+/// which is never destroyed; it passes what it is told to the sinks of the engines that are there. TensorRT calls it from any thread.
 class Logger final : public nvinfer1::ILogger {
 public:
-    std::function<void(int, const char*)> sink;
+    static Logger& instance() {
+        static Logger* const logger = new Logger;
+        return *logger;
+    }
 
     void log(Severity severity, const char* message) noexcept override {
+        if (severity <= Severity::kERROR && problem[0] == '\0') std::snprintf(problem, sizeof problem, "%s", message);
         try {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            if (severity <= Severity::kERROR) problems_.emplace_back(message);
-            if (sink) sink(static_cast<int>(severity), message);
-        } catch (...) {  // TensorRT's code is no place for an exception to pass; what could not be kept is only the reason for an error
+            std::vector<std::shared_ptr<const Sink>> told;
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                told = sinks_;
+            }
+            for (const auto& sink : told) (*sink)(static_cast<int>(severity), message);  // unlocked: it may open or close an engine
+        } catch (...) {  // TensorRT's code is no place for an exception to pass
         }
     }
 
-    [[noreturn]] void fail(const std::string& what) {
+    void add(const std::shared_ptr<const Sink>& sink) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        const std::string reason = problems_.empty() ? "TensorRT gives no reason" : problems_.front();
-        problems_.clear();
-        throw Error(what + ": " + reason);
+        sinks_.push_back(sink);
+    }
+
+    void remove(const std::shared_ptr<const Sink>& sink) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        sinks_.erase(std::remove(sinks_.begin(), sinks_.end(), sink), sinks_.end());
     }
 
 private:
+    Logger() = default;
     std::mutex mutex_;
-    std::vector<std::string> problems_;
+    std::vector<std::shared_ptr<const Sink>> sinks_;
 };
+
+/// Has the logger tell a sink, where there is one, as long as this lives.
+class SinkGuard {
+public:
+    explicit SinkGuard(const Sink& sink) : sink_(sink ? std::make_shared<const Sink>(sink) : nullptr) {
+        if (sink_) Logger::instance().add(sink_);
+    }
+    ~SinkGuard() {
+        if (sink_) Logger::instance().remove(sink_);
+    }
+    SinkGuard(const SinkGuard&) = delete;
+    SinkGuard& operator=(const SinkGuard&) = delete;
+
+private:
+    std::shared_ptr<const Sink> sink_;
+};
+
+/// What `call`, of TensorRT's, returns; where that is null or false, throws Error with what it logged meanwhile on this thread.
+template <typename Call>
+auto require(const Call& call, const std::string& what) {
+    problem[0] = '\0';
+    auto result = call();
+    if (!result) throw Error(what + ": " + (problem[0] == '\0' ? "TensorRT gives no reason" : problem));
+    return result;
+}
 
 Shape shape_of(const nvinfer1::Dims& dims) {
     return Shape(dims.d, dims.d + std::max(dims.nbDims, 0));
@@ -74,12 +117,14 @@ bool within(const Shape& least, const Shape& shape, const Shape& largest) {
 
 // Destroyed from the last member to the first: TensorRT wants its objects gone before what made them.
 struct Engine::Impl {
-    Logger logger;
+    SinkGuard log;
     std::unique_ptr<nvinfer1::IRuntime> runtime;
     std::unique_ptr<nvinfer1::ICudaEngine> engine;
     std::vector<Tensor> tensors;
     int device = 0;
     std::mutex making_contexts;
+
+    explicit Impl(const Sink& sink) : log(sink) {}
 
     void check_device(const EngineRecord& record) const {
         int count = 0, major = 0, minor = 0;
@@ -97,7 +142,7 @@ struct Engine::Impl {
         record.check_plugin(library);
         // Into this runtime's own registry, so that nothing of the process changes.
         auto& registry = runtime->getPluginRegistry();
-        if (registry.loadLibrary(library.c_str()) == nullptr) logger.fail("TensorRT cannot load the plugin library " + library.string());
+        require([&] { return registry.loadLibrary(library.c_str()); }, "TensorRT cannot load the plugin library " + library.string());
     }
 
     void stream_weights(const EngineRecord& record, [[maybe_unused]] const std::optional<std::int64_t>& chosen) {
@@ -105,7 +150,7 @@ struct Engine::Impl {
 #if defined(QUEST_DEPLOY_TENSORRT_RTX) || NV_TENSORRT_MAJOR > 10 || NV_TENSORRT_MINOR > 0
         const auto wanted = chosen ? chosen : record.weight_streaming_budget;
         const std::int64_t budget = wanted ? *wanted : engine->getWeightStreamingAutomaticBudget();
-        if (!engine->setWeightStreamingBudgetV2(budget)) logger.fail("keeping " + std::to_string(budget) + " bytes of weights on the GPU");
+        require([&] { return engine->setWeightStreamingBudgetV2(budget); }, "keeping " + std::to_string(budget) + " bytes of weights on the GPU");
 #else
         throw Error("weight streaming needs TensorRT 10.1 or later");
 #endif
@@ -134,20 +179,18 @@ std::string Engine::version() {
 
 Engine Engine::open(const EngineRecord& record, const EngineOptions& options) {
     check_runtime(record, backend(), version());
-    auto impl = std::make_shared<Impl>();
-    impl->logger.sink = options.log;
+    auto impl = std::make_shared<Impl>(options.log);
     impl->device = options.device;
-    impl->runtime.reset(nvinfer1::createInferRuntime(impl->logger));
-    if (!impl->runtime) impl->logger.fail("TensorRT cannot be started");
     impl->check_device(record);
     const DeviceGuard guard(options.device);
+    impl->runtime.reset(require([] { return nvinfer1::createInferRuntime(Logger::instance()); }, "TensorRT cannot be started"));
     impl->runtime->setEngineHostCodeAllowed(record.version_compatible);  // such an engine brings the runtime, or the plugin, that it needs
     impl->load_plugin(record, options.plugin_library);
     {
         const std::vector<char> plan = record.read_plan();
-        impl->engine.reset(impl->runtime->deserializeCudaEngine(plan.data(), plan.size()));
+        const auto load = [&] { return impl->runtime->deserializeCudaEngine(plan.data(), plan.size()); };
+        impl->engine.reset(require(load, record.folder.string() + ": the engine cannot be loaded"));
     }
-    if (!impl->engine) impl->logger.fail(record.folder.string() + ": the engine cannot be loaded");
     impl->stream_weights(record, options.weight_streaming_budget);
     impl->list_tensors();
     return Engine(std::move(impl));
@@ -176,8 +219,8 @@ struct Context::Impl {
 Context Engine::create_context() const {
     const DeviceGuard guard(impl_->device);
     const std::lock_guard<std::mutex> lock(impl_->making_contexts);
-    std::unique_ptr<nvinfer1::IExecutionContext> made(impl_->engine->createExecutionContext());
-    if (!made) impl_->logger.fail("no context to run the engine in");
+    std::unique_ptr<nvinfer1::IExecutionContext> made(
+        require([&] { return impl_->engine->createExecutionContext(); }, "no context to run the engine in"));
     return Context(std::unique_ptr<Context::Impl>(new Context::Impl{*this, std::move(made)}));
 }
 
@@ -205,12 +248,12 @@ void Context::set_shapes(const std::map<std::string, Shape>& inputs, cudaStream_
     if (fitting == profiles) throw Error("the engine was built for other inputs than " + asked + "; build it with their --sample-size or --max-batch");
     const DeviceGuard guard(impl_->engine.device());
     auto& context = *impl_->context;
-    Logger& logger = impl_->engine.impl_->logger;
-    if (context.getOptimizationProfile() != fitting && !context.setOptimizationProfileAsync(fitting, stream)) {
-        logger.fail("choosing an optimization profile");
+    if (context.getOptimizationProfile() != fitting) {
+        require([&] { return context.setOptimizationProfileAsync(fitting, stream); }, "choosing an optimization profile");
     }
-    for (const auto& [name, shape] : inputs) {
-        if (!context.setInputShape(name.c_str(), dims_of(name, shape))) logger.fail(name + ": the shape " + text(shape));
+    for (const auto& input : inputs) {
+        const nvinfer1::Dims dims = dims_of(input.first, input.second);
+        require([&] { return context.setInputShape(input.first.c_str(), dims); }, input.first + ": the shape " + text(input.second));
     }
 }
 
@@ -219,14 +262,13 @@ Shape Context::shape(const std::string& name) const {
 }
 
 void Context::bind(const std::string& name, void* device_memory) {
-    if (!impl_->context->setTensorAddress(impl_->engine.tensor(name).name.c_str(), device_memory)) {
-        impl_->engine.impl_->logger.fail(name + ": its place in memory");
-    }
+    const std::string& known = impl_->engine.tensor(name).name;
+    require([&] { return impl_->context->setTensorAddress(known.c_str(), device_memory); }, name + ": its place in memory");
 }
 
 void Context::enqueue(cudaStream_t stream) {
     const DeviceGuard guard(impl_->engine.device());
-    if (!impl_->context->enqueueV3(stream)) impl_->engine.impl_->logger.fail("running the engine");
+    require([&] { return impl_->context->enqueueV3(stream); }, "running the engine");
 }
 
 }  // namespace quest_deploy

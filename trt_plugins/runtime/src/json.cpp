@@ -3,6 +3,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstdio>
+#include <new>
 #include <string_view>
 
 #include "quest_deploy/error.h"
@@ -12,6 +13,7 @@ namespace quest_deploy {
 namespace {
 
 constexpr int kMaxDepth = 64;
+constexpr std::size_t kMaxMemory = std::size_t{1} << 28;  ///< bytes that a document's values may take; manifests need a few MiB
 
 void append_utf8(std::string& out, std::uint32_t point) {
     if (point < 0x80) {
@@ -122,6 +124,8 @@ private:
     Json parse(const std::string& path, int depth) {
         if (depth > kMaxDepth) fail("less nesting");
         skip_space();
+        memory_ += sizeof(Json) + path.size();
+        if (memory_ > kMaxMemory) fail("a smaller document");
         Json value;
         value.path_ = path;
         value.repair_ = repair_;
@@ -242,11 +246,15 @@ private:
     const std::string& text_;
     const std::string& what_;
     std::shared_ptr<const std::string> repair_;
-    std::size_t at_ = 0;
+    std::size_t at_ = 0, memory_ = 0;
 };
 
 Json Json::parse(const std::string& text, const std::string& what, const std::string& repair) {
-    return JsonParser(text, what, repair).document();
+    try {
+        return JsonParser(text, what, repair).document();
+    } catch (const std::bad_alloc&) {
+        throw Error(what + ": there is not enough memory to read it; " + repair);
+    }
 }
 
 void Json::wrong(const char* expected) const {

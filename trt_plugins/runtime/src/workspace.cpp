@@ -1,8 +1,11 @@
 #include "quest_deploy/workspace.h"
 
 #include <algorithm>
+#include <charconv>
 #include <fstream>
+#include <new>
 #include <sstream>
+#include <stdexcept>
 
 #include "files.h"
 #include "json.h"
@@ -20,10 +23,9 @@ constexpr std::int64_t kWorkspaceVersion = 1, kEngineVersion = 1;
 constexpr char kManifest[] = "manifest.json", kEngineFile[] = "engine.json", kPlan[] = "model.engine";
 constexpr char kRebuild[] = "run `quest-deploy build-engine` again";
 constexpr char kRestore[] = "restore it from a copy, or start a new workspace";
-constexpr std::uintmax_t kMaxJsonBytes = std::uintmax_t{1} << 28;
+constexpr std::uintmax_t kMaxJsonBytes = std::uintmax_t{1} << 24;
 
-Json read_json(const fs::path& path, const char* repair) {
-    const std::vector<char> content = read_file(path, repair, kMaxJsonBytes);
+Json parse_json(const fs::path& path, const std::vector<char>& content, const char* repair) {
     return Json::parse(std::string(content.begin(), content.end()), path.string(), repair);
 }
 
@@ -40,10 +42,22 @@ bool flag(const Json& options, const char* name) {
     return found != nullptr && found->as_bool();
 }
 
+/// The numbers of a version such as "10.16.1" or "10.16.1.11".
 std::vector<int> numbers(const std::string& version) {
     std::vector<int> found;
     std::istringstream stream(version);
-    for (std::string part; std::getline(stream, part, '.');) found.push_back(std::atoi(part.c_str()));
+    for (std::string part; std::getline(stream, part, '.');) {
+        const char* const last = part.data() + part.size();
+        const bool digits = !part.empty() && part.front() != '-';
+        const auto [end, error] = std::from_chars(part.data(), last, found.emplace_back());
+        if (!digits || error != std::errc() || end != last) {
+            found.clear();
+            break;
+        }
+    }
+    if (found.size() < 3 || version.back() == '.') {
+        throw Error("expected TensorRT's version as three numbers or more, such as 10.16.1, found \"" + version + "\"; " + kRebuild);
+    }
     return found;
 }
 
@@ -69,15 +83,22 @@ std::vector<char> read_file(const fs::path& path, const char* repair, std::uintm
     const std::uintmax_t size = fs::file_size(path, problem);
     if (problem) throw Error(path.string() + " cannot be read (" + problem.message() + "); " + repair);
     if (size > limit) throw Error(path.string() + ": expected at most " + std::to_string(limit) + " bytes; " + repair);
-    std::vector<char> content(size);
+    std::vector<char> content;
+    try {
+        content.resize(size);
+    } catch (const std::exception&) {  // std::bad_alloc, std::length_error
+        throw Error(path.string() + ": there is not enough memory to read its " + std::to_string(size) + " bytes; " + repair);
+    }
     std::ifstream stream(path, std::ios::binary);
     if (!stream.read(content.data(), static_cast<std::streamsize>(size))) throw Error(path.string() + " cannot be read; " + repair);
     return content;
 }
 
-EngineRecord EngineRecord::open(const fs::path& folder) {
+namespace {
+
+EngineRecord parse_record(const fs::path& folder, const std::vector<char>& bytes) {
     const fs::path path = folder / kEngineFile;
-    const Json content = read_json(path, kRebuild);
+    const Json content = parse_json(path, bytes, kRebuild);
     check_format(content, path, kEngineFormat, kEngineVersion, kRebuild);
     EngineRecord record;
     record.folder = folder;
@@ -99,13 +120,18 @@ EngineRecord EngineRecord::open(const fs::path& folder) {
     record.version_compatible = flag(options, "version_compatible");
     record.weight_streaming = flag(options, "weight_streaming");
     if (const Json* budget = options.find("weight_streaming_budget")) record.weight_streaming_budget = budget->as_integer();
-    record.max_batch = options.at("max_batch").as_integer();
     if (const Json* plugin = content.find("plugin"); plugin != nullptr && !flag(*plugin, "serialized")) {
         record.plugin_library = plugin->at("library").as_string();
         record.plugin_sha256 = plugin->at("sha256").as_string();
     }
     record.plan_sha256 = content.at("files").at(kPlan).as_string();
     return record;
+}
+
+}  // namespace
+
+EngineRecord EngineRecord::open(const fs::path& folder) {
+    return parse_record(folder, read_file(folder / kEngineFile, kRebuild, kMaxJsonBytes));
 }
 
 std::vector<char> EngineRecord::read_plan() const {
@@ -147,7 +173,7 @@ void check_gpu(const EngineRecord& record, int compute_capability) {
 
 Workspace Workspace::open(const fs::path& root) {
     const fs::path path = root / kManifest;
-    const Json content = read_json(path, kRestore);
+    const Json content = parse_json(path, read_file(path, kRestore, kMaxJsonBytes), kRestore);
     check_format(content, path, kWorkspaceFormat, kWorkspaceVersion, "use the quest-deploy that made it");
     const std::string digest = content.at("sha256").as_string(), canonical = content.canonical("sha256");
     if (sha256(canonical.data(), canonical.size()) != digest) throw Error(path.string() + " was edited; " + kRestore);
@@ -156,7 +182,7 @@ Workspace Workspace::open(const fs::path& root) {
     opened.model_ = content.at("model").as_string();
     for (const auto& [stage, record] : content.at("stages").as_object()) {
         for (const auto& [name, file] : record.at("files").as_object()) {
-            opened.files_.push_back({stage, name, file.at("sha256").as_string(), file.at("bytes").as_integer()});
+            opened.files_.push_back({stage, name, file.at("sha256").as_string()});
         }
     }
     return opened;
@@ -178,7 +204,7 @@ EngineRecord Workspace::engine(const std::string& backend) const {
     if (sha256(content.data(), content.size()) != described->sha256) {
         throw Error((root_ / described->path).string() + " was changed since it was written (its SHA-256 is not the manifest's); " + kRebuild);
     }
-    EngineRecord record = EngineRecord::open(root_ / folder);
+    EngineRecord record = parse_record(root_ / folder, content);
     if (record.plan_sha256 != plan->sha256) throw Error((root_ / plan->path).string() + " is not the manifest's; " + kRebuild);
     const File* graph = find("export", "unet.onnx");
     if (graph == nullptr || graph->sha256 != record.graph_sha256) {

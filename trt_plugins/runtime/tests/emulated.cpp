@@ -1,5 +1,6 @@
 // Runs Denoiser on the CPU, for tests/trt_plugins/test_cpp_runtime.py: the few CUDA functions that it calls, on the host's memory, and a small
-// model in the engine's place. Work put on a stream is done at once, or kept while a graph is recorded, as CUDA does.
+// model in the engine's place. Work put on a stream is done when something waits for it, as late as CUDA may do it, or kept while a graph is
+// recorded; so what does not wait for another stream's work comes before it.
 //
 //   emulated SCHEDULE SAMPLE RESULT GUIDANCE GRAPH [NOISE]      two samples of 5 x 4; GRAPH is 0 or 1
 #include <algorithm>
@@ -9,6 +10,8 @@
 #include <fstream>
 #include <functional>
 #include <iostream>
+#include <map>
+#include <utility>
 
 #include "../src/files.h"
 #include "../src/kernels.h"
@@ -19,12 +22,16 @@ namespace {
 using Work = std::function<void()>;
 
 std::vector<Work>* recording = nullptr;
+std::map<cudaStream_t, std::vector<Work>> streams;
 int launches = 0, recordings = 0;
 
-cudaError_t submit(const Work& work) {
-    if (recording == nullptr) work();
-    else recording->push_back(work);
+cudaError_t submit(cudaStream_t stream, const Work& work) {
+    (recording == nullptr ? streams[stream] : *recording).push_back(work);
     return cudaSuccess;
+}
+
+void finish(cudaStream_t stream) {
+    for (const Work& work : std::exchange(streams[stream], {})) work();
 }
 
 std::vector<Work>* works(void* handle) {
@@ -47,19 +54,33 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
 }
 cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
 cudaError_t cudaMemset(void* memory, int value, std::size_t bytes) { return std::memset(memory, value, bytes), cudaSuccess; }
-cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
-    return submit([=] { std::memset(memory, value, bytes); });
+cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t stream) {
+    return submit(stream, [=] { std::memset(memory, value, bytes); });
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t) {
-    return submit([=] { std::memcpy(to, from, bytes); });
+cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+    return submit(stream, [=] { std::memcpy(to, from, bytes); });
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
     *stream = static_cast<cudaStream_t>(std::malloc(1));
     return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) {
-    return recording == nullptr ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    if (recording != nullptr) return cudaErrorStreamCaptureUnsupported;
+    return finish(stream), cudaSuccess;
 }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+    *event = reinterpret_cast<cudaEvent_t>(new cudaStream_t{});
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    return *reinterpret_cast<cudaStream_t*>(event) = stream, cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+    const cudaStream_t other = *reinterpret_cast<cudaStream_t*>(event);
+    if (other != nullptr && other != stream) finish(other);  // with nullptr it was not recorded, and nothing is waited for
+    return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete reinterpret_cast<cudaStream_t*>(event), cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { return std::free(stream), cudaSuccess; }
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
     recording = new std::vector<Work>;
@@ -75,10 +96,9 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t gra
     *exec = reinterpret_cast<cudaGraphExec_t>(new std::vector<Work>(*works(graph)));
     return cudaSuccess;
 }
-cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     ++launches;
-    for (const Work& work : *works(exec)) work();
-    return cudaSuccess;
+    return submit(stream, [all = *works(exec)] { for (const Work& work : all) work(); });
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete works(graph), cudaSuccess; }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete works(exec), cudaSuccess; }
@@ -87,14 +107,14 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete works(exe
 
 namespace quest_deploy {
 
-cudaError_t launch_prepare(const StepBuffers& buffers, cudaStream_t) {
-    return submit([=] {
+cudaError_t launch_prepare(const StepBuffers& buffers, cudaStream_t stream) {
+    return submit(stream, [=] {
         for (std::size_t i = 0; i < std::max(buffers.count, buffers.rows); ++i) prepare_value(buffers, *buffers.step, i);
     });
 }
 
-cudaError_t launch_update(const StepBuffers& buffers, cudaStream_t) {
-    return submit([=] {
+cudaError_t launch_update(const StepBuffers& buffers, cudaStream_t stream) {
+    return submit(stream, [=] {
         for (std::size_t i = 0; i < buffers.count; ++i) update_value(buffers, *buffers.step, i);
         ++*buffers.step;
     });
@@ -125,10 +145,10 @@ Context::~Context() = default;
 void Context::set_shapes(const std::map<std::string, Shape>& inputs, cudaStream_t) { impl_->shapes = inputs; }
 Shape Context::shape(const std::string& name) const { return impl_->shapes.at(name == "out" ? "sample" : name); }
 void Context::bind(const std::string& name, void* device_memory) { impl_->places[name] = static_cast<float*>(device_memory); }
-void Context::enqueue(cudaStream_t) {
+void Context::enqueue(cudaStream_t stream) {
     if (impl_->places.size() != 4 || impl_->shapes.size() != 3) throw Error("something is not bound");
     const std::size_t rows = static_cast<std::size_t>(impl_->shapes["sample"][0]), each = 20;
-    submit([places = impl_->places, rows, each] {
+    submit(stream, [places = impl_->places, rows, each] {
         for (std::size_t i = 0; i < rows * each; ++i) {
             const float x = places.at("sample")[i];
             places.at("out")[i] = x / (1 + std::fabs(x)) + 0.0005F * places.at("timestep")[i / each] + places.at("condition")[i / each];
@@ -163,11 +183,32 @@ int main(int count, char** words) {
             std::cerr << error.what() << "\n";
         }
         const bool halves = options.guidance != 1;
-        denoiser.set_condition("condition", halves ? std::vector<float>{0, 0, 0.25F, 0.25F} : std::vector<float>{0, 0.25F});
+        const std::vector<float> condition = halves ? std::vector<float>{0, 0, 0.25F, 0.25F} : std::vector<float>{0, 0.25F};
+        denoiser.set_condition("condition", condition);
+        const std::vector<float> start = sample;
         std::vector<float> again = sample;
         denoiser.run(sample, noise);
         denoiser.run(again, noise);  // from the first step, whatever the run before left
         if (again != sample) throw std::logic_error("a second run differs from the first");
+        cudaStream_t mine = nullptr;
+        cudaStreamCreateWithFlags(&mine, cudaStreamNonBlocking);
+        const auto enqueue = [&] {
+            cudaMemcpyAsync(denoiser.sample(), start.data(), start.size() * sizeof(float), cudaMemcpyHostToDevice, mine);
+            denoiser.enqueue(mine);
+        };
+        const auto check = [&](const std::vector<float>& expected, const char* problem) {
+            cudaStreamSynchronize(mine);
+            if (!std::equal(expected.begin(), expected.end(), denoiser.result())) throw std::logic_error(problem);
+        };
+        enqueue();
+        denoiser.set_condition("condition", std::vector<float>(condition.size(), 1.0F));
+        check(sample, "a loop on another stream read the condition that was set after it");
+        denoiser.set_condition("condition", condition);
+        enqueue();
+        std::vector<float> other(start.size(), 0.5F);
+        denoiser.run(other, noise);
+        check(other, "a loop on another stream was still running in the next one's samples");
+        cudaStreamDestroy(mine);
         std::ofstream(words[3], std::ios::binary)
             .write(reinterpret_cast<const char*>(sample.data()), static_cast<std::streamsize>(sample.size() * sizeof(float)));
         std::cout << schedule.steps.size() << " steps, " << recordings << " recordings, " << launches << " launches\n";

@@ -46,7 +46,7 @@ int run(const std::vector<std::string>& words) {
     } else if (command == "engine") {
         const Workspace workspace = Workspace::open(words.at(1));
         const EngineRecord record = workspace.engine(words.at(2));
-        std::cout << workspace.model() << " " << record.backend << " " << record.runtime_version << " " << record.max_batch << " "
+        std::cout << workspace.model() << " " << record.backend << " " << record.runtime_version << " "
                   << record.compute_capabilities.at(0) << " " << record.read_plan().size() << "\n";
     } else if (command == "runs") {
         const EngineRecord record = EngineRecord::open(words.at(1));

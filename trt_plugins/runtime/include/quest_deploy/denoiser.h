@@ -32,11 +32,13 @@ public:
     /// The inputs besides the sample and the timestep, with the shapes that set_condition takes: [rows, ...], rows being the batch, or
     /// twice the batch under guidance.
     const std::vector<Tensor>& conditions() const;
-    /// Copy a condition to the GPU; it stays until it is set again. Throws Error for an unknown name or another number of values.
+    /// Copy a condition to the GPU; it stays until it is set again. Waits for a loop that was enqueued before, which reads the one before.
+    /// Throws Error for an unknown name or another number of values.
     void set_condition(const std::string& name, const std::vector<float>& values);
 
     /// Denoise `sample`, [batch, ...], Gaussian noise times the schedule's init_noise_sigma, in place. `noise`, [steps, batch, ...], is
-    /// the fresh noise of each step where the schedule adds some, else empty. Throws Error, also for what failed on the GPU.
+    /// the fresh noise of each step where the schedule adds some, else empty. Waits for a loop that was enqueued before; what that left in
+    /// result() is overwritten. Throws Error, also for what failed on the GPU.
     void run(std::vector<float>& sample, const std::vector<float>& noise = {});
 
     /// The same without a copy or a wait: put the sample into sample() and the noise into noise() on `stream`, call this, and read

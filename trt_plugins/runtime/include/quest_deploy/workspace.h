@@ -21,8 +21,7 @@ struct EngineRecord {
     bool version_compatible = false;
     bool weight_streaming = false;
     std::optional<std::int64_t> weight_streaming_budget;  ///< bytes
-    std::int64_t max_batch = 1;                           ///< rows of one inference
-    std::string plugin_library;                           ///< the plugin library's file name; empty where it needs none
+    std::string plugin_library;  ///< the plugin library's file name; empty where it needs none
     std::string plugin_sha256;
     std::string plan_sha256;  ///< of model.engine
 
@@ -60,7 +59,6 @@ public:
 private:
     struct File {
         std::string stage, path, sha256;
-        std::int64_t bytes = 0;
     };
     const File* find(const std::string& stage, const std::string& path) const;
 
