@@ -1,4 +1,4 @@
-"""Schedulers as tables: which they are, what they say, and what is refused. tests/trt_plugins/test_runtime.py runs them."""
+"""Schedulers as tables: which they are, what they say, and what is refused. tests/trt_plugins/test_cpp_runtime.py runs them."""
 
 from __future__ import annotations
 

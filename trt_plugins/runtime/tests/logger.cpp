@@ -1,4 +1,4 @@
-// The process's logger, with TensorRT for RTX's own library, for tests/trt_plugins/test_runtime.py: it outlives whatever was made with it, and
+// The process's logger, with TensorRT for RTX's own library, for tests/trt_plugins/test_cpp_runtime.py: it outlives whatever was made with it, and
 // an error is told by the call that failed.
 #include "../src/engine.cpp"
 
