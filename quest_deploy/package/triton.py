@@ -258,10 +258,10 @@ class Writer:
         self._write_readme()
         return {**record, "bytes": sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())}
 
-    def of_shape(self, shape: tuple[int, int, int], multiple: int) -> None:
+    def of_shape(self, shape: tuple[int, ...], multiple: int) -> None:
         """The UNet's sample [C, H, W] is of ``shape``, and other heights and widths are multiples of ``multiple``."""
         self.sample_shape, self.sample_multiple = shape, multiple
-        native = shape[1:]
+        native = shape[1], shape[2]
         # A plan takes the sizes that it was built for and no other.
         self.sizes = (self.plan.sizes or (native,)) if self.plan is not None else ()
         self.size = native if not self.sizes or native in self.sizes else self.sizes[0]
