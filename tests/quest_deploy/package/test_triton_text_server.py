@@ -109,8 +109,9 @@ def test_for_a_gpu_the_repository_lacks_nothing_but_triton_s_tensorrt_backend(se
     copy = tmp_path / "package"
     shutil.copytree(server.package, copy)
     config = copy / MODELS / "broken" / "config.pbtxt"
-    shutil.copytree(copy / MODELS / "unet", config.parent)
-    config.write_text(config.read_text().replace('name: "unet"', 'name: "broken"').replace("dims: [4, -1, -1]", "dims: [4, 0, -1]"))
+    (config.parent / "1").mkdir(parents=True)  # without a file, which serve.py would refuse
+    unet = (copy / MODELS / "unet" / "config.pbtxt").read_text()
+    config.write_text(unet.replace('name: "unet"', 'name: "broken"').replace("dims: [4, -1, -1]", "dims: [4, 0, -1]"))
     said = {}
     with (
         PackageServer(copy, tmp_path / "server.log", cpu=False, options=["--model-control-mode=explicit"]) as other,
