@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 STREAM = "pipeline_stream"
-TYPES = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
 CONNECT_SECONDS = 10.0
 """How long the server may take to say what it serves."""
+TIMEOUT = 600.0
+"""How long a step may take, or the queue before the first one."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def request_image(
     url: str,
     request: dict[str, Any],
     on_step: Callable[[int, int], None] = lambda done, total: None,
-    timeout: float | None = None,
+    timeout: float = TIMEOUT,
 ) -> Drawn:
     """Let the server at ``url`` draw one image; leaving early, as by Ctrl-C, cancels it there.
 
@@ -47,7 +48,7 @@ def request_image(
         url: "host:port" of its gRPC service.
         request: values by the names of the pipeline's inputs: prompt, label, seed, steps and so on.
         on_step: is told how many of how many denoising steps are done.
-        timeout: seconds between two messages; None waits for ever.
+        timeout: seconds to wait for each message.
 
     Raises:
         InputError: the server refuses the request, or its model has no such input.
@@ -69,22 +70,27 @@ def request_image(
 
 def _inputs(request: dict[str, Any], kinds: dict[str, str]) -> list[Any]:
     from tritonclient.grpc import InferInput
+    from tritonclient.utils import triton_to_np_dtype
 
     inputs = []
     for name, value in request.items():
+        option = f"--{name.replace('_', '-')}"
         if name not in kinds:
-            raise InputError(f"--{name.replace('_', '-')}: the served model has no such input; it has {', '.join(kinds)}")
+            raise InputError(f"{option}: the served model has no such input; it has {', '.join(kinds)}")
         try:
-            array: NDArray[Any] = np.asarray([[value.encode() if isinstance(value, str) else value]], TYPES[kinds[name]])
+            data = value.encode() if isinstance(value, str) else value
+            array: NDArray[Any] = np.asarray([[data]], triton_to_np_dtype(kinds[name]))
+        except UnicodeEncodeError as e:  # such as what Python makes of an argument in another encoding
+            raise InputError(f"{option}: expected text that UTF-8 can encode ({e})") from e
         except OverflowError as e:
-            raise InputError(f"--{name.replace('_', '-')}: expected a number of the type {kinds[name]}, not {value}") from e
+            raise InputError(f"{option}: expected a number of the type {kinds[name]}, not {value}") from e
         tensor = InferInput(name, list(array.shape), kinds[name])
         tensor.set_data_from_numpy(array)
         inputs.append(tensor)
     return inputs
 
 
-def _stream(client: Any, inputs: list[Any], on_step: Callable[[int, int], None], timeout: float | None) -> Drawn:
+def _stream(client: Any, inputs: list[Any], on_step: Callable[[int, int], None], timeout: float) -> Drawn:
     messages: queue.Queue[tuple[Any, Any]] = queue.Queue()
     # The header makes the stream end with the error's own status, which Triton otherwise leaves out.
     client.start_stream(lambda result, error: messages.put((result, error)), headers={"triton_grpc_error": "true"})

@@ -24,6 +24,7 @@ import numpy as np
 import typer
 
 from quest_deploy.engine.base import processor_name
+from quest_deploy.errors import QuestDeployError
 from quest_deploy.files import atomic_file, write_json
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.package.server import PackageServer, missing_server
@@ -43,10 +44,13 @@ REQUESTS = 56
 TOGETHER, ONE_BY_ONE = "together", "one by one"
 PROTOCOLS = ("http", "grpc")
 SAMPLE_SECONDS = 5.0
+CALL_SECONDS = 60.0
+"""What an image may take; later it is an error."""
+MAX_GROWTH = 0.02
+"""The part of its memory that a server may grow by over a load, by the fitted line; more is a failure."""
 WARM = 0.2
 """The part of a load, at its start, that memory is not judged by: pools and caches fill."""
 KINDS = {"label": "INT32", "seed": "INT64", "steps": "INT32", "scheduler": "BYTES", "guidance": "FP32"}
-TYPES = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
 
 
 def requests() -> list[dict[str, Any]]:
@@ -90,10 +94,14 @@ class Clients:
     def __init__(self, server: PackageServer, protocol: str, count: int) -> None:
         if protocol == "grpc":
             import tritonclient.grpc as library
+
+            options, self._call = {}, {"client_timeout": CALL_SECONDS}
         else:
             import tritonclient.http as library
+
+            options, self._call = {"network_timeout": CALL_SECONDS}, {}
         self._library = library
-        self._made = [library.InferenceServerClient(getattr(server, protocol)) for _ in range(count)]
+        self._made = [library.InferenceServerClient(getattr(server, protocol), **options) for _ in range(count)]
 
     def __enter__(self) -> list[Draw]:
         return [self._drawer(client) for client in self._made]
@@ -103,13 +111,15 @@ class Clients:
             client.close()
 
     def _drawer(self, client: Any) -> Draw:
+        from tritonclient.utils import triton_to_np_dtype
+
         def draw(request: dict[str, Any]) -> np.ndarray:
             inputs = []
             for name, value in request.items():
                 inputs.append(self._library.InferInput(name, [1, 1], KINDS[name]))
-                inputs[-1].set_data_from_numpy(np.asarray([[value]], TYPES[KINDS[name]]))
+                inputs[-1].set_data_from_numpy(np.asarray([[value]], triton_to_np_dtype(KINDS[name])))
             wanted = [self._library.InferRequestedOutput("pixels")]
-            pixels: np.ndarray = client.infer("pipeline", inputs, outputs=wanted).as_numpy("pixels")[0]
+            pixels: np.ndarray = client.infer("pipeline", inputs, outputs=wanted, **self._call).as_numpy("pixels")[0]
             return pixels
 
         return draw
@@ -131,10 +141,17 @@ def batches(server: PackageServer) -> tuple[int, int]:
 
 
 def ask(server: PackageServer, protocol: str, count: int, seconds: float, expected: list[np.ndarray], *, watch: bool = False) -> Run:
-    """Let ``count`` clients ask for images until the time is over; what is under way then is waited for and counts."""
+    """Let ``count`` clients ask for images until the time is over; what is under way then is waited for and counts.
+
+    Raises:
+        QuestDeployError: the server has ended, or no image was drawn.
+    """
     run, asked, before = Run(), requests(), batches(server)
     lock, started = threading.Lock(), time.monotonic()
     ends = started + seconds
+
+    def ended() -> bool:
+        return server.process.poll() is not None
 
     def work(first: int, draw: Draw) -> None:
         i = first
@@ -145,6 +162,8 @@ def ask(server: PackageServer, protocol: str, count: int, seconds: float, expect
             except Exception as e:  # whatever it is, it is counted
                 with lock:
                     run.errors[str(e)[:200]] += 1
+                if ended():
+                    return
                 continue
             with lock:
                 run.latencies.append(time.monotonic() - begun)
@@ -155,12 +174,15 @@ def ask(server: PackageServer, protocol: str, count: int, seconds: float, expect
         threads = [threading.Thread(target=work, args=(i * REQUESTS // count, draw)) for i, draw in enumerate(drawers)]
         for thread in threads:
             thread.start()
-        while watch and time.monotonic() < ends:
+        while watch and time.monotonic() < ends and not ended():
             run.memory.append((time.monotonic() - started, server.memory()))
             time.sleep(min(SAMPLE_SECONDS, max(0.0, ends - time.monotonic())))
         for thread in threads:
             thread.join()
     run.seconds = time.monotonic() - started
+    if ended() or not run.latencies:
+        what = "the server has ended" if ended() else "no image was drawn"
+        raise QuestDeployError(f"{what}; errors over {protocol}: {dict(run.errors.most_common(3))}; the server's log: {server.log}")
     after = batches(server)
     run.mean_batch = (after[0] - before[0]) / max(1, after[1] - before[1])
     return run
@@ -187,11 +209,12 @@ def summary(protocol: str, run: Run) -> dict[str, Any]:
     """What is kept of a load."""
     p50, p90, p99 = (float(np.percentile(run.latencies, q)) for q in (50, 90, 99))
     totals = [(at, sum(found.values())) for at, found in run.memory if at >= WARM * run.seconds]
-    slope = float(np.polyfit(*zip(*totals, strict=True), 1)[0]) if len(totals) > 2 else 0.0
+    slope, start = map(float, np.polyfit(*zip(*totals, strict=True), 1)) if len(totals) > 2 else (0.0, 1.0)
     return {
         "protocol": protocol, "clients": LOAD_CLIENTS, "seconds": run.seconds, "images": len(run.latencies),
         "throughput": run.throughput, "p50": p50, "p90": p90, "p99": p99, "max": max(run.latencies), "mean_batch": run.mean_batch,
-        "errors": dict(run.errors), "wrong": run.wrong, "memory_bytes_per_hour": slope * 3600, "memory": run.memory,
+        "errors": dict(run.errors), "wrong": run.wrong, "memory_bytes_per_hour": slope * 3600,
+        "memory_growth": slope * run.seconds / start, "memory": run.memory,
     }  # fmt: skip
 
 
@@ -226,7 +249,9 @@ def table(results: dict[str, Any]) -> str:
         *(_load_row(load) for load in results["load"]),
         "",
         "Latencies in milliseconds. Memory is what the server and its three Python processes hold for themselves, and what they share,",
-        "not the libraries' pages; the trend is a line fitted to it, but for the first fifth.",
+        "not the libraries' pages; the trend is a line fitted to it, but for the first fifth. By that line it may grow by "
+        f"{MAX_GROWTH:.0%} over the load;",
+        "more is a failure, as is an error or a wrong image.",
         "",
         "![throughput, latency, memory](plot.png)",
         "",
@@ -284,6 +309,27 @@ def main(
     """Measure, and write the page."""
     if (reason := missing_server()) is not None:
         sys.exit(f"error: {reason}")
+    try:
+        results = measure(workspace, minutes, seconds, note)
+    except QuestDeployError as e:
+        sys.exit(f"error: {e}")
+    docs.mkdir(parents=True, exist_ok=True)
+    write_json(docs / "results.json", results)
+    (docs / "table.md").write_text(table(results))
+    plot(results, docs / "plot.png")
+    print(table(results))
+    sys.exit(1 if failed(results) else 0)
+
+
+def failed(results: dict[str, Any]) -> bool:
+    """Whether there was a wrong image or an error, or memory grew by more than ``MAX_GROWTH``."""
+    of_throughput = sum(row["wrong"] + row["errors"] for row in results["throughput"])
+    of_load = sum(load["wrong"] + sum(load["errors"].values()) for load in results["load"])
+    return of_throughput + of_load > 0 or any(load["memory_growth"] > MAX_GROWTH for load in results["load"])
+
+
+def measure(workspace: Path, minutes: float, seconds: float, note: str) -> dict[str, Any]:
+    """What the page tells; raise QuestDeployError where a server fails."""
     opened = Workspace.open(workspace)
     with tempfile.TemporaryDirectory(prefix="quest-deploy-") as scratch:
         folders = {TOGETHER: Path(scratch) / "together", ONE_BY_ONE: Path(scratch) / "alone"}
@@ -293,24 +339,17 @@ def main(
             expected = alone(server)
             with PackageServer(folders[ONE_BY_ONE], Path(scratch) / "alone.log") as other:
                 if not all(map(np.array_equal, alone(other), expected)):  # it also warms the server up, as the other one is
-                    sys.exit("error: two servers of one model draw other images, each alone")
+                    raise QuestDeployError("two servers of one model draw other images, each alone")
                 throughput = list(measure_throughput({ONE_BY_ONE: other, TOGETHER: server}, seconds, expected))
             load = []
             for protocol in PROTOCOLS:
                 print(f"load over {protocol}, {minutes:g} minutes", flush=True)
                 load.append(summary(protocol, ask(server, protocol, LOAD_CLIENTS, 60 * minutes, expected, watch=True)))
     found = {name: version for name, version in versions().items() if name in ("onnxruntime", "torch", "diffusers")}
-    results = {
+    return {
         "scheme": opened.scheme.name, "note": note, "throughput": throughput, "load": load, "processor": processor_name(),
         "cores": len(_cores()), "date": time.strftime("%Y-%m-%d"), "versions": {"nvidia-pytriton": "0.7.0", **found},
     }  # fmt: skip
-    docs.mkdir(parents=True, exist_ok=True)
-    write_json(docs / "results.json", results)
-    (docs / "table.md").write_text(table(results))
-    plot(results, docs / "plot.png")
-    print(table(results))
-    failed = sum(row["wrong"] + row["errors"] for row in throughput) + sum(row["wrong"] + sum(row["errors"].values()) for row in load)
-    sys.exit(1 if failed else 0)
 
 
 def _cores() -> set[int]:

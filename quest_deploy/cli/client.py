@@ -10,7 +10,7 @@ import typer
 
 from quest_deploy.cli.console import Console
 from quest_deploy.cli.options import JsonOption
-from quest_deploy.client import request_image
+from quest_deploy.client import TIMEOUT, request_image
 from quest_deploy.files import atomic_file
 
 
@@ -28,7 +28,7 @@ def client(
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed draws the same image.", show_default="the server's choice")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the PNG file.")] = Path("image.png"),
-    timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds to wait for each step.", show_default="for ever")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for each step.")] = TIMEOUT,
     as_json: JsonOption = False,
 ) -> None:
     """Ask a server started by a package's serve.py for an image; Ctrl-C cancels it there too."""

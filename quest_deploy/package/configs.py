@@ -12,7 +12,15 @@ LATEST = {"latest": {"num_versions": 1}}
 
 
 def plan_config(
-    name: str, inputs: Tensors, outputs: Tensors, native: dict[str, list[int]], max_batch: int, queue_delay: int
+    name: str,
+    inputs: Tensors,
+    outputs: Tensors,
+    native: dict[str, list[int]],
+    max_batch: int,
+    *,
+    queue_delay: int,
+    max_queue: int,
+    profiles: int,
 ) -> dict[str, Any]:
     """A model of the platform tensorrt_plan, batched dynamically and warmed up with its smallest and its largest batch.
 
@@ -20,12 +28,16 @@ def plan_config(
         inputs: one without dimensions gets one that Triton takes away again: it allows none that has only a batch.
         native: the inputs' dimensions to warm up with.
         queue_delay: microseconds that a batch waits for more requests.
+        max_queue: requests that wait; more are refused.
+        profiles: the plan's optimization profiles. Triton uses the first one alone unless told of the others, and picks among those it
+            is told of by a batch's shape.
     """
     warm = [
         {"key": key, "value": {"data_type": Word(kind), "dims": native[key] or [1], "zero_data": True}}
         for key, (kind, _) in inputs.items()
     ]
     scalar = {"dims": [1], "reshape": {"shape": []}}
+    group = {"instance_group": [{"profile": [str(i) for i in range(profiles)]}]} if profiles > 1 else {}
     return {
         "name": name,
         "platform": "tensorrt_plan",
@@ -33,7 +45,8 @@ def plan_config(
         "version_policy": LATEST,
         "input": [{"name": key, "data_type": Word(kind), **({"dims": d} if d else scalar)} for key, (kind, d) in inputs.items()],
         "output": [{"name": key, "data_type": Word(kind), "dims": dims} for key, (kind, dims) in outputs.items()],
-        "dynamic_batching": {"max_queue_delay_microseconds": queue_delay},
+        **group,
+        "dynamic_batching": {"max_queue_delay_microseconds": queue_delay, "default_queue_policy": {"max_queue_size": max_queue}},
         "model_warmup": [{"name": f"batch {batch}", "batch_size": batch, "inputs": warm} for batch in dict.fromkeys((1, max_batch))],
     }
 

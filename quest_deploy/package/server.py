@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -101,7 +102,8 @@ class PackageServer:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             for pid in (*self.processes().values(), self.process.pid):
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.process.wait()
             raise QuestDeployError(f"the server did not end within {seconds:g} s of SIGTERM") from None
 

@@ -7,7 +7,6 @@ TensorRT backend loads the plan; the python-based stand-in of ``backends_cpu`` o
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import shlex
 import shutil
 import subprocess
@@ -52,6 +51,8 @@ PLAN, ONNX = "model.plan", "model.onnx"
 IO_DTYPES = {"fp32": "TYPE_FP32", "fp16": "TYPE_FP16"}
 NUMPY_TYPES = {"TYPE_FP32": "float32", "TYPE_FP16": "float16", "TYPE_INT32": "int32"}
 DECODER_BATCH = 4
+MODEL_TIMEOUT = 600
+"""Seconds that a pipeline waits for one answer of another model: long enough for the largest UNet in its largest batch on a CPU."""
 STEPS, SCHEDULER = 20, "ddim"
 INPUTS = {
     "prompt": "what to draw; needed",
@@ -123,9 +124,9 @@ def write_package(
     model = load_model(workspace.source)
     if isinstance(model, PipelineModel):
         model.require_weights("serve")
-    plan = _plan(workspace, options, alone=not isinstance(model, PipelineModel))
+    plan = _plan(workspace, options, alone=not isinstance(model, PipelineModel), guidable=_guidable(model))
     with atomic_folder(folder) as made:
-        writer = _Writer(workspace, model, made, options, plan, on_progress)
+        writer = Writer(workspace, model, made, options, plan, on_progress)
         return writer.write()
 
 
@@ -163,11 +164,12 @@ class Plan:
         return self.options.sample_sizes
 
 
-def _plan(workspace: Workspace, options: TritonOptions, *, alone: bool) -> Plan | None:
+def _plan(workspace: Workspace, options: TritonOptions, *, alone: bool, guidable: bool) -> Plan | None:
     """The workspace's TensorRT engine, if it has one.
 
     Args:
         alone: whether the model has nothing beside the UNet that needs a plan too.
+        guidable: whether requests may ask for guidance.
 
     Raises:
         InputError: it does not go with ``options``, or further plans must be built and this machine cannot.
@@ -182,6 +184,11 @@ def _plan(workspace: Workspace, options: TritonOptions, *, alone: bool) -> Plan 
         raise InputError(f"{folder} holds a plan without weights, which Triton cannot load; build it without --strip-plan")
     if options.max_batch is not None and options.max_batch > built.max_batch:
         raise InputError(f"--max-batch {options.max_batch}: the plan in {folder} takes batches up to {built.max_batch}")
+    if guidable and built.max_batch < 2:
+        raise InputError(
+            f"the plan in {folder} takes batches of {built.max_batch}, and an image with guidance is two rows; "
+            "run `quest-deploy build-engine` again with --max-batch 2 or more"
+        )
     if options.io_dtype != "fp32" or not alone:
         why = "the text encoder and the decoder need plans too" if options.io_dtype == "fp32" else "--io-dtype fp16 needs another plan"
         try:
@@ -194,12 +201,18 @@ def _plan(workspace: Workspace, options: TritonOptions, *, alone: bool) -> Plan 
 def _plugins(info: dict[str, Any], given: tuple[str, ...]) -> tuple[Path, ...]:
     """The plugin libraries to package: those given, and the one that the engine's record (``info``) names, found by its hash."""
     plugin, libraries = info.get("plugin"), tuple(map(Path, given))
+    names = [path.name for path in libraries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"--plugin-library: two files are called {', '.join(twice)}, and both go into one folder; rename one")
     if not isinstance(plugin, dict) or plugin.get("serialized") or any(sha256_of(path) == plugin["sha256"] for path in libraries):
         return libraries
-    return (*libraries, recorded_library(info["options"].get("plugins"), plugin["sha256"]))
+    found = recorded_library(info["options"].get("plugins"), plugin["sha256"])
+    if found.name in names:
+        raise InputError(f"--plugin-library: a file is called {found.name}, as the engine's own plugin library; rename it")
+    return (*libraries, found)
 
 
-class _Writer:
+class Writer:
     """Writes one package.
 
     Args:
@@ -223,6 +236,8 @@ class _Writer:
         self.max_batch = options.max_batch or (16 if plan is None else plan.options.max_batch)
         self.plugins = tuple(map(Path, options.plugins)) if plan is None else plan.plugins
         self.half = options.io_dtype == "fp16"
+        # Each image in flight of both pipelines waits for one answer at a time; the rest is for pipelines with a few instances.
+        self.inner_queue = 8 * options.max_in_flight
         self.kind = IO_DTYPES[options.io_dtype]
         self.signatures: dict[str, Any] = {}
         self.decoder = model.load_decoder() if isinstance(model, PipelineModel) else None
@@ -230,10 +245,10 @@ class _Writer:
     def write(self) -> dict[str, Any]:
         steps = [("UNet", self._write_unet)]
         if self.of_text:
-            steps.append(("text encoder", self._write_text_encoder))
+            steps.append(("text encoder", self.write_text_encoder))
         if self.decoder is not None:
-            steps.append(("decoder", self._write_decoder))
-        steps.append(("pipeline", self._write_pipelines))
+            steps.append(("decoder", self.write_decoder))
+        steps.append(("pipeline", self.write_pipelines))
         for i, (name, step) in enumerate(steps):
             self.on_progress(name, i, len(steps))
             step()
@@ -243,6 +258,14 @@ class _Writer:
         self._write_readme()
         return {**record, "bytes": sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())}
 
+    def of_shape(self, shape: tuple[int, ...], multiple: int) -> None:
+        """The UNet's sample [C, H, W] is of ``shape``, and other heights and widths are multiples of ``multiple``."""
+        self.sample_shape, self.sample_multiple = shape, multiple
+        native = shape[1], shape[2]
+        # A plan takes the sizes that it was built for and no other.
+        self.sizes = (self.plan.sizes or (native,)) if self.plan is not None else ()
+        self.size = native if not self.sizes or native in self.sizes else self.sizes[0]
+
     # the models that run on TensorRT, or its stand-in
 
     def _write_unet(self) -> None:
@@ -250,7 +273,7 @@ class _Writer:
         from exporters.lower.onnxruntime import lower
 
         graph = load_graph(self.workspace.path(GRAPH))
-        self.sample_shape, self.sample_multiple = sample_shape(graph), sample_multiple(graph)
+        self.of_shape(sample_shape(graph), sample_multiple(graph))
         self.checkpoint_sha256 = graph_info(graph).checkpoint_sha256
         graph = lower(graph)
         version = self._version_folder("unet")
@@ -262,9 +285,10 @@ class _Writer:
         elif self.plan is not None:
             shutil.copyfile(self.plan.folder / ENGINE, version / PLAN)
         kinds = {name: "TYPE_FP32" if name in FLOAT_INPUTS else self.kind for name in inputs}
-        self._write_model("unet", inputs, {output: inputs["sample"]}, self.max_batch, kinds, self.options.queue_delay)
+        self._write_model("unet", inputs, {output: inputs["sample"]}, self.max_batch, kinds, self.options.queue_delay, len(self.sizes))
 
-    def _write_text_encoder(self) -> None:
+    def write_text_encoder(self) -> None:
+        """The text encoders as one model."""
         import torch
 
         from quest_deploy.package.parts import TextEncoder, save_onnx
@@ -281,7 +305,7 @@ class _Writer:
         version = self._version_folder("text_encoder")
         save_onnx(module, ids, module.outputs, {0: "batch"}, version / ONNX)
         if self.plan is not None:
-            self._build_plan(version, EngineOptions(max_batch=self.max_batch))
+            self._build_plan(version, self.max_batch)
         with torch.no_grad():
             outputs = dict(zip(module.outputs, module(*ids.values()), strict=True))
         self._write_model(
@@ -293,7 +317,8 @@ class _Writer:
         )
         self.tokenizers = [words for _, words in found]
 
-    def _write_decoder(self) -> None:
+    def write_decoder(self) -> None:
+        """The decoder."""
         import torch
 
         from quest_deploy.package.parts import Decoder, save_onnx
@@ -306,15 +331,17 @@ class _Writer:
         version = self._version_folder("vae_decoder")
         save_onnx(module, {"sample": latents.repeat(2, 1, 1, 1)}, ["image"], free, version / ONNX)
         if self.plan is not None:
-            height, width = self.sample_shape[1:]
-            self._build_plan(version, EngineOptions(max_batch=DECODER_BATCH, sample_sizes=self.plan.sizes or ((height, width),)))
+            self._build_plan(version, DECODER_BATCH, self.sizes)
         shapes = {"sample": [self.sample_shape[0], -1, -1]}, {"image": [channels, -1, -1]}
-        self._write_model("vae_decoder", *shapes, DECODER_BATCH, {"sample": self.kind})
+        self._write_model("vae_decoder", *shapes, DECODER_BATCH, {"sample": self.kind}, profiles=len(self.sizes))
 
-    def _build_plan(self, version: Path, options: EngineOptions) -> None:
-        """Build the plan of a part beside the UNet, in FP32, from the ONNX file in ``version``."""
+    def _build_plan(self, version: Path, max_batch: int, sizes: tuple[tuple[int, int], ...] = ()) -> None:
+        """Build the plan of a part beside the UNet, in FP32, from the ONNX file in ``version``, with the UNet's own options."""
         assert self.plan is not None
-        chosen = replace(options, version_compatible=self.plan.options.version_compatible)
+        chosen = replace(
+            self.plan.options, max_batch=max_batch, sample_sizes=sizes, dtype="fp32", quantize="native", plugins=None,
+            serialize_plugins=False, opt_batch=None,
+        )  # fmt: skip
         write_plan(get_backend(TRT), version / ONNX, version / PLAN, chosen, half_io=self.half)
 
     def _write_model(
@@ -325,32 +352,42 @@ class _Writer:
         max_batch: int,
         kinds: dict[str, str],
         queue_delay: int = 0,
+        profiles: int = 1,
     ) -> None:
         """Configure a model of the platform tensorrt_plan; see :func:`quest_deploy.package.configs.plan_config`."""
         tensors = {key: (kinds[key], dims) for key, dims in inputs.items()}
-        native = {key: [s if s > 0 else self.sample_shape[axis] for axis, s in enumerate(dims)] for key, dims in inputs.items()}
+        sample = (self.sample_shape[0], *self.size)
+        native = {key: [s if s > 0 else sample[axis] for axis, s in enumerate(dims)] for key, dims in inputs.items()}
         given = {key: (self.kind, dims) for key, dims in outputs.items()}
-        self._write_config(name, plan_config(name, tensors, given, native, max_batch, queue_delay))
+        limits = {"queue_delay": queue_delay, "max_queue": self.inner_queue, "profiles": profiles}
+        self._write_config(name, plan_config(name, tensors, given, native, max_batch, **limits))
         self.signatures[name] = {"inputs": {key: NUMPY_TYPES[kind] for key, kind in kinds.items()}, "outputs": list(outputs)}
 
     # the models that call them
 
-    def _write_pipelines(self) -> None:
+    def write_pipelines(self) -> None:
+        """``pipeline`` and ``pipeline_stream``, after the models that they call."""
         import numpy as np
 
-        height, width = self.model.images(np.zeros((1, *self.sample_shape), np.float32)).shape[2:]
-        factor = height // self.sample_shape[1]
-        sizes = [side * factor for size in (self.plan.sizes if self.plan else ()) for side in size]
-        self.max_size = self.options.max_size or max(sizes, default=max(height, width))
+        factor = self.model.images(np.zeros((1, *self.sample_shape), np.float32)).shape[2] // self.sample_shape[1]
+        height, width = (side * factor for side in self.size)
+        largest = max((side * factor for size in self.sizes for side in size), default=None)
+        self.max_size = self.options.max_size or largest or max(height, width)
         if self.max_size < max(height, width):
-            raise InputError(f"--max-size {self.max_size}: the model's own images are {height}x{width}")
+            raise InputError(f"--max-size {self.max_size}: images are {height}x{width} where a request does not say")
+        if largest is not None and self.max_size > largest:
+            raise InputError(f"--max-size {self.max_size}: the plan's largest side is {largest}; build it with a larger --sample-size")
+        self.settings = self._settings(factor)
         for name, stream in (("pipeline", False), ("pipeline_stream", True)):
             version = self._version_folder(name)
             for source in (FILES / "pipeline").glob("*.py"):
                 shutil.copyfile(source, version / source.name)
             self._write_conditions(version)
-            write_json(version / "settings.json", self._settings(factor))
-            limits = {"max_steps": self.options.max_steps, "max_size": self.max_size, "max_in_flight": self.options.max_in_flight}
+            write_json(version / "settings.json", self.settings)
+            limits = {
+                "max_steps": self.options.max_steps, "max_size": self.max_size, "max_in_flight": self.options.max_in_flight,
+                "model_timeout": MODEL_TIMEOUT,
+            }  # fmt: skip
             images, queue = 1 if stream else self.options.max_images, self.options.max_queue
             self._write_config(name, pipeline_config(name, self._inputs(), limits, images, queue, stream=stream))
 
@@ -367,7 +404,7 @@ class _Writer:
                     )
             return
         tables = {name: value.numpy() for name, value in self.model.conditions(np.arange(self.model.labels)).items()}
-        if (null := self._null_conditions()) is not None:
+        if (null := _null_conditions(self.model)) is not None:
             tables = {name: np.concatenate([value, null[name].numpy()]) for name, value in tables.items()}
         if tables:
             np.savez(version / "conditions.npz", **tables)
@@ -379,8 +416,10 @@ class _Writer:
             "sample_shape": list(self.sample_shape),
             "text": self.of_text,
             "labels": 1 if self.of_text else self.model.labels,
-            "guidable": self.of_text or self._null_conditions() is not None,
+            "guidable": _guidable(self.model),
             "pixels_per_latent": factor,
+            "size": [side * factor for side in self.size],
+            "sizes": [[side * factor for side in size] for size in self.sizes],
             "size_factor": factor * self.sample_multiple,
             "decoder": self.decoder is not None,
             "schedulers": SCHEDULERS,
@@ -417,9 +456,7 @@ class _Writer:
         printed = subprocess.run(
             [sys.executable, self.folder / "serve.py", "--print"], capture_output=True, text=True, check=True
         ).stdout
-        command = re.sub(
-            r"quest-deploy-triton-\d+-", "quest-deploy-triton-1-", printed.strip().replace(str(self.folder.resolve()), "/package")
-        )
+        command = printed.strip().replace(str(self.folder.resolve()), "/package")
         question, option = '("seed", "INT64", np.int64(7))', ""
         if self.of_text:
             question, option = '("prompt", "BYTES", b"a lighthouse in a storm")', '--prompt "a lighthouse in a storm"'
@@ -447,6 +484,10 @@ class _Writer:
             "delay": self.options.queue_delay,
             "max_size": self.max_size,
             "max_batch": self.max_batch,
+            "inner_queue": self.inner_queue,
+            "model_timeout": MODEL_TIMEOUT,
+            "sizes": ", ".join(f"{height}x{width}" for height, width in self.settings["sizes"])
+            or f"multiples of {self.settings['size_factor']}",
         }
         template = Template((FILES / "README.md").read_text())
         (self.folder / "README.md").write_text(template.substitute(values))
@@ -470,7 +511,11 @@ class _Writer:
             "plan": self.plan is not None,
             "version_compatible": self.plan is not None and self.plan.options.version_compatible,
             # Configurations are the operator's to edit; what is run is not.
-            "files": {str(p.relative_to(self.folder)): sha256_of(p) for p in files if p.suffix not in (".pbtxt", ".md", ".txt")},
+            "files": {
+                str(path.relative_to(self.folder)): sha256_of(path)
+                for path in files
+                if path.name != "config.pbtxt" and not (path.parent == self.folder and path.suffix in (".md", ".txt"))
+            },
         }
         write_json(self.folder / PACKAGE_FILE, record)
         return record
@@ -485,12 +530,18 @@ class _Writer:
     def _write_config(self, model: str, config: dict[str, Any]) -> None:
         (self.folder / MODELS / model / "config.pbtxt").write_text(pbtxt(config))
 
-    def _null_conditions(self) -> dict[str, Tensor] | None:
-        try:
-            conditions: dict[str, Tensor] = self.model.null_conditions(1)
-        except InputError:  # it has none
-            return None
-        return conditions
+
+def _guidable(model: Any) -> bool:
+    return model.family == "text-to-image" or _null_conditions(model) is not None
+
+
+def _null_conditions(model: Any) -> dict[str, Tensor] | None:
+    """What an image without a condition is drawn from; None where the model has none, and so no guidance."""
+    try:
+        conditions: dict[str, Tensor] = model.null_conditions(1)
+    except InputError:
+        return None
+    return conditions
 
 
 def _dims(value: ir.Value) -> list[int]:

@@ -1,4 +1,6 @@
-"""Exit 0 if the server draws an image, 1 if not: a probe for container orchestration. Needs nothing but Python.
+"""Exit 0 if the server draws an image or its queue is full, 1 if not: a probe for container orchestration. Needs nothing but Python.
+
+A full queue is a server with much to do, which a restart would not help. A probe that waits in the queue needs a --timeout for it.
 
 Triton's own readiness endpoint is not enough: a model whose python process has died still counts as ready there.
 """
@@ -12,6 +14,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+FULL = "maximum queue size"
+"""What Triton says of a full queue, with the status 503."""
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -28,13 +32,19 @@ def main() -> None:
     elif settings["labels"] > 1:
         inputs.append(_input("label", "INT32", 0))
     request = {"inputs": inputs, "outputs": [{"name": "image", "parameters": {"binary_data": True}}]}
+    # The environment's proxy is for elsewhere.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        answer = urllib.request.urlopen(
+        answer = opener.open(
             urllib.request.Request(f"{arguments.url}/v2/models/pipeline/infer", json.dumps(request).encode()), timeout=arguments.timeout
         )
         body = answer.read()
     except urllib.error.HTTPError as e:
-        sys.exit(f"unhealthy: {e.read().decode(errors='replace')}")
+        reason = e.read().decode(errors="replace")
+        if e.code == 503 and FULL in reason:
+            print("busy: the queue is full")
+            return
+        sys.exit(f"unhealthy: {reason}")
     except OSError as e:
         sys.exit(f"unhealthy: {e}")
     if PNG not in body:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
 import json
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -28,7 +30,8 @@ CONTAINER = Path("/opt/tritonserver")
 """Where NVIDIA's containers have the server."""
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "quest-deploy-triton-"
-"""Of the names of shared memory and temporary folders, before this process's id."""
+"""Of the names of shared memory and temporary folders, before this process's id and a random part."""
+LOCK = "lock"
 EXIT_TIMEOUT = 20
 START_TIMEOUT = 300
 """Seconds that a Python process may take to start; with Triton's 30, the server of a busy machine was seen to abort."""
@@ -87,7 +90,7 @@ def command(server: Server, arguments: argparse.Namespace, backends: Path | None
     if backends is not None:
         options += [f"--backend-directory={backends}", "--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]
     else:
-        plugins = sorted((PACKAGE / "plugins").glob("*.so"))
+        plugins = sorted(PACKAGE / name for name in package["files"] if name.startswith("plugins/"))
         options += [f"--backend-config=tensorrt,plugins={';'.join(map(str, plugins))}"] if plugins else []
         # Such a plan brings code that is run: the hashes below are of what `quest-deploy package` wrote.
         options += ["--backend-config=tensorrt,version-compatible=true"] if package["version_compatible"] else []
@@ -95,11 +98,18 @@ def command(server: Server, arguments: argparse.Namespace, backends: Path | None
 
 
 def check_files() -> None:
-    """End with a message where a model, plugin or program of the package is not what `quest-deploy package` wrote."""
-    for name, digest in json.loads((PACKAGE / "package.json").read_text())["files"].items():
+    """End with a message where a model, plugin or program of the package is not as `quest-deploy package` wrote it, or was added."""
+    listed = json.loads((PACKAGE / "package.json").read_text())["files"]
+    for name, digest in listed.items():
         path = PACKAGE / name
         if not path.is_file() or _sha256(path) != digest:
             sys.exit(f"error: {path} is missing or was changed since it was packaged; run `quest-deploy package` again")
+    for folder in ("models", "plugins", "backends_cpu"):
+        for path in (PACKAGE / folder).rglob("*"):
+            name = path.relative_to(PACKAGE)
+            allowed = path.name == "config.pbtxt" or "__pycache__" in name.parts or str(name) in listed
+            if not allowed and (path.is_symlink() or not path.is_dir()):
+                sys.exit(f"error: {path} is none of the files that were packaged; remove it, or run `quest-deploy package` again")
 
 
 def _sha256(path: Path) -> str:
@@ -134,9 +144,12 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _run(line: list[str], environment: dict[str, str], shared_memory: str) -> int:
-    """Run the server until it ends; pass signals on; leave no stub process and no shared memory behind."""
-    process = subprocess.Popen(line, env=environment, start_new_session=True, preexec_fn=_die_with_parent)
+def _run(line: list[str], environment: dict[str, str], shared_memory: str, lock: int) -> int:
+    """Run the server until it ends; pass signals on; leave no stub process and no shared memory behind.
+
+    The server and its stubs inherit ``lock``: where this process is killed, they still need the memory until they have ended.
+    """
+    process = subprocess.Popen(line, env=environment, start_new_session=True, preexec_fn=_die_with_parent, pass_fds=(lock,))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, frame: process.send_signal(signal.SIGTERM))
     try:
@@ -144,18 +157,42 @@ def _run(line: list[str], environment: dict[str, str], shared_memory: str) -> in
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        for left in SHARED_MEMORY.glob(f"{shared_memory}*"):
-            left.unlink(missing_ok=True)
+        _clear(shared_memory)
     return 128 - code if code < 0 else code
 
 
+def _claim() -> tuple[str, int]:
+    """A prefix of its own for what the server leaves in shared memory, and the descriptor of the file there whose lock says: in use.
+
+    Shared memory can be common to containers, where a process id says nothing: who holds the lock lives.
+    """
+    while True:
+        name = f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}-"
+        lock = os.open(SHARED_MEMORY / (name + LOCK), os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o644)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            return name, lock
+        os.close(lock)  # another serve.py took it for left behind before it was locked
+
+
 def _clear_stale() -> None:
-    """Delete what a serve.py that was killed could not."""
-    for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
-        for left in folder.glob(f"{PREFIX}*"):
-            owner = left.name.removeprefix(PREFIX).split("-")[0]
-            if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    """Delete what a serve.py that was killed could not, and this user may."""
+    for path in SHARED_MEMORY.glob(f"{PREFIX}*{LOCK}"):
+        with contextlib.suppress(OSError):  # in use, or another user's
+            lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _clear(path.name.removesuffix(LOCK))
+            finally:
+                os.close(lock)
+
+
+def _clear(prefix: str) -> None:
+    """Delete the regions and temporary folders whose names begin with ``prefix``."""
+    for folder in (Path(tempfile.gettempdir()), SHARED_MEMORY):
+        for left in folder.glob(f"{prefix}*"):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
 
 def main() -> None:
@@ -170,17 +207,17 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="print the server's command line for a GPU and end")
     parser.add_argument("server_options", nargs="*", help="further options of tritonserver, after --")
     arguments = parser.parse_args()
-    shared_memory = f"{PREFIX}{os.getpid()}-"
     if arguments.print:
         program = Path(arguments.tritonserver or CONTAINER / "bin" / "tritonserver")
-        print(shlex.join(command(Server(program, program, program), arguments, None, shared_memory)))
+        print(shlex.join(command(Server(program, program, program), arguments, None, f"{PREFIX}1-")))
         return
     server = Server.find(arguments.tritonserver)
     check_files()
     _clear_stale()
+    shared_memory, lock = _claim()
     with tempfile.TemporaryDirectory(prefix=shared_memory) as folder:
         backends = _backends(server, Path(folder)) if arguments.cpu else None
-        code = _run(command(server, arguments, backends, shared_memory), _environment(server), shared_memory)
+        code = _run(command(server, arguments, backends, shared_memory), _environment(server), shared_memory, lock)
     sys.exit(code)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
+from quest_deploy.engine.base import integer_instructions
 from quest_deploy.package.plans import FLOAT_INPUTS
 from quest_deploy.package.triton import MODELS
 
@@ -55,12 +56,23 @@ class LocalPipeline:
     async def infer(self, model: str, inputs: Arrays) -> Arrays:
         """Run a model of the package."""
         path = self._package / MODELS / model / "1" / "model.onnx"
-        session = self._sessions.setdefault(model, ort.InferenceSession(path))
+        if model not in self._sessions:
+            self._sessions[model] = self._session(path)
+        session = self._sessions[model]
         ranks = {value.name: len(value.shape) for value in session.get_inputs()}
         rounded = {name: value if name in FLOAT_INPUTS else self._rounded(value) for name, value in inputs.items()}
         feeds = {name: value.reshape(value.shape[: ranks[name]]) for name, value in rounded.items()}
         outputs = session.run(None, feeds)
         return {value.name: self._rounded(output) for value, output in zip(session.get_outputs(), outputs, strict=True)}
+
+    def _session(self, path: Path) -> ort.InferenceSession:
+        """As the stand-in of ``backends_cpu`` opens it."""
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
+        settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        settings.add_session_config_entry("session.x64quantprecision", "1")
+        settings.add_session_config_entry("session.qdqisint8allowed", "1" if integer_instructions() else "0")
+        return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
     def _rounded(self, value: np.ndarray) -> np.ndarray:
         return value.astype(np.float16).astype(np.float32) if self._half and value.dtype == np.float32 else value

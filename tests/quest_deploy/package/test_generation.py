@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from quest_deploy.models.registry import load_model
+from quest_deploy.engine.base import no_progress
+from quest_deploy.models.pipeline_model import PipelineModel
+from quest_deploy.models.registry import load_model, resolve_source
 from quest_deploy.models.schedulers import SCHEDULERS
+from quest_deploy.package.triton import TritonOptions, Writer
 from quest_deploy.pipeline import load_pipeline
 from quest_deploy.sampling import sample_images
 from quest_deploy.workspace import Workspace
@@ -19,6 +22,7 @@ from tests.quest_deploy.package.local import LocalPipeline
 from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.quest_deploy.conftest import Chain
@@ -84,8 +88,10 @@ def test_the_image_is_the_one_of_diffusers_pipeline(
         ({"steps": 2}, "prompt: expected one"),
         ({"prompt": "red " * TOKENS}, f"prompt: expected at most {TOKENS} tokens, of which two mark the start and the end; found"),
         ({"prompt": PROMPT, "negative_prompt": "red " * TOKENS}, "negative_prompt: expected at most"),
-        ({"prompt": "x" * 20000}, "prompt: expected at most 16384 characters, found 20000"),
+        ({"prompt": "x" * 20000}, "prompt: expected at most 16384 bytes, found 20000"),
+        ({"prompt": "é" * 10000}, "prompt: expected at most 16384 bytes, found 20000"),
         ({"prompt": b"\xff"}, "prompt: expected UTF-8"),
+        ({"prompt": PROMPT, "guidance": 3e38}, "guidance: expected a weight from 0 to 1000, found 3e+38"),
         ({"prompt": PROMPT, "height": 0}, "height: expected a multiple of"),
         ({"prompt": PROMPT, "width": 66}, "width: expected a multiple of"),
         ({"prompt": PROMPT, "scheduler": "lcm", "steps": 60}, "steps: lcm does not take 60"),
@@ -95,6 +101,81 @@ def test_what_cannot_be_drawn_is_refused_with_the_reason(local: LocalPipeline, r
     with pytest.raises(local.generation.InvalidRequestError) as refused:
         local.draw(**request_)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(("model", "words"), [("unet", "after step 1 of 2"), ("vae_decoder", "the decoder's image")])
+def test_of_what_is_not_finite_no_image_is_made(package: Path, model: str, words: str) -> None:
+    class Overflowing(LocalPipeline):
+        async def infer(self, name: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            found = await super().infer(name, inputs)
+            return {key: value + np.float32("inf") for key, value in found.items()} if name == model else found
+
+    pipeline = Overflowing(package)
+    with pytest.raises(pipeline.generation.NotFiniteError) as failed:
+        pipeline.draw(prompt=PROMPT, steps=2)
+    assert words in str(failed.value)
+
+
+def test_a_limit_that_is_missing_or_no_whole_number_of_1_or_more_is_refused(local: LocalPipeline) -> None:
+    limits = local.generation.Limits
+    given = {name: {"string_value": "7"} for name in ("max_steps", "max_size", "max_in_flight", "model_timeout", "cpu_threads")}
+    assert limits.of(given) == limits(7, 7, 7, 7)
+    for wrong in ("0", "-1", "1.5", "", "many"):
+        with pytest.raises(ValueError, match=r"parameter max_in_flight in config.pbtxt: expected a whole number of 1 or more"):
+            limits.of({**given, "max_in_flight": {"string_value": wrong}})
+    with pytest.raises(ValueError, match="parameter max_size"):
+        limits.of({name: value for name, value in given.items() if name != "max_size"})
+
+
+class ReferenceXL(LocalPipeline):
+    """Stable Diffusion XL's pipeline with the float UNet in the place of the engine's."""
+
+    unet: Any
+
+    async def infer(self, model: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if model != "unet":
+            return await super().infer(model, inputs)
+        given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        added = {name: given[name] for name in ("text_embeds", "time_ids")}
+        with torch.no_grad():
+            found = self.unet(given["sample"], given["timestep"][:, 0], given["encoder_hidden_states"], added_cond_kwargs=added).sample
+        return {"prediction": found.numpy()}
+
+
+@pytest.fixture(scope="module")
+def xl(pipelines: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[ReferenceXL, Any]:
+    """The small Stable Diffusion XL: what a package of it draws, and diffusers' own pipeline."""
+    from diffusers import StableDiffusionXLPipeline
+
+    made = StableDiffusionXLPipeline.from_pretrained(pipelines("sdxl"))
+    made.set_progress_bar_config(disable=True)
+    model = PipelineModel(resolve_source(str(pipelines("sdxl"))))
+    made.scheduler = model.load_scheduler("ddim")
+    folder = tmp_path_factory.mktemp("xl")
+    writer = Writer(None, model, folder, TritonOptions(), None, no_progress)  # type: ignore[arg-type]
+    writer.of_shape(model.sample_shape, 2)
+    writer.write_text_encoder()
+    writer.write_decoder()
+    writer.write_pipelines()
+    found = ReferenceXL(folder)
+    found.unet = made.unet
+    return found, made
+
+
+@pytest.mark.parametrize("negative", [None, "blue"])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_stable_diffusion_xl_s_image_is_the_one_of_diffusers_pipeline(
+    xl: tuple[ReferenceXL, Any], negative: str | None, guidance: float
+) -> None:
+    pipeline, made = xl
+    sizes = {"height": 24, "width": 16}
+    expected = made(
+        PROMPT, negative_prompt=negative, guidance_scale=guidance, num_inference_steps=3,
+        generator=torch.Generator().manual_seed(5), **sizes,
+    ).images[0]  # fmt: skip
+    given = {} if negative is None else {"negative_prompt": negative}
+    found = pipeline.draw(prompt=PROMPT, steps=3, seed=5, guidance=guidance, **sizes, **given)
+    assert np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1  # the decoder's last bits
 
 
 def test_the_longest_prompt_is_drawn(local: LocalPipeline) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +21,16 @@ import pytest
 
 from exporters.graph_info import load_graph, save_graph
 from exporters.lower.tensorrt import lower as lower_for_tensorrt
+from quest_deploy import client
 from quest_deploy.engine.backends import BACKENDS, get_backend
 from quest_deploy.engine.base import ENGINE_FILE, EngineOptions
 from quest_deploy.engine.tensorrt import ENGINE
+from quest_deploy.errors import InputError
 from quest_deploy.files import sha256_of
 from quest_deploy.package.pbtxt import Word, pbtxt
 from quest_deploy.package.triton import MODELS
 from quest_deploy.workspace import ENGINES, Workspace
+from tests.quest_deploy.package.local import LocalPipeline
 from tests.quest_deploy.support import cli, flip_byte
 
 if TYPE_CHECKING:
@@ -76,7 +84,7 @@ def test_limits_types_and_delay_are_those_that_were_asked_for(chain: Chain, tmp_
     packaged(chain.root, tmp_path / "out", *options, *queue)
     for name in ("pipeline", "pipeline_stream"):
         found = config(tmp_path / "out", name)
-        assert {key: int(value.string_value) for key, value in found.parameters.items()} == limits
+        assert {key: int(value.string_value) for key, value in found.parameters.items()} == {**limits, "model_timeout": 600}
         assert found.dynamic_batching.default_queue_policy.max_queue_size == 7
     assert config(tmp_path / "out", "pipeline").max_batch_size == 3
     unet = config(tmp_path / "out", "unet")
@@ -87,18 +95,19 @@ def test_limits_types_and_delay_are_those_that_were_asked_for(chain: Chain, tmp_
     assert set(types.values()) == {model_config.TYPE_FP16}
 
 
-def with_plan(workspace: Path, source: Path, *, strip: bool = False, plugin: dict[str, Any] | None = None) -> bytes:
+def with_plan(workspace: Path, source: Path, *, plugin: dict[str, Any] | None = None, **options: Any) -> bytes:
     """Give a workspace what `build-engine --backend tensorrt` leaves behind, but for the plan, which only a GPU can build.
 
     Args:
         source: an engine of another backend, whose record it resembles.
         plugin: what the record says of the plugin library.
+        options: what it was built with, unlike here.
     """
     folder = workspace / ENGINES / "tensorrt"
     folder.mkdir()
     (folder / ENGINE).write_bytes(b"a plan")
     content = json.loads((source / ENGINE_FILE).read_text())
-    content["options"] |= {"max_batch": 6, "version_compatible": True, "strip_plan": strip, "sample_sizes": [[8, 8], [16, 8]]}
+    content["options"] |= {"max_batch": 6, "version_compatible": True, "sample_sizes": [[8, 8], [16, 8]], **options}
     content |= {"backend": "tensorrt", "built_by": {"tensorrt": "10.9.0"}, "files": {ENGINE: sha256_of(folder / ENGINE)}}
     content |= {} if plugin is None else {"plugin": plugin}
     (folder / ENGINE_FILE).write_text(json.dumps(content))
@@ -136,27 +145,69 @@ def test_the_plugin_library_that_a_plan_was_built_with_is_needed_and_packaged(wo
 
 
 @pytest.mark.parametrize(
-    ("strip", "options", "words"),
+    ("built", "options", "words"),
     [
-        (True, [], "a plan without weights"),
-        (False, ["--io-dtype", "fp16"], "--io-dtype fp16 needs another plan, and"),
-        (False, ["--max-batch", "8"], "the plan in"),
+        ({"strip_plan": True}, [], "a plan without weights"),
+        ({}, ["--io-dtype", "fp16"], "--io-dtype fp16 needs another plan, and"),
+        ({}, ["--max-batch", "8"], "the plan in"),
+        ({"max_batch": 1}, [], "takes batches of 1, and an image with guidance is two rows"),
+        ({}, ["--max-size", "48"], "--max-size 48: the plan's largest side is 32"),
     ],
 )
-def test_a_plan_that_does_not_fit_is_refused(workspace: Path, tmp_path: Path, *, strip: bool, options: list[str], words: str) -> None:
-    with_plan(workspace, workspace / ENGINES / "tensorrt-rtx", strip=strip)
+def test_a_plan_that_does_not_fit_is_refused(
+    workspace: Path, tmp_path: Path, built: dict[str, Any], options: list[str], words: str
+) -> None:
+    with_plan(workspace, workspace / ENGINES / "tensorrt-rtx", **built)
     ended = cli("package", "--triton", tmp_path / "out", "-w", workspace, *options)
     assert ended.code == 2
     assert words in ended.message
     assert not (tmp_path / "out").exists()
 
 
-def rtx_for_tensorrt() -> Backend:
-    """TensorRT's builder where there is no GPU: that of TensorRT for RTX, for one GPU, which is quicker."""
+def test_two_plugin_libraries_of_one_name_are_refused(workspace: Path, tmp_path: Path) -> None:
+    with_plan(workspace, workspace / ENGINES / "tensorrt-rtx")
+    options = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "libplugins.so").write_text(name)
+        options += ["--plugin-library", tmp_path / name / "libplugins.so"]
+    ended = cli("package", "--triton", tmp_path / "out", "-w", workspace, *options)
+    assert ended.code == 2
+    assert "two files are called libplugins.so" in ended.message
+
+
+@pytest.mark.parametrize(
+    ("sizes", "default", "profiles", "refused"),
+    [
+        ([[8, 8], [16, 8]], (16, 16), ["0", "1"], (32, 32)),
+        ([[16, 8], [8, 16]], (32, 16), ["0", "1"], (16, 16)),
+        ([], (16, 16), [], (32, 16)),
+    ],
+)
+def test_triton_is_told_of_every_profile_of_a_plan_and_the_pipeline_of_every_size(
+    workspace: Path, tmp_path: Path, sizes: list[list[int]], default: tuple[int, int], profiles: list[str], refused: tuple[int, int]
+) -> None:
+    with_plan(workspace, workspace / ENGINES / "tensorrt-rtx", sample_sizes=sizes)
+    packaged(workspace, tmp_path / "out")
+    unet = config(tmp_path / "out", "unet")
+    assert [profile for group in unet.instance_group for profile in group.profile] == profiles
+    assert all(tuple(warm.inputs["sample"].dims[1:]) == (default[0] // 2, default[1] // 2) for warm in unet.model_warmup)
+    pipeline = LocalPipeline(tmp_path / "out")
+    assert pipeline.draw(label=1, steps=1).shape[:2] == default
+    for height, width in sizes:
+        assert pipeline.draw(label=1, steps=1, height=2 * height, width=2 * width).shape[:2] == (2 * height, 2 * width)
+    with pytest.raises(pipeline.generation.InvalidRequestError, match=f"the plan was built for .*; found {refused[0]}x{refused[1]}"):
+        pipeline.draw(label=1, steps=1, height=refused[0], width=refused[1])
+
+
+def rtx_for_tensorrt(asked: list[EngineOptions]) -> Backend:
+    """TensorRT's builder where there is no GPU: that of TensorRT for RTX, for one GPU, which is quicker; ``asked`` gets the options."""
     builder, backend = get_backend("tensorrt-rtx"), copy.copy(get_backend("tensorrt-rtx"))
 
     def compile_(lowered: Path, folder: Path, options: EngineOptions, on_progress: Any) -> None:
-        builder.compile(lowered, folder, replace(options, version_compatible=False, compute_capabilities=("89",)), on_progress)
+        asked.append(options)
+        plain = replace(options, version_compatible=False, builder_optimization_level=None, compute_capabilities=("89",))
+        builder.compile(lowered, folder, plain, on_progress)
 
     backend.check_build = lambda options: None  # type: ignore[method-assign]
     backend.compile = compile_  # type: ignore[method-assign]
@@ -168,14 +219,18 @@ def test_where_there_is_a_plan_of_the_unet_the_other_models_plans_are_built_too_
 ) -> None:
     workspace = tmp_path / "workspace"
     shutil.copytree(text_chain.root, workspace)
-    with_plan(workspace, workspace / ENGINES / "onnxruntime")
+    with_plan(workspace, workspace / ENGINES / "onnxruntime", builder_optimization_level=1, dtype="fp16")
     lowered = lower_for_tensorrt(load_graph(workspace / "unet.onnx"))
     save_graph(lowered, workspace / ENGINES / "tensorrt" / "lowered.onnx")
-    monkeypatch.setitem(BACKENDS, "tensorrt", rtx_for_tensorrt())
+    asked: list[EngineOptions] = []
+    monkeypatch.setitem(BACKENDS, "tensorrt", rtx_for_tensorrt(asked))
     found = packaged(workspace, tmp_path / "out", "--io-dtype", "fp16")
     assert found["models"] == ["text_encoder", "unet", "vae_decoder"]
     sizes = {name: (tmp_path / "out" / MODELS / name / "1" / "model.plan").stat().st_size for name in found["models"]}
     assert min(sizes.values()) > 1000, sizes
+    assert [(each.dtype, each.max_batch, len(each.sample_sizes)) for each in asked] == [("fp16", 6, 2), ("fp32", 6, 0), ("fp32", 4, 2)]
+    assert all(each.builder_optimization_level == 1 and each.version_compatible for each in asked)
+    assert [len(config(tmp_path / "out", name).instance_group) for name in ("unet", "text_encoder", "vae_decoder")] == [1, 0, 1]
     assert not list((tmp_path / "out").rglob(".tmp-*"))
 
 
@@ -193,7 +248,7 @@ def test_an_rtx_engine_is_not_packaged_as_a_plan_and_the_command_says_so(chain: 
         ([], "--triton DIR"),
         (["--triton", "{}", "--io-dtype", "int8"], "unknown type 'int8'"),
         (["--triton", "{}", "--max-batch", "1"], "--max-batch: expected 2 or more"),
-        (["--triton", "{}", "--max-size", "8"], "--max-size 8: the model's own images are 16x16"),
+        (["--triton", "{}", "--max-size", "8"], "--max-size 8: images are 16x16 where"),
         (["--triton", "{}", "--max-images", "20"], "--max-images 20: expected at most --max-in-flight"),
         (["--triton", "{}", "--plugin-library", "none.so"], "there is no such file"),
     ],
@@ -224,21 +279,104 @@ def test_a_graph_that_was_changed_is_not_packaged(workspace: Path, tmp_path: Pat
     assert "was changed" in ended.message
 
 
-@pytest.mark.parametrize("name", ["models/unet/1/model.onnx.data", "models/pipeline/1/model.py"])
-def test_a_package_that_was_changed_is_not_served(package: Path, tmp_path: Path, name: str) -> None:
-    changed = tmp_path / "copy"
-    shutil.copytree(package, changed)
-    flip_byte(changed / name)
+@pytest.fixture
+def tritonserver(tmp_path: Path) -> Path:
+    """A program in the place of the server, which says that it was started."""
     program = tmp_path / "server" / "bin" / "tritonserver"
     program.parent.mkdir(parents=True)
     program.write_text("#!/bin/sh\necho started\n")
     program.chmod(0o755)
-    line = [sys.executable, "serve.py", "--tritonserver", program]
-    assert subprocess.run([*line], cwd=package, capture_output=True, text=True, check=False).stdout == "started\n"
-    ended = subprocess.run(line, cwd=changed, capture_output=True, text=True, check=False)
+    return program
+
+
+def serve(package: Path, program: Path) -> subprocess.CompletedProcess[str]:
+    """The package's serve.py with ``program`` as the server, until it ends."""
+    line = [sys.executable, package / "serve.py", "--tritonserver", program]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", ["models/unet/1/model.onnx.data", "models/pipeline/1/model.py"])
+def test_a_package_that_was_changed_is_not_served(package: Path, tmp_path: Path, tritonserver: Path, name: str) -> None:
+    changed = tmp_path / "copy"
+    shutil.copytree(package, changed)
+    flip_byte(changed / name)
+    assert serve(package, tritonserver).stdout == "started\n"
+    ended = serve(changed, tritonserver)
     assert ended.returncode == 1
     assert f"{name} is missing or was changed" in ended.stderr
     assert "started" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    "name", ["plugins/libother.so", "models/pipeline/1/torch.py", "models/other/1/model.py", "backends_cpu/tensorrt/numpy.py"]
+)
+def test_a_package_to_which_a_file_was_added_is_not_served_nor_a_plugin_loaded(
+    package: Path, tmp_path: Path, tritonserver: Path, name: str
+) -> None:
+    changed = tmp_path / "copy"
+    shutil.copytree(package, changed)
+    (changed / name).parent.mkdir(parents=True, exist_ok=True)
+    (changed / name).write_text("")
+    ended = serve(changed, tritonserver)
+    assert ended.returncode == 1
+    assert f"{name} is none of the files that were packaged" in ended.stderr
+    assert "started" not in ended.stdout
+    printed = subprocess.run([sys.executable, changed / "serve.py", "--print"], capture_output=True, text=True, check=True).stdout
+    assert "libother" not in printed
+    (changed / name).unlink()
+    (changed / "backends_cpu" / "more").symlink_to(tmp_path)
+    assert serve(changed, tritonserver).returncode == 1
+
+
+def test_what_a_killed_serve_py_left_is_cleared_away_but_nothing_that_is_in_use(package: Path, tritonserver: Path) -> None:
+    stale, used, unknown = (f"quest-deploy-triton-999999999-{os.getpid()}{kind}-" for kind in ("stale", "used", "unknown"))
+    shared = Path("/dev/shm")
+    files = [shared / f"{prefix}{part}" for prefix in (stale, used) for part in ("lock", "region")] + [shared / f"{unknown}region"]
+    folder = Path(tempfile.gettempdir()) / f"{stale}folder"
+    folder.mkdir()
+    try:
+        for path in files:
+            path.touch()
+        with (shared / f"{used}lock").open() as held:
+            fcntl.flock(held, fcntl.LOCK_EX)  # as a server in another container would
+            assert serve(package, tritonserver).stdout == "started\n"
+            assert [path for path in files if path.exists()] == files[2:]
+            assert not folder.exists()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in files:
+            path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "code"),
+    [
+        (200, "\x89PNG\r\n\x1a\n", 0),
+        (200, "nothing", 1),
+        (503, '{"error":"[request id: <id_unknown>] Exceeds maximum queue size"}', 0),
+        (503, '{"error":"no such model"}', 1),
+        (500, '{"error":"unet: the stub process is not healthy"}', 1),
+    ],
+)
+def test_the_probe_tells_a_server_with_a_full_queue_from_one_that_fails_and_uses_no_proxy(
+    package: Path, status: int, said: str, code: int
+) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(said.encode("latin-1"))
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        line = [sys.executable, package / "health.py", f"http://127.0.0.1:{server.server_port}", "--timeout", "20"]
+        ended = subprocess.run(line, env={**os.environ, "http_proxy": "http://127.0.0.1:9"}, check=False)
+        assert ended.returncode == code
+        thread.join(20)
 
 
 def test_configurations_may_be_edited_and_the_package_is_served(package: Path, tmp_path: Path) -> None:
@@ -276,3 +414,8 @@ def test_the_client_wants_a_host_and_a_port(tmp_path: Path, url: str) -> None:
     ended = cli("client", url, "--label", "1", "-o", tmp_path / "none.png")
     assert ended.code == 2
     assert "expected HOST:PORT" in ended.message
+
+
+def test_the_client_refuses_text_that_is_no_text() -> None:
+    with pytest.raises(InputError, match="--prompt: expected text that UTF-8 can encode"):
+        client._inputs({"prompt": "a \udcff cat"}, {"prompt": "BYTES"})

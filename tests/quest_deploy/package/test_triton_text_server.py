@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from quest_deploy.client import request_image
+from quest_deploy.package.pbtxt import pbtxt
 from quest_deploy.package.server import PackageServer, missing_server
 from quest_deploy.package.triton import MODELS
 from tests.pipelines import TOKENS
@@ -33,11 +36,13 @@ TYPES = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.f
 
 @pytest.fixture(scope="module")
 def server(text_chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackageServer]:
-    """The small text-to-image pipeline, served."""
+    """The small text-to-image pipeline, served; its UNet configured as that of a plan for two sizes."""
     folder = tmp_path_factory.mktemp("triton")
     options = [text for option in LIMITS.items() for text in option]
     ended = cli("package", "--triton", folder / "package", "-w", text_chain.root, *options)
     assert ended.code == 0, ended.err
+    with (folder / "package" / MODELS / "unet" / "config.pbtxt").open("a") as config:
+        config.write(pbtxt({"instance_group": [{"profile": ["0", "1"]}]}))
     with PackageServer(folder / "package", folder / "server.log") as made:
         yield made
 
@@ -80,7 +85,11 @@ def test_an_over_long_prompt_or_a_large_image_is_refused(server: PackageServer, 
     assert draw(server, prompt="red", steps=1).shape == (16, 16, 3)
 
 
-def test_more_requests_than_may_wait_are_refused_as_unavailable_and_the_others_are_drawn(server: PackageServer) -> None:
+def test_more_requests_than_may_wait_are_refused_as_unavailable_the_others_are_drawn_and_the_probe_passes(
+    server: PackageServer,
+) -> None:
+    probe = [sys.executable, server.package / "health.py", f"http://{server.http}", "--timeout", "60"]
+
     def one(seed: int) -> str:
         try:
             draw(server, prompt="red", steps=100, seed=seed)
@@ -89,7 +98,9 @@ def test_more_requests_than_may_wait_are_refused_as_unavailable_and_the_others_a
         return "drawn"
 
     with ThreadPoolExecutor(12) as threads:
-        outcomes = list(threads.map(one, range(12)))
+        asked = [threads.submit(one, seed) for seed in range(12)]
+        assert subprocess.run(probe, check=False).returncode == 0
+        outcomes = [each.result() for each in asked]
     assert set(outcomes) == {"drawn", "StatusCode.UNAVAILABLE"}
     assert draw(server, prompt="red", steps=1).shape == (16, 16, 3)
 
@@ -98,8 +109,9 @@ def test_for_a_gpu_the_repository_lacks_nothing_but_triton_s_tensorrt_backend(se
     copy = tmp_path / "package"
     shutil.copytree(server.package, copy)
     config = copy / MODELS / "broken" / "config.pbtxt"
-    shutil.copytree(copy / MODELS / "unet", config.parent)
-    config.write_text(config.read_text().replace('name: "unet"', 'name: "broken"').replace("dims: [4, -1, -1]", "dims: [4, 0, -1]"))
+    (config.parent / "1").mkdir(parents=True)  # without a file, which serve.py would refuse
+    unet = (copy / MODELS / "unet" / "config.pbtxt").read_text()
+    config.write_text(unet.replace('name: "unet"', 'name: "broken"').replace("dims: [4, -1, -1]", "dims: [4, 0, -1]"))
     said = {}
     with (
         PackageServer(copy, tmp_path / "server.log", cpu=False, options=["--model-control-mode=explicit"]) as other,

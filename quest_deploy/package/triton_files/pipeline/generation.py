@@ -9,9 +9,8 @@ from __future__ import annotations
 import inspect
 import io
 import json
-import math
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,8 @@ SETTINGS, CONDITIONS = "settings.json", "conditions.npz"
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 MAX_PROMPT_BYTES = 16384
 """Longer prompts are refused before they are read."""
+MAX_GUIDANCE = 1000.0
+"""Far beyond any weight that makes an image; larger ones overflow."""
 DTYPES = {
     "prompt": np.object_, "negative_prompt": np.object_, "scheduler": np.object_, "label": np.int32, "steps": np.int32,
     "height": np.int32, "width": np.int32, "seed": np.int64, "guidance": np.float32,
@@ -41,17 +42,36 @@ class InvalidRequestError(ValueError):
     """The request cannot be served as it is; the message says what was expected."""
 
 
+class NotFiniteError(ArithmeticError):
+    """A model gave infinities or NaNs, of which no image can be made."""
+
+
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for at most.
+    """What a configuration allows; its parameters by these names.
 
     Attributes:
-        steps: denoising steps.
-        size: pixels of the height and of the width.
+        max_steps: denoising steps of a request.
+        max_size: pixels of the height and of the width.
+        max_in_flight: images drawn at the same time, in each process of the pipeline.
+        model_timeout: seconds to wait for one answer of another model.
     """
 
-    steps: int
-    size: int
+    max_steps: int
+    max_size: int
+    max_in_flight: int = 1
+    model_timeout: int = 600
+
+    @classmethod
+    def of(cls, parameters: dict[str, dict[str, str]]) -> Limits:
+        """From the ``parameters`` of a model's configuration; raise ValueError where one is missing or no whole number of 1 or more."""
+        found = {}
+        for field in fields(cls):
+            text = parameters.get(field.name, {}).get("string_value", "")
+            if not (text.isascii() and text.isdigit() and int(text)):
+                raise ValueError(f"parameter {field.name} in config.pbtxt: expected a whole number of 1 or more, found {text!r}")
+            found[field.name] = int(text)
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -91,10 +111,7 @@ class Generator:
         tables = folder / CONDITIONS
         self._tables: Arrays = dict(np.load(tables, allow_pickle=False)) if tables.exists() else {}
         self._tokenizers = [_tokenizer(folder / name) for name in TOKENIZERS if (folder / name).exists()]
-        channels, height, width = self.settings["sample_shape"]
-        self._channels = channels
-        factor = self.settings["pixels_per_latent"]
-        self._native = height * factor, width * factor
+        self._channels = self.settings["sample_shape"][0]
 
     def jobs(self, inputs: Arrays) -> list[Job]:
         """The images that a request asks for, one a row.
@@ -121,6 +138,9 @@ class Generator:
         Args:
             infer: runs a model.
             on_step: is told after each step how many of how many are done; what it raises ends the work.
+
+        Raises:
+            NotFiniteError: a model gave infinities or NaNs.
         """
         conditions = await self._conditions(job, infer)
         scheduler = self._scheduler(job.scheduler, job.steps)
@@ -139,21 +159,26 @@ class Generator:
                 unconditional, conditional = prediction.chunk(2)
                 prediction = unconditional + job.guidance * (conditional - unconditional)
             latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
+            if not torch.isfinite(latents).all():
+                raise NotFiniteError(f"the latents are no longer finite after step {i + 1} of {len(scheduler.timesteps)}")
             on_step(i + 1, len(scheduler.timesteps))
-        return pixels(await self._decode(latents.float().numpy(), infer))
+        image = await self._decode(latents.float().numpy(), infer)
+        if not np.isfinite(image).all():
+            raise NotFiniteError("the decoder's image is not finite")
+        return pixels(image)
 
     def _job(self, given: dict[str, Any]) -> Job:
         settings, defaults = self.settings, self.settings["defaults"]
         steps = int(given.get("steps", defaults["steps"]))
-        if not 1 <= steps <= self.limits.steps:
-            raise InvalidRequestError(f"steps: expected 1 to {self.limits.steps}, found {steps}")
+        if not 1 <= steps <= self.limits.max_steps:
+            raise InvalidRequestError(f"steps: expected 1 to {self.limits.max_steps}, found {steps}")
         scheduler = _text("scheduler", given.get("scheduler", defaults["scheduler"]))
         if scheduler not in settings["schedulers"]:
             raise InvalidRequestError(f"scheduler: expected one of {', '.join(settings['schedulers'])}, found {scheduler[:100]!r}")
         self._scheduler(scheduler, steps)
         guidance = float(given.get("guidance", defaults["guidance"]))
-        if not (math.isfinite(guidance) and guidance >= 0):
-            raise InvalidRequestError(f"guidance: expected a finite weight of 0 or more, found {guidance}")
+        if not 0 <= guidance <= MAX_GUIDANCE:  # nor NaN
+            raise InvalidRequestError(f"guidance: expected a weight from 0 to {MAX_GUIDANCE:g}, found {guidance:g}")
         if guidance != 1 and not settings["guidable"]:
             raise InvalidRequestError(f"guidance: the model has no unconditional condition, so expected 1, found {guidance:g}")
         seed = int(given.get("seed", secrets.randbits(32)))
@@ -161,9 +186,7 @@ class Generator:
             raise InvalidRequestError(f"seed: expected 0 or more, found {seed}")
         if self._tokenizers and "prompt" not in given:
             raise InvalidRequestError("prompt: expected one")
-        height, width = (
-            self._side(name, given.get(name), native) for name, native in zip(("height", "width"), self._native, strict=True)
-        )
+        height, width = self._size(given)
         return Job(
             label=self._label(given),
             tokens=self._tokens("prompt", given.get("prompt", b"")),
@@ -183,11 +206,19 @@ class Generator:
             raise InvalidRequestError(f"label: expected 0 to {labels - 1}, found {label}")
         return label
 
-    def _side(self, name: str, given: Any, native: int) -> int:
-        side, factor = native if given is None else int(given), self.settings["size_factor"]
-        if not 1 <= side <= self.limits.size or side % factor:
-            raise InvalidRequestError(f"{name}: expected a multiple of {factor} up to {self.limits.size}, found {side}")
-        return side
+    def _size(self, given: dict[str, Any]) -> tuple[int, int]:
+        """Height and width, in pixels."""
+        factor, sizes, largest = self.settings["size_factor"], self.settings["sizes"], self.limits.max_size
+        height, width = (
+            int(given.get(name, default)) for name, default in zip(("height", "width"), self.settings["size"], strict=True)
+        )
+        for name, side in (("height", height), ("width", width)):
+            if not 1 <= side <= largest or side % factor:
+                raise InvalidRequestError(f"{name}: expected a multiple of {factor} up to {largest}, found {side}")
+        if sizes and [height, width] not in sizes:
+            known = ", ".join(f"{high}x{wide}" for high, wide in sizes)
+            raise InvalidRequestError(f"height, width: the plan was built for {known}; found {height}x{width}")
+        return height, width
 
     def _tokens(self, name: str, given: bytes | str) -> tuple[list[int], ...]:
         text = _text(name, given)
@@ -275,13 +306,13 @@ def _rows(inputs: Arrays) -> int:
 
 
 def _text(name: str, given: bytes | str) -> str:
+    data = given.encode(errors="surrogatepass") if isinstance(given, str) else given
+    if len(data) > MAX_PROMPT_BYTES:
+        raise InvalidRequestError(f"{name}: expected at most {MAX_PROMPT_BYTES} bytes, found {len(data)}")
     try:
-        text = given if isinstance(given, str) else given.decode()
+        return data.decode()
     except UnicodeDecodeError as e:
         raise InvalidRequestError(f"{name}: expected UTF-8 ({e})") from e
-    if len(text) > MAX_PROMPT_BYTES:
-        raise InvalidRequestError(f"{name}: expected at most {MAX_PROMPT_BYTES} characters, found {len(text)}")
-    return text
 
 
 def _tokenizer(folder: Path) -> tuple[Any, int, int]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
-from generation import Generator, InvalidRequestError, Job, Limits, png
+from generation import Generator, InvalidRequestError, Job, Limits, NotFiniteError, png
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -27,11 +27,15 @@ class ClientGoneError(Exception):
 
 
 class ModelFailedError(Exception):
-    """A model that the pipeline calls answered with an error."""
+    """A model that the pipeline calls answered with an error, or not at all.
 
-    def __init__(self, name: str, error: Any) -> None:
-        super().__init__(f"{name}: {error.message()}")
-        self.code = error.code()
+    Args:
+        code: Triton's, for the client.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class TritonPythonModel:
@@ -41,10 +45,13 @@ class TritonPythonModel:
         """Load what the model draws with, and start the event loop."""
         torch.set_num_threads(1)  # its work between the UNet's passes is small
         config = json.loads(args["model_config"])
-        limits = {name: int(entry["string_value"]) for name, entry in config["parameters"].items()}
+        try:
+            limits = Limits.of(config["parameters"])
+        except ValueError as e:
+            raise pb_utils.TritonModelException(str(e)) from e
         self._stream = pb_utils.using_decoupled_model_transaction_policy(config)
-        self._generator = Generator(Path(__file__).parent, Limits(limits["max_steps"], limits["max_size"]))
-        self._in_flight = limits["max_in_flight"]
+        self._generator = Generator(Path(__file__).parent, limits)
+        self._in_flight = limits.max_in_flight
         self._slots = threading.Semaphore(self._in_flight)
         self._loop = asyncio.new_event_loop()
         # Each call of another model waits in a thread of its own.
@@ -79,6 +86,8 @@ class TritonPythonModel:
             error = code("cancelled by the client", code.CANCELLED)
         except ModelFailedError as e:
             error = code(str(e), e.code)
+        except NotFiniteError as e:
+            error = code(str(e), code.INTERNAL)
         except Exception as e:
             pb_utils.Logger.log_error(traceback.format_exc())
             error = code(f"{type(e).__name__}: {e}", code.INTERNAL)
@@ -88,13 +97,15 @@ class TritonPythonModel:
             self._slots.release(slots)
 
     async def _draw(self, inputs: dict[str, np.ndarray], outputs: list[str], sender: Any) -> Any:
+        if sender.is_cancelled():  # while it waited
+            raise ClientGoneError
         jobs = self._generator.jobs(inputs)
         if "pixels" in outputs and len({(job.height, job.width) for job in jobs}) > 1:
             raise InvalidRequestError("height, width: expected one size in a request for pixels")
         images = [np.empty(0)] * len(jobs)
 
         async def draw(i: int, job: Job) -> None:
-            images[i] = await self._generator.draw(job, self._infer, lambda done, total: self._on_step(sender, i, done, total))
+            images[i] = await self._generator.draw(job, self._infer, lambda done, total: self._on_step(sender, done, total))
 
         tasks = [asyncio.ensure_future(draw(i, job)) for i, job in enumerate(jobs)]
         try:
@@ -102,6 +113,7 @@ class TritonPythonModel:
         finally:
             for task in tasks:  # where one failed
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # before others take their slots
         found = {"seed": np.asarray([[job.seed] for job in jobs], np.int64)}
         if "pixels" in outputs:
             found["pixels"] = np.stack(images)
@@ -111,7 +123,7 @@ class TritonPythonModel:
             found["image"] = np.asarray([[file] for file in files], np.object_)
         return _response({name: value for name, value in found.items() if name in outputs})
 
-    def _on_step(self, sender: Any, image: int, done: int, total: int) -> None:
+    def _on_step(self, sender: Any, done: int, total: int) -> None:
         if sender.is_cancelled():
             raise ClientGoneError
         if self._stream:
@@ -122,9 +134,13 @@ class TritonPythonModel:
         names, kinds = self._signature(model)
         given = [pb_utils.Tensor(name, np.ascontiguousarray(value, kinds[name])) for name, value in inputs.items()]
         request = pb_utils.InferenceRequest(model_name=model, inputs=given, requested_output_names=names)
-        answer = await request.async_exec()
+        timeout = self._generator.limits.model_timeout
+        try:
+            answer = await asyncio.wait_for(request.async_exec(), timeout)
+        except asyncio.TimeoutError:  # noqa: UP041 - on Python 3.10 not the built-in one
+            raise ModelFailedError(f"{model}: no answer within {timeout} s", pb_utils.TritonError.INTERNAL) from None
         if answer.has_error():
-            raise ModelFailedError(model, answer.error())
+            raise ModelFailedError(f"{model}: {answer.error().message()}", answer.error().code())
         found = {tensor.name(): tensor.as_numpy() for tensor in answer.output_tensors()}
         return {name: value.astype(np.float32) for name, value in found.items()}
 
