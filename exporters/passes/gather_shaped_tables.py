@@ -3,8 +3,7 @@
 Needs: tables [K] as initializers, each read by Gather(table, bucket) and then Unsqueeze to [B, 1, ...].
 Guarantees: one Gather from [K, 1, ...] for each table and rank; the same values.
 
-TensorRT's parser makes three layers of each output of the Split that GatherTablesOnce leaves, and its builder is slow in layers:
-Stable Diffusion's UNet took 75 s of processor with the Split and 48 s with these, TensorRT for RTX 1.7.
+TensorRT's parser makes three layers of each output of the Split that GatherTablesOnce leaves, and its builder is slow in layers.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import onnx_ir as ir
 
 from exporters.editor import Editor, array_of, replace_value
 from exporters.graph_info import BUCKET
+from exporters.passes.gather_tables_once import table_reads
 
 
 class GatherShapedTables(ir.passes.InPlacePass):
@@ -22,20 +22,15 @@ class GatherShapedTables(ir.passes.InPlacePass):
         editor = Editor(model.graph)
         bucket = ir.convenience.create_value_mapping(model.graph)[BUCKET]
         shaped: dict[tuple[ir.Value, int], ir.Value] = {}
-        for gather, _ in list(bucket.uses()):
-            table = gather.inputs[0]
-            if gather.op_type != "Gather" or table is None or not table.is_initializer() or array_of(table).ndim != 1:
-                continue
-            for reader in list(gather.outputs[0].consumers()):
-                if reader.op_type != "Unsqueeze" or reader.inputs[1] is None:
-                    continue
-                axes = array_of(reader.inputs[1]).size
-                if (table, axes) not in shaped:
-                    name = f"{table.name}_rank_{1 + axes}"
-                    rows = editor.constant(name, array_of(table).reshape(-1, *[1] * axes))
-                    shaped[table, axes] = editor.op("Gather", [rows, bucket], f"{name}_of_sample", shape=reader.outputs[0].shape)
-                replace_value(reader.outputs[0], shaped[table, axes])
-                model.graph.remove(reader, safe=True)
+        reads = table_reads(bucket)
+        for _, table, unsqueeze, rank in reads:
+            if (table, rank) not in shaped:
+                name = f"{table.name}_rank_{rank}"
+                rows = editor.constant(name, array_of(table).reshape(-1, *[1] * (rank - 1)))
+                shaped[table, rank] = editor.op("Gather", [rows, bucket], f"{name}_of_sample", shape=unsqueeze.outputs[0].shape)
+            replace_value(unsqueeze.outputs[0], shaped[table, rank])
+            model.graph.remove(unsqueeze, safe=True)
+        for gather in dict.fromkeys(gather for gather, *_ in reads):
             if not gather.outputs[0].uses() and not gather.outputs[0].is_graph_output():
                 model.graph.remove(gather, safe=True)
         producer = bucket.producer()

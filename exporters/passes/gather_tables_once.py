@@ -21,18 +21,25 @@ class GatherTablesOnce(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         bucket = ir.convenience.create_value_mapping(model.graph)[BUCKET]
         groups: dict[tuple[int, str], list[ir.Node]] = {}
-        for gather, _ in bucket.uses():
-            table = gather.inputs[0]
-            if gather.op_type == "Gather" and table is not None and table.is_initializer() and array_of(table).ndim == 1:
-                for reader, _ in gather.outputs[0].uses():
-                    if reader.op_type == "Unsqueeze" and reader.inputs[1] is not None:
-                        kind = 1 + array_of(reader.inputs[1]).size, str(array_of(table).dtype)
-                        groups.setdefault(kind, []).append(reader)
+        for _, table, unsqueeze, rank in table_reads(bucket):
+            groups.setdefault((rank, str(array_of(table).dtype)), []).append(unsqueeze)
         producer = bucket.producer()
         assert producer is not None
         for (rank, dtype), unsqueezes in sorted(groups.items()):
             _gather_once(Editor(model.graph), rank, dtype, bucket, unsqueezes, producer)
         return ir.passes.PassResult(model, modified=bool(groups))
+
+
+def table_reads(bucket: ir.Value) -> list[tuple[ir.Node, ir.Value, ir.Node, int]]:
+    """Each Unsqueeze of a table [K] that is gathered by ``bucket``: the Gather, the table, the Unsqueeze, and the rank it gives."""
+    found = []
+    for gather, _ in bucket.uses():
+        table = gather.inputs[0]
+        if gather.op_type == "Gather" and table is not None and table.is_initializer() and array_of(table).ndim == 1:
+            for reader, _ in gather.outputs[0].uses():
+                if reader.op_type == "Unsqueeze" and reader.inputs[1] is not None:
+                    found.append((gather, table, reader, 1 + array_of(reader.inputs[1]).size))
+    return found
 
 
 def _gather_once(editor: Editor, rank: int, dtype: str, bucket: ir.Value, unsqueezes: list[ir.Node], producer: ir.Node) -> None:
