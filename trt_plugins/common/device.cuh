@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/arithmetic.h"
+#include "common/layout.h"
 #include "common/tables.h"
 
 #include <cuda_bf16.h>
@@ -9,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #ifndef NDEBUG
 #include <cstdio>
@@ -229,6 +231,30 @@ __device__ void quantize(float const (&x)[N], Steps<S> const& steps, SharedRow c
 constexpr uint32_t blocksFor(uint32_t work, uint32_t ofBlock)
 {
     return static_cast<uint32_t>((static_cast<uint64_t>(work) + ofBlock - 1) / ofBlock);
+}
+
+//! Call \p launchTyped with the number of codes in a sample and a zero of the type of x, once \p problem is known to be valid and not empty.
+//!
+//! \return cudaErrorInvalidValue for more than 2^31 - 1 codes a sample, else what \p launchTyped returns.
+template <typename Problem, typename LaunchTyped>
+cudaError_t launchByType(Problem const& problem, int64_t codes, LaunchTyped const& launchTyped)
+{
+    if (problem.samples < 0 || problem.tables.buckets < 1 || codes > std::numeric_limits<int32_t>::max())
+    {
+        return cudaErrorInvalidValue;
+    }
+    if (problem.samples == 0 || codes == 0)
+    {
+        return cudaSuccess;
+    }
+    auto const count = static_cast<uint32_t>(codes);
+    switch (problem.type)
+    {
+    case FloatType::kFloat32: return launchTyped(count, float{});
+    case FloatType::kFloat16: return launchTyped(count, __half{});
+    case FloatType::kBfloat16: return launchTyped(count, __nv_bfloat16{});
+    }
+    return cudaErrorInvalidValue;
 }
 
 inline bool isAligned(void const* pointer, std::size_t bytes)

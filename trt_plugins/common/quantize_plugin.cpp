@@ -3,10 +3,13 @@
 #include "common/formats.h"
 #include "common/log.h"
 
+#include <algorithm>
 #include <array>
+#include <iterator>
 #include <limits>
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
 namespace quest
 {
@@ -57,6 +60,16 @@ void requireCountable(Dims const& codes)
 bool mayEqual(int64_t a, int64_t b)
 {
     return a < 0 || b < 0 || a == b;
+}
+
+//! The shapes of all inputs; \p dimsOf takes one's from its description.
+template <typename Description, typename DimsOf>
+std::vector<Dims> shapesOf(Description const* inputs, int32_t nbInputs, DimsOf const& dimsOf)
+{
+    require(inputs != nullptr && nbInputs == kInputs, "expected " + std::to_string(kInputs) + " inputs, got " + std::to_string(nbInputs));
+    std::vector<Dims> shapes;
+    std::transform(inputs, inputs + nbInputs, std::back_inserter(shapes), dimsOf);
+    return shapes;
 }
 
 } // namespace
@@ -160,12 +173,7 @@ int32_t QuantizePlugin::configurePlugin(
     DynamicPluginTensorDesc const* in, int32_t nbInputs, DynamicPluginTensorDesc const* /*out*/, int32_t nbOutputs) noexcept
 {
     return guarded(mName, -1, [&] {
-        require(in != nullptr && nbInputs == kInputs, "expected " + std::to_string(kInputs) + " inputs, got " + std::to_string(nbInputs));
-        std::array<Dims, kInputs> shapes{};
-        for (int32_t i = 0; i < kInputs; ++i)
-        {
-            shapes[i] = in[i].desc.dims;
-        }
+        std::vector<Dims> const shapes = shapesOf(in, nbInputs, [](auto const& tensor) { return tensor.desc.dims; });
         checkShapes(shapes.data(), nbInputs, nbOutputs);
         return 0;
     });
@@ -185,12 +193,7 @@ int32_t QuantizePlugin::onShapeChange(
     PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const* /*out*/, int32_t nbOutputs) noexcept
 {
     return guarded(mName, -1, [&] {
-        require(in != nullptr && nbInputs == kInputs, "expected " + std::to_string(kInputs) + " inputs, got " + std::to_string(nbInputs));
-        std::array<Dims, kInputs> shapes{};
-        for (int32_t i = 0; i < kInputs; ++i)
-        {
-            shapes[i] = in[i].dims;
-        }
+        std::vector<Dims> const shapes = shapesOf(in, nbInputs, [](auto const& tensor) { return tensor.dims; });
         checkShapes(shapes.data(), nbInputs, nbOutputs);
         return 0;
     });

@@ -2,8 +2,6 @@
 
 #include "common/launch.cuh"
 
-#include <limits>
-
 namespace quest
 {
 namespace
@@ -116,22 +114,7 @@ cudaError_t launchTyped(GegluTimestepQuantizeProblem const& p, uint32_t codes, c
 cudaError_t launchGegluTimestepQuantize(GegluTimestepQuantizeProblem const& problem, cudaStream_t stream) noexcept
 {
     int64_t const codes = static_cast<int64_t>(problem.rows) * problem.channels;
-    if (problem.samples < 0 || problem.tables.buckets < 1 || codes > std::numeric_limits<int32_t>::max())
-    {
-        return cudaErrorInvalidValue;
-    }
-    if (problem.samples == 0 || codes == 0)
-    {
-        return cudaSuccess;
-    }
-    auto const count = static_cast<uint32_t>(codes);
-    switch (problem.type)
-    {
-    case FloatType::kFloat32: return launchTyped<float>(problem, count, stream);
-    case FloatType::kFloat16: return launchTyped<__half>(problem, count, stream);
-    case FloatType::kBfloat16: return launchTyped<__nv_bfloat16>(problem, count, stream);
-    }
-    return cudaErrorInvalidValue;
+    return launchByType(problem, codes, [&](uint32_t count, auto zero) { return launchTyped<decltype(zero)>(problem, count, stream); });
 }
 
 } // namespace quest

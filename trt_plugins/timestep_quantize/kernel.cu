@@ -341,22 +341,7 @@ cudaError_t launchTimestepQuantize(TimestepQuantizeProblem const& problem, cudaS
 {
     // A code's layout may pad the channels; a sample must still be counted in 31 bits.
     int64_t const elements = static_cast<int64_t>(problem.outer) * problem.channels * problem.inner;
-    if (problem.samples < 0 || problem.tables.buckets < 1 || elements > std::numeric_limits<int32_t>::max())
-    {
-        return cudaErrorInvalidValue;
-    }
-    if (problem.samples == 0 || elements == 0)
-    {
-        return cudaSuccess;
-    }
-    auto const count = static_cast<uint32_t>(elements);
-    switch (problem.type)
-    {
-    case FloatType::kFloat32: return launchTyped<float>(problem, count, stream);
-    case FloatType::kFloat16: return launchTyped<__half>(problem, count, stream);
-    case FloatType::kBfloat16: return launchTyped<__nv_bfloat16>(problem, count, stream);
-    }
-    return cudaErrorInvalidValue;
+    return launchByType(problem, elements, [&](uint32_t count, auto zero) { return launchTyped<decltype(zero)>(problem, count, stream); });
 }
 
 } // namespace quest
