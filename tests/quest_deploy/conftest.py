@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from tests.pipelines import PIPELINES
 from tests.quest_deploy.support import CHAIN, LDM_CHAIN, MINI_UNET, TEXT_CHAIN, Outcome, cli
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import onnx
     from torch import nn
@@ -133,24 +134,29 @@ class Chain:
 
 
 @pytest.fixture(scope="session")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     """The embedded model, through every command with few samples and steps, each with --json. Workers share one."""
-    return _chain("chain", CHAIN, tmp_path_factory)
+    with _chain("chain", CHAIN, tmp_path_factory) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
-def text_chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def text_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     """The small text-to-image pipeline, through every command. Workers share one."""
-    return _chain("sd", TEXT_CHAIN, tmp_path_factory)
+    with _chain("sd", TEXT_CHAIN, tmp_path_factory) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
-def ldm_chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def ldm_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     """The small unconditional latent-diffusion pipeline, through every command. Workers share one."""
-    return _chain("ldm", LDM_CHAIN, tmp_path_factory)
+    with _chain("ldm", LDM_CHAIN, tmp_path_factory) as made:
+        yield made
 
 
-def _chain(name: str, steps: Mapping[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Chain:
+@contextmanager
+def _chain(name: str, steps: Mapping[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+    """The workspace of ``steps``, made once for all workers and then held, so that a test that would write to it fails, always."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     root, record, pipeline = base / name, base / f"{name}.json", base / f"{name}-pipeline"
@@ -167,7 +173,9 @@ def _chain(name: str, steps: Mapping[str, list[str]], tmp_path_factory: pytest.T
                 outcomes[step] = dataclasses.asdict(cli(command, "-w", root, *where, *options, "--json"))
                 assert outcomes[step]["code"] == 0, f"{step}: {outcomes[step]['err']}"
             record.write_text(json.dumps(outcomes))
-        return Chain(root, {step: Outcome(**outcome) for step, outcome in json.loads(record.read_text()).items()})
+    with (root / ".lock").open("r") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        yield Chain(root, {step: Outcome(**outcome) for step, outcome in json.loads(record.read_text()).items()})
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -151,9 +152,10 @@ def test_prompts_and_loras_are_not_for_the_embedded_model(tmp_path: Path) -> Non
     ],
 )
 def test_generate_refuses_what_the_model_cannot_be_asked_for(
-    request: pytest.FixtureRequest, chain: str, backend: str, options: list[str], words: str
+    request: pytest.FixtureRequest, tmp_path: Path, chain: str, backend: str, options: list[str], words: str
 ) -> None:
-    root = request.getfixturevalue(chain).root
+    root = tmp_path / "workspace"
+    shutil.copytree(request.getfixturevalue(chain).root, root)
     before = (root / MANIFEST).read_bytes()
     ended = cli("generate", "-w", root, "--backend", backend, *options)
     assert ended.code == 2
