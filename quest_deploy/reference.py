@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.files import write_json
+from quest_deploy.files import atomic_file, read_json, write_json
 from quest_deploy.quant.layers import (
     ActivationQuantizer,
     FreeActivationQuantizer,
@@ -39,7 +39,7 @@ from quest_deploy.quant.layers import (
     SiteQuantizer,
 )
 from quest_deploy.quant.model import downsampling
-from quest_deploy.reference_files import HALF_TYPES, INDEX, OUTPUT, TABLES, TIE_ULPS, RecordEntry
+from quest_deploy.reference_files import HALF_TYPES, INDEX, OUTPUT, TABLES, TIE_ULPS, RecordEntry, StoredTensors
 from quest_deploy.reference_sample import choose, structure
 from quest_deploy.verify.judge import segment_error
 
@@ -72,11 +72,13 @@ def save_reference(
     megabytes: int = 1000,
     measured: int | None = None,
     sample_size: tuple[int, int] | None = None,
+    key: str = "",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[RecordEntry]:
-    """Write the records for every bucket, and their index, into ``folder``.
+    """Write the records for every bucket, and their index, into ``folder``; those that an interrupted call left there are kept.
 
     Args:
+        key: identifies the model and all other arguments: records with another key are made anew.
         megabytes: the largest size of a record (1 MB = 10^6 bytes), which holds as many sites as fit.
         measured: in how many of the records the sensitivity is measured; None for all, or 2 where the records cannot hold all sites.
         sample_size: height and width that the samples are cut down to; None for those of the trajectories.
@@ -97,8 +99,12 @@ def save_reference(
         whole = all(len(sample.sites) == len(model.sites) for sample in samples)
         measured = len(pairs) if whole else MEASURED_RECORDS
     with_sensitivity = {i * len(pairs) // measured for i in range(measured)} if measured < len(pairs) else set(range(len(pairs)))
-    records = []
+    _write(_tables(model), folder / TABLES)
+    records = _kept_records(folder, key)
     for i, (buckets, sample) in enumerate(zip(pairs, samples, strict=True)):
+        if i < len(records):
+            on_progress(i + 1, len(pairs))
+            continue
         inputs = _inputs(trajectories, timesteps[i], seed + i)
         output = model(**inputs)
         sensitivity = _sensitivity(model, inputs, output, seed + i) if i in with_sensitivity else None
@@ -108,15 +114,29 @@ def save_reference(
         file = f"buckets-{buckets[0]:04d}-{buckets[1]:04d}.safetensors"
         _write(tensors, folder / file)
         records.append(RecordEntry(file, timesteps[i], buckets, sensitivity, half_sensitivity, sample.sites, sample.products))
+        write_json(folder / INDEX, {"key": key, "records": [asdict(record) for record in records]})
         on_progress(i + 1, len(pairs))
-    _write(_tables(model), folder / TABLES)
-    write_json(folder / INDEX, {"records": [asdict(record) for record in records]})
     return records
+
+
+def _kept_records(folder: Path, key: str) -> list[RecordEntry]:
+    """The records that are whole in ``folder``, up to the first that is not, where they were made with ``key``."""
+    kept: list[RecordEntry] = []
+    try:
+        index = read_json(folder / INDEX)
+        if index["key"] == key:
+            for entry in index["records"]:
+                StoredTensors(folder / entry["file"])
+                kept.append(RecordEntry(**entry))
+    except (InputError, KeyError, TypeError, OSError, SafetensorError):
+        pass  # it is only a shortcut
+    return kept
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
     try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+        with atomic_file(path) as temporary:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
     except SafetensorError as e:  # it hides the operating system's error, a full disk for one
         raise QuestDeployError(f"{path.name} cannot be written: {e}") from e
 

@@ -37,6 +37,7 @@ FINETUNE_STATE = "finetune-state.pt"
 FINETUNE_TARGETS = "finetune-targets.bin"
 GRAPH = "unet.onnx"
 REFERENCE = "reference"
+REFERENCE_STATE = "reference-state"
 ENGINES = "engines"
 REPORTS = "reports"
 IMAGES = "images"
@@ -144,7 +145,7 @@ class Workspace:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
                 raise QuestDeployError(f"{self.root} is in use by another quest-deploy process; wait for it to end") from e
-            for folder in (self.root, *(self.root / name for name in (RECONSTRUCT_STATE, ENGINES, REPORTS, IMAGES))):
+            for folder in (self.root, *(self.root / name for name in (RECONSTRUCT_STATE, REFERENCE_STATE, ENGINES, REPORTS, IMAGES))):
                 remove_temporaries(folder)
             self.stages = Workspace.open(self.root).stages  # another process may have finished stages since
             yield

@@ -33,7 +33,7 @@ CALIBRATION = (
     "--guidance", "1",
 )  # fmt: skip
 QUANTIZED_ATTENTION = ("--attention-bits", "8", "--softmax-bits", "8")
-BATCH, THREADS, RUNS = "2", "2", "5"
+BATCH, THREADS, RUNS = "2", "2", "11"
 MEGA = 1e6
 
 

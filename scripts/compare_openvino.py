@@ -89,8 +89,8 @@ class Row:
     """One line of the table.
 
     Attributes:
-        seconds: the median run. speedup: FP32's median over this one's, from the pairs in which both ran.
-        against_engine: this variant's median over the engine's, in the pair of the two; 1 for the engine.
+        seconds: the median run. speedup: against_engine of FP32 over that of this one.
+        against_engine: of each run of this variant over the engine's run before it, the median; 1 for the engine.
         error: relative L2 distance of the output from FP32's, on the same inputs.
         profile: milliseconds by role.
     """
@@ -170,14 +170,14 @@ def rows_of(dtype: str, pairs: Mapping[Variant, Mapping[Variant, Timing]], refer
     engine = Timing([s for pair in pairs.values() for s in pair[Variant.ENGINE].seconds])
     fastest = min((pair[Variant.ENGINE] for pair in pairs.values()), key=lambda timing: min(timing.seconds))
     engine.profile, engine.output = fastest.profile, fastest.output
-    fp32 = median(pairs[Variant.FP32][Variant.FP32].seconds)
-    rows = [
-        _row(Variant.ENGINE, dtype, engine, fp32 / median(pairs[Variant.FP32][Variant.ENGINE].seconds), 1.0, reference),
-    ]
-    for rival, pair in pairs.items():
-        ratio = median(pair[rival].seconds) / median(pair[Variant.ENGINE].seconds)
-        # The engine ran in every pair: FP32 over the engine, times the engine over the rival.
-        rows.append(_row(rival, dtype, pair[rival], rows[0].speedup / ratio, ratio, reference))
+    ratios = {
+        # A machine's speed drifts by more than what is compared: so run beside run.
+        rival: median(r / e for r, e in zip(pair[rival].seconds, pair[Variant.ENGINE].seconds, strict=True))
+        for rival, pair in pairs.items()
+    }
+    rows = [_row(Variant.ENGINE, dtype, engine, ratios[Variant.FP32], 1.0, reference)]
+    for rival, ratio in ratios.items():
+        rows.append(_row(rival, dtype, pairs[rival][rival], ratios[Variant.FP32] / ratio, ratio, reference))
     return rows
 
 
@@ -268,7 +268,7 @@ def main(
     batch: int = 2,
     threads: int = 2,
     dtype: Annotated[list[str], typer.Option(help="What is not INT8 runs in it: fp32 or bf16; may be given twice.")] = ["fp32", "bf16"],  # noqa: B006 - typer's way
-    runs: Annotated[int, typer.Option(help="Timed runs of each side of each pair.")] = 5,
+    runs: Annotated[int, typer.Option(help="Timed runs of each side of each pair.")] = 11,
     calibration_samples: Annotated[int, typer.Option(help="Random batches for NNCF.")] = 2,
     folder: Annotated[Path | None, typer.Option(help="Keep the built variants here, and use those that are here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,

@@ -1,10 +1,10 @@
-//! How TensorRT finds the plugins: by dlopen alone, as Triton does, and by IPluginRegistry::loadLibrary.
-//!
-//! Loaded by dlopen, the library registers its creators itself where TensorRT's registry is among the process's global symbols. That is what
-//! REGISTER_TENSORRT_PLUGIN does, except that the macro registers without a namespace, under which no look-up finds a creator that has
-//! one, and that it cannot do without the registry's symbol.
-//! loadLibrary asks for getCreators, and fails where one of them is registered already or none is given. So getCreators withdraws what was
-//! registered on the way: whoever calls it takes over.
+/// How TensorRT finds the plugins: by dlopen alone, as Triton does, and by IPluginRegistry::loadLibrary.
+///
+/// Loaded by dlopen, the library registers its creators itself where TensorRT's registry is among the process's global symbols. That is
+/// what REGISTER_TENSORRT_PLUGIN does, except that the macro registers without a namespace, under which no look-up finds a creator that has
+/// one, and that it cannot do without the registry's symbol.
+/// loadLibrary asks for getCreators, and fails where one of them is registered already or none is given. So getCreators withdraws what was
+/// registered on the way: whoever calls it takes over.
 
 #include "common/log.h"
 #include "geglu_timestep_quantize/creator.h"
@@ -22,42 +22,33 @@ extern "C" __attribute__((weak)) nvinfer1::IPluginRegistry* getPluginRegistry() 
 extern "C" __attribute__((weak)) int32_t getInferLibMajorVersion() noexcept;
 // NOLINTEND(readability-redundant-declaration)
 
-namespace quest
-{
-namespace
-{
+namespace quest {
+namespace {
 
-class Library
-{
+class Library {
 public:
-    static Library& instance() noexcept
-    {
+    static Library& instance() noexcept {
         static Library library;
         return library;
     }
 
-    Library(Library const&) = delete;
-    Library& operator=(Library const&) = delete;
+    Library(const Library&) = delete;
+    Library& operator=(const Library&) = delete;
 
-    nvinfer1::IPluginCreatorInterface* const* takeOver(int32_t& count) noexcept
-    {
+    nvinfer1::IPluginCreatorInterface* const* takeOver(int32_t& count) noexcept {
         withdraw();
         count = static_cast<int32_t>(mCreators.size());
         return mCreators.data();
     }
 
 private:
-    Library() noexcept
-    {
-        if (getPluginRegistry == nullptr || getInferLibMajorVersion == nullptr)
-        {
-            return;
-        }
-        if (int32_t const major = getInferLibMajorVersion(); major != NV_TENSORRT_MAJOR)
-        {
+    Library() noexcept {
+        if (getPluginRegistry == nullptr || getInferLibMajorVersion == nullptr) return;
+        if (const int32_t major = getInferLibMajorVersion(); major != NV_TENSORRT_MAJOR) {
             // A registry of another major version has another table of virtual functions: calling it would end in a crash.
             char message[256];
-            static_cast<void>(std::snprintf(message, sizeof(message),
+            static_cast<void>(std::snprintf(
+                message, sizeof(message),
                 "built for TensorRT %d, expected that library and found its version %d: the plugins do not register themselves; build them "
                 "with that version's headers",
                 NV_TENSORRT_MAJOR, major));
@@ -66,30 +57,18 @@ private:
         }
         nvinfer1::IPluginRegistry& registry = *getPluginRegistry();
         for (nvinfer1::IPluginCreatorInterface* creator : mCreators)
-        {
             if (!registry.registerCreator(*creator, kNamespace))
-            {
                 logError("registration", "TensorRT's registry refuses a creator: one of its name, version and namespace is there already");
-            }
-        }
         mRegistry = &registry;
     }
 
-    //! Without this a library that is closed would leave the registry with creators that are gone.
-    ~Library()
-    {
-        withdraw();
-    }
+    /// Without this a library that is closed would leave the registry with creators that are gone.
+    ~Library() { withdraw(); }
 
-    void withdraw() noexcept
-    {
-        std::scoped_lock const lock(mMutex);
-        if (mRegistry != nullptr)
-        {
-            for (nvinfer1::IPluginCreatorInterface const* creator : mCreators)
-            {
-                static_cast<void>(mRegistry->deregisterCreator(*creator));
-            }
+    void withdraw() noexcept {
+        const std::scoped_lock lock(mMutex);
+        if (mRegistry != nullptr) {
+            for (const nvinfer1::IPluginCreatorInterface* creator : mCreators) static_cast<void>(mRegistry->deregisterCreator(*creator));
             mRegistry = nullptr;
         }
     }
@@ -98,20 +77,16 @@ private:
     GegluTimestepQuantizeCreator mGegluTimestepQuantize;
     std::array<nvinfer1::IPluginCreatorInterface*, 2> mCreators{&mTimestepQuantize, &mGegluTimestepQuantize};
     std::mutex mMutex;
-    nvinfer1::IPluginRegistry* mRegistry = nullptr; //!< where the library registered its creators itself
+    nvinfer1::IPluginRegistry* mRegistry = nullptr;  ///< where the library registered its creators itself
 };
 
-[[maybe_unused]] Library const& registeredWhenLoaded = Library::instance();
+[[maybe_unused]] const Library& registeredWhenLoaded = Library::instance();
 
-} // namespace
-} // namespace quest
+}  // namespace
+}  // namespace quest
 
-extern "C" QUEST_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators)
-{
+extern "C" QUEST_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators) {
     return quest::Library::instance().takeOver(nbCreators);
 }
 
-extern "C" QUEST_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder)
-{
-    quest::useLoggerFinder(finder);
-}
+extern "C" QUEST_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { quest::useLoggerFinder(finder); }

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quest_deploy import __version__
 from quest_deploy.cli.console import Console, size
 from quest_deploy.cli.options import BitsOption, JsonOption, ModelOption, WorkspaceOption, open_workspace, parse_sample_size
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.errors import InputError
-from quest_deploy.files import atomic_folder
-from quest_deploy.reference_files import VERSION
-from quest_deploy.workspace import REFERENCE, TRAJECTORIES
+from quest_deploy.files import atomic_folder, sha256_of_json
+from quest_deploy.reference_files import INDEX, TABLES, VERSION
+from quest_deploy.workspace import REFERENCE, REFERENCE_STATE, TRAJECTORIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,9 +45,15 @@ DEFAULTS = ReferenceOptions()
 def reference_stage(
     workspace: Workspace, console: Console, options: ReferenceOptions = DEFAULTS, *, reuse: bool = False
 ) -> dict[str, Any]:
-    """Run the torch modules and save what went in and out; writes reference/."""
+    """Run the torch modules and save what went in and out; writes reference/.
+
+    An interrupted run goes on with the next record: those that are done stay in reference-state/ until all are.
+    """
+    recorded = {**asdict(options), "version": VERSION}
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
+        import torch
+
         from quest_deploy.checkpoint import load_checkpoint
         from quest_deploy.quant.model import QuantizedModel
         from quest_deploy.reference import save_reference
@@ -53,10 +61,25 @@ def reference_stage(
 
         model = QuantizedModel.from_checkpoint(load_checkpoint(workspace.checkpoint_path)).eval()
         trajectories = Trajectories.load(workspace.path(TRAJECTORIES))
-        with atomic_folder(workspace.path(REFERENCE)) as folder:
+        state = workspace.path(REFERENCE_STATE)
+        inputs = {stage: workspace.require(stage).digest for stage in workspace.checkpoint_inputs}
+        key = sha256_of_json({"quest-deploy": __version__, "torch": torch.__version__, "inputs": inputs, "options": recorded})
+        try:
             entries = save_reference(
-                model, trajectories, folder, **asdict(options), on_progress=lambda done, total: update("recording", done, total)
+                model,
+                trajectories,
+                state,
+                **asdict(options),
+                key=key,
+                on_progress=lambda done, total: update("recording", done, total),
             )
+        finally:
+            if not (state / INDEX).exists():
+                shutil.rmtree(state, ignore_errors=True)
+        with atomic_folder(workspace.path(REFERENCE)) as folder:
+            for name in (*(entry.file for entry in entries), TABLES, INDEX):
+                (state / name).rename(folder / name)
+        shutil.rmtree(state)
         files = sorted(workspace.path(REFERENCE).iterdir())
         measured = [max(entry.sensitivity) for entry in entries if entry.sensitivity is not None]
         details = {
@@ -70,7 +93,6 @@ def reference_stage(
         }
         return files, details
 
-    recorded = {**asdict(options), "version": VERSION}
     return run_stage(workspace, console, "reference", inputs=workspace.checkpoint_inputs, options=recorded, reuse=reuse, work=work)
 
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from exporters import torch_to_qdq
 from exporters.editor import array_of
 from exporters.graph_info import GraphInfo, graph_info, load_graph, save_graph
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
@@ -317,3 +318,48 @@ def test_every_layer_is_one_conv_or_one_matmul(small_graph: ir.Model, small_chec
     assert counts["Conv"] == len(small_checkpoint.layers) - linears
     attentions = sum(name.endswith(".to_q") for name in small_checkpoint.layers)
     assert counts["MatMul"] == linears + 2 * attentions
+
+
+class _Unknown(torch.nn.Module):
+    """An operator that torch.onnx translates only once it is decomposed."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.softshrink(x, 0.25)
+
+
+class _Writes(torch.nn.Module):
+    """What writes into a tensor that is read afterwards."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y[:, :2].add_(1.0)
+        return y
+
+
+class _Attention(torch.nn.Module):
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.unflatten(2, (2, 4)).transpose(1, 2)
+        y: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(heads, heads * 2, heads + 1, **self.options)  # type: ignore[arg-type]
+        return y
+
+
+MASK = torch.tensor([[0.0, -1.0, 2.0, 0.5, -3.0]])
+
+
+@pytest.mark.parametrize(
+    "module",
+    [_Unknown(), _Writes(), _Attention(), _Attention(scale=0.3), _Attention(is_causal=True), _Attention(attn_mask=MASK)],
+    ids=["unknown", "writes", "attention", "scale", "causal", "mask"],
+)
+def test_what_torch_onnx_does_not_know_as_it_is_is_exported_and_computes_the_same(module: torch.nn.Module) -> None:
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    shapes = {"x": {0: torch.export.Dim("batch", max=63)}}
+    exported = torch.export.export(module, (x,), dynamic_shapes=tuple(shapes.values()))
+    program = torch_to_qdq._to_onnx(exported, ["x"], shapes)
+    assert program is not None
+    (found,) = run(program.model, {"x": x[:2].numpy()})
+    np.testing.assert_allclose(found, module(x[:2]).numpy(), rtol=1e-5, atol=1e-6)

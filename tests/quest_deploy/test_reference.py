@@ -147,6 +147,53 @@ def test_the_same_seed_saves_the_same_reference(
         assert all(np.array_equal(value, again.tensors[name]) for name, value in record.tensors.items())
 
 
+class Interruption(Exception):
+    """Stands for Ctrl-C."""
+
+
+def record_one(model: QuantizedModel, trajectories: Trajectories, folder: Path, key: str) -> Path:
+    """Interrupt a reference after its first record, whose file is returned."""
+
+    def interrupt(done: int, total: int) -> None:
+        assert total > 1
+        raise Interruption
+
+    with pytest.raises(Interruption):
+        save_reference(model, trajectories, folder, key=key, on_progress=interrupt)
+    (made,) = folder.glob("buckets-*")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("key", "damage", "kept"),
+    [
+        ("key", lambda folder: None, True),
+        ("another", lambda folder: None, False),
+        ("key", lambda folder: truncate(next(folder.glob("buckets-*"))), False),
+        ("key", lambda folder: next(folder.glob("buckets-*")).unlink(), False),
+        ("key", lambda folder: truncate(folder / INDEX), False),
+        ("key", lambda folder: (folder / INDEX).write_text("[]"), False),
+    ],
+)
+def test_a_record_that_is_whole_and_of_the_same_key_is_not_made_again_and_the_reference_is_the_same(
+    mini_quantized: QuantizedModel,
+    mini_trajectories: Trajectories,
+    mini_reference: Path,
+    tmp_path: Path,
+    key: str,
+    damage: Callable[[Path], object],
+    kept: bool,
+) -> None:
+    made = record_one(mini_quantized, mini_trajectories, tmp_path, "key")
+    damage(tmp_path)
+    before = made.stat().st_mtime_ns if made.exists() else None
+    save_reference(mini_quantized, mini_trajectories, tmp_path, key=key)
+    assert (made.stat().st_mtime_ns == before) == kept
+    for record, again in zip(load_reference(mini_reference)[0], load_reference(tmp_path)[0], strict=True):
+        assert record.entry == again.entry
+        assert all(np.array_equal(value, again.tensors[name]) for name, value in record.tensors.items())
+
+
 def test_the_reference_comes_from_torch_and_never_from_the_exported_graph() -> None:
     program = (
         "import sys, quest_deploy.reference\nprint([m for m in sys.modules if m.split('.')[0] in ('exporters', 'onnx', 'onnx_ir')])"

@@ -369,7 +369,7 @@ def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
     expected = host("denoise", tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "expected", guidance, *noise)
     ended = emulated(tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "result", guidance, graph, *noise)
     assert (expected.returncode, ended.stderr) == (0, "the condition condition was not set\n")
-    assert ended.stdout == f"{len(schedule.steps)} steps, {graph} recordings, {5 * graph * len(schedule.steps)} launches\n"
+    assert ended.stdout == f"{len(schedule.steps)} steps, {graph} recordings, {6 * graph * len(schedule.steps)} launches\n"
     assert (tmp_path / "result").read_bytes() == (tmp_path / "expected").read_bytes()
 
 

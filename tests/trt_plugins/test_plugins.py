@@ -68,6 +68,11 @@ def test_beside_another_major_version_of_tensorrt_the_library_registers_nothing_
     assert "build them with that version's headers" in told
 
 
+def test_a_creator_that_the_registry_refuses_is_told_and_the_library_goes_on(build: Path, library: Path) -> None:
+    told = run(build / "tests" / "plugin_test", library, "--refusing")
+    assert told.count("TensorRT's registry refuses a creator: one of its name, version and namespace is there already") == 2
+
+
 def test_name_version_namespace_inputs_and_fields_are_the_exporters(build: Path, library: Path) -> None:
     described = json.loads(run(build / "tests" / "plugin_test", library, "--describe"))
     shared = {
@@ -160,3 +165,18 @@ def test_a_folder_without_headers_is_refused_and_named(without_headers: tuple[Pa
     configured = configure(without_headers[0], headers=str(tmp_path))
     assert configured.returncode != 0
     assert f"TENSORRT_INCLUDE_DIR is {tmp_path}, where NvInferRuntime.h" in " ".join(configured.stderr.split())
+
+
+def test_headers_of_a_tensorrt_without_iplugin_v3_are_refused(without_headers: tuple[Path, str], tmp_path: Path) -> None:
+    (tmp_path / "NvInferRuntime.h").touch()
+    (tmp_path / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 8\n")
+    configured = configure(without_headers[0], headers=str(tmp_path))
+    assert configured.returncode != 0
+    assert f"{tmp_path} has headers of TensorRT 8; expected 10 or newer" in " ".join(configured.stderr.split())
+
+
+def test_plugins_for_tensorrt_for_rtx_are_refused(tmp_path: Path) -> None:
+    require_compilers()
+    configured = configure(tmp_path, "-DQUEST_DEPLOY_TENSORRT_RTX=ON")
+    assert configured.returncode != 0
+    assert "TensorRT for RTX runs no plugins" in " ".join(configured.stderr.split())

@@ -1,18 +1,16 @@
-//! What every op of the library is registered under, and its operands in their order.
-//!
-//! exporters/timestep_quantize.py defines them for Python; tests/trt_plugins/ compares the two.
+/// What every op of the library is registered under, and its operands in their order.
+///
+/// exporters/timestep_quantize.py defines them for Python; tests/trt_plugins/ compares the two.
 #pragma once
 
 #include <cstdint>
 
-namespace quest
-{
+namespace quest {
 
 inline constexpr char kNamespace[] = "quest";
 inline constexpr char kVersion[] = "1";
 
-enum Input : int32_t
-{
+enum Input : int32_t {
     kX,
     kBucket,
     kScale,
@@ -23,6 +21,6 @@ enum Input : int32_t
     kInputs,
 };
 
-inline constexpr char const* kInputNames[kInputs] = {"x", "bucket", "scale", "low", "high", "offset", "channel"};
+inline constexpr const char* kInputNames[kInputs] = {"x", "bucket", "scale", "low", "high", "offset", "channel"};
 
-} // namespace quest
+}  // namespace quest

@@ -1,4 +1,4 @@
-//! A function that the kernels share with the CPU's scalar reference.
+/// A function that the kernels share with the CPU's scalar reference.
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,4 +1,4 @@
-//! TensorRT's log, and the boundary that no exception crosses.
+/// TensorRT's log, and the boundary that no exception crosses.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -6,31 +6,24 @@
 #include <exception>
 #include <utility>
 
-namespace quest
-{
+namespace quest {
 
-//! What setLoggerFinder was given; null for standard error.
+/// What setLoggerFinder was given; null for standard error.
 void useLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept;
 
-void logError(char const* where, char const* message) noexcept;
+void logError(const char* where, const char* message) noexcept;
 
-//! What \p body returns; where it throws, \p onError, after the reason was logged.
+/// What \p body returns; where it throws, \p onError, after the reason was logged.
 template <typename Result, typename Body>
-Result guarded(char const* where, Result onError, Body&& body) noexcept
-{
-    try
-    {
+Result guarded(const char* where, Result onError, Body&& body) noexcept {
+    try {
         return std::forward<Body>(body)();
-    }
-    catch (std::exception const& e)
-    {
+    } catch (const std::exception& e) {
         logError(where, e.what());
-    }
-    catch (...)
-    {
+    } catch (...) {
         logError(where, "an exception of unknown type");
     }
     return onError;
 }
 
-} // namespace quest
+}  // namespace quest

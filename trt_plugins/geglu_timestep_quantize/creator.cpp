@@ -6,21 +6,13 @@
 #include <memory>
 #include <stdexcept>
 
-namespace quest
-{
+namespace quest {
 
-GegluTimestepQuantizeCreator::GegluTimestepQuantizeCreator() noexcept
-    : QuantizeCreator(kGegluTimestepQuantizeName, nullptr, 0)
-{
-}
+GegluTimestepQuantizeCreator::GegluTimestepQuantizeCreator() noexcept : QuantizeCreator(kGegluTimestepQuantizeName, nullptr, 0) {}
 
-nvinfer1::IPluginV3* GegluTimestepQuantizeCreator::create(nvinfer1::PluginFieldCollection const* fields) const
-{
-    if (fields != nullptr && fields->nbFields != 0)
-    {
-        throw std::invalid_argument("expected no fields");
-    }
+nvinfer1::IPluginV3* GegluTimestepQuantizeCreator::create(const nvinfer1::PluginFieldCollection* fields) const {
+    if (fields != nullptr && fields->nbFields != 0) throw std::invalid_argument("expected no fields");
     return std::make_unique<GegluTimestepQuantizePlugin>().release();
 }
 
-} // namespace quest
+}  // namespace quest

@@ -2,17 +2,15 @@
 
 #include "common/quantize_creator.h"
 
-namespace quest
-{
+namespace quest {
 
-//! Makes GegluTimestepQuantizePlugin, which has no fields.
-class GegluTimestepQuantizeCreator final : public QuantizeCreator
-{
+/// Makes GegluTimestepQuantizePlugin, which has no fields.
+class GegluTimestepQuantizeCreator final : public QuantizeCreator {
 public:
     GegluTimestepQuantizeCreator() noexcept;
 
 protected:
-    nvinfer1::IPluginV3* create(nvinfer1::PluginFieldCollection const* fields) const override;
+    nvinfer1::IPluginV3* create(const nvinfer1::PluginFieldCollection* fields) const override;
 };
 
-} // namespace quest
+}  // namespace quest

@@ -1,8 +1,7 @@
 #pragma once
 
-namespace quest
-{
+namespace quest {
 
 inline constexpr char kGegluTimestepQuantizeName[] = "GegluTimestepQuantize";
 
-} // namespace quest
+}  // namespace quest

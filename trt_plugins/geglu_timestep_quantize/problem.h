@@ -1,4 +1,4 @@
-//! One run of quest::GegluTimestepQuantize, for the GPU's kernel and for the CPU's scalar reference.
+/// One run of quest::GegluTimestepQuantize, for the GPU's kernel and for the CPU's scalar reference.
 #pragma once
 
 #include "common/layout.h"
@@ -6,13 +6,11 @@
 
 #include <cstdint>
 
-namespace quest
-{
+namespace quest {
 
-//! x as [samples, rows, 2 * C]: C values and their C gates; codes [samples, rows, C]; the channel vector along C. All linear.
-struct GegluTimestepQuantizeProblem
-{
-    void const* x;
+/// x as [samples, rows, 2 * C]: C values and their C gates; codes [samples, rows, C]; the channel vector along C. All linear.
+struct GegluTimestepQuantizeProblem {
+    const void* x;
     FloatType type;
     int8_t* codes;
     int32_t samples;
@@ -21,4 +19,4 @@ struct GegluTimestepQuantizeProblem
     Tables tables;
 };
 
-} // namespace quest
+}  // namespace quest

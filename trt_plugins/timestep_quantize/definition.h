@@ -1,9 +1,8 @@
 #pragma once
 
-namespace quest
-{
+namespace quest {
 
 inline constexpr char kTimestepQuantizeName[] = "TimestepQuantize";
 inline constexpr char kAxisField[] = "axis";
 
-} // namespace quest
+}  // namespace quest

@@ -2,26 +2,24 @@
 
 #include "common/quantize_plugin.h"
 
-namespace quest
-{
+namespace quest {
 
-//! quest::TimestepQuantize for TensorRT; see README.md beside this file.
-class TimestepQuantizePlugin final : public QuantizePlugin
-{
+/// quest::TimestepQuantize for TensorRT; see README.md beside this file.
+class TimestepQuantizePlugin final : public QuantizePlugin {
 public:
-    //! \param axis the axis of x that the channel vector lies along, at least 1.
+    /// \param axis the axis of x that the channel vector lies along, at least 1.
     explicit TimestepQuantizePlugin(int32_t axis);
 
     nvinfer1::IPluginV3* clone() noexcept override;
-    nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
+    const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override;
 
 protected:
-    void checkX(nvinfer1::Dims const& x) const override;
-    int64_t channelsOf(nvinfer1::Dims const& x) const override;
-    nvinfer1::DimsExprs codesShape(nvinfer1::DimsExprs const& x, nvinfer1::IExprBuilder& exprBuilder) const override;
-    bool takesVectorizedFormats(nvinfer1::Dims const& x) const override;
-    cudaError_t launch(nvinfer1::PluginTensorDesc const& x, nvinfer1::PluginTensorDesc const& codes, void const* xData, int8_t* codesData,
-        Tables const& tables, cudaStream_t stream) const override;
+    void checkX(const nvinfer1::Dims& x) const override;
+    int64_t channelsOf(const nvinfer1::Dims& x) const override;
+    nvinfer1::DimsExprs codesShape(const nvinfer1::DimsExprs& x, nvinfer1::IExprBuilder& exprBuilder) const override;
+    bool takesVectorizedFormats(const nvinfer1::Dims& x) const override;
+    cudaError_t launch(const nvinfer1::PluginTensorDesc& x, const nvinfer1::PluginTensorDesc& codes, const void* xData, int8_t* codesData,
+                       const Tables& tables, cudaStream_t stream) const override;
 
 private:
     int32_t mAxis;
@@ -29,4 +27,4 @@ private:
     nvinfer1::PluginFieldCollection mSerialized{};
 };
 
-} // namespace quest
+}  // namespace quest

@@ -1,4 +1,4 @@
-//! One run of quest::TimestepQuantize, for the GPU's kernel and for the CPU's scalar reference.
+/// One run of quest::TimestepQuantize, for the GPU's kernel and for the CPU's scalar reference.
 #pragma once
 
 #include "common/layout.h"
@@ -6,16 +6,14 @@
 
 #include <cstdint>
 
-namespace quest
-{
+namespace quest {
 
-//! x as [samples, outer, C, inner] with the channel vector along C; a linear layout on both sides takes any of these, another layout
-//! takes outer = 1.
-struct TimestepQuantizeProblem
-{
-    void const* x;
+/// x as [samples, outer, C, inner] with the channel vector along C; a linear layout on both sides takes any of these, another layout
+/// takes outer = 1.
+struct TimestepQuantizeProblem {
+    const void* x;
     FloatType type;
-    Layout xLayout; //!< of [samples, outer * C, inner]
+    Layout xLayout;  ///< of [samples, outer * C, inner]
     int8_t* codes;
     Layout codesLayout;
     int32_t samples;
@@ -25,4 +23,4 @@ struct TimestepQuantizeProblem
     Tables tables;
 };
 
-} // namespace quest
+}  // namespace quest

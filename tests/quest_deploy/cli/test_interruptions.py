@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from quest_deploy import reference as reference_module
 from quest_deploy.files import read_json
 from quest_deploy.training_state import TrainingState
 from quest_deploy.workspace import MANIFEST, Workspace
@@ -20,7 +22,6 @@ from tests.quest_deploy.support import STAGES, cli, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 FINETUNE = ("--temporal-steps", "4", "--sensitive-steps", "30", "--batch", "4", "--save-every", "1")
 
@@ -83,6 +84,32 @@ def test_finetune_resumes_after_ctrl_c_and_keeps_the_old_checkpoint_until_then(
     assert [one is not None and 1 <= one.step < 34 for one in found] == [True]
     assert snapshot(workspace).keys() == before.keys()
     assert Workspace.open(workspace).require("finetune").details["steps"] == 34
+
+
+def test_reference_goes_on_with_the_next_record_after_ctrl_c_and_keeps_the_old_one_until_then(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, save = snapshot(workspace), reference_module.save_reference
+
+    def one_at_a_time(*arguments: Any, **options: Any) -> Any:
+        def report(done: int, total: int) -> None:
+            raise KeyboardInterrupt
+
+        return save(*arguments, **options | {"on_progress": report})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_module, "save_reference", one_at_a_time)
+        assert cli("reference", "-w", workspace, "--seed", "1").code == 130
+    left = snapshot(workspace)
+    assert {name: entry for name, entry in left.items() if name in before} == before
+    assert all(name.startswith("reference-state/") for name in left.keys() - before.keys())
+    resumed = cli("reference", "-w", workspace, "--seed", "1")
+    assert resumed.code == 0, resumed.err
+    after = snapshot(workspace)
+    assert after.keys() == before.keys()
+    (first,) = (Path(name).name for name in left if "reference-state/buckets" in name)
+    assert after[f"reference/{first}"] == left[f"reference-state/{first}"]
+    assert Workspace.open(workspace).require("reference").options["seed"] == 1
 
 
 def test_ctrl_c_stops_a_tensorrt_build_and_keeps_the_old_engine(workspace: Path) -> None:

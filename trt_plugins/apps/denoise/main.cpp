@@ -76,8 +76,7 @@ Arguments parse(std::vector<std::string> words) {
             const std::size_t equals = given.find('=');
             if (equals == std::string::npos) throw Usage("--condition: expected NAME=FILE, not " + given);
             found.conditions[given.substr(0, equals)] = given.substr(equals + 1);
-        }
-        else if (word == "--noise") found.noise = value();
+        } else if (word == "--noise") found.noise = value();
         else if (word == "--batch") found.denoiser.batch = parse_number<std::int64_t>(word, value());
         else if (word == "--guidance") found.denoiser.guidance = parse_number<float>(word, value());
         else if (word == "--sample-shape") found.denoiser.sample_shape = parse_shape(word, value());

@@ -31,15 +31,13 @@ QUEST_DEPLOY_BOTH inline float guided(float unconditional, float conditional, fl
 
 /// The sample after step number `step`; `samples` and `predictions` hold those of the last `length` steps, each `count` values apart,
 /// that of step s in place s modulo `length`.
-QUEST_DEPLOY_BOTH inline float next_sample(
-    const StepScales& scales, const float* samples, const float* predictions, int length, std::size_t count, int step, float noise) {
+QUEST_DEPLOY_BOTH inline float next_sample(const StepScales& scales, const float* samples, const float* predictions, int length,
+                                           std::size_t count, int step, float noise) {
     float next = scales.noise_scale * noise;
-    for (int back = 0; back < scales.samples; ++back) {
+    for (int back = 0; back < scales.samples; ++back)
         next += scales.sample_scales[back] * samples[static_cast<std::size_t>((step - back) % length) * count];
-    }
-    for (int back = 0; back < scales.predictions; ++back) {
+    for (int back = 0; back < scales.predictions; ++back)
         next += scales.prediction_scales[back] * predictions[static_cast<std::size_t>((step - back) % length) * count];
-    }
     return next;
 }
 

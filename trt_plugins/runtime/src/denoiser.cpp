@@ -16,17 +16,15 @@ namespace {
 constexpr char kSample[] = "sample", kTimestep[] = "timestep";  // as the exporter names them
 
 std::size_t volume(const Shape& shape) {
-    return std::accumulate(shape.begin(), shape.end(), std::size_t{1}, [](std::size_t all, std::int64_t size) {
-        return all * static_cast<std::size_t>(size);
-    });
+    return std::accumulate(shape.begin(), shape.end(), std::size_t{1},
+                           [](std::size_t all, std::int64_t size) { return all * static_cast<std::size_t>(size); });
 }
 
 /// `shape`, its sizes after the first filled in from `sizes` where it leaves them open, and `rows` before them.
 Shape with_rows(const Tensor& tensor, std::int64_t rows, const Shape& sizes) {
     Shape shape = tensor.shape;
-    if (shape.empty() || (!sizes.empty() && sizes.size() + 1 != shape.size())) {
+    if (shape.empty() || (!sizes.empty() && sizes.size() + 1 != shape.size()))
         throw Error(tensor.name + ": expected a shape of " + std::to_string(shape.size()) + " sizes with the batch");
-    }
     shape[0] = rows;
     for (std::size_t i = 1; i < shape.size(); ++i) {
         if (!sizes.empty()) shape[i] = sizes[i - 1];
@@ -74,7 +72,8 @@ struct Denoiser::Impl {
         : engine(of), context(of.create_context()), steps(schedule.steps.size()), count(0) {
         check_cuda(cudaStreamCreateWithFlags(stream.out(), cudaStreamNonBlocking), "making a stream");
         check_cuda(cudaEventCreateWithFlags(finished.out(), cudaEventDisableTiming), "making an event");
-        if (options.batch < 1 || options.batch > INT32_MAX) throw Error("expected a batch of 1 or more, found " + std::to_string(options.batch));
+        if (options.batch < 1 || options.batch > INT32_MAX)
+            throw Error("expected a batch of 1 or more, found " + std::to_string(options.batch));
         const bool halves = options.guidance != 1;
         const std::int64_t rows = options.batch * (halves ? 2 : 1);
         const std::size_t length = schedule.history();
@@ -98,8 +97,19 @@ struct Denoiser::Impl {
         timestep = DeviceArray<float>(static_cast<std::size_t>(rows));
         output = DeviceArray<float>(volume(sample_shape));
         bind(sample_shape);
-        buffers = {table.data(), step.data(), static_cast<int>(length), count, static_cast<std::size_t>(rows), halves, options.guidance,
-                   samples.data(), predictions.data(), input.data(), timestep.data(), output.data(), noise.data()};
+        buffers = {table.data(),
+                   step.data(),
+                   static_cast<int>(length),
+                   count,
+                   static_cast<std::size_t>(rows),
+                   halves,
+                   options.guidance,
+                   samples.data(),
+                   predictions.data(),
+                   input.data(),
+                   timestep.data(),
+                   output.data(),
+                   noise.data()};
         // Once before the recording: TensorRT sets up what a new shape needs, which no recording may hold.
         context.enqueue(stream.get());
         check_cuda(cudaStreamSynchronize(stream.get()), "running the engine");
@@ -117,9 +127,8 @@ struct Denoiser::Impl {
         const auto& all = engine.tensors();
         const auto outputs = std::count_if(all.begin(), all.end(), [](const Tensor& tensor) { return !tensor.is_input; });
         const auto first = std::find_if(all.begin(), all.end(), [](const Tensor& tensor) { return !tensor.is_input; });
-        if (outputs != 1 || context.shape(first->name) != sample_shape) {
+        if (outputs != 1 || context.shape(first->name) != sample_shape)
             throw Error("expected an engine with one output, of the sample's shape");
-        }
         context.bind(first->name, output.data());
     }
 
@@ -130,17 +139,17 @@ struct Denoiser::Impl {
     }
 
     void enqueue(cudaStream_t on) {
-        for (const auto& [name, given] : condition_given) {
+        for (const auto& [name, given] : condition_given)
             if (!given) throw Error("the condition " + name + " was not set");
-        }
         const DeviceGuard guard(engine.device());
-        check_cuda(cudaMemsetAsync(step.data(), 0, sizeof(int), on), "going back to the first step");
-        for (std::size_t i = 0; i < steps; ++i) {
-            if (graph.get() == nullptr) {
-                enqueue_step(on);
-            } else {
-                check_cuda(cudaGraphLaunch(graph.get(), on), "launching a step");
-            }
+        try {
+            check_cuda(cudaMemsetAsync(step.data(), 0, sizeof(int), on), "going back to the first step");
+            for (std::size_t i = 0; i < steps; ++i)
+                if (graph.get() == nullptr) enqueue_step(on);
+                else check_cuda(cudaGraphLaunch(graph.get(), on), "launching a step");
+        } catch (...) {
+            cudaEventRecord(finished.get(), on);  // the steps before still run, and the next loop has to wait for them
+            throw;
         }
         check_cuda(cudaEventRecord(finished.get(), on), "ending the loop");
     }
@@ -161,16 +170,13 @@ Denoiser::Denoiser(Denoiser&&) noexcept = default;
 Denoiser& Denoiser::operator=(Denoiser&&) noexcept = default;
 Denoiser::~Denoiser() = default;
 
-const std::vector<Tensor>& Denoiser::conditions() const {
-    return impl_->conditions;
-}
+const std::vector<Tensor>& Denoiser::conditions() const { return impl_->conditions; }
 
 void Denoiser::set_condition(const std::string& name, const std::vector<float>& values) {
     const auto found = impl_->condition_values.find(name);
     if (found == impl_->condition_values.end()) throw Error("the engine has no condition called " + name);
-    if (values.size() != found->second.size()) {
+    if (values.size() != found->second.size())
         throw Error(name + ": expected " + std::to_string(found->second.size()) + " values, found " + std::to_string(values.size()));
-    }
     const DeviceGuard guard(impl_->engine.device());
     impl_->wait_for_loop();
     found->second.copy_from(values.data(), values.size(), impl_->stream.get());
@@ -189,28 +195,19 @@ void Denoiser::run(std::vector<float>& sample, const std::vector<float>& noise) 
     impl_->samples.copy_from(sample.data(), sample.size(), stream);
     if (!noise.empty()) impl_->noise.copy_from(noise.data(), noise.size(), stream);
     impl_->enqueue(stream);
-    check_cuda(cudaMemcpyAsync(sample.data(), impl_->result(), sample.size() * sizeof(float), cudaMemcpyDeviceToHost, stream), "copying back");
+    check_cuda(cudaMemcpyAsync(sample.data(), impl_->result(), sample.size() * sizeof(float), cudaMemcpyDeviceToHost, stream),
+               "copying back");
     check_cuda(cudaStreamSynchronize(stream), "denoising");
 }
 
-void Denoiser::enqueue(cudaStream_t stream) {
-    impl_->enqueue(stream);
-}
+void Denoiser::enqueue(cudaStream_t stream) { impl_->enqueue(stream); }
 
-float* Denoiser::sample() const {
-    return impl_->samples.data();
-}
+float* Denoiser::sample() const { return impl_->samples.data(); }
 
-float* Denoiser::noise() const {
-    return impl_->noise.data();
-}
+float* Denoiser::noise() const { return impl_->noise.data(); }
 
-const float* Denoiser::result() const {
-    return impl_->result();
-}
+const float* Denoiser::result() const { return impl_->result(); }
 
-std::size_t Denoiser::sample_size() const {
-    return impl_->count;
-}
+std::size_t Denoiser::sample_size() const { return impl_->count; }
 
 }  // namespace quest_deploy

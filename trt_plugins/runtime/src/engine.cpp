@@ -87,9 +87,7 @@ auto require(const Call& call, const std::string& what) {
     return result;
 }
 
-Shape shape_of(const nvinfer1::Dims& dims) {
-    return Shape(dims.d, dims.d + std::max(dims.nbDims, 0));
-}
+Shape shape_of(const nvinfer1::Dims& dims) { return Shape(dims.d, dims.d + std::max(dims.nbDims, 0)); }
 
 nvinfer1::Dims dims_of(const std::string& name, const Shape& shape) {
     nvinfer1::Dims dims{};
@@ -107,9 +105,8 @@ std::string text(const Shape& shape) {
 
 bool within(const Shape& least, const Shape& shape, const Shape& largest) {
     if (shape.size() != least.size()) return false;
-    for (std::size_t i = 0; i < shape.size(); ++i) {
+    for (std::size_t i = 0; i < shape.size(); ++i)
         if (shape[i] < least[i] || shape[i] > largest[i]) return false;
-    }
     return true;
 }
 
@@ -129,9 +126,8 @@ struct Engine::Impl {
     void check_device(const EngineRecord& record) const {
         int count = 0, major = 0, minor = 0;
         check_cuda(cudaGetDeviceCount(&count), "an engine runs on an NVIDIA GPU, and none can be used here");
-        if (device < 0 || device >= count) {
+        if (device < 0 || device >= count)
             throw Error("there is no GPU " + std::to_string(device) + ": this machine has " + std::to_string(count));
-        }
         check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the GPU's compute capability");
         check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "asking for the GPU's compute capability");
         check_gpu(record, 10 * major + minor);
@@ -150,7 +146,8 @@ struct Engine::Impl {
 #if defined(QUEST_DEPLOY_TENSORRT_RTX) || NV_TENSORRT_MAJOR > 10 || NV_TENSORRT_MINOR > 0
         const auto wanted = chosen ? chosen : record.weight_streaming_budget;
         const std::int64_t budget = wanted ? *wanted : engine->getWeightStreamingAutomaticBudget();
-        require([&] { return engine->setWeightStreamingBudgetV2(budget); }, "keeping " + std::to_string(budget) + " bytes of weights on the GPU");
+        require([&] { return engine->setWeightStreamingBudgetV2(budget); },
+                "keeping " + std::to_string(budget) + " bytes of weights on the GPU");
 #else
         throw Error("weight streaming needs TensorRT 10.1 or later");
 #endif
@@ -168,9 +165,7 @@ struct Engine::Impl {
 
 Engine::Engine(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
-std::string Engine::backend() {
-    return kBackend;
-}
+std::string Engine::backend() { return kBackend; }
 
 std::string Engine::version() {
     return std::to_string(getInferLibMajorVersion()) + "." + std::to_string(getInferLibMinorVersion()) + "." +
@@ -196,9 +191,7 @@ Engine Engine::open(const EngineRecord& record, const EngineOptions& options) {
     return Engine(std::move(impl));
 }
 
-const std::vector<Tensor>& Engine::tensors() const {
-    return impl_->tensors;
-}
+const std::vector<Tensor>& Engine::tensors() const { return impl_->tensors; }
 
 const Tensor& Engine::tensor(const std::string& name) const {
     const auto& all = impl_->tensors;
@@ -207,9 +200,7 @@ const Tensor& Engine::tensor(const std::string& name) const {
     return *found;
 }
 
-int Engine::device() const {
-    return impl_->device;
-}
+int Engine::device() const { return impl_->device; }
 
 struct Context::Impl {
     Engine engine;
@@ -245,12 +236,12 @@ void Context::set_shapes(const std::map<std::string, Shape>& inputs, cudaStream_
         });
     };
     while (fitting < profiles && !takes(fitting)) ++fitting;
-    if (fitting == profiles) throw Error("the engine was built for other inputs than " + asked + "; build it with their --sample-size or --max-batch");
+    if (fitting == profiles)
+        throw Error("the engine was built for other inputs than " + asked + "; build it with their --sample-size or --max-batch");
     const DeviceGuard guard(impl_->engine.device());
     auto& context = *impl_->context;
-    if (context.getOptimizationProfile() != fitting) {
+    if (context.getOptimizationProfile() != fitting)
         require([&] { return context.setOptimizationProfileAsync(fitting, stream); }, "choosing an optimization profile");
-    }
     for (const auto& input : inputs) {
         const nvinfer1::Dims dims = dims_of(input.first, input.second);
         require([&] { return context.setInputShape(input.first.c_str(), dims); }, input.first + ": the shape " + text(input.second));

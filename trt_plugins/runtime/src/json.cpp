@@ -55,13 +55,27 @@ void write_string(std::string& out, const std::string& text) {
     for (std::size_t i = 0; i < text.size();) {
         const std::uint32_t point = next_point(text, i);
         switch (point) {
-            case '"': out += "\\\""; break;
-            case '\\': out += "\\\\"; break;
-            case '\b': out += "\\b"; break;
-            case '\f': out += "\\f"; break;
-            case '\n': out += "\\n"; break;
-            case '\r': out += "\\r"; break;
-            case '\t': out += "\\t"; break;
+            case '"':
+                out += "\\\"";
+                break;
+            case '\\':
+                out += "\\\\";
+                break;
+            case '\b':
+                out += "\\b";
+                break;
+            case '\f':
+                out += "\\f";
+                break;
+            case '\n':
+                out += "\\n";
+                break;
+            case '\r':
+                out += "\\r";
+                break;
+            case '\t':
+                out += "\\t";
+                break;
             default:
                 if (point >= 0x20 && point < 0x7F) {
                     out += static_cast<char>(point);
@@ -176,11 +190,8 @@ private:
     std::string number() {
         const std::size_t start = at_;
         if (peek() == '-') ++at_;
-        if (peek() == '0') {
-            ++at_;
-        } else {
-            digits();
-        }
+        if (peek() == '0') ++at_;
+        else digits();
         if (peek() == '.') {
             ++at_;
             digits();
@@ -318,10 +329,16 @@ std::string Json::canonical(const std::string& without) const {
 
 void Json::write(std::string& out, const std::string& without) const {
     switch (kind_) {
-        case Kind::null: out += "null"; return;
+        case Kind::null:
+            out += "null";
+            return;
         case Kind::boolean:
-        case Kind::number: out += text_; return;
-        case Kind::string: write_string(out, text_); return;
+        case Kind::number:
+            out += text_;
+            return;
+        case Kind::string:
+            write_string(out, text_);
+            return;
         case Kind::array:
             out += '[';
             for (const Json& item : items_) {

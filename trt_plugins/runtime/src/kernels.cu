@@ -11,13 +11,9 @@ unsigned blocks(std::size_t values) {
     return static_cast<unsigned>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
 }
 
-__device__ std::size_t first_value() {
-    return blockIdx.x * static_cast<std::size_t>(blockDim.x) + threadIdx.x;
-}
+__device__ std::size_t first_value() { return blockIdx.x * static_cast<std::size_t>(blockDim.x) + threadIdx.x; }
 
-__device__ std::size_t stride() {
-    return static_cast<std::size_t>(gridDim.x) * blockDim.x;
-}
+__device__ std::size_t stride() { return static_cast<std::size_t>(gridDim.x) * blockDim.x; }
 
 __global__ void prepare(StepBuffers buffers) {
     const int step = *buffers.step;
@@ -30,9 +26,7 @@ __global__ void update(StepBuffers buffers) {
 }
 
 // A kernel of its own: the blocks of `update` all read the number, and none knows when the last has.
-__global__ void advance(int* step) {
-    ++*step;
-}
+__global__ void advance(int* step) { ++*step; }
 
 }  // namespace
 

@@ -11,10 +11,10 @@ namespace quest_deploy {
 struct StepBuffers {
     const StepScales* table;
     int* step;
-    int length;              ///< of the histories, in steps
-    std::size_t count;       ///< values of one batch of samples
-    std::size_t rows;        ///< samples that the engine gets, the batch or twice that
-    bool halves;             ///< whether it gets each sample twice
+    int length;         ///< of the histories, in steps
+    std::size_t count;  ///< values of one batch of samples
+    std::size_t rows;   ///< samples that the engine gets, the batch or twice that
+    bool halves;        ///< whether it gets each sample twice
     float guidance;
     float *samples, *predictions;  ///< the histories, [length, count]
     float *input, *timestep;       ///< the engine's, [rows, ...] and [rows]

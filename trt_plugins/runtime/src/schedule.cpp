@@ -23,9 +23,8 @@ std::vector<float> numbers(const Json& list) {
 }
 
 void check_scales(const std::vector<float>& scales, std::size_t most, const std::string& where) {
-    if (scales.empty() || scales.size() > most) {
+    if (scales.empty() || scales.size() > most)
         throw Error(where + "1 to " + std::to_string(most) + " scales, found " + std::to_string(scales.size()));
-    }
     if (!std::all_of(scales.begin(), scales.end(), [](float x) { return std::isfinite(x); })) throw Error(where + "finite numbers");
 }
 
@@ -34,9 +33,8 @@ void check_scales(const std::vector<float>& scales, std::size_t most, const std:
 Schedule Schedule::load(const std::filesystem::path& path) {
     const std::vector<char> text = read_file(path, kRepair, kMaxBytes);
     const Json content = Json::parse(std::string(text.begin(), text.end()), path.string(), kRepair);
-    if (content.at("format").as_string() != kFormat || content.at("version").as_integer() != kVersion) {
+    if (content.at("format").as_string() != kFormat || content.at("version").as_integer() != kVersion)
         throw Error(path.string() + ": expected a " + kFormat + " of version " + std::to_string(kVersion) + "; " + kRepair);
-    }
     Schedule schedule;
     schedule.init_noise_sigma = static_cast<float>(content.at("init_noise_sigma").as_number());
     for (const Json& entry : content.at("steps").as_array()) {
@@ -90,14 +88,13 @@ std::vector<StepScales> step_scales(const Schedule& schedule) {
     return found;
 }
 
-void denoise_on_host(
-    const Schedule& schedule, const Predict& predict, std::vector<float>& sample, float guidance, const std::vector<float>& noise) {
+void denoise_on_host(const Schedule& schedule, const Predict& predict, std::vector<float>& sample, float guidance,
+                     const std::vector<float>& noise) {
     schedule.check();
     const std::size_t count = sample.size(), length = schedule.history();
     const std::size_t wanted = schedule.noisy() ? count * schedule.steps.size() : 0;
-    if (noise.size() != wanted) {
+    if (noise.size() != wanted)
         throw Error("expected " + std::to_string(wanted) + " values of noise, found " + std::to_string(noise.size()));
-    }
     const bool halves = guidance != 1;
     std::vector<float> input(halves ? 2 * count : count), prediction(input.size()), samples(length * count), predictions(length * count);
     std::copy(sample.begin(), sample.end(), samples.begin());
@@ -106,16 +103,16 @@ void denoise_on_host(
         const float* current = samples.data() + step % length * count;
         for (std::size_t i = 0; i < input.size(); ++i) input[i] = table[step].input_scale * current[i % count];
         predict(input, table[step].timestep, prediction);
-        if (prediction.size() != input.size()) {
+        if (prediction.size() != input.size())
             throw Error("expected " + std::to_string(input.size()) + " predicted values, found " + std::to_string(prediction.size()));
-        }
         float* newest = predictions.data() + step % length * count;
-        float* next = samples.data() + (step + 1) % length * count;  // where the oldest sample that is read may lie: read first, then written
+        float* next =
+            samples.data() + (step + 1) % length * count;  // where the oldest sample that is read may lie: read first, then written
         for (std::size_t i = 0; i < count; ++i) {
             newest[i] = halves ? guided(prediction[i], prediction[count + i], guidance) : prediction[i];
             const float fresh = noise.empty() ? 0 : noise[step * count + i];
-            next[i] = next_sample(
-                table[step], samples.data() + i, predictions.data() + i, static_cast<int>(length), count, static_cast<int>(step), fresh);
+            next[i] = next_sample(table[step], samples.data() + i, predictions.data() + i, static_cast<int>(length), count,
+                                  static_cast<int>(step), fresh);
         }
     }
     const float* last = samples.data() + table.size() % length * count;

@@ -16,9 +16,7 @@ constexpr std::array<std::uint32_t, 64> kRound = {
     0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070, 0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f,
     0x682e6ff3, 0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
-std::uint32_t rotate(std::uint32_t x, int by) {
-    return (x >> by) | (x << (32 - by));
-}
+std::uint32_t rotate(std::uint32_t x, int by) { return (x >> by) | (x << (32 - by)); }
 
 void compress(std::array<std::uint32_t, 8>& state, const unsigned char* block) {
     std::array<std::uint32_t, 64> w{};
@@ -57,9 +55,8 @@ std::string sha256(const void* data, std::size_t size) {
     for (std::size_t i = 0; i < padded; i += 64) compress(state, last.data() + i);
     static constexpr char kDigits[] = "0123456789abcdef";
     std::string hex;
-    for (const std::uint32_t word : state) {
+    for (const std::uint32_t word : state)
         for (int shift = 28; shift >= 0; shift -= 4) hex += kDigits[word >> shift & 15];
-    }
     return hex;
 }
 

@@ -32,9 +32,8 @@ Json parse_json(const fs::path& path, const std::vector<char>& content, const ch
 void check_format(const Json& content, const fs::path& path, const char* format, std::int64_t version, const char* repair) {
     const Json *found = content.find("format"), *number = content.find("version");
     if (found == nullptr || found->as_string() != format) throw Error(path.string() + ": expected a " + format + "; " + repair);
-    if (number == nullptr || number->as_integer() != version) {
+    if (number == nullptr || number->as_integer() != version)
         throw Error(path.string() + ": expected a " + format + " of version " + std::to_string(version) + "; " + repair);
-    }
 }
 
 bool flag(const Json& options, const char* name) {
@@ -55,9 +54,8 @@ std::vector<int> numbers(const std::string& version) {
             break;
         }
     }
-    if (found.size() < 3 || version.back() == '.') {
+    if (found.size() < 3 || version.back() == '.')
         throw Error("expected TensorRT's version as three numbers or more, such as 10.16.1, found \"" + version + "\"; " + kRebuild);
-    }
     return found;
 }
 
@@ -103,17 +101,16 @@ EngineRecord parse_record(const fs::path& folder, const std::vector<char>& bytes
     EngineRecord record;
     record.folder = folder;
     record.backend = content.at("backend").as_string();
-    if (record.backend != "tensorrt" && record.backend != "tensorrt-rtx") {
+    if (record.backend != "tensorrt" && record.backend != "tensorrt-rtx")
         throw Error(path.string() + ": expected an engine of tensorrt or tensorrt-rtx, found one of " + record.backend);
-    }
     record.graph_sha256 = content.at("graph_sha256").as_string();
     record.runtime_version = content.at("runtime").at("version").as_string();
-    for (const Json& name : content.at("hardware").at("compute_capabilities").as_array()) {
+    for (const Json& name : content.at("hardware").at("compute_capabilities").as_array())
         record.compute_capabilities.push_back(name.as_string());
-    }
     const Json& options = content.at("options");
     if (flag(options, "strip_plan")) {
-        throw Error(path.string() + ": an engine without its weights (--strip-plan), which this runtime cannot give it; build it with them");
+        throw Error(path.string() +
+                    ": an engine without its weights (--strip-plan), which this runtime cannot give it; build it with them");
     }
     const Json* level = options.find("hardware_compatibility_level");
     record.hardware_compatibility_level = level == nullptr ? "none" : level->as_string();
@@ -136,9 +133,8 @@ EngineRecord EngineRecord::open(const fs::path& folder) {
 
 std::vector<char> EngineRecord::read_plan() const {
     std::vector<char> plan = read_file(folder / kPlan, kRebuild);
-    if (sha256(plan.data(), plan.size()) != plan_sha256) {
+    if (sha256(plan.data(), plan.size()) != plan_sha256)
         throw Error((folder / kPlan).string() + " was changed since it was built (its SHA-256 is not the record's); " + kRebuild);
-    }
     return plan;
 }
 
@@ -166,8 +162,8 @@ void check_gpu(const EngineRecord& record, int compute_capability) {
     const bool anywhere = record.hardware_compatibility_level == "ampere_plus" && compute_capability >= 80;
     const std::string here = std::to_string(compute_capability);
     if (std::find(built.begin(), built.end(), here) == built.end() && !anywhere) {
-        throw Error(record.folder.string() + ": the engine was built for compute capabilities " + join(built) + ", and this GPU has " + here +
-                    "; " + kRebuild);
+        throw Error(record.folder.string() + ": the engine was built for compute capabilities " + join(built) + ", and this GPU has " +
+                    here + "; " + kRebuild);
     }
 }
 
@@ -180,11 +176,9 @@ Workspace Workspace::open(const fs::path& root) {
     Workspace opened;
     opened.root_ = root;
     opened.model_ = content.at("model").as_string();
-    for (const auto& [stage, record] : content.at("stages").as_object()) {
-        for (const auto& [name, file] : record.at("files").as_object()) {
+    for (const auto& [stage, record] : content.at("stages").as_object())
+        for (const auto& [name, file] : record.at("files").as_object())
             opened.files_.push_back({stage, name, file.at("sha256").as_string()});
-        }
-    }
     return opened;
 }
 
@@ -202,14 +196,14 @@ EngineRecord Workspace::engine(const std::string& backend) const {
     }
     const std::vector<char> content = read_file(root_ / described->path, kRebuild, kMaxJsonBytes);
     if (sha256(content.data(), content.size()) != described->sha256) {
-        throw Error((root_ / described->path).string() + " was changed since it was written (its SHA-256 is not the manifest's); " + kRebuild);
+        throw Error((root_ / described->path).string() + " was changed since it was written (its SHA-256 is not the manifest's); " +
+                    kRebuild);
     }
     EngineRecord record = parse_record(root_ / folder, content);
     if (record.plan_sha256 != plan->sha256) throw Error((root_ / plan->path).string() + " is not the manifest's; " + kRebuild);
     const File* graph = find("export", "unet.onnx");
-    if (graph == nullptr || graph->sha256 != record.graph_sha256) {
+    if (graph == nullptr || graph->sha256 != record.graph_sha256)
         throw Error((root_ / folder).string() + " was built from another graph than the workspace's unet.onnx; " + kRebuild);
-    }
     return record;
 }
 

@@ -1,6 +1,6 @@
-// Runs Denoiser on the CPU, for tests/trt_plugins/test_cpp_runtime.py: the few CUDA functions that it calls, on the host's memory, and a small
-// model in the engine's place. Work put on a stream is done when something waits for it, as late as CUDA may do it, or kept while a graph is
-// recorded; so what does not wait for another stream's work comes before it.
+// Runs Denoiser on the CPU, for tests/trt_plugins/test_cpp_runtime.py: the few CUDA functions that it calls, on the host's memory, and a
+// small model in the engine's place. Work put on a stream is done when something waits for it, as late as CUDA may do it, or kept while a
+// graph is recorded; so what does not wait for another stream's work comes before it.
 //
 //   emulated SCHEDULE SAMPLE RESULT GUIDANCE GRAPH [NOISE]      two samples of 5 x 4; GRAPH is 0 or 1
 #include <algorithm>
@@ -24,6 +24,7 @@ using Work = std::function<void()>;
 std::vector<Work>* recording = nullptr;
 std::map<cudaStream_t, std::vector<Work>> streams;
 int launches = 0, recordings = 0;
+int steps_until_failure = -1;  // where not negative, so many steps are launched before one fails
 
 cudaError_t submit(cudaStream_t stream, const Work& work) {
     (recording == nullptr ? streams[stream] : *recording).push_back(work);
@@ -34,9 +35,7 @@ void finish(cudaStream_t stream) {
     for (const Work& work : std::exchange(streams[stream], {})) work();
 }
 
-std::vector<Work>* works(void* handle) {
-    return static_cast<std::vector<Work>*>(handle);
-}
+std::vector<Work>* works(void* handle) { return static_cast<std::vector<Work>*>(handle); }
 
 }  // namespace
 
@@ -97,8 +96,12 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t gra
     return cudaSuccess;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+    if (steps_until_failure == 0) return cudaErrorLaunchFailure;
+    --steps_until_failure;
     ++launches;
-    return submit(stream, [all = *works(exec)] { for (const Work& work : all) work(); });
+    return submit(stream, [all = *works(exec)] {
+        for (const Work& work : all) work();
+    });
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete works(graph), cudaSuccess; }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete works(exec), cudaSuccess; }
@@ -108,6 +111,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete works(exe
 namespace quest_deploy {
 
 cudaError_t launch_prepare(const StepBuffers& buffers, cudaStream_t stream) {
+    if (recording == nullptr && steps_until_failure-- == 0) return cudaErrorLaunchFailure;
     return submit(stream, [=] {
         for (std::size_t i = 0; i < std::max(buffers.count, buffers.rows); ++i) prepare_value(buffers, *buffers.step, i);
     });
@@ -122,7 +126,8 @@ cudaError_t launch_update(const StepBuffers& buffers, cudaStream_t stream) {
 
 // The engine: tests/host_program.cpp's model, whose condition is an input here.
 struct Engine::Impl {
-    std::vector<Tensor> tensors{{"sample", true, {-1, 5, 4}}, {"timestep", true, {-1}}, {"condition", true, {-1, 1}}, {"out", false, {-1, 5, 4}}};
+    std::vector<Tensor> tensors{
+        {"sample", true, {-1, 5, 4}}, {"timestep", true, {-1}}, {"condition", true, {-1, 1}}, {"out", false, {-1, 5, 4}}};
 };
 struct Context::Impl {
     std::map<std::string, Shape> shapes;
@@ -208,6 +213,18 @@ int main(int count, char** words) {
         std::vector<float> other(start.size(), 0.5F);
         denoiser.run(other, noise);
         check(other, "a loop on another stream was still running in the next one's samples");
+        steps_until_failure = 1;
+        const int launched = launches;
+        try {
+            enqueue();
+            throw std::logic_error("a step failed and nothing was said");
+        } catch (const Error&) {
+            steps_until_failure = -1;
+            launches = launched;
+        }
+        again = start;
+        denoiser.run(again, noise);
+        check(again, "steps of a loop that failed were still running in the next one's samples");
         cudaStreamDestroy(mine);
         std::ofstream(words[3], std::ios::binary)
             .write(reinterpret_cast<const char*>(sample.data()), static_cast<std::streamsize>(sample.size() * sizeof(float)));

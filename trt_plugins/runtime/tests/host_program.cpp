@@ -46,8 +46,8 @@ int run(const std::vector<std::string>& words) {
     } else if (command == "engine") {
         const Workspace workspace = Workspace::open(words.at(1));
         const EngineRecord record = workspace.engine(words.at(2));
-        std::cout << workspace.model() << " " << record.backend << " " << record.runtime_version << " "
-                  << record.compute_capabilities.at(0) << " " << record.read_plan().size() << "\n";
+        std::cout << workspace.model() << " " << record.backend << " " << record.runtime_version << " " << record.compute_capabilities.at(0)
+                  << " " << record.read_plan().size() << "\n";
     } else if (command == "runs") {
         const EngineRecord record = EngineRecord::open(words.at(1));
         check_runtime(record, words.at(2), words.at(3));
@@ -58,7 +58,8 @@ int run(const std::vector<std::string>& words) {
         const Schedule schedule = Schedule::load(words.at(1));
         std::vector<float> sample = read_floats(words.at(2));
         for (float& value : sample) value *= schedule.init_noise_sigma;
-        denoise_on_host(schedule, fake_model, sample, std::stof(words.at(4)), words.size() > 5 ? read_floats(words[5]) : std::vector<float>());
+        denoise_on_host(schedule, fake_model, sample, std::stof(words.at(4)),
+                        words.size() > 5 ? read_floats(words[5]) : std::vector<float>());
         std::ofstream(words.at(3), std::ios::binary)
             .write(reinterpret_cast<const char*>(sample.data()), static_cast<std::streamsize>(sample.size() * sizeof(float)));
     } else {

@@ -1,5 +1,5 @@
-// The process's logger, with TensorRT for RTX's own library, for tests/trt_plugins/test_cpp_runtime.py: it outlives whatever was made with it, and
-// an error is told by the call that failed.
+// The process's logger, with TensorRT for RTX's own library, for tests/trt_plugins/test_cpp_runtime.py: it outlives whatever was made with
+// it, and an error is told by the call that failed.
 #include "../src/engine.cpp"
 
 #include <cstring>
@@ -22,7 +22,8 @@ int main() {
     auto runtime = start();
     const SinkGuard two([&](int severity, const char* message) {
         ++second;
-        if (severity <= 1 && std::strcmp(message, "again") != 0) Logger::instance().log(nvinfer1::ILogger::Severity::kERROR, "again");  // unlocked
+        if (severity <= 1 && std::strcmp(message, "again") != 0)
+            Logger::instance().log(nvinfer1::ILogger::Severity::kERROR, "again");  // unlocked
     });
     const auto other = start();
     const std::string reason = fail(*runtime);
@@ -38,14 +39,18 @@ int main() {
         silent = error.what();
     }
     try {
-        require([] {
-            std::thread([] { Logger::instance().log(nvinfer1::ILogger::Severity::kERROR, "another thread's"); }).join();
-            return false;
-        }, "a call");
+        require(
+            [] {
+                std::thread([] { Logger::instance().log(nvinfer1::ILogger::Severity::kERROR, "another thread's"); }).join();
+                return false;
+            },
+            "a call");
     } catch (const Error& error) {
         elsewhere = error.what();
     }
     std::cout << "the first sink was " << (told > 0 && first == told ? "told while it lived" : "lost") << "\n"
               << "the second was told " << (second > told ? "more" : "less") << "\n"
-              << (same ? reason : "another reason") << "\n" << silent << "\n" << elsewhere << "\n";
+              << (same ? reason : "another reason") << "\n"
+              << silent << "\n"
+              << elsewhere << "\n";
 }

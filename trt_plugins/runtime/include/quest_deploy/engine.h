@@ -25,8 +25,8 @@ struct Tensor {
 };
 
 struct EngineOptions {
-    std::filesystem::path plugin_library;  ///< the library of quest::TimestepQuantize, where the engine needs it
-    int device = 0;                        ///< the GPU
+    std::filesystem::path plugin_library;                 ///< the library of quest::TimestepQuantize, where the engine needs it
+    int device = 0;                                       ///< the GPU
     std::optional<std::int64_t> weight_streaming_budget;  ///< bytes of weights kept on the GPU, instead of the record's
     /// Gets all that TensorRT logs in this process while the engine lives, whichever engine it is about: TensorRT has one logger for a
     /// process. 0 and 1 are errors. Any thread calls it, and one that does may still be in it when the engine is gone.

@@ -49,7 +49,7 @@ using Predict = std::function<void(const std::vector<float>& input, float timest
 /// `sample`: [batch, ...], changed in place. `guidance`: where it is not 1, the model gets the sample twice, [2 * batch, ...], and
 /// predicts without the condition for the first half and with it for the second. `noise`: [steps, batch, ...] of Gaussian noise where the
 /// schedule adds some, else empty. Throws Error for sizes that do not fit.
-void denoise_on_host(
-    const Schedule& schedule, const Predict& predict, std::vector<float>& sample, float guidance = 1, const std::vector<float>& noise = {});
+void denoise_on_host(const Schedule& schedule, const Predict& predict, std::vector<float>& sample, float guidance = 1,
+                     const std::vector<float>& noise = {});
 
 }  // namespace quest_deploy

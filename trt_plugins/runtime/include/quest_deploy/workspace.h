@@ -13,15 +13,15 @@ namespace quest_deploy {
 /// What an engine's `engine.json` says, and where its files are. It needs neither CUDA nor TensorRT.
 struct EngineRecord {
     std::filesystem::path folder;
-    std::string backend;          ///< "tensorrt" or "tensorrt-rtx"
-    std::string runtime_version;  ///< of the TensorRT that built it, such as "10.16.1"
-    std::string graph_sha256;     ///< of the portable graph that it was built from
+    std::string backend;                            ///< "tensorrt" or "tensorrt-rtx"
+    std::string runtime_version;                    ///< of the TensorRT that built it, such as "10.16.1"
+    std::string graph_sha256;                       ///< of the portable graph that it was built from
     std::vector<std::string> compute_capabilities;  ///< of the GPUs that it was built for, such as "89"
     std::string hardware_compatibility_level;       ///< "none", "ampere_plus" or "same_compute_capability"
     bool version_compatible = false;
     bool weight_streaming = false;
     std::optional<std::int64_t> weight_streaming_budget;  ///< bytes
-    std::string plugin_library;  ///< the plugin library's file name; empty where it needs none
+    std::string plugin_library;                           ///< the plugin library's file name; empty where it needs none
     std::string plugin_sha256;
     std::string plan_sha256;  ///< of model.engine
 

@@ -1,6 +1,6 @@
-//! Stands in for common/launch.cuh where the kernels are compiled for the CPU: each block's threads run one after the other.
-//!
-//! So the kernels' own source is tested, and sanitized, on machines without a GPU. What it cannot show: races, and the GPU's arithmetic.
+/// Stands in for common/launch.cuh where the kernels are compiled for the CPU: each block's threads run one after the other.
+///
+/// So the kernels' own source is tested, and sanitized, on machines without a GPU. What it cannot show: races, and the GPU's arithmetic.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -18,49 +18,36 @@
 #undef __syncthreads
 #define __syncthreads() static_cast<void>(0)
 
-namespace quest::device
-{
+namespace quest::device {
 
 inline uint3 threadIdx{};
 inline uint3 blockIdx{};
 
 using std::min;
 
-inline uint32_t __umulhi(uint32_t a, uint32_t b)
-{
-    return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
-}
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32); }
 
-//! The bytes of \p a and \p b, numbered 0 to 7, that the digits of \p selector name.
-inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector)
-{
-    uint64_t const bytes = static_cast<uint64_t>(b) << 32 | a;
+/// The bytes of \p a and \p b, numbered 0 to 7, that the digits of \p selector name.
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
     uint32_t result = 0;
-    for (uint32_t i = 0; i < 4; ++i)
-    {
-        result |= static_cast<uint32_t>((bytes >> (8 * (selector >> (4 * i) & 7U))) & 0xffU) << (8 * i);
-    }
+    for (uint32_t i = 0; i < 4; ++i) result |= static_cast<uint32_t>((bytes >> (8 * (selector >> (4 * i) & 7U))) & 0xffU) << (8 * i);
     return result;
 }
 
-} // namespace quest::device
+}  // namespace quest::device
 
 #include "common/device.cuh"
 
-namespace quest::device
-{
+namespace quest::device {
 
 template <typename Arguments>
-cudaError_t launch(void (*kernel)(Arguments), Arguments arguments, uint32_t blocks, int32_t samples, cudaStream_t /*stream*/)
-{
+cudaError_t launch(void (*kernel)(Arguments), Arguments arguments, uint32_t blocks, int32_t samples, cudaStream_t /*stream*/) {
     arguments.firstSample = 0;
-    for (blockIdx.y = 0; blockIdx.y < static_cast<uint32_t>(samples); ++blockIdx.y)
-    {
-        for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
-        {
+    for (blockIdx.y = 0; blockIdx.y < static_cast<uint32_t>(samples); ++blockIdx.y) {
+        for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
             // The first warp comes twice: once to fill what the block shares, then with all others.
-            for (uint32_t t = 0; t < kWarp + kThreads; ++t)
-            {
+            for (uint32_t t = 0; t < kWarp + kThreads; ++t) {
                 threadIdx.x = t < kWarp ? t : t - kWarp;
                 kernel(arguments);
             }
@@ -69,4 +56,4 @@ cudaError_t launch(void (*kernel)(Arguments), Arguments arguments, uint32_t bloc
     return cudaSuccess;
 }
 
-} // namespace quest::device
+}  // namespace quest::device
