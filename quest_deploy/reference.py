@@ -98,7 +98,9 @@ def save_reference(
     if measured is None:
         whole = all(len(sample.sites) == len(model.sites) for sample in samples)
         measured = len(pairs) if whole else MEASURED_RECORDS
-    with_sensitivity = {i * len(pairs) // measured for i in range(measured)} if measured < len(pairs) else set(range(len(pairs)))
+    # The first and the last among them: from one end of the timesteps to the other it may grow severalfold.
+    steps = max(min(measured, len(pairs)) - 1, 1)
+    with_sensitivity = {i * (len(pairs) - 1) // steps for i in range(min(measured, len(pairs)))}
     _write(_tables(model), folder / TABLES)
     records = _kept_records(folder, key)
     for i, (buckets, sample) in enumerate(zip(pairs, samples, strict=True)):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-VERSION = 4
+VERSION = 5
 """Of what the files hold: a stage that has run with another version's runs again."""
 INDEX = "reference.json"
 TABLES = "tables.safetensors"

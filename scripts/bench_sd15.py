@@ -108,7 +108,7 @@ def measure_precision(workspace: Path, folder: Path) -> dict[str, Any]:
 
 def measure_verification(workspace: Path, folder: Path) -> dict[str, Any]:
     started = time.monotonic()
-    quest_deploy("reference", "--sample-size", "32", "--megabytes", "250", "-w", str(workspace))
+    quest_deploy("reference", "--sample-size", "32", "--megabytes", "500", "-w", str(workspace))
     referenced = time.monotonic()
     found = quest_deploy("verify", "--backend", "openvino", "-w", str(workspace))
     spent = {"reference_seconds": referenced - started, "verify_seconds": time.monotonic() - referenced}

@@ -331,7 +331,8 @@ def _without_padding(codes: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any
 def _step(x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: SiteInfo) -> NDArray[np.float32]:
     """What x [rows, ...] is divided by before it is rounded."""
     scale = _of_rows(tables[f"{site.name}.scale"], x, bucket, site)
-    if not site.integer:
+    # Ones may lie along a product's tokens, of which samples of another size have another number.
+    if not site.integer or (tables[f"{site.name}.channel"] == 1).all():
         return scale
     result: NDArray[np.float32] = scale * tables[f"{site.name}.channel"].reshape(-1, *[1] * (x.ndim - 1 - site.axis % x.ndim))
     return result

@@ -138,6 +138,16 @@ def test_the_sensitivity_is_that_of_last_bit_differences(records: list[Record]) 
     assert np.isfinite(sensitivities).all()
 
 
+@pytest.mark.parametrize(("measured", "where"), [(1, [0]), (2, [0, 2]), (3, [0, 1, 2]), (9, [0, 1, 2])])
+def test_the_sensitivity_is_measured_from_the_first_record_to_the_last(
+    mini_checkpoints: Callable[[int], Checkpoint], mini_trajectories: Trajectories, tmp_path: Path, measured: int, where: list[int]
+) -> None:
+    model = QuantizedModel.from_checkpoint(mini_checkpoints(6)).eval()
+    entries = save_reference(model, mini_trajectories, tmp_path, measured=measured)
+    assert [i for i, entry in enumerate(entries) if entry.sensitivity is not None] == where
+    assert [entry.sensitivity is None for entry in entries] == [entry.half_sensitivity is None for entry in entries]
+
+
 def test_the_same_seed_saves_the_same_reference(
     mini_quantized: QuantizedModel, mini_trajectories: Trajectories, mini_reference: Path, tmp_path: Path
 ) -> None:

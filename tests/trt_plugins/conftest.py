@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,14 +33,18 @@ def require_compilers() -> None:
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the kernels, the plugins if their headers are here, and the test programs are built, once for all of pytest's workers."""
+    """Where the kernels, the plugins if their headers are here, and the test programs are built, once for all of pytest's workers.
+
+    With a warning of the compiler's or of clang-tidy's, nothing is.
+    """
     require_compilers()
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trt_plugins_build"
     with Path(f"{folder}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "built").exists():
-            configured = configure(folder, "-DQUEST_SANITIZE=ON", headers=os.environ.get(HEADERS))
+            tidy = f"-DCLANG_TIDY={Path(sys.executable).parent / 'clang-tidy'}"
+            configured = configure(folder, "-DQUEST_SANITIZE=ON", "-DQUEST_CLANG_TIDY=ON", tidy, headers=os.environ.get(HEADERS))
             assert configured.returncode == 0, configured.stderr
             made = subprocess.run(["cmake", "--build", str(folder), "-j", "2"], capture_output=True, text=True, check=False)
             assert made.returncode == 0, made.stdout[-4000:] + made.stderr

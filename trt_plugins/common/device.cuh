@@ -34,10 +34,10 @@ constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(T));
 /// Divides by a number that is known before the launch: one multiplication and one shift, exact for dividends below 2^31.
 struct Divisor {
     uint32_t number;
-    uint32_t multiplier;
-    uint32_t shift;
+    uint32_t multiplier = 0;
+    uint32_t shift = 0;
 
-    explicit Divisor(uint32_t n) : number(n), multiplier(0), shift(0) {
+    explicit Divisor(uint32_t n) : number(n) {
         while ((uint64_t{1} << shift) < n) ++shift;
         multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - n)) / n + 1);
     }

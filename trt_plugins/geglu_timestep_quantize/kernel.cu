@@ -35,8 +35,9 @@ __global__ void __launch_bounds__(kThreads) gegluKernel(const Arguments a) {
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             if (first + u * a.stride < a.units) {
-                value[u] = load<N>(from + 2 * u * static_cast<int64_t>(a.stride) * N);
-                gate[u] = load<N>(from + 2 * u * static_cast<int64_t>(a.stride) * N + channels);
+                const T* const row = from + static_cast<int64_t>(a.stride) * 2 * u * N;
+                value[u] = load<N>(row);
+                gate[u] = load<N>(row + channels);
             }
         }
         if (a.tables.channels != 1) {

@@ -121,6 +121,18 @@ def test_an_engine_of_every_kind_computes_what_the_fake_quantized_model_does(
     assert {segment.segment for segment in found.segments} >= {s for s in case.checkpoint.sites if "transformer_blocks" in s}
 
 
+@pytest.mark.parametrize("kind", ["attention at 8 bits", "softmax alone", "asymmetric"])
+def test_an_engine_is_verified_on_samples_of_another_size_than_it_was_calibrated_on(
+    cases: Callable[[str], Case], mini_trajectories: Trajectories, kind: str, tmp_path: Path
+) -> None:
+    case, folder = cases(kind), tmp_path / "reference"
+    save_reference(QuantizedModel.from_checkpoint(case.checkpoint).eval(), mini_trajectories, folder, sample_size=(2, 4))
+    (tmp_path / "engine").mkdir()
+    found = verified(case._replace(reference=folder), "openvino", tmp_path / "engine")
+    assert found.problems == []
+    assert all(site.codes for site in found.sites)
+
+
 @pytest.mark.parametrize("kind", ["attention at 8 bits", "softmax alone", "free channels"])
 def test_another_softmax_is_placed_before_its_own_quantizer(cases: Callable[[str], Case], kind: str, tmp_path: Path) -> None:
     def sigmoid(model: ir.Model) -> None:

@@ -56,7 +56,7 @@ OwnedGraphExec record(cudaStream_t stream, const std::function<void()>& enqueue)
 struct Denoiser::Impl {
     Engine engine;
     Context context;
-    std::size_t steps, count;
+    std::size_t steps, count = 0;
     OwnedStream stream;   ///< of run(), and of the recording
     OwnedEvent finished;  ///< the end of the loop that was enqueued last, on whatever stream
     DeviceArray<StepScales> table;
@@ -69,7 +69,7 @@ struct Denoiser::Impl {
     OwnedGraphExec graph;
 
     Impl(const Engine& of, const Schedule& schedule, const DenoiserOptions& options)
-        : engine(of), context(of.create_context()), steps(schedule.steps.size()), count(0) {
+        : engine(of), context(of.create_context()), steps(schedule.steps.size()) {
         check_cuda(cudaStreamCreateWithFlags(stream.out(), cudaStreamNonBlocking), "making a stream");
         check_cuda(cudaEventCreateWithFlags(finished.out(), cudaEventDisableTiming), "making an event");
         if (options.batch < 1 || options.batch > INT32_MAX)
@@ -190,7 +190,7 @@ void Denoiser::run(std::vector<float>& sample, const std::vector<float>& noise) 
                     " of noise, found " + std::to_string(sample.size()) + " and " + std::to_string(noise.size()));
     }
     const DeviceGuard guard(impl_->engine.device());
-    const cudaStream_t stream = impl_->stream.get();
+    cudaStream_t stream = impl_->stream.get();
     impl_->wait_for_loop();
     impl_->samples.copy_from(sample.data(), sample.size(), stream);
     if (!noise.empty()) impl_->noise.copy_from(noise.data(), noise.size(), stream);

@@ -29,30 +29,30 @@ using Sink = std::function<void(int, const char*)>;
 class Logger final : public nvinfer1::ILogger {
 public:
     static Logger& instance() {
-        static Logger* const logger = new Logger;
+        static auto* const logger = new Logger;
         return *logger;
     }
 
     void log(Severity severity, const char* message) noexcept override {
-        if (severity <= Severity::kERROR && problem[0] == '\0') std::snprintf(problem, sizeof problem, "%s", message);
+        if (severity <= Severity::kERROR && problem[0] == '\0') static_cast<void>(std::snprintf(problem, sizeof problem, "%s", message));
         try {
             std::vector<std::shared_ptr<const Sink>> told;
             {
-                const std::lock_guard<std::mutex> lock(mutex_);
+                const std::scoped_lock lock(mutex_);
                 told = sinks_;
             }
             for (const auto& sink : told) (*sink)(static_cast<int>(severity), message);  // unlocked: it may open or close an engine
-        } catch (...) {  // TensorRT's code is no place for an exception to pass
+        } catch (...) {  // NOLINT(bugprone-empty-catch): TensorRT's code is no place for an exception to pass
         }
     }
 
     void add(const std::shared_ptr<const Sink>& sink) {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::scoped_lock lock(mutex_);
         sinks_.push_back(sink);
     }
 
     void remove(const std::shared_ptr<const Sink>& sink) {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::scoped_lock lock(mutex_);
         sinks_.erase(std::remove(sinks_.begin(), sinks_.end(), sink), sinks_.end());
     }
 
@@ -82,12 +82,12 @@ private:
 template <typename Call>
 auto require(const Call& call, const std::string& what) {
     problem[0] = '\0';
-    auto result = call();
+    const auto result = call();
     if (!result) throw Error(what + ": " + (problem[0] == '\0' ? "TensorRT gives no reason" : problem));
     return result;
 }
 
-Shape shape_of(const nvinfer1::Dims& dims) { return Shape(dims.d, dims.d + std::max(dims.nbDims, 0)); }
+Shape shape_of(const nvinfer1::Dims& dims) { return {dims.d, dims.d + std::max(dims.nbDims, 0)}; }
 
 nvinfer1::Dims dims_of(const std::string& name, const Shape& shape) {
     nvinfer1::Dims dims{};
@@ -205,14 +205,15 @@ int Engine::device() const { return impl_->device; }
 struct Context::Impl {
     Engine engine;
     std::unique_ptr<nvinfer1::IExecutionContext> context;
+    Impl(Engine of, std::unique_ptr<nvinfer1::IExecutionContext> made) : engine(std::move(of)), context(std::move(made)) {}
 };
 
 Context Engine::create_context() const {
     const DeviceGuard guard(impl_->device);
-    const std::lock_guard<std::mutex> lock(impl_->making_contexts);
+    const std::scoped_lock lock(impl_->making_contexts);
     std::unique_ptr<nvinfer1::IExecutionContext> made(
         require([&] { return impl_->engine->createExecutionContext(); }, "no context to run the engine in"));
-    return Context(std::unique_ptr<Context::Impl>(new Context::Impl{*this, std::move(made)}));
+    return Context(std::make_unique<Context::Impl>(*this, std::move(made)));
 }
 
 Context::Context(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}

@@ -80,11 +80,11 @@ void write_string(std::string& out, const std::string& text) {
                 if (point >= 0x20 && point < 0x7F) {
                     out += static_cast<char>(point);
                 } else if (point < 0x10000) {
-                    std::snprintf(escape, sizeof escape, "\\u%04x", static_cast<unsigned>(point));
+                    static_cast<void>(std::snprintf(escape, sizeof escape, "\\u%04x", static_cast<unsigned>(point)));
                     out += escape;
                 } else {
                     const unsigned high = 0xD800 + ((point - 0x10000) >> 10), low = 0xDC00 + ((point - 0x10000) & 0x3FF);
-                    std::snprintf(escape, sizeof escape, "\\u%04x\\u%04x", high, low);
+                    static_cast<void>(std::snprintf(escape, sizeof escape, "\\u%04x\\u%04x", high, low));
                     out += escape;
                 }
         }
@@ -135,6 +135,7 @@ private:
         return true;
     }
 
+    // NOLINTBEGIN(misc-no-recursion): no deeper than kMaxDepth
     Json parse(const std::string& path, int depth) {
         if (depth > kMaxDepth) fail("less nesting");
         skip_space();
@@ -172,8 +173,10 @@ private:
             skip_space();
             if (peek() != '"') fail("a name");
             const std::string key = string();
+            std::string place = path;
+            place.append(": ").append(key);
             expect(':');
-            if (!value.members_.emplace(key, parse(path + ": " + key, depth + 1)).second) fail("each name once, not again " + key);
+            if (!value.members_.emplace(key, parse(place, depth + 1)).second) fail("each name once, not again " + key);
         } while (take(','));
         expect('}');
     }
@@ -186,6 +189,7 @@ private:
         } while (take(','));
         expect(']');
     }
+    // NOLINTEND(misc-no-recursion)
 
     std::string number() {
         const std::size_t start = at_;
@@ -327,6 +331,7 @@ std::string Json::canonical(const std::string& without) const {
     return out;
 }
 
+// NOLINTNEXTLINE(misc-no-recursion): no deeper than what was parsed
 void Json::write(std::string& out, const std::string& without) const {
     switch (kind_) {
         case Kind::null:

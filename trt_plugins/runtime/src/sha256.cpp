@@ -20,7 +20,7 @@ std::uint32_t rotate(std::uint32_t x, int by) { return (x >> by) | (x << (32 - b
 
 void compress(std::array<std::uint32_t, 8>& state, const unsigned char* block) {
     std::array<std::uint32_t, 64> w{};
-    for (int i = 0; i < 16; ++i) {
+    for (std::size_t i = 0; i < 16; ++i) {
         const unsigned char* b = block + 4 * i;
         w[i] = std::uint32_t{b[0]} << 24 | std::uint32_t{b[1]} << 16 | std::uint32_t{b[2]} << 8 | b[3];
     }

@@ -1,1 +1,1 @@
-#include "geglu_timestep_quantize/kernel.cu"
+#include "geglu_timestep_quantize/kernel.cu"  // NOLINT(bugprone-suspicious-include): compiled for the CPU here

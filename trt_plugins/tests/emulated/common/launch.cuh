@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 
+// NOLINTBEGIN(bugprone-reserved-identifier,cert-dcl37-c,cert-dcl51-cpp): CUDA's names
 #undef __launch_bounds__
 #define __launch_bounds__(threads)
 #undef __shared__
@@ -34,6 +35,8 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     for (uint32_t i = 0; i < 4; ++i) result |= static_cast<uint32_t>((bytes >> (8 * (selector >> (4 * i) & 7U))) & 0xffU) << (8 * i);
     return result;
 }
+
+// NOLINTEND(bugprone-reserved-identifier,cert-dcl37-c,cert-dcl51-cpp)
 
 }  // namespace quest::device
 
