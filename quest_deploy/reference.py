@@ -138,7 +138,10 @@ def _kept_records(folder: Path, key: str) -> list[RecordEntry]:
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         with atomic_file(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+            temporary.chmod(mode)  # safetensors lets nobody else read its files, whatever the umask says
     except SafetensorError as e:  # it hides the operating system's error, a full disk for one
         raise QuestDeployError(f"{path.name} cannot be written: {e}") from e
 

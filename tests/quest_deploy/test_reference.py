@@ -204,6 +204,11 @@ def test_a_record_that_is_whole_and_of_the_same_key_is_not_made_again_and_the_re
         assert all(np.array_equal(value, again.tensors[name]) for name, value in record.tensors.items())
 
 
+def test_its_files_may_be_read_by_whom_the_umask_lets(mini_reference: Path) -> None:
+    modes = {path.name: path.stat().st_mode for path in mini_reference.iterdir()}
+    assert set(modes.values()) == {modes[INDEX]}, modes
+
+
 def test_the_reference_comes_from_torch_and_never_from_the_exported_graph() -> None:
     program = (
         "import sys, quest_deploy.reference\nprint([m for m in sys.modules if m.split('.')[0] in ('exporters', 'onnx', 'onnx_ir')])"
