@@ -20,7 +20,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror `find trt_plugins -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'`
+	$(BIN)/clang-format --dry-run --Werror `find trt_plugins -path trt_plugins/build -prune -o -regex '.*\.\(cpp\|h\|cu\|cuh\)' -print`
 
 # Times the demo's engines again, as `make demo` does once.
 bench: demo

@@ -50,21 +50,26 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Like :func:`atomic_file` for a whole folder, which replaces the one at ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _fresh_folder(path.parent, path.name)
-    replaced = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-old-{path.name}"
     try:
         yield temporary
-        try:
-            if path.exists():
-                os.replace(path, replaced)
-            os.replace(temporary, path)
-        except BaseException:
-            # Once the new folder is in place the old one is not wanted back.
-            if replaced.exists() and not path.exists():
-                os.replace(replaced, path)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
+        replace_folder(path, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(path: Path, new: Path) -> None:
+    """Rename the folder ``new``, on the same disk, to ``path``, and delete what is there; where that fails, nothing has changed."""
+    replaced = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-old-{path.name}"
+    try:
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(new, path)
+    except BaseException:
+        # Once the new folder is in place the old one is not wanted back.
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.files import atomic_file, read_json, write_json
+from quest_deploy.files import atomic_file, read_json, sha256_of, write_json
 from quest_deploy.quant.layers import (
     ActivationQuantizer,
     FreeActivationQuantizer,
@@ -39,7 +39,7 @@ from quest_deploy.quant.layers import (
     SiteQuantizer,
 )
 from quest_deploy.quant.model import downsampling
-from quest_deploy.reference_files import HALF_TYPES, INDEX, OUTPUT, TABLES, TIE_ULPS, RecordEntry, StoredTensors
+from quest_deploy.reference_files import HALF_TYPES, INDEX, OUTPUT, TABLES, TIE_ULPS, RecordEntry
 from quest_deploy.reference_sample import choose, structure
 from quest_deploy.verify.judge import segment_error
 
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from quest_deploy.scheme import Scheme
     from quest_deploy.trajectories import Trajectories
 
+RECORD = "buckets-{}.safetensors"
 TIE_MARGIN = 2e-4
 JITTER_ULPS = 64
 JITTERED_RUNS = 3
@@ -101,8 +102,11 @@ def save_reference(
     # The first and the last among them: from one end of the timesteps to the other it may grow severalfold.
     steps = max(min(measured, len(pairs)) - 1, 1)
     with_sensitivity = {i * (len(pairs) - 1) // steps for i in range(min(measured, len(pairs)))}
+    records, hashes = _kept_records(folder, key)
+    if not records:  # what is there is of another key
+        for left in (folder / INDEX, *folder.glob(RECORD.format("*"))):
+            left.unlink(missing_ok=True)
     _write(_tables(model), folder / TABLES)
-    records = _kept_records(folder, key)
     for i, (buckets, sample) in enumerate(zip(pairs, samples, strict=True)):
         if i < len(records):
             on_progress(i + 1, len(pairs))
@@ -113,26 +117,30 @@ def save_reference(
         half_sensitivity = _half_sensitivity(model, inputs, output) if i in with_sensitivity else None
         tensors = {f"input.{name}": value for name, value in inputs.items()} | {"output": output}
         tensors |= _layer_tensors(model, inputs, sample, i)
-        file = f"buckets-{buckets[0]:04d}-{buckets[1]:04d}.safetensors"
+        file = RECORD.format(f"{buckets[0]:04d}-{buckets[1]:04d}")
         _write(tensors, folder / file)
         records.append(RecordEntry(file, timesteps[i], buckets, sensitivity, half_sensitivity, sample.sites, sample.products))
-        write_json(folder / INDEX, {"key": key, "records": [asdict(record) for record in records]})
+        hashes[file] = sha256_of(folder / file)
+        write_json(folder / INDEX, {"key": key, "sha256": hashes, "records": [asdict(record) for record in records]})
         on_progress(i + 1, len(pairs))
     return records
 
 
-def _kept_records(folder: Path, key: str) -> list[RecordEntry]:
-    """The records that are whole in ``folder``, up to the first that is not, where they were made with ``key``."""
+def _kept_records(folder: Path, key: str) -> tuple[list[RecordEntry], dict[str, str]]:
+    """The records that are whole in ``folder``, up to the first that is not, where they were made with ``key``; and their hashes."""
     kept: list[RecordEntry] = []
+    hashes: dict[str, str] = {}
     try:
         index = read_json(folder / INDEX)
-        if index["key"] == key:
-            for entry in index["records"]:
-                StoredTensors(folder / entry["file"])
-                kept.append(RecordEntry(**entry))
-    except (InputError, KeyError, TypeError, OSError, SafetensorError):
+        for entry in index["records"] if index["key"] == key else ():
+            file = entry["file"]
+            if sha256_of(folder / file) != index["sha256"][file]:
+                break
+            hashes[file] = index["sha256"][file]
+            kept.append(RecordEntry(**entry))
+    except (InputError, KeyError, TypeError, OSError):
         pass  # it is only a shortcut
-    return kept
+    return kept, hashes
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:

@@ -10,6 +10,7 @@ each ratio are measured in one run of one step. What a step measured is kept at 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ import typer
 
 from quest_deploy.engine.base import processor_name
 from quest_deploy.files import atomic_file, read_json, write_json
-from quest_deploy.workspace import CALIBRATED, CHECKPOINT, GRAPH, MANIFEST, versions
+from quest_deploy.workspace import CALIBRATED, CHECKPOINT, GRAPH, MANIFEST, REFERENCE_STATE, versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,6 +108,7 @@ def measure_precision(workspace: Path, folder: Path) -> dict[str, Any]:
 
 
 def measure_verification(workspace: Path, folder: Path) -> dict[str, Any]:
+    shutil.rmtree(workspace / REFERENCE_STATE, ignore_errors=True)  # of an interrupted run, which would take part of the time
     started = time.monotonic()
     quest_deploy("reference", "--sample-size", "32", "--megabytes", "500", "-w", str(workspace))
     referenced = time.monotonic()

@@ -14,7 +14,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,7 +73,7 @@ def check(folder: Path) -> list[str]:
 
 def measure(folder: Path, repeats: int, sanitized: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(run(folder / "measure", str(repeats)))
-    return {"date": time.strftime("%Y-%m-%d", time.gmtime()), "compute_sanitizer": sanitized, **found}
+    return {"compute_sanitizer": sanitized, **found}
 
 
 def bandwidth_ratio(line: dict[str, Any]) -> float:
@@ -117,7 +116,7 @@ def table(results: dict[str, Any]) -> str:
             "GEGLU and then TimestepQuantize.",
             "",
             f"Measured on: {results['device']} (compute capability {results['compute_capability']}),",
-            f"{results.get('date', 'date not told')}, CUDA {results['cuda_runtime']}, driver {results['cuda_driver']}.",
+            f"{results['date']}, CUDA {results['cuda_runtime']}, driver {results['cuda_driver']}.",
             f"compute-sanitizer: {sanitized}.",
             "",
             f"{told[0].upper()}{told[1:]}.",

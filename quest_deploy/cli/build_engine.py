@@ -32,7 +32,7 @@ from quest_deploy.engine.base import (
     build_engine,
 )
 from quest_deploy.errors import InputError
-from quest_deploy.files import atomic_folder
+from quest_deploy.files import atomic_folder, sha256_of
 from quest_deploy.workspace import ENGINES, GRAPH
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def build_engine_stage(
         return files, details
 
     chosen = dataclasses.asdict(options)
+    if options.plugins is not None:  # built again, it is another one at the same place
+        chosen["plugin_sha256"] = sha256_of(Path(options.plugins))
     return run_stage(workspace, console, f"build-engine/{backend}", inputs=("export",), options=chosen, reuse=reuse, work=work)
 
 

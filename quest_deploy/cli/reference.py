@@ -14,8 +14,8 @@ from quest_deploy.cli.console import Console, size
 from quest_deploy.cli.options import BitsOption, JsonOption, ModelOption, WorkspaceOption, open_workspace, parse_sample_size
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.errors import InputError
-from quest_deploy.files import atomic_folder, sha256_of_json
-from quest_deploy.reference_files import INDEX, TABLES, VERSION
+from quest_deploy.files import replace_folder, sha256_of_json
+from quest_deploy.reference_files import INDEX, VERSION
 from quest_deploy.workspace import REFERENCE, REFERENCE_STATE, TRAJECTORIES
 
 if TYPE_CHECKING:
@@ -76,10 +76,7 @@ def reference_stage(
         finally:
             if not (state / INDEX).exists():
                 shutil.rmtree(state, ignore_errors=True)
-        with atomic_folder(workspace.path(REFERENCE)) as folder:
-            for name in (*(entry.file for entry in entries), TABLES, INDEX):
-                (state / name).rename(folder / name)
-        shutil.rmtree(state)
+        replace_folder(workspace.path(REFERENCE), state)
         files = sorted(workspace.path(REFERENCE).iterdir())
         measured = [max(entry.sensitivity) for entry in entries if entry.sensitivity is not None]
         details = {

@@ -17,7 +17,7 @@ from quest_deploy.reference_files import INDEX, TABLES, TIE_ULPS, Record, load_r
 from quest_deploy.scheme import Scheme
 from quest_deploy.verify.judge import tie_distance_ulps
 from tests.helpers import along, numpy_layer, of_sample, relative_error, site_codes
-from tests.quest_deploy.support import truncate
+from tests.quest_deploy.support import flip_byte, truncate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -180,6 +180,7 @@ def record_one(model: QuantizedModel, trajectories: Trajectories, folder: Path, 
         ("key", lambda folder: None, True),
         ("another", lambda folder: None, False),
         ("key", lambda folder: truncate(next(folder.glob("buckets-*"))), False),
+        ("key", lambda folder: flip_byte(next(folder.glob("buckets-*"))), False),
         ("key", lambda folder: next(folder.glob("buckets-*")).unlink(), False),
         ("key", lambda folder: truncate(folder / INDEX), False),
         ("key", lambda folder: (folder / INDEX).write_text("[]"), False),
@@ -202,6 +203,19 @@ def test_a_record_that_is_whole_and_of_the_same_key_is_not_made_again_and_the_re
     for record, again in zip(load_reference(mini_reference)[0], load_reference(tmp_path)[0], strict=True):
         assert record.entry == again.entry
         assert all(np.array_equal(value, again.tensors[name]) for name, value in record.tensors.items())
+
+
+def test_a_record_that_another_key_overwrote_is_not_kept_for_the_first(
+    mini_quantized: QuantizedModel, mini_trajectories: Trajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = record_one(mini_quantized, mini_trajectories, tmp_path, "first")
+    with monkeypatch.context() as patch:
+        patch.setattr("quest_deploy.reference.sha256_of", lambda path: (_ for _ in ()).throw(Interruption))
+        with pytest.raises(Interruption):
+            save_reference(mini_quantized, mini_trajectories, tmp_path, seed=1, key="second")
+    before = made.stat().st_mtime_ns
+    save_reference(mini_quantized, mini_trajectories, tmp_path, key="first")
+    assert made.stat().st_mtime_ns != before
 
 
 def test_its_files_may_be_read_by_whom_the_umask_lets(mini_reference: Path) -> None:

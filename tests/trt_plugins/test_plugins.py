@@ -42,6 +42,15 @@ def test_the_kernels_own_source_run_on_the_cpu_gives_the_references_codes_betwee
         assert f"ok     {kernel}\n" in told
 
 
+def test_a_debug_build_tells_a_bucket_out_of_range(tmp_path: Path) -> None:
+    require_compilers()
+    configured = configure(tmp_path, "-DCMAKE_BUILD_TYPE=Debug")
+    assert configured.returncode == 0, configured.stderr
+    run("cmake", "--build", tmp_path, "--target", "kernel_test_emulated")
+    told = run(tmp_path / "tests" / "kernel_test_emulated", "--emulated")
+    assert "quest: sample 0 has bucket -1, expected 0 to " in told
+
+
 def test_on_a_gpu_the_kernels_give_the_references_codes_and_without_one_that_is_said(build: Path) -> None:
     told = run(build / "tests" / "kernel_test")
     assert ("no GPU is here" in told) != ("captured in a CUDA graph and replayed" in told)
@@ -60,7 +69,8 @@ def test_loaded_as_tensorrt_loads_it_the_library_makes_plugins_that_keep_the_rul
 
 def test_enqueue_gives_the_references_codes_in_every_combination_of_formats_on_the_cpu(build: Path, library: Path) -> None:
     told = run(build / "tests" / "plugin_test_emulated", build / "tests" / "libquest_trt_plugins_emulated.so")
-    assert told.count("ok     enqueue gives the reference's codes in every combination") == 6
+    assert told.count("ok     enqueue gives the reference's codes in every combination") == 12
+    assert told.count("ok     GEGLU's enqueue gives the reference's codes") == 2
 
 
 def test_beside_another_major_version_of_tensorrt_the_library_registers_nothing_and_says_so(build: Path, library: Path) -> None:

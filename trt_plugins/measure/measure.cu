@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 #include <exception>
 #include <functional>
 #include <random>
@@ -294,10 +295,14 @@ void run(int repeats) {
     require(cudaGetDeviceProperties(&properties, 0), "no GPU can be used");
     require(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
     require(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+    char date[sizeof "2026-01-01"] = "";
+    const std::time_t now = std::time(nullptr);
+    std::strftime(date, sizeof date, "%Y-%m-%d", std::gmtime(&now));
     std::printf(
-        "{\"device\": \"%s\", \"compute_capability\": \"%d.%d\", \"cuda_driver\": %d, \"cuda_runtime\": %d, \"repeats\": %d,\n"
+        "{\"date\": \"%s\", \"device\": \"%s\", \"compute_capability\": \"%d.%d\", \"cuda_driver\": %d, \"cuda_runtime\": %d, \"repeats\": "
+        "%d,\n"
         " \"lines\": [",
-        properties.name, properties.major, properties.minor, driver, runtime, repeats);
+        date, properties.name, properties.major, properties.minor, driver, runtime, repeats);
     Clock clock(repeats);
     Report report;
     for (const int32_t batch : {2, 16}) {

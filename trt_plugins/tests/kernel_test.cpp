@@ -1,6 +1,7 @@
 /// The kernels against the scalar references, code for code, on a GPU; needs no TensorRT. Without a GPU it says so and passes.
 
 #include "geglu_timestep_quantize/kernel.h"
+#include "common/reference.h"
 #include "geglu_timestep_quantize/reference.h"
 #include "tests/check.h"
 #include "tests/operands.h"
@@ -117,7 +118,11 @@ void checkLayouts(Checks& checks, FloatType type, bool emulated, std::mt19937& r
     }
 }
 
-/// Whether the codes agree but where the activation lies on a tie but for the last bits: erff differs there between CPU and GPU.
+/// How far 1 + erff(x) may lie apart on CPU and GPU: two units in the last place of 1 each (CUDA's manual, glibc's less). For negative
+/// gates it is all that is left of the sum, so that many of the activation's digits may differ.
+constexpr float kErrorOfErf = 2.4e-7F;
+
+/// Whether the codes agree but where the activation may lie on the other side of a tie on the GPU, for what erff differs.
 bool gegluAgrees(GegluTimestepQuantizeProblem problem, bool oneChannel, std::size_t shift, std::mt19937& random) {
     constexpr int32_t kBuckets = 4;  // integer bounds, ordinary scales
     const HostTables tables(kBuckets, problem.samples, problem.channels, oneChannel, oneChannel, random);
@@ -145,10 +150,13 @@ bool gegluAgrees(GegluTimestepQuantizeProblem problem, bool oneChannel, std::siz
         if (found[i] == expected[i]) continue;
         if (i >= count || std::abs(found[i] - expected[i]) > 1) return false;
         const auto bucket = std::clamp<int64_t>(tables.bucket64[i / perSample], 0, kBuckets - 1);
-        const float ratio = activations[i] / (tables.scale[static_cast<std::size_t>(bucket)] *
-                                              tables.channel[oneChannel ? 0 : i % static_cast<std::size_t>(problem.channels)]);
+        const auto channels = static_cast<std::size_t>(problem.channels);
+        const float step = tables.scale[static_cast<std::size_t>(bucket)] * tables.channel[oneChannel ? 0 : i % channels];
+        const float ratio = activations[i] / step;
         const float fromTie = std::fabs(std::fabs(ratio - std::nearbyint(ratio)) - 0.5F);
-        if (fromTie > 1e-6F * std::fmax(1.F, std::fabs(ratio))) return false;
+        const auto place = static_cast<int64_t>(2 * i - i % channels);
+        const float product = elementOf(x.data(), problem.type, place) * elementOf(x.data(), problem.type, place + problem.channels);
+        if (fromTie > 1e-6F * std::fmax(1.F, std::fabs(ratio)) + std::fabs(product / step) * kErrorOfErf) return false;
     }
     return true;
 }

@@ -1,0 +1,60 @@
+"""What only a GPU can show: an engine of TensorRT for RTX, and one of TensorRT where its SDK is, that run there."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import pytest
+
+from quest_deploy.engine.tensorrt import gpu_count
+from tests.quest_deploy.support import cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.quest_deploy.conftest import Chain
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpu_count() == 0, reason="no NVIDIA GPU is here")]
+BACKENDS = [
+    "tensorrt-rtx",
+    pytest.param("tensorrt", marks=pytest.mark.skipif(find_spec("tensorrt") is None, reason="TensorRT's SDK is not installed")),
+]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def built(chain: Chain, backend: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with an engine for this GPU."""
+    root = tmp_path_factory.mktemp(backend) / "workspace"
+    shutil.copytree(chain.root, root)
+    ended = cli("build-engine", "-w", root, "--backend", backend)
+    assert ended.code == 0, ended.err
+    return root
+
+
+def test_the_engine_computes_what_the_fake_quantized_model_does(built: Path, backend: str) -> None:
+    ended = cli("verify", "-w", built, "--backend", backend, "--json")
+    assert ended.code == 0, ended.err
+    assert ended.json["passed"]
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("benchmark", ("--runs", "2", "--warmup", "1", "--batch", "2")),
+        ("generate", ("--steps", "3", "--rows", "1", "--labels", "0123")),
+        ("evaluate", ("--images", "20", "--steps", "3")),
+        ("inspect", ()),
+    ],
+)
+def test_it_is_timed_drawn_with_evaluated_and_inspected(built: Path, backend: str, command: str, options: tuple[str, ...]) -> None:
+    where = [built / "engines" / backend] if command == "inspect" else ["-w", built, "--backend", backend]
+    ended = cli(command, *where, *options, "--json")
+    assert ended.code == 0, ended.err
