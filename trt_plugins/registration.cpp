@@ -16,6 +16,13 @@
 
 #define QUEST_EXPORT __attribute__((visibility("default")))
 
+#define QUEST_TEXT_OF(x) #x
+#define QUEST_TEXT(x) QUEST_TEXT_OF(x)
+
+/// `quest-deploy` reads it in the file, before it has TensorRT load the library.
+extern "C" QUEST_EXPORT const char questPluginsBuiltFor[];
+const char questPluginsBuiltFor[] = "quest plugins for TensorRT " QUEST_TEXT(NV_TENSORRT_MAJOR) ";";
+
 // Not defined by this library. Without TensorRT among the global symbols they are null, and the library can still be loaded.
 // NOLINTBEGIN(readability-redundant-declaration): declared again to be weak
 extern "C" __attribute__((weak)) nvinfer1::IPluginRegistry* getPluginRegistry() noexcept;

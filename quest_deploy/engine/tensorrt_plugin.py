@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ ENVIRONMENT = "QUEST_DEPLOY_PLUGINS"
 """The environment variable that holds the library's path."""
 BUILT = Path(__file__).parents[2] / "trt_plugins" / "build" / LIBRARY
 """Where trt_plugins/ is built by default."""
+_BUILT_FOR = re.compile(rb"quest plugins for TensorRT (\d+);")
 HINT = f"build it (trt_plugins/README.md) and give its path with --plugins, or in the environment variable {ENVIRONMENT}"
 
 
@@ -64,6 +66,12 @@ def recorded_library(given: str | None, sha256: str) -> Path:
         f"the engine needs the plugin library with SHA-256 {sha256}{others}: give its path in the environment variable {ENVIRONMENT}, "
         "or build the plugin and run `quest-deploy build-engine` again"
     )
+
+
+def built_for(library: Path) -> int | None:
+    """The major version of TensorRT whose headers the library was built with; None where it does not say, as another's does not."""
+    found = _BUILT_FOR.search(library.read_bytes())
+    return int(found[1]) if found else None
 
 
 def load_plugin(registry: Any, library: str | None, logger: Any) -> None:

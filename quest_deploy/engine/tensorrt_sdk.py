@@ -10,7 +10,7 @@ from typing import Any
 
 from quest_deploy.engine import tensorrt as shared
 from quest_deploy.engine.base import NATIVE, PLUGIN, EngineOptions
-from quest_deploy.engine.tensorrt_plugin import HINT, NAME, NAMESPACE, load_plugin, plugin_library, recorded_library
+from quest_deploy.engine.tensorrt_plugin import HINT, NAME, NAMESPACE, built_for, load_plugin, plugin_library, recorded_library
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import sha256_of
 
@@ -96,6 +96,12 @@ def _check_plugin(trt: Any, options: EngineOptions) -> None:
     """Load the library once, before minutes are spent; raise InputError where TensorRT cannot."""
     if options.plugins is None:
         raise InputError(f"--quantize plugin: no library of the plugin {NAMESPACE}::{NAME} was found: {HINT}; or --quantize native")
+    built, here = built_for(Path(options.plugins)), int(trt.__version__.split(".")[0])
+    if built not in (None, here):
+        raise InputError(
+            f"--quantize plugin: the plugin library {options.plugins} was built with the headers of TensorRT {built}, and "
+            f"{trt.__version__} is here: build it with that version's (trt_plugins/README.md); or --quantize native"
+        )
     logger = shared.make_logger(trt)
     builder = trt.Builder(logger)  # its registry goes with it
     try:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from exporters import geglu_timestep_quantize, timestep_quantize
+from quest_deploy.engine.tensorrt_plugin import built_for
 from tests.trt_plugins.conftest import HEADERS, PLUGINS, configure, require_compilers
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def run(*command: str | Path) -> str:
@@ -94,6 +93,13 @@ def test_name_version_namespace_inputs_and_fields_are_the_exporters(build: Path,
         {"name": timestep_quantize.OP_TYPE, **shared, "fields": [timestep_quantize.AXIS]},
         {"name": geglu_timestep_quantize.OP_TYPE, **shared, "fields": []},
     ]
+
+
+def test_the_library_says_which_major_version_of_tensorrt_it_was_built_for(library: Path) -> None:
+    version = (Path(os.environ[HEADERS]) / "NvInferVersion.h").read_text()
+    major = re.search(r"define (?:NV_TENSORRT_MAJOR|TRT_MAJOR_ENTERPRISE) +(\d+)", version)
+    assert major is not None
+    assert built_for(library) == int(major[1])
 
 
 def test_without_tensorrt_in_the_process_the_library_can_still_be_opened(library: Path) -> None:

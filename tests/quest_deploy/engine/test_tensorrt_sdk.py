@@ -177,6 +177,16 @@ def test_a_library_that_tensorrt_refuses_is_refused_before_anything_is_built_wit
     assert "CUDA driver version" not in str(caught.value)
 
 
+def test_a_library_for_another_major_version_is_refused_before_it_is_loaded(sdk: ModuleType, tmp_path: Path) -> None:
+    library = tmp_path / "plugins.so"
+    library.write_bytes(b"\0quest plugins for TensorRT 11;\0")
+    with pytest.raises(InputError, match=r"plugins\.so was built with the headers of TensorRT 11, and 10\.16\.1 is here: build it"):
+        SDK.check_build(EngineOptions(plugins=str(library)))
+    library.write_bytes(b"\0quest plugins for TensorRT 10;\0")
+    with pytest.raises(InputError, match="TensorRT cannot load the plugin library"):
+        SDK.check_build(EngineOptions(plugins=str(library)))
+
+
 def test_a_library_that_offers_other_plugins_is_refused() -> None:
     registry = _Registry(("TimestepQuantize", "2", "quest"), ("TimestepQuantize", "1", ""))
     with pytest.raises(QuestDeployError, match=r"a\.so offers no quest::TimestepQuantize of version 1"):
