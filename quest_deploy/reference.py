@@ -100,17 +100,15 @@ def save_reference(
         whole = all(len(sample.sites) == len(model.sites) for sample in samples)
         measured = len(pairs) if whole else MEASURED_RECORDS
     # The first and the last among them: from one end of the timesteps to the other it may grow severalfold.
-    steps = max(min(measured, len(pairs)) - 1, 1)
-    with_sensitivity = {i * (len(pairs) - 1) // steps for i in range(min(measured, len(pairs)))}
+    measured = min(measured, len(pairs))
+    with_sensitivity = {i * (len(pairs) - 1) // max(measured - 1, 1) for i in range(measured)}
     records, hashes = _kept_records(folder, key)
     if not records:  # what is there is of another key
         for left in (folder / INDEX, *folder.glob(RECORD.format("*"))):
             left.unlink(missing_ok=True)
     _write(_tables(model), folder / TABLES)
-    for i, (buckets, sample) in enumerate(zip(pairs, samples, strict=True)):
-        if i < len(records):
-            on_progress(i + 1, len(pairs))
-            continue
+    for i in range(len(records), len(pairs)):
+        buckets, sample = pairs[i], samples[i]
         inputs = _inputs(trajectories, timesteps[i], seed + i)
         output = model(**inputs)
         sensitivity = _sensitivity(model, inputs, output, seed + i) if i in with_sensitivity else None

@@ -555,7 +555,7 @@ int run(const char* path) {
     return checks.report();
 }
 
-/// The library must not touch the registry of another major version.
+/// Beside another major version, whose registry must not be touched, and where the registry refuses.
 int runWhereNothingIsRegistered(const char* path) {
     Checks checks;
     const Library library(path);
