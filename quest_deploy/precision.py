@@ -6,12 +6,14 @@ products that the scheme leaves in float, so that the shares are of the whole mo
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from exporters.exactness import SATURATING_KEY
 from exporters.graph_info import graph_info, load_graph
 from exporters.multiplications import multiplications
 from exporters.passes.insert_quantized_layers import product_name
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 INTEGER, FLOAT, UNKNOWN = "int8", "float", "unknown"
 FLOAT_BITS = 32
+SATURATES = "signed 8-bit ones may saturate on this processor (docs/processors.md)"
 _NAMED = 5
 """How many layers a warning names."""
 
@@ -44,6 +47,7 @@ class LayerPrecision:
         asked: "int8" or "float": what the checkpoint wants it to run in.
         runs_in: "int8", "fp32", "fp16" or "bf16"; "unknown" where the runtime does not tell; None for a graph, which nothing runs.
         reason: why it does not run in what was asked for, where known.
+        saturating: whether signed 8-bit operands may saturate in it on this processor, so that it has another form.
     """
 
     name: str
@@ -56,6 +60,7 @@ class LayerPrecision:
     asked: str
     runs_in: str | None = None
     reason: str = ""
+    saturating: bool = False
 
     @property
     def bits(self) -> str:
@@ -121,6 +126,9 @@ class PrecisionReport:
         for reason, kind in dict.fromkeys((layer.reason, layer.runs_in) for layer in self.fell_back):
             layers = [layer for layer in self.fell_back if (layer.reason, layer.runs_in) == (reason, kind)]
             found.append(f"{self._count(layers)} asked to run on integers, run in {kind}: {reason or _names(layers)}")
+        unsigned = [layer for layer in self.layers if layer.saturating and not layer.fell_back]
+        if unsigned:
+            found.append(f"{self._count(unsigned)} multiply by unsigned weights: {SATURATES} ({_names(unsigned)})")
         unknown = [layer for layer in self.layers if layer.runs_in == UNKNOWN and layer.asked == INTEGER]
         if unknown and not self.unavailable:
             found.append(f"{self._count(unknown)} cannot be found in what the runtime tells: {_names(unknown)}")
@@ -175,7 +183,11 @@ def engine_precision(backend: Backend, folder: Path, options: EngineOptions) -> 
     except InputError as e:
         return PrecisionReport([replace(layer, runs_in=UNKNOWN) for layer in asked], sizes, str(e))
     layers = [replace(layer, runs_in=_realised(layer, found)) for layer in asked]
-    return PrecisionReport([replace(x, reason=backend.float_reason(x.operator)) if x.fell_back else x for x in layers], sizes)
+    return PrecisionReport([replace(x, reason=_reason(backend, x)) if x.fell_back else x for x in layers], sizes)
+
+
+def _reason(backend: Backend, layer: LayerPrecision) -> str:
+    return SATURATES if layer.saturating else backend.float_reason(layer.operator)
 
 
 def _asked(path: Path) -> tuple[list[LayerPrecision], Sizes]:
@@ -197,6 +209,8 @@ def _asked(path: Path) -> tuple[list[LayerPrecision], Sizes]:
         else:
             macs = sum(node.macs or 0 for node in nodes)
             found.append(LayerPrecision(name, (name,), PRODUCTS, nodes[0].operator, None, FLOAT_BITS, macs, FLOAT))
+    changed = json.loads(model.metadata_props.get(SATURATING_KEY, "{}"))
+    found = [replace(layer, saturating=not changed.keys().isdisjoint(layer.nodes)) for layer in found]
     return found, _sizes(model, info, {name: sum(node.weights for node in parts.get(name, [])) for name in layers}, path)
 
 
@@ -239,11 +253,12 @@ def _sizes(model: ir.Model, info: GraphInfo, weights: dict[str, int], path: Path
 def _float_parameters(model: ir.Model, info: GraphInfo) -> Iterable[ir.Value]:
     """The float initializers that are no scales, bounds or tables of the quantizers, and no scalars."""
     of_sites = tuple(f"{site}.{table}" for site in info.sites for table in (*TABLES, "channel", "zero_point"))
+    of_weights = tuple(f"{layer.weight}_scale" for layer in info.layers.values())
     for value in model.graph.initializers.values():
         name = value.name or ""
         reads = {(node.op_type, index) for node, index in value.uses()}
         is_float = value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-        if not is_float or not value.shape or name.startswith((*of_sites, "tables_of_rank")):
+        if not is_float or not value.shape or name.startswith((*of_sites, *of_weights, "tables_of_rank")):
             continue
         if not any(op_type in ("QuantizeLinear", "DequantizeLinear") and index for op_type, index in reads):
             yield value

@@ -17,6 +17,7 @@ from onnx.reference import ReferenceEvaluator
 
 from exporters import timestep_quantize
 from exporters.graph_info import CHECKPOINT_KEY, SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, SCHEME_KEY
+from exporters.passes.dequantize_casts import DequantizeCasts
 from exporters.passes.insert_quantized_layers import InsertQuantizedLayers
 from quest_deploy.checkpoint import Architecture, Checkpoint, ConvGeometry, FreeSiteData, LayerData, ProductData, ScoreScale, SiteData
 from quest_deploy.scheme import Scheme, Symmetry
@@ -381,6 +382,12 @@ def kinds_expected(checkpoint: Checkpoint, feeds: Feeds) -> dict[str, Array]:
         "mixed": numpy_product(checkpoint, "attn.mix", feeds["weights"], feeds["v"], bucket),
         "half": numpy_product(checkpoint, "half.mix", feeds["weights"], feeds["v"], bucket),
     }
+
+
+def lowering_begins_with(portable: ir.Model) -> ir.Model:
+    """``portable``, as every lowering begins: with each cast of codes a DequantizeLinear."""
+    DequantizeCasts()(portable)
+    return portable
 
 
 def kinds_graph(checkpoint: Checkpoint) -> ir.Model:

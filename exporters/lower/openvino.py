@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from exporters.exactness import EXACT, Exactness
+from exporters.passes.dequantize_casts import DequantizeCasts
 from exporters.passes.merge_scales import MergeScales
 from exporters.passes.split_gates import SplitGates
 from exporters.passes.to_native import to_native
@@ -16,12 +18,19 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def lower(model: ir.Model, *, frozen_bucket: int | None = None) -> ir.Model:
-    """Rewrite the portable graph in place and return it; ``frozen_bucket`` makes its scales static (see FreezeBucket)."""
+def lower(model: ir.Model, *, frozen_bucket: int | None = None, exactness: Exactness = EXACT) -> ir.Model:
+    """Rewrite the portable graph in place and return it.
+
+    Args:
+        frozen_bucket: makes its scales static (see FreezeBucket).
+        exactness: what the runtime's integer kernels compute exactly (see AvoidSaturation).
+    """
+    DequantizeCasts()(model)
     return to_native(
         model,
         cast_int4_at_runtime=True,
         signed_zero_points=True,
         frozen_bucket=frozen_bucket,
+        exactness=exactness,
         expanded=(UnsignedCodes(), MergeScales(), SplitGates()),
     )

@@ -10,6 +10,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from exporters.passes.dequantize_casts import DequantizeCasts
 from exporters.passes.gather_shaped_tables import GatherShapedTables
 from exporters.passes.round_in_quantize_linear import RoundInQuantizeLinear
 from exporters.passes.to_dtype import to_dtype
@@ -27,6 +28,7 @@ def lower(model: ir.Model, *, frozen_bucket: int | None = None, dtype: str = "fp
         quantize: ``native`` expands the op into TensorRT's own layers; ``plugin`` keeps it for the plugin of trt_plugins/, which
             TensorRT proper alone takes. With a frozen bucket it is always native: the static-scale graph has no bucket to pick.
     """
+    DequantizeCasts()(model)
     to_dtype(model, dtype)
     return to_native(
         model,

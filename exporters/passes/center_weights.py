@@ -1,11 +1,11 @@
-"""Rewrite asymmetric weights, which imported checkpoints have, for runtimes whose integer layers want zero-points of zero.
+"""Rewrite weights stored as unsigned codes for runtimes whose integer layers want zero-points of zero.
 
 Needs: weights as UINT4 or UINT8 initializers read by DequantizeLinear with an explicit zero-point per output channel.
 Guarantees: no unsigned initializer is read by DequantizeLinear; the values are unchanged.
 
 1. UINT4: code - zero-point fits INT8, with zero-points of zero.
-2. UINT8, ``signed_zero_points=True``: code - 128 and zero-point - 128 as INT8.
-3. UINT8, ``signed_zero_points=False``: the weight itself in float, of its scale's type, since code - zero-point needs nine bits; its
+2. UINT8, zero-points of 128 or ``signed_zero_points=True``: code - 128 and zero-point - 128 as INT8.
+3. UINT8 otherwise: the weight itself in float, of its scale's type, since code - zero-point needs nine bits; its
    layer runs in float.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.editor import Editor, array_of, replace_value
+from exporters.exactness import MIDDLE
 
 UNSIGNED = (ir.DataType.UINT4, ir.DataType.UINT8)
 
@@ -40,8 +41,8 @@ class CenterWeights(ir.passes.InPlacePass):
         shape[axis] = -1
         if codes.dtype is ir.DataType.UINT4:
             centered, zeros = values - zeros.reshape(shape), np.zeros_like(zeros)
-        elif self.signed_zero_points:
-            centered, zeros = values - 128, zeros - 128
+        elif self.signed_zero_points or (zeros == MIDDLE).all():
+            centered, zeros = values - MIDDLE, zeros - MIDDLE
         else:
             scales = array_of(scale)
             weight = (values - zeros.reshape(shape)).astype(np.float32) * scales.astype(np.float32).reshape(shape)

@@ -18,7 +18,11 @@ Guarantees: the value ``bucket`` [batch]; one ``quest::TimestepQuantize`` per in
    nothing. In a product, the other operand's sum takes the weight's place.
 7. An asymmetric weight (imported): UINT4 or UINT8 with its zero-points.
 8. A site that is free per channel: quantized and dequantized in float, in the official order of operations; its layers are float
-   Conv|MatMul on the dequantized weights.
+   Conv|MatMul on the weight's codes, cast to float, times the weight's scale behind the product. No DequantizeLinear: onnxruntime and
+   OpenVINO quantize float activations that meet a dequantized weight, unless they are told not to.
+9. A product that may saturate where an 8-bit kernel adds in 16 bits (see ``exporters.exactness``), in a form that every session
+   computes right on every processor: an 8-bit weight is stored as UINT8 with zero-points of 128, and the codes of two 8-bit
+   activations are cast to float.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import onnx_ir as ir
 
 from exporters import timestep_quantize
 from exporters.editor import Editor, replace_value
+from exporters.exactness import FOUR_BITS, MIDDLE, SAFE, as_unsigned, pair_magnitude
 from exporters.graph_info import BUCKET, LayerInfo, ProductInfo, SiteInfo, describe
 from quest_deploy.checkpoint import SiteData, pack_4bit
 
@@ -194,12 +199,30 @@ def _insert_bucket(editor: Editor, edges: tuple[float, ...]) -> ir.Value:
     return bucket
 
 
+def _cast_sites(checkpoint: Checkpoint) -> set[str]:
+    """The sites of products whose second operand has 8 bits (case 9)."""
+    found: set[str] = set()
+    for product in checkpoint.products.values():
+        sites = [checkpoint.sites[name] for name in product.sites if name is not None]
+        if len(sites) == len(product.sites) and all(isinstance(s, SiteData) for s in sites) and sites[1].bits > FOUR_BITS:
+            found |= {site.name for site in sites}
+    return found
+
+
+def dequantized_codes(editor: Editor, codes: ir.Value, name: str) -> ir.Value:
+    """DequantizeLinear of int8 codes with scale 1 and zero-point 0."""
+    one = editor.constant("unit_scale", np.asarray(1.0, np.float32))
+    zero = editor.constant("zero_code", np.asarray(0, np.int8))
+    return editor.op("DequantizeLinear", [codes, one, zero], name, dtype=ir.DataType.FLOAT, shape=codes.shape)
+
+
 class _Sites:
     """Quantizes each site once."""
 
     def __init__(self, editor: Editor, bucket: ir.Value, checkpoint: Checkpoint) -> None:
         self.editor, self.bucket, self.checkpoint = editor, bucket, checkpoint
         self.outputs = {output_name(name) for name in (*checkpoint.layers, *checkpoint.products)}
+        self.cast = _cast_sites(checkpoint)
         self.done: dict[str, _Quantized] = {}
 
     def quantized(self, site: SiteData | FreeSiteData, x: ir.Value) -> _Quantized:
@@ -233,11 +256,11 @@ class _Sites:
             domain=timestep_quantize.DOMAIN,
             **{timestep_quantize.AXIS: site.axis},
         )
-        one = editor.constant("unit_scale", np.asarray(1.0, np.float32))
-        zero = editor.constant("zero_code", np.asarray(0, np.int8))
-        value = editor.op(
-            "DequantizeLinear", [codes, one, zero], f"{site.name}.dequantized", dtype=ir.DataType.FLOAT, shape=source.shape
-        )
+        name = f"{site.name}.dequantized"
+        if site.name in self.cast:
+            value = editor.op("Cast", [codes], name, dtype=ir.DataType.FLOAT, shape=source.shape, to=ir.DataType.FLOAT.value)
+        else:
+            value = dequantized_codes(editor, codes, name)
         offset = self._of_sample(site, x, "offset") if site.offset.any() else None
         return _Quantized(x, value, self._of_sample(site, x, "scale"), offset, padding)
 
@@ -336,7 +359,22 @@ def _less(editor: Editor, y: ir.Value, prefix: str, offset: ir.Value, other: ir.
 
 
 def _compute(editor: Editor, x: _Quantized, layer: LayerData, like: ir.Value) -> ir.Value:
-    weight = _weight(editor, layer)
+    if x.scale is not None:
+        return _multiply(editor, x, layer, _weight(editor, layer), like)
+    # Case 8: the codes themselves are multiplied, and their scale comes after.
+    name, codes, zero_point = weight_name(layer.name), *_weight_constants(layer, integer=False)
+    before, after = ((-1, 1, 1, 1), (1, -1, 1, 1)) if layer.conv is not None else ((1, -1), (-1,))
+    weight = editor.constant(name, stored(layer.weight_bits, codes, name))
+    weight = editor.op("Cast", [weight], f"{name}_float", dtype=ir.DataType.FLOAT, shape=codes.shape, to=ir.DataType.FLOAT.value)
+    if zero_point is not None:
+        zeros = editor.constant(f"{name}_zero_float", zero_point.astype(np.float32).reshape(before))
+        weight = editor.op("Sub", [weight, zeros], f"{name}_centered", shape=codes.shape)
+    y = _multiply(editor, x, layer, weight, like)
+    scale = editor.constant(f"{name}_scale", layer.weight_scale.reshape(after))
+    return editor.op("Mul", [y, scale], f"{layer.name}.weighted", shape=like.shape)
+
+
+def _multiply(editor: Editor, x: _Quantized, layer: LayerData, weight: ir.Value, like: ir.Value) -> ir.Value:
     if layer.conv is None:
         return editor.op("MatMul", [x.value, weight], product_name(layer.name), shape=like.shape)
     geometry = layer.conv
@@ -354,23 +392,30 @@ def _compute(editor: Editor, x: _Quantized, layer: LayerData, like: ir.Value) ->
     )
 
 
-def _weight(editor: Editor, layer: LayerData) -> ir.Value:
+def _weight_constants(layer: LayerData, *, integer: bool) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """The weight's codes as the graph stores them, a linear's transposed, and their zero-points; None where all are zero."""
     codes: NDArray[Any]
     codes, axis = (layer.weight_codes, 0) if layer.conv is not None else (np.ascontiguousarray(layer.weight_codes.T), 1)
-    name, zero_point = weight_name(layer.name), layer.weight_zero_point
-    if zero_point is None:
-        zero_point = np.zeros(codes.shape[axis], codes.dtype)
+    if integer and codes.dtype == np.int8 and pair_magnitude(codes, axis) > SAFE:
+        return as_unsigned(codes), np.full(codes.shape[axis], MIDDLE, np.uint8)
+    return codes, layer.weight_zero_point
+
+
+def _weight(editor: Editor, layer: LayerData) -> ir.Value:
+    name, codes, zero_point = weight_name(layer.name), *_weight_constants(layer, integer=True)
+    axis = 0 if layer.conv is not None else 1
+    zeros = np.zeros(codes.shape[axis], codes.dtype) if zero_point is None else zero_point
     operands = [
-        editor.constant(name, _stored(layer.weight_bits, codes, name)),
+        editor.constant(name, stored(layer.weight_bits, codes, name)),
         editor.constant(f"{name}_scale", layer.weight_scale),
-        editor.constant(f"{name}_zero", _stored(layer.weight_bits, zero_point, f"{name}_zero")),
+        editor.constant(f"{name}_zero", stored(layer.weight_bits, zeros, f"{name}_zero")),
     ]
     return editor.op("DequantizeLinear", operands, f"{name}_dequantized", dtype=ir.DataType.FLOAT, shape=codes.shape, axis=axis)
 
 
-def _stored(bits: int, codes: NDArray[Any], name: str) -> ir.TensorProtocol:
+def stored(bits: int, codes: NDArray[Any], name: str) -> ir.TensorProtocol:
     """Codes as the graph holds them: INT4 or UINT4, packed, or INT8 or UINT8."""
-    if bits != 4:
+    if bits != FOUR_BITS:
         return ir.tensor(codes, name=name)
     return ir.PackedTensor(
         pack_4bit(codes), ir.DataType.INT4 if codes.dtype == np.int8 else ir.DataType.UINT4, shape=codes.shape, name=name

@@ -21,6 +21,7 @@ from onnx_ir.passes import common
 from exporters import timestep_quantize
 from exporters.editor import Editor, array_of, replace_value
 from exporters.graph_info import SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, GraphInfo, ProductInfo, graph_info
+from exporters.passes.dequantize_casts import DequantizeCasts
 from exporters.passes.insert_quantized_layers import input_of, product_name
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class RemoveQuantization(ir.passes.InPlacePass):
     """See the module's docstring; runs on the portable graph."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        DequantizeCasts()(model)
         info = graph_info(model)
         values = ir.convenience.create_value_mapping(model.graph)
         nodes = {node.name or "": node for node in model.graph}

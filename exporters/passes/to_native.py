@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from exporters.exactness import EXACT, Exactness
+from exporters.passes.avoid_saturation import AvoidSaturation
 from exporters.passes.center_weights import CenterWeights
 from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
 from exporters.passes.freeze_bucket import FreezeBucket
@@ -20,6 +22,7 @@ def to_native(
     signed_zero_points: bool,
     frozen_bucket: int | None,
     expanded: tuple[ir.passes.InPlacePass, ...] = (),
+    exactness: Exactness = EXACT,
     plugin: bool = False,
 ) -> ir.Model:
     """Rewrite ``model`` in place and return it.
@@ -27,6 +30,7 @@ def to_native(
     Args:
         cast_int4_at_runtime, signed_zero_points, frozen_bucket: see WidenInt4, CenterWeights and FreezeBucket.
         expanded: a backend's own passes, on the graph whose quantizers have been expanded.
+        exactness: what the runtime's integer kernels compute exactly (see AvoidSaturation).
         plugin: keeps layers' quantizers for TensorRT's plugin (see KeepTimestepQuantize). A frozen bucket leaves it nothing to pick.
     """
     ir.passes.Sequential(
@@ -35,6 +39,7 @@ def to_native(
         *expanded,
         *([] if frozen_bucket is None else [FreezeBucket(frozen_bucket)]),
         CenterWeights(signed_zero_points=signed_zero_points),
+        *([] if exactness.always else [AvoidSaturation(exactness)]),
         WidenInt4(cast_at_runtime=cast_int4_at_runtime),
         common.CommonSubexpressionEliminationPass(),
         GatherTablesOnce(),

@@ -4,7 +4,7 @@ Needs: TimestepQuantize expanded; each site's codes read by DequantizeLinear wit
 Guarantees: the same numbers; the codes keep their name.
 
 1. A site that a layer reads, or a product as its first operand: UINT8, with a zero-point of 128 wherever it is dequantized.
-2. A site that is a product's second operand stays INT8.
+2. A site that is a product's second operand stays INT8 (but see AvoidSaturation).
 
 onnxruntime on x86 fuses DequantizeLinear and MatMul into its integer kernel only for unsigned activations. It converts signed ones by
 itself, but not where several layers read one site: those ran in float.
@@ -16,9 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.editor import Editor
+from exporters.exactness import MIDDLE
 from exporters.graph_info import graph_info
-
-MIDDLE = 128
 
 
 class UnsignedActivations(ir.passes.InPlacePass):
@@ -35,11 +34,12 @@ class UnsignedActivations(ir.passes.InPlacePass):
             if site.integer and site.name not in second and values[site.codes].dtype is ir.DataType.INT8
         ]
         for codes in chosen:
-            _raise(editor, codes)
+            raise_codes(editor, codes)
         return ir.passes.PassResult(model, modified=bool(chosen))
 
 
-def _raise(editor: Editor, codes: ir.Value) -> None:
+def raise_codes(editor: Editor, codes: ir.Value) -> None:
+    """Store an activation's INT8 codes as UINT8, 128 above."""
     zero = editor.constant("middle_code", np.asarray(MIDDLE, np.uint8))
     quantize = codes.producer()
     readers = [node for node, _ in codes.uses()]

@@ -26,6 +26,7 @@ from quest_deploy.engine.backends import check_options, get_backend
 from quest_deploy.engine.base import (
     DTYPES,
     HARDWARE_COMPATIBILITY_LEVELS,
+    NATIVE_PROCESSOR,
     PROFILING_VERBOSITIES,
     QUANTIZE,
     EngineOptions,
@@ -68,7 +69,7 @@ def build_engine_stage(
         }
         return files, details
 
-    chosen = dataclasses.asdict(options)
+    chosen = dataclasses.asdict(options) | built_for.answers(options)  # on a machine that answers otherwise, it is built again
     if options.plugins is not None:  # built again, it is another one at the same place
         chosen["plugin_sha256"] = sha256_of(Path(options.plugins))
     return run_stage(workspace, console, f"build-engine/{backend}", inputs=("export",), options=chosen, reuse=reuse, work=work)
@@ -202,6 +203,13 @@ def build_engine_command(
             "`quest-deploy inspect` tells what they run in only if it is the first."
         ),
     ] = "detailed",
+    processor: Annotated[
+        str,
+        typer.Option(
+            help="CPU backends: native, exact on processors that compute as this one does, or any, exact on every x86-64 and slower "
+            "where that has 8-bit weights."
+        ),
+    ] = NATIVE_PROCESSOR,
     verbose: Annotated[bool, typer.Option("--verbose", help="TensorRT: print all that it logs while it builds.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -231,6 +239,7 @@ def build_engine_command(
         max_num_tactics=max_num_tactics,
         profiling_verbosity=profiling_verbosity,
         verbose=verbose,
+        processor=processor,
     )
     get_backend(backend)
     check_options(backend, options)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from exporters.exactness import LEVELS
 from quest_deploy.cli.console import Console, table
 from quest_deploy.cli.options import JsonOption
 from quest_deploy.engine.backends import BACKENDS
-from quest_deploy.engine.base import EngineOptions, integer_instructions, processor_name
+from quest_deploy.engine.base import CpuBackend, EngineOptions, integer_instructions, processor_name
 from quest_deploy.engine.tensorrt import gpu_count
 from quest_deploy.errors import InputError
 from quest_deploy.workspace import versions
@@ -31,16 +32,37 @@ def doctor(as_json: JsonOption = False) -> None:
         "free_disk_bytes": shutil.disk_usage(".").free,
         "versions": versions(),
     }
+    exact = {name: _exact_integers(backend) for name, backend in BACKENDS.items() if isinstance(backend, CpuBackend)}
     rows = [[name, "yes" if s["build"] is None else "no", "yes" if s["run"] is None else "no"] for name, s in backends.items()]
     remedies = dict.fromkeys(problem for s in backends.values() for problem in s.values() if problem)
     console.result(
-        {"machine": machine, "backends": backends},
+        {"machine": machine, "backends": backends, "exact_integers": exact},
         f"{machine['processor']}, {machine['gpus']} NVIDIA GPUs, {machine['free_disk_bytes'] / 1e9:.0f} GB free here",
         ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
         table(["backend", "builds", "runs"], rows),
         *_integers(machine["integer_instructions"]),
+        *(line for name, levels in exact.items() for line in _describe_exact(name, levels)),
         *(f"- {remedy}" for remedy in remedies),
     )
+
+
+def _exact_integers(backend: CpuBackend) -> dict[str, int] | None:
+    """By kernel, the largest weights that the runtime multiplies exactly here; None where it does not run."""
+    if _problem(backend.check_run, EngineOptions()) is not None:
+        return None
+    return dict(backend.exactness(EngineOptions()).levels)
+
+
+def _describe_exact(name: str, levels: dict[str, int] | None) -> list[str]:
+    if levels is None:
+        return []
+    short = {kernel: level for kernel, level in levels.items() if level < LEVELS[0]}
+    if not short:
+        return [f"{name} computes every integer product exactly on this processor"]
+    return [
+        f"{name} saturates on this processor, and engines avoid it: exact are "
+        + ", ".join(f"{kernel} up to weights of {level}" if level else f"{kernel} never" for kernel, level in sorted(short.items()))
+    ]
 
 
 def _integers(instructions: list[str]) -> list[str]:

@@ -47,6 +47,10 @@ def package(
         list[Path] | None,
         typer.Option(metavar="FILE", help="A library of TensorRT plugins that the plan needs, besides its own; may be repeated."),
     ] = None,
+    processor: Annotated[
+        str,
+        typer.Option(help="Without a GPU: native, exact on processors that compute as this one does, or any, exact on every x86-64."),
+    ] = TritonOptions.processor,
     as_json: JsonOption = False,
 ) -> None:
     """Write a package that serves the model: a model repository for Triton Inference Server."""
@@ -55,7 +59,7 @@ def package(
         raise InputError("expected what to package for: --triton DIR")
     options = TritonOptions(
         max_batch, max_steps, max_size, max_images, max_in_flight, max_queue, queue_delay, io_dtype,
-        tuple(map(str, plugin_library or ())),
+        tuple(map(str, plugin_library or ())), processor,
     )  # fmt: skip
     opened = open_workspace(workspace, model, bits)
     with console.progress("package") as update:

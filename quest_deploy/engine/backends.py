@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quest_deploy.engine.base import Backend, EngineOptions, option_name
+from quest_deploy.engine.base import NATIVE_PROCESSOR, Backend, CpuBackend, EngineOptions, option_name
 from quest_deploy.engine.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.engine.openvino import OpenVinoBackend
 from quest_deploy.engine.tensorrt import TensorRtRtxBackend
@@ -49,6 +49,8 @@ def check_options(name: str, options: EngineOptions) -> None:
             raise InputError(f"{option_name(option)} is TensorRT's, and the backend is {name}")
     if options.provider != "cpu" and name != "onnxruntime":
         raise InputError(f"--provider is onnxruntime's, and the backend is {name}")
+    if options.processor != NATIVE_PROCESSOR and not isinstance(BACKENDS[name], CpuBackend):
+        raise InputError(f"--processor is for CPUs, and the backend is {name}")
     if options.compute_capabilities and name != "tensorrt-rtx":
         raise InputError(f"--compute-capability is tensorrt-rtx's, and the backend is {name}")
 

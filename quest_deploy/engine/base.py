@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import platform
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from exporters.exactness import Exactness
+
 FORMAT = "quest-deploy engine"
 VERSION = 1
 ENGINE_FILE = "engine.json"
@@ -36,6 +38,7 @@ PROFILING_VERBOSITIES = ("detailed", "layer_names_only", "none")
 QUANTIZE = ("auto", "plugin", "native")
 PLUGIN = "plugin"
 NATIVE = "native"
+PROCESSORS = NATIVE_PROCESSOR, ANY_PROCESSOR = ("native", "any")
 OPTION_NAMES = {"sample_sizes": "--sample-size", "workspace_limit": "--pool-limit"}
 """The options of `quest-deploy build-engine` that are not called as their attributes."""
 _REPAIR = "run `quest-deploy build-engine` again"
@@ -73,6 +76,7 @@ class EngineOptions:
         max_num_tactics: how many kernels are timed for a layer; None lets TensorRT choose.
         profiling_verbosity: what the engine tells of its layers: detailed (their precisions too), layer_names_only or none.
         verbose: whether all that TensorRT logs while it builds goes to standard error.
+        processor: the processors that a CPU engine shall be exact on: native, those that compute as this one does, or any.
     """
 
     provider: str = "cpu"
@@ -98,6 +102,7 @@ class EngineOptions:
     max_num_tactics: int | None = None
     profiling_verbosity: str = "detailed"
     verbose: bool = False
+    processor: str = NATIVE_PROCESSOR
 
     def __post_init__(self) -> None:
         if self.provider not in ("cpu", "cuda", "tensorrt"):
@@ -122,6 +127,7 @@ class EngineOptions:
         for option, value, known in (
             ("--quantize", self.quantize, QUANTIZE),
             ("--profiling-verbosity", self.profiling_verbosity, PROFILING_VERBOSITIES),
+            ("--processor", self.processor, PROCESSORS),
         ):
             if value not in known:
                 raise InputError(f"{option}: expected one of {', '.join(known)}, not {value!r}")
@@ -247,9 +253,70 @@ class Backend(ABC):
         """What an engine built with ``options`` runs on."""
         return {"device": "CPU", "machine": platform.machine(), "processor": processor_name()}
 
+    def kernels(self, lowered: ir.Model, options: EngineOptions) -> dict[str, int]:
+        """The integer kernels that the engine of ``lowered`` needs to be exact (see ``exporters.exactness``); none on a GPU."""
+        return {}
+
     def record(self, options: EngineOptions) -> dict[str, Any]:
         """What else the record of an engine built with ``options`` holds."""
         return {}
+
+    def answers(self, options: EngineOptions) -> dict[str, Any]:
+        """What this machine answered and the engine's form depends on, of JSON's types."""
+        return {}
+
+
+class CpuBackend(Backend):
+    """A backend of CPUs, whose integer kernels are exact on some processors and not on others."""
+
+    package: str
+    """The Python package of the runtime."""
+
+    def on_cpu(self, options: EngineOptions) -> bool:
+        """Whether an engine of ``options`` runs on the CPU; a GPU's kernels add in 32 bits."""
+        return True
+
+    def exactness(self, options: EngineOptions) -> Exactness:
+        """What holds on any processor, if that is asked for; else what the runtime answers on this one."""
+        from exporters import exactness
+        from quest_deploy.engine.exactness import measured
+
+        if not self.on_cpu(options):
+            return exactness.EXACT
+        return exactness.ANY_PROCESSOR if options.processor == ANY_PROCESSOR else measured(self)
+
+    def lower(self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None) -> ir.Model:
+        return self.lower_for(model, options, self.exactness(options), frozen_bucket=frozen_bucket)
+
+    @abstractmethod
+    def lower_for(self, model: ir.Model, options: EngineOptions, exactness: Exactness, *, frozen_bucket: int | None = None) -> ir.Model:
+        """As :meth:`lower`, for a runtime that computes exactly what ``exactness`` says."""
+
+    def answers(self, options: EngineOptions) -> dict[str, Any]:
+        return {"exact_integers": dict(self.exactness(options).levels)}
+
+    def record(self, options: EngineOptions) -> dict[str, Any]:
+        return self.answers(options)
+
+    def kernels(self, lowered: ir.Model, options: EngineOptions) -> dict[str, int]:
+        from exporters.exactness import kernel_needs
+
+        return kernel_needs(lowered) if self.on_cpu(options) else {}
+
+    def check_engine(self, content: dict[str, Any]) -> EngineOptions:
+        """As of any backend; besides, the engine's integer products must be exact on this machine."""
+        from exporters import exactness
+        from quest_deploy.engine.exactness import check_kernels
+
+        options, kernels = super().check_engine(content), content.get("kernels")
+        if not isinstance(kernels, dict) or not all(isinstance(level, int) for level in kernels.values()):
+            raise InputError(
+                f"{ENGINE_FILE} does not say which integer kernels the engine needs, as earlier versions' do not; {_REPAIR}"
+            )
+        if exactness.ANY_PROCESSOR.short_of(kernels):  # else it is exact anywhere
+            here = self.exactness(replace(options, processor=NATIVE_PROCESSOR))
+            check_kernels(here, kernels, f"quest-deploy build-engine --backend {self.name}")
+        return options
 
 
 def no_progress(phase: str, done: int, total: int) -> None:
@@ -271,10 +338,15 @@ def _cpuinfo(key: str) -> str | None:
         return None
 
 
+def cpu_flags() -> tuple[str, ...]:
+    """The CPU's features as Linux names them (x86's flags, Arm's Features); empty where it does not tell."""
+    return tuple((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
+
+
 def integer_instructions() -> tuple[str, ...]:
     """The CPU's instructions for 8-bit integer products, as Linux names them; empty where it has none or does not tell."""
-    flags = (_cpuinfo("flags") or "").split()
-    return tuple(flag for flag in flags if flag in ("avx_vnni", "avx512_vnni", "amx_int8"))
+    known = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+    return tuple(flag for flag in cpu_flags() if flag in known)
 
 
 def input_shapes(model: ir.Model, batch: int) -> dict[str, tuple[int, ...]]:
@@ -309,6 +381,7 @@ def build_engine(
         lowered = backend.lower(model, options)
     except (PassError, InvariantError) as e:
         raise QuestDeployError(f"the graph cannot be lowered for {backend.name}: {e}; run `quest-deploy export` again") from e
+    kernels = backend.kernels(lowered, options)
     save_graph(lowered, folder / LOWERED)
     del model, lowered  # a gigabyte for Stable Diffusion, while the backend holds its own copy
     gc.collect()
@@ -323,6 +396,7 @@ def build_engine(
         "checkpoint_sha256": info.checkpoint_sha256,
         "sample_multiple": info.sample_multiple,
         "hardware": backend.hardware(options),
+        "kernels": kernels,
         **backend.record(options),
         "files": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
     }

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from quest_deploy.engine.base import (
     LOWERED,
-    Backend,
+    CpuBackend,
     EngineOptions,
     Runner,
     input_arrays,
     input_shapes,
-    integer_instructions,
     require_package,
 )
 from quest_deploy.errors import InputError, QuestDeployError
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
     from numpy.typing import NDArray
+
+    from exporters.exactness import Exactness
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 SETTINGS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
@@ -35,10 +36,10 @@ _FLOAT_KERNELS = ("Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatMu
 _FLOATS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-class OnnxRuntimeBackend(Backend):
+class OnnxRuntimeBackend(CpuBackend):
     """``options.provider`` chooses the execution provider."""
 
-    name = "onnxruntime"
+    name = package = "onnxruntime"
 
     def check_build(self, options: EngineOptions) -> None:
         require_package("onnxruntime", "cpu", "building for onnxruntime")
@@ -56,10 +57,13 @@ class OnnxRuntimeBackend(Backend):
                 "install 'quest-deploy[gpu]' on a machine with an NVIDIA GPU"
             )
 
-    def lower(self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None) -> ir.Model:
+    def on_cpu(self, options: EngineOptions) -> bool:
+        return options.provider == "cpu"
+
+    def lower_for(self, model: ir.Model, options: EngineOptions, exactness: Exactness, *, frozen_bucket: int | None = None) -> ir.Model:
         from exporters.lower.onnxruntime import lower
 
-        return lower(model, frozen_bucket=frozen_bucket, dtype=options.dtype)
+        return lower(model, frozen_bucket=frozen_bucket, dtype=options.dtype, exactness=exactness)
 
     def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
         """Load it once: what onnxruntime refuses is refused now."""
@@ -125,9 +129,8 @@ def _session(path: Path, options: EngineOptions, profile: Path | None = None) ->
     settings.log_severity_level = 3
     # By default a float activation that meets a dequantized weight is quantized to 8 bits, silently; such a layer computes in float.
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    # Without VNNI a product of unsigned by signed 8-bit codes can saturate: there onnxruntime shall make both unsigned.
-    settings.add_session_config_entry("session.x64quantprecision", "1")
-    settings.add_session_config_entry("session.qdqisint8allowed", "1" if integer_instructions() else "0")
+    # The lowering has chosen the operands' types, for kernels that are exact here (see AvoidSaturation): none is to be converted.
+    settings.add_session_config_entry("session.qdqisint8allowed", "1")
     if profile is not None:
         settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
     provider = PROVIDERS[options.provider]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.engine.base import LOWERED, Backend, EngineOptions, Runner, input_arrays, input_shapes, require_package
+from quest_deploy.engine.base import LOWERED, CpuBackend, EngineOptions, Runner, input_arrays, input_shapes, require_package
 from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from exporters.exactness import Exactness
+
     Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -26,10 +28,10 @@ KEPT_SHAPES = 4
 """Each compiled batch size holds weights of its own in memory."""
 
 
-class OpenVinoBackend(Backend):
+class OpenVinoBackend(CpuBackend):
     """FP32 where it is not INT8, or bf16 if asked for: on CPUs with bf16, OpenVINO would otherwise use that unasked."""
 
-    name = "openvino"
+    name = package = "openvino"
 
     def check_build(self, options: EngineOptions) -> None:
         require_package("openvino", "cpu", "building for openvino")
@@ -39,11 +41,11 @@ class OpenVinoBackend(Backend):
         require_package("openvino", "cpu", "running on openvino")
         _check_dtype(options)
 
-    def lower(self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None) -> ir.Model:
+    def lower_for(self, model: ir.Model, options: EngineOptions, exactness: Exactness, *, frozen_bucket: int | None = None) -> ir.Model:
         """In FP32 whatever ``dtype``: the runtime itself converts."""
         from exporters.lower.openvino import lower
 
-        return lower(model, frozen_bucket=frozen_bucket)
+        return lower(model, frozen_bucket=frozen_bucket, exactness=exactness)
 
     def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
         """Compile it once: what openvino refuses is refused now."""

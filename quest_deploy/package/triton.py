@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from quest_deploy import __version__
 from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.base import LOWERED, EngineOptions, engine_info, no_progress, options_from
+from quest_deploy.engine.base import (
+    LOWERED,
+    NATIVE_PROCESSOR,
+    PROCESSORS,
+    EngineOptions,
+    engine_info,
+    no_progress,
+    options_from,
+)
 from quest_deploy.engine.tensorrt import ENGINE
 from quest_deploy.engine.tensorrt_plugin import recorded_library
 from quest_deploy.errors import InputError
@@ -82,6 +90,7 @@ class TritonOptions:
         queue_delay: microseconds that the UNet's batcher waits for more requests, at every denoising step.
         io_dtype: fp32 or fp16, of the models' inputs and outputs but for timesteps, which FP16 would round.
         plugins: TensorRT plugin libraries that the plan needs, besides the one that the engine's record names.
+        processor: the processors that the package shall be exact on without a GPU: native, those that compute as this one does, or any.
     """
 
     max_batch: int | None = None
@@ -93,8 +102,11 @@ class TritonOptions:
     queue_delay: int = 0
     io_dtype: str = "fp32"
     plugins: tuple[str, ...] = ()
+    processor: str = NATIVE_PROCESSOR
 
     def __post_init__(self) -> None:
+        if self.processor not in PROCESSORS:
+            raise InputError(f"--processor: expected one of {', '.join(PROCESSORS)}, not {self.processor!r}")
         if self.io_dtype not in IO_DTYPES:
             raise InputError(f"unknown type {self.io_dtype!r} of inputs and outputs: expected {' or '.join(IO_DTYPES)}")
         least = {"max_batch": 2, "max_steps": 1, "max_size": 1, "max_images": 1, "max_in_flight": 1, "max_queue": 1, "queue_delay": 0}
@@ -270,13 +282,11 @@ class Writer:
 
     def _write_unet(self) -> None:
         from exporters.graph_info import graph_info, load_graph, sample_multiple, sample_shape, save_graph
-        from exporters.lower.onnxruntime import lower
 
         graph = load_graph(self.workspace.path(GRAPH))
         self.of_shape(sample_shape(graph), sample_multiple(graph))
         self.checkpoint_sha256 = graph_info(graph).checkpoint_sha256
-        graph = lower(graph)
-        version = self._version_folder("unet")
+        graph, version = self._lowered(graph), self._version_folder("unet")
         inputs = {value.name or "": _dims(value) for value in graph.graph.inputs}
         (output,) = (value.name or "" for value in graph.graph.outputs)
         save_graph(graph, version / ONNX)
@@ -286,6 +296,23 @@ class Writer:
             shutil.copyfile(self.plan.folder / ENGINE, version / PLAN)
         kinds = {name: "TYPE_FP32" if name in FLOAT_INPUTS else self.kind for name in inputs}
         self._write_model("unet", inputs, {output: inputs["sample"]}, self.max_batch, kinds, self.options.queue_delay, len(self.sizes))
+
+    def _lowered(self, graph: ir.Model) -> ir.Model:
+        """The graph that runs without a GPU, with a probe beside it where it is not exact on every processor."""
+        import numpy as np
+
+        from exporters.exactness import ANY_PROCESSOR, LEVELS, kernel_needs
+        from exporters.graph_info import save_graph
+        from exporters.probe import make_probe
+
+        backend, options = get_backend("onnxruntime"), EngineOptions(processor=self.options.processor)
+        lowered = backend.lower(graph, options)
+        if ANY_PROCESSOR.short_of(kernel_needs(lowered)):
+            probe, version = make_probe(LEVELS[0]), self._version_folder("unet")
+            save_graph(backend.lower(probe.model, options), version / "probe.onnx")
+            arrays = {f"feed.{name}": x for name, x in probe.feeds.items()} | {f"exact.{name}": y for name, y in probe.exact.items()}
+            np.savez_compressed(version / "probe.npz", **arrays)  # type: ignore[arg-type]
+        return lowered
 
     def write_text_encoder(self) -> None:
         """The text encoders as one model."""

@@ -108,12 +108,17 @@ def test_layers_that_share_a_site_read_its_one_quantizer(small_graph: ir.Model, 
     assert sizes == sorted([*[3] * attentions, 2 * attentions, resnets])
 
 
+def middle(codes: ir.Value) -> int:
+    """The zero-point of a symmetric weight's or an activation's codes: 8-bit weights are UINT8 (INT8 may saturate)."""
+    return 128 if codes.dtype is ir.DataType.UINT8 else 0
+
+
 def test_weights_are_stored_as_the_checkpoints_integers_at_their_own_width(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
     for name, layer in small_checkpoint.layers.items():
         weight = small_graph.graph.initializers[f"{name}.weight"]
-        assert weight.dtype == (ir.DataType.INT4 if layer.weight_bits == 4 else ir.DataType.INT8)
+        assert weight.dtype == (ir.DataType.INT4 if layer.weight_bits == 4 else ir.DataType.UINT8)
         codes = layer.weight_codes if layer.conv else layer.weight_codes.T
-        np.testing.assert_array_equal(array_of(weight).astype(np.int8), codes)
+        np.testing.assert_array_equal(array_of(weight).astype(np.int16) - middle(weight), codes)
         assert weight.const_value is not None
         assert weight.const_value.nbytes == (codes.size * layer.weight_bits + 7) // 8
 
@@ -123,7 +128,9 @@ def test_no_float_weight_of_a_quantized_layer_is_in_the_graph(small_graph: ir.Mo
     assert largest <= max(layer.weight_codes.shape[0] for layer in small_checkpoint.layers.values())
 
 
-def test_every_dequantizer_has_an_explicit_zero_point_of_zeros_and_activations_have_unit_scale(small_graph: ir.Model) -> None:
+def test_every_dequantizer_has_an_explicit_zero_point_in_the_middle_of_its_codes_and_activations_have_unit_scale(
+    small_graph: ir.Model,
+) -> None:
     for node in small_graph.graph:
         if node.op_type == "DequantizeLinear":
             value, scale, zero = node.inputs
@@ -131,7 +138,7 @@ def test_every_dequantizer_has_an_explicit_zero_point_of_zeros_and_activations_h
             assert scale is not None
             assert zero is not None
             assert zero.dtype == value.dtype
-            assert not array_of(zero).astype(np.int8).any()
+            assert (array_of(zero).astype(np.int16) == middle(value)).all()
             if value.const_value is None:
                 assert array_of(scale) == 1
 

@@ -7,7 +7,7 @@ import pytest
 
 from exporters.editor import array_of
 from exporters.passes.balance_scales import BalanceScales, power_of_two_near
-from tests.helpers import float32, hand_feeds, kinds_checkpoint, kinds_feeds, kinds_graph, proto_of, run
+from tests.helpers import float32, hand_feeds, kinds_checkpoint, kinds_feeds, kinds_graph, lowering_begins_with, proto_of, run
 
 
 def activation_scales(model: ir.Model) -> dict[str, float]:
@@ -41,7 +41,7 @@ def test_each_dequantizer_carries_the_power_of_two_near_its_sites_median_scale(h
 
 def test_a_site_with_an_offset_is_left_alone_and_products_of_two_operands_stay_the_same() -> None:
     checkpoint, feeds = kinds_checkpoint(), kinds_feeds([999.0, 0.0, 500.0, 499.0])
-    model = kinds_graph(checkpoint)
+    model = lowering_begins_with(kinds_graph(checkpoint))
     before = run(model, feeds)
     BalanceScales()(model)
     offset = {f"{name}.codes" for name, site in checkpoint.sites.items() if hasattr(site, "offset") and site.offset.any()}

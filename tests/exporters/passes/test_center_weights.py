@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from exporters.editor import array_of
 from exporters.passes.center_weights import CenterWeights
-from quest_deploy.checkpoint import pack_4bit
+from quest_deploy.checkpoint import Checkpoint, pack_4bit
 from tests.helpers import Array, graph_from_text, op_counts, proto_of, run
 
 
@@ -75,11 +75,26 @@ def test_case_3_without_signed_zero_points_an_eight_bit_weight_is_a_float_initia
     assert [value.dtype for value in model.graph.initializers.values()] == [ir.DataType.FLOAT]
 
 
-def test_a_second_run_and_a_graph_of_signed_weights_change_nothing(hand_model: ir.Model) -> None:
+def test_a_second_run_changes_nothing(hand_model: ir.Model) -> None:
     model, _ = dequantized(8, 0, 0)
     CenterWeights(signed_zero_points=True)(model)
     assert not CenterWeights(signed_zero_points=True)(model).modified
+    CenterWeights(signed_zero_points=False)(hand_model)
     assert not CenterWeights(signed_zero_points=False)(hand_model).modified
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_case_2_symmetric_weights_stored_as_uint8_become_the_checkpoints_int8(
+    signed: bool, hand: Checkpoint, hand_model: ir.Model
+) -> None:
+    assert CenterWeights(signed_zero_points=signed)(hand_model).modified
+    values = ir.convenience.create_value_mapping(hand_model.graph)
+    for name in ("last", "to_k"):
+        codes, _, zero = values[f"{name}.weight_dequantized"].producer().inputs  # type: ignore[union-attr]
+        assert (codes.dtype, zero.dtype) == (ir.DataType.INT8, ir.DataType.INT8)  # type: ignore[union-attr]
+        assert not array_of(zero).any()  # type: ignore[arg-type]
+        expected = hand.layers[name].weight_codes
+        np.testing.assert_array_equal(array_of(codes), expected if name == "last" else expected.T)  # type: ignore[arg-type]
 
 
 def test_case_3_a_weight_has_the_type_of_its_scale() -> None:

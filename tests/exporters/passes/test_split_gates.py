@@ -42,8 +42,9 @@ def test_case_1_the_halves_have_products_of_their_own_and_the_numbers_stay_the_s
     for ours, theirs in zip(run(model, feeds), before, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     halves = [model.graph.initializers[f"to_k.weight.{half}"] for half in ("first", "second")]
-    assert {half.dtype for half in halves} == {ir.DataType.INT4 if bits == 4 else ir.DataType.INT8}
-    np.testing.assert_array_equal(np.hstack([array_of(half) for half in halves]), checkpoint.layers["to_k"].weight_codes.T)
+    assert {half.dtype for half in halves} == {ir.DataType.INT4 if bits == 4 else ir.DataType.UINT8}
+    codes = np.hstack([array_of(half).astype(np.int16) for half in halves]) - (0 if bits == 4 else 128)
+    np.testing.assert_array_equal(codes, checkpoint.layers["to_k"].weight_codes.T)
     assert "to_k.weight" not in model.graph.initializers
     assert op_counts(model)["MatMul"] == 3
 

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from exporters.editor import array_of
 from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
 from exporters.passes.unsigned_activations import UnsignedActivations
-from tests.helpers import hand_feeds, kinds_checkpoint, kinds_feeds, kinds_graph, proto_of, run
+from tests.helpers import hand_feeds, kinds_checkpoint, kinds_feeds, kinds_graph, lowering_begins_with, proto_of, run
 
 
 def types_of_codes(model: ir.Model) -> dict[str, tuple[ir.DataType | None, set[int]]]:
@@ -32,7 +32,7 @@ def test_case_1_what_a_layer_reads_and_first_operands_are_unsigned_and_the_numbe
 
 
 def test_case_2_a_products_second_operand_stays_int8() -> None:
-    model, feeds = kinds_graph(kinds_checkpoint()), kinds_feeds([999.0, 0.0])
+    model, feeds = lowering_begins_with(kinds_graph(kinds_checkpoint())), kinds_feeds([999.0, 0.0])
     ExpandTimestepQuantize()(model)
     before = run(model, feeds)
     UnsignedActivations()(model)

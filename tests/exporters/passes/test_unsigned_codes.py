@@ -6,14 +6,25 @@ import onnx_ir as ir
 
 from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
 from exporters.passes.unsigned_codes import UnsignedCodes
-from tests.helpers import Array, kinds_checkpoint, kinds_expected, kinds_feeds, kinds_graph, op_counts, proto_of, relative_error, run
+from tests.helpers import (
+    Array,
+    kinds_checkpoint,
+    kinds_expected,
+    kinds_feeds,
+    kinds_graph,
+    lowering_begins_with,
+    op_counts,
+    proto_of,
+    relative_error,
+    run,
+)
 
 TIMESTEPS = [999.0, 0.0, 500.0, 3.0]
 PRODUCTS = ("scores", "mixed", "half")
 
 
 def expanded() -> ir.Model:
-    model = kinds_graph(kinds_checkpoint())
+    model = lowering_begins_with(kinds_graph(kinds_checkpoint()))
     ExpandTimestepQuantize()(model)
     return model
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from quest_deploy.engine.base import integer_instructions
 from quest_deploy.package.plans import FLOAT_INPUTS
 from quest_deploy.package.triton import MODELS
 
@@ -70,8 +69,7 @@ class LocalPipeline:
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
         settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        settings.add_session_config_entry("session.x64quantprecision", "1")
-        settings.add_session_config_entry("session.qdqisint8allowed", "1" if integer_instructions() else "0")
+        settings.add_session_config_entry("session.qdqisint8allowed", "1")
         return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
     def _rounded(self, value: np.ndarray) -> np.ndarray:

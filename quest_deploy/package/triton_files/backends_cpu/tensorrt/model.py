@@ -15,7 +15,8 @@ import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 
-VNNI = ("avx_vnni", "avx512_vnni", "amx_int8")
+TOLERANCE = 1e-5
+"""Of the probe's sums, relative to the largest; what saturates is off by percents."""
 
 
 class TritonPythonModel:
@@ -29,15 +30,10 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Open the graph. The parameter ``cpu_threads`` of the configuration is how many threads it runs on; 0 means all."""
         config = json.loads(args["model_config"])
-        path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = int(config["parameters"].get("cpu_threads", {}).get("string_value", 0))
-        settings.log_severity_level = 3
-        # As `quest-deploy` runs it: no float activation is quantized unasked, and where 8-bit products can saturate, both are unsigned.
-        settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        settings.add_session_config_entry("session.x64quantprecision", "1")
-        settings.add_session_config_entry("session.qdqisint8allowed", "1" if _has_vnni() else "0")
-        self._session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        folder = Path(args["model_repository"]) / args["model_version"]
+        threads = int(config["parameters"].get("cpu_threads", {}).get("string_value", 0))
+        _check_processor(folder)
+        self._session = _session(folder / "model.onnx", threads)
         self._inputs = {value.name: (value.type, len(value.shape)) for value in self._session.get_inputs()}
         self._outputs = {entry["name"]: pb_utils.triton_string_to_numpy(entry["data_type"]) for entry in config["output"]}
 
@@ -65,9 +61,27 @@ class TritonPythonModel:
         return value.astype({"tensor(float)": np.float32, "tensor(int32)": np.int32}[kind])
 
 
-def _has_vnni() -> bool:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(flag in text for flag in VNNI)
+def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """As `quest-deploy` opens it: no float activation is quantized unasked, and no operand's type is changed."""
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    settings.add_session_config_entry("session.qdqisint8allowed", "1")
+    return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+
+
+def _check_processor(folder: Path) -> None:
+    """Refuse a model whose integer products saturate on this processor; a model that is exact on any has no probe beside it."""
+    probe = folder / "probe.onnx"
+    if not probe.is_file():
+        return
+    with np.load(folder / "probe.npz", allow_pickle=False) as arrays:
+        feeds = {key.removeprefix("feed."): arrays[key] for key in arrays if key.startswith("feed.")}
+        exact = {key.removeprefix("exact."): arrays[key] for key in arrays if key.startswith("exact.")}
+    outputs = _session(probe, 1).run(list(exact), feeds)
+    if any(np.abs(y - e).max() > TOLERANCE * np.abs(e).max() for y, e in zip(outputs, exact.values())):  # noqa: B905
+        raise pb_utils.TritonModelException(
+            "this package was made for another processor: 8-bit products saturate on this one, and its images would be wrong; "
+            "make it here with `quest-deploy package --triton`, or anywhere with --processor any"
+        )

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from exporters.exactness import (
+    ACTIVATIONS,
+    ANY_PROCESSOR,
+    ATTENTION,
+    CONV,
+    EXACT,
+    LEVELS,
+    SATURATING_KEY,
+    SIGNED,
+    UNSIGNED,
+    Exactness,
+    integer_products,
+    kernel_needs,
+)
+from exporters.lower import onnxruntime, openvino
+from exporters.passes.avoid_saturation import AvoidSaturation
+from exporters.passes.center_weights import CenterWeights
+from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
+from exporters.passes.insert_quantized_layers import product_name
+from tests.helpers import (
+    hand_checkpoint,
+    hand_feeds,
+    hand_graph,
+    kinds_checkpoint,
+    kinds_feeds,
+    kinds_graph,
+    lowering_begins_with,
+    proto_of,
+    relative_error,
+    run,
+    run_reference,
+)
+
+if TYPE_CHECKING:
+    from tests.helpers import Feeds
+
+UNSIGNED_ATTENTION = Exactness({**ANY_PROCESSOR.levels, **{f"{ATTENTION} {a} x {UNSIGNED}": LEVELS[0] for a in ACTIVATIONS}})
+"""A processor and runtime, such as onnxruntime on AVX2, that multiply any unsigned operands exactly."""
+
+
+def prepared(portable: ir.Model) -> ir.Model:
+    """``portable`` as the pass finds it in a lowering."""
+    lowering_begins_with(portable)
+    ExpandTimestepQuantize()(portable)
+    CenterWeights(signed_zero_points=True)(portable)
+    return portable
+
+
+def forms(model: ir.Model) -> dict[str, str]:
+    """What the metadata says of the nodes that were changed."""
+    changed: dict[str, str] = json.loads(model.metadata_props.get(SATURATING_KEY, "{}"))
+    return changed
+
+
+def same_numbers(model: ir.Model, before: list[np.ndarray], feeds: Feeds) -> bool:
+    onnx.checker.check_model(proto_of(model), full_check=True)
+    return all(relative_error(ours, theirs) < 1e-6 for ours, theirs in zip(run(model, feeds), before, strict=True))
+
+
+def test_case_1_what_is_exact_stays_as_it_is(hand_model: ir.Model) -> None:
+    prepared(hand_model)
+    assert not AvoidSaturation(Exactness(dict.fromkeys(ANY_PROCESSOR.levels, LEVELS[0])))(hand_model).modified
+    assert SATURATING_KEY not in hand_model.metadata_props
+
+
+def test_case_2_a_weight_that_may_saturate_is_unsigned_and_a_4_bit_one_is_not(hand_model: ir.Model) -> None:
+    feeds, before = hand_feeds([999.0, 0.0, 500.0]), run(prepared(hand_model), hand_feeds([999.0, 0.0, 500.0]))
+    assert AvoidSaturation(ANY_PROCESSOR)(hand_model).modified
+    assert forms(hand_model) == {product_name("last"): UNSIGNED, product_name("to_k"): UNSIGNED}
+    found = {x.node.name: (x.weight, x.dequantize.inputs[0].dtype) for x in integer_products(hand_model)}  # type: ignore[union-attr]
+    assert found[product_name("last")] == found[product_name("to_k")] == (UNSIGNED, ir.DataType.UINT8)
+    assert found[product_name("conv")] == found[product_name("to_q")] == (SIGNED, ir.DataType.INT4)
+    assert same_numbers(hand_model, before, feeds)
+
+
+@pytest.mark.parametrize(("exactness", "form"), [(UNSIGNED_ATTENTION, UNSIGNED), (ANY_PROCESSOR, "float")])
+def test_cases_3_and_4_a_product_of_8_bit_activations_is_unsigned_or_in_float(exactness: Exactness, form: str) -> None:
+    feeds = kinds_feeds([999.0, 0.0, 500.0, 499.0])
+    model = prepared(kinds_graph(kinds_checkpoint()))
+    before = run(model, feeds)
+    AvoidSaturation(exactness)(model)
+    assert forms(model)[product_name("attn.mix")] == form
+    assert product_name("attn.scores") not in forms(model)  # 4 bits
+    kinds = {x.node.name: x.weight for x in integer_products(model)}
+    assert kinds.get(product_name("attn.mix")) == (UNSIGNED if form == UNSIGNED else None)
+    assert same_numbers(model, before, feeds)
+
+
+def test_case_5_a_layer_that_is_exact_in_no_form_is_refused_by_name(hand_model: ir.Model) -> None:
+    levels = {name: level for name, level in ANY_PROCESSOR.levels.items() if not (name.startswith(CONV) and name.endswith(UNSIGNED))}
+    prepared(hand_model)
+    with pytest.raises(ir.passes.PreconditionError, match=product_name("last")):
+        AvoidSaturation(Exactness(levels))(hand_model)
+
+
+@pytest.mark.parametrize("lower", [openvino.lower, onnxruntime.lower])
+@pytest.mark.parametrize("make", [lambda: hand_graph(hand_checkpoint()), lambda: kinds_graph(kinds_checkpoint())])
+def test_lowered_for_any_processor_a_graph_needs_only_what_holds_on_every_processor(lower: object, make: object) -> None:
+    assert ANY_PROCESSOR.short_of(kernel_needs(lower(make(), exactness=EXACT)))  # type: ignore[operator]
+    assert not ANY_PROCESSOR.short_of(kernel_needs(lower(make(), exactness=ANY_PROCESSOR)))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("lower", [openvino.lower, onnxruntime.lower])
+@pytest.mark.parametrize("exactness", [EXACT, ANY_PROCESSOR, UNSIGNED_ATTENTION], ids=["exact", "any", "unsigned"])
+def test_every_form_is_the_same_by_the_specifications_own_evaluator(lower: object, exactness: Exactness) -> None:
+    for portable, feeds in (
+        (lambda: hand_graph(hand_checkpoint()), hand_feeds([999.0, 0.0])),
+        (lambda: kinds_graph(kinds_checkpoint()), kinds_feeds([999.0, 0.0])),
+    ):
+        lowered = lower(portable(), exactness=exactness)  # type: ignore[operator]
+        for ours, theirs in zip(run_reference(lowered, feeds), run_reference(portable(), feeds), strict=True):
+            assert relative_error(ours, theirs) < 5e-6
