@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from exporters.exactness import LEVELS
 from quest_deploy.cli.console import Console, table
 from quest_deploy.cli.options import JsonOption
 from quest_deploy.engine.backends import BACKENDS
@@ -54,6 +53,8 @@ def _exact_integers(backend: CpuBackend) -> dict[str, int] | None:
 
 
 def _describe_exact(name: str, levels: dict[str, int] | None) -> list[str]:
+    from exporters.exactness import LEVELS
+
     if levels is None:
         return []
     short = {kernel: level for kernel, level in levels.items() if level < LEVELS[0]}

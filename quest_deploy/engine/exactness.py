@@ -93,7 +93,7 @@ def _kept(path: Path) -> dict[str, dict[str, int]]:
     """The answers that are kept; none where they cannot be read."""
     try:
         content: Any = read_json(path)
-    except QuestDeployError:
+    except (QuestDeployError, OSError):
         return {}
     if not isinstance(content, dict):
         return {}

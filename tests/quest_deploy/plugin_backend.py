@@ -27,6 +27,10 @@ class PluginOnTheCpu(OnnxRuntimeBackend):
             lowered.functions[function.identifier()] = function
         return lowered
 
+    def kernels(self, lowered: ir.Model, options: EngineOptions) -> dict[str, int]:
+        """As a GPU's."""
+        return {}
+
 
 def kept(model: ir.Model) -> list[ir.Node]:
     """The nodes that are the plugin's."""

@@ -90,8 +90,9 @@ def swap_buckets(model: ir.Model, site: str, one: int, other: int) -> None:
 
 def next_code(model: ir.Model, layer: str) -> None:
     """Change one weight code of a layer by one, within its range."""
-    first = initializer(model, f"{layer}.weight").reshape(-1)[0]
-    change(model, f"{layer}.weight", 0, by=-1 if first > 0 else 1)
+    weight = initializer(model, f"{layer}.weight")
+    middle = 128 if weight.dtype == np.uint8 else 0
+    change(model, f"{layer}.weight", 0, by=-1 if weight.reshape(-1)[0] > middle else 1)
 
 
 def next_edge_float(model: ir.Model) -> None:
