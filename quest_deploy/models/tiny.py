@@ -63,7 +63,7 @@ class TinyModel:
     guidance = 1.0
     calibration_samples = 1024
     calibration_steps = 20
-    forward_rows: int | None = None
+    forward_rows: int | None = 64
     judges_digits = True
 
     def load_unet(self) -> nn.Module:
