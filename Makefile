@@ -1,15 +1,23 @@
-# Each target sets up its own .venv if there is none; nothing else is needed than Python 3.11 and make.
+# Each target sets up its own .venv if there is none; nothing else is needed than Python 3.11, make and a C++ compiler.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
+# What the demo needs is set up for it alone; READY is all that tests, lint and the benches need.
+DEMO_READY := $(VENV)/.ready-demo
 READY := $(VENV)/.ready
+BACKENDS := onnxruntime openvino tensorrt-rtx
 SERVING := $(VENV)/serving
 WORKSPACE ?= quest-out/tiny-w4a4
 
 .PHONY: demo test lint bench bench-methods bench-sd15 bench-serving clean $(SERVING)
 
-demo: $(READY)
-	$(BIN)/quest-deploy run --model tiny --bits w4a4 -w $(WORKSPACE) --backend openvino --backend onnxruntime --build-only tensorrt-rtx
+# Python compiles what it imports, once; pip would compile ten times as much.
+unexport PYTHONDONTWRITEBYTECODE
+
+demo: $(DEMO_READY)
+	$(BIN)/quest-deploy run --model tiny --bits w4a4 -w $(WORKSPACE) \
+	  --backend openvino --backend onnxruntime --build-only tensorrt-rtx --if-available
 
 # One BLAS thread a worker: two workers with two threads each only get in each other's way.
 # Tests that share a server run in one worker (loadgroup).
@@ -36,11 +44,17 @@ bench-methods: $(READY)
 bench-sd15: $(READY)
 	$(BIN)/python scripts/bench_sd15.py $(BENCH_ARGS)
 
-$(READY): pyproject.toml constraints.txt
+# Backends whose packages have no wheels for this machine are left out, and `quest-deploy run --if-available` names them.
+$(DEMO_READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,bench,serving]'
-	touch $(READY)
+	$(PIP_INSTALL) --editable '.[cpu]' || { $(PIP_INSTALL) --editable . && for backend in $(BACKENDS); do \
+	  $(PIP_INSTALL) --editable ".[$$backend]" || echo "$$backend: left out, it has no packages for this machine"; done; }
+	touch $@
+
+$(READY): $(DEMO_READY)
+	$(PIP_INSTALL) --editable '.[dev,bench,serving]'
+	touch $@
 
 # A Triton server under load on both protocols, docs/serving/table.md: about half an hour; BENCH_ARGS='--minutes 1' takes less.
 bench-serving: demo $(SERVING)

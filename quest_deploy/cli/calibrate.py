@@ -136,7 +136,9 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
                 on_progress=lambda done, total: update("recording trajectories", done, total),
             )
             method = RangeMethod.L24 if reconstructs else RangeMethod(options.method)
-            settings = CalibrationOptions(method, seed=options.seed, **({} if rows is None else {"batch": rows}))
+            # No more rows than by default: which values are kept depends on them.
+            batch = min(rows or CalibrationOptions.batch, options.batch or CalibrationOptions.batch)
+            settings = CalibrationOptions(method, seed=options.seed, batch=batch)
             return trajectories, calibrate(workspace.model, unet, trajectories, workspace.scheme, settings, update)
 
         if not reconstructs:

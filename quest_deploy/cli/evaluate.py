@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from quest_deploy.cli.console import Update
+    from quest_deploy.quant.model import QuantizedModel
     from quest_deploy.sampling import Denoiser
     from quest_deploy.workspace import Workspace
 
@@ -94,17 +95,26 @@ def evaluate_stage(
 
 def _contestants(workspace: Workspace, backend: str, unet: nn.Module) -> Iterator[tuple[str, Denoiser]]:
     """The denoisers by name, FP32 first; each is released before the next is made, since a large model's fill the memory."""
-    from quest_deploy.checkpoint import load_checkpoint
-    from quest_deploy.quant.model import QuantizedModel
     from quest_deploy.runtime import EngineUNet
     from quest_deploy.sampling import float_denoiser
 
     yield "FP32", float_denoiser(unet)
     methods = {method_name(workspace): CALIBRATED} | ({"QuEST": CHECKPOINT} if "finetune" in workspace.stages else {})
     for name, file in methods.items():
-        yield name, QuantizedModel.from_checkpoint(load_checkpoint(workspace.path(file))).eval()
+        yield name, _quantized(workspace.path(file))
     with EngineUNet.load(workspace, backend) as engine:
         yield backend, engine
+
+
+def _quantized(path: Path) -> QuantizedModel:
+    """The fake-quantized model of a checkpoint, its weights rounded once for all images."""
+    from quest_deploy.checkpoint import load_checkpoint
+    from quest_deploy.quant.model import QuantizedModel
+
+    quantized = QuantizedModel.from_checkpoint(load_checkpoint(path)).eval()
+    for layer in quantized.quantized_layers().values():
+        layer.freeze()
+    return quantized
 
 
 def _report(update: Update, name: str, done: int, total: int) -> None:

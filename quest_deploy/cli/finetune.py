@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,7 @@ from quest_deploy.finetune.processes import is_main_process
 from quest_deploy.workspace import CALIBRATED, CHECKPOINT, FINETUNE_STATE, FINETUNE_TARGETS, REPORTS, TRAJECTORIES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from quest_deploy.checkpoint import Checkpoint
     from quest_deploy.cli.console import Update
@@ -37,7 +38,7 @@ def finetune_stage(
     """Finetune; writes checkpoint.safetensors.
 
     Args:
-        choices: override the defaults of FinetuneOptions.
+        choices: override the model's own options, which override the defaults of FinetuneOptions.
         execution: override those of ``finetune`` that do not shape the result (device, gradient_checkpointing, ...).
     """
     given = {"seed": 0, **(choices or {})}
@@ -79,8 +80,9 @@ def _options(workspace: Workspace, given: dict[str, Any]) -> FinetuneOptions:
     from quest_deploy.finetune.train import FinetuneOptions
     from quest_deploy.models.registry import load_model
 
+    model = load_model(workspace.source)
     try:
-        return FinetuneOptions(family=load_model(workspace.source).family, **given)
+        return FinetuneOptions(family=model.family, **{**model.finetuning, **given})
     except TypeError as e:
         raise InputError(f"{workspace.root}: finetuned with options that are unknown here ({e}); run `quest-deploy finetune`") from e
 
@@ -91,15 +93,30 @@ def _finetune(workspace: Workspace, options: FinetuneOptions, **execution: Any) 
     from quest_deploy.models.registry import load_model
     from quest_deploy.trajectories import Trajectories
 
-    return finetune(
-        load_model(workspace.source).load_unet,
-        load_checkpoint(workspace.path(CALIBRATED)),
-        Trajectories.load(workspace.path(TRAJECTORIES)),
-        options,
-        state_path=workspace.path(FINETUNE_STATE),
-        targets_path=workspace.path(FINETUNE_TARGETS),
-        **execution,
-    )
+    model = load_model(workspace.source)
+    with _threads(model.finetuning_threads):
+        return finetune(
+            model.load_unet,
+            load_checkpoint(workspace.path(CALIBRATED)),
+            Trajectories.load(workspace.path(TRAJECTORIES)),
+            options,
+            state_path=workspace.path(FINETUNE_STATE),
+            targets_path=workspace.path(FINETUNE_TARGETS),
+            **execution,
+        )
+
+
+@contextmanager
+def _threads(most: int | None) -> Iterator[None]:
+    """Let torch compute with at most so many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, most or before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:

@@ -54,24 +54,28 @@ def run(
         typer.Option(help=f"Backends to verify and benchmark: {', '.join(BACKENDS)}; may be repeated.", show_default=DEFAULT_BACKEND),
     ] = None,
     build_only: Annotated[list[str] | None, typer.Option(help="Backends to build for, without running; may be repeated.")] = None,
+    if_available: Annotated[
+        bool, typer.Option("--if-available", help="Leave out, by name, the backends that this machine lacks, unless it lacks all.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Of calibration and finetuning.", show_default="the workspace's, or 0")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Go from the FP32 model to verified, benchmarked engines and a picture; goes on where it was interrupted.
 
-    What was calibrated or finetuned with options of its own keeps them.
+    What was calibrated or finetuned with options of its own keeps them. An engine that fails its verification is neither
+    benchmarked nor drawn with; the others are, and the exit code is 1.
     """
     console = Console(as_json=as_json)
-    backends = list(dict.fromkeys(backend or [DEFAULT_BACKEND]))
-    for name in (*backends, *(build_only or [])):
-        get_backend(name).check_build(EngineOptions())
-    for name in backends:
-        get_backend(name).check_run(EngineOptions())
+    lacking: dict[str, str] | None = {} if if_available else None
+    backends = _available(backend or [DEFAULT_BACKEND], lacking, runs=True)
+    built = _available([*backends, *(build_only or [])], lacking, runs=False)
+    if not backends:
+        raise InputError(f"this machine has none of the backends to verify: {'; '.join((lacking or {}).values())}")
     choices = SchemeChoices(bits, buckets, granularity, attention_bits, softmax_bits, split_shortcuts)
     calibrate.CalibrateOptions(method=method or calibrate.DEFAULT_METHOD)  # refused before a workspace is made
     chosen = ModelChoices(model, revision, random_weights, tuple(lora or ()))
     opened = create_workspace(workspace, chosen, choices, split_shortcuts=method == calibrate.QDIFF)
-    results: dict[str, Any] = {"workspace": str(opened.root)}
+    results: dict[str, Any] = {"workspace": str(opened.root), "left_out": lacking or {}, "failed": {}}
 
     def show(stage: str, details: dict[str, Any], text: str) -> None:
         results[stage] = details
@@ -86,24 +90,53 @@ def run(
     show("export", details, export.describe(opened, details))
     details = reference.reference_stage(opened, console, reuse=True)
     show("reference", details, reference.describe(opened, details))
-    for name in dict.fromkeys((*backends, *(build_only or []))):
+    for name in built:
         details = build_engine.build_engine_stage(opened, console, name, EngineOptions(), reuse=True)
         show(f"build-engine {name}", details, build_engine.describe(opened, details))
+    passed: list[str] = []
     for name in backends:
         details = verify.verify_stage(opened, console, name, reuse=True)
         show(f"verify {name}", details, verify.describe(details))
-        verify.require_passed(details)
+        if not details["passed"]:
+            results["failed"][name] = verify.failure(details)
+            continue
+        passed.append(name)
         details = benchmark.benchmark_stage(opened, console, name, reuse=True)
         show(f"benchmark {name}", details, benchmark.describe(details))
-    main = backends[0]
     if opened.source.random_weights:
         console.note("generate, evaluate: left out, random weights draw nothing")
+    elif passed:
+        details = generate.generate_stage(opened, console, passed[0], reuse=True)
+        show(f"generate {passed[0]}", details, details["picture"])
+        details = evaluate.evaluate_stage(opened, console, passed[0], reuse=True)
+        show(f"evaluate {passed[0]}", details, evaluate.describe(details))
     else:
-        details = generate.generate_stage(opened, console, main, reuse=True)
-        show(f"generate {main}", details, details["picture"])
-        details = evaluate.evaluate_stage(opened, console, main, reuse=True)
-        show(f"evaluate {main}", details, evaluate.describe(details))
+        console.note("generate, evaluate: left out, no engine passed its verification")
     console.result(results, "", "== summary", _summary(results, backends))
+    if results["failed"]:
+        console.note(f"error: {'; '.join(results['failed'].values())}")  # after the result, which --json keeps one value
+        raise typer.Exit(1)
+
+
+def _available(names: list[str], lacking: dict[str, str] | None, *, runs: bool) -> list[str]:
+    """Those of the backends ``names`` that can build here, and run where ``runs``, each once.
+
+    Why the others cannot goes into ``lacking``; where that is None, it is raised as the InputError that an unknown name always is.
+    """
+    available = []
+    for name in dict.fromkeys(names):
+        backend = get_backend(name)
+        try:
+            backend.check_build(EngineOptions())
+            if runs:
+                backend.check_run(EngineOptions())
+        except InputError as e:
+            if lacking is None:
+                raise
+            lacking[name] = str(e)
+        else:
+            available.append(name)
+    return available
 
 
 def _calibration(workspace: Workspace, method: str | None, seed: int | None) -> calibrate.CalibrateOptions:
@@ -125,17 +158,20 @@ def _finetuning(workspace: Workspace, seed: int | None) -> dict[str, Any]:
 
 
 def _summary(results: dict[str, Any], backends: list[str]) -> str:
-    main = backends[0]
-    evaluated = results.get(f"evaluate {main}")
-    lines = [] if evaluated is None else [evaluate.summary(evaluated)]
+    lines = [evaluate.summary(details) for stage, details in results.items() if stage.startswith("evaluate ")]
     for name in backends:
+        if name in results["failed"]:
+            lines.append(f"{name}: verification FAILED: {results['failed'][name]}")
+            continue
         verified, timed = results[f"verify {name}"], results[f"benchmark {name}"]
         codes, different = (sum(b[key] for b in verified["buckets"]) for key in ("codes", "mismatches"))
         speed = ", ".join(f"{ratio:.2f}x FP32 at batch {batch}" for batch, ratio in timed["speedup_over_fp32"].items())
         lines.append(f"{name}: verification PASSED ({codes} codes, {different} at rounding ties differ)")
         lines.append(f"{name}: speed {speed}; files {timed['size_ratio_to_fp32']:.2f}x smaller than FP32")
+    lines += [f"{name}: left out: {reason}" for name, reason in results["left_out"].items()]
     graph = results["export"]
     lines.append(f"graph: {size(graph['bytes'])} for {size(graph['fp32_weight_bytes'])} of FP32 weights")
-    if f"generate {main}" in results:
-        lines.append(f"picture: {results[f'generate {main}']['picture']}")
+    lines += [f"picture: {details['picture']}" for stage, details in results.items() if stage.startswith("generate ")]
+    if len(results["failed"]) == len(backends):
+        lines.append("picture, Frechet distance: left out, no engine passed its verification")
     return "\n".join(lines)

@@ -20,7 +20,6 @@ from quest_deploy.cli.options import (
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.engine.backends import get_backend
 from quest_deploy.engine.base import EngineOptions, engine_options
-from quest_deploy.errors import QuestDeployError
 from quest_deploy.files import write_json
 from quest_deploy.workspace import ENGINES, REFERENCE, REPORTS
 
@@ -122,15 +121,10 @@ def verify(
     details = verify_stage(opened, console, backend)
     console.result({"workspace": str(opened.root), **details}, describe(details))
     if not details["passed"]:
-        console.note(f"error: {_failure(details)}")  # beside the report, which --json keeps the only value on standard output
+        console.note(f"error: {failure(details)}")  # beside the report, which --json keeps the only value on standard output
         raise typer.Exit(1)
 
 
-def require_passed(details: dict[str, Any]) -> None:
-    """Raise QuestDeployError where the verification failed."""
-    if not details["passed"]:
-        raise QuestDeployError(_failure(details))
-
-
-def _failure(details: dict[str, Any]) -> str:
+def failure(details: dict[str, Any]) -> str:
+    """What a failed verification comes down to: its first problem."""
     return f"the {details['backend']} engine does not compute the fake-quantized model: {details['problems'][0]}"

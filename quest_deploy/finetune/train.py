@@ -280,7 +280,7 @@ def _optimizer(student: nn.Module, stage: _Stage, options: FinetuneOptions) -> t
     for parameter in stage.parameters:
         parameter.requires_grad_(True)
     rates = (options.weight_rate, options.scale_rate)
-    optimizer = torch.optim.Adam([{"params": stage.weights}, {"params": stage.scales}], lr=0.0)
+    optimizer = torch.optim.Adam([{"params": stage.weights}, {"params": stage.scales}], lr=0.0, fused=True)
 
     def schedule(step: int) -> None:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):

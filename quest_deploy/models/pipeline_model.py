@@ -18,7 +18,7 @@ from quest_deploy.models.schedulers import make_scheduler
 from quest_deploy.models.source import INDEX
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
     from numpy.typing import NDArray
@@ -77,6 +77,8 @@ class PipelineModel:
         # A forward pass of Stable Diffusion takes seconds on a CPU, one of a latent-diffusion UNet about one.
         self.calibration_samples = 2 if self.guidance != 1 else 4
         self.forward_rows: int | None = 2 if self.family == TEXT_TO_IMAGE else 4
+        self.finetuning: Mapping[str, Any] = {}
+        self.finetuning_threads: int | None = None
 
     def load_unet(self) -> nn.Module:
         """The float model, its LoRAs fused; random weights are those of the source's seed."""

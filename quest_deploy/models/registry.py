@@ -10,7 +10,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.models.source import IMPORTED, INDEX, SINGLE_FILES, Lora, ModelSource, fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     import torch
@@ -68,6 +68,8 @@ class DiffusionModel(Protocol):
         guidance: the classifier-free guidance weight it is used with unless told otherwise; 1 is none.
         calibration_samples, calibration_steps: how many samplings, of how many steps, are recorded for it unless told otherwise.
         forward_rows: how many rows of a batch are best run at once; None for any number.
+        finetuning: the options of ``FinetuneOptions`` that suit it better than the defaults.
+        finetuning_threads: how many of torch's threads finetune it best on a CPU; None for all.
         judges_digits: whether its images can be judged by a classifier of digits.
     """
 
@@ -79,6 +81,8 @@ class DiffusionModel(Protocol):
     calibration_samples: int
     calibration_steps: int
     forward_rows: int | None
+    finetuning: Mapping[str, Any]
+    finetuning_threads: int | None
     judges_digits: bool
 
     @property

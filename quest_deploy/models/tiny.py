@@ -8,6 +8,7 @@ from nothing; its weights ship in ``tiny_assets/`` in the Hugging Face Hub's own
 from __future__ import annotations
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from quest_deploy.files import read_json
 from quest_deploy.models.schedulers import make_scheduler
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from numpy.typing import NDArray
     from torch import nn
@@ -63,7 +66,13 @@ class TinyModel:
     guidance = 1.0
     calibration_samples = 1024
     calibration_steps = 20
-    forward_rows: int | None = None
+    forward_rows: int | None = 250
+    # Fewer, smaller batches than the defaults, at twice the rates: nearly as good, in a third of the time.
+    finetuning: Mapping[str, Any] = MappingProxyType(
+        {"temporal_steps": 60, "sensitive_steps": 340, "batch": 16, "weight_rate": 2e-3, "scale_rate": 1e-2}
+    )
+    # Its operations are too small to share: two threads are no faster than one, and far slower where other work takes a core.
+    finetuning_threads: int | None = 1
     judges_digits = True
 
     def load_unet(self) -> nn.Module:

@@ -74,6 +74,11 @@ def bucket_of(timestep: Tensor, edges: Tensor) -> Tensor:
     return (timestep[:, None] >= edges[None]).sum(1)
 
 
+def clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """x clamped to [low, high], both of which broadcast against it: torch.clamp, ten times as fast on a CPU."""
+    return torch.minimum(torch.maximum(x, low), high)
+
+
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Shape [B] values to broadcast over the rows of ``like`` [B, ...] (of a weight, over its output channels)."""
     return values.view(-1, *([1] * (like.dim() - 1)))
@@ -86,17 +91,34 @@ def per_channel(values: Tensor, like: Tensor, axis: int) -> Tensor:
     return values.view(shape)
 
 
+# On a CPU, comparisons and masks take five to ten times as long as arithmetic: gradients are picked by the kernels that torch has
+# for activation functions.
+
+
+def _where_zero(grad: Tensor, excess: Tensor) -> Tensor:
+    """``grad`` where ``excess``, of whole numbers, is 0; else 0."""
+    result: Tensor = torch.ops.aten.hardtanh_backward(grad, excess, -0.5, 0.5)
+    return result
+
+
+def _where_positive(grad: Tensor, excess: Tensor) -> Tensor:
+    """``grad`` where ``excess`` is positive; else 0."""
+    result: Tensor = torch.ops.aten.threshold_backward(grad, excess, 0)
+    return result
+
+
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         codes = torch.round(weight / scale)
-        ctx.save_for_backward((codes >= low) & (codes <= high))
-        return codes.clamp_(low, high).mul_(scale)
+        clamped = clamp(codes, low, high)
+        ctx.save_for_backward(codes.sub_(clamped))
+        return clamped.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (inside,) = ctx.saved_tensors
-        return grads[0] * inside, None, None, None
+        (excess,) = ctx.saved_tensors
+        return _where_zero(grads[0], excess), None, None, None
 
 
 class _FakeQuantizeActivation(torch.autograd.Function):
@@ -104,32 +126,35 @@ class _FakeQuantizeActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, channel: Tensor | None, axis: int) -> Tensor:
         step = per_sample(scale, x)
-        lows, highs = per_sample(low, x), per_sample(high, x)
         divisor = step if channel is None else step * per_channel(channel, x, axis)
         ratio = x / divisor
         # Only the ratio is kept, and its codes made again in the backward pass: every site of a UNet keeps its own.
         ctx.save_for_backward(ratio, scale, low, high, channel)
         ctx.axis = axis
-        return torch.round(ratio).clamp_(lows, highs).mul_(step)
+        return clamp(torch.round(ratio), per_sample(low, x), per_sample(high, x)).mul_(step)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
         ratio, scale, low, high, channel = ctx.saved_tensors
         grad = grads[0]
-        lows, highs = per_sample(low, ratio), per_sample(high, ratio)
         codes = torch.round(ratio)
-        below, above = codes < lows, codes > highs
-        inside = ~(below | above)
+        clamped = clamp(codes, per_sample(low, ratio), per_sample(high, ratio))
+        excess = codes.sub_(clamped)
+        inside = _where_zero(grad, excess)
         grad_x = grad_scale = grad_low = grad_high = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad * inside
-            if channel is not None:
-                grad_x = grad_x / per_channel(channel, grad_x, ctx.axis)
+            grad_x = inside if channel is None else inside / per_channel(channel, inside, ctx.axis)
         if ctx.needs_input_grad[1]:
             # LSQ (arXiv 1902.08153): the rounding error where x is inside, the bound itself where it is clipped.
-            grad_scale = (grad * (codes.clamp_(lows, highs) - ratio * inside)).flatten(1).sum(1)
-        if ctx.needs_input_grad[2]:
-            grad_low = (grad * below).flatten(1).sum(1) * scale
-        if ctx.needs_input_grad[3]:
-            grad_high = (grad * above).flatten(1).sum(1) * scale
+            grad_scale = _row_products(grad, clamped) - _row_products(inside, ratio)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            outside = grad - inside
+            above = _where_positive(outside, excess).flatten(1).sum(1)
+            grad_low, grad_high = (outside.flatten(1).sum(1) - above) * scale, above * scale
         return grad_x, grad_scale, grad_low, grad_high, None, None
+
+
+def _row_products(a: Tensor, b: Tensor) -> Tensor:
+    """The inner products of the rows of ``a`` and ``b`` [B, ...], [B]."""
+    result: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+    return result

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quest_deploy.checkpoint import Architecture, Checkpoint, FreeSiteData, LayerData, ProductData, SiteData
 from quest_deploy.errors import InputError
-from quest_deploy.quant.affine import WeightGrid, bucket_of, per_channel, weight_codes
+from quest_deploy.quant.affine import WeightGrid, bucket_of, clamp, per_channel, weight_codes
 from quest_deploy.quant.model import conv_geometry, float_state, fold_channel
 from quest_deploy.quant.prepare import fixed_heads, prepared_for
 from quest_deploy.quant.sites import LayerPlan, QuantizationPlan, SitePlan, plan_quantization
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 VALUES_PER_SITE = 4096 * 20
 """Shared by the buckets, of which each keeps at least FEWEST_VALUES; a free channel keeps these for each bucket."""
 FEWEST_VALUES = 512
+VALUES_TOGETHER = 2**18
+"""How many quantized values the search for a range computes at a time."""
 CHANNEL_ALPHA = 0.5
 SHRINK_FACTORS = torch.linspace(1.0, 0.2, 81)
 SMALLEST_SCALE = 1e-8
@@ -226,7 +228,7 @@ class _Reservoir:
             chosen = (keys > (self._keys.min() if len(self._keys) == self.size else -1)).nonzero()[:, 0]
             rows, keys = torch.cat([self._rows, rows[chosen]]), torch.cat([self._keys, keys[chosen]])
         if len(keys) > self.size:
-            keys, chosen = keys.topk(self.size)
+            keys, chosen = keys.topk(self.size, sorted=False)
             rows = rows[chosen]
         self._rows, self._keys = rows.clone(), keys
 
@@ -266,15 +268,14 @@ def _activation_ranges(values: Tensor, extremes: Tensor, bits: int, symmetry: Sy
             smallest = torch.zeros_like(smallest)
         scale = ((largest - smallest) / high).clamp(min=SMALLEST_SCALE)
         zero_point = torch.round(-smallest / scale).clamp(0, high)
-    best, best_error = scale[0].clone(), torch.full_like(scale[0], torch.inf)
-    best_zero = zero_point[0].clone()
-    for s, z in zip(scale, zero_point, strict=True):
-        codes = torch.clamp(torch.round(values / s), low - z, high - z)
-        error = method.error(codes * s - values, 0)
-        better = error < best_error
-        best, best_zero = torch.where(better, s, best), torch.where(better, z, best_zero)
-        best_error = torch.minimum(error, best_error)
-    return best, best_zero
+    # Many factors at once: a sample is small, and each operation on it alone costs more to start than to compute.
+    together = max(1, VALUES_TOGETHER // values.numel())
+    errors = [
+        method.error(clamp(torch.round(values / s), low - z, high - z) * s - values, 1)
+        for s, z in zip(scale[:, None].split(together), zero_point[:, None].split(together), strict=True)
+    ]
+    best = torch.cat(errors).argmin(0, keepdim=True)
+    return scale.gather(0, best)[0], zero_point.gather(0, best)[0]
 
 
 def _layer_data(layer: nn.Module, plan: LayerPlan, channel: Tensor, method: RangeMethod) -> LayerData:

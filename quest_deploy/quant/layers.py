@@ -6,6 +6,9 @@ integer-valued weights in float; both together compute, in float, what the deplo
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,12 +24,37 @@ from quest_deploy.quant.affine import (
 )
 from quest_deploy.scheme import Symmetry, activation_levels
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
 
 class BucketState:
-    """The bucket of each sample of the batch that is being computed, int64 [B]: set by the model, read by its quantizers."""
+    """The bucket of each sample of the batch that is being computed, int64 [B]: set by the model, read by its quantizers.
+
+    During a forward pass it also keeps the last tensor that was quantized: q, k and v read the same one, one after the other.
+    """
 
     def __init__(self) -> None:
         self.current: Tensor | None = None
+        self._last: tuple[SiteQuantizer, Tensor, Tensor] | None = None
+        self._sharing = False
+
+    @contextmanager
+    def during(self, buckets: Tensor) -> Iterator[None]:
+        """One forward pass of the model, its samples in ``buckets`` [B]."""
+        self.current, self._sharing = buckets, True
+        try:
+            yield
+        finally:
+            self.current, self._sharing, self._last = None, False, None
+
+    def once(self, site: SiteQuantizer, x: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+        """quantize(x), or what it gave for this very tensor, if ``site`` quantized it last in this forward pass."""
+        if not self._sharing:
+            return quantize(x)
+        if self._last is None or self._last[0] is not site or self._last[1] is not x:
+            self._last = site, x, quantize(x)
+        return self._last[2]
 
     def get(self) -> Tensor:
         """The current buckets; raise RuntimeError outside a forward pass of the quantized model."""
@@ -141,6 +169,9 @@ class ActivationQuantizer(SiteQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize x [B, ...]: scale * code (the channel vector's share lives in the weights)."""
+        return self._buckets.once(self, x, self._quantized)
+
+    def _quantized(self, x: Tensor) -> Tensor:
         bucket = self.current_bucket()
         scale, low, high = (table[bucket] for table in self.tables())
         return fake_quantize_activation(x, scale, low, high, self.channel if self._folded else None, self.axis)

@@ -134,12 +134,9 @@ class QuantizedModel(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
         """Predict for sample [B, ...] at timestep [B] (or a scalar, for the whole batch)."""
         timestep = torch.as_tensor(timestep).expand(sample.shape[0])
-        self.bucket_state.current = self.bucket_of(timestep)
-        try:
+        with self.bucket_state.during(self.bucket_of(timestep)):
             output: Tensor = self.model(sample, timestep, **conditions, return_dict=False)[0]
             return output
-        finally:
-            self.bucket_state.current = None
 
     def quantized_layers(self) -> dict[str, QuantizedLayer]:
         """The quantized layers by their module path in the float model, in the checkpoint's order."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
+import torch
 
 from quest_deploy.checkpoint import load_checkpoint
+from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
+from quest_deploy.finetune.train import FinetuneOptions
+from quest_deploy.models.tiny import TinyModel
 from quest_deploy.sensitivity import select_sensitive
 from tests.quest_deploy.support import cli
 
@@ -25,6 +29,25 @@ def test_layers_stages_losses_and_precision_are_options_and_are_recorded(workspa
     assert (made["stages"], made["temporal_layers"]) == (["sensitive", "temporal"], ["*"])
     assert made["sensitive_layers"] == ["conv_in", "*.ff.net.*"]
     assert (made["output_loss"], made["block_loss"], made["precision"]) == (2.0, 0.5, "bf16")
+
+
+def test_the_embedded_model_is_finetuned_with_its_own_options_and_threads_unless_told_otherwise(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[FinetuneOptions, int]] = []
+
+    def stop(teacher: Any, calibrated: Any, trajectories: Any, options: FinetuneOptions, **execution: Any) -> NoReturn:
+        seen.append((options, torch.get_num_threads()))
+        raise InputError("far enough")
+
+    monkeypatch.setattr("quest_deploy.finetune.train.finetune", stop)
+    before = torch.get_num_threads()
+    assert cli("finetune", "-w", workspace).message == "far enough"
+    assert cli("finetune", "-w", workspace, "--batch", "7").message == "far enough"
+    own = dict(TinyModel.finetuning)
+    assert [options for options, _ in seen] == [FinetuneOptions(TinyModel.family, **{**own, **told}) for told in ({}, {"batch": 7})]
+    assert {threads for _, threads in seen} == {TinyModel.finetuning_threads}
+    assert torch.get_num_threads() == before
 
 
 def test_layers_auto_takes_the_sensitivity_reports_choice(workspace: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -10,15 +11,22 @@ from diffusers import UNet2DConditionModel
 from onnx_ir.passes import PreconditionError
 
 from quest_deploy.cli import benchmark, calibrate, evaluate, export, finetune, generate
+from quest_deploy.engine.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.errors import InputError
 from quest_deploy.workspace import Workspace
-from tests.quest_deploy.support import MINI_UNET, Outcome, cli, snapshot
+from tests.quest_deploy.support import MINI_UNET, Outcome, change, cli, snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
+    import onnx_ir as ir
+
+    from quest_deploy.engine.base import EngineOptions
+
 STAGES = ("calibrate", "finetune", "export", "reference", "build-engine", "verify", "benchmark", "generate", "evaluate")
+NO_STAGES = ("workspace", "left_out", "failed")
+"""The keys of `run --json` that are no stage's."""
 
 
 @pytest.fixture
@@ -37,7 +45,11 @@ def run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setattr(generate, "generate_stage", partial(generate.generate_stage, choices=pictures))
     judged = partial(evaluate.evaluate_stage, choices={"images": 20, "steps": 3})
     monkeypatch.setattr(evaluate, "evaluate_stage", judged)
-    return lambda *options: cli("run", "-w", workspace, "--backend", "onnxruntime", *options)
+
+    def command(*options: str, backends: Iterable[str] = ("onnxruntime",)) -> Outcome:
+        return cli("run", "-w", workspace, *(part for name in backends for part in ("--backend", name)), *options)
+
+    return command
 
 
 def test_run_goes_on_from_what_is_finished_and_a_second_run_changes_no_file(run: Callable[..., Any], workspace: Path) -> None:
@@ -46,7 +58,8 @@ def test_run_goes_on_from_what_is_finished_and_a_second_run_changes_no_file(run:
     up_to_date = [line for line in first.err.splitlines() if line.endswith(": up to date")]
     assert len(up_to_date) == len(STAGES) - 1
     assert "generate/onnxruntime: done" in first.err
-    assert [name.split()[0] for name in first.json if name != "workspace"] == list(STAGES)
+    assert [name.split()[0] for name in first.json if name not in NO_STAGES] == list(STAGES)
+    assert (first.json["left_out"], first.json["failed"]) == ({}, {})
 
     before = snapshot(workspace)
     second = run()
@@ -120,14 +133,95 @@ def test_run_refuses_an_unknown_method_before_it_makes_a_workspace(tmp_path: Pat
     assert not (tmp_path / "w").exists()
 
 
-def test_run_fails_where_the_verification_failed_before(run: Callable[..., Any], workspace: Path) -> None:
+def fail_verification(workspace: Path, backend: str) -> None:
+    """Record that the engine of ``backend`` failed its verification, for two reasons."""
     opened = Workspace.open(workspace)
     record = opened.stages["verify/onnxruntime"]
-    details = {**record.details, "passed": False, "problems": ["layer conv_in: wrong"]}
+    details = {**record.details, "backend": backend, "passed": False, "problems": ["layer conv_in: wrong", "layer conv_out: wrong"]}
     files = [workspace / name for name in record.files]
-    opened.record("verify/onnxruntime", inputs=record.inputs, options=record.options, files=files, details=details)
+    inputs = (f"build-engine/{backend}", "reference")
+    opened.record(f"verify/{backend}", inputs=inputs, options=record.options, files=files, details=details)
+
+
+def test_run_goes_on_with_the_other_backends_where_one_fails_its_verification(run: Callable[..., Any], workspace: Path) -> None:
+    fail_verification(workspace, "openvino")
+    first = run("--json", backends=("openvino", "onnxruntime"))
+    assert first.code == 1
+    assert "the openvino engine does not compute the fake-quantized model: layer conv_in: wrong" in first.message
+    assert list(first.json["failed"]) == ["openvino"]
+    assert "layer conv_in: wrong" in first.json["failed"]["openvino"]
+    after = [name for name in first.json if name.split()[0] in ("verify", "benchmark", "generate", "evaluate")]
+    assert after == ["verify openvino", *(f"{stage} onnxruntime" for stage in ("verify", "benchmark", "generate", "evaluate"))]
+
+    before = snapshot(workspace)
+    second = run(backends=("openvino", "onnxruntime"))
+    assert second.code == 1
+    assert snapshot(workspace) == before
+    summary = second.out.split("== summary")[1]
+    assert "openvino: verification FAILED: " in summary
+    assert "layer conv_in: wrong" in summary
+    assert "layer conv_out" not in summary
+    assert "onnxruntime: verification PASSED" in summary
+    assert "grid-onnxruntime.png" in summary
+
+
+def test_run_where_no_engine_passes_names_what_it_leaves_out(run: Callable[..., Any], workspace: Path) -> None:
+    fail_verification(workspace, "onnxruntime")
     ended = run()
     assert (ended.code, "layer conv_in: wrong" in ended.message) == (1, True)
+    assert "picture, Frechet distance: left out" in ended.out.split("== summary")[1]
+    assert not (workspace / "images" / "grid-onnxruntime.png").exists()
+
+
+def test_run_verifies_an_engine_whose_weights_were_changed_and_says_that_it_fails(run: Callable[..., Any], workspace: Path) -> None:
+    lower = OnnxRuntimeBackend.lower
+
+    def wrong(backend: OnnxRuntimeBackend, model: ir.Model, options: EngineOptions, **further: Any) -> ir.Model:
+        lowered = lower(backend, model, options, **further)
+        change(lowered, "conv_in.bias", 0, by=1.0)
+        return lowered
+
+    opened = Workspace.open(workspace)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnnxRuntimeBackend, "lower", wrong)
+        assert cli("build-engine", "-w", opened.root, "--backend", "onnxruntime").code == 0
+    ended = run("--json")
+    assert ended.code == 1
+    assert list(ended.json["failed"]) == ["onnxruntime"]
+    assert "benchmark onnxruntime" not in ended.json
+
+
+@pytest.fixture
+def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine for which there is no openvino."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *further: None if name == "openvino" else find(name, *further))
+
+
+@pytest.mark.usefixtures("without_openvino")
+def test_run_if_available_leaves_out_by_name_what_the_machine_lacks(run: Callable[..., Any]) -> None:
+    ended = run("--build-only", "openvino", "--if-available", "--json", backends=("openvino", "onnxruntime"))
+    assert ended.code == 0, ended.err
+    assert list(ended.json["left_out"]) == ["openvino"]
+    assert not [name for name in ended.json if name.endswith(" openvino")]
+    assert "evaluate onnxruntime" in ended.json
+    assert "openvino: left out" in run("--if-available", backends=("openvino", "onnxruntime")).out.split("== summary")[1]
+
+
+@pytest.mark.usefixtures("without_openvino")
+@pytest.mark.parametrize("option", ["--backend", "--build-only"])
+def test_run_refuses_a_backend_that_the_machine_lacks_before_it_makes_a_workspace(tmp_path: Path, option: str) -> None:
+    ended = cli("run", "-w", tmp_path / "w", "--backend", "onnxruntime", option, "openvino")
+    assert (ended.code, "openvino" in ended.message) == (2, True)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.usefixtures("without_openvino")
+@pytest.mark.parametrize("backend", ["openvino", "no-such-backend"])
+def test_run_if_available_refuses_an_unknown_backend_and_a_machine_that_lacks_all(tmp_path: Path, backend: str) -> None:
+    ended = cli("run", "-w", tmp_path / "w", "--backend", backend, "--if-available")
+    assert (ended.code, backend in ended.message) == (2, True)
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from quest_deploy.checkpoint import Architecture, Checkpoint
 from quest_deploy.errors import InputError
 from quest_deploy.quant.affine import WeightGrid, per_channel, weight_codes
+from quest_deploy.quant.layers import ActivationQuantizer, BucketState
 from quest_deploy.quant.model import CODE_MARGIN, QuantizedModel, _nearest_with_codes, build_float_model, conv_geometry, fold_channel
 from quest_deploy.scheme import Scheme, weight_range
 from tests.helpers import numpy_layer, relative_error
@@ -68,6 +69,38 @@ def test_every_layer_computes_what_its_codes_say(model: QuantizedModel, small_ch
     assert seen.keys() == small_checkpoint.layers.keys()
     for name, (x, y) in seen.items():
         assert relative_error(y.numpy(), numpy_layer(small_checkpoint, name, x.numpy(), bucket)) < 2e-6, name
+
+
+def test_a_tensor_that_layers_read_in_turn_is_quantized_once_with_the_same_gradients(
+    double: QuantizedModel, small_inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize, parameters = ActivationQuantizer._quantized, [p for p in double.parameters() if p.requires_grad]
+    read: list[tuple[int, int]] = []
+
+    def counted(site: ActivationQuantizer, x: Tensor) -> Tensor:
+        read.append((id(site), id(x)))
+        return quantize(site, x)
+
+    def run() -> tuple[Tensor, ...]:
+        output = double(**in_double(small_inputs))
+        return output, *torch.autograd.grad(output.square().sum(), parameters, allow_unused=True)
+
+    monkeypatch.setattr(ActivationQuantizer, "_quantized", counted)
+    shared, once = run(), len(read)
+    monkeypatch.setattr(BucketState, "once", lambda state, site, x, quantize: quantize(x))
+    for ours, theirs in zip(shared, run(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+    assert once < len(read) - once
+
+
+def test_a_site_that_is_called_alone_quantizes_each_time_anew(model: QuantizedModel) -> None:
+    site = next(s for s in model.site_quantizers().values() if isinstance(s, ActivationQuantizer))
+    x = torch.randn(2, *[len(site.channel) if axis == site.axis % 4 else 4 for axis in range(1, 4)])
+    model.bucket_state.current = torch.zeros(2, dtype=torch.int64)
+    try:
+        assert site(x) is not site(x)
+    finally:
+        model.bucket_state.current = None
 
 
 @torch.no_grad()
