@@ -8,9 +8,12 @@ DEMO_READY := $(VENV)/.ready-demo
 READY := $(VENV)/.ready
 BACKENDS := onnxruntime openvino tensorrt-rtx
 SERVING := $(VENV)/serving
+# One BLAS thread a worker: two workers with two threads each only get in each other's way.
+# A file's tests share a server, an engine, a compiled program: one worker runs them all, in tests/conftest.py's order.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 WORKSPACE ?= quest-out/tiny-w4a4
 
-.PHONY: demo test lint bench bench-methods bench-sd15 bench-serving clean $(SERVING)
+.PHONY: demo test test-slow test-all lint bench bench-methods bench-sd15 bench-serving clean $(SERVING)
 
 # Python compiles what it imports, once; pip would compile ten times as much.
 unexport PYTHONDONTWRITEBYTECODE
@@ -19,10 +22,15 @@ demo: $(DEMO_READY)
 	$(BIN)/quest-deploy run --model tiny --bits w4a4 -w $(WORKSPACE) \
 	  --backend openvino --backend onnxruntime --build-only tensorrt-rtx --if-available
 
-# One BLAS thread a worker: two workers with two threads each only get in each other's way.
-# Tests that share a server run in one worker (loadgroup).
-test: $(READY) $(SERVING)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+# What every change needs, the quick tests first; stops at the tenth failure.
+test: $(READY)
+	$(PYTEST) -m 'not slow' --maxfail 10 $(PYTEST_ARGS)
+
+# Whole chains of commands, servers, compilers.
+test-slow: $(READY) $(SERVING)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-all: test test-slow
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,4 +1,7 @@
-"""Shared fixtures: a UNet of 65 layers with Stable Diffusion's topology, calibrated on random data, and its portable graph."""
+"""Shared fixtures: a UNet of 65 layers with Stable Diffusion's topology, calibrated on random data, and its portable graph.
+
+And which tests are slow, and in which order they run.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("quest", deadline=None, max_examples=40, derandomize=True, database=None)
 settings.load_profile("quest")
 
+SLOW_FIXTURES = frozenset({"build", "chain", "denoise", "emulated", "ldm_chain", "without_headers", "xl"})
+"""They take many seconds, up to minutes: what asks for one is slow without saying so."""
+STAGES = (
+    frozenset({"small_unet", "mini_unet", "mini_tiny", "tiny", "pipelines", "files", "text_chain", "made", "host", "reference"}),
+    frozenset({"mini_chain"}),
+)
+"""Files that need none of these run first, then those that need a model or a compiler, then those that copy the small chain.
+
+One worker makes that chain for ``made``, in the middle, while the other has files to run.
+"""
 SMALL_UNET = {
     "sample_size": 4,
     "in_channels": 2,
@@ -42,6 +55,19 @@ SMALL_UNET = {
 }
 TIMESTEPS = (990.0, 700.0, 400.0, 120.0)
 """One in each bucket of a scheme of four."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow by what it asks for, before ``-m`` selects, and let the quick files run first, so that a run fails early."""
+    stages: dict[Path, int] = {}
+    for item in items:
+        fixtures = frozenset(getattr(item, "fixturenames", ()))  # also those that its fixtures ask for
+        if fixtures & SLOW_FIXTURES:
+            item.add_marker(pytest.mark.slow)
+        stage = max((i for i, needs in enumerate(STAGES, 1) if fixtures & needs), default=0)
+        stages[item.path] = max(stage, stages.get(item.path, 0))
+    items.sort(key=lambda item: stages[item.path])
 
 
 @pytest.fixture(scope="session")

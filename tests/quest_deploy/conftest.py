@@ -1,4 +1,4 @@
-"""Shared fixtures of the pipeline's tests: a very small model with its engines, and a workspace that went through every command."""
+"""Shared fixtures of the pipeline's tests: a very small model with its engines, and workspaces that went through every command."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import fcntl
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.pipelines import PIPELINES
-from tests.quest_deploy.support import CHAIN, LDM_CHAIN, MINI_UNET, TEXT_CHAIN, Outcome, cli
+from tests.quest_deploy.support import CHAIN, LDM_CHAIN, MINI_TINY_UNET, MINI_UNET, TEXT_CHAIN, Outcome, cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -133,6 +133,42 @@ class Chain:
     outcomes: dict[str, Outcome]
 
 
+@contextmanager
+def _mini_tiny() -> Iterator[None]:
+    """The embedded model's UNet is, meanwhile, one of 27 layers with random weights: a command takes a fifth of the time."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    def load_unet(model: TinyModel) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            unet: nn.Module = UNet2DConditionModel(**MINI_TINY_UNET)
+        return unet.eval()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quest_deploy.models.tiny.TinyModel.load_unet", load_unet)
+        yield
+
+
+@pytest.fixture
+def mini_tiny() -> Iterator[None]:
+    """The embedded model's UNet is a very small one during the test; in other processes it is what it was."""
+    with _mini_tiny():
+        yield
+
+
+@pytest.fixture(scope="session")
+def mini_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+    """The embedded model with a very small UNet, through every command. Workers share one.
+
+    A command that loads the UNet again needs ``mini_tiny``.
+    """
+    with ExitStack() as held:
+        with _mini_tiny():
+            made = held.enter_context(_chain("mini-chain", CHAIN, tmp_path_factory))
+        yield made
+
+
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     """The embedded model, through every command with few samples and steps, each with --json. Workers share one."""
@@ -179,8 +215,18 @@ def _chain(name: str, steps: Mapping[str, list[str]], tmp_path_factory: pytest.T
 
 
 @pytest.fixture
-def workspace(chain: Chain, tmp_path: Path) -> Path:
-    """A copy of the chain's workspace, to be changed."""
-    copy = tmp_path / "workspace"
+def workspace(mini_chain: Chain, mini_tiny: None, tmp_path: Path) -> Path:
+    """A copy of the small chain's workspace, to be changed by commands in this process."""
+    return _copy(mini_chain, tmp_path)
+
+
+@pytest.fixture
+def tiny_workspace(chain: Chain, tmp_path: Path) -> Path:
+    """A copy of the chain's workspace, to be changed, also by other processes."""
+    return _copy(chain, tmp_path)
+
+
+def _copy(chain: Chain, folder: Path) -> Path:
+    copy = folder / "workspace"
     shutil.copytree(chain.root, copy, ignore=shutil.ignore_patterns("model.engine"))
     return copy

@@ -35,6 +35,15 @@ MINI_UNET = {
     "up_block_types": ("UpBlock2D",),
 }
 """27 layers that read 22 sites: resnets, attention, GEGLU, skips; it is cut into 50 parts and built in seconds."""
+MINI_TINY_UNET = {
+    **MINI_UNET,
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (32,),
+    "cross_attention_dim": 32,
+}
+"""The same with the embedded model's inputs and outputs, and so wide that a graph's weights have a file of their own."""
 CHAIN = {
     "calibrate": ["--samples", "8", "--buckets", "3"],
     "sensitivity": ["--samples", "1", "--batch", "20"],

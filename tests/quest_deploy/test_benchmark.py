@@ -73,6 +73,7 @@ def test_progress_tells_every_phase_to_its_end(timed: tuple[Benchmark, list[tupl
     assert last == phases | {"asking the engine what its layers run in": (1, 1)}
 
 
+@pytest.mark.slow
 def test_an_engine_whose_plugin_quantizes_is_timed_against_itself_quantized_natively(
     mini_proto: onnx.ModelProto, tmp_path: Path
 ) -> None:

@@ -119,15 +119,15 @@ def test_a_scheduler_that_is_not_linear_is_found_out() -> None:
         schedule_from_scheduler(make)
 
 
-def test_the_command_writes_the_models_table_into_the_workspace_or_where_it_is_told(chain: Chain, tmp_path: Path) -> None:
-    report = chain.outcomes["schedule"].json
+def test_the_command_writes_the_models_table_into_the_workspace_or_where_it_is_told(mini_chain: Chain, tmp_path: Path) -> None:
+    report = mini_chain.outcomes["schedule"].json
     assert (report["scheduler"], report["steps"], report["noise"]) == ("UniPCMultistepScheduler", 6, False)
-    assert report["schedule"] == str(chain.root / "schedules" / "unipc-6.json")
-    content = read_json(chain.root / "schedules" / "unipc-6.json")
+    assert report["schedule"] == str(mini_chain.root / "schedules" / "unipc-6.json")
+    content = read_json(mini_chain.root / "schedules" / "unipc-6.json")
     model = TinyModel().load_scheduler("unipc")
     model.set_timesteps(6)
     assert [step["timestep"] for step in content["steps"]] == model.timesteps.tolist()
-    ended = cli("schedule", "-w", chain.root, "--scheduler", "lcm", "--steps", "4", "-o", tmp_path / "new" / "lcm.json")
+    ended = cli("schedule", "-w", mini_chain.root, "--scheduler", "lcm", "--steps", "4", "-o", tmp_path / "new" / "lcm.json")
     assert (ended.code, "4 calls of the model, as LCMScheduler makes them, with fresh noise at each step" in ended.out) == (0, True)
     assert len(read_json(tmp_path / "new" / "lcm.json")["steps"]) == 4
 
@@ -136,6 +136,6 @@ def test_the_command_writes_the_models_table_into_the_workspace_or_where_it_is_t
     ("options", "words"),
     [(["--scheduler", "heun"], "unknown scheduler 'heun'"), (["--steps", "0"], "--steps")],
 )
-def test_a_schedule_that_cannot_be_is_refused(chain: Chain, options: list[str], words: str) -> None:
-    ended = cli("schedule", "-w", chain.root, *options)
+def test_a_schedule_that_cannot_be_is_refused(mini_chain: Chain, options: list[str], words: str) -> None:
+    ended = cli("schedule", "-w", mini_chain.root, *options)
     assert (ended.code, words in ended.err) == (2, True)

@@ -22,7 +22,7 @@ def sensitivity(errors: list[float]) -> Sensitivity:
     return Sensitivity("model", "w4a4", 1, tuple(LayerSensitivity(n, e, e, (e,), (e,)) for n, e in zip(names, errors, strict=True)))
 
 
-@pytest.mark.parametrize("count", [1, 60, 300])
+@pytest.mark.parametrize("count", [1, 60, pytest.param(300, marks=pytest.mark.slow)])
 def test_every_layer_has_room_for_its_name(tmp_path: Path, count: int) -> None:
     plot_sensitivity(sensitivity([10.0 ** -(i % 7) for i in range(count)]), (), tmp_path / "plot.png")
     width, height = Image.open(tmp_path / "plot.png").size

@@ -432,6 +432,7 @@ def _install(folder: Path, *options: str) -> Path:
     return folder / "prefix"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 def test_another_project_finds_the_installed_package_and_opens_a_workspace(built: Path, tmp_path: Path) -> None:
     prefix = _install(tmp_path / "package", "-DCMAKE_CUDA_COMPILER=NOTFOUND", "-DTENSORRT_INCLUDE_DIR=TENSORRT_INCLUDE_DIR-NOTFOUND")
@@ -468,6 +469,7 @@ def test_the_documents_python_makes_the_apps_input_and_reads_its_result(
     assert Path("result.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's headers, which come with nvcc")
 def test_the_documents_c_plus_plus_compiles(tmp_path: Path) -> None:
     (code,) = _blocks("cpp")
@@ -497,6 +499,7 @@ def denoise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "denoise" / "denoise"
 
 
+@pytest.mark.slow
 def test_tensorrts_one_logger_outlives_the_runtime_that_brought_it_and_errors_are_told_by_their_own_call(tmp_path: Path) -> None:
     headers = os.environ.get("TENSORRT_INCLUDE_DIR")
     if headers is None or shutil.which("nvcc") is None:

@@ -41,6 +41,7 @@ def test_the_kernels_own_source_run_on_the_cpu_gives_the_references_codes_betwee
         assert f"ok     {kernel}\n" in told
 
 
+@pytest.mark.slow
 def test_a_debug_build_tells_a_bucket_out_of_range(tmp_path: Path) -> None:
     require_compilers()
     configured = configure(tmp_path, "-DCMAKE_BUILD_TYPE=Debug")
@@ -191,6 +192,7 @@ def test_headers_of_a_tensorrt_without_iplugin_v3_are_refused(without_headers: t
     assert f"{tmp_path} has headers of TensorRT 8; expected 10 or newer" in " ".join(configured.stderr.split())
 
 
+@pytest.mark.slow
 def test_plugins_for_tensorrt_for_rtx_are_refused(tmp_path: Path) -> None:
     require_compilers()
     configured = configure(tmp_path, "-DQUEST_DEPLOY_TENSORRT_RTX=ON")

@@ -162,7 +162,7 @@ def test_openvino_and_onnxruntime_get_int4_initializers_behind_a_cast(
 
 
 @each_lowering
-@pytest.mark.parametrize("bucket", [0, 2])
+@pytest.mark.parametrize("bucket", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_frozen_unet_equals_the_whole_one_within_its_bucket_and_differs_elsewhere(
     lower: Any, bucket: int, small_proto: onnx.ModelProto, feeds: Feeds
 ) -> None:

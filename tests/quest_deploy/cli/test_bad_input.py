@@ -244,10 +244,12 @@ def test_tensorrt_without_its_sdk_says_what_to_install(workspace: Path, monkeypa
     assert (ended.code, "pip install 'quest-deploy[gpu]'" in ended.message) == (2, True)
 
 
-def test_an_engine_that_cannot_run_here_is_refused_by_every_command_that_runs_it(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_cannot_run_here_is_refused_by_every_command_that_runs_it(
+    mini_chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("quest_deploy.engine.tensorrt.gpu_count", lambda: 0)
     for command in ("verify", "benchmark", "generate", "evaluate"):
-        ended = cli(command, "-w", chain.root, "--backend", "tensorrt-rtx")
+        ended = cli(command, "-w", mini_chain.root, "--backend", "tensorrt-rtx")
         assert (ended.code, "this machine has none" in ended.message) == (2, True), command
 
 
@@ -284,6 +286,6 @@ def test_errors_are_one_json_value_too(fresh: Path) -> None:
 
 
 @pytest.mark.parametrize("buckets", ["1", "21"])
-def test_any_number_of_buckets_is_calibrated(tmp_path: Path, buckets: str) -> None:
+def test_any_number_of_buckets_is_calibrated(mini_tiny: None, tmp_path: Path, buckets: str) -> None:
     ended = cli("calibrate", "-w", tmp_path / "ws", "--buckets", buckets, "--samples", "1", "--json")
     assert (ended.code, ended.json["buckets"]) == (0, int(buckets))

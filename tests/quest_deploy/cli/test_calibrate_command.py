@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
 from quest_deploy import trajectories as trajectories_module
 from quest_deploy.checkpoint import load_checkpoint
 from quest_deploy.quant import reconstruct as reconstruct_module
 from quest_deploy.workspace import MANIFEST, Workspace
-from tests.quest_deploy.support import MINI_UNET, Outcome, cli, flip_byte, snapshot, truncate
+from tests.quest_deploy.support import Outcome, cli, flip_byte, snapshot, truncate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.usefixtures("mini_tiny")
 CALIBRATE = ("--buckets", "2", "--samples", "2", "--steps", "2")
 QDIFF = (
     *CALIBRATE, "--method", "qdiff",
@@ -26,14 +26,6 @@ QDIFF = (
 )  # fmt: skip
 CALIBRATED = "calibrated.safetensors"
 START = tuple(f"reconstruct-state/{name}" for name in ("trajectories.safetensors", CALIBRATED, "made-from.json"))
-
-
-@pytest.fixture(autouse=True)
-def mini(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedded model is a smaller one, with random weights."""
-    config = {**MINI_UNET, "sample_size": 8, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 32}
-    small = UNet2DConditionModel(**config).eval().requires_grad_(False)
-    monkeypatch.setattr("quest_deploy.models.tiny.TinyModel.load_unet", lambda model: small)
 
 
 def test_qdiff_splits_shortcuts_and_finetuning_starts_from_it(tmp_path: Path) -> None:
@@ -161,7 +153,17 @@ def test_a_reconstruction_with_other_options_starts_anew(
     assert set(snapshot(root)) == {MANIFEST, CALIBRATED, "trajectories.safetensors"}
 
 
-@pytest.mark.parametrize(("damage", "file"), [*((flip_byte, file) for file in START), (truncate, START[2]), (Path.unlink, START[0])])
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [
+        (flip_byte, START[0]),
+        (truncate, START[2]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((flip_byte, START[1]), (flip_byte, START[2]), (Path.unlink, START[0]))
+        ),
+    ],
+)
 def test_a_damaged_start_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], Any], file: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""The main job, command by command, on the embedded model: what each leaves behind and says."""
+"""The main job, command by command: what each leaves behind and says, with a very small UNet and with the embedded model's."""
 
 from __future__ import annotations
 
@@ -24,55 +24,62 @@ if TYPE_CHECKING:
 BACKENDS = ("openvino", "onnxruntime", "tensorrt-rtx")
 
 
+@pytest.fixture(params=["mini_chain", pytest.param("chain", marks=pytest.mark.slow)])
+def made(request: pytest.FixtureRequest) -> Chain:
+    """The small chain, and the embedded model's, which takes minutes."""
+    found: Chain = request.getfixturevalue(request.param)
+    return found
+
+
 @pytest.mark.parametrize("step", CHAIN)
-def test_every_command_prints_one_json_value_with_its_workspace(chain: Chain, step: str) -> None:
-    assert chain.outcomes[step].json["workspace"] == str(chain.root)
-    assert "Traceback" not in chain.outcomes[step].err
+def test_every_command_prints_one_json_value_with_its_workspace(made: Chain, step: str) -> None:
+    assert made.outcomes[step].json["workspace"] == str(made.root)
+    assert "Traceback" not in made.outcomes[step].err
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_manifest_records_what_every_command_wrote(chain: Chain, stage: str) -> None:
-    record = Workspace.open(chain.root).require(stage)
+def test_the_manifest_records_what_every_command_wrote(made: Chain, stage: str) -> None:
+    record = Workspace.open(made.root).require(stage)
     assert record.files
     for path, entry in record.files.items():
-        assert sha256_of(chain.root / path) == entry["sha256"]
+        assert sha256_of(made.root / path) == entry["sha256"]
 
 
-def test_the_workspace_has_the_layout_of_the_specification(chain: Chain) -> None:
+def test_the_workspace_has_the_layout_of_the_specification(made: Chain) -> None:
     expected = ["manifest.json", "checkpoint.safetensors", "unet.onnx", "unet.onnx.data", "reference/reference.json"]
     expected += [f"engines/{backend}/engine.json" for backend in BACKENDS]
     expected += [f"reports/{command}-onnxruntime.json" for command in ("verify", "benchmark", "evaluate")]
     expected += ["reports/sensitivity.json", "images/sensitivity.png", "images/grid-openvino.png"]
-    assert [path for path in expected if not (chain.root / path).is_file()] == []
-    assert list(chain.root.rglob(".tmp-*")) == []
+    assert [path for path in expected if not (made.root / path).is_file()] == []
+    assert list(made.root.rglob(".tmp-*")) == []
 
 
-def test_calibrate_tells_the_share_of_weights_and_multiply_adds_at_4_bits(chain: Chain) -> None:
-    report = chain.outcomes["calibrate"].json
+def test_calibrate_tells_the_share_of_weights_and_multiply_adds_at_4_bits(made: Chain) -> None:
+    report = made.outcomes["calibrate"].json
     assert report["buckets"] == 3
-    assert 0.99 < report["weights_at_4_bits"] < 1
-    assert 0.99 < report["macs_at_4_bits"] < 1
+    assert 0.9 < report["weights_at_4_bits"] < 1
+    assert 0.9 < report["macs_at_4_bits"] < 1
 
 
-def test_all_layers_but_the_first_and_the_last_convolution_have_4_bits(chain: Chain) -> None:
-    checkpoint = load_checkpoint(chain.root / "checkpoint.safetensors")
+def test_all_layers_but_the_first_and_the_last_convolution_have_4_bits(made: Chain) -> None:
+    checkpoint = load_checkpoint(made.root / "checkpoint.safetensors")
     assert {name for name, layer in checkpoint.layers.items() if layer.weight_bits == 8} == {"conv_in", "conv_out"}
     assert {name for name, site in checkpoint.sites.items() if site.bits == 8} == {"conv_in", "conv_out"}
 
 
-def test_sensitivity_reports_every_layer_and_picks_some_for_stage_2(chain: Chain) -> None:
-    printed, report = chain.outcomes["sensitivity"].json, read_json(chain.root / "reports" / "sensitivity.json")
-    assert len(printed["layers"]) == len(report["layers"]) == chain.outcomes["calibrate"].json["layers"]
+def test_sensitivity_reports_every_layer_and_picks_some_for_stage_2(made: Chain) -> None:
+    printed, report = made.outcomes["sensitivity"].json, read_json(made.root / "reports" / "sensitivity.json")
+    assert len(printed["layers"]) == len(report["layers"]) == made.outcomes["calibrate"].json["layers"]
     assert {len(layer["bucket_mse"]) for layer in report["layers"]} == {3}
     assert tuple(printed["selected"]) == select_sensitive(report) != ()
     assert not [name for name in printed["selected"] if name.endswith("time_emb_proj")]
-    assert Image.open(chain.root / "images" / "sensitivity.png").width > 1000
+    assert Image.open(made.root / "images" / "sensitivity.png").width > 500
 
 
-def test_sensitivity_names_the_worst_layers_and_kinds_first(chain: Chain) -> None:
-    details = chain.outcomes["sensitivity"].json
+def test_sensitivity_names_the_worst_layers_and_kinds_first(made: Chain) -> None:
+    details = made.outcomes["sensitivity"].json
     worst = max(details["layers"], key=lambda x: x["mse"])
-    _, header, _, first, *rest = describe(Workspace.open(chain.root), details).splitlines()
+    _, header, _, first, *rest = describe(Workspace.open(made.root), details).splitlines()
     assert header.split() == ["layer", "kind", "e-MSE", "relative", "picked"]
     assert first.split() == [worst["layer"], worst["group"], f"{worst['mse']:.1e}", f"{worst['relative_mse']:.1e}", "yes"]
     shares = [float(line.split()[-1].removesuffix("%")) for line in rest if line.endswith("%")]
@@ -80,63 +87,62 @@ def test_sensitivity_names_the_worst_layers_and_kinds_first(chain: Chain) -> Non
     assert sum(shares) == pytest.approx(100, abs=1)
 
 
-def test_finetune_runs_the_steps_asked_for_and_leaves_no_state(chain: Chain) -> None:
-    assert chain.outcomes["finetune"].json["steps"] == 5
-    provenance = load_checkpoint(chain.root / "checkpoint.safetensors").provenance
+def test_finetune_runs_the_steps_asked_for_and_leaves_no_state(made: Chain) -> None:
+    assert made.outcomes["finetune"].json["steps"] == 5
+    provenance = load_checkpoint(made.root / "checkpoint.safetensors").provenance
     assert (provenance["method"], provenance["temporal_steps"], provenance["sensitive_steps"]) == ("quest", 2, 3)
-    assert not (chain.root / "finetune-state.pt").exists()
+    assert not (made.root / "finetune-state.pt").exists()
 
 
-def test_export_deploys_the_finetuned_checkpoint(chain: Chain) -> None:
-    assert chain.outcomes["export"].json["method"] == "quest"
-    assert "warning" not in chain.outcomes["export"].err
-    assert graph_info(load_graph(chain.root / "unet.onnx")).checkpoint_sha256 == sha256_of(chain.root / "checkpoint.safetensors")
-    assert chain.outcomes["export"].json["bytes"] < 0.4 * chain.outcomes["export"].json["fp32_weight_bytes"]
+def test_export_deploys_the_finetuned_checkpoint(made: Chain) -> None:
+    assert made.outcomes["export"].json["method"] == "quest"
+    assert "warning" not in made.outcomes["export"].err
+    assert graph_info(load_graph(made.root / "unet.onnx")).checkpoint_sha256 == sha256_of(made.root / "checkpoint.safetensors")
 
 
-def test_reference_covers_every_bucket(chain: Chain) -> None:
-    records, _ = load_reference(chain.root / "reference")
+def test_reference_covers_every_bucket(made: Chain) -> None:
+    records, _ = load_reference(made.root / "reference")
     assert {bucket for record in records for bucket in record.entry.buckets} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_engine_says_what_built_it_from_which_graph(chain: Chain, backend: str) -> None:
-    content = read_json(chain.root / "engines" / backend / "engine.json")
+def test_an_engine_says_what_built_it_from_which_graph(made: Chain, backend: str) -> None:
+    content = read_json(made.root / "engines" / backend / "engine.json")
     assert content["backend"] == backend
-    assert content["graph_sha256"] == sha256_of(chain.root / "unet.onnx")
-    assert content["checkpoint_sha256"] == sha256_of(chain.root / "checkpoint.safetensors")
-    assert content["hardware"] == chain.outcomes[f"build-engine {backend}"].json["hardware"]
+    assert content["graph_sha256"] == sha256_of(made.root / "unet.onnx")
+    assert content["checkpoint_sha256"] == sha256_of(made.root / "checkpoint.safetensors")
+    assert content["hardware"] == made.outcomes[f"build-engine {backend}"].json["hardware"]
 
 
-def test_tensorrt_rtx_was_built_for_the_capability_asked_for(chain: Chain) -> None:
-    built = chain.outcomes["build-engine tensorrt-rtx"].json
+def test_tensorrt_rtx_was_built_for_the_capability_asked_for(made: Chain) -> None:
+    built = made.outcomes["build-engine tensorrt-rtx"].json
     assert (built["hardware"]["compute_capabilities"], built["quantize"]) == (["89"], "native")
 
 
-def test_verify_passes_and_reports_every_bucket_and_layer(chain: Chain) -> None:
-    report = chain.outcomes["verify onnxruntime"].json
+def test_verify_passes_and_reports_every_bucket_and_layer(made: Chain) -> None:
+    report = made.outcomes["verify onnxruntime"].json
     assert report["passed"] is True
     assert [b["bucket"] for b in report["buckets"]] == [0, 1, 2]
-    assert len(report["layers"]) == chain.outcomes["export"].json["layers"]
+    assert len(report["layers"]) == made.outcomes["export"].json["layers"]
     assert sum(b["unexplained"] for b in report["buckets"]) == 0
 
 
-def test_benchmark_times_fp32_and_static_scales_beside_the_engine(chain: Chain) -> None:
-    report = chain.outcomes["benchmark onnxruntime"].json
+def test_benchmark_times_fp32_and_static_scales_beside_the_engine(made: Chain) -> None:
+    report = made.outcomes["benchmark onnxruntime"].json
     assert {(t["engine"], t["batch"]) for t in report["timings"]} == {("quantized", 2), ("static scale", 2), ("fp32", 2)}
     assert report["speedup_over_fp32"].keys() == report["bucket_selection_cost"].keys() == {"2"}
-    assert report["size_ratio_to_fp32"] > 2
+    assert report["size_ratio_to_fp32"] > 0
 
 
-def test_generate_draws_one_column_a_label(chain: Chain) -> None:
-    assert chain.outcomes["generate openvino"].json["images"] == 4
-    picture = np.asarray(Image.open(chain.root / "images" / "grid-openvino.png"))
+def test_generate_draws_one_column_a_label(made: Chain) -> None:
+    assert made.outcomes["generate openvino"].json["images"] == 4
+    picture = np.asarray(Image.open(made.root / "images" / "grid-openvino.png"))
     assert picture.shape == (18 * 4, (4 * 17 + 1) * 4)
     assert picture.std() > 20
 
 
-def test_evaluate_judges_fp32_both_fake_quantized_models_and_the_engine(chain: Chain) -> None:
-    results = chain.outcomes["evaluate onnxruntime"].json["results"]
+def test_evaluate_judges_fp32_both_fake_quantized_models_and_the_engine(made: Chain) -> None:
+    results = made.outcomes["evaluate onnxruntime"].json["results"]
     assert list(results) == ["FP32", "PTQ", "QuEST", "onnxruntime"]
     assert results["FP32"]["pixel_mse"] == 0
     assert results["FP32"]["epsilon_mse"] == pytest.approx([0, 0, 0], abs=1e-9)
@@ -146,40 +152,50 @@ def test_evaluate_judges_fp32_both_fake_quantized_models_and_the_engine(chain: C
 
 
 @pytest.mark.parametrize("command", ["verify", "benchmark", "evaluate"])
-def test_a_report_holds_what_was_printed(chain: Chain, command: str) -> None:
-    printed = chain.outcomes[f"{command} onnxruntime"].json
-    assert read_json(chain.root / "reports" / f"{command}-onnxruntime.json") | {"workspace": str(chain.root)} == printed
+def test_a_report_holds_what_was_printed(made: Chain, command: str) -> None:
+    printed = made.outcomes[f"{command} onnxruntime"].json
+    assert read_json(made.root / "reports" / f"{command}-onnxruntime.json") | {"workspace": str(made.root)} == printed
 
 
 @pytest.mark.parametrize(
     ("path", "kind"),
     [(".", "workspace"), ("checkpoint.safetensors", "checkpoint"), ("unet.onnx", "graph"), ("engines/openvino", "engine")],
 )
-def test_inspect_shows_what_each_thing_holds(chain: Chain, path: str, kind: str) -> None:
-    shown = cli("inspect", chain.root / path, "--json")
+def test_inspect_shows_what_each_thing_holds(made: Chain, path: str, kind: str) -> None:
+    shown = cli("inspect", made.root / path, "--json")
     assert (shown.code, shown.json["kind"]) == (0, kind)
     scheme = shown.json.get("scheme") or shown.json["lowered"]["scheme"]
     assert (scheme["weight_bits"], len(scheme["bucket_edges"])) == (4, 2)
-    text = cli("inspect", chain.root / path)
+    text = cli("inspect", made.root / path)
     assert "3 timestep buckets" in text.out
     assert text.code == 0
 
 
-def test_inspect_lists_the_bits_of_every_layer(chain: Chain) -> None:
-    shown = cli("inspect", chain.root / "checkpoint.safetensors", "--json").json
+def test_inspect_lists_the_bits_of_every_layer(made: Chain) -> None:
+    shown = cli("inspect", made.root / "checkpoint.safetensors", "--json").json
     bits = {x["layer"]: (x["weight_bits"], x["activation_bits"]) for x in shown["layers"]}
-    assert len(bits) == chain.outcomes["calibrate"].json["layers"]
+    assert len(bits) == made.outcomes["calibrate"].json["layers"]
     assert bits["conv_in"] == bits["conv_out"] == (8, 8)
     assert bits["down_blocks.0.resnets.0.conv1"] == (4, 4)
-    graph = cli("inspect", chain.root / "unet.onnx", "--json").json
+    graph = cli("inspect", made.root / "unet.onnx", "--json").json
     assert graph["layers_by_weight_bits"] == {"4": len(bits) - 2, "8": 2}
     assert graph["operators"]["quest::TimestepQuantize"] == shown["sites"]
 
 
-def test_inspect_tells_which_stages_are_up_to_date(chain: Chain) -> None:
-    stages = cli("inspect", chain.root, "--json").json["stages"]
+def test_inspect_tells_which_stages_are_up_to_date(made: Chain) -> None:
+    stages = cli("inspect", made.root, "--json").json["stages"]
     assert set(stages) == set(STAGES)
     assert {stage["state"] for stage in stages.values()} == {"up to date"}
+
+
+@pytest.mark.slow
+def test_nearly_all_of_the_embedded_model_is_at_4_bits_and_its_files_shrink(chain: Chain) -> None:
+    calibrated, exported, timed = (chain.outcomes[step].json for step in ("calibrate", "export", "benchmark onnxruntime"))
+    assert 0.99 < calibrated["weights_at_4_bits"] < 1
+    assert 0.99 < calibrated["macs_at_4_bits"] < 1
+    assert exported["bytes"] < 0.4 * exported["fp32_weight_bytes"]
+    assert timed["size_ratio_to_fp32"] > 2
+    assert Image.open(chain.root / "images" / "sensitivity.png").width > 1000
 
 
 def test_doctor_tells_what_this_machine_builds_and_runs() -> None:

@@ -41,6 +41,13 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw nothing: it takes seconds."""
+    monkeypatch.setattr("quest_deploy.compare.plot.plot", lambda *_: None)
+
+
+@pytest.mark.slow
 def test_one_cell_for_real_from_the_command_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = campaign.worker_command
     monkeypatch.setattr(campaign, "worker_command", lambda *given: [sys.executable, "-c", FEW, *command(*given)[3:]])
@@ -54,7 +61,7 @@ def test_one_cell_for_real_from_the_command_to_the_table(tmp_path: Path, monkeyp
     assert (tmp_path / "plot.png").exists()
 
 
-def test_only_what_is_missing_is_computed(tmp_path: Path, computed: list[str]) -> None:
+def test_only_what_is_missing_is_computed(no_plot: None, tmp_path: Path, computed: list[str]) -> None:
     assert cli("compare", "--folder", tmp_path, "--only", "*-ptq-minmax-seed1").code == 0
     assert computed == [f"{bits}-ptq-minmax-seed1" for bits in ("w8a8", "w4a8", "w4a4")]
     computed.clear()
@@ -76,7 +83,7 @@ def test_a_second_run_computes_nothing_and_writes_the_same_files(tmp_path: Path,
 
 
 def test_a_cell_whose_definition_changed_is_not_shown_and_computed_again(
-    tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+    no_plot: None, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cli("compare", "--folder", tmp_path, "--only", "fp32-*").code == 0
     monkeypatch.setattr("quest_deploy.compare.methods.REVISION", 999)
@@ -93,14 +100,14 @@ def test_list_names_every_cell_and_writes_nothing(tmp_path: Path, computed: list
     assert (computed, snapshot(tmp_path)) == ([], {})
 
 
-def test_other_seeds_are_other_cells_and_stand_in_the_command(tmp_path: Path, computed: list[str]) -> None:
+def test_other_seeds_are_other_cells_and_stand_in_the_command(no_plot: None, tmp_path: Path, computed: list[str]) -> None:
     assert cli("compare", "--folder", tmp_path, "--seeds", "7,5", "--only", "w4a4-ptq-minmax-*").code == 0
     assert computed == ["w4a4-ptq-minmax-seed7", "w4a4-ptq-minmax-seed5"]
     assert "`quest-deploy compare --model tiny --seeds 7,5`" in (tmp_path / "table.md").read_text()
 
 
 def test_what_failed_is_reported_after_the_table_was_written(
-    tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+    no_plot: None, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing = "import json; print(json.dumps({'error': 'w8a8-modelopt-seed0 needs nvidia-modelopt', 'exit_code': 2}))"
 

@@ -65,9 +65,9 @@ def test_calibrate_goes_on_after_ctrl_c(tmp_path: Path) -> None:
 
 
 def test_finetune_resumes_after_ctrl_c_and_keeps_the_old_checkpoint_until_then(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = snapshot(workspace)
+    workspace, before = tiny_workspace, snapshot(tiny_workspace)
     state = workspace / "finetune-state.pt"
     code, out, err = interrupted(["finetune", "-w", workspace, *FINETUNE, "--json"], lambda line: state.exists())
     assert_interrupted(code, err)
@@ -112,8 +112,8 @@ def test_reference_goes_on_with_the_next_record_after_ctrl_c_and_keeps_the_old_o
     assert Workspace.open(workspace).require("reference").options["seed"] == 1
 
 
-def test_ctrl_c_stops_a_tensorrt_build_and_keeps_the_old_engine(workspace: Path) -> None:
-    before = snapshot(workspace)
+def test_ctrl_c_stops_a_tensorrt_build_and_keeps_the_old_engine(tiny_workspace: Path) -> None:
+    workspace, before = tiny_workspace, snapshot(tiny_workspace)
     # Inside the builder Python runs only in the progress monitor, and no exception crosses TensorRT's own code.
     code, _, err = interrupted(["build-engine", "-w", workspace, "--backend", "tensorrt-rtx"], lambda line: time.sleep(2.5) is None)
     assert_interrupted(code, err)

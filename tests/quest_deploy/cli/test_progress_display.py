@@ -134,7 +134,9 @@ def test_fast_steps_print_a_line_every_30_s_at_most(console: Console, clock: Clo
     assert [re.findall(r"\d+ of", line) for line in lines(capsys)] == [["240 of"], ["480 of"], ["720 of"], ["960 of"]]
 
 
-def test_finetune_and_a_reconstruction_print_stage_bucket_loss_and_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finetune_and_a_reconstruction_print_stage_bucket_loss_and_time_left(
+    mini_tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(console_module, "SECONDS_BETWEEN_LINES", 0.0)
     few = ("--samples", "2", "--steps", "2", "--buckets", "2", "--rounding-steps", "1", "--scale-steps", "1")
     calibrated = cli("calibrate", "-w", tmp_path, "--method", "qdiff", *few, "--reconstruction-samples", "1")

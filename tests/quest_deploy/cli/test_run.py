@@ -7,14 +7,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
-from diffusers import UNet2DConditionModel
 from onnx_ir.passes import PreconditionError
 
 from quest_deploy.cli import benchmark, calibrate, evaluate, export, finetune, generate
 from quest_deploy.engine.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.errors import InputError
 from quest_deploy.workspace import Workspace
-from tests.quest_deploy.support import MINI_UNET, Outcome, change, cli, snapshot
+from tests.quest_deploy.support import Outcome, change, cli, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.engine.base import EngineOptions
 
+pytestmark = pytest.mark.usefixtures("mini_tiny")
 STAGES = ("calibrate", "finetune", "export", "reference", "build-engine", "verify", "benchmark", "generate", "evaluate")
 NO_STAGES = ("workspace", "left_out", "failed")
 """The keys of `run --json` that are no stage's."""
@@ -226,9 +226,7 @@ def test_run_if_available_refuses_an_unknown_backend_and_a_machine_that_lacks_al
 
 @pytest.fixture
 def small_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
-    """Run `export` in a new workspace of a small model, which calibrates it first."""
-    small = UNet2DConditionModel(**{**MINI_UNET, "sample_size": 8, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 32})
-    monkeypatch.setattr("quest_deploy.models.tiny.TinyModel.load_unet", lambda model: small.eval())
+    """Run `export` in a new workspace, which calibrates the model first."""
     monkeypatch.setattr("quest_deploy.cli.export.CalibrateOptions", partial(calibrate.CalibrateOptions, samples=1))
     return lambda *options: cli("export", "-w", tmp_path / "ws", "--buckets", "1", "--bits", "w8a8", *options)
 

@@ -72,6 +72,7 @@ def test_what_methods_make_changes_only_with_the_revision(mini_unet: nn.Module, 
     assert float(np.concatenate([x.ravel() for x in moved]).mean()) == pytest.approx(MOVED_CODES, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_what_methods_learn_from_and_how_they_are_judged_change_only_with_the_revision(tiny: TinyModel) -> None:
     """As above, of the embedded model: what is recorded, which layers are found sensitive, and a model's quality."""
     unet, scheme = tiny.load_unet(), Scheme.parse("w4a4", buckets=4)

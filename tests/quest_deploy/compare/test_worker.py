@@ -37,7 +37,7 @@ def test_the_float_model_differs_from_itself_in_nothing_and_costs_nothing(tiny: 
     assert measured["seconds"] == {}
 
 
-def test_a_cells_own_buckets_do_not_change_the_buckets_it_is_judged_by(tiny: TinyModel, tmp_path: Path) -> None:
+def test_a_cells_own_buckets_do_not_change_the_buckets_it_is_judged_by(mini_tiny: None, tiny: TinyModel, tmp_path: Path) -> None:
     measured = measure(tiny, Cell("ptq-minmax", "w4a4", 0), tmp_path, silent)
     errors = measured["quality"]["epsilon_mse"]
     assert len(errors) == 20
@@ -46,14 +46,17 @@ def test_a_cells_own_buckets_do_not_change_the_buckets_it_is_judged_by(tiny: Tin
     assert all(100e6 < peak < 10e9 for peak in measured["peak_memory_bytes"].values())
 
 
-def test_seeds_give_different_models_and_a_seed_the_same_one_again(tiny: TinyModel, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_seeds_give_different_models_and_a_seed_the_same_one_again(mini_tiny: None, tiny: TinyModel, tmp_path: Path) -> None:
     distances = [
         measure(tiny, Cell("ptq-minmax", "w4a4", seed), tmp_path, silent)["quality"]["pixel_mse"] for seed in (0, 1, 0)
     ]  # fmt: skip
     assert distances[0] == distances[2] != distances[1]
 
 
-def test_the_worker_sends_progress_and_a_result_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_worker_sends_progress_and_a_result_and_nothing_else(
+    mini_tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["tiny", "ptq-minmax", "w8a8", "0", str(tmp_path), "1"])
     *progress, result = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert {tuple(value) for value in progress} == {("phase", "done", "total")}

@@ -42,6 +42,7 @@ def workspace(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_two_processes_end_where_one_does_to_1e_5_and_only_the_main_one_prints_and_writes(workspace: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(workspace, other)

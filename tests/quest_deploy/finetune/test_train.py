@@ -95,8 +95,8 @@ def log_error(checkpoint: Checkpoint, trajectories: Trajectories) -> float:
     return float(((output - target).square().sum(1) / target.square().sum(1)).log().mean())
 
 
-@pytest.mark.parametrize("save_every", [1, 2])
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("save_every", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [3, 7, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 4))])
 def test_an_interrupted_run_resumes_to_the_same_result_bit_for_bit(
     train: Train, uninterrupted: Checkpoint, tmp_path: Path, step: int, save_every: int
 ) -> None:
@@ -139,7 +139,14 @@ def test_free_channels_are_learned_and_resume_like_any_others(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seed": 1}, {"batch": 4}, {"weight_rate": 1e-3}, {"sensitive_steps": 6}, {"temporal_steps": 2, "sensitive_steps": 6}]
+    "changes",
+    [
+        {"seed": 1},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in ({"batch": 4}, {"weight_rate": 1e-3}, {"sensitive_steps": 6}, {"temporal_steps": 2, "sensitive_steps": 6})
+        ),
+    ],
 )
 def test_a_state_of_other_options_is_ignored(train: Train, tmp_path: Path, changes: dict[str, Any]) -> None:
     state, options = tmp_path / "state.pt", dataclasses.replace(OPTIONS, **changes)
@@ -530,7 +537,9 @@ def test_targets_that_an_interrupted_run_of_more_processes_left_are_removed_once
     assert list(tmp_path.iterdir()) == [other]
 
 
-@pytest.mark.parametrize("what", ["teacher", "trajectories", "seed", "batch"])
+@pytest.mark.parametrize(
+    "what", ["teacher", *(pytest.param(what, marks=pytest.mark.slow) for what in ("trajectories", "seed", "batch"))]
+)
 def test_targets_that_something_else_made_are_never_used(
     mini_unet: nn.Module, mini_checkpoint: Checkpoint, mini_trajectories: Trajectories, tmp_path: Path, what: str
 ) -> None:

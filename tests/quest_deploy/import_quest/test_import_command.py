@@ -34,7 +34,7 @@ def _import(files: Path, *more: object) -> list[object]:
     return [*source, "--timesteps", "900,500,101", *SETTINGS, *more]
 
 
-@pytest.mark.parametrize("options", [(), ("--recalibrate", "--samples", 4)])
+@pytest.mark.parametrize("options", [(), pytest.param(("--recalibrate", "--samples", 4), marks=pytest.mark.slow)])
 def test_an_imported_checkpoint_exports_builds_and_verifies_like_our_own(
     files: Path, tmp_path: Path, options: tuple[object, ...]
 ) -> None:
@@ -49,6 +49,7 @@ def test_an_imported_checkpoint_exports_builds_and_verifies_like_our_own(
     assert "PASSED" in outcome.out
 
 
+@pytest.mark.slow
 def test_a_unet_that_resamples_in_its_resblocks_verifies_on_every_engine(tmp_path: Path) -> None:
     torch.save(Case(SMALLEST_CHURCHES, split=True).state, tmp_path / "ckpt.pth")
     (tmp_path / "unet.json").write_text(json.dumps(SMALLEST_CHURCHES))

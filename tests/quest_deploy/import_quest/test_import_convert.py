@@ -113,6 +113,7 @@ def test_layers_share_a_site_only_where_their_tables_are_the_same(tmp_path: Path
     assert sites[f"{target}.to_v"].layers == (f"{target}.to_v",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("zero_point", "sites"), [(120, 2), (128, 1)])
 def test_layers_that_pad_differently_share_a_site_only_without_an_offset(zero_point: int, sites: int, tmp_path: Path) -> None:
     case = Case(SD, split=True, source=Source.QDIFF, options={"activation_bits": 8, "softmax_bits": 16})
@@ -174,7 +175,14 @@ def test_weights_whose_codes_mostly_clamp_are_refused(tmp_path: Path) -> None:
         rounded_layers(case.read(tmp_path / "x"))
 
 
-@pytest.mark.parametrize("name", ["SD W4A4 per channel", "unconditional W4A4 per channel", "unconditional resampling W4A4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("SD W4A4 per channel", marks=pytest.mark.slow),
+        "unconditional W4A4 per channel",
+        pytest.param("unconditional resampling W4A4", marks=pytest.mark.slow),
+    ],
+)
 def test_recalibrated_models_keep_the_rounded_weights_and_run_in_integers(name: str, tmp_path: Path) -> None:
     official, imported, _ = CASES[name].imported(tmp_path / "x")
     trajectories = record_imported(official, float_model(official), samples=4, seed=0)

@@ -55,10 +55,10 @@ def config(folder: Path, model: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def package(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model's package; not to be changed."""
+def package(mini_chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package of the embedded model with a very small UNet; not to be changed."""
     folder = tmp_path_factory.mktemp("package") / "triton"
-    packaged(chain.root, folder)
+    packaged(mini_chain.root, folder)
     return folder
 
 
@@ -77,11 +77,11 @@ def test_the_configurations_are_triton_s_and_agree_with_the_graphs(package: Path
     assert config(package, "pipeline_stream").model_transaction_policy.decoupled
 
 
-def test_limits_types_and_delay_are_those_that_were_asked_for(chain: Chain, tmp_path: Path) -> None:
+def test_limits_types_and_delay_are_those_that_were_asked_for(mini_chain: Chain, tmp_path: Path) -> None:
     limits = {"max_steps": 30, "max_size": 32, "max_in_flight": 5}
     options = [text for name, value in limits.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     queue = ["--max-queue", "7", "--max-images", "3", "--max-batch", "8", "--queue-delay", "500", "--io-dtype", "fp16"]
-    packaged(chain.root, tmp_path / "out", *options, *queue)
+    packaged(mini_chain.root, tmp_path / "out", *options, *queue)
     for name in ("pipeline", "pipeline_stream"):
         found = config(tmp_path / "out", name)
         assert {key: int(value.string_value) for key, value in found.parameters.items()} == {**limits, "model_timeout": 600}
@@ -214,6 +214,7 @@ def rtx_for_tensorrt(asked: list[EngineOptions]) -> Backend:
     return backend
 
 
+@pytest.mark.slow
 def test_where_there_is_a_plan_of_the_unet_the_other_models_plans_are_built_too_and_its_own_for_half_precision_ends(
     text_chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,8 +235,8 @@ def test_where_there_is_a_plan_of_the_unet_the_other_models_plans_are_built_too_
     assert not list((tmp_path / "out").rglob(".tmp-*"))
 
 
-def test_an_rtx_engine_is_not_packaged_as_a_plan_and_the_command_says_so(chain: Chain, tmp_path: Path) -> None:
-    ended = cli("package", "--triton", tmp_path / "out", "-w", chain.root)
+def test_an_rtx_engine_is_not_packaged_as_a_plan_and_the_command_says_so(mini_chain: Chain, tmp_path: Path) -> None:
+    ended = cli("package", "--triton", tmp_path / "out", "-w", mini_chain.root)
     assert ended.code == 0
     assert "tensorrt-rtx engine is left out" in ended.err
     assert "no plan" in ended.err
@@ -253,22 +254,22 @@ def test_an_rtx_engine_is_not_packaged_as_a_plan_and_the_command_says_so(chain: 
         (["--triton", "{}", "--plugin-library", "none.so"], "there is no such file"),
     ],
 )
-def test_options_that_cannot_work_are_refused(chain: Chain, tmp_path: Path, options: list[str], words: str) -> None:
-    ended = cli("package", "-w", chain.root, *(option.format(tmp_path / "out") for option in options))
+def test_options_that_cannot_work_are_refused(mini_chain: Chain, tmp_path: Path, options: list[str], words: str) -> None:
+    ended = cli("package", "-w", mini_chain.root, *(option.format(tmp_path / "out") for option in options))
     assert ended.code == 2
     assert words in ended.message
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_holds_something_else_is_left_alone_and_an_earlier_package_is_replaced(chain: Chain, tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_else_is_left_alone_and_an_earlier_package_is_replaced(mini_chain: Chain, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    ended = cli("package", "--triton", tmp_path, "-w", chain.root)
+    ended = cli("package", "--triton", tmp_path, "-w", mini_chain.root)
     assert ended.code == 2
     assert "is not empty" in ended.message
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    packaged(chain.root, tmp_path / "out")
+    packaged(mini_chain.root, tmp_path / "out")
     (tmp_path / "out" / "left").write_text("left")
-    packaged(chain.root, tmp_path / "out")
+    packaged(mini_chain.root, tmp_path / "out")
     assert not (tmp_path / "out" / "left").exists()
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 grpc = pytest.importorskip("tritonclient.grpc")
 REASON = missing_server()
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.xdist_group("triton")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 LIMITS = {"--max-images": "1", "--max-in-flight": "1", "--max-queue": "2", "--max-size": "32", "--io-dtype": "fp16"}
 KINDS = {"prompt": "BYTES", "negative_prompt": "BYTES", "seed": "INT64", "steps": "INT32", "height": "INT32", "guidance": "FP32"}

@@ -107,7 +107,7 @@ def verified(case: Case, backend: str, folder: Path, edit: Callable[[ir.Model], 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_an_engine_of_every_kind_computes_what_the_fake_quantized_model_does(
     cases: Callable[[str], Case], kind: str, backend: str, tmp_path: Path
 ) -> None:
@@ -121,6 +121,7 @@ def test_an_engine_of_every_kind_computes_what_the_fake_quantized_model_does(
     assert {segment.segment for segment in found.segments} >= {s for s in case.checkpoint.sites if "transformer_blocks" in s}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["attention at 8 bits", "softmax alone", "asymmetric"])
 def test_an_engine_is_verified_on_samples_of_another_size_than_it_was_calibrated_on(
     cases: Callable[[str], Case], mini_trajectories: Trajectories, kind: str, tmp_path: Path

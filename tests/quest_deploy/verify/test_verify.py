@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from quest_deploy.trajectories import Trajectories
 
 BACKENDS = ("onnxruntime", "openvino")
+SLOW_ON_OPENVINO = ("onnxruntime", pytest.param("openvino", marks=pytest.mark.slow))
+"""It compiles a graph several times as slowly."""
 OPTIONS = EngineOptions(threads=1)
 FIRST = "down_blocks.0.resnets.0"
 RESNET, ATTENTION = "up_blocks.0.resnets.0", "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -130,6 +132,8 @@ CHANGES: dict[str, tuple[Callable[[ir.Model], Any], Callable[[Verification], boo
     "two buckets swapped in one site": (lambda m: swap_buckets(m, f"{FIRST}.conv2", 0, 2), wrong_site(f"{FIRST}.conv2")),
 }
 """Each in a layer of its own, so that its mark can be told apart where one engine carries all of them."""
+ALONE = ("one scale by 0.1%", "one bucket edge by one float")
+"""Changes that the quick tests make without the others too."""
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -146,7 +150,10 @@ def test_a_faithful_engine_passes(faithful: Callable[[str], Verification], backe
     assert max(segment.tolerance for segment in verification.segments) < 0.01
 
 
-@pytest.mark.parametrize("changed", CHANGES)
+@pytest.mark.parametrize(
+    "changed",
+    [changed if changed in ALONE else pytest.param(changed, marks=pytest.mark.slow) for changed in CHANGES],
+)
 def test_a_single_change_of_the_graph_fails_on_onnxruntime(verify_changed: Verify, changed: str) -> None:
     edit, found = CHANGES[changed]
     verification = verify_changed("onnxruntime", edit)
@@ -234,7 +241,7 @@ def test_a_site_that_reads_another_tensor_fails_even_if_the_graph_says_so(verify
     assert [problem.split(":")[0] for problem in between] == [f"segment before {site}"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_ON_OPENVINO)
 @pytest.mark.parametrize("changed", BETWEEN)
 def test_a_change_between_layers_fails_and_is_placed(verify_changed: Verify, changed: str, backend: str) -> None:
     edit, place = BETWEEN[changed]
@@ -355,7 +362,7 @@ def test_a_sampled_site_that_reads_a_layer_of_which_the_reference_has_nothing_fa
     ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_ON_OPENVINO)
 def test_real_activations_on_ties_are_no_problem_for_segments(
     mini_quantized: QuantizedModel, mini_trajectories: Trajectories, mini_engines: Callable[[str], Path], tmp_path: Path, backend: str
 ) -> None:
@@ -412,7 +419,7 @@ def test_each_change_of_the_graph_is_found_on_openvino(all_changes_on_openvino: 
     assert CHANGES[changed][1](all_changes_on_openvino), all_changes_on_openvino.problems
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_ON_OPENVINO)
 def test_an_output_that_is_not_a_number_fails_and_its_report_is_valid_json(verify_changed: Verify, backend: str) -> None:
     verification = verify_changed(backend, lambda model: change(model, "conv_out.bias", 0, by=np.nan))
     assert any("layer conv_out" in problem for problem in verification.problems)
