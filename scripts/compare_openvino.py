@@ -207,8 +207,13 @@ def random_feeds(graph: Path, batch: int, seed: int) -> Feeds:
 def build(graph: Path, folder: Path, feeds: Feeds, calibration: list[Feeds]) -> dict[Variant, Path]:
     """Write every variant of the portable ``graph`` into ``folder``; what is there already is kept."""
     from exporters.graph_info import graph_info, load_graph, save_graph
-    from exporters.lower.openvino import lower
     from exporters.passes.remove_quantization import RemoveQuantization
+    from quest_deploy.engine.backends import get_backend
+
+    backend = get_backend("openvino")
+
+    def lowered(model: ir.Model, frozen_bucket: int | None = None) -> ir.Model:
+        return backend.lower(model, EngineOptions(), frozen_bucket=frozen_bucket)
 
     names = {
         Variant.ENGINE: "engine.onnx", Variant.STATIC: "static.onnx", Variant.WIDER: "wider.onnx", Variant.FP32: "float.onnx",
@@ -218,9 +223,9 @@ def build(graph: Path, folder: Path, feeds: Feeds, calibration: list[Feeds]) -> 
     buckets = len(graph_info(load_graph(graph)).scheme.bucket_edges) + 1
     for variant, frozen_bucket in ((Variant.ENGINE, None), (Variant.STATIC, buckets // 2)):
         if not paths[variant].exists():
-            save_graph(lower(load_graph(graph), frozen_bucket=frozen_bucket), paths[variant])
+            save_graph(lowered(load_graph(graph), frozen_bucket), paths[variant])
     if not paths[Variant.WIDER].exists():
-        save_graph(lower(with_buckets(load_graph(graph), WIDER_BUCKETS)), paths[Variant.WIDER])
+        save_graph(lowered(with_buckets(load_graph(graph), WIDER_BUCKETS)), paths[Variant.WIDER])
     if not paths[Variant.FP32].exists():
         model = load_graph(graph)
         RemoveQuantization()(model)
