@@ -17,7 +17,7 @@ import gc
 import hashlib
 import math
 import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +38,7 @@ from quest_deploy.quant.model import QuantizedModel
 from quest_deploy.training_state import TrainingState, hash_of_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from quest_deploy.checkpoint import Checkpoint
     from quest_deploy.trajectories import Trajectories
@@ -301,18 +301,9 @@ def _backward(
     if block_targets:
         errors = [log_error(mine.float(), theirs) for mine, theirs in zip(block_outputs, block_targets, strict=True)]
         loss = loss + options.block_loss * torch.stack(errors).mean()
-    with _buckets_set(student, inputs["timestep"]):
+    with student.bucket_state.during(student.bucket_of(inputs["timestep"])):
         loss.backward()
     return loss.detach()
-
-
-@contextmanager
-def _buckets_set(student: QuantizedModel, timestep: Tensor) -> Iterator[None]:
-    student.bucket_state.current = student.bucket_of(timestep)
-    try:
-        yield
-    finally:
-        student.bucket_state.current = None
 
 
 @dataclass(frozen=True)

@@ -144,13 +144,13 @@ class _FakeQuantizeActivation(torch.autograd.Function):
         grad_x = grad_scale = grad_low = grad_high = None
         if ctx.needs_input_grad[0]:
             grad_x = inside if channel is None else inside / per_channel(channel, inside, ctx.axis)
-        if ctx.needs_input_grad[1]:
-            # LSQ (arXiv 1902.08153): the rounding error where x is inside, the bound itself where it is clipped.
-            grad_scale = _row_products(grad, clamped) - _row_products(inside, ratio)
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        if any(ctx.needs_input_grad[1:4]):
             outside = grad - inside
             above = _where_positive(outside, excess).flatten(1).sum(1)
-            grad_low, grad_high = (outside.flatten(1).sum(1) - above) * scale, above * scale
+            below = outside.flatten(1).sum(1) - above
+            # LSQ (arXiv 1902.08153): the rounding error where x is inside, the bound itself where it is clipped.
+            grad_scale = _row_products(inside, clamped.sub_(ratio)) + below * low + above * high
+            grad_low, grad_high = below * scale, above * scale
         return grad_x, grad_scale, grad_low, grad_high, None, None
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class BucketState:
     """The bucket of each sample of the batch that is being computed, int64 [B]: set by the model, read by its quantizers.
 
-    During a forward pass it also keeps the last tensor that was quantized: q, k and v read the same one, one after the other.
+    During a pass it also keeps the last tensor that was quantized: q, k and v read the same one, one after the other.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class BucketState:
 
     @contextmanager
     def during(self, buckets: Tensor) -> Iterator[None]:
-        """One forward pass of the model, its samples in ``buckets`` [B]."""
+        """A forward pass with samples in ``buckets`` [B], or the backward pass, in which checkpointed blocks run again."""
         self.current, self._sharing = buckets, True
         try:
             yield
@@ -49,7 +49,7 @@ class BucketState:
             self.current, self._sharing, self._last = None, False, None
 
     def once(self, site: SiteQuantizer, x: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
-        """quantize(x), or what it gave for this very tensor, if ``site`` quantized it last in this forward pass."""
+        """quantize(x), or what it gave for this very tensor, if ``site`` quantized it last in this pass."""
         if not self._sharing:
             return quantize(x)
         if self._last is None or self._last[0] is not site or self._last[1] is not x:
