@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 ARCH_SET_CPUID, SYS_ARCH_PRCTL = 0x1012, 158
 PROCESSORS = ("this", "without VNNI")
+each_backend = pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
+"""OpenVINO compiles each cut of a verification."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def _faults_on_cpuid() -> bool:
     return os.uname().machine == "x86_64" and ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_SET_CPUID, 1) == 0
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@each_backend
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_what_was_asked_for_is_exact_and_so_is_what_holds_anywhere(found: Any, processor: str, backend: str) -> None:
     problems = found(processor, backend)["problems"]
@@ -84,7 +86,7 @@ def test_what_was_asked_for_is_exact_and_so_is_what_holds_anywhere(found: Any, p
     assert problems["any"] == []
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@each_backend
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_what_holds_anywhere_holds_here(found: Any, processor: str, backend: str) -> None:
     levels = found(processor, backend)["levels"]
@@ -92,18 +94,17 @@ def test_what_holds_anywhere_holds_here(found: Any, processor: str, backend: str
     assert all(level >= ANY_PROCESSOR.levels.get(name, 0) for name, level in levels.items())
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@each_backend
 def test_without_vnni_a_runtime_saturates_and_verification_catches_an_answer_that_lies(found: Any, backend: str) -> None:
     result = found("without VNNI", backend)
     assert {level for name, level in result["levels"].items() if name == f"{ATTENTION} uint8 x int8"} == {SAFE}
     assert any(problem.startswith("layer ") for problem in result["problems"]["lie"])
 
 
-def test_with_vnni_signed_weights_of_any_size_are_exact(found: Any) -> None:
-    if not integer_instructions():
-        pytest.skip("this processor has no VNNI")
-    for backend in ("onnxruntime", "openvino"):
-        assert set(found("this", backend)["levels"].values()) == {LEVELS[0]}
+@each_backend
+def test_signed_weights_of_any_size_are_exact_with_vnni_and_not_without(found: Any, backend: str) -> None:
+    levels = found("this", backend)["levels"]
+    assert (set(levels.values()) == {LEVELS[0]}) == bool(integer_instructions())
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
