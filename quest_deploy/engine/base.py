@@ -193,6 +193,8 @@ class Backend(ABC):
     """A runtime that quest-deploy builds engines for. Importing its package is left to the methods."""
 
     name: str
+    compile_only_checks = False
+    """Whether :meth:`compile` writes nothing, since :meth:`open` compiles."""
 
     @abstractmethod
     def check_build(self, options: EngineOptions) -> None:
@@ -269,6 +271,7 @@ class Backend(ABC):
 class CpuBackend(Backend):
     """A backend of CPUs, whose integer kernels are exact on some processors and not on others."""
 
+    compile_only_checks = True
     package: str
     """The Python package of the runtime."""
 

@@ -23,7 +23,7 @@ from exporters.graph_info import save_graph
 from exporters.passes.insert_quantized_layers import product_name
 from exporters.probe import make_probe
 from quest_deploy import __version__
-from quest_deploy.engine.base import LOWERED, EngineOptions, cpu_flags, no_progress, processor_name
+from quest_deploy.engine.base import LOWERED, EngineOptions, cpu_flags, processor_name
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import read_json, write_json
 
@@ -59,7 +59,6 @@ def _exact_kernels(backend: CpuBackend, magnitude: int, form: Exactness) -> dict
     with tempfile.TemporaryDirectory(prefix="quest-deploy-") as name:
         folder = Path(name)
         save_graph(lowered, folder / LOWERED)
-        backend.compile(folder / LOWERED, folder, options, no_progress)
         with backend.open(folder, options) as runner:
             outputs = runner.infer(probe.feeds)
     found: dict[str, bool] = {}
