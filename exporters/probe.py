@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 BATCH, TOKENS, HEADS, HEAD = 2, 24, 2, 40
 OUTPUTS = 32
 SIZE = 10
-IR_VERSION = 10
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class _Skeleton:
         """The portable graph of ``checkpoint``."""
         imports = {"": timestep_quantize.OPSET, timestep_quantize.DOMAIN: timestep_quantize.VERSION}
         graph = ir.Graph(self.inputs, self.outputs, nodes=self.nodes, opset_imports=imports, name="probe")
-        model = ir.Model(graph, ir_version=IR_VERSION)
+        model = ir.Model(graph, ir_version=timestep_quantize.IR_VERSION)
         InsertQuantizedLayers(checkpoint)(model)
         InsertQuantizedLayers.describe(model, checkpoint)
         function = timestep_quantize.function_body()

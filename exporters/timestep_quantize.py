@@ -26,6 +26,8 @@ TABLES = ("scale", "low", "high", "offset")
 AXIS = "axis"
 OPSET = 21
 """The ONNX opset of every graph: the first with INT4 DequantizeLinear."""
+IR_VERSION = 10
+"""The version of ONNX's file format that goes with it."""
 
 
 class _Op(Protocol):

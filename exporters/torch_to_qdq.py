@@ -28,7 +28,6 @@ from quest_deploy.quant.model import build_float_model, downsampling, set_submod
 if TYPE_CHECKING:
     from quest_deploy.checkpoint import Checkpoint, ConvGeometry, LayerData
 
-IR_VERSION = 10
 OUTPUT_NAME = "out_sample"
 BATCH_LIMIT = 63
 """To torch.export alone: diffusers copies larger batches before it upsamples them, which leaves no trace in the graph."""
@@ -51,7 +50,7 @@ def portable_graph(checkpoint: Checkpoint, example: dict[str, Tensor], checkpoin
         model = build_float_model(checkpoint.architecture)
     graph = _traced(_Skeleton(model, checkpoint, list(example)), example)
     _simplify(graph)
-    graph.ir_version = IR_VERSION
+    graph.ir_version = timestep_quantize.IR_VERSION
     ForwardSlices()(graph)
     InsertQuantizedLayers(checkpoint)(graph)
     common.ClearMetadataAndDocStringPass()(graph)

@@ -51,7 +51,10 @@ class AvoidSaturation(ir.passes.InPlacePass):
         for product in integer_products(model):
             if product.weight == SIGNED and not self.exactness.holds(product.kernel, product.magnitude):
                 forms[str(product.node.name)] = form = self._form(product)
-                _cast_operands(editor, product.node) if form == FLOAT else _store_unsigned(editor, product)
+                if form == FLOAT:
+                    _cast_operands(editor, product.node)
+                else:
+                    _store_unsigned(editor, product)
         if forms:
             model.metadata_props[SATURATING_KEY] = json.dumps(forms)
         return ir.passes.PassResult(model, modified=bool(forms))
