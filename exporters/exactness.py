@@ -56,7 +56,7 @@ class Exactness:
 
 EXACT = Exactness(always=True)
 """Kernels that add in 32 bits."""
-ANY_PROCESSOR = Exactness(
+EXACT_ANYWHERE = Exactness(
     {
         kernel(kind, activation, weight): SAFE if weight == SIGNED else LEVELS[0]
         for kind in KINDS

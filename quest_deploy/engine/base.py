@@ -261,7 +261,7 @@ class Backend(ABC):
 
     def record(self, options: EngineOptions) -> dict[str, Any]:
         """What else the record of an engine built with ``options`` holds."""
-        return {}
+        return self.answers(options)
 
     def answers(self, options: EngineOptions) -> dict[str, Any]:
         """What this machine answered and the engine's form depends on, of JSON's types."""
@@ -286,7 +286,7 @@ class CpuBackend(Backend):
 
         if not self.on_cpu(options):
             return exactness.EXACT
-        return exactness.ANY_PROCESSOR if options.processor == ANY_PROCESSOR else measured(self)
+        return exactness.EXACT_ANYWHERE if options.processor == ANY_PROCESSOR else measured(self)
 
     def lower(self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None) -> ir.Model:
         return self.lower_for(model, options, self.exactness(options), frozen_bucket=frozen_bucket)
@@ -297,9 +297,6 @@ class CpuBackend(Backend):
 
     def answers(self, options: EngineOptions) -> dict[str, Any]:
         return {"exact_integers": dict(self.exactness(options).levels)}
-
-    def record(self, options: EngineOptions) -> dict[str, Any]:
-        return self.answers(options)
 
     def kernels(self, lowered: ir.Model, options: EngineOptions) -> dict[str, int]:
         from exporters.exactness import kernel_needs
@@ -316,7 +313,7 @@ class CpuBackend(Backend):
             raise InputError(
                 f"{ENGINE_FILE} does not say which integer kernels the engine needs, as earlier versions' do not; {_REPAIR}"
             )
-        if exactness.ANY_PROCESSOR.short_of(kernels):  # else it is exact anywhere
+        if exactness.EXACT_ANYWHERE.short_of(kernels):  # else it is exact anywhere
             here = self.exactness(replace(options, processor=NATIVE_PROCESSOR))
             check_kernels(here, kernels, f"quest-deploy build-engine --backend {self.name}")
         return options

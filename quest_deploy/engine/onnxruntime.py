@@ -69,11 +69,11 @@ class OnnxRuntimeBackend(CpuBackend):
         """Load it once: what onnxruntime refuses is refused now."""
         on_progress("loading into onnxruntime", 0, 1)
         check = EngineOptions(threads=options.threads) if options.provider != "cpu" else options
-        _session(lowered, check)
+        open_session(lowered, check)
         on_progress("loading into onnxruntime", 1, 1)
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
-        return _OnnxRuntimeRunner(_session(folder / LOWERED, options))
+        return _OnnxRuntimeRunner(open_session(folder / LOWERED, options))
 
     def realised_precision(self, folder: Path, options: EngineOptions) -> dict[str, str]:
         """From the profile of one inference of one sample: which kernel ran, and the types of the operands that it was given."""
@@ -85,7 +85,7 @@ class OnnxRuntimeBackend(CpuBackend):
         lowered = load_graph(folder / LOWERED)
         feeds = {name: np.ones(shape, np.float32) for name, shape in input_shapes(lowered, 1).items()}
         with tempfile.TemporaryDirectory(prefix="quest-deploy-") as scratch:
-            session = _session(folder / LOWERED, options, profile=Path(scratch) / "profile")
+            session = open_session(folder / LOWERED, options, profile=Path(scratch) / "profile")
             _OnnxRuntimeRunner(session).infer(feeds)
             events = json.loads(Path(session.end_profiling()).read_text())
         return profiled_precisions(events, multiplication_names(lowered))
@@ -121,7 +121,15 @@ def profiled_precisions(events: list[dict[str, Any]], wanted: list[str]) -> dict
     return found
 
 
-def _session(path: Path, options: EngineOptions, profile: Path | None = None) -> Any:
+def open_session(path: Path, options: EngineOptions, profile: Path | None = None) -> Any:
+    """An onnxruntime.InferenceSession of the graph at ``path``, with the settings that every engine runs with.
+
+    Args:
+        profile: write what each node took, and which kernel ran it, to a file whose name begins so.
+
+    Raises:
+        QuestDeployError: onnxruntime refuses the graph, or the provider cannot be used here.
+    """
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()

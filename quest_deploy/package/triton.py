@@ -301,13 +301,13 @@ class Writer:
         """The graph that runs without a GPU, with a probe beside it where it is not exact on every processor."""
         import numpy as np
 
-        from exporters.exactness import ANY_PROCESSOR, LEVELS, kernel_needs
+        from exporters.exactness import EXACT_ANYWHERE, LEVELS, kernel_needs
         from exporters.graph_info import save_graph
         from exporters.probe import make_probe
 
         backend, options = get_backend("onnxruntime"), EngineOptions(processor=self.options.processor)
         lowered = backend.lower(graph, options)
-        if ANY_PROCESSOR.short_of(kernel_needs(lowered)):
+        if EXACT_ANYWHERE.short_of(kernel_needs(lowered)):
             probe, version = make_probe(LEVELS[0]), self._version_folder("unet")
             save_graph(backend.lower(probe.model, options), version / "probe.onnx")
             arrays = {f"feed.{name}": x for name, x in probe.feeds.items()} | {f"exact.{name}": y for name, y in probe.exact.items()}

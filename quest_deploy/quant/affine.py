@@ -60,8 +60,22 @@ def fake_quantize_activation(x: Tensor, scale: Tensor, low: Tensor, high: Tensor
         channel: [C] along ``axis`` of x, positive, or None where it would be all ones.
         axis: the channel axis of x; not 0.
     """
+    if not torch.is_grad_enabled():
+        step = per_sample(scale, x)
+        return _clamped_(_ratio(x, step, channel, axis).round_(), low, high).mul_(step)
     result: Tensor = _FakeQuantizeActivation.apply(x, scale, low, high, channel, axis)
     return result
+
+
+def _ratio(x: Tensor, step: Tensor, channel: Tensor | None, axis: int) -> Tensor:
+    """What is rounded, in memory of its own."""
+    return x / (step if channel is None else step * per_channel(channel, x, axis))
+
+
+def _clamped_(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """``codes`` [B, ...] clamped in place: a new tensor at each step takes longer than the step."""
+    torch.maximum(codes, per_sample(low, codes), out=codes)
+    return torch.minimum(codes, per_sample(high, codes), out=codes)
 
 
 def round_ste(x: Tensor) -> Tensor:
@@ -126,12 +140,11 @@ class _FakeQuantizeActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, channel: Tensor | None, axis: int) -> Tensor:
         step = per_sample(scale, x)
-        divisor = step if channel is None else step * per_channel(channel, x, axis)
-        ratio = x / divisor
+        ratio = _ratio(x, step, channel, axis)
         # Only the ratio is kept, and its codes made again in the backward pass: every site of a UNet keeps its own.
         ctx.save_for_backward(ratio, scale, low, high, channel)
         ctx.axis = axis
-        return clamp(torch.round(ratio), per_sample(low, x), per_sample(high, x)).mul_(step)
+        return _clamped_(torch.round(ratio), low, high).mul_(step)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:

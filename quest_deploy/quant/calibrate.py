@@ -1,7 +1,7 @@
 """Calibration: choose every scale from the float model's own activations, bucket by bucket.
 
-Post-training quantization in three passes over recorded trajectories: the largest activation of each channel (for the static
-channel vector), a sample of each site's values in each bucket (for the activation scales), the folded weights (for theirs).
+Post-training quantization in one pass over recorded trajectories, which keeps each channel's extremes (for the static channel vector)
+and a sample of each site's values in each bucket (for the activation scales), then one over the folded weights (for theirs).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quest_deploy.checkpoint import Architecture, Checkpoint, FreeSiteData, LayerData, ProductData, SiteData
 from quest_deploy.errors import InputError
-from quest_deploy.quant.affine import WeightGrid, bucket_of, clamp, per_channel, weight_codes
+from quest_deploy.quant.affine import WeightGrid, bucket_of, clamp, weight_codes
 from quest_deploy.quant.model import conv_geometry, float_state, fold_channel
 from quest_deploy.quant.prepare import fixed_heads, prepared_for
 from quest_deploy.quant.sites import LayerPlan, QuantizationPlan, SitePlan, plan_quantization
@@ -101,12 +101,10 @@ def calibrate(
     unet, split_shortcuts, attention = prepared_for(copy.deepcopy(unet), scheme, probe)
     plan = plan_quantization(unet, probe, scheme)
     recorder = _Recorder(unet, plan, scheme, options)
-    for name, visit in (("channel ranges", recorder.visit_ranges), ("activation values", recorder.visit_values)):
-        for i, (inputs, buckets) in enumerate(batches):
-            recorder.run(inputs, buckets, visit)
-            on_progress(name, i + 1, len(batches))
-        if name == "channel ranges" and scheme.granularity is Granularity.FOLDED_CHANNEL:
-            recorder.choose_channels()
+    for i, (inputs, buckets) in enumerate(batches):
+        recorder.run(inputs, buckets)
+        on_progress("activation values", i + 1, len(batches))
+    recorder.choose_channels(scheme.granularity)
     sites: dict[str, SiteData | FreeSiteData] = {}
     layers = {}
     for i, site in enumerate(plan.sites):
@@ -147,13 +145,15 @@ class _Recorder:
         self.free = scheme.granularity is Granularity.FREE_CHANNEL
         self.kept = max(VALUES_PER_SITE // self.buckets, FEWEST_VALUES)
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.amax: dict[str, Tensor] = {}
         self.channel: dict[str, Tensor] = {}
         self.samples: dict[tuple[str, int], _Reservoir] = {}
+        self.extremes: dict[tuple[str, int], Tensor] = {}
 
-    def run(self, inputs: dict[str, Tensor], buckets: Tensor, visit: Callable[[SitePlan, Tensor, Tensor], None]) -> None:
+    def run(self, inputs: dict[str, Tensor], buckets: Tensor) -> None:
+        """Run the model on one batch and visit each site's tensor."""
+
         def hook(site: SitePlan) -> Any:
-            return lambda module, args: visit(site, args[site.operand or 0], buckets)
+            return lambda module, args: self.visit(site, args[site.operand or 0], buckets)
 
         # Layers that share a site read the same tensor: the first of them is enough.
         handles = [self.unet.get_submodule(s.layers[0]).register_forward_pre_hook(hook(s)) for s in self.plan.sites]
@@ -163,37 +163,37 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
-    def visit_ranges(self, site: SitePlan, x: Tensor, buckets: Tensor) -> None:
-        amax = x.abs().transpose(site.axis, -1).flatten(0, -2).amax(0)
-        self.amax[site.name] = torch.maximum(self.amax.get(site.name, amax), amax)
-        self.channel[site.name] = torch.ones_like(amax)
+    def visit(self, site: SitePlan, x: Tensor, buckets: Tensor) -> None:
+        """Keep some of a site's values x [B, ...], and each channel's extremes, by bucket."""
+        for bucket in buckets.unique().tolist():
+            rows, key = x[buckets == bucket].transpose(site.axis, -1).flatten(0, -2), (site.name, bucket)
+            found = torch.stack([rows.amin(0), rows.amax(0)])
+            before = self.extremes.get(key, found)
+            self.extremes[key] = torch.stack([torch.minimum(before[0], found[0]), torch.maximum(before[1], found[1])])
+            values, kept = (rows, FEWEST_VALUES) if self.is_free(site) else (rows.flatten()[:, None], self.kept)
+            self.samples.setdefault(key, _Reservoir(kept)).add(values, self.generator)
 
-    def choose_channels(self) -> None:
-        """g = sqrt(amax_x / amax_w) (SmoothQuant, alpha 0.5), scaled to a geometric mean of one; attention's operands have none."""
+    def choose_channels(self, granularity: Granularity) -> None:
+        """g = sqrt(amax_x / amax_w) (SmoothQuant, alpha 0.5), scaled to a geometric mean of one, for layers of folded channels.
+
+        All ones for other granularities, and for attention's operands.
+        """
         for site in self.plan.sites:
-            if site.operand is not None:
+            amax = torch.stack([self.extremes[site.name, b] for b in range(self.buckets)]).abs().amax((0, 1))
+            if site.operand is not None or granularity is not Granularity.FOLDED_CHANNEL:
+                self.channel[site.name] = torch.ones_like(amax)
                 continue
-            amaxes = [_input_amax(self.unet.get_submodule(name), self.amax[site.name]) for name in site.layers]
-            weight_amax = torch.stack(amaxes).amax(0)
-            x, w = self.amax[site.name].clamp(min=1e-5), weight_amax.clamp(min=1e-5)
+            weight_amax = torch.stack([_input_amax(self.unet.get_submodule(name), amax) for name in site.layers]).amax(0)
+            x, w = amax.clamp(min=1e-5), weight_amax.clamp(min=1e-5)
             channel = x.pow(CHANNEL_ALPHA) / w.pow(1 - CHANNEL_ALPHA)
             self.channel[site.name] = channel / channel.log().mean().exp()
-
-    def visit_values(self, site: SitePlan, x: Tensor, buckets: Tensor) -> None:
-        x = x / per_channel(self.channel[site.name], x, site.axis)
-        for bucket in buckets.unique().tolist():
-            rows = x[buckets == bucket].transpose(site.axis, -1).flatten(0, -2)
-            values, kept = (rows, FEWEST_VALUES) if self.is_free(site) else (rows.flatten()[:, None], self.kept)
-            self.samples.setdefault((site.name, bucket), _Reservoir(kept)).add(values, self.generator)
 
     def is_free(self, site: SitePlan) -> bool:
         """Whether each of the site's channels has scales of its own."""
         return self.free and site.operand is None
 
     def site_data(self, site: SitePlan) -> SiteData | FreeSiteData:
-        ranges = [
-            _activation_ranges(*self.samples[site.name, b].kept, site.bits, site.symmetry, self.method) for b in range(self.buckets)
-        ]
+        ranges = [_activation_ranges(*self._kept(site, b), site.bits, site.symmetry, self.method) for b in range(self.buckets)]
         scale, zero_point = (torch.stack(column) for column in zip(*ranges, strict=True))
         low, high = _code_range(site.bits, site.symmetry)
         if self.is_free(site):
@@ -203,41 +203,43 @@ class _Recorder:
         tables_by_name = {name: _float32(table) for name, table in (*integers.items(), ("channel", self.channel[site.name]))}
         return SiteData(site.name, site.bits, site.symmetry, site.axis, site.layers, **tables_by_name)
 
+    def _kept(self, site: SitePlan, bucket: int) -> tuple[Tensor, Tensor]:
+        """The sample and the extremes of the site's values, over their channels' factors: [V, C] and [2, C], C = 1 unless free."""
+        reservoir, extremes = self.samples[site.name, bucket], self.extremes[site.name, bucket]
+        if self.is_free(site):
+            return reservoir.rows, extremes
+        channel = self.channel[site.name]
+        extremes = extremes / channel
+        values = reservoir.rows / channel[reservoir.places % len(channel)][:, None]
+        return values, torch.stack([extremes[0].amin(), extremes[1].amax()])[:, None]
+
 
 class _Reservoir:
-    """A uniform sample, without replacement, of up to ``size`` rows of all that were added, and the extremes of each column.
+    """A uniform sample, without replacement, of up to ``size`` rows of all that were added.
 
     Each row gets a random key when it arrives; the rows with the largest keys stay, so early and late batches count the same.
+
+    Attributes:
+        rows: the sample, [up to size, C].
+        places: each row's index in the batch that it came with, int64.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._rows: Tensor | None = None
-        self._keys = torch.empty(0)
-        self._extremes: Tensor | None = None
+        self.rows, self.places, self._keys = torch.empty(0, 0), torch.empty(0, dtype=torch.int64), torch.empty(0)
 
     def add(self, rows: Tensor, generator: torch.Generator) -> None:
         """Add rows [N, C]."""
-        extremes = torch.stack([rows.amin(0), rows.amax(0)])
-        if self._extremes is not None:
-            extremes = torch.stack([torch.minimum(self._extremes[0], extremes[0]), torch.maximum(self._extremes[1], extremes[1])])
-        self._extremes = extremes
         keys = torch.rand(len(rows), generator=generator)
-        if self._rows is not None:
-            # Of a late batch few rows have a chance: looking at those alone is what makes a large sample cheap.
-            chosen = (keys > (self._keys.min() if len(self._keys) == self.size else -1)).nonzero()[:, 0]
-            rows, keys = torch.cat([self._rows, rows[chosen]]), torch.cat([self._keys, keys[chosen]])
+        # Of a late batch few rows have a chance: looking at those alone is what makes a large sample cheap.
+        places = (keys > self._keys.min()).nonzero()[:, 0] if len(self._keys) == self.size else torch.arange(len(rows))
+        rows, keys = rows[places], keys[places]
+        if len(self._keys):
+            rows, keys, places = torch.cat([self.rows, rows]), torch.cat([self._keys, keys]), torch.cat([self.places, places])
         if len(keys) > self.size:
             keys, chosen = keys.topk(self.size, sorted=False)
-            rows = rows[chosen]
-        self._rows, self._keys = rows.clone(), keys
-
-    @property
-    def kept(self) -> tuple[Tensor, Tensor]:
-        """The sample, [up to size, C], and each column's smallest and largest value of all rows, [2, C]."""
-        assert self._rows is not None
-        assert self._extremes is not None
-        return self._rows, self._extremes
+            rows, places = rows[chosen], places[chosen]
+        self.rows, self.places, self._keys = rows, places, keys
 
 
 def _input_amax(layer: nn.Module, like: Tensor) -> Tensor:

@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 import pytest
 
-from exporters.exactness import ANY_PROCESSOR, LEVELS, SAFE, Exactness
+from exporters.exactness import EXACT_ANYWHERE, LEVELS, SAFE, Exactness
 from quest_deploy.engine import exactness
 from quest_deploy.engine.backends import check_options, get_backend
 from quest_deploy.engine.base import (
-    ANY_PROCESSOR as ANY,
+    ANY_PROCESSOR,
+    CpuBackend,
+    EngineOptions,
+    build_engine,
+    engine_info,
+    open_engine,
 )
-from quest_deploy.engine.base import CpuBackend, EngineOptions, build_engine, engine_info, open_engine
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, write_json
 
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     import onnx
 
 CPU_BACKENDS = ("onnxruntime", "openvino")
-WITH_VNNI = Exactness(dict.fromkeys(ANY_PROCESSOR.levels, LEVELS[0]))
+WITH_VNNI = Exactness(dict.fromkeys(EXACT_ANYWHERE.levels, LEVELS[0]))
 each_cpu = pytest.mark.parametrize("backend", CPU_BACKENDS)
 
 
@@ -46,9 +50,9 @@ def test_an_engine_is_refused_where_its_products_saturate_with_the_command_that_
     backend: str, build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = build(backend, WITH_VNNI)
-    assert ANY_PROCESSOR.short_of(engine_info(folder)["kernels"])
+    assert EXACT_ANYWHERE.short_of(engine_info(folder)["kernels"])
     open_engine(get_backend(backend), folder).close()
-    monkeypatch.setattr(exactness, "measured", lambda _: ANY_PROCESSOR)
+    monkeypatch.setattr(exactness, "measured", lambda _: EXACT_ANYWHERE)
     with pytest.raises(InputError, match=f"build-engine --backend {backend}"):
         open_engine(get_backend(backend), folder)
 
@@ -57,8 +61,8 @@ def test_an_engine_is_refused_where_its_products_saturate_with_the_command_that_
 def test_an_engine_for_any_processor_opens_where_signed_products_saturate(
     backend: str, build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = build(backend, WITH_VNNI, processor=ANY)
-    monkeypatch.setattr(exactness, "measured", lambda _: ANY_PROCESSOR)
+    folder = build(backend, WITH_VNNI, processor=ANY_PROCESSOR)
+    monkeypatch.setattr(exactness, "measured", lambda _: EXACT_ANYWHERE)
     open_engine(get_backend(backend), folder).close()
 
 
@@ -81,7 +85,7 @@ def test_a_gpus_engine_depends_on_no_answer_and_takes_no_processor() -> None:
     for name in ("tensorrt", "tensorrt-rtx"):
         assert get_backend(name).answers(EngineOptions()) == {}
         with pytest.raises(InputError, match="--processor"):
-            check_options(name, EngineOptions(processor=ANY))
+            check_options(name, EngineOptions(processor=ANY_PROCESSOR))
     assert get_backend("onnxruntime").answers(EngineOptions(provider="cuda")) == {"exact_integers": {}}
 
 

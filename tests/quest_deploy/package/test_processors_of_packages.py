@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 import exporters.exactness
-from exporters.exactness import ANY_PROCESSOR, LEVELS, Exactness, kernel_needs
+from exporters.exactness import EXACT_ANYWHERE, LEVELS, Exactness, kernel_needs
 from quest_deploy.engine import exactness
 from quest_deploy.package.triton import FILES, TritonOptions, Writer
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import onnx
 
-WITH_VNNI = Exactness(dict.fromkeys(ANY_PROCESSOR.levels, LEVELS[0]))
+WITH_VNNI = Exactness(dict.fromkeys(EXACT_ANYWHERE.levels, LEVELS[0]))
 
 
 class RefusedError(Exception):
@@ -50,7 +50,7 @@ def lowered(proto: onnx.ModelProto, folder: Path, processor: str) -> ir.Model:
 def test_a_package_is_refused_where_its_products_saturate(
     mini_proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Any
 ) -> None:
-    monkeypatch.setattr(exporters.exactness, "ANY_PROCESSOR", Exactness())  # so that there is a probe on every processor
+    monkeypatch.setattr(exporters.exactness, "EXACT_ANYWHERE", Exactness())  # so that there is a probe on every processor
     lowered(mini_proto, tmp_path, "native")
     stand_in._check_processor(tmp_path)
     with np.load(tmp_path / "probe.npz") as arrays:
@@ -64,7 +64,7 @@ def test_a_package_for_any_processor_is_exact_on_each_and_asks_none(
     mini_proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Any
 ) -> None:
     monkeypatch.setattr(exactness, "measured", lambda _: WITH_VNNI)
-    assert ANY_PROCESSOR.short_of(kernel_needs(lowered(mini_proto, tmp_path / "native", "native")))
-    assert not ANY_PROCESSOR.short_of(kernel_needs(lowered(mini_proto, tmp_path / "any", "any")))
+    assert EXACT_ANYWHERE.short_of(kernel_needs(lowered(mini_proto, tmp_path / "native", "native")))
+    assert not EXACT_ANYWHERE.short_of(kernel_needs(lowered(mini_proto, tmp_path / "any", "any")))
     assert not (tmp_path / "any" / "probe.onnx").exists()
     stand_in._check_processor(tmp_path / "any")

@@ -58,7 +58,7 @@ int sigaction(int number, const struct sigaction *action, struct sigaction *old)
 
 __attribute__((constructor)) static void start(void) {
   real_sigaction = dlsym(RTLD_NEXT, "sigaction");
-  struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK};
+  struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_NODEFER};
   real_sigaction(SIGSEGV, &ours, NULL);
   syscall(SYS_arch_prctl, ARCH_SET_CPUID, 0UL);
 }

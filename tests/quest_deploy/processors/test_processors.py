@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from exporters.exactness import ANY_PROCESSOR, ATTENTION, LEVELS, SAFE
+from exporters.exactness import ATTENTION, EXACT_ANYWHERE, LEVELS, SAFE
 from exporters.graph_info import save_graph
 from exporters.torch_to_qdq import portable_graph
 from quest_deploy.engine.base import integer_instructions
@@ -91,7 +91,7 @@ def test_what_was_asked_for_is_exact_and_so_is_what_holds_anywhere(found: Any, p
 def test_what_holds_anywhere_holds_here(found: Any, processor: str, backend: str) -> None:
     levels = found(processor, backend)["levels"]
     assert levels
-    assert all(level >= ANY_PROCESSOR.levels.get(name, 0) for name, level in levels.items())
+    assert all(level >= EXACT_ANYWHERE.levels.get(name, 0) for name, level in levels.items())
 
 
 @each_backend

@@ -120,13 +120,18 @@ def test_fake_quantization_and_its_gradients_equal_plain_autograds(shape: tuple[
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("training", [True, False])
 @given(shape=shapes, seed=seeds)
-def test_fake_quantized_activations_are_exactly_their_codes_times_their_samples_scale(shape: tuple[int, ...], seed: int) -> None:
+def test_fake_quantized_activations_are_exactly_their_codes_times_their_samples_scale(
+    training: bool, shape: tuple[int, ...], seed: int
+) -> None:
     x, scale, (low, high), axis = random(shape, seed), steps(shape[0], seed), bounds(shape[0], seed), len(shape) - 1
     channel = steps(shape[axis], seed + 9)
     codes = numpy_codes(x.numpy(), np.arange(shape[0]), scale.numpy(), low.numpy(), high.numpy(), channel.numpy(), axis)
-    found = fake_quantize_activation(x, scale, low, high, channel, axis)
+    with torch.set_grad_enabled(training):
+        found = fake_quantize_activation(x, scale, low, high, channel, axis)
     np.testing.assert_array_equal(found.numpy(), codes * along(scale.numpy(), 0, len(shape)))
+    assert torch.equal(x, random(shape, seed))
 
 
 @given(seed=seeds)

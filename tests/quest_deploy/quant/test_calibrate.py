@@ -248,7 +248,7 @@ def test_calibration_leaves_the_float_model_as_it_was_and_reports_progress_to_th
     )
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
-    assert set(last) == {"channel ranges", "activation values", "activation scales", "weight scales"}
+    assert set(last) == {"activation values", "activation scales", "weight scales"}
     assert all(done == total for done, total in last.values())
 
 
@@ -259,7 +259,7 @@ def test_a_reservoir_keeps_each_row_of_any_batch_equally_often() -> None:
         reservoir = _Reservoir(kept)
         for batch in rows.split(sizes):
             reservoir.add(batch, generator)
-        chosen = reservoir.kept[0][:, 0].long()
+        chosen = reservoir.rows[:, 0].long()
         assert len(chosen.unique()) == kept
         counts[chosen] += 1
     share = kept / len(rows)
@@ -270,16 +270,17 @@ def test_a_reservoir_keeps_each_row_of_any_batch_equally_often() -> None:
         assert (batch.mean() - trials * share).abs() < 4.5 * spread / len(batch) ** 0.5
 
 
-def test_a_reservoir_holds_every_row_until_it_is_full_and_always_the_extremes_of_each_column() -> None:
+def test_a_reservoir_holds_every_row_until_it_is_full_and_knows_where_each_came_from() -> None:
     generator = torch.Generator().manual_seed(0)
     rows, reservoir = torch.randn(50, 3, generator=generator), _Reservoir(20)
-    reservoir.add(rows[:12], generator)
-    reservoir.add(rows[12:20], generator)
-    assert sorted(reservoir.kept[0].tolist()) == sorted(rows[:20].tolist())
-    reservoir.add(rows[20:], generator)
-    kept, extremes = reservoir.kept
-    assert kept.shape == (20, 3)
-    torch.testing.assert_close(extremes, torch.stack([rows.amin(0), rows.amax(0)]), rtol=0, atol=0)
+    batches = rows[:12], rows[12:20], rows[20:]
+    for batch in batches[:2]:
+        reservoir.add(batch, generator)
+    assert sorted(reservoir.rows.tolist()) == sorted(rows[:20].tolist())
+    reservoir.add(batches[2], generator)
+    assert reservoir.rows.shape == (20, 3)
+    for row, place in zip(reservoir.rows, reservoir.places.tolist(), strict=True):
+        assert any(place < len(batch) and torch.equal(batch[place], row) for batch in batches)
 
 
 @pytest.mark.parametrize("method", [RangeMethod.MSE, RangeMethod.L24])
