@@ -64,7 +64,7 @@ class TinyModel:
     train_timesteps = 1000
     labels = NULL_CLASS
     guidance = 1.0
-    calibration_samples = 1024
+    calibration_samples = 512
     calibration_steps = 20
     forward_rows: int | None = 250
     # Fewer, smaller batches than the defaults, at twice the rates: nearly as good, in a third of the time.
