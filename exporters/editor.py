@@ -31,11 +31,15 @@ class Editor:
         domain: str = "",
         **attributes: Any,
     ) -> ir.Value:
-        """Add a node with one output called ``name``; its dtype is the first input's unless given."""
+        """Add a node with one output called ``name``; its dtype is the first input's unless
+        given.
+        """
         first = inputs[0]
         output = ir.Value(
             name=name,
-            type=ir.TensorType(dtype) if dtype is not None else (None if first is None else first.type),
+            type=ir.TensorType(dtype)
+            if dtype is not None
+            else (None if first is None else first.type),
             shape=shape if isinstance(shape, ir.Shape) or shape is None else ir.Shape(shape),
         )
         attrs = [ir.convenience.convert_attribute(k, v) for k, v in attributes.items()]
@@ -46,8 +50,17 @@ class Editor:
         """An initializer; a second call with the same name returns the first one's value."""
         if name in self.graph.initializers:
             return self.graph.initializers[name]
-        tensor = ir.tensor(np.asarray(array, order="C"), name=name) if isinstance(array, np.ndarray) else array
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
+        tensor = (
+            ir.tensor(np.asarray(array, order="C"), name=name)
+            if isinstance(array, np.ndarray)
+            else array
+        )
+        value = ir.Value(
+            name=name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(tensor.shape.numpy()),
+            const_value=tensor,
+        )
         self.graph.register_initializer(value)
         return value
 
@@ -69,7 +82,9 @@ def array_of(value: ir.Value) -> NDArray[Any]:
 
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
-    """Let every reader of ``old`` read ``new``; where ``old`` is a graph output, ``new`` takes its place and its name."""
+    """Let every reader of ``old`` read ``new``; where ``old`` is a graph output, ``new`` takes its
+    place and its name.
+    """
     if old.is_graph_output():
         name, old.name = old.name, f"{old.name}_replaced"
         new.name = name

@@ -1,8 +1,9 @@
 """How large the integers may be that a runtime's kernels add up exactly on one processor.
 
-Without VNNI, x86's 8-bit kernels add each two products in 16 bits and saturate (vpmaddubsw): exact as long as any two weights that
-meet there stay small together, wrong by tens of percents above. What a runtime does is not read off the processor's name but asked, by
-the graph of ``exporters.probe``.
+Without VNNI, x86's 8-bit kernels add each two products in 16 bits and saturate (vpmaddubsw): exact
+as long as any two weights that meet there stay small together, wrong by tens of percents above.
+What a runtime does is not read off the processor's name but asked, by the graph of
+``exporters.probe``.
 """
 
 from __future__ import annotations
@@ -20,24 +21,36 @@ from exporters.graph_info import graph_info
 
 CONV, GROUPED_CONV, LINEAR, ATTENTION = KINDS = ("conv", "grouped conv", "linear", "attention")
 LEVELS = (127, 64, 15)
-"""The magnitudes of weights that are asked about: all of INT8, those whose pairs fit 16 bits with any activation, 4-bit ones."""
+"""The magnitudes of weights that are asked about: all of INT8, those whose pairs fit 16 bits with
+any activation, 4-bit ones.
+"""
 SAFE = 64
 """The level that no known runtime breaks: 255 * (64 + 64) < 2^15."""
 SIGNED, UNSIGNED = ACTIVATIONS = ("int8", "uint8")
 FOUR_BITS = 4
 SATURATING_KEY = "quest.saturating"
-"""A lowered graph's metadata: by node, the form that it was given since signed 8-bit operands may saturate (see AvoidSaturation)."""
-_TYPES = {ir.DataType.INT4: SIGNED, ir.DataType.INT8: SIGNED, ir.DataType.UINT4: UNSIGNED, ir.DataType.UINT8: UNSIGNED}
+"""A lowered graph's metadata: by node, the form that it was given since signed 8-bit operands may
+saturate (see AvoidSaturation).
+"""
+_TYPES = {
+    ir.DataType.INT4: SIGNED,
+    ir.DataType.INT8: SIGNED,
+    ir.DataType.UINT4: UNSIGNED,
+    ir.DataType.UINT8: UNSIGNED,
+}
 
 
 def kernel(kind: str, activation: str, weight: str) -> str:
-    """The name of a kernel, such as "linear uint8 x int8"; an attention product's second operand is its weight."""
+    """The name of a kernel, such as "linear uint8 x int8"; an attention product's second operand is
+    its weight.
+    """
     return f"{kind} {activation} x {weight}"
 
 
 @dataclass(frozen=True)
 class Exactness:
-    """By :func:`kernel`, the largest of ``LEVELS`` at which its sums are exact; 0 where they never are, or where nobody asked.
+    """By :func:`kernel`, the largest of ``LEVELS`` at which its sums are exact; 0 where they never
+    are, or where nobody asked.
 
     ``always`` is for runtimes whose kernels add in 32 bits (GPUs).
     """
@@ -46,7 +59,9 @@ class Exactness:
     always: bool = False
 
     def holds(self, name: str, magnitude: float) -> bool:
-        """Whether the kernel ``name`` is exact for weights of ``magnitude``, half the largest sum of two."""
+        """Whether the kernel ``name`` is exact for weights of ``magnitude``, half the largest sum
+        of two.
+        """
         return self.always or magnitude <= self.levels.get(name, 0)
 
     def short_of(self, needs: Mapping[str, int]) -> list[str]:
@@ -65,7 +80,9 @@ EXACT_ANYWHERE = Exactness(
         if (kind, weight) != (ATTENTION, UNSIGNED)
     }
 )
-"""What holds on every x86-64 processor and runtime that was asked (docs/processors.md): small signed weights, and unsigned weights."""
+"""What holds on every x86-64 processor and runtime that was asked (docs/processors.md): small
+signed weights, and unsigned weights.
+"""
 
 
 MIDDLE = 128
@@ -78,11 +95,15 @@ def as_unsigned(codes: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def pair_magnitude(codes: NDArray[Any], output_axis: int) -> float:
-    """Half the largest sum, in magnitude, of two weights of one output channel, whichever two a kernel may pair."""
+    """Half the largest sum, in magnitude, of two weights of one output channel, whichever two a
+    kernel may pair.
+    """
     rows = np.moveaxis(codes, output_axis, 0).reshape(codes.shape[output_axis], -1).astype(np.int32)
     if rows.shape[1] < 2:
         return float(np.abs(rows).max(initial=0)) / 2
-    highest, lowest = (np.partition(sign * rows, -2, axis=1)[:, -2:].clip(0).sum(1).max() for sign in (1, -1))
+    highest, lowest = (
+        np.partition(sign * rows, -2, axis=1)[:, -2:].clip(0).sum(1).max() for sign in (1, -1)
+    )
     return max(int(highest), int(lowest)) / 2
 
 
@@ -93,7 +114,8 @@ class IntegerProduct:
     Attributes:
         node: it. kind: of ``KINDS``. activation, weight: the types of its codes.
         dequantize: the DequantizeLinear of its second operand.
-        magnitude: of its weights (see :func:`pair_magnitude`), or of the second operand's codes in a product of two activations.
+        magnitude: of its weights (see :func:`pair_magnitude`), or of the second operand's codes in
+            a product of two activations.
     """
 
     node: ir.Node
@@ -121,12 +143,22 @@ def _integer_product(node: ir.Node, bits: Mapping[str, int]) -> IntegerProduct |
     dequantizers = [_dequantizer(value) for value in node.inputs[:2]]
     if dequantizers[0] is None or dequantizers[1] is None:
         return None
-    activation, weight = (dequantize.inputs[0] for dequantize in dequantizers if dequantize is not None)
-    if activation is None or weight is None or activation.dtype not in _TYPES or weight.dtype not in _TYPES:
+    activation, weight = (
+        dequantize.inputs[0] for dequantize in dequantizers if dequantize is not None
+    )
+    if (
+        activation is None
+        or weight is None
+        or activation.dtype not in _TYPES
+        or weight.dtype not in _TYPES
+    ):
         return None
     constant = constant_codes(weight)
     if constant is None:
-        kind, magnitude = ATTENTION, float(LEVELS[0] if bits.get(weight.name or "") != FOUR_BITS else LEVELS[-1])
+        kind, magnitude = (
+            ATTENTION,
+            float(LEVELS[0] if bits.get(weight.name or "") != FOUR_BITS else LEVELS[-1]),
+        )
     elif node.op_type == "Conv":
         kind = CONV if node.attributes.get_int("group", 1) == 1 else GROUPED_CONV
         magnitude = pair_magnitude(constant, 0)
@@ -137,7 +169,9 @@ def _integer_product(node: ir.Node, bits: Mapping[str, int]) -> IntegerProduct |
 
 
 def constant_codes(codes: ir.Value) -> NDArray[Any] | None:
-    """The weight's codes behind ``codes``, widened from 4 bits or not; None for what is computed."""
+    """The weight's codes behind ``codes``, widened from 4 bits or not; None for what is
+    computed.
+    """
     producer = codes.producer()
     if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
         codes = producer.inputs[0]
@@ -150,7 +184,9 @@ def _dequantizer(value: ir.Value | None) -> ir.Node | None:
 
 
 def kernel_needs(model: ir.Model) -> dict[str, int]:
-    """By kernel, the least of ``LEVELS`` at which the lowered graph's integer products are exact."""
+    """By kernel, the least of ``LEVELS`` at which the lowered graph's integer products are
+    exact.
+    """
     found: dict[str, int] = {}
     for product in integer_products(model):
         level = min(level for level in LEVELS if level >= product.magnitude)

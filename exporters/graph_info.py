@@ -1,6 +1,8 @@
-"""What a graph says about itself: its scheme, its checkpoint, and where in it each layer and site is found.
+"""What a graph says about itself: its scheme, its checkpoint, and where in it each layer and site
+is found.
 
-The portable graph carries these as metadata; lowerings keep values' names, so that verification can cut a layer out of what was built.
+The portable graph carries these as metadata; lowerings keep values' names, so that verification can
+cut a layer out of what was built.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.errors import InputError
-from quest_deploy.scheme import Scheme
 
 LAYERS_KEY = "quest.layers"
 PRODUCTS_KEY = "quest.products"
@@ -28,7 +30,9 @@ BUCKET = "bucket"
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A layer in the graph: ``output`` names its value; ``weight``, in the portable graph, the initializer of its codes."""
+    """A layer in the graph: ``output`` names its value; ``weight``, in the portable graph, the
+    initializer of its codes.
+    """
 
     name: str
     site: str
@@ -42,8 +46,8 @@ class LayerInfo:
 class SiteInfo:
     """A site in the graph: ``input`` and ``codes`` name its float value and its codes.
 
-    Codes are int8, or float32 where ``integer`` is false: such a site and its readers compute in float. Lowered for a CPU, codes may
-    be uint8, 128 above the int8 code.
+    Codes are int8, or float32 where ``integer`` is false: such a site and its readers compute in
+    float. Lowered for a CPU, codes may be uint8, 128 above the int8 code.
     """
 
     name: str
@@ -56,7 +60,9 @@ class SiteInfo:
 
 @dataclass(frozen=True)
 class ProductInfo:
-    """A product of two activations: for each operand its site, None where it is float, and the name of its float value."""
+    """A product of two activations: for each operand its site, None where it is float, and the name
+    of its float value.
+    """
 
     name: str
     sites: tuple[str | None, str | None]
@@ -70,7 +76,8 @@ class GraphInfo:
     """All of it, layers, products and sites in execution order, by name.
 
     Attributes:
-        sample_shape: the shape of one sample, without the batch, that the model is meant for; its height and width may be others.
+        sample_shape: the shape of one sample, without the batch, that the model is meant for; its
+            height and width may be others.
         sample_multiple: what they must be multiples of, since the model halves them so often.
     """
 
@@ -83,7 +90,9 @@ class GraphInfo:
     sites: dict[str, SiteInfo]
 
 
-def describe(model: ir.Model, layers: list[LayerInfo], products: list[ProductInfo], sites: list[SiteInfo]) -> None:
+def describe(
+    model: ir.Model, layers: list[LayerInfo], products: list[ProductInfo], sites: list[SiteInfo]
+) -> None:
     """Write where layers, products and sites are into the graph's metadata."""
     model.metadata_props[PRODUCTS_KEY] = json.dumps([asdict(product) for product in products])
     model.metadata_props[LAYERS_KEY] = json.dumps([asdict(layer) for layer in layers])
@@ -104,7 +113,10 @@ def graph_info(model: ir.Model) -> GraphInfo:
             sites={entry["name"]: SiteInfo(**entry) for entry in json.loads(props[SITES_KEY])},
         )
     except (KeyError, TypeError, json.JSONDecodeError) as e:
-        raise InputError(f"expected a graph written by `quest-deploy export`, found one without its metadata ({e})") from e
+        raise InputError(
+            "expected a graph written by `quest-deploy export`, found one without its metadata "
+            f"({e})"
+        ) from e
 
 
 def sample_shape(model: ir.Model) -> tuple[int, ...]:
@@ -113,16 +125,22 @@ def sample_shape(model: ir.Model) -> tuple[int, ...]:
 
 
 def sample_multiple(model: ir.Model) -> int:
-    """What heights and widths of samples must be multiples of, from the metadata; raise KeyError where it is not there."""
+    """What heights and widths of samples must be multiples of, from the metadata; raise KeyError
+    where it is not there.
+    """
     return int(json.loads(model.metadata_props[SAMPLE_MULTIPLE_KEY]))
 
 
 def _product(entry: dict[str, Any]) -> ProductInfo:
-    return ProductInfo(entry["name"], tuple(entry["sites"]), tuple(entry["inputs"]), entry["macs"], entry["output"])
+    return ProductInfo(
+        entry["name"], tuple(entry["sites"]), tuple(entry["inputs"]), entry["macs"], entry["output"]
+    )
 
 
 def load_graph(path: Path) -> ir.Model:
-    """Load an ONNX file (with its external data); raise InputError where it, or the file of its weights, is missing or damaged."""
+    """Load an ONNX file (with its external data); raise InputError where it, or the file of its
+    weights, is missing or damaged.
+    """
     try:
         model = ir.load(path)
     except FileNotFoundError as e:
@@ -134,7 +152,9 @@ def load_graph(path: Path) -> ir.Model:
 
 
 def _check_weights(model: ir.Model) -> None:
-    """Weights are read when they are used, so a file that is cut off would be noticed late, by whatever uses them."""
+    """Weights are read when they are used, so a file that is cut off would be noticed late, by
+    whatever uses them.
+    """
     ends: dict[Path, int] = {}
     for value in model.graph.initializers.values():
         if isinstance(tensor := value.const_value, ir.ExternalTensor):
@@ -143,8 +163,15 @@ def _check_weights(model: ir.Model) -> None:
     for path, end in ends.items():
         found = path.stat().st_size if path.is_file() else None
         if found is None or found < end:
-            state = "is missing" if found is None else f"is cut off (expected {end} bytes, found {found})"
-            raise InputError(f"{path}, which holds the graph's weights, {state}; make the graph again, or copy both of its files")
+            state = (
+                "is missing"
+                if found is None
+                else f"is cut off (expected {end} bytes, found {found})"
+            )
+            raise InputError(
+                f"{path}, which holds the graph's weights, {state}; make the graph again, or copy "
+                "both of its files"
+            )
 
 
 def save_graph(model: ir.Model, path: Path) -> None:

@@ -1,8 +1,10 @@
-"""A small portable graph of worst-case codes, to ask a runtime what its integer kernels compute exactly on this processor.
+"""A small portable graph of worst-case codes, to ask a runtime what its integer kernels compute
+exactly on this processor.
 
-Every kind of product that a lowering writes is in it: convolutions of few and of many channels, 1x1, grouped and depthwise; linears on
-rows and on single vectors; attention's two products, behind the transposes that heads need; activations signed and unsigned. All scales
-are 1, so that every output is a sum of products of integers, which float32 holds exactly.
+Every kind of product that a lowering writes is in it: convolutions of few and of many channels,
+1x1, grouped and depthwise; linears on rows and on single vectors; attention's two products, behind
+the transposes that heads need; activations signed and unsigned. All scales are 1, so that every
+output is a sum of products of integers, which float32 holds exactly.
 """
 
 from __future__ import annotations
@@ -14,12 +16,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from exporters import timestep_quantize
 from exporters.exactness import ATTENTION, CONV, GROUPED_CONV, LINEAR
 from exporters.graph_info import CHECKPOINT_KEY, SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, SCHEME_KEY
-from exporters.passes.insert_quantized_layers import LAYER_PLACEHOLDER, PLACEHOLDER_DOMAIN, PRODUCT_PLACEHOLDER, InsertQuantizedLayers
-from quest_deploy.checkpoint import Architecture, Checkpoint, ConvGeometry, FreeSiteData, LayerData, ProductData, SiteData
-from quest_deploy.scheme import Scheme, Symmetry
+from exporters.ops import timestep_quantize
+from exporters.passes.insert_quantized_layers import (
+    LAYER_PLACEHOLDER,
+    PLACEHOLDER_DOMAIN,
+    PRODUCT_PLACEHOLDER,
+    InsertQuantizedLayers,
+)
+from quest_deploy.artifacts.checkpoint import (
+    Architecture,
+    Checkpoint,
+    ConvGeometry,
+    FreeSiteData,
+    LayerData,
+    ProductData,
+    SiteData,
+)
+from quest_deploy.artifacts.scheme import Scheme, Symmetry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,8 +53,10 @@ class Case:
     """One product of the probe, called ``name`` in the graph.
 
     Attributes:
-        kind: see ``exporters.exactness.KINDS``. unsigned: whether its activation's codes are 0..255, else -127..127.
-        shape: its activation's: [C, H, W] of a convolution, [N, C] or [C] of a linear, [heads, N, d] of an attention's product.
+        kind: see ``exporters.exactness.KINDS``. unsigned: whether its activation's codes are
+            0..255, else -127..127.
+        shape: its activation's: [C, H, W] of a convolution, [N, C] or [C] of a linear, [heads, N,
+            d] of an attention's product.
         kernel_size, groups: of a convolution.
     """
 
@@ -59,7 +76,9 @@ def _cases() -> list[Case]:
             Case(f"conv_{sign}", CONV, unsigned, (64, SIZE, SIZE), 3),
             Case(f"conv_1x1_{sign}", CONV, unsigned, (64, SIZE, SIZE)),
             Case(f"grouped_conv_{sign}", GROUPED_CONV, unsigned, (64, SIZE, SIZE), 3, 4),
-            Case(f"depthwise_conv_{sign}", GROUPED_CONV, unsigned, (OUTPUTS, SIZE, SIZE), 3, OUTPUTS),
+            Case(
+                f"depthwise_conv_{sign}", GROUPED_CONV, unsigned, (OUTPUTS, SIZE, SIZE), 3, OUTPUTS
+            ),
             Case(f"linear_{sign}", LINEAR, unsigned, (TOKENS, 64)),
             Case(f"linear_of_vector_{sign}", LINEAR, unsigned, (128,)),
             Case(f"attention_{sign}", ATTENTION, unsigned, (HEADS, TOKENS, HEAD)),
@@ -72,7 +91,9 @@ CASES = _cases()
 
 @dataclass(frozen=True)
 class Probe:
-    """The portable graph, what to feed it, and by its outputs' names, the cases', the exact results."""
+    """The portable graph, what to feed it, and by its outputs' names, the cases', the exact
+    results.
+    """
 
     model: ir.Model
     feeds: dict[str, Floats]
@@ -80,7 +101,9 @@ class Probe:
 
 
 def make_probe(magnitude: int) -> Probe:
-    """The probe whose weights, and attention's second operands, reach ``magnitude``: of one sign, mixed, and random."""
+    """The probe whose weights, and attention's second operands, reach ``magnitude``: of one sign,
+    mixed, and random.
+    """
     rng = np.random.default_rng(magnitude)
     layers: dict[str, LayerData] = {}
     products: dict[str, ProductData] = {}
@@ -102,14 +125,26 @@ def make_probe(magnitude: int) -> Probe:
             products[case.name] = ProductData(case.name, (first.name, second.name), 1)
             exact[case.name] = (x @ keys.swapaxes(2, 3)).astype(np.float32)
             # As heads lie in a model: [B, N, heads, d], transposed before they are quantized.
-            feeds |= {f"{case.name}.x": _float(x.swapaxes(1, 2)), f"{case.name}.y": _float(keys.swapaxes(1, 2))}
+            feeds |= {
+                f"{case.name}.x": _float(x.swapaxes(1, 2)),
+                f"{case.name}.y": _float(keys.swapaxes(1, 2)),
+            }
         else:
             layer = _layer(rng, case, magnitude)
             layers[case.name] = layer
             exact[case.name] = _exact(x, layer)
             feeds[f"{case.name}.x"] = _float(x)
         skeleton.add(case)
-    checkpoint = Checkpoint("probe", Architecture("", {}), Scheme.parse("w8a8", buckets=1), layers, sites, {}, {}, products)
+    checkpoint = Checkpoint(
+        "probe",
+        Architecture("", {}),
+        Scheme.parse("w8a8", buckets=1),
+        layers,
+        sites,
+        {},
+        {},
+        products,
+    )
     return Probe(skeleton.portable(checkpoint), feeds, exact)
 
 
@@ -119,9 +154,16 @@ def _float(x: NDArray[Any]) -> Floats:
 
 def _site(name: str, case: Case, low: int, high: int, rank: int) -> SiteData:
     symmetry = Symmetry.UNSIGNED if low == 0 else Symmetry.SYMMETRIC
-    axis, channels = (1, case.shape[0]) if rank == 3 and case.kind != ATTENTION else (rank, case.shape[-1])
-    one, bounds = np.ones(1, np.float32), (np.full(1, low, np.float32), np.full(1, high, np.float32))
-    return SiteData(name, 8, symmetry, axis, (case.name,), one, *bounds, np.ones(channels, np.float32))
+    axis, channels = (
+        (1, case.shape[0]) if rank == 3 and case.kind != ATTENTION else (rank, case.shape[-1])
+    )
+    one, bounds = (
+        np.ones(1, np.float32),
+        (np.full(1, low, np.float32), np.full(1, high, np.float32)),
+    )
+    return SiteData(
+        name, 8, symmetry, axis, (case.name,), one, *bounds, np.ones(channels, np.float32)
+    )
 
 
 def _layer(rng: np.random.Generator, case: Case, magnitude: int) -> LayerData:
@@ -145,11 +187,15 @@ def _exact(x: NDArray[Any], layer: LayerData) -> Floats:
     padded = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, weight.shape[2:], (2, 3))
     parts = zip(np.split(windows, groups, axis=1), np.split(weight, groups), strict=True)
-    return np.concatenate([np.einsum("bchwij,ocij->bohw", x_part, w) for x_part, w in parts], axis=1).astype(np.float32)
+    return np.concatenate(
+        [np.einsum("bchwij,ocij->bohw", x_part, w) for x_part, w in parts], axis=1
+    ).astype(np.float32)
 
 
 class _Skeleton:
-    """The graph of placeholders that torch's exporter would give, and InsertQuantizedLayers takes."""
+    """The graph of placeholders that torch's exporter would give, and InsertQuantizedLayers
+    takes.
+    """
 
     def __init__(self) -> None:
         self.inputs = [_value("timestep", ["batch"])]
@@ -160,40 +206,75 @@ class _Skeleton:
         """A placeholder of ``case`` between an input and an output."""
         if case.kind == ATTENTION:
             heads, tokens, size = case.shape
-            operands = [self._input(f"{case.name}.{operand}", (tokens, heads, size)) for operand in ("x", "y")]
-            x = self._node("Transpose", [operands[0]], f"{case.name}.heads", [heads, tokens, size], perm=[0, 2, 1, 3])
-            y = self._node("Transpose", [operands[1]], f"{case.name}.keys_transposed", [heads, size, tokens], perm=[0, 2, 3, 1])
+            operands = [
+                self._input(f"{case.name}.{operand}", (tokens, heads, size))
+                for operand in ("x", "y")
+            ]
+            x = self._node(
+                "Transpose",
+                [operands[0]],
+                f"{case.name}.heads",
+                [heads, tokens, size],
+                perm=[0, 2, 1, 3],
+            )
+            y = self._node(
+                "Transpose",
+                [operands[1]],
+                f"{case.name}.keys_transposed",
+                [heads, size, tokens],
+                perm=[0, 2, 3, 1],
+            )
             result = self._placeholder(PRODUCT_PLACEHOLDER, case, [x, y], [heads, tokens, tokens])
         else:
             x = self._input(f"{case.name}.x", case.shape)
-            shape = [OUTPUTS, *case.shape[1:]] if len(case.shape) == 3 else [*case.shape[:-1], OUTPUTS]
+            shape = (
+                [OUTPUTS, *case.shape[1:]] if len(case.shape) == 3 else [*case.shape[:-1], OUTPUTS]
+            )
             result = self._placeholder(LAYER_PLACEHOLDER, case, [x], shape)
-        self.outputs.append(self._node("Identity", [result], case.name, list(result.shape or [])[1:]))
+        self.outputs.append(
+            self._node("Identity", [result], case.name, list(result.shape or [])[1:])
+        )
 
     def portable(self, checkpoint: Checkpoint) -> ir.Model:
         """The portable graph of ``checkpoint``."""
         imports = {"": timestep_quantize.OPSET, timestep_quantize.DOMAIN: timestep_quantize.VERSION}
-        graph = ir.Graph(self.inputs, self.outputs, nodes=self.nodes, opset_imports=imports, name="probe")
+        graph = ir.Graph(
+            self.inputs, self.outputs, nodes=self.nodes, opset_imports=imports, name="probe"
+        )
         model = ir.Model(graph, ir_version=timestep_quantize.IR_VERSION)
         InsertQuantizedLayers(checkpoint)(model)
         InsertQuantizedLayers.describe(model, checkpoint)
         function = timestep_quantize.function_body()
         model.functions[function.identifier()] = function
-        model.metadata_props.update({
-            SCHEME_KEY: json.dumps(checkpoint.scheme.to_json()), CHECKPOINT_KEY: "",
-            SAMPLE_SHAPE_KEY: json.dumps([1, SIZE, SIZE]), SAMPLE_MULTIPLE_KEY: "1",
-        })  # fmt: skip
+        model.metadata_props.update(
+            {
+                SCHEME_KEY: json.dumps(checkpoint.scheme.to_json()),
+                CHECKPOINT_KEY: "",
+                SAMPLE_SHAPE_KEY: json.dumps([1, SIZE, SIZE]),
+                SAMPLE_MULTIPLE_KEY: "1",
+            }
+        )
         return model
 
     def _input(self, name: str, shape: Sequence[int]) -> ir.Value:
         self.inputs.append(_value(name, ["batch", *shape]))
         return self.inputs[-1]
 
-    def _placeholder(self, op_type: str, case: Case, operands: list[ir.Value], shape: Sequence[int]) -> ir.Value:
-        return self._node(op_type, operands, f"{case.name}.result", shape, PLACEHOLDER_DOMAIN, layer=case.name)
+    def _placeholder(
+        self, op_type: str, case: Case, operands: list[ir.Value], shape: Sequence[int]
+    ) -> ir.Value:
+        return self._node(
+            op_type, operands, f"{case.name}.result", shape, PLACEHOLDER_DOMAIN, layer=case.name
+        )
 
     def _node(
-        self, op_type: str, operands: list[ir.Value], name: str, shape: Sequence[Any], domain: str = "", **attributes: Any
+        self,
+        op_type: str,
+        operands: list[ir.Value],
+        name: str,
+        shape: Sequence[Any],
+        domain: str = "",
+        **attributes: Any,
     ) -> ir.Value:
         output = _value(name, ["batch", *shape])
         attrs = [ir.convenience.convert_attribute(key, value) for key, value in attributes.items()]

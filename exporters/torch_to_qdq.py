@@ -1,8 +1,9 @@
-"""From a checkpoint to the portable graph: QDQ ONNX with one activation-scale set per timestep bucket.
+"""From a checkpoint to the portable graph: QDQ ONNX with one activation-scale set per timestep
+bucket.
 
-torch exports the float skeleton only: each quantized layer is one placeholder node, which ``passes.insert_quantized_layers`` then
-replaces with its integer form, taken from the checkpoint. So no integer weight ever passes through torch, and the graph's names and
-shapes are ours.
+torch exports the float skeleton only: each quantized layer is one placeholder node, which
+``passes.insert_quantized_layers`` then replaces with its integer form, taken from the checkpoint.
+So no integer weight ever passes through torch, and the graph's names and shapes are ours.
 """
 
 from __future__ import annotations
@@ -18,35 +19,48 @@ from accelerate import init_empty_weights
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
-from exporters import timestep_quantize
 from exporters.graph_info import CHECKPOINT_KEY, SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, SCHEME_KEY
+from exporters.ops import timestep_quantize
 from exporters.passes.constant_reshapes import ConstantReshapes
 from exporters.passes.forward_slices import ForwardSlices
-from exporters.passes.insert_quantized_layers import LAYER_PLACEHOLDER, PLACEHOLDER_DOMAIN, PRODUCT_PLACEHOLDER, InsertQuantizedLayers
-from quest_deploy.quant.model import build_float_model, downsampling, set_submodule
+from exporters.passes.insert_quantized_layers import (
+    LAYER_PLACEHOLDER,
+    PLACEHOLDER_DOMAIN,
+    PRODUCT_PLACEHOLDER,
+    InsertQuantizedLayers,
+)
+from quest_deploy.quantization.model import build_float_model, downsampling, set_submodule
 
 if TYPE_CHECKING:
-    from quest_deploy.checkpoint import Checkpoint, ConvGeometry, LayerData
+    from quest_deploy.artifacts.checkpoint import Checkpoint, ConvGeometry, LayerData
 
 OUTPUT_NAME = "out_sample"
 BATCH_LIMIT = 63
-"""To torch.export alone: diffusers copies larger batches before it upsamples them, which leaves no trace in the graph."""
+"""To torch.export alone: diffusers copies larger batches before it upsamples them, which leaves no
+trace in the graph.
+"""
 SIZES = (("rows", 2**12), ("columns", 2**12))
 """The names, to torch.export, of the smallest feature map's height and width, and their limits."""
 
 
-def portable_graph(checkpoint: Checkpoint, example: dict[str, Tensor], checkpoint_sha256: str) -> ir.Model:
+def portable_graph(
+    checkpoint: Checkpoint, example: dict[str, Tensor], checkpoint_sha256: str
+) -> ir.Model:
     """Build the portable graph.
 
     Args:
-        example: the model's inputs, batch 2 or more. Their batch becomes dynamic, and so do the height and the width of ``sample``:
-            any multiple of the model's total downsampling. Their other dimensions stay.
+        example: the model's inputs, batch 2 or more. Their batch becomes dynamic, and so do the
+            height and the width of ``sample``: any multiple of the model's total downsampling.
+                Their other dimensions stay.
         checkpoint_sha256: recorded in the graph's metadata, with the scheme and the sample's shape.
 
     Returns:
-        Inputs ``sample`` [batch, C, height, width] float32, ``timestep`` [batch] float32 and the conditions; output ``out_sample``.
+        Inputs ``sample`` [batch, C, height, width] float32, ``timestep`` [batch] float32 and the
+        conditions; output ``out_sample``.
     """
-    with init_empty_weights(include_buffers=False):  # what is quantized would be made, and thrown away, at four bytes a weight
+    with init_empty_weights(
+        include_buffers=False
+    ):  # what is quantized would be made, and thrown away, at four bytes a weight
         model = build_float_model(checkpoint.architecture)
     graph = _traced(_Skeleton(model, checkpoint, list(example)), example)
     _simplify(graph)
@@ -69,17 +83,26 @@ def portable_graph(checkpoint: Checkpoint, example: dict[str, Tensor], checkpoin
 
 
 def _traced(skeleton: _Skeleton, example: dict[str, Tensor]) -> ir.Model:
-    """The skeleton as torch exports it: ``sample`` [batch, C, height, width], the other inputs [batch, ...]."""
+    """The skeleton as torch exports it: ``sample`` [batch, C, height, width], the other inputs
+    [batch, ...].
+    """
     factor = downsampling(skeleton)
-    batch, rows, columns = (torch.export.Dim(name, max=limit) for name, limit in (("batch", BATCH_LIMIT), *SIZES))
+    batch, rows, columns = (
+        torch.export.Dim(name, max=limit) for name, limit in (("batch", BATCH_LIMIT), *SIZES)
+    )
     shapes = {name: {0: batch} for name in example}
     shapes["sample"] |= {2: factor * rows, 3: factor * columns}
-    # Sizes are only what the symbols begin with: small ones, and all different, since equal ones would be taken for one.
+    # Sizes are only what the symbols begin with: small ones, and all different, since equal ones
+    # would be taken for one.
     inputs = {name: value.new_zeros(2, *value.shape[1:]) for name, value in example.items()}
-    inputs["sample"] = inputs["sample"].new_zeros(2, example["sample"].shape[1], 3 * factor, 4 * factor)
+    inputs["sample"] = inputs["sample"].new_zeros(
+        2, example["sample"].shape[1], 3 * factor, 4 * factor
+    )
     with warnings.catch_warnings(), quiet("torch.onnx"):
         warnings.simplefilter("ignore")
-        exported = torch.export.export(skeleton, tuple(inputs.values()), dynamic_shapes=(tuple(shapes.values()),))
+        exported = torch.export.export(
+            skeleton, tuple(inputs.values()), dynamic_shapes=(tuple(shapes.values()),)
+        )
         program = _to_onnx(exported, list(example), shapes)
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
@@ -90,11 +113,15 @@ def _traced(skeleton: _Skeleton, example: dict[str, Tensor]) -> ir.Model:
     return program.model
 
 
-def _to_onnx(exported: torch.export.ExportedProgram, names: list[str], shapes: dict[str, Any]) -> torch.onnx.ONNXProgram | None:
-    """torch.onnx's translation, without tracing the model a second time to decompose its operators, where it does without.
+def _to_onnx(
+    exported: torch.export.ExportedProgram, names: list[str], shapes: dict[str, Any]
+) -> torch.onnx.ONNXProgram | None:
+    """torch.onnx's translation, without tracing the model a second time to decompose its operators,
+    where it does without.
 
-    That is two fifths of the time. torch.onnx knows the operators of the usual models as they are, once conversions are written as it
-    knows them; it must decompose what it does not know, and what writes into a tensor.
+    That is two fifths of the time. torch.onnx knows the operators of the usual models as they are,
+    once conversions are written as it knows them; it must decompose what it does not know, and what
+    writes into a tensor.
     """
 
     def translated() -> torch.onnx.ONNXProgram | None:
@@ -106,17 +133,23 @@ def _to_onnx(exported: torch.export.ExportedProgram, names: list[str], shapes: d
             output_names=[OUTPUT_NAME],
             verbose=False,
             optimize=False,  # see _simplify
-            custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
+            custom_translation_table={
+                torch.ops.aten.scaled_dot_product_attention.default: _attention
+            },
         )
 
     targets = {node.target for node in exported.graph.nodes}
-    if not any(target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload)):
+    if not any(
+        target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload)
+    ):
         _rewrite_conversions(exported.graph)
         exported.run_decompositions = lambda _: exported
         try:
             return translated()
         except torch.onnx.OnnxExporterError as e:
-            logging.getLogger(__name__).info("torch.onnx does not know all of the model's operators: %s", e)
+            logging.getLogger(__name__).info(
+                "torch.onnx does not know all of the model's operators: %s", e
+            )
         finally:
             del exported.run_decompositions
     return translated()
@@ -132,9 +165,11 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Attention on [B, heads, N, d] without a mask, its keys transposed by one node; torch.onnx reshapes them for it and back.
+    """Attention on [B, heads, N, d] without a mask, its keys transposed by one node; torch.onnx
+    reshapes them for it and back.
 
-    The operands are onnx_ir's values, which onnxscript's operators take and give while torch.onnx traces this.
+    The operands are onnx_ir's values, which onnxscript's operators take and give while torch.onnx
+    traces this.
     """
     from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
     from onnxscript.onnx_opset import opset21
@@ -142,8 +177,12 @@ def _attention(
     op: Any = opset21
     width = None if query.shape is None or len(query.shape) != 4 else query.shape[-1]
     if attn_mask is not None or dropout_p or is_causal or enable_gqa or not isinstance(width, int):
-        return aten_scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    factor = op.Constant(value_float=(width**-0.5 if scale is None else scale) ** 0.5)  # on both, as torch does: nothing overflows
+        return aten_scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
+    factor = op.Constant(
+        value_float=(width**-0.5 if scale is None else scale) ** 0.5
+    )  # on both, as torch does: nothing overflows
     scores = op.MatMul(op.Mul(query, factor), op.Mul(op.Transpose(key, perm=[0, 1, 3, 2]), factor))
     return op.MatMul(op.Softmax(scores, axis=-1), value)
 
@@ -157,11 +196,17 @@ def _rewrite_conversions(graph: torch.fx.Graph) -> None:
                 node.replace_all_uses_with(x)
                 graph.erase_node(node)
             else:
-                node.target, node.args, node.kwargs = torch.ops.aten._to_copy.default, (x,), {"dtype": dtype}
+                node.target, node.args, node.kwargs = (
+                    torch.ops.aten._to_copy.default,
+                    (x,),
+                    {"dtype": dtype},
+                )
 
 
 def _simplify(model: ir.Model) -> None:
-    """onnxscript's optimizer, without the one of its rules that looks through the whole graph for each node: most of the export."""
+    """onnxscript's optimizer, without the one of its rules that looks through the whole graph for
+    each node: most of the export.
+    """
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules import common as rules
 
@@ -191,14 +236,17 @@ def _simplify(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)
     common.DeduplicateInitializersPass()(model)
-    # Layers that read the same tensor read the same value only after equal subexpressions (one SiLU per ResBlock) are merged.
+    # Layers that read the same tensor read the same value only after equal subexpressions (one SiLU
+    # per ResBlock) are merged.
     common.CommonSubexpressionEliminationPass()(model)
     common.OutputFixPass()(model)
     common.NameFixPass()(model)
 
 
 class _Skeleton(nn.Module):
-    """The float model, its quantized layers and products replaced by placeholders; called with the inputs ``names`` in order."""
+    """The float model, its quantized layers and products replaced by placeholders; called with the
+    inputs ``names`` in order.
+    """
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, names: list[str]) -> None:
         super().__init__()
@@ -216,7 +264,9 @@ class _Skeleton(nn.Module):
         self.model = model.requires_grad_(requires_grad=False)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        output: Tensor = self.model(**dict(zip(self.names, inputs, strict=True)), return_dict=False)[0]
+        output: Tensor = self.model(
+            **dict(zip(self.names, inputs, strict=True)), return_dict=False
+        )[0]
         return output
 
 
@@ -232,7 +282,12 @@ class _Placeholder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = torch.onnx.ops.symbolic(
-            f"{PLACEHOLDER_DOMAIN}::{LAYER_PLACEHOLDER}", (x,), {"layer": self.name}, dtype=x.dtype, shape=self._shape(x), version=1
+            f"{PLACEHOLDER_DOMAIN}::{LAYER_PLACEHOLDER}",
+            (x,),
+            {"layer": self.name},
+            dtype=x.dtype,
+            shape=self._shape(x),
+            version=1,
         )
         return result
 
@@ -247,10 +302,16 @@ class _Placeholder(nn.Module):
 
 
 def _replace_by_onnx(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put what exports as one node in the place of a norm, and nothing in a dropout's: torch takes long over them at open sizes."""
+    """Put what exports as one node in the place of a norm, and nothing in a dropout's: torch takes
+    long over them at open sizes.
+    """
     if type(module) is nn.Dropout:
         set_submodule(model, name, nn.Identity())
-    elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and module.weight is not None and module.bias is not None:
+    elif (
+        isinstance(module, (nn.GroupNorm, nn.LayerNorm))
+        and module.weight is not None
+        and module.bias is not None
+    ):
         set_submodule(model, name, _OnnxNorm(module))
 
 
@@ -270,7 +331,9 @@ class _OnnxNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         operands, version = (x, self.weight, self.bias), timestep_quantize.OPSET
-        result: Tensor = torch.onnx.ops.symbolic(self.op_type, operands, self.attributes, dtype=x.dtype, shape=x.shape, version=version)
+        result: Tensor = torch.onnx.ops.symbolic(
+            self.op_type, operands, self.attributes, dtype=x.dtype, shape=x.shape, version=version
+        )
         return result
 
 
@@ -281,12 +344,16 @@ class _ProductPlaceholder(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         op, shape = f"{PLACEHOLDER_DOMAIN}::{PRODUCT_PLACEHOLDER}", [*a.shape[:-1], b.shape[-1]]
-        result: Tensor = torch.onnx.ops.symbolic(op, (a, b), {"layer": self.name}, dtype=a.dtype, shape=shape, version=1)
+        result: Tensor = torch.onnx.ops.symbolic(
+            op, (a, b), {"layer": self.name}, dtype=a.dtype, shape=shape, version=1
+        )
         return result
 
 
 def _output_size(size: Any, conv: ConvGeometry, kernel: int, axis: int) -> Any:
-    return (size + 2 * conv.padding[axis] - conv.dilation[axis] * (kernel - 1) - 1) // conv.stride[axis] + 1
+    return (size + 2 * conv.padding[axis] - conv.dilation[axis] * (kernel - 1) - 1) // conv.stride[
+        axis
+    ] + 1
 
 
 class quiet:  # noqa: N801 - reads as a context manager

@@ -22,7 +22,9 @@ _MAX_JSON_BYTES = 64 * 2**20
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; rename it there when the block ends well, delete it when it does not."""
+    """Give a temporary path beside ``path``; rename it there when the block ends well, delete it
+    when it does not.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
     try:
@@ -34,7 +36,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_files(folder: Path, *, last: str) -> Iterator[Path]:
-    """Like :func:`atomic_file` for several files of ``folder`` that belong together: ``last`` is renamed after the others."""
+    """Like :func:`atomic_file` for several files of ``folder`` that belong together: ``last`` is
+    renamed after the others.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = _fresh_folder(folder, last)
     try:
@@ -58,7 +62,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(path: Path, new: Path) -> None:
-    """Rename the folder ``new``, on the same disk, to ``path``, and delete what is there; where that fails, nothing has changed."""
+    """Rename the folder ``new``, on the same disk, to ``path``, and delete what is there; where
+    that fails, nothing has changed.
+    """
     replaced = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-old-{path.name}"
     try:
         if path.exists():
@@ -73,13 +79,17 @@ def replace_folder(path: Path, new: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what a killed process left half-written in ``folder``; put back what :func:`atomic_folder` had moved away by then."""
+    """Delete what a killed process left half-written in ``folder``; put back what
+    :func:`atomic_folder` had moved away by then.
+    """
     for left in folder.glob(f"{TEMPORARY_PREFIX}*"):
         replaced = re.fullmatch(rf"{re.escape(TEMPORARY_PREFIX)}\d+-old-(.+)", left.name)
         if replaced and left.is_dir() and not (folder / replaced[1]).exists():
             os.replace(left, folder / replaced[1])
         else:
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(
+                missing_ok=True
+            )
 
 
 def _fresh_folder(parent: Path, name: str) -> Path:
@@ -97,7 +107,9 @@ def sha256_of(path: Path) -> str:
 
 def sha256_of_json(value: Any) -> str:
     """The SHA-256 of a JSON value in its canonical form (sorted keys, no spaces), as hex."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -107,12 +119,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, *, repair: str = "make it again") -> Any:
-    """Read a JSON file; raise InputError, which ends with what to do (``repair``), where it is missing, too large or not JSON."""
+    """Read a JSON file; raise InputError, which ends with what to do (``repair``), where it is
+    missing, too large or not JSON.
+    """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise InputError(f"{path}: expected a JSON file of at most {_MAX_JSON_BYTES} bytes, found {path.stat().st_size}; {repair}")
+            raise InputError(
+                f"{path}: expected a JSON file of at most {_MAX_JSON_BYTES} bytes, found "
+                f"{path.stat().st_size}; {repair}"
+            )
         return json.loads(path.read_text())
     except FileNotFoundError as e:
         raise InputError(f"{path} does not exist; {repair}") from e
-    except (IsADirectoryError, ValueError, RecursionError) as e:  # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
+    except (
+        IsADirectoryError,
+        ValueError,
+        RecursionError,
+    ) as e:  # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
         raise InputError(f"{path}: expected JSON, found something else ({e}); {repair}") from e

@@ -1,9 +1,12 @@
-"""Compare the forms that one product of 8-bit codes may take, on a CPU's runtime, beside FP32: the tables of docs/processors.md.
+"""Compare the forms that one product of 8-bit codes may take, on a CPU's runtime, beside FP32: the
+tables of docs/processors.md.
 
-    python scripts/compare_forms.py [--backend openvino] [--backend onnxruntime] [--runs 15] [--json FILE]
+    python scripts/compare_forms.py [--backend openvino] [--backend onnxruntime] [--runs 15] [--json
+    FILE]
 
-The products are of Stable Diffusion 1.5, batch 2, their activations quantized in the graph as the lowerings write it. One session a
-form, their runs alternating in this process on one thread; seconds are the process's own, so that other work beside it counts little.
+The products are of Stable Diffusion 1.5, batch 2, their activations quantized in the graph as the
+lowerings write it. One session a form, their runs alternating in this process on one thread;
+seconds are the process's own, so that other work beside it counts little.
 """
 
 from __future__ import annotations
@@ -22,10 +25,10 @@ import numpy as np
 import typer
 from onnx import TensorProto, helper, numpy_helper, save
 
-from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.base import EngineOptions, processor_name
-from quest_deploy.engine.exactness import measured
-from quest_deploy.engine.openvino import compile_graph
+from quest_deploy.backends.base import EngineOptions, processor_name
+from quest_deploy.backends.exactness import measured
+from quest_deploy.backends.openvino.backend import compile_graph
+from quest_deploy.backends.registry import get_backend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +51,9 @@ class Form(StrEnum):
     UINT8 = "uint8"
     """Codes plus 128, with that zero-point."""
     HALVES = "halves"
-    """Two signed tensors of seven bits whose sum the weights are, joined along the channels that are summed."""
+    """Two signed tensors of seven bits whose sum the weights are, joined along the channels that
+    are summed.
+    """
     POINTWISE = "1x1 convolution"
     """A linear as a convolution over the tokens."""
 
@@ -120,19 +125,33 @@ class _Graph:
     def codes(self, x: str, zero_point: Array) -> str:
         """``x`` quantized as the lowerings write it: divided, rounded to even, clipped, stored."""
         divided = self.op("Div", [x, self.constant(f"{x}.scale", np.float32(0.37))], f"{x}.divided")
-        low, high = self.constant(f"{x}.low", np.float32(-127)), self.constant(f"{x}.high", np.float32(127))
+        low, high = (
+            self.constant(f"{x}.low", np.float32(-127)),
+            self.constant(f"{x}.high", np.float32(127)),
+        )
         clipped = self.op(
-            "Min", [self.op("Max", [self.op("Round", [divided], f"{x}.rounded"), low], f"{x}.raised"), high], f"{x}.clipped"
+            "Min",
+            [
+                self.op("Max", [self.op("Round", [divided], f"{x}.rounded"), low], f"{x}.raised"),
+                high,
+            ],
+            f"{x}.clipped",
         )
         zero = self.constant(f"{x}.zero", zero_point)
-        return self.op("QuantizeLinear", [clipped, self.constant(f"{x}.one", np.float32(1)), zero], f"{x}.codes")
+        return self.op(
+            "QuantizeLinear",
+            [clipped, self.constant(f"{x}.one", np.float32(1)), zero],
+            f"{x}.codes",
+        )
 
     def dequantized(self, codes: str, x: str) -> str:
         return self.op("DequantizeLinear", [codes, f"{x}.one", f"{x}.zero"], f"{x}.dequantized")
 
 
 def graph_of(product: Product, form: Form, weights: Array, activation_zero: Array) -> ModelProto:
-    """The product's graph in ``form``; ``weights`` are INT8 codes of :meth:`Product.weights_shape`, each with the scale 0.01."""
+    """The product's graph in ``form``; ``weights`` are INT8 codes of :meth:`Product.weights_shape`,
+    each with the scale 0.01.
+    """
     graph, inputs = _Graph(), {"x": product.shape}
     if product.kind is Kind.ATTENTION:
         inputs["y"] = weights.shape
@@ -140,9 +159,16 @@ def graph_of(product: Product, form: Form, weights: Array, activation_zero: Arra
     else:
         result = _layer(graph, product, form, weights, activation_zero)
     graph.op("Mul", [result, graph.constant("out_scale", np.float32(0.37))], "out")
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in inputs.items()
+    ]
     made = helper.make_graph(
-        graph.nodes, product.name, values, [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)], graph.constants
+        graph.nodes,
+        product.name,
+        values,
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
+        graph.constants,
     )
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
@@ -152,15 +178,27 @@ def _attention(graph: _Graph, form: Form, activation_zero: Array) -> str:
         return graph.op("MatMul", ["x", "y"], "product")
     second_zero = np.uint8(128) if form is Form.UINT8 else np.int8(0)
     first = graph.dequantized(graph.codes("x", activation_zero), "x")
-    return graph.op("MatMul", [first, graph.dequantized(graph.codes("y", np.asarray(second_zero)), "y")], "product")
+    return graph.op(
+        "MatMul",
+        [first, graph.dequantized(graph.codes("y", np.asarray(second_zero)), "y")],
+        "product",
+    )
 
 
-def _layer(graph: _Graph, product: Product, form: Form, weights: Array, activation_zero: Array) -> str:
+def _layer(
+    graph: _Graph, product: Product, form: Form, weights: Array, activation_zero: Array
+) -> str:
     convolution = product.kind is Kind.CONVOLUTION
     summed, scales = 1 if convolution else 0, np.full(product.outputs, 0.01, np.float32)
     if form is Form.FP32:
         shape = (-1, 1, 1, 1) if convolution else (-1,)
-        return _product(graph, convolution, "x", graph.constant("weights", weights.astype(np.float32) * scales.reshape(shape)), weights)
+        return _product(
+            graph,
+            convolution,
+            "x",
+            graph.constant("weights", weights.astype(np.float32) * scales.reshape(shape)),
+            weights,
+        )
     codes = graph.codes("x", activation_zero)
     if form is Form.HALVES:
         lower = np.floor_divide(weights, 2)
@@ -170,12 +208,22 @@ def _layer(graph: _Graph, product: Product, form: Form, weights: Array, activati
     if pointwise:
         weights = np.ascontiguousarray(weights.T[:, :, None, None])
         by_channel = graph.op("Transpose", [codes], "x.by_channel", perm=[0, 2, 1])
-        codes = graph.op("Unsqueeze", [by_channel, graph.constant("last", np.asarray([3]))], "x.image")
+        codes = graph.op(
+            "Unsqueeze", [by_channel, graph.constant("last", np.asarray([3]))], "x.image"
+        )
     stored = (weights.astype(np.int16) + 128).astype(np.uint8) if form is Form.UINT8 else weights
     zeros = np.full(product.outputs, 128 if form is Form.UINT8 else 0, stored.dtype)
-    names = [graph.constant("weights", stored), graph.constant("weights.scale", scales), graph.constant("weights.zero", zeros)]
-    dequantized = graph.op("DequantizeLinear", names, "weights.dequantized", axis=0 if convolution or pointwise else 1)
-    result = _product(graph, convolution or pointwise, graph.dequantized(codes, "x"), dequantized, weights)
+    names = [
+        graph.constant("weights", stored),
+        graph.constant("weights.scale", scales),
+        graph.constant("weights.zero", zeros),
+    ]
+    dequantized = graph.op(
+        "DequantizeLinear", names, "weights.dequantized", axis=0 if convolution or pointwise else 1
+    )
+    result = _product(
+        graph, convolution or pointwise, graph.dequantized(codes, "x"), dequantized, weights
+    )
     if pointwise:
         squeezed = graph.op("Squeeze", [result, "last"], "squeezed")
         return graph.op("Transpose", [squeezed], "by_token", perm=[0, 2, 1])
@@ -185,7 +233,13 @@ def _layer(graph: _Graph, product: Product, form: Form, weights: Array, activati
 def _product(graph: _Graph, convolution: bool, x: str, weights: str, codes: Array) -> str:
     if not convolution:
         return graph.op("MatMul", [x, weights], "product")
-    return graph.op("Conv", [x, weights], "product", kernel_shape=codes.shape[2:], pads=[codes.shape[2] // 2] * 4)
+    return graph.op(
+        "Conv",
+        [x, weights],
+        "product",
+        kernel_shape=codes.shape[2:],
+        pads=[codes.shape[2] // 2] * 4,
+    )
 
 
 def openvino_session(path: Path) -> Callable[[dict[str, Array]], Array]:
@@ -199,7 +253,7 @@ def openvino_session(path: Path) -> Callable[[dict[str, Array]], Array]:
 
 
 def onnxruntime_session(path: Path) -> Callable[[dict[str, Array]], Array]:
-    from quest_deploy.engine.onnxruntime import open_session
+    from quest_deploy.backends.onnxruntime import open_session
 
     opened = open_session(path, EngineOptions(threads=1))
     return lambda feeds: np.asarray(opened.run(None, feeds)[0])
@@ -216,7 +270,8 @@ class Row:
 
     Attributes:
         seconds: the median run, of the process's own time. speedup: of FP32's median over it.
-        error: the largest error over the largest exact result, both without the quantizers' rounding: saturation shows here.
+        error: the largest error over the largest exact result, both without the quantizers'
+            rounding: saturation shows here.
     """
 
     backend: str
@@ -250,34 +305,54 @@ def compare(product: Product, backend: str, runs: int, seed: int = 0) -> list[Ro
                 if run >= WARMUP:
                     seconds[form].append(time.process_time() - started)
                 outputs[form] = output.copy() if run == 0 else outputs[form]
-    # FP32 multiplies the scaled activations, the other forms their codes: 0.37, or its square in attention, is all that differs.
+    # FP32 multiplies the scaled activations, the other forms their codes: 0.37, or its square in
+    # attention, is all that differs.
     scale = np.float32(0.37**2 if product.kind is Kind.ATTENTION else 0.37)
     exact = outputs.pop(Form.FP32) / scale
-    errors = {Form.FP32: 0.0} | {form: float(np.abs(output - exact).max() / np.abs(exact).max()) for form, output in outputs.items()}
+    errors = {Form.FP32: 0.0} | {
+        form: float(np.abs(output - exact).max() / np.abs(exact).max())
+        for form, output in outputs.items()
+    }
     fp32 = median(seconds[Form.FP32])
-    return [Row(backend, product.name, form, median(s), fp32 / median(s), errors[form]) for form, s in seconds.items()]
+    return [
+        Row(backend, product.name, form, median(s), fp32 / median(s), errors[form])
+        for form, s in seconds.items()
+    ]
 
 
 def main(
-    backend: Annotated[list[str], typer.Option(help="openvino or onnxruntime; may be given twice.")] = ["openvino", "onnxruntime"],  # noqa: B006 - typer's way
+    backend: Annotated[
+        list[str], typer.Option(help="openvino or onnxruntime; may be given twice.")
+    ] = ["openvino", "onnxruntime"],  # noqa: B006 - typer's way
     runs: Annotated[int, typer.Option(min=1, help="Timed runs of each form.")] = 15,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Time every product and print a table for each backend."""
     rows: list[Row] = []
     answers = {name: measured(get_backend(name)) for name in backend}
-    print(f"{processor_name()}, one thread, {runs} runs; medians against FP32 in the same run", flush=True)
+    print(
+        f"{processor_name()}, one thread, {runs} runs; medians against FP32 in the same run",
+        flush=True,
+    )
     for name in backend:
         # Convolutions become matrix products in onnxruntime's lowering.
-        for product in (p for p in PRODUCTS if name == "openvino" or p.kind is not Kind.CONVOLUTION):
+        for product in (
+            p for p in PRODUCTS if name == "openvino" or p.kind is not Kind.CONVOLUTION
+        ):
             found = compare(product, name, runs)
             rows += found
             forms = ", ".join(f"{row.form} {row.speedup:.2f}x{_wrong(row)}" for row in found[1:])
             print(f"{name}  {product.name}: {forms}", flush=True)
             gc.collect()
     if json_file:
-        result = {"processor": processor_name(), "runs": runs, "exact": {name: dict(answer.levels) for name, answer in answers.items()}}
-        json_file.write_text(json.dumps(result | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        result = {
+            "processor": processor_name(),
+            "runs": runs,
+            "exact": {name: dict(answer.levels) for name, answer in answers.items()},
+        }
+        json_file.write_text(
+            json.dumps(result | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+        )
 
 
 def _wrong(row: Row) -> str:

@@ -1,14 +1,17 @@
-"""Compare speeds on OpenVINO: a portable graph's engine, the same with static scales and with more buckets, NNCF's INT8, and FP32.
+"""Compare speeds on OpenVINO: a portable graph's engine, the same with static scales and with more
+buckets, NNCF's INT8, and FP32.
 
     python scripts/compare_openvino.py GRAPH [--dtype fp32 --dtype bf16] [--json FILE]
 
-GRAPH is what `quest-deploy export` wrote. FP32 is the float graph of the same model, on the dequantized weights (RemoveQuantization);
-NNCF quantizes that graph with its default preset, model_type=TRANSFORMER and random calibration samples. So both errors, ours and
-NNCF's, are what is lost on top of the weights' own rounding. Inputs are random.
+GRAPH is what `quest-deploy export` wrote. FP32 is the float graph of the same model, on the
+dequantized weights (RemoveQuantization); NNCF quantizes that graph with its default preset,
+model_type=TRANSFORMER and random calibration samples. So both errors, ours and NNCF's, are what is
+lost on top of the weights' own rounding. Inputs are random.
 
-The engine is compiled and timed beside one rival at a time, their runs alternating in one process with the node profile on: four
-compiled models of Stable Diffusion's size would not fit into common memory. So each ratio's two sides are measured together, and the
-engine's own time is the median of all its runs.
+The engine is compiled and timed beside one rival at a time, their runs alternating in one process
+with the node profile on: four compiled models of Stable Diffusion's size would not fit into common
+memory. So each ratio's two sides are measured together, and the engine's own time is the median of
+all its runs.
 """
 
 from __future__ import annotations
@@ -27,12 +30,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from quest_deploy.engine.base import EngineOptions, input_shapes, processor_name
-from quest_deploy.engine.openvino import compile_graph
-from quest_deploy.engine.openvino_precision import runtime_info
+from quest_deploy.backends.base import EngineOptions, input_shapes, processor_name
+from quest_deploy.backends.openvino.backend import compile_graph
+from quest_deploy.backends.openvino.precision import runtime_info
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -45,7 +48,9 @@ class Variant(StrEnum):
     """A form of the model."""
 
     ENGINE = "engine"
-    """What `quest-deploy build-engine --backend openvino` runs: each sample's bucket is chosen in the graph."""
+    """What `quest-deploy build-engine --backend openvino` runs: each sample's bucket is chosen in
+    the graph.
+    """
     STATIC = "static scales"
     """The engine, frozen to one bucket."""
     WIDER = "50 buckets"
@@ -55,17 +60,48 @@ class Variant(StrEnum):
 
 
 RIVALS = (Variant.FP32, Variant.NNCF, Variant.STATIC, Variant.WIDER)
+FILES = {
+    Variant.ENGINE: "engine.onnx",
+    Variant.STATIC: "static.onnx",
+    Variant.WIDER: "wider.onnx",
+    Variant.FP32: "float.onnx",
+    Variant.NNCF: "nncf.xml",
+}
 WIDER_BUCKETS = 50
 TRAIN_TIMESTEPS = 1000.0
 ROLES = {
-    "convolution and linear": {"Convolution", "FullyConnected", "FullyConnectedQuantizedLegacy", "Deconvolution"},
+    "convolution and linear": {
+        "Convolution",
+        "FullyConnected",
+        "FullyConnectedQuantizedLegacy",
+        "Deconvolution",
+    },
     "attention": {"MatMul", "Softmax", "ScaledDotProductAttention"},
     "norm": {"MVN", "NormalizeL2", "RMSNorm", "GroupNormalization"},
     "quantize and elementwise": {
-        "Subgraph", "Eltwise", "FakeQuantize", "Add", "Multiply", "Divide", "Subtract", "Swish", "Gelu", "Power", "Round", "Clamp",
+        "Subgraph",
+        "Eltwise",
+        "FakeQuantize",
+        "Add",
+        "Multiply",
+        "Divide",
+        "Subtract",
+        "Swish",
+        "Gelu",
+        "Power",
+        "Round",
+        "Clamp",
     },
-    "layout": {"Reorder", "Transpose", "Reshape", "Split", "VariadicSplit", "Concatenation", "StridedSlice"},
-}  # fmt: skip
+    "layout": {
+        "Reorder",
+        "Transpose",
+        "Reshape",
+        "Split",
+        "VariadicSplit",
+        "Concatenation",
+        "StridedSlice",
+    },
+}
 """The profile's roles by the node type that openvino reports."""
 
 
@@ -90,7 +126,8 @@ class Row:
 
     Attributes:
         seconds: the median run. speedup: against_engine of FP32 over that of this one.
-        against_engine: of each run of this variant over the engine's run before it, the median; 1 for the engine.
+        against_engine: of each run of this variant over the engine's run before it, the median; 1
+            for the engine.
         error: relative L2 distance of the output from FP32's, on the same inputs.
         profile: milliseconds by role.
     """
@@ -105,7 +142,8 @@ class Row:
 
 
 def role_of(node_type: str, fused: str) -> str:
-    """The role of a node of ``node_type`` that computes the layers ``fused``, openvino's comma-separated names.
+    """The role of a node of ``node_type`` that computes the layers ``fused``, openvino's
+    comma-separated names.
 
     A Subgraph that computes a softmax is fused attention, its products and its scales included.
     """
@@ -121,14 +159,21 @@ def profile_of(compiled: Any, request: Any) -> dict[str, float]:
         fused[node.get_friendly_name()] = runtime_info(node, "originalLayersNames")
     total: Counter[str] = Counter()
     for entry in request.profiling_info:
-        total[role_of(entry.node_type, fused.get(entry.node_name, ""))] += entry.real_time.total_seconds() * 1000
+        total[role_of(entry.node_type, fused.get(entry.node_name, ""))] += (
+            entry.real_time.total_seconds() * 1000
+        )
     return {role: round(milliseconds, 2) for role, milliseconds in total.most_common()}
 
 
-def time_in_turn(models: Mapping[Variant, Path], options: EngineOptions, feeds: Feeds, runs: int) -> dict[Variant, Timing]:
+def time_in_turn(
+    models: Mapping[Variant, Path], options: EngineOptions, feeds: Feeds, runs: int
+) -> dict[Variant, Timing]:
     """Compile ``models`` and run them in turn, ``runs`` times each after one warm-up."""
     shapes = tuple((name, value.shape) for name, value in sorted(feeds.items()))
-    compiled = {variant: compile_graph(path, options, shapes, profile=True) for variant, path in models.items()}
+    compiled = {
+        variant: compile_graph(path, options, shapes, profile=True)
+        for variant, path in models.items()
+    }
     requests = {variant: model.create_infer_request() for variant, model in compiled.items()}
     timings = {variant: Timing() for variant in models}
     for run in range(runs + 1):
@@ -146,17 +191,27 @@ def time_in_turn(models: Mapping[Variant, Path], options: EngineOptions, feeds: 
     return timings
 
 
-def compare(models: Mapping[Variant, Path], feeds: Feeds, dtypes: list[str], threads: int, runs: int) -> list[Row]:
-    """Time the engine beside each rival at each dtype; errors are from FP32 at the first dtype that is fp32, or at the first."""
+def compare(
+    models: Mapping[Variant, Path], feeds: Feeds, dtypes: list[str], threads: int, runs: int
+) -> list[Row]:
+    """Time the engine beside each rival at each dtype; errors are from FP32 at the first dtype that
+    is fp32, or at the first.
+    """
     reference: Array | None = None
     rows: list[Row] = []
     for dtype in sorted(dtypes, key=lambda name: name != "fp32"):
         options = EngineOptions(threads=threads, dtype=dtype)
         pairs = {}
-        for rival in RIVALS:
-            pairs[rival] = time_in_turn({Variant.ENGINE: models[Variant.ENGINE], rival: models[rival]}, options, feeds, runs)
+        for rival in (variant for variant in models if variant is not Variant.ENGINE):
+            pairs[rival] = time_in_turn(
+                {Variant.ENGINE: models[Variant.ENGINE], rival: models[rival]}, options, feeds, runs
+            )
             gc.collect()
-            print(f"{dtype}: {rival} {median(pairs[rival][rival].seconds):.3f} s,", end=" ", flush=True)
+            print(
+                f"{dtype}: {rival} {median(pairs[rival][rival].seconds):.3f} s,",
+                end=" ",
+                flush=True,
+            )
             print(f"engine {median(pairs[rival][Variant.ENGINE].seconds):.3f} s", flush=True)
         if reference is None:
             reference = pairs[Variant.FP32][Variant.FP32].output
@@ -165,26 +220,43 @@ def compare(models: Mapping[Variant, Path], feeds: Feeds, dtypes: list[str], thr
     return rows
 
 
-def rows_of(dtype: str, pairs: Mapping[Variant, Mapping[Variant, Timing]], reference: Array) -> list[Row]:
+def rows_of(
+    dtype: str, pairs: Mapping[Variant, Mapping[Variant, Timing]], reference: Array
+) -> list[Row]:
     """The table's lines for one dtype, from the engine's and a rival's timings in each pair."""
     engine = Timing([s for pair in pairs.values() for s in pair[Variant.ENGINE].seconds])
-    fastest = min((pair[Variant.ENGINE] for pair in pairs.values()), key=lambda timing: min(timing.seconds))
+    fastest = min(
+        (pair[Variant.ENGINE] for pair in pairs.values()), key=lambda timing: min(timing.seconds)
+    )
     engine.profile, engine.output = fastest.profile, fastest.output
     ratios = {
         # A machine's speed drifts by more than what is compared: so run beside run.
-        rival: median(r / e for r, e in zip(pair[rival].seconds, pair[Variant.ENGINE].seconds, strict=True))
+        rival: median(
+            r / e for r, e in zip(pair[rival].seconds, pair[Variant.ENGINE].seconds, strict=True)
+        )
         for rival, pair in pairs.items()
     }
     rows = [_row(Variant.ENGINE, dtype, engine, ratios[Variant.FP32], 1.0, reference)]
     for rival, ratio in ratios.items():
-        rows.append(_row(rival, dtype, pairs[rival][rival], ratios[Variant.FP32] / ratio, ratio, reference))
+        rows.append(
+            _row(rival, dtype, pairs[rival][rival], ratios[Variant.FP32] / ratio, ratio, reference)
+        )
     return rows
 
 
-def _row(variant: Variant, dtype: str, timing: Timing, speedup: float, against_engine: float, reference: Array) -> Row:
+def _row(
+    variant: Variant,
+    dtype: str,
+    timing: Timing,
+    speedup: float,
+    against_engine: float,
+    reference: Array,
+) -> Row:
     assert timing.output is not None
     error = relative_l2(timing.output, reference)
-    return Row(variant.value, dtype, median(timing.seconds), speedup, against_engine, error, timing.profile)
+    return Row(
+        variant.value, dtype, median(timing.seconds), speedup, against_engine, error, timing.profile
+    )
 
 
 def relative_l2(found: Array, expected: Array) -> float:
@@ -194,49 +266,57 @@ def relative_l2(found: Array, expected: Array) -> float:
 
 
 def random_feeds(graph: Path, batch: int, seed: int) -> Feeds:
-    """Inputs of the portable graph: standard normal, but for the timesteps, uniform in [0, 1000), one for each sample."""
+    """Inputs of the portable graph: standard normal, but for the timesteps, uniform in [0, 1000),
+    one for each sample.
+    """
     from exporters.graph_info import load_graph
 
     generator, feeds = np.random.default_rng(seed), {}
     for name, shape in input_shapes(load_graph(graph), batch).items():
-        wide = generator.uniform(0, TRAIN_TIMESTEPS, shape) if name == "timestep" else generator.standard_normal(shape)
+        wide = (
+            generator.uniform(0, TRAIN_TIMESTEPS, shape)
+            if name == "timestep"
+            else generator.standard_normal(shape)
+        )
         feeds[name] = wide.astype(np.float32)
     return feeds
 
 
-def build(graph: Path, folder: Path, feeds: Feeds, calibration: list[Feeds]) -> dict[Variant, Path]:
-    """Write every variant of the portable ``graph`` into ``folder``; what is there already is kept."""
+def build(
+    graph: Path, folder: Path, feeds: Feeds, calibration: list[Feeds], rivals: Sequence[Variant]
+) -> dict[Variant, Path]:
+    """Write the engine of the portable ``graph`` and its ``rivals`` into ``folder``; what is there
+    already is kept.
+    """
     from exporters.graph_info import graph_info, load_graph, save_graph
     from exporters.passes.remove_quantization import RemoveQuantization
-    from quest_deploy.engine.backends import get_backend
-
-    backend = get_backend("openvino")
+    from quest_deploy.backends.registry import get_backend
 
     def lowered(model: ir.Model, frozen_bucket: int | None = None) -> ir.Model:
+        backend = get_backend("openvino")
         return backend.lower(model, EngineOptions(), frozen_bucket=frozen_bucket)
 
-    names = {
-        Variant.ENGINE: "engine.onnx", Variant.STATIC: "static.onnx", Variant.WIDER: "wider.onnx", Variant.FP32: "float.onnx",
-        Variant.NNCF: "nncf.xml",
-    }  # fmt: skip
-    paths = {variant: folder / name for variant, name in names.items()}
-    buckets = len(graph_info(load_graph(graph)).scheme.bucket_edges) + 1
-    for variant, frozen_bucket in ((Variant.ENGINE, None), (Variant.STATIC, buckets // 2)):
-        if not paths[variant].exists():
-            save_graph(lowered(load_graph(graph), frozen_bucket), paths[variant])
-    if not paths[Variant.WIDER].exists():
-        save_graph(lowered(with_buckets(load_graph(graph), WIDER_BUCKETS)), paths[Variant.WIDER])
-    if not paths[Variant.FP32].exists():
-        model = load_graph(graph)
-        RemoveQuantization()(model)
-        save_graph(model, paths[Variant.FP32])
-    if not paths[Variant.NNCF].exists():
+    def variant_of(variant: Variant, model: ir.Model) -> ir.Model:
+        if variant is Variant.FP32:
+            RemoveQuantization()(model)
+            return model
+        if variant is Variant.STATIC:
+            return lowered(model, graph_info(model).scheme.buckets // 2)
+        return lowered(with_buckets(model, WIDER_BUCKETS) if variant is Variant.WIDER else model)
+
+    paths = {variant: folder / FILES[variant] for variant in (Variant.ENGINE, *rivals)}
+    for variant, path in paths.items():
+        if not path.exists() and variant is not Variant.NNCF:
+            save_graph(variant_of(variant, load_graph(graph)), path)
+    if Variant.NNCF in paths and not paths[Variant.NNCF].exists():
         quantize_with_nncf(paths[Variant.FP32], paths[Variant.NNCF], feeds, calibration)
     return paths
 
 
 def with_buckets(model: ir.Model, buckets: int) -> ir.Model:
-    """The portable graph with ``buckets`` equal ones, each with the tables of the old bucket at its middle, counted in buckets."""
+    """The portable graph with ``buckets`` equal ones, each with the tables of the old bucket at its
+    middle, counted in buckets.
+    """
     import onnx_ir as ir
 
     from exporters.editor import array_of
@@ -245,9 +325,17 @@ def with_buckets(model: ir.Model, buckets: int) -> ir.Model:
     scheme, initializers = graph_info(model).scheme, model.graph.initializers
     rows = ((np.arange(buckets) + 0.5) * scheme.buckets / buckets).astype(int)
     edges = (np.arange(1, buckets) * scheme.train_timesteps / buckets).astype(np.float32)
-    initializers["bucket_edges"].const_value, initializers["bucket_edges"].shape = ir.tensor(edges), ir.Shape(edges.shape)
+    initializers["bucket_edges"].const_value, initializers["bucket_edges"].shape = (
+        ir.tensor(edges),
+        ir.Shape(edges.shape),
+    )
     readers = [node for node, _ in ir.convenience.create_value_mapping(model.graph)[BUCKET].uses()]
-    tables = {value for node in readers for value in node.inputs if value is not None and value.name in initializers}
+    tables = {
+        value
+        for node in readers
+        for value in node.inputs
+        if value is not None and value.name in initializers
+    }
     for table in tables:
         array = array_of(table)
         if array.shape[:1] == (scheme.buckets,) and not (table.name or "").endswith(".channel"):
@@ -257,14 +345,18 @@ def with_buckets(model: ir.Model, buckets: int) -> ir.Model:
 
 
 def quantize_with_nncf(source: Path, target: Path, feeds: Feeds, calibration: list[Feeds]) -> None:
-    """NNCF's static INT8 of the float graph: default preset, model_type=TRANSFORMER, for the shapes of ``feeds``."""
+    """NNCF's static INT8 of the float graph: default preset, model_type=TRANSFORMER, for the shapes
+    of ``feeds``.
+    """
     import nncf
     import openvino
 
     model = openvino.Core().read_model(source)
     model.reshape({name: list(value.shape) for name, value in feeds.items()})
     dataset = nncf.Dataset(calibration)
-    quantized = nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration))
+    quantized = nncf.quantize(
+        model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration)
+    )
     openvino.save_model(quantized, target, compress_to_fp16=False)
 
 
@@ -272,10 +364,19 @@ def main(
     graph: Annotated[Path, typer.Argument(help="The portable graph, an ONNX file.")],
     batch: int = 2,
     threads: int = 2,
-    dtype: Annotated[list[str], typer.Option(help="What is not INT8 runs in it: fp32 or bf16; may be given twice.")] = ["fp32", "bf16"],  # noqa: B006 - typer's way
+    dtype: Annotated[
+        list[str],
+        typer.Option(help="What is not INT8 runs in it: fp32 or bf16; may be given twice."),
+    ] = ["fp32", "bf16"],  # noqa: B006 - typer's way
+    rival: Annotated[
+        list[Variant],
+        typer.Option(help="What the engine is timed beside; may be repeated. FP32 always is."),
+    ] = list(RIVALS),  # noqa: B006 - typer's way
     runs: Annotated[int, typer.Option(help="Timed runs of each side of each pair.")] = 11,
     calibration_samples: Annotated[int, typer.Option(help="Random batches for NNCF.")] = 2,
-    folder: Annotated[Path | None, typer.Option(help="Keep the built variants here, and use those that are here.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Keep the built variants here, and use those that are here.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Build the variants, time them, and print the table."""
@@ -285,21 +386,43 @@ def main(
     feeds = random_feeds(graph, batch, seed=0)
     calibration = [random_feeds(graph, batch, seed) for seed in range(1, calibration_samples + 1)]
     versions = {"openvino": openvino.__version__, "nncf": nncf.__version__}
-    print(f"{processor_name()}, {threads} threads, batch {batch}, {runs} runs; {versions}", flush=True)
+    print(
+        f"{processor_name()}, {threads} threads, batch {batch}, {runs} runs; {versions}", flush=True
+    )
     with tempfile.TemporaryDirectory() as temporary:
         place = folder or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
-        rows = compare(build(graph, place, feeds, calibration), feeds, dtype, threads, runs)
+        wanted = [variant for variant in RIVALS if variant in (Variant.FP32, *rival)]
+        rows = compare(build(graph, place, feeds, calibration, wanted), feeds, dtype, threads, runs)
     for row in rows:
         print(
-            f"{row.dtype} {row.variant:14} {row.seconds:7.3f} s  {row.speedup:5.2f} x fp32  {row.against_engine:5.3f} x engine",
+            f"{row.dtype} {row.variant:14} {row.seconds:7.3f} s  {row.speedup:5.2f} x fp32  "
+            f"{row.against_engine:5.3f} x engine",
             end="  ",
         )
-        print(f"error {row.error:.2e}; " + ", ".join(f"{role} {ms:.0f} ms" for role, ms in row.profile.items()))
+        print(
+            f"error {row.error:.2e}; "
+            + ", ".join(f"{role} {ms:.0f} ms" for role, ms in row.profile.items())
+        )
     if json_file:
-        machine = {"processor": processor_name(), "threads": threads, "batch": batch, "runs": runs, "versions": versions}
-        nncf_options = {"preset": "default", "model_type": "TRANSFORMER", "calibration_batches": calibration_samples}
-        result = {**machine, "nncf": nncf_options, "fp32_weights": "dequantized", "rows": [asdict(row) for row in rows]}
+        machine = {
+            "processor": processor_name(),
+            "threads": threads,
+            "batch": batch,
+            "runs": runs,
+            "versions": versions,
+        }
+        nncf_options = {
+            "preset": "default",
+            "model_type": "TRANSFORMER",
+            "calibration_batches": calibration_samples,
+        }
+        result = {
+            **machine,
+            "nncf": nncf_options,
+            "fp32_weights": "dequantized",
+            "rows": [asdict(row) for row in rows],
+        }
         json_file.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -2,8 +2,8 @@
 
     python scripts/make_tiny_model.py [--steps 4441] [--out quest_deploy/models/tiny_assets]
 
-About 18 minutes on one core. Needs scikit-learn (the `dev` extra) for the digits and the classifier. The FP32 model is trained
-without any knowledge of quantization.
+About 18 minutes on one core. Needs scikit-learn (the `dev` extra) for the digits and the
+classifier. The FP32 model is trained without any knowledge of quantization.
 """
 
 from __future__ import annotations
@@ -44,9 +44,13 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_classifier(images: torch.Tensor, labels: torch.Tensor, out: Path) -> float:
-    """Train the metric's classifier, write it with the real images' feature statistics, return its held-out accuracy."""
+    """Train the metric's classifier, write it with the real images' feature statistics, return its
+    held-out accuracy.
+    """
     flat, target = images.flatten(1).numpy(), labels.numpy()
-    model = MLPClassifier((128, 32), random_state=1, max_iter=30).fit(flat[:TRAIN_IMAGES], target[:TRAIN_IMAGES])
+    model = MLPClassifier((128, 32), random_state=1, max_iter=30).fit(
+        flat[:TRAIN_IMAGES], target[:TRAIN_IMAGES]
+    )
     weights = {f"weight.{i}": w.astype(np.float32) for i, w in enumerate(model.coefs_)}
     weights |= {f"bias.{i}": b.astype(np.float32) for i, b in enumerate(model.intercepts_)}
     features = features_of(images.numpy(), weights)
@@ -55,22 +59,34 @@ def make_classifier(images: torch.Tensor, labels: torch.Tensor, out: Path) -> fl
     return float(model.score(flat[TRAIN_IMAGES:], target[TRAIN_IMAGES:]))
 
 
-def train(images: torch.Tensor, labels: torch.Tensor, steps: int) -> tuple[UNet2DConditionModel, torch.nn.Embedding]:
-    """Epsilon-MSE training with label dropout; returns the exponential moving average of the weights."""
+def train(
+    images: torch.Tensor, labels: torch.Tensor, steps: int
+) -> tuple[UNet2DConditionModel, torch.nn.Embedding]:
+    """Epsilon-MSE training with label dropout; returns the exponential moving average of the
+    weights.
+    """
     unet = UNet2DConditionModel(**tiny.UNET_CONFIG)
-    embedding = torch.nn.Embedding(tiny.NULL_CLASS + 1, tiny.TOKENS * tiny.UNET_CONFIG["cross_attention_dim"])
+    embedding = torch.nn.Embedding(
+        tiny.NULL_CLASS + 1, tiny.TOKENS * tiny.UNET_CONFIG["cross_attention_dim"]
+    )
     parameters = [*unet.parameters(), *embedding.parameters()]
     average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01
+    )
     rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1.0, i / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(i / steps, 1)))
+        optimizer,
+        lambda i: min(1.0, i / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(i / steps, 1))),
     )
     scheduler = DDIMScheduler(**tiny.SCHEDULER_CONFIG)
     latents = tiny.latents_from_images(images)
     for step in track(range(steps), "training"):
         rows = torch.randint(len(latents), (BATCH,))
         classes = torch.where(torch.rand(BATCH) < LABEL_DROPOUT, tiny.NULL_CLASS, labels[rows])
-        noise, timestep = torch.randn(BATCH, 4, 8, 8), torch.randint(scheduler.config.num_train_timesteps, (BATCH,))
+        noise, timestep = (
+            torch.randn(BATCH, 4, 8, 8),
+            torch.randint(scheduler.config.num_train_timesteps, (BATCH,)),
+        )
         noisy = scheduler.add_noise(latents[rows], noise, timestep)
         tokens = embedding(classes).unflatten(1, (tiny.TOKENS, -1))
         loss = F.mse_loss(unet(noisy, timestep, tokens).sample, noise)
@@ -91,21 +107,29 @@ def train(images: torch.Tensor, labels: torch.Tensor, steps: int) -> tuple[UNet2
 
 
 @torch.no_grad()
-def held_out_loss(unet: UNet2DConditionModel, embedding: torch.nn.Embedding, images: torch.Tensor, labels: torch.Tensor) -> float:
+def held_out_loss(
+    unet: UNet2DConditionModel,
+    embedding: torch.nn.Embedding,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+) -> float:
     """Mean epsilon-MSE on held-out images, 16 draws of noise and timestep each."""
     scheduler = DDIMScheduler(**tiny.SCHEDULER_CONFIG)
     latents, total = tiny.latents_from_images(images), 0.0
     for _ in range(16):
         noise, timestep = torch.randn_like(latents), torch.randint(1000, (len(latents),))
         tokens = embedding(labels).unflatten(1, (tiny.TOKENS, -1))
-        total += F.mse_loss(unet(scheduler.add_noise(latents, noise, timestep), timestep, tokens).sample, noise).item() / 16
+        total += (
+            F.mse_loss(
+                unet(scheduler.add_noise(latents, noise, timestep), timestep, tokens).sample, noise
+            ).item()
+            / 16
+        )
     return total
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=1)] = 4441,
-    seed: int = 0,
-    out: Path = tiny.ASSETS,
+    steps: Annotated[int, typer.Option(min=1)] = 4441, seed: int = 0, out: Path = tiny.ASSETS
 ) -> None:
     """Train and write the embedded model."""
     torch.manual_seed(seed)
@@ -113,7 +137,10 @@ def main(
     images, labels = digits()
     print(f"classifier: held-out accuracy {make_classifier(images, labels, out):.4f}")
     unet, embedding = train(images[:TRAIN_IMAGES], labels[:TRAIN_IMAGES], steps)
-    print(f"held-out loss {held_out_loss(unet.eval(), embedding, images[TRAIN_IMAGES:], labels[TRAIN_IMAGES:]):.4f}")
+    print(
+        "held-out loss "
+        f"{held_out_loss(unet.eval(), embedding, images[TRAIN_IMAGES:], labels[TRAIN_IMAGES:]):.4f}"
+    )
     unet.half().save_pretrained(out / "unet", safe_serialization=True)
     save_file({"weight": embedding.weight.detach().half()}, out / "class_embedding.safetensors")
     DDIMScheduler(**tiny.SCHEDULER_CONFIG).save_pretrained(out / "scheduler")

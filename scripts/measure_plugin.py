@@ -1,11 +1,14 @@
-"""Measure the plugins' kernels on this machine's GPU; writes docs/plugin/table.md and docs/plugin/results.json.
+"""Measure the plugins' kernels on this machine's GPU; writes docs/plugin/table.md and
+docs/plugin/results.json.
 
     python scripts/measure_plugin.py [--build FOLDER] [--docs FOLDER] [--repeats N] [--results FILE]
 
-Builds trt_plugins/ for the GPU that is here, compares the kernels with their scalar references on it, under compute-sanitizer too where
-that is installed, and then times them at Stable Diffusion 1.5's activation shapes, batch 2 and 16. Each kernel is timed beside a copy
-that moves as many bytes, both in turn, L2 flushed before every launch, medians; trt_plugins/measure/measure.cu says more. What is aimed
-at is 90% of the copy's bandwidth. With --results nothing is measured: the table is written from what `measure` printed elsewhere.
+Builds trt_plugins/ for the GPU that is here, compares the kernels with their scalar references on
+it, under compute-sanitizer too where that is installed, and then times them at Stable Diffusion
+1.5's activation shapes, batch 2 and 16. Each kernel is timed beside a copy that moves as many
+bytes, both in turn, L2 flushed before every launch, medians; trt_plugins/measure/measure.cu says
+more. What is aimed at is 90% of the copy's bandwidth. With --results nothing is measured: the table
+is written from what `measure` printed elsewhere.
 """
 
 from __future__ import annotations
@@ -21,30 +24,49 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from quest_deploy.engine.tensorrt import gpu_compute_capability, gpu_count
+from quest_deploy.backends.tensorrt.base import gpu_compute_capability, gpu_count
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file, read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 AIM = 0.9
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-COLUMNS = ("kernel", "site", "shape", "type", "formats", "MB", "kernel us", "copy us", "of the copy's bandwidth", "apart us")
+COLUMNS = (
+    "kernel",
+    "site",
+    "shape",
+    "type",
+    "formats",
+    "MB",
+    "kernel us",
+    "copy us",
+    "of the copy's bandwidth",
+    "apart us",
+)
 
 
 def require_tools() -> None:
     """Raise InputError where something is missing that the measurement cannot do without."""
     if gpu_count() == 0:
-        raise InputError("the kernels are measured on an NVIDIA GPU, and this machine has none; run this script on one that has")
+        raise InputError(
+            "the kernels are measured on an NVIDIA GPU, and this machine has none; run this script "
+            "on one that has"
+        )
     for program in ("cmake", "nvcc"):
         if shutil.which(program) is None:
-            raise InputError(f"the kernels are built by {program}, which is not on the path; install it, or CUDA's toolkit")
+            raise InputError(
+                f"the kernels are built by {program}, which is not on the path; install it, or "
+                "CUDA's toolkit"
+            )
 
 
 def run(*command: str | Path) -> str:
     """What the program prints; raise QuestDeployError where it fails."""
     words = [str(word) for word in command]
     print(" ".join(words), file=sys.stderr, flush=True)
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     if done.returncode != 0:
         raise QuestDeployError(f"{' '.join(words)} failed:\n{done.stdout[-4000:]}")
     return done.stdout
@@ -53,16 +75,29 @@ def run(*command: str | Path) -> str:
 def build(folder: Path) -> Path:
     """Build the kernels and their programs for this GPU and return the folder."""
     architecture = f"-DCMAKE_CUDA_ARCHITECTURES={gpu_compute_capability()}"
-    run("cmake", "-S", ROOT / "trt_plugins", "-B", folder, "-DCMAKE_BUILD_TYPE=Release", architecture)
+    run(
+        "cmake",
+        "-S",
+        ROOT / "trt_plugins",
+        "-B",
+        folder,
+        "-DCMAKE_BUILD_TYPE=Release",
+        architecture,
+    )
     run("cmake", "--build", folder, "--parallel", "--target", "measure", "kernel_test")
     return folder
 
 
 def check(folder: Path) -> list[str]:
-    """Compare the kernels with their references on the GPU; return the tools of compute-sanitizer that found nothing either."""
+    """Compare the kernels with their references on the GPU; return the tools of compute-sanitizer
+    that found nothing either.
+    """
     test = folder / "tests" / "kernel_test"
     if "no GPU is here" in run(test):
-        raise QuestDeployError(f"{test} finds no GPU, though the driver shows one; is the driver as new as the CUDA toolkit?")
+        raise QuestDeployError(
+            f"{test} finds no GPU, though the driver shows one; is the driver as new as the CUDA "
+            "toolkit?"
+        )
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return []
@@ -86,19 +121,30 @@ def cells(line: dict[str, Any]) -> list[str]:
     shape = f"{batch}x{channels}x{inner}" if outer == 1 else f"{batch}x{outer}x{channels}"
     apart = f"{line['apart_us']:.1f}" if "apart_us" in line else ""
     return [
-        line["kernel"], line["site"], shape, line["type"], line["formats"], f"{line['bytes'] / 1e6:.1f}", f"{line['kernel_us']:.1f}",
-        f"{line['copy_us']:.1f}", f"{bandwidth_ratio(line):.0%}", apart,
-    ]  # fmt: skip
+        line["kernel"],
+        line["site"],
+        shape,
+        line["type"],
+        line["formats"],
+        f"{line['bytes'] / 1e6:.1f}",
+        f"{line['kernel_us']:.1f}",
+        f"{line['copy_us']:.1f}",
+        f"{bandwidth_ratio(line):.0%}",
+        apart,
+    ]
 
 
 def summary(results: dict[str, Any]) -> str:
     """How many of the lines reach the aim, by batch."""
     told = []
     for batch in sorted({line["shape"][0] for line in results["lines"]}):
-        ratios = sorted(bandwidth_ratio(line) for line in results["lines"] if line["shape"][0] == batch)
+        ratios = sorted(
+            bandwidth_ratio(line) for line in results["lines"] if line["shape"][0] == batch
+        )
         reached = sum(ratio >= AIM for ratio in ratios)
         told.append(
-            f"batch {batch}: {reached} of {len(ratios)} lines reach {AIM:.0%} of the copy's bandwidth; "
+            f"batch {batch}: {reached} of {len(ratios)} lines reach {AIM:.0%} of the copy's "
+            "bandwidth; "
             f"median {ratios[len(ratios) // 2]:.0%}, least {ratios[0]:.0%}"
         )
     return "; ".join(told)
@@ -111,11 +157,14 @@ def table(results: dict[str, Any]) -> str:
         [
             "# The plugins' kernels",
             "",
-            "Written by `scripts/measure_plugin.py`, which says how each figure is measured. A kernel and a copy of as many bytes, in",
-            f"turn, L2 flushed before each launch, medians of {results['repeats']}. For GEGLU, `apart` is the same by two kernels,",
+            "Written by `scripts/measure_plugin.py`, which says how each figure is measured. A "
+            "kernel and a copy of as many bytes, in",
+            f"turn, L2 flushed before each launch, medians of {results['repeats']}. For GEGLU, "
+            "`apart` is the same by two kernels,",
             "GEGLU and then TimestepQuantize.",
             "",
-            f"Measured on: {results['device']} (compute capability {results['compute_capability']}),",
+            f"Measured on: {results['device']} (compute capability "
+            f"{results['compute_capability']}),",
             f"{results['date']}, CUDA {results['cuda_runtime']}, driver {results['cuda_driver']}.",
             f"compute-sanitizer: {sanitized}.",
             "",
@@ -139,10 +188,16 @@ def show(results: dict[str, Any]) -> None:
 
 
 def main(
-    build_folder: Annotated[Path, typer.Option("--build", help="Where to build.")] = ROOT / "trt_plugins" / "build" / "measure",
+    build_folder: Annotated[Path, typer.Option("--build", help="Where to build.")] = ROOT
+    / "trt_plugins"
+    / "build"
+    / "measure",
     docs: Path = ROOT / "docs" / "plugin",
     repeats: Annotated[int, typer.Option(min=1)] = 51,
-    results_file: Annotated[Path | None, typer.Option("--results", help="What `measure` printed elsewhere; nothing is run.")] = None,
+    results_file: Annotated[
+        Path | None,
+        typer.Option("--results", help="What `measure` printed elsewhere; nothing is run."),
+    ] = None,
 ) -> None:
     """Measure the kernels, print the table and write it."""
     try:

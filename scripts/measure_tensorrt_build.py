@@ -1,9 +1,12 @@
-"""Measure what building a TensorRT engine from a portable graph costs: seconds, peak memory and bytes.
+"""Measure what building a TensorRT engine from a portable graph costs: seconds, peak memory and
+bytes.
 
-    python scripts/measure_tensorrt_build.py GRAPH [--dtype fp16] [--sample-size 64 --sample-size 96] [--json FILE]
+    python scripts/measure_tensorrt_build.py GRAPH [--dtype fp16] [--sample-size 64 --sample-size
+    96] [--json FILE]
 
-The build runs in a process of its own, whose peak is that of lowering and building alone, as `quest-deploy build-engine` does them.
-Processor seconds are told beside the clock's: on a busy machine only they mean something.
+The build runs in a process of its own, whose peak is that of lowering and building alone, as
+`quest-deploy build-engine` does them. Processor seconds are told beside the clock's: on a busy
+machine only they mean something.
 """
 
 from __future__ import annotations
@@ -19,18 +22,20 @@ from typing import Annotated, Any
 
 import typer
 
+from quest_deploy.artifacts.workspace import versions
+from quest_deploy.backends.base import EngineOptions, build_engine
+from quest_deploy.backends.registry import check_options, get_backend
+from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.cli.build_engine import parse_pool_limit
 from quest_deploy.cli.options import parse_sample_size
-from quest_deploy.engine.backends import check_options, get_backend
-from quest_deploy.engine.base import EngineOptions, build_engine
-from quest_deploy.engine.tensorrt import ENGINE
+from quest_deploy.evaluation.memory import peak_memory
 from quest_deploy.files import write_json
-from quest_deploy.memory import peak_memory
-from quest_deploy.workspace import versions
 
 
 def build(graph: Path, backend: str, options: EngineOptions) -> dict[str, Any]:
-    """Build once, in a temporary folder; run it in a fresh process, since it tells the process's peak memory."""
+    """Build once, in a temporary folder; run it in a fresh process, since it tells the process's
+    peak memory.
+    """
     from exporters.graph_info import load_graph
 
     phases: dict[str, float] = {}
@@ -41,9 +46,13 @@ def build(graph: Path, backend: str, options: EngineOptions) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(prefix="quest-deploy-") as name:
         build_engine(
-            get_backend(backend), load_graph(graph), Path(name), options, "0" * 64,
+            get_backend(backend),
+            load_graph(graph),
+            Path(name),
+            options,
+            "0" * 64,
             note,
-        )  # fmt: skip
+        )
         return {
             "seconds": time.monotonic() - started,
             "seconds_before_the_builder": min(phases.values(), default=None),
@@ -59,10 +68,15 @@ def main(
     backend: str = "tensorrt-rtx",
     dtype: str = "fp16",
     max_batch: int = 8,
-    sample_size: Annotated[list[str] | None, typer.Option(help="May be repeated: one optimization profile each.")] = None,
+    sample_size: Annotated[
+        list[str] | None, typer.Option(help="May be repeated: one optimization profile each.")
+    ] = None,
     compute_capability: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
     pool_limit: str | None = None,
-    strip_plan: Annotated[bool, typer.Option("--strip-plan", help="Build a second engine, without weights; needs a GPU.")] = False,
+    strip_plan: Annotated[
+        bool,
+        typer.Option("--strip-plan", help="Build a second engine, without weights; needs a GPU."),
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Build, and print what it cost."""
@@ -73,13 +87,22 @@ def main(
         "compute_capabilities": tuple(compute_capability or ()),
         "workspace_limit": None if pool_limit is None else parse_pool_limit(pool_limit),
     }
-    result: dict[str, Any] = {"backend": backend, "graph_bytes": sum(p.stat().st_size for p in graph.parent.glob(f"{graph.name}*"))}
-    for name, options in (("whole", EngineOptions(**common)), ("stripped", EngineOptions(**common, strip_plan=True))):
+    result: dict[str, Any] = {
+        "backend": backend,
+        "graph_bytes": sum(p.stat().st_size for p in graph.parent.glob(f"{graph.name}*")),
+    }
+    for name, options in (
+        ("whole", EngineOptions(**common)),
+        ("stripped", EngineOptions(**common, strip_plan=True)),
+    ):
         if name == "whole" or strip_plan:
             check_options(backend, options)
             get_backend(backend).check_build(options)
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                result[name] = {"options": asdict(options), **pool.submit(build, graph, backend, options).result()}
+                result[name] = {
+                    "options": asdict(options),
+                    **pool.submit(build, graph, backend, options).result(),
+                }
     print(json.dumps(result, indent=1))
     if json_file:
         write_json(json_file, {**result, "versions": versions()})

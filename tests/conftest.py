@@ -1,4 +1,5 @@
-"""Shared fixtures: a UNet of 65 layers with Stable Diffusion's topology, calibrated on random data, and its portable graph.
+"""Shared fixtures: a UNet of 65 layers with Stable Diffusion's topology, calibrated on random data,
+and its portable graph.
 
 And which tests are slow, and in which order they run.
 """
@@ -23,24 +24,42 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from quest_deploy.checkpoint import Checkpoint
-    from quest_deploy.trajectories import Trajectories
+    from quest_deploy.artifacts.checkpoint import Checkpoint
+    from quest_deploy.calibration.trajectories import Trajectories
 
-# Small tensors: a second thread only waits for the first, for long on a busy machine. Read when torch is imported.
+# Small tensors: a second thread only waits for the first, for long on a busy machine. Read when
+# torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell's background job ignores Ctrl-C, and so would the processes that tests start and then interrupt.
+# A shell's background job ignores Ctrl-C, and so would the processes that tests start and then
+# interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("quest", deadline=None, max_examples=40, derandomize=True, database=None)
 settings.load_profile("quest")
 
-SLOW_FIXTURES = frozenset({"build", "chain", "denoise", "emulated", "ldm_chain", "without_headers", "xl"})
+SLOW_FIXTURES = frozenset(
+    {"build", "chain", "denoise", "emulated", "ldm_chain", "without_headers", "xl"}
+)
 """They take many seconds, up to minutes: what asks for one is slow without saying so."""
 STAGES = (
-    frozenset({"small_unet", "mini_unet", "mini_tiny", "tiny", "pipelines", "files", "text_chain", "made", "host", "reference"}),
+    frozenset(
+        {
+            "small_unet",
+            "mini_unet",
+            "mini_tiny",
+            "tiny",
+            "pipelines",
+            "files",
+            "text_chain",
+            "made",
+            "host",
+            "reference",
+        }
+    ),
     frozenset({"mini_chain"}),
 )
-"""Files that need none of these run first, then those that need a model or a compiler, then those that copy the small chain.
+"""Files that need none of these run first, then those that need a model or a compiler, then those
+that copy the small chain.
 
 One worker makes that chain for ``made``, in the middle, while the other has files to run.
 """
@@ -63,10 +82,14 @@ TIMESTEPS = (990.0, 700.0, 400.0, 120.0)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow by what it asks for, before ``-m`` selects, and let the quick files run first, so that a run fails early."""
+    """Mark what is slow by what it asks for, before ``-m`` selects, and let the quick files run
+    first, so that a run fails early.
+    """
     stages: dict[Path, int] = {}
     for item in items:
-        fixtures = frozenset(getattr(item, "fixturenames", ()))  # also those that its fixtures ask for
+        fixtures = frozenset(
+            getattr(item, "fixturenames", ())
+        )  # also those that its fixtures ask for
         if fixtures & SLOW_FIXTURES:
             item.add_marker(pytest.mark.slow)
         stage = max((i for i, needs in enumerate(STAGES, 1) if fixtures & needs), default=0)
@@ -76,7 +99,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def small_unet() -> nn.Module:
-    """A float UNet with random weights: time embedding, resnets, self- and cross-attention, skips, shortcuts, resampling."""
+    """A float UNet with random weights: time embedding, resnets, self- and cross-attention, skips,
+    shortcuts, resampling.
+    """
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -90,21 +115,29 @@ def small_trajectories() -> Trajectories:
     """Random "recordings" that visit four buckets: three samplings of four steps."""
     import torch
 
-    from quest_deploy.trajectories import Trajectories
+    from quest_deploy.calibration.trajectories import Trajectories
 
     generator = torch.Generator().manual_seed(1)
     sample = torch.randn(len(TIMESTEPS), 3, 2, 4, 4, generator=generator)
     states = torch.randn(3, 3, 8, generator=generator)
-    return Trajectories(sample, torch.tensor(TIMESTEPS), sample.clone(), {"encoder_hidden_states": states})
+    return Trajectories(
+        sample, torch.tensor(TIMESTEPS), sample.clone(), {"encoder_hidden_states": states}
+    )
 
 
 @pytest.fixture(scope="session")
 def small_checkpoint(small_unet: nn.Module, small_trajectories: Trajectories) -> Checkpoint:
     """``small_unet`` calibrated to w4a4 with four buckets."""
-    from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
-    from quest_deploy.scheme import Scheme
+    from quest_deploy.artifacts.scheme import Scheme
+    from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 
-    return calibrate("small", small_unet, small_trajectories, Scheme.parse("w4a4", buckets=4), CalibrationOptions())
+    return calibrate(
+        "small",
+        small_unet,
+        small_trajectories,
+        Scheme.parse("w4a4", buckets=4),
+        CalibrationOptions(),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +154,9 @@ def small_inputs() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def small_proto(small_checkpoint: Checkpoint, small_inputs: dict[str, torch.Tensor]) -> onnx.ModelProto:
+def small_proto(
+    small_checkpoint: Checkpoint, small_inputs: dict[str, torch.Tensor]
+) -> onnx.ModelProto:
     """The portable graph of ``small_checkpoint``; not to be changed."""
     import onnx_ir as ir
 
@@ -140,7 +175,9 @@ def small_graph(small_proto: onnx.ModelProto) -> ir.Model:
 
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A small pipeline's folder in the hub's layout, by its name in ``tests.pipelines.PIPELINES``; not to be changed."""
+    """A small pipeline's folder in the hub's layout, by its name in ``tests.pipelines.PIPELINES``;
+    not to be changed.
+    """
     from tests.pipelines import PIPELINES
 
     made: dict[str, Path] = {}

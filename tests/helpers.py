@@ -1,4 +1,6 @@
-"""What the tests share: independent reference implementations in numpy, and runs of graphs. Import as ``tests.helpers``."""
+"""What the tests share: independent reference implementations in numpy, and runs of graphs. Import
+as ``tests.helpers``.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,21 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from exporters import timestep_quantize
 from exporters.graph_info import CHECKPOINT_KEY, SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, SCHEME_KEY
+from exporters.ops import timestep_quantize
 from exporters.passes.dequantize_casts import DequantizeCasts
 from exporters.passes.insert_quantized_layers import InsertQuantizedLayers
-from quest_deploy.checkpoint import Architecture, Checkpoint, ConvGeometry, FreeSiteData, LayerData, ProductData, ScoreScale, SiteData
-from quest_deploy.scheme import Scheme, Symmetry
+from quest_deploy.artifacts.checkpoint import (
+    Architecture,
+    Checkpoint,
+    ConvGeometry,
+    FreeSiteData,
+    LayerData,
+    ProductData,
+    ScoreScale,
+    SiteData,
+)
+from quest_deploy.artifacts.scheme import Scheme, Symmetry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +43,9 @@ Feeds = dict[str, Array]
 
 def load_script(name: str) -> ModuleType:
     """The script ``name`` of scripts/, as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        name, Path(__file__).parents[1] / "scripts" / f"{name}.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -56,9 +69,18 @@ def along(values: Array, axis: int, rank: int) -> Array:
 
 
 def numpy_codes(
-    x: Array, bucket: Array, scale: Array, low: Array, high: Array, channel: Array, axis: int, offset: Array | None = None
+    x: Array,
+    bucket: Array,
+    scale: Array,
+    low: Array,
+    high: Array,
+    channel: Array,
+    axis: int,
+    offset: Array | None = None,
 ) -> Array:
-    """TimestepQuantize, from its specification: float32 arithmetic, rounding half to even, int8 codes."""
+    """TimestepQuantize, from its specification: float32 arithmetic, rounding half to even, int8
+    codes.
+    """
     x = x.astype(np.float32)
     scales, lows, highs = (of_sample(table, bucket, x.ndim) for table in (scale, low, high))
     codes = np.rint(x / (scales * along(channel, axis, x.ndim)))
@@ -72,21 +94,29 @@ def site_codes(site: SiteData, x: Array, bucket: Array) -> Array:
 
 
 def numpy_free_codes(site: FreeSiteData, x: Array, bucket: Array) -> Array:
-    """A free site's codes without their zero-points, float32, in the published order of float32 operations."""
-    scale, zero_point = (of_channel(table, bucket, site.axis, x.ndim) for table in (site.scale, site.zero_point))
+    """A free site's codes without their zero-points, float32, in the published order of float32
+    operations.
+    """
+    scale, zero_point = (
+        of_channel(table, bucket, site.axis, x.ndim) for table in (site.scale, site.zero_point)
+    )
     raised = np.rint(x.astype(np.float32) / scale) + zero_point
     return np.clip(raised, np.float32(site.code_low), np.float32(site.code_high)) - zero_point
 
 
 def of_channel(table: Array, bucket: Array, axis: int, rank: int) -> Array:
-    """table[bucket], [B, C], shaped to broadcast over the rows and along ``axis`` of a tensor of ``rank``."""
+    """table[bucket], [B, C], shaped to broadcast over the rows and along ``axis`` of a tensor of
+    ``rank``.
+    """
     shape = [1] * rank
     shape[0], shape[axis] = len(bucket), table.shape[1]
     return table[bucket].reshape(shape)
 
 
 def numpy_site(site: SiteData | FreeSiteData, x: Array, bucket: Array) -> Array:
-    """The quantized tensor that the site's readers get, float64: scale * code, the code wide enough for any range."""
+    """The quantized tensor that the site's readers get, float64: scale * code, the code wide enough
+    for any range.
+    """
     if isinstance(site, FreeSiteData):
         scale = of_channel(site.scale, bucket, site.axis, x.ndim)
         return (numpy_free_codes(site, x, bucket) * scale).astype(np.float64)
@@ -107,10 +137,18 @@ def numpy_product(checkpoint: Checkpoint, name: str, a: Array, b: Array, bucket:
 
 
 def numpy_layer(checkpoint: Checkpoint, name: str, x: Array, bucket: Array) -> Array:
-    """A quantized layer in float64: layer(quantized x, (weight codes - zero-point) * weight scale) + bias."""
+    """A quantized layer in float64: layer(quantized x, (weight codes - zero-point) * weight scale)
+    + bias.
+    """
     layer = checkpoint.layers[name]
     product = float_layer(layer, numpy_site(checkpoint.site_of(name), x, bucket))
-    bias = 0.0 if layer.bias is None else along(layer.bias.astype(np.float64), 1 if layer.conv else product.ndim - 1, product.ndim)
+    bias = (
+        0.0
+        if layer.bias is None
+        else along(
+            layer.bias.astype(np.float64), 1 if layer.conv else product.ndim - 1, product.ndim
+        )
+    )
     return product + bias
 
 
@@ -120,13 +158,25 @@ def float_layer(layer: LayerData, x: Array, weight: Array | None = None) -> Arra
 
     if weight is None:
         rank = layer.weight_codes.ndim
-        zero_point = 0.0 if layer.weight_zero_point is None else along(layer.weight_zero_point.astype(np.float64), 0, rank)
-        weight = (layer.weight_codes.astype(np.float64) - zero_point) * along(layer.weight_scale.astype(np.float64), 0, rank)
+        zero_point = (
+            0.0
+            if layer.weight_zero_point is None
+            else along(layer.weight_zero_point.astype(np.float64), 0, rank)
+        )
+        weight = (layer.weight_codes.astype(np.float64) - zero_point) * along(
+            layer.weight_scale.astype(np.float64), 0, rank
+        )
     if layer.conv is None:
         return x @ weight.T
     g = layer.conv
     return torch.nn.functional.conv2d(
-        torch.from_numpy(x), torch.from_numpy(weight), None, g.stride, g.padding, g.dilation, g.groups
+        torch.from_numpy(x),
+        torch.from_numpy(weight),
+        None,
+        g.stride,
+        g.padding,
+        g.dilation,
+        g.groups,
     ).numpy()
 
 
@@ -135,14 +185,24 @@ def run(model: ir.Model | onnx.ModelProto, feeds: Feeds, *, optimized: bool = Fa
     return session(model, optimized=optimized)(feeds)
 
 
-def session(model: ir.Model | onnx.ModelProto, *, optimized: bool = False) -> Callable[[Feeds], list[Array]]:
-    """An onnxruntime session as a function; ``optimized`` lets it fuse. Feeds that the graph does not take are left out."""
+def session(
+    model: ir.Model | onnx.ModelProto, *, optimized: bool = False
+) -> Callable[[Feeds], list[Array]]:
+    """An onnxruntime session as a function; ``optimized`` lets it fuse. Feeds that the graph does
+    not take are left out.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL if optimized else ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    level = (
+        ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        if optimized
+        else ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    )
     options.graph_optimization_level = level
-    made = ort.InferenceSession(proto_of(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    made = ort.InferenceSession(
+        proto_of(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     taken = {value.name for value in made.get_inputs()}
     return lambda feeds: list(made.run(None, {k: v for k, v in feeds.items() if k in taken}))
 
@@ -167,15 +227,20 @@ def op_counts(model: ir.Model) -> dict[str, int]:
 
 
 def graph_from_text(text: str, **initializers: Array) -> ir.Model:
-    """A model from ONNX's textual syntax, at our opset, with the op's function and further initializers.
+    """A model from ONNX's textual syntax, at our opset, with the op's function and further
+    initializers.
 
     An initializer "a.b" is written a_b in the text, which knows no dots.
     """
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21, "quest" : 1, "quest.export" : 1]>\n{text}')
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 21, "quest" : 1, "quest.export" : 1]>\n{text}'
+    )
     dotted = {name.replace(".", "_"): name for name in initializers}
     for node in proto.graph.node:
         node.input[:] = [dotted.get(name, name) for name in node.input]
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in initializers.items())
+    proto.graph.initializer.extend(
+        onnx.numpy_helper.from_array(array, name) for name, array in initializers.items()
+    )
     model = ir.from_proto(proto)
     function = timestep_quantize.function_body()
     model.functions[function.identifier()] = function
@@ -200,18 +265,30 @@ hand (float[batch,2,6,6] sample, float[batch] timestep, float[batch,3,5] tokens)
   second = Identity (k)
 }
 """
-"""A skeleton of :func:`hand_checkpoint`'s layers: a grouped 4-bit Conv, an 8-bit Conv without bias, two Linears that share a site."""
+"""A skeleton of :func:`hand_checkpoint`'s layers: a grouped 4-bit Conv, an 8-bit Conv without bias,
+two Linears that share a site.
+"""
 
 
 def hand_checkpoint(buckets: int = 2) -> Checkpoint:
     """A small checkpoint with every kind of layer, made without torch."""
     rng = np.random.default_rng(buckets)
 
-    def layer(name: str, bits: int, shape: tuple[int, ...], conv: ConvGeometry | None, *, bias: bool) -> LayerData:
+    def layer(
+        name: str, bits: int, shape: tuple[int, ...], conv: ConvGeometry | None, *, bias: bool
+    ) -> LayerData:
         low, high = (-8, 8) if bits == 4 else (-127, 128)
         codes = rng.integers(low, high, shape, dtype=np.int8)
         scale = rng.uniform(0.01, 0.1, shape[0]).astype(np.float32)
-        return LayerData(name, bits, codes, scale, rng.standard_normal(shape[0]).astype(np.float32) if bias else None, conv, 10)
+        return LayerData(
+            name,
+            bits,
+            codes,
+            scale,
+            rng.standard_normal(shape[0]).astype(np.float32) if bias else None,
+            conv,
+            10,
+        )
 
     def site(name: str, bits: int, axis: int, channels: int, layers: tuple[str, ...]) -> SiteData:
         low = np.full(buckets, -127) if bits == 8 else -rng.integers(0, 16, buckets)
@@ -219,7 +296,17 @@ def hand_checkpoint(buckets: int = 2) -> Checkpoint:
         scale = rng.uniform(0.02 if bits == 8 else 0.1, 0.4, buckets).astype(np.float32)
         channel = rng.uniform(0.5, 2.0, channels).astype(np.float32)
         symmetry = Symmetry.SYMMETRIC if bits == 8 else Symmetry.ASYMMETRIC
-        return SiteData(name, bits, symmetry, axis, layers, scale, low.astype(np.float32), high.astype(np.float32), channel)
+        return SiteData(
+            name,
+            bits,
+            symmetry,
+            axis,
+            layers,
+            scale,
+            low.astype(np.float32),
+            high.astype(np.float32),
+            channel,
+        )
 
     layers = [
         layer("conv", 4, (4, 1, 3, 3), ConvGeometry((2, 1), (1, 0), (1, 1), 2), bias=True),
@@ -227,7 +314,11 @@ def hand_checkpoint(buckets: int = 2) -> Checkpoint:
         layer("to_q", 4, (7, 5), None, bias=True),
         layer("to_k", 8, (6, 5), None, bias=False),
     ]
-    sites = [site("conv", 4, 1, 2, ("conv",)), site("last", 8, 1, 4, ("last",)), site("to_q", 4, 2, 5, ("to_q", "to_k"))]
+    sites = [
+        site("conv", 4, 1, 2, ("conv",)),
+        site("last", 8, 1, 4, ("last",)),
+        site("to_q", 4, 2, 5, ("to_q", "to_k")),
+    ]
     return Checkpoint(
         model="hand",
         architecture=Architecture("UNet2DModel", {"sample_size": 6}),
@@ -242,12 +333,16 @@ def hand_checkpoint(buckets: int = 2) -> Checkpoint:
 def hand_feeds(timesteps: list[float]) -> Feeds:
     """Inputs of the hand-made graph, one sample a timestep."""
     rng, batch = np.random.default_rng(7), len(timesteps)
-    sample, tokens = (rng.standard_normal((batch, *shape)).astype(np.float32) for shape in ((2, 6, 6), (3, 5)))
+    sample, tokens = (
+        rng.standard_normal((batch, *shape)).astype(np.float32) for shape in ((2, 6, 6), (3, 5))
+    )
     return {"sample": sample, "timestep": np.asarray(timesteps, np.float32), "tokens": tokens}
 
 
 def hand_graph(checkpoint: Checkpoint) -> ir.Model:
-    """The hand-made skeleton with ``checkpoint``'s layers inserted, as ``portable_graph`` does it."""
+    """The hand-made skeleton with ``checkpoint``'s layers inserted, as ``portable_graph`` does
+    it.
+    """
     return inserted(HAND_TEXT, checkpoint)
 
 
@@ -294,37 +389,76 @@ kinds (float[batch,2,6,6] sample, float[batch] timestep, float[batch,3,5] tokens
 def kinds_checkpoint(buckets: int = 2) -> Checkpoint:
     """A small checkpoint of what :func:`hand_checkpoint` has not.
 
-    Asymmetric weights of 4 and 8 bits; codes that need an offset, in front of a padded convolution, a linear and in both operands of
-    a product; scales that are free by channel, by token, and of either sign; a product of 4-bit codes and one with a float operand.
+    Asymmetric weights of 4 and 8 bits; codes that need an offset, in front of a padded convolution,
+    a linear and in both operands of a product; scales that are free by channel, by token, and of
+    either sign; a product of 4-bit codes and one with a float operand.
     """
     rng = np.random.default_rng(buckets)
 
-    def layer(name: str, bits: int, shape: tuple[int, ...], conv: ConvGeometry | None, *, asymmetric: bool) -> LayerData:
-        scale, bias = rng.uniform(0.01, 0.1, shape[0]).astype(np.float32), rng.standard_normal(shape[0]).astype(np.float32)
+    def layer(
+        name: str, bits: int, shape: tuple[int, ...], conv: ConvGeometry | None, *, asymmetric: bool
+    ) -> LayerData:
+        scale, bias = (
+            rng.uniform(0.01, 0.1, shape[0]).astype(np.float32),
+            rng.standard_normal(shape[0]).astype(np.float32),
+        )
         if not asymmetric:
-            return LayerData(name, bits, rng.integers(-8, 8, shape, dtype=np.int8), scale, bias, conv, 10)
-        codes, zero_point = (rng.integers(0, 2**bits, size, dtype=np.uint8) for size in (shape, shape[:1]))
+            return LayerData(
+                name, bits, rng.integers(-8, 8, shape, dtype=np.int8), scale, bias, conv, 10
+            )
+        codes, zero_point = (
+            rng.integers(0, 2**bits, size, dtype=np.uint8) for size in (shape, shape[:1])
+        )
         codes.flat[:2] = 0, 2**bits - 1
         zero_point[:2] = 0, 2**bits - 1
         return LayerData(name, bits, codes, scale, bias, conv, 10, zero_point)
 
-    def site(name: str, bits: int, symmetry: Symmetry, axis: int, channels: int, reader: str) -> SiteData:
-        low = np.zeros(buckets) if symmetry is Symmetry.UNSIGNED else -rng.integers(0, 2**bits, buckets)
+    def site(
+        name: str, bits: int, symmetry: Symmetry, axis: int, channels: int, reader: str
+    ) -> SiteData:
+        low = (
+            np.zeros(buckets)
+            if symmetry is Symmetry.UNSIGNED
+            else -rng.integers(0, 2**bits, buckets)
+        )
         if symmetry is Symmetry.ASYMMETRIC and bits == 8:
             low[0] = -200  # so that codes leave int8 on the negative side in one bucket
-        scale = rng.uniform(1.0, 3.0, buckets).astype(np.float32) / 2**bits * (0.3 if symmetry is Symmetry.UNSIGNED else 2)
-        channel = rng.uniform(0.5, 2.0, channels) if "." not in name else np.ones(channels)  # attention's operands have none
+        scale = (
+            rng.uniform(1.0, 3.0, buckets).astype(np.float32)
+            / 2**bits
+            * (0.3 if symmetry is Symmetry.UNSIGNED else 2)
+        )
+        channel = (
+            rng.uniform(0.5, 2.0, channels) if "." not in name else np.ones(channels)
+        )  # attention's operands have none
         bounds = (low.astype(np.float32), (low + 2**bits - 1).astype(np.float32))
-        return SiteData(name, bits, symmetry, axis, (reader,), scale.astype(np.float32), *bounds, channel.astype(np.float32))
+        return SiteData(
+            name,
+            bits,
+            symmetry,
+            axis,
+            (reader,),
+            scale.astype(np.float32),
+            *bounds,
+            channel.astype(np.float32),
+        )
 
-    def free(name: str, bits: int, axis: int, channels: int, code_range: tuple[int, int]) -> FreeSiteData:
-        scale = rng.uniform(0.1, 0.5, (buckets, channels)) * rng.choice([-1, 1], (buckets, channels))
+    def free(
+        name: str, bits: int, axis: int, channels: int, code_range: tuple[int, int]
+    ) -> FreeSiteData:
+        scale = rng.uniform(0.1, 0.5, (buckets, channels)) * rng.choice(
+            [-1, 1], (buckets, channels)
+        )
         zero_point = rng.integers(-3, 20, (buckets, channels)).astype(np.float32)
-        return FreeSiteData(name, bits, axis, (name,), scale.astype(np.float32), zero_point, *code_range)
+        return FreeSiteData(
+            name, bits, axis, (name,), scale.astype(np.float32), zero_point, *code_range
+        )
 
     layers = [
         layer("padded", 4, (4, 2, 3, 3), ConvGeometry((2, 1), (1, 2), (1, 1), 1), asymmetric=True),
-        layer("free_conv", 8, (3, 4, 3, 3), ConvGeometry((1, 1), (1, 1), (1, 1), 1), asymmetric=True),
+        layer(
+            "free_conv", 8, (3, 4, 3, 3), ConvGeometry((1, 1), (1, 1), (1, 1), 1), asymmetric=True
+        ),
         layer("plain", 8, (7, 5), None, asymmetric=True),
         layer("by_channel", 4, (6, 5), None, asymmetric=False),
         layer("by_token", 4, (4, 5), None, asymmetric=True),
@@ -349,8 +483,12 @@ def kinds_checkpoint(buckets: int = 2) -> Checkpoint:
     ]
     return Checkpoint(
         model="kinds",
-        architecture=Architecture("UNet2DModel", {"sample_size": 6}, {"up.conv_shortcut": 8}, ScoreScale.OPERANDS),
-        scheme=Scheme.parse("w4a4", buckets=buckets, attention_bits=4, softmax_bits=8, split_shortcuts=True),
+        architecture=Architecture(
+            "UNet2DModel", {"sample_size": 6}, {"up.conv_shortcut": 8}, ScoreScale.OPERANDS
+        ),
+        scheme=Scheme.parse(
+            "w4a4", buckets=buckets, attention_bits=4, softmax_bits=8, split_shortcuts=True
+        ),
         layers={x.name: x for x in layers},
         sites={x.name: x for x in sites},
         floats={"norm.weight": rng.standard_normal(3).astype(np.float32)},
@@ -362,18 +500,36 @@ def kinds_checkpoint(buckets: int = 2) -> Checkpoint:
 def kinds_feeds(timesteps: list[float]) -> Feeds:
     """Inputs of the graph of kinds, one sample a timestep; ``weights`` as a softmax gives them."""
     rng, batch = np.random.default_rng(11), len(timesteps)
-    shapes = {"sample": (2, 6, 6), "tokens": (3, 5), "q": (2, 3, 4), "kt": (2, 4, 3), "v": (2, 3, 4)}
-    feeds = {name: rng.standard_normal((batch, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    shapes = {
+        "sample": (2, 6, 6),
+        "tokens": (3, 5),
+        "q": (2, 3, 4),
+        "kt": (2, 4, 3),
+        "v": (2, 3, 4),
+    }
+    feeds = {
+        name: rng.standard_normal((batch, *shape)).astype(np.float32)
+        for name, shape in shapes.items()
+    }
     weights = np.exp(2 * rng.standard_normal((batch, 2, 3, 3)))
     weights /= weights.sum(-1, keepdims=True)
-    return {**feeds, "weights": weights.astype(np.float32), "timestep": np.asarray(timesteps, np.float32)}
+    return {
+        **feeds,
+        "weights": weights.astype(np.float32),
+        "timestep": np.asarray(timesteps, np.float32),
+    }
 
 
 def kinds_expected(checkpoint: Checkpoint, feeds: Feeds) -> dict[str, Array]:
-    """What the graph of kinds gives, in float64, by the name of its output; ``image`` from the float32 result of its first layer."""
+    """What the graph of kinds gives, in float64, by the name of its output; ``image`` from the
+    float32 result of its first layer.
+    """
     bucket = np.asarray([checkpoint.scheme.bucket_of(float(t)) for t in feeds["timestep"]])
     inner = numpy_layer(checkpoint, "padded", feeds["sample"], bucket).astype(np.float32)
-    linears = {name: numpy_layer(checkpoint, name, feeds["tokens"], bucket) for name in ("plain", "by_channel", "by_token")}
+    linears = {
+        name: numpy_layer(checkpoint, name, feeds["tokens"], bucket)
+        for name in ("plain", "by_channel", "by_token")
+    }
     return {
         "inner": inner,
         "image": numpy_layer(checkpoint, "free_conv", inner, bucket),
@@ -391,5 +547,7 @@ def lowering_begins_with(portable: ir.Model) -> ir.Model:
 
 
 def kinds_graph(checkpoint: Checkpoint) -> ir.Model:
-    """The skeleton of kinds with ``checkpoint``'s layers and products inserted, as ``portable_graph`` does it."""
+    """The skeleton of kinds with ``checkpoint``'s layers and products inserted, as
+    ``portable_graph`` does it.
+    """
     return inserted(KINDS_TEXT, checkpoint)

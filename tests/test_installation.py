@@ -29,16 +29,27 @@ PARTS = {"tensorrt-rtx": ("tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu13_libs"
 
 def needed(extras: tuple[str, ...], machine: Mapping[str, str]) -> list[str]:
     """The packages that the project with ``extras`` requires of ``machine``."""
-    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
-    environment = {name: str(value) for name, value in default_environment().items()} | dict(machine)
+    lines = [
+        *PROJECT["dependencies"],
+        *(line for extra in extras for line in PROJECT["optional-dependencies"][extra]),
+    ]
+    environment = {name: str(value) for name, value in default_environment().items()} | dict(
+        machine
+    )
     requirements = map(Requirement, lines)
-    return list(dict.fromkeys(r.name for r in requirements if r.marker is None or r.marker.evaluate(environment)))
+    return list(
+        dict.fromkeys(
+            r.name for r in requirements if r.marker is None or r.marker.evaluate(environment)
+        )
+    )
 
 
 def pins() -> dict[str, str]:
     """The constraint of each package, by its name as an index writes it."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return {line.partition("==")[0].lower().replace("_", "-"): line for line in lines if "==" in line}
+    return {
+        line.partition("==")[0].lower().replace("_", "-"): line for line in lines if "==" in line
+    }
 
 
 def test_cpu_is_all_backends() -> None:
@@ -48,13 +59,35 @@ def test_cpu_is_all_backends() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("extras", [BACKENDS, ("dev", "bench")], ids=["demo", "tests"])
 def test_everything_has_wheels_on_aarch64(extras: tuple[str, ...], tmp_path: Path) -> None:
-    """Resolves alone, package by package, since pip takes the markers of requirements for those of the machine that it runs on."""
+    """Resolves alone, package by package, since pip takes the markers of requirements for those of
+    the machine that it runs on.
+    """
     names = [part for name in needed(extras, AARCH64) for part in PARTS.get(name, (name,))]
     platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in GLIBCS]
-    options = ["--quiet", "--dry-run", "--no-deps", "--ignore-installed", "--only-binary=:all:", "--retries=1", "--timeout=20"]
-    pip = [sys.executable, "-m", "pip", "install", *options, f"--target={tmp_path}", "--python-version=3.11"]
+    options = [
+        "--quiet",
+        "--dry-run",
+        "--no-deps",
+        "--ignore-installed",
+        "--only-binary=:all:",
+        "--retries=1",
+        "--timeout=20",
+    ]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        *options,
+        f"--target={tmp_path}",
+        "--python-version=3.11",
+    ]
     wanted = [pins()[name.replace("_", "-")] for name in names]
-    ended = subprocess.run([*pip, *platforms, "--platform=manylinux2014_aarch64", *wanted], capture_output=True, text=True)
+    ended = subprocess.run(
+        [*pip, *platforms, "--platform=manylinux2014_aarch64", *wanted],
+        capture_output=True,
+        text=True,
+    )
     if ended.returncode != 0 and "Retrying (" in ended.stderr:
         pytest.skip("no package index answers")
     assert ended.returncode == 0, ended.stderr
@@ -68,7 +101,15 @@ def test_a_machine_without_tensorrt_rtx_installs_the_other_backends() -> None:
 
 def test_the_demo_sets_up_no_more_than_it_needs() -> None:
     planned = subprocess.run(
-        ["make", "--dry-run", "--always-make", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--dry-run", "--always-make", "demo"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert "'.[cpu]'" in planned
-    assert not [extra for extra in ("dev", "bench", "serving") if f"{extra}]'" in planned or f"[{extra}" in planned]
+    assert not [
+        extra
+        for extra in ("dev", "bench", "serving")
+        if f"{extra}]'" in planned or f"[{extra}" in planned
+    ]

@@ -1,1 +1,3 @@
-"""Graph rewrites, one a file; each says what it needs, what it guarantees, and whether it changed anything."""
+"""Graph rewrites, one a file; each says what it needs, what it guarantees, and whether it changed
+anything.
+"""

@@ -2,14 +2,15 @@
 
 What a kernel computes exactly on a processor is the runtime's answer (``exporters.exactness``).
 
-Needs: expanded quantizers; weights around zero (CenterWeights), not yet widened (WidenInt4); the graph's metadata.
-Guarantees: the same numbers; the runtime computes every product of two dequantized operands exactly. The metadata names those changed.
+Needs: expanded quantizers; weights around zero (CenterWeights), not yet widened (WidenInt4); the
+graph's metadata. Guarantees: the same numbers; the runtime computes every product of two
+dequantized operands exactly. The metadata names those changed.
 
 1. A product that is exact as it is: stays.
-2. A weight: its codes plus 128 as UINT8, its zero-points plus 128. onnxruntime multiplies it by kernels for unsigned operands,
-   OpenVINO in float.
-3. The second operand of a product of two activations, where the kernel for unsigned ones is exact: its quantizer gives UINT8 codes,
-   128 above, under the same name.
+2. A weight: its codes plus 128 as UINT8, its zero-points plus 128. onnxruntime multiplies it by
+   kernels for unsigned operands, OpenVINO in float.
+3. The second operand of a product of two activations, where the kernel for unsigned ones is exact:
+   its quantizer gives UINT8 codes, 128 above, under the same name.
 4. Such a product where it is not: its operands' codes are cast to float, less their zero-points.
 5. A layer that the runtime computes exactly in neither form: refused by name.
 """
@@ -49,7 +50,9 @@ class AvoidSaturation(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor, forms = Editor(model.graph), {}
         for product in integer_products(model):
-            if product.weight == SIGNED and not self.exactness.holds(product.kernel, product.magnitude):
+            if product.weight == SIGNED and not self.exactness.holds(
+                product.kernel, product.magnitude
+            ):
                 forms[str(product.node.name)] = form = self._form(product)
                 if form == FLOAT:
                     _cast_operands(editor, product.node)
@@ -66,7 +69,8 @@ class AvoidSaturation(ir.passes.InPlacePass):
         if product.kind == ATTENTION:
             return FLOAT
         raise ir.passes.PreconditionError(
-            f"{product.node.name}: on this processor the runtime saturates with signed weights ({product.kernel}) and with unsigned "
+            f"{product.node.name}: on this processor the runtime saturates with signed weights "
+            f"({product.kernel}) and with unsigned "
             f"ones ({unsigned})"
         )
 
@@ -82,7 +86,9 @@ def _store_unsigned(editor: Editor, product: IntegerProduct) -> None:
         return
     for i, value in ((0, codes), (2, zero)):
         array = as_unsigned(array_of(value).astype(np.int8))
-        product.dequantize.replace_input_with(i, editor.constant(f"{value.name}_plus_{MIDDLE}", array))
+        product.dequantize.replace_input_with(
+            i, editor.constant(f"{value.name}_plus_{MIDDLE}", array)
+        )
         if not value.uses():
             editor.graph.initializers.pop(str(value.name))
 
@@ -94,10 +100,14 @@ def _cast_operands(editor: Editor, node: ir.Node) -> None:
         codes, _, zero = dequantize.inputs
         assert zero is not None
         name, shape = f"{node.name}.operand_{i}", dequantize.outputs[0].shape
-        value = editor.op("Cast", [codes], name, dtype=ir.DataType.FLOAT, shape=shape, to=ir.DataType.FLOAT.value)
+        value = editor.op(
+            "Cast", [codes], name, dtype=ir.DataType.FLOAT, shape=shape, to=ir.DataType.FLOAT.value
+        )
         if array_of(zero).any():
             value = editor.op(
-                "Sub", [value, editor.constant(f"{zero.name}_float", array_of(zero).astype(np.float32))], f"{name}_centered"
+                "Sub",
+                [value, editor.constant(f"{zero.name}_float", array_of(zero).astype(np.float32))],
+                f"{name}_centered",
             )
         node.replace_input_with(i, value)
     editor.insert_before(node)

@@ -1,14 +1,19 @@
-"""Let what integer layers compute stay within FP16: their sums of codes, up to 127 * 127 * inputs, are far above its largest number.
+"""Let what integer layers compute stay within FP16: their sums of codes, up to 127 * 127 * inputs,
+are far above its largest number.
 
-Needs: the portable graph: ``quest::TimestepQuantize`` with its tables as initializers, DequantizeLinear of its codes with scale 1, and
-each Gather from a site's scales read as a factor of what its readers compute.
-Guarantees: such a DequantizeLinear carries a power of two near the site's median scale, and the factor is the quotient:
+Needs: the portable graph: ``quest::TimestepQuantize`` with its tables as initializers,
+DequantizeLinear of its codes with scale 1, and each Gather from a site's scales read as a factor of
+what its readers compute. Guarantees: such a DequantizeLinear carries a power of two near the site's
+median scale, and the factor is the quotient:
 
-    y = scale[bucket] * Conv(DQ(codes; 1), w)    becomes    y = (scale / p)[bucket] * Conv(DQ(codes; p), w)
+    y = scale[bucket] * Conv(DQ(codes; 1), w)    becomes    y = (scale / p)[bucket] * Conv(DQ(codes;
+    p), w)
 
-1. A power of two changes no bit in floating point, but at the ends of its range: the results are the same.
+1. A power of two changes no bit in floating point, but at the ends of its range: the results are
+   the same.
 2. ``p`` lies where FP16 is exact: p >= 2^-14, its smallest normal number, and 127 p <= 65504.
-3. A site whose codes carry an offset is left alone: what is subtracted for the offset goes with the unit scale.
+3. A site whose codes carry an offset is left alone: what is subtracted for the offset goes with the
+   unit scale.
 """
 
 from __future__ import annotations
@@ -18,8 +23,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from exporters import timestep_quantize
 from exporters.editor import Editor, array_of
+from exporters.ops import timestep_quantize
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,7 +39,11 @@ class BalanceScales(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor = Editor(model.graph)
         modified = False
-        for node in [n for n in model.graph if (n.domain, n.op_type) == (timestep_quantize.DOMAIN, timestep_quantize.OP_TYPE)]:
+        for node in [
+            n
+            for n in model.graph
+            if (n.domain, n.op_type) == (timestep_quantize.DOMAIN, timestep_quantize.OP_TYPE)
+        ]:
             operands = dict(zip(timestep_quantize.INPUTS, node.inputs, strict=True))
             scale, offset = operands["scale"], operands["offset"]
             assert scale is not None
@@ -58,6 +67,8 @@ def _balance(editor: Editor, codes: ir.Value, scale: ir.Value) -> None:
 
 
 def power_of_two_near(scales: NDArray[np.float32]) -> np.float32:
-    """The power of two nearest to the median of ``scales`` by ratio, within the bounds of case 2."""
+    """The power of two nearest to the median of ``scales`` by ratio, within the bounds of case
+    2.
+    """
     exponent = np.rint(np.log2(np.median(scales)))
     return np.float32(2.0) ** np.float32(np.clip(exponent, LEAST, MOST))

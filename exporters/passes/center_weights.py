@@ -1,12 +1,15 @@
-"""Rewrite weights stored as unsigned codes for runtimes whose integer layers want zero-points of zero.
+"""Rewrite weights stored as unsigned codes for runtimes whose integer layers want zero-points of
+zero.
 
-Needs: weights as UINT4 or UINT8 initializers read by DequantizeLinear with an explicit zero-point per output channel.
-Guarantees: no unsigned initializer is read by DequantizeLinear; the values are unchanged.
+Needs: weights as UINT4 or UINT8 initializers read by DequantizeLinear with an explicit zero-point
+per output channel. Guarantees: no unsigned initializer is read by DequantizeLinear; the values are
+unchanged.
 
 1. UINT4: code - zero-point fits INT8, with zero-points of zero.
-2. UINT8, zero-points of 128 or ``signed_zero_points=True``: code - 128 and zero-point - 128 as INT8.
-3. UINT8 otherwise: the weight itself in float, of its scale's type, since code - zero-point needs nine bits; its
-   layer runs in float.
+2. UINT8, zero-points of 128 or ``signed_zero_points=True``: code - 128 and zero-point - 128 as
+   INT8.
+3. UINT8 otherwise: the weight itself in float, of its scale's type, since code - zero-point needs
+   nine bits; its layer runs in float.
 """
 
 from __future__ import annotations
@@ -28,7 +31,11 @@ class CenterWeights(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor = Editor(model.graph)
-        nodes = [node for node in model.graph if node.op_type == "DequantizeLinear" and _is_unsigned_weight(node.inputs[0])]
+        nodes = [
+            node
+            for node in model.graph
+            if node.op_type == "DequantizeLinear" and _is_unsigned_weight(node.inputs[0])
+        ]
         for node in nodes:
             self._rewrite(editor, node)
         return ir.passes.PassResult(model, modified=bool(nodes))
@@ -45,18 +52,26 @@ class CenterWeights(ir.passes.InPlacePass):
             centered, zeros = values - MIDDLE, zeros - MIDDLE
         else:
             scales = array_of(scale)
-            weight = (values - zeros.reshape(shape)).astype(np.float32) * scales.astype(np.float32).reshape(shape)
-            replace_value(node.outputs[0], editor.constant(f"{codes.name}_float", weight.astype(scales.dtype)))
+            weight = (values - zeros.reshape(shape)).astype(np.float32) * scales.astype(
+                np.float32
+            ).reshape(shape)
+            replace_value(
+                node.outputs[0], editor.constant(f"{codes.name}_float", weight.astype(scales.dtype))
+            )
             editor.graph.remove(node, safe=True)
             _drop_unread(editor.graph, codes, scale, zero)
             return
-        node.replace_input_with(0, editor.constant(f"{codes.name}_centered", centered.astype(np.int8)))
+        node.replace_input_with(
+            0, editor.constant(f"{codes.name}_centered", centered.astype(np.int8))
+        )
         node.replace_input_with(2, editor.constant(f"{zero.name}_centered", zeros.astype(np.int8)))
         _drop_unread(editor.graph, codes, zero)
 
 
 def _is_unsigned_weight(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer() and value.dtype in UNSIGNED  # activations may be unsigned too
+    return (
+        value is not None and value.is_initializer() and value.dtype in UNSIGNED
+    )  # activations may be unsigned too
 
 
 def _drop_unread(graph: ir.Graph, *values: ir.Value) -> None:

@@ -1,9 +1,11 @@
-"""Write the target of a Reshape that keeps its first axes as a constant, with ONNX's 0 for an axis that is kept.
+"""Write the target of a Reshape that keeps its first axes as a constant, with ONNX's 0 for an axis
+that is kept.
 
     Reshape(x, Concat(Slice(Shape(x), [0], [2]), [8], [-1]))  ->  Reshape(x, [0, 0, 8, -1])
 
 Needs: targets that are concatenated from constants and from sizes of what is reshaped.
-Guarantees: the same shapes. A dozen sizes are computed for every attention of a UNet otherwise, which shape inference cannot follow.
+Guarantees: the same shapes. A dozen sizes are computed for every attention of a UNet otherwise,
+which shape inference cannot follow.
 
 1. All parts are constants other than 0, or sizes of x where x has them: a constant.
 2. Anything else stays: a target of sizes that move, or of another tensor.
@@ -28,7 +30,12 @@ class ConstantReshapes(ir.passes.InPlacePass):
         for node in [node for node in model.graph if node.op_type == "Reshape"]:
             target = _target(node)
             if target is not None:
-                node.replace_input_with(1, editor.constant(f"reshape_to_{'_'.join(map(str, target))}", np.asarray(target, np.int64)))
+                node.replace_input_with(
+                    1,
+                    editor.constant(
+                        f"reshape_to_{'_'.join(map(str, target))}", np.asarray(target, np.int64)
+                    ),
+                )
                 node.attributes.pop("allowzero", None)
                 modified = True
         return ir.passes.PassResult(model, modified=modified)
@@ -66,17 +73,32 @@ def _kept(part: ir.Value, x: ir.Value, axis: int) -> list[int] | None:
         bounds = [int(constant.numpy().item()) for constant in constants if constant is not None]
         node = None if node.inputs[0] is None else node.inputs[0].producer()
     source = None if node is None or node.op_type != "Shape" else node.inputs[0]
-    if node is None or source is None or source.shape is None or x.shape is None or bounds[2:] not in ([], [0], [0, 1]):
+    if (
+        node is None
+        or source is None
+        or source.shape is None
+        or x.shape is None
+        or bounds[2:] not in ([], [0], [0, 1])
+    ):
         return None
-    start, end = (node.attributes[name].as_int() if name in node.attributes else None for name in ("start", "end"))
-    axes = range(len(source.shape))[slice(start, end)][slice(*bounds[:2]) if bounds else slice(None)]
+    start, end = (
+        node.attributes[name].as_int() if name in node.attributes else None
+        for name in ("start", "end")
+    )
+    axes = range(len(source.shape))[slice(start, end)][
+        slice(*bounds[:2]) if bounds else slice(None)
+    ]
     if not axes or axis + len(axes) > len(x.shape):
         return None
     in_place = source is x and axes[0] == axis
-    equal = all(_equal(source.shape[of_source], x.shape[axis + i]) for i, of_source in enumerate(axes))
+    equal = all(
+        _equal(source.shape[of_source], x.shape[axis + i]) for i, of_source in enumerate(axes)
+    )
     return [KEPT] * len(axes) if in_place or equal else None
 
 
 def _equal(size: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
-    """Whether two sizes are known to be the same: the same symbol stands for the same size throughout a graph."""
+    """Whether two sizes are known to be the same: the same symbol stands for the same size
+    throughout a graph.
+    """
     return size == other and (isinstance(size, int) or size.value is not None)

@@ -1,13 +1,15 @@
-"""Rewrite integer convolutions as matrix products, for a runtime that has an integer kernel for these alone.
+"""Rewrite integer convolutions as matrix products, for a runtime that has an integer kernel for
+these alone.
 
-Needs: Conv on DequantizeLinear'ed codes, UINT8 or INT8, and DequantizeLinear'ed constant weights [O, I, kh, kw], scaled along axis 0.
-Guarantees: the same integer sums; the MatMul has the Conv's name, and its weight [kh * kw * I, O] the type that it had.
+Needs: Conv on DequantizeLinear'ed codes, UINT8 or INT8, and DequantizeLinear'ed constant weights
+[O, I, kh, kw], scaled along axis 0. Guarantees: the same integer sums; the MatMul has the Conv's
+name, and its weight [kh * kw * I, O] the type that it had.
 
     y = Transpose(MatMul(DequantizeLinear(columns), DequantizeLinear(weight)))
 
 1. A 1x1 convolution: the columns are the codes with their channels last.
-2. A larger one: for each tap of the kernel the shifted codes, side by side along the channels, as im2col has them. They are moved as
-   8-bit codes, before they are dequantized.
+2. A larger one: for each tap of the kernel the shifted codes, side by side along the channels, as
+   im2col has them. They are moved as 8-bit codes, before they are dequantized.
 3. Padding: codes that mean 0.
 4. Strides and dilations: those of the Slices.
 5. A grouped convolution, or one on float operands: left alone.
@@ -21,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.editor import Editor, array_of, replace_value
-from quest_deploy.checkpoint import pack_4bit
+from quest_deploy.artifacts.checkpoint import pack_4bit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,10 +44,14 @@ class ConvToMatMul(ir.passes.InPlacePass):
 
 def _is_integer(conv: ir.Node) -> bool:
     producers = [value.producer() for value in conv.inputs if value is not None]
-    if len(producers) != 2 or any(node is None or node.op_type != "DequantizeLinear" for node in producers):
+    if len(producers) != 2 or any(
+        node is None or node.op_type != "DequantizeLinear" for node in producers
+    ):
         return False
     weight = producers[1].inputs[0] if producers[1] is not None else None
-    return weight is not None and weight.is_initializer() and conv.attributes.get_int("group", 1) == 1
+    return (
+        weight is not None and weight.is_initializer() and conv.attributes.get_int("group", 1) == 1
+    )
 
 
 def _rewrite(editor: Editor, conv: ir.Node) -> None:
@@ -53,14 +59,25 @@ def _rewrite(editor: Editor, conv: ir.Node) -> None:
     weight, scale, weight_zero = _operands(conv.inputs[1])
     name = (conv.name or "").removesuffix(".product")
     columns = _columns(editor, conv, name, codes, zero)
-    activation = editor.op("DequantizeLinear", [columns, unit, zero], f"{name}.columns_dequantized", dtype=unit.dtype)
+    activation = editor.op(
+        "DequantizeLinear", [columns, unit, zero], f"{name}.columns_dequantized", dtype=unit.dtype
+    )
     flat = editor.constant(f"{weight.name}_of_matmul", _flattened(weight))
     operands = [flat, scale, weight_zero]
-    matrix = editor.op("DequantizeLinear", operands, f"{flat.name}_dequantized", dtype=scale.dtype, shape=flat.shape, axis=1)
+    matrix = editor.op(
+        "DequantizeLinear",
+        operands,
+        f"{flat.name}_dequantized",
+        dtype=scale.dtype,
+        shape=flat.shape,
+        axis=1,
+    )
     old = conv.outputs[0]
     product_name, old.name = old.name, f"{name}.conv"
     product = editor.op("MatMul", [activation, matrix], product_name or "")
-    result = editor.op("Transpose", [product], f"{name}.channels_first", shape=old.shape, perm=TO_FIRST)
+    result = editor.op(
+        "Transpose", [product], f"{name}.channels_first", shape=old.shape, perm=TO_FIRST
+    )
     editor.insert_before(conv)
     replace_value(old, result)
     dequantizers = [value.producer() for value in conv.inputs if value is not None]
@@ -78,7 +95,10 @@ def _columns(editor: Editor, conv: ir.Node, name: str, codes: ir.Value, zero: ir
     top, left, bottom, right = (int(x) for x in conv.attributes.get_ints("pads", [0, 0, 0, 0]))
     strides, dilations = (conv.attributes.get_ints(key, [1, 1]) for key in ("strides", "dilations"))
     if any((top, left, bottom, right)):
-        pads = editor.constant(f"pads_{top}_{left}_{bottom}_{right}", np.asarray([0, top, left, 0, 0, bottom, right, 0]))
+        pads = editor.constant(
+            f"pads_{top}_{left}_{bottom}_{right}",
+            np.asarray([0, top, left, 0, 0, bottom, right, 0]),
+        )
         value = editor.op("Pad", [value, pads, zero], f"{name}.padded_codes")
     if kernel == [1, 1] and list(strides) == [1, 1]:
         return value
@@ -104,8 +124,15 @@ def _tap(
     behind = [(k - 1 - t) * d for t, k, d in zip(tap, kernel, dilations, strict=True)]
     ends = [-b if b else np.iinfo(np.int64).max for b in behind]
     operands = [
-        editor.constant(f"slice_{kind}_{'_'.join(str(x) for x in numbers)}", np.asarray(numbers, np.int64))
-        for kind, numbers in (("starts", starts), ("ends", ends), ("axes", [1, 2]), ("steps", strides))
+        editor.constant(
+            f"slice_{kind}_{'_'.join(str(x) for x in numbers)}", np.asarray(numbers, np.int64)
+        )
+        for kind, numbers in (
+            ("starts", starts),
+            ("ends", ends),
+            ("axes", [1, 2]),
+            ("steps", strides),
+        )
     ]
     return editor.op("Slice", [value, *operands], name)
 
@@ -117,7 +144,9 @@ def _flattened(weight: ir.Value) -> ir.TensorProtocol:
     name = f"{weight.name}_of_matmul"
     flat = np.ascontiguousarray(codes.transpose(2, 3, 1, 0).reshape(-1, codes.shape[0]))
     if dtype in _FOUR_BITS:
-        packed = pack_4bit(flat.astype(np.uint8) if dtype is ir.DataType.UINT4 else flat.astype(np.int8))
+        packed = pack_4bit(
+            flat.astype(np.uint8) if dtype is ir.DataType.UINT4 else flat.astype(np.int8)
+        )
         return ir.PackedTensor(packed, dtype, shape=flat.shape, name=name)
     return ir.tensor(flat, name=name)
 

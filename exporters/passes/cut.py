@@ -1,7 +1,7 @@
 """Cut a part out of a graph into a model of its own, to be built and run alone.
 
-Marking an inner value as an output would change what a backend fuses around it; a cut leaves the graph as it is. What is FP16 or bf16
-at its edge is FP32 outside.
+Marking an inner value as an output would change what a backend fuses around it; a cut leaves the
+graph as it is. What is FP16 or bf16 at its edge is FP32 outside.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def cut_codes(model: ir.Model, info: GraphInfo, site: str) -> ir.Model:
 
 
 def cut_layer(model: ir.Model, info: GraphInfo, layer: str) -> ir.Model:
-    """A layer with its site's quantizer: (x, bucket) -> y, the float output after scale and bias."""
+    """A layer with its site's quantizer: (x, bucket) -> y, the float output after scale and
+    bias.
+    """
     entry = info.layers[layer]
     return _cut(model, [info.sites[entry.site].input, BUCKET], [entry.output])
 
@@ -39,13 +41,23 @@ def cut_product(model: ir.Model, info: GraphInfo, product: str) -> ir.Model:
 
 def segment_starts(model: ir.Model, info: GraphInfo) -> list[str]:
     """The values that segments begin at: the model's inputs, and what layers and products give."""
-    return [*(str(value.name) for value in model.graph.inputs), *(entry.output for entry in (info.layers | info.products).values())]
+    return [
+        *(str(value.name) for value in model.graph.inputs),
+        *(entry.output for entry in (info.layers | info.products).values()),
+    ]
 
 
 def upstream(model: ir.Model, info: GraphInfo, wanted: Iterable[str]) -> dict[str, set[str]]:
-    """For each of ``wanted``, the values that its segment reads, of those that segments begin at; itself, if it is one of them."""
+    """For each of ``wanted``, the values that its segment reads, of those that segments begin at;
+    itself, if it is one of them.
+    """
     starts = set(segment_starts(model, info))
-    values = {str(x.name): x for node in model.graph for x in (*node.inputs, *node.outputs) if x is not None}
+    values = {
+        str(x.name): x
+        for node in model.graph
+        for x in (*node.inputs, *node.outputs)
+        if x is not None
+    }
     found: dict[str, set[str]] = {}
     for name in wanted:
         found[name] = set()
@@ -64,9 +76,11 @@ def upstream(model: ir.Model, info: GraphInfo, wanted: Iterable[str]) -> dict[st
 
 
 def cut_segments(model: ir.Model, info: GraphInfo, wanted: Iterable[str] | None = None) -> ir.Model:
-    """What layers and products leave: (the model's inputs, their outputs) -> sites' inputs, products' operands, the model's outputs.
+    """What layers and products leave: (the model's inputs, their outputs) -> sites' inputs,
+    products' operands, the model's outputs.
 
-    A value that is both, as a site that reads the model's input itself, is left out: nothing is computed between.
+    A value that is both, as a site that reads the model's input itself, is left out: nothing is
+    computed between.
 
     Args:
         wanted: those of the values where segments end; all if None.
@@ -105,14 +119,30 @@ def _make_edges_float(graph: ir.Graph) -> None:
     editor, halves = Editor(graph), tuple(HALF_TYPES.values())
     for i, inner in enumerate(graph.inputs):
         if inner.dtype in halves:
-            outer = ir.Value(name=inner.name, type=ir.TensorType(ir.DataType.FLOAT), shape=inner.shape)
-            cast = editor.op("Cast", [outer], f"{inner.name}_inside", dtype=inner.dtype, shape=inner.shape, to=inner.dtype.value)
+            outer = ir.Value(
+                name=inner.name, type=ir.TensorType(ir.DataType.FLOAT), shape=inner.shape
+            )
+            cast = editor.op(
+                "Cast",
+                [outer],
+                f"{inner.name}_inside",
+                dtype=inner.dtype,
+                shape=inner.shape,
+                to=inner.dtype.value,
+            )
             graph.insert_before(graph[0], editor.take())
             ir.convenience.replace_all_uses_with(inner, cast)
             graph.inputs[i] = outer
     for i, inner in enumerate(graph.outputs):
         if inner.dtype in halves:
             name, inner.name = inner.name, f"{inner.name}_inside"
-            outer = editor.op("Cast", [inner], str(name), dtype=ir.DataType.FLOAT, shape=inner.shape, to=ir.DataType.FLOAT.value)
+            outer = editor.op(
+                "Cast",
+                [inner],
+                str(name),
+                dtype=ir.DataType.FLOAT,
+                shape=inner.shape,
+                to=ir.DataType.FLOAT.value,
+            )
             graph.insert_after(graph[-1], editor.take())
             graph.outputs[i] = outer

@@ -1,13 +1,17 @@
 """Write as DequantizeLinear what the portable graph writes as Cast.
 
-The portable graph must be right in any session, so it hides from runtimes what some of them would turn into integers unasked
-(``insert_quantized_layers``, cases 8 and 9). A lowering knows its runtime, and begins with this.
+The portable graph must be right in any session, so it hides from runtimes what some of them would
+turn into integers unasked (``insert_quantized_layers``, cases 8 and 9). A lowering knows its
+runtime, and begins with this.
 
 Needs: the portable graph, with its metadata.
-Guarantees: every layer's weight, and every quantized operand of a product, comes from a DequantizeLinear.
+Guarantees: every layer's weight, and every quantized operand of a product, comes from a
+DequantizeLinear.
 
-1. A weight whose codes are cast to float, less their zero-points, and whose scale is multiplied behind the product.
-2. Codes of an activation that are cast to float: DequantizeLinear with scale 1 and zero-point 0, under the same name.
+1. A weight whose codes are cast to float, less their zero-points, and whose scale is multiplied
+   behind the product.
+2. Codes of an activation that are cast to float: DequantizeLinear with scale 1 and zero-point 0,
+   under the same name.
 """
 
 from __future__ import annotations
@@ -30,13 +34,20 @@ class DequantizeCasts(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         info, editor = graph_info(model), Editor(model.graph)
-        nodes, values = {node.name: node for node in model.graph}, ir.convenience.create_value_mapping(model.graph)
+        nodes, values = (
+            {node.name: node for node in model.graph},
+            ir.convenience.create_value_mapping(model.graph),
+        )
         chains = {name: _cast_chain(nodes[product_name(name)]) for name in info.layers}
         for name, chain in chains.items():
             if chain:
                 _dequantize_weight(editor, nodes[product_name(name)], info.layers[name], chain)
         casts = [
-            node for site in info.sites.values() if site.integer for node in values[site.codes].consumers() if node.op_type == "Cast"
+            node
+            for site in info.sites.values()
+            if site.integer
+            for node in values[site.codes].consumers()
+            if node.op_type == "Cast"
         ]
         for cast in casts:
             _dequantize_codes(editor, cast)
@@ -44,16 +55,24 @@ class DequantizeCasts(ir.passes.InPlacePass):
 
 
 def _cast_chain(product: ir.Node) -> list[ir.Node]:
-    """The nodes between a product and its weight's codes, where those are cast to float: Cast, or Sub and Cast; else none."""
+    """The nodes between a product and its weight's codes, where those are cast to float: Cast, or
+    Sub and Cast; else none.
+    """
     chain: list[ir.Node] = []
     value = product.inputs[1]
-    while value is not None and (node := value.producer()) is not None and node.op_type in ("Sub", "Cast"):
+    while (
+        value is not None
+        and (node := value.producer()) is not None
+        and node.op_type in ("Sub", "Cast")
+    ):
         chain.append(node)
         value = node.inputs[0]
     return chain
 
 
-def _dequantize_weight(editor: Editor, product: ir.Node, layer: LayerInfo, chain: list[ir.Node]) -> None:
+def _dequantize_weight(
+    editor: Editor, product: ir.Node, layer: LayerInfo, chain: list[ir.Node]
+) -> None:
     name, codes = layer.weight, chain[-1].inputs[0]
     assert codes is not None
     ((weighted, _),) = product.outputs[0].uses()
@@ -61,14 +80,29 @@ def _dequantize_weight(editor: Editor, product: ir.Node, layer: LayerInfo, chain
     assert scale is not None
     scales = array_of(scale).reshape(-1)
     zeros = (
-        array_of(chain[0].inputs[1]).reshape(-1) if chain[0].inputs[1:] and chain[0].inputs[1] is not None else np.zeros(len(scales))
+        array_of(chain[0].inputs[1]).reshape(-1)
+        if chain[0].inputs[1:] and chain[0].inputs[1] is not None
+        else np.zeros(len(scales))
     )
     bits = FOUR_BITS if codes.dtype in _PACKED else EIGHT_BITS
-    zero = stored(bits, zeros.astype(np.int8 if codes.dtype in _SIGNED else np.uint8), f"{name}_zero")
+    zero = stored(
+        bits, zeros.astype(np.int8 if codes.dtype in _SIGNED else np.uint8), f"{name}_zero"
+    )
     editor.graph.initializers.pop(str(scale.name))
-    operands = [codes, editor.constant(f"{name}_scale", scales), editor.constant(f"{name}_zero", zero)]
+    operands = [
+        codes,
+        editor.constant(f"{name}_scale", scales),
+        editor.constant(f"{name}_zero", zero),
+    ]
     axis = 0 if product.op_type == "Conv" else 1
-    weight = editor.op("DequantizeLinear", operands, f"{name}_dequantized", dtype=ir.DataType.FLOAT, shape=codes.shape, axis=axis)
+    weight = editor.op(
+        "DequantizeLinear",
+        operands,
+        f"{name}_dequantized",
+        dtype=ir.DataType.FLOAT,
+        shape=codes.shape,
+        axis=axis,
+    )
     editor.insert_before(product)
     product.replace_input_with(1, weight)
     if weighted.outputs[0].name == layer.output:  # of a layer without bias

@@ -1,11 +1,13 @@
-"""Expand each ``quest::TimestepQuantize`` into standard ONNX with static shapes, for runtimes without our plugin.
+"""Expand each ``quest::TimestepQuantize`` into standard ONNX with static shapes, for runtimes
+without our plugin.
 
 Needs: every x has a known rank; tables are initializers.
-Guarantees: no node and no function of the ``quest`` domain, but for quantizers kept for the plugin (KeepTimestepQuantize); each site's
-codes keep their name.
+Guarantees: no node and no function of the ``quest`` domain, but for quantizers kept for the plugin
+(KeepTimestepQuantize); each site's codes keep their name.
 
 1. A table that varies over the buckets is gathered by each sample's bucket, [B] -> [B, 1, ...].
-2. A table that is the same in every bucket (the bounds of symmetric codes) becomes a scalar constant.
+2. A table that is the same in every bucket (the bounds of symmetric codes) becomes a scalar
+   constant.
 3. A channel vector of ones is left out: x / (s * 1) is x / s, exactly; so is an offset of zeros.
 4. An x that is not float32 is cast first, since the op computes in FP32.
 """
@@ -17,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from exporters import timestep_quantize
 from exporters.editor import Editor, array_of, replace_value
+from exporters.ops import timestep_quantize
 from exporters.passes.keep_timestep_quantize import is_kept
 
 if TYPE_CHECKING:
@@ -30,7 +32,11 @@ class ExpandTimestepQuantize(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor = Editor(model.graph)
-        ours = [n for n in model.graph if (n.domain, n.op_type) == (timestep_quantize.DOMAIN, timestep_quantize.OP_TYPE)]
+        ours = [
+            n
+            for n in model.graph
+            if (n.domain, n.op_type) == (timestep_quantize.DOMAIN, timestep_quantize.OP_TYPE)
+        ]
         nodes = [node for node in ours if not is_kept(node)]
         for node in nodes:
             _expand(editor, node)

@@ -1,8 +1,8 @@
 """Let whoever reads a slice of a concatenation read the part that was concatenated.
 
-Needs: Slice with constant starts, ends and axes, of a Concat along the same axis whose parts have known sizes.
-Guarantees: a Slice that covers exactly one part is gone. A split shortcut then reads the skip connection itself, which other layers
-may read too: one tensor, quantized once.
+Needs: Slice with constant starts, ends and axes, of a Concat along the same axis whose parts have
+known sizes. Guarantees: a Slice that covers exactly one part is gone. A split shortcut then reads
+the skip connection itself, which other layers may read too: one tensor, quantized once.
 """
 
 from __future__ import annotations
@@ -34,11 +34,19 @@ def _part(node: ir.Node) -> ir.Value | None:
     if concat is None or concat.op_type != "Concat" or len(bounds) < 3:
         return None
     constants = [bound.const_value for bound in bounds if bound is not None]
-    if len(constants) != len(bounds) or any(constant is None or constant.size != 1 for constant in constants):
+    if len(constants) != len(bounds) or any(
+        constant is None or constant.size != 1 for constant in constants
+    ):
         return None
     start, end, axis, *step = (int(array_of(bound).item()) for bound in bounds if bound is not None)
-    sizes = [None if part is None or part.shape is None else part.shape[axis] for part in concat.inputs]
-    if axis != concat.attributes["axis"].as_int() or step not in ([], [1]) or not all(isinstance(size, int) for size in sizes):
+    sizes = [
+        None if part is None or part.shape is None else part.shape[axis] for part in concat.inputs
+    ]
+    if (
+        axis != concat.attributes["axis"].as_int()
+        or step not in ([], [1])
+        or not all(isinstance(size, int) for size in sizes)
+    ):
         return None
     edges = list(itertools.accumulate((size for size in sizes if isinstance(size, int)), initial=0))
     for part, (low, high) in zip(concat.inputs, itertools.pairwise(edges), strict=True):

@@ -1,16 +1,17 @@
 """Freeze the graph to one bucket: a static-scale graph, for measuring what choosing a bucket costs.
 
-Needs: tables [K] that are read by Gather with the value ``bucket`` and then by Unsqueeze, or [K, ...] that are read by Gather alone.
-Guarantees: every table has one row, the chosen bucket's, and is read as a constant; nothing reads ``bucket``.
+Needs: tables [K] that are read by Gather with the value ``bucket`` and then by Unsqueeze, or [K,
+...] that are read by Gather alone. Guarantees: every table has one row, the chosen bucket's, and is
+read as a constant; nothing reads ``bucket``.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from exporters import timestep_quantize
 from exporters.editor import Editor, array_of, replace_value
 from exporters.graph_info import BUCKET
+from exporters.ops import timestep_quantize
 
 
 class FreezeBucket(ir.passes.InPlacePass):
@@ -32,10 +33,18 @@ class FreezeBucket(ir.passes.InPlacePass):
             assert table is not None
             row = array_of(table)[self.bucket : self.bucket + 1]
             if self.bucket < 0 or not len(row):
-                raise ir.passes.PreconditionError(f"there is no bucket {self.bucket}: {table.name} has {len(array_of(table))} rows")
-            # A table [K] is read through an Unsqueeze; a free site's, [K, 1, C, ...], is gathered in its final shape.
-            frozen = editor.constant(f"{table.name}_frozen", row.reshape(()) if row.ndim == 1 else row)
-            for reader in [user for user, _ in gather.outputs[0].uses()] if row.ndim == 1 else [gather]:
+                raise ir.passes.PreconditionError(
+                    f"there is no bucket {self.bucket}: {table.name} has {len(array_of(table))} "
+                    "rows"
+                )
+            # A table [K] is read through an Unsqueeze; a free site's, [K, 1, C, ...], is gathered
+            # in its final shape.
+            frozen = editor.constant(
+                f"{table.name}_frozen", row.reshape(()) if row.ndim == 1 else row
+            )
+            for reader in (
+                [user for user, _ in gather.outputs[0].uses()] if row.ndim == 1 else [gather]
+            ):
                 replace_value(reader.outputs[0], frozen)
                 if reader is not gather:
                     model.graph.remove(reader, safe=True)

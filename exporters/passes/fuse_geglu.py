@@ -1,22 +1,26 @@
-"""Fuse GEGLU with the quantizer that reads it into ``quest::GegluTimestepQuantize``, which TensorRT's plugin computes in one pass.
+"""Fuse GEGLU with the quantizer that reads it into ``quest::GegluTimestepQuantize``, which
+TensorRT's plugin computes in one pass.
 
-TensorRT fuses nothing into a plugin: it would write the product, and the plugin read it again (trt_plugins/README.md counts the bytes).
+TensorRT fuses nothing into a plugin: it would write the product, and the plugin read it again
+(trt_plugins/README.md counts the bytes).
 
 Needs: quantizers kept for the plugin (KeepTimestepQuantize).
-Guarantees: the codes keep their name. What is fused away, among it the site's input, is no longer in the graph: fuse last, after all
-that looks for sites, and cut parts out of the graph that was not fused.
+Guarantees: the codes keep their name. What is fused away, among it the site's input, is no longer
+in the graph: fuse last, after all that looks for sites, and cut parts out of the graph that was not
+fused.
 
-1. Split into two along the last axis -> Gelu of the second part, by the error function -> Mul by the first -> TimestepQuantize along
-   the last axis: one node.
-2. Where anything else reads one of these values, or a quantizer is not the plugin's: nothing changes.
+1. Split into two along the last axis -> Gelu of the second part, by the error function -> Mul by
+   the first -> TimestepQuantize along the last axis: one node.
+2. Where anything else reads one of these values, or a quantizer is not the plugin's: nothing
+   changes.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from exporters import geglu_timestep_quantize, timestep_quantize
 from exporters.editor import array_of, replace_value
+from exporters.ops import geglu_timestep_quantize, timestep_quantize
 from exporters.passes.keep_timestep_quantize import is_kept
 
 
@@ -30,11 +34,22 @@ class FuseGeglu(ir.passes.InPlacePass):
 
 def _fuse(graph: ir.Graph, quantizer: ir.Node) -> bool:
     product = _only_producer(quantizer.inputs[0], "Mul")
-    if product is None or quantizer.attributes[timestep_quantize.AXIS].as_int() != len(quantizer.outputs[0].shape or []) - 1:
+    if (
+        product is None
+        or quantizer.attributes[timestep_quantize.AXIS].as_int()
+        != len(quantizer.outputs[0].shape or []) - 1
+    ):
         return False
     gelu = _only_producer(product.inputs[1], "Gelu")
     values = product.inputs[0]
-    if gelu is None or values is None or ("approximate" in gelu.attributes and gelu.attributes["approximate"].as_string() != "none"):
+    if (
+        gelu is None
+        or values is None
+        or (
+            "approximate" in gelu.attributes
+            and gelu.attributes["approximate"].as_string() != "none"
+        )
+    ):
         return False
     split = values.producer()
     if split is None or not _halves(split) or list(split.outputs) != [values, gelu.inputs[0]]:
@@ -42,12 +57,20 @@ def _fuse(graph: ir.Graph, quantizer: ir.Node) -> bool:
     if any(len(half.uses()) != 1 or half.is_graph_output() for half in split.outputs):
         return False
     codes = quantizer.outputs[0]
-    attributes = [attribute for name, attribute in quantizer.attributes.items() if name != timestep_quantize.AXIS]
+    attributes = [
+        attribute
+        for name, attribute in quantizer.attributes.items()
+        if name != timestep_quantize.AXIS
+    ]
     output = ir.Value(name=codes.name, type=codes.type, shape=codes.shape)
     fused = ir.Node(
-        timestep_quantize.DOMAIN, geglu_timestep_quantize.OP_TYPE, [split.inputs[0], *quantizer.inputs[1:]], attributes,
-        outputs=[output], name=quantizer.name,
-    )  # fmt: skip
+        timestep_quantize.DOMAIN,
+        geglu_timestep_quantize.OP_TYPE,
+        [split.inputs[0], *quantizer.inputs[1:]],
+        attributes,
+        outputs=[output],
+        name=quantizer.name,
+    )
     graph.insert_before(quantizer, fused)
     replace_value(codes, output)
     for node in (quantizer, product, gelu, split):
@@ -57,7 +80,11 @@ def _fuse(graph: ir.Graph, quantizer: ir.Node) -> bool:
 
 def _only_producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """The ``op_type`` node behind ``value``, if nothing else reads it."""
-    producer = None if value is None or value.is_graph_output() or len(value.uses()) != 1 else value.producer()
+    producer = (
+        None
+        if value is None or value.is_graph_output() or len(value.uses()) != 1
+        else value.producer()
+    )
     return producer if producer is not None and producer.op_type == op_type else None
 
 
@@ -65,6 +92,11 @@ def _halves(node: ir.Node) -> bool:
     """Whether this is a Split into two equal parts along the last axis."""
     if node.op_type != "Split" or len(node.outputs) != 2:
         return False
-    axis, rank = node.attributes["axis"].as_int() if "axis" in node.attributes else 0, len(node.outputs[0].shape or [])
+    axis, rank = (
+        node.attributes["axis"].as_int() if "axis" in node.attributes else 0,
+        len(node.outputs[0].shape or []),
+    )
     sizes = node.inputs[1] if len(node.inputs) > 1 else None
-    return axis in (-1, rank - 1) and (sizes is None or (sizes.is_initializer() and len(set(array_of(sizes).tolist())) == 1))
+    return axis in (-1, rank - 1) and (
+        sizes is None or (sizes.is_initializer() and len(set(array_of(sizes).tolist())) == 1)
+    )

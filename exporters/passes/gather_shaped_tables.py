@@ -1,9 +1,10 @@
 """Gather each table in the shape that it is read in, instead of through an Unsqueeze.
 
-Needs: tables [K] as initializers, each read by Gather(table, bucket) and then Unsqueeze to [B, 1, ...].
-Guarantees: one Gather from [K, 1, ...] for each table and rank; the same values.
+Needs: tables [K] as initializers, each read by Gather(table, bucket) and then Unsqueeze to [B, 1,
+...]. Guarantees: one Gather from [K, 1, ...] for each table and rank; the same values.
 
-TensorRT's parser makes three layers of each output of the Split that GatherTablesOnce leaves, and its builder is slow in layers.
+TensorRT's parser makes three layers of each output of the Split that GatherTablesOnce leaves, and
+its builder is slow in layers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class GatherShapedTables(ir.passes.InPlacePass):
             if (table, rank) not in shaped:
                 name = f"{table.name}_rank_{rank}"
                 rows = editor.constant(name, array_of(table).reshape(-1, *[1] * (rank - 1)))
-                shaped[table, rank] = editor.op("Gather", [rows, bucket], f"{name}_of_sample", shape=unsqueeze.outputs[0].shape)
+                shaped[table, rank] = editor.op(
+                    "Gather", [rows, bucket], f"{name}_of_sample", shape=unsqueeze.outputs[0].shape
+                )
             replace_value(unsqueeze.outputs[0], shaped[table, rank])
             model.graph.remove(unsqueeze, safe=True)
         for gather in dict.fromkeys(gather for gather, *_ in reads):
@@ -35,5 +38,7 @@ class GatherShapedTables(ir.passes.InPlacePass):
                 model.graph.remove(gather, safe=True)
         producer = bucket.producer()
         assert producer is not None
-        model.graph.insert_after(producer, editor.take())  # before whoever reads them, in whatever order
+        model.graph.insert_after(
+            producer, editor.take()
+        )  # before whoever reads them, in whatever order
         return ir.passes.PassResult(model, modified=bool(shaped))

@@ -1,9 +1,12 @@
-"""Gather all sites' values of a sample at once, instead of one Gather and one Unsqueeze for every table.
+"""Gather all sites' values of a sample at once, instead of one Gather and one Unsqueeze for every
+table.
 
-Needs: tables [K] as initializers, each read by Gather(table, bucket) and then Unsqueeze to [B, 1, ...].
-Guarantees: for each rank and type, one Gather from a stacked table [K, tables, 1, ...] and one Split into [B, 1, ...]; the same values.
+Needs: tables [K] as initializers, each read by Gather(table, bucket) and then Unsqueeze to [B, 1,
+...]. Guarantees: for each rank and type, one Gather from a stacked table [K, tables, 1, ...] and
+one Split into [B, 1, ...]; the same values.
 
-A UNet has some hundred sites with three tables each; the nodes it saves are what choosing a bucket costs.
+A UNet has some hundred sites with three tables each; the nodes it saves are what choosing a bucket
+costs.
 """
 
 from __future__ import annotations
@@ -31,18 +34,32 @@ class GatherTablesOnce(ir.passes.InPlacePass):
 
 
 def table_reads(bucket: ir.Value) -> list[tuple[ir.Node, ir.Value, ir.Node, int]]:
-    """Each Unsqueeze of a table [K] that is gathered by ``bucket``: the Gather, the table, the Unsqueeze, and the rank it gives."""
+    """Each Unsqueeze of a table [K] that is gathered by ``bucket``: the Gather, the table, the
+    Unsqueeze, and the rank it gives.
+    """
     found = []
     for gather, _ in bucket.uses():
         table = gather.inputs[0]
-        if gather.op_type == "Gather" and table is not None and table.is_initializer() and array_of(table).ndim == 1:
+        if (
+            gather.op_type == "Gather"
+            and table is not None
+            and table.is_initializer()
+            and array_of(table).ndim == 1
+        ):
             for reader, _ in gather.outputs[0].uses():
                 if reader.op_type == "Unsqueeze" and reader.inputs[1] is not None:
                     found.append((gather, table, reader, 1 + array_of(reader.inputs[1]).size))
     return found
 
 
-def _gather_once(editor: Editor, rank: int, dtype: str, bucket: ir.Value, unsqueezes: list[ir.Node], producer: ir.Node) -> None:
+def _gather_once(
+    editor: Editor,
+    rank: int,
+    dtype: str,
+    bucket: ir.Value,
+    unsqueezes: list[ir.Node],
+    producer: ir.Node,
+) -> None:
     graph = editor.graph
     gathers = []
     for unsqueeze in unsqueezes:
@@ -53,9 +70,19 @@ def _gather_once(editor: Editor, rank: int, dtype: str, bucket: ir.Value, unsque
     stacked = np.stack(tables, axis=1).reshape(*(len(tables[0]), len(tables)), *[1] * (rank - 2))
     stacked = np.ascontiguousarray(stacked)
     kind = f"rank_{rank}_{dtype}"
-    rows = editor.op("Gather", [editor.constant(f"tables_of_{kind}", stacked), bucket], f"values_of_{kind}")
-    outputs = [ir.Value(name=f"{u.outputs[0].name}_split", type=u.outputs[0].type, shape=u.outputs[0].shape) for u in unsqueezes]
-    axis, parts = (ir.Attr(name, ir.AttributeType.INT, number) for name, number in (("axis", 1), ("num_outputs", len(outputs))))
+    rows = editor.op(
+        "Gather", [editor.constant(f"tables_of_{kind}", stacked), bucket], f"values_of_{kind}"
+    )
+    outputs = [
+        ir.Value(
+            name=f"{u.outputs[0].name}_split", type=u.outputs[0].type, shape=u.outputs[0].shape
+        )
+        for u in unsqueezes
+    ]
+    axis, parts = (
+        ir.Attr(name, ir.AttributeType.INT, number)
+        for name, number in (("axis", 1), ("num_outputs", len(outputs)))
+    )
     split = ir.Node("", "Split", [rows], [axis, parts], outputs=outputs, name=f"split_of_{kind}")
     graph.insert_after(producer, [*editor.take(), split])
     for unsqueeze, output in zip(unsqueezes, outputs, strict=True):

@@ -1,8 +1,10 @@
-"""Take and give FP16 at a graph's ends, and compute as before: half the bytes to move for who calls it.
+"""Take and give FP16 at a graph's ends, and compute as before: half the bytes to move for who calls
+it.
 
 Needs: a graph that is about to be compiled; what verification looks for by name is not kept.
-Guarantees: the graph's FP32 inputs and outputs are FP16 under their names, but for inputs that are kept (rounded to FP16, a timestep
-can land in another bucket). Everything between is as it was, between two casts.
+Guarantees: the graph's FP32 inputs and outputs are FP16 under their names, but for inputs that are
+kept (rounded to FP16, a timestep can land in another bucket). Everything between is as it was,
+between two casts.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class HalfIO(ir.passes.InPlacePass):
                 given = ir.Value(name=value.name, shape=value.shape, type=ir.TensorType(HALF))
                 graph.inputs[i] = given
                 value.name = f"{given.name}_float"
-                graph.insert_before(graph[0], ir.node("Cast", [given], {"to": FLOAT}, outputs=[value]))
+                graph.insert_before(
+                    graph[0], ir.node("Cast", [given], {"to": FLOAT}, outputs=[value])
+                )
                 modified = True
         for i, value in enumerate(graph.outputs):
             if value.dtype is FLOAT:

@@ -1,28 +1,33 @@
 """Replace each placeholder of the exported skeleton by its layer, or product, in integer form.
 
-Needs: placeholders named after the checkpoint's layers and products; the layers of one site read one value; an input ``timestep``
-[batch].
-Guarantees: the value ``bucket`` [batch]; one ``quest::TimestepQuantize`` per integer site; for each layer
+Needs: placeholders named after the checkpoint's layers and products; the layers of one site read
+one value; an input ``timestep`` [batch].
+Guarantees: the value ``bucket`` [batch]; one ``quest::TimestepQuantize`` per integer site; for each
+layer
 
     codes = TimestepQuantize(x, bucket, scale, low, high, offset, channel)
-    y = scale[bucket] * Conv|MatMul(DequantizeLinear(codes; 1, 0), DequantizeLinear(weight codes; weight scale, 0)) + bias
+    y = scale[bucket] * Conv|MatMul(DequantizeLinear(codes; 1, 0), DequantizeLinear(weight codes;
+    weight scale, 0)) + bias
 
 1. Conv: weight [O, I, kh, kw], INT4 or INT8, scaled along axis 0.
 2. Linear: weight stored transposed [I, O] for MatMul, scaled along axis 1.
 3. A site with several readers (to_q, to_k, to_v): quantized once.
-4. A scheme of one bucket: a single edge beyond every timestep, since engines refuse empty constants.
-5. A product of two activations: scale_a[bucket] * scale_b[bucket] * MatMul(DequantizeLinear(a), DequantizeLinear(b)); an operand that
-   has no site stays as it is.
-6. A site whose codes carry an offset o (8-bit unsigned or asymmetric codes): what Conv or MatMul adds for it is subtracted, o * sum
-   of the weight per output channel. A convolution's zero padding is not code 0 there, so x itself is padded and the Conv pads
-   nothing. In a product, the other operand's sum takes the weight's place.
+4. A scheme of one bucket: a single edge beyond every timestep, since engines refuse empty
+   constants.
+5. A product of two activations: scale_a[bucket] * scale_b[bucket] * MatMul(DequantizeLinear(a),
+   DequantizeLinear(b)); an operand that has no site stays as it is.
+6. A site whose codes carry an offset o (8-bit unsigned or asymmetric codes): what Conv or MatMul
+   adds for it is subtracted, o * sum of the weight per output channel. A convolution's zero padding
+   is not code 0 there, so x itself is padded and the Conv pads nothing. In a product, the other
+   operand's sum takes the weight's place.
 7. An asymmetric weight (imported): UINT4 or UINT8 with its zero-points.
-8. A site that is free per channel: quantized and dequantized in float, in the official order of operations; its layers are float
-   Conv|MatMul on the weight's codes, cast to float, times the weight's scale behind the product. No DequantizeLinear: onnxruntime and
-   OpenVINO quantize float activations that meet a dequantized weight, unless they are told not to.
-9. A product that may saturate where an 8-bit kernel adds in 16 bits (see ``exporters.exactness``), in a form that every session
-   computes right on every processor: an 8-bit weight is stored as UINT8 with zero-points of 128, and the codes of two 8-bit
-   activations are cast to float.
+8. A site that is free per channel: quantized and dequantized in float, in the official order of
+   operations; its layers are float Conv|MatMul on the weight's codes, cast to float, times the
+   weight's scale behind the product. No DequantizeLinear: onnxruntime and OpenVINO quantize float
+   activations that meet a dequantized weight, unless they are told not to.
+9. A product that may saturate where an 8-bit kernel adds in 16 bits (see ``exporters.exactness``),
+   in a form that every session computes right on every processor: an 8-bit weight is stored as
+   UINT8 with zero-points of 128, and the codes of two 8-bit activations are cast to float.
 """
 
 from __future__ import annotations
@@ -33,16 +38,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from exporters import timestep_quantize
 from exporters.editor import Editor, replace_value
 from exporters.exactness import FOUR_BITS, MIDDLE, SAFE, as_unsigned, pair_magnitude
 from exporters.graph_info import BUCKET, LayerInfo, ProductInfo, SiteInfo, describe
-from quest_deploy.checkpoint import SiteData, pack_4bit
+from exporters.ops import timestep_quantize
+from quest_deploy.artifacts.checkpoint import SiteData, pack_4bit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from quest_deploy.checkpoint import Checkpoint, FreeSiteData, LayerData
+    from quest_deploy.artifacts.checkpoint import Checkpoint, FreeSiteData, LayerData
 
 PLACEHOLDER_DOMAIN = "quest.export"
 LAYER_PLACEHOLDER, PRODUCT_PLACEHOLDER = "Layer", "Product"
@@ -54,7 +59,8 @@ class _Quantized:
 
     Attributes:
         x: what was quantized. codes: its codes, int8, or float32 for a free site.
-        value: what a layer multiplies: the codes, dequantized with scale 1, or a free site's dequantized tensor.
+        value: what a layer multiplies: the codes, dequantized with scale 1, or a free site's
+            dequantized tensor.
         scale: of each sample, [B, 1, ...]; None for a free site, whose value has it already.
         offset: of each sample, [B, 1, ...]; None where it is zero.
         padded: the padding that x was given before it was quantized, as [height, width].
@@ -77,7 +83,9 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
         found = sorted(_layer_name(node) for node in _placeholders(model.graph))
         expected = sorted((*self.checkpoint.layers, *self.checkpoint.products))
         if found != expected:
-            raise ir.passes.PreconditionError(f"the graph's layers are not the checkpoint's: {set(found) ^ set(expected)}")
+            raise ir.passes.PreconditionError(
+                f"the graph's layers are not the checkpoint's: {set(found) ^ set(expected)}"
+            )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -89,11 +97,18 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
             if name in self.checkpoint.layers:
                 x = node.inputs[0]
                 assert x is not None
-                y = _layer(editor, self.checkpoint.layers[name], sites.quantized(self.checkpoint.site_of(name), x), output)
+                y = _layer(
+                    editor,
+                    self.checkpoint.layers[name],
+                    sites.quantized(self.checkpoint.site_of(name), x),
+                    output,
+                )
             else:
                 operands = [
                     value if site is None else sites.quantized(self.checkpoint.sites[site], value)
-                    for site, value in zip(self.checkpoint.products[name].sites, node.inputs, strict=True)
+                    for site, value in zip(
+                        self.checkpoint.products[name].sites, node.inputs, strict=True
+                    )
                     if value is not None
                 ]
                 y = _product(editor, name, operands[0], operands[1], output)
@@ -108,7 +123,8 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
         """Write where each layer, product and site is into the graph's metadata."""
         values = ir.convenience.create_value_mapping(model.graph)
         inputs = {
-            name: input_of(values[codes_name(name)], name, integer=isinstance(site, SiteData)).name or ""
+            name: input_of(values[codes_name(name)], name, integer=isinstance(site, SiteData)).name
+            or ""
             for name, site in checkpoint.sites.items()
         }
         nodes = {node.name: node for node in model.graph}
@@ -128,15 +144,35 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
         describe(
             model,
             [
-                LayerInfo(x.name, checkpoint.site_of(x.name).name, x.weight_bits, x.macs, output_of(x.name), weight_name(x.name))
+                LayerInfo(
+                    x.name,
+                    checkpoint.site_of(x.name).name,
+                    x.weight_bits,
+                    x.macs,
+                    output_of(x.name),
+                    weight_name(x.name),
+                )
                 for x in checkpoint.layers.values()
             ],
             [
-                ProductInfo(x.name, x.sites, (operand_of(x.name, 0), operand_of(x.name, 1)), x.macs, output_of(x.name))
+                ProductInfo(
+                    x.name,
+                    x.sites,
+                    (operand_of(x.name, 0), operand_of(x.name, 1)),
+                    x.macs,
+                    output_of(x.name),
+                )
                 for x in checkpoint.products.values()
             ],
             [
-                SiteInfo(s.name, s.bits, s.axis, inputs[s.name], codes_name(s.name), isinstance(s, SiteData))
+                SiteInfo(
+                    s.name,
+                    s.bits,
+                    s.axis,
+                    inputs[s.name],
+                    codes_name(s.name),
+                    isinstance(s, SiteData),
+                )
                 for s in checkpoint.sites.values()
             ],
         )
@@ -171,7 +207,9 @@ def _layer_name(node: ir.Node) -> str:
 
 
 def input_of(codes: ir.Value, site: str, *, integer: bool) -> ir.Value:
-    """What was quantized to the ``codes`` of ``site``, before the padding that a site with an offset needs."""
+    """What was quantized to the ``codes`` of ``site``, before the padding that a site with an
+    offset needs.
+    """
     value = codes
     # A free site is Div, Round, Add, Clip, Sub in a row.
     for _ in range(1 if integer else 5):
@@ -189,11 +227,24 @@ def _first_input(value: ir.Value) -> ir.Value:
 def _insert_bucket(editor: Editor, edges: tuple[float, ...]) -> ir.Value:
     timestep = next(value for value in editor.graph.inputs if value.name == "timestep")
     table = np.asarray(edges or (np.finfo(np.float32).max,), np.float32)
-    column = editor.op("Unsqueeze", [timestep, editor.constant("bucket_axis", np.asarray([1]))], "timestep_column")
-    reached = editor.op("GreaterOrEqual", [column, editor.constant("bucket_edges", table)], "edges_reached", dtype=ir.DataType.BOOL)
-    counted = editor.op("Cast", [reached], "edges_counted", dtype=ir.DataType.INT64, to=ir.DataType.INT64.value)
+    column = editor.op(
+        "Unsqueeze", [timestep, editor.constant("bucket_axis", np.asarray([1]))], "timestep_column"
+    )
+    reached = editor.op(
+        "GreaterOrEqual",
+        [column, editor.constant("bucket_edges", table)],
+        "edges_reached",
+        dtype=ir.DataType.BOOL,
+    )
+    counted = editor.op(
+        "Cast", [reached], "edges_counted", dtype=ir.DataType.INT64, to=ir.DataType.INT64.value
+    )
     bucket = editor.op(
-        "ReduceSum", [counted, editor.constant("bucket_axis", np.asarray([1]))], BUCKET, shape=timestep.shape, keepdims=0
+        "ReduceSum",
+        [counted, editor.constant("bucket_axis", np.asarray([1]))],
+        BUCKET,
+        shape=timestep.shape,
+        keepdims=0,
     )
     editor.insert_before(editor.graph[0])
     return bucket
@@ -204,7 +255,11 @@ def _cast_sites(checkpoint: Checkpoint) -> set[str]:
     found: set[str] = set()
     for product in checkpoint.products.values():
         sites = [checkpoint.sites[name] for name in product.sites if name is not None]
-        if len(sites) == len(product.sites) and all(isinstance(s, SiteData) for s in sites) and sites[1].bits > FOUR_BITS:
+        if (
+            len(sites) == len(product.sites)
+            and all(isinstance(s, SiteData) for s in sites)
+            and sites[1].bits > FOUR_BITS
+        ):
             found |= {site.name for site in sites}
     return found
 
@@ -213,7 +268,9 @@ def dequantized_codes(editor: Editor, codes: ir.Value, name: str) -> ir.Value:
     """DequantizeLinear of int8 codes with scale 1 and zero-point 0."""
     one = editor.constant("unit_scale", np.asarray(1.0, np.float32))
     zero = editor.constant("zero_code", np.asarray(0, np.int8))
-    return editor.op("DequantizeLinear", [codes, one, zero], name, dtype=ir.DataType.FLOAT, shape=codes.shape)
+    return editor.op(
+        "DequantizeLinear", [codes, one, zero], name, dtype=ir.DataType.FLOAT, shape=codes.shape
+    )
 
 
 class _Sites:
@@ -226,26 +283,42 @@ class _Sites:
         self.done: dict[str, _Quantized] = {}
 
     def quantized(self, site: SiteData | FreeSiteData, x: ir.Value) -> _Quantized:
-        """The site's quantized tensor; raise PreconditionError where its layers read different values."""
+        """The site's quantized tensor; raise PreconditionError where its layers read different
+        values.
+        """
         if site.name not in self.done:
             if x.shape is None:
-                raise ir.passes.PreconditionError(f"site {site.name}: the exporter gave its tensor no rank")
+                raise ir.passes.PreconditionError(
+                    f"site {site.name}: the exporter gave its tensor no rank"
+                )
             if x.producer() is not None and x.name not in self.outputs:
                 x.name = f"{site.name}.input"  # a tensor that is a layer's output keeps that name
-            self.done[site.name] = self._integer(site, x) if isinstance(site, SiteData) else self._free(site, x)
+            self.done[site.name] = (
+                self._integer(site, x) if isinstance(site, SiteData) else self._free(site, x)
+            )
         elif self.done[site.name].x is not x:
-            raise ir.passes.PreconditionError(f"site {site.name}: its layers read different values in the graph")
+            raise ir.passes.PreconditionError(
+                f"site {site.name}: its layers read different values in the graph"
+            )
         return self.done[site.name]
 
     def _integer(self, site: SiteData, x: ir.Value) -> _Quantized:
         editor, padding = self.editor, self._padding(site)
         source = x
         if any(padding):
-            pads = editor.constant(f"{site.name}.pads", np.asarray([0, 0, *padding, 0, 0, *padding]))
+            pads = editor.constant(
+                f"{site.name}.pads", np.asarray([0, 0, *padding, 0, 0, *padding])
+            )
             sizes = list(x.shape or [])
-            padded = [*sizes[:2], *(size + 2 * pad for size, pad in zip(sizes[2:], padding, strict=True))]
+            padded = [
+                *sizes[:2],
+                *(size + 2 * pad for size, pad in zip(sizes[2:], padding, strict=True)),
+            ]
             source = editor.op("Pad", [x, pads], f"{site.name}.padded", shape=padded)
-        tables = [editor.constant(f"{site.name}.{name}", getattr(site, name)) for name in timestep_quantize.TABLES]
+        tables = [
+            editor.constant(f"{site.name}.{name}", getattr(site, name))
+            for name in timestep_quantize.TABLES
+        ]
         tables.append(editor.constant(f"{site.name}.channel", self._channel(site)))
         codes = editor.op(
             timestep_quantize.OP_TYPE,
@@ -258,33 +331,54 @@ class _Sites:
         )
         name = f"{site.name}.dequantized"
         if site.name in self.cast:
-            value = editor.op("Cast", [codes], name, dtype=ir.DataType.FLOAT, shape=source.shape, to=ir.DataType.FLOAT.value)
+            value = editor.op(
+                "Cast",
+                [codes],
+                name,
+                dtype=ir.DataType.FLOAT,
+                shape=source.shape,
+                to=ir.DataType.FLOAT.value,
+            )
         else:
             value = dequantized_codes(editor, codes, name)
         offset = self._of_sample(site, x, "offset") if site.offset.any() else None
         return _Quantized(x, value, self._of_sample(site, x, "scale"), offset, padding)
 
     def _channel(self, site: SiteData) -> NDArray[np.float32]:
-        """The channel vector; a single one for ones that lie along a product's tokens, whose number the graph leaves open."""
+        """The channel vector; a single one for ones that lie along a product's tokens, whose number
+        the graph leaves open.
+        """
         of_layers = any(name in self.checkpoint.layers for name in site.layers)
         return site.channel if of_layers or (site.channel != 1).any() else np.ones(1, np.float32)
 
     def _padding(self, site: SiteData) -> tuple[int, int]:
         if not site.offset.any():
             return (0, 0)
-        layers = [self.checkpoint.layers[name] for name in site.layers if name in self.checkpoint.layers]
+        layers = [
+            self.checkpoint.layers[name] for name in site.layers if name in self.checkpoint.layers
+        ]
         paddings = {layer.conv.padding for layer in layers if layer.conv is not None}
         if len(paddings) > 1:
-            raise ir.passes.PreconditionError(f"site {site.name}: its convolutions pad differently, so they need sites of their own")
+            raise ir.passes.PreconditionError(
+                f"site {site.name}: its convolutions pad differently, so they need sites of their "
+                "own"
+            )
         return next(iter(paddings), (0, 0))
 
     def _of_sample(self, site: SiteData, x: ir.Value, table: str) -> ir.Value:
         editor, rank = self.editor, len(x.shape or [])
         values = editor.constant(f"{site.name}.{table}", getattr(site, table))
-        gathered = editor.op("Gather", [values, self.bucket], f"{site.name}.{table}_gathered", dtype=ir.DataType.FLOAT)
+        gathered = editor.op(
+            "Gather",
+            [values, self.bucket],
+            f"{site.name}.{table}_gathered",
+            dtype=ir.DataType.FLOAT,
+        )
         axes = editor.constant(f"unsqueeze_to_rank_{rank}", np.arange(1, rank))
         shape = [(x.shape or [None])[0], *[1] * (rank - 1)]
-        return editor.op("Unsqueeze", [gathered, axes], f"{site.name}.{table}_of_sample", shape=shape)
+        return editor.op(
+            "Unsqueeze", [gathered, axes], f"{site.name}.{table}_of_sample", shape=shape
+        )
 
     def _free(self, site: FreeSiteData, x: ir.Value) -> _Quantized:
         editor, rank = self.editor, len(x.shape or [])
@@ -292,10 +386,20 @@ class _Sites:
         for table in ("scale", "zero_point"):
             # Stored in the shape in which a sample's row broadcasts against it.
             array = getattr(site, table)
-            shaped = array.reshape(len(array), *[-1 if axis == site.axis else 1 for axis in range(1, rank)])
+            shaped = array.reshape(
+                len(array), *[-1 if axis == site.axis else 1 for axis in range(1, rank)]
+            )
             values = editor.constant(f"{site.name}.{table}", shaped)
-            rows[table] = editor.op("Gather", [values, self.bucket], f"{site.name}.{table}_of_sample", dtype=ir.DataType.FLOAT)
-        bounds = [editor.constant(f"code_bound_{bound}", np.asarray(bound, np.float32)) for bound in (site.code_low, site.code_high)]
+            rows[table] = editor.op(
+                "Gather",
+                [values, self.bucket],
+                f"{site.name}.{table}_of_sample",
+                dtype=ir.DataType.FLOAT,
+            )
+        bounds = [
+            editor.constant(f"code_bound_{bound}", np.asarray(bound, np.float32))
+            for bound in (site.code_low, site.code_high)
+        ]
         value = x
         for op_type, name, operands in (
             ("Div", "ratio", [rows["scale"]]),
@@ -306,37 +410,63 @@ class _Sites:
         ):
             value = editor.op(op_type, [value, *operands], f"{site.name}.{name}", shape=x.shape)
         value.name = codes_name(site.name)
-        return _Quantized(x, editor.op("Mul", [value, rows["scale"]], f"{site.name}.dequantized", shape=x.shape), None, None, (0, 0))
+        return _Quantized(
+            x,
+            editor.op("Mul", [value, rows["scale"]], f"{site.name}.dequantized", shape=x.shape),
+            None,
+            None,
+            (0, 0),
+        )
 
 
 def _layer(editor: Editor, layer: LayerData, x: _Quantized, like: ir.Value) -> ir.Value:
     y = _compute(editor, x, layer, like)
     if x.offset is not None:
-        sums = layer.dequantized_weight.reshape(len(layer.weight_codes), -1).sum(1, dtype=np.float64).astype(np.float32)
-        sums_of = editor.constant(f"{layer.name}.weight_sums", sums if layer.conv is None else sums.reshape(1, -1, 1, 1))
+        sums = (
+            layer.dequantized_weight.reshape(len(layer.weight_codes), -1)
+            .sum(1, dtype=np.float64)
+            .astype(np.float32)
+        )
+        sums_of = editor.constant(
+            f"{layer.name}.weight_sums", sums if layer.conv is None else sums.reshape(1, -1, 1, 1)
+        )
         excess = editor.op("Mul", [x.offset, sums_of], f"{layer.name}.offset_excess")
         y = editor.op("Sub", [y, excess], f"{layer.name}.centered", shape=like.shape)
     if x.scale is not None:
         y = editor.op("Mul", [y, x.scale], f"{layer.name}.scaled", shape=like.shape)
     if layer.bias is not None:
         shaped = layer.bias if layer.conv is None else layer.bias.reshape(1, -1, 1, 1)
-        y = editor.op("Add", [y, editor.constant(f"{layer.name}.bias", shaped)], f"{layer.name}.biased", shape=like.shape)
+        y = editor.op(
+            "Add",
+            [y, editor.constant(f"{layer.name}.bias", shaped)],
+            f"{layer.name}.biased",
+            shape=like.shape,
+        )
     return y
 
 
-def _product(editor: Editor, name: str, a: _Quantized | ir.Value, b: _Quantized | ir.Value, like: ir.Value) -> ir.Value:
-    left, right = (operand.value if isinstance(operand, _Quantized) else operand for operand in (a, b))
+def _product(
+    editor: Editor, name: str, a: _Quantized | ir.Value, b: _Quantized | ir.Value, like: ir.Value
+) -> ir.Value:
+    left, right = (
+        operand.value if isinstance(operand, _Quantized) else operand for operand in (a, b)
+    )
     y = editor.op("MatMul", [left, right], product_name(name), shape=like.shape)
     offset_a = a.offset if isinstance(a, _Quantized) else None
     offset_b = b.offset if isinstance(b, _Quantized) else None
-    # (a - oa) @ (b - ob), with a = codes that carry their offsets: what the offsets add is taken away again.
+    # (a - oa) @ (b - ob), with a = codes that carry their offsets: what the offsets add is taken
+    # away again.
     if offset_a is not None:
         y = _less(editor, y, f"{name}.left", offset_a, right, axis=2, like=like)
     if offset_b is not None:
         y = _less(editor, y, f"{name}.right", offset_b, left, axis=3, like=like)
     if offset_a is not None and offset_b is not None:
         inner = _inner_size(editor, name, left)
-        both = editor.op("Mul", [editor.op("Mul", [offset_a, offset_b], f"{name}.offsets"), inner], f"{name}.offsets_summed")
+        both = editor.op(
+            "Mul",
+            [editor.op("Mul", [offset_a, offset_b], f"{name}.offsets"), inner],
+            f"{name}.offsets_summed",
+        )
         y = editor.op("Add", [y, both], f"{name}.recentered", shape=like.shape)
     for operand, side in ((a, "left"), (b, "right")):
         if isinstance(operand, _Quantized) and operand.scale is not None:
@@ -345,17 +475,47 @@ def _product(editor: Editor, name: str, a: _Quantized | ir.Value, b: _Quantized 
 
 
 def _inner_size(editor: Editor, name: str, left: ir.Value) -> ir.Value:
-    """How many products are summed, as float32: a constant, or read off where it depends on the sample's size."""
+    """How many products are summed, as float32: a constant, or read off where it depends on the
+    sample's size.
+    """
     size = None if left.shape is None else left.shape[3]
     if isinstance(size, int):
         return editor.constant(f"{name}.inner", np.asarray(size, np.float32))
-    found = editor.op("Shape", [left], f"{name}.inner_int64", dtype=ir.DataType.INT64, shape=[1], start=3, end=4)
-    return editor.op("Cast", [found], f"{name}.inner", dtype=ir.DataType.FLOAT, shape=[1], to=ir.DataType.FLOAT.value)
+    found = editor.op(
+        "Shape", [left], f"{name}.inner_int64", dtype=ir.DataType.INT64, shape=[1], start=3, end=4
+    )
+    return editor.op(
+        "Cast",
+        [found],
+        f"{name}.inner",
+        dtype=ir.DataType.FLOAT,
+        shape=[1],
+        to=ir.DataType.FLOAT.value,
+    )
 
 
-def _less(editor: Editor, y: ir.Value, prefix: str, offset: ir.Value, other: ir.Value, *, axis: int, like: ir.Value) -> ir.Value:
-    sums = editor.op("ReduceSum", [other, editor.constant(f"axis_{axis}", np.asarray([axis]))], f"{prefix}_sums", keepdims=1)
-    return editor.op("Sub", [y, editor.op("Mul", [offset, sums], f"{prefix}_excess")], f"{prefix}_centered", shape=like.shape)
+def _less(
+    editor: Editor,
+    y: ir.Value,
+    prefix: str,
+    offset: ir.Value,
+    other: ir.Value,
+    *,
+    axis: int,
+    like: ir.Value,
+) -> ir.Value:
+    sums = editor.op(
+        "ReduceSum",
+        [other, editor.constant(f"axis_{axis}", np.asarray([axis]))],
+        f"{prefix}_sums",
+        keepdims=1,
+    )
+    return editor.op(
+        "Sub",
+        [y, editor.op("Mul", [offset, sums], f"{prefix}_excess")],
+        f"{prefix}_centered",
+        shape=like.shape,
+    )
 
 
 def _compute(editor: Editor, x: _Quantized, layer: LayerData, like: ir.Value) -> ir.Value:
@@ -365,7 +525,14 @@ def _compute(editor: Editor, x: _Quantized, layer: LayerData, like: ir.Value) ->
     name, codes, zero_point = weight_name(layer.name), *_weight_constants(layer, integer=False)
     before, after = ((-1, 1, 1, 1), (1, -1, 1, 1)) if layer.conv is not None else ((1, -1), (-1,))
     weight = editor.constant(name, stored(layer.weight_bits, codes, name))
-    weight = editor.op("Cast", [weight], f"{name}_float", dtype=ir.DataType.FLOAT, shape=codes.shape, to=ir.DataType.FLOAT.value)
+    weight = editor.op(
+        "Cast",
+        [weight],
+        f"{name}_float",
+        dtype=ir.DataType.FLOAT,
+        shape=codes.shape,
+        to=ir.DataType.FLOAT.value,
+    )
     if zero_point is not None:
         zeros = editor.constant(f"{name}_zero_float", zero_point.astype(np.float32).reshape(before))
         weight = editor.op("Sub", [weight, zeros], f"{name}_centered", shape=codes.shape)
@@ -374,7 +541,9 @@ def _compute(editor: Editor, x: _Quantized, layer: LayerData, like: ir.Value) ->
     return editor.op("Mul", [y, scale], f"{layer.name}.weighted", shape=like.shape)
 
 
-def _multiply(editor: Editor, x: _Quantized, layer: LayerData, weight: ir.Value, like: ir.Value) -> ir.Value:
+def _multiply(
+    editor: Editor, x: _Quantized, layer: LayerData, weight: ir.Value, like: ir.Value
+) -> ir.Value:
     if layer.conv is None:
         return editor.op("MatMul", [x.value, weight], product_name(layer.name), shape=like.shape)
     geometry = layer.conv
@@ -392,10 +561,18 @@ def _multiply(editor: Editor, x: _Quantized, layer: LayerData, weight: ir.Value,
     )
 
 
-def _weight_constants(layer: LayerData, *, integer: bool) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """The weight's codes as the graph stores them, a linear's transposed, and their zero-points; None where all are zero."""
+def _weight_constants(
+    layer: LayerData, *, integer: bool
+) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """The weight's codes as the graph stores them, a linear's transposed, and their zero-points;
+    None where all are zero.
+    """
     codes: NDArray[Any]
-    codes, axis = (layer.weight_codes, 0) if layer.conv is not None else (np.ascontiguousarray(layer.weight_codes.T), 1)
+    codes, axis = (
+        (layer.weight_codes, 0)
+        if layer.conv is not None
+        else (np.ascontiguousarray(layer.weight_codes.T), 1)
+    )
     if integer and codes.dtype == np.int8 and pair_magnitude(codes, axis) > SAFE:
         return as_unsigned(codes), np.full(codes.shape[axis], MIDDLE, np.uint8)
     return codes, layer.weight_zero_point
@@ -410,7 +587,14 @@ def _weight(editor: Editor, layer: LayerData) -> ir.Value:
         editor.constant(f"{name}_scale", layer.weight_scale),
         editor.constant(f"{name}_zero", stored(layer.weight_bits, zeros, f"{name}_zero")),
     ]
-    return editor.op("DequantizeLinear", operands, f"{name}_dequantized", dtype=ir.DataType.FLOAT, shape=codes.shape, axis=axis)
+    return editor.op(
+        "DequantizeLinear",
+        operands,
+        f"{name}_dequantized",
+        dtype=ir.DataType.FLOAT,
+        shape=codes.shape,
+        axis=axis,
+    )
 
 
 def stored(bits: int, codes: NDArray[Any], name: str) -> ir.TensorProtocol:
@@ -418,5 +602,8 @@ def stored(bits: int, codes: NDArray[Any], name: str) -> ir.TensorProtocol:
     if bits != FOUR_BITS:
         return ir.tensor(codes, name=name)
     return ir.PackedTensor(
-        pack_4bit(codes), ir.DataType.INT4 if codes.dtype == np.int8 else ir.DataType.UINT4, shape=codes.shape, name=name
+        pack_4bit(codes),
+        ir.DataType.INT4 if codes.dtype == np.int8 else ir.DataType.UINT4,
+        shape=codes.shape,
+        name=name,
     )

@@ -1,35 +1,51 @@
-"""Mark each ``quest::TimestepQuantize`` that TensorRT's parser shall hand to our plugin; the others are left to be expanded.
+"""Mark each ``quest::TimestepQuantize`` that TensorRT's parser shall hand to our plugin; the others
+are left to be expanded.
 
 Needs: the portable graph, with its metadata.
 Guarantees: marked nodes keep their codes; no function of the ``quest`` domain.
 
-1. A node gets the attributes ``plugin_namespace`` and ``plugin_version``: the parser looks the plugin's creator up by them and by the
-   operator's name, and older parsers read the namespace nowhere else.
-2. An operand of a product of two activations is not marked: a plugin would have TensorRT write out what attention computes between its
-   products, softmax's weights most of all, which it can keep to itself where all of attention is its own.
-3. A channel vector of equal numbers becomes one number, which broadcasts: the plugin then need not look up an element's channel.
-4. The op's function goes: a parser may import a local function instead of asking for a plugin, and cannot import one twice.
+1. A node gets the attributes ``plugin_namespace`` and ``plugin_version``: the parser looks the
+   plugin's creator up by them and by the operator's name, and older parsers read the namespace
+   nowhere else.
+2. An operand of a product of two activations is not marked: a plugin would have TensorRT write out
+   what attention computes between its products, softmax's weights most of all, which it can keep to
+   itself where all of attention is its own.
+3. A channel vector of equal numbers becomes one number, which broadcasts: the plugin then need not
+   look up an element's channel.
+4. The op's function goes: a parser may import a local function instead of asking for a plugin, and
+   cannot import one twice.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from exporters import timestep_quantize
 from exporters.editor import Editor, array_of
 from exporters.graph_info import graph_info
+from exporters.ops import timestep_quantize
 
 PLUGIN_NAMESPACE = "plugin_namespace"
 PLUGIN_VERSION = "plugin_version"
 
 
 class KeepTimestepQuantize(ir.passes.InPlacePass):
-    """See the module's docstring; run before ExpandTimestepQuantize, which expands what is not marked."""
+    """See the module's docstring; run before ExpandTimestepQuantize, which expands what is not
+    marked.
+    """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         info = graph_info(model)
-        operands = {info.sites[site].codes for product in info.products.values() for site in product.sites if site is not None}
-        ours = [n for n in model.graph if (n.domain, n.op_type) == (timestep_quantize.DOMAIN, timestep_quantize.OP_TYPE)]
+        operands = {
+            info.sites[site].codes
+            for product in info.products.values()
+            for site in product.sites
+            if site is not None
+        }
+        ours = [
+            n
+            for n in model.graph
+            if (n.domain, n.op_type) == (timestep_quantize.DOMAIN, timestep_quantize.OP_TYPE)
+        ]
         kept = [node for node in ours if node.outputs[0].name not in operands]
         for node in kept:
             node.attributes.add(ir.AttrString(PLUGIN_NAMESPACE, timestep_quantize.DOMAIN))

@@ -1,10 +1,11 @@
 """Multiply a product of two activations once: y * (s_a * s_b) in place of (y * s_a) * s_b.
 
-OpenVINO fuses attention from the first product to the last into one kernel as long as few enough values enter it; two scales a product
-are too many. The product of two scales, [B, 1, 1, 1], costs nothing.
+OpenVINO fuses attention from the first product to the last into one kernel as long as few enough
+values enter it; two scales a product are too many. The product of two scales, [B, 1, 1, 1], costs
+nothing.
 
-Needs: scales as ``insert_quantized_layers`` builds them, gathered and shaped by Unsqueeze to [B, 1, ...], or constants of a frozen
-bucket.
+Needs: scales as ``insert_quantized_layers`` builds them, gathered and shaped by Unsqueeze to [B, 1,
+...], or constants of a frozen bucket.
 Guarantees: the same numbers but for the rounding of one multiplication.
 
 1. (y * a) * b, both scales of samples, the inner product read once: y * (a * b).
@@ -46,5 +47,9 @@ def _is_scale(value: ir.Value | None) -> bool:
     unsqueeze = value.producer()
     if unsqueeze is None:
         return value.is_initializer() and (value.name or "").endswith(".scale_frozen")
-    gather = unsqueeze.inputs[0].producer() if unsqueeze.op_type == "Unsqueeze" and unsqueeze.inputs[0] is not None else None
+    gather = (
+        unsqueeze.inputs[0].producer()
+        if unsqueeze.op_type == "Unsqueeze" and unsqueeze.inputs[0] is not None
+        else None
+    )
     return gather is not None and gather.op_type == "Gather"

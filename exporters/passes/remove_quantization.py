@@ -1,13 +1,15 @@
 """Turn the quantized graph into the float graph of the same model: the baseline of the benchmarks.
 
 Needs: layers as ``insert_quantized_layers`` builds them.
-Guarantees: no quantizer, no integer, no scale: each layer is Conv(x, W, bias) or MatMul(x, W) + bias on float weights, as torch would
-export it. The weights are the dequantized ones with the channel vector divided out again, so the speed is that of the FP32
-model and the output is that of the weight-quantized one.
+Guarantees: no quantizer, no integer, no scale: each layer is Conv(x, W, bias) or MatMul(x, W) +
+bias on float weights, as torch would export it. The weights are the dequantized ones with the
+channel vector divided out again, so the speed is that of the FP32 model and the output is that of
+the weight-quantized one.
 
 1. Conv: the bias becomes its third input.
 2. Linear: the bias stays an Add behind the MatMul.
-3. The halves of a split shortcut: one Conv on the concatenation that was split, its weight theirs side by side.
+3. The halves of a split shortcut: one Conv on the concatenation that was split, its weight theirs
+   side by side.
 """
 
 from __future__ import annotations
@@ -18,9 +20,15 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from exporters import timestep_quantize
 from exporters.editor import Editor, array_of, replace_value
-from exporters.graph_info import SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, GraphInfo, ProductInfo, graph_info
+from exporters.graph_info import (
+    SAMPLE_MULTIPLE_KEY,
+    SAMPLE_SHAPE_KEY,
+    GraphInfo,
+    ProductInfo,
+    graph_info,
+)
+from exporters.ops import timestep_quantize
 from exporters.passes.dequantize_casts import DequantizeCasts
 from exporters.passes.insert_quantized_layers import input_of, product_name
 
@@ -37,11 +45,21 @@ class RemoveQuantization(ir.passes.InPlacePass):
         values = ir.convenience.create_value_mapping(model.graph)
         nodes = {node.name or "": node for node in model.graph}
         editor = Editor(model.graph)
-        outputs = {name: _float_layer(editor, values, nodes[product_name(name)], info, name) for name in info.layers}
+        outputs = {
+            name: _float_layer(editor, values, nodes[product_name(name)], info, name)
+            for name in info.layers
+        }
         for product in info.products.values():
             _float_product(editor, values, nodes[product_name(product.name)], info, product)
-        for name in [name.removesuffix(".first") for name in info.layers if name.endswith(".first")]:
-            _join_halves(editor, name, _producer(outputs[f"{name}.first"]), _producer(outputs[f"{name}.second"]))
+        for name in [
+            name.removesuffix(".first") for name in info.layers if name.endswith(".first")
+        ]:
+            _join_halves(
+                editor,
+                name,
+                _producer(outputs[f"{name}.first"]),
+                _producer(outputs[f"{name}.second"]),
+            )
         common.RemoveUnusedNodesPass()(model)
         model.functions.clear()
         model.graph.opset_imports.pop(timestep_quantize.DOMAIN, None)
@@ -51,48 +69,87 @@ class RemoveQuantization(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
 
-def _float_layer(editor: Editor, values: dict[str, ir.Value], product: ir.Node, info: GraphInfo, name: str) -> ir.Value:
+def _float_layer(
+    editor: Editor, values: dict[str, ir.Value], product: ir.Node, info: GraphInfo, name: str
+) -> ir.Value:
     layer = info.layers[name]
     output, site = values[layer.output], info.sites[layer.site]
-    x = input_of(values[site.codes], site.name, integer=site.integer)  # not by its name: an earlier layer may have been replaced
+    x = input_of(
+        values[site.codes], site.name, integer=site.integer
+    )  # not by its name: an earlier layer may have been replaced
     quantizer = _producer(values[site.codes])
     channel = array_of(_given(quantizer.inputs[-1])) if site.integer else None
-    weight = editor.constant(f"{name}.float_weight", _float_weight(_producer(product.inputs[1]), channel, product.op_type))
+    weight = editor.constant(
+        f"{name}.float_weight",
+        _float_weight(_producer(product.inputs[1]), channel, product.op_type),
+    )
     bias = editor.graph.initializers.get(f"{name}.bias")
     if product.op_type == "Conv":
         attributes = {a.name: a.value for a in product.attributes.values()}
         if f"{site.name}.pads" in editor.graph.initializers:
             pads = array_of(editor.graph.initializers[f"{site.name}.pads"]).tolist()
             attributes["pads"] = [*pads[2:4], *pads[6:8]]
-        flat = [] if bias is None else [editor.constant(f"{name}.float_bias", array_of(bias).reshape(-1))]
+        flat = (
+            []
+            if bias is None
+            else [editor.constant(f"{name}.float_bias", array_of(bias).reshape(-1))]
+        )
         y = editor.op("Conv", [x, weight, *flat], f"{name}.float", shape=output.shape, **attributes)
     else:
         y = editor.op("MatMul", [x, weight], f"{name}.float", shape=output.shape)
-        y = y if bias is None else editor.op("Add", [y, bias], f"{name}.float_biased", shape=output.shape)
+        y = (
+            y
+            if bias is None
+            else editor.op("Add", [y, bias], f"{name}.float_biased", shape=output.shape)
+        )
     editor.insert_before(product)
     replace_value(output, y)
     return y
 
 
 def _join_halves(editor: Editor, name: str, first: ir.Node, second: ir.Node) -> None:
-    """Undo ``SplitConv2d``: first(a) + second(b), the bias in ``first``, is one convolution of concat(a, b)."""
+    """Undo ``SplitConv2d``: first(a) + second(b), the bias in ``first``, is one convolution of
+    concat(a, b).
+    """
     (add,) = first.outputs[0].consumers()
     parts = [_given(half.inputs[0]) for half in (first, second)]
-    concatenations = (node for node in parts[0].consumers() if node.op_type == "Concat" and list(node.inputs) == parts)
+    concatenations = (
+        node
+        for node in parts[0].consumers()
+        if node.op_type == "Concat" and list(node.inputs) == parts
+    )
     concat = next(concatenations, None)
-    whole = concat.outputs[0] if concat is not None else editor.op("Concat", parts, f"{name}.whole", axis=1)
+    whole = (
+        concat.outputs[0]
+        if concat is not None
+        else editor.op("Concat", parts, f"{name}.whole", axis=1)
+    )
     weights = [array_of(_given(half.inputs[1])) for half in (first, second)]
     weight = editor.constant(f"{name}.float_weight", np.concatenate(weights, axis=1))
     attributes = {a.name: a.value for a in first.attributes.values()}
-    y = editor.op("Conv", [whole, weight, *first.inputs[2:]], f"{name}.float", shape=add.outputs[0].shape, **attributes)
+    y = editor.op(
+        "Conv",
+        [whole, weight, *first.inputs[2:]],
+        f"{name}.float",
+        shape=add.outputs[0].shape,
+        **attributes,
+    )
     editor.insert_before(add)
     replace_value(add.outputs[0], y)
 
 
-def _float_product(editor: Editor, values: dict[str, ir.Value], node: ir.Node, info: GraphInfo, product: ProductInfo) -> None:
+def _float_product(
+    editor: Editor,
+    values: dict[str, ir.Value],
+    node: ir.Node,
+    info: GraphInfo,
+    product: ProductInfo,
+) -> None:
     output = values[product.output]
     operands = [
-        operand if site is None else input_of(values[info.sites[site].codes], site, integer=info.sites[site].integer)
+        operand
+        if site is None
+        else input_of(values[info.sites[site].codes], site, integer=info.sites[site].integer)
         for site, operand in zip(product.sites, node.inputs, strict=True)
     ]
     y = editor.op("MatMul", operands, f"{product.name}.float", shape=output.shape)
@@ -100,7 +157,9 @@ def _float_product(editor: Editor, values: dict[str, ir.Value], node: ir.Node, i
     replace_value(output, y)
 
 
-def _float_weight(dequantize: ir.Node, channel: NDArray[np.float32] | None, op_type: str) -> NDArray[np.float32]:
+def _float_weight(
+    dequantize: ir.Node, channel: NDArray[np.float32] | None, op_type: str
+) -> NDArray[np.float32]:
     codes, scale, zero = (array_of(_given(value)).astype(np.float32) for value in dequantize.inputs)
     if op_type == "MatMul":
         weight = (codes - zero) * scale

@@ -1,13 +1,16 @@
 """Let the closing QuantizeLinear round, as it does by its definition, instead of a Round before it.
 
-    QuantizeLinear(Min(Max(Round(x), low), high), 1, 0)  ->  QuantizeLinear(Min(Max(x, low), high), 1, 0)
+    QuantizeLinear(Min(Max(Round(x), low), high), 1, 0)  ->  QuantizeLinear(Min(Max(x, low), high),
+    1, 0)
 
-Needs: quantizers as ExpandTimestepQuantize writes them, whose bounds are integers also where a table holds them. ONNX's QuantizeLinear
-rounds half to even, as TensorRT does.
+Needs: quantizers as ExpandTimestepQuantize writes them, whose bounds are integers also where a
+table holds them. ONNX's QuantizeLinear rounds half to even, as TensorRT does.
 Guarantees: the same codes. Clamping to integers and rounding commute.
 
-1. A scale that is not the constant one, a zero point that is not zero, and constant bounds that are no integers leave it as it is.
-2. A Round whose clamped result QuantizeLinear reads alone is gone; one that an offset is added to stays.
+1. A scale that is not the constant one, a zero point that is not zero, and constant bounds that are
+   no integers leave it as it is.
+2. A Round whose clamped result QuantizeLinear reads alone is gone; one that an offset is added to
+   stays.
 3. The bounds stay, those of int8 too: how an infinity saturates is left to the runtime.
 
 Not for runtimes that put QuantizeLinear into other arithmetic: OpenVINO adds 128 before it rounds.
@@ -32,7 +35,11 @@ class RoundInQuantizeLinear(ir.passes.InPlacePass):
             rounded = None if raised is None else _sole_producer(raised, "Round")
             if clipped is None or raised is None or rounded is None:
                 continue
-            if not (_only_changes_type(quantize) and _may_be_integers(raised.inputs[1]) and _may_be_integers(clipped.inputs[1])):
+            if not (
+                _only_changes_type(quantize)
+                and _may_be_integers(raised.inputs[1])
+                and _may_be_integers(clipped.inputs[1])
+            ):
                 continue
             source = rounded.inputs[0]
             assert source is not None
@@ -43,7 +50,9 @@ class RoundInQuantizeLinear(ir.passes.InPlacePass):
 
 
 def _only_changes_type(quantize: ir.Node) -> bool:
-    """Whether its scale is the constant one, and its zero point, if it has one, the constant zero."""
+    """Whether its scale is the constant one, and its zero point, if it has one, the constant
+    zero.
+    """
     return all(
         value is None or (value.const_value is not None and bool((array_of(value) == wanted).all()))
         for value, wanted in zip(quantize.inputs[1:], (1, 0), strict=False)

@@ -1,13 +1,15 @@
-"""Let a linear layer whose output is split in two (GEGLU) compute the two halves by products of their own.
+"""Let a linear layer whose output is split in two (GEGLU) compute the two halves by products of
+their own.
 
-A runtime that scales, splits, gates and quantizes in three passes over memory then does it in one: each half goes from its product
-straight to the elementwise work that follows.
+A runtime that scales, splits, gates and quantizes in three passes over memory then does it in one:
+each half goes from its product straight to the elementwise work that follows.
 
-Needs: linear layers as ``insert_quantized_layers`` builds them, weights [I, O] as initializers read by DequantizeLinear along axis 1.
-Guarantees: the layer's output keeps its name and its numbers: it is the concatenation of the halves, each (MatMul * scale) + bias on
-its own columns of the weight.
+Needs: linear layers as ``insert_quantized_layers`` builds them, weights [I, O] as initializers read
+by DequantizeLinear along axis 1. Guarantees: the layer's output keeps its name and its numbers: it
+is the concatenation of the halves, each (MatMul * scale) + bias on its own columns of the weight.
 
-1. MatMul -> Mul by the scale -> Add of the bias -> Split into two along the last axis: each step doubled, then Concat, then Split.
+1. MatMul -> Mul by the scale -> Add of the bias -> Split into two along the last axis: each step
+   doubled, then Concat, then Split.
 2. An output that is read by anything else, or split otherwise, stays.
 """
 
@@ -20,7 +22,7 @@ import onnx_ir as ir
 
 from exporters.editor import Editor, array_of, replace_value
 from exporters.graph_info import graph_info
-from quest_deploy.checkpoint import pack_4bit
+from quest_deploy.artifacts.checkpoint import pack_4bit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,7 +35,11 @@ class SplitGates(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         values = ir.convenience.create_value_mapping(model.graph)
-        chains = [chain for layer in graph_info(model).layers.values() if (chain := _gated(values.get(layer.output))) is not None]
+        chains = [
+            chain
+            for layer in graph_info(model).layers.values()
+            if (chain := _gated(values.get(layer.output))) is not None
+        ]
         editor = Editor(model.graph)
         for chain in chains:
             _split(editor, chain)
@@ -41,7 +47,9 @@ class SplitGates(ir.passes.InPlacePass):
 
 
 def _gated(output: ir.Value | None) -> list[ir.Node] | None:
-    """MatMul, Mul and Add of a layer whose ``output`` is only read by a Split in two; None for any other."""
+    """MatMul, Mul and Add of a layer whose ``output`` is only read by a Split in two; None for any
+    other.
+    """
     if output is None or [use.node.op_type for use in output.uses()] != ["Split"]:
         return None
     split = next(iter(output.uses())).node
@@ -85,7 +93,9 @@ def _split(editor: Editor, chain: list[ir.Node]) -> None:
         )
         y = editor.op("MatMul", [x, weight], f"{product.name}.{half}")
         y = editor.op("Mul", [y, scaled.inputs[1]], f"{scaled.name}.{half}")
-        halves.append(editor.op("Add", [y, _half(editor, biased.inputs[1], i, half)], f"{biased.name}.{half}"))
+        halves.append(
+            editor.op("Add", [y, _half(editor, biased.inputs[1], i, half)], f"{biased.name}.{half}")
+        )
     joined = editor.op("Concat", halves, f"{biased.name}.joined", shape=output.shape, axis=-1)
     editor.insert_before(product)
     name, whole = output.name, (*dequantize.inputs, biased.inputs[1])
@@ -104,5 +114,7 @@ def _half(editor: Editor, value: ir.Value | None, i: int, half: str) -> ir.Value
     name = f"{value.name}.{half}"
     if value.dtype not in (ir.DataType.INT4, ir.DataType.UINT4):
         return editor.constant(name, array)
-    packed = pack_4bit(array.astype(np.int8) if value.dtype is ir.DataType.INT4 else array.astype(np.uint8))
+    packed = pack_4bit(
+        array.astype(np.int8) if value.dtype is ir.DataType.INT4 else array.astype(np.uint8)
+    )
     return editor.constant(name, ir.PackedTensor(packed, value.dtype, shape=array.shape, name=name))

@@ -1,4 +1,6 @@
-"""The passes, in order, that turn the portable graph into one that computes in another type than FP32 besides integers."""
+"""The passes, in order, that turn the portable graph into one that computes in another type than
+FP32 besides integers.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ HALF_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 def to_dtype(model: ir.Model, dtype: str) -> ir.Model:
-    """Rewrite the portable graph ``model`` in place and return it; ``dtype`` is fp32, which changes nothing, fp16 or bf16."""
+    """Rewrite the portable graph ``model`` in place and return it; ``dtype`` is fp32, which changes
+    nothing, fp16 or bf16.
+    """
     if dtype in HALF_TYPES:
         ir.passes.Sequential(BalanceScales(), ToHalf(HALF_TYPES[dtype]))(model)
     return model

@@ -1,20 +1,25 @@
-"""Compute in FP16 or bf16, with FP32 where those lose accuracy: a strongly typed graph, in which each value has its one type.
+"""Compute in FP16 or bf16, with FP32 where those lose accuracy: a strongly typed graph, in which
+each value has its one type.
 
-Needs: a graph that computes in FP32; portable, since ``quest::TimestepQuantize`` takes x of any float type and computes in FP32; its
-scales balanced where the type is FP16 (see BalanceScales).
-Guarantees: products (Conv, MatMul) give the half type, and so does what computes with them. The graph's inputs and outputs stay FP32,
-and so does all that no product has touched: the timestep's path up to its first layer, the choice of the bucket, the quantizers'
-tables. Values keep their names. In FP32 besides:
+Needs: a graph that computes in FP32; portable, since ``quest::TimestepQuantize`` takes x of any
+float type and computes in FP32; its scales balanced where the type is FP16 (see BalanceScales).
+Guarantees: products (Conv, MatMul) give the half type, and so does what computes with them. The
+graph's inputs and outputs stay FP32, and so does all that no product has touched: the timestep's
+path up to its first layer, the choice of the bucket, the quantizers' tables. Values keep their
+names. In FP32 besides:
 
-1. Norms, Softmax and sums: they add up many squares, exponentials or codes. What follows stays FP32 until it meets a value of the half
-   type, so that nothing is rounded between a norm, its SiLU and the quantizer.
-2. A product that something is subtracted from, namely what the offset of its codes added: the two nearly cancel.
-3. A product of integers that is only scaled before a Softmax, which has the exponential of its rounding error.
+1. Norms, Softmax and sums: they add up many squares, exponentials or codes. What follows stays FP32
+   until it meets a value of the half type, so that nothing is rounded between a norm, its SiLU and
+   the quantizer.
+2. A product that something is subtracted from, namely what the offset of its codes added: the two
+   nearly cancel.
+3. A product of integers that is only scaled before a Softmax, which has the exponential of its
+   rounding error.
 4. The quantizer of a free site: it has zero-points of up to 1e8.
 5. Resize's scales, by the operator's definition.
 
-Constants, and rows gathered from constant tables, are stored in the type that they are read in. A weight's scale is rounded too, but
-never to zero.
+Constants, and rows gathered from constant tables, are stored in the type that they are read in. A
+weight's scale is rounded too, but never to zero.
 """
 
 from __future__ import annotations
@@ -24,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from exporters import timestep_quantize
 from exporters.editor import Editor, array_of
+from exporters.ops import timestep_quantize
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,7 +41,9 @@ FLOAT_OPS = (*NORMS, "Softmax", "ReduceMean", "ReduceSum")
 FLOAT_INPUTS = {"Resize": (1, 2)}
 """The positions of inputs that are FP32 whatever the others are."""
 OPSETS = {ir.DataType.FLOAT16: 21, ir.DataType.BFLOAT16: 22}
-"""The first opset in which Conv takes the type; 22 differs from 21 in the types that operators take."""
+"""The first opset in which Conv takes the type; 22 differs from 21 in the types that operators
+take.
+"""
 
 
 class ToHalf(ir.passes.InPlacePass):
@@ -46,12 +53,19 @@ class ToHalf(ir.passes.InPlacePass):
         self.dtype = dtype
 
     def requires(self, model: ir.Model) -> None:
-        untyped = [value.name for node in model.graph for value in node.outputs if value.dtype is None]
+        untyped = [
+            value.name for node in model.graph for value in node.outputs if value.dtype is None
+        ]
         if untyped:
-            raise ir.passes.PreconditionError(f"the types of {', '.join(map(str, untyped))} are unknown")
+            raise ir.passes.PreconditionError(
+                f"the types of {', '.join(map(str, untyped))} are unknown"
+            )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        for imports in (model.graph.opset_imports, *(function.opset_imports for function in model.functions.values())):
+        for imports in (
+            model.graph.opset_imports,
+            *(function.opset_imports for function in model.functions.values()),
+        ):
             imports[""] = max(imports[""], OPSETS[self.dtype])
         _Rewriter(model.graph, self.dtype).rewrite()
         return ir.passes.PassResult(model, modified=True)
@@ -60,7 +74,11 @@ class ToHalf(ir.passes.InPlacePass):
 class _Rewriter:
     def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
         self.graph, self.dtype, self.editor = graph, dtype, Editor(graph)
-        self.wide = {node for node in graph if node.op_type in PRODUCTS and (_cancels(node) or _gives_scores(node))}
+        self.wide = {
+            node
+            for node in graph
+            if node.op_type in PRODUCTS and (_cancels(node) or _gives_scores(node))
+        }
         self.converted: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def rewrite(self) -> None:
@@ -80,13 +98,20 @@ class _Rewriter:
         """In the half type, unless something reads it in FP32."""
         scale = node.inputs[1]
         assert scale is not None
-        if all(reader.op_type in PRODUCTS and reader not in self.wide for reader in node.outputs[0].consumers()):
+        if all(
+            reader.op_type in PRODUCTS and reader not in self.wide
+            for reader in node.outputs[0].consumers()
+        ):
             node.replace_input_with(1, self._constant(scale, self.dtype, positive=True))
             node.outputs[0].type = ir.TensorType(self.dtype)
 
     def _compute(self, node: ir.Node) -> None:
         always_float = FLOAT_INPUTS.get(node.op_type, ())
-        inputs = {i: x for i, x in enumerate(node.inputs) if x is not None and self._is_float(x) and i not in always_float}
+        inputs = {
+            i: x
+            for i, x in enumerate(node.inputs)
+            if x is not None and self._is_float(x) and i not in always_float
+        }
         dtype = self._type_of(node, list(inputs.values()))
         for i, x in inputs.items():
             node.replace_input_with(i, self._as(x, dtype))
@@ -120,9 +145,17 @@ class _Rewriter:
             first, second = producer.inputs
             assert first is not None
             attributes: dict[str, Any] = {a.name: a.value for a in producer.attributes.values()}
-            converted = self.editor.op(producer.op_type, [self._as(first, dtype), second], name, shape=value.shape, **attributes)
+            converted = self.editor.op(
+                producer.op_type,
+                [self._as(first, dtype), second],
+                name,
+                shape=value.shape,
+                **attributes,
+            )
         else:
-            converted = self.editor.op("Cast", [value], name, dtype=dtype, shape=value.shape, to=dtype.value)
+            converted = self.editor.op(
+                "Cast", [value], name, dtype=dtype, shape=value.shape, to=dtype.value
+            )
         if producer is None:
             self.graph.insert_before(self.graph[0], self.editor.take())
         else:
@@ -132,7 +165,9 @@ class _Rewriter:
     def _constant(self, value: ir.Value, dtype: ir.DataType, *, positive: bool = False) -> ir.Value:
         array: NDArray[Any] = array_of(value).astype(dtype.numpy())
         if positive:  # a scale of zero would divide by it; engines refuse it
-            array = np.asarray(np.maximum(array, np.nextafter(array.dtype.type(0), array.dtype.type(1))))
+            array = np.asarray(
+                np.maximum(array, np.nextafter(array.dtype.type(0), array.dtype.type(1)))
+            )
         return self.editor.constant(f"{value.name}_{_name(dtype)}", array)
 
 
@@ -148,7 +183,9 @@ def _cancels(product: ir.Node) -> bool:
 def _gives_scores(product: ir.Node) -> bool:
     """Whether integers are multiplied and the product is only scaled before a Softmax (case 3)."""
     producers = [x.producer() for x in product.inputs if x is not None]
-    if not all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers):
+    if not all(
+        producer is not None and producer.op_type == "DequantizeLinear" for producer in producers
+    ):
         return False
     readers = list(product.outputs[0].consumers())
     while readers:
@@ -162,7 +199,9 @@ def _gives_scores(product: ir.Node) -> bool:
 
 def _begins_rounding(node: ir.Node) -> bool:
     """Whether a free site's quantizer begins here (case 4)."""
-    return node.op_type == "Div" and any(reader.op_type == "Round" for reader in node.outputs[0].consumers())
+    return node.op_type == "Div" and any(
+        reader.op_type == "Round" for reader in node.outputs[0].consumers()
+    )
 
 
 def _gathers_from_constant(node: ir.Node) -> bool:
@@ -171,4 +210,8 @@ def _gathers_from_constant(node: ir.Node) -> bool:
     if source is None or node.op_type not in ("Gather", "Unsqueeze"):
         return False
     producer = source.producer()
-    return source.is_initializer() if node.op_type == "Gather" else producer is not None and _gathers_from_constant(producer)
+    return (
+        source.is_initializer()
+        if node.op_type == "Gather"
+        else producer is not None and _gathers_from_constant(producer)
+    )

@@ -1,4 +1,6 @@
-"""The passes, in order, that turn the portable graph into one that a runtime compiles, with our plugin or without it."""
+"""The passes, in order, that turn the portable graph into one that a runtime compiles, with our
+plugin or without it.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,12 @@ def to_native(
     """Rewrite ``model`` in place and return it.
 
     Args:
-        cast_int4_at_runtime, signed_zero_points, frozen_bucket: see WidenInt4, CenterWeights and FreezeBucket.
+        cast_int4_at_runtime, signed_zero_points, frozen_bucket: see WidenInt4, CenterWeights and
+        FreezeBucket.
         expanded: a backend's own passes, on the graph whose quantizers have been expanded.
         exactness: what the runtime's integer kernels compute exactly (see AvoidSaturation).
-        plugin: keeps layers' quantizers for TensorRT's plugin (see KeepTimestepQuantize). A frozen bucket leaves it nothing to pick.
+        plugin: keeps layers' quantizers for TensorRT's plugin (see KeepTimestepQuantize). A frozen
+            bucket leaves it nothing to pick.
     """
     ir.passes.Sequential(
         *([KeepTimestepQuantize()] if plugin and frozen_bucket is None else []),

@@ -4,7 +4,8 @@ Needs: weights as initializers read by DequantizeLinear with an explicit zero-po
 Guarantees: every DequantizeLinear reads INT8; the values are unchanged.
 
 1. ``cast_at_runtime=False``: the initializer itself becomes INT8 (twice the size).
-2. ``cast_at_runtime=True``: the initializer stays INT4 and a Cast widens it, which OpenVINO folds when it compiles.
+2. ``cast_at_runtime=True``: the initializer stays INT4 and a Cast widens it, which OpenVINO folds
+   when it compiles.
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ class WidenInt4(ir.passes.InPlacePass):
         nodes = [
             node
             for node in model.graph
-            if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].dtype is ir.DataType.INT4
+            if node.op_type == "DequantizeLinear"
+            and node.inputs[0] is not None
+            and node.inputs[0].dtype is ir.DataType.INT4
         ]
         for node in nodes:
             codes, _, zero = node.inputs
             assert codes is not None
             assert zero is not None
             node.replace_input_with(0, self._widened(editor, codes))
-            node.replace_input_with(2, editor.constant(f"{zero.name}_int8", array_of(zero).astype(np.int8)))
+            node.replace_input_with(
+                2, editor.constant(f"{zero.name}_int8", array_of(zero).astype(np.int8))
+            )
             editor.insert_before(node)
             for old in (codes, zero):
                 if not old.uses() and old.name is not None:
@@ -43,6 +48,11 @@ class WidenInt4(ir.passes.InPlacePass):
     def _widened(self, editor: Editor, codes: ir.Value) -> ir.Value:
         if self.cast_at_runtime:
             return editor.op(
-                "Cast", [codes], f"{codes.name}_int8", dtype=ir.DataType.INT8, shape=codes.shape, to=ir.DataType.INT8.value
+                "Cast",
+                [codes],
+                f"{codes.name}_int8",
+                dtype=ir.DataType.INT8,
+                shape=codes.shape,
+                to=ir.DataType.INT8.value,
             )
         return editor.constant(f"{codes.name}_int8", array_of(codes).astype(np.int8))

@@ -1,4 +1,6 @@
-"""`quest-deploy benchmark`: the engine against FP32 and against static scales, on the same backend, in one run."""
+"""`quest-deploy benchmark`: the engine against FP32 and against static scales, on the same backend,
+in one run.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quest_deploy.artifacts.workspace import ENGINES, GRAPH, REPORTS
+from quest_deploy.backends.base import EngineOptions, engine_options
+from quest_deploy.backends.registry import get_backend
 from quest_deploy.cli.console import Console, size, table
 from quest_deploy.cli.options import (
     DEFAULT_BACKEND,
@@ -20,16 +25,13 @@ from quest_deploy.cli.options import (
 )
 from quest_deploy.cli.precision import describe_summary
 from quest_deploy.cli.stage import run_stage
-from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.base import EngineOptions, engine_options
 from quest_deploy.files import write_json
-from quest_deploy.workspace import ENGINES, GRAPH, REPORTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.cli.console import Update
-    from quest_deploy.workspace import Workspace
 
 BATCHES, RUNS, WARMUP = (1, 16), 50, 5
 
@@ -51,13 +53,15 @@ def benchmark_stage(
     report = workspace.path(REPORTS, f"benchmark-{backend}.json")
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
-        from quest_deploy.benchmark import BenchmarkOptions, benchmark_engine
+        from quest_deploy.evaluation.benchmark import BenchmarkOptions, benchmark_engine
 
         choices = BenchmarkOptions(batches, runs, warmup, static)
         engine = workspace.path(ENGINES, backend)
         options = engine_options(timed, engine)
         with tempfile.TemporaryDirectory(prefix="quest-deploy-") as scratch:
-            result = benchmark_engine(timed, options, engine, workspace.path(GRAPH), Path(scratch), choices, update)
+            result = benchmark_engine(
+                timed, options, engine, workspace.path(GRAPH), Path(scratch), choices, update
+            )
         # Through JSON, so that what is printed is what a later run reads back.
         details = {**result.to_json(), "buckets": workspace.scheme.buckets}
         for ratios in ("speedup_over_fp32", "bucket_selection_cost", "plugin_speedup"):
@@ -67,28 +71,52 @@ def benchmark_stage(
 
     options = {"batches": list(batches), "runs": runs, "warmup": warmup, "static": static}
     inputs = ("export", f"build-engine/{backend}")
-    return run_stage(workspace, console, f"benchmark/{backend}", inputs=inputs, options=options, reuse=reuse, work=work)
+    return run_stage(
+        workspace,
+        console,
+        f"benchmark/{backend}",
+        inputs=inputs,
+        options=options,
+        reuse=reuse,
+        work=work,
+    )
 
 
 def describe(details: dict[str, Any]) -> str:
     """The details as tables, and the ratios in words."""
     timings = [
-        [t["engine"], str(t["batch"]), f"{1e3 * t['median_s']:.2f}", f"{1e3 * t['p90_s']:.2f}", f"{t['samples_per_s']:.0f}"]
+        [
+            t["engine"],
+            str(t["batch"]),
+            f"{1e3 * t['median_s']:.2f}",
+            f"{1e3 * t['p90_s']:.2f}",
+            f"{t['samples_per_s']:.0f}",
+        ]
         for t in sorted(details["timings"], key=lambda t: t["batch"])
     ]
-    footprints = [[f["engine"], size(f["file_bytes"]), size(f["peak_memory_bytes"])] for f in details["footprints"]]
+    footprints = [
+        [f["engine"], size(f["file_bytes"]), size(f["peak_memory_bytes"])]
+        for f in details["footprints"]
+    ]
     lines = [
-        f"backend {details['backend']}, {details['buckets']} buckets; medians of engines timed in turn, in one process",
+        f"backend {details['backend']}, {details['buckets']} buckets; medians of engines timed in "
+        "turn, in one process",
         table(["engine", "batch", "median ms", "p90 ms", "samples/s"], timings),
         "",
         table(["engine", "files", "peak memory"], footprints),
         "",
-        *(f"batch {b}: {ratio:.2f}x the speed of FP32" for b, ratio in details["speedup_over_fp32"].items()),
+        *(
+            f"batch {b}: {ratio:.2f}x the speed of FP32"
+            for b, ratio in details["speedup_over_fp32"].items()
+        ),
         *(
             f"batch {b}: choosing buckets takes {ratio:.2f}x the time of a static scale"
             for b, ratio in details["bucket_selection_cost"].items()
         ),
-        *(f"batch {b}: {ratio:.2f}x the speed of native quantization" for b, ratio in details.get("plugin_speedup", {}).items()),
+        *(
+            f"batch {b}: {ratio:.2f}x the speed of native quantization"
+            for b, ratio in details.get("plugin_speedup", {}).items()
+        ),
         f"files {details['size_ratio_to_fp32']:.2f}x smaller than FP32",
         *describe_summary(details["precision"]),
     ]
@@ -100,11 +128,18 @@ def benchmark(
     model: ModelOption = None,
     bits: BitsOption = None,
     backend: BackendOption = DEFAULT_BACKEND,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="A batch size; may be repeated. [default: 1 and 16]")] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="A batch size; may be repeated. [default: 1 and 16]"),
+    ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Timed inferences of each engine.")] = RUNS,
     warmup: Annotated[int, typer.Option(min=0, help="Untimed inferences before.")] = WARMUP,
     static: Annotated[
-        bool, typer.Option("--static/--no-static", help="Time static scales too; a large model's third engine may not fit into memory.")
+        bool,
+        typer.Option(
+            "--static/--no-static",
+            help="Time static scales too; a large model's third engine may not fit into memory.",
+        ),
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -112,5 +147,7 @@ def benchmark(
     console = Console(as_json=as_json)
     get_backend(backend)
     opened = open_workspace(workspace, model, bits)
-    details = benchmark_stage(opened, console, backend, tuple(batch or BATCHES), runs, warmup, static=static)
+    details = benchmark_stage(
+        opened, console, backend, tuple(batch or BATCHES), runs, warmup, static=static
+    )
     console.result({"workspace": str(opened.root), **details}, describe(details))

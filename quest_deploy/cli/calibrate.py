@@ -1,4 +1,6 @@
-"""`quest-deploy calibrate`: choose every scale from the FP32 model's own sampling trajectories (PTQ)."""
+"""`quest-deploy calibrate`: choose every scale from the FP32 model's own sampling trajectories
+(PTQ).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quest_deploy import __version__
+from quest_deploy.artifacts.workspace import CALIBRATED, RECONSTRUCT_STATE, TRAJECTORIES
 from quest_deploy.cli.console import Console, size
 from quest_deploy.cli.options import (
     AttentionBitsOption,
@@ -32,25 +35,28 @@ from quest_deploy.cli.options import (
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sha256_of, write_json
-from quest_deploy.workspace import CALIBRATED, RECONSTRUCT_STATE, TRAJECTORIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from quest_deploy.checkpoint import Checkpoint
+    from quest_deploy.artifacts.checkpoint import Checkpoint
+    from quest_deploy.artifacts.workspace import Workspace
+    from quest_deploy.calibration.trajectories import Trajectories
     from quest_deploy.cli.console import Update
-    from quest_deploy.trajectories import Trajectories
-    from quest_deploy.workspace import Workspace
 
     Start = tuple[Trajectories, Checkpoint]
-    """What reconstruction starts from: the recorded trajectories and the model calibrated on them."""
+    """What reconstruction starts from: the recorded trajectories and the model calibrated on them.
+    """
 
 QDIFF = "qdiff"
 METHODS = ("mse", "minmax", "l2.4", QDIFF)
-"""How clip ranges are chosen; Q-Diffusion searches with l2.4 and then reconstructs the model's blocks."""
+"""How clip ranges are chosen; Q-Diffusion searches with l2.4 and then reconstructs the model's
+blocks.
+"""
 DEFAULT_METHOD = "mse"
 METHOD_HELP = (
-    "How clip ranges are chosen: mse, minmax or l2.4; or qdiff: l2.4, then Q-Diffusion's reconstruction "
+    "How clip ranges are chosen: mse, minmax or l2.4; or qdiff: l2.4, then Q-Diffusion's "
+    "reconstruction "
     "(a new workspace has --split-shortcuts then)."
 )
 RECONSTRUCTION_OPTIONS = {
@@ -70,7 +76,8 @@ class CalibrateOptions:
     """How to calibrate.
 
     Attributes:
-        samples, steps: samplings of so many DDIM steps (or more, to visit every bucket); None for the model's own numbers.
+        samples, steps: samplings of so many DDIM steps (or more, to visit every bucket); None for
+            the model's own numbers.
         method: one of ``METHODS``.
         reconstruction: of ``ReconstructOptions``, for "qdiff".
         batch: rows that run through the float model at once; None for the model's own number.
@@ -93,28 +100,41 @@ class CalibrateOptions:
         if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise InputError(f"expected a guidance weight of 0 or more, not {self.guidance}")
         if self.method not in METHODS:
-            raise InputError(f"unknown calibration method {self.method!r}: expected one of {', '.join(METHODS)}")
-        if (self.samples is not None and self.samples < 1) or (self.steps is not None and self.steps < 1):
+            raise InputError(
+                f"unknown calibration method {self.method!r}: expected one of {', '.join(METHODS)}"
+            )
+        if (self.samples is not None and self.samples < 1) or (
+            self.steps is not None and self.steps < 1
+        ):
             raise InputError("calibration needs at least one sample and one step")
         if not self.reconstruction.keys() <= RECONSTRUCTION_OPTIONS.keys():
-            raise InputError(f"unknown options of the reconstruction: {', '.join(self.reconstruction)}")
+            raise InputError(
+                f"unknown options of the reconstruction: {', '.join(self.reconstruction)}"
+            )
         if self.reconstruction and self.method != QDIFF:
-            raise InputError(f"{', '.join(RECONSTRUCTION_OPTIONS.values())}: expected --method {QDIFF} with them, not {self.method}")
+            raise InputError(
+                f"{', '.join(RECONSTRUCTION_OPTIONS.values())}: expected --method {QDIFF} with "
+                f"them, not {self.method}"
+            )
 
 
-def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOptions, *, reuse: bool = False) -> dict[str, Any]:
-    """Record trajectories and calibrate; writes trajectories.safetensors and calibrated.safetensors.
+def calibrate_stage(
+    workspace: Workspace, console: Console, options: CalibrateOptions, *, reuse: bool = False
+) -> dict[str, Any]:
+    """Record trajectories and calibrate; writes trajectories.safetensors and
+    calibrated.safetensors.
 
-    An interrupted reconstruction goes on: what comes before it is kept with its state, and read from there.
+    An interrupted reconstruction goes on: what comes before it is kept with its state, and read
+    from there.
     """
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
-        from quest_deploy.checkpoint import save_checkpoint
+        from quest_deploy.artifacts.checkpoint import save_checkpoint
+        from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
+        from quest_deploy.calibration.reconstruction import ReconstructOptions, reconstruct
+        from quest_deploy.calibration.training_state import hash_of_tensors
+        from quest_deploy.calibration.trajectories import record_trajectories, samples_for
         from quest_deploy.models.registry import load_model
-        from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
-        from quest_deploy.quant.reconstruct import ReconstructOptions, reconstruct
-        from quest_deploy.training_state import hash_of_tensors
-        from quest_deploy.trajectories import record_trajectories, samples_for
 
         model = load_model(workspace.source, options.prompts)
         unet = model.load_unet()
@@ -139,7 +159,9 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
             # No more rows than by default: which values are kept depends on them.
             batch = min(rows or CalibrationOptions.batch, options.batch or CalibrationOptions.batch)
             settings = CalibrationOptions(method, seed=options.seed, batch=batch)
-            return trajectories, calibrate(workspace.model, unet, trajectories, workspace.scheme, settings, update)
+            return trajectories, calibrate(
+                workspace.model, unet, trajectories, workspace.scheme, settings, update
+            )
 
         if not reconstructs:
             trajectories, checkpoint = start()
@@ -150,7 +172,9 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
                 "scheme": workspace.scheme.to_json(),
                 "options": dataclasses.asdict(options),
             }
-            trajectories, checkpoint = _kept(workspace.path(RECONSTRUCT_STATE), made_from, start, console.note)
+            trajectories, checkpoint = _kept(
+                workspace.path(RECONSTRUCT_STATE), made_from, start, console.note
+            )
             checkpoint = reconstruct(
                 unet,
                 checkpoint,
@@ -174,7 +198,15 @@ def calibrate_stage(workspace: Workspace, console: Console, options: CalibrateOp
         }
         return [workspace.path(TRAJECTORIES), workspace.path(CALIBRATED)], details
 
-    return run_stage(workspace, console, "calibrate", inputs=(), options=dataclasses.asdict(options), reuse=reuse, work=work)
+    return run_stage(
+        workspace,
+        console,
+        "calibrate",
+        inputs=(),
+        options=dataclasses.asdict(options),
+        reuse=reuse,
+        work=work,
+    )
 
 
 def method_name(workspace: Workspace) -> str:
@@ -183,10 +215,17 @@ def method_name(workspace: Workspace) -> str:
     return "Q-Diffusion" if record is not None and record.options.get("method") == QDIFF else "PTQ"
 
 
-def _kept(folder: Path, made_from: dict[str, Any], make: Callable[[], Start], notify: Callable[[str], None]) -> Start:
-    """What an interrupted reconstruction started from, to the bit, or else what ``make`` gives, kept in ``folder``.
+def _kept(
+    folder: Path,
+    made_from: dict[str, Any],
+    make: Callable[[], Start],
+    notify: Callable[[str], None],
+) -> Start:
+    """What an interrupted reconstruction started from, to the bit, or else what ``make`` gives,
+    kept in ``folder``.
 
-    Made again with other threads or on another machine it would differ in last bits, and no unit that is done would fit it.
+    Made again with other threads or on another machine it would differ in last bits, and no unit
+    that is done would fit it.
     """
     if (folder / MADE_FROM).exists():
         try:
@@ -194,13 +233,14 @@ def _kept(folder: Path, made_from: dict[str, Any], make: Callable[[], Start], no
         except InputError as e:
             notify(f"warning: {e}: trajectories and scales are made anew")
     _write_start(folder, made_from, *make())
-    # Not what is in memory: every run computes from the very tensors that a resumed one reads, their layout included.
+    # Not what is in memory: every run computes from the very tensors that a resumed one reads,
+    # their layout included.
     return _read_start(folder, made_from)
 
 
 def _read_start(folder: Path, made_from: dict[str, Any]) -> Start:
-    from quest_deploy.checkpoint import load_checkpoint
-    from quest_deploy.trajectories import Trajectories
+    from quest_deploy.artifacts.checkpoint import load_checkpoint
+    from quest_deploy.calibration.trajectories import Trajectories
 
     record = read_json(folder / MADE_FROM, repair="it cannot be used")
     if not isinstance(record, dict) or record.get("made_from") != made_from:
@@ -210,8 +250,10 @@ def _read_start(folder: Path, made_from: dict[str, Any]) -> Start:
     return Trajectories.load(folder / TRAJECTORIES), load_checkpoint(folder / CALIBRATED)
 
 
-def _write_start(folder: Path, made_from: dict[str, Any], trajectories: Trajectories, checkpoint: Checkpoint) -> None:
-    from quest_deploy.checkpoint import save_checkpoint
+def _write_start(
+    folder: Path, made_from: dict[str, Any], trajectories: Trajectories, checkpoint: Checkpoint
+) -> None:
+    from quest_deploy.artifacts.checkpoint import save_checkpoint
 
     trajectories.save(folder / TRAJECTORIES)
     save_checkpoint(checkpoint, folder / CALIBRATED)
@@ -219,14 +261,22 @@ def _write_start(folder: Path, made_from: dict[str, Any], trajectories: Trajecto
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    return {name: sha256_of(folder / name) for name in (TRAJECTORIES, CALIBRATED) if (folder / name).is_file()}
+    return {
+        name: sha256_of(folder / name)
+        for name in (TRAJECTORIES, CALIBRATED)
+        if (folder / name).is_file()
+    }
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts of a text file, one a line; raise InputError where it cannot be read or has none."""
+    """The prompts of a text file, one a line; raise InputError where it cannot be read or has
+    none.
+    """
     try:
         if path.stat().st_size > _MAX_PROMPT_BYTES:
-            raise InputError(f"{path}: expected a file of prompts of at most {_MAX_PROMPT_BYTES} bytes")
+            raise InputError(
+                f"{path}: expected a file of prompts of at most {_MAX_PROMPT_BYTES} bytes"
+            )
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: expected a text file with a prompt a line ({e})") from e
@@ -238,9 +288,11 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
     """The details in words."""
     return (
-        f"{workspace.model} at {workspace.scheme.name}: {details['layers']} layers read {details['sites']} tensors, each with "
+        f"{workspace.model} at {workspace.scheme.name}: {details['layers']} layers read "
+        f"{details['sites']} tensors, each with "
         f"{details['buckets']} activation scales\n"
-        f"4-bit share: {details['weights_at_4_bits']:.1%} of the weights, {details['macs_at_4_bits']:.1%} of the multiply-adds\n"
+        f"4-bit share: {details['weights_at_4_bits']:.1%} of the weights, "
+        f"{details['macs_at_4_bits']:.1%} of the multiply-adds\n"
         f"{workspace.path(CALIBRATED)} ({size(details['checkpoint_bytes'])})"
     )
 
@@ -258,26 +310,53 @@ def calibrate(
     softmax_bits: SoftmaxBitsOption = None,
     split_shortcuts: SplitShortcutsOption = None,
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = DEFAULT_METHOD,
-    samples: Annotated[int | None, typer.Option(min=1, help="Samplings to record.", show_default="the model's")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Samplings to record.", show_default="the model's")
+    ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="DDIM steps of each; more where that is needed to visit every bucket.", show_default="the model's"),
+        typer.Option(
+            min=1,
+            help="DDIM steps of each; more where that is needed to visit every bucket.",
+            show_default="the model's",
+        ),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Rows that run at once.", show_default="the model's")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows that run at once.", show_default="the model's")
+    ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance weight of the samplings; 1 is none.", show_default="the model's")
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance weight of the samplings; 1 is none.",
+            show_default="the model's",
+        ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A file with a prompt a line, for a text-to-image model.", show_default="a short list of ours")
+        Path | None,
+        typer.Option(
+            help="A file with a prompt a line, for a text-to-image model.",
+            show_default="a short list of ours",
+        ),
     ] = None,
-    reconstruction_samples: Annotated[int | None, typer.Option(min=1, help="qdiff: recorded samples it learns from.")] = None,
-    rounding_steps: Annotated[int | None, typer.Option(min=0, help="qdiff: steps a block that learn the rounding.")] = None,
-    scale_steps: Annotated[int | None, typer.Option(min=0, help="qdiff: steps a block that learn the activation scales.")] = None,
-    reconstruction_batch: Annotated[int | None, typer.Option(min=1, help="qdiff: samples a step.")] = None,
+    reconstruction_samples: Annotated[
+        int | None, typer.Option(min=1, help="qdiff: recorded samples it learns from.")
+    ] = None,
+    rounding_steps: Annotated[
+        int | None, typer.Option(min=0, help="qdiff: steps a block that learn the rounding.")
+    ] = None,
+    scale_steps: Annotated[
+        int | None,
+        typer.Option(min=0, help="qdiff: steps a block that learn the activation scales."),
+    ] = None,
+    reconstruction_batch: Annotated[
+        int | None, typer.Option(min=1, help="qdiff: samples a step.")
+    ] = None,
     seed: int = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Quantize the FP32 model by calibration alone (PTQ), data-free; qdiff resumes where it was interrupted."""
+    """Quantize the FP32 model by calibration alone (PTQ), data-free; qdiff resumes where it was
+    interrupted.
+    """
     console = Console(as_json=as_json)
     reconstruction = {
         "samples": reconstruction_samples,
@@ -288,7 +367,9 @@ def calibrate(
     given = {name: value for name, value in reconstruction.items() if value is not None}
     asked = None if prompts is None else read_prompts(prompts)
     options = CalibrateOptions(samples, steps, method, seed, given, batch, guidance, asked)
-    choices = SchemeChoices(bits, buckets, granularity, attention_bits, softmax_bits, split_shortcuts)
+    choices = SchemeChoices(
+        bits, buckets, granularity, attention_bits, softmax_bits, split_shortcuts
+    )
     chosen = ModelChoices(model, revision, random_weights, tuple(lora or ()))
     opened = create_workspace(workspace, chosen, choices, split_shortcuts=method == QDIFF)
     details = calibrate_stage(opened, console, options)

@@ -10,37 +10,72 @@ import typer
 
 from quest_deploy.cli.console import Console
 from quest_deploy.cli.options import JsonOption
-from quest_deploy.client import TIMEOUT, request_image
 from quest_deploy.files import atomic_file
+from quest_deploy.serving.client import TIMEOUT, request_image
 
 
 def client(
-    url: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The server's gRPC service, such as 127.0.0.1:8001.")],
-    prompt: Annotated[str | None, typer.Option(help="What to draw, of a text-to-image model.")] = None,
+    url: Annotated[
+        str,
+        typer.Argument(
+            metavar="HOST:PORT", help="The server's gRPC service, such as 127.0.0.1:8001."
+        ),
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(help="What to draw, of a text-to-image model.")
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
-    label: Annotated[int | None, typer.Option(help="The class to draw, of a class-conditional model.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the server's")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="A diffusers scheduler by its short name.", show_default="the server's")] = None,
+    label: Annotated[
+        int | None, typer.Option(help="The class to draw, of a class-conditional model.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps.", show_default="the server's")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="A diffusers scheduler by its short name.", show_default="the server's"),
+    ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance weight; 1 is none.", show_default="the model's")
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance weight; 1 is none.", show_default="the model's"
+        ),
     ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed draws the same image.", show_default="the server's choice")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the PNG file.")] = Path("image.png"),
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for each step.")] = TIMEOUT,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="The same seed draws the same image.", show_default="the server's choice"
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where to write the PNG file.")
+    ] = Path("image.png"),
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds to wait for each step.")
+    ] = TIMEOUT,
     as_json: JsonOption = False,
 ) -> None:
     """Ask a server started by a package's serve.py for an image; Ctrl-C cancels it there too."""
     console = Console(as_json=as_json)
     choices = {
-        "prompt": prompt, "negative_prompt": negative_prompt, "label": label, "steps": steps, "scheduler": scheduler,
-        "guidance": guidance, "height": height, "width": width, "seed": seed,
-    }  # fmt: skip
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "label": label,
+        "steps": steps,
+        "scheduler": scheduler,
+        "guidance": guidance,
+        "height": height,
+        "width": width,
+        "seed": seed,
+    }
     request = {name: value for name, value in choices.items() if value is not None}
     started = time.monotonic()
     with console.progress("client") as update:
-        drawn = request_image(url, request, lambda done, total: update("denoising", done, total), timeout)
+        drawn = request_image(
+            url, request, lambda done, total: update("denoising", done, total), timeout
+        )
     seconds = time.monotonic() - started
     with atomic_file(output) as temporary:
         temporary.write_bytes(drawn.png)

@@ -31,7 +31,9 @@ _SECONDS_TRAINED, _SECONDS_CALIBRATED = 240.0, 60.0
 
 
 class _Lines:
-    """Watches a campaign where standard error is no terminal: a line for each cell that starts and ends."""
+    """Watches a campaign where standard error is no terminal: a line for each cell that starts and
+    ends.
+    """
 
     def __init__(self, console: Console, left: _TimeLeft) -> None:
         self._console, self._left = console, left
@@ -66,7 +68,9 @@ class _Bars(_Lines):
         self._tasks[cell] = self._progress.add_task(cell.name, total=None, left="")
 
     def advanced(self, cell: Cell, phase: str, done: int, total: int) -> None:
-        self._progress.update(self._tasks[cell], description=f"{cell.name}: {phase}", completed=done, total=total)
+        self._progress.update(
+            self._tasks[cell], description=f"{cell.name}: {phase}", completed=done, total=total
+        )
         self._progress.update(self._all, left=str(self._left))
 
     def finished(self, cell: Cell, result: Result) -> None:
@@ -85,7 +89,9 @@ class _Bars(_Lines):
 class _TimeLeft:
     """How long a campaign will still take, from what cells of the same row took before."""
 
-    def __init__(self, cells: Sequence[Cell], results: Mapping[Cell, Result | None], jobs: int) -> None:
+    def __init__(
+        self, cells: Sequence[Cell], results: Mapping[Cell, Result | None], jobs: int
+    ) -> None:
         self._jobs = jobs
         self._pending = set(cells)
         self._running: dict[Cell, float] = {}
@@ -106,14 +112,18 @@ class _TimeLeft:
     def __str__(self) -> str:
         now = time.monotonic()
         waiting = sum(self._expected(cell) for cell in self._pending)
-        running = sum(max(0.0, self._expected(cell) - (now - since)) for cell, since in self._running.items())
+        running = sum(
+            max(0.0, self._expected(cell) - (now - since)) for cell, since in self._running.items()
+        )
         return time_left((waiting + running) / self._jobs)
 
     def _expected(self, cell: Cell) -> float:
         if taken := self._taken.get(cell.row):
             return sum(taken) / len(taken)
         recipe = ROWS[cell.row].recipe
-        trained = isinstance(recipe, Pipeline) and (recipe.finetuning is not None or recipe.reconstruction is not None)
+        trained = isinstance(recipe, Pipeline) and (
+            recipe.finetuning is not None or recipe.reconstruction is not None
+        )
         return _SECONDS_TRAINED if trained else _SECONDS_CALIBRATED
 
 
@@ -139,32 +149,62 @@ def _watching(console: Console, left: _TimeLeft, cells: int) -> Iterator[Watcher
 
 def _summary(result: Result) -> str:
     distance, accuracy = result.quality.frechet_distance, result.quality.accuracy
-    return f"Frechet distance {distance:.2f}, accuracy {accuracy:.1%}, made in {result.total_seconds:.0f} s"
+    return (
+        f"Frechet distance {distance:.2f}, accuracy {accuracy:.1%}, made in "
+        f"{result.total_seconds:.0f} s"
+    )
 
 
 def compare(
-    model: Annotated[str, typer.Option(help=f"The model: {DEFAULT_MODEL}, whose images can be judged.")] = DEFAULT_MODEL,
+    model: Annotated[
+        str, typer.Option(help=f"The model: {DEFAULT_MODEL}, whose images can be judged.")
+    ] = DEFAULT_MODEL,
     only: Annotated[
-        list[str] | None, typer.Option(help="Compute only cells whose name matches this glob, such as 'w4a4-quest-*'; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Compute only cells whose name matches this glob, such as 'w4a4-quest-*'; may be "
+            "repeated."
+        ),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="The seeds, separated by commas.")] = ",".join(map(str, SEEDS)),
-    list_cells: Annotated[bool, typer.Option("--list", help="List the cells and whether they are measured; compute nothing.")] = False,
+    seeds: Annotated[str, typer.Option(help="The seeds, separated by commas.")] = ",".join(
+        map(str, SEEDS)
+    ),
+    list_cells: Annotated[
+        bool,
+        typer.Option(
+            "--list", help="List the cells and whether they are measured; compute nothing."
+        ),
+    ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Cells that are computed side by side.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each cell.")] = 1,
-    folder: Annotated[Path, typer.Option(help="Where the cells, the table and the plot are.")] = DEFAULT_FOLDER,
+    folder: Annotated[
+        Path, typer.Option(help="Where the cells, the table and the plot are.")
+    ] = DEFAULT_FOLDER,
     as_json: JsonOption = False,
 ) -> None:
-    """Compute the missing cells of the comparison, then write its table and its plot; resumes where it was interrupted."""
+    """Compute the missing cells of the comparison, then write its table and its plot; resumes where
+    it was interrupted.
+    """
     console = Console(as_json=as_json)
     check_model_name(model)
     if model != DEFAULT_MODEL:
-        raise InputError(f"--model {model}: expected {DEFAULT_MODEL}, the model whose images the comparison can judge")
+        raise InputError(
+            f"--model {model}: expected {DEFAULT_MODEL}, the model whose images the comparison can "
+            "judge"
+        )
     numbers = _seeds(seeds)
     cells = all_cells(numbers)
-    chosen = [cell for cell in cells if not only or any(fnmatchcase(cell.name, pattern) for pattern in only)]
+    chosen = [
+        cell
+        for cell in cells
+        if not only or any(fnmatchcase(cell.name, pattern) for pattern in only)
+    ]
     if not chosen:
-        raise InputError(f"no cell matches {', '.join(only or [])}; `quest-deploy compare --list` names them all")
+        raise InputError(
+            f"no cell matches {', '.join(only or [])}; `quest-deploy compare --list` names them all"
+        )
 
+    from quest_deploy.artifacts.model_source import ModelSource
     from quest_deploy.compare.campaign import compute
     from quest_deploy.compare.methods import definition_of
     from quest_deploy.compare.plot import plot
@@ -172,30 +212,48 @@ def compare(
     from quest_deploy.compare.results import load_result
     from quest_deploy.files import atomic_file, remove_temporaries
     from quest_deploy.models.registry import load_model
-    from quest_deploy.models.source import ModelSource
 
     loaded = load_model(ModelSource(model))
     definitions = {cell: definition_of(cell, loaded) for cell in cells}
     results = {cell: load_result(folder, cell, definitions[cell]) for cell in cells}
     if list_cells:
         shown = {cell.name: results[cell] is not None for cell in chosen}
-        console.result({"cells": shown}, *(f"{name}: {'measured' if done else 'not run'}" for name, done in shown.items()))
+        console.result(
+            {"cells": shown},
+            *(f"{name}: {'measured' if done else 'not run'}" for name, done in shown.items()),
+        )
         return
     missing = [cell for cell in chosen if results[cell] is None]
     remove_temporaries(folder / "cells")
     failures: dict[Cell, CellError] = {}
     if missing:
         with _watching(console, _TimeLeft(missing, results, jobs), len(missing)) as watcher:
-            failures = compute(model, {cell: definitions[cell] for cell in missing}, folder, watcher, jobs=jobs, threads=threads)
+            failures = compute(
+                model,
+                {cell: definitions[cell] for cell in missing},
+                folder,
+                watcher,
+                jobs=jobs,
+                threads=threads,
+            )
         results |= {cell: load_result(folder, cell, definitions[cell]) for cell in missing}
-    command = f"quest-deploy compare --model {model}" + (f" --seeds {seeds}" if numbers != list(SEEDS) else "")
+    command = f"quest-deploy compare --model {model}" + (
+        f" --seeds {seeds}" if numbers != list(SEEDS) else ""
+    )
     table = markdown(model, command, results, numbers)
     with atomic_file(folder / TABLE) as temporary:
         temporary.write_text(table)
     plot(results, numbers, folder / PLOT)
     if failures:
-        worst = InputError if all(failure.exit_code == InputError.exit_code for failure in failures.values()) else QuestDeployError
-        raise worst(f"{len(failures)} of {len(missing)} cells failed: {'; '.join(map(str, failures.values()))}")
+        worst = (
+            InputError
+            if all(failure.exit_code == InputError.exit_code for failure in failures.values())
+            else QuestDeployError
+        )
+        raise worst(
+            f"{len(failures)} of {len(missing)} cells failed: "
+            f"{'; '.join(map(str, failures.values()))}"
+        )
     details: dict[str, Any] = everything(model, command, results, numbers)
     measured = sum(result is not None for result in results.values())
     console.result(

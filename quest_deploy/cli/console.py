@@ -1,4 +1,6 @@
-"""What a command prints: progress on standard error, its result on standard output, as text or as JSON."""
+"""What a command prints: progress on standard error, its result on standard output, as text or as
+JSON.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class Update(Protocol):
-        """Reports that ``done`` of ``total`` steps of ``phase`` are done; ``detail`` is what else to show of the last one."""
+        """Reports that ``done`` of ``total`` steps of ``phase`` are done; ``detail`` is what else
+        to show of the last one.
+        """
 
         def __call__(self, phase: str, done: int, total: int, detail: str = "") -> None: ...
 
@@ -31,7 +35,9 @@ class Console:
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Update]:
-        """Show the phase that was last reported and its time left: in a bar, or where piped in a line every 30 s at most."""
+        """Show the phase that was last reported and its time left: in a bar, or where piped in a
+        line every 30 s at most.
+        """
         pace = _Pace(self._clock)
         if not sys.stderr.isatty():
             told = started = self._clock()
@@ -48,11 +54,19 @@ class Console:
             self.note(f"{title}: done in {self._clock() - started:.1f} s")
             return
         from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
         from rich.table import Column
 
         columns = (
-            TextColumn("{task.description}", table_column=Column()),  # wraps, where rich's own would cut off what is behind it
+            TextColumn(
+                "{task.description}", table_column=Column()
+            ),  # wraps, where rich's own would cut off what is behind it
             BarColumn(10),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -63,7 +77,13 @@ class Console:
 
             def update(phase: str, done: int, total: int, detail: str = "") -> None:
                 description = _listing(f"{title}: {phase}", detail)
-                bar.update(task, description=description, completed=done, total=total, left=pace.left(phase, done, total))
+                bar.update(
+                    task,
+                    description=description,
+                    completed=done,
+                    total=total,
+                    left=pace.left(phase, done, total),
+                )
 
             yield update
 
@@ -94,7 +114,9 @@ class _Pace:
         self._first: dict[str, tuple[float, int]] = {}
 
     def left(self, phase: str, done: int, total: int) -> str:
-        """The time left of ``phase`` in words; nothing where it is done, or no step's time is known yet."""
+        """The time left of ``phase`` in words; nothing where it is done, or no step's time is known
+        yet.
+        """
         now = self._clock()
         since, first = self._first.setdefault(phase, (now, done))
         if done <= first:  # seen for the first time, or it starts over
@@ -119,17 +141,32 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A plain text table, the first column left-aligned, the others right-aligned."""
     cells = [list(header), *[list(row) for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]
+    lines = [
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
 def in_float(float_sites: dict[str, str], sites: int) -> list[str]:
-    """The line that says how many of a checkpoint's ``sites`` compute in float and why (``Checkpoint.float_sites``), if any do."""
+    """The line that says how many of a checkpoint's ``sites`` compute in float and why
+    (``Checkpoint.float_sites``), if any do.
+    """
     if not float_sites:
         return []
     counts = Counter(float_sites.values()).most_common()
-    reasons = counts[0][0] if len(counts) == 1 else "; ".join(f"{count}: {reason}" for reason, count in counts)
-    return [f"{len(float_sites)} of {sites} tensors and the layers that read them compute in float ({reasons})"]
+    reasons = (
+        counts[0][0]
+        if len(counts) == 1
+        else "; ".join(f"{count}: {reason}" for reason, count in counts)
+    )
+    return [
+        f"{len(float_sites)} of {sites} tensors and the layers that read them compute in float "
+        f"({reasons})"
+    ]
 
 
 def size(count: float) -> str:

@@ -1,7 +1,8 @@
 """`quest-deploy evaluate`: quality of FP32, PTQ, QuEST and the engines, side by side.
 
-The embedded model's images are judged by a classifier of digits. Of other models it is measured how near they come to FP32: the
-error of the predictions in each timestep bucket, and that of the images drawn from the same noise.
+The embedded model's images are judged by a classifier of digits. Of other models it is measured how
+near they come to FP32: the error of the predictions in each timestep bucket, and that of the images
+drawn from the same noise.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quest_deploy.artifacts.workspace import CALIBRATED, CHECKPOINT, REPORTS
+from quest_deploy.backends.base import EngineOptions
+from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.cli.calibrate import method_name
 from quest_deploy.cli.console import Console, table
 from quest_deploy.cli.options import (
@@ -25,20 +29,17 @@ from quest_deploy.cli.options import (
     open_workspace,
 )
 from quest_deploy.cli.stage import run_stage
-from quest_deploy.engine.backends import BACKENDS, get_backend
-from quest_deploy.engine.base import EngineOptions
 from quest_deploy.files import write_json
-from quest_deploy.workspace import CALIBRATED, CHECKPOINT, REPORTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from torch import nn
 
+    from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.cli.console import Update
-    from quest_deploy.quant.model import QuantizedModel
-    from quest_deploy.sampling import Denoiser
-    from quest_deploy.workspace import Workspace
+    from quest_deploy.evaluation.sampling import Denoiser
+    from quest_deploy.quantization.model import QuantizedModel
 
 FEW_IMAGES = 4
 """To draw with each of the contestants, where a forward pass may take seconds."""
@@ -47,9 +48,15 @@ DEFAULTS = {"steps": STEPS, "scheduler": SCHEDULER, "seed": SEED}
 
 
 def evaluate_stage(
-    workspace: Workspace, console: Console, backend: str, choices: dict[str, Any] | None = None, *, reuse: bool = False
+    workspace: Workspace,
+    console: Console,
+    backend: str,
+    choices: dict[str, Any] | None = None,
+    *,
+    reuse: bool = False,
 ) -> dict[str, Any]:
-    """Judge FP32, PTQ, QuEST (where finetuned) and the engine of ``backend``; writes reports/evaluate-<backend>.json.
+    """Judge FP32, PTQ, QuEST (where finetuned) and the engine of ``backend``; writes
+    reports/evaluate-<backend>.json.
 
     Args:
         choices: override the defaults of SamplingOptions, some of which are the model's.
@@ -59,9 +66,17 @@ def evaluate_stage(
     given = {**DEFAULTS, **(choices or {})}
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
-        from quest_deploy.evaluate import HELD_OUT_SAMPLES, HELD_OUT_SEED, SamplingOptions, assess, compare_images, draw, epsilon_mse
+        from quest_deploy.calibration.trajectories import record_trajectories
+        from quest_deploy.evaluation.quality import (
+            HELD_OUT_SAMPLES,
+            HELD_OUT_SEED,
+            SamplingOptions,
+            assess,
+            compare_images,
+            draw,
+            epsilon_mse,
+        )
         from quest_deploy.models.registry import load_model
-        from quest_deploy.trajectories import record_trajectories
 
         model = load_model(workspace.source)
         defaults = {} if model.judges_digits else {"images": FEW_IMAGES}
@@ -83,23 +98,41 @@ def evaluate_stage(
             if name == "FP32":
                 fp32_images = images
             errors = epsilon_mse(denoise, held_out, workspace.scheme, model.forward_rows)
-            judged = assess(images, labels, fp32_images, errors) if model.judges_digits else compare_images(images, fp32_images, errors)
+            judged = (
+                assess(images, labels, fp32_images, errors)
+                if model.judges_digits
+                else compare_images(images, fp32_images, errors)
+            )
             results[name] = judged.to_json()
         details = {"backend": backend, "sampling": dataclasses.asdict(chosen), "results": results}
         write_json(report, details)
         return [report], details
 
     inputs = (*workspace.checkpoint_inputs, f"build-engine/{backend}")
-    return run_stage(workspace, console, f"evaluate/{backend}", inputs=inputs, options=given, reuse=reuse, work=work)
+    return run_stage(
+        workspace,
+        console,
+        f"evaluate/{backend}",
+        inputs=inputs,
+        options=given,
+        reuse=reuse,
+        work=work,
+    )
 
 
-def _contestants(workspace: Workspace, backend: str, unet: nn.Module) -> Iterator[tuple[str, Denoiser]]:
-    """The denoisers by name, FP32 first; each is released before the next is made, since a large model's fill the memory."""
-    from quest_deploy.runtime import EngineUNet
-    from quest_deploy.sampling import float_denoiser
+def _contestants(
+    workspace: Workspace, backend: str, unet: nn.Module
+) -> Iterator[tuple[str, Denoiser]]:
+    """The denoisers by name, FP32 first; each is released before the next is made, since a large
+    model's fill the memory.
+    """
+    from quest_deploy.backends.engine_unet import EngineUNet
+    from quest_deploy.evaluation.sampling import float_denoiser
 
     yield "FP32", float_denoiser(unet)
-    methods = {method_name(workspace): CALIBRATED} | ({"QuEST": CHECKPOINT} if "finetune" in workspace.stages else {})
+    methods = {method_name(workspace): CALIBRATED} | (
+        {"QuEST": CHECKPOINT} if "finetune" in workspace.stages else {}
+    )
     for name, file in methods.items():
         yield name, _quantized(workspace.path(file))
     with EngineUNet.load(workspace, backend) as engine:
@@ -108,8 +141,8 @@ def _contestants(workspace: Workspace, backend: str, unet: nn.Module) -> Iterato
 
 def _quantized(path: Path) -> QuantizedModel:
     """The fake-quantized model of a checkpoint, its weights rounded once for all images."""
-    from quest_deploy.checkpoint import load_checkpoint
-    from quest_deploy.quant.model import QuantizedModel
+    from quest_deploy.artifacts.checkpoint import load_checkpoint
+    from quest_deploy.quantization.model import QuantizedModel
 
     quantized = QuantizedModel.from_checkpoint(load_checkpoint(path)).eval()
     for layer in quantized.quantized_layers().values():
@@ -122,29 +155,51 @@ def _report(update: Update, name: str, done: int, total: int) -> None:
 
 
 def describe(details: dict[str, Any]) -> str:
-    """The details as a table; epsilon-MSE as the mean over the upper and the lower half of the buckets."""
+    """The details as a table; epsilon-MSE as the mean over the upper and the lower half of the
+    buckets.
+    """
     rows = []
     judged = all("frechet_distance" in quality for quality in details["results"].values())
     for name, quality in details["results"].items():
         errors = [e for e in quality["epsilon_mse"] if e is not None]
         clean, noisy = errors[: max(1, len(errors) // 2)], errors[len(errors) // 2 :]
-        told = [f"{quality['frechet_distance']:.2f}", f"{quality['accuracy']:.1%}"] if judged else [_psnr(quality)]
-        rows.append([
-            name, *told, f"{quality['pixel_mse']:.4f}", f"{sum(noisy) / len(noisy):.4f}", f"{sum(clean) / len(clean):.4f}"
-        ])  # fmt: skip
+        told = (
+            [f"{quality['frechet_distance']:.2f}", f"{quality['accuracy']:.1%}"]
+            if judged
+            else [_psnr(quality)]
+        )
+        rows.append(
+            [
+                name,
+                *told,
+                f"{quality['pixel_mse']:.4f}",
+                f"{sum(noisy) / len(noisy):.4f}",
+                f"{sum(clean) / len(clean):.4f}",
+            ]
+        )
     sampling = details["sampling"]
-    caption = f"{sampling['images']} images, {sampling['steps']}-step {sampling['scheduler']}, guidance {sampling['guidance']:g}"
+    caption = (
+        f"{sampling['images']} images, {sampling['steps']}-step {sampling['scheduler']}, "
+        f"guidance {sampling['guidance']:g}"
+    )
     measures = ["Frechet distance", "accuracy"] if judged else ["PSNR to FP32, dB"]
-    return "\n".join([caption, table(["", *measures, "pixel MSE", "e-MSE, t high", "e-MSE, t low"], rows)])
+    return "\n".join(
+        [caption, table(["", *measures, "pixel MSE", "e-MSE, t high", "e-MSE, t low"], rows)]
+    )
 
 
 def summary(details: dict[str, Any]) -> str:
     """The details in a line."""
     results = details["results"]
     if all("frechet_distance" in quality for quality in results.values()):
-        told = "  ".join(f"{name} {quality['frechet_distance']:.2f}" for name, quality in results.items())
+        told = "  ".join(
+            f"{name} {quality['frechet_distance']:.2f}" for name, quality in results.items()
+        )
         return f"Frechet distance (lower is better): {told}"
-    return f"PSNR to FP32's images, dB: {'  '.join(f'{name} {_psnr(quality)}' for name, quality in results.items())}"
+    return (
+        "PSNR to FP32's images, dB: "
+        f"{'  '.join(f'{name} {_psnr(quality)}' for name, quality in results.items())}"
+    )
 
 
 def _psnr(quality: dict[str, Any]) -> str:
@@ -155,22 +210,45 @@ def evaluate(
     workspace: WorkspaceOption = None,
     model: ModelOption = None,
     bits: BitsOption = None,
-    backend: Annotated[str, typer.Option(help=f"The engine to judge: {', '.join(BACKENDS)}.")] = DEFAULT_BACKEND,
+    backend: Annotated[
+        str, typer.Option(help=f"The engine to judge: {', '.join(BACKENDS)}.")
+    ] = DEFAULT_BACKEND,
     images: Annotated[
-        int | None, typer.Option(min=2, help="Images to draw with each.", show_default=f"1000 for {DEFAULT_MODEL}, else {FEW_IMAGES}")
+        int | None,
+        typer.Option(
+            min=2,
+            help="Images to draw with each.",
+            show_default=f"1000 for {DEFAULT_MODEL}, else {FEW_IMAGES}",
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = STEPS,
     guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance weight; 1 is none.", show_default="the model's")
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance weight; 1 is none.", show_default="the model's"
+        ),
     ] = None,
     scheduler: Annotated[str, typer.Option(help="A diffusers scheduler.")] = SCHEDULER,
     seed: int = SEED,
     as_json: JsonOption = False,
 ) -> None:
-    """Judge FP32, the fake-quantized models and the engine: digits by a classifier, other models by their distance from FP32."""
+    """Judge FP32, the fake-quantized models and the engine: digits by a classifier, other models by
+    their distance from FP32.
+    """
     console = Console(as_json=as_json)
     get_backend(backend)
     opened = open_workspace(workspace, model, bits)
-    choices = {"images": images, "steps": steps, "guidance": guidance, "scheduler": scheduler, "seed": seed}
-    details = evaluate_stage(opened, console, backend, {name: value for name, value in choices.items() if value is not None})
+    choices = {
+        "images": images,
+        "steps": steps,
+        "guidance": guidance,
+        "scheduler": scheduler,
+        "seed": seed,
+    }
+    details = evaluate_stage(
+        opened,
+        console,
+        backend,
+        {name: value for name, value in choices.items() if value is not None},
+    )
     console.result({"workspace": str(opened.root), **details}, describe(details))

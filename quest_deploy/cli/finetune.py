@@ -9,22 +9,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quest_deploy.artifacts.workspace import (
+    CALIBRATED,
+    CHECKPOINT,
+    FINETUNE_STATE,
+    FINETUNE_TARGETS,
+    REPORTS,
+    TRAJECTORIES,
+)
 from quest_deploy.cli.console import Console, size
-from quest_deploy.cli.options import BitsOption, JsonOption, ModelOption, WorkspaceOption, open_workspace
+from quest_deploy.cli.options import (
+    BitsOption,
+    JsonOption,
+    ModelOption,
+    WorkspaceOption,
+    open_workspace,
+)
 from quest_deploy.cli.sensitivity import SENSITIVITY
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
-from quest_deploy.finetune.processes import is_main_process
-from quest_deploy.workspace import CALIBRATED, CHECKPOINT, FINETUNE_STATE, FINETUNE_TARGETS, REPORTS, TRAJECTORIES
+from quest_deploy.finetuning.distributed import is_main_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from quest_deploy.checkpoint import Checkpoint
+    from quest_deploy.artifacts.checkpoint import Checkpoint
+    from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.cli.console import Update
-    from quest_deploy.finetune.train import FinetuneOptions, Progress
-    from quest_deploy.workspace import Workspace
+    from quest_deploy.finetuning.train import FinetuneOptions, Progress
 
 
 def finetune_stage(
@@ -39,12 +52,13 @@ def finetune_stage(
 
     Args:
         choices: override the model's own options, which override the defaults of FinetuneOptions.
-        execution: override those of ``finetune`` that do not shape the result (device, gradient_checkpointing, ...).
+        execution: override those of ``finetune`` that do not shape the result (device,
+            gradient_checkpointing, ...).
     """
     given = {"seed": 0, **(choices or {})}
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
-        from quest_deploy.checkpoint import save_checkpoint
+        from quest_deploy.artifacts.checkpoint import save_checkpoint
 
         options = _options(workspace, given)
         losses: list[float] = []
@@ -52,7 +66,12 @@ def finetune_stage(
         def report(progress: Progress) -> None:
             losses.append(progress.loss)
             low, high = progress.buckets
-            update(f"{progress.stage} layers", progress.step, progress.steps, f"buckets {low}-{high}, loss {progress.loss:.4f}")
+            update(
+                f"{progress.stage} layers",
+                progress.step,
+                progress.steps,
+                f"buckets {low}-{high}, loss {progress.loss:.4f}",
+            )
 
         started = time.monotonic()
         checkpoint = _finetune(
@@ -73,25 +92,30 @@ def finetune_stage(
         }
         return [workspace.path(CHECKPOINT)], details
 
-    return run_stage(workspace, console, "finetune", inputs=("calibrate",), options=given, reuse=reuse, work=work)
+    return run_stage(
+        workspace, console, "finetune", inputs=("calibrate",), options=given, reuse=reuse, work=work
+    )
 
 
 def _options(workspace: Workspace, given: dict[str, Any]) -> FinetuneOptions:
-    from quest_deploy.finetune.train import FinetuneOptions
+    from quest_deploy.finetuning.train import FinetuneOptions
     from quest_deploy.models.registry import load_model
 
     model = load_model(workspace.source)
     try:
         return FinetuneOptions(family=model.family, **{**model.finetuning, **given})
     except TypeError as e:
-        raise InputError(f"{workspace.root}: finetuned with options that are unknown here ({e}); run `quest-deploy finetune`") from e
+        raise InputError(
+            f"{workspace.root}: finetuned with options that are unknown here ({e}); run "
+            "`quest-deploy finetune`"
+        ) from e
 
 
 def _finetune(workspace: Workspace, options: FinetuneOptions, **execution: Any) -> Checkpoint:
-    from quest_deploy.checkpoint import load_checkpoint
-    from quest_deploy.finetune.train import finetune
+    from quest_deploy.artifacts.checkpoint import load_checkpoint
+    from quest_deploy.calibration.trajectories import Trajectories
+    from quest_deploy.finetuning.train import finetune
     from quest_deploy.models.registry import load_model
-    from quest_deploy.trajectories import Trajectories
 
     model = load_model(workspace.source)
     with _threads(model.finetuning_threads):
@@ -121,9 +145,16 @@ def _threads(most: int | None) -> Iterator[None]:
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
     """The details in words."""
-    loss = "" if details["final_loss"] is None else f", loss over the last 50: {details['final_loss']:.4f}"
+    loss = (
+        ""
+        if details["final_loss"] is None
+        else f", loss over the last 50: {details['final_loss']:.4f}"
+    )
     checkpoint = f"{workspace.path(CHECKPOINT)} ({size(details['checkpoint_bytes'])})"
-    return f"{details['steps']} steps, the last run took {details['seconds']:.0f} s{loss}\n{checkpoint}"
+    return (
+        f"{details['steps']} steps, the last run took {details['seconds']:.0f} "
+        f"s{loss}\n{checkpoint}"
+    )
 
 
 def finetune(
@@ -131,16 +162,23 @@ def finetune(
     model: ModelOption = None,
     bits: BitsOption = None,
     stages: Annotated[
-        str | None, typer.Option(help="The stages in order, separated by commas.", show_default="temporal,sensitive")
+        str | None,
+        typer.Option(
+            help="The stages in order, separated by commas.", show_default="temporal,sensitive"
+        ),
     ] = None,
     temporal_layers: Annotated[
         str | None,
-        typer.Option(help="Layers of the temporal stage: globs separated by commas, or all.", show_default="the model family's"),
+        typer.Option(
+            help="Layers of the temporal stage: globs separated by commas, or all.",
+            show_default="the model family's",
+        ),
     ] = None,
     layers: Annotated[
         str | None,
         typer.Option(
-            help=f"Layers of the sensitive stage: globs separated by commas, all, or auto ({REPORTS}/{SENSITIVITY} picks them).",
+            help="Layers of the sensitive stage: globs separated by commas, all, or auto "
+            f"({REPORTS}/{SENSITIVITY} picks them).",
             show_default="the model family's",
         ),
     ] = None,
@@ -148,28 +186,55 @@ def finetune(
         bool | None,
         typer.Option(
             "--carry-temporal/--freeze-temporal",
-            help="Whether the sensitive stage trains the temporal layers on, where their stage came first.",
+            help="Whether the sensitive stage trains the temporal layers on, where their stage "
+            "came "
+            "first.",
             show_default="carry",
         ),
     ] = None,
-    temporal_steps: Annotated[int | None, typer.Option(min=0, help="Optimizer steps of the temporal stage.")] = None,
-    sensitive_steps: Annotated[int | None, typer.Option(min=0, help="Optimizer steps of the sensitive stage.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Samples a step, over all processes.")] = None,
-    weight_rate: Annotated[float | None, typer.Option(min=0, help="Learning rate of the weights.")] = None,
-    scale_rate: Annotated[float | None, typer.Option(min=0, help="Learning rate of the activation scales.")] = None,
-    output_loss: Annotated[float | None, typer.Option(min=0, help="Weight of the loss at the model's output.")] = None,
-    block_loss: Annotated[float | None, typer.Option(min=0, help="Weight of the loss at its blocks' outputs.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32, or bf16 for the float arithmetic between the quantizers.")] = None,
+    temporal_steps: Annotated[
+        int | None, typer.Option(min=0, help="Optimizer steps of the temporal stage.")
+    ] = None,
+    sensitive_steps: Annotated[
+        int | None, typer.Option(min=0, help="Optimizer steps of the sensitive stage.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples a step, over all processes.")
+    ] = None,
+    weight_rate: Annotated[
+        float | None, typer.Option(min=0, help="Learning rate of the weights.")
+    ] = None,
+    scale_rate: Annotated[
+        float | None, typer.Option(min=0, help="Learning rate of the activation scales.")
+    ] = None,
+    output_loss: Annotated[
+        float | None, typer.Option(min=0, help="Weight of the loss at the model's output.")
+    ] = None,
+    block_loss: Annotated[
+        float | None, typer.Option(min=0, help="Weight of the loss at its blocks' outputs.")
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="float32, or bf16 for the float arithmetic between the quantizers."),
+    ] = None,
     seed: int | None = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     gradient_checkpointing: Annotated[
-        bool, typer.Option(help="Compute activations again in the backward pass: less memory, more time.")
+        bool,
+        typer.Option(
+            help="Compute activations again in the backward pass: less memory, more time."
+        ),
     ] = False,
-    target_cache: Annotated[int, typer.Option(min=1, help="MiB on disk for the float model's block outputs, per process.")] = 1024,
+    target_cache: Annotated[
+        int,
+        typer.Option(min=1, help="MiB on disk for the float model's block outputs, per process."),
+    ] = 1024,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between two saved states.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
-    """Finetune the calibrated model with QuEST; resumes where it was interrupted. Several processes: `accelerate launch`."""
+    """Finetune the calibrated model with QuEST; resumes where it was interrupted. Several
+    processes: `accelerate launch`.
+    """
     console = Console(as_json=as_json)
     opened = open_workspace(workspace, model, bits)
     choices = {
@@ -195,7 +260,8 @@ def finetune(
         "save_every": save_every,
     }
     if not is_main_process():
-        # The main process holds the lock, checks the workspace, and writes what all of them compute.
+        # The main process holds the lock, checks the workspace, and writes what all of them
+        # compute.
         _finetune(opened, _options(opened, {"seed": 0, **choices}), **execution)
         return
     details = finetune_stage(opened, console, choices, execution)
@@ -203,7 +269,9 @@ def finetune(
 
 
 def _listed(given: str | None) -> tuple[str, ...] | None:
-    return None if given is None else tuple(part.strip() for part in given.split(",") if part.strip())
+    return (
+        None if given is None else tuple(part.strip() for part in given.split(",") if part.strip())
+    )
 
 
 def _patterns(given: str | None) -> tuple[str, ...] | None:
@@ -211,8 +279,10 @@ def _patterns(given: str | None) -> tuple[str, ...] | None:
 
 
 def _sensitive_layers(workspace: Workspace) -> tuple[str, ...]:
-    """The layers that the workspace's sensitivity report says to train; raise InputError where there is no up-to-date report."""
-    from quest_deploy.sensitivity import select_sensitive
+    """The layers that the workspace's sensitivity report says to train; raise InputError where
+    there is no up-to-date report.
+    """
+    from quest_deploy.calibration.sensitivity import select_sensitive
 
     workspace.require("sensitivity")
     return select_sensitive(read_json(workspace.path(REPORTS, SENSITIVITY)))

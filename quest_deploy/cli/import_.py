@@ -1,4 +1,6 @@
-"""`quest-deploy import`: a checkpoint that the official QuEST or Q-Diffusion code wrote, as a workspace."""
+"""`quest-deploy import`: a checkpoint that the official QuEST or Q-Diffusion code wrote, as a
+workspace.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quest_deploy.artifacts.model_source import IMPORTED
+from quest_deploy.artifacts.workspace import (
+    CALIBRATED,
+    MANIFEST,
+    TRAJECTORIES,
+    Workspace,
+    check_vacant,
+)
 from quest_deploy.cli.console import Console, in_float, size
 from quest_deploy.cli.options import JsonOption, WorkspaceOption
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.errors import InputError
 from quest_deploy.files import sha256_of
-from quest_deploy.import_quest.settings import ImportSettings, Source
-from quest_deploy.models.source import IMPORTED
-from quest_deploy.workspace import CALIBRATED, MANIFEST, TRAJECTORIES, Workspace, check_vacant
+from quest_deploy.importers.settings import ImportSettings, Source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from quest_deploy.artifacts.scheme import Scheme
     from quest_deploy.cli.console import Update
-    from quest_deploy.scheme import Scheme
 
 EXAMPLES, CALIBRATION_SAMPLES = 4, 64
 """Samplings that are recorded: to trace and verify the model with, and to recalibrate it on."""
@@ -37,29 +45,36 @@ def import_stage(
     samples: int | None = None,
     seed: int = 0,
 ) -> tuple[Workspace, dict[str, Any]]:
-    """Make a workspace of ``checkpoint``; writes trajectories.safetensors and calibrated.safetensors.
+    """Make a workspace of ``checkpoint``; writes trajectories.safetensors and
+    calibrated.safetensors.
 
     Args:
         root: the workspace's folder; None for quest-out/imported-<bits>.
         unet: the CompVis UNet's configuration.
-        recalibrate: keep the rounded weights, but choose new activation scales that can be deployed.
+        recalibrate: keep the rounded weights, but choose new activation scales that can be
+            deployed.
         samples: samplings to record, None for EXAMPLES or CALIBRATION_SAMPLES.
 
     Raises:
-        InputError: the checkpoint does not fit the configuration and the settings, or the folder holds something else.
+        InputError: the checkpoint does not fit the configuration and the settings, or the folder
+            holds something else.
     """
-    from quest_deploy.checkpoint import save_checkpoint
-    from quest_deploy.import_quest import convert
-    from quest_deploy.import_quest.architecture import UNetConfig
-    from quest_deploy.import_quest.read import read
-    from quest_deploy.import_quest.trajectories import random_inputs, record_imported
-    from quest_deploy.quant.calibrate import CalibrationOptions
+    from quest_deploy.artifacts.checkpoint import save_checkpoint
+    from quest_deploy.calibration.ptq import CalibrationOptions
+    from quest_deploy.importers import convert
+    from quest_deploy.importers.architecture import UNetConfig
+    from quest_deploy.importers.read import read
+    from quest_deploy.importers.trajectories import random_inputs, record_imported
 
     official = read(checkpoint, UNetConfig.load(unet), settings)
     rounded = convert.rounded_layers(official)
     if not 0 <= seed < 2**63:
         raise InputError(f"--seed: expected an integer from 0 to 2^63 - 1, not {seed}")
-    imported = None if recalibrate else convert.import_checkpoint(official, rounded, random_inputs(official, 2, seed))
+    imported = (
+        None
+        if recalibrate
+        else convert.import_checkpoint(official, rounded, random_inputs(official, 2, seed))
+    )
     scheme = convert.import_scheme(official) if imported is None else imported.checkpoint.scheme
     root = root or Path("quest-out") / f"{IMPORTED}-{scheme.name}"
     opened = _opened(root, scheme)
@@ -71,7 +86,9 @@ def import_stage(
             seed=seed,
             on_progress=lambda done, total: update("recording trajectories", done, total),
         )
-        result = imported or convert.recalibrate(official, rounded, trajectories, CalibrationOptions(seed=seed), update)
+        result = imported or convert.recalibrate(
+            official, rounded, trajectories, CalibrationOptions(seed=seed), update
+        )
     # Not before: an import that fails leaves no workspace.
     workspace = opened or Workspace.create(root, IMPORTED, scheme)
 
@@ -93,10 +110,17 @@ def import_stage(
         return [workspace.path(TRAJECTORIES), workspace.path(CALIBRATED)], details
 
     options = {
-        "checkpoint": str(checkpoint), "checkpoint_sha256": sha256_of(checkpoint), "unet": str(unet), "unet_sha256": sha256_of(unet),
-        "recalibrate": recalibrate, "samples": samples, "seed": seed,
-    }  # fmt: skip
-    return workspace, run_stage(workspace, console, "import", inputs=(), options=options, reuse=False, work=work)
+        "checkpoint": str(checkpoint),
+        "checkpoint_sha256": sha256_of(checkpoint),
+        "unet": str(unet),
+        "unet_sha256": sha256_of(unet),
+        "recalibrate": recalibrate,
+        "samples": samples,
+        "seed": seed,
+    }
+    return workspace, run_stage(
+        workspace, console, "import", inputs=(), options=options, reuse=False, work=work
+    )
 
 
 def _opened(root: Path, scheme: Scheme) -> Workspace | None:
@@ -113,7 +137,8 @@ def _opened(root: Path, scheme: Scheme) -> Workspace | None:
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
     """The details in words."""
     lines = [
-        f"{details['layers']} layers, {details['sites']} quantized tensors, each with {details['buckets']} sets of scales, "
+        f"{details['layers']} layers, {details['sites']} quantized tensors, each with "
+        f"{details['buckets']} sets of scales, "
         f"at {workspace.scheme.name}",
         f"{workspace.path(CALIBRATED)} ({size(details['checkpoint_bytes'])})",
         *in_float(details["in_float"], details["sites"]),
@@ -127,40 +152,80 @@ def import_command(
     checkpoint: Annotated[Path, typer.Argument(help="The official checkpoint (ckpt.pth).")],
     source: Annotated[Source, typer.Option("--from", help="The code that wrote it.")],
     unet: Annotated[
-        Path, typer.Option(help="The CompVis UNet's configuration, YAML or JSON: an LDM config, or its UNet's parameters.")
+        Path,
+        typer.Option(
+            help="The CompVis UNet's configuration, YAML or JSON: an LDM config, or its UNet's "
+            "parameters."
+        ),
     ],
     timesteps: Annotated[
-        str | None, typer.Option(help="QuEST: the calibrated timesteps, largest first, separated by commas.", show_default=False)
+        str | None,
+        typer.Option(
+            help="QuEST: the calibrated timesteps, largest first, separated by commas.",
+            show_default=False,
+        ),
     ] = None,
-    weight_bits: Annotated[int | None, typer.Option(help="Bits of weights: 4 or 8.", show_default=False)] = None,
-    activation_bits: Annotated[int | None, typer.Option(help="Bits of activations: 4 or 8.", show_default=False)] = None,
+    weight_bits: Annotated[
+        int | None, typer.Option(help="Bits of weights: 4 or 8.", show_default=False)
+    ] = None,
+    activation_bits: Annotated[
+        int | None, typer.Option(help="Bits of activations: 4 or 8.", show_default=False)
+    ] = None,
     first_last_bits: Annotated[
-        int | None, typer.Option(help="Bits of what the first and the last layer read: QuEST's commands set 8.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Bits of what the first and the last layer read: QuEST's commands set 8.",
+            show_default=False,
+        ),
     ] = None,
     softmax_bits: Annotated[
-        int | None, typer.Option(help="Bits of attention's softmax: 4, 8 or 16 (--sm_abit).", show_default=False)
+        int | None,
+        typer.Option(
+            help="Bits of attention's softmax: 4, 8 or 16 (--sm_abit).", show_default=False
+        ),
     ] = None,
     symmetric: Annotated[
-        bool | None, typer.Option("--symmetric/--asymmetric", help="Whether activations are symmetric (--a_sym).", show_default=False)
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="Whether activations are symmetric (--a_sym).",
+            show_default=False,
+        ),
     ] = None,
     context_tokens: Annotated[
-        int | None, typer.Option(help="Q-Diffusion: the length of the text or class condition.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Q-Diffusion: the length of the text or class condition.", show_default=False
+        ),
     ] = None,
     settings: Annotated[
-        Path | None, typer.Option(help="A JSON file with the settings above, by their names (timesteps a list).", show_default=False)
+        Path | None,
+        typer.Option(
+            help="A JSON file with the settings above, by their names (timesteps a list).",
+            show_default=False,
+        ),
     ] = None,
     recalibrate: Annotated[
-        bool, typer.Option("--recalibrate", help="Keep the rounded weights; choose new activation scales, deployable ones.")
+        bool,
+        typer.Option(
+            "--recalibrate",
+            help="Keep the rounded weights; choose new activation scales, deployable ones.",
+        ),
     ] = False,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Samplings to record.", show_default=f"{EXAMPLES}, or {CALIBRATION_SAMPLES} to recalibrate"),
+        typer.Option(
+            min=1,
+            help="Samplings to record.",
+            show_default=f"{EXAMPLES}, or {CALIBRATION_SAMPLES} to recalibrate",
+        ),
     ] = None,
     seed: int = 0,
     workspace: WorkspaceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Import a checkpoint of the official QuEST or Q-Diffusion code: the same results, in a workspace to export from.
+    """Import a checkpoint of the official QuEST or Q-Diffusion code: the same results, in a
+    workspace to export from.
 
     What the file does not say must be given; nothing is guessed.
     """
@@ -169,11 +234,25 @@ def import_command(
             raise InputError(f"{path} does not exist")
     console = Console(as_json=as_json)
     options = {
-        "timesteps": _numbers(timesteps), "weight_bits": weight_bits, "activation_bits": activation_bits,
-        "first_last_bits": first_last_bits, "softmax_bits": softmax_bits, "symmetric": symmetric, "context_tokens": context_tokens,
-    }  # fmt: skip
+        "timesteps": _numbers(timesteps),
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "first_last_bits": first_last_bits,
+        "softmax_bits": softmax_bits,
+        "symmetric": symmetric,
+        "context_tokens": context_tokens,
+    }
     given = ImportSettings.gather(source, options, settings)
-    opened, details = import_stage(workspace, console, checkpoint, unet, given, recalibrate=recalibrate, samples=samples, seed=seed)
+    opened, details = import_stage(
+        workspace,
+        console,
+        checkpoint,
+        unet,
+        given,
+        recalibrate=recalibrate,
+        samples=samples,
+        seed=seed,
+    )
     console.result({"workspace": str(opened.root), **details}, describe(opened, details))
 
 
@@ -181,4 +260,6 @@ def _numbers(text: str | None) -> list[float] | None:
     try:
         return None if text is None else [float(part) for part in text.replace(",", " ").split()]
     except ValueError as e:
-        raise InputError(f"--timesteps: expected numbers separated by commas, found {text!r}") from e
+        raise InputError(
+            f"--timesteps: expected numbers separated by commas, found {text!r}"
+        ) from e

@@ -35,7 +35,8 @@ from quest_deploy.errors import QuestDeployError
 INTERRUPTED = 130
 
 app = typer.Typer(
-    help="From a diffusion model to QuEST-finetuned low-bit engines with one activation-scale set per timestep bucket.",
+    help="From a diffusion model to QuEST-finetuned low-bit engines with one activation-scale set "
+    "per timestep bucket.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -64,15 +65,20 @@ app.command()(doctor)
 def root(
     version: bool = typer.Option(False, "--version", help="Print the version and end."),
 ) -> None:
-    """From a diffusion model to QuEST-finetuned low-bit engines with one activation-scale set per timestep bucket."""
+    """From a diffusion model to QuEST-finetuned low-bit engines with one activation-scale set per
+    timestep bucket.
+    """
     if version:
         print(__version__)
         raise typer.Exit
 
 
 def main() -> None:
-    """Run the program; a user's mistake or a failed job ends in one message and exit code 2 or 1, never a traceback."""
-    # Torch's threads that wait for each other keep their cores busy otherwise: next to other work, ten times slower.
+    """Run the program; a user's mistake or a failed job ends in one message and exit code 2 or 1,
+    never a traceback.
+    """
+    # Torch's threads that wait for each other keep their cores busy otherwise: next to other work,
+    # ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(standalone_mode=False)
@@ -89,7 +95,10 @@ def main() -> None:
     except MemoryError:
         _fail("out of memory", 1)
     if code == INTERRUPTED:
-        _fail("interrupted; what was finished is kept, and the same command goes on from there", INTERRUPTED)
+        _fail(
+            "interrupted; what was finished is kept, and the same command goes on from there",
+            INTERRUPTED,
+        )
     sys.exit(code)
 
 

@@ -9,49 +9,67 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quest_deploy.engine.backends import BACKENDS
+from quest_deploy.artifacts.model_source import Lora
+from quest_deploy.artifacts.scheme import DEFAULT_BUCKETS, SUPPORTED_BITS, Granularity, Scheme
+from quest_deploy.artifacts.workspace import MANIFEST, Workspace, check_vacant
+from quest_deploy.backends.registry import BACKENDS
 from quest_deploy.errors import InputError
 from quest_deploy.models.registry import EMBEDDED, MODEL_NAMES, check_model_name, resolve_source
-from quest_deploy.models.source import Lora
-from quest_deploy.scheme import DEFAULT_BUCKETS, SUPPORTED_BITS, Granularity, Scheme
-from quest_deploy.workspace import MANIFEST, Workspace, check_vacant
 
 if TYPE_CHECKING:
-    from quest_deploy.models.source import ModelSource
+    from quest_deploy.artifacts.model_source import ModelSource
 
 DEFAULT_MODEL, DEFAULT_BITS, DEFAULT_BACKEND = EMBEDDED, "w4a4", "openvino"
 FLOAT = "float"
 
 WorkspaceOption = Annotated[
-    Path | None, typer.Option("--workspace", "-w", help="The workspace folder.", show_default="quest-out/<model>-<bits>")
+    Path | None,
+    typer.Option(
+        "--workspace", "-w", help="The workspace folder.", show_default="quest-out/<model>-<bits>"
+    ),
 ]
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        help=f"The model: {', '.join(MODEL_NAMES)}; or the path of a diffusers folder or of a single-file checkpoint.",
+        help=f"The model: {', '.join(MODEL_NAMES)}; or the path of a diffusers folder or of a "
+        "single-file checkpoint.",
         show_default=f"the workspace's, or {DEFAULT_MODEL}",
     ),
 ]
 RevisionOption = Annotated[
-    str | None, typer.Option(help="Commit, branch or tag of a model on the Hugging Face Hub.", show_default="the registry's commit")
+    str | None,
+    typer.Option(
+        help="Commit, branch or tag of a model on the Hugging Face Hub.",
+        show_default="the registry's commit",
+    ),
 ]
 RandomWeightsOption = Annotated[
-    bool, typer.Option("--random-weights", help="Build the model's architecture alone, for size and speed; needs no download.")
+    bool,
+    typer.Option(
+        "--random-weights",
+        help="Build the model's architecture alone, for size and speed; needs no download.",
+    ),
 ]
 LoraOption = Annotated[
     list[str] | None,
-    typer.Option("--lora", metavar="PATH:WEIGHT", help="A LoRA to fuse before quantization, a .safetensors file; may be repeated."),
+    typer.Option(
+        "--lora",
+        metavar="PATH:WEIGHT",
+        help="A LoRA to fuse before quantization, a .safetensors file; may be repeated.",
+    ),
 ]
 BitsOption = Annotated[
     str | None,
     typer.Option(
-        help=f"Bits of weights and activations: {', '.join(SUPPORTED_BITS)}.", show_default=f"the workspace's, or {DEFAULT_BITS}"
+        help=f"Bits of weights and activations: {', '.join(SUPPORTED_BITS)}.",
+        show_default=f"the workspace's, or {DEFAULT_BITS}",
     ),
 ]
 BucketsOption = Annotated[
     int | None,
     typer.Option(
-        help="Timestep buckets, from 1 to the number of training steps.", show_default=f"the workspace's, or {DEFAULT_BUCKETS}"
+        help="Timestep buckets, from 1 to the number of training steps.",
+        show_default=f"the workspace's, or {DEFAULT_BUCKETS}",
     ),
 ]
 GranularityOption = Annotated[
@@ -63,22 +81,31 @@ GranularityOption = Annotated[
 ]
 AttentionBitsOption = Annotated[
     str | None,
-    typer.Option(help="Bits of attention's q, k and v: 4, 8 or float.", show_default="the workspace's, or float"),
+    typer.Option(
+        help="Bits of attention's q, k and v: 4, 8 or float.",
+        show_default="the workspace's, or float",
+    ),
 ]
 SoftmaxBitsOption = Annotated[
     str | None,
-    typer.Option(help="Bits of attention's softmax, unsigned: 4, 8 or float.", show_default="the workspace's, or float"),
+    typer.Option(
+        help="Bits of attention's softmax, unsigned: 4, 8 or float.",
+        show_default="the workspace's, or float",
+    ),
 ]
 SplitShortcutsOption = Annotated[
     bool | None,
     typer.Option(
         "--split-shortcuts/--whole-shortcuts",
-        help="Quantize the two halves of what a shortcut convolution reads, h and the skip connection, each by itself.",
+        help="Quantize the two halves of what a shortcut convolution reads, h and the skip "
+        "connection, each by itself.",
         show_default="the workspace's, or whole",
     ),
 ]
 BackendOption = Annotated[str, typer.Option(help=f"The backend: {', '.join(BACKENDS)}.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on standard output.")
+]
 
 
 @dataclass(frozen=True)
@@ -104,7 +131,9 @@ class SchemeChoices:
             granularity=self.granularity or Granularity.FOLDED_CHANNEL,
             attention_bits=_operand_bits("--attention-bits", self.attention_bits),
             softmax_bits=_operand_bits("--softmax-bits", self.softmax_bits),
-            split_shortcuts=split_shortcuts if self.split_shortcuts is None else self.split_shortcuts,
+            split_shortcuts=split_shortcuts
+            if self.split_shortcuts is None
+            else self.split_shortcuts,
         )
 
     def check(self, workspace: Workspace) -> None:
@@ -124,7 +153,9 @@ class SchemeChoices:
 
 @dataclass(frozen=True)
 class ModelChoices:
-    """What the user chose of the model; None, False or nothing for what is the workspace's, or the default."""
+    """What the user chose of the model; None, False or nothing for what is the workspace's, or the
+    default.
+    """
 
     model: str | None = None
     revision: str | None = None
@@ -141,21 +172,37 @@ class ModelChoices:
         return path.stem if path.is_file() else path.name
 
     def source(self) -> ModelSource:
-        """Where the model comes from; a model on the hub is fetched. Raise InputError where there is none."""
-        return resolve_source(self.model or DEFAULT_MODEL, revision=self.revision, random_weights=self.random_weights, loras=self.loras)
+        """Where the model comes from; a model on the hub is fetched. Raise InputError where there
+        is none.
+        """
+        return resolve_source(
+            self.model or DEFAULT_MODEL,
+            revision=self.revision,
+            random_weights=self.random_weights,
+            loras=self.loras,
+        )
 
     def check(self, workspace: Workspace) -> None:
         """Raise InputError where the workspace's model is another one."""
         source = workspace.source
         if self.model is not None:
             named = self.model if self.model in MODEL_NAMES else str(Path(self.model).resolve())
-            _check(workspace, "model", named, source.name if source.path is None else source.location)
+            _check(
+                workspace, "model", named, source.name if source.path is None else source.location
+            )
         if self.revision not in (None, source.requested, source.revision):
             _check(workspace, "revision", self.revision, source.revision)
         if self.random_weights:
-            _check(workspace, "weights", "random ones", "random ones" if source.random_weights else "trained ones")
+            _check(
+                workspace,
+                "weights",
+                "random ones",
+                "random ones" if source.random_weights else "trained ones",
+            )
         if self.loras:
-            _check(workspace, "LoRAs", [Lora.parse(text) for text in self.loras], list(source.loras))
+            _check(
+                workspace, "LoRAs", [Lora.parse(text) for text in self.loras], list(source.loras)
+            )
 
 
 def open_workspace(workspace: Path | None, model: str | None, bits: str | None) -> Workspace:
@@ -168,9 +215,15 @@ def open_workspace(workspace: Path | None, model: str | None, bits: str | None) 
 
 
 def create_workspace(
-    workspace: Path | None, model: ModelChoices, choices: SchemeChoices, *, split_shortcuts: bool = False
+    workspace: Path | None,
+    model: ModelChoices,
+    choices: SchemeChoices,
+    *,
+    split_shortcuts: bool = False,
 ) -> Workspace:
-    """Open a workspace, or make it; what is not given is taken from it, or else the default (``split_shortcuts`` is that default)."""
+    """Open a workspace, or make it; what is not given is taken from it, or else the default
+    (``split_shortcuts`` is that default).
+    """
     check_model_name(model.model or DEFAULT_MODEL)
     scheme = choices.scheme(split_shortcuts=split_shortcuts)
     root = _root(workspace, model, choices.bits)
@@ -187,7 +240,10 @@ def parse_sample_size(text: str) -> tuple[int, int]:
     """A height and a width from "64" or "64x96"; raise InputError for anything else."""
     found = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
     if found is None:
-        raise InputError(f"--sample-size: expected a size, such as 64, or a height and a width, such as 64x96, not {text!r}")
+        raise InputError(
+            "--sample-size: expected a size, such as 64, or a height and a width, such as 64x96, "
+            f"not {text!r}"
+        )
     return int(found[1]), int(found[2] or found[1])
 
 
@@ -203,4 +259,6 @@ def _operand_bits(option: str, value: str | None) -> int | None:
 
 def _check(workspace: Workspace, name: str, wanted: object, found: object) -> None:
     if wanted is not None and wanted != found:
-        raise InputError(f"{workspace.root} holds {name} {found}, not {wanted}; give another folder with -w")
+        raise InputError(
+            f"{workspace.root} holds {name} {found}, not {wanted}; give another folder with -w"
+        )

@@ -8,15 +8,23 @@ from typing import Annotated, Any
 import typer
 
 from quest_deploy.cli.console import Console, size
-from quest_deploy.cli.options import BitsOption, JsonOption, ModelOption, WorkspaceOption, open_workspace
+from quest_deploy.cli.options import (
+    BitsOption,
+    JsonOption,
+    ModelOption,
+    WorkspaceOption,
+    open_workspace,
+)
 from quest_deploy.errors import InputError
-from quest_deploy.package.triton import IO_DTYPES, TritonOptions, write_package
+from quest_deploy.serving.triton.package import IO_DTYPES, TritonOptions, write_package
 
 RTX_IS_NO_PLAN = (
-    "this workspace's tensorrt-rtx engine is left out: it is no plan of TensorRT, and Triton's TensorRT backend cannot load it"
+    "this workspace's tensorrt-rtx engine is left out: it is no plan of TensorRT, "
+    "and Triton's TensorRT backend cannot load it"
 )
 NO_PLAN = (
-    "no plan: this workspace has no tensorrt engine, so the package serves from its ONNX files, with the stand-in backend on a CPU; "
+    "no plan: this workspace has no tensorrt engine, so the package serves from its ONNX files, "
+    "with the stand-in backend on a CPU; "
     "on the GPU machine, run `quest-deploy build-engine --backend tensorrt` and package again"
 )
 
@@ -25,31 +33,61 @@ def package(
     workspace: WorkspaceOption = None,
     model: ModelOption = None,
     bits: BitsOption = None,
-    triton: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a package for Triton Inference Server there.")] = None,
+    triton: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write a package for Triton Inference Server there."),
+    ] = None,
     max_batch: Annotated[
         int | None,
-        typer.Option(help="Rows that the UNet runs at once; with guidance an image is two.", show_default="the plan's, or 16"),
+        typer.Option(
+            help="Rows that the UNet runs at once; with guidance an image is two.",
+            show_default="the plan's, or 16",
+        ),
     ] = None,
-    max_steps: Annotated[int, typer.Option(help="The most denoising steps of a request.")] = TritonOptions.max_steps,
+    max_steps: Annotated[
+        int, typer.Option(help="The most denoising steps of a request.")
+    ] = TritonOptions.max_steps,
     max_size: Annotated[
-        int | None, typer.Option(help="The most pixels of a height or width.", show_default="the plan's, or the model's")
+        int | None,
+        typer.Option(
+            help="The most pixels of a height or width.", show_default="the plan's, or the model's"
+        ),
     ] = None,
-    max_images: Annotated[int, typer.Option(help="The most images of a request.")] = TritonOptions.max_images,
-    max_in_flight: Annotated[int, typer.Option(help="Images that are drawn at the same time.")] = TritonOptions.max_in_flight,
-    max_queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused at once.")] = TritonOptions.max_queue,
+    max_images: Annotated[
+        int, typer.Option(help="The most images of a request.")
+    ] = TritonOptions.max_images,
+    max_in_flight: Annotated[
+        int, typer.Option(help="Images that are drawn at the same time.")
+    ] = TritonOptions.max_in_flight,
+    max_queue: Annotated[
+        int, typer.Option(help="Requests that may wait; more are refused at once.")
+    ] = TritonOptions.max_queue,
     queue_delay: Annotated[
-        int, typer.Option(help="Microseconds that a batch of the UNet waits for more requests, at every denoising step.")
+        int,
+        typer.Option(
+            help="Microseconds that a batch of the UNet waits for more requests, at every "
+            "denoising "
+            "step."
+        ),
     ] = TritonOptions.queue_delay,
     io_dtype: Annotated[
         str, typer.Option(help=f"Of the models' inputs and outputs: {' or '.join(IO_DTYPES)}.")
     ] = TritonOptions.io_dtype,
     plugin_library: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="A library of TensorRT plugins that the plan needs, besides its own; may be repeated."),
+        typer.Option(
+            metavar="FILE",
+            help="A library of TensorRT plugins that the plan needs, besides its own; may be "
+            "repeated.",
+        ),
     ] = None,
     processor: Annotated[
         str,
-        typer.Option(help="Without a GPU: native, exact on processors that compute as this one does, or any, exact on every x86-64."),
+        typer.Option(
+            help="Without a GPU: native, exact on processors that compute as this one does, or "
+            "any, "
+            "exact on every x86-64."
+        ),
     ] = TritonOptions.processor,
     as_json: JsonOption = False,
 ) -> None:
@@ -58,9 +96,17 @@ def package(
     if triton is None:
         raise InputError("expected what to package for: --triton DIR")
     options = TritonOptions(
-        max_batch, max_steps, max_size, max_images, max_in_flight, max_queue, queue_delay, io_dtype,
-        tuple(map(str, plugin_library or ())), processor,
-    )  # fmt: skip
+        max_batch,
+        max_steps,
+        max_size,
+        max_images,
+        max_in_flight,
+        max_queue,
+        queue_delay,
+        io_dtype,
+        tuple(map(str, plugin_library or ())),
+        processor,
+    )
     opened = open_workspace(workspace, model, bits)
     with console.progress("package") as update:
         details = write_package(opened, triton, options, update)
@@ -68,11 +114,16 @@ def package(
         if "build-engine/tensorrt-rtx" in opened.stages:
             console.note(RTX_IS_NO_PLAN)
         console.note(NO_PLAN)
-    console.result({"workspace": str(opened.root), "triton": str(triton), **details}, describe(triton, details))
+    console.result(
+        {"workspace": str(opened.root), "triton": str(triton), **details}, describe(triton, details)
+    )
 
 
 def describe(folder: Path, details: dict[str, Any]) -> str:
     """The details in words."""
     models = ", ".join([*details["models"], "pipeline", "pipeline_stream"])
     command = "python serve.py" if details["plan"] else "python serve.py --cpu"
-    return f"{folder} ({size(details['bytes'])}): {models}\nserve it with `{command}` there, see README.md"
+    return (
+        f"{folder} ({size(details['bytes'])}): {models}\nserve it with `{command}` there, see "
+        "README.md"
+    )

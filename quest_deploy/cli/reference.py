@@ -1,4 +1,6 @@
-"""`quest-deploy reference`: save the fake-quantized model's inputs and outputs, for verification."""
+"""`quest-deploy reference`: save the fake-quantized model's inputs and outputs, for
+verification.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +12,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quest_deploy import __version__
+from quest_deploy.artifacts.reference import INDEX, VERSION
+from quest_deploy.artifacts.workspace import REFERENCE, REFERENCE_STATE, TRAJECTORIES
 from quest_deploy.cli.console import Console, size
-from quest_deploy.cli.options import BitsOption, JsonOption, ModelOption, WorkspaceOption, open_workspace, parse_sample_size
+from quest_deploy.cli.options import (
+    BitsOption,
+    JsonOption,
+    ModelOption,
+    WorkspaceOption,
+    open_workspace,
+    parse_sample_size,
+)
 from quest_deploy.cli.stage import run_stage
 from quest_deploy.errors import InputError
 from quest_deploy.files import replace_folder, sha256_of_json
-from quest_deploy.reference_files import INDEX, VERSION
-from quest_deploy.workspace import REFERENCE, REFERENCE_STATE, TRAJECTORIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.cli.console import Update
-    from quest_deploy.workspace import Workspace
 
 
 @dataclass(frozen=True)
 class ReferenceOptions:
-    """The options of :func:`quest_deploy.reference.save_reference`; raise InputError where one is out of range."""
+    """The options of :func:`quest_deploy.verification.reference.save_reference`; raise InputError
+    where one is out of range.
+    """
 
     seed: int = 0
     megabytes: int = 1000
@@ -43,27 +54,39 @@ DEFAULTS = ReferenceOptions()
 
 
 def reference_stage(
-    workspace: Workspace, console: Console, options: ReferenceOptions = DEFAULTS, *, reuse: bool = False
+    workspace: Workspace,
+    console: Console,
+    options: ReferenceOptions = DEFAULTS,
+    *,
+    reuse: bool = False,
 ) -> dict[str, Any]:
     """Run the torch modules and save what went in and out; writes reference/.
 
-    An interrupted run goes on with the next record: those that are done stay in reference-state/ until all are.
+    An interrupted run goes on with the next record: those that are done stay in reference-state/
+    until all are.
     """
     recorded = {**asdict(options), "version": VERSION}
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
         import torch
 
-        from quest_deploy.checkpoint import load_checkpoint
-        from quest_deploy.quant.model import QuantizedModel
-        from quest_deploy.reference import save_reference
-        from quest_deploy.trajectories import Trajectories
+        from quest_deploy.artifacts.checkpoint import load_checkpoint
+        from quest_deploy.calibration.trajectories import Trajectories
+        from quest_deploy.quantization.model import QuantizedModel
+        from quest_deploy.verification.reference import save_reference
 
         model = QuantizedModel.from_checkpoint(load_checkpoint(workspace.checkpoint_path)).eval()
         trajectories = Trajectories.load(workspace.path(TRAJECTORIES))
         state = workspace.path(REFERENCE_STATE)
         inputs = {stage: workspace.require(stage).digest for stage in workspace.checkpoint_inputs}
-        key = sha256_of_json({"quest-deploy": __version__, "torch": torch.__version__, "inputs": inputs, "options": recorded})
+        key = sha256_of_json(
+            {
+                "quest-deploy": __version__,
+                "torch": torch.__version__,
+                "inputs": inputs,
+                "options": recorded,
+            }
+        )
         try:
             entries = save_reference(
                 model,
@@ -90,7 +113,15 @@ def reference_stage(
         }
         return files, details
 
-    return run_stage(workspace, console, "reference", inputs=workspace.checkpoint_inputs, options=recorded, reuse=reuse, work=work)
+    return run_stage(
+        workspace,
+        console,
+        "reference",
+        inputs=workspace.checkpoint_inputs,
+        options=recorded,
+        reuse=reuse,
+        work=work,
+    )
 
 
 def describe(workspace: Workspace, details: dict[str, Any]) -> str:
@@ -99,8 +130,10 @@ def describe(workspace: Workspace, details: dict[str, Any]) -> str:
     within = "" if measured == records else f" (measured in {measured} of {records} records)"
     return (
         f"{workspace.path(REFERENCE)}: {records} records cover {details['buckets']} buckets "
-        f"and {details['sites']} of {details['all_sites']} quantized tensors ({size(details['bytes'])})\n"
-        f"last-bit differences alone change this model's output by up to {details['largest_sensitivity']:.1%}{within}"
+        f"and {details['sites']} of {details['all_sites']} quantized tensors "
+        f"({size(details['bytes'])})\n"
+        "last-bit differences alone change this model's output by up to "
+        f"{details['largest_sensitivity']:.1%}{within}"
     )
 
 
@@ -110,7 +143,11 @@ def reference(
     bits: BitsOption = None,
     seed: int = DEFAULTS.seed,
     megabytes: Annotated[
-        int, typer.Option(help="The largest record; where it cannot hold all quantized tensors, the records hold them in turn.")
+        int,
+        typer.Option(
+            help="The largest record; where it cannot hold all quantized tensors, the records hold "
+            "them in turn."
+        ),
     ] = DEFAULTS.megabytes,
     measured: Annotated[
         int | None,
@@ -123,15 +160,20 @@ def reference(
         str | None,
         typer.Option(
             metavar="SIZE|HEIGHTxWIDTH",
-            help="Cut the recorded samples down to this size: a large model's records then hold more quantized tensors, in less time.",
+            help="Cut the recorded samples down to this size: a large model's records then hold "
+            "more quantized tensors, in less time.",
             show_default="as recorded",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Save the fake-quantized torch model's inputs and outputs, per layer and end to end, for every bucket."""
+    """Save the fake-quantized torch model's inputs and outputs, per layer and end to end, for every
+    bucket.
+    """
     console = Console(as_json=as_json)
-    options = ReferenceOptions(seed, megabytes, measured, None if sample_size is None else parse_sample_size(sample_size))
+    options = ReferenceOptions(
+        seed, megabytes, measured, None if sample_size is None else parse_sample_size(sample_size)
+    )
     opened = open_workspace(workspace, model, bits)
     details = reference_stage(opened, console, options)
     console.result({"workspace": str(opened.root), **details}, describe(opened, details))

@@ -1,4 +1,6 @@
-"""How every stage runs: its inputs checked, skipped where nothing changed, recorded when it is done."""
+"""How every stage runs: its inputs checked, skipped where nothing changed, recorded when it is
+done.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
+    from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.cli.console import Console, Update
-    from quest_deploy.workspace import Workspace
 
     Work = Callable[[Update], tuple[Iterable[Path], dict[str, Any]]]
 
@@ -33,7 +35,9 @@ def run_stage(
         reuse: return the recorded details where the stage has run with the same inputs and options.
         work: does it, and returns the files it wrote and the details to report.
     """
-    options = json.loads(json.dumps(options))  # as the manifest gives them back: a tuple becomes a list
+    options = json.loads(
+        json.dumps(options)
+    )  # as the manifest gives them back: a tuple becomes a list
     with workspace.locked():
         for upstream in inputs:
             workspace.require(upstream)
@@ -48,6 +52,8 @@ def run_stage(
         except Exception:  # but an interruption is none
             workspace.forget_start(stage)
             raise
-        details = workspace.record(stage, inputs=inputs, options=options, files=files, details=details).details
+        details = workspace.record(
+            stage, inputs=inputs, options=options, files=files, details=details
+        ).details
         workspace.forget_start(stage)
         return details

@@ -1,4 +1,6 @@
-"""`quest-deploy verify`: compare an engine with the fake-quantized model, per layer and end to end, per bucket."""
+"""`quest-deploy verify`: compare an engine with the fake-quantized model, per layer and end to end,
+per bucket.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from quest_deploy.artifacts.workspace import ENGINES, REFERENCE, REPORTS
+from quest_deploy.backends.base import EngineOptions, engine_options
+from quest_deploy.backends.registry import get_backend
 from quest_deploy.cli.console import Console, table
 from quest_deploy.cli.options import (
     DEFAULT_BACKEND,
@@ -18,35 +23,38 @@ from quest_deploy.cli.options import (
     open_workspace,
 )
 from quest_deploy.cli.stage import run_stage
-from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.base import EngineOptions, engine_options
 from quest_deploy.files import write_json
-from quest_deploy.workspace import ENGINES, REFERENCE, REPORTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.cli.console import Update
-    from quest_deploy.workspace import Workspace
 
 
-def verify_stage(workspace: Workspace, console: Console, backend: str, *, reuse: bool = False) -> dict[str, Any]:
+def verify_stage(
+    workspace: Workspace, console: Console, backend: str, *, reuse: bool = False
+) -> dict[str, Any]:
     """Verify the engine of ``backend``; writes reports/verify-<backend>.json."""
     verified = get_backend(backend)
     verified.check_run(EngineOptions())  # at once, before any file is read
     report = workspace.path(REPORTS, f"verify-{backend}.json")
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
-        from quest_deploy.verify.verify import verify_engine
+        from quest_deploy.verification.checks import verify_engine
 
         engine = workspace.path(ENGINES, backend)
         options = engine_options(verified, engine)
-        details = verify_engine(verified, options, engine, workspace.path(REFERENCE), update).to_json()
+        details = verify_engine(
+            verified, options, engine, workspace.path(REFERENCE), update
+        ).to_json()
         write_json(report, details)
         return [report], details
 
     inputs = (f"build-engine/{backend}", "reference")
-    return run_stage(workspace, console, f"verify/{backend}", inputs=inputs, options={}, reuse=reuse, work=work)
+    return run_stage(
+        workspace, console, f"verify/{backend}", inputs=inputs, options={}, reuse=reuse, work=work
+    )
 
 
 def describe(details: dict[str, Any]) -> str:
@@ -65,18 +73,36 @@ def describe(details: dict[str, Any]) -> str:
         ]
         for b in details["buckets"]
     ]
-    header = ["bucket", "timestep", "tensors", "codes", "differ", "unexplained", "worst layer", "worst segment", "end to end"]
+    header = [
+        "bucket",
+        "timestep",
+        "tensors",
+        "codes",
+        "differ",
+        "unexplained",
+        "worst layer",
+        "worst segment",
+        "end to end",
+    ]
     codes, mismatches = (sum(b[key] for b in details["buckets"]) for key in ("codes", "mismatches"))
     lines = [
         table(header, rows),
         _describe_coverage(details["coverage"]),
         f"{len(details['layers'])} layers: {codes} codes compared, {mismatches} differ, "
-        f"{sum(b['unexplained'] for b in details['buckets'])} of them unexplained by a rounding tie (allowed: 0)",
-        f"worst layer {max(x['error'] for x in details['layers']):.1e} (allowed: {details['layer_tolerance']:.0e})",
+        f"{sum(b['unexplained'] for b in details['buckets'])} of them unexplained by a rounding "
+        "tie "
+        "(allowed: 0)",
+        f"worst layer {max(x['error'] for x in details['layers']):.1e} (allowed: "
+        f"{details['layer_tolerance']:.0e})",
         _describe_segments(details["segments"]),
         f"worst end to end {max(b['end_to_end_error'] for b in details['buckets']):.1e} "
-        f"(allowed: {details['end_to_end_tolerance']:.1e}, twice the model's own sensitivity to last-bit differences)",
-        *([] if details["end_to_end_informative"] else ["end to end is not informative for this model: layers and segments decide"]),
+        f"(allowed: {details['end_to_end_tolerance']:.1e}, twice the model's own sensitivity to "
+        "last-bit differences)",
+        *(
+            []
+            if details["end_to_end_informative"]
+            else ["end to end is not informative for this model: layers and segments decide"]
+        ),
         *(f"problem: {problem}" for problem in details["problems"][:10]),
         f"verification on {details['backend']}: {'PASSED' if details['passed'] else 'FAILED'}",
     ]
@@ -84,27 +110,40 @@ def describe(details: dict[str, Any]) -> str:
 
 
 def _describe_coverage(coverage: dict[str, Any]) -> str:
-    fewest, most, unchecked = coverage["fewest_buckets"], coverage["most_buckets"], coverage["unchecked"]
+    fewest, most, unchecked = (
+        coverage["fewest_buckets"],
+        coverage["most_buckets"],
+        coverage["unchecked"],
+    )
     line = (
-        f"checked {coverage['sites']} of {coverage['all_sites']} quantized tensors and {coverage['layers']} of "
-        f"{coverage['all_layers']} layers, each in {fewest if fewest == most else f'{fewest} to {most}'} of "
+        f"checked {coverage['sites']} of {coverage['all_sites']} quantized tensors and "
+        f"{coverage['layers']} of "
+        f"{coverage['all_layers']} layers, each in "
+        f"{fewest if fewest == most else f'{fewest} to {most}'} of "
         f"{coverage['all_buckets']} buckets"
     )
     if not unchecked:
         return line
-    return f"{line}; unchecked, as the reference's records had no room: {', '.join(unchecked[:3])}{', ...' * (len(unchecked) > 3)}"
+    return (
+        f"{line}; unchecked, as the reference's records had no room: "
+        f"{', '.join(unchecked[:3])}{', ...' * (len(unchecked) > 3)}"
+    )
 
 
 def _describe_segments(segments: list[dict[str, Any]]) -> str:
     worst = max(segments, key=lambda x: x["error"] / x["tolerance"])
     line = (
-        f"{len(segments)} segments between layers, what rounding alone does to each allowed for: the nearest to its limit, before "
+        f"{len(segments)} segments between layers, what rounding alone does to each allowed for: "
+        "the nearest to its limit, before "
         f"{worst['segment']}, {worst['error']:.1e} (allowed: {worst['tolerance']:.0e})"
     )
     vague = [x["segment"] for x in segments if not x["informative"]]
     if not vague:
         return line
-    return f"{line}; {len(vague)} of them say nothing, since rounding alone changes them so much: before {', '.join(vague[:3])}"
+    return (
+        f"{line}; {len(vague)} of them say nothing, since rounding alone changes them so much: "
+        f"before {', '.join(vague[:3])}"
+    )
 
 
 def verify(
@@ -121,10 +160,15 @@ def verify(
     details = verify_stage(opened, console, backend)
     console.result({"workspace": str(opened.root), **details}, describe(details))
     if not details["passed"]:
-        console.note(f"error: {failure(details)}")  # beside the report, which --json keeps the only value on standard output
+        console.note(
+            f"error: {failure(details)}"
+        )  # beside the report, which --json keeps the only value on standard output
         raise typer.Exit(1)
 
 
 def failure(details: dict[str, Any]) -> str:
     """What a failed verification comes down to: its first problem."""
-    return f"the {details['backend']} engine does not compute the fake-quantized model: {details['problems'][0]}"
+    return (
+        f"the {details['backend']} engine does not compute the fake-quantized model: "
+        f"{details['problems'][0]}"
+    )

@@ -1,4 +1,6 @@
-"""Computing cells: each in a process of its own, several side by side where asked; Ctrl-C loses only those that are running."""
+"""Computing cells: each in a process of its own, several side by side where asked; Ctrl-C loses
+only those that are running.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def compute(
     jobs: int = 1,
     threads: int = 1,
 ) -> dict[Cell, CellError]:
-    """Measure the cells in the order of ``definitions`` and save each result as soon as it is there.
+    """Measure the cells in the order of ``definitions`` and save each result as soon as it is
+    there.
 
     Args:
         definitions: what each cell is measured under; saved with its result.
@@ -76,7 +79,13 @@ def compute(
             async with gate:
                 watcher.started(cell)
                 try:
-                    measured = await _measure(worker_command(model, cell, scratch, threads), scratch, cell, threads, watcher)
+                    measured = await _measure(
+                        worker_command(model, cell, scratch, threads),
+                        scratch,
+                        cell,
+                        threads,
+                        watcher,
+                    )
                     result = Result.from_json(definition, measured)
                 except CellError as e:
                     failures[cell] = e
@@ -97,7 +106,9 @@ def compute(
     return failures
 
 
-async def _measure(command: list[str], scratch: Path, cell: Cell, threads: int, watcher: Watcher) -> dict[str, Any]:
+async def _measure(
+    command: list[str], scratch: Path, cell: Cell, threads: int, watcher: Watcher
+) -> dict[str, Any]:
     log = scratch / f"{cell.name}.log"
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     last: dict[str, Any] = {}

@@ -1,7 +1,8 @@
-"""What is compared: the tables, their rows, and the cells these are made of. Data only; nothing heavy is imported here.
+"""What is compared: the tables, their rows, and the cells these are made of. Data only; nothing
+heavy is imported here.
 
-A cell is one row at one bit-width with one seed. A row may stand in several tables (QuEST's own settings are the baseline of every
-ablation): its cells are computed once.
+A cell is one row at one bit-width with one seed. A row may stand in several tables (QuEST's own
+settings are the baseline of every ablation): its cells are computed once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.scheme import Granularity
+from quest_deploy.artifacts.scheme import Granularity
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -24,7 +25,9 @@ STEPS = 800
 STATIC = {"buckets": 1, "granularity": Granularity.PER_TENSOR}
 """What integer toolchains do: one scale a tensor for all timesteps."""
 PAPER_TEMPORAL, PAPER_SENSITIVE = "QuEST's temporal layers", "QuEST's sensitive layers"
-"""How a cell's notes call the two sets that QuEST finetunes where they tell the layers' shares of the error."""
+"""How a cell's notes call the two sets that QuEST finetunes where they tell the layers' shares of
+the error.
+"""
 ATTENTION8 = {"attention_bits": 8, "softmax_bits": 8}
 
 
@@ -35,20 +38,24 @@ class Float:
 
 @dataclass(frozen=True)
 class ModelOpt:
-    """Post-training quantization by NVIDIA's modelopt with one of its own configurations, as it ships."""
+    """Post-training quantization by NVIDIA's modelopt with one of its own configurations, as it
+    ships.
+    """
 
     config: str
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """This package's stages; each mapping holds the keyword arguments that differ from the stage's defaults.
+    """This package's stages; each mapping holds the keyword arguments that differ from the stage's
+    defaults.
 
     Attributes:
         scheme: of ``Scheme.parse``.
         calibration: of ``CalibrationOptions``.
         reconstruction: of ``ReconstructOptions`` (Q-Diffusion); None leaves the stage out.
-        sensitivity: of ``measure_sensitivity``, whose report then picks what stage 2 trains; None leaves that to ``finetuning``.
+        sensitivity: of ``measure_sensitivity``, whose report then picks what stage 2 trains; None
+            leaves that to ``finetuning``.
         finetuning: of ``FinetuneOptions`` (QuEST); None leaves the stage out.
     """
 
@@ -76,7 +83,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """One row at one bit-width with one seed, which draws the calibration data, the values kept of it, and the batches."""
+    """One row at one bit-width with one seed, which draws the calibration data, the values kept of
+    it, and the batches.
+    """
 
     row: str
     bits: str
@@ -90,7 +99,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its title, the bit-width its rows are shown at, and the label of each row by its key in ``ROWS``."""
+    """A table: its title, the bit-width its rows are shown at, and the label of each row by its key
+    in ``ROWS``.
+    """
 
     title: str
     bits: str
@@ -102,7 +113,11 @@ def _quest(scheme: Mapping[str, Any] | None = None, **finetuning: Any) -> Row:
 
 
 def _qdiff(**scheme: Any) -> Row:
-    return Row(Pipeline({**STATIC, "split_shortcuts": True, **scheme}, {"method": "l2.4"}, reconstruction={}))
+    return Row(
+        Pipeline(
+            {**STATIC, "split_shortcuts": True, **scheme}, {"method": "l2.4"}, reconstruction={}
+        )
+    )
 
 
 _NO_INTEGERS = "modelopt's integer configurations are W8A8"
@@ -130,7 +145,9 @@ ROWS: dict[str, Row] = {
     "quest-attention4": _quest({"attention_bits": 4, "softmax_bits": 8}),
     "quest-split-shortcuts": _quest({"split_shortcuts": True}),
     "qdiff-attention8": _qdiff(**ATTENTION8),
-    "quest-from-qdiff": Row(Pipeline({"split_shortcuts": True}, {"method": "l2.4"}, reconstruction={}, finetuning={})),
+    "quest-from-qdiff": Row(
+        Pipeline({"split_shortcuts": True}, {"method": "l2.4"}, reconstruction={}, finetuning={})
+    ),
     "ptq-folded": Row(Pipeline()),
     "ptq-split": Row(Pipeline({**STATIC, "split_shortcuts": True}, {"method": "l2.4"})),
     "qdiff-folded": Row(Pipeline({"split_shortcuts": True}, {"method": "l2.4"}, reconstruction={})),
@@ -181,7 +198,11 @@ ABLATIONS = (
     Table(
         "Layers whose weights stage 2 trains",
         ABLATION_BITS,
-        {"quest": "the paper's selection (baseline)", "quest-auto-layers": "the sensitivity report's", "quest-all-layers": "all"},
+        {
+            "quest": "the paper's selection (baseline)",
+            "quest-auto-layers": "the sensitivity report's",
+            "quest-all-layers": "all",
+        },
     ),
     Table(
         "Bits of the attention products",
@@ -196,7 +217,10 @@ ABLATIONS = (
     Table(
         "Shortcut convolutions behind a concatenation",
         ABLATION_BITS,
-        {"quest": "one quantizer (baseline)", "quest-split-shortcuts": "one for each half, as Q-Diffusion's"},
+        {
+            "quest": "one quantizer (baseline)",
+            "quest-split-shortcuts": "one for each half, as Q-Diffusion's",
+        },
     ),
     Table(
         "What finetuning starts from",
@@ -204,7 +228,8 @@ ABLATIONS = (
         {
             "ptq-folded": "PTQ, MSE, not finetuned",
             "quest": "PTQ, MSE, finetuned (baseline)",
-            "qdiff-folded": "Q-Diffusion (L2.4, split shortcuts, reconstructed) in 20 buckets, not finetuned",
+            "qdiff-folded": "Q-Diffusion (L2.4, split shortcuts, reconstructed) in 20 buckets, not "
+            "finetuned",
             "quest-from-qdiff": "the same, finetuned",
             "ptq-split": "static PTQ, L2.4, split shortcuts: what static Q-Diffusion starts from",
             "qdiff": "static Q-Diffusion, not finetuned",
@@ -214,14 +239,18 @@ ABLATIONS = (
 
 
 def cells_of(row: str, bits: str, seeds: Iterable[int]) -> list[Cell]:
-    """The cells that a table at ``bits`` shows in its row ``row``; none where the row is not measured there."""
+    """The cells that a table at ``bits`` shows in its row ``row``; none where the row is not
+    measured there.
+    """
     if isinstance(ROWS[row].recipe, Float):
         return [Cell(row, FLOAT_BITS, 0)]
     return [Cell(row, bits, seed) for seed in seeds] if bits in ROWS[row].bits else []
 
 
 def all_cells(seeds: Iterable[int] = SEEDS) -> list[Cell]:
-    """Every cell once: the first seed of all tables before the second, so that an interrupted run shows every method."""
+    """Every cell once: the first seed of all tables before the second, so that an interrupted run
+    shows every method.
+    """
     shown = [
         cell
         for seed in seeds

@@ -9,35 +9,45 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.compare.cells import PAPER_SENSITIVE, PAPER_TEMPORAL, ROWS, Cell, Float, ModelOpt, Pipeline
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
+from quest_deploy.calibration.reconstruction import ReconstructOptions, reconstruct
+from quest_deploy.calibration.sensitivity import error_shares, measure_sensitivity, select_sensitive
+from quest_deploy.calibration.trajectories import Trajectories, record_trajectories, samples_for
+from quest_deploy.compare.cells import (
+    PAPER_SENSITIVE,
+    PAPER_TEMPORAL,
+    ROWS,
+    Cell,
+    Float,
+    ModelOpt,
+    Pipeline,
+)
 from quest_deploy.errors import InputError
-from quest_deploy.evaluate import HELD_OUT_SAMPLES, HELD_OUT_SEED, SamplingOptions
+from quest_deploy.evaluation.memory import peak_memory, reset_peak_memory
+from quest_deploy.evaluation.quality import HELD_OUT_SAMPLES, HELD_OUT_SEED, SamplingOptions
+from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.files import sha256_of
-from quest_deploy.finetune.layer_sets import LAYER_SETS, select_layers
-from quest_deploy.finetune.train import FinetuneOptions, finetune
-from quest_deploy.groups import group_of
-from quest_deploy.memory import peak_memory, reset_peak_memory
+from quest_deploy.finetuning.layer_sets import LAYER_SETS, select_layers
+from quest_deploy.finetuning.train import FinetuneOptions, finetune
 from quest_deploy.models.tiny import ASSETS
-from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
-from quest_deploy.quant.model import QuantizedModel
-from quest_deploy.quant.reconstruct import ReconstructOptions, reconstruct
-from quest_deploy.sampling import float_denoiser
-from quest_deploy.scheme import Scheme
-from quest_deploy.sensitivity import error_shares, measure_sensitivity, select_sensitive
-from quest_deploy.trajectories import Trajectories, record_trajectories, samples_for
+from quest_deploy.quantization.layer_kinds import group_of
+from quest_deploy.quantization.model import QuantizedModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import nn
 
+    from quest_deploy.evaluation.sampling import Denoiser
     from quest_deploy.models.registry import DiffusionModel
-    from quest_deploy.sampling import Denoiser
 
     Report = Callable[[str, int, int], None]
 
 REVISION = 1
-"""Part of every cell's definition. Raise it when a change of code, not of options, changes what cells measure."""
+"""Part of every cell's definition. Raise it when a change of code, not of options, changes what
+cells measure.
+"""
 JUDGED_SCHEME = Scheme.parse("w4a4", buckets=20)
 """Its buckets are those of every cell's epsilon-MSE, whatever the cell's own are."""
 MODELOPT_SAMPLES, MODELOPT_BATCH = 256, 64
@@ -45,7 +55,9 @@ MODELOPT_SAMPLES, MODELOPT_BATCH = 256, 64
 
 @dataclass
 class Costs:
-    """What making a model takes: each stage's seconds, and this process's peak memory in it, in bytes."""
+    """What making a model takes: each stage's seconds, and this process's peak memory in it, in
+    bytes.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
@@ -70,7 +82,9 @@ class Made:
 
 
 def definition_of(cell: Cell, model: DiffusionModel) -> dict[str, Any]:
-    """Everything that ``cell``'s figures depend on but the code, as a JSON value: two cells that agree in it are one cell."""
+    """Everything that ``cell``'s figures depend on but the code, as a JSON value: two cells that
+    agree in it are one cell.
+    """
     assets = sorted(path for path in ASSETS.rglob("*") if path.suffix in (".safetensors", ".json"))
     definition = {
         "revision": REVISION,
@@ -80,7 +94,11 @@ def definition_of(cell: Cell, model: DiffusionModel) -> dict[str, Any]:
         "recipe": _recipe_of(cell, model),
         "judged": {
             "sampling": dataclasses.asdict(SamplingOptions()),
-            "held_out": {"seed": HELD_OUT_SEED, "samples": HELD_OUT_SAMPLES, "steps": model.calibration_steps},
+            "held_out": {
+                "seed": HELD_OUT_SEED,
+                "samples": HELD_OUT_SAMPLES,
+                "steps": model.calibration_steps,
+            },
             "bucket_edges": JUDGED_SCHEME.bucket_edges,
         },
     }
@@ -95,7 +113,12 @@ def _recipe_of(cell: Cell, model: DiffusionModel) -> dict[str, Any]:
         return {"method": "float"}
     if isinstance(recipe, ModelOpt):
         calibration = {"samples": MODELOPT_SAMPLES, "batch": MODELOPT_BATCH}
-        return {"method": "modelopt", "config": recipe.config, "trajectories": _recorded(model, None), "calibration": calibration}
+        return {
+            "method": "modelopt",
+            "config": recipe.config,
+            "trajectories": _recorded(model, None),
+            "calibration": calibration,
+        }
     reconstruction, finetuning = _reconstruction(cell, recipe), _finetuning(cell, recipe, model)
     return {
         "method": "quest-deploy",
@@ -110,7 +133,11 @@ def _recipe_of(cell: Cell, model: DiffusionModel) -> dict[str, Any]:
 
 def _recorded(model: DiffusionModel, scheme: Scheme | None) -> dict[str, int]:
     """The steps asked for (more where the buckets need it) and the samplings."""
-    samples = model.calibration_samples if scheme is None else samples_for(model, scheme, model.calibration_steps)
+    samples = (
+        model.calibration_samples
+        if scheme is None
+        else samples_for(model, scheme, model.calibration_steps)
+    )
     return {"steps": model.calibration_steps, "samples": samples}
 
 
@@ -134,11 +161,17 @@ def _scheme(cell: Cell, recipe: Pipeline) -> Scheme:
 
 def _calibration(cell: Cell, recipe: Pipeline) -> CalibrationOptions:
     given = dict(recipe.calibration)
-    return CalibrationOptions(RangeMethod(given.pop("method", RangeMethod.MSE)), seed=cell.seed, **given)
+    return CalibrationOptions(
+        RangeMethod(given.pop("method", RangeMethod.MSE)), seed=cell.seed, **given
+    )
 
 
 def _reconstruction(cell: Cell, recipe: Pipeline) -> ReconstructOptions | None:
-    return None if recipe.reconstruction is None else ReconstructOptions(seed=cell.seed, **recipe.reconstruction)
+    return (
+        None
+        if recipe.reconstruction is None
+        else ReconstructOptions(seed=cell.seed, **recipe.reconstruction)
+    )
 
 
 def _finetuning(cell: Cell, recipe: Pipeline, model: DiffusionModel) -> FinetuneOptions | None:
@@ -147,21 +180,27 @@ def _finetuning(cell: Cell, recipe: Pipeline, model: DiffusionModel) -> Finetune
     return FinetuneOptions(family=model.family, seed=cell.seed, **recipe.finetuning)
 
 
-def _make_pipeline(recipe: Pipeline, cell: Cell, model: DiffusionModel, unet: nn.Module, report: Report) -> Made:
+def _make_pipeline(
+    recipe: Pipeline, cell: Cell, model: DiffusionModel, unet: nn.Module, report: Report
+) -> Made:
     costs = Costs()
     notes: dict[str, Any] = {}
     scheme = _scheme(cell, recipe)
     with costs.stage("trajectories"):
         trajectories = _record(cell, model, unet, scheme, report)
     with costs.stage("calibration"):
-        checkpoint = calibrate(model.name, unet, trajectories, scheme, _calibration(cell, recipe), report)
+        checkpoint = calibrate(
+            model.name, unet, trajectories, scheme, _calibration(cell, recipe), report
+        )
     if (reconstruction := _reconstruction(cell, recipe)) is not None:
         with costs.stage("reconstruction"):
             checkpoint = reconstruct(unet, checkpoint, trajectories, reconstruction, report)
     if (finetuning := _finetuning(cell, recipe, model)) is not None:
         if recipe.sensitivity is not None:
             with costs.stage("sensitivity"):
-                measured = measure_sensitivity(unet, checkpoint, trajectories, **recipe.sensitivity, on_progress=report)
+                measured = measure_sensitivity(
+                    unet, checkpoint, trajectories, **recipe.sensitivity, on_progress=report
+                )
                 notes["sensitive_layers"] = select_sensitive(measured.to_json())
                 notes["error_shares"] = paper_shares(error_shares(measured.to_json()), model.family)
             finetuning = dataclasses.replace(finetuning, sensitive_layers=notes["sensitive_layers"])
@@ -171,28 +210,43 @@ def _make_pipeline(recipe: Pipeline, cell: Cell, model: DiffusionModel, unet: nn
                 checkpoint,
                 trajectories,
                 finetuning,
-                on_progress=lambda p: report(f"{p.stage} layers, loss {p.loss:.3f}", p.step, p.steps),
+                on_progress=lambda p: report(
+                    f"{p.stage} layers, loss {p.loss:.3f}", p.step, p.steps
+                ),
             )
     return Made(QuantizedModel.from_checkpoint(checkpoint).eval(), costs, notes)
 
 
 def paper_shares(of_layer: dict[str, float], family: str) -> dict[str, float]:
-    """The shares of the layers' error that the paper's two sets make, and each of the other kinds of layers."""
+    """The shares of the layers' error that the paper's two sets make, and each of the other kinds
+    of layers.
+    """
     sets = LAYER_SETS[family]
     shares = {PAPER_TEMPORAL: 0.0, PAPER_SENSITIVE: 0.0}
-    temporal, sensitive = (set(select_layers(of_layer, patterns)) for patterns in (sets.temporal, sets.sensitive))
+    temporal, sensitive = (
+        set(select_layers(of_layer, patterns)) for patterns in (sets.temporal, sets.sensitive)
+    )
     for layer, share in of_layer.items():
-        kind = PAPER_TEMPORAL if layer in temporal else PAPER_SENSITIVE if layer in sensitive else group_of(layer)
+        kind = (
+            PAPER_TEMPORAL
+            if layer in temporal
+            else PAPER_SENSITIVE
+            if layer in sensitive
+            else group_of(layer)
+        )
         shares[kind] = shares.get(kind, 0.0) + share
     return shares
 
 
-def _make_modelopt(recipe: ModelOpt, cell: Cell, model: DiffusionModel, unet: nn.Module, report: Report) -> Made:
+def _make_modelopt(
+    recipe: ModelOpt, cell: Cell, model: DiffusionModel, unet: nn.Module, report: Report
+) -> Made:
     try:
         import modelopt.torch.quantization as mtq
     except ImportError as e:
         raise InputError(
-            f"{cell.name} needs nvidia-modelopt ({e}): install it with `pip install -c constraints.txt '.[modelopt]'`"
+            f"{cell.name} needs nvidia-modelopt ({e}): install it with `pip install -c "
+            "constraints.txt '.[modelopt]'`"
         ) from e
     costs = Costs()
     with costs.stage("trajectories"):
@@ -208,10 +262,14 @@ def _make_modelopt(recipe: ModelOpt, cell: Cell, model: DiffusionModel, unet: nn
         quantized = mtq.quantize(unet, getattr(mtq, recipe.config), forward)
     weights = [name for name, m in quantized.named_modules() if name.endswith("weight_quantizer")]
     enabled = [name for name in weights if quantized.get_submodule(name).is_enabled]
-    return Made(float_denoiser(quantized), costs, {"layers": len(weights), "quantized_layers": len(enabled)})
+    return Made(
+        float_denoiser(quantized), costs, {"layers": len(weights), "quantized_layers": len(enabled)}
+    )
 
 
-def _record(cell: Cell, model: DiffusionModel, unet: nn.Module, scheme: Scheme | None, report: Report) -> Trajectories:
+def _record(
+    cell: Cell, model: DiffusionModel, unet: nn.Module, scheme: Scheme | None, report: Report
+) -> Trajectories:
     return record_trajectories(
         model,
         unet,

@@ -1,4 +1,6 @@
-"""The comparison as a picture: Fréchet distances of all rows, each seed a dot, and the prediction error over the timesteps."""
+"""The comparison as a picture: Fréchet distances of all rows, each seed a dot, and the prediction
+error over the timesteps.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 
 
 TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
-"""Of the axis of Fréchet distances, which is logarithmic, the same in all panels, and reaches further where a result does."""
+"""Of the axis of Fréchet distances, which is logarithmic, the same in all panels, and reaches
+further where a result does.
+"""
 
 
 def plot(results: Results, seeds: Sequence[int], path: Path) -> None:
@@ -33,14 +37,18 @@ def plot(results: Results, seeds: Sequence[int], path: Path) -> None:
     ablation_rows = -(-len(ABLATIONS) // columns)
     figure = Figure(figsize=(16, 9 + 3 * ablation_rows), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2 + ablation_rows, columns, height_ratios=[2, 2, *[1.6] * ablation_rows])
+    grid = figure.add_gridspec(
+        2 + ablation_rows, columns, height_ratios=[2, 2, *[1.6] * ablation_rows]
+    )
     first: Any = None
     for i, table in enumerate(MAIN_TABLES):
         _draw_distances(figure.add_subplot(grid[0, i]), table, results, seeds)
         first = figure.add_subplot(grid[1, i], sharey=first)
         _draw_epsilon(first, table, results, seeds)
     for i, table in enumerate(ABLATIONS):
-        _draw_distances(figure.add_subplot(grid[2 + i // columns, i % columns]), table, results, seeds)
+        _draw_distances(
+            figure.add_subplot(grid[2 + i // columns, i % columns]), table, results, seeds
+        )
     with atomic_file(path) as temporary:
         # No software version and no date in the file: equal results give equal bytes.
         figure.savefig(temporary, dpi=100, format="png", metadata={"Software": None})
@@ -56,12 +64,18 @@ def _draw_distances(axes: Any, table: Table, results: Results, seeds: Sequence[i
     axes.set_yticks(range(len(entries)), [fill(entry.label, 26) for entry in entries], fontsize=8)
     axes.set_ylim(len(entries) - 0.5, -0.5)
     axes.set_xscale("log")
-    everywhere = [TICKS[0], TICKS[-1], *(result.quality.frechet_distance for result in results.values() if result is not None)]
+    everywhere = [
+        TICKS[0],
+        TICKS[-1],
+        *(result.quality.frechet_distance for result in results.values() if result is not None),
+    ]
     axes.set_xlim(min(everywhere) / 1.1, max(everywhere) * 1.1)
     axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axes.minorticks_off()
     axes.grid(visible=True, axis="x", alpha=0.3)
-    axes.set_title(table.title if table in MAIN_TABLES else f"{table.bits.upper()}: {table.title}", fontsize=10)
+    axes.set_title(
+        table.title if table in MAIN_TABLES else f"{table.bits.upper()}: {table.title}", fontsize=10
+    )
     axes.set_xlabel("Fréchet distance (dots: seeds; bar: mean)", fontsize=8)
 
 
@@ -69,7 +83,9 @@ def _draw_epsilon(axes: Any, table: Table, results: Results, seeds: Sequence[int
     for entry in entries_of(table, results, seeds):
         if not entry.found or entry.found[0].definition["recipe"]["method"] == "float":
             continue
-        errors = np.asarray([result.quality.epsilon_mse for result in entry.found], dtype=np.float64).mean(0)
+        errors = np.asarray(
+            [result.quality.epsilon_mse for result in entry.found], dtype=np.float64
+        ).mean(0)
         edges = [0.0, *entry.found[0].definition["judged"]["bucket_edges"], 1000.0]
         axes.plot([(a + b) / 2 for a, b in pairwise(edges)], errors, ".-", label=entry.label)
     axes.set_yscale("log")

@@ -1,4 +1,6 @@
-"""The comparison in Markdown and as JSON. Every cell is shown as it was measured; one without a result is "not run"."""
+"""The comparison in Markdown and as JSON. Every cell is shown as it was measured; one without a
+result is "not run".
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quest_deploy.compare.cells import ABLATIONS, FLOAT_BITS, MAIN_TABLES, ROWS, Cell, Table, cells_of
+from quest_deploy.calibration.reconstruction import ReconstructOptions
+from quest_deploy.compare.cells import (
+    ABLATIONS,
+    FLOAT_BITS,
+    MAIN_TABLES,
+    ROWS,
+    Cell,
+    Table,
+    cells_of,
+)
 from quest_deploy.compare.claims import critical_groups, judged
-from quest_deploy.evaluate import HELD_OUT_SAMPLES, SamplingOptions
-from quest_deploy.quant.reconstruct import ReconstructOptions
+from quest_deploy.evaluation.quality import HELD_OUT_SAMPLES, SamplingOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,14 +34,18 @@ if TYPE_CHECKING:
 NOT_RUN = "not run"
 DASH = "\N{EN DASH}"
 PARTS = (slice(10, 20), slice(1, 10), slice(0, 1))
-"""The buckets that a table's three columns of epsilon-MSE take the mean of: t from 500, from 50 to 500, below 50."""
+"""The buckets that a table's three columns of epsilon-MSE take the mean of: t from 500, from 50 to
+500, below 50.
+"""
 LIMIT_S = 300
 """What a cell may take; the report names those that took longer."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row as it is shown: its label, its cells by seed, and what is known of them (None: not run)."""
+    """A row as it is shown: its label, its cells by seed, and what is known of them (None: not
+    run).
+    """
 
     label: str
     key: str
@@ -54,18 +68,32 @@ def entries_of(table: Table, results: Results, seeds: Sequence[int]) -> Iterator
 def markdown(model: str, command: str, results: Results, seeds: Sequence[int]) -> str:
     """The tables, with the command that makes them."""
     sampling = SamplingOptions()
-    cells = {cell: result for cell, result in results.items() if cell.seed in seeds or cell.bits == FLOAT_BITS}
+    cells = {
+        cell: result
+        for cell, result in results.items()
+        if cell.seed in seeds or cell.bits == FLOAT_BITS
+    }
     missing = sum(result is None for result in cells.values())
-    images = f"{sampling.images} images, {sampling.steps}-step {sampling.scheduler.upper()}, guidance {sampling.guidance:g}"
+    images = (
+        f"{sampling.images} images, {sampling.steps}-step {sampling.scheduler.upper()}, "
+        f"guidance {sampling.guidance:g}"
+    )
     intro = (
-        f"Model: {model}. Each figure is the mean over the seeds {', '.join(map(str, seeds))}, in brackets each seed's own value.",
-        "A seed draws the calibration trajectories, the values kept for the range search and the finetuning batches;",
+        f"Model: {model}. Each figure is the mean over the seeds {', '.join(map(str, seeds))}, in "
+        "brackets each seed's own value.",
+        "A seed draws the calibration trajectories, the values kept for the range search and the "
+        "finetuning batches;",
         f"the noise and the labels of the judged images are the same in all cells ({images}).",
-        f"ε-MSE is against FP32's predictions on {HELD_OUT_SAMPLES} of its own trajectories that no cell was calibrated on.",
-        "Seconds are those of making the model (recording trajectories, calibration, training) without judging it.",
-        "Peak memory is the process's in calibration and training, Python and its packages included.",
+        f"ε-MSE is against FP32's predictions on {HELD_OUT_SAMPLES} of its own trajectories that "
+        "no "
+        "cell was calibrated on.",
+        "Seconds are those of making the model (recording trajectories, calibration, training) "
+        "without judging it.",
+        "Peak memory is the process's in calibration and training, Python and its packages "
+        "included.",
         _budget_of_reconstruction(),
-        "Scales: what one activation scale covers, and the number of timestep buckets. The first and the last layer have 8 bits.",
+        "Scales: what one activation scale covers, and the number of timestep buckets. The first "
+        "and the last layer have 8 bits.",
     )
     lines = [
         "# Methods compared",
@@ -74,7 +102,8 @@ def markdown(model: str, command: str, results: Results, seeds: Sequence[int]) -
         "",
         *intro,
         "",
-        f"{len(cells) - missing} of {len(cells)} cells are measured" + (f"; {missing} are {NOT_RUN}." if missing else "."),
+        f"{len(cells) - missing} of {len(cells)} cells are measured"
+        + (f"; {missing} are {NOT_RUN}." if missing else "."),
         *_environments(cells),
         *_slow(cells),
     ]
@@ -82,44 +111,84 @@ def markdown(model: str, command: str, results: Results, seeds: Sequence[int]) -
         lines += ["", f"## {table.title}", "", *_table("method", table, results, seeds)]
     lines += ["", "## The papers' claims on this model", "", *_claims(results, seeds)]
     for ablation in ABLATIONS:
-        lines += ["", f"## {ablation.bits.upper()} ablation: {ablation.title}", "", *_table("QuEST with", ablation, results, seeds)]
+        lines += [
+            "",
+            f"## {ablation.bits.upper()} ablation: {ablation.title}",
+            "",
+            *_table("QuEST with", ablation, results, seeds),
+        ]
     for table in MAIN_TABLES:
-        lines += ["", f"## ε-MSE per timestep bucket, {table.title}", "", *_bucket_table(table, results, seeds)]
+        lines += [
+            "",
+            f"## ε-MSE per timestep bucket, {table.title}",
+            "",
+            *_bucket_table(table, results, seeds),
+        ]
     return "\n".join(lines) + "\n"
 
 
 def _budget_of_reconstruction() -> str:
     ours = ReconstructOptions()
     return (
-        f"Q-Diffusion: {ours.samples} recorded pairs, {ours.rounding_steps} rounding and {ours.scale_steps} scale steps a unit "
-        "(the paper's, for a GPU and days: 5,120 pairs, 20,000 and 5,000 steps), symmetric weights as in all rows, "
-        "and the activations of the units before are quantized already while a unit's rounding is learned."
+        f"Q-Diffusion: {ours.samples} recorded pairs, {ours.rounding_steps} rounding and "
+        f"{ours.scale_steps} scale steps a unit "
+        "(the paper's, for a GPU and days: 5,120 pairs, 20,000 and 5,000 steps), symmetric weights "
+        "as in all rows, "
+        "and the activations of the units before are quantized already while a unit's rounding is "
+        "learned."
     )
 
 
 def everything(model: str, command: str, results: Results, seeds: Sequence[int]) -> dict[str, Any]:
-    """All that is known, as a JSON value: the tables' structure and every cell's file content (None: not run)."""
+    """All that is known, as a JSON value: the tables' structure and every cell's file content
+    (None: not run).
+    """
     tables = [
         {
             "title": table.title,
             "bits": table.bits,
             "rows": [
-                {"key": e.key, "label": e.label, "cells": [cell.name for cell in e.cells], "elsewhere": ROWS[e.key].elsewhere}
+                {
+                    "key": e.key,
+                    "label": e.label,
+                    "cells": [cell.name for cell in e.cells],
+                    "elsewhere": ROWS[e.key].elsewhere,
+                }
                 for e in entries_of(table, results, seeds)
             ],
         }
         for table in (*MAIN_TABLES, *ABLATIONS)
     ]
-    cells = {cell.name: None if result is None else result.to_json() for cell, result in results.items()}
-    return {"model": model, "command": command, "seeds": list(seeds), "tables": tables, "cells": cells}
+    cells = {
+        cell.name: None if result is None else result.to_json() for cell, result in results.items()
+    }
+    return {
+        "model": model,
+        "command": command,
+        "seeds": list(seeds),
+        "tables": tables,
+        "cells": cells,
+    }
 
 
 def _table(first: str, table: Table, results: Results, seeds: Sequence[int]) -> list[str]:
     header = [
-        first, "scales", "q, k, v / softmax", "Fréchet distance", "accuracy, %", "pixel MSE",
-        "ε-MSE, t ≥ 500", "50 ≤ t < 500", "t < 50", "seconds", "peak memory",
-    ]  # fmt: skip
-    rows = [[entry.label, *_figures(entry, len(header) - 1)] for entry in entries_of(table, results, seeds)]
+        first,
+        "scales",
+        "q, k, v / softmax",
+        "Fréchet distance",
+        "accuracy, %",
+        "pixel MSE",
+        "ε-MSE, t ≥ 500",
+        "50 ≤ t < 500",
+        "t < 50",
+        "seconds",
+        "peak memory",
+    ]
+    rows = [
+        [entry.label, *_figures(entry, len(header) - 1)]
+        for entry in entries_of(table, results, seeds)
+    ]
     return _markdown_table(header, rows)
 
 
@@ -149,14 +218,25 @@ def _settings(result: Result) -> list[str]:
         return [f"its own, 1 ({' of '.join(counts)} layers)", "float"]
     scheme = recipe["scheme"]
     bits = [scheme.get("attention_bits"), scheme.get("softmax_bits")]
-    attention = "float" if bits == [None, None] else " / ".join("float" if b is None else str(b) for b in bits)
-    return [f"{scheme['granularity'].replace('_', ' ')}, {len(scheme['bucket_edges']) + 1}", attention]
+    attention = (
+        "float"
+        if bits == [None, None]
+        else " / ".join("float" if b is None else str(b) for b in bits)
+    )
+    return [
+        f"{scheme['granularity'].replace('_', ' ')}, {len(scheme['bucket_edges']) + 1}",
+        attention,
+    ]
 
 
-def _values(results: Sequence[Result | None], figure: Figure, style: str, factor: float = 1.0) -> str:
+def _values(
+    results: Sequence[Result | None], figure: Figure, style: str, factor: float = 1.0
+) -> str:
     """The mean, and in brackets each seed's value where there are several seeds."""
     mean = _mean([result for result in results if result is not None], figure, style, factor)
-    each = [NOT_RUN if result is None else _mean([result], figure, style, factor) for result in results]
+    each = [
+        NOT_RUN if result is None else _mean([result], figure, style, factor) for result in results
+    ]
     return f"{mean} ({', '.join(each)})" if len(each) > 1 else mean
 
 
@@ -178,7 +258,9 @@ def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
     return [
         *_markdown_table(header, [list(row) for row in judged(results, seeds)]),
         "",
-        'Means over the seeds. "Holds": in every pair of seeds; "on average only": the means are so ordered, but not every pair.',
+        'Means over the seeds. "Holds": in every pair of seeds; "on average only": the means are '
+        "so "
+        "ordered, but not every pair.",
         "",
         *critical_groups(results, seeds),
     ]
@@ -191,7 +273,10 @@ def _bucket_table(table: Table, results: Results, seeds: Sequence[int]) -> list[
     edges = [0.0, *shown[0].found[0].definition["judged"]["bucket_edges"], 1000.0]
     rows = []
     for bucket in reversed(range(len(edges) - 1)):
-        errors = [_mean(entry.found, partial(_epsilon, buckets=slice(bucket, bucket + 1)), "{:.5f}") for entry in shown]
+        errors = [
+            _mean(entry.found, partial(_epsilon, buckets=slice(bucket, bucket + 1)), "{:.5f}")
+            for entry in shown
+        ]
         rows.append([f"{edges[bucket]:g} ≤ t < {edges[bucket + 1]:g}", *errors])
     return _markdown_table(["timestep", *(entry.label for entry in shown)], rows)
 
@@ -204,12 +289,22 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
 def _environments(results: Results) -> list[str]:
     """The machines and packages that the results come from, each once."""
     seen = dict.fromkeys(
-        f"{e['processor']}, {e['threads']} thread{'s' * (e['threads'] != 1)}, Python {e['python']}, torch {e['torch']}"
+        f"{e['processor']}, {e['threads']} thread{'s' * (e['threads'] != 1)}, Python "
+        f"{e['python']}, "
+        f"torch {e['torch']}"
         for e in (result.environment for result in results.values() if result is not None)
     )
     return [f"Measured on: {'; '.join(seen)}."] if seen else []
 
 
 def _slow(results: Results) -> list[str]:
-    slow = [cell.name for cell, result in results.items() if result is not None and result.wall_seconds > LIMIT_S]
-    return [f"Cells that took more than {LIMIT_S // 60} minutes, judging included: {', '.join(slow)}."] if slow else []
+    slow = [
+        cell.name
+        for cell, result in results.items()
+        if result is not None and result.wall_seconds > LIMIT_S
+    ]
+    return (
+        [f"Cells that took more than {LIMIT_S // 60} minutes, judging included: {', '.join(slow)}."]
+        if slow
+        else []
+    )

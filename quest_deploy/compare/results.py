@@ -1,4 +1,6 @@
-"""The cells' files: ``cells/<name>.json`` in the comparison's folder, each with the definition that it was measured under."""
+"""The cells' files: ``cells/<name>.json`` in the comparison's folder, each with the definition that
+it was measured under.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.errors import InputError
-from quest_deploy.evaluate import Quality
+from quest_deploy.evaluation.quality import Quality
 from quest_deploy.files import read_json, sha256_of_json, write_json
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ class Result:
         definition: what its figures depend on (see ``quest_deploy.compare.methods.definition_of``).
         quality: its epsilon-MSE is over 20 equally wide buckets, whatever the cell's own scheme.
         seconds: of each stage of making the model.
-        peak_memory_bytes: of the process in each of these stages, the interpreter and its packages included.
+        peak_memory_bytes: of the process in each of these stages, the interpreter and its packages
+            included.
         wall_seconds: of making and judging it.
         notes: what the method tells beside.
         environment: threads, processor and package versions.
@@ -50,13 +53,19 @@ class Result:
     def highest_memory(self) -> int | None:
         """The highest peak of calibration and training, in bytes; None where there was none.
 
-        Recording trajectories is left out: its peak depends on nothing but how many are recorded side by side.
+        Recording trajectories is left out: its peak depends on nothing but how many are recorded
+        side by side.
         """
-        return max((peak for stage, peak in self.peak_memory_bytes.items() if stage != "trajectories"), default=None)
+        return max(
+            (peak for stage, peak in self.peak_memory_bytes.items() if stage != "trajectories"),
+            default=None,
+        )
 
     @classmethod
     def from_json(cls, definition: dict[str, Any], measured: dict[str, Any]) -> Result:
-        """From what :func:`quest_deploy.compare.worker.measure` returns; raise KeyError or TypeError for anything else."""
+        """From what :func:`quest_deploy.compare.worker.measure` returns; raise KeyError or
+        TypeError for anything else.
+        """
         rest = {key: value for key, value in measured.items() if key != "quality"}
         return cls(definition, Quality(**measured["quality"]), **rest)
 
@@ -81,11 +90,15 @@ def cell_path(folder: Path, cell: Cell) -> Path:
 
 def save_result(folder: Path, cell: Cell, result: Result) -> None:
     """Write the file of ``cell``, whole or not at all."""
-    write_json(cell_path(folder, cell), {"format": FORMAT, "version": VERSION, "cell": cell.name, **result.to_json()})
+    write_json(
+        cell_path(folder, cell),
+        {"format": FORMAT, "version": VERSION, "cell": cell.name, **result.to_json()},
+    )
 
 
 def load_result(folder: Path, cell: Cell, definition: dict[str, Any]) -> Result | None:
-    """The result of ``cell``, or None where there is none or it was measured under another definition.
+    """The result of ``cell``, or None where there is none or it was measured under another
+    definition.
 
     Raises:
         InputError: the file is damaged.

@@ -1,9 +1,10 @@
-"""One cell in a process of its own, so that its time and its peak memory are its own, and a crash loses nothing else.
+"""One cell in a process of its own, so that its time and its peak memory are its own, and a crash
+loses nothing else.
 
     python -m quest_deploy.compare.worker MODEL ROW BITS SEED SCRATCH THREADS
 
-writes JSON values to standard output, one a line: {"phase", "done", "total"} while it works, and at the end the cell's result
-(see :func:`measure`) or {"error", "exit_code"}.
+writes JSON values to standard output, one a line: {"phase", "done", "total"} while it works, and at
+the end the cell's result (see :func:`measure`) or {"error", "exit_code"}.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quest_deploy.artifacts.workspace import versions
+from quest_deploy.backends.base import processor_name
 from quest_deploy.compare.cells import Cell
-from quest_deploy.engine.base import processor_name
 from quest_deploy.errors import QuestDeployError
-from quest_deploy.workspace import versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,28 +30,46 @@ if TYPE_CHECKING:
     from quest_deploy.models.registry import DiffusionModel
 
 
-def measure(model: DiffusionModel, cell: Cell, scratch: Path, report: Callable[[str, int, int], None]) -> dict[str, Any]:
+def measure(
+    model: DiffusionModel, cell: Cell, scratch: Path, report: Callable[[str, int, int], None]
+) -> dict[str, Any]:
     """Make and judge ``cell``.
 
     Args:
         scratch: a folder in which cells of one campaign share the float model's images.
 
     Returns:
-        A JSON value: "quality" (as :class:`quest_deploy.evaluate.Quality` has it), "seconds" and "peak_memory_bytes" by stage of
-        making the model, "wall_seconds" with judging, "notes".
+        A JSON value: "quality" (as :class:`quest_deploy.evaluation.quality.Quality` has it),
+        "seconds" and "peak_memory_bytes" by stage of making the model, "wall_seconds" with judging,
+        "notes".
     """
+    from quest_deploy.calibration.trajectories import record_trajectories
     from quest_deploy.compare.methods import JUDGED_SCHEME, make
-    from quest_deploy.evaluate import HELD_OUT_SAMPLES, HELD_OUT_SEED, SamplingOptions, assess, draw, epsilon_mse
-    from quest_deploy.trajectories import record_trajectories
+    from quest_deploy.evaluation.quality import (
+        HELD_OUT_SAMPLES,
+        HELD_OUT_SEED,
+        SamplingOptions,
+        assess,
+        draw,
+        epsilon_mse,
+    )
 
     started = time.monotonic()
     made = make(cell, model, model.load_unet(), report)
     held_out = record_trajectories(
-        model, model.load_unet(), steps=model.calibration_steps, samples=HELD_OUT_SAMPLES, seed=HELD_OUT_SEED
+        model,
+        model.load_unet(),
+        steps=model.calibration_steps,
+        samples=HELD_OUT_SAMPLES,
+        seed=HELD_OUT_SEED,
     )
     fp32_images = _float_images(model, scratch, report)
-    images, labels = draw(model, made.denoise, SamplingOptions(), lambda done, total: report("drawing", done, total))
-    quality = assess(images, labels, fp32_images, epsilon_mse(made.denoise, held_out, JUDGED_SCHEME))
+    images, labels = draw(
+        model, made.denoise, SamplingOptions(), lambda done, total: report("drawing", done, total)
+    )
+    quality = assess(
+        images, labels, fp32_images, epsilon_mse(made.denoise, held_out, JUDGED_SCHEME)
+    )
     return {
         "quality": quality.to_json(),
         "seconds": made.costs.seconds,
@@ -60,17 +79,21 @@ def measure(model: DiffusionModel, cell: Cell, scratch: Path, report: Callable[[
     }
 
 
-def _float_images(model: DiffusionModel, scratch: Path, report: Callable[[str, int, int], None]) -> NDArray[np.float32]:
+def _float_images(
+    model: DiffusionModel, scratch: Path, report: Callable[[str, int, int], None]
+) -> NDArray[np.float32]:
     import numpy as np
 
-    from quest_deploy.evaluate import SamplingOptions, draw
+    from quest_deploy.evaluation.quality import SamplingOptions, draw
+    from quest_deploy.evaluation.sampling import float_denoiser
     from quest_deploy.files import atomic_file
-    from quest_deploy.sampling import float_denoiser
 
     path = scratch / "float-images.npy"
     if not path.exists():
         denoise = float_denoiser(model.load_unet())
-        images, _ = draw(model, denoise, SamplingOptions(), lambda done, total: report("FP32 draws", done, total))
+        images, _ = draw(
+            model, denoise, SamplingOptions(), lambda done, total: report("FP32 draws", done, total)
+        )
         with atomic_file(path) as temporary, temporary.open("wb") as stream:
             np.save(stream, images)
     loaded: NDArray[np.float32] = np.load(path, allow_pickle=False)
@@ -90,8 +113,8 @@ def main(arguments: list[str]) -> None:
         try:
             import torch
 
+            from quest_deploy.artifacts.model_source import ModelSource
             from quest_deploy.models.registry import load_model
-            from quest_deploy.models.source import ModelSource
 
             torch.set_num_threads(int(threads))
             result = measure(
@@ -100,7 +123,11 @@ def main(arguments: list[str]) -> None:
                 Path(scratch),
                 lambda phase, done, total: send({"phase": phase, "done": done, "total": total}),
             )
-            result["environment"] = {"threads": int(threads), "processor": processor_name(), **versions()}
+            result["environment"] = {
+                "threads": int(threads),
+                "processor": processor_name(),
+                **versions(),
+            }
             send(result)
         except QuestDeployError as e:
             send({"error": str(e), "exit_code": e.exit_code})

@@ -1,4 +1,6 @@
-"""What a model can be asked for: nothing, a class, or a prompt; each as the tensors that its UNet takes."""
+"""What a model can be asked for: nothing, a class, or a prompt; each as the tensors that its UNet
+takes.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,16 @@ if TYPE_CHECKING:
 TEXT_TOKENS = 77
 """CLIP's: what prompts are padded to."""
 RANDOM_LABELS = 16
-NO_GUIDANCE = "the model has no unconditional condition, and so no classifier-free guidance: expected a guidance weight of 1"
+NO_GUIDANCE = (
+    "the model has no unconditional condition, and so no classifier-free guidance: "
+    "expected a guidance weight of 1"
+)
 
 
 class Conditions(Protocol):
-    """See :class:`quest_deploy.models.registry.DiffusionModel`, whose members of the same names these are."""
+    """See :class:`quest_deploy.models.registry.DiffusionModel`, whose members of the same names
+    these are.
+    """
 
     @property
     def labels(self) -> int:
@@ -70,7 +77,8 @@ class ClassLabels:
 
 @dataclass(frozen=True)
 class ClassTokens:
-    """Of a UNet that attends to a class's tokens: ``encoder_hidden_states``, float32 [B, tokens, D].
+    """Of a UNet that attends to a class's tokens: ``encoder_hidden_states``, float32 [B, tokens,
+    D].
 
     Attributes:
         table: float32 [classes + 1, tokens, D]; the last row is the class of no class.
@@ -94,7 +102,9 @@ class ClassTokens:
 
 
 class Prompts:
-    """Of a text-to-image model: the text encoders' states of a list of prompts, computed when they are first asked for."""
+    """Of a text-to-image model: the text encoders' states of a list of prompts, computed when they
+    are first asked for.
+    """
 
     def __init__(self, prompts: Sequence[str], encode: Encode) -> None:
         self.prompts, self._encode = list(prompts), encode
@@ -113,7 +123,10 @@ class Prompts:
 
     def null(self, count: int) -> dict[str, Tensor]:
         """The states of no prompt."""
-        return {name: value[:1].repeat(count, *[1] * (value.dim() - 1)) for name, value in self._both[1].items()}
+        return {
+            name: value[:1].repeat(count, *[1] * (value.dim() - 1))
+            for name, value in self._both[1].items()
+        }
 
     @property
     def _both(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -123,9 +136,11 @@ class Prompts:
 
 
 def random_prompts(config: dict[str, Any], seed: int) -> Prompts:
-    """Random normal states in the shapes that a UNet of ``config`` takes, where there is no text encoder.
+    """Random normal states in the shapes that a UNet of ``config`` takes, where there is no text
+    encoder.
 
-    Sizes of the picture (``time_ids``) are those that the UNet was made for, eight pixels to a latent.
+    Sizes of the picture (``time_ids``) are those that the UNet was made for, eight pixels to a
+    latent.
     """
 
     def encode(prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -133,10 +148,15 @@ def random_prompts(config: dict[str, Any], seed: int) -> Prompts:
         halves = []
         for _ in range(2):
             states = {
-                "encoder_hidden_states": torch.randn(len(prompts), TEXT_TOKENS, config["cross_attention_dim"], generator=generator)
+                "encoder_hidden_states": torch.randn(
+                    len(prompts), TEXT_TOKENS, config["cross_attention_dim"], generator=generator
+                )
             }
             if config.get("addition_embed_type") == "text_time":
-                pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
+                pooled = (
+                    config["projection_class_embeddings_input_dim"]
+                    - TIME_IDS * config["addition_time_embed_dim"]
+                )
                 states["text_embeds"] = torch.randn(len(prompts), pooled, generator=generator)
                 states["time_ids"] = time_ids(8 * config["sample_size"]).repeat(len(prompts), 1)
             halves.append(states)
@@ -149,7 +169,9 @@ TIME_IDS = 6
 
 
 def time_ids(pixels: int) -> Tensor:
-    """SDXL's condition on the picture's size, [1, 6]: it was ``pixels`` high and wide, not cropped, and is to be so."""
+    """SDXL's condition on the picture's size, [1, 6]: it was ``pixels`` high and wide, not cropped,
+    and is to be so.
+    """
     return torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=torch.float32)
 
 

@@ -1,6 +1,8 @@
-"""A diffusers pipeline as a model of the toolchain: from a folder, the hub, a single file, or an architecture with random weights.
+"""A diffusers pipeline as a model of the toolchain: from a folder, the hub, a single file, or an
+architecture with random weights.
 
-The UNet goes through the toolchain; text encoders, decoder, tokenizers and scheduler stay what they are and run beside the engine.
+The UNet goes through the toolchain; text encoders, decoder, tokenizers and scheduler stay what they
+are and run beside the engine.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quest_deploy.artifacts.model_source import INDEX
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
 from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS, OTHERWISE
 from quest_deploy.models.schedulers import make_scheduler
-from quest_deploy.models.source import INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -24,14 +26,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+    from quest_deploy.artifacts.model_source import ModelSource
     from quest_deploy.models.conditions import Conditions
-    from quest_deploy.models.source import ModelSource
 
-TEXT_TO_IMAGE, CLASS_CONDITIONAL, UNCONDITIONAL = "text-to-image", "class-conditional", "unconditional"
+TEXT_TO_IMAGE, CLASS_CONDITIONAL, UNCONDITIONAL = (
+    "text-to-image",
+    "class-conditional",
+    "unconditional",
+)
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 DECODERS = ("vae", "vqvae")
 CLASS_EMBEDDING = "class_embedding.safetensors"
-"""In the folder of a class-conditional model: "weight", float32 [classes + 1, tokens x D], its last row the class of no class."""
+"""In the folder of a class-conditional model: "weight", float32 [classes + 1, tokens x D], its last
+row the class of no class.
+"""
 UNETS = ("UNet2DConditionModel", "UNet2DModel")
 GUIDANCE = {TEXT_TO_IMAGE: 7.5, CLASS_CONDITIONAL: 3.0, UNCONDITIONAL: 1.0}
 """What each family is used with: Stable Diffusion's default, QuEST's for ImageNet, and none."""
@@ -59,22 +67,32 @@ class PipelineModel:
         """See :func:`quest_deploy.models.registry.load_model`."""
         source.check_unchanged()
         self.source, self.name = source, source.name
-        self.single_file = source.path if source.path is not None and source.path.is_file() else None
+        self.single_file = (
+            source.path if source.path is not None and source.path.is_file() else None
+        )
         self.folder = _folder_of(source)
         self.index: dict[str, Any] = read_json(self.folder / INDEX, repair=OTHERWISE)
-        self.config: dict[str, Any] = read_json(self.folder / "unet" / "config.json", repair=OTHERWISE)
+        self.config: dict[str, Any] = read_json(
+            self.folder / "unet" / "config.json", repair=OTHERWISE
+        )
         self._check_unet()
         self.family = self._family()
         if prompts is not None and self.family != TEXT_TO_IMAGE:
-            raise InputError(f"--prompts: expected a text-to-image model, and {self.name} is {self.family}")
+            raise InputError(
+                f"--prompts: expected a text-to-image model, and {self.name} is {self.family}"
+            )
         self._given_prompts = prompts
         self._conditions: Conditions | None = None
         side = self.config["sample_size"]
-        self.sample_shape: tuple[int, ...] = (self.config["in_channels"], *((side, side) if isinstance(side, int) else side))
+        self.sample_shape: tuple[int, ...] = (
+            self.config["in_channels"],
+            *((side, side) if isinstance(side, int) else side),
+        )
         self.train_timesteps: int = self.scheduler_config()["num_train_timesteps"]
         without_null = self.config.get("num_class_embeds") is not None
         self.guidance = 1.0 if without_null else GUIDANCE[self.family]
-        # A forward pass of Stable Diffusion takes seconds on a CPU, one of a latent-diffusion UNet about one.
+        # A forward pass of Stable Diffusion takes seconds on a CPU, one of a latent-diffusion UNet
+        # about one.
         self.calibration_samples = 2 if self.guidance != 1 else 4
         self.forward_rows: int | None = 2 if self.family == TEXT_TO_IMAGE else 4
         self.finetuning: Mapping[str, Any] = {}
@@ -86,10 +104,11 @@ class PipelineModel:
         from diffusers import UNet2DConditionModel, UNet2DModel
 
         from quest_deploy.models.loras import fuse_into_unet
-        from quest_deploy.models.unets import with_flat_conditions
-        from quest_deploy.quant.prepare import set_heads
+        from quest_deploy.models.unets import set_heads, with_flat_conditions
 
-        unet_class = {"UNet2DConditionModel": UNet2DConditionModel, "UNet2DModel": UNet2DModel}[self.config["_class_name"]]
+        unet_class = {"UNet2DConditionModel": UNet2DConditionModel, "UNet2DModel": UNet2DModel}[
+            self.config["_class_name"]
+        ]
         with self._loading("the UNet"):
             if self.source.random_weights:
                 with torch.random.fork_rng(devices=[]):
@@ -97,10 +116,15 @@ class PipelineModel:
                     unet: nn.Module = unet_class.from_config(self.config)
             elif self.single_file is not None:
                 unet = unet_class.from_single_file(
-                    str(self.single_file), config=str(self.folder), subfolder="unet", torch_dtype=torch.float32
+                    str(self.single_file),
+                    config=str(self.folder),
+                    subfolder="unet",
+                    torch_dtype=torch.float32,
                 )
             else:
-                unet = unet_class.from_pretrained(self.folder / "unet", torch_dtype=torch.float32, use_safetensors=True)
+                unet = unet_class.from_pretrained(
+                    self.folder / "unet", torch_dtype=torch.float32, use_safetensors=True
+                )
         heads = None if self.name not in KNOWN_MODELS else KNOWN_MODELS[self.name].heads
         if heads is not None:
             set_heads(unet, heads)
@@ -122,7 +146,9 @@ class PipelineModel:
         import torch
 
         rounds = -(-count // self.labels)
-        drawn = torch.cat([torch.randperm(self.labels, generator=generator) for _ in range(rounds)])[:count]
+        drawn = torch.cat(
+            [torch.randperm(self.labels, generator=generator) for _ in range(rounds)]
+        )[:count]
         return self.conditions(drawn.numpy())
 
     def conditions(self, labels: NDArray[np.int64]) -> dict[str, torch.Tensor]:
@@ -141,9 +167,15 @@ class PipelineModel:
         decoder = self.load_decoder()
         if decoder is None:
             return np.clip(latents, -1.0, 1.0)
-        scale, shift = decoder.config.scaling_factor, getattr(decoder.config, "shift_factor", None) or 0.0
+        scale, shift = (
+            decoder.config.scaling_factor,
+            getattr(decoder.config, "shift_factor", None) or 0.0,
+        )
         with torch.no_grad():
-            decoded = [decoder.decode(row[None] / scale + shift).sample for row in torch.from_numpy(latents)]
+            decoded = [
+                decoder.decode(row[None] / scale + shift).sample
+                for row in torch.from_numpy(latents)
+            ]
         images: NDArray[np.float32] = torch.cat(decoded).clamp(-1, 1).numpy()
         return images
 
@@ -153,14 +185,17 @@ class PipelineModel:
         return list(self._given_prompts) if self._given_prompts is not None else default_prompts()
 
     def pipeline_class(self) -> Any:
-        """The diffusers class of the pipeline; raise InputError where diffusers has none for this model."""
+        """The diffusers class of the pipeline; raise InputError where diffusers has none for this
+        model.
+        """
         import diffusers
 
         name = self.index.get("_class_name")
         found = getattr(diffusers, name, None) if isinstance(name, str) else None
         if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
             raise InputError(
-                f"{self.name}: diffusers has no pipeline called {name}; use quest_deploy.runtime.EngineUNet, or `generate`"
+                f"{self.name}: diffusers has no pipeline called {name}; use "
+                "quest_deploy.backends.engine_unet.EngineUNet, or `generate`"
             )
         return found
 
@@ -168,7 +203,8 @@ class PipelineModel:
         """The diffusers pipeline, its LoRAs fused into the text encoders.
 
         Args:
-            parts: by name, parts to take instead of the folder's; None leaves one away. Without ``unet`` there is none.
+            parts: by name, parts to take instead of the folder's; None leaves one away. Without
+                ``unet`` there is none.
         """
         from quest_deploy.models.loras import fuse_into_text_encoders
 
@@ -179,12 +215,21 @@ class PipelineModel:
             given |= {"safety_checker": None, "requires_safety_checker": False}
         with self._loading("the pipeline"):
             if self.single_file is not None:
-                # A single file holds no tokenizer: that and the configurations are the architecture's own on the hub.
+                # A single file holds no tokenizer: that and the configurations are the
+                # architecture's own on the hub.
                 config = self._fetch_configurations()
-                pipeline = pipeline_class.from_single_file(str(self.single_file), config=str(config), local_files_only=True, **given)
+                pipeline = pipeline_class.from_single_file(
+                    str(self.single_file), config=str(config), local_files_only=True, **given
+                )
             else:
-                pipeline = pipeline_class.from_pretrained(self.folder, use_safetensors=True, local_files_only=True, **given)
-        encoders = {name: part for name in TEXT_ENCODERS if (part := getattr(pipeline, name, None)) is not None and name not in parts}
+                pipeline = pipeline_class.from_pretrained(
+                    self.folder, use_safetensors=True, local_files_only=True, **given
+                )
+        encoders = {
+            name: part
+            for name in TEXT_ENCODERS
+            if (part := getattr(pipeline, name, None)) is not None and name not in parts
+        }
         fuse_into_text_encoders(self.source.loras, pipeline_class, encoders)
         return pipeline
 
@@ -198,7 +243,8 @@ class PipelineModel:
             return fetch_pipeline(known.repository, known.revision, weights=False)
         except InputError as e:
             raise InputError(
-                f"{self.single_file} holds no tokenizer, which is taken from {known.repository}: {e}; "
+                f"{self.single_file} holds no tokenizer, which is taken from {known.repository}: "
+                f"{e}; "
                 "or convert the file to a diffusers folder"
             ) from e
 
@@ -211,7 +257,13 @@ class PipelineModel:
     def _make_conditions(self) -> Conditions:
         import torch
 
-        from quest_deploy.models.conditions import ClassLabels, ClassTokens, NoConditions, Prompts, random_prompts
+        from quest_deploy.models.conditions import (
+            ClassLabels,
+            ClassTokens,
+            NoConditions,
+            Prompts,
+            random_prompts,
+        )
 
         if self.config.get("num_class_embeds") is not None:
             return ClassLabels(self.config["num_class_embeds"])
@@ -220,7 +272,11 @@ class PipelineModel:
         if self.family == CLASS_CONDITIONAL:
             width = self.config["cross_attention_dim"]
             if self.source.random_weights:
-                table = torch.randn(IMAGENET_CLASSES + 1, width, generator=torch.Generator().manual_seed(self.source.seed))
+                table = torch.randn(
+                    IMAGENET_CLASSES + 1,
+                    width,
+                    generator=torch.Generator().manual_seed(self.source.seed),
+                )
             else:
                 table = _class_table(self.folder / CLASS_EMBEDDING, width)
             return ClassTokens(table.unflatten(1, (-1, width)))
@@ -228,20 +284,39 @@ class PipelineModel:
             return random_prompts(self.config, self.source.seed)
         return Prompts(self.prompts, self._encode)
 
-    def _encode(self, prompts: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _encode(
+        self, prompts: list[str]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         import torch
 
         from quest_deploy.models.conditions import time_ids
 
-        pipeline = self.load_pipeline(**{name: None for name in ("vae", "image_encoder", "feature_extractor") if name in self.index})
+        pipeline = self.load_pipeline(
+            **{
+                name: None
+                for name in ("vae", "image_encoder", "feature_extractor")
+                if name in self.index
+            }
+        )
         with torch.no_grad(), _quiet():
             encoded = pipeline.encode_prompt(
-                prompt=prompts, device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=True
+                prompt=prompts,
+                device=torch.device("cpu"),
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=True,
             )
-        names = ("encoder_hidden_states", "text_embeds")  # each with its unconditional half behind it
-        halves = [{name: value.float() for name, value in zip(names, encoded[i::2], strict=False)} for i in (0, 1)]
+        names = (
+            "encoder_hidden_states",
+            "text_embeds",
+        )  # each with its unconditional half behind it
+        halves = [
+            {name: value.float() for name, value in zip(names, encoded[i::2], strict=False)}
+            for i in (0, 1)
+        ]
         if self.config.get("addition_embed_type") == "text_time":
-            sizes = time_ids(self.config["sample_size"] * self._pixels_per_latent()).repeat(len(prompts), 1)
+            sizes = time_ids(self.config["sample_size"] * self._pixels_per_latent()).repeat(
+                len(prompts), 1
+            )
             halves = [{**half, "time_ids": sizes} for half in halves]
         return halves[0], halves[1]
 
@@ -266,38 +341,59 @@ class PipelineModel:
                     str(self.single_file), config=config, subfolder=name, torch_dtype=torch.float32
                 )
             else:
-                decoder = decoder_class.from_pretrained(self.folder / name, torch_dtype=torch.float32, use_safetensors=True)
+                decoder = decoder_class.from_pretrained(
+                    self.folder / name, torch_dtype=torch.float32, use_safetensors=True
+                )
         return decoder.eval()
 
     def scheduler_config(self) -> dict[str, Any]:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""
-        config: dict[str, Any] = read_json(self.folder / "scheduler" / "scheduler_config.json", repair=OTHERWISE)
+        config: dict[str, Any] = read_json(
+            self.folder / "scheduler" / "scheduler_config.json", repair=OTHERWISE
+        )
         return config
 
     def _check_unet(self) -> None:
         name = self.config.get("_class_name")
         if name not in UNETS:
             raise InputError(f"{self.name}: expected a UNet of {' or '.join(UNETS)}, found {name}")
-        unsupported = {key: self.config[key] for key in _UNSUPPORTED if self.config.get(key) is not None}
+        unsupported = {
+            key: self.config[key] for key in _UNSUPPORTED if self.config.get(key) is not None
+        }
         if self.config.get("addition_embed_type") not in (None, "text_time"):
             unsupported["addition_embed_type"] = self.config["addition_embed_type"]
         if unsupported:
-            raise InputError(f"{self.name}: a UNet with {unsupported} takes conditions that are not supported")
+            raise InputError(
+                f"{self.name}: a UNet with {unsupported} takes conditions that are not supported"
+            )
 
     def _family(self) -> str:
-        """Which layers QuEST trains: a UNet2DModel has attention blocks for transformers, whether it embeds a class or not."""
+        """Which layers QuEST trains: a UNet2DModel has attention blocks for transformers, whether
+        it embeds a class or not.
+        """
         if any(self.index.get(name, [None])[0] is not None for name in TEXT_ENCODERS):
             return TEXT_TO_IMAGE
-        return CLASS_CONDITIONAL if self.config["_class_name"] == "UNet2DConditionModel" else UNCONDITIONAL
+        return (
+            CLASS_CONDITIONAL
+            if self.config["_class_name"] == "UNet2DConditionModel"
+            else UNCONDITIONAL
+        )
 
     def require_weights(self, purpose: str) -> None:
-        """Raise InputError where the model has random weights, which are of no use to ``purpose``."""
+        """Raise InputError where the model has random weights, which are of no use to
+        ``purpose``.
+        """
         if self.source.random_weights:
-            raise InputError(f"{self.name} has random weights and neither text encoder nor decoder: there is nothing to {purpose}")
+            raise InputError(
+                f"{self.name} has random weights and neither text encoder nor decoder: there is "
+                f"nothing to {purpose}"
+            )
 
     @contextmanager
     def _loading(self, part: str) -> Iterator[None]:
-        """Turn what diffusers and transformers raise for files that are missing, damaged or of another kind into InputError."""
+        """Turn what diffusers and transformers raise for files that are missing, damaged or of
+        another kind into InputError.
+        """
         where = self.single_file or self.folder
         try:
             with _quiet():
@@ -306,7 +402,10 @@ class PipelineModel:
             raise
         except Exception as e:
             reason = str(e).strip().splitlines()
-            raise InputError(f"{where}: {part} cannot be loaded ({type(e).__name__}: {reason[0] if reason else ''})") from e
+            raise InputError(
+                f"{where}: {part} cannot be loaded ({type(e).__name__}: "
+                f"{reason[0] if reason else ''})"
+            ) from e
 
 
 def default_prompts() -> list[str]:
@@ -316,7 +415,9 @@ def default_prompts() -> list[str]:
 
 def _folder_of(source: ModelSource) -> Path:
     if source.path is not None:
-        return ARCHITECTURES / _architecture_in(source.path) if source.path.is_file() else source.path
+        return (
+            ARCHITECTURES / _architecture_in(source.path) if source.path.is_file() else source.path
+        )
     if source.location is None:
         return ARCHITECTURES / source.name
     from quest_deploy.models.hub import fetch_pipeline
@@ -326,18 +427,27 @@ def _folder_of(source: ModelSource) -> Path:
 
 
 def _architecture_in(path: Path) -> str:
-    """Which architecture a single file holds, by its tensors; raise InputError where it is none of ours or cannot be read safely."""
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+    """Which architecture a single file holds, by its tensors; raise InputError where it is none of
+    ours or cannot be read safely.
+    """
+    from diffusers.loaders.single_file_utils import (
+        infer_diffusers_model_type,
+        load_single_file_checkpoint,
+    )
 
     try:
         with _quiet():
             kind = infer_diffusers_model_type(load_single_file_checkpoint(str(path)))
     except Exception as e:
         raise InputError(
-            f"{path}: it cannot be read as tensors alone (weights_only); convert it to .safetensors, or give a diffusers folder"
+            f"{path}: it cannot be read as tensors alone (weights_only); convert it to "
+            ".safetensors, or give a diffusers folder"
         ) from e
     if kind not in _ARCHITECTURE_OF_FILE:
-        raise InputError(f"{path}: expected a checkpoint of Stable Diffusion 1, 2 or XL, found one of {kind}; give a diffusers folder")
+        raise InputError(
+            f"{path}: expected a checkpoint of Stable Diffusion 1, 2 or XL, found one of {kind}; "
+            "give a diffusers folder"
+        )
     return _ARCHITECTURE_OF_FILE[kind]
 
 
@@ -348,15 +458,22 @@ def _class_table(path: Path, width: int) -> torch.Tensor:
     try:
         table = load_file(path)["weight"].float()
     except (OSError, SafetensorError, KeyError) as e:
-        raise InputError(f'{path}: a class-conditional model needs this file, with the classes\' tokens as "weight" ({e})') from e
+        raise InputError(
+            f"{path}: a class-conditional model needs this file, with the classes' tokens as "
+            f'"weight" ({e})'
+        ) from e
     if table.dim() != 2 or len(table) < 2 or table.shape[1] % width:
-        raise InputError(f"{path}: expected [classes + 1, tokens x {width}], found {list(table.shape)}")
+        raise InputError(
+            f"{path}: expected [classes + 1, tokens x {width}], found {list(table.shape)}"
+        )
     return table
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars and notices that diffusers and transformers print while they load."""
+    """Without the progress bars and notices that diffusers and transformers print while they
+    load.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

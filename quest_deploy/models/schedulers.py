@@ -18,7 +18,9 @@ SCHEDULERS = {
 
 
 def make_scheduler(name: str, config: dict[str, Any]) -> Any:
-    """A new diffusers scheduler of the short ``name`` with the model's noise schedule; raise InputError for an unknown name."""
+    """A new diffusers scheduler of the short ``name`` with the model's noise schedule; raise
+    InputError for an unknown name.
+    """
     import diffusers
 
     if name not in SCHEDULERS:
@@ -27,8 +29,13 @@ def make_scheduler(name: str, config: dict[str, Any]) -> Any:
 
 
 def set_steps(scheduler: Any, steps: int) -> None:
-    """Choose ``steps`` timesteps; raise InputError where they leave the range the model was trained on, as an offset can make them."""
+    """Choose ``steps`` timesteps; raise InputError where they leave the range the model was trained
+    on, as an offset can make them.
+    """
     scheduler.set_timesteps(steps)
     highest, trained = float(scheduler.timesteps.max()), scheduler.config.num_train_timesteps
     if highest >= trained:
-        raise InputError(f"{steps} steps begin at timestep {highest:g}, and the model knows those below {trained}; take fewer steps")
+        raise InputError(
+            f"{steps} steps begin at timestep {highest:g}, and the model knows those below "
+            f"{trained}; take fewer steps"
+        )

@@ -1,8 +1,9 @@
 """The embedded model: a class-conditional latent-diffusion UNet of 16x16 digits.
 
-It has Stable Diffusion's block topology (cross-attention down and up blocks, skip concatenations, GEGLU) at 1/600 of its size,
-so that every stage of the toolchain can be run, and judged, on a machine without a GPU. ``scripts/make_tiny_model.py`` trains it
-from nothing; its weights ship in ``tiny_assets/`` in the Hugging Face Hub's own folder layout.
+It has Stable Diffusion's block topology (cross-attention down and up blocks, skip concatenations,
+GEGLU) at 1/600 of its size, so that every stage of the toolchain can be run, and judged, on a
+machine without a GPU. ``scripts/make_tiny_model.py`` trains it from nothing; its weights ship in
+``tiny_assets/`` in the Hugging Face Hub's own folder layout.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ SCHEDULER_CONFIG = {
 
 
 class TinyModel:
-    """The embedded model as the toolchain sees it: see :class:`quest_deploy.models.registry.DiffusionModel`."""
+    """The embedded model as the toolchain sees it: see
+    :class:`quest_deploy.models.registry.DiffusionModel`.
+    """
 
     name = "tiny"
     family = "class-conditional"
@@ -67,20 +70,32 @@ class TinyModel:
     calibration_samples = 512
     calibration_steps = 20
     forward_rows: int | None = 250
-    # Fewer, smaller batches than the defaults, at twice the rates: nearly as good, in a third of the time.
+    # Fewer, smaller batches than the defaults, at twice the rates: nearly as good, in a third of
+    # the time.
     finetuning: Mapping[str, Any] = MappingProxyType(
-        {"temporal_steps": 60, "sensitive_steps": 340, "batch": 16, "weight_rate": 2e-3, "scale_rate": 1e-2}
+        {
+            "temporal_steps": 60,
+            "sensitive_steps": 340,
+            "batch": 16,
+            "weight_rate": 2e-3,
+            "scale_rate": 1e-2,
+        }
     )
-    # Its operations are too small to share: two threads are no faster than one, and far slower where other work takes a core.
+    # Its operations are too small to share: two threads are no faster than one, and far slower
+    # where other work takes a core.
     finetuning_threads: int | None = 1
     judges_digits = True
 
     def load_unet(self) -> nn.Module:
-        """The FP32 UNet: sample [B, 4, 8, 8], timestep [B], encoder_hidden_states [B, 4, 32] -> epsilon [B, 4, 8, 8]."""
+        """The FP32 UNet: sample [B, 4, 8, 8], timestep [B], encoder_hidden_states [B, 4, 32] ->
+        epsilon [B, 4, 8, 8].
+        """
         import torch
         from diffusers import UNet2DConditionModel
 
-        unet: nn.Module = UNet2DConditionModel.from_pretrained(ASSETS / "unet", torch_dtype=torch.float32)
+        unet: nn.Module = UNet2DConditionModel.from_pretrained(
+            ASSETS / "unet", torch_dtype=torch.float32
+        )
         return unet.eval()
 
     def load_scheduler(self, name: str, **overrides: Any) -> Any:
@@ -108,9 +123,15 @@ class TinyModel:
         return self._embed(torch.full((count,), NULL_CLASS))
 
     def images(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Undo the lossless 2x2 pixel unshuffle: [B, 4, 8, 8] -> [B, 1, 16, 16], clipped to [-1, 1]."""
+        """Undo the lossless 2x2 pixel unshuffle: [B, 4, 8, 8] -> [B, 1, 16, 16], clipped to [-1,
+        1].
+        """
         batch, _, height, width = latents.shape
-        pixels = latents.reshape(batch, 2, 2, height, width).transpose(0, 3, 1, 4, 2).reshape(batch, 1, 2 * height, 2 * width)
+        pixels = (
+            latents.reshape(batch, 2, 2, height, width)
+            .transpose(0, 3, 1, 4, 2)
+            .reshape(batch, 1, 2 * height, 2 * width)
+        )
         return np.clip(pixels, -1.0, 1.0)
 
     def _embed(self, classes: torch.Tensor) -> dict[str, torch.Tensor]:

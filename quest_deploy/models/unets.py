@@ -1,22 +1,35 @@
-"""UNets whose every condition is an argument of its own, a tensor [B, ...] of float32: what a graph can have as inputs."""
+"""UNets whose every condition is an argument of its own, a tensor [B, ...] of float32: what a graph
+can have as inputs.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 ADDED_CONDITIONS = ("text_embeds", "time_ids")
-"""What Stable Diffusion XL's UNet takes beside the text states, in diffusers packed into ``added_cond_kwargs``."""
+"""What Stable Diffusion XL's UNet takes beside the text states, in diffusers packed into
+``added_cond_kwargs``.
+"""
 
 
 class FlatConditionsUNet(UNet2DConditionModel):
-    """A UNet2DConditionModel, called with SDXL's added conditions by name and class labels in float32."""
+    """A UNet2DConditionModel, called with SDXL's added conditions by name and class labels in
+    float32.
+    """
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *, return_dict: bool = True, **conditions: Tensor
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        *,
+        return_dict: bool = True,
+        **conditions: Tensor,
     ) -> Any:
         added = {name: conditions.pop(name) for name in ADDED_CONDITIONS if name in conditions}
         return super().forward(
@@ -32,26 +45,55 @@ class FlatConditionsUNet(UNet2DConditionModel):
 class FlatLabelsUNet(UNet2DModel):
     """A UNet2DModel, called with class labels in float32."""
 
-    def forward(self, sample: Tensor, timestep: Tensor, *, return_dict: bool = True, **conditions: Tensor) -> Any:  # type: ignore[override]
-        return super().forward(sample, timestep, return_dict=return_dict, **_whole_labels(conditions))
+    def forward(  # type: ignore[override]
+        self, sample: Tensor, timestep: Tensor, *, return_dict: bool = True, **conditions: Tensor
+    ) -> Any:
+        return super().forward(
+            sample, timestep, return_dict=return_dict, **_whole_labels(conditions)
+        )
 
 
-FLAT_CLASSES: dict[str, type[nn.Module]] = {c.__name__: c for c in (FlatConditionsUNet, FlatLabelsUNet)}
+FLAT_CLASSES: dict[str, type[nn.Module]] = {
+    c.__name__: c for c in (FlatConditionsUNet, FlatLabelsUNet)
+}
 """By the name that a checkpoint records as its architecture's class."""
 
 
 def with_flat_conditions(unet: nn.Module) -> nn.Module:
-    """Give ``unet``, a diffusers UNet, one of these classes where its own takes conditions in another form; it is the same object.
+    """Give ``unet``, a diffusers UNet, one of these classes where its own takes conditions in
+    another form; it is the same object.
 
     Weights, configuration and module names stay: the class differs in its call alone.
     """
     config: Any = unet.config
     if isinstance(unet, UNet2DModel) and config.num_class_embeds is not None:
         unet.__class__ = FlatLabelsUNet
-    elif isinstance(unet, UNet2DConditionModel) and (config.num_class_embeds is not None or config.addition_embed_type is not None):
+    elif isinstance(unet, UNet2DConditionModel) and (
+        config.num_class_embeds is not None or config.addition_embed_type is not None
+    ):
         unet.__class__ = FlatConditionsUNet
     return unet
 
 
 def _whole_labels(conditions: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.long() if name == "class_labels" else value for name, value in conditions.items()}
+    return {
+        name: value.long() if name == "class_labels" else value
+        for name, value in conditions.items()
+    }
+
+
+def attentions(model: nn.Module) -> list[Any]:
+    """Every attention of a diffusers UNet."""
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+def set_heads(model: nn.Module, heads: int) -> None:
+    """Give every attention of ``model`` this number of heads; its weights keep their shapes."""
+    for attention in attentions(model):
+        attention.heads, attention.scale = heads, (attention.inner_dim // heads) ** -0.5
+    model.fixed_heads = heads  # type: ignore[assignment]
+
+
+def fixed_heads(model: nn.Module) -> int | None:
+    """What :func:`set_heads` gave ``model``, or None."""
+    return getattr(model, "fixed_heads", None)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporters.exactness import EXACT_ANYWHERE, LEVELS, SAFE, pair_magnitude
-from exporters.lower import onnxruntime, openvino
+from exporters.lowering import onnxruntime, openvino
 from exporters.probe import make_probe
 from tests.helpers import relative_error, run_reference
 
@@ -32,7 +32,11 @@ def test_pairs_of_safe_weights_fit_16_bits_with_any_activation(seed: int) -> Non
 
 
 def test_what_holds_anywhere_covers_4_bit_weights_and_no_signed_8_bit_ones() -> None:
-    levels = {level for name, level in EXACT_ANYWHERE.levels.items() if name.endswith("int8") and not name.endswith("uint8")}
+    levels = {
+        level
+        for name, level in EXACT_ANYWHERE.levels.items()
+        if name.endswith("int8") and not name.endswith("uint8")
+    }
     assert levels == {SAFE}
     assert LEVELS[-1] <= SAFE < LEVELS[0]
 

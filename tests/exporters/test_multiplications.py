@@ -4,10 +4,10 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.graph_info import graph_info
-from exporters.lower import onnxruntime, openvino
+from exporters.lowering import onnxruntime, openvino
 from exporters.multiplications import Multiplication, multiplications
 from exporters.passes.insert_quantized_layers import product_name
-from quest_deploy.engine.base import input_shapes
+from quest_deploy.backends.base import input_shapes
 from tests.helpers import graph_from_text
 
 TEXT = """
@@ -48,14 +48,21 @@ def test_operands_are_followed_along_first_inputs() -> None:
     assert linear.operands == (("node_scaled", "scaled", "a"), ("m",))
 
 
-def test_in_lowered_unets_the_layers_multiply_adds_are_the_checkpoints(small_graph: ir.Model) -> None:
+def test_in_lowered_unets_the_layers_multiply_adds_are_the_checkpoints(
+    small_graph: ir.Model,
+) -> None:
     for lower in (onnxruntime.lower, openvino.lower):
         lowered = lower(small_graph.clone())
         info = graph_info(lowered)
         found = {node.node: node for node in multiplications(lowered, input_shapes(lowered, 1))}
         others = set(found)
         for layer in info.layers.values():
-            parts = {name for name in found if name == product_name(layer.name) or name.startswith(f"{product_name(layer.name)}.")}
+            parts = {
+                name
+                for name in found
+                if name == product_name(layer.name)
+                or name.startswith(f"{product_name(layer.name)}.")
+            }
             assert sum(found[name].macs or 0 for name in parts) == layer.macs, layer.name
             others -= parts
         assert len(others) == 12  # six attentions in float
@@ -86,5 +93,7 @@ def test_products_behind_sizes_that_are_computed_by_division_are_counted() -> No
 
 def test_every_product_of_an_exported_unet_is_counted(small_graph: ir.Model) -> None:
     for model in (small_graph, openvino.lower(small_graph.clone())):
-        uncounted = [node.node for node in multiplications(model, input_shapes(model, 1)) if not node.macs]
+        uncounted = [
+            node.node for node in multiplications(model, input_shapes(model, 1)) if not node.macs
+        ]
         assert uncounted == []

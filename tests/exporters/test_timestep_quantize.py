@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
-from exporters import timestep_quantize
+from exporters.ops import timestep_quantize
 from tests.helpers import Array, Feeds, float32, graph_from_text, numpy_codes, proto_of, session
 
 if TYPE_CHECKING:
@@ -28,10 +28,21 @@ DTYPES = (np.float32, np.float16)
 def op_model(axis: int, dtype: type) -> onnx.ModelProto:
     """A graph of one TimestepQuantize, all seven operands its inputs, x of unknown rank."""
     types = [ir.DataType.from_numpy(np.dtype(dtype)), ir.DataType.INT64, *[ir.DataType.FLOAT] * 5]
-    inputs = [ir.Value(name=n, type=ir.TensorType(t)) for n, t in zip(timestep_quantize.INPUTS, types, strict=True)]
+    inputs = [
+        ir.Value(name=n, type=ir.TensorType(t))
+        for n, t in zip(timestep_quantize.INPUTS, types, strict=True)
+    ]
     codes = ir.Value(name="codes", type=ir.TensorType(ir.DataType.INT8))
-    node = ir.Node("quest", "TimestepQuantize", inputs, [ir.AttrInt64("axis", axis)], outputs=[codes])
-    graph = ir.Graph(inputs, [codes], nodes=[node], opset_imports={"": timestep_quantize.OPSET, "quest": 1}, name="op")
+    node = ir.Node(
+        "quest", "TimestepQuantize", inputs, [ir.AttrInt64("axis", axis)], outputs=[codes]
+    )
+    graph = ir.Graph(
+        inputs,
+        [codes],
+        nodes=[node],
+        opset_imports={"": timestep_quantize.OPSET, "quest": 1},
+        name="op",
+    )
     function = timestep_quantize.function_body()
     return proto_of(ir.Model(graph, ir_version=10, functions=[function]))
 
@@ -60,7 +71,9 @@ def tables(rng: np.random.Generator, buckets: int, channels: int, *, bits: int) 
 @pytest.mark.parametrize(("rank", "axis"), RANKS_AND_AXES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data())
-def test_codes_equal_numpys_code_for_code(runtime: str, rank: int, axis: int, dtype: type, data: st.DataObject) -> None:
+def test_codes_equal_numpys_code_for_code(
+    runtime: str, rank: int, axis: int, dtype: type, data: st.DataObject
+) -> None:
     shape = data.draw(st.tuples(*[st.integers(1, 5)] * rank))
     buckets, bits = data.draw(st.integers(1, 6)), data.draw(st.sampled_from([4, 8]))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
@@ -77,7 +90,13 @@ def test_codes_equal_numpys_code_for_code(runtime: str, rank: int, axis: int, dt
 @given(power=st.integers(-6, 3), seed=st.integers(0, 2**32 - 1))
 def test_a_tie_goes_to_the_even_code(runtime: str, dtype: type, power: int, seed: int) -> None:
     halves = np.random.default_rng(seed).integers(-9, 9, (2, 4)) + 0.5
-    operands = {"scale": [2.0**power], "low": [-15.0], "high": [15.0], "offset": [0.0], "channel": [1.0, 2.0, 0.5, 1.0]}
+    operands = {
+        "scale": [2.0**power],
+        "low": [-15.0],
+        "high": [15.0],
+        "offset": [0.0],
+        "channel": [1.0, 2.0, 0.5, 1.0],
+    }
     feeds = {name: np.asarray(value, np.float32) for name, value in operands.items()}
     x = (halves * feeds["scale"] * feeds["channel"]).astype(dtype)
     (found,) = runner(runtime, 1, dtype)({"x": x, "bucket": np.zeros(2, np.int64), **feeds})
@@ -87,7 +106,13 @@ def test_a_tie_goes_to_the_even_code(runtime: str, dtype: type, power: int, seed
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_codes_stop_at_the_bounds_of_each_samples_bucket_even_for_infinities(runtime: str) -> None:
-    feeds = {"scale": [1.0, 1.0], "low": [-3.0, -127.0], "high": [12.0, 127.0], "offset": [0.0, 0.0], "channel": [1.0, 1.0, 1.0, 1.0]}
+    feeds = {
+        "scale": [1.0, 1.0],
+        "low": [-3.0, -127.0],
+        "high": [12.0, 127.0],
+        "offset": [0.0, 0.0],
+        "channel": [1.0, 1.0, 1.0, 1.0],
+    }
     operands = {name: np.asarray(value, np.float32) for name, value in feeds.items()}
     x = np.tile(np.asarray([-np.inf, -1e30, 1e30, np.inf], np.float32), (3, 1))
     (found,) = runner(runtime, 1, np.float32)({"x": x, "bucket": np.asarray([1, 0, 1]), **operands})
@@ -97,7 +122,11 @@ def test_codes_stop_at_the_bounds_of_each_samples_bucket_even_for_infinities(run
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_batch_that_mixes_buckets_equals_each_sample_alone(runtime: str) -> None:
     rng = np.random.default_rng(0)
-    operands, x, bucket = tables(rng, 5, 3, bits=4), rng.standard_normal((6, 3, 4, 4)).astype(np.float32), rng.permutation(6) % 5
+    operands, x, bucket = (
+        tables(rng, 5, 3, bits=4),
+        rng.standard_normal((6, 3, 4, 4)).astype(np.float32),
+        rng.permutation(6) % 5,
+    )
     run = runner(runtime, 1, np.float32)
     (together,) = run({"x": x, "bucket": bucket, **operands})
     alone = [run({"x": x[i : i + 1], "bucket": bucket[i : i + 1], **operands})[0] for i in range(6)]
@@ -121,11 +150,21 @@ def test_half_precision_input_is_divided_in_float32() -> None:
 def test_the_function_declares_the_published_signature() -> None:
     function = timestep_quantize.function_body()
     assert (function.domain, function.name) == ("quest", "TimestepQuantize")
-    assert [value.name for value in function.inputs] == ["x", "bucket", "scale", "low", "high", "offset", "channel"]
+    assert [value.name for value in function.inputs] == [
+        "x",
+        "bucket",
+        "scale",
+        "low",
+        "high",
+        "offset",
+        "channel",
+    ]
     assert list(function.attributes) == ["axis"]
 
 
-def test_a_model_with_the_function_passes_the_full_check_and_its_codes_are_inferred_as_int8() -> None:
+def test_a_model_with_the_function_passes_the_full_check_and_its_codes_are_inferred_as_int8() -> (
+    None
+):
     model = graph_from_text("""
     op (float16[N,3,H] x, int64[N] bucket, float[K] scale, float[K] low, float[K] high, float[K] offset, float[3] channel)
     => (int8[N,3,H] codes)

@@ -1,4 +1,6 @@
-"""The portable graph of a small UNet, against the ONNX specification's evaluator, onnxruntime and the fake-quantized model."""
+"""The portable graph of a small UNet, against the ONNX specification's evaluator, onnxruntime and
+the fake-quantized model.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ from exporters.editor import array_of
 from exporters.graph_info import GraphInfo, graph_info, load_graph, save_graph
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
 from exporters.torch_to_qdq import portable_graph
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
+from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.errors import InputError
-from quest_deploy.quant.calibrate import CalibrationOptions, RangeMethod, calibrate
-from quest_deploy.quant.model import QuantizedModel
-from quest_deploy.scheme import Scheme
-from quest_deploy.trajectories import Trajectories
+from quest_deploy.quantization.model import QuantizedModel
 from tests.helpers import (
     Array,
     Feeds,
@@ -38,7 +40,7 @@ from tests.helpers import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from quest_deploy.checkpoint import Checkpoint
+    from quest_deploy.artifacts.checkpoint import Checkpoint
 
 BATCH = 5
 
@@ -54,12 +56,18 @@ def info(small_proto: onnx.ModelProto) -> GraphInfo:
 
 
 @pytest.fixture(scope="module")
-def torch_values(small_checkpoint: Checkpoint, small_inputs: dict[str, torch.Tensor]) -> dict[str, tuple[Array, Array]]:
-    """Each layer's input and output in the fake-quantized model, and the model's own output under ""."""
+def torch_values(
+    small_checkpoint: Checkpoint, small_inputs: dict[str, torch.Tensor]
+) -> dict[str, tuple[Array, Array]]:
+    """Each layer's input and output in the fake-quantized model, and the model's own output under
+    "".
+    """
     model = QuantizedModel.from_checkpoint(small_checkpoint).eval()
     seen: dict[str, tuple[Array, Array]] = {}
     for name, layer in model.quantized_layers().items():
-        layer.register_forward_hook(lambda m, a, o, n=name: seen.__setitem__(n, (a[0].detach().numpy(), o.detach().numpy())))
+        layer.register_forward_hook(
+            lambda m, a, o, n=name: seen.__setitem__(n, (a[0].detach().numpy(), o.detach().numpy()))
+        )
     output = model(**small_inputs).detach().numpy()
     return seen | {"": (output, output)}
 
@@ -79,41 +87,65 @@ def test_opsets_and_ir_version_are_the_published_ones(small_proto: onnx.ModelPro
     assert [(f.domain, f.name) for f in small_proto.functions] == [("quest", "TimestepQuantize")]
 
 
-def test_inputs_and_outputs_have_the_published_names_types_and_dynamic_batch_height_and_width(small_graph: ir.Model) -> None:
-    def described(values: list[ir.Value]) -> dict[str | None, tuple[ir.DataType | None, list[object]]]:
-        return {v.name: (v.dtype, [d.value if isinstance(d, ir.SymbolicDim) else d for d in v.shape or ()]) for v in values}
+def test_inputs_and_outputs_have_the_published_names_types_and_dynamic_batch_height_and_width(
+    small_graph: ir.Model,
+) -> None:
+    def described(
+        values: list[ir.Value],
+    ) -> dict[str | None, tuple[ir.DataType | None, list[object]]]:
+        return {
+            v.name: (
+                v.dtype,
+                [d.value if isinstance(d, ir.SymbolicDim) else d for d in v.shape or ()],
+            )
+            for v in values
+        }
 
     assert described(list(small_graph.graph.inputs)) == {
         "sample": (ir.DataType.FLOAT, ["batch", 2, "height", "width"]),
         "timestep": (ir.DataType.FLOAT, ["batch"]),
         "encoder_hidden_states": (ir.DataType.FLOAT, ["batch", 3, 8]),
     }
-    assert described(list(small_graph.graph.outputs)) == {"out_sample": (ir.DataType.FLOAT, ["batch", 2, "height", "width"])}
+    assert described(list(small_graph.graph.outputs)) == {
+        "out_sample": (ir.DataType.FLOAT, ["batch", 2, "height", "width"])
+    }
 
 
-def test_there_is_one_quantizer_a_site_and_no_other_node_of_ours(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
+def test_there_is_one_quantizer_a_site_and_no_other_node_of_ours(
+    small_graph: ir.Model, small_checkpoint: Checkpoint
+) -> None:
     ours = [node for node in small_graph.graph if node.domain]
     assert {node.op_identifier()[:2] for node in ours} == {("quest", "TimestepQuantize")}
-    assert sorted(node.outputs[0].name or "" for node in ours) == sorted(f"{name}.codes" for name in small_checkpoint.sites)
+    assert sorted(node.outputs[0].name or "" for node in ours) == sorted(
+        f"{name}.codes" for name in small_checkpoint.sites
+    )
 
 
-def test_layers_that_share_a_site_read_its_one_quantizer(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
+def test_layers_that_share_a_site_read_its_one_quantizer(
+    small_graph: ir.Model, small_checkpoint: Checkpoint
+) -> None:
     values = ir.convenience.create_value_mapping(small_graph.graph)
     for site in small_checkpoint.sites.values():
         assert len(values[f"{site.name}.codes"].consumers()) == 1, site.name
         assert len(values[f"{site.name}.dequantized"].consumers()) == len(site.layers), site.name
-    sizes = sorted(len(site.layers) for site in small_checkpoint.sites.values() if len(site.layers) > 1)
+    sizes = sorted(
+        len(site.layers) for site in small_checkpoint.sites.values() if len(site.layers) > 1
+    )
     attentions = sum(name.endswith("attn1.to_q") for name in small_checkpoint.layers)
     resnets = sum(name.endswith("time_emb_proj") for name in small_checkpoint.layers)
     assert sizes == sorted([*[3] * attentions, 2 * attentions, resnets])
 
 
 def middle(codes: ir.Value) -> int:
-    """The zero-point of a symmetric weight's or an activation's codes: 8-bit weights are UINT8 (INT8 may saturate)."""
+    """The zero-point of a symmetric weight's or an activation's codes: 8-bit weights are UINT8
+    (INT8 may saturate).
+    """
     return 128 if codes.dtype is ir.DataType.UINT8 else 0
 
 
-def test_weights_are_stored_as_the_checkpoints_integers_at_their_own_width(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
+def test_weights_are_stored_as_the_checkpoints_integers_at_their_own_width(
+    small_graph: ir.Model, small_checkpoint: Checkpoint
+) -> None:
     for name, layer in small_checkpoint.layers.items():
         weight = small_graph.graph.initializers[f"{name}.weight"]
         assert weight.dtype == (ir.DataType.INT4 if layer.weight_bits == 4 else ir.DataType.UINT8)
@@ -123,8 +155,14 @@ def test_weights_are_stored_as_the_checkpoints_integers_at_their_own_width(small
         assert weight.const_value.nbytes == (codes.size * layer.weight_bits + 7) // 8
 
 
-def test_no_float_weight_of_a_quantized_layer_is_in_the_graph(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
-    largest = max(array_of(v).size for v in small_graph.graph.initializers.values() if v.dtype is ir.DataType.FLOAT)
+def test_no_float_weight_of_a_quantized_layer_is_in_the_graph(
+    small_graph: ir.Model, small_checkpoint: Checkpoint
+) -> None:
+    largest = max(
+        array_of(v).size
+        for v in small_graph.graph.initializers.values()
+        if v.dtype is ir.DataType.FLOAT
+    )
     assert largest <= max(layer.weight_codes.shape[0] for layer in small_checkpoint.layers.values())
 
 
@@ -163,7 +201,9 @@ def test_the_metadata_names_scheme_checkpoint_and_every_layer_and_site(
         assert quantizer.inputs[0] is values[site.input]
 
 
-def test_the_graphs_bucket_is_the_schemes_on_and_around_every_edge(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
+def test_the_graphs_bucket_is_the_schemes_on_and_around_every_edge(
+    small_graph: ir.Model, small_checkpoint: Checkpoint
+) -> None:
     edges = np.asarray(small_checkpoint.scheme.bucket_edges, np.float32)
     down, up = (np.nextafter(edges, np.float32(end)) for end in (0, 1e6))
     timesteps = np.concatenate([edges, down, up, float32(0, 999, 0.5, 1000)])
@@ -198,8 +238,15 @@ def test_every_layer_agrees_with_the_fake_quantized_model_on_that_models_inputs(
     graph = ir.from_proto(small_proto)
     for name, layer in info.layers.items():
         x, y = torch_values[name]
-        cut, inputs = cut_layer(graph, info, name), {info.sites[layer.site].input: x, "bucket": bucket}
-        (found,) = run_reference(cut, inputs) if runtime == "reference" else run(cut, inputs, optimized=runtime.endswith("optimized"))
+        cut, inputs = (
+            cut_layer(graph, info, name),
+            {info.sites[layer.site].input: x, "bucket": bucket},
+        )
+        (found,) = (
+            run_reference(cut, inputs)
+            if runtime == "reference"
+            else run(cut, inputs, optimized=runtime.endswith("optimized"))
+        )
         assert relative_error(found, y) < 1e-6, name
         assert relative_error(found, numpy_layer(small_checkpoint, name, x, bucket)) < 1e-6, name
 
@@ -221,17 +268,24 @@ def test_end_to_end_runtimes_agree_for_every_sample_without_a_flipped_tie(
     bucket: Array,
 ) -> None:
     graph = with_codes(small_proto, info)
-    from_torch = [site_codes(site, torch_values[site.layers[0]][0], bucket) for site in small_checkpoint.sites.values()]
+    from_torch = [
+        site_codes(site, torch_values[site.layers[0]][0], bucket)
+        for site in small_checkpoint.sites.values()
+    ]
     results = {"reference": run_reference(graph, feeds), "onnxruntime": run(graph, feeds)}
     for runtime, (output, *codes) in results.items():
         same = np.ones(BATCH, bool)
         for ours, theirs in zip(codes, from_torch, strict=True):
             same &= (ours == theirs).reshape(BATCH, -1).all(1)
-        assert same.sum() >= BATCH - 2, f"{runtime}: flipped ties in most samples, which chance does not explain"
+        assert same.sum() >= BATCH - 2, (
+            f"{runtime}: flipped ties in most samples, which chance does not explain"
+        )
         assert relative_error(output[same], torch_values[""][0][same]) < 2e-5, runtime
 
 
-def test_a_batch_that_mixes_timesteps_equals_each_sample_alone(small_proto: onnx.ModelProto, feeds: Feeds) -> None:
+def test_a_batch_that_mixes_timesteps_equals_each_sample_alone(
+    small_proto: onnx.ModelProto, feeds: Feeds
+) -> None:
     infer = session(small_proto)
     (together,) = infer(feeds)
     for i in range(BATCH):
@@ -245,7 +299,16 @@ def test_samples_of_other_sizes_give_what_the_fake_quantized_model_gives(
 ) -> None:
     sample = np.random.default_rng(3).standard_normal((BATCH, 2, *size)).astype(np.float32)
     model = QuantizedModel.from_checkpoint(small_checkpoint).eval()
-    expected = model(**{name: torch.from_numpy(value) for name, value in (feeds | {"sample": sample}).items()}).detach().numpy()
+    expected = (
+        model(
+            **{
+                name: torch.from_numpy(value)
+                for name, value in (feeds | {"sample": sample}).items()
+            }
+        )
+        .detach()
+        .numpy()
+    )
     (found,) = run(small_proto, feeds | {"sample": sample})
     errors = [relative_error(found[i], expected[i]) for i in range(BATCH)]
     # A flipped tie may change a sample or two.
@@ -253,13 +316,18 @@ def test_samples_of_other_sizes_give_what_the_fake_quantized_model_gives(
 
 
 def test_the_bucket_and_not_only_the_time_embedding_follows_the_timestep(
-    small_proto: onnx.ModelProto, info: GraphInfo, torch_values: dict[str, tuple[Array, Array]], bucket: Array
+    small_proto: onnx.ModelProto,
+    info: GraphInfo,
+    torch_values: dict[str, tuple[Array, Array]],
+    bucket: Array,
 ) -> None:
     x = torch_values["conv_out"][0]
     infer = session(cut_layer(ir.from_proto(small_proto), info, "conv_out"))
     name = info.sites["conv_out"].input
     moved = infer({name: x, "bucket": (bucket + 1) % 4})[0]
-    assert (np.abs(moved - infer({name: x, "bucket": bucket})[0]).reshape(BATCH, -1).max(1) > 0).all()
+    assert (
+        np.abs(moved - infer({name: x, "bucket": bucket})[0]).reshape(BATCH, -1).max(1) > 0
+    ).all()
 
 
 @pytest.fixture(scope="module")
@@ -268,8 +336,14 @@ def plain_unet() -> torch.nn.Module:
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "mid_block_type": None}
-    return UNet2DModel(4, 2, 2, layers_per_block=1, block_out_channels=(4,), norm_num_groups=2, **blocks).eval()
+    blocks = {
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "mid_block_type": None,
+    }
+    return UNet2DModel(
+        4, 2, 2, layers_per_block=1, block_out_channels=(4,), norm_num_groups=2, **blocks
+    ).eval()
 
 
 @pytest.mark.parametrize("buckets", [1, 1000])
@@ -284,12 +358,18 @@ def test_one_bucket_and_one_bucket_a_training_step_both_export_and_agree_with_th
     scales = np.random.default_rng(0).uniform(0.8, 1.25, buckets).astype(np.float32)
     sites = {
         name: dataclasses.replace(
-            site, scale=site.scale[0] * scales, low=site.low[0] * np.ones_like(scales), high=site.high[0] * np.ones_like(scales)
+            site,
+            scale=site.scale[0] * scales,
+            low=site.low[0] * np.ones_like(scales),
+            high=site.high[0] * np.ones_like(scales),
         )
         for name, site in one.sites.items()
     }
     checkpoint = dataclasses.replace(one, scheme=Scheme.parse("w8a8", buckets=buckets), sites=sites)
-    inputs = {"sample": sample.expand(2, -1, -1, -1, -1).flatten(0, 1), "timestep": torch.tensor([0.0, 998.5, 999.0, 417.0])}
+    inputs = {
+        "sample": sample.expand(2, -1, -1, -1, -1).flatten(0, 1),
+        "timestep": torch.tensor([0.0, 998.5, 999.0, 417.0]),
+    }
     graph = portable_graph(checkpoint, inputs, "")
     feeds = {name: value.numpy() for name, value in inputs.items()}
     onnx.checker.check_model(proto_of(graph), full_check=True)
@@ -300,7 +380,9 @@ def test_one_bucket_and_one_bucket_a_training_step_both_export_and_agree_with_th
     assert relative_error(run(graph, feeds)[0], expected) < 0.02
 
 
-def test_a_saved_graph_loads_again_and_computes_the_same(small_proto: onnx.ModelProto, feeds: Feeds, tmp_path: Path) -> None:
+def test_a_saved_graph_loads_again_and_computes_the_same(
+    small_proto: onnx.ModelProto, feeds: Feeds, tmp_path: Path
+) -> None:
     save_graph(ir.from_proto(small_proto), tmp_path / "model.onnx")
     loaded = load_graph(tmp_path / "model.onnx")
     assert graph_info(loaded) == graph_info(ir.from_proto(small_proto))
@@ -315,13 +397,20 @@ def test_a_graph_that_is_missing_damaged_or_foreign_is_an_input_error(tmp_path: 
     (tmp_path / "b.onnx").write_bytes(b"not a graph")
     with pytest.raises(InputError, match=r"b\.onnx: not a readable ONNX file"):
         load_graph(tmp_path / "b.onnx")
-    foreign = ir.from_onnx_text('<ir_version: 10, opset_import: ["" : 21]> g (float[1] x) => (float[1] y) { y = Abs(x) }')
+    foreign = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[1] x) => (float[1] y) { y = Abs(x) }'
+    )
     with pytest.raises(InputError, match="quest-deploy export"):
         graph_info(foreign)
 
 
-def test_every_layer_is_one_conv_or_one_matmul(small_graph: ir.Model, small_checkpoint: Checkpoint) -> None:
-    counts, linears = op_counts(small_graph), sum(layer.conv is None for layer in small_checkpoint.layers.values())
+def test_every_layer_is_one_conv_or_one_matmul(
+    small_graph: ir.Model, small_checkpoint: Checkpoint
+) -> None:
+    counts, linears = (
+        op_counts(small_graph),
+        sum(layer.conv is None for layer in small_checkpoint.layers.values()),
+    )
     assert counts["Conv"] == len(small_checkpoint.layers) - linears
     attentions = sum(name.endswith(".to_q") for name in small_checkpoint.layers)
     assert counts["MatMul"] == linears + 2 * attentions
@@ -350,7 +439,9 @@ class _Attention(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         heads = x.unflatten(2, (2, 4)).transpose(1, 2)
-        y: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(heads, heads * 2, heads + 1, **self.options)  # type: ignore[arg-type]
+        y: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(
+            heads, heads * 2, heads + 1, **self.options
+        )  # type: ignore[arg-type]
         return y
 
 
@@ -359,10 +450,19 @@ MASK = torch.tensor([[0.0, -1.0, 2.0, 0.5, -3.0]])
 
 @pytest.mark.parametrize(
     "module",
-    [_Unknown(), _Writes(), _Attention(), _Attention(scale=0.3), _Attention(is_causal=True), _Attention(attn_mask=MASK)],
+    [
+        _Unknown(),
+        _Writes(),
+        _Attention(),
+        _Attention(scale=0.3),
+        _Attention(is_causal=True),
+        _Attention(attn_mask=MASK),
+    ],
     ids=["unknown", "writes", "attention", "scale", "causal", "mask"],
 )
-def test_what_torch_onnx_does_not_know_as_it_is_is_exported_and_computes_the_same(module: torch.nn.Module) -> None:
+def test_what_torch_onnx_does_not_know_as_it_is_is_exported_and_computes_the_same(
+    module: torch.nn.Module,
+) -> None:
     x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
     shapes = {"x": {0: torch.export.Dim("batch", max=63)}}
     exported = torch.export.export(module, (x,), dynamic_shapes=tuple(shapes.values()))

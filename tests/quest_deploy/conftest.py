@@ -1,4 +1,6 @@
-"""Shared fixtures of the pipeline's tests: a very small model with its engines, and workspaces that went through every command."""
+"""Shared fixtures of the pipeline's tests: a very small model with its engines, and workspaces that
+went through every command.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.pipelines import PIPELINES
-from tests.quest_deploy.support import CHAIN, LDM_CHAIN, MINI_TINY_UNET, MINI_UNET, TEXT_CHAIN, Outcome, cli
+from tests.quest_deploy.support import (
+    CHAIN,
+    LDM_CHAIN,
+    MINI_TINY_UNET,
+    MINI_UNET,
+    TEXT_CHAIN,
+    Outcome,
+    cli,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +32,10 @@ if TYPE_CHECKING:
     import onnx
     from torch import nn
 
-    from quest_deploy.checkpoint import Checkpoint
+    from quest_deploy.artifacts.checkpoint import Checkpoint
+    from quest_deploy.calibration.trajectories import Trajectories
     from quest_deploy.models.tiny import TinyModel
-    from quest_deploy.quant.model import QuantizedModel
-    from quest_deploy.trajectories import Trajectories
+    from quest_deploy.quantization.model import QuantizedModel
 
 
 @pytest.fixture(scope="session")
@@ -41,26 +51,41 @@ def mini_unet() -> nn.Module:
 
 @pytest.fixture(scope="session")
 def mini_trajectories(mini_unet: nn.Module) -> Trajectories:
-    """What ``mini_unet`` answers to random inputs: four samplings of six steps, two in each of three buckets."""
+    """What ``mini_unet`` answers to random inputs: four samplings of six steps, two in each of
+    three buckets.
+    """
     import torch
 
-    from quest_deploy.trajectories import Trajectories
+    from quest_deploy.calibration.trajectories import Trajectories
 
     generator = torch.Generator().manual_seed(1)
     timesteps = torch.tensor([990.0, 820.0, 610.0, 400.0, 210.0, 10.0])
     sample = torch.randn(len(timesteps), 4, 2, 4, 4, generator=generator)
     states = torch.randn(4, 3, 8, generator=generator)
-    output = torch.stack([mini_unet(x, t, states, return_dict=False)[0] for x, t in zip(sample, timesteps, strict=True)])
+    output = torch.stack(
+        [
+            mini_unet(x, t, states, return_dict=False)[0]
+            for x, t in zip(sample, timesteps, strict=True)
+        ]
+    )
     return Trajectories(sample, timesteps, output, {"encoder_hidden_states": states})
 
 
 @pytest.fixture(scope="session")
-def mini_checkpoints(mini_unet: nn.Module, mini_trajectories: Trajectories) -> Callable[[int], Checkpoint]:
+def mini_checkpoints(
+    mini_unet: nn.Module, mini_trajectories: Trajectories
+) -> Callable[[int], Checkpoint]:
     """``mini_unet`` calibrated to w4a4, by number of buckets."""
-    from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
-    from quest_deploy.scheme import Scheme
+    from quest_deploy.artifacts.scheme import Scheme
+    from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 
-    return lambda buckets: calibrate("mini", mini_unet, mini_trajectories, Scheme.parse("w4a4", buckets=buckets), CalibrationOptions())
+    return lambda buckets: calibrate(
+        "mini",
+        mini_unet,
+        mini_trajectories,
+        Scheme.parse("w4a4", buckets=buckets),
+        CalibrationOptions(),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +97,7 @@ def mini_checkpoint(mini_checkpoints: Callable[[int], Checkpoint]) -> Checkpoint
 @pytest.fixture(scope="session")
 def mini_quantized(mini_checkpoint: Checkpoint) -> QuantizedModel:
     """The fake-quantized model of ``mini_checkpoint``."""
-    from quest_deploy.quant.model import QuantizedModel
+    from quest_deploy.quantization.model import QuantizedModel
 
     return QuantizedModel.from_checkpoint(mini_checkpoint).eval()
 
@@ -84,13 +109,19 @@ def mini_proto(mini_checkpoint: Checkpoint, mini_trajectories: Trajectories) -> 
 
     from exporters.torch_to_qdq import portable_graph
 
-    return ir.to_proto(portable_graph(mini_checkpoint, next(mini_trajectories.batches(2)), "ab" * 32))
+    return ir.to_proto(
+        portable_graph(mini_checkpoint, next(mini_trajectories.batches(2)), "ab" * 32)
+    )
 
 
 @pytest.fixture(scope="session")
-def mini_reference(mini_quantized: QuantizedModel, mini_trajectories: Trajectories, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mini_reference(
+    mini_quantized: QuantizedModel,
+    mini_trajectories: Trajectories,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """The reference of ``mini_quantized``; not to be changed."""
-    from quest_deploy.reference import save_reference
+    from quest_deploy.verification.reference import save_reference
 
     folder = tmp_path_factory.mktemp("reference")
     save_reference(mini_quantized, mini_trajectories, folder)
@@ -98,19 +129,27 @@ def mini_reference(mini_quantized: QuantizedModel, mini_trajectories: Trajectori
 
 
 @pytest.fixture(scope="session")
-def mini_engines(mini_proto: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def mini_engines(
+    mini_proto: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """The engine folder of ``mini_proto`` by backend; not to be changed."""
     import onnx_ir as ir
 
-    from quest_deploy.engine.backends import get_backend
-    from quest_deploy.engine.base import EngineOptions, build_engine
+    from quest_deploy.backends.base import EngineOptions, build_engine
+    from quest_deploy.backends.registry import get_backend
 
     built: dict[str, Path] = {}
 
     def engine(backend: str) -> Path:
         if backend not in built:
             folder = tmp_path_factory.mktemp(backend)
-            build_engine(get_backend(backend), ir.from_proto(mini_proto), folder, EngineOptions(threads=1), "cd" * 32)
+            build_engine(
+                get_backend(backend),
+                ir.from_proto(mini_proto),
+                folder,
+                EngineOptions(threads=1),
+                "cd" * 32,
+            )
             built[backend] = folder
         return built[backend]
 
@@ -135,7 +174,9 @@ class Chain:
 
 @contextmanager
 def _mini_tiny() -> Iterator[None]:
-    """The embedded model's UNet is, meanwhile, one of 27 layers with random weights: a command takes a fifth of the time."""
+    """The embedded model's UNet is, meanwhile, one of 27 layers with random weights: a command
+    takes a fifth of the time.
+    """
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -152,7 +193,9 @@ def _mini_tiny() -> Iterator[None]:
 
 @pytest.fixture
 def mini_tiny() -> Iterator[None]:
-    """The embedded model's UNet is a very small one during the test; in other processes it is what it was."""
+    """The embedded model's UNet is a very small one during the test; in other processes it is what
+    it was.
+    """
     with _mini_tiny():
         yield
 
@@ -171,7 +214,9 @@ def mini_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
-    """The embedded model, through every command with few samples and steps, each with --json. Workers share one."""
+    """The embedded model, through every command with few samples and steps, each with --json.
+    Workers share one.
+    """
     with _chain("chain", CHAIN, tmp_path_factory) as made:
         yield made
 
@@ -185,14 +230,20 @@ def text_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
 
 @pytest.fixture(scope="session")
 def ldm_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
-    """The small unconditional latent-diffusion pipeline, through every command. Workers share one."""
+    """The small unconditional latent-diffusion pipeline, through every command. Workers share
+    one.
+    """
     with _chain("ldm", LDM_CHAIN, tmp_path_factory) as made:
         yield made
 
 
 @contextmanager
-def _chain(name: str, steps: Mapping[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
-    """The workspace of ``steps``, made once for all workers and then held, so that a test that would write to it fails, always."""
+def _chain(
+    name: str, steps: Mapping[str, list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Chain]:
+    """The workspace of ``steps``, made once for all workers and then held, so that a test that
+    would write to it fails, always.
+    """
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     root, record, pipeline = base / name, base / f"{name}.json", base / f"{name}-pipeline"
@@ -206,12 +257,17 @@ def _chain(name: str, steps: Mapping[str, list[str]], tmp_path_factory: pytest.T
                 where = ["--backend", backend] if backend else []
                 if command == "calibrate" and name in PIPELINES:
                     where += ["--model", str(PIPELINES[name](pipeline))]
-                outcomes[step] = dataclasses.asdict(cli(command, "-w", root, *where, *options, "--json"))
+                outcomes[step] = dataclasses.asdict(
+                    cli(command, "-w", root, *where, *options, "--json")
+                )
                 assert outcomes[step]["code"] == 0, f"{step}: {outcomes[step]['err']}"
             record.write_text(json.dumps(outcomes))
     with (root / ".lock").open("r") as held:
         fcntl.flock(held, fcntl.LOCK_SH)
-        yield Chain(root, {step: Outcome(**outcome) for step, outcome in json.loads(record.read_text()).items()})
+        yield Chain(
+            root,
+            {step: Outcome(**outcome) for step, outcome in json.loads(record.read_text()).items()},
+        )
 
 
 @pytest.fixture

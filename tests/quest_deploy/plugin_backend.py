@@ -1,26 +1,34 @@
-"""TensorRT's lowering for the plugin, on onnxruntime, which computes the plugin's op by its definition."""
+"""TensorRT's lowering for the plugin, on onnxruntime, which computes the plugin's op by its
+definition.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from exporters.lower import tensorrt
-from exporters.timestep_quantize import OP_TYPE, function_body
-from quest_deploy.engine.base import PLUGIN
-from quest_deploy.engine.onnxruntime import OnnxRuntimeBackend
+from exporters.lowering import tensorrt
+from exporters.ops.timestep_quantize import OP_TYPE, function_body
+from quest_deploy.backends.base import PLUGIN
+from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from quest_deploy.engine.base import EngineOptions
+    from quest_deploy.backends.base import EngineOptions
 
 
 class PluginOnTheCpu(OnnxRuntimeBackend):
-    """Lowers as TensorRT's backend does, and gives onnxruntime the op's function in the plugin's place."""
+    """Lowers as TensorRT's backend does, and gives onnxruntime the op's function in the plugin's
+    place.
+    """
 
-    def lower(self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None) -> ir.Model:
+    def lower(
+        self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None
+    ) -> ir.Model:
         quantize = "plugin" if options.quantize == PLUGIN else "native"
-        lowered = tensorrt.lower(model, frozen_bucket=frozen_bucket, dtype=options.dtype, quantize=quantize)
+        lowered = tensorrt.lower(
+            model, frozen_bucket=frozen_bucket, dtype=options.dtype, quantize=quantize
+        )
         for node in kept(lowered):
             del node.attributes["plugin_namespace"], node.attributes["plugin_version"]
             function = function_body()

@@ -1,4 +1,6 @@
-"""What the tests of the pipeline share: the program in-process, strict JSON, and changes to graphs. Import by its full name."""
+"""What the tests of the pipeline share: the program in-process, strict JSON, and changes to graphs.
+Import by its full name.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import onnx_ir as ir
 
-from quest_deploy.checkpoint import pack_int4
+from quest_deploy.artifacts.checkpoint import pack_int4
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,7 +36,9 @@ MINI_UNET = {
     "mid_block_type": None,
     "up_block_types": ("UpBlock2D",),
 }
-"""27 layers that read 22 sites: resnets, attention, GEGLU, skips; it is cut into 50 parts and built in seconds."""
+"""27 layers that read 22 sites: resnets, attention, GEGLU, skips; it is cut into 50 parts and built
+in seconds.
+"""
 MINI_TINY_UNET = {
     **MINI_UNET,
     "sample_size": 8,
@@ -43,7 +47,9 @@ MINI_TINY_UNET = {
     "block_out_channels": (32,),
     "cross_attention_dim": 32,
 }
-"""The same with the embedded model's inputs and outputs, and so wide that a graph's weights have a file of their own."""
+"""The same with the embedded model's inputs and outputs, and so wide that a graph's weights have a
+file of their own.
+"""
 CHAIN = {
     "calibrate": ["--samples", "8", "--buckets", "3"],
     "sensitivity": ["--samples", "1", "--batch", "20"],
@@ -59,7 +65,8 @@ CHAIN = {
     "evaluate onnxruntime": ["--images", "20", "--steps", "3"],
     "schedule": ["--scheduler", "unipc", "--steps", "6"],
 }
-"""The commands of the main job in order, with their options; a backend's name stands for --backend."""
+"""The commands of the main job in order, with their options; a backend's name stands for --backend.
+"""
 STAGES = tuple(step.replace(" ", "/") for step in CHAIN if step != "schedule")
 """The chain's commands that finish a stage; a schedule is only a file."""
 LDM_CHAIN = {
@@ -79,7 +86,16 @@ TEXT_CHAIN = {
     "build-engine onnxruntime": ["--threads", "1"],
     "verify onnxruntime": [],
     "benchmark onnxruntime": LDM_CHAIN["benchmark openvino"],
-    "generate onnxruntime": ["--prompt", "a red cat", "--negative-prompt", "blue", "--steps", "2", "--rows", "2"],
+    "generate onnxruntime": [
+        "--prompt",
+        "a red cat",
+        "--negative-prompt",
+        "blue",
+        "--steps",
+        "2",
+        "--rows",
+        "2",
+    ],
     "evaluate onnxruntime": ["--images", "2", "--steps", "2"],
 }
 """And for a text-to-image pipeline."""
@@ -87,7 +103,9 @@ TEXT_CHAIN = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: its exit code and what it printed on standard output and standard error."""
+    """How a command ended: its exit code and what it printed on standard output and standard
+    error.
+    """
 
     code: int
     out: str
@@ -100,7 +118,9 @@ class Outcome:
 
     @property
     def message(self) -> str:
-        """The one-line error message that ends standard error; raise AssertionError for a traceback or further lines."""
+        """The one-line error message that ends standard error; raise AssertionError for a traceback
+        or further lines.
+        """
         assert "Traceback" not in self.err, self.err
         *before, last = self.err.splitlines()
         assert last.startswith("error: "), self.err
@@ -109,11 +129,17 @@ class Outcome:
 
 
 def cli(*arguments: str | Path) -> Outcome:
-    """Run `quest-deploy` with ``arguments`` in this process; what is not an ordinary end of the program is raised."""
+    """Run `quest-deploy` with ``arguments`` in this process; what is not an ordinary end of the
+    program is raised.
+    """
     from quest_deploy.cli.main import main
 
     code, out, err = 0, io.StringIO(), io.StringIO()
-    with patch.object(sys, "argv", ["quest-deploy", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+    with (
+        patch.object(sys, "argv", ["quest-deploy", *map(str, arguments)]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
         try:
             main()
         except SystemExit as e:
@@ -133,7 +159,10 @@ def strict_json(text: str) -> Any:
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of every file in ``folder``, but for the lock."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in files
+    }
 
 
 def flip_byte(path: Path) -> None:
@@ -167,7 +196,9 @@ def set_initializer(model: ir.Model, name: str, array: NDArray[Any]) -> None:
         value.const_value = ir.tensor(array.astype(value.const_value.numpy().dtype), name=name)
 
 
-def change(model: ir.Model, name: str, index: int | Iterable[int], *, by: float = 0.0, factor: float = 1.0) -> None:
+def change(
+    model: ir.Model, name: str, index: int | Iterable[int], *, by: float = 0.0, factor: float = 1.0
+) -> None:
     """Change entries of an initializer, counted in C order."""
     array = initializer(model, name)
     flat = array.reshape(-1)

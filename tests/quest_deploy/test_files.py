@@ -68,7 +68,9 @@ def test_several_files_appear_together_beside_what_was_there(tmp_path: Path) -> 
     assert [(tmp_path / name).read_text() for name in "abc"] == ["a", "b", "c"]
 
 
-def test_the_last_of_several_files_is_renamed_after_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_of_several_files_is_renamed_after_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     renamed = []
     replace = os.replace
 
@@ -109,7 +111,9 @@ def test_an_exception_leaves_the_old_folder(tmp_path: Path) -> None:
     assert names(tmp_path) == ["folder"]
 
 
-def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").write_text("old")
@@ -153,7 +157,9 @@ def test_ctrl_c_while_folders_are_renamed_loses_no_folder(
     assert names(path) == ["old"]
 
 
-def test_a_folder_that_a_killed_process_had_moved_away_is_put_back_unless_the_new_one_is_there(tmp_path: Path) -> None:
+def test_a_folder_that_a_killed_process_had_moved_away_is_put_back_unless_the_new_one_is_there(
+    tmp_path: Path,
+) -> None:
     for name in ("a", "b"):
         old = tmp_path / f"{files.TEMPORARY_PREFIX}12-old-{name}"
         old.mkdir()
@@ -192,15 +198,23 @@ def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path: Path) -> No
     assert names(tmp_path) == ["a.json"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"{'a': 1}", b"\xff\xfe", b"[1] [2]", b"[" * 200_000], ids=lambda c: repr(c[:8]))
-def test_a_file_that_is_not_json_is_an_input_error_with_its_path(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"{'a': 1}", b"\xff\xfe", b"[1] [2]", b"[" * 200_000],
+    ids=lambda c: repr(c[:8]),
+)
+def test_a_file_that_is_not_json_is_an_input_error_with_its_path(
+    tmp_path: Path, content: bytes
+) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"a\.json"):
         read_json(path)
 
 
-def test_a_missing_json_file_and_a_folder_in_its_place_are_input_errors_with_the_path(tmp_path: Path) -> None:
+def test_a_missing_json_file_and_a_folder_in_its_place_are_input_errors_with_the_path(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(InputError, match=r"a\.json does not exist"):
         read_json(tmp_path / "a.json")
     (tmp_path / "b.json").mkdir()
@@ -208,7 +222,9 @@ def test_a_missing_json_file_and_a_folder_in_its_place_are_input_errors_with_the
         read_json(tmp_path / "b.json")
 
 
-def test_a_json_file_beyond_the_limit_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_json_file_beyond_the_limit_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "_MAX_JSON_BYTES", 4)
     path = tmp_path / "a.json"
     path.write_text("1234")
@@ -222,4 +238,6 @@ def test_hashes_are_sha256_of_the_bytes_and_of_canonical_json(tmp_path: Path) ->
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_of(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
     assert sha256_of_json({"b": 1, "a": [1, 2]}) == hashlib.sha256(b'{"a":[1,2],"b":1}').hexdigest()
-    assert sha256_of_json(json.loads('{"a": [1, 2], "b": 1}')) == sha256_of_json({"b": 1, "a": [1, 2]})
+    assert sha256_of_json(json.loads('{"a": [1, 2], "b": 1}')) == sha256_of_json(
+        {"b": 1, "a": [1, 2]}
+    )

@@ -11,11 +11,25 @@ from tests.helpers import load_script
 if TYPE_CHECKING:
     from types import ModuleType
 
-TENSORRT = {"whole": {"seconds": 50.4, "processor_seconds": 61.0, "peak_gib": 3.5, "engine_bytes": 1_800_000_000}}
+TENSORRT = {
+    "whole": {
+        "seconds": 50.4,
+        "processor_seconds": 61.0,
+        "peak_gib": 3.5,
+        "engine_bytes": 1_800_000_000,
+    }
+}
 PRECISION = {
-    "int8_share": 0.988, "asked_int8_share": 1.0, "fell_back": ["conv_in"],
-    "sizes": {"engine": 440_000_000, "fp16": 1_720_000_000, "ideal": 432_000_000, "graph": 435_000_000},
-}  # fmt: skip
+    "int8_share": 0.988,
+    "asked_int8_share": 1.0,
+    "fell_back": ["conv_in"],
+    "sizes": {
+        "engine": 440_000_000,
+        "fp16": 1_720_000_000,
+        "ideal": 432_000_000,
+        "graph": 435_000_000,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +38,32 @@ def script() -> ModuleType:
 
 
 def entry(found: dict[str, Any]) -> dict[str, Any]:
-    return {"processor": "a processor", "date": "2026-11-21", "versions": {"torch": "2.13.0"}, "found": found}
+    return {
+        "processor": "a processor",
+        "date": "2026-11-21",
+        "versions": {"torch": "2.13.0"},
+        "found": found,
+    }
 
 
 def test_the_table_has_what_was_measured_and_names_what_was_not(script: ModuleType) -> None:
     page = script.table({"tensorrt": entry(TENSORRT), "precision": entry(PRECISION)})
     assert "| 50 s (61 s of processor) |  |  | 60 s |" in page
-    assert "| openvino, multiply-adds in INT8 | 98.8% | asked for 100.0% |  | 1 layers fell back to float |" in page
+    assert (
+        "| openvino, multiply-adds in INT8 | 98.8% | asked for 100.0% |  | 1 layers fell back to "
+        "float |" in page
+    )
     assert "0.256x" in page
-    assert "Not measured: export, openvino, onnxruntime, verification, openvino-float-attention." in page
+    assert (
+        "Not measured: export, openvino, onnxruntime, verification, openvino-float-attention."
+        in page
+    )
     assert "Measured on: a processor, 2026-11-21." in page
 
 
-def test_a_step_that_was_measured_is_not_measured_again(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_was_measured_is_not_measured_again(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured = []
 
     def measure(workspace: Path, folder: Path) -> dict[str, Any]:
@@ -44,7 +71,11 @@ def test_a_step_that_was_measured_is_not_measured_again(script: ModuleType, tmp_
         return TENSORRT
 
     monkeypatch.setattr(script, "ensure_graph", lambda *arguments: None)
-    monkeypatch.setattr(script, "STEPS", {name: script.Step(measure, script.tensorrt_lines) for name in ("tensorrt", "another")})
+    monkeypatch.setattr(
+        script,
+        "STEPS",
+        {name: script.Step(measure, script.tensorrt_lines) for name in ("tensorrt", "another")},
+    )
     kept = tmp_path / "docs" / "results.json"
     kept.parent.mkdir()
     kept.write_text(json.dumps({"tensorrt": entry(TENSORRT)}))
@@ -55,6 +86,8 @@ def test_a_step_that_was_measured_is_not_measured_again(script: ModuleType, tmp_
     assert json.loads(kept.read_text()).keys() == {"tensorrt", "another"}
 
 
-def test_a_command_that_fails_ends_the_measurement_with_its_message(script: ModuleType, tmp_path: Path) -> None:
+def test_a_command_that_fails_ends_the_measurement_with_its_message(
+    script: ModuleType, tmp_path: Path
+) -> None:
     with pytest.raises(SystemExit, match="is no workspace"):
         script.quest_deploy("benchmark", "-w", str(tmp_path / "nothing"))

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.exactness import measured
+from quest_deploy.backends.exactness import measured
+from quest_deploy.backends.registry import get_backend
 from tests.helpers import load_script
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ def script() -> ModuleType:
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
-def test_every_form_of_a_product_gives_the_exact_result_where_the_runtime_is_exact(script: ModuleType, backend: str) -> None:
+def test_every_form_of_a_product_gives_the_exact_result_where_the_runtime_is_exact(
+    script: ModuleType, backend: str
+) -> None:
     exact_everywhere = min(measured(get_backend(backend)).levels.values()) == 127
     for product in (
         script.Product("convolution", script.Kind.CONVOLUTION, (1, 8, 6, 6), 8, 1),
@@ -31,7 +33,9 @@ def test_every_form_of_a_product_gives_the_exact_result_where_the_runtime_is_exa
         rows = script.compare(product, backend, runs=1)
         assert [row.form for row in rows] == list(script.FORMS[product.kind])
         assert all(row.seconds > 0 for row in rows)
-        layers_in_uint8 = [row for row in rows if row.form == "uint8" and product.kind != "attention"]
+        layers_in_uint8 = [
+            row for row in rows if row.form == "uint8" and product.kind != "attention"
+        ]
         assert all(row.error < EXACT for row in (rows if exact_everywhere else layers_in_uint8))
 
 

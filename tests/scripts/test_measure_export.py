@@ -8,13 +8,13 @@ import numpy as np
 import onnx
 import pytest
 
-from quest_deploy.checkpoint import SiteData
+from quest_deploy.artifacts.checkpoint import SiteData
 from tests.helpers import load_script
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from quest_deploy.checkpoint import Checkpoint
+    from quest_deploy.artifacts.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -36,30 +36,40 @@ def test_each_of_more_buckets_has_the_tables_of_the_old_bucket_at_its_middle(
         found = wider.sites[name]
         assert isinstance(site, SiteData)
         for table in ("scale", "low", "high"):
-            np.testing.assert_array_equal(getattr(found, table), getattr(site, table)[old], err_msg=name)
+            np.testing.assert_array_equal(
+                getattr(found, table), getattr(site, table)[old], err_msg=name
+            )
 
 
 def test_ratios_are_of_medians_and_count_the_plain_exports_call_alone(script: ModuleType) -> None:
     def cost(seconds: float, size: int, nodes: int, **call: Any) -> Any:
         return script.Cost(seconds, 2 * seconds, seconds / 10, size, nodes, **call)
 
-    plain = [cost(x, 1000, 10, call_seconds=x - 10, call_cpu_seconds=2 * x - 16) for x in (20.0, 60.0, 30.0)]
+    plain = [
+        cost(x, 1000, 10, call_seconds=x - 10, call_cpu_seconds=2 * x - 16)
+        for x in (20.0, 60.0, 30.0)
+    ]
     ours = [cost(x, 250, 30) for x in (40.0, 30.0, 90.0)]
-    assert script.Comparison(plain, ours, cost(1.0, 500, 33), 20, 50).summary() == pytest.approx({
-        "seconds_ratio": 40 / 20,
-        "cpu_seconds_ratio": 80 / 44,
-        "process_seconds_ratio": 40 / 30,
-        "process_cpu_seconds_ratio": 80 / 60,
-        "peak_ratio": 4 / 3,
-        "bytes_ratio": 0.25,
-        "wider_bytes_ratio": 2,
-        "wider_more_nodes": 3,
-    })  # fmt: skip
+    assert script.Comparison(plain, ours, cost(1.0, 500, 33), 20, 50).summary() == pytest.approx(
+        {
+            "seconds_ratio": 40 / 20,
+            "cpu_seconds_ratio": 80 / 44,
+            "process_seconds_ratio": 40 / 30,
+            "process_cpu_seconds_ratio": 80 / 60,
+            "peak_ratio": 4 / 3,
+            "bytes_ratio": 0.25,
+            "wider_bytes_ratio": 2,
+            "wider_more_nodes": 3,
+        }
+    )
 
 
-def test_a_process_is_charged_its_own_time_memory_and_files(script: ModuleType, tmp_path: Path) -> None:
+def test_a_process_is_charged_its_own_time_memory_and_files(
+    script: ModuleType, tmp_path: Path
+) -> None:
     graph = onnx.parser.parse_model(
-        '<ir_version: 10, opset_import: ["" : 21]> g (float[1] x) => (float[1] z) { y = Abs(x) z = Neg(y) }'
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[1] x) => (float[1] z) { y = Abs(x) z = '
+        "Neg(y) }"
     )
     onnx.save(graph, tmp_path / "unet.onnx")
     (tmp_path / "unet.onnx.data").write_bytes(b"x" * 1000)

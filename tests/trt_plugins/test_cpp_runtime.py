@@ -1,6 +1,8 @@
-"""The C++ runtime: what it reads of workspaces and schedules with no GPU, and that all of it compiles, links and starts.
+"""The C++ runtime: what it reads of workspaces and schedules with no GPU, and that all of it
+compiles, links and starts.
 
-Its host parts are built with g++ alone; the rest where TENSORRT_INCLUDE_DIR names TensorRT's headers and nvcc and cmake are there.
+Its host parts are built with g++ alone; the rest where TENSORRT_INCLUDE_DIR names TensorRT's
+headers and nvcc and cmake are there.
 """
 
 from __future__ import annotations
@@ -19,15 +21,15 @@ import pytest
 import torch
 
 from exporters.graph_info import save_graph
-from quest_deploy.engine import tensorrt as shared
-from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.base import ENGINE_FILE, EngineOptions, build_engine
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.artifacts.workspace import GRAPH, MANIFEST, Workspace
+from quest_deploy.backends.base import ENGINE_FILE, EngineOptions, build_engine
+from quest_deploy.backends.registry import get_backend
+from quest_deploy.backends.tensorrt import base as shared
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sha256_of, sha256_of_json, write_json
 from quest_deploy.models.schedulers import SCHEDULERS, make_scheduler
-from quest_deploy.schedule import Schedule, ScheduleStep, schedule_from_scheduler
-from quest_deploy.scheme import Scheme
-from quest_deploy.workspace import GRAPH, MANIFEST, Workspace
+from quest_deploy.serving.schedule import Schedule, ScheduleStep, schedule_from_scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,31 +62,62 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
         RUNTIME / "tests" / "host_program.cpp",
         *(RUNTIME / "src" / f"{n}.cpp" for n in ("json", "sha256", "workspace", "schedule")),
     ]
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wpedantic", "-Werror"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Wconversion",
+        "-Wshadow",
+        "-Wpedantic",
+        "-Werror",
+    ]
     subprocess.run(["g++", *flags, f"-I{RUNTIME / 'include'}", *sources, "-o", program], check=True)
-    return lambda *words: subprocess.run([program, *map(str, words)], capture_output=True, text=True, check=False)
+    return lambda *words: subprocess.run(
+        [program, *map(str, words)], capture_output=True, text=True, check=False
+    )
 
 
 class _Unbuilt(shared.TensorRtRtxBackend):
     """Does all but build: no engine is loaded here."""
 
-    def compile(self, lowered: Path, folder: Path, options: EngineOptions, on_progress: Callable[[str, int, int], None]) -> None:
+    def compile(
+        self,
+        lowered: Path,
+        folder: Path,
+        options: EngineOptions,
+        on_progress: Callable[[str, int, int], None],
+    ) -> None:
         (folder / shared.ENGINE).write_bytes(np.random.default_rng(0).bytes(100_003))
 
 
 @pytest.fixture(scope="module")
 def built(small_proto: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with an engine of TensorRT for RTX as quest-deploy records it, its plan made up; not to be changed."""
+    """A workspace with an engine of TensorRT for RTX as quest-deploy records it, its plan made up;
+    not to be changed.
+    """
     root = tmp_path_factory.mktemp("built") / "workspace"
     workspace = Workspace.create(root, "tiny", Scheme.parse("w4a4", buckets=3))
     model = ir.from_proto(small_proto)
     save_graph(model, root / GRAPH)
-    workspace.record("export", inputs=(), options={}, files=[root / GRAPH], details={"share": 0.1 + 0.2, "name": "Grüße 🙂"})
+    workspace.record(
+        "export",
+        inputs=(),
+        options={},
+        files=[root / GRAPH],
+        details={"share": 0.1 + 0.2, "name": "Grüße 🙂"},
+    )
     folder = root / "engines" / RTX
     folder.mkdir(parents=True)
     options = EngineOptions(compute_capabilities=("89",), max_batch=4)
     build_engine(_Unbuilt(), model, folder, options, sha256_of(root / GRAPH))
-    workspace.record(f"build-engine/{RTX}", inputs=("export",), options={}, files=sorted(folder.iterdir()), details={})
+    workspace.record(
+        f"build-engine/{RTX}",
+        inputs=("export",),
+        options={},
+        files=sorted(folder.iterdir()),
+        details={},
+    )
     return root
 
 
@@ -104,7 +137,13 @@ def test_hashes_are_sha_256(host: Host, tmp_path: Path, size: int) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        {"b": [1, -2.5, 1e-7, 1e300, 0.1, 123456789012345678], "a": {"z": None, "": True, "y": False}, "ä": [], "Z": {}, "🙂": "x"},
+        {
+            "b": [1, -2.5, 1e-7, 1e300, 0.1, 123456789012345678],
+            "a": {"z": None, "": True, "y": False},
+            "ä": [],
+            "Z": {},
+            "🙂": "x",
+        },
         ['"\\/\b\f\n\r\t\x00\x1f\x7f\x80 é € 🙂 \u2028'],
         [[[[[]]]], {"a": {"a": {"a": [{}]}}}],
         "text",
@@ -112,7 +151,9 @@ def test_hashes_are_sha_256(host: Host, tmp_path: Path, size: int) -> None:
         None,
     ],
 )
-def test_json_is_hashed_in_the_form_that_python_hashes(host: Host, tmp_path: Path, value: Any) -> None:
+def test_json_is_hashed_in_the_form_that_python_hashes(
+    host: Host, tmp_path: Path, value: Any
+) -> None:
     write_json(tmp_path / "value.json", value)
     canonical = host("canonical", tmp_path / "value.json").stdout[:-1]
     assert hashlib.sha256(canonical.encode()).hexdigest() == sha256_of_json(value)
@@ -121,25 +162,54 @@ def test_json_is_hashed_in_the_form_that_python_hashes(host: Host, tmp_path: Pat
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{", "[1,]", '{"a":1,}', '{"a":1 "b":2}', "{a:1}", "[01]", "[1.]", "[.5]", "[+1]", "[1e]", "[NaN]", "[Infinity]", "[tru]",
-        "[1] 2", '["\\x"]', '["\\u12"]', '["\\ud800"]', '["\\udc00"]', '["\\ud800\\u0041"]', '["a\nb"]', '["a', '{"a":1,"a":2}',
-        "[" * 100 + "]" * 100, f"[{'0,' * 2_000_000}0]",
+        "",
+        "{",
+        "[1,]",
+        '{"a":1,}',
+        '{"a":1 "b":2}',
+        "{a:1}",
+        "[01]",
+        "[1.]",
+        "[.5]",
+        "[+1]",
+        "[1e]",
+        "[NaN]",
+        "[Infinity]",
+        "[tru]",
+        "[1] 2",
+        '["\\x"]',
+        '["\\u12"]',
+        '["\\ud800"]',
+        '["\\udc00"]',
+        '["\\ud800\\u0041"]',
+        '["a\nb"]',
+        '["a',
+        '{"a":1,"a":2}',
+        "[" * 100 + "]" * 100,
+        f"[{'0,' * 2_000_000}0]",
     ],
-)  # fmt: skip
+)
 def test_what_is_no_json_is_refused_with_its_place(host: Host, tmp_path: Path, text: str) -> None:
     (tmp_path / "value.json").write_text(text)
     ended = host("canonical", tmp_path / "value.json")
     assert ended.returncode == 1
-    assert re.search(r"value\.json is damaged: expected .* at byte \d+; write it again$", ended.stderr, re.DOTALL), ended.stderr
+    assert re.search(
+        r"value\.json is damaged: expected .* at byte \d+; write it again$", ended.stderr, re.DOTALL
+    ), ended.stderr
 
 
-@pytest.mark.parametrize("content", [b'["\xff"]', b'["\xc0\x80"]', b'["\xed\xa0\x80"]', b'["\xf5\x80\x80\x80"]', b'["\xe2\x82"]'])
+@pytest.mark.parametrize(
+    "content",
+    [b'["\xff"]', b'["\xc0\x80"]', b'["\xed\xa0\x80"]', b'["\xf5\x80\x80\x80"]', b'["\xe2\x82"]'],
+)
 def test_what_is_no_utf_8_is_refused(host: Host, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "value.json").write_bytes(content)
     assert "expected UTF-8" in host("canonical", tmp_path / "value.json").stderr
 
 
-def test_a_workspace_that_quest_deploy_wrote_is_opened_and_its_engine_is_read(host: Host, built: Path) -> None:
+def test_a_workspace_that_quest_deploy_wrote_is_opened_and_its_engine_is_read(
+    host: Host, built: Path
+) -> None:
     record = read_json(built / "engines" / RTX / ENGINE_FILE)
     size = (built / "engines" / RTX / shared.ENGINE).stat().st_size
     ended = host("engine", built, RTX)
@@ -170,7 +240,9 @@ def _resign(workspace: Path, change: Callable[[Any], object]) -> None:
     _edit(record, change)
     _sign(
         workspace,
-        lambda c: c["stages"][f"build-engine/{RTX}"]["files"][f"engines/{RTX}/{ENGINE_FILE}"].update(sha256=sha256_of(record)),
+        lambda c: c["stages"][f"build-engine/{RTX}"]["files"][
+            f"engines/{RTX}/{ENGINE_FILE}"
+        ].update(sha256=sha256_of(record)),
     )
 
 
@@ -183,17 +255,31 @@ def _flip_plan(workspace: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda w: (w / MANIFEST).unlink(), "manifest.json cannot be read"),
-    "an edited manifest": (lambda w: _edit(w / MANIFEST, lambda c: c.update(model="sd15")), "manifest.json was edited"),
-    "a later version": (lambda w: _sign(w, lambda c: c.update(version=2)), "expected a quest-deploy workspace of version 1"),
-    "another format": (lambda w: _sign(w, lambda c: c.update(format="archive")), "expected a quest-deploy workspace;"),
+    "an edited manifest": (
+        lambda w: _edit(w / MANIFEST, lambda c: c.update(model="sd15")),
+        "manifest.json was edited",
+    ),
+    "a later version": (
+        lambda w: _sign(w, lambda c: c.update(version=2)),
+        "expected a quest-deploy workspace of version 1",
+    ),
+    "another format": (
+        lambda w: _sign(w, lambda c: c.update(format="archive")),
+        "expected a quest-deploy workspace;",
+    ),
     "no engine": (
         lambda w: _sign(w, lambda c: c["stages"].pop(f"build-engine/{RTX}")),
         f"has no engine of {RTX}; run `quest-deploy build-",
     ),
     "a changed plan": (_flip_plan, "model.engine was changed since it was built"),
-    "no plan": (lambda w: (w / "engines" / RTX / shared.ENGINE).unlink(), "model.engine cannot be read"),
+    "no plan": (
+        lambda w: (w / "engines" / RTX / shared.ENGINE).unlink(),
+        "model.engine cannot be read",
+    ),
     "a changed record": (
-        lambda w: _edit(w / "engines" / RTX / ENGINE_FILE, lambda c: c["options"].update(max_batch=64)),
+        lambda w: _edit(
+            w / "engines" / RTX / ENGINE_FILE, lambda c: c["options"].update(max_batch=64)
+        ),
         "engine.json was changed since it was written",
     ),
     "an older record": (
@@ -201,26 +287,35 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "engine.json has no runtime; run `quest-deploy build-engine` again",
     ),
     "a newer graph": (
-        lambda w: _sign(w, lambda c: c["stages"]["export"]["files"][GRAPH].update(sha256="ab" * 32)),
+        lambda w: _sign(
+            w, lambda c: c["stages"]["export"]["files"][GRAPH].update(sha256="ab" * 32)
+        ),
         "was built from another graph than the workspace's unet.onnx",
     ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_workspace_that_is_damaged_is_refused_with_what_to_do(host: Host, workspace: Path, damage: str) -> None:
+def test_a_workspace_that_is_damaged_is_refused_with_what_to_do(
+    host: Host, workspace: Path, damage: str
+) -> None:
     change, words = DAMAGE[damage]
     change(workspace)
     ended = host("engine", workspace, RTX)
     assert (ended.returncode, words in ended.stderr) == (1, True), ended.stderr
 
 
-def test_an_engine_without_weights_or_of_another_runtime_is_refused(host: Host, workspace: Path) -> None:
+def test_an_engine_without_weights_or_of_another_runtime_is_refused(
+    host: Host, workspace: Path
+) -> None:
     folder = workspace / "engines" / RTX
     _edit(folder / ENGINE_FILE, lambda c: c["options"].update(strip_plan=True))
     assert "without its weights" in host("runs", folder, RTX, "1.7.1", "89").stderr
     _edit(folder / ENGINE_FILE, lambda c: c.update(backend="openvino"))
-    assert "expected an engine of tensorrt or tensorrt-rtx, found one of openvino" in host("runs", folder, RTX, "1.7.1", "89").stderr
+    assert (
+        "expected an engine of tensorrt or tensorrt-rtx, found one of openvino"
+        in host("runs", folder, RTX, "1.7.1", "89").stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,7 +334,12 @@ def test_an_engine_without_weights_or_of_another_runtime_is_refused(host: Host, 
     ],
 )
 def test_what_runs_an_engine_here_is_what_python_says(
-    host: Host, workspace: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], version: str, capability: str
+    host: Host,
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    version: str,
+    capability: str,
 ) -> None:
     folder = workspace / "engines" / RTX
 
@@ -250,42 +350,76 @@ def test_what_runs_an_engine_here_is_what_python_says(
     _edit(folder / ENGINE_FILE, of_tensorrt)
     monkeypatch.setattr(shared, "gpu_compute_capability", lambda: capability)
     chosen = EngineOptions(**options)
-    expected = shared.runs_engines_of(version, "10.16.1", version_compatible=chosen.version_compatible)
+    expected = shared.runs_engines_of(
+        version, "10.16.1", version_compatible=chosen.version_compatible
+    )
     try:
         shared.check_compute_capability({"compute_capabilities": ["89"]}, chosen)
     except InputError:
         expected = False
-    ended = host("runs", folder, "tensorrt", f"{version}.11", capability)  # the library tells its build's number too
+    ended = host(
+        "runs", folder, "tensorrt", f"{version}.11", capability
+    )  # the library tells its build's number too
     assert (ended.returncode == 0) == expected, ended.stderr
-    assert f"of tensorrt, and this program was built with {RTX}" in host("runs", folder, RTX, version, capability).stderr
+    assert (
+        f"of tensorrt, and this program was built with {RTX}"
+        in host("runs", folder, RTX, version, capability).stderr
+    )
 
 
 @pytest.mark.parametrize(
-    "version", ["", "10", "10.16", "10.16.", "10..1", "10.16.1.", "10.16.x", "10.16.-1", "10.16.+1", "10. 16.1", "10.16.1,2"]
+    "version",
+    [
+        "",
+        "10",
+        "10.16",
+        "10.16.",
+        "10..1",
+        "10.16.1.",
+        "10.16.x",
+        "10.16.-1",
+        "10.16.+1",
+        "10. 16.1",
+        "10.16.1,2",
+    ],
 )
-def test_what_is_no_version_is_refused_here_and_in_python(host: Host, workspace: Path, version: str) -> None:
-    with pytest.raises(InputError, match=r"expected TensorRT's version as three numbers or more, such as 10\.16\.1"):
+def test_what_is_no_version_is_refused_here_and_in_python(
+    host: Host, workspace: Path, version: str
+) -> None:
+    with pytest.raises(
+        InputError, match=r"expected TensorRT's version as three numbers or more, such as 10\.16\.1"
+    ):
         shared.runs_engines_of("10.16.1", version, version_compatible=True)
     folder = workspace / "engines" / RTX
     _edit(folder / ENGINE_FILE, lambda c: c["runtime"].update(version=version))
     ended = host("runs", folder, RTX, "1.7.1", "89")
-    assert f'expected TensorRT\'s version as three numbers or more, such as 10.16.1, found "{version}"' in ended.stderr
+    assert (
+        f'expected TensorRT\'s version as three numbers or more, such as 10.16.1, found "{version}"'
+        in ended.stderr
+    )
 
 
-def test_an_engine_runs_with_the_very_plugin_library_that_it_was_built_with(host: Host, workspace: Path, tmp_path: Path) -> None:
+def test_an_engine_runs_with_the_very_plugin_library_that_it_was_built_with(
+    host: Host, workspace: Path, tmp_path: Path
+) -> None:
     folder, library = workspace / "engines" / RTX, tmp_path / "plugins.so"
     library.write_bytes(b"the plugin")
     assert host("plugin", folder, tmp_path / "none.so").returncode == 0  # it needs none
     plugin = {"library": library.name, "sha256": sha256_of(library), "serialized": False}
     _edit(folder / ENGINE_FILE, lambda c: c.update(plugin=plugin))
     assert host("plugin", folder, library).returncode == 0
-    assert "the engine needs the plugin library plugins.so; give its path" in host("plugin", folder, "").stderr
+    assert (
+        "the engine needs the plugin library plugins.so; give its path"
+        in host("plugin", folder, "").stderr
+    )
     library.write_bytes(b"another one")
     assert (
         f"is not the plugin library that the engine was built with (SHA-256 {plugin['sha256']})"
         in host("plugin", folder, library).stderr
     )
-    _edit(folder / ENGINE_FILE, lambda c: c["plugin"].update(serialized=True))  # the engine holds it
+    _edit(
+        folder / ENGINE_FILE, lambda c: c["plugin"].update(serialized=True)
+    )  # the engine holds it
     assert host("plugin", folder, "").returncode == 0
 
 
@@ -308,7 +442,9 @@ def fake_model(sample: torch.Tensor, timestep: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_loop_with_a_schedulers_table_draws_what_diffusers_draws(host: Host, tmp_path: Path, name: str, guidance: float) -> None:
+def test_the_loop_with_a_schedulers_table_draws_what_diffusers_draws(
+    host: Host, tmp_path: Path, name: str, guidance: float
+) -> None:
     schedule = _schedule(name)
     schedule.save(tmp_path / "schedule.json")
     scheduler, generator = _scheduler(name), torch.Generator().manual_seed(3)
@@ -319,23 +455,36 @@ def test_the_loop_with_a_schedulers_table_draws_what_diffusers_draws(host: Host,
         if guidance == 1:
             prediction = fake_model(scaled, float(timestep))
         else:
-            without, with_condition = fake_model(torch.cat([scaled, scaled]), float(timestep)).chunk(2)
+            without, with_condition = fake_model(
+                torch.cat([scaled, scaled]), float(timestep)
+            ).chunk(2)
             prediction = without + guidance * (with_condition - without)
         before = torch.Generator()
         before.set_state(generator.get_state())
         extra = {"generator": generator} if name in ("ddpm", "lcm") else {}
         sample = scheduler.step(prediction, timestep, sample, **extra).prev_sample
         fresh = not torch.equal(before.get_state(), generator.get_state())
-        noise.append(torch.randn(drawn.shape, generator=before) if fresh else torch.zeros_like(drawn))
+        noise.append(
+            torch.randn(drawn.shape, generator=before) if fresh else torch.zeros_like(drawn)
+        )
     drawn.numpy().tofile(tmp_path / "sample")
     given = []
     if any(step.noise_scale for step in schedule.steps):
         torch.stack(noise).numpy().tofile(tmp_path / "noise")
         given = [tmp_path / "noise"]
-    ended = host("denoise", tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "result", guidance, *given)
+    ended = host(
+        "denoise",
+        tmp_path / "schedule.json",
+        tmp_path / "sample",
+        tmp_path / "result",
+        guidance,
+        *given,
+    )
     assert ended.stderr == ""
     result = np.fromfile(tmp_path / "result", np.float32).reshape(drawn.shape)
-    np.testing.assert_allclose(result, sample.numpy(), rtol=0, atol=2e-5 * float(sample.abs().max()))
+    np.testing.assert_allclose(
+        result, sample.numpy(), rtol=0, atol=2e-5 * float(sample.abs().max())
+    )
 
 
 @pytest.fixture(scope="module")
@@ -346,12 +495,29 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Host:
     program = tmp_path_factory.mktemp("emulated") / "emulated"
     sources = [
         RUNTIME / "tests" / "emulated.cpp",
-        *(RUNTIME / "src" / f"{n}.cpp" for n in ("denoiser", "schedule", "json", "workspace", "sha256")),
+        *(
+            RUNTIME / "src" / f"{n}.cpp"
+            for n in ("denoiser", "schedule", "json", "workspace", "sha256")
+        ),
     ]
     subprocess.run(
-        ["nvcc", "-std=c++17", "--cudart", "none", "-x", "c++", f"-I{RUNTIME / 'include'}", *sources, "-o", program], check=True
+        [
+            "nvcc",
+            "-std=c++17",
+            "--cudart",
+            "none",
+            "-x",
+            "c++",
+            f"-I{RUNTIME / 'include'}",
+            *sources,
+            "-o",
+            program,
+        ],
+        check=True,
     )
-    return lambda *words: subprocess.run([program, *map(str, words)], capture_output=True, text=True, check=False)
+    return lambda *words: subprocess.run(
+        [program, *map(str, words)], capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize("graph", [0, 1])
@@ -365,11 +531,31 @@ def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
     rng = np.random.default_rng(0)
     rng.standard_normal((2, 5, 4)).astype(np.float32).tofile(tmp_path / "sample")
     noise = [tmp_path / "noise"] * any(step.noise_scale for step in schedule.steps)
-    rng.standard_normal((len(schedule.steps), 2, 5, 4)).astype(np.float32).tofile(tmp_path / "noise")
-    expected = host("denoise", tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "expected", guidance, *noise)
-    ended = emulated(tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "result", guidance, graph, *noise)
+    rng.standard_normal((len(schedule.steps), 2, 5, 4)).astype(np.float32).tofile(
+        tmp_path / "noise"
+    )
+    expected = host(
+        "denoise",
+        tmp_path / "schedule.json",
+        tmp_path / "sample",
+        tmp_path / "expected",
+        guidance,
+        *noise,
+    )
+    ended = emulated(
+        tmp_path / "schedule.json",
+        tmp_path / "sample",
+        tmp_path / "result",
+        guidance,
+        graph,
+        *noise,
+    )
     assert (expected.returncode, ended.stderr) == (0, "the condition condition was not set\n")
-    assert ended.stdout == f"{len(schedule.steps)} steps, {graph} recordings, {6 * graph * len(schedule.steps)} launches\n"
+    assert (
+        ended.stdout
+        == f"{len(schedule.steps)} steps, {graph} recordings, {6 * graph * len(schedule.steps)} "
+        "launches\n"
+    )
     assert (tmp_path / "result").read_bytes() == (tmp_path / "expected").read_bytes()
 
 
@@ -382,13 +568,18 @@ STEP = ScheduleStep(10.0, 1.0, (1.0,), (-0.1,), 0.0)
         ({"version": 2}, "expected a quest-deploy schedule of version 1"),
         ({"steps": []}, "a schedule without steps"),
         ({"steps": [{"timestep": 1.0}]}, "has no input_scale"),
-        ({"steps": [{**vars(STEP), "sample_scales": [1.0, 0.5]}]}, "step 0 of the schedule: expected 1 to 1 scales, found 2"),
+        (
+            {"steps": [{**vars(STEP), "sample_scales": [1.0, 0.5]}]},
+            "step 0 of the schedule: expected 1 to 1 scales, found 2",
+        ),
         ({"steps": [{**vars(STEP), "prediction_scales": []}]}, "expected 1 to 1 scales, found 0"),
         ({"steps": [{**vars(STEP), "prediction_scales": [1e60]}]}, "finite numbers"),
         ({"steps": [{**vars(STEP), "timestep": "10"}]}, "expected a number, found a string"),
     ],
 )
-def test_a_damaged_schedule_is_refused(host: Host, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_a_damaged_schedule_is_refused(
+    host: Host, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
     Schedule("Euler", 1.0, (STEP,)).save(tmp_path / "schedule.json")
     _edit(tmp_path / "schedule.json", lambda c: c.update(change))
     np.zeros(4, np.float32).tofile(tmp_path / "sample")
@@ -397,13 +588,22 @@ def test_a_damaged_schedule_is_refused(host: Host, tmp_path: Path, change: dict[
     assert not (tmp_path / "result").exists()
 
 
-def test_noise_must_be_given_where_the_schedule_adds_some_and_nowhere_else(host: Host, tmp_path: Path) -> None:
+def test_noise_must_be_given_where_the_schedule_adds_some_and_nowhere_else(
+    host: Host, tmp_path: Path
+) -> None:
     np.zeros(4, np.float32).tofile(tmp_path / "sample")
     for scale, values in ((0.5, 0), (0.5, 3), (0.0, 4)):
         step = ScheduleStep(10.0, 1.0, (1.0,), (-0.1,), scale)
         Schedule("Ancestral", 1.0, (step,)).save(tmp_path / "schedule.json")
         np.zeros(values, np.float32).tofile(tmp_path / "noise")
-        ended = host("denoise", tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "result", 1, tmp_path / "noise")
+        ended = host(
+            "denoise",
+            tmp_path / "schedule.json",
+            tmp_path / "sample",
+            tmp_path / "result",
+            1,
+            tmp_path / "noise",
+        )
         assert f"expected {4 if scale else 0} values of noise, found {values}" in ended.stderr
 
 
@@ -420,13 +620,22 @@ int main(int, char** words) { std::puts(quest_deploy::Workspace::open(words[1]).
 
 
 def _cmake(*arguments: str | Path) -> None:
-    ended = subprocess.run(["cmake", *map(str, arguments)], capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        ["cmake", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
 
 
 def _install(folder: Path, *options: str) -> Path:
     """Build and install the package; where it is."""
-    _cmake("-S", RUNTIME, "-B", folder / "build", f"-DCMAKE_INSTALL_PREFIX={folder / 'prefix'}", *options)
+    _cmake(
+        "-S",
+        RUNTIME,
+        "-B",
+        folder / "build",
+        f"-DCMAKE_INSTALL_PREFIX={folder / 'prefix'}",
+        *options,
+    )
     _cmake("--build", folder / "build")
     _cmake("--install", folder / "build")
     return folder / "prefix"
@@ -434,13 +643,21 @@ def _install(folder: Path, *options: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
-def test_another_project_finds_the_installed_package_and_opens_a_workspace(built: Path, tmp_path: Path) -> None:
-    prefix = _install(tmp_path / "package", "-DCMAKE_CUDA_COMPILER=NOTFOUND", "-DTENSORRT_INCLUDE_DIR=TENSORRT_INCLUDE_DIR-NOTFOUND")
+def test_another_project_finds_the_installed_package_and_opens_a_workspace(
+    built: Path, tmp_path: Path
+) -> None:
+    prefix = _install(
+        tmp_path / "package",
+        "-DCMAKE_CUDA_COMPILER=NOTFOUND",
+        "-DTENSORRT_INCLUDE_DIR=TENSORRT_INCLUDE_DIR-NOTFOUND",
+    )
     (tmp_path / "CMakeLists.txt").write_text(CONSUMER)
     (tmp_path / "main.cpp").write_text(CONSUMER_MAIN)
     _cmake("-S", tmp_path, "-B", tmp_path / "consumer", f"-DCMAKE_PREFIX_PATH={prefix}")
     _cmake("--build", tmp_path / "consumer")
-    ended = subprocess.run([tmp_path / "consumer" / "consumer", built], capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [tmp_path / "consumer" / "consumer", built], capture_output=True, text=True, check=True
+    )
     assert ended.stdout == "tiny\n"
 
 
@@ -470,12 +687,23 @@ def test_the_documents_python_makes_the_apps_input_and_reads_its_result(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's headers, which come with nvcc")
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None, reason="needs CUDA's headers, which come with nvcc"
+)
 def test_the_documents_c_plus_plus_compiles(tmp_path: Path) -> None:
     (code,) = _blocks("cpp")
     (tmp_path / "draw.cpp").write_text(code)
     subprocess.run(
-        ["nvcc", "-std=c++17", f"-I{RUNTIME / 'include'}", "-c", tmp_path / "draw.cpp", "-o", tmp_path / "draw.o"], check=True
+        [
+            "nvcc",
+            "-std=c++17",
+            f"-I{RUNTIME / 'include'}",
+            "-c",
+            tmp_path / "draw.cpp",
+            "-o",
+            tmp_path / "draw.o",
+        ],
+        check=True,
     )
 
 
@@ -487,26 +715,47 @@ def _rtx_library() -> Path:
 
 @pytest.fixture(scope="module")
 def denoise(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """apps/denoise, built against the installed package and linked with TensorRT for RTX's library."""
+    """apps/denoise, built against the installed package and linked with TensorRT for RTX's
+    library.
+    """
     headers = os.environ.get("TENSORRT_INCLUDE_DIR")
     if headers is None or shutil.which("nvcc") is None or shutil.which("cmake") is None:
         pytest.skip("needs TensorRT's headers (TENSORRT_INCLUDE_DIR), nvcc and cmake")
     folder = tmp_path_factory.mktemp("runtime")
     where = [f"-DTENSORRT_INCLUDE_DIR={headers}", f"-DTENSORRT_LIBRARY={_rtx_library()}"]
-    prefix = _install(folder, *where, "-DQUEST_DEPLOY_TENSORRT_RTX=ON", "-DCMAKE_CUDA_ARCHITECTURES=89")
-    _cmake("-S", PLUGINS / "apps" / "denoise", "-B", folder / "denoise", f"-DCMAKE_PREFIX_PATH={prefix}", *where)
+    prefix = _install(
+        folder, *where, "-DQUEST_DEPLOY_TENSORRT_RTX=ON", "-DCMAKE_CUDA_ARCHITECTURES=89"
+    )
+    _cmake(
+        "-S",
+        PLUGINS / "apps" / "denoise",
+        "-B",
+        folder / "denoise",
+        f"-DCMAKE_PREFIX_PATH={prefix}",
+        *where,
+    )
     _cmake("--build", folder / "denoise")
     return folder / "denoise" / "denoise"
 
 
 @pytest.mark.slow
-def test_tensorrts_one_logger_outlives_the_runtime_that_brought_it_and_errors_are_told_by_their_own_call(tmp_path: Path) -> None:
+def test_tensorrts_one_logger_outlives_the_runtime_that_brought_it_and_errors_are_told_by_their_own_call(
+    tmp_path: Path,
+) -> None:
     headers = os.environ.get("TENSORRT_INCLUDE_DIR")
     if headers is None or shutil.which("nvcc") is None:
         pytest.skip("needs TensorRT's headers (TENSORRT_INCLUDE_DIR) and nvcc")
     library, program = _rtx_library(), tmp_path / "logger"
-    sources = [RUNTIME / "tests" / "logger.cpp", *(RUNTIME / "src" / f"{n}.cpp" for n in ("json", "workspace", "sha256"))]
-    flags = ["-DQUEST_DEPLOY_TENSORRT_RTX", "-Xcompiler=-Wno-subobject-linkage", f"-I{headers}", f"-I{RUNTIME / 'include'}"]
+    sources = [
+        RUNTIME / "tests" / "logger.cpp",
+        *(RUNTIME / "src" / f"{n}.cpp" for n in ("json", "workspace", "sha256")),
+    ]
+    flags = [
+        "-DQUEST_DEPLOY_TENSORRT_RTX",
+        "-Xcompiler=-Wno-subobject-linkage",
+        f"-I{headers}",
+        f"-I{RUNTIME / 'include'}",
+    ]
     subprocess.run(
         [
             "nvcc",
@@ -531,19 +780,32 @@ def test_tensorrts_one_logger_outlives_the_runtime_that_brought_it_and_errors_ar
     assert silent == elsewhere == "a call: TensorRT gives no reason"
 
 
-def _denoise(program: Path, workspace: Path, folder: Path, backend: str = RTX) -> subprocess.CompletedProcess[str]:
+def _denoise(
+    program: Path, workspace: Path, folder: Path, backend: str = RTX
+) -> subprocess.CompletedProcess[str]:
     Schedule("Euler", 1.0, (STEP,)).save(folder / "schedule.json")
     np.zeros(4, np.float32).tofile(folder / "sample")
-    words = [program, workspace, backend, folder / "schedule.json", folder / "sample", folder / "result"]
+    words = [
+        program,
+        workspace,
+        backend,
+        folder / "schedule.json",
+        folder / "sample",
+        folder / "result",
+    ]
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
-def test_the_app_starts_tensorrt_for_rtx_and_says_that_there_is_no_gpu(denoise: Path, built: Path, tmp_path: Path) -> None:
+def test_the_app_starts_tensorrt_for_rtx_and_says_that_there_is_no_gpu(
+    denoise: Path, built: Path, tmp_path: Path
+) -> None:
     if shared.gpu_count():
         pytest.skip("this machine has a GPU")
     ended = _denoise(denoise, built, tmp_path)
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr.startswith("error: an engine runs on an NVIDIA GPU, and none can be used here: ")
+    assert ended.stderr.startswith(
+        "error: an engine runs on an NVIDIA GPU, and none can be used here: "
+    )
     assert not (tmp_path / "result").exists()
 
 
@@ -553,21 +815,42 @@ def test_the_app_compares_the_engines_version_with_that_of_the_library_it_runs_w
     _resign(workspace, lambda c: c["runtime"].update(version="1.6.0.5"))
     here = get_backend(RTX).record(EngineOptions())["runtime"]["version"]
     ended = _denoise(denoise, workspace, tmp_path)
-    assert f"was built by tensorrt-rtx 1.6.0.5, and {here}, which is here, does not run it" in ended.stderr
+    assert (
+        f"was built by tensorrt-rtx 1.6.0.5, and {here}, which is here, does not run it"
+        in ended.stderr
+    )
 
 
 def test_the_apps_usage_errors_end_with_exit_code_2(denoise: Path) -> None:
     for words in (
-        [], ["--batch"], ["--unknown"], ["a", "b", "c", "d", "e", "--batch", "many"], ["--condition", "x"],
-        ["--batch", "2x"], ["--batch", "99999999999999999999"], ["--guidance", "nan"], ["--sample-shape", "4x"], ["--device", " 0"],
-    ):  # fmt: skip
+        [],
+        ["--batch"],
+        ["--unknown"],
+        ["a", "b", "c", "d", "e", "--batch", "many"],
+        ["--condition", "x"],
+        ["--batch", "2x"],
+        ["--batch", "99999999999999999999"],
+        ["--guidance", "nan"],
+        ["--sample-shape", "4x"],
+        ["--device", " 0"],
+    ):
         ended = subprocess.run([denoise, *words], capture_output=True, text=True, check=False)
-        assert (ended.returncode, ended.stderr.startswith("error: "), "usage: denoise" in ended.stderr) == (2, True, True)
+        assert (
+            ended.returncode,
+            ended.stderr.startswith("error: "),
+            "usage: denoise" in ended.stderr,
+        ) == (2, True, True)
 
 
-def test_the_apps_bad_input_ends_with_exit_code_2_and_writes_nothing(denoise: Path, built: Path, tmp_path: Path) -> None:
+def test_the_apps_bad_input_ends_with_exit_code_2_and_writes_nothing(
+    denoise: Path, built: Path, tmp_path: Path
+) -> None:
     ended = _denoise(denoise, tmp_path / "none", tmp_path)
-    assert (ended.returncode, "manifest.json cannot be read" in ended.stderr) == (2, True), ended.stderr
+    assert (ended.returncode, "manifest.json cannot be read" in ended.stderr) == (2, True), (
+        ended.stderr
+    )
     ended = _denoise(denoise, built, tmp_path, "tensorrt")
-    assert (ended.returncode, "has no engine of tensorrt" in ended.stderr) == (2, True), ended.stderr
+    assert (ended.returncode, "has no engine of tensorrt" in ended.stderr) == (2, True), (
+        ended.stderr
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"schedule.json", "sample"}

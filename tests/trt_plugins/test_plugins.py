@@ -1,4 +1,6 @@
-"""The plugin library: the host programs, the registry and the parser of TensorRT for RTX, and one definition in two languages."""
+"""The plugin library: the host programs, the registry and the parser of TensorRT for RTX, and one
+definition in two languages.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,25 @@ from pathlib import Path
 
 import pytest
 
-from exporters import geglu_timestep_quantize, timestep_quantize
-from quest_deploy.engine.tensorrt_plugin import built_for
+from exporters.ops import geglu_timestep_quantize, timestep_quantize
+from quest_deploy.backends.tensorrt.plugin import built_for
 from tests.trt_plugins.conftest import HEADERS, PLUGINS, configure, require_compilers
 
 
 def run(*command: str | Path) -> str:
     """What the program prints, errors included; it must succeed."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="session")
 def library(build: Path) -> Path:
-    """The plugins; ``build`` has them and the programs that load them only where TensorRT's headers are."""
+    """The plugins; ``build`` has them and the programs that load them only where TensorRT's headers
+    are.
+    """
     if HEADERS not in os.environ:
         pytest.skip(f"{HEADERS}, the folder of TensorRT's headers, is not set")
     return build / "libquest_trt_plugins.so"
@@ -37,7 +43,11 @@ def test_the_kernels_own_source_run_on_the_cpu_gives_the_references_codes_betwee
     build: Path,
 ) -> None:
     told = run(build / "tests" / "kernel_test_emulated", "--emulated")
-    for kernel in ("FP32 33 channels, 70 pixels, between all layouts", "bf16 [1, 1 x 512, 4096]", "GEGLU FP16 [3, 5 x 40, 1]"):
+    for kernel in (
+        "FP32 33 channels, 70 pixels, between all layouts",
+        "bf16 [1, 1 x 512, 4096]",
+        "GEGLU FP16 [3, 5 x 40, 1]",
+    ):
         assert f"ok     {kernel}\n" in told
 
 
@@ -51,12 +61,16 @@ def test_a_debug_build_tells_a_bucket_out_of_range(tmp_path: Path) -> None:
     assert "quest: sample 0 has bucket -1, expected 0 to " in told
 
 
-def test_on_a_gpu_the_kernels_give_the_references_codes_and_without_one_that_is_said(build: Path) -> None:
+def test_on_a_gpu_the_kernels_give_the_references_codes_and_without_one_that_is_said(
+    build: Path,
+) -> None:
     told = run(build / "tests" / "kernel_test")
     assert ("no GPU is here" in told) != ("captured in a CUDA graph and replayed" in told)
 
 
-def test_loaded_as_tensorrt_loads_it_the_library_makes_plugins_that_keep_the_rules(build: Path, library: Path) -> None:
+def test_loaded_as_tensorrt_loads_it_the_library_makes_plugins_that_keep_the_rules(
+    build: Path, library: Path
+) -> None:
     told = run(build / "tests" / "plugin_test", library)
     for claim in (
         "registers each creator once",
@@ -67,23 +81,41 @@ def test_loaded_as_tensorrt_loads_it_the_library_makes_plugins_that_keep_the_rul
         assert claim in told
 
 
-def test_enqueue_gives_the_references_codes_in_every_combination_of_formats_on_the_cpu(build: Path, library: Path) -> None:
-    told = run(build / "tests" / "plugin_test_emulated", build / "tests" / "libquest_trt_plugins_emulated.so")
+def test_enqueue_gives_the_references_codes_in_every_combination_of_formats_on_the_cpu(
+    build: Path, library: Path
+) -> None:
+    told = run(
+        build / "tests" / "plugin_test_emulated",
+        build / "tests" / "libquest_trt_plugins_emulated.so",
+    )
     assert told.count("ok     enqueue gives the reference's codes in every combination") == 12
     assert told.count("ok     GEGLU's enqueue gives the reference's codes") == 2
 
 
-def test_beside_another_major_version_of_tensorrt_the_library_registers_nothing_and_says_so(build: Path, library: Path) -> None:
+def test_beside_another_major_version_of_tensorrt_the_library_registers_nothing_and_says_so(
+    build: Path, library: Path
+) -> None:
     told = run(build / "tests" / "plugin_test", library, "--other-version")
     assert "build them with that version's headers" in told
 
 
-def test_a_creator_that_the_registry_refuses_is_told_and_the_library_goes_on(build: Path, library: Path) -> None:
+def test_a_creator_that_the_registry_refuses_is_told_and_the_library_goes_on(
+    build: Path, library: Path
+) -> None:
     told = run(build / "tests" / "plugin_test", library, "--refusing")
-    assert told.count("TensorRT's registry refuses a creator: one of its name, version and namespace is there already") == 2
+    assert (
+        told.count(
+            "TensorRT's registry refuses a creator: one of its name, version and namespace is "
+            "there "
+            "already"
+        )
+        == 2
+    )
 
 
-def test_name_version_namespace_inputs_and_fields_are_the_exporters(build: Path, library: Path) -> None:
+def test_name_version_namespace_inputs_and_fields_are_the_exporters(
+    build: Path, library: Path
+) -> None:
     described = json.loads(run(build / "tests" / "plugin_test", library, "--describe"))
     shared = {
         "version": str(timestep_quantize.VERSION),
@@ -128,7 +160,7 @@ assert registry.get_creator("TimestepQuantize", "1", "quest") is None
 assert registry.load_library(sys.argv[1]) is not None
 print("LOADED", flush=True)
 if len(sys.argv) > 2:
-    from exporters.lower.tensorrt import lower
+    from exporters.lowering.tensorrt import lower
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     model = lower(hand_graph(hand_checkpoint()), quantize="plugin")
     print("PARSED", trt.OnnxParser(network, logger).parse(ir.to_proto(model).SerializeToString()), flush=True)
@@ -140,21 +172,30 @@ def in_tensorrt_rtx(*arguments: str) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("tensorrt_rtx", reason="the Python package tensorrt-rtx is not installed")
     environment = {**os.environ, "PYTHONPATH": str(PLUGINS.parent)}
     command = [sys.executable, "-c", PARSE, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=PLUGINS.parent)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, cwd=PLUGINS.parent
+    )
 
 
-def test_the_registry_of_tensorrt_for_rtx_loads_finds_unloads_and_loads_again_the_library(library: Path) -> None:
+def test_the_registry_of_tensorrt_for_rtx_loads_finds_unloads_and_loads_again_the_library(
+    library: Path,
+) -> None:
     done = in_tensorrt_rtx(str(library))
     assert done.returncode == 0, done.stderr
     assert "LOADED" in done.stdout
 
 
-def test_the_parser_of_tensorrt_for_rtx_has_our_creator_make_the_plugin_and_then_refuses_plugins(library: Path) -> None:
+def test_the_parser_of_tensorrt_for_rtx_has_our_creator_make_the_plugin_and_then_refuses_plugins(
+    library: Path,
+) -> None:
     done = in_tensorrt_rtx(str(library), "parse")
     told = done.stdout + done.stderr
-    assert "Searching for plugin: TimestepQuantize, plugin_version: 1, plugin_namespace: quest" in told
+    assert (
+        "Searching for plugin: TimestepQuantize, plugin_version: 1, plugin_namespace: quest" in told
+    )
     assert "Successfully created plugin: TimestepQuantize" in told
-    # Release 1.7 ends the process where TensorRT adds the plugin to the network, whoever wrote the plugin.
+    # Release 1.7 ends the process where TensorRT adds the plugin to the network, whoever wrote the
+    # plugin.
     assert done.returncode == -signal.SIGABRT or "PARSED False" in told
 
 
@@ -178,18 +219,26 @@ def test_without_tensorrts_headers_the_kernels_and_their_tests_are_built_and_the
     assert "quest_trt_plugins" not in targets
 
 
-def test_a_folder_without_headers_is_refused_and_named(without_headers: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_folder_without_headers_is_refused_and_named(
+    without_headers: tuple[Path, str], tmp_path: Path
+) -> None:
     configured = configure(without_headers[0], headers=str(tmp_path))
     assert configured.returncode != 0
-    assert f"TENSORRT_INCLUDE_DIR is {tmp_path}, where NvInferRuntime.h" in " ".join(configured.stderr.split())
+    assert f"TENSORRT_INCLUDE_DIR is {tmp_path}, where NvInferRuntime.h" in " ".join(
+        configured.stderr.split()
+    )
 
 
-def test_headers_of_a_tensorrt_without_iplugin_v3_are_refused(without_headers: tuple[Path, str], tmp_path: Path) -> None:
+def test_headers_of_a_tensorrt_without_iplugin_v3_are_refused(
+    without_headers: tuple[Path, str], tmp_path: Path
+) -> None:
     (tmp_path / "NvInferRuntime.h").touch()
     (tmp_path / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 8\n")
     configured = configure(without_headers[0], headers=str(tmp_path))
     assert configured.returncode != 0
-    assert f"{tmp_path} has headers of TensorRT 8; expected 10 or newer" in " ".join(configured.stderr.split())
+    assert f"{tmp_path} has headers of TensorRT 8; expected 10 or newer" in " ".join(
+        configured.stderr.split()
+    )
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 /// What every op of the library is registered under, and its operands in their order.
 ///
-/// exporters/timestep_quantize.py defines them for Python; tests/trt_plugins/ compares the two.
+/// exporters/ops/timestep_quantize.py defines them for Python; tests/trt_plugins/ compares the two.
 #pragma once
 
 #include <cstdint>

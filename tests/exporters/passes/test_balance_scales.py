@@ -7,7 +7,16 @@ import pytest
 
 from exporters.editor import array_of
 from exporters.passes.balance_scales import BalanceScales, power_of_two_near
-from tests.helpers import float32, hand_feeds, kinds_checkpoint, kinds_feeds, kinds_graph, lowering_begins_with, proto_of, run
+from tests.helpers import (
+    float32,
+    hand_feeds,
+    kinds_checkpoint,
+    kinds_feeds,
+    kinds_graph,
+    lowering_begins_with,
+    proto_of,
+    run,
+)
 
 
 def activation_scales(model: ir.Model) -> dict[str, float]:
@@ -29,8 +38,14 @@ def test_the_results_stay_the_same_to_the_last_bit(hand_model: ir.Model) -> None
     onnx.checker.check_model(proto_of(hand_model), full_check=True)
 
 
-def test_each_dequantizer_carries_the_power_of_two_near_its_sites_median_scale(hand_model: ir.Model) -> None:
-    tables = {name: array_of(value) for name, value in hand_model.graph.initializers.items() if name.endswith(".scale")}
+def test_each_dequantizer_carries_the_power_of_two_near_its_sites_median_scale(
+    hand_model: ir.Model,
+) -> None:
+    tables = {
+        name: array_of(value)
+        for name, value in hand_model.graph.initializers.items()
+        if name.endswith(".scale")
+    }
     BalanceScales()(hand_model)
     found = activation_scales(hand_model)
     for name, table in tables.items():
@@ -44,7 +59,11 @@ def test_a_site_with_an_offset_is_left_alone_and_products_of_two_operands_stay_t
     model = lowering_begins_with(kinds_graph(checkpoint))
     before = run(model, feeds)
     BalanceScales()(model)
-    offset = {f"{name}.codes" for name, site in checkpoint.sites.items() if hasattr(site, "offset") and site.offset.any()}
+    offset = {
+        f"{name}.codes"
+        for name, site in checkpoint.sites.items()
+        if hasattr(site, "offset") and site.offset.any()
+    }
     scales = activation_scales(model)
     assert offset
     assert {name for name, scale in scales.items() if scale == 1} >= offset
@@ -64,8 +83,12 @@ def test_a_site_with_an_offset_is_left_alone_and_products_of_two_operands_stay_t
         ((1e9,), 2.0**9),
     ],
 )
-def test_the_power_of_two_is_the_nearest_that_fp16_holds_exactly_with_every_code(scales: tuple[float, ...], expected: float) -> None:
+def test_the_power_of_two_is_the_nearest_that_fp16_holds_exactly_with_every_code(
+    scales: tuple[float, ...], expected: float
+) -> None:
     power = power_of_two_near(float32(*scales))
     assert power == expected
     codes = np.arange(-127, 128)
-    np.testing.assert_array_equal(codes.astype(np.float16) * np.float16(power), (codes * np.float64(power)).astype(np.float32))
+    np.testing.assert_array_equal(
+        codes.astype(np.float16) * np.float16(power), (codes * np.float64(power)).astype(np.float32)
+    )

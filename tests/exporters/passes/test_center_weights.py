@@ -9,37 +9,61 @@ from hypothesis import strategies as st
 
 from exporters.editor import array_of
 from exporters.passes.center_weights import CenterWeights
-from quest_deploy.checkpoint import Checkpoint, pack_4bit
+from quest_deploy.artifacts.checkpoint import Checkpoint, pack_4bit
 from tests.helpers import Array, graph_from_text, op_counts, proto_of, run
 
 
 def dequantized(bits: int, axis: int, seed: int) -> tuple[ir.Model, Array]:
-    """A graph that dequantizes a weight [6, 4] of unsigned codes along ``axis``, and the weight, computed apart from it."""
+    """A graph that dequantizes a weight [6, 4] of unsigned codes along ``axis``, and the weight,
+    computed apart from it.
+    """
     rng = np.random.default_rng(seed)
-    codes, zero = rng.integers(0, 2**bits, (6, 4), dtype=np.uint8), rng.integers(0, 2**bits, (6, 4)[axis], dtype=np.uint8)
+    codes, zero = (
+        rng.integers(0, 2**bits, (6, 4), dtype=np.uint8),
+        rng.integers(0, 2**bits, (6, 4)[axis], dtype=np.uint8),
+    )
     codes.flat[:2], zero[:2] = (0, 2**bits - 1), (2**bits - 1, 0)
     scale = rng.uniform(0.01, 0.2, zero.size).astype(np.float32)
     model = graph_from_text(
-        f"g () => (float[6,4] weight) {{ weight = DequantizeLinear <axis = {axis}> (codes, scale, zero) }}",
-        codes=codes, scale=scale, zero=zero,
-    )  # fmt: skip
+        f"g () => (float[6,4] weight) {{ weight = DequantizeLinear <axis = {axis}> (codes, scale, "
+        "zero) }",
+        codes=codes,
+        scale=scale,
+        zero=zero,
+    )
     if bits == 4:
         for name, values in (("codes", codes), ("zero", zero)):
             value = model.graph.initializers[name]
-            value.const_value = ir.PackedTensor(pack_4bit(values), ir.DataType.UINT4, shape=values.shape, name=name)
+            value.const_value = ir.PackedTensor(
+                pack_4bit(values), ir.DataType.UINT4, shape=values.shape, name=name
+            )
             value.dtype = ir.DataType.UINT4
     shape = (-1, 1) if axis == 0 else (1, -1)
-    return model, (codes.astype(np.float32) - zero.astype(np.float32).reshape(shape)) * scale.reshape(shape)
+    return model, (
+        codes.astype(np.float32) - zero.astype(np.float32).reshape(shape)
+    ) * scale.reshape(shape)
 
 
-@given(bits=st.sampled_from([4, 8]), axis=st.integers(0, 1), signed=st.booleans(), seed=st.integers(0, 2**32 - 1))
-def test_the_weights_stay_exactly_the_same_and_no_unsigned_initializer_is_left(bits: int, axis: int, signed: bool, seed: int) -> None:
+@given(
+    bits=st.sampled_from([4, 8]),
+    axis=st.integers(0, 1),
+    signed=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_weights_stay_exactly_the_same_and_no_unsigned_initializer_is_left(
+    bits: int, axis: int, signed: bool, seed: int
+) -> None:
     model, expected = dequantized(bits, axis, seed)
     np.testing.assert_array_equal(run(model, {})[0], expected)
     assert CenterWeights(signed_zero_points=signed)(model).modified
-    assert not {value.dtype for value in model.graph.initializers.values()} & {ir.DataType.UINT4, ir.DataType.UINT8}
+    assert not {value.dtype for value in model.graph.initializers.values()} & {
+        ir.DataType.UINT4,
+        ir.DataType.UINT8,
+    }
     assert [value.name for value in model.graph.outputs] == ["weight"]
-    if len(model.graph):  # a weight in float is an initializer that is the output, which onnxruntime does not need to compute
+    if len(
+        model.graph
+    ):  # a weight in float is an initializer that is the output, which onnxruntime does not need to compute
         onnx.checker.check_model(proto_of(model), full_check=True)
         np.testing.assert_array_equal(run(model, {})[0], expected)
     else:

@@ -28,13 +28,23 @@ def reshaping(sizes: str, target: str, *, other: str = "batch,tokens,8") -> ir.M
     ("sizes", "target", "constant"),
     [
         ("s = Shape (x) \n kept = Slice (s, zero, two)", "kept, four, rest", [0, 0, 4, -1]),
-        ("s = Shape (x) \n kept = Slice (s, zero, two, zero, one)", "kept, rest, two", [0, 0, -1, 2]),
+        (
+            "s = Shape (x) \n kept = Slice (s, zero, two, zero, one)",
+            "kept, rest, two",
+            [0, 0, -1, 2],
+        ),
         ("kept = Shape <start = 0, end = 2> (x)", "kept, four, two", [0, 0, 4, 2]),
-        ("b = Shape <end = 1> (x) \n n = Shape <start = 1, end = 2> (x)", "b, n, four, two", [0, 0, 4, 2]),
+        (
+            "b = Shape <end = 1> (x) \n n = Shape <start = 1, end = 2> (x)",
+            "b, n, four, two",
+            [0, 0, 4, 2],
+        ),
         ("b = Shape <end = 1> (other)", "b, rest, four, two", [0, -1, 4, 2]),
     ],
 )
-def test_axes_that_are_kept_become_zeros_of_a_constant_target(sizes: str, target: str, constant: list[int]) -> None:
+def test_axes_that_are_kept_become_zeros_of_a_constant_target(
+    sizes: str, target: str, constant: list[int]
+) -> None:
     model = reshaping(sizes, target)
     (before,) = run(model, {"x": X, "other": X})
     assert ConstantReshapes()(model).modified
@@ -48,16 +58,34 @@ def test_axes_that_are_kept_become_zeros_of_a_constant_target(sizes: str, target
 @pytest.mark.parametrize(
     ("sizes", "target", "other"),
     [
-        ("n = Shape <start = 1, end = 2> (x)", "n, rest, four, two", "batch,tokens,8"),  # the size moves
-        ("b = Shape <end = 1> (other)", "b, rest, four, two", "others,tokens,8"),  # another tensor's, of another size
-        ("b = Shape <end = 1> (x) \n n = Add (b, one)", "n, rest, four, one", "batch,tokens,8"),  # computed
+        (
+            "n = Shape <start = 1, end = 2> (x)",
+            "n, rest, four, two",
+            "batch,tokens,8",
+        ),  # the size moves
+        (
+            "b = Shape <end = 1> (other)",
+            "b, rest, four, two",
+            "others,tokens,8",
+        ),  # another tensor's, of another size
+        (
+            "b = Shape <end = 1> (x) \n n = Add (b, one)",
+            "n, rest, four, one",
+            "batch,tokens,8",
+        ),  # computed
         (
             "b = Shape <end = 1> (x) \n s = Shape (x) \n n = Slice (s, one, two, zero, two)",
             "b, n, four, two",
             "batch,tokens,8",
         ),  # strided
-        ("b = Shape <end = 1> (x)", "b, zero, four, two", "batch,tokens,8"),  # with allowzero, an empty axis
+        (
+            "b = Shape <end = 1> (x)",
+            "b, zero, four, two",
+            "batch,tokens,8",
+        ),  # with allowzero, an empty axis
     ],
 )
-def test_sizes_that_move_or_belong_to_another_tensor_stay(sizes: str, target: str, other: str) -> None:
+def test_sizes_that_move_or_belong_to_another_tensor_stay(
+    sizes: str, target: str, other: str
+) -> None:
     assert not ConstantReshapes()(reshaping(sizes, target, other=other)).modified

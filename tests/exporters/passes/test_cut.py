@@ -12,7 +12,7 @@ from exporters.passes.to_half import ToHalf
 from tests.helpers import float32, numpy_layer, op_counts, proto_of, relative_error, run, site_codes
 
 if TYPE_CHECKING:
-    from quest_deploy.checkpoint import Checkpoint
+    from quest_deploy.artifacts.checkpoint import Checkpoint
 
 BUCKET = np.asarray([1, 0, 1])
 SHAPES = {"conv": (3, 2, 6, 6), "last": (3, 4, 3, 4), "to_q": (3, 3, 5)}
@@ -22,7 +22,9 @@ def site_input(site: str) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(SHAPES[site]).astype(np.float32)
 
 
-def test_a_cut_site_takes_its_tensor_and_buckets_and_gives_its_codes(hand: Checkpoint, hand_model: ir.Model) -> None:
+def test_a_cut_site_takes_its_tensor_and_buckets_and_gives_its_codes(
+    hand: Checkpoint, hand_model: ir.Model
+) -> None:
     info = graph_info(hand_model)
     for name, site in hand.sites.items():
         cut, x = cut_codes(hand_model, info, name), site_input(name)
@@ -31,7 +33,9 @@ def test_a_cut_site_takes_its_tensor_and_buckets_and_gives_its_codes(hand: Check
         np.testing.assert_array_equal(codes, site_codes(site, x, BUCKET))
 
 
-def test_a_cut_layer_gives_its_float_output_after_scale_and_bias(hand: Checkpoint, hand_model: ir.Model) -> None:
+def test_a_cut_layer_gives_its_float_output_after_scale_and_bias(
+    hand: Checkpoint, hand_model: ir.Model
+) -> None:
     info = graph_info(hand_model)
     for name, layer in info.layers.items():
         cut, x = cut_layer(hand_model, info, name), site_input(layer.site)
@@ -42,7 +46,14 @@ def test_a_cut_layer_gives_its_float_output_after_scale_and_bias(hand: Checkpoin
 
 def test_a_cut_holds_the_parts_it_needs_and_no_more(hand_model: ir.Model) -> None:
     counts = op_counts(cut_layer(hand_model, graph_info(hand_model), "to_k"))
-    assert counts == {"TimestepQuantize": 1, "DequantizeLinear": 2, "MatMul": 1, "Gather": 1, "Unsqueeze": 1, "Mul": 1}
+    assert counts == {
+        "TimestepQuantize": 1,
+        "DequantizeLinear": 2,
+        "MatMul": 1,
+        "Gather": 1,
+        "Unsqueeze": 1,
+        "Mul": 1,
+    }
 
 
 def test_the_cut_bucket_counts_the_edges_at_or_below_the_timestep(hand_model: ir.Model) -> None:
@@ -57,12 +68,18 @@ def test_the_segments_are_what_lies_between_layers_and_no_layer(hand_model: ir.M
     assert [value.name for value in cut.graph.outputs] == ["first", "second"]
 
 
-def test_segments_begin_at_layers_and_products_and_end_at_sites_and_the_output(small_graph: ir.Model) -> None:
+def test_segments_begin_at_layers_and_products_and_end_at_sites_and_the_output(
+    small_graph: ir.Model,
+) -> None:
     info = graph_info(small_graph)
     cut = cut_segments(small_graph, info)
     assert not {"TimestepQuantize", "DequantizeLinear", "Conv"} & op_counts(cut).keys()
-    given = {value.name for value in small_graph.graph.inputs} | {x.output for x in (info.layers | info.products).values()}
-    wanted = {site.input for site in info.sites.values()} | {x for product in info.products.values() for x in product.inputs}
+    given = {value.name for value in small_graph.graph.inputs} | {
+        x.output for x in (info.layers | info.products).values()
+    }
+    wanted = {site.input for site in info.sites.values()} | {
+        x for product in info.products.values() for x in product.inputs
+    }
     wanted |= {value.name for value in small_graph.graph.outputs}
     assert {value.name for value in cut.graph.inputs} <= given
     assert {value.name for value in cut.graph.outputs} == wanted - given
@@ -82,19 +99,33 @@ def test_every_cut_has_a_dynamic_batch(hand_model: ir.Model) -> None:
     info = graph_info(hand_model)
     cut = cut_layer(hand_model, info, "to_q")
     for batch in (1, 3):
-        (y,) = run(cut, {info.sites["to_q"].input: site_input("to_q")[:batch], "bucket": BUCKET[:batch]})
+        (y,) = run(
+            cut, {info.sites["to_q"].input: site_input("to_q")[:batch], "bucket": BUCKET[:batch]}
+        )
         assert y.shape == (batch, 3, 7)
 
 
-def test_what_is_half_at_the_edge_of_a_cut_is_fp32_outside_under_the_same_name(hand: Checkpoint, hand_model: ir.Model) -> None:
+def test_what_is_half_at_the_edge_of_a_cut_is_fp32_outside_under_the_same_name(
+    hand: Checkpoint, hand_model: ir.Model
+) -> None:
     ToHalf(ir.DataType.FLOAT16)(hand_model)
     info = graph_info(hand_model)
-    cuts = [cut_segments(hand_model, info), *(cut_layer(hand_model, info, name) for name in info.layers)]
+    cuts = [
+        cut_segments(hand_model, info),
+        *(cut_layer(hand_model, info, name) for name in info.layers),
+    ]
     for cut in cuts:
-        assert all(value.dtype in (ir.DataType.FLOAT, ir.DataType.INT64) for value in (*cut.graph.inputs, *cut.graph.outputs))
+        assert all(
+            value.dtype in (ir.DataType.FLOAT, ir.DataType.INT64)
+            for value in (*cut.graph.inputs, *cut.graph.outputs)
+        )
         onnx.checker.check_model(proto_of(cut), full_check=True)
     layer = cut_layer(hand_model, info, "last")  # it reads what conv gives, in FP16
-    assert [value.name for value in (*layer.graph.inputs, *layer.graph.outputs)] == ["conv.output", "bucket", "image"]
+    assert [value.name for value in (*layer.graph.inputs, *layer.graph.outputs)] == [
+        "conv.output",
+        "bucket",
+        "image",
+    ]
     x = site_input("last").astype(np.float16).astype(np.float32)
     (y,) = run(layer, {"conv.output": x, "bucket": BUCKET})
     assert y.dtype == np.float32

@@ -7,7 +7,16 @@ import onnx_ir as ir
 from exporters.graph_info import graph_info
 from exporters.passes.dequantize_casts import DequantizeCasts
 from exporters.passes.insert_quantized_layers import product_name
-from tests.helpers import hand_feeds, kinds_checkpoint, kinds_expected, kinds_feeds, kinds_graph, proto_of, relative_error, run
+from tests.helpers import (
+    hand_feeds,
+    kinds_checkpoint,
+    kinds_expected,
+    kinds_feeds,
+    kinds_graph,
+    proto_of,
+    relative_error,
+    run,
+)
 
 TIMESTEPS = [999.0, 0.0, 500.0, 499.0]
 
@@ -16,17 +25,25 @@ def second_operands(model: ir.Model) -> dict[str, str]:
     """By layer or product, the operator that its second operand comes from."""
     info = graph_info(model)
     nodes = {node.name: node for node in model.graph}
-    return {name: nodes[product_name(name)].inputs[1].producer().op_type for name in (*info.layers, *info.products)}  # type: ignore[union-attr]
+    return {
+        name: nodes[product_name(name)].inputs[1].producer().op_type
+        for name in (*info.layers, *info.products)
+    }  # type: ignore[union-attr]
 
 
-def test_every_weight_and_every_quantized_operand_comes_from_a_dequantizer_and_the_numbers_stay() -> None:
+def test_every_weight_and_every_quantized_operand_comes_from_a_dequantizer_and_the_numbers_stay() -> (
+    None
+):
     checkpoint, feeds = kinds_checkpoint(), kinds_feeds(TIMESTEPS)
     model = kinds_graph(checkpoint)
     assert {"Cast", "Sub"} <= set(second_operands(model).values())
     assert DequantizeCasts()(model).modified
     assert set(second_operands(model).values()) == {"DequantizeLinear"}
     onnx.checker.check_model(proto_of(model), full_check=True)
-    names, expected = [value.name for value in model.graph.outputs], kinds_expected(checkpoint, feeds)
+    names, expected = (
+        [value.name for value in model.graph.outputs],
+        kinds_expected(checkpoint, feeds),
+    )
     for name, found in zip(names, run(model, feeds), strict=True):
         assert relative_error(found, expected[str(name)]) < 5e-6, name
 

@@ -12,10 +12,15 @@ BUCKET = np.asarray([1, 0, 1])
 
 
 def quantizer(
-    shape: str = "batch,4,3", *, axis: int = 1, dtype: str = "float", low: tuple[float, float] = (-3, -8),
-    channel: tuple[float, ...] = (0.5, 1, 2, 3), scale: tuple[float, float] = (0.1, 0.7),
+    shape: str = "batch,4,3",
+    *,
+    axis: int = 1,
+    dtype: str = "float",
+    low: tuple[float, float] = (-3, -8),
+    channel: tuple[float, ...] = (0.5, 1, 2, 3),
+    scale: tuple[float, float] = (0.1, 0.7),
     offset: tuple[float, float] = (0, 0),
-) -> tuple[ir.Model, dict[str, Array]]:  # fmt: skip
+) -> tuple[ir.Model, dict[str, Array]]:
     """A graph of one quantizer of the site "s", and its tables."""
     tables = {
         "scale": float32(*scale),
@@ -43,8 +48,13 @@ def expanded(model: ir.Model) -> ir.Model:
     return model
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((3, 4), 1), ((3, 4, 3), 1), ((3, 3, 4), 2), ((3, 4, 2, 2), 1), ((3, 2, 2, 4), 3)])
-def test_codes_stay_the_same_for_every_rank_and_axis_and_keep_their_name(shape: tuple[int, ...], axis: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((3, 4), 1), ((3, 4, 3), 1), ((3, 3, 4), 2), ((3, 4, 2, 2), 1), ((3, 2, 2, 4), 3)],
+)
+def test_codes_stay_the_same_for_every_rank_and_axis_and_keep_their_name(
+    shape: tuple[int, ...], axis: int
+) -> None:
     model, tables = quantizer(",".join(["batch", *map(str, shape[1:])]), axis=axis)
     feeds = {"x": values(shape), "bucket": BUCKET}
     before = run(model, feeds)[0]
@@ -64,23 +74,36 @@ def test_no_node_function_or_import_of_our_domain_is_left_and_the_graph_is_valid
 
 def test_case_1_tables_that_vary_are_gathered_by_each_samples_bucket() -> None:
     model = expanded(quantizer()[0])
-    gathered = {node.inputs[0].name for node in model.graph if node.op_type == "Gather" and node.inputs[0] is not None}
+    gathered = {
+        node.inputs[0].name
+        for node in model.graph
+        if node.op_type == "Gather" and node.inputs[0] is not None
+    }
     assert gathered == {"s.scale", "s.low", "s.high"}
 
 
 def test_case_2_bounds_that_are_the_same_in_every_bucket_become_scalars() -> None:
     model, tables = quantizer(low=(-5, -5))
     expanded(model)
-    gathered = {node.inputs[0].name for node in model.graph if node.op_type == "Gather" and node.inputs[0] is not None}
+    gathered = {
+        node.inputs[0].name
+        for node in model.graph
+        if node.op_type == "Gather" and node.inputs[0] is not None
+    }
     assert gathered == {"s.scale"}
     feeds = {"x": values((3, 4, 3)), "bucket": BUCKET}
-    np.testing.assert_array_equal(run(model, feeds)[0], numpy_codes(feeds["x"], BUCKET, axis=1, **tables))
+    np.testing.assert_array_equal(
+        run(model, feeds)[0], numpy_codes(feeds["x"], BUCKET, axis=1, **tables)
+    )
 
 
 def test_case_2_a_scale_that_is_the_same_in_every_bucket_is_still_gathered() -> None:
     # A constant divisor becomes a multiplication by its reciprocal in OpenVINO, which moves ties.
     model = expanded(quantizer(scale=(0.3, 0.3))[0])
-    assert any(node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].name == "s.scale" for node in model.graph)
+    assert any(
+        node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].name == "s.scale"
+        for node in model.graph
+    )
 
 
 def test_case_3_a_channel_vector_of_ones_is_left_out_and_any_other_is_multiplied() -> None:
@@ -88,14 +111,18 @@ def test_case_3_a_channel_vector_of_ones_is_left_out_and_any_other_is_multiplied
     expanded(model)
     assert "Mul" not in op_counts(model)
     feeds = {"x": values((3, 4, 3)), "bucket": BUCKET}
-    np.testing.assert_array_equal(run(model, feeds)[0], numpy_codes(feeds["x"], BUCKET, axis=1, **tables))
+    np.testing.assert_array_equal(
+        run(model, feeds)[0], numpy_codes(feeds["x"], BUCKET, axis=1, **tables)
+    )
     assert op_counts(expanded(quantizer()[0]))["Mul"] == 1
 
 
 def test_half_precision_input_is_computed_in_float32() -> None:
     model, tables = quantizer(dtype="float16")
     feeds = {"x": values((3, 4, 3)).astype(np.float16), "bucket": BUCKET}
-    np.testing.assert_array_equal(run(expanded(model), feeds)[0], numpy_codes(feeds["x"], BUCKET, axis=1, **tables))
+    np.testing.assert_array_equal(
+        run(expanded(model), feeds)[0], numpy_codes(feeds["x"], BUCKET, axis=1, **tables)
+    )
 
 
 def test_an_input_of_unknown_rank_is_refused() -> None:

@@ -20,13 +20,17 @@ def expanded() -> ir.Model:
 
 
 @pytest.mark.parametrize("bucket", range(3))
-def test_the_frozen_graph_equals_the_whole_one_within_its_bucket_and_ignores_the_timestep(bucket: int) -> None:
+def test_the_frozen_graph_equals_the_whole_one_within_its_bucket_and_ignores_the_timestep(
+    bucket: int,
+) -> None:
     whole, frozen = expanded(), expanded()
     assert FreezeBucket(bucket)(frozen).modified
     feeds = hand_feeds(TIMESTEPS[bucket])
     for other in range(3):
         moved = {**feeds, "timestep": float32(*TIMESTEPS[other])}
-        for ours, own, theirs in zip(run(frozen, moved), run(whole, feeds), run(whole, moved), strict=True):
+        for ours, own, theirs in zip(
+            run(frozen, moved), run(whole, feeds), run(whole, moved), strict=True
+        ):
             np.testing.assert_array_equal(ours, own)
             assert (other == bucket) == np.array_equal(own, theirs)
     onnx.checker.check_model(proto_of(frozen), full_check=True)

@@ -9,7 +9,9 @@ from exporters.passes.gather_tables_once import GatherTablesOnce
 from tests.helpers import graph_from_text, hand_feeds, op_counts, proto_of, run
 
 
-def test_the_numbers_stay_exactly_the_same_for_a_batch_that_mixes_buckets(hand_model: ir.Model) -> None:
+def test_the_numbers_stay_exactly_the_same_for_a_batch_that_mixes_buckets(
+    hand_model: ir.Model,
+) -> None:
     ExpandTimestepQuantize()(hand_model)
     feeds = hand_feeds([999.0, 0.0, 500.0, 3.0])
     before = run(hand_model, feeds)
@@ -19,7 +21,9 @@ def test_the_numbers_stay_exactly_the_same_for_a_batch_that_mixes_buckets(hand_m
     onnx.checker.check_model(proto_of(hand_model), full_check=True)
 
 
-def test_each_rank_has_one_gather_and_one_split_and_no_unsqueeze_of_a_table_is_left(hand_model: ir.Model) -> None:
+def test_each_rank_has_one_gather_and_one_split_and_no_unsqueeze_of_a_table_is_left(
+    hand_model: ir.Model,
+) -> None:
     ExpandTimestepQuantize()(hand_model)
     GatherTablesOnce()(hand_model)
     counts = op_counts(hand_model)
@@ -27,7 +31,9 @@ def test_each_rank_has_one_gather_and_one_split_and_no_unsqueeze_of_a_table_is_l
     assert counts["Unsqueeze"] == 1  # the timesteps' own
 
 
-TABLES = {name: np.random.default_rng(i).random(5).astype(np.float32) for i, name in enumerate("abc")}
+TABLES = {
+    name: np.random.default_rng(i).random(5).astype(np.float32) for i, name in enumerate("abc")
+}
 TEXT = """
 g (int64[batch] start) => (float[batch,1] a2, float[batch,1] b2, float[batch,1,1] c3)
 <int64[1] one = {1}, int64[2] two = {1, 2}, int64 zero = {0}>
@@ -52,7 +58,10 @@ def test_all_tables_of_a_rank_are_split_into_their_own_values() -> None:
 
 
 def test_one_gather_may_be_unsqueezed_to_two_ranks() -> None:
-    model, bucket = graph_from_text(TEXT.replace("(gc, two)", "(ga, two)"), **TABLES), np.asarray([3, 1])
+    model, bucket = (
+        graph_from_text(TEXT.replace("(gc, two)", "(ga, two)"), **TABLES),
+        np.asarray([3, 1]),
+    )
     GatherTablesOnce()(model)
     for found, name in zip(run(model, {"start": bucket}), "aba", strict=True):
         np.testing.assert_array_equal(found.reshape(-1), TABLES[name][bucket])

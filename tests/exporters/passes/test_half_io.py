@@ -10,7 +10,8 @@ from tests.helpers import graph_from_text, run
 def graph() -> ir.Model:
     """Two outputs, one of which is computed from an integer input."""
     model = graph_from_text(
-        "g (float[batch,3] sample, float[batch,1] timestep, int64[batch,3] ids) => (float[batch,3] y, int64[batch,3] z) "
+        "g (float[batch,3] sample, float[batch,1] timestep, int64[batch,3] ids) => (float[batch,3] "
+        "y, int64[batch,3] z) "
         "{ scaled = Mul (sample, timestep)\n y = Exp (scaled)\n z = Neg (ids) }"
     )
     model.graph.opset_imports.pop("quest.export")
@@ -20,7 +21,11 @@ def graph() -> ir.Model:
 def test_float_ends_are_half_but_for_those_kept_and_the_rest_computes_as_before() -> None:
     rng = np.random.default_rng(0)
     sample = rng.standard_normal((4, 3)).astype(np.float16)
-    feeds = {"sample": sample, "timestep": np.full((4, 1), 0.1, np.float32), "ids": rng.integers(0, 9, (4, 3))}
+    feeds = {
+        "sample": sample,
+        "timestep": np.full((4, 1), 0.1, np.float32),
+        "ids": rng.integers(0, 9, (4, 3)),
+    }
     expected = run(graph(), {**feeds, "sample": sample.astype(np.float32)})
     model = graph()
     assert HalfIO({"timestep"})(model).modified

@@ -10,7 +10,7 @@ import pytest
 from exporters.editor import array_of
 from exporters.graph_info import graph_info
 from exporters.passes.insert_quantized_layers import InsertQuantizedLayers
-from quest_deploy.checkpoint import Checkpoint, SiteData
+from quest_deploy.artifacts.checkpoint import Checkpoint, SiteData
 from tests.helpers import (
     HAND_TEXT,
     KINDS_TEXT,
@@ -47,7 +47,9 @@ def expected(checkpoint: Checkpoint, feeds: dict[str, np.ndarray]) -> list[np.nd
 
 @pytest.mark.parametrize("runtime", [run, run_reference])
 @pytest.mark.parametrize("buckets", [1, 2, 1000])
-def test_the_inserted_layers_compute_what_the_checkpoint_says(runtime: object, buckets: int) -> None:
+def test_the_inserted_layers_compute_what_the_checkpoint_says(
+    runtime: object, buckets: int
+) -> None:
     checkpoint, feeds = hand_checkpoint(buckets), hand_feeds(TIMESTEPS)
     found = runtime(hand_graph(checkpoint), feeds)  # type: ignore[operator]
     for ours, theirs in zip(found, expected(checkpoint, feeds), strict=True):
@@ -56,7 +58,9 @@ def test_the_inserted_layers_compute_what_the_checkpoint_says(runtime: object, b
 
 @pytest.mark.parametrize("runtime", [run, run_reference])
 @pytest.mark.parametrize("buckets", [1, 2, 1000])
-def test_products_offsets_free_sites_and_asymmetric_weights_compute_what_the_checkpoint_says(runtime: object, buckets: int) -> None:
+def test_products_offsets_free_sites_and_asymmetric_weights_compute_what_the_checkpoint_says(
+    runtime: object, buckets: int
+) -> None:
     checkpoint, feeds = kinds_checkpoint(buckets), kinds_feeds(TIMESTEPS)
     graph = kinds_graph(checkpoint)
     onnx.checker.check_model(proto_of(graph), full_check=True)
@@ -69,10 +73,23 @@ def test_products_offsets_free_sites_and_asymmetric_weights_compute_what_the_che
 
 def test_products_take_any_number_of_tokens_where_the_graph_leaves_it_open() -> None:
     checkpoint, rng, tokens = kinds_checkpoint(), np.random.default_rng(12), 5
-    text = KINDS_TEXT.replace("2,3,3]", "2,tokens,tokens]").replace("2,3,4]", "2,tokens,4]").replace("2,4,3]", "2,4,tokens]")
-    shapes = {"q": (2, tokens, 4), "kt": (2, 4, tokens), "v": (2, tokens, 4), "weights": (2, tokens, tokens)}
-    feeds = kinds_feeds(TIMESTEPS) | {n: rng.uniform(0, 1, (len(TIMESTEPS), *s)).astype(np.float32) for n, s in shapes.items()}
-    found = dict(zip(("scores", "mixed", "half"), run(inserted(text, checkpoint), feeds)[-3:], strict=True))
+    text = (
+        KINDS_TEXT.replace("2,3,3]", "2,tokens,tokens]")
+        .replace("2,3,4]", "2,tokens,4]")
+        .replace("2,4,3]", "2,4,tokens]")
+    )
+    shapes = {
+        "q": (2, tokens, 4),
+        "kt": (2, 4, tokens),
+        "v": (2, tokens, 4),
+        "weights": (2, tokens, tokens),
+    }
+    feeds = kinds_feeds(TIMESTEPS) | {
+        n: rng.uniform(0, 1, (len(TIMESTEPS), *s)).astype(np.float32) for n, s in shapes.items()
+    }
+    found = dict(
+        zip(("scores", "mixed", "half"), run(inserted(text, checkpoint), feeds)[-3:], strict=True)
+    )
     for name, site in checkpoint.sites.items():
         if isinstance(site, SiteData) and "." in name:
             assert (site.channel == 1).all()
@@ -82,7 +99,9 @@ def test_products_take_any_number_of_tokens_where_the_graph_leaves_it_open() -> 
         assert relative_error(value, theirs[name]) < 5e-6, name
 
 
-def test_no_placeholder_is_left_the_result_is_valid_and_says_it_was_modified(hand: Checkpoint) -> None:
+def test_no_placeholder_is_left_the_result_is_valid_and_says_it_was_modified(
+    hand: Checkpoint,
+) -> None:
     model = graph_from_text(HAND_TEXT)
     result = InsertQuantizedLayers(hand)(model)
     assert result.modified
@@ -92,16 +111,27 @@ def test_no_placeholder_is_left_the_result_is_valid_and_says_it_was_modified(han
     onnx.checker.check_model(proto_of(model), full_check=True)
 
 
-def test_the_graphs_outputs_keep_their_names_and_other_values_are_named_after_their_layers(hand: Checkpoint) -> None:
+def test_the_graphs_outputs_keep_their_names_and_other_values_are_named_after_their_layers(
+    hand: Checkpoint,
+) -> None:
     model = graph_from_text(HAND_TEXT)
     InsertQuantizedLayers(hand)(model)
     assert [value.name for value in model.graph.outputs] == ["image", "first", "second"]
-    assert {"conv.output", "to_q.output", "to_k.output"} <= ir.convenience.create_value_mapping(model.graph).keys()
+    assert {"conv.output", "to_q.output", "to_k.output"} <= ir.convenience.create_value_mapping(
+        model.graph
+    ).keys()
 
 
-def test_the_metadata_names_each_layers_output_the_graphs_own_output_included(hand_model: ir.Model) -> None:
+def test_the_metadata_names_each_layers_output_the_graphs_own_output_included(
+    hand_model: ir.Model,
+) -> None:
     outputs = {name: layer.output for name, layer in graph_info(hand_model).layers.items()}
-    assert outputs == {"conv": "conv.output", "last": "image", "to_q": "to_q.output", "to_k": "to_k.output"}
+    assert outputs == {
+        "conv": "conv.output",
+        "last": "image",
+        "to_q": "to_q.output",
+        "to_k": "to_k.output",
+    }
 
 
 def signed(weight: ir.Value) -> Array:
@@ -110,7 +140,9 @@ def signed(weight: ir.Value) -> Array:
     return codes - 128 if weight.dtype is ir.DataType.UINT8 else codes
 
 
-def test_case_1_a_conv_weight_keeps_its_shape_and_is_scaled_along_axis_0(hand: Checkpoint, hand_model: ir.Model) -> None:
+def test_case_1_a_conv_weight_keeps_its_shape_and_is_scaled_along_axis_0(
+    hand: Checkpoint, hand_model: ir.Model
+) -> None:
     for name, dtype in (("conv", ir.DataType.INT4), ("last", ir.DataType.UINT8)):
         weight = hand_model.graph.initializers[f"{name}.weight"]
         (dequantize,) = weight.consumers()
@@ -121,7 +153,9 @@ def test_case_1_a_conv_weight_keeps_its_shape_and_is_scaled_along_axis_0(hand: C
         assert conv.op_type == "Conv"
 
 
-def test_case_2_a_linear_weight_is_transposed_and_scaled_along_axis_1(hand: Checkpoint, hand_model: ir.Model) -> None:
+def test_case_2_a_linear_weight_is_transposed_and_scaled_along_axis_1(
+    hand: Checkpoint, hand_model: ir.Model
+) -> None:
     for name, dtype in (("to_q", ir.DataType.INT4), ("to_k", ir.DataType.UINT8)):
         weight = hand_model.graph.initializers[f"{name}.weight"]
         (dequantize,) = weight.consumers()
@@ -154,7 +188,11 @@ def test_a_graph_whose_layers_are_not_the_checkpoints_is_refused_by_name(hand: C
         InsertQuantizedLayers(dataclasses.replace(hand, layers=layers))(graph_from_text(HAND_TEXT))
 
 
-def test_readers_of_one_site_that_read_different_values_are_refused_by_name(hand: Checkpoint) -> None:
-    text = HAND_TEXT.replace('<layer = "to_k"> (tokens)', '<layer = "to_k"> (negated)').replace("{", "{ negated = Neg (tokens)", 1)
+def test_readers_of_one_site_that_read_different_values_are_refused_by_name(
+    hand: Checkpoint,
+) -> None:
+    text = HAND_TEXT.replace('<layer = "to_k"> (tokens)', '<layer = "to_k"> (negated)').replace(
+        "{", "{ negated = Neg (tokens)", 1
+    )
     with pytest.raises(ir.passes.PreconditionError, match=r"to_q.*read different values"):
         InsertQuantizedLayers(hand)(graph_from_text(text))

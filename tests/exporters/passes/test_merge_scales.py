@@ -7,7 +7,16 @@ import onnx_ir as ir
 from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
 from exporters.passes.freeze_bucket import FreezeBucket
 from exporters.passes.merge_scales import MergeScales
-from tests.helpers import graph_from_text, kinds_checkpoint, kinds_feeds, kinds_graph, op_counts, proto_of, relative_error, run
+from tests.helpers import (
+    graph_from_text,
+    kinds_checkpoint,
+    kinds_feeds,
+    kinds_graph,
+    op_counts,
+    proto_of,
+    relative_error,
+    run,
+)
 
 TIMESTEPS = [999.0, 0.0, 500.0, 3.0]
 TEXT = """
@@ -29,7 +38,11 @@ def products(model: ir.Model) -> dict[str, int]:
     readers = dict.fromkeys(("attn.scores.product", "attn.mix.product", "half.mix.product"), 0)
     for name in readers:
         value = ir.convenience.create_value_mapping(model.graph)[name]
-        while value.uses() and (node := next(iter(value.consumers()))).op_type in ("Mul", "Sub", "Add"):
+        while value.uses() and (node := next(iter(value.consumers()))).op_type in (
+            "Mul",
+            "Sub",
+            "Add",
+        ):
             readers[name] += node.op_type == "Mul"
             value = node.outputs[0]
     return readers
@@ -38,10 +51,18 @@ def products(model: ir.Model) -> dict[str, int]:
 def test_case_1_a_product_of_two_sites_is_multiplied_once_and_computes_the_same() -> None:
     model = kinds_graph(kinds_checkpoint())
     ExpandTimestepQuantize()(model)
-    assert products(model) == {"attn.scores.product": 2, "attn.mix.product": 2, "half.mix.product": 1}
+    assert products(model) == {
+        "attn.scores.product": 2,
+        "attn.mix.product": 2,
+        "half.mix.product": 1,
+    }
     before = run(model, kinds_feeds(TIMESTEPS))
     assert MergeScales()(model).modified
-    assert products(model) == {"attn.scores.product": 1, "attn.mix.product": 1, "half.mix.product": 1}
+    assert products(model) == {
+        "attn.scores.product": 1,
+        "attn.mix.product": 1,
+        "half.mix.product": 1,
+    }
     onnx.checker.check_model(proto_of(model), full_check=True)
     for ours, theirs in zip(run(model, kinds_feeds(TIMESTEPS)), before, strict=True):
         assert relative_error(ours, theirs) < 1e-6

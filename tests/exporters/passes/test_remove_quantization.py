@@ -9,7 +9,7 @@ import pytest
 
 from exporters.graph_info import SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY
 from exporters.passes.remove_quantization import RemoveQuantization
-from quest_deploy.checkpoint import Checkpoint
+from quest_deploy.artifacts.checkpoint import Checkpoint
 from quest_deploy.errors import InputError
 from tests.helpers import (
     Array,
@@ -36,16 +36,24 @@ def unquantized(checkpoint: Checkpoint, name: str, x: Array) -> Array:
     """The layer on the float input: the channel vector divides x, as its quantizer would have."""
     layer, site = checkpoint.layers[name], checkpoint.site_of(name)
     y = float_layer(layer, x / along(site.channel.astype(np.float64), site.axis, x.ndim))
-    return y if layer.bias is None else y + along(layer.bias, 1 if layer.conv else y.ndim - 1, y.ndim)
+    return (
+        y if layer.bias is None else y + along(layer.bias, 1 if layer.conv else y.ndim - 1, y.ndim)
+    )
 
 
-def test_the_float_graph_computes_the_layers_on_unquantized_input(hand: Checkpoint, float_model: ir.Model) -> None:
+def test_the_float_graph_computes_the_layers_on_unquantized_input(
+    hand: Checkpoint, float_model: ir.Model
+) -> None:
     feeds = hand_feeds([999.0, 0.0])
     image, first, second = run(float_model, feeds)
     inner = unquantized(hand, "conv", feeds["sample"].astype(np.float64))
     assert relative_error(image, unquantized(hand, "last", inner)) < 1e-5
-    assert relative_error(-first, unquantized(hand, "to_q", feeds["tokens"].astype(np.float64))) < 1e-5
-    assert relative_error(second, unquantized(hand, "to_k", feeds["tokens"].astype(np.float64))) < 1e-5
+    assert (
+        relative_error(-first, unquantized(hand, "to_q", feeds["tokens"].astype(np.float64))) < 1e-5
+    )
+    assert (
+        relative_error(second, unquantized(hand, "to_k", feeds["tokens"].astype(np.float64))) < 1e-5
+    )
 
 
 def test_no_quantizer_integer_scale_or_trace_of_ours_is_left(float_model: ir.Model) -> None:
@@ -88,21 +96,33 @@ split (float[batch,2,6,6] a, float[batch,4,6,6] b, float[batch] timestep)
 
 @pytest.mark.parametrize(
     "concat",
-    ["whole = Concat <axis = 1> (a, b) normed = Relu (whole)", "whole = Concat <axis = 1> (b, a) normed = Relu (whole)"],
+    [
+        "whole = Concat <axis = 1> (a, b) normed = Relu (whole)",
+        "whole = Concat <axis = 1> (b, a) normed = Relu (whole)",
+    ],
     ids=["what was split is there", "another concatenation is there"],
 )
-def test_case_3_the_halves_of_a_split_shortcut_are_one_conv_of_the_concatenation(hand: Checkpoint, concat: str) -> None:
+def test_case_3_the_halves_of_a_split_shortcut_are_one_conv_of_the_concatenation(
+    hand: Checkpoint, concat: str
+) -> None:
     rng = np.random.default_rng(0)
     halves = {}
     for half, like, channels in (("first", "conv", 2), ("second", "last", 4)):
         codes = rng.integers(-8, 8, (3, channels, 1, 1), dtype=np.int8)
-        layer = dataclasses.replace(hand.layers["last"], name=f"conv_shortcut.{half}", weight_codes=codes)
+        layer = dataclasses.replace(
+            hand.layers["last"], name=f"conv_shortcut.{half}", weight_codes=codes
+        )
         site = dataclasses.replace(hand.sites[like], name=layer.name, layers=(layer.name,))
         halves[layer.name] = (layer, site)
     first = halves["conv_shortcut.first"]
-    halves["conv_shortcut.first"] = (dataclasses.replace(first[0], bias=rng.standard_normal(3).astype(np.float32)), first[1])
+    halves["conv_shortcut.first"] = (
+        dataclasses.replace(first[0], bias=rng.standard_normal(3).astype(np.float32)),
+        first[1],
+    )
     checkpoint = dataclasses.replace(
-        hand, layers={n: layer for n, (layer, _) in halves.items()}, sites={n: site for n, (_, site) in halves.items()}
+        hand,
+        layers={n: layer for n, (layer, _) in halves.items()},
+        sites={n: site for n, (_, site) in halves.items()},
     )
     model = inserted(SPLIT_TEXT.replace("CONCAT", concat), checkpoint)
     RemoveQuantization()(model)
@@ -111,7 +131,10 @@ def test_case_3_the_halves_of_a_split_shortcut_are_one_conv_of_the_concatenation
     assert op_counts(model)["Concat"] == (1 if "(a, b)" in concat else 2)
     a, b = (rng.standard_normal((2, channels, 6, 6)).astype(np.float32) for channels in (2, 4))
     image = run(model, {"a": a, "b": b, "timestep": float32(999.0, 0.0)})[0]
-    expected = [unquantized(checkpoint, name, x.astype(np.float64)) for name, x in zip(checkpoint.layers, (a, b), strict=True)]
+    expected = [
+        unquantized(checkpoint, name, x.astype(np.float64))
+        for name, x in zip(checkpoint.layers, (a, b), strict=True)
+    ]
     assert relative_error(image, expected[0] + expected[1]) < 1e-5
 
 

@@ -10,10 +10,14 @@ from tests.helpers import graph_from_text, hand_feeds, op_counts, run, run_refer
 
 TIES = np.arange(-300, 300, 0.25, dtype=np.float32)
 NEAR_TIES = np.concatenate([np.nextafter(TIES, np.float32(sign * np.inf)) for sign in (-1, 1)])
-X = np.concatenate([TIES, NEAR_TIES, np.float32([np.inf, -np.inf, 1e30, -1e30, 1e-45, -0.0])]).reshape(1, -1)
+X = np.concatenate(
+    [TIES, NEAR_TIES, np.float32([np.inf, -np.inf, 1e30, -1e30, 1e-45, -0.0])]
+).reshape(1, -1)
 
 
-def clamped(low: float, high: float, closing: str = "codes = QuantizeLinear(clipped, one, zero)") -> ir.Model:
+def clamped(
+    low: float, high: float, closing: str = "codes = QuantizeLinear(clipped, one, zero)"
+) -> ir.Model:
     """A quantizer of scale one with constant bounds."""
     return graph_from_text(
         f"""g (float[1,n] x) => (int8[1,n] codes) <float one = {{1.0}}, int8 zero = {{0}}, float two = {{2.0}}> {{
@@ -28,7 +32,9 @@ def clamped(low: float, high: float, closing: str = "codes = QuantizeLinear(clip
 
 
 @pytest.mark.parametrize(("low", "high"), [(-15, 7), (-127, 127), (-128, 127)])
-def test_codes_stay_the_same_at_ties_beside_them_and_beyond_the_bounds(low: float, high: float) -> None:
+def test_codes_stay_the_same_at_ties_beside_them_and_beyond_the_bounds(
+    low: float, high: float
+) -> None:
     model = clamped(low, high)
     wanted = np.clip(np.rint(X), low, high).astype(np.int8)
     np.testing.assert_array_equal(run(model, {"x": X})[0], wanted)
@@ -41,9 +47,16 @@ def test_codes_stay_the_same_at_ties_beside_them_and_beyond_the_bounds(low: floa
 @pytest.mark.parametrize(
     ("low", "closing"),
     [(-7.25, "one, zero"), (-8.0, "two, zero"), (-8.0, "one, five"), (-8.0, "x_scale, zero")],
-    ids=["a bound that is no integer", "a scale of two", "a zero point", "a scale that is not known"],
+    ids=[
+        "a bound that is no integer",
+        "a scale of two",
+        "a zero point",
+        "a scale that is not known",
+    ],
 )
-def test_a_quantizer_that_does_more_than_change_the_type_keeps_its_round(low: float, closing: str) -> None:
+def test_a_quantizer_that_does_more_than_change_the_type_keeps_its_round(
+    low: float, closing: str
+) -> None:
     model = graph_from_text(
         f"""g (float[1,n] x, float x_scale) => (int8[1,n] codes)
         <float one = {{1.0}}, int8 zero = {{0}}, float two = {{2.0}}, int8 five = {{5}}> {{
@@ -59,7 +72,9 @@ def test_a_quantizer_that_does_more_than_change_the_type_keeps_its_round(low: fl
 
 
 def test_codes_that_an_offset_is_added_to_are_still_rounded_before_it() -> None:
-    model = clamped(0, 255, "shifted = Sub(clipped, two)\n codes = QuantizeLinear(shifted, one, zero)")
+    model = clamped(
+        0, 255, "shifted = Sub(clipped, two)\n codes = QuantizeLinear(shifted, one, zero)"
+    )
     assert not RoundInQuantizeLinear()(model).modified
     assert op_counts(model)["Round"] == 1
 

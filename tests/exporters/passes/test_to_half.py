@@ -53,7 +53,9 @@ def halved(text: str, dtype: ir.DataType = FP16, **initializers: Array) -> ir.Mo
 
 
 def integer_linear(inputs: int, scale: float) -> tuple[ir.Model, Feeds]:
-    """scale * codes @ weight with all codes 127 and all weight codes 127, whose sum of products is 127 * 127 * inputs."""
+    """scale * codes @ weight with all codes 127 and all weight codes 127, whose sum of products is
+    127 * 127 * inputs.
+    """
     text = f"""
     g (float[batch,{inputs}] x, int64[batch] bucket) => (float[batch,2] y)
     <float one = {{1}}, int8 zero = {{0}}, int64[1] axes = {{1}}>
@@ -67,9 +69,17 @@ def integer_linear(inputs: int, scale: float) -> tuple[ir.Model, Feeds]:
       y = Mul(product, factor)
     }}
     """
-    tables = {"s.scale": float32(scale, 3 * scale), "s.low": float32(-127, -127), "s.high": float32(127, 127)}
+    tables = {
+        "s.scale": float32(scale, 3 * scale),
+        "s.low": float32(-127, -127),
+        "s.high": float32(127, 127),
+    }
     rest = {"s.offset": float32(0, 0), "s.channel": np.ones(inputs, np.float32)}
-    weights = {"w": np.full((inputs, 2), 127, np.int8), "w.scale": float32(0.01, 0.02), "w.zero": np.zeros(2, np.int8)}
+    weights = {
+        "w": np.full((inputs, 2), 127, np.int8),
+        "w.scale": float32(0.01, 0.02),
+        "w.zero": np.zeros(2, np.int8),
+    }
     model = graph_from_text(text, **tables, **rest, **weights)
     model.graph.opset_imports.pop("quest.export")
     for node in model.graph:
@@ -81,7 +91,9 @@ def integer_linear(inputs: int, scale: float) -> tuple[ir.Model, Feeds]:
 
 
 @pytest.mark.parametrize("evaluate", [run, run_reference])
-def test_sums_of_codes_beyond_the_largest_number_of_fp16_stay_finite_and_right(evaluate: Any) -> None:
+def test_sums_of_codes_beyond_the_largest_number_of_fp16_stay_finite_and_right(
+    evaluate: Any,
+) -> None:
     model, feeds = integer_linear(800, 1e-4)
     expected = run(model, feeds)[0]
     BalanceScales()(model)
@@ -101,9 +113,15 @@ def test_without_balanced_scales_they_overflow() -> None:
 
 
 @each_type
-def test_inputs_and_outputs_stay_fp32_and_products_and_what_follows_give_the_half_type(dtype: ir.DataType) -> None:
-    model = halved("g (float[b,4] x) => (float[b,3] y) { p = MatMul(x, w)\n y = Add(p, c) }", dtype, w=np.eye(4, 3, dtype=np.float32),
-                   c=float32(1, 2, 3))  # fmt: skip
+def test_inputs_and_outputs_stay_fp32_and_products_and_what_follows_give_the_half_type(
+    dtype: ir.DataType,
+) -> None:
+    model = halved(
+        "g (float[b,4] x) => (float[b,3] y) { p = MatMul(x, w)\n y = Add(p, c) }",
+        dtype,
+        w=np.eye(4, 3, dtype=np.float32),
+        c=float32(1, 2, 3),
+    )
     assert [value.dtype for value in (*model.graph.inputs, *model.graph.outputs)] == [FLOAT, FLOAT]
     assert [value.name for value in model.graph.outputs] == ["y"]
     assert types(model)["p"] is dtype
@@ -112,12 +130,17 @@ def test_inputs_and_outputs_stay_fp32_and_products_and_what_follows_give_the_hal
 
 
 def test_what_no_product_has_touched_stays_fp32() -> None:
-    model = halved("g (float[b,4] t) => (float[b,4] y) { f = Mul(t, c)\n s = Sin(f)\n y = Add(s, c) }", c=float32(1, 2, 3, 4))
+    model = halved(
+        "g (float[b,4] t) => (float[b,4] y) { f = Mul(t, c)\n s = Sin(f)\n y = Add(s, c) }",
+        c=float32(1, 2, 3, 4),
+    )
     assert set(types(model).values()) == {FLOAT}
     assert "Cast" not in op_counts(model)
 
 
-def test_case_1_norms_and_softmax_compute_in_fp32_and_so_does_what_follows_until_it_meets_a_half_value() -> None:
+def test_case_1_norms_and_softmax_compute_in_fp32_and_so_does_what_follows_until_it_meets_a_half_value() -> (
+    None
+):
     text = """
     g (float[b,4,4] x) => (float[b,4,4] y) {
       p = MatMul(x, w)
@@ -178,9 +201,13 @@ def test_case_4_zero_points_of_free_sites_beyond_fp16_change_nothing() -> None:
       y = Mul(codes, scale)
     }
     """
-    model = halved(text, w=np.eye(4, dtype=np.float32), scale=float32(0.5), zero_point=float32(100000))
+    model = halved(
+        text, w=np.eye(4, dtype=np.float32), scale=float32(0.5), zero_point=float32(100000)
+    )
     assert {types(model)[name] for name in ("ratio", "rounded", "raised", "codes")} == {FLOAT}
-    np.testing.assert_array_equal(run(model, {"x0": float32(1, 2, 3.4, -4).reshape(1, 4)})[0], [[1, 2, 3.5, -4]])
+    np.testing.assert_array_equal(
+        run(model, {"x0": float32(1, 2, 3.4, -4).reshape(1, 4)})[0], [[1, 2, 3.5, -4]]
+    )
 
 
 def test_case_5_the_scales_of_a_resize_stay_fp32() -> None:
@@ -195,7 +222,9 @@ def test_case_5_the_scales_of_a_resize_stay_fp32() -> None:
     assert [x.dtype for x in resize.inputs if x is not None] == [FP16, FLOAT]
 
 
-def test_a_table_is_gathered_in_the_type_that_its_readers_want_and_no_row_is_cast(hand_model: ir.Model) -> None:
+def test_a_table_is_gathered_in_the_type_that_its_readers_want_and_no_row_is_cast(
+    hand_model: ir.Model,
+) -> None:
     ToHalf(FP16)(hand_model)
     factors = [node for node in hand_model.graph if node.op_type == "Mul"]
     assert factors
@@ -212,7 +241,9 @@ def test_a_weights_scale_that_fp16_would_round_to_zero_stays_positive(hand_model
 
 
 @each_type
-def test_the_graph_is_valid_and_every_value_has_the_type_that_its_operator_gives(hand_model: ir.Model, dtype: ir.DataType) -> None:
+def test_the_graph_is_valid_and_every_value_has_the_type_that_its_operator_gives(
+    hand_model: ir.Model, dtype: ir.DataType
+) -> None:
     BalanceScales()(hand_model)
     ToHalf(dtype)(hand_model)
     proto = proto_of(hand_model)
@@ -221,7 +252,8 @@ def test_the_graph_is_valid_and_every_value_has_the_type_that_its_operator_gives
     declared = {info.name: info.type.tensor_type.elem_type for info in proto.graph.value_info}
     del proto.graph.value_info[:]
     inferred = {
-        i.name: i.type.tensor_type.elem_type for i in onnx.shape_inference.infer_shapes(proto, strict_mode=True).graph.value_info
+        i.name: i.type.tensor_type.elem_type
+        for i in onnx.shape_inference.infer_shapes(proto, strict_mode=True).graph.value_info
     }
     both = declared.keys() & inferred.keys()
     assert len(both) > 10
@@ -242,7 +274,9 @@ def test_every_kind_of_layer_and_product_computes_the_same_within_the_rounding_o
             assert relative_error(found[name], expected[name]) < 4 * UNIT[FP16], name
 
 
-def test_the_hand_made_graph_computes_the_same_within_the_rounding_of_bf16(hand_model: ir.Model) -> None:
+def test_the_hand_made_graph_computes_the_same_within_the_rounding_of_bf16(
+    hand_model: ir.Model,
+) -> None:
     feeds = hand_feeds([999.0, 0.0, 500.0])
     expected = run(hand_model, feeds)
     BalanceScales()(hand_model)

@@ -34,7 +34,9 @@ def codes_of(model: ir.Model, site: str) -> Array:
     return run(model, kinds_feeds(TIMESTEPS))[0]
 
 
-def test_case_1_a_softmax_is_stored_unsigned_its_codes_128_more_and_its_products_stay_right() -> None:
+def test_case_1_a_softmax_is_stored_unsigned_its_codes_128_more_and_its_products_stay_right() -> (
+    None
+):
     assert codes_of(expanded(), "attn.softmax").dtype == np.int8
     model = expanded()
     assert UnsignedCodes()(model).modified
@@ -46,7 +48,9 @@ def test_case_1_a_softmax_is_stored_unsigned_its_codes_128_more_and_its_products
         assert relative_error(found[name], theirs[name]) < 5e-6, name
     after = codes_of(model, "attn.softmax")
     assert after.dtype == np.uint8
-    np.testing.assert_array_equal(after.astype(int), codes_of(expanded(), "attn.softmax").astype(int) + 128)
+    np.testing.assert_array_equal(
+        after.astype(int), codes_of(expanded(), "attn.softmax").astype(int) + 128
+    )
 
 
 def test_case_1_nothing_is_computed_from_the_offset_any_more() -> None:
@@ -55,9 +59,15 @@ def test_case_1_nothing_is_computed_from_the_offset_any_more() -> None:
     UnsignedCodes()(model)
     ir.passes.common.RemoveUnusedNodesPass()(model)
     after = op_counts(model)
-    # The softmax's correction, a sum over the other operand, and the product of both operands' offsets; v keeps its own.
+    # The softmax's correction, a sum over the other operand, and the product of both operands'
+    # offsets; v keeps its own.
     assert (before["ReduceSum"] - after["ReduceSum"], before["Sub"] - after["Sub"]) == (1, 1)
-    assert not any("attn.softmax.offset" in (value.name or "") for node in model.graph for value in node.inputs if value is not None)
+    assert not any(
+        "attn.softmax.offset" in (value.name or "")
+        for node in model.graph
+        for value in node.inputs
+        if value is not None
+    )
 
 
 def test_case_2_codes_with_a_zero_point_and_codes_that_fit_int8_stay() -> None:

@@ -1,4 +1,6 @@
-"""Bad input: one message that says what to do, exit code 2 (1 where the work failed), and an untouched workspace."""
+"""Bad input: one message that says what to do, exit code 2 (1 where the work failed), and an
+untouched workspace.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.artifacts.workspace import MANIFEST, Workspace
 from quest_deploy.files import read_json, write_json
-from quest_deploy.scheme import Scheme
-from quest_deploy.workspace import MANIFEST, Workspace
 from tests.quest_deploy.support import cli, flip_byte, snapshot, truncate
 
 if TYPE_CHECKING:
@@ -35,7 +37,11 @@ def fresh(tmp_path: Path) -> Path:
         ("--model", "sd99", "unknown model 'sd99': expected one of tiny"),
         ("--bits", "w3a3", "unknown bits 'w3a3': expected one of w4a4, w4a8, w8a8"),
         ("--buckets", "0", "expected 1 to 1000 buckets (the number of training steps), not 0"),
-        ("--buckets", "1001", "expected 1 to 1000 buckets (the number of training steps), not 1001"),
+        (
+            "--buckets",
+            "1001",
+            "expected 1 to 1000 buckets (the number of training steps), not 1001",
+        ),
         ("--buckets", "-5", "expected 1 to 1000 buckets"),
     ],
 )
@@ -52,7 +58,10 @@ def test_an_unknown_choice_is_refused_before_a_workspace_is_made(
 def test_an_unknown_backend_is_refused_with_the_known_ones(fresh: Path, command: str) -> None:
     ended = cli(command, "-w", fresh, "--backend", "tflite")
     assert ended.code == 2
-    assert "unknown backend 'tflite': expected one of openvino, onnxruntime, tensorrt-rtx, tensorrt" in ended.message
+    assert (
+        "unknown backend 'tflite': expected one of openvino, onnxruntime, tensorrt-rtx, tensorrt"
+        in ended.message
+    )
 
 
 @pytest.mark.parametrize("option", ["--backend", "--build-only"])
@@ -62,8 +71,10 @@ def test_run_refuses_an_unknown_backend_before_it_starts(tmp_path: Path, option:
     assert not (tmp_path / "ws").exists()
 
 
-def test_run_refuses_a_backend_that_cannot_run_here_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quest_deploy.engine.tensorrt.gpu_count", lambda: 0)
+def test_run_refuses_a_backend_that_cannot_run_here_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
     ended = cli("run", "-w", tmp_path / "ws", "--backend", "tensorrt-rtx")
     assert ended.code == 2
     assert "this machine has none" in ended.message
@@ -105,10 +116,17 @@ def test_verify_without_a_reference_names_its_command(workspace: Path) -> None:
     del manifest["sha256"]
     write_json(workspace / MANIFEST, manifest)
     ended = cli("verify", "-w", workspace, "--backend", "onnxruntime")
-    assert (ended.code, f"run `quest-deploy reference -w {workspace}` first" in ended.message) == (2, True)
+    assert (ended.code, f"run `quest-deploy reference -w {workspace}` first" in ended.message) == (
+        2,
+        True,
+    )
 
 
-@pytest.mark.parametrize("damage", [flip_byte, truncate, lambda path: path.unlink()], ids=["edited", "truncated", "removed"])
+@pytest.mark.parametrize(
+    "damage",
+    [flip_byte, truncate, lambda path: path.unlink()],
+    ids=["edited", "truncated", "removed"],
+)
 @pytest.mark.parametrize(
     ("path", "reader", "maker"),
     [
@@ -144,7 +162,9 @@ def test_inspect_says_what_is_damaged_in_a_workspace(workspace: Path) -> None:
     assert "run `quest-deploy export" in stages["build-engine/openvino"]["state"]
 
 
-@pytest.mark.parametrize("name", ["checkpoint.safetensors", "unet.onnx", "manifest.json", "engines/openvino/engine.json"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint.safetensors", "unet.onnx", "manifest.json", "engines/openvino/engine.json"]
+)
 def test_inspecting_a_truncated_file_is_one_message(workspace: Path, name: str) -> None:
     truncate(workspace / name)
     path = workspace / name
@@ -165,7 +185,10 @@ def test_inspecting_an_edited_manifest_says_how_to_go_on(workspace: Path) -> Non
 
 def test_inspecting_an_engine_of_another_kind_is_one_message(workspace: Path) -> None:
     content = read_json(workspace / "engines/openvino/engine.json")
-    write_json(workspace / "engines/openvino/engine.json", {"format": content["format"], "version": content["version"]})
+    write_json(
+        workspace / "engines/openvino/engine.json",
+        {"format": content["format"], "version": content["version"]},
+    )
     ended = cli("inspect", workspace / "engines/openvino")
     assert (ended.code, "build-engine" in ended.message) == (2, True)
 
@@ -199,11 +222,16 @@ def test_a_folder_that_holds_other_things_is_left_alone(tmp_path: Path, command:
     [
         (["calibrate", "--bits", "w8a8"], "holds bits w4a4, not w8a8"),
         (["calibrate", "--buckets", "4"], "holds buckets 3, not 4"),
-        (["export", "--granularity", "per_tensor"], "holds granularity folded_channel, not per_tensor"),
+        (
+            ["export", "--granularity", "per_tensor"],
+            "holds granularity folded_channel, not per_tensor",
+        ),
         (["verify", "--bits", "w4a8"], "holds bits w4a4, not w4a8"),
     ],
 )
-def test_a_workspace_of_another_scheme_is_not_overwritten(fresh: Path, arguments: list[str], words: str) -> None:
+def test_a_workspace_of_another_scheme_is_not_overwritten(
+    fresh: Path, arguments: list[str], words: str
+) -> None:
     ended = cli(*arguments, "-w", fresh)
     assert (ended.code, words in ended.message) == (2, True)
 
@@ -217,28 +245,64 @@ def test_labels_that_are_not_digits_are_refused(workspace: Path, labels: str) ->
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
 def test_an_unknown_scheduler_is_refused_with_the_known_ones(workspace: Path, command: str) -> None:
     ended = cli(command, "-w", workspace, "--scheduler", "heun")
-    assert (ended.code, "unknown scheduler 'heun': expected one of ddim, ddpm" in ended.message) == (2, True)
+    assert (
+        ended.code,
+        "unknown scheduler 'heun': expected one of ddim, ddpm" in ended.message,
+    ) == (2, True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["calibrate", "--method", "entropy"], "unknown calibration method 'entropy': expected one of mse, minmax"),
+        (
+            ["calibrate", "--method", "entropy"],
+            "unknown calibration method 'entropy': expected one of mse, minmax",
+        ),
         (["build-engine", "--provider", "rocm"], "unknown provider 'rocm'"),
-        (["build-engine", "--backend", "tensorrt-rtx", "--compute-capability", "12"], "unknown compute capability '12'"),
-        (["build-engine", "--backend", "tensorrt-rtx", "--pool-limit", "tactic_dram:2G"], "expected workspace:SIZE"),
-        (["build-engine", "--backend", "tensorrt-rtx", "--weight-streaming-budget", "half"], "expected a size, such as 2G, not 'half'"),
-        (["build-engine", "--backend", "tensorrt", "--tactic-sources", "none", "--tactic-sources", "x"], "none excludes every other"),
-        (["build-engine", "--backend", "tensorrt-rtx", "--quantize", "plugin"], "tensorrt-rtx runs no plugins"),
-        (["build-engine", "--quantize", "native"], "--quantize is TensorRT's, and the backend is openvino"),
+        (
+            ["build-engine", "--backend", "tensorrt-rtx", "--compute-capability", "12"],
+            "unknown compute capability '12'",
+        ),
+        (
+            ["build-engine", "--backend", "tensorrt-rtx", "--pool-limit", "tactic_dram:2G"],
+            "expected workspace:SIZE",
+        ),
+        (
+            ["build-engine", "--backend", "tensorrt-rtx", "--weight-streaming-budget", "half"],
+            "expected a size, such as 2G, not 'half'",
+        ),
+        (
+            [
+                "build-engine",
+                "--backend",
+                "tensorrt",
+                "--tactic-sources",
+                "none",
+                "--tactic-sources",
+                "x",
+            ],
+            "none excludes every other",
+        ),
+        (
+            ["build-engine", "--backend", "tensorrt-rtx", "--quantize", "plugin"],
+            "tensorrt-rtx runs no plugins",
+        ),
+        (
+            ["build-engine", "--quantize", "native"],
+            "--quantize is TensorRT's, and the backend is openvino",
+        ),
     ],
 )
-def test_an_unknown_choice_of_a_stage_is_refused(workspace: Path, arguments: list[str], words: str) -> None:
+def test_an_unknown_choice_of_a_stage_is_refused(
+    workspace: Path, arguments: list[str], words: str
+) -> None:
     ended = cli(*arguments, "-w", workspace)
     assert (ended.code, words in ended.message) == (2, True)
 
 
-def test_tensorrt_without_its_sdk_says_what_to_install(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_without_its_sdk_says_what_to_install(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     ended = cli("build-engine", "-w", workspace, "--backend", "tensorrt")
     assert (ended.code, "pip install 'quest-deploy[gpu]'" in ended.message) == (2, True)
@@ -247,14 +311,15 @@ def test_tensorrt_without_its_sdk_says_what_to_install(workspace: Path, monkeypa
 def test_an_engine_that_cannot_run_here_is_refused_by_every_command_that_runs_it(
     mini_chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quest_deploy.engine.tensorrt.gpu_count", lambda: 0)
+    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
     for command in ("verify", "benchmark", "generate", "evaluate"):
         ended = cli(command, "-w", mini_chain.root, "--backend", "tensorrt-rtx")
         assert (ended.code, "this machine has none" in ended.message) == (2, True), command
 
 
 def test_an_engine_of_a_graph_that_is_older_than_the_checkpoint_is_refused(workspace: Path) -> None:
-    # As if `export` had run before `finetune`: its graph holds another checkpoint than the one that is to be deployed.
+    # As if `export` had run before `finetune`: its graph holds another checkpoint than the one that
+    # is to be deployed.
     manifest = read_json(workspace / MANIFEST)
     del manifest["stages"]["export"]["inputs"]["finetune"]
     del manifest["sha256"]
@@ -272,7 +337,13 @@ def test_a_failing_verification_ends_with_exit_code_1_and_one_json_report(worksp
     opened = Workspace.open(workspace)
     record = opened.stages["reference"]
     files = [workspace / name for name in record.files]
-    opened.record("reference", inputs=record.inputs, options=record.options, files=files, details=record.details)
+    opened.record(
+        "reference",
+        inputs=record.inputs,
+        options=record.options,
+        files=files,
+        details=record.details,
+    )
     ended = cli("verify", "-w", workspace, "--backend", "onnxruntime", "--json")
     assert ended.code == 1
     assert "does not compute the fake-quantized model: layer conv_out" in ended.message
@@ -287,5 +358,7 @@ def test_errors_are_one_json_value_too(fresh: Path) -> None:
 
 @pytest.mark.parametrize("buckets", ["1", "21"])
 def test_any_number_of_buckets_is_calibrated(mini_tiny: None, tmp_path: Path, buckets: str) -> None:
-    ended = cli("calibrate", "-w", tmp_path / "ws", "--buckets", buckets, "--samples", "1", "--json")
+    ended = cli(
+        "calibrate", "-w", tmp_path / "ws", "--buckets", buckets, "--samples", "1", "--json"
+    )
     assert (ended.code, ended.json["buckets"]) == (0, int(buckets))

@@ -1,4 +1,6 @@
-"""`calibrate --method qdiff`: its scheme, its options, and how it goes on where it was interrupted."""
+"""`calibrate --method qdiff`: its scheme, its options, and how it goes on where it was
+interrupted.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors import safe_open
 
-from quest_deploy import trajectories as trajectories_module
-from quest_deploy.checkpoint import load_checkpoint
-from quest_deploy.quant import reconstruct as reconstruct_module
-from quest_deploy.workspace import MANIFEST, Workspace
+from quest_deploy.artifacts.checkpoint import load_checkpoint
+from quest_deploy.artifacts.workspace import MANIFEST, Workspace
+from quest_deploy.calibration import reconstruction as reconstruct_module
+from quest_deploy.calibration import trajectories as trajectories_module
 from tests.quest_deploy.support import Outcome, cli, flip_byte, snapshot, truncate
 
 if TYPE_CHECKING:
@@ -21,11 +23,23 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("mini_tiny")
 CALIBRATE = ("--buckets", "2", "--samples", "2", "--steps", "2")
 QDIFF = (
-    *CALIBRATE, "--method", "qdiff",
-    "--reconstruction-samples", "6", "--rounding-steps", "3", "--scale-steps", "2", "--reconstruction-batch", "4",
-)  # fmt: skip
+    *CALIBRATE,
+    "--method",
+    "qdiff",
+    "--reconstruction-samples",
+    "6",
+    "--rounding-steps",
+    "3",
+    "--scale-steps",
+    "2",
+    "--reconstruction-batch",
+    "4",
+)
 CALIBRATED = "calibrated.safetensors"
-START = tuple(f"reconstruct-state/{name}" for name in ("trajectories.safetensors", CALIBRATED, "made-from.json"))
+START = tuple(
+    f"reconstruct-state/{name}"
+    for name in ("trajectories.safetensors", CALIBRATED, "made-from.json")
+)
 
 
 def test_qdiff_splits_shortcuts_and_finetuning_starts_from_it(tmp_path: Path) -> None:
@@ -42,23 +56,43 @@ def test_qdiff_splits_shortcuts_and_finetuning_starts_from_it(tmp_path: Path) ->
     assert set(snapshot(tmp_path)) == {MANIFEST, CALIBRATED, "trajectories.safetensors"}
     assert "exporting a calibrated one (Q-Diffusion)" in cli("export", "-w", tmp_path).err
 
-    assert cli("finetune", "-w", tmp_path, "--temporal-steps", "2", "--sensitive-steps", "2", "--batch", "2").code == 0
+    assert (
+        cli(
+            "finetune",
+            "-w",
+            tmp_path,
+            "--temporal-steps",
+            "2",
+            "--sensitive-steps",
+            "2",
+            "--batch",
+            "2",
+        ).code
+        == 0
+    )
     tuned = load_checkpoint(tmp_path / "checkpoint.safetensors")
     assert (tuned.provenance["method"], tuned.provenance["start"]) == ("quest", "qdiff")
     assert tuned.architecture == checkpoint.architecture
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [((*QDIFF, "--whole-shortcuts"), QDIFF), (CALIBRATE, QDIFF)], ids=["told not to", "workspace without"]
+    ("first", "second"),
+    [((*QDIFF, "--whole-shortcuts"), QDIFF), (CALIBRATE, QDIFF)],
+    ids=["told not to", "workspace without"],
 )
-def test_qdiff_leaves_shortcuts_whole(tmp_path: Path, first: tuple[str, ...], second: tuple[str, ...]) -> None:
+def test_qdiff_leaves_shortcuts_whole(
+    tmp_path: Path, first: tuple[str, ...], second: tuple[str, ...]
+) -> None:
     for options in (first, second):
         assert cli("calibrate", "-w", tmp_path, *options).code == 0
         assert not Workspace.open(tmp_path).scheme.split_shortcuts
     assert load_checkpoint(tmp_path / CALIBRATED).provenance["method"] == "qdiff"
 
 
-@pytest.mark.parametrize("option", ["--reconstruction-samples", "--rounding-steps", "--scale-steps", "--reconstruction-batch"])
+@pytest.mark.parametrize(
+    "option",
+    ["--reconstruction-samples", "--rounding-steps", "--scale-steps", "--reconstruction-batch"],
+)
 def test_options_of_the_reconstruction_need_qdiff(tmp_path: Path, option: str) -> None:
     ended = cli("calibrate", "-w", tmp_path / "ws", "--method", "l2.4", option, "3")
     assert ended.code == 2
@@ -89,7 +123,9 @@ def calibrate_until(done: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> O
         return cli("calibrate", "-w", root, *QDIFF)
 
 
-def test_an_interrupted_reconstruction_resumes_to_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_reconstruction_resumes_to_the_same_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert cli("calibrate", "-w", tmp_path / "whole", *QDIFF).code == 0
     root = tmp_path / "interrupted"
     ended = calibrate_until(5, root, monkeypatch)
@@ -109,13 +145,17 @@ def test_an_interrupted_reconstruction_resumes_to_the_same_checkpoint(tmp_path: 
 
 @pytest.fixture
 def recordings(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """One entry for each time that trajectories are recorded; what is in them differs in last bits from one time to the next."""
+    """One entry for each time that trajectories are recorded; what is in them differs in last bits
+    from one time to the next.
+    """
     record, made = trajectories_module.record_trajectories, list[float]()
 
     def elsewhere(*arguments: Any, **options: Any) -> Any:
         recorded = record(*arguments, **options)
         made.append(1 + 1e-6 * len(made))
-        return dataclasses.replace(recorded, sample=recorded.sample * made[-1], output=recorded.output * made[-1])
+        return dataclasses.replace(
+            recorded, sample=recorded.sample * made[-1], output=recorded.output * made[-1]
+        )
 
     monkeypatch.setattr(trajectories_module, "record_trajectories", elsewhere)
     return made
@@ -146,7 +186,10 @@ def test_a_reconstruction_with_other_options_starts_anew(
     recordings.clear()
     anew = cli("calibrate", "-w", root, *other)
     assert anew.code == 0
-    assert "made-from.json is of a run with other options, model or version: trajectories and scales are made anew" in anew.err
+    assert (
+        "made-from.json is of a run with other options, model or version: trajectories and scales "
+        "are made anew" in anew.err
+    )
     assert "resuming" not in anew.err
     assert len(recordings) == 1
     assert content(root / CALIBRATED) == content(tmp_path / "whole" / CALIBRATED)
@@ -173,7 +216,9 @@ def test_a_damaged_start_is_made_anew(
     damage(root / file)
     anew = cli("calibrate", "-w", root, *QDIFF)
     assert "trajectories and scales are made anew" in anew.err
-    assert "resuming at unit 2 of " in anew.err  # made where the first start was, it is the same to the bit
+    assert (
+        "resuming at unit 2 of " in anew.err
+    )  # made where the first start was, it is the same to the bit
     assert content(root / CALIBRATED) == content(tmp_path / "whole" / CALIBRATED)
 
 

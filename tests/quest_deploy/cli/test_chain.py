@@ -1,4 +1,6 @@
-"""The main job, command by command: what each leaves behind and says, with a very small UNet and with the embedded model's."""
+"""The main job, command by command: what each leaves behind and says, with a very small UNet and
+with the embedded model's.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,12 @@ import pytest
 from PIL import Image
 
 from exporters.graph_info import graph_info, load_graph
-from quest_deploy.checkpoint import load_checkpoint
+from quest_deploy.artifacts.checkpoint import load_checkpoint
+from quest_deploy.artifacts.reference import load_reference
+from quest_deploy.artifacts.workspace import Workspace
+from quest_deploy.calibration.sensitivity import select_sensitive
 from quest_deploy.cli.sensitivity import describe
 from quest_deploy.files import read_json, sha256_of
-from quest_deploy.reference_files import load_reference
-from quest_deploy.sensitivity import select_sensitive
-from quest_deploy.workspace import Workspace
 from tests.quest_deploy.support import CHAIN, STAGES, cli
 
 if TYPE_CHECKING:
@@ -46,9 +48,17 @@ def test_the_manifest_records_what_every_command_wrote(made: Chain, stage: str) 
 
 
 def test_the_workspace_has_the_layout_of_the_specification(made: Chain) -> None:
-    expected = ["manifest.json", "checkpoint.safetensors", "unet.onnx", "unet.onnx.data", "reference/reference.json"]
+    expected = [
+        "manifest.json",
+        "checkpoint.safetensors",
+        "unet.onnx",
+        "unet.onnx.data",
+        "reference/reference.json",
+    ]
     expected += [f"engines/{backend}/engine.json" for backend in BACKENDS]
-    expected += [f"reports/{command}-onnxruntime.json" for command in ("verify", "benchmark", "evaluate")]
+    expected += [
+        f"reports/{command}-onnxruntime.json" for command in ("verify", "benchmark", "evaluate")
+    ]
     expected += ["reports/sensitivity.json", "images/sensitivity.png", "images/grid-openvino.png"]
     assert [path for path in expected if not (made.root / path).is_file()] == []
     assert list(made.root.rglob(".tmp-*")) == []
@@ -63,13 +73,24 @@ def test_calibrate_tells_the_share_of_weights_and_multiply_adds_at_4_bits(made: 
 
 def test_all_layers_but_the_first_and_the_last_convolution_have_4_bits(made: Chain) -> None:
     checkpoint = load_checkpoint(made.root / "checkpoint.safetensors")
-    assert {name for name, layer in checkpoint.layers.items() if layer.weight_bits == 8} == {"conv_in", "conv_out"}
-    assert {name for name, site in checkpoint.sites.items() if site.bits == 8} == {"conv_in", "conv_out"}
+    assert {name for name, layer in checkpoint.layers.items() if layer.weight_bits == 8} == {
+        "conv_in",
+        "conv_out",
+    }
+    assert {name for name, site in checkpoint.sites.items() if site.bits == 8} == {
+        "conv_in",
+        "conv_out",
+    }
 
 
 def test_sensitivity_reports_every_layer_and_picks_some_for_stage_2(made: Chain) -> None:
-    printed, report = made.outcomes["sensitivity"].json, read_json(made.root / "reports" / "sensitivity.json")
-    assert len(printed["layers"]) == len(report["layers"]) == made.outcomes["calibrate"].json["layers"]
+    printed, report = (
+        made.outcomes["sensitivity"].json,
+        read_json(made.root / "reports" / "sensitivity.json"),
+    )
+    assert (
+        len(printed["layers"]) == len(report["layers"]) == made.outcomes["calibrate"].json["layers"]
+    )
     assert {len(layer["bucket_mse"]) for layer in report["layers"]} == {3}
     assert tuple(printed["selected"]) == select_sensitive(report) != ()
     assert not [name for name in printed["selected"] if name.endswith("time_emb_proj")]
@@ -81,7 +102,13 @@ def test_sensitivity_names_the_worst_layers_and_kinds_first(made: Chain) -> None
     worst = max(details["layers"], key=lambda x: x["mse"])
     _, header, _, first, *rest = describe(Workspace.open(made.root), details).splitlines()
     assert header.split() == ["layer", "kind", "e-MSE", "relative", "picked"]
-    assert first.split() == [worst["layer"], worst["group"], f"{worst['mse']:.1e}", f"{worst['relative_mse']:.1e}", "yes"]
+    assert first.split() == [
+        worst["layer"],
+        worst["group"],
+        f"{worst['mse']:.1e}",
+        f"{worst['relative_mse']:.1e}",
+        "yes",
+    ]
     shares = [float(line.split()[-1].removesuffix("%")) for line in rest if line.endswith("%")]
     assert shares == sorted(shares, reverse=True)
     assert sum(shares) == pytest.approx(100, abs=1)
@@ -90,14 +117,20 @@ def test_sensitivity_names_the_worst_layers_and_kinds_first(made: Chain) -> None
 def test_finetune_runs_the_steps_asked_for_and_leaves_no_state(made: Chain) -> None:
     assert made.outcomes["finetune"].json["steps"] == 5
     provenance = load_checkpoint(made.root / "checkpoint.safetensors").provenance
-    assert (provenance["method"], provenance["temporal_steps"], provenance["sensitive_steps"]) == ("quest", 2, 3)
+    assert (provenance["method"], provenance["temporal_steps"], provenance["sensitive_steps"]) == (
+        "quest",
+        2,
+        3,
+    )
     assert not (made.root / "finetune-state.pt").exists()
 
 
 def test_export_deploys_the_finetuned_checkpoint(made: Chain) -> None:
     assert made.outcomes["export"].json["method"] == "quest"
     assert "warning" not in made.outcomes["export"].err
-    assert graph_info(load_graph(made.root / "unet.onnx")).checkpoint_sha256 == sha256_of(made.root / "checkpoint.safetensors")
+    assert graph_info(load_graph(made.root / "unet.onnx")).checkpoint_sha256 == sha256_of(
+        made.root / "checkpoint.safetensors"
+    )
 
 
 def test_reference_covers_every_bucket(made: Chain) -> None:
@@ -129,7 +162,11 @@ def test_verify_passes_and_reports_every_bucket_and_layer(made: Chain) -> None:
 
 def test_benchmark_times_fp32_and_static_scales_beside_the_engine(made: Chain) -> None:
     report = made.outcomes["benchmark onnxruntime"].json
-    assert {(t["engine"], t["batch"]) for t in report["timings"]} == {("quantized", 2), ("static scale", 2), ("fp32", 2)}
+    assert {(t["engine"], t["batch"]) for t in report["timings"]} == {
+        ("quantized", 2),
+        ("static scale", 2),
+        ("fp32", 2),
+    }
     assert report["speedup_over_fp32"].keys() == report["bucket_selection_cost"].keys() == {"2"}
     assert report["size_ratio_to_fp32"] > 0
 
@@ -148,18 +185,29 @@ def test_evaluate_judges_fp32_both_fake_quantized_models_and_the_engine(made: Ch
     assert results["FP32"]["epsilon_mse"] == pytest.approx([0, 0, 0], abs=1e-9)
     assert all(error > 0 for error in results["QuEST"]["epsilon_mse"])
     # The engine computes the fake-quantized model; a tie may flip a code here and there.
-    assert results["onnxruntime"]["epsilon_mse"] == pytest.approx(results["QuEST"]["epsilon_mse"], rel=0.1)
+    assert results["onnxruntime"]["epsilon_mse"] == pytest.approx(
+        results["QuEST"]["epsilon_mse"], rel=0.1
+    )
 
 
 @pytest.mark.parametrize("command", ["verify", "benchmark", "evaluate"])
 def test_a_report_holds_what_was_printed(made: Chain, command: str) -> None:
     printed = made.outcomes[f"{command} onnxruntime"].json
-    assert read_json(made.root / "reports" / f"{command}-onnxruntime.json") | {"workspace": str(made.root)} == printed
+    assert (
+        read_json(made.root / "reports" / f"{command}-onnxruntime.json")
+        | {"workspace": str(made.root)}
+        == printed
+    )
 
 
 @pytest.mark.parametrize(
     ("path", "kind"),
-    [(".", "workspace"), ("checkpoint.safetensors", "checkpoint"), ("unet.onnx", "graph"), ("engines/openvino", "engine")],
+    [
+        (".", "workspace"),
+        ("checkpoint.safetensors", "checkpoint"),
+        ("unet.onnx", "graph"),
+        ("engines/openvino", "engine"),
+    ],
 )
 def test_inspect_shows_what_each_thing_holds(made: Chain, path: str, kind: str) -> None:
     shown = cli("inspect", made.root / path, "--json")
@@ -190,7 +238,9 @@ def test_inspect_tells_which_stages_are_up_to_date(made: Chain) -> None:
 
 @pytest.mark.slow
 def test_nearly_all_of_the_embedded_model_is_at_4_bits_and_its_files_shrink(chain: Chain) -> None:
-    calibrated, exported, timed = (chain.outcomes[step].json for step in ("calibrate", "export", "benchmark onnxruntime"))
+    calibrated, exported, timed = (
+        chain.outcomes[step].json for step in ("calibrate", "export", "benchmark onnxruntime")
+    )
     assert 0.99 < calibrated["weights_at_4_bits"] < 1
     assert 0.99 < calibrated["macs_at_4_bits"] < 1
     assert exported["bytes"] < 0.4 * exported["fp32_weight_bytes"]
@@ -200,7 +250,11 @@ def test_nearly_all_of_the_embedded_model_is_at_4_bits_and_its_files_shrink(chai
 
 def test_doctor_tells_what_this_machine_builds_and_runs() -> None:
     report = cli("doctor", "--json").json
-    assert report["backends"]["onnxruntime"] == report["backends"]["openvino"] == {"build": None, "run": None}
+    assert (
+        report["backends"]["onnxruntime"]
+        == report["backends"]["openvino"]
+        == {"build": None, "run": None}
+    )
     assert report["backends"]["tensorrt-rtx"]["build"] is None
     text = cli("doctor")
     assert re.search(r"^openvino\s+yes\s+yes$", text.out, re.MULTILINE)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 STUB = f"import json; print(json.dumps({measurement()!r}))"
 FEW = """
 import sys
-from quest_deploy.evaluate import SamplingOptions
+from quest_deploy.evaluation.quality import SamplingOptions
 from quest_deploy.models.tiny import TinyModel
 TinyModel.calibration_samples = 8
 SamplingOptions.__init__.__defaults__ = (10, 4, *SamplingOptions.__init__.__defaults__[2:])
@@ -48,20 +48,31 @@ def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_one_cell_for_real_from_the_command_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_cell_for_real_from_the_command_to_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = campaign.worker_command
-    monkeypatch.setattr(campaign, "worker_command", lambda *given: [sys.executable, "-c", FEW, *command(*given)[3:]])
+    monkeypatch.setattr(
+        campaign, "worker_command", lambda *given: [sys.executable, "-c", FEW, *command(*given)[3:]]
+    )
     ended = cli("compare", "--folder", tmp_path, "--only", "w8a8-ptq-minmax-seed0", "--json")
     assert ended.code == 0, ended.err
     cell = ended.json["cells"]["w8a8-ptq-minmax-seed0"]
     assert cell["environment"]["threads"] == 1
     assert cell["wall_seconds"] > sum(cell["seconds"].values()) > 0
-    assert read_json(tmp_path / "cells" / "w8a8-ptq-minmax-seed0.json")["quality"] == cell["quality"]
-    assert f"{cell['quality']['frechet_distance']:.2f}, not run, not run" in (tmp_path / "table.md").read_text()
+    assert (
+        read_json(tmp_path / "cells" / "w8a8-ptq-minmax-seed0.json")["quality"] == cell["quality"]
+    )
+    assert (
+        f"{cell['quality']['frechet_distance']:.2f}, not run, not run"
+        in (tmp_path / "table.md").read_text()
+    )
     assert (tmp_path / "plot.png").exists()
 
 
-def test_only_what_is_missing_is_computed(no_plot: None, tmp_path: Path, computed: list[str]) -> None:
+def test_only_what_is_missing_is_computed(
+    no_plot: None, tmp_path: Path, computed: list[str]
+) -> None:
     assert cli("compare", "--folder", tmp_path, "--only", "*-ptq-minmax-seed1").code == 0
     assert computed == [f"{bits}-ptq-minmax-seed1" for bits in ("w8a8", "w4a8", "w4a4")]
     computed.clear()
@@ -71,7 +82,9 @@ def test_only_what_is_missing_is_computed(no_plot: None, tmp_path: Path, compute
     assert "6 of" in ended.out
 
 
-def test_a_second_run_computes_nothing_and_writes_the_same_files(tmp_path: Path, computed: list[str]) -> None:
+def test_a_second_run_computes_nothing_and_writes_the_same_files(
+    tmp_path: Path, computed: list[str]
+) -> None:
     only = ("compare", "--folder", tmp_path, "--only", "fp32-*")
     assert cli(*only).code == 0
     table, picture = (tmp_path / "table.md").read_bytes(), (tmp_path / "plot.png").read_bytes()
@@ -79,7 +92,10 @@ def test_a_second_run_computes_nothing_and_writes_the_same_files(tmp_path: Path,
     ended = cli(*only)
     assert (ended.code, computed) == (0, [])
     assert "nothing to compute" in ended.out
-    assert ((tmp_path / "table.md").read_bytes(), (tmp_path / "plot.png").read_bytes()) == (table, picture)
+    assert ((tmp_path / "table.md").read_bytes(), (tmp_path / "plot.png").read_bytes()) == (
+        table,
+        picture,
+    )
 
 
 def test_a_cell_whose_definition_changed_is_not_shown_and_computed_again(
@@ -100,8 +116,13 @@ def test_list_names_every_cell_and_writes_nothing(tmp_path: Path, computed: list
     assert (computed, snapshot(tmp_path)) == ([], {})
 
 
-def test_other_seeds_are_other_cells_and_stand_in_the_command(no_plot: None, tmp_path: Path, computed: list[str]) -> None:
-    assert cli("compare", "--folder", tmp_path, "--seeds", "7,5", "--only", "w4a4-ptq-minmax-*").code == 0
+def test_other_seeds_are_other_cells_and_stand_in_the_command(
+    no_plot: None, tmp_path: Path, computed: list[str]
+) -> None:
+    assert (
+        cli("compare", "--folder", tmp_path, "--seeds", "7,5", "--only", "w4a4-ptq-minmax-*").code
+        == 0
+    )
     assert computed == ["w4a4-ptq-minmax-seed7", "w4a4-ptq-minmax-seed5"]
     assert "`quest-deploy compare --model tiny --seeds 7,5`" in (tmp_path / "table.md").read_text()
 
@@ -109,7 +130,10 @@ def test_other_seeds_are_other_cells_and_stand_in_the_command(no_plot: None, tmp
 def test_what_failed_is_reported_after_the_table_was_written(
     no_plot: None, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing = "import json; print(json.dumps({'error': 'w8a8-modelopt-seed0 needs nvidia-modelopt', 'exit_code': 2}))"
+    failing = (
+        "import json; print(json.dumps({'error': 'w8a8-modelopt-seed0 needs "
+        "nvidia-modelopt', 'exit_code': 2}))"
+    )
 
     def command(model: str, cell: Cell, scratch: Path, threads: int) -> list[str]:
         return [sys.executable, "-S", "-c", failing if cell.row == "modelopt" else STUB]

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 import torch
 
-from quest_deploy.checkpoint import load_checkpoint
+from quest_deploy.artifacts.checkpoint import load_checkpoint
+from quest_deploy.calibration.sensitivity import select_sensitive
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
-from quest_deploy.finetune.train import FinetuneOptions
+from quest_deploy.finetuning.train import FinetuneOptions
 from quest_deploy.models.tiny import TinyModel
-from quest_deploy.sensitivity import select_sensitive
 from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:
@@ -22,8 +22,28 @@ FEW = ("--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2")
 
 
 def test_layers_stages_losses_and_precision_are_options_and_are_recorded(workspace: Path) -> None:
-    options = ("--stages", "sensitive,temporal", "--layers", "conv_in, *.ff.net.*", "--temporal-layers", "all", "--output-loss", "2")
-    ended = cli("finetune", "-w", workspace, *FEW, *options, "--block-loss", "0.5", "--precision", "bf16", "--gradient-checkpointing")
+    options = (
+        "--stages",
+        "sensitive,temporal",
+        "--layers",
+        "conv_in, *.ff.net.*",
+        "--temporal-layers",
+        "all",
+        "--output-loss",
+        "2",
+    )
+    ended = cli(
+        "finetune",
+        "-w",
+        workspace,
+        *FEW,
+        *options,
+        "--block-loss",
+        "0.5",
+        "--precision",
+        "bf16",
+        "--gradient-checkpointing",
+    )
     assert ended.code == 0, ended.err
     made = load_checkpoint(workspace / "checkpoint.safetensors").provenance
     assert (made["stages"], made["temporal_layers"]) == (["sensitive", "temporal"], ["*"])
@@ -36,16 +56,20 @@ def test_the_embedded_model_is_finetuned_with_its_own_options_and_threads_unless
 ) -> None:
     seen: list[tuple[FinetuneOptions, int]] = []
 
-    def stop(teacher: Any, calibrated: Any, trajectories: Any, options: FinetuneOptions, **execution: Any) -> NoReturn:
+    def stop(
+        teacher: Any, calibrated: Any, trajectories: Any, options: FinetuneOptions, **execution: Any
+    ) -> NoReturn:
         seen.append((options, torch.get_num_threads()))
         raise InputError("far enough")
 
-    monkeypatch.setattr("quest_deploy.finetune.train.finetune", stop)
+    monkeypatch.setattr("quest_deploy.finetuning.train.finetune", stop)
     before = torch.get_num_threads()
     assert cli("finetune", "-w", workspace).message == "far enough"
     assert cli("finetune", "-w", workspace, "--batch", "7").message == "far enough"
     own = dict(TinyModel.finetuning)
-    assert [options for options, _ in seen] == [FinetuneOptions(TinyModel.family, **{**own, **told}) for told in ({}, {"batch": 7})]
+    assert [options for options, _ in seen] == [
+        FinetuneOptions(TinyModel.family, **{**own, **told}) for told in ({}, {"batch": 7})
+    ]
     assert {threads for _, threads in seen} == {TinyModel.finetuning_threads}
     assert torch.get_num_threads() == before
 
@@ -53,7 +77,9 @@ def test_the_embedded_model_is_finetuned_with_its_own_options_and_threads_unless
 def test_layers_auto_takes_the_sensitivity_reports_choice(workspace: Path) -> None:
     chosen = select_sensitive(read_json(workspace / "reports" / "sensitivity.json"))
     assert cli("finetune", "-w", workspace, *FEW, "--layers", "auto").code == 0
-    assert load_checkpoint(workspace / "checkpoint.safetensors").provenance["sensitive_layers"] == list(chosen)
+    assert load_checkpoint(workspace / "checkpoint.safetensors").provenance[
+        "sensitive_layers"
+    ] == list(chosen)
 
 
 def test_layers_auto_needs_the_sensitivity_report(workspace: Path) -> None:
@@ -71,10 +97,15 @@ def test_layers_auto_needs_the_sensitivity_report(workspace: Path) -> None:
         (("--stages", ""), "expected one or both of the stages temporal, sensitive"),
         (("--precision", "int8"), "unknown precision 'int8': expected one of float32, bf16"),
         (("--device", "tpu"), "unknown device 'tpu': expected one of cpu, cuda"),
-        (("--output-loss", "0", "--block-loss", "0"), "the loss weights must not be negative, nor both zero"),
+        (
+            ("--output-loss", "0", "--block-loss", "0"),
+            "the loss weights must not be negative, nor both zero",
+        ),
     ],
 )
-def test_what_cannot_work_is_said_in_one_message(workspace: Path, options: tuple[str, ...], message: str) -> None:
+def test_what_cannot_work_is_said_in_one_message(
+    workspace: Path, options: tuple[str, ...], message: str
+) -> None:
     ended = cli("finetune", "-w", workspace, *FEW, *options)
     assert ended.code == 2
     assert message in ended.message

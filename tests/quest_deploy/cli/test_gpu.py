@@ -1,4 +1,6 @@
-"""What only a GPU can show: an engine of TensorRT for RTX, and one of TensorRT where its SDK is, that run there."""
+"""What only a GPU can show: an engine of TensorRT for RTX, and one of TensorRT where its SDK is,
+that run there.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from quest_deploy.engine.tensorrt import gpu_count
+from quest_deploy.backends.tensorrt.base import gpu_count
 from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:
@@ -19,7 +21,12 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpu_count() == 0, reason="no NVIDIA GPU is here")]
 BACKENDS = [
     "tensorrt-rtx",
-    pytest.param("tensorrt", marks=pytest.mark.skipif(find_spec("tensorrt") is None, reason="TensorRT's SDK is not installed")),
+    pytest.param(
+        "tensorrt",
+        marks=pytest.mark.skipif(
+            find_spec("tensorrt") is None, reason="TensorRT's SDK is not installed"
+        ),
+    ),
 ]
 
 
@@ -54,7 +61,13 @@ def test_the_engine_computes_what_the_fake_quantized_model_does(built: Path, bac
         ("inspect", ()),
     ],
 )
-def test_it_is_timed_drawn_with_evaluated_and_inspected(built: Path, backend: str, command: str, options: tuple[str, ...]) -> None:
-    where = [built / "engines" / backend] if command == "inspect" else ["-w", built, "--backend", backend]
+def test_it_is_timed_drawn_with_evaluated_and_inspected(
+    built: Path, backend: str, command: str, options: tuple[str, ...]
+) -> None:
+    where = (
+        [built / "engines" / backend]
+        if command == "inspect"
+        else ["-w", built, "--backend", backend]
+    )
     ended = cli(command, *where, *options, "--json")
     assert ended.code == 0, ended.err

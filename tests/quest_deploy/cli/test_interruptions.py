@@ -1,4 +1,6 @@
-"""Ctrl-C, a full disk, a second process: one message, nothing half-written, and the next run goes on."""
+"""Ctrl-C, a full disk, a second process: one message, nothing half-written, and the next run goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from quest_deploy import reference as reference_module
+from quest_deploy.artifacts.workspace import MANIFEST, Workspace
+from quest_deploy.calibration.training_state import TrainingState
 from quest_deploy.files import read_json
-from quest_deploy.training_state import TrainingState
-from quest_deploy.workspace import MANIFEST, Workspace
+from quest_deploy.verification import reference as reference_module
 from tests.quest_deploy.support import STAGES, cli, snapshot
 
 if TYPE_CHECKING:
@@ -27,10 +29,15 @@ FINETUNE = ("--temporal-steps", "4", "--sensitive-steps", "30", "--batch", "4", 
 
 
 def interrupted(arguments: list[str | Path], ready: Callable[[str], bool]) -> tuple[int, str, str]:
-    """Run the program in a process of its own, press Ctrl-C once it is ``ready``: exit code, standard output and error."""
+    """Run the program in a process of its own, press Ctrl-C once it is ``ready``: exit code,
+    standard output and error.
+    """
     program = "from quest_deploy.cli.main import main; main()"
     with subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stderr is not None
         line = process.stderr.readline()
@@ -53,7 +60,8 @@ def assert_interrupted(code: int, err: str) -> None:
 def test_calibrate_goes_on_after_ctrl_c(tmp_path: Path) -> None:
     root = tmp_path / "ws"
     code, _, err = interrupted(
-        ["calibrate", "-w", root, "--samples", "512", "--buckets", "3"], lambda line: line.startswith("calibrate")
+        ["calibrate", "-w", root, "--samples", "512", "--buckets", "3"],
+        lambda line: line.startswith("calibrate"),
     )
     assert_interrupted(code, err)
     assert set(snapshot(root)) == {MANIFEST, "calibrate-options.json"}
@@ -69,15 +77,23 @@ def test_finetune_resumes_after_ctrl_c_and_keeps_the_old_checkpoint_until_then(
 ) -> None:
     workspace, before = tiny_workspace, snapshot(tiny_workspace)
     state = workspace / "finetune-state.pt"
-    code, out, err = interrupted(["finetune", "-w", workspace, *FINETUNE, "--json"], lambda line: state.exists())
+    code, out, err = interrupted(
+        ["finetune", "-w", workspace, *FINETUNE, "--json"], lambda line: state.exists()
+    )
     assert_interrupted(code, err)
     assert out.startswith('{"error": "interrupted')
-    assert snapshot(workspace).keys() - before.keys() == {"finetune-state.pt", "finetune-targets.bin", "finetune-options.json"}
+    assert snapshot(workspace).keys() - before.keys() == {
+        "finetune-state.pt",
+        "finetune-targets.bin",
+        "finetune-options.json",
+    }
     assert {name: entry for name, entry in snapshot(workspace).items() if name in before} == before
 
     found: list[TrainingState | None] = []
     load = TrainingState.load
-    monkeypatch.setattr(TrainingState, "load", lambda path, key: found.append(load(path, key)) or found[-1])
+    monkeypatch.setattr(
+        TrainingState, "load", lambda path, key: found.append(load(path, key)) or found[-1]
+    )
     resumed = cli("finetune", "-w", workspace, *FINETUNE)
     assert resumed.code == 0
     assert "resuming at step" in resumed.err
@@ -114,8 +130,12 @@ def test_reference_goes_on_with_the_next_record_after_ctrl_c_and_keeps_the_old_o
 
 def test_ctrl_c_stops_a_tensorrt_build_and_keeps_the_old_engine(tiny_workspace: Path) -> None:
     workspace, before = tiny_workspace, snapshot(tiny_workspace)
-    # Inside the builder Python runs only in the progress monitor, and no exception crosses TensorRT's own code.
-    code, _, err = interrupted(["build-engine", "-w", workspace, "--backend", "tensorrt-rtx"], lambda line: time.sleep(2.5) is None)
+    # Inside the builder Python runs only in the progress monitor, and no exception crosses
+    # TensorRT's own code.
+    code, _, err = interrupted(
+        ["build-engine", "-w", workspace, "--backend", "tensorrt-rtx"],
+        lambda line: time.sleep(2.5) is None,
+    )
     assert_interrupted(code, err)
     assert snapshot(workspace) == before
     assert list(workspace.rglob(".tmp-*")) == []
@@ -124,12 +144,24 @@ def test_ctrl_c_stops_a_tensorrt_build_and_keeps_the_old_engine(tiny_workspace: 
 def test_a_second_process_is_told_to_wait(workspace: Path) -> None:
     with Workspace.open(workspace).locked():
         ended = cli("finetune", "-w", workspace)
-    assert (ended.code, ended.message) == (1, f"{workspace} is in use by another quest-deploy process; wait for it to end")
+    assert (ended.code, ended.message) == (
+        1,
+        f"{workspace} is in use by another quest-deploy process; wait for it to end",
+    )
 
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "calibrate": ("--samples", "1"),
-    "finetune": ("--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2", "--save-every", "1"),
+    "finetune": (
+        "--temporal-steps",
+        "1",
+        "--sensitive-steps",
+        "1",
+        "--batch",
+        "2",
+        "--save-every",
+        "1",
+    ),
     "reference": (),
     "build-engine": ("--backend", "onnxruntime"),
     "generate": ("--backend", "onnxruntime", "--rows", "1", "--steps", "1"),
@@ -148,7 +180,9 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_write_that_fails_ends_in_one_message_and_leaves_the_workspace_as_it_was(workspace: Path, command: str) -> None:
+def test_a_write_that_fails_ends_in_one_message_and_leaves_the_workspace_as_it_was(
+    workspace: Path, command: str
+) -> None:
     before = snapshot(workspace)
     with files_of_at_most(500):
         ended = cli(command, "-w", workspace, *COMMANDS[command])
@@ -169,13 +203,16 @@ def test_a_write_that_fails_ends_in_one_message_and_leaves_the_workspace_as_it_w
         ("generate", "images/grid-onnxruntime.png"),
     ],
 )
-def test_a_full_disk_is_said_to_be_full(workspace: Path, monkeypatch: pytest.MonkeyPatch, command: str, file: str) -> None:
+def test_a_full_disk_is_said_to_be_full(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, command: str, file: str
+) -> None:
     target = workspace / file
     temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
     kept = target.read_bytes() if target.exists() else None
     # The lock clears temporaries away; instead of that, a file is put there that is always full.
     monkeypatch.setattr(
-        "quest_deploy.workspace.remove_temporaries", lambda folder: temporary.is_symlink() or temporary.symlink_to("/dev/full")
+        "quest_deploy.artifacts.workspace.remove_temporaries",
+        lambda folder: temporary.is_symlink() or temporary.symlink_to("/dev/full"),
     )
     ended = cli(command, "-w", workspace, *COMMANDS[command])
     assert ended.code == 1
@@ -187,9 +224,18 @@ def test_a_full_disk_is_said_to_be_full(workspace: Path, monkeypatch: pytest.Mon
 
 
 def test_what_a_killed_process_left_is_cleared_away_by_the_next_command(workspace: Path) -> None:
-    left = [workspace / ".tmp-1-reference", workspace / "engines" / ".tmp-1-openvino", workspace / "images" / ".tmp-1-grid.png"]
+    left = [
+        workspace / ".tmp-1-reference",
+        workspace / "engines" / ".tmp-1-openvino",
+        workspace / "images" / ".tmp-1-grid.png",
+    ]
     for folder in left:
         folder.mkdir()
-    assert cli("generate", "-w", workspace, "--backend", "onnxruntime", "--rows", "1", "--steps", "1").code == 0
+    assert (
+        cli(
+            "generate", "-w", workspace, "--backend", "onnxruntime", "--rows", "1", "--steps", "1"
+        ).code
+        == 0
+    )
     assert not any(folder.exists() for folder in left)
     assert set(read_json(workspace / MANIFEST)["stages"]) == {*STAGES, "generate/onnxruntime"}

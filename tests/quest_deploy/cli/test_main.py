@@ -30,20 +30,40 @@ HEAVY = (
     "matplotlib",
 )
 COMMANDS = (
-    "run", "calibrate", "finetune", "export", "reference", "build-engine", "verify", "benchmark", "generate", "evaluate", "inspect",
-    "doctor", "sensitivity", "compare", "schedule",
-)  # fmt: skip
+    "run",
+    "calibrate",
+    "finetune",
+    "export",
+    "reference",
+    "build-engine",
+    "verify",
+    "benchmark",
+    "generate",
+    "evaluate",
+    "inspect",
+    "doctor",
+    "sensitivity",
+    "compare",
+    "schedule",
+)
 
 
-@pytest.mark.parametrize("arguments", [None, ["--help"], ["--version"], ["finetune", "--help"], ["evaluate", "--help"]])
-def test_neither_importing_the_program_nor_its_help_imports_heavy_packages(arguments: list[str] | None) -> None:
+@pytest.mark.parametrize(
+    "arguments", [None, ["--help"], ["--version"], ["finetune", "--help"], ["evaluate", "--help"]]
+)
+def test_neither_importing_the_program_nor_its_help_imports_heavy_packages(
+    arguments: list[str] | None,
+) -> None:
     script = (
         "import sys\nfrom quest_deploy.cli.main import main\n"
         f"sys.argv = ['quest-deploy', *{arguments or []}]\n"
-        "try:\n    main() if len(sys.argv) > 1 else None\nexcept SystemExit as e:\n    assert not e.code\n"
+        "try:\n    main() if len(sys.argv) > 1 else None\nexcept SystemExit as e:\n    assert not "
+        "e.code\n"
         f"print('imported:', [name for name in {HEAVY} if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "imported: []"
 
 
@@ -70,7 +90,11 @@ def test_version_prints_the_version() -> None:
         (InputError("a mistake"), 2, "a mistake"),
         (QuestDeployError("a failure"), 1, "a failure"),
         (OSError(28, "No space left on device", "/full/file"), 1, "the disk is full: /full/file"),
-        (PermissionError(13, "Permission denied", "/locked/file"), 1, "Permission denied: /locked/file"),
+        (
+            PermissionError(13, "Permission denied", "/locked/file"),
+            1,
+            "Permission denied: /locked/file",
+        ),
         (MemoryError(), 1, "out of memory"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -93,7 +117,14 @@ def test_every_bad_end_is_one_message_with_its_exit_code(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["calibrate", "--samples", "0"], ["calibrate", "--buckets", "many"], ["generate", "--unknown"], ["inspect"], ["tune"]]
+    "arguments",
+    [
+        ["calibrate", "--samples", "0"],
+        ["calibrate", "--buckets", "many"],
+        ["generate", "--unknown"],
+        ["inspect"],
+        ["tune"],
+    ],
 )
 def test_a_wrong_option_is_one_json_value_too(arguments: list[str]) -> None:
     ended = cli(*arguments, "--json")
@@ -114,24 +145,53 @@ def test_a_defect_is_no_error_message(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_output_into_a_closed_pipe_ends_without_a_traceback() -> None:
     entry = "from quest_deploy.cli.main import main; main()"
     done = subprocess.run(
-        f'"{sys.executable}" -c "{entry}" doctor --json | true', shell=True, capture_output=True, text=True, check=False
+        f'"{sys.executable}" -c "{entry}" doctor --json | true',
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "Traceback" not in done.stderr
 
 
 def test_progress_goes_to_standard_error_alone(workspace: Path) -> None:
-    ended = cli("generate", "-w", workspace, "--backend", "onnxruntime", "--steps", "1", "--rows", "1", "--labels", "7")
+    ended = cli(
+        "generate",
+        "-w",
+        workspace,
+        "--backend",
+        "onnxruntime",
+        "--steps",
+        "1",
+        "--rows",
+        "1",
+        "--labels",
+        "7",
+    )
     assert ended.code == 0
     assert ended.out == f"{workspace / 'images' / 'grid-onnxruntime.png'}: 1 images\n"
     assert ended.err.startswith("generate/onnxruntime ...\n")
 
 
 def test_tables_align_names_left_and_numbers_right() -> None:
-    assert table(["name", "n"], [["a", "10"], ["long", "7"]]).splitlines() == ["name   n", "----  --", "a     10", "long   7"]
+    assert table(["name", "n"], [["a", "10"], ["long", "7"]]).splitlines() == [
+        "name   n",
+        "----  --",
+        "a     10",
+        "long   7",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.50 kB"), (2_345_678, "2.35 MB"), (5e9, "5.00 GB"), (5e12, "5000.00 GB")]
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1500, "1.50 kB"),
+        (2_345_678, "2.35 MB"),
+        (5e9, "5.00 GB"),
+        (5e12, "5000.00 GB"),
+    ],
 )
 def test_sizes_are_decimal(count: float, text: str) -> None:
     assert size(count) == text

@@ -1,4 +1,6 @@
-"""Models other than the embedded one at the command line: what is recorded, what may be given again, what is refused."""
+"""Models other than the embedded one at the command line: what is recorded, what may be given
+again, what is refused.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
+from quest_deploy.artifacts.model_source import ModelSource
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.artifacts.workspace import MANIFEST, TRAJECTORIES, Workspace
 from quest_deploy.files import sha256_of_json
 from quest_deploy.models.registry import resolve_source
-from quest_deploy.models.source import ModelSource
-from quest_deploy.scheme import Scheme
-from quest_deploy.workspace import MANIFEST, TRAJECTORIES, Workspace
 from tests.quest_deploy.support import LDM_CHAIN, TEXT_CHAIN, cli
 
 if TYPE_CHECKING:
@@ -43,7 +45,9 @@ def test_an_unconditional_pipeline_goes_through_every_command(ldm_chain: Chain) 
     assert Image.open(ldm_chain.outcomes["generate openvino"].json["picture"]).size[0] > 16
 
 
-def test_the_manifest_says_where_the_model_comes_from_and_later_commands_need_no_option(text_chain: Chain) -> None:
+def test_the_manifest_says_where_the_model_comes_from_and_later_commands_need_no_option(
+    text_chain: Chain,
+) -> None:
     source = json.loads((text_chain.root / MANIFEST).read_text())["source"]
     folder = text_chain.root.parent / "sd-pipeline"
     assert (source["name"], source["location"]) == ("sd-pipeline", str(folder))
@@ -82,7 +86,12 @@ def test_a_workspace_of_another_model_is_refused(
 def test_the_same_model_may_be_named_again_by_any_path_to_it(
     tmp_path: Path, pipelines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quest_deploy.cli.options import ModelChoices, SchemeChoices, create_workspace, open_workspace
+    from quest_deploy.cli.options import (
+        ModelChoices,
+        SchemeChoices,
+        create_workspace,
+        open_workspace,
+    )
 
     monkeypatch.chdir(pipelines("sd"))
     made = create_workspace(tmp_path / "ws", ModelChoices("."), SchemeChoices())
@@ -110,26 +119,56 @@ def test_random_weights_are_recorded_and_calibrated_without_text_encoder_or_hub(
     assert drawn.code == 2
 
 
-def test_the_prompts_of_a_file_are_recorded_and_used(tmp_path: Path, pipelines: Callable[[str], Path]) -> None:
-    from quest_deploy.trajectories import Trajectories
+def test_the_prompts_of_a_file_are_recorded_and_used(
+    tmp_path: Path, pipelines: Callable[[str], Path]
+) -> None:
+    from quest_deploy.calibration.trajectories import Trajectories
 
     (tmp_path / "prompts.txt").write_text("a cat\n\n  a red dog \n")
-    options = ("--model", pipelines("sd"), *FEW, "--prompts", tmp_path / "prompts.txt", "--guidance", "3", "--batch", "3")
+    options = (
+        "--model",
+        pipelines("sd"),
+        *FEW,
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--guidance",
+        "3",
+        "--batch",
+        "3",
+    )
     assert cli("calibrate", "-w", tmp_path / "ws", *options).code == 0
     recorded = Workspace.open(tmp_path / "ws").require("calibrate").options
-    assert (recorded["prompts"], recorded["guidance"], recorded["batch"]) == (["a cat", "a red dog"], 3, 3)
+    assert (recorded["prompts"], recorded["guidance"], recorded["batch"]) == (
+        ["a cat", "a red dog"],
+        3,
+        3,
+    )
     states = Trajectories.load(tmp_path / "ws" / TRAJECTORIES).conditions["encoder_hidden_states"]
     assert len(states) == 4  # two samplings, both halves
     assert len(states.flatten(1).unique(dim=0)) == 3
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "expected a text file with a prompt a line"), ("\n \n", "expected a prompt a line, and found none")]
+    ("content", "words"),
+    [
+        (None, "expected a text file with a prompt a line"),
+        ("\n \n", "expected a prompt a line, and found none"),
+    ],
 )
-def test_a_file_without_prompts_is_refused(tmp_path: Path, pipelines: Callable[[str], Path], content: str | None, words: str) -> None:
+def test_a_file_without_prompts_is_refused(
+    tmp_path: Path, pipelines: Callable[[str], Path], content: str | None, words: str
+) -> None:
     if content is not None:
         (tmp_path / "prompts.txt").write_text(content)
-    ended = cli("calibrate", "-w", tmp_path / "ws", "--model", pipelines("sd"), "--prompts", tmp_path / "prompts.txt")
+    ended = cli(
+        "calibrate",
+        "-w",
+        tmp_path / "ws",
+        "--model",
+        pipelines("sd"),
+        "--prompts",
+        tmp_path / "prompts.txt",
+    )
     assert ended.code == 2
     assert words in ended.message
     assert not (tmp_path / "ws").exists()
@@ -137,22 +176,43 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path, pipelines: Callable[[
 
 def test_prompts_and_loras_are_not_for_the_embedded_model(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    assert "and tiny draws digits" in cli("calibrate", "-w", tmp_path / "a", "--prompts", tmp_path / "prompts.txt").message
-    assert "comes with its weights" in cli("calibrate", "-w", tmp_path / "b", "--random-weights").message
+    assert (
+        "and tiny draws digits"
+        in cli("calibrate", "-w", tmp_path / "a", "--prompts", tmp_path / "prompts.txt").message
+    )
+    assert (
+        "comes with its weights"
+        in cli("calibrate", "-w", tmp_path / "b", "--random-weights").message
+    )
 
 
 @pytest.mark.parametrize(
     ("chain", "backend", "options", "words"),
     [
-        ("text_chain", "onnxruntime", ["--labels", "01"], "--labels: not for sd-pipeline, a model that is text-to-image"),
+        (
+            "text_chain",
+            "onnxruntime",
+            ["--labels", "01"],
+            "--labels: not for sd-pipeline, a model that is text-to-image",
+        ),
         ("text_chain", "onnxruntime", ["--height", "15"], "--height 15: expected a multiple of "),
-        ("ldm_chain", "openvino", ["--prompt", "a cat"], "--prompt: not for ldm-pipeline, a model that is unconditional"),
+        (
+            "ldm_chain",
+            "openvino",
+            ["--prompt", "a cat"],
+            "--prompt: not for ldm-pipeline, a model that is unconditional",
+        ),
         ("ldm_chain", "openvino", ["--labels", "0"], "--labels: not for ldm-pipeline"),
         ("ldm_chain", "openvino", ["--guidance", "3"], "expected a guidance weight of 1"),
     ],
 )
 def test_generate_refuses_what_the_model_cannot_be_asked_for(
-    request: pytest.FixtureRequest, tmp_path: Path, chain: str, backend: str, options: list[str], words: str
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    chain: str,
+    backend: str,
+    options: list[str],
+    words: str,
 ) -> None:
     root = tmp_path / "workspace"
     shutil.copytree(request.getfixturevalue(chain).root, root)

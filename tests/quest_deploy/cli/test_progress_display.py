@@ -69,7 +69,10 @@ def test_piped_steps_of_476_s_show_phase_detail_count_and_time_left(
 
 
 def test_the_bar_shows_steps_of_476_s_with_their_time_left_in_80_columns(
-    console: Console, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    console: Console,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -85,7 +88,9 @@ def test_the_bar_shows_steps_of_476_s_with_their_time_left_in_80_columns(
     assert capsys.readouterr().out == ""
 
 
-def test_a_resumed_phase_counts_only_steps_of_this_process(console: Console, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_phase_counts_only_steps_of_this_process(
+    console: Console, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     with console.progress("work") as update:
         for step in (391, 392):
             clock.now += HOUR
@@ -93,7 +98,9 @@ def test_a_resumed_phase_counts_only_steps_of_this_process(console: Console, clo
     assert lines(capsys)[-1] == "work: training, 392 of 400, about 8 h left"
 
 
-def test_a_phase_is_not_measured_by_the_one_before(console: Console, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_phase_is_not_measured_by_the_one_before(
+    console: Console, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     with console.progress("work") as update:
         for step in range(1, 101):
             clock.now += 1
@@ -101,7 +108,10 @@ def test_a_phase_is_not_measured_by_the_one_before(console: Console, clock: Cloc
         for step in (101, 102):  # finetuning counts on over its stages
             clock.now += HOUR
             update("sensitive layers", step, 110)
-    assert lines(capsys)[-2:] == ["work: sensitive layers, 101 of 110", "work: sensitive layers, 102 of 110, about 8 h left"]
+    assert lines(capsys)[-2:] == [
+        "work: sensitive layers, 101 of 110",
+        "work: sensitive layers, 102 of 110, about 8 h left",
+    ]
 
 
 def test_each_of_two_alternating_phases_tells_when_it_ends_with_the_turns_of_the_other(
@@ -113,10 +123,15 @@ def test_each_of_two_alternating_phases_tells_when_it_ends_with_the_turns_of_the
             update("targets", step, 10)
             clock.now += HOUR * 5 / 6
             update("training", step, 10)
-    assert lines(capsys)[-2:] == ["work: targets, 5 of 10, about 5 h left", "work: training, 5 of 10, about 5 h left"]
+    assert lines(capsys)[-2:] == [
+        "work: targets, 5 of 10, about 5 h left",
+        "work: training, 5 of 10, about 5 h left",
+    ]
 
 
-def test_a_phase_that_starts_over_is_measured_anew(console: Console, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_phase_that_starts_over_is_measured_anew(
+    console: Console, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     with console.progress("work") as update:
         for pace in (1, HOUR):
             for step in range(5):
@@ -125,27 +140,65 @@ def test_a_phase_that_starts_over_is_measured_anew(console: Console, clock: Cloc
     assert lines(capsys)[-1] == "work: building, 4 of 10, about 6 h left"
 
 
-def test_fast_steps_print_a_line_every_30_s_at_most(console: Console, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fast_steps_print_a_line_every_30_s_at_most(
+    console: Console, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     with console.progress("work") as update:
         for step in range(1, 1001):
             clock.now += 0.125
             update(f"phase {step % 2}", step, 1000)
     assert SECONDS_BETWEEN_LINES == 30
-    assert [re.findall(r"\d+ of", line) for line in lines(capsys)] == [["240 of"], ["480 of"], ["720 of"], ["960 of"]]
+    assert [re.findall(r"\d+ of", line) for line in lines(capsys)] == [
+        ["240 of"],
+        ["480 of"],
+        ["720 of"],
+        ["960 of"],
+    ]
 
 
 def test_finetune_and_a_reconstruction_print_stage_bucket_loss_and_time_left(
     mini_tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console_module, "SECONDS_BETWEEN_LINES", 0.0)
-    few = ("--samples", "2", "--steps", "2", "--buckets", "2", "--rounding-steps", "1", "--scale-steps", "1")
-    calibrated = cli("calibrate", "-w", tmp_path, "--method", "qdiff", *few, "--reconstruction-samples", "1")
-    assert re.search(r"^calibrate: reconstruction, conv_out, (\d+) of \1$", calibrated.err, re.MULTILINE), calibrated.err
-    assert re.search(r"^calibrate: reconstruction, .*, 2 of \d+, .* left$", calibrated.err, re.MULTILINE), calibrated.err
-    tuned = cli("finetune", "-w", tmp_path, "--temporal-steps", "3", "--sensitive-steps", "3", "--batch", "2", "--json")
+    few = (
+        "--samples",
+        "2",
+        "--steps",
+        "2",
+        "--buckets",
+        "2",
+        "--rounding-steps",
+        "1",
+        "--scale-steps",
+        "1",
+    )
+    calibrated = cli(
+        "calibrate", "-w", tmp_path, "--method", "qdiff", *few, "--reconstruction-samples", "1"
+    )
+    assert re.search(
+        r"^calibrate: reconstruction, conv_out, (\d+) of \1$", calibrated.err, re.MULTILINE
+    ), calibrated.err
+    assert re.search(
+        r"^calibrate: reconstruction, .*, 2 of \d+, .* left$", calibrated.err, re.MULTILINE
+    ), calibrated.err
+    tuned = cli(
+        "finetune",
+        "-w",
+        tmp_path,
+        "--temporal-steps",
+        "3",
+        "--sensitive-steps",
+        "3",
+        "--batch",
+        "2",
+        "--json",
+    )
     assert tuned.json["steps"] == 6
     for stage, step in (("temporal", 2), ("sensitive", 5)):
-        line = rf"^finetune: {stage} layers, buckets \d-\d, loss -?\d+\.\d+, {step} of 6, less than a minute left$"
+        line = (
+            rf"^finetune: {stage} layers, buckets \d-\d, loss -?\d+\.\d+, {step} of 6, less "
+            r"than a minute left$"
+        )
         assert re.search(line, tuned.err, re.MULTILINE), tuned.err
 
 

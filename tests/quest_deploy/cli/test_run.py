@@ -1,4 +1,6 @@
-"""`run` and `export` without a checkpoint: what is skipped, what is made again, what is recorded."""
+"""`run` and `export` without a checkpoint: what is skipped, what is made again, what is
+recorded.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 from onnx_ir.passes import PreconditionError
 
+from quest_deploy.artifacts.workspace import Workspace
+from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.cli import benchmark, calibrate, evaluate, export, finetune, generate
-from quest_deploy.engine.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.errors import InputError
-from quest_deploy.workspace import Workspace
 from tests.quest_deploy.support import Outcome, change, cli, snapshot
 
 if TYPE_CHECKING:
@@ -21,10 +23,20 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from quest_deploy.engine.base import EngineOptions
+    from quest_deploy.backends.base import EngineOptions
 
 pytestmark = pytest.mark.usefixtures("mini_tiny")
-STAGES = ("calibrate", "finetune", "export", "reference", "build-engine", "verify", "benchmark", "generate", "evaluate")
+STAGES = (
+    "calibrate",
+    "finetune",
+    "export",
+    "reference",
+    "build-engine",
+    "verify",
+    "benchmark",
+    "generate",
+    "evaluate",
+)
 NO_STAGES = ("workspace", "left_out", "failed")
 """The keys of `run --json` that are no stage's."""
 
@@ -38,21 +50,35 @@ def run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     }
     monkeypatch.setattr(calibrate, "CalibrateOptions", stages[calibrate])
     tune = finetune.finetune_stage
-    monkeypatch.setattr(finetune, "finetune_stage", lambda w, console, choices, reuse: tune(w, console, stages[finetune], reuse=reuse))
+    monkeypatch.setattr(
+        finetune,
+        "finetune_stage",
+        lambda w, console, choices, reuse: tune(w, console, stages[finetune], reuse=reuse),
+    )
     timed = partial(benchmark.benchmark_stage, batches=(2,), runs=2, warmup=1)
     monkeypatch.setattr(benchmark, "benchmark_stage", timed)
     pictures = {"labels": "0123", "rows": 1, "steps": 3}
-    monkeypatch.setattr(generate, "generate_stage", partial(generate.generate_stage, choices=pictures))
+    monkeypatch.setattr(
+        generate, "generate_stage", partial(generate.generate_stage, choices=pictures)
+    )
     judged = partial(evaluate.evaluate_stage, choices={"images": 20, "steps": 3})
     monkeypatch.setattr(evaluate, "evaluate_stage", judged)
 
     def command(*options: str, backends: Iterable[str] = ("onnxruntime",)) -> Outcome:
-        return cli("run", "-w", workspace, *(part for name in backends for part in ("--backend", name)), *options)
+        return cli(
+            "run",
+            "-w",
+            workspace,
+            *(part for name in backends for part in ("--backend", name)),
+            *options,
+        )
 
     return command
 
 
-def test_run_goes_on_from_what_is_finished_and_a_second_run_changes_no_file(run: Callable[..., Any], workspace: Path) -> None:
+def test_run_goes_on_from_what_is_finished_and_a_second_run_changes_no_file(
+    run: Callable[..., Any], workspace: Path
+) -> None:
     first = run("--json")
     assert first.code == 0, first.err
     up_to_date = [line for line in first.err.splitlines() if line.endswith(": up to date")]
@@ -70,7 +96,9 @@ def test_run_goes_on_from_what_is_finished_and_a_second_run_changes_no_file(run:
     assert "Frechet distance (lower is better): FP32" in second.out
 
 
-def test_run_makes_again_what_was_damaged_and_what_depends_on_it(run: Callable[..., Any], workspace: Path) -> None:
+def test_run_makes_again_what_was_damaged_and_what_depends_on_it(
+    run: Callable[..., Any], workspace: Path
+) -> None:
     assert run().code == 0
     (workspace / "engines" / "onnxruntime" / "lowered.onnx").unlink()
     ended = run()
@@ -79,7 +107,9 @@ def test_run_makes_again_what_was_damaged_and_what_depends_on_it(run: Callable[.
     assert "export: up to date" in ended.err
 
 
-def test_run_keeps_the_options_that_calibration_and_finetuning_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_keeps_the_options_that_calibration_and_finetuning_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*_: Any, **__: Any) -> NoReturn:
         raise InputError("far enough")
 
@@ -87,41 +117,86 @@ def test_run_keeps_the_options_that_calibration_and_finetuning_had(tmp_path: Pat
     root = tmp_path / "w"
     small = ("--samples", 8, "--steps", 4)
     assert cli("calibrate", "-w", root, "--method", "minmax", *small, "--buckets", 2).code == 0
-    chosen = ("--layers", "conv_out,conv_in", "--temporal-steps", 1, "--sensitive-steps", 1, "--batch", 2)
+    chosen = (
+        "--layers",
+        "conv_out,conv_in",
+        "--temporal-steps",
+        1,
+        "--sensitive-steps",
+        1,
+        "--batch",
+        2,
+    )
     assert cli("finetune", "-w", root, *chosen).code == 0
     before = snapshot(root)
     ended = cli("run", "-w", root)
     assert ended.message.endswith("far enough")
-    assert [line for line in ended.err.splitlines() if "up to date" in line] == ["calibrate: up to date", "finetune: up to date"]
+    assert [line for line in ended.err.splitlines() if "up to date" in line] == [
+        "calibrate: up to date",
+        "finetune: up to date",
+    ]
     assert snapshot(root) == before
 
     assert cli("run", "-w", root, "--method", "mse", "--seed", 1).message.endswith("far enough")
     stages = Workspace.open(root).stages
-    given = {name: value for name, value in stages["calibrate"].options.items() if value is not None}
+    given = {
+        name: value for name, value in stages["calibrate"].options.items() if value is not None
+    }
     assert given == {"samples": 8, "steps": 4, "method": "mse", "seed": 1, "reconstruction": {}}
     assert stages["finetune"].options["sensitive_layers"] == ["conv_out", "conv_in"]
     assert stages["finetune"].options["seed"] == 1
 
 
-def test_run_goes_on_with_the_options_of_what_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_goes_on_with_the_options_of_what_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: Any, **__: Any) -> NoReturn:
         raise KeyboardInterrupt
 
     root = tmp_path / "w"
     with monkeypatch.context() as patch:
-        patch.setattr("quest_deploy.trajectories.record_trajectories", interrupt)
-        ended = cli("calibrate", "-w", root, "--samples", 8, "--steps", 4, "--method", "minmax", "--buckets", 2)
+        patch.setattr("quest_deploy.calibration.trajectories.record_trajectories", interrupt)
+        ended = cli(
+            "calibrate",
+            "-w",
+            root,
+            "--samples",
+            8,
+            "--steps",
+            4,
+            "--method",
+            "minmax",
+            "--buckets",
+            2,
+        )
     assert ended.code == 130
     with monkeypatch.context() as patch:
-        patch.setattr("quest_deploy.finetune.train.finetune", interrupt)
+        patch.setattr("quest_deploy.finetuning.train.finetune", interrupt)
         assert cli("run", "-w", root).code == 130
         calibrated = Workspace.open(root).stages["calibrate"].options
-        assert (calibrated["samples"], calibrated["steps"], calibrated["method"]) == (8, 4, "minmax")
-        chosen = ("--layers", "conv_out,conv_in", "--temporal-steps", 1, "--sensitive-steps", 1, "--batch", 2)
+        assert (calibrated["samples"], calibrated["steps"], calibrated["method"]) == (
+            8,
+            4,
+            "minmax",
+        )
+        chosen = (
+            "--layers",
+            "conv_out,conv_in",
+            "--temporal-steps",
+            1,
+            "--sensitive-steps",
+            1,
+            "--batch",
+            2,
+        )
         assert cli("finetune", "-w", root, *chosen).code == 130
         kept = Workspace.open(root).options_of("finetune")
     started: list[dict[str, Any]] = []
-    monkeypatch.setattr(finetune, "finetune_stage", lambda w, console, options, reuse: started.append(options) or interrupt())
+    monkeypatch.setattr(
+        finetune,
+        "finetune_stage",
+        lambda w, console, options, reuse: started.append(options) or interrupt(),
+    )
     assert cli("run", "-w", root).code == 130
     assert kept["sensitive_layers"] == ["conv_out", "conv_in"]
     assert started == [kept | {"sensitive_layers": ("conv_out", "conv_in")}]
@@ -137,21 +212,40 @@ def fail_verification(workspace: Path, backend: str) -> None:
     """Record that the engine of ``backend`` failed its verification, for two reasons."""
     opened = Workspace.open(workspace)
     record = opened.stages["verify/onnxruntime"]
-    details = {**record.details, "backend": backend, "passed": False, "problems": ["layer conv_in: wrong", "layer conv_out: wrong"]}
+    details = {
+        **record.details,
+        "backend": backend,
+        "passed": False,
+        "problems": ["layer conv_in: wrong", "layer conv_out: wrong"],
+    }
     files = [workspace / name for name in record.files]
     inputs = (f"build-engine/{backend}", "reference")
-    opened.record(f"verify/{backend}", inputs=inputs, options=record.options, files=files, details=details)
+    opened.record(
+        f"verify/{backend}", inputs=inputs, options=record.options, files=files, details=details
+    )
 
 
-def test_run_goes_on_with_the_other_backends_where_one_fails_its_verification(run: Callable[..., Any], workspace: Path) -> None:
+def test_run_goes_on_with_the_other_backends_where_one_fails_its_verification(
+    run: Callable[..., Any], workspace: Path
+) -> None:
     fail_verification(workspace, "openvino")
     first = run("--json", backends=("openvino", "onnxruntime"))
     assert first.code == 1
-    assert "the openvino engine does not compute the fake-quantized model: layer conv_in: wrong" in first.message
+    assert (
+        "the openvino engine does not compute the fake-quantized model: layer conv_in: wrong"
+        in first.message
+    )
     assert list(first.json["failed"]) == ["openvino"]
     assert "layer conv_in: wrong" in first.json["failed"]["openvino"]
-    after = [name for name in first.json if name.split()[0] in ("verify", "benchmark", "generate", "evaluate")]
-    assert after == ["verify openvino", *(f"{stage} onnxruntime" for stage in ("verify", "benchmark", "generate", "evaluate"))]
+    after = [
+        name
+        for name in first.json
+        if name.split()[0] in ("verify", "benchmark", "generate", "evaluate")
+    ]
+    assert after == [
+        "verify openvino",
+        *(f"{stage} onnxruntime" for stage in ("verify", "benchmark", "generate", "evaluate")),
+    ]
 
     before = snapshot(workspace)
     second = run(backends=("openvino", "onnxruntime"))
@@ -165,7 +259,9 @@ def test_run_goes_on_with_the_other_backends_where_one_fails_its_verification(ru
     assert "grid-onnxruntime.png" in summary
 
 
-def test_run_where_no_engine_passes_names_what_it_leaves_out(run: Callable[..., Any], workspace: Path) -> None:
+def test_run_where_no_engine_passes_names_what_it_leaves_out(
+    run: Callable[..., Any], workspace: Path
+) -> None:
     fail_verification(workspace, "onnxruntime")
     ended = run()
     assert (ended.code, "layer conv_in: wrong" in ended.message) == (1, True)
@@ -173,10 +269,14 @@ def test_run_where_no_engine_passes_names_what_it_leaves_out(run: Callable[..., 
     assert not (workspace / "images" / "grid-onnxruntime.png").exists()
 
 
-def test_run_verifies_an_engine_whose_weights_were_changed_and_says_that_it_fails(run: Callable[..., Any], workspace: Path) -> None:
+def test_run_verifies_an_engine_whose_weights_were_changed_and_says_that_it_fails(
+    run: Callable[..., Any], workspace: Path
+) -> None:
     lower = OnnxRuntimeBackend.lower
 
-    def wrong(backend: OnnxRuntimeBackend, model: ir.Model, options: EngineOptions, **further: Any) -> ir.Model:
+    def wrong(
+        backend: OnnxRuntimeBackend, model: ir.Model, options: EngineOptions, **further: Any
+    ) -> ir.Model:
         lowered = lower(backend, model, options, **further)
         change(lowered, "conv_in.bias", 0, by=1.0)
         return lowered
@@ -195,22 +295,35 @@ def test_run_verifies_an_engine_whose_weights_were_changed_and_says_that_it_fail
 def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine for which there is no openvino."""
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *further: None if name == "openvino" else find(name, *further))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *further: None if name == "openvino" else find(name, *further),
+    )
 
 
 @pytest.mark.usefixtures("without_openvino")
-def test_run_if_available_leaves_out_by_name_what_the_machine_lacks(run: Callable[..., Any]) -> None:
-    ended = run("--build-only", "openvino", "--if-available", "--json", backends=("openvino", "onnxruntime"))
+def test_run_if_available_leaves_out_by_name_what_the_machine_lacks(
+    run: Callable[..., Any],
+) -> None:
+    ended = run(
+        "--build-only", "openvino", "--if-available", "--json", backends=("openvino", "onnxruntime")
+    )
     assert ended.code == 0, ended.err
     assert list(ended.json["left_out"]) == ["openvino"]
     assert not [name for name in ended.json if name.endswith(" openvino")]
     assert "evaluate onnxruntime" in ended.json
-    assert "openvino: left out" in run("--if-available", backends=("openvino", "onnxruntime")).out.split("== summary")[1]
+    assert (
+        "openvino: left out"
+        in run("--if-available", backends=("openvino", "onnxruntime")).out.split("== summary")[1]
+    )
 
 
 @pytest.mark.usefixtures("without_openvino")
 @pytest.mark.parametrize("option", ["--backend", "--build-only"])
-def test_run_refuses_a_backend_that_the_machine_lacks_before_it_makes_a_workspace(tmp_path: Path, option: str) -> None:
+def test_run_refuses_a_backend_that_the_machine_lacks_before_it_makes_a_workspace(
+    tmp_path: Path, option: str
+) -> None:
     ended = cli("run", "-w", tmp_path / "w", "--backend", "onnxruntime", option, "openvino")
     assert (ended.code, "openvino" in ended.message) == (2, True)
     assert not (tmp_path / "w").exists()
@@ -218,7 +331,9 @@ def test_run_refuses_a_backend_that_the_machine_lacks_before_it_makes_a_workspac
 
 @pytest.mark.usefixtures("without_openvino")
 @pytest.mark.parametrize("backend", ["openvino", "no-such-backend"])
-def test_run_if_available_refuses_an_unknown_backend_and_a_machine_that_lacks_all(tmp_path: Path, backend: str) -> None:
+def test_run_if_available_refuses_an_unknown_backend_and_a_machine_that_lacks_all(
+    tmp_path: Path, backend: str
+) -> None:
     ended = cli("run", "-w", tmp_path / "w", "--backend", backend, "--if-available")
     assert (ended.code, backend in ended.message) == (2, True)
     assert not (tmp_path / "w").exists()
@@ -227,21 +342,36 @@ def test_run_if_available_refuses_an_unknown_backend_and_a_machine_that_lacks_al
 @pytest.fixture
 def small_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Run `export` in a new workspace, which calibrates the model first."""
-    monkeypatch.setattr("quest_deploy.cli.export.CalibrateOptions", partial(calibrate.CalibrateOptions, samples=1))
-    return lambda *options: cli("export", "-w", tmp_path / "ws", "--buckets", "1", "--bits", "w8a8", *options)
+    monkeypatch.setattr(
+        "quest_deploy.cli.export.CalibrateOptions", partial(calibrate.CalibrateOptions, samples=1)
+    )
+    return lambda *options: cli(
+        "export", "-w", tmp_path / "ws", "--buckets", "1", "--bits", "w8a8", *options
+    )
 
 
-def test_export_without_a_checkpoint_calibrates_one_warns_and_records_it(small_export: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_export_without_a_checkpoint_calibrates_one_warns_and_records_it(
+    small_export: Callable[..., Outcome], tmp_path: Path
+) -> None:
     ended = small_export("--json")
     assert ended.code == 0
-    assert "warning: no finetuned checkpoint in this workspace: exporting a calibrated one (PTQ)" in ended.err
-    assert (ended.json["method"], ended.json["buckets"], ended.json["float_sites"]) == ("ptq", 1, {})
+    assert (
+        "warning: no finetuned checkpoint in this workspace: exporting a calibrated one (PTQ)"
+        in ended.err
+    )
+    assert (ended.json["method"], ended.json["buckets"], ended.json["float_sites"]) == (
+        "ptq",
+        1,
+        {},
+    )
     stages = Workspace.open(tmp_path / "ws").stages
     assert list(stages) == ["calibrate", "export"]
     assert stages["export"].inputs == {"calibrate": stages["calibrate"].digest}
 
 
-def test_export_and_inspect_say_what_computes_in_float_and_why(small_export: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_export_and_inspect_say_what_computes_in_float_and_why(
+    small_export: Callable[..., Outcome], tmp_path: Path
+) -> None:
     reason = "a scale for each channel lies on the axis that is summed over"
     ended = small_export("--granularity", "free_channel")
     details = Workspace.open(tmp_path / "ws").stages["export"].details
@@ -261,4 +391,7 @@ def test_a_checkpoint_that_cannot_be_exported_is_one_message(
     monkeypatch.setattr("exporters.torch_to_qdq.portable_graph", refuse)
     ended = small_export()
     assert ended.code == 1
-    assert "calibrated.safetensors cannot be exported: site x: its convolutions pad differently" in ended.message
+    assert (
+        "calibrated.safetensors cannot be exported: site x: its convolutions pad differently"
+        in ended.message
+    )

@@ -25,7 +25,12 @@ def definitions(tiny: TinyModel) -> dict[Cell, dict[str, Any]]:
 
 def measurement(distance: float = 1.0, **changed: Any) -> dict[str, Any]:
     """What a worker sends at the end; ``distance`` is the Fréchet distance."""
-    quality = {"frechet_distance": distance, "accuracy": 0.9, "pixel_mse": 0.01, "epsilon_mse": [0.5, *[0.03] * 9, *[0.001] * 10]}
+    quality = {
+        "frechet_distance": distance,
+        "accuracy": 0.9,
+        "pixel_mse": 0.01,
+        "epsilon_mse": [0.5, *[0.03] * 9, *[0.001] * 10],
+    }
     measured = {
         "quality": quality,
         "seconds": {"trajectories": 10.0, "calibration": 5.0},

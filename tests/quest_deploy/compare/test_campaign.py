@@ -1,4 +1,6 @@
-"""Campaigns with workers that only pretend to measure: a few lines of Python each, by the row they are asked for."""
+"""Campaigns with workers that only pretend to measure: a few lines of Python each, by the row they
+are asked for.
+"""
 
 from __future__ import annotations
 
@@ -59,16 +61,35 @@ def pretend(monkeypatch: pytest.MonkeyPatch, programs: dict[Cell, str]) -> None:
 
 def test_the_worker_is_this_python_with_the_cell_in_its_arguments(tmp_path: Path) -> None:
     command = worker_command("tiny", A, tmp_path, 2)
-    assert command == [sys.executable, "-m", "quest_deploy.compare.worker", "tiny", "quest", "w4a4", "0", str(tmp_path), "2"]
+    assert command == [
+        sys.executable,
+        "-m",
+        "quest_deploy.compare.worker",
+        "tiny",
+        "quest",
+        "w4a4",
+        "0",
+        str(tmp_path),
+        "2",
+    ]
 
 
-def test_each_result_is_saved_with_its_definition_and_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, {A: 'print(json.dumps({"phase": "training", "done": 3, "total": 9}))\n' + DONE, B: DONE})
+def test_each_result_is_saved_with_its_definition_and_progress_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(
+        monkeypatch,
+        {A: 'print(json.dumps({"phase": "training", "done": 3, "total": 9}))\n' + DONE, B: DONE},
+    )
     watcher = Watcher()
     assert compute("tiny", {A: {"seed": 0}, B: {"seed": 1}}, tmp_path, watcher) == {}
     assert watcher.told == [
-        ("started", A.name), ("advanced", A.name, "training", "3/9"), ("finished", A.name), ("started", B.name), ("finished", B.name),
-    ]  # fmt: skip
+        ("started", A.name),
+        ("advanced", A.name, "training", "3/9"),
+        ("finished", A.name),
+        ("started", B.name),
+        ("finished", B.name),
+    ]
     saved = load_result(tmp_path, A, {"seed": 0})
     assert saved is not None
     assert saved.quality.frechet_distance == 1.0
@@ -78,9 +99,21 @@ def test_each_result_is_saved_with_its_definition_and_progress_is_told(tmp_path:
 @pytest.mark.parametrize(
     ("program", "message", "exit_code"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "w4a4-quest-seed0: its process was killed by signal 9", 1),
-        ("raise ValueError('scale is 0')", "w4a4-quest-seed0: its process ended with exit code 1: ValueError: scale is 0", 1),
-        ("print(json.dumps({'phase': 'training', 'done': 1, 'total': 2}))", "w4a4-quest-seed0: its process ended with exit code 0", 1),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            "w4a4-quest-seed0: its process was killed by signal 9",
+            1,
+        ),
+        (
+            "raise ValueError('scale is 0')",
+            "w4a4-quest-seed0: its process ended with exit code 1: ValueError: scale is 0",
+            1,
+        ),
+        (
+            "print(json.dumps({'phase': 'training', 'done': 1, 'total': 2}))",
+            "w4a4-quest-seed0: its process ended with exit code 0",
+            1,
+        ),
         ("print(json.dumps({'error': 'install it', 'exit_code': 2}))", "install it", 2),
     ],
 )
@@ -90,12 +123,16 @@ def test_a_cell_that_fails_leaves_no_file_and_the_next_one_is_computed(
     pretend(monkeypatch, {A: program, B: DONE})
     watcher = Watcher()
     failures = compute("tiny", {A: {}, B: {}}, tmp_path, watcher)
-    assert {cell: (str(error), error.exit_code) for cell, error in failures.items()} == {A: (message, exit_code)}
+    assert {cell: (str(error), error.exit_code) for cell, error in failures.items()} == {
+        A: (message, exit_code)
+    }
     assert ("failed", A.name, message) in watcher.told
     assert [path.name for path in (tmp_path / "cells").iterdir()] == [f"{B.name}.json"]
 
 
-def test_jobs_run_side_by_side_and_no_more_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_run_side_by_side_and_no_more_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pretend(monkeypatch, dict.fromkeys((A, B, C), "time.sleep(0.5)\n" + DONE))
     watcher = Watcher()
     compute("tiny", {A: {}, B: {}, C: {}}, tmp_path, watcher, jobs=2)
@@ -106,12 +143,18 @@ def test_jobs_run_side_by_side_and_no_more_of_them(tmp_path: Path, monkeypatch: 
     assert most == 2
 
 
-def test_a_worker_has_the_threads_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, {A: "assert (threads, os.environ['OMP_NUM_THREADS']) == (3, '3')\n" + DONE})
+def test_a_worker_has_the_threads_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(
+        monkeypatch, {A: "assert (threads, os.environ['OMP_NUM_THREADS']) == (3, '3')\n" + DONE}
+    )
     assert compute("tiny", {A: {}}, tmp_path, Watcher(), threads=3) == {}
 
 
-def test_a_write_that_fails_ends_the_campaign_with_that_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_ends_the_campaign_with_that_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pretend(monkeypatch, {A: DONE, B: "time.sleep(60)"})
     (tmp_path / "cells").write_text("no folder")
     started = time.monotonic()

@@ -42,8 +42,12 @@ def test_a_file_under_another_cells_name_is_refused(tmp_path: Path, result: Make
         load_result(tmp_path, other, result(other).definition)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no quality", "unknown key", "edited definition", "a list"])
-def test_a_damaged_file_is_refused_with_what_to_do(tmp_path: Path, result: MakeResult, damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage", ["truncated", "no quality", "unknown key", "edited definition", "a list"]
+)
+def test_a_damaged_file_is_refused_with_what_to_do(
+    tmp_path: Path, result: MakeResult, damage: str
+) -> None:
     saved = result(CELL)
     save_result(tmp_path, CELL, saved)
     path = cell_path(tmp_path, CELL)

@@ -12,7 +12,7 @@ from quest_deploy.compare import methods
 from quest_deploy.compare.cells import PAPER_SENSITIVE, PAPER_TEMPORAL, ROWS, Cell, ModelOpt
 from quest_deploy.compare.worker import main, measure
 from quest_deploy.errors import InputError
-from quest_deploy.evaluate import SamplingOptions
+from quest_deploy.evaluation.quality import SamplingOptions
 from quest_deploy.models.tiny import TinyModel
 
 if TYPE_CHECKING:
@@ -23,34 +23,49 @@ if TYPE_CHECKING:
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight samplings to calibrate on, ten images to judge."""
     monkeypatch.setattr(TinyModel, "calibration_samples", 8)
-    monkeypatch.setattr(SamplingOptions.__init__, "__defaults__", (10, 4, *SamplingOptions.__init__.__defaults__[2:]))  # type: ignore[index]
+    monkeypatch.setattr(
+        SamplingOptions.__init__,
+        "__defaults__",
+        (10, 4, *SamplingOptions.__init__.__defaults__[2:]),
+    )  # type: ignore[index]
 
 
 def silent(phase: str, done: int, total: int) -> None:
     pass
 
 
-def test_the_float_model_differs_from_itself_in_nothing_and_costs_nothing(tiny: TinyModel, tmp_path: Path) -> None:
+def test_the_float_model_differs_from_itself_in_nothing_and_costs_nothing(
+    tiny: TinyModel, tmp_path: Path
+) -> None:
     measured = measure(tiny, Cell("fp32", "fp32", 0), tmp_path, silent)
     assert measured["quality"]["pixel_mse"] == 0
     assert measured["quality"]["epsilon_mse"] == [0.0] * 20
     assert measured["seconds"] == {}
 
 
-def test_a_cells_own_buckets_do_not_change_the_buckets_it_is_judged_by(mini_tiny: None, tiny: TinyModel, tmp_path: Path) -> None:
+def test_a_cells_own_buckets_do_not_change_the_buckets_it_is_judged_by(
+    mini_tiny: None, tiny: TinyModel, tmp_path: Path
+) -> None:
     measured = measure(tiny, Cell("ptq-minmax", "w4a4", 0), tmp_path, silent)
     errors = measured["quality"]["epsilon_mse"]
     assert len(errors) == 20
     assert all(error > 0 for error in errors)
-    assert set(measured["seconds"]) == set(measured["peak_memory_bytes"]) == {"trajectories", "calibration"}
+    assert (
+        set(measured["seconds"])
+        == set(measured["peak_memory_bytes"])
+        == {"trajectories", "calibration"}
+    )
     assert all(100e6 < peak < 10e9 for peak in measured["peak_memory_bytes"].values())
 
 
 @pytest.mark.slow
-def test_seeds_give_different_models_and_a_seed_the_same_one_again(mini_tiny: None, tiny: TinyModel, tmp_path: Path) -> None:
+def test_seeds_give_different_models_and_a_seed_the_same_one_again(
+    mini_tiny: None, tiny: TinyModel, tmp_path: Path
+) -> None:
     distances = [
-        measure(tiny, Cell("ptq-minmax", "w4a4", seed), tmp_path, silent)["quality"]["pixel_mse"] for seed in (0, 1, 0)
-    ]  # fmt: skip
+        measure(tiny, Cell("ptq-minmax", "w4a4", seed), tmp_path, silent)["quality"]["pixel_mse"]
+        for seed in (0, 1, 0)
+    ]
     assert distances[0] == distances[2] != distances[1]
 
 
@@ -75,8 +90,12 @@ def test_a_missing_package_is_the_users_to_install(
     assert "install it with `pip install -c constraints.txt '.[modelopt]'`" in last["error"]
 
 
-@pytest.mark.parametrize("row", [key for key, row in ROWS.items() if isinstance(row.recipe, ModelOpt)])
-def test_modelopt_quantizes_nearly_every_layer_to_eight_bits(tiny: TinyModel, tmp_path: Path, row: str) -> None:
+@pytest.mark.parametrize(
+    "row", [key for key, row in ROWS.items() if isinstance(row.recipe, ModelOpt)]
+)
+def test_modelopt_quantizes_nearly_every_layer_to_eight_bits(
+    tiny: TinyModel, tmp_path: Path, row: str
+) -> None:
     pytest.importorskip("modelopt.torch.quantization", reason="the modelopt extra is not installed")
     measured: dict[str, Any] = measure(tiny, Cell(row, "w8a8", 0), tmp_path, silent)
     # Its configurations leave out layers called proj_out, as they ship.
@@ -85,7 +104,13 @@ def test_modelopt_quantizes_nearly_every_layer_to_eight_bits(tiny: TinyModel, tm
 
 
 def test_shares_of_the_error_are_added_up_by_the_papers_sets_and_else_by_kind() -> None:
-    shares = {"a.time_emb_proj": 0.125, "a.ff.net.2": 0.25, "a.attn1.to_q": 0.125, "a.attn1.to_out.0": 0.25, "conv_in": 0.25}
+    shares = {
+        "a.time_emb_proj": 0.125,
+        "a.ff.net.2": 0.25,
+        "a.attn1.to_q": 0.125,
+        "a.attn1.to_out.0": 0.25,
+        "conv_in": 0.25,
+    }
     assert methods.paper_shares(shares, "class-conditional") == {
         PAPER_TEMPORAL: 0.125,
         PAPER_SENSITIVE: 0.375,
@@ -94,7 +119,9 @@ def test_shares_of_the_error_are_added_up_by_the_papers_sets_and_else_by_kind() 
     }
 
 
-def test_every_revision_is_part_of_the_definition(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_revision_is_part_of_the_definition(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = methods.definition_of(Cell("fp32", "fp32", 0), tiny)
     monkeypatch.setattr(methods, "REVISION", methods.REVISION + 1)
     assert methods.definition_of(Cell("fp32", "fp32", 0), tiny) != before

@@ -12,7 +12,9 @@ EYE = np.eye(3)
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """The real digits, as the embedded model was trained on them: images [1797, 1, 16, 16] in [-1, 1], and their labels."""
+    """The real digits, as the embedded model was trained on them: images [1797, 1, 16, 16] in [-1,
+    1], and their labels.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -40,7 +42,9 @@ def test_the_distance_survives_a_singular_covariance() -> None:
     assert frechet_distance(np.zeros(3), singular, np.zeros(3), EYE) == pytest.approx(2)
 
 
-def test_real_digits_are_at_no_distance_and_recognized(digits: tuple[np.ndarray, np.ndarray]) -> None:
+def test_real_digits_are_at_no_distance_and_recognized(
+    digits: tuple[np.ndarray, np.ndarray],
+) -> None:
     images, labels = digits
     quality = judge(images, labels)
     assert quality.frechet_distance == pytest.approx(0, abs=1e-3)
@@ -55,6 +59,8 @@ def test_accuracy_is_of_the_class_asked_for(digits: tuple[np.ndarray, np.ndarray
 def test_noisier_digits_are_farther_away(digits: tuple[np.ndarray, np.ndarray]) -> None:
     images, labels = digits
     noise = np.random.default_rng(0).standard_normal(images.shape).astype(np.float32)
-    distances = [judge(images + sigma * noise, labels).frechet_distance for sigma in (0.0, 0.1, 0.3, 0.6)]
+    distances = [
+        judge(images + sigma * noise, labels).frechet_distance for sigma in (0.0, 0.1, 0.3, 0.6)
+    ]
     assert distances == sorted(distances)
     assert distances[-1] > 1

@@ -1,4 +1,6 @@
-"""A diffusers pipeline as a model: its UNet, its conditions, its LoRAs, and what is recorded of it."""
+"""A diffusers pipeline as a model: its UNet, its conditions, its LoRAs, and what is recorded of
+it.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from quest_deploy.artifacts.model_source import ModelSource
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.errors import InputError
 from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.registry import load_model, resolve_source
-from quest_deploy.models.source import ModelSource
-from quest_deploy.scheme import Scheme
-from quest_deploy.trajectories import record_trajectories
 from tests.pipelines import CLASSES, PIPELINES, TEXT_WIDTH
 
 if TYPE_CHECKING:
@@ -55,7 +57,12 @@ def test_every_family_predicts_in_the_samples_shape_and_decodes_to_pixels(
     model = models(name)
     assert model.family == family
     sample = torch.randn(3, *model.sample_shape, generator=seeded())
-    output = model.load_unet()(sample, torch.tensor([1.0, 500.0, 990.0]), **model.draw_conditions(3, seeded()), return_dict=False)[0]
+    output = model.load_unet()(
+        sample,
+        torch.tensor([1.0, 500.0, 990.0]),
+        **model.draw_conditions(3, seeded()),
+        return_dict=False,
+    )[0]
     assert output.shape == sample.shape
     images = model.images(sample.numpy())
     assert images.shape == (3, 3, 16, 16)
@@ -71,32 +78,61 @@ def test_sdxls_flat_conditions_mean_what_diffusers_packs(
     model, theirs = models("sdxl"), UNet2DConditionModel.from_pretrained(pipelines("sdxl") / "unet")
     unet, inputs = model.load_unet(), model.draw_conditions(2, seeded())
     assert unet.state_dict().keys() == theirs.state_dict().keys()
-    sample, timestep = torch.randn(2, *model.sample_shape, generator=seeded()), torch.tensor([10.0, 700.0])
+    sample, timestep = (
+        torch.randn(2, *model.sample_shape, generator=seeded()),
+        torch.tensor([10.0, 700.0]),
+    )
     added = {name: inputs[name] for name in ("text_embeds", "time_ids")}
-    expected = theirs(sample, timestep, inputs["encoder_hidden_states"], added_cond_kwargs=added, return_dict=False)[0]
+    expected = theirs(
+        sample,
+        timestep,
+        inputs["encoder_hidden_states"],
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
     assert torch.equal(unet(sample, timestep, **inputs, return_dict=False)[0], expected)
     other = {**inputs, "time_ids": inputs["time_ids"] + 100}
     assert not torch.equal(unet(sample, timestep, **other, return_dict=False)[0], expected)
 
 
 @torch.no_grad()
-def test_class_labels_mean_what_diffusers_embeds(pipelines: Callable[[str], Path], models: Callable[[str], PipelineModel]) -> None:
+def test_class_labels_mean_what_diffusers_embeds(
+    pipelines: Callable[[str], Path], models: Callable[[str], PipelineModel]
+) -> None:
     from diffusers import UNet2DModel
 
-    model, theirs = models("class-labels"), UNet2DModel.from_pretrained(pipelines("class-labels") / "unet")
-    sample, timestep = torch.randn(2, *model.sample_shape, generator=seeded()), torch.tensor([10.0, 700.0])
+    model, theirs = (
+        models("class-labels"),
+        UNet2DModel.from_pretrained(pipelines("class-labels") / "unet"),
+    )
+    sample, timestep = (
+        torch.randn(2, *model.sample_shape, generator=seeded()),
+        torch.tensor([10.0, 700.0]),
+    )
     expected = theirs(sample, timestep, torch.tensor([3, 0]), return_dict=False)[0]
-    assert torch.equal(model.load_unet()(sample, timestep, **model.conditions(np.asarray([3, 0])), return_dict=False)[0], expected)
+    assert torch.equal(
+        model.load_unet()(
+            sample, timestep, **model.conditions(np.asarray([3, 0])), return_dict=False
+        )[0],
+        expected,
+    )
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
-def test_prompts_are_encoded_as_the_pipeline_itself_does(pipelines: Callable[[str], Path], name: str) -> None:
+def test_prompts_are_encoded_as_the_pipeline_itself_does(
+    pipelines: Callable[[str], Path], name: str
+) -> None:
     from diffusers import DiffusionPipeline
 
     model = load_model(resolve_source(str(pipelines(name))), ["a cat", "a red dog"])
     theirs = DiffusionPipeline.from_pretrained(pipelines(name))
     with torch.no_grad():
-        encoded = theirs.encode_prompt(prompt=["a red dog"], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+        encoded = theirs.encode_prompt(
+            prompt=["a red dog"],
+            device="cpu",
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+        )
     states, null = model.conditions(np.asarray([1])), model.null_conditions(1)
     torch.testing.assert_close(states["encoder_hidden_states"], encoded[0])
     torch.testing.assert_close(null["encoder_hidden_states"], encoded[1])
@@ -117,7 +153,9 @@ def test_prompts_are_for_text_to_image_models(pipelines: Callable[[str], Path], 
         load_model(resolve_source(str(pipelines(name))), ["a cat"])
 
 
-def test_a_class_is_its_tables_row_and_no_class_the_last(models: Callable[[str], PipelineModel]) -> None:
+def test_a_class_is_its_tables_row_and_no_class_the_last(
+    models: Callable[[str], PipelineModel],
+) -> None:
     model = models("class-tokens")
     states = model.conditions(np.arange(CLASSES))["encoder_hidden_states"]
     null = model.null_conditions(2)["encoder_hidden_states"]
@@ -129,7 +167,9 @@ def test_a_class_is_its_tables_row_and_no_class_the_last(models: Callable[[str],
 
 
 @pytest.mark.parametrize("name", ["ldm", "class-labels"])
-def test_a_model_without_an_unconditional_condition_refuses_guidance(models: Callable[[str], PipelineModel], name: str) -> None:
+def test_a_model_without_an_unconditional_condition_refuses_guidance(
+    models: Callable[[str], PipelineModel], name: str
+) -> None:
     model = models(name)
     assert model.guidance == 1
     with pytest.raises(InputError, match="expected a guidance weight of 1"):
@@ -137,10 +177,14 @@ def test_a_model_without_an_unconditional_condition_refuses_guidance(models: Cal
 
 
 @torch.no_grad()
-def test_both_halves_of_guidance_are_recorded_along_the_guided_trajectory(models: Callable[[str], PipelineModel]) -> None:
+def test_both_halves_of_guidance_are_recorded_along_the_guided_trajectory(
+    models: Callable[[str], PipelineModel],
+) -> None:
     model = models("sd")
     unet, scheme = model.load_unet(), Scheme.parse("w4a4", buckets=3)
-    recorded = record_trajectories(model, unet, steps=3, samples=2, seed=0, scheme=scheme, guidance=3.0, rows=3)
+    recorded = record_trajectories(
+        model, unet, steps=3, samples=2, seed=0, scheme=scheme, guidance=3.0, rows=3
+    )
     assert recorded.sample.shape == (3, 4, *model.sample_shape)
     assert torch.equal(recorded.sample[:, 0::2], recorded.sample[:, 1::2])
     states = recorded.conditions["encoder_hidden_states"]
@@ -150,7 +194,9 @@ def test_both_halves_of_guidance_are_recorded_along_the_guided_trajectory(models
     scheduler = model.load_scheduler("ddim")
     scheduler.set_timesteps(3)
     null, conditional = recorded.output[0, 0::2], recorded.output[0, 1::2]
-    following = scheduler.step(null + 3.0 * (conditional - null), scheduler.timesteps[0], recorded.sample[0, 0::2]).prev_sample
+    following = scheduler.step(
+        null + 3.0 * (conditional - null), scheduler.timesteps[0], recorded.sample[0, 0::2]
+    ).prev_sample
     torch.testing.assert_close(recorded.sample[1, 0::2], following, rtol=1e-5, atol=1e-6)
 
 
@@ -158,17 +204,28 @@ def lora(path: Path, name: str, *, inputs: int = 16, alpha: float | None = ALPHA
     """Save a LoRA of the layer ``name`` with 16 outputs; what it adds to its weight at weight 1.
 
     Args:
-        alpha: in kohya's layout, which has one for each layer; None for diffusers' layout, where it is the rank.
+        alpha: in kohya's layout, which has one for each layer; None for diffusers' layout, where it
+            is the rank.
     """
     from safetensors.torch import save_file
 
-    a, b = torch.randn(RANK, inputs, generator=seeded(1)), torch.randn(16, RANK, generator=seeded(2))
+    a, b = (
+        torch.randn(RANK, inputs, generator=seeded(1)),
+        torch.randn(16, RANK, generator=seeded(2)),
+    )
     if alpha is None:
         save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, path)
         return b @ a
     part, _, layer = name.partition(".")
     flat = f"lora_{part}_{layer.replace('.', '_')}"
-    save_file({f"{flat}.lora_down.weight": a, f"{flat}.lora_up.weight": b, f"{flat}.alpha": torch.tensor(alpha)}, path)
+    save_file(
+        {
+            f"{flat}.lora_down.weight": a,
+            f"{flat}.lora_up.weight": b,
+            f"{flat}.alpha": torch.tensor(alpha),
+        },
+        path,
+    )
     return alpha / RANK * b @ a
 
 
@@ -178,31 +235,48 @@ def test_a_loras_product_is_added_to_the_weights_times_its_weight(
 ) -> None:
     delta = lora(tmp_path / "style.safetensors", f"unet.{LORA_LAYER}", alpha=alpha)
     plain = load_model(resolve_source(str(pipelines("sd")))).load_unet()
-    fused = load_model(resolve_source(str(pipelines("sd")), loras=[f"{tmp_path}/style.safetensors:0.5"])).load_unet()
+    fused = load_model(
+        resolve_source(str(pipelines("sd")), loras=[f"{tmp_path}/style.safetensors:0.5"])
+    ).load_unet()
     assert fused.state_dict().keys() == plain.state_dict().keys()
-    changed = {name for name, value in plain.state_dict().items() if not torch.equal(value, fused.state_dict()[name])}
+    changed = {
+        name
+        for name, value in plain.state_dict().items()
+        if not torch.equal(value, fused.state_dict()[name])
+    }
     assert changed == {f"{LORA_LAYER}.weight"}
     expected = plain.get_parameter(f"{LORA_LAYER}.weight") + 0.5 * delta
     torch.testing.assert_close(fused.get_parameter(f"{LORA_LAYER}.weight"), expected)
 
 
 def test_two_loras_add_up(pipelines: Callable[[str], Path], tmp_path: Path) -> None:
-    deltas = [lora(tmp_path / f"{i}.safetensors", f"unet.{LORA_LAYER}", alpha=i + 1.0) for i in range(2)]
+    deltas = [
+        lora(tmp_path / f"{i}.safetensors", f"unet.{LORA_LAYER}", alpha=i + 1.0) for i in range(2)
+    ]
     both = [f"{tmp_path}/0.safetensors:0.5", f"{tmp_path}/1.safetensors:-1"]
     key = f"{LORA_LAYER}.weight"
-    plain, fused = (load_model(resolve_source(str(pipelines("sd")), loras=given)).load_unet() for given in ([], both))
+    plain, fused = (
+        load_model(resolve_source(str(pipelines("sd")), loras=given)).load_unet()
+        for given in ([], both)
+    )
     expected = plain.get_parameter(key) + 0.5 * deltas[0] - deltas[1]
     torch.testing.assert_close(fused.get_parameter(key), expected)
 
 
-def test_a_loras_part_for_the_text_encoder_is_fused_there(pipelines: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_loras_part_for_the_text_encoder_is_fused_there(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
     delta = lora(tmp_path / "style.safetensors", f"text_encoder.{ENCODER_LAYER}", alpha=None)
 
     def weight(loras: list[str]) -> Any:
         model = load_model(resolve_source(str(pipelines("sd")), loras=loras))
         assert isinstance(model, PipelineModel)
         encoder = model.load_pipeline(vae=None).text_encoder
-        return next(value for key, value in encoder.state_dict().items() if key.endswith("layers.0.self_attn.q_proj.weight"))
+        return next(
+            value
+            for key, value in encoder.state_dict().items()
+            if key.endswith("layers.0.self_attn.q_proj.weight")
+        )
 
     plain, fused = weight([]), weight([f"{tmp_path}/style.safetensors:0.25"])
     torch.testing.assert_close(fused, plain + 0.25 * delta)
@@ -221,31 +295,50 @@ def test_a_lora_of_another_model_is_refused(
 ) -> None:
     lora(tmp_path / "style.safetensors", name, inputs=inputs, alpha=None)
     with pytest.raises(InputError, match=words):
-        load_model(resolve_source(str(pipelines("sd")), loras=[f"{tmp_path}/style.safetensors"])).load_unet()
+        load_model(
+            resolve_source(str(pipelines("sd")), loras=[f"{tmp_path}/style.safetensors"])
+        ).load_unet()
 
 
-def test_loras_are_for_pipelines_that_take_them(pipelines: Callable[[str], Path], tmp_path: Path) -> None:
+def test_loras_are_for_pipelines_that_take_them(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
     lora(tmp_path / "style.safetensors", f"unet.{LORA_LAYER}")
-    with pytest.raises(InputError, match="--lora: expected a pipeline that takes LoRAs, and LDMPipeline does not"):
-        load_model(resolve_source(str(pipelines("ldm")), loras=[f"{tmp_path}/style.safetensors"])).load_unet()
+    with pytest.raises(
+        InputError, match="--lora: expected a pipeline that takes LoRAs, and LDMPipeline does not"
+    ):
+        load_model(
+            resolve_source(str(pipelines("ldm")), loras=[f"{tmp_path}/style.safetensors"])
+        ).load_unet()
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_random_weights_need_nothing_of_the_folder_but_its_configurations(pipelines: Callable[[str], Path], name: str) -> None:
+def test_random_weights_need_nothing_of_the_folder_but_its_configurations(
+    pipelines: Callable[[str], Path], name: str
+) -> None:
     model = load_model(ModelSource(name, str(pipelines(name)), random_weights=True))
     conditions = model.draw_conditions(2, seeded())
-    assert {key: value.shape[1:] for key, value in conditions.items()}.keys() == FLAT.get(name, {"encoder_hidden_states"})
+    assert {key: value.shape[1:] for key, value in conditions.items()}.keys() == FLAT.get(
+        name, {"encoder_hidden_states"}
+    )
     with pytest.raises(InputError, match="random weights"):
         model.images(np.zeros((1, *model.sample_shape), np.float32))
 
 
-FLAT = {"ldm": set(), "class-labels": {"class_labels"}, "sdxl": {"encoder_hidden_states", "text_embeds", "time_ids"}}
+FLAT = {
+    "ldm": set(),
+    "class-labels": {"class_labels"},
+    "sdxl": {"encoder_hidden_states", "text_embeds", "time_ids"},
+}
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"_class_name": "DiTTransformer2DModel"}, "expected a UNet of UNet2DConditionModel or UNet2DModel"),
+        (
+            {"_class_name": "DiTTransformer2DModel"},
+            "expected a UNet of UNet2DConditionModel or UNet2DModel",
+        ),
         ({"time_cond_proj_dim": 32}, "time_cond_proj_dim"),
         ({"addition_embed_type": "image"}, "addition_embed_type"),
     ],

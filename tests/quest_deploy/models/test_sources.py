@@ -1,4 +1,6 @@
-"""Where models come from: names, the hub's cache, folders, single files, random weights; and what changed since."""
+"""Where models come from: names, the hub's cache, folders, single files, random weights; and what
+changed since.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,24 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from quest_deploy.artifacts.model_source import Lora, ModelSource
 from quest_deploy.errors import InputError
 from quest_deploy.models import registry
 from quest_deploy.models.hub import fetch_pipeline
 from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS, load_model, resolve_source
-from quest_deploy.models.source import Lora, ModelSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MILLIONS = {"sd14": 860, "sd15": 860, "sd21": 866, "sdxl": 2567, "ldm-bedroom": 274, "ldm-church": 295, "ldm-imagenet": 401}
+MILLIONS = {
+    "sd14": 860,
+    "sd15": 860,
+    "sd21": 866,
+    "sdxl": 2567,
+    "ldm-bedroom": 274,
+    "ldm-church": 295,
+    "ldm-imagenet": 401,
+}
 """Parameters of each UNet as its authors give them."""
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -37,7 +47,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def cached(hub: Path, pipelines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The snapshot of a small pipeline in the cache, as sd15 at the registry's commit and as its branch "main"."""
+    """The snapshot of a small pipeline in the cache, as sd15 at the registry's commit and as its
+    branch "main".
+    """
     monkeypatch.setitem(KNOWN_MODELS, "sd15", registry.KnownModel("owner/name", COMMIT))
     repository = hub / "models--owner--name"
     shutil.copytree(pipelines("sd"), repository / "snapshots" / COMMIT)
@@ -47,7 +59,9 @@ def cached(hub: Path, pipelines: Callable[[str], Path], monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("name", "millions"), MILLIONS.items())
-def test_an_architecture_of_the_package_has_its_authors_number_of_parameters(name: str, millions: int) -> None:
+def test_an_architecture_of_the_package_has_its_authors_number_of_parameters(
+    name: str, millions: int
+) -> None:
     import diffusers
 
     config = json.loads((ARCHITECTURES / name / "unet" / "config.json").read_text())
@@ -57,18 +71,26 @@ def test_an_architecture_of_the_package_has_its_authors_number_of_parameters(nam
 
 
 @pytest.mark.parametrize("name", MILLIONS)
-def test_every_architecture_is_known_by_its_conditions_and_schedule_without_a_hub(hub: Path, name: str) -> None:
+def test_every_architecture_is_known_by_its_conditions_and_schedule_without_a_hub(
+    hub: Path, name: str
+) -> None:
     model = load_model(resolve_source(name, random_weights=True))
     side = {"sdxl": 128, "sd21": 96, "ldm-church": 32}.get(name, 64)
     assert model.sample_shape[1:] == (side, side)
-    family = {"ldm-bedroom": "unconditional", "ldm-church": "unconditional", "ldm-imagenet": "class-conditional"}
+    family = {
+        "ldm-bedroom": "unconditional",
+        "ldm-church": "unconditional",
+        "ldm-imagenet": "class-conditional",
+    }
     assert model.family == family.get(name, "text-to-image")
     conditions = model.draw_conditions(2, torch.Generator().manual_seed(0))
     width = {"sd14": 768, "sd15": 768, "sd21": 1024, "sdxl": 2048, "ldm-imagenet": 512}.get(name)
-    assert {key: value.shape[-1] for key, value in conditions.items() if key == "encoder_hidden_states"} == (
-        {} if width is None else {"encoder_hidden_states": width}
+    assert {
+        key: value.shape[-1] for key, value in conditions.items() if key == "encoder_hidden_states"
+    } == ({} if width is None else {"encoder_hidden_states": width})
+    assert model.load_scheduler("ddim").config.prediction_type == (
+        "v_prediction" if name == "sd21" else "epsilon"
     )
-    assert model.load_scheduler("ddim").config.prediction_type == ("v_prediction" if name == "sd21" else "epsilon")
 
 
 def test_sdxl_is_given_the_pooled_text_and_the_pictures_size(hub: Path) -> None:
@@ -91,21 +113,25 @@ def test_random_weights_are_those_of_the_seed(pipelines: Callable[[str], Path]) 
 def test_the_heads_that_a_configuration_cannot_say_reach_the_checkpoints_architecture(
     pipelines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
-    from quest_deploy.quant.model import QuantizedModel
-    from quest_deploy.scheme import Scheme
-    from quest_deploy.trajectories import record_trajectories
+    from quest_deploy.artifacts.scheme import Scheme
+    from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
+    from quest_deploy.calibration.trajectories import record_trajectories
+    from quest_deploy.quantization.model import QuantizedModel
 
     monkeypatch.setitem(KNOWN_MODELS, "ldm", registry.KnownModel(heads=4))
     model = load_model(ModelSource("ldm", str(pipelines("ldm"))))
     unet, scheme = model.load_unet(), Scheme.parse("w8a8", buckets=1)
     recorded = record_trajectories(model, unet, steps=1, samples=2, seed=0)
     checkpoint = calibrate("ldm", unet, recorded, scheme, CalibrationOptions())
-    attention: Any = QuantizedModel.from_checkpoint(checkpoint).model.get_submodule("down_blocks.0.attentions.0")
+    attention: Any = QuantizedModel.from_checkpoint(checkpoint).model.get_submodule(
+        "down_blocks.0.attentions.0"
+    )
     assert (checkpoint.architecture.heads, attention.heads) == (4, 4)
 
 
-def test_a_model_comes_from_the_cache_at_the_pinned_commit_and_its_source_says_so(cached: Path) -> None:
+def test_a_model_comes_from_the_cache_at_the_pinned_commit_and_its_source_says_so(
+    cached: Path,
+) -> None:
     source = resolve_source("sd15")
     assert source == ModelSource("sd15", "owner/name", COMMIT)
     model = load_model(source)
@@ -126,13 +152,18 @@ def test_a_copy_in_the_cache_that_lacks_a_file_is_not_used(cached: Path) -> None
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error_that_names_the_other_ways(hub: Path) -> None:
-    with pytest.raises(InputError, match=r"stable-diffusion-v1-5 is not in the cache, .*--model PATH .*--random-weights"):
+    with pytest.raises(
+        InputError,
+        match=r"stable-diffusion-v1-5 is not in the cache, .*--model PATH .*--random-weights",
+    ):
         resolve_source("sd15")
 
 
 @pytest.mark.parametrize("name", ["ldm-bedroom", "ldm-church", "ldm-imagenet"])
 def test_a_model_without_a_repository_in_this_layout_says_so(name: str) -> None:
-    with pytest.raises(InputError, match=f"{name} has no repository .*--model PATH .*--random-weights"):
+    with pytest.raises(
+        InputError, match=f"{name} has no repository .*--model PATH .*--random-weights"
+    ):
         resolve_source(name)
 
 
@@ -141,14 +172,24 @@ def test_a_model_without_a_repository_in_this_layout_says_so(name: str) -> None:
     [
         ("tiny", {"random_weights": True}, "comes with its weights"),
         ("tiny", {"revision": "main"}, "--revision: expected it with a model from the hub"),
-        ("sd15", {"revision": "main", "random_weights": True}, "--revision: expected it with a model from the hub"),
+        (
+            "sd15",
+            {"revision": "main", "random_weights": True},
+            "--revision: expected it with a model from the hub",
+        ),
         ("sd15", {"loras": ["style.bin:1"]}, "expected a .safetensors file, found style.bin"),
         ("sd15", {"loras": ["style.safetensors"]}, "style.safetensors does not exist"),
         ("sd15", {"loras": ["style.safetensors:nan"]}, "expected PATH:WEIGHT with a finite weight"),
-        ("sd15", {"loras": ["style.safetensors:much"]}, "expected PATH:WEIGHT with a finite weight"),
+        (
+            "sd15",
+            {"loras": ["style.safetensors:much"]},
+            "expected PATH:WEIGHT with a finite weight",
+        ),
     ],
 )
-def test_options_that_do_not_apply_are_refused(model: str, options: dict[str, Any], words: str) -> None:
+def test_options_that_do_not_apply_are_refused(
+    model: str, options: dict[str, Any], words: str
+) -> None:
     with pytest.raises(InputError, match=words):
         resolve_source(model, **options)
 
@@ -156,7 +197,9 @@ def test_options_that_do_not_apply_are_refused(model: str, options: dict[str, An
 def test_a_folder_without_an_index_and_a_file_of_another_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"")
     for path in (tmp_path, tmp_path / "weights.bin"):
-        with pytest.raises(InputError, match=r"the path of a diffusers folder or a .safetensors or .ckpt file; "):
+        with pytest.raises(
+            InputError, match=r"the path of a diffusers folder or a .safetensors or .ckpt file; "
+        ):
             resolve_source(str(path))
 
 
@@ -179,9 +222,13 @@ def test_a_folder_whose_weights_were_changed_is_refused_and_a_copy_elsewhere_is_
         load_model(source)
 
 
-def test_a_lora_that_was_changed_is_refused(pipelines: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_lora_that_was_changed_is_refused(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
     (tmp_path / "style.safetensors").write_bytes(b"one")
-    source = ModelSource("sd", str(pipelines("sd")), loras=(Lora.parse(f"{tmp_path}/style.safetensors:0.5"),))
+    source = ModelSource(
+        "sd", str(pipelines("sd")), loras=(Lora.parse(f"{tmp_path}/style.safetensors:0.5"),)
+    )
     assert source.loras[0].weight == 0.5
     (tmp_path / "style.safetensors").write_bytes(b"two")
     with pytest.raises(InputError, match=r"the LoRA .* was changed or removed"):
@@ -189,19 +236,27 @@ def test_a_lora_that_was_changed_is_refused(pipelines: Callable[[str], Path], tm
 
 
 def test_a_source_survives_json() -> None:
-    source = ModelSource("sd15", "owner/name", COMMIT, "main", loras=(Lora("/a.safetensors", 0.5, "ab" * 32),))
+    source = ModelSource(
+        "sd15", "owner/name", COMMIT, "main", loras=(Lora("/a.safetensors", 0.5, "ab" * 32),)
+    )
     assert ModelSource.from_json(json.loads(json.dumps(source.to_json()))) == source
 
 
 def single_file(folder: Path, path: Path) -> Path:
-    """The UNet of a pipeline under the names that Stability's checkpoints have, as far as a UNet of one level needs them."""
+    """The UNet of a pipeline under the names that Stability's checkpoints have, as far as a UNet of
+    one level needs them.
+    """
     from safetensors.torch import load_file, save_file
 
-    from quest_deploy.import_quest.architecture import UNetConfig
+    from quest_deploy.importers.architecture import UNetConfig
 
-    config = UNetConfig(8, 4, 32, 4, 1, (1,), (1,), num_heads=2, use_spatial_transformer=True, context_dim=16)
+    config = UNetConfig(
+        8, 4, 32, 4, 1, (1,), (1,), num_heads=2, use_spatial_transformer=True, context_dim=16
+    )
     names = config.names()
-    renamed = {layer.targets[0]: layer.name for layer in names.layers} | {target: name for name, (target, _) in names.floats.items()}
+    renamed = {layer.targets[0]: layer.name for layer in names.layers} | {
+        target: name for name, (target, _) in names.floats.items()
+    }
     state = {}
     for key, value in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items():
         module, _, parameter = key.rpartition(".")
@@ -219,15 +274,26 @@ def test_a_single_file_gives_the_unet_of_the_folder_it_was_made_from(
 ) -> None:
     from tests.pipelines import text_to_image
 
-    levels = {"mid_block_type": "UNetMidBlock2DCrossAttn", "up_block_types": ("CrossAttnUpBlock2D",), "block_out_channels": (32,)}
+    levels = {
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "block_out_channels": (32,),
+    }
     folder = text_to_image(tmp_path / "architectures" / "sd15", **levels)
-    monkeypatch.setattr("quest_deploy.models.pipeline_model.ARCHITECTURES", tmp_path / "architectures")
+    monkeypatch.setattr(
+        "quest_deploy.models.pipeline_model.ARCHITECTURES", tmp_path / "architectures"
+    )
     path = single_file(folder, tmp_path / f"model{suffix}")
     source = resolve_source(str(path))
     assert source.name == "model"
-    unet, expected = load_model(source).load_unet(), load_model(resolve_source(str(folder))).load_unet()
+    unet, expected = (
+        load_model(source).load_unet(),
+        load_model(resolve_source(str(folder))).load_unet(),
+    )
     assert unet.state_dict().keys() == expected.state_dict().keys()
-    assert all(torch.equal(unet.state_dict()[key], value) for key, value in expected.state_dict().items())
+    assert all(
+        torch.equal(unet.state_dict()[key], value) for key, value in expected.state_dict().items()
+    )
 
 
 def test_a_single_file_without_a_tokenizer_in_reach_says_where_it_would_come_from(
@@ -235,7 +301,10 @@ def test_a_single_file_without_a_tokenizer_in_reach_says_where_it_would_come_fro
 ) -> None:
     path = tmp_path / "model.safetensors"
     shutil.copy(pipelines("sd") / "unet" / "diffusion_pytorch_model.safetensors", path)
-    with pytest.raises(InputError, match="holds no tokenizer, which is taken from stable-diffusion-v1-5/stable-diffusion-v1-5"):
+    with pytest.raises(
+        InputError,
+        match="holds no tokenizer, which is taken from stable-diffusion-v1-5/stable-diffusion-v1-5",
+    ):
         load_model(resolve_source(str(path))).null_conditions(1)
 
 
@@ -246,7 +315,9 @@ class Payload:
         return Path.touch, (Path("ran"),)
 
 
-def test_a_pickle_that_is_more_than_tensors_is_refused_without_running_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_that_is_more_than_tensors_is_refused_without_running_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with (tmp_path / "model.ckpt").open("wb") as stream:
         pickle.dump({"state_dict": Payload()}, stream)

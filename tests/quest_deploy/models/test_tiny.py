@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.errors import InputError
 from quest_deploy.models.registry import MODEL_NAMES, check_model_name, load_model, resolve_source
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.models.tiny import ASSETS, NULL_CLASS, latents_from_images
-from quest_deploy.scheme import Scheme
-from quest_deploy.trajectories import record_trajectories
 
 if TYPE_CHECKING:
     from quest_deploy.models.tiny import TinyModel
@@ -22,7 +22,9 @@ def test_the_registry_knows_the_embedded_model_and_refuses_others() -> None:
     assert load_model(resolve_source("tiny")).name == "tiny"
     for look_up in (check_model_name, resolve_source):
         with pytest.raises(
-            InputError, match=r"unknown model 'sd99': expected one of tiny, sd14, .*, or the path of a diffusers folder"
+            InputError,
+            match=r"unknown model 'sd99': expected one of tiny, sd14, .*, or the path of a "
+            r"diffusers folder",
         ):
             look_up("sd99")
 
@@ -38,13 +40,17 @@ def test_the_unet_predicts_float32_in_the_samples_shape(tiny: TinyModel) -> None
     assert not unet.training
     assert {p.dtype for p in unet.parameters()} == {torch.float32}
     sample = torch.randn(2, *tiny.sample_shape)
-    output = unet(sample, torch.tensor([1.0, 900.0]), **tiny.conditions(np.asarray([3, 4])), return_dict=False)[0]
+    output = unet(
+        sample, torch.tensor([1.0, 900.0]), **tiny.conditions(np.asarray([3, 4])), return_dict=False
+    )[0]
     assert output.shape == sample.shape
 
 
 def test_decoding_undoes_the_pixel_unshuffle(tiny: TinyModel) -> None:
     images = np.random.default_rng(0).uniform(-1, 1, (3, 1, 16, 16)).astype(np.float32)
-    np.testing.assert_array_equal(tiny.images(latents_from_images(torch.from_numpy(images)).numpy()), images)
+    np.testing.assert_array_equal(
+        tiny.images(latents_from_images(torch.from_numpy(images)).numpy()), images
+    )
 
 
 def test_decoded_images_are_clipped(tiny: TinyModel) -> None:
@@ -64,8 +70,13 @@ def test_a_label_that_is_no_digit_is_refused(tiny: TinyModel, label: int) -> Non
         tiny.conditions(np.asarray([3, label]))
 
 
-def test_random_conditions_include_the_unconditional_one_and_depend_on_the_generator_alone(tiny: TinyModel) -> None:
-    drawn, again = (tiny.draw_conditions(200, torch.Generator().manual_seed(0))["encoder_hidden_states"] for _ in range(2))
+def test_random_conditions_include_the_unconditional_one_and_depend_on_the_generator_alone(
+    tiny: TinyModel,
+) -> None:
+    drawn, again = (
+        tiny.draw_conditions(200, torch.Generator().manual_seed(0))["encoder_hidden_states"]
+        for _ in range(2)
+    )
     assert torch.equal(drawn, again)
     assert len(drawn.flatten(1).unique(dim=0)) == 11
 
@@ -78,10 +89,14 @@ def test_every_scheduler_has_the_models_own_noise_schedule(tiny: TinyModel, name
 
 
 @pytest.mark.parametrize("buckets", [1, 3, 20, 21, 300, 999, 1000])
-def test_trajectories_visit_every_bucket_of_any_number_from_1_to_the_training_steps(tiny: TinyModel, buckets: int) -> None:
+def test_trajectories_visit_every_bucket_of_any_number_from_1_to_the_training_steps(
+    tiny: TinyModel, buckets: int
+) -> None:
     scheme = Scheme.parse("w4a4", buckets=buckets)
 
-    def unet(sample: torch.Tensor, timestep: torch.Tensor, **conditions: object) -> tuple[torch.Tensor]:
+    def unet(
+        sample: torch.Tensor, timestep: torch.Tensor, **conditions: object
+    ) -> tuple[torch.Tensor]:
         return (torch.zeros_like(sample),)
 
     recorded = record_trajectories(tiny, unet, steps=20, samples=1, seed=0, scheme=scheme)  # type: ignore[arg-type]

@@ -1,8 +1,10 @@
-"""Run in a process of its own, on whatever processor it sees: builds and verifies a model's engines, and prints what it found as JSON.
+"""Run in a process of its own, on whatever processor it sees: builds and verifies a model's
+engines, and prints what it found as JSON.
 
     python tests/quest_deploy/processors/engines.py GRAPH REFERENCE BACKEND
 
-By the answers that the engine is built with: "asked", the runtime's own; "any", what holds on any processor; "lie", that all is exact.
+By the answers that the engine is built with: "asked", the runtime's own; "any", what holds on any
+processor; "lie", that all is exact.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from unittest import mock
 
 from exporters.exactness import EXACT
 from exporters.graph_info import load_graph
-from quest_deploy.engine.backends import get_backend
-from quest_deploy.engine.base import ANY_PROCESSOR, CpuBackend, EngineOptions, build_engine
-from quest_deploy.engine.exactness import ask
-from quest_deploy.verify.verify import verify_engine
+from quest_deploy.backends.base import ANY_PROCESSOR, CpuBackend, EngineOptions, build_engine
+from quest_deploy.backends.exactness import ask
+from quest_deploy.backends.registry import get_backend
+from quest_deploy.verification.checks import verify_engine
 
 
 def main(graph: Path, reference: Path, name: str) -> dict[str, Any]:
@@ -29,11 +31,13 @@ def main(graph: Path, reference: Path, name: str) -> dict[str, Any]:
     answers = ask(backend)
     problems = {}
     for answer, exactness in (("asked", answers), ("any", None), ("lie", EXACT)):
-        options = EngineOptions(threads=1, processor=ANY_PROCESSOR if exactness is None else "native")
-        told = mock.patch("quest_deploy.engine.exactness.measured", return_value=exactness)
+        options = EngineOptions(
+            threads=1, processor=ANY_PROCESSOR if exactness is None else "native"
+        )
+        told = mock.patch("quest_deploy.backends.exactness.measured", return_value=exactness)
         with tempfile.TemporaryDirectory() as folder, told:
             build_engine(backend, load_graph(graph), Path(folder), options, "0" * 64)
-            with mock.patch("quest_deploy.engine.exactness.check_kernels"):
+            with mock.patch("quest_deploy.backends.exactness.check_kernels"):
                 problems[answer] = verify_engine(backend, options, Path(folder), reference).problems
     return {"levels": dict(answers.levels), "problems": problems}
 

@@ -1,8 +1,10 @@
-"""Run in a process of its own, on whatever processor it sees: opens portable graphs of every kind of product in stock sessions.
+"""Run in a process of its own, on whatever processor it sees: opens portable graphs of every kind
+of product in stock sessions.
 
-onnxruntime with all its optimizations, and OpenVINO as it comes, but for bf16, which it would take unasked where the processor has it.
-OpenVINO reads no graph with local functions, so onnx's own inliner goes before.
-Prints the largest relative error of each session's outputs as JSON, by graph and runtime.
+onnxruntime with all its optimizations, and OpenVINO as it comes, but for bf16, which it would take
+unasked where the processor has it. OpenVINO reads no graph with local functions, so onnx's own
+inliner goes before. Prints the largest relative error of each session's outputs as JSON, by graph
+and runtime.
 """
 
 from __future__ import annotations
@@ -37,11 +39,19 @@ def stock_errors(model: ir.Model, feeds: Feeds, expected: dict[str, Array]) -> d
         found = {"onnxruntime": dict(zip(names, session.run(names, feeds), strict=True))}
         inlined = onnx.inliner.inline_local_functions(ir.to_proto(model))
         core = openvino.Core()
-        compiled = core.compile_model(core.read_model(inlined.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = core.compile_model(
+            core.read_model(inlined.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
         results = compiled(feeds)
-        found["openvino"] = {name: results[output] for output in compiled.outputs for name in output.get_names()}
+        found["openvino"] = {
+            name: results[output] for output in compiled.outputs for name in output.get_names()
+        }
     return {
-        runtime: max(relative_error(np.asarray(outputs[name]), exact) for name, exact in expected.items() if name in outputs)
+        runtime: max(
+            relative_error(np.asarray(outputs[name]), exact)
+            for name, exact in expected.items()
+            if name in outputs
+        )
         for runtime, outputs in found.items()
     }
 
@@ -51,8 +61,16 @@ def main() -> dict[str, float]:
     probe = make_probe(LEVELS[0])
     graphs = {"worst-case codes": (probe.model, probe.feeds, probe.exact)}
     checkpoint, feeds = kinds_checkpoint(), kinds_feeds([999.0, 0.0, 500.0, 499.0])
-    graphs["free, asymmetric and offset codes"] = (kinds_graph(checkpoint), feeds, kinds_expected(checkpoint, feeds))
-    return {f"{name}, {runtime}": e for name, graph in graphs.items() for runtime, e in stock_errors(*graph).items()}
+    graphs["free, asymmetric and offset codes"] = (
+        kinds_graph(checkpoint),
+        feeds,
+        kinds_expected(checkpoint, feeds),
+    )
+    return {
+        f"{name}, {runtime}": e
+        for name, graph in graphs.items()
+        for runtime, e in stock_errors(*graph).items()
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Engines on a processor without VNNI: this one, if it has none; else this one with its VNNI hidden from the runtime."""
+"""Engines on a processor without VNNI: this one, if it has none; else this one with its VNNI hidden
+from the runtime.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +18,44 @@ import pytest
 from exporters.exactness import ATTENTION, EXACT_ANYWHERE, LEVELS, SAFE
 from exporters.graph_info import save_graph
 from exporters.torch_to_qdq import portable_graph
-from quest_deploy.engine.base import integer_instructions
+from quest_deploy.backends.base import integer_instructions
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from quest_deploy.trajectories import Trajectories
+    from quest_deploy.calibration.trajectories import Trajectories
 
 HERE = Path(__file__).parent
 ARCH_SET_CPUID, SYS_ARCH_PRCTL = 0x1012, 158
 PROCESSORS = ("this", "without VNNI")
-each_backend = pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
+each_backend = pytest.mark.parametrize(
+    "backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)]
+)
 """OpenVINO compiles each cut of a verification."""
 
 
 @pytest.fixture(scope="module")
-def model(mini_unet: nn.Module, mini_trajectories: Trajectories, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The graph and the reference of a small model with weights, activations and attention of 8 bits."""
-    from quest_deploy.quant.calibrate import CalibrationOptions, calibrate
-    from quest_deploy.quant.model import QuantizedModel
-    from quest_deploy.reference import save_reference
-    from quest_deploy.scheme import Scheme
+def model(
+    mini_unet: nn.Module, mini_trajectories: Trajectories, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """The graph and the reference of a small model with weights, activations and attention of 8
+    bits.
+    """
+    from quest_deploy.artifacts.scheme import Scheme
+    from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
+    from quest_deploy.quantization.model import QuantizedModel
+    from quest_deploy.verification.reference import save_reference
 
     folder = tmp_path_factory.mktemp("w8a8")
     scheme = Scheme.parse("w8a8", buckets=2, attention_bits=8, softmax_bits=8)
     checkpoint = calibrate("mini", mini_unet, mini_trajectories, scheme, CalibrationOptions())
-    save_graph(portable_graph(checkpoint, next(mini_trajectories.batches(2)), "ab" * 32), folder / "unet.onnx")
-    save_reference(QuantizedModel.from_checkpoint(checkpoint).eval(), mini_trajectories, folder / "reference")
+    save_graph(
+        portable_graph(checkpoint, next(mini_trajectories.batches(2)), "ab" * 32),
+        folder / "unet.onnx",
+    )
+    save_reference(
+        QuantizedModel.from_checkpoint(checkpoint).eval(), mini_trajectories, folder / "reference"
+    )
     return folder / "unet.onnx", folder / "reference"
 
 
@@ -53,7 +66,9 @@ def found(model: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
     def run(processor: str, backend: str) -> dict[str, Any]:
         if (processor, backend) not in known:
-            environment = _without_vnni(backend, tmp_path_factory) if processor == "without VNNI" else {}
+            environment = (
+                _without_vnni(backend, tmp_path_factory) if processor == "without VNNI" else {}
+            )
             known[processor, backend] = _run("engines.py", environment, *model, backend)
         return known[processor, backend]
 
@@ -61,12 +76,17 @@ def found(model: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def _without_vnni(backend: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment in which the runtime sees no VNNI; skips the test where it cannot be hidden."""
+    """The environment in which the runtime sees no VNNI; skips the test where it cannot be
+    hidden.
+    """
     if not integer_instructions():
         return {}
     if _faults_on_cpuid() and (compiler := shutil.which("cc")) is not None:
         library = tmp_path_factory.mktemp("hide") / "libhide_vnni.so"
-        subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, HERE / "hide_vnni.c", "-ldl"], check=True)
+        subprocess.run(
+            [compiler, "-O1", "-shared", "-fPIC", "-o", library, HERE / "hide_vnni.c", "-ldl"],
+            check=True,
+        )
         return {"LD_PRELOAD": str(library)}
     if backend == "openvino":
         return {"ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -74,13 +94,20 @@ def _without_vnni(backend: str, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def _faults_on_cpuid() -> bool:
-    """Whether Linux can make CPUID fault here: asked by the call that switches that off, which it is."""
-    return os.uname().machine == "x86_64" and ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_SET_CPUID, 1) == 0
+    """Whether Linux can make CPUID fault here: asked by the call that switches that off, which it
+    is.
+    """
+    return (
+        os.uname().machine == "x86_64"
+        and ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_SET_CPUID, 1) == 0
+    )
 
 
 @each_backend
 @pytest.mark.parametrize("processor", PROCESSORS)
-def test_what_was_asked_for_is_exact_and_so_is_what_holds_anywhere(found: Any, processor: str, backend: str) -> None:
+def test_what_was_asked_for_is_exact_and_so_is_what_holds_anywhere(
+    found: Any, processor: str, backend: str
+) -> None:
     problems = found(processor, backend)["problems"]
     assert problems["asked"] == []
     assert problems["any"] == []
@@ -95,21 +122,31 @@ def test_what_holds_anywhere_holds_here(found: Any, processor: str, backend: str
 
 
 @each_backend
-def test_without_vnni_a_runtime_saturates_and_verification_catches_an_answer_that_lies(found: Any, backend: str) -> None:
+def test_without_vnni_a_runtime_saturates_and_verification_catches_an_answer_that_lies(
+    found: Any, backend: str
+) -> None:
     result = found("without VNNI", backend)
-    assert {level for name, level in result["levels"].items() if name == f"{ATTENTION} uint8 x int8"} == {SAFE}
+    assert {
+        level for name, level in result["levels"].items() if name == f"{ATTENTION} uint8 x int8"
+    } == {SAFE}
     assert any(problem.startswith("layer ") for problem in result["problems"]["lie"])
 
 
 @each_backend
-def test_signed_weights_of_any_size_are_exact_with_vnni_and_not_without(found: Any, backend: str) -> None:
+def test_signed_weights_of_any_size_are_exact_with_vnni_and_not_without(
+    found: Any, backend: str
+) -> None:
     levels = found("this", backend)["levels"]
     assert (set(levels.values()) == {LEVELS[0]}) == bool(integer_instructions())
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
-def test_stock_sessions_compute_every_kind_of_portable_graph_right(processor: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    environment = _without_vnni("onnxruntime", tmp_path_factory) if processor == "without VNNI" else {}
+def test_stock_sessions_compute_every_kind_of_portable_graph_right(
+    processor: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    environment = (
+        _without_vnni("onnxruntime", tmp_path_factory) if processor == "without VNNI" else {}
+    )
     errors = _run("stock_sessions.py", environment)
     assert len(errors) == 4
     assert all(error < 1e-4 for error in errors.values()), errors

@@ -17,7 +17,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-// The formats are those of quest_deploy/workspace.py and quest_deploy/engine/base.py.
+// The formats are those of quest_deploy/artifacts/workspace.py and quest_deploy/backends/base.py.
 constexpr char kWorkspaceFormat[] = "quest-deploy workspace", kEngineFormat[] = "quest-deploy engine";
 constexpr std::int64_t kWorkspaceVersion = 1, kEngineVersion = 1;
 constexpr char kManifest[] = "manifest.json", kEngineFile[] = "engine.json", kPlan[] = "model.engine";

@@ -1,1 +1,0 @@
-"""The portable graph, rewritten for one backend a file. Lowerings share passes and never import each other."""

@@ -1,0 +1,48 @@
+"""TensorRT and TensorRT for RTX: unit-scale Q/DQ around INT8 layers, for strong typing; the op
+expanded, or left to our plugin.
+
+The parser refuses INT4 weights in a Conv, and the Cast that would widen them, so the initializers
+themselves are INT8. Its builder is slow in layers, so that the graph has few.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import onnx_ir as ir
+
+from exporters.passes.dequantize_casts import DequantizeCasts
+from exporters.passes.gather_shaped_tables import GatherShapedTables
+from exporters.passes.round_in_quantize_linear import RoundInQuantizeLinear
+from exporters.passes.to_dtype import to_dtype
+from exporters.passes.to_native import to_native
+
+Quantize = Literal["native", "plugin"]
+
+
+def lower(
+    model: ir.Model,
+    *,
+    frozen_bucket: int | None = None,
+    dtype: str = "fp32",
+    quantize: Quantize = "native",
+) -> ir.Model:
+    """Rewrite the portable graph in place and return it.
+
+    Args:
+        frozen_bucket: makes its scales static (see FreezeBucket).
+        dtype: what is computed in besides integers (see ToHalf).
+        quantize: ``native`` expands the op into TensorRT's own layers; ``plugin`` keeps it for the
+            plugin of trt_plugins/, which TensorRT proper alone takes. With a frozen bucket it is
+            always native: the static-scale graph has no bucket to pick.
+    """
+    DequantizeCasts()(model)
+    to_dtype(model, dtype)
+    return to_native(
+        model,
+        cast_int4_at_runtime=False,
+        signed_zero_points=False,
+        frozen_bucket=frozen_bucket,
+        expanded=(GatherShapedTables(), RoundInQuantizeLinear()),
+        plugin=quantize == "plugin",
+    )

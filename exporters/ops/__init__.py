@@ -1,0 +1,1 @@
+"""Our operators: for each one definition, as ONNX and as NumPy."""

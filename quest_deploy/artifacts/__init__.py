@@ -1,0 +1,1 @@
+"""What lies on disk: schemes, checkpoints, reference records, model sources, the workspace."""

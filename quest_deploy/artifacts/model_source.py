@@ -1,0 +1,182 @@
+"""Where a model comes from: what the user names, what a workspace's manifest keeps of it, and
+whether it is still the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quest_deploy.errors import InputError
+from quest_deploy.files import sha256_of
+
+IMPORTED = "imported"
+"""What a checkpoint from `quest-deploy import` calls its model, which is no model of the
+registry's.
+"""
+IMPORTED_ALONE = (
+    "an imported checkpoint comes without the rest of its model (sampler, conditions, decoder), "
+    "which this command needs; export, reference, build-engine, verify and benchmark work on it"
+)
+SINGLE_FILES = (".safetensors", ".ckpt")
+INDEX = "model_index.json"
+_WEIGHTS = (".safetensors", ".bin", ".ckpt")
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that is fused into the model before it is quantized: a safetensors file, its weight
+    and the file's hash.
+    """
+
+    path: str
+    weight: float
+    sha256: str
+
+    @classmethod
+    def parse(cls, text: str) -> Lora:
+        """Read "PATH" or "PATH:WEIGHT"; raise InputError where there is no such safetensors file,
+        or the weight is no number.
+        """
+        name, colon, weight = text.rpartition(":")
+        path, factor = (Path(name), _number(weight)) if colon else (Path(text), 1.0)
+        if factor is None:
+            raise InputError(
+                f"--lora {text}: expected PATH:WEIGHT with a finite weight, such as "
+                "style.safetensors:0.8"
+            )
+        if path.suffix != ".safetensors":
+            raise InputError(f"--lora {text}: expected a .safetensors file, found {path.name}")
+        if not path.is_file():
+            raise InputError(f"--lora {text}: {path} does not exist")
+        return cls(str(path.resolve()), factor, sha256_of(path))
+
+    def check(self) -> None:
+        """Raise InputError where the file is another one by now."""
+        path = Path(self.path)
+        if not path.is_file() or sha256_of(path) != self.sha256:
+            raise InputError(
+                f"the LoRA {path} was changed or removed since the workspace was made; {_REPAIR}"
+            )
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        name: the registry's name, or the stem of the folder or file.
+        location: the hub's repository, or the absolute path of a folder or file; None for what the
+            package itself has.
+        revision: of a repository, the commit.
+        requested: of a repository, the branch, tag or commit that the user asked for, if any.
+        random_weights: the architecture alone, its weights drawn with ``seed``.
+        fingerprint: of a folder or file, see :func:`fingerprint`.
+    """
+
+    name: str
+    location: str | None = None
+    revision: str | None = None
+    requested: str | None = None
+    random_weights: bool = False
+    seed: int = 0
+    loras: tuple[Lora, ...] = ()
+    fingerprint: str | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The local folder or file, if it is one."""
+        return (
+            Path(self.location)
+            if self.location is not None and Path(self.location).is_absolute()
+            else None
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The source as a JSON value."""
+        return {**asdict(self), "loras": [asdict(lora) for lora in self.loras]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ModelSource:
+        """The inverse of :meth:`to_json`; raise TypeError or KeyError where it is damaged."""
+        source = cls(**{**value, "loras": tuple(Lora(**entry) for entry in value["loras"])})
+        texts = (source.location, source.revision, source.requested, source.fingerprint)
+        flags = isinstance(source.random_weights, bool) and isinstance(source.seed, int)
+        if (
+            not isinstance(source.name, str)
+            or not flags
+            or not all(text is None or isinstance(text, str) for text in texts)
+        ):
+            raise TypeError(f"the model's source is {value}")
+        return source
+
+    def check_unchanged(self) -> None:
+        """Raise InputError where the folder, the file or a LoRA is not what it was when the source
+        was recorded.
+        """
+        if self.path is not None and self.fingerprint is not None:
+            if not self.path.exists():
+                raise InputError(f"the model {self.path} is no longer there; {_REPAIR}")
+            if fingerprint(self.path) != self.fingerprint:
+                raise InputError(
+                    f"the model {self.path} was changed since the workspace was made; {_REPAIR}"
+                )
+        for lora in self.loras:
+            lora.check()
+
+
+_REPAIR = "restore it, or start a new workspace with -w"
+
+
+def fingerprint(path: Path) -> str:
+    """A hash by which a model's folder or file is known again, in much less time than reading
+    gigabytes takes.
+
+    It covers the name, the size and 64 samples of 4 KiB of every weight file, and all of every JSON
+    and text file. Weights that were trained further differ everywhere; an edit of single weights
+    may go unseen.
+    """
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+    )
+    digest = hashlib.sha256()
+    for file in files:
+        if file.suffix in _WEIGHTS:
+            content = _samples(file)
+        elif file.suffix in (".json", ".txt"):
+            content = file.read_bytes()
+        else:
+            continue
+        name = file.name if file == path else str(file.relative_to(path))
+        digest.update(f"{name}\0{file.stat().st_size}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _samples(file: Path) -> bytes:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= _SAMPLES * _SAMPLE_BYTES:
+            return stream.read()
+        parts = []
+        for i in range(_SAMPLES):
+            stream.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+            parts.append(stream.read(_SAMPLE_BYTES))
+        return b"".join(parts)
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

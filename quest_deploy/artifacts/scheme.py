@@ -1,0 +1,245 @@
+"""The quantization scheme: what is quantized to how many bits, and where one timestep bucket ends
+and the next begins.
+
+No torch here: the scheme travels in every file of a workspace, and those who verify, benchmark or
+serve need only this.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+import struct
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from quest_deploy.errors import InputError
+
+SCHEME_VERSION = 2
+SUPPORTED_BITS = ("w4a4", "w4a8", "w8a8")
+DEFAULT_BUCKETS = 20
+TRAIN_TIMESTEPS = 1000
+
+
+class Granularity(StrEnum):
+    """What one activation scale covers, besides its bucket."""
+
+    PER_TENSOR = "per_tensor"
+    """One scale a bucket: scale [K], channel vector all ones."""
+    FOLDED_CHANNEL = "folded_channel"
+    """One scale a bucket, times a static per-channel vector g [C] that is folded into the weights
+    (x / g, g * W): scale [K], g [C].
+    """
+    FREE_CHANNEL = "free_channel"
+    """A scale and a zero-point of its own for each bucket and input channel: scale [K, C]. Not
+    deployable: it lies on the reduction axis of the layer's product and cannot leave an integer
+    GEMM, so such a model runs in float."""
+
+    @property
+    def deployable(self) -> bool:
+        """Whether layers can run in integer arithmetic."""
+        return self is not Granularity.FREE_CHANNEL
+
+
+class Symmetry(StrEnum):
+    """Where a quantizer's zero lies."""
+
+    SYMMETRIC = "symmetric"
+    """Zero-point 0, codes -127..127."""
+    ASYMMETRIC = "asymmetric"
+    """A zero-point z in [0, 2^b - 1]: codes -z..2^b-1-z, the zero-point already subtracted."""
+    UNSIGNED = "unsigned"
+    """Zero-point 0, codes 0..2^b-1, for what is never negative: the softmax."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A validated quantization scheme.
+
+    >>> Scheme.parse("w4a4", buckets=4).bucket_edges
+    (250.0, 500.0, 750.0)
+
+    Attributes:
+        weight_bits: 4 or 8, symmetric per output channel.
+        activation_bits: 4 or 8. Eight-bit activations are symmetric (codes -127..127), four-bit
+            ones asymmetric.
+        first_last_bits: bits of weights and activations of the first and the last layer.
+        granularity: see :class:`Granularity`; of the inputs of layers. Attention operands always
+            have one scale a bucket.
+        bucket_edges: K-1 strictly increasing timesteps; bucket(t) is the number of edges <= t.
+        train_timesteps: the number of steps the model was trained with; timesteps lie in [0,
+            train_timesteps).
+        attention_bits: bits of attention's q, k and v, or None where they stay in float.
+        softmax_bits: bits of attention's softmax (unsigned), or None where it stays in float.
+        split_shortcuts: whether a shortcut convolution that reads a concatenation has a quantizer
+            for each half (Q-Diffusion).
+    """
+
+    weight_bits: int
+    activation_bits: int
+    bucket_edges: tuple[float, ...]
+    first_last_bits: int = 8
+    granularity: Granularity = Granularity.FOLDED_CHANNEL
+    train_timesteps: int = TRAIN_TIMESTEPS
+    attention_bits: int | None = None
+    softmax_bits: int | None = None
+    split_shortcuts: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.granularity) is not Granularity:
+            raise InputError(
+                f"scheme: granularity must be one of {', '.join(map(str, Granularity))}, not "
+                f"{self.granularity!r}"
+            )
+        for field in ("weight_bits", "activation_bits", "first_last_bits"):
+            if type(getattr(self, field)) is not int or getattr(self, field) not in (4, 8):
+                raise InputError(f"scheme: {field} must be 4 or 8, not {getattr(self, field)!r}")
+        for field in ("attention_bits", "softmax_bits"):
+            if getattr(self, field) is not None and (
+                type(getattr(self, field)) is not int or getattr(self, field) not in (4, 8)
+            ):
+                raise InputError(
+                    f"scheme: {field} must be 4, 8 or null (float), not {getattr(self, field)!r}"
+                )
+        if type(self.split_shortcuts) is not bool:
+            raise InputError(
+                f"scheme: split_shortcuts must be true or false, not {self.split_shortcuts!r}"
+            )
+        if type(self.train_timesteps) is not int or self.train_timesteps < 1:
+            raise InputError(
+                f"scheme: train_timesteps must be a positive integer, not {self.train_timesteps!r}"
+            )
+        edges = self.bucket_edges
+        if not all(math.isfinite(e) and 0 < e < self.train_timesteps for e in edges):
+            raise InputError(
+                f"scheme: bucket edges must lie between 0 and {self.train_timesteps}, both "
+                f"excluded; found {edges}"
+            )
+        if any(e != _float32(e) for e in edges):
+            raise InputError(
+                "scheme: bucket edges must be float32 values, as the graph compares them"
+            )
+        if any(a >= b for a, b in itertools.pairwise(edges)):
+            raise InputError(f"scheme: bucket edges must increase strictly; found {edges}")
+
+    @classmethod
+    def parse(
+        cls,
+        bits: str,
+        *,
+        buckets: int = DEFAULT_BUCKETS,
+        granularity: Granularity = Granularity.FOLDED_CHANNEL,
+        train_timesteps: int = TRAIN_TIMESTEPS,
+        attention_bits: int | None = None,
+        softmax_bits: int | None = None,
+        split_shortcuts: bool = False,
+    ) -> Scheme:
+        """Make a scheme of ``buckets`` equally wide buckets from a name such as "w4a4"; raise
+        InputError for what is unknown.
+        """
+        if bits not in SUPPORTED_BITS:
+            raise InputError(f"unknown bits {bits!r}: expected one of {', '.join(SUPPORTED_BITS)}")
+        if not 1 <= buckets <= train_timesteps:
+            raise InputError(
+                f"expected 1 to {train_timesteps} buckets (the number of training steps), not "
+                f"{buckets}"
+            )
+        weight_bits, activation_bits = (int(digit) for digit in (bits[1], bits[3]))
+        # The graph compares in float32: an edge that float32 cannot hold would be another edge
+        # there.
+        edges = tuple(_float32(train_timesteps * i / buckets) for i in range(1, buckets))
+        return cls(
+            weight_bits,
+            activation_bits,
+            edges,
+            granularity=granularity,
+            train_timesteps=train_timesteps,
+            attention_bits=attention_bits,
+            softmax_bits=softmax_bits,
+            split_shortcuts=split_shortcuts,
+        )
+
+    @property
+    def name(self) -> str:
+        """The short name, such as "w4a4"."""
+        return f"w{self.weight_bits}a{self.activation_bits}"
+
+    @property
+    def buckets(self) -> int:
+        """K, the number of buckets."""
+        return len(self.bucket_edges) + 1
+
+    def bucket_of(self, timestep: float) -> int:
+        """The bucket of one timestep: the number of edges <= timestep."""
+        return bisect.bisect_right(self.bucket_edges, timestep)
+
+    def bucket_range(self, bucket: int) -> tuple[float, float]:
+        """The timesteps [low, high) that fall into ``bucket``, of those the model was trained
+        with.
+        """
+        bounds = (0.0, *self.bucket_edges, float(self.train_timesteps))
+        return bounds[bucket], bounds[bucket + 1]
+
+    def to_json(self) -> dict[str, Any]:
+        """The scheme as a JSON value, with its version."""
+        return {
+            "version": SCHEME_VERSION,
+            **dataclasses.asdict(self),
+            "bucket_edges": list(self.bucket_edges),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> Scheme:
+        """Read :meth:`to_json`'s value; raise InputError for another version and for unknown or
+        missing keys.
+        """
+        if not isinstance(value, dict):
+            raise InputError(f"scheme: expected a JSON object, found {type(value).__name__}")
+        if value.get("version") != SCHEME_VERSION:
+            raise InputError(
+                f"scheme: expected version {SCHEME_VERSION}, found {value.get('version')!r}"
+            )
+        given = {k: v for k, v in value.items() if k != "version"}
+        expected = {f.name for f in dataclasses.fields(cls)}
+        if given.keys() != expected:
+            raise InputError(f"scheme: expected the keys {sorted(expected)}, found {sorted(given)}")
+        try:
+            edges = _numbers(given.pop("bucket_edges"))
+            granularity = Granularity(given.pop("granularity"))
+            return cls(bucket_edges=edges, granularity=granularity, **given)
+        except (TypeError, ValueError, OverflowError) as e:
+            raise InputError(f"scheme: {e}") from e
+
+
+def weight_range(bits: int) -> tuple[int, int]:
+    """The codes of a symmetric weight: all of INT4 (-8..7); INT8 without -128, as TensorRT
+    quantizes weights.
+    """
+    return (-8, 7) if bits == 4 else (-127, 127)
+
+
+def usual_symmetry(activation_bits: int) -> Symmetry:
+    """Eight-bit activations are symmetric (zero-point 0, codes -127..127); four-bit ones have a
+    zero-point in [0, 15].
+    """
+    return Symmetry.SYMMETRIC if activation_bits == 8 else Symmetry.ASYMMETRIC
+
+
+def activation_levels(bits: int) -> int:
+    """The highest code of an asymmetric activation, 2^b - 1; the zero-point lies in [0, 2^b -
+    1].
+    """
+    return int(2**bits) - 1
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list) or not all(type(e) in (int, float) for e in value):
+        raise TypeError(f"bucket_edges must be a list of numbers, not {value!r}")
+    return tuple(float(e) for e in value)
+
+
+def _float32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])

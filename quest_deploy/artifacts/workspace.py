@@ -1,0 +1,399 @@
+"""The workspace: the folder in which one model at one scheme goes from checkpoint to report.
+
+Stages meet in its files. ``manifest.json`` records, for every stage that finished, the hashes of
+what it wrote and of what it was made from; a stage that reads another's files checks both first, so
+a truncated, edited or outdated file is never used.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import platform
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy import __version__
+from quest_deploy.artifacts.model_source import IMPORTED_ALONE, ModelSource
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.files import (
+    TEMPORARY_PREFIX,
+    read_json,
+    remove_temporaries,
+    sha256_of,
+    sha256_of_json,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+FORMAT = "quest-deploy workspace"
+VERSION = 1
+MANIFEST = "manifest.json"
+TRAJECTORIES = "trajectories.safetensors"
+CALIBRATED = "calibrated.safetensors"
+RECONSTRUCT_STATE = "reconstruct-state"
+CHECKPOINT = "checkpoint.safetensors"
+FINETUNE_STATE = "finetune-state.pt"
+FINETUNE_TARGETS = "finetune-targets.bin"
+GRAPH = "unet.onnx"
+REFERENCE = "reference"
+REFERENCE_STATE = "reference-state"
+ENGINES = "engines"
+REPORTS = "reports"
+IMAGES = "images"
+_REPORTED_PACKAGES = (
+    "torch",
+    "diffusers",
+    "nvidia-modelopt",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt-rtx",
+    "tensorrt",
+    "polygraphy",
+)
+_REPAIR = (
+    "it alone says how the other files were made: restore it from a copy, or start a new "
+    "workspace with -w"
+)
+STARTED = "{}-options.json"
+"""What a stage that takes long was started with, until it is done."""
+_LONG_STAGES = ("calibrate", "finetune")
+_BEFORE_FINETUNING = ("finetune", "sensitivity")
+"""The stages that read the calibrated checkpoint, finetuned or not."""
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One finished stage.
+
+    Attributes:
+        inputs: the digests of the stages whose files it read, by stage.
+        options: what the user chose.
+        files: {"sha256", "bytes"} of each file it wrote, by path relative to the workspace.
+        details: what it reports.
+    """
+
+    inputs: dict[str, str]
+    options: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    details: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """What identifies the stage's files."""
+        return sha256_of_json({path: entry["sha256"] for path, entry in self.files.items()})
+
+
+def check_vacant(root: Path) -> None:
+    """Raise InputError where ``root`` is a file or a folder that holds something already."""
+    if root.exists() and not root.is_dir():
+        raise InputError(f"{root} is a file, not a folder; give another one with -w")
+    if root.exists() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in root.iterdir()):
+        raise InputError(f"{root} is not empty; give another folder with -w")
+
+
+class Workspace:
+    """An open workspace. Make one with :meth:`create` or :meth:`open`."""
+
+    def __init__(
+        self, root: Path, source: ModelSource, scheme: Scheme, stages: dict[str, StageRecord]
+    ) -> None:
+        self.root, self.source, self.scheme, self.stages = root, source, scheme, stages
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self.source.name
+
+    @classmethod
+    def open(cls, root: Path) -> Workspace:
+        """Open an existing workspace; raise InputError where there is none, or one that is damaged
+        or of another version.
+        """
+        if not (root / MANIFEST).exists():
+            raise InputError(
+                f"{root} is no workspace (it has no {MANIFEST}); run `quest-deploy calibrate -w "
+                f"{root}` first"
+            )
+        path = root / MANIFEST
+        content = read_json(path, repair=_REPAIR)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise InputError(f"{path}: expected a {FORMAT}, found something else; {_REPAIR}")
+        if content.get("version") != VERSION:
+            raise InputError(
+                f"{root}: expected a workspace of version {VERSION}, found "
+                f"{content.get('version')!r}; "
+                "use the quest-deploy that made it, or start a new workspace with -w"
+            )
+        try:
+            stages = {name: _stage_record(entry) for name, entry in content["stages"].items()}
+            TopologicalSorter({name: record.inputs for name, record in stages.items()}).prepare()
+            if not isinstance(content["model"], str):
+                raise TypeError(f"its model is {content['model']!r}")
+            # Manifests of earlier versions, which knew the embedded model alone, have no source.
+            source = (
+                ModelSource.from_json(content["source"])
+                if "source" in content
+                else ModelSource(content["model"])
+            )
+            opened = cls(root, source, Scheme.from_json(content["scheme"]), stages)
+        except (KeyError, TypeError, AttributeError, CycleError) as e:
+            raise InputError(f"{path} is damaged ({type(e).__name__}: {e}); {_REPAIR}") from e
+        except InputError as e:
+            raise InputError(
+                f"{path}: {e}; use the quest-deploy that made it, restore it from a copy, or start "
+                "anew with -w"
+            ) from e
+        digest = content.pop("sha256", None)  # manifests of earlier versions have none
+        if digest not in (None, sha256_of_json(content)):
+            raise InputError(f"{path} was edited; {_REPAIR}")
+        return opened
+
+    @classmethod
+    def create(cls, root: Path, model: ModelSource | str, scheme: Scheme) -> Workspace:
+        """Make a new workspace, for a model's source or a name that says it all; raise InputError
+        where the folder holds something.
+        """
+        check_vacant(root)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(
+                f"cannot make the folder {root} ({e.strerror}); give another one with -w"
+            ) from e
+        workspace = cls(root, ModelSource(model) if isinstance(model, str) else model, scheme, {})
+        workspace._write()
+        return workspace
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other quest-deploy processes from writing here; clear away what killed ones left
+        half-written.
+        """
+        with (self.root / ".lock").open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise QuestDeployError(
+                    f"{self.root} is in use by another quest-deploy process; wait for it to end"
+                ) from e
+            for folder in (
+                self.root,
+                *(
+                    self.root / name
+                    for name in (RECONSTRUCT_STATE, REFERENCE_STATE, ENGINES, REPORTS, IMAGES)
+                ),
+            ):
+                remove_temporaries(folder)
+            self.stages = Workspace.open(
+                self.root
+            ).stages  # another process may have finished stages since
+            yield
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the workspace."""
+        return self.root.joinpath(*parts)
+
+    @property
+    def checkpoint_stage(self) -> str:
+        """The stage whose checkpoint is to be deployed: finetune's if there is one, else import's,
+        else calibrate's.
+        """
+        return next(
+            (stage for stage in ("finetune", "import") if stage in self.stages), "calibrate"
+        )
+
+    @property
+    def checkpoint_inputs(self) -> tuple[str, ...]:
+        """The stages that a stage reads which works on the checkpoint to be deployed."""
+        return (
+            ("calibrate", "finetune")
+            if self.checkpoint_stage == "finetune"
+            else (self.checkpoint_stage,)
+        )
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The checkpoint to be deployed."""
+        return self.path(CHECKPOINT if self.checkpoint_stage == "finetune" else CALIBRATED)
+
+    def require(self, stage: str) -> StageRecord:
+        """The record of a finished stage whose files are whole and up to date.
+
+        Raises:
+            InputError: it has not run, one of its files was changed or removed, or what it was made
+                from has changed since.
+        """
+        record = self.stages.get(stage)
+        if record is None and stage == "calibrate" and "import" in self.stages:
+            raise InputError(IMPORTED_ALONE)
+        if record is None:
+            raise InputError(
+                f"{self.root} has no finished `{_command(stage)}`: run `{self._hint(stage)}` first"
+            )
+        for path, entry in record.files.items():
+            problem = _problem(self.root / path, entry)
+            if problem:
+                raise InputError(f"{self.root / path} {problem}; run `{self._hint(stage)}` again")
+        again = f"run `{self._hint(stage)}` again"
+        if (
+            "calibrate" in record.inputs
+            and stage not in _BEFORE_FINETUNING
+            and self.checkpoint_stage not in record.inputs
+        ):
+            raise InputError(
+                f"`{_command(stage)}` ran before `{self.checkpoint_stage}` made its checkpoint; "
+                f"{again}"
+            )
+        for upstream, digest in record.inputs.items():
+            if self.require(upstream).digest != digest:
+                raise InputError(
+                    f"`{_command(stage)}` ran on an older result of `{_command(upstream)}`; {again}"
+                )
+        return record
+
+    def fresh(
+        self, stage: str, inputs: Iterable[str], options: dict[str, Any]
+    ) -> StageRecord | None:
+        """The record of ``stage`` if it need not run again: same inputs, same options, files
+        whole.
+        """
+        record = self.stages.get(stage)
+        if (
+            record is None
+            or record.options != options
+            or record.made.get("quest-deploy") != __version__
+        ):
+            return None
+        if record.inputs != {
+            name: self.stages[name].digest for name in inputs if name in self.stages
+        }:
+            return None
+        if any(_problem(self.root / path, entry) for path, entry in record.files.items()):
+            return None
+        return record
+
+    def start(self, stage: str, options: dict[str, Any]) -> None:
+        """Keep the options of a stage that takes long, so that :meth:`options_of` knows them if it
+        is interrupted.
+        """
+        if stage in _LONG_STAGES:
+            write_json(self.path(STARTED.format(stage)), options)
+
+    def forget_start(self, stage: str) -> None:
+        """Forget what :meth:`start` kept."""
+        self.path(STARTED.format(stage)).unlink(missing_ok=True)
+
+    def options_of(self, stage: str) -> dict[str, Any]:
+        """The options that ``stage`` was last started with, interrupted or not; empty if it never
+        was.
+        """
+        path = self.path(STARTED.format(stage))
+        if path.exists():
+            options = read_json(
+                path, repair=f"run `{self._hint(stage)}` with the options that you want"
+            )
+            if isinstance(options, dict):
+                return options
+        record = self.stages.get(stage)
+        return {} if record is None else dict(record.options)
+
+    def record(
+        self,
+        stage: str,
+        *,
+        inputs: Iterable[str],
+        options: dict[str, Any],
+        files: Iterable[Path],
+        details: dict[str, Any],
+    ) -> StageRecord:
+        """Write into the manifest that ``stage`` finished."""
+        entries = {
+            str(p.relative_to(self.root)): {"sha256": sha256_of(p), "bytes": p.stat().st_size}
+            for p in sorted(files)
+        }
+        made = {
+            "quest-deploy": __version__,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **versions(),
+        }
+        record = StageRecord(
+            {name: self.stages[name].digest for name in inputs}, options, entries, details, made
+        )
+        self.stages[stage] = record
+        self._write()
+        return record
+
+    def _write(self) -> None:
+        stages = {name: asdict(record) for name, record in self.stages.items()}
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.model,
+            "source": self.source.to_json(),
+            "scheme": self.scheme.to_json(),
+            "stages": stages,
+        }
+        write_json(self.root / MANIFEST, {**content, "sha256": sha256_of_json(content)})
+
+    def _hint(self, stage: str) -> str:
+        command, _, backend = stage.partition("/")
+        return f"quest-deploy {command}{f' --backend {backend}' if backend else ''} -w {self.root}"
+
+
+def _stage_record(entry: Any) -> StageRecord:
+    """A stage's record as the manifest holds it; raise TypeError where it is damaged."""
+    record = StageRecord(**entry)
+    if not all(
+        isinstance(part, dict)
+        for part in (record.inputs, record.options, record.files, record.details, record.made)
+    ):
+        raise TypeError("a stage's record is not made of objects")
+    for path, file in record.files.items():
+        if not (
+            isinstance(file, dict)
+            and isinstance(file.get("sha256"), str)
+            and isinstance(file.get("bytes"), int)
+        ):
+            raise TypeError(f"the record of {path} has no hash and size")
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise TypeError(f"{path} is no path inside the workspace")
+    return record
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, of this machine's platform and of the packages that shape results."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _REPORTED_PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _command(stage: str) -> str:
+    command, _, backend = stage.partition("/")
+    return f"{command} --backend {backend}" if backend else command
+
+
+def _problem(path: Path, entry: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != entry["bytes"]:
+        return (
+            f"was changed since it was written (expected {entry['bytes']} bytes, found "
+            f"{path.stat().st_size})"
+        )
+    if sha256_of(path) != entry["sha256"]:
+        return "was changed since it was written (its SHA-256 is not the manifest's)"
+    return None

@@ -1,0 +1,228 @@
+"""ONNX Runtime: the exact reference among the backends; the engine is the lowered graph itself."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy.backends.base import (
+    LOWERED,
+    CpuBackend,
+    EngineOptions,
+    Runner,
+    input_arrays,
+    input_shapes,
+    require_package,
+)
+from quest_deploy.errors import InputError, QuestDeployError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from exporters.exactness import Exactness
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+SETTINGS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+"""What is not quantized is FP32: TF32, which is on by default, rounds the operands of float
+products to 10 bits.
+"""
+_KERNEL = "_kernel_time"
+_INTEGER_KERNELS = (
+    "ConvInteger",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "QGemm",
+    "QLinearConv",
+    "QLinearMatMul",
+)
+_FLOAT_KERNELS = (
+    "Conv",
+    "ConvTranspose",
+    "FusedConv",
+    "FusedGemm",
+    "FusedMatMul",
+    "Gemm",
+    "MatMul",
+    "MatMulNBits",
+    "NhwcFusedConv",
+)
+"""MatMulNBits is one at the accuracy level that sessions ask for: it widens its weights."""
+_FLOATS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+class OnnxRuntimeBackend(CpuBackend):
+    """``options.provider`` chooses the execution provider."""
+
+    name = package = "onnxruntime"
+
+    def check_build(self, options: EngineOptions) -> None:
+        require_package("onnxruntime", "cpu", "building for onnxruntime")
+        _check_dtype(options)
+
+    def check_run(self, options: EngineOptions) -> None:
+        require_package("onnxruntime", "cpu", "running on onnxruntime")
+        _check_dtype(options)
+        import onnxruntime
+
+        available = onnxruntime.get_available_providers()
+        if PROVIDERS[options.provider] not in available:
+            raise InputError(
+                f"onnxruntime has no provider {options.provider} on this machine (it has "
+                f"{', '.join(available)}); "
+                "install 'quest-deploy[gpu]' on a machine with an NVIDIA GPU"
+            )
+
+    def on_cpu(self, options: EngineOptions) -> bool:
+        return options.provider == "cpu"
+
+    def lower_for(
+        self,
+        model: ir.Model,
+        options: EngineOptions,
+        exactness: Exactness,
+        *,
+        frozen_bucket: int | None = None,
+    ) -> ir.Model:
+        from exporters.lowering.onnxruntime import lower
+
+        return lower(model, frozen_bucket=frozen_bucket, dtype=options.dtype, exactness=exactness)
+
+    def compile(
+        self,
+        lowered: Path,
+        folder: Path,
+        options: EngineOptions,
+        on_progress: Callable[[str, int, int], None],
+    ) -> None:
+        """Load it once: what onnxruntime refuses is refused now."""
+        on_progress("loading into onnxruntime", 0, 1)
+        check = EngineOptions(threads=options.threads) if options.provider != "cpu" else options
+        open_session(lowered, check)
+        on_progress("loading into onnxruntime", 1, 1)
+
+    def open(self, folder: Path, options: EngineOptions) -> Runner:
+        return _OnnxRuntimeRunner(open_session(folder / LOWERED, options))
+
+    def realised_precision(self, folder: Path, options: EngineOptions) -> dict[str, str]:
+        """From the profile of one inference of one sample: which kernel ran, and the types of the
+        operands that it was given.
+        """
+        import numpy as np
+
+        from exporters.graph_info import load_graph
+        from exporters.multiplications import multiplication_names
+
+        lowered = load_graph(folder / LOWERED)
+        feeds = {
+            name: np.ones(shape, np.float32) for name, shape in input_shapes(lowered, 1).items()
+        }
+        with tempfile.TemporaryDirectory(prefix="quest-deploy-") as scratch:
+            session = open_session(folder / LOWERED, options, profile=Path(scratch) / "profile")
+            _OnnxRuntimeRunner(session).infer(feeds)
+            events = json.loads(Path(session.end_profiling()).read_text())
+        return profiled_precisions(events, multiplication_names(lowered))
+
+    def float_reason(self, operator: str) -> str:
+        if operator != "Conv":
+            return ""
+        return (
+            "its integer convolutions are slower than float or round what they put out, and a "
+            "grouped one is no matrix product"
+        )
+
+    def hardware(self, options: EngineOptions) -> dict[str, Any]:
+        return {**super().hardware(options), "device": options.provider}
+
+
+def _check_dtype(options: EngineOptions) -> None:
+    if options.dtype != "fp32" and options.provider == "cpu":
+        raise InputError(
+            f"onnxruntime computes {options.dtype} on GPUs only: give --provider cuda, or leave "
+            "--dtype at fp32"
+        )
+
+
+def profiled_precisions(events: list[dict[str, Any]], wanted: list[str]) -> dict[str, str]:
+    """What each ``wanted`` node ran in, by its name: by the kernel that ran, and for a float one by
+    the type of its first operand.
+
+    A node that onnxruntime fused has the name of one that it was made of, and something behind it.
+    """
+    names, found = set(wanted), {}
+    for event in (
+        e for e in events if e.get("cat") == "Node" and str(e.get("name", "")).endswith(_KERNEL)
+    ):
+        ran, kernel = event["name"].removesuffix(_KERNEL), event["args"].get("op_name")
+        name = (
+            ran
+            if ran in names
+            else max(
+                (n for n in names if ran.startswith((f"{n}_", f"{n}/"))), key=len, default=None
+            )
+        )
+        if name is not None and kernel in _INTEGER_KERNELS:
+            found[name] = "int8"
+        elif name is not None and kernel in _FLOAT_KERNELS:
+            kind = next(iter(event["args"]["input_type_shape"][0]))
+            found[name] = _FLOATS.get(kind, kind)
+    return found
+
+
+def open_session(path: Path, options: EngineOptions, profile: Path | None = None) -> Any:
+    """An onnxruntime.InferenceSession of the graph at ``path``, with the settings that every engine
+    runs with.
+
+    Args:
+        profile: write what each node took, and which kernel ran it, to a file whose name begins so.
+
+    Raises:
+        QuestDeployError: onnxruntime refuses the graph, or the provider cannot be used here.
+    """
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.log_severity_level = 3
+    # By default a float activation that meets a dequantized weight is quantized to 8 bits,
+    # silently; such a layer computes in float.
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # The lowering has chosen the operands' types, for kernels that are exact here (see
+    # AvoidSaturation): none is to be converted.
+    settings.add_session_config_entry("session.qdqisint8allowed", "1")
+    if profile is not None:
+        settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
+    provider = PROVIDERS[options.provider]
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), settings, providers=[(provider, SETTINGS.get(provider, {}))]
+        )
+    except Exception as e:  # its exceptions share no base class but this one
+        raise QuestDeployError(f"onnxruntime refuses {path}: {e}") from e
+    if session.get_providers()[0] != provider:
+        raise QuestDeployError(
+            f"onnxruntime fell back from {provider} to {session.get_providers()[0]}; check its GPU "
+            "libraries"
+        )
+    return session
+
+
+class _OnnxRuntimeRunner(Runner):
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._outputs = [output.name for output in session.get_outputs()]
+
+    def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        try:
+            outputs = self._session.run(self._outputs, input_arrays(feeds))
+        except Exception as e:
+            raise QuestDeployError(f"onnxruntime failed: {e}") from e
+        return dict(zip(self._outputs, outputs, strict=True))

@@ -1,0 +1,1 @@
+"""OpenVINO: the backend, and what its layers run in."""

@@ -1,0 +1,243 @@
+"""OpenVINO on the CPU: convolutions and linears as true INT8.
+
+The engine is the lowered graph itself: OpenVINO's own format would store the INT4 weights as INT8,
+twice the size.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy.backends.base import (
+    LOWERED,
+    CpuBackend,
+    EngineOptions,
+    Runner,
+    input_arrays,
+    input_shapes,
+    require_package,
+)
+from quest_deploy.errors import InputError, QuestDeployError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from exporters.exactness import Exactness
+
+    Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+"""openvino's name of each dtype that what is not INT8 may run in."""
+KEPT_SHAPES = 4
+"""Each compiled batch size holds weights of its own in memory."""
+
+
+class OpenVinoBackend(CpuBackend):
+    """FP32 where it is not INT8, or bf16 if asked for: on CPUs with bf16, OpenVINO would otherwise
+    use that unasked.
+    """
+
+    name = package = "openvino"
+
+    def check_build(self, options: EngineOptions) -> None:
+        require_package("openvino", "cpu", "building for openvino")
+        _check_dtype(options)
+
+    def check_run(self, options: EngineOptions) -> None:
+        require_package("openvino", "cpu", "running on openvino")
+        _check_dtype(options)
+
+    def lower_for(
+        self,
+        model: ir.Model,
+        options: EngineOptions,
+        exactness: Exactness,
+        *,
+        frozen_bucket: int | None = None,
+    ) -> ir.Model:
+        """In FP32 whatever ``dtype``: the runtime itself converts."""
+        from exporters.lowering.openvino import lower
+
+        return lower(model, frozen_bucket=frozen_bucket, exactness=exactness)
+
+    def compile(
+        self,
+        lowered: Path,
+        folder: Path,
+        options: EngineOptions,
+        on_progress: Callable[[str, int, int], None],
+    ) -> None:
+        """Compile it once: what openvino refuses is refused now."""
+        on_progress("compiling with openvino", 0, 1)
+        compile_graph(lowered, options)
+        on_progress("compiling with openvino", 1, 1)
+
+    def open(self, folder: Path, options: EngineOptions) -> Runner:
+        """With all kernels, but for float graphs that openvino crashes on, the benchmark's: see
+        :func:`fusing_crashes`.
+        """
+        from exporters.graph_info import load_graph
+
+        lowered = load_graph(folder / LOWERED)
+        in_float = all(node.op_type != "DequantizeLinear" for node in lowered.graph)
+        return _OpenVinoRunner(
+            folder / LOWERED, options, fuse=not (in_float and fusing_crashes(lowered))
+        )
+
+    def open_segments(self, folder: Path, options: EngineOptions) -> Runner:
+        """With the kernels that the engine has, but for graphs that openvino crashes on: see
+        :func:`fusing_crashes`.
+        """
+        from exporters.graph_info import load_graph
+
+        return _OpenVinoRunner(
+            folder / LOWERED, options, fuse=not fusing_crashes(load_graph(folder / LOWERED))
+        )
+
+    def realised_precision(self, folder: Path, options: EngineOptions) -> dict[str, str]:
+        """From the runtime model of the engine compiled for one sample."""
+        from exporters.graph_info import load_graph
+        from exporters.multiplications import multiplications
+        from quest_deploy.backends.openvino.precision import runtime_precisions
+
+        lowered = load_graph(folder / LOWERED)
+        shapes = input_shapes(lowered, 1)
+        compiled = compile_graph(folder / LOWERED, options, tuple(shapes.items()))
+        return runtime_precisions(compiled.get_runtime_model(), multiplications(lowered, shapes))
+
+
+def _check_dtype(options: EngineOptions) -> None:
+    if options.dtype not in HINTS:
+        raise InputError(
+            f"openvino runs what is not INT8 in {' or '.join(HINTS)} on a CPU, not in "
+            f"{options.dtype}"
+        )
+
+
+def fusing_crashes(segments: ir.Model) -> bool:
+    """Whether a norm is scaled by a computed factor: with no layer around, fusing the two kills the
+    process (openvino 2026.4).
+    """
+    for node in (node for node in segments.graph if node.op_type == "GroupNormalization"):
+        for product in (use.node for use in node.outputs[0].uses() if use.node.op_type == "Mul"):
+            factors = [
+                x.producer() for x in product.inputs if x is not None and x is not node.outputs[0]
+            ]
+            # SiLU multiplies by the norm's own sigmoid.
+            if any(factor is not None and factor.op_type != "Sigmoid" for factor in factors):
+                return True
+    return False
+
+
+def compile_graph(
+    path: Path,
+    options: EngineOptions,
+    shapes: Shapes | None = None,
+    *,
+    fuse: bool = True,
+    profile: bool = False,
+) -> Any:
+    """Compile the graph at ``path``, for fixed input shapes if given; ``profile`` makes each run
+    time its nodes.
+    """
+    import openvino
+
+    core = openvino.Core()
+    # Without the group size of 0 a float activation that meets a dequantized weight is quantized to
+    # 8 bits, silently.
+    config: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": HINTS[options.dtype],
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    }
+    if profile:
+        config["PERF_COUNT"] = True
+    if options.threads:
+        config["INFERENCE_NUM_THREADS"] = options.threads
+    try:
+        model = core.read_model(path)
+        if shapes is not None:
+            model.reshape({name: list(shape) for name, shape in shapes})
+        _forward_halves(model)
+        if not fuse or (options.dtype == "bf16" and fusing_errs(model)):
+            config["SNIPPETS_MODE"] = "DISABLE"
+        return core.compile_model(model, "CPU", config)
+    except RuntimeError as e:
+        raise QuestDeployError(f"openvino refuses {path}: {e}") from e
+
+
+def fusing_errs(model: Any) -> bool:
+    """Whether an attention has as many tokens as heads: in bf16 openvino 2026.4 then takes one for
+    the other in its fused kernel.
+
+    Its result is wrong by its own size; so is nothing else, nor this without the fusion, nor in
+    FP32 (measured).
+    """
+    for transpose in (op for op in model.get_ops() if op.get_type_name() == "Transpose"):
+        shape, order = transpose.get_input_partial_shape(0), transpose.input_value(1).get_node()
+        if (
+            shape.rank == 4
+            and order.get_type_name() == "Constant"
+            and list(order.get_data()) == [0, 2, 1, 3]
+            and shape[1] == shape[2]
+        ):
+            return True
+    return False
+
+
+def _forward_halves(model: Any) -> None:
+    """Let the readers of a Split of a Concat into the same parts read the parts themselves, in
+    place.
+
+    The graph joins the halves of a gated layer so that the layer's output can be verified; openvino
+    would copy them, twice.
+    """
+    for split in (op for op in model.get_ops() if op.get_type_name() in ("Split", "VariadicSplit")):
+        concat = split.input_value(0).get_node()
+        if concat.get_type_name() != "Concat" or concat.get_input_size() != split.get_output_size():
+            continue
+        parts = [concat.input_value(i) for i in range(concat.get_input_size())]
+        if all(
+            part.get_partial_shape() == split.output(i).get_partial_shape()
+            for i, part in enumerate(parts)
+        ):
+            for i, part in enumerate(parts):
+                split.output(i).replace(part)
+
+
+class _OpenVinoRunner(Runner):
+    """Compiles the graph for each batch size it meets, and keeps the last few.
+
+    OpenVINO fuses the elementwise work around the quantizers only where shapes are fixed: the same
+    graph with a dynamic batch was seen to take twice as long.
+    """
+
+    def __init__(self, path: Path, options: EngineOptions, *, fuse: bool = True) -> None:
+        self._path, self._options, self._fuse = path, options, fuse
+        self._requests: OrderedDict[Shapes, Any] = OrderedDict()
+
+    def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        request = self._request(tuple((name, value.shape) for name, value in sorted(feeds.items())))
+        # A copy: the request's own output memory is overwritten by the next call.
+        try:
+            results = request.infer(input_arrays(feeds))
+        except RuntimeError as e:
+            raise QuestDeployError(f"openvino failed: {e}") from e
+        copies = [(output.get_names(), value.copy()) for output, value in results.items()]
+        return {
+            name: value for names, value in copies for name in names
+        }  # equal outputs are one that has all their names
+
+    def _request(self, shapes: Shapes) -> Any:
+        if shapes not in self._requests:
+            self._requests[shapes] = compile_graph(
+                self._path, self._options, shapes, fuse=self._fuse
+            ).create_infer_request()
+            while len(self._requests) > KEPT_SHAPES:
+                self._requests.popitem(last=False)
+        self._requests.move_to_end(shapes)
+        return self._requests[shapes]

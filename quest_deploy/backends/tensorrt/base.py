@@ -1,0 +1,718 @@
+"""TensorRT and TensorRT for RTX: the same Python API in two packages.
+
+TensorRT for RTX builds ahead of time on a machine without a GPU; TensorRT proper, in
+tensorrt_sdk.py, on the GPU it will run on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import json
+import re
+import signal
+import sys
+import tempfile
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy.backends.base import (
+    LOWERED,
+    NATIVE,
+    PLUGIN,
+    Backend,
+    EngineOptions,
+    Runner,
+    SplitRunner,
+    engine_options,
+    input_arrays,
+    option_name,
+)
+from quest_deploy.backends.tensorrt.plugin import load_plugin
+from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.files import atomic_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+ENGINE = "model.engine"
+SAMPLE = "sample"
+RTX = "tensorrt_rtx"
+_TYPES = {
+    "Int8": "int8",
+    "INT8": "int8",
+    "BFloat16": "bf16",
+    "BF16": "bf16",
+    "Half": "fp16",
+    "FP16": "fp16",
+    "Float": "fp32",
+    "FP32": "fp32",
+}
+"""How its layer information names types."""
+RTX_LACKS = {
+    "serialize_plugins": "it runs no plugins",
+    "timing_cache": "it times no kernels when it builds",
+    "version_compatible": "its engines run on the release that built them alone",
+    "hardware_compatibility_level": "its engines run on the GPUs given with --compute-capability",
+    "builder_optimization_level": "it looks for fast kernels when an engine runs, not when it is "
+    "built",
+    "tactic_sources": "it looks for fast kernels when an engine runs, not when it is built",
+    "max_num_tactics": "it looks for fast kernels when an engine runs, not when it is built",
+    "plugins": "it runs no plugins",
+}
+"""Options of TensorRT alone, and why (its documentation; tried with 1.7: refused, ignored, or the
+same engine whatever is chosen).
+"""
+DEFAULT_CAPABILITIES = ("80", "86", "89", "120")
+"""Ampere, Ada and Blackwell. Not Turing ("75"): TensorRT for RTX refuses FP32 matrix products
+there.
+"""
+
+
+Shapes = dict[str, tuple[list[int], list[int], list[int]]]
+"""An optimization profile: the least, the tuned for and the largest shape of each input."""
+
+
+class TensorRtBackend(Backend):
+    """What the two flavours share. What differs is in :class:`TensorRtRtxBackend` and in
+    tensorrt_sdk.py.
+    """
+
+    package: str
+    """The Python module that provides the flavour."""
+    remedy: str
+    """How to get it."""
+
+    def check_run(self, options: EngineOptions) -> None:
+        self._module()
+        if gpu_count() == 0:
+            raise InputError(
+                f"{self.name} engines run on an NVIDIA GPU, and this machine has none; copy the "
+                "workspace to one that has"
+            )
+
+    def check_engine(self, content: dict[str, Any]) -> EngineOptions:
+        """Its version, its GPU and, where it has one, its plugin must be here."""
+        options = super().check_engine(content)
+        runtime = content.get("runtime")
+        built = runtime.get("version") if isinstance(runtime, dict) else None
+        here = str(self._module().__version__)
+        if built is not None and not runs_engines_of(
+            here, str(built), version_compatible=options.version_compatible
+        ):
+            raise InputError(
+                f"the engine was built by {self.name} {built}, and {here}, which is installed, "
+                "does "
+                "not run it; "
+                "run `quest-deploy build-engine` again"
+            )
+        check_compute_capability(content["hardware"], options)
+        return options
+
+    def check_options(self, trt: Any, options: EngineOptions) -> None:
+        """Raise InputError where the builder lacks what ``options`` ask for, by the names that its
+        Python module has.
+        """
+        if options.hardware_compatibility_level is not None:
+            _member(
+                trt,
+                "HardwareCompatibilityLevel",
+                options.hardware_compatibility_level,
+                "--hardware-compatibility-level",
+            )
+        for source in options.tactic_sources or ():
+            _member(trt, "TacticSource", source, "--tactic-sources")
+        if options.max_num_tactics is not None and not hasattr(
+            trt.IBuilderConfig, "max_num_tactics"
+        ):
+            raise InputError(
+                f"--max-num-tactics: {self.name} {trt.__version__} has no such option; a later one "
+                "has"
+            )
+
+    def check_graph(self, model: ir.Model, options: EngineOptions) -> None:
+        """The sample sizes must be those that the graph can take."""
+        check_sample_sizes(model, options.sample_sizes)
+
+    def lower(
+        self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None
+    ) -> ir.Model:
+        from exporters.lowering.tensorrt import lower
+
+        return lower(
+            model,
+            frozen_bucket=frozen_bucket,
+            dtype=options.dtype,
+            quantize="plugin" if options.quantize == PLUGIN else "native",
+        )
+
+    def compile(
+        self,
+        lowered: Path,
+        folder: Path,
+        options: EngineOptions,
+        on_progress: Callable[[str, int, int], None],
+    ) -> None:
+        trt = self._module()
+        logger = make_logger(trt, verbose=options.verbose)
+        monitor = _monitor(trt, on_progress)
+        # From the first object that logs on: parsing calls back into Python too.
+        with _interrupts_stop(monitor), tempfile.TemporaryDirectory(dir=folder) as scratch:
+            builder = trt.Builder(logger)
+            if options.quantize == PLUGIN:
+                load_plugin(builder.get_plugin_registry(), options.plugins, logger)
+            network = builder.create_network(
+                1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+            )
+            parser = trt.OnnxParser(network, logger)
+            if not parser.parse_from_file(
+                str(self.graph_to_parse(lowered, Path(scratch), options))
+            ):
+                errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+                raise QuestDeployError(f"{self.name} cannot parse {lowered}: {errors}")
+            config = builder.create_builder_config()
+            config.progress_monitor = monitor
+            configure(trt, config, options)
+            for shapes in self.profiles(profile_shapes(network, lowered, options)):
+                _add_profile(builder, config, shapes)
+            self.configure_flavour(trt, config, options)
+            timing_cache = read_timing_cache(config, options)
+            serialized = (
+                None if monitor.stopped else builder.build_serialized_network(network, config)
+            )
+        if serialized is None:
+            raise QuestDeployError(
+                f"{self.name} cannot build {lowered}: "
+                f"{'; '.join(logger.problems[-3:]) or 'no reason given'}"
+            )
+        (folder / ENGINE).write_bytes(serialized)
+        if timing_cache is not None and options.timing_cache is not None:
+            with atomic_file(Path(options.timing_cache)) as temporary:
+                temporary.write_bytes(timing_cache.serialize())
+
+    def open(self, folder: Path, options: EngineOptions) -> Runner:
+        return SplitRunner(_TensorRtRunner(folder, options, self.package), options.max_batch)
+
+    def graph_to_parse(self, lowered: Path, scratch: Path, options: EngineOptions) -> Path:
+        """What the parser gets: the lowered graph, or what was made of it in ``scratch``."""
+        return lowered
+
+    def configure_flavour(self, trt: Any, config: Any, options: EngineOptions) -> None:
+        """Set what only this flavour's builder takes."""
+
+    def profiles(self, shapes: list[Shapes]) -> list[Shapes]:
+        """The optimization profiles to build for inputs of ``shapes``: one each, since the builder
+        times kernels for each.
+        """
+        return shapes
+
+    def realised_precision(self, folder: Path, options: EngineOptions) -> dict[str, str]:
+        """From the engine's own layer information; only a GPU that can run the engine can read
+        it.
+        """
+        from exporters.graph_info import load_graph
+        from exporters.multiplications import multiplication_names
+
+        wanted = multiplication_names(load_graph(folder / LOWERED))
+        trt = self._module()
+        engine = load_engine(trt, make_logger(trt), folder, engine_options(self, folder))
+        told = engine.create_engine_inspector().get_engine_information(
+            trt.LayerInformationFormat.JSON
+        )
+        return told_precisions(json.loads(told)["Layers"], wanted)
+
+    def record(self, options: EngineOptions) -> dict[str, Any]:
+        return {"runtime": {"name": self.package, "version": str(self._module().__version__)}}
+
+    def _module(self) -> Any:
+        try:
+            return importlib.import_module(self.package)
+        except (ImportError, OSError) as e:  # the wheel may be there without its libraries
+            needed = (
+                f"the {self.name} backend needs the Python package {self.name} and its libraries"
+            )
+            raise InputError(f"{needed} ({e}): {self.remedy}") from e
+
+
+class TensorRtRtxBackend(TensorRtBackend):
+    """TensorRT for RTX: built ahead of time for the GPUs chosen, on any machine."""
+
+    name = "tensorrt-rtx"
+    package = RTX
+    remedy = "pip install 'quest-deploy[cpu]'"
+
+    def resolve(self, options: EngineOptions) -> EngineOptions:
+        return replace(options, quantize=NATIVE) if options.quantize == "auto" else options
+
+    def check_build(self, options: EngineOptions) -> None:
+        trt = self._module()
+        for option in options.given(RTX_LACKS):
+            raise InputError(
+                f"{option_name(option)} is tensorrt's; tensorrt-rtx has no such option: "
+                f"{RTX_LACKS[option]}"
+            )
+        if options.quantize == PLUGIN:
+            raise InputError(
+                "--quantize plugin is tensorrt's: tensorrt-rtx runs no plugins; give --quantize "
+                "native, or leave it out"
+            )
+        if (options.refittable or options.strip_plan) and gpu_count() == 0:
+            raise InputError(
+                "--refittable and --strip-plan need an NVIDIA GPU, and this machine has none: "
+                "tensorrt-rtx compiles what puts weights "
+                "into an engine with the GPU's driver"
+            )
+        for capability in options.compute_capabilities:
+            _compute_capability(trt, capability)
+
+    def profiles(self, shapes: list[Shapes]) -> list[Shapes]:
+        """One for all: kernels are made for a shape when it is met, while each profile would be
+        compiled anew (see spanning_shapes).
+        """
+        return [spanning_shapes(shapes)]
+
+    def configure_flavour(self, trt: Any, config: Any, options: EngineOptions) -> None:
+        _target(trt, config, options.compute_capabilities)
+
+    def hardware(self, options: EngineOptions) -> dict[str, Any]:
+        return {
+            "device": "GPU",
+            "compute_capabilities": list(options.compute_capabilities or DEFAULT_CAPABILITIES),
+        }
+
+
+def runs_engines_of(here: str, built: str, *, version_compatible: bool) -> bool:
+    """Whether TensorRT ``here`` runs an engine that version ``built`` made: its own, and earlier
+    ones' that are version compatible.
+
+    Raises:
+        InputError: one of them is no version of three numbers or more.
+    """
+    mine, theirs = _version(here), _version(built)
+    parts = min(len(mine), len(theirs))  # some of its names leave the build's number out
+    return mine[:parts] == theirs[:parts] or (version_compatible and mine[:parts] > theirs[:parts])
+
+
+def _version(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+){2,}", text):
+        raise InputError(
+            "expected TensorRT's version as three numbers or more, such as 10.16.1, found "
+            f"{text!r}; "
+            "run `quest-deploy build-engine` again"
+        )
+    return tuple(map(int, text.split(".")))
+
+
+def check_compute_capability(hardware: dict[str, Any], options: EngineOptions) -> None:
+    """Raise InputError where an engine that was built for ``hardware`` (see
+    :meth:`Backend.hardware`) does not run on this GPU.
+    """
+    here, built = gpu_compute_capability(), hardware.get("compute_capabilities")
+    anywhere = options.hardware_compatibility_level == "ampere_plus" and int(here) >= 80
+    if isinstance(built, list) and here not in built and not anywhere:
+        raise InputError(
+            f"the engine was built for compute capabilities {', '.join(map(str, built))}, and this "
+            f"machine's GPU has {here}; "
+            "run `quest-deploy build-engine` for it"
+        )
+
+
+def _member(trt: Any, enumeration: str, name: str, option: str) -> Any:
+    """The member of one of TensorRT's enumerations, its name in lower case; raise InputError where
+    this version has none such.
+    """
+    members = getattr(trt, enumeration).__members__
+    if name.upper() not in members:
+        raise InputError(
+            f"{option}: TensorRT {trt.__version__} has no {name!r}: it has "
+            f"{', '.join(m.lower() for m in members)}"
+        )
+    return members[name.upper()]
+
+
+def told_precisions(layers: list[Any], wanted: list[str]) -> dict[str, str]:
+    """What each ``wanted`` node runs in, by its name, from TensorRT's layer information at detailed
+    verbosity.
+
+    A layer's metadata names the ONNX nodes it was made of. One that holds several multiplications
+    does not tell what each runs in, so they are left out; so is a layer whose operands' types are
+    not told.
+    """
+    names, found = set(wanted), {}
+    for layer in (entry for entry in layers if isinstance(entry, dict)):
+        made_of = [
+            name
+            for name in re.findall(r"\[ONNX Layer: ([^\]]+)\]", str(layer.get("Metadata", "")))
+            if name in names
+        ]
+        operands = [str(entry.get("Format/Datatype", "")) for entry in layer.get("Inputs", [])[:2]]
+        if isinstance(weights := layer.get("Weights"), dict):
+            operands = [*operands[:1], str(weights.get("Type", ""))]
+        types = [
+            next((name for word, name in _TYPES.items() if word in operand), None)
+            for operand in operands
+        ]
+        if len(set(made_of)) == 1 and types and None not in types:
+            found[made_of[0]] = (
+                "int8"
+                if set(types) == {"int8"}
+                else str(next(kind for kind in types if kind != "int8"))
+            )
+    return found
+
+
+def gpu_count() -> int:
+    """How many NVIDIA GPUs the driver shows; 0 without a driver."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def gpu_compute_capability() -> str:
+    """The first GPU's compute capability, such as "90"; call it only where :func:`gpu_count` is
+    positive.
+    """
+    cuda = ctypes.CDLL("libcuda.so.1")
+    cuda.cuInit(0)
+    values = []
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        value = ctypes.c_int(0)
+        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0)
+        values.append(str(value.value))
+    return "".join(values)
+
+
+def make_logger(trt: Any, *, verbose: bool = False) -> Any:
+    """The process's logger for the package ``trt``, its ``problems`` forgotten, for what comes
+    next.
+
+    There is one: TensorRT keeps the first that it is given until all of its objects are gone,
+    whichever made them.
+    """
+    logger = _logger(trt.ILogger)
+    logger.problems.clear()
+    logger.verbose = verbose
+    return logger
+
+
+@functools.cache
+def _logger(base: Any) -> Any:
+    class Logger(base):  # type: ignore[misc]
+        """Keeps errors for our own message instead of printing them; prints everything if it is
+        ``verbose``.
+        """
+
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.problems: list[str] = []
+            self.verbose = False
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= base.Severity.ERROR:
+                self.problems.append(message.strip())
+            if self.verbose:
+                print(f"[{severity.name}] {message}", file=sys.stderr, flush=True)
+
+    return Logger()
+
+
+def _monitor(trt: Any, on_progress: Callable[[str, int, int], None]) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Passes the builder's phases on; ``stopped`` ends the build at its next step."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+            self.stopped = False
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.totals[phase_name] = num_steps
+            on_progress(phase_name, 0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            on_progress(phase_name, step + 1, self.totals.get(phase_name, step + 1))
+            return not self.stopped
+
+        def phase_finish(self, phase_name: str) -> None:
+            total = self.totals.get(phase_name, 1)
+            on_progress(phase_name, total, total)
+
+    return Monitor()
+
+
+@contextmanager
+def _interrupts_stop(monitor: Any) -> Iterator[None]:
+    """Let Ctrl-C stop the build through its monitor: a KeyboardInterrupt raised in a callback would
+    be lost in C++.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only there do signals arrive
+        yield
+        return
+
+    def stop(signum: int, frame: Any) -> None:
+        monitor.stopped = True
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if monitor.stopped:
+        raise KeyboardInterrupt
+
+
+def check_sample_sizes(model: ir.Model, sizes: tuple[tuple[int, int], ...]) -> None:
+    """Raise InputError where a graph cannot take samples of one of ``sizes``."""
+    from exporters.graph_info import sample_multiple
+
+    (own,) = (list(value.shape or [])[2:] for value in model.graph.inputs if value.name == SAMPLE)
+    multiple = sample_multiple(model)
+    for size in sizes:
+        if all(isinstance(side, int) for side in own) and list(size) != own:
+            raise InputError(
+                f"the graph takes samples of {own[0]}x{own[1]} alone, not of {size[0]}x{size[1]}"
+            )
+        if any(side % multiple for side in size):
+            raise InputError(
+                f"a sample of {size[0]}x{size[1]}: the model takes multiples of {multiple}"
+            )
+
+
+def configure(trt: Any, config: Any, options: EngineOptions) -> None:
+    """Set what ``options`` ask of a builder's configuration, besides its profiles and targets."""
+    flag = trt.BuilderFlag
+    # On by default, it rounds the float products' operands to 10 bits: what is not quantized is
+    # FP32, as on the other backends.
+    config.clear_flag(flag.TF32)
+    config.profiling_verbosity = _member(
+        trt, "ProfilingVerbosity", options.profiling_verbosity, "--profiling-verbosity"
+    )
+    chosen = {
+        flag.REFIT: options.refittable,
+        flag.STRIP_PLAN: options.strip_plan,
+        flag.VERSION_COMPATIBLE: options.version_compatible,
+        flag.WEIGHT_STREAMING: options.weight_streaming,
+    }
+    for name, wanted in chosen.items():
+        if wanted:
+            config.set_flag(name)
+    if options.workspace_limit is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_limit)
+    if options.hardware_compatibility_level is not None:
+        level = _member(
+            trt,
+            "HardwareCompatibilityLevel",
+            options.hardware_compatibility_level,
+            "--hardware-compatibility-level",
+        )
+        config.hardware_compatibility_level = level
+    if options.builder_optimization_level is not None:
+        config.builder_optimization_level = options.builder_optimization_level
+    if options.tactic_sources is not None:
+        sources = (
+            int(_member(trt, "TacticSource", name, "--tactic-sources"))
+            for name in options.tactic_sources
+        )
+        config.set_tactic_sources(sum(1 << source for source in sources))
+    if options.max_num_tactics is not None:
+        config.max_num_tactics = options.max_num_tactics
+    if options.serialize_plugins:
+        config.plugins_to_serialize = [options.plugins]
+
+
+def read_timing_cache(config: Any, options: EngineOptions) -> Any:
+    """Let the builder use what is in the timing cache's file; an empty one, and say so, if that is
+    another version's or GPU's.
+    """
+    if options.timing_cache is None:
+        return None
+    path = Path(options.timing_cache)
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        print(
+            f"the timing cache {path} is not this TensorRT's and this GPU's; it is written anew",
+            file=sys.stderr,
+            flush=True,
+        )
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def profile_shapes(network: Any, lowered: Path, options: EngineOptions) -> list[Shapes]:
+    """The least, the tuned for and the largest shape of each input by name, for each optimization
+    profile.
+
+    One for each of the sample sizes, or one of the size that the model is meant for; the
+    conditions' shapes are the graph's.
+    """
+    inputs = {
+        tensor.name: list(tensor.shape)[1:]
+        for tensor in map(network.get_input, range(network.num_inputs))
+    }
+    sizes: list[list[int]] = [list(size) for size in options.sample_sizes] or [
+        inputs.get(SAMPLE, [])[1:]
+    ]
+    if any(side < 0 for size in sizes for side in size):
+        sizes = [_own_sample_size(lowered)]
+
+    def shapes(size: list[int], batch: int) -> dict[str, list[int]]:
+        return {
+            name: [batch, *(shape if name != SAMPLE else [*shape[:1], *size])]
+            for name, shape in inputs.items()
+        }
+
+    batches = (1, options.opt_batch or min(2, options.max_batch), options.max_batch)
+    bounds = [[shapes(size, batch) for batch in batches] for size in sizes]
+    return [
+        {name: (least[name], tuned_for[name], largest[name]) for name in inputs}
+        for least, tuned_for, largest in bounds
+    ]
+
+
+def spanning_shapes(profiles: list[Shapes]) -> Shapes:
+    """One profile that takes what any of ``profiles`` takes, and what lies between; tuned for what
+    the first is tuned for.
+    """
+    return {
+        name: (
+            [min(sides) for sides in zip(*(shapes[name][0] for shapes in profiles), strict=True)],
+            profiles[0][name][1],
+            [max(sides) for sides in zip(*(shapes[name][2] for shapes in profiles), strict=True)],
+        )
+        for name in profiles[0]
+    }
+
+
+def _own_sample_size(lowered: Path) -> list[int]:
+    """The height and width of the samples that a graph is meant for, which takes others too."""
+    from exporters.graph_info import load_graph, sample_shape
+
+    try:
+        return list(sample_shape(load_graph(lowered)))[1:]
+    except KeyError as e:
+        raise QuestDeployError(
+            f"{lowered} takes samples of any size and does not say which it is meant for"
+        ) from e
+
+
+def _add_profile(builder: Any, config: Any, shapes: Shapes) -> None:
+    profile = builder.create_optimization_profile()
+    for name, (least, tuned_for, largest) in shapes.items():
+        profile.set_shape(name, least, tuned_for, largest)
+    config.add_optimization_profile(profile)
+
+
+def _target(trt: Any, config: Any, capabilities: tuple[str, ...]) -> None:
+    names = capabilities or DEFAULT_CAPABILITIES
+    config.num_compute_capabilities = len(names)
+    for i, name in enumerate(names):
+        config.set_compute_capability(_compute_capability(trt, name), i)
+
+
+def _compute_capability(trt: Any, name: str) -> Any:
+    members = trt.ComputeCapability.__members__
+    if f"SM{name}" not in members:
+        supported = ", ".join(n.removeprefix("SM") for n in members if n.startswith("SM"))
+        raise InputError(
+            f"unknown compute capability {name!r}: this TensorRT for RTX builds for {supported}"
+        )
+    return members[f"SM{name}"]
+
+
+def load_engine(trt: Any, logger: Any, folder: Path, options: EngineOptions) -> Any:
+    """The engine in ``folder``, on the GPU, with its weights: one that was stripped gets them from
+    the lowered graph.
+    """
+    runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = (
+        options.version_compatible
+    )  # such an engine brings the runtime that it needs, or the plugin
+    if options.quantize == PLUGIN and not options.serialize_plugins:
+        load_plugin(runtime.get_plugin_registry(), options.plugins, logger)
+    engine = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
+    if engine is None:
+        raise QuestDeployError(
+            f"{folder / ENGINE} cannot be loaded: "
+            f"{'; '.join(logger.problems[-3:]) or 'no reason given'}"
+        )
+    if options.strip_plan:
+        refitter = trt.Refitter(engine, logger)
+        parser = trt.OnnxParserRefitter(refitter, logger)
+        if not parser.refit_from_file(str(folder / LOWERED)) or not refitter.refit_cuda_engine():
+            errors = [
+                parser.get_error(i).desc() for i in range(parser.num_errors)
+            ] + logger.problems[-3:]
+            raise QuestDeployError(
+                f"{folder / ENGINE} cannot be given the weights of {folder / LOWERED}: "
+                f"{'; '.join(errors)}"
+            )
+    return engine
+
+
+def fitting_profile(engine: Any, shapes: dict[str, tuple[int, ...]]) -> int:
+    """The first optimization profile of ``engine`` that takes inputs of ``shapes``; raise
+    InputError where none does.
+    """
+    for profile in range(engine.num_optimization_profiles):
+        bounds = {name: engine.get_tensor_profile_shape(name, profile) for name in shapes}
+        if all(
+            len(least) == len(shapes[name])
+            and all(a <= x <= b for a, x, b in zip(least, shapes[name], largest, strict=True))
+            for name, (least, _, largest) in bounds.items()
+        ):
+            return profile
+    raise InputError(
+        f"the engine was built for other inputs than {shapes}; run `quest-deploy build-engine` "
+        "with "
+        "their --sample-size"
+    )
+
+
+class _TensorRtRunner(Runner):
+    """Polygraphy's TrtRunner on the engine."""
+
+    def __init__(self, folder: Path, options: EngineOptions, package: str) -> None:
+        from polygraphy import config
+
+        config.USE_TENSORRT_RTX = (
+            package == RTX
+        )  # before its TensorRT backend is imported; one flavour a process
+        from polygraphy.backend.trt import TrtRunner
+
+        trt = importlib.import_module(package)
+        self._engine, self._profile = load_engine(trt, make_logger(trt), folder, options), 0
+        # -1: TensorRT chooses.
+        budget = (
+            options.weight_streaming_budget if options.weight_streaming_budget is not None else -1
+        )
+        self._runner = TrtRunner(
+            self._engine, weight_streaming_budget=budget if options.weight_streaming else None
+        )
+        self._runner.activate()
+
+    def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        profile = fitting_profile(
+            self._engine, {name: value.shape for name, value in feeds.items()}
+        )
+        if profile != self._profile:
+            self._runner.set_profile(profile)
+            self._profile = profile
+        return {
+            name: value.copy() for name, value in self._runner.infer(input_arrays(feeds)).items()
+        }
+
+    def close(self) -> None:
+        self._runner.deactivate()

@@ -1,0 +1,181 @@
+"""TensorRT proper: all that differs from TensorRT for RTX. docs/tensorrt.md lists what of it was
+not run where it was written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from quest_deploy.backends.base import NATIVE, PLUGIN, EngineOptions
+from quest_deploy.backends.tensorrt import base as shared
+from quest_deploy.backends.tensorrt.plugin import (
+    HINT,
+    NAME,
+    NAMESPACE,
+    built_for,
+    load_plugin,
+    plugin_library,
+    recorded_library,
+)
+from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.files import sha256_of
+
+MAJORS = (10, 11)
+"""The major versions whose API this is written for: 11 has no weakly typed networks, and 10 is the
+first with IPluginV3.
+"""
+
+
+class TensorRtSdkBackend(shared.TensorRtBackend):
+    """TensorRT: built on the GPU that runs the engine, with the plugin or natively."""
+
+    name = "tensorrt"
+    package = "tensorrt"
+    remedy = "pip install 'quest-deploy[gpu]' on a machine with NVIDIA's TensorRT SDK"
+
+    def resolve(self, options: EngineOptions) -> EngineOptions:
+        """``auto`` is the plugin where its library is found."""
+        if options.quantize == NATIVE:
+            return options
+        library = plugin_library(options.plugins)
+        if library is None and options.serialize_plugins:
+            raise InputError(f"--serialize-plugins: no plugin library was found: {HINT}")
+        if options.quantize == "auto":
+            options = replace(options, quantize=NATIVE if library is None else PLUGIN)
+        return replace(options, plugins=None if library is None else str(library))
+
+    def check_build(self, options: EngineOptions) -> None:
+        options = self.resolve(options)
+        trt = self._module()
+        self._check_version(trt)
+        if shared.gpu_count() == 0:
+            raise InputError(
+                "tensorrt builds on the GPU that runs the engine, and this machine has none; use "
+                "tensorrt-rtx here"
+            )
+        self.check_options(trt, options)
+        _check_timing_cache(options)
+        if options.quantize == PLUGIN:
+            _check_plugin(trt, options)
+
+    def check_run(self, options: EngineOptions) -> None:
+        super().check_run(options)
+        self._check_version(self._module())
+
+    def check_engine(self, content: dict[str, Any]) -> EngineOptions:
+        options = super().check_engine(content)
+        plugin = content.get("plugin")
+        if options.quantize != PLUGIN or options.serialize_plugins:
+            return options
+        if not isinstance(plugin, dict) or not isinstance(plugin.get("sha256"), str):
+            raise InputError(
+                "the engine's record does not say which plugin library it needs; run `quest-deploy "
+                "build-engine` again"
+            )
+        return replace(options, plugins=str(recorded_library(options.plugins, plugin["sha256"])))
+
+    def graph_to_parse(self, lowered: Path, scratch: Path, options: EngineOptions) -> Path:
+        """With the plugin, GEGLU goes into the quantizer behind it; ``lowered`` itself keeps the
+        values that `verify` cuts it at.
+        """
+        if options.quantize != PLUGIN:
+            return lowered
+        from exporters.graph_info import load_graph, save_graph
+        from exporters.passes.fuse_geglu import FuseGeglu
+
+        model = load_graph(lowered)
+        if not FuseGeglu()(model).modified:
+            return lowered
+        save_graph(model, scratch / lowered.name)
+        return scratch / lowered.name
+
+    def hardware(self, options: EngineOptions) -> dict[str, Any]:
+        return {
+            "device": gpu_name(),
+            "compute_capabilities": [shared.gpu_compute_capability()],
+            "driver": f"CUDA {driver_version()}",
+        }
+
+    def record(self, options: EngineOptions) -> dict[str, Any]:
+        found = super().record(options)
+        if options.quantize == PLUGIN and options.plugins is not None:
+            path = Path(options.plugins)
+            found["plugin"] = {
+                "library": path.name,
+                "sha256": sha256_of(path),
+                "serialized": options.serialize_plugins,
+            }
+        return found
+
+    def _check_version(self, trt: Any) -> None:
+        major = str(trt.__version__).partition(".")[0]
+        if major not in map(str, MAJORS):
+            raise InputError(
+                "the tensorrt backend is written for TensorRT "
+                f"{' and '.join(f'{m}.x' for m in MAJORS)}, and {trt.__version__} is "
+                f"installed; {self.remedy}"
+            )
+
+
+def _check_plugin(trt: Any, options: EngineOptions) -> None:
+    """Load the library once, before minutes are spent; raise InputError where TensorRT cannot."""
+    if options.plugins is None:
+        raise InputError(
+            f"--quantize plugin: no library of the plugin {NAMESPACE}::{NAME} was found: {HINT}; "
+            "or "
+            "--quantize native"
+        )
+    built, here = built_for(Path(options.plugins)), int(trt.__version__.split(".")[0])
+    if built not in (None, here):
+        raise InputError(
+            f"--quantize plugin: the plugin library {options.plugins} was built with the headers "
+            "of "
+            f"TensorRT {built}, and "
+            f"{trt.__version__} is here: build it with that version's (trt_plugins/README.md); or "
+            "--quantize native"
+        )
+    logger = shared.make_logger(trt)
+    builder = trt.Builder(logger)  # its registry goes with it
+    try:
+        load_plugin(builder.get_plugin_registry(), options.plugins, logger)
+    except QuestDeployError as e:
+        raise InputError(f"--quantize plugin: {e}") from e
+
+
+def _check_timing_cache(options: EngineOptions) -> None:
+    if options.timing_cache is None:
+        return
+    # It is read before the engine is built, and written after: nothing is made now, since a later
+    # check may fail.
+    path = Path(options.timing_cache)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.exists() and not (path.is_file() and os.access(path, os.R_OK)):
+        raise InputError(
+            f"the timing cache {path} cannot be read and written: it is no file that can be read"
+        )
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise InputError(
+            f"the timing cache {path} cannot be read and written: {folder} is no folder that can "
+            "be "
+            "written to"
+        )
+
+
+def gpu_name() -> str:
+    """The first GPU's name, such as "NVIDIA H200"; call it only where there is one."""
+    cuda = ctypes.CDLL("libcuda.so.1")
+    cuda.cuInit(0)
+    name = ctypes.create_string_buffer(256)
+    cuda.cuDeviceGetName(name, len(name), 0)
+    return name.value.decode(errors="replace")
+
+
+def driver_version() -> str:
+    """The newest CUDA that the driver runs, such as "13.0"."""
+    version = ctypes.c_int(0)
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"

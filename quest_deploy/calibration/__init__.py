@@ -1,0 +1,1 @@
+"""Post-training quantization: trajectories, ranges, Q-Diffusion's reconstruction, sensitivity."""

@@ -1,0 +1,415 @@
+"""Calibration: choose every scale from the float model's own activations, bucket by bucket.
+
+Post-training quantization in one pass over recorded trajectories, which keeps each channel's
+extremes (for the static channel vector) and a sample of each site's values in each bucket (for the
+activation scales), then one over the folded weights (for theirs).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.artifacts.checkpoint import (
+    Architecture,
+    Checkpoint,
+    FreeSiteData,
+    LayerData,
+    ProductData,
+    SiteData,
+)
+from quest_deploy.artifacts.scheme import (
+    Granularity,
+    Scheme,
+    Symmetry,
+    activation_levels,
+    weight_range,
+)
+from quest_deploy.errors import InputError
+from quest_deploy.models.unets import fixed_heads
+from quest_deploy.quantization.affine import WeightGrid, bucket_of, clamp, weight_codes
+from quest_deploy.quantization.model import conv_geometry, float_state, fold_channel
+from quest_deploy.quantization.planner import (
+    LayerPlan,
+    QuantizationPlan,
+    SitePlan,
+    plan_quantization,
+)
+from quest_deploy.quantization.prepare import prepared_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from quest_deploy.calibration.trajectories import Trajectories
+
+VALUES_PER_SITE = 4096 * 20
+"""Shared by the buckets, of which each keeps at least FEWEST_VALUES; a free channel keeps these for
+each bucket.
+"""
+FEWEST_VALUES = 512
+VALUES_TOGETHER = 2**18
+"""How many quantized values the search for a range computes at a time."""
+CHANNEL_ALPHA = 0.5
+SHRINK_FACTORS = torch.linspace(1.0, 0.2, 81)
+SMALLEST_SCALE = 1e-8
+
+
+class RangeMethod(StrEnum):
+    """How a clip range is chosen from a sample of values."""
+
+    MSE = "mse"
+    """The shrink factor of the min-max range with the least mean squared error."""
+    L24 = "l2.4"
+    """The shrink factor with the least mean |x - x^|^2.4: Q-Diffusion's and QuEST's search."""
+    MINMAX = "minmax"
+    """The smallest and the largest value."""
+
+    @property
+    def factors(self) -> Tensor:
+        """The shrink factors that are tried, float [F], the first of them 1."""
+        return SHRINK_FACTORS[:1] if self is RangeMethod.MINMAX else SHRINK_FACTORS
+
+    def error(self, difference: Tensor, dim: int) -> Tensor:
+        """The mean error over ``dim`` of x^ - x."""
+        return (
+            difference.abs().pow(2.4).mean(dim)
+            if self is RangeMethod.L24
+            else difference.square().mean(dim)
+        )
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How to calibrate.
+
+    Attributes:
+        method: chooses the ranges.
+        samples: how many of the recorded samplings are run, the first ones; finetuning profits from
+            more than calibration does.
+        batch: samples that run at once.
+        seed: picks which values are kept for the search.
+    """
+
+    method: RangeMethod = RangeMethod.MSE
+    samples: int = 256
+    batch: int = 64
+    seed: int = 0
+
+
+@torch.no_grad()
+def calibrate(
+    model_name: str,
+    unet: nn.Module,
+    trajectories: Trajectories,
+    scheme: Scheme,
+    options: CalibrationOptions,
+    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Checkpoint:
+    """Quantize ``unet`` by calibration alone.
+
+    Args:
+        trajectories: recorded on ``unet``; every bucket of ``scheme`` must occur in them.
+        on_progress: called with a pass's name, the steps done and their number.
+
+    Raises:
+        InputError: a bucket without samples, or a layer that cannot be quantized.
+    """
+    batches = list(_batches(trajectories.first(options.samples), scheme, options.batch))
+    empty = set(range(scheme.buckets)) - {
+        int(b) for _, buckets in batches for b in buckets.unique()
+    }
+    if empty:
+        raise InputError(
+            f"the calibration trajectories never visit the timestep buckets {sorted(empty)}; "
+            "record "
+            "more steps"
+        )
+    probe = {k: v[:2] for k, v in batches[0][0].items()}
+    unet, split_shortcuts, attention = prepared_for(copy.deepcopy(unet), scheme, probe)
+    plan = plan_quantization(unet, probe, scheme)
+    recorder = _Recorder(unet, plan, scheme, options)
+    for i, (inputs, buckets) in enumerate(batches):
+        recorder.run(inputs, buckets)
+        on_progress("activation values", i + 1, len(batches))
+    recorder.choose_channels(scheme.granularity)
+    sites: dict[str, SiteData | FreeSiteData] = {}
+    layers = {}
+    for i, site in enumerate(plan.sites):
+        sites[site.name] = recorder.site_data(site)
+        on_progress("activation scales", i + 1, len(plan.sites))
+    for i, layer in enumerate(plan.layers):
+        site = next(s for s in plan.sites if layer.name in s.layers)
+        layers[layer.name] = _layer_data(
+            unet.get_submodule(layer.name), layer, recorder.channel[site.name], options.method
+        )
+        on_progress("weight scales", i + 1, len(plan.layers))
+    return Checkpoint(
+        model=model_name,
+        architecture=Architecture(
+            type(unet).__name__, _plain_config(unet), split_shortcuts, attention, fixed_heads(unet)
+        ),
+        scheme=scheme,
+        layers=layers,
+        sites=sites,
+        floats=float_state(unet, layers),
+        provenance={"method": "ptq", "range": options.method.value, "seed": options.seed},
+        products={
+            product.name: ProductData(product.name, product.sites, product.macs)
+            for product in plan.products
+        },
+    )
+
+
+def _plain_config(unet: nn.Module) -> dict[str, Any]:
+    config = {k: v for k, v in dict(unet.config).items() if not k.startswith("_")}  # type: ignore[arg-type]
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+
+
+def _batches(
+    trajectories: Trajectories, scheme: Scheme, size: int
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    edges = torch.tensor(scheme.bucket_edges)
+    for inputs in trajectories.batches(size):
+        yield inputs, bucket_of(inputs["timestep"], edges)
+
+
+class _Recorder:
+    """Sees each site's tensor while the float model runs."""
+
+    def __init__(
+        self, unet: nn.Module, plan: QuantizationPlan, scheme: Scheme, options: CalibrationOptions
+    ) -> None:
+        self.unet, self.plan, self.buckets, self.method = unet, plan, scheme.buckets, options.method
+        self.free = scheme.granularity is Granularity.FREE_CHANNEL
+        self.kept = max(VALUES_PER_SITE // self.buckets, FEWEST_VALUES)
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.channel: dict[str, Tensor] = {}
+        self.samples: dict[tuple[str, int], _Reservoir] = {}
+        self.extremes: dict[tuple[str, int], Tensor] = {}
+
+    def run(self, inputs: dict[str, Tensor], buckets: Tensor) -> None:
+        """Run the model on one batch and visit each site's tensor."""
+
+        def hook(site: SitePlan) -> Any:
+            return lambda module, args: self.visit(site, args[site.operand or 0], buckets)
+
+        # Layers that share a site read the same tensor: the first of them is enough.
+        handles = [
+            self.unet.get_submodule(s.layers[0]).register_forward_pre_hook(hook(s))
+            for s in self.plan.sites
+        ]
+        try:
+            self.unet(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def visit(self, site: SitePlan, x: Tensor, buckets: Tensor) -> None:
+        """Keep some of a site's values x [B, ...], and each channel's extremes, by bucket."""
+        for bucket in buckets.unique().tolist():
+            rows, key = (
+                x[buckets == bucket].transpose(site.axis, -1).flatten(0, -2),
+                (site.name, bucket),
+            )
+            found = torch.stack([rows.amin(0), rows.amax(0)])
+            before = self.extremes.get(key, found)
+            self.extremes[key] = torch.stack(
+                [torch.minimum(before[0], found[0]), torch.maximum(before[1], found[1])]
+            )
+            values, kept = (
+                (rows, FEWEST_VALUES)
+                if self.is_free(site)
+                else (rows.flatten()[:, None], self.kept)
+            )
+            self.samples.setdefault(key, _Reservoir(kept)).add(values, self.generator)
+
+    def choose_channels(self, granularity: Granularity) -> None:
+        """g = sqrt(amax_x / amax_w) (SmoothQuant, alpha 0.5), scaled to a geometric mean of one,
+        for layers of folded channels.
+
+        All ones for other granularities, and for attention's operands.
+        """
+        for site in self.plan.sites:
+            amax = (
+                torch.stack([self.extremes[site.name, b] for b in range(self.buckets)])
+                .abs()
+                .amax((0, 1))
+            )
+            if site.operand is not None or granularity is not Granularity.FOLDED_CHANNEL:
+                self.channel[site.name] = torch.ones_like(amax)
+                continue
+            weight_amax = torch.stack(
+                [_input_amax(self.unet.get_submodule(name), amax) for name in site.layers]
+            ).amax(0)
+            x, w = amax.clamp(min=1e-5), weight_amax.clamp(min=1e-5)
+            channel = x.pow(CHANNEL_ALPHA) / w.pow(1 - CHANNEL_ALPHA)
+            self.channel[site.name] = channel / channel.log().mean().exp()
+
+    def is_free(self, site: SitePlan) -> bool:
+        """Whether each of the site's channels has scales of its own."""
+        return self.free and site.operand is None
+
+    def site_data(self, site: SitePlan) -> SiteData | FreeSiteData:
+        ranges = [
+            _activation_ranges(*self._kept(site, b), site.bits, site.symmetry, self.method)
+            for b in range(self.buckets)
+        ]
+        scale, zero_point = (torch.stack(column) for column in zip(*ranges, strict=True))
+        low, high = _code_range(site.bits, site.symmetry)
+        if self.is_free(site):
+            tables = (_float32(scale), _float32(zero_point))
+            return FreeSiteData(
+                site.name, site.bits, site.axis, site.layers, *tables, code_low=low, code_high=high
+            )
+        integers = {
+            "scale": scale[:, 0],
+            "low": (low - zero_point)[:, 0],
+            "high": (high - zero_point)[:, 0],
+        }
+        tables_by_name = {
+            name: _float32(table)
+            for name, table in (*integers.items(), ("channel", self.channel[site.name]))
+        }
+        return SiteData(
+            site.name, site.bits, site.symmetry, site.axis, site.layers, **tables_by_name
+        )
+
+    def _kept(self, site: SitePlan, bucket: int) -> tuple[Tensor, Tensor]:
+        """The sample and the extremes of the site's values, over their channels' factors: [V, C]
+        and [2, C], C = 1 unless free.
+        """
+        reservoir, extremes = self.samples[site.name, bucket], self.extremes[site.name, bucket]
+        if self.is_free(site):
+            return reservoir.rows, extremes
+        channel = self.channel[site.name]
+        extremes = extremes / channel
+        values = reservoir.rows / channel[reservoir.places % len(channel)][:, None]
+        return values, torch.stack([extremes[0].amin(), extremes[1].amax()])[:, None]
+
+
+class _Reservoir:
+    """A uniform sample, without replacement, of up to ``size`` rows of all that were added.
+
+    Each row gets a random key when it arrives; the rows with the largest keys stay, so early and
+    late batches count the same.
+
+    Attributes:
+        rows: the sample, [up to size, C].
+        places: each row's index in the batch that it came with, int64.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.rows, self.places, self._keys = (
+            torch.empty(0, 0),
+            torch.empty(0, dtype=torch.int64),
+            torch.empty(0),
+        )
+
+    def add(self, rows: Tensor, generator: torch.Generator) -> None:
+        """Add rows [N, C]."""
+        keys = torch.rand(len(rows), generator=generator)
+        # Of a late batch few rows have a chance: looking at those alone is what makes a large
+        # sample cheap.
+        places = (
+            (keys > self._keys.min()).nonzero()[:, 0]
+            if len(self._keys) == self.size
+            else torch.arange(len(rows))
+        )
+        rows, keys = rows[places], keys[places]
+        if len(self._keys):
+            rows, keys, places = (
+                torch.cat([self.rows, rows]),
+                torch.cat([self._keys, keys]),
+                torch.cat([self.places, places]),
+            )
+        if len(keys) > self.size:
+            keys, chosen = keys.topk(self.size, sorted=False)
+            rows, places = rows[chosen], places[chosen]
+        self.rows, self.places, self._keys = rows, places, keys
+
+
+def _input_amax(layer: nn.Module, like: Tensor) -> Tensor:
+    weight = layer.get_parameter("weight").abs()
+    amax = weight.transpose(0, 1).flatten(1).amax(1)
+    return amax.repeat(like.numel() // amax.numel())
+
+
+def _code_range(bits: int, symmetry: Symmetry) -> tuple[int, int]:
+    """The codes' range, the zero-point included."""
+    return (-127, 127) if symmetry is Symmetry.SYMMETRIC else (0, activation_levels(bits))
+
+
+def _activation_ranges(
+    values: Tensor, extremes: Tensor, bits: int, symmetry: Symmetry, method: RangeMethod
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point, each [C], for each column of ``values`` [V, C].
+
+    The ``extremes`` [2, C] of all values are the range that is shrunk. They have no part in the
+    error: beside a sample of thousands, the two of them would stand for millions.
+    """
+    factors, (low, high) = method.factors[:, None], _code_range(bits, symmetry)
+    if symmetry is Symmetry.SYMMETRIC:
+        scale = (extremes.abs().amax(0) * factors / 127).clamp(min=SMALLEST_SCALE)
+        zero_point = torch.zeros_like(scale)
+    else:
+        smallest = extremes[0].clamp(max=0) * factors
+        largest = extremes[1].clamp(min=0) * factors
+        if symmetry is Symmetry.UNSIGNED:
+            smallest = torch.zeros_like(smallest)
+        scale = ((largest - smallest) / high).clamp(min=SMALLEST_SCALE)
+        zero_point = torch.round(-smallest / scale).clamp(0, high)
+    # Many factors at once: a sample is small, and each operation on it alone costs more to start
+    # than to compute.
+    together = max(1, VALUES_TOGETHER // values.numel())
+    errors = [
+        method.error(clamp(torch.round(values / s), low - z, high - z) * s - values, 1)
+        for s, z in zip(
+            scale[:, None].split(together), zero_point[:, None].split(together), strict=True
+        )
+    ]
+    best = torch.cat(errors).argmin(0, keepdim=True)
+    return scale.gather(0, best)[0], zero_point.gather(0, best)[0]
+
+
+def _layer_data(
+    layer: nn.Module, plan: LayerPlan, channel: Tensor, method: RangeMethod
+) -> LayerData:
+    weight = fold_channel(layer.get_parameter("weight").detach(), channel)
+    scale = _weight_scale(weight, plan.weight_bits, method)
+    bias = layer.bias
+    return LayerData(
+        name=plan.name,
+        weight_bits=plan.weight_bits,
+        weight_codes=weight_codes(weight, WeightGrid.symmetric(scale, plan.weight_bits))
+        .numpy()
+        .astype(np.int8),
+        weight_scale=scale.numpy(),
+        bias=bias.detach().numpy().copy() if isinstance(bias, Tensor) else None,
+        conv=conv_geometry(layer),
+        macs=plan.macs,
+    )
+
+
+def _weight_scale(weight: Tensor, bits: int, method: RangeMethod) -> Tensor:
+    low, high = weight_range(bits)
+    flat = weight.flatten(1)
+    full = torch.maximum(flat.amax(1) / high, flat.amin(1) / low).clamp(min=SMALLEST_SCALE)
+    best, best_error = full, torch.full_like(full, torch.inf)
+    for factor in method.factors:
+        scale = full * factor
+        codes = torch.clamp(torch.round(flat / scale[:, None]), low, high)
+        error = method.error(codes * scale[:, None] - flat, 1)
+        best = torch.where(error < best_error, scale, best)
+        best_error = torch.minimum(error, best_error)
+    return best
+
+
+def _float32(values: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return values.numpy().astype(np.float32)

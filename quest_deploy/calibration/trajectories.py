@@ -1,0 +1,199 @@
+"""Calibration data without data: the float model's own sampling trajectories.
+
+Q-Diffusion's timestep-aware calibration (arXiv 2302.04304): what the model sees while it samples,
+at every step, with the conditions it is used with. Targets for finetuning come along: they are the
+model's own outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from quest_deploy.errors import InputError
+from quest_deploy.files import atomic_file
+from quest_deploy.models.schedulers import set_steps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from torch import nn
+
+    from quest_deploy.artifacts.scheme import Scheme
+    from quest_deploy.models.registry import DiffusionModel
+
+
+FEWEST_SAMPLES = 16
+TRAILING = {"timestep_spacing": "trailing"}
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """S recorded steps of N samplings.
+
+    Attributes:
+        sample: float32 [S, N, ...], what entered the model.
+        timestep: float32 [S], descending.
+        output: float32 [S, N, ...], what the float model answered.
+        conditions: each float32 [N, ...], the same at every step of one sampling.
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    output: Tensor
+    conditions: dict[str, Tensor]
+
+    @property
+    def recorded(self) -> dict[str, Tensor]:
+        """What was recorded of the model, by name, without the conditions."""
+        return {"sample": self.sample, "timestep": self.timestep, "output": self.output}
+
+    def first(self, samples: int) -> Trajectories:
+        """The first ``samples`` samplings, or all where there are fewer."""
+        conditions = {name: value[:samples] for name, value in self.conditions.items()}
+        return Trajectories(
+            self.sample[:, :samples], self.timestep, self.output[:, :samples], conditions
+        )
+
+    def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """The model's inputs, one step and up to ``size`` samples at a time."""
+        steps, samples = self.sample.shape[:2]
+        for step in range(steps):
+            for start in range(0, samples, size):
+                rows = torch.arange(start, min(start + size, samples))
+                yield self.inputs(torch.full_like(rows, step), rows)
+
+    def inputs(self, steps: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """The model's inputs at (steps[i], rows[i]), each int64 [B]."""
+        conditions = {name: value[rows] for name, value in self.conditions.items()}
+        return {"sample": self.sample[steps, rows], "timestep": self.timestep[steps], **conditions}
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors, whole or not at all."""
+        tensors = self.recorded | {
+            f"condition.{name}": value for name, value in self.conditions.items()
+        }
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}))
+
+    @classmethod
+    def load(cls, path: Path) -> Trajectories:
+        """Read what :meth:`save` wrote; raise InputError where it is missing or damaged."""
+        try:
+            tensors = load_file(path)
+            conditions = {
+                k.removeprefix("condition."): v
+                for k, v in tensors.items()
+                if k.startswith("condition.")
+            }
+            return cls(tensors["sample"], tensors["timestep"], tensors["output"], conditions)
+        except (OSError, SafetensorError, KeyError) as e:
+            raise InputError(
+                f"{path}: not readable calibration trajectories ({e}); run `quest-deploy "
+                "calibrate` "
+                "again"
+            ) from e
+
+
+def _scheduler(model: DiffusionModel, steps: int, scheme: Scheme | None) -> Any:
+    scheduler = model.load_scheduler("ddim")
+    set_steps(scheduler, steps)
+    if scheme is None:
+        return scheduler
+    # The model's own spacing visits the timesteps at which it will sample; "trailing" ends each of
+    # `count` equal parts of the training steps, so that no part is left out.
+    least = max(steps, scheme.buckets)
+    for spacing, count in (({}, least), (TRAILING, least), (TRAILING, model.train_timesteps)):
+        if len({scheme.bucket_of(t) for t in scheduler.timesteps.tolist()}) == scheme.buckets:
+            break
+        scheduler = model.load_scheduler("ddim", **spacing)
+        scheduler.set_timesteps(count)
+    return scheduler
+
+
+def samples_for(model: DiffusionModel, scheme: Scheme, steps: int) -> int:
+    """How many samplings to record: more steps for more buckets, but not more data; finely divided
+    timesteps need fewer each.
+    """
+    fewest = min(FEWEST_SAMPLES, model.calibration_samples)
+    return max(
+        fewest, model.calibration_samples * model.calibration_steps // max(steps, scheme.buckets)
+    )
+
+
+@torch.no_grad()
+def record_trajectories(
+    model: DiffusionModel,
+    unet: nn.Module,
+    *,
+    steps: int,
+    samples: int,
+    seed: int,
+    scheme: Scheme | None = None,
+    guidance: float | None = None,
+    rows: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Trajectories:
+    """Sample with DDIM and the float ``unet`` and record every step.
+
+    Args:
+        steps: DDIM steps, spaced as the model's scheduler spaces them.
+        scheme: visit each of its buckets; where ``steps`` would miss one, with other spacing and
+            more steps.
+        samples: how many samplings run side by side; their conditions are drawn by the model.
+        guidance: the classifier-free guidance weight, the model's where it is None. Where it is not
+            1, both halves of every sampling are recorded, the unconditional one first: 2 x
+            ``samples`` rows.
+        rows: how many rows run at once; all where it is None.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scheduler = _scheduler(model, steps, scheme)
+    weight = model.guidance if guidance is None else guidance
+    conditions = model.draw_conditions(samples, generator)
+    if weight != 1.0:
+        null = model.null_conditions(samples)
+        conditions = {
+            name: torch.stack([null[name], value], 1).flatten(0, 1)
+            for name, value in conditions.items()
+        }
+    sample = torch.randn(samples, *model.sample_shape, generator=generator)
+    inputs, outputs = [], []
+    for i, timestep in enumerate(scheduler.timesteps):
+        entered = sample if weight == 1.0 else sample.repeat_interleave(2, 0)
+        output = in_parts(
+            lambda x, t=timestep, **c: unet(x, t, **c, return_dict=False)[0],
+            rows,
+            entered,
+            **conditions,
+        )
+        inputs.append(entered)
+        outputs.append(output)
+        prediction = output if weight == 1.0 else torch.lerp(output[0::2], output[1::2], weight)
+        sample = scheduler.step(prediction, timestep, sample).prev_sample
+        on_progress(i + 1, len(scheduler.timesteps))
+    return Trajectories(
+        torch.stack(inputs), scheduler.timesteps.float(), torch.stack(outputs), conditions
+    )
+
+
+def in_parts(
+    run: Callable[..., Tensor], rows: int | None, sample: Tensor, **inputs: Tensor
+) -> Tensor:
+    """``run(sample, **inputs)``, each [B, ...], on ``rows`` rows at a time; on all of them where it
+    is None.
+    """
+    if rows is None or len(sample) <= rows:
+        return run(sample, **inputs)
+    starts = range(0, len(sample), rows)
+    return torch.cat(
+        [
+            run(sample[i : i + rows], **{name: x[i : i + rows] for name, x in inputs.items()})
+            for i in starts
+        ]
+    )

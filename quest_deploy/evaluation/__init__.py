@@ -1,0 +1,1 @@
+"""What engines are worth: images, quality, speed, memory, realised precision."""

@@ -1,0 +1,239 @@
+"""Benchmarks: the quantized engine against the float engine of the same model, against itself with
+static scales and, where a plugin quantizes, against itself quantized natively.
+
+All are built for the same backend from the same graph and timed in turn in one process, so that a
+machine whose speed drifts slows all of them alike; peak memory is taken in a process of its own for
+each.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from exporters.graph_info import graph_info, load_graph, save_graph
+from exporters.passes.remove_quantization import RemoveQuantization
+from quest_deploy.backends.base import (
+    LOWERED,
+    NATIVE,
+    PLUGIN,
+    EngineOptions,
+    input_shapes,
+    no_progress,
+)
+from quest_deploy.backends.registry import get_backend
+from quest_deploy.errors import InputError
+from quest_deploy.evaluation.memory import peak_memory
+from quest_deploy.evaluation.precision import engine_precision
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from quest_deploy.backends.base import Backend
+
+QUANTIZED, STATIC, FP32, NATIVE_ENGINE = "quantized", "static scale", "fp32", "native"
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """``runs`` timed inferences of each engine and batch size, after ``warmup`` untimed ones;
+    ``static``: with static scales too.
+    """
+
+    batches: tuple[int, ...] = (1, 16)
+    runs: int = 50
+    warmup: int = 5
+    static: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.batches or min(self.batches) < 1 or self.runs < 1 or self.warmup < 0:
+            raise InputError(
+                "a benchmark needs batch sizes and runs of 1 or more, and a warm-up of 0 or more"
+            )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One engine at one batch size: seconds an inference (median, 90th percentile) and samples a
+    second.
+    """
+
+    engine: str
+    batch: int
+    median_s: float
+    p90_s: float
+    samples_per_s: float
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One engine: the bytes of its files, and the peak resident memory of a process that loads and
+    runs it at the largest batch.
+    """
+
+    engine: str
+    file_bytes: int
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All of it. Ratios are of medians within this run: above 1, the quantized engine is faster
+    (smaller).
+
+    ``bucket_selection_cost`` is empty where static scales were left out; ``precision`` is what the
+    quantized engine's layers run in, ``PrecisionReport.summary()``; ``plugin_speedup`` is over the
+    same engine quantized natively, empty where no plugin quantizes.
+    """
+
+    backend: str
+    timings: list[Timing]
+    footprints: list[Footprint]
+    speedup_over_fp32: dict[int, float]
+    bucket_selection_cost: dict[int, float]
+    size_ratio_to_fp32: float
+    precision: dict[str, Any]
+    plugin_speedup: dict[int, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """The benchmark as a JSON value."""
+        return asdict(self)
+
+
+def benchmark_engine(
+    backend: Backend,
+    options: EngineOptions,
+    engine: Path,
+    graph: Path,
+    scratch: Path,
+    choices: BenchmarkOptions,
+    on_progress: Callable[[str, int, int], None] = no_progress,
+) -> Benchmark:
+    """Build the baselines in ``scratch`` and time all engines.
+
+    Args:
+        engine: the quantized engine's folder.
+        graph: the portable graph that it was built from.
+    """
+    backend.check_run(options)
+    baselines = (STATIC, FP32) if choices.static else (FP32,)
+    if options.quantize == PLUGIN:
+        baselines = (NATIVE_ENGINE, *baselines)
+    folders = {QUANTIZED: engine} | {name: scratch / name.replace(" ", "-") for name in baselines}
+    for i, name in enumerate(baselines):
+        on_progress("building baselines", i, len(baselines))
+        _build_baseline(backend, options, graph, folders[name], name)
+    on_progress("building baselines", len(baselines), len(baselines))
+    on_progress("asking the engine what its layers run in", 0, 1)
+    precision = engine_precision(backend, engine, options).summary()
+    on_progress("asking the engine what its layers run in", 1, 1)
+    feeds = _feeds(graph, max(choices.batches))
+    timings = _time_in_turn(backend, options, folders, feeds, choices, on_progress)
+    footprints = []
+    for i, (name, folder) in enumerate(folders.items()):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            peak = pool.submit(_peak_memory, backend.name, options, folder, feeds).result()
+        footprints.append(Footprint(name, _size(folder), peak))
+        on_progress("measuring memory", i + 1, len(folders))
+    medians = {(t.engine, t.batch): t.median_s for t in timings}
+    sizes = {f.engine: f.file_bytes for f in footprints}
+    return Benchmark(
+        backend.name,
+        timings,
+        footprints,
+        {b: medians[FP32, b] / medians[QUANTIZED, b] for b in choices.batches},
+        {b: medians[QUANTIZED, b] / medians[STATIC, b] for b in choices.batches if choices.static},
+        sizes[FP32] / sizes[QUANTIZED],
+        precision,
+        {
+            b: medians[NATIVE_ENGINE, b] / medians[QUANTIZED, b]
+            for b in choices.batches
+            if NATIVE_ENGINE in folders
+        },
+    )
+
+
+def _build_baseline(
+    backend: Backend, options: EngineOptions, graph: Path, folder: Path, name: str
+) -> None:
+    folder.mkdir(parents=True)
+    model = load_graph(graph)
+    if name == FP32:
+        RemoveQuantization()(model)
+    else:
+        # A plugin's scales are never static: both of these are native.
+        options = (
+            replace(options, quantize=NATIVE, plugins=None, serialize_plugins=False)
+            if options.quantize == PLUGIN
+            else options
+        )
+        frozen_bucket = graph_info(model).scheme.buckets // 2 if name == STATIC else None
+        model = backend.lower(model, options, frozen_bucket=frozen_bucket)
+    save_graph(model, folder / LOWERED)
+    backend.compile(folder / LOWERED, folder, options, no_progress)
+
+
+def _feeds(graph: Path, batch: int) -> dict[str, NDArray[np.float32]]:
+    """Random inputs [batch, ...], the sample of the size that the model is meant for."""
+    generator = np.random.default_rng(0)
+    shapes = input_shapes(load_graph(graph), batch)
+    feeds = {
+        name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+    }
+    feeds["timestep"] = np.linspace(1, 990, batch).astype(np.float32)
+    return feeds
+
+
+def _time_in_turn(
+    backend: Backend,
+    options: EngineOptions,
+    folders: dict[str, Path],
+    feeds: dict[str, NDArray[np.float32]],
+    choices: BenchmarkOptions,
+    on_progress: Callable[[str, int, int], None],
+) -> list[Timing]:
+    runners = {name: backend.open(folder, options) for name, folder in folders.items()}
+    timings = []
+    try:
+        for i, batch in enumerate(choices.batches):
+            rows = {name: value[:batch] for name, value in feeds.items()}
+            seconds: dict[str, list[float]] = {name: [] for name in runners}
+            for run in range(
+                1 + choices.warmup + choices.runs
+            ):  # the first may compile for this batch size
+                for name, runner in runners.items():
+                    start = time.perf_counter()
+                    runner.infer(rows)
+                    if run > choices.warmup:
+                        seconds[name].append(time.perf_counter() - start)
+            for name, taken in seconds.items():
+                median = float(np.median(taken))
+                timings.append(
+                    Timing(name, batch, median, float(np.percentile(taken, 90)), batch / median)
+                )
+            on_progress("timing", i + 1, len(choices.batches))
+    finally:
+        for runner in runners.values():
+            runner.close()
+    return timings
+
+
+def _peak_memory(
+    backend: str, options: EngineOptions, folder: Path, feeds: dict[str, NDArray[np.float32]]
+) -> int:
+    with get_backend(backend).open(folder, options) as runner:
+        for _ in range(2):
+            runner.infer(feeds)
+    return peak_memory()
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.name != "engine.json")

@@ -1,0 +1,150 @@
+"""Quality, side by side: the FP32 model, the calibrated and the finetuned fake-quantized ones, the
+engines.
+
+All of them draw the same labels from the same noise, so their images can also be compared one by
+one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from quest_deploy.calibration.trajectories import in_parts
+from quest_deploy.evaluation.sampling import sample_images
+from quest_deploy.models.digit_quality import judge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from quest_deploy.artifacts.scheme import Scheme
+    from quest_deploy.calibration.trajectories import Trajectories
+    from quest_deploy.evaluation.sampling import Denoiser
+    from quest_deploy.models.registry import DiffusionModel
+
+
+HELD_OUT_SEED = 1_000_003
+"""Trajectories for the epsilon-MSE are drawn with a seed of their own, not the calibration's."""
+HELD_OUT_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How images are drawn: ``images`` of them, labels taken in turn."""
+
+    images: int = 1000
+    steps: int = 20
+    guidance: float = 1.0
+    scheduler: str = "ddim"
+    seed: int = 2024
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One contestant's quality.
+
+    Attributes:
+        frechet_distance: to all real digits; lower is better.
+        accuracy: the share of images that show the digit asked for, in [0, 1].
+        pixel_mse: against FP32's images of the same noise, pixels in [-1, 1].
+        epsilon_mse: against FP32's predictions on FP32's trajectories, mean over each timestep
+            bucket, [K].
+    """
+
+    frechet_distance: float
+    accuracy: float
+    pixel_mse: float
+    epsilon_mse: list[float | None]
+
+    def to_json(self) -> dict[str, Any]:
+        """The quality as a JSON value."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near one contestant comes to FP32, for a model whose images nothing here can judge.
+
+    Attributes:
+        pixel_mse: as in :class:`Quality`.
+        psnr: the same in decibels, 10 log10(4 / pixel_mse); None where there is no difference.
+        epsilon_mse: as in :class:`Quality`.
+    """
+
+    pixel_mse: float
+    psnr: float | None
+    epsilon_mse: list[float | None]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fidelity as a JSON value."""
+        return asdict(self)
+
+
+def draw(
+    model: DiffusionModel,
+    denoise: Denoiser,
+    options: SamplingOptions,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Draw the images to be judged, and their labels."""
+    labels = np.arange(options.images) % model.labels
+    images = sample_images(
+        model,
+        denoise,
+        labels,
+        scheduler=options.scheduler,
+        steps=options.steps,
+        guidance=options.guidance,
+        seed=options.seed,
+        on_progress=on_progress,
+    )
+    return images, labels
+
+
+def assess(
+    images: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    fp32_images: NDArray[np.float32],
+    epsilon_mse: list[float | None],
+) -> Quality:
+    """Judge one contestant's images against the real digits and against FP32's images."""
+    quality = judge(images, labels)
+    pixel_mse = float(np.square(images - fp32_images).mean())
+    return Quality(quality.frechet_distance, quality.accuracy, pixel_mse, epsilon_mse)
+
+
+def compare_images(
+    images: NDArray[np.float32], fp32_images: NDArray[np.float32], epsilon_mse: list[float | None]
+) -> Fidelity:
+    """Compare one contestant's images [N, C, H, W] in [-1, 1] with FP32's of the same noise."""
+    mse = float(np.square(images - fp32_images).mean())
+    return Fidelity(mse, 10 * math.log10(4 / mse) if mse > 0 else None, epsilon_mse)
+
+
+@torch.no_grad()
+def epsilon_mse(
+    denoise: Denoiser, trajectories: Trajectories, scheme: Scheme, rows: int | None = None
+) -> list[float | None]:
+    """The mean squared difference of predictions on recorded trajectories, per bucket [K]; None for
+    a bucket never visited.
+
+    Args:
+        rows: how many rows run at once; all of a step where it is None.
+    """
+    sums, counts = np.zeros(scheme.buckets), np.zeros(scheme.buckets)
+    samples = trajectories.sample.shape[1]
+    for step, timestep in enumerate(trajectories.timestep.tolist()):
+        inputs = trajectories.inputs(torch.full((samples,), step), torch.arange(samples))
+        error = (
+            (in_parts(denoise, rows, **inputs) - trajectories.output[step]).square().mean().item()
+        )
+        bucket = scheme.bucket_of(timestep)
+        sums[bucket] += error
+        counts[bucket] += 1
+    return [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]

@@ -1,0 +1,98 @@
+"""The denoising loop, around anything that predicts like the UNet: a torch model or an engine."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quest_deploy.calibration.trajectories import in_parts
+from quest_deploy.errors import InputError
+from quest_deploy.models.schedulers import set_steps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from quest_deploy.models.registry import DiffusionModel
+
+
+class Denoiser(Protocol):
+    """Predicts for sample [B, ...] at timestep [B] under conditions [B, ...]."""
+
+    def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        """The prediction, float32, in sample's shape."""
+
+
+@torch.no_grad()
+def sample_images(
+    model: DiffusionModel,
+    denoise: Denoiser,
+    labels: NDArray[np.int64],
+    *,
+    scheduler: str = "ddim",
+    steps: int = 20,
+    guidance: float = 1.0,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> NDArray[np.float32]:
+    """Draw one image per label; the noise depends on ``seed`` alone, so two denoisers can be
+    compared image by image.
+
+    Labels are what :class:`quest_deploy.models.registry.DiffusionModel` calls so.
+
+    Args:
+        labels: int64 [B].
+        guidance: the classifier-free guidance weight; where it is not 1, both halves run as one
+            batch.
+
+    Returns:
+        Images [B, C, H, W] in [-1, 1].
+    """
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise InputError(f"expected a guidance weight of 0 or more, not {guidance}")
+    generator = torch.Generator().manual_seed(seed)
+    schedule = model.load_scheduler(scheduler)
+    set_steps(schedule, steps)
+    conditions = model.conditions(labels)
+    guided = guidance != 1.0
+    if guided:
+        null = model.null_conditions(len(labels))
+        conditions = {name: torch.cat([null[name], value]) for name, value in conditions.items()}
+    latents = (
+        torch.randn(len(labels), *model.sample_shape, generator=generator)
+        * schedule.init_noise_sigma
+    )
+    for i, timestep in enumerate(schedule.timesteps):
+        scaled = schedule.scale_model_input(latents, timestep)
+        batch = torch.cat([scaled, scaled]) if guided else scaled
+        prediction = in_parts(
+            denoise,
+            model.forward_rows,
+            batch,
+            timestep=timestep.float().expand(len(batch)),
+            **conditions,
+        )
+        if guided:
+            unconditional, conditional = prediction.chunk(2)
+            prediction = unconditional + guidance * (conditional - unconditional)
+        # Not all schedulers take a generator; those that add noise need one.
+        extra = {"generator": generator} if scheduler in ("ddpm", "lcm") else {}
+        latents = schedule.step(prediction, timestep, latents, **extra).prev_sample
+        on_progress(i + 1, len(schedule.timesteps))
+    return model.images(latents.float().numpy())
+
+
+def float_denoiser(unet: nn.Module) -> Denoiser:
+    """A diffusers UNet as a denoiser."""
+
+    def denoise(sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        prediction: Tensor = unet(sample, timestep, **conditions, return_dict=False)[0]
+        return prediction
+
+    return denoise

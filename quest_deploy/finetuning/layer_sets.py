@@ -1,0 +1,41 @@
+"""Which layers each stage of QuEST trains, by kind of model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from quest_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+@dataclass(frozen=True)
+class LayerSets:
+    """Glob patterns over layer names: ``temporal`` for stage 1, ``sensitive`` for stage 2."""
+
+    temporal: tuple[str, ...]
+    sensitive: tuple[str, ...]
+
+
+_TEMPORAL = ("*.time_emb_proj",)
+LAYER_SETS = {
+    "unconditional": LayerSets(_TEMPORAL, ("*.to_q", "*.to_k", "*.to_v")),
+    "class-conditional": LayerSets(
+        _TEMPORAL, ("*.ff.net.*", "*.attn1.to_q", "*.attn1.to_k", "*.attn1.to_v", "*.attn2.to_q")
+    ),
+    "text-to-image": LayerSets(_TEMPORAL, ("*.ff.net.*",)),
+}
+"""QuEST's table (its paper, section 4, and its official code)."""
+
+
+def select_layers(names: Iterable[str], patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """The ``names`` that match one of the ``patterns``; raise InputError where none does."""
+    chosen = tuple(
+        name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)
+    )
+    if not chosen:
+        raise InputError(f"no quantized layer matches {', '.join(patterns)}")
+    return chosen

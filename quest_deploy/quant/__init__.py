@@ -1,1 +1,0 @@
-"""Quantizers: pure tensor functions (affine), the modules above them (layers), sites, calibration."""

@@ -1,0 +1,1 @@
+"""Quantizers: pure tensor functions, the modules above them, which tensors get one."""

@@ -1,0 +1,390 @@
+"""The fake-quantized model: a float model whose layers are quantized, and that picks each sample's
+bucket from its timestep.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.artifacts.checkpoint import (
+    Architecture,
+    Checkpoint,
+    ConvGeometry,
+    FreeSiteData,
+    LayerData,
+    ScoreScale,
+    SiteData,
+)
+from quest_deploy.artifacts.model_source import IMPORTED
+from quest_deploy.artifacts.scheme import activation_levels
+from quest_deploy.errors import InputError
+from quest_deploy.models.unets import FLAT_CLASSES, set_heads
+from quest_deploy.quantization.affine import WeightGrid, bucket_of, per_sample, weight_codes
+from quest_deploy.quantization.layers import (
+    ActivationQuantizer,
+    BucketState,
+    FreeActivationQuantizer,
+    QuantizedBlockMix,
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    QuantizedPointwise,
+    QuantizedProduct,
+    QuantizedSplit,
+    QuantizedTransformerScores,
+    SiteQuantizer,
+)
+from quest_deploy.quantization.prepare import prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class QuantizedModel(nn.Module):
+    """A model with the call signature of its float original, ``(sample, timestep, **conditions) ->
+    Tensor``.
+
+    The bucket is chosen for each sample from its own timestep, so one batch may hold samples of
+    different buckets.
+
+    Attributes:
+        model: the float model with its layers swapped.
+        sites: one SiteQuantizer per site, in the checkpoint's order; :meth:`site_quantizers` has
+            them by name.
+    """
+
+    edges: Tensor
+
+    def __init__(
+        self, model: nn.Module, checkpoint: Checkpoint, *, unrounded: bool = False
+    ) -> None:
+        """Swap the layers of ``model`` in place.
+
+        Args:
+            unrounded: keep the weights that ``model`` has, as near as they come to the checkpoint's
+                codes; else take the codes.
+        """
+        super().__init__()
+        self.model = model
+        self.checkpoint = checkpoint
+        self.bucket_state = BucketState()
+        self.site_names = tuple(checkpoint.sites)
+        self.sites = nn.ModuleList(
+            _quantizer(site, self.bucket_state) for site in checkpoint.sites.values()
+        )
+        self.register_buffer(
+            "edges", torch.tensor(checkpoint.scheme.bucket_edges, dtype=torch.float32)
+        )
+        quantizers = self.site_quantizers()
+        for site in checkpoint.sites.values():
+            for name in site.layers:
+                if name in checkpoint.layers:
+                    self._swap(checkpoint.layers[name], quantizers[site.name], unrounded=unrounded)
+        for product in checkpoint.products.values():
+            first, second = (None if site is None else quantizers[site] for site in product.sites)
+            set_submodule(
+                self.model, product.name, self._product_class(product.name)((first, second))
+            )
+        for name, layer in self.quantized_layers().items():
+            if name.rpartition(".")[2] == PROJECTION and isinstance(layer, QuantizedConv2d):
+                layer.register_forward_pre_hook(_channels_last)
+        if checkpoint.model == IMPORTED:
+            layers = self.quantized_layers()
+            for name in checkpoint.architecture.split_shortcuts:
+                set_submodule(
+                    self.model,
+                    name,
+                    QuantizedSplit(layers[f"{name}.first"], layers[f"{name}.second"]),
+                )
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, teacher: nn.Module | None = None
+    ) -> QuantizedModel:
+        """The deployed model, or, with the float ``teacher``, the one to finetune: the same codes
+        over unrounded weights.
+
+        The unrounded weights are the teacher's where those round to the checkpoint's codes, and
+        else the nearest that do, so that a rounding which was learned (AdaRound) is where
+        finetuning starts, and always follows the weights from there.
+        """
+        if teacher is not None:
+            model = prepare(
+                copy.deepcopy(teacher),
+                checkpoint.architecture.split_shortcuts,
+                checkpoint.architecture.attention,
+            )
+            return cls(model, checkpoint, unrounded=True)
+        model = build_float_model(checkpoint.architecture)
+        floats = {
+            key: torch.from_numpy(np.array(value)) for key, value in checkpoint.floats.items()
+        }
+        try:
+            result = model.load_state_dict(floats, strict=False)
+        except RuntimeError as e:
+            raise InputError(f"the checkpoint does not fit its architecture: {e}") from e
+        of_layers = {f"{name}.{part}" for name in checkpoint.layers for part in ("weight", "bias")}
+        missing = [key for key in result.missing_keys if key not in of_layers]
+        if missing or result.unexpected_keys:
+            raise InputError(
+                f"the checkpoint does not fit its architecture: {missing[:3]} "
+                f"{result.unexpected_keys[:3]}"
+            )
+        return cls(model, checkpoint)
+
+    def _swap(self, data: LayerData, site: SiteQuantizer, *, unrounded: bool) -> None:
+        layer = self.model.get_submodule(data.name)
+        weight = torch.from_numpy(data.dequantized_weight)
+        grid = _grid(data)
+        if unrounded:
+            float_weight = layer.get_parameter("weight").detach()
+            folded = (
+                fold_channel(float_weight, site.channel)
+                if isinstance(site, ActivationQuantizer)
+                else float_weight
+            )
+            weight = _nearest_with_codes(folded, torch.from_numpy(data.centered_codes), grid)
+        if data.bias is not None and layer.bias is not None:
+            layer.bias = nn.Parameter(torch.from_numpy(data.bias.copy()))
+        if isinstance(layer, nn.Conv2d):
+            set_submodule(self.model, data.name, QuantizedConv2d(layer, weight, grid, site))
+        elif isinstance(layer, nn.Linear):
+            of_blocks = self.checkpoint.architecture.attention is ScoreScale.OPERANDS
+            kind = QuantizedPointwise if of_blocks else QuantizedLinear
+            set_submodule(self.model, data.name, kind(layer, weight, grid, site))
+        else:
+            raise InputError(
+                f"layer {data.name}: expected Conv2d or Linear, found {type(layer).__name__}"
+            )
+
+    def _product_class(self, name: str) -> type[QuantizedProduct]:
+        """What sums in the order of the model: an imported one gives the official results to the
+        bit.
+        """
+        if self.checkpoint.model == IMPORTED:
+            match self.checkpoint.architecture.attention, name.rpartition(".")[2]:
+                case ScoreScale.PRODUCT, "scores":
+                    return QuantizedTransformerScores
+                case ScoreScale.OPERANDS, "mix":
+                    return QuantizedBlockMix
+        return QuantizedProduct
+
+    def bucket_of(self, timestep: Tensor) -> Tensor:
+        """The bucket of each timestep [B], int64 [B]: the number of edges <= t."""
+        return bucket_of(timestep, self.edges)
+
+    def forward(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        """Predict for sample [B, ...] at timestep [B] (or a scalar, for the whole batch)."""
+        timestep = torch.as_tensor(timestep).expand(sample.shape[0])
+        with self.bucket_state.during(self.bucket_of(timestep)):
+            output: Tensor = self.model(sample, timestep, **conditions, return_dict=False)[0]
+            return output
+
+    def quantized_layers(self) -> dict[str, QuantizedLayer]:
+        """The quantized layers by their module path in the float model, in the checkpoint's
+        order.
+        """
+        layers: dict[str, QuantizedLayer] = {}
+        for name in self.checkpoint.layers:
+            layer = self.model.get_submodule(name)
+            assert isinstance(layer, QuantizedLayer)
+            layers[name] = layer
+        return layers
+
+    def site_quantizers(self) -> dict[str, SiteQuantizer]:
+        """The quantizers by their sites' names, in the checkpoint's order."""
+        quantizers: dict[str, SiteQuantizer] = {}
+        for name, site in zip(self.site_names, self.sites, strict=True):
+            assert isinstance(site, SiteQuantizer)
+            quantizers[name] = site
+        return quantizers
+
+    def quantized_products(self) -> dict[str, QuantizedProduct]:
+        """The quantized products by their module path, in the checkpoint's order."""
+        products: dict[str, QuantizedProduct] = {}
+        for name in self.checkpoint.products:
+            product = self.model.get_submodule(name)
+            assert isinstance(product, QuantizedProduct)
+            products[name] = product
+        return products
+
+    @torch.no_grad()
+    def to_checkpoint(self, provenance: dict[str, Any]) -> Checkpoint:
+        """The model as it is now, its weights rounded."""
+        layers = {}
+        for name, layer in self.quantized_layers().items():
+            data = self.checkpoint.layers[name]
+            codes: Any = weight_codes(layer.weight, layer.grid).cpu().numpy()
+            if data.weight_zero_point is not None:
+                codes = codes + data.weight_zero_point.astype(np.int16).reshape(
+                    -1, *[1] * (codes.ndim - 1)
+                )
+            layers[name] = dataclasses.replace(
+                data,
+                weight_codes=codes.astype(data.weight_codes.dtype),
+                bias=None if layer.bias is None else layer.bias.cpu().numpy().copy(),
+            )
+        sites = {
+            name: _site_data(self.checkpoint.sites[name], site)
+            for name, site in self.site_quantizers().items()
+        }
+        return dataclasses.replace(
+            self.checkpoint,
+            layers=layers,
+            sites=sites,
+            floats=float_state(self.model, layers),
+            provenance=provenance,
+        )
+
+
+PROJECTION = "proj_out"
+"""The name of the convolution behind a spatial transformer, in diffusers and in CompVis's code."""
+
+
+def _channels_last(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    """Lay a transformer's result out in memory as CompVis's code does, whose results an imported
+    model then gives to the bit.
+
+    Convolutions and norms differ in the last bit between layouts, and a normalized sum of h and a
+    large embedding magnifies that.
+    """
+    return (args[0].contiguous(memory_format=torch.channels_last),)
+
+
+def fold_channel(weight: Tensor, channel: Tensor) -> Tensor:
+    """Multiply each input channel of ``weight`` [O, I/groups, ...] by its ``channel`` entry [I]."""
+    outputs, inputs_per_group = weight.shape[:2]
+    groups = channel.numel() // inputs_per_group
+    factors = channel.view(groups, inputs_per_group).repeat_interleave(outputs // groups, dim=0)
+    return weight * factors.view(outputs, inputs_per_group, *([1] * (weight.dim() - 2)))
+
+
+def float_state(model: nn.Module, layers: Iterable[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """The parameters and persistent buffers that belong to none of the quantized ``layers``."""
+    quantized = tuple(f"{name}." for name in layers)
+    return {
+        key: value.cpu().numpy().copy()
+        for key, value in model.state_dict().items()
+        if not key.startswith(quantized)
+    }
+
+
+def build_float_model(architecture: Architecture) -> nn.Module:
+    """The float model with uninitialized meaning: its class from diffusers, its weights to be
+    filled in.
+    """
+    import diffusers
+
+    model_class = FLAT_CLASSES.get(architecture.class_name) or getattr(
+        diffusers, architecture.class_name, None
+    )
+    if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
+        raise InputError(
+            "architecture: expected the name of a diffusers model, found "
+            f"{architecture.class_name!r}"
+        )
+    model: nn.Module = model_class.from_config(architecture.config)
+    if architecture.heads is not None:
+        set_heads(model, architecture.heads)
+    return prepare(model, architecture.split_shortcuts, architecture.attention).eval()
+
+
+def downsampling(model: nn.Module) -> int:
+    """What heights and widths of the model's samples must be multiples of."""
+    from diffusers.models.downsampling import Downsample2D
+
+    return int(2 ** sum(isinstance(module, Downsample2D) for module in model.modules()))
+
+
+def conv_geometry(layer: nn.Module) -> ConvGeometry | None:
+    """A Conv2d's geometry, or None for a Linear; raise InputError for padding that ONNX Conv would
+    not reproduce.
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return None
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        raise InputError(
+            f"convolution with padding {layer.padding!r} ({layer.padding_mode}): expected explicit "
+            "zero padding"
+        )
+
+    def pair(values: tuple[int, ...]) -> tuple[int, int]:
+        return int(values[0]), int(values[1])
+
+    return ConvGeometry(pair(layer.stride), pair(layer.padding), pair(layer.dilation), layer.groups)
+
+
+CODE_MARGIN = 0.25
+"""How far inside its code's interval, in steps, a weight is put that would round to another code:
+deep enough that finetuning's first moves, some hundredths of a step, do not undo a rounding that
+was learned, and no farther from the weight than that takes."""
+
+
+def _nearest_with_codes(weight: Tensor, codes: Tensor, grid: WeightGrid) -> Tensor:
+    """The weight [O, ...] nearest to ``weight`` that rounds to ``codes`` on ``grid``; clipped
+    weights stay where they are.
+    """
+    if bool((weight_codes(weight, grid) == codes).all()):
+        return weight
+    scale = per_sample(grid.scale, weight)
+    half = 0.5 - CODE_MARGIN
+    ratio = weight / scale
+    nearest = torch.clamp(ratio, codes - half, codes + half) * scale
+    return torch.where(weight_codes(weight, grid) == codes, weight, nearest)
+
+
+def _grid(data: LayerData) -> WeightGrid:
+    scale = torch.from_numpy(data.weight_scale.copy())
+    if data.weight_zero_point is None:
+        return WeightGrid.symmetric(scale, data.weight_bits)
+    zero_point = torch.from_numpy(data.weight_zero_point.astype(np.float32))
+    return WeightGrid(scale, -zero_point, activation_levels(data.weight_bits) - zero_point)
+
+
+def _quantizer(site: SiteData | FreeSiteData, buckets: BucketState) -> SiteQuantizer:
+    scale = torch.from_numpy(site.scale.copy())
+    if isinstance(site, SiteData):
+        channel = torch.from_numpy(site.channel.copy())
+        return ActivationQuantizer(
+            site.bits,
+            scale,
+            torch.from_numpy(-site.low),
+            channel,
+            site.axis,
+            buckets,
+            site.symmetry,
+        )
+    zero_point = torch.from_numpy(site.zero_point.copy())
+    symmetric = site.code_low == -site.code_high and not zero_point.any()
+    return FreeActivationQuantizer(
+        scale,
+        zero_point,
+        (site.code_low, site.code_high),
+        site.axis,
+        buckets,
+        symmetric=bool(symmetric),
+    )
+
+
+def _site_data(data: SiteData | FreeSiteData, site: SiteQuantizer) -> SiteData | FreeSiteData:
+    if isinstance(data, SiteData):
+        assert isinstance(site, ActivationQuantizer)
+        scale, low, high = (table.cpu().numpy().copy() for table in site.tables())
+        return dataclasses.replace(data, scale=scale, low=low, high=high)
+    return dataclasses.replace(
+        data,
+        scale=site.scale.cpu().numpy().copy(),
+        zero_point=torch.round(site.zero_point).cpu().numpy().copy(),
+    )
+
+
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule ``name``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,222 @@
+"""Which layers and products are quantized, and which layers read the same tensor.
+
+Nothing here knows what a UNet is: the layers are the model's Conv2d and Linear modules, in
+execution order, and layers share a site where a probe batch shows that their inputs are equal, bit
+for bit. Products of two activations have a site for each operand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quest_deploy.artifacts.scheme import Symmetry, usual_symmetry
+from quest_deploy.errors import InputError
+from quest_deploy.quantization.prepare import Product
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from quest_deploy.artifacts.scheme import Scheme
+
+QUANTIZABLE = (nn.Conv2d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer to quantize.
+
+    Attributes:
+        name: its module path.
+        weight_bits: 4 or 8.
+        macs: multiply-adds for one sample of the probe's size.
+    """
+
+    name: str
+    weight_bits: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """A tensor to quantize.
+
+    Attributes:
+        name: the module path of the first layer that reads it, or for an operand
+            ``<attention>.<operand>``.
+        bits: 4 or 8.
+        axis: the channel axis of the tensor, never negative.
+        layers: the module paths of all layers that read it, in execution order, or of the one
+            product.
+        operand: 0 or 1, which operand of the product it is; None for the input of layers.
+    """
+
+    name: str
+    bits: int
+    symmetry: Symmetry
+    axis: int
+    layers: tuple[str, ...]
+    operand: int | None = None
+
+
+@dataclass(frozen=True)
+class ProductPlan:
+    """A product of two activations; see :class:`quest_deploy.artifacts.checkpoint.ProductData`."""
+
+    name: str
+    sites: tuple[str | None, str | None]
+    macs: int
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """All layers, all products, and all sites, in execution order."""
+
+    layers: tuple[LayerPlan, ...]
+    products: tuple[ProductPlan, ...]
+    sites: tuple[SitePlan, ...]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    name: str
+    input_hash: bytes
+    axis: int
+    macs: int
+    operands: tuple[str, str] | None = None
+
+
+@torch.no_grad()
+def plan_quantization(
+    model: nn.Module, probe: Mapping[str, Tensor], scheme: Scheme
+) -> QuantizationPlan:
+    """Run ``model(**probe)`` once and plan the quantization of every Conv2d, Linear and Product it
+    executes.
+
+    Args:
+        probe: the model's inputs, ``sample`` among them; random and different for each sample, so
+            that equal layer inputs mean the same tensor.
+
+    Raises:
+        InputError: the model executes no Conv2d or Linear.
+    """
+    executed = _execute(model, probe)
+    seen = [entry for entry in executed if entry.operands is None]
+    if not seen:
+        raise InputError(
+            "the model executes no Conv2d and no Linear layer: there is nothing to quantize"
+        )
+    # The first layer is the one that reads the sample; embeddings of the timestep may run before
+    # it.
+    sample = _content_hash(probe["sample"])
+    ends = {
+        next((layer for layer in seen if layer.input_hash == sample), seen[0]).name,
+        seen[-1].name,
+    }
+
+    def bits_of(name: str, bits: int) -> int:
+        return scheme.first_last_bits if name in ends else bits
+
+    readers: dict[tuple[bytes, int], list[_Seen]] = {}
+    for layer in seen:
+        readers.setdefault((layer.input_hash, layer.axis), []).append(layer)
+    sites: list[SitePlan] = []
+    products: list[ProductPlan] = []
+    for entry in executed:
+        if entry.operands is not None:
+            operands = _operand_sites(entry, scheme)
+            sites += [site for site in operands if site is not None]
+            names = tuple(None if site is None else site.name for site in operands)
+            if any(names):
+                products.append(ProductPlan(entry.name, (names[0], names[1]), entry.macs))
+            continue
+        group = readers[entry.input_hash, entry.axis]
+        if group[0] is entry:
+            bits = max(bits_of(layer.name, scheme.activation_bits) for layer in group)
+            sites.append(
+                SitePlan(
+                    entry.name,
+                    bits,
+                    usual_symmetry(bits),
+                    entry.axis,
+                    tuple(layer.name for layer in group),
+                )
+            )
+    layers = tuple(
+        LayerPlan(layer.name, bits_of(layer.name, scheme.weight_bits), layer.macs) for layer in seen
+    )
+    return QuantizationPlan(layers, tuple(products), tuple(sites))
+
+
+def _operand_sites(product: _Seen, scheme: Scheme) -> tuple[SitePlan | None, SitePlan | None]:
+    assert product.operands is not None
+    attention = product.name.rpartition(".")[0]
+
+    def site(index: int, operand: str) -> SitePlan | None:
+        softmax = operand == "softmax"
+        bits = scheme.softmax_bits if softmax else scheme.attention_bits
+        if bits is None:
+            return None
+        symmetry = Symmetry.UNSIGNED if softmax else usual_symmetry(bits)
+        return SitePlan(
+            f"{attention}.{operand}", bits, symmetry, product.axis, (product.name,), index
+        )
+
+    return site(0, product.operands[0]), site(1, product.operands[1])
+
+
+def _execute(model: nn.Module, probe: Mapping[str, Tensor]) -> list[_Seen]:
+    seen: dict[str, _Seen] = {}
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if name in seen:
+                raise InputError(
+                    f"layer {name} runs twice in one forward pass; its activations would need two "
+                    "quantizers"
+                )
+            if isinstance(module, Product):
+                macs = output[0].numel() * args[0].shape[-1]
+                seen[name] = _Seen(name, b"", args[0].dim() - 1, macs, module.operands)
+            else:
+                seen[name] = _Seen(
+                    name,
+                    _content_hash(args[0]),
+                    _channel_axis(module, args[0]),
+                    _macs(module, output),
+                )
+
+        return hook
+
+    quantizable = (*QUANTIZABLE, Product)
+    handles = [
+        m.register_forward_hook(record(n))
+        for n, m in model.named_modules()
+        if isinstance(m, quantizable)
+    ]
+    try:
+        model(**probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(seen.values())
+
+
+def _channel_axis(module: nn.Module, x: Tensor) -> int:
+    return 1 if isinstance(module, nn.Conv2d) else x.dim() - 1
+
+
+def _macs(module: nn.Module, output: Tensor) -> int:
+    weight = module.get_parameter("weight")
+    per_output = weight.numel() // weight.shape[0]
+    return output.numel() // output.shape[0] * per_output
+
+
+def _content_hash(x: Tensor) -> bytes:
+    digest = hashlib.sha256(str(tuple(x.shape)).encode())
+    digest.update(x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.digest()

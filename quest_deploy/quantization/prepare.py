@@ -1,0 +1,257 @@
+"""Rewrite a float model into an equal one in which everything that is quantized is a module of its
+own.
+
+Two things in a UNet are not, as diffusers writes them: the halves of a shortcut convolution that
+reads a concatenation (Q-Diffusion quantizes each half by itself), and the products inside
+attention. Rewritten, they are found, quantized, finetuned and exported like every other layer, and
+nothing else in the toolchain knows about them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from quest_deploy.artifacts.checkpoint import OPERANDS, ScoreScale
+from quest_deploy.errors import InputError
+from quest_deploy.models.unets import attentions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from quest_deploy.artifacts.scheme import Scheme
+
+SHORTCUTS = "conv_shortcut"
+"""The name of a ResBlock's shortcut convolution in diffusers."""
+
+
+class SplitConv2d(nn.Module):
+    """A Conv2d whose input channels are split in two: first(x[:, :n]) + second(x[:, n:]), the bias
+    in ``first``.
+    """
+
+    def __init__(self, conv: nn.Conv2d, channels: int) -> None:
+        super().__init__()
+        if conv.groups != 1:
+            raise InputError("a grouped convolution cannot be split by input channels")
+        self.first = _slice_of(conv, 0, channels, bias=conv.bias is not None)
+        self.second = _slice_of(conv, channels, conv.in_channels, bias=False)
+        self.channels = channels
+        with torch.no_grad():
+            self.first.weight.copy_(conv.weight[:, :channels])
+            self.second.weight.copy_(conv.weight[:, channels:])
+            if conv.bias is not None and self.first.bias is not None:
+                self.first.bias.copy_(conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, O, H', W']."""
+        result: Tensor = self.first(x[:, : self.channels]) + self.second(x[:, self.channels :])
+        return result
+
+
+def _slice_of(conv: nn.Conv2d, start: int, stop: int, *, bias: bool) -> nn.Conv2d:
+    return nn.Conv2d(
+        stop - start,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        bias=bias,
+        padding_mode=conv.padding_mode,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+
+
+class Product(nn.Module):
+    """A product of two activations, a [B, heads, M, N] @ b [B, heads, N, P].
+
+    Attributes:
+        operands: what each operand is called, one of ``OPERANDS``.
+    """
+
+    def __init__(self, operands: tuple[str, str]) -> None:
+        super().__init__()
+        self.operands = operands
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """The matrix product."""
+        return a @ b
+
+
+class ExplicitAttention:
+    """diffusers' attention written out, its two products in the modules ``scores`` and ``mix`` of
+    the Attention.
+
+    Operands are [B, heads, tokens, d]: the batch stays in axis 0, so that each sample keeps its own
+    timestep's scales.
+    """
+
+    def __init__(self, scale: ScoreScale) -> None:
+        self.scale = scale
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """diffusers' processor interface; raise InputError for attention that this does not
+        compute.
+        """
+        norms = (attn.spatial_norm, attn.norm_q, attn.norm_k)
+        if (
+            attn.norm_cross
+            or attn.added_kv_proj_dim is not None
+            or any(norm is not None for norm in norms)
+        ):
+            raise InputError(
+                "attention with spatial, cross or q/k normalization, or with added keys and "
+                "values, "
+                "cannot be quantized; "
+                "leave attention in float"
+            )
+        residual, shape = hidden_states, hidden_states.shape
+        if len(shape) == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project, x in (
+                (attn.to_q, hidden_states),
+                (attn.to_k, context),
+                (attn.to_v, context),
+            )
+        )
+        mask = None
+        if attention_mask is not None:
+            mask = attn.prepare_attention_mask(attention_mask, k.shape[2], shape[0])
+            mask = mask.view(shape[0], attn.heads, -1, mask.shape[-1])
+        mixed = self.attend(attn, q, k, v, mask)
+        hidden_states = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
+        if len(shape) == 4:
+            hidden_states = hidden_states.transpose(1, 2).unflatten(2, shape[2:])
+        if attn.residual_connection:
+            hidden_states = (
+                residual + hidden_states
+            )  # in this order the result has the layout of the residual, as in CompVis
+        result: Tensor = hidden_states / attn.rescale_output_factor
+        return result
+
+    def attend(self, attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q k^T * scale + mask) v; q, k, v [B, heads, tokens, d], mask [B, heads, 1 or
+        tokens, tokens of k].
+        """
+        if self.scale is ScoreScale.OPERANDS:
+            root = attn.scale**0.5
+            scores = attn.scores(q * root, (k * root).transpose(2, 3))
+        else:
+            scores = attn.scores(q, k.transpose(2, 3)) * attn.scale
+        if mask is not None:
+            scores = scores + mask
+        mixed: Tensor = attn.mix(scores.softmax(-1), v)
+        return mixed
+
+
+def prepare(
+    model: nn.Module, split_shortcuts: Mapping[str, int], attention: ScoreScale | None
+) -> nn.Module:
+    """Rewrite ``model`` in place and return it; its float results stay the same but for rounding.
+
+    Args:
+        split_shortcuts: by the name of a convolution, the channels of its first half.
+        attention: where explicit attention applies its scale, or None to leave attention alone.
+
+    Raises:
+        InputError: a name that is no convolution of the model's, or attention of an unknown kind.
+    """
+    for name, channels in split_shortcuts.items():
+        parent, _, child = name.rpartition(".")
+        try:
+            conv = model.get_submodule(name)
+        except AttributeError:
+            conv = None
+        if not isinstance(conv, nn.Conv2d) or not 0 < channels < conv.in_channels:
+            raise InputError(
+                f"split shortcut {name}: expected a convolution of the model's and fewer channels "
+                "than it reads"
+            )
+        setattr(model.get_submodule(parent), child, SplitConv2d(conv, channels))
+    if attention is not None:
+        for module in attentions(model):
+            module.scores, module.mix = Product(OPERANDS["scores"]), Product(OPERANDS["mix"])
+            module.set_processor(ExplicitAttention(attention))
+    return model
+
+
+def prepared_for(
+    model: nn.Module, scheme: Scheme, probe: Mapping[str, Tensor]
+) -> tuple[nn.Module, dict[str, int], ScoreScale | None]:
+    """:func:`prepare` ``model`` for ``scheme``, in place, finding the split shortcuts by running
+    the model on ``probe``.
+
+    Returns:
+        The model, and what :func:`prepare` needs to do the same to another copy of it.
+    """
+    splits = find_split_shortcuts(model, probe) if scheme.split_shortcuts else {}
+    quantized = scheme.attention_bits is not None or scheme.softmax_bits is not None
+    attention = ScoreScale.PRODUCT if quantized else None
+    return prepare(model, splits, attention), splits, attention
+
+
+@torch.no_grad()
+def find_split_shortcuts(model: nn.Module, probe: Mapping[str, Tensor]) -> dict[str, int]:
+    """The shortcut convolutions that read a concatenation of two tensors, with the channels of the
+    first; runs ``model`` once.
+    """
+    found: dict[str, int] = {}
+    concatenations = _Concatenations()
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if (first := concatenations.first_of(args[0])) is not None:
+                found[name] = first
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(record(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and name.rpartition(".")[2] == SHORTCUTS
+    ]
+    try:
+        with concatenations:
+            model(**probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+class _Concatenations(TorchFunctionMode):
+    """Remembers the results of torch.cat([a, b], dim=1), and how many channels a had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._results: list[tuple[Tensor, int]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.cat, torch.concat, torch.concatenate):
+            named = {**dict(zip(("tensors", "dim"), args, strict=False)), **(kwargs or {})}
+            parts, axis = named["tensors"], named.get("dim", 0)
+            if len(parts) == 2 and axis == 1 and result.dim() == 4:
+                self._results.append((result, parts[0].shape[1]))
+        return result
+
+    def first_of(self, x: Tensor) -> int | None:
+        return next((channels for result, channels in self._results if result is x), None)

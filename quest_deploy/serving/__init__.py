@@ -1,0 +1,1 @@
+"""Engines in use: diffusers pipelines, Triton packages, schedules for C++, a client."""

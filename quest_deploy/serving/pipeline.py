@@ -1,0 +1,162 @@
+"""A diffusers pipeline whose UNet is an engine: schedulers, guidance, callbacks and everything else
+are diffusers' own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor
+
+from quest_deploy.artifacts.workspace import Workspace
+from quest_deploy.backends.engine_unet import EngineUNet
+from quest_deploy.backends.registry import get_backend
+from quest_deploy.errors import InputError
+from quest_deploy.models.registry import EMBEDDED, load_model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DEFAULT_BACKEND = "openvino"
+
+
+def load_pipeline(
+    workspace: Workspace | Path | str, backend: str = DEFAULT_BACKEND, **parts: Any
+) -> Any:
+    """The model's diffusers pipeline with the engine of ``backend`` as its UNet.
+
+    The pipeline's class is the one that the model's folder names. Text encoders, decoder,
+    tokenizers and scheduler come from there, with the LoRAs of the workspace; the safety checker
+    does not, unless it is given.
+
+    >>> pipeline = load_pipeline("quest-out/sd15-w4a4", "openvino")               # doctest: +SKIP
+    >>> pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
+    >>> pipeline("a lighthouse in a storm", num_inference_steps=20).images[0]
+
+    Args:
+        workspace: where the engine was built, open or as a path.
+        parts: parts by their names in the pipeline, to take instead of the folder's.
+
+    Raises:
+        InputError: there is no such engine, or the model is no whole diffusers pipeline.
+    """
+    from quest_deploy.models.pipeline_model import PipelineModel
+
+    get_backend(backend)
+    opened = workspace if isinstance(workspace, Workspace) else Workspace.open(Path(workspace))
+    model = load_model(opened.source)
+    if not isinstance(model, PipelineModel):
+        raise InputError(
+            f"{EMBEDDED} is no diffusers pipeline; use "
+            "quest_deploy.backends.engine_unet.EngineUNet, or `quest-deploy generate`"
+        )
+    model.require_weights("run as a pipeline")  # both refused before an engine is opened
+    model.pipeline_class()
+    return model.load_pipeline(
+        **{"unet": PipelineUNet(EngineUNet.load(opened, backend), model.config), **parts}
+    )
+
+
+class PipelineUNet(ModelMixin, ConfigMixin):
+    """An engine in the place of a pipeline's UNet.
+
+    It has no parameters. ``to`` moves it in name: what it is called with may be on any device and
+    of any float type, the engine computes where it was built for, in float32, and the result goes
+    back to the caller's device and type.
+    """
+
+    config_name = "config.json"  # type: ignore[assignment]
+    _place: Tensor
+
+    def __init__(self, engine: EngineUNet, config: Mapping[str, Any]) -> None:
+        """Stand in for the UNet of ``config`` with ``engine``."""
+        super().__init__()
+        self.engine = engine
+        self.register_to_config(**_full_config(config))
+        self.register_buffer("_place", torch.empty(0), persistent=False)
+        if config.get("addition_embed_type") == "text_time":
+            # Pipelines of SDXL check by it that their conditions on the size fit.
+            width = config["projection_class_embeddings_input_dim"]
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that pipelines give their latents and states."""
+        return self._place.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where pipelines put their latents and states."""
+        return self._place.device
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        *,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        return_dict: bool = True,
+        **unsupported: Any,
+    ) -> Any:
+        """Predict as diffusers' UNets do.
+
+        Args:
+            sample: [B, C, H, W].
+            timestep: a number, or a tensor [], [1] or [B]; each sample has its own.
+            encoder_hidden_states, class_labels: [B, ...], where the model has them.
+            added_cond_kwargs: SDXL's ``text_embeds`` and ``time_ids``.
+            unsupported: any other argument of diffusers' UNets, None or empty.
+
+        Raises:
+            InputError: an argument that the engine does not compute (ControlNet's residuals,
+                attention arguments, IP-Adapter), or a height or width that the UNet cannot halve.
+        """
+        wanted = {
+            name: value for name, value in unsupported.items() if value is not None and value != {}
+        }
+        added = dict(added_cond_kwargs or {})
+        wanted |= {
+            name: value for name, value in added.items() if name not in ("text_embeds", "time_ids")
+        }
+        if wanted:
+            raise InputError(
+                f"the engine does not compute {', '.join(sorted(wanted))}: ControlNet, "
+                "T2I-Adapter, "
+                "IP-Adapter and attention arguments "
+                "are no part of its graph (LoRAs are: give them to `quest-deploy calibrate --lora`)"
+            )
+        given = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "class_labels": class_labels,
+            **added,
+        }
+        conditions = {name: value for name, value in given.items() if value is not None}
+        steps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1).expand(len(sample))
+        output = self.engine(sample, steps, **conditions).to(sample.device, sample.dtype)
+        return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+
+
+def _full_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with the defaults of its diffusers class, which pipelines read too."""
+    import inspect
+
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters
+    defaults = {
+        name: p.default
+        for name, p in parameters.items()
+        if p.default is not inspect.Parameter.empty
+    }
+    return {
+        **defaults,
+        **{name: value for name, value in config.items() if not name.startswith("_")},
+    }

@@ -1,0 +1,80 @@
+"""Exit 0 if the server draws an image or its queue is full, 1 if not: a probe for container
+orchestration. Needs nothing but Python.
+
+A full queue is a server with much to do, which a restart would not help. A probe that waits in the
+queue needs a --timeout for it.
+
+Triton's own readiness endpoint is not enough: a model whose python process has died still counts as
+ready there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+FULL = "maximum queue size"
+"""What Triton says of a full queue, with the status 503."""
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def main() -> None:
+    """Run the program."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "url",
+        nargs="?",
+        default="http://127.0.0.1:8000",
+        help="the server's HTTP address (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=30.0, help="seconds (default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    settings = json.loads(
+        (
+            Path(__file__).resolve().parent / "models" / "pipeline" / "1" / "settings.json"
+        ).read_text()
+    )
+    inputs = [_input("steps", "INT32", 2), _input("seed", "INT64", 0)]
+    if settings["text"]:
+        inputs.append(_input("prompt", "BYTES", "health"))
+    elif settings["labels"] > 1:
+        inputs.append(_input("label", "INT32", 0))
+    request = {
+        "inputs": inputs,
+        "outputs": [{"name": "image", "parameters": {"binary_data": True}}],
+    }
+    # The environment's proxy is for elsewhere.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        answer = opener.open(
+            urllib.request.Request(
+                f"{arguments.url}/v2/models/pipeline/infer", json.dumps(request).encode()
+            ),
+            timeout=arguments.timeout,
+        )
+        body = answer.read()
+    except urllib.error.HTTPError as e:
+        reason = e.read().decode(errors="replace")
+        if e.code == 503 and FULL in reason:
+            print("busy: the queue is full")
+            return
+        sys.exit(f"unhealthy: {reason}")
+    except OSError as e:
+        sys.exit(f"unhealthy: {e}")
+    if PNG not in body:
+        sys.exit("unhealthy: the server gave no image")
+    print("healthy")
+
+
+def _input(name: str, datatype: str, value: object) -> dict[str, object]:
+    return {"name": name, "shape": [1, 1], "datatype": datatype, "data": [value]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+"""What `pipeline` and `pipeline_stream` do with one request, free of Triton: check it, denoise,
+decode.
+
+The models it needs (text encoder, UNet, decoder) are behind one asynchronous function. Needs numpy,
+torch, diffusers, Pillow, and for a text-to-image model tokenizers; runs on Python 3.10 or newer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import secrets
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    Arrays = dict[str, np.ndarray]
+    Infer = Callable[[str, Arrays], Awaitable[Arrays]]
+    """Runs a model by its name: from inputs to outputs, each [B, ...]."""
+
+SETTINGS, CONDITIONS = "settings.json", "conditions.npz"
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+MAX_PROMPT_BYTES = 16384
+"""Longer prompts are refused before they are read."""
+MAX_GUIDANCE = 1000.0
+"""Far beyond any weight that makes an image; larger ones overflow."""
+DTYPES = {
+    "prompt": np.object_,
+    "negative_prompt": np.object_,
+    "scheduler": np.object_,
+    "label": np.int32,
+    "steps": np.int32,
+    "height": np.int32,
+    "width": np.int32,
+    "seed": np.int64,
+    "guidance": np.float32,
+}
+
+
+class InvalidRequestError(ValueError):
+    """The request cannot be served as it is; the message says what was expected."""
+
+
+class NotFiniteError(ArithmeticError):
+    """A model gave infinities or NaNs, of which no image can be made."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a configuration allows; its parameters by these names.
+
+    Attributes:
+        max_steps: denoising steps of a request.
+        max_size: pixels of the height and of the width.
+        max_in_flight: images drawn at the same time, in each process of the pipeline.
+        model_timeout: seconds to wait for one answer of another model.
+    """
+
+    max_steps: int
+    max_size: int
+    max_in_flight: int = 1
+    model_timeout: int = 600
+
+    @classmethod
+    def of(cls, parameters: dict[str, dict[str, str]]) -> Limits:
+        """From the ``parameters`` of a model's configuration; raise ValueError where one is missing
+        or no whole number of 1 or more.
+        """
+        found = {}
+        for field in fields(cls):
+            text = parameters.get(field.name, {}).get("string_value", "")
+            if not (text.isascii() and text.isdigit() and int(text)):
+                raise ValueError(
+                    f"parameter {field.name} in config.pbtxt: expected a whole number of 1 or "
+                    "more, "
+                    f"found {text!r}"
+                )
+            found[field.name] = int(text)
+        return cls(**found)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to draw.
+
+    Attributes:
+        label: the class, of a class-conditional model.
+        tokens, negative_tokens: the token ids for each tokenizer, of a text-to-image model.
+        no_negative: whether no negative prompt was given.
+        height, width: of the image, in pixels.
+    """
+
+    label: int
+    tokens: tuple[list[int], ...]
+    negative_tokens: tuple[list[int], ...]
+    no_negative: bool
+    seed: int
+    steps: int
+    scheduler: str
+    guidance: float
+    height: int
+    width: int
+
+
+class Generator:
+    """Draws images of one model.
+
+    Args:
+        folder: where ``settings.json`` and what belongs to it lie.
+        limits: what requests may ask for.
+    """
+
+    def __init__(self, folder: Path, limits: Limits) -> None:
+        self.limits = limits
+        self.settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text())
+        tables = folder / CONDITIONS
+        self._tables: Arrays = dict(np.load(tables, allow_pickle=False)) if tables.exists() else {}
+        self._tokenizers = [
+            _tokenizer(folder / name) for name in TOKENIZERS if (folder / name).exists()
+        ]
+        self._channels = self.settings["sample_shape"][0]
+
+    def jobs(self, inputs: Arrays) -> list[Job]:
+        """The images that a request asks for, one a row.
+
+        Args:
+            inputs: each [B, 1], by name; what may be left out has a default.
+
+        Raises:
+            InvalidRequestError: anything that the model or the limits do not allow.
+        """
+        rows = _rows(inputs)
+        jobs = []
+        for i in range(rows):
+            given = {name: value[i, 0] for name, value in inputs.items()}
+            try:
+                jobs.append(self._job(given))
+            except InvalidRequestError as e:
+                raise InvalidRequestError(
+                    f"image {i + 1} of {rows}: {e}" if rows > 1 else str(e)
+                ) from e
+        return jobs
+
+    async def draw(self, job: Job, infer: Infer, on_step: Callable[[int, int], None]) -> np.ndarray:
+        """The image as uint8 [H, W, C].
+
+        Args:
+            infer: runs a model.
+            on_step: is told after each step how many of how many are done; what it raises ends the
+                work.
+
+        Raises:
+            NotFiniteError: a model gave infinities or NaNs.
+        """
+        conditions = await self._conditions(job, infer)
+        scheduler = self._scheduler(job.scheduler, job.steps)
+        generator = torch.Generator().manual_seed(job.seed)
+        factor = self.settings["pixels_per_latent"]
+        shape = (1, self._channels, job.height // factor, job.width // factor)
+        latents = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
+        # Schedulers that add noise take it from the seed too.
+        extra = (
+            {"generator": generator}
+            if "generator" in inspect.signature(scheduler.step).parameters
+            else {}
+        )
+        rows = 1 if job.guidance == 1 else 2
+        for i, timestep in enumerate(scheduler.timesteps):
+            scaled = scheduler.scale_model_input(latents, timestep).repeat(rows, 1, 1, 1)
+            inputs = {
+                "sample": scaled.numpy(),
+                "timestep": np.full((rows, 1), float(timestep), np.float32),
+                **conditions,
+            }
+            prediction = torch.from_numpy(next(iter((await infer("unet", inputs)).values())))
+            if rows == 2:
+                unconditional, conditional = prediction.chunk(2)
+                prediction = unconditional + job.guidance * (conditional - unconditional)
+            latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
+            if not torch.isfinite(latents).all():
+                raise NotFiniteError(
+                    f"the latents are no longer finite after step {i + 1} of "
+                    f"{len(scheduler.timesteps)}"
+                )
+            on_step(i + 1, len(scheduler.timesteps))
+        image = await self._decode(latents.float().numpy(), infer)
+        if not np.isfinite(image).all():
+            raise NotFiniteError("the decoder's image is not finite")
+        return pixels(image)
+
+    def _job(self, given: dict[str, Any]) -> Job:
+        settings, defaults = self.settings, self.settings["defaults"]
+        steps = int(given.get("steps", defaults["steps"]))
+        if not 1 <= steps <= self.limits.max_steps:
+            raise InvalidRequestError(
+                f"steps: expected 1 to {self.limits.max_steps}, found {steps}"
+            )
+        scheduler = _text("scheduler", given.get("scheduler", defaults["scheduler"]))
+        if scheduler not in settings["schedulers"]:
+            raise InvalidRequestError(
+                f"scheduler: expected one of {', '.join(settings['schedulers'])}, found "
+                f"{scheduler[:100]!r}"
+            )
+        self._scheduler(scheduler, steps)
+        guidance = float(given.get("guidance", defaults["guidance"]))
+        if not 0 <= guidance <= MAX_GUIDANCE:  # nor NaN
+            raise InvalidRequestError(
+                f"guidance: expected a weight from 0 to {MAX_GUIDANCE:g}, found {guidance:g}"
+            )
+        if guidance != 1 and not settings["guidable"]:
+            raise InvalidRequestError(
+                "guidance: the model has no unconditional condition, so expected 1, found "
+                f"{guidance:g}"
+            )
+        seed = int(given.get("seed", secrets.randbits(32)))
+        if seed < 0:
+            raise InvalidRequestError(f"seed: expected 0 or more, found {seed}")
+        if self._tokenizers and "prompt" not in given:
+            raise InvalidRequestError("prompt: expected one")
+        height, width = self._size(given)
+        return Job(
+            label=self._label(given),
+            tokens=self._tokens("prompt", given.get("prompt", b"")),
+            negative_tokens=self._tokens("negative_prompt", given.get("negative_prompt", b"")),
+            no_negative="negative_prompt" not in given,
+            seed=seed,
+            steps=steps,
+            scheduler=scheduler,
+            guidance=guidance,
+            height=height,
+            width=width,
+        )
+
+    def _label(self, given: dict[str, Any]) -> int:
+        labels = self.settings["labels"]
+        if labels == 1:
+            return 0
+        if "label" not in given:
+            raise InvalidRequestError(f"label: expected one, from 0 to {labels - 1}")
+        label = int(given["label"])
+        if not 0 <= label < labels:
+            raise InvalidRequestError(f"label: expected 0 to {labels - 1}, found {label}")
+        return label
+
+    def _size(self, given: dict[str, Any]) -> tuple[int, int]:
+        """Height and width, in pixels."""
+        factor, sizes, largest = (
+            self.settings["size_factor"],
+            self.settings["sizes"],
+            self.limits.max_size,
+        )
+        height, width = (
+            int(given.get(name, default))
+            for name, default in zip(("height", "width"), self.settings["size"], strict=True)
+        )
+        for name, side in (("height", height), ("width", width)):
+            if not 1 <= side <= largest or side % factor:
+                raise InvalidRequestError(
+                    f"{name}: expected a multiple of {factor} up to {largest}, found {side}"
+                )
+        if sizes and [height, width] not in sizes:
+            known = ", ".join(f"{high}x{wide}" for high, wide in sizes)
+            raise InvalidRequestError(
+                f"height, width: the plan was built for {known}; found {height}x{width}"
+            )
+        return height, width
+
+    def _tokens(self, name: str, given: bytes | str) -> tuple[list[int], ...]:
+        text = _text(name, given)
+        found = []
+        for tokenizer, length, pad in self._tokenizers:
+            ids = tokenizer.encode(text).ids
+            if len(ids) > length:
+                raise InvalidRequestError(
+                    f"{name}: expected at most {length} tokens, of which two mark the start and "
+                    "the "
+                    f"end; found {len(ids)}"
+                )
+            found.append(ids + [pad] * (length - len(ids)))
+        return tuple(found)
+
+    def _scheduler(self, name: str, steps: int) -> Any:
+        scheduler = getattr(diffusers, self.settings["schedulers"][name]).from_config(
+            self.settings["scheduler_config"]
+        )
+        trained = scheduler.config.num_train_timesteps
+        try:
+            scheduler.set_timesteps(steps)
+        except ValueError as e:  # LCM's has a limit of its own
+            raise InvalidRequestError(f"steps: {name} does not take {steps}: {e}") from e
+        if (highest := float(scheduler.timesteps.max())) >= trained:
+            raise InvalidRequestError(
+                f"steps: {steps} steps begin at timestep {highest:g}, and the model knows those "
+                f"below {trained}; take fewer"
+            )
+        return scheduler
+
+    async def _conditions(self, job: Job, infer: Infer) -> Arrays:
+        """The UNet's further inputs, [1, ...], or with guidance [2, ...], the unconditional one
+        first.
+        """
+        guided = job.guidance != 1
+        if not self._tokenizers:
+            rows = [-1, job.label] if guided else [job.label]
+            return {name: table[rows] for name, table in self._tables.items()}
+        halves = (job.negative_tokens, job.tokens) if guided else (job.tokens,)
+        names = ("input_ids", "input_ids_2")
+        ids = {
+            name: np.asarray(both, np.int32)
+            for name, both in zip(names, zip(*halves, strict=True), strict=False)
+        }
+        states = await infer("text_encoder", ids)
+        if guided and job.no_negative and self.settings["zero_unconditional"]:
+            states = {
+                name: value * np.asarray([0, 1], value.dtype).reshape(2, *[1] * (value.ndim - 1))
+                for name, value in states.items()
+            }
+        if self.settings["time_ids"]:
+            sizes = [job.height, job.width, 0, 0, job.height, job.width]
+            states["time_ids"] = np.asarray([sizes] * len(halves), np.float32)
+        return states
+
+    async def _decode(self, latents: np.ndarray, infer: Infer) -> np.ndarray:
+        """Latents [1, C, h, w] to an image [1, C, H, W] in [-1, 1], or a little beyond."""
+        if self.settings["decoder"]:
+            decoded: np.ndarray = (await infer("vae_decoder", {"sample": latents}))["image"]
+            return decoded
+        if (factor := self.settings["pixels_per_latent"]) == 1:
+            return latents
+        shuffled: np.ndarray = torch.nn.functional.pixel_shuffle(
+            torch.from_numpy(latents), factor
+        ).numpy()
+        return shuffled
+
+
+def pixels(image: np.ndarray) -> np.ndarray:
+    """An image [1, C, H, W] in [-1, 1] as uint8 [H, W, C]."""
+    levels: np.ndarray = (
+        ((image[0].transpose(1, 2, 0).clip(-1, 1) / 2 + 0.5) * 255).round().astype(np.uint8)
+    )
+    return levels
+
+
+def png(image: np.ndarray) -> bytes:
+    """An image, uint8 [H, W, C] with one channel or three, as PNG."""
+    stream = io.BytesIO()
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def _rows(inputs: Arrays) -> int:
+    """How many images are asked for; raise InvalidRequestError for inputs of a wrong type or shape,
+    or none.
+    """
+    if not inputs:
+        raise InvalidRequestError(f"expected inputs, of {', '.join(DTYPES)}; found none")
+    for name, value in inputs.items():
+        if name not in DTYPES:
+            raise InvalidRequestError(f"{name}: unknown; expected inputs of {', '.join(DTYPES)}")
+        if value.dtype != DTYPES[name]:
+            raise InvalidRequestError(
+                f"{name}: expected the type {np.dtype(DTYPES[name]).name}, found {value.dtype.name}"
+            )
+        if value.ndim != 2 or value.shape[1] != 1 or not len(value):
+            raise InvalidRequestError(
+                f"{name}: expected the shape [images, 1], found {list(value.shape)}"
+            )
+    counts = {name: len(value) for name, value in inputs.items()}
+    if len(set(counts.values())) > 1:
+        raise InvalidRequestError(f"expected as many rows in each input, found {counts}")
+    return next(iter(counts.values()))
+
+
+def _text(name: str, given: bytes | str) -> str:
+    data = given.encode(errors="surrogatepass") if isinstance(given, str) else given
+    if len(data) > MAX_PROMPT_BYTES:
+        raise InvalidRequestError(
+            f"{name}: expected at most {MAX_PROMPT_BYTES} bytes, found {len(data)}"
+        )
+    try:
+        return data.decode()
+    except UnicodeDecodeError as e:
+        raise InvalidRequestError(f"{name}: expected UTF-8 ({e})") from e
+
+
+def _tokenizer(folder: Path) -> tuple[Any, int, int]:
+    """A tokenizer, the number of tokens that it pads to, and what it pads with."""
+    from tokenizers import Tokenizer
+
+    tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    pad = config["pad_token"]
+    return (
+        tokenizer,
+        config["model_max_length"],
+        tokenizer.token_to_id(pad if isinstance(pad, str) else pad["content"]),
+    )

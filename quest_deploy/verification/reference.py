@@ -1,0 +1,605 @@
+"""Reference inputs and outputs of the fake-quantized torch modules: what every engine is verified
+against.
+
+Saved in files, so that verifying needs neither torch nor the model. A record covers one pair of
+timestep buckets with one batch, so each record also tests that every sample gets its own bucket's
+scales. It holds
+
+- end to end: the inputs of two samples (one at the lowest timestep of its bucket, one at the
+  highest) and the model's outputs;
+- per layer: those two samples' real activations, and two probes of values close to rounding ties,
+  up to and beyond the clip bounds, which any wrong scale or bound sends to another code; with the
+  codes and each layer's output.
+
+A large model's records hold, in turn, as many sites as a record's largest size admits
+(``reference_sample``). One record is made, and in memory, at a time.
+
+An activation within 4 ulp of a rounding tie may legitimately get another code in another runtime.
+Codes are saved for the real values; layer outputs are computed from values whose ties were moved to
+the middle of their code, so that they are unambiguous. All of a record's real activations and layer
+outputs are those of one pass of the model, so that the float part between them can be checked too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quest_deploy.artifacts.reference import (
+    HALF_TYPES,
+    INDEX,
+    OUTPUT,
+    TABLES,
+    TIE_ULPS,
+    RecordEntry,
+)
+from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.files import atomic_file, read_json, sha256_of, write_json
+from quest_deploy.quantization.layers import (
+    ActivationQuantizer,
+    FreeActivationQuantizer,
+    QuantizedLayer,
+    QuantizedProduct,
+    QuantizedSplit,
+    SiteQuantizer,
+)
+from quest_deploy.quantization.model import downsampling
+from quest_deploy.verification.selection import choose, structure
+from quest_deploy.verification.tolerances import segment_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from quest_deploy.artifacts.scheme import Scheme
+    from quest_deploy.calibration.trajectories import Trajectories
+    from quest_deploy.quantization.model import QuantizedModel
+    from quest_deploy.verification.selection import Sample
+
+RECORD = "buckets-{}.safetensors"
+TIE_MARGIN = 2e-4
+JITTER_ULPS = 64
+JITTERED_RUNS = 3
+MEGABYTE = 10**6
+MEASURED_RECORDS = 2
+"""In how many records the sensitivity is measured, if nothing else is asked for, where a record
+cannot hold all sites.
+"""
+FLOAT64_BYTES = 2**30
+"""The largest float32 parameters of a model whose sensitivity is measured in float64 too, which
+doubles them, and by several runs.
+"""
+
+
+@torch.no_grad()
+def save_reference(
+    model: QuantizedModel,
+    trajectories: Trajectories,
+    folder: Path,
+    *,
+    seed: int = 0,
+    megabytes: int = 1000,
+    measured: int | None = None,
+    sample_size: tuple[int, int] | None = None,
+    key: str = "",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[RecordEntry]:
+    """Write the records for every bucket, and their index, into ``folder``; those that an
+    interrupted call left there are kept.
+
+    Args:
+        key: identifies the model and all other arguments: records with another key are made anew.
+        megabytes: the largest size of a record (1 MB = 10^6 bytes), which holds as many sites as
+            fit.
+        measured: in how many of the records the sensitivity is measured; None for all, or 2 where
+            the records cannot hold all sites.
+        sample_size: height and width that the samples are cut down to; None for those of the
+            trajectories.
+
+    Raises:
+        InputError: a size that the model cannot take, or that the trajectories do not have.
+    """
+    if sample_size is not None:
+        trajectories = _cut_down(trajectories, sample_size, downsampling(model.model))
+    scheme = model.checkpoint.scheme
+    pairs = [(first, (first + 1) % scheme.buckets) for first in range(0, scheme.buckets, 2)]
+    timesteps = [
+        (lowest_timestep(scheme, first), highest_timestep(scheme, second))
+        for first, second in pairs
+    ]
+    found = structure(model, _inputs(trajectories, timesteps[0], seed))
+    samples = choose(model.checkpoint, found, len(pairs), megabytes * MEGABYTE)
+    if not all(sample.sites for sample in samples):
+        raise InputError(
+            f"no quantized tensor fits a record of {megabytes} MB; allow more (--megabytes)"
+        )
+    if measured is None:
+        whole = all(len(sample.sites) == len(model.sites) for sample in samples)
+        measured = len(pairs) if whole else MEASURED_RECORDS
+    # The first and the last among them: from one end of the timesteps to the other it may grow
+    # severalfold.
+    measured = min(measured, len(pairs))
+    with_sensitivity = {i * (len(pairs) - 1) // max(measured - 1, 1) for i in range(measured)}
+    records, hashes = _kept_records(folder, key)
+    if not records:  # what is there is of another key
+        for left in (folder / INDEX, *folder.glob(RECORD.format("*"))):
+            left.unlink(missing_ok=True)
+    _write(_tables(model), folder / TABLES)
+    for i in range(len(records), len(pairs)):
+        buckets, sample = pairs[i], samples[i]
+        inputs = _inputs(trajectories, timesteps[i], seed + i)
+        output = model(**inputs)
+        sensitivity = (
+            _sensitivity(model, inputs, output, seed + i) if i in with_sensitivity else None
+        )
+        half_sensitivity = (
+            _half_sensitivity(model, inputs, output) if i in with_sensitivity else None
+        )
+        tensors = {f"input.{name}": value for name, value in inputs.items()} | {"output": output}
+        tensors |= _layer_tensors(model, inputs, sample, i)
+        file = RECORD.format(f"{buckets[0]:04d}-{buckets[1]:04d}")
+        _write(tensors, folder / file)
+        records.append(
+            RecordEntry(
+                file,
+                timesteps[i],
+                buckets,
+                sensitivity,
+                half_sensitivity,
+                sample.sites,
+                sample.products,
+            )
+        )
+        hashes[file] = sha256_of(folder / file)
+        write_json(
+            folder / INDEX,
+            {"key": key, "sha256": hashes, "records": [asdict(record) for record in records]},
+        )
+        on_progress(i + 1, len(pairs))
+    return records
+
+
+def _kept_records(folder: Path, key: str) -> tuple[list[RecordEntry], dict[str, str]]:
+    """The records that are whole in ``folder``, up to the first that is not, where they were made
+    with ``key``; and their hashes.
+    """
+    kept: list[RecordEntry] = []
+    hashes: dict[str, str] = {}
+    try:
+        index = read_json(folder / INDEX)
+        for entry in index["records"] if index["key"] == key else ():
+            file = entry["file"]
+            if sha256_of(folder / file) != index["sha256"][file]:
+                break
+            hashes[file] = index["sha256"][file]
+            kept.append(RecordEntry(**entry))
+    except (InputError, KeyError, TypeError, OSError):
+        pass  # it is only a shortcut
+    return kept, hashes
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        with atomic_file(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+            temporary.chmod(
+                mode
+            )  # safetensors lets nobody else read its files, whatever the umask says
+    except SafetensorError as e:  # it hides the operating system's error, a full disk for one
+        raise QuestDeployError(f"{path.name} cannot be written: {e}") from e
+
+
+def _cut_down(trajectories: Trajectories, size: tuple[int, int], factor: int) -> Trajectories:
+    height, width = size
+    recorded = trajectories.sample.shape[-2:]
+    if (
+        not (0 < height <= recorded[0] and 0 < width <= recorded[1])
+        or height % factor
+        or width % factor
+    ):
+        raise InputError(
+            f"--sample-size: expected multiples of {factor} up to the recorded "
+            f"{recorded[0]}x{recorded[1]}, not {height}x{width}"
+        )
+    sample, output = (x[..., :height, :width] for x in (trajectories.sample, trajectories.output))
+    return dataclasses.replace(trajectories, sample=sample, output=output)
+
+
+def lowest_timestep(scheme: Scheme, bucket: int) -> float:
+    """The lowest timestep of ``bucket``: its lower edge itself."""
+    return scheme.bucket_range(bucket)[0]
+
+
+def highest_timestep(scheme: Scheme, bucket: int) -> float:
+    """The highest float32 timestep of ``bucket`` that is a whole step below its upper edge, or just
+    below it in a narrower one.
+    """
+    low, high = scheme.bucket_range(bucket)
+    if high - 1 >= low:
+        return high - 1
+    return float(torch.nextafter(torch.tensor(high), torch.tensor(0.0)))
+
+
+def is_tie(ratio: Tensor) -> Tensor:
+    """Where x/step [any shape, float32] lies within 4 ulp of a value halfway between two
+    integers.
+    """
+    halfway = torch.floor(ratio) + 0.5
+    ulp = torch.nextafter(ratio.abs(), torch.tensor(torch.inf, dtype=ratio.dtype)) - ratio.abs()
+    return (ratio - halfway).abs() <= TIE_ULPS * ulp
+
+
+def _inputs(
+    trajectories: Trajectories, timesteps: tuple[float, float], seed: int
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    wanted = torch.tensor(timesteps)
+    steps = (trajectories.timestep[None] - wanted[:, None]).abs().argmin(1)
+    rows = torch.randint(trajectories.sample.shape[1], (2,), generator=generator)
+    return {**trajectories.inputs(steps, rows), "timestep": wanted}
+
+
+def _layer_tensors(
+    model: QuantizedModel, inputs: dict[str, Tensor], sample: Sample, record: int
+) -> dict[str, Tensor]:
+    quantizers, layers, products = (
+        model.site_quantizers(),
+        model.quantized_layers(),
+        model.quantized_products(),
+    )
+    chosen = {name: quantizers[name] for name in sample.sites}
+    chosen_products = {name: products[name] for name in sample.products}
+    wanted: set[nn.Module] = {(layers | products)[name] for name in sample.outputs}
+    wanted |= {
+        x
+        for x in _quantized(model)
+        if isinstance(x, QuantizedSplit) and {x.first, x.second} & wanted
+    }
+    seen: dict[str, Tensor] = {}
+    operands: dict[str, tuple[Tensor, ...]] = {}
+    results: dict[nn.Module, Tensor] = {}
+    shapes: dict[nn.Module, torch.Size] = {}
+
+    def untie(name: str, site: SiteQuantizer, x: Tensor) -> Tensor:
+        seen[name] = x
+        return site.untied(x, is_tie(site.ratio(x)))
+
+    def halves(split: QuantizedSplit, args: tuple[Tensor, ...], y: Tensor) -> None:
+        for half, part in zip((split.first, split.second), split.parts(args[0]), strict=True):
+            half(part)
+
+    handles: list[Any] = []
+    for name, site in chosen.items():
+        handles.append(
+            site.register_forward_pre_hook(
+                lambda module, args, name=name: untie(name, module, args[0])
+            )
+        )
+    for name, product in chosen_products.items():
+        handles.append(
+            product.register_forward_pre_hook(
+                lambda module, args, name=name: operands.update({name: args})
+            )
+        )
+    for module in _quantized(model):
+        handles.append(
+            module.register_forward_hook(lambda module, args, y: shapes.update({module: y.shape}))
+        )
+    for module in wanted:
+        handles.append(
+            module.register_forward_hook(lambda module, args, y: results.update({module: y}))
+        )
+        if isinstance(module, QuantizedSplit):
+            handles.append(module.register_forward_hook(halves))
+    try:
+        tensors = {"untied_output": model(**inputs)}
+    finally:
+        for handle in handles:
+            handle.remove()
+    tensors |= _rounding(
+        model, inputs, {**seen, OUTPUT: tensors["untied_output"]}, operands, results, shapes, record
+    )
+    # Copies: the output may be a layer's, and a file holds no memory twice.
+    tensors |= {
+        f"layer.{name}.y": results[(layers | products)[name]].clone() for name in sample.outputs
+    }
+
+    bucket = model.bucket_of(inputs["timestep"])
+    model.bucket_state.current = torch.cat([bucket, bucket])
+    tensors["bucket"] = model.bucket_state.current
+    try:
+        untied: dict[str, Tensor] = {}
+        for name, site in chosen.items():
+            x = torch.cat([seen[name], _probe(site, seen[name], bucket, record)])
+            tensors[f"site.{name}.x"] = x
+            tensors[f"site.{name}.codes"] = site.codes(x)
+            ties = is_tie(site.ratio(x))
+            if ties.any():
+                x = site.untied(x, ties)
+                tensors |= {
+                    f"site.{name}.ties": ties.flatten().nonzero()[:, 0],
+                    f"site.{name}.untied": x[ties],
+                }
+            readers = [reader for reader in model.checkpoint.sites[name].layers if reader in layers]
+            for reader in readers:
+                tensors[f"layer.{reader}.y"] = _with_probes(
+                    tensors[f"layer.{reader}.y"], layers[reader](x)
+                )
+            if not readers:
+                untied[name] = x
+        for name, product in chosen_products.items():
+            sites = model.checkpoint.products[name].sites
+            pair = [
+                untied[site] if site is not None else torch.cat([x, x.flip(0)])
+                for site, x in zip(sites, operands[name], strict=True)
+            ]
+            tensors |= {
+                f"operand.{name}.{i}": x
+                for i, (site, x) in enumerate(zip(sites, pair, strict=True))
+                if site is None
+            }
+            tensors[f"layer.{name}.y"] = _with_probes(tensors[f"layer.{name}.y"], product(*pair))
+    finally:
+        model.bucket_state.current = None
+    return tensors
+
+
+def _with_probes(real: Tensor, y: Tensor) -> Tensor:
+    """y [4, ...] with the rows that the pass itself gave, to the bit."""
+    return torch.cat([real, y[len(real) :]])
+
+
+def _rounding(
+    model: QuantizedModel,
+    inputs: dict[str, Tensor],
+    seen: dict[str, Tensor],
+    operands: dict[str, tuple[Tensor, ...]],
+    results: dict[nn.Module, Tensor],
+    shapes: dict[nn.Module, torch.Size],
+    seed: int,
+) -> dict[str, Tensor]:
+    """How well the float part before each site, product and the output is determined: float32 [2],
+    relative.
+
+    The change that float64 makes there when the model's inputs and the layers' outputs are moved to
+    a float32 next to them. The sine of a large timestep is not determined to 1e-4, nor a norm of
+    values far from zero. Layers and products themselves are not computed: what is not in
+    ``results`` matters to none of those sites, and is zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rounding: dict[str, Tensor] = {}
+
+    def moved(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        towards = torch.where(torch.rand(x.shape, generator=generator) < 0.5, -torch.inf, torch.inf)
+        return torch.nextafter(x, towards).double()
+
+    def compare(name: str, x: Tensor, expected: Tensor, axis: int) -> None:
+        error = torch.from_numpy(segment_error(expected.numpy(), x.numpy(), axis))
+        rounding[f"rounding.{name}"] = torch.maximum(error, rounding.get(f"rounding.{name}", error))
+
+    names = {site: name for name, site in model.site_quantizers().items()}
+    products = {product: name for name, product in model.quantized_products().items()}
+
+    def quantized(site: SiteQuantizer | None, x: Tensor) -> None:
+        if site is not None and names[site] in seen:
+            compare(names[site], x, seen[names[site]], site.axis)
+
+    def replaced(module: nn.Module, *args: Tensor) -> Tensor:
+        """Instead of what a layer or product computes: look at what it reads, and give what it
+        gave.
+        """
+        match module:
+            case QuantizedLayer():
+                quantized(module.site, args[0])
+            case QuantizedSplit():
+                for half, part in zip(
+                    (module.first, module.second), module.parts(args[0]), strict=True
+                ):
+                    quantized(half.site, part)
+            case QuantizedProduct():
+                for site, x in zip(module.quantizers, args, strict=True):
+                    quantized(site, x)
+                for x, expected in (
+                    zip(args, operands[products[module]], strict=True)
+                    if products[module] in operands
+                    else ()
+                ):
+                    compare(products[module], x, expected, -1)
+        return (
+            moved(results[module])
+            if module in results
+            else torch.zeros(shapes[module], dtype=torch.float64)
+        )
+
+    with _float_parts_in_float64(model), _forwards_replaced(_quantized(model), replaced):
+        compare(
+            OUTPUT, model(**{name: moved(value) for name, value in inputs.items()}), seen[OUTPUT], 1
+        )
+    return rounding
+
+
+def _quantized(model: QuantizedModel) -> list[nn.Module]:
+    """What float parts begin at: layers, products, and shortcuts whose halves are one
+    convolution.
+    """
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, (QuantizedLayer, QuantizedProduct, QuantizedSplit))
+    ]
+
+
+@contextmanager
+def _forwards_replaced(modules: list[nn.Module], replaced: Callable[..., Tensor]) -> Iterator[None]:
+    """``modules`` compute ``replaced(module, *args)``."""
+    for module in modules:
+        object.__setattr__(module, "forward", partial(replaced, module))
+    try:
+        yield
+    finally:
+        for module in modules:
+            object.__delattr__(module, "forward")
+
+
+@contextmanager
+def _float_parts_in_float64(model: QuantizedModel) -> Iterator[None]:
+    """All parameters and buffers in float64 but for those of the layers and sites, which are nearly
+    all.
+    """
+    parts = [
+        module
+        for module in model.modules()
+        if not isinstance(module, (QuantizedLayer, SiteQuantizer))
+    ]
+
+    def convert(dtype: torch.dtype) -> None:
+        for part in parts:
+            for value in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+                if value.is_floating_point():
+                    value.data = value.data.to(dtype)
+
+    convert(torch.float64)
+    try:
+        yield
+    finally:
+        convert(torch.float32)
+
+
+def _tables(model: QuantizedModel) -> dict[str, Tensor]:
+    tables: dict[str, Tensor] = {}
+    for name, site in model.site_quantizers().items():
+        tables[f"{name}.scale"] = site.scale.contiguous()
+        if isinstance(site, ActivationQuantizer):
+            _, low, high = site.tables()
+            tables |= {
+                f"{name}.channel": site.channel,
+                f"{name}.low": low,
+                f"{name}.high": high,
+                f"{name}.offset": site.offset,
+            }
+        elif isinstance(site, FreeActivationQuantizer):
+            tables[f"{name}.zero_point"] = torch.round(site.zero_point)
+            tables[f"{name}.range"] = torch.tensor([site.code_low, site.code_high])
+    return {
+        name: table.clone(memory_format=torch.contiguous_format) for name, table in tables.items()
+    }
+
+
+def _probe(site: SiteQuantizer, like: Tensor, bucket: Tensor, record: int) -> Tensor:
+    """Values of the shape of ``like`` [B, ...] that any wrong scale, channel entry or clip bound
+    sends to another code.
+
+    Each lies two parts in ten thousand beside a rounding tie, so a relative change of x/step by
+    more flips it in one direction. The sides alternate along the channels and from row to row: all
+    records together show every channel both. Each row holds the ties at its clip bounds, from both
+    sides. A free site's zero-points may lie far outside its range; its ties are those next to zero
+    then, where x/step has a fraction at all.
+    """
+    channels, rows = like.shape[site.axis], len(like)
+    count = like[0].numel()
+    if isinstance(site, ActivationQuantizer):
+        _, low, high = (table[bucket].long().tolist() for table in site.tables())
+    else:
+        assert isinstance(site, FreeActivationQuantizer)
+        middle = (site.code_low + site.code_high) // 2
+        low, high = [site.code_low - middle] * rows, [site.code_high - middle] * rows
+    ratios = []
+    for row in range(rows):
+        generator = torch.Generator().manual_seed(2 * record + row)
+        ties = torch.randint(low[row], high[row], (count,), generator=generator)
+        bounds = torch.tensor([high[row], low[row] - 1]).repeat_interleave(2)[:count]
+        ties[: len(bounds)] = bounds
+        # Channels vary fastest, so that each one sees many of these values, and others of them in
+        # every row and record.
+        ties = ties.roll(3 * record + 4 * row)
+        side = 1 - 2 * ((torch.arange(count) + row) % 2)
+        ratios.append(((ties + 0.5) * (1 + TIE_MARGIN * side)).view(count // channels, channels))
+    moved = like.movedim(site.axis, -1)
+    ratio = torch.stack(ratios).view(moved.shape).movedim(-1, site.axis).contiguous()
+    return ratio * site.step(like, bucket)
+
+
+def _sensitivity(
+    model: QuantizedModel, inputs: dict[str, Tensor], output: Tensor, seed: int
+) -> tuple[float, float]:
+    changes = []
+    small = sum(parameter.nbytes for parameter in model.parameters()) <= FLOAT64_BYTES
+    if small:
+        model.double()
+        try:
+            changes.append(
+                _change(model(**{name: value.double() for name, value in inputs.items()}), output)
+            )
+        finally:
+            model.float()
+    generator = torch.Generator().manual_seed(seed)
+
+    def jitter(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        return (
+            x
+            * (
+                1
+                + (torch.rand(x.shape, generator=generator) * 2 - 1)
+                * JITTER_ULPS
+                * torch.finfo(x.dtype).eps
+            ),
+            *args[1:],
+        )
+
+    handles = [site.register_forward_pre_hook(jitter) for site in model.sites]
+    try:
+        changes += [_change(model(**inputs), output) for _ in range(JITTERED_RUNS if small else 1)]
+    finally:
+        for handle in handles:
+            handle.remove()
+    first, second = torch.stack(changes).amax(0).tolist()
+    return first, second
+
+
+def _half_sensitivity(
+    model: QuantizedModel, inputs: dict[str, Tensor], output: Tensor
+) -> dict[str, tuple[float, float]]:
+    """As :func:`_sensitivity`, when activations are of a half type: what enters each site and what
+    leaves each layer and product.
+    """
+    found = {}
+    for name, dtype in zip(HALF_TYPES, (torch.float16, torch.bfloat16), strict=True):
+
+        def enters(
+            module: nn.Module, args: tuple[Tensor, ...], dtype: torch.dtype = dtype
+        ) -> tuple[Tensor, ...]:
+            return (args[0].to(dtype).to(args[0].dtype), *args[1:])
+
+        def leaves(
+            module: nn.Module, args: tuple[Tensor, ...], y: Tensor, dtype: torch.dtype = dtype
+        ) -> Tensor:
+            return y.to(dtype).to(y.dtype)
+
+        handles: list[Any] = [site.register_forward_pre_hook(enters) for site in model.sites]
+        handles += [module.register_forward_hook(leaves) for module in _quantized(model)]
+        try:
+            first, second = _change(model(**inputs), output).tolist()
+        finally:
+            for handle in handles:
+                handle.remove()
+        found[name] = (first, second)
+    return found
+
+
+def _change(other: Tensor, output: Tensor) -> Tensor:
+    """The relative change of each sample's output, float32 [B]."""
+    change: Tensor = (other - output).flatten(1).norm(dim=1) / output.flatten(1).norm(dim=1)
+    return change.float()

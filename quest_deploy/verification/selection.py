@@ -1,0 +1,225 @@
+"""Which sites a record of the reference holds, where it cannot hold them all.
+
+At Stable Diffusion's size the activations of all sites, their layers' outputs and the probes are
+gigabytes in every bucket. So a record has a size that it must not exceed, and the records take
+turns: each holds as many as fit of those sites on which the records before it spent least. What a
+site costs includes what the float part in front of it reads: the outputs of the layers upstream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quest_deploy.artifacts.checkpoint import SiteData
+from quest_deploy.artifacts.reference import OUTPUT
+from quest_deploy.quantization.layers import QuantizedSplit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from quest_deploy.artifacts.checkpoint import Checkpoint
+    from quest_deploy.quantization.model import QuantizedModel
+
+ROWS, REAL_ROWS = 4, 2
+"""Of a record: all, and those that are the real activations of two samples."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What one pass of the model shows of its float parts.
+
+    Attributes:
+        values: the numbers that one sample has, of each site's tensor, each layer's and product's
+            output, and each product's float operands together (named ``operand.<product>``).
+        upstream: for each site, each product with a float operand, and the output: the layers and
+            products whose outputs the float part in front of it reads.
+    """
+
+    values: dict[str, int]
+    upstream: dict[str, frozenset[str]]
+
+
+def structure(model: QuantizedModel, inputs: dict[str, Tensor]) -> Structure:
+    """Run one sample and read the autograd graph, which goes back from each site to the layers in
+    front of it.
+
+    Nothing is saved for a backward pass, so that it costs no more memory than inference.
+    """
+    values: dict[str, int] = {}
+    upstream: dict[str, set[str]] = {}
+    sources: dict[Any, tuple[str, ...]] = {}
+    layers = {layer: name for name, layer in model.quantized_layers().items()}
+
+    def reads(name: str, x: Tensor) -> None:
+        upstream.setdefault(name, set()).update(_sources_of(x, sources))
+
+    def site_read(name: str, x: Tensor) -> None:
+        values[f"site.{name}"] = x[0].numel()
+        reads(name, x)
+
+    def operands_read(name: str, args: tuple[Tensor, ...]) -> None:
+        floats = [
+            x
+            for x, site in zip(args, model.checkpoint.products[name].sites, strict=True)
+            if site is None
+        ]
+        values[f"operand.{name}"] = sum(x[0].numel() for x in floats)
+        for x in floats:
+            reads(name, x)
+
+    def computed(names: tuple[str, ...], y: Tensor) -> None:
+        values.update({f"layer.{name}": y[0].numel() for name in names})
+        sources[y.grad_fn] = names
+
+    handles: list[Any] = []
+    for name, site in model.site_quantizers().items():
+        handles.append(
+            site.register_forward_pre_hook(lambda module, args, name=name: site_read(name, args[0]))
+        )
+    for name, product in model.quantized_products().items():
+        handles.append(
+            product.register_forward_pre_hook(
+                lambda module, args, name=name: operands_read(name, args)
+            )
+        )
+        handles.append(
+            product.register_forward_hook(lambda module, args, y, name=name: computed((name,), y))
+        )
+    for layer, name in layers.items():
+        handles.append(
+            layer.register_forward_hook(lambda module, args, y, name=name: computed((name,), y))
+        )
+    for split in (module for module in model.modules() if isinstance(module, QuantizedSplit)):
+        names = (layers[split.first], layers[split.second])
+        handles.append(
+            split.register_forward_hook(lambda module, args, y, names=names: computed(names, y))
+        )
+    first = {
+        name: value[:1].clone().requires_grad_(value.is_floating_point())
+        for name, value in inputs.items()
+    }
+    try:
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(lambda x: None, _nothing_saved),
+        ):
+            reads(OUTPUT, model(**first))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Structure(values, {name: frozenset(found) for name, found in upstream.items()})
+
+
+def _nothing_saved(saved: None) -> Tensor:
+    raise RuntimeError("this graph is read, not run backward")
+
+
+def _sources_of(x: Tensor, sources: dict[Any, tuple[str, ...]]) -> set[str]:
+    """The names of those ``sources`` from which x was computed without another of them between."""
+    found: set[str] = set()
+    left, seen = [x.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in sources:
+            found.update(sources[node])
+        else:
+            left += [following for following, _ in node.next_functions]
+    return found
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one record holds.
+
+    Attributes:
+        sites: whose activations, probes and codes it holds, in the checkpoint's order; and all
+            outputs of their readers.
+        products: those of which it holds all quantized operands.
+        outputs: the layers and products whose real outputs it holds: those readers, and what is
+            upstream of sites and products.
+    """
+
+    sites: tuple[str, ...]
+    products: tuple[str, ...]
+    outputs: frozenset[str]
+
+
+def sample_of(checkpoint: Checkpoint, found: Structure, sites: Iterable[str]) -> Sample:
+    """The sample that holds ``sites``."""
+    chosen = set(sites)
+    products = [
+        p.name for p in checkpoint.products.values() if chosen.issuperset(filter(None, p.sites))
+    ]
+    outputs = {
+        reader
+        for site in chosen
+        for reader in checkpoint.sites[site].layers
+        if reader in checkpoint.layers
+    } | set(products)
+    outputs.update(*(found.upstream.get(name, ()) for name in (*chosen, *products, OUTPUT)))
+    return Sample(
+        tuple(name for name in checkpoint.sites if name in chosen),
+        tuple(products),
+        frozenset(outputs),
+    )
+
+
+def choose(checkpoint: Checkpoint, found: Structure, records: int, limit: int) -> list[Sample]:
+    """What each of ``records`` records holds: at most ``limit`` bytes, or what the output alone
+    needs.
+
+    A product's operands are chosen together. Those on which the records before spent the fewest
+    bytes go first, so those that none has, and of these the checkpoint's order, in which neighbours
+    share what is upstream. A site larger than the limit is never chosen.
+    """
+    paired = {site for product in checkpoint.products.values() for site in product.sites}
+    units = [
+        tuple(site for site in product.sites if site is not None)
+        for product in checkpoint.products.values()
+    ]
+    units += [(site,) for site in checkpoint.sites if site not in paired]
+    order = {name: i for i, name in enumerate(checkpoint.sites)}
+    units.sort(key=lambda unit: order[unit[0]])
+    cost = {
+        unit: record_bytes(checkpoint, found, sample_of(checkpoint, found, unit)) for unit in units
+    }
+    spent = dict.fromkeys(units, 0)
+    samples = []
+    for _ in range(records):
+        chosen: set[str] = set()
+        for unit in sorted(units, key=lambda unit: spent[unit]):
+            if (
+                record_bytes(checkpoint, found, sample_of(checkpoint, found, chosen | set(unit)))
+                <= limit
+            ):
+                chosen |= set(unit)
+                spent[unit] += cost[unit]
+        samples.append(sample_of(checkpoint, found, chosen))
+    return samples
+
+
+def record_bytes(checkpoint: Checkpoint, found: Structure, sample: Sample) -> int:
+    """About what a record of ``sample`` takes: in float32, its codes as they are."""
+    checked = {
+        reader
+        for site in sample.sites
+        for reader in checkpoint.sites[site].layers
+        if reader in checkpoint.layers
+    }
+    checked |= set(sample.products)
+    of_codes = {
+        site: 1 if isinstance(checkpoint.sites[site], SiteData) else 4 for site in sample.sites
+    }
+    size = sum(ROWS * (4 + of_codes[site]) * found.values[f"site.{site}"] for site in sample.sites)
+    size += sum(ROWS * 4 * found.values[f"operand.{product}"] for product in sample.products)
+    return size + sum(
+        (ROWS if name in checked else REAL_ROWS) * 4 * found.values[f"layer.{name}"]
+        for name in sample.outputs
+    )

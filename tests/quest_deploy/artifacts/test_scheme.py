@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quest_deploy.artifacts.scheme import (
+    SUPPORTED_BITS,
+    Granularity,
+    Scheme,
+    activation_levels,
+    weight_range,
+)
+from quest_deploy.errors import InputError
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+@pytest.mark.parametrize("granularity", Granularity)
+def test_a_parsed_scheme_has_the_named_bits_and_survives_json(
+    bits: str, granularity: Granularity
+) -> None:
+    scheme = Scheme.parse(bits, buckets=7, granularity=granularity)
+    assert f"w{scheme.weight_bits}a{scheme.activation_bits}" == bits == scheme.name
+    assert scheme.first_last_bits == 8
+    assert Scheme.from_json(json.loads(json.dumps(scheme.to_json()))) == scheme
+
+
+@pytest.mark.parametrize("bits", ["w4a16", "w3a4", "W4A4", "w4a4 ", "", "w44a4", "a4w4"])
+def test_unknown_bits_are_refused_with_the_known_ones_listed(bits: str) -> None:
+    with pytest.raises(InputError, match="w4a4, w4a8, w8a8"):
+        Scheme.parse(bits)
+
+
+@pytest.mark.parametrize("buckets", [0, -1, 1001])
+def test_a_number_of_buckets_outside_1_to_the_training_steps_is_refused(buckets: int) -> None:
+    with pytest.raises(InputError, match="1 to 1000 buckets"):
+        Scheme.parse("w4a4", buckets=buckets)
+
+
+@given(buckets=st.integers(1, 1000))
+def test_parsed_buckets_are_equally_wide_and_cover_all_training_steps(buckets: int) -> None:
+    scheme = Scheme.parse("w4a4", buckets=buckets)
+    assert scheme.buckets == buckets == len(scheme.bucket_edges) + 1
+    ranges = [scheme.bucket_range(i) for i in range(buckets)]
+    assert (ranges[0][0], ranges[-1][1]) == (0, 1000)
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+    np.testing.assert_allclose([high - low for low, high in ranges], 1000 / buckets, atol=1e-3)
+
+
+@given(buckets=st.integers(1, 1000), timestep=st.floats(0, 1000, exclude_max=True))
+def test_the_bucket_of_a_timestep_is_the_number_of_edges_at_or_below_it(
+    buckets: int, timestep: float
+) -> None:
+    scheme = Scheme.parse("w4a4", buckets=buckets)
+    bucket = scheme.bucket_of(timestep)
+    assert bucket == sum(edge <= timestep for edge in scheme.bucket_edges)
+    low, high = scheme.bucket_range(bucket)
+    assert low <= timestep < high
+
+
+@pytest.mark.parametrize("buckets", [2, 3, 20, 1000])
+def test_a_timestep_on_an_edge_opens_the_next_bucket_and_just_below_it_does_not(
+    buckets: int,
+) -> None:
+    scheme = Scheme.parse("w4a4", buckets=buckets)
+    for i, edge in enumerate(scheme.bucket_edges):
+        assert scheme.bucket_of(edge) == i + 1
+        assert scheme.bucket_of(math.nextafter(edge, 0)) == i
+
+
+def test_timesteps_beyond_training_fall_into_the_outer_buckets() -> None:
+    scheme = Scheme.parse("w4a4", buckets=4)
+    assert (scheme.bucket_of(-1.0), scheme.bucket_of(5000.0)) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "edges",
+    [(0.0,), (1000.0,), (-5.0, 5.0), (5.0, 5.0), (6.0, 5.0), (math.nan,), (math.inf,)],
+    ids=lambda e: str(e),
+)
+def test_edges_that_do_not_increase_strictly_inside_the_training_steps_are_refused(
+    edges: tuple[float, ...],
+) -> None:
+    with pytest.raises(InputError, match="bucket edges"):
+        Scheme(4, 4, edges)
+
+
+@pytest.mark.parametrize("field", ["weight_bits", "activation_bits", "first_last_bits"])
+@pytest.mark.parametrize("bits", [3, 16, "4", None])
+def test_bits_other_than_4_and_8_are_refused_by_name(field: str, bits: Any) -> None:
+    with pytest.raises(InputError, match=field):
+        Scheme(**{"weight_bits": 4, "activation_bits": 4, "bucket_edges": (), field: bits})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"version": 1},
+        {"version": None},
+        {"rotation": "hadamard"},
+        {"weight_bits": ...},
+        {"granularity": "per_token"},
+        {"bucket_edges": ["early"]},
+        {"bucket_edges": 5},
+        {"bucket_edges": [None]},
+        {"bucket_edges": "123"},
+        {"weight_bits": 4.0},
+        {"train_timesteps": "1000"},
+        {"train_timesteps": -1},
+        {"train_timesteps": None, "bucket_edges": []},
+    ],
+    ids=str,
+)
+def test_json_that_is_not_a_scheme_of_this_version_is_refused(changes: dict[str, Any]) -> None:
+    value = {**Scheme.parse("w4a4", buckets=4).to_json(), **changes}
+    with pytest.raises(InputError, match="scheme"):
+        Scheme.from_json({k: v for k, v in value.items() if v is not ...})
+
+
+@pytest.mark.parametrize(("edge", "steps"), [(10**400, 1000), (1e39, 10**40)])
+def test_an_edge_that_no_float_holds_is_refused(edge: float, steps: int) -> None:
+    with pytest.raises(InputError, match="scheme: "):
+        Scheme.from_json(
+            {**Scheme.parse("w4a4").to_json(), "bucket_edges": [edge], "train_timesteps": steps}
+        )
+
+
+@pytest.mark.parametrize("value", [None, [], "w4a4", 4])
+def test_json_that_is_no_object_is_refused(value: Any) -> None:
+    with pytest.raises(InputError, match="JSON object"):
+        Scheme.from_json(value)
+
+
+def test_code_ranges_are_those_of_the_formats() -> None:
+    assert (weight_range(4), weight_range(8)) == ((-8, 7), (-127, 127))
+    assert (activation_levels(4), activation_levels(8)) == (15, 255)

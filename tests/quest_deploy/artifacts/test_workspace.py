@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from quest_deploy.artifacts.scheme import SCHEME_VERSION, Scheme
+from quest_deploy.artifacts.workspace import MANIFEST, Workspace
+from quest_deploy.errors import InputError, QuestDeployError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+SCHEME = Scheme.parse("w4a4", buckets=3)
+
+
+def finish(
+    workspace: Workspace,
+    stage: str,
+    inputs: tuple[str, ...] = (),
+    content: str = "",
+    **options: Any,
+) -> Path:
+    """Record a stage that wrote one file."""
+    path = workspace.path(stage.replace("/", "-"))
+    path.write_text(content or stage)
+    workspace.record(stage, inputs=inputs, options=options, files=[path], details={})
+    return path
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Workspace:
+    """A workspace in which calibrate, finetune, export and build-engine finished."""
+    workspace = Workspace.create(tmp_path / "ws", "tiny", SCHEME)
+    finish(workspace, "calibrate", seed=1)
+    finish(workspace, "finetune", ("calibrate",))
+    finish(workspace, "export", ("calibrate", "finetune"))
+    finish(workspace, "build-engine/openvino", ("export",))
+    return workspace
+
+
+def test_a_workspace_reads_back_as_it_was_written(made: Workspace) -> None:
+    opened = Workspace.open(made.root)
+    assert (opened.model, opened.scheme, opened.stages) == ("tiny", SCHEME, made.stages)
+
+
+def test_a_finished_stage_is_required_without_complaint(made: Workspace) -> None:
+    assert made.require("build-engine/openvino") == made.stages["build-engine/openvino"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "command"),
+    [
+        ("reference", "quest-deploy reference -w"),
+        ("verify/openvino", "quest-deploy verify --backend openvino -w"),
+    ],
+)
+def test_an_unfinished_stage_is_named_with_its_command(
+    made: Workspace, stage: str, command: str
+) -> None:
+    with pytest.raises(InputError, match=f"run `{command} {made.root}` first"):
+        made.require(stage)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.write_text("FINETUNE"), "was changed"),
+        (lambda path: path.write_text("fine"), "expected 8 bytes, found 4"),
+        (lambda path: path.unlink(), "is missing"),
+    ],
+    ids=["edited", "truncated", "removed"],
+)
+@pytest.mark.parametrize("wanted", ["finetune", "build-engine/openvino"])
+def test_a_damaged_file_is_named_with_the_command_that_makes_it_again(
+    made: Workspace, wanted: str, damage: Callable[[Path], Any], words: str
+) -> None:
+    damage(made.path("finetune"))
+    with pytest.raises(
+        InputError, match=f"{made.path('finetune')} .*{words}.*quest-deploy finetune -w"
+    ) as caught:
+        made.require(wanted)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stage_is_outdated_once_an_upstream_stage_wrote_something_else(made: Workspace) -> None:
+    finish(made, "finetune", ("calibrate",), content="another")
+    with pytest.raises(
+        InputError, match=r"`export` ran on an older result of `finetune`.*quest-deploy export"
+    ):
+        made.require("build-engine/openvino")
+
+
+def test_a_stage_stays_up_to_date_when_an_upstream_stage_writes_the_same_again(
+    made: Workspace,
+) -> None:
+    finish(made, "finetune", ("calibrate",))
+    assert made.require("build-engine/openvino").inputs == {"export": made.stages["export"].digest}
+
+
+def test_a_stage_is_fresh_only_with_the_same_inputs_options_and_files(made: Workspace) -> None:
+    def fresh(**options: Any) -> bool:
+        return made.fresh("calibrate", (), options) is not None
+
+    assert fresh(seed=1)
+    assert not fresh(seed=2)
+    assert made.fresh("reference", (), {}) is None
+    assert made.fresh("export", ("calibrate", "finetune"), {}) is not None
+    assert made.fresh("export", ("calibrate",), {}) is None
+    made.path("calibrate").write_text("Calibrate")
+    assert not fresh(seed=1)
+
+
+def test_a_stage_that_another_version_of_the_program_made_is_not_fresh(
+    made: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quest_deploy.artifacts.workspace.__version__", "99.0")
+    assert made.fresh("calibrate", (), {"seed": 1}) is None
+
+
+def test_a_stage_is_not_fresh_once_its_input_changed(made: Workspace) -> None:
+    finish(made, "calibrate", content="another", seed=1)
+    assert made.fresh("finetune", ("calibrate",), {}) is None
+
+
+def test_the_checkpoint_to_deploy_is_the_finetuned_one_where_there_is_one(tmp_path: Path) -> None:
+    workspace = Workspace.create(tmp_path / "ws", "tiny", SCHEME)
+    finish(workspace, "calibrate")
+    assert (workspace.checkpoint_stage, workspace.checkpoint_path.name) == (
+        "calibrate",
+        "calibrated.safetensors",
+    )
+    finish(workspace, "finetune", ("calibrate",))
+    assert (workspace.checkpoint_stage, workspace.checkpoint_path.name) == (
+        "finetune",
+        "checkpoint.safetensors",
+    )
+
+
+def test_the_sensitivity_of_the_calibrated_model_stays_up_to_date_after_finetuning(
+    made: Workspace,
+) -> None:
+    finish(made, "sensitivity", ("calibrate",))
+    assert made.require("sensitivity") == made.stages["sensitivity"]
+    finish(made, "calibrate", content="another", seed=1)
+    with pytest.raises(
+        InputError,
+        match=r"`sensitivity` ran on an older result of `calibrate`.*quest-deploy sensitivity -w",
+    ):
+        made.require("sensitivity")
+
+
+def test_the_manifest_says_what_made_each_stage(made: Workspace) -> None:
+    entry = json.loads((made.root / MANIFEST).read_text())["stages"]["finetune"]
+    assert {"quest-deploy", "time", "python", "platform", "onnx"} <= entry["made"].keys()
+    assert entry["files"]["finetune"]["bytes"] == len("finetune")
+    assert entry["inputs"] == {"calibrate": made.stages["calibrate"].digest}
+
+
+RECORD: dict[str, Any] = {"inputs": {}, "options": {}, "files": {}, "details": {}, "made": {}}
+
+
+def manifest(**changes: Any) -> str:
+    """A manifest's text, with changes."""
+    content = {
+        "format": "quest-deploy workspace",
+        "version": 1,
+        "model": "tiny",
+        "scheme": SCHEME.to_json(),
+        "stages": {"calibrate": RECORD},
+    }
+    return json.dumps(content | changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (manifest(version=2), "expected a workspace of version 1, found 2"),
+        (manifest(version=None), "expected a workspace of version 1"),
+        (manifest(format="something"), "expected a quest-deploy workspace"),
+        ("[]", "expected a quest-deploy workspace"),
+        (manifest()[:-40], "expected JSON"),
+        ("", "expected JSON"),
+        (manifest(scheme={"version": 9}), f"scheme: expected version {SCHEME_VERSION}"),
+        (manifest(scheme=None), "scheme: expected a JSON object"),
+        (
+            manifest(scheme=SCHEME.to_json() | {"weight_bits": 3}),
+            "weight_bits must be 4 or 8.*start anew with -w",
+        ),
+        (manifest(model=None), "is damaged.*its model is None"),
+        (
+            manifest(stages={"calibrate": RECORD | {"inputs": {"calibrate": "0"}}}),
+            "is damaged.*cycle",
+        ),
+        (
+            manifest(
+                stages={"a": RECORD | {"inputs": {"b": "0"}}, "b": RECORD | {"inputs": {"a": "0"}}}
+            ),
+            "is damaged.*cycle",
+        ),
+        (
+            manifest(
+                stages={"calibrate": RECORD | {"files": {"../a": {"sha256": "0", "bytes": 1}}}}
+            ),
+            "no path inside",
+        ),
+        (
+            manifest(stages={"calibrate": RECORD | {"files": {"/a": {"sha256": "0", "bytes": 1}}}}),
+            "no path inside",
+        ),
+        (manifest(stages=[]), "is damaged"),
+        (manifest(stages={"calibrate": {"inputs": {}}}), "is damaged"),
+        (
+            manifest(stages={"calibrate": {"inputs": {}, "options": {}, "files": {}, "more": 1}}),
+            "is damaged",
+        ),
+        (manifest(stages={"calibrate": {"inputs": {}, "options": {}, "files": []}}), "is damaged"),
+        (
+            manifest(stages={"calibrate": {"inputs": {}, "options": {}, "files": {"a": 1}}}),
+            "is damaged",
+        ),
+    ],
+)
+def test_a_damaged_manifest_is_refused_in_one_line(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(InputError, match=words) as caught:
+        Workspace.open(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    # Nothing makes a manifest again, and without it the folder is no workspace: deleting it would
+    # lose what it says.
+    assert "start a" in str(caught.value)
+    assert "delete" not in str(caught.value)
+
+
+def test_a_stage_whose_input_is_not_in_the_manifest_is_not_up_to_date(made: Workspace) -> None:
+    del made.stages["export"]
+    with pytest.raises(
+        InputError, match=f"no finished `export`: run `quest-deploy export -w {made.root}` first"
+    ):
+        made.require("build-engine/openvino")
+
+
+def test_no_workspace_is_an_error_that_names_the_first_command(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"quest-deploy calibrate -w {tmp_path}` first"):
+        Workspace.open(tmp_path)
+
+
+def test_a_folder_that_holds_other_things_never_becomes_a_workspace(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="is not empty"):
+        Workspace.create(tmp_path, "tiny", SCHEME)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_never_becomes_a_workspace(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        Workspace.create(tmp_path / "file", "tiny", SCHEME)
+
+
+def test_a_folder_in_which_creation_was_killed_becomes_a_workspace(tmp_path: Path) -> None:
+    (tmp_path / f".tmp-123-{MANIFEST}").write_text("{")
+    assert Workspace.create(tmp_path, "tiny", SCHEME).stages == {}
+
+
+def test_two_processes_cannot_write_in_one_workspace_at_once(made: Workspace) -> None:
+    program = (
+        "import sys; from pathlib import Path; from quest_deploy.artifacts.workspace import "
+        "Workspace\n"
+        f"with Workspace.open(Path({str(made.root)!r})).locked(): print('locked', flush=True); "
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with (
+            pytest.raises(
+                QuestDeployError, match="in use by another quest-deploy process"
+            ) as caught,
+            made.locked(),
+        ):
+            pass
+        assert caught.value.exit_code == 1
+        other.communicate("")
+    with made.locked():
+        assert finish(made, "reference").exists()
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(made: Workspace) -> None:
+    left = [
+        made.path(*parts)
+        for parts in (
+            (".tmp-1-unet.onnx",),
+            ("engines", ".tmp-1-openvino"),
+            ("reports", ".tmp-1-verify.json"),
+        )
+    ]
+    for path in left:
+        path.mkdir(parents=True)
+        (path / "part").write_text("half")
+    kept = made.path("reports", "verify.json")
+    kept.write_text("{}")
+    with made.locked():
+        assert not any(path.exists() for path in left)
+    assert kept.exists()
+
+
+def test_a_process_keeps_what_another_one_finished_since_it_opened_the_workspace(
+    made: Workspace,
+) -> None:
+    first, second = Workspace.open(made.root), Workspace.open(made.root)
+    for workspace, stage in ((first, "reference"), (second, "build-engine/onnxruntime")):
+        with workspace.locked():
+            finish(workspace, stage)
+    assert {"reference", "build-engine/onnxruntime"} <= Workspace.open(made.root).stages.keys()
+
+
+def test_a_manifest_that_was_edited_is_refused_even_if_it_is_sound(tmp_path: Path) -> None:
+    Workspace.create(tmp_path / "w", "tiny", Scheme.parse("w4a4"))
+    path = tmp_path / "w" / MANIFEST
+    path.write_text(path.read_text().replace('"weight_bits": 4', '"weight_bits": 8'))
+    with pytest.raises(
+        InputError, match=r"manifest.json was edited; it alone says how the other files were made"
+    ):
+        Workspace.open(tmp_path / "w")

@@ -1,0 +1,267 @@
+"""What openvino makes of our graphs, read from the graph that it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from exporters.graph_info import save_graph
+from exporters.lowering.openvino import lower
+from quest_deploy.artifacts.checkpoint import Checkpoint, ProductData, SiteData
+from quest_deploy.artifacts.scheme import Symmetry
+from quest_deploy.backends.base import EngineOptions, build_engine
+from quest_deploy.backends.openvino.backend import OpenVinoBackend, compile_graph
+from quest_deploy.errors import InputError
+from quest_deploy.evaluation.precision import engine_precision, graph_precision
+from tests.helpers import hand_checkpoint, inserted, numpy_product, relative_error
+
+HEADS, TOKENS, WIDTH = 2, 8, 4
+ATTENTION = f"""
+attention (float[batch,{TOKENS},{HEADS},{WIDTH}] q, float[batch,{TOKENS},{HEADS},{WIDTH}] k,
+           float[batch,{TOKENS},{HEADS},{WIDTH}] v, float[batch] timestep)
+  => (float[batch,{HEADS},{TOKENS},{WIDTH}] out)
+  <float[batch,{HEADS},{TOKENS},{WIDTH}] qt, float[batch,{HEADS},{WIDTH},{TOKENS}] kt, float[batch,{HEADS},{TOKENS},{WIDTH}] vt,
+   float[batch,{HEADS},{TOKENS},{TOKENS}] scores, float[batch,{HEADS},{TOKENS},{TOKENS}] weights,
+   float[batch,{HEADS},{TOKENS},{WIDTH}] mixed>
+{{
+  qt = Transpose <perm = [0, 2, 1, 3]> (q)
+  kt = Transpose <perm = [0, 2, 3, 1]> (k)
+  vt = Transpose <perm = [0, 2, 1, 3]> (v)
+  scores = quest.export.Product <layer = "attn.scores"> (qt, kt)
+  half = Constant <value_float = 0.5> ()
+  scaled = Mul (scores, half)
+  weights = Softmax <axis = -1> (scaled)
+  mixed = quest.export.Product <layer = "attn.mix"> (weights, vt)
+  out = Identity (mixed)
+}}
+"""
+"""Attention on operands of [batch, tokens, heads, width]."""
+GATED = """
+gated (float[batch,2,6,6] sample, float[batch,3,5] x, float[batch] timestep)
+  => (float[batch,3,3] out, float[batch,2,6,6] unused) <float[batch,3,6] y>
+{
+  unused = Neg (sample)
+  y = quest.export.Layer <layer = "gated"> (x)
+  value, gate = Split <axis = -1, num_outputs = 2> (y)
+  open = Sigmoid (gate)
+  out = Mul (value, open)
+}
+"""
+BATCH = 2
+
+
+def has_vnni() -> bool:
+    """Whether this CPU multiplies int8 in vectors, without which openvino fuses no quantized
+    attention.
+    """
+    try:
+        return "avx512_vnni" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def attention() -> Checkpoint:
+    """A checkpoint of one attention, all four operands at 8 bits, in two buckets."""
+
+    def site(
+        operand: str,
+        reader: str,
+        axis_size: int,
+        scale: tuple[float, float],
+        *,
+        unsigned: bool = False,
+    ) -> SiteData:
+        low, high = (0, 255) if unsigned else (-127, 127)
+        symmetry = Symmetry.UNSIGNED if unsigned else Symmetry.SYMMETRIC
+        bounds = (np.full(2, bound, np.float32) for bound in (low, high))
+        ones = np.ones(axis_size, np.float32)
+        return SiteData(
+            f"attn.{operand}",
+            8,
+            symmetry,
+            3,
+            (reader,),
+            np.asarray(scale, np.float32),
+            *bounds,
+            ones,
+        )
+
+    sites = [
+        site("q", "attn.scores", WIDTH, (0.03, 0.02)),
+        site("k", "attn.scores", TOKENS, (0.02, 0.03)),
+        site("softmax", "attn.mix", TOKENS, (1 / 255, 0.5 / 255), unsigned=True),
+        site("v", "attn.mix", WIDTH, (0.03, 0.025)),
+    ]
+    products = [
+        ProductData("attn.scores", ("attn.q", "attn.k"), 1),
+        ProductData("attn.mix", ("attn.softmax", "attn.v"), 1),
+    ]
+    return dataclasses.replace(
+        hand_checkpoint(),
+        layers={},
+        sites={s.name: s for s in sites},
+        products={p.name: p for p in products},
+    )
+
+
+def gated() -> Checkpoint:
+    """A checkpoint of one gated layer."""
+    hand = hand_checkpoint()
+    layer = dataclasses.replace(
+        hand.layers["to_k"], name="gated", bias=np.arange(6, dtype=np.float32)
+    )
+    site = dataclasses.replace(hand.sites["to_q"], name="gated", layers=("gated",))
+    return dataclasses.replace(hand, layers={"gated": layer}, sites={"gated": site})
+
+
+def gated_feeds() -> dict[str, np.ndarray]:
+    """Inputs of the gated layer's graph."""
+    rng, shapes = (
+        np.random.default_rng(0),
+        {"sample": (BATCH, 2, 6, 6), "x": (BATCH, 3, 5), "timestep": (BATCH,)},
+    )
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def compiled(model: ir.Model, folder: Path, feeds: dict[str, np.ndarray]) -> Any:
+    save_graph(lower(model), folder / "lowered.onnx")
+    shapes = tuple((name, value.shape) for name, value in feeds.items())
+    return compile_graph(folder / "lowered.onnx", EngineOptions(threads=1), shapes)
+
+
+def nodes(model: Any) -> list[tuple[str, str]]:
+    """The type of each node that runs, and the names of what it fused."""
+
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else str(value.astype(str))
+
+    infos = [node.get_rt_info() for node in model.get_runtime_model().get_ordered_ops()]
+    return [
+        (text(i["layerType"]), text(i["originalLayersNames"]) if "originalLayersNames" in i else "")
+        for i in infos
+    ]
+
+
+@pytest.mark.skipif(
+    not has_vnni(), reason="openvino fuses quantized attention on CPUs with AVX512-VNNI only"
+)
+def test_attention_at_8_bits_runs_as_one_kernel_and_is_right_in_a_batch_that_mixes_buckets(
+    tmp_path: Path,
+) -> None:
+    rng, checkpoint = np.random.default_rng(0), attention()
+    feeds = {
+        name: rng.standard_normal((BATCH, TOKENS, HEADS, WIDTH)).astype(np.float32)
+        for name in "qkv"
+    }
+    feeds["timestep"] = np.asarray([900, 100], np.float32)
+    model = compiled(inserted(ATTENTION, checkpoint), tmp_path, feeds)
+    types = [node_type for node_type, _ in nodes(model)]
+    assert not {"MatMul", "Softmax"} & set(types), types
+    assert any(
+        "attn.scores.product" in fused and "attn.mix.product" in fused for _, fused in nodes(model)
+    )
+    bucket, found = np.asarray([1, 0]), model(feeds)[0]
+    q, k, v = (feeds[name].transpose(0, 2, 1, 3) for name in "qkv")
+    scores = numpy_product(checkpoint, "attn.scores", q, k.transpose(0, 1, 3, 2), bucket) * 0.5
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    mixed = numpy_product(checkpoint, "attn.mix", weights.astype(np.float32), v, bucket)
+    assert relative_error(found, mixed) < 5e-3  # a softmax on a tie may get the next code
+
+
+def test_the_halves_of_a_gated_layer_are_neither_joined_nor_split_and_the_cut_layer_still_is_whole(
+    tmp_path: Path,
+) -> None:
+    feeds = gated_feeds()
+    model = compiled(inserted(GATED, gated()), tmp_path, feeds)
+    fused = [
+        names
+        for node_type, names in nodes(model)
+        if node_type in ("Concatenation", "Split", "StridedSlice")
+    ]
+    assert not [names for names in fused if "gated" in names]
+    assert not any(node_type == "Concatenation" for node_type, _ in nodes(model))
+
+
+def test_a_gated_layer_is_one_layer_to_inspect_and_runs_on_integers(tmp_path: Path) -> None:
+    options = EngineOptions(threads=1)
+    save_graph(inserted(GATED, gated()), tmp_path / "portable.onnx")
+    (tmp_path / "engine").mkdir()
+    build_engine(
+        OpenVinoBackend(), inserted(GATED, gated()), tmp_path / "engine", options, "cd" * 32
+    )
+    report = engine_precision(OpenVinoBackend(), tmp_path / "engine", options)
+    assert [(layer.name, layer.runs_in, layer.macs) for layer in report.layers] == [
+        ("gated", "int8", 10)
+    ]
+    portable = graph_precision(tmp_path / "portable.onnx")
+    assert (report.sizes.ideal, report.sizes.fp16) == (portable.sizes.ideal, portable.sizes.fp16)
+    assert not report.warnings
+
+
+def test_what_no_cpu_computes_in_is_refused_by_name() -> None:
+    for check in (OpenVinoBackend().check_build, OpenVinoBackend().check_run):
+        with pytest.raises(InputError, match="fp32 or bf16 on a CPU, not in fp16"):
+            check(EngineOptions(dtype="fp16"))
+        check(EngineOptions(dtype="bf16"))
+
+
+def test_bf16_is_used_only_if_asked_for(tmp_path: Path) -> None:
+    save_graph(lower(inserted(GATED, gated())), tmp_path / "lowered.onnx")
+    shapes = tuple((name, value.shape) for name, value in gated_feeds().items())
+    hints = [
+        compile_graph(
+            tmp_path / "lowered.onnx", EngineOptions(threads=1, dtype=dtype), shapes
+        ).get_property("INFERENCE_PRECISION_HINT")
+        for dtype in ("fp32", "bf16")
+    ]
+    assert [hint.to_string() for hint in hints] == ["f32", "bf16"]
+
+
+def test_an_unknown_dtype_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="unknown dtype 'int4': expected one of fp32, fp16, bf16"):
+        EngineOptions(dtype="int4")
+
+
+@pytest.mark.parametrize("tokens", [4, 5])
+def test_float_attention_in_bf16_is_right_with_as_many_tokens_as_heads_and_with_others(
+    tmp_path: Path, tokens: int
+) -> None:
+    heads, width = 4, 16
+    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+        attention (float[batch,{tokens},{heads * width}] q, float[batch,6,{heads * width}] k, float[batch,6,{heads * width}] v)
+          => (float[batch,{tokens},{heads},{width}] out)
+          <int64[4] split = {{0, -1, {heads}, {width}}}, float half = {{0.5}}> {{
+            q4 = Reshape (q, split)
+            k4 = Reshape (k, split)
+            v4 = Reshape (v, split)
+            qt = Transpose <perm = [0, 2, 1, 3]> (q4)
+            kt = Transpose <perm = [0, 2, 1, 3]> (k4)
+            vt = Transpose <perm = [0, 2, 1, 3]> (v4)
+            keys = Transpose <perm = [0, 1, 3, 2]> (kt)
+            qs = Mul (qt, half)
+            ks = Mul (keys, half)
+            scores = MatMul (qs, ks)
+            weights = Softmax <axis = -1> (scores)
+            mixed = MatMul (weights, vt)
+            out = Transpose <perm = [0, 2, 1, 3]> (mixed)
+        }}"""
+    ir.save(ir.from_onnx_text(text), tmp_path / "graph.onnx")
+    generator = np.random.default_rng(0)
+    q, k, v = (
+        generator.standard_normal((BATCH, n, heads * width)).astype(np.float32)
+        for n in (tokens, 6, 6)
+    )
+    shapes = tuple((name, x.shape) for name, x in (("q", q), ("k", k), ("v", v)))
+    (found,) = compile_graph(
+        tmp_path / "graph.onnx", EngineOptions(threads=1, dtype="bf16"), shapes
+    )({"q": q, "k": k, "v": v}).values()
+    q, k, v = (x.reshape(BATCH, -1, heads, width) for x in (q, k, v))
+    scores = np.einsum("bnhd,bmhd->bhnm", q, k) / 4
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v)
+    assert relative_error(found, expected) < 0.05

@@ -1,0 +1,419 @@
+"""The builder's options of the TensorRT backends: what is refused and why, and what the real
+builder's configuration gets.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import pytest
+import tensorrt_rtx as trt
+
+from exporters.graph_info import SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, load_graph
+from quest_deploy.backends.base import (
+    LOWERED,
+    EngineOptions,
+    build_engine,
+    engine_info,
+    option_name,
+    options_from,
+)
+from quest_deploy.backends.registry import TENSORRT_OPTIONS, check_options, get_backend
+from quest_deploy.backends.tensorrt.base import (
+    ENGINE,
+    RTX_LACKS,
+    check_sample_sizes,
+    configure,
+    fitting_profile,
+    load_engine,
+    profile_shapes,
+)
+from quest_deploy.errors import InputError, QuestDeployError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import onnx
+
+GIVEN: dict[str, Any] = {
+    "opt_batch": 3,
+    "sample_sizes": ((8, 8),),
+    "workspace_limit": 2**30,
+    "refittable": True,
+    "strip_plan": True,
+    "timing_cache": "cache.bin",
+    "version_compatible": True,
+    "hardware_compatibility_level": "ampere_plus",
+    "builder_optimization_level": 5,
+    "quantize": "native",
+    "plugins": "plugins.so",
+    "serialize_plugins": True,
+    "weight_streaming": True,
+    "weight_streaming_budget": 2**20,
+    "tactic_sources": ("jit_convolutions",),
+    "max_num_tactics": 3,
+    "profiling_verbosity": "none",
+    "verbose": True,
+}
+NEEDED: dict[str, dict[str, Any]] = {
+    "serialize_plugins": {"version_compatible": True},
+    "weight_streaming_budget": {"weight_streaming": True},
+}
+"""The options that another one needs, and which."""
+
+
+def given(option: str) -> EngineOptions:
+    """The option, and what it needs."""
+    return EngineOptions(**{option: GIVEN[option], **NEEDED.get(option, {})})
+
+
+class _Log(trt.ILogger):
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self.problems: list[str] = []
+
+    def log(self, severity: Any, message: str) -> None:
+        if severity <= trt.ILogger.Severity.ERROR:
+            self.problems.append(message)
+
+
+@pytest.fixture(scope="module")
+def builder() -> Any:
+    return trt.Builder(_Log())
+
+
+def test_every_option_of_tensorrt_is_tried_here() -> None:
+    assert set(GIVEN) == set(TENSORRT_OPTIONS)
+    assert set(RTX_LACKS) < set(TENSORRT_OPTIONS)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("option", GIVEN)
+def test_other_backends_refuse_what_is_tensorrts(backend: str, option: str) -> None:
+    with pytest.raises(
+        InputError, match=f"{option_name(option)} is TensorRT's, and the backend is {backend}"
+    ):
+        check_options(backend, given(option))
+    check_options("tensorrt-rtx", given(option))
+
+
+@pytest.mark.parametrize("option", RTX_LACKS)
+def test_tensorrt_rtx_refuses_what_it_lacks_and_says_why(option: str) -> None:
+    with pytest.raises(
+        InputError,
+        match=f"{option_name(option)} is tensorrt's; tensorrt-rtx has no such option: "
+        f"{RTX_LACKS[option]}",
+    ):
+        get_backend("tensorrt-rtx").check_build(given(option))
+
+
+def test_tensorrt_rtx_is_always_quantized_natively() -> None:
+    backend = get_backend("tensorrt-rtx")
+    assert backend.resolve(EngineOptions()).quantize == "native"
+    with pytest.raises(InputError, match="tensorrt-rtx runs no plugins"):
+        backend.check_build(EngineOptions(quantize="plugin"))
+
+
+@pytest.mark.parametrize("option", ["refittable", "strip_plan"])
+def test_tensorrt_rtx_needs_a_gpu_for_weights_that_can_be_exchanged(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = EngineOptions(**{option: True})
+    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 1)
+    get_backend("tensorrt-rtx").check_build(options)
+    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
+    with pytest.raises(
+        InputError,
+        match="--refittable and --strip-plan need an NVIDIA GPU, and this machine has none",
+    ):
+        get_backend("tensorrt-rtx").check_build(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "fp8"}, "unknown dtype 'fp8': expected one of fp32, fp16, bf16"),
+        ({"opt_batch": 9, "max_batch": 8}, "between 1 and the largest, 8, not 9"),
+        ({"opt_batch": 0}, "between 1 and the largest"),
+        ({"sample_sizes": ((0, 64),)}, "sample sizes must be positive"),
+        ({"sample_sizes": ((64, 64), (64, 64))}, "each one another"),
+        ({"workspace_limit": 0}, "1 byte or more"),
+        ({"builder_optimization_level": 6}, "from 0 to 5, not 6"),
+        ({"quantize": "int8"}, "--quantize: expected one of auto, plugin, native, not 'int8'"),
+        ({"quantize": "native", "plugins": "x.so"}, "--quantize native uses no plugin"),
+        ({"serialize_plugins": True}, "--serialize-plugins needs --version-compatible"),
+        ({"weight_streaming_budget": 1}, "--weight-streaming-budget needs --weight-streaming"),
+        ({"weight_streaming_budget": -1, "weight_streaming": True}, "0 bytes or more"),
+        ({"max_num_tactics": 0}, "--max-num-tactics: expected 1 or more, not 0"),
+        (
+            {"profiling_verbosity": "verbose"},
+            "--profiling-verbosity: expected one of detailed, layer_names_only, none",
+        ),
+        (
+            {"hardware_compatibility_level": "hopper"},
+            "unknown hardware compatibility level 'hopper': expected one of none",
+        ),
+    ],
+)
+def test_options_that_no_builder_takes_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        EngineOptions(**options)
+
+
+def test_onnxruntime_computes_in_half_types_on_gpus_only() -> None:
+    for dtype in ("fp16", "bf16"):
+        with pytest.raises(
+            InputError, match=f"onnxruntime computes {dtype} on GPUs only: give --provider cuda"
+        ):
+            get_backend("onnxruntime").check_build(EngineOptions(dtype=dtype))
+        get_backend("onnxruntime").check_build(EngineOptions(dtype=dtype, provider="cuda"))
+
+
+def test_flags_and_limits_reach_the_builders_configuration(builder: Any) -> None:
+    config = builder.create_builder_config()
+    configure(trt, config, EngineOptions())
+    flag = trt.BuilderFlag
+    asked = (flag.REFIT, flag.STRIP_PLAN, flag.VERSION_COMPATIBLE, flag.WEIGHT_STREAMING)
+    assert not any(config.get_flag(flag) for flag in (trt.BuilderFlag.TF32, *asked))
+    assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
+    configure(
+        trt,
+        config,
+        EngineOptions(
+            refittable=True,
+            strip_plan=True,
+            version_compatible=True,
+            workspace_limit=3 * 2**20,
+            builder_optimization_level=1,
+            weight_streaming=True,
+            max_num_tactics=7,
+            plugins="plugins.so",
+            tactic_sources=("jit_convolutions",),
+            profiling_verbosity="layer_names_only",
+            serialize_plugins=True,
+        ),
+    )
+    assert all(config.get_flag(flag) for flag in asked)
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 3 * 2**20
+    assert config.builder_optimization_level == 1
+    assert config.get_tactic_sources() == 1 << int(trt.TacticSource.JIT_CONVOLUTIONS)
+    assert (config.max_num_tactics, config.plugins_to_serialize) == (7, ["plugins.so"])
+    assert config.profiling_verbosity == trt.ProfilingVerbosity.LAYER_NAMES_ONLY
+    configure(trt, config, EngineOptions(tactic_sources=()))
+    assert config.get_tactic_sources() == 0
+
+
+@pytest.mark.parametrize("level", ["none", "ampere_plus", "same_compute_capability"])
+def test_hardware_compatibility_levels_are_the_builders_own(level: str) -> None:
+    config = SimpleNamespace(
+        clear_flag=lambda flag: None
+    )  # the real one of this flavour ignores it
+    configure(trt, config, EngineOptions(hardware_compatibility_level=level))
+    assert config.hardware_compatibility_level == getattr(
+        trt.HardwareCompatibilityLevel, level.upper()
+    )
+
+
+class _Network:
+    """A network's inputs."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        self._inputs = [SimpleNamespace(name=name, shape=shape) for name, shape in shapes.items()]
+        self.num_inputs = len(shapes)
+
+    def get_input(self, i: int) -> Any:
+        return self._inputs[i]
+
+
+def dynamic_graph(tmp_path: Path) -> Path:
+    """A graph of samples [4, height, width] that is meant for 64 x 96."""
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[batch,4,height,width] sample) => '
+        "(float[batch,4,height,width] y)"
+        "{ y = Identity(sample) }"
+    )
+    model.metadata_props[SAMPLE_SHAPE_KEY] = json.dumps([4, 64, 96])
+    ir.save(model, tmp_path / LOWERED)
+    return tmp_path / LOWERED
+
+
+def test_each_sample_size_has_a_profile_of_batches_from_one_to_the_largest(tmp_path: Path) -> None:
+    network = _Network(sample=(-1, 4, -1, -1), timestep=(-1,), encoder_hidden_states=(-1, 77, 768))
+    options = EngineOptions(max_batch=8, opt_batch=4, sample_sizes=((64, 64), (96, 80)))
+    first, second = profile_shapes(network, tmp_path, options)
+    assert first["sample"] == ([1, 4, 64, 64], [4, 4, 64, 64], [8, 4, 64, 64])
+    assert second["sample"] == ([1, 4, 96, 80], [4, 4, 96, 80], [8, 4, 96, 80])
+    assert first["timestep"] == second["timestep"] == ([1], [4], [8])
+    assert first["encoder_hidden_states"] == ([1, 77, 768], [4, 77, 768], [8, 77, 768])
+
+
+def test_without_sample_sizes_there_is_one_profile_of_the_size_that_the_model_is_meant_for(
+    tmp_path: Path,
+) -> None:
+    (shapes,) = profile_shapes(
+        _Network(sample=(-1, 4, -1, -1)), dynamic_graph(tmp_path), EngineOptions(max_batch=1)
+    )
+    assert shapes["sample"] == ([1, 4, 64, 96],) * 3
+    (shapes,) = profile_shapes(_Network(sample=(-1, 2, 4, 4)), tmp_path, EngineOptions())
+    assert shapes["sample"] == ([1, 2, 4, 4], [2, 2, 4, 4], [16, 2, 4, 4])
+    assert profile_shapes(_Network(x=(-1, 5)), tmp_path, EngineOptions(max_batch=3)) == [
+        {"x": ([1, 5], [2, 5], [3, 5])}
+    ]
+
+
+def test_tensorrt_for_rtx_builds_one_profile_from_the_least_to_the_largest_size(
+    tmp_path: Path,
+) -> None:
+    network = _Network(sample=(-1, 4, -1, -1), timestep=(-1,))
+    shapes = profile_shapes(
+        network, tmp_path, EngineOptions(max_batch=8, sample_sizes=((96, 64), (64, 80)))
+    )
+    assert get_backend("tensorrt-rtx").profiles(shapes) == [
+        {"sample": ([1, 4, 64, 64], [2, 4, 96, 64], [8, 4, 96, 80]), "timestep": ([1], [2], [8])}
+    ]
+    assert get_backend("tensorrt").profiles(shapes) == shapes
+
+
+def unet(size: str) -> ir.Model:
+    """A graph of samples [4, ``size``], multiples of 4."""
+    model = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 21]> g (float[batch,4,{size}] sample) => (float[batch,4,{size}] y) {{
+            y = Identity(sample)
+        }}"""
+    )
+    model.metadata_props[SAMPLE_MULTIPLE_KEY] = "4"
+    return model
+
+
+def test_a_sample_size_that_the_model_cannot_halve_as_often_as_it_does_is_refused() -> None:
+    check_sample_sizes(unet("h,w2"), ((64, 64), (96, 100)))
+    with pytest.raises(InputError, match="a sample of 64x98: the model takes multiples of 4"):
+        check_sample_sizes(unet("h,w2"), ((64, 64), (64, 98)))
+
+
+def test_a_graph_of_one_size_takes_no_other() -> None:
+    check_sample_sizes(unet("64,96"), ((64, 96),))
+    with pytest.raises(InputError, match="the graph takes samples of 64x96 alone, not of 96x96"):
+        check_sample_sizes(unet("64,96"), ((96, 96),))
+
+
+def test_a_sample_size_is_refused_before_the_graph_is_lowered(
+    mini_proto: onnx.ModelProto, tmp_path: Path
+) -> None:
+    model = ir.from_proto(mini_proto)
+    model.graph.inputs[0].shape = ir.Shape(["batch", 2, 4, 4])
+    with pytest.raises(InputError, match="the graph takes samples of 4x4 alone, not of 5x5"):
+        build_engine(
+            get_backend("tensorrt-rtx"),
+            model,
+            tmp_path,
+            EngineOptions(sample_sizes=((5, 5),)),
+            "cd" * 32,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_profile_that_takes_the_inputs_is_found() -> None:
+    bounds = {
+        "sample": [((1, 4, 64, 64), 0, (8, 4, 64, 64)), ((1, 4, 96, 96), 0, (8, 4, 96, 96))],
+        "timestep": [((1,), 0, (8,))] * 2,
+    }
+    engine = SimpleNamespace(
+        num_optimization_profiles=2, get_tensor_profile_shape=lambda name, i: bounds[name][i]
+    )
+    assert fitting_profile(engine, {"sample": (1, 4, 64, 64), "timestep": (1,)}) == 0
+    assert fitting_profile(engine, {"sample": (8, 4, 96, 96), "timestep": (8,)}) == 1
+    for shape in ((9, 4, 64, 64), (1, 4, 80, 80), (4, 64, 64)):
+        with pytest.raises(InputError, match=r"built for other inputs.*--sample-size"):
+            fitting_profile(engine, {"sample": shape, "timestep": (1,)})
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_the_real_builder_takes_the_unet_in_a_half_type_at_two_sample_sizes_with_a_workspace_limit(
+    mini_proto: onnx.ModelProto, tmp_path: Path, dtype: str
+) -> None:
+    options = EngineOptions(
+        compute_capabilities=("89", "120"),
+        max_batch=8,
+        opt_batch=4,
+        dtype=dtype,
+        sample_sizes=((4, 4), (6, 8)),
+        workspace_limit=2**30,
+        weight_streaming=True,
+        weight_streaming_budget=2**20,
+        profiling_verbosity="none",
+    )
+    build_engine(
+        get_backend("tensorrt-rtx"), ir.from_proto(mini_proto), tmp_path, options, "cd" * 32
+    )
+    content = engine_info(tmp_path)
+    assert options_from(content) == replace(options, quantize="native")
+    assert content["runtime"] == {"name": "tensorrt_rtx", "version": trt.__version__}
+    lowered = load_graph(tmp_path / LOWERED)
+    half = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.BFLOAT16
+    assert {node.outputs[0].dtype for node in lowered.graph if node.op_type == "Conv"} == {half}
+    assert (tmp_path / ENGINE).stat().st_size > 100_000
+
+
+def test_a_workspace_limit_that_is_too_low_is_told_as_the_builder_tells_it(
+    mini_proto: onnx.ModelProto, tmp_path: Path
+) -> None:
+    options = EngineOptions(compute_capabilities=("89",), workspace_limit=1)
+    with pytest.raises(QuestDeployError, match=r"tensorrt-rtx cannot build .*workspace limit"):
+        build_engine(
+            get_backend("tensorrt-rtx"), ir.from_proto(mini_proto), tmp_path, options, "cd" * 32
+        )
+
+
+class _FakeTensorRt:
+    """The parts of the package that load an engine; what is called is kept."""
+
+    def __init__(self, *, refits: bool = True) -> None:
+        self.calls: list[Any] = []
+        self.engine = object()
+        self.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=self._deserialize)
+        self.Refitter = lambda engine, logger: SimpleNamespace(
+            refit_cuda_engine=lambda: self._note("refit") or True
+        )
+        self.OnnxParserRefitter = lambda refitter, logger: SimpleNamespace(
+            refit_from_file=lambda path: self._note(path) or refits,
+            num_errors=1,
+            get_error=lambda i: SimpleNamespace(desc=lambda: "no x"),
+        )
+
+    def _deserialize(self, plan: bytes) -> object:
+        self.calls.append(plan)
+        return self.engine
+
+    def _note(self, what: Any) -> None:
+        self.calls.append(what)
+
+
+def test_a_stripped_engine_gets_its_weights_from_the_lowered_graph_beside_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / ENGINE).write_bytes(b"plan")
+    fake = _FakeTensorRt()
+    assert load_engine(fake, _Log(), tmp_path, EngineOptions(strip_plan=True)) is fake.engine
+    assert fake.calls == [b"plan", str(tmp_path / LOWERED), "refit"]
+    whole = _FakeTensorRt()
+    load_engine(whole, _Log(), tmp_path, EngineOptions())
+    assert whole.calls == [b"plan"]
+    with pytest.raises(
+        QuestDeployError, match=f"cannot be given the weights of {tmp_path / LOWERED}: no x"
+    ):
+        load_engine(_FakeTensorRt(refits=False), _Log(), tmp_path, EngineOptions(strip_plan=True))
+
+
+def test_without_a_gpu_loading_an_engine_is_one_error(tmp_path: Path) -> None:
+    from quest_deploy.backends.tensorrt.base import gpu_count
+
+    if gpu_count():
+        pytest.skip("this machine has a GPU")
+    (tmp_path / ENGINE).write_bytes(b"no plan")
+    with pytest.raises(QuestDeployError, match=f"{tmp_path / ENGINE} cannot be loaded"):
+        load_engine(trt, _Log(), tmp_path, EngineOptions(strip_plan=True))

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from exporters.graph_info import load_graph, save_graph
+from quest_deploy.backends.base import LOWERED, EngineOptions, build_engine
+from quest_deploy.backends.registry import get_backend
+from quest_deploy.errors import InputError
+from quest_deploy.evaluation.benchmark import (
+    FP32,
+    NATIVE_ENGINE,
+    QUANTIZED,
+    STATIC,
+    Benchmark,
+    BenchmarkOptions,
+    benchmark_engine,
+)
+from tests.quest_deploy.plugin_backend import PluginOnTheCpu, kept
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import onnx
+
+BALLAST_BYTES = 2**30
+
+
+@pytest.fixture(scope="module")
+def timed(
+    mini_engines: Callable[[str], Path],
+    mini_proto: onnx.ModelProto,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Benchmark, list[tuple[str, int, int]]]:
+    """The benchmark of the very small model on onnxruntime, run by a process that itself holds 1
+    GiB.
+    """
+    folder, calls = tmp_path_factory.mktemp("benchmark"), []
+    save_graph(ir.from_proto(mini_proto), folder / "unet.onnx")
+    ballast = np.ones(BALLAST_BYTES, np.uint8)
+    result = benchmark_engine(
+        get_backend("onnxruntime"),
+        EngineOptions(threads=1),
+        mini_engines("onnxruntime"),
+        folder / "unet.onnx",
+        folder,
+        BenchmarkOptions(batches=(1, 3), runs=3, warmup=1),
+        lambda *progress: calls.append(progress),
+    )
+    assert ballast[0] == 1
+    return result, calls
+
+
+def test_every_engine_is_timed_at_every_batch_size(timed: tuple[Benchmark, Any]) -> None:
+    timings = timed[0].timings
+    assert {(t.engine, t.batch) for t in timings} == {
+        (engine, batch) for engine in (QUANTIZED, STATIC, FP32) for batch in (1, 3)
+    }
+    assert len(timings) == 6
+    for timing in timings:
+        assert 0 < timing.median_s <= timing.p90_s
+        assert timing.samples_per_s == pytest.approx(timing.batch / timing.median_s)
+
+
+def test_ratios_are_those_of_the_medians_and_sizes(timed: tuple[Benchmark, Any]) -> None:
+    result = timed[0]
+    medians = {(t.engine, t.batch): t.median_s for t in result.timings}
+    sizes = {f.engine: f.file_bytes for f in result.footprints}
+    for batch in (1, 3):
+        assert result.speedup_over_fp32[batch] == pytest.approx(
+            medians[FP32, batch] / medians[QUANTIZED, batch]
+        )
+        assert result.bucket_selection_cost[batch] == pytest.approx(
+            medians[QUANTIZED, batch] / medians[STATIC, batch]
+        )
+    assert result.size_ratio_to_fp32 == pytest.approx(sizes[FP32] / sizes[QUANTIZED])
+
+
+def test_peak_memory_is_that_of_the_engine_and_not_of_the_process_that_measures(
+    timed: tuple[Benchmark, Any],
+) -> None:
+    for footprint in timed[0].footprints:
+        assert 10_000_000 < footprint.peak_memory_bytes < BALLAST_BYTES
+
+
+def test_progress_tells_every_phase_to_its_end(
+    timed: tuple[Benchmark, list[tuple[str, int, int]]],
+) -> None:
+    last = {phase: (done, total) for phase, done, total in timed[1]}
+    phases = {"building baselines": (2, 2), "timing": (2, 2), "measuring memory": (3, 3)}
+    assert last == phases | {"asking the engine what its layers run in": (1, 1)}
+
+
+@pytest.mark.slow
+def test_an_engine_whose_plugin_quantizes_is_timed_against_itself_quantized_natively(
+    mini_proto: onnx.ModelProto, tmp_path: Path
+) -> None:
+    backend, options = PluginOnTheCpu(), EngineOptions(threads=1, quantize="plugin")
+    (tmp_path / "engine").mkdir()
+    build_engine(backend, ir.from_proto(mini_proto), tmp_path / "engine", options, "cd" * 32)
+    save_graph(ir.from_proto(mini_proto), tmp_path / "unet.onnx")
+    choices = BenchmarkOptions(batches=(2,), runs=2, warmup=0)
+    result = benchmark_engine(
+        backend, options, tmp_path / "engine", tmp_path / "unet.onnx", tmp_path / "scratch", choices
+    )
+    medians = {t.engine: t.median_s for t in result.timings}
+    assert medians.keys() == {QUANTIZED, NATIVE_ENGINE, STATIC, FP32}
+    assert result.plugin_speedup == {2: pytest.approx(medians[NATIVE_ENGINE] / medians[QUANTIZED])}
+    nodes = {
+        folder.name: len(kept(load_graph(folder / LOWERED)))
+        for folder in (tmp_path / "engine", *(tmp_path / "scratch").iterdir())
+    }
+    assert nodes.pop("engine") > 10
+    assert nodes == {"native": 0, "static-scale": 0, "fp32": 0}
+
+
+def test_what_the_layers_run_in_is_told_beside_the_speed(timed: tuple[Benchmark, Any]) -> None:
+    precision = timed[0].precision
+    assert precision["shares"].keys() == {"int8", "fp32"}  # attention's products are float
+    assert precision["int8_share"] == precision["asked_int8_share"] > 0.5
+    assert precision["fell_back"] == precision["warnings"] == []
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_built(
+    mini_engines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
+    with pytest.raises(InputError, match="this machine has none"):
+        benchmark_engine(
+            get_backend("tensorrt-rtx"),
+            EngineOptions(),
+            tmp_path,
+            tmp_path / "unet.onnx",
+            tmp_path / "scratch",
+            BenchmarkOptions(),
+        )
+    assert not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"batches": ()}, {"batches": (0,)}, {"runs": 0}, {"warmup": -1}]
+)
+def test_options_without_anything_to_time_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="benchmark needs"):
+        BenchmarkOptions(**options)

@@ -1,0 +1,330 @@
+"""What layers really run in, asked of the real runtimes about graphs whose precision is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from exporters.graph_info import save_graph
+from quest_deploy.artifacts.checkpoint import Checkpoint
+from quest_deploy.backends.base import LOWERED, EngineOptions, build_engine
+from quest_deploy.backends.onnxruntime import profiled_precisions
+from quest_deploy.backends.registry import get_backend
+from quest_deploy.backends.tensorrt.base import told_precisions
+from quest_deploy.evaluation.precision import (
+    LayerPrecision,
+    PrecisionReport,
+    Sizes,
+    engine_precision,
+    graph_precision,
+)
+from tests.helpers import graph_from_text, hand_graph, kinds_checkpoint, kinds_graph
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import onnx
+
+CPU_BACKENDS = ("onnxruntime", "openvino")
+OPTIONS = EngineOptions(threads=1)
+each_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
+
+
+def report_of(backend: str, model: ir.Model, folder: Path) -> PrecisionReport:
+    """The report of ``model``'s engine, built here."""
+    build_engine(get_backend(backend), model, folder, OPTIONS, "cd" * 32)
+    return engine_precision(get_backend(backend), folder, OPTIONS)
+
+
+@pytest.mark.parametrize(("backend", "conv"), [("openvino", "int8"), ("onnxruntime", "fp32")])
+def test_integer_convolutions_and_linears_run_on_integers_and_what_falls_back_is_a_warning(
+    hand: Checkpoint, backend: str, conv: str, tmp_path: Path
+) -> None:
+    report = report_of(backend, hand_graph(hand), tmp_path)
+    # "conv" is grouped: onnxruntime alone has no integer form of it.
+    assert {x.name: x.runs_in for x in report.layers} == {
+        "conv": conv,
+        "last": "int8",
+        "to_q": "int8",
+        "to_k": "int8",
+    }
+    assert {x.name: (x.bits, x.asked) for x in report.layers}["conv"] == ("w4a4", "int8")
+    assert [layer.name for layer in report.fell_back] == (["conv"] if conv == "fp32" else [])
+    assert len(report.warnings) == len(report.fell_back)
+    for warning in report.warnings:
+        assert (
+            "1 of 4 layers and products, 25.0% of the multiply-adds, asked to run on integers, run "
+            "in fp32: its integer conv" in warning
+        )
+
+
+@each_backend
+def test_a_site_that_computes_in_float_is_no_fallback_and_runs_in_fp32(
+    backend: str, tmp_path: Path
+) -> None:
+    report = report_of(backend, kinds_graph(kinds_checkpoint()), tmp_path)
+    found = {layer.name: (layer.asked, layer.runs_in) for layer in report.layers}
+    for name in ("free_conv", "by_channel", "by_token", "half.mix"):
+        assert found[name] == ("float", "fp32"), name
+    assert found["padded"] == found["attn.scores"] == found["attn.mix"] == ("int8", "int8")
+    fell_back = {layer.name for layer in report.fell_back}
+    assert fell_back == {
+        name for name, (asked, runs_in) in found.items() if asked == "int8" and runs_in == "fp32"
+    }
+    # Asymmetric 8-bit weights of a linear: openvino widens them to float, without a word.
+    assert fell_back == ({"plain"} if backend == "openvino" else set())
+    assert len(report.warnings) == len(fell_back)
+    assert all("plain" in warning for warning in report.warnings)
+
+
+@each_backend
+def test_a_model_of_float_weights_runs_in_float_and_its_layers_are_warned_of(
+    hand: Checkpoint, backend: str, tmp_path: Path
+) -> None:
+    model = get_backend(backend).lower(hand_graph(hand), EngineOptions())
+    for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
+        # As a runtime without integer kernels has it: codes widened to float in front of each
+        # layer.
+        cast = ir.Node(
+            "", "Cast", [node.inputs[0]], [ir.Attr("to", ir.AttributeType.INT, 1)], num_outputs=1
+        )
+        cast.outputs[0].name, cast.outputs[0].type = (
+            f"{node.outputs[0].name}_cast",
+            ir.TensorType(ir.DataType.FLOAT),
+        )
+        model.graph.insert_before(node, cast)
+        ir.convenience.replace_all_uses_with(node.outputs[0], cast.outputs[0])
+        model.graph.remove(node, safe=True)
+    save_graph(model, tmp_path / LOWERED)
+    report = engine_precision(get_backend(backend), tmp_path, OPTIONS)
+    assert {layer.runs_in for layer in report.layers} == {"fp32"}
+    assert (report.shares, len(report.fell_back)) == ({"fp32": 1.0}, 4)
+    assert "run in fp32" in report.warnings[0]
+
+
+@each_backend
+def test_a_whole_unet_runs_on_integers_but_for_its_float_attention(
+    mini_engines: Callable[[str], Path], mini_proto: onnx.ModelProto, backend: str
+) -> None:
+    report = engine_precision(get_backend(backend), mini_engines(backend), OPTIONS)
+    assert {layer.runs_in for layer in report.layers if layer.asked == "int8"} == {"int8"}
+    assert {layer.runs_in for layer in report.layers if layer.asked == "float"} == {"fp32"}
+    assert len(report.layers) == 27 + 2 * 2
+    assert report.shares["int8"] == report.asked_share
+    assert report.warnings == []
+
+
+def test_quantized_attention_is_asked_for_and_told_by_product(tmp_path: Path) -> None:
+    save_graph(kinds_graph(kinds_checkpoint()), tmp_path / "unet.onnx")
+    report = graph_precision(tmp_path / "unet.onnx")
+    asked = {layer.name: (layer.bits, layer.asked, layer.runs_in) for layer in report.layers}
+    assert asked["attn.scores"] == ("a4", "int8", None)
+    assert asked["attn.mix"] == ("a8", "int8", None)
+    assert asked["half.mix"] == ("float", "float", None)
+    assert asked["padded"] == ("w4a8", "int8", None)
+    assert report.shares == {}
+    assert report.warnings == []
+
+
+MHA = """
+mha (float[2,3,8,4] q, float[2,3,8,4] k, float[2,3,8,4] v) => (float[2,3,8,4] o)
+<float one = {1.0}, int8 zero = {0}>
+{
+  qc = QuantizeLinear(q, one, zero)
+  kc = QuantizeLinear(k, one, zero)
+  qd = DequantizeLinear(qc, one, zero)
+  kd = DequantizeLinear(kc, one, zero)
+  kt = Transpose <perm = [0, 1, 3, 2]> (kd)
+  s = MatMul(qd, kt)
+  p = Softmax <axis = -1> (s)
+  values = MatMul(v, m)
+  o = MatMul(p, values)
+}
+"""
+
+
+@pytest.mark.parametrize(("hint", "floats"), [("f32", "fp32"), ("bf16", "bf16")])
+def test_inside_openvinos_fused_attention_each_product_is_told_by_its_own_operands(
+    hint: str, floats: str
+) -> None:
+    import openvino
+
+    from exporters.multiplications import multiplications
+    from quest_deploy.backends.openvino.precision import runtime_precisions
+
+    model = graph_from_text(MHA, m=np.eye(4, dtype=np.float32) * 2)
+    for node in model.graph:
+        node.name = f"n_{node.outputs[0].name}"
+    core = openvino.Core()
+    if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor has no bf16")
+    read = core.read_model(ir.to_proto(model).SerializeToString())
+    compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+    found = runtime_precisions(compiled.get_runtime_model(), multiplications(model, {}))
+    assert found == {"n_s": "int8", "n_values": floats, "n_o": floats}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "types", "expected"),
+    [
+        ("MatMulIntegerToFloat", ["uint8", "float"], "int8"),
+        ("QLinearConv", ["uint8", "float"], "int8"),
+        ("Conv", ["float", "float"], "fp32"),
+        ("MatMul", ["float16", "float16"], "fp16"),
+        ("MatMulNBits", ["float", "uint8"], "fp32"),
+    ],
+)
+def test_onnxruntimes_profile_tells_by_the_kernel(
+    kernel: str, types: list[str], expected: str
+) -> None:
+    event = {
+        "cat": "Node",
+        "name": "a.product_kernel_time",
+        "args": {"op_name": kernel, "input_type_shape": [{t: [1]} for t in types]},
+    }
+    other = {
+        "cat": "Node",
+        "name": "a.product_kernel_time",
+        "args": {"op_name": "Mul", "input_type_shape": [{"float": [1]}]},
+    }
+    assert profiled_precisions([event, other], ["a.product", "b.product"]) == {
+        "a.product": expected
+    }
+
+
+def test_a_fused_node_goes_to_the_longest_name_that_begins_its_own() -> None:
+    args = {"op_name": "FusedMatMul", "input_type_shape": [{"float": [1]}, {"float": [1]}]}
+    events = [
+        {"cat": "Node", "name": f"{n}_kernel_time", "args": args}
+        for n in ("attention_1", "attention_1_2/MatMulScaleFusion/")
+    ]
+    assert profiled_precisions(events, ["attention", "attention_1", "attention_1_2"]) == {
+        "attention_1": "fp32",
+        "attention_1_2": "fp32",
+    }
+
+
+def test_tensorrts_layer_information_tells_by_operands_and_leaves_out_what_it_does_not_tell() -> (
+    None
+):
+    def layer(metadata: str, inputs: list[str], **more: Any) -> dict[str, Any]:
+        return {
+            "Name": "x",
+            "Metadata": metadata,
+            "Inputs": [{"Name": "i", "Format/Datatype": kind} for kind in inputs],
+            **more,
+        }
+
+    layers = [
+        layer(
+            "[ONNX Layer: conv.product]",
+            ["Thirty-two wide channel vectorized row major Int8 format"],
+            Weights={"Type": "Int8"},
+        ),
+        layer(
+            "[ONNX Layer: fc.product]\x1e[ONNX Layer: fc.biased]",
+            ["Row major linear FP16 format"],
+            Weights={"Type": "Half"},
+        ),
+        layer("[ONNX Layer: qk.product]", ["Int8", "Int8"]),
+        layer("[ONNX Layer: pv.product]", ["Half", "Int8"]),
+        layer("[ONNX Layer: a.product]\x1e[ONNX Layer: b.product]", ["Int8", "Int8"]),
+        "a layer that has only a name",
+    ]
+    wanted = ["conv.product", "fc.product", "qk.product", "pv.product", "a.product", "b.product"]
+    assert told_precisions(layers, wanted) == {
+        "conv.product": "int8",
+        "fc.product": "fp16",
+        "qk.product": "int8",
+        "pv.product": "fp16",
+    }
+
+
+def test_an_engine_that_needs_a_gpu_says_so_and_claims_nothing(
+    mini_proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
+    backend = get_backend("tensorrt-rtx")
+    save_graph(backend.lower(ir.from_proto(mini_proto), EngineOptions()), tmp_path / LOWERED)
+    report = engine_precision(backend, tmp_path, EngineOptions())
+    assert "this machine has none" in report.unavailable
+    assert {layer.runs_in for layer in report.layers} == {"unknown"}
+    assert (report.warnings, report.fell_back, report.summary()["int8_share"]) == ([], [], None)
+
+
+def test_a_layer_that_the_runtime_does_not_name_is_a_warning_and_not_counted_as_integer(
+    mini_engines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = get_backend("onnxruntime")
+    monkeypatch.setattr(
+        type(backend), "realised_precision", lambda *_: {"conv_out.product": "int8"}
+    )
+    report = engine_precision(backend, mini_engines("onnxruntime"), OPTIONS)
+    (warning,) = report.warnings
+    assert "26 of 31 layers and products" in warning
+    assert "cannot be found" in warning
+    assert report.fell_back == []
+    assert 0 < report.shares["int8"] < 0.5
+
+
+def test_sizes_count_parameters_and_not_scales(hand: Checkpoint, tmp_path: Path) -> None:
+    save_graph(hand_graph(hand), tmp_path / "unet.onnx")
+    sizes = graph_precision(tmp_path / "unet.onnx").sizes
+    four = sum(layer.weight_codes.size for layer in hand.layers.values() if layer.weight_bits == 4)
+    eight = sum(layer.weight_codes.size for layer in hand.layers.values() if layer.weight_bits == 8)
+    biases = sum(layer.bias.size for layer in hand.layers.values() if layer.bias is not None)
+    edges = hand.scheme.buckets - 1
+    assert sizes.fp16 == 2 * (four + eight + biases + edges)
+    assert sizes.ideal == four // 2 + eight + 2 * (biases + edges)
+    assert sizes.engine is None
+    assert sizes.graph == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+@each_backend
+def test_sizes_of_an_engine_are_those_of_its_graph_but_for_its_files(
+    mini_engines: Callable[[str], Path], mini_proto: onnx.ModelProto, backend: str, tmp_path: Path
+) -> None:
+    save_graph(ir.from_proto(mini_proto), tmp_path / "unet.onnx")
+    portable = graph_precision(tmp_path / "unet.onnx").sizes
+    engine = engine_precision(get_backend(backend), mini_engines(backend), OPTIONS).sizes
+    assert engine.fp16 == pytest.approx(portable.fp16, rel=0.01)
+    assert engine.ideal == pytest.approx(portable.ideal, rel=0.01)
+    assert engine.engine == sum(path.stat().st_size for path in mini_engines(backend).iterdir())
+
+
+def test_a_report_is_json_and_its_shares_are_of_all_multiply_adds() -> None:
+    layer = LayerPrecision("a", ("a.product",), "other", "Conv", 4, 4, 60, "int8", "int8")
+    report = PrecisionReport(
+        [
+            layer,
+            dataclasses.replace(layer, name="b", macs=30, runs_in="bf16", reason="because"),
+            dataclasses.replace(
+                layer,
+                name="c",
+                weight_bits=None,
+                activation_bits=32,
+                macs=10,
+                asked="float",
+                runs_in="fp32",
+            ),
+        ],
+        Sizes(100, 120, 400, 90),
+    )
+    content = json.loads(json.dumps(report.to_json()))
+    assert content["shares"] == {"int8": 0.6, "bf16": 0.3, "fp32": 0.1}
+    assert (content["asked_int8_share"], content["int8_share"], content["fell_back"]) == (
+        0.9,
+        0.6,
+        ["b"],
+    )
+    assert content["warnings"] == [
+        "1 of 3 layers and products, 30.0% of the multiply-adds, asked to run on integers, run in "
+        "bf16: because"
+    ]
+    assert [x["bits"] for x in content["layers"]] == ["w4a4", "w4a4", "float"]

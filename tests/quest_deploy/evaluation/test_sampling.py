@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from quest_deploy.errors import InputError
+from quest_deploy.evaluation.sampling import float_denoiser, sample_images
+from quest_deploy.models.digit_quality import judge
+from quest_deploy.models.schedulers import SCHEDULERS
+
+if TYPE_CHECKING:
+    from quest_deploy.evaluation.sampling import Denoiser
+    from quest_deploy.models.tiny import TinyModel
+
+LABELS = np.arange(3)
+
+
+class Recorder:
+    """A denoiser that predicts nothing, or a constant for each half, and keeps what it was called
+    with.
+    """
+
+    def __init__(self, halves: tuple[float, float] = (0.0, 0.0)) -> None:
+        self.halves = halves
+        self.calls: list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]] = []
+
+    def __call__(
+        self, sample: torch.Tensor, timestep: torch.Tensor, **conditions: torch.Tensor
+    ) -> torch.Tensor:
+        self.calls.append((sample, timestep, conditions))
+        first, second = (
+            torch.full_like(half, value)
+            for half, value in zip(sample.chunk(2), self.halves, strict=True)
+        )
+        return torch.cat([first, second])
+
+
+@pytest.fixture(scope="module")
+def unet(tiny: TinyModel) -> Denoiser:
+    return float_denoiser(tiny.load_unet())
+
+
+def test_the_same_seed_draws_the_same_images_and_another_seed_others(
+    tiny: TinyModel, unet: Denoiser
+) -> None:
+    first, again, other = (
+        sample_images(tiny, unet, LABELS, steps=2, seed=seed) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.1
+
+
+def test_the_noise_is_the_same_whatever_denoises(tiny: TinyModel) -> None:
+    one, two = Recorder(), Recorder((1.0, -1.0))
+    for denoise in (one, two):
+        sample_images(tiny, denoise, np.arange(4), steps=2, seed=3)
+    assert torch.equal(one.calls[0][0], two.calls[0][0])
+
+
+def test_every_sample_gets_the_timestep_as_a_float(tiny: TinyModel) -> None:
+    denoise = Recorder()
+    sample_images(tiny, denoise, np.arange(4), steps=5)
+    assert [call[1].tolist() for call in denoise.calls] == [
+        [float(t)] * 4 for t in (801, 601, 401, 201, 1)
+    ]
+    assert all(call[1].dtype is torch.float32 for call in denoise.calls)
+
+
+def test_guidance_runs_both_halves_as_one_batch_with_the_unconditional_one_first(
+    tiny: TinyModel,
+) -> None:
+    denoise = Recorder()
+    sample_images(tiny, denoise, LABELS, steps=2, guidance=3.0)
+    assert [len(call[0]) for call in denoise.calls] == [6, 6]
+    sample, timestep, conditions = denoise.calls[0]
+    assert torch.equal(sample[:3], sample[3:])
+    assert len(timestep) == 6
+    states = conditions["encoder_hidden_states"]
+    assert torch.equal(states[:3], tiny.null_conditions(3)["encoder_hidden_states"])
+    assert torch.equal(states[3:], tiny.conditions(LABELS)["encoder_hidden_states"])
+
+
+def test_without_guidance_only_the_conditional_half_runs(tiny: TinyModel) -> None:
+    denoise = Recorder()
+    sample_images(tiny, denoise, np.arange(4), steps=1, guidance=1.0)
+    assert torch.equal(
+        denoise.calls[0][2]["encoder_hidden_states"],
+        tiny.conditions(np.arange(4))["encoder_hidden_states"],
+    )
+
+
+def test_guidance_extrapolates_from_the_unconditional_to_the_conditional_prediction(
+    tiny: TinyModel,
+) -> None:
+    guided = sample_images(tiny, Recorder((0.1, 0.2)), np.arange(4), steps=2, guidance=3.0)
+    constant = sample_images(
+        tiny, Recorder((0.4, 0.4)), np.arange(4), steps=2
+    )  # 0.1 + 3 (0.2 - 0.1)
+    np.testing.assert_allclose(guided, constant, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_draws_the_digits_asked_for(
+    tiny: TinyModel, unet: Denoiser, scheduler: str
+) -> None:
+    labels, done = np.tile(np.arange(10), 2), []
+    images = sample_images(
+        tiny,
+        unet,
+        labels,
+        scheduler=scheduler,
+        steps=10,
+        guidance=2.0,
+        on_progress=lambda step, total: done.append((step, total)),
+    )
+    assert images.shape == (20, 1, 16, 16)
+    assert np.abs(images).max() <= 1
+    assert judge(images, labels).accuracy >= 0.8
+    assert done == [(i + 1, len(done)) for i in range(len(done))]
+    assert len(done) >= 10
+
+
+def test_an_unknown_scheduler_is_an_input_error_that_lists_the_known_ones(tiny: TinyModel) -> None:
+    with pytest.raises(InputError, match="unknown scheduler 'heun': expected one of ddim, ddpm"):
+        sample_images(tiny, Recorder(), LABELS, scheduler="heun")

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from quest_deploy.errors import InputError
+from quest_deploy.importers.architecture import UNetConfig
+from quest_deploy.importers.convert import float_model
+from tests.quest_deploy.importers.cases import CHURCHES, CLASS_CONDITIONAL, SD, UNCONDITIONAL, Case
+from tests.quest_deploy.importers.compare import relative
+from tests.quest_deploy.importers.official import Arithmetic, UNetModel
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+THREE_LEVELS = {
+    **UNCONDITIONAL,
+    "image_size": 16,
+    "num_res_blocks": 3,
+    "channel_mult": [1, 2, 3],
+    "attention_resolutions": [1, 4],
+}
+ONE_HEAD = {**UNCONDITIONAL, "num_head_channels": -1, "num_heads": 1, "num_res_blocks": 1}
+SCALE_SHIFT = {**SD, "use_scale_shift_norm": True}
+HEAD_CHANNELS = {**CLASS_CONDITIONAL, "num_heads": -1, "num_head_channels": 16}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SD,
+        CLASS_CONDITIONAL,
+        UNCONDITIONAL,
+        THREE_LEVELS,
+        ONE_HEAD,
+        HEAD_CHANNELS,
+        CHURCHES,
+        SCALE_SHIFT,
+    ],
+)
+@torch.no_grad()
+def test_the_diffusers_model_with_mapped_weights_is_the_compvis_model(
+    params: dict[str, Any], tmp_path: Path
+) -> None:
+    case = Case(params)
+    ours = float_model(case.read(tmp_path / "ckpt.pth"))
+    case.model.arithmetic = Arithmetic()
+    for timestep, args in case.inputs.items():
+        output = ours(**case.named_inputs(timestep), return_dict=False)[0]
+        assert relative(output, case.model(*args)) < 1e-5
+
+
+@pytest.mark.parametrize("params", [SD, CLASS_CONDITIONAL, THREE_LEVELS, CHURCHES])
+def test_the_names_cover_every_parameter_with_its_shape(params: dict[str, Any]) -> None:
+    names = UNetConfig.from_params(params).names()
+    shapes = {f"{layer.name}.weight": layer.shape for layer in names.layers}
+    shapes |= {f"{layer.name}.bias": layer.shape[:1] for layer in names.layers if layer.bias}
+    shapes |= {
+        f"{name}.{part}": (channels,)
+        for name, (_, channels) in names.floats.items()
+        for part in ("weight", "bias")
+    }
+    assert shapes == {
+        name: tuple(value.shape) for name, value in UNetModel(**params).state_dict().items()
+    }
+
+
+def test_an_ldm_yaml_and_the_parameters_as_json_mean_the_same_unet(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text(json.dumps(SD))
+    unet = {
+        "target": "x",
+        "params": {**SD, "image_size": 32},
+    }  # 32, unused: so it stands in Stable Diffusion's own file
+    whole = {
+        "model": {
+            "params": {
+                "linear_start": 0.0015,
+                "timesteps": 500,
+                "image_size": 8,
+                "unet_config": unet,
+            }
+        }
+    }
+    (tmp_path / "ldm.yaml").write_text(json.dumps(whole))  # JSON is YAML
+    plain, around = (UNetConfig.load(tmp_path / name) for name in ("params.json", "ldm.yaml"))
+    assert plain.diffusers_config == around.diffusers_config
+    assert (around.train_timesteps, around.betas[0]) == (500, 0.0015)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"channel_mult": None}, "channel_mult: expected a list"),
+        ({"resblock_updown": True}, "resblock_updown: with spatial transformers only False"),
+        ({"use_scale_shift_norm": 1}, "use_scale_shift_norm: expected true or false"),
+        ({"num_classes": 1000}, "num_classes: 1000 is not supported"),
+        ({"dim_heads": 3}, "unknown \\['dim_heads'\\]"),
+        ({"context_dim": None}, "context_dim: expected the size"),
+        ({"context_dim": 0}, "context_dim: expected the size"),
+        (
+            {"use_spatial_transformer": False},
+            "context_dim: only a UNet with use_spatial_transformer",
+        ),
+        ({"num_head_channels": 64}, "num_head_channels: expected a divisor of the 32 channels"),
+        ({"num_head_channels": 12}, "num_head_channels: expected a divisor of the 32 channels"),
+        ({"num_heads": 3}, "num_heads: expected a divisor of the 32 channels"),
+        ({"model_channels": 30}, "model_channels: expected a multiple of the 32 groups"),
+        ({"image_size": 7}, "image_size: expected a size that can be halved 1 times"),
+        ({1: 2, "foo": 3}, "unknown \\['1', 'foo'\\]"),
+        ({"num_heads": -1}, "one of num_heads and num_head_channels"),
+    ],
+)
+def test_a_unet_that_is_not_covered_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        UNetConfig.from_params({**SD, **change})
+
+
+@pytest.mark.parametrize(
+    ("around", "message"),
+    [
+        ({"image_size": "x"}, "image_size: expected a positive integer"),
+        ({"timesteps": "x"}, "timesteps: expected an integer from 1"),
+        ({"timesteps": 0}, "timesteps: expected an integer from 1"),
+        ({"linear_start": "x"}, "linear_start: expected a variance between 0 and 1"),
+        ({"linear_start": 5}, "linear_start: expected a variance between 0 and 1"),
+        ({"linear_end": None}, "linear_end: expected a variance between 0 and 1"),
+    ],
+)
+def test_a_model_around_the_unet_that_cannot_be_is_refused(
+    around: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        UNetConfig.from_params({"model": {"params": {**around, "unet_config": {"params": SD}}}})
+
+
+@pytest.mark.parametrize("name", ["unet.json", "unet.yaml"])
+def test_a_deeply_nested_configuration_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(InputError, match="YAML or JSON"):
+        UNetConfig.load(tmp_path / name)
+
+
+def test_a_configuration_without_its_parts_or_that_is_no_yaml_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "unet.yaml"
+    with pytest.raises(InputError, match="does not exist"):
+        UNetConfig.load(path)
+    for text, message in (
+        ("a: [", "YAML or JSON"),
+        ("model: {}", "'params' is missing"),
+        ("{in_channels: 3}", "missing \\['image"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            UNetConfig.load(path)

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from quest_deploy.errors import InputError
+from quest_deploy.importers.read import read
+from quest_deploy.importers.settings import ImportSettings, Source
+from tests.quest_deploy.importers.cases import CONTEXT_TOKENS, SD, UNCONDITIONAL, Case
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+
+LAYER = "model.middle_block.0.in_layers.2"
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return Case(SD, split=True)
+
+
+def _message(case: Case, path: Path, change: Callable[[dict[str, Tensor]], Any]) -> str:
+    state = dict(case.state)
+    change(state)
+    torch.save(state, path)
+    with pytest.raises(InputError) as caught:
+        read(path, case.config, case.import_settings)
+    return str(caught.value)
+
+
+def test_missing_and_unexpected_keys_are_listed(case: Case, tmp_path: Path) -> None:
+    def rename(state: dict[str, Tensor]) -> None:
+        state["model.middle_block.0.in_layers.9.alpha"] = state.pop(
+            f"{LAYER}.weight_quantizer.alpha"
+        )
+
+    message = _message(case, tmp_path / "x", rename)
+    assert f"1 missing keys: {LAYER}.weight_quantizer.alpha" in message
+    assert "1 unexpected keys: model.middle_block.0.in_layers.9.alpha" in message
+
+
+@pytest.mark.parametrize("key", ["weight", "weight_quantizer.delta", "act_quantizer.delta_list"])
+def test_a_shape_mismatch_is_named(case: Case, tmp_path: Path, key: str) -> None:
+    name = f"{LAYER}.{key}"
+    shape = list(case.state[name].shape)
+    message = _message(case, tmp_path / "x", lambda state: state.update({name: state[name][:-1]}))
+    assert f"{name} is {[shape[0] - 1, *shape[1:]]}, expected {shape}" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("act_quantizer.delta_list", 0.0, "scales of zero"),
+        ("act_quantizer.zero_point_list", 0.5, "zero-points that are not integers"),
+        ("weight_quantizer.delta", -1.0, "scales that are not positive"),
+        ("weight", float("nan"), "not finite"),
+    ],
+)
+def test_values_that_no_official_run_writes_are_named(
+    case: Case, tmp_path: Path, key: str, value: float, message: str
+) -> None:
+    name = f"{LAYER}.{key}"
+    assert f"{name} holds " in (
+        text := _message(
+            case, tmp_path / "x", lambda s: s.update({name: torch.full_like(s[name], value)})
+        )
+    )
+    assert message in text
+
+
+def test_the_scales_of_the_last_timestep_are_ignored(case: Case, tmp_path: Path) -> None:
+    assert any("current_delta" in key for key in case.state)
+    assert not any("current_delta" in key for key in case.read(tmp_path / "x").tensors)
+
+
+def test_another_number_of_timesteps_does_not_fit(case: Case, tmp_path: Path) -> None:
+    torch.save(case.state, tmp_path / "x")
+    other = ImportSettings(Source.QUEST, (900.0, 100.0), 4, 4, 8, 8, False)
+    with pytest.raises(InputError, match=r"shapes do not fit: .*, expected \[2, "):
+        read(tmp_path / "x", case.config, other)
+
+
+def test_a_file_of_code_or_of_anything_but_tensors_is_refused(case: Case, tmp_path: Path) -> None:
+    for content in ([1, 2], {"model.x": 3}, case.config):
+        torch.save(content, tmp_path / "x")
+        with pytest.raises(InputError, match=r"expected a (state dict|file) of tensors"):
+            read(tmp_path / "x", case.config, case.import_settings)
+    (tmp_path / "x").write_bytes(b"nothing")
+    for path in (tmp_path / "x", tmp_path / "absent"):
+        with pytest.raises(InputError, match=r"expected a file of tensors|does not exist"):
+            read(path, case.config, case.import_settings)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda x: x.to_sparse(), id="sparse"),
+        pytest.param(lambda x: x.to("meta"), id="meta"),
+        pytest.param(lambda x: x.to(torch.complex64), id="complex"),
+        pytest.param(lambda x: x.bool(), id="bool"),
+        pytest.param(lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), id="quantized"),
+        pytest.param(lambda x: torch.nested.nested_tensor([x, x[:1]]), id="nested"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_not_dense_real_numbers_are_named(
+    case: Case, tmp_path: Path, make: Callable[[Tensor], Tensor]
+) -> None:
+    message = _message(
+        case,
+        tmp_path / "x",
+        lambda state: state.update({"model.out.2.bias": make(state["model.out.2.bias"])}),
+    )
+    assert "expected dense tensors of real numbers, found others: model.out.2.bias" in message
+
+
+def test_a_tensor_of_a_monstrous_shape_is_never_copied(case: Case, tmp_path: Path) -> None:
+    huge = torch.zeros(1, dtype=torch.float16).expand(10**13)
+    message = _message(case, tmp_path / "x", lambda state: state.update({"model.out.2.bias": huge}))
+    assert "model.out.2.bias is [10000000000000], expected [4]" in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("x"), IndexError("x"), MemoryError(), AttributeError("use weights_only=False")],
+)
+def test_whatever_torch_raises_at_a_malformed_file_is_the_files_fault(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load(*args: object, **kw: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(
+        InputError, match=r"x: expected a file of tensors as torch.save writes it \([A-Za-z]+\)$"
+    ):
+        read(tmp_path / "x", case.config, case.import_settings)
+
+
+def test_parameters_are_read_as_their_values(case: Case, tmp_path: Path) -> None:
+    torch.save(
+        {key: torch.nn.Parameter(value) for key, value in case.state.items()}, tmp_path / "x"
+    )
+    assert not any(
+        value.requires_grad
+        for value in read(tmp_path / "x", case.config, case.import_settings).tensors.values()
+    )
+
+
+def test_a_checkpoint_of_another_unet_is_refused(case: Case, tmp_path: Path) -> None:
+    torch.save(case.state, tmp_path / "x")
+    with pytest.raises(InputError, match=r"missing keys: .* unexpected keys: "):
+        read(tmp_path / "x", Case(UNCONDITIONAL).config, case.import_settings)
+
+
+@pytest.mark.parametrize("params", [SD, UNCONDITIONAL])
+def test_context_tokens_that_the_file_or_the_unet_contradicts_are_refused(
+    params: dict[str, Any], tmp_path: Path
+) -> None:
+    case = Case(params)
+    case.read(tmp_path / "x")
+    other = dataclasses.replace(case.import_settings, context_tokens=CONTEXT_TOKENS + 1)
+    message = (
+        f"shows {CONTEXT_TOKENS}, not {CONTEXT_TOKENS + 1}"
+        if params is SD
+        else "the UNet reads no context"
+    )
+    with pytest.raises(InputError, match=f"--context-tokens: .*{message}"):
+        read(tmp_path / "x", case.config, other)
+    if params is SD:
+        same = dataclasses.replace(case.import_settings, context_tokens=CONTEXT_TOKENS)
+        assert read(tmp_path / "x", case.config, same).context_tokens == CONTEXT_TOKENS
+
+
+def test_a_table_for_a_context_of_no_tokens_is_refused(case: Case, tmp_path: Path) -> None:
+    def empty(state: dict[str, Tensor]) -> None:
+        for name in [name for name in state if "attn2.act_quantizer_w." in name]:
+            state[name] = state[name][..., :0]
+
+    assert "is for a context of no tokens" in _message(case, tmp_path / "x", empty)
+
+
+def test_q_diffusion_files_do_not_show_the_context(tmp_path: Path) -> None:
+    qdiff = Case(SD, source=Source.QDIFF, options={"activation_bits": 8})
+    torch.save(qdiff.state, tmp_path / "x")
+    without = ImportSettings(Source.QDIFF, (), 4, 8, 8, 8, False)
+    with pytest.raises(InputError, match="give --context-tokens"):
+        read(tmp_path / "x", qdiff.config, without)

@@ -1,0 +1,271 @@
+"""What the pipelines draw is what diffusers' own pipeline draws with the same engine, and what they
+refuse; without a server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from quest_deploy.artifacts.workspace import Workspace
+from quest_deploy.backends.base import no_progress
+from quest_deploy.evaluation.sampling import sample_images
+from quest_deploy.models.pipeline_model import PipelineModel
+from quest_deploy.models.registry import load_model, resolve_source
+from quest_deploy.models.schedulers import SCHEDULERS
+from quest_deploy.serving.pipeline import load_pipeline
+from quest_deploy.serving.triton.package import TritonOptions, Writer
+from tests.pipelines import TOKENS
+from tests.quest_deploy.serving.local import LocalPipeline
+from tests.quest_deploy.support import cli
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.quest_deploy.conftest import Chain
+
+PROMPT = "a red cat"
+
+
+@pytest.fixture(scope="module")
+def package(text_chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text-to-image pipeline's package; not to be changed."""
+    folder = tmp_path_factory.mktemp("package") / "triton"
+    ended = cli("package", "--triton", folder, "-w", text_chain.root, "--json")
+    assert ended.code == 0, ended.err
+    assert ended.json["models"] == ["text_encoder", "unet", "vae_decoder"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(package: Path) -> LocalPipeline:
+    """Its pipeline."""
+    return LocalPipeline(package)
+
+
+@pytest.fixture(scope="module")
+def diffusers_pipeline(text_chain: Chain) -> Any:
+    """Diffusers' pipeline with the workspace's engine. Its scheduler may be changed."""
+    made = load_pipeline(text_chain.root, "onnxruntime")
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "guidance and a negative prompt": {"negative_prompt": "blue", "guidance": 7.5},
+    "guidance alone, another size": {"guidance": 3.0, "height": 32, "width": 16},
+    "no guidance": {"guidance": 1.0},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_the_image_is_the_one_of_diffusers_pipeline(
+    local: LocalPipeline, diffusers_pipeline: Any, text_chain: Chain, scheduler: str, case: str
+) -> None:
+    choices = CASES[case]
+    diffusers_pipeline.scheduler = load_model(
+        Workspace.open(text_chain.root).source
+    ).load_scheduler(scheduler)
+    expected = diffusers_pipeline(
+        prompt=PROMPT,
+        negative_prompt=choices.get("negative_prompt"),
+        guidance_scale=choices["guidance"],
+        height=choices.get("height"),
+        width=choices.get("width"),
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]
+    found = local.draw(prompt=PROMPT, steps=4, seed=5, scheduler=scheduler, **choices)
+    assert (
+        np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
+    )  # the decoder's last bits
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({}, "expected inputs"),
+        ({"steps": 2}, "prompt: expected one"),
+        (
+            {"prompt": "red " * TOKENS},
+            f"prompt: expected at most {TOKENS} tokens, of which two mark the start and the end; "
+            "found",
+        ),
+        (
+            {"prompt": PROMPT, "negative_prompt": "red " * TOKENS},
+            "negative_prompt: expected at most",
+        ),
+        ({"prompt": "x" * 20000}, "prompt: expected at most 16384 bytes, found 20000"),
+        ({"prompt": "é" * 10000}, "prompt: expected at most 16384 bytes, found 20000"),
+        ({"prompt": b"\xff"}, "prompt: expected UTF-8"),
+        (
+            {"prompt": PROMPT, "guidance": 3e38},
+            "guidance: expected a weight from 0 to 1000, found 3e+38",
+        ),
+        ({"prompt": PROMPT, "height": 0}, "height: expected a multiple of"),
+        ({"prompt": PROMPT, "width": 66}, "width: expected a multiple of"),
+        ({"prompt": PROMPT, "scheduler": "lcm", "steps": 60}, "steps: lcm does not take 60"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_with_the_reason(
+    local: LocalPipeline, request_: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(local.generation.InvalidRequestError) as refused:
+        local.draw(**request_)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"), [("unet", "after step 1 of 2"), ("vae_decoder", "the decoder's image")]
+)
+def test_of_what_is_not_finite_no_image_is_made(package: Path, model: str, words: str) -> None:
+    class Overflowing(LocalPipeline):
+        async def infer(self, name: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            found = await super().infer(name, inputs)
+            return (
+                {key: value + np.float32("inf") for key, value in found.items()}
+                if name == model
+                else found
+            )
+
+    pipeline = Overflowing(package)
+    with pytest.raises(pipeline.generation.NotFiniteError) as failed:
+        pipeline.draw(prompt=PROMPT, steps=2)
+    assert words in str(failed.value)
+
+
+def test_a_limit_that_is_missing_or_no_whole_number_of_1_or_more_is_refused(
+    local: LocalPipeline,
+) -> None:
+    limits = local.generation.Limits
+    given = {
+        name: {"string_value": "7"}
+        for name in ("max_steps", "max_size", "max_in_flight", "model_timeout", "cpu_threads")
+    }
+    assert limits.of(given) == limits(7, 7, 7, 7)
+    for wrong in ("0", "-1", "1.5", "", "many"):
+        with pytest.raises(
+            ValueError,
+            match=r"parameter max_in_flight in config.pbtxt: expected a whole number of 1 or more",
+        ):
+            limits.of({**given, "max_in_flight": {"string_value": wrong}})
+    with pytest.raises(ValueError, match="parameter max_size"):
+        limits.of({name: value for name, value in given.items() if name != "max_size"})
+
+
+class ReferenceXL(LocalPipeline):
+    """Stable Diffusion XL's pipeline with the float UNet in the place of the engine's."""
+
+    unet: Any
+
+    async def infer(self, model: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if model != "unet":
+            return await super().infer(model, inputs)
+        given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        added = {name: given[name] for name in ("text_embeds", "time_ids")}
+        with torch.no_grad():
+            found = self.unet(
+                given["sample"],
+                given["timestep"][:, 0],
+                given["encoder_hidden_states"],
+                added_cond_kwargs=added,
+            ).sample
+        return {"prediction": found.numpy()}
+
+
+@pytest.fixture(scope="module")
+def xl(
+    pipelines: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ReferenceXL, Any]:
+    """The small Stable Diffusion XL: what a package of it draws, and diffusers' own pipeline."""
+    from diffusers import StableDiffusionXLPipeline
+
+    made = StableDiffusionXLPipeline.from_pretrained(pipelines("sdxl"))
+    made.set_progress_bar_config(disable=True)
+    model = PipelineModel(resolve_source(str(pipelines("sdxl"))))
+    made.scheduler = model.load_scheduler("ddim")
+    folder = tmp_path_factory.mktemp("xl")
+    writer = Writer(None, model, folder, TritonOptions(), None, no_progress)  # type: ignore[arg-type]
+    writer.of_shape(model.sample_shape, 2)
+    writer.write_text_encoder()
+    writer.write_decoder()
+    writer.write_pipelines()
+    found = ReferenceXL(folder)
+    found.unet = made.unet
+    return found, made
+
+
+@pytest.mark.parametrize("negative", [None, "blue"])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_stable_diffusion_xl_s_image_is_the_one_of_diffusers_pipeline(
+    xl: tuple[ReferenceXL, Any], negative: str | None, guidance: float
+) -> None:
+    pipeline, made = xl
+    sizes = {"height": 24, "width": 16}
+    expected = made(
+        PROMPT,
+        negative_prompt=negative,
+        guidance_scale=guidance,
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(5),
+        **sizes,
+    ).images[0]
+    given = {} if negative is None else {"negative_prompt": negative}
+    found = pipeline.draw(prompt=PROMPT, steps=3, seed=5, guidance=guidance, **sizes, **given)
+    assert (
+        np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
+    )  # the decoder's last bits
+
+
+def test_the_longest_prompt_is_drawn(local: LocalPipeline) -> None:
+    assert local.draw(prompt="red " * (TOKENS - 2), steps=1).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("label", np.ones((1, 1), np.float32), "label: expected the type int32, found float32"),
+        ("label", np.ones((1, 2), np.int32), "label: expected the shape [images, 1], found [1, 2]"),
+        ("colour", np.ones((1, 1), np.int32), "colour: unknown"),
+    ],
+)
+def test_inputs_of_another_type_shape_or_name_are_refused(
+    local: LocalPipeline, name: str, value: np.ndarray, words: str
+) -> None:
+    with pytest.raises(local.generation.InvalidRequestError) as refused:
+        local.generator.jobs({name: value})
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
+def test_an_unconditional_model_draws_what_the_engine_draws_in_this_process(
+    ldm_chain: Chain, tmp_path: Path, scheduler: str
+) -> None:
+    ended = cli("package", "--triton", tmp_path / "out", "-w", ldm_chain.root, "--json")
+    assert ended.code == 0, ended.err
+    workspace = Workspace.open(ldm_chain.root)
+    pipeline = LocalPipeline(tmp_path / "out")
+    model = load_model(workspace.source)
+
+    def denoise(
+        sample: torch.Tensor, timestep: torch.Tensor, **conditions: torch.Tensor
+    ) -> torch.Tensor:
+        inputs = {"sample": sample.numpy(), "timestep": timestep.numpy().reshape(-1, 1)}
+        (output,) = asyncio.run(pipeline.infer("unet", inputs)).values()
+        return torch.from_numpy(output)
+
+    expected = sample_images(
+        model, denoise, np.zeros(1, np.int64), scheduler=scheduler, steps=3, seed=4
+    )[0].transpose(1, 2, 0)
+    found = pipeline.draw(seed=4, steps=3, scheduler=scheduler).astype(int)
+    assert (
+        np.abs(found - (expected + 1) * 127.5).max() <= 1
+    )  # rounding, and the decoder's last bits
+    with pytest.raises(pipeline.generation.InvalidRequestError, match="no unconditional condition"):
+        pipeline.draw(seed=4, guidance=2.0)

@@ -1,0 +1,722 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from exporters.graph_info import SITES_KEY
+from quest_deploy.artifacts.reference import INDEX, TABLES, load_reference
+from quest_deploy.backends.base import EngineOptions, Runner, SplitRunner, build_engine
+from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
+from quest_deploy.backends.registry import get_backend
+from quest_deploy.cli.verify import describe
+from quest_deploy.errors import InputError
+from quest_deploy.verification.checks import Verification, verify_engine
+from quest_deploy.verification.tolerances import LAYER_TOLERANCE, relative_error
+from tests.quest_deploy.support import change, initializer, set_initializer, strict_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import onnx
+
+    from quest_deploy.artifacts.checkpoint import Checkpoint
+    from quest_deploy.calibration.trajectories import Trajectories
+    from quest_deploy.quantization.model import QuantizedModel
+
+BACKENDS = ("onnxruntime", "openvino")
+SLOW_ON_OPENVINO = ("onnxruntime", pytest.param("openvino", marks=pytest.mark.slow))
+"""It compiles a graph several times as slowly."""
+OPTIONS = EngineOptions(threads=1)
+FIRST = "down_blocks.0.resnets.0"
+RESNET, ATTENTION = "up_blocks.0.resnets.0", "down_blocks.0.attentions.0.transformer_blocks.0"
+Verify = "Callable[[str, Callable[[ir.Model], Any]], Verification]"
+
+
+@pytest.fixture(scope="module")
+def verify_changed(
+    mini_proto: onnx.ModelProto, mini_reference: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Verify:
+    """Change the portable graph, build an engine of it, and verify that against the unchanged
+    model's reference.
+    """
+
+    def verify(backend: str, edit: Callable[[ir.Model], Any]) -> Verification:
+        model = ir.from_proto(mini_proto)
+        edit(model)
+        folder = tmp_path_factory.mktemp("changed")
+        build_engine(get_backend(backend), model, folder, OPTIONS, "cd" * 32)
+        return verify_engine(get_backend(backend), OPTIONS, folder, mini_reference)
+
+    return verify
+
+
+@pytest.fixture(scope="module")
+def faithful(
+    mini_engines: Callable[[str], Path], mini_reference: Path
+) -> Callable[[str], Verification]:
+    return lambda backend: verify_engine(
+        get_backend(backend), OPTIONS, mini_engines(backend), mini_reference
+    )
+
+
+class SmallBatches(OnnxRuntimeBackend):
+    """onnxruntime as if its engines took three rows at most, as TensorRT's take those of their
+    profile.
+    """
+
+    def open(self, folder: Path, options: EngineOptions) -> Runner:
+        inner = super().open(folder, options)
+
+        class Limited(Runner):
+            def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+                assert max(len(value) for value in feeds.values()) <= 3
+                return inner.infer(feeds)
+
+        return SplitRunner(Limited(), 3)
+
+
+def test_an_engine_with_a_largest_batch_is_verified_with_all_timesteps_and_records(
+    mini_engines: Callable[[str], Path],
+    mini_reference: Path,
+    faithful: Callable[[str], Verification],
+) -> None:
+    found = verify_engine(SmallBatches(), OPTIONS, mini_engines("onnxruntime"), mini_reference)
+    assert found.passed
+    assert sum(site.codes for site in found.sites) == sum(
+        site.codes for site in faithful("onnxruntime").sites
+    )
+
+
+def swap_buckets(model: ir.Model, site: str, one: int, other: int) -> None:
+    for table in ("scale", "low", "high"):
+        values = initializer(model, f"{site}.{table}")
+        values[[one, other]] = values[[other, one]]
+        set_initializer(model, f"{site}.{table}", values)
+
+
+def next_code(model: ir.Model, layer: str) -> None:
+    """Change one weight code of a layer by one, within its range."""
+    weight = initializer(model, f"{layer}.weight")
+    middle = 128 if weight.dtype == np.uint8 else 0
+    change(model, f"{layer}.weight", 0, by=-1 if weight.reshape(-1)[0] > middle else 1)
+
+
+def next_edge_float(model: ir.Model) -> None:
+    edges = initializer(model, "bucket_edges")
+    edges[0] = np.nextafter(edges[0], np.float32(0))
+    set_initializer(model, "bucket_edges", edges)
+
+
+def wrong_layer(name: str) -> Callable[[Verification], bool]:
+    return lambda verification: any(
+        problem.startswith(f"layer {name}:") for problem in verification.problems
+    )
+
+
+def wrong_site(name: str) -> Callable[[Verification], bool]:
+    return lambda verification: any(
+        problem.startswith(f"site {name}:") for problem in verification.problems
+    )
+
+
+CHANGES: dict[str, tuple[Callable[[ir.Model], Any], Callable[[Verification], bool]]] = {
+    "one scale by 0.1%": (
+        lambda m: change(m, f"{RESNET}.conv1.scale", 1, factor=1.001),
+        wrong_layer(f"{RESNET}.conv1"),
+    ),
+    "one 4-bit weight code": (
+        lambda m: next_code(m, f"{RESNET}.conv2"),
+        wrong_layer(f"{RESNET}.conv2"),
+    ),
+    "one 4-bit weight code of a linear layer": (
+        lambda m: next_code(m, f"{ATTENTION}.ff.net.2"),
+        wrong_layer(f"{ATTENTION}.ff.net.2"),
+    ),
+    "one 8-bit weight code": (lambda m: next_code(m, "conv_in"), wrong_layer("conv_in")),
+    "one weight scale by 0.1%": (
+        lambda m: change(m, "conv_out.weight_scale", 1, factor=1.001),
+        wrong_layer("conv_out"),
+    ),
+    "one bias": (
+        lambda m: change(m, f"{ATTENTION}.attn1.to_out.0.bias", 2, by=0.01),
+        wrong_layer(f"{ATTENTION}.attn1.to_out.0"),
+    ),
+    "one bucket edge by a step": (
+        lambda m: change(m, "bucket_edges", 1, by=1),
+        lambda v: 667 in v.wrong_buckets,
+    ),
+    "one bucket edge by one float": (
+        next_edge_float,
+        lambda v: any(333.33 < t < 333.34 for t in v.wrong_buckets),
+    ),
+    "one lower clip bound by one": (
+        lambda m: change(m, f"{ATTENTION}.ff.net.0.proj.low", 2, by=-1),
+        wrong_site(f"{ATTENTION}.ff.net.0.proj"),
+    ),
+    "one upper clip bound by one": (
+        lambda m: change(m, f"{ATTENTION}.attn1.to_q.high", 0, by=-1),
+        wrong_site(f"{ATTENTION}.attn1.to_q"),
+    ),
+    "one channel-vector entry by 1%": (
+        lambda m: change(m, f"{FIRST}.conv1.channel", 4, factor=1.01),
+        wrong_site(f"{FIRST}.conv1"),
+    ),
+    "two buckets swapped in one site": (
+        lambda m: swap_buckets(m, f"{FIRST}.conv2", 0, 2),
+        wrong_site(f"{FIRST}.conv2"),
+    ),
+}
+"""Each in a layer of its own, so that its mark can be told apart where one engine carries all of
+them.
+"""
+ALONE = ("one scale by 0.1%", "one bucket edge by one float")
+"""Changes that the quick tests make without the others too."""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_faithful_engine_passes(faithful: Callable[[str], Verification], backend: str) -> None:
+    verification = faithful(backend)
+    assert verification.problems == []
+    assert verification.passed
+    assert [b.bucket for b in verification.buckets] == [0, 1, 2]
+    assert (len(verification.layers), len(verification.sites)) == (27, 22)
+    assert sum(site.codes for site in verification.sites) > 10_000
+    assert all(site.unexplained == 0 for site in verification.sites)
+    assert max(layer.error for layer in verification.layers) < LAYER_TOLERANCE
+    assert {segment.segment for segment in verification.segments} == {
+        site.site for site in verification.sites
+    } | {"output"}
+    assert max(segment.tolerance for segment in verification.segments) < 0.01
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        changed if changed in ALONE else pytest.param(changed, marks=pytest.mark.slow)
+        for changed in CHANGES
+    ],
+)
+def test_a_single_change_of_the_graph_fails_on_onnxruntime(
+    verify_changed: Verify, changed: str
+) -> None:
+    edit, found = CHANGES[changed]
+    verification = verify_changed("onnxruntime", edit)
+    assert not verification.passed
+    assert found(verification), verification.problems
+
+
+def node_of(model: ir.Model, output: str) -> ir.Node:
+    return next(node for node in model.graph if node.outputs[0].name == output)
+
+
+def nodes_of(model: ir.Model, *op_types: str) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type in op_types]
+
+
+def sigmoid_for_softmax(model: ir.Model) -> None:
+    for node in nodes_of(model, "Softmax"):
+        node.op_type = "Sigmoid"
+        node.attributes.clear()
+
+
+def unscaled_scores(model: ir.Model) -> None:
+    """Drop the 1/sqrt(d), which is multiplied into q and into k."""
+    for node in nodes_of(model, "Softmax"):
+        scores = node.inputs[0]
+        assert scores is not None
+        for operand in scores.producer().inputs:
+            operand.replace_all_uses_with(operand.producer().inputs[0])
+
+
+def swapped_sin_and_cos(model: ir.Model) -> None:
+    for node in nodes_of(model, "Sin", "Cos"):
+        node.op_type = {"Sin": "Cos", "Cos": "Sin"}[node.op_type]
+
+
+def one_operand_twice(model: ir.Model) -> None:
+    """Add a residual block's result to itself."""
+    (node,) = (
+        n
+        for n in nodes_of(model, "Add")
+        if n.inputs[1] is not None and n.inputs[1].name == f"{FIRST}.conv2.output"
+    )
+    node.replace_input_with(0, node.inputs[1])
+
+
+def swapped_halves(model: ir.Model, output: str) -> None:
+    node = node_of(model, output)
+    first, second = node.inputs
+    node.replace_input_with(0, second)
+    node.replace_input_with(1, first)
+
+
+BETWEEN: dict[str, tuple[Callable[[ir.Model], Any], str]] = {
+    "a sigmoid for the softmax": (sigmoid_for_softmax, f"{ATTENTION}.attn1.to_out.0"),
+    "no 1/sqrt(d)": (unscaled_scores, f"{ATTENTION}.attn1.to_out.0"),
+    "a norm's epsilon of 1": (
+        lambda m: node_of(m, f"{ATTENTION}.attn1.to_q.input").attributes.add(
+            ir.AttrFloat32("epsilon", 1.0)
+        ),
+        f"{ATTENTION}.attn1.to_q",
+    ),
+    "one weight of a norm by 0.1%": (
+        lambda m: change(m, f"model.{RESNET}.norm1.weight", 3, factor=1.001),
+        f"{RESNET}.conv1",
+    ),
+    "sine and cosine swapped": (swapped_sin_and_cos, "time_embedding.linear_1"),
+    "a residual sum of one operand twice": (
+        one_operand_twice,
+        "down_blocks.0.attentions.0.proj_in",
+    ),
+    "a skip connection's halves swapped": (
+        lambda m: swapped_halves(m, "up_blocks.0.resnets.1.conv_shortcut.input"),
+        "up_blocks.0.resnets.1.conv1",
+    ),
+    "the tanh approximation of a GELU": (
+        lambda m: nodes_of(m, "Gelu")[0].attributes.add(ir.AttrString("approximate", "tanh")),
+        f"{ATTENTION}.ff.net.2",
+    ),
+}
+"""Changes of the float part between layers, and the site before which each is first seen."""
+
+
+@pytest.mark.parametrize(
+    "value", [f"{ATTENTION}.attn1.to_q.input", f"{ATTENTION}.attn1.to_out.0.output"]
+)
+def test_a_site_that_reads_another_tensor_fails_even_if_the_graph_says_so(
+    verify_changed: Verify, value: str
+) -> None:
+    site = f"{ATTENTION}.attn2.to_q"
+
+    def rewire(model: ir.Model) -> None:
+        wrong = next(
+            x
+            for node in model.graph
+            for x in (*node.inputs, *node.outputs)
+            if x is not None and x.name == value
+        )
+        node_of(model, f"{site}.codes").replace_input_with(0, wrong)
+        sites = json.loads(model.metadata_props[SITES_KEY])
+        for entry in (entry for entry in sites if entry["name"] == site):
+            entry["input"] = value
+        model.metadata_props[SITES_KEY] = json.dumps(sites)
+
+    verification = verify_changed("onnxruntime", rewire)
+    between = [problem for problem in verification.problems if problem.startswith("segment")]
+    assert [problem.split(":")[0] for problem in between] == [f"segment before {site}"]
+
+
+@pytest.mark.parametrize("backend", SLOW_ON_OPENVINO)
+@pytest.mark.parametrize("changed", BETWEEN)
+def test_a_change_between_layers_fails_and_is_placed(
+    verify_changed: Verify, changed: str, backend: str
+) -> None:
+    edit, place = BETWEEN[changed]
+    verification = verify_changed(backend, edit)
+    assert not [
+        problem for problem in verification.problems if problem.startswith(("site", "layer"))
+    ]
+    between = [problem for problem in verification.problems if problem.startswith("segment")]
+    assert between
+    assert between[0].startswith(f"segment before {place}: relative error"), between
+
+
+def test_a_segment_that_is_not_a_number_fails(verify_changed: Verify) -> None:
+    verification = verify_changed(
+        "onnxruntime", lambda m: change(m, f"model.{RESNET}.norm1.weight", 3, by=np.nan)
+    )
+    assert any(
+        problem.startswith(f"segment before {RESNET}.conv1:") for problem in verification.problems
+    )
+
+
+@pytest.fixture(scope="module")
+def sampled(
+    mini_checkpoints: Callable[[int], Checkpoint],
+    mini_trajectories: Trajectories,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A reference of the six-bucket model whose three records hold a part of the sites each, and
+    the widest layer's in none.
+    """
+    from quest_deploy.quantization.model import QuantizedModel
+    from quest_deploy.verification import reference
+
+    folder = tmp_path_factory.mktemp("sampled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "MEGABYTE", 1000)
+        model = QuantizedModel.from_checkpoint(mini_checkpoints(6)).eval()
+        reference.save_reference(model, mini_trajectories, folder, megabytes=17, measured=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def verify_sampled(
+    mini_checkpoints: Callable[[int], Checkpoint],
+    mini_trajectories: Trajectories,
+    sampled: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Verification]:
+    """As ``verify_changed``, on onnxruntime and against the reference of a sample."""
+    from exporters.torch_to_qdq import portable_graph
+
+    proto = ir.to_proto(
+        portable_graph(mini_checkpoints(6), next(mini_trajectories.batches(2)), "ab" * 32)
+    )
+
+    def verify(edit: Callable[[ir.Model], Any] = lambda model: None) -> Verification:
+        model = ir.from_proto(proto)
+        edit(model)
+        folder = tmp_path_factory.mktemp("changed")
+        build_engine(get_backend("onnxruntime"), model, folder, OPTIONS, "cd" * 32)
+        return verify_engine(get_backend("onnxruntime"), OPTIONS, folder, sampled)
+
+    return verify
+
+
+def in_records(sampled: Path) -> dict[str, set[int]]:
+    """The buckets in which each site of the sample is recorded."""
+    buckets: dict[str, set[int]] = {}
+    for record in load_reference(sampled)[0]:
+        for site in record.entry.sites:
+            buckets.setdefault(site, set()).update(record.entry.buckets)
+    return buckets
+
+
+def test_what_a_sample_holds_is_checked_and_no_more_is_claimed(
+    verify_sampled: Callable[..., Verification], sampled: Path, mini_checkpoint: Checkpoint
+) -> None:
+    found, held = verify_sampled(), in_records(sampled)
+    assert found.problems == []
+    assert 0 < len(held) < len(mini_checkpoint.sites)
+    assert {site.site for site in found.sites} == set(held)
+    assert {layer.layer for layer in found.layers} == {
+        layer for site in held for layer in mini_checkpoint.sites[site].layers
+    }
+    assert {segment.segment for segment in found.segments} == {*held, "output"}
+    coverage = found.coverage
+    assert (coverage.sites, coverage.all_sites, coverage.all_layers, coverage.all_buckets) == (
+        len(held),
+        22,
+        27,
+        6,
+    )
+    assert coverage.layers == len(found.layers)
+    assert (coverage.fewest_buckets, coverage.most_buckets) == (2, 6)
+    assert set(coverage.unchecked) == set(mini_checkpoint.sites) - set(held)
+    assert (
+        f"checked {len(held)} of 22 quantized tensors and {len(found.layers)} of 27 layers, each "
+        "in "
+        "2 to 6 of 6 buckets; unchecked, "
+        f"as the reference's records had no room: {coverage.unchecked[0]}"
+    ) in describe(found.to_json())
+    assert sum(b.codes for b in found.buckets) == sum(s.codes for s in found.sites)
+
+
+def test_a_scale_changed_by_a_thousandth_is_found_in_exactly_the_buckets_in_which_a_sample_holds_its_site(
+    verify_sampled: Callable[..., Verification], sampled: Path, mini_checkpoint: Checkpoint
+) -> None:
+    held = in_records(sampled)
+    found = verify_sampled(lambda m: [change(m, f"{site}.scale", 4, factor=1.001) for site in held])
+    wrong = {x.layer: x.bucket for x in found.layers if not x.error <= LAYER_TOLERANCE}
+    assert set(wrong) == {
+        layer
+        for site, buckets in held.items()
+        if 4 in buckets
+        for layer in mini_checkpoint.sites[site].layers
+    }
+    assert set(wrong.values()) == {4}
+
+
+def test_a_sampled_site_that_reads_a_layer_of_which_the_reference_has_nothing_fails_and_is_told(
+    verify_sampled: Callable[..., Verification], sampled: Path, mini_checkpoint: Checkpoint
+) -> None:
+    record, order = load_reference(sampled)[0][-1], list(mini_checkpoint.layers)
+    site = max(record.entry.sites, key=order.index)
+    layer = next(
+        name for name in order[: order.index(site)] if f"layer.{name}.y" not in record.tensors
+    )
+
+    def add(model: ir.Model) -> None:
+        """Add the mean of the layer's output to what the site reads."""
+        codes = node_of(model, f"{site}.codes")
+        mean = ir.node(
+            "ReduceMean", [node_of(model, f"{layer}.output").outputs[0]], {"keepdims": 0}
+        )
+        total = ir.node("Add", [codes.inputs[0], mean.outputs[0]])
+        read = codes.inputs[0]
+        assert read is not None
+        total.outputs[0].name, total.outputs[0].type, total.outputs[0].shape = (
+            "changed",
+            read.type,
+            read.shape,
+        )
+        model.graph.insert_before(codes, [mean, total])
+        codes.replace_input_with(0, total.outputs[0])
+        sites = json.loads(model.metadata_props[SITES_KEY])
+        for entry in (entry for entry in sites if entry["name"] == site):
+            entry["input"] = "changed"
+        model.metadata_props[SITES_KEY] = json.dumps(sites)
+
+    assert [
+        problem for problem in verify_sampled(add).problems if problem.startswith("segment")
+    ] == [
+        f"segment before {site}: it reads {layer}.output, which that part of the fake-quantized "
+        "model does not"
+    ]
+
+
+@pytest.mark.parametrize("backend", SLOW_ON_OPENVINO)
+def test_real_activations_on_ties_are_no_problem_for_segments(
+    mini_quantized: QuantizedModel,
+    mini_trajectories: Trajectories,
+    mini_engines: Callable[[str], Path],
+    tmp_path: Path,
+    backend: str,
+) -> None:
+    from quest_deploy.verification.reference import save_reference
+
+    site = mini_quantized.site_quantizers()["conv_in"]
+    step = site.step(mini_trajectories.sample[0], mini_quantized.edges.new_zeros(4).long())
+    on_ties = dataclasses.replace(
+        mini_trajectories, sample=((mini_trajectories.sample / step).floor() + 0.5) * step
+    )
+    save_reference(mini_quantized, on_ties, tmp_path)
+    tensors = load_file(sorted(tmp_path.glob("buckets-*"))[0])
+    assert relative_error(tensors["untied_output"], tensors["output"]).max() > 0.01
+    verification = verify_engine(get_backend(backend), OPTIONS, mini_engines(backend), tmp_path)
+    assert not [
+        problem
+        for problem in verification.problems
+        if problem.startswith(("segment", "site", "layer"))
+    ]
+
+
+def test_a_tolerance_that_says_nothing_is_called_so(
+    mini_engines: Callable[[str], Path],
+    mini_reference: Path,
+    faithful: Callable[[str], Verification],
+    tmp_path: Path,
+) -> None:
+    verification = faithful("onnxruntime")
+    assert verification.end_to_end_informative is (verification.end_to_end_tolerance <= 0.05)
+    shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
+    for sensitivity, informative in ((0.024, True), (0.026, False)):
+        index = json.loads((mini_reference / INDEX).read_text())
+        for record in index["records"]:
+            record["sensitivity"] = [sensitivity] * 2
+        (tmp_path / INDEX).write_text(json.dumps(index))
+        found = verify_engine(
+            get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path
+        )
+        assert found.end_to_end_informative is informative
+        assert ("end to end is not informative" in describe(found.to_json())) is not informative
+
+
+def test_a_segment_that_rounding_alone_changes_much_is_called_uninformative(
+    mini_engines: Callable[[str], Path], mini_reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("buckets-*"):
+        tensors = load_file(path)
+        tensors["rounding.conv_out"] = np.full(2, 0.02, np.float32)
+        save_file(tensors, path)
+    found = verify_engine(
+        get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path
+    )
+    assert found.passed
+    assert {x.segment: x.tolerance for x in found.segments if not x.informative} == {
+        "conv_out": pytest.approx(0.08)
+    }
+    assert (
+        "1 of them say nothing, since rounding alone changes them so much: before conv_out"
+        in describe(found.to_json())
+    )
+
+
+@pytest.fixture(scope="module")
+def all_changes_on_openvino(verify_changed: Verify) -> Verification:
+    """One engine with all the changes: openvino compiles it slowly, and each layer is judged alone
+    anyway.
+    """
+    return verify_changed("openvino", lambda model: [edit(model) for edit, _ in CHANGES.values()])
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_each_change_of_the_graph_is_found_on_openvino(
+    all_changes_on_openvino: Verification, changed: str
+) -> None:
+    assert CHANGES[changed][1](all_changes_on_openvino), all_changes_on_openvino.problems
+
+
+@pytest.mark.parametrize("backend", SLOW_ON_OPENVINO)
+def test_an_output_that_is_not_a_number_fails_and_its_report_is_valid_json(
+    verify_changed: Verify, backend: str
+) -> None:
+    verification = verify_changed(
+        backend, lambda model: change(model, "conv_out.bias", 0, by=np.nan)
+    )
+    assert any("layer conv_out" in problem for problem in verification.problems)
+    assert any("end-to-end" in problem for problem in verification.problems)
+    assert strict_json(json.dumps(verification.to_json()))["passed"] is False
+
+
+def test_a_scale_changed_by_a_thousandth_is_found_in_any_site(
+    verify_changed: Verify, mini_checkpoint: Checkpoint
+) -> None:
+    sites = mini_checkpoint.sites
+    verification = verify_changed(
+        "onnxruntime", lambda m: [change(m, f"{site}.scale", 1, factor=1.001) for site in sites]
+    )
+    assert {x.layer for x in verification.layers if not x.error <= LAYER_TOLERANCE} == set(
+        mini_checkpoint.layers
+    )
+
+
+def test_a_channel_vector_entry_changed_by_a_hundredth_is_found_in_any_site(
+    verify_changed: Verify, mini_checkpoint: Checkpoint
+) -> None:
+    sites = list(mini_checkpoint.sites)
+    verification = verify_changed(
+        "onnxruntime", lambda m: [change(m, f"{site}.channel", 0, factor=1.01) for site in sites]
+    )
+    assert [site for site in sites if not wrong_site(site)(verification)] == []
+
+
+def test_a_changed_weight_code_is_found_in_any_layer(
+    verify_changed: Verify, mini_checkpoint: Checkpoint
+) -> None:
+    verification = verify_changed(
+        "onnxruntime", lambda m: [next_code(m, layer) for layer in mini_checkpoint.layers]
+    )
+    assert {x.layer for x in verification.layers if not x.error <= LAYER_TOLERANCE} == set(
+        mini_checkpoint.layers
+    )
+
+
+@pytest.mark.parametrize(("bound", "by"), [("low", -1), ("low", 1), ("high", -1), ("high", 1)])
+def test_a_changed_clip_bound_is_found_in_any_site(
+    verify_changed: Verify, mini_checkpoint: Checkpoint, bound: str, by: int
+) -> None:
+    # 127 + 1 is no int8 code: the 8-bit bounds are narrowed only.
+    sites = [
+        name
+        for name, site in mini_checkpoint.sites.items()
+        if site.bits == 4 or (bound, by) in (("low", 1), ("high", -1))
+    ]
+    verification = verify_changed(
+        "onnxruntime", lambda m: [change(m, f"{site}.{bound}", 1, by=by) for site in sites]
+    )
+    assert [site for site in sites if not wrong_site(site)(verification)] == []
+
+
+@pytest.mark.parametrize("sample", [0, 1])
+@pytest.mark.parametrize("record", [0, 1])
+def test_an_end_to_end_difference_in_any_sample_of_any_record_fails(
+    mini_engines: Callable[[str], Path],
+    mini_reference: Path,
+    tmp_path: Path,
+    record: int,
+    sample: int,
+) -> None:
+    shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
+    path = sorted(tmp_path.glob("buckets-*"))[record]
+    tensors = load_file(path)
+    tensors["output"][sample] += 1
+    save_file(tensors, path)
+    verification = verify_engine(
+        get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path
+    )
+    bucket = int(tensors["bucket"][sample])
+    assert [p.split(":")[0] for p in verification.problems] == [f"bucket {bucket}"]
+
+
+def test_the_counts_per_bucket_cover_every_compared_code(
+    faithful: Callable[[str], Verification],
+) -> None:
+    verification = faithful("onnxruntime")
+    assert sum(b.codes for b in verification.buckets) == sum(s.codes for s in verification.sites)
+
+
+def test_the_whole_model_may_differ_by_at_least_as_much_as_one_layer(
+    faithful: Callable[[str], Verification],
+) -> None:
+    verification = faithful("onnxruntime")
+    assert verification.end_to_end_tolerance >= LAYER_TOLERANCE
+
+
+def test_progress_counts_every_site_and_layer_and_all_segments(
+    mini_engines: Callable[[str], Path], mini_reference: Path
+) -> None:
+    calls: list[tuple[str, int, int]] = []
+    verify_engine(
+        get_backend("onnxruntime"),
+        OPTIONS,
+        mini_engines("onnxruntime"),
+        mini_reference,
+        lambda *progress: calls.append(progress),
+    )
+    assert [(done, total) for _, done, total in calls] == [(i + 1, 50) for i in range(50)]
+
+
+def test_the_reference_of_another_model_is_an_input_error(
+    mini_engines: Callable[[str], Path], mini_reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
+    tables = load_file(tmp_path / TABLES)
+    save_file(
+        {name.replace("conv_in", "conv_other"): value for name, value in tables.items()},
+        tmp_path / TABLES,
+    )
+    with pytest.raises(
+        InputError,
+        match="reference of another model or version; run `quest-deploy reference` again",
+    ):
+        verify_engine(get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path)
+
+
+def test_a_reference_without_what_segments_need_is_an_input_error(
+    mini_engines: Callable[[str], Path], mini_reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
+    path = sorted(tmp_path.glob("buckets-*"))[0]
+    save_file(
+        {name: value for name, value in load_file(path).items() if name != "untied_output"}, path
+    )
+    with pytest.raises(InputError, match="run `quest-deploy reference` again"):
+        verify_engine(get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path)
+
+
+def test_verifying_an_engine_needs_no_torch(
+    mini_engines: Callable[[str], Path], mini_reference: Path
+) -> None:
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from quest_deploy.backends.registry import get_backend; from quest_deploy.backends.base "
+        "import EngineOptions\n"
+        "from quest_deploy.verification.checks import verify_engine\n"
+        "print([name for name in ('torch', 'diffusers') if name in sys.modules])\n"
+        "sys.modules['torch'] = None\n"  # polygraphy imports it where it is installed
+        "engine, reference = map(Path, sys.argv[1:])\n"
+        "print(verify_engine(get_backend('onnxruntime'), EngineOptions(threads=1), engine, "
+        "reference).passed)"
+    )
+    arguments = [
+        sys.executable,
+        "-c",
+        program,
+        str(mini_engines("onnxruntime")),
+        str(mini_reference),
+    ]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "True"]
