@@ -2,9 +2,10 @@
 exactly on this processor.
 
 Every kind of product that a lowering writes is in it: convolutions of few and of many channels,
-1x1, grouped and depthwise; linears on rows and on single vectors; attention's two products, behind
-the transposes that heads need; activations signed and unsigned. All scales are 1, so that every
-output is a sum of products of integers, which float32 holds exactly.
+1x1, grouped and depthwise; linears on rows and on single vectors; both with 8-bit weights and with
+4-bit ones; attention's two products, behind the transposes that heads need; activations signed and
+unsigned. All scales are 1, and every output is a sum of products of integers below 2^24, which
+float32 holds exactly.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 BATCH, TOKENS, HEADS, HEAD = 2, 24, 2, 40
-OUTPUTS = 32
+CHANNELS, OUTPUTS = 48, 32
 SIZE = 10
+SECOND = (HEADS, TOKENS, HEAD)
+"""The shape of the keys and of the values."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,9 @@ class Case:
         kind: see ``exporters.exactness.KINDS``. unsigned: whether its activation's codes are
             0..255, else -127..127.
         shape: its activation's: [C, H, W] of a convolution, [N, C] or [C] of a linear, [heads, N,
-            d] of an attention's product.
+            d] of queries, [heads, N, N] of attention's weights.
         kernel_size, groups: of a convolution.
+        bits: of a layer's weights; those of 4 bits have the same codes in every probe.
     """
 
     name: str
@@ -66,6 +70,12 @@ class Case:
     shape: tuple[int, ...]
     kernel_size: int = 1
     groups: int = 1
+    bits: int = 8
+
+    @property
+    def of_values(self) -> bool:
+        """Whether it is attention's second product."""
+        return self.shape == (HEADS, TOKENS, TOKENS)
 
 
 def _cases() -> list[Case]:
@@ -73,7 +83,8 @@ def _cases() -> list[Case]:
     for sign, unsigned in (("signed", False), ("unsigned", True)):
         found += [
             Case(f"conv_in_{sign}", CONV, unsigned, (4, SIZE, SIZE), 3),
-            Case(f"conv_{sign}", CONV, unsigned, (64, SIZE, SIZE), 3),
+            Case(f"conv_{sign}", CONV, unsigned, (CHANNELS, SIZE, SIZE), 3),
+            Case(f"conv_4bit_{sign}", CONV, unsigned, (CHANNELS, SIZE, SIZE), 3, bits=4),
             Case(f"conv_1x1_{sign}", CONV, unsigned, (64, SIZE, SIZE)),
             Case(f"grouped_conv_{sign}", GROUPED_CONV, unsigned, (64, SIZE, SIZE), 3, 4),
             Case(
@@ -81,7 +92,9 @@ def _cases() -> list[Case]:
             ),
             Case(f"linear_{sign}", LINEAR, unsigned, (TOKENS, 64)),
             Case(f"linear_of_vector_{sign}", LINEAR, unsigned, (128,)),
-            Case(f"attention_{sign}", ATTENTION, unsigned, (HEADS, TOKENS, HEAD)),
+            Case(f"linear_4bit_{sign}", LINEAR, unsigned, (TOKENS, 64), bits=4),
+            Case(f"scores_{sign}", ATTENTION, unsigned, (HEADS, TOKENS, HEAD)),
+            Case(f"mix_{sign}", ATTENTION, unsigned, (HEADS, TOKENS, TOKENS)),
         ]
     return found
 
@@ -115,19 +128,19 @@ def make_probe(magnitude: int) -> Probe:
         low, high = (0, 255) if case.unsigned else (-127, 127)
         x = rng.choice(np.asarray([low, high]), (BATCH, *case.shape))
         x[0] = high
-        first = _site(f"{case.name}.activation", case, low, high, len(case.shape))
+        first = _site(f"{case.name}.activation", case, case.shape, low, high)
         sites[first.name] = first
         if case.kind == ATTENTION:
-            keys = rng.choice(np.asarray([-magnitude, magnitude]), x.shape)
-            keys[0] = magnitude
-            second = _site(f"{case.name}.keys", case, -127, 127, len(case.shape))
+            y = rng.choice(np.asarray([-magnitude, magnitude]), (BATCH, *SECOND))
+            y[0] = magnitude
+            second = _site(f"{case.name}.second", case, SECOND, -127, 127)
             sites[second.name] = second
             products[case.name] = ProductData(case.name, (first.name, second.name), 1)
-            exact[case.name] = (x @ keys.swapaxes(2, 3)).astype(np.float32)
+            exact[case.name] = (x @ (y if case.of_values else y.swapaxes(2, 3))).astype(np.float32)
             # As heads lie in a model: [B, N, heads, d], transposed before they are quantized.
             feeds |= {
-                f"{case.name}.x": _float(x.swapaxes(1, 2)),
-                f"{case.name}.y": _float(keys.swapaxes(1, 2)),
+                f"{case.name}.x": _float(x if case.of_values else x.swapaxes(1, 2)),
+                f"{case.name}.y": _float(y.swapaxes(1, 2)),
             }
         else:
             layer = _layer(rng, case, magnitude)
@@ -152,11 +165,10 @@ def _float(x: NDArray[Any]) -> Floats:
     return np.ascontiguousarray(x, np.float32)
 
 
-def _site(name: str, case: Case, low: int, high: int, rank: int) -> SiteData:
+def _site(name: str, case: Case, shape: tuple[int, ...], low: int, high: int) -> SiteData:
     symmetry = Symmetry.UNSIGNED if low == 0 else Symmetry.SYMMETRIC
-    axis, channels = (
-        (1, case.shape[0]) if rank == 3 and case.kind != ATTENTION else (rank, case.shape[-1])
-    )
+    of_conv = case.kind in (CONV, GROUPED_CONV)
+    axis, channels = (1, shape[0]) if of_conv else (len(shape), shape[-1])
     one, bounds = (
         np.ones(1, np.float32),
         (np.full(1, low, np.float32), np.full(1, high, np.float32)),
@@ -170,12 +182,13 @@ def _layer(rng: np.random.Generator, case: Case, magnitude: int) -> LayerData:
     of_conv = len(case.shape) == 3
     inputs = case.shape[0] // case.groups if of_conv else case.shape[-1]
     shape = (OUTPUTS, inputs, case.kernel_size, case.kernel_size) if of_conv else (OUTPUTS, inputs)
-    codes = rng.choice(np.asarray([-magnitude, magnitude], np.int8), shape)
-    codes[0::4], codes[1::4] = magnitude, -magnitude
-    codes[2::4] = rng.integers(-magnitude, magnitude + 1, codes[2::4].shape)
+    low, high = (-8, 7) if case.bits == 4 else (-magnitude, magnitude)
+    codes = rng.choice(np.asarray([low, high], np.int8), shape)
+    codes[0::4], codes[1::4] = high, low
+    codes[2::4] = rng.integers(low, high + 1, codes[2::4].shape)
     pad = case.kernel_size // 2
     geometry = ConvGeometry((1, 1), (pad, pad), (1, 1), case.groups) if of_conv else None
-    return LayerData(case.name, 8, codes, np.ones(OUTPUTS, np.float32), None, geometry, 1)
+    return LayerData(case.name, case.bits, codes, np.ones(OUTPUTS, np.float32), None, geometry, 1)
 
 
 def _exact(x: NDArray[Any], layer: LayerData) -> Floats:
@@ -205,26 +218,16 @@ class _Skeleton:
     def add(self, case: Case) -> None:
         """A placeholder of ``case`` between an input and an output."""
         if case.kind == ATTENTION:
-            heads, tokens, size = case.shape
-            operands = [
-                self._input(f"{case.name}.{operand}", (tokens, heads, size))
-                for operand in ("x", "y")
-            ]
-            x = self._node(
-                "Transpose",
-                [operands[0]],
-                f"{case.name}.heads",
-                [heads, tokens, size],
-                perm=[0, 2, 1, 3],
-            )
-            y = self._node(
-                "Transpose",
-                [operands[1]],
-                f"{case.name}.keys_transposed",
-                [heads, size, tokens],
-                perm=[0, 2, 3, 1],
-            )
-            result = self._placeholder(PRODUCT_PLACEHOLDER, case, [x, y], [heads, tokens, tokens])
+            y = self._input(f"{case.name}.y", (TOKENS, HEADS, HEAD))
+            if case.of_values:
+                x = self._input(f"{case.name}.x", case.shape)
+                y = self._transpose(y, f"{case.name}.values", [0, 2, 1, 3])
+            else:
+                x = self._input(f"{case.name}.x", (TOKENS, HEADS, HEAD))
+                x = self._transpose(x, f"{case.name}.heads", [0, 2, 1, 3])
+                y = self._transpose(y, f"{case.name}.keys_transposed", [0, 2, 3, 1])
+            shape = [HEADS, TOKENS, HEAD if case.of_values else TOKENS]
+            result = self._placeholder(PRODUCT_PLACEHOLDER, case, [x, y], shape)
         else:
             x = self._input(f"{case.name}.x", case.shape)
             shape = (
@@ -259,6 +262,10 @@ class _Skeleton:
     def _input(self, name: str, shape: Sequence[int]) -> ir.Value:
         self.inputs.append(_value(name, ["batch", *shape]))
         return self.inputs[-1]
+
+    def _transpose(self, x: ir.Value, name: str, perm: list[int]) -> ir.Value:
+        shape = list(x.shape or [])
+        return self._node("Transpose", [x], name, [shape[i] for i in perm[1:]], perm=perm)
 
     def _placeholder(
         self, op_type: str, case: Case, operands: list[ir.Value], shape: Sequence[int]

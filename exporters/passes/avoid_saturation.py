@@ -12,7 +12,7 @@ dequantized operands exactly. The metadata names those changed.
 3. The second operand of a product of two activations, where the kernel for unsigned ones is exact:
    its quantizer gives UINT8 codes, 128 above, under the same name.
 4. Such a product where it is not: its operands' codes are cast to float, less their zero-points.
-5. A layer that the runtime computes exactly in neither form: refused by name.
+5. A layer that the runtime computes exactly in neither form: its weights dequantized, in float.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from exporters.exactness import (
     Exactness,
     IntegerProduct,
     as_unsigned,
+    constant_codes,
     integer_products,
     kernel,
 )
@@ -54,25 +55,19 @@ class AvoidSaturation(ir.passes.InPlacePass):
                 product.kernel, product.magnitude
             ):
                 forms[str(product.node.name)] = form = self._form(product)
-                if form == FLOAT:
+                if form == UNSIGNED:
+                    _store_unsigned(editor, product)
+                elif product.kind == ATTENTION:
                     _cast_operands(editor, product.node)
                 else:
-                    _store_unsigned(editor, product)
+                    _dequantize_weights(editor, product)
         if forms:
             model.metadata_props[SATURATING_KEY] = json.dumps(forms)
         return ir.passes.PassResult(model, modified=bool(forms))
 
     def _form(self, product: IntegerProduct) -> str:
         unsigned = kernel(product.kind, product.activation, UNSIGNED)
-        if self.exactness.holds(unsigned, LEVELS[0]):
-            return UNSIGNED
-        if product.kind == ATTENTION:
-            return FLOAT
-        raise ir.passes.PreconditionError(
-            f"{product.node.name}: on this processor the runtime saturates with signed weights "
-            f"({product.kernel}) and with unsigned "
-            f"ones ({unsigned})"
-        )
+        return UNSIGNED if self.exactness.holds(unsigned, LEVELS[0]) else FLOAT
 
 
 def _store_unsigned(editor: Editor, product: IntegerProduct) -> None:
@@ -111,3 +106,19 @@ def _cast_operands(editor: Editor, node: ir.Node) -> None:
             )
         node.replace_input_with(i, value)
     editor.insert_before(node)
+
+
+def _dequantize_weights(editor: Editor, product: IntegerProduct) -> None:
+    scale, zero = product.dequantize.inputs[1:3]
+    assert product.dequantize.inputs[0] is not None
+    assert scale is not None
+    assert zero is not None
+    codes = constant_codes(product.dequantize.inputs[0])
+    assert codes is not None
+    axis = product.dequantize.attributes.get_int("axis", 1)
+    along = [-1 if i == axis else 1 for i in range(codes.ndim)]
+    centered = codes.astype(np.float32) - array_of(zero).astype(np.float32).reshape(along)
+    value = editor.constant(
+        f"{product.node.name}.weights", centered * array_of(scale).reshape(along)
+    )
+    product.node.replace_input_with(1, value)

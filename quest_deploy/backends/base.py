@@ -387,7 +387,6 @@ class CpuBackend(Backend):
         """As of any backend; besides, the engine's integer products must be exact on this
         machine.
         """
-        from exporters import exactness
         from quest_deploy.backends.exactness import check_kernels
 
         options, kernels = super().check_engine(content), content.get("kernels")
@@ -398,9 +397,9 @@ class CpuBackend(Backend):
                 f"{ENGINE_FILE} does not say which integer kernels the engine needs, as earlier "
                 f"versions' do not; {_REPAIR}"
             )
-        if exactness.EXACT_ANYWHERE.short_of(kernels):  # else it is exact anywhere
-            here = self.exactness(replace(options, processor=NATIVE_PROCESSOR))
-            check_kernels(here, kernels, f"quest-deploy build-engine --backend {self.name}")
+        # What was built for any processor, too: here is perhaps another runtime, or no x86-64.
+        here = self.exactness(replace(options, processor=NATIVE_PROCESSOR))
+        check_kernels(here, kernels, f"quest-deploy build-engine --backend {self.name}")
         return options
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import exporters
 from exporters.exactness import (
     ACTIVATIONS,
     EXACT,
@@ -33,7 +34,6 @@ from exporters.exactness import (
 from exporters.graph_info import save_graph
 from exporters.passes.insert_quantized_layers import product_name
 from exporters.probe import make_probe
-from quest_deploy import __version__
 from quest_deploy.backends.base import LOWERED, EngineOptions, cpu_flags, processor_name
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import read_json, write_json
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from quest_deploy.backends.base import CpuBackend
 
 TOLERANCE = 1e-5
-"""Relative to the largest sum: float32 rounds sums beyond 2^24; what saturates is off by percents.
+"""Relative to the largest sum: a runtime may multiply in float, in any order; what saturates is off
+by percents.
 """
 UNSIGNED_FORM = Exactness(
     {kernel(kind, activation, UNSIGNED): LEVELS[0] for kind in KINDS for activation in ACTIVATIONS}
@@ -75,11 +76,17 @@ def _exact_kernels(backend: CpuBackend, magnitude: int, form: Exactness) -> dict
         save_graph(lowered, folder / LOWERED)
         with backend.open(folder, options) as runner:
             outputs = runner.infer(probe.feeds)
+            # A single row may have kernels of its own.
+            row = runner.infer({name: x[:1] for name, x in probe.feeds.items()})
     found: dict[str, bool] = {}
     for case, exact in probe.exact.items():
-        error = np.abs(outputs[case].astype(np.float64) - exact).max() / np.abs(exact).max()
+        off = max(
+            np.abs(outputs[case].astype(np.float64) - exact).max(),
+            np.abs(row[case].astype(np.float64) - exact[:1]).max(),
+        )
         if (kernel_name := kernels.get(product_name(case))) is not None:
-            found[kernel_name] = found.get(kernel_name, True) and bool(error <= TOLERANCE)
+            exactly = bool(off <= TOLERANCE * np.abs(exact).max())
+            found[kernel_name] = found.get(kernel_name, True) and exactly
     return found
 
 
@@ -119,21 +126,52 @@ def _kept(path: Path) -> dict[str, dict[str, int]]:
     return {
         key: levels
         for key, levels in content.items()
-        if isinstance(levels, dict) and set(levels.values()) <= {0, *LEVELS}
+        if isinstance(levels, dict) and levels and set(levels.values()) <= {0, *LEVELS}
     }
 
 
 def _key(backend: CpuBackend) -> str:
-    try:
-        version = metadata.version(backend.package)
-    except (
-        metadata.PackageNotFoundError
-    ):  # another distribution of the same package, such as onnxruntime-gpu
-        version = str(importlib.import_module(backend.package).__version__)
-    flags = hashlib.sha256(" ".join(cpu_flags()).encode()).hexdigest()[:16]
+    """What an answer depends on: the runtime, what the processor says it has, the probe itself."""
+    flags = " ".join((*cpu_flags(), *_told_by_cpuid()))
     variables = "".join(f", {name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
-    machine = f"{platform.machine()}, {processor_name()}, {flags}{variables}"
-    return f"{backend.name} {version}, quest-deploy {__version__}: {machine}"
+    machine = f"{platform.machine()}, {processor_name()}, {_digest(flags.encode())}{variables}"
+    return f"{backend.name} {_version(backend.package)}, probe {_exporters_digest()}: {machine}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        pass  # another distribution of the same package, such as onnxruntime-gpu
+    try:
+        return str(importlib.import_module(package).__version__)
+    except ImportError as e:
+        raise InputError(
+            f"{package} is not installed: pip install 'quest-deploy[{package}]'"
+        ) from e
+
+
+def _told_by_cpuid() -> list[str]:
+    """The instruction sets that this very process is told of: under an emulator or a shim they are
+    others than Linux's, and the runtimes believe these.
+    """
+    # NumPy asks CPUID when it is loaded; it has no public function that tells the answer.
+    from numpy._core._multiarray_umath import (  # type: ignore[import-not-found]
+        __cpu_features__,
+    )
+
+    return sorted(name for name, has in __cpu_features__.items() if has)
+
+
+@functools.cache
+def _exporters_digest() -> str:
+    """Of the code that makes the probe and lowers it."""
+    files = sorted(Path(exporters.__file__ or "").parent.rglob("*.py"))
+    return _digest(b"".join(file.read_bytes() for file in files))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def check_kernels(exactness: Exactness, kernels: dict[str, int], command: str) -> None:
@@ -143,8 +181,7 @@ def check_kernels(exactness: Exactness, kernels: dict[str, int], command: str) -
     short = exactness.short_of(kernels)
     if short:
         raise InputError(
-            f"this engine was built for another processor: on this one ({processor_name()}) the "
-            f"sums of {', '.join(short)} saturate, "
-            f"and its results would be wrong; run `{command}` here, or build it with --processor "
-            "any"
+            f"this engine was built where its runtime computes {', '.join(short)} exactly; here "
+            f"({processor_name()}) these saturate, and its results would be wrong; run `{command}` "
+            "here on the same workspace, or build it with --processor any"
         )

@@ -400,28 +400,22 @@ class Writer:
         )
 
     def _lowered(self, graph: ir.Model) -> ir.Model:
-        """The graph that runs without a GPU, with a probe beside it where it is not exact on every
-        processor.
-        """
+        """The graph that runs without a GPU, with a probe of its kernels beside it."""
         import numpy as np
 
-        from exporters.exactness import EXACT_ANYWHERE, LEVELS, kernel_needs
+        from exporters.exactness import LEVELS
         from exporters.graph_info import save_graph
         from exporters.probe import make_probe
 
-        backend, options = (
-            get_backend("onnxruntime"),
-            EngineOptions(processor=self.options.processor),
-        )
-        lowered = backend.lower(graph, options)
-        if EXACT_ANYWHERE.short_of(kernel_needs(lowered)):
-            probe, version = make_probe(LEVELS[0]), self._version_folder("unet")
-            save_graph(backend.lower(probe.model, options), version / "probe.onnx")
-            arrays = {f"feed.{name}": x for name, x in probe.feeds.items()} | {
-                f"exact.{name}": y for name, y in probe.exact.items()
-            }
-            np.savez_compressed(version / "probe.npz", **arrays)  # type: ignore[arg-type]
-        return lowered
+        backend = get_backend("onnxruntime")
+        options = EngineOptions(processor=self.options.processor)
+        probe, version = make_probe(LEVELS[0]), self._version_folder("unet")
+        save_graph(backend.lower(probe.model, options), version / "probe.onnx")
+        arrays = {f"feed.{name}": x for name, x in probe.feeds.items()} | {
+            f"exact.{name}": y for name, y in probe.exact.items()
+        }
+        np.savez_compressed(version / "probe.npz", **arrays)  # type: ignore[arg-type]
+        return backend.lower(graph, options)
 
     def write_text_encoder(self) -> None:
         """The text encoders as one model."""

@@ -11,7 +11,6 @@ import pytest
 from exporters.exactness import (
     ACTIVATIONS,
     ATTENTION,
-    CONV,
     EXACT,
     EXACT_ANYWHERE,
     LEVELS,
@@ -118,15 +117,21 @@ def test_cases_3_and_4_a_product_of_8_bit_activations_is_unsigned_or_in_float(
     assert same_numbers(model, before, feeds)
 
 
-def test_case_5_a_layer_that_is_exact_in_no_form_is_refused_by_name(hand_model: ir.Model) -> None:
+def test_case_5_a_layer_that_is_exact_in_no_form_computes_in_float(hand_model: ir.Model) -> None:
     levels = {
         name: level
         for name, level in EXACT_ANYWHERE.levels.items()
-        if not (name.startswith(CONV) and name.endswith(UNSIGNED))
+        if name.endswith(f" x {SIGNED}")
     }
-    prepared(hand_model)
-    with pytest.raises(ir.passes.PreconditionError, match=product_name("last")):
-        AvoidSaturation(Exactness(levels))(hand_model)
+    feeds = hand_feeds([999.0, 0.0, 500.0])
+    before = run(prepared(hand_model), feeds)
+    AvoidSaturation(Exactness(levels))(hand_model)
+    names = {product_name(name) for name in ("last", "to_k")}
+    assert {name: form for name, form in forms(hand_model).items() if name in names} == (
+        dict.fromkeys(names, "float")
+    )
+    assert not names & {product.node.name for product in integer_products(hand_model)}
+    assert same_numbers(hand_model, before, feeds)
 
 
 @pytest.mark.parametrize("lower", [openvino.lower, onnxruntime.lower])

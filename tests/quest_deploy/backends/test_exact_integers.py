@@ -75,6 +75,16 @@ def test_an_engine_for_any_processor_opens_where_signed_products_saturate(
 
 
 @each_cpu
+def test_an_engine_for_any_processor_is_refused_where_even_small_weights_are_inexact(
+    backend: str, build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build(backend, WITH_VNNI, processor=ANY_PROCESSOR)
+    monkeypatch.setattr(exactness, "measured", lambda _: Exactness())
+    with pytest.raises(InputError, match=f"build-engine --backend {backend}"):
+        open_engine(get_backend(backend), folder)
+
+
+@each_cpu
 def test_the_record_holds_what_the_machine_answered(
     backend: str, build: Callable[..., Path]
 ) -> None:
@@ -139,11 +149,15 @@ def test_an_answer_is_kept_by_runtime_and_asked_again_for_another_version_or_ins
     again("openvino")
     monkeypatch.setattr(exactness, "cpu_flags", lambda: ("avx2",))
     again("openvino")
-    assert asked == ["openvino", "onnxruntime", "openvino", "openvino", "openvino"]
+    monkeypatch.setattr(exactness, "_told_by_cpuid", list)
+    again("openvino")
+    monkeypatch.setattr(exactness, "_exporters_digest", lambda: "another probe")
+    again("openvino")
+    assert asked == ["openvino", "onnxruntime", *["openvino"] * 5]
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"key": 3}', json.dumps({"key": {"linear": 1000}})]
+    "content", ["{", "[]", '{"key": 3}', '{"key": {}}', json.dumps({"key": {"linear": 1000}})]
 )
 def test_a_damaged_answer_is_asked_again(asked: list[str], tmp_path: Path, content: str) -> None:
     again("openvino")

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from exporters.exactness import ATTENTION, EXACT_ANYWHERE, LEVELS, SAFE
-from exporters.graph_info import save_graph
+from exporters.graph_info import load_graph, save_graph
 from exporters.torch_to_qdq import portable_graph
 from quest_deploy.backends.base import integer_instructions
+from tests.quest_deploy.serving.test_processors_of_packages import lowered
 
 if TYPE_CHECKING:
     from torch import nn
@@ -130,6 +131,23 @@ def test_without_vnni_a_runtime_saturates_and_verification_catches_an_answer_tha
         level for name, level in result["levels"].items() if name == f"{ATTENTION} uint8 x int8"
     } == {SAFE}
     assert any(problem.startswith("layer ") for problem in result["problems"]["lie"])
+
+
+def test_a_package_made_with_vnni_is_refused_without_it_and_one_for_any_processor_is_not(
+    model: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    if not integer_instructions():
+        pytest.skip("this processor has no VNNI to make such a package with")
+    folders = [tmp_path_factory.mktemp("packages") / processor for processor in ("native", "any")]
+    for folder in folders:
+        lowered(load_graph(model[0]), folder, folder.name)
+    cache = {"XDG_CACHE_HOME": str(folders[0].parent)}
+    here = _run("packages.py", cache, *folders)
+    without = _run("packages.py", cache | _without_vnni("onnxruntime", tmp_path_factory), *folders)
+    assert here["refused"] == []
+    assert without["refused"] == ["native"]
+    # The first process kept its answers where the second one looks.
+    assert set(here["levels"].values()) == {LEVELS[0]} != set(without["levels"].values())
 
 
 @each_backend
