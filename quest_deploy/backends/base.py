@@ -391,7 +391,7 @@ class CpuBackend(Backend):
 
         options, kernels = super().check_engine(content), content.get("kernels")
         if not isinstance(kernels, dict) or not all(
-            isinstance(level, int) for level in kernels.values()
+            type(level) is int for level in kernels.values()
         ):
             raise InputError(
                 f"{ENGINE_FILE} does not say which integer kernels the engine needs, as earlier "

@@ -108,11 +108,9 @@ def measured(backend: CpuBackend) -> Exactness:
 
 
 def _cache_file() -> Path:
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        / "quest-deploy"
-        / "exact-integers.json"
-    )
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))  # the XDG specification: ignored if relative
+    root = given if given.is_absolute() else Path.home() / ".cache"
+    return root / "quest-deploy" / "exact-integers.json"
 
 
 def _kept(path: Path) -> dict[str, dict[str, int]]:
@@ -123,11 +121,16 @@ def _kept(path: Path) -> dict[str, dict[str, int]]:
         return {}
     if not isinstance(content, dict):
         return {}
-    return {
-        key: levels
-        for key, levels in content.items()
-        if isinstance(levels, dict) and levels and set(levels.values()) <= {0, *LEVELS}
-    }
+    return {key: levels for key, levels in content.items() if _is_answer(levels)}
+
+
+def _is_answer(levels: Any) -> bool:
+    known = (0, *LEVELS)
+    return (
+        isinstance(levels, dict)
+        and len(levels) > 0
+        and all(type(level) is int and level in known for level in levels.values())
+    )
 
 
 def _key(backend: CpuBackend) -> str:

@@ -157,7 +157,16 @@ def test_an_answer_is_kept_by_runtime_and_asked_again_for_another_version_or_ins
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"key": 3}', '{"key": {}}', json.dumps({"key": {"linear": 1000}})]
+    "content",
+    [
+        "{",
+        "[]",
+        '{"key": 3}',
+        '{"key": {}}',
+        '{"key": {"a": []}}',
+        '{"key": {"a": 127.0}}',
+        json.dumps({"key": {"linear": 1000}}),
+    ],
 )
 def test_a_damaged_answer_is_asked_again(asked: list[str], tmp_path: Path, content: str) -> None:
     again("openvino")
