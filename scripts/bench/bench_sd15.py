@@ -149,8 +149,8 @@ def measure_precision(workspace: Path, folder: Path) -> dict[str, Any]:
     quest_deploy(
         "build-engine", "--backend", "openvino", "--threads", THREADS, "-w", str(workspace)
     )
-    found = quest_deploy("inspect", str(workspace / "engines" / "openvino"))
-    return {**found["precision"], "layers": []}
+    figures = quest_deploy("inspect", str(workspace / "engines" / "openvino"))
+    return {**figures["precision"], "layers": []}
 
 
 def measure_verification(workspace: Path, folder: Path) -> dict[str, Any]:
@@ -160,20 +160,20 @@ def measure_verification(workspace: Path, folder: Path) -> dict[str, Any]:
     started = time.monotonic()
     quest_deploy("reference", "--sample-size", "32", "--megabytes", "500", "-w", str(workspace))
     referenced = time.monotonic()
-    found = quest_deploy("verify", "--backend", "openvino", "-w", str(workspace))
+    figures = quest_deploy("verify", "--backend", "openvino", "-w", str(workspace))
     spent = {
         "reference_seconds": referenced - started,
         "verify_seconds": time.monotonic() - referenced,
     }
-    return {key: found[key] for key in ("buckets", "coverage", "problems")} | spent
+    return {key: figures[key] for key in ("buckets", "coverage", "problems")} | spent
 
 
-def export_lines(found: dict[str, Any]) -> list[Line]:
+def export_lines(figures: dict[str, Any]) -> list[Line]:
     (ours, *_), (plain, *_), wider, ratios = (
-        found["ours"],
-        found["plain"],
-        found["wider"],
-        found["summary"],
+        figures["ours"],
+        figures["plain"],
+        figures["wider"],
+        figures["summary"],
     )
     return [
         Line(
@@ -227,8 +227,8 @@ def export_lines(found: dict[str, Any]) -> list[Line]:
     ]
 
 
-def tensorrt_lines(found: dict[str, Any]) -> list[Line]:
-    whole = found["whole"]
+def tensorrt_lines(figures: dict[str, Any]) -> list[Line]:
+    whole = figures["whole"]
     seconds = f"{whole['seconds']:.0f} s ({whole['processor_seconds']:.0f} s of processor)"
     return [
         Line(
@@ -243,9 +243,9 @@ def tensorrt_lines(found: dict[str, Any]) -> list[Line]:
     ]
 
 
-def openvino_lines(found: dict[str, Any], attention: str) -> list[Line]:
+def openvino_lines(figures: dict[str, Any], attention: str) -> list[Line]:
     lines = []
-    for row in found["rows"]:
+    for row in figures["rows"]:
         if row["variant"] == "engine":
             lines.append(
                 Line(
@@ -276,8 +276,8 @@ def openvino_lines(found: dict[str, Any], attention: str) -> list[Line]:
     return lines
 
 
-def error_lines(found: dict[str, Any]) -> list[Line]:
-    errors = {(row["variant"], row["dtype"]): row["error"] for row in found["rows"]}
+def error_lines(figures: dict[str, Any]) -> list[Line]:
+    errors = {(row["variant"], row["dtype"]): row["error"] for row in figures["rows"]}
     return [
         Line(
             f"openvino {dtype}, relative error against the float model",
@@ -289,28 +289,34 @@ def error_lines(found: dict[str, Any]) -> list[Line]:
     ]
 
 
-def onnxruntime_lines(found: dict[str, Any]) -> list[Line]:
-    seconds = {timing["engine"]: timing["median_s"] for timing in found["timings"]}
-    precision = found["precision"]
+def onnxruntime_lines(figures: dict[str, Any]) -> list[Line]:
+    seconds = {timing["engine"]: timing["median_s"] for timing in figures["timings"]}
+    precision = figures["precision"]
     return [
         Line(
             "onnxruntime",
             f"{seconds['quantized']:.1f} s",
             f"FP32 {seconds['fp32']:.1f} s",
-            f"{found['speedup_over_fp32'][BATCH]:.2f}x FP32",
+            f"{figures['speedup_over_fp32'][BATCH]:.2f}x FP32",
         ),
         Line("onnxruntime, multiply-adds in INT8", f"{precision['int8_share']:.1%}"),
     ]
 
 
-def precision_lines(found: dict[str, Any]) -> list[Line]:
-    sizes = found["sizes"]
-    asked, fell_back = (
-        f"asked for {found['asked_int8_share']:.1%}",
-        f"{len(found['fell_back'])} layers fell back to float",
+def precision_lines(figures: dict[str, Any]) -> list[Line]:
+    sizes = figures["sizes"]
+    requested, fell_back = (
+        f"asked for {figures['asked_int8_share']:.1%}",
+        f"{len(figures['fell_back'])} layers fell back to float",
     )
     return [
-        Line("openvino, multiply-adds in INT8", f"{found['int8_share']:.1%}", asked, "", fell_back),
+        Line(
+            "openvino, multiply-adds in INT8",
+            f"{figures['int8_share']:.1%}",
+            requested,
+            "",
+            fell_back,
+        ),
         Line(
             "openvino engine, files",
             f"{sizes['engine'] / MEGA:.0f} MB",
@@ -321,17 +327,19 @@ def precision_lines(found: dict[str, Any]) -> list[Line]:
     ]
 
 
-def verification_lines(found: dict[str, Any]) -> list[Line]:
+def verification_lines(figures: dict[str, Any]) -> list[Line]:
     codes, mismatches = (
-        sum(bucket[key] for bucket in found["buckets"]) for key in ("codes", "mismatches")
+        sum(bucket[key] for bucket in figures["buckets"]) for key in ("codes", "mismatches")
     )
-    coverage = found["coverage"]
+    coverage = figures["coverage"]
     share = (
         f"{coverage['sites']} of {coverage['all_sites']} tensors, {coverage['layers']} of "
         f"{coverage['all_layers']} layers"
     )
-    spent = f"reference {found['reference_seconds']:.0f} s, verify {found['verify_seconds']:.0f} s"
-    verdict = "FAILED" if found["problems"] else "PASSED"
+    spent = (
+        f"reference {figures['reference_seconds']:.0f} s, verify {figures['verify_seconds']:.0f} s"
+    )
+    verdict = "FAILED" if figures["problems"] else "PASSED"
     return [
         Line("verify, openvino", verdict, f"{codes} codes, {mismatches} differ; {share}", "", spent)
     ]
@@ -350,13 +358,13 @@ STEPS = {
     "tensorrt": Step(measure_tensorrt, tensorrt_lines),
     "openvino": Step(
         measure_openvino,
-        lambda found: [*openvino_lines(found, "attention at 8 bits"), *error_lines(found)],
+        lambda figures: [*openvino_lines(figures, "attention at 8 bits"), *error_lines(figures)],
     ),
     "onnxruntime": Step(measure_onnxruntime, onnxruntime_lines),
     "precision": Step(measure_precision, precision_lines),
     "verification": Step(measure_verification, verification_lines),
     "openvino-float-attention": Step(
-        measure_openvino_float, lambda found: openvino_lines(found, "float attention")
+        measure_openvino_float, lambda figures: openvino_lines(figures, "float attention")
     ),
 }
 
@@ -445,13 +453,13 @@ def main(
         ensure_graph(workspace, *QUANTIZED_ATTENTION)
         folder = workspace.with_name(f"{workspace.name}-measured") / name
         folder.mkdir(parents=True, exist_ok=True)
-        found = step.measure(workspace, folder)
+        figures = step.measure(workspace, folder)
         made = {
             "processor": processor_name(),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "versions": versions(),
         }
-        results[name] = {**made, "found": found}
+        results[name] = {**made, "found": figures}
         write_json(kept, results)
     with atomic_file(docs / "table.md") as temporary:
         temporary.write_text(table(results))

@@ -54,7 +54,7 @@ MAX_GROWTH = 0.02
 failure.
 """
 WARM = 0.2
-"""The part of a load, at its start, that memory is not judged by: pools and caches fill."""
+"""The part of a load, at its start, in which memory may grow: pools and caches fill."""
 KINDS = {
     "label": "INT32",
     "seed": "INT64",
@@ -65,7 +65,7 @@ KINDS = {
 
 
 def requests() -> list[dict[str, Any]]:
-    """What is asked for: all schedulers, step counts and guidances in turn, each time with another
+    """The requests: all schedulers, step counts and guidances in turn, each time with another
     label and seed.
     """
     names = list(SCHEDULERS)
@@ -141,9 +141,9 @@ class Clients:
                 inputs[-1].set_data_from_numpy(
                     np.asarray([[value]], triton_to_np_dtype(KINDS[name]))
                 )
-            wanted = [self._library.InferRequestedOutput("pixels")]
+            outputs = [self._library.InferRequestedOutput("pixels")]
             pixels: np.ndarray = client.infer(
-                "pipeline", inputs, outputs=wanted, **self._call
+                "pipeline", inputs, outputs=outputs, **self._call
             ).as_numpy("pixels")[0]
             return pixels
 
@@ -161,8 +161,8 @@ def batches(server: PackageServer) -> tuple[int, int]:
     import tritonclient.grpc
 
     with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
-        found = client.get_inference_statistics("unet").model_stats[0]
-        return found.inference_count, found.execution_count
+        unet = client.get_inference_statistics("unet").model_stats[0]
+        return unet.inference_count, unet.execution_count
 
 
 def ask(
@@ -180,7 +180,7 @@ def ask(
     Raises:
         QuestDeployError: the server has ended, or no image was drawn.
     """
-    run, asked, before = Run(), requests(), batches(server)
+    run, sent, before = Run(), requests(), batches(server)
     lock, started = threading.Lock(), time.monotonic()
     ends = started + seconds
 
@@ -192,7 +192,7 @@ def ask(
         while time.monotonic() < ends:
             begun = time.monotonic()
             try:
-                image = draw(asked[i % REQUESTS])
+                image = draw(sent[i % REQUESTS])
             except Exception as e:  # whatever it is, it is counted
                 with lock:
                     run.errors[str(e)[:200]] += 1
@@ -240,12 +240,12 @@ def measure_throughput(
         yield {
             "clients": count,
             **{
-                name: statistics.median(run.throughput for run in found)
-                for name, found in runs.items()
+                name: statistics.median(run.throughput for run in rounds)
+                for name, rounds in runs.items()
             },
             "mean_batch": statistics.median(run.mean_batch for run in runs[TOGETHER]),
-            "wrong": sum(run.wrong for found in runs.values() for run in found),
-            "errors": sum(run.errors.total() for found in runs.values() for run in found),
+            "wrong": sum(run.wrong for rounds in runs.values() for run in rounds),
+            "errors": sum(run.errors.total() for rounds in runs.values() for run in rounds),
         }
         print(f"{count} clients: done", flush=True)
 
@@ -253,7 +253,7 @@ def measure_throughput(
 def summary(protocol: str, run: Run) -> dict[str, Any]:
     """What is kept of a load."""
     p50, p90, p99 = (float(np.percentile(run.latencies, q)) for q in (50, 90, 99))
-    totals = [(at, sum(found.values())) for at, found in run.memory if at >= WARM * run.seconds]
+    totals = [(at, sum(sizes.values())) for at, sizes in run.memory if at >= WARM * run.seconds]
     slope, start = 0.0, 1.0
     if len(totals) > 2:
         times, sizes = zip(*totals, strict=True)
@@ -333,7 +333,7 @@ def table(results: dict[str, Any]) -> str:
 
 def _load_row(load: dict[str, Any]) -> str:
     totals = [
-        sum(found.values()) / 1e6 for at, found in load["memory"] if at >= WARM * load["seconds"]
+        sum(sizes.values()) / 1e6 for at, sizes in load["memory"] if at >= WARM * load["seconds"]
     ]
     memory = f"{totals[0]:.0f}, {totals[-1]:.0f} MB" if totals else ""
     times = " | ".join(f"{1000 * load[key]:.0f}" for key in ("p50", "p90", "p99", "max"))
@@ -375,7 +375,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         times = [at / 60 for at, _ in load["memory"]]
         right.plot(
             times,
-            [sum(found.values()) / 1e6 for _, found in load["memory"]],
+            [sum(sizes.values()) / 1e6 for _, sizes in load["memory"]],
             label=load["protocol"],
         )
     middle.set_xticks(np.arange(len(keys)) + 0.2, ["p50", "p90", "p99", "longest"])
@@ -428,7 +428,7 @@ def failed(results: dict[str, Any]) -> bool:
 
 
 def measure(workspace: Path, minutes: float, seconds: float, note: str) -> dict[str, Any]:
-    """What the page tells; raise QuestDeployError where a server fails."""
+    """The page's figures; raise QuestDeployError where a server fails."""
     opened = Workspace.open(workspace)
     with tempfile.TemporaryDirectory(prefix="quest-deploy-") as scratch:
         folders = {TOGETHER: Path(scratch) / "together", ONE_BY_ONE: Path(scratch) / "alone"}
@@ -453,7 +453,7 @@ def measure(workspace: Path, minutes: float, seconds: float, note: str) -> dict[
                         ask(server, protocol, LOAD_CLIENTS, 60 * minutes, expected, watch=True),
                     )
                 )
-    found = {
+    packages = {
         name: version
         for name, version in versions().items()
         if name in ("onnxruntime", "torch", "diffusers")
@@ -466,7 +466,7 @@ def measure(workspace: Path, minutes: float, seconds: float, note: str) -> dict[
         "processor": processor_name(),
         "cores": len(_cores()),
         "date": time.strftime("%Y-%m-%d"),
-        "versions": {"nvidia-pytriton": "0.7.0", **found},
+        "versions": {"nvidia-pytriton": "0.7.0", **packages},
     }
 
 

@@ -339,9 +339,11 @@ def main(
         for product in (
             p for p in PRODUCTS if name == "openvino" or p.kind is not Kind.CONVOLUTION
         ):
-            found = compare(product, name, runs)
-            rows += found
-            forms = ", ".join(f"{row.form} {row.speedup:.2f}x{_wrong(row)}" for row in found[1:])
+            product_rows = compare(product, name, runs)
+            rows += product_rows
+            forms = ", ".join(
+                f"{row.form} {row.speedup:.2f}x{_wrong(row)}" for row in product_rows[1:]
+            )
             print(f"{name}  {product.name}: {forms}", flush=True)
             gc.collect()
     if json_file:

@@ -259,10 +259,10 @@ def _row(
     )
 
 
-def relative_l2(found: Array, expected: Array) -> float:
+def relative_l2(output: Array, expected: Array) -> float:
     """The L2 norm of the difference over that of ``expected``."""
     wide = expected.astype(np.float64)
-    return float(np.linalg.norm(found.astype(np.float64) - wide) / np.linalg.norm(wide))
+    return float(np.linalg.norm(output.astype(np.float64) - wide) / np.linalg.norm(wide))
 
 
 def random_feeds(graph: Path, batch: int, seed: int) -> Feeds:
@@ -392,8 +392,10 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         place = folder or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
-        wanted = [variant for variant in RIVALS if variant in (Variant.FP32, *rival)]
-        rows = compare(build(graph, place, feeds, calibration, wanted), feeds, dtype, threads, runs)
+        variants = [variant for variant in RIVALS if variant in (Variant.FP32, *rival)]
+        rows = compare(
+            build(graph, place, feeds, calibration, variants), feeds, dtype, threads, runs
+        )
     for row in rows:
         print(
             f"{row.dtype} {row.variant:14} {row.seconds:7.3f} s  {row.speedup:5.2f} x fp32  "

@@ -9,7 +9,7 @@ is torch.onnx.export(dynamo=True) of the model in FP32, its weights random, its 
 
 The plain export's seconds are those of the call that exports and saves, without imports and without
 making the model; ours are those of the whole command `quest-deploy export`. So the ratio is the
-least kind to us; the ratio of the whole processes is told as well.
+least kind to us; the ratio of the whole processes is given too.
 
 Then the checkpoint is given equal buckets, each with the scales of the old bucket that its middle
 lies in, and exported again.
@@ -134,7 +134,7 @@ def compare(
         (folder / "model.json").write_text(json.dumps(model))
         save_checkpoint(with_buckets(checkpoint, buckets), folder / "wider.safetensors")
 
-        def told(name: str, cost: Cost) -> Cost:
+        def reported(name: str, cost: Cost) -> Cost:
             report(name, cost)
             return cost
 
@@ -142,13 +142,13 @@ def compare(
         for i in range(repeats):
             target = _fresh(folder / "plain")
             plain.append(
-                told(
+                reported(
                     f"plain {i}",
                     measured(_call("export_plain", folder / "model.json", target), target),
                 )
             )
             ours.append(
-                told(
+                reported(
                     f"ours {i}",
                     measured(
                         [sys.executable, "-m", "quest_deploy", "export", "-w", str(copied)], copied
@@ -159,7 +159,7 @@ def compare(
         command = _call(
             "export_portable", folder / "wider.safetensors", copied / TRAJECTORIES, target
         )
-        wider = told(f"{buckets} buckets", measured(command, target))
+        wider = reported(f"{buckets} buckets", measured(command, target))
         return Comparison(plain, ours, wider, checkpoint.scheme.buckets, buckets)
 
 

@@ -7,7 +7,7 @@ The UNet has the configuration of stable-diffusion-v1-5's and random weights, an
 trajectories are random too: neither time nor memory depends on their values. It is calibrated to
 W4A4 in two buckets by min-max, its attention's q, k, v and softmax and the halves of its shortcuts
 included; then `finetune` runs, with the layer sets of text-to-image models and gradient
-checkpointing. Peaks are counted anew when finetuning begins, and told after each step.
+checkpointing. Peaks are counted anew when finetuning begins, and printed after each step.
 """
 
 from __future__ import annotations

@@ -107,8 +107,8 @@ def check(folder: Path) -> list[str]:
 
 
 def measure(folder: Path, repeats: int, sanitized: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(run(folder / "measure", str(repeats)))
-    return {"compute_sanitizer": sanitized, **found}
+    figures: dict[str, Any] = json.loads(run(folder / "measure", str(repeats)))
+    return {"compute_sanitizer": sanitized, **figures}
 
 
 def bandwidth_ratio(line: dict[str, Any]) -> float:
@@ -136,23 +136,22 @@ def cells(line: dict[str, Any]) -> list[str]:
 
 def summary(results: dict[str, Any]) -> str:
     """How many of the lines reach the aim, by batch."""
-    told = []
+    parts = []
     for batch in sorted({line["shape"][0] for line in results["lines"]}):
         ratios = sorted(
             bandwidth_ratio(line) for line in results["lines"] if line["shape"][0] == batch
         )
         reached = sum(ratio >= AIM for ratio in ratios)
-        told.append(
+        parts.append(
             f"batch {batch}: {reached} of {len(ratios)} lines reach {AIM:.0%} of the copy's "
-            "bandwidth; "
-            f"median {ratios[len(ratios) // 2]:.0%}, least {ratios[0]:.0%}"
+            f"bandwidth; median {ratios[len(ratios) // 2]:.0%}, least {ratios[0]:.0%}"
         )
-    return "; ".join(told)
+    return "; ".join(parts)
 
 
 def table(results: dict[str, Any]) -> str:
     sanitized = ", ".join(results.get("compute_sanitizer", [])) or "not run"
-    told = summary(results)
+    reached = summary(results)
     return "\n".join(
         [
             "# The plugins' kernels",
@@ -168,7 +167,7 @@ def table(results: dict[str, Any]) -> str:
             f"{results['date']}, CUDA {results['cuda_runtime']}, driver {results['cuda_driver']}.",
             f"compute-sanitizer: {sanitized}.",
             "",
-            f"{told[0].upper()}{told[1:]}.",
+            f"{reached[0].upper()}{reached[1:]}.",
             "",
             "| " + " | ".join(COLUMNS) + " |",
             "|" + "---|" * len(COLUMNS),

@@ -5,7 +5,7 @@ bytes.
     [--sample-size 64 --sample-size 96] [--json FILE]
 
 The build runs in a process of its own, whose peak is that of lowering and building alone, as
-`quest-deploy build-engine` does them. Processor seconds are told beside the clock's: on a busy
+`quest-deploy build-engine` does them. Processor seconds stand beside the clock's: on a busy
 machine only they mean something.
 """
 
@@ -33,7 +33,7 @@ from quest_deploy.files import write_json
 
 
 def build(graph: Path, backend: str, options: EngineOptions) -> dict[str, Any]:
-    """Build once, in a temporary folder; run it in a fresh process, since it tells the process's
+    """Build once, in a temporary folder; run it in a fresh process, since it returns the process's
     peak memory.
     """
     from exporters.graph_info import load_graph

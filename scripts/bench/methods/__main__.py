@@ -77,23 +77,23 @@ def compare(
     """
     numbers = _seeds(seeds)
     cells = all_cells(numbers)
-    chosen = [
+    selected = [
         cell
         for cell in cells
         if not only or any(fnmatchcase(cell.name, pattern) for pattern in only)
     ]
-    if not chosen:
+    if not selected:
         raise InputError(f"no cell matches {', '.join(only or [])}; --list names them all")
 
     model = load_model(ModelSource(EMBEDDED))
     definitions = {cell: definition_of(cell, model) for cell in cells}
     results = {cell: load_result(folder, cell, definitions[cell]) for cell in cells}
     if list_cells:
-        shown = {cell.name: results[cell] is not None for cell in chosen}
+        shown = {cell.name: results[cell] is not None for cell in selected}
         lines = [f"{name}: {'measured' if done else 'not run'}" for name, done in shown.items()]
         print(json.dumps({"cells": shown}, indent=1) if as_json else "\n".join(lines))
         return
-    missing = [cell for cell in chosen if results[cell] is None]
+    missing = [cell for cell in selected if results[cell] is None]
     remove_temporaries(folder)
     failures: dict[Cell, CellError] = {}
     if missing:
@@ -125,7 +125,7 @@ def compare(
         print(json.dumps(everything(model.name, command, results, numbers), indent=1))
         return
     if not missing:
-        print("nothing to compute: all chosen cells are measured")
+        print("nothing to compute: all selected cells are measured")
     measured = sum(result is not None for result in results.values())
     print(f"{docs / TABLE}, {docs / PLOT}: {measured} of {len(cells)} cells measured")
 

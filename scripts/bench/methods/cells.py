@@ -25,9 +25,7 @@ STEPS = 800
 STATIC = {"buckets": 1, "granularity": Granularity.PER_TENSOR}
 """What integer toolchains do: one scale a tensor for all timesteps."""
 PAPER_TEMPORAL, PAPER_SENSITIVE = "QuEST's temporal layers", "QuEST's sensitive layers"
-"""How a cell's notes call the two sets that QuEST finetunes where they tell the layers' shares of
-the error.
-"""
+"""The names of QuEST's two sets of layers in a cell's notes on shares of the error."""
 ATTENTION8 = {"attention_bits": 8, "softmax_bits": 8}
 
 

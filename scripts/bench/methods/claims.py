@@ -117,8 +117,8 @@ def _distances(
     row: str, bits: str, results: Mapping[Cell, Result | None], seeds: Sequence[int]
 ) -> list[float]:
     """Of the seeds that are run."""
-    found = [results.get(cell) for cell in cells_of(row, bits, seeds)]
-    return [result.quality.frechet_distance for result in found if result is not None]
+    of_seeds = [results.get(cell) for cell in cells_of(row, bits, seeds)]
+    return [result.quality.frechet_distance for result in of_seeds if result is not None]
 
 
 def _verdict(better: Sequence[float], worse: Sequence[float], seeds: int) -> str:
@@ -138,13 +138,13 @@ def critical_groups(results: Mapping[Cell, Result | None], seeds: Sequence[int])
     The error is what each layer makes when it alone is quantized, at W4A4, every timestep bucket
     counting the same; the claim holds where both sets together make more than half of it.
     """
-    found = [
+    of_seeds = [
         (cell.seed, results.get(cell))
         for cell in cells_of("quest-auto-layers", ABLATION_BITS, seeds)
     ]
     notes = {
         seed: result.notes
-        for seed, result in found
+        for seed, result in of_seeds
         if result is not None and "error_shares" in result.notes
     }
     both = [

@@ -56,7 +56,7 @@ def plot(results: Results, seeds: Sequence[int], path: Path) -> None:
 def _draw_distances(axes: Any, table: Table, results: Results, seeds: Sequence[int]) -> None:
     entries = list(entries_of(table, results, seeds))
     for y, entry in enumerate(entries):
-        distances = [result.quality.frechet_distance for result in entry.found]
+        distances = [result.quality.frechet_distance for result in entry.measured]
         if distances:
             axes.plot(distances, [y] * len(distances), "o", color="tab:blue", alpha=0.5)
             axes.plot([float(np.mean(distances))], [y], "|", color="black", markersize=14)
@@ -80,12 +80,12 @@ def _draw_distances(axes: Any, table: Table, results: Results, seeds: Sequence[i
 
 def _draw_epsilon(axes: Any, table: Table, results: Results, seeds: Sequence[int]) -> None:
     for entry in entries_of(table, results, seeds):
-        if not entry.found or entry.found[0].definition["recipe"]["method"] == "float":
+        if not entry.measured or entry.measured[0].definition["recipe"]["method"] == "float":
             continue
         errors = np.asarray(
-            [result.quality.epsilon_mse for result in entry.found], dtype=np.float64
+            [result.quality.epsilon_mse for result in entry.measured], dtype=np.float64
         ).mean(0)
-        edges = [0.0, *entry.found[0].definition["judged"]["bucket_edges"], 1000.0]
+        edges = [0.0, *entry.measured[0].definition["judged"]["bucket_edges"], 1000.0]
         axes.plot([(a + b) / 2 for a, b in pairwise(edges)], errors, ".-", label=entry.label)
     axes.set_yscale("log")
     axes.set_title(f"{table.title}: error of the prediction", fontsize=10)

@@ -79,7 +79,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Made:
-    """A model ready to be judged, what making it took, and what its method tells beside."""
+    """A model ready to be judged, what making it took, and what else its method reports."""
 
     denoise: Denoiser
     costs: Costs = field(default_factory=Costs)
@@ -137,7 +137,7 @@ def _recipe_of(cell: Cell, model: DiffusionModel) -> dict[str, Any]:
 
 
 def _recorded(model: DiffusionModel, scheme: Scheme | None) -> dict[str, int]:
-    """The steps asked for (more where the buckets need it) and the samplings."""
+    """The steps (more where the buckets need it) and the samplings."""
     steps, buckets = model.calibration_steps, 0 if scheme is None else scheme.buckets
     return {"steps": steps, "samples": SAMPLES * steps // max(steps, buckets)}
 
@@ -161,9 +161,9 @@ def _scheme(cell: Cell, recipe: Pipeline) -> Scheme:
 
 
 def _calibration(cell: Cell, recipe: Pipeline) -> CalibrationOptions:
-    given = dict(recipe.calibration)
+    options = dict(recipe.calibration)
     return CalibrationOptions(
-        RangeMethod(given.pop("method", RangeMethod.MSE)), seed=cell.seed, **given
+        RangeMethod(options.pop("method", RangeMethod.MSE)), seed=cell.seed, **options
     )
 
 

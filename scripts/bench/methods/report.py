@@ -53,7 +53,7 @@ class Entry:
     results: tuple[Result | None, ...]
 
     @property
-    def found(self) -> list[Result]:
+    def measured(self) -> list[Result]:
         """The results that there are."""
         return [result for result in self.results if result is not None]
 
@@ -196,16 +196,16 @@ def _table(first: str, table: Table, results: Results, seeds: Sequence[int]) -> 
 def _figures(entry: Entry, columns: int) -> list[str]:
     if not entry.cells:
         return [f"{DASH} ({ROWS[entry.key].elsewhere})", *[DASH] * (columns - 1)]
-    if not entry.found:
+    if not entry.measured:
         return [NOT_RUN, *[DASH] * (columns - 1)]
     return [
-        *_settings(entry.found[0]),
+        *_settings(entry.measured[0]),
         _values(entry.results, lambda r: r.quality.frechet_distance, "{:.2f}"),
         _values(entry.results, lambda r: r.quality.accuracy, "{:.1f}", 100),
         _values(entry.results, lambda r: r.quality.pixel_mse, "{:.4f}"),
-        *(_mean(entry.found, partial(_epsilon, buckets=part), "{:.4f}") for part in PARTS),
-        _mean(entry.found, lambda r: r.total_seconds, "{:.0f}"),
-        _mean(entry.found, lambda r: r.highest_memory, "{:.0f} MB", 1e-6),
+        *(_mean(entry.measured, partial(_epsilon, buckets=part), "{:.4f}") for part in PARTS),
+        _mean(entry.measured, lambda r: r.total_seconds, "{:.0f}"),
+        _mean(entry.measured, lambda r: r.highest_memory, "{:.0f} MB", 1e-6),
     ]
 
 
@@ -268,14 +268,14 @@ def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
 
 
 def _bucket_table(table: Table, results: Results, seeds: Sequence[int]) -> list[str]:
-    shown = [entry for entry in entries_of(table, results, seeds) if entry.found]
+    shown = [entry for entry in entries_of(table, results, seeds) if entry.measured]
     if not shown:
         return [f"All cells are {NOT_RUN}."]
-    edges = [0.0, *shown[0].found[0].definition["judged"]["bucket_edges"], 1000.0]
+    edges = [0.0, *shown[0].measured[0].definition["judged"]["bucket_edges"], 1000.0]
     rows = []
     for bucket in reversed(range(len(edges) - 1)):
         errors = [
-            _mean(entry.found, partial(_epsilon, buckets=slice(bucket, bucket + 1)), "{:.5f}")
+            _mean(entry.measured, partial(_epsilon, buckets=slice(bucket, bucket + 1)), "{:.5f}")
             for entry in shown
         ]
         rows.append([f"{edges[bucket]:g} ≤ t < {edges[bucket + 1]:g}", *errors])

@@ -30,7 +30,7 @@ class Result:
         peak_memory_bytes: of the process in each of these stages, the interpreter and its packages
             included.
         wall_seconds: of making and judging it.
-        notes: what the method tells beside.
+        notes: what else the method reports.
         environment: threads, processor and package versions.
     """
 
@@ -109,10 +109,10 @@ def load_result(folder: Path, cell: Cell, definition: dict[str, Any]) -> Result 
         header = {key: value.pop(key) for key in ("format", "version", "cell")}
         if header != {"format": FORMAT, "version": VERSION, "cell": cell.name}:
             raise ValueError(f"its header is {header}")
-        digest, found = value.pop("definition_sha256"), value.pop("definition")
-        if digest != sha256_of_json(found):
+        digest, stored = value.pop("definition_sha256"), value.pop("definition")
+        if digest != sha256_of_json(stored):
             raise ValueError("its definition is not the one that was hashed")
-        result = Result.from_json(found, value)
+        result = Result.from_json(stored, value)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: not a readable comparison cell ({e}); {_REPAIR}") from e
-    return result if found == definition else None
+    return result if stored == definition else None

@@ -1,6 +1,4 @@
-"""Computing cells: each in a process of its own, several side by side where asked; Ctrl-C loses
-only those that are running.
-"""
+"""Computes cells, each in a process of its own; Ctrl-C loses only those that are running."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class Watcher(Protocol):
-    """Is told what happens."""
+    """Hears what happens."""
 
     def started(self, cell: Cell) -> None:
         """Its process runs."""
