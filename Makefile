@@ -46,11 +46,11 @@ bench: demo
 # The methods measured against each other, docs/comparison/table.md: computes the cells that are missing, each up to five minutes on a core.
 bench-methods: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,bench,serving,modelopt]'
-	$(BIN)/quest-deploy compare --model tiny $(COMPARE_ARGS)
+	$(BIN)/python -m scripts.bench.methods $(COMPARE_ARGS)
 
 # Everything at Stable Diffusion 1.5's size, docs/sd15/table.md: measures the steps that are missing; about an hour on two cores, 16 GiB.
 bench-sd15: $(READY)
-	$(BIN)/python scripts/bench_sd15.py $(BENCH_ARGS)
+	$(BIN)/python scripts/bench/bench_sd15.py $(BENCH_ARGS)
 
 # Backends whose packages have no wheels for this machine are left out, and `quest-deploy run --if-available` names them.
 $(DEMO_READY): pyproject.toml constraints.txt
@@ -66,7 +66,7 @@ $(READY): $(DEMO_READY)
 
 # A Triton server under load on both protocols, docs/serving/table.md: about half an hour; BENCH_ARGS='--minutes 1' takes less.
 bench-serving: demo $(SERVING)
-	$(BIN)/python scripts/bench_serving.py -w $(WORKSPACE) $(BENCH_ARGS)
+	$(BIN)/python scripts/bench/bench_serving.py -w $(WORKSPACE) $(BENCH_ARGS)
 
 # Where a Triton server runs: the toolchain's packages, but for the NumPy 1 that this wheel's python backend was built for.
 # Where there is no such wheel, the tests that serve are skipped, and the next run tries again.

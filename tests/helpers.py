@@ -4,10 +4,7 @@ as ``tests.helpers``.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,22 +32,9 @@ from quest_deploy.artifacts.scheme import Scheme, Symmetry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import ModuleType
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]
-
-
-def load_script(name: str) -> ModuleType:
-    """The script ``name`` of scripts/, as a module."""
-    spec = importlib.util.spec_from_file_location(
-        name, Path(__file__).parents[1] / "scripts" / f"{name}.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def float32(*values: float) -> Array:

@@ -16,7 +16,6 @@ from quest_deploy.cli.benchmark import benchmark
 from quest_deploy.cli.build_engine import build_engine_command
 from quest_deploy.cli.calibrate import calibrate
 from quest_deploy.cli.client import client
-from quest_deploy.cli.compare import compare
 from quest_deploy.cli.doctor import doctor
 from quest_deploy.cli.evaluate import evaluate
 from quest_deploy.cli.export import export
@@ -56,7 +55,6 @@ app.command()(evaluate)
 app.command()(schedule)
 app.command()(package)
 app.command()(client)
-app.command()(compare)
 app.command()(inspect)
 app.command()(doctor)
 

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nlohmann_json
 import pytest
 
 PLUGINS = Path(__file__).parents[2] / "trt_plugins"
 HEADERS = "TENSORRT_INCLUDE_DIR"
+JSON_HEADERS = Path(nlohmann_json.__file__).parent / "include"
 ARCHITECTURE = "90"
 """One is enough to see that the kernels compile."""
 
@@ -33,6 +35,7 @@ def configure(
         "-B",
         str(folder),
         f"-DCMAKE_CUDA_ARCHITECTURES={ARCHITECTURE}",
+        f"-DNLOHMANN_JSON_INCLUDE_DIR={JSON_HEADERS}",
         *options,
     ]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

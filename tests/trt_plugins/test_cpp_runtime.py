@@ -1,7 +1,7 @@
 """The C++ runtime: what it reads of workspaces and schedules with no GPU, and that all of it
 compiles, links and starts.
 
-Its host parts are built with g++ alone; the rest where TENSORRT_INCLUDE_DIR names TensorRT's
+Its host parts are built with g++ and nlohmann's headers; the rest where TENSORRT_INCLUDE_DIR names TensorRT's
 headers and nvcc and cmake are there.
 """
 
@@ -30,6 +30,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sha256_of, sha256_of_json, write_json
 from quest_deploy.models.schedulers import SCHEDULERS, make_scheduler
 from quest_deploy.serving.schedule import Schedule, ScheduleStep, schedule_from_scheduler
+from tests.trt_plugins.conftest import JSON_HEADERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 PLUGINS = Path(__file__).parents[2] / "trt_plugins"
 RUNTIME = PLUGINS / "runtime"
+INCLUDES = (f"-I{RUNTIME / 'include'}", "-isystem", str(JSON_HEADERS))
 RTX = "tensorrt-rtx"
 NOISE_SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -56,7 +58,7 @@ NOISE_SCHEDULE = {
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
-    """The host's parts as a program, built with g++ alone."""
+    """The host's parts as a program."""
     program = tmp_path_factory.mktemp("host") / "host_program"
     sources = [
         RUNTIME / "tests" / "host_program.cpp",
@@ -72,7 +74,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
         "-Wpedantic",
         "-Werror",
     ]
-    subprocess.run(["g++", *flags, f"-I{RUNTIME / 'include'}", *sources, "-o", program], check=True)
+    subprocess.run(["g++", *flags, *INCLUDES, *sources, "-o", program], check=True)
     return lambda *words: subprocess.run(
         [program, *map(str, words)], capture_output=True, text=True, check=False
     )
@@ -184,27 +186,40 @@ def test_json_is_hashed_in_the_form_that_python_hashes(
         '["\\ud800\\u0041"]',
         '["a\nb"]',
         '["a',
-        '{"a":1,"a":2}',
-        "[" * 100 + "]" * 100,
-        f"[{'0,' * 2_000_000}0]",
+        b'["\xff"]',
+        b'["\xc0\x80"]',
+        b'["\xed\xa0\x80"]',
+        b'["\xf5\x80\x80\x80"]',
+        b'["\xe2\x82"]',
     ],
 )
-def test_what_is_no_json_is_refused_with_its_place(host: Host, tmp_path: Path, text: str) -> None:
-    (tmp_path / "value.json").write_text(text)
+def test_what_is_no_json_in_utf_8_is_refused_with_its_place(
+    host: Host, tmp_path: Path, text: str | bytes
+) -> None:
+    (tmp_path / "value.json").write_bytes(text.encode() if isinstance(text, str) else text)
     ended = host("canonical", tmp_path / "value.json")
     assert ended.returncode == 1
     assert re.search(
-        r"value\.json is damaged: expected .* at byte \d+; write it again$", ended.stderr, re.DOTALL
+        r"value\.json is damaged: .* at byte \d+; write it again$", ended.stderr, re.DOTALL
     ), ended.stderr
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b'["\xff"]', b'["\xc0\x80"]', b'["\xed\xa0\x80"]', b'["\xf5\x80\x80\x80"]', b'["\xe2\x82"]'],
+    ("text", "place"),
+    [
+        ('{"b":{"a":1,"a":2}}', ": b: a"),
+        ("[" * 100 + "]" * 100, r"(\[0\]){64}"),
+        (f"[{'0,' * 2_000_000}0]", r"\[\d+\]"),
+    ],
+    ids=["a name twice", "deep", "large"],
 )
-def test_what_is_no_utf_8_is_refused(host: Host, tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "value.json").write_bytes(content)
-    assert "expected UTF-8" in host("canonical", tmp_path / "value.json").stderr
+def test_json_that_no_file_of_ours_holds_is_refused_with_its_place(
+    host: Host, tmp_path: Path, text: str, place: str
+) -> None:
+    (tmp_path / "value.json").write_text(text)
+    ended = host("canonical", tmp_path / "value.json")
+    assert ended.returncode == 1
+    assert re.search(rf"value\.json{place}: .*; write it again$", ended.stderr), ended.stderr
 
 
 def test_a_workspace_that_quest_deploy_wrote_is_opened_and_its_engine_is_read(
@@ -508,7 +523,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Host:
             "none",
             "-x",
             "c++",
-            f"-I{RUNTIME / 'include'}",
+            *INCLUDES,
             *sources,
             "-o",
             program,
@@ -634,6 +649,7 @@ def _install(folder: Path, *options: str) -> Path:
         "-B",
         folder / "build",
         f"-DCMAKE_INSTALL_PREFIX={folder / 'prefix'}",
+        f"-DNLOHMANN_JSON_INCLUDE_DIR={JSON_HEADERS}",
         *options,
     )
     _cmake("--build", folder / "build")
@@ -659,6 +675,27 @@ def test_another_project_finds_the_installed_package_and_opens_a_workspace(
         [tmp_path / "consumer" / "consumer", built], capture_output=True, text=True, check=True
     )
     assert ended.stdout == "tiny\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_without_nlohmanns_headers_the_runtime_says_what_to_install_and_the_rest_is_built(
+    tmp_path: Path,
+) -> None:
+    without = ("-DNLOHMANN_JSON_INCLUDE_DIR=", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
+    alone, all_of_it = (
+        subprocess.run(
+            ["cmake", "-S", source, "-B", tmp_path / source.name, *without],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for source in (RUNTIME, PLUGINS)
+    )
+    assert alone.returncode != 0
+    assert "nlohmann-json" in alone.stderr
+    assert all_of_it.returncode == 0, all_of_it.stderr
+    _cmake("--build", tmp_path / PLUGINS.name, "--target", "quest_reference")
 
 
 EMBEDDING = (Path(__file__).parents[2] / "docs" / "embedding.md").read_text()
@@ -754,7 +791,7 @@ def test_tensorrts_one_logger_outlives_the_runtime_that_brought_it_and_errors_ar
         "-DQUEST_DEPLOY_TENSORRT_RTX",
         "-Xcompiler=-Wno-subobject-linkage",
         f"-I{headers}",
-        f"-I{RUNTIME / 'include'}",
+        *INCLUDES,
     ]
     subprocess.run(
         [

@@ -4,7 +4,7 @@
 ///
 /// Before each launch the L2 cache is flushed, so that both read from memory; a kernel's and a copy's launches alternate, and the figures
 /// are medians. The copy is the faster of cudaMemcpyAsync and a kernel that copies 16 bytes a thread: it reads and writes half the bytes
-/// each that the kernel reads and writes in all. scripts/measure_plugin.py builds and runs this and writes the table.
+/// each that the kernel reads and writes in all. scripts/bench/measure_plugin.py builds and runs this and writes the table.
 
 #include "common/device.cuh"
 #include "common/layout.h"

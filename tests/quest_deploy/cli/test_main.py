@@ -43,7 +43,6 @@ COMMANDS = (
     "inspect",
     "doctor",
     "sensitivity",
-    "compare",
     "schedule",
 )
 

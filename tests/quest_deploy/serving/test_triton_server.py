@@ -25,7 +25,7 @@ from quest_deploy.evaluation.sampling import sample_images
 from quest_deploy.models.tiny import TinyModel
 from quest_deploy.serving.triton.package import MODELS
 from quest_deploy.serving.triton.server import PackageServer, missing_server
-from tests.helpers import load_script
+from scripts.bench import bench_serving as script
 from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:
@@ -403,7 +403,6 @@ def test_the_readme_s_example_draws_an_image(server: PackageServer, tmp_path: Pa
 def test_the_load_benchmark_counts_images_wrong_ones_and_memory(
     server: PackageServer, protocol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = load_script("bench_serving")
     monkeypatch.setattr(script, "REQUESTS", 6)
     expected = script.alone(server)
     run = script.ask(server, protocol, 2, 1.0, expected, watch=True)

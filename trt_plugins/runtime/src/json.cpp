@@ -2,271 +2,112 @@
 
 #include <charconv>
 #include <cmath>
-#include <cstdio>
 #include <new>
-#include <string_view>
+#include <utility>
+
+#include <nlohmann/json.hpp>
 
 #include "quest_deploy/error.h"
+
+static_assert(NLOHMANN_JSON_VERSION_MAJOR > 3 || NLOHMANN_JSON_VERSION_MINOR >= 12,
+              "expected nlohmann's JSON 3.12 or newer: those before give a float's text with the locale's decimal point");
 
 namespace quest_deploy {
 
 namespace {
 
-constexpr int kMaxDepth = 64;
+constexpr std::size_t kMaxDepth = 64;
 constexpr std::size_t kMaxMemory = std::size_t{1} << 28;  ///< bytes that a document's values may take; manifests need a few MiB
 
-void append_utf8(std::string& out, std::uint32_t point) {
-    if (point < 0x80) {
-        out += static_cast<char>(point);
-    } else if (point < 0x800) {
-        out += static_cast<char>(0xC0 | (point >> 6));
-        out += static_cast<char>(0x80 | (point & 0x3F));
-    } else if (point < 0x10000) {
-        out += static_cast<char>(0xE0 | (point >> 12));
-        out += static_cast<char>(0x80 | ((point >> 6) & 0x3F));
-        out += static_cast<char>(0x80 | (point & 0x3F));
-    } else {
-        out += static_cast<char>(0xF0 | (point >> 18));
-        out += static_cast<char>(0x80 | ((point >> 12) & 0x3F));
-        out += static_cast<char>(0x80 | ((point >> 6) & 0x3F));
-        out += static_cast<char>(0x80 | (point & 0x3F));
-    }
-}
-
-/// The code point that starts at `i` of valid or invalid UTF-8, and moves `i` behind it; 0xFFFFFFFF where it is invalid.
-std::uint32_t next_point(const std::string& text, std::size_t& i) {
-    const auto first = static_cast<unsigned char>(text[i++]);
-    if (first < 0x80) return first;
-    const int more = first >= 0xF0 ? 3 : first >= 0xE0 ? 2 : 1;
-    if (first < 0xC2 || first > 0xF4) return 0xFFFFFFFF;
-    std::uint32_t point = first & (0x3F >> more);
-    for (int k = 0; k < more; ++k) {
-        if (i >= text.size() || (static_cast<unsigned char>(text[i]) & 0xC0) != 0x80) return 0xFFFFFFFF;
-        point = (point << 6) | (static_cast<unsigned char>(text[i++]) & 0x3F);
-    }
-    static constexpr std::uint32_t kLeast[] = {0x80, 0x800, 0x10000};
-    const bool surrogate = point >= 0xD800 && point < 0xE000;
-    return point < kLeast[more - 1] || surrogate || point > 0x10FFFF ? 0xFFFFFFFF : point;
-}
-
-void write_string(std::string& out, const std::string& text) {
-    char escape[16];
-    out += '"';
-    for (std::size_t i = 0; i < text.size();) {
-        const std::uint32_t point = next_point(text, i);
-        switch (point) {
-            case '"':
-                out += "\\\"";
-                break;
-            case '\\':
-                out += "\\\\";
-                break;
-            case '\b':
-                out += "\\b";
-                break;
-            case '\f':
-                out += "\\f";
-                break;
-            case '\n':
-                out += "\\n";
-                break;
-            case '\r':
-                out += "\\r";
-                break;
-            case '\t':
-                out += "\\t";
-                break;
-            default:
-                if (point >= 0x20 && point < 0x7F) {
-                    out += static_cast<char>(point);
-                } else if (point < 0x10000) {
-                    static_cast<void>(std::snprintf(escape, sizeof escape, "\\u%04x", static_cast<unsigned>(point)));
-                    out += escape;
-                } else {
-                    const unsigned high = 0xD800 + ((point - 0x10000) >> 10), low = 0xDC00 + ((point - 0x10000) & 0x3FF);
-                    static_cast<void>(std::snprintf(escape, sizeof escape, "\\u%04x\\u%04x", high, low));
-                    out += escape;
-                }
-        }
-    }
-    out += '"';
-}
+std::string quoted(const std::string& text) { return nlohmann::json(text).dump(-1, ' ', true); }
 
 }  // namespace
 
-class JsonParser {
+/// Makes a document of the events of nlohmann's parser.
+class JsonBuilder {
 public:
-    JsonParser(const std::string& text, const std::string& what, const std::string& repair)
-        : text_(text), what_(what), repair_(std::make_shared<const std::string>(repair)) {}
+    JsonBuilder(const std::string& what, const std::string& repair) : what_(what), repair_(std::make_shared<const std::string>(repair)) {}
 
-    Json document() {
-        Json value = parse(what_, 0);
-        skip_space();
-        if (at_ != text_.size()) fail("nothing more");
-        return value;
+    Json document() { return std::move(root_); }
+
+    bool null() { return add(Json::Kind::null, "null"); }
+    bool boolean(bool value) { return add(Json::Kind::boolean, value ? "true" : "false"); }
+    bool number_integer(std::int64_t value) { return add(Json::Kind::number, std::to_string(value)); }
+    bool number_unsigned(std::uint64_t value) { return add(Json::Kind::number, std::to_string(value)); }
+    bool number_float(double /*value*/, const std::string& text) { return add(Json::Kind::number, text); }
+    bool string(const std::string& value) { return add(Json::Kind::string, value); }
+    bool binary(const nlohmann::json::binary_t& /*value*/) { return false; }  // JSON has none
+    bool start_object(std::size_t /*size*/) { return open(Json::Kind::object); }
+    bool start_array(std::size_t /*size*/) { return open(Json::Kind::array); }
+    bool end_object() { return close(); }
+    bool end_array() { return close(); }
+
+    bool key(const std::string& name) {
+        key_ = name;
+        return true;
+    }
+
+    bool parse_error(std::size_t position, const std::string& /*token*/, const nlohmann::json::exception& /*error*/) const {
+        throw Error(what_ + " is damaged: expected JSON, found something else at byte " + std::to_string(position) + "; " + *repair_);
     }
 
 private:
-    [[noreturn]] void fail(const std::string& expected) const {
-        throw Error(what_ + " is damaged: expected " + expected + " at byte " + std::to_string(at_) + "; " + *repair_);
-    }
-
-    char peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }
-
-    void skip_space() {
-        while (at_ < text_.size() && (text_[at_] == ' ' || text_[at_] == '\n' || text_[at_] == '\r' || text_[at_] == '\t')) ++at_;
-    }
-
-    bool take(char wanted) {
-        skip_space();
-        if (peek() != wanted || at_ >= text_.size()) return false;
-        ++at_;
+    bool add(Json::Kind kind, const std::string& text) {
+        place(kind).text_ = text;
         return true;
     }
 
-    void expect(char wanted) {
-        if (!take(wanted)) fail(std::string("'") + wanted + "'");
-    }
-
-    bool take_word(const char* word) {
-        const std::string wanted = word;
-        if (text_.compare(at_, wanted.size(), wanted) != 0) return false;
-        at_ += wanted.size();
+    bool open(Json::Kind kind) {
+        open_.push_back(&place(kind));
+        if (open_.size() > kMaxDepth) fail(*open_.back(), "at most " + std::to_string(kMaxDepth) + " levels");
         return true;
     }
 
-    // NOLINTBEGIN(misc-no-recursion): no deeper than kMaxDepth
-    Json parse(const std::string& path, int depth) {
-        if (depth > kMaxDepth) fail("less nesting");
-        skip_space();
-        memory_ += sizeof(Json) + path.size();
-        if (memory_ > kMaxMemory) fail("a smaller document");
+    bool close() {
+        open_.pop_back();
+        return true;
+    }
+
+    /// A new value where the parser is. What `open_` points to stays where it is: only the innermost container grows.
+    Json& place(Json::Kind kind) {
         Json value;
-        value.path_ = path;
+        value.kind_ = kind;
         value.repair_ = repair_;
-        if (peek() == '{') {
-            value.kind_ = Json::Kind::object;
-            members(value, path, depth);
-        } else if (peek() == '[') {
-            value.kind_ = Json::Kind::array;
-            items(value, path, depth);
-        } else if (peek() == '"') {
-            value.kind_ = Json::Kind::string;
-            value.text_ = string();
-        } else if (take_word("true")) {
-            value.kind_ = Json::Kind::boolean;
-            value.text_ = "true";
-        } else if (take_word("false")) {
-            value.kind_ = Json::Kind::boolean;
-            value.text_ = "false";
-        } else if (!take_word("null")) {
-            value.kind_ = Json::Kind::number;
-            value.text_ = number();
+        value.path_ = what_;
+        Json* placed = &root_;
+        if (open_.empty()) {
+            root_ = std::move(value);
+        } else if (Json& parent = *open_.back(); parent.kind_ == Json::Kind::array) {
+            value.path_ = parent.path_ + "[" + std::to_string(parent.items_.size()) + "]";
+            placed = &parent.items_.emplace_back(std::move(value));
+        } else {
+            value.path_ = parent.path_ + ": " + key_;
+            const auto [member, added] = parent.members_.emplace(key_, std::move(value));
+            if (!added) fail(member->second, "this name once, found it again");
+            placed = &member->second;
         }
-        return value;
+        memory_ += sizeof(Json) + placed->path_.size();
+        if (memory_ > kMaxMemory) fail(*placed, "a smaller document");
+        return *placed;
     }
 
-    void members(Json& value, const std::string& path, int depth) {
-        expect('{');
-        if (take('}')) return;
-        do {
-            skip_space();
-            if (peek() != '"') fail("a name");
-            const std::string key = string();
-            std::string place = path;
-            place.append(": ").append(key);
-            expect(':');
-            if (!value.members_.emplace(key, parse(place, depth + 1)).second) fail("each name once, not again " + key);
-        } while (take(','));
-        expect('}');
+    [[noreturn]] static void fail(const Json& place, const std::string& expected) {
+        throw Error(place.path_ + ": expected " + expected + "; " + *place.repair_);
     }
 
-    void items(Json& value, const std::string& path, int depth) {
-        expect('[');
-        if (take(']')) return;
-        do {
-            value.items_.push_back(parse(path + "[" + std::to_string(value.items_.size()) + "]", depth + 1));
-        } while (take(','));
-        expect(']');
-    }
-    // NOLINTEND(misc-no-recursion)
-
-    std::string number() {
-        const std::size_t start = at_;
-        if (peek() == '-') ++at_;
-        if (peek() == '0') ++at_;
-        else digits();
-        if (peek() == '.') {
-            ++at_;
-            digits();
-        }
-        if (peek() == 'e' || peek() == 'E') {
-            ++at_;
-            if (peek() == '+' || peek() == '-') ++at_;
-            digits();
-        }
-        return text_.substr(start, at_ - start);
-    }
-
-    void digits() {
-        if (peek() < '0' || peek() > '9') fail("a value");
-        while (peek() >= '0' && peek() <= '9') ++at_;
-    }
-
-    std::uint32_t hex4() {
-        std::uint32_t found = 0;
-        const char* first = text_.data() + at_;
-        if (text_.size() - at_ < 4 || std::from_chars(first, first + 4, found, 16).ptr != first + 4) fail("four hexadecimal digits");
-        at_ += 4;
-        return found;
-    }
-
-    std::string string() {
-        std::string out;
-        ++at_;
-        while (peek() != '"') {
-            if (at_ >= text_.size() || static_cast<unsigned char>(text_[at_]) < 0x20) fail("the string's end");
-            if (text_[at_] != '\\') {
-                const std::size_t start = at_;
-                if (next_point(text_, at_) == 0xFFFFFFFF) fail("UTF-8");
-                out.append(text_, start, at_ - start);
-                continue;
-            }
-            ++at_;
-            const char escaped = peek();
-            ++at_;
-            constexpr std::string_view from = "\"\\/bfnrt", to = "\"\\/\b\f\n\r\t";
-            const std::size_t known = from.find(escaped);
-            if (known != std::string_view::npos) {
-                out += to[known];
-            } else if (escaped == 'u') {
-                std::uint32_t point = hex4();
-                if (point >= 0xD800 && point < 0xDC00) {
-                    if (!take_word("\\u")) fail("the second half of a character");
-                    const std::uint32_t low = hex4();
-                    if (low < 0xDC00 || low > 0xDFFF) fail("the second half of a character");
-                    point = 0x10000 + ((point - 0xD800) << 10) + (low - 0xDC00);
-                } else if (point >= 0xDC00 && point < 0xE000) {
-                    fail("a whole character");
-                }
-                append_utf8(out, point);
-            } else {
-                fail("an escape");
-            }
-        }
-        ++at_;
-        return out;
-    }
-
-    const std::string& text_;
     const std::string& what_;
     std::shared_ptr<const std::string> repair_;
-    std::size_t at_ = 0, memory_ = 0;
+    Json root_;
+    std::vector<Json*> open_;  ///< the containers that the parser is in
+    std::string key_;          ///< of the member that comes next
+    std::size_t memory_ = 0;
 };
 
 Json Json::parse(const std::string& text, const std::string& what, const std::string& repair) {
     try {
-        return JsonParser(text, what, repair).document();
+        JsonBuilder builder(what, repair);
+        nlohmann::json::sax_parse(text, &builder);
+        return builder.document();
     } catch (const std::bad_alloc&) {
         throw Error(what + ": there is not enough memory to read it; " + repair);
     }
@@ -342,7 +183,7 @@ void Json::write(std::string& out, const std::string& without) const {
             out += text_;
             return;
         case Kind::string:
-            write_string(out, text_);
+            out += quoted(text_);
             return;
         case Kind::array:
             out += '[';
@@ -359,7 +200,7 @@ void Json::write(std::string& out, const std::string& without) const {
                 if (!without.empty() && key == without) continue;
                 if (!first) out += ',';
                 first = false;
-                write_string(out, key);
+                out += quoted(key);
                 out += ':';
                 member.write(out, "");
             }

@@ -1,6 +1,6 @@
-// A strict JSON reader (RFC 8259) of just what the manifests need: it keeps each number's text, so that the canonical form that
-// quest-deploy hashes (quest_deploy/files.py, sha256_of_json) can be written back digit for digit, which JSON libraries do not offer. It
-// has no dependency, so that these checks build and are tested wherever there is a C++ compiler.
+// What nlohmann's JSON parser reads, as the manifests need it: each value knows its place, for messages, and each number keeps its text, so
+// that the canonical form that quest-deploy hashes (quest_deploy/files.py, sha256_of_json) can be written back digit for digit: neither
+// nlohmann's nor any other library writes floats as Python does.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ class Json {
 public:
     enum class Kind { null, boolean, number, string, array, object };
 
-    /// Parse a whole document. Throws Error with `what` it is and the byte where it goes wrong; that, and every later error about a value,
-    /// ends with what to do.
+    /// Parse a whole document. Throws Error with `what` it is and where it goes wrong; that, and every later error about a value, ends with
+    /// what to do.
     static Json parse(const std::string& text, const std::string& what, const std::string& repair);
 
     Kind kind() const { return kind_; }
@@ -37,7 +37,7 @@ public:
     std::string canonical(const std::string& without = "") const;
 
 private:
-    friend class JsonParser;
+    friend class JsonBuilder;
     [[noreturn]] void wrong(const char* expected) const;
     void write(std::string& out, const std::string& without) const;
 

@@ -1,0 +1,1 @@
+"""What makes the embedded model, and what measures the toolchain (``bench``); not in the wheel."""

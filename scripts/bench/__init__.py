@@ -1,0 +1,1 @@
+"""Benches and comparisons; README.md lists them."""

@@ -1,0 +1,303 @@
+"""Measure what exporting costs beside torch's plain export of the same float model, and what more
+timestep buckets add.
+
+    python scripts/bench/measure_export.py WORKSPACE [--repeats 3] [--buckets 50] [--json FILE]
+
+WORKSPACE needs a checkpoint, calibrated or finetuned; it is copied, never changed. The plain export
+is torch.onnx.export(dynamo=True) of the model in FP32, its weights random, its shapes static, batch
+2. The two exports run in processes of their own, in turn.
+
+The plain export's seconds are those of the call that exports and saves, without imports and without
+making the model; ours are those of the whole command `quest-deploy export`. So the ratio is the
+least kind to us; the ratio of the whole processes is given too.
+
+Then the checkpoint is given equal buckets, each with the scales of the old bucket that its middle
+lies in, and exported again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.artifacts.workspace import (
+    ENGINES,
+    GRAPH,
+    IMAGES,
+    REFERENCE,
+    REPORTS,
+    TRAJECTORIES,
+    Workspace,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from quest_deploy.artifacts.checkpoint import Checkpoint
+
+NOT_COPIED = (f"{GRAPH}*", ENGINES, IMAGES, REFERENCE, REPORTS)
+CALL = (
+    "import sys; sys.path.insert(0, sys.argv[1]); import measure_export; "
+    "getattr(measure_export, sys.argv[2])(*sys.argv[3:])"
+)
+"""Runs one function of this file, with strings as arguments, in a process of its own."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one process took.
+
+    Attributes:
+        seconds, cpu_seconds: of the whole process, all its threads together in the second.
+        peak_gib: its largest resident memory.
+        bytes: of the files it made.
+        nodes: of the graph it made.
+        call_seconds, call_cpu_seconds: of the call that exports and saves, where that was measured.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_gib: float
+    bytes: int
+    nodes: int
+    call_seconds: float | None = None
+    call_cpu_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The measurements, one Cost a repeat.
+
+    Attributes:
+        wider: the export with ``wider_buckets`` buckets, the checkpoint having ``buckets``.
+    """
+
+    plain: list[Cost]
+    ours: list[Cost]
+    wider: Cost
+    buckets: int
+    wider_buckets: int
+
+    def summary(self) -> dict[str, Any]:
+        """Ratios of medians, ours over the plain export's."""
+        plain_call, plain_call_cpu = (
+            _median(self.plain, name) for name in ("call_seconds", "call_cpu_seconds")
+        )
+        ours, ours_cpu = (_median(self.ours, name) for name in ("seconds", "cpu_seconds"))
+        return {
+            "seconds_ratio": ours / plain_call,
+            "cpu_seconds_ratio": ours_cpu / plain_call_cpu,
+            "process_seconds_ratio": ours / _median(self.plain, "seconds"),
+            "process_cpu_seconds_ratio": ours_cpu / _median(self.plain, "cpu_seconds"),
+            "peak_ratio": _median(self.ours, "peak_gib") / _median(self.plain, "peak_gib"),
+            "bytes_ratio": self.ours[0].bytes / self.plain[0].bytes,
+            "wider_bytes_ratio": self.wider.bytes / self.ours[0].bytes,
+            "wider_more_nodes": self.wider.nodes - self.ours[0].nodes,
+        }
+
+
+def compare(
+    root: Path, repeats: int, buckets: int, report: Callable[[str, Cost], None]
+) -> Comparison:
+    """Measure the workspace ``root``, telling of each process that ends; raise CalledProcessError
+    where one fails.
+    """
+    from quest_deploy.artifacts.checkpoint import load_checkpoint, save_checkpoint
+    from quest_deploy.calibration.trajectories import Trajectories
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        copied = folder / "workspace"
+        shutil.copytree(root, copied, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        workspace = Workspace.open(copied)
+        checkpoint = load_checkpoint(workspace.checkpoint_path)
+        example = next(Trajectories.load(workspace.path(TRAJECTORIES)).batches(2))
+        model = {
+            "architecture": {
+                "class_name": checkpoint.architecture.class_name,
+                "config": checkpoint.architecture.config,
+            },
+            "shapes": {name: list(value.shape) for name, value in example.items()},
+        }
+        (folder / "model.json").write_text(json.dumps(model))
+        save_checkpoint(with_buckets(checkpoint, buckets), folder / "wider.safetensors")
+
+        def reported(name: str, cost: Cost) -> Cost:
+            report(name, cost)
+            return cost
+
+        plain, ours = [], []
+        for i in range(repeats):
+            target = _fresh(folder / "plain")
+            plain.append(
+                reported(
+                    f"plain {i}",
+                    measured(_call("export_plain", folder / "model.json", target), target),
+                )
+            )
+            ours.append(
+                reported(
+                    f"ours {i}",
+                    measured(
+                        [sys.executable, "-m", "quest_deploy", "export", "-w", str(copied)], copied
+                    ),
+                )
+            )
+        target = _fresh(folder / "wider")
+        command = _call(
+            "export_portable", folder / "wider.safetensors", copied / TRAJECTORIES, target
+        )
+        wider = reported(f"{buckets} buckets", measured(command, target))
+        return Comparison(plain, ours, wider, checkpoint.scheme.buckets, buckets)
+
+
+def measured(command: list[str], folder: Path) -> Cost:
+    """Run ``command``, which writes GRAPH and its data into ``folder``; raise CalledProcessError
+    where it fails.
+
+    The last line of its output may be {"call_seconds", "call_cpu_seconds"} in JSON. A process's
+    peak is at least what this one held when it was started.
+    """
+    import onnx
+
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+        output.seek(0)
+        lines = [line for line in output.read().splitlines() if line.startswith('{"call_')]
+    graph = onnx.load(folder / GRAPH, load_external_data=False)
+    return Cost(
+        seconds=seconds,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        peak_gib=usage.ru_maxrss / 2**20,  # Linux counts in KiB
+        bytes=sum(path.stat().st_size for path in folder.glob(f"{GRAPH}*")),
+        nodes=len(graph.graph.node),
+        **(json.loads(lines[-1]) if lines else {}),
+    )
+
+
+def with_buckets(checkpoint: Checkpoint, buckets: int) -> Checkpoint:
+    """The checkpoint with ``buckets`` equal ones, each with the tables of the old bucket that its
+    middle lies in.
+    """
+    from quest_deploy.artifacts.checkpoint import SiteData
+
+    old = checkpoint.scheme
+    edges = Scheme.parse("w8a8", buckets=buckets, train_timesteps=old.train_timesteps).bucket_edges
+    scheme = replace(old, bucket_edges=edges)
+    rows = [old.bucket_of(sum(scheme.bucket_range(i)) / 2) for i in range(buckets)]
+    sites = {}
+    for name, site in checkpoint.sites.items():
+        tables = ("scale", "low", "high") if isinstance(site, SiteData) else ("scale", "zero_point")
+        sites[name] = replace(site, **{table: getattr(site, table)[rows] for table in tables})
+    return replace(checkpoint, scheme=scheme, sites=sites)
+
+
+def export_plain(model: str, target: str) -> None:
+    """Export the float model that the file ``model`` describes into the folder ``target``, as torch
+    does by default.
+    """
+    import torch
+
+    from quest_deploy.artifacts.checkpoint import Architecture
+    from quest_deploy.quantization.model import build_float_model
+
+    content = json.loads(Path(model).read_text())
+    unet = build_float_model(Architecture(**content["architecture"])).requires_grad_(
+        requires_grad=False
+    )
+    inputs = {name: torch.zeros(shape) for name, shape in content["shapes"].items()}
+    wall, cpu = time.perf_counter(), time.process_time()
+    program = torch.onnx.export(
+        unet, kwargs=inputs | {"return_dict": False}, dynamo=True, verbose=False
+    )
+    assert program is not None
+    program.save(Path(target) / GRAPH, external_data=True)
+    print(
+        json.dumps(
+            {
+                "call_seconds": time.perf_counter() - wall,
+                "call_cpu_seconds": time.process_time() - cpu,
+            }
+        )
+    )
+
+
+def export_portable(checkpoint: str, trajectories: str, target: str) -> None:
+    """Export a checkpoint that is in no workspace into the folder ``target``."""
+    from exporters.graph_info import save_graph
+    from exporters.torch_to_qdq import portable_graph
+    from quest_deploy.artifacts.checkpoint import load_checkpoint
+    from quest_deploy.calibration.trajectories import Trajectories
+    from quest_deploy.files import sha256_of
+
+    example = next(Trajectories.load(Path(trajectories)).batches(2))
+    save_graph(
+        portable_graph(load_checkpoint(Path(checkpoint)), example, sha256_of(Path(checkpoint))),
+        Path(target) / GRAPH,
+    )
+
+
+def _call(function: str, *arguments: Path) -> list[str]:
+    return [sys.executable, "-c", CALL, str(Path(__file__).parent), function, *map(str, arguments)]
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def _median(costs: list[Cost], name: str) -> float:
+    return float(median(getattr(cost, name) for cost in costs))
+
+
+def _print(name: str, cost: Cost) -> None:
+    call = (
+        ""
+        if cost.call_seconds is None
+        else f" (the call alone {cost.call_seconds:.1f} s, {cost.call_cpu_seconds:.1f} CPU s)"
+    )
+    print(
+        f"{name:<12} {cost.seconds:6.1f} s {cost.cpu_seconds:6.1f} CPU s{call}, peak "
+        f"{cost.peak_gib:.2f} GiB, "
+        f"{cost.bytes / 1e6:.1f} MB, {cost.nodes} nodes",
+        flush=True,
+    )
+
+
+def main(
+    workspace: Annotated[Path, typer.Argument(help="A workspace with a checkpoint; it is copied.")],
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each export.")] = 1,
+    buckets: Annotated[int, typer.Option(min=1, help="Buckets of the wider checkpoint.")] = 50,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the measurements to this file.")
+    ] = None,
+) -> None:
+    """Measure an export beside torch's plain one."""
+    comparison = compare(workspace, repeats, buckets, _print)
+    summary = comparison.summary()
+    print("\n".join(f"{name}: {value:.4g}" for name, value in summary.items()))
+    if json_file is not None:
+        json_file.write_text(json.dumps(asdict(comparison) | {"summary": summary}, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,155 @@
+"""Measure quantization methods against each other on the embedded model, cell by cell; writes
+docs/comparison/table.md and plot.png.
+
+    python -m scripts.bench.methods [--only 'w4a4-quest-*'] [--list] [--jobs 2]
+
+A cell that is measured is not measured again, as long as what its figures depend on stays the same.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quest_deploy.artifacts.model_source import ModelSource
+from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.files import atomic_file, remove_temporaries
+from quest_deploy.models.registry import EMBEDDED, load_model
+from scripts.bench.methods.cells import SEEDS, all_cells
+from scripts.bench.methods.display import watching
+from scripts.bench.methods.plot import plot
+from scripts.bench.methods.recipes import definition_of
+from scripts.bench.methods.report import everything, markdown
+from scripts.bench.methods.results import load_result
+from scripts.bench.methods.runner import ROOT, compute
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from scripts.bench.methods.cells import Cell
+    from scripts.bench.methods.runner import CellError
+
+COMMAND = "python -m scripts.bench.methods"
+TABLE, PLOT = "table.md", "plot.png"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def compare(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compute only cells whose name matches this glob, such as 'w4a4-quest-*'; may be "
+            "repeated."
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="The seeds, separated by commas.")] = ",".join(
+        map(str, SEEDS)
+    ),
+    list_cells: Annotated[
+        bool,
+        typer.Option(
+            "--list", help="List the cells and whether they are measured; compute nothing."
+        ),
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells that are computed side by side.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each cell.")] = 1,
+    folder: Annotated[Path, typer.Option("--cells", help="Where the cells' files are.")] = ROOT
+    / "scripts"
+    / "bench"
+    / "results"
+    / "methods",
+    docs: Annotated[Path, typer.Option(help="Where the table and the plot go.")] = ROOT
+    / "docs"
+    / "comparison",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
+    ] = False,
+) -> None:
+    """Compute the missing cells of the comparison, then write its table and its plot; resumes where
+    it was interrupted.
+    """
+    numbers = _seeds(seeds)
+    cells = all_cells(numbers)
+    selected = [
+        cell
+        for cell in cells
+        if not only or any(fnmatchcase(cell.name, pattern) for pattern in only)
+    ]
+    if not selected:
+        raise InputError(f"no cell matches {', '.join(only or [])}; --list names them all")
+
+    model = load_model(ModelSource(EMBEDDED))
+    definitions = {cell: definition_of(cell, model) for cell in cells}
+    results = {cell: load_result(folder, cell, definitions[cell]) for cell in cells}
+    if list_cells:
+        shown = {cell.name: results[cell] is not None for cell in selected}
+        lines = [f"{name}: {'measured' if done else 'not run'}" for name, done in shown.items()]
+        print(json.dumps({"cells": shown}, indent=1) if as_json else "\n".join(lines))
+        return
+    missing = [cell for cell in selected if results[cell] is None]
+    remove_temporaries(folder)
+    failures: dict[Cell, CellError] = {}
+    if missing:
+        with watching(missing, results, jobs) as watcher:
+            failures = compute(
+                model.name,
+                {cell: definitions[cell] for cell in missing},
+                folder,
+                watcher,
+                jobs=jobs,
+                threads=threads,
+            )
+        results |= {cell: load_result(folder, cell, definitions[cell]) for cell in missing}
+    command = COMMAND + (f" --seeds {seeds}" if numbers != list(SEEDS) else "")
+    with atomic_file(docs / TABLE) as temporary:
+        temporary.write_text(markdown(model.name, command, results, numbers))
+    plot(results, numbers, docs / PLOT)
+    if failures:
+        worst = (
+            InputError
+            if all(failure.exit_code == InputError.exit_code for failure in failures.values())
+            else QuestDeployError
+        )
+        raise worst(
+            f"{len(failures)} of {len(missing)} cells failed: "
+            f"{'; '.join(map(str, failures.values()))}"
+        )
+    if as_json:
+        print(json.dumps(everything(model.name, command, results, numbers), indent=1))
+        return
+    if not missing:
+        print("nothing to compute: all selected cells are measured")
+    measured = sum(result is not None for result in results.values())
+    print(f"{docs / TABLE}, {docs / PLOT}: {measured} of {len(cells)} cells measured")
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError as e:
+        raise InputError(f"expected seeds such as 0,1,2, not {text!r}") from e
+    if len(set(numbers)) != len(numbers) or min(numbers) < 0:
+        raise InputError(f"expected different seeds of 0 or more, not {text!r}")
+    return numbers
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run :func:`compare`; an error ends it in one message and exit code 2 where the user can mend
+    it, 1 otherwise.
+    """
+    try:
+        app(args=arguments)
+    except QuestDeployError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+
+
+if __name__ == "__main__":
+    main()

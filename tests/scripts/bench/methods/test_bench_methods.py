@@ -1,0 +1,190 @@
+"""`python -m scripts.bench.methods`, with workers that are stubs but for one."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Protocol
+
+import pytest
+
+from quest_deploy.files import read_json
+from scripts.bench.methods import __main__ as program
+from scripts.bench.methods import recipes, runner
+from scripts.bench.methods.cells import Cell, all_cells
+from tests.quest_deploy.support import Outcome, snapshot
+from tests.scripts.bench.methods.conftest import measurement
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Compare(Protocol):
+    """Runs the program with these arguments, its cells, its table and its plot in one folder."""
+
+    def __call__(self, *arguments: str) -> Outcome: ...
+
+
+STUB = f"import json; print(json.dumps({measurement()!r}))"
+FEW = """
+import sys
+from quest_deploy.evaluation.quality import SamplingOptions
+from scripts.bench.methods import recipes, worker
+recipes.SAMPLES = 8
+SamplingOptions.__init__.__defaults__ = (10, 4, *SamplingOptions.__init__.__defaults__[2:])
+worker.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Compare:
+    def run(*arguments: str) -> Outcome:
+        folders = ["--cells", str(tmp_path / "cells"), "--docs", str(tmp_path)]
+        with pytest.raises(SystemExit) as ended:
+            program.main([*folders, *arguments])
+        out, err = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Outcome(ended.value.code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the cells that were computed, by stubs."""
+    names: list[str] = []
+
+    def command(model: str, cell: Cell, scratch: Path, threads: int) -> list[str]:
+        names.append(cell.name)
+        return [sys.executable, "-S", "-c", STUB]
+
+    monkeypatch.setattr(runner, "worker_command", command)
+    return names
+
+
+@pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw nothing: it takes seconds."""
+    monkeypatch.setattr(program, "plot", lambda *_: None)
+
+
+@pytest.mark.slow
+def test_one_cell_for_real_from_the_command_to_the_table(
+    compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = runner.worker_command
+    monkeypatch.setattr(
+        runner, "worker_command", lambda *given: [sys.executable, "-c", FEW, *command(*given)[3:]]
+    )
+    ended = compare("--only", "w8a8-ptq-minmax-seed0", "--json")
+    assert ended.code == 0, ended.err
+    cell = ended.json["cells"]["w8a8-ptq-minmax-seed0"]
+    assert cell["environment"]["threads"] == 1
+    assert cell["wall_seconds"] > sum(cell["seconds"].values()) > 0
+    assert (
+        read_json(tmp_path / "cells" / "w8a8-ptq-minmax-seed0.json")["quality"] == cell["quality"]
+    )
+    assert (
+        f"{cell['quality']['frechet_distance']:.2f}, not run, not run"
+        in (tmp_path / "table.md").read_text()
+    )
+    assert (tmp_path / "plot.png").exists()
+
+
+def test_only_what_is_missing_is_computed(
+    compare: Compare, no_plot: None, tmp_path: Path, computed: list[str]
+) -> None:
+    assert compare("--only", "*-ptq-minmax-seed1").code == 0
+    assert computed == [f"{bits}-ptq-minmax-seed1" for bits in ("w8a8", "w4a8", "w4a4")]
+    computed.clear()
+    ended = compare("--only", "w4a4-ptq-minmax-*", "--only", "fp32-*")
+    assert ended.code == 0
+    assert computed == ["fp32-fp32-seed0", "w4a4-ptq-minmax-seed0", "w4a4-ptq-minmax-seed2"]
+    assert "6 of" in ended.out
+
+
+def test_a_second_run_computes_nothing_and_writes_the_same_files(
+    compare: Compare, tmp_path: Path, computed: list[str]
+) -> None:
+    only = ("--only", "fp32-*")
+    assert compare(*only).code == 0
+    table, picture = (tmp_path / "table.md").read_bytes(), (tmp_path / "plot.png").read_bytes()
+    computed.clear()
+    ended = compare(*only)
+    assert (ended.code, computed) == (0, [])
+    assert "nothing to compute" in ended.out
+    assert ((tmp_path / "table.md").read_bytes(), (tmp_path / "plot.png").read_bytes()) == (
+        table,
+        picture,
+    )
+
+
+def test_a_cell_whose_definition_changed_is_not_shown_and_computed_again(
+    compare: Compare,
+    no_plot: None,
+    tmp_path: Path,
+    computed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert compare("--only", "fp32-*").code == 0
+    monkeypatch.setattr(recipes, "REVISION", 999)
+    assert "fp32-fp32-seed0: not run" in compare("--list").out
+    computed.clear()
+    assert compare("--only", "fp32-*").code == 0
+    assert computed == ["fp32-fp32-seed0"]
+    assert "fp32-fp32-seed0: measured" in compare("--list").out
+
+
+def test_list_names_every_cell_and_writes_nothing(
+    compare: Compare, tmp_path: Path, computed: list[str]
+) -> None:
+    ended = compare("--list", "--json")
+    assert ended.json == {"cells": {cell.name: False for cell in all_cells()}}
+    assert (computed, snapshot(tmp_path)) == ([], {})
+
+
+def test_other_seeds_are_other_cells_and_stand_in_the_command(
+    compare: Compare, no_plot: None, tmp_path: Path, computed: list[str]
+) -> None:
+    assert compare("--seeds", "7,5", "--only", "w4a4-ptq-minmax-*").code == 0
+    assert computed == ["w4a4-ptq-minmax-seed7", "w4a4-ptq-minmax-seed5"]
+    assert "`python -m scripts.bench.methods --seeds 7,5`" in (tmp_path / "table.md").read_text()
+
+
+def test_what_failed_is_reported_after_the_table_was_written(
+    compare: Compare,
+    no_plot: None,
+    tmp_path: Path,
+    computed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failing = (
+        "import json; print(json.dumps({'error': 'w8a8-modelopt-seed0 needs "
+        "nvidia-modelopt', 'exit_code': 2}))"
+    )
+
+    def command(model: str, cell: Cell, scratch: Path, threads: int) -> list[str]:
+        return [sys.executable, "-S", "-c", failing if cell.row == "modelopt" else STUB]
+
+    monkeypatch.setattr(runner, "worker_command", command)
+    ended = compare("--only", "w8a8-*modelopt*-seed0")
+    assert ended.code == 2
+    assert ended.message == "1 of 2 cells failed: w8a8-modelopt-seed0 needs nvidia-modelopt"
+    assert (tmp_path / "cells" / "w8a8-modelopt-smoothquant-seed0.json").exists()
+    assert "1.00 (1.00, not run, not run)" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "w2a2-*"], "no cell matches w2a2-*"),
+        (["--seeds", "one"], "expected seeds such as 0,1,2, not 'one'"),
+        (["--seeds", "1,1"], "expected different seeds of 0 or more, not '1,1'"),
+    ],
+)
+def test_bad_choices_are_refused_before_anything_is_written(
+    compare: Compare, tmp_path: Path, computed: list[str], arguments: list[str], message: str
+) -> None:
+    ended = compare(*arguments)
+    assert ended.code == 2
+    assert message in ended.message
+    assert (computed, snapshot(tmp_path)) == ([], {})

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.bench import bench_sd15 as script
+
+TENSORRT = {
+    "whole": {
+        "seconds": 50.4,
+        "processor_seconds": 61.0,
+        "peak_gib": 3.5,
+        "engine_bytes": 1_800_000_000,
+    }
+}
+PRECISION = {
+    "int8_share": 0.988,
+    "asked_int8_share": 1.0,
+    "fell_back": ["conv_in"],
+    "sizes": {
+        "engine": 440_000_000,
+        "fp16": 1_720_000_000,
+        "ideal": 432_000_000,
+        "graph": 435_000_000,
+    },
+}
+
+
+def entry(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "processor": "a processor",
+        "date": "2026-11-21",
+        "versions": {"torch": "2.13.0"},
+        "found": found,
+    }
+
+
+def test_the_table_has_what_was_measured_and_names_what_was_not() -> None:
+    page = script.table({"tensorrt": entry(TENSORRT), "precision": entry(PRECISION)})
+    assert "| 50 s (61 s of processor) |  |  | 60 s |" in page
+    assert (
+        "| openvino, multiply-adds in INT8 | 98.8% | asked for 100.0% |  | 1 layers fell back to "
+        "float |" in page
+    )
+    assert "0.256x" in page
+    assert (
+        "Not measured: export, openvino, onnxruntime, verification, openvino-float-attention."
+        in page
+    )
+    assert "Measured on: a processor, 2026-11-21." in page
+
+
+def test_a_step_that_was_measured_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure(workspace: Path, folder: Path) -> dict[str, Any]:
+        measured.append(folder.name)
+        return TENSORRT
+
+    monkeypatch.setattr(script, "ensure_graph", lambda *arguments: None)
+    monkeypatch.setattr(
+        script,
+        "STEPS",
+        {name: script.Step(measure, script.tensorrt_lines) for name in ("tensorrt", "another")},
+    )
+    kept = tmp_path / "sd15.json"
+    kept.write_text(json.dumps({"tensorrt": entry(TENSORRT)}))
+    script.main(tmp_path / "ws", tmp_path / "docs", kept, None, None)
+    assert measured == ["another"]
+    script.main(tmp_path / "ws", tmp_path / "docs", kept, ["tensorrt"], None)
+    assert measured == ["another", "tensorrt"]
+    assert json.loads(kept.read_text()).keys() == {"tensorrt", "another"}
+
+
+def test_a_command_that_fails_ends_the_measurement_with_its_message(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="is no workspace"):
+        script.quest_deploy("benchmark", "-w", str(tmp_path / "nothing"))

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+
+from quest_deploy.artifacts.checkpoint import SiteData
+from scripts.bench import measure_export as script
+
+if TYPE_CHECKING:
+    from quest_deploy.artifacts.checkpoint import Checkpoint
+
+
+@pytest.mark.parametrize("buckets", [8, 50])
+def test_each_of_more_buckets_has_the_tables_of_the_old_bucket_at_its_middle(
+    small_checkpoint: Checkpoint, buckets: int
+) -> None:
+    wider = script.with_buckets(small_checkpoint, buckets)
+    assert wider.scheme.buckets == buckets
+    middles = (np.arange(buckets) + 0.5) * small_checkpoint.scheme.train_timesteps / buckets
+    old = [small_checkpoint.scheme.bucket_of(float(t)) for t in middles]
+    assert len(set(old)) == 4
+    assert [wider.scheme.bucket_of(float(t)) for t in middles] == list(range(buckets))
+    for name, site in small_checkpoint.sites.items():
+        found = wider.sites[name]
+        assert isinstance(site, SiteData)
+        for table in ("scale", "low", "high"):
+            np.testing.assert_array_equal(
+                getattr(found, table), getattr(site, table)[old], err_msg=name
+            )
+
+
+def test_ratios_are_of_medians_and_count_the_plain_exports_call_alone() -> None:
+    def cost(seconds: float, size: int, nodes: int, **call: Any) -> Any:
+        return script.Cost(seconds, 2 * seconds, seconds / 10, size, nodes, **call)
+
+    plain = [
+        cost(x, 1000, 10, call_seconds=x - 10, call_cpu_seconds=2 * x - 16)
+        for x in (20.0, 60.0, 30.0)
+    ]
+    ours = [cost(x, 250, 30) for x in (40.0, 30.0, 90.0)]
+    assert script.Comparison(plain, ours, cost(1.0, 500, 33), 20, 50).summary() == pytest.approx(
+        {
+            "seconds_ratio": 40 / 20,
+            "cpu_seconds_ratio": 80 / 44,
+            "process_seconds_ratio": 40 / 30,
+            "process_cpu_seconds_ratio": 80 / 60,
+            "peak_ratio": 4 / 3,
+            "bytes_ratio": 0.25,
+            "wider_bytes_ratio": 2,
+            "wider_more_nodes": 3,
+        }
+    )
+
+
+def test_a_process_is_charged_its_own_time_memory_and_files(tmp_path: Path) -> None:
+    graph = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[1] x) => (float[1] z) { y = Abs(x) z = '
+        "Neg(y) }"
+    )
+    onnx.save(graph, tmp_path / "unet.onnx")
+    (tmp_path / "unet.onnx.data").write_bytes(b"x" * 1000)
+    (tmp_path / "other").write_bytes(b"x")
+    code = (
+        "import json, time; held = bytes(b'x' * 2**30)\n"
+        "while time.process_time() < 0.3: pass\n"
+        "print('noise'); print(json.dumps({'call_seconds': 1.5, 'call_cpu_seconds': 2.5}))"
+    )
+    cost = script.measured([sys.executable, "-c", code], tmp_path)
+    assert cost.peak_gib >= 1
+    assert min(cost.seconds, cost.cpu_seconds) >= 0.3
+    assert cost.bytes == 1000 + (tmp_path / "unet.onnx").stat().st_size
+    assert (cost.nodes, cost.call_seconds, cost.call_cpu_seconds) == (2, 1.5, 2.5)
+    with pytest.raises(script.subprocess.CalledProcessError):
+        script.measured([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)
