@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +22,7 @@ from pydantic import NonNegativeInt, PlainValidator
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from quest_deploy.artifacts.model_source import IMPORTED
 from quest_deploy.artifacts.schema import Bits, Positive, parse, validated
 from quest_deploy.artifacts.scheme import Scheme, Symmetry, activation_levels, weight_range
 from quest_deploy.errors import InputError
@@ -187,6 +188,8 @@ class Architecture:
             where attention was left alone.
         heads: the heads of every attention, where the configuration, which has one size for the
             heads of all levels, cannot say it.
+        official_sums: whether sums are added up in the order of the official code, which then gives
+            the official results to the bit; so they are in imported checkpoints.
     """
 
     class_name: str
@@ -194,6 +197,7 @@ class Architecture:
     split_shortcuts: dict[str, Positive]
     attention: ScoreScale | None
     heads: Positive | None = None
+    official_sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -484,9 +488,11 @@ def _assemble(header: _Header, tensors: dict[str, NDArray[Any]]) -> Checkpoint:
     _check(not tensors, f"unexpected tensors: {', '.join(sorted(tensors)[:5])}")
     for name, values in floats.items():
         _check_finite(values, f"float.{name}")
+    # Headers of earlier versions do not tell an imported checkpoint's order of sums.
+    official = header.architecture.official_sums or header.model == IMPORTED
     return Checkpoint(
         header.model,
-        header.architecture,
+        replace(header.architecture, official_sums=official),
         header.scheme,
         layers,
         sites,

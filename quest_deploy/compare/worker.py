@@ -49,9 +49,9 @@ def measure(
         HELD_OUT_SAMPLES,
         HELD_OUT_SEED,
         SamplingOptions,
-        assess,
         draw,
         epsilon_mse,
+        evaluate_images,
     )
 
     started = time.monotonic()
@@ -67,9 +67,8 @@ def measure(
     images, labels = draw(
         model, made.denoise, SamplingOptions(), lambda done, total: report("drawing", done, total)
     )
-    quality = assess(
-        images, labels, fp32_images, epsilon_mse(made.denoise, held_out, JUDGED_SCHEME)
-    )
+    errors = epsilon_mse(made.denoise, held_out, JUDGED_SCHEME)
+    quality = evaluate_images(model, images, labels, fp32_images, errors)
     return {
         "quality": quality.to_json(),
         "seconds": made.costs.seconds,

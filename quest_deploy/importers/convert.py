@@ -203,7 +203,12 @@ def import_checkpoint(
     checkpoint = Checkpoint(
         model=IMPORTED,
         architecture=Architecture(
-            config.class_name, config.diffusers_config, splits, attention, config.fixed_heads
+            config.class_name,
+            config.diffusers_config,
+            splits,
+            attention,
+            config.fixed_heads,
+            official_sums=True,
         ),
         scheme=scheme,
         layers=layers,
@@ -239,7 +244,9 @@ def recalibrate(
         options,
         on_progress,
     )
-    architecture = dataclasses.replace(checkpoint.architecture, heads=official.config.fixed_heads)
+    architecture = dataclasses.replace(
+        checkpoint.architecture, heads=official.config.fixed_heads, official_sums=True
+    )
     model = build_float_model(architecture)
     layers = {
         name: _placed(rounded[name], model, layer.macs) for name, layer in checkpoint.layers.items()

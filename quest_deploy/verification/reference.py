@@ -304,9 +304,8 @@ def _layer_tensors(
     tensors |= {Key.y(name): results[(layers | products)[name]].clone() for name in sample.outputs}
 
     bucket = model.bucket_of(inputs["timestep"])
-    model.bucket_state.current = torch.cat([bucket, bucket])
-    tensors[Key.BUCKET] = model.bucket_state.current
-    try:
+    tensors[Key.BUCKET] = torch.cat([bucket, bucket])
+    with model.at_timesteps(inputs["timestep"].repeat(2)):
         untied: dict[str, Tensor] = {}
         for name, site in chosen.items():
             x = torch.cat([seen[name], _probe(site, seen[name], bucket, record)])
@@ -337,8 +336,6 @@ def _layer_tensors(
                 if site is None
             }
             tensors[Key.y(name)] = _with_probes(tensors[Key.y(name)], product(*pair))
-    finally:
-        model.bucket_state.current = None
     return tensors
 
 

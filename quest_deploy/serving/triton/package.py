@@ -320,7 +320,7 @@ class Writer:
             plan,
         )
         self.on_progress = on_progress
-        self.of_text = model.family == "text-to-image"
+        self.of_text = model.asked_for == "prompt"
         self.max_batch = options.max_batch or (16 if plan is None else plan.options.max_batch)
         self.plugins = tuple(map(Path, options.plugins)) if plan is None else plan.plugins
         self.half = options.io_dtype == "fp16"
@@ -618,7 +618,7 @@ class Writer:
     def _inputs(self) -> dict[str, str]:
         """The pipelines' inputs and their types."""
         asked = {"prompt": "TYPE_STRING", "negative_prompt": "TYPE_STRING"} if self.of_text else {}
-        asked |= {"label": "TYPE_INT32"} if not self.of_text and self.model.labels > 1 else {}
+        asked |= {"label": "TYPE_INT32"} if self.model.asked_for == "label" else {}
         chosen = {
             "seed": "TYPE_INT64",
             "steps": "TYPE_INT32",
@@ -662,7 +662,7 @@ class Writer:
                 '("prompt", "BYTES", b"a lighthouse in a storm")',
                 '--prompt "a lighthouse in a storm"',
             )
-        elif self.model.labels > 1:
+        elif self.model.asked_for == "label":
             question, option = '("label", "INT32", np.int32(3))', "--label 3"
         plan = (
             f"The plan was built with TensorRT {self.plan.tensorrt}; take the container that has it"
@@ -742,7 +742,7 @@ class Writer:
 
 
 def _guidable(model: Any) -> bool:
-    return model.family == "text-to-image" or _null_conditions(model) is not None
+    return model.asked_for == "prompt" or _null_conditions(model) is not None
 
 
 def _null_conditions(model: Any) -> dict[str, Tensor] | None:

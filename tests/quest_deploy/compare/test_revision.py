@@ -15,7 +15,13 @@ from quest_deploy.calibration.reconstruction import ReconstructOptions, reconstr
 from quest_deploy.calibration.sensitivity import measure_sensitivity, select_sensitive
 from quest_deploy.calibration.trajectories import record_trajectories, samples_for
 from quest_deploy.compare.methods import REVISION
-from quest_deploy.evaluation.quality import SamplingOptions, assess, draw, epsilon_mse
+from quest_deploy.evaluation.quality import (
+    Quality,
+    SamplingOptions,
+    draw,
+    epsilon_mse,
+    evaluate_images,
+)
 from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.finetuning.train import FinetuneOptions, Progress, finetune
 
@@ -115,9 +121,9 @@ def test_what_methods_learn_from_and_how_they_are_judged_change_only_with_the_re
 
     sampling = SamplingOptions(images=20, steps=2)
     images, labels = draw(tiny, rough, sampling)
-    quality = assess(
-        images, labels, draw(tiny, exact, sampling)[0], epsilon_mse(rough, recorded, scheme)
-    )
+    errors = epsilon_mse(rough, recorded, scheme)
+    quality = evaluate_images(tiny, images, labels, draw(tiny, exact, sampling)[0], errors)
+    assert isinstance(quality, Quality)
     assert samples_for(tiny, Scheme.parse("w4a4", buckets=50), 20) == 409
     assert float(recorded.output.square().mean()) == pytest.approx(1.17602, rel=2e-4)
     assert len(select_sensitive(sensitivity)) == 10

@@ -116,11 +116,8 @@ def test_a_tensor_that_layers_read_in_turn_is_quantized_once_with_the_same_gradi
 def test_a_site_that_is_called_alone_quantizes_each_time_anew(model: QuantizedModel) -> None:
     site = next(s for s in model.site_quantizers().values() if isinstance(s, ActivationQuantizer))
     x = torch.randn(2, *[len(site.channel) if axis == site.axis % 4 else 4 for axis in range(1, 4)])
-    model.bucket_state.current = torch.zeros(2, dtype=torch.int64)
-    try:
+    with model.at_timesteps(torch.zeros(2)):
         assert site(x) is not site(x)
-    finally:
-        model.bucket_state.current = None
 
 
 @torch.no_grad()
