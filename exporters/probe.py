@@ -150,7 +150,7 @@ def make_probe(magnitude: int) -> Probe:
         skeleton.add(case)
     checkpoint = Checkpoint(
         "probe",
-        Architecture("", {}),
+        Architecture("", {}, {}, None),
         Scheme.parse("w8a8", buckets=1),
         layers,
         sites,

@@ -305,7 +305,7 @@ def hand_checkpoint(buckets: int = 2) -> Checkpoint:
     ]
     return Checkpoint(
         model="hand",
-        architecture=Architecture("UNet2DModel", {"sample_size": 6}),
+        architecture=Architecture("UNet2DModel", {"sample_size": 6}, {}, None),
         scheme=Scheme.parse("w4a4", buckets=buckets),
         layers={x.name: x for x in layers},
         sites={x.name: x for x in sites},

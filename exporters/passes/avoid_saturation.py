@@ -37,6 +37,7 @@ from exporters.exactness import (
     integer_products,
     kernel,
 )
+from exporters.passes.contract import dequantizers, guarantee, need, need_expanded
 from exporters.passes.unsigned_activations import raise_codes
 
 FLOAT = "float"
@@ -48,22 +49,38 @@ class AvoidSaturation(ir.passes.InPlacePass):
     def __init__(self, exactness: Exactness) -> None:
         self.exactness = exactness
 
+    def requires(self, model: ir.Model) -> None:
+        need_expanded(model)
+        for node in dequantizers(model):
+            codes = node.inputs[0]
+            widened = codes is not None and (cast := codes.producer()) and cast.op_type == "Cast"
+            need(not widened, f"{node.name}: avoid saturation before weights are widened")
+
+    def ensures(self, model: ir.Model) -> None:
+        left = [str(product.node.name) for product in self._saturating(model)]
+        guarantee(not left, f"{', '.join(left[:3])} still saturate")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor, forms = Editor(model.graph), {}
-        for product in integer_products(model):
-            if product.weight == SIGNED and not self.exactness.holds(
-                product.kernel, product.magnitude
-            ):
-                forms[str(product.node.name)] = form = self._form(product)
-                if form == UNSIGNED:
-                    _store_unsigned(editor, product)
-                elif product.kind == ATTENTION:
-                    _cast_operands(editor, product.node)
-                else:
-                    _dequantize_weights(editor, product)
+        for product in self._saturating(model):
+            forms[str(product.node.name)] = form = self._form(product)
+            if form == UNSIGNED:
+                _store_unsigned(editor, product)
+            elif product.kind == ATTENTION:
+                _cast_operands(editor, product.node)
+            else:
+                _dequantize_weights(editor, product)
         if forms:
             model.metadata_props[SATURATING_KEY] = json.dumps(forms)
         return ir.passes.PassResult(model, modified=bool(forms))
+
+    def _saturating(self, model: ir.Model) -> list[IntegerProduct]:
+        return [
+            product
+            for product in integer_products(model)
+            if product.weight == SIGNED
+            and not self.exactness.holds(product.kernel, product.magnitude)
+        ]
 
     def _form(self, product: IntegerProduct) -> str:
         unsigned = kernel(product.kind, product.activation, UNSIGNED)

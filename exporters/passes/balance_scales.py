@@ -25,6 +25,7 @@ import onnx_ir as ir
 
 from exporters.editor import Editor, array_of
 from exporters.ops import timestep_quantize
+from exporters.passes.contract import guarantee, need_tables, quantizers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,22 +37,36 @@ LEAST, MOST = -14, 9
 class BalanceScales(ir.passes.InPlacePass):
     """See the module's docstring."""
 
+    def requires(self, model: ir.Model) -> None:
+        need_tables(quantizers(model))
+
+    def ensures(self, model: ir.Model) -> None:
+        for codes, scale in _balanced(model).items():
+            power = power_of_two_near(array_of(scale))
+            for reader in codes.consumers():
+                if reader.op_type == "DequantizeLinear" and reader.inputs[1] is not None:
+                    carried = (array_of(reader.inputs[1]) == power).all()
+                    guarantee(bool(carried), f"{reader.name}: its scale is not {power:g}")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor = Editor(model.graph)
-        modified = False
-        for node in [
-            n
-            for n in model.graph
-            if (n.domain, n.op_type) == (timestep_quantize.DOMAIN, timestep_quantize.OP_TYPE)
-        ]:
-            operands = dict(zip(timestep_quantize.INPUTS, node.inputs, strict=True))
-            scale, offset = operands["scale"], operands["offset"]
-            assert scale is not None
-            assert offset is not None
-            if not array_of(offset).any():
-                _balance(editor, node.outputs[0], scale)
-                modified = True
-        return ir.passes.PassResult(model, modified=modified)
+        balanced = _balanced(model)
+        for codes, scale in balanced.items():
+            _balance(editor, codes, scale)
+        return ir.passes.PassResult(model, modified=bool(balanced))
+
+
+def _balanced(model: ir.Model) -> dict[ir.Value, ir.Value]:
+    """The codes of the quantizers without an offset, each with its scales."""
+    found = {}
+    for node in quantizers(model):
+        operands = dict(zip(timestep_quantize.INPUTS, node.inputs, strict=True))
+        scale, offset = operands["scale"], operands["offset"]
+        assert scale is not None
+        assert offset is not None
+        if not array_of(offset).any():
+            found[node.outputs[0]] = scale
+    return found
 
 
 def _balance(editor: Editor, codes: ir.Value, scale: ir.Value) -> None:

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from exporters.editor import Editor, array_of, replace_value
 from exporters.exactness import MIDDLE
+from exporters.passes.contract import dequantizers, guarantee, need
 
 UNSIGNED = (ir.DataType.UINT4, ir.DataType.UINT8)
 
@@ -29,13 +30,19 @@ class CenterWeights(ir.passes.InPlacePass):
     def __init__(self, *, signed_zero_points: bool) -> None:
         self.signed_zero_points = signed_zero_points
 
+    def requires(self, model: ir.Model) -> None:
+        for node in _unsigned_weights(model):
+            zero = node.inputs[2] if len(node.inputs) > 2 else None
+            explicit = zero is not None and zero.is_initializer()
+            need(explicit, f"{node.name}: its zero-points are no constant")
+
+    def ensures(self, model: ir.Model) -> None:
+        left = [str(node.name) for node in _unsigned_weights(model)]
+        guarantee(not left, f"{', '.join(left[:3])} still read unsigned weights")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor = Editor(model.graph)
-        nodes = [
-            node
-            for node in model.graph
-            if node.op_type == "DequantizeLinear" and _is_unsigned_weight(node.inputs[0])
-        ]
+        nodes = _unsigned_weights(model)
         for node in nodes:
             self._rewrite(editor, node)
         return ir.passes.PassResult(model, modified=bool(nodes))
@@ -68,10 +75,15 @@ class CenterWeights(ir.passes.InPlacePass):
         _drop_unread(editor.graph, codes, zero)
 
 
-def _is_unsigned_weight(value: ir.Value | None) -> bool:
-    return (
-        value is not None and value.is_initializer() and value.dtype in UNSIGNED
-    )  # activations may be unsigned too
+def _unsigned_weights(model: ir.Model) -> list[ir.Node]:
+    """The DequantizeLinear of weights stored unsigned; activations may be unsigned too."""
+    return [
+        node
+        for node in dequantizers(model)
+        if (codes := node.inputs[0]) is not None
+        and codes.is_initializer()
+        and codes.dtype in UNSIGNED
+    ]
 
 
 def _drop_unread(graph: ir.Graph, *values: ir.Value) -> None:

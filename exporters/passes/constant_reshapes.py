@@ -3,8 +3,9 @@ that is kept.
 
     Reshape(x, Concat(Slice(Shape(x), [0], [2]), [8], [-1]))  ->  Reshape(x, [0, 0, 8, -1])
 
-Needs: targets that are concatenated from constants and from sizes of what is reshaped.
-Guarantees: the same shapes. A dozen sizes are computed for every attention of a UNet otherwise,
+Needs: any graph.
+Guarantees: the same shapes; targets that are concatenated from constants and from sizes of what is
+reshaped are constants. A dozen sizes are computed for every attention of a UNet otherwise,
 which shape inference cannot follow.
 
 1. All parts are constants other than 0, or sizes of x where x has them: a constant.
@@ -17,12 +18,19 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.editor import Editor, array_of
+from exporters.passes.contract import guarantee
 
 KEPT = 0
 
 
 class ConstantReshapes(ir.passes.InPlacePass):
     """See the module's docstring."""
+
+    def ensures(self, model: ir.Model) -> None:
+        left = [
+            str(node.name) for node in model.graph if node.op_type == "Reshape" and _target(node)
+        ]
+        guarantee(not left, f"{', '.join(left[:3])} still have targets that are computed")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor = Editor(model.graph)

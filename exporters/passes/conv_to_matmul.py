@@ -1,9 +1,9 @@
 """Rewrite integer convolutions as matrix products, for a runtime that has an integer kernel for
 these alone.
 
-Needs: Conv on DequantizeLinear'ed codes, UINT8 or INT8, and DequantizeLinear'ed constant weights
-[O, I, kh, kw], scaled along axis 0. Guarantees: the same integer sums; the MatMul has the Conv's
-name, and its weight [kh * kw * I, O] the type that it had.
+Needs: expanded quantizers. Guarantees: no ungrouped Conv on DequantizeLinear'ed codes, UINT8 or
+INT8, and DequantizeLinear'ed constant weights [O, I, kh, kw], scaled along axis 0; the same integer
+sums; the MatMul has the Conv's name, and its weight [kh * kw * I, O] the type that it had.
 
     y = Transpose(MatMul(DequantizeLinear(columns), DequantizeLinear(weight)))
 
@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.editor import Editor, array_of, replace_value
+from exporters.passes.contract import guarantee, need_expanded
 from quest_deploy.artifacts.checkpoint import pack_4bit
 
 if TYPE_CHECKING:
@@ -33,6 +34,13 @@ _FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
 
 class ConvToMatMul(ir.passes.InPlacePass):
     """See the module's docstring."""
+
+    def requires(self, model: ir.Model) -> None:
+        need_expanded(model)
+
+    def ensures(self, model: ir.Model) -> None:
+        left = [str(n.name) for n in model.graph if n.op_type == "Conv" and _is_integer(n)]
+        guarantee(not left, f"{', '.join(left[:3])} are still convolutions")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         nodes = [node for node in model.graph if node.op_type == "Conv" and _is_integer(node)]

@@ -22,7 +22,13 @@ import onnx_ir as ir
 from exporters.editor import Editor, array_of, replace_value
 from exporters.exactness import FOUR_BITS
 from exporters.graph_info import LayerInfo, graph_info
-from exporters.passes.insert_quantized_layers import dequantized_codes, product_name, stored
+from exporters.passes.contract import guarantee
+from exporters.passes.insert_quantized_layers import (
+    dequantized_codes,
+    need_layers,
+    product_name,
+    stored,
+)
 
 EIGHT_BITS = 8
 _SIGNED = (ir.DataType.INT4, ir.DataType.INT8)
@@ -32,26 +38,41 @@ _PACKED = (ir.DataType.INT4, ir.DataType.UINT4)
 class DequantizeCasts(ir.passes.InPlacePass):
     """See the module's docstring."""
 
+    def requires(self, model: ir.Model) -> None:
+        need_layers(model)
+
+    def ensures(self, model: ir.Model) -> None:
+        nodes = {node.name: node for node in model.graph}
+        for name in graph_info(model).layers:
+            weight = nodes[product_name(name)].inputs[1]
+            producer = None if weight is None else weight.producer()
+            dequantized = producer is not None and producer.op_type == "DequantizeLinear"
+            guarantee(dequantized, f"{name}: its weight is not dequantized")
+        guarantee(not _casts(model), "codes are still cast")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         info, editor = graph_info(model), Editor(model.graph)
-        nodes, values = (
-            {node.name: node for node in model.graph},
-            ir.convenience.create_value_mapping(model.graph),
-        )
+        nodes = {node.name: node for node in model.graph}
         chains = {name: _cast_chain(nodes[product_name(name)]) for name in info.layers}
         for name, chain in chains.items():
             if chain:
                 _dequantize_weight(editor, nodes[product_name(name)], info.layers[name], chain)
-        casts = [
-            node
-            for site in info.sites.values()
-            if site.integer
-            for node in values[site.codes].consumers()
-            if node.op_type == "Cast"
-        ]
+        casts = _casts(model)
         for cast in casts:
             _dequantize_codes(editor, cast)
         return ir.passes.PassResult(model, modified=bool(casts) or any(chains.values()))
+
+
+def _casts(model: ir.Model) -> list[ir.Node]:
+    """The casts of sites' codes to float."""
+    values = ir.convenience.create_value_mapping(model.graph)
+    return [
+        node
+        for site in graph_info(model).sites.values()
+        if site.integer
+        for node in values[site.codes].consumers()
+        if node.op_type == "Cast"
+    ]
 
 
 def _cast_chain(product: ir.Node) -> list[ir.Node]:

@@ -21,7 +21,14 @@ import onnx_ir as ir
 
 from exporters.editor import Editor, array_of, replace_value
 from exporters.ops import timestep_quantize
-from exporters.passes.keep_timestep_quantize import is_kept
+from exporters.passes.contract import (
+    guarantee,
+    guarantee_codes,
+    is_kept,
+    need,
+    need_tables,
+    quantizers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,13 +37,21 @@ if TYPE_CHECKING:
 class ExpandTimestepQuantize(ir.passes.InPlacePass):
     """See the module's docstring."""
 
+    def requires(self, model: ir.Model) -> None:
+        nodes = [node for node in quantizers(model) if not is_kept(node)]
+        need_tables(nodes)
+        for node in nodes:
+            known = node.inputs[0] is not None and node.inputs[0].shape is not None
+            need(known, f"{node.name}: the rank of its input is unknown")
+
+    def ensures(self, model: ir.Model) -> None:
+        need_all = [node for node in quantizers(model) if not is_kept(node)]
+        guarantee(not need_all and not model.functions, "quantizers are left")
+        guarantee_codes(model)
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor = Editor(model.graph)
-        ours = [
-            n
-            for n in model.graph
-            if (n.domain, n.op_type) == (timestep_quantize.DOMAIN, timestep_quantize.OP_TYPE)
-        ]
+        ours = quantizers(model)
         nodes = [node for node in ours if not is_kept(node)]
         for node in nodes:
             _expand(editor, node)
@@ -48,8 +63,7 @@ class ExpandTimestepQuantize(ir.passes.InPlacePass):
 
 def _expand(editor: Editor, node: ir.Node) -> None:
     x, bucket, *tables, channel = (value for value in node.inputs if value is not None)
-    if x.shape is None:
-        raise ir.passes.PreconditionError(f"{node.name}: the rank of its input is unknown")
+    assert x.shape is not None  # as requires() saw
     rank, axis = len(x.shape), node.attributes[timestep_quantize.AXIS].as_int()
     codes = node.outputs[0]
     prefix = (codes.name or "").removesuffix(".codes")

@@ -1,7 +1,7 @@
 """Let whoever reads a slice of a concatenation read the part that was concatenated.
 
-Needs: Slice with constant starts, ends and axes, of a Concat along the same axis whose parts have
-known sizes. Guarantees: a Slice that covers exactly one part is gone. A split shortcut then reads
+Needs: any graph. Guarantees: gone is a Slice, with constant starts, ends and axes, of exactly one
+part of a Concat along the same axis whose parts have known sizes. A split shortcut then reads
 the skip connection itself, which other layers may read too: one tensor, quantized once.
 """
 
@@ -12,10 +12,15 @@ import itertools
 import onnx_ir as ir
 
 from exporters.editor import array_of, replace_value
+from exporters.passes.contract import guarantee
 
 
 class ForwardSlices(ir.passes.InPlacePass):
     """See the module's docstring."""
+
+    def ensures(self, model: ir.Model) -> None:
+        left = [str(n.name) for n in model.graph if n.op_type == "Slice" and _part(n) is not None]
+        guarantee(not left, f"{', '.join(left[:3])} still slice a concatenation's part")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from exporters.editor import Editor, array_of, replace_value
 from exporters.graph_info import BUCKET
-from exporters.ops import timestep_quantize
+from exporters.passes.contract import guarantee, need, quantizers
 
 
 class FreezeBucket(ir.passes.InPlacePass):
@@ -21,8 +21,12 @@ class FreezeBucket(ir.passes.InPlacePass):
         self.bucket = bucket
 
     def requires(self, model: ir.Model) -> None:
-        if any(node.domain == timestep_quantize.DOMAIN for node in model.graph):
-            raise ir.passes.PreconditionError("expand TimestepQuantize before freezing its bucket")
+        need(not quantizers(model), "expand TimestepQuantize before freezing its bucket")
+
+    def ensures(self, model: ir.Model) -> None:
+        bucket = ir.convenience.create_value_mapping(model.graph)[BUCKET]
+        readers = [str(node.name) for node in bucket.consumers()]
+        guarantee(not readers, f"{', '.join(readers[:3])} still choose by the bucket")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor = Editor(model.graph)

@@ -4,7 +4,8 @@ TensorRT's plugin computes in one pass.
 TensorRT fuses nothing into a plugin: it would write the product, and the plugin read it again
 (trt_plugins/README.md counts the bytes).
 
-Needs: quantizers kept for the plugin (KeepTimestepQuantize).
+Needs: any graph; of its quantizers those are fused that are kept for the plugin
+(KeepTimestepQuantize).
 Guarantees: the codes keep their name. What is fused away, among it the site's input, is no longer
 in the graph: fuse last, after all that looks for sites, and cut parts out of the graph that was not
 fused.
@@ -21,11 +22,14 @@ import onnx_ir as ir
 
 from exporters.editor import array_of, replace_value
 from exporters.ops import geglu_timestep_quantize, timestep_quantize
-from exporters.passes.keep_timestep_quantize import is_kept
+from exporters.passes.contract import guarantee_codes, is_kept
 
 
 class FuseGeglu(ir.passes.InPlacePass):
     """See the module's docstring."""
+
+    def ensures(self, model: ir.Model) -> None:
+        guarantee_codes(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         fused = [_fuse(model.graph, node) for node in list(model.graph) if is_kept(node)]

@@ -1,7 +1,8 @@
 """Gather each table in the shape that it is read in, instead of through an Unsqueeze.
 
-Needs: tables [K] as initializers, each read by Gather(table, bucket) and then Unsqueeze to [B, 1,
-...]. Guarantees: one Gather from [K, 1, ...] for each table and rank; the same values.
+Needs: expanded quantizers, and the value ``bucket``: a table [K] is an initializer, read by
+Gather(table, bucket) and then Unsqueeze to [B, 1, ...].
+Guarantees: one Gather from [K, 1, ...] for each table and rank; the same values.
 
 TensorRT's parser makes three layers of each output of the Split that GatherTablesOnce leaves, and
 its builder is slow in layers.
@@ -13,11 +14,18 @@ import onnx_ir as ir
 
 from exporters.editor import Editor, array_of, replace_value
 from exporters.graph_info import BUCKET
-from exporters.passes.gather_tables_once import table_reads
+from exporters.passes.contract import need_bucket
+from exporters.passes.gather_tables_once import guarantee_gathered, table_reads
 
 
 class GatherShapedTables(ir.passes.InPlacePass):
     """See the module's docstring."""
+
+    def requires(self, model: ir.Model) -> None:
+        need_bucket(model)
+
+    def ensures(self, model: ir.Model) -> None:
+        guarantee_gathered(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor = Editor(model.graph)

@@ -1,8 +1,9 @@
 """Gather all sites' values of a sample at once, instead of one Gather and one Unsqueeze for every
 table.
 
-Needs: tables [K] as initializers, each read by Gather(table, bucket) and then Unsqueeze to [B, 1,
-...]. Guarantees: for each rank and type, one Gather from a stacked table [K, tables, 1, ...] and
+Needs: expanded quantizers, and the value ``bucket``: a table [K] is an initializer, read by
+Gather(table, bucket) and then Unsqueeze to [B, 1, ...].
+Guarantees: for each rank and type, one Gather from a stacked table [K, tables, 1, ...] and
 one Split into [B, 1, ...]; the same values.
 
 A UNet has some hundred sites with three tables each; the nodes it saves are what choosing a bucket
@@ -16,10 +17,17 @@ import onnx_ir as ir
 
 from exporters.editor import Editor, array_of, replace_value
 from exporters.graph_info import BUCKET
+from exporters.passes.contract import guarantee, need_bucket
 
 
 class GatherTablesOnce(ir.passes.InPlacePass):
     """See the module's docstring."""
+
+    def requires(self, model: ir.Model) -> None:
+        need_bucket(model)
+
+    def ensures(self, model: ir.Model) -> None:
+        guarantee_gathered(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         bucket = ir.convenience.create_value_mapping(model.graph)[BUCKET]
@@ -50,6 +58,12 @@ def table_reads(bucket: ir.Value) -> list[tuple[ir.Node, ir.Value, ir.Node, int]
                 if reader.op_type == "Unsqueeze" and reader.inputs[1] is not None:
                     found.append((gather, table, reader, 1 + array_of(reader.inputs[1]).size))
     return found
+
+
+def guarantee_gathered(model: ir.Model) -> None:
+    """No table is gathered and then brought to its shape."""
+    left = table_reads(ir.convenience.create_value_mapping(model.graph)[BUCKET])
+    guarantee(not left, f"{len(left)} tables are still read through an Unsqueeze")
 
 
 def _gather_once(

@@ -1,7 +1,7 @@
 """Take and give FP16 at a graph's ends, and compute as before: half the bytes to move for who calls
 it.
 
-Needs: a graph that is about to be compiled; what verification looks for by name is not kept.
+Needs: any graph that is about to be compiled; what verification looks for by name is not kept.
 Guarantees: the graph's FP32 inputs and outputs are FP16 under their names, but for inputs that are
 kept (rounded to FP16, a timestep can land in another bucket). Everything between is as it was,
 between two casts.
@@ -12,6 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+
+from exporters.passes.contract import guarantee
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -28,6 +30,11 @@ class HalfIO(ir.passes.InPlacePass):
 
     def __init__(self, keep: Collection[str]) -> None:
         self.keep = keep
+
+    def ensures(self, model: ir.Model) -> None:
+        given = [value for value in model.graph.inputs if value.name not in self.keep]
+        left = [str(value.name) for value in (*given, *model.graph.outputs) if value.dtype is FLOAT]
+        guarantee(not left, f"{', '.join(left)} are still FP32")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph, modified = model.graph, False

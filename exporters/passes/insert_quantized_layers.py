@@ -40,8 +40,17 @@ import onnx_ir as ir
 
 from exporters.editor import Editor, replace_value
 from exporters.exactness import FOUR_BITS, MIDDLE, SAFE, as_unsigned, pair_magnitude
-from exporters.graph_info import BUCKET, LayerInfo, ProductInfo, SiteInfo, describe
+from exporters.graph_info import (
+    BUCKET,
+    LAYERS_KEY,
+    LayerInfo,
+    ProductInfo,
+    SiteInfo,
+    describe,
+    graph_info,
+)
 from exporters.ops import timestep_quantize
+from exporters.passes.contract import guarantee, need, quantizers
 from quest_deploy.artifacts.checkpoint import SiteData, pack_4bit
 
 if TYPE_CHECKING:
@@ -82,10 +91,15 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
     def requires(self, model: ir.Model) -> None:
         found = sorted(_layer_name(node) for node in _placeholders(model.graph))
         expected = sorted((*self.checkpoint.layers, *self.checkpoint.products))
-        if found != expected:
-            raise ir.passes.PreconditionError(
-                f"the graph's layers are not the checkpoint's: {set(found) ^ set(expected)}"
-            )
+        strange = set(found) ^ set(expected)
+        need(found == expected, f"the graph's layers are not the checkpoint's: {strange}")
+
+    def ensures(self, model: ir.Model) -> None:
+        guarantee(not _placeholders(model.graph), "placeholders are left")
+        found = {str(node.outputs[0].name) for node in quantizers(model)}
+        sites = self.checkpoint.sites.items()
+        expected = {codes_name(name) for name, site in sites if isinstance(site, SiteData)}
+        guarantee(found == expected, f"sites without their quantizer: {expected - found}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -191,6 +205,15 @@ def product_name(reader: str) -> str:
 def weight_name(layer: str) -> str:
     """The name of the initializer that holds a layer's weight codes."""
     return f"{layer}.weight"
+
+
+def need_layers(model: ir.Model) -> None:
+    """Each layer and product that the metadata names computes by a node of its name."""
+    if LAYERS_KEY not in model.metadata_props:
+        return  # the user's own graph: the pass itself refuses it, by an InputError
+    nodes, info = {node.name for node in model.graph}, graph_info(model)
+    lost = [name for name in (*info.layers, *info.products) if product_name(name) not in nodes]
+    need(not lost, f"{', '.join(lost[:3])} are not in the graph")
 
 
 def codes_name(site: str) -> str:

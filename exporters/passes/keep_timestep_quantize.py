@@ -23,8 +23,15 @@ import onnx_ir as ir
 from exporters.editor import Editor, array_of
 from exporters.graph_info import graph_info
 from exporters.ops import timestep_quantize
+from exporters.passes.contract import (
+    PLUGIN_NAMESPACE,
+    guarantee,
+    guarantee_codes,
+    need,
+    need_tables,
+    quantizers,
+)
 
-PLUGIN_NAMESPACE = "plugin_namespace"
 PLUGIN_VERSION = "plugin_version"
 
 
@@ -32,6 +39,17 @@ class KeepTimestepQuantize(ir.passes.InPlacePass):
     """See the module's docstring; run before ExpandTimestepQuantize, which expands what is not
     marked.
     """
+
+    def requires(self, model: ir.Model) -> None:
+        need_tables(quantizers(model))
+        info, found = graph_info(model), {node.outputs[0].name for node in quantizers(model)}
+        lost = [x.name for x in info.sites.values() if x.integer and x.codes not in found]
+        need(not lost, f"{', '.join(lost[:3])} have no quantizer to keep")
+
+    def ensures(self, model: ir.Model) -> None:
+        left = [key for key in model.functions if key[0] == timestep_quantize.DOMAIN]
+        guarantee(not left, "the quantizer's function is left")
+        guarantee_codes(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         info = graph_info(model)
@@ -41,12 +59,7 @@ class KeepTimestepQuantize(ir.passes.InPlacePass):
             for site in product.sites
             if site is not None
         }
-        ours = [
-            n
-            for n in model.graph
-            if (n.domain, n.op_type) == (timestep_quantize.DOMAIN, timestep_quantize.OP_TYPE)
-        ]
-        kept = [node for node in ours if node.outputs[0].name not in operands]
+        kept = [node for node in quantizers(model) if node.outputs[0].name not in operands]
         for node in kept:
             node.attributes.add(ir.AttrString(PLUGIN_NAMESPACE, timestep_quantize.DOMAIN))
             node.attributes.add(ir.AttrString(PLUGIN_VERSION, str(timestep_quantize.VERSION)))
@@ -55,12 +68,6 @@ class KeepTimestepQuantize(ir.passes.InPlacePass):
         for key in functions:
             del model.functions[key]
         return ir.passes.PassResult(model, modified=bool(kept or functions))
-
-
-def is_kept(node: ir.Node) -> bool:
-    """Whether this is a quantizer that the plugin computes."""
-    ours = (node.domain, node.op_type) == (timestep_quantize.DOMAIN, timestep_quantize.OP_TYPE)
-    return ours and PLUGIN_NAMESPACE in node.attributes
 
 
 def _store_equal_channels_once(editor: Editor, node: ir.Node) -> None:

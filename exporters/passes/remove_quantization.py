@@ -29,8 +29,9 @@ from exporters.graph_info import (
     graph_info,
 )
 from exporters.ops import timestep_quantize
+from exporters.passes.contract import guarantee
 from exporters.passes.dequantize_casts import DequantizeCasts
-from exporters.passes.insert_quantized_layers import input_of, product_name
+from exporters.passes.insert_quantized_layers import input_of, need_layers, product_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,6 +39,14 @@ if TYPE_CHECKING:
 
 class RemoveQuantization(ir.passes.InPlacePass):
     """See the module's docstring; runs on the portable graph."""
+
+    def requires(self, model: ir.Model) -> None:
+        need_layers(model)
+
+    def ensures(self, model: ir.Model) -> None:
+        integer = ("DequantizeLinear", "QuantizeLinear", timestep_quantize.OP_TYPE)
+        left = [str(node.name) for node in model.graph if node.op_type in integer]
+        guarantee(not left and not model.functions, f"{', '.join(left[:3])} are still quantized")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         DequantizeCasts()(model)

@@ -22,31 +22,40 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.editor import array_of, replace_value
+from exporters.passes.contract import guarantee, need_expanded
 
 
 class RoundInQuantizeLinear(ir.passes.InPlacePass):
     """See the module's docstring."""
 
+    def requires(self, model: ir.Model) -> None:
+        need_expanded(model)
+
+    def ensures(self, model: ir.Model) -> None:
+        left = [str(node.name) for node in model.graph if _needless_round(node) is not None]
+        guarantee(not left, f"a Round is left before {', '.join(left[:3])}")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
-        for quantize in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
-            clipped = _sole_producer(quantize, "Min")
-            raised = None if clipped is None else _sole_producer(clipped, "Max")
-            rounded = None if raised is None else _sole_producer(raised, "Round")
-            if clipped is None or raised is None or rounded is None:
-                continue
-            if not (
-                _only_changes_type(quantize)
-                and _may_be_integers(raised.inputs[1])
-                and _may_be_integers(clipped.inputs[1])
-            ):
-                continue
+        for rounded in [x for node in model.graph if (x := _needless_round(node)) is not None]:
             source = rounded.inputs[0]
             assert source is not None
             replace_value(rounded.outputs[0], source)
             model.graph.remove(rounded, safe=True)
             modified = True
         return ir.passes.PassResult(model, modified=modified)
+
+
+def _needless_round(quantize: ir.Node) -> ir.Node | None:
+    """The Round whose clamped result ``quantize`` alone reads, and rounds again."""
+    if quantize.op_type != "QuantizeLinear" or not _only_changes_type(quantize):
+        return None
+    clipped = _sole_producer(quantize, "Min")
+    raised = None if clipped is None else _sole_producer(clipped, "Max")
+    if clipped is None or raised is None:
+        return None
+    whole = _may_be_integers(raised.inputs[1]) and _may_be_integers(clipped.inputs[1])
+    return _sole_producer(raised, "Round") if whole else None
 
 
 def _only_changes_type(quantize: ir.Node) -> bool:

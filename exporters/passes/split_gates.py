@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from exporters.editor import Editor, array_of, replace_value
 from exporters.graph_info import graph_info
+from exporters.passes.contract import guarantee, need
 from quest_deploy.artifacts.checkpoint import pack_4bit
 
 if TYPE_CHECKING:
@@ -33,17 +34,35 @@ HALVES = ("first", "second")
 class SplitGates(ir.passes.InPlacePass):
     """See the module's docstring; run before WidenInt4."""
 
+    def requires(self, model: ir.Model) -> None:
+        for chain in _chains(model):
+            weight = chain[0].inputs[1]
+            dequantize = None if weight is None else weight.producer()
+            codes = None if dequantize is None else dequantize.inputs[0]
+            constant = codes is not None and codes.is_initializer()
+            need(constant, f"{chain[0].name}: split gates before weights are widened")
+
+    def ensures(self, model: ir.Model) -> None:
+        names = {value.name for node in model.graph for value in node.outputs}
+        lost = [x.name for x in graph_info(model).layers.values() if x.output not in names]
+        guarantee(not lost, f"the outputs of {', '.join(lost[:3])} are gone")
+        guarantee(not _chains(model), "gates are still computed by one product")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        values = ir.convenience.create_value_mapping(model.graph)
-        chains = [
-            chain
-            for layer in graph_info(model).layers.values()
-            if (chain := _gated(values.get(layer.output))) is not None
-        ]
+        chains = _chains(model)
         editor = Editor(model.graph)
         for chain in chains:
             _split(editor, chain)
         return ir.passes.PassResult(model, modified=bool(chains))
+
+
+def _chains(model: ir.Model) -> list[list[ir.Node]]:
+    values = ir.convenience.create_value_mapping(model.graph)
+    return [
+        chain
+        for layer in graph_info(model).layers.values()
+        if (chain := _gated(values.get(layer.output))) is not None
+    ]
 
 
 def _gated(output: ir.Value | None) -> list[ir.Node] | None:

@@ -31,6 +31,7 @@ import onnx_ir as ir
 
 from exporters.editor import Editor, array_of
 from exporters.ops import timestep_quantize
+from exporters.passes.contract import guarantee, need
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,13 +54,19 @@ class ToHalf(ir.passes.InPlacePass):
         self.dtype = dtype
 
     def requires(self, model: ir.Model) -> None:
-        untyped = [
-            value.name for node in model.graph for value in node.outputs if value.dtype is None
-        ]
-        if untyped:
-            raise ir.passes.PreconditionError(
-                f"the types of {', '.join(map(str, untyped))} are unknown"
-            )
+        untyped = [str(x.name) for node in model.graph for x in node.outputs if x.dtype is None]
+        need(not untyped, f"the types of {', '.join(untyped)} are unknown")
+
+    def ensures(self, model: ir.Model) -> None:
+        ends = (*model.graph.inputs, *model.graph.outputs)
+        narrow = [str(value.name) for value in ends if value.dtype in OPSETS]
+        guarantee(not narrow, f"{', '.join(narrow)} are no longer FP32")
+        for node in model.graph:
+            if node.op_type in PRODUCTS:
+                types = {x.dtype for x in (*node.inputs, *node.outputs) if x is not None}
+                wide = types == {ir.DataType.FLOAT} and (_cancels(node) or _gives_scores(node))
+                half = types == {self.dtype}
+                guarantee(half or wide, f"{node.name} computes in {', '.join(map(str, types))}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         for imports in (

@@ -21,26 +21,35 @@ import onnx_ir as ir
 from exporters.editor import Editor
 from exporters.exactness import MIDDLE
 from exporters.graph_info import graph_info
+from exporters.passes.contract import guarantee, need_expanded
 
 
 class UnsignedActivations(ir.passes.InPlacePass):
     """See the module's docstring."""
 
+    def requires(self, model: ir.Model) -> None:
+        need_expanded(model)
+
+    def ensures(self, model: ir.Model) -> None:
+        left = [str(codes.name) for codes in _signed(model)]
+        guarantee(not left, f"{', '.join(left[:3])} are still signed")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        info = graph_info(model)
-        second = {product.sites[1] for product in info.products.values()}
-        values = ir.convenience.create_value_mapping(model.graph)
-        editor = Editor(model.graph)
-        chosen = [
-            values[site.codes]
-            for site in info.sites.values()
-            if site.integer
-            and site.name not in second
-            and values[site.codes].dtype is ir.DataType.INT8
-        ]
-        for codes in chosen:
+        editor, signed = Editor(model.graph), _signed(model)
+        for codes in signed:
             raise_codes(editor, codes)
-        return ir.passes.PassResult(model, modified=bool(chosen))
+        return ir.passes.PassResult(model, modified=bool(signed))
+
+
+def _signed(model: ir.Model) -> list[ir.Value]:
+    """The codes of case 1 that are INT8."""
+    info, values = graph_info(model), ir.convenience.create_value_mapping(model.graph)
+    second = {product.sites[1] for product in info.products.values()}
+    return [
+        values[site.codes]
+        for site in info.sites.values()
+        if site.integer and site.name not in second and values[site.codes].dtype is ir.DataType.INT8
+    ]
 
 
 def raise_codes(editor: Editor, codes: ir.Value) -> None:

@@ -21,12 +21,24 @@ from onnx_ir.passes import common
 
 from exporters.editor import Editor, array_of, replace_value
 from exporters.graph_info import BUCKET, graph_info
+from exporters.passes.contract import guarantee, guarantee_codes, need_bucket
 
 OFFSET = -128
 
 
 class UnsignedCodes(ir.passes.InPlacePass):
     """See the module's docstring; run after ExpandTimestepQuantize, before FreezeBucket."""
+
+    def requires(self, model: ir.Model) -> None:
+        need_bucket(model)
+
+    def ensures(self, model: ir.Model) -> None:
+        guarantee_codes(model)
+        values = ir.convenience.create_value_mapping(model.graph)
+        for site in graph_info(model).sites.values():
+            quantize = values[site.codes].producer() if site.integer else None
+            left = quantize is not None and _unsigned(quantize) is not None
+            guarantee(not left, f"{site.name}: its codes are still stored less 128")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor, values = Editor(model.graph), ir.convenience.create_value_mapping(model.graph)

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.editor import Editor, array_of
+from exporters.passes.contract import dequantizers, guarantee, need
 
 
 class WidenInt4(ir.passes.InPlacePass):
@@ -22,15 +23,21 @@ class WidenInt4(ir.passes.InPlacePass):
     def __init__(self, *, cast_at_runtime: bool) -> None:
         self.cast_at_runtime = cast_at_runtime
 
+    def requires(self, model: ir.Model) -> None:
+        for node in _packed(model):
+            codes, zero = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+            constant = codes is not None and codes.is_initializer()
+            need(constant, f"{node.name}: its codes are no constant")
+            zeros = zero is not None and zero.is_initializer() and not array_of(zero).any()
+            need(zeros, f"{node.name}: its zero-points are no constant zeros")
+
+    def ensures(self, model: ir.Model) -> None:
+        left = [str(node.name) for node in _packed(model)]
+        guarantee(not left, f"{', '.join(left[:3])} still read INT4")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor = Editor(model.graph)
-        nodes = [
-            node
-            for node in model.graph
-            if node.op_type == "DequantizeLinear"
-            and node.inputs[0] is not None
-            and node.inputs[0].dtype is ir.DataType.INT4
-        ]
+        nodes = _packed(model)
         for node in nodes:
             codes, _, zero = node.inputs
             assert codes is not None
@@ -56,3 +63,11 @@ class WidenInt4(ir.passes.InPlacePass):
                 to=ir.DataType.INT8.value,
             )
         return editor.constant(f"{codes.name}_int8", array_of(codes).astype(np.int8))
+
+
+def _packed(model: ir.Model) -> list[ir.Node]:
+    return [
+        node
+        for node in dequantizers(model)
+        if node.inputs[0] is not None and node.inputs[0].dtype is ir.DataType.INT4
+    ]

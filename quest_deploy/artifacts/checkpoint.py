@@ -9,16 +9,21 @@ the graph needs is in it; the FP model is not needed again.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import MinLen
 from numpy.typing import NDArray
+from pydantic import NonNegativeInt, PlainValidator
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from quest_deploy.artifacts.model_source import IMPORTED
+from quest_deploy.artifacts.schema import Bits, Positive, parse, validated
 from quest_deploy.artifacts.scheme import Scheme, Symmetry, activation_levels, weight_range
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_file
@@ -32,16 +37,17 @@ OPERANDS = {"scores": ("q", "k"), "mix": ("softmax", "v")}
 FloatArray = NDArray[np.float32]
 
 
+@validated("a convolution's attributes")
 @dataclass(frozen=True)
 class ConvGeometry:
     """A Conv2d's attributes, as [height, width] pairs; None in a layer means that it is a
     Linear.
     """
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
+    stride: tuple[Positive, Positive]
+    padding: tuple[NonNegativeInt, NonNegativeInt]
+    dilation: tuple[Positive, Positive]
+    groups: Positive
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,7 @@ class FreeSiteData:
     code_high: int
 
 
+@validated("a product")
 @dataclass(frozen=True)
 class ProductData:
     """A product of two activations, as in attention: y = a^ @ b^, operands [B, heads, ...].
@@ -156,7 +163,7 @@ class ProductData:
 
     name: str
     sites: tuple[str | None, str | None]
-    macs: int
+    macs: Positive
 
 
 class ScoreScale(StrEnum):
@@ -168,6 +175,7 @@ class ScoreScale(StrEnum):
     """To q and to k, d^(-1/4) each, before they are quantized: latent diffusion's own attention."""
 
 
+@validated("architecture")
 @dataclass(frozen=True)
 class Architecture:
     """The float model's class (of diffusers or ``models.unets``) and its configuration, enough to
@@ -180,13 +188,16 @@ class Architecture:
             where attention was left alone.
         heads: the heads of every attention, where the configuration, which has one size for the
             heads of all levels, cannot say it.
+        official_sums: whether sums are added up in the order of the official code, which then gives
+            the official results to the bit; so they are in imported checkpoints.
     """
 
     class_name: str
     config: dict[str, Any]
-    split_shortcuts: dict[str, int] = field(default_factory=dict)
-    attention: ScoreScale | None = None
-    heads: int | None = None
+    split_shortcuts: dict[str, Positive]
+    attention: ScoreScale | None
+    heads: Positive | None = None
+    official_sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -294,6 +305,83 @@ def unpack_int4(packed: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np
     return nibbles[: int(np.prod(shape))].reshape(shape)
 
 
+@validated("layer")
+@dataclass(frozen=True)
+class _LayerEntry:
+    """A layer in the header; its tensors stand under ``layer.<name>``."""
+
+    name: str
+    weight_bits: Bits
+    shape: tuple[Positive, ...]
+    bias: bool
+    conv: ConvGeometry | None
+    macs: Positive
+    asymmetric: bool
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != (2 if self.conv is None else 4):
+            kind = "a Linear" if self.conv is None else "a Conv2d"
+            raise ValueError(f"expected the weight's shape of {kind}, found {list(self.shape)}")
+
+
+@validated("site")
+@dataclass(frozen=True)
+class _SiteEntry:
+    """A site in the header: with a symmetry, or with the range of codes where it computes in
+    float; its tensors stand under ``site.<name>``.
+    """
+
+    name: str
+    bits: int
+    axis: Positive
+    layers: tuple[str, ...]
+    symmetry: Symmetry | None = None
+    code_range: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.symmetry is None) == (self.code_range is None):
+            raise ValueError("expected either a symmetry or a code range")
+        if self.code_range is None and self.bits not in (4, 8):
+            raise ValueError(f"expected codes of 4 or 8 bits, found {self.bits}")
+        if self.code_range is not None and self.code_range[0] >= self.code_range[1]:
+            raise ValueError(f"expected a code range from low to high, found {self.code_range}")
+
+
+@validated("checkpoint")
+@dataclass(frozen=True)
+class _Header:
+    """What a checkpoint says besides its tensors."""
+
+    model: str
+    architecture: Architecture
+    scheme: Annotated[Scheme, PlainValidator(Scheme.from_json)]
+    layers: Annotated[tuple[_LayerEntry, ...], MinLen(1)]
+    sites: tuple[_SiteEntry, ...]
+    products: tuple[ProductData, ...]
+    provenance: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.provenance.get("method"), str):
+            raise ValueError(f"expected a provenance with its method, found {self.provenance}")
+        for product in self.products:
+            attention, _, kind = product.name.rpartition(".")
+            expected = tuple(f"{attention}.{operand}" for operand in OPERANDS.get(kind, ()))
+            if not expected or any(
+                site not in (None, x) for site, x in zip(product.sites, expected, strict=True)
+            ):
+                raise ValueError(
+                    f"product {product.name}: expected the operands {expected}, found "
+                    f"{product.sites}"
+                )
+        read = sorted((reader, site.name) for site in self.sites for reader in site.layers)
+        of_products = [(p.name, site) for p in self.products for site in p.sites if site]
+        of_layers = [pair for pair in read if pair not in of_products]
+        if [reader for reader, _ in of_layers] != sorted(layer.name for layer in self.layers):
+            raise ValueError("its sites and its layers do not match")
+        if sorted(of_layers + of_products) != read:
+            raise ValueError("its sites and its products do not match")
+
+
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write ``checkpoint`` to ``path``, whole or not at all."""
     tensors: dict[str, NDArray[Any]] = {}
@@ -308,38 +396,36 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         if layer.bias is not None:
             tensors[f"{key}.bias"] = layer.bias
         layers.append(
-            {
-                "name": layer.name,
-                "weight_bits": layer.weight_bits,
-                "shape": list(codes.shape),
-                "bias": layer.bias is not None,
-                "conv": None if layer.conv is None else asdict(layer.conv),
-                "macs": layer.macs,
-                "asymmetric": layer.weight_zero_point is not None,
-            }
+            _LayerEntry(
+                layer.name,
+                layer.weight_bits,
+                codes.shape,
+                layer.bias is not None,
+                layer.conv,
+                layer.macs,
+                layer.weight_zero_point is not None,
+            )
         )
     for site in checkpoint.sites.values():
-        entry: dict[str, Any] = {
-            "name": site.name,
-            "bits": site.bits,
-            "axis": site.axis,
-            "layers": list(site.layers),
-        }
+        form: dict[str, Any]
         if isinstance(site, SiteData):
             tables: tuple[str, ...] = ("scale", "low", "high", "channel")
-            entry |= {"symmetry": site.symmetry.value}
+            form = {"symmetry": site.symmetry}
         else:
             tables = ("scale", "zero_point")
-            entry |= {"code_range": [site.code_low, site.code_high]}
+            form = {"code_range": (site.code_low, site.code_high)}
         tensors |= {f"site.{site.name}.{table}": getattr(site, table) for table in tables}
-        sites.append(entry)
+        sites.append(_SiteEntry(site.name, site.bits, site.axis, site.layers, **form))
     tensors |= {f"float.{name}": value for name, value in checkpoint.floats.items()}
     content = {
         "model": checkpoint.model,
         "architecture": asdict(checkpoint.architecture),
         "scheme": checkpoint.scheme.to_json(),
-        "layers": layers,
-        "sites": sites,
+        "layers": [asdict(layer) for layer in layers],
+        "sites": [
+            {key: value for key, value in asdict(site).items() if value is not None}
+            for site in sites
+        ],
         "products": [asdict(product) for product in checkpoint.products.values()],
         "provenance": checkpoint.provenance,
     }
@@ -368,7 +454,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                     f"{metadata.get('version')}"
                 )
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 - not a dict
-        return _parse(json.loads(metadata["content"]), tensors)
+        return _assemble(parse(_Header, json.loads(metadata["content"]), str(path)), tensors)
     except FileNotFoundError as e:
         raise InputError(
             f"{path} does not exist; run `quest-deploy calibrate` or `quest-deploy finetune` first"
@@ -378,7 +464,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path}: not a readable safetensors file ({e}); it is truncated or damaged, make it "
             "again"
         ) from e
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as e:
+    except (KeyError, ValueError, RecursionError) as e:
         raise InputError(
             f"{path}: the checkpoint's content is damaged ({type(e).__name__}: {e}); make it again"
         ) from e
@@ -386,190 +472,105 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise InputError(str(e) if str(path) in str(e) else f"{path}: {e}") from e
 
 
-def _parse(content: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Checkpoint:
-    scheme = Scheme.from_json(content["scheme"])
-    layers = {entry["name"]: _parse_layer(entry, tensors) for entry in content["layers"]}
-    products = {entry["name"]: _parse_product(entry) for entry in content["products"]}
-    _check(bool(layers), "it has no layers")
-    sites = {
-        entry["name"]: _parse_site(entry, tensors, layers, scheme.buckets)
-        for entry in content["sites"]
-    }
-    readers = sorted((site.name, reader) for site in sites.values() for reader in site.layers)
-    of_products = [
-        (site, product.name)
-        for product in products.values()
-        for site in product.sites
-        if site is not None
-    ]
-    of_layers = [pair for pair in readers if pair not in of_products]
-    _check(
-        sorted(reader for _, reader in of_layers) == sorted(layers),
-        "its sites and its layers do not match",
-    )
-    _check(sorted(of_layers + of_products) == readers, "its sites and its products do not match")
+def _assemble(header: _Header, tensors: dict[str, NDArray[Any]]) -> Checkpoint:
+    """The checkpoint of ``header`` and ``tensors``; raise InputError where they do not belong
+    together.
+    """
+    layers = {entry.name: _layer(entry, tensors) for entry in header.layers}
+    products = {product.name: product for product in header.products}
+    buckets = header.scheme.buckets
+    sites = {entry.name: _site(entry, tensors, layers, buckets) for entry in header.sites}
     floats = {
         key.removeprefix("float."): tensors.pop(key)
         for key in list(tensors)
         if key.startswith("float.")
     }
-    if tensors:
-        raise InputError(f"unexpected tensors: {', '.join(sorted(tensors)[:5])}")
+    _check(not tensors, f"unexpected tensors: {', '.join(sorted(tensors)[:5])}")
     for name, values in floats.items():
         _check_finite(values, f"float.{name}")
-    architecture = _parse_architecture(content["architecture"])
-    model, provenance = content["model"], content["provenance"]
-    _check(isinstance(model, str), f"expected a model's name, found {model!r}")
-    told = isinstance(provenance, dict) and isinstance(provenance.get("method"), str)
-    _check(told, f"expected a provenance with its method, found {provenance!r}")
-    return Checkpoint(model, architecture, scheme, layers, sites, floats, provenance, products)
+    # Headers of earlier versions do not tell an imported checkpoint's order of sums.
+    official = header.architecture.official_sums or header.model == IMPORTED
+    return Checkpoint(
+        header.model,
+        replace(header.architecture, official_sums=official),
+        header.scheme,
+        layers,
+        sites,
+        floats,
+        header.provenance,
+        products,
+    )
 
 
-def _parse_architecture(entry: dict[str, Any]) -> Architecture:
-    splits = entry["split_shortcuts"]
-    whole = isinstance(splits, dict) and all(
-        type(channels) is int and channels > 0 for channels in splits.values()
-    )
-    _check(whole, f"damaged split shortcuts {splits}")
-    attention = None if entry["attention"] is None else ScoreScale(entry["attention"])
-    heads = entry.get("heads")  # files written before there was such a thing have none
-    _check(heads is None or (type(heads) is int and heads > 0), f"a number of heads of {heads!r}")
-    class_name, config = entry["class_name"], entry["config"]
-    _check(
-        isinstance(class_name, str), f"expected the name of a model's class, found {class_name!r}"
-    )
-    _check(
-        isinstance(config, dict), f"expected a model's configuration, found {type(config).__name__}"
-    )
-    return Architecture(class_name, config, splits, attention, heads)
-
-
-def _parse_product(entry: dict[str, Any]) -> ProductData:
-    name, sites, macs = entry["name"], entry["sites"], entry["macs"]
-    _check(
-        len(sites) == 2 and all(site is None or isinstance(site, str) for site in sites),
-        f"product {name}: operands {sites!r}",
-    )
-    _check(
-        type(macs) is int and macs > 0, f"product {name}: its number of multiply-adds is {macs!r}"
-    )
-    attention, _, product = name.rpartition(".")
-    expected = [f"{attention}.{operand}" for operand in OPERANDS[product]]
-    fits = all(site in (None, operand) for site, operand in zip(sites, expected, strict=True))
-    _check(fits, f"product {name}: expected the operands {expected}, found {sites}")
-    return ProductData(name, (sites[0], sites[1]), macs)
-
-
-def _parse_layer(entry: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> LayerData:
-    name, bits, shape, conv = (
-        entry["name"],
-        entry["weight_bits"],
-        tuple(entry["shape"]),
-        entry["conv"],
-    )
-    _check(bits in (4, 8), f"layer {name}: expected weights of 4 or 8 bits, found {bits!r}")
-    _check(
-        len(shape) == (2 if conv is None else 4),
-        f"layer {name}: weight of shape {list(shape)} for "
-        f"{'a Linear' if conv is None else 'a Conv2d'}",
-    )
-    _check(
-        all(type(size) is int and size > 0 for size in shape),
-        f"layer {name}: weight of shape {list(shape)}",
-    )
-    _check(
-        type(entry["macs"]) is int and entry["macs"] > 0,
-        f"layer {name}: its number of multiply-adds is {entry['macs']!r}",
-    )
-    asymmetric = entry["asymmetric"]
+def _layer(entry: _LayerEntry, tensors: dict[str, NDArray[Any]]) -> LayerData:
+    name, bits, shape, asymmetric = entry.name, entry.weight_bits, entry.shape, entry.asymmetric
     low, high = (0, activation_levels(bits)) if asymmetric else weight_range(bits)
     codes: NDArray[Any]
     if bits == 4:
-        packed = _take(tensors, f"layer.{name}.codes", ((int(np.prod(shape)) + 1) // 2,), np.uint8)
+        packed = _take(tensors, f"layer.{name}.codes", ((math.prod(shape) + 1) // 2,), np.uint8)
         codes = unpack_uint4(packed, shape) if asymmetric else unpack_int4(packed, shape)
     else:
         codes = _take(tensors, f"layer.{name}.codes", shape, np.uint8 if asymmetric else np.int8)
-    if codes.min(initial=0) < low or codes.max(initial=0) > high:
-        raise InputError(f"layer {name}: weight codes outside {low}..{high}")
+    _check(
+        low <= codes.min() and codes.max() <= high,
+        f"layer {name}: weight codes outside {low}..{high}",
+    )
     zero_point = (
         _take(tensors, f"layer.{name}.zero_point", shape[:1], np.uint8) if asymmetric else None
     )
     _check(
-        zero_point is None or zero_point.max(initial=0) <= high,
+        zero_point is None or zero_point.max() <= high,
         f"layer {name}: weight zero-points outside {low}..{high}",
     )
     scale = _take(tensors, f"layer.{name}.scale", shape[:1], np.float32)
     _check_positive(scale, f"layer {name}: weight scale")
-    bias = _take(tensors, f"layer.{name}.bias", shape[:1], np.float32) if entry["bias"] else None
+    bias = _take(tensors, f"layer.{name}.bias", shape[:1], np.float32) if entry.bias else None
     if bias is not None:
         _check_finite(bias, f"layer {name}: bias")
-    geometry = None if conv is None else _parse_conv(name, conv)
-    return LayerData(name, bits, codes, scale, bias, geometry, entry["macs"], zero_point)
+    return LayerData(name, bits, codes, scale, bias, entry.conv, entry.macs, zero_point)
 
 
-def _parse_conv(name: str, entry: dict[str, Any]) -> ConvGeometry:
-    pairs = {key: entry[key] for key in ("stride", "padding", "dilation")}
-    integers = [value for pair in pairs.values() for value in pair] + [entry["groups"]]
-    _check(
-        all(len(pair) == 2 for pair in pairs.values()),
-        f"layer {name}: expected pairs, found {pairs}",
-    )
-    _check(
-        all(type(value) is int and value >= 0 for value in integers),
-        f"layer {name}: damaged convolution attributes {entry}",
-    )
-    stride, padding, dilation = ((pair[0], pair[1]) for pair in pairs.values())
-    return ConvGeometry(stride, padding, dilation, entry["groups"])
-
-
-def _parse_site(
-    entry: dict[str, Any],
+def _site(
+    entry: _SiteEntry,
     tensors: dict[str, NDArray[Any]],
     layers: dict[str, LayerData],
     buckets: int,
 ) -> SiteData | FreeSiteData:
-    name, axis = entry["name"], entry["axis"]
-    readers = [layers[reader] for reader in entry["layers"] if reader in layers]
-    last = 1 if any(reader.conv is not None for reader in readers) else 3
+    name, bits, symmetry = entry.name, entry.bits, entry.symmetry
+    readers = [layers[reader] for reader in entry.layers if reader in layers]
+    of_conv = any(reader.conv is not None for reader in readers)
+    last = 1 if of_conv else 3
     _check(
-        type(axis) is int and 1 <= axis <= last,
-        f"site {name}: expected a channel axis of 1 to {last}, found {axis!r}",
+        entry.axis <= last,
+        f"site {name}: expected a channel axis of 1 to {last}, found {entry.axis}",
     )
     channels = _input_channels(readers[0]) if readers else None
-    if "code_range" in entry:
+    if symmetry is None:
         # A linear layer's free scales may lie along its tokens instead, as imported attention
         # blocks' do.
-        return _parse_free_site(
-            entry, tensors, buckets, channels if readers and readers[0].conv is not None else None
-        )
-    bits, symmetry = entry["bits"], Symmetry(entry["symmetry"])
-    _check(bits in (4, 8), f"site {name}: expected codes of 4 or 8 bits, found {bits!r}")
-    tables = {
-        table: _take(tensors, f"site.{name}.{table}", (buckets,), np.float32)
+        return _free_site(entry, tensors, buckets, channels if of_conv else None)
+    scale, low, high = (
+        _take(tensors, f"site.{name}.{table}", (buckets,), np.float32)
         for table in ("scale", "low", "high")
-    }
-    channel = _take(
-        tensors,
-        f"site.{name}.channel",
-        _shape_of(tensors, f"site.{name}.channel", channels),
-        np.float32,
     )
+    key = f"site.{name}.channel"
+    channel = _take(tensors, key, _shape_of(tensors, key, channels), np.float32)
     _check(
         channel.ndim == 1, f"site {name}: expected a channel vector, found {list(channel.shape)}"
     )
-    _check_positive(tables["scale"], f"site {name}: scale")
+    _check_positive(scale, f"site {name}: scale")
     _check_positive(channel, f"site {name}: channel vector")
     _check(
-        _bounded(symmetry, bits, tables["low"], tables["high"]),
+        _bounded(symmetry, bits, low, high),
         f"site {name}: clip bounds are not those of {bits}-bit codes",
     )
-    return SiteData(name, bits, symmetry, axis, tuple(entry["layers"]), channel=channel, **tables)
+    return SiteData(name, bits, symmetry, entry.axis, entry.layers, scale, low, high, channel)
 
 
-def _parse_free_site(
-    entry: dict[str, Any], tensors: dict[str, NDArray[Any]], buckets: int, channels: int | None
+def _free_site(
+    entry: _SiteEntry, tensors: dict[str, NDArray[Any]], buckets: int, channels: int | None
 ) -> FreeSiteData:
-    name, (code_low, code_high) = entry["name"], entry["code_range"]
+    name = entry.name
     shape = (buckets, *_shape_of(tensors, f"site.{name}.scale", channels, skip=1))
     scale, zero_point = (
         _take(tensors, f"site.{name}.{table}", shape, np.float32)
@@ -584,21 +585,8 @@ def _parse_free_site(
     )
     whole = np.all(np.isfinite(zero_point)) and np.all(zero_point == np.round(zero_point))
     _check(bool(whole), f"site {name}: zero-points must be finite integers")
-    _check(
-        type(code_low) is int and type(code_high) is int and code_low < code_high,
-        f"site {name}: code range {entry['code_range']}",
-    )
-    _check(type(entry["bits"]) is int, f"site {name}: bits {entry['bits']!r}")
-    return FreeSiteData(
-        name,
-        entry["bits"],
-        entry["axis"],
-        tuple(entry["layers"]),
-        scale,
-        zero_point,
-        code_low,
-        code_high,
-    )
+    low, high = entry.code_range or (0, 0)
+    return FreeSiteData(name, entry.bits, entry.axis, entry.layers, scale, zero_point, low, high)
 
 
 def _input_channels(layer: LayerData) -> int:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quest_deploy.artifacts.schema import validated
 from quest_deploy.errors import InputError
 from quest_deploy.files import sha256_of
 
@@ -27,6 +28,7 @@ _WEIGHTS = (".safetensors", ".bin", ".ckpt")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
+@validated("LoRA")
 @dataclass(frozen=True)
 class Lora:
     """A LoRA that is fused into the model before it is quantized: a safetensors file, its weight
@@ -64,6 +66,7 @@ class Lora:
             )
 
 
+@validated("model's source")
 @dataclass(frozen=True)
 class ModelSource:
     """Where a model comes from.
@@ -98,21 +101,7 @@ class ModelSource:
 
     def to_json(self) -> dict[str, Any]:
         """The source as a JSON value."""
-        return {**asdict(self), "loras": [asdict(lora) for lora in self.loras]}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> ModelSource:
-        """The inverse of :meth:`to_json`; raise TypeError or KeyError where it is damaged."""
-        source = cls(**{**value, "loras": tuple(Lora(**entry) for entry in value["loras"])})
-        texts = (source.location, source.revision, source.requested, source.fingerprint)
-        flags = isinstance(source.random_weights, bool) and isinstance(source.seed, int)
-        if (
-            not isinstance(source.name, str)
-            or not flags
-            or not all(text is None or isinstance(text, str) for text in texts)
-        ):
-            raise TypeError(f"the model's source is {value}")
-        return source
+        return asdict(self) | {"loras": [asdict(lora) for lora in self.loras]}
 
     def check_unchanged(self) -> None:
         """Raise InputError where the folder, the file or a LoRA is not what it was when the source

@@ -1,20 +1,23 @@
 """The files in which the reference is saved and read again: numpy only, so that verifying needs no
-torch.
+torch. What stands under which name is known here alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from quest_deploy.errors import InputError
-from quest_deploy.files import read_json
+from quest_deploy.artifacts.schema import parse, validated
+from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.files import atomic_file, read_json, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -23,20 +26,41 @@ VERSION = 5
 """Of what the files hold: a stage that has run with another version's runs again."""
 INDEX = "reference.json"
 TABLES = "tables.safetensors"
-"""Each site's scale [K] and channel vector [C], or its scale [K, C]: what tells how far an
-activation is from a tie.
-
-And what its codes are: ``low``, ``high`` and ``offset`` [K], or ``zero_point`` [K, C] and the
-``range`` [2] of the codes with it.
-"""
 HALF_TYPES = ("fp16", "bf16")
 """What an engine's activations may be besides FP32."""
 OUTPUT = "output"
 """What stands for a site's name where the model's output is meant."""
-TIE_ULPS = 4
-"""An activation within this many ulp of a rounding tie may get either code."""
+_REPAIR = "run `quest-deploy reference` again"
 
 
+@dataclass(frozen=True)
+class IntegerTables:
+    """A site's tables, float32: scale [K], channel vector [C], and of its codes low, high and
+    offset [K].
+    """
+
+    scale: NDArray[Any]
+    channel: NDArray[Any]
+    low: NDArray[Any]
+    high: NDArray[Any]
+    offset: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class FreeTables:
+    """A free site's tables: scale and zero_point float32 [K, C], and the range [2] of the codes
+    with it.
+    """
+
+    scale: NDArray[Any]
+    zero_point: NDArray[Any]
+    range: NDArray[Any]
+
+
+Tables = IntegerTables | FreeTables
+
+
+@validated("a record's entry")
 @dataclass(frozen=True)
 class RecordEntry:
     """A record's line in the index: its file, for each of its two samples the timestep and the
@@ -59,6 +83,31 @@ class RecordEntry:
     half_sensitivity: dict[str, tuple[float, float]] | None
     sites: tuple[str, ...]
     products: tuple[str, ...]
+
+
+@validated("a reference's index")
+@dataclass(frozen=True)
+class ReferenceIndex:
+    """All records.
+
+    Attributes:
+        key: identifies the model and what else they were made from.
+        sha256: of each record, by its file's name.
+    """
+
+    key: str
+    sha256: dict[str, str]
+    records: tuple[RecordEntry, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> ReferenceIndex:
+        """Raise InputError where there is none, or it is damaged."""
+        path = folder / INDEX
+        return parse(cls, read_json(path, repair=_REPAIR), str(path), _REPAIR)
+
+    def write(self, folder: Path) -> None:
+        """Write the index, whole or not at all."""
+        write_json(folder / INDEX, asdict(self))
 
 
 class StoredTensors(Mapping[str, "NDArray[Any]"]):
@@ -87,30 +136,83 @@ class StoredTensors(Mapping[str, "NDArray[Any]"]):
         return len(self._names)
 
 
-@dataclass(frozen=True)
-class Record:
-    """A record with its tensors.
-
-    ``input.*`` and ``output`` are [2, ...], ``bucket`` [4], and ``site.*`` [4, ...]. ``layer.*``
-    are layers' and products' outputs: [4, ...] of those that read the record's sites, [2, ...] of
-    others that are upstream of a float part. ``operand.*`` [4, ...] are products' float operands.
-    ``rounding.*`` [2], of sites, products and the output, is how much rounding alone changes the
-    float part before it.
+class Key:
+    """What a record's tensors are called.
 
     The first two of four rows are the two samples' real activations, the others the probes of the
     same buckets. The real ones are those of a pass in which every tie of the record's sites was
-    moved, and ``untied_output`` [2, ...] is what that pass gave. ``site.*.ties`` and
-    ``site.*.untied`` are the places of ties in all four rows, counted in C order, and the values
-    moved there.
+    moved.
     """
+
+    BUCKET = "bucket"
+    """The buckets of the four rows, int64 [4]."""
+    OUTPUT = OUTPUT
+    """The model's output for the two samples, [2, ...]."""
+    UNTIED_OUTPUT = "untied_output"
+    """What the pass gave in which the ties were moved, [2, ...]."""
+    _INPUT = "input."
+
+    @classmethod
+    def input(cls, name: str) -> str:
+        """An input of the model, [2, ...]."""
+        return f"{cls._INPUT}{name}"
+
+    @classmethod
+    def inputs(cls, names: Iterable[str]) -> dict[str, str]:
+        """The model's inputs among ``names``: their keys, by the name of the input."""
+        return {x.removeprefix(cls._INPUT): x for x in names if x.startswith(cls._INPUT)}
+
+    @staticmethod
+    def x(site: str) -> str:
+        """What a site quantizes, [4, ...]."""
+        return f"site.{site}.x"
+
+    @staticmethod
+    def codes(site: str) -> str:
+        """The codes of that, [4, ...]."""
+        return f"site.{site}.codes"
+
+    @staticmethod
+    def ties(site: str) -> str:
+        """The places of ties in all four rows, counted in C order; absent where there are none."""
+        return f"site.{site}.ties"
+
+    @staticmethod
+    def untied(site: str) -> str:
+        """The values moved there."""
+        return f"site.{site}.untied"
+
+    @staticmethod
+    def y(layer: str) -> str:
+        """A layer's or product's output: [4, ...] of those that read the record's sites, [2, ...]
+        of others that are upstream of a float part.
+        """
+        return f"layer.{layer}.y"
+
+    @staticmethod
+    def operand(product: str, index: int) -> str:
+        """A float operand of a product, [4, ...]."""
+        return f"operand.{product}.{index}"
+
+    @staticmethod
+    def rounding(name: str) -> str:
+        """How much rounding alone changes the float part before a site, a product or the output,
+        float32 [2].
+        """
+        return f"rounding.{name}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record with its tensors, which :class:`Key` names."""
 
     entry: RecordEntry
     tensors: Mapping[str, NDArray[Any]]
 
     @property
-    def row_buckets(self) -> list[int]:
+    def bucket(self) -> NDArray[np.int64]:
         """The buckets of the four rows."""
-        return [int(b) for b in self.tensors["bucket"]]
+        return self.tensors[Key.BUCKET]
 
     def sensitivity(self, half: str | None) -> tuple[float, float] | None:
         """That of the model as it is, or with activations of a half type; None where it was not
@@ -125,34 +227,73 @@ class Record:
     @property
     def inputs(self) -> dict[str, NDArray[Any]]:
         """The model's inputs, end to end."""
-        return {
-            name.removeprefix("input."): self.tensors[name]
-            for name in self.tensors
-            if name.startswith("input.")
-        }
+        return {name: self.tensors[key] for name, key in Key.inputs(self.tensors).items()}
 
     def untied(self, site: str) -> NDArray[Any]:
         """The site's tensor with the values on ties moved to the middle of their codes: what its
         layers' outputs are computed from.
         """
-        x = self.tensors[f"site.{site}.x"]
-        if f"site.{site}.ties" in self.tensors:
-            x.flat[self.tensors[f"site.{site}.ties"]] = self.tensors[f"site.{site}.untied"]
+        x = self.tensors[Key.x(site)]
+        if Key.ties(site) in self.tensors:
+            x.flat[self.tensors[Key.ties(site)]] = self.tensors[Key.untied(site)]
         return x
 
+    def is_whole(self, layers: Iterable[str]) -> bool:
+        """Whether it holds what belongs to its sites, their readers ``layers``, and its
+        products.
+        """
+        sites, products = self.entry.sites, self.entry.products
+        needed = {Key.BUCKET, Key.OUTPUT, Key.UNTIED_OUTPUT}
+        needed |= {key(site) for site in sites for key in (Key.x, Key.codes)}
+        needed |= {Key.y(name) for name in (*layers, *products)}
+        needed |= {Key.rounding(name) for name in (*sites, *products, OUTPUT)}
+        return needed <= self.tensors.keys()
 
-def load_reference(folder: Path) -> tuple[list[Record], dict[str, NDArray[Any]]]:
-    """The records, whose tensors are read when they are asked for, and the tables; raise InputError
-    where one is missing or damaged.
-    """
-    index = read_json(folder / INDEX, repair="run `quest-deploy reference` again")
+
+def write_tensors(tensors: Mapping[str, NDArray[Any]], path: Path) -> None:
+    """Write a record's tensors, whole or not at all; raise QuestDeployError where it cannot be."""
     try:
-        entries = [RecordEntry(**entry) for entry in index["records"]]
-        return [Record(entry, StoredTensors(folder / entry.file)) for entry in entries], load_file(
-            folder / TABLES
-        )
-    except (KeyError, TypeError, OSError, SafetensorError) as e:
+        with atomic_file(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, temporary)
+            # safetensors lets nobody else read its files, whatever the umask says.
+            temporary.chmod(mode)
+    except SafetensorError as e:  # it hides the operating system's error, a full disk for one
+        raise QuestDeployError(f"{path.name} cannot be written: {e}") from e
+
+
+def write_tables(tables: Mapping[str, Tables], folder: Path) -> None:
+    """Write each site's tables, by the site's name."""
+    write_tensors(
+        {
+            f"{site}.{table.name}": getattr(of_site, table.name)
+            for site, of_site in tables.items()
+            for table in fields(of_site)
+        },
+        folder / TABLES,
+    )
+
+
+def load_reference(folder: Path) -> tuple[list[Record], dict[str, Tables]]:
+    """The records, whose tensors are read when they are asked for, and each site's tables; raise
+    InputError where one is missing or damaged.
+    """
+    index = ReferenceIndex.read(folder)
+    try:
+        records = [Record(entry, StoredTensors(folder / entry.file)) for entry in index.records]
+        return records, _tables(load_file(folder / TABLES))
+    except (KeyError, OSError, SafetensorError) as e:
         raise InputError(
-            f"{folder}: not a readable reference ({type(e).__name__}: {e}); run `quest-deploy "
-            "reference` again"
+            f"{folder}: not a readable reference ({type(e).__name__}: {e}); {_REPAIR}"
         ) from e
+
+
+def _tables(stored: dict[str, NDArray[Any]]) -> dict[str, Tables]:
+    tables: dict[str, Tables] = {}
+    for site in (key.removesuffix(".scale") for key in stored if key.endswith(".scale")):
+        kind = IntegerTables if f"{site}.channel" in stored else FreeTables
+        tables[site] = kind(
+            **{table.name: stored[f"{site}.{table.name}"] for table in fields(kind)}
+        )
+    return tables

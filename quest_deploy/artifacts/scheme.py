@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from quest_deploy.artifacts.schema import Bits, Positive, parse, validated
 from quest_deploy.errors import InputError
 
 SCHEME_VERSION = 2
 SUPPORTED_BITS = ("w4a4", "w4a8", "w8a8")
 DEFAULT_BUCKETS = 20
 TRAIN_TIMESTEPS = 1000
+FLOAT32_MAX = 2.0**128 - 2.0**104
 
 
 class Granularity(StrEnum):
@@ -55,6 +57,7 @@ class Symmetry(StrEnum):
     """Zero-point 0, codes 0..2^b-1, for what is never negative: the softmax."""
 
 
+@validated("scheme")
 @dataclass(frozen=True)
 class Scheme:
     """A validated quantization scheme.
@@ -78,52 +81,29 @@ class Scheme:
             for each half (Q-Diffusion).
     """
 
-    weight_bits: int
-    activation_bits: int
+    weight_bits: Bits
+    activation_bits: Bits
     bucket_edges: tuple[float, ...]
-    first_last_bits: int = 8
+    first_last_bits: Bits = 8
     granularity: Granularity = Granularity.FOLDED_CHANNEL
-    train_timesteps: int = TRAIN_TIMESTEPS
-    attention_bits: int | None = None
-    softmax_bits: int | None = None
+    train_timesteps: Positive = TRAIN_TIMESTEPS
+    attention_bits: Bits | None = None
+    softmax_bits: Bits | None = None
     split_shortcuts: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.granularity) is not Granularity:
-            raise InputError(
-                f"scheme: granularity must be one of {', '.join(map(str, Granularity))}, not "
-                f"{self.granularity!r}"
-            )
-        for field in ("weight_bits", "activation_bits", "first_last_bits"):
-            if type(getattr(self, field)) is not int or getattr(self, field) not in (4, 8):
-                raise InputError(f"scheme: {field} must be 4 or 8, not {getattr(self, field)!r}")
-        for field in ("attention_bits", "softmax_bits"):
-            if getattr(self, field) is not None and (
-                type(getattr(self, field)) is not int or getattr(self, field) not in (4, 8)
-            ):
-                raise InputError(
-                    f"scheme: {field} must be 4, 8 or null (float), not {getattr(self, field)!r}"
-                )
-        if type(self.split_shortcuts) is not bool:
-            raise InputError(
-                f"scheme: split_shortcuts must be true or false, not {self.split_shortcuts!r}"
-            )
-        if type(self.train_timesteps) is not int or self.train_timesteps < 1:
-            raise InputError(
-                f"scheme: train_timesteps must be a positive integer, not {self.train_timesteps!r}"
-            )
         edges = self.bucket_edges
         if not all(math.isfinite(e) and 0 < e < self.train_timesteps for e in edges):
-            raise InputError(
-                f"scheme: bucket edges must lie between 0 and {self.train_timesteps}, both "
-                f"excluded; found {edges}"
+            raise ValueError(
+                f"expected bucket edges between 0 and {self.train_timesteps}, both excluded, found "
+                f"{edges}"
             )
-        if any(e != _float32(e) for e in edges):
-            raise InputError(
-                "scheme: bucket edges must be float32 values, as the graph compares them"
+        if any(e > FLOAT32_MAX or e != _float32(e) for e in edges):
+            raise ValueError(
+                "expected bucket edges that are float32 values, as the graph compares them"
             )
         if any(a >= b for a, b in itertools.pairwise(edges)):
-            raise InputError(f"scheme: bucket edges must increase strictly; found {edges}")
+            raise ValueError(f"expected bucket edges that increase strictly, found {edges}")
 
     @classmethod
     def parse(
@@ -198,20 +178,14 @@ class Scheme:
         """
         if not isinstance(value, dict):
             raise InputError(f"scheme: expected a JSON object, found {type(value).__name__}")
-        if value.get("version") != SCHEME_VERSION:
-            raise InputError(
-                f"scheme: expected version {SCHEME_VERSION}, found {value.get('version')!r}"
-            )
-        given = {k: v for k, v in value.items() if k != "version"}
+        found = dict(value)
+        version = found.pop("version", None)
+        if version != SCHEME_VERSION:
+            raise InputError(f"scheme: expected version {SCHEME_VERSION}, found {version!r}")
         expected = {f.name for f in dataclasses.fields(cls)}
-        if given.keys() != expected:
-            raise InputError(f"scheme: expected the keys {sorted(expected)}, found {sorted(given)}")
-        try:
-            edges = _numbers(given.pop("bucket_edges"))
-            granularity = Granularity(given.pop("granularity"))
-            return cls(bucket_edges=edges, granularity=granularity, **given)
-        except (TypeError, ValueError, OverflowError) as e:
-            raise InputError(f"scheme: {e}") from e
+        if missing := expected - found.keys():  # a file leaves none to a default
+            raise InputError(f"scheme: the keys {sorted(missing)} are missing")
+        return parse(cls, found, "scheme")
 
 
 def weight_range(bits: int) -> tuple[int, int]:
@@ -233,12 +207,6 @@ def activation_levels(bits: int) -> int:
     1].
     """
     return int(2**bits) - 1
-
-
-def _numbers(value: Any) -> tuple[float, ...]:
-    if not isinstance(value, list) or not all(type(e) in (int, float) for e in value):
-        raise TypeError(f"bucket_edges must be a list of numbers, not {value!r}")
-    return tuple(float(e) for e in value)
 
 
 def _float32(value: float) -> float:

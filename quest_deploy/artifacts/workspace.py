@@ -15,10 +15,13 @@ from dataclasses import asdict, dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import PlainValidator
 
 from quest_deploy import __version__
 from quest_deploy.artifacts.model_source import IMPORTED_ALONE, ModelSource
+from quest_deploy.artifacts.schema import parse_document, validated
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import (
@@ -60,8 +63,8 @@ _REPORTED_PACKAGES = (
     "polygraphy",
 )
 _REPAIR = (
-    "it alone says how the other files were made: restore it from a copy, or start a new "
-    "workspace with -w"
+    "it alone says how the other files were made: use the quest-deploy that made it, restore it "
+    "from a copy, or start a new workspace with -w"
 )
 STARTED = "{}-options.json"
 """What a stage that takes long was started with, until it is done."""
@@ -70,6 +73,7 @@ _BEFORE_FINETUNING = ("finetune", "sensitivity")
 """The stages that read the calibrated checkpoint, finetuned or not."""
 
 
+@validated("a stage's record")
 @dataclass(frozen=True)
 class StageRecord:
     """One finished stage.
@@ -87,10 +91,29 @@ class StageRecord:
     details: dict[str, Any] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for path, entry in self.files.items():
+            if Path(path).is_absolute() or ".." in Path(path).parts:
+                raise ValueError(f"expected paths inside the workspace, found {path}")
+            if {key: type(value) for key, value in entry.items()} != {"sha256": str, "bytes": int}:
+                raise ValueError(f"expected the SHA-256 and the bytes of {path}, found {entry}")
+
     @property
     def digest(self) -> str:
         """What identifies the stage's files."""
         return sha256_of_json({path: entry["sha256"] for path, entry in self.files.items()})
+
+
+@validated("manifest")
+@dataclass(frozen=True)
+class _Manifest:
+    """What a manifest says besides its format and version."""
+
+    model: str
+    scheme: Annotated[Scheme, PlainValidator(Scheme.from_json)]
+    stages: dict[str, StageRecord]
+    source: ModelSource | None = None
+    sha256: str | None = None
 
 
 def check_vacant(root: Path) -> None:
@@ -126,37 +149,18 @@ class Workspace:
             )
         path = root / MANIFEST
         content = read_json(path, repair=_REPAIR)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise InputError(f"{path}: expected a {FORMAT}, found something else; {_REPAIR}")
-        if content.get("version") != VERSION:
-            raise InputError(
-                f"{root}: expected a workspace of version {VERSION}, found "
-                f"{content.get('version')!r}; "
-                "use the quest-deploy that made it, or start a new workspace with -w"
-            )
+        manifest = parse_document(_Manifest, content, FORMAT, VERSION, str(path), _REPAIR)
+        inputs = {name: record.inputs for name, record in manifest.stages.items()}
         try:
-            stages = {name: _stage_record(entry) for name, entry in content["stages"].items()}
-            TopologicalSorter({name: record.inputs for name, record in stages.items()}).prepare()
-            if not isinstance(content["model"], str):
-                raise TypeError(f"its model is {content['model']!r}")
-            # Manifests of earlier versions, which knew the embedded model alone, have no source.
-            source = (
-                ModelSource.from_json(content["source"])
-                if "source" in content
-                else ModelSource(content["model"])
-            )
-            opened = cls(root, source, Scheme.from_json(content["scheme"]), stages)
-        except (KeyError, TypeError, AttributeError, CycleError) as e:
-            raise InputError(f"{path} is damaged ({type(e).__name__}: {e}); {_REPAIR}") from e
-        except InputError as e:
-            raise InputError(
-                f"{path}: {e}; use the quest-deploy that made it, restore it from a copy, or start "
-                "anew with -w"
-            ) from e
+            TopologicalSorter(inputs).prepare()
+        except CycleError as e:
+            raise InputError(f"{path}: stages form a cycle {e.args[1]}; {_REPAIR}") from e
         digest = content.pop("sha256", None)  # manifests of earlier versions have none
         if digest not in (None, sha256_of_json(content)):
             raise InputError(f"{path} was edited; {_REPAIR}")
-        return opened
+        # Manifests of earlier versions, which knew the embedded model alone, have no source.
+        source = manifest.source or ModelSource(manifest.model)
+        return cls(root, source, manifest.scheme, manifest.stages)
 
     @classmethod
     def create(cls, root: Path, model: ModelSource | str, scheme: Scheme) -> Workspace:
@@ -348,26 +352,6 @@ class Workspace:
     def _hint(self, stage: str) -> str:
         command, _, backend = stage.partition("/")
         return f"quest-deploy {command}{f' --backend {backend}' if backend else ''} -w {self.root}"
-
-
-def _stage_record(entry: Any) -> StageRecord:
-    """A stage's record as the manifest holds it; raise TypeError where it is damaged."""
-    record = StageRecord(**entry)
-    if not all(
-        isinstance(part, dict)
-        for part in (record.inputs, record.options, record.files, record.details, record.made)
-    ):
-        raise TypeError("a stage's record is not made of objects")
-    for path, file in record.files.items():
-        if not (
-            isinstance(file, dict)
-            and isinstance(file.get("sha256"), str)
-            and isinstance(file.get("bytes"), int)
-        ):
-            raise TypeError(f"the record of {path} has no hash and size")
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise TypeError(f"{path} is no path inside the workspace")
-    return record
 
 
 def versions() -> dict[str, str]:

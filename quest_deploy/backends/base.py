@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy import __version__
+from quest_deploy.artifacts.schema import Positive, parse_document, validated
 from quest_deploy.artifacts.workspace import versions
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import read_json, sha256_of, write_json
@@ -184,6 +185,63 @@ def option_name(attribute: str) -> str:
     return OPTION_NAMES.get(attribute, f"--{attribute.replace('_', '-')}")
 
 
+@validated("an engine's runtime")
+@dataclass(frozen=True)
+class Runtime:
+    """The Python module, and its version, that built a TensorRT engine."""
+
+    name: str
+    version: str
+
+
+@validated("an engine's plugin library")
+@dataclass(frozen=True)
+class PluginRecord:
+    """The plugin library that an engine needs: its file's name and hash, and whether the engine
+    holds it.
+    """
+
+    library: str
+    sha256: str
+    serialized: bool
+
+
+@validated("engine's record")
+@dataclass(frozen=True)
+class EngineRecord:
+    """What ``engine.json`` says of an engine, besides its format and version.
+
+    Attributes:
+        options: what it was built with.
+        built_by: versions, by package.
+        graph_sha256: the portable graph's.
+        sample_multiple: what heights and widths of samples are multiples of.
+        hardware: see :meth:`Backend.hardware`.
+        files: the SHA-256 of each file, by name.
+        kernels: see :meth:`Backend.kernels`; None in engines of earlier versions.
+        exact_integers: of a CPU's engine, what its runtime computes exactly.
+        runtime, plugin: of a TensorRT engine.
+    """
+
+    backend: str
+    options: EngineOptions
+    built_by: dict[str, str]
+    graph_sha256: str
+    checkpoint_sha256: str
+    sample_multiple: Positive
+    hardware: dict[str, Any]
+    files: dict[str, str]
+    kernels: dict[str, int] | None = None
+    exact_integers: dict[str, int] | None = None
+    runtime: Runtime | None = None
+    plugin: PluginRecord | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as ``engine.json`` has it."""
+        fields = {key: value for key, value in asdict(self).items() if value is not None}
+        return {"format": FORMAT, "version": VERSION, **fields}
+
+
 class Runner(ABC):
     """A loaded engine; a context manager, since it may hold a device's memory."""
 
@@ -262,15 +320,14 @@ class Backend(ABC):
         """
         return options
 
-    def check_engine(self, content: dict[str, Any]) -> EngineOptions:
-        """The options to run an engine with, from its record (see :func:`engine_info`).
+    def check_engine(self, record: EngineRecord) -> EngineOptions:
+        """The options to run an engine with, from its record.
 
         Raises:
             InputError: this machine cannot run it.
         """
-        options = options_from(content)
-        self.check_run(options)
-        return options
+        self.check_run(record.options)
+        return record.options
 
     @abstractmethod
     def lower(
@@ -329,7 +386,9 @@ class Backend(ABC):
         return {}
 
     def record(self, options: EngineOptions) -> dict[str, Any]:
-        """What else the record of an engine built with ``options`` holds."""
+        """What else the record of an engine built with ``options`` holds, by the names of
+        :class:`EngineRecord`.
+        """
         return self.answers(options)
 
     def answers(self, options: EngineOptions) -> dict[str, Any]:
@@ -383,16 +442,14 @@ class CpuBackend(Backend):
 
         return kernel_needs(lowered) if self.on_cpu(options) else {}
 
-    def check_engine(self, content: dict[str, Any]) -> EngineOptions:
+    def check_engine(self, record: EngineRecord) -> EngineOptions:
         """As of any backend; besides, the engine's integer products must be exact on this
         machine.
         """
         from quest_deploy.backends.exactness import check_kernels
 
-        options, kernels = super().check_engine(content), content.get("kernels")
-        if not isinstance(kernels, dict) or not all(
-            type(level) is int for level in kernels.values()
-        ):
+        options, kernels = super().check_engine(record), record.kernels
+        if kernels is None:
             raise InputError(
                 f"{ENGINE_FILE} does not say which integer kernels the engine needs, as earlier "
                 f"versions' do not; {_REPAIR}"
@@ -462,8 +519,8 @@ def build_engine(
     options: EngineOptions,
     graph_sha256: str,
     on_progress: Callable[[str, int, int], None] = no_progress,
-) -> dict[str, Any]:
-    """Lower ``model`` (changed in place), compile it into ``folder`` and return the content of its
+) -> EngineRecord:
+    """Lower ``model`` (changed in place), compile it into ``folder`` and write its
     ``engine.json``.
     """
     from onnx_ir.passes import InvariantError, PassError
@@ -485,22 +542,20 @@ def build_engine(
     del model, lowered  # a gigabyte for Stable Diffusion, while the backend holds its own copy
     gc.collect()
     backend.compile(folder / LOWERED, folder, options, on_progress)
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "backend": backend.name,
-        "options": asdict(options),
-        "built_by": {"quest-deploy": __version__, **versions()},
-        "graph_sha256": graph_sha256,
-        "checkpoint_sha256": info.checkpoint_sha256,
-        "sample_multiple": info.sample_multiple,
-        "hardware": backend.hardware(options),
-        "kernels": kernels,
+    record = EngineRecord(
+        backend=backend.name,
+        options=options,
+        built_by={"quest-deploy": __version__, **versions()},
+        graph_sha256=graph_sha256,
+        checkpoint_sha256=info.checkpoint_sha256,
+        sample_multiple=info.sample_multiple,
+        hardware=backend.hardware(options),
+        kernels=kernels,
+        files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
         **backend.record(options),
-        "files": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
-    }
-    write_json(folder / ENGINE_FILE, content)
-    return content
+    )
+    write_json(folder / ENGINE_FILE, record.to_json())
+    return record
 
 
 def open_engine(backend: Backend, folder: Path) -> Runner:
@@ -520,61 +575,30 @@ def engine_options(backend: Backend, folder: Path) -> EngineOptions:
     """The options to run the engine in ``folder`` with; raise InputError where there is none that
     this machine can run.
     """
-    content = engine_info(folder)
-    if content["backend"] != backend.name:
+    record = engine_info(folder)
+    if record.backend != backend.name:
         raise InputError(
-            f"{folder}: expected an engine of {backend.name}, found one of {content['backend']}"
+            f"{folder}: expected an engine of {backend.name}, found one of {record.backend}"
         )
-    return backend.check_engine(content)
+    return backend.check_engine(record)
 
 
-def engine_info(folder: Path) -> dict[str, Any]:
-    """The content of ``engine.json``; raise InputError where there is none, or one that is damaged
-    or of another version.
+def engine_info(folder: Path) -> EngineRecord:
+    """What ``engine.json`` says; raise InputError where there is none, or one that is damaged or
+    of another version.
     """
     path = folder / ENGINE_FILE
     content = read_json(path, repair=_REPAIR)
-    if (
-        not isinstance(content, dict)
-        or content.get("format") != FORMAT
-        or content.get("version") != VERSION
-    ):
-        raise InputError(f"{path}: expected a {FORMAT} of version {VERSION}; {_REPAIR}")
-    kinds = {
-        "backend": str,
-        "graph_sha256": str,
-        "files": dict,
-        "options": dict,
-        "built_by": dict,
-        "hardware": dict,
-        "sample_multiple": int,
-    }
-    damaged = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
-    if damaged:
-        raise InputError(f"{path}: damaged ({', '.join(damaged)}); {_REPAIR}")
-    return content
+    return parse_document(EngineRecord, content, FORMAT, VERSION, str(path), _REPAIR)
 
 
-def changed_files(folder: Path, content: dict[str, Any]) -> list[str]:
+def changed_files(folder: Path, record: EngineRecord) -> list[str]:
     """The engine's files that are missing or not as they were built."""
     return [
         n
-        for n, digest in content["files"].items()
+        for n, digest in record.files.items()
         if not (folder / n).is_file() or sha256_of(folder / n) != digest
     ]
-
-
-def options_from(content: dict[str, Any]) -> EngineOptions:
-    """The options that an engine was built with."""
-    try:
-        given = dict(content["options"])
-        given["compute_capabilities"] = tuple(given["compute_capabilities"])
-        given["sample_sizes"] = tuple((height, width) for height, width in given["sample_sizes"])
-        if given.get("tactic_sources") is not None:
-            given["tactic_sources"] = tuple(given["tactic_sources"])
-        return EngineOptions(**given)
-    except (KeyError, TypeError, ValueError) as e:
-        raise InputError(f"damaged {ENGINE_FILE} ({e}); {_REPAIR}") from e
 
 
 def require_package(package: str, extra: str, purpose: str) -> None:

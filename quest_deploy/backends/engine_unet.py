@@ -43,9 +43,7 @@ class EngineUNet:
         """
         workspace.require(f"build-engine/{backend}")
         folder = workspace.path(ENGINES, backend)
-        return cls(
-            open_engine(get_backend(backend), folder), engine_info(folder)["sample_multiple"]
-        )
+        return cls(open_engine(get_backend(backend), folder), engine_info(folder).sample_multiple)
 
     def predict(
         self, sample: NDArray[Any], timestep: NDArray[Any] | float, **conditions: NDArray[Any]

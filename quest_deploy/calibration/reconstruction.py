@@ -236,23 +236,23 @@ def _parameters(
 @dataclass(frozen=True)
 class _UnitData:
     """What a unit is called with, as (args, kwargs) of tensors [N, ...], its targets [N, ...] and
-    the rows' buckets [N].
+    the rows' timesteps [N].
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: Tensor
-    buckets: Tensor
+    timesteps: Tensor
 
     def take(self, rows: Tensor) -> _UnitData:
         args = tuple(_index(value, rows) for value in self.args)
         kwargs = {key: _index(value, rows) for key, value in self.kwargs.items()}
-        return _UnitData(args, kwargs, self.targets[rows], self.buckets[rows])
+        return _UnitData(args, kwargs, self.targets[rows], self.timesteps[rows])
 
     def run(self, student: QuantizedModel, unit: str) -> Tensor:
         """The unit's output for these rows."""
-        student.bucket_state.current = self.buckets
-        output = student.model.get_submodule(unit)(*self.args, **self.kwargs)
+        with student.at_timesteps(self.timesteps):
+            output = student.model.get_submodule(unit)(*self.args, **self.kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
 
@@ -299,11 +299,11 @@ def _record(
         student.model.get_submodule(unit).register_forward_pre_hook(before, with_kwargs=True),
         target.register_forward_hook(after),
     ]
-    buckets = []
+    timesteps = []
     try:
         for steps, samplings in zip(rows[0].split(batch), rows[1].split(batch), strict=True):
             inputs = trajectories.inputs(steps, samplings)
-            buckets.append(student.bucket_of(inputs["timestep"]))
+            timesteps.append(inputs["timestep"])
             for model in (student, unet):
                 try:
                     model(**inputs)
@@ -314,7 +314,7 @@ def _record(
             handle.remove()
     args = tuple(_joined(column) for column in zip(*(args for args, _ in calls), strict=True))
     kwargs = {key: _joined([kwargs[key] for _, kwargs in calls]) for key in calls[0][1]}
-    return _UnitData(args, kwargs, torch.cat(outputs), torch.cat(buckets))
+    return _UnitData(args, kwargs, torch.cat(outputs), torch.cat(timesteps))
 
 
 def _submodule(unet: nn.Module, unit: str) -> nn.Module:
@@ -393,7 +393,6 @@ def _learn_scales(
         optimizer.step()
     for parameter in parameters:
         parameter.requires_grad_(False)
-    student.bucket_state.current = None
 
 
 def _sites_of(student: QuantizedModel, unit: str, layers: tuple[str, ...]) -> list[str]:
@@ -466,4 +465,3 @@ def _swapped(student: QuantizedModel, modules: dict[str, nn.Module]) -> Iterator
     finally:
         for name, module in own.items():
             set_submodule(student.model, name, module)
-        student.bucket_state.current = None

@@ -63,11 +63,11 @@ def build_engine_stage(
         digest = workspace.stages["export"].files[GRAPH]["sha256"]
         started = time.monotonic()
         with atomic_folder(workspace.path(ENGINES, backend)) as folder:
-            content = build_engine(built_for, load_graph(graph), folder, options, digest, update)
+            record = build_engine(built_for, load_graph(graph), folder, options, digest, update)
         files = sorted(workspace.path(ENGINES, backend).iterdir())
         details = {
             "backend": backend,
-            "hardware": content["hardware"],
+            "hardware": record.hardware,
             **({"quantize": options.quantize} if backend.startswith("tensorrt") else {}),
             "seconds": time.monotonic() - started,
             "files": {file.name: file.stat().st_size for file in files},

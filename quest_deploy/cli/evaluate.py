@@ -21,7 +21,6 @@ from quest_deploy.cli.calibrate import method_name
 from quest_deploy.cli.console import Console, table
 from quest_deploy.cli.options import (
     DEFAULT_BACKEND,
-    DEFAULT_MODEL,
     BitsOption,
     JsonOption,
     ModelOption,
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from quest_deploy.evaluation.sampling import Denoiser
     from quest_deploy.quantization.model import QuantizedModel
 
-FEW_IMAGES = 4
 """To draw with each of the contestants, where a forward pass may take seconds."""
 STEPS, SCHEDULER, SEED = 20, "ddim", 2024
 DEFAULTS = {"steps": STEPS, "scheduler": SCHEDULER, "seed": SEED}
@@ -71,15 +69,14 @@ def evaluate_stage(
             HELD_OUT_SAMPLES,
             HELD_OUT_SEED,
             SamplingOptions,
-            assess,
-            compare_images,
             draw,
             epsilon_mse,
+            evaluate_images,
         )
         from quest_deploy.models.registry import load_model
 
         model = load_model(workspace.source)
-        defaults = {} if model.judges_digits else {"images": FEW_IMAGES}
+        defaults = {"images": model.evaluation_images}
         chosen = SamplingOptions(**{"guidance": model.guidance, **defaults, **given})
         unet = model.load_unet()
         update("recording held-out trajectories", 0, 1)
@@ -98,11 +95,7 @@ def evaluate_stage(
             if name == "FP32":
                 fp32_images = images
             errors = epsilon_mse(denoise, held_out, workspace.scheme, model.forward_rows)
-            judged = (
-                assess(images, labels, fp32_images, errors)
-                if model.judges_digits
-                else compare_images(images, fp32_images, errors)
-            )
+            judged = evaluate_images(model, images, labels, fp32_images, errors)
             results[name] = judged.to_json()
         details = {"backend": backend, "sampling": dataclasses.asdict(chosen), "results": results}
         write_json(report, details)
@@ -218,7 +211,7 @@ def evaluate(
         typer.Option(
             min=2,
             help="Images to draw with each.",
-            show_default=f"1000 for {DEFAULT_MODEL}, else {FEW_IMAGES}",
+            show_default="the model's own",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = STEPS,

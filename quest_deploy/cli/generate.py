@@ -61,7 +61,7 @@ def generate_stage(
         from quest_deploy.models.registry import load_model
 
         model = load_model(workspace.source)
-        of_text = model.family == "text-to-image"
+        of_text = model.asked_for == "prompt"
         unused = ("labels",) if of_text else ("prompt", "negative_prompt", "height", "width")
         if misplaced := [name for name in unused if given.get(name) is not None]:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in misplaced)
@@ -123,7 +123,7 @@ def _labels(text: str | None, model: DiffusionModel) -> Any:
 
     if text is None:
         return np.arange(min(model.labels, DEFAULT_COLUMNS), dtype=np.int64)
-    if model.labels == 1:
+    if model.asked_for is None:
         raise InputError(
             f"--labels: not for {model.name}, a model that is {model.family}; --rows says how many "
             "images"

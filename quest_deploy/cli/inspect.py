@@ -13,7 +13,6 @@ from quest_deploy.backends.base import (
     LOWERED,
     changed_files,
     engine_info,
-    options_from,
 )
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.cli.console import Console, in_float, size, table
@@ -219,19 +218,17 @@ def _content(path: Path) -> tuple[dict[str, Any], str]:
 def _engine(console: Console, path: Path, *, layers: bool) -> tuple[dict[str, Any], str]:
     from quest_deploy.evaluation.precision import engine_precision
 
-    content = engine_info(path)
-    sizes = {
-        name: (path / name).stat().st_size for name in content["files"] if (path / name).exists()
-    }
-    changed = changed_files(path, content)
+    record = engine_info(path)
+    sizes = {name: (path / name).stat().st_size for name in record.files if (path / name).exists()}
+    changed = changed_files(path, record)
     graph, graph_text = _content(path / LOWERED)
     with console.progress("asking the engine what its layers run in"):
-        precision = engine_precision(get_backend(content["backend"]), path, options_from(content))
-    built_by = ", ".join(f"{name} {version}" for name, version in content["built_by"].items())
+        precision = engine_precision(get_backend(record.backend), path, record.options)
+    built_by = ", ".join(f"{name} {version}" for name, version in record.built_by.items())
     text = "\n".join(
         [
-            f"engine for {content['backend']} on {content['hardware']}",
-            f"from graph {content['graph_sha256'][:12]}, built by {built_by}",
+            f"engine for {record.backend} on {record.hardware}",
+            f"from graph {record.graph_sha256[:12]}, built by {built_by}",
             f"files: {', '.join(f'{name} {size(count)}' for name, count in sizes.items())}",
             *(f"warning: {name} is missing or was changed since it was built" for name in changed),
             "lowered " + graph_text,
@@ -244,7 +241,7 @@ def _engine(console: Console, path: Path, *, layers: bool) -> tuple[dict[str, An
         "lowered": graph,
         "precision": precision.to_json(),
     }
-    return {**content, "kind": "engine", **details}, text
+    return {**record.to_json(), "kind": "engine", **details}, text
 
 
 def _workspace(path: Path) -> tuple[dict[str, Any], str]:

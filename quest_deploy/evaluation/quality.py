@@ -16,7 +16,6 @@ import torch
 
 from quest_deploy.calibration.trajectories import in_parts
 from quest_deploy.evaluation.sampling import sample_images
-from quest_deploy.models.digit_quality import judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,23 +106,20 @@ def draw(
     return images, labels
 
 
-def assess(
+def evaluate_images(
+    model: DiffusionModel,
     images: NDArray[np.float32],
     labels: NDArray[np.int64],
     fp32_images: NDArray[np.float32],
     epsilon_mse: list[float | None],
-) -> Quality:
-    """Judge one contestant's images against the real digits and against FP32's images."""
-    quality = judge(images, labels)
-    pixel_mse = float(np.square(images - fp32_images).mean())
-    return Quality(quality.frechet_distance, quality.accuracy, pixel_mse, epsilon_mse)
-
-
-def compare_images(
-    images: NDArray[np.float32], fp32_images: NDArray[np.float32], epsilon_mse: list[float | None]
-) -> Fidelity:
-    """Compare one contestant's images [N, C, H, W] in [-1, 1] with FP32's of the same noise."""
+) -> Quality | Fidelity:
+    """Judge one contestant's images [N, C, H, W] in [-1, 1] by the model's own metric, if it has
+    one, and else by how near they come to FP32's of the same noise.
+    """
     mse = float(np.square(images - fp32_images).mean())
+    judged = model.judge(images, labels)
+    if judged is not None:
+        return Quality(judged.frechet_distance, judged.accuracy, mse, epsilon_mse)
     return Fidelity(mse, 10 * math.log10(4 / mse) if mse > 0 else None, epsilon_mse)
 
 

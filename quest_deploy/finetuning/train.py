@@ -390,7 +390,7 @@ def _backward(
             for mine, theirs in zip(block_outputs, block_targets, strict=True)
         ]
         loss = loss + options.block_loss * torch.stack(errors).mean()
-    with student.bucket_state.during(student.bucket_of(inputs["timestep"])):
+    with student.at_timesteps(inputs["timestep"], sharing=True):
         loss.backward()
     return loss.detach()
 

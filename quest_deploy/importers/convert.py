@@ -31,7 +31,7 @@ from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.errors import InputError
 from quest_deploy.importers.architecture import Layout
 from quest_deploy.importers.read import parts_of
-from quest_deploy.importers.settings import BITS, Source
+from quest_deploy.importers.settings import Source
 from quest_deploy.quantization.model import build_float_model, conv_geometry, float_state
 from quest_deploy.quantization.planner import plan_quantization
 from quest_deploy.quantization.prepare import prepare
@@ -203,7 +203,12 @@ def import_checkpoint(
     checkpoint = Checkpoint(
         model=IMPORTED,
         architecture=Architecture(
-            config.class_name, config.diffusers_config, splits, attention, config.fixed_heads
+            config.class_name,
+            config.diffusers_config,
+            splits,
+            attention,
+            config.fixed_heads,
+            official_sums=True,
         ),
         scheme=scheme,
         layers=layers,
@@ -239,7 +244,9 @@ def recalibrate(
         options,
         on_progress,
     )
-    architecture = dataclasses.replace(checkpoint.architecture, heads=official.config.fixed_heads)
+    architecture = dataclasses.replace(
+        checkpoint.architecture, heads=official.config.fixed_heads, official_sums=True
+    )
     model = build_float_model(architecture)
     layers = {
         name: _placed(rounded[name], model, layer.macs) for name, layer in checkpoint.layers.items()
@@ -270,7 +277,7 @@ def import_scheme(official: OfficialCheckpoint) -> Scheme:
         granularity=Granularity.PER_TENSOR,
         train_timesteps=official.config.train_timesteps,
         attention_bits=settings.activation_bits,
-        softmax_bits=settings.softmax_bits if settings.softmax_bits in BITS else None,
+        softmax_bits=settings.softmax_bits if settings.softmax_bits in (4, 8) else None,
         split_shortcuts=official.split,
     )
 
@@ -314,7 +321,7 @@ def _diffusers_model(
         }
     config = official.config
     model = build_float_model(
-        Architecture(config.class_name, config.diffusers_config, heads=config.fixed_heads)
+        Architecture(config.class_name, config.diffusers_config, {}, None, config.fixed_heads)
     )
     model.load_state_dict(state, strict=True)
     return model
@@ -437,7 +444,7 @@ def _why_float(tables: _Tables) -> str | None:
                 "integer product"
             )
         return "a scale for each channel or token, where an integer product has one for the tensor"
-    if tables.bits not in BITS:
+    if tables.bits not in (4, 8):
         return f"codes of {tables.bits} bits, more than int8 holds"
     if high - low != activation_levels(tables.bits):
         return (

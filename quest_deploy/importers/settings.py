@@ -6,16 +6,17 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field
+
+from quest_deploy.artifacts.schema import Bits, Positive, one_of, parse, validated
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-BITS = (4, 8)
-SOFTMAX_BITS = (4, 8, 16)
 FIRST_AND_LAST = ("input_blocks.0.0.act_quantizer", "out.2.act_quantizer")
 
 
@@ -28,6 +29,7 @@ class Source(StrEnum):
     """One scale for all timesteps, per tensor."""
 
 
+@validated("the checkpoint's settings")
 @dataclass(frozen=True)
 class ImportSettings:
     """The command line that made the checkpoint.
@@ -46,46 +48,27 @@ class ImportSettings:
     """
 
     source: Source
-    timesteps: tuple[float, ...]
-    weight_bits: int
-    activation_bits: int
-    first_last_bits: int
-    softmax_bits: int
+    timesteps: tuple[Annotated[float, Field(ge=0, lt=2**31)], ...]
+    weight_bits: Bits
+    activation_bits: Bits
+    first_last_bits: Bits
+    softmax_bits: Annotated[int, one_of(4, 8, 16)]
     symmetric: bool
-    context_tokens: int | None = None
+    context_tokens: Positive | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("weight_bits", BITS),
-            ("activation_bits", BITS),
-            ("first_last_bits", BITS),
-            ("softmax_bits", SOFTMAX_BITS),
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or value not in allowed:
-                raise InputError(
-                    f"{name}: expected one of {', '.join(map(str, allowed))}, not {value!r}"
-                )
-        if type(self.symmetric) is not bool:
-            raise InputError(f"symmetric: expected true or false, not {self.symmetric!r}")
-        if self.context_tokens is not None and (
-            type(self.context_tokens) is not int or self.context_tokens < 1
-        ):
-            raise InputError(
-                f"context_tokens: expected a positive integer, not {self.context_tokens!r}"
-            )
         if any(a <= b for a, b in itertools.pairwise(self.timesteps)):
-            raise InputError(
+            raise ValueError(
                 "timesteps: expected them largest first, as the checkpoint's tables are ordered, "
                 f"found {self.timesteps}"
             )
         if bool(self.timesteps) != (self.source is Source.QUEST):
-            wanted = (
+            expected = (
                 "the calibrated timesteps"
                 if self.source is Source.QUEST
                 else "no timesteps: one scale serves all of them"
             )
-            raise InputError(f"timesteps: a checkpoint of {self.source.value} needs {wanted}")
+            raise ValueError(f"timesteps: a checkpoint of {self.source.value} needs {expected}")
 
     @classmethod
     def gather(cls, source: Source, options: dict[str, Any], file: Path | None) -> ImportSettings:
@@ -100,7 +83,8 @@ class ImportSettings:
         names = {f.name for f in dataclasses.fields(cls)} - {"source"}
         if not isinstance(given, dict) or given.keys() - names:
             raise InputError(
-                f"{file}: expected a JSON object with some of the keys {', '.join(sorted(names))}"
+                f"{file}: expected a JSON object of {', '.join(sorted(names))}, found "
+                f"{', '.join(sorted(given)) if isinstance(given, dict) else type(given).__name__}"
             )
         given |= {name: value for name, value in options.items() if value is not None}
         if source is Source.QDIFF:
@@ -112,14 +96,7 @@ class ImportSettings:
                 f"the checkpoint does not say how it was made; give {named} (or --settings with a "
                 "JSON file of them)"
             )
-        timesteps = given.pop("timesteps")
-        if not isinstance(timesteps, list | tuple) or any(
-            type(t) not in (int, float) or not 0 <= t < 2**31 for t in timesteps
-        ):
-            raise InputError(
-                f"timesteps: expected a list of numbers of 0 or more, found {timesteps!r}"
-            )
-        return cls(source, tuple(float(t) for t in timesteps), **given)
+        return parse(cls, {"source": source, **given}, "the checkpoint's settings")
 
     def code_range(self, quantizer: str) -> tuple[int, int]:
         """The codes that an activation quantizer clamps to, its zero-point included, by its CompVis

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -43,6 +43,11 @@ row the class of no class.
 UNETS = ("UNet2DConditionModel", "UNet2DModel")
 GUIDANCE = {TEXT_TO_IMAGE: 7.5, CLASS_CONDITIONAL: 3.0, UNCONDITIONAL: 1.0}
 """What each family is used with: Stable Diffusion's default, QuEST's for ImageNet, and none."""
+ASKED_FOR: Mapping[str, Literal["prompt", "label"] | None] = {
+    TEXT_TO_IMAGE: "prompt",
+    CLASS_CONDITIONAL: "label",
+    UNCONDITIONAL: None,
+}
 IMAGENET_CLASSES = 1000
 _ARCHITECTURE_OF_FILE = {"v1": "sd15", "v2": "sd21", "xl_base": "sdxl"}
 """By what diffusers calls the contents of a single file."""
@@ -60,8 +65,8 @@ class PipelineModel:
         config: the UNet's configuration.
     """
 
-    judges_digits = False
     calibration_steps = 20
+    evaluation_images = 4
 
     def __init__(self, source: ModelSource, prompts: Sequence[str] | None = None) -> None:
         """See :func:`quest_deploy.models.registry.load_model`."""
@@ -77,6 +82,7 @@ class PipelineModel:
         )
         self._check_unet()
         self.family = self._family()
+        self.asked_for = ASKED_FOR[self.family]
         if prompts is not None and self.family != TEXT_TO_IMAGE:
             raise InputError(
                 f"--prompts: expected a text-to-image model, and {self.name} is {self.family}"
@@ -97,6 +103,9 @@ class PipelineModel:
         self.forward_rows: int | None = 2 if self.family == TEXT_TO_IMAGE else 4
         self.finetuning: Mapping[str, Any] = {}
         self.finetuning_threads: int | None = None
+
+    def judge(self, images: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
+        """Nothing here judges them."""
 
     def load_unet(self) -> nn.Module:
         """The float model, its LoRAs fused; random weights are those of the source's seed."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from quest_deploy.artifacts.model_source import (
     IMPORTED,
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
     from torch import nn
+
+    from quest_deploy.models.digit_quality import DigitQuality
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 """A folder for each architecture: its pipeline's index and the configurations of its UNet and its
@@ -91,7 +93,8 @@ class DiffusionModel(Protocol):
         forward_rows: how many rows of a batch are best run at once; None for any number.
         finetuning: the options of ``FinetuneOptions`` that suit it better than the defaults.
         finetuning_threads: how many of torch's threads finetune it best on a CPU; None for all.
-        judges_digits: whether its images can be judged by a classifier of digits.
+        asked_for: what an image of it is asked for by, a "prompt" or a "label"; None for nothing.
+        evaluation_images: how many images are drawn to evaluate it unless told otherwise.
     """
 
     name: str
@@ -104,7 +107,8 @@ class DiffusionModel(Protocol):
     forward_rows: int | None
     finetuning: Mapping[str, Any]
     finetuning_threads: int | None
-    judges_digits: bool
+    asked_for: Literal["prompt", "label"] | None
+    evaluation_images: int
 
     @property
     def labels(self) -> int:
@@ -141,6 +145,11 @@ class DiffusionModel(Protocol):
     def images(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """Decode latents [B, ...] to images [B, C, H, W] in [-1, 1]; raise InputError where the
         model has no decoder.
+        """
+
+    def judge(self, images: NDArray[np.float32], labels: NDArray[np.int64]) -> DigitQuality | None:
+        """How good images [B, C, H, W], asked for as ``labels``, are by a metric of the model's
+        own; None where it has none.
         """
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
     from torch import nn
+
+    from quest_deploy.models.digit_quality import DigitQuality
 
 ASSETS = Path(__file__).parent / "tiny_assets"
 NULL_CLASS = 10
@@ -84,7 +86,8 @@ class TinyModel:
     # Its operations are too small to share: two threads are no faster than one, and far slower
     # where other work takes a core.
     finetuning_threads: int | None = 1
-    judges_digits = True
+    asked_for: Literal["prompt", "label"] | None = "label"
+    evaluation_images = 1000
 
     def load_unet(self) -> nn.Module:
         """The FP32 UNet: sample [B, 4, 8, 8], timestep [B], encoder_hidden_states [B, 4, 32] ->
@@ -133,6 +136,12 @@ class TinyModel:
             .reshape(batch, 1, 2 * height, 2 * width)
         )
         return np.clip(pixels, -1.0, 1.0)
+
+    def judge(self, images: NDArray[np.float32], labels: NDArray[np.int64]) -> DigitQuality:
+        """By the classifier of digits that ships with the model."""
+        from quest_deploy.models.digit_quality import judge
+
+        return judge(images, labels)
 
     def _embed(self, classes: torch.Tensor) -> dict[str, torch.Tensor]:
         """Four tokens a class: encoder_hidden_states, float32 [B, 4, 32]."""

@@ -43,11 +43,11 @@ class BucketState:
         self._sharing = False
 
     @contextmanager
-    def during(self, buckets: Tensor) -> Iterator[None]:
-        """A forward pass with samples in ``buckets`` [B], or the backward pass, in which
-        checkpointed blocks run again.
+    def during(self, buckets: Tensor, *, sharing: bool) -> Iterator[None]:
+        """See :meth:`quest_deploy.quantization.model.QuantizedModel.at_timesteps`; ``buckets``
+        [B].
         """
-        self.current, self._sharing = buckets, True
+        self.current, self._sharing = buckets, sharing
         try:
             yield
         finally:

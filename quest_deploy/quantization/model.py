@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from quest_deploy.artifacts.checkpoint import (
     ScoreScale,
     SiteData,
 )
-from quest_deploy.artifacts.model_source import IMPORTED
 from quest_deploy.artifacts.scheme import activation_levels
 from quest_deploy.errors import InputError
 from quest_deploy.models.unets import FLAT_CLASSES, set_heads
@@ -43,7 +43,7 @@ from quest_deploy.quantization.layers import (
 from quest_deploy.quantization.prepare import prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 
 class QuantizedModel(nn.Module):
@@ -94,7 +94,7 @@ class QuantizedModel(nn.Module):
         for name, layer in self.quantized_layers().items():
             if name.rpartition(".")[2] == PROJECTION and isinstance(layer, QuantizedConv2d):
                 layer.register_forward_pre_hook(_channels_last)
-        if checkpoint.model == IMPORTED:
+        if checkpoint.architecture.official_sums:
             layers = self.quantized_layers()
             for name in checkpoint.architecture.split_shortcuts:
                 set_submodule(
@@ -164,10 +164,8 @@ class QuantizedModel(nn.Module):
             )
 
     def _product_class(self, name: str) -> type[QuantizedProduct]:
-        """What sums in the order of the model: an imported one gives the official results to the
-        bit.
-        """
-        if self.checkpoint.model == IMPORTED:
+        """What sums in the order that the architecture says."""
+        if self.checkpoint.architecture.official_sums:
             match self.checkpoint.architecture.attention, name.rpartition(".")[2]:
                 case ScoreScale.PRODUCT, "scores":
                     return QuantizedTransformerScores
@@ -179,10 +177,22 @@ class QuantizedModel(nn.Module):
         """The bucket of each timestep [B], int64 [B]: the number of edges <= t."""
         return bucket_of(timestep, self.edges)
 
+    @contextmanager
+    def at_timesteps(self, timestep: Tensor, *, sharing: bool = False) -> Iterator[None]:
+        """Let parts of the model compute for samples at ``timestep`` [B].
+
+        Args:
+            sharing: whether a site that reads the same tensor several times, one after the other,
+                quantizes it once: in a forward pass, and in the backward pass, in which
+                checkpointed blocks run again.
+        """
+        with self.bucket_state.during(self.bucket_of(timestep), sharing=sharing):
+            yield
+
     def forward(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
         """Predict for sample [B, ...] at timestep [B] (or a scalar, for the whole batch)."""
         timestep = torch.as_tensor(timestep).expand(sample.shape[0])
-        with self.bucket_state.during(self.bucket_of(timestep)):
+        with self.at_timesteps(timestep, sharing=True):
             output: Tensor = self.model(sample, timestep, **conditions, return_dict=False)[0]
             return output
 

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph_info import BUCKET, GraphInfo, SiteInfo, graph_info, load_graph, save_graph
+from exporters.graph_info import BUCKET, GraphInfo, graph_info, load_graph, save_graph
 from exporters.passes.cut import (
     cut_bucket,
     cut_codes,
@@ -42,9 +42,10 @@ from exporters.passes.cut import (
     upstream,
 )
 from exporters.passes.to_dtype import HALF_TYPES
-from quest_deploy.artifacts.reference import OUTPUT, load_reference
+from quest_deploy.artifacts.reference import OUTPUT, Key, load_reference
 from quest_deploy.backends.base import LOWERED, EngineOptions, no_progress, open_engine
 from quest_deploy.errors import InputError
+from quest_deploy.quantization import affine_numpy
 from quest_deploy.verification.runners import compare
 from quest_deploy.verification.tolerances import (
     INFORMATIVE,
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from quest_deploy.artifacts.reference import Record
+    from quest_deploy.artifacts.reference import Record, Tables
     from quest_deploy.artifacts.scheme import Scheme
     from quest_deploy.backends.base import Backend, Runner
 
@@ -230,7 +231,7 @@ def verify_engine(
     total = len(by_site) + len(by_layer) + 1
     for i, (site, held) in enumerate(by_site.items()):
         codes[site] = _check_codes(
-            build, lowered, types, info, site, {k: records[k] for k in held}, tables
+            build, lowered, types, info, site, {k: records[k] for k in held}, tables[site]
         )
         on_progress("sites", i + 1, total)
     for i, (layer, held) in enumerate(by_layer.items()):
@@ -255,28 +256,19 @@ def verify_engine(
     )
 
 
-def _fits(info: GraphInfo, records: list[Record], tables: Arrays) -> bool:
+def _fits(info: GraphInfo, records: list[Record], tables: dict[str, Tables]) -> bool:
     """Whether a reference is of the graph's model, and whole: each record has what belongs to its
     sites and products.
     """
-    sites = {name.removesuffix(".scale") for name in tables if name.endswith(".scale")}
-    if sites != set(info.sites) or all(record.entry.sensitivity is None for record in records):
+    if tables.keys() != info.sites.keys():
+        return False
+    if all(record.entry.sensitivity is None for record in records):
         return False
     for record in records:
-        chosen, products = set(record.entry.sites), set(record.entry.products)
-        if not chosen or not chosen <= info.sites.keys() or not products <= info.products.keys():
-            return False
-        layers = {layer.name for layer in info.layers.values() if layer.site in chosen}
-        needed = {
-            "bucket",
-            OUTPUT,
-            "untied_output",
-            *(f"site.{name}.{part}" for name in chosen for part in ("x", "codes")),
-        }
-        needed |= {f"layer.{name}.y" for name in layers | products} | {
-            f"rounding.{name}" for name in (*chosen, *products, OUTPUT)
-        }
-        if not needed <= record.tensors.keys():
+        sites, products = set(record.entry.sites), set(record.entry.products)
+        layers = [layer.name for layer in info.layers.values() if layer.site in sites]
+        known = sites <= info.sites.keys() and products <= info.products.keys()
+        if not sites or not known or not record.is_whole(layers):
             return False
     return True
 
@@ -390,27 +382,27 @@ def _check_codes(
     info: GraphInfo,
     site: str,
     records: dict[int, Record],
-    tables: Arrays,
+    tables: Tables,
 ) -> dict[int, list[CodeMismatches]]:
     entry = info.sites[site]
 
     def tensors(record: Record) -> tuple[Arrays, Arrays]:
-        x, bucket = record.tensors[f"site.{site}.x"], record.tensors["bucket"]
+        x, bucket = record.tensors[Key.x(site)], record.bucket
         if not types.is_half(entry.input):
-            return {entry.input: x, BUCKET: bucket}, {
-                entry.codes: record.tensors[f"site.{site}.codes"]
-            }
+            codes = record.tensors[Key.codes(site)]
+            return {entry.input: x, BUCKET: bucket}, {entry.codes: codes}
         # Rounded, a probe just beyond a clip bound may be no more: more rows, which go farther.
         x, bucket = (
             types.cast(entry.input, np.concatenate([x, FARTHER * x[2:]])),
             np.concatenate([bucket, bucket[2:]]),
         )
-        return {entry.input: x, BUCKET: bucket}, {entry.codes: _codes(x, bucket, tables, entry)}
+        codes = affine_numpy.codes(x, bucket, tables, entry.axis)
+        return {entry.input: x, BUCKET: bucket}, {entry.codes: codes}
 
     results = {}
     pairs = build.run(cut_codes(lowered, info, site), map(tensors, records.values()))
     for i, (fed, mine, theirs) in zip(records, pairs, strict=True):
-        ratio = _ratio(fed[entry.input], fed[BUCKET], tables, entry)
+        ratio = affine_numpy.ratio(fed[entry.input], fed[BUCKET], tables, entry.axis)
         found = _without_padding(_signed(mine[entry.codes]), ratio.shape)
         results[i] = [
             compare_codes(found[row], theirs[entry.codes][row], ratio[row])
@@ -434,68 +426,6 @@ def _without_padding(codes: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any
     return codes[tuple(slice(b, b + size) for b, size in zip(border, shape, strict=True))]
 
 
-def _step(
-    x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: SiteInfo
-) -> NDArray[np.float32]:
-    """What x [rows, ...] is divided by before it is rounded."""
-    scale = _of_rows(tables[f"{site.name}.scale"], x, bucket, site)
-    # Ones may lie along a product's tokens, of which samples of another size have another number.
-    if not site.integer or (tables[f"{site.name}.channel"] == 1).all():
-        return scale
-    result: NDArray[np.float32] = scale * tables[f"{site.name}.channel"].reshape(
-        -1, *[1] * (x.ndim - 1 - site.axis % x.ndim)
-    )
-    return result
-
-
-def _of_rows(
-    table: NDArray[Any], x: NDArray[Any], bucket: NDArray[Any], site: SiteInfo
-) -> NDArray[Any]:
-    """A table [K], or [K, C] along the site's axis, at each row's bucket, to broadcast against x
-    [rows, ...].
-    """
-    shape = [len(x), *[1] * (x.ndim - 1)]
-    if table.ndim == 2:
-        shape[site.axis] = -1
-    rows: NDArray[Any] = table[bucket].reshape(shape)
-    return rows
-
-
-def _ratio(
-    x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: SiteInfo
-) -> NDArray[np.float32]:
-    result: NDArray[np.float32] = x.astype(np.float32, copy=False) / _step(x, bucket, tables, site)
-    return result
-
-
-def _levels(
-    x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: SiteInfo
-) -> NDArray[np.float32]:
-    """What x is rounded to, in steps: whole numbers, within the site's bounds."""
-    rounded = np.rint(_ratio(x, bucket, tables, site))
-    if site.integer:
-        low, high = (
-            _of_rows(tables[f"{site.name}.{bound}"], x, bucket, site) for bound in ("low", "high")
-        )
-        bounded: NDArray[np.float32] = np.clip(rounded, low, high)
-        return bounded
-    zero_point = _of_rows(tables[f"{site.name}.zero_point"], x, bucket, site)
-    low, high = tables[f"{site.name}.range"].astype(np.float32)
-    result: NDArray[np.float32] = np.clip(rounded + zero_point, low, high) - zero_point
-    return result
-
-
-def _codes(x: NDArray[Any], bucket: NDArray[Any], tables: Arrays, site: SiteInfo) -> NDArray[Any]:
-    """The codes of x by the op's definition, as the reference has them."""
-    levels = _levels(x, bucket, tables, site)
-    if not site.integer:
-        return levels
-    codes: NDArray[np.int8] = (
-        levels + _of_rows(tables[f"{site.name}.offset"], x, bucket, site)
-    ).astype(np.int8)
-    return codes
-
-
 def _check_layer(
     build: _CutBuilder,
     lowered: ir.Model,
@@ -503,7 +433,7 @@ def _check_layer(
     info: GraphInfo,
     layer: str,
     records: dict[int, Record],
-    tables: Arrays,
+    tables: dict[str, Tables],
 ) -> dict[int, NDArray[np.float32]]:
     sites: tuple[str | None, ...]
     sources: tuple[str, ...]
@@ -526,18 +456,18 @@ def _check_layer(
 
     def operand(record: Record, index: int) -> NDArray[Any]:
         name = sites[index]
-        x = record.tensors[f"operand.{layer}.{index}"] if name is None else record.untied(name)
+        x = record.tensors[Key.operand(layer, index)] if name is None else record.untied(name)
         if name is not None and types.half(sources[index]):
-            known = (x, record.tensors["bucket"], tables, info.sites[name])
-            x = _levels(*known) * _step(*known)
+            known = (x, record.bucket, tables[name], info.sites[name].axis)
+            x = affine_numpy.levels(*known) * affine_numpy.step(*known)
         return types.cast(sources[index], x)
 
     def tensors(record: Record) -> tuple[Arrays, Arrays]:
         feed = {
             **{source: operand(record, i) for i, source in enumerate(sources)},
-            BUCKET: record.tensors["bucket"],
+            BUCKET: record.bucket,
         }
-        return feed, {output: record.tensors[f"layer.{layer}.y"]}
+        return feed, {output: record.tensors[Key.y(layer)]}
 
     pairs = build.run(cut, map(tensors, records.values()))
     channels = []
@@ -619,7 +549,7 @@ def _check_segments(
     for name, found in errors.items():
         if misread[name]:
             found = {i: np.full(2, np.finfo(np.float32).max) for i in found}
-        rounding = max(float(records[i].tensors[f"rounding.{name}"].max()) for i in found)
+        rounding = max(float(records[i].tensors[Key.rounding(name)].max()) for i in found)
         segments[name] = _Segment(
             found, segment_tolerance(rounding, halves[name]), sorted(misread[name])
         )
@@ -633,18 +563,17 @@ def _ends(
     values, each with what it should be.
     """
     ends = [
-        (info.sites[name].input, _End(name, f"site.{name}.x", info.sites[name].axis))
-        for name in sites
+        (info.sites[name].input, _End(name, Key.x(name), info.sites[name].axis)) for name in sites
     ]
     for name in products:
         product = info.products[name]
         for i, (value, site) in enumerate(zip(product.inputs, product.sites, strict=True)):
             if site is None:
-                ends.append((value, _End(name, f"operand.{name}.{i}", -1)))
+                ends.append((value, _End(name, Key.operand(name, i), -1)))
             elif value != info.sites[site].input:
-                ends.append((value, _End(name, f"site.{site}.x", info.sites[site].axis)))
+                ends.append((value, _End(name, Key.x(site), info.sites[site].axis)))
     return ends + [
-        (str(value.name), _End(OUTPUT, "untied_output", 1)) for value in lowered.graph.outputs
+        (str(value.name), _End(OUTPUT, Key.UNTIED_OUTPUT, 1)) for value in lowered.graph.outputs
     ]
 
 
@@ -652,9 +581,7 @@ def _outputs(info: GraphInfo, record: Record) -> dict[str, str]:
     """The layers' and products' values in the graph, each with the record's tensor of it, where it
     has one.
     """
-    keys = {
-        entry.output: f"layer.{name}.y" for name, entry in (info.layers | info.products).items()
-    }
+    keys = {entry.output: Key.y(name) for name, entry in (info.layers | info.products).items()}
     return {value: key for value, key in keys.items() if key in record.tensors}
 
 
@@ -694,7 +621,7 @@ def _check_end_to_end(
     with open_engine(backend, engine) as runner:
         for record in records:
             mine, theirs = compare(
-                backend.name, runner, record.inputs, {OUTPUT: record.tensors[OUTPUT]}
+                backend.name, runner, record.inputs, {OUTPUT: record.tensors[Key.OUTPUT]}
             )
             errors.append(relative_error(next(iter(mine.values())), theirs[OUTPUT]))
     return errors
@@ -722,7 +649,7 @@ def _summarize(
         worst, bucket = max(
             (float(e), b)
             for i, row in found.items()
-            for e, b in zip(row, records[i].row_buckets, strict=True)
+            for e, b in zip(row, records[i].bucket.tolist(), strict=True)
         )
         layers.append(LayerResult(layer, worst, bucket, allowed[layer]))
     buckets: dict[int, BucketResult] = {}

@@ -24,25 +24,27 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quest_deploy.artifacts.reference import (
     HALF_TYPES,
     INDEX,
     OUTPUT,
-    TABLES,
-    TIE_ULPS,
+    FreeTables,
+    IntegerTables,
+    Key,
     RecordEntry,
+    ReferenceIndex,
+    write_tables,
+    write_tensors,
 )
-from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.files import atomic_file, read_json, sha256_of, write_json
+from quest_deploy.errors import InputError
+from quest_deploy.files import sha256_of
+from quest_deploy.quantization.affine_numpy import TIE_ULPS, tie_distance
 from quest_deploy.quantization.layers import (
     ActivationQuantizer,
     FreeActivationQuantizer,
@@ -59,6 +61,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
+    from quest_deploy.artifacts.reference import Tables
     from quest_deploy.artifacts.scheme import Scheme
     from quest_deploy.calibration.trajectories import Trajectories
     from quest_deploy.quantization.model import QuantizedModel
@@ -132,7 +137,7 @@ def save_reference(
     if not records:  # what is there is of another key
         for left in (folder / INDEX, *folder.glob(RECORD.format("*"))):
             left.unlink(missing_ok=True)
-    _write(_tables(model), folder / TABLES)
+    write_tables(_tables(model), folder)
     for i in range(len(records), len(pairs)):
         buckets, sample = pairs[i], samples[i]
         inputs = _inputs(trajectories, timesteps[i], seed + i)
@@ -143,10 +148,10 @@ def save_reference(
         half_sensitivity = (
             _half_sensitivity(model, inputs, output) if i in with_sensitivity else None
         )
-        tensors = {f"input.{name}": value for name, value in inputs.items()} | {"output": output}
+        tensors = {Key.input(name): value for name, value in inputs.items()} | {Key.OUTPUT: output}
         tensors |= _layer_tensors(model, inputs, sample, i)
         file = RECORD.format(f"{buckets[0]:04d}-{buckets[1]:04d}")
-        _write(tensors, folder / file)
+        write_tensors({name: x.numpy() for name, x in tensors.items()}, folder / file)
         records.append(
             RecordEntry(
                 file,
@@ -159,10 +164,7 @@ def save_reference(
             )
         )
         hashes[file] = sha256_of(folder / file)
-        write_json(
-            folder / INDEX,
-            {"key": key, "sha256": hashes, "records": [asdict(record) for record in records]},
-        )
+        ReferenceIndex(key, hashes, tuple(records)).write(folder)
         on_progress(i + 1, len(pairs))
     return records
 
@@ -171,32 +173,17 @@ def _kept_records(folder: Path, key: str) -> tuple[list[RecordEntry], dict[str, 
     """The records that are whole in ``folder``, up to the first that is not, where they were made
     with ``key``; and their hashes.
     """
+    try:
+        index = ReferenceIndex.read(folder)
+    except InputError:  # it is only a shortcut
+        return [], {}
     kept: list[RecordEntry] = []
-    hashes: dict[str, str] = {}
-    try:
-        index = read_json(folder / INDEX)
-        for entry in index["records"] if index["key"] == key else ():
-            file = entry["file"]
-            if sha256_of(folder / file) != index["sha256"][file]:
-                break
-            hashes[file] = index["sha256"][file]
-            kept.append(RecordEntry(**entry))
-    except (InputError, KeyError, TypeError, OSError):
-        pass  # it is only a shortcut
-    return kept, hashes
-
-
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        with atomic_file(path) as temporary:
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
-            temporary.chmod(
-                mode
-            )  # safetensors lets nobody else read its files, whatever the umask says
-    except SafetensorError as e:  # it hides the operating system's error, a full disk for one
-        raise QuestDeployError(f"{path.name} cannot be written: {e}") from e
+    for entry in index.records if index.key == key else ():
+        path = folder / entry.file
+        if not path.is_file() or sha256_of(path) != index.sha256.get(entry.file):
+            break
+        kept.append(entry)
+    return kept, {entry.file: index.sha256[entry.file] for entry in kept}
 
 
 def _cut_down(trajectories: Trajectories, size: tuple[int, int], factor: int) -> Trajectories:
@@ -234,9 +221,7 @@ def is_tie(ratio: Tensor) -> Tensor:
     """Where x/step [any shape, float32] lies within 4 ulp of a value halfway between two
     integers.
     """
-    halfway = torch.floor(ratio) + 0.5
-    ulp = torch.nextafter(ratio.abs(), torch.tensor(torch.inf, dtype=ratio.dtype)) - ratio.abs()
-    return (ratio - halfway).abs() <= TIE_ULPS * ulp
+    return torch.from_numpy(tie_distance(ratio.detach().numpy()) <= TIE_ULPS)
 
 
 def _inputs(
@@ -302,39 +287,41 @@ def _layer_tensors(
         if isinstance(module, QuantizedSplit):
             handles.append(module.register_forward_hook(halves))
     try:
-        tensors = {"untied_output": model(**inputs)}
+        tensors = {Key.UNTIED_OUTPUT: model(**inputs)}
     finally:
         for handle in handles:
             handle.remove()
     tensors |= _rounding(
-        model, inputs, {**seen, OUTPUT: tensors["untied_output"]}, operands, results, shapes, record
+        model,
+        inputs,
+        {**seen, OUTPUT: tensors[Key.UNTIED_OUTPUT]},
+        operands,
+        results,
+        shapes,
+        record,
     )
     # Copies: the output may be a layer's, and a file holds no memory twice.
-    tensors |= {
-        f"layer.{name}.y": results[(layers | products)[name]].clone() for name in sample.outputs
-    }
+    tensors |= {Key.y(name): results[(layers | products)[name]].clone() for name in sample.outputs}
 
     bucket = model.bucket_of(inputs["timestep"])
-    model.bucket_state.current = torch.cat([bucket, bucket])
-    tensors["bucket"] = model.bucket_state.current
-    try:
+    tensors[Key.BUCKET] = torch.cat([bucket, bucket])
+    with model.at_timesteps(inputs["timestep"].repeat(2)):
         untied: dict[str, Tensor] = {}
         for name, site in chosen.items():
             x = torch.cat([seen[name], _probe(site, seen[name], bucket, record)])
-            tensors[f"site.{name}.x"] = x
-            tensors[f"site.{name}.codes"] = site.codes(x)
+            tensors[Key.x(name)] = x
+            tensors[Key.codes(name)] = site.codes(x)
             ties = is_tie(site.ratio(x))
             if ties.any():
                 x = site.untied(x, ties)
                 tensors |= {
-                    f"site.{name}.ties": ties.flatten().nonzero()[:, 0],
-                    f"site.{name}.untied": x[ties],
+                    Key.ties(name): ties.flatten().nonzero()[:, 0],
+                    Key.untied(name): x[ties],
                 }
             readers = [reader for reader in model.checkpoint.sites[name].layers if reader in layers]
             for reader in readers:
-                tensors[f"layer.{reader}.y"] = _with_probes(
-                    tensors[f"layer.{reader}.y"], layers[reader](x)
-                )
+                key = Key.y(reader)
+                tensors[key] = _with_probes(tensors[key], layers[reader](x))
             if not readers:
                 untied[name] = x
         for name, product in chosen_products.items():
@@ -344,13 +331,11 @@ def _layer_tensors(
                 for site, x in zip(sites, operands[name], strict=True)
             ]
             tensors |= {
-                f"operand.{name}.{i}": x
+                Key.operand(name, i): x
                 for i, (site, x) in enumerate(zip(sites, pair, strict=True))
                 if site is None
             }
-            tensors[f"layer.{name}.y"] = _with_probes(tensors[f"layer.{name}.y"], product(*pair))
-    finally:
-        model.bucket_state.current = None
+            tensors[Key.y(name)] = _with_probes(tensors[Key.y(name)], product(*pair))
     return tensors
 
 
@@ -387,7 +372,8 @@ def _rounding(
 
     def compare(name: str, x: Tensor, expected: Tensor, axis: int) -> None:
         error = torch.from_numpy(segment_error(expected.numpy(), x.numpy(), axis))
-        rounding[f"rounding.{name}"] = torch.maximum(error, rounding.get(f"rounding.{name}", error))
+        key = Key.rounding(name)
+        rounding[key] = torch.maximum(error, rounding.get(key, error))
 
     names = {site: name for name, site in model.site_quantizers().items()}
     products = {product: name for name, product in model.quantized_products().items()}
@@ -477,24 +463,21 @@ def _float_parts_in_float64(model: QuantizedModel) -> Iterator[None]:
         convert(torch.float32)
 
 
-def _tables(model: QuantizedModel) -> dict[str, Tensor]:
-    tables: dict[str, Tensor] = {}
-    for name, site in model.site_quantizers().items():
-        tables[f"{name}.scale"] = site.scale.contiguous()
-        if isinstance(site, ActivationQuantizer):
-            _, low, high = site.tables()
-            tables |= {
-                f"{name}.channel": site.channel,
-                f"{name}.low": low,
-                f"{name}.high": high,
-                f"{name}.offset": site.offset,
-            }
-        elif isinstance(site, FreeActivationQuantizer):
-            tables[f"{name}.zero_point"] = torch.round(site.zero_point)
-            tables[f"{name}.range"] = torch.tensor([site.code_low, site.code_high])
-    return {
-        name: table.clone(memory_format=torch.contiguous_format) for name, table in tables.items()
-    }
+def _tables(model: QuantizedModel) -> dict[str, Tables]:
+    return {name: _tables_of(site) for name, site in model.site_quantizers().items()}
+
+
+def _tables_of(site: SiteQuantizer) -> Tables:
+    if isinstance(site, ActivationQuantizer):
+        _, low, high = site.tables()
+        return IntegerTables(*map(_copy, (site.scale, site.channel, low, high, site.offset)))
+    assert isinstance(site, FreeActivationQuantizer)
+    code_range = torch.tensor([site.code_low, site.code_high])
+    return FreeTables(*map(_copy, (site.scale, torch.round(site.zero_point), code_range)))
+
+
+def _copy(table: Tensor) -> NDArray[Any]:
+    return table.detach().clone(memory_format=torch.contiguous_format).numpy()
 
 
 def _probe(site: SiteQuantizer, like: Tensor, bucket: Tensor, record: int) -> Tensor:

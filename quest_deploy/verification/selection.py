@@ -33,13 +33,15 @@ class Structure:
     """What one pass of the model shows of its float parts.
 
     Attributes:
-        values: the numbers that one sample has, of each site's tensor, each layer's and product's
-            output, and each product's float operands together (named ``operand.<product>``).
+        sites, outputs, operands: the numbers that one sample has, of each site's tensor, of each
+            layer's and product's output, and of each product's float operands together.
         upstream: for each site, each product with a float operand, and the output: the layers and
             products whose outputs the float part in front of it reads.
     """
 
-    values: dict[str, int]
+    sites: dict[str, int]
+    outputs: dict[str, int]
+    operands: dict[str, int]
     upstream: dict[str, frozenset[str]]
 
 
@@ -49,7 +51,9 @@ def structure(model: QuantizedModel, inputs: dict[str, Tensor]) -> Structure:
 
     Nothing is saved for a backward pass, so that it costs no more memory than inference.
     """
-    values: dict[str, int] = {}
+    sites: dict[str, int] = {}
+    outputs: dict[str, int] = {}
+    operands: dict[str, int] = {}
     upstream: dict[str, set[str]] = {}
     sources: dict[Any, tuple[str, ...]] = {}
     layers = {layer: name for name, layer in model.quantized_layers().items()}
@@ -58,7 +62,7 @@ def structure(model: QuantizedModel, inputs: dict[str, Tensor]) -> Structure:
         upstream.setdefault(name, set()).update(_sources_of(x, sources))
 
     def site_read(name: str, x: Tensor) -> None:
-        values[f"site.{name}"] = x[0].numel()
+        sites[name] = x[0].numel()
         reads(name, x)
 
     def operands_read(name: str, args: tuple[Tensor, ...]) -> None:
@@ -67,12 +71,12 @@ def structure(model: QuantizedModel, inputs: dict[str, Tensor]) -> Structure:
             for x, site in zip(args, model.checkpoint.products[name].sites, strict=True)
             if site is None
         ]
-        values[f"operand.{name}"] = sum(x[0].numel() for x in floats)
+        operands[name] = sum(x[0].numel() for x in floats)
         for x in floats:
             reads(name, x)
 
     def computed(names: tuple[str, ...], y: Tensor) -> None:
-        values.update({f"layer.{name}": y[0].numel() for name in names})
+        outputs.update(dict.fromkeys(names, y[0].numel()))
         sources[y.grad_fn] = names
 
     handles: list[Any] = []
@@ -111,7 +115,9 @@ def structure(model: QuantizedModel, inputs: dict[str, Tensor]) -> Structure:
     finally:
         for handle in handles:
             handle.remove()
-    return Structure(values, {name: frozenset(found) for name, found in upstream.items()})
+    return Structure(
+        sites, outputs, operands, {name: frozenset(found) for name, found in upstream.items()}
+    )
 
 
 def _nothing_saved(saved: None) -> Tensor:
@@ -217,9 +223,9 @@ def record_bytes(checkpoint: Checkpoint, found: Structure, sample: Sample) -> in
     of_codes = {
         site: 1 if isinstance(checkpoint.sites[site], SiteData) else 4 for site in sample.sites
     }
-    size = sum(ROWS * (4 + of_codes[site]) * found.values[f"site.{site}"] for site in sample.sites)
-    size += sum(ROWS * 4 * found.values[f"operand.{product}"] for product in sample.products)
+    size = sum(ROWS * (4 + of_codes[site]) * found.sites[site] for site in sample.sites)
+    size += sum(ROWS * 4 * found.operands[product] for product in sample.products)
     return size + sum(
-        (ROWS if name in checked else REAL_ROWS) * 4 * found.values[f"layer.{name}"]
+        (ROWS if name in checked else REAL_ROWS) * 4 * found.outputs[name]
         for name in sample.outputs
     )

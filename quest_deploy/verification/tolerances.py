@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quest_deploy.artifacts.reference import TIE_ULPS
+from quest_deploy.quantization.affine_numpy import TIE_ULPS, tie_distance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,15 +83,6 @@ def segment_tolerance(rounding: float, half: str | None) -> float:
     )
 
 
-def tie_distance_ulps(ratio: Floats) -> Floats:
-    """How far x/step lies from the nearest value halfway between two integers, in ulp of x/step
-    itself.
-    """
-    ulp = np.spacing(np.maximum(np.abs(ratio), np.float32(0.25)))  # no tie lies below 0.5
-    distance = np.abs(ratio - (np.floor(ratio) + np.float32(0.5))) / ulp
-    return np.asarray(distance, np.float32)
-
-
 def compare_codes(codes: NDArray[Any], expected: NDArray[Any], ratio: Floats) -> CodeMismatches:
     """Count mismatches; one is explained if the codes are neighbours and x/step lies within 4 ulp
     of a tie.
@@ -102,7 +93,7 @@ def compare_codes(codes: NDArray[Any], expected: NDArray[Any], ratio: Floats) ->
     neighbours = np.abs(codes.astype(np.float64) - expected.astype(np.float64)) <= np.maximum(
         1, np.spacing(np.abs(ratio))
     )
-    explained = different & neighbours & (tie_distance_ulps(ratio) <= TIE_ULPS)
+    explained = different & neighbours & (tie_distance(ratio) <= TIE_ULPS)
     return CodeMismatches(codes.size, int(different.sum()), int((different & ~explained).sum()))
 
 

@@ -26,7 +26,9 @@ from quest_deploy.backends.base import (
     PLUGIN,
     Backend,
     EngineOptions,
+    EngineRecord,
     Runner,
+    Runtime,
     SplitRunner,
     engine_options,
     input_arrays,
@@ -98,22 +100,18 @@ class TensorRtBackend(Backend):
                 "workspace to one that has"
             )
 
-    def check_engine(self, content: dict[str, Any]) -> EngineOptions:
+    def check_engine(self, record: EngineRecord) -> EngineOptions:
         """Its version, its GPU and, where it has one, its plugin must be here."""
-        options = super().check_engine(content)
-        runtime = content.get("runtime")
-        built = runtime.get("version") if isinstance(runtime, dict) else None
+        options, built = super().check_engine(record), record.runtime
         here = str(self._module().__version__)
         if built is not None and not runs_engines_of(
-            here, str(built), version_compatible=options.version_compatible
+            here, built.version, version_compatible=options.version_compatible
         ):
             raise InputError(
-                f"the engine was built by {self.name} {built}, and {here}, which is installed, "
-                "does "
-                "not run it; "
-                "run `quest-deploy build-engine` again"
+                f"the engine was built by {self.name} {built.version}, and {here}, which is "
+                "installed, does not run it; run `quest-deploy build-engine` again"
             )
-        check_compute_capability(content["hardware"], options)
+        check_compute_capability(record.hardware, options)
         return options
 
     def check_options(self, trt: Any, options: EngineOptions) -> None:
@@ -229,7 +227,7 @@ class TensorRtBackend(Backend):
         return told_precisions(json.loads(told)["Layers"], wanted)
 
     def record(self, options: EngineOptions) -> dict[str, Any]:
-        return {"runtime": {"name": self.package, "version": str(self._module().__version__)}}
+        return {"runtime": Runtime(self.package, str(self._module().__version__))}
 
     def _module(self) -> Any:
         try:

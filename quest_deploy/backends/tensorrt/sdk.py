@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quest_deploy.backends.base import NATIVE, PLUGIN, EngineOptions
+from quest_deploy.backends.base import NATIVE, PLUGIN, EngineOptions, EngineRecord, PluginRecord
 from quest_deploy.backends.tensorrt import base as shared
 from quest_deploy.backends.tensorrt.plugin import (
     HINT,
@@ -66,17 +66,18 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
         super().check_run(options)
         self._check_version(self._module())
 
-    def check_engine(self, content: dict[str, Any]) -> EngineOptions:
-        options = super().check_engine(content)
-        plugin = content.get("plugin")
+    def check_engine(self, record: EngineRecord) -> EngineOptions:
+        options = super().check_engine(record)
         if options.quantize != PLUGIN or options.serialize_plugins:
             return options
-        if not isinstance(plugin, dict) or not isinstance(plugin.get("sha256"), str):
+        if record.plugin is None:
             raise InputError(
                 "the engine's record does not say which plugin library it needs; run `quest-deploy "
                 "build-engine` again"
             )
-        return replace(options, plugins=str(recorded_library(options.plugins, plugin["sha256"])))
+        return replace(
+            options, plugins=str(recorded_library(options.plugins, record.plugin.sha256))
+        )
 
     def graph_to_parse(self, lowered: Path, scratch: Path, options: EngineOptions) -> Path:
         """With the plugin, GEGLU goes into the quantizer behind it; ``lowered`` itself keeps the
@@ -104,11 +105,7 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
         found = super().record(options)
         if options.quantize == PLUGIN and options.plugins is not None:
             path = Path(options.plugins)
-            found["plugin"] = {
-                "library": path.name,
-                "sha256": sha256_of(path),
-                "serialized": options.serialize_plugins,
-            }
+            found["plugin"] = PluginRecord(path.name, sha256_of(path), options.serialize_plugins)
         return found
 
     def _check_version(self, trt: Any) -> None:

@@ -25,9 +25,9 @@ from quest_deploy.backends.base import (
     NATIVE_PROCESSOR,
     PROCESSORS,
     EngineOptions,
+    EngineRecord,
     engine_info,
     no_progress,
-    options_from,
 )
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
@@ -235,8 +235,8 @@ def _plan(
         return None
     workspace.require(f"build-engine/{TRT}")
     folder = workspace.path(ENGINES, TRT)
-    info = engine_info(folder)
-    built = options_from(info)
+    record = engine_info(folder)
+    built = record.options
     if built.strip_plan:
         raise InputError(
             f"{folder} holds a plan without weights, which Triton cannot load; build it without "
@@ -264,15 +264,15 @@ def _plan(
         except InputError as e:
             raise InputError(f"{why}, and {e}") from e
     return Plan(
-        folder, built, info["built_by"].get(TRT, "unknown"), _plugins(info, options.plugins)
+        folder, built, record.built_by.get(TRT, "unknown"), _plugins(record, options.plugins)
     )
 
 
-def _plugins(info: dict[str, Any], given: tuple[str, ...]) -> tuple[Path, ...]:
-    """The plugin libraries to package: those given, and the one that the engine's record (``info``)
+def _plugins(record: EngineRecord, given: tuple[str, ...]) -> tuple[Path, ...]:
+    """The plugin libraries to package: those given, and the one that the engine's ``record``
     names, found by its hash.
     """
-    plugin, libraries = info.get("plugin"), tuple(map(Path, given))
+    plugin, libraries = record.plugin, tuple(map(Path, given))
     names = [path.name for path in libraries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(
@@ -280,12 +280,12 @@ def _plugins(info: dict[str, Any], given: tuple[str, ...]) -> tuple[Path, ...]:
             "folder; rename one"
         )
     if (
-        not isinstance(plugin, dict)
-        or plugin.get("serialized")
-        or any(sha256_of(path) == plugin["sha256"] for path in libraries)
+        plugin is None
+        or plugin.serialized
+        or any(sha256_of(path) == plugin.sha256 for path in libraries)
     ):
         return libraries
-    found = recorded_library(info["options"].get("plugins"), plugin["sha256"])
+    found = recorded_library(record.options.plugins, plugin.sha256)
     if found.name in names:
         raise InputError(
             f"--plugin-library: a file is called {found.name}, as the engine's own plugin library; "
@@ -320,7 +320,7 @@ class Writer:
             plan,
         )
         self.on_progress = on_progress
-        self.of_text = model.family == "text-to-image"
+        self.of_text = model.asked_for == "prompt"
         self.max_batch = options.max_batch or (16 if plan is None else plan.options.max_batch)
         self.plugins = tuple(map(Path, options.plugins)) if plan is None else plan.plugins
         self.half = options.io_dtype == "fp16"
@@ -612,7 +612,7 @@ class Writer:
     def _inputs(self) -> dict[str, str]:
         """The pipelines' inputs and their types."""
         asked = {"prompt": "TYPE_STRING", "negative_prompt": "TYPE_STRING"} if self.of_text else {}
-        asked |= {"label": "TYPE_INT32"} if not self.of_text and self.model.labels > 1 else {}
+        asked |= {"label": "TYPE_INT32"} if self.model.asked_for == "label" else {}
         chosen = {
             "seed": "TYPE_INT64",
             "steps": "TYPE_INT32",
@@ -656,7 +656,7 @@ class Writer:
                 '("prompt", "BYTES", b"a lighthouse in a storm")',
                 '--prompt "a lighthouse in a storm"',
             )
-        elif self.model.labels > 1:
+        elif self.model.asked_for == "label":
             question, option = '("label", "INT32", np.int32(3))', "--label 3"
         plan = (
             f"The plan was built with TensorRT {self.plan.tensorrt}; take the container that has it"
@@ -736,7 +736,7 @@ class Writer:
 
 
 def _guidable(model: Any) -> bool:
-    return model.family == "text-to-image" or _null_conditions(model) is not None
+    return model.asked_for == "prompt" or _null_conditions(model) is not None
 
 
 def _null_conditions(model: Any) -> dict[str, Tensor] | None:

@@ -28,9 +28,9 @@ from quest_deploy.evaluation.quality import (
     HELD_OUT_SAMPLES,
     HELD_OUT_SEED,
     SamplingOptions,
-    assess,
     draw,
     epsilon_mse,
+    evaluate_images,
 )
 from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.files import atomic_file
@@ -72,9 +72,8 @@ def measure(
     images, labels = draw(
         model, made.denoise, SamplingOptions(), lambda done, total: report("drawing", done, total)
     )
-    quality = assess(
-        images, labels, fp32_images, epsilon_mse(made.denoise, held_out, JUDGED_SCHEME)
-    )
+    errors = epsilon_mse(made.denoise, held_out, JUDGED_SCHEME)
+    quality = evaluate_images(model, images, labels, fp32_images, errors)
     return {
         "quality": quality.to_json(),
         "seconds": made.costs.seconds,

@@ -129,6 +129,15 @@ def test_products_free_sites_asymmetric_weights_and_the_rewrites_survive_saving_
     assert_equal(load_checkpoint(tmp_path / "a.safetensors"), checkpoint)
 
 
+@pytest.mark.parametrize(("model", "expected"), [("imported", True), ("kinds", False)])
+def test_an_imported_checkpoint_of_an_earlier_version_sums_in_the_official_order(
+    model: str, expected: bool, tmp_path: Path
+) -> None:
+    checkpoint = dataclasses.replace(kinds_checkpoint(), model=model)
+    path = save_edited(checkpoint, tmp_path, lambda c, t, m: c["architecture"].pop("official_sums"))
+    assert load_checkpoint(path).architecture.official_sums is expected
+
+
 def test_codes_fit_int8_with_their_offset_which_is_zero_wherever_they_fit_without() -> None:
     sites = [site for site in kinds_checkpoint(3).sites.values() if isinstance(site, SiteData)]
     assert {site.bits for site in sites if site.offset.any()} == {8}
@@ -445,6 +454,9 @@ KIND_EDITS: dict[str, Callable[[dict[str, Any], dict[str, Array], dict[str, str]
         c["sites"][1].pop("code_range"),
         put(c, "sites", 1, "symmetry", "symmetric"),
     ),
+    "an unknown key": lambda c, t, m: put(c, "rotation", 1),
+    "an unknown key of a site": lambda c, t, m: put(c, "sites", 1, "rotation", 1),
+    "a site of both forms": lambda c, t, m: put(c, "sites", 1, "symmetry", "symmetric"),
     "an unknown symmetry": lambda c, t, m: put(c, "sites", 7, "symmetry", "skewed"),
     "unsigned codes below zero": lambda c, t, m: (
         put(t, "site.attn.softmax.low", 0, -1),

@@ -179,8 +179,8 @@ def manifest(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (manifest(version=2), "expected a workspace of version 1, found 2"),
-        (manifest(version=None), "expected a workspace of version 1"),
+        (manifest(version=2), "version 1, found 2"),
+        (manifest(version=None), "version 1"),
         (manifest(format="something"), "expected a quest-deploy workspace"),
         ("[]", "expected a quest-deploy workspace"),
         (manifest()[:-40], "expected JSON"),
@@ -189,39 +189,45 @@ def manifest(**changes: Any) -> str:
         (manifest(scheme=None), "scheme: expected a JSON object"),
         (
             manifest(scheme=SCHEME.to_json() | {"weight_bits": 3}),
-            "weight_bits must be 4 or 8.*start anew with -w",
+            "weight_bits",
         ),
-        (manifest(model=None), "is damaged.*its model is None"),
+        (manifest(model=None), "model"),
         (
             manifest(stages={"calibrate": RECORD | {"inputs": {"calibrate": "0"}}}),
-            "is damaged.*cycle",
+            "cycle",
         ),
         (
             manifest(
                 stages={"a": RECORD | {"inputs": {"b": "0"}}, "b": RECORD | {"inputs": {"a": "0"}}}
             ),
-            "is damaged.*cycle",
+            "cycle",
         ),
         (
             manifest(
                 stages={"calibrate": RECORD | {"files": {"../a": {"sha256": "0", "bytes": 1}}}}
             ),
-            "no path inside",
+            "stages.calibrate",
         ),
         (
             manifest(stages={"calibrate": RECORD | {"files": {"/a": {"sha256": "0", "bytes": 1}}}}),
-            "no path inside",
+            "stages.calibrate",
         ),
-        (manifest(stages=[]), "is damaged"),
-        (manifest(stages={"calibrate": {"inputs": {}}}), "is damaged"),
+        (manifest(more=1), "unknown key more"),
+        (manifest(source={"name": "tiny", "seed": "1"}), "source.seed"),
+        (manifest(source={"location": "/a"}), "source.name"),
+        (manifest(stages=[]), "stages"),
+        (manifest(stages={"calibrate": {"inputs": {}}}), "stages.calibrate"),
         (
             manifest(stages={"calibrate": {"inputs": {}, "options": {}, "files": {}, "more": 1}}),
-            "is damaged",
+            "stages.calibrate",
         ),
-        (manifest(stages={"calibrate": {"inputs": {}, "options": {}, "files": []}}), "is damaged"),
+        (
+            manifest(stages={"calibrate": {"inputs": {}, "options": {}, "files": []}}),
+            "stages.calibrate.files",
+        ),
         (
             manifest(stages={"calibrate": {"inputs": {}, "options": {}, "files": {"a": 1}}}),
-            "is damaged",
+            "stages.calibrate",
         ),
     ],
 )

@@ -21,7 +21,6 @@ from quest_deploy.backends.base import (
     build_engine,
     engine_info,
     open_engine,
-    options_from,
 )
 from quest_deploy.backends.openvino.backend import fusing_crashes
 from quest_deploy.backends.registry import BACKENDS, get_backend
@@ -209,20 +208,20 @@ def test_inputs_need_not_be_contiguous(
 def test_an_engine_says_what_built_it_from_which_graph_for_which_hardware(
     mini_engines: Callable[[str], Path], backend: str
 ) -> None:
-    content = engine_info(mini_engines(backend))
-    assert (content["backend"], content["graph_sha256"], content["checkpoint_sha256"]) == (
+    record = engine_info(mini_engines(backend))
+    assert (record.backend, record.graph_sha256, record.checkpoint_sha256) == (
         backend,
         "cd" * 32,
         "ab" * 32,
     )
-    assert {"quest-deploy", backend} <= content["built_by"].keys()
-    assert content["hardware"]["device"].lower() == "cpu"
-    assert content["files"] == {
+    assert {"quest-deploy", backend} <= record.built_by.keys()
+    assert record.hardware["device"].lower() == "cpu"
+    assert record.files == {
         path.name: sha256_of(path)
         for path in mini_engines(backend).iterdir()
         if path.name != ENGINE_FILE
     }
-    assert options_from(content) == EngineOptions(threads=1)
+    assert record.options == EngineOptions(threads=1)
 
 
 @pytest.mark.parametrize(
@@ -244,10 +243,12 @@ def test_a_damaged_engine_file_is_refused_before_it_is_loaded(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": 2}, "expected a quest-deploy engine of version 1"),
-        ({"format": "other"}, "expected a quest-deploy engine"),
+        ({"version": 2}, "version 1, found 2"),
+        ({"format": "other"}, "quest-deploy build-engine"),
         ({"options": None}, "quest-deploy build-engine"),
-        ({"options": {"threads": 1}}, "quest-deploy build-engine"),
+        ({"options": {"threads": "1"}}, "options.threads.*quest-deploy build-engine"),
+        ({"options": {"thread": 1}}, "options.thread.*quest-deploy build-engine"),
+        ({"more": 1}, "unknown key more.*quest-deploy build-engine"),
         ({"files": None}, "quest-deploy build-engine"),
         ({"backend": None}, "quest-deploy build-engine"),
         ({"backend": "openvino"}, "expected an engine of onnxruntime"),
@@ -338,10 +339,10 @@ def test_tensorrt_rtx_builds_without_a_gpu_for_the_capability_chosen(
 ) -> None:
     folder, _ = rtx
     assert (folder / ENGINE).stat().st_size > 100_000
-    content = engine_info(folder)
-    assert content["hardware"] == {"device": "GPU", "compute_capabilities": ["89"]}
-    assert content["files"][ENGINE] == sha256_of(folder / ENGINE)
-    assert content["built_by"]["tensorrt-rtx"]
+    record = engine_info(folder)
+    assert record.hardware == {"device": "GPU", "compute_capabilities": ["89"]}
+    assert record.files[ENGINE] == sha256_of(folder / ENGINE)
+    assert record.built_by["tensorrt-rtx"]
 
 
 def test_the_builders_own_progress_is_shown(rtx: tuple[Path, list[tuple[str, int, int]]]) -> None:

@@ -94,7 +94,7 @@ def test_an_engine_knows_what_sizes_its_model_takes(
     mini_engines: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = mini_engines("onnxruntime")
-    assert engine_info(folder)["sample_multiple"] == 1
+    assert engine_info(folder).sample_multiple == 1
 
 
 def test_it_takes_and_gives_torch_tensors_as_a_denoiser(runner: Recorder) -> None:

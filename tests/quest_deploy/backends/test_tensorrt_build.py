@@ -17,10 +17,10 @@ from exporters.graph_info import SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, load_gra
 from quest_deploy.backends.base import (
     LOWERED,
     EngineOptions,
+    Runtime,
     build_engine,
     engine_info,
     option_name,
-    options_from,
 )
 from quest_deploy.backends.registry import TENSORRT_OPTIONS, check_options, get_backend
 from quest_deploy.backends.tensorrt.base import (
@@ -350,9 +350,9 @@ def test_the_real_builder_takes_the_unet_in_a_half_type_at_two_sample_sizes_with
     build_engine(
         get_backend("tensorrt-rtx"), ir.from_proto(mini_proto), tmp_path, options, "cd" * 32
     )
-    content = engine_info(tmp_path)
-    assert options_from(content) == replace(options, quantize="native")
-    assert content["runtime"] == {"name": "tensorrt_rtx", "version": trt.__version__}
+    record = engine_info(tmp_path)
+    assert record.options == replace(options, quantize="native")
+    assert record.runtime == Runtime("tensorrt_rtx", trt.__version__)
     lowered = load_graph(tmp_path / LOWERED)
     half = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.BFLOAT16
     assert {node.outputs[0].dtype for node in lowered.graph if node.op_type == "Conv"} == {half}

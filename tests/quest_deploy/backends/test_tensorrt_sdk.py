@@ -24,6 +24,8 @@ from exporters.ops import geglu_timestep_quantize, timestep_quantize
 from quest_deploy.backends.base import (
     LOWERED,
     EngineOptions,
+    PluginRecord,
+    Runtime,
     build_engine,
     engine_info,
     engine_options,
@@ -347,11 +349,7 @@ def test_with_the_plugin_its_library_is_loaded_before_the_graph_is_parsed_and_th
     assert "GegluTimestepQuantize" not in kept
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
     record = SDK.record(SDK.resolve(options))
-    assert record["plugin"] == {
-        "library": "plugins.so",
-        "sha256": sha256_of(library),
-        "serialized": False,
-    }
+    assert record["plugin"] == PluginRecord("plugins.so", sha256_of(library), serialized=False)
 
 
 @pytest.fixture
@@ -377,16 +375,16 @@ def test_the_builder_makes_an_engine_whose_record_says_what_built_it_and_for_wha
 ) -> None:
     assert (engine / ENGINE).stat().st_size > 100_000
     assert (engine.parent / "cache.bin").stat().st_size > 0
-    content = engine_info(engine)
-    assert content["runtime"] == {"name": "tensorrt", "version": "10.16.1"}
-    assert content["hardware"] == {
+    record = engine_info(engine)
+    assert record.runtime == Runtime("tensorrt", "10.16.1")
+    assert record.hardware == {
         "device": "NVIDIA L40S",
         "compute_capabilities": ["89"],
         "driver": "CUDA 13.0",
     }
-    assert content["options"]["quantize"] == "native"
-    assert "plugin" not in content
-    assert content["files"].keys() == {ENGINE, LOWERED, f"{LOWERED}.data"}
+    assert record.options.quantize == "native"
+    assert record.plugin is None
+    assert record.files.keys() == {ENGINE, LOWERED, f"{LOWERED}.data"}
     options = engine_options(SDK, engine)
     assert (options.tactic_sources, options.weight_streaming, options.profiling_verbosity) == (
         (),

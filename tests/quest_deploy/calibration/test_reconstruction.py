@@ -259,7 +259,7 @@ def test_a_unit_learns_from_the_quantized_models_inputs_and_the_float_models_out
             assert all(same(*pair) for pair in zip(found.args, args, strict=True))
             assert found.kwargs.keys() == kwargs.keys()
             assert all(same(found.kwargs[name], value) for name, value in kwargs.items())
-            assert torch.equal(found.buckets, student.bucket_of(inputs["timestep"]))
+            assert torch.equal(found.timesteps, inputs["timestep"])
             float_args, _, target = call_of(unet, unet.get_submodule(unit), inputs)
             assert torch.equal(found.targets, target)
             if torch.equal(found.args[0], float_args[0]):

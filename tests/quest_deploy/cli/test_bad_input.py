@@ -206,7 +206,7 @@ def test_a_workspace_of_another_version_is_refused(workspace: Path) -> None:
     for command in ("calibrate", "export", "verify", "inspect"):
         ended = cli(command, *([workspace] if command == "inspect" else ["-w", workspace]))
         assert ended.code == 2
-        assert "expected a workspace of version 1, found 2" in ended.message
+        assert "version 1, found 2" in ended.message
 
 
 @pytest.mark.parametrize("command", ["calibrate", "export", "run"])

@@ -9,7 +9,14 @@ import torch
 
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.trajectories import Trajectories
-from quest_deploy.evaluation.quality import SamplingOptions, assess, draw, epsilon_mse
+from quest_deploy.evaluation.quality import (
+    Fidelity,
+    Quality,
+    SamplingOptions,
+    draw,
+    epsilon_mse,
+    evaluate_images,
+)
 from tests.quest_deploy.support import strict_json
 
 if TYPE_CHECKING:
@@ -47,11 +54,11 @@ def test_epsilon_mse_gives_each_sample_its_own_conditions(recorded: Trajectories
 
 
 def test_a_quality_with_a_bucket_that_was_never_visited_is_valid_json(
-    recorded: Trajectories,
+    recorded: Trajectories, tiny: TinyModel
 ) -> None:
     errors = epsilon_mse(off_by_timestep, recorded, Scheme.parse("w4a4", buckets=4))
     images = np.random.default_rng(0).uniform(-1, 1, (4, 1, 16, 16)).astype(np.float32)
-    quality = assess(images, np.arange(4), images, errors)
+    quality = evaluate_images(tiny, images, np.arange(4), images, errors)
     assert strict_json(json.dumps(quality.to_json()))["epsilon_mse"][3] == pytest.approx(72.5)
 
 
@@ -79,10 +86,23 @@ def test_two_denoisers_are_compared_on_the_same_noise(tiny: TinyModel) -> None:
     assert 0 < spread < 0.1 * np.std(one)
 
 
-def test_fp32_itself_has_no_pixel_error_and_a_shift_its_square() -> None:
+def test_fp32_itself_has_no_pixel_error_and_a_shift_its_square(tiny: TinyModel) -> None:
     images = np.random.default_rng(0).uniform(-0.5, 0.5, (4, 1, 16, 16)).astype(np.float32)
     labels = np.arange(4)
-    assert assess(images, labels, images, []).pixel_mse == 0
-    assert assess(images + np.float32(0.1), labels, images, []).pixel_mse == pytest.approx(
-        0.01, rel=1e-3
-    )
+    assert evaluate_images(tiny, images, labels, images, []).pixel_mse == 0
+    shifted = evaluate_images(tiny, images + np.float32(0.1), labels, images, [])
+    assert shifted.pixel_mse == pytest.approx(0.01, rel=1e-3)
+
+
+def test_images_are_judged_by_the_models_own_metric_and_else_by_their_distance_from_fp32(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = np.random.default_rng(0).uniform(-0.5, 0.5, (4, 1, 16, 16)).astype(np.float32)
+    assert isinstance(evaluate_images(tiny, images, np.arange(4), images, []), Quality)
+    monkeypatch.setattr(type(tiny), "judge", lambda self, images, labels: None)
+    near = evaluate_images(tiny, images + np.float32(0.2), np.arange(4), images, [])
+    assert isinstance(near, Fidelity)
+    assert near.psnr == pytest.approx(20, abs=0.01)
+    same = evaluate_images(tiny, images, np.arange(4), images, [])
+    assert isinstance(same, Fidelity)
+    assert same.psnr is None

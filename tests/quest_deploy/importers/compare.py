@@ -100,8 +100,7 @@ def _compare_layers(
     quantizers: dict[str, tuple[str, str]],
 ) -> None:
     layers = model.quantized_layers()
-    model.bucket_state.current = model.bucket_of(timestep)
-    try:
+    with model.at_timesteps(timestep):
         for layer in official.names.layers:
             y = run.outputs[layer.name]
             parts = [
@@ -125,8 +124,6 @@ def _compare_layers(
             if whole.dim() == 3 and layer.name.endswith(("qkv", "proj_out")):
                 whole = whole.transpose(1, 2)
             found.layers[layer.name] = relative(whole, y)
-    finally:
-        model.bucket_state.current = None
 
 
 def _official_quantizers(official: OfficialCheckpoint) -> dict[str, tuple[str, str]]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from quest_deploy.artifacts.model_source import Lora, ModelSource
+from quest_deploy.artifacts.schema import parse
 from quest_deploy.errors import InputError
 from quest_deploy.models import registry
 from quest_deploy.models.hub import fetch_pipeline
@@ -239,7 +240,7 @@ def test_a_source_survives_json() -> None:
     source = ModelSource(
         "sd15", "owner/name", COMMIT, "main", loras=(Lora("/a.safetensors", 0.5, "ab" * 32),)
     )
-    assert ModelSource.from_json(json.loads(json.dumps(source.to_json()))) == source
+    assert parse(ModelSource, source.to_json(), "source") == source
 
 
 def single_file(folder: Path, path: Path) -> Path:

@@ -62,7 +62,7 @@ def test_model_and_scheme_agree_on_float32_timesteps_on_and_next_to_every_edge(
 
 
 def assert_same_buckets(scheme: Scheme, timesteps: list[float]) -> None:
-    empty = Checkpoint("none", Architecture("none", {}), scheme, {}, {}, {})
+    empty = Checkpoint("none", Architecture("none", {}, {}, None), scheme, {}, {}, {})
     found = QuantizedModel(nn.Identity(), empty).bucket_of(torch.tensor(timesteps))
     assert found.tolist() == [scheme.bucket_of(t) for t in timesteps]
 
@@ -116,11 +116,8 @@ def test_a_tensor_that_layers_read_in_turn_is_quantized_once_with_the_same_gradi
 def test_a_site_that_is_called_alone_quantizes_each_time_anew(model: QuantizedModel) -> None:
     site = next(s for s in model.site_quantizers().values() if isinstance(s, ActivationQuantizer))
     x = torch.randn(2, *[len(site.channel) if axis == site.axis % 4 else 4 for axis in range(1, 4)])
-    model.bucket_state.current = torch.zeros(2, dtype=torch.int64)
-    try:
+    with model.at_timesteps(torch.zeros(2)):
         assert site(x) is not site(x)
-    finally:
-        model.bucket_state.current = None
 
 
 @torch.no_grad()
@@ -314,7 +311,7 @@ def test_a_float_parameter_of_another_shape_is_an_input_error(small_checkpoint: 
 @pytest.mark.parametrize("name", ["NoSuchModel", "DDIMScheduler", "logging", "__doc__"])
 def test_an_architecture_that_is_no_diffusers_model_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=name):
-        build_float_model(Architecture(name, {}))
+        build_float_model(Architecture(name, {}, {}, None))
 
 
 def test_a_layer_that_is_neither_conv_nor_linear_is_refused_by_name(

@@ -14,7 +14,13 @@ from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibr
 from quest_deploy.calibration.reconstruction import ReconstructOptions, reconstruct
 from quest_deploy.calibration.sensitivity import measure_sensitivity, select_sensitive
 from quest_deploy.calibration.trajectories import record_trajectories
-from quest_deploy.evaluation.quality import SamplingOptions, assess, draw, epsilon_mse
+from quest_deploy.evaluation.quality import (
+    Quality,
+    SamplingOptions,
+    draw,
+    epsilon_mse,
+    evaluate_images,
+)
 from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.finetuning.train import FinetuneOptions, Progress, finetune
 from scripts.bench.methods.cells import Cell
@@ -116,9 +122,9 @@ def test_what_methods_learn_from_and_how_they_are_judged_change_only_with_the_re
 
     sampling = SamplingOptions(images=20, steps=2)
     images, labels = draw(tiny, rough, sampling)
-    quality = assess(
-        images, labels, draw(tiny, exact, sampling)[0], epsilon_mse(rough, recorded, scheme)
-    )
+    errors = epsilon_mse(rough, recorded, scheme)
+    quality = evaluate_images(tiny, images, labels, draw(tiny, exact, sampling)[0], errors)
+    assert isinstance(quality, Quality)
     learned_from = definition_of(Cell("quest-k50", "w4a4", 0), tiny)["recipe"]["trajectories"]
     assert learned_from == {"steps": 20, "samples": 409}
     assert float(recorded.output.square().mean()) == pytest.approx(1.17602, rel=2e-4)
