@@ -36,6 +36,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/clang-format --dry-run --Werror `find trt_plugins -path trt_plugins/build -prune -o -regex '.*\.\(cpp\|h\|cu\|cuh\)' -print`
 
 # Times the demo's engines again, as `make demo` does once.

@@ -8,11 +8,14 @@ anything is loaded.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import platform
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from quest_deploy import __version__
 from quest_deploy.artifacts.workspace import versions
@@ -23,11 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
 
-    import numpy as np
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from exporters.exactness import Exactness
 
 FORMAT = "quest-deploy engine"
 VERSION = 1
@@ -42,7 +43,7 @@ NATIVE = "native"
 PROCESSORS = NATIVE_PROCESSOR, ANY_PROCESSOR = ("native", "any")
 OPTION_NAMES = {"sample_sizes": "--sample-size", "workspace_limit": "--pool-limit"}
 """The options of `quest-deploy build-engine` that are not called as their attributes."""
-_REPAIR = "run `quest-deploy build-engine` again"
+REPAIR = "run `quest-deploy build-engine` again"
 
 
 @dataclass(frozen=True)
@@ -216,8 +217,6 @@ class SplitRunner(Runner):
 
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Every input and every output has the batch in axis 0."""
-        import numpy as np
-
         rows = max(len(value) for value in feeds.values())
         if rows <= self._max_batch:
             return self._runner.infer(feeds)
@@ -337,73 +336,6 @@ class Backend(ABC):
         return {}
 
 
-class CpuBackend(Backend):
-    """A backend of CPUs, whose integer kernels are exact on some processors and not on others."""
-
-    compile_only_checks = True
-    package: str
-    """The Python package of the runtime."""
-
-    def on_cpu(self, options: EngineOptions) -> bool:
-        """Whether an engine of ``options`` runs on the CPU; a GPU's kernels add in 32 bits."""
-        return True
-
-    def exactness(self, options: EngineOptions) -> Exactness:
-        """What holds on any processor, if that is asked for; else what the runtime answers on this
-        one.
-        """
-        from exporters import exactness
-        from quest_deploy.backends.exactness import measured
-
-        if not self.on_cpu(options):
-            return exactness.EXACT
-        return exactness.EXACT_ANYWHERE if options.processor == ANY_PROCESSOR else measured(self)
-
-    def lower(
-        self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None
-    ) -> ir.Model:
-        return self.lower_for(model, options, self.exactness(options), frozen_bucket=frozen_bucket)
-
-    @abstractmethod
-    def lower_for(
-        self,
-        model: ir.Model,
-        options: EngineOptions,
-        exactness: Exactness,
-        *,
-        frozen_bucket: int | None = None,
-    ) -> ir.Model:
-        """As :meth:`lower`, for a runtime that computes exactly what ``exactness`` says."""
-
-    def answers(self, options: EngineOptions) -> dict[str, Any]:
-        return {"exact_integers": dict(self.exactness(options).levels)}
-
-    def kernels(self, lowered: ir.Model, options: EngineOptions) -> dict[str, int]:
-        from exporters.exactness import kernel_needs
-
-        return kernel_needs(lowered) if self.on_cpu(options) else {}
-
-    def check_engine(self, content: dict[str, Any]) -> EngineOptions:
-        """As of any backend; besides, the engine's integer products must be exact on this
-        machine.
-        """
-        from exporters import exactness
-        from quest_deploy.backends.exactness import check_kernels
-
-        options, kernels = super().check_engine(content), content.get("kernels")
-        if not isinstance(kernels, dict) or not all(
-            isinstance(level, int) for level in kernels.values()
-        ):
-            raise InputError(
-                f"{ENGINE_FILE} does not say which integer kernels the engine needs, as earlier "
-                f"versions' do not; {_REPAIR}"
-            )
-        if exactness.EXACT_ANYWHERE.short_of(kernels):  # else it is exact anywhere
-            here = self.exactness(replace(options, processor=NATIVE_PROCESSOR))
-            check_kernels(here, kernels, f"quest-deploy build-engine --backend {self.name}")
-        return options
-
-
 def no_progress(phase: str, done: int, total: int) -> None:
     """Report nothing."""
 
@@ -513,7 +445,7 @@ def open_engine(backend: Backend, folder: Path) -> Runner:
     """
     options = engine_options(backend, folder)
     for name in changed_files(folder, engine_info(folder)):
-        raise InputError(f"{folder / name} is missing or was changed since it was built; {_REPAIR}")
+        raise InputError(f"{folder / name} is missing or was changed since it was built; {REPAIR}")
     return backend.open(folder, options)
 
 
@@ -534,13 +466,13 @@ def engine_info(folder: Path) -> dict[str, Any]:
     or of another version.
     """
     path = folder / ENGINE_FILE
-    content = read_json(path, repair=_REPAIR)
+    content = read_json(path, repair=REPAIR)
     if (
         not isinstance(content, dict)
         or content.get("format") != FORMAT
         or content.get("version") != VERSION
     ):
-        raise InputError(f"{path}: expected a {FORMAT} of version {VERSION}; {_REPAIR}")
+        raise InputError(f"{path}: expected a {FORMAT} of version {VERSION}; {REPAIR}")
     kinds = {
         "backend": str,
         "graph_sha256": str,
@@ -552,7 +484,7 @@ def engine_info(folder: Path) -> dict[str, Any]:
     }
     damaged = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
     if damaged:
-        raise InputError(f"{path}: damaged ({', '.join(damaged)}); {_REPAIR}")
+        raise InputError(f"{path}: damaged ({', '.join(damaged)}); {REPAIR}")
     return content
 
 
@@ -575,13 +507,11 @@ def options_from(content: dict[str, Any]) -> EngineOptions:
             given["tactic_sources"] = tuple(given["tactic_sources"])
         return EngineOptions(**given)
     except (KeyError, TypeError, ValueError) as e:
-        raise InputError(f"damaged {ENGINE_FILE} ({e}); {_REPAIR}") from e
+        raise InputError(f"damaged {ENGINE_FILE} ({e}); {REPAIR}") from e
 
 
 def require_package(package: str, extra: str, purpose: str) -> None:
     """Raise InputError where ``package`` cannot be imported, naming the extra that brings it."""
-    import importlib.util
-
     if importlib.util.find_spec(package) is None:
         raise InputError(
             f"{purpose} needs the Python package {package}, which is not installed: pip install "
@@ -591,6 +521,4 @@ def require_package(package: str, extra: str, purpose: str) -> None:
 
 def input_arrays(feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
     """The feeds as C-contiguous arrays, which every runtime takes without a copy of its own."""
-    import numpy as np
-
     return {name: np.ascontiguousarray(value) for name, value in feeds.items()}

@@ -39,7 +39,7 @@ from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from quest_deploy.backends.base import CpuBackend
+    from quest_deploy.backends.cpu import CpuBackend
 
 TOLERANCE = 1e-5
 """Relative to the largest sum: float32 rounds sums beyond 2^24; what saturates is off by percents.

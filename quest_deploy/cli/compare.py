@@ -211,7 +211,7 @@ def compare(
     from quest_deploy.compare.report import everything, markdown
     from quest_deploy.compare.results import load_result
     from quest_deploy.files import atomic_file, remove_temporaries
-    from quest_deploy.models.registry import load_model
+    from quest_deploy.models.loading import load_model
 
     loaded = load_model(ModelSource(model))
     definitions = {cell: definition_of(cell, loaded) for cell in cells}

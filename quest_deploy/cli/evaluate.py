@@ -76,7 +76,7 @@ def evaluate_stage(
             draw,
             epsilon_mse,
         )
-        from quest_deploy.models.registry import load_model
+        from quest_deploy.models.loading import load_model
 
         model = load_model(workspace.source)
         defaults = {} if model.judges_digits else {"images": FEW_IMAGES}

@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> None:
             import torch
 
             from quest_deploy.artifacts.model_source import ModelSource
-            from quest_deploy.models.registry import load_model
+            from quest_deploy.models.loading import load_model
 
             torch.set_num_threads(int(threads))
             result = measure(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from quest_deploy.models.tiny import ASSETS
 
@@ -47,8 +48,6 @@ def judge(images: NDArray[np.float32], labels: NDArray[np.int64]) -> DigitQualit
     """Judge generated images [N, 1, 16, 16] in [-1, 1], asked for as ``labels`` [N] in 0..9. N must
     be at least 2.
     """
-    from safetensors.numpy import load_file
-
     weights = load_file(ASSETS / "classifier.safetensors")
     features = features_of(images, weights)
     logits = features @ weights["weight.2"] + weights["bias.2"]

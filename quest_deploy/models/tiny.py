@@ -13,6 +13,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
@@ -21,7 +25,6 @@ from quest_deploy.models.schedulers import make_scheduler
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
     from numpy.typing import NDArray
     from torch import nn
 
@@ -90,9 +93,6 @@ class TinyModel:
         """The FP32 UNet: sample [B, 4, 8, 8], timestep [B], encoder_hidden_states [B, 4, 32] ->
         epsilon [B, 4, 8, 8].
         """
-        import torch
-        from diffusers import UNet2DConditionModel
-
         unet: nn.Module = UNet2DConditionModel.from_pretrained(
             ASSETS / "unet", torch_dtype=torch.float32
         )
@@ -106,20 +106,14 @@ class TinyModel:
         return config
 
     def draw_conditions(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        import torch
-
         return self._embed(torch.randint(NULL_CLASS + 1, (count,), generator=generator))
 
     def conditions(self, labels: NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        import torch
-
         if labels.size and not (labels.min() >= 0 and labels.max() < NULL_CLASS):
             raise InputError(f"labels must be digits 0 to 9, found {sorted(set(labels.tolist()))}")
         return self._embed(torch.from_numpy(labels))
 
     def null_conditions(self, count: int) -> dict[str, torch.Tensor]:
-        import torch
-
         return self._embed(torch.full((count,), NULL_CLASS))
 
     def images(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -136,14 +130,10 @@ class TinyModel:
 
     def _embed(self, classes: torch.Tensor) -> dict[str, torch.Tensor]:
         """Four tokens a class: encoder_hidden_states, float32 [B, 4, 32]."""
-        from safetensors.torch import load_file
-
         table = load_file(ASSETS / "class_embedding.safetensors")["weight"].float()
         return {"encoder_hidden_states": table[classes].unflatten(1, (TOKENS, -1))}
 
 
 def latents_from_images(images: torch.Tensor) -> torch.Tensor:
     """The lossless "VAE": a 2x2 pixel unshuffle, [B, 1, 16, 16] -> [B, 4, 8, 8]."""
-    import torch.nn.functional as F
-
     return F.pixel_unshuffle(images, 2)

@@ -8,8 +8,10 @@ import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import numpy as np
 import torch
+from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
 
 from quest_deploy.artifacts.checkpoint import (
@@ -279,8 +281,6 @@ def build_float_model(architecture: Architecture) -> nn.Module:
     """The float model with uninitialized meaning: its class from diffusers, its weights to be
     filled in.
     """
-    import diffusers
-
     model_class = FLAT_CLASSES.get(architecture.class_name) or getattr(
         diffusers, architecture.class_name, None
     )
@@ -297,8 +297,6 @@ def build_float_model(architecture: Architecture) -> nn.Module:
 
 def downsampling(model: nn.Module) -> int:
     """What heights and widths of the model's samples must be multiples of."""
-    from diffusers.models.downsampling import Downsample2D
-
     return int(2 ** sum(isinstance(module, Downsample2D) for module in model.modules()))
 
 
