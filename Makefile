@@ -46,7 +46,7 @@ bench: demo
 
 # The methods measured against each other, docs/comparison/table.md: computes the cells that are missing, each up to five minutes on a core.
 bench-methods: $(READY)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,bench,serving,modelopt]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,dev,bench,serving,modelopt]'
 	$(BIN)/quest-deploy compare --model tiny $(COMPARE_ARGS)
 
 # Everything at Stable Diffusion 1.5's size, docs/sd15/table.md: measures the steps that are missing; about an hour on two cores, 16 GiB.
@@ -57,7 +57,7 @@ bench-sd15: $(READY)
 $(DEMO_READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) --editable '.[cpu]' || { $(PIP_INSTALL) --editable . && for backend in $(BACKENDS); do \
+	$(PIP_INSTALL) --editable '.[all]' || { $(PIP_INSTALL) --editable '.[torch]' && for backend in $(BACKENDS); do \
 	  $(PIP_INSTALL) --editable ".[$$backend]" || echo "$$backend: left out, it has no packages for this machine"; done; }
 	touch $@
 
