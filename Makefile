@@ -36,6 +36,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/clang-format --dry-run --Werror `find trt_plugins -path trt_plugins/build -prune -o -regex '.*\.\(cpp\|h\|cu\|cuh\)' -print`
 
 # Times the demo's engines again, as `make demo` does once.
@@ -45,7 +46,7 @@ bench: demo
 
 # The methods measured against each other, docs/comparison/table.md: computes the cells that are missing, each up to five minutes on a core.
 bench-methods: $(READY)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,bench,serving,modelopt]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,dev,bench,serving,modelopt]'
 	$(BIN)/python -m scripts.bench.methods $(COMPARE_ARGS)
 
 # Everything at Stable Diffusion 1.5's size, docs/sd15/table.md: measures the steps that are missing; about an hour on two cores, 16 GiB.
@@ -56,7 +57,7 @@ bench-sd15: $(READY)
 $(DEMO_READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) --editable '.[cpu]' || { $(PIP_INSTALL) --editable . && for backend in $(BACKENDS); do \
+	$(PIP_INSTALL) --editable '.[all]' || { $(PIP_INSTALL) --editable '.[torch]' && for backend in $(BACKENDS); do \
 	  $(PIP_INSTALL) --editable ".[$$backend]" || echo "$$backend: left out, it has no packages for this machine"; done; }
 	touch $@
 

@@ -17,6 +17,10 @@ import onnx_ir as ir
 import torch
 from accelerate import init_empty_weights
 from onnx_ir.passes import common
+from onnxscript import optimizer, rewriter
+from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
+from onnxscript.onnx_opset import opset21
+from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
 from exporters.graph_info import CHECKPOINT_KEY, SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, SCHEME_KEY
@@ -171,9 +175,6 @@ def _attention(
     The operands are onnx_ir's values, which onnxscript's operators take and give while torch.onnx
     traces this.
     """
-    from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
-    from onnxscript.onnx_opset import opset21
-
     op: Any = opset21
     width = None if query.shape is None or len(query.shape) != 4 else query.shape[-1]
     if attn_mask is not None or dropout_p or is_causal or enable_gqa or not isinstance(width, int):
@@ -207,9 +208,6 @@ def _simplify(model: ir.Model) -> None:
     """onnxscript's optimizer, without the one of its rules that looks through the whole graph for
     each node: most of the export.
     """
-    from onnxscript import optimizer, rewriter
-    from onnxscript.rewriter.rules import common as rules
-
     common.InlinePass()(model)
     for _ in range(2):
         optimizer.fold_constants_ir(model, onnx_shape_inference=True)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from quest_deploy.cli.main import TORCH_EXTRA
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +23,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BACKENDS = ("onnxruntime", "openvino", "tensorrt-rtx")
 """What the extra `cpu` is made of."""
+ALL = ("torch", *BACKENDS)
+"""And `all`."""
 AARCH64 = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "aarch64"}
 MACOS = {"sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64"}
 GLIBCS = range(17, 36)
@@ -44,6 +50,11 @@ def needed(extras: tuple[str, ...], machine: Mapping[str, str]) -> list[str]:
     )
 
 
+def torch_extra() -> set[str]:
+    """The packages that the extra `torch` adds."""
+    return {canonicalize_name(name) for name in {*needed(("torch",), {})} - {*needed((), {})}}
+
+
 def pins() -> dict[str, str]:
     """The constraint of each package, by its name as an index writes it."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
@@ -54,10 +65,22 @@ def pins() -> dict[str, str]:
 
 def test_cpu_is_all_backends() -> None:
     assert PROJECT["optional-dependencies"]["cpu"] == [f"quest-deploy[{','.join(BACKENDS)}]"]
+    assert PROJECT["optional-dependencies"]["all"] == ["quest-deploy[torch,cpu]"]
+
+
+def test_a_backend_brings_nothing_of_torch() -> None:
+    engines = {*needed(BACKENDS, {}), *needed(("gpu", "serving"), {})}
+    assert engines.isdisjoint(torch_extra())
+
+
+def test_the_program_knows_what_the_extra_for_torch_installs() -> None:
+    distributions = packages_distributions()
+    known = {canonicalize_name(name) for module in TORCH_EXTRA for name in distributions[module]}
+    assert known == torch_extra()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extras", [BACKENDS, ("dev", "bench")], ids=["demo", "tests"])
+@pytest.mark.parametrize("extras", [ALL, ("dev", "bench")], ids=["demo", "tests"])
 def test_everything_has_wheels_on_aarch64(extras: tuple[str, ...], tmp_path: Path) -> None:
     """Resolves alone, package by package, since pip takes the markers of requirements for those of
     the machine that it runs on.
@@ -107,7 +130,7 @@ def test_the_demo_sets_up_no_more_than_it_needs() -> None:
         text=True,
         check=True,
     ).stdout
-    assert "'.[cpu]'" in planned
+    assert "'.[all]'" in planned
     assert not [
         extra
         for extra in ("dev", "bench", "serving")

@@ -8,11 +8,14 @@ anything is loaded.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import platform
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from quest_deploy import __version__
 from quest_deploy.artifacts.schema import Positive, parse_document, validated
@@ -24,11 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
 
-    import numpy as np
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from exporters.exactness import Exactness
 
 FORMAT = "quest-deploy engine"
 VERSION = 1
@@ -43,7 +44,7 @@ NATIVE = "native"
 PROCESSORS = NATIVE_PROCESSOR, ANY_PROCESSOR = ("native", "any")
 OPTION_NAMES = {"sample_sizes": "--sample-size", "workspace_limit": "--pool-limit"}
 """The options of `quest-deploy build-engine` that are not called as their attributes."""
-_REPAIR = "run `quest-deploy build-engine` again"
+REPAIR = "run `quest-deploy build-engine` again"
 
 
 @dataclass(frozen=True)
@@ -274,8 +275,6 @@ class SplitRunner(Runner):
 
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Every input and every output has the batch in axis 0."""
-        import numpy as np
-
         rows = max(len(value) for value in feeds.values())
         if rows <= self._max_batch:
             return self._runner.infer(feeds)
@@ -396,70 +395,6 @@ class Backend(ABC):
         return {}
 
 
-class CpuBackend(Backend):
-    """A backend of CPUs, whose integer kernels are exact on some processors and not on others."""
-
-    compile_only_checks = True
-    package: str
-    """The Python package of the runtime."""
-
-    def on_cpu(self, options: EngineOptions) -> bool:
-        """Whether an engine of ``options`` runs on the CPU; a GPU's kernels add in 32 bits."""
-        return True
-
-    def exactness(self, options: EngineOptions) -> Exactness:
-        """What holds on any processor, if that is asked for; else what the runtime answers on this
-        one.
-        """
-        from exporters import exactness
-        from quest_deploy.backends.exactness import measured
-
-        if not self.on_cpu(options):
-            return exactness.EXACT
-        return exactness.EXACT_ANYWHERE if options.processor == ANY_PROCESSOR else measured(self)
-
-    def lower(
-        self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None
-    ) -> ir.Model:
-        return self.lower_for(model, options, self.exactness(options), frozen_bucket=frozen_bucket)
-
-    @abstractmethod
-    def lower_for(
-        self,
-        model: ir.Model,
-        options: EngineOptions,
-        exactness: Exactness,
-        *,
-        frozen_bucket: int | None = None,
-    ) -> ir.Model:
-        """As :meth:`lower`, for a runtime that computes exactly what ``exactness`` says."""
-
-    def answers(self, options: EngineOptions) -> dict[str, Any]:
-        return {"exact_integers": dict(self.exactness(options).levels)}
-
-    def kernels(self, lowered: ir.Model, options: EngineOptions) -> dict[str, int]:
-        from exporters.exactness import kernel_needs
-
-        return kernel_needs(lowered) if self.on_cpu(options) else {}
-
-    def check_engine(self, record: EngineRecord) -> EngineOptions:
-        """As of any backend; besides, the engine's integer products must be exact on this
-        machine.
-        """
-        from quest_deploy.backends.exactness import check_kernels
-
-        options, kernels = super().check_engine(record), record.kernels
-        if kernels is None:
-            raise InputError(
-                f"{ENGINE_FILE} does not say which integer kernels the engine needs, as earlier "
-                f"versions' do not; {_REPAIR}"
-            )
-        # What was built for any processor, too: here is perhaps another runtime, or no x86-64.
-        here = self.exactness(replace(options, processor=NATIVE_PROCESSOR))
-        check_kernels(here, kernels, f"quest-deploy build-engine --backend {self.name}")
-        return options
-
-
 def no_progress(phase: str, done: int, total: int) -> None:
     """Report nothing."""
 
@@ -567,7 +502,7 @@ def open_engine(backend: Backend, folder: Path) -> Runner:
     """
     options = engine_options(backend, folder)
     for name in changed_files(folder, engine_info(folder)):
-        raise InputError(f"{folder / name} is missing or was changed since it was built; {_REPAIR}")
+        raise InputError(f"{folder / name} is missing or was changed since it was built; {REPAIR}")
     return backend.open(folder, options)
 
 
@@ -588,8 +523,8 @@ def engine_info(folder: Path) -> EngineRecord:
     of another version.
     """
     path = folder / ENGINE_FILE
-    content = read_json(path, repair=_REPAIR)
-    return parse_document(EngineRecord, content, FORMAT, VERSION, str(path), _REPAIR)
+    content = read_json(path, repair=REPAIR)
+    return parse_document(EngineRecord, content, FORMAT, VERSION, str(path), REPAIR)
 
 
 def changed_files(folder: Path, record: EngineRecord) -> list[str]:
@@ -603,8 +538,6 @@ def changed_files(folder: Path, record: EngineRecord) -> list[str]:
 
 def require_package(package: str, extra: str, purpose: str) -> None:
     """Raise InputError where ``package`` cannot be imported, naming the extra that brings it."""
-    import importlib.util
-
     if importlib.util.find_spec(package) is None:
         raise InputError(
             f"{purpose} needs the Python package {package}, which is not installed: pip install "
@@ -614,6 +547,4 @@ def require_package(package: str, extra: str, purpose: str) -> None:
 
 def input_arrays(feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
     """The feeds as C-contiguous arrays, which every runtime takes without a copy of its own."""
-    import numpy as np
-
     return {name: np.ascontiguousarray(value) for name, value in feeds.items()}

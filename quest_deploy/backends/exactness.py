@@ -39,7 +39,7 @@ from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from quest_deploy.backends.base import CpuBackend
+    from quest_deploy.backends.cpu import CpuBackend
 
 TOLERANCE = 1e-5
 """Relative to the largest sum: a runtime may multiply in float, in any order; what saturates is off

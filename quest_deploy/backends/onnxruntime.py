@@ -7,15 +7,17 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from quest_deploy.backends.base import (
     LOWERED,
-    CpuBackend,
     EngineOptions,
     Runner,
     input_arrays,
     input_shapes,
     require_package,
 )
+from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
@@ -116,8 +118,6 @@ class OnnxRuntimeBackend(CpuBackend):
         """From the profile of one inference of one sample: which kernel ran, and the types of the
         operands that it was given.
         """
-        import numpy as np
-
         from exporters.graph_info import load_graph
         from exporters.multiplications import multiplication_names
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from quest_deploy.backends.base import (
     NATIVE_PROCESSOR,
     Backend,
-    CpuBackend,
     EngineOptions,
     option_name,
 )
+from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.backends.openvino.backend import OpenVinoBackend
 from quest_deploy.backends.tensorrt.base import TensorRtRtxBackend

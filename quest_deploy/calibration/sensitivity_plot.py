@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
 from quest_deploy.files import atomic_file
 from quest_deploy.quantization.layer_kinds import GROUPS
 
@@ -27,9 +32,6 @@ def plot_sensitivity(sensitivity: Sensitivity, chosen: Collection[str], path: Pa
     """Save a PNG of each layer's ``mse`` on a logarithmic axis; the names of the ``chosen`` layers
     are bold and starred.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
     layers = sensitivity.layers
     columns = [layers[start : start + ROWS] for start in range(0, len(layers), ROWS)] or [()]
     names = LETTER_INCHES * max((len(layer.layer) for layer in layers), default=0)
@@ -89,8 +91,5 @@ def _draw(axes: Axes, layers: tuple[LayerSensitivity, ...], chosen: Collection[s
 
 def _colors() -> dict[str, str]:
     """Hues that stay apart, and grey for the rest."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
     hues = [to_hex(colormaps["tab20"](i)) for i in (6, 9, 4, 0, 1, 2, 8, 16, 10, 12, 18, 3, 5, 14)]
     return dict(zip(GROUPS, hues, strict=True))

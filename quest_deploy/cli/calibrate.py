@@ -134,7 +134,7 @@ def calibrate_stage(
         from quest_deploy.calibration.reconstruction import ReconstructOptions, reconstruct
         from quest_deploy.calibration.training_state import hash_of_tensors
         from quest_deploy.calibration.trajectories import record_trajectories, samples_for
-        from quest_deploy.models.registry import load_model
+        from quest_deploy.models.loading import load_model
 
         model = load_model(workspace.source, options.prompts)
         unet = model.load_unet()

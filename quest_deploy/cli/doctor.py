@@ -7,11 +7,11 @@ from typing import Any
 
 from quest_deploy.artifacts.workspace import versions
 from quest_deploy.backends.base import (
-    CpuBackend,
     EngineOptions,
     integer_instructions,
     processor_name,
 )
+from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.registry import BACKENDS
 from quest_deploy.backends.tensorrt.base import gpu_count
 from quest_deploy.cli.console import Console, table

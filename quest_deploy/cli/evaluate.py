@@ -73,7 +73,7 @@ def evaluate_stage(
             epsilon_mse,
             evaluate_images,
         )
-        from quest_deploy.models.registry import load_model
+        from quest_deploy.models.loading import load_model
 
         model = load_model(workspace.source)
         defaults = {"images": model.evaluation_images}

@@ -99,7 +99,7 @@ def finetune_stage(
 
 def _options(workspace: Workspace, given: dict[str, Any]) -> FinetuneOptions:
     from quest_deploy.finetuning.train import FinetuneOptions
-    from quest_deploy.models.registry import load_model
+    from quest_deploy.models.loading import load_model
 
     model = load_model(workspace.source)
     try:
@@ -115,7 +115,7 @@ def _finetune(workspace: Workspace, options: FinetuneOptions, **execution: Any) 
     from quest_deploy.artifacts.checkpoint import load_checkpoint
     from quest_deploy.calibration.trajectories import Trajectories
     from quest_deploy.finetuning.train import finetune
-    from quest_deploy.models.registry import load_model
+    from quest_deploy.models.loading import load_model
 
     model = load_model(workspace.source)
     with _threads(model.finetuning_threads):

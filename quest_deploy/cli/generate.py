@@ -58,7 +58,7 @@ def generate_stage(
         )
 
     def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
-        from quest_deploy.models.registry import load_model
+        from quest_deploy.models.loading import load_model
 
         model = load_model(workspace.source)
         of_text = model.asked_for == "prompt"

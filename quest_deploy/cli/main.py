@@ -29,15 +29,29 @@ from quest_deploy.cli.run import run
 from quest_deploy.cli.schedule import schedule
 from quest_deploy.cli.sensitivity import sensitivity
 from quest_deploy.cli.verify import verify
-from quest_deploy.errors import QuestDeployError
+from quest_deploy.errors import InputError, QuestDeployError
 
 INTERRUPTED = 130
+TORCH_EXTRA = frozenset(
+    {
+        "PIL",
+        "accelerate",
+        "diffusers",
+        "huggingface_hub",
+        "matplotlib",
+        "onnxscript",
+        "peft",
+        "torch",
+        "transformers",
+        "yaml",
+    }
+)
+"""What the extra `torch` installs, as it is imported: a machine that only runs engines has none."""
 
 app = typer.Typer(
     help="From a diffusion model to QuEST-finetuned low-bit engines with one activation-scale set "
     "per timestep bucket.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(run)
@@ -85,6 +99,15 @@ def main() -> None:
         _end(e.format_message(), e.exit_code)
     except QuestDeployError as e:
         _fail(str(e), e.exit_code)
+    except ModuleNotFoundError as e:
+        package = (e.name or "").partition(".")[0]
+        if package not in TORCH_EXTRA:
+            raise
+        _fail(
+            f"this command needs the Python package {package}, which is not installed: pip install "
+            "'quest-deploy[torch]'",
+            InputError.exit_code,
+        )
     except BrokenPipeError:
         sys.exit(1)
     except OSError as e:

@@ -14,7 +14,8 @@ from quest_deploy.artifacts.scheme import DEFAULT_BUCKETS, SUPPORTED_BITS, Granu
 from quest_deploy.artifacts.workspace import MANIFEST, Workspace, check_vacant
 from quest_deploy.backends.registry import BACKENDS
 from quest_deploy.errors import InputError
-from quest_deploy.models.registry import EMBEDDED, MODEL_NAMES, check_model_name, resolve_source
+from quest_deploy.models.loading import resolve_source
+from quest_deploy.models.registry import EMBEDDED, MODEL_NAMES, check_model_name
 
 if TYPE_CHECKING:
     from quest_deploy.artifacts.model_source import ModelSource

@@ -29,7 +29,7 @@ def write_schedule(
     """Write the table of ``steps`` steps of a scheduler, with the model's noise schedule; raise
     InputError where no table holds it.
     """
-    from quest_deploy.models.registry import load_model
+    from quest_deploy.models.loading import load_model
     from quest_deploy.models.schedulers import set_steps
     from quest_deploy.serving.schedule import schedule_from_scheduler
 

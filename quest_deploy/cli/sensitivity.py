@@ -48,7 +48,7 @@ def sensitivity_stage(
         from quest_deploy.calibration.sensitivity_plot import plot_sensitivity
         from quest_deploy.calibration.trajectories import Trajectories
         from quest_deploy.files import write_json
-        from quest_deploy.models.registry import load_model
+        from quest_deploy.models.loading import load_model
 
         started = time.monotonic()
         measured = measure_sensitivity(

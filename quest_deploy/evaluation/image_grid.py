@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from quest_deploy.files import atomic_file
 
@@ -20,8 +21,6 @@ def save_grid(images: NDArray[np.float32], path: Path, columns: int) -> None:
     """Save images [N, C, H, W] in [-1, 1] (C is 1 or 3) as a PNG grid, row by row; small images are
     magnified without smoothing.
     """
-    from PIL import Image
-
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     factor = max(1, MAGNIFY_TO // height)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from quest_deploy.artifacts.scheme import TRAIN_TIMESTEPS
 from quest_deploy.errors import InputError
 
@@ -535,8 +537,6 @@ def _parse(path: Path) -> Any:
     text = path.read_text()
     if path.suffix == ".json":
         return json.loads(text)
-    import yaml
-
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as e:

@@ -9,16 +9,18 @@ scikit-learn nor the data. Nothing of this enters calibration or finetuning.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from quest_deploy.models.tiny import ASSETS
+from safetensors.numpy import load_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
+
+CLASSIFIER = Path(__file__).parent / "tiny_assets" / "classifier.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,7 @@ def judge(images: NDArray[np.float32], labels: NDArray[np.int64]) -> DigitQualit
     """Judge generated images [N, 1, 16, 16] in [-1, 1], asked for as ``labels`` [N] in 0..9. N must
     be at least 2.
     """
-    from safetensors.numpy import load_file
-
-    weights = load_file(ASSETS / "classifier.safetensors")
+    weights = load_file(CLASSIFIER)
     features = features_of(images, weights)
     logits = features @ weights["weight.2"] + weights["bias.2"]
     distance = frechet_distance(

@@ -11,18 +11,39 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import diffusers
 import numpy as np
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.loaders.single_file_utils import (
+    infer_diffusers_model_type,
+    load_single_file_checkpoint,
+)
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers.utils import logging as transformers_logging
 
 from quest_deploy.artifacts.model_source import INDEX
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
+from quest_deploy.models.conditions import (
+    ClassLabels,
+    ClassTokens,
+    NoConditions,
+    Prompts,
+    random_prompts,
+    time_ids,
+)
+from quest_deploy.models.hub import fetch_pipeline
+from quest_deploy.models.loras import fuse_into_text_encoders, fuse_into_unet
 from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS, OTHERWISE
 from quest_deploy.models.schedulers import make_scheduler
+from quest_deploy.models.unets import set_heads, with_flat_conditions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    import torch
     from numpy.typing import NDArray
     from torch import nn
 
@@ -109,12 +130,6 @@ class PipelineModel:
 
     def load_unet(self) -> nn.Module:
         """The float model, its LoRAs fused; random weights are those of the source's seed."""
-        import torch
-        from diffusers import UNet2DConditionModel, UNet2DModel
-
-        from quest_deploy.models.loras import fuse_into_unet
-        from quest_deploy.models.unets import set_heads, with_flat_conditions
-
         unet_class = {"UNet2DConditionModel": UNet2DConditionModel, "UNet2DModel": UNet2DModel}[
             self.config["_class_name"]
         ]
@@ -152,8 +167,6 @@ class PipelineModel:
 
     def draw_conditions(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Labels in a random order, none a second time before all have come."""
-        import torch
-
         rounds = -(-count // self.labels)
         drawn = torch.cat(
             [torch.randperm(self.labels, generator=generator) for _ in range(rounds)]
@@ -170,8 +183,6 @@ class PipelineModel:
 
     def images(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """Decode one by one, which bounds memory; a model without a decoder works on pixels."""
-        import torch
-
         self.require_weights("draw")
         decoder = self.load_decoder()
         if decoder is None:
@@ -197,8 +208,6 @@ class PipelineModel:
         """The diffusers class of the pipeline; raise InputError where diffusers has none for this
         model.
         """
-        import diffusers
-
         name = self.index.get("_class_name")
         found = getattr(diffusers, name, None) if isinstance(name, str) else None
         if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
@@ -215,8 +224,6 @@ class PipelineModel:
             parts: by name, parts to take instead of the folder's; None leaves one away. Without
                 ``unet`` there is none.
         """
-        from quest_deploy.models.loras import fuse_into_text_encoders
-
         self.require_weights("run as a pipeline")
         pipeline_class = self.pipeline_class()
         given = {"unet": None, **parts}
@@ -243,8 +250,6 @@ class PipelineModel:
         return pipeline
 
     def _fetch_configurations(self) -> Path:
-        from quest_deploy.models.hub import fetch_pipeline
-
         known = KNOWN_MODELS[self.folder.name]
         assert known.repository is not None
         assert known.revision is not None
@@ -264,16 +269,6 @@ class PipelineModel:
         return self._conditions
 
     def _make_conditions(self) -> Conditions:
-        import torch
-
-        from quest_deploy.models.conditions import (
-            ClassLabels,
-            ClassTokens,
-            NoConditions,
-            Prompts,
-            random_prompts,
-        )
-
         if self.config.get("num_class_embeds") is not None:
             return ClassLabels(self.config["num_class_embeds"])
         if self.family == UNCONDITIONAL:
@@ -296,10 +291,6 @@ class PipelineModel:
     def _encode(
         self, prompts: list[str]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        import torch
-
-        from quest_deploy.models.conditions import time_ids
-
         pipeline = self.load_pipeline(
             **{
                 name: None
@@ -336,9 +327,6 @@ class PipelineModel:
 
     def load_decoder(self) -> Any:
         """The diffusers module that decodes latents; None where the model works on pixels."""
-        import diffusers
-        import torch
-
         name = next((name for name in DECODERS if name in self.index), None)
         if name is None:
             return None
@@ -429,8 +417,6 @@ def _folder_of(source: ModelSource) -> Path:
         )
     if source.location is None:
         return ARCHITECTURES / source.name
-    from quest_deploy.models.hub import fetch_pipeline
-
     assert source.revision is not None
     return fetch_pipeline(source.location, source.revision)
 
@@ -439,11 +425,6 @@ def _architecture_in(path: Path) -> str:
     """Which architecture a single file holds, by its tensors; raise InputError where it is none of
     ours or cannot be read safely.
     """
-    from diffusers.loaders.single_file_utils import (
-        infer_diffusers_model_type,
-        load_single_file_checkpoint,
-    )
-
     try:
         with _quiet():
             kind = infer_diffusers_model_type(load_single_file_checkpoint(str(path)))
@@ -461,9 +442,6 @@ def _architecture_in(path: Path) -> str:
 
 
 def _class_table(path: Path, width: int) -> torch.Tensor:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         table = load_file(path)["weight"].float()
     except (OSError, SafetensorError, KeyError) as e:
@@ -483,9 +461,6 @@ def _quiet() -> Iterator[None]:
     """Without the progress bars and notices that diffusers and transformers print while they
     load.
     """
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
     levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()

@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from quest_deploy.artifacts.model_source import (
-    IMPORTED,
-    IMPORTED_ALONE,
     INDEX,
     SINGLE_FILES,
-    Lora,
-    ModelSource,
-    fingerprint,
 )
 from quest_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     import numpy as np
     import torch
@@ -153,64 +148,16 @@ class DiffusionModel(Protocol):
         """
 
 
-def resolve_source(
-    model: str,
-    *,
-    revision: str | None = None,
-    random_weights: bool = False,
-    loras: Sequence[str] = (),
-) -> ModelSource:
-    """Where ``model`` comes from: a registry's name, a diffusers folder or a single file. A model
-    on the hub is fetched here.
-
-    Args:
-        revision: of a model on the hub, a commit, branch or tag instead of the registry's.
-        loras: each "PATH" or "PATH:WEIGHT".
-
-    Raises:
-        InputError: there is no such model, an option does not apply to it, or the hub does not give
-            it.
-    """
-    fused = tuple(Lora.parse(text) for text in loras)
-    known = KNOWN_MODELS.get(model)
-    if revision is not None and (random_weights or known is None or known.repository is None):
-        raise InputError("--revision: expected it with a model from the hub, which this one is not")
-    if known is None:
-        path = Path(model).resolve()
-        _check_path(model, path)
-        name = path.name if path.is_dir() else path.stem
-        print_of_it = None if random_weights else fingerprint(path)
-        return ModelSource(
-            name, str(path), random_weights=random_weights, loras=fused, fingerprint=print_of_it
-        )
-    if model == EMBEDDED:
-        if random_weights or fused:
-            raise InputError(
-                f"--random-weights, --lora: {EMBEDDED} comes with its weights; expected another "
-                "model with them"
-            )
-        return ModelSource(EMBEDDED)
-    if random_weights:
-        return ModelSource(model, random_weights=True, loras=fused)
-    if known.repository is None or known.revision is None:
-        raise InputError(
-            f"{model} has no repository in diffusers' layout on the Hugging Face Hub; {OTHERWISE}"
-        )
-    from quest_deploy.models.hub import fetch_pipeline
-
-    folder = fetch_pipeline(known.repository, revision or known.revision)
-    return ModelSource(model, known.repository, folder.name, revision, loras=fused)
-
-
 def check_model_name(model: str) -> None:
     """Raise InputError where ``model`` is neither a name of the registry's nor the path of a
     model.
     """
     if model not in KNOWN_MODELS:
-        _check_path(model, Path(model))
+        check_path(model, Path(model))
 
 
-def _check_path(model: str, path: Path) -> None:
+def check_path(model: str, path: Path) -> None:
+    """Raise InputError where ``path``, given as ``model``, holds no model."""
     expected = (
         f"expected one of {', '.join(MODEL_NAMES)}, or the path of a diffusers folder or a "
         f"{' or '.join(SINGLE_FILES)} file"
@@ -221,26 +168,3 @@ def _check_path(model: str, path: Path) -> None:
         raise InputError(f"{model}: {expected}; this folder has no {INDEX}")
     if path.is_file() and path.suffix not in SINGLE_FILES:
         raise InputError(f"{model}: {expected}; found {path.name}")
-
-
-def load_model(source: ModelSource, prompts: Sequence[str] | None = None) -> DiffusionModel:
-    """The model of ``source``.
-
-    Args:
-        prompts: what its labels stand for, for a text-to-image model; a short list of our own where
-            it is None.
-
-    Raises:
-        InputError: there is none, or it is not what it was when the source was recorded.
-    """
-    if source.name == IMPORTED and source.location is None:
-        raise InputError(IMPORTED_ALONE)
-    if prompts is not None and source.name == EMBEDDED:
-        raise InputError(f"--prompts: expected a text-to-image model, and {EMBEDDED} draws digits")
-    if source.name == EMBEDDED and source.location is None:
-        from quest_deploy.models.tiny import TinyModel
-
-        return TinyModel()
-    from quest_deploy.models.pipeline_model import PipelineModel
-
-    return PipelineModel(source, prompts)

@@ -13,19 +13,22 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
+from quest_deploy.models.digit_quality import DigitQuality, judge
 from quest_deploy.models.schedulers import make_scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
     from numpy.typing import NDArray
     from torch import nn
 
-    from quest_deploy.models.digit_quality import DigitQuality
 
 ASSETS = Path(__file__).parent / "tiny_assets"
 NULL_CLASS = 10
@@ -93,9 +96,6 @@ class TinyModel:
         """The FP32 UNet: sample [B, 4, 8, 8], timestep [B], encoder_hidden_states [B, 4, 32] ->
         epsilon [B, 4, 8, 8].
         """
-        import torch
-        from diffusers import UNet2DConditionModel
-
         unet: nn.Module = UNet2DConditionModel.from_pretrained(
             ASSETS / "unet", torch_dtype=torch.float32
         )
@@ -109,20 +109,14 @@ class TinyModel:
         return config
 
     def draw_conditions(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        import torch
-
         return self._embed(torch.randint(NULL_CLASS + 1, (count,), generator=generator))
 
     def conditions(self, labels: NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        import torch
-
         if labels.size and not (labels.min() >= 0 and labels.max() < NULL_CLASS):
             raise InputError(f"labels must be digits 0 to 9, found {sorted(set(labels.tolist()))}")
         return self._embed(torch.from_numpy(labels))
 
     def null_conditions(self, count: int) -> dict[str, torch.Tensor]:
-        import torch
-
         return self._embed(torch.full((count,), NULL_CLASS))
 
     def images(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -139,20 +133,15 @@ class TinyModel:
 
     def judge(self, images: NDArray[np.float32], labels: NDArray[np.int64]) -> DigitQuality:
         """By the classifier of digits that ships with the model."""
-        from quest_deploy.models.digit_quality import judge
 
         return judge(images, labels)
 
     def _embed(self, classes: torch.Tensor) -> dict[str, torch.Tensor]:
         """Four tokens a class: encoder_hidden_states, float32 [B, 4, 32]."""
-        from safetensors.torch import load_file
-
         table = load_file(ASSETS / "class_embedding.safetensors")["weight"].float()
         return {"encoder_hidden_states": table[classes].unflatten(1, (TOKENS, -1))}
 
 
 def latents_from_images(images: torch.Tensor) -> torch.Tensor:
     """The lossless "VAE": a 2x2 pixel unshuffle, [B, 1, 16, 16] -> [B, 4, 8, 8]."""
-    import torch.nn.functional as F
-
     return F.pixel_unshuffle(images, 2)

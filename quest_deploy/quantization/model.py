@@ -9,8 +9,10 @@ import dataclasses
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import numpy as np
 import torch
+from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
 
 from quest_deploy.artifacts.checkpoint import (
@@ -289,8 +291,6 @@ def build_float_model(architecture: Architecture) -> nn.Module:
     """The float model with uninitialized meaning: its class from diffusers, its weights to be
     filled in.
     """
-    import diffusers
-
     model_class = FLAT_CLASSES.get(architecture.class_name) or getattr(
         diffusers, architecture.class_name, None
     )
@@ -307,8 +307,6 @@ def build_float_model(architecture: Architecture) -> nn.Module:
 
 def downsampling(model: nn.Module) -> int:
     """What heights and widths of the model's samples must be multiples of."""
-    from diffusers.models.downsampling import Downsample2D
-
     return int(2 ** sum(isinstance(module, Downsample2D) for module in model.modules()))
 
 

@@ -4,10 +4,12 @@ are diffusers' own.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -18,7 +20,9 @@ from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
-from quest_deploy.models.registry import EMBEDDED, load_model
+from quest_deploy.models.loading import load_model
+from quest_deploy.models.pipeline_model import PipelineModel
+from quest_deploy.models.registry import EMBEDDED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,8 +50,6 @@ def load_pipeline(
     Raises:
         InputError: there is no such engine, or the model is no whole diffusers pipeline.
     """
-    from quest_deploy.models.pipeline_model import PipelineModel
-
     get_backend(backend)
     opened = workspace if isinstance(workspace, Workspace) else Workspace.open(Path(workspace))
     model = load_model(opened.source)
@@ -146,10 +148,6 @@ class PipelineUNet(ModelMixin, ConfigMixin):
 
 def _full_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` with the defaults of its diffusers class, which pipelines read too."""
-    import inspect
-
-    import diffusers
-
     parameters = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters
     defaults = {
         name: p.default

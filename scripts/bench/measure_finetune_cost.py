@@ -25,7 +25,7 @@ from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.finetuning.train import FinetuneOptions, Progress, finetune
-from quest_deploy.models.registry import load_model
+from quest_deploy.models.loading import load_model
 
 if TYPE_CHECKING:
     from torch import nn

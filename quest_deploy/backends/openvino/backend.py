@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from quest_deploy.backends.base import (
     LOWERED,
-    CpuBackend,
     EngineOptions,
     Runner,
     input_arrays,
     input_shapes,
     require_package,
 )
+from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:

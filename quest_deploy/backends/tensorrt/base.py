@@ -244,7 +244,7 @@ class TensorRtRtxBackend(TensorRtBackend):
 
     name = "tensorrt-rtx"
     package = RTX
-    remedy = "pip install 'quest-deploy[cpu]'"
+    remedy = "pip install 'quest-deploy[tensorrt-rtx]'"
 
     def resolve(self, options: EngineOptions) -> EngineOptions:
         return replace(options, quantize=NATIVE) if options.quantize == "auto" else options

@@ -18,6 +18,8 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from quest_deploy import __version__
 from quest_deploy.artifacts.workspace import ENGINES, GRAPH
 from quest_deploy.backends.base import (
@@ -34,7 +36,7 @@ from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.backends.tensorrt.plugin import recorded_library
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder, read_json, sha256_of, write_json
-from quest_deploy.models.registry import load_model
+from quest_deploy.models.loading import load_model
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.serving.triton.configs import pipeline_config, plan_config
 from quest_deploy.serving.triton.pbtxt import pbtxt
@@ -401,8 +403,6 @@ class Writer:
 
     def _lowered(self, graph: ir.Model) -> ir.Model:
         """The graph that runs without a GPU, with a probe of its kernels beside it."""
-        import numpy as np
-
         from exporters.exactness import LEVELS
         from exporters.graph_info import save_graph
         from exporters.probe import make_probe
@@ -523,8 +523,6 @@ class Writer:
 
     def write_pipelines(self) -> None:
         """``pipeline`` and ``pipeline_stream``, after the models that they call."""
-        import numpy as np
-
         factor = (
             self.model.images(np.zeros((1, *self.sample_shape), np.float32)).shape[2]
             // self.sample_shape[1]
@@ -565,8 +563,6 @@ class Writer:
         """What the UNet is conditioned on: tokenizers, or a table with a row for each label, the
         last one for none.
         """
-        import numpy as np
-
         if self.of_text:
             for tokenizer, name in zip(self.tokenizers, ("tokenizer", "tokenizer_2"), strict=False):
                 tokenizer.save_pretrained(version / name)

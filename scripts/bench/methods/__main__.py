@@ -19,7 +19,8 @@ import typer
 from quest_deploy.artifacts.model_source import ModelSource
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file, remove_temporaries
-from quest_deploy.models.registry import EMBEDDED, load_model
+from quest_deploy.models.loading import load_model
+from quest_deploy.models.registry import EMBEDDED
 from scripts.bench.methods.cells import SEEDS, all_cells
 from scripts.bench.methods.display import watching
 from scripts.bench.methods.plot import plot

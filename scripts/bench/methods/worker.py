@@ -34,7 +34,7 @@ from quest_deploy.evaluation.quality import (
 )
 from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.files import atomic_file
-from quest_deploy.models.registry import load_model
+from quest_deploy.models.loading import load_model
 from scripts.bench.methods.cells import Cell
 from scripts.bench.methods.recipes import JUDGED_SCHEME, make
 

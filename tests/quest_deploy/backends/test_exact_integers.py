@@ -10,12 +10,12 @@ from exporters.exactness import EXACT_ANYWHERE, LEVELS, SAFE, Exactness
 from quest_deploy.backends import exactness
 from quest_deploy.backends.base import (
     ANY_PROCESSOR,
-    CpuBackend,
     EngineOptions,
     build_engine,
     engine_info,
     open_engine,
 )
+from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.registry import check_options, get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, write_json

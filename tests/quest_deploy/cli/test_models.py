@@ -15,7 +15,7 @@ from quest_deploy.artifacts.model_source import ModelSource
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import MANIFEST, TRAJECTORIES, Workspace
 from quest_deploy.files import sha256_of_json
-from quest_deploy.models.registry import resolve_source
+from quest_deploy.models.loading import resolve_source
 from tests.quest_deploy.support import LDM_CHAIN, TEXT_CHAIN, cli
 
 if TYPE_CHECKING:

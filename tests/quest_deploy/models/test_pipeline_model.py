@@ -14,8 +14,8 @@ from quest_deploy.artifacts.model_source import ModelSource
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.errors import InputError
+from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
-from quest_deploy.models.registry import load_model, resolve_source
 from tests.pipelines import CLASSES, PIPELINES, TEXT_WIDTH
 
 if TYPE_CHECKING:

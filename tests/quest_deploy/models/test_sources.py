@@ -18,7 +18,8 @@ from quest_deploy.artifacts.schema import parse
 from quest_deploy.errors import InputError
 from quest_deploy.models import registry
 from quest_deploy.models.hub import fetch_pipeline
-from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS, load_model, resolve_source
+from quest_deploy.models.loading import load_model, resolve_source
+from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,8 @@ import torch
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.errors import InputError
-from quest_deploy.models.registry import MODEL_NAMES, check_model_name, load_model, resolve_source
+from quest_deploy.models.loading import load_model, resolve_source
+from quest_deploy.models.registry import MODEL_NAMES, check_model_name
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.models.tiny import ASSETS, NULL_CLASS, latents_from_images
 

@@ -11,8 +11,8 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from quest_deploy.models.loading import resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
-from quest_deploy.models.registry import resolve_source
 from quest_deploy.serving.triton.parts import Decoder, TextEncoder, save_onnx
 from tests.helpers import relative_error
 from tests.pipelines import TOKENS

@@ -17,7 +17,7 @@ from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import CHECKPOINT, Workspace
 from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.errors import InputError
-from quest_deploy.models.registry import load_model
+from quest_deploy.models.loading import load_model
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import PipelineUNet, load_pipeline
@@ -322,7 +322,7 @@ def test_parts_that_are_given_replace_the_folders(text_chain: Chain) -> None:
 def test_a_model_that_is_no_pipeline_is_an_error_that_names_the_runtime(
     tmp_path: Path, pipelines: Callable[[str], Path]
 ) -> None:
-    from quest_deploy.models.registry import resolve_source
+    from quest_deploy.models.loading import resolve_source
 
     digits = Workspace.create(tmp_path / "tiny", "tiny", Scheme.parse("w4a4"))
     classes = Workspace.create(
@@ -334,7 +334,7 @@ def test_a_model_that_is_no_pipeline_is_an_error_that_names_the_runtime(
 
 
 def test_random_weights_are_no_pipeline(tmp_path: Path) -> None:
-    from quest_deploy.models.registry import resolve_source
+    from quest_deploy.models.loading import resolve_source
 
     workspace = Workspace.create(
         tmp_path / "ws", resolve_source("sd15", random_weights=True), Scheme.parse("w4a4")
@@ -346,7 +346,7 @@ def test_random_weights_are_no_pipeline(tmp_path: Path) -> None:
 def test_an_engine_that_was_never_built_names_the_command(
     tmp_path: Path, pipelines: Callable[[str], Path]
 ) -> None:
-    from quest_deploy.models.registry import resolve_source
+    from quest_deploy.models.loading import resolve_source
 
     workspace = Workspace.create(
         tmp_path / "ws", resolve_source(str(pipelines("sd"))), Scheme.parse("w4a4")

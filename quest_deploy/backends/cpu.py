@@ -1,0 +1,87 @@
+"""What CPU backends share: integer kernels that are exact on some processors and not on others."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy.backends.base import (
+    ANY_PROCESSOR,
+    ENGINE_FILE,
+    NATIVE_PROCESSOR,
+    REPAIR,
+    Backend,
+    EngineOptions,
+    EngineRecord,
+)
+from quest_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from exporters.exactness import Exactness
+
+
+class CpuBackend(Backend):
+    """A backend of CPUs, whose integer kernels are exact on some processors and not on others."""
+
+    compile_only_checks = True
+    package: str
+    """The Python package of the runtime."""
+
+    def on_cpu(self, options: EngineOptions) -> bool:
+        """Whether an engine of ``options`` runs on the CPU; a GPU's kernels add in 32 bits."""
+        return True
+
+    def exactness(self, options: EngineOptions) -> Exactness:
+        """What holds on any processor, if that is asked for; else what the runtime answers on this
+        one.
+        """
+        from exporters import exactness
+        from quest_deploy.backends.exactness import measured
+
+        if not self.on_cpu(options):
+            return exactness.EXACT
+        return exactness.EXACT_ANYWHERE if options.processor == ANY_PROCESSOR else measured(self)
+
+    def lower(
+        self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None
+    ) -> ir.Model:
+        return self.lower_for(model, options, self.exactness(options), frozen_bucket=frozen_bucket)
+
+    @abstractmethod
+    def lower_for(
+        self,
+        model: ir.Model,
+        options: EngineOptions,
+        exactness: Exactness,
+        *,
+        frozen_bucket: int | None = None,
+    ) -> ir.Model:
+        """As :meth:`lower`, for a runtime that computes exactly what ``exactness`` says."""
+
+    def answers(self, options: EngineOptions) -> dict[str, Any]:
+        return {"exact_integers": dict(self.exactness(options).levels)}
+
+    def kernels(self, lowered: ir.Model, options: EngineOptions) -> dict[str, int]:
+        from exporters.exactness import kernel_needs
+
+        return kernel_needs(lowered) if self.on_cpu(options) else {}
+
+    def check_engine(self, record: EngineRecord) -> EngineOptions:
+        """As of any backend; besides, the engine's integer products must be exact on this
+        machine.
+        """
+        from quest_deploy.backends.exactness import check_kernels
+
+        options, kernels = super().check_engine(record), record.kernels
+        if kernels is None:
+            raise InputError(
+                f"{ENGINE_FILE} does not say which integer kernels the engine needs, as earlier "
+                f"versions' do not; {REPAIR}"
+            )
+        # What was built for any processor, too: here is perhaps another runtime, or no x86-64.
+        here = self.exactness(replace(options, processor=NATIVE_PROCESSOR))
+        check_kernels(here, kernels, f"quest-deploy build-engine --backend {self.name}")
+        return options

@@ -1,0 +1,92 @@
+"""From a name or a path to a model: where it comes from, and the object that stands for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quest_deploy.artifacts.model_source import (
+    IMPORTED,
+    IMPORTED_ALONE,
+    Lora,
+    ModelSource,
+    fingerprint,
+)
+from quest_deploy.errors import InputError
+from quest_deploy.models.hub import fetch_pipeline
+from quest_deploy.models.registry import EMBEDDED, KNOWN_MODELS, OTHERWISE, check_path
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from quest_deploy.models.registry import DiffusionModel
+
+
+def resolve_source(
+    model: str,
+    *,
+    revision: str | None = None,
+    random_weights: bool = False,
+    loras: Sequence[str] = (),
+) -> ModelSource:
+    """Where ``model`` comes from: a registry's name, a diffusers folder or a single file. A model
+    on the hub is fetched here.
+
+    Args:
+        revision: of a model on the hub, a commit, branch or tag instead of the registry's.
+        loras: each "PATH" or "PATH:WEIGHT".
+
+    Raises:
+        InputError: there is no such model, an option does not apply to it, or the hub does not give
+            it.
+    """
+    fused = tuple(Lora.parse(text) for text in loras)
+    known = KNOWN_MODELS.get(model)
+    if revision is not None and (random_weights or known is None or known.repository is None):
+        raise InputError("--revision: expected it with a model from the hub, which this one is not")
+    if known is None:
+        path = Path(model).resolve()
+        check_path(model, path)
+        name = path.name if path.is_dir() else path.stem
+        print_of_it = None if random_weights else fingerprint(path)
+        return ModelSource(
+            name, str(path), random_weights=random_weights, loras=fused, fingerprint=print_of_it
+        )
+    if model == EMBEDDED:
+        if random_weights or fused:
+            raise InputError(
+                f"--random-weights, --lora: {EMBEDDED} comes with its weights; expected another "
+                "model with them"
+            )
+        return ModelSource(EMBEDDED)
+    if random_weights:
+        return ModelSource(model, random_weights=True, loras=fused)
+    if known.repository is None or known.revision is None:
+        raise InputError(
+            f"{model} has no repository in diffusers' layout on the Hugging Face Hub; {OTHERWISE}"
+        )
+    folder = fetch_pipeline(known.repository, revision or known.revision)
+    return ModelSource(model, known.repository, folder.name, revision, loras=fused)
+
+
+def load_model(source: ModelSource, prompts: Sequence[str] | None = None) -> DiffusionModel:
+    """The model of ``source``.
+
+    Args:
+        prompts: what its labels stand for, for a text-to-image model; a short list of our own where
+            it is None.
+
+    Raises:
+        InputError: there is none, or it is not what it was when the source was recorded.
+    """
+    if source.name == IMPORTED and source.location is None:
+        raise InputError(IMPORTED_ALONE)
+    if prompts is not None and source.name == EMBEDDED:
+        raise InputError(f"--prompts: expected a text-to-image model, and {EMBEDDED} draws digits")
+    if source.name == EMBEDDED and source.location is None:
+        from quest_deploy.models.tiny import TinyModel
+
+        return TinyModel()
+    from quest_deploy.models.pipeline_model import PipelineModel
+
+    return PipelineModel(source, prompts)
