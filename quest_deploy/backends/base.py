@@ -18,9 +18,10 @@ from quest_deploy import __version__
 from quest_deploy.artifacts.workspace import versions
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import read_json, sha256_of, write_json
+from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from types import TracebackType
 
     import numpy as np
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from exporters.exactness import Exactness
+    from quest_deploy.progress import Progress
 
 FORMAT = "quest-deploy engine"
 VERSION = 1
@@ -286,7 +288,7 @@ class Backend(ABC):
         lowered: Path,
         folder: Path,
         options: EngineOptions,
-        on_progress: Callable[[str, int, int], None],
+        progress: Progress,
     ) -> None:
         """Compile the lowered ONNX file into files of ``folder``."""
 
@@ -404,10 +406,6 @@ class CpuBackend(Backend):
         return options
 
 
-def no_progress(phase: str, done: int, total: int) -> None:
-    """Report nothing."""
-
-
 def processor_name() -> str:
     """The CPU's name as Linux gives it, or what Python knows."""
     name = _cpuinfo("model name")
@@ -462,7 +460,7 @@ def build_engine(
     folder: Path,
     options: EngineOptions,
     graph_sha256: str,
-    on_progress: Callable[[str, int, int], None] = no_progress,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Lower ``model`` (changed in place), compile it into ``folder`` and return the content of its
     ``engine.json``.
@@ -485,7 +483,7 @@ def build_engine(
     save_graph(lowered, folder / LOWERED)
     del model, lowered  # a gigabyte for Stable Diffusion, while the backend holds its own copy
     gc.collect()
-    backend.compile(folder / LOWERED, folder, options, on_progress)
+    backend.compile(folder / LOWERED, folder, options, progress)
     content = {
         "format": FORMAT,
         "version": VERSION,

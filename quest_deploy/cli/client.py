@@ -73,9 +73,7 @@ def client(
     request = {name: value for name, value in choices.items() if value is not None}
     started = time.monotonic()
     with console.progress("client") as update:
-        drawn = request_image(
-            url, request, lambda done, total: update("denoising", done, total), timeout
-        )
+        drawn = request_image(url, request, update, timeout)
     seconds = time.monotonic() - started
     with atomic_file(output) as temporary:
         temporary.write_bytes(drawn.png)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quest_deploy.cli.console import Console, time_left
-from quest_deploy.cli.options import DEFAULT_MODEL, JsonOption
+from quest_deploy.cli.options import JsonOption
 from quest_deploy.compare.cells import ROWS, SEEDS, Pipeline, all_cells
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.models.registry import check_model_name
+from quest_deploy.stages.workspaces import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -5,6 +5,7 @@ JSON.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections import Counter
@@ -13,15 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from typing import Protocol
 
-    class Update(Protocol):
-        """Reports that ``done`` of ``total`` steps of ``phase`` are done; ``detail`` is what else
-        to show of the last one.
-        """
-
-        def __call__(self, phase: str, done: int, total: int, detail: str = "") -> None: ...
-
+    from quest_deploy.progress import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -34,7 +28,7 @@ class Console:
         self._clock = clock
 
     @contextmanager
-    def progress(self, title: str) -> Iterator[Update]:
+    def progress(self, title: str) -> Iterator[Progress]:
         """Show the phase that was last reported and its time left: in a bar, or where piped in a
         line every 30 s at most.
         """
@@ -57,9 +51,11 @@ class Console:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
-            Progress,
             TextColumn,
             TimeElapsedColumn,
+        )
+        from rich.progress import (
+            Progress as Bar,
         )
         from rich.table import Column
 
@@ -72,7 +68,7 @@ class Console:
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
         )
-        with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+        with Bar(*columns, console=RichConsole(stderr=True), transient=True) as bar:
             task = bar.add_task(title, total=None, left="")
 
             def update(phase: str, done: int, total: int, detail: str = "") -> None:
@@ -101,6 +97,29 @@ class Console:
             print(json.dumps(value, indent=1))
         else:
             print("\n".join(lines), flush=True)
+
+
+class Messages(logging.Handler):
+    """Prints what the library logs on standard error, a warning as such."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        print(f"{kind}{record.getMessage()}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Show what the library logs while the context is open."""
+    logger, handler = logging.getLogger("quest_deploy"), Messages()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 class _Pace:

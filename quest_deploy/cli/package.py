@@ -13,10 +13,10 @@ from quest_deploy.cli.options import (
     JsonOption,
     ModelOption,
     WorkspaceOption,
-    open_workspace,
 )
 from quest_deploy.errors import InputError
 from quest_deploy.serving.triton.package import IO_DTYPES, TritonOptions, write_package
+from quest_deploy.stages.workspaces import open_workspace
 
 RTX_IS_NO_PLAN = (
     "this workspace's tensorrt-rtx engine is left out: it is no plan of TensorRT, "

@@ -13,9 +13,9 @@ from quest_deploy.cli.options import (
     JsonOption,
     ModelOption,
     WorkspaceOption,
-    open_workspace,
 )
 from quest_deploy.models.schedulers import SCHEDULERS
+from quest_deploy.stages.workspaces import open_workspace
 
 if TYPE_CHECKING:
     from quest_deploy.artifacts.workspace import Workspace

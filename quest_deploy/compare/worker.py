@@ -20,19 +20,17 @@ from quest_deploy.artifacts.workspace import versions
 from quest_deploy.backends.base import processor_name
 from quest_deploy.compare.cells import Cell
 from quest_deploy.errors import QuestDeployError
+from quest_deploy.progress import named
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy as np
     from numpy.typing import NDArray
 
     from quest_deploy.models.registry import DiffusionModel
+    from quest_deploy.progress import Progress
 
 
-def measure(
-    model: DiffusionModel, cell: Cell, scratch: Path, report: Callable[[str, int, int], None]
-) -> dict[str, Any]:
+def measure(model: DiffusionModel, cell: Cell, scratch: Path, report: Progress) -> dict[str, Any]:
     """Make and judge ``cell``.
 
     Args:
@@ -64,9 +62,7 @@ def measure(
         seed=HELD_OUT_SEED,
     )
     fp32_images = _float_images(model, scratch, report)
-    images, labels = draw(
-        model, made.denoise, SamplingOptions(), lambda done, total: report("drawing", done, total)
-    )
+    images, labels = draw(model, made.denoise, SamplingOptions(), named(report, "drawing"))
     quality = assess(
         images, labels, fp32_images, epsilon_mse(made.denoise, held_out, JUDGED_SCHEME)
     )
@@ -79,9 +75,7 @@ def measure(
     }
 
 
-def _float_images(
-    model: DiffusionModel, scratch: Path, report: Callable[[str, int, int], None]
-) -> NDArray[np.float32]:
+def _float_images(model: DiffusionModel, scratch: Path, report: Progress) -> NDArray[np.float32]:
     import numpy as np
 
     from quest_deploy.evaluation.quality import SamplingOptions, draw
@@ -91,9 +85,7 @@ def _float_images(
     path = scratch / "float-images.npy"
     if not path.exists():
         denoise = float_denoiser(model.load_unet())
-        images, _ = draw(
-            model, denoise, SamplingOptions(), lambda done, total: report("FP32 draws", done, total)
-        )
+        images, _ = draw(model, denoise, SamplingOptions(), named(report, "FP32 draws"))
         with atomic_file(path) as temporary, temporary.open("wb") as stream:
             np.save(stream, images)
     loaded: NDArray[np.float32] = np.load(path, allow_pickle=False)
@@ -121,7 +113,9 @@ def main(arguments: list[str]) -> None:
                 load_model(ModelSource(name)),
                 Cell(row, bits, int(seed)),
                 Path(scratch),
-                lambda phase, done, total: send({"phase": phase, "done": done, "total": total}),
+                lambda phase, done, total, detail="": send(
+                    {"phase": phase, "done": done, "total": total}
+                ),
             )
             result["environment"] = {
                 "threads": int(threads),

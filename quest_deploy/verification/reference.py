@@ -43,6 +43,7 @@ from quest_deploy.artifacts.reference import (
 )
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file, read_json, sha256_of, write_json
+from quest_deploy.progress import no_progress
 from quest_deploy.quantization.layers import (
     ActivationQuantizer,
     FreeActivationQuantizer,
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.scheme import Scheme
     from quest_deploy.calibration.trajectories import Trajectories
+    from quest_deploy.progress import Progress
     from quest_deploy.quantization.model import QuantizedModel
     from quest_deploy.verification.selection import Sample
 
@@ -90,7 +92,7 @@ def save_reference(
     measured: int | None = None,
     sample_size: tuple[int, int] | None = None,
     key: str = "",
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> list[RecordEntry]:
     """Write the records for every bucket, and their index, into ``folder``; those that an
     interrupted call left there are kept.
@@ -163,7 +165,7 @@ def save_reference(
             folder / INDEX,
             {"key": key, "sha256": hashes, "records": [asdict(record) for record in records]},
         )
-        on_progress(i + 1, len(pairs))
+        progress("recording", i + 1, len(pairs))
     return records
 
 

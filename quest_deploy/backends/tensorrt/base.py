@@ -37,10 +37,12 @@ from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     import onnx_ir as ir
     from numpy.typing import NDArray
+
+    from quest_deploy.progress import Progress
 
 ENGINE = "model.engine"
 SAMPLE = "sample"
@@ -158,11 +160,11 @@ class TensorRtBackend(Backend):
         lowered: Path,
         folder: Path,
         options: EngineOptions,
-        on_progress: Callable[[str, int, int], None],
+        progress: Progress,
     ) -> None:
         trt = self._module()
         logger = make_logger(trt, verbose=options.verbose)
-        monitor = _monitor(trt, on_progress)
+        monitor = _monitor(trt, progress)
         # From the first object that logs on: parsing calls back into Python too.
         with _interrupts_stop(monitor), tempfile.TemporaryDirectory(dir=folder) as scratch:
             builder = trt.Builder(logger)
@@ -428,7 +430,7 @@ def _logger(base: Any) -> Any:
     return Logger()
 
 
-def _monitor(trt: Any, on_progress: Callable[[str, int, int], None]) -> Any:
+def _monitor(trt: Any, progress: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Passes the builder's phases on; ``stopped`` ends the build at its next step."""
 
@@ -439,15 +441,15 @@ def _monitor(trt: Any, on_progress: Callable[[str, int, int], None]) -> Any:
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.totals[phase_name] = num_steps
-            on_progress(phase_name, 0, num_steps)
+            progress(phase_name, 0, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            on_progress(phase_name, step + 1, self.totals.get(phase_name, step + 1))
+            progress(phase_name, step + 1, self.totals.get(phase_name, step + 1))
             return not self.stopped
 
         def phase_finish(self, phase_name: str) -> None:
             total = self.totals.get(phase_name, 1)
-            on_progress(phase_name, total, total)
+            progress(phase_name, total, total)
 
     return Monitor()
 

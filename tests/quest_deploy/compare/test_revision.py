@@ -17,7 +17,7 @@ from quest_deploy.calibration.trajectories import record_trajectories, samples_f
 from quest_deploy.compare.methods import REVISION
 from quest_deploy.evaluation.quality import SamplingOptions, assess, draw, epsilon_mse
 from quest_deploy.evaluation.sampling import float_denoiser
-from quest_deploy.finetuning.train import FinetuneOptions, Progress, finetune
+from quest_deploy.finetuning.train import FinetuneOptions, Step, finetune
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,7 +65,7 @@ def test_what_methods_make_changes_only_with_the_revision(
         scheme = Scheme.parse("w4a4", buckets=3, granularity=granularity)
         return calibrate("mini", mini_unet, mini_trajectories, scheme, CalibrationOptions(method))
 
-    steps: list[Progress] = []
+    steps: list[Step] = []
     start = calibrated(RangeMethod.MSE)
     learned = reconstruct(
         mini_unet,
@@ -76,7 +76,7 @@ def test_what_methods_make_changes_only_with_the_revision(
     options = FinetuneOptions(
         family="class-conditional", temporal_steps=3, sensitive_steps=3, batch=4
     )
-    tuned = finetune(lambda: mini_unet, start, mini_trajectories, options, on_progress=steps.append)
+    tuned = finetune(lambda: mini_unet, start, mini_trajectories, options, on_step=steps.append)
     moved = [
         learned.layers[name].weight_codes != layer.weight_codes
         for name, layer in start.layers.items()
