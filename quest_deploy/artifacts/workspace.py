@@ -49,6 +49,7 @@ ENGINES = "engines"
 REPORTS = "reports"
 SENSITIVITY_REPORT = "sensitivity.json"
 IMAGES = "images"
+SCHEDULES = "schedules"
 _REPORTED_PACKAGES = (
     "torch",
     "diffusers",

@@ -10,6 +10,7 @@ which ``print`` can show; messages go to the logger ``quest_deploy``. What a use
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from quest_deploy.backends.base import EngineOptions
 from quest_deploy.errors import InputError
 from quest_deploy.finetuning.distributed import is_main_process
 from quest_deploy.importers.settings import ImportSettings, Source
-from quest_deploy.progress import no_progress
+from quest_deploy.progress import no_progress, progress_of
+from quest_deploy.serving.triton.package import TritonOptions, write_package
 from quest_deploy.stages import (
     BENCHMARK,
     BUILD_ENGINE,
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.scheme import Granularity
     from quest_deploy.artifacts.workspace import Workspace
+    from quest_deploy.evaluation.inspection import Inspection
     from quest_deploy.progress import Display, Progress
     from quest_deploy.stages.results import (
         Benchmark,
@@ -69,6 +72,7 @@ if TYPE_CHECKING:
         Finetuning,
         Generation,
         Reference,
+        Schedule,
         Sensitivity,
         Verification,
     )
@@ -76,6 +80,15 @@ if TYPE_CHECKING:
     from quest_deploy.stages.workspaces import Place
 
 _MAX_PROMPT_BYTES = 2**20
+RTX_IS_NO_PLAN = (
+    "this workspace's tensorrt-rtx engine is left out: it is no plan of TensorRT, "
+    "and Triton's TensorRT backend cannot load it"
+)
+NO_PLAN = (
+    "no plan: this workspace has no tensorrt engine, so the package serves from its ONNX files, "
+    "with the stand-in backend on a CPU; "
+    "on the GPU machine, run `quest-deploy build-engine --backend tensorrt` and package again"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -538,3 +551,73 @@ def run(
         progress,
         on_result,
     )
+
+
+def schedule(
+    workspace: Place = None,
+    *,
+    model: str | None = None,
+    bits: str | None = None,
+    scheduler: str = "ddim",
+    steps: int = 20,
+    output: Path | None = None,
+) -> Schedule:
+    """Write a scheduler's steps as a table, which the C++ runtime denoises by."""
+    opened = open_workspace(workspace, model, bits)
+    written: Schedule = import_module("quest_deploy.stages.schedule").write_schedule(
+        opened, scheduler, steps, output
+    )
+    return written
+
+
+def package(
+    workspace: Place = None,
+    *,
+    triton: Path,
+    model: str | None = None,
+    bits: str | None = None,
+    max_batch: int | None = None,
+    max_steps: int = 100,
+    max_size: int | None = None,
+    max_images: int = 4,
+    max_in_flight: int = 16,
+    max_queue: int = 64,
+    queue_delay: int = 0,
+    io_dtype: str = "fp32",
+    plugin_library: Sequence[Path] = (),
+    processor: str = "native",
+    progress: Progress | Display = no_progress,
+) -> dict[str, Any]:
+    """Write a package that serves the model into the folder ``triton``; see
+    :class:`quest_deploy.serving.triton.package.TritonOptions`.
+    """
+    options = TritonOptions(
+        max_batch,
+        max_steps,
+        max_size,
+        max_images,
+        max_in_flight,
+        max_queue,
+        queue_delay,
+        io_dtype,
+        tuple(map(str, plugin_library)),
+        processor,
+    )
+    opened = open_workspace(workspace, model, bits)
+    with progress_of(progress, "package") as shown:
+        details = write_package(opened, triton, options, shown)
+    if not details["plan"]:
+        if "build-engine/tensorrt-rtx" in opened.stages:
+            logger.info(RTX_IS_NO_PLAN)
+        logger.info(NO_PLAN)
+    return details
+
+
+def inspect(path: Path | str, *, progress: Progress | Display = no_progress) -> Inspection:
+    """What a workspace, a checkpoint, a graph or an engine holds, as a JSON value, and what the
+    layers of a graph or an engine run in.
+    """
+    found: Inspection = import_module("quest_deploy.evaluation.inspection").inspect(
+        Path(path), progress
+    )
+    return found

@@ -138,3 +138,12 @@ class Evaluation(TypedDict):
     backend: str
     sampling: dict[str, Any]
     results: dict[str, dict[str, Any]]
+
+
+class Schedule(TypedDict):
+    """The table of a scheduler's steps; ``noise``: whether they add fresh noise."""
+
+    schedule: str
+    scheduler: str
+    steps: int
+    noise: bool

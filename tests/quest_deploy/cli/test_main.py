@@ -106,7 +106,7 @@ def test_every_bad_end_is_one_message_with_its_exit_code(
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr("quest_deploy.cli.doctor.versions", fail)
+    monkeypatch.setattr("quest_deploy.backends.machine.versions", fail)
     ended = cli("doctor", *(["--json"] if as_json else []))
     assert ended.code == code
     assert message in ended.message
@@ -137,7 +137,7 @@ def test_a_defect_is_no_error_message(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("quest_deploy.cli.doctor.versions", fail)
+    monkeypatch.setattr("quest_deploy.backends.machine.versions", fail)
     with pytest.raises(ZeroDivisionError):
         cli("doctor")
 
