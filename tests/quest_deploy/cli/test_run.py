@@ -23,7 +23,7 @@ from quest_deploy.stages.options import (
     GenerateOptions,
     StageOptions,
 )
-from tests.quest_deploy.support import Outcome, change, cli, snapshot
+from tests.quest_deploy.support import Outcome, change, cli, fail_verification, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -211,23 +211,6 @@ def test_run_refuses_an_unknown_method_before_it_makes_a_workspace(tmp_path: Pat
     ended = cli("run", "-w", tmp_path / "w", "--method", "median")
     assert (ended.code, "unknown calibration method 'median'" in ended.message) == (2, True)
     assert not (tmp_path / "w").exists()
-
-
-def fail_verification(workspace: Path, backend: str) -> None:
-    """Record that the engine of ``backend`` failed its verification, for two reasons."""
-    opened = Workspace.open(workspace)
-    record = opened.stages["verify/onnxruntime"]
-    details = {
-        **record.details,
-        "backend": backend,
-        "passed": False,
-        "problems": ["layer conv_in: wrong", "layer conv_out: wrong"],
-    }
-    files = [workspace / name for name in record.files]
-    inputs = (f"build-engine/{backend}", "reference")
-    opened.record(
-        f"verify/{backend}", inputs=inputs, options=record.options, files=files, details=details
-    )
 
 
 def test_run_goes_on_with_the_other_backends_where_one_fails_its_verification(
