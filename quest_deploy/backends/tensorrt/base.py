@@ -10,9 +10,9 @@ import ctypes
 import functools
 import importlib
 import json
+import logging
 import re
 import signal
-import sys
 import tempfile
 import threading
 from contextlib import contextmanager
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.progress import Progress
 
+messages = logging.getLogger(__name__)
 ENGINE = "model.engine"
 SAMPLE = "sample"
 RTX = "tensorrt_rtx"
@@ -412,7 +413,7 @@ def make_logger(trt: Any, *, verbose: bool = False) -> Any:
 @functools.cache
 def _logger(base: Any) -> Any:
     class Logger(base):  # type: ignore[misc]
-        """Keeps errors for our own message instead of printing them; prints everything if it is
+        """Keeps errors for our own message instead of logging them; logs everything if it is
         ``verbose``.
         """
 
@@ -425,7 +426,7 @@ def _logger(base: Any) -> Any:
             if severity <= base.Severity.ERROR:
                 self.problems.append(message.strip())
             if self.verbose:
-                print(f"[{severity.name}] {message}", file=sys.stderr, flush=True)
+                messages.info("[%s] %s", severity.name, message)
 
     return Logger()
 
@@ -543,10 +544,8 @@ def read_timing_cache(config: Any, options: EngineOptions) -> Any:
     path = Path(options.timing_cache)
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-        print(
-            f"the timing cache {path} is not this TensorRT's and this GPU's; it is written anew",
-            file=sys.stderr,
-            flush=True,
+        messages.warning(
+            "the timing cache %s is not this TensorRT's and this GPU's; it is written anew", path
         )
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
