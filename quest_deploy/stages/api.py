@@ -10,12 +10,14 @@ which ``print`` can show; messages go to the logger ``quest_deploy``. What a use
 from __future__ import annotations
 
 import logging
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.backends.base import EngineOptions
 from quest_deploy.errors import InputError
+from quest_deploy.files import atomic_file
 from quest_deploy.finetuning.distributed import is_main_process
 from quest_deploy.importers.settings import ImportSettings, Source
 from quest_deploy.progress import no_progress, progress_of
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from quest_deploy.stages.results import (
         Benchmark,
         BuiltEngine,
+        DrawnImage,
         Evaluation,
         Export,
         Finetuning,
@@ -621,3 +624,49 @@ def inspect(path: Path | str, *, progress: Progress | Display = no_progress) -> 
         Path(path), progress
     )
     return found
+
+
+def client(
+    url: str,
+    *,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    label: int | None = None,
+    steps: int | None = None,
+    scheduler: str | None = None,
+    guidance: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int | None = None,
+    output: Path = Path("image.png"),
+    timeout: float = 600.0,
+    progress: Progress | Display = no_progress,
+) -> DrawnImage:
+    """Ask a server started by a package's serve.py for an image, and write it as a PNG file; None
+    for what the server chooses. An interruption cancels it there too.
+
+    Args:
+        url: host and port of its gRPC service.
+        timeout: seconds to wait for each step.
+    """
+    choices = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "label": label,
+        "steps": steps,
+        "scheduler": scheduler,
+        "guidance": guidance,
+        "height": height,
+        "width": width,
+        "seed": seed,
+    }
+    request = {name: value for name, value in choices.items() if value is not None}
+    started = time.monotonic()
+    with progress_of(progress, "client") as shown:
+        drawn = import_module("quest_deploy.serving.client").request_image(
+            url, request, shown, timeout
+        )
+    seconds = time.monotonic() - started
+    with atomic_file(output) as temporary:
+        temporary.write_bytes(drawn.png)
+    return {"url": url, "picture": str(output), "seed": drawn.seed, "seconds": seconds}

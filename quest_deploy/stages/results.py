@@ -147,3 +147,12 @@ class Schedule(TypedDict):
     scheduler: str
     steps: int
     noise: bool
+
+
+class DrawnImage(TypedDict):
+    """The image that a server drew, and the seed that draws it again."""
+
+    url: str
+    picture: str
+    seed: int
+    seconds: float

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HEAVY = (
+    "numpy",
     "torch",
     "diffusers",
     "transformers",

@@ -24,8 +24,8 @@ COMMANDS = {
     if command.callback is not None
 }
 FUNCTIONS = {"import": "import_checkpoint", "build-engine": "build_engine"}
-WITHOUT_FUNCTION = {"client", "compare", "doctor"}
-"""They ask a server, measure methods, and describe the machine."""
+WITHOUT_FUNCTION = {"compare", "doctor"}
+"""They measure methods, and describe the machine."""
 ENGINE = ["build-engine onnxruntime", "verify onnxruntime"]
 OF_PYTHON = {"progress", "on_result"}
 """Parameters that have no option."""
