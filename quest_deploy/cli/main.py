@@ -39,7 +39,6 @@ app = typer.Typer(
     help="From a diffusion model to QuEST-finetuned low-bit engines with one activation-scale set "
     "per timestep bucket.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(run)

@@ -247,7 +247,7 @@ def finetune(
         learned = {
             names[id(parameter)]: parameter for stage in stages for parameter in stage.parameters
         }
-        state = _load_state(state_path, key, options.steps)
+        state = _load_state(state_path, key, options.steps, logs=processes.is_main)
         if state is not None:
             student.load_state_dict(state.model, strict=False)
             state.model.clear()
@@ -471,13 +471,14 @@ class _Targets:
             self.stream.write(first, self.steps, run, computed)
 
 
-def _load_state(path: Path | None, key: str, steps: int) -> TrainingState | None:
+def _load_state(path: Path | None, key: str, steps: int, *, logs: bool) -> TrainingState | None:
     try:
         state = TrainingState.load(path, key) if path else None
     except InputError as e:
-        logger.warning("%s: it is ignored", e)
+        if logs:
+            logger.warning("%s: it is ignored", e)
         return None
-    if state is not None:
+    if state is not None and logs:
         logger.info("resuming at step %d of %d", state.step, steps)
     return state
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +13,6 @@ from quest_deploy import __version__
 from quest_deploy.cli.console import size, table
 from quest_deploy.errors import InputError, QuestDeployError
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 HEAVY = (
     "numpy",
@@ -79,6 +77,20 @@ def test_every_command_has_help_and_takes_json(command: str) -> None:
     shown = cli(command, "--help")
     assert shown.code == 0
     assert "--json" in shown.out
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    for words, completed in (("cali", "calibrate"), ("finetune --temporal-s", "--temporal-steps")):
+        asked = {
+            "_QUEST_DEPLOY_COMPLETE": "complete_bash",
+            "COMP_WORDS": f"quest-deploy {words}",
+            "COMP_CWORD": str(len(words.split())),
+        }
+        program = Path(sys.executable).with_name("quest-deploy")
+        done = subprocess.run(
+            [program], env=os.environ | asked, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split() == [completed]
 
 
 def test_version_prints_the_version() -> None:
