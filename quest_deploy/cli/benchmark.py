@@ -16,6 +16,7 @@ from quest_deploy.cli.options import (
     JsonOption,
     ModelOption,
     WorkspaceOption,
+    given,
 )
 from quest_deploy.stages import api
 from quest_deploy.stages.options import DEFAULT_BACKEND, BenchmarkOptions
@@ -49,16 +50,6 @@ def benchmark(
     as_json: JsonOption = False,
 ) -> None:
     """Time the engine against FP32 and against static scales, on the same backend."""
-    console = Console(as_json=as_json)
-    api.benchmark(
-        workspace,
-        model=model,
-        bits=bits,
-        backend=backend,
-        runs=runs,
-        warmup=warmup,
-        static=static,
-        batch=batch or DEFAULTS.batches,
-        progress=console,
-    )
+    chosen, console = given(locals()), Console(as_json=as_json)
+    api.benchmark(**chosen, progress=console)
     report(console, open_workspace(workspace, model, bits), "benchmark", backend)

@@ -22,6 +22,7 @@ from quest_deploy.cli.options import (
     JsonOption,
     ModelOption,
     WorkspaceOption,
+    given,
     parse_budget,
     parse_pool_limit,
     parse_sample_size,
@@ -190,38 +191,15 @@ def build_engine_command(
     as_json: JsonOption = False,
 ) -> None:
     """Build an engine from the exported graph."""
-    console = Console(as_json=as_json)
-    api.build_engine(
-        workspace,
-        model=model,
-        bits=bits,
-        backend=backend,
-        provider=provider,
-        threads=threads,
-        max_batch=max_batch,
-        dtype=dtype,
-        opt_batch=opt_batch,
-        refittable=refittable,
-        strip_plan=strip_plan,
-        timing_cache=timing_cache,
-        version_compatible=version_compatible,
-        hardware_compatibility_level=hardware_compatibility_level,
-        builder_optimization_level=builder_optimization_level,
-        quantize=quantize,
-        plugins=plugins,
-        serialize_plugins=serialize_plugins,
-        weight_streaming=weight_streaming,
-        max_num_tactics=max_num_tactics,
-        profiling_verbosity=profiling_verbosity,
-        processor=processor,
-        verbose=verbose,
-        compute_capability=compute_capability or (),
-        sample_size=[parse_sample_size(size) for size in sample_size or ()],
-        pool_limit=None if pool_limit is None else parse_pool_limit(pool_limit),
-        weight_streaming_budget=None
-        if weight_streaming_budget is None
-        else parse_budget(weight_streaming_budget),
-        tactic_sources=None if tactic_sources is None else parse_tactic_sources(tactic_sources),
-        progress=console,
+    chosen, console = (
+        given(
+            locals(),
+            sample_size=lambda sizes: [parse_sample_size(size) for size in sizes],
+            pool_limit=parse_pool_limit,
+            weight_streaming_budget=parse_budget,
+            tactic_sources=parse_tactic_sources,
+        ),
+        Console(as_json=as_json),
     )
+    api.build_engine(**chosen, progress=console)
     report(console, open_workspace(workspace, model, bits), "build-engine", backend)

@@ -25,6 +25,7 @@ from quest_deploy.cli.options import (
     SoftmaxBitsOption,
     SplitShortcutsOption,
     WorkspaceOption,
+    given,
 )
 from quest_deploy.stages import api
 from quest_deploy.stages.options import CalibrateOptions
@@ -92,30 +93,5 @@ def calibrate(
     """Quantize the FP32 model by calibration alone (PTQ), data-free; qdiff resumes where it was
     interrupted.
     """
-    console = Console(as_json=as_json)
-    opened = api.calibrate(
-        model,
-        workspace=workspace,
-        revision=revision,
-        random_weights=random_weights,
-        bits=bits,
-        buckets=buckets,
-        granularity=granularity,
-        attention_bits=attention_bits,
-        softmax_bits=softmax_bits,
-        split_shortcuts=split_shortcuts,
-        method=method,
-        samples=samples,
-        steps=steps,
-        batch=batch,
-        guidance=guidance,
-        prompts=prompts,
-        reconstruction_samples=reconstruction_samples,
-        rounding_steps=rounding_steps,
-        scale_steps=scale_steps,
-        reconstruction_batch=reconstruction_batch,
-        seed=seed,
-        lora=lora or (),
-        progress=console,
-    )
-    report(console, opened, "calibrate")
+    chosen, console = given(locals()), Console(as_json=as_json)
+    report(console, api.calibrate(**chosen, progress=console), "calibrate")

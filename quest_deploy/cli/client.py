@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from quest_deploy.cli.console import Console
-from quest_deploy.cli.options import JsonOption
+from quest_deploy.cli.options import JsonOption, given
 from quest_deploy.stages import api
 
 
@@ -54,20 +54,6 @@ def client(
     as_json: JsonOption = False,
 ) -> None:
     """Ask a server started by a package's serve.py for an image; Ctrl-C cancels it there too."""
-    console = Console(as_json=as_json)
-    drawn = api.client(
-        url,
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        label=label,
-        steps=steps,
-        scheduler=scheduler,
-        guidance=guidance,
-        height=height,
-        width=width,
-        seed=seed,
-        output=output,
-        timeout=timeout,
-        progress=console,
-    )
+    chosen, console = given(locals()), Console(as_json=as_json)
+    drawn = api.client(**chosen, progress=console)
     console.result({**drawn}, f"{output}: seed {drawn['seed']}, {drawn['seconds']:.2f} s")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from quest_deploy.progress import Progress
 
@@ -27,61 +28,56 @@ class Console:
         self.as_json = as_json
         self._clock = clock
 
-    @contextmanager
-    def progress(self, title: str) -> Iterator[Progress]:
+    def progress(self, title: str) -> AbstractContextManager[Progress]:
         """Show the phase that was last reported and its time left: in a bar, or where piped in a
         line every 30 s at most.
         """
+        return self._bar(title) if sys.stderr.isatty() else self._lines(title)
+
+    @contextmanager
+    def _lines(self, title: str) -> Iterator[Progress]:
         pace = _Pace(self._clock)
-        if not sys.stderr.isatty():
-            told = started = self._clock()
-            self.note(f"{title} ...")
+        printed = started = self._clock()
+        self.note(f"{title} ...")
 
-            def tell(phase: str, done: int, total: int, detail: str = "") -> None:
-                nonlocal told
-                left = pace.left(phase, done, total)  # also where nothing is printed: it measures
-                if (now := self._clock()) - told >= SECONDS_BETWEEN_LINES:
-                    told = now
-                    self.note(_listing(f"{title}: {phase}", detail, f"{done} of {total}", left))
+        def progress(phase: str, done: int, total: int, detail: str = "") -> None:
+            nonlocal printed
+            left = pace.left(phase, done, total)  # also where nothing is printed: it measures
+            if (now := self._clock()) - printed >= SECONDS_BETWEEN_LINES:
+                printed = now
+                self.note(_listing(f"{title}: {phase}", detail, f"{done} of {total}", left))
 
-            yield tell
-            self.note(f"{title}: done in {self._clock() - started:.1f} s")
-            return
+        yield progress
+        self.note(f"{title}: done in {self._clock() - started:.1f} s")
+
+    @contextmanager
+    def _bar(self, title: str) -> Iterator[Progress]:
+        import rich.progress as rich  # imported where there is a terminal
         from rich.console import Console as RichConsole
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-        )
-        from rich.progress import (
-            Progress as Bar,
-        )
         from rich.table import Column
 
+        pace = _Pace(self._clock)
         columns = (
-            TextColumn(
-                "{task.description}", table_column=Column()
-            ),  # wraps, where rich's own would cut off what is behind it
-            BarColumn(10),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            # Wraps, where rich's own would cut off what is behind it.
+            rich.TextColumn("{task.description}", table_column=Column()),
+            rich.BarColumn(10),
+            rich.MofNCompleteColumn(),
+            rich.TimeElapsedColumn(),
+            rich.TextColumn("{task.fields[left]}"),
         )
-        with Bar(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+        with rich.Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
             task = bar.add_task(title, total=None, left="")
 
-            def update(phase: str, done: int, total: int, detail: str = "") -> None:
-                description = _listing(f"{title}: {phase}", detail)
+            def progress(phase: str, done: int, total: int, detail: str = "") -> None:
                 bar.update(
                     task,
-                    description=description,
+                    description=_listing(f"{title}: {phase}", detail),
                     completed=done,
                     total=total,
                     left=pace.left(phase, done, total),
                 )
 
-            yield update
+            yield progress
 
     def note(self, message: str) -> None:
         """Tell something beside the result."""

@@ -14,6 +14,7 @@ from quest_deploy.cli.options import (
     JsonOption,
     ModelOption,
     WorkspaceOption,
+    given,
 )
 from quest_deploy.stages import api
 from quest_deploy.stages.options import DEFAULT_BACKEND, FEW_IMAGES, EvaluateOptions
@@ -51,17 +52,6 @@ def evaluate(
     """Judge FP32, the fake-quantized models and the engine: digits by a classifier, other models by
     their distance from FP32.
     """
-    console = Console(as_json=as_json)
-    api.evaluate(
-        workspace,
-        model=model,
-        bits=bits,
-        backend=backend,
-        images=images,
-        steps=steps,
-        guidance=guidance,
-        scheduler=scheduler,
-        seed=seed,
-        progress=console,
-    )
+    chosen, console = given(locals()), Console(as_json=as_json)
+    api.evaluate(**chosen, progress=console)
     report(console, open_workspace(workspace, model, bits), "evaluate", backend)

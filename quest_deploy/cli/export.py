@@ -19,6 +19,7 @@ from quest_deploy.cli.options import (
     SoftmaxBitsOption,
     SplitShortcutsOption,
     WorkspaceOption,
+    given,
 )
 from quest_deploy.stages import api
 from quest_deploy.stages.workspaces import open_workspace
@@ -39,19 +40,6 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Export the checkpoint as a portable ONNX graph; calibrates one where there is none."""
-    console = Console(as_json=as_json)
-    api.export(
-        workspace,
-        model=model,
-        revision=revision,
-        random_weights=random_weights,
-        bits=bits,
-        buckets=buckets,
-        granularity=granularity,
-        attention_bits=attention_bits,
-        softmax_bits=softmax_bits,
-        split_shortcuts=split_shortcuts,
-        lora=lora or (),
-        progress=console,
-    )
+    chosen, console = given(locals()), Console(as_json=as_json)
+    api.export(**chosen, progress=console)
     report(console, open_workspace(workspace, model, bits), "export")

@@ -14,6 +14,7 @@ from quest_deploy.cli.options import (
     JsonOption,
     ModelOption,
     WorkspaceOption,
+    given,
     parse_list,
     parse_patterns,
 )
@@ -99,29 +100,12 @@ def finetune(
     """Finetune the calibrated model with QuEST; resumes where it was interrupted. Several
     processes: `accelerate launch`.
     """
-    console = Console(as_json=as_json)
-    details = api.finetune(
-        workspace,
-        model=model,
-        bits=bits,
-        carry_temporal=carry_temporal,
-        temporal_steps=temporal_steps,
-        sensitive_steps=sensitive_steps,
-        batch=batch,
-        weight_rate=weight_rate,
-        scale_rate=scale_rate,
-        output_loss=output_loss,
-        block_loss=block_loss,
-        precision=precision,
-        seed=seed,
-        device=device,
-        gradient_checkpointing=gradient_checkpointing,
-        target_cache=target_cache,
-        save_every=save_every,
-        stages=parse_list(stages),
-        temporal_layers=parse_patterns(temporal_layers),
-        layers=layers if layers == "auto" else parse_patterns(layers),
-        progress=console,
+    chosen = given(
+        locals(),
+        stages=parse_list,
+        temporal_layers=parse_patterns,
+        layers=lambda text: text if text == "auto" else parse_patterns(text),
     )
-    if details is not None:  # else another process writes and prints
+    console = Console(as_json=as_json)
+    if api.finetune(**chosen, progress=console) is not None:  # else another process prints
         report(console, open_workspace(workspace, model, bits), "finetune")

@@ -14,6 +14,7 @@ from quest_deploy.cli.options import (
     JsonOption,
     ModelOption,
     WorkspaceOption,
+    given,
 )
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.stages import api
@@ -73,22 +74,6 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Draw PNG pictures with the engine."""
-    console = Console(as_json=as_json)
-    api.generate(
-        workspace,
-        model=model,
-        bits=bits,
-        backend=backend,
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        labels=labels,
-        rows=rows,
-        steps=steps,
-        guidance=guidance,
-        scheduler=scheduler,
-        height=height,
-        width=width,
-        seed=seed,
-        progress=console,
-    )
+    chosen, console = given(locals()), Console(as_json=as_json)
+    api.generate(**chosen, progress=console)
     report(console, open_workspace(workspace, model, bits), "generate", backend)

@@ -11,7 +11,7 @@ import typer
 
 from quest_deploy.cli.console import Console
 from quest_deploy.cli.descriptions import report
-from quest_deploy.cli.options import JsonOption, WorkspaceOption, parse_numbers
+from quest_deploy.cli.options import JsonOption, WorkspaceOption, given, parse_numbers
 from quest_deploy.importers.settings import Source
 from quest_deploy.stages import api
 from quest_deploy.stages.options import IMPORT_SAMPLES, RECALIBRATION_SAMPLES
@@ -98,23 +98,5 @@ def import_command(
 
     What the file does not say must be given; nothing is guessed.
     """
-    console = Console(as_json=as_json)
-    opened = api.import_checkpoint(
-        checkpoint,
-        source,
-        unet,
-        timesteps=parse_numbers(timesteps),
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        first_last_bits=first_last_bits,
-        softmax_bits=softmax_bits,
-        symmetric=symmetric,
-        context_tokens=context_tokens,
-        settings=settings,
-        recalibrate=recalibrate,
-        samples=samples,
-        seed=seed,
-        workspace=workspace,
-        progress=console,
-    )
-    report(console, opened, "import")
+    chosen, console = given(locals(), timesteps=parse_numbers), Console(as_json=as_json)
+    report(console, api.import_checkpoint(**chosen, progress=console), "import")

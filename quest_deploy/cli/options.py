@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from quest_deploy.backends.registry import BACKENDS
 from quest_deploy.errors import InputError
 from quest_deploy.models.registry import MODEL_NAMES
 from quest_deploy.stages.workspaces import DEFAULT_BITS, DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WorkspaceOption = Annotated[
     Path | None,
@@ -104,6 +107,17 @@ JsonOption = Annotated[
 ]
 
 
+def given(values: dict[str, Any], **parsers: Callable[[Any], Any]) -> dict[str, Any]:
+    """What the user chose, for the function of the command's name: the command's parameters but
+    --json, as their ``parsers`` understand them. What is None is the function's to choose.
+    """
+    return {
+        name: parsers[name](value) if name in parsers else value
+        for name, value in values.items()
+        if name != "as_json" and value is not None
+    }
+
+
 def parse_sample_size(text: str) -> tuple[int, int]:
     """A height and a width from "64" or "64x96"; raise InputError for anything else."""
     found = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
@@ -150,21 +164,21 @@ def parse_tactic_sources(names: list[str]) -> tuple[str, ...]:
     return () if names == ["none"] else tuple(dict.fromkeys(names))
 
 
-def parse_numbers(text: str | None) -> list[float] | None:
+def parse_numbers(text: str) -> list[float]:
     """The numbers of "999, 500"; raise InputError for anything else."""
     try:
-        return None if text is None else [float(part) for part in text.replace(",", " ").split()]
+        return [float(part) for part in text.replace(",", " ").split()]
     except ValueError as e:
         raise InputError(
             f"--timesteps: expected numbers separated by commas, found {text!r}"
         ) from e
 
 
-def parse_list(text: str | None) -> tuple[str, ...] | None:
+def parse_list(text: str) -> tuple[str, ...]:
     """The parts of "a, b"."""
-    return None if text is None else tuple(p.strip() for p in text.split(",") if p.strip())
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def parse_patterns(text: str | None) -> tuple[str, ...] | None:
+def parse_patterns(text: str) -> tuple[str, ...]:
     """The patterns of "conv_in, *.ff.*"; "all" is the one that every layer matches."""
     return ("*",) if text == "all" else parse_list(text)

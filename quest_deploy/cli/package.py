@@ -13,6 +13,7 @@ from quest_deploy.cli.options import (
     JsonOption,
     ModelOption,
     WorkspaceOption,
+    given,
 )
 from quest_deploy.errors import InputError
 from quest_deploy.serving.triton.package import IO_DTYPES, TritonOptions
@@ -83,26 +84,10 @@ def package(
     as_json: JsonOption = False,
 ) -> None:
     """Write a package that serves the model: a model repository for Triton Inference Server."""
-    console = Console(as_json=as_json)
+    chosen, console = given(locals()), Console(as_json=as_json)
     if triton is None:
         raise InputError("expected what to package for: --triton DIR")
-    details = api.package(
-        workspace,
-        triton=triton,
-        model=model,
-        bits=bits,
-        max_batch=max_batch,
-        max_steps=max_steps,
-        max_size=max_size,
-        max_images=max_images,
-        max_in_flight=max_in_flight,
-        max_queue=max_queue,
-        queue_delay=queue_delay,
-        io_dtype=io_dtype,
-        plugin_library=plugin_library or (),
-        processor=processor,
-        progress=console,
-    )
+    details = api.package(**chosen, progress=console)
     models = ", ".join([*details["models"], "pipeline", "pipeline_stream"])
     command = "python serve.py" if details["plan"] else "python serve.py --cpu"
     console.result(

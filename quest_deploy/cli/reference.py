@@ -15,6 +15,7 @@ from quest_deploy.cli.options import (
     JsonOption,
     ModelOption,
     WorkspaceOption,
+    given,
     parse_sample_size,
 )
 from quest_deploy.stages import api
@@ -57,15 +58,12 @@ def reference(
     """Save the fake-quantized torch model's inputs and outputs, per layer and end to end, for every
     bucket.
     """
-    console = Console(as_json=as_json)
-    api.reference(
-        workspace,
-        model=model,
-        bits=bits,
-        seed=seed,
-        megabytes=megabytes,
-        measured=measured,
-        sample_size=None if sample_size is None else parse_sample_size(sample_size),
-        progress=console,
+    chosen, console = (
+        given(
+            locals(),
+            sample_size=parse_sample_size,
+        ),
+        Console(as_json=as_json),
     )
+    api.reference(**chosen, progress=console)
     report(console, open_workspace(workspace, model, bits), "reference")

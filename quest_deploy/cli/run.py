@@ -23,6 +23,7 @@ from quest_deploy.cli.options import (
     SoftmaxBitsOption,
     SplitShortcutsOption,
     WorkspaceOption,
+    given,
 )
 from quest_deploy.stages import api
 from quest_deploy.stages.options import DEFAULT_BACKEND, CalibrateOptions
@@ -80,32 +81,13 @@ def run(
     What was calibrated or finetuned with options of its own keeps them. An engine that fails its
     verification is neither benchmarked nor drawn with; the others are, and the exit code is 1.
     """
-    console = Console(as_json=as_json)
+    chosen, console = given(locals()), Console(as_json=as_json)
 
     def show(opened: Workspace, stage: str, details: Any) -> None:
         if not as_json:
             print(f"\n== {stage}\n{describe(opened, stage.replace(' ', '/'))}", flush=True)
 
-    ended = api.run(
-        model,
-        workspace=workspace,
-        revision=revision,
-        random_weights=random_weights,
-        bits=bits,
-        buckets=buckets,
-        granularity=granularity,
-        attention_bits=attention_bits,
-        softmax_bits=softmax_bits,
-        split_shortcuts=split_shortcuts,
-        method=method,
-        if_available=if_available,
-        seed=seed,
-        lora=lora or (),
-        backend=backend or [DEFAULT_BACKEND],
-        build_only=build_only or (),
-        on_result=show,
-        progress=console,
-    )
+    ended = api.run(**chosen, on_result=show, progress=console)
     results = {
         "workspace": str(ended.workspace.root),
         "left_out": ended.backends.left_out,

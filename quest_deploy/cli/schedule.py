@@ -14,6 +14,7 @@ from quest_deploy.cli.options import (
     JsonOption,
     ModelOption,
     WorkspaceOption,
+    given,
 )
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.stages import api
@@ -37,10 +38,8 @@ def schedule(
     as_json: JsonOption = False,
 ) -> None:
     """Write a scheduler's steps as a table, which the C++ runtime denoises by."""
-    console = Console(as_json=as_json)
-    details = api.schedule(
-        workspace, model=model, bits=bits, scheduler=scheduler, steps=steps, output=output
-    )
+    chosen, console = given(locals()), Console(as_json=as_json)
+    details = api.schedule(**chosen)
     opened = open_workspace(workspace, model, bits)
     noise = ", with fresh noise at each step" if details["noise"] else ""
     console.result(

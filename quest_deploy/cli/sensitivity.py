@@ -13,6 +13,7 @@ from quest_deploy.cli.options import (
     JsonOption,
     ModelOption,
     WorkspaceOption,
+    given,
 )
 from quest_deploy.stages import api
 from quest_deploy.stages.options import SensitivityOptions
@@ -34,13 +35,6 @@ def sensitivity(
     """Measure how much each layer hurts when it alone is quantized, and pick the layers for stage 2
     of finetuning.
     """
-    console = Console(as_json=as_json)
-    api.sensitivity(
-        workspace,
-        model=model,
-        bits=bits,
-        samples=samples,
-        batch=batch,
-        progress=console,
-    )
+    chosen, console = given(locals()), Console(as_json=as_json)
+    api.sensitivity(**chosen, progress=console)
     report(console, open_workspace(workspace, model, bits), "sensitivity")

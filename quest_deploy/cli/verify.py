@@ -14,6 +14,7 @@ from quest_deploy.cli.options import (
     JsonOption,
     ModelOption,
     WorkspaceOption,
+    given,
 )
 from quest_deploy.stages import api
 from quest_deploy.stages.options import DEFAULT_BACKEND
@@ -29,16 +30,10 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Verify an engine against the fake-quantized model; exit code 1 if it differs."""
-    console = Console(as_json=as_json)
-    details = api.verify(
-        workspace,
-        model=model,
-        bits=bits,
-        backend=backend,
-        progress=console,
-    )
+    chosen, console = given(locals()), Console(as_json=as_json)
+    result = api.verify(**chosen, progress=console)
     report(console, open_workspace(workspace, model, bits), "verify", backend)
-    if not details["passed"]:
+    if not result["passed"]:
         # Beside the report, which --json keeps the only value on standard output.
-        console.note(f"error: {failure(details)}")
+        console.note(f"error: {failure(result)}")
         raise typer.Exit(1)
