@@ -50,7 +50,9 @@ REFERENCE = "reference"
 REFERENCE_STATE = "reference-state"
 ENGINES = "engines"
 REPORTS = "reports"
+SENSITIVITY_REPORT = "sensitivity.json"
 IMAGES = "images"
+SCHEDULES = "schedules"
 _REPORTED_PACKAGES = (
     "torch",
     "diffusers",
@@ -68,9 +70,10 @@ _REPAIR = (
 )
 STARTED = "{}-options.json"
 """What a stage that takes long was started with, until it is done."""
-_LONG_STAGES = ("calibrate", "finetune")
-_BEFORE_FINETUNING = ("finetune", "sensitivity")
-"""The stages that read the calibrated checkpoint, finetuned or not."""
+READ_CALIBRATED = ("finetune", "sensitivity")
+"""The stages that read the calibrated checkpoint where there is a finetuned one too, as
+``quest_deploy.stages`` declares them.
+"""
 
 
 @validated("a stage's record")
@@ -251,7 +254,7 @@ class Workspace:
         again = f"run `{self._hint(stage)}` again"
         if (
             "calibrate" in record.inputs
-            and stage not in _BEFORE_FINETUNING
+            and stage not in READ_CALIBRATED
             and self.checkpoint_stage not in record.inputs
         ):
             raise InputError(
@@ -290,8 +293,7 @@ class Workspace:
         """Keep the options of a stage that takes long, so that :meth:`options_of` knows them if it
         is interrupted.
         """
-        if stage in _LONG_STAGES:
-            write_json(self.path(STARTED.format(stage)), options)
+        write_json(self.path(STARTED.format(stage)), options)
 
     def forget_start(self, stage: str) -> None:
         """Forget what :meth:`start` kept."""

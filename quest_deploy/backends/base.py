@@ -22,14 +22,16 @@ from quest_deploy.artifacts.schema import Positive, parse_document, validated
 from quest_deploy.artifacts.workspace import versions
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import read_json, sha256_of, write_json
+from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from types import TracebackType
 
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from quest_deploy.progress import Progress
 
 FORMAT = "quest-deploy engine"
 VERSION = 1
@@ -342,7 +344,7 @@ class Backend(ABC):
         lowered: Path,
         folder: Path,
         options: EngineOptions,
-        on_progress: Callable[[str, int, int], None],
+        progress: Progress,
     ) -> None:
         """Compile the lowered ONNX file into files of ``folder``."""
 
@@ -393,10 +395,6 @@ class Backend(ABC):
     def answers(self, options: EngineOptions) -> dict[str, Any]:
         """What this machine answered and the engine's form depends on, of JSON's types."""
         return {}
-
-
-def no_progress(phase: str, done: int, total: int) -> None:
-    """Report nothing."""
 
 
 def processor_name() -> str:
@@ -453,7 +451,7 @@ def build_engine(
     folder: Path,
     options: EngineOptions,
     graph_sha256: str,
-    on_progress: Callable[[str, int, int], None] = no_progress,
+    progress: Progress = no_progress,
 ) -> EngineRecord:
     """Lower ``model`` (changed in place), compile it into ``folder`` and write its
     ``engine.json``.
@@ -476,7 +474,7 @@ def build_engine(
     save_graph(lowered, folder / LOWERED)
     del model, lowered  # a gigabyte for Stable Diffusion, while the backend holds its own copy
     gc.collect()
-    backend.compile(folder / LOWERED, folder, options, on_progress)
+    backend.compile(folder / LOWERED, folder, options, progress)
     record = EngineRecord(
         backend=backend.name,
         options=options,

@@ -21,12 +21,11 @@ from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import onnx_ir as ir
     from numpy.typing import NDArray
 
     from exporters.exactness import Exactness
+    from quest_deploy.progress import Progress
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -103,13 +102,13 @@ class OnnxRuntimeBackend(CpuBackend):
         lowered: Path,
         folder: Path,
         options: EngineOptions,
-        on_progress: Callable[[str, int, int], None],
+        progress: Progress,
     ) -> None:
         """Load it once: what onnxruntime refuses is refused now."""
-        on_progress("loading into onnxruntime", 0, 1)
+        progress("loading into onnxruntime", 0, 1)
         check = EngineOptions(threads=options.threads) if options.provider != "cpu" else options
         open_session(lowered, check)
-        on_progress("loading into onnxruntime", 1, 1)
+        progress("loading into onnxruntime", 1, 1)
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
         return _OnnxRuntimeRunner(open_session(folder / LOWERED, options))

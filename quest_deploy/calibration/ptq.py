@@ -33,6 +33,7 @@ from quest_deploy.artifacts.scheme import (
 )
 from quest_deploy.errors import InputError
 from quest_deploy.models.unets import fixed_heads
+from quest_deploy.progress import no_progress
 from quest_deploy.quantization.affine import WeightGrid, bucket_of, clamp, weight_codes
 from quest_deploy.quantization.model import conv_geometry, float_state, fold_channel
 from quest_deploy.quantization.planner import (
@@ -44,9 +45,10 @@ from quest_deploy.quantization.planner import (
 from quest_deploy.quantization.prepare import prepared_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from quest_deploy.calibration.trajectories import Trajectories
+    from quest_deploy.progress import Progress
 
 VALUES_PER_SITE = 4096 * 20
 """Shared by the buckets, of which each keeps at least FEWEST_VALUES; a free channel keeps these for
@@ -109,13 +111,13 @@ def calibrate(
     trajectories: Trajectories,
     scheme: Scheme,
     options: CalibrationOptions,
-    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = no_progress,
 ) -> Checkpoint:
     """Quantize ``unet`` by calibration alone.
 
     Args:
         trajectories: recorded on ``unet``; every bucket of ``scheme`` must occur in them.
-        on_progress: called with a pass's name, the steps done and their number.
+        progress: called with a pass's name, the steps done and their number.
 
     Raises:
         InputError: a bucket without samples, or a layer that cannot be quantized.
@@ -136,19 +138,19 @@ def calibrate(
     recorder = _Recorder(unet, plan, scheme, options)
     for i, (inputs, buckets) in enumerate(batches):
         recorder.run(inputs, buckets)
-        on_progress("activation values", i + 1, len(batches))
+        progress("activation values", i + 1, len(batches))
     recorder.choose_channels(scheme.granularity)
     sites: dict[str, SiteData | FreeSiteData] = {}
     layers = {}
     for i, site in enumerate(plan.sites):
         sites[site.name] = recorder.site_data(site)
-        on_progress("activation scales", i + 1, len(plan.sites))
+        progress("activation scales", i + 1, len(plan.sites))
     for i, layer in enumerate(plan.layers):
         site = next(s for s in plan.sites if layer.name in s.layers)
         layers[layer.name] = _layer_data(
             unet.get_submodule(layer.name), layer, recorder.channel[site.name], options.method
         )
-        on_progress("weight scales", i + 1, len(plan.layers))
+        progress("weight scales", i + 1, len(plan.layers))
     return Checkpoint(
         model=model_name,
         architecture=Architecture(

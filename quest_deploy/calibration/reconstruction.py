@@ -15,6 +15,7 @@ next one, to the same result.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,15 +28,17 @@ from quest_deploy import __version__
 from quest_deploy.calibration.training_state import TrainingState, hash_of_tensors
 from quest_deploy.errors import InputError
 from quest_deploy.files import sha256_of_json
+from quest_deploy.progress import no_progress
 from quest_deploy.quantization.affine import per_sample
 from quest_deploy.quantization.model import QuantizedModel, set_submodule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from quest_deploy.artifacts.checkpoint import Checkpoint
     from quest_deploy.calibration.trajectories import Trajectories
+    from quest_deploy.progress import Progress
     from quest_deploy.quantization.layers import QuantizedLayer
 
 UNITS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention")
@@ -45,6 +48,7 @@ STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 0, 1).
 """
 ROUNDING_LOSS, WARM_UP, FIRST_BETA, LAST_BETA = 0.01, 0.2, 20.0, 2.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,9 @@ def reconstruct(
     calibrated: Checkpoint,
     trajectories: Trajectories,
     options: ReconstructOptions,
-    on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    progress: Progress = no_progress,
     *,
     state_path: Path | None = None,
-    notify: Callable[[str], None] = lambda message: None,
 ) -> Checkpoint:
     """Learn the rounding and the activation scales of ``calibrated``, any scheme of any number of
     buckets.
@@ -99,10 +102,8 @@ def reconstruct(
         unet: the float model that ``calibrated`` was made from; not changed.
         trajectories: recorded on ``unet``; ``options.samples`` of their (step, sampling) pairs are
             used.
-        on_progress: called with a unit's name, the units done and their number.
         state_path: the folder that each unit is saved in when it is done; where it holds this run's
             units, they are not learned again. It may be removed once the result is kept.
-        notify: told, in words, where a run resumes, and of a state that cannot be used.
 
     Returns:
         The checkpoint with other weight codes, each of them the weight rounded down or up, and
@@ -113,11 +114,7 @@ def reconstruct(
     rows = _rows(trajectories, options.samples, generator)
     units = units_of(student)
     key = _run_key(student, unet, trajectories, options) if state_path else ""
-    done = (
-        _resume(student, list(units.values()), generator, state_path, key, notify)
-        if state_path
-        else 0
-    )
+    done = _resume(student, list(units.values()), generator, state_path, key) if state_path else 0
     learned: set[str] = set()
     for i, (name, layers) in enumerate(units.items()):
         sites = [site for site in _sites_of(student, name, layers) if site not in learned]
@@ -136,7 +133,7 @@ def reconstruct(
             TrainingState(key, i + 1, parameters, {}, generator.get_state()).save(
                 _state_file(state_path, i)
             )
-        on_progress(name, i + 1, len(units))
+        progress("reconstruction", i + 1, len(units), name)
     provenance = {
         **calibrated.provenance,
         "method": "qdiff",
@@ -191,7 +188,6 @@ def _resume(
     generator: torch.Generator,
     folder: Path,
     key: str,
-    notify: Callable[[str], None],
 ) -> int:
     """Put what an interrupted run learned into ``student`` and ``generator``; the number of units,
     given by their layers, it did.
@@ -201,7 +197,7 @@ def _resume(
         try:
             state = TrainingState.load(_state_file(folder, done), key)
         except InputError as e:
-            notify(f"warning: {e}: it is ignored")
+            logger.warning("%s: it is ignored", e)
             break
         if state is None or state.generator is None:
             break
@@ -211,7 +207,7 @@ def _resume(
             student.quantized_layers()[layer].freeze()
         done += 1
     if done:
-        notify(f"resuming at unit {done} of {len(units)}")
+        logger.info("resuming at unit %d of %d", done, len(units))
     return done
 
 

@@ -18,19 +18,21 @@ import torch
 from torch import nn
 
 from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.progress import no_progress
 from quest_deploy.quantization.affine import bucket_of
 from quest_deploy.quantization.layer_kinds import PRODUCTS, TEMPORAL, group_of
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.quantization.prepare import prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
     from quest_deploy.artifacts.checkpoint import Checkpoint
     from quest_deploy.calibration.trajectories import Trajectories
+    from quest_deploy.progress import Progress
 
 FORMAT = "quest-deploy sensitivity"
 VERSION = 1
@@ -189,7 +191,7 @@ def measure_sensitivity(
     trajectories: Trajectories,
     samples: int,
     batch: int,
-    on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    progress: Progress = no_progress,
 ) -> Sensitivity:
     """Quantize one layer at a time, its weight and its input, and compare the model's output with
     the float one's.
@@ -202,7 +204,7 @@ def measure_sensitivity(
         trajectories: recorded on ``unet``; their inputs are used.
         samples: how many of the recorded samplings are run, the first ones, at all their steps.
         batch: rows that run at once; they may be of different steps.
-        on_progress: called with a phase's name, the layers done and their number.
+        progress: called with a phase's name, the layers done and their number.
 
     Raises:
         InputError: ``samples`` or ``batch`` below 1, or a checkpoint that does not fit its
@@ -234,7 +236,7 @@ def measure_sensitivity(
         errors = [_mean_square(model(**x) - y) for x, y in zip(inputs, expected, strict=True)]
         model.model.set_submodule(name, float_model.get_submodule(name))
         layers.append(_layer_sensitivity(name, _mean_by_bucket(errors, buckets, count), power))
-        on_progress("layers", i + 1, len(quantized))
+        progress("layers", i + 1, len(quantized))
     return Sensitivity(
         calibrated.model, calibrated.scheme.name, recorded.sample.shape[1], tuple(layers)
     )

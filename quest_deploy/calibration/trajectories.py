@@ -18,6 +18,7 @@ from torch import Tensor
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_file
 from quest_deploy.models.schedulers import set_steps
+from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.scheme import Scheme
     from quest_deploy.models.registry import DiffusionModel
+    from quest_deploy.progress import Progress
 
 
 FEWEST_SAMPLES = 16
@@ -138,7 +140,7 @@ def record_trajectories(
     scheme: Scheme | None = None,
     guidance: float | None = None,
     rows: int | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Trajectories:
     """Sample with DDIM and the float ``unet`` and record every step.
 
@@ -176,7 +178,7 @@ def record_trajectories(
         outputs.append(output)
         prediction = output if weight == 1.0 else torch.lerp(output[0::2], output[1::2], weight)
         sample = scheduler.step(prediction, timestep, sample).prev_sample
-        on_progress(i + 1, len(scheduler.timesteps))
+        progress("recording trajectories", i + 1, len(scheduler.timesteps))
     return Trajectories(
         torch.stack(inputs), scheduler.timesteps.float(), torch.stack(outputs), conditions
     )

@@ -2,143 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from quest_deploy.artifacts.workspace import ENGINES, GRAPH
 from quest_deploy.backends.base import (
     DTYPES,
     HARDWARE_COMPATIBILITY_LEVELS,
     NATIVE_PROCESSOR,
     PROFILING_VERBOSITIES,
     QUANTIZE,
-    EngineOptions,
-    build_engine,
 )
-from quest_deploy.backends.registry import check_options, get_backend
-from quest_deploy.cli.console import Console, size
+from quest_deploy.cli.console import Console
+from quest_deploy.cli.descriptions import report
 from quest_deploy.cli.options import (
-    DEFAULT_BACKEND,
     BackendOption,
     BitsOption,
     JsonOption,
     ModelOption,
     WorkspaceOption,
-    open_workspace,
+    given,
+    parse_budget,
+    parse_pool_limit,
     parse_sample_size,
+    parse_tactic_sources,
 )
-from quest_deploy.cli.stage import run_stage
-from quest_deploy.errors import InputError
-from quest_deploy.files import atomic_folder, sha256_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from quest_deploy.artifacts.workspace import Workspace
-    from quest_deploy.cli.console import Update
-
-
-def build_engine_stage(
-    workspace: Workspace,
-    console: Console,
-    backend: str,
-    options: EngineOptions,
-    *,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Build the engine of ``backend``; writes engines/<backend>/."""
-    built_for = get_backend(backend)
-    options = built_for.resolve(options)
-    built_for.check_build(options)
-
-    def work(update: Update) -> tuple[Iterable[Path], dict[str, Any]]:
-        from exporters.graph_info import load_graph
-
-        graph = workspace.path(GRAPH)
-        digest = workspace.stages["export"].files[GRAPH]["sha256"]
-        started = time.monotonic()
-        with atomic_folder(workspace.path(ENGINES, backend)) as folder:
-            record = build_engine(built_for, load_graph(graph), folder, options, digest, update)
-        files = sorted(workspace.path(ENGINES, backend).iterdir())
-        details = {
-            "backend": backend,
-            "hardware": record.hardware,
-            **({"quantize": options.quantize} if backend.startswith("tensorrt") else {}),
-            "seconds": time.monotonic() - started,
-            "files": {file.name: file.stat().st_size for file in files},
-        }
-        return files, details
-
-    chosen = dataclasses.asdict(options) | built_for.answers(
-        options
-    )  # on a machine that answers otherwise, it is built again
-    if options.plugins is not None:  # built again, it is another one at the same place
-        chosen["plugin_sha256"] = sha256_of(Path(options.plugins))
-    return run_stage(
-        workspace,
-        console,
-        f"build-engine/{backend}",
-        inputs=("export",),
-        options=chosen,
-        reuse=reuse,
-        work=work,
-    )
-
-
-def parse_pool_limit(text: str) -> int:
-    """Bytes from "workspace:2G" (units of 1024: K, M, G); raise InputError for anything else."""
-    pool, _, given = text.partition(":")
-    found = _bytes(given) if pool == "workspace" else None
-    if found is None:
-        raise InputError(
-            f"--pool-limit: expected workspace:SIZE, such as workspace:2G, not {text!r}"
-        )
-    return found
-
-
-def parse_budget(text: str) -> int:
-    """Bytes from "2G"; raise InputError for anything else."""
-    found = _bytes(text)
-    if found is None:
-        raise InputError(f"--weight-streaming-budget: expected a size, such as 2G, not {text!r}")
-    return found
-
-
-def _bytes(text: str) -> int | None:
-    found = re.fullmatch(r"(\d{1,15})([KMG]?)", text)
-    return (
-        None
-        if found is None
-        else int(found[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[found[2]]
-    )
-
-
-def parse_tactic_sources(names: list[str]) -> tuple[str, ...]:
-    """The names; "none", which must be alone, is no source at all."""
-    if "none" in names and len(names) > 1:
-        raise InputError("--tactic-sources none excludes every other")
-    return () if names == ["none"] else tuple(dict.fromkeys(names))
-
-
-def describe(workspace: Workspace, details: dict[str, Any]) -> str:
-    """The details in words."""
-    files = ", ".join(f"{name} {size(count)}" for name, count in details["files"].items())
-    how = {"plugin": ", quantized by the plugin", "native": ", quantized natively"}.get(
-        details.get("quantize", ""), ""
-    )
-    hardware = ", ".join(
-        value if isinstance(value, str) else "compute capabilities " + " ".join(value)
-        for value in details["hardware"].values()
-    )
-    return (
-        f"{workspace.path(ENGINES, details['backend'])}, built in {details['seconds']:.1f} s "
-        f"for {hardware}{how}\n{files}"
-    )
+from quest_deploy.stages import api
+from quest_deploy.stages.options import DEFAULT_BACKEND
+from quest_deploy.stages.workspaces import open_workspace
 
 
 def build_engine_command(
@@ -299,37 +191,15 @@ def build_engine_command(
     as_json: JsonOption = False,
 ) -> None:
     """Build an engine from the exported graph."""
-    console = Console(as_json=as_json)
-    options = EngineOptions(
-        provider=provider,
-        threads=threads,
-        compute_capabilities=tuple(compute_capability or ()),
-        max_batch=max_batch,
-        dtype=dtype,
-        opt_batch=opt_batch,
-        sample_sizes=tuple(parse_sample_size(size) for size in sample_size or ()),
-        workspace_limit=None if pool_limit is None else parse_pool_limit(pool_limit),
-        refittable=refittable,
-        strip_plan=strip_plan,
-        timing_cache=None if timing_cache is None else str(timing_cache.resolve()),
-        version_compatible=version_compatible,
-        hardware_compatibility_level=hardware_compatibility_level,
-        builder_optimization_level=builder_optimization_level,
-        quantize=quantize,
-        plugins=None if plugins is None else str(plugins.resolve()),
-        serialize_plugins=serialize_plugins,
-        weight_streaming=weight_streaming,
-        weight_streaming_budget=None
-        if weight_streaming_budget is None
-        else parse_budget(weight_streaming_budget),
-        tactic_sources=None if tactic_sources is None else parse_tactic_sources(tactic_sources),
-        max_num_tactics=max_num_tactics,
-        profiling_verbosity=profiling_verbosity,
-        verbose=verbose,
-        processor=processor,
+    chosen, console = (
+        given(
+            locals(),
+            sample_size=lambda sizes: [parse_sample_size(size) for size in sizes],
+            pool_limit=parse_pool_limit,
+            weight_streaming_budget=parse_budget,
+            tactic_sources=parse_tactic_sources,
+        ),
+        Console(as_json=as_json),
     )
-    get_backend(backend)
-    check_options(backend, options)
-    opened = open_workspace(workspace, model, bits)
-    details = build_engine_stage(opened, console, backend, options)
-    console.result({"workspace": str(opened.root), **details}, describe(opened, details))
+    api.build_engine(**chosen, progress=console)
+    report(console, open_workspace(workspace, model, bits), "build-engine", backend)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from quest_deploy.cli.console import Console
-from quest_deploy.cli.options import JsonOption
-from quest_deploy.files import atomic_file
-from quest_deploy.serving.client import TIMEOUT, request_image
+from quest_deploy.cli.options import JsonOption, given
+from quest_deploy.stages import api
 
 
 def client(
@@ -52,32 +50,10 @@ def client(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where to write the PNG file.")
     ] = Path("image.png"),
-    timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds to wait for each step.")
-    ] = TIMEOUT,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for each step.")] = 600.0,
     as_json: JsonOption = False,
 ) -> None:
     """Ask a server started by a package's serve.py for an image; Ctrl-C cancels it there too."""
-    console = Console(as_json=as_json)
-    choices = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "label": label,
-        "steps": steps,
-        "scheduler": scheduler,
-        "guidance": guidance,
-        "height": height,
-        "width": width,
-        "seed": seed,
-    }
-    request = {name: value for name, value in choices.items() if value is not None}
-    started = time.monotonic()
-    with console.progress("client") as update:
-        drawn = request_image(
-            url, request, lambda done, total: update("denoising", done, total), timeout
-        )
-    seconds = time.monotonic() - started
-    with atomic_file(output) as temporary:
-        temporary.write_bytes(drawn.png)
-    details = {"url": url, "picture": str(output), "seed": drawn.seed, "seconds": seconds}
-    console.result(details, f"{output}: seed {drawn.seed}, {seconds:.2f} s")
+    chosen, console = given(locals()), Console(as_json=as_json)
+    drawn = api.client(**chosen, progress=console)
+    console.result({**drawn}, f"{output}: seed {drawn['seed']}, {drawn['seconds']:.2f} s")

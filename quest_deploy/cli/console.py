@@ -5,6 +5,7 @@ JSON.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections import Counter
@@ -13,15 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from typing import Protocol
+    from contextlib import AbstractContextManager
 
-    class Update(Protocol):
-        """Reports that ``done`` of ``total`` steps of ``phase`` are done; ``detail`` is what else
-        to show of the last one.
-        """
-
-        def __call__(self, phase: str, done: int, total: int, detail: str = "") -> None: ...
-
+    from quest_deploy.progress import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -33,59 +28,56 @@ class Console:
         self.as_json = as_json
         self._clock = clock
 
-    @contextmanager
-    def progress(self, title: str) -> Iterator[Update]:
+    def progress(self, title: str) -> AbstractContextManager[Progress]:
         """Show the phase that was last reported and its time left: in a bar, or where piped in a
         line every 30 s at most.
         """
+        return self._bar(title) if sys.stderr.isatty() else self._lines(title)
+
+    @contextmanager
+    def _lines(self, title: str) -> Iterator[Progress]:
         pace = _Pace(self._clock)
-        if not sys.stderr.isatty():
-            told = started = self._clock()
-            self.note(f"{title} ...")
+        printed = started = self._clock()
+        self.note(f"{title} ...")
 
-            def tell(phase: str, done: int, total: int, detail: str = "") -> None:
-                nonlocal told
-                left = pace.left(phase, done, total)  # also where nothing is printed: it measures
-                if (now := self._clock()) - told >= SECONDS_BETWEEN_LINES:
-                    told = now
-                    self.note(_listing(f"{title}: {phase}", detail, f"{done} of {total}", left))
+        def progress(phase: str, done: int, total: int, detail: str = "") -> None:
+            nonlocal printed
+            left = pace.left(phase, done, total)  # also where nothing is printed: it measures
+            if (now := self._clock()) - printed >= SECONDS_BETWEEN_LINES:
+                printed = now
+                self.note(_listing(f"{title}: {phase}", detail, f"{done} of {total}", left))
 
-            yield tell
-            self.note(f"{title}: done in {self._clock() - started:.1f} s")
-            return
+        yield progress
+        self.note(f"{title}: done in {self._clock() - started:.1f} s")
+
+    @contextmanager
+    def _bar(self, title: str) -> Iterator[Progress]:
+        import rich.progress as rich  # imported where there is a terminal
         from rich.console import Console as RichConsole
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-        )
         from rich.table import Column
 
+        pace = _Pace(self._clock)
         columns = (
-            TextColumn(
-                "{task.description}", table_column=Column()
-            ),  # wraps, where rich's own would cut off what is behind it
-            BarColumn(10),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            # Wraps, where rich's own would cut off what is behind it.
+            rich.TextColumn("{task.description}", table_column=Column()),
+            rich.BarColumn(10),
+            rich.MofNCompleteColumn(),
+            rich.TimeElapsedColumn(),
+            rich.TextColumn("{task.fields[left]}"),
         )
-        with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+        with rich.Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
             task = bar.add_task(title, total=None, left="")
 
-            def update(phase: str, done: int, total: int, detail: str = "") -> None:
-                description = _listing(f"{title}: {phase}", detail)
+            def progress(phase: str, done: int, total: int, detail: str = "") -> None:
                 bar.update(
                     task,
-                    description=description,
+                    description=_listing(f"{title}: {phase}", detail),
                     completed=done,
                     total=total,
                     left=pace.left(phase, done, total),
                 )
 
-            yield update
+            yield progress
 
     def note(self, message: str) -> None:
         """Tell something beside the result."""
@@ -101,6 +93,29 @@ class Console:
             print(json.dumps(value, indent=1))
         else:
             print("\n".join(lines), flush=True)
+
+
+class Messages(logging.Handler):
+    """Prints what the library logs on standard error, a warning as such."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        print(f"{kind}{record.getMessage()}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Show what the library logs while the context is open."""
+    logger, handler = logging.getLogger("quest_deploy"), Messages()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 class _Pace:

@@ -16,6 +16,7 @@ from quest_deploy.cli.benchmark import benchmark
 from quest_deploy.cli.build_engine import build_engine_command
 from quest_deploy.cli.calibrate import calibrate
 from quest_deploy.cli.client import client
+from quest_deploy.cli.console import messages
 from quest_deploy.cli.doctor import doctor
 from quest_deploy.cli.evaluate import evaluate
 from quest_deploy.cli.export import export
@@ -93,7 +94,8 @@ def main() -> None:
     # ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = app(standalone_mode=False)
+        with messages():
+            code = app(standalone_mode=False)
     except typer.TyperException as e:  # a usage error
         rich_format_error(cast(Any, e))
         _end(e.format_message(), e.exit_code)

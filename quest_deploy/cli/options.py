@@ -1,27 +1,21 @@
-"""The options that commands share, and how they find their workspace."""
+"""The options that commands share, and what their texts mean."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quest_deploy.artifacts.model_source import Lora
-from quest_deploy.artifacts.scheme import DEFAULT_BUCKETS, SUPPORTED_BITS, Granularity, Scheme
-from quest_deploy.artifacts.workspace import MANIFEST, Workspace, check_vacant
+from quest_deploy.artifacts.scheme import DEFAULT_BUCKETS, SUPPORTED_BITS, Granularity
 from quest_deploy.backends.registry import BACKENDS
 from quest_deploy.errors import InputError
-from quest_deploy.models.loading import resolve_source
-from quest_deploy.models.registry import EMBEDDED, MODEL_NAMES, check_model_name
+from quest_deploy.models.registry import MODEL_NAMES
+from quest_deploy.stages.workspaces import DEFAULT_BITS, DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from quest_deploy.artifacts.model_source import ModelSource
-
-DEFAULT_MODEL, DEFAULT_BITS, DEFAULT_BACKEND = EMBEDDED, "w4a4", "openvino"
-FLOAT = "float"
+    from collections.abc import Callable
 
 WorkspaceOption = Annotated[
     Path | None,
@@ -103,138 +97,25 @@ SplitShortcutsOption = Annotated[
         show_default="the workspace's, or whole",
     ),
 ]
+METHOD_HELP = (
+    "How clip ranges are chosen: mse, minmax or l2.4; or qdiff: l2.4, then Q-Diffusion's "
+    "reconstruction (a new workspace has --split-shortcuts then)."
+)
 BackendOption = Annotated[str, typer.Option(help=f"The backend: {', '.join(BACKENDS)}.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on standard output.")
 ]
 
 
-@dataclass(frozen=True)
-class SchemeChoices:
-    """What the user chose of the scheme; None for what is the workspace's, or the default."""
-
-    bits: str | None = None
-    buckets: int | None = None
-    granularity: Granularity | None = None
-    attention_bits: str | None = None
-    softmax_bits: str | None = None
-    split_shortcuts: bool | None = None
-
-    def scheme(self, *, split_shortcuts: bool = False) -> Scheme:
-        """The scheme of a new workspace; raise InputError for what is unknown.
-
-        Args:
-            split_shortcuts: where the user chose neither.
-        """
-        return Scheme.parse(
-            self.bits or DEFAULT_BITS,
-            buckets=DEFAULT_BUCKETS if self.buckets is None else self.buckets,
-            granularity=self.granularity or Granularity.FOLDED_CHANNEL,
-            attention_bits=_operand_bits("--attention-bits", self.attention_bits),
-            softmax_bits=_operand_bits("--softmax-bits", self.softmax_bits),
-            split_shortcuts=split_shortcuts
-            if self.split_shortcuts is None
-            else self.split_shortcuts,
-        )
-
-    def check(self, workspace: Workspace) -> None:
-        """Raise InputError where the workspace's scheme is another one."""
-        scheme = workspace.scheme
-        found = {
-            "bits": scheme.name,
-            "buckets": scheme.buckets,
-            "granularity": scheme.granularity,
-            "attention_bits": str(scheme.attention_bits or FLOAT),
-            "softmax_bits": str(scheme.softmax_bits or FLOAT),
-            "split_shortcuts": scheme.split_shortcuts,
-        }
-        for name, value in found.items():
-            _check(workspace, name.replace("_", " "), getattr(self, name), value)
-
-
-@dataclass(frozen=True)
-class ModelChoices:
-    """What the user chose of the model; None, False or nothing for what is the workspace's, or the
-    default.
+def given(values: dict[str, Any], **parsers: Callable[[Any], Any]) -> dict[str, Any]:
+    """What the user chose, for the function of the command's name: the command's parameters but
+    --json, as their ``parsers`` understand them. What is None is the function's to choose.
     """
-
-    model: str | None = None
-    revision: str | None = None
-    random_weights: bool = False
-    loras: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """What the model is called: its name in the registry, or the stem of its path."""
-        model = self.model or DEFAULT_MODEL
-        if model in MODEL_NAMES:
-            return model
-        path = Path(model).resolve()
-        return path.stem if path.is_file() else path.name
-
-    def source(self) -> ModelSource:
-        """Where the model comes from; a model on the hub is fetched. Raise InputError where there
-        is none.
-        """
-        return resolve_source(
-            self.model or DEFAULT_MODEL,
-            revision=self.revision,
-            random_weights=self.random_weights,
-            loras=self.loras,
-        )
-
-    def check(self, workspace: Workspace) -> None:
-        """Raise InputError where the workspace's model is another one."""
-        source = workspace.source
-        if self.model is not None:
-            named = self.model if self.model in MODEL_NAMES else str(Path(self.model).resolve())
-            _check(
-                workspace, "model", named, source.name if source.path is None else source.location
-            )
-        if self.revision not in (None, source.requested, source.revision):
-            _check(workspace, "revision", self.revision, source.revision)
-        if self.random_weights:
-            _check(
-                workspace,
-                "weights",
-                "random ones",
-                "random ones" if source.random_weights else "trained ones",
-            )
-        if self.loras:
-            _check(
-                workspace, "LoRAs", [Lora.parse(text) for text in self.loras], list(source.loras)
-            )
-
-
-def open_workspace(workspace: Path | None, model: str | None, bits: str | None) -> Workspace:
-    """Open an existing workspace; raise InputError where it is not of the given model or bits."""
-    choices = ModelChoices(model)
-    opened = Workspace.open(_root(workspace, choices, bits))
-    choices.check(opened)
-    SchemeChoices(bits).check(opened)
-    return opened
-
-
-def create_workspace(
-    workspace: Path | None,
-    model: ModelChoices,
-    choices: SchemeChoices,
-    *,
-    split_shortcuts: bool = False,
-) -> Workspace:
-    """Open a workspace, or make it; what is not given is taken from it, or else the default
-    (``split_shortcuts`` is that default).
-    """
-    check_model_name(model.model or DEFAULT_MODEL)
-    scheme = choices.scheme(split_shortcuts=split_shortcuts)
-    root = _root(workspace, model, choices.bits)
-    if not (root / MANIFEST).exists():
-        check_vacant(root)  # before anything is downloaded
-        return Workspace.create(root, model.source(), scheme)
-    opened = Workspace.open(root)
-    model.check(opened)
-    choices.check(opened)
-    return opened
+    return {
+        name: parsers[name](value) if name in parsers else value
+        for name, value in values.items()
+        if name != "as_json" and value is not None
+    }
 
 
 def parse_sample_size(text: str) -> tuple[int, int]:
@@ -248,18 +129,56 @@ def parse_sample_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
-def _root(workspace: Path | None, model: ModelChoices, bits: str | None) -> Path:
-    return workspace or Path("quest-out") / f"{model.name}-{bits or DEFAULT_BITS}"
-
-
-def _operand_bits(option: str, value: str | None) -> int | None:
-    if value not in (None, "4", "8", FLOAT):
-        raise InputError(f"{option}: expected 4, 8 or {FLOAT}, not {value!r}")
-    return None if value in (None, FLOAT) else int(value)
-
-
-def _check(workspace: Workspace, name: str, wanted: object, found: object) -> None:
-    if wanted is not None and wanted != found:
+def parse_pool_limit(text: str) -> int:
+    """Bytes from "workspace:2G" (units of 1024: K, M, G); raise InputError for anything else."""
+    pool, _, given = text.partition(":")
+    found = _bytes(given) if pool == "workspace" else None
+    if found is None:
         raise InputError(
-            f"{workspace.root} holds {name} {found}, not {wanted}; give another folder with -w"
+            f"--pool-limit: expected workspace:SIZE, such as workspace:2G, not {text!r}"
         )
+    return found
+
+
+def parse_budget(text: str) -> int:
+    """Bytes from "2G"; raise InputError for anything else."""
+    found = _bytes(text)
+    if found is None:
+        raise InputError(f"--weight-streaming-budget: expected a size, such as 2G, not {text!r}")
+    return found
+
+
+def _bytes(text: str) -> int | None:
+    found = re.fullmatch(r"(\d{1,15})([KMG]?)", text)
+    return (
+        None
+        if found is None
+        else int(found[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[found[2]]
+    )
+
+
+def parse_tactic_sources(names: list[str]) -> tuple[str, ...]:
+    """The names; "none", which must be alone, is no source at all."""
+    if "none" in names and len(names) > 1:
+        raise InputError("--tactic-sources none excludes every other")
+    return () if names == ["none"] else tuple(dict.fromkeys(names))
+
+
+def parse_numbers(text: str) -> list[float]:
+    """The numbers of "999, 500"; raise InputError for anything else."""
+    try:
+        return [float(part) for part in text.replace(",", " ").split()]
+    except ValueError as e:
+        raise InputError(
+            f"--timesteps: expected numbers separated by commas, found {text!r}"
+        ) from e
+
+
+def parse_list(text: str) -> tuple[str, ...]:
+    """The parts of "a, b"."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_patterns(text: str) -> tuple[str, ...]:
+    """The patterns of "conv_in, *.ff.*"; "all" is the one that every layer matches."""
+    return ("*",) if text == "all" else parse_list(text)

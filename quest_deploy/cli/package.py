@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,20 +13,12 @@ from quest_deploy.cli.options import (
     JsonOption,
     ModelOption,
     WorkspaceOption,
-    open_workspace,
+    given,
 )
 from quest_deploy.errors import InputError
-from quest_deploy.serving.triton.package import IO_DTYPES, TritonOptions, write_package
-
-RTX_IS_NO_PLAN = (
-    "this workspace's tensorrt-rtx engine is left out: it is no plan of TensorRT, "
-    "and Triton's TensorRT backend cannot load it"
-)
-NO_PLAN = (
-    "no plan: this workspace has no tensorrt engine, so the package serves from its ONNX files, "
-    "with the stand-in backend on a CPU; "
-    "on the GPU machine, run `quest-deploy build-engine --backend tensorrt` and package again"
-)
+from quest_deploy.serving.triton.package import IO_DTYPES, TritonOptions
+from quest_deploy.stages import api
+from quest_deploy.stages.workspaces import open_workspace
 
 
 def package(
@@ -92,38 +84,18 @@ def package(
     as_json: JsonOption = False,
 ) -> None:
     """Write a package that serves the model: a model repository for Triton Inference Server."""
-    console = Console(as_json=as_json)
+    chosen, console = given(locals()), Console(as_json=as_json)
     if triton is None:
         raise InputError("expected what to package for: --triton DIR")
-    options = TritonOptions(
-        max_batch,
-        max_steps,
-        max_size,
-        max_images,
-        max_in_flight,
-        max_queue,
-        queue_delay,
-        io_dtype,
-        tuple(map(str, plugin_library or ())),
-        processor,
-    )
-    opened = open_workspace(workspace, model, bits)
-    with console.progress("package") as update:
-        details = write_package(opened, triton, options, update)
-    if not details["plan"]:
-        if "build-engine/tensorrt-rtx" in opened.stages:
-            console.note(RTX_IS_NO_PLAN)
-        console.note(NO_PLAN)
-    console.result(
-        {"workspace": str(opened.root), "triton": str(triton), **details}, describe(triton, details)
-    )
-
-
-def describe(folder: Path, details: dict[str, Any]) -> str:
-    """The details in words."""
+    details = api.package(**chosen, progress=console)
     models = ", ".join([*details["models"], "pipeline", "pipeline_stream"])
     command = "python serve.py" if details["plan"] else "python serve.py --cpu"
-    return (
-        f"{folder} ({size(details['bytes'])}): {models}\nserve it with `{command}` there, see "
-        "README.md"
+    console.result(
+        {
+            "workspace": str(open_workspace(workspace, model, bits).root),
+            "triton": str(triton),
+            **details,
+        },
+        f"{triton} ({size(details['bytes'])}): {models}",
+        f"serve it with `{command}` there, see README.md",
     )

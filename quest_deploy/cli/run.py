@@ -6,39 +6,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quest_deploy.backends.base import EngineOptions
-from quest_deploy.backends.registry import BACKENDS, get_backend
-from quest_deploy.cli import (
-    benchmark,
-    build_engine,
-    calibrate,
-    evaluate,
-    export,
-    finetune,
-    generate,
-    reference,
-    verify,
-)
-from quest_deploy.cli.console import Console, size
+from quest_deploy.backends.registry import BACKENDS
+from quest_deploy.cli.console import Console
+from quest_deploy.cli.descriptions import describe, summary
 from quest_deploy.cli.options import (
-    DEFAULT_BACKEND,
+    METHOD_HELP,
     AttentionBitsOption,
     BitsOption,
     BucketsOption,
     GranularityOption,
     JsonOption,
     LoraOption,
-    ModelChoices,
     ModelOption,
     RandomWeightsOption,
     RevisionOption,
-    SchemeChoices,
     SoftmaxBitsOption,
     SplitShortcutsOption,
     WorkspaceOption,
-    create_workspace,
+    given,
 )
-from quest_deploy.errors import InputError
+from quest_deploy.stages import api
+from quest_deploy.stages.options import DEFAULT_BACKEND, CalibrateOptions
 
 if TYPE_CHECKING:
     from quest_deploy.artifacts.workspace import Workspace
@@ -59,8 +47,8 @@ def run(
     method: Annotated[
         str | None,
         typer.Option(
-            help=calibrate.METHOD_HELP,
-            show_default=f"the workspace's, or {calibrate.DEFAULT_METHOD}",
+            help=METHOD_HELP,
+            show_default=f"the workspace's, or {CalibrateOptions.method}",
         ),
     ] = None,
     backend: Annotated[
@@ -93,162 +81,21 @@ def run(
     What was calibrated or finetuned with options of its own keeps them. An engine that fails its
     verification is neither benchmarked nor drawn with; the others are, and the exit code is 1.
     """
-    console = Console(as_json=as_json)
-    lacking: dict[str, str] | None = {} if if_available else None
-    backends = _available(backend or [DEFAULT_BACKEND], lacking, runs=True)
-    built = _available([*backends, *(build_only or [])], lacking, runs=False)
-    if not backends:
-        raise InputError(
-            "this machine has none of the backends to verify: "
-            f"{'; '.join((lacking or {}).values())}"
-        )
-    choices = SchemeChoices(
-        bits, buckets, granularity, attention_bits, softmax_bits, split_shortcuts
-    )
-    calibrate.CalibrateOptions(
-        method=method or calibrate.DEFAULT_METHOD
-    )  # refused before a workspace is made
-    chosen = ModelChoices(model, revision, random_weights, tuple(lora or ()))
-    opened = create_workspace(workspace, chosen, choices, split_shortcuts=method == calibrate.QDIFF)
-    results: dict[str, Any] = {
-        "workspace": str(opened.root),
-        "left_out": lacking or {},
-        "failed": {},
-    }
+    chosen, console = given(locals()), Console(as_json=as_json)
 
-    def show(stage: str, details: dict[str, Any], text: str) -> None:
-        results[stage] = details
+    def show(opened: Workspace, stage: str, details: Any) -> None:
         if not as_json:
-            print(f"\n== {stage}\n{text}", flush=True)
+            print(f"\n== {stage}\n{describe(opened, stage.replace(' ', '/'))}", flush=True)
 
-    details = calibrate.calibrate_stage(
-        opened, console, _calibration(opened, method, seed), reuse=True
-    )
-    show("calibrate", details, calibrate.describe(opened, details))
-    details = finetune.finetune_stage(opened, console, _finetuning(opened, seed), reuse=True)
-    show("finetune", details, finetune.describe(opened, details))
-    details = export.export_stage(opened, console, reuse=True)
-    show("export", details, export.describe(opened, details))
-    details = reference.reference_stage(opened, console, reuse=True)
-    show("reference", details, reference.describe(opened, details))
-    for name in built:
-        details = build_engine.build_engine_stage(
-            opened, console, name, EngineOptions(), reuse=True
-        )
-        show(f"build-engine {name}", details, build_engine.describe(opened, details))
-    passed: list[str] = []
-    for name in backends:
-        details = verify.verify_stage(opened, console, name, reuse=True)
-        show(f"verify {name}", details, verify.describe(details))
-        if not details["passed"]:
-            results["failed"][name] = verify.failure(details)
-            continue
-        passed.append(name)
-        details = benchmark.benchmark_stage(opened, console, name, reuse=True)
-        show(f"benchmark {name}", details, benchmark.describe(details))
-    if opened.source.random_weights:
-        console.note("generate, evaluate: left out, random weights draw nothing")
-    elif passed:
-        details = generate.generate_stage(opened, console, passed[0], reuse=True)
-        show(f"generate {passed[0]}", details, details["picture"])
-        details = evaluate.evaluate_stage(opened, console, passed[0], reuse=True)
-        show(f"evaluate {passed[0]}", details, evaluate.describe(details))
-    else:
-        console.note("generate, evaluate: left out, no engine passed its verification")
-    console.result(results, "", "== summary", _summary(results, backends))
-    if results["failed"]:
-        console.note(
-            f"error: {'; '.join(results['failed'].values())}"
-        )  # after the result, which --json keeps one value
-        raise typer.Exit(1)
-
-
-def _available(names: list[str], lacking: dict[str, str] | None, *, runs: bool) -> list[str]:
-    """Those of the backends ``names`` that can build here, and run where ``runs``, each once.
-
-    Why the others cannot goes into ``lacking``; where that is None, it is raised as the InputError
-    that an unknown name always is.
-    """
-    available = []
-    for name in dict.fromkeys(names):
-        backend = get_backend(name)
-        try:
-            backend.check_build(EngineOptions())
-            if runs:
-                backend.check_run(EngineOptions())
-        except InputError as e:
-            if lacking is None:
-                raise
-            lacking[name] = str(e)
-        else:
-            available.append(name)
-    return available
-
-
-def _calibration(
-    workspace: Workspace, method: str | None, seed: int | None
-) -> calibrate.CalibrateOptions:
-    """The options that the workspace was calibrated with, if it was, but for those that are
-    given.
-    """
-    options = workspace.options_of("calibrate") | ({} if seed is None else {"seed": seed})
-    if method not in (None, options.get("method")):
-        options |= {"method": method, "reconstruction": {}}
-    try:
-        prompts = None if options.get("prompts") is None else tuple(options["prompts"])
-        return calibrate.CalibrateOptions(**{**options, "prompts": prompts})
-    except TypeError as e:
-        raise InputError(
-            f"{workspace.root}: calibrated with options that are unknown here ({e}); run "
-            "`quest-deploy calibrate`"
-        ) from e
-
-
-def _finetuning(workspace: Workspace, seed: int | None) -> dict[str, Any]:
-    """The options that the workspace was finetuned with, if it was, but for the seed that is
-    given.
-    """
-    options = {
-        name: tuple(x) if isinstance(x, list) else x
-        for name, x in workspace.options_of("finetune").items()
+    ended = api.run(**chosen, on_result=show, progress=console)
+    results = {
+        "workspace": str(ended.workspace.root),
+        "left_out": ended.backends.left_out,
+        "failed": ended.failed,
+        **ended.results,
     }
-    return options | ({} if seed is None else {"seed": seed})
-
-
-def _summary(results: dict[str, Any], backends: list[str]) -> str:
-    lines = [
-        evaluate.summary(details)
-        for stage, details in results.items()
-        if stage.startswith("evaluate ")
-    ]
-    for name in backends:
-        if name in results["failed"]:
-            lines.append(f"{name}: verification FAILED: {results['failed'][name]}")
-            continue
-        verified, timed = results[f"verify {name}"], results[f"benchmark {name}"]
-        codes, different = (
-            sum(b[key] for b in verified["buckets"]) for key in ("codes", "mismatches")
-        )
-        speed = ", ".join(
-            f"{ratio:.2f}x FP32 at batch {batch}"
-            for batch, ratio in timed["speedup_over_fp32"].items()
-        )
-        lines.append(
-            f"{name}: verification PASSED ({codes} codes, {different} at rounding ties differ)"
-        )
-        lines.append(
-            f"{name}: speed {speed}; files {timed['size_ratio_to_fp32']:.2f}x smaller than FP32"
-        )
-    lines += [f"{name}: left out: {reason}" for name, reason in results["left_out"].items()]
-    graph = results["export"]
-    lines.append(
-        f"graph: {size(graph['bytes'])} for {size(graph['fp32_weight_bytes'])} of FP32 weights"
-    )
-    lines += [
-        f"picture: {details['picture']}"
-        for stage, details in results.items()
-        if stage.startswith("generate ")
-    ]
-    if len(results["failed"]) == len(backends):
-        lines.append("picture, Frechet distance: left out, no engine passed its verification")
-    return "\n".join(lines)
+    console.result(results, "", "== summary", summary(ended))
+    if ended.failed:
+        # After the result, which --json keeps one value.
+        console.note(f"error: {'; '.join(ended.failed.values())}")
+        raise typer.Exit(1)

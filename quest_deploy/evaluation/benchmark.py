@@ -25,19 +25,18 @@ from quest_deploy.backends.base import (
     PLUGIN,
     EngineOptions,
     input_shapes,
-    no_progress,
 )
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.evaluation.memory import peak_memory
 from quest_deploy.evaluation.precision import engine_precision
+from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from quest_deploy.backends.base import Backend
+    from quest_deploy.progress import Progress
 
 QUANTIZED, STATIC, FP32, NATIVE_ENGINE = "quantized", "static scale", "fp32", "native"
 
@@ -115,7 +114,7 @@ def benchmark_engine(
     graph: Path,
     scratch: Path,
     choices: BenchmarkOptions,
-    on_progress: Callable[[str, int, int], None] = no_progress,
+    progress: Progress = no_progress,
 ) -> Benchmark:
     """Build the baselines in ``scratch`` and time all engines.
 
@@ -129,20 +128,20 @@ def benchmark_engine(
         baselines = (NATIVE_ENGINE, *baselines)
     folders = {QUANTIZED: engine} | {name: scratch / name.replace(" ", "-") for name in baselines}
     for i, name in enumerate(baselines):
-        on_progress("building baselines", i, len(baselines))
+        progress("building baselines", i, len(baselines))
         _build_baseline(backend, options, graph, folders[name], name)
-    on_progress("building baselines", len(baselines), len(baselines))
-    on_progress("asking the engine what its layers run in", 0, 1)
+    progress("building baselines", len(baselines), len(baselines))
+    progress("asking the engine what its layers run in", 0, 1)
     precision = engine_precision(backend, engine, options).summary()
-    on_progress("asking the engine what its layers run in", 1, 1)
+    progress("asking the engine what its layers run in", 1, 1)
     feeds = _feeds(graph, max(choices.batches))
-    timings = _time_in_turn(backend, options, folders, feeds, choices, on_progress)
+    timings = _time_in_turn(backend, options, folders, feeds, choices, progress)
     footprints = []
     for i, (name, folder) in enumerate(folders.items()):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             peak = pool.submit(_peak_memory, backend.name, options, folder, feeds).result()
         footprints.append(Footprint(name, _size(folder), peak))
-        on_progress("measuring memory", i + 1, len(folders))
+        progress("measuring memory", i + 1, len(folders))
     medians = {(t.engine, t.batch): t.median_s for t in timings}
     sizes = {f.engine: f.file_bytes for f in footprints}
     return Benchmark(
@@ -198,7 +197,7 @@ def _time_in_turn(
     folders: dict[str, Path],
     feeds: dict[str, NDArray[np.float32]],
     choices: BenchmarkOptions,
-    on_progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> list[Timing]:
     runners = {name: backend.open(folder, options) for name, folder in folders.items()}
     timings = []
@@ -219,7 +218,7 @@ def _time_in_turn(
                 timings.append(
                     Timing(name, batch, median, float(np.percentile(taken, 90)), batch / median)
                 )
-            on_progress("timing", i + 1, len(choices.batches))
+            progress("timing", i + 1, len(choices.batches))
     finally:
         for runner in runners.values():
             runner.close()

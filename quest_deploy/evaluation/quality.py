@@ -16,16 +16,16 @@ import torch
 
 from quest_deploy.calibration.trajectories import in_parts
 from quest_deploy.evaluation.sampling import sample_images
+from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from quest_deploy.artifacts.scheme import Scheme
     from quest_deploy.calibration.trajectories import Trajectories
     from quest_deploy.evaluation.sampling import Denoiser
     from quest_deploy.models.registry import DiffusionModel
+    from quest_deploy.progress import Progress
 
 
 HELD_OUT_SEED = 1_000_003
@@ -89,7 +89,7 @@ def draw(
     model: DiffusionModel,
     denoise: Denoiser,
     options: SamplingOptions,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Draw the images to be judged, and their labels."""
     labels = np.arange(options.images) % model.labels
@@ -101,7 +101,7 @@ def draw(
         steps=options.steps,
         guidance=options.guidance,
         seed=options.seed,
-        on_progress=on_progress,
+        progress=progress,
     )
     return images, labels
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from quest_deploy.calibration.trajectories import in_parts
 from quest_deploy.errors import InputError
 from quest_deploy.models.schedulers import set_steps
+from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
     from torch import nn
 
     from quest_deploy.models.registry import DiffusionModel
+    from quest_deploy.progress import Progress
 
 
 class Denoiser(Protocol):
@@ -39,7 +39,7 @@ def sample_images(
     steps: int = 20,
     guidance: float = 1.0,
     seed: int = 0,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> NDArray[np.float32]:
     """Draw one image per label; the noise depends on ``seed`` alone, so two denoisers can be
     compared image by image.
@@ -84,7 +84,7 @@ def sample_images(
         # Not all schedulers take a generator; those that add noise need one.
         extra = {"generator": generator} if scheduler in ("ddpm", "lcm") else {}
         latents = schedule.step(prediction, timestep, latents, **extra).prev_sample
-        on_progress(i + 1, len(schedule.timesteps))
+        progress("denoising", i + 1, len(schedule.timesteps))
     return model.images(latents.float().numpy())
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import math
 import tempfile
 from contextlib import ExitStack
@@ -38,6 +39,7 @@ from quest_deploy.finetuning.distributed import Processes, gradients
 from quest_deploy.finetuning.gradient_checkpointing import enable_gradient_checkpointing
 from quest_deploy.finetuning.layer_sets import LAYER_SETS, select_layers
 from quest_deploy.finetuning.teacher_cache import TargetStream
+from quest_deploy.progress import no_progress
 from quest_deploy.quantization.model import QuantizedModel
 
 if TYPE_CHECKING:
@@ -45,9 +47,13 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.checkpoint import Checkpoint
     from quest_deploy.calibration.trajectories import Trajectories
+    from quest_deploy.progress import Progress
 
 STAGES = ("temporal", "sensitive")
 PRECISIONS = ("float32", "bf16")
+TARGETS = "targets from the float model"
+"""The phase of progress in which it runs ahead."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,8 +139,8 @@ class FinetuneOptions:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What a run reports after each step.
+class Step:
+    """What a run computed in a step.
 
     Attributes:
         stage: one of ``STAGES``.
@@ -176,9 +182,8 @@ def finetune(
     save_every: int = 20,
     targets_path: Path | None = None,
     target_cache: int = 1024,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-    on_target: Callable[[int], None] = lambda step: None,
-    notify: Callable[[str], None] = lambda message: None,
+    progress: Progress = no_progress,
+    on_step: Callable[[Step], None] = lambda step: None,
 ) -> Checkpoint:
     """Finetune ``calibrated`` towards the float model; resume from ``state_path`` where it holds
     this run's state.
@@ -199,9 +204,7 @@ def finetune(
             it by the further processes; a temporary folder where it is None. All are removed at the
             end.
         target_cache: MiB that each process's cache may take (it holds at least one step).
-        on_target: called with each step, counted from 1 over all stages, whose targets have been
-            computed ahead.
-        notify: told, in words, where a run resumes, and of a state that cannot be used.
+        on_step: called after each step.
 
     Raises:
         InputError: the layer sets match no layer, the device is absent, or the processes cannot
@@ -237,14 +240,14 @@ def finetune(
             sha256_of_json([__version__, SUPERVISED_BLOCKS, plan]),
             target_cache * 2**20,
         )
-        targets = _Targets(stream, load_teacher, batches, options.steps, on_target)
+        targets = _Targets(stream, load_teacher, batches, options.steps, progress)
         supervised = options.block_loss > 0 and supervised_blocks(student.model)
         key = _run_key(calibrated, options, made_from)
         names = {id(parameter): name for name, parameter in student.named_parameters()}
         learned = {
             names[id(parameter)]: parameter for stage in stages for parameter in stage.parameters
         }
-        state = _load_state(state_path, key, options.steps, notify)
+        state = _load_state(state_path, key, options.steps, logs=processes.is_main)
         if state is not None:
             student.load_state_dict(state.model, strict=False)
             state.model.clear()
@@ -274,15 +277,14 @@ def finetune(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 save(total, optimizer)
-                on_progress(
-                    Progress(
-                        stage.name,
-                        total,
-                        options.steps,
-                        loss.item(),
-                        batches.buckets(total - 1, student),
-                    )
+                low, high = batches.buckets(total - 1, student)
+                progress(
+                    f"{stage.name} layers",
+                    total,
+                    options.steps,
+                    f"buckets {low}-{high}, loss {loss.item():.4f}",
                 )
+                on_step(Step(stage.name, total, options.steps, loss.item(), (low, high)))
         stream.remove()
     if processes.is_main:
         # By now every process is done with its own. What is left is of an interrupted run of more
@@ -439,7 +441,7 @@ class _Targets:
     load_teacher: Callable[[], nn.Module]
     batches: _Batches
     steps: int
-    on_target: Callable[[int], None]
+    progress: Progress
 
     def of(self, step: int) -> list[Tensor]:
         """The block outputs at ``step``, in execution order, each [B / processes, ...]."""
@@ -463,19 +465,21 @@ class _Targets:
                 teacher(**self.batches.share(step)[0])
                 return blocks.take()
 
-            self.stream.write(first, self.steps, run, lambda step: self.on_target(step + 1))
+            def computed(step: int) -> None:
+                self.progress(TARGETS, step + 1, self.steps)
+
+            self.stream.write(first, self.steps, run, computed)
 
 
-def _load_state(
-    path: Path | None, key: str, steps: int, notify: Callable[[str], None]
-) -> TrainingState | None:
+def _load_state(path: Path | None, key: str, steps: int, *, logs: bool) -> TrainingState | None:
     try:
         state = TrainingState.load(path, key) if path else None
     except InputError as e:
-        notify(f"warning: {e}: it is ignored")
+        if logs:
+            logger.warning("%s: it is ignored", e)
         return None
-    if state is not None:
-        notify(f"resuming at step {state.step} of {steps}")
+    if state is not None and logs:
+        logger.info("resuming at step %d of %d", state.step, steps)
     return state
 
 

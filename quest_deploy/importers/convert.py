@@ -32,6 +32,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.importers.architecture import Layout
 from quest_deploy.importers.read import parts_of
 from quest_deploy.importers.settings import Source
+from quest_deploy.progress import no_progress
 from quest_deploy.quantization.model import build_float_model, conv_geometry, float_state
 from quest_deploy.quantization.planner import plan_quantization
 from quest_deploy.quantization.prepare import prepare
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from quest_deploy.calibration.trajectories import Trajectories
     from quest_deploy.importers.architecture import OfficialLayer
     from quest_deploy.importers.read import OfficialCheckpoint
+    from quest_deploy.progress import Progress
     from quest_deploy.quantization.planner import SitePlan
 
 
@@ -225,7 +227,7 @@ def recalibrate(
     rounded: dict[str, LayerData],
     trajectories: Trajectories,
     options: CalibrationOptions,
-    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = no_progress,
 ) -> Imported:
     """Keep the rounded weights and choose new activation scales at the deployable granularity: one
     a tensor and bucket.
@@ -242,7 +244,7 @@ def recalibrate(
         trajectories,
         scheme,
         options,
-        on_progress,
+        progress,
     )
     architecture = dataclasses.replace(
         checkpoint.architecture, heads=official.config.fixed_heads, official_sums=True

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from quest_deploy.calibration.trajectories import Trajectories
+from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor, nn
 
     from quest_deploy.importers.read import OfficialCheckpoint
+    from quest_deploy.progress import Progress
 
 QDIFF_STEPS = 20
 
@@ -40,7 +40,7 @@ def record_imported(
     *,
     samples: int,
     seed: int,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Trajectories:
     """Sample with DDIM at the calibrated timesteps (QDIFF_STEPS even ones where all share a scale)
     and record every step.
@@ -69,5 +69,5 @@ def record_imported(
         outputs.append(noise)
         clean = (sample - (1 - signal[i]) ** 0.5 * noise) / signal[i] ** 0.5
         sample = signal[i + 1] ** 0.5 * clean + (1 - signal[i + 1]) ** 0.5 * noise
-        on_progress(i + 1, len(timesteps))
+        progress("recording trajectories", i + 1, len(timesteps))
     return Trajectories(torch.stack(inputs), timesteps, torch.stack(outputs), conditions)

@@ -12,11 +12,12 @@ import numpy as np
 
 from quest_deploy.backends.base import require_package
 from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
+
+    from quest_deploy.progress import Progress
 
 STREAM = "pipeline_stream"
 CONNECT_SECONDS = 10.0
@@ -41,7 +42,7 @@ class Drawn:
 def request_image(
     url: str,
     request: dict[str, Any],
-    on_step: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
     timeout: float = TIMEOUT,
 ) -> Drawn:
     """Let the server at ``url`` draw one image; leaving early, as by Ctrl-C, cancels it there.
@@ -49,7 +50,7 @@ def request_image(
     Args:
         url: "host:port" of its gRPC service.
         request: values by the names of the pipeline's inputs: prompt, label, seed, steps and so on.
-        on_step: is told how many of how many denoising steps are done.
+        progress: is told how many of how many denoising steps are done.
         timeout: seconds to wait for each message.
 
     Raises:
@@ -72,7 +73,7 @@ def request_image(
                     STREAM, client_timeout=CONNECT_SECONDS
                 ).inputs
             }
-            return _stream(client, _inputs(request, kinds), on_step, timeout)
+            return _stream(client, _inputs(request, kinds), progress, timeout)
     except InferenceServerException as e:
         raise _error(e, url) from e
 
@@ -105,9 +106,7 @@ def _inputs(request: dict[str, Any], kinds: dict[str, str]) -> list[Any]:
     return inputs
 
 
-def _stream(
-    client: Any, inputs: list[Any], on_step: Callable[[int, int], None], timeout: float
-) -> Drawn:
+def _stream(client: Any, inputs: list[Any], progress: Progress, timeout: float) -> Drawn:
     messages: queue.Queue[tuple[Any, Any]] = queue.Queue()
     # The header makes the stream end with the error's own status, which Triton otherwise leaves
     # out.
@@ -122,7 +121,8 @@ def _stream(
                 raise error
             if (image := result.as_numpy("image")) is not None:
                 return Drawn(bytes(image[0, 0]), int(result.as_numpy("seed")[0, 0]))
-            on_step(int(result.as_numpy("step")[0, 0]), int(result.as_numpy("steps")[0, 0]))
+            done, total = (int(result.as_numpy(name)[0, 0]) for name in ("step", "steps"))
+            progress("denoising", done, total)
     except queue.Empty:
         raise QuestDeployError(f"the server has not answered for {timeout:g} s") from None
     finally:

@@ -43,8 +43,9 @@ from exporters.passes.cut import (
 )
 from exporters.passes.to_dtype import HALF_TYPES
 from quest_deploy.artifacts.reference import OUTPUT, Key, load_reference
-from quest_deploy.backends.base import LOWERED, EngineOptions, no_progress, open_engine
+from quest_deploy.backends.base import LOWERED, EngineOptions, open_engine
 from quest_deploy.errors import InputError
+from quest_deploy.progress import no_progress
 from quest_deploy.quantization import affine_numpy
 from quest_deploy.verification.runners import compare
 from quest_deploy.verification.tolerances import (
@@ -61,13 +62,14 @@ from quest_deploy.verification.tolerances import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
     from quest_deploy.artifacts.reference import Record, Tables
     from quest_deploy.artifacts.scheme import Scheme
     from quest_deploy.backends.base import Backend, Runner
+    from quest_deploy.progress import Progress
 
     Arrays = dict[str, NDArray[Any]]
     T = TypeVar("T")
@@ -196,7 +198,7 @@ def verify_engine(
     options: EngineOptions,
     engine: Path,
     reference: Path,
-    on_progress: Callable[[str, int, int], None] = no_progress,
+    progress: Progress = no_progress,
 ) -> Verification:
     """Verify the engine folder ``engine`` against the records in ``reference``.
 
@@ -233,14 +235,14 @@ def verify_engine(
         codes[site] = _check_codes(
             build, lowered, types, info, site, {k: records[k] for k in held}, tables[site]
         )
-        on_progress("sites", i + 1, total)
+        progress("sites", i + 1, total)
     for i, (layer, held) in enumerate(by_layer.items()):
         errors[layer] = _check_layer(
             build, lowered, types, info, layer, {k: records[k] for k in held}, tables
         )
-        on_progress("layers", len(by_site) + i + 1, total)
+        progress("layers", len(by_site) + i + 1, total)
     segments = _check_segments(build, lowered, types, info, records)
-    on_progress("segments", total, total)
+    progress("segments", total, total)
     end_to_end = _check_end_to_end(backend, engine, records)
     half = types.half(*(entry.output for entry in (info.layers | info.products).values()))
     sensitivity = max(

@@ -44,6 +44,7 @@ from quest_deploy.artifacts.reference import (
 )
 from quest_deploy.errors import InputError
 from quest_deploy.files import sha256_of
+from quest_deploy.progress import no_progress
 from quest_deploy.quantization.affine_numpy import TIE_ULPS, tie_distance
 from quest_deploy.quantization.layers import (
     ActivationQuantizer,
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from quest_deploy.artifacts.reference import Tables
     from quest_deploy.artifacts.scheme import Scheme
     from quest_deploy.calibration.trajectories import Trajectories
+    from quest_deploy.progress import Progress
     from quest_deploy.quantization.model import QuantizedModel
     from quest_deploy.verification.selection import Sample
 
@@ -95,7 +97,7 @@ def save_reference(
     measured: int | None = None,
     sample_size: tuple[int, int] | None = None,
     key: str = "",
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> list[RecordEntry]:
     """Write the records for every bucket, and their index, into ``folder``; those that an
     interrupted call left there are kept.
@@ -165,7 +167,7 @@ def save_reference(
         )
         hashes[file] = sha256_of(folder / file)
         ReferenceIndex(key, hashes, tuple(records)).write(folder)
-        on_progress(i + 1, len(pairs))
+        progress("recording", i + 1, len(pairs))
     return records
 
 

@@ -24,7 +24,7 @@ from quest_deploy.artifacts.model_source import ModelSource
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
 from quest_deploy.calibration.trajectories import Trajectories
-from quest_deploy.finetuning.train import FinetuneOptions, Progress, finetune
+from quest_deploy.finetuning.train import TARGETS, FinetuneOptions, Step, finetune
 from quest_deploy.models.loading import load_model
 
 if TYPE_CHECKING:
@@ -141,8 +141,12 @@ def main(
             flush=True,
         )
 
-    def on_progress(progress: Progress) -> None:
-        record(result["steps"], stage=progress.stage, step=progress.step, loss=progress.loss)
+    def on_step(step: Step) -> None:
+        record(result["steps"], stage=step.stage, step=step.step, loss=step.loss)
+
+    def progress(phase: str, done: int, total: int, detail: str = "") -> None:
+        if phase == TARGETS:
+            record(result["targets"], targets_of_step=done)
 
     options = FinetuneOptions(
         "text-to-image",
@@ -158,8 +162,8 @@ def main(
         options,
         device=device,
         gradient_checkpointing=gradient_checkpointing,
-        on_progress=on_progress,
-        on_target=lambda step: record(result["targets"], targets_of_step=step),
+        progress=progress,
+        on_step=on_step,
     )
     result["peak_gib"] = peak_gib(device)
     print(

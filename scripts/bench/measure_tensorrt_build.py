@@ -26,8 +26,7 @@ from quest_deploy.artifacts.workspace import versions
 from quest_deploy.backends.base import EngineOptions, build_engine
 from quest_deploy.backends.registry import check_options, get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
-from quest_deploy.cli.build_engine import parse_pool_limit
-from quest_deploy.cli.options import parse_sample_size
+from quest_deploy.cli.options import parse_pool_limit, parse_sample_size
 from quest_deploy.evaluation.memory import peak_memory
 from quest_deploy.files import write_json
 
@@ -41,7 +40,7 @@ def build(graph: Path, backend: str, options: EngineOptions) -> dict[str, Any]:
     phases: dict[str, float] = {}
     started, used = time.monotonic(), time.process_time()
 
-    def note(phase: str, done: int, total: int) -> None:
+    def note(phase: str, done: int, total: int, detail: str = "") -> None:
         phases.setdefault(phase, time.monotonic() - started)
 
     with tempfile.TemporaryDirectory(prefix="quest-deploy-") as name:

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quest_deploy.artifacts.checkpoint import pack_int4
+from quest_deploy.artifacts.workspace import Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -163,6 +164,23 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
         str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
         for path in files
     }
+
+
+def fail_verification(workspace: Path, backend: str) -> None:
+    """Record that the engine of ``backend`` failed its verification, for two reasons."""
+    opened = Workspace.open(workspace)
+    record = opened.stages["verify/onnxruntime"]
+    details = {
+        **record.details,
+        "backend": backend,
+        "passed": False,
+        "problems": ["layer conv_in: wrong", "layer conv_out: wrong"],
+    }
+    files = [workspace / name for name in record.files]
+    inputs = (f"build-engine/{backend}", "reference")
+    opened.record(
+        f"verify/{backend}", inputs=inputs, options=record.options, files=files, details=details
+    )
 
 
 def flip_byte(path: Path) -> None:

@@ -21,13 +21,13 @@ from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     import onnx_ir as ir
     from numpy.typing import NDArray
 
     from exporters.exactness import Exactness
+    from quest_deploy.progress import Progress
 
     Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -70,12 +70,12 @@ class OpenVinoBackend(CpuBackend):
         lowered: Path,
         folder: Path,
         options: EngineOptions,
-        on_progress: Callable[[str, int, int], None],
+        progress: Progress,
     ) -> None:
         """Compile it once: what openvino refuses is refused now."""
-        on_progress("compiling with openvino", 0, 1)
+        progress("compiling with openvino", 0, 1)
         compile_graph(lowered, options)
-        on_progress("compiling with openvino", 1, 1)
+        progress("compiling with openvino", 1, 1)
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
         """With all kernels, but for float graphs that openvino crashes on, the benchmark's: see

@@ -10,9 +10,9 @@ import ctypes
 import functools
 import importlib
 import json
+import logging
 import re
 import signal
-import sys
 import tempfile
 import threading
 from contextlib import contextmanager
@@ -39,11 +39,14 @@ from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from quest_deploy.progress import Progress
+
+messages = logging.getLogger(__name__)
 ENGINE = "model.engine"
 SAMPLE = "sample"
 RTX = "tensorrt_rtx"
@@ -156,11 +159,11 @@ class TensorRtBackend(Backend):
         lowered: Path,
         folder: Path,
         options: EngineOptions,
-        on_progress: Callable[[str, int, int], None],
+        progress: Progress,
     ) -> None:
         trt = self._module()
         logger = make_logger(trt, verbose=options.verbose)
-        monitor = _monitor(trt, on_progress)
+        monitor = _monitor(trt, progress)
         # From the first object that logs on: parsing calls back into Python too.
         with _interrupts_stop(monitor), tempfile.TemporaryDirectory(dir=folder) as scratch:
             builder = trt.Builder(logger)
@@ -408,7 +411,7 @@ def make_logger(trt: Any, *, verbose: bool = False) -> Any:
 @functools.cache
 def _logger(base: Any) -> Any:
     class Logger(base):  # type: ignore[misc]
-        """Keeps errors for our own message instead of printing them; prints everything if it is
+        """Keeps errors for our own message instead of logging them; logs everything if it is
         ``verbose``.
         """
 
@@ -421,12 +424,12 @@ def _logger(base: Any) -> Any:
             if severity <= base.Severity.ERROR:
                 self.problems.append(message.strip())
             if self.verbose:
-                print(f"[{severity.name}] {message}", file=sys.stderr, flush=True)
+                messages.info("[%s] %s", severity.name, message)
 
     return Logger()
 
 
-def _monitor(trt: Any, on_progress: Callable[[str, int, int], None]) -> Any:
+def _monitor(trt: Any, progress: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Passes the builder's phases on; ``stopped`` ends the build at its next step."""
 
@@ -437,15 +440,15 @@ def _monitor(trt: Any, on_progress: Callable[[str, int, int], None]) -> Any:
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.totals[phase_name] = num_steps
-            on_progress(phase_name, 0, num_steps)
+            progress(phase_name, 0, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            on_progress(phase_name, step + 1, self.totals.get(phase_name, step + 1))
+            progress(phase_name, step + 1, self.totals.get(phase_name, step + 1))
             return not self.stopped
 
         def phase_finish(self, phase_name: str) -> None:
             total = self.totals.get(phase_name, 1)
-            on_progress(phase_name, total, total)
+            progress(phase_name, total, total)
 
     return Monitor()
 
@@ -539,10 +542,8 @@ def read_timing_cache(config: Any, options: EngineOptions) -> Any:
     path = Path(options.timing_cache)
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-        print(
-            f"the timing cache {path} is not this TensorRT's and this GPU's; it is written anew",
-            file=sys.stderr,
-            flush=True,
+        messages.warning(
+            "the timing cache %s is not this TensorRT's and this GPU's; it is written anew", path
         )
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)

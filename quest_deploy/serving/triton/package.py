@@ -29,7 +29,6 @@ from quest_deploy.backends.base import (
     EngineOptions,
     EngineRecord,
     engine_info,
-    no_progress,
 )
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
@@ -38,17 +37,17 @@ from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder, read_json, sha256_of, write_json
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.schedulers import SCHEDULERS
+from quest_deploy.progress import no_progress
 from quest_deploy.serving.triton.configs import pipeline_config, plan_config
 from quest_deploy.serving.triton.pbtxt import pbtxt
 from quest_deploy.serving.triton.plans import FLOAT_INPUTS, write_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import onnx_ir as ir
     from torch import Tensor
 
     from quest_deploy.artifacts.workspace import Workspace
+    from quest_deploy.progress import Progress
 
 FORMAT, VERSION = "quest-deploy triton package", 1
 PACKAGE_FILE = "package.json"
@@ -157,7 +156,7 @@ def write_package(
     workspace: Workspace,
     folder: Path,
     options: TritonOptions,
-    on_progress: Callable[[str, int, int], None] = no_progress,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Write the repository and what belongs to it into ``folder``, replacing an earlier package
     there; return what it holds.
@@ -177,7 +176,7 @@ def write_package(
         workspace, options, alone=not isinstance(model, PipelineModel), guidable=_guidable(model)
     )
     with atomic_folder(folder) as made:
-        writer = Writer(workspace, model, made, options, plan, on_progress)
+        writer = Writer(workspace, model, made, options, plan, progress)
         return writer.write()
 
 
@@ -310,7 +309,7 @@ class Writer:
         folder: Path,
         options: TritonOptions,
         plan: Plan | None,
-        on_progress: Callable[[str, int, int], None],
+        progress: Progress,
     ) -> None:
         from quest_deploy.models.pipeline_model import PipelineModel
 
@@ -321,7 +320,7 @@ class Writer:
             options,
             plan,
         )
-        self.on_progress = on_progress
+        self.progress = progress
         self.of_text = model.asked_for == "prompt"
         self.max_batch = options.max_batch or (16 if plan is None else plan.options.max_batch)
         self.plugins = tuple(map(Path, options.plugins)) if plan is None else plan.plugins
@@ -341,10 +340,10 @@ class Writer:
             steps.append(("decoder", self.write_decoder))
         steps.append(("pipeline", self.write_pipelines))
         for i, (name, step) in enumerate(steps):
-            self.on_progress(name, i, len(steps))
+            self.progress(name, i, len(steps))
             step()
         self._write_surroundings()
-        self.on_progress("pipeline", len(steps), len(steps))
+        self.progress("pipeline", len(steps), len(steps))
         record = self._record()
         self._write_readme()
         return {

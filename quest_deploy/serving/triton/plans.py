@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quest_deploy.backends.base import LOWERED, no_progress
+from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.tensorrt.base import ENGINE
+from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
     from quest_deploy.backends.base import Backend, EngineOptions

@@ -35,14 +35,14 @@ from scripts.bench.methods.cells import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import nn
 
     from quest_deploy.evaluation.sampling import Denoiser
     from quest_deploy.models.registry import DiffusionModel
+    from quest_deploy.progress import Progress
 
-    Report = Callable[[str, int, int], None]
 
 REVISION = 1
 """Part of every cell's definition. Raise it when a change of code, not of options, changes what
@@ -142,7 +142,7 @@ def _recorded(model: DiffusionModel, scheme: Scheme | None) -> dict[str, int]:
     return {"steps": steps, "samples": SAMPLES * steps // max(steps, buckets)}
 
 
-def make(cell: Cell, model: DiffusionModel, unet: nn.Module, report: Report) -> Made:
+def make(cell: Cell, model: DiffusionModel, unet: nn.Module, report: Progress) -> Made:
     """Make ``cell``'s model of the float ``unet``, which may be changed by it.
 
     Raises:
@@ -182,7 +182,7 @@ def _finetuning(cell: Cell, recipe: Pipeline, model: DiffusionModel) -> Finetune
 
 
 def _make_pipeline(
-    recipe: Pipeline, cell: Cell, model: DiffusionModel, unet: nn.Module, report: Report
+    recipe: Pipeline, cell: Cell, model: DiffusionModel, unet: nn.Module, report: Progress
 ) -> Made:
     costs = Costs()
     notes: dict[str, Any] = {}
@@ -200,7 +200,7 @@ def _make_pipeline(
         if recipe.sensitivity is not None:
             with costs.stage("sensitivity"):
                 measured = measure_sensitivity(
-                    unet, checkpoint, trajectories, **recipe.sensitivity, on_progress=report
+                    unet, checkpoint, trajectories, **recipe.sensitivity, progress=report
                 )
                 notes["sensitive_layers"] = select_sensitive(measured.to_json())
                 notes["error_shares"] = paper_shares(error_shares(measured.to_json()), model.family)
@@ -211,8 +211,8 @@ def _make_pipeline(
                 checkpoint,
                 trajectories,
                 finetuning,
-                on_progress=lambda p: report(
-                    f"{p.stage} layers, loss {p.loss:.3f}", p.step, p.steps
+                on_step=lambda step: report(
+                    f"{step.stage} layers, loss {step.loss:.3f}", step.step, step.steps
                 ),
             )
     return Made(QuantizedModel.from_checkpoint(checkpoint).eval(), costs, notes)
@@ -240,7 +240,7 @@ def paper_shares(of_layer: dict[str, float], family: str) -> dict[str, float]:
 
 
 def _make_modelopt(
-    recipe: ModelOpt, cell: Cell, model: DiffusionModel, unet: nn.Module, report: Report
+    recipe: ModelOpt, cell: Cell, model: DiffusionModel, unet: nn.Module, report: Progress
 ) -> Made:
     try:
         import modelopt.torch.quantization as mtq
@@ -269,7 +269,7 @@ def _make_modelopt(
 
 
 def _record(
-    cell: Cell, model: DiffusionModel, unet: nn.Module, scheme: Scheme | None, report: Report
+    cell: Cell, model: DiffusionModel, unet: nn.Module, scheme: Scheme | None, report: Progress
 ) -> Trajectories:
     return record_trajectories(
         model,
@@ -277,5 +277,5 @@ def _record(
         **_recorded(model, scheme),
         seed=cell.seed,
         scheme=scheme,
-        on_progress=lambda done, total: report("recording trajectories", done, total),
+        progress=report,
     )

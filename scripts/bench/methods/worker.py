@@ -35,20 +35,18 @@ from quest_deploy.evaluation.quality import (
 from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.files import atomic_file
 from quest_deploy.models.loading import load_model
+from quest_deploy.progress import named
 from scripts.bench.methods.cells import Cell
 from scripts.bench.methods.recipes import JUDGED_SCHEME, make
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from quest_deploy.models.registry import DiffusionModel
+    from quest_deploy.progress import Progress
 
 
-def measure(
-    model: DiffusionModel, cell: Cell, scratch: Path, report: Callable[[str, int, int], None]
-) -> dict[str, Any]:
+def measure(model: DiffusionModel, cell: Cell, scratch: Path, report: Progress) -> dict[str, Any]:
     """Make and judge ``cell``.
 
     Args:
@@ -69,9 +67,7 @@ def measure(
         seed=HELD_OUT_SEED,
     )
     fp32_images = _float_images(model, scratch, report)
-    images, labels = draw(
-        model, made.denoise, SamplingOptions(), lambda done, total: report("drawing", done, total)
-    )
+    images, labels = draw(model, made.denoise, SamplingOptions(), named(report, "drawing"))
     errors = epsilon_mse(made.denoise, held_out, JUDGED_SCHEME)
     quality = evaluate_images(model, images, labels, fp32_images, errors)
     return {
@@ -83,15 +79,11 @@ def measure(
     }
 
 
-def _float_images(
-    model: DiffusionModel, scratch: Path, report: Callable[[str, int, int], None]
-) -> NDArray[np.float32]:
+def _float_images(model: DiffusionModel, scratch: Path, report: Progress) -> NDArray[np.float32]:
     path = scratch / "float-images.npy"
     if not path.exists():
         denoise = float_denoiser(model.load_unet())
-        images, _ = draw(
-            model, denoise, SamplingOptions(), lambda done, total: report("FP32 draws", done, total)
-        )
+        images, _ = draw(model, denoise, SamplingOptions(), named(report, "FP32 draws"))
         with atomic_file(path) as temporary, temporary.open("wb") as stream:
             np.save(stream, images)
     loaded: NDArray[np.float32] = np.load(path, allow_pickle=False)
@@ -114,7 +106,9 @@ def main(arguments: list[str]) -> None:
                 load_model(ModelSource(name)),
                 Cell(row, bits, int(seed)),
                 Path(scratch),
-                lambda phase, done, total: send({"phase": phase, "done": done, "total": total}),
+                lambda phase, done, total, detail="": send(
+                    {"phase": phase, "done": done, "total": total}
+                ),
             )
             result["environment"] = {
                 "threads": int(threads),

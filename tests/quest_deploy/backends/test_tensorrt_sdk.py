@@ -8,6 +8,7 @@ in docs/tensorrt.md.
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -167,7 +168,7 @@ def test_a_timing_cache_that_cannot_be_used_is_refused_before_anything_is_built(
 
 @pytest.mark.parametrize("refused", ["by the builder", "when it is read"])
 def test_a_timing_cache_of_another_version_is_written_anew_and_that_is_said(
-    refused: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    refused: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Config:
         taken: object = None
@@ -190,9 +191,10 @@ def test_a_timing_cache_of_another_version_is_written_anew_and_that_is_said(
             (tmp_path / "cache.bin").write_bytes(content)
         if content == b"mine" and refused == "when it is read":
             continue
+        caplog.clear()
         cache = read_timing_cache(config, options)
         assert (cache.content, config.taken) == (kept, cache)
-        assert ("is written anew" in capsys.readouterr().err) == (content == b"another's")
+        assert [x.levelname for x in caplog.records] == ["WARNING"] * (content == b"another's")
 
 
 def test_a_plugin_that_is_asked_for_and_not_there_is_refused_with_where_to_get_it(
@@ -449,17 +451,16 @@ def test_engines_run_on_the_compute_capability_that_they_were_built_for_or_where
 
 
 def test_verbose_builds_print_what_tensorrt_logs_and_others_keep_its_errors_alone(
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO)
     severity = tensorrt_rtx.ILogger.Severity
     for verbose in (False, True):
         logger = make_logger(tensorrt_rtx, verbose=verbose)
         logger.log(severity.VERBOSE, "a detail")
         logger.log(severity.ERROR, "a problem")
         assert logger.problems == ["a problem"]
-        assert capsys.readouterr().err == (
-            "[VERBOSE] a detail\n[ERROR] a problem\n" if verbose else ""
-        )
+        assert caplog.messages == (["[VERBOSE] a detail", "[ERROR] a problem"] if verbose else [])
 
 
 OUTLIVED = """

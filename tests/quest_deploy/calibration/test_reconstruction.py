@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -164,9 +165,9 @@ def run(calibrated: Checkpoint, mini_unet: nn.Module, mini_trajectories: Traject
         stop_after: int = 0,
         **others: Any,
     ) -> Checkpoint:
-        def report(name: str, done: int, total: int) -> None:
+        def report(phase: str, done: int, total: int, unit: str) -> None:
             if learned is not None:
-                learned.append(name)
+                learned.append(unit)
             if done == stop_after:
                 raise KeyboardInterrupt
 
@@ -302,11 +303,11 @@ def test_activations_are_in_float_while_the_rounding_is_learned_and_quantized_wh
 
 
 def test_an_interrupted_run_resumes_unit_by_unit_to_the_same_result(
-    run: Run, uninterrupted: Checkpoint, tmp_path: Path
+    run: Run, uninterrupted: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     learned: list[str] = []
-    said: list[str] = []
-    state = {"state_path": tmp_path / "state", "learned": learned, "notify": said.append}
+    caplog.set_level(logging.INFO)
+    state = {"state_path": tmp_path / "state", "learned": learned}
     for done in (1, 2, 7):
         with pytest.raises(KeyboardInterrupt):
             run(**state, stop_after=done)
@@ -316,7 +317,7 @@ def test_an_interrupted_run_resumes_unit_by_unit_to_the_same_result(
     units = len(learned)
     assert units == len(set(learned))
     assert everything == []
-    assert said == [f"resuming at unit {done} of {units}" for done in (1, 2, 7, units)]
+    assert caplog.messages == [f"resuming at unit {done} of {units}" for done in (1, 2, 7, units)]
     for checkpoint in (resumed, again):
         assert differences(checkpoint, uninterrupted) == []
         assert checkpoint.provenance == uninterrupted.provenance
@@ -338,7 +339,12 @@ def test_a_run_that_is_interrupted_within_a_unit_learns_it_from_its_beginning(
 
 @pytest.mark.parametrize("what", ["options", "trajectories", "scales", "codes"])
 def test_a_state_of_another_run_is_ignored(
-    run: Run, calibrated: Checkpoint, mini_trajectories: Trajectories, tmp_path: Path, what: str
+    run: Run,
+    calibrated: Checkpoint,
+    mini_trajectories: Trajectories,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    what: str,
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(state_path=tmp_path, stop_after=2)
@@ -366,14 +372,11 @@ def test_a_state_of_another_run_is_ignored(
         },
     }
     learned: list[str] = []
-    said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        run(**changes[what], state_path=tmp_path, learned=learned, notify=said.append, stop_after=1)
+        run(**changes[what], state_path=tmp_path, learned=learned, stop_after=1)
     assert len(learned) == 1
-    assert said == [
-        f"warning: {tmp_path / 'unit-0.pt'} is of a run with other options, model or data: it is "
-        "ignored"
-    ]
+    (said,) = caplog.records
+    assert (said.levelname, str(tmp_path / "unit-0.pt") in said.getMessage()) == ("WARNING", True)
 
 
 @pytest.mark.parametrize(
@@ -382,18 +385,24 @@ def test_a_state_of_another_run_is_ignored(
     ids=["edited", "truncated", "empty"],
 )
 def test_a_damaged_unit_is_learned_again(
-    run: Run, uninterrupted: Checkpoint, tmp_path: Path, damage: Callable[[Path], Any]
+    run: Run,
+    uninterrupted: Checkpoint,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], Any],
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(state_path=tmp_path, stop_after=3)
     damage(tmp_path / "unit-1.pt")
-    said: list[str] = []
-    assert differences(run(state_path=tmp_path, notify=said.append), uninterrupted) == []
+    caplog.set_level(logging.INFO)
+    assert differences(run(state_path=tmp_path), uninterrupted) == []
     units = len(list(tmp_path.iterdir()))
-    assert said == [
-        f"warning: {tmp_path / 'unit-1.pt'} is damaged: it is ignored",
-        f"resuming at unit 1 of {units}",
-    ]
+    ignored, resumed = caplog.records
+    assert (ignored.levelname, str(tmp_path / "unit-1.pt") in ignored.getMessage()) == (
+        "WARNING",
+        True,
+    )
+    assert resumed.getMessage() == f"resuming at unit 1 of {units}"
 
 
 def test_no_steps_leave_the_codes_and_scales_alone(

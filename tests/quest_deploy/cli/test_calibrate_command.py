@@ -112,7 +112,7 @@ def calibrate_until(done: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> O
     reconstruct = reconstruct_module.reconstruct
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
-        def report(name: str, units: int, total: int) -> None:
+        def report(phase: str, units: int, total: int, unit: str) -> None:
             if units == done:
                 raise KeyboardInterrupt
 

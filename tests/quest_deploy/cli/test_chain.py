@@ -16,7 +16,7 @@ from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.reference import load_reference
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.calibration.sensitivity import select_sensitive
-from quest_deploy.cli.sensitivity import describe
+from quest_deploy.cli import descriptions
 from quest_deploy.files import read_json, sha256_of
 from tests.quest_deploy.support import CHAIN, STAGES, cli
 
@@ -100,7 +100,9 @@ def test_sensitivity_reports_every_layer_and_picks_some_for_stage_2(made: Chain)
 def test_sensitivity_names_the_worst_layers_and_kinds_first(made: Chain) -> None:
     details = made.outcomes["sensitivity"].json
     worst = max(details["layers"], key=lambda x: x["mse"])
-    _, header, _, first, *rest = describe(Workspace.open(made.root), details).splitlines()
+    _, header, _, first, *rest = descriptions.sensitivity(
+        Workspace.open(made.root), details
+    ).splitlines()
     assert header.split() == ["layer", "kind", "e-MSE", "relative", "picked"]
     assert first.split() == [
         worst["layer"],

@@ -108,10 +108,10 @@ def test_reference_goes_on_with_the_next_record_after_ctrl_c_and_keeps_the_old_o
     before, save = snapshot(workspace), reference_module.save_reference
 
     def one_at_a_time(*arguments: Any, **options: Any) -> Any:
-        def report(done: int, total: int) -> None:
+        def report(phase: str, done: int, total: int) -> None:
             raise KeyboardInterrupt
 
-        return save(*arguments, **options | {"on_progress": report})
+        return save(*arguments, **options | {"progress": report})
 
     with monkeypatch.context() as patch:
         patch.setattr(reference_module, "save_reference", one_at_a_time)

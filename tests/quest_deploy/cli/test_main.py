@@ -15,6 +15,7 @@ from quest_deploy.errors import InputError, QuestDeployError
 from tests.quest_deploy.support import cli
 
 HEAVY = (
+    "numpy",
     "torch",
     "diffusers",
     "transformers",
@@ -117,7 +118,7 @@ def test_every_bad_end_is_one_message_with_its_exit_code(
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr("quest_deploy.cli.doctor.versions", fail)
+    monkeypatch.setattr("quest_deploy.backends.machine.versions", fail)
     ended = cli("doctor", *(["--json"] if as_json else []))
     assert ended.code == code
     assert message in ended.message
@@ -148,7 +149,7 @@ def test_a_defect_is_no_error_message(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("quest_deploy.cli.doctor.versions", fail)
+    monkeypatch.setattr("quest_deploy.backends.machine.versions", fail)
     with pytest.raises(ZeroDivisionError):
         cli("doctor")
 

@@ -86,7 +86,7 @@ def test_a_workspace_of_another_model_is_refused(
 def test_the_same_model_may_be_named_again_by_any_path_to_it(
     tmp_path: Path, pipelines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quest_deploy.cli.options import (
+    from quest_deploy.stages.workspaces import (
         ModelChoices,
         SchemeChoices,
         create_workspace,

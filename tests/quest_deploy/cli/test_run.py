@@ -5,7 +5,6 @@ recorded.
 from __future__ import annotations
 
 import importlib.util
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
@@ -13,9 +12,18 @@ from onnx_ir.passes import PreconditionError
 
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
-from quest_deploy.cli import benchmark, calibrate, evaluate, export, finetune, generate
 from quest_deploy.errors import InputError
-from tests.quest_deploy.support import Outcome, change, cli, snapshot
+from quest_deploy.stages import api, export, finetune
+from quest_deploy.stages import run as pipeline
+from quest_deploy.stages.options import (
+    BenchmarkOptions,
+    CalibrateOptions,
+    EvaluateOptions,
+    FinetuneOptions,
+    GenerateOptions,
+    StageOptions,
+)
+from tests.quest_deploy.support import Outcome, change, cli, fail_verification, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -41,28 +49,25 @@ NO_STAGES = ("workspace", "left_out", "failed")
 """The keys of `run --json` that are no stage's."""
 
 
+SMALL: dict[str, StageOptions] = {
+    "calibrate": CalibrateOptions(samples=8),
+    "finetune": FinetuneOptions(temporal_steps=2, sensitive_steps=3, batch=4),
+    "benchmark": BenchmarkOptions(batches=(2,), runs=2, warmup=1),
+    "generate": GenerateOptions(labels="0123", rows=1, steps=3),
+    "evaluate": EvaluateOptions(images=20, steps=3),
+}
+"""The chain's few samples and steps."""
+
+
 @pytest.fixture
 def run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """`run` on onnxruntime with the chain's few samples and steps."""
-    stages = {
-        calibrate: partial(calibrate.CalibrateOptions, samples=8),
-        finetune: {"temporal_steps": 2, "sensitive_steps": 3, "batch": 4},
-    }
-    monkeypatch.setattr(calibrate, "CalibrateOptions", stages[calibrate])
-    tune = finetune.finetune_stage
+    """`run` on onnxruntime with ``SMALL`` for options."""
+    everything = pipeline.run
     monkeypatch.setattr(
-        finetune,
-        "finetune_stage",
-        lambda w, console, choices, reuse: tune(w, console, stages[finetune], reuse=reuse),
+        pipeline,
+        "run",
+        lambda opened, backends, options, *others: everything(opened, backends, SMALL, *others),
     )
-    timed = partial(benchmark.benchmark_stage, batches=(2,), runs=2, warmup=1)
-    monkeypatch.setattr(benchmark, "benchmark_stage", timed)
-    pictures = {"labels": "0123", "rows": 1, "steps": 3}
-    monkeypatch.setattr(
-        generate, "generate_stage", partial(generate.generate_stage, choices=pictures)
-    )
-    judged = partial(evaluate.evaluate_stage, choices={"images": 20, "steps": 3})
-    monkeypatch.setattr(evaluate, "evaluate_stage", judged)
 
     def command(*options: str, backends: Iterable[str] = ("onnxruntime",)) -> Outcome:
         return cli(
@@ -113,7 +118,7 @@ def test_run_keeps_the_options_that_calibration_and_finetuning_had(
     def stop(*_: Any, **__: Any) -> NoReturn:
         raise InputError("far enough")
 
-    monkeypatch.setattr(export, "export_stage", stop)
+    monkeypatch.setattr(export, "work", stop)
     root = tmp_path / "w"
     small = ("--samples", 8, "--steps", 4)
     assert cli("calibrate", "-w", root, "--method", "minmax", *small, "--buckets", 2).code == 0
@@ -191,38 +196,21 @@ def test_run_goes_on_with_the_options_of_what_was_interrupted(
         )
         assert cli("finetune", "-w", root, *chosen).code == 130
         kept = Workspace.open(root).options_of("finetune")
-    started: list[dict[str, Any]] = []
+    started: list[FinetuneOptions] = []
     monkeypatch.setattr(
-        finetune,
-        "finetune_stage",
-        lambda w, console, options, reuse: started.append(options) or interrupt(),
+        finetune, "work", lambda w, options, progress: started.append(options) or interrupt()
     )
     assert cli("run", "-w", root).code == 130
     assert kept["sensitive_layers"] == ["conv_out", "conv_in"]
-    assert started == [kept | {"sensitive_layers": ("conv_out", "conv_in")}]
+    assert [options.to_json() for options in started] == [
+        kept | {"sensitive_layers": ("conv_out", "conv_in")}
+    ]
 
 
 def test_run_refuses_an_unknown_method_before_it_makes_a_workspace(tmp_path: Path) -> None:
     ended = cli("run", "-w", tmp_path / "w", "--method", "median")
     assert (ended.code, "unknown calibration method 'median'" in ended.message) == (2, True)
     assert not (tmp_path / "w").exists()
-
-
-def fail_verification(workspace: Path, backend: str) -> None:
-    """Record that the engine of ``backend`` failed its verification, for two reasons."""
-    opened = Workspace.open(workspace)
-    record = opened.stages["verify/onnxruntime"]
-    details = {
-        **record.details,
-        "backend": backend,
-        "passed": False,
-        "problems": ["layer conv_in: wrong", "layer conv_out: wrong"],
-    }
-    files = [workspace / name for name in record.files]
-    inputs = (f"build-engine/{backend}", "reference")
-    opened.record(
-        f"verify/{backend}", inputs=inputs, options=record.options, files=files, details=details
-    )
 
 
 def test_run_goes_on_with_the_other_backends_where_one_fails_its_verification(
@@ -342,9 +330,7 @@ def test_run_if_available_refuses_an_unknown_backend_and_a_machine_that_lacks_al
 @pytest.fixture
 def small_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Run `export` in a new workspace, which calibrates the model first."""
-    monkeypatch.setattr(
-        "quest_deploy.cli.export.CalibrateOptions", partial(calibrate.CalibrateOptions, samples=1)
-    )
+    monkeypatch.setattr(api, "CalibrateOptions", lambda: CalibrateOptions(samples=1))
     return lambda *options: cli(
         "export", "-w", tmp_path / "ws", "--buckets", "1", "--bits", "w8a8", *options
     )

@@ -114,7 +114,7 @@ def test_every_scheduler_draws_the_digits_asked_for(
         scheduler=scheduler,
         steps=10,
         guidance=2.0,
-        on_progress=lambda step, total: done.append((step, total)),
+        progress=lambda phase, step, total: done.append((step, total)),
     )
     assert images.shape == (20, 1, 16, 16)
     assert np.abs(images).max() <= 1

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import weakref
 import zipfile
 from functools import partial
@@ -21,7 +22,7 @@ from quest_deploy.finetuning.block_outputs import BlockOutputs
 from quest_deploy.finetuning.distributed import Processes
 from quest_deploy.finetuning.gradient_checkpointing import enable_gradient_checkpointing
 from quest_deploy.finetuning.layer_sets import LAYER_SETS, select_layers
-from quest_deploy.finetuning.train import FinetuneOptions, Progress, _backward, finetune
+from quest_deploy.finetuning.train import TARGETS, FinetuneOptions, Step, _backward, finetune
 from quest_deploy.quantization import layers as layers_module
 from quest_deploy.quantization.layers import ActivationQuantizer
 from quest_deploy.quantization.model import QuantizedModel
@@ -60,12 +61,12 @@ def uninterrupted(train: Train) -> Checkpoint:
     return train(OPTIONS)
 
 
-def stop_after(step: int) -> Callable[[Progress], None]:
-    def report(progress: Progress) -> None:
-        if progress.step == step:
+def stop_after(step: int) -> Callable[[Step], None]:
+    def stop(reached: Step) -> None:
+        if reached.step == step:
             raise StopError
 
-    return report
+    return stop
 
 
 def learned(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
@@ -116,23 +117,27 @@ def log_error(checkpoint: Checkpoint, trajectories: Trajectories) -> float:
     "step", [3, 7, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 4))]
 )
 def test_an_interrupted_run_resumes_to_the_same_result_bit_for_bit(
-    train: Train, uninterrupted: Checkpoint, tmp_path: Path, step: int, save_every: int
+    train: Train,
+    uninterrupted: Checkpoint,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    step: int,
+    save_every: int,
 ) -> None:
+    caplog.set_level(logging.INFO)
     state = tmp_path / "state.pt"
     with pytest.raises(StopError):
-        train(OPTIONS, state_path=state, save_every=save_every, on_progress=stop_after(step))
+        train(OPTIONS, state_path=state, save_every=save_every, on_step=stop_after(step))
     seen: list[int] = []
-    said: list[str] = []
     resumed = train(
         OPTIONS,
         state_path=state,
         save_every=save_every,
-        on_progress=lambda p: seen.append(p.step),
-        notify=said.append,
+        on_step=lambda p: seen.append(p.step),
     )
     done = step // save_every * save_every
     assert seen == list(range(done + 1, 9))
-    assert said == ([f"resuming at step {done} of 8"] if done else [])
+    assert caplog.messages == ([f"resuming at step {done} of 8"] if done else [])
     assert differences(resumed, uninterrupted) == []
     assert resumed.provenance == uninterrupted.provenance
 
@@ -143,7 +148,7 @@ def test_a_run_that_is_interrupted_twice_ends_the_same(
     state = tmp_path / "state.pt"
     for step in (2, 6):
         with pytest.raises(StopError):
-            train(OPTIONS, state_path=state, save_every=1, on_progress=stop_after(step))
+            train(OPTIONS, state_path=state, save_every=1, on_step=stop_after(step))
     assert differences(train(OPTIONS, state_path=state), uninterrupted) == []
 
 
@@ -167,11 +172,11 @@ def test_free_channels_are_learned_and_resume_like_any_others(
         ]
         assert np.concatenate(moved, 1).any(1).all()
     with pytest.raises(StopError):
-        free(state_path=tmp_path / "state.pt", save_every=1, on_progress=stop_after(5))
+        free(state_path=tmp_path / "state.pt", save_every=1, on_step=stop_after(5))
     seen: list[int] = []
     assert (
         differences(
-            free(state_path=tmp_path / "state.pt", on_progress=lambda p: seen.append(p.step)),
+            free(state_path=tmp_path / "state.pt", on_step=lambda p: seen.append(p.step)),
             uninterrupted,
         )
         == []
@@ -199,9 +204,9 @@ def test_a_state_of_other_options_is_ignored(
 ) -> None:
     state, options = tmp_path / "state.pt", dataclasses.replace(OPTIONS, **changes)
     with pytest.raises(StopError):
-        train(OPTIONS, state_path=state, save_every=1, on_progress=stop_after(4))
+        train(OPTIONS, state_path=state, save_every=1, on_step=stop_after(4))
     seen: list[int] = []
-    train(options, state_path=state, on_progress=lambda p: seen.append(p.step))
+    train(options, state_path=state, on_step=lambda p: seen.append(p.step))
     assert seen[0] == 1
 
 
@@ -214,7 +219,7 @@ def test_a_state_of_another_calibration_is_ignored(
 ) -> None:
     state = tmp_path / "state.pt"
     with pytest.raises(StopError):
-        train(OPTIONS, state_path=state, save_every=1, on_progress=stop_after(4))
+        train(OPTIONS, state_path=state, save_every=1, on_step=stop_after(4))
     site = mini_checkpoint.sites["conv_in"]
     sites = {
         **mini_checkpoint.sites,
@@ -228,7 +233,7 @@ def test_a_state_of_another_calibration_is_ignored(
         mini_trajectories,
         OPTIONS,
         state_path=state,
-        on_progress=lambda p: seen.append(p.step),
+        on_step=lambda p: seen.append(p.step),
     )
     assert seen[0] == 1
 
@@ -248,21 +253,26 @@ def change_a_tensor(state: Path) -> None:
     ids=["edited", "truncated", "empty"],
 )
 def test_a_damaged_state_is_ignored(
-    train: Train, uninterrupted: Checkpoint, tmp_path: Path, damage: Callable[[Path], Any]
+    train: Train,
+    uninterrupted: Checkpoint,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], Any],
 ) -> None:
     state = tmp_path / "state.pt"
     with pytest.raises(StopError):
-        train(OPTIONS, state_path=state, save_every=1, on_progress=stop_after(4))
+        train(OPTIONS, state_path=state, save_every=1, on_step=stop_after(4))
     damage(state)
-    said: list[str] = []
-    assert differences(train(OPTIONS, state_path=state, notify=said.append), uninterrupted) == []
-    assert said == [f"warning: {state} is damaged: it is ignored"]
+    assert differences(train(OPTIONS, state_path=state), uninterrupted) == []
+    assert [(x.levelname, str(state) in x.getMessage()) for x in caplog.records] == [
+        ("WARNING", True)
+    ]
 
 
 def test_every_changed_part_of_a_state_is_noticed(train: Train, tmp_path: Path) -> None:
     state = tmp_path / "state.pt"
     with pytest.raises(StopError):
-        train(OPTIONS, state_path=state, save_every=1, on_progress=stop_after(4))
+        train(OPTIONS, state_path=state, save_every=1, on_step=stop_after(4))
     key = torch.load(state, weights_only=True)["key"]
     expected, content = TrainingState.load(state, key), state.read_bytes()
     assert expected is not None
@@ -361,7 +371,7 @@ def test_finetuning_brings_the_quantized_model_closer_to_the_float_one(
         FAMILY, temporal_steps=5, sensitive_steps=45, batch=12, weight_rate=3e-3, scale_rate=1e-3
     )
     losses: list[float] = []
-    tuned = train(options, on_progress=lambda progress: losses.append(progress.loss))
+    tuned = train(options, on_step=lambda progress: losses.append(progress.loss))
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     assert log_error(tuned, mini_trajectories) < log_error(mini_checkpoint, mini_trajectories) - 0.1
 
@@ -387,10 +397,8 @@ def test_the_checkpoint_records_how_it_came_to_be(uninterrupted: Checkpoint) -> 
 
 
 def test_progress_tells_both_stages_step_by_step(train: Train) -> None:
-    seen: list[Progress] = []
-    train(
-        dataclasses.replace(OPTIONS, temporal_steps=1, sensitive_steps=2), on_progress=seen.append
-    )
+    seen: list[Step] = []
+    train(dataclasses.replace(OPTIONS, temporal_steps=1, sensitive_steps=2), on_step=seen.append)
     assert [(p.step, p.steps) for p in seen] == [(1, 3), (2, 3), (3, 3)]
     assert seen[0].stage != seen[1].stage == seen[2].stage
     assert all(np.isfinite(p.loss) for p in seen)
@@ -421,8 +429,8 @@ def test_options_that_cannot_work_are_input_errors(changes: dict[str, Any], mess
 def test_one_stage_alone_runs_its_own_steps_on_its_own_layers(
     train: Train, mini_checkpoint: Checkpoint
 ) -> None:
-    seen: list[Progress] = []
-    tuned = train(dataclasses.replace(OPTIONS, stages=("sensitive",)), on_progress=seen.append)
+    seen: list[Step] = []
+    tuned = train(dataclasses.replace(OPTIONS, stages=("sensitive",)), on_step=seen.append)
     assert [(p.stage, p.step, p.steps) for p in seen] == [
         ("sensitive", step, 5) for step in range(1, 6)
     ]
@@ -436,8 +444,8 @@ def test_one_stage_alone_runs_its_own_steps_on_its_own_layers(
 def test_reversed_stages_run_in_that_order_and_resume_like_any_other(
     train: Train, uninterrupted: Checkpoint, tmp_path: Path
 ) -> None:
-    options, seen = dataclasses.replace(OPTIONS, stages=("sensitive", "temporal")), list[Progress]()
-    reversed_ = train(options, on_progress=seen.append)
+    options, seen = dataclasses.replace(OPTIONS, stages=("sensitive", "temporal")), list[Step]()
+    reversed_ = train(options, on_step=seen.append)
     assert [p.stage for p in seen] == ["sensitive"] * 5 + ["temporal"] * 3
     assert differences(reversed_, uninterrupted) != []
     for step in (5, 7):
@@ -446,7 +454,7 @@ def test_reversed_stages_run_in_that_order_and_resume_like_any_other(
                 options,
                 state_path=tmp_path / "state.pt",
                 save_every=1,
-                on_progress=stop_after(step),
+                on_step=stop_after(step),
             )
     assert differences(train(options, state_path=tmp_path / "state.pt"), reversed_) == []
 
@@ -474,7 +482,7 @@ def test_the_losses_count_as_much_as_they_are_said_to(train: Train) -> None:
         options = dataclasses.replace(
             OPTIONS, output_loss=output, block_loss=block, temporal_steps=1, sensitive_steps=0
         )
-        train(options, on_progress=lambda progress: losses.append(progress.loss))
+        train(options, on_step=lambda progress: losses.append(progress.loss))
         return losses[0]
 
     output, block = first_loss(1.0, 0.0), first_loss(0.0, 1.0)
@@ -572,12 +580,12 @@ def test_the_float_layers_compute_in_bf16_and_the_quantizers_in_float32(
     losses: list[float] = []
     tuned = train(
         dataclasses.replace(OPTIONS, precision="bf16"),
-        on_progress=lambda progress: losses.append(progress.loss),
+        on_step=lambda progress: losses.append(progress.loss),
     )
     assert {x for x, _ in seen} == {torch.float32, torch.bfloat16}
     assert {quantized for _, quantized in seen} == {torch.float32}
     plain: list[float] = []
-    train(OPTIONS, on_progress=lambda progress: plain.append(progress.loss))
+    train(OPTIONS, on_step=lambda progress: plain.append(progress.loss))
     assert losses != plain
     assert losses[0] == pytest.approx(plain[0], abs=0.3)
     assert all(site.scale.dtype == np.float32 for site in tuned.sites.values())
@@ -640,7 +648,7 @@ def test_the_float_model_is_gone_while_the_student_trains(
         mini_checkpoint,
         mini_trajectories,
         OPTIONS,
-        on_progress=lambda progress: held.append(teacher.in_memory),
+        on_step=lambda progress: held.append(teacher.in_memory),
     )
     assert held == [0] * 8
     assert len(teacher.loaded) == 2
@@ -683,7 +691,7 @@ def test_an_interrupted_runs_targets_are_used_again_and_removed_at_the_end(
     teacher = Teacher(mini_unet)
     with pytest.raises(StopError):
         finetune(
-            teacher, mini_checkpoint, mini_trajectories, OPTIONS, **paths, on_progress=stop_after(4)
+            teacher, mini_checkpoint, mini_trajectories, OPTIONS, **paths, on_step=stop_after(4)
         )
     again = Teacher(mini_unet)
     assert (
@@ -748,7 +756,7 @@ def test_targets_that_something_else_made_are_never_used(
             mini_trajectories,
             OPTIONS,
             targets_path=targets,
-            on_progress=stop_after(1),
+            on_step=stop_after(1),
         )
     assert targets.exists()
     teacher = Teacher(unet)
@@ -768,13 +776,16 @@ def test_damaged_targets_are_computed_again(
 ) -> None:
     targets = tmp_path / "targets.bin"
     with pytest.raises(StopError):
-        train(OPTIONS, targets_path=targets, on_progress=stop_after(1))
+        train(OPTIONS, targets_path=targets, on_step=stop_after(1))
     damage(targets)
     computed: list[int] = []
-    assert (
-        differences(train(OPTIONS, targets_path=targets, on_target=computed.append), uninterrupted)
-        == []
-    )
+
+    def progress(phase: str, done: int, total: int, detail: str = "") -> None:
+        if phase == TARGETS:
+            computed.append(done)
+
+    again = train(OPTIONS, targets_path=targets, progress=progress)
+    assert differences(again, uninterrupted) == []
     assert computed == [4, 5, 6, 7, 8]
 
 

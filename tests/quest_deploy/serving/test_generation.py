@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from quest_deploy.artifacts.workspace import Workspace
-from quest_deploy.backends.base import no_progress
 from quest_deploy.evaluation.sampling import sample_images
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.schedulers import SCHEDULERS
+from quest_deploy.progress import no_progress
 from quest_deploy.serving.pipeline import load_pipeline
 from quest_deploy.serving.triton.package import TritonOptions, Writer
 from tests.pipelines import TOKENS

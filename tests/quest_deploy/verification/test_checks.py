@@ -17,7 +17,7 @@ from quest_deploy.artifacts.reference import INDEX, TABLES, load_reference
 from quest_deploy.backends.base import EngineOptions, Runner, SplitRunner, build_engine
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.backends.registry import get_backend
-from quest_deploy.cli.verify import describe
+from quest_deploy.cli import descriptions
 from quest_deploy.errors import InputError
 from quest_deploy.verification.checks import Verification, verify_engine
 from quest_deploy.verification.tolerances import LAYER_TOLERANCE, relative_error
@@ -419,7 +419,7 @@ def test_what_a_sample_holds_is_checked_and_no_more_is_claimed(
         "in "
         "2 to 6 of 6 buckets; unchecked, "
         f"as the reference's records had no room: {coverage.unchecked[0]}"
-    ) in describe(found.to_json())
+    ) in descriptions.verification(found.to_json())
     assert sum(b.codes for b in found.buckets) == sum(s.codes for s in found.sites)
 
 
@@ -520,7 +520,9 @@ def test_a_tolerance_that_says_nothing_is_called_so(
             get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path
         )
         assert found.end_to_end_informative is informative
-        assert ("end to end is not informative" in describe(found.to_json())) is not informative
+        assert (
+            "end to end is not informative" in descriptions.verification(found.to_json())
+        ) is not informative
 
 
 def test_a_segment_that_rounding_alone_changes_much_is_called_uninformative(
@@ -540,7 +542,7 @@ def test_a_segment_that_rounding_alone_changes_much_is_called_uninformative(
     }
     assert (
         "1 of them say nothing, since rounding alone changes them so much: before conv_out"
-        in describe(found.to_json())
+        in descriptions.verification(found.to_json())
     )
 
 

@@ -228,12 +228,12 @@ class Interruption(Exception):
 def record_one(model: QuantizedModel, trajectories: Trajectories, folder: Path, key: str) -> Path:
     """Interrupt a reference after its first record, whose file is returned."""
 
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(phase: str, done: int, total: int) -> None:
         assert total > 1
         raise Interruption
 
     with pytest.raises(Interruption):
-        save_reference(model, trajectories, folder, key=key, on_progress=interrupt)
+        save_reference(model, trajectories, folder, key=key, progress=interrupt)
     (made,) = folder.glob("buckets-*")
     return made
 

@@ -22,7 +22,7 @@ from quest_deploy.evaluation.quality import (
     evaluate_images,
 )
 from quest_deploy.evaluation.sampling import float_denoiser
-from quest_deploy.finetuning.train import FinetuneOptions, Progress, finetune
+from quest_deploy.finetuning.train import FinetuneOptions, Step, finetune
 from scripts.bench.methods.cells import Cell
 from scripts.bench.methods.recipes import REVISION, definition_of
 
@@ -72,7 +72,7 @@ def test_what_methods_make_changes_only_with_the_revision(
         scheme = Scheme.parse("w4a4", buckets=3, granularity=granularity)
         return calibrate("mini", mini_unet, mini_trajectories, scheme, CalibrationOptions(method))
 
-    steps: list[Progress] = []
+    steps: list[Step] = []
     start = calibrated(RangeMethod.MSE)
     learned = reconstruct(
         mini_unet,
@@ -83,7 +83,7 @@ def test_what_methods_make_changes_only_with_the_revision(
     options = FinetuneOptions(
         family="class-conditional", temporal_steps=3, sensitive_steps=3, batch=4
     )
-    tuned = finetune(lambda: mini_unet, start, mini_trajectories, options, on_progress=steps.append)
+    tuned = finetune(lambda: mini_unet, start, mini_trajectories, options, on_step=steps.append)
     moved = [
         learned.layers[name].weight_codes != layer.weight_codes
         for name, layer in start.layers.items()

@@ -1,0 +1,113 @@
+"""What `inspect` finds, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.cli.console import in_float, size, table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def describe_contents(content: dict[str, Any]) -> list[str]:
+    """The lines that tell what a file or folder holds."""
+    return list(_DESCRIPTIONS[content["kind"]](content))
+
+
+def _scheme(content: dict[str, Any]) -> str:
+    scheme = Scheme.from_json(content["scheme"])
+    attention, softmax = (
+        f"{bits} bits" if bits else "float" for bits in (scheme.attention_bits, scheme.softmax_bits)
+    )
+    return (
+        f"scheme {scheme.name}, first and last layer {scheme.first_last_bits} bits, "
+        f"{scheme.granularity.value}, "
+        f"{scheme.buckets} timestep buckets; q, k and v {attention}, softmax {softmax}; "
+        f"shortcuts {'split' if scheme.split_shortcuts else 'whole'}"
+    )
+
+
+def _checkpoint(content: dict[str, Any]) -> Iterable[str]:
+    layers, products = content["layers"], content["products"]
+    rows = [
+        [
+            x["layer"],
+            x["kind"],
+            "x".join(map(str, x["shape"])),
+            f"w{x['weight_bits']}a{x['activation_bits']}",
+            x["computes"],
+            str(x["macs"]),
+        ]
+        for x in layers
+    ]
+    yield (
+        f"checkpoint of {content['model']}, {size(content['bytes'])}, made by "
+        f"{content['provenance']['method']}"
+    )
+    yield _scheme(content)
+    yield table(["layer", "kind", "weight", "bits", "computes in", "multiply-adds"], rows)
+    if products:
+        bits = sorted({product["bits"] for product in products})
+        named = ", ".join(f"{x} bits" if x < 32 else "float" for x in bits)
+        yield f"{len(products)} products of attention, their wider operand at {named}"
+    yield from in_float(content["float_sites"], content["sites"])
+    yield (
+        f"{len(layers)} layers read {content['sites']} quantized tensors; at 4 bits: "
+        f"{content['weights_at_4_bits']:.1%} of the weights, "
+        f"{content['macs_at_4_bits']:.1%} of the multiply-adds"
+    )
+
+
+def _graph(content: dict[str, Any]) -> Iterable[str]:
+    by_bits = ", ".join(
+        f"{count} with {bits}-bit weights"
+        for bits, count in content["layers_by_weight_bits"].items()
+    )
+    stored = ", ".join(
+        f"{name} {size(count)}" for name, count in content["initializer_bytes"].items()
+    )
+    yield (
+        f"graph {content['name']}, {size(content['bytes'])}, from checkpoint "
+        f"{content['checkpoint_sha256'][:12]}"
+    )
+    yield _scheme(content)
+    for kind in ("inputs", "outputs"):
+        for name, port in content[kind].items():
+            yield f"{kind[:-1]} {name}: {port}"
+    yield f"layers: {by_bits}; {content['sites']} sites"
+    yield f"stored: {stored}"
+    operators = ", ".join(f"{count} {name}" for name, count in content["operators"].items())
+    yield f"operators: {operators}"
+
+
+def _engine(content: dict[str, Any]) -> Iterable[str]:
+    built_by = ", ".join(f"{name} {version}" for name, version in content["built_by"].items())
+    files = ", ".join(f"{name} {size(count)}" for name, count in content["file_bytes"].items())
+    yield f"engine for {content['backend']} on {content['hardware']}"
+    yield f"from graph {content['graph_sha256'][:12]}, built by {built_by}"
+    yield f"files: {files}"
+    for name in content["changed"]:
+        yield f"warning: {name} is missing or was changed since it was built"
+    first, *rest = _graph(content["lowered"])
+    yield f"lowered {first}"
+    yield from rest
+
+
+def _workspace(content: dict[str, Any]) -> Iterable[str]:
+    rows = [
+        [name, str(stage["made"]), size(stage["bytes"]), stage["state"]]
+        for name, stage in content["stages"].items()
+    ]
+    yield f"workspace of {content['model']}"
+    yield _scheme(content)
+    yield table(["stage", "made", "files", "state"], rows)
+
+
+_DESCRIPTIONS = {
+    "checkpoint": _checkpoint,
+    "graph": _graph,
+    "engine": _engine,
+    "workspace": _workspace,
+}

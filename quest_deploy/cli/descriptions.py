@@ -1,0 +1,426 @@
+"""What each stage reports, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy.artifacts.workspace import (
+    CALIBRATED,
+    CHECKPOINT,
+    ENGINES,
+    GRAPH,
+    IMAGES,
+    REFERENCE,
+    REPORTS,
+    SENSITIVITY_REPORT,
+)
+from quest_deploy.cli.console import in_float, size, table
+from quest_deploy.cli.precision import describe_summary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from quest_deploy.artifacts.workspace import Workspace
+    from quest_deploy.cli.console import Console
+    from quest_deploy.stages.results import (
+        Benchmark,
+        BuiltEngine,
+        Calibration,
+        Evaluation,
+        Export,
+        Finetuning,
+        Generation,
+        Import,
+        Reference,
+        Sensitivity,
+        Verification,
+    )
+    from quest_deploy.stages.run import Run
+
+LISTED = 12
+"""Of the most sensitive layers."""
+
+
+def describe(workspace: Workspace, stage: str) -> str:
+    """What a finished stage reports, in words; ``stage`` as the manifest calls it."""
+    details = workspace.stages[stage].details
+    return _DESCRIPTIONS[stage.partition("/")[0]](workspace, details)
+
+
+def report(console: Console, workspace: Workspace, stage: str, backend: str | None = None) -> None:
+    """Print what a finished stage reports."""
+    name = f"{stage}/{backend}" if backend else stage
+    details = workspace.stages[name].details
+    console.result({"workspace": str(workspace.root), **details}, describe(workspace, name))
+
+
+def calibration(workspace: Workspace, details: Calibration) -> str:
+    """The details in words."""
+    return (
+        f"{workspace.model} at {workspace.scheme.name}: {details['layers']} layers read "
+        f"{details['sites']} tensors, each with "
+        f"{details['buckets']} activation scales\n"
+        f"4-bit share: {details['weights_at_4_bits']:.1%} of the weights, "
+        f"{details['macs_at_4_bits']:.1%} of the multiply-adds\n"
+        f"{workspace.path(CALIBRATED)} ({size(details['checkpoint_bytes'])})"
+    )
+
+
+def imported(workspace: Workspace, details: Import) -> str:
+    """The details in words."""
+    lines = [
+        f"{details['layers']} layers, {details['sites']} quantized tensors, each with "
+        f"{details['buckets']} sets of scales, "
+        f"at {workspace.scheme.name}",
+        f"{workspace.path(CALIBRATED)} ({size(details['checkpoint_bytes'])})",
+        *in_float(details["in_float"], details["sites"]),
+    ]
+    if details["in_float"]:
+        lines.append("--recalibrate chooses scales that do not")
+    return "\n".join(lines)
+
+
+def sensitivity(workspace: Workspace, details: Sensitivity) -> str:
+    """The most sensitive layers and the kinds of layers as tables, and what stage 2 of finetuning
+    would train.
+    """
+    from quest_deploy.calibration.sensitivity import SENSITIVE_SHARE  # needs torch
+
+    layers, selected = details["layers"], details["selected"]
+    worst = [
+        [
+            x["layer"],
+            x["group"],
+            f"{x['mse']:.1e}",
+            f"{x['relative_mse']:.1e}",
+            "yes" if x["layer"] in selected else "",
+        ]
+        for x in sorted(layers, key=lambda layer: -layer["mse"])[:LISTED]
+    ]
+    total = sum(x["mse"] for x in layers) or 1.0
+    groups: dict[str, list[float]] = {}
+    for x in layers:
+        groups.setdefault(x["group"], []).append(x["mse"])
+    kinds = [
+        [group, str(len(errors)), f"{sum(errors):.1e}", f"{sum(errors) / total:.1%}"]
+        for group, errors in sorted(groups.items(), key=lambda item: -sum(item[1]))
+    ]
+    return "\n".join(
+        [
+            f"{len(layers)} layers, each quantized alone, {details['samples']} samplings; the "
+            "worst:",
+            table(["layer", "kind", "e-MSE", "relative", "picked"], worst),
+            "",
+            table(["kind", "layers", "summed e-MSE", "share"], kinds),
+            "",
+            f"picked for stage 2: {len(selected)} layers, which make {SENSITIVE_SHARE:.0%} of the "
+            "error of all but time_emb_proj and products, every bucket counting the same",
+            f"{workspace.path(REPORTS, SENSITIVITY_REPORT)}, "
+            f"{workspace.path(IMAGES, 'sensitivity.png')}",
+        ]
+    )
+
+
+def finetuning(workspace: Workspace, details: Finetuning) -> str:
+    """The details in words."""
+    loss = (
+        ""
+        if details["final_loss"] is None
+        else f", loss over the last 50: {details['final_loss']:.4f}"
+    )
+    checkpoint = f"{workspace.path(CHECKPOINT)} ({size(details['checkpoint_bytes'])})"
+    return (
+        f"{details['steps']} steps, the last run took {details['seconds']:.0f} "
+        f"s{loss}\n{checkpoint}"
+    )
+
+
+def export(workspace: Workspace, details: Export) -> str:
+    """The details in words."""
+    weights = size(details["fp32_weight_bytes"])
+    return "\n".join(
+        [
+            f"{workspace.path(GRAPH)} ({size(details['bytes'])}; the layers' weights alone are "
+            f"{weights} in FP32)",
+            f"method {details['method']}, {details['layers']} layers, "
+            f"{details['sites']} quantized tensors with {details['buckets']} scales each",
+            *in_float(
+                details.get("float_sites", {}), details["sites"]
+            ),  # records of earlier versions have none
+        ]
+    )
+
+
+def reference(workspace: Workspace, details: Reference) -> str:
+    """The details in words."""
+    records, measured = details["records"], details["measured_records"]
+    within = "" if measured == records else f" (measured in {measured} of {records} records)"
+    return (
+        f"{workspace.path(REFERENCE)}: {records} records cover {details['buckets']} buckets "
+        f"and {details['sites']} of {details['all_sites']} quantized tensors "
+        f"({size(details['bytes'])})\n"
+        "last-bit differences alone change this model's output by up to "
+        f"{details['largest_sensitivity']:.1%}{within}"
+    )
+
+
+def built_engine(workspace: Workspace, details: BuiltEngine) -> str:
+    """The details in words."""
+    files = ", ".join(f"{name} {size(count)}" for name, count in details["files"].items())
+    how = {"plugin": ", quantized by the plugin", "native": ", quantized natively"}.get(
+        details.get("quantize", ""), ""
+    )
+    hardware = ", ".join(
+        value if isinstance(value, str) else "compute capabilities " + " ".join(value)
+        for value in details["hardware"].values()
+    )
+    return (
+        f"{workspace.path(ENGINES, details['backend'])}, built in {details['seconds']:.1f} s "
+        f"for {hardware}{how}\n{files}"
+    )
+
+
+def verification(details: Verification) -> str:
+    """The details as a table, a verdict, and what is wrong."""
+    rows = [
+        [
+            str(b["bucket"]),
+            f"{b['timestep']:g}",
+            str(b["sites"]),
+            str(b["codes"]),
+            str(b["mismatches"]),
+            str(b["unexplained"]),
+            f"{b['layer_error']:.1e}",
+            f"{b['segment_error']:.1e}",
+            f"{b['end_to_end_error']:.1e}",
+        ]
+        for b in details["buckets"]
+    ]
+    header = [
+        "bucket",
+        "timestep",
+        "tensors",
+        "codes",
+        "differ",
+        "unexplained",
+        "worst layer",
+        "worst segment",
+        "end to end",
+    ]
+    codes, mismatches = (sum(b[key] for b in details["buckets"]) for key in ("codes", "mismatches"))
+    lines = [
+        table(header, rows),
+        _coverage(details["coverage"]),
+        f"{len(details['layers'])} layers: {codes} codes compared, {mismatches} differ, "
+        f"{sum(b['unexplained'] for b in details['buckets'])} of them unexplained by a rounding "
+        "tie "
+        "(allowed: 0)",
+        f"worst layer {max(x['error'] for x in details['layers']):.1e} (allowed: "
+        f"{details['layer_tolerance']:.0e})",
+        _segments(details["segments"]),
+        f"worst end to end {max(b['end_to_end_error'] for b in details['buckets']):.1e} "
+        f"(allowed: {details['end_to_end_tolerance']:.1e}, twice the model's own sensitivity to "
+        "last-bit differences)",
+        *(
+            []
+            if details["end_to_end_informative"]
+            else ["end to end is not informative for this model: layers and segments decide"]
+        ),
+        *(f"problem: {problem}" for problem in details["problems"][:10]),
+        f"verification on {details['backend']}: {'PASSED' if details['passed'] else 'FAILED'}",
+    ]
+    return "\n".join(lines)
+
+
+def _coverage(coverage: dict[str, Any]) -> str:
+    fewest, most, unchecked = (
+        coverage["fewest_buckets"],
+        coverage["most_buckets"],
+        coverage["unchecked"],
+    )
+    line = (
+        f"checked {coverage['sites']} of {coverage['all_sites']} quantized tensors and "
+        f"{coverage['layers']} of "
+        f"{coverage['all_layers']} layers, each in "
+        f"{fewest if fewest == most else f'{fewest} to {most}'} of "
+        f"{coverage['all_buckets']} buckets"
+    )
+    if not unchecked:
+        return line
+    return (
+        f"{line}; unchecked, as the reference's records had no room: "
+        f"{', '.join(unchecked[:3])}{', ...' * (len(unchecked) > 3)}"
+    )
+
+
+def _segments(segments: list[dict[str, Any]]) -> str:
+    worst = max(segments, key=lambda x: x["error"] / x["tolerance"])
+    line = (
+        f"{len(segments)} segments between layers, what rounding alone does to each allowed for: "
+        "the nearest to its limit, before "
+        f"{worst['segment']}, {worst['error']:.1e} (allowed: {worst['tolerance']:.0e})"
+    )
+    vague = [x["segment"] for x in segments if not x["informative"]]
+    if not vague:
+        return line
+    return (
+        f"{line}; {len(vague)} of them say nothing, since rounding alone changes them so much: "
+        f"before {', '.join(vague[:3])}"
+    )
+
+
+def benchmark(details: Benchmark) -> str:
+    """The details as tables, and the ratios in words."""
+    timings = [
+        [
+            t["engine"],
+            str(t["batch"]),
+            f"{1e3 * t['median_s']:.2f}",
+            f"{1e3 * t['p90_s']:.2f}",
+            f"{t['samples_per_s']:.0f}",
+        ]
+        for t in sorted(details["timings"], key=lambda t: t["batch"])
+    ]
+    footprints = [
+        [f["engine"], size(f["file_bytes"]), size(f["peak_memory_bytes"])]
+        for f in details["footprints"]
+    ]
+    lines = [
+        f"backend {details['backend']}, {details['buckets']} buckets; medians of engines timed in "
+        "turn, in one process",
+        table(["engine", "batch", "median ms", "p90 ms", "samples/s"], timings),
+        "",
+        table(["engine", "files", "peak memory"], footprints),
+        "",
+        *(
+            f"batch {b}: {ratio:.2f}x the speed of FP32"
+            for b, ratio in details["speedup_over_fp32"].items()
+        ),
+        *(
+            f"batch {b}: choosing buckets takes {ratio:.2f}x the time of a static scale"
+            for b, ratio in details["bucket_selection_cost"].items()
+        ),
+        *(
+            f"batch {b}: {ratio:.2f}x the speed of native quantization"
+            for b, ratio in details.get("plugin_speedup", {}).items()
+        ),
+        f"files {details['size_ratio_to_fp32']:.2f}x smaller than FP32",
+        *describe_summary(details["precision"]),
+    ]
+    return "\n".join(lines)
+
+
+def generation(details: Generation) -> str:
+    """The details in words."""
+    pictures = details.get("pictures", [details["picture"]])
+    return (
+        f"{details['picture']}: {details['images']} images"
+        if len(pictures) == 1
+        else "\n".join(pictures)
+    )
+
+
+def evaluation(details: Evaluation) -> str:
+    """The details as a table; epsilon-MSE as the mean over the upper and the lower half of the
+    buckets.
+    """
+    rows = []
+    judged = all("frechet_distance" in quality for quality in details["results"].values())
+    for name, quality in details["results"].items():
+        errors = [e for e in quality["epsilon_mse"] if e is not None]
+        clean, noisy = errors[: max(1, len(errors) // 2)], errors[len(errors) // 2 :]
+        told = (
+            [f"{quality['frechet_distance']:.2f}", f"{quality['accuracy']:.1%}"]
+            if judged
+            else [_psnr(quality)]
+        )
+        rows.append(
+            [
+                name,
+                *told,
+                f"{quality['pixel_mse']:.4f}",
+                f"{sum(noisy) / len(noisy):.4f}",
+                f"{sum(clean) / len(clean):.4f}",
+            ]
+        )
+    sampling = details["sampling"]
+    caption = (
+        f"{sampling['images']} images, {sampling['steps']}-step {sampling['scheduler']}, "
+        f"guidance {sampling['guidance']:g}"
+    )
+    measures = ["Frechet distance", "accuracy"] if judged else ["PSNR to FP32, dB"]
+    return "\n".join(
+        [caption, table(["", *measures, "pixel MSE", "e-MSE, t high", "e-MSE, t low"], rows)]
+    )
+
+
+def evaluation_summary(details: Evaluation) -> str:
+    """The details in a line."""
+    results = details["results"]
+    if all("frechet_distance" in quality for quality in results.values()):
+        told = "  ".join(
+            f"{name} {quality['frechet_distance']:.2f}" for name, quality in results.items()
+        )
+        return f"Frechet distance (lower is better): {told}"
+    return (
+        "PSNR to FP32's images, dB: "
+        f"{'  '.join(f'{name} {_psnr(quality)}' for name, quality in results.items())}"
+    )
+
+
+def _psnr(quality: dict[str, Any]) -> str:
+    return "same" if quality["psnr"] is None else f"{quality['psnr']:.2f}"
+
+
+def summary(ended: Run) -> str:
+    """How a run ended, in a few lines."""
+    results = ended.results
+    lines = [
+        evaluation_summary(details)
+        for stage, details in results.items()
+        if stage.startswith("evaluate ")
+    ]
+    for name in ended.backends.verified:
+        if name in ended.failed:
+            lines.append(f"{name}: verification FAILED: {ended.failed[name]}")
+            continue
+        verified, timed = results[f"verify {name}"], results[f"benchmark {name}"]
+        codes, different = (
+            sum(b[key] for b in verified["buckets"]) for key in ("codes", "mismatches")
+        )
+        speed = ", ".join(
+            f"{ratio:.2f}x FP32 at batch {batch}"
+            for batch, ratio in timed["speedup_over_fp32"].items()
+        )
+        lines += [
+            f"{name}: verification PASSED ({codes} codes, {different} at rounding ties differ)",
+            f"{name}: speed {speed}; files {timed['size_ratio_to_fp32']:.2f}x smaller than FP32",
+        ]
+    lines += [f"{name}: left out: {reason}" for name, reason in ended.backends.left_out.items()]
+    graph = results["export"]
+    lines.append(
+        f"graph: {size(graph['bytes'])} for {size(graph['fp32_weight_bytes'])} of FP32 weights"
+    )
+    lines += [
+        f"picture: {details['picture']}"
+        for stage, details in results.items()
+        if stage.startswith("generate ")
+    ]
+    if len(ended.failed) == len(ended.backends.verified):
+        lines.append("picture, Frechet distance: left out, no engine passed its verification")
+    return "\n".join(lines)
+
+
+_DESCRIPTIONS: dict[str, Callable[[Workspace, Any], str]] = {
+    "calibrate": calibration,
+    "import": imported,
+    "sensitivity": sensitivity,
+    "finetune": finetuning,
+    "export": export,
+    "reference": reference,
+    "build-engine": built_engine,
+    "verify": lambda _, details: verification(details),
+    "benchmark": lambda _, details: benchmark(details),
+    "generate": lambda _, details: generation(details),
+    "evaluate": lambda _, details: evaluation(details),
+}

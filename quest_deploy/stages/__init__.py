@@ -1,0 +1,112 @@
+"""The pipeline on one page: the stages from a diffusion model to a judged engine, and what each
+reads and writes.
+
+A stage's options are in ``options.py``, its work in the module of its name, how all of them run in
+``stage.py``. ``run.py`` goes through them in order; ``api.py`` has a function for each.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy.artifacts.workspace import (
+    CALIBRATED,
+    CHECKPOINT,
+    ENGINES,
+    GRAPH,
+    IMAGES,
+    REFERENCE,
+    REPORTS,
+    SENSITIVITY_REPORT,
+    TRAJECTORIES,
+)
+from quest_deploy.stages.options import (
+    BenchmarkOptions,
+    BuildEngineOptions,
+    CalibrateOptions,
+    EngineStageOptions,
+    EvaluateOptions,
+    FinetuneOptions,
+    GenerateOptions,
+    ImportOptions,
+    ReferenceOptions,
+    SensitivityOptions,
+    StageOptions,
+)
+from quest_deploy.stages.stage import DEPLOYED, Stage
+
+if TYPE_CHECKING:
+    from quest_deploy.stages.results import (
+        Benchmark,
+        BuiltEngine,
+        Calibration,
+        Evaluation,
+        Export,
+        Finetuning,
+        Generation,
+        Import,
+        Reference,
+        Sensitivity,
+        Verification,
+    )
+
+CALIBRATE: Stage[CalibrateOptions, Calibration] = Stage(
+    "calibrate", CalibrateOptions, writes=(TRAJECTORIES, CALIBRATED), long=True
+)
+IMPORT: Stage[ImportOptions, Import] = Stage(
+    "import", ImportOptions, writes=(TRAJECTORIES, CALIBRATED)
+)
+SENSITIVITY: Stage[SensitivityOptions, Sensitivity] = Stage(
+    "sensitivity",
+    SensitivityOptions,
+    reads=(CALIBRATE,),
+    writes=(f"{REPORTS}/{SENSITIVITY_REPORT}", f"{IMAGES}/sensitivity.png"),
+)
+FINETUNE: Stage[FinetuneOptions, Finetuning] = Stage(
+    "finetune", FinetuneOptions, reads=(CALIBRATE,), writes=(CHECKPOINT,), long=True
+)
+EXPORT: Stage[StageOptions, Export] = Stage(
+    "export", StageOptions, reads=(DEPLOYED,), writes=(GRAPH, f"{GRAPH}.data")
+)
+REFERENCE_RECORDS: Stage[ReferenceOptions, Reference] = Stage(
+    "reference", ReferenceOptions, reads=(DEPLOYED,), writes=(f"{REFERENCE}/*",)
+)
+BUILD_ENGINE: Stage[BuildEngineOptions, BuiltEngine] = Stage(
+    "build-engine", BuildEngineOptions, reads=(EXPORT,), writes=(f"{ENGINES}/*/*",)
+)
+VERIFY: Stage[EngineStageOptions, Verification] = Stage(
+    "verify",
+    EngineStageOptions,
+    reads=(BUILD_ENGINE, REFERENCE_RECORDS),
+    writes=(f"{REPORTS}/verify-*.json",),
+)
+BENCHMARK: Stage[BenchmarkOptions, Benchmark] = Stage(
+    "benchmark",
+    BenchmarkOptions,
+    reads=(EXPORT, BUILD_ENGINE),
+    writes=(f"{REPORTS}/benchmark-*.json",),
+)
+GENERATE: Stage[GenerateOptions, Generation] = Stage(
+    "generate", GenerateOptions, reads=(BUILD_ENGINE,), writes=(f"{IMAGES}/*.png",)
+)
+EVALUATE: Stage[EvaluateOptions, Evaluation] = Stage(
+    "evaluate",
+    EvaluateOptions,
+    reads=(DEPLOYED, BUILD_ENGINE),
+    writes=(f"{REPORTS}/evaluate-*.json",),
+)
+
+STAGES: tuple[Stage[Any, Any], ...] = (
+    CALIBRATE,
+    IMPORT,
+    SENSITIVITY,
+    FINETUNE,
+    EXPORT,
+    REFERENCE_RECORDS,
+    BUILD_ENGINE,
+    VERIFY,
+    BENCHMARK,
+    GENERATE,
+    EVALUATE,
+)
+"""In the order in which they can run."""

@@ -1,0 +1,45 @@
+"""Time an engine against FP32 and against static scales, on the same backend, in one run."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from quest_deploy.artifacts.workspace import ENGINES, GRAPH, REPORTS
+from quest_deploy.backends.base import engine_options
+from quest_deploy.backends.registry import get_backend
+from quest_deploy.evaluation import benchmark
+from quest_deploy.files import write_json
+
+if TYPE_CHECKING:
+    from quest_deploy.artifacts.workspace import Workspace
+    from quest_deploy.progress import Progress
+    from quest_deploy.stages.options import BenchmarkOptions
+    from quest_deploy.stages.results import Benchmark
+
+
+def work(
+    workspace: Workspace, options: BenchmarkOptions, progress: Progress
+) -> tuple[list[Path], Benchmark]:
+    """Benchmark the engine; write its report."""
+    backend, engine = get_backend(options.backend), workspace.path(ENGINES, options.backend)
+    report = workspace.path(REPORTS, f"benchmark-{options.backend}.json")
+    with tempfile.TemporaryDirectory(prefix="quest-deploy-") as scratch:
+        result = benchmark.benchmark_engine(
+            backend,
+            engine_options(backend, engine),
+            engine,
+            workspace.path(GRAPH),
+            Path(scratch),
+            benchmark.BenchmarkOptions(
+                options.batches, options.runs, options.warmup, options.static
+            ),
+            progress,
+        )
+    # Through JSON, so that what is printed is what a later run reads back.
+    details = {**result.to_json(), "buckets": workspace.scheme.buckets}
+    for ratios in ("speedup_over_fp32", "bucket_selection_cost", "plugin_speedup"):
+        details[ratios] = {str(batch): ratio for batch, ratio in details[ratios].items()}
+    write_json(report, details)
+    return [report], cast("Benchmark", details)

@@ -1,0 +1,104 @@
+"""Judge FP32, PTQ, QuEST and the engine side by side.
+
+The embedded model's images are judged by a classifier of digits. Of other models it is measured how
+near they come to FP32: the error of the predictions in each timestep bucket, and that of the images
+drawn from the same noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy.artifacts.checkpoint import load_checkpoint
+from quest_deploy.artifacts.workspace import CALIBRATED, CHECKPOINT, ENGINES, REPORTS
+from quest_deploy.backends.base import engine_options
+from quest_deploy.backends.engine_unet import EngineUNet
+from quest_deploy.backends.registry import get_backend
+from quest_deploy.calibration import trajectories
+from quest_deploy.evaluation import quality
+from quest_deploy.evaluation.sampling import float_denoiser
+from quest_deploy.files import write_json
+from quest_deploy.models.loading import load_model
+from quest_deploy.progress import named
+from quest_deploy.quantization.model import QuantizedModel
+from quest_deploy.stages.workspaces import method_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import nn
+
+    from quest_deploy.artifacts.workspace import Workspace
+    from quest_deploy.evaluation.sampling import Denoiser
+    from quest_deploy.progress import Progress
+    from quest_deploy.stages.options import EvaluateOptions
+    from quest_deploy.stages.results import Evaluation
+
+
+def work(
+    workspace: Workspace, options: EvaluateOptions, progress: Progress
+) -> tuple[list[Path], Evaluation]:
+    """Judge the float model, the fake-quantized ones and the engine; write the report."""
+    # Refused at once, before anything is drawn.
+    engine_options(get_backend(options.backend), workspace.path(ENGINES, options.backend))
+    model = load_model(workspace.source)
+    defaults = {"guidance": model.guidance, "images": model.evaluation_images}
+    sampling = quality.SamplingOptions(**(defaults | options.to_json()))
+    unet = model.load_unet()
+    progress("recording held-out trajectories", 0, 1)
+    held_out = trajectories.record_trajectories(
+        model,
+        unet,
+        steps=sampling.steps,
+        samples=min(quality.HELD_OUT_SAMPLES, model.calibration_samples),
+        seed=quality.HELD_OUT_SEED,
+        scheme=workspace.scheme,
+        rows=model.forward_rows,
+    )
+    results: dict[str, Any] = {}
+    for name, denoise in _contestants(workspace, options.backend, unet):
+        images, labels = quality.draw(
+            model,
+            denoise,
+            sampling,
+            named(progress, f"{name} draws"),
+        )
+        if name == "FP32":
+            fp32_images = images
+        errors = quality.epsilon_mse(denoise, held_out, workspace.scheme, model.forward_rows)
+        judged = quality.evaluate_images(model, images, labels, fp32_images, errors)
+        results[name] = judged.to_json()
+    details: Evaluation = {
+        "backend": options.backend,
+        "sampling": dataclasses.asdict(sampling),
+        "results": results,
+    }
+    report = workspace.path(REPORTS, f"evaluate-{options.backend}.json")
+    write_json(report, details)
+    return [report], details
+
+
+def _contestants(
+    workspace: Workspace, backend: str, unet: nn.Module
+) -> Iterator[tuple[str, Denoiser]]:
+    """The denoisers by name, FP32 first; each is released before the next is made, since a large
+    model's fill the memory.
+    """
+    yield "FP32", float_denoiser(unet)
+    methods = {method_name(workspace): CALIBRATED} | (
+        {"QuEST": CHECKPOINT} if "finetune" in workspace.stages else {}
+    )
+    for name, file in methods.items():
+        yield name, _quantized(workspace.path(file))
+    with EngineUNet.load(workspace, backend) as engine:
+        yield backend, engine
+
+
+def _quantized(path: Path) -> QuantizedModel:
+    """The fake-quantized model of a checkpoint, its weights rounded once for all images."""
+    quantized = QuantizedModel.from_checkpoint(load_checkpoint(path)).eval()
+    for layer in quantized.quantized_layers().values():
+        layer.freeze()
+    return quantized

@@ -1,0 +1,58 @@
+"""Export the portable QDQ graph with one activation-scale set per timestep bucket."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx
+from onnx_ir.passes import InvariantError, PassError
+
+from exporters import torch_to_qdq
+from exporters.graph_info import save_graph
+from quest_deploy.artifacts.checkpoint import load_checkpoint
+from quest_deploy.artifacts.workspace import GRAPH, TRAJECTORIES
+from quest_deploy.calibration.trajectories import Trajectories
+from quest_deploy.errors import QuestDeployError
+from quest_deploy.files import atomic_files, sha256_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from quest_deploy.artifacts.workspace import Workspace
+    from quest_deploy.progress import Progress
+    from quest_deploy.stages.options import StageOptions
+    from quest_deploy.stages.results import Export
+
+
+def work(
+    workspace: Workspace, options: StageOptions, progress: Progress
+) -> tuple[list[Path], Export]:
+    """Export the checkpoint; write the graph and its data."""
+    checkpoint = load_checkpoint(workspace.checkpoint_path)
+    example = next(Trajectories.load(workspace.path(TRAJECTORIES)).batches(2))
+    progress("tracing the model", 0, 2)
+    try:
+        graph = torch_to_qdq.portable_graph(
+            checkpoint, example, sha256_of(workspace.checkpoint_path)
+        )
+    except (PassError, InvariantError) as e:
+        raise QuestDeployError(
+            f"{workspace.checkpoint_path} cannot be exported: {e}; make it again, with another "
+            "scheme"
+        ) from e
+    progress("checking the graph", 1, 2)
+    with atomic_files(workspace.root, last=GRAPH) as folder:
+        save_graph(graph, folder / GRAPH)
+        onnx.checker.check_model(str(folder / GRAPH), full_check=True)
+    progress("checking the graph", 2, 2)
+    files = [workspace.path(GRAPH), workspace.path(f"{GRAPH}.data")]
+    return files, {
+        "method": checkpoint.provenance["method"],
+        "sites": len(checkpoint.sites),
+        "float_sites": checkpoint.float_sites,
+        "layers": len(checkpoint.layers),
+        "buckets": checkpoint.scheme.buckets,
+        "bytes": sum(file.stat().st_size for file in files),
+        "fp32_weight_bytes": 4
+        * sum(layer.weight_codes.size for layer in checkpoint.layers.values()),
+    }

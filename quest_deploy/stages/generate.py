@@ -1,0 +1,138 @@
+"""Draw images with the engine as the UNet of the sampling loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from quest_deploy.artifacts.workspace import IMAGES
+from quest_deploy.backends.engine_unet import EngineUNet
+from quest_deploy.errors import InputError
+from quest_deploy.evaluation.image_grid import save_grid
+from quest_deploy.evaluation.sampling import sample_images
+from quest_deploy.files import atomic_file
+from quest_deploy.models.loading import load_model
+from quest_deploy.models.pipeline_model import default_prompts
+from quest_deploy.models.schedulers import set_steps
+from quest_deploy.serving.pipeline import load_pipeline
+from quest_deploy.stages.options import GRID_ROWS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from quest_deploy.artifacts.workspace import Workspace
+    from quest_deploy.models.registry import DiffusionModel
+    from quest_deploy.progress import Progress
+    from quest_deploy.stages.options import GenerateOptions
+    from quest_deploy.stages.results import Generation
+
+GRID_COLUMNS = 10
+
+
+def work(
+    workspace: Workspace, options: GenerateOptions, progress: Progress
+) -> tuple[list[Path], Generation]:
+    """Draw a grid of a column a label, or for a text-to-image model a picture for each image."""
+    model = load_model(workspace.source)
+    of_text = model.asked_for == "prompt"
+    unused = ("labels",) if of_text else ("prompt", "negative_prompt", "height", "width")
+    if misplaced := [name for name in unused if getattr(options, name) is not None]:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in misplaced)
+        raise InputError(f"{given}: not for {model.name}, a model that is {model.family}")
+    draw = _draw_prompts if of_text else _draw_labels
+    pictures, count = draw(workspace, model, options, progress)
+    return pictures, {
+        "backend": options.backend,
+        "images": count,
+        "picture": str(pictures[0]),
+        "pictures": [str(path) for path in pictures],
+    }
+
+
+def _guidance(model: DiffusionModel, options: GenerateOptions) -> float:
+    return model.guidance if options.guidance is None else options.guidance
+
+
+def _draw_labels(
+    workspace: Workspace, model: DiffusionModel, options: GenerateOptions, progress: Progress
+) -> tuple[list[Path], int]:
+    labels = _labels(options.labels, model)
+    picture = workspace.path(IMAGES, f"grid-{options.backend}.png")
+    with EngineUNet.load(workspace, options.backend) as unet:
+        images = sample_images(
+            model,
+            unet,
+            np.tile(labels, options.rows or GRID_ROWS),
+            scheduler=options.scheduler,
+            steps=options.steps,
+            guidance=_guidance(model, options),
+            seed=options.seed,
+            progress=progress,
+        )
+    save_grid(images, picture, columns=len(labels))
+    return [picture], len(images)
+
+
+def _labels(text: str | None, model: DiffusionModel) -> Any:
+    """The labels of "0123" where each is a digit, or of "207,360"; the model's first ones where
+    ``text`` is None.
+    """
+    if text is None:
+        return np.arange(min(model.labels, GRID_COLUMNS), dtype=np.int64)
+    if model.asked_for is None:
+        raise InputError(
+            f"--labels: not for {model.name}, a model that is {model.family}; --rows says how many "
+            "images"
+        )
+    parts = text.split(",") if "," in text or model.labels > 10 else list(text)
+    if not parts or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise InputError(
+            f"labels must be digits such as 0123456789, or numbers such as 207,360, not {text!r}"
+        )
+    return np.asarray([int(part) for part in parts], np.int64)
+
+
+def _check_pixels(pipeline: Any, options: GenerateOptions) -> None:
+    factor = pipeline.vae_scale_factor * pipeline.unet.engine.sample_multiple
+    sizes = {"height": options.height, "width": options.width}
+    if wrong := [f"--{name} {size}" for name, size in sizes.items() if size and size % factor]:
+        raise InputError(f"{', '.join(wrong)}: expected a multiple of {factor}")
+
+
+def _draw_prompts(
+    workspace: Workspace, model: DiffusionModel, options: GenerateOptions, progress: Progress
+) -> tuple[list[Path], int]:
+    prompts = list(options.prompt or default_prompts()[:1])
+    pipeline = load_pipeline(workspace, options.backend)
+    pipeline.set_progress_bar_config(disable=True)
+    _check_pixels(pipeline, options)
+    pipeline.scheduler = model.load_scheduler(options.scheduler)
+    # Refuses what leaves the model's range.
+    set_steps(model.load_scheduler(options.scheduler), options.steps)
+
+    def on_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        progress("denoising", step + 1, pipe.num_timesteps)
+        return values
+
+    negative = options.negative_prompt
+    try:
+        images = pipeline(
+            prompt=prompts,
+            negative_prompt=None if negative is None else [negative] * len(prompts),
+            num_inference_steps=options.steps,
+            guidance_scale=_guidance(model, options),
+            num_images_per_prompt=options.rows or 1,
+            height=options.height,
+            width=options.width,
+            generator=torch.Generator().manual_seed(options.seed),
+            callback_on_step_end=on_step,
+        ).images
+    except ValueError as e:  # what diffusers raises for arguments that do not go together
+        raise InputError(str(e)) from e
+    pictures = [workspace.path(IMAGES, f"{options.backend}-{i}.png") for i in range(len(images))]
+    for path, image in zip(pictures, images, strict=True):
+        with atomic_file(path) as temporary, temporary.open("wb") as stream:
+            image.save(stream, format="PNG")
+    return pictures, len(images)

@@ -1,0 +1,181 @@
+"""Which workspace a command or a function is about: what was chosen of its model and its scheme."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quest_deploy.artifacts.model_source import Lora
+from quest_deploy.artifacts.scheme import DEFAULT_BUCKETS, Granularity, Scheme
+from quest_deploy.artifacts.workspace import MANIFEST, Workspace, check_vacant
+from quest_deploy.errors import InputError
+from quest_deploy.models.loading import resolve_source
+from quest_deploy.models.registry import EMBEDDED, MODEL_NAMES, check_model_name
+from quest_deploy.stages.options import QDIFF
+
+if TYPE_CHECKING:
+    from quest_deploy.artifacts.model_source import ModelSource
+
+Place = Workspace | Path | str | None
+"""An open workspace or its folder; None for quest-out/<model>-<bits>."""
+DEFAULT_MODEL, DEFAULT_BITS = EMBEDDED, "w4a4"
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class SchemeChoices:
+    """What the user chose of the scheme; None for what is the workspace's, or the default."""
+
+    bits: str | None = None
+    buckets: int | None = None
+    granularity: Granularity | None = None
+    attention_bits: str | None = None
+    softmax_bits: str | None = None
+    split_shortcuts: bool | None = None
+
+    def scheme(self, *, split_shortcuts: bool = False) -> Scheme:
+        """The scheme of a new workspace; raise InputError for what is unknown.
+
+        Args:
+            split_shortcuts: where the user chose neither.
+        """
+        return Scheme.parse(
+            self.bits or DEFAULT_BITS,
+            buckets=DEFAULT_BUCKETS if self.buckets is None else self.buckets,
+            granularity=self.granularity or Granularity.FOLDED_CHANNEL,
+            attention_bits=_operand_bits("--attention-bits", self.attention_bits),
+            softmax_bits=_operand_bits("--softmax-bits", self.softmax_bits),
+            split_shortcuts=split_shortcuts
+            if self.split_shortcuts is None
+            else self.split_shortcuts,
+        )
+
+    def check(self, workspace: Workspace) -> None:
+        """Raise InputError where the workspace's scheme is another one."""
+        scheme = workspace.scheme
+        found = {
+            "bits": scheme.name,
+            "buckets": scheme.buckets,
+            "granularity": scheme.granularity,
+            "attention_bits": str(scheme.attention_bits or FLOAT),
+            "softmax_bits": str(scheme.softmax_bits or FLOAT),
+            "split_shortcuts": scheme.split_shortcuts,
+        }
+        for name, value in found.items():
+            _check(workspace, name.replace("_", " "), getattr(self, name), value)
+
+
+@dataclass(frozen=True)
+class ModelChoices:
+    """What the user chose of the model; None, False or nothing for what is the workspace's, or the
+    default.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    random_weights: bool = False
+    loras: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the model is called: its name in the registry, or the stem of its path."""
+        model = self.model or DEFAULT_MODEL
+        if model in MODEL_NAMES:
+            return model
+        path = Path(model).resolve()
+        return path.stem if path.is_file() else path.name
+
+    def source(self) -> ModelSource:
+        """Where the model comes from; a model on the hub is fetched. Raise InputError where there
+        is none.
+        """
+        return resolve_source(
+            self.model or DEFAULT_MODEL,
+            revision=self.revision,
+            random_weights=self.random_weights,
+            loras=self.loras,
+        )
+
+    def check(self, workspace: Workspace) -> None:
+        """Raise InputError where the workspace's model is another one."""
+        source = workspace.source
+        if self.model is not None:
+            named = self.model if self.model in MODEL_NAMES else str(Path(self.model).resolve())
+            _check(
+                workspace, "model", named, source.name if source.path is None else source.location
+            )
+        if self.revision not in (None, source.requested, source.revision):
+            _check(workspace, "revision", self.revision, source.revision)
+        if self.random_weights:
+            _check(
+                workspace,
+                "weights",
+                "random ones",
+                "random ones" if source.random_weights else "trained ones",
+            )
+        if self.loras:
+            _check(
+                workspace, "LoRAs", [Lora.parse(text) for text in self.loras], list(source.loras)
+            )
+
+
+def open_workspace(workspace: Place, model: str | None, bits: str | None) -> Workspace:
+    """Open an existing workspace; raise InputError where it is not of the given model or bits."""
+    choices = ModelChoices(model)
+    opened = _opened(workspace, choices, bits)
+    choices.check(opened)
+    SchemeChoices(bits).check(opened)
+    return opened
+
+
+def create_workspace(
+    workspace: Place,
+    model: ModelChoices,
+    choices: SchemeChoices,
+    *,
+    split_shortcuts: bool = False,
+) -> Workspace:
+    """Open a workspace, or make it; what is not given is taken from it, or else the default
+    (``split_shortcuts`` is that default).
+    """
+    check_model_name(model.model or DEFAULT_MODEL)
+    scheme = choices.scheme(split_shortcuts=split_shortcuts)
+    if not isinstance(workspace, Workspace):
+        root = _root(workspace, model, choices.bits)
+        if not (root / MANIFEST).exists():
+            check_vacant(root)  # before anything is downloaded
+            return Workspace.create(root, model.source(), scheme)
+    opened = _opened(workspace, model, choices.bits)
+    model.check(opened)
+    choices.check(opened)
+    return opened
+
+
+def method_name(workspace: Workspace) -> str:
+    """What its calibrated checkpoint is called beside others."""
+    record = workspace.stages.get("calibrate")
+    return "Q-Diffusion" if record is not None and record.options.get("method") == QDIFF else "PTQ"
+
+
+def _root(workspace: Path | str | None, model: ModelChoices, bits: str | None) -> Path:
+    return Path(workspace or Path("quest-out") / f"{model.name}-{bits or DEFAULT_BITS}")
+
+
+def _opened(workspace: Place, model: ModelChoices, bits: str | None) -> Workspace:
+    if isinstance(workspace, Workspace):
+        return workspace
+    return Workspace.open(_root(workspace, model, bits))
+
+
+def _operand_bits(option: str, value: str | None) -> int | None:
+    if value not in (None, "4", "8", FLOAT):
+        raise InputError(f"{option}: expected 4, 8 or {FLOAT}, not {value!r}")
+    return None if value in (None, FLOAT) else int(value)
+
+
+def _check(workspace: Workspace, name: str, wanted: object, found: object) -> None:
+    if wanted is not None and wanted != found:
+        raise InputError(
+            f"{workspace.root} holds {name} {found}, not {wanted}; give another folder with -w"
+        )

@@ -1,0 +1,167 @@
+"""The stages as they are declared: the graph agrees with what they record, and one mechanism runs
+them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.artifacts.workspace import READ_CALIBRATED, Workspace
+from quest_deploy.errors import InputError
+from quest_deploy.stages import CALIBRATE, EXPORT, FINETUNE, SENSITIVITY, STAGES, VERIFY
+from quest_deploy.stages.options import (
+    BenchmarkOptions,
+    CalibrateOptions,
+    EvaluateOptions,
+    FinetuneOptions,
+    GenerateOptions,
+    SensitivityOptions,
+    StageOptions,
+)
+from quest_deploy.stages.stage import DEPLOYED, Stage, as_recorded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from quest_deploy.progress import Progress
+    from tests.quest_deploy.conftest import Chain
+
+BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+def test_every_stage_stands_behind_those_that_it_reads() -> None:
+    for i, stage in enumerate(STAGES):
+        assert all(read == DEPLOYED or read in STAGES[:i] for read in stage.reads), stage.name
+
+
+def test_every_stage_but_import_has_work_in_its_module() -> None:
+    # Import must not make its workspace before it succeeds, so its work is made where it is called.
+    assert [stage.name for stage in STAGES if not hasattr(stage.module, "work")] == ["import"]
+
+
+def test_stages_record_the_inputs_and_the_files_that_they_declare(mini_chain: Chain) -> None:
+    workspace = Workspace.open(mini_chain.root)
+    assert len(workspace.stages) > len(STAGES) - 2
+    for name, record in workspace.stages.items():
+        stage, _, backend = name.partition("/")
+        declared = BY_NAME[stage]
+        assert set(record.inputs) == set(declared.inputs(workspace, backend)), name
+        for file in record.files:
+            assert any(fnmatchcase(file, pattern) for pattern in declared.writes), file
+        for pattern in declared.writes:
+            assert any(fnmatchcase(file, pattern) for file in record.files), pattern
+
+
+def test_the_workspace_knows_which_stages_read_the_calibrated_checkpoint() -> None:
+    assert {stage.name for stage in STAGES if CALIBRATE in stage.reads} == set(READ_CALIBRATED)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        CalibrateOptions(
+            samples=3, method="qdiff", reconstruction={"batch": 2}, prompts=("a", "b")
+        ),
+        FinetuneOptions(stages=("sensitive",), sensitive_layers=("conv_in",), seed=3),
+        SensitivityOptions(2, 8),
+        BenchmarkOptions(batches=(2, 4)),
+        GenerateOptions(labels="01", prompt=("a cat",)),
+        EvaluateOptions(images=4),
+    ],
+    ids=lambda options: type(options).__name__,
+)
+def test_recorded_options_are_read_back(options: StageOptions) -> None:
+    assert type(options).from_json(as_recorded(options)) == options
+
+
+def test_unknown_recorded_options_are_refused() -> None:
+    with pytest.raises(InputError, match="colour"):
+        FinetuneOptions.from_json({"seed": 0, "colour": "red"})
+
+
+@pytest.fixture
+def new(tmp_path: Path) -> Workspace:
+    return Workspace.create(tmp_path / "w", "tiny", Scheme.parse("w4a4", buckets=2))
+
+
+def writes(text: str) -> Callable[[Workspace, Any, Progress], tuple[list[Path], dict[str, Any]]]:
+    """The work of a stage that writes ``text``."""
+
+    def work(
+        workspace: Workspace, options: Any, progress: Progress
+    ) -> tuple[list[Path], dict[str, Any]]:
+        progress("writing", 1, 1)
+        path = workspace.path("file")
+        path.write_text(text)
+        return [path], {"text": text}
+
+    return work
+
+
+def fails(error: type[BaseException]) -> Any:
+    def work(workspace: Workspace, options: Any, progress: Progress) -> Any:
+        raise error
+
+    return work
+
+
+A: Stage[Any, Any] = Stage("calibrate", CalibrateOptions, writes=("file",), long=True)
+
+
+def test_a_stage_runs_again_only_where_options_or_files_changed(new: Workspace) -> None:
+    run, options = A.run, CalibrateOptions(samples=1)
+    assert run(new, options, work=writes("one")) == {"text": "one"}
+    assert run(new, options, reuse=True, work=writes("two")) == {"text": "one"}
+    other = CalibrateOptions(samples=2)
+    assert run(new, other, reuse=True, work=writes("three")) == {"text": "three"}
+    new.path("file").write_text("changed")
+    assert run(new, other, reuse=True, work=writes("four")) == {"text": "four"}
+    assert run(new, other, work=writes("five")) == {"text": "five"}
+
+
+def test_a_stage_tells_its_progress(new: Workspace) -> None:
+    told: list[tuple[str, int, int]] = []
+    A.run(new, CalibrateOptions(), lambda *step: told.append(step), work=writes("one"))
+    assert told == [("writing", 1, 1)]
+
+
+def test_a_stage_reads_only_what_is_finished_and_up_to_date(new: Workspace) -> None:
+    with pytest.raises(InputError):
+        SENSITIVITY.run(new, SensitivityOptions(), work=writes("two"))
+    A.run(new, CalibrateOptions(), work=writes("one"))
+    new.path("file").unlink()
+    with pytest.raises(InputError, match="file"):
+        SENSITIVITY.run(new, SensitivityOptions(), work=writes("two"))
+    assert list(new.stages) == ["calibrate"]
+
+
+def test_only_an_interruption_keeps_the_options_of_a_long_stage(new: Workspace) -> None:
+    for error, kept in ((InputError, None), (KeyboardInterrupt, 7)):
+        with pytest.raises(error):
+            A.run(new, CalibrateOptions(samples=7), work=fails(error))
+        assert new.options_of("calibrate").get("samples") == kept
+    assert new.stages == {}
+    A.run(new, CalibrateOptions(samples=8), work=writes("one"))
+    assert new.options_of("calibrate")["samples"] == 8
+    short = dataclasses.replace(A, long=False)
+    with pytest.raises(KeyboardInterrupt):
+        short.run(new, CalibrateOptions(samples=9), work=fails(KeyboardInterrupt))
+    assert new.options_of("calibrate")["samples"] == 8
+
+
+def test_what_is_deployed_is_the_finetuned_checkpoint_where_there_is_one(new: Workspace) -> None:
+    A.run(new, CalibrateOptions(), work=writes("one"))
+    assert EXPORT.inputs(new) == ["calibrate"]
+    FINETUNE.run(new, FinetuneOptions(), work=writes("one"))
+    assert EXPORT.inputs(new) == ["calibrate", "finetune"]
+
+
+def test_a_stage_of_an_engine_reads_those_of_the_same_backend(new: Workspace) -> None:
+    assert VERIFY.recorded_name("openvino") == "verify/openvino"
+    assert VERIFY.inputs(new, "openvino") == ["build-engine/openvino", "reference"]
