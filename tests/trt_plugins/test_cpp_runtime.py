@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     import onnx
 
+    from quest_deploy.progress import Progress
+
     Host = Callable[..., subprocess.CompletedProcess[str]]
 
 PLUGINS = Path(__file__).parents[2] / "trt_plugins"
@@ -88,7 +90,7 @@ class _Unbuilt(shared.TensorRtRtxBackend):
         lowered: Path,
         folder: Path,
         options: EngineOptions,
-        on_progress: Callable[[str, int, int], None],
+        progress: Progress,
     ) -> None:
         (folder / shared.ENGINE).write_bytes(np.random.default_rng(0).bytes(100_003))
 

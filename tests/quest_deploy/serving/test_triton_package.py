@@ -274,7 +274,7 @@ def rtx_for_tensorrt(asked: list[EngineOptions]) -> Backend:
     """
     builder, backend = get_backend("tensorrt-rtx"), copy.copy(get_backend("tensorrt-rtx"))
 
-    def compile_(lowered: Path, folder: Path, options: EngineOptions, on_progress: Any) -> None:
+    def compile_(lowered: Path, folder: Path, options: EngineOptions, progress: Any) -> None:
         asked.append(options)
         plain = replace(
             options,
@@ -282,7 +282,7 @@ def rtx_for_tensorrt(asked: list[EngineOptions]) -> Backend:
             builder_optimization_level=None,
             compute_capabilities=("89",),
         )
-        builder.compile(lowered, folder, plain, on_progress)
+        builder.compile(lowered, folder, plain, progress)
 
     backend.check_build = lambda options: None  # type: ignore[method-assign]
     backend.compile = compile_  # type: ignore[method-assign]
