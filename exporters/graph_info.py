@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import onnx_ir as ir
 
+from quest_deploy.artifacts.schema import parse, validated
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.errors import InputError
 
+T = TypeVar("T")
 LAYERS_KEY = "quest.layers"
 PRODUCTS_KEY = "quest.products"
 SITES_KEY = "quest.sites"
@@ -24,10 +26,12 @@ SCHEME_KEY = "quest.scheme"
 CHECKPOINT_KEY = "quest.checkpoint_sha256"
 SAMPLE_SHAPE_KEY = "quest.sample_shape"
 SAMPLE_MULTIPLE_KEY = "quest.sample_multiple"
+_REPAIR = "run `quest-deploy export` again"
 BUCKET = "bucket"
 """The name of the value [batch] int64 that says which bucket each sample is in."""
 
 
+@validated("a layer of the graph")
 @dataclass(frozen=True)
 class LayerInfo:
     """A layer in the graph: ``output`` names its value; ``weight``, in the portable graph, the
@@ -42,6 +46,7 @@ class LayerInfo:
     weight: str
 
 
+@validated("a site of the graph")
 @dataclass(frozen=True)
 class SiteInfo:
     """A site in the graph: ``input`` and ``codes`` name its float value and its codes.
@@ -58,6 +63,7 @@ class SiteInfo:
     integer: bool
 
 
+@validated("a product of the graph")
 @dataclass(frozen=True)
 class ProductInfo:
     """A product of two activations: for each operand its site, None where it is float, and the name
@@ -108,9 +114,9 @@ def graph_info(model: ir.Model) -> GraphInfo:
             checkpoint_sha256=props[CHECKPOINT_KEY],
             sample_shape=sample_shape(model),
             sample_multiple=sample_multiple(model),
-            layers={entry["name"]: LayerInfo(**entry) for entry in json.loads(props[LAYERS_KEY])},
-            products={entry["name"]: _product(entry) for entry in json.loads(props[PRODUCTS_KEY])},
-            sites={entry["name"]: SiteInfo(**entry) for entry in json.loads(props[SITES_KEY])},
+            layers={x.name: x for x in _entries(list[LayerInfo], props, LAYERS_KEY)},
+            products={x.name: x for x in _entries(list[ProductInfo], props, PRODUCTS_KEY)},
+            sites={x.name: x for x in _entries(list[SiteInfo], props, SITES_KEY)},
         )
     except (KeyError, TypeError, json.JSONDecodeError) as e:
         raise InputError(
@@ -131,10 +137,8 @@ def sample_multiple(model: ir.Model) -> int:
     return int(json.loads(model.metadata_props[SAMPLE_MULTIPLE_KEY]))
 
 
-def _product(entry: dict[str, Any]) -> ProductInfo:
-    return ProductInfo(
-        entry["name"], tuple(entry["sites"]), tuple(entry["inputs"]), entry["macs"], entry["output"]
-    )
+def _entries(kind: type[T], props: dict[str, str], key: str) -> T:
+    return parse(kind, json.loads(props[key]), f"the graph's metadata {key}", _REPAIR)
 
 
 def load_graph(path: Path) -> ir.Model:

@@ -34,7 +34,13 @@ from quest_deploy.artifacts.scheme import (
 from quest_deploy.errors import InputError
 from quest_deploy.models.unets import fixed_heads
 from quest_deploy.progress import no_progress
-from quest_deploy.quantization.affine import WeightGrid, bucket_of, clamp, weight_codes
+from quest_deploy.quantization.affine import (
+    WeightGrid,
+    activation_codes,
+    bucket_of,
+    fake_quantize_weight,
+    weight_codes,
+)
 from quest_deploy.quantization.model import conv_geometry, float_state, fold_channel
 from quest_deploy.quantization.planner import (
     LayerPlan,
@@ -371,7 +377,7 @@ def _activation_ranges(
     # than to compute.
     together = max(1, VALUES_TOGETHER // values.numel())
     errors = [
-        method.error(clamp(torch.round(values / s), low - z, high - z) * s - values, 1)
+        method.error(activation_codes(values, s, low - z, high - z) * s - values, 1)
         for s, z in zip(
             scale[:, None].split(together), zero_point[:, None].split(together), strict=True
         )
@@ -406,8 +412,9 @@ def _weight_scale(weight: Tensor, bits: int, method: RangeMethod) -> Tensor:
     best, best_error = full, torch.full_like(full, torch.inf)
     for factor in method.factors:
         scale = full * factor
-        codes = torch.clamp(torch.round(flat / scale[:, None]), low, high)
-        error = method.error(codes * scale[:, None] - flat, 1)
+        error = method.error(
+            fake_quantize_weight(flat, WeightGrid.symmetric(scale, bits)) - flat, 1
+        )
         best = torch.where(error < best_error, scale, best)
         best_error = torch.minimum(error, best_error)
     return best

@@ -11,12 +11,14 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 
+from quest_deploy.artifacts.schema import parse_document, validated
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.progress import no_progress
 from quest_deploy.quantization.affine import bucket_of
@@ -36,10 +38,12 @@ if TYPE_CHECKING:
 
 FORMAT = "quest-deploy sensitivity"
 VERSION = 1
+_Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 SENSITIVE_SHARE = 0.8
 """How much of the layers' error :func:`select_sensitive` wants to be trained away."""
 
 
+@validated("a layer's sensitivity")
 @dataclass(frozen=True)
 class LayerSensitivity:
     """What quantizing one layer alone, or one product of attention, does to the model's output.
@@ -56,10 +60,10 @@ class LayerSensitivity:
     """
 
     layer: str
-    mse: float
-    relative_mse: float
-    bucket_mse: tuple[float | None, ...]
-    bucket_relative_mse: tuple[float | None, ...]
+    mse: _Error
+    relative_mse: _Error
+    bucket_mse: tuple[_Error | None, ...]
+    bucket_relative_mse: tuple[_Error | None, ...]
 
     @property
     def group(self) -> str:
@@ -67,6 +71,7 @@ class LayerSensitivity:
         return group_of(self.layer)
 
 
+@validated("sensitivity report")
 @dataclass(frozen=True)
 class Sensitivity:
     """The layers of a quantized model in execution order, measured one at a time.
@@ -94,38 +99,16 @@ class Sensitivity:
     @classmethod
     def from_json(cls, value: Any) -> Sensitivity:
         """Read :meth:`to_json`'s value; raise InputError where it is anything else."""
-        if (
-            not isinstance(value, dict)
-            or value.get("format") != FORMAT
-            or value.get("version") != VERSION
-        ):
-            raise InputError(
-                f"expected a {FORMAT} report of version {VERSION}; run `quest-deploy sensitivity` "
-                "again"
-            )
-        try:
-            layers = tuple(_layer_from_json(entry) for entry in value["layers"])
-            return cls(str(value["model"]), str(value["scheme"]), int(value["samples"]), layers)
-        except (KeyError, TypeError, ValueError) as e:
-            raise InputError(
-                f"damaged sensitivity report ({type(e).__name__}: {e}); run `quest-deploy "
-                "sensitivity` again"
-            ) from e
-
-
-def _layer_from_json(entry: dict[str, Any]) -> LayerSensitivity:
-    def error(number: Any) -> float:
-        if type(number) not in (int, float) or not (math.isfinite(number) and number >= 0):
-            raise ValueError(f"expected an error of 0 or more, found {number!r}")
-        return float(number)
-
-    tables = {
-        key: tuple(None if number is None else error(number) for number in entry[key])
-        for key in ("bucket_mse", "bucket_relative_mse")
-    }
-    return LayerSensitivity(
-        str(entry["layer"]), error(entry["mse"]), error(entry["relative_mse"]), **tables
-    )
+        if isinstance(value, dict) and isinstance(value.get("layers"), list):
+            layers = [
+                {key: x for key, x in layer.items() if key != "group"}
+                if isinstance(layer, dict)
+                else layer
+                for layer in value["layers"]
+            ]
+            value = {**value, "layers": layers}
+        repair = "run `quest-deploy sensitivity` again"
+        return parse_document(cls, value, FORMAT, VERSION, "sensitivity report", repair)
 
 
 def select_sensitive(report_json: dict[str, Any]) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""The arithmetic of the quantizers, as pure tensor functions with straight-through gradients.
+"""The arithmetic of the quantizers, as pure tensor functions with straight-through gradients: the
+one place where torch rounds to codes (``affine_numpy`` is its twin without torch).
 
 Rounding is half to even everywhere, as in ONNX QuantizeLinear. Division, never multiplication by a
 reciprocal: the two differ on ties, and a tie that falls the other way is another code.
@@ -19,7 +20,14 @@ def activation_codes(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tens
     """clamp(round(x / step), low, high), in x's float dtype: the codes of TimestepQuantize. All
     operands broadcast against x.
     """
-    return torch.clamp(torch.round(x / step), low, high)
+    return clamp(torch.round(x / step), low, high)
+
+
+def free_codes(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+    """clamp(round(x / scale) + zero_point, low, high) - zero_point, in this order of float
+    operations, with straight-through gradients: the codes of a site that is free per channel.
+    """
+    return torch.clamp(round_ste(x / scale) + zero_point, low, high) - zero_point
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from quest_deploy.quantization.affine import (
     activation_codes,
     fake_quantize_activation,
     fake_quantize_weight,
+    free_codes,
     per_channel,
     per_sample,
     round_ste,
@@ -252,19 +253,13 @@ class FreeActivationQuantizer(SiteQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         scale, zero_point = self._operands(x)
-        raised = round_ste(x / scale) + zero_point
-        result: Tensor = (raised.clamp(self.code_low, self.code_high) - zero_point) * scale
-        return result
+        return free_codes(x, scale, zero_point, self.code_low, self.code_high) * scale
 
     def step(self, like: Tensor, bucket: Tensor) -> Tensor:
         return _rows(self.scale[bucket], like, self.axis)
 
     def codes(self, x: Tensor) -> Tensor:
-        scale, zero_point = self._operands(x)
-        return (
-            torch.clamp(torch.round(x / scale) + zero_point, self.code_low, self.code_high)
-            - zero_point
-        )
+        return free_codes(x, *self._operands(x), self.code_low, self.code_high)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         bucket = self.current_bucket()

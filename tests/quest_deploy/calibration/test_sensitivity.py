@@ -310,7 +310,7 @@ def test_a_damaged_report_is_an_input_error_that_names_the_command(
 
 @pytest.mark.parametrize("value", [None, [], "text", 3])
 def test_a_report_that_is_no_object_is_an_input_error(value: Any) -> None:
-    with pytest.raises(InputError, match="expected a quest-deploy sensitivity report"):
+    with pytest.raises(InputError, match="expected a quest-deploy sensitivity"):
         Sensitivity.from_json(value)
 
 
