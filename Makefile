@@ -39,12 +39,14 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror `find trt_plugins -path trt_plugins/build -prune -o -regex '.*\.\(cpp\|h\|cu\|cuh\)' -print`
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 	$(BIN)/hadolint docker/*.Dockerfile
 	$(BIN)/pre-commit validate-config
 
-# The site in build/site; a broken link fails. Its environment holds mkdocs alone, which takes seconds to install.
+# The site in build/site; a broken link fails (--quiet would hide it from --strict).
+# Its environment holds mkdocs alone, which takes seconds to install.
 docs: $(DOCS)/.ready
-	$(DOCS)/bin/mkdocs build --quiet --strict --site-dir build/site
+	$(DOCS)/bin/mkdocs build --strict --site-dir build/site
 
 # The pages that are made from the code. A test says when they are out of date.
 docs-pages: $(READY)
