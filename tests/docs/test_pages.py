@@ -21,8 +21,8 @@ PAGES = sorted(
 )
 COMMANDS = typer.main.get_command(app)
 FOLDERS = ("docker", "exporters", "quest_deploy", "scripts", "tests", "trt_plugins")
-MADE = ("trt_plugins/build",)
-"""What building makes."""
+MADE = ("trt_plugins/build", "scripts/bench/results/plugin.json")
+"""What building and measuring make."""
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
