@@ -8,12 +8,13 @@ DEMO_READY := $(VENV)/.ready-demo
 READY := $(VENV)/.ready
 BACKENDS := onnxruntime openvino tensorrt-rtx
 SERVING := $(VENV)/serving
+DOCS := $(VENV)/docs
 # One BLAS thread a worker: two workers with two threads each only get in each other's way.
 # A file's tests share a server, an engine, a compiled program: one worker runs them all, in tests/conftest.py's order.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 WORKSPACE ?= quest-out/tiny-w4a4
 
-.PHONY: demo test test-slow test-all lint bench bench-methods bench-sd15 bench-serving clean $(SERVING)
+.PHONY: demo test test-slow test-all lint docs docs-pages bench bench-methods bench-sd15 bench-serving clean $(SERVING)
 
 # Python compiles what it imports, once; pip would compile ten times as much.
 unexport PYTHONDONTWRITEBYTECODE
@@ -38,6 +39,26 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/clang-format --dry-run --Werror `find trt_plugins -path trt_plugins/build -prune -o -regex '.*\.\(cpp\|h\|cu\|cuh\)' -print`
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/hadolint docker/*.Dockerfile
+	$(BIN)/pre-commit validate-config
+
+# The site in build/site; a broken link fails (--quiet would hide it from --strict).
+# Its environment holds mkdocs alone, which takes seconds to install.
+docs: $(DOCS)/.ready
+	$(DOCS)/bin/mkdocs build --strict --site-dir build/site
+
+# The pages that are made from the code. A test says when they are out of date.
+docs-pages: $(READY)
+	$(BIN)/python -m typer quest_deploy.cli.main utils docs --name quest-deploy --output docs/cli.md
+	$(BIN)/python scripts/docs/architecture.py
+
+$(DOCS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --no-compile --constraint constraints.txt \
+	  `$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'`
+	touch $@
 
 # Times the demo's engines again, as `make demo` does once.
 bench: demo
