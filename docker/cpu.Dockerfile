@@ -12,7 +12,7 @@ COPY constraints.txt /tmp/
 COPY --from=wheel /dist /dist
 RUN pip install --no-cache-dir --constraint /tmp/constraints.txt \
     --extra-index-url https://download.pytorch.org/whl/cpu \
-    "$(echo /dist/*.whl)[onnxruntime,openvino,serving]"
+    "$(echo /dist/*.whl)[torch,onnxruntime,openvino,serving]"
 RUN useradd --create-home --uid 1000 quest && mkdir /work && chown quest /work
 USER 1000
 WORKDIR /work
