@@ -1,7 +1,8 @@
 /// The arithmetic of quest::TimestepQuantize, for the GPU and for the CPU.
 ///
-/// exactCode is the definition (exporters/ops/timestep_quantize.py), operation by operation. fastCode gives the same code without a division
-/// wherever it can tell that it does; the kernels fall back on exactCode where it cannot. timestep_quantize/README.md has the proof.
+/// exactCode is the definition (exporters/ops/timestep_quantize.py), operation by operation. fastCode gives the same code without a
+/// division wherever it can tell that it does; the kernels fall back on exactCode where it cannot. timestep_quantize/README.md has the
+/// proof.
 #pragma once
 
 #include "common/host_device.h"

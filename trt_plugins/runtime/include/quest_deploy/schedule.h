@@ -24,7 +24,8 @@ struct ScheduleStep {
     float noise_scale = 0;
 };
 
-/// A scheduler as a table. `quest-deploy schedule` writes one for any of diffusers' schedulers that is linear (quest_deploy/serving/schedule.py).
+/// A scheduler as a table. `quest-deploy schedule` writes one for any of diffusers' schedulers that is linear
+/// (quest_deploy/serving/schedule.py).
 struct Schedule {
     float init_noise_sigma = 1;  ///< what the first sample's Gaussian noise is multiplied by
     std::vector<ScheduleStep> steps;
