@@ -9,10 +9,9 @@ from quest_deploy.artifacts.model_source import IMPORTED
 from quest_deploy.artifacts.workspace import MANIFEST, Workspace, check_vacant
 from quest_deploy.calibration.ptq import CalibrationOptions
 from quest_deploy.errors import InputError
-from quest_deploy.importers import convert
+from quest_deploy.importers import convert, trajectories
 from quest_deploy.importers.architecture import UNetConfig
 from quest_deploy.importers.read import read
-from quest_deploy.importers.trajectories import random_inputs, record_imported
 from quest_deploy.progress import progress_of
 from quest_deploy.stages import IMPORT
 from quest_deploy.stages.calibrate import describe, save_calibrated
@@ -41,13 +40,15 @@ def import_checkpoint(
     imported = (
         None
         if options.recalibrate
-        else convert.import_checkpoint(official, rounded, random_inputs(official, 2, options.seed))
+        else convert.import_checkpoint(
+            official, rounded, trajectories.random_inputs(official, 2, options.seed)
+        )
     )
     scheme = convert.import_scheme(official) if imported is None else imported.checkpoint.scheme
     root = root or Path("quest-out") / f"{IMPORTED}-{scheme.name}"
     opened = _opened(root, scheme)
     with progress_of(shown, "record") as progress:
-        recorded = record_imported(
+        recorded = trajectories.record_imported(
             official,
             convert.float_model(official),
             samples=options.samples

@@ -31,7 +31,7 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # type: ignore[index]
 
 
-def silent(phase: str, done: int, total: int) -> None:
+def silent(phase: str, done: int, total: int, detail: str = "") -> None:
     pass
 
 
