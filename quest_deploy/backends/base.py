@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from quest_deploy import __version__
 from quest_deploy.artifacts.schema import Positive, parse_document, validated
 from quest_deploy.artifacts.workspace import versions
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
 
+    import numpy as np
     import onnx_ir as ir
     from numpy.typing import NDArray
 
@@ -287,6 +286,8 @@ class SplitRunner(Runner):
             )
             for i in starts
         ]
+        import numpy as np  # the program's help needs none
+
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def close(self) -> None:
@@ -545,4 +546,6 @@ def require_package(package: str, extra: str, purpose: str) -> None:
 
 def input_arrays(feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
     """The feeds as C-contiguous arrays, which every runtime takes without a copy of its own."""
+    import numpy as np
+
     return {name: np.ascontiguousarray(value) for name, value in feeds.items()}

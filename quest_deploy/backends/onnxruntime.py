@@ -7,8 +7,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from quest_deploy.backends.base import (
     LOWERED,
     EngineOptions,
@@ -117,6 +115,8 @@ class OnnxRuntimeBackend(CpuBackend):
         """From the profile of one inference of one sample: which kernel ran, and the types of the
         operands that it was given.
         """
+        import numpy as np
+
         from exporters.graph_info import load_graph
         from exporters.multiplications import multiplication_names
 

@@ -18,8 +18,6 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from quest_deploy import __version__
 from quest_deploy.artifacts.workspace import ENGINES, GRAPH
 from quest_deploy.backends.base import (
@@ -402,6 +400,8 @@ class Writer:
 
     def _lowered(self, graph: ir.Model) -> ir.Model:
         """The graph that runs without a GPU, with a probe of its kernels beside it."""
+        import numpy as np
+
         from exporters.exactness import LEVELS
         from exporters.graph_info import save_graph
         from exporters.probe import make_probe
@@ -522,6 +522,8 @@ class Writer:
 
     def write_pipelines(self) -> None:
         """``pipeline`` and ``pipeline_stream``, after the models that they call."""
+        import numpy as np
+
         factor = (
             self.model.images(np.zeros((1, *self.sample_shape), np.float32)).shape[2]
             // self.sample_shape[1]
@@ -562,6 +564,8 @@ class Writer:
         """What the UNet is conditioned on: tokenizers, or a table with a row for each label, the
         last one for none.
         """
+        import numpy as np
+
         if self.of_text:
             for tokenizer, name in zip(self.tokenizers, ("tokenizer", "tokenizer_2"), strict=False):
                 tokenizer.save_pretrained(version / name)
