@@ -79,7 +79,7 @@ $(DEMO_READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --editable '.[all]' || { $(PIP_INSTALL) --editable '.[torch]' && for backend in $(BACKENDS); do \
-	  $(PIP_INSTALL) --editable ".[$$backend]" || echo "$$backend: left out, it has no packages for this machine"; done; }
+	  $(PIP_INSTALL) --editable ".[$$backend]" || echo "$$backend: left out, pip could not install it (see above)"; done; }
 	touch $@
 
 $(READY): $(DEMO_READY)
