@@ -344,7 +344,7 @@ def test_the_client_command_draws_what_the_pipeline_draws_and_counts_every_step(
     drawn = request_image(
         server.grpc,
         {"label": 4, "seed": 3, "steps": 5},
-        lambda done, total: told.append((done, total)),
+        lambda phase, done, total: told.append((done, total)),
     )
     assert told == [(i, 5) for i in range(1, 6)]
     picture = tmp_path / "four.png"
