@@ -34,7 +34,7 @@ class CenterWeights(ir.passes.InPlacePass):
         for node in _unsigned_weights(model):
             zero = node.inputs[2] if len(node.inputs) > 2 else None
             explicit = zero is not None and zero.is_initializer()
-            need(explicit, f"{node.name}: its zero-points are no constant")
+            need(explicit, f"{node.name}: its zero-points must be a constant")
 
     def ensures(self, model: ir.Model) -> None:
         left = [str(node.name) for node in _unsigned_weights(model)]

@@ -48,7 +48,7 @@ def need_tables(nodes: list[ir.Node]) -> None:
     for node in nodes:
         for name, value in zip(timestep_quantize.INPUTS, node.inputs, strict=True):
             constant = name in ("x", "bucket") or (value is not None and value.is_initializer())
-            need(constant, f"{node.name}: its {name} is no constant")
+            need(constant, f"{node.name}: its {name} must be a constant")
 
 
 def need_expanded(model: ir.Model) -> None:

@@ -27,9 +27,9 @@ class WidenInt4(ir.passes.InPlacePass):
         for node in _packed(model):
             codes, zero = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
             constant = codes is not None and codes.is_initializer()
-            need(constant, f"{node.name}: its codes are no constant")
+            need(constant, f"{node.name}: its codes must be a constant")
             zeros = zero is not None and zero.is_initializer() and not array_of(zero).any()
-            need(zeros, f"{node.name}: its zero-points are no constant zeros")
+            need(zeros, f"{node.name}: its zero-points must be constant zeros")
 
     def ensures(self, model: ir.Model) -> None:
         left = [str(node.name) for node in _packed(model)]

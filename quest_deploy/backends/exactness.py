@@ -34,7 +34,13 @@ from exporters.exactness import (
 from exporters.graph_info import save_graph
 from exporters.passes.insert_quantized_layers import product_name
 from exporters.probe import make_probe
-from quest_deploy.backends.base import LOWERED, EngineOptions, cpu_flags, processor_name
+from quest_deploy.backends.base import (
+    LOWERED,
+    EngineOptions,
+    cpu_flags,
+    processor_name,
+    require_package,
+)
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import read_json, write_json
 
@@ -146,12 +152,8 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         pass  # another distribution of the same package, such as onnxruntime-gpu
-    try:
-        return str(importlib.import_module(package).__version__)
-    except ImportError as e:
-        raise InputError(
-            f"{package} is not installed: pip install 'quest-deploy[{package}]'"
-        ) from e
+    require_package(package, "cpu", "asking which integer products are exact")
+    return str(importlib.import_module(package).__version__)
 
 
 def _told_by_cpuid() -> list[str]:
