@@ -380,10 +380,11 @@ def summary(ended: Run) -> str:
         for stage, details in results.items()
         if stage.startswith("evaluate ")
     ]
-    for name in ended.backends.verified:
-        if name in ended.failed:
-            lines.append(f"{name}: verification FAILED: {ended.failed[name]}")
-            continue
+    for name, reason in ended.failed.items():
+        verified = results.get(f"verify {name}")
+        what = "verification FAILED" if verified and not verified["passed"] else "FAILED"
+        lines.append(f"{name}: {what}: {reason}")
+    for name in ended.passed:
         verified, timed = results[f"verify {name}"], results[f"benchmark {name}"]
         codes, different = (
             sum(b[key] for b in verified["buckets"]) for key in ("codes", "mismatches")
@@ -406,7 +407,7 @@ def summary(ended: Run) -> str:
         for stage, details in results.items()
         if stage.startswith("generate ")
     ]
-    if len(ended.failed) == len(ended.backends.verified):
+    if not ended.passed:
         lines.append("picture, Frechet distance: left out, no engine passed its verification")
     return "\n".join(lines)
 

@@ -72,6 +72,11 @@ class Run:
     results: dict[str, Any] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def passed(self) -> list[str]:
+        """The backends whose engines passed their verification, in order."""
+        return [name for name in self.backends.verified if name not in self.failed]
+
 
 def available(
     verified: Iterable[str], build_only: Iterable[str], *, if_available: bool
@@ -152,14 +157,13 @@ def run(
     for backend in backends.verified:
         if backend not in ended.failed:
             go_through(OF_VERIFIED, backend)
-    passed = [backend for backend in backends.verified if backend not in ended.failed]
     if workspace.source.random_weights:
         logger.info("generate, evaluate: left out, random weights draw nothing")
-    elif not passed:
+    elif not ended.passed:
         logger.info("generate, evaluate: left out, no engine passed its verification")
     else:
         for stage in OF_FIRST_PASSED:
-            go(stage, passed[0])
+            go(stage, ended.passed[0])
     return ended
 
 

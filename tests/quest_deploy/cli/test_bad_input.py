@@ -5,13 +5,17 @@ untouched workspace.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from exporters.exactness import Exactness
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import MANIFEST, Workspace
+from quest_deploy.backends import exactness
+from quest_deploy.calibration import trajectories
+from quest_deploy.evaluation import quality
 from quest_deploy.files import read_json, write_json
 from tests.quest_deploy.support import cli, flip_byte, snapshot, truncate
 
@@ -240,6 +244,19 @@ def test_a_workspace_of_another_scheme_is_not_overwritten(
 def test_labels_that_are_not_digits_are_refused(workspace: Path, labels: str) -> None:
     ended = cli("generate", "-w", workspace, "--labels", labels)
     assert (ended.code, "labels must be digits" in ended.message) == (2, True)
+
+
+def test_evaluate_refuses_an_engine_that_is_not_exact_here_before_it_draws(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr(exactness, "measured", lambda _: Exactness())
+    monkeypatch.setattr(quality, "draw", draw)
+    monkeypatch.setattr(trajectories, "record_trajectories", draw)
+    ended = cli("evaluate", "-w", workspace, "--backend", "onnxruntime")
+    assert (ended.code, "build-engine" in ended.message) == (2, True)
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate"])

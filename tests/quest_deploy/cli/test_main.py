@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from quest_deploy import __version__
+from quest_deploy.backends.openvino.backend import OpenVinoBackend
 from quest_deploy.cli.console import size, table
 from quest_deploy.errors import InputError, QuestDeployError
 from tests.quest_deploy.support import cli
@@ -126,6 +128,20 @@ def test_every_bad_end_is_one_message_with_its_exit_code(
         assert ended.json == {"error": ended.message, "exit_code": code}
     else:
         assert ended.out == ""
+
+
+def test_doctor_names_a_runtime_that_refuses_this_processor_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise QuestDeployError("no kernel for this processor")
+
+    monkeypatch.setattr(OpenVinoBackend, "exactness", refuse)
+    found = cli("doctor", "--json").json
+    assert "no kernel for this processor" in found["backends"]["openvino"]["run"]
+    assert found["exact_integers"]["openvino"] is None
+    assert found["backends"]["onnxruntime"]["run"] is None
+    assert found["exact_integers"]["onnxruntime"]
 
 
 @pytest.mark.parametrize(

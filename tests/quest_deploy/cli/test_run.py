@@ -5,6 +5,7 @@ recorded.
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
@@ -12,7 +13,8 @@ from onnx_ir.passes import PreconditionError
 
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
-from quest_deploy.errors import InputError
+from quest_deploy.backends.openvino.backend import OpenVinoBackend
+from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.stages import api, export, finetune
 from quest_deploy.stages import run as pipeline
 from quest_deploy.stages.options import (
@@ -277,6 +279,28 @@ def test_run_verifies_an_engine_whose_weights_were_changed_and_says_that_it_fail
     assert ended.code == 1
     assert list(ended.json["failed"]) == ["onnxruntime"]
     assert "benchmark onnxruntime" not in ended.json
+
+
+@pytest.mark.parametrize("option", ["--backend", "--build-only"])
+def test_run_goes_on_past_a_backend_that_cannot_build_and_draws_with_the_others(
+    run: Callable[..., Any], workspace: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    def refuse(*_: Any) -> NoReturn:
+        raise QuestDeployError("the runtime refuses this graph")
+
+    assert run().code == 0
+    monkeypatch.setattr(OpenVinoBackend, "compile", refuse)
+    shutil.rmtree(workspace / "engines" / "openvino", ignore_errors=True)
+    ended = run(option, "openvino", "--json")
+    assert ended.code == 1
+    assert "the runtime refuses this graph" in ended.json["failed"]["openvino"]
+    assert not [name for name in ended.json if name.endswith(" openvino")]
+    assert {"verify onnxruntime", "evaluate onnxruntime"} <= ended.json.keys()
+    summary = run(option, "openvino").out.split("== summary")[1]
+    assert "openvino: FAILED" in summary
+    assert "onnxruntime: verification PASSED" in summary
+    assert "grid-onnxruntime.png" in summary
+    assert "no engine passed" not in summary
 
 
 @pytest.fixture
