@@ -14,6 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
+from exporters.exactness import EXACT_ANYWHERE, LEVELS, Exactness
 from exporters.graph_info import CHECKPOINT_KEY, SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, SCHEME_KEY
 from exporters.ops import timestep_quantize
 from exporters.passes.dequantize_casts import DequantizeCasts
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]
+WITH_VNNI = Exactness(dict.fromkeys(EXACT_ANYWHERE.levels, LEVELS[0]))
+"""What a CPU's runtimes answer the probe on a processor that has VNNI; on one that has none they
+answer ``EXACT_ANYWHERE`` or better.
+"""
 
 
 def float32(*values: float) -> Array:

@@ -144,7 +144,7 @@ class PrecisionReport:
             ]
             found.append(
                 f"{self._count(layers)} asked to run on integers, run in {kind}: "
-                f"{reason or _names(layers)}"
+                + (f"{reason} ({_names(layers)})" if reason else _names(layers))
             )
         unsigned = [layer for layer in self.layers if layer.saturating and not layer.fell_back]
         if unsigned:

@@ -34,7 +34,8 @@ def convolution(
 ) -> ir.Model:
     """A convolution of 4 channels to 6 on unsigned codes; asymmetric weights have zero-points."""
     rng = np.random.default_rng(0)
-    low, high = {"INT4": (-8, 8), "UINT4": (0, 16), "INT8": (-127, 128), "UINT8": (0, 256)}[
+    # No larger INT8 ones: an optimized session may saturate on a processor without VNNI.
+    low, high = {"INT4": (-8, 8), "UINT4": (0, 16), "INT8": (-64, 65), "UINT8": (0, 256)}[
         dtype.name
     ]
     codes = rng.integers(low, high, (6, 4 // groups, *kernel))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 import pytest
 
-from exporters.exactness import EXACT_ANYWHERE, LEVELS, SAFE, Exactness
+from exporters.exactness import EXACT_ANYWHERE, SAFE, Exactness
 from quest_deploy.backends import exactness
 from quest_deploy.backends.base import (
     ANY_PROCESSOR,
@@ -19,6 +19,7 @@ from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.registry import check_options, get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, write_json
+from tests.helpers import WITH_VNNI
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import onnx
 
 CPU_BACKENDS = ("onnxruntime", "openvino")
-WITH_VNNI = Exactness(dict.fromkeys(EXACT_ANYWHERE.levels, LEVELS[0]))
 each_cpu = pytest.mark.parametrize("backend", CPU_BACKENDS)
 
 

@@ -19,6 +19,7 @@ from quest_deploy.evaluation.benchmark import (
     BenchmarkOptions,
     benchmark_engine,
 )
+from quest_deploy.evaluation.precision import engine_precision
 from tests.quest_deploy.plugin_backend import PluginOnTheCpu, kept
 
 if TYPE_CHECKING:
@@ -118,11 +119,17 @@ def test_an_engine_whose_plugin_quantizes_is_timed_against_itself_quantized_nati
     assert nodes == {"native": 0, "static-scale": 0, "fp32": 0}
 
 
-def test_what_the_layers_run_in_is_told_beside_the_speed(timed: tuple[Benchmark, Any]) -> None:
+def test_what_the_layers_run_in_is_told_beside_the_speed(
+    timed: tuple[Benchmark, Any], mini_engines: Callable[[str], Path]
+) -> None:
     precision = timed[0].precision
     assert precision["shares"].keys() == {"int8", "fp32"}  # attention's products are float
     assert precision["int8_share"] == precision["asked_int8_share"] > 0.5
-    assert precision["fell_back"] == precision["warnings"] == []
+    assert precision["fell_back"] == []
+    told = engine_precision(
+        get_backend("onnxruntime"), mini_engines("onnxruntime"), EngineOptions(threads=1)
+    )
+    assert precision["warnings"] == told.warnings
 
 
 def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_built(

@@ -56,6 +56,11 @@ int sigaction(int number, const struct sigaction *action, struct sigaction *old)
   return 0;
 }
 
+void (*signal(int number, void (*handler)(int)))(int) {
+  struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART}, old;
+  return sigaction(number, &action, &old) ? SIG_ERR : old.sa_handler;
+}
+
 __attribute__((constructor)) static void start(void) {
   real_sigaction = dlsym(RTLD_NEXT, "sigaction");
   struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_NODEFER};

@@ -10,18 +10,17 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporters.exactness import EXACT_ANYWHERE, LEVELS, Exactness, kernel_needs
+from exporters.exactness import EXACT_ANYWHERE, kernel_needs
 from quest_deploy.backends import exactness
 from quest_deploy.errors import InputError
 from quest_deploy.serving.triton.package import TritonOptions, Writer
+from tests.helpers import WITH_VNNI
 from tests.quest_deploy.processors.packages import RefusedError, stand_in
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import onnx
-
-WITH_VNNI = Exactness(dict.fromkeys(EXACT_ANYWHERE.levels, LEVELS[0]))
 
 
 def lowered(model: ir.Model, folder: Path, processor: str) -> ir.Model:
