@@ -1,20 +1,23 @@
-"""Files that are either whole or absent: temporary names, renames, hashes."""
+"""Files that are either whole or absent, also after a power cut; bounds on what is read."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 import os
 import re
 import shutil
+import stat
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from quest_deploy.errors import InputError
+from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 TEMPORARY_PREFIX = ".tmp-"
 _MAX_JSON_BYTES = 64 * 2**20
@@ -29,24 +32,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
     try:
         yield temporary
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_files(folder: Path, *, last: str) -> Iterator[Path]:
-    """Like :func:`atomic_file` for several files of ``folder`` that belong together: ``last`` is
-    renamed after the others.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = _fresh_folder(folder, last)
-    try:
-        yield temporary
-        for written in sorted(temporary.iterdir(), key=lambda p: p.name == last):
-            os.replace(written, folder / written.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -56,7 +46,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = _fresh_folder(path.parent, path.name)
     try:
         yield temporary
+        sync_all(temporary)
         replace_folder(path, temporary)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -86,10 +78,10 @@ def remove_temporaries(folder: Path) -> None:
         replaced = re.fullmatch(rf"{re.escape(TEMPORARY_PREFIX)}\d+-old-(.+)", left.name)
         if replaced and left.is_dir() and not (folder / replaced[1]).exists():
             os.replace(left, folder / replaced[1])
+        elif left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
         else:
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(
-                missing_ok=True
-            )
+            left.unlink(missing_ok=True)
 
 
 def _fresh_folder(parent: Path, name: str) -> Path:
@@ -99,9 +91,56 @@ def _fresh_folder(parent: Path, name: str) -> Path:
     return temporary
 
 
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, on the disk: a rename alone may reach it before
+    what it names.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """:func:`sync` a folder and everything in it."""
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            sync(Path(root, name))
+        sync(Path(root))
+
+
+def open_regular(path: Path) -> io.BufferedReader[io.FileIO]:
+    """Open a file for reading; raise InputError where it is a pipe, a device or a folder, which may
+    have no end or never answer.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path}: expected a regular file, found another kind of file")
+    return io.BufferedReader(io.FileIO(descriptor))
+
+
+def read_bounded(path: Path, most: int, repair: str) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        InputError: it is missing, no regular file, or has more than ``most`` bytes; the message
+            ends with ``repair``, what to do.
+    """
+    try:
+        with open_regular(path) as stream:
+            content = stream.read(most + 1)  # not stat, whose answer may be another one by now
+    except FileNotFoundError as e:
+        raise InputError(f"{path} does not exist; {repair}") from e
+    if len(content) > most:
+        raise InputError(f"{path}: expected a file of at most {most} bytes; {repair}")
+    return content
+
+
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, as hex."""
-    with path.open("rb") as stream:
+    """The SHA-256 of a file, as hex; raise InputError where it is no regular file."""
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -113,27 +152,38 @@ def sha256_of_json(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all."""
+    """Write ``value`` as indented JSON, whole or not at all; raise QuestDeployError where it holds
+    a number that is not finite.
+    """
+    if (place := _not_finite(value)) is not None:
+        raise QuestDeployError(f"{path.name} would hold a number that is not finite: {place}")
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _not_finite(value: Any, place: str = "") -> str | None:
+    """Where the first number that is not finite stands, such as "results.FP32"; None if nowhere."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return place
+    if isinstance(value, dict):
+        parts: Iterable[tuple[Any, Any]] = value.items()
+    else:
+        parts = enumerate(value) if isinstance(value, (list, tuple)) else ()
+    found = (_not_finite(part, f"{place}.{key}".lstrip(".")) for key, part in parts)
+    return next((x for x in found if x is not None), None)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def read_json(path: Path, *, repair: str = "make it again") -> Any:
     """Read a JSON file; raise InputError, which ends with what to do (``repair``), where it is
     missing, too large or not JSON.
     """
+    content = read_bounded(path, _MAX_JSON_BYTES, repair)
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise InputError(
-                f"{path}: expected a JSON file of at most {_MAX_JSON_BYTES} bytes, found "
-                f"{path.stat().st_size}; {repair}"
-            )
-        return json.loads(path.read_text())
-    except FileNotFoundError as e:
-        raise InputError(f"{path} does not exist; {repair}") from e
-    except (
-        IsADirectoryError,
-        ValueError,
-        RecursionError,
-    ) as e:  # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
+        return json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as e:
+        # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
         raise InputError(f"{path}: expected JSON, found something else ({e}); {repair}") from e

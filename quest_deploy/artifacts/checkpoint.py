@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -25,7 +26,7 @@ from safetensors.numpy import save
 from quest_deploy.artifacts.model_source import IMPORTED
 from quest_deploy.artifacts.schema import Bits, Positive, parse, validated
 from quest_deploy.artifacts.scheme import Scheme, Symmetry, activation_levels, weight_range
-from quest_deploy.errors import InputError
+from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file
 
 FORMAT = "quest-deploy checkpoint"
@@ -430,11 +431,27 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         "provenance": checkpoint.provenance,
     }
     metadata = {"format": FORMAT, "version": str(VERSION), "content": json.dumps(content)}
+    for name, values in tensors.items():
+        if not np.isfinite(values).all():
+            raise QuestDeployError(
+                f"{checkpoint.provenance['method']} ended in values of {name} that are not finite; "
+                "nothing was saved"
+            )
     with atomic_file(path) as temporary:
-        # Not save_file: its errors on a full disk are no OSError.
-        temporary.write_bytes(
-            save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata)
-        )
+        temporary.write_bytes(safetensors_bytes(tensors, metadata))
+
+
+def safetensors_bytes(tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> bytes:
+    """A safetensors file: the same bytes for the same content. The library writes the metadata in
+    an order that changes from call to call.
+    """
+    # Not save_file: its errors on a full disk are no OSError.
+    content = save({name: np.ascontiguousarray(x) for name, x in tensors.items()})
+    (length,) = struct.unpack("<Q", content[:8])
+    header = {"__metadata__": metadata} | json.loads(content[8 : 8 + length])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((struct.pack("<Q", len(text)), text, content[8 + length :]))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -7,8 +7,12 @@ a truncated, edited or outdated file is never used.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import platform
+import shutil
+import stat
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -30,6 +34,8 @@ from quest_deploy.files import (
     remove_temporaries,
     sha256_of,
     sha256_of_json,
+    sync,
+    sync_all,
     write_json,
 )
 
@@ -68,6 +74,10 @@ _REPAIR = (
     "it alone says how the other files were made: use the quest-deploy that made it, restore it "
     "from a copy, or start a new workspace with -w"
 )
+STAGED = f"{TEMPORARY_PREFIX}staged"
+"""What the running stage has written, until it is recorded."""
+CHANGES = ".changes"
+"""What a finished stage has written, on the way to its place."""
 STARTED = "{}-options.json"
 """What a stage that takes long was started with, until it is done."""
 READ_CALIBRATED = ("finetune", "sensitivity")
@@ -150,7 +160,10 @@ class Workspace:
                 f"{root} is no workspace (it has no {MANIFEST}); run `quest-deploy calibrate -w "
                 f"{root}` first"
             )
-        path = root / MANIFEST
+        return cls._read(root, root / MANIFEST)
+
+    @classmethod
+    def _read(cls, root: Path, path: Path) -> Workspace:
         content = read_json(path, repair=_REPAIR)
         manifest = parse_document(_Manifest, content, FORMAT, VERSION, str(path), _REPAIR)
         inputs = {name: record.inputs for name, record in manifest.stages.items()}
@@ -178,21 +191,21 @@ class Workspace:
                 f"cannot make the folder {root} ({e.strerror}); give another one with -w"
             ) from e
         workspace = cls(root, ModelSource(model) if isinstance(model, str) else model, scheme, {})
-        workspace._write()
+        workspace._write(root / MANIFEST)
         return workspace
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other quest-deploy processes from writing here; clear away what killed ones left
-        half-written.
+        """Keep other quest-deploy processes from reading and writing here; finish what a killed one
+        had recorded, and clear away what it left half-written.
+
+        Raises:
+            InputError: a folder of the workspace is a link: its files would be written elsewhere.
+            QuestDeployError: another process is at work here.
         """
-        with (self.root / ".lock").open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                raise QuestDeployError(
-                    f"{self.root} is in use by another quest-deploy process; wait for it to end"
-                ) from e
+        with self._lock(fcntl.LOCK_EX):
+            self._refuse_linked_folders()
+            self._settle()
             for folder in (
                 self.root,
                 *(
@@ -201,14 +214,74 @@ class Workspace:
                 ),
             ):
                 remove_temporaries(folder)
-            self.stages = Workspace.open(
-                self.root
-            ).stages  # another process may have finished stages since
+            # Another process may have finished stages since.
+            self.stages = Workspace.open(self.root).stages
+            try:
+                yield
+            finally:
+                shutil.rmtree(self.path(STAGED), ignore_errors=True)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep other quest-deploy processes from writing here; several may read at once."""
+        if (self.root / CHANGES).exists():
+            with self.locked():
+                pass  # which finishes them
+        with self._lock(fcntl.LOCK_SH):
+            self.stages = Workspace.open(self.root).stages
             yield
+
+    @contextmanager
+    def _lock(self, kind: int) -> Iterator[None]:
+        path, flags = self.root / ".lock", os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+        except OSError as e:
+            if kind == fcntl.LOCK_SH and e.errno in (errno.EACCES, errno.EROFS):
+                yield  # where nobody may write, nobody does
+                return
+            if e.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise
+            raise InputError(f"{path}: expected a regular file; delete it") from e
+        with os.fdopen(descriptor, "rb"):
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise InputError(f"{path}: expected a regular file; delete it")
+            try:
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise QuestDeployError(
+                    f"{self.root} is in use by another quest-deploy process; wait for it to end"
+                ) from e
+            yield
+
+    def _refuse_linked_folders(self) -> None:
+        for folder, names, _ in os.walk(self.root):
+            for path in (Path(folder, name) for name in names):
+                if path.is_symlink():
+                    raise InputError(
+                        f"{path} is a link to a folder, and its files would be written outside the "
+                        "workspace; put the folder itself there"
+                    )
 
     def path(self, *parts: str) -> Path:
         """A path inside the workspace."""
         return self.root.joinpath(*parts)
+
+    def remove(self, name: str) -> None:
+        """Delete a file or folder of the workspace, if there is one."""
+        path = self.path(name)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+    def new(self, *parts: str) -> Path:
+        """Where the running stage writes the file that :meth:`record` moves to ``path(*parts)``;
+        its folder is made.
+        """
+        path = self.path(STAGED, *parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     @property
     def checkpoint_stage(self) -> str:
@@ -322,9 +395,15 @@ class Workspace:
         files: Iterable[Path],
         details: dict[str, Any],
     ) -> StageRecord:
-        """Write into the manifest that ``stage`` finished."""
+        """Write into the manifest that ``stage`` finished, and move what it wrote under :meth:`new`
+        to its place: all of that happens, or none, also if the process is killed.
+        """
+        staged = self.path(STAGED)
         entries = {
-            str(p.relative_to(self.root)): {"sha256": sha256_of(p), "bytes": p.stat().st_size}
+            str(p.relative_to(staged if p.is_relative_to(staged) else self.root)): {
+                "sha256": sha256_of(p),
+                "bytes": p.stat().st_size,
+            }
             for p in sorted(files)
         }
         made = {
@@ -336,10 +415,40 @@ class Workspace:
             {name: self.stages[name].digest for name in inputs}, options, entries, details, made
         )
         self.stages[stage] = record
-        self._write()
+        self._write(self.new(MANIFEST))
+        sync_all(staged)
+        os.replace(staged, self.path(CHANGES))
+        sync(self.root)
+        self._settle()
         return record
 
-    def _write(self) -> None:
+    def _settle(self) -> None:
+        """Move what is in ``CHANGES`` to its place, the manifest last, and delete the files that
+        only the manifest of before knew.
+        """
+        changes = self.path(CHANGES)
+        if not (changes / MANIFEST).exists():  # the last file to leave
+            shutil.rmtree(changes, ignore_errors=True)
+            return
+        after, before = (Workspace._read(self.root, f / MANIFEST) for f in (changes, self.root))
+        for written in sorted(path for path in changes.rglob("*") if path.is_file()):
+            place = self.root / written.relative_to(changes)
+            if written != changes / MANIFEST:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(written, place)
+        for name in before._files() - after._files():
+            self.path(name).unlink(missing_ok=True)
+        for folder in {self.path(name).parent for name in after._files()}:
+            if folder.is_dir():
+                sync(folder)
+        os.replace(changes / MANIFEST, self.path(MANIFEST))
+        sync(self.root)
+        shutil.rmtree(changes, ignore_errors=True)
+
+    def _files(self) -> set[str]:
+        return {path for record in self.stages.values() for path in record.files}
+
+    def _write(self, path: Path) -> None:
         stages = {name: asdict(record) for name, record in self.stages.items()}
         content = {
             "format": FORMAT,
@@ -349,7 +458,7 @@ class Workspace:
             "scheme": self.scheme.to_json(),
             "stages": stages,
         }
-        write_json(self.root / MANIFEST, {**content, "sha256": sha256_of_json(content)})
+        write_json(path, {**content, "sha256": sha256_of_json(content)})
 
     def _hint(self, stage: str) -> str:
         command, _, backend = stage.partition("/")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from quest_deploy.errors import InputError
+from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.progress import no_progress
@@ -174,6 +174,11 @@ def record_trajectories(
             entered,
             **conditions,
         )
+        if not torch.isfinite(output).all():
+            raise QuestDeployError(
+                f"the model's output at timestep {timestep.item():g}, step {i + 1} of "
+                f"{len(scheduler.timesteps)}, is not finite; check its weights"
+            )
         inputs.append(entered)
         outputs.append(output)
         prediction = output if weight == 1.0 else torch.lerp(output[0::2], output[1::2], weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 from typing import Any, NoReturn, cast
 
@@ -93,6 +94,7 @@ def main() -> None:
     # Torch's threads that wait for each other keep their cores busy otherwise: next to other work,
     # ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         with messages():
             code = app(standalone_mode=False)

@@ -8,6 +8,7 @@ each.
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +29,7 @@ from quest_deploy.backends.base import (
 )
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
-from quest_deploy.evaluation.memory import peak_memory
+from quest_deploy.evaluation.memory import end_with, peak_memory
 from quest_deploy.evaluation.precision import engine_precision
 from quest_deploy.progress import no_progress
 
@@ -138,7 +139,9 @@ def benchmark_engine(
     timings = _time_in_turn(backend, options, folders, feeds, choices, progress)
     footprints = []
     for i, (name, folder) in enumerate(folders.items()):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(
+            1, mp_context=get_context("spawn"), initializer=end_with, initargs=(os.getpid(),)
+        ) as pool:
             peak = pool.submit(_peak_memory, backend.name, options, folder, feeds).result()
         footprints.append(Footprint(name, _size(folder), peak))
         progress("measuring memory", i + 1, len(folders))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quest_deploy.calibration.trajectories import in_parts
-from quest_deploy.errors import InputError
+from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.progress import no_progress
 
@@ -84,6 +84,10 @@ def sample_images(
         # Not all schedulers take a generator; those that add noise need one.
         extra = {"generator": generator} if scheduler in ("ddpm", "lcm") else {}
         latents = schedule.step(prediction, timestep, latents, **extra).prev_sample
+        if not torch.isfinite(latents).all():
+            raise QuestDeployError(
+                f"the latents are not finite after step {i + 1} of {len(schedule.timesteps)}"
+            )
         progress("denoising", i + 1, len(schedule.timesteps))
     return model.images(latents.float().numpy())
 

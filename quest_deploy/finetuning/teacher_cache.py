@@ -70,7 +70,8 @@ class TargetStream:
         nothing.
         """
         try:
-            with self.path.open("wb") as stream:
+            self.remove()  # not to write through a link
+            with self.path.open("xb") as stream:
                 for step in range(first, end):
                     arrays = [
                         np.ascontiguousarray(target.float().cpu().numpy())

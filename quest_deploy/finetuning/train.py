@@ -274,6 +274,7 @@ def finetune(
                     options,
                 )
                 processes.average([*gradients(stage.parameters), loss])
+                _check_finite(loss, stage, total, names)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 save(total, optimizer)
@@ -310,6 +311,24 @@ def log_error(output: Tensor, target: Tensor) -> Tensor:
     error = (output - target).square().flatten(1).mean(1)
     power = target.square().flatten(1).mean(1).clamp(min=1e-6)
     return (error / power).clamp(min=1e-8).log().mean()
+
+
+def _check_finite(loss: Tensor, stage: _Stage, step: int, names: dict[int, str]) -> None:
+    """Raise QuestDeployError where a step's loss or gradients are not finite: the parameters would
+    be lost, and with them all steps that are done.
+    """
+    wrong = [names[id(p)] for p in stage.parameters if p.grad is not None and not _finite(p.grad)]
+    if not _finite(loss) or wrong:
+        raise QuestDeployError(
+            f"finetuning diverged: step {step}, of the {stage.name} layers, has a loss of "
+            f"{loss.item():.4g}"
+            + (f" and no finite gradient of {wrong[0]}" if wrong else "")
+            + "; choose smaller --weight-rate and --scale-rate"
+        )
+
+
+def _finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values).all())
 
 
 def _stages(student: QuantizedModel, options: FinetuneOptions) -> list[_Stage]:

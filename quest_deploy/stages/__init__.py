@@ -13,9 +13,12 @@ from quest_deploy.artifacts.workspace import (
     CALIBRATED,
     CHECKPOINT,
     ENGINES,
+    FINETUNE_STATE,
     GRAPH,
     IMAGES,
+    RECONSTRUCT_STATE,
     REFERENCE,
+    REFERENCE_STATE,
     REPORTS,
     SENSITIVITY_REPORT,
     TRAJECTORIES,
@@ -51,7 +54,11 @@ if TYPE_CHECKING:
     )
 
 CALIBRATE: Stage[CalibrateOptions, Calibration] = Stage(
-    "calibrate", CalibrateOptions, writes=(TRAJECTORIES, CALIBRATED), long=True
+    "calibrate",
+    CalibrateOptions,
+    writes=(TRAJECTORIES, CALIBRATED),
+    state=(RECONSTRUCT_STATE,),
+    long=True,
 )
 IMPORT: Stage[ImportOptions, Import] = Stage(
     "import", ImportOptions, writes=(TRAJECTORIES, CALIBRATED)
@@ -63,13 +70,22 @@ SENSITIVITY: Stage[SensitivityOptions, Sensitivity] = Stage(
     writes=(f"{REPORTS}/{SENSITIVITY_REPORT}", f"{IMAGES}/sensitivity.png"),
 )
 FINETUNE: Stage[FinetuneOptions, Finetuning] = Stage(
-    "finetune", FinetuneOptions, reads=(CALIBRATE,), writes=(CHECKPOINT,), long=True
+    "finetune",
+    FinetuneOptions,
+    reads=(CALIBRATE,),
+    writes=(CHECKPOINT,),
+    state=(FINETUNE_STATE,),
+    long=True,
 )
 EXPORT: Stage[StageOptions, Export] = Stage(
     "export", StageOptions, reads=(DEPLOYED,), writes=(GRAPH, f"{GRAPH}.data")
 )
 REFERENCE_RECORDS: Stage[ReferenceOptions, Reference] = Stage(
-    "reference", ReferenceOptions, reads=(DEPLOYED,), writes=(f"{REFERENCE}/*",)
+    "reference",
+    ReferenceOptions,
+    reads=(DEPLOYED,),
+    writes=(f"{REFERENCE}/*",),
+    state=(REFERENCE_STATE,),
 )
 BUILD_ENGINE: Stage[BuildEngineOptions, BuiltEngine] = Stage(
     "build-engine", BuildEngineOptions, reads=(EXPORT,), writes=(f"{ENGINES}/*/*",)

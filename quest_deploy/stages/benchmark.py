@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+import shutil
 from typing import TYPE_CHECKING, cast
 
 from quest_deploy.artifacts.workspace import ENGINES, GRAPH, REPORTS
@@ -13,6 +12,8 @@ from quest_deploy.evaluation import benchmark
 from quest_deploy.files import write_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.progress import Progress
     from quest_deploy.stages.options import BenchmarkOptions
@@ -24,19 +25,18 @@ def work(
 ) -> tuple[list[Path], Benchmark]:
     """Benchmark the engine; write its report."""
     backend, engine = get_backend(options.backend), workspace.path(ENGINES, options.backend)
-    report = workspace.path(REPORTS, f"benchmark-{options.backend}.json")
-    with tempfile.TemporaryDirectory(prefix="quest-deploy-") as scratch:
-        result = benchmark.benchmark_engine(
-            backend,
-            engine_options(backend, engine),
-            engine,
-            workspace.path(GRAPH),
-            Path(scratch),
-            benchmark.BenchmarkOptions(
-                options.batches, options.runs, options.warmup, options.static
-            ),
-            progress,
-        )
+    report = workspace.new(REPORTS, f"benchmark-{options.backend}.json")
+    # Like all that is staged, the baselines are gone when the stage ends, however it ends.
+    result = benchmark.benchmark_engine(
+        backend,
+        engine_options(backend, engine),
+        engine,
+        workspace.path(GRAPH),
+        workspace.new("baselines"),
+        benchmark.BenchmarkOptions(options.batches, options.runs, options.warmup, options.static),
+        progress,
+    )
+    shutil.rmtree(workspace.new("baselines"))
     # Through JSON, so that what is printed is what a later run reads back.
     details = {**result.to_json(), "buckets": workspace.scheme.buckets}
     for ratios in ("speedup_over_fp32", "bucket_selection_cost", "plugin_speedup"):

@@ -9,7 +9,6 @@ from exporters.graph_info import load_graph
 from quest_deploy.artifacts.workspace import ENGINES, GRAPH
 from quest_deploy.backends.base import build_engine
 from quest_deploy.backends.registry import get_backend
-from quest_deploy.files import atomic_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,11 +26,10 @@ def work(
     name, engine = options.backend, options.resolved
     graph, digest = workspace.path(GRAPH), workspace.stages["export"].files[GRAPH]["sha256"]
     started = time.monotonic()
-    with atomic_folder(workspace.path(ENGINES, name)) as folder:
-        record = build_engine(
-            get_backend(name), load_graph(graph), folder, engine, digest, progress
-        )
-    files = sorted(workspace.path(ENGINES, name).iterdir())
+    folder = workspace.new(ENGINES, name)
+    folder.mkdir()
+    record = build_engine(get_backend(name), load_graph(graph), folder, engine, digest, progress)
+    files = sorted(folder.iterdir())
     result: BuiltEngine = {
         "backend": name,
         "hardware": record.hardware,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy import __version__
@@ -93,16 +92,14 @@ def work(
         )
     else:
         recorded, checkpoint = start()
-    files = save_calibrated(workspace, recorded, checkpoint)
-    shutil.rmtree(workspace.path(RECONSTRUCT_STATE), ignore_errors=True)
-    return files, describe(workspace, checkpoint)
+    return save_calibrated(workspace, recorded, checkpoint), describe(workspace, checkpoint)
 
 
 def save_calibrated(
     workspace: Workspace, recorded: Trajectories, checkpoint: Checkpoint
 ) -> list[Path]:
     """Write trajectories.safetensors and calibrated.safetensors; return their paths."""
-    files = [workspace.path(TRAJECTORIES), workspace.path(CALIBRATED)]
+    files = [workspace.new(TRAJECTORIES), workspace.new(CALIBRATED)]
     recorded.save(files[0])
     save_checkpoint(checkpoint, files[1])
     return files
@@ -117,7 +114,7 @@ def describe(workspace: Workspace, checkpoint: Checkpoint) -> Calibration:
         "buckets": workspace.scheme.buckets,
         "weights_at_4_bits": weights,
         "macs_at_4_bits": macs,
-        "checkpoint_bytes": workspace.path(CALIBRATED).stat().st_size,
+        "checkpoint_bytes": workspace.new(CALIBRATED).stat().st_size,
     }
 
 

@@ -75,7 +75,7 @@ def work(
         "sampling": dataclasses.asdict(sampling),
         "results": results,
     }
-    report = workspace.path(REPORTS, f"evaluate-{options.backend}.json")
+    report = workspace.new(REPORTS, f"evaluate-{options.backend}.json")
     write_json(report, details)
     return [report], details
 

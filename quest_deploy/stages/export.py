@@ -13,7 +13,7 @@ from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.workspace import GRAPH, TRAJECTORIES
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.errors import QuestDeployError
-from quest_deploy.files import atomic_files, sha256_of
+from quest_deploy.files import sha256_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,11 +41,10 @@ def work(
             "scheme"
         ) from e
     progress("checking the graph", 1, 2)
-    with atomic_files(workspace.root, last=GRAPH) as folder:
-        save_graph(graph, folder / GRAPH)
-        onnx.checker.check_model(str(folder / GRAPH), full_check=True)
+    files = [workspace.new(GRAPH), workspace.new(f"{GRAPH}.data")]
+    save_graph(graph, files[0])
+    onnx.checker.check_model(str(files[0]), full_check=True)
     progress("checking the graph", 2, 2)
-    files = [workspace.path(GRAPH), workspace.path(f"{GRAPH}.data")]
     return files, {
         "method": checkpoint.provenance["method"],
         "sites": len(checkpoint.sites),

@@ -39,9 +39,8 @@ def work(
         losses.append(step.loss)
 
     checkpoint = _compute(workspace, model, settings, options, progress=progress, on_step=on_step)
-    path = workspace.path(CHECKPOINT)
+    path = workspace.new(CHECKPOINT)
     save_checkpoint(checkpoint, path)
-    workspace.path(FINETUNE_STATE).unlink(missing_ok=True)
     return [path], {
         "steps": settings.steps,
         "seconds": time.monotonic() - started,

@@ -12,7 +12,6 @@ from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.errors import InputError
 from quest_deploy.evaluation.image_grid import save_grid
 from quest_deploy.evaluation.sampling import sample_images
-from quest_deploy.files import atomic_file
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.pipeline_model import default_prompts
 from quest_deploy.models.schedulers import set_steps
@@ -43,11 +42,12 @@ def work(
         raise InputError(f"{given}: not for {model.name}, a model that is {model.family}")
     draw = _draw_prompts if of_text else _draw_labels
     pictures, count = draw(workspace, model, options, progress)
+    places = [str(workspace.path(IMAGES, picture.name)) for picture in pictures]
     return pictures, {
         "backend": options.backend,
         "images": count,
-        "picture": str(pictures[0]),
-        "pictures": [str(path) for path in pictures],
+        "picture": places[0],
+        "pictures": places,
     }
 
 
@@ -59,7 +59,7 @@ def _draw_labels(
     workspace: Workspace, model: DiffusionModel, options: GenerateOptions, progress: Progress
 ) -> tuple[list[Path], int]:
     labels = _labels(options.labels, model)
-    picture = workspace.path(IMAGES, f"grid-{options.backend}.png")
+    picture = workspace.new(IMAGES, f"grid-{options.backend}.png")
     with EngineUNet.load(workspace, options.backend) as unet:
         images = sample_images(
             model,
@@ -131,8 +131,7 @@ def _draw_prompts(
         ).images
     except ValueError as e:  # what diffusers raises for arguments that do not go together
         raise InputError(str(e)) from e
-    pictures = [workspace.path(IMAGES, f"{options.backend}-{i}.png") for i in range(len(images))]
+    pictures = [workspace.new(IMAGES, f"{options.backend}-{i}.png") for i in range(len(images))]
     for path, image in zip(pictures, images, strict=True):
-        with atomic_file(path) as temporary, temporary.open("wb") as stream:
-            image.save(stream, format="PNG")
+        image.save(path, format="PNG")
     return pictures, len(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.reference import INDEX
 from quest_deploy.artifacts.workspace import REFERENCE, REFERENCE_STATE, TRAJECTORIES
 from quest_deploy.calibration.trajectories import Trajectories
-from quest_deploy.files import replace_folder, sha256_of_json
+from quest_deploy.files import sha256_of_json
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.verification import reference
 
@@ -35,7 +36,7 @@ def work(
     until all are.
     """
     model = QuantizedModel.from_checkpoint(load_checkpoint(workspace.checkpoint_path)).eval()
-    state, folder = workspace.path(REFERENCE_STATE), workspace.path(REFERENCE)
+    state = workspace.path(REFERENCE_STATE)
     key = sha256_of_json(
         {
             "quest-deploy": __version__,
@@ -58,8 +59,12 @@ def work(
     finally:
         if not (state / INDEX).exists():
             shutil.rmtree(state, ignore_errors=True)
-    replace_folder(folder, state)
-    files = sorted(folder.iterdir())
+    files = [workspace.new(REFERENCE, file.name) for file in sorted(state.iterdir())]
+    for file in files:  # the state itself stays until the stage is recorded
+        try:
+            os.link(state / file.name, file)
+        except OSError:  # not every file system has hard links
+            shutil.copyfile(state / file.name, file)
     measured = [max(entry.sensitivity) for entry in entries if entry.sensitivity is not None]
     return files, {
         "records": len(entries),

@@ -43,8 +43,8 @@ def work(
     )
     content = measured.to_json()
     selected = select_sensitive(content)
-    report = workspace.path(REPORTS, SENSITIVITY_REPORT)
-    picture = workspace.path(IMAGES, "sensitivity.png")
+    report = workspace.new(REPORTS, SENSITIVITY_REPORT)
+    picture = workspace.new(IMAGES, "sensitivity.png")
     write_json(report, content)
     plot_sensitivity(measured, selected, picture)
     return [report, picture], {

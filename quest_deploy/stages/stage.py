@@ -45,6 +45,8 @@ class Stage(Generic[Options, Result]):
         reads: the stages whose files it reads (of the same backend, where they are about an
             engine), or ``DEPLOYED``. Each must be finished and up to date.
         writes: glob patterns of the files that it writes, in the workspace.
+        state: what lets it go on where it was interrupted: files and folders in the workspace, gone
+            when it is done.
         long: whether it may take hours: its options are kept from its start, so that
             ``quest-deploy run`` goes on with them after an interruption.
     """
@@ -53,6 +55,7 @@ class Stage(Generic[Options, Result]):
     options: type[Options]
     reads: tuple[Stage[Any, Any] | str, ...] = ()
     writes: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
     long: bool = False
 
     @property
@@ -121,6 +124,8 @@ class Stage(Generic[Options, Result]):
             details = cast("dict[str, Any]", result)
             workspace.record(name, inputs=inputs, options=recorded, files=files, details=details)
             workspace.forget_start(name)
+            for left in self.state:
+                workspace.remove(left)
             return cast("Result", result)
 
 

@@ -24,7 +24,7 @@ def work(
 ) -> tuple[list[Path], Verification]:
     """Verify the engine; write its report."""
     backend, engine = get_backend(options.backend), workspace.path(ENGINES, options.backend)
-    report = workspace.path(REPORTS, f"verify-{options.backend}.json")
+    report = workspace.new(REPORTS, f"verify-{options.backend}.json")
     details = verify_engine(
         backend, engine_options(backend, engine), engine, workspace.path(REFERENCE), progress
     ).to_json()

@@ -12,7 +12,6 @@ from quest_deploy import files
 from quest_deploy.errors import InputError
 from quest_deploy.files import (
     atomic_file,
-    atomic_files,
     atomic_folder,
     read_json,
     remove_temporaries,
@@ -55,41 +54,6 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> No
         interrupt_after(lambda: temporary.write_text("half"))
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
-
-
-def test_several_files_appear_together_beside_what_was_there(tmp_path: Path) -> None:
-    (tmp_path / "kept").write_text("kept")
-    (tmp_path / "b").write_text("old")
-    with atomic_files(tmp_path, last="a") as temporary:
-        for name in "abc":
-            (temporary / name).write_text(name)
-        assert (tmp_path / "b").read_text() == "old"
-    assert names(tmp_path) == ["a", "b", "c", "kept"]
-    assert [(tmp_path / name).read_text() for name in "abc"] == ["a", "b", "c"]
-
-
-def test_the_last_of_several_files_is_renamed_after_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    renamed = []
-    replace = os.replace
-
-    def record(a: Path, b: Path) -> None:
-        renamed.append(Path(b).name)
-        replace(a, b)
-
-    monkeypatch.setattr(os, "replace", record)
-    with atomic_files(tmp_path, last="b") as temporary:
-        for name in "abc":
-            (temporary / name).write_text(name)
-    assert sorted(renamed) == ["a", "b", "c"]
-    assert renamed[-1] == "b"
-
-
-def test_an_exception_leaves_none_of_several_files(tmp_path: Path) -> None:
-    with pytest.raises(StopError), atomic_files(tmp_path, last="a") as temporary:
-        interrupt_after(lambda: (temporary / "a").write_text("half"))
-    assert names(tmp_path) == []
 
 
 def test_a_folder_replaces_the_old_one_entirely(tmp_path: Path) -> None:
@@ -230,7 +194,7 @@ def test_a_json_file_beyond_the_limit_is_refused_unread(
     path.write_text("1234")
     assert read_json(path) == 1234
     path.write_text("12345")
-    with pytest.raises(InputError, match=r"a\.json: expected .* at most 4 bytes, found 5"):
+    with pytest.raises(InputError, match=r"a\.json.* 4 bytes"):
         read_json(path)
 
 

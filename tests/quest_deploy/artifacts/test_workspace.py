@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -336,3 +338,134 @@ def test_a_manifest_that_was_edited_is_refused_even_if_it_is_sound(tmp_path: Pat
         InputError, match=r"manifest.json was edited; it alone says how the other files were made"
     ):
         Workspace.open(tmp_path / "w")
+
+
+STEPS_OF_A_CHANGE = ("fsync", "link", "mkdir", "open", "replace", "rename", "rmdir", "unlink")
+
+
+def change(root: Path, killed_at: int) -> bool:
+    """Let a process record calibrate anew; whether it came to its end before its ``killed_at``-th
+    step of a change, at which it dies as by SIGKILL.
+    """
+    child = os.fork()
+    if child == 0:
+        steps = itertools.count(1)
+
+        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+            def step(*args: Any, **kwargs: Any) -> Any:
+                if next(steps) == killed_at:
+                    os._exit(9)
+                return real(*args, **kwargs)
+
+            return step
+
+        for name in STEPS_OF_A_CHANGE:
+            setattr(os, name, counted(getattr(os, name)))
+        workspace = Workspace.open(root)
+        with workspace.locked():
+            files = [workspace.new("a"), workspace.new("folder", "b"), workspace.new("new")]
+            for file in files:
+                file.write_text("after")
+            workspace.record("calibrate", inputs=(), options={}, files=files, details={})
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_kill_at_any_moment_leaves_the_files_of_before_or_those_of_after(tmp_path: Path) -> None:
+    found = []
+    for killed_at in itertools.count(1):
+        root = tmp_path / str(killed_at)
+        workspace = Workspace.create(root, "tiny", SCHEME)
+        (root / "folder").mkdir()
+        files = [workspace.path("a"), workspace.path("folder", "b"), workspace.path("old")]
+        for file in files:
+            file.write_text("before")
+        workspace.record("calibrate", inputs=(), options={}, files=files, details={})
+        ended = change(root, killed_at)
+        reopened = Workspace.open(root)
+        with reopened.reading():
+            reopened.require("calibrate")
+        with reopened.locked():  # clears away what was not recorded
+            reopened.require("calibrate")
+        names = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}
+        contents = {(root / name).read_text() for name in names - {".lock", MANIFEST}}
+        assert (names - {".lock", MANIFEST, "a", "folder/b"}, contents) in (
+            ({"old"}, {"before"}),
+            ({"new"}, {"after"}),
+        )
+        found.append(contents.pop())
+        if ended:
+            break
+    assert found == sorted(found, reverse=True)  # never back again
+    assert found.count("before") > 5
+    assert found.count("after") > 5
+
+
+def test_what_a_stage_wrote_is_gone_if_it_fails(made: Workspace) -> None:
+    before = sorted(made.root.rglob("*"))
+    with pytest.raises(OSError, match="disk"), made.locked():
+        made.new("reports", "half").write_text("half")
+        raise OSError("disk")
+    assert sorted(path for path in made.root.rglob("*") if path.name != ".lock") == before
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_lock_that_is_no_file_is_refused_and_what_it_names_is_left_alone(
+    made: Workspace, tmp_path: Path, kind: str
+) -> None:
+    outside, lock = tmp_path / "outside", made.path(".lock")
+    outside.write_text("mine")
+    make = {"link": lambda: lock.symlink_to(outside), "pipe": lambda: os.mkfifo(lock)}
+    make.get(kind, lock.mkdir)()
+    for open_lock in (made.locked, made.reading):
+        with pytest.raises(InputError, match=r"\.lock"), open_lock():
+            pass
+    assert outside.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["images", "reports", "engines/openvino", ".tmp-staged", ".changes"]
+)
+def test_a_linked_folder_is_refused_and_nothing_is_written_or_deleted_there(
+    made: Workspace, tmp_path: Path, name: str
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / ".tmp-1-x").write_text("mine")
+    link = made.path(name)
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(outside)
+    with pytest.raises(InputError, match=name), made.locked():
+        made.new(name, "report").write_text("")
+    assert [path.name for path in outside.iterdir()] == [".tmp-1-x"]
+
+
+def test_a_file_that_is_a_link_is_read_and_replaced_and_its_target_left_alone(
+    made: Workspace, tmp_path: Path
+) -> None:
+    outside, linked = tmp_path / "cache", made.path("calibrate")
+    os.replace(linked, outside)
+    linked.symlink_to(outside)
+    made.require("calibrate")
+    with made.locked():
+        file = made.new("calibrate")
+        file.write_text("anew")
+        made.record("calibrate", inputs=(), options={}, files=[file], details={})
+    assert (outside.read_text(), linked.read_text()) == ("calibrate", "anew")
+    assert not linked.is_symlink()
+
+
+def test_a_manifest_that_is_a_pipe_is_refused_at_once(made: Workspace) -> None:
+    made.path(MANIFEST).unlink()
+    os.mkfifo(made.path(MANIFEST))
+    with pytest.raises(InputError, match=MANIFEST):
+        Workspace.open(made.root)
+
+
+def test_several_processes_read_at_once_and_none_writes_meanwhile(made: Workspace) -> None:
+    other = Workspace.open(made.root)
+    writer = Workspace.open(made.root)
+    with made.reading(), other.reading(), pytest.raises(QuestDeployError), writer.locked():
+        pass
+    with writer.locked(), pytest.raises(QuestDeployError), other.reading():
+        pass
