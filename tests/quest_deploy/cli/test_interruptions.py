@@ -207,18 +207,29 @@ def test_a_full_disk_is_said_to_be_full(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, command: str, file: str
 ) -> None:
     target = workspace / file
-    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
     kept = target.read_bytes() if target.exists() else None
-    # The lock clears temporaries away; instead of that, a file is put there that is always full.
+    new = Workspace.new
+
+    def plant(path: Path) -> None:
+        """Have the file that is to become ``path`` written where the disk is always full."""
+        if path.name == target.name:
+            temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+            temporary.is_symlink() or temporary.symlink_to("/dev/full")
+
+    def planted(opened: Workspace, *parts: str) -> Path:
+        path = new(opened, *parts)
+        plant(path)
+        return path
+
+    # The lock clears temporaries away, and instead of that one is planted.
     monkeypatch.setattr(
-        "quest_deploy.artifacts.workspace.remove_temporaries",
-        lambda folder: temporary.is_symlink() or temporary.symlink_to("/dev/full"),
+        "quest_deploy.artifacts.workspace.remove_temporaries", lambda folder: plant(target)
     )
+    monkeypatch.setattr(Workspace, "new", planted)
     ended = cli(command, "-w", workspace, *COMMANDS[command])
     assert ended.code == 1
     assert "the disk is full" in ended.message
     assert (target.read_bytes() if target.exists() else None) == kept
-    assert not temporary.is_symlink()
     monkeypatch.undo()
     assert cli(command, "-w", workspace, *COMMANDS[command]).code == 0
 
