@@ -267,6 +267,15 @@ class Workspace:
         """A path inside the workspace."""
         return self.root.joinpath(*parts)
 
+    def discard_if_unused(self) -> None:
+        """Where no stage has finished and none is under way, leave the folder as it was before
+        :meth:`create`: what comes next may be of another model.
+        """
+        rest = {path.name for path in self.root.iterdir()} - {MANIFEST, ".lock", STAGED}
+        if not self.stages and not rest:
+            for name in (STAGED, ".lock", MANIFEST):
+                self.remove(name)
+
     def remove(self, name: str) -> None:
         """Delete a file or folder of the workspace, if there is one."""
         path = self.path(name)

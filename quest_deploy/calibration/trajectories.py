@@ -94,13 +94,34 @@ class Trajectories:
                 for k, v in tensors.items()
                 if k.startswith("condition.")
             }
-            return cls(tensors["sample"], tensors["timestep"], tensors["output"], conditions)
-        except (OSError, SafetensorError, KeyError) as e:
+            loaded = cls(tensors["sample"], tensors["timestep"], tensors["output"], conditions)
+            loaded._check()
+            return loaded
+        except (OSError, SafetensorError, KeyError, ValueError) as e:
             raise InputError(
                 f"{path}: not readable calibration trajectories ({e}); run `quest-deploy "
                 "calibrate` "
                 "again"
             ) from e
+
+    def _check(self) -> None:
+        """Raise ValueError where the tensors do not belong together."""
+        steps, samples = (*self.sample.shape, 0, 0)[:2]
+        if self.sample.dim() < 3 or not steps or not samples:
+            raise ValueError(f"sample: expected [S, N, ...], found {list(self.sample.shape)}")
+        for name, tensor, leading in (
+            ("sample", self.sample, (steps, samples)),
+            ("timestep", self.timestep, (steps,)),
+            ("output", self.output, (steps, samples)),
+            *((f"condition.{name}", x, (samples,)) for name, x in self.conditions.items()),
+        ):
+            if tensor.dtype != torch.float32 or tuple(tensor.shape[: len(leading)]) != leading:
+                raise ValueError(
+                    f"{name}: expected float32 {[*leading, '...']}, found {tensor.dtype} "
+                    f"{list(tensor.shape)}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}: expected finite values")
 
 
 def _scheduler(model: DiffusionModel, steps: int, scheme: Scheme | None) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import diffusers
 import numpy as np
+import psutil
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.loaders.single_file_utils import (
@@ -24,9 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from quest_deploy.artifacts.model_source import INDEX
 from quest_deploy.errors import InputError
-from quest_deploy.files import read_json
 from quest_deploy.models.conditions import (
     ClassLabels,
     ClassTokens,
@@ -35,9 +34,16 @@ from quest_deploy.models.conditions import (
     random_prompts,
     time_ids,
 )
+from quest_deploy.models.configurations import (
+    DecoderConfiguration,
+    SchedulerConfiguration,
+    UNetConfiguration,
+    read_configuration,
+    read_index,
+)
 from quest_deploy.models.hub import fetch_pipeline
 from quest_deploy.models.loras import fuse_into_text_encoders, fuse_into_unet
-from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS, OTHERWISE
+from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
 from quest_deploy.models.schedulers import make_scheduler
 from quest_deploy.models.unets import set_heads, with_flat_conditions
 
@@ -97,10 +103,8 @@ class PipelineModel:
             source.path if source.path is not None and source.path.is_file() else None
         )
         self.folder = _folder_of(source)
-        self.index: dict[str, Any] = read_json(self.folder / INDEX, repair=OTHERWISE)
-        self.config: dict[str, Any] = read_json(
-            self.folder / "unet" / "config.json", repair=OTHERWISE
-        )
+        self.index = read_index(self.folder)
+        self.config = read_configuration(UNetConfiguration, self.folder / "unet" / "config.json")
         self._check_unet()
         self.family = self._family()
         self.asked_for = ASKED_FOR[self.family]
@@ -133,6 +137,7 @@ class PipelineModel:
         unet_class = {"UNet2DConditionModel": UNet2DConditionModel, "UNet2DModel": UNet2DModel}[
             self.config["_class_name"]
         ]
+        self._check_memory(unet_class)
         with self._loading("the UNet"):
             if self.source.random_weights:
                 with torch.random.fork_rng(devices=[]):
@@ -155,6 +160,17 @@ class PipelineModel:
         if self.source.loras:
             fuse_into_unet(self.source.loras, self.pipeline_class(), unet)
         return with_flat_conditions(unet).eval()
+
+    def _check_memory(self, unet_class: Any) -> None:
+        """Raise InputError where the float weights alone would not fit this machine's memory."""
+        with self._loading("the UNet's configuration"), torch.device("meta"):
+            unet = unet_class.from_config(self.config)
+        needed = 4 * sum(parameter.numel() for parameter in unet.parameters())
+        if needed > (free := psutil.virtual_memory().available):
+            raise InputError(
+                f"{self.name}: its UNet's float weights take {needed / 1e9:.1f} GB, and this "
+                f"machine has {free / 1e9:.1f} GB of memory left"
+            )
 
     def load_scheduler(self, name: str, **overrides: Any) -> Any:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""
@@ -322,7 +338,9 @@ class PipelineModel:
 
     def _pixels_per_latent(self) -> int:
         path = self.folder / "vae" / "config.json"
-        levels = len(read_json(path)["block_out_channels"]) if path.exists() else 4
+        if not path.exists():
+            return 8
+        levels = len(read_configuration(DecoderConfiguration, path)["block_out_channels"])
         return int(2 ** (levels - 1))
 
     def load_decoder(self) -> Any:
@@ -330,8 +348,8 @@ class PipelineModel:
         name = next((name for name in DECODERS if name in self.index), None)
         if name is None:
             return None
-        decoder_class = getattr(diffusers, self.index[name][1])
         with self._loading("the decoder"):
+            decoder_class = getattr(diffusers, self.index[name][1])
             if self.single_file is not None:
                 config = str(self._fetch_configurations())
                 decoder = decoder_class.from_single_file(
@@ -345,10 +363,9 @@ class PipelineModel:
 
     def scheduler_config(self) -> dict[str, Any]:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""
-        config: dict[str, Any] = read_json(
-            self.folder / "scheduler" / "scheduler_config.json", repair=OTHERWISE
+        return read_configuration(
+            SchedulerConfiguration, self.folder / "scheduler" / "scheduler_config.json"
         )
-        return config
 
     def _check_unet(self) -> None:
         name = self.config.get("_class_name")

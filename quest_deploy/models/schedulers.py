@@ -25,14 +25,22 @@ def make_scheduler(name: str, config: dict[str, Any]) -> Any:
 
     if name not in SCHEDULERS:
         raise InputError(f"unknown scheduler {name!r}: expected one of {', '.join(SCHEDULERS)}")
-    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+    try:
+        return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+    except Exception as e:  # diffusers raises whatever a configuration provokes
+        raise InputError(
+            f"the model's scheduler_config.json makes no {SCHEDULERS[name]} ({e})"
+        ) from e
 
 
 def set_steps(scheduler: Any, steps: int) -> None:
     """Choose ``steps`` timesteps; raise InputError where they leave the range the model was trained
     on, as an offset can make them.
     """
-    scheduler.set_timesteps(steps)
+    try:
+        scheduler.set_timesteps(steps)
+    except Exception as e:  # diffusers raises whatever a configuration provokes
+        raise InputError(f"{type(scheduler).__name__} cannot take {steps} steps ({e})") from e
     highest, trained = float(scheduler.timesteps.max()), scheduler.config.num_train_timesteps
     if highest >= trained:
         raise InputError(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from quest_deploy.backends.base import EngineOptions
 from quest_deploy.errors import InputError
-from quest_deploy.files import atomic_file
+from quest_deploy.files import atomic_file, read_bounded
 from quest_deploy.finetuning.distributed import is_main_process
 from quest_deploy.importers.settings import ImportSettings, Source
 from quest_deploy.progress import no_progress, progress_of
@@ -160,12 +160,9 @@ def _prompts(path: Sequence[str] | Path | None) -> tuple[str, ...] | None:
     """
     if not isinstance(path, Path):
         return None if path is None else tuple(path)
+    repair = "give a text file with a prompt a line"
     try:
-        if path.stat().st_size > _MAX_PROMPT_BYTES:
-            raise InputError(
-                f"{path}: expected a file of prompts of at most {_MAX_PROMPT_BYTES} bytes"
-            )
-        lines = path.read_text().splitlines()
+        lines = read_bounded(path, _MAX_PROMPT_BYTES, repair).decode().splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: expected a text file with a prompt a line ({e})") from e
     if prompts := tuple(line.strip() for line in lines if line.strip()):

@@ -120,6 +120,7 @@ class Stage(Generic[Options, Result]):
                     files, result = (work or self.module.work)(workspace, options, shown)
             except Exception:  # but an interruption is none
                 workspace.forget_start(name)
+                workspace.discard_if_unused()
                 raise
             details = cast("dict[str, Any]", result)
             workspace.record(name, inputs=inputs, options=recorded, files=files, details=details)

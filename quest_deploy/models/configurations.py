@@ -1,0 +1,95 @@
+"""What the toolchain reads in a pipeline's configuration files, with bounds: a damaged or hostile
+file is refused by name before it takes memory or time. Keys that only diffusers reads are its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from quest_deploy.artifacts.model_source import INDEX
+from quest_deploy.artifacts.schema import parse
+from quest_deploy.errors import InputError
+from quest_deploy.files import read_json
+from quest_deploy.models.registry import OTHERWISE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MOST_LEVELS = 8
+Channels = Annotated[int, Field(ge=1, le=2**14)]
+Side = Annotated[int, Field(ge=1, le=2**12)]
+Layers = Annotated[int, Field(ge=1, le=16)]
+Depth = Annotated[int, Field(ge=1, le=48)]
+Blocks = Annotated[tuple[str, ...], Field(min_length=1, max_length=MOST_LEVELS)]
+Item = TypeVar("Item")
+PerLevel = Annotated[tuple[Item, ...], Field(min_length=1, max_length=MOST_LEVELS)]
+
+
+class _Configuration(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+
+class UNetConfiguration(_Configuration):
+    """unet/config.json."""
+
+    class_name: str = Field(alias="_class_name")
+    sample_size: Side | tuple[Side, Side]
+    in_channels: Channels
+    out_channels: Channels
+    block_out_channels: PerLevel[Channels]
+    down_block_types: Blocks
+    up_block_types: Blocks
+    layers_per_block: Layers | PerLevel[Layers] = 2
+    transformer_layers_per_block: Depth | PerLevel[Depth | PerLevel[Depth]] = 1
+    attention_head_dim: Channels | PerLevel[Channels] | None = None
+    num_attention_heads: Channels | PerLevel[Channels] | None = None
+    cross_attention_dim: Channels | PerLevel[Channels] | None = None
+    norm_num_groups: Channels | None = 32
+    norm_eps: float = 1e-5
+    num_class_embeds: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    time_embedding_dim: Channels | None = None
+    projection_class_embeddings_input_dim: Channels | None = None
+    addition_time_embed_dim: Channels | None = None
+
+
+class SchedulerConfiguration(_Configuration):
+    """scheduler/scheduler_config.json."""
+
+    num_train_timesteps: Annotated[int, Field(ge=1, le=10**5)]
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+    beta_schedule: str = "linear"
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    steps_offset: Annotated[int, Field(ge=0, le=10**5)] = 0
+
+
+class DecoderConfiguration(_Configuration):
+    """vae/config.json."""
+
+    block_out_channels: PerLevel[Channels]
+
+
+Read = TypeVar("Read", bound=_Configuration)
+Part = tuple[str | None, str | None]
+
+
+def read_configuration(kind: type[Read], path: Path) -> dict[str, Any]:
+    """The content of a configuration file; raise InputError where it does not fit ``kind``."""
+    content: dict[str, Any] = read_json(path, repair=OTHERWISE)
+    parse(kind, content, str(path), OTHERWISE)
+    return content
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json: by the name of each part its library and class; raise InputError where it
+    is anything else.
+    """
+    path = folder / INDEX
+    content = read_json(path, repair=OTHERWISE)
+    if not isinstance(content, dict) or not isinstance(content.get("_class_name"), str):
+        raise InputError(f"{path}: expected a pipeline with its _class_name; {OTHERWISE}")
+    parts = {name: part for name, part in content.items() if isinstance(part, list)}
+    parse(dict[str, Part], parts, str(path), OTHERWISE)
+    return content
