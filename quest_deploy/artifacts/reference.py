@@ -6,15 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from quest_deploy.artifacts.schema import parse, validated
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.files import atomic_file, read_json, write_json
+from quest_deploy.files import atomic_file, read_json, sha256_of_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-VERSION = 5
+VERSION = 6
 """Of what the files hold: a stage that has run with another version's runs again."""
 INDEX = "reference.json"
 TABLES = "tables.safetensors"
@@ -30,7 +31,10 @@ HALF_TYPES = ("fp16", "bf16")
 """What an engine's activations may be besides FP32."""
 OUTPUT = "output"
 """What stands for a site's name where the model's output is meant."""
+MOST_SENSITIVITY = 2.0
+"""Two unrelated outputs of one size differ by the square root of 2, relative to either."""
 _REPAIR = "run `quest-deploy reference` again"
+Sensitivity = Annotated[float, Field(ge=0, le=MOST_SENSITIVITY, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,8 @@ class RecordEntry:
     file: str
     timesteps: tuple[float, float]
     buckets: tuple[int, int]
-    sensitivity: tuple[float, float] | None
-    half_sensitivity: dict[str, tuple[float, float]] | None
+    sensitivity: tuple[Sensitivity, Sensitivity] | None
+    half_sensitivity: dict[str, tuple[Sensitivity, Sensitivity]] | None
     sites: tuple[str, ...]
     products: tuple[str, ...]
 
@@ -101,13 +105,20 @@ class ReferenceIndex:
 
     @classmethod
     def read(cls, folder: Path) -> ReferenceIndex:
-        """Raise InputError where there is none, or it is damaged."""
+        """Raise InputError where there is none, or it is damaged or edited: what it says decides
+        verdicts.
+        """
         path = folder / INDEX
-        return parse(cls, read_json(path, repair=_REPAIR), str(path), _REPAIR)
+        content = read_json(path, repair=_REPAIR)
+        digest = content.pop("digest", None) if isinstance(content, dict) else None
+        if digest != sha256_of_json(content):
+            raise InputError(f"{path} was edited; {_REPAIR}")
+        return parse(cls, content, str(path), _REPAIR)
 
     def write(self, folder: Path) -> None:
         """Write the index, whole or not at all."""
-        write_json(folder / INDEX, asdict(self))
+        content = asdict(self)
+        write_json(folder / INDEX, {**content, "digest": sha256_of_json(content)})
 
 
 class StoredTensors(Mapping[str, "NDArray[Any]"]):

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from quest_deploy.artifacts.reference import (
     HALF_TYPES,
     INDEX,
+    MOST_SENSITIVITY,
     OUTPUT,
     FreeTables,
     IntegerTables,
@@ -42,7 +43,7 @@ from quest_deploy.artifacts.reference import (
     write_tables,
     write_tensors,
 )
-from quest_deploy.errors import InputError
+from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import sha256_of
 from quest_deploy.progress import no_progress
 from quest_deploy.quantization.affine_numpy import TIE_ULPS, tie_distance
@@ -144,6 +145,10 @@ def save_reference(
         buckets, sample = pairs[i], samples[i]
         inputs = _inputs(trajectories, timesteps[i], seed + i)
         output = model(**inputs)
+        if not torch.isfinite(output).all():
+            raise QuestDeployError(
+                f"the quantized model's output at timesteps {timesteps[i]} is not finite"
+            )
         sensitivity = (
             _sensitivity(model, inputs, output, seed + i) if i in with_sensitivity else None
         )
@@ -585,6 +590,6 @@ def _half_sensitivity(
 
 
 def _change(other: Tensor, output: Tensor) -> Tensor:
-    """The relative change of each sample's output, float32 [B]."""
+    """The relative change of each sample's output, float32 [B], up to ``MOST_SENSITIVITY``."""
     change: Tensor = (other - output).flatten(1).norm(dim=1) / output.flatten(1).norm(dim=1)
-    return change.float()
+    return change.float().clamp(max=MOST_SENSITIVITY)

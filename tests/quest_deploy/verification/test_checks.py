@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from exporters.graph_info import SITES_KEY
-from quest_deploy.artifacts.reference import INDEX, TABLES, load_reference
+from quest_deploy.artifacts.reference import TABLES, ReferenceIndex, load_reference
 from quest_deploy.backends.base import EngineOptions, Runner, SplitRunner, build_engine
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.backends.registry import get_backend
@@ -512,10 +512,11 @@ def test_a_tolerance_that_says_nothing_is_called_so(
     assert verification.end_to_end_informative is (verification.end_to_end_tolerance <= 0.05)
     shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
     for sensitivity, informative in ((0.024, True), (0.026, False)):
-        index = json.loads((mini_reference / INDEX).read_text())
-        for record in index["records"]:
-            record["sensitivity"] = [sensitivity] * 2
-        (tmp_path / INDEX).write_text(json.dumps(index))
+        index = ReferenceIndex.read(mini_reference)
+        records = tuple(
+            dataclasses.replace(record, sensitivity=(sensitivity,) * 2) for record in index.records
+        )
+        dataclasses.replace(index, records=records).write(tmp_path)
         found = verify_engine(
             get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path
         )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quest_deploy.artifacts.reference import INDEX, TABLES, Record, load_reference
+from quest_deploy.artifacts.reference import (
+    INDEX,
+    TABLES,
+    Record,
+    RecordEntry,
+    ReferenceIndex,
+    load_reference,
+)
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.errors import InputError
 from quest_deploy.quantization.model import QuantizedModel
@@ -351,3 +359,16 @@ def test_a_size_that_the_model_cannot_take_or_that_was_not_recorded_is_refused(
         InputError, match="--sample-size: expected multiples of 2 up to the recorded"
     ):
         save_reference(model, small_trajectories, tmp_path, sample_size=size)
+
+
+@pytest.mark.parametrize("sensitivity", [9.9, float("nan"), -0.1])
+def test_an_edited_sensitivity_never_becomes_a_tolerance(
+    mini_reference: Path, tmp_path: Path, sensitivity: float
+) -> None:
+    index = json.loads((mini_reference / INDEX).read_text())
+    index["records"][0]["sensitivity"][0] = sensitivity
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match=INDEX):
+        ReferenceIndex.read(tmp_path)
+    with pytest.raises(InputError, match="sensitivity"):
+        RecordEntry("a", (1.0, 2.0), (0, 1), (sensitivity, 0.1), None, (), ())
