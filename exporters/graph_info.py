@@ -8,10 +8,12 @@ cut a layer out of what was built.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import onnx_ir as ir
 
 from quest_deploy.artifacts.schema import parse, validated
@@ -145,37 +147,45 @@ def load_graph(path: Path) -> ir.Model:
     """Load an ONNX file (with its external data); raise InputError where it, or the file of its
     weights, is missing or damaged.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: expected an ONNX file, found another kind of file")
     try:
         model = ir.load(path)
     except FileNotFoundError as e:
         raise InputError(f"{path} does not exist; run `quest-deploy export` first") from e
     except Exception as e:  # protobuf raises its own, differing by implementation
         raise InputError(f"{path}: not a readable ONNX file ({type(e).__name__}: {e})") from e
-    _check_weights(model)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _mapped(value.const_value, path)
     return model
 
 
-def _check_weights(model: ir.Model) -> None:
-    """Weights are read when they are used, so a file that is cut off would be noticed late, by
-    whatever uses them.
+def _mapped(tensor: ir.ExternalTensor, graph: Path) -> ir.TensorProtocol:
+    """A tensor of the file beside ``graph``, mapped into memory here: onnx-ir refuses a file that
+    is a link or has hard links, as caches and copies make them. What lies elsewhere is refused.
     """
-    ends: dict[Path, int] = {}
-    for value in model.graph.initializers.values():
-        if isinstance(tensor := value.const_value, ir.ExternalTensor):
-            path = Path(tensor.path)
-            ends[path] = max(ends.get(path, 0), (tensor.offset or 0) + (tensor.length or 0))
-    for path, end in ends.items():
-        found = path.stat().st_size if path.is_file() else None
-        if found is None or found < end:
-            state = (
-                "is missing"
-                if found is None
-                else f"is cut off (expected {end} bytes, found {found})"
-            )
-            raise InputError(
-                f"{path}, which holds the graph's weights, {state}; make the graph again, or copy "
-                "both of its files"
-            )
+    location, repair = str(tensor.location), "make the graph again, or copy both of its files"
+    file = graph.parent / location
+    if Path(location).name != location:
+        raise InputError(f"{graph}: expected its weights in a file beside it, found {location}")
+    size = file.stat().st_size if file.is_file() else None
+    if size is None:
+        raise InputError(f"{file}, which holds the graph's weights, is missing; {repair}")
+    packed, shape = tensor.dtype.bitwidth < 8, tensor.shape.numpy()
+    length, offset = (math.prod(shape) * tensor.dtype.bitwidth + 7) // 8, tensor.offset or 0
+    if tensor.length not in (None, length) or offset < 0 or size < offset + length:
+        raise InputError(
+            f"{file}, which holds the graph's weights, is cut off or another's (expected "
+            f"{length} bytes at {offset} for {tensor.name}, found {size} in all); {repair}"
+        )
+    if not length:
+        return ir.Tensor(np.empty(shape, tensor.dtype.numpy()), tensor.dtype, name=tensor.name)
+    raw = np.memmap(file, np.uint8, "r", offset, length)
+    if packed:
+        return ir.PackedTensor(raw, tensor.dtype, shape=ir.Shape(shape), name=tensor.name)
+    array = raw.view(tensor.dtype.numpy()).reshape(shape)
+    return ir.Tensor(array, tensor.dtype, name=tensor.name)
 
 
 def save_graph(model: ir.Model, path: Path) -> None:

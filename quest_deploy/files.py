@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import stat
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -119,6 +120,22 @@ def open_regular(path: Path) -> io.BufferedReader[io.FileIO]:
         os.close(descriptor)
         raise InputError(f"{path}: expected a regular file, found another kind of file")
     return io.BufferedReader(io.FileIO(descriptor))
+
+
+def check_archive(path: Path) -> None:
+    """Raise InputError where a file that torch.save wrote would take more memory than it has bytes:
+    it writes nothing compressed, and a few compressed megabytes could fill any machine.
+    """
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if not zipfile.is_zipfile(stream):
+            return  # in the format of before, whose tensors lie in the file as they are
+        with zipfile.ZipFile(stream) as archive:
+            entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or size < sum(
+        entry.file_size for entry in entries
+    ):
+        raise InputError(f"{path}: expected an archive without compression, as torch.save writes")
 
 
 def read_bounded(path: Path, most: int, repair: str) -> bytes:

@@ -129,6 +129,9 @@ def fingerprint(path: Path) -> str:
     and text file. Weights that were trained further differ everywhere; an edit of single weights
     may go unseen.
     """
+    strange = next((p for p in (path, *path.rglob("*")) if p.exists() and not _is_plain(p)), None)
+    if strange is not None:
+        raise InputError(f"{strange}: expected files and folders, found a pipe or a device")
     files = (
         [path]
         if path.is_file()
@@ -145,6 +148,10 @@ def fingerprint(path: Path) -> str:
         name = file.name if file == path else str(file.relative_to(path))
         digest.update(f"{name}\0{file.stat().st_size}\0".encode() + content)
     return digest.hexdigest()
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() or path.is_dir()
 
 
 def _hidden(path: Path) -> bool:

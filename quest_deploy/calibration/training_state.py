@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quest_deploy.errors import InputError
-from quest_deploy.files import atomic_file
+from quest_deploy.files import atomic_file, check_archive
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,6 +53,7 @@ class TrainingState:
                 may be ignored.
         """
         try:
+            check_archive(path)
             with zipfile.ZipFile(path) as archive:
                 damaged = (
                     archive.testzip()

@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quest_deploy.errors import InputError
+from quest_deploy.files import open_regular
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -40,18 +43,20 @@ class TargetStream:
     def read(self, step: int) -> list[Tensor] | None:
         """The targets of ``step``, float32, or None where the file does not hold them whole."""
         try:
-            with self.path.open("rb") as stream:
+            with open_regular(self.path) as stream:
                 header = json.loads(stream.readline(_LONGEST_HEADER))
                 if header["key"] != self.key or step < header["first"]:
                     return None
                 sizes = [math.prod(shape) for shape in header["shapes"]]
+                if 4 * sum(sizes) > self.path.stat().st_size:
+                    return None
                 payload = bytearray(4 * sum(sizes))
                 stream.seek((step - header["first"]) * (len(payload) + _CHECKSUM_BYTES), 1)
                 if stream.readinto(payload) != len(payload) or stream.read(
                     _CHECKSUM_BYTES
                 ) != _checksum(step, payload):
                     return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, InputError):
             return None
         parts = torch.frombuffer(payload, dtype=torch.float32).split(sizes)
         return [part.view(shape) for part, shape in zip(parts, header["shapes"], strict=True)]

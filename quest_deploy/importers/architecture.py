@@ -17,6 +17,7 @@ import yaml
 
 from quest_deploy.artifacts.scheme import TRAIN_TIMESTEPS
 from quest_deploy.errors import InputError
+from quest_deploy.files import read_bounded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +27,7 @@ GROUPS = 32
 BETAS = (0.00085, 0.012)
 """Stable Diffusion's noise schedule, where the configuration names none."""
 MOST_TIMESTEPS = 100_000
+_MOST_BYTES = 2**20
 _REQUIRED = (
     "image_size",
     "in_channels",
@@ -534,7 +536,7 @@ class _Walk:
 
 
 def _parse(path: Path) -> Any:
-    text = path.read_text()
+    text = read_bounded(path, _MOST_BYTES, "give the UNet's configuration").decode()
     if path.suffix == ".json":
         return json.loads(text)
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quest_deploy.errors import InputError
+from quest_deploy.files import check_archive
 from quest_deploy.importers.architecture import Layout
 from quest_deploy.importers.settings import ImportSettings, Source
 
@@ -116,7 +117,10 @@ def read(path: Path, config: UNetConfig, settings: ImportSettings) -> OfficialCh
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except FileNotFoundError as e:
         raise InputError(f"{path} does not exist") from e
     except (

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from quest_deploy.errors import InputError
+from quest_deploy.files import check_archive
 from quest_deploy.models.conditions import (
     ClassLabels,
     ClassTokens,
@@ -443,8 +444,11 @@ def _architecture_in(path: Path) -> str:
     ours or cannot be read safely.
     """
     try:
+        check_archive(path)
         with _quiet():
             kind = infer_diffusers_model_type(load_single_file_checkpoint(str(path)))
+    except InputError:
+        raise
     except Exception as e:
         raise InputError(
             f"{path}: it cannot be read as tensors alone (weights_only); convert it to "
