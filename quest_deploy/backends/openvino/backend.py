@@ -159,7 +159,7 @@ def compile_graph(
     if options.threads:
         config["INFERENCE_NUM_THREADS"] = options.threads
     try:
-        model = core.read_model(path)
+        model = core.read_model(path.resolve())  # it follows no links out of a folder
         if shapes is not None:
             model.reshape({name: list(shape) for name, shape in shapes})
         _forward_halves(model)
