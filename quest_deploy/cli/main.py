@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import re
 import signal
 import sys
 from typing import Any, NoReturn, cast
@@ -32,6 +34,7 @@ from quest_deploy.cli.schedule import schedule
 from quest_deploy.cli.sensitivity import sensitivity
 from quest_deploy.cli.verify import verify
 from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.files import TEMPORARY_PREFIX
 
 INTERRUPTED = 130
 TORCH_EXTRA = frozenset(
@@ -95,9 +98,11 @@ def main() -> None:
     # ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    _open_standard_streams()
     try:
         with messages():
             code = app(standalone_mode=False)
+        sys.stdout.flush()  # a full disk is told here, not by the interpreter's last words
     except typer.TyperException as e:  # a usage error
         rich_format_error(cast(Any, e))
         _end(e.format_message(), e.exit_code)
@@ -113,10 +118,13 @@ def main() -> None:
             InputError.exit_code,
         )
     except BrokenPipeError:
+        _discard_output()
         sys.exit(1)
     except OSError as e:
         reason = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
-        _fail(f"{reason}: {e.filename}" if e.filename else reason, 1)
+        # What the user knows is the file, not what it is called until it is whole.
+        name = re.sub(rf"{re.escape(TEMPORARY_PREFIX)}(\d+-|staged/)", "", str(e.filename))
+        _fail(f"{reason}: {name}" if e.filename else reason, 1)
     except MemoryError:
         _fail("out of memory", 1)
     if code == INTERRUPTED:
@@ -127,6 +135,27 @@ def main() -> None:
     sys.exit(code)
 
 
+def _open_standard_streams() -> None:
+    """Have all three open: a file that is opened where one was closed would take its number, and
+    what a library prints. A name that is no UTF-8 is printed with its bytes escaped.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """Keep the interpreter from writing what could not be written once more when it ends."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     _end(message, code)
@@ -134,5 +163,8 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _end(message: str, code: int) -> NoReturn:
     if "--json" in sys.argv:
-        print(json.dumps({"error": message, "exit_code": code}))
+        try:
+            print(json.dumps({"error": message, "exit_code": code}), flush=True)
+        except OSError:  # whatever filled standard output
+            _discard_output()
     sys.exit(code)

@@ -1,0 +1,59 @@
+"""Standard streams that are closed, full or of another encoding."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.quest_deploy.conftest import Chain
+
+PROGRAM = [sys.executable, "-m", "quest_deploy"]
+
+
+def run(*arguments: str, shell: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the program through a shell, which redirects its streams as ``shell`` says."""
+    return subprocess.run(
+        ["sh", "-c", f'exec "$@" {shell}', "sh", *PROGRAM, *arguments],
+        capture_output=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize("json_flag", [[], ["--json"]])
+def test_a_full_standard_output_is_a_failed_job_with_one_message(
+    mini_chain: Chain, json_flag: list[str]
+) -> None:
+    ended = run("inspect", str(mini_chain.root / "unet.onnx"), *json_flag, shell="> /dev/full")
+    assert ended.returncode == 1
+    assert ended.stderr.count(b"\n") == 1
+    assert ended.stderr.startswith(b"error: ")
+
+
+def test_a_closed_standard_error_changes_nothing_in_the_result(mini_chain: Chain) -> None:
+    arguments = ("inspect", str(mini_chain.root / "unet.onnx"), "--json")
+    closed = run(*arguments, shell="2>&-")
+    assert (closed.returncode, closed.stderr) == (0, b"")
+    assert json.loads(closed.stdout) == json.loads(run(*arguments).stdout)
+
+
+def test_closed_streams_leave_a_workspace_whole(mini_chain: Chain) -> None:
+    ended = run("schedule", "-w", str(mini_chain.root), "--steps", "3", shell="<&- >&- 2>&-")
+    assert ended.returncode in (0, 1)  # the chain's workspace is held by this process
+    manifest = json.loads((mini_chain.root / "manifest.json").read_text())
+    assert manifest["format"] == "quest-deploy workspace"
+
+
+def test_a_name_that_the_locale_cannot_write_is_printed_all_the_same(tmp_path: Path) -> None:
+    strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xc3\xa4\xff"))
+    ended = run("inspect", str(strange), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(b"error: ")
+    assert b"Traceback" not in ended.stderr
