@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from exporters.exactness import Exactness
     from quest_deploy.progress import Progress
 
+# Since 1.29 its packages send the names and hashes of models to Microsoft unless told not to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",

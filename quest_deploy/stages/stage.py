@@ -7,6 +7,9 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import shutil
+import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -14,7 +17,7 @@ from quest_deploy.progress import no_progress, progress_of
 from quest_deploy.stages.options import EngineStageOptions, StageOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from quest_deploy.artifacts.workspace import Workspace
@@ -116,7 +119,7 @@ class Stage(Generic[Options, Result]):
             if self.long:
                 workspace.start(name, recorded)
             try:
-                with progress_of(progress, name) as shown:
+                with progress_of(progress, name) as shown, _scratch_in(workspace.new("scratch")):
                     files, result = (work or self.module.work)(workspace, options, shown)
             except Exception:  # but an interruption is none
                 workspace.forget_start(name)
@@ -128,6 +131,20 @@ class Stage(Generic[Options, Result]):
             for left in self.state:
                 workspace.remove(left)
             return cast("Result", result)
+
+
+@contextmanager
+def _scratch_in(folder: Path) -> Iterator[None]:
+    """Have temporary files lie in ``folder``, where the next command clears away what a killed one
+    leaves.
+    """
+    folder.mkdir()
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def as_recorded(options: StageOptions) -> dict[str, Any]:

@@ -194,7 +194,9 @@ def _environment(server: Server) -> dict[str, str]:
     libraries = os.pathsep.join(
         [*map(str, server.libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     )
-    return {**os.environ, "PATH": path, "LD_LIBRARY_PATH": libraries}
+    # Since 1.29 onnxruntime sends the names and hashes of models to Microsoft unless told not to.
+    quiet = {"ORT_DISABLE_TELEMETRY": os.environ.get("ORT_DISABLE_TELEMETRY", "1")}
+    return {**os.environ, "PATH": path, "LD_LIBRARY_PATH": libraries, **quiet}
 
 
 def _die_with_parent() -> None:
