@@ -31,7 +31,8 @@ from quest_deploy.backends.base import processor_name
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.files import atomic_file, write_json
 from quest_deploy.models.schedulers import SCHEDULERS
-from quest_deploy.serving.triton.package import TritonOptions, write_package
+from quest_deploy.serving.triton.options import TritonOptions
+from quest_deploy.serving.triton.package import write_package
 from quest_deploy.serving.triton.server import PackageServer, missing_server
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.evaluation.sampling import sample_images
 from quest_deploy.models.tiny import TinyModel
-from quest_deploy.serving.triton.package import MODELS
+from quest_deploy.serving.triton.layout import MODELS
 from quest_deploy.serving.triton.server import PackageServer, missing_server
 from scripts.bench import bench_serving as script
 from tests.quest_deploy.support import cli
