@@ -13,13 +13,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from exporters.graph_info import SITES_KEY
+from exporters.torch_to_qdq import portable_graph
 from quest_deploy.artifacts.reference import INDEX, TABLES, load_reference
 from quest_deploy.backends.base import EngineOptions, Runner, SplitRunner, build_engine
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.cli import descriptions
 from quest_deploy.errors import InputError
+from quest_deploy.quantization.model import QuantizedModel
+from quest_deploy.verification import reference
 from quest_deploy.verification.checks import Verification, verify_engine
+from quest_deploy.verification.reference import save_reference
 from quest_deploy.verification.tolerances import LAYER_TOLERANCE, relative_error
 from tests.quest_deploy.support import change, initializer, set_initializer, strict_json
 
@@ -31,7 +35,6 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.checkpoint import Checkpoint
     from quest_deploy.calibration.trajectories import Trajectories
-    from quest_deploy.quantization.model import QuantizedModel
 
 BACKENDS = ("onnxruntime", "openvino")
 SLOW_ON_OPENVINO = ("onnxruntime", pytest.param("openvino", marks=pytest.mark.slow))
@@ -349,8 +352,6 @@ def sampled(
     """A reference of the six-bucket model whose three records hold a part of the sites each, and
     the widest layer's in none.
     """
-    from quest_deploy.quantization.model import QuantizedModel
-    from quest_deploy.verification import reference
 
     folder = tmp_path_factory.mktemp("sampled")
     with pytest.MonkeyPatch.context() as patch:
@@ -368,7 +369,6 @@ def verify_sampled(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Verification]:
     """As ``verify_changed``, on onnxruntime and against the reference of a sample."""
-    from exporters.torch_to_qdq import portable_graph
 
     proto = ir.to_proto(
         portable_graph(mini_checkpoints(6), next(mini_trajectories.batches(2)), "ab" * 32)
@@ -484,7 +484,6 @@ def test_real_activations_on_ties_are_no_problem_for_segments(
     tmp_path: Path,
     backend: str,
 ) -> None:
-    from quest_deploy.verification.reference import save_reference
 
     site = mini_quantized.site_quantizers()["conv_in"]
     step = site.step(mini_trajectories.sample[0], mini_quantized.edges.new_zeros(4).long())
