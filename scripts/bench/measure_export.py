@@ -279,8 +279,7 @@ def _print(name: str, cost: Cost) -> None:
     )
     print(
         f"{name:<12} {cost.seconds:6.1f} s {cost.cpu_seconds:6.1f} CPU s{call}, peak "
-        f"{cost.peak_gib:.2f} GiB, "
-        f"{cost.bytes / 1e6:.1f} MB, {cost.nodes} nodes",
+        f"{cost.peak_gib:.2f} GiB, {cost.bytes / 1e6:.1f} MB, {cost.nodes} nodes",
         flush=True,
     )
 

@@ -84,8 +84,7 @@ def find_plan(
     if guidable and built.max_batch < 2:
         raise InputError(
             f"the plan in {folder} takes batches of {built.max_batch}, and an image with guidance "
-            "is two rows; "
-            "run `quest-deploy build-engine` again with --max-batch 2 or more"
+            "is two rows; run `quest-deploy build-engine` again with --max-batch 2 or more"
         )
     if options.io_dtype != "fp32" or not alone:
         why = (

@@ -200,8 +200,7 @@ def _problems(
     ]
     problems += [
         f"bucket {b.bucket}: end-to-end error {b.end_to_end_error:.1e} at t = {b.timestep:g}, "
-        "above "
-        f"{tolerance:.1e}"
+        f"above {tolerance:.1e}"
         for b in buckets
         if not b.end_to_end_error <= tolerance
     ]
