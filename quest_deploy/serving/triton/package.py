@@ -74,6 +74,7 @@ def write_package(
 
         progress("UNet", 0, total)
         signatures["unet"] = write_unet(layout, graph)
+        del graph  # its weights are large
         if pipeline_model is not None and of_text:
             progress("text encoder", len(signatures), total)
             pipeline = pipeline_model.load_pipeline(vae=None)
