@@ -100,8 +100,7 @@ class Trajectories:
         except (OSError, SafetensorError, KeyError, ValueError) as e:
             raise InputError(
                 f"{path}: not readable calibration trajectories ({e}); run `quest-deploy "
-                "calibrate` "
-                "again"
+                "calibrate` again"
             ) from e
 
     def _check(self) -> None:

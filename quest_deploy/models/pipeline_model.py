@@ -275,8 +275,7 @@ class PipelineModel:
         except InputError as e:
             raise InputError(
                 f"{self.single_file} holds no tokenizer, which is taken from {known.repository}: "
-                f"{e}; "
-                "or convert the file to a diffusers folder"
+                f"{e}; or convert the file to a diffusers folder"
             ) from e
 
     @property

@@ -131,8 +131,7 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         if wanted:
             raise InputError(
                 f"the engine does not compute {', '.join(sorted(wanted))}: ControlNet, "
-                "T2I-Adapter, "
-                "IP-Adapter and attention arguments "
+                "T2I-Adapter, IP-Adapter and attention arguments "
                 "are no part of its graph (LoRAs are: give them to `quest-deploy calibrate --lora`)"
             )
         given = {

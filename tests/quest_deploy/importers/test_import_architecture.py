@@ -93,9 +93,14 @@ def test_an_ldm_yaml_and_the_parameters_as_json_mean_the_same_unet(tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"channel_mult": None}, "channel_mult: expected a list"),
+        ({"channel_mult": None}, "channel_mult: expected"),
         ({"resblock_updown": True}, "resblock_updown: with spatial transformers only False"),
-        ({"use_scale_shift_norm": 1}, "use_scale_shift_norm: expected true or false"),
+        ({"use_scale_shift_norm": 1}, "use_scale_shift_norm: expected"),
+        ({"channel_mult": []}, "channel_mult"),
+        ({"attention_resolutions": [4, "2"]}, "attention_resolutions"),
+        ({"transformer_depth": 0}, "transformer_depth: expected"),
+        ({"num_heads": 0}, "num_heads"),
+        ({"in_channels": 4.0}, "in_channels: expected"),
         ({"num_classes": 1000}, "num_classes: 1000 is not supported"),
         ({"dim_heads": 3}, "unknown \\['dim_heads'\\]"),
         ({"context_dim": None}, "context_dim: expected the size"),
@@ -121,7 +126,7 @@ def test_a_unet_that_is_not_covered_is_refused(change: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("around", "message"),
     [
-        ({"image_size": "x"}, "image_size: expected a positive integer"),
+        ({"image_size": "x"}, "image_size: expected"),
         ({"timesteps": "x"}, "timesteps: expected an integer from 1"),
         ({"timesteps": 0}, "timesteps: expected an integer from 1"),
         ({"linear_start": "x"}, "linear_start: expected a variance between 0 and 1"),
