@@ -604,7 +604,7 @@ def package(
         processor,
     )
     opened = open_workspace(workspace, model, bits)
-    with progress_of(progress, "package") as shown:
+    with opened.reading(), progress_of(progress, "package") as shown:
         write_package = import_module("quest_deploy.serving.triton.package").write_package
         details: dict[str, Any] = write_package(opened, triton, options, shown)
     if not details["plan"]:

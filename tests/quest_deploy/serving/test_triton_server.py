@@ -4,6 +4,8 @@ requests, failures.
 
 from __future__ import annotations
 
+import importlib.util
+import marshal
 import os
 import re
 import shutil
@@ -77,10 +79,33 @@ def package(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def plant_bytecode(package: Path, mark: Path) -> None:
+    """Put bytecode beside each of the package's modules that leaves ``mark`` when it is run and
+    does not look at its source.
+    """
+    code = compile(f"open({str(mark)!r}, 'w').close()\n", "planted", "exec")
+    header = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8)
+    modules = [*(package / "models").rglob("*.py"), *(package / "backends_cpu").rglob("*.py")]
+    assert len(modules) > 2
+    for module in modules:
+        planted = Path(importlib.util.cache_from_source(module))
+        planted.parent.mkdir(exist_ok=True)
+        planted.write_bytes(header + marshal.dumps(code))
+
+
+def test_bytecode_that_was_planted_in_a_package_is_not_run(
+    client: Any, server: PackageServer
+) -> None:
+    assert draw(client, **some_requests()[0]).size
+    assert not server.log.with_name("mark").exists()
+
+
 @pytest.fixture(scope="module")
 def server(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackageServer]:
-    """It, served."""
-    with PackageServer(package, tmp_path_factory.mktemp("log") / "server.log") as made:
+    """It, served, after somebody planted bytecode in it."""
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    plant_bytecode(package, log.with_name("mark"))
+    with PackageServer(package, log) as made:
         yield made
 
 

@@ -144,6 +144,12 @@ def check_files() -> None:
     """End with a message where a model, plugin or program of the package is not as `quest-deploy
     package` wrote it, or was added.
     """
+    # Python would run the bytecode of an earlier time, or of somebody else, which no hash covers.
+    for folder in list(PACKAGE.rglob("__pycache__")):
+        try:
+            folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+        except OSError as e:
+            sys.exit(f"error: {folder} cannot be removed ({e.strerror}); remove it")
     listed = json.loads((PACKAGE / "package.json").read_text())["files"]
     for name, digest in listed.items():
         path = PACKAGE / name
@@ -155,9 +161,7 @@ def check_files() -> None:
     for folder in ("models", "plugins", "backends_cpu"):
         for path in (PACKAGE / folder).rglob("*"):
             name = path.relative_to(PACKAGE)
-            allowed = (
-                path.name == "config.pbtxt" or "__pycache__" in name.parts or str(name) in listed
-            )
+            allowed = path.name == "config.pbtxt" or str(name) in listed
             if not allowed and (path.is_symlink() or not path.is_dir()):
                 sys.exit(
                     f"error: {path} is none of the files that were packaged; remove it, or run "
