@@ -43,7 +43,8 @@ from exporters.passes.cut import (
 )
 from exporters.passes.to_dtype import HALF_TYPES
 from quest_deploy.artifacts.reference import OUTPUT, Key, load_reference
-from quest_deploy.backends.base import LOWERED, EngineOptions, open_engine
+from quest_deploy.backends.base import LOWERED, open_engine
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.errors import InputError
 from quest_deploy.progress import no_progress
 from quest_deploy.quantization import affine_numpy

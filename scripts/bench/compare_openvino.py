@@ -30,9 +30,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from quest_deploy.backends.base import EngineOptions, input_shapes, processor_name
+from quest_deploy.backends.base import input_shapes, processor_name
 from quest_deploy.backends.openvino.backend import compile_graph
 from quest_deploy.backends.openvino.precision import runtime_info
+from quest_deploy.backends.options import EngineOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -135,7 +135,8 @@ def mini_engines(
     """The engine folder of ``mini_proto`` by backend; not to be changed."""
     import onnx_ir as ir
 
-    from quest_deploy.backends.base import EngineOptions, build_engine
+    from quest_deploy.backends.base import build_engine
+    from quest_deploy.backends.options import EngineOptions
     from quest_deploy.backends.registry import get_backend
 
     built: dict[str, Path] = {}

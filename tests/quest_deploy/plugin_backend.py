@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from exporters.lowering import tensorrt
 from exporters.ops.timestep_quantize import OP_TYPE, function_body
-from quest_deploy.backends.base import PLUGIN
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
+from quest_deploy.backends.options import PLUGIN
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from quest_deploy.backends.base import EngineOptions
+    from quest_deploy.backends.options import EngineOptions
 
 
 class PluginOnTheCpu(OnnxRuntimeBackend):

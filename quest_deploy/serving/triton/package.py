@@ -20,14 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from quest_deploy import __version__
 from quest_deploy.artifacts.workspace import ENGINES, GRAPH
-from quest_deploy.backends.base import (
-    LOWERED,
-    NATIVE_PROCESSOR,
-    PROCESSORS,
-    EngineOptions,
-    EngineRecord,
-    engine_info,
-)
+from quest_deploy.backends.base import LOWERED, EngineRecord, engine_info
+from quest_deploy.backends.options import NATIVE_PROCESSOR, PROCESSORS, EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.backends.tensorrt.plugin import recorded_library
@@ -214,7 +208,7 @@ class Plan:
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Heights and widths of the samples that it takes; empty for the model's own."""
-        return self.options.sample_sizes
+        return tuple(self.options.sample_size)
 
 
 def _plan(
@@ -482,7 +476,7 @@ class Writer:
         chosen = replace(
             self.plan.options,
             max_batch=max_batch,
-            sample_sizes=sizes,
+            sample_size=sizes,
             dtype="fp32",
             quantize="native",
             plugins=None,

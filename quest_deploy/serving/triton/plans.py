@@ -12,7 +12,8 @@ from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
-    from quest_deploy.backends.base import Backend, EngineOptions
+    from quest_deploy.backends.base import Backend
+    from quest_deploy.backends.options import EngineOptions
 
 FLOAT_INPUTS = ("timestep", "time_ids")
 """FP32 whatever the others are: rounded to FP16, a timestep can land in another bucket."""

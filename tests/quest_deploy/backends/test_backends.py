@@ -15,7 +15,6 @@ from exporters.passes.cut import cut_segments
 from quest_deploy.backends.base import (
     ENGINE_FILE,
     LOWERED,
-    EngineOptions,
     Runner,
     SplitRunner,
     build_engine,
@@ -23,6 +22,7 @@ from quest_deploy.backends.base import (
     open_engine,
 )
 from quest_deploy.backends.openvino.backend import fusing_crashes
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.backends.tensorrt.base import DEFAULT_CAPABILITIES, ENGINE
 from quest_deploy.errors import InputError, QuestDeployError
@@ -85,7 +85,7 @@ def rtx(
         get_backend("tensorrt-rtx"),
         ir.from_proto(mini_proto),
         folder,
-        EngineOptions(compute_capabilities=("89",), max_batch=4),
+        EngineOptions(compute_capability=("89",), max_batch=4),
         "cd" * 32,
         lambda *progress: calls.append(progress),
     )
@@ -363,7 +363,7 @@ def test_an_unknown_compute_capability_is_refused_with_the_known_ones(capability
         InputError, match=f"unknown compute capability '{capability}'.*builds for .*89"
     ):
         get_backend("tensorrt-rtx").check_build(
-            EngineOptions(compute_capabilities=("89", capability))
+            EngineOptions(compute_capability=("89", capability))
         )
 
 

@@ -15,9 +15,10 @@ from exporters.lowering.openvino import lower
 from quest_deploy.artifacts.checkpoint import Checkpoint, ProductData, SiteData
 from quest_deploy.artifacts.scheme import Symmetry
 from quest_deploy.backends import exactness
-from quest_deploy.backends.base import EngineOptions, build_engine, integer_instructions
+from quest_deploy.backends.base import build_engine, integer_instructions
 from quest_deploy.backends.exactness import measured
 from quest_deploy.backends.openvino.backend import OpenVinoBackend, compile_graph
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.errors import InputError
 from quest_deploy.evaluation.precision import engine_precision, graph_precision
 from tests.helpers import WITH_VNNI, hand_checkpoint, inserted, numpy_product, relative_error
