@@ -75,6 +75,11 @@ def parse_patterns(text: str) -> tuple[str, ...]:
     return ("*",) if text == "all" else parse_list(text)
 
 
+def parse_layers(text: str) -> tuple[str, ...] | str:
+    """The patterns, as of :func:`parse_patterns`, or ``AUTO``."""
+    return text if text == AUTO else parse_patterns(text)
+
+
 def read_prompts(path: Path) -> tuple[str, ...]:
     """The prompts of a text file, one a line; raise InputError where it cannot be read or has
     none.
@@ -302,7 +307,7 @@ class FinetuneOptions(StageOptions):
             f"({REPORTS}/{SENSITIVITY_REPORT} picks them).",
             default="the model family's",
             text=str,
-            parse=lambda text: text if text == AUTO else parse_patterns(text),
+            parse=parse_layers,
             recorded="sensitive_layers",
         ),
     ] = None

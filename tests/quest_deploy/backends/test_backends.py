@@ -293,19 +293,6 @@ def test_what_a_runtime_refuses_is_one_error(backend: str, tmp_path: Path) -> No
     assert caught.value.exit_code == 1
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"provider": "rocm"}, "unknown provider 'rocm'"),
-        ({"threads": -1}, "threads"),
-        ({"max_batch": 0}, "largest batch 1 or more"),
-    ],
-)
-def test_options_that_cannot_work_are_refused(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        EngineOptions(**options)
-
-
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_provider_that_onnxruntime_lacks_here_is_an_input_error(
     engine: Path, provider: str, monkeypatch: pytest.MonkeyPatch

@@ -211,7 +211,7 @@ def test_run_goes_on_with_the_options_of_what_was_interrupted(
 
 def test_run_refuses_an_unknown_method_before_it_makes_a_workspace(tmp_path: Path) -> None:
     ended = cli("run", "-w", tmp_path / "w", "--method", "median")
-    assert (ended.code, "unknown calibration method 'median'" in ended.message) == (2, True)
+    assert (ended.code, "--method" in ended.message) == (2, True)
     assert not (tmp_path / "w").exists()
 
 
