@@ -127,7 +127,7 @@ class EngineOptions(Options):
     dtype: Annotated[
         str,
         Option(
-            f"What is computed in besides integers: {', '.join(DTYPES)}; openvino takes fp32 "
+            f"The precision of the non-quantized ops: {', '.join(DTYPES)}; openvino takes fp32 "
             "and bf16.",
             choices=DTYPES,
             limits={"openvino": ("fp32", "bf16"), "onnxruntime --provider cpu": ("fp32",)},

@@ -67,21 +67,21 @@ def parse_numbers(text: str) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Options):
-    """What Python's callers give alone, who have no console."""
+    """The parameter that Python's callers give alone: a command shows its progress itself."""
 
     progress: Progress | Display = no_progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfWorkspace(Arguments):
-    """Where the workspace is."""
+    """The parameters of what is about a workspace."""
 
     workspace: Annotated[Place, WORKSPACE] = field(default=None, kw_only=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnWorkspace(OfWorkspace):
-    """Of what works on a workspace that is there."""
+    """The parameters of what works on a workspace that is there."""
 
     model: ModelOption = None
     bits: BitsOption = None
@@ -97,7 +97,7 @@ class OnWorkspace(OfWorkspace):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments(SchemeChoices, ModelChoices, OfWorkspace):
-    """Of what makes a workspace where there is none."""
+    """The parameters of ``export``, and of all that makes a workspace where there is none."""
 
     def opened(self, *, split_shortcuts: bool = False) -> Workspace:
         """The workspace; raise InputError where it is not of this model or scheme.
@@ -115,7 +115,7 @@ class ExportArguments(SchemeChoices, ModelChoices, OfWorkspace):
 
 @dataclass(frozen=True, kw_only=True)
 class FromModel(ExportArguments):
-    """The same, of a model."""
+    """The same, the model first."""
 
     workspace: Annotated[Place, WORKSPACE] = None
     model: ModelOption = field(default=None, kw_only=False)
@@ -123,52 +123,52 @@ class FromModel(ExportArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateArguments(CalibrateOptions, FromModel):
-    """Of ``calibrate``."""
+    """The parameters of ``calibrate``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityArguments(SensitivityOptions, OnWorkspace):
-    """Of ``sensitivity``."""
+    """The parameters of ``sensitivity``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneArguments(FinetuneOptions, OnWorkspace):
-    """Of ``finetune``."""
+    """The parameters of ``finetune``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceArguments(ReferenceOptions, OnWorkspace):
-    """Of ``reference``."""
+    """The parameters of ``reference``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildEngineArguments(EngineOptions, EngineStageOptions, OnWorkspace):
-    """Of ``build_engine``."""
+    """The parameters of ``build_engine``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyArguments(EngineStageOptions, OnWorkspace):
-    """Of ``verify``."""
+    """The parameters of ``verify``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkArguments(BenchmarkOptions, OnWorkspace):
-    """Of ``benchmark``."""
+    """The parameters of ``benchmark``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateArguments(GenerateOptions, OnWorkspace):
-    """Of ``generate``."""
+    """The parameters of ``generate``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments(EvaluateOptions, OnWorkspace):
-    """Of ``evaluate``."""
+    """The parameters of ``evaluate``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunArguments(FromModel):
-    """Of ``run``.
+    """The parameters of ``run``.
 
     Attributes:
         on_result: called after each stage, with its name and its backend's, and its result.
@@ -202,7 +202,7 @@ class RunArguments(FromModel):
 
 @dataclass(frozen=True, kw_only=True)
 class ImportArguments(Arguments):
-    """Of ``import_checkpoint``."""
+    """The parameters of ``import_checkpoint``."""
 
     checkpoint: Annotated[
         Path | str, Option("The official checkpoint (ckpt.pth).", text=Path, argument=True)
@@ -278,7 +278,7 @@ class ImportArguments(Arguments):
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleArguments(OnWorkspace):
-    """Of ``schedule``."""
+    """The parameters of ``schedule``."""
 
     scheduler: Annotated[str, Option(f"The scheduler: {', '.join(SCHEDULERS)}.")] = "ddim"
     steps: Annotated[int, Option("Denoising steps.", minimum=1)] = 20
@@ -294,7 +294,7 @@ class ScheduleArguments(OnWorkspace):
 
 @dataclass(frozen=True, kw_only=True)
 class PackageArguments(OnWorkspace):
-    """Of ``package``."""
+    """The parameters of ``package``."""
 
     triton: Annotated[
         Path, Option("Write a package for Triton Inference Server there.", metavar="DIR")
@@ -386,7 +386,7 @@ class ImageRequest(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ClientArguments(ImageRequest, ToServer):
-    """Of ``client``."""
+    """The parameters of ``client``."""
 
     output: Annotated[Path, Option("Where to write the PNG file.", flags=("--output", "-o"))] = (
         Path("image.png")
