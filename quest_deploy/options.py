@@ -107,6 +107,8 @@ def declared(options: type) -> Mapping[str, Declared]:
 
 @functools.cache
 def _declared(options: Any) -> Mapping[str, Declared]:
+    # The modules that declare options do not postpone annotations: to evaluate them all would take
+    # a tenth of the time that the program's help takes.
     hints = get_type_hints(options, include_extras=True)
     return {
         each.name: Declared(each.name, hints[each.name].__origin__, _default(each), option)
@@ -164,9 +166,8 @@ def takes(options: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R
             parameter.replace(annotation=kinds[name])
             for name, parameter in inspect.signature(options).parameters.items()
         ]
-        returned = inspect.signature(work).return_annotation
         function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            parameters, return_annotation=returned
+            parameters, return_annotation=inspect.signature(work).return_annotation
         )
         return function
 

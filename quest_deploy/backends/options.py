@@ -1,7 +1,5 @@
 """The options of an engine: each is declared here alone, with the backends that take it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ A stage runs again where its recorded options are not these. What is out of rang
 they are made.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

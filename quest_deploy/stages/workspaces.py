@@ -1,13 +1,11 @@
 """Which workspace a command or a function is about: what was chosen of its model and its scheme."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from quest_deploy.artifacts.model_source import Lora
+from quest_deploy.artifacts.model_source import Lora, ModelSource
 from quest_deploy.artifacts.scheme import DEFAULT_BUCKETS, SUPPORTED_BITS, Granularity, Scheme
 from quest_deploy.artifacts.workspace import MANIFEST, Workspace, check_vacant
 from quest_deploy.errors import InputError
@@ -15,9 +13,6 @@ from quest_deploy.models.loading import resolve_source
 from quest_deploy.models.registry import EMBEDDED, MODEL_NAMES, check_model_name
 from quest_deploy.options import Option, Options
 from quest_deploy.stages.options import QDIFF
-
-if TYPE_CHECKING:
-    from quest_deploy.artifacts.model_source import ModelSource
 
 Place = Workspace | Path | str | None
 """An open workspace or its folder; None for quest-out/<model>-<bits>."""
