@@ -22,7 +22,7 @@ from quest_deploy.errors import InputError
 P = ParamSpec("P")
 A = TypeVar("A")
 R = TypeVar("R")
-O = TypeVar("O", bound="Options")  # noqa: E741
+T = TypeVar("T", bound="Options")
 
 
 @dataclass(frozen=True)
@@ -135,20 +135,14 @@ class Options:
                 object.__setattr__(self, name, value := tuple(value))
             option.check(value)
 
-    def of(self, kind: type[O]) -> O:
+    def of(self, kind: type[T]) -> T:
         """The options that are of ``kind``, which this class has too."""
         return kind(**{each.name: getattr(self, each.name) for each in fields(kind)})
 
     def to_json(self) -> dict[str, Any]:
         """The options as files have them, of JSON's types and tuples."""
-        names = declared(type(self))
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {
-            names[name].recorded if name in names else name: str(value)
-            if isinstance(value, Path)
-            else value
-            for name, value in values.items()
-        }
+        values = {each.recorded: getattr(self, name) for name, each in declared(type(self)).items()}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
 def takes(options: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING
 from types import GenericAlias, NoneType
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
@@ -16,7 +16,6 @@ from quest_deploy.cli.console import Console
 from quest_deploy.options import Declared, declared
 from quest_deploy.stages.workspaces import open_workspace
 
-T = TypeVar("T")
 Command = Callable[[dict[str, Any], Console], None]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on standard output.")
