@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
@@ -39,11 +39,6 @@ class Option:
         parse: the value of such a text.
         argument: whether the command line has it without a flag.
         recorded: its name in files; empty means its own.
-        backends: those that take it; empty means all.
-        ignored: whether the others ignore it, rather than refuse it.
-        limits: the choices of a backend that takes not all; "onnxruntime --provider cpu" is one of
-            its execution providers.
-        reasons: why a backend does not take it, or not all choices.
     """
 
     help: str | None = None
@@ -57,10 +52,6 @@ class Option:
     parse: Callable[[Any], Any] | None = None
     argument: bool = False
     recorded: str = ""
-    backends: tuple[str, ...] = ()
-    ignored: bool = False
-    limits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

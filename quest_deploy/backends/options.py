@@ -1,10 +1,10 @@
 """The options of an engine: each is declared here alone, with the backends that take it."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict
 
@@ -73,6 +73,44 @@ def parse_tactic_sources(names: list[str]) -> tuple[str, ...]:
     return () if names == ["none"] else tuple(dict.fromkeys(names))
 
 
+@dataclass(frozen=True)
+class EngineOption(Option):
+    """An engine's option, and which backends take it.
+
+    Attributes:
+        backends: those that take it; empty means all.
+        ignored: whether the others ignore it, rather than refuse it.
+        limits: the choices of a backend that does not take all; "onnxruntime --provider cpu" is
+            one of its execution providers.
+        reasons: why a backend does not take it, or not all choices.
+    """
+
+    backends: tuple[str, ...] = ()
+    ignored: bool = False
+    limits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def refusal(self, backend: str, provider: str, value: Any) -> str | None:
+        """Why a backend does not take a value that was chosen; None where it does."""
+        if self.backends and backend not in self.backends:
+            if self.ignored:
+                return None
+            reason = self.reasons.get(backend, f"it is for {' and '.join(self.backends)}")
+            return f"{backend} does not take it: {reason}"
+        for place in (backend, f"{backend} --provider {provider}"):
+            if value not in (taken := self.limits.get(place, (value,))):
+                reason = f": {self.reasons[place]}" if place in self.reasons else ""
+                return f"{place} takes {' or '.join(taken)}, not {value}{reason}"
+        return None
+
+
+def declared_options(kind: type) -> Iterator[tuple[Declared, EngineOption]]:
+    """The engine's options among those of ``kind``."""
+    for each in declared(kind).values():
+        if isinstance(each.option, EngineOption):
+            yield each, each.option
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions(Options):
     """How to build and run an engine. TensorRT's options have Polygraphy's names; sizes are in
@@ -99,7 +137,7 @@ class EngineOptions(Options):
     )
     provider: Annotated[
         str,
-        Option(
+        EngineOption(
             "onnxruntime's execution provider: cpu, cuda or tensorrt.",
             choices=PROVIDERS,
             backends=("onnxruntime",),
@@ -107,11 +145,13 @@ class EngineOptions(Options):
     ] = "cpu"
     threads: Annotated[
         int,
-        Option("CPU threads; 0 lets the backend choose.", minimum=0, backends=CPUS, ignored=True),
+        EngineOption(
+            "CPU threads; 0 lets the backend choose.", minimum=0, backends=CPUS, ignored=True
+        ),
     ] = 0
     compute_capability: Annotated[
         Sequence[str],
-        Option(
+        EngineOption(
             "tensorrt-rtx: a GPU to build for, such as 89; may be repeated.",
             recorded="compute_capabilities",
             backends=(RTX,),
@@ -120,11 +160,11 @@ class EngineOptions(Options):
     ] = ()
     max_batch: Annotated[
         int,
-        Option("TensorRT: the largest batch.", minimum=1, backends=TENSORRT, ignored=True),
+        EngineOption("TensorRT: the largest batch.", minimum=1, backends=TENSORRT, ignored=True),
     ] = 16
     dtype: Annotated[
         str,
-        Option(
+        EngineOption(
             f"The precision of the non-quantized ops: {', '.join(DTYPES)}; openvino takes fp32 "
             "and bf16.",
             choices=DTYPES,
@@ -134,7 +174,7 @@ class EngineOptions(Options):
     ] = "fp32"
     opt_batch: Annotated[
         int | None,
-        Option(
+        EngineOption(
             "TensorRT: the batch to tune for.",
             minimum=1,
             default="2, or the largest batch",
@@ -143,7 +183,7 @@ class EngineOptions(Options):
     ] = None
     sample_size: Annotated[
         Sequence[tuple[int, int]],
-        Option(
+        EngineOption(
             "TensorRT: a size of the model's samples, such as 64 for Stable Diffusion's "
             "latents at 512 pixels; may be repeated: "
             "one optimization profile each (tensorrt-rtx: one from the least to the largest).",
@@ -157,7 +197,7 @@ class EngineOptions(Options):
     ] = ()
     pool_limit: Annotated[
         int | None,
-        Option(
+        EngineOption(
             "TensorRT: the most memory that a layer may use, such as workspace:2G.",
             minimum=1,
             metavar="workspace:SIZE",
@@ -169,21 +209,21 @@ class EngineOptions(Options):
     ] = None
     refittable: Annotated[
         bool,
-        Option(
+        EngineOption(
             "TensorRT: let the weights be exchanged; tensorrt-rtx needs a GPU for it.",
             backends=TENSORRT,
         ),
     ] = False
     strip_plan: Annotated[
         bool,
-        Option(
+        EngineOption(
             "TensorRT: an engine without weights, given them when it is opened; needs a GPU.",
             backends=TENSORRT,
         ),
     ] = False
     timing_cache: Annotated[
         Path | None,
-        Option(
+        EngineOption(
             "tensorrt: keep the times of kernels in a file, for the next engine.",
             metavar="FILE",
             backends=(SDK,),
@@ -192,7 +232,7 @@ class EngineOptions(Options):
     ] = None
     version_compatible: Annotated[
         bool,
-        Option(
+        EngineOption(
             "tensorrt: an engine that later versions can run.",
             backends=(SDK,),
             reasons={RTX: "its engines run on the release that built them alone"},
@@ -200,7 +240,7 @@ class EngineOptions(Options):
     ] = False
     hardware_compatibility_level: Annotated[
         str | None,
-        Option(
+        EngineOption(
             f"tensorrt: the GPUs that can run it: {', '.join(HARDWARE_COMPATIBILITY_LEVELS)}.",
             choices=HARDWARE_COMPATIBILITY_LEVELS,
             backends=(SDK,),
@@ -209,7 +249,7 @@ class EngineOptions(Options):
     ] = None
     builder_optimization_level: Annotated[
         int | None,
-        Option(
+        EngineOption(
             "tensorrt: how long to look for fast kernels, from 0 to 5.",
             choices=tuple(range(6)),
             backends=(SDK,),
@@ -218,7 +258,7 @@ class EngineOptions(Options):
     ] = None
     quantize: Annotated[
         str,
-        Option(
+        EngineOption(
             f"TensorRT: what quantizes activations: {', '.join(QUANTIZE)}. plugin is "
             "quest::TimestepQuantize, for tensorrt alone; "
             "native is QuantizeLinear; auto takes the plugin where its library is found.",
@@ -230,7 +270,7 @@ class EngineOptions(Options):
     ] = AUTO
     plugins: Annotated[
         Path | None,
-        Option(
+        EngineOption(
             "tensorrt: the library of the plugin.",
             metavar="FILE",
             default="QUEST_DEPLOY_PLUGINS in the environment, or trt_plugins/build",
@@ -240,7 +280,7 @@ class EngineOptions(Options):
     ] = None
     serialize_plugins: Annotated[
         bool,
-        Option(
+        EngineOption(
             "tensorrt: put the plugin's library into the engine; with --version-compatible.",
             backends=(SDK,),
             reasons=RUNS_NO_PLUGINS,
@@ -248,14 +288,14 @@ class EngineOptions(Options):
     ] = False
     weight_streaming: Annotated[
         bool,
-        Option(
+        EngineOption(
             "TensorRT: let weights stay in the host's memory, fetched while the engine runs.",
             backends=TENSORRT,
         ),
     ] = False
     weight_streaming_budget: Annotated[
         int | None,
-        Option(
+        EngineOption(
             "TensorRT: weights to keep on the GPU then, such as 2G.",
             minimum=0,
             metavar="SIZE",
@@ -267,7 +307,7 @@ class EngineOptions(Options):
     ] = None
     tactic_sources: Annotated[
         Sequence[str] | None,
-        Option(
+        EngineOption(
             "tensorrt: what kernels may be taken from, such as edge_mask_convolutions, or "
             "none; may be repeated.",
             default=TENSORRTS_CHOICE,
@@ -278,7 +318,7 @@ class EngineOptions(Options):
     ] = None
     max_num_tactics: Annotated[
         int | None,
-        Option(
+        EngineOption(
             "tensorrt: how many kernels to time for a layer.",
             minimum=1,
             default=TENSORRTS_CHOICE,
@@ -288,7 +328,7 @@ class EngineOptions(Options):
     ] = None
     profiling_verbosity: Annotated[
         str,
-        Option(
+        EngineOption(
             f"TensorRT: what the engine tells of its layers: {', '.join(PROFILING_VERBOSITIES)}; "
             "`quest-deploy inspect` tells what they run in only if it is the first.",
             choices=PROFILING_VERBOSITIES,
@@ -297,7 +337,7 @@ class EngineOptions(Options):
     ] = "detailed"
     processor: Annotated[
         str,
-        Option(
+        EngineOption(
             "CPU backends: native, exact on processors that compute as this one does, or any, "
             "exact on every x86-64 and slower "
             "where that has 8-bit weights.",
@@ -307,7 +347,7 @@ class EngineOptions(Options):
     ] = NATIVE_PROCESSOR
     verbose: Annotated[
         bool,
-        Option("TensorRT: print all that it logs while it builds.", backends=TENSORRT),
+        EngineOption("TensorRT: print all that it logs while it builds.", backends=TENSORRT),
     ] = False
 
     def __post_init__(self) -> None:
@@ -338,20 +378,12 @@ class EngineOptions(Options):
 
     def check_taken(self, backend: str) -> None:
         """Raise InputError where an option that was chosen is not ``backend``'s."""
-        for name, each in declared(type(self)).items():
-            value, option = getattr(self, name), each.option
-            if value == each.default or option.ignored:
+        for each, option in declared_options(type(self)):
+            value = getattr(self, each.name)
+            if value == each.default:
                 continue
-            if option.backends and backend not in option.backends:
-                reason = option.reasons.get(backend, f"it is for {' and '.join(option.backends)}")
-                raise InputError(f"{each.flag}: {backend} does not take it: {reason}")
-            for place in (backend, f"{backend} --provider {self.provider}"):
-                if value not in option.limits.get(place, (value,)):
-                    reason = f": {option.reasons[place]}" if place in option.reasons else ""
-                    raise InputError(
-                        f"{each.flag}: {place} takes {' or '.join(option.limits[place])}, not "
-                        f"{value}{reason}"
-                    )
+            if (refusal := option.refusal(backend, self.provider, value)) is not None:
+                raise InputError(f"{each.flag}: {refusal}")
 
 
 ENGINE_OPTIONS: Mapping[str, Declared] = declared(EngineOptions)

@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from quest_deploy.backends.options import EngineOptions
+from quest_deploy.backends.options import EngineOption, EngineOptions, declared_options
 from quest_deploy.backends.registry import BACKENDS
-from quest_deploy.options import declared
-
-if TYPE_CHECKING:
-    from quest_deploy.options import Option
 
 PAGE = Path(__file__).parents[2] / "docs" / "backends.md"
 
 
-def taken(option: Option, backend: str) -> str:
+def taken(option: EngineOption, backend: str) -> str:
     """Whether a backend takes an option, and if not all of it, why."""
     if option.backends and backend not in option.backends:
         no = "ignored" if option.ignored else "no"
@@ -36,10 +31,9 @@ def table(options: type = EngineOptions) -> str:
     """A row for each option, a column for each backend."""
     rows = [["option", "what it sets", *(f"`{name}`" for name in BACKENDS)]]
     rows.append(["---"] * len(rows[0]))
-    for each in declared(options).values():
-        help_text = (each.option.help or "").replace("|", "\\|")
-        cells = (taken(each.option, name) for name in BACKENDS)
-        rows.append([f"`{each.flag}`", help_text, *cells])
+    for each, option in declared_options(options):
+        cells = (taken(option, name) for name in BACKENDS)
+        rows.append([f"`{each.flag}`", option.help or "", *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

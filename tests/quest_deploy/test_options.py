@@ -14,7 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from quest_deploy.backends.options import EngineOptions
+from quest_deploy.backends.options import EngineOption, EngineOptions
 from quest_deploy.cli.console import Console
 from quest_deploy.cli.options import command
 from quest_deploy.errors import InputError
@@ -28,7 +28,7 @@ class Declared(EngineOptions):
 
     streams: Annotated[
         int,
-        Option(
+        EngineOption(
             "tensorrt: auxiliary streams.",
             minimum=0,
             backends=("tensorrt",),
