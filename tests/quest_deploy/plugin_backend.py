@@ -22,6 +22,10 @@ class PluginOnTheCpu(OnnxRuntimeBackend):
     place.
     """
 
+    def check_options(self, options: EngineOptions) -> None:
+        """It takes TensorRT's."""
+        options.check_taken("tensorrt")
+
     def lower(
         self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None
     ) -> ir.Model:
