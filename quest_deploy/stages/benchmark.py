@@ -33,7 +33,7 @@ def work(
             workspace.path(GRAPH),
             Path(scratch),
             benchmark.BenchmarkOptions(
-                options.batches, options.runs, options.warmup, options.static
+                tuple(options.batch), options.runs, options.warmup, options.static
             ),
             progress,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -80,7 +79,7 @@ def work(
             "quest-deploy": __version__,
             "model": [workspace.model, hash_of_tensors(unet.state_dict())],
             "scheme": workspace.scheme.to_json(),
-            "options": dataclasses.asdict(options),
+            "options": options.to_json(),
         }
         recorded, checkpoint = _kept(workspace.path(RECONSTRUCT_STATE), made_from, start)
         checkpoint = reconstruction.reconstruct(
