@@ -53,6 +53,7 @@ docs: $(DOCS)/.ready
 docs-pages: $(READY)
 	$(BIN)/python -m typer quest_deploy.cli.main utils docs --name quest-deploy --output docs/cli.md
 	$(BIN)/python scripts/docs/architecture.py
+	$(BIN)/python -m scripts.docs.options
 
 $(DOCS)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS)

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 from quest_deploy import __version__
 from quest_deploy.artifacts.schema import Positive, parse_document, validated
 from quest_deploy.artifacts.workspace import versions
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import read_json, sha256_of, write_json
 from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     import numpy as np
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -35,155 +34,7 @@ FORMAT = "quest-deploy engine"
 VERSION = 1
 ENGINE_FILE = "engine.json"
 LOWERED = "lowered.onnx"
-DTYPES = ("fp32", "fp16", "bf16")
-HARDWARE_COMPATIBILITY_LEVELS = ("none", "ampere_plus", "same_compute_capability")
-PROFILING_VERBOSITIES = ("detailed", "layer_names_only", "none")
-QUANTIZE = ("auto", "plugin", "native")
-PLUGIN = "plugin"
-NATIVE = "native"
-PROCESSORS = NATIVE_PROCESSOR, ANY_PROCESSOR = ("native", "any")
-OPTION_NAMES = {"sample_sizes": "--sample-size", "workspace_limit": "--pool-limit"}
-"""The options of `quest-deploy build-engine` that are not called as their attributes."""
 REPAIR = "run `quest-deploy build-engine` again"
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How to build and run an engine; each backend says which it takes.
-
-    Those after ``dtype`` are TensorRT's, with Polygraphy's names.
-
-    Attributes:
-        provider: onnxruntime's execution provider: cpu, cuda or tensorrt.
-        threads: CPU threads; 0 lets the backend choose.
-        compute_capabilities: TensorRT for RTX's target GPUs, such as "89"; empty means Ampere, Ada
-            and Blackwell.
-        max_batch: the largest batch of a TensorRT engine's optimization profile; its runner splits
-            larger ones.
-        dtype: what an engine computes in where it does not compute in integers: fp32, fp16 or bf16.
-        opt_batch: the batch that its optimization profiles are tuned for; None means 2.
-        sample_sizes: heights and widths of the model's samples; empty means the graph's own.
-            TensorRT has an optimization profile for each, TensorRT for RTX one from the least to
-            the largest.
-        workspace_limit: the most GPU memory in bytes that one layer may use for itself; None is all
-            there is.
-        refittable: whether another model's weights may be put into the engine.
-        strip_plan: whether the engine's file is without weights, which :meth:`Backend.open` then
-            takes from the lowered graph.
-        timing_cache: a file of kernels' times, read before building, if it is there, and written
-            after.
-        version_compatible: whether later versions of TensorRT may run the engine.
-        hardware_compatibility_level: none, ampere_plus or same_compute_capability: which other GPUs
-            may run the engine.
-        builder_optimization_level: how long to look for fast kernels, from 0 to 5.
-        quantize: what quantizes activations: plugin (``quest::TimestepQuantize``, tensorrt alone),
-            native (QuantizeLinear), or auto: the plugin where its library is found.
-        plugins: the plugin library's path; None looks where
-            :func:`quest_deploy.backends.tensorrt.plugin.plugin_library` says.
-        serialize_plugins: whether the engine's file holds the plugin library too; needs
-            ``version_compatible``.
-        weight_streaming: whether weights may stay in the host's memory, to be fetched while the
-            engine runs.
-        weight_streaming_budget: the bytes of weights that then stay on the GPU; None lets TensorRT
-            choose.
-        tactic_sources: what TensorRT may take kernels from, by its own names, lower case; None is
-            its default, empty is no extra one.
-        max_num_tactics: how many kernels are timed for a layer; None lets TensorRT choose.
-        profiling_verbosity: what the engine tells of its layers: detailed (their precisions too),
-            layer_names_only or none.
-        verbose: whether all that TensorRT logs while it builds goes to standard error.
-        processor: the processors that a CPU engine shall be exact on: native, those that compute as
-            this one does, or any.
-    """
-
-    provider: str = "cpu"
-    threads: int = 0
-    compute_capabilities: tuple[str, ...] = ()
-    max_batch: int = 16
-    dtype: str = "fp32"
-    opt_batch: int | None = None
-    sample_sizes: tuple[tuple[int, int], ...] = ()
-    workspace_limit: int | None = None
-    refittable: bool = False
-    strip_plan: bool = False
-    timing_cache: str | None = None
-    version_compatible: bool = False
-    hardware_compatibility_level: str | None = None
-    builder_optimization_level: int | None = None
-    quantize: str = "auto"
-    plugins: str | None = None
-    serialize_plugins: bool = False
-    weight_streaming: bool = False
-    weight_streaming_budget: int | None = None
-    tactic_sources: tuple[str, ...] | None = None
-    max_num_tactics: int | None = None
-    profiling_verbosity: str = "detailed"
-    verbose: bool = False
-    processor: str = NATIVE_PROCESSOR
-
-    def __post_init__(self) -> None:
-        if self.provider not in ("cpu", "cuda", "tensorrt"):
-            raise InputError(f"unknown provider {self.provider!r}: expected cpu, cuda or tensorrt")
-        if self.dtype not in DTYPES:
-            raise InputError(f"unknown dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
-        if self.threads < 0 or self.max_batch < 1:
-            raise InputError("threads must be 0 or more and the largest batch 1 or more")
-        if self.opt_batch is not None and not 1 <= self.opt_batch <= self.max_batch:
-            raise InputError(
-                f"the batch to tune for must be between 1 and the largest, {self.max_batch}, not "
-                f"{self.opt_batch}"
-            )
-        if any(side < 1 for size in self.sample_sizes for side in size) or len(
-            set(self.sample_sizes)
-        ) < len(self.sample_sizes):
-            raise InputError("sample sizes must be positive, and each one another")
-        if self.workspace_limit is not None and self.workspace_limit < 1:
-            raise InputError("the workspace's limit must be 1 byte or more")
-        if self.builder_optimization_level not in (None, *range(6)):
-            raise InputError(
-                "the builder's optimization level must be from 0 to 5, not "
-                f"{self.builder_optimization_level}"
-            )
-        if self.hardware_compatibility_level not in (None, *HARDWARE_COMPATIBILITY_LEVELS):
-            raise InputError(
-                f"unknown hardware compatibility level {self.hardware_compatibility_level!r}: "
-                f"expected one of {', '.join(HARDWARE_COMPATIBILITY_LEVELS)}"
-            )
-        for option, value, known in (
-            ("--quantize", self.quantize, QUANTIZE),
-            ("--profiling-verbosity", self.profiling_verbosity, PROFILING_VERBOSITIES),
-            ("--processor", self.processor, PROCESSORS),
-        ):
-            if value not in known:
-                raise InputError(f"{option}: expected one of {', '.join(known)}, not {value!r}")
-        if self.quantize == NATIVE and (self.plugins is not None or self.serialize_plugins):
-            raise InputError(
-                "--plugins and --serialize-plugins are for --quantize plugin; --quantize native "
-                "uses no plugin"
-            )
-        if self.serialize_plugins and not self.version_compatible:
-            raise InputError(
-                "--serialize-plugins needs --version-compatible: TensorRT puts plugins into such "
-                "engines alone"
-            )
-        if self.weight_streaming_budget is not None and (
-            not self.weight_streaming or self.weight_streaming_budget < 0
-        ):
-            raise InputError(
-                "--weight-streaming-budget needs --weight-streaming, and 0 bytes or more"
-            )
-        if self.max_num_tactics is not None and self.max_num_tactics < 1:
-            raise InputError(f"--max-num-tactics: expected 1 or more, not {self.max_num_tactics}")
-
-    def given(self, attributes: Iterable[str]) -> list[str]:
-        """Those of ``attributes`` that are not the default."""
-        defaults = EngineOptions()
-        return [name for name in attributes if getattr(self, name) != getattr(defaults, name)]
-
-
-def option_name(attribute: str) -> str:
-    """What `quest-deploy build-engine` calls an attribute of EngineOptions."""
-    return OPTION_NAMES.get(attribute, f"--{attribute.replace('_', '-')}")
 
 
 @validated("an engine's runtime")
@@ -240,7 +91,7 @@ class EngineRecord:
     def to_json(self) -> dict[str, Any]:
         """The record as ``engine.json`` has it."""
         fields = {key: value for key, value in asdict(self).items() if value is not None}
-        return {"format": FORMAT, "version": VERSION, **fields}
+        return {"format": FORMAT, "version": VERSION, **fields, "options": self.options.to_json()}
 
 
 class Runner(ABC):
@@ -296,6 +147,10 @@ class Backend(ABC):
     name: str
     compile_only_checks = False
     """Whether :meth:`compile` writes nothing, since :meth:`open` compiles."""
+
+    def check_options(self, options: EngineOptions) -> None:
+        """Raise InputError where ``options`` hold what this backend does not take."""
+        options.check_taken(self.name)
 
     @abstractmethod
     def check_build(self, options: EngineOptions) -> None:

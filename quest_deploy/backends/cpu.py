@@ -6,15 +6,8 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.backends.base import (
-    ANY_PROCESSOR,
-    ENGINE_FILE,
-    NATIVE_PROCESSOR,
-    REPAIR,
-    Backend,
-    EngineOptions,
-    EngineRecord,
-)
+from quest_deploy.backends.base import ENGINE_FILE, REPAIR, Backend, EngineRecord, require_package
+from quest_deploy.backends.options import ANY_PROCESSOR, NATIVE_PROCESSOR, EngineOptions
 from quest_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +22,13 @@ class CpuBackend(Backend):
     compile_only_checks = True
     package: str
     """The Python package of the runtime."""
+
+    def check_build(self, options: EngineOptions) -> None:
+        require_package(self.package, "cpu", f"the {self.name} backend")
+        self.check_options(options)
+
+    def check_run(self, options: EngineOptions) -> None:
+        self.check_build(options)
 
     def on_cpu(self, options: EngineOptions) -> bool:
         """Whether an engine of ``options`` runs on the CPU; a GPU's kernels add in 32 bits."""

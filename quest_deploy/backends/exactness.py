@@ -36,13 +36,8 @@ from exporters.graph_info import save_graph
 from exporters.passes.insert_quantized_layers import product_name
 from exporters.probe import make_probe
 from quest_deploy.artifacts.schema import one_of, parse
-from quest_deploy.backends.base import (
-    LOWERED,
-    EngineOptions,
-    cpu_flags,
-    processor_name,
-    require_package,
-)
+from quest_deploy.backends.base import LOWERED, cpu_flags, processor_name, require_package
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import read_json, write_json
 

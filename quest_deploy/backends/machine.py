@@ -6,13 +6,9 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.artifacts.workspace import versions
-from quest_deploy.backends.base import (
-    EngineOptions,
-    integer_instructions,
-    processor_name,
-    require_package,
-)
+from quest_deploy.backends.base import integer_instructions, processor_name, require_package
 from quest_deploy.backends.cpu import CpuBackend
+from quest_deploy.backends.options import PROVIDERS, EngineOptions
 from quest_deploy.backends.registry import BACKENDS
 from quest_deploy.backends.tensorrt.base import gpu_count
 from quest_deploy.errors import InputError, QuestDeployError
@@ -29,7 +25,7 @@ def machine() -> dict[str, Any]:
     """
     backends = {}
     for name, backend in BACKENDS.items():
-        for provider in ("cpu", "cuda", "tensorrt") if name == "onnxruntime" else ("cpu",):
+        for provider in PROVIDERS if name == "onnxruntime" else ("cpu",):
             options = EngineOptions(provider=provider)
             label = name if provider == "cpu" else f"{name} --provider {provider}"
             backends[label] = {

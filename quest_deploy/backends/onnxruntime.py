@@ -8,15 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.backends.base import (
-    LOWERED,
-    EngineOptions,
-    Runner,
-    input_arrays,
-    input_shapes,
-    require_package,
-)
+from quest_deploy.backends.base import LOWERED, Runner, input_arrays, input_shapes
 from quest_deploy.backends.cpu import CpuBackend
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
@@ -66,13 +60,8 @@ class OnnxRuntimeBackend(CpuBackend):
 
     name = package = "onnxruntime"
 
-    def check_build(self, options: EngineOptions) -> None:
-        require_package("onnxruntime", "cpu", "building for onnxruntime")
-        _check_dtype(options)
-
     def check_run(self, options: EngineOptions) -> None:
-        require_package("onnxruntime", "cpu", "running on onnxruntime")
-        _check_dtype(options)
+        super().check_run(options)
         import onnxruntime
 
         available = onnxruntime.get_available_providers()
@@ -143,14 +132,6 @@ class OnnxRuntimeBackend(CpuBackend):
 
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
         return {**super().hardware(options), "device": options.provider}
-
-
-def _check_dtype(options: EngineOptions) -> None:
-    if options.dtype != "fp32" and options.provider == "cpu":
-        raise InputError(
-            f"onnxruntime computes {options.dtype} on GPUs only: give --provider cuda, or leave "
-            "--dtype at fp32"
-        )
 
 
 def profiled_precisions(events: list[dict[str, Any]], wanted: list[str]) -> dict[str, str]:

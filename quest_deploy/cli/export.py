@@ -4,42 +4,19 @@ bucket.
 
 from __future__ import annotations
 
-from quest_deploy.cli.console import Console
+from typing import TYPE_CHECKING, Any
+
 from quest_deploy.cli.descriptions import report
-from quest_deploy.cli.options import (
-    AttentionBitsOption,
-    BitsOption,
-    BucketsOption,
-    GranularityOption,
-    JsonOption,
-    LoraOption,
-    ModelOption,
-    RandomWeightsOption,
-    RevisionOption,
-    SoftmaxBitsOption,
-    SplitShortcutsOption,
-    WorkspaceOption,
-    given,
-)
+from quest_deploy.cli.options import command, opened
 from quest_deploy.stages import api
-from quest_deploy.stages.workspaces import open_workspace
+from quest_deploy.stages.arguments import ExportArguments
+
+if TYPE_CHECKING:
+    from quest_deploy.cli.console import Console
 
 
-def export(
-    workspace: WorkspaceOption = None,
-    model: ModelOption = None,
-    revision: RevisionOption = None,
-    random_weights: RandomWeightsOption = False,
-    lora: LoraOption = None,
-    bits: BitsOption = None,
-    buckets: BucketsOption = None,
-    granularity: GranularityOption = None,
-    attention_bits: AttentionBitsOption = None,
-    softmax_bits: SoftmaxBitsOption = None,
-    split_shortcuts: SplitShortcutsOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@command(ExportArguments)
+def export(chosen: dict[str, Any], console: Console) -> None:
     """Export the checkpoint as a portable ONNX graph; calibrates one where there is none."""
-    chosen, console = given(locals()), Console(as_json=as_json)
     api.export(**chosen, progress=console)
-    report(console, open_workspace(workspace, model, bits), "export")
+    report(console, opened(chosen), "export")

@@ -20,13 +20,8 @@ import numpy as np
 
 from exporters.graph_info import graph_info, load_graph, save_graph
 from exporters.passes.remove_quantization import RemoveQuantization
-from quest_deploy.backends.base import (
-    LOWERED,
-    NATIVE,
-    PLUGIN,
-    EngineOptions,
-    input_shapes,
-)
+from quest_deploy.backends.base import LOWERED, input_shapes
+from quest_deploy.backends.options import NATIVE, PLUGIN, EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.evaluation.memory import end_with, peak_memory

@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Any
 from exporters.graph_info import graph_info, load_graph
 from quest_deploy.artifacts.checkpoint import SiteData, load_checkpoint
 from quest_deploy.artifacts.workspace import MANIFEST, Workspace
-from quest_deploy.backends.base import (
-    ENGINE_FILE,
-    LOWERED,
-    changed_files,
-    engine_info,
-)
+from quest_deploy.backends.base import ENGINE_FILE, LOWERED, changed_files, engine_info
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.evaluation.precision import PrecisionReport, engine_precision, graph_precision

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from exporters.graph_info import GraphInfo, LayerInfo, ProductInfo
     from exporters.multiplications import Multiplication
-    from quest_deploy.backends.base import Backend, EngineOptions
+    from quest_deploy.backends.base import Backend
+    from quest_deploy.backends.options import EngineOptions
 
 INTEGER, FLOAT, UNKNOWN = "int8", "float", "unknown"
 FLOAT_BITS = 32

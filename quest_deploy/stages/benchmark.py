@@ -33,7 +33,9 @@ def work(
         engine,
         workspace.path(GRAPH),
         workspace.new("baselines"),
-        benchmark.BenchmarkOptions(options.batches, options.runs, options.warmup, options.static),
+        benchmark.BenchmarkOptions(
+            tuple(options.batch), options.runs, options.warmup, options.static
+        ),
         progress,
     )
     shutil.rmtree(workspace.new("baselines"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +78,7 @@ def work(
             "quest-deploy": __version__,
             "model": [workspace.model, hash_of_tensors(unet.state_dict())],
             "scheme": workspace.scheme.to_json(),
-            "options": dataclasses.asdict(options),
+            "options": options.to_json(),
         }
         recorded, checkpoint = _kept(workspace.path(RECONSTRUCT_STATE), made_from, start)
         checkpoint = reconstruction.reconstruct(

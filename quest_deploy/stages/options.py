@@ -5,35 +5,37 @@ A stage runs again where its recorded options are not these. What is out of rang
 they are made.
 """
 
-from __future__ import annotations
-
 import math
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from quest_deploy.backends.base import EngineOptions
-from quest_deploy.backends.registry import check_options, get_backend
+from quest_deploy.artifacts.workspace import REPORTS, SENSITIVITY_REPORT
+from quest_deploy.backends.options import EngineOptions, parse_sample_size
+from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.errors import InputError
-from quest_deploy.files import sha256_of
+from quest_deploy.files import read_bounded, sha256_of
+from quest_deploy.importers.settings import ImportSettings
 from quest_deploy.models.schedulers import SCHEDULERS
-
-if TYPE_CHECKING:
-    from quest_deploy.importers.settings import ImportSettings
+from quest_deploy.options import Option, Options, declared
 
 DEFAULT_BACKEND = "openvino"
+_MAX_PROMPT_BYTES = 2**20
 QDIFF = "qdiff"
+AUTO = "auto"
+"""The layers that `quest-deploy sensitivity` picked."""
 METHODS = ("mse", "minmax", "l2.4", QDIFF)
 """How clip ranges are chosen; Q-Diffusion searches with l2.4 and then reconstructs the model's
 blocks.
 """
-RECONSTRUCTION_OPTIONS = {
-    "samples": "--reconstruction-samples",
-    "rounding_steps": "--rounding-steps",
-    "scale_steps": "--scale-steps",
-    "batch": "--reconstruction-batch",
+RECONSTRUCTION = {
+    "samples": "reconstruction_samples",
+    "rounding_steps": "rounding_steps",
+    "scale_steps": "scale_steps",
+    "batch": "reconstruction_batch",
 }
-"""How a field of ``ReconstructOptions`` is called at the command line."""
+"""The fields of ``ReconstructOptions``, and what they are called here."""
 GRID_ROWS = 4
 """Images of each label that are drawn unless told otherwise."""
 IMPORT_SAMPLES, RECALIBRATION_SAMPLES = 4, 64
@@ -42,8 +44,56 @@ on.
 """
 
 
-@dataclass(frozen=True)
-class StageOptions:
+METHOD_HELP = (
+    "How clip ranges are chosen: mse, minmax or l2.4; or qdiff: l2.4, then Q-Diffusion's "
+    "reconstruction (a new workspace has --split-shortcuts then)."
+)
+BackendOption = Annotated[str, Option(f"The backend: {', '.join(BACKENDS)}.")]
+StepsOption = Annotated[int, Option("Denoising steps.", minimum=1, maximum=1000)]
+SchedulerOption = Annotated[
+    str, Option(f"A diffusers scheduler: {', '.join(SCHEDULERS)}.", choices=tuple(SCHEDULERS))
+]
+GuidanceOption = Annotated[
+    float | None,
+    Option("Classifier-free guidance weight; 1 is none.", default="the model's"),
+]
+PixelsOption = Annotated[
+    int | None,
+    Option("Pixels, for a text-to-image model.", minimum=8, default="the model's"),
+]
+
+
+def parse_list(text: str) -> tuple[str, ...]:
+    """The parts of "a, b"."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_patterns(text: str) -> tuple[str, ...]:
+    """The patterns of "conv_in, *.ff.*"; "all" is the one that every layer matches."""
+    return ("*",) if text == "all" else parse_list(text)
+
+
+def parse_layers(text: str) -> tuple[str, ...] | str:
+    """The patterns, as of :func:`parse_patterns`, or ``AUTO``."""
+    return text if text == AUTO else parse_patterns(text)
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a text file, one a line; raise InputError where it cannot be read or has
+    none.
+    """
+    repair = "give a text file with a prompt a line"
+    try:
+        lines = read_bounded(path, _MAX_PROMPT_BYTES, repair).decode().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: expected a text file with a prompt a line ({e})") from e
+    if prompts := tuple(line.strip() for line in lines if line.strip()):
+        return prompts
+    raise InputError(f"{path}: expected a prompt a line, and found none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOptions(Options):
     """The options of a stage; of one without any, as it is."""
 
     unrecorded: ClassVar[tuple[str, ...]] = ()
@@ -55,18 +105,19 @@ class StageOptions:
         """What the manifest records, of JSON's types and tuples."""
         return {
             name: value
-            for name, value in asdict(self).items()
+            for name, value in super().to_json().items()
             if name not in self.unrecorded and (value is not None or name not in self.unset)
         }
 
     @classmethod
-    def from_json(cls, recorded: dict[str, Any]) -> Self:
+    def from_json(cls, recorded: Mapping[str, Any]) -> Self:
         """The options that were recorded; raise InputError where some are unknown."""
-        if unknown := recorded.keys() - {each.name for each in fields(cls)}:
+        names = {each.recorded: name for name, each in declared(cls).items()}
+        if unknown := recorded.keys() - names:
             raise InputError(
                 f"expected options of {cls.__name__}, found {', '.join(sorted(unknown))}"
             )
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items()})
+        return cls(**{names[key]: value for key, value in recorded.items()})
 
     def check_machine(self) -> None:
         """Raise InputError where this machine lacks what the stage needs, before any file is
@@ -74,14 +125,15 @@ class StageOptions:
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineStageOptions(StageOptions):
     """The options of a stage that is about the engine of ``backend``."""
 
     unrecorded: ClassVar[tuple[str, ...]] = ("backend",)
-    backend: str = DEFAULT_BACKEND
+    backend: BackendOption = DEFAULT_BACKEND
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         get_backend(self.backend)
 
     def check_machine(self) -> None:
@@ -89,54 +141,83 @@ class EngineStageOptions(StageOptions):
         get_backend(self.backend).check_run(EngineOptions())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CalibrateOptions(StageOptions):
-    """How to calibrate.
+    """How to calibrate; None for the model's own numbers, guidance weight and prompts."""
 
-    Attributes:
-        samples, steps: samplings of so many DDIM steps (or more, to visit every bucket); None for
-            the model's own numbers.
-        method: one of ``METHODS``.
-        reconstruction: of ``ReconstructOptions``, for "qdiff".
-        batch: rows that run through the float model at once; None for the model's own number.
-        guidance: the classifier-free guidance weight of the samplings; None for the model's own.
-        prompts: for a text-to-image model; None for those of the package.
-    """
-
-    samples: int | None = None
-    steps: int | None = None
-    method: str = "mse"
-    seed: int = 0
-    reconstruction: dict[str, int] = field(default_factory=dict)
-    batch: int | None = None
-    guidance: float | None = None
-    prompts: tuple[str, ...] | None = None
+    method: Annotated[str, Option(METHOD_HELP, choices=METHODS)] = "mse"
+    samples: Annotated[
+        int | None, Option("Samplings to record.", minimum=1, default="the model's")
+    ] = None
+    steps: Annotated[
+        int | None,
+        Option(
+            "DDIM steps of each; more where that is needed to visit every bucket.",
+            minimum=1,
+            default="the model's",
+        ),
+    ] = None
+    batch: Annotated[
+        int | None, Option("Rows that run at once.", minimum=1, default="the model's")
+    ] = None
+    guidance: Annotated[
+        float | None,
+        Option(
+            "Classifier-free guidance weight of the samplings; 1 is none.", default="the model's"
+        ),
+    ] = None
+    prompts: Annotated[
+        Sequence[str] | None,
+        Option(
+            "A file with a prompt a line, for a text-to-image model.",
+            default="a short list of ours",
+            text=Path,
+            parse=read_prompts,
+        ),
+    ] = None
+    reconstruction_samples: Annotated[
+        int | None, Option("qdiff: recorded samples it learns from.", minimum=1)
+    ] = None
+    rounding_steps: Annotated[
+        int | None, Option("qdiff: steps a block that learn the rounding.", minimum=0)
+    ] = None
+    scale_steps: Annotated[
+        int | None, Option("qdiff: steps a block that learn the activation scales.", minimum=0)
+    ] = None
+    reconstruction_batch: Annotated[int | None, Option("qdiff: samples a step.", minimum=1)] = None
+    seed: Annotated[int, Option()] = 0
 
     def __post_init__(self) -> None:
-        if self.batch is not None and self.batch < 1:
-            raise InputError("calibration needs a batch of at least one row")
+        super().__post_init__()
         if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise InputError(f"expected a guidance weight of 0 or more, not {self.guidance}")
-        if self.method not in METHODS:
-            raise InputError(
-                f"unknown calibration method {self.method!r}: expected one of {', '.join(METHODS)}"
-            )
-        if (self.samples is not None and self.samples < 1) or (
-            self.steps is not None and self.steps < 1
-        ):
-            raise InputError("calibration needs at least one sample and one step")
-        if not self.reconstruction.keys() <= RECONSTRUCTION_OPTIONS.keys():
-            raise InputError(
-                f"unknown options of the reconstruction: {', '.join(self.reconstruction)}"
-            )
+            raise InputError(f"--guidance: expected 0 or more, not {self.guidance}")
         if self.reconstruction and self.method != QDIFF:
-            raise InputError(
-                f"{', '.join(RECONSTRUCTION_OPTIONS.values())}: expected --method {QDIFF} with "
-                f"them, not {self.method}"
-            )
+            flags = ", ".join(declared(type(self))[name].flag for name in RECONSTRUCTION.values())
+            raise InputError(f"{flags}: expected --method {QDIFF} with them, not {self.method}")
+
+    @property
+    def reconstruction(self) -> dict[str, int]:
+        """What was chosen of ``ReconstructOptions``."""
+        values = {name: getattr(self, option) for name, option in RECONSTRUCTION.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """The options, those of the reconstruction by themselves."""
+        found = super().to_json()
+        apart = {name: found[name] for name in found.keys() - RECONSTRUCTION.values()}
+        return apart | {"reconstruction": self.reconstruction}
+
+    @classmethod
+    def from_json(cls, recorded: Mapping[str, Any]) -> Self:
+        reconstruction = recorded.get("reconstruction", {})
+        apart = {name: recorded[name] for name in recorded.keys() - {"reconstruction"}}
+        return super().from_json(
+            apart
+            | {RECONSTRUCTION.get(name, name): value for name, value in reconstruction.items()}
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImportOptions(StageOptions):
     """Which checkpoint of the official code to import.
 
@@ -152,9 +233,9 @@ class ImportOptions(StageOptions):
     checkpoint: Path
     unet: Path
     settings: ImportSettings
-    recalibrate: bool = False
-    samples: int | None = None
-    seed: int = 0
+    recalibrate: bool
+    samples: int | None
+    seed: int
 
     def to_json(self) -> dict[str, Any]:
         """The files with their hashes; the checkpoint's scheme says what the settings were."""
@@ -169,17 +250,17 @@ class ImportOptions(StageOptions):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SensitivityOptions(StageOptions):
-    """How to measure the layers' sensitivity: over ``samples`` recorded samplings at all their
-    steps, ``batch`` rows at once.
-    """
+    """How to measure the layers' sensitivity."""
 
-    samples: int = 4
-    batch: int = 32
+    samples: Annotated[
+        int, Option("Recorded samplings to run through, at all their steps.", minimum=1)
+    ] = 4
+    batch: Annotated[int, Option("Rows that run at once.", minimum=1)] = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(StageOptions):
     """How to finetune.
 
@@ -196,23 +277,77 @@ class FinetuneOptions(StageOptions):
         "target_cache",
         "save_every",
     )
-    stages: tuple[str, ...] | None = None
-    temporal_layers: tuple[str, ...] | None = None
-    sensitive_layers: tuple[str, ...] | None = None
-    carry_temporal: bool | None = None
-    temporal_steps: int | None = None
-    sensitive_steps: int | None = None
-    batch: int | None = None
-    weight_rate: float | None = None
-    scale_rate: float | None = None
-    output_loss: float | None = None
-    block_loss: float | None = None
-    precision: str | None = None
-    seed: int = 0
-    device: str = "cpu"
-    gradient_checkpointing: bool = False
-    target_cache: int = 1024
-    save_every: int = 20
+    stages: Annotated[
+        Sequence[str] | None,
+        Option(
+            "The stages in order, separated by commas.",
+            default="temporal,sensitive",
+            text=str,
+            parse=parse_list,
+        ),
+    ] = None
+    temporal_layers: Annotated[
+        Sequence[str] | None,
+        Option(
+            "Layers of the temporal stage: globs separated by commas, or all.",
+            default="the model family's",
+            text=str,
+            parse=parse_patterns,
+        ),
+    ] = None
+    layers: Annotated[
+        Sequence[str] | str | None,
+        Option(
+            f"Layers of the sensitive stage: globs separated by commas, all, or {AUTO} "
+            f"({REPORTS}/{SENSITIVITY_REPORT} picks them).",
+            default="the model family's",
+            text=str,
+            parse=parse_layers,
+            recorded="sensitive_layers",
+        ),
+    ] = None
+    carry_temporal: Annotated[
+        bool | None,
+        Option(
+            "Whether the sensitive stage trains the temporal layers on, where their stage came "
+            "first.",
+            flags=("--carry-temporal/--freeze-temporal",),
+            default="carry",
+        ),
+    ] = None
+    temporal_steps: Annotated[
+        int | None, Option("Optimizer steps of the temporal stage.", minimum=0)
+    ] = None
+    sensitive_steps: Annotated[
+        int | None, Option("Optimizer steps of the sensitive stage.", minimum=0)
+    ] = None
+    batch: Annotated[int | None, Option("Samples a step, over all processes.", minimum=1)] = None
+    weight_rate: Annotated[float | None, Option("Learning rate of the weights.", minimum=0)] = None
+    scale_rate: Annotated[
+        float | None, Option("Learning rate of the activation scales.", minimum=0)
+    ] = None
+    output_loss: Annotated[
+        float | None, Option("Weight of the loss at the model's output.", minimum=0)
+    ] = None
+    block_loss: Annotated[
+        float | None, Option("Weight of the loss at its blocks' outputs.", minimum=0)
+    ] = None
+    precision: Annotated[
+        str | None, Option("float32, or bf16 for the float arithmetic between the quantizers.")
+    ] = None
+    seed: Annotated[int, Option()] = 0
+    device: Annotated[str, Option("cpu or cuda.")] = "cpu"
+    gradient_checkpointing: Annotated[
+        bool,
+        Option(
+            "Compute activations again in the backward pass: less memory, more time.",
+            flags=("--gradient-checkpointing/--no-gradient-checkpointing",),
+        ),
+    ] = False
+    target_cache: Annotated[
+        int, Option("MiB on disk for the float model's block outputs, per process.", minimum=1)
+    ] = 1024
+    save_every: Annotated[int, Option("Steps between two saved states.", minimum=1)] = 20
 
     def to_json(self) -> dict[str, Any]:
         """What was chosen of what shapes the result."""
@@ -224,18 +359,38 @@ class FinetuneOptions(StageOptions):
         return {name: getattr(self, name) for name in self.unrecorded}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReferenceOptions(StageOptions):
     """The options of :func:`quest_deploy.verification.reference.save_reference`."""
 
-    seed: int = 0
-    megabytes: int = 1000
-    measured: int | None = None
-    sample_size: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.megabytes < 1 or (self.measured is not None and self.measured < 1):
-            raise InputError("--megabytes and --measured: expected 1 or more")
+    seed: Annotated[int, Option()] = 0
+    megabytes: Annotated[
+        int,
+        Option(
+            "The largest record; where it cannot hold all quantized tensors, the records hold "
+            "them in turn.",
+            minimum=1,
+        ),
+    ] = 1000
+    measured: Annotated[
+        int | None,
+        Option(
+            "In how many records the model's sensitivity to last-bit differences is measured.",
+            minimum=1,
+            default="all, or 2 where a record cannot hold all quantized tensors",
+        ),
+    ] = None
+    sample_size: Annotated[
+        tuple[int, int] | None,
+        Option(
+            "Cut the recorded samples down to this size: a large model's records then hold "
+            "more quantized tensors, in less time.",
+            metavar="SIZE|HEIGHTxWIDTH",
+            default="as recorded",
+            text=str,
+            parse=parse_sample_size,
+        ),
+    ] = None
 
     def to_json(self) -> dict[str, Any]:
         """The options and the version of the records."""
@@ -245,7 +400,7 @@ class ReferenceOptions(StageOptions):
         return {**super().to_json(), "version": VERSION}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BuildEngineOptions(EngineStageOptions):
     """How to build the engine of ``backend``."""
 
@@ -253,7 +408,7 @@ class BuildEngineOptions(EngineStageOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_options(self.backend, self.engine)
+        get_backend(self.backend).check_options(self.engine)
 
     @property
     def resolved(self) -> EngineOptions:
@@ -270,36 +425,33 @@ class BuildEngineOptions(EngineStageOptions):
         """
         options = self.resolved
         answers = get_backend(self.backend).answers(options)
-        plugin = (
-            {} if options.plugins is None else {"plugin_sha256": sha256_of(Path(options.plugins))}
-        )
-        return asdict(options) | answers | plugin
+        plugin = {} if options.plugins is None else {"plugin_sha256": sha256_of(options.plugins)}
+        return options.to_json() | answers | plugin
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkOptions(EngineStageOptions):
-    """What to time: ``runs`` inferences after ``warmup`` untimed ones at each of ``batches``, and
-    with ``static`` an engine of static scales too.
-    """
+    """What to time."""
 
-    batches: tuple[int, ...] = (1, 16)
-    runs: int = 50
-    warmup: int = 5
-    static: bool = True
+    batch: Annotated[
+        Sequence[int],
+        Option("A batch size; may be repeated. [default: 1 and 16]", minimum=1, recorded="batches"),
+    ] = (1, 16)
+    runs: Annotated[int, Option("Timed inferences of each engine.", minimum=1)] = 50
+    warmup: Annotated[int, Option("Untimed inferences before.", minimum=0)] = 5
+    static: Annotated[
+        bool,
+        Option(
+            "Time static scales too; a large model's third engine may not fit into memory.",
+            flags=("--static/--no-static",),
+        ),
+    ] = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GenerateOptions(EngineStageOptions):
-    """What to draw.
-
-    Attributes:
-        labels: the classes, one column each: "0123", or "207,360"; None for the first ten.
-        rows: images of each; None for 4, or 1 for a text-to-image model.
-        steps: denoising steps.
-        guidance: classifier-free guidance weight; None for the model's.
-        scheduler: one of ``SCHEDULERS``.
-        prompt, negative_prompt, height, width: for a text-to-image model; None for one of the
-            package's prompts, and for the model's size in pixels.
+    """What to draw; None for one of the package's prompts, and for the model's own size and
+    guidance weight.
     """
 
     unset: ClassVar[tuple[str, ...]] = (
@@ -310,34 +462,45 @@ class GenerateOptions(EngineStageOptions):
         "height",
         "width",
     )
-    labels: str | None = None
-    rows: int | None = None
-    steps: int = 20
-    guidance: float | None = None
-    scheduler: str = "ddim"
-    seed: int = 0
-    prompt: tuple[str, ...] | None = None
-    negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
+    prompt: Annotated[
+        Sequence[str] | None,
+        Option("What to draw, for a text-to-image model; may be repeated.", default="one of ours"),
+    ] = None
+    negative_prompt: Annotated[str | None, Option("What not to draw.")] = None
+    labels: Annotated[
+        str | None,
+        Option(
+            "The classes to draw, one column each: 0123, or 207,360 where there are more.",
+            default="the first ten",
+        ),
+    ] = None
+    rows: Annotated[
+        int | None,
+        Option(
+            "Images of each.",
+            minimum=1,
+            default=f"{GRID_ROWS}, or 1 for a text-to-image model",
+        ),
+    ] = None
+    steps: StepsOption = 20
+    guidance: GuidanceOption = None
+    scheduler: SchedulerOption = "ddim"
+    height: PixelsOption = None
+    width: PixelsOption = None
+    seed: Annotated[int, Option()] = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scheduler not in SCHEDULERS:
-            raise InputError(
-                f"unknown scheduler {self.scheduler!r}: expected one of {', '.join(SCHEDULERS)}"
-            )
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(EngineStageOptions):
     """What to judge by; see :class:`quest_deploy.evaluation.quality.SamplingOptions`. None for the
     model's own.
     """
 
     unset: ClassVar[tuple[str, ...]] = ("images", "guidance")
-    images: int | None = None
-    steps: int = 20
-    guidance: float | None = None
-    scheduler: str = "ddim"
-    seed: int = 2024
+    images: Annotated[
+        int | None, Option("Images to draw with each.", minimum=2, default="the model's own")
+    ] = None
+    steps: StepsOption = 20
+    guidance: GuidanceOption = None
+    scheduler: SchedulerOption = "ddim"
+    seed: Annotated[int, Option()] = 2024

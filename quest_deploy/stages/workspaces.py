@@ -1,39 +1,86 @@
 """Which workspace a command or a function is about: what was chosen of its model and its scheme."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from quest_deploy.artifacts.model_source import Lora
-from quest_deploy.artifacts.scheme import DEFAULT_BUCKETS, Granularity, Scheme
+from quest_deploy.artifacts.model_source import Lora, ModelSource
+from quest_deploy.artifacts.scheme import DEFAULT_BUCKETS, SUPPORTED_BITS, Granularity, Scheme
 from quest_deploy.artifacts.workspace import MANIFEST, Workspace, check_vacant
 from quest_deploy.backends.base import require_package
 from quest_deploy.errors import InputError
 from quest_deploy.models.loading import resolve_source
 from quest_deploy.models.registry import EMBEDDED, MODEL_NAMES, check_model_name
+from quest_deploy.options import Option, Options
 from quest_deploy.stages.options import QDIFF
-
-if TYPE_CHECKING:
-    from quest_deploy.artifacts.model_source import ModelSource
 
 Place = Workspace | Path | str | None
 """An open workspace or its folder; None for quest-out/<model>-<bits>."""
 DEFAULT_MODEL, DEFAULT_BITS = EMBEDDED, "w4a4"
 FLOAT = "float"
+OPERAND_BITS = ("4", "8", FLOAT)
+ModelOption = Annotated[
+    str | None,
+    Option(
+        f"The model: {', '.join(MODEL_NAMES)}; or the path of a diffusers folder or of a "
+        "single-file checkpoint.",
+        default=f"the workspace's, or {DEFAULT_MODEL}",
+    ),
+]
+BitsOption = Annotated[
+    str | None,
+    Option(
+        f"Bits of weights and activations: {', '.join(SUPPORTED_BITS)}.",
+        default=f"the workspace's, or {DEFAULT_BITS}",
+    ),
+]
 
 
-@dataclass(frozen=True)
-class SchemeChoices:
+@dataclass(frozen=True, kw_only=True)
+class SchemeChoices(Options):
     """What the user chose of the scheme; None for what is the workspace's, or the default."""
 
-    bits: str | None = None
-    buckets: int | None = None
-    granularity: Granularity | None = None
-    attention_bits: str | None = None
-    softmax_bits: str | None = None
-    split_shortcuts: bool | None = None
+    bits: BitsOption = None
+    buckets: Annotated[
+        int | None,
+        Option(
+            "Timestep buckets, from 1 to the number of training steps.",
+            default=f"the workspace's, or {DEFAULT_BUCKETS}",
+        ),
+    ] = None
+    granularity: Annotated[
+        Granularity | None,
+        Option(
+            "What one activation scale covers, besides its bucket.",
+            default=f"the workspace's, or {Granularity.FOLDED_CHANNEL.value}",
+        ),
+    ] = None
+    attention_bits: Annotated[
+        str | None,
+        Option(
+            "Bits of attention's q, k and v: 4, 8 or float.",
+            choices=OPERAND_BITS,
+            default="the workspace's, or float",
+        ),
+    ] = None
+    softmax_bits: Annotated[
+        str | None,
+        Option(
+            "Bits of attention's softmax, unsigned: 4, 8 or float.",
+            choices=OPERAND_BITS,
+            default="the workspace's, or float",
+        ),
+    ] = None
+    split_shortcuts: Annotated[
+        bool | None,
+        Option(
+            "Quantize the two halves of what a shortcut convolution reads, h and the skip "
+            "connection, each by itself.",
+            flags=("--split-shortcuts/--whole-shortcuts",),
+            default="the workspace's, or whole",
+        ),
+    ] = None
 
     def scheme(self, *, split_shortcuts: bool = False) -> Scheme:
         """The scheme of a new workspace; raise InputError for what is unknown.
@@ -45,8 +92,8 @@ class SchemeChoices:
             self.bits or DEFAULT_BITS,
             buckets=DEFAULT_BUCKETS if self.buckets is None else self.buckets,
             granularity=self.granularity or Granularity.FOLDED_CHANNEL,
-            attention_bits=_operand_bits("--attention-bits", self.attention_bits),
-            softmax_bits=_operand_bits("--softmax-bits", self.softmax_bits),
+            attention_bits=_operand_bits(self.attention_bits),
+            softmax_bits=_operand_bits(self.softmax_bits),
             split_shortcuts=split_shortcuts
             if self.split_shortcuts is None
             else self.split_shortcuts,
@@ -67,16 +114,31 @@ class SchemeChoices:
             _check(workspace, name.replace("_", " "), getattr(self, name), value)
 
 
-@dataclass(frozen=True)
-class ModelChoices:
+@dataclass(frozen=True, kw_only=True)
+class ModelChoices(Options):
     """What the user chose of the model; None, False or nothing for what is the workspace's, or the
     default.
     """
 
-    model: str | None = None
-    revision: str | None = None
-    random_weights: bool = False
-    loras: tuple[str, ...] = ()
+    model: ModelOption = None
+    revision: Annotated[
+        str | None,
+        Option(
+            "Commit, branch or tag of a model on the Hugging Face Hub.",
+            default="the registry's commit",
+        ),
+    ] = None
+    random_weights: Annotated[
+        bool,
+        Option("Build the model's architecture alone, for size and speed; needs no download."),
+    ] = False
+    lora: Annotated[
+        Sequence[str],
+        Option(
+            "A LoRA to fuse before quantization, a .safetensors file; may be repeated.",
+            metavar="PATH:WEIGHT",
+        ),
+    ] = ()
 
     @property
     def name(self) -> str:
@@ -95,7 +157,7 @@ class ModelChoices:
             self.model or DEFAULT_MODEL,
             revision=self.revision,
             random_weights=self.random_weights,
-            loras=self.loras,
+            loras=self.lora,
         )
 
     def check(self, workspace: Workspace) -> None:
@@ -115,18 +177,16 @@ class ModelChoices:
                 "random ones",
                 "random ones" if source.random_weights else "trained ones",
             )
-        if self.loras:
-            _check(
-                workspace, "LoRAs", [Lora.parse(text) for text in self.loras], list(source.loras)
-            )
+        if self.lora:
+            _check(workspace, "LoRAs", [Lora.parse(text) for text in self.lora], list(source.loras))
 
 
 def open_workspace(workspace: Place, model: str | None, bits: str | None) -> Workspace:
     """Open an existing workspace; raise InputError where it is not of the given model or bits."""
-    choices = ModelChoices(model)
+    choices = ModelChoices(model=model)
     opened = _opened(workspace, choices, bits)
     choices.check(opened)
-    SchemeChoices(bits).check(opened)
+    SchemeChoices(bits=bits).check(opened)
     return opened
 
 
@@ -173,9 +233,7 @@ def _opened(workspace: Place, model: ModelChoices, bits: str | None) -> Workspac
     return Workspace.open(_root(workspace, model, bits))
 
 
-def _operand_bits(option: str, value: str | None) -> int | None:
-    if value not in (None, "4", "8", FLOAT):
-        raise InputError(f"{option}: expected 4, 8 or {FLOAT}, not {value!r}")
+def _operand_bits(value: str | None) -> int | None:
     return None if value in (None, FLOAT) else int(value)
 
 

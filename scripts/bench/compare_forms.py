@@ -25,10 +25,11 @@ import numpy as np
 import typer
 from onnx import TensorProto, helper, numpy_helper, save
 
-from quest_deploy.backends.base import EngineOptions, processor_name
+from quest_deploy.backends.base import processor_name
 from quest_deploy.backends.exactness import measured
 from quest_deploy.backends.onnxruntime import open_session
 from quest_deploy.backends.openvino.backend import compile_graph
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 
 if TYPE_CHECKING:

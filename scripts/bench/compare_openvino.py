@@ -33,9 +33,10 @@ import typer
 from exporters.editor import array_of
 from exporters.graph_info import BUCKET, graph_info, load_graph, save_graph
 from exporters.passes.remove_quantization import RemoveQuantization
-from quest_deploy.backends.base import EngineOptions, input_shapes, processor_name
+from quest_deploy.backends.base import input_shapes, processor_name
 from quest_deploy.backends.openvino.backend import compile_graph
 from quest_deploy.backends.openvino.precision import runtime_info
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ import json
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,10 +23,10 @@ import typer
 
 from exporters.graph_info import load_graph
 from quest_deploy.artifacts.workspace import versions
-from quest_deploy.backends.base import EngineOptions, build_engine
-from quest_deploy.backends.registry import check_options, get_backend
+from quest_deploy.backends.base import build_engine
+from quest_deploy.backends.options import EngineOptions, parse_pool_limit, parse_sample_sizes
+from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
-from quest_deploy.cli.options import parse_pool_limit, parse_sample_size
 from quest_deploy.evaluation.memory import peak_memory
 from quest_deploy.files import write_json
 
@@ -82,9 +81,9 @@ def main(
     common: dict[str, Any] = {
         "dtype": dtype,
         "max_batch": max_batch,
-        "sample_sizes": tuple(parse_sample_size(size) for size in sample_size or ()),
-        "compute_capabilities": tuple(compute_capability or ()),
-        "workspace_limit": None if pool_limit is None else parse_pool_limit(pool_limit),
+        "sample_size": parse_sample_sizes(sample_size or []),
+        "compute_capability": compute_capability or (),
+        "pool_limit": None if pool_limit is None else parse_pool_limit(pool_limit),
     }
     result: dict[str, Any] = {
         "backend": backend,
@@ -95,11 +94,10 @@ def main(
         ("stripped", EngineOptions(**common, strip_plan=True)),
     ):
         if name == "whole" or strip_plan:
-            check_options(backend, options)
             get_backend(backend).check_build(options)
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 result[name] = {
-                    "options": asdict(options),
+                    "options": options.to_json(),
                     **pool.submit(build, graph, backend, options).result(),
                 }
     print(json.dumps(result, indent=1))

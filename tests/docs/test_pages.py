@@ -12,6 +12,7 @@ import pytest
 import typer.main
 
 from quest_deploy.cli.main import app
+from scripts.docs import options
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -76,6 +77,13 @@ def test_the_commands_page_is_up_to_date() -> None:
     utility = ["-m", "typer", "quest_deploy.cli.main", "utils", "docs", "--name", "quest-deploy"]
     made = subprocess.run([sys.executable, *utility], capture_output=True, text=True, check=True)
     assert (ROOT / "docs" / "cli.md").read_text().strip() == made.stdout.strip()
+
+
+def test_the_table_of_an_engines_options_is_up_to_date() -> None:
+    """`make docs-pages` writes it."""
+    text = options.PAGE.read_text()
+    assert "| `--threads` |" in text
+    assert options.page(text) == text
 
 
 def test_the_index_of_the_site_lists_every_page() -> None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from quest_deploy.artifacts.scheme import Scheme
-from quest_deploy.backends.base import EngineOptions, build_engine
+from quest_deploy.backends.base import build_engine
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from tests.pipelines import PIPELINES
 from tests.quest_deploy.support import (

@@ -8,19 +8,23 @@ from typing import TYPE_CHECKING
 
 from exporters.lowering import tensorrt
 from exporters.ops.timestep_quantize import OP_TYPE, function_body
-from quest_deploy.backends.base import PLUGIN
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
+from quest_deploy.backends.options import PLUGIN
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from quest_deploy.backends.base import EngineOptions
+    from quest_deploy.backends.options import EngineOptions
 
 
 class PluginOnTheCpu(OnnxRuntimeBackend):
     """Lowers as TensorRT's backend does, and gives onnxruntime the op's function in the plugin's
     place.
     """
+
+    def check_options(self, options: EngineOptions) -> None:
+        """It takes TensorRT's."""
+        options.check_taken("tensorrt")
 
     def lower(
         self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None

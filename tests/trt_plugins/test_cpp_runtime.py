@@ -23,7 +23,8 @@ import torch
 from exporters.graph_info import save_graph
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import GRAPH, MANIFEST, Workspace
-from quest_deploy.backends.base import ENGINE_FILE, EngineOptions, build_engine
+from quest_deploy.backends.base import ENGINE_FILE, build_engine
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt import base as shared
 from quest_deploy.errors import InputError
@@ -108,7 +109,7 @@ def built(small_proto: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory
     )
     folder = root / "engines" / RTX
     folder.mkdir(parents=True)
-    options = EngineOptions(compute_capabilities=("89",), max_batch=4)
+    options = EngineOptions(compute_capability=("89",), max_batch=4)
     build_engine(_Unbuilt(), model, folder, options, sha256_of(root / GRAPH))
     workspace.record(
         f"build-engine/{RTX}",

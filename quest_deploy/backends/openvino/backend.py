@@ -9,17 +9,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.backends.base import (
-    LOWERED,
-    EngineOptions,
-    Runner,
-    input_arrays,
-    input_shapes,
-    require_package,
-)
+from quest_deploy.backends.base import LOWERED, Runner, input_arrays, input_shapes
 from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.openvino.precision import runtime_precisions
-from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.backends.options import EngineOptions
+from quest_deploy.errors import QuestDeployError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,14 +38,6 @@ class OpenVinoBackend(CpuBackend):
     """
 
     name = package = "openvino"
-
-    def check_build(self, options: EngineOptions) -> None:
-        require_package("openvino", "cpu", "building for openvino")
-        _check_dtype(options)
-
-    def check_run(self, options: EngineOptions) -> None:
-        require_package("openvino", "cpu", "running on openvino")
-        _check_dtype(options)
 
     def lower_for(
         self,
@@ -109,14 +95,6 @@ class OpenVinoBackend(CpuBackend):
         shapes = input_shapes(lowered, 1)
         compiled = compile_graph(folder / LOWERED, options, tuple(shapes.items()))
         return runtime_precisions(compiled.get_runtime_model(), multiplications(lowered, shapes))
-
-
-def _check_dtype(options: EngineOptions) -> None:
-    if options.dtype not in HINTS:
-        raise InputError(
-            f"openvino runs what is not INT8 in {' or '.join(HINTS)} on a CPU, not in "
-            f"{options.dtype}"
-        )
 
 
 def fusing_crashes(segments: ir.Model) -> bool:

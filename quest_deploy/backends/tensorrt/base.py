@@ -22,24 +22,21 @@ from typing import TYPE_CHECKING, Any
 
 from quest_deploy.backends.base import (
     LOWERED,
-    NATIVE,
-    PLUGIN,
     Backend,
-    EngineOptions,
     EngineRecord,
     Runner,
     Runtime,
     SplitRunner,
     engine_options,
     input_arrays,
-    option_name,
 )
+from quest_deploy.backends.options import AUTO, NATIVE, PLUGIN, EngineOptions
 from quest_deploy.backends.tensorrt.plugin import load_plugin
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -61,20 +58,6 @@ _TYPES = {
     "FP32": "fp32",
 }
 """How its layer information names types."""
-RTX_LACKS = {
-    "serialize_plugins": "it runs no plugins",
-    "timing_cache": "it times no kernels when it builds",
-    "version_compatible": "its engines run on the release that built them alone",
-    "hardware_compatibility_level": "its engines run on the GPUs given with --compute-capability",
-    "builder_optimization_level": "it looks for fast kernels when an engine runs, not when it is "
-    "built",
-    "tactic_sources": "it looks for fast kernels when an engine runs, not when it is built",
-    "max_num_tactics": "it looks for fast kernels when an engine runs, not when it is built",
-    "plugins": "it runs no plugins",
-}
-"""Options of TensorRT alone, and why (its documentation; tried with 1.7: refused, ignored, or the
-same engine whatever is chosen).
-"""
 DEFAULT_CAPABILITIES = ("80", "86", "89", "120")
 """Ampere, Ada and Blackwell. Not Turing ("75"): TensorRT for RTX refuses FP32 matrix products
 there.
@@ -117,7 +100,7 @@ class TensorRtBackend(Backend):
         check_compute_capability(record.hardware, options)
         return options
 
-    def check_options(self, trt: Any, options: EngineOptions) -> None:
+    def check_builder(self, trt: Any, options: EngineOptions) -> None:
         """Raise InputError where the builder lacks what ``options`` ask for, by the names that its
         Python module has.
         """
@@ -140,7 +123,7 @@ class TensorRtBackend(Backend):
 
     def check_graph(self, model: ir.Model, options: EngineOptions) -> None:
         """The sample sizes must be those that the graph can take."""
-        check_sample_sizes(model, options.sample_sizes)
+        check_sample_sizes(model, options.sample_size)
 
     def lower(
         self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None
@@ -195,7 +178,7 @@ class TensorRtBackend(Backend):
             )
         (folder / ENGINE).write_bytes(serialized)
         if timing_cache is not None and options.timing_cache is not None:
-            with atomic_file(Path(options.timing_cache)) as temporary:
+            with atomic_file(options.timing_cache) as temporary:
                 temporary.write_bytes(timing_cache.serialize())
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
@@ -250,26 +233,17 @@ class TensorRtRtxBackend(TensorRtBackend):
     remedy = "pip install 'quest-deploy[tensorrt-rtx]'"
 
     def resolve(self, options: EngineOptions) -> EngineOptions:
-        return replace(options, quantize=NATIVE) if options.quantize == "auto" else options
+        return replace(options, quantize=NATIVE) if options.quantize == AUTO else options
 
     def check_build(self, options: EngineOptions) -> None:
+        self.check_options(options)
         trt = self._module()
-        for option in options.given(RTX_LACKS):
-            raise InputError(
-                f"{option_name(option)} is tensorrt's; tensorrt-rtx has no such option: "
-                f"{RTX_LACKS[option]}"
-            )
-        if options.quantize == PLUGIN:
-            raise InputError(
-                "--quantize plugin is tensorrt's: tensorrt-rtx runs no plugins; give --quantize "
-                "native, or leave it out"
-            )
         if (options.refittable or options.strip_plan) and gpu_count() == 0:
             raise InputError(
                 "--refittable and --strip-plan need an NVIDIA GPU, and this machine has none: "
                 "tensorrt-rtx compiles what puts weights into an engine with the GPU's driver"
             )
-        for capability in options.compute_capabilities:
+        for capability in options.compute_capability:
             _compute_capability(trt, capability)
 
     def profiles(self, shapes: list[Shapes]) -> list[Shapes]:
@@ -279,12 +253,12 @@ class TensorRtRtxBackend(TensorRtBackend):
         return [spanning_shapes(shapes)]
 
     def configure_flavour(self, trt: Any, config: Any, options: EngineOptions) -> None:
-        _target(trt, config, options.compute_capabilities)
+        _target(trt, config, options.compute_capability)
 
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
         return {
             "device": "GPU",
-            "compute_capabilities": list(options.compute_capabilities or DEFAULT_CAPABILITIES),
+            "compute_capabilities": list(options.compute_capability or DEFAULT_CAPABILITIES),
         }
 
 
@@ -471,7 +445,7 @@ def _interrupts_stop(monitor: Any) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def check_sample_sizes(model: ir.Model, sizes: tuple[tuple[int, int], ...]) -> None:
+def check_sample_sizes(model: ir.Model, sizes: Sequence[tuple[int, int]]) -> None:
     """Raise InputError where a graph cannot take samples of one of ``sizes``."""
     from exporters.graph_info import sample_multiple
 
@@ -506,8 +480,8 @@ def configure(trt: Any, config: Any, options: EngineOptions) -> None:
     for name, wanted in chosen.items():
         if wanted:
             config.set_flag(name)
-    if options.workspace_limit is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_limit)
+    if options.pool_limit is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.pool_limit)
     if options.hardware_compatibility_level is not None:
         level = _member(
             trt,
@@ -527,7 +501,7 @@ def configure(trt: Any, config: Any, options: EngineOptions) -> None:
     if options.max_num_tactics is not None:
         config.max_num_tactics = options.max_num_tactics
     if options.serialize_plugins:
-        config.plugins_to_serialize = [options.plugins]
+        config.plugins_to_serialize = [str(options.plugins)]
 
 
 def read_timing_cache(config: Any, options: EngineOptions) -> Any:
@@ -536,7 +510,7 @@ def read_timing_cache(config: Any, options: EngineOptions) -> Any:
     """
     if options.timing_cache is None:
         return None
-    path = Path(options.timing_cache)
+    path = options.timing_cache
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         messages.warning(
@@ -558,7 +532,7 @@ def profile_shapes(network: Any, lowered: Path, options: EngineOptions) -> list[
         tensor.name: list(tensor.shape)[1:]
         for tensor in map(network.get_input, range(network.num_inputs))
     }
-    sizes: list[list[int]] = [list(size) for size in options.sample_sizes] or [
+    sizes: list[list[int]] = [list(size) for size in options.sample_size] or [
         inputs.get(SAMPLE, [])[1:]
     ]
     if any(side < 0 for size in sizes for side in size):
@@ -611,7 +585,7 @@ def _add_profile(builder: Any, config: Any, shapes: Shapes) -> None:
     config.add_optimization_profile(profile)
 
 
-def _target(trt: Any, config: Any, capabilities: tuple[str, ...]) -> None:
+def _target(trt: Any, config: Any, capabilities: Sequence[str]) -> None:
     names = capabilities or DEFAULT_CAPABILITIES
     config.num_compute_capabilities = len(names)
     for i, name in enumerate(names):

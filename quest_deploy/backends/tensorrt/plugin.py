@@ -30,7 +30,7 @@ HINT = (
 )
 
 
-def plugin_library(given: str | None) -> Path | None:
+def plugin_library(given: Path | None) -> Path | None:
     """The plugin library: ``given``, or the first there is; None where there is none.
 
     Looked for in the environment variable QUEST_DEPLOY_PLUGINS and in trt_plugins/build.
@@ -41,7 +41,7 @@ def plugin_library(given: str | None) -> Path | None:
     return next(iter(_libraries(given)), None)
 
 
-def _libraries(given: str | None) -> Iterator[Path]:
+def _libraries(given: Path | None) -> Iterator[Path]:
     for path, source in ((given, "--plugins"), (os.environ.get(ENVIRONMENT), ENVIRONMENT)):
         if path:
             if not Path(path).is_file():
@@ -54,7 +54,7 @@ def _libraries(given: str | None) -> Iterator[Path]:
         yield BUILT
 
 
-def recorded_library(given: str | None, sha256: str) -> Path:
+def recorded_library(given: Path | None, sha256: str) -> Path:
     """The plugin library that an engine was built with.
 
     Args:
@@ -65,7 +65,7 @@ def recorded_library(given: str | None, sha256: str) -> Path:
         InputError: none, or another one.
     """
     found = []
-    for path in _libraries(given if given is not None and Path(given).is_file() else None):
+    for path in _libraries(given if given is not None and given.is_file() else None):
         if sha256_of(path) == sha256:
             return path
         found.append(path)
@@ -85,7 +85,7 @@ def built_for(library: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def load_plugin(registry: Any, library: str | None, logger: Any) -> None:
+def load_plugin(registry: Any, library: Path | None, logger: Any) -> None:
     """Load ``library`` into a TensorRT plugin registry, as TensorRT's own tools do.
 
     Args:
@@ -99,7 +99,7 @@ def load_plugin(registry: Any, library: str | None, logger: Any) -> None:
         raise QuestDeployError(f"no library of the plugin {NAMESPACE}::{NAME} was found: {HINT}")
     before = len(logger.problems)
     try:
-        handle = registry.load_library(library)
+        handle = registry.load_library(str(library))
     except (RuntimeError, ValueError, TypeError) as e:
         raise QuestDeployError(
             f"TensorRT cannot load the plugin library {library} ({e}): {HINT}"

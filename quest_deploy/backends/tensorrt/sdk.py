@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quest_deploy.backends.base import NATIVE, PLUGIN, EngineOptions, EngineRecord, PluginRecord
+from quest_deploy.backends.base import EngineRecord, PluginRecord
+from quest_deploy.backends.options import AUTO, NATIVE, PLUGIN, EngineOptions
 from quest_deploy.backends.tensorrt import base as shared
 from quest_deploy.backends.tensorrt.plugin import (
     HINT,
@@ -44,11 +45,12 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
         library = plugin_library(options.plugins)
         if library is None and options.serialize_plugins:
             raise InputError(f"--serialize-plugins: no plugin library was found: {HINT}")
-        if options.quantize == "auto":
+        if options.quantize == AUTO:
             options = replace(options, quantize=NATIVE if library is None else PLUGIN)
-        return replace(options, plugins=None if library is None else str(library))
+        return replace(options, plugins=library)
 
     def check_build(self, options: EngineOptions) -> None:
+        self.check_options(options)
         options = self.resolve(options)
         trt = self._module()
         self._check_version(trt)
@@ -57,7 +59,7 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
                 "tensorrt builds on the GPU that runs the engine, and this machine has none; use "
                 "tensorrt-rtx here"
             )
-        self.check_options(trt, options)
+        self.check_builder(trt, options)
         _check_timing_cache(options)
         if options.quantize == PLUGIN:
             _check_plugin(trt, options)
@@ -75,9 +77,7 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
                 "the engine's record does not say which plugin library it needs; run `quest-deploy "
                 "build-engine` again"
             )
-        return replace(
-            options, plugins=str(recorded_library(options.plugins, record.plugin.sha256))
-        )
+        return replace(options, plugins=recorded_library(options.plugins, record.plugin.sha256))
 
     def graph_to_parse(self, lowered: Path, scratch: Path, options: EngineOptions) -> Path:
         """With the plugin, GEGLU goes into the quantizer behind it; ``lowered`` itself keeps the
@@ -104,8 +104,9 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
     def record(self, options: EngineOptions) -> dict[str, Any]:
         found = super().record(options)
         if options.quantize == PLUGIN and options.plugins is not None:
-            path = Path(options.plugins)
-            found["plugin"] = PluginRecord(path.name, sha256_of(path), options.serialize_plugins)
+            found["plugin"] = PluginRecord(
+                options.plugins.name, sha256_of(options.plugins), options.serialize_plugins
+            )
         return found
 
     def _check_version(self, trt: Any) -> None:
@@ -125,7 +126,7 @@ def _check_plugin(trt: Any, options: EngineOptions) -> None:
             f"--quantize plugin: no library of the plugin {NAMESPACE}::{NAME} was found: {HINT}; "
             "or --quantize native"
         )
-    built, here = built_for(Path(options.plugins)), int(trt.__version__.split(".")[0])
+    built, here = built_for(options.plugins), int(trt.__version__.split(".")[0])
     if built not in (None, here):
         raise InputError(
             f"--quantize plugin: the plugin library {options.plugins} was built with the headers "
@@ -146,7 +147,7 @@ def _check_timing_cache(options: EngineOptions) -> None:
         return
     # It is read before the engine is built, and written after: nothing is made now, since a later
     # check may fail.
-    path = Path(options.timing_cache)
+    path = options.timing_cache
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.exists() and not (path.is_file() and os.access(path, os.R_OK)):
         raise InputError(

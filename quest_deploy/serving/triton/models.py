@@ -14,7 +14,8 @@ import torch
 from exporters.exactness import LEVELS
 from exporters.graph_info import save_graph
 from exporters.probe import make_probe
-from quest_deploy.backends.base import LOWERED, EngineOptions
+from quest_deploy.backends.base import LOWERED
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.serving.triton.layout import ONNX, PLAN
@@ -131,7 +132,7 @@ def _write_plan_beside(
     options = replace(
         layout.plan.options,
         max_batch=max_batch,
-        sample_sizes=sizes,
+        sample_size=sizes,
         dtype="fp32",
         quantize="native",
         plugins=None,

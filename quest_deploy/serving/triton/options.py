@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from quest_deploy.backends.base import NATIVE_PROCESSOR, PROCESSORS
+from quest_deploy.backends.options import NATIVE_PROCESSOR, PROCESSORS
 from quest_deploy.errors import InputError
 
 IO_DTYPES = {"fp32": "TYPE_FP32", "fp16": "TYPE_FP16"}

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from exporters.graph_info import load_graph, save_graph
 from exporters.passes.half_io import HalfIO
 from quest_deploy.artifacts.workspace import ENGINES
-from quest_deploy.backends.base import LOWERED, EngineOptions, EngineRecord, engine_info
+from quest_deploy.backends.base import LOWERED, EngineRecord, engine_info
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.backends.tensorrt.plugin import recorded_library
@@ -49,7 +50,7 @@ class Plan:
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Heights and widths of the samples that it takes; empty for the model's own."""
-        return self.options.sample_sizes
+        return tuple(self.options.sample_size)
 
 
 def find_plan(

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
     from exporters.graph_info import GraphInfo
     from quest_deploy.artifacts.reference import Record, Tables
-    from quest_deploy.backends.base import Backend, EngineOptions
+    from quest_deploy.backends.base import Backend
+    from quest_deploy.backends.options import EngineOptions
     from quest_deploy.progress import Progress
 
 __all__ = ["Verification", "verify_engine"]

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from quest_deploy.backends.base import Backend, EngineOptions, Runner
+    from quest_deploy.backends.base import Backend, Runner
+    from quest_deploy.backends.options import EngineOptions
 
     Arrays = dict[str, NDArray[Any]]
     T = TypeVar("T")

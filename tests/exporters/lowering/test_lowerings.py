@@ -12,7 +12,8 @@ from exporters.graph_info import graph_info
 from exporters.lowering import onnxruntime, openvino, tensorrt
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_product
 from quest_deploy.artifacts.checkpoint import FreeSiteData
-from quest_deploy.backends.base import EngineOptions, build_engine, open_engine
+from quest_deploy.backends.base import build_engine, open_engine
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from tests.helpers import (
     Array,

@@ -8,15 +8,10 @@ import pytest
 
 from exporters.exactness import EXACT_ANYWHERE, SAFE, Exactness
 from quest_deploy.backends import exactness
-from quest_deploy.backends.base import (
-    ANY_PROCESSOR,
-    EngineOptions,
-    build_engine,
-    engine_info,
-    open_engine,
-)
+from quest_deploy.backends.base import build_engine, engine_info, open_engine
 from quest_deploy.backends.cpu import CpuBackend
-from quest_deploy.backends.registry import check_options, get_backend
+from quest_deploy.backends.options import ANY_PROCESSOR, EngineOptions
+from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, write_json
 from tests.helpers import WITH_VNNI
@@ -107,7 +102,7 @@ def test_a_gpus_engine_depends_on_no_answer_and_takes_no_processor() -> None:
     for name in ("tensorrt", "tensorrt-rtx"):
         assert get_backend(name).answers(EngineOptions()) == {}
         with pytest.raises(InputError, match="--processor"):
-            check_options(name, EngineOptions(processor=ANY_PROCESSOR))
+            get_backend(name).check_options(EngineOptions(processor=ANY_PROCESSOR))
     assert get_backend("onnxruntime").answers(EngineOptions(provider="cuda")) == {
         "exact_integers": {}
     }

@@ -24,13 +24,13 @@ from exporters.graph_info import load_graph
 from exporters.ops import geglu_timestep_quantize, timestep_quantize
 from quest_deploy.backends.base import (
     LOWERED,
-    EngineOptions,
     PluginRecord,
     Runtime,
     build_engine,
     engine_info,
     engine_options,
 )
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt import plugin as tensorrt_plugin
 from quest_deploy.backends.tensorrt.base import (
@@ -275,9 +275,9 @@ def test_the_plugins_library_is_found_where_it_is_given_in_the_environment_or_wh
     assert plugin_library(None) == tmp_path / "built.so"
     monkeypatch.setenv(tensorrt_plugin.ENVIRONMENT, str(tmp_path / "environment.so"))
     assert plugin_library(None) == tmp_path / "environment.so"
-    assert plugin_library(str(tmp_path / "given.so")) == tmp_path / "given.so"
+    assert plugin_library(tmp_path / "given.so") == tmp_path / "given.so"
     found = SDK.resolve(EngineOptions())
-    assert (found.quantize, found.plugins) == ("plugin", str(tmp_path / "environment.so"))
+    assert (found.quantize, found.plugins) == ("plugin", tmp_path / "environment.so")
     assert SDK.resolve(EngineOptions(quantize="native")) == EngineOptions(quantize="native")
     monkeypatch.setenv(tensorrt_plugin.ENVIRONMENT, str(tmp_path / "none.so"))
     with pytest.raises(
@@ -292,20 +292,20 @@ def test_an_engine_runs_with_the_very_library_that_it_was_built_with(
     (tmp_path / "a.so").write_bytes(b"a")
     (tmp_path / "b.so").write_bytes(b"b")
     digest = sha256_of(tmp_path / "a.so")
-    assert recorded_library(str(tmp_path / "a.so"), digest) == tmp_path / "a.so"
+    assert recorded_library(tmp_path / "a.so", digest) == tmp_path / "a.so"
     with pytest.raises(
         InputError,
         match=rf"SHA-256 {digest}: give its path in the environment variable QUEST_DEPLOY_PLUGINS",
     ):
-        recorded_library("/another/machine/a.so", digest)
+        recorded_library(Path("/another/machine/a.so"), digest)
     monkeypatch.setenv(tensorrt_plugin.ENVIRONMENT, str(tmp_path / "b.so"))
     with pytest.raises(InputError, match=rf"found {tmp_path / 'b.so'}, which differs"):
-        recorded_library("/another/machine/a.so", digest)
+        recorded_library(Path("/another/machine/a.so"), digest)
     monkeypatch.setenv(tensorrt_plugin.ENVIRONMENT, str(tmp_path / "a.so"))
-    assert recorded_library("/another/machine/a.so", digest) == tmp_path / "a.so"
+    assert recorded_library(Path("/another/machine/a.so"), digest) == tmp_path / "a.so"
     monkeypatch.setenv(tensorrt_plugin.ENVIRONMENT, str(tmp_path / "none.so"))
     assert (
-        recorded_library(str(tmp_path / "a.so"), digest) == tmp_path / "a.so"
+        recorded_library(tmp_path / "a.so", digest) == tmp_path / "a.so"
     )  # the rest is not looked at
 
 
@@ -365,7 +365,7 @@ def engine(mini_proto: onnx.ModelProto, tmp_path: Path, sdk: ModuleType) -> Path
         tactic_sources=(),
         max_num_tactics=2,
         profiling_verbosity="layer_names_only",
-        workspace_limit=2**30,
+        pool_limit=2**30,
     )
     (tmp_path / "engine").mkdir()
     build_engine(SDK, ir.from_proto(mini_proto), tmp_path / "engine", options, "cd" * 32)

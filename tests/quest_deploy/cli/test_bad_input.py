@@ -264,18 +264,15 @@ def test_an_unknown_scheduler_is_refused_with_the_known_ones(workspace: Path, co
     ended = cli(command, "-w", workspace, "--scheduler", "heun")
     assert (
         ended.code,
-        "unknown scheduler 'heun': expected one of ddim, ddpm" in ended.message,
+        "--scheduler" in ended.message and "ddim, ddpm" in ended.message,
     ) == (2, True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            ["calibrate", "--method", "entropy"],
-            "unknown calibration method 'entropy': expected one of mse, minmax",
-        ),
-        (["build-engine", "--provider", "rocm"], "unknown provider 'rocm'"),
+        (["calibrate", "--method", "entropy"], "--method"),
+        (["build-engine", "--provider", "rocm"], "--provider"),
         (
             ["build-engine", "--backend", "tensorrt-rtx", "--compute-capability", "12"],
             "unknown compute capability '12'",
@@ -302,12 +299,9 @@ def test_an_unknown_scheduler_is_refused_with_the_known_ones(workspace: Path, co
         ),
         (
             ["build-engine", "--backend", "tensorrt-rtx", "--quantize", "plugin"],
-            "tensorrt-rtx runs no plugins",
+            "--quantize: tensorrt-rtx",
         ),
-        (
-            ["build-engine", "--quantize", "native"],
-            "--quantize is TensorRT's, and the backend is openvino",
-        ),
+        (["build-engine", "--quantize", "native"], "--quantize: openvino"),
     ],
 )
 def test_an_unknown_choice_of_a_stage_is_refused(

@@ -95,7 +95,7 @@ def test_the_same_model_may_be_named_again_by_any_path_to_it(
 ) -> None:
 
     monkeypatch.chdir(pipelines("sd"))
-    made = create_workspace(tmp_path / "ws", ModelChoices("."), SchemeChoices())
+    made = create_workspace(tmp_path / "ws", ModelChoices(model="."), SchemeChoices())
     assert made.model == "sd"
     assert open_workspace(tmp_path / "ws", str(pipelines("sd")), None).source == made.source
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from quest_deploy.backends.base import EngineOptions
+    from quest_deploy.backends.options import EngineOptions
 
 pytestmark = pytest.mark.usefixtures("mini_tiny")
 STAGES = (
@@ -54,7 +54,7 @@ NO_STAGES = ("workspace", "left_out", "failed")
 SMALL: dict[str, StageOptions] = {
     "calibrate": CalibrateOptions(samples=8),
     "finetune": FinetuneOptions(temporal_steps=2, sensitive_steps=3, batch=4),
-    "benchmark": BenchmarkOptions(batches=(2,), runs=2, warmup=1),
+    "benchmark": BenchmarkOptions(batch=(2,), runs=2, warmup=1),
     "generate": GenerateOptions(labels="0123", rows=1, steps=3),
     "evaluate": EvaluateOptions(images=20, steps=3),
 }
@@ -211,7 +211,7 @@ def test_run_goes_on_with_the_options_of_what_was_interrupted(
 
 def test_run_refuses_an_unknown_method_before_it_makes_a_workspace(tmp_path: Path) -> None:
     ended = cli("run", "-w", tmp_path / "w", "--method", "median")
-    assert (ended.code, "unknown calibration method 'median'" in ended.message) == (2, True)
+    assert (ended.code, "--method" in ended.message) == (2, True)
     assert not (tmp_path / "w").exists()
 
 

@@ -7,7 +7,8 @@ import onnx_ir as ir
 import pytest
 
 from exporters.graph_info import load_graph, save_graph
-from quest_deploy.backends.base import LOWERED, EngineOptions, build_engine
+from quest_deploy.backends.base import LOWERED, build_engine
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.evaluation.benchmark import (

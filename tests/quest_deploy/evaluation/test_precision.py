@@ -16,9 +16,10 @@ from exporters.graph_info import save_graph
 from exporters.multiplications import multiplications
 from quest_deploy.artifacts.checkpoint import Checkpoint
 from quest_deploy.backends import exactness
-from quest_deploy.backends.base import LOWERED, EngineOptions, build_engine
+from quest_deploy.backends.base import LOWERED, build_engine
 from quest_deploy.backends.onnxruntime import profiled_precisions
 from quest_deploy.backends.openvino.precision import runtime_precisions
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import told_precisions
 from quest_deploy.evaluation.precision import (

@@ -18,9 +18,10 @@ from unittest import mock
 
 from exporters.exactness import EXACT
 from exporters.graph_info import load_graph
-from quest_deploy.backends.base import ANY_PROCESSOR, EngineOptions, build_engine
+from quest_deploy.backends.base import build_engine
 from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.exactness import ask
+from quest_deploy.backends.options import ANY_PROCESSOR, EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.verification.checks import verify_engine
 

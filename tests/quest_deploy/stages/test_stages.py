@@ -65,12 +65,10 @@ def test_the_workspace_knows_which_stages_read_the_calibrated_checkpoint() -> No
 @pytest.mark.parametrize(
     "options",
     [
-        CalibrateOptions(
-            samples=3, method="qdiff", reconstruction={"batch": 2}, prompts=("a", "b")
-        ),
-        FinetuneOptions(stages=("sensitive",), sensitive_layers=("conv_in",), seed=3),
-        SensitivityOptions(2, 8),
-        BenchmarkOptions(batches=(2, 4)),
+        CalibrateOptions(samples=3, method="qdiff", reconstruction_batch=2, prompts=("a", "b")),
+        FinetuneOptions(stages=("sensitive",), layers=("conv_in",), seed=3),
+        SensitivityOptions(samples=2, batch=8),
+        BenchmarkOptions(batch=(2, 4)),
         GenerateOptions(labels="01", prompt=("a cat",)),
         EvaluateOptions(images=4),
     ],

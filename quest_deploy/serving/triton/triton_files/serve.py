@@ -145,11 +145,11 @@ def check_files() -> None:
     package` wrote it, or was added.
     """
     # Python would run the bytecode of an earlier time, or of somebody else, which no hash covers.
-    for folder in list(PACKAGE.rglob("__pycache__")):
+    for bytecode in list(PACKAGE.rglob("__pycache__")):
         try:
-            folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+            bytecode.unlink() if bytecode.is_symlink() else shutil.rmtree(bytecode)
         except OSError as e:
-            sys.exit(f"error: {folder} cannot be removed ({e.strerror}); remove it")
+            sys.exit(f"error: {bytecode} cannot be removed ({e.strerror}); remove it")
     listed = json.loads((PACKAGE / "package.json").read_text())["files"]
     for name, digest in listed.items():
         path = PACKAGE / name

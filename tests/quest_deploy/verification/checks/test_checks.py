@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 from exporters.graph_info import SITES_KEY
 from exporters.torch_to_qdq import portable_graph
 from quest_deploy.artifacts.reference import TABLES, ReferenceIndex, load_reference
-from quest_deploy.backends.base import EngineOptions, Runner, SplitRunner, build_engine
+from quest_deploy.backends.base import Runner, SplitRunner, build_engine
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.cli import descriptions
 from quest_deploy.errors import InputError
@@ -702,7 +703,7 @@ def test_verifying_an_engine_needs_no_torch(
 ) -> None:
     program = (
         "import sys; from pathlib import Path\n"
-        "from quest_deploy.backends.registry import get_backend; from quest_deploy.backends.base "
+        "from quest_deploy.backends.registry import get_backend; from quest_deploy.backends.options "
         "import EngineOptions\n"
         "from quest_deploy.verification.checks import verify_engine\n"
         "print([name for name in ('torch', 'diffusers') if name in sys.modules])\n"

@@ -10,7 +10,8 @@ import pytest
 
 from exporters.passes.to_dtype import to_dtype
 from quest_deploy.artifacts.reference import load_reference
-from quest_deploy.backends.base import EngineOptions, build_engine
+from quest_deploy.backends.base import build_engine
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.verification.checks import Verification, verify_engine
 from quest_deploy.verification.tolerances import (

@@ -28,7 +28,8 @@ from quest_deploy.artifacts.checkpoint import (
     save_checkpoint,
 )
 from quest_deploy.artifacts.scheme import Granularity, Scheme, Symmetry
-from quest_deploy.backends.base import EngineOptions, build_engine
+from quest_deploy.backends.base import build_engine
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.trajectories import Trajectories

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from exporters.graph_info import load_graph
-from quest_deploy.backends.base import LOWERED, EngineOptions, build_engine
+from quest_deploy.backends.base import LOWERED, build_engine
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.verification.checks import verify_engine
 from tests.quest_deploy.plugin_backend import PluginOnTheCpu, kept
 from tests.quest_deploy.support import change

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quest_deploy.cli.options import parse_budget, parse_pool_limit, parse_tactic_sources
+from quest_deploy.backends.options import parse_budget, parse_pool_limit, parse_tactic_sources
 
 
 def test_sizes_are_bytes_or_units_of_1024() -> None:

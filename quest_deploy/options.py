@@ -1,0 +1,159 @@
+"""Options, each declared once: a field of a dataclass, annotated with an :class:`Option`.
+
+>>> @dataclass(frozen=True, kw_only=True)
+... class Bake(Options):
+...     minutes: Annotated[int, Option("How long.", minimum=1)] = 40
+
+What a command takes and helps with, the parameters of its function, the values that are refused,
+the names in files and the documentation's tables are read from these fields.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar, get_type_hints
+
+from quest_deploy.errors import InputError
+
+P = ParamSpec("P")
+A = TypeVar("A")
+R = TypeVar("R")
+T = TypeVar("T", bound="Options")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What an option is, besides its field's name, type and default.
+
+    Attributes:
+        help: what it is for, in a sentence.
+        flags: at the command line; empty means ``--name``.
+        minimum, maximum, choices: of its value, or of each value; None has none.
+        metavar: what the command's help shows for its value.
+        default: what the help shows for a default that is found out later; False shows none.
+        text: its type at the command line, where that is another one.
+        parse: the value of such a text.
+        argument: whether the command line has it without a flag.
+        recorded: its name in files; empty means its own.
+    """
+
+    help: str | None = None
+    flags: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[Any, ...] = ()
+    metavar: str | None = None
+    default: str | bool = True
+    text: Any = None
+    parse: Callable[[Any], Any] | None = None
+    argument: bool = False
+    recorded: str = ""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A field with its option; ``default`` is ``MISSING`` where it must be given."""
+
+    name: str
+    kind: Any
+    default: Any
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """How messages call it."""
+        longest = max(self.option.flags, key=len, default=f"--{self.name.replace('_', '-')}")
+        return longest.partition("/")[0]
+
+    @property
+    def recorded(self) -> str:
+        """How files call it."""
+        return self.option.recorded or self.name
+
+    def check(self, value: Any) -> None:
+        """Raise InputError for a value that is out of range."""
+        option = self.option
+        for each in value if isinstance(value, tuple) else (value,):
+            if each is None:
+                continue
+            if option.choices and each not in option.choices:
+                expected = f"one of {', '.join(map(str, option.choices))}"
+            elif option.minimum is not None and not each >= option.minimum:
+                expected = f"{option.minimum} or more"
+            elif option.maximum is not None and not each <= option.maximum:
+                expected = f"{option.maximum} or less"
+            else:
+                continue
+            raise InputError(f"{self.flag}: expected {expected}, not {each!r}")
+
+
+def declared(options: type) -> Mapping[str, Declared]:
+    """The options of a dataclass, by its fields' names; a field without an Option is none."""
+    return _declared(options)
+
+
+@functools.cache
+def _declared(options: Any) -> Mapping[str, Declared]:
+    # The modules that declare options do not postpone annotations: to evaluate them all would take
+    # a tenth of the time that the program's help takes.
+    hints = get_type_hints(options, include_extras=True)
+    return {
+        each.name: Declared(each.name, hints[each.name].__origin__, _default(each), option)
+        for each in fields(options)
+        for option in getattr(hints[each.name], "__metadata__", ())
+        if isinstance(option, Option)
+    }
+
+
+def _default(each: Any) -> Any:
+    return each.default if each.default_factory is MISSING else each.default_factory()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A dataclass of options: it keeps sequences as tuples, and raises InputError for a value that
+    is out of range.
+    """
+
+    def __post_init__(self) -> None:
+        for name, option in declared(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                object.__setattr__(self, name, value := tuple(value))
+            option.check(value)
+
+    def of(self, kind: type[T]) -> T:
+        """The options that are of ``kind``, which this class has too."""
+        return kind(**{each.name: getattr(self, each.name) for each in fields(kind)})
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as files have them, of JSON's types and tuples."""
+        values = {each.recorded: getattr(self, name) for name, each in declared(type(self)).items()}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def takes(options: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:
+    """Give a function of a dataclass the dataclass's fields for parameters, for type checkers
+    too.
+    """
+
+    def decorate(work: Callable[[A], R]) -> Callable[P, R]:
+        @functools.wraps(work)
+        def function(*values: P.args, **named: P.kwargs) -> R:
+            return work(options(*values, **named))
+
+        kinds = get_type_hints(options)
+        parameters = [
+            parameter.replace(annotation=kinds[name])
+            for name, parameter in inspect.signature(options).parameters.items()
+        ]
+        function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            parameters, return_annotation=inspect.signature(work).return_annotation
+        )
+        return function
+
+    return decorate

@@ -1,0 +1,392 @@
+"""What each function of ``api.py`` takes, and each command: a stage's options and the workspace
+that it is about.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from quest_deploy.artifacts.workspace import SCHEDULES, Workspace
+from quest_deploy.backends.options import EngineOptions
+from quest_deploy.backends.registry import BACKENDS
+from quest_deploy.errors import InputError
+from quest_deploy.importers.settings import Source
+from quest_deploy.models.schedulers import SCHEDULERS
+from quest_deploy.options import Option, Options
+from quest_deploy.progress import Display, Progress, no_progress
+from quest_deploy.serving.triton.options import IO_DTYPES, TritonOptions
+from quest_deploy.stages.options import (
+    DEFAULT_BACKEND,
+    IMPORT_SAMPLES,
+    METHOD_HELP,
+    METHODS,
+    RECALIBRATION_SAMPLES,
+    BenchmarkOptions,
+    CalibrateOptions,
+    EngineStageOptions,
+    EvaluateOptions,
+    FinetuneOptions,
+    GenerateOptions,
+    ReferenceOptions,
+    SensitivityOptions,
+    StageOptions,
+)
+from quest_deploy.stages.stage import Stage
+from quest_deploy.stages.workspaces import (
+    BitsOption,
+    ModelChoices,
+    ModelOption,
+    Place,
+    SchemeChoices,
+    create_workspace,
+    open_workspace,
+)
+
+S = TypeVar("S", bound=StageOptions)
+R = TypeVar("R")
+WORKSPACE = Option(
+    "The workspace folder.",
+    flags=("--workspace", "-w"),
+    default="quest-out/<model>-<bits>",
+    text=Path,
+)
+
+
+def parse_numbers(text: str) -> list[float]:
+    """The numbers of "999, 500"; raise InputError for anything else."""
+    try:
+        return [float(part) for part in text.replace(",", " ").split()]
+    except ValueError as e:
+        raise InputError(
+            f"--timesteps: expected numbers separated by commas, found {text!r}"
+        ) from e
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Options):
+    """The parameter that Python's callers give alone: a command shows its progress itself."""
+
+    progress: Progress | Display = no_progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfWorkspace(Arguments):
+    """The parameters of what is about a workspace."""
+
+    workspace: Annotated[Place, WORKSPACE] = field(default=None, kw_only=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnWorkspace(OfWorkspace):
+    """The parameters of what works on a workspace that is there."""
+
+    model: ModelOption = None
+    bits: BitsOption = None
+
+    def opened(self) -> Workspace:
+        """The workspace; raise InputError where it is not of the model or bits."""
+        return open_workspace(self.workspace, self.model, self.bits)
+
+    def run(self, stage: Stage[S, R]) -> R:
+        """Run a stage with its options."""
+        return stage.run(self.opened(), self.of(stage.options), self.progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments(SchemeChoices, ModelChoices, OfWorkspace):
+    """The parameters of ``export``, and of all that makes a workspace where there is none."""
+
+    def opened(self, *, split_shortcuts: bool = False) -> Workspace:
+        """The workspace; raise InputError where it is not of this model or scheme.
+
+        Args:
+            split_shortcuts: of a new one, where the user chose neither.
+        """
+        return create_workspace(
+            self.workspace,
+            self.of(ModelChoices),
+            self.of(SchemeChoices),
+            split_shortcuts=split_shortcuts,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromModel(ExportArguments):
+    """The same, the model first."""
+
+    workspace: Annotated[Place, WORKSPACE] = None
+    model: ModelOption = field(default=None, kw_only=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateArguments(CalibrateOptions, FromModel):
+    """The parameters of ``calibrate``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityArguments(SensitivityOptions, OnWorkspace):
+    """The parameters of ``sensitivity``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneArguments(FinetuneOptions, OnWorkspace):
+    """The parameters of ``finetune``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceArguments(ReferenceOptions, OnWorkspace):
+    """The parameters of ``reference``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildEngineArguments(EngineOptions, EngineStageOptions, OnWorkspace):
+    """The parameters of ``build_engine``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyArguments(EngineStageOptions, OnWorkspace):
+    """The parameters of ``verify``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkArguments(BenchmarkOptions, OnWorkspace):
+    """The parameters of ``benchmark``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArguments(GenerateOptions, OnWorkspace):
+    """The parameters of ``generate``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments(EvaluateOptions, OnWorkspace):
+    """The parameters of ``evaluate``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArguments(FromModel):
+    """The parameters of ``run``.
+
+    Attributes:
+        on_result: called after each stage, with its name and its backend's, and its result.
+    """
+
+    method: Annotated[
+        str | None,
+        Option(
+            METHOD_HELP, choices=METHODS, default=f"the workspace's, or {CalibrateOptions.method}"
+        ),
+    ] = None
+    backend: Annotated[
+        Sequence[str],
+        Option(
+            f"Backends to verify and benchmark: {', '.join(BACKENDS)}; may be repeated.",
+            default=DEFAULT_BACKEND,
+        ),
+    ] = (DEFAULT_BACKEND,)
+    build_only: Annotated[
+        Sequence[str], Option("Backends to build for, without running; may be repeated.")
+    ] = ()
+    if_available: Annotated[
+        bool,
+        Option("Leave out, by name, the backends that this machine lacks, unless it lacks all."),
+    ] = False
+    seed: Annotated[
+        int | None, Option("Of calibration and finetuning.", default="the workspace's, or 0")
+    ] = None
+    on_result: Callable[[Workspace, str, Any], None] = lambda workspace, stage, result: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportArguments(Arguments):
+    """The parameters of ``import_checkpoint``."""
+
+    checkpoint: Annotated[
+        Path | str, Option("The official checkpoint (ckpt.pth).", text=Path, argument=True)
+    ] = field(kw_only=False)
+    source: Annotated[
+        Source | str, Option("The code that wrote it.", flags=("--from",), text=Source)
+    ] = field(kw_only=False)
+    unet: Annotated[
+        Path | str,
+        Option(
+            "The CompVis UNet's configuration, YAML or JSON: an LDM config, or its UNet's "
+            "parameters.",
+            text=Path,
+        ),
+    ] = field(kw_only=False)
+    timesteps: Annotated[
+        Sequence[float] | None,
+        Option(
+            "QuEST: the calibrated timesteps, largest first, separated by commas.",
+            default=False,
+            text=str,
+            parse=parse_numbers,
+        ),
+    ] = None
+    weight_bits: Annotated[int | None, Option("Bits of weights: 4 or 8.", default=False)] = None
+    activation_bits: Annotated[
+        int | None, Option("Bits of activations: 4 or 8.", default=False)
+    ] = None
+    first_last_bits: Annotated[
+        int | None,
+        Option(
+            "Bits of what the first and the last layer read: QuEST's commands set 8.",
+            default=False,
+        ),
+    ] = None
+    softmax_bits: Annotated[
+        int | None,
+        Option("Bits of attention's softmax: 4, 8 or 16 (--sm_abit).", default=False),
+    ] = None
+    symmetric: Annotated[
+        bool | None,
+        Option(
+            "Whether activations are symmetric (--a_sym).",
+            flags=("--symmetric/--asymmetric",),
+            default=False,
+        ),
+    ] = None
+    context_tokens: Annotated[
+        int | None,
+        Option("Q-Diffusion: the length of the text or class condition.", default=False),
+    ] = None
+    settings: Annotated[
+        Path | None,
+        Option(
+            "A JSON file with the settings above, by their names (timesteps a list).",
+            default=False,
+        ),
+    ] = None
+    recalibrate: Annotated[
+        bool, Option("Keep the rounded weights; choose new activation scales, deployable ones.")
+    ] = False
+    samples: Annotated[
+        int | None,
+        Option(
+            "Samplings to record.",
+            minimum=1,
+            default=f"{IMPORT_SAMPLES}, or {RECALIBRATION_SAMPLES} to recalibrate",
+        ),
+    ] = None
+    seed: Annotated[int, Option()] = 0
+    workspace: Annotated[Path | str | None, WORKSPACE] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleArguments(OnWorkspace):
+    """The parameters of ``schedule``."""
+
+    scheduler: Annotated[str, Option(f"The scheduler: {', '.join(SCHEDULERS)}.")] = "ddim"
+    steps: Annotated[int, Option("Denoising steps.", minimum=1)] = 20
+    output: Annotated[
+        Path | None,
+        Option(
+            flags=("--output", "-o"),
+            metavar="FILE",
+            default=f"{SCHEDULES}/<scheduler>-<steps>.json",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageArguments(OnWorkspace):
+    """The parameters of ``package``."""
+
+    triton: Annotated[
+        Path, Option("Write a package for Triton Inference Server there.", metavar="DIR")
+    ]
+    max_batch: Annotated[
+        int | None,
+        Option(
+            "Rows that the UNet runs at once; with guidance an image is two.",
+            default="the plan's, or 16",
+        ),
+    ] = None
+    max_steps: Annotated[int, Option("The most denoising steps of a request.")] = (
+        TritonOptions.max_steps
+    )
+    max_size: Annotated[
+        int | None,
+        Option("The most pixels of a height or width.", default="the plan's, or the model's"),
+    ] = None
+    max_images: Annotated[int, Option("The most images of a request.")] = TritonOptions.max_images
+    max_in_flight: Annotated[int, Option("Images that are drawn at the same time.")] = (
+        TritonOptions.max_in_flight
+    )
+    max_queue: Annotated[int, Option("Requests that may wait; more are refused at once.")] = (
+        TritonOptions.max_queue
+    )
+    queue_delay: Annotated[
+        int,
+        Option(
+            "Microseconds that a batch of the UNet waits for more requests, at every denoising "
+            "step."
+        ),
+    ] = TritonOptions.queue_delay
+    io_dtype: Annotated[
+        str, Option(f"Of the models' inputs and outputs: {' or '.join(IO_DTYPES)}.")
+    ] = TritonOptions.io_dtype
+    plugin_library: Annotated[
+        Sequence[Path],
+        Option(
+            "A library of TensorRT plugins that the plan needs, besides its own; may be repeated.",
+            metavar="FILE",
+        ),
+    ] = ()
+    processor: Annotated[
+        str,
+        Option(
+            "Without a GPU: native, exact on processors that compute as this one does, or any, "
+            "exact on every x86-64."
+        ),
+    ] = TritonOptions.processor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToServer(Arguments):
+    """Which server."""
+
+    url: Annotated[
+        str,
+        Option(
+            "The server's gRPC service, such as 127.0.0.1:8001.",
+            metavar="HOST:PORT",
+            argument=True,
+        ),
+    ] = field(kw_only=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRequest(Options):
+    """What to ask a server for; None for what it chooses."""
+
+    prompt: Annotated[str | None, Option("What to draw, of a text-to-image model.")] = None
+    negative_prompt: Annotated[str | None, Option("What not to draw.")] = None
+    label: Annotated[int | None, Option("The class to draw, of a class-conditional model.")] = None
+    steps: Annotated[int | None, Option("Denoising steps.", default="the server's")] = None
+    scheduler: Annotated[
+        str | None,
+        Option("A diffusers scheduler by its short name.", default="the server's"),
+    ] = None
+    guidance: Annotated[
+        float | None,
+        Option("Classifier-free guidance weight; 1 is none.", default="the model's"),
+    ] = None
+    height: Annotated[int | None, Option("Pixels.", default="the model's")] = None
+    width: Annotated[int | None, Option("Pixels.", default="the model's")] = None
+    seed: Annotated[
+        int | None,
+        Option("The same seed draws the same image.", default="the server's choice"),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientArguments(ImageRequest, ToServer):
+    """The parameters of ``client``."""
+
+    output: Annotated[Path, Option("Where to write the PNG file.", flags=("--output", "-o"))] = (
+        Path("image.png")
+    )
+    timeout: Annotated[float, Option("Seconds to wait for each step.", minimum=0.1)] = 600.0

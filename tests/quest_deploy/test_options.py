@@ -1,0 +1,132 @@
+"""An option is declared once: its command, its function, its refusals and its row follow."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from quest_deploy.backends.options import EngineOption, EngineOptions
+from quest_deploy.cli.console import Console
+from quest_deploy.cli.options import command
+from quest_deploy.errors import InputError
+from quest_deploy.options import Option, Options, takes
+from scripts.docs.options import table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declared(EngineOptions):
+    """The engine's options and another one of TensorRT's."""
+
+    streams: Annotated[
+        int,
+        EngineOption(
+            "tensorrt: auxiliary streams.",
+            minimum=0,
+            backends=("tensorrt",),
+            reasons={"tensorrt-rtx": "it chooses them itself"},
+        ),
+    ] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing(Options):
+    """Options of most kinds."""
+
+    place: Annotated[Path, Option("Where.", argument=True)] = field(kw_only=False)
+    size: Annotated[Sequence[int], Option("Sizes.", minimum=1, recorded="sizes")] = (4,)
+    mode: Annotated[str, Option("How.", choices=("pen", "ink"))] = "pen"
+    digits: Annotated[
+        Sequence[int] | None, Option(text=str, parse=lambda text: tuple(map(int, text)))
+    ] = None
+    on_done: Any = None
+
+
+def run(options: type, *words: str) -> tuple[int, str, dict[str, Any]]:
+    """The exit code, the output and what a command of the options was given."""
+    app, given = typer.Typer(), {}
+
+    @app.command()
+    @command(options)
+    def draw(chosen: dict[str, Any], console: Console) -> None:
+        given.update(chosen)
+
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "200", "NO_COLOR": "1"})
+    return done.exit_code, done.output, given
+
+
+def test_an_engines_option_that_is_declared_is_a_flag_a_parameter_a_refusal_and_a_row() -> None:
+    assert "--streams" in run(Declared, "--help")[1]
+    assert run(Declared, "--streams", "2")[2]["streams"] == 2
+    assert run(Declared, "--streams", "-1")[0] == 2
+
+    @takes(Declared)
+    def build(chosen: Declared) -> int:
+        return chosen.streams
+
+    assert build(streams=3) == 3
+    assert inspect.signature(build).parameters["streams"].default == 1
+
+    Declared(streams=2).check_taken("tensorrt")
+    for backend, why in (("tensorrt-rtx", "it chooses them itself"), ("openvino", "tensorrt")):
+        with pytest.raises(InputError, match=f"--streams: {backend} .*{why}"):
+            Declared(streams=2).check_taken(backend)
+    (row,) = (line for line in table(Declared).splitlines() if line.startswith("| `--streams` "))
+    assert row.split(" | ")[2:] == ["no", "no", "no: it chooses them itself", "yes |"]
+
+
+def test_a_command_gives_what_was_chosen_as_python_has_it() -> None:
+    code, _, given = run(Drawing, "here", "--size", "2", "--size", "3", "--digits", "12")
+    assert code == 0
+    assert given == {"place": Path("here"), "size": [2, 3], "mode": "pen", "digits": (1, 2)}
+    assert run(Drawing)[0] == 2
+
+
+def test_a_field_without_an_option_is_pythons_alone_and_not_recorded() -> None:
+    assert "on-done" not in run(Drawing, "--help")[1]
+    assert "on_done" not in Drawing(Path(), on_done=print).to_json()
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"), [({"size": [3, 0]}, "--size"), ({"mode": "oil"}, "--mode")]
+)
+def test_a_value_out_of_range_is_refused_by_its_flag(values: dict[str, Any], flag: str) -> None:
+    with pytest.raises(InputError, match=flag):
+        Drawing(Path(), **values)
+
+
+def test_files_have_recorded_names_and_sequences_are_tuples() -> None:
+    assert Drawing(Path("here"), size=[2]).to_json() == {
+        "place": "here",
+        "sizes": (2,),
+        "mode": "pen",
+        "digits": None,
+    }
+
+
+@pytest.mark.slow
+def test_a_type_checker_knows_a_functions_parameters(tmp_path: Path) -> None:
+    lines = {
+        'qd.build_engine("ws", backend="openvino", threads=2, sample_size=[(64, 64)])': True,
+        'qd.build_engine("ws", thread=2)': False,
+        'qd.build_engine("ws", threads="2")': False,
+        'qd.calibrate("tiny", bits="w4a4").root': True,
+        'qd.calibrate("tiny").width': False,
+    }
+    (tmp_path / "script.py").write_text("\n".join(["import quest_deploy as qd", *lines]))
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-error-summary", tmp_path / "script.py"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    wrong = {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line}
+    assert wrong == {i for i, right in enumerate(lines.values(), 2) if not right}, done.stdout
