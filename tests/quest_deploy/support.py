@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from quest_deploy.artifacts.checkpoint import pack_int4
 from quest_deploy.artifacts.workspace import Workspace
+from tests.helpers import assert_holds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -127,6 +128,11 @@ class Outcome:
         assert last.startswith("error: "), self.err
         assert not [line for line in before if line.startswith("error: ")], self.err
         return last.removeprefix("error: ")
+
+    def assert_refused(self, *facts: object, code: int = 2) -> None:
+        """It ended with ``code`` and one message that holds the ``facts``."""
+        assert_holds(self.message, *facts)
+        assert self.code == code
 
 
 def cli(*arguments: str | Path) -> Outcome:

@@ -30,6 +30,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sha256_of, sha256_of_json, write_json
 from quest_deploy.models.schedulers import SCHEDULERS, make_scheduler
 from quest_deploy.serving.schedule import Schedule, ScheduleStep, schedule_from_scheduler
+from tests.helpers import refused
 from tests.trt_plugins.conftest import JSON_HEADERS
 
 if TYPE_CHECKING:
@@ -403,9 +404,7 @@ def test_what_runs_an_engine_here_is_what_python_says(
 def test_what_is_no_version_is_refused_here_and_in_python(
     host: Host, workspace: Path, version: str
 ) -> None:
-    with pytest.raises(
-        InputError, match=r"expected TensorRT's version as three numbers or more, such as 10\.16\.1"
-    ):
+    with refused(repr(version)):
         shared.runs_engines_of("10.16.1", version, version_compatible=True)
     folder = workspace / "engines" / RTX
     _edit(folder / ENGINE_FILE, lambda c: c["runtime"].update(version=version))

@@ -25,8 +25,7 @@ from quest_deploy.artifacts.checkpoint import (
     unpack_int4,
     unpack_uint4,
 )
-from quest_deploy.errors import InputError
-from tests.helpers import Array, kinds_checkpoint
+from tests.helpers import Array, kinds_checkpoint, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -371,7 +370,7 @@ def test_a_checkpoint_that_we_would_not_have_written_is_an_input_error_with_its_
     edited: Any, edit: Any
 ) -> None:
     path = edited(edit)
-    with pytest.raises(InputError, match=r"edited\.safetensors"):
+    with refused("edited.safetensors"):
         load_checkpoint(path)
 
 
@@ -487,7 +486,7 @@ def test_damage_to_products_free_sites_asymmetric_weights_or_rewrites_is_an_inpu
     edit: Any, tmp_path: Path
 ) -> None:
     path = save_edited(kinds_checkpoint(), tmp_path, edit)
-    with pytest.raises(InputError, match=r"edited\.safetensors"):
+    with refused("edited.safetensors"):
         load_checkpoint(path)
 
 
@@ -500,7 +499,7 @@ def test_content_that_is_no_json_object_is_an_input_error_with_the_path(
         metadata = {**stream.metadata(), "content": text}
         tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
     save_file(tensors, path, metadata)
-    with pytest.raises(InputError, match=r"edited\.safetensors"):
+    with refused("edited.safetensors"):
         load_checkpoint(path)
 
 
@@ -518,17 +517,17 @@ def test_a_truncated_file_is_an_input_error_with_its_path_at_every_length(
     whole = path.read_bytes()
     for length in (0, 4, 8, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(InputError, match=r"cut\.safetensors"):
+        with refused("cut.safetensors"):
             load_checkpoint(path)
 
 
 def test_a_missing_file_and_a_folder_in_its_place_are_input_errors_with_the_path(
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(InputError, match=r"none\.safetensors does not exist; run"):
+    with refused(tmp_path / "none.safetensors", "quest-deploy finetune"):
         load_checkpoint(tmp_path / "none.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(InputError, match=r"folder\.safetensors"):
+    with refused(tmp_path / "folder.safetensors"):
         load_checkpoint(tmp_path / "folder.safetensors")
 
 

@@ -26,6 +26,7 @@ from quest_deploy.finetuning.train import TARGETS, FinetuneOptions, Step, _backw
 from quest_deploy.quantization import layers as layers_module
 from quest_deploy.quantization.layers import ActivationQuantizer
 from quest_deploy.quantization.model import QuantizedModel
+from tests.helpers import refused
 from tests.quest_deploy.support import flip_byte, truncate
 
 if TYPE_CHECKING:
@@ -295,7 +296,7 @@ def test_every_changed_part_of_a_state_is_noticed(train: Train, tmp_path: Path) 
 )
 def test_a_state_that_is_something_else_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "state.pt")
-    with pytest.raises(InputError, match=r"state\.pt is (damaged|of a run with other options)"):
+    with refused(tmp_path / "state.pt"):
         TrainingState.load(tmp_path / "state.pt", "another key")
 
 
@@ -406,23 +407,23 @@ def test_progress_tells_both_stages_step_by_step(train: Train) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "facts"),
     [
-        ({"family": "video"}, "unknown model family 'video'"),
-        ({"batch": 0}, "positive batch and step counts"),
-        ({"temporal_steps": -1}, "positive batch and step counts"),
-        ({"sensitive_steps": -1}, "positive batch and step counts"),
-        ({"stages": ()}, "one or both of the stages temporal, sensitive"),
-        ({"stages": ("temporal", "temporal")}, "each once"),
-        ({"stages": ("spatial",)}, "found 'spatial'"),
-        ({"output_loss": 0.0, "block_loss": 0.0}, "not be negative, nor both zero"),
-        ({"block_loss": -1.0}, "not be negative, nor both zero"),
-        ({"output_loss": float("nan")}, "not be negative, nor both zero"),
-        ({"precision": "fp8"}, "unknown precision 'fp8': expected one of float32, bf16"),
+        ({"family": "video"}, "'video'"),
+        ({"batch": 0}, "finetuning batch step"),
+        ({"temporal_steps": -1}, "finetuning batch step"),
+        ({"sensitive_steps": -1}, "finetuning batch step"),
+        ({"stages": ()}, "stages temporal sensitive"),
+        ({"stages": ("temporal", "temporal")}, "stages temporal"),
+        ({"stages": ("spatial",)}, "stages 'spatial'"),
+        ({"output_loss": 0.0, "block_loss": 0.0}, "loss"),
+        ({"block_loss": -1.0}, "loss"),
+        ({"output_loss": float("nan")}, "loss"),
+        ({"precision": "fp8"}, "'fp8' float32 bf16"),
     ],
 )
-def test_options_that_cannot_work_are_input_errors(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_options_that_cannot_work_are_input_errors(changes: dict[str, Any], facts: str) -> None:
+    with refused(*facts.split()):
         FinetuneOptions(**{"family": FAMILY, **changes})
 
 
@@ -790,12 +791,12 @@ def test_damaged_targets_are_computed_again(
 
 
 @pytest.mark.parametrize(
-    ("device", "message"),
-    [("tpu", "unknown device 'tpu': expected one of cpu, cuda"), ("cuda", "no CUDA device")],
+    ("device", "facts"),
+    [("tpu", "'tpu' cpu cuda"), ("cuda", "--device cuda cpu")],
 )
 def test_a_device_that_is_not_there_is_an_input_error(
-    train: Train, monkeypatch: pytest.MonkeyPatch, device: str, message: str
+    train: Train, monkeypatch: pytest.MonkeyPatch, device: str, facts: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match=message):
+    with refused(*facts.split()):
         train(OPTIONS, device=device)

@@ -9,6 +9,7 @@ import torch
 from quest_deploy.errors import InputError
 from quest_deploy.importers.read import read
 from quest_deploy.importers.settings import ImportSettings, Source
+from tests.helpers import refused
 from tests.quest_deploy.importers.cases import CONTEXT_TOKENS, SD, UNCONDITIONAL, Case
 
 if TYPE_CHECKING:
@@ -82,18 +83,18 @@ def test_the_scales_of_the_last_timestep_are_ignored(case: Case, tmp_path: Path)
 def test_another_number_of_timesteps_does_not_fit(case: Case, tmp_path: Path) -> None:
     torch.save(case.state, tmp_path / "x")
     other = ImportSettings(Source.QUEST, (900.0, 100.0), 4, 4, 8, 8, False)
-    with pytest.raises(InputError, match=r"shapes do not fit: .*, expected \[2, "):
+    with refused(tmp_path / "x", "expected [2, 3]"):
         read(tmp_path / "x", case.config, other)
 
 
 def test_a_file_of_code_or_of_anything_but_tensors_is_refused(case: Case, tmp_path: Path) -> None:
     for content in ([1, 2], {"model.x": 3}, case.config):
         torch.save(content, tmp_path / "x")
-        with pytest.raises(InputError, match=r"expected a (state dict|file) of tensors"):
+        with refused(tmp_path / "x", "tensors"):
             read(tmp_path / "x", case.config, case.import_settings)
     (tmp_path / "x").write_bytes(b"nothing")
     for path in (tmp_path / "x", tmp_path / "absent"):
-        with pytest.raises(InputError, match=r"expected a file of tensors|does not exist"):
+        with refused(path):
             read(path, case.config, case.import_settings)
 
 
@@ -137,9 +138,7 @@ def test_whatever_torch_raises_at_a_malformed_file_is_the_files_fault(
         raise error
 
     monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(
-        InputError, match=r"x: expected a file of tensors as torch.save writes it \([A-Za-z]+\)$"
-    ):
+    with refused(tmp_path / "x", type(error).__name__):
         read(tmp_path / "x", case.config, case.import_settings)
 
 
@@ -155,7 +154,7 @@ def test_parameters_are_read_as_their_values(case: Case, tmp_path: Path) -> None
 
 def test_a_checkpoint_of_another_unet_is_refused(case: Case, tmp_path: Path) -> None:
     torch.save(case.state, tmp_path / "x")
-    with pytest.raises(InputError, match=r"missing keys: .* unexpected keys: "):
+    with refused(tmp_path / "x", "missing", "unexpected"):
         read(tmp_path / "x", Case(UNCONDITIONAL).config, case.import_settings)
 
 
@@ -166,12 +165,8 @@ def test_context_tokens_that_the_file_or_the_unet_contradicts_are_refused(
     case = Case(params)
     case.read(tmp_path / "x")
     other = dataclasses.replace(case.import_settings, context_tokens=CONTEXT_TOKENS + 1)
-    message = (
-        f"shows {CONTEXT_TOKENS}, not {CONTEXT_TOKENS + 1}"
-        if params is SD
-        else "the UNet reads no context"
-    )
-    with pytest.raises(InputError, match=f"--context-tokens: .*{message}"):
+    facts = (CONTEXT_TOKENS, CONTEXT_TOKENS + 1) if params is SD else ()
+    with refused("--context-tokens", *facts):
         read(tmp_path / "x", case.config, other)
     if params is SD:
         same = dataclasses.replace(case.import_settings, context_tokens=CONTEXT_TOKENS)
@@ -190,5 +185,5 @@ def test_q_diffusion_files_do_not_show_the_context(tmp_path: Path) -> None:
     qdiff = Case(SD, source=Source.QDIFF, options={"activation_bits": 8})
     torch.save(qdiff.state, tmp_path / "x")
     without = ImportSettings(Source.QDIFF, (), 4, 8, 8, 8, False)
-    with pytest.raises(InputError, match="give --context-tokens"):
+    with refused("--context-tokens"):
         read(tmp_path / "x", qdiff.config, without)

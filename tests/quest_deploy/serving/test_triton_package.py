@@ -27,11 +27,11 @@ from quest_deploy.artifacts.workspace import ENGINES, Workspace
 from quest_deploy.backends.base import ENGINE_FILE, EngineOptions
 from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
-from quest_deploy.errors import InputError
 from quest_deploy.files import sha256_of
 from quest_deploy.serving import client
 from quest_deploy.serving.triton.package import MODELS
 from quest_deploy.serving.triton.pbtxt import Word, pbtxt
+from tests.helpers import refused
 from tests.quest_deploy.serving.local import LocalPipeline
 from tests.quest_deploy.support import cli, flip_byte
 
@@ -231,7 +231,7 @@ def test_two_plugin_libraries_of_one_name_are_refused(workspace: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "default", "profiles", "refused"),
+    ("sizes", "default", "profiles", "other"),
     [
         ([[8, 8], [16, 8]], (16, 16), ["0", "1"], (32, 32)),
         ([[16, 8], [8, 16]], (32, 16), ["0", "1"], (16, 16)),
@@ -244,7 +244,7 @@ def test_triton_is_told_of_every_profile_of_a_plan_and_the_pipeline_of_every_siz
     sizes: list[list[int]],
     default: tuple[int, int],
     profiles: list[str],
-    refused: tuple[int, int],
+    other: tuple[int, int],
 ) -> None:
     with_plan(workspace, workspace / ENGINES / "tensorrt-rtx", sample_sizes=sizes)
     packaged(workspace, tmp_path / "out")
@@ -261,11 +261,13 @@ def test_triton_is_told_of_every_profile_of_a_plan_and_the_pipeline_of_every_siz
             2 * height,
             2 * width,
         )
-    with pytest.raises(
-        pipeline.generation.InvalidRequestError,
-        match=f"the plan was built for .*; found {refused[0]}x{refused[1]}",
+    with refused(
+        "height",
+        "width",
+        f"{other[0]}x{other[1]}",
+        error=pipeline.generation.InvalidRequestError,
     ):
-        pipeline.draw(label=1, steps=1, height=refused[0], width=refused[1])
+        pipeline.draw(label=1, steps=1, height=other[0], width=other[1])
 
 
 def rtx_for_tensorrt(asked: list[EngineOptions]) -> Backend:
@@ -556,5 +558,5 @@ def test_the_client_wants_a_host_and_a_port(tmp_path: Path, url: str) -> None:
 
 
 def test_the_client_refuses_text_that_is_no_text() -> None:
-    with pytest.raises(InputError, match="--prompt: expected text that UTF-8 can encode"):
+    with refused("--prompt", "UTF-8"):
         client._inputs({"prompt": "a \udcff cat"}, {"prompt": "BYTES"})

@@ -18,9 +18,9 @@ from quest_deploy.backends.base import EngineOptions, Runner, SplitRunner, build
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.cli import descriptions
-from quest_deploy.errors import InputError
 from quest_deploy.verification.checks import Verification, verify_engine
 from quest_deploy.verification.tolerances import LAYER_TOLERANCE, relative_error
+from tests.helpers import refused
 from tests.quest_deploy.support import change, initializer, set_initializer, strict_json
 
 if TYPE_CHECKING:
@@ -680,10 +680,7 @@ def test_the_reference_of_another_model_is_an_input_error(
         {name.replace("conv_in", "conv_other"): value for name, value in tables.items()},
         tmp_path / TABLES,
     )
-    with pytest.raises(
-        InputError,
-        match="reference of another model or version; run `quest-deploy reference` again",
-    ):
+    with refused(tmp_path, "quest-deploy reference"):
         verify_engine(get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path)
 
 
@@ -695,7 +692,7 @@ def test_a_reference_without_what_segments_need_is_an_input_error(
     save_file(
         {name: value for name, value in load_file(path).items() if name != "untied_output"}, path
     )
-    with pytest.raises(InputError, match="run `quest-deploy reference` again"):
+    with refused(tmp_path, "quest-deploy reference"):
         verify_engine(get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path)
 
 
