@@ -163,6 +163,13 @@ def strict_json(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
+def places(problems: Iterable[str]) -> list[tuple[str, str]]:
+    """Of what each problem of a verification is and where: the first and the last word before its
+    colon, such as ("segment", "conv_out").
+    """
+    return [(words[0], words[-1]) for words in (x.split(":")[0].split() for x in problems)]
+
+
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of every file in ``folder``, but for the lock."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")

@@ -25,7 +25,7 @@ from quest_deploy.artifacts.checkpoint import (
     unpack_int4,
     unpack_uint4,
 )
-from tests.helpers import Array, kinds_checkpoint, refused
+from tests.helpers import Array, assert_holds, kinds_checkpoint, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -173,22 +173,19 @@ def test_a_free_site_says_which_of_its_scales_keeps_it_in_float() -> None:
         15,
     )
     sites = {**checkpoint.sites, "wide": wide, "attn.q": operand}
-    channel = "a scale for each channel lies on the axis that is summed over"
-    assert dataclasses.replace(checkpoint, sites=sites).float_sites == {
-        "free_conv": channel,
-        "by_channel": channel,
-        "by_token": "a scale for each channel or token, where an integer product has one for the "
-        "tensor",
-        "attn.q": channel,
-        "wide": "codes that int8 does not hold",
+    facts = {
+        "free_conv": "axis",
+        "by_channel": "axis",
+        "by_token": "token",
+        "attn.q": "axis",
+        "wide": "int8",
     }
-    assert (
-        dataclasses.replace(
-            checkpoint, sites={**sites, "attn.q": dataclasses.replace(operand, axis=2)}
-        )
-        .float_sites["attn.q"]
-        .startswith("a scale for each channel or token")
-    )
+    reasons = dataclasses.replace(checkpoint, sites=sites).float_sites
+    assert reasons.keys() == facts.keys()
+    for name, fact in facts.items():
+        assert_holds(reasons[name], fact)
+    other = {**sites, "attn.q": dataclasses.replace(operand, axis=2)}
+    assert_holds(dataclasses.replace(checkpoint, sites=other).float_sites["attn.q"], "token")
 
 
 def test_products_count_among_the_multiply_adds_with_their_wider_operands_bits() -> None:

@@ -122,10 +122,8 @@ def test_what_cannot_be_drawn_is_refused_with_the_reason(
     assert words in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("model", "words"), [("unet", "after step 1 of 2"), ("vae_decoder", "the decoder's image")]
-)
-def test_of_what_is_not_finite_no_image_is_made(package: Path, model: str, words: str) -> None:
+@pytest.mark.parametrize(("model", "fact"), [("unet", "step 1 of 2"), ("vae_decoder", "decoder")])
+def test_of_what_is_not_finite_no_image_is_made(package: Path, model: str, fact: str) -> None:
     class Overflowing(LocalPipeline):
         async def infer(self, name: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             found = await super().infer(name, inputs)
@@ -136,9 +134,8 @@ def test_of_what_is_not_finite_no_image_is_made(package: Path, model: str, words
             )
 
     pipeline = Overflowing(package)
-    with pytest.raises(pipeline.generation.NotFiniteError) as failed:
+    with refused(fact, error=pipeline.generation.NotFiniteError):
         pipeline.draw(prompt=PROMPT, steps=2)
-    assert words in str(failed.value)
 
 
 def test_a_limit_that_is_missing_or_no_whole_number_of_1_or_more_is_refused(
