@@ -50,10 +50,13 @@ answer ``EXACT_ANYWHERE`` or better.
 def refused(
     *facts: object, error: type[Exception] = InputError
 ) -> Iterator[pytest.ExceptionInfo[Exception]]:
-    """Ends in ``error`` itself, no subclass of it, whose message holds the ``facts``."""
+    """Expects ``error`` itself, no subclass of it, with a message of one line that holds the
+    ``facts``.
+    """
     with pytest.raises(error) as caught:
         yield caught
     assert type(caught.value) is error
+    assert "\n" not in str(caught.value)
     assert_holds(str(caught.value), *facts)
 
 
