@@ -55,7 +55,7 @@ def load_pipeline(
     model = load_model(opened.source)
     if not isinstance(model, PipelineModel):
         raise InputError(
-            f"{EMBEDDED} is not a diffusers pipeline; use"
+            f"{EMBEDDED} is not a diffusers pipeline; use "
             "quest_deploy.backends.engine_unet.EngineUNet, or `quest-deploy generate`"
         )
     model.require_weights("run as a pipeline")  # both refused before an engine is opened
