@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -59,13 +59,11 @@ def make_classifier(images: torch.Tensor, labels: torch.Tensor, out: Path) -> fl
     return float(model.score(flat[TRAIN_IMAGES:], target[TRAIN_IMAGES:]))
 
 
-def train(
-    images: torch.Tensor, labels: torch.Tensor, steps: int
-) -> tuple[UNet2DConditionModel, torch.nn.Embedding]:
+def train(images: torch.Tensor, labels: torch.Tensor, steps: int) -> tuple[Any, torch.nn.Embedding]:
     """Epsilon-MSE training with label dropout; returns the exponential moving average of the
     weights.
     """
-    unet = UNet2DConditionModel(**tiny.UNET_CONFIG)
+    unet: Any = UNet2DConditionModel(**tiny.UNET_CONFIG)
     embedding = torch.nn.Embedding(
         tiny.NULL_CLASS + 1, tiny.TOKENS * tiny.UNET_CONFIG["cross_attention_dim"]
     )
@@ -78,7 +76,7 @@ def train(
         optimizer,
         lambda i: min(1.0, i / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(i / steps, 1))),
     )
-    scheduler = DDIMScheduler(**tiny.SCHEDULER_CONFIG)
+    scheduler: Any = DDIMScheduler(**tiny.SCHEDULER_CONFIG)
     latents = tiny.latents_from_images(images)
     for step in track(range(steps), "training"):
         rows = torch.randint(len(latents), (BATCH,))
@@ -108,13 +106,13 @@ def train(
 
 @torch.no_grad()
 def held_out_loss(
-    unet: UNet2DConditionModel,
+    unet: torch.nn.Module,
     embedding: torch.nn.Embedding,
     images: torch.Tensor,
     labels: torch.Tensor,
 ) -> float:
     """Mean epsilon-MSE on held-out images, 16 draws of noise and timestep each."""
-    scheduler = DDIMScheduler(**tiny.SCHEDULER_CONFIG)
+    scheduler: Any = DDIMScheduler(**tiny.SCHEDULER_CONFIG)
     latents, total = tiny.latents_from_images(images), 0.0
     for _ in range(16):
         noise, timestep = torch.randn_like(latents), torch.randint(1000, (len(latents),))
@@ -143,7 +141,8 @@ def main(
     )
     unet.half().save_pretrained(out / "unet", safe_serialization=True)
     save_file({"weight": embedding.weight.detach().half()}, out / "class_embedding.safetensors")
-    DDIMScheduler(**tiny.SCHEDULER_CONFIG).save_pretrained(out / "scheduler")
+    scheduler: Any = DDIMScheduler(**tiny.SCHEDULER_CONFIG)
+    scheduler.save_pretrained(out / "scheduler")
     report = {"steps": steps, "seed": seed, "torch": torch.__version__.split("+")[0]}
     (out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from quest_deploy.artifacts.scheme import Scheme
 from tests.helpers import hand_checkpoint, hand_graph
+from tests.pipelines import PIPELINES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,7 +130,6 @@ def small_trajectories() -> Trajectories:
 @pytest.fixture(scope="session")
 def small_checkpoint(small_unet: nn.Module, small_trajectories: Trajectories) -> Checkpoint:
     """``small_unet`` calibrated to w4a4 with four buckets."""
-    from quest_deploy.artifacts.scheme import Scheme
     from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 
     return calibrate(
@@ -178,7 +179,6 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     """A small pipeline's folder in the hub's layout, by its name in ``tests.pipelines.PIPELINES``;
     not to be changed.
     """
-    from tests.pipelines import PIPELINES
 
     made: dict[str, Path] = {}
 

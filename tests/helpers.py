@@ -36,7 +36,7 @@ from quest_deploy.artifacts.scheme import Scheme, Symmetry
 from quest_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]
@@ -200,6 +200,12 @@ def float_layer(layer: LayerData, x: Array, weight: Array | None = None) -> Arra
 def run(model: ir.Model | onnx.ModelProto, feeds: Feeds, *, optimized: bool = False) -> list[Array]:
     """The graph's outputs from onnxruntime, on one thread."""
     return session(model, optimized=optimized)(feeds)
+
+
+def assert_same(outputs: Iterable[Array], expected: Iterable[Array]) -> None:
+    """That two runs gave the same, to the last bit."""
+    for found, known in zip(outputs, expected, strict=True):
+        np.testing.assert_array_equal(found, known)
 
 
 def session(

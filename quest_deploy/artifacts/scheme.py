@@ -40,11 +40,6 @@ class Granularity(StrEnum):
     deployable: it lies on the reduction axis of the layer's product and cannot leave an integer
     GEMM, so such a model runs in float."""
 
-    @property
-    def deployable(self) -> bool:
-        """Whether layers can run in integer arithmetic."""
-        return self is not Granularity.FREE_CHANNEL
-
 
 class Symmetry(StrEnum):
     """Where a quantizer's zero lies."""

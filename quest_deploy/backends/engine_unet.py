@@ -12,8 +12,6 @@ from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -88,10 +86,5 @@ class EngineUNet:
     def __enter__(self) -> EngineUNet:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._runner.close()

@@ -16,9 +16,10 @@ import platform
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from pydantic import Field
 
 import exporters
 from exporters.exactness import (
@@ -34,6 +35,7 @@ from exporters.exactness import (
 from exporters.graph_info import save_graph
 from exporters.passes.insert_quantized_layers import product_name
 from exporters.probe import make_probe
+from quest_deploy.artifacts.schema import one_of, parse
 from quest_deploy.backends.base import (
     LOWERED,
     EngineOptions,
@@ -57,6 +59,8 @@ UNSIGNED_FORM = Exactness(
 """What makes a lowering store every weight as UINT8."""
 VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """What makes oneDNN's kernels others."""
+_Level = Annotated[int, Field(strict=True), one_of(0, *LEVELS)]
+_Answers = dict[str, Annotated[dict[str, _Level], Field(min_length=1)]]
 
 
 def ask(backend: CpuBackend) -> Exactness:
@@ -122,21 +126,9 @@ def _cache_file() -> Path:
 def _kept(path: Path) -> dict[str, dict[str, int]]:
     """The answers that are kept; none where they cannot be read."""
     try:
-        content: Any = read_json(path)
+        return parse(_Answers, read_json(path), str(path))
     except (QuestDeployError, OSError):
         return {}
-    if not isinstance(content, dict):
-        return {}
-    return {key: levels for key, levels in content.items() if _is_answer(levels)}
-
-
-def _is_answer(levels: Any) -> bool:
-    known = (0, *LEVELS)
-    return (
-        isinstance(levels, dict)
-        and len(levels) > 0
-        and all(type(level) is int and level in known for level in levels.values())
-    )
 
 
 def _key(backend: CpuBackend) -> str:

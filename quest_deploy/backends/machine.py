@@ -10,6 +10,7 @@ from quest_deploy.backends.base import (
     EngineOptions,
     integer_instructions,
     processor_name,
+    require_package,
 )
 from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.registry import BACKENDS
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 def machine() -> dict[str, Any]:
     """This machine's processor, GPUs, free disk and versions; by backend (and onnxruntime's
     provider) why it cannot build or run, None where it can; and by CPU backend the largest weights
-    that it multiplies exactly, by kernel, None where it does not run.
+    that it multiplies exactly, by kernel, None where it does not run. And why there is no torch for
+    what comes before the engines, None where there is.
     """
     backends = {}
     for name, backend in BACKENDS.items():
@@ -54,6 +56,7 @@ def machine() -> dict[str, Any]:
         },
         "backends": backends,
         "exact_integers": exact,
+        "torch": _problem(require_package, "torch", "torch", "all that comes before the engines"),
     }
 
 
@@ -64,9 +67,9 @@ def saturating(levels: dict[str, int]) -> dict[str, int]:
     return {kernel: level for kernel, level in levels.items() if level < LEVELS[0]}
 
 
-def _problem(check: Callable[[EngineOptions], object], options: EngineOptions) -> str | None:
+def _problem(check: Callable[..., object], *arguments: object) -> str | None:
     try:
-        check(options)
+        check(*arguments)
     except InputError as e:
         return str(e)
     return None

@@ -135,8 +135,7 @@ def calibrate(
     if empty:
         raise InputError(
             f"the calibration trajectories never visit the timestep buckets {sorted(empty)}; "
-            "record "
-            "more steps"
+            "record more steps"
         )
     probe = {k: v[:2] for k, v in batches[0][0].items()}
     unet, split_shortcuts, attention = prepared_for(copy.deepcopy(unet), scheme, probe)

@@ -58,8 +58,7 @@ def plot_sensitivity(sensitivity: Sensitivity, chosen: Collection[str], path: Pa
     )
     figure.suptitle(
         f"{sensitivity.model} at {sensitivity.scheme}: error of the output with one layer "
-        "quantized "
-        "(* picked for stage 2)",
+        "quantized (* picked for stage 2)",
         fontsize=FONT_SIZE + 3,
     )
     with atomic_file(path) as temporary:

@@ -98,8 +98,7 @@ class Trajectories:
         except (OSError, SafetensorError, KeyError) as e:
             raise InputError(
                 f"{path}: not readable calibration trajectories ({e}); run `quest-deploy "
-                "calibrate` "
-                "again"
+                "calibrate` again"
             ) from e
 
 

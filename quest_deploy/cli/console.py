@@ -83,10 +83,6 @@ class Console:
         """Tell something beside the result."""
         print(message, file=sys.stderr, flush=True)
 
-    def warn(self, message: str) -> None:
-        """Warn on standard error."""
-        self.note(f"warning: {message}")
-
     def result(self, value: dict[str, Any], *lines: str) -> None:
         """Print the result: ``value`` as JSON with --json, else the ``lines``."""
         if self.as_json:

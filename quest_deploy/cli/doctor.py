@@ -18,6 +18,7 @@ def doctor(as_json: JsonOption = False) -> None:
     remedies = dict.fromkeys(
         problem for state in backends.values() for problem in state.values() if problem
     )
+    remedies |= {found["torch"]: None} if found["torch"] else {}
     Console(as_json=as_json).result(
         found,
         f"{here['processor']}, {here['gpus']} NVIDIA GPUs, "

@@ -16,7 +16,7 @@ from quest_deploy.cli.options import (
     given,
 )
 from quest_deploy.errors import InputError
-from quest_deploy.serving.triton.package import IO_DTYPES, TritonOptions
+from quest_deploy.serving.triton.options import IO_DTYPES, TritonOptions
 from quest_deploy.stages import api
 from quest_deploy.stages.workspaces import open_workspace
 

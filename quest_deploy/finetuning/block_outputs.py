@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 SUPERVISED_BLOCKS = ("ResnetBlock2D", "Transformer2DModel")
 """The diffusers blocks whose outputs are compared with the float model's."""
@@ -35,12 +32,7 @@ class BlockOutputs:
         self._handles = [block.register_forward_hook(hook) for block in self._blocks]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
 

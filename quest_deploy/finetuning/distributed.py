@@ -11,7 +11,6 @@ from quest_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from types import TracebackType
 
     import torch
     from torch import Tensor, nn
@@ -59,8 +58,7 @@ class Processes:
         if batch % count:
             raise InputError(
                 f"{count} processes cannot share a batch of {batch} evenly: give --batch a "
-                "multiple "
-                f"of {count}"
+                f"multiple of {count}"
             )
         self.device = torch.device(device)
         if count > 1:
@@ -76,12 +74,7 @@ class Processes:
     def __enter__(self) -> Processes:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *rest: object) -> None:
         # After an error the others may never come to an orderly end: leave them to the launcher.
         if self.count > 1 and kind is None:
             self._state.wait_for_everyone()

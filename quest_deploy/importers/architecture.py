@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
+from pydantic import Field
 
+from quest_deploy.artifacts.schema import Positive, validated
 from quest_deploy.artifacts.scheme import TRAIN_TIMESTEPS
 from quest_deploy.errors import InputError
 
@@ -133,6 +135,7 @@ class Names:
     heads: dict[str, int] = field(default_factory=dict)
 
 
+@validated("a UNetModel's parameters")
 @dataclass(frozen=True)
 class UNetConfig:
     """A CompVis UNetModel's configuration; field names are its own parameters.
@@ -141,18 +144,18 @@ class UNetConfig:
         train_timesteps, betas: of the LDM configuration around it, or Stable Diffusion's.
     """
 
-    image_size: int
-    in_channels: int
-    model_channels: int
-    out_channels: int
-    num_res_blocks: int
-    attention_resolutions: tuple[int, ...]
-    channel_mult: tuple[int, ...]
-    num_heads: int = -1
-    num_head_channels: int = -1
+    image_size: Positive
+    in_channels: Positive
+    model_channels: Positive
+    out_channels: Positive
+    num_res_blocks: Positive
+    attention_resolutions: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    channel_mult: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    num_heads: Positive | Literal[-1] = -1
+    num_head_channels: Positive | Literal[-1] = -1
     use_spatial_transformer: bool = False
-    transformer_depth: int = 1
-    context_dim: int | None = None
+    transformer_depth: Positive = 1
+    context_dim: Positive | None = None
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
     train_timesteps: int = TRAIN_TIMESTEPS
@@ -209,7 +212,6 @@ class UNetConfig:
         for name, value in _FIXED.items():
             if given.get(name, value) != value:
                 raise InputError(f"{name}: {given[name]!r} is not supported, only {value!r}")
-        _check_types(given)
         if given["num_heads"] == -1 and given["num_head_channels"] == -1:
             raise InputError("one of num_heads and num_head_channels must be set")
         if given["num_heads_upsample"] not in (-1, given["num_heads"]):
@@ -560,30 +562,3 @@ def _beta(around: dict[str, Any], name: str, default: float) -> float:
     if not 0 < beta < 1:
         raise InputError(f"{name}: expected a variance between 0 and 1, found {around[name]!r}")
     return beta
-
-
-def _check_types(given: dict[str, Any]) -> None:
-    for name in (
-        "image_size",
-        "in_channels",
-        "model_channels",
-        "out_channels",
-        "num_res_blocks",
-        "transformer_depth",
-    ):
-        if type(given[name]) is not int or given[name] < 1:
-            raise InputError(f"{name}: expected a positive integer, found {given[name]!r}")
-    for name in ("attention_resolutions", "channel_mult"):
-        value = given[name]
-        if (
-            not isinstance(value, list | tuple)
-            or not value
-            or any(type(entry) is not int or entry < 1 for entry in value)
-        ):
-            raise InputError(f"{name}: expected a list of positive integers, found {value!r}")
-    for name in ("num_heads", "num_head_channels"):
-        if type(given[name]) is not int or (given[name] < 1 and given[name] != -1):
-            raise InputError(f"{name}: expected a positive integer or -1, found {given[name]!r}")
-    for name in ("use_spatial_transformer", "use_scale_shift_norm", "resblock_updown"):
-        if type(given[name]) is not bool:
-            raise InputError(f"{name}: expected true or false, found {given[name]!r}")

@@ -132,8 +132,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     ):
         raise InputError(
             f"{path}: expected a state dict of tensors, found {type(content).__name__} of "
-            "something "
-            "else"
+            "something else"
         )
     others = [str(key) for key in content if not str(key).startswith(PREFIX)]
     if others:
@@ -187,8 +186,7 @@ def _context_tokens(
     if given is None:
         raise InputError(
             "the checkpoint does not say how long the model's context is; give --context-tokens "
-            "(77 "
-            "for Stable Diffusion)"
+            "(77 for Stable Diffusion)"
         )
     return given
 

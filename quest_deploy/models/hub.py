@@ -79,8 +79,7 @@ def fetch_pipeline(repository: str, revision: str, *, weights: bool = True) -> P
     if not _is_complete(folder, weights=weights):
         raise InputError(
             f"{repository} at {revision}: its copy in the cache, {folder}, is incomplete, or has "
-            "no "
-            f"safetensors; {OTHERWISE}"
+            f"no safetensors; {OTHERWISE}"
         )
     return folder
 

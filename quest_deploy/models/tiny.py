@@ -35,7 +35,7 @@ NULL_CLASS = 10
 """The class of no class: the unconditional half of classifier-free guidance."""
 TOKENS = 4
 IMAGE_SIZE = 16
-UNET_CONFIG = {
+UNET_CONFIG: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": 4,
     "out_channels": 4,

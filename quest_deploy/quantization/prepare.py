@@ -114,9 +114,7 @@ class ExplicitAttention:
         ):
             raise InputError(
                 "attention with spatial, cross or q/k normalization, or with added keys and "
-                "values, "
-                "cannot be quantized; "
-                "leave attention in float"
+                "values, cannot be quantized; leave attention in float"
             )
         residual, shape = hidden_states, hidden_states.shape
         if len(shape) == 4:

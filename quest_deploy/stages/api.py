@@ -21,7 +21,7 @@ from quest_deploy.files import atomic_file
 from quest_deploy.finetuning.distributed import is_main_process
 from quest_deploy.importers.settings import ImportSettings, Source
 from quest_deploy.progress import no_progress, progress_of
-from quest_deploy.serving.triton.package import TritonOptions, write_package
+from quest_deploy.serving.triton.options import TritonOptions
 from quest_deploy.stages import (
     BENCHMARK,
     BUILD_ENGINE,
@@ -592,7 +592,7 @@ def package(
     progress: Progress | Display = no_progress,
 ) -> dict[str, Any]:
     """Write a package that serves the model into the folder ``triton``; see
-    :class:`quest_deploy.serving.triton.package.TritonOptions`.
+    :class:`quest_deploy.serving.triton.options.TritonOptions`.
     """
     options = TritonOptions(
         max_batch,
@@ -608,7 +608,8 @@ def package(
     )
     opened = open_workspace(workspace, model, bits)
     with progress_of(progress, "package") as shown:
-        details = write_package(opened, triton, options, shown)
+        write_package = import_module("quest_deploy.serving.triton.package").write_package
+        details: dict[str, Any] = write_package(opened, triton, options, shown)
     if not details["plan"]:
         if "build-engine/tensorrt-rtx" in opened.stages:
             logger.info(RTX_IS_NO_PLAN)

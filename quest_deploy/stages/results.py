@@ -93,7 +93,7 @@ class BuiltEngine(TypedDict):
 
 
 class Verification(TypedDict):
-    """:class:`quest_deploy.verification.checks.Verification` as JSON."""
+    """:class:`quest_deploy.verification.checks.results.Verification` as JSON."""
 
     passed: bool
     backend: str

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from quest_deploy.artifacts.model_source import Lora
 from quest_deploy.artifacts.scheme import DEFAULT_BUCKETS, Granularity, Scheme
 from quest_deploy.artifacts.workspace import MANIFEST, Workspace, check_vacant
+from quest_deploy.backends.base import require_package
 from quest_deploy.errors import InputError
 from quest_deploy.models.loading import resolve_source
 from quest_deploy.models.registry import EMBEDDED, MODEL_NAMES, check_model_name
@@ -138,6 +139,9 @@ def create_workspace(
 ) -> Workspace:
     """Open a workspace, or make it; what is not given is taken from it, or else the default
     (``split_shortcuts`` is that default).
+
+    Raises:
+        InputError: it holds something else, or cannot be made, such as without torch.
     """
     check_model_name(model.model or DEFAULT_MODEL)
     scheme = choices.scheme(split_shortcuts=split_shortcuts)
@@ -145,6 +149,7 @@ def create_workspace(
         root = _root(workspace, model, choices.bits)
         if not (root / MANIFEST).exists():
             check_vacant(root)  # before anything is downloaded
+            require_package("torch", "torch", "a new workspace")  # and before anything is written
             return Workspace.create(root, model.source(), scheme)
     opened = _opened(workspace, model, choices.bits)
     model.check(opened)

@@ -31,7 +31,8 @@ from quest_deploy.backends.base import processor_name
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.files import atomic_file, write_json
 from quest_deploy.models.schedulers import SCHEDULERS
-from quest_deploy.serving.triton.package import TritonOptions, write_package
+from quest_deploy.serving.triton.options import TritonOptions
+from quest_deploy.serving.triton.package import write_package
 from quest_deploy.serving.triton.server import PackageServer, missing_server
 
 if TYPE_CHECKING:
@@ -303,23 +304,19 @@ def table(results: dict[str, Any]) -> str:
         "One by one: the same server with `max_in_flight` 1, measured in turn with the other; "
         "medians of three. An image takes 5 to 20",
         "steps, half of them with guidance, which makes two rows of an image: alone, the mean "
-        "batch "
-        "is 1.5.",
+        "batch is 1.5.",
         "",
         f"## Load, {LOAD_CLIENTS} clients",
         "",
         "| protocol | minutes | images | images/s | p50 | p90 | p99 | longest | mean batch | "
-        "errors "
-        "| wrong images "
-        "| memory at the start, end | trend |",
+        "errors | wrong images | memory at the start, end | trend |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(_load_row(load) for load in results["load"]),
         "",
         "Latencies in milliseconds. Memory is what the server and its three Python processes hold "
         "for themselves, and what they share,",
         "not the libraries' pages; the trend is a line fitted to it, but for the first fifth. By "
-        "that line it may grow by "
-        f"{MAX_GROWTH:.0%} over the load;",
+        f"that line it may grow by {MAX_GROWTH:.0%} over the load;",
         "more is a failure, as is an error or a wrong image.",
         "",
         "![throughput, latency, memory](plot.png)",

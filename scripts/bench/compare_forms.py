@@ -27,6 +27,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 from quest_deploy.backends.base import EngineOptions, processor_name
 from quest_deploy.backends.exactness import measured
+from quest_deploy.backends.onnxruntime import open_session
 from quest_deploy.backends.openvino.backend import compile_graph
 from quest_deploy.backends.registry import get_backend
 
@@ -253,7 +254,6 @@ def openvino_session(path: Path) -> Callable[[dict[str, Array]], Array]:
 
 
 def onnxruntime_session(path: Path) -> Callable[[dict[str, Array]], Array]:
-    from quest_deploy.backends.onnxruntime import open_session
 
     opened = open_session(path, EngineOptions(threads=1))
     return lambda feeds: np.asarray(opened.run(None, feeds)[0])

@@ -30,9 +30,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
+from exporters.editor import array_of
+from exporters.graph_info import BUCKET, graph_info, load_graph, save_graph
+from exporters.passes.remove_quantization import RemoveQuantization
 from quest_deploy.backends.base import EngineOptions, input_shapes, processor_name
 from quest_deploy.backends.openvino.backend import compile_graph
 from quest_deploy.backends.openvino.precision import runtime_info
+from quest_deploy.backends.registry import get_backend
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -269,7 +273,6 @@ def random_feeds(graph: Path, batch: int, seed: int) -> Feeds:
     """Inputs of the portable graph: standard normal, but for the timesteps, uniform in [0, 1000),
     one for each sample.
     """
-    from exporters.graph_info import load_graph
 
     generator, feeds = np.random.default_rng(seed), {}
     for name, shape in input_shapes(load_graph(graph), batch).items():
@@ -288,9 +291,6 @@ def build(
     """Write the engine of the portable ``graph`` and its ``rivals`` into ``folder``; what is there
     already is kept.
     """
-    from exporters.graph_info import graph_info, load_graph, save_graph
-    from exporters.passes.remove_quantization import RemoveQuantization
-    from quest_deploy.backends.registry import get_backend
 
     def lowered(model: ir.Model, frozen_bucket: int | None = None) -> ir.Model:
         backend = get_backend("openvino")
@@ -318,9 +318,6 @@ def with_buckets(model: ir.Model, buckets: int) -> ir.Model:
     middle, counted in buckets.
     """
     import onnx_ir as ir
-
-    from exporters.editor import array_of
-    from exporters.graph_info import BUCKET, graph_info
 
     scheme, initializers = graph_info(model).scheme, model.graph.initializers
     rows = ((np.arange(buckets) + 0.5) * scheme.buckets / buckets).astype(int)

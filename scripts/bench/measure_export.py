@@ -31,6 +31,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from exporters.graph_info import save_graph
+from quest_deploy.artifacts.checkpoint import (
+    Architecture,
+    SiteData,
+    load_checkpoint,
+    save_checkpoint,
+)
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import (
     ENGINES,
@@ -41,6 +48,7 @@ from quest_deploy.artifacts.workspace import (
     TRAJECTORIES,
     Workspace,
 )
+from quest_deploy.files import sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,7 +122,6 @@ def compare(
     """Measure the workspace ``root``, telling of each process that ends; raise CalledProcessError
     where one fails.
     """
-    from quest_deploy.artifacts.checkpoint import load_checkpoint, save_checkpoint
     from quest_deploy.calibration.trajectories import Trajectories
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -197,7 +204,6 @@ def with_buckets(checkpoint: Checkpoint, buckets: int) -> Checkpoint:
     """The checkpoint with ``buckets`` equal ones, each with the tables of the old bucket that its
     middle lies in.
     """
-    from quest_deploy.artifacts.checkpoint import SiteData
 
     old = checkpoint.scheme
     edges = Scheme.parse("w8a8", buckets=buckets, train_timesteps=old.train_timesteps).bucket_edges
@@ -216,7 +222,6 @@ def export_plain(model: str, target: str) -> None:
     """
     import torch
 
-    from quest_deploy.artifacts.checkpoint import Architecture
     from quest_deploy.quantization.model import build_float_model
 
     content = json.loads(Path(model).read_text())
@@ -242,11 +247,8 @@ def export_plain(model: str, target: str) -> None:
 
 def export_portable(checkpoint: str, trajectories: str, target: str) -> None:
     """Export a checkpoint that is in no workspace into the folder ``target``."""
-    from exporters.graph_info import save_graph
     from exporters.torch_to_qdq import portable_graph
-    from quest_deploy.artifacts.checkpoint import load_checkpoint
     from quest_deploy.calibration.trajectories import Trajectories
-    from quest_deploy.files import sha256_of
 
     example = next(Trajectories.load(Path(trajectories)).batches(2))
     save_graph(
@@ -277,8 +279,7 @@ def _print(name: str, cost: Cost) -> None:
     )
     print(
         f"{name:<12} {cost.seconds:6.1f} s {cost.cpu_seconds:6.1f} CPU s{call}, peak "
-        f"{cost.peak_gib:.2f} GiB, "
-        f"{cost.bytes / 1e6:.1f} MB, {cost.nodes} nodes",
+        f"{cost.peak_gib:.2f} GiB, {cost.bytes / 1e6:.1f} MB, {cost.nodes} nodes",
         flush=True,
     )
 

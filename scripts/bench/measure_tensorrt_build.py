@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
+from exporters.graph_info import load_graph
 from quest_deploy.artifacts.workspace import versions
 from quest_deploy.backends.base import EngineOptions, build_engine
 from quest_deploy.backends.registry import check_options, get_backend
@@ -35,7 +36,6 @@ def build(graph: Path, backend: str, options: EngineOptions) -> dict[str, Any]:
     """Build once, in a temporary folder; run it in a fresh process, since it returns the process's
     peak memory.
     """
-    from exporters.graph_info import load_graph
 
     phases: dict[str, float] = {}
     started, used = time.monotonic(), time.process_time()

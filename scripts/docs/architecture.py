@@ -15,11 +15,9 @@ import re
 from graphlib import TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from grimp import build_graph
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "architecture.md"
@@ -31,43 +29,31 @@ Graph = dict[str, set[str]]
 """The rooms that each room imports."""
 
 
-def room_of(module: str) -> str | None:
-    """The room of a dotted module name; None for other packages and for quest_deploy itself."""
-    package, _, rest = module.partition(".")
-    if package == "exporters":
-        return package
-    return rest.partition(".")[0] or None if package == "quest_deploy" else None
+def read_imports() -> Graph:
+    """Which rooms each room imports, itself left out; those on Python's path."""
+    code = build_graph(
+        "quest_deploy", "exporters", exclude_type_checking_imports=True, cache_dir=None
+    )
+    modules = code.find_children("quest_deploy") - {"quest_deploy.__main__"} | {"exporters"}
+    for module in modules:
+        code.squash_module(module)
+    return {
+        _room(module): {
+            _room(below)
+            for below in modules & code.find_modules_directly_imported_by(module) - {module}
+        }
+        for module in modules
+    }
 
 
-def imported_modules(tree: ast.AST) -> Iterator[str]:
-    """The modules that the code imports when it runs."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        yield from imported_modules(node)
+def _room(module: str) -> str:
+    return module.removeprefix("quest_deploy.")
 
 
-def sources(root: Path) -> dict[str, list[Path]]:
-    """The Python files of each room, but for quest_deploy's own ``__init__`` and ``__main__``."""
-    rooms: dict[str, list[Path]] = {"exporters": sorted((root / "exporters").rglob("*.py"))}
-    for entry in sorted((root / "quest_deploy").iterdir()):
-        files = sorted(entry.rglob("*.py")) if entry.is_dir() else [entry]
-        if entry.name[0] not in "._" and files and files[0].suffix == ".py":
-            rooms[entry.stem] = files
-    return rooms
-
-
-def read_imports(rooms: dict[str, list[Path]]) -> Graph:
-    """Which rooms each room imports, itself left out."""
-    graph = {}
-    for room, files in rooms.items():
-        modules = (m for file in files for m in imported_modules(ast.parse(file.read_text())))
-        graph[room] = {target for m in modules if (target := room_of(m)) in rooms} - {room}
-    return graph
+def source_of(room: str) -> Path:
+    """The file whose docstring says what a room holds."""
+    path = ROOT / room if room == "exporters" else ROOT / "quest_deploy" / room
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def floors_of(graph: Graph) -> dict[str, int]:
@@ -107,9 +93,9 @@ def layers_of(graph: Graph) -> tuple[list[list[str]], list[tuple[str, str]]]:
     return layers[::-1], pieces
 
 
-def picture(rooms: dict[str, list[Path]]) -> str:
+def picture(rooms: Graph) -> str:
     """The rooms as an SVG drawing, the highest floor first."""
-    layers, arrows = layers_of(without_implied(read_imports(rooms)))
+    layers, arrows = layers_of(without_implied(rooms))
     height, half = FLOOR * len(layers), BOX_HEIGHT // 2
     middles: dict[str, tuple[int, int]] = {}
     for floor, layer in enumerate(layers):
@@ -146,19 +132,20 @@ def picture(rooms: dict[str, list[Path]]) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
-def page(rooms: dict[str, list[Path]], text: str) -> str:
+def page(rooms: Graph, text: str) -> str:
     """The page with the first paragraph of each room's docstring in its table."""
-    floors = floors_of(read_imports(rooms))
+    floors = floors_of(rooms)
     rows = ["| room | what it holds |", "|---|---|"]
     for room in sorted(rooms, key=lambda room: (-floors[room], room)):
-        docstring = ast.get_docstring(ast.parse(rooms[room][0].read_text())) or ""
+        source = source_of(room)
+        docstring = ast.get_docstring(ast.parse(source.read_text())) or ""
         about = " ".join(docstring.partition("\n\n")[0].split())
-        rows.append(f"| `{rooms[room][0].relative_to(ROOT)}` | {about} |")
+        rows.append(f"| `{source.relative_to(ROOT)}` | {about} |")
     table = "\n".join(rows).replace("/__init__.py", "/")
     return re.sub(r"(?s)(<!-- rooms -->\n\n).*(\n\n<!-- end)", lambda m: m[1] + table + m[2], text)
 
 
 if __name__ == "__main__":
-    found = sources(ROOT)
+    found = read_imports()
     PICTURE.write_text(picture(found))
     PAGE.write_text(page(found, PAGE.read_text()))

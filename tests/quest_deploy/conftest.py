@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.backends.base import EngineOptions, build_engine
+from quest_deploy.backends.registry import get_backend
 from tests.pipelines import PIPELINES
 from tests.quest_deploy.support import (
     CHAIN,
@@ -76,7 +79,6 @@ def mini_checkpoints(
     mini_unet: nn.Module, mini_trajectories: Trajectories
 ) -> Callable[[int], Checkpoint]:
     """``mini_unet`` calibrated to w4a4, by number of buckets."""
-    from quest_deploy.artifacts.scheme import Scheme
     from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 
     return lambda buckets: calibrate(
@@ -134,9 +136,6 @@ def mini_engines(
 ) -> Callable[[str], Path]:
     """The engine folder of ``mini_proto`` by backend; not to be changed."""
     import onnx_ir as ir
-
-    from quest_deploy.backends.base import EngineOptions, build_engine
-    from quest_deploy.backends.registry import get_backend
 
     built: dict[str, Path] = {}
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from quest_deploy.artifacts.checkpoint import pack_int4
 from quest_deploy.artifacts.workspace import Workspace
+from quest_deploy.cli.main import main
 from tests.helpers import assert_holds
 
 if TYPE_CHECKING:
@@ -139,7 +140,6 @@ def cli(*arguments: str | Path) -> Outcome:
     """Run `quest-deploy` with ``arguments`` in this process; what is not an ordinary end of the
     program is raised.
     """
-    from quest_deploy.cli.main import main
 
     code, out, err = 0, io.StringIO(), io.StringIO()
     with (

@@ -59,28 +59,23 @@ NOISE_SCHEDULE = {
 """Stable Diffusion's."""
 
 
+def _compiled(program: Path, compiler: str, flags: str, *parts: str) -> Host:
+    """A program of ``tests/`` with ``parts`` of ``src/``, ready to run."""
+    sources = [RUNTIME / "tests" / program.with_suffix(".cpp").name]
+    sources += [RUNTIME / "src" / f"{part}.cpp" for part in parts]
+    line = [compiler, "-std=c++17", *flags.split(), *INCLUDES, *sources, "-o", program]
+    subprocess.run(line, check=True)
+    return lambda *words: subprocess.run(
+        [program, *map(str, words)], capture_output=True, text=True, check=False
+    )
+
+
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     """The host's parts as a program."""
     program = tmp_path_factory.mktemp("host") / "host_program"
-    sources = [
-        RUNTIME / "tests" / "host_program.cpp",
-        *(RUNTIME / "src" / f"{n}.cpp" for n in ("json", "sha256", "workspace", "schedule")),
-    ]
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-Wconversion",
-        "-Wshadow",
-        "-Wpedantic",
-        "-Werror",
-    ]
-    subprocess.run(["g++", *flags, *INCLUDES, *sources, "-o", program], check=True)
-    return lambda *words: subprocess.run(
-        [program, *map(str, words)], capture_output=True, text=True, check=False
-    )
+    flags = "-O1 -Wall -Wextra -Wconversion -Wshadow -Wpedantic -Werror"
+    return _compiled(program, "g++", flags, "json", "sha256", "workspace", "schedule")
 
 
 class _Unbuilt(shared.TensorRtRtxBackend):
@@ -435,6 +430,11 @@ def _schedule(name: str) -> Schedule:
     return schedule_from_scheduler(lambda: _scheduler(name))
 
 
+def _files(folder: Path, result: str = "result") -> list[Path]:
+    """The programs' files: the schedule and the sample that they read, and the one they write."""
+    return [folder / name for name in ("schedule.json", "sample", result)]
+
+
 def fake_model(sample: torch.Tensor, timestep: float) -> torch.Tensor:
     """The host program's model, of samples [rows, ...]."""
     condition = torch.zeros_like(sample)
@@ -474,14 +474,7 @@ def test_the_loop_with_a_schedulers_table_draws_what_diffusers_draws(
     if any(step.noise_scale for step in schedule.steps):
         torch.stack(noise).numpy().tofile(tmp_path / "noise")
         given = [tmp_path / "noise"]
-    ended = host(
-        "denoise",
-        tmp_path / "schedule.json",
-        tmp_path / "sample",
-        tmp_path / "result",
-        guidance,
-        *given,
-    )
+    ended = host("denoise", *_files(tmp_path), guidance, *given)
     assert ended.stderr == ""
     result = np.fromfile(tmp_path / "result", np.float32).reshape(drawn.shape)
     np.testing.assert_allclose(
@@ -495,31 +488,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Host:
     if shutil.which("nvcc") is None:
         pytest.skip("needs CUDA's headers, which come with nvcc")
     program = tmp_path_factory.mktemp("emulated") / "emulated"
-    sources = [
-        RUNTIME / "tests" / "emulated.cpp",
-        *(
-            RUNTIME / "src" / f"{n}.cpp"
-            for n in ("denoiser", "schedule", "json", "workspace", "sha256")
-        ),
-    ]
-    subprocess.run(
-        [
-            "nvcc",
-            "-std=c++17",
-            "--cudart",
-            "none",
-            "-x",
-            "c++",
-            *INCLUDES,
-            *sources,
-            "-o",
-            program,
-        ],
-        check=True,
-    )
-    return lambda *words: subprocess.run(
-        [program, *map(str, words)], capture_output=True, text=True, check=False
-    )
+    parts = ("denoiser", "schedule", "json", "workspace", "sha256")
+    return _compiled(program, "nvcc", "--cudart none -x c++", *parts)
 
 
 @pytest.mark.parametrize("graph", [0, 1])
@@ -536,22 +506,8 @@ def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
     rng.standard_normal((len(schedule.steps), 2, 5, 4)).astype(np.float32).tofile(
         tmp_path / "noise"
     )
-    expected = host(
-        "denoise",
-        tmp_path / "schedule.json",
-        tmp_path / "sample",
-        tmp_path / "expected",
-        guidance,
-        *noise,
-    )
-    ended = emulated(
-        tmp_path / "schedule.json",
-        tmp_path / "sample",
-        tmp_path / "result",
-        guidance,
-        graph,
-        *noise,
-    )
+    expected = host("denoise", *_files(tmp_path, "expected"), guidance, *noise)
+    ended = emulated(*_files(tmp_path), guidance, graph, *noise)
     assert expected.returncode == 0
     assert_holds(ended.stderr, "condition")
     counts = [int(x) for x in re.findall(r"\d+", ended.stdout)]
@@ -583,7 +539,7 @@ def test_a_damaged_schedule_is_refused(
     Schedule("Euler", 1.0, (STEP,)).save(tmp_path / "schedule.json")
     _edit(tmp_path / "schedule.json", lambda c: c.update(change))
     np.zeros(4, np.float32).tofile(tmp_path / "sample")
-    ended = host("denoise", tmp_path / "schedule.json", tmp_path / "sample", tmp_path / "result", 1)
+    ended = host("denoise", *_files(tmp_path), 1)
     assert ended.returncode == 1
     assert_holds(ended.stderr, *facts.split())
     assert not (tmp_path / "result").exists()
@@ -597,14 +553,7 @@ def test_noise_must_be_given_where_the_schedule_adds_some_and_nowhere_else(
         step = ScheduleStep(10.0, 1.0, (1.0,), (-0.1,), scale)
         Schedule("Ancestral", 1.0, (step,)).save(tmp_path / "schedule.json")
         np.zeros(values, np.float32).tofile(tmp_path / "noise")
-        ended = host(
-            "denoise",
-            tmp_path / "schedule.json",
-            tmp_path / "sample",
-            tmp_path / "result",
-            1,
-            tmp_path / "noise",
-        )
+        ended = host("denoise", *_files(tmp_path), 1, tmp_path / "noise")
         assert_holds(ended.stderr, "noise", 4 if scale else 0, values)
 
 
@@ -716,18 +665,8 @@ def test_the_documents_python_makes_the_apps_input_and_reads_its_result(
 def test_the_documents_c_plus_plus_compiles(tmp_path: Path) -> None:
     (code,) = _blocks("cpp")
     (tmp_path / "draw.cpp").write_text(code)
-    subprocess.run(
-        [
-            "nvcc",
-            "-std=c++17",
-            f"-I{RUNTIME / 'include'}",
-            "-c",
-            tmp_path / "draw.cpp",
-            "-o",
-            tmp_path / "draw.o",
-        ],
-        check=True,
-    )
+    line = ["nvcc", "-std=c++17", INCLUDES[0], "-c", tmp_path / "draw.cpp"]
+    subprocess.run([*line, "-o", tmp_path / "draw.o"], check=True)
 
 
 def _rtx_library() -> Path:
@@ -749,14 +688,8 @@ def denoise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefix = _install(
         folder, *where, "-DQUEST_DEPLOY_TENSORRT_RTX=ON", "-DCMAKE_CUDA_ARCHITECTURES=89"
     )
-    _cmake(
-        "-S",
-        PLUGINS / "apps" / "denoise",
-        "-B",
-        folder / "denoise",
-        f"-DCMAKE_PREFIX_PATH={prefix}",
-        *where,
-    )
+    source = PLUGINS / "apps" / "denoise"
+    _cmake("-S", source, "-B", folder / "denoise", f"-DCMAKE_PREFIX_PATH={prefix}", *where)
     _cmake("--build", folder / "denoise")
     return folder / "denoise" / "denoise"
 
@@ -768,33 +701,12 @@ def test_tensorrts_one_logger_outlives_the_runtime_that_brought_it_and_errors_ar
     headers = os.environ.get("TENSORRT_INCLUDE_DIR")
     if headers is None or shutil.which("nvcc") is None:
         pytest.skip("needs TensorRT's headers (TENSORRT_INCLUDE_DIR) and nvcc")
-    library, program = _rtx_library(), tmp_path / "logger"
-    sources = [
-        RUNTIME / "tests" / "logger.cpp",
-        *(RUNTIME / "src" / f"{n}.cpp" for n in ("json", "workspace", "sha256")),
-    ]
-    flags = [
-        "-DQUEST_DEPLOY_TENSORRT_RTX",
-        "-Xcompiler=-Wno-subobject-linkage",
-        f"-I{headers}",
-        *INCLUDES,
-    ]
-    subprocess.run(
-        [
-            "nvcc",
-            "-std=c++17",
-            "-x",
-            "c++",
-            *flags,
-            *sources,
-            "-o",
-            program,
-            f"-Xlinker={library}",
-            f"-Xlinker=-rpath={library.parent}",
-        ],
-        check=True,
+    library = _rtx_library()
+    flags = (
+        f"-x c++ -DQUEST_DEPLOY_TENSORRT_RTX -Xcompiler=-Wno-subobject-linkage -I{headers} "
+        f"-Xlinker={library} -Xlinker=-rpath={library.parent}"
     )
-    ended = subprocess.run([program], capture_output=True, text=True, check=False)
+    ended = _compiled(tmp_path / "logger", "nvcc", flags, "json", "workspace", "sha256")()
     assert ended.returncode == 0, ended.stderr
     first, second, reason, silent, elsewhere = ended.stdout.splitlines()
     assert (first, second) == ("the first sink was told while it lived", "the second was told more")
@@ -808,14 +720,7 @@ def _denoise(
 ) -> subprocess.CompletedProcess[str]:
     Schedule("Euler", 1.0, (STEP,)).save(folder / "schedule.json")
     np.zeros(4, np.float32).tofile(folder / "sample")
-    words = [
-        program,
-        workspace,
-        backend,
-        folder / "schedule.json",
-        folder / "sample",
-        folder / "result",
-    ]
+    words = [program, workspace, backend, *_files(folder)]
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 

@@ -18,6 +18,7 @@ from quest_deploy.backends.base import (
     require_package,
 )
 from quest_deploy.backends.cpu import CpuBackend
+from quest_deploy.backends.openvino.precision import runtime_precisions
 from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
@@ -103,7 +104,6 @@ class OpenVinoBackend(CpuBackend):
         """From the runtime model of the engine compiled for one sample."""
         from exporters.graph_info import load_graph
         from exporters.multiplications import multiplications
-        from quest_deploy.backends.openvino.precision import runtime_precisions
 
         lowered = load_graph(folder / LOWERED)
         shapes = input_shapes(lowered, 1)

@@ -267,8 +267,7 @@ class TensorRtRtxBackend(TensorRtBackend):
         if (options.refittable or options.strip_plan) and gpu_count() == 0:
             raise InputError(
                 "--refittable and --strip-plan need an NVIDIA GPU, and this machine has none: "
-                "tensorrt-rtx compiles what puts weights "
-                "into an engine with the GPU's driver"
+                "tensorrt-rtx compiles what puts weights into an engine with the GPU's driver"
             )
         for capability in options.compute_capabilities:
             _compute_capability(trt, capability)
@@ -305,8 +304,7 @@ def _version(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[0-9]+(\.[0-9]+){2,}", text):
         raise InputError(
             "expected TensorRT's version as three numbers or more, such as 10.16.1, found "
-            f"{text!r}; "
-            "run `quest-deploy build-engine` again"
+            f"{text!r}; run `quest-deploy build-engine` again"
         )
     return tuple(map(int, text.split(".")))
 
@@ -320,8 +318,7 @@ def check_compute_capability(hardware: dict[str, Any], options: EngineOptions) -
     if isinstance(built, list) and here not in built and not anywhere:
         raise InputError(
             f"the engine was built for compute capabilities {', '.join(map(str, built))}, and this "
-            f"machine's GPU has {here}; "
-            "run `quest-deploy build-engine` for it"
+            f"machine's GPU has {here}; run `quest-deploy build-engine` for it"
         )
 
 
@@ -675,8 +672,7 @@ def fitting_profile(engine: Any, shapes: dict[str, tuple[int, ...]]) -> int:
             return profile
     raise InputError(
         f"the engine was built for other inputs than {shapes}; run `quest-deploy build-engine` "
-        "with "
-        "their --sample-size"
+        "with their --sample-size"
     )
 
 

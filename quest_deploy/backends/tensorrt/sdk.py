@@ -123,15 +123,13 @@ def _check_plugin(trt: Any, options: EngineOptions) -> None:
     if options.plugins is None:
         raise InputError(
             f"--quantize plugin: no library of the plugin {NAMESPACE}::{NAME} was found: {HINT}; "
-            "or "
-            "--quantize native"
+            "or --quantize native"
         )
     built, here = built_for(Path(options.plugins)), int(trt.__version__.split(".")[0])
     if built not in (None, here):
         raise InputError(
             f"--quantize plugin: the plugin library {options.plugins} was built with the headers "
-            "of "
-            f"TensorRT {built}, and "
+            f"of TensorRT {built}, and "
             f"{trt.__version__} is here: build it with that version's (trt_plugins/README.md); or "
             "--quantize native"
         )
@@ -157,8 +155,7 @@ def _check_timing_cache(options: EngineOptions) -> None:
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         raise InputError(
             f"the timing cache {path} cannot be read and written: {folder} is no folder that can "
-            "be "
-            "written to"
+            "be written to"
         )
 
 

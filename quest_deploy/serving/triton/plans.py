@@ -1,26 +1,133 @@
-"""TensorRT plans of a package's models, built on the GPU machine that packages them."""
+"""TensorRT plans of a package's models: the workspace's engine, and those that the GPU machine
+builds beside it.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quest_deploy.backends.base import LOWERED
+from exporters.graph_info import load_graph, save_graph
+from exporters.passes.half_io import HalfIO
+from quest_deploy.artifacts.workspace import ENGINES
+from quest_deploy.backends.base import LOWERED, EngineOptions, EngineRecord, engine_info
+from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
+from quest_deploy.backends.tensorrt.plugin import recorded_library
+from quest_deploy.errors import InputError
+from quest_deploy.files import sha256_of
 from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
-    from quest_deploy.backends.base import Backend, EngineOptions
+    from quest_deploy.artifacts.workspace import Workspace
+    from quest_deploy.serving.triton.options import TritonOptions
 
+TRT = "tensorrt"
 FLOAT_INPUTS = ("timestep", "time_ids")
 """FP32 whatever the others are: rounded to FP16, a timestep can land in another bucket."""
 
 
-def write_plan(
-    backend: Backend, graph: Path, plan: Path, options: EngineOptions, *, half_io: bool
-) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """A TensorRT engine of the workspace.
+
+    Attributes:
+        folder: the engine's.
+        options: what it was built with.
+        tensorrt: the version that built it.
+        plugins: the libraries of plugins that it needs.
+    """
+
+    folder: Path
+    options: EngineOptions
+    tensorrt: str
+    plugins: tuple[Path, ...]
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Heights and widths of the samples that it takes; empty for the model's own."""
+        return self.options.sample_sizes
+
+
+def find_plan(
+    workspace: Workspace, options: TritonOptions, *, alone: bool, guidable: bool
+) -> Plan | None:
+    """The workspace's TensorRT engine, if it has one.
+
+    Args:
+        alone: whether the model has nothing beside the UNet that needs a plan too.
+        guidable: whether requests may ask for guidance.
+
+    Raises:
+        InputError: it does not go with ``options``, or further plans must be built and this machine
+            cannot.
+    """
+    if f"build-engine/{TRT}" not in workspace.stages:
+        return None
+    workspace.require(f"build-engine/{TRT}")
+    folder = workspace.path(ENGINES, TRT)
+    record = engine_info(folder)
+    built = record.options
+    if built.strip_plan:
+        raise InputError(
+            f"{folder} holds a plan without weights, which Triton cannot load; build it without "
+            "--strip-plan"
+        )
+    if options.max_batch is not None and options.max_batch > built.max_batch:
+        raise InputError(
+            f"--max-batch {options.max_batch}: the plan in {folder} takes batches up to "
+            f"{built.max_batch}"
+        )
+    if guidable and built.max_batch < 2:
+        raise InputError(
+            f"the plan in {folder} takes batches of {built.max_batch}, and an image with guidance "
+            "is two rows; run `quest-deploy build-engine` again with --max-batch 2 or more"
+        )
+    if options.io_dtype != "fp32" or not alone:
+        why = (
+            "the text encoder and the decoder need plans too"
+            if options.io_dtype == "fp32"
+            else "--io-dtype fp16 needs another plan"
+        )
+        try:
+            get_backend(TRT).check_build(built)
+        except InputError as e:
+            raise InputError(f"{why}, and {e}") from e
+    return Plan(
+        folder, built, record.built_by.get(TRT, "unknown"), _plugins(record, options.plugins)
+    )
+
+
+def _plugins(record: EngineRecord, given: tuple[str, ...]) -> tuple[Path, ...]:
+    """The plugin libraries to package: those given, and the one that the engine's ``record``
+    names, found by its hash.
+    """
+    plugin, libraries = record.plugin, tuple(map(Path, given))
+    names = [path.name for path in libraries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(
+            f"--plugin-library: two files are called {', '.join(twice)}, and both go into one "
+            "folder; rename one"
+        )
+    if (
+        plugin is None
+        or plugin.serialized
+        or any(sha256_of(path) == plugin.sha256 for path in libraries)
+    ):
+        return libraries
+    found = recorded_library(record.options.plugins, plugin.sha256)
+    if found.name in names:
+        raise InputError(
+            f"--plugin-library: a file is called {found.name}, as the engine's own plugin library; "
+            "rename it"
+        )
+    return (*libraries, found)
+
+
+def write_plan(graph: Path, plan: Path, options: EngineOptions, *, half_io: bool) -> None:
     """Compile the ONNX file ``graph`` into ``plan``.
 
     Args:
@@ -29,16 +136,13 @@ def write_plan(
         half_io: whether its inputs and outputs are FP16, but for ``FLOAT_INPUTS``.
 
     Raises:
-        QuestDeployError: the backend refuses it.
+        QuestDeployError: TensorRT refuses it.
     """
-    from exporters.graph_info import load_graph, save_graph
-    from exporters.passes.half_io import HalfIO
-
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=plan.parent) as folder:
         if half_io:
             model = load_graph(graph)
             HalfIO(FLOAT_INPUTS)(model)
             graph = Path(folder) / LOWERED
             save_graph(model, graph)
-        backend.compile(graph, Path(folder), options, no_progress)
+        get_backend(TRT).compile(graph, Path(folder), options, no_progress)
         os.replace(Path(folder) / ENGINE, plan)

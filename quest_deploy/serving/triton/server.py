@@ -19,7 +19,6 @@ from quest_deploy.errors import QuestDeployError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
 
 SERVING = Path(sys.prefix) / "serving" / "bin" / "python"
 """The Python of the environment that the Makefile makes for Triton's python backend."""
@@ -69,12 +68,7 @@ class PackageServer:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.stop()
 
     def start(self, seconds: float = 300.0) -> None:

@@ -85,8 +85,7 @@ def markdown(model: str, command: str, results: Results, seeds: Sequence[int]) -
         "finetuning batches;",
         f"the noise and the labels of the judged images are the same in all cells ({images}).",
         f"ε-MSE is against FP32's predictions on {HELD_OUT_SAMPLES} of its own trajectories that "
-        "no "
-        "cell was calibrated on.",
+        "no cell was calibrated on.",
         "Seconds are those of making the model (recording trajectories, calibration, training) "
         "without judging it.",
         "Peak memory is the process's in calibration and training, Python and its packages "
@@ -260,8 +259,7 @@ def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
         *_markdown_table(header, [list(row) for row in judged(results, seeds)]),
         "",
         'Means over the seeds. "Holds": in every pair of seeds; "on average only": the means are '
-        "so "
-        "ordered, but not every pair.",
+        "so ordered, but not every pair.",
         "",
         *critical_groups(results, seeds),
     ]
@@ -291,8 +289,7 @@ def _environments(results: Results) -> list[str]:
     """The machines and packages that the results come from, each once."""
     seen = dict.fromkeys(
         f"{e['processor']}, {e['threads']} thread{'s' * (e['threads'] != 1)}, Python "
-        f"{e['python']}, "
-        f"torch {e['torch']}"
+        f"{e['python']}, torch {e['torch']}"
         for e in (result.environment for result in results.values() if result is not None)
     )
     return [f"Measured on: {'; '.join(seen)}."] if seen else []

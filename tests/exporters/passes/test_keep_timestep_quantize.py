@@ -13,6 +13,7 @@ from exporters.lowering import tensorrt
 from exporters.ops import timestep_quantize
 from exporters.passes.keep_timestep_quantize import KeepTimestepQuantize
 from tests.helpers import (
+    assert_same,
     hand_feeds,
     hand_graph,
     kinds_checkpoint,
@@ -118,10 +119,7 @@ def test_lowered_for_the_plugin_graphs_compute_what_the_native_ones_do(hand: Che
         plugin = tensorrt.lower(graph(checkpoint), quantize="plugin")
         assert quantizers(plugin)
         native = tensorrt.lower(graph(checkpoint), quantize="native")
-        for found, expected in zip(
-            run(with_function_instead_of_plugin(plugin), feeds), run(native, feeds), strict=True
-        ):
-            np.testing.assert_array_equal(found, expected)
+        assert_same(run(with_function_instead_of_plugin(plugin), feeds), run(native, feeds))
 
 
 def test_a_frozen_bucket_is_lowered_natively_since_there_is_nothing_to_pick(

@@ -29,6 +29,7 @@ from quest_deploy.backends.tensorrt.base import (
     check_sample_sizes,
     configure,
     fitting_profile,
+    gpu_count,
     load_engine,
     profile_shapes,
 )
@@ -398,7 +399,6 @@ def test_a_stripped_engine_gets_its_weights_from_the_lowered_graph_beside_it(
 
 
 def test_without_a_gpu_loading_an_engine_is_one_error(tmp_path: Path) -> None:
-    from quest_deploy.backends.tensorrt.base import gpu_count
 
     if gpu_count():
         pytest.skip("this machine has a GPU")

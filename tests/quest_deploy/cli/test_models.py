@@ -14,8 +14,15 @@ from PIL import Image
 from quest_deploy.artifacts.model_source import ModelSource
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import MANIFEST, TRAJECTORIES, Workspace
+from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.files import sha256_of_json
 from quest_deploy.models.loading import resolve_source
+from quest_deploy.stages.workspaces import (
+    ModelChoices,
+    SchemeChoices,
+    create_workspace,
+    open_workspace,
+)
 from tests.quest_deploy.support import LDM_CHAIN, TEXT_CHAIN, cli
 
 if TYPE_CHECKING:
@@ -84,12 +91,6 @@ def test_a_workspace_of_another_model_is_refused(
 def test_the_same_model_may_be_named_again_by_any_path_to_it(
     tmp_path: Path, pipelines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quest_deploy.stages.workspaces import (
-        ModelChoices,
-        SchemeChoices,
-        create_workspace,
-        open_workspace,
-    )
 
     monkeypatch.chdir(pipelines("sd"))
     made = create_workspace(tmp_path / "ws", ModelChoices("."), SchemeChoices())
@@ -120,7 +121,6 @@ def test_random_weights_are_recorded_and_calibrated_without_text_encoder_or_hub(
 def test_the_prompts_of_a_file_are_recorded_and_used(
     tmp_path: Path, pipelines: Callable[[str], Path]
 ) -> None:
-    from quest_deploy.calibration.trajectories import Trajectories
 
     (tmp_path / "prompts.txt").write_text("a cat\n\n  a red dog \n")
     options = (

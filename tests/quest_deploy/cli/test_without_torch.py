@@ -51,21 +51,23 @@ NEEDS_TORCH: dict[str, tuple[str, ...]] = {
 }
 
 
-def without_torch(commands: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
+def without_torch(
+    commands: Sequence[Sequence[str]], stream: str = "stderr"
+) -> list[tuple[int, str]]:
     """Run the commands one after the other in a process that has no torch: each one's exit code and
-    its last line on standard error.
+    its last line on ``stream``.
     """
     script = f"""{BLOCKED}
 import contextlib, io, json
 from quest_deploy.cli.main import main
 for command in json.loads(sys.argv[1]):
-    sys.argv[1:], code, errors = command, 0, io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+    sys.argv[1:], code, said = command, 0, {{"stdout": io.StringIO(), "stderr": io.StringIO()}}
+    with contextlib.redirect_stdout(said["stdout"]), contextlib.redirect_stderr(said["stderr"]):
         try:
             main()
         except SystemExit as e:
             code = e.code or 0
-    print(json.dumps([code, (errors.getvalue().splitlines() or [""])[-1]]))
+    print(json.dumps([code, (said[{stream!r}].getvalue().splitlines() or [""])[-1]]))
 """
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(commands)], capture_output=True, text=True
@@ -113,10 +115,17 @@ def test_a_client_needs_no_torch() -> None:
 def test_a_command_that_needs_torch_names_the_extra(workspace: Path, tmp_path: Path) -> None:
     commands = [
         ("run", "-w", str(tmp_path / "new"), "--if-available"),
+        ("calibrate", "-w", str(tmp_path / "new")),
         *((command, "-w", str(workspace), *rest) for command, rest in NEEDS_TORCH.items()),
     ]
     for command, (code, line) in zip(commands, without_torch(commands), strict=True):
         assert (code, "quest-deploy[torch]" in line) == (2, True), (command, code, line)
+    assert not (tmp_path / "new").exists()
+
+
+def test_doctor_names_the_extra_that_is_missing_without_torch() -> None:
+    ((code, line),) = without_torch([("doctor",)], stream="stdout")
+    assert (code, "quest-deploy[torch]" in line) == (0, True)
 
 
 @pytest.mark.slow

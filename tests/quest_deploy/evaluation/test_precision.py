@@ -13,10 +13,12 @@ import pytest
 
 from exporters.exactness import EXACT_ANYWHERE, Exactness
 from exporters.graph_info import save_graph
+from exporters.multiplications import multiplications
 from quest_deploy.artifacts.checkpoint import Checkpoint
 from quest_deploy.backends import exactness
 from quest_deploy.backends.base import LOWERED, EngineOptions, build_engine
 from quest_deploy.backends.onnxruntime import profiled_precisions
+from quest_deploy.backends.openvino.precision import runtime_precisions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import told_precisions
 from quest_deploy.evaluation.precision import (
@@ -195,9 +197,6 @@ def test_inside_openvinos_fused_attention_each_product_is_told_by_its_own_operan
     hint: str, floats: str
 ) -> None:
     import openvino
-
-    from exporters.multiplications import multiplications
-    from quest_deploy.backends.openvino.precision import runtime_precisions
 
     model = graph_from_text(MHA, m=np.eye(4, dtype=np.float32) * 2)
     for node in model.graph:

@@ -63,12 +63,24 @@ def uninterrupted(train: Train) -> Checkpoint:
     return train(OPTIONS)
 
 
-def stop_after(step: int) -> Callable[[Step], None]:
+def interrupt(
+    train: Train, step: int, options: FinetuneOptions = OPTIONS, *, save_every: int = 1, **more: Any
+) -> None:
+    """Start a run, and interrupt it after ``step``."""
+
     def stop(reached: Step) -> None:
         if reached.step == step:
             raise StopError
 
-    return stop
+    with pytest.raises(StopError):
+        train(options, save_every=save_every, on_step=stop, **more)
+
+
+def steps_of(train: Train, options: FinetuneOptions = OPTIONS, **more: Any) -> list[int]:
+    """The steps that a run does."""
+    seen: list[int] = []
+    train(options, on_step=lambda p: seen.append(p.step), **more)
+    return seen
 
 
 def learned(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
@@ -128,8 +140,7 @@ def test_an_interrupted_run_resumes_to_the_same_result_bit_for_bit(
 ) -> None:
     caplog.set_level(logging.INFO)
     state = tmp_path / "state.pt"
-    with pytest.raises(StopError):
-        train(OPTIONS, state_path=state, save_every=save_every, on_step=stop_after(step))
+    interrupt(train, step, state_path=state, save_every=save_every)
     seen: list[int] = []
     resumed = train(
         OPTIONS,
@@ -149,8 +160,7 @@ def test_a_run_that_is_interrupted_twice_ends_the_same(
 ) -> None:
     state = tmp_path / "state.pt"
     for step in (2, 6):
-        with pytest.raises(StopError):
-            train(OPTIONS, state_path=state, save_every=1, on_step=stop_after(step))
+        interrupt(train, step, state_path=state)
     assert differences(train(OPTIONS, state_path=state), uninterrupted) == []
 
 
@@ -159,30 +169,19 @@ def test_free_channels_are_learned_and_resume_like_any_others(
 ) -> None:
     scheme = Scheme.parse("w4a4", buckets=3, granularity=Granularity.FREE_CHANNEL)
     start = calibrate("mini", mini_unet, mini_trajectories, scheme, CalibrationOptions())
-    free = partial(
-        finetune,
-        lambda: mini_unet,
-        start,
-        mini_trajectories,
-        dataclasses.replace(OPTIONS, scale_rate=0.3),
-    )
-    uninterrupted = free()
+    options = dataclasses.replace(OPTIONS, scale_rate=0.3)
+    free = partial(finetune, lambda: mini_unet, start, mini_trajectories)
+    uninterrupted = free(options)
     for table in ("scale", "zero_point"):
         moved = [
             getattr(uninterrupted.sites[name], table) != getattr(site, table)
             for name, site in start.sites.items()
         ]
         assert np.concatenate(moved, 1).any(1).all()
-    with pytest.raises(StopError):
-        free(state_path=tmp_path / "state.pt", save_every=1, on_step=stop_after(5))
+    interrupt(free, 5, options, state_path=tmp_path / "state.pt")
     seen: list[int] = []
-    assert (
-        differences(
-            free(state_path=tmp_path / "state.pt", on_step=lambda p: seen.append(p.step)),
-            uninterrupted,
-        )
-        == []
-    )
+    resumed = free(options, state_path=tmp_path / "state.pt", on_step=lambda p: seen.append(p.step))
+    assert differences(resumed, uninterrupted) == []
     assert seen == [6, 7, 8]
 
 
@@ -205,11 +204,8 @@ def test_a_state_of_other_options_is_ignored(
     train: Train, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     state, options = tmp_path / "state.pt", dataclasses.replace(OPTIONS, **changes)
-    with pytest.raises(StopError):
-        train(OPTIONS, state_path=state, save_every=1, on_step=stop_after(4))
-    seen: list[int] = []
-    train(options, state_path=state, on_step=lambda p: seen.append(p.step))
-    assert seen[0] == 1
+    interrupt(train, 4, state_path=state)
+    assert steps_of(train, options, state_path=state)[0] == 1
 
 
 def test_a_state_of_another_calibration_is_ignored(
@@ -220,24 +216,15 @@ def test_a_state_of_another_calibration_is_ignored(
     tmp_path: Path,
 ) -> None:
     state = tmp_path / "state.pt"
-    with pytest.raises(StopError):
-        train(OPTIONS, state_path=state, save_every=1, on_step=stop_after(4))
+    interrupt(train, 4, state_path=state)
     site = mini_checkpoint.sites["conv_in"]
     sites = {
         **mini_checkpoint.sites,
         "conv_in": dataclasses.replace(site, scale=site.scale * np.float32(1.1)),
     }
     other = dataclasses.replace(mini_checkpoint, sites=sites)
-    seen: list[int] = []
-    finetune(
-        lambda: mini_unet,
-        other,
-        mini_trajectories,
-        OPTIONS,
-        state_path=state,
-        on_step=lambda p: seen.append(p.step),
-    )
-    assert seen[0] == 1
+    train_other = partial(finetune, lambda: mini_unet, other, mini_trajectories)
+    assert steps_of(train_other, state_path=state)[0] == 1
 
 
 def change_a_tensor(state: Path) -> None:
@@ -262,8 +249,7 @@ def test_a_damaged_state_is_ignored(
     damage: Callable[[Path], Any],
 ) -> None:
     state = tmp_path / "state.pt"
-    with pytest.raises(StopError):
-        train(OPTIONS, state_path=state, save_every=1, on_step=stop_after(4))
+    interrupt(train, 4, state_path=state)
     damage(state)
     assert differences(train(OPTIONS, state_path=state), uninterrupted) == []
     assert [(x.levelname, str(state) in x.getMessage()) for x in caplog.records] == [
@@ -273,8 +259,7 @@ def test_a_damaged_state_is_ignored(
 
 def test_every_changed_part_of_a_state_is_noticed(train: Train, tmp_path: Path) -> None:
     state = tmp_path / "state.pt"
-    with pytest.raises(StopError):
-        train(OPTIONS, state_path=state, save_every=1, on_step=stop_after(4))
+    interrupt(train, 4, state_path=state)
     key = torch.load(state, weights_only=True)["key"]
     expected, content = TrainingState.load(state, key), state.read_bytes()
     assert expected is not None
@@ -381,13 +366,8 @@ def test_finetuning_brings_the_quantized_model_closer_to_the_float_one(
 def test_without_steps_the_checkpoint_is_the_calibrated_one(
     train: Train, mini_checkpoint: Checkpoint
 ) -> None:
-    assert (
-        differences(
-            train(dataclasses.replace(OPTIONS, temporal_steps=0, sensitive_steps=0)),
-            mini_checkpoint,
-        )
-        == []
-    )
+    kept = train(dataclasses.replace(OPTIONS, temporal_steps=0, sensitive_steps=0))
+    assert differences(kept, mini_checkpoint) == []
 
 
 def test_the_checkpoint_records_how_it_came_to_be(uninterrupted: Checkpoint) -> None:
@@ -451,13 +431,7 @@ def test_reversed_stages_run_in_that_order_and_resume_like_any_other(
     assert [p.stage for p in seen] == ["sensitive"] * 5 + ["temporal"] * 3
     assert differences(reversed_, uninterrupted) != []
     for step in (5, 7):
-        with pytest.raises(StopError):
-            train(
-                options,
-                state_path=tmp_path / "state.pt",
-                save_every=1,
-                on_step=stop_after(step),
-            )
+        interrupt(train, step, options, state_path=tmp_path / "state.pt")
     assert differences(train(options, state_path=tmp_path / "state.pt"), reversed_) == []
 
 
@@ -641,67 +615,49 @@ class Teacher:
         return sum(reference() is not None for reference in self.loaded)
 
 
+@pytest.fixture(scope="module")
+def train_by(mini_checkpoint: Checkpoint, mini_trajectories: Trajectories) -> Train:
+    """As ``train``, with a teacher of one's own."""
+    return lambda teacher, *options, **more: finetune(
+        teacher, mini_checkpoint, mini_trajectories, *options, **more
+    )
+
+
 def test_the_float_model_is_gone_while_the_student_trains(
-    mini_unet: nn.Module, mini_checkpoint: Checkpoint, mini_trajectories: Trajectories
+    mini_unet: nn.Module, train_by: Train
 ) -> None:
     teacher, held = Teacher(mini_unet), list[int]()
-    finetune(
-        teacher,
-        mini_checkpoint,
-        mini_trajectories,
-        OPTIONS,
-        on_step=lambda progress: held.append(teacher.in_memory),
-    )
+    train_by(teacher, OPTIONS, on_step=lambda progress: held.append(teacher.in_memory))
     assert held == [0] * 8
     assert len(teacher.loaded) == 2
 
 
 def test_a_cache_that_holds_one_step_gives_the_same_result_with_more_loads(
-    mini_unet: nn.Module,
-    mini_checkpoint: Checkpoint,
-    mini_trajectories: Trajectories,
-    uninterrupted: Checkpoint,
+    mini_unet: nn.Module, train_by: Train, uninterrupted: Checkpoint
 ) -> None:
     teacher = Teacher(mini_unet)
-    tuned = finetune(teacher, mini_checkpoint, mini_trajectories, OPTIONS, target_cache=0)
+    tuned = train_by(teacher, OPTIONS, target_cache=0)
     assert differences(tuned, uninterrupted) == []
     assert len(teacher.loaded) == 1 + 8
 
 
-def test_a_loss_without_blocks_needs_no_targets(
-    mini_unet: nn.Module, mini_checkpoint: Checkpoint, mini_trajectories: Trajectories
-) -> None:
+def test_a_loss_without_blocks_needs_no_targets(mini_unet: nn.Module, train_by: Train) -> None:
     teacher = Teacher(mini_unet)
-    finetune(
-        teacher, mini_checkpoint, mini_trajectories, dataclasses.replace(OPTIONS, block_loss=0.0)
-    )
+    train_by(teacher, dataclasses.replace(OPTIONS, block_loss=0.0))
     assert len(teacher.loaded) == 1
 
 
 def test_an_interrupted_runs_targets_are_used_again_and_removed_at_the_end(
     mini_unet: nn.Module,
-    mini_checkpoint: Checkpoint,
-    mini_trajectories: Trajectories,
+    train: Train,
+    train_by: Train,
     uninterrupted: Checkpoint,
     tmp_path: Path,
 ) -> None:
-    paths = {
-        "state_path": tmp_path / "state.pt",
-        "targets_path": tmp_path / "targets.bin",
-        "save_every": 1,
-    }
-    teacher = Teacher(mini_unet)
-    with pytest.raises(StopError):
-        finetune(
-            teacher, mini_checkpoint, mini_trajectories, OPTIONS, **paths, on_step=stop_after(4)
-        )
+    paths = {"state_path": tmp_path / "state.pt", "targets_path": tmp_path / "targets.bin"}
+    interrupt(train, 4, **paths)
     again = Teacher(mini_unet)
-    assert (
-        differences(
-            finetune(again, mini_checkpoint, mini_trajectories, OPTIONS, **paths), uninterrupted
-        )
-        == []
-    )
+    assert differences(train_by(again, OPTIONS, save_every=1, **paths), uninterrupted) == []
     assert len(again.loaded) == 1
     assert not paths["targets_path"].exists()
 
@@ -732,6 +688,7 @@ def test_targets_that_something_else_made_are_never_used(
     mini_unet: nn.Module,
     mini_checkpoint: Checkpoint,
     mini_trajectories: Trajectories,
+    train: Train,
     tmp_path: Path,
     what: str,
 ) -> None:
@@ -751,24 +708,11 @@ def test_targets_that_something_else_made_are_never_used(
     else:
         options = dataclasses.replace(OPTIONS, **{what: 4})
     expected = finetune(lambda: unet, mini_checkpoint, trajectories, options)
-    with pytest.raises(StopError):
-        finetune(
-            lambda: mini_unet,
-            mini_checkpoint,
-            mini_trajectories,
-            OPTIONS,
-            targets_path=targets,
-            on_step=stop_after(1),
-        )
+    interrupt(train, 1, targets_path=targets)
     assert targets.exists()
     teacher = Teacher(unet)
-    assert (
-        differences(
-            finetune(teacher, mini_checkpoint, trajectories, options, targets_path=targets),
-            expected,
-        )
-        == []
-    )
+    tuned = finetune(teacher, mini_checkpoint, trajectories, options, targets_path=targets)
+    assert differences(tuned, expected) == []
     assert len(teacher.loaded) == 2
 
 
@@ -777,8 +721,7 @@ def test_damaged_targets_are_computed_again(
     train: Train, uninterrupted: Checkpoint, tmp_path: Path, damage: Callable[[Path], Any]
 ) -> None:
     targets = tmp_path / "targets.bin"
-    with pytest.raises(StopError):
-        train(OPTIONS, targets_path=targets, on_step=stop_after(1))
+    interrupt(train, 1, targets_path=targets)
     damage(targets)
     computed: list[int] = []
 

@@ -93,13 +93,18 @@ def test_an_ldm_yaml_and_the_parameters_as_json_mean_the_same_unet(tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "facts"),
     [
-        ({"channel_mult": None}, "channel_mult None"),
+        ({"channel_mult": None}, "channel_mult"),
         ({"resblock_updown": True}, "resblock_updown False"),
-        ({"use_scale_shift_norm": 1}, "use_scale_shift_norm 1"),
+        ({"use_scale_shift_norm": 1}, "use_scale_shift_norm"),
+        ({"channel_mult": []}, "channel_mult"),
+        ({"attention_resolutions": [4, "2"]}, "attention_resolutions"),
+        ({"transformer_depth": 0}, "transformer_depth"),
+        ({"num_heads": 0}, "num_heads"),
+        ({"in_channels": 4.0}, "in_channels"),
         ({"num_classes": 1000}, "num_classes 1000"),
         ({"dim_heads": 3}, "'dim_heads'"),
-        ({"context_dim": None}, "context_dim None"),
-        ({"context_dim": 0}, "context_dim 0"),
+        ({"context_dim": None}, "context_dim"),
+        ({"context_dim": 0}, "context_dim"),
         (
             {"use_spatial_transformer": False},
             "context_dim use_spatial_transformer",

@@ -15,11 +15,17 @@ import torch
 
 from quest_deploy.artifacts.model_source import Lora, ModelSource
 from quest_deploy.artifacts.schema import parse
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
+from quest_deploy.calibration.trajectories import record_trajectories
+from quest_deploy.importers.architecture import UNetConfig
 from quest_deploy.models import registry
 from quest_deploy.models.hub import fetch_pipeline
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
+from quest_deploy.quantization.model import QuantizedModel
 from tests.helpers import refused
+from tests.pipelines import text_to_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,10 +121,6 @@ def test_random_weights_are_those_of_the_seed(pipelines: Callable[[str], Path]) 
 def test_the_heads_that_a_configuration_cannot_say_reach_the_checkpoints_architecture(
     pipelines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quest_deploy.artifacts.scheme import Scheme
-    from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
-    from quest_deploy.calibration.trajectories import record_trajectories
-    from quest_deploy.quantization.model import QuantizedModel
 
     monkeypatch.setitem(KNOWN_MODELS, "ldm", registry.KnownModel(heads=4))
     model = load_model(ModelSource("ldm", str(pipelines("ldm"))))
@@ -243,8 +245,6 @@ def single_file(folder: Path, path: Path) -> Path:
     """
     from safetensors.torch import load_file, save_file
 
-    from quest_deploy.importers.architecture import UNetConfig
-
     config = UNetConfig(
         8, 4, 32, 4, 1, (1,), (1,), num_heads=2, use_spatial_transformer=True, context_dim=16
     )
@@ -267,7 +267,6 @@ def single_file(folder: Path, path: Path) -> Path:
 def test_a_single_file_gives_the_unet_of_the_folder_it_was_made_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    from tests.pipelines import text_to_image
 
     levels = {
         "mid_block_type": "UNetMidBlock2DCrossAttn",

@@ -16,7 +16,7 @@ from typing import Any
 
 from quest_deploy.backends.exactness import measured
 from quest_deploy.backends.registry import get_backend
-from quest_deploy.serving.triton.package import FILES
+from quest_deploy.serving.triton.layout import FILES
 
 
 class RefusedError(Exception):

@@ -18,8 +18,12 @@ import pytest
 from exporters.exactness import ATTENTION, EXACT_ANYWHERE, LEVELS, SAFE
 from exporters.graph_info import load_graph, save_graph
 from exporters.torch_to_qdq import portable_graph
+from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.backends import exactness
 from quest_deploy.backends.base import integer_instructions
+from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
+from quest_deploy.quantization.model import QuantizedModel
+from quest_deploy.verification.reference import save_reference
 from tests.helpers import WITH_VNNI
 from tests.quest_deploy.serving.test_processors_of_packages import lowered
 
@@ -44,10 +48,6 @@ def model(
     """The graph and the reference of a small model with weights, activations and attention of 8
     bits.
     """
-    from quest_deploy.artifacts.scheme import Scheme
-    from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
-    from quest_deploy.quantization.model import QuantizedModel
-    from quest_deploy.verification.reference import save_reference
 
     folder = tmp_path_factory.mktemp("w8a8")
     scheme = Scheme.parse("w8a8", buckets=2, attention_bits=8, softmax_bits=8)

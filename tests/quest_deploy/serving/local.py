@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from quest_deploy.serving.triton.package import MODELS
+from quest_deploy.serving.triton.layout import MODELS
 from quest_deploy.serving.triton.plans import FLOAT_INPUTS
 
 if TYPE_CHECKING:

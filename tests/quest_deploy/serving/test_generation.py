@@ -16,9 +16,11 @@ from quest_deploy.evaluation.sampling import sample_images
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.schedulers import SCHEDULERS
-from quest_deploy.progress import no_progress
 from quest_deploy.serving.pipeline import load_pipeline
-from quest_deploy.serving.triton.package import TritonOptions, Writer
+from quest_deploy.serving.triton.layout import Layout
+from quest_deploy.serving.triton.models import write_decoder, write_text_encoder
+from quest_deploy.serving.triton.options import TritonOptions
+from quest_deploy.serving.triton.pipelines import pixels_per_latent, write_pipelines
 from tests.helpers import refused
 from tests.pipelines import TOKENS
 from tests.quest_deploy.serving.local import LocalPipeline
@@ -186,11 +188,14 @@ def xl(
     model = PipelineModel(resolve_source(str(pipelines("sdxl"))))
     made.scheduler = model.load_scheduler("ddim")
     folder = tmp_path_factory.mktemp("xl")
-    writer = Writer(None, model, folder, TritonOptions(), None, no_progress)  # type: ignore[arg-type]
-    writer.of_shape(model.sample_shape, 2)
-    writer.write_text_encoder()
-    writer.write_decoder()
-    writer.write_pipelines()
+    factor = pixels_per_latent(model, model.sample_shape)
+    layout = Layout(folder, TritonOptions(), None, model.sample_shape, 2, factor)
+    pipeline = model.load_pipeline(vae=None)
+    signatures = {
+        "text_encoder": write_text_encoder(layout, pipeline),
+        "vae_decoder": write_decoder(layout, model.load_decoder()),
+    }
+    write_pipelines(layout, model, pipeline, signatures)
     found = ReferenceXL(folder)
     found.unet = made.unet
     return found, made

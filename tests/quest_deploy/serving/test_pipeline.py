@@ -16,7 +16,8 @@ from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import CHECKPOINT, Workspace
 from quest_deploy.backends.engine_unet import EngineUNet
-from quest_deploy.models.loading import load_model
+from quest_deploy.files import read_json
+from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import PipelineUNet, load_pipeline
@@ -294,8 +295,6 @@ def test_sdxls_pipeline_gives_the_engine_its_added_conditions(
 ) -> None:
     from diffusers import StableDiffusionXLPipeline
 
-    from quest_deploy.files import read_json
-
     engine = SdxlEngine()
     unet = PipelineUNet(engine, read_json(pipelines("sdxl") / "unet" / "config.json"))
     made = StableDiffusionXLPipeline.from_pretrained(pipelines("sdxl"), unet=unet)
@@ -322,7 +321,6 @@ def test_parts_that_are_given_replace_the_folders(text_chain: Chain) -> None:
 def test_a_model_that_is_no_pipeline_is_an_error_that_names_the_runtime(
     tmp_path: Path, pipelines: Callable[[str], Path]
 ) -> None:
-    from quest_deploy.models.loading import resolve_source
 
     digits = Workspace.create(tmp_path / "tiny", "tiny", Scheme.parse("w4a4"))
     classes = Workspace.create(
@@ -334,7 +332,6 @@ def test_a_model_that_is_no_pipeline_is_an_error_that_names_the_runtime(
 
 
 def test_random_weights_are_no_pipeline(tmp_path: Path) -> None:
-    from quest_deploy.models.loading import resolve_source
 
     workspace = Workspace.create(
         tmp_path / "ws", resolve_source("sd15", random_weights=True), Scheme.parse("w4a4")
@@ -346,7 +343,6 @@ def test_random_weights_are_no_pipeline(tmp_path: Path) -> None:
 def test_an_engine_that_was_never_built_names_the_command(
     tmp_path: Path, pipelines: Callable[[str], Path]
 ) -> None:
-    from quest_deploy.models.loading import resolve_source
 
     workspace = Workspace.create(
         tmp_path / "ws", resolve_source(str(pipelines("sd"))), Scheme.parse("w4a4")

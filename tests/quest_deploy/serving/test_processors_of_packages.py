@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import PackageNotFoundError
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 
 from exporters.exactness import EXACT_ANYWHERE, kernel_needs
 from quest_deploy.backends import exactness
-from quest_deploy.serving.triton.package import TritonOptions, Writer
+from quest_deploy.serving.triton.models import lower_unet
 from tests.helpers import WITH_VNNI, refused
 from tests.quest_deploy.processors.packages import RefusedError, stand_in
 
@@ -26,11 +25,8 @@ def lowered(model: ir.Model, folder: Path, processor: str) -> ir.Model:
     """The UNet's graph as a package made with ``processor`` has it; what belongs to it is written
     into ``folder``.
     """
-    writer: Any = SimpleNamespace(
-        options=TritonOptions(processor=processor), _version_folder=lambda _: folder
-    )
     folder.mkdir(exist_ok=True)
-    return Writer._lowered(writer, model)
+    return lower_unet(model, folder, processor)
 
 
 @pytest.mark.parametrize("processor", ["native", "any"])

@@ -29,7 +29,7 @@ from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.files import sha256_of
 from quest_deploy.serving import client
-from quest_deploy.serving.triton.package import MODELS
+from quest_deploy.serving.triton.layout import MODELS
 from quest_deploy.serving.triton.pbtxt import Word, pbtxt
 from tests.helpers import assert_holds, refused
 from tests.quest_deploy.serving.local import LocalPipeline

@@ -23,7 +23,8 @@ from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.evaluation.sampling import sample_images
 from quest_deploy.models.tiny import TinyModel
-from quest_deploy.serving.triton.package import MODELS
+from quest_deploy.serving.client import request_image
+from quest_deploy.serving.triton.layout import MODELS
 from quest_deploy.serving.triton.server import PackageServer, missing_server
 from scripts.bench import bench_serving as script
 from tests.helpers import assert_holds
@@ -338,8 +339,6 @@ def test_the_client_command_draws_what_the_pipeline_draws_and_counts_every_step(
     server: PackageServer, client: Any, tmp_path: Path
 ) -> None:
     from PIL import Image
-
-    from quest_deploy.serving.client import request_image
 
     told: list[tuple[int, int]] = []
     drawn = request_image(

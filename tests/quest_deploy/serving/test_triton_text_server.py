@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from quest_deploy.serving.client import request_image
-from quest_deploy.serving.triton.package import MODELS
+from quest_deploy.serving.triton.layout import MODELS
 from quest_deploy.serving.triton.pbtxt import pbtxt
 from quest_deploy.serving.triton.server import PackageServer, missing_server
 from tests.helpers import assert_holds

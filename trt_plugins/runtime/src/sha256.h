@@ -1,4 +1,5 @@
 // SHA-256 (FIPS 180-4), so that an engine's hash can be checked where no cryptographic library is installed.
+// Ours, since the package registries have no headers of one, as they have nlohmann's JSON.
 #pragma once
 
 #include <cstddef>

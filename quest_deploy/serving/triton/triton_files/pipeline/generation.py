@@ -81,8 +81,7 @@ class Limits:
             if not (text.isascii() and text.isdigit() and int(text)):
                 raise ValueError(
                     f"parameter {field.name} in config.pbtxt: expected a whole number of 1 or "
-                    "more, "
-                    f"found {text!r}"
+                    f"more, found {text!r}"
                 )
             found[field.name] = int(text)
         return cls(**found)
@@ -282,8 +281,7 @@ class Generator:
             if len(ids) > length:
                 raise InvalidRequestError(
                     f"{name}: expected at most {length} tokens, of which two mark the start and "
-                    "the "
-                    f"end; found {len(ids)}"
+                    f"the end; found {len(ids)}"
                 )
             found.append(ids + [pad] * (length - len(ids)))
         return tuple(found)

@@ -13,12 +13,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from exporters.graph_info import SITES_KEY
+from exporters.torch_to_qdq import portable_graph
 from quest_deploy.artifacts.reference import INDEX, TABLES, load_reference
 from quest_deploy.backends.base import EngineOptions, Runner, SplitRunner, build_engine
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.cli import descriptions
+from quest_deploy.quantization.model import QuantizedModel
+from quest_deploy.verification import reference
 from quest_deploy.verification.checks import Verification, verify_engine
+from quest_deploy.verification.reference import save_reference
 from quest_deploy.verification.tolerances import LAYER_TOLERANCE, relative_error
 from tests.helpers import assert_holds, refused
 from tests.quest_deploy.support import change, initializer, places, set_initializer, strict_json
@@ -31,7 +35,6 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.checkpoint import Checkpoint
     from quest_deploy.calibration.trajectories import Trajectories
-    from quest_deploy.quantization.model import QuantizedModel
 
 BACKENDS = ("onnxruntime", "openvino")
 SLOW_ON_OPENVINO = ("onnxruntime", pytest.param("openvino", marks=pytest.mark.slow))
@@ -66,6 +69,20 @@ def faithful(
 ) -> Callable[[str], Verification]:
     return lambda backend: verify_engine(
         get_backend(backend), OPTIONS, mini_engines(backend), mini_reference
+    )
+
+
+@pytest.fixture
+def copied(mini_reference: Path, tmp_path: Path) -> Path:
+    """The reference, to be changed."""
+    return shutil.copytree(mini_reference, tmp_path / "reference")
+
+
+@pytest.fixture(scope="module")
+def verify_against(mini_engines: Callable[[str], Path]) -> Callable[[Path], Verification]:
+    """Verify the engine of onnxruntime against a reference."""
+    return lambda reference: verify_engine(
+        get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), reference
     )
 
 
@@ -344,8 +361,6 @@ def sampled(
     """A reference of the six-bucket model whose three records hold a part of the sites each, and
     the widest layer's in none.
     """
-    from quest_deploy.quantization.model import QuantizedModel
-    from quest_deploy.verification import reference
 
     folder = tmp_path_factory.mktemp("sampled")
     with pytest.MonkeyPatch.context() as patch:
@@ -363,7 +378,6 @@ def verify_sampled(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Verification]:
     """As ``verify_changed``, on onnxruntime and against the reference of a sample."""
-    from exporters.torch_to_qdq import portable_graph
 
     proto = ir.to_proto(
         portable_graph(mini_checkpoints(6), next(mini_trajectories.batches(2)), "ab" * 32)
@@ -477,7 +491,6 @@ def test_real_activations_on_ties_are_no_problem_for_segments(
     tmp_path: Path,
     backend: str,
 ) -> None:
-    from quest_deploy.verification.reference import save_reference
 
     site = mini_quantized.site_quantizers()["conv_in"]
     step = site.step(mini_trajectories.sample[0], mini_quantized.edges.new_zeros(4).long())
@@ -496,38 +509,31 @@ def test_real_activations_on_ties_are_no_problem_for_segments(
 
 
 def test_a_tolerance_that_says_nothing_is_called_so(
-    mini_engines: Callable[[str], Path],
-    mini_reference: Path,
+    verify_against: Callable[[Path], Verification],
     faithful: Callable[[str], Verification],
-    tmp_path: Path,
+    copied: Path,
 ) -> None:
     verification = faithful("onnxruntime")
     assert verification.end_to_end_informative is (verification.end_to_end_tolerance <= 0.05)
-    shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
     for sensitivity, informative in ((0.024, True), (0.026, False)):
-        index = json.loads((mini_reference / INDEX).read_text())
+        index = json.loads((copied / INDEX).read_text())
         for record in index["records"]:
             record["sensitivity"] = [sensitivity] * 2
-        (tmp_path / INDEX).write_text(json.dumps(index))
-        found = verify_engine(
-            get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path
-        )
+        (copied / INDEX).write_text(json.dumps(index))
+        found = verify_against(copied)
         assert found.end_to_end_informative is informative
         said = descriptions.verification(found.to_json())
         assert ("informative" in said) is not informative
 
 
 def test_a_segment_that_rounding_alone_changes_much_is_called_uninformative(
-    mini_engines: Callable[[str], Path], mini_reference: Path, tmp_path: Path
+    verify_against: Callable[[Path], Verification], copied: Path
 ) -> None:
-    shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
-    for path in tmp_path.glob("buckets-*"):
+    for path in copied.glob("buckets-*"):
         tensors = load_file(path)
         tensors["rounding.conv_out"] = np.full(2, 0.02, np.float32)
         save_file(tensors, path)
-    found = verify_engine(
-        get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path
-    )
+    found = verify_against(copied)
     assert found.passed
     assert {x.segment: x.tolerance for x in found.segments if not x.informative} == {
         "conv_out": pytest.approx(0.08)
@@ -614,20 +620,13 @@ def test_a_changed_clip_bound_is_found_in_any_site(
 @pytest.mark.parametrize("sample", [0, 1])
 @pytest.mark.parametrize("record", [0, 1])
 def test_an_end_to_end_difference_in_any_sample_of_any_record_fails(
-    mini_engines: Callable[[str], Path],
-    mini_reference: Path,
-    tmp_path: Path,
-    record: int,
-    sample: int,
+    verify_against: Callable[[Path], Verification], copied: Path, record: int, sample: int
 ) -> None:
-    shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
-    path = sorted(tmp_path.glob("buckets-*"))[record]
+    path = sorted(copied.glob("buckets-*"))[record]
     tensors = load_file(path)
     tensors["output"][sample] += 1
     save_file(tensors, path)
-    verification = verify_engine(
-        get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path
-    )
+    verification = verify_against(copied)
     bucket = int(tensors["bucket"][sample])
     assert places(verification.problems) == [("bucket", str(bucket))]
 
@@ -661,28 +660,26 @@ def test_progress_counts_every_site_and_layer_and_all_segments(
 
 
 def test_the_reference_of_another_model_is_an_input_error(
-    mini_engines: Callable[[str], Path], mini_reference: Path, tmp_path: Path
+    verify_against: Callable[[Path], Verification], copied: Path
 ) -> None:
-    shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
-    tables = load_file(tmp_path / TABLES)
+    tables = load_file(copied / TABLES)
     save_file(
         {name.replace("conv_in", "conv_other"): value for name, value in tables.items()},
-        tmp_path / TABLES,
+        copied / TABLES,
     )
-    with refused(tmp_path, "quest-deploy reference"):
-        verify_engine(get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path)
+    with refused(copied, "quest-deploy reference"):
+        verify_against(copied)
 
 
 def test_a_reference_without_what_segments_need_is_an_input_error(
-    mini_engines: Callable[[str], Path], mini_reference: Path, tmp_path: Path
+    verify_against: Callable[[Path], Verification], copied: Path
 ) -> None:
-    shutil.copytree(mini_reference, tmp_path, dirs_exist_ok=True)
-    path = sorted(tmp_path.glob("buckets-*"))[0]
+    path = sorted(copied.glob("buckets-*"))[0]
     save_file(
         {name: value for name, value in load_file(path).items() if name != "untied_output"}, path
     )
-    with refused(tmp_path, "quest-deploy reference"):
-        verify_engine(get_backend("onnxruntime"), OPTIONS, mini_engines("onnxruntime"), tmp_path)
+    with refused(copied, "quest-deploy reference"):
+        verify_against(copied)
 
 
 def test_verifying_an_engine_needs_no_torch(

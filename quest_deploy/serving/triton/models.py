@@ -1,0 +1,146 @@
+"""A package's models that run on TensorRT, or without a GPU on its stand-in: the UNet, the text
+encoder, the decoder.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from exporters.exactness import LEVELS
+from exporters.graph_info import save_graph
+from exporters.probe import make_probe
+from quest_deploy.backends.base import LOWERED, EngineOptions
+from quest_deploy.backends.registry import get_backend
+from quest_deploy.backends.tensorrt.base import ENGINE
+from quest_deploy.serving.triton.layout import ONNX, PLAN
+from quest_deploy.serving.triton.parts import Decoder, TextEncoder, save_onnx
+from quest_deploy.serving.triton.plans import FLOAT_INPUTS, write_plan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import onnx_ir as ir
+
+    from quest_deploy.serving.triton.layout import Layout, Signature
+
+DECODER_BATCH = 4
+
+
+def write_unet(layout: Layout, graph: ir.Model) -> Signature:
+    """The UNet, from its portable graph."""
+    version, plan = layout.version_folder("unet"), layout.plan
+    graph = lower_unet(graph, version, layout.options.processor)
+    inputs = {value.name or "": _dims(value) for value in graph.graph.inputs}
+    (output,) = (value.name or "" for value in graph.graph.outputs)
+    save_graph(graph, version / ONNX)
+    if plan is not None and layout.half:
+        write_plan(plan.folder / LOWERED, version / PLAN, plan.options, half_io=True)
+    elif plan is not None:
+        shutil.copyfile(plan.folder / ENGINE, version / PLAN)
+    return layout.write_plan_config(
+        "unet",
+        inputs,
+        {output: inputs["sample"]},
+        layout.max_batch,
+        {name: "TYPE_FP32" if name in FLOAT_INPUTS else layout.kind for name in inputs},
+        layout.options.queue_delay,
+        len(layout.sizes),
+    )
+
+
+def lower_unet(graph: ir.Model, version: Path, processor: str) -> ir.Model:
+    """The graph that runs without a GPU; a probe of its kernels is written into ``version``.
+
+    Args:
+        processor: as of :class:`quest_deploy.serving.triton.options.TritonOptions`.
+    """
+    backend, options = get_backend("onnxruntime"), EngineOptions(processor=processor)
+    probe = make_probe(LEVELS[0])
+    save_graph(backend.lower(probe.model, options), version / "probe.onnx")
+    arrays = {f"feed.{name}": x for name, x in probe.feeds.items()} | {
+        f"exact.{name}": y for name, y in probe.exact.items()
+    }
+    np.savez_compressed(version / "probe.npz", **arrays)  # type: ignore[arg-type]
+    return backend.lower(graph, options)
+
+
+def write_text_encoder(layout: Layout, pipeline: Any) -> Signature:
+    """The text encoders of a diffusers pipeline as one model."""
+    encoders, tokenizers = zip(*text_encoders(pipeline), strict=True)
+    module = TextEncoder(*encoders)
+    ids = {
+        name: torch.zeros(2, words.model_max_length, dtype=torch.int32)
+        for name, words in zip(("input_ids", "input_ids_2"), tokenizers, strict=False)
+    }
+    version = layout.version_folder("text_encoder")
+    save_onnx(module, ids, module.outputs, {0: "batch"}, version / ONNX)
+    _write_plan_beside(layout, version, layout.max_batch)
+    with torch.no_grad():
+        outputs = dict(zip(module.outputs, module(*ids.values()), strict=True))
+    return layout.write_plan_config(
+        "text_encoder",
+        {name: list(value.shape[1:]) for name, value in ids.items()},
+        {name: list(value.shape[1:]) for name, value in outputs.items()},
+        layout.max_batch,
+        dict.fromkeys(ids, "TYPE_INT32"),
+    )
+
+
+def text_encoders(pipeline: Any) -> list[tuple[Any, Any]]:
+    """A diffusers pipeline's text encoders, one or two, each with its tokenizer."""
+    return [
+        (encoder, getattr(pipeline, f"tokenizer{suffix}"))
+        for suffix in ("", "_2")
+        if (encoder := getattr(pipeline, f"text_encoder{suffix}", None)) is not None
+    ]
+
+
+def write_decoder(layout: Layout, decoder: Any) -> Signature:
+    """The decoder, an AutoencoderKL or a VQModel."""
+    latents = torch.zeros(1, *layout.sample_shape)
+    module = Decoder(decoder)
+    with torch.no_grad():
+        channels = module(latents).shape[1]
+    free = {0: "batch", 2: "height", 3: "width"}
+    version = layout.version_folder("vae_decoder")
+    save_onnx(module, {"sample": latents.repeat(2, 1, 1, 1)}, ["image"], free, version / ONNX)
+    _write_plan_beside(layout, version, DECODER_BATCH, layout.sizes)
+    return layout.write_plan_config(
+        "vae_decoder",
+        {"sample": [layout.sample_shape[0], -1, -1]},
+        {"image": [channels, -1, -1]},
+        DECODER_BATCH,
+        {"sample": layout.kind},
+        profiles=len(layout.sizes),
+    )
+
+
+def _write_plan_beside(
+    layout: Layout, version: Path, max_batch: int, sizes: tuple[tuple[int, int], ...] = ()
+) -> None:
+    """Where the UNet has a plan, build that of a part beside it, in FP32, from the ONNX file in
+    ``version``, with the UNet's own options.
+    """
+    if layout.plan is None:
+        return
+    options = replace(
+        layout.plan.options,
+        max_batch=max_batch,
+        sample_sizes=sizes,
+        dtype="fp32",
+        quantize="native",
+        plugins=None,
+        serialize_plugins=False,
+        opt_batch=None,
+    )
+    write_plan(version / ONNX, version / PLAN, options, half_io=layout.half)
+
+
+def _dims(value: ir.Value) -> list[int]:
+    """The dimensions of a graph's input without the batch; -1 for those that are free."""
+    return [size if isinstance(size, int) else -1 for size in list(value.shape or [])[1:]]

@@ -1,0 +1,154 @@
+"""``pipeline`` and ``pipeline_stream``, the models that clients ask and that call the others."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quest_deploy.errors import InputError
+from quest_deploy.files import write_json
+from quest_deploy.models.schedulers import SCHEDULERS
+from quest_deploy.serving.triton.configs import pipeline_config
+from quest_deploy.serving.triton.layout import FILES
+from quest_deploy.serving.triton.models import text_encoders
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from quest_deploy.models.registry import DiffusionModel
+    from quest_deploy.serving.triton.layout import Layout, Signature
+
+PIPELINES = ("pipeline", "pipeline_stream")
+MODEL_TIMEOUT = 600
+"""Seconds that a pipeline waits for one answer of another model: long enough for the largest UNet
+in its largest batch on a CPU.
+"""
+STEPS, SCHEDULER = 20, "ddim"
+
+
+def write_pipelines(
+    layout: Layout,
+    model: DiffusionModel,
+    pipeline: Any,
+    signatures: dict[str, Signature],
+) -> dict[str, Any]:
+    """Write both; return the settings that they read.
+
+    Args:
+        pipeline: the diffusers pipeline with the tokenizers, None of a model that reads no text.
+        signatures: of the models that they call.
+    """
+    settings = _settings(layout, model, pipeline, signatures)
+    limits = {
+        "max_steps": layout.options.max_steps,
+        "max_size": layout.max_size,
+        "max_in_flight": layout.options.max_in_flight,
+        "model_timeout": MODEL_TIMEOUT,
+    }
+    for name in PIPELINES:
+        version, stream = layout.version_folder(name), name == "pipeline_stream"
+        for source in (FILES / "pipeline").glob("*.py"):
+            shutil.copyfile(source, version / source.name)
+        if pipeline is not None:
+            _write_tokenizers(version, model, pipeline)
+        else:
+            _write_conditions(version, model)
+        write_json(version / "settings.json", settings)
+        images, queue = 1 if stream else layout.options.max_images, layout.options.max_queue
+        layout.write_config(
+            name,
+            pipeline_config(name, pipeline_inputs(model), limits, images, queue, stream=stream),
+        )
+    return settings
+
+
+def pixels_per_latent(model: DiffusionModel, sample_shape: tuple[int, ...]) -> int:
+    """A side of an image, in sides of its latent sample."""
+    image = model.images(np.zeros((1, *sample_shape), np.float32))
+    return int(image.shape[2]) // sample_shape[1]
+
+
+def guidable(model: DiffusionModel) -> bool:
+    """Whether requests may ask for guidance."""
+    return model.asked_for == "prompt" or _null_conditions(model) is not None
+
+
+def pipeline_inputs(model: DiffusionModel) -> dict[str, str]:
+    """The pipelines' inputs and their types."""
+    conditions = {
+        "prompt": {"prompt": "TYPE_STRING", "negative_prompt": "TYPE_STRING"},
+        "label": {"label": "TYPE_INT32"},
+    }
+    return {
+        **conditions.get(model.asked_for or "", {}),
+        "seed": "TYPE_INT64",
+        "steps": "TYPE_INT32",
+        "scheduler": "TYPE_STRING",
+        "guidance": "TYPE_FP32",
+        "height": "TYPE_INT32",
+        "width": "TYPE_INT32",
+    }
+
+
+def _write_tokenizers(version: Path, model: DiffusionModel, pipeline: Any) -> None:
+    for (_, tokenizer), name in zip(
+        text_encoders(pipeline), ("tokenizer", "tokenizer_2"), strict=False
+    ):
+        tokenizer.save_pretrained(version / name)
+        if not (version / name / "tokenizer.json").is_file():
+            raise InputError(
+                f"the {name} of {model.name} has no tokenizer.json; expected a fast tokenizer of "
+                "transformers"
+            )
+
+
+def _write_conditions(version: Path, model: DiffusionModel) -> None:
+    """A table of what the UNet is conditioned on, a row for each label, the last one for none."""
+    tables = {
+        name: value.numpy() for name, value in model.conditions(np.arange(model.labels)).items()
+    }
+    if (null := _null_conditions(model)) is not None:
+        tables = {
+            name: np.concatenate([value, null[name].numpy()]) for name, value in tables.items()
+        }
+    if tables:
+        np.savez(version / "conditions.npz", **tables)  # type: ignore[arg-type]
+
+
+def _settings(
+    layout: Layout, model: Any, pipeline: Any, signatures: dict[str, Signature]
+) -> dict[str, Any]:
+    of_text = pipeline is not None
+    of_xl = of_text and model.config.get("addition_embed_type") == "text_time"
+    return {
+        "model": model.name,
+        "sample_shape": list(layout.sample_shape),
+        "text": of_text,
+        "labels": 1 if of_text else model.labels,
+        "guidable": guidable(model),
+        "pixels_per_latent": layout.pixels_per_latent,
+        "size": list(layout.pixels(layout.size)),
+        "sizes": [list(layout.pixels(size)) for size in layout.sizes],
+        "size_factor": layout.pixels_per_latent * layout.sample_multiple,
+        "decoder": "vae_decoder" in signatures,
+        "schedulers": SCHEDULERS,
+        "scheduler_config": model.scheduler_config(),
+        "defaults": {"steps": STEPS, "scheduler": SCHEDULER, "guidance": model.guidance},
+        "zero_unconditional": of_xl and bool(pipeline.config.get("force_zeros_for_empty_prompt")),
+        "time_ids": of_xl,
+        "models": signatures,
+    }
+
+
+def _null_conditions(model: DiffusionModel) -> dict[str, Tensor] | None:
+    """What an image without a condition is drawn from; None where the model has none, and so no
+    guidance.
+    """
+    try:
+        return model.null_conditions(1)
+    except InputError:
+        return None

@@ -1,0 +1,108 @@
+"""A package's README: the server's command, the pipelines' inputs, the limits."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy.models.schedulers import SCHEDULERS
+from quest_deploy.serving.triton.layout import FILES
+from quest_deploy.serving.triton.pipelines import (
+    MODEL_TIMEOUT,
+    PIPELINES,
+    SCHEDULER,
+    STEPS,
+    pipeline_inputs,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from quest_deploy.models.registry import DiffusionModel
+    from quest_deploy.serving.triton.layout import Layout
+    from quest_deploy.serving.triton.plans import Plan
+
+NO_PLAN = """\
+**There is no plan in this package yet.** On the GPU machine, run
+`quest-deploy build-engine --backend tensorrt` on the workspace and
+`quest-deploy package --triton` again."""
+INPUTS = {
+    "prompt": "what to draw; needed",
+    "negative_prompt": "what not to draw",
+    "label": "the class to draw; needed",
+    "seed": "the same seed draws the same image; the server chooses one if there is none",
+    "steps": f"denoising steps; {STEPS} unless given",
+    "scheduler": f"{', '.join(SCHEDULERS)}; {SCHEDULER} unless given",
+    "guidance": "classifier-free guidance weight; 1 is none",
+    "height": "pixels",
+    "width": "pixels",
+}
+"""The pipelines' inputs in words."""
+EXAMPLES = {
+    "prompt": (
+        '("prompt", "BYTES", b"a lighthouse in a storm")',
+        '--prompt "a lighthouse in a storm"',
+    ),
+    "label": ('("label", "INT32", np.int32(3))', "--label 3"),
+    None: ('("seed", "INT64", np.int64(7))', ""),
+}
+"""By what an image is asked for by: an input of a request, and the client's option for it."""
+
+
+def write_readme(
+    layout: Layout,
+    model: DiffusionModel,
+    scheme: str,
+    models: Iterable[str],
+    settings: dict[str, Any],
+) -> None:
+    """Write it, last of all files: the server's command is ``serve.py``'s own.
+
+    Args:
+        scheme: its name.
+        models: the names of the models that the pipelines call.
+        settings: the pipelines'.
+    """
+    printed = subprocess.run(
+        [sys.executable, layout.folder / "serve.py", "--print"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    command = printed.strip().replace(str(layout.folder.resolve()), "/package")
+    question, option = EXAMPLES[model.asked_for]
+    values = {
+        **asdict(layout.options),
+        "model": model.name,
+        "scheme": scheme,
+        "models": ", ".join(f"`{name}`" for name in (*models, *PIPELINES)),
+        "plan": NO_PLAN if layout.plan is None else _container(layout.plan),
+        "command": " \\\n        ".join(shlex.split(command)),
+        "inputs": "\n".join(
+            f"| `{name}` | {kind.removeprefix('TYPE_').replace('STRING', 'BYTES')} | "
+            f"{INPUTS[name]} |"
+            for name, kind in pipeline_inputs(model).items()
+        ),
+        "question": question,
+        "option": option,
+        "delay": layout.options.queue_delay,
+        "max_size": layout.max_size,
+        "max_batch": layout.max_batch,
+        "inner_queue": layout.inner_queue,
+        "model_timeout": MODEL_TIMEOUT,
+        "sizes": ", ".join(f"{height}x{width}" for height, width in settings["sizes"])
+        or f"multiples of {settings['size_factor']}",
+    }
+    template = Template((FILES / "README.md").read_text())
+    (layout.folder / "README.md").write_text(template.substitute(values))
+
+
+def _container(plan: Plan) -> str:
+    later = ", or a later one: the plan is version-compatible" * plan.options.version_compatible
+    return (
+        f"The plan was built with TensorRT {plan.tensorrt}; take the container that has it{later}."
+    )

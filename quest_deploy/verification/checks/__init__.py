@@ -1,0 +1,113 @@
+"""Verify an engine: the choice of the bucket, every layer and all between them with the reference's
+own values, the whole model.
+
+Two correct runtimes differ in the last bit of a float; where that bit decides a rounding tie, a
+code flips, and in a deep 4-bit network one flip grows to percents at the output. So the sharp test
+is per layer: each layer, cut out of the lowered graph, gets the reference's inputs (teacher
+forcing), so that nothing can hide behind an earlier flip. Every code mismatch must be explained by
+a tie. What the layers leave (norms, SiLU, softmax, residual sums) is tested likewise: a segment is
+all that is computed in float from layers' outputs to one site's input, and gets the reference's
+outputs. The end-to-end error is judged against the reference model's own sensitivity to last-bit
+differences; where that is large, end to end proves nothing, and layers and segments decide.
+
+A reference of a large model holds a sample of the sites in each record, so the result says how many
+of all were checked, and in how many buckets. One cut is compiled, and one tensor's values are in
+memory, at a time.
+
+Where an engine computes in FP16 or bf16, its graph says which values have that type. A site then
+gets the reference's values rounded to it, and must give the codes that belong to those: they are
+computed here, from the reference's tables. A layer gets the middle of each code, which rounding
+leaves in it, and so must give the reference's output, but for a half type's rounding; likewise a
+segment. End to end, the reference's sensitivity is that to activations of the type.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quest_deploy.artifacts.reference import load_reference
+from quest_deploy.errors import InputError
+from quest_deploy.progress import no_progress
+from quest_deploy.verification.checks.buckets import check_buckets
+from quest_deploy.verification.checks.codes import check_codes
+from quest_deploy.verification.checks.end_to_end import check_end_to_end
+from quest_deploy.verification.checks.engine import CheckedEngine
+from quest_deploy.verification.checks.layers import check_layer
+from quest_deploy.verification.checks.results import Verification
+from quest_deploy.verification.checks.segments import check_segments
+from quest_deploy.verification.checks.summary import summarize
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from exporters.graph_info import GraphInfo
+    from quest_deploy.artifacts.reference import Record, Tables
+    from quest_deploy.backends.base import Backend, EngineOptions
+    from quest_deploy.progress import Progress
+
+__all__ = ["Verification", "verify_engine"]
+
+
+def verify_engine(
+    backend: Backend,
+    options: EngineOptions,
+    engine: Path,
+    reference: Path,
+    progress: Progress = no_progress,
+) -> Verification:
+    """Verify the engine folder ``engine`` against the records in ``reference``.
+
+    Raises:
+        InputError: an engine, a graph or a reference that is missing, damaged or of another model.
+    """
+    checked = CheckedEngine(backend, options, engine)
+    info = checked.info
+    records, tables = load_reference(reference)
+    if not _fits(info, records, tables):
+        raise InputError(
+            f"{reference} is the reference of another model or version; run `quest-deploy "
+            "reference` again"
+        )
+    wrong_buckets = check_buckets(checked)
+    by_site = {
+        site: held
+        for site in info.sites
+        if (held := {i: r for i, r in enumerate(records) if site in r.entry.sites})
+    }
+    by_layer = {
+        layer.name: by_site[layer.site] for layer in info.layers.values() if layer.site in by_site
+    }
+    by_layer |= {
+        name: held
+        for name in info.products
+        if (held := {i: r for i, r in enumerate(records) if name in r.entry.products})
+    }
+    total = len(by_site) + len(by_layer) + 1
+    codes, errors = {}, {}
+    for i, (site, held) in enumerate(by_site.items()):
+        codes[site] = check_codes(checked, site, held, tables[site])
+        progress("sites", i + 1, total)
+    for i, (layer, held) in enumerate(by_layer.items()):
+        errors[layer] = check_layer(checked, layer, held, tables)
+        progress("layers", len(by_site) + i + 1, total)
+    segments = check_segments(checked, records)
+    progress("segments", total, total)
+    end_to_end = check_end_to_end(checked, records)
+    return summarize(checked, records, wrong_buckets, codes, errors, segments, end_to_end)
+
+
+def _fits(info: GraphInfo, records: list[Record], tables: dict[str, Tables]) -> bool:
+    """Whether a reference is of the graph's model, and whole: each record has what belongs to its
+    sites and products.
+    """
+    if tables.keys() != info.sites.keys():
+        return False
+    if all(record.entry.sensitivity is None for record in records):
+        return False
+    for record in records:
+        sites, products = set(record.entry.sites), set(record.entry.products)
+        layers = [layer.name for layer in info.layers.values() if layer.site in sites]
+        known = sites <= info.sites.keys() and products <= info.products.keys()
+        if not sites or not known or not record.is_whole(layers):
+            return False
+    return True
