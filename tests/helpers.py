@@ -5,12 +5,15 @@ as ``tests.helpers``.
 from __future__ import annotations
 
 import json
+import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
+import pytest
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
@@ -30,9 +33,10 @@ from quest_deploy.artifacts.checkpoint import (
     SiteData,
 )
 from quest_deploy.artifacts.scheme import Scheme, Symmetry
+from quest_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]
@@ -40,6 +44,30 @@ WITH_VNNI = Exactness(dict.fromkeys(EXACT_ANYWHERE.levels, LEVELS[0]))
 """What a CPU's runtimes answer the probe on a processor that has VNNI; on one that has none they
 answer ``EXACT_ANYWHERE`` or better.
 """
+
+
+@contextmanager
+def refused(
+    *facts: object, error: type[Exception] = InputError
+) -> Iterator[pytest.ExceptionInfo[Exception]]:
+    """Expects ``error`` itself, no subclass of it, with a message that holds the ``facts``; an
+    InputError's is one line.
+    """
+    with pytest.raises(error) as caught:
+        yield caught
+    assert type(caught.value) is error
+    assert error is not InputError or "\n" not in str(caught.value)
+    assert_holds(str(caught.value), *facts)
+
+
+def assert_holds(message: str, *facts: object) -> None:
+    """Each fact stands in ``message`` as whole words, in whatever sentence: a name, an option, a
+    value, a command.
+    """
+    words = " ".join(message.split())
+    assert [
+        x for x in map(str, facts) if not re.search(rf"(?<![\w-]){re.escape(x)}(?![\w-])", words)
+    ] == [], message
 
 
 def float32(*values: float) -> Array:

@@ -38,8 +38,8 @@ class FreezeBucket(ir.passes.InPlacePass):
             row = array_of(table)[self.bucket : self.bucket + 1]
             if self.bucket < 0 or not len(row):
                 raise ir.passes.PreconditionError(
-                    f"there is no bucket {self.bucket}: {table.name} has {len(array_of(table))} "
-                    "rows"
+                    f"expected a bucket from 0 to {len(array_of(table)) - 1}, as {table.name} has, "
+                    f"found {self.bucket}"
                 )
             # A table [K] is read through an Unsqueeze; a free site's, [K, 1, C, ...], is gathered
             # in its final shape.

@@ -19,8 +19,8 @@ IMPORTED = "imported"
 registry's.
 """
 IMPORTED_ALONE = (
-    "an imported checkpoint comes without the rest of its model (sampler, conditions, decoder), "
-    "which this command needs; export, reference, build-engine, verify and benchmark work on it"
+    "this command needs a whole model (sampler, conditions, decoder), and an imported checkpoint "
+    "holds the UNet alone; use export, reference, build-engine, verify or benchmark"
 )
 SINGLE_FILES = (".safetensors", ".ckpt")
 INDEX = "model_index.json"
@@ -109,7 +109,7 @@ class ModelSource:
         """
         if self.path is not None and self.fingerprint is not None:
             if not self.path.exists():
-                raise InputError(f"the model {self.path} is no longer there; {_REPAIR}")
+                raise InputError(f"the model {self.path} is missing; {_REPAIR}")
             if fingerprint(self.path) != self.fingerprint:
                 raise InputError(
                     f"the model {self.path} was changed since the workspace was made; {_REPAIR}"

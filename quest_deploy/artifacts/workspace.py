@@ -71,7 +71,7 @@ _REPORTED_PACKAGES = (
     "polygraphy",
 )
 _REPAIR = (
-    "it alone says how the other files were made: use the quest-deploy that made it, restore it "
+    "only this file says how the others were made: use the quest-deploy that wrote it, restore it "
     "from a copy, or start a new workspace with -w"
 )
 STAGED = f"{TEMPORARY_PREFIX}staged"
@@ -157,7 +157,7 @@ class Workspace:
         """
         if not (root / MANIFEST).exists():
             raise InputError(
-                f"{root} is no workspace (it has no {MANIFEST}); run `quest-deploy calibrate -w "
+                f"{root} is not a workspace: it has no {MANIFEST}; run `quest-deploy calibrate -w "
                 f"{root}` first"
             )
         return cls._read(root, root / MANIFEST)

@@ -81,8 +81,7 @@ class ReconstructOptions:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch < 1 or self.rounding_steps < 0 or self.scale_steps < 0:
             raise InputError(
-                "reconstruction needs at least one sample, a positive batch and step counts that "
-                "are not negative"
+                "reconstruction: expected samples and a batch of 1 or more, and steps of 0 or more"
             )
 
 

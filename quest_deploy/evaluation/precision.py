@@ -158,13 +158,12 @@ class PrecisionReport:
         ]
         if unknown and not self.unavailable:
             found.append(
-                f"{self._count(unknown)} cannot be found in what the runtime tells: "
-                f"{_names(unknown)}"
+                f"{self._count(unknown)} are missing from the runtime's report: {_names(unknown)}"
             )
         uncounted = [layer for layer in self.layers if not layer.macs]
         if uncounted:
             found.append(
-                f"{len(uncounted)} products, whose size the graph does not tell, are not counted: "
+                f"{len(uncounted)} products count as none, as the graph does not give their size: "
                 f"{_names(uncounted)}"
             )
         return found

@@ -108,14 +108,14 @@ class FinetuneOptions:
             )
         if self.temporal_steps < 0 or self.sensitive_steps < 0 or self.batch < 1:
             raise InputError(
-                "finetuning needs a positive batch and step counts that are not negative"
+                "finetuning: expected a batch of 1 or more, and step counts of 0 or more"
             )
         if not (
             self.output_loss >= 0
             and self.block_loss >= 0
             and 0 < self.output_loss + self.block_loss < math.inf
         ):
-            raise InputError("the loss weights must not be negative, nor both zero")
+            raise InputError("expected loss weights of 0 or more, at least one of them above 0")
         if self.precision not in PRECISIONS:
             raise InputError(
                 f"unknown precision {self.precision!r}: expected one of {', '.join(PRECISIONS)}"

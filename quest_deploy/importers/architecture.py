@@ -176,8 +176,9 @@ class UNetConfig:
         except FileNotFoundError as e:
             raise InputError(f"{path} does not exist") from e
         except (OSError, ValueError, RecursionError) as e:
+            reason = " ".join(str(e).split())
             raise InputError(
-                f"{path}: expected the UNet's configuration as YAML or JSON ({e})"
+                f"{path}: expected the UNet's configuration as YAML or JSON ({reason})"
             ) from e
         try:
             return cls.from_params(content)

@@ -552,7 +552,7 @@ def _layer_data(name: str, part: _Weight, bits: int) -> LayerData:
             (codes > activation_levels(bits)).any() or (zero_point > activation_levels(bits)).any()
         ):
             raise InputError(
-                f"layer {name}: its weight's zero-points reach too far for codes of {bits} bits"
+                f"layer {name}: its weight's zero-points do not fit codes of {bits} bits"
             )
     return LayerData(
         name=name,

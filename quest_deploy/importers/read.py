@@ -181,7 +181,9 @@ def _context_tokens(
         if table is not None and table.dim() == 3:
             shown = table.shape[2]
             if shown < 1:
-                raise InputError(f"{PREFIX}{name}.delta_list is for a context of no tokens")
+                raise InputError(
+                    f"{PREFIX}{name}.delta_list: expected a context of 1 token or more"
+                )
             if given not in (None, shown):
                 raise InputError(f"--context-tokens: the checkpoint shows {shown}, not {given}")
             return shown

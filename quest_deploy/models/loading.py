@@ -43,7 +43,7 @@ def resolve_source(
     fused = tuple(Lora.parse(text) for text in loras)
     known = KNOWN_MODELS.get(model)
     if revision is not None and (random_weights or known is None or known.repository is None):
-        raise InputError("--revision: expected it with a model from the hub, which this one is not")
+        raise InputError(f"--revision: expected a model from the hub, not {model}")
     if known is None:
         path = Path(model).resolve()
         check_path(model, path)
@@ -55,8 +55,8 @@ def resolve_source(
     if model == EMBEDDED:
         if random_weights or fused:
             raise InputError(
-                f"--random-weights, --lora: {EMBEDDED} comes with its weights; expected another "
-                "model with them"
+                f"--random-weights, --lora: expected a model other than {EMBEDDED}, which has its "
+                "own weights"
             )
         return ModelSource(EMBEDDED)
     if random_weights:

@@ -274,7 +274,7 @@ class PipelineModel:
             return fetch_pipeline(known.repository, known.revision, weights=False)
         except InputError as e:
             raise InputError(
-                f"{self.single_file} holds no tokenizer, which is taken from {known.repository}: "
+                f"{self.single_file} holds no tokenizer, and {known.repository} did not supply it: "
                 f"{e}; or convert the file to a diffusers folder"
             ) from e
 

@@ -130,7 +130,8 @@ class QuantizedModel(nn.Module):
         try:
             result = model.load_state_dict(floats, strict=False)
         except RuntimeError as e:
-            raise InputError(f"the checkpoint does not fit its architecture: {e}") from e
+            reason = " ".join(str(e).split())
+            raise InputError(f"the checkpoint does not fit its architecture: {reason}") from e
         of_layers = {f"{name}.{part}" for name in checkpoint.layers for part in ("weight", "bias")}
         missing = [key for key in result.missing_keys if key not in of_layers]
         if missing or result.unexpected_keys:

@@ -180,8 +180,8 @@ def prepare(
             conv = None
         if not isinstance(conv, nn.Conv2d) or not 0 < channels < conv.in_channels:
             raise InputError(
-                f"split shortcut {name}: expected a convolution of the model's and fewer channels "
-                "than it reads"
+                f"split shortcut {name}: expected one of the model's convolutions, and fewer "
+                "channels than it reads"
             )
         setattr(model.get_submodule(parent), child, SplitConv2d(conv, channels))
     if attention is not None:

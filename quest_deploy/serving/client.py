@@ -124,7 +124,7 @@ def _stream(client: Any, inputs: list[Any], progress: Progress, timeout: float) 
             done, total = (int(result.as_numpy(name)[0, 0]) for name in ("step", "steps"))
             progress("denoising", done, total)
     except queue.Empty:
-        raise QuestDeployError(f"the server has not answered for {timeout:g} s") from None
+        raise QuestDeployError(f"the server did not answer within {timeout:g} s") from None
     finally:
         client.stop_stream(cancel_requests=True)
 

@@ -55,7 +55,7 @@ def load_pipeline(
     model = load_model(opened.source)
     if not isinstance(model, PipelineModel):
         raise InputError(
-            f"{EMBEDDED} is no diffusers pipeline; use "
+            f"{EMBEDDED} is not a diffusers pipeline; use "
             "quest_deploy.backends.engine_unet.EngineUNet, or `quest-deploy generate`"
         )
     model.require_weights("run as a pipeline")  # both refused before an engine is opened
@@ -130,9 +130,9 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         }
         if wanted:
             raise InputError(
-                f"the engine does not compute {', '.join(sorted(wanted))}: ControlNet, "
-                "T2I-Adapter, IP-Adapter and attention arguments "
-                "are no part of its graph (LoRAs are: give them to `quest-deploy calibrate --lora`)"
+                f"the engine does not compute {', '.join(sorted(wanted))}: its graph takes no "
+                "ControlNet, T2I-Adapter, IP-Adapter or attention arguments; give LoRAs to "
+                "`quest-deploy calibrate --lora`"
             )
         given = {
             "encoder_hidden_states": encoder_hidden_states,

@@ -22,6 +22,7 @@ from quest_deploy.stages.options import (
     METHOD_HELP,
     METHODS,
     RECALIBRATION_SAMPLES,
+    SEED,
     BenchmarkOptions,
     CalibrateOptions,
     EngineStageOptions,
@@ -193,7 +194,8 @@ class RunArguments(FromModel):
         Option("Leave out, by name, the backends that this machine lacks, unless it lacks all."),
     ] = False
     seed: Annotated[
-        int | None, Option("Of calibration and finetuning.", default="the workspace's, or 0")
+        int | None,
+        replace(SEED, help="Of calibration and finetuning.", default="the workspace's, or 0"),
     ] = None
     on_result: Callable[[Workspace, str, Any], None] = lambda workspace, stage, result: None
 
@@ -270,7 +272,7 @@ class ImportArguments(Arguments):
             default=f"{IMPORT_SAMPLES}, or {RECALIBRATION_SAMPLES} to recalibrate",
         ),
     ] = None
-    seed: Annotated[int, Option()] = 0
+    seed: Annotated[int, SEED] = 0
     workspace: Annotated[Path | str | None, WORKSPACE] = None
 
 

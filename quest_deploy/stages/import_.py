@@ -35,8 +35,6 @@ def import_checkpoint(
     """
     official = read(options.checkpoint, UNetConfig.load(options.unet), options.settings)
     rounded = convert.rounded_layers(official)
-    if not 0 <= options.seed < 2**63:
-        raise InputError(f"--seed: expected an integer from 0 to 2^63 - 1, not {options.seed}")
     imported = (
         None
         if options.recalibrate

@@ -92,6 +92,9 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     raise InputError(f"{path}: expected a prompt a line, and found none")
 
 
+SEED = Option(minimum=0, maximum=2**32 - 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageOptions(Options):
     """The options of a stage; of one without any, as it is."""
@@ -117,7 +120,10 @@ class StageOptions(Options):
             raise InputError(
                 f"expected options of {cls.__name__}, found {', '.join(sorted(unknown))}"
             )
-        return cls(**{names[key]: value for key, value in recorded.items()})
+        try:
+            return cls(**{names[key]: value for key, value in recorded.items()})
+        except (TypeError, ValueError, AttributeError) as e:
+            raise InputError(f"options of {cls.__name__} are damaged: {e}") from e
 
     def check_machine(self) -> None:
         """Raise InputError where this machine lacks what the stage needs, before any file is
@@ -185,7 +191,7 @@ class CalibrateOptions(StageOptions):
         int | None, Option("qdiff: steps a block that learn the activation scales.", minimum=0)
     ] = None
     reconstruction_batch: Annotated[int | None, Option("qdiff: samples a step.", minimum=1)] = None
-    seed: Annotated[int, Option()] = 0
+    seed: Annotated[int, SEED] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -335,7 +341,7 @@ class FinetuneOptions(StageOptions):
     precision: Annotated[
         str | None, Option("float32, or bf16 for the float arithmetic between the quantizers.")
     ] = None
-    seed: Annotated[int, Option()] = 0
+    seed: Annotated[int, SEED] = 0
     device: Annotated[str, Option("cpu or cuda.")] = "cpu"
     gradient_checkpointing: Annotated[
         bool,
@@ -363,7 +369,7 @@ class FinetuneOptions(StageOptions):
 class ReferenceOptions(StageOptions):
     """The options of :func:`quest_deploy.verification.reference.save_reference`."""
 
-    seed: Annotated[int, Option()] = 0
+    seed: Annotated[int, SEED] = 0
     megabytes: Annotated[
         int,
         Option(
@@ -487,7 +493,7 @@ class GenerateOptions(EngineStageOptions):
     scheduler: SchedulerOption = "ddim"
     height: PixelsOption = None
     width: PixelsOption = None
-    seed: Annotated[int, Option()] = 0
+    seed: Annotated[int, SEED] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -503,4 +509,4 @@ class EvaluateOptions(EngineStageOptions):
     steps: StepsOption = 20
     guidance: GuidanceOption = None
     scheduler: SchedulerOption = "ddim"
-    seed: Annotated[int, Option()] = 2024
+    seed: Annotated[int, SEED] = 2024

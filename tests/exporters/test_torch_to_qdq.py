@@ -21,7 +21,6 @@ from exporters.torch_to_qdq import portable_graph
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
 from quest_deploy.calibration.trajectories import Trajectories
-from quest_deploy.errors import InputError
 from quest_deploy.quantization.model import QuantizedModel
 from tests.helpers import (
     Array,
@@ -30,6 +29,7 @@ from tests.helpers import (
     numpy_layer,
     op_counts,
     proto_of,
+    refused,
     relative_error,
     run,
     run_reference,
@@ -392,15 +392,15 @@ def test_a_saved_graph_loads_again_and_computes_the_same(
 
 
 def test_a_graph_that_is_missing_damaged_or_foreign_is_an_input_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"a\.onnx does not exist"):
+    with refused(tmp_path / "a.onnx", "quest-deploy export"):
         load_graph(tmp_path / "a.onnx")
     (tmp_path / "b.onnx").write_bytes(b"not a graph")
-    with pytest.raises(InputError, match=r"b\.onnx: not a readable ONNX file"):
+    with refused(tmp_path / "b.onnx", "ONNX"):
         load_graph(tmp_path / "b.onnx")
     foreign = ir.from_onnx_text(
         '<ir_version: 10, opset_import: ["" : 21]> g (float[1] x) => (float[1] y) { y = Abs(x) }'
     )
-    with pytest.raises(InputError, match="quest-deploy export"):
+    with refused("quest-deploy export"):
         graph_info(foreign)
 
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from quest_deploy.artifacts.checkpoint import pack_int4
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.cli.main import main
+from tests.helpers import assert_holds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -129,6 +130,11 @@ class Outcome:
         assert not [line for line in before if line.startswith("error: ")], self.err
         return last.removeprefix("error: ")
 
+    def assert_refused(self, *facts: object, code: int = 2) -> None:
+        """It ended with ``code`` and one message that holds the ``facts``."""
+        assert_holds(self.message, *facts)
+        assert self.code == code
+
 
 def cli(*arguments: str | Path) -> Outcome:
     """Run `quest-deploy` with ``arguments`` in this process; what is not an ordinary end of the
@@ -155,6 +161,13 @@ def strict_json(text: str) -> Any:
         raise ValueError(f"{constant} is no JSON")
 
     return json.loads(text, parse_constant=refuse)
+
+
+def places(problems: Iterable[str]) -> list[tuple[str, str]]:
+    """Of what each problem of a verification is and where: the first and the last word before its
+    colon, such as ("segment", "conv_out").
+    """
+    return [(words[0], words[-1]) for words in (x.split(":")[0].split() for x in problems)]
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:

@@ -31,6 +31,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sha256_of, sha256_of_json, write_json
 from quest_deploy.models.schedulers import SCHEDULERS, make_scheduler
 from quest_deploy.serving.schedule import Schedule, ScheduleStep, schedule_from_scheduler
+from tests.helpers import assert_holds, refused
 from tests.trt_plugins.conftest import JSON_HEADERS
 
 if TYPE_CHECKING:
@@ -197,9 +198,7 @@ def test_what_is_no_json_in_utf_8_is_refused_with_its_place(
     (tmp_path / "value.json").write_bytes(text.encode() if isinstance(text, str) else text)
     ended = host("canonical", tmp_path / "value.json")
     assert ended.returncode == 1
-    assert re.search(
-        r"value\.json is damaged: .* at byte \d+; write it again$", ended.stderr, re.DOTALL
-    ), ended.stderr
+    assert re.search(r"value\.json.* byte \d+", ended.stderr, re.DOTALL), ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -217,7 +216,7 @@ def test_json_that_no_file_of_ours_holds_is_refused_with_its_place(
     (tmp_path / "value.json").write_text(text)
     ended = host("canonical", tmp_path / "value.json")
     assert ended.returncode == 1
-    assert re.search(rf"value\.json{place}: .*; write it again$", ended.stderr), ended.stderr
+    assert re.search(rf"value\.json{place}: ", ended.stderr), ended.stderr
 
 
 def test_a_workspace_that_quest_deploy_wrote_is_opened_and_its_engine_is_read(
@@ -267,43 +266,43 @@ def _flip_plan(workspace: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no manifest": (lambda w: (w / MANIFEST).unlink(), "manifest.json cannot be read"),
+    "no manifest": (lambda w: (w / MANIFEST).unlink(), "manifest.json"),
     "an edited manifest": (
         lambda w: _edit(w / MANIFEST, lambda c: c.update(model="sd15")),
-        "manifest.json was edited",
+        "manifest.json edited",
     ),
     "a later version": (
         lambda w: _sign(w, lambda c: c.update(version=2)),
-        "expected a quest-deploy workspace of version 1",
+        "manifest.json version 1",
     ),
     "another format": (
         lambda w: _sign(w, lambda c: c.update(format="archive")),
-        "expected a quest-deploy workspace;",
+        "manifest.json workspace",
     ),
     "no engine": (
         lambda w: _sign(w, lambda c: c["stages"].pop(f"build-engine/{RTX}")),
-        f"has no engine of {RTX}; run `quest-deploy build-",
+        f"{RTX} build-engine",
     ),
-    "a changed plan": (_flip_plan, "model.engine was changed since it was built"),
+    "a changed plan": (_flip_plan, "model.engine changed"),
     "no plan": (
         lambda w: (w / "engines" / RTX / shared.ENGINE).unlink(),
-        "model.engine cannot be read",
+        "model.engine read",
     ),
     "a changed record": (
         lambda w: _edit(
             w / "engines" / RTX / ENGINE_FILE, lambda c: c["options"].update(max_batch=64)
         ),
-        "engine.json was changed since it was written",
+        "engine.json changed",
     ),
     "an older record": (
         lambda w: _resign(w, lambda c: c.pop("runtime")),
-        "engine.json has no runtime; run `quest-deploy build-engine` again",
+        "engine.json runtime build-engine",
     ),
     "a newer graph": (
         lambda w: _sign(
             w, lambda c: c["stages"]["export"]["files"][GRAPH].update(sha256="ab" * 32)
         ),
-        "was built from another graph than the workspace's unet.onnx",
+        "graph unet.onnx",
     ),
 }
 
@@ -312,10 +311,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_workspace_that_is_damaged_is_refused_with_what_to_do(
     host: Host, workspace: Path, damage: str
 ) -> None:
-    change, words = DAMAGE[damage]
+    change, facts = DAMAGE[damage]
     change(workspace)
     ended = host("engine", workspace, RTX)
-    assert (ended.returncode, words in ended.stderr) == (1, True), ended.stderr
+    assert ended.returncode == 1
+    assert_holds(ended.stderr, *facts.split())
 
 
 def test_an_engine_without_weights_or_of_another_runtime_is_refused(
@@ -323,11 +323,10 @@ def test_an_engine_without_weights_or_of_another_runtime_is_refused(
 ) -> None:
     folder = workspace / "engines" / RTX
     _edit(folder / ENGINE_FILE, lambda c: c["options"].update(strip_plan=True))
-    assert "without its weights" in host("runs", folder, RTX, "1.7.1", "89").stderr
+    assert_holds(host("runs", folder, RTX, "1.7.1", "89").stderr, "weights")
     _edit(folder / ENGINE_FILE, lambda c: c.update(backend="openvino"))
-    assert (
-        "expected an engine of tensorrt or tensorrt-rtx, found one of openvino"
-        in host("runs", folder, RTX, "1.7.1", "89").stderr
+    assert_holds(
+        host("runs", folder, RTX, "1.7.1", "89").stderr, "tensorrt", "tensorrt-rtx", "openvino"
     )
 
 
@@ -374,10 +373,7 @@ def test_what_runs_an_engine_here_is_what_python_says(
         "runs", folder, "tensorrt", f"{version}.11", capability
     )  # the library tells its build's number too
     assert (ended.returncode == 0) == expected, ended.stderr
-    assert (
-        f"of tensorrt, and this program was built with {RTX}"
-        in host("runs", folder, RTX, version, capability).stderr
-    )
+    assert_holds(host("runs", folder, RTX, version, capability).stderr, "tensorrt", RTX)
 
 
 @pytest.mark.parametrize(
@@ -399,17 +395,12 @@ def test_what_runs_an_engine_here_is_what_python_says(
 def test_what_is_no_version_is_refused_here_and_in_python(
     host: Host, workspace: Path, version: str
 ) -> None:
-    with pytest.raises(
-        InputError, match=r"expected TensorRT's version as three numbers or more, such as 10\.16\.1"
-    ):
+    with refused(repr(version)):
         shared.runs_engines_of("10.16.1", version, version_compatible=True)
     folder = workspace / "engines" / RTX
     _edit(folder / ENGINE_FILE, lambda c: c["runtime"].update(version=version))
     ended = host("runs", folder, RTX, "1.7.1", "89")
-    assert (
-        f'expected TensorRT\'s version as three numbers or more, such as 10.16.1, found "{version}"'
-        in ended.stderr
-    )
+    assert_holds(ended.stderr, "TensorRT", f'"{version}"')
 
 
 def test_an_engine_runs_with_the_very_plugin_library_that_it_was_built_with(
@@ -421,15 +412,9 @@ def test_an_engine_runs_with_the_very_plugin_library_that_it_was_built_with(
     plugin = {"library": library.name, "sha256": sha256_of(library), "serialized": False}
     _edit(folder / ENGINE_FILE, lambda c: c.update(plugin=plugin))
     assert host("plugin", folder, library).returncode == 0
-    assert (
-        "the engine needs the plugin library plugins.so; give its path"
-        in host("plugin", folder, "").stderr
-    )
+    assert_holds(host("plugin", folder, "").stderr, "plugins.so")
     library.write_bytes(b"another one")
-    assert (
-        f"is not the plugin library that the engine was built with (SHA-256 {plugin['sha256']})"
-        in host("plugin", folder, library).stderr
-    )
+    assert_holds(host("plugin", folder, library).stderr, library, plugin["sha256"])
     _edit(
         folder / ENGINE_FILE, lambda c: c["plugin"].update(serialized=True)
     )  # the engine holds it
@@ -524,12 +509,10 @@ def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
     )
     expected = host("denoise", *_files(tmp_path, "expected"), guidance, *noise)
     ended = emulated(*_files(tmp_path), guidance, graph, *noise)
-    assert (expected.returncode, ended.stderr) == (0, "the condition condition was not set\n")
-    assert (
-        ended.stdout
-        == f"{len(schedule.steps)} steps, {graph} recordings, {6 * graph * len(schedule.steps)} "
-        "launches\n"
-    )
+    assert expected.returncode == 0
+    assert_holds(ended.stderr, "condition")
+    counts = [int(x) for x in re.findall(r"\d+", ended.stdout)]
+    assert counts == [len(schedule.steps), graph, 6 * graph * len(schedule.steps)]
     assert (tmp_path / "result").read_bytes() == (tmp_path / "expected").read_bytes()
 
 
@@ -537,28 +520,29 @@ STEP = ScheduleStep(10.0, 1.0, (1.0,), (-0.1,), 0.0)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "facts"),
     [
-        ({"version": 2}, "expected a quest-deploy schedule of version 1"),
-        ({"steps": []}, "a schedule without steps"),
-        ({"steps": [{"timestep": 1.0}]}, "has no input_scale"),
+        ({"version": 2}, "schedule version 1"),
+        ({"steps": []}, "schedule steps"),
+        ({"steps": [{"timestep": 1.0}]}, "input_scale"),
         (
             {"steps": [{**vars(STEP), "sample_scales": [1.0, 0.5]}]},
-            "step 0 of the schedule: expected 1 to 1 scales, found 2",
+            "step 0 1 2",
         ),
-        ({"steps": [{**vars(STEP), "prediction_scales": []}]}, "expected 1 to 1 scales, found 0"),
-        ({"steps": [{**vars(STEP), "prediction_scales": [1e60]}]}, "finite numbers"),
-        ({"steps": [{**vars(STEP), "timestep": "10"}]}, "expected a number, found a string"),
+        ({"steps": [{**vars(STEP), "prediction_scales": []}]}, "step 1 0"),
+        ({"steps": [{**vars(STEP), "prediction_scales": [1e60]}]}, "finite"),
+        ({"steps": [{**vars(STEP), "timestep": "10"}]}, "number string"),
     ],
 )
 def test_a_damaged_schedule_is_refused(
-    host: Host, tmp_path: Path, change: dict[str, Any], words: str
+    host: Host, tmp_path: Path, change: dict[str, Any], facts: str
 ) -> None:
     Schedule("Euler", 1.0, (STEP,)).save(tmp_path / "schedule.json")
     _edit(tmp_path / "schedule.json", lambda c: c.update(change))
     np.zeros(4, np.float32).tofile(tmp_path / "sample")
     ended = host("denoise", *_files(tmp_path), 1)
-    assert (ended.returncode, words in ended.stderr) == (1, True), ended.stderr
+    assert ended.returncode == 1
+    assert_holds(ended.stderr, *facts.split())
     assert not (tmp_path / "result").exists()
 
 
@@ -571,7 +555,7 @@ def test_noise_must_be_given_where_the_schedule_adds_some_and_nowhere_else(
         Schedule("Ancestral", 1.0, (step,)).save(tmp_path / "schedule.json")
         np.zeros(values, np.float32).tofile(tmp_path / "noise")
         ended = host("denoise", *_files(tmp_path), 1, tmp_path / "noise")
-        assert f"expected {4 if scale else 0} values of noise, found {values}" in ended.stderr
+        assert_holds(ended.stderr, "noise", 4 if scale else 0, values)
 
 
 CONSUMER = """cmake_minimum_required(VERSION 3.24)
@@ -748,9 +732,7 @@ def test_the_app_starts_tensorrt_for_rtx_and_says_that_there_is_no_gpu(
         pytest.skip("this machine has a GPU")
     ended = _denoise(denoise, built, tmp_path)
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr.startswith(
-        "error: an engine runs on an NVIDIA GPU, and none can be used here: "
-    )
+    assert_holds(ended.stderr, "error", "GPU")
     assert not (tmp_path / "result").exists()
 
 
@@ -760,10 +742,7 @@ def test_the_app_compares_the_engines_version_with_that_of_the_library_it_runs_w
     _resign(workspace, lambda c: c["runtime"].update(version="1.6.0.5"))
     here = get_backend(RTX).record(EngineOptions())["runtime"]["version"]
     ended = _denoise(denoise, workspace, tmp_path)
-    assert (
-        f"was built by tensorrt-rtx 1.6.0.5, and {here}, which is here, does not run it"
-        in ended.stderr
-    )
+    assert_holds(ended.stderr, "tensorrt-rtx 1.6.0.5", here)
 
 
 def test_the_apps_usage_errors_end_with_exit_code_2(denoise: Path) -> None:
@@ -791,11 +770,9 @@ def test_the_apps_bad_input_ends_with_exit_code_2_and_writes_nothing(
     denoise: Path, built: Path, tmp_path: Path
 ) -> None:
     ended = _denoise(denoise, tmp_path / "none", tmp_path)
-    assert (ended.returncode, "manifest.json cannot be read" in ended.stderr) == (2, True), (
-        ended.stderr
-    )
+    assert ended.returncode == 2
+    assert_holds(ended.stderr, tmp_path / "none" / "manifest.json")
     ended = _denoise(denoise, built, tmp_path, "tensorrt")
-    assert (ended.returncode, "has no engine of tensorrt" in ended.stderr) == (2, True), (
-        ended.stderr
-    )
+    assert ended.returncode == 2
+    assert_holds(ended.stderr, built, "tensorrt")
     assert {path.name for path in tmp_path.iterdir()} == {"schedule.json", "sample"}

@@ -16,6 +16,7 @@ from tests.helpers import (
     hand_graph,
     op_counts,
     proto_of,
+    refused,
     run,
 )
 
@@ -60,7 +61,7 @@ def test_nothing_reads_the_bucket_after_the_pass_alone() -> None:
 
 
 def test_a_graph_whose_op_is_not_expanded_is_refused(hand_model: ir.Model) -> None:
-    with pytest.raises(ir.passes.PreconditionError, match="expand TimestepQuantize"):
+    with refused("TimestepQuantize", error=ir.passes.PreconditionError):
         FreezeBucket(0)(hand_model)
 
 

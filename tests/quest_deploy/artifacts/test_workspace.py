@@ -11,7 +11,8 @@ import pytest
 
 from quest_deploy.artifacts.scheme import SCHEME_VERSION, Scheme
 from quest_deploy.artifacts.workspace import MANIFEST, Workspace
-from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.errors import QuestDeployError
+from tests.helpers import refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,36 +65,31 @@ def test_a_finished_stage_is_required_without_complaint(made: Workspace) -> None
 def test_an_unfinished_stage_is_named_with_its_command(
     made: Workspace, stage: str, command: str
 ) -> None:
-    with pytest.raises(InputError, match=f"run `{command} {made.root}` first"):
+    with refused(f"{command} {made.root}"):
         made.require(stage)
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "facts"),
     [
-        (lambda path: path.write_text("FINETUNE"), "was changed"),
-        (lambda path: path.write_text("fine"), "expected 8 bytes, found 4"),
-        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_text("FINETUNE"), ("SHA-256",)),
+        (lambda path: path.write_text("fine"), (8, 4)),
+        (lambda path: path.unlink(), ()),
     ],
     ids=["edited", "truncated", "removed"],
 )
 @pytest.mark.parametrize("wanted", ["finetune", "build-engine/openvino"])
 def test_a_damaged_file_is_named_with_the_command_that_makes_it_again(
-    made: Workspace, wanted: str, damage: Callable[[Path], Any], words: str
+    made: Workspace, wanted: str, damage: Callable[[Path], Any], facts: tuple[object, ...]
 ) -> None:
     damage(made.path("finetune"))
-    with pytest.raises(
-        InputError, match=f"{made.path('finetune')} .*{words}.*quest-deploy finetune -w"
-    ) as caught:
+    with refused(made.path("finetune"), *facts, f"quest-deploy finetune -w {made.root}"):
         made.require(wanted)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_stage_is_outdated_once_an_upstream_stage_wrote_something_else(made: Workspace) -> None:
     finish(made, "finetune", ("calibrate",), content="another")
-    with pytest.raises(
-        InputError, match=r"`export` ran on an older result of `finetune`.*quest-deploy export"
-    ):
+    with refused("`export`", "`finetune`", f"quest-deploy export -w {made.root}"):
         made.require("build-engine/openvino")
 
 
@@ -149,10 +145,7 @@ def test_the_sensitivity_of_the_calibrated_model_stays_up_to_date_after_finetuni
     finish(made, "sensitivity", ("calibrate",))
     assert made.require("sensitivity") == made.stages["sensitivity"]
     finish(made, "calibrate", content="another", seed=1)
-    with pytest.raises(
-        InputError,
-        match=r"`sensitivity` ran on an older result of `calibrate`.*quest-deploy sensitivity -w",
-    ):
+    with refused("`sensitivity`", "`calibrate`", f"quest-deploy sensitivity -w {made.root}"):
         made.require("sensitivity")
 
 
@@ -179,16 +172,16 @@ def manifest(**changes: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "facts"),
     [
-        (manifest(version=2), "version 1, found 2"),
-        (manifest(version=None), "version 1"),
-        (manifest(format="something"), "expected a quest-deploy workspace"),
-        ("[]", "expected a quest-deploy workspace"),
-        (manifest()[:-40], "expected JSON"),
-        ("", "expected JSON"),
-        (manifest(scheme={"version": 9}), f"scheme: expected version {SCHEME_VERSION}"),
-        (manifest(scheme=None), "scheme: expected a JSON object"),
+        (manifest(version=2), "1, 2"),
+        (manifest(version=None), "1, None"),
+        (manifest(format="something"), "quest-deploy workspace"),
+        ("[]", "quest-deploy workspace"),
+        (manifest()[:-40], "JSON"),
+        ("", "JSON"),
+        (manifest(scheme={"version": 9}), f"scheme, {SCHEME_VERSION}, 9"),
+        (manifest(scheme=None), "scheme, JSON"),
         (
             manifest(scheme=SCHEME.to_json() | {"weight_bits": 3}),
             "weight_bits",
@@ -214,7 +207,7 @@ def manifest(**changes: Any) -> str:
             manifest(stages={"calibrate": RECORD | {"files": {"/a": {"sha256": "0", "bytes": 1}}}}),
             "stages.calibrate",
         ),
-        (manifest(more=1), "unknown key more"),
+        (manifest(more=1), "more"),
         (manifest(source={"name": "tiny", "seed": "1"}), "source.seed"),
         (manifest(source={"location": "/a"}), "source.name"),
         (manifest(stages=[]), "stages"),
@@ -233,41 +226,38 @@ def manifest(**changes: Any) -> str:
         ),
     ],
 )
-def test_a_damaged_manifest_is_refused_in_one_line(tmp_path: Path, text: str, words: str) -> None:
+def test_a_damaged_manifest_is_refused_in_one_line(tmp_path: Path, text: str, facts: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
-    with pytest.raises(InputError, match=words) as caught:
+    with refused(tmp_path, *facts.split(", "), "-w") as caught:
         Workspace.open(tmp_path)
-    assert "\n" not in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
+
     # Nothing makes a manifest again, and without it the folder is no workspace: deleting it would
     # lose what it says.
-    assert "start a" in str(caught.value)
+
     assert "delete" not in str(caught.value)
 
 
 def test_a_stage_whose_input_is_not_in_the_manifest_is_not_up_to_date(made: Workspace) -> None:
     del made.stages["export"]
-    with pytest.raises(
-        InputError, match=f"no finished `export`: run `quest-deploy export -w {made.root}` first"
-    ):
+    with refused("`export`", f"quest-deploy export -w {made.root}"):
         made.require("build-engine/openvino")
 
 
 def test_no_workspace_is_an_error_that_names_the_first_command(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"quest-deploy calibrate -w {tmp_path}` first"):
+    with refused(f"quest-deploy calibrate -w {tmp_path}"):
         Workspace.open(tmp_path)
 
 
 def test_a_folder_that_holds_other_things_never_becomes_a_workspace(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="is not empty"):
+    with refused(tmp_path, "-w"):
         Workspace.create(tmp_path, "tiny", SCHEME)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_file_never_becomes_a_workspace(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is a file"):
+    with refused(tmp_path / "file", "-w"):
         Workspace.create(tmp_path / "file", "tiny", SCHEME)
 
 
@@ -289,13 +279,11 @@ def test_two_processes_cannot_write_in_one_workspace_at_once(made: Workspace) ->
         assert other.stdout is not None
         assert other.stdout.readline() == "locked\n"
         with (
-            pytest.raises(
-                QuestDeployError, match="in use by another quest-deploy process"
-            ) as caught,
+            refused(made.root, error=QuestDeployError),
             made.locked(),
         ):
             pass
-        assert caught.value.exit_code == 1
+
         other.communicate("")
     with made.locked():
         assert finish(made, "reference").exists()
@@ -334,9 +322,7 @@ def test_a_manifest_that_was_edited_is_refused_even_if_it_is_sound(tmp_path: Pat
     Workspace.create(tmp_path / "w", "tiny", Scheme.parse("w4a4"))
     path = tmp_path / "w" / MANIFEST
     path.write_text(path.read_text().replace('"weight_bits": 4', '"weight_bits": 8'))
-    with pytest.raises(
-        InputError, match=r"manifest.json was edited; it alone says how the other files were made"
-    ):
+    with refused(path, "-w"):
         Workspace.open(tmp_path / "w")
 
 

@@ -11,7 +11,7 @@ from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.base import Runner, engine_info, open_engine
 from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.backends.registry import get_backend
-from quest_deploy.errors import InputError
+from tests.helpers import refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +75,7 @@ def test_inputs_of_any_type_reach_the_engine_as_float32(runner: Recorder, dtype:
 def test_batch_sizes_that_differ_are_refused_by_name(
     runner: Recorder, timestep: Any, tokens: int, named: str
 ) -> None:
-    with pytest.raises(InputError, match=f"expected a batch of 3, as in sample; found .*{named}"):
+    with refused(3, "sample", named):
         EngineUNet(runner).predict(SAMPLE, np.asarray(timestep), tokens=np.ones((tokens, 4)))
 
 
@@ -84,7 +84,7 @@ def test_sizes_that_the_model_cannot_halve_as_often_as_it_does_are_refused(
     runner: Recorder, shape: tuple[int, ...]
 ) -> None:
     unet = EngineUNet(runner, sample_multiple=4)
-    with pytest.raises(InputError, match=rf"multiples of 4, found \[{shape[2]}, {shape[3]}\]"):
+    with refused(4, list(shape[2:])):
         unet.predict(np.zeros(shape), 1)
     assert not runner.feeds
     assert unet.predict(np.zeros((3, 2, 4, 8)), 1).shape == (3, 2, 4, 8)
@@ -123,5 +123,5 @@ def test_a_scalar_timestep_equals_the_same_one_for_every_sample(
 
 def test_loading_an_engine_that_was_never_built_names_the_command(tmp_path: Path) -> None:
     workspace = Workspace.create(tmp_path / "ws", "tiny", Scheme.parse("w4a4"))
-    with pytest.raises(InputError, match="quest-deploy build-engine --backend openvino"):
+    with refused("quest-deploy build-engine --backend openvino"):
         EngineUNet.load(workspace, "openvino")

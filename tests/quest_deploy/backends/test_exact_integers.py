@@ -12,9 +12,8 @@ from quest_deploy.backends.base import build_engine, engine_info, open_engine
 from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.options import ANY_PROCESSOR, EngineOptions
 from quest_deploy.backends.registry import get_backend
-from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, write_json
-from tests.helpers import WITH_VNNI
+from tests.helpers import WITH_VNNI, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +55,7 @@ def test_an_engine_is_refused_where_its_products_saturate_with_the_command_that_
     assert EXACT_ANYWHERE.short_of(engine_info(folder).kernels or {})
     open_engine(get_backend(backend), folder).close()
     monkeypatch.setattr(exactness, "measured", lambda _: EXACT_ANYWHERE)
-    with pytest.raises(InputError, match=f"build-engine --backend {backend}"):
+    with refused(f"build-engine --backend {backend}"):
         open_engine(get_backend(backend), folder)
 
 
@@ -75,7 +74,7 @@ def test_an_engine_for_any_processor_is_refused_where_even_small_weights_are_ine
 ) -> None:
     folder = build(backend, WITH_VNNI, processor=ANY_PROCESSOR)
     monkeypatch.setattr(exactness, "measured", lambda _: Exactness())
-    with pytest.raises(InputError, match=f"build-engine --backend {backend}"):
+    with refused(f"build-engine --backend {backend}"):
         open_engine(get_backend(backend), folder)
 
 
@@ -94,14 +93,14 @@ def test_an_engine_whose_record_does_not_say_what_it_needs_is_refused(
     content = read_json(folder / "engine.json")
     del content["kernels"]
     write_json(folder / "engine.json", content)
-    with pytest.raises(InputError, match="build-engine"):
+    with refused("build-engine"):
         open_engine(get_backend(backend), folder)
 
 
 def test_a_gpus_engine_depends_on_no_answer_and_takes_no_processor() -> None:
     for name in ("tensorrt", "tensorrt-rtx"):
         assert get_backend(name).answers(EngineOptions()) == {}
-        with pytest.raises(InputError, match="--processor"):
+        with refused("--processor"):
             get_backend(name).check_options(EngineOptions(processor=ANY_PROCESSOR))
     assert get_backend("onnxruntime").answers(EngineOptions(provider="cuda")) == {
         "exact_integers": {}

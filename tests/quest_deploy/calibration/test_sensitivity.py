@@ -22,10 +22,10 @@ from quest_deploy.calibration.sensitivity import (
     measure_sensitivity,
     select_sensitive,
 )
-from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.errors import QuestDeployError
 from quest_deploy.quantization.layer_kinds import OTHER, PRODUCTS, group_of
 from quest_deploy.quantization.prepare import prepare
-from tests.helpers import numpy_layer, of_sample
+from tests.helpers import numpy_layer, of_sample, refused
 from tests.quest_deploy.support import strict_json
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def test_nothing_to_run_is_an_input_error(
     samples: int,
     batch: int,
 ) -> None:
-    with pytest.raises(InputError, match="samples and a batch of 1 or more"):
+    with refused(samples, batch):
         measure_sensitivity(mini_unet, mini_checkpoint, mini_trajectories, samples, batch)
 
 
@@ -275,7 +275,7 @@ def test_an_output_that_is_not_finite_is_an_error(
     broken = dataclasses.replace(
         mini_trajectories, sample=torch.full_like(mini_trajectories.sample, torch.nan)
     )
-    with pytest.raises(QuestDeployError, match="not finite"):
+    with refused("output", error=QuestDeployError):
         measure_sensitivity(mini_unet, mini_checkpoint, broken, 1, 6)
 
 
@@ -304,13 +304,13 @@ def test_a_damaged_report_is_an_input_error_that_names_the_command(
 ) -> None:
     damaged = report(conv_in=0.5)
     damage(damaged)
-    with pytest.raises(InputError, match="run `quest-deploy sensitivity` again"):
+    with refused("quest-deploy sensitivity"):
         select_sensitive(damaged)
 
 
 @pytest.mark.parametrize("value", [None, [], "text", 3])
 def test_a_report_that_is_no_object_is_an_input_error(value: Any) -> None:
-    with pytest.raises(InputError, match="expected a quest-deploy sensitivity"):
+    with refused("quest-deploy sensitivity"):
         Sensitivity.from_json(value)
 
 

@@ -14,9 +14,11 @@ from exporters.exactness import Exactness
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import MANIFEST, Workspace
 from quest_deploy.backends import exactness
+from quest_deploy.backends.registry import BACKENDS
 from quest_deploy.calibration import trajectories
 from quest_deploy.evaluation import quality
 from quest_deploy.files import read_json, write_json
+from tests.helpers import assert_holds
 from tests.quest_deploy.support import cli, flip_byte, snapshot, truncate
 
 if TYPE_CHECKING:
@@ -36,42 +38,30 @@ def fresh(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("command", ["calibrate", "export", "run"])
 @pytest.mark.parametrize(
-    ("option", "value", "words"),
+    ("option", "value", "facts"),
     [
-        ("--model", "sd99", "unknown model 'sd99': expected one of tiny"),
-        ("--bits", "w3a3", "unknown bits 'w3a3': expected one of w4a4, w4a8, w8a8"),
-        ("--buckets", "0", "expected 1 to 1000 buckets (the number of training steps), not 0"),
-        (
-            "--buckets",
-            "1001",
-            "expected 1 to 1000 buckets (the number of training steps), not 1001",
-        ),
-        ("--buckets", "-5", "expected 1 to 1000 buckets"),
+        ("--model", "sd99", "'sd99' tiny"),
+        ("--bits", "w3a3", "'w3a3' w4a4 w4a8 w8a8"),
+        ("--buckets", "0", "buckets 1 1000 0"),
+        ("--buckets", "1001", "buckets 1 1000 1001"),
+        ("--buckets", "-5", "buckets 1 1000 -5"),
     ],
 )
 def test_an_unknown_choice_is_refused_before_a_workspace_is_made(
-    tmp_path: Path, command: str, option: str, value: str, words: str
+    tmp_path: Path, command: str, option: str, value: str, facts: str
 ) -> None:
-    ended = cli(command, "-w", tmp_path / "ws", option, value)
-    assert ended.code == 2
-    assert words in ended.message
+    cli(command, "-w", tmp_path / "ws", option, value).assert_refused(*facts.split())
     assert not (tmp_path / "ws").exists()
 
 
 @pytest.mark.parametrize("command", BACKEND_COMMANDS)
 def test_an_unknown_backend_is_refused_with_the_known_ones(fresh: Path, command: str) -> None:
-    ended = cli(command, "-w", fresh, "--backend", "tflite")
-    assert ended.code == 2
-    assert (
-        "unknown backend 'tflite': expected one of openvino, onnxruntime, tensorrt-rtx, tensorrt"
-        in ended.message
-    )
+    cli(command, "-w", fresh, "--backend", "tflite").assert_refused("'tflite'", *BACKENDS)
 
 
 @pytest.mark.parametrize("option", ["--backend", "--build-only"])
 def test_run_refuses_an_unknown_backend_before_it_starts(tmp_path: Path, option: str) -> None:
-    ended = cli("run", "-w", tmp_path / "ws", option, "tflite")
-    assert (ended.code, ended.message.split(":")[0]) == (2, "unknown backend 'tflite'")
+    cli("run", "-w", tmp_path / "ws", option, "tflite").assert_refused("'tflite'", *BACKENDS)
     assert not (tmp_path / "ws").exists()
 
 
@@ -80,16 +70,14 @@ def test_run_refuses_a_backend_that_cannot_run_here_before_it_starts(
 ) -> None:
     monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
     ended = cli("run", "-w", tmp_path / "ws", "--backend", "tensorrt-rtx")
-    assert ended.code == 2
-    assert "this machine has none" in ended.message
+    ended.assert_refused("tensorrt-rtx", "GPU")
     assert not (tmp_path / "ws").exists()
 
 
 @pytest.mark.parametrize("command", [*BACKEND_COMMANDS, "sensitivity", "finetune", "reference"])
 def test_a_command_without_a_workspace_names_the_first_one(tmp_path: Path, command: str) -> None:
     ended = cli(command, "-w", tmp_path / "none")
-    assert ended.code == 2
-    assert f"run `quest-deploy calibrate -w {tmp_path / 'none'}` first" in ended.message
+    ended.assert_refused(f"quest-deploy calibrate -w {tmp_path / 'none'}")
     assert not (tmp_path / "none").exists()
 
 
@@ -108,9 +96,7 @@ def test_a_command_without_a_workspace_names_the_first_one(tmp_path: Path, comma
 )
 def test_a_missing_stage_is_named_with_its_command(fresh: Path, command: str, missing: str) -> None:
     before = snapshot(fresh)
-    ended = cli(command, "-w", fresh)
-    assert ended.code == 2
-    assert f"run `quest-deploy {missing} -w {fresh}` first" in ended.message
+    cli(command, "-w", fresh).assert_refused(f"quest-deploy {missing} -w {fresh}")
     assert snapshot(fresh) == before
 
 
@@ -120,10 +106,7 @@ def test_verify_without_a_reference_names_its_command(workspace: Path) -> None:
     del manifest["sha256"]
     write_json(workspace / MANIFEST, manifest)
     ended = cli("verify", "-w", workspace, "--backend", "onnxruntime")
-    assert (ended.code, f"run `quest-deploy reference -w {workspace}` first" in ended.message) == (
-        2,
-        True,
-    )
+    ended.assert_refused(f"quest-deploy reference -w {workspace}")
 
 
 @pytest.mark.parametrize(
@@ -152,9 +135,7 @@ def test_a_damaged_file_is_named_with_the_command_that_makes_it_again(
     damage(workspace / path)
     before = snapshot(workspace)
     ended = cli(reader, "-w", workspace)
-    assert ended.code == 2
-    assert str(workspace / path) in ended.message
-    assert f"run `quest-deploy {maker} -w {workspace}` again" in ended.message
+    ended.assert_refused(workspace / path, f"quest-deploy {maker} -w {workspace}")
     assert snapshot(workspace) == before
 
 
@@ -162,8 +143,8 @@ def test_inspect_says_what_is_damaged_in_a_workspace(workspace: Path) -> None:
     truncate(workspace / "unet.onnx.data")
     stages = cli("inspect", workspace, "--json").json["stages"]
     assert stages["finetune"]["state"] == "up to date"
-    assert "run `quest-deploy export" in stages["export"]["state"]
-    assert "run `quest-deploy export" in stages["build-engine/openvino"]["state"]
+    for stage in ("export", "build-engine/openvino"):
+        assert_holds(stages[stage]["state"], "unet.onnx.data", "quest-deploy export")
 
 
 @pytest.mark.parametrize(
@@ -172,19 +153,14 @@ def test_inspect_says_what_is_damaged_in_a_workspace(workspace: Path) -> None:
 def test_inspecting_a_truncated_file_is_one_message(workspace: Path, name: str) -> None:
     truncate(workspace / name)
     path = workspace / name
-    ended = cli("inspect", path.parent if path.suffix == ".json" else path)
-    assert ended.code == 2
-    assert str(path) in ended.message
+    cli("inspect", path.parent if path.suffix == ".json" else path).assert_refused(path)
 
 
 def test_inspecting_an_edited_manifest_says_how_to_go_on(workspace: Path) -> None:
     manifest = read_json(workspace / MANIFEST)
     manifest["stages"]["calibrate"]["inputs"] = {"finetune": "0"}
     write_json(workspace / MANIFEST, manifest)
-    ended = cli("inspect", workspace)
-    assert ended.code == 2
-    assert str(workspace / MANIFEST) in ended.message
-    assert "restore it from a copy, or start a new workspace with -w" in ended.message
+    cli("inspect", workspace).assert_refused(workspace / MANIFEST, "-w")
 
 
 def test_inspecting_an_engine_of_another_kind_is_one_message(workspace: Path) -> None:
@@ -193,57 +169,48 @@ def test_inspecting_an_engine_of_another_kind_is_one_message(workspace: Path) ->
         workspace / "engines/openvino/engine.json",
         {"format": content["format"], "version": content["version"]},
     )
-    ended = cli("inspect", workspace / "engines/openvino")
-    assert (ended.code, "build-engine" in ended.message) == (2, True)
+    cli("inspect", workspace / "engines/openvino").assert_refused("build-engine")
 
 
 @pytest.mark.parametrize("name", ["missing.onnx", "notes.txt", "folder"])
 def test_inspecting_something_else_is_one_message(tmp_path: Path, name: str) -> None:
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "folder").mkdir()
-    ended = cli("inspect", tmp_path / name)
-    assert (ended.code, str(tmp_path / name) in ended.message) == (2, True)
+    cli("inspect", tmp_path / name).assert_refused(tmp_path / name)
 
 
 def test_a_workspace_of_another_version_is_refused(workspace: Path) -> None:
     write_json(workspace / MANIFEST, read_json(workspace / MANIFEST) | {"version": 2})
     for command in ("calibrate", "export", "verify", "inspect"):
         ended = cli(command, *([workspace] if command == "inspect" else ["-w", workspace]))
-        assert ended.code == 2
-        assert "version 1, found 2" in ended.message
+        ended.assert_refused(workspace / MANIFEST, 1, 2)
 
 
 @pytest.mark.parametrize("command", ["calibrate", "export", "run"])
 def test_a_folder_that_holds_other_things_is_left_alone(tmp_path: Path, command: str) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    ended = cli(command, "-w", tmp_path)
-    assert (ended.code, "is not empty; give another folder with -w" in ended.message) == (2, True)
+    cli(command, "-w", tmp_path).assert_refused(tmp_path, "-w")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "facts"),
     [
-        (["calibrate", "--bits", "w8a8"], "holds bits w4a4, not w8a8"),
-        (["calibrate", "--buckets", "4"], "holds buckets 3, not 4"),
-        (
-            ["export", "--granularity", "per_tensor"],
-            "holds granularity folded_channel, not per_tensor",
-        ),
-        (["verify", "--bits", "w4a8"], "holds bits w4a4, not w4a8"),
+        (["calibrate", "--bits", "w8a8"], "bits w4a4 w8a8"),
+        (["calibrate", "--buckets", "4"], "buckets 3 4"),
+        (["export", "--granularity", "per_tensor"], "granularity folded_channel per_tensor"),
+        (["verify", "--bits", "w4a8"], "bits w4a4 w4a8"),
     ],
 )
 def test_a_workspace_of_another_scheme_is_not_overwritten(
-    fresh: Path, arguments: list[str], words: str
+    fresh: Path, arguments: list[str], facts: str
 ) -> None:
-    ended = cli(*arguments, "-w", fresh)
-    assert (ended.code, words in ended.message) == (2, True)
+    cli(*arguments, "-w", fresh).assert_refused(fresh, *facts.split())
 
 
 @pytest.mark.parametrize("labels", ["12a", "", "-1", "1 2", "²", "٣"])
 def test_labels_that_are_not_digits_are_refused(workspace: Path, labels: str) -> None:
-    ended = cli("generate", "-w", workspace, "--labels", labels)
-    assert (ended.code, "labels must be digits" in ended.message) == (2, True)
+    cli("generate", "-w", workspace, "--labels", labels).assert_refused("labels", repr(labels))
 
 
 def test_evaluate_refuses_an_engine_that_is_not_exact_here_before_it_draws(
@@ -256,34 +223,31 @@ def test_evaluate_refuses_an_engine_that_is_not_exact_here_before_it_draws(
     monkeypatch.setattr(quality, "draw", draw)
     monkeypatch.setattr(trajectories, "record_trajectories", draw)
     ended = cli("evaluate", "-w", workspace, "--backend", "onnxruntime")
-    assert (ended.code, "build-engine" in ended.message) == (2, True)
+    ended.assert_refused("build-engine")
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
 def test_an_unknown_scheduler_is_refused_with_the_known_ones(workspace: Path, command: str) -> None:
     ended = cli(command, "-w", workspace, "--scheduler", "heun")
-    assert (
-        ended.code,
-        "--scheduler" in ended.message and "ddim, ddpm" in ended.message,
-    ) == (2, True)
+    ended.assert_refused("--scheduler", "ddim", "ddpm")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "facts"),
     [
         (["calibrate", "--method", "entropy"], "--method"),
         (["build-engine", "--provider", "rocm"], "--provider"),
         (
             ["build-engine", "--backend", "tensorrt-rtx", "--compute-capability", "12"],
-            "unknown compute capability '12'",
+            "'12'",
         ),
         (
             ["build-engine", "--backend", "tensorrt-rtx", "--pool-limit", "tactic_dram:2G"],
-            "expected workspace:SIZE",
+            "--pool-limit workspace:SIZE 'tactic_dram:2G'",
         ),
         (
             ["build-engine", "--backend", "tensorrt-rtx", "--weight-streaming-budget", "half"],
-            "expected a size, such as 2G, not 'half'",
+            "--weight-streaming-budget 'half'",
         ),
         (
             [
@@ -295,20 +259,19 @@ def test_an_unknown_scheduler_is_refused_with_the_known_ones(workspace: Path, co
                 "--tactic-sources",
                 "x",
             ],
-            "none excludes every other",
+            "--tactic-sources none",
         ),
         (
             ["build-engine", "--backend", "tensorrt-rtx", "--quantize", "plugin"],
-            "--quantize: tensorrt-rtx",
+            "--quantize tensorrt-rtx",
         ),
-        (["build-engine", "--quantize", "native"], "--quantize: openvino"),
+        (["build-engine", "--quantize", "native"], "--quantize openvino"),
     ],
 )
 def test_an_unknown_choice_of_a_stage_is_refused(
-    workspace: Path, arguments: list[str], words: str
+    workspace: Path, arguments: list[str], facts: str
 ) -> None:
-    ended = cli(*arguments, "-w", workspace)
-    assert (ended.code, words in ended.message) == (2, True)
+    cli(*arguments, "-w", workspace).assert_refused(*facts.split())
 
 
 def test_tensorrt_without_its_sdk_says_what_to_install(
@@ -316,7 +279,7 @@ def test_tensorrt_without_its_sdk_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     ended = cli("build-engine", "-w", workspace, "--backend", "tensorrt")
-    assert (ended.code, "pip install 'quest-deploy[gpu]'" in ended.message) == (2, True)
+    ended.assert_refused("pip install 'quest-deploy[gpu]'")
 
 
 def test_an_engine_that_cannot_run_here_is_refused_by_every_command_that_runs_it(
@@ -325,7 +288,7 @@ def test_an_engine_that_cannot_run_here_is_refused_by_every_command_that_runs_it
     monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
     for command in ("verify", "benchmark", "generate", "evaluate"):
         ended = cli(command, "-w", mini_chain.root, "--backend", "tensorrt-rtx")
-        assert (ended.code, "this machine has none" in ended.message) == (2, True), command
+        ended.assert_refused("tensorrt-rtx", "GPU")
 
 
 def test_an_engine_of_a_graph_that_is_older_than_the_checkpoint_is_refused(workspace: Path) -> None:
@@ -337,7 +300,7 @@ def test_an_engine_of_a_graph_that_is_older_than_the_checkpoint_is_refused(works
     write_json(workspace / MANIFEST, manifest)
     for command in ("build-engine", "generate"):
         ended = cli(command, "-w", workspace, "--backend", "onnxruntime")
-        assert (ended.code, "run `quest-deploy export" in ended.message) == (2, True), command
+        ended.assert_refused(f"quest-deploy export -w {workspace}")
 
 
 def test_a_failing_verification_ends_with_exit_code_1_and_one_json_report(workspace: Path) -> None:
@@ -356,8 +319,7 @@ def test_a_failing_verification_ends_with_exit_code_1_and_one_json_report(worksp
         details=record.details,
     )
     ended = cli("verify", "-w", workspace, "--backend", "onnxruntime", "--json")
-    assert ended.code == 1
-    assert "does not compute the fake-quantized model: layer conv_out" in ended.message
+    ended.assert_refused("onnxruntime", "layer conv_out", code=1)
     assert read_json(workspace / "reports/verify-onnxruntime.json")["passed"] is False
     assert ended.json["passed"] is False
 

@@ -99,31 +99,30 @@ def test_version_prints_the_version() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "message"),
+    ("error", "code", "fact"),
     [
         (InputError("a mistake"), 2, "a mistake"),
         (QuestDeployError("a failure"), 1, "a failure"),
-        (OSError(28, "No space left on device", "/full/file"), 1, "the disk is full: /full/file"),
+        (OSError(28, "No space left on device", "/full/file"), 1, "/full/file"),
         (
             PermissionError(13, "Permission denied", "/locked/file"),
             1,
-            "Permission denied: /locked/file",
+            "/locked/file",
         ),
-        (MemoryError(), 1, "out of memory"),
+        (MemoryError(), 1, "memory"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
 @pytest.mark.parametrize("as_json", [False, True])
 def test_every_bad_end_is_one_message_with_its_exit_code(
-    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str, as_json: bool
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, fact: str, as_json: bool
 ) -> None:
     def fail(*arguments: object) -> None:
         raise error
 
     monkeypatch.setattr("quest_deploy.backends.machine.versions", fail)
     ended = cli("doctor", *(["--json"] if as_json else []))
-    assert ended.code == code
-    assert message in ended.message
+    ended.assert_refused(fact, code=code)
     if as_json:
         assert ended.json == {"error": ended.message, "exit_code": code}
     else:
@@ -197,8 +196,9 @@ def test_progress_goes_to_standard_error_alone(workspace: Path) -> None:
         "7",
     )
     assert ended.code == 0
-    assert ended.out == f"{workspace / 'images' / 'grid-onnxruntime.png'}: 1 images\n"
-    assert ended.err.startswith("generate/onnxruntime ...\n")
+    assert str(workspace / "images" / "grid-onnxruntime.png") in ended.out
+    assert "generate/onnxruntime" not in ended.out
+    assert "generate/onnxruntime" in ended.err
 
 
 def test_tables_align_names_left_and_numbers_right() -> None:

@@ -71,23 +71,21 @@ def test_a_manifest_of_an_earlier_version_has_no_source_and_still_opens(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "facts"),
     [
-        (["--model", "tiny"], "not tiny"),
-        (["--random-weights"], "holds weights trained ones, not random ones"),
-        (["--revision", "main"], "holds revision None, not main"),
-        (["--lora", "{lora}:0.5"], "holds LoRAs"),
+        (["--model", "tiny"], "tiny"),
+        (["--random-weights"], "weights random"),
+        (["--revision", "main"], "revision None main"),
+        (["--lora", "{lora}:0.5"], "LoRAs"),
     ],
 )
 def test_a_workspace_of_another_model_is_refused(
-    tmp_path: Path, pipelines: Callable[[str], Path], options: list[str], words: str
+    tmp_path: Path, pipelines: Callable[[str], Path], options: list[str], facts: str
 ) -> None:
     (tmp_path / "style.safetensors").write_bytes(b"")
     Workspace.create(tmp_path / "ws", resolve_source(str(pipelines("sd"))), Scheme.parse("w4a4"))
     given = [option.format(lora=tmp_path / "style.safetensors") for option in options]
-    ended = cli("calibrate", "-w", tmp_path / "ws", *given)
-    assert ended.code == 2
-    assert words in ended.message
+    cli("calibrate", "-w", tmp_path / "ws", *given).assert_refused(tmp_path / "ws", *facts.split())
 
 
 def test_the_same_model_may_be_named_again_by_any_path_to_it(
@@ -148,15 +146,9 @@ def test_the_prompts_of_a_file_are_recorded_and_used(
     assert len(states.flatten(1).unique(dim=0)) == 3
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "expected a text file with a prompt a line"),
-        ("\n \n", "expected a prompt a line, and found none"),
-    ],
-)
+@pytest.mark.parametrize("content", [None, "\n \n"])
 def test_a_file_without_prompts_is_refused(
-    tmp_path: Path, pipelines: Callable[[str], Path], content: str | None, words: str
+    tmp_path: Path, pipelines: Callable[[str], Path], content: str | None
 ) -> None:
     if content is not None:
         (tmp_path / "prompts.txt").write_text(content)
@@ -169,41 +161,28 @@ def test_a_file_without_prompts_is_refused(
         "--prompts",
         tmp_path / "prompts.txt",
     )
-    assert ended.code == 2
-    assert words in ended.message
+    ended.assert_refused(tmp_path / "prompts.txt", "prompt")
     assert not (tmp_path / "ws").exists()
 
 
 def test_prompts_and_loras_are_not_for_the_embedded_model(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    assert (
-        "and tiny draws digits"
-        in cli("calibrate", "-w", tmp_path / "a", "--prompts", tmp_path / "prompts.txt").message
+    cli("calibrate", "-w", tmp_path / "a", "--prompts", tmp_path / "prompts.txt").assert_refused(
+        "--prompts", "tiny"
     )
-    assert (
-        "comes with its weights"
-        in cli("calibrate", "-w", tmp_path / "b", "--random-weights").message
+    cli("calibrate", "-w", tmp_path / "b", "--random-weights").assert_refused(
+        "--random-weights", "tiny"
     )
 
 
 @pytest.mark.parametrize(
-    ("chain", "backend", "options", "words"),
+    ("chain", "backend", "options", "facts"),
     [
-        (
-            "text_chain",
-            "onnxruntime",
-            ["--labels", "01"],
-            "--labels: not for sd-pipeline, a model that is text-to-image",
-        ),
-        ("text_chain", "onnxruntime", ["--height", "15"], "--height 15: expected a multiple of "),
-        (
-            "ldm_chain",
-            "openvino",
-            ["--prompt", "a cat"],
-            "--prompt: not for ldm-pipeline, a model that is unconditional",
-        ),
-        ("ldm_chain", "openvino", ["--labels", "0"], "--labels: not for ldm-pipeline"),
-        ("ldm_chain", "openvino", ["--guidance", "3"], "expected a guidance weight of 1"),
+        ("text_chain", "onnxruntime", ["--labels", "01"], "--labels sd-pipeline text-to-image"),
+        ("text_chain", "onnxruntime", ["--height", "15"], "--height 15"),
+        ("ldm_chain", "openvino", ["--prompt", "a cat"], "--prompt ldm-pipeline unconditional"),
+        ("ldm_chain", "openvino", ["--labels", "0"], "--labels ldm-pipeline"),
+        ("ldm_chain", "openvino", ["--guidance", "3"], "guidance 1"),
     ],
 )
 def test_generate_refuses_what_the_model_cannot_be_asked_for(
@@ -212,12 +191,10 @@ def test_generate_refuses_what_the_model_cannot_be_asked_for(
     chain: str,
     backend: str,
     options: list[str],
-    words: str,
+    facts: str,
 ) -> None:
     root = tmp_path / "workspace"
     shutil.copytree(request.getfixturevalue(chain).root, root)
     before = (root / MANIFEST).read_bytes()
-    ended = cli("generate", "-w", root, "--backend", backend, *options)
-    assert ended.code == 2
-    assert words in ended.message
+    cli("generate", "-w", root, "--backend", backend, *options).assert_refused(*facts.split())
     assert (root / MANIFEST).read_bytes() == before

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from quest_deploy.errors import InputError
 from quest_deploy.evaluation.sampling import float_denoiser, sample_images
 from quest_deploy.models.digit_quality import judge
 from quest_deploy.models.schedulers import SCHEDULERS
+from tests.helpers import refused
 
 if TYPE_CHECKING:
     from quest_deploy.evaluation.sampling import Denoiser
@@ -124,5 +124,5 @@ def test_every_scheduler_draws_the_digits_asked_for(
 
 
 def test_an_unknown_scheduler_is_an_input_error_that_lists_the_known_ones(tiny: TinyModel) -> None:
-    with pytest.raises(InputError, match="unknown scheduler 'heun': expected one of ddim, ddpm"):
+    with refused("'heun'", "ddim", "ddpm"):
         sample_images(tiny, Recorder(), LABELS, scheduler="heun")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from quest_deploy.artifacts.checkpoint import load_checkpoint
-from quest_deploy.errors import InputError
 from quest_deploy.finetuning.distributed import Processes, is_main_process
+from tests.helpers import refused
 from tests.quest_deploy.support import cli, snapshot, strict_json
 
 if TYPE_CHECKING:
@@ -98,10 +98,7 @@ def test_a_batch_that_cannot_be_shared_out_is_an_input_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(
-        InputError,
-        match=r"3 processes cannot share a batch of 4 evenly: give --batch a multiple of 3",
-    ):
+    with refused(3, 4, "--batch"):
         Processes("cpu", 4)
 
 

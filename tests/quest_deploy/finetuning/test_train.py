@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import re
 import weakref
 import zipfile
 from functools import partial
@@ -26,6 +27,7 @@ from quest_deploy.finetuning.train import TARGETS, FinetuneOptions, Step, _backw
 from quest_deploy.quantization import layers as layers_module
 from quest_deploy.quantization.layers import ActivationQuantizer
 from quest_deploy.quantization.model import QuantizedModel
+from tests.helpers import refused
 from tests.quest_deploy.support import flip_byte, truncate
 
 if TYPE_CHECKING:
@@ -148,7 +150,7 @@ def test_an_interrupted_run_resumes_to_the_same_result_bit_for_bit(
     )
     done = step // save_every * save_every
     assert seen == list(range(done + 1, 9))
-    assert caplog.messages == ([f"resuming at step {done} of 8"] if done else [])
+    assert [re.findall(r"\d+", said) for said in caplog.messages] == [[str(done), "8"]] * bool(done)
     assert differences(resumed, uninterrupted) == []
     assert resumed.provenance == uninterrupted.provenance
 
@@ -280,7 +282,7 @@ def test_every_changed_part_of_a_state_is_noticed(train: Train, tmp_path: Path) 
 )
 def test_a_state_that_is_something_else_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "state.pt")
-    with pytest.raises(InputError, match=r"state\.pt is (damaged|of a run with other options)"):
+    with refused(tmp_path / "state.pt"):
         TrainingState.load(tmp_path / "state.pt", "another key")
 
 
@@ -386,23 +388,23 @@ def test_progress_tells_both_stages_step_by_step(train: Train) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "facts"),
     [
-        ({"family": "video"}, "unknown model family 'video'"),
-        ({"batch": 0}, "positive batch and step counts"),
-        ({"temporal_steps": -1}, "positive batch and step counts"),
-        ({"sensitive_steps": -1}, "positive batch and step counts"),
-        ({"stages": ()}, "one or both of the stages temporal, sensitive"),
-        ({"stages": ("temporal", "temporal")}, "each once"),
-        ({"stages": ("spatial",)}, "found 'spatial'"),
-        ({"output_loss": 0.0, "block_loss": 0.0}, "not be negative, nor both zero"),
-        ({"block_loss": -1.0}, "not be negative, nor both zero"),
-        ({"output_loss": float("nan")}, "not be negative, nor both zero"),
-        ({"precision": "fp8"}, "unknown precision 'fp8': expected one of float32, bf16"),
+        ({"family": "video"}, "'video'"),
+        ({"batch": 0}, "finetuning batch step"),
+        ({"temporal_steps": -1}, "finetuning batch step"),
+        ({"sensitive_steps": -1}, "finetuning batch step"),
+        ({"stages": ()}, "stages temporal sensitive"),
+        ({"stages": ("temporal", "temporal")}, "stages temporal"),
+        ({"stages": ("spatial",)}, "stages 'spatial'"),
+        ({"output_loss": 0.0, "block_loss": 0.0}, "loss"),
+        ({"block_loss": -1.0}, "loss"),
+        ({"output_loss": float("nan")}, "loss"),
+        ({"precision": "fp8"}, "'fp8' float32 bf16"),
     ],
 )
-def test_options_that_cannot_work_are_input_errors(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_options_that_cannot_work_are_input_errors(changes: dict[str, Any], facts: str) -> None:
+    with refused(*facts.split()):
         FinetuneOptions(**{"family": FAMILY, **changes})
 
 
@@ -490,7 +492,7 @@ def test_checkpointing_gives_the_gradients_of_a_plain_backward_pass(
             student, inputs, target, block_targets, dataclasses.replace(OPTIONS, block_loss=1.0)
         )
         found.append((loss, {name: p.grad for name, p in student.named_parameters()}))
-        with pytest.raises(RuntimeError, match="outside its QuantizedModel"):
+        with refused("QuantizedModel", error=RuntimeError):
             student.bucket_state.get()
     (loss, plain), (again, checkpointed) = found
     assert again == loss
@@ -733,12 +735,12 @@ def test_damaged_targets_are_computed_again(
 
 
 @pytest.mark.parametrize(
-    ("device", "message"),
-    [("tpu", "unknown device 'tpu': expected one of cpu, cuda"), ("cuda", "no CUDA device")],
+    ("device", "facts"),
+    [("tpu", "'tpu' cpu cuda"), ("cuda", "--device cuda cpu")],
 )
 def test_a_device_that_is_not_there_is_an_input_error(
-    train: Train, monkeypatch: pytest.MonkeyPatch, device: str, message: str
+    train: Train, monkeypatch: pytest.MonkeyPatch, device: str, facts: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match=message):
+    with refused(*facts.split()):
         train(OPTIONS, device=device)

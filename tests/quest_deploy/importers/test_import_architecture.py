@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from quest_deploy.errors import InputError
 from quest_deploy.importers.architecture import UNetConfig
 from quest_deploy.importers.convert import float_model
+from tests.helpers import refused
 from tests.quest_deploy.importers.cases import CHURCHES, CLASS_CONDITIONAL, SD, UNCONDITIONAL, Case
 from tests.quest_deploy.importers.compare import relative
 from tests.quest_deploy.importers.official import Arithmetic, UNetModel
@@ -91,72 +91,72 @@ def test_an_ldm_yaml_and_the_parameters_as_json_mean_the_same_unet(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "facts"),
     [
-        ({"channel_mult": None}, "channel_mult: expected"),
-        ({"resblock_updown": True}, "resblock_updown: with spatial transformers only False"),
-        ({"use_scale_shift_norm": 1}, "use_scale_shift_norm: expected"),
+        ({"channel_mult": None}, "channel_mult"),
+        ({"resblock_updown": True}, "resblock_updown False"),
+        ({"use_scale_shift_norm": 1}, "use_scale_shift_norm"),
         ({"channel_mult": []}, "channel_mult"),
         ({"attention_resolutions": [4, "2"]}, "attention_resolutions"),
-        ({"transformer_depth": 0}, "transformer_depth: expected"),
+        ({"transformer_depth": 0}, "transformer_depth"),
         ({"num_heads": 0}, "num_heads"),
-        ({"in_channels": 4.0}, "in_channels: expected"),
-        ({"num_classes": 1000}, "num_classes: 1000 is not supported"),
-        ({"dim_heads": 3}, "unknown \\['dim_heads'\\]"),
-        ({"context_dim": None}, "context_dim: expected the size"),
-        ({"context_dim": 0}, "context_dim: expected the size"),
+        ({"in_channels": 4.0}, "in_channels"),
+        ({"num_classes": 1000}, "num_classes 1000"),
+        ({"dim_heads": 3}, "'dim_heads'"),
+        ({"context_dim": None}, "context_dim"),
+        ({"context_dim": 0}, "context_dim"),
         (
             {"use_spatial_transformer": False},
-            "context_dim: only a UNet with use_spatial_transformer",
+            "context_dim use_spatial_transformer",
         ),
-        ({"num_head_channels": 64}, "num_head_channels: expected a divisor of the 32 channels"),
-        ({"num_head_channels": 12}, "num_head_channels: expected a divisor of the 32 channels"),
-        ({"num_heads": 3}, "num_heads: expected a divisor of the 32 channels"),
-        ({"model_channels": 30}, "model_channels: expected a multiple of the 32 groups"),
-        ({"image_size": 7}, "image_size: expected a size that can be halved 1 times"),
-        ({1: 2, "foo": 3}, "unknown \\['1', 'foo'\\]"),
-        ({"num_heads": -1}, "one of num_heads and num_head_channels"),
+        ({"num_head_channels": 64}, "num_head_channels 32 64"),
+        ({"num_head_channels": 12}, "num_head_channels 32 12"),
+        ({"num_heads": 3}, "num_heads 32 3"),
+        ({"model_channels": 30}, "model_channels 32 30"),
+        ({"image_size": 7}, "image_size 1 7"),
+        ({1: 2, "foo": 3}, "'1' 'foo'"),
+        ({"num_heads": -1}, "num_heads num_head_channels"),
     ],
 )
-def test_a_unet_that_is_not_covered_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_a_unet_that_is_not_covered_is_refused(change: dict[str, Any], facts: str) -> None:
+    with refused(*facts.split()):
         UNetConfig.from_params({**SD, **change})
 
 
 @pytest.mark.parametrize(
-    ("around", "message"),
+    ("around", "facts"),
     [
-        ({"image_size": "x"}, "image_size: expected"),
-        ({"timesteps": "x"}, "timesteps: expected an integer from 1"),
-        ({"timesteps": 0}, "timesteps: expected an integer from 1"),
-        ({"linear_start": "x"}, "linear_start: expected a variance between 0 and 1"),
-        ({"linear_start": 5}, "linear_start: expected a variance between 0 and 1"),
-        ({"linear_end": None}, "linear_end: expected a variance between 0 and 1"),
+        ({"image_size": "x"}, "image_size 'x'"),
+        ({"timesteps": "x"}, "timesteps 'x'"),
+        ({"timesteps": 0}, "timesteps 1 0"),
+        ({"linear_start": "x"}, "linear_start 'x'"),
+        ({"linear_start": 5}, "linear_start 0 1 5"),
+        ({"linear_end": None}, "linear_end None"),
     ],
 )
 def test_a_model_around_the_unet_that_cannot_be_is_refused(
-    around: dict[str, Any], message: str
+    around: dict[str, Any], facts: str
 ) -> None:
-    with pytest.raises(InputError, match=message):
+    with refused(*facts.split()):
         UNetConfig.from_params({"model": {"params": {**around, "unet_config": {"params": SD}}}})
 
 
 @pytest.mark.parametrize("name", ["unet.json", "unet.yaml"])
 def test_a_deeply_nested_configuration_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("[" * 100_000)
-    with pytest.raises(InputError, match="YAML or JSON"):
+    with refused(tmp_path / name, "YAML", "JSON"):
         UNetConfig.load(tmp_path / name)
 
 
 def test_a_configuration_without_its_parts_or_that_is_no_yaml_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "unet.yaml"
-    with pytest.raises(InputError, match="does not exist"):
+    with refused(path):
         UNetConfig.load(path)
-    for text, message in (
-        ("a: [", "YAML or JSON"),
-        ("model: {}", "'params' is missing"),
-        ("{in_channels: 3}", "missing \\['image"),
+    for text, facts in (
+        ("a: [", "YAML JSON"),
+        ("model: {}", "'params'"),
+        ("{in_channels: 3}", "'image_size'"),
     ):
         path.write_text(text)
-        with pytest.raises(InputError, match=message):
+        with refused(path, *facts.split()):
             UNetConfig.load(path)

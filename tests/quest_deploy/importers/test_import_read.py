@@ -9,6 +9,7 @@ import torch
 from quest_deploy.errors import InputError
 from quest_deploy.importers.read import read
 from quest_deploy.importers.settings import ImportSettings, Source
+from tests.helpers import assert_holds, refused
 from tests.quest_deploy.importers.cases import CONTEXT_TOKENS, SD, UNCONDITIONAL, Case
 
 if TYPE_CHECKING:
@@ -41,8 +42,9 @@ def test_missing_and_unexpected_keys_are_listed(case: Case, tmp_path: Path) -> N
         )
 
     message = _message(case, tmp_path / "x", rename)
-    assert f"1 missing keys: {LAYER}.weight_quantizer.alpha" in message
-    assert "1 unexpected keys: model.middle_block.0.in_layers.9.alpha" in message
+    missing, unexpected = message.split(";")
+    assert_holds(missing, 1, "missing", f"{LAYER}.weight_quantizer.alpha")
+    assert_holds(unexpected, 1, "unexpected", "model.middle_block.0.in_layers.9.alpha")
 
 
 @pytest.mark.parametrize("key", ["weight", "weight_quantizer.delta", "act_quantizer.delta_list"])
@@ -50,28 +52,26 @@ def test_a_shape_mismatch_is_named(case: Case, tmp_path: Path, key: str) -> None
     name = f"{LAYER}.{key}"
     shape = list(case.state[name].shape)
     message = _message(case, tmp_path / "x", lambda state: state.update({name: state[name][:-1]}))
-    assert f"{name} is {[shape[0] - 1, *shape[1:]]}, expected {shape}" in message
+    assert_holds(message, name, [shape[0] - 1, *shape[1:]], shape)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("key", "value", "fact"),
     [
-        ("act_quantizer.delta_list", 0.0, "scales of zero"),
-        ("act_quantizer.zero_point_list", 0.5, "zero-points that are not integers"),
-        ("weight_quantizer.delta", -1.0, "scales that are not positive"),
-        ("weight", float("nan"), "not finite"),
+        ("act_quantizer.delta_list", 0.0, "zero"),
+        ("act_quantizer.zero_point_list", 0.5, "integers"),
+        ("weight_quantizer.delta", -1.0, "positive"),
+        ("weight", float("nan"), "finite"),
     ],
 )
 def test_values_that_no_official_run_writes_are_named(
-    case: Case, tmp_path: Path, key: str, value: float, message: str
+    case: Case, tmp_path: Path, key: str, value: float, fact: str
 ) -> None:
     name = f"{LAYER}.{key}"
-    assert f"{name} holds " in (
-        text := _message(
-            case, tmp_path / "x", lambda s: s.update({name: torch.full_like(s[name], value)})
-        )
+    message = _message(
+        case, tmp_path / "x", lambda s: s.update({name: torch.full_like(s[name], value)})
     )
-    assert message in text
+    assert_holds(message, name, fact)
 
 
 def test_the_scales_of_the_last_timestep_are_ignored(case: Case, tmp_path: Path) -> None:
@@ -82,18 +82,18 @@ def test_the_scales_of_the_last_timestep_are_ignored(case: Case, tmp_path: Path)
 def test_another_number_of_timesteps_does_not_fit(case: Case, tmp_path: Path) -> None:
     torch.save(case.state, tmp_path / "x")
     other = ImportSettings(Source.QUEST, (900.0, 100.0), 4, 4, 8, 8, False)
-    with pytest.raises(InputError, match=r"shapes do not fit: .*, expected \[2, "):
+    with refused(tmp_path / "x", "act_quantizer.delta_list", [2, 32]):
         read(tmp_path / "x", case.config, other)
 
 
 def test_a_file_of_code_or_of_anything_but_tensors_is_refused(case: Case, tmp_path: Path) -> None:
     for content in ([1, 2], {"model.x": 3}, case.config):
         torch.save(content, tmp_path / "x")
-        with pytest.raises(InputError, match=r"expected a (state dict|file) of tensors"):
+        with refused(tmp_path / "x", "tensors"):
             read(tmp_path / "x", case.config, case.import_settings)
     (tmp_path / "x").write_bytes(b"nothing")
     for path in (tmp_path / "x", tmp_path / "absent"):
-        with pytest.raises(InputError, match=r"expected a file of tensors|does not exist"):
+        with refused(path):
             read(path, case.config, case.import_settings)
 
 
@@ -117,13 +117,13 @@ def test_tensors_that_are_not_dense_real_numbers_are_named(
         tmp_path / "x",
         lambda state: state.update({"model.out.2.bias": make(state["model.out.2.bias"])}),
     )
-    assert "expected dense tensors of real numbers, found others: model.out.2.bias" in message
+    assert_holds(message, "dense", "model.out.2.bias")
 
 
 def test_a_tensor_of_a_monstrous_shape_is_never_copied(case: Case, tmp_path: Path) -> None:
     huge = torch.zeros(1, dtype=torch.float16).expand(10**13)
     message = _message(case, tmp_path / "x", lambda state: state.update({"model.out.2.bias": huge}))
-    assert "model.out.2.bias is [10000000000000], expected [4]" in message
+    assert_holds(message, "model.out.2.bias", [10**13], [4])
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,7 @@ def test_whatever_torch_raises_at_a_malformed_file_is_the_files_fault(
         raise error
 
     monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(
-        InputError, match=r"x: expected a file of tensors as torch.save writes it \([A-Za-z]+\)$"
-    ):
+    with refused(tmp_path / "x", type(error).__name__):
         read(tmp_path / "x", case.config, case.import_settings)
 
 
@@ -155,7 +153,7 @@ def test_parameters_are_read_as_their_values(case: Case, tmp_path: Path) -> None
 
 def test_a_checkpoint_of_another_unet_is_refused(case: Case, tmp_path: Path) -> None:
     torch.save(case.state, tmp_path / "x")
-    with pytest.raises(InputError, match=r"missing keys: .* unexpected keys: "):
+    with refused(tmp_path / "x", "missing", "unexpected"):
         read(tmp_path / "x", Case(UNCONDITIONAL).config, case.import_settings)
 
 
@@ -166,12 +164,8 @@ def test_context_tokens_that_the_file_or_the_unet_contradicts_are_refused(
     case = Case(params)
     case.read(tmp_path / "x")
     other = dataclasses.replace(case.import_settings, context_tokens=CONTEXT_TOKENS + 1)
-    message = (
-        f"shows {CONTEXT_TOKENS}, not {CONTEXT_TOKENS + 1}"
-        if params is SD
-        else "the UNet reads no context"
-    )
-    with pytest.raises(InputError, match=f"--context-tokens: .*{message}"):
+    facts = (CONTEXT_TOKENS, CONTEXT_TOKENS + 1) if params is SD else ()
+    with refused("--context-tokens", *facts):
         read(tmp_path / "x", case.config, other)
     if params is SD:
         same = dataclasses.replace(case.import_settings, context_tokens=CONTEXT_TOKENS)
@@ -183,12 +177,12 @@ def test_a_table_for_a_context_of_no_tokens_is_refused(case: Case, tmp_path: Pat
         for name in [name for name in state if "attn2.act_quantizer_w." in name]:
             state[name] = state[name][..., :0]
 
-    assert "is for a context of no tokens" in _message(case, tmp_path / "x", empty)
+    assert_holds(_message(case, tmp_path / "x", empty), "attn2.act_quantizer_w.delta_list")
 
 
 def test_q_diffusion_files_do_not_show_the_context(tmp_path: Path) -> None:
     qdiff = Case(SD, source=Source.QDIFF, options={"activation_bits": 8})
     torch.save(qdiff.state, tmp_path / "x")
     without = ImportSettings(Source.QDIFF, (), 4, 8, 8, 8, False)
-    with pytest.raises(InputError, match="give --context-tokens"):
+    with refused("--context-tokens"):
         read(tmp_path / "x", qdiff.config, without)

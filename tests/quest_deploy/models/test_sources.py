@@ -18,13 +18,13 @@ from quest_deploy.artifacts.schema import parse
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.trajectories import record_trajectories
-from quest_deploy.errors import InputError
 from quest_deploy.importers.architecture import UNetConfig
 from quest_deploy.models import registry
 from quest_deploy.models.hub import fetch_pipeline
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
 from quest_deploy.quantization.model import QuantizedModel
+from tests.helpers import refused
 from tests.pipelines import text_to_image
 
 if TYPE_CHECKING:
@@ -151,59 +151,52 @@ def test_a_branch_is_recorded_with_the_commit_that_it_stands_for(cached: Path) -
 
 def test_a_copy_in_the_cache_that_lacks_a_file_is_not_used(cached: Path) -> None:
     shutil.rmtree(cached / "unet")
-    with pytest.raises(InputError, match="incomplete"):
+    with refused("incomplete"):
         fetch_pipeline("owner/name", COMMIT)
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error_that_names_the_other_ways(hub: Path) -> None:
-    with pytest.raises(
-        InputError,
-        match=r"stable-diffusion-v1-5 is not in the cache, .*--model PATH .*--random-weights",
-    ):
+    with refused("stable-diffusion-v1-5/stable-diffusion-v1-5", "--model PATH", "--random-weights"):
         resolve_source("sd15")
 
 
 @pytest.mark.parametrize("name", ["ldm-bedroom", "ldm-church", "ldm-imagenet"])
 def test_a_model_without_a_repository_in_this_layout_says_so(name: str) -> None:
-    with pytest.raises(
-        InputError, match=f"{name} has no repository .*--model PATH .*--random-weights"
-    ):
+    with refused(name, "--model PATH", "--random-weights"):
         resolve_source(name)
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "words"),
+    ("model", "options", "facts"),
     [
-        ("tiny", {"random_weights": True}, "comes with its weights"),
-        ("tiny", {"revision": "main"}, "--revision: expected it with a model from the hub"),
+        ("tiny", {"random_weights": True}, "--random-weights tiny"),
+        ("tiny", {"revision": "main"}, "--revision"),
         (
             "sd15",
             {"revision": "main", "random_weights": True},
-            "--revision: expected it with a model from the hub",
+            "--revision",
         ),
-        ("sd15", {"loras": ["style.bin:1"]}, "expected a .safetensors file, found style.bin"),
-        ("sd15", {"loras": ["style.safetensors"]}, "style.safetensors does not exist"),
-        ("sd15", {"loras": ["style.safetensors:nan"]}, "expected PATH:WEIGHT with a finite weight"),
+        ("sd15", {"loras": ["style.bin:1"]}, "--lora .safetensors style.bin"),
+        ("sd15", {"loras": ["style.safetensors"]}, "--lora style.safetensors"),
+        ("sd15", {"loras": ["style.safetensors:nan"]}, "PATH:WEIGHT style.safetensors:nan"),
         (
             "sd15",
             {"loras": ["style.safetensors:much"]},
-            "expected PATH:WEIGHT with a finite weight",
+            "PATH:WEIGHT style.safetensors:much",
         ),
     ],
 )
 def test_options_that_do_not_apply_are_refused(
-    model: str, options: dict[str, Any], words: str
+    model: str, options: dict[str, Any], facts: str
 ) -> None:
-    with pytest.raises(InputError, match=words):
+    with refused(*facts.split()):
         resolve_source(model, **options)
 
 
 def test_a_folder_without_an_index_and_a_file_of_another_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"")
     for path in (tmp_path, tmp_path / "weights.bin"):
-        with pytest.raises(
-            InputError, match=r"the path of a diffusers folder or a .safetensors or .ckpt file; "
-        ):
+        with refused(path, "diffusers"):
             resolve_source(str(path))
 
 
@@ -219,10 +212,10 @@ def test_a_folder_whose_weights_were_changed_is_refused_and_a_copy_elsewhere_is_
     content = bytearray(weights.read_bytes())
     content[-40:] = bytes(40)
     weights.write_bytes(content)
-    with pytest.raises(InputError, match="was changed since the workspace was made"):
+    with refused(tmp_path / "model", "-w"):
         load_model(source)
     shutil.rmtree(tmp_path / "model")
-    with pytest.raises(InputError, match="is no longer there"):
+    with refused(tmp_path / "model", "-w"):
         load_model(source)
 
 
@@ -235,7 +228,7 @@ def test_a_lora_that_was_changed_is_refused(
     )
     assert source.loras[0].weight == 0.5
     (tmp_path / "style.safetensors").write_bytes(b"two")
-    with pytest.raises(InputError, match=r"the LoRA .* was changed or removed"):
+    with refused(tmp_path / "style.safetensors", "-w"):
         load_model(source)
 
 
@@ -302,10 +295,7 @@ def test_a_single_file_without_a_tokenizer_in_reach_says_where_it_would_come_fro
 ) -> None:
     path = tmp_path / "model.safetensors"
     shutil.copy(pipelines("sd") / "unet" / "diffusion_pytorch_model.safetensors", path)
-    with pytest.raises(
-        InputError,
-        match="holds no tokenizer, which is taken from stable-diffusion-v1-5/stable-diffusion-v1-5",
-    ):
+    with refused(path, "tokenizer", "stable-diffusion-v1-5/stable-diffusion-v1-5"):
         load_model(resolve_source(str(path))).null_conditions(1)
 
 
@@ -322,7 +312,7 @@ def test_a_pickle_that_is_more_than_tensors_is_refused_without_running_it(
     monkeypatch.chdir(tmp_path)
     with (tmp_path / "model.ckpt").open("wb") as stream:
         pickle.dump({"state_dict": Payload()}, stream)
-    with pytest.raises(InputError, match="cannot be read as tensors alone"):
+    with refused("model.ckpt", "weights_only"):
         load_model(resolve_source("model.ckpt"))
     assert not (tmp_path / "ran").exists()
 
@@ -331,5 +321,5 @@ def test_a_pickle_that_is_more_than_tensors_is_refused_without_running_it(
 def test_a_truncated_single_file_is_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"
     path.write_bytes(b"PK\x03\x04 and nothing else")
-    with pytest.raises(InputError, match=str(path)):
+    with refused(path):
         load_model(resolve_source(str(path)))

@@ -28,6 +28,7 @@ from tests.helpers import (
     numpy_product,
     numpy_site,
     of_sample,
+    refused,
     relative_error,
 )
 
@@ -115,7 +116,7 @@ def test_ones_along_the_tokens_of_a_product_take_any_number_of_tokens() -> None:
 
 
 def test_a_quantizer_called_outside_its_model_says_so() -> None:
-    with pytest.raises(RuntimeError, match="outside its QuantizedModel"):
+    with refused("QuantizedModel", error=RuntimeError):
         ActivationQuantizer(
             4, SCALE, ZERO_POINT, torch.ones(6), 1, BucketState(), Symmetry.ASYMMETRIC
         )(torch.zeros(4, 6))

@@ -11,9 +11,8 @@ import pytest
 
 from exporters.exactness import EXACT_ANYWHERE, kernel_needs
 from quest_deploy.backends import exactness
-from quest_deploy.errors import InputError
 from quest_deploy.serving.triton.models import lower_unet
-from tests.helpers import WITH_VNNI
+from tests.helpers import WITH_VNNI, refused
 from tests.quest_deploy.processors.packages import RefusedError, stand_in
 
 if TYPE_CHECKING:
@@ -65,5 +64,5 @@ def test_without_onnxruntime_a_package_is_refused_and_the_extra_named(
     exactness.measured.cache_clear()
     monkeypatch.setattr(exactness.metadata, "version", mock.Mock(side_effect=PackageNotFoundError))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(InputError, match="onnxruntime"):
+    with refused("onnxruntime"):
         lowered(ir.from_proto(mini_proto), tmp_path, "native")

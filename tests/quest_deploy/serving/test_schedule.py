@@ -10,11 +10,11 @@ import diffusers
 import pytest
 import torch
 
-from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.models.tiny import TinyModel
 from quest_deploy.serving.schedule import MAX_HISTORY, run_schedule, schedule_from_scheduler
+from tests.helpers import assert_holds, refused
 from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:
@@ -128,17 +128,17 @@ def test_a_table_gives_the_schedulers_samples_whatever_the_model_predicts(
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "facts"),
     [
-        (made("DDIMScheduler", clip_sample=True), "DDIMScheduler with clip_sample is not linear"),
+        (made("DDIMScheduler", clip_sample=True), "DDIMScheduler clip_sample"),
         (
             made("DDPMScheduler", clip_sample=False, thresholding=True),
-            "DDPMScheduler with thresholding is not linear",
+            "DDPMScheduler thresholding",
         ),
     ],
 )
-def test_what_no_table_holds_is_refused(make: Callable[[], Any], words: str) -> None:
-    with pytest.raises(InputError, match=words):
+def test_what_no_table_holds_is_refused(make: Callable[[], Any], facts: str) -> None:
+    with refused(*facts.split()):
         schedule_from_scheduler(make)
 
 
@@ -152,9 +152,7 @@ def test_a_scheduler_that_is_not_linear_is_found_out() -> None:
         scheduler.set_timesteps(4)
         return scheduler
 
-    with pytest.raises(
-        InputError, match="Squared is not linear: a table's samples differ from its own by"
-    ):
+    with refused("Squared"):
         schedule_from_scheduler(make)
 
 
@@ -183,20 +181,17 @@ def test_the_command_writes_the_models_table_into_the_workspace_or_where_it_is_t
         "-o",
         tmp_path / "new" / "lcm.json",
     )
-    assert (
-        ended.code,
-        "4 calls of the model, as LCMScheduler makes them, with fresh noise at each step"
-        in ended.out,
-    ) == (0, True)
+    assert ended.code == 0
+    assert_holds(ended.out, 4, "LCMScheduler", "noise")
     assert len(read_json(tmp_path / "new" / "lcm.json")["steps"]) == 4
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [(["--scheduler", "heun"], "unknown scheduler 'heun'"), (["--steps", "0"], "--steps")],
+    ("options", "fact"),
+    [(["--scheduler", "heun"], "'heun'"), (["--steps", "0"], "--steps")],
 )
 def test_a_schedule_that_cannot_be_is_refused(
-    mini_chain: Chain, options: list[str], words: str
+    mini_chain: Chain, options: list[str], fact: str
 ) -> None:
     ended = cli("schedule", "-w", mini_chain.root, *options)
-    assert (ended.code, words in ended.err) == (2, True)
+    assert (ended.code, fact in ended.err) == (2, True)

@@ -17,6 +17,7 @@ from quest_deploy.serving.client import request_image
 from quest_deploy.serving.triton.layout import MODELS
 from quest_deploy.serving.triton.pbtxt import pbtxt
 from quest_deploy.serving.triton.server import PackageServer, missing_server
+from tests.helpers import assert_holds
 from tests.pipelines import TOKENS
 from tests.quest_deploy.serving.local import LocalPipeline
 from tests.quest_deploy.support import cli
@@ -90,19 +91,19 @@ def test_half_precision_ends_round_what_the_models_are_given_and_give_and_nothin
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
+    ("request_", "facts"),
     [
-        ({"prompt": "red " * TOKENS}, f"prompt: expected at most {TOKENS} tokens"),
-        ({"prompt": "red", "height": 48}, "height: expected a multiple of 2 up to 32, found 48"),
+        ({"prompt": "red " * TOKENS}, f"prompt {TOKENS}"),
+        ({"prompt": "red", "height": 48}, "height 2 32 48"),
     ],
 )
 def test_an_over_long_prompt_or_a_large_image_is_refused(
-    server: PackageServer, request_: dict[str, Any], words: str
+    server: PackageServer, request_: dict[str, Any], facts: str
 ) -> None:
     with pytest.raises(grpc.InferenceServerException) as refused:
         draw(server, **request_)
     assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
-    assert words in refused.value.message()
+    assert_holds(refused.value.message(), *facts.split())
     assert draw(server, prompt="red", steps=1).shape == (16, 16, 3)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import quest_deploy as qd
 from quest_deploy.cli.main import app
+from tests.helpers import refused
 from tests.quest_deploy.support import fail_verification
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def test_functions_take_an_open_workspace_or_its_folder(workspace: Path) -> None
     opened = qd.Workspace.open(workspace)
     for place in (opened, workspace, str(workspace)):
         assert qd.verify(place, backend="onnxruntime")["passed"]
-    with pytest.raises(qd.InputError, match="w8a8"):
+    with refused("w8a8"):
         qd.verify(opened, bits="w8a8", backend="onnxruntime")
 
 

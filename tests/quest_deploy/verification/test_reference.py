@@ -20,7 +20,6 @@ from quest_deploy.artifacts.reference import (
     load_reference,
 )
 from quest_deploy.artifacts.scheme import Scheme
-from quest_deploy.errors import InputError
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.verification.reference import (
     highest_timestep,
@@ -28,7 +27,7 @@ from quest_deploy.verification.reference import (
     lowest_timestep,
     save_reference,
 )
-from tests.helpers import along, numpy_layer, of_sample, relative_error, site_codes
+from tests.helpers import along, numpy_layer, of_sample, refused, relative_error, site_codes
 from tests.quest_deploy.support import flip_byte, truncate
 
 if TYPE_CHECKING:
@@ -334,7 +333,7 @@ def test_a_damaged_reference_is_an_input_error(
     for path in mini_reference.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     damage(tmp_path)
-    with pytest.raises(InputError, match=str(tmp_path)):
+    with refused(tmp_path, "quest-deploy reference"):
         load_reference(tmp_path)
 
 
@@ -355,9 +354,7 @@ def test_a_size_that_the_model_cannot_take_or_that_was_not_recorded_is_refused(
     size: tuple[int, int],
 ) -> None:
     model = QuantizedModel.from_checkpoint(small_checkpoint).eval()
-    with pytest.raises(
-        InputError, match="--sample-size: expected multiples of 2 up to the recorded"
-    ):
+    with refused("--sample-size", 2, "{}x{}".format(*size)):
         save_reference(model, small_trajectories, tmp_path, sample_size=size)
 
 

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from exporters.graph_info import graph_info
 from exporters.passes.cut import upstream
 from quest_deploy.artifacts.reference import OUTPUT, load_reference
-from quest_deploy.errors import InputError
 from quest_deploy.verification.reference import save_reference
 from quest_deploy.verification.selection import (
     Structure,
@@ -20,6 +19,7 @@ from quest_deploy.verification.selection import (
     sample_of,
     structure,
 )
+from tests.helpers import refused
 
 if TYPE_CHECKING:
     import onnx
@@ -124,5 +124,5 @@ def test_a_size_that_no_site_fits_is_an_input_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("quest_deploy.verification.reference.MEGABYTE", 1)
-    with pytest.raises(InputError, match="no quantized tensor fits a record of 10 MB; allow more"):
+    with refused(10, "--megabytes"):
         save_reference(mini_quantized, mini_trajectories, tmp_path, megabytes=10)

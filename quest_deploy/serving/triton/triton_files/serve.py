@@ -164,7 +164,7 @@ def check_files() -> None:
             allowed = path.name == "config.pbtxt" or str(name) in listed
             if not allowed and (path.is_symlink() or not path.is_dir()):
                 sys.exit(
-                    f"error: {path} is none of the files that were packaged; remove it, or run "
+                    f"error: {path} is not a file of this package; remove it, or run "
                     "`quest-deploy package` again"
                 )
 

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, write_json
 from scripts.bench.methods.cells import Cell
 from scripts.bench.methods.results import cell_path, load_result, save_result
+from tests.helpers import refused
 from tests.quest_deploy.support import truncate
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def test_a_file_under_another_cells_name_is_refused(tmp_path: Path, result: Make
     save_result(tmp_path, CELL, result(CELL))
     other = Cell("quest", "w4a4", 1)
     cell_path(tmp_path, CELL).rename(cell_path(tmp_path, other))
-    with pytest.raises(InputError, match="not a readable comparison cell"):
+    with refused(cell_path(tmp_path, other)):
         load_result(tmp_path, other, result(other).definition)
 
 
@@ -62,5 +62,5 @@ def test_a_damaged_file_is_refused_with_what_to_do(
         write_json(path, {**value, "definition": {**value["definition"], "seed": 7}})
     else:
         write_json(path, [value])
-    with pytest.raises(InputError, match="delete it and run"):
+    with refused(path):
         load_result(tmp_path, CELL, saved.definition)

@@ -51,7 +51,7 @@ class InvalidRequestError(ValueError):
 
 
 class NotFiniteError(ArithmeticError):
-    """A model gave infinities or NaNs, of which no image can be made."""
+    """A model gave infinities or NaNs, which make no image."""
 
 
 @dataclass(frozen=True)
