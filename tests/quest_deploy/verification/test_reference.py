@@ -365,7 +365,7 @@ def test_an_edited_sensitivity_never_becomes_a_tolerance(
     index = json.loads((mini_reference / INDEX).read_text())
     index["records"][0]["sensitivity"][0] = sensitivity
     (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(InputError, match=INDEX):
+    with refused(tmp_path / INDEX):
         ReferenceIndex.read(tmp_path)
-    with pytest.raises(InputError, match="sensitivity"):
+    with refused("sensitivity.0"):
         RecordEntry("a", (1.0, 2.0), (0, 1), (sensitivity, 0.1), None, (), ())
