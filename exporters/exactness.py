@@ -133,7 +133,7 @@ class IntegerProduct:
 
 def integer_products(model: ir.Model) -> list[IntegerProduct]:
     """All of them in a graph whose quantizers have been expanded, in the graph's order."""
-    bits = {site.codes: site.bits for site in graph_info(model).sites.values()}
+    bits = {quantizer.codes: quantizer.bits for quantizer in graph_info(model).quantizers.values()}
     return [found for node in model.graph if (found := _integer_product(node, bits)) is not None]
 
 

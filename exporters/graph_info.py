@@ -1,5 +1,5 @@
-"""What a graph says about itself: its scheme, its checkpoint, and where in it each layer and site
-is found.
+"""What a graph says about itself: its scheme, its checkpoint, and where in it each layer and
+quantizer is found.
 
 The portable graph carries these as metadata; lowerings keep values' names, so that verification can
 cut a layer out of what was built.
@@ -22,8 +22,8 @@ from quest_deploy.errors import InputError
 
 T = TypeVar("T")
 LAYERS_KEY = "quest.layers"
-PRODUCTS_KEY = "quest.products"
-SITES_KEY = "quest.sites"
+MATMULS_KEY = "quest.products"
+QUANTIZERS_KEY = "quest.sites"
 SCHEME_KEY = "quest.scheme"
 CHECKPOINT_KEY = "quest.checkpoint_sha256"
 SAMPLE_SHAPE_KEY = "quest.sample_shape"
@@ -48,13 +48,13 @@ class LayerInfo:
     weight: str
 
 
-@validated("a site of the graph")
+@validated("a quantizer of the graph")
 @dataclass(frozen=True)
-class SiteInfo:
-    """A site in the graph: ``input`` and ``codes`` name its float value and its codes.
+class QuantizerInfo:
+    """A quantizer in the graph: ``input`` and ``codes`` name its float value and its codes.
 
-    Codes are int8, or float32 where ``integer`` is false: such a site and its readers compute in
-    float. Lowered for a CPU, codes may be uint8, 128 above the int8 code.
+    Codes are int8, or float32 where ``integer`` is false: such a quantizer and its readers compute
+    in float. Lowered for a CPU, codes may be uint8, 128 above the int8 code.
     """
 
     name: str
@@ -67,9 +67,9 @@ class SiteInfo:
 
 @validated("a product of the graph")
 @dataclass(frozen=True)
-class ProductInfo:
-    """A product of two activations: for each operand its site, None where it is float, and the name
-    of its float value.
+class AttentionMatmulInfo:
+    """A product of two activations: for each operand its quantizer, None where it is float, and the
+    name of its float value.
     """
 
     name: str
@@ -81,7 +81,7 @@ class ProductInfo:
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """All of it, layers, products and sites in execution order, by name.
+    """All of it, layers, products and quantizers in execution order, by name.
 
     Attributes:
         sample_shape: the shape of one sample, without the batch, that the model is meant for; its
@@ -94,17 +94,22 @@ class GraphInfo:
     sample_shape: tuple[int, ...]
     sample_multiple: int
     layers: dict[str, LayerInfo]
-    products: dict[str, ProductInfo]
-    sites: dict[str, SiteInfo]
+    matmuls: dict[str, AttentionMatmulInfo]
+    quantizers: dict[str, QuantizerInfo]
 
 
 def describe(
-    model: ir.Model, layers: list[LayerInfo], products: list[ProductInfo], sites: list[SiteInfo]
+    model: ir.Model,
+    layers: list[LayerInfo],
+    products: list[AttentionMatmulInfo],
+    quantizers: list[QuantizerInfo],
 ) -> None:
-    """Write where layers, products and sites are into the graph's metadata."""
-    model.metadata_props[PRODUCTS_KEY] = json.dumps([asdict(product) for product in products])
+    """Write where layers, products and quantizers are into the graph's metadata."""
+    model.metadata_props[MATMULS_KEY] = json.dumps([asdict(product) for product in products])
     model.metadata_props[LAYERS_KEY] = json.dumps([asdict(layer) for layer in layers])
-    model.metadata_props[SITES_KEY] = json.dumps([asdict(site) for site in sites])
+    model.metadata_props[QUANTIZERS_KEY] = json.dumps(
+        [asdict(quantizer) for quantizer in quantizers]
+    )
 
 
 def graph_info(model: ir.Model) -> GraphInfo:
@@ -117,8 +122,8 @@ def graph_info(model: ir.Model) -> GraphInfo:
             sample_shape=sample_shape(model),
             sample_multiple=sample_multiple(model),
             layers={x.name: x for x in _entries(list[LayerInfo], props, LAYERS_KEY)},
-            products={x.name: x for x in _entries(list[ProductInfo], props, PRODUCTS_KEY)},
-            sites={x.name: x for x in _entries(list[SiteInfo], props, SITES_KEY)},
+            matmuls={x.name: x for x in _entries(list[AttentionMatmulInfo], props, MATMULS_KEY)},
+            quantizers={x.name: x for x in _entries(list[QuantizerInfo], props, QUANTIZERS_KEY)},
         )
     except (KeyError, TypeError, json.JSONDecodeError) as e:
         raise InputError(
@@ -133,8 +138,8 @@ def sample_shape(model: ir.Model) -> tuple[int, ...]:
 
 
 def sample_multiple(model: ir.Model) -> int:
-    """What heights and widths of samples must be multiples of, from the metadata; raise KeyError
-    where it is not there.
+    """Return what heights and widths of samples must be multiples of, from the metadata; raise
+    KeyError where it is not there.
     """
     return int(json.loads(model.metadata_props[SAMPLE_MULTIPLE_KEY]))
 

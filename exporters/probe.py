@@ -22,18 +22,18 @@ from exporters.graph_info import CHECKPOINT_KEY, SAMPLE_MULTIPLE_KEY, SAMPLE_SHA
 from exporters.ops import timestep_quantize
 from exporters.passes.insert_quantized_layers import (
     LAYER_PLACEHOLDER,
+    MATMUL_PLACEHOLDER,
     PLACEHOLDER_DOMAIN,
-    PRODUCT_PLACEHOLDER,
     InsertQuantizedLayers,
 )
 from quest_deploy.artifacts.checkpoint import (
+    ActivationQuantizerData,
     Architecture,
+    AttentionMatmulData,
     Checkpoint,
     ConvGeometry,
-    FreeSiteData,
     LayerData,
-    ProductData,
-    SiteData,
+    QuantizerData,
 )
 from quest_deploy.artifacts.scheme import Scheme, Symmetry
 
@@ -119,8 +119,8 @@ def make_probe(magnitude: int) -> Probe:
     """
     rng = np.random.default_rng(magnitude)
     layers: dict[str, LayerData] = {}
-    products: dict[str, ProductData] = {}
-    sites: dict[str, SiteData | FreeSiteData] = {}
+    products: dict[str, AttentionMatmulData] = {}
+    quantizers: dict[str, QuantizerData] = {}
     feeds: dict[str, Floats] = {"timestep": np.zeros(BATCH, np.float32)}
     exact: dict[str, Floats] = {}
     skeleton = _Skeleton()
@@ -129,13 +129,13 @@ def make_probe(magnitude: int) -> Probe:
         x = rng.choice(np.asarray([low, high]), (BATCH, *case.shape))
         x[0] = high
         first = _site(f"{case.name}.activation", case, case.shape, low, high)
-        sites[first.name] = first
+        quantizers[first.name] = first
         if case.kind == ATTENTION:
             y = rng.choice(np.asarray([-magnitude, magnitude]), (BATCH, *SECOND))
             y[0] = magnitude
             second = _site(f"{case.name}.second", case, SECOND, -127, 127)
-            sites[second.name] = second
-            products[case.name] = ProductData(case.name, (first.name, second.name), 1)
+            quantizers[second.name] = second
+            products[case.name] = AttentionMatmulData(case.name, (first.name, second.name), 1)
             exact[case.name] = (x @ (y if case.of_values else y.swapaxes(2, 3))).astype(np.float32)
             # As heads lie in a model: [B, N, heads, d], transposed before they are quantized.
             feeds |= {
@@ -153,7 +153,7 @@ def make_probe(magnitude: int) -> Probe:
         Architecture("", {}, {}, None),
         Scheme.parse("w8a8", buckets=1),
         layers,
-        sites,
+        quantizers,
         {},
         {},
         products,
@@ -165,7 +165,9 @@ def _float(x: NDArray[Any]) -> Floats:
     return np.ascontiguousarray(x, np.float32)
 
 
-def _site(name: str, case: Case, shape: tuple[int, ...], low: int, high: int) -> SiteData:
+def _site(
+    name: str, case: Case, shape: tuple[int, ...], low: int, high: int
+) -> ActivationQuantizerData:
     symmetry = Symmetry.UNSIGNED if low == 0 else Symmetry.SYMMETRIC
     of_conv = case.kind in (CONV, GROUPED_CONV)
     axis, channels = (1, shape[0]) if of_conv else (len(shape), shape[-1])
@@ -173,7 +175,7 @@ def _site(name: str, case: Case, shape: tuple[int, ...], low: int, high: int) ->
         np.ones(1, np.float32),
         (np.full(1, low, np.float32), np.full(1, high, np.float32)),
     )
-    return SiteData(
+    return ActivationQuantizerData(
         name, 8, symmetry, axis, (case.name,), one, *bounds, np.ones(channels, np.float32)
     )
 
@@ -227,7 +229,7 @@ class _Skeleton:
                 x = self._transpose(x, f"{case.name}.heads", [0, 2, 1, 3])
                 y = self._transpose(y, f"{case.name}.keys_transposed", [0, 2, 3, 1])
             shape = [HEADS, TOKENS, HEAD if case.of_values else TOKENS]
-            result = self._placeholder(PRODUCT_PLACEHOLDER, case, [x, y], shape)
+            result = self._placeholder(MATMUL_PLACEHOLDER, case, [x, y], shape)
         else:
             x = self._input(f"{case.name}.x", case.shape)
             shape = (

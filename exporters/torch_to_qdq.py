@@ -29,8 +29,8 @@ from exporters.passes.constant_reshapes import ConstantReshapes
 from exporters.passes.forward_slices import ForwardSlices
 from exporters.passes.insert_quantized_layers import (
     LAYER_PLACEHOLDER,
+    MATMUL_PLACEHOLDER,
     PLACEHOLDER_DOMAIN,
-    PRODUCT_PLACEHOLDER,
     InsertQuantizedLayers,
 )
 from quest_deploy.quantization.model import build_float_model, downsampling, set_submodule
@@ -252,9 +252,9 @@ class _Skeleton(nn.Module):
         for layer in checkpoint.layers.values():
             parent, _, child = layer.name.rpartition(".")
             setattr(model.get_submodule(parent), child, _Placeholder(layer))
-        for name in checkpoint.products:
+        for name in checkpoint.matmuls:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _ProductPlaceholder(name))
+            setattr(model.get_submodule(parent), child, _MatmulPlaceholder(name))
         floats = {key: torch.tensor(value) for key, value in checkpoint.floats.items()}
         model.load_state_dict(floats, strict=True, assign=True)
         for name, module in list(model.named_modules()):
@@ -335,13 +335,13 @@ class _OnnxNorm(nn.Module):
         return result
 
 
-class _ProductPlaceholder(nn.Module):
+class _MatmulPlaceholder(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        op, shape = f"{PLACEHOLDER_DOMAIN}::{PRODUCT_PLACEHOLDER}", [*a.shape[:-1], b.shape[-1]]
+        op, shape = f"{PLACEHOLDER_DOMAIN}::{MATMUL_PLACEHOLDER}", [*a.shape[:-1], b.shape[-1]]
         result: Tensor = torch.onnx.ops.symbolic(
             op, (a, b), {"layer": self.name}, dtype=a.dtype, shape=shape, version=1
         )

@@ -27,7 +27,7 @@ def no_progress(phase: str, done: int, total: int, detail: str = "", /) -> None:
 
 
 def named(progress: Progress, name: str) -> Progress:
-    """What calls every phase ``name``."""
+    """Return what calls every phase ``name``."""
 
     def renamed(phase: str, done: int, total: int, detail: str = "", /) -> None:
         progress(name, done, total, detail)

@@ -23,14 +23,15 @@ from exporters.ops import timestep_quantize
 from exporters.passes.dequantize_casts import DequantizeCasts
 from exporters.passes.insert_quantized_layers import InsertQuantizedLayers
 from quest_deploy.artifacts.checkpoint import (
+    ActivationQuantizerData,
     Architecture,
+    AttentionMatmulData,
     Checkpoint,
     ConvGeometry,
-    FreeSiteData,
     LayerData,
-    ProductData,
+    PerChannelQuantizerData,
+    QuantizerData,
     ScoreScale,
-    SiteData,
 )
 from quest_deploy.artifacts.scheme import Scheme, Symmetry
 from quest_deploy.errors import InputError
@@ -105,20 +106,26 @@ def numpy_codes(
     return (codes if offset is None else codes + of_sample(offset, bucket, x.ndim)).astype(np.int8)
 
 
-def site_codes(site: SiteData, x: Array, bucket: Array) -> Array:
-    """:func:`numpy_codes` with a site's tables, its offset left out."""
-    return numpy_codes(x, bucket, site.scale, site.low, site.high, site.channel, site.axis)
+def quantizer_codes(quantizer: ActivationQuantizerData, x: Array, bucket: Array) -> Array:
+    """:func:`numpy_codes` with a quantizer's tables, its offset left out."""
+    return numpy_codes(
+        x, bucket, quantizer.scale, quantizer.low, quantizer.high, quantizer.channel, quantizer.axis
+    )
 
 
-def numpy_free_codes(site: FreeSiteData, x: Array, bucket: Array) -> Array:
-    """A free site's codes without their zero-points, float32, in the published order of float32
-    operations.
+def numpy_per_channel_codes(quantizer: PerChannelQuantizerData, x: Array, bucket: Array) -> Array:
+    """A per-channel quantizer's codes without their zero-points, float32, in the published order of
+    float32 operations.
     """
     scale, zero_point = (
-        of_channel(table, bucket, site.axis, x.ndim) for table in (site.scale, site.zero_point)
+        of_channel(table, bucket, quantizer.axis, x.ndim)
+        for table in (quantizer.scale, quantizer.zero_point)
     )
     raised = np.rint(x.astype(np.float32) / scale) + zero_point
-    return np.clip(raised, np.float32(site.code_low), np.float32(site.code_high)) - zero_point
+    return (
+        np.clip(raised, np.float32(quantizer.code_low), np.float32(quantizer.code_high))
+        - zero_point
+    )
 
 
 def of_channel(table: Array, bucket: Array, axis: int, rank: int) -> Array:
@@ -130,25 +137,29 @@ def of_channel(table: Array, bucket: Array, axis: int, rank: int) -> Array:
     return table[bucket].reshape(shape)
 
 
-def numpy_site(site: SiteData | FreeSiteData, x: Array, bucket: Array) -> Array:
-    """The quantized tensor that the site's readers get, float64: scale * code, the code wide enough
-    for any range.
+def numpy_quantizer(quantizer: QuantizerData, x: Array, bucket: Array) -> Array:
+    """The quantized tensor that the quantizer's readers get, float64: scale * code, the code wide
+    enough for any range.
     """
-    if isinstance(site, FreeSiteData):
-        scale = of_channel(site.scale, bucket, site.axis, x.ndim)
-        return (numpy_free_codes(site, x, bucket) * scale).astype(np.float64)
-    step = of_sample(site.scale, bucket, x.ndim) * along(site.channel, site.axis, x.ndim)
-    low, high = (of_sample(table, bucket, x.ndim) for table in (site.low, site.high))
+    if isinstance(quantizer, PerChannelQuantizerData):
+        scale = of_channel(quantizer.scale, bucket, quantizer.axis, x.ndim)
+        return (numpy_per_channel_codes(quantizer, x, bucket) * scale).astype(np.float64)
+    step = of_sample(quantizer.scale, bucket, x.ndim) * along(
+        quantizer.channel, quantizer.axis, x.ndim
+    )
+    low, high = (of_sample(table, bucket, x.ndim) for table in (quantizer.low, quantizer.high))
     codes = np.clip(np.rint(x.astype(np.float32) / step), low, high)
-    return codes.astype(np.float64) * of_sample(site.scale, bucket, x.ndim)
+    return codes.astype(np.float64) * of_sample(quantizer.scale, bucket, x.ndim)
 
 
-def numpy_product(checkpoint: Checkpoint, name: str, a: Array, b: Array, bucket: Array) -> Array:
+def numpy_matmul(checkpoint: Checkpoint, name: str, a: Array, b: Array, bucket: Array) -> Array:
     """A product of two activations in float64."""
-    sites = checkpoint.products[name].sites
+    quantizers = checkpoint.matmuls[name].sites
     left, right = (
-        x.astype(np.float64) if site is None else numpy_site(checkpoint.sites[site], x, bucket)
-        for site, x in zip(sites, (a, b), strict=True)
+        x.astype(np.float64)
+        if quantizer is None
+        else numpy_quantizer(checkpoint.quantizers[quantizer], x, bucket)
+        for quantizer, x in zip(quantizers, (a, b), strict=True)
     )
     return left @ right
 
@@ -158,7 +169,7 @@ def numpy_layer(checkpoint: Checkpoint, name: str, x: Array, bucket: Array) -> A
     + bias.
     """
     layer = checkpoint.layers[name]
-    product = float_layer(layer, numpy_site(checkpoint.site_of(name), x, bucket))
+    product = float_layer(layer, numpy_quantizer(checkpoint.quantizer_of(name), x, bucket))
     bias = (
         0.0
         if layer.bias is None
@@ -289,7 +300,7 @@ hand (float[batch,2,6,6] sample, float[batch] timestep, float[batch,3,5] tokens)
 }
 """
 """A skeleton of :func:`hand_checkpoint`'s layers: a grouped 4-bit Conv, an 8-bit Conv without bias,
-two Linears that share a site.
+two Linears that share a quantizer.
 """
 
 
@@ -313,13 +324,15 @@ def hand_checkpoint(buckets: int = 2) -> Checkpoint:
             10,
         )
 
-    def site(name: str, bits: int, axis: int, channels: int, layers: tuple[str, ...]) -> SiteData:
+    def quantizer(
+        name: str, bits: int, axis: int, channels: int, layers: tuple[str, ...]
+    ) -> ActivationQuantizerData:
         low = np.full(buckets, -127) if bits == 8 else -rng.integers(0, 16, buckets)
         high = low + (254 if bits == 8 else 15)
         scale = rng.uniform(0.02 if bits == 8 else 0.1, 0.4, buckets).astype(np.float32)
         channel = rng.uniform(0.5, 2.0, channels).astype(np.float32)
         symmetry = Symmetry.SYMMETRIC if bits == 8 else Symmetry.ASYMMETRIC
-        return SiteData(
+        return ActivationQuantizerData(
             name,
             bits,
             symmetry,
@@ -337,17 +350,17 @@ def hand_checkpoint(buckets: int = 2) -> Checkpoint:
         layer("to_q", 4, (7, 5), None, bias=True),
         layer("to_k", 8, (6, 5), None, bias=False),
     ]
-    sites = [
-        site("conv", 4, 1, 2, ("conv",)),
-        site("last", 8, 1, 4, ("last",)),
-        site("to_q", 4, 2, 5, ("to_q", "to_k")),
+    quantizers = [
+        quantizer("conv", 4, 1, 2, ("conv",)),
+        quantizer("last", 8, 1, 4, ("last",)),
+        quantizer("to_q", 4, 2, 5, ("to_q", "to_k")),
     ]
     return Checkpoint(
         model="hand",
         architecture=Architecture("UNet2DModel", {"sample_size": 6}, {}, None),
         scheme=Scheme.parse("w4a4", buckets=buckets),
         layers={x.name: x for x in layers},
-        sites={x.name: x for x in sites},
+        quantizers={x.name: x for x in quantizers},
         floats={"norm.weight": rng.standard_normal(3).astype(np.float32)},
         provenance={"method": "by hand"},
     )
@@ -436,9 +449,9 @@ def kinds_checkpoint(buckets: int = 2) -> Checkpoint:
         zero_point[:2] = 0, 2**bits - 1
         return LayerData(name, bits, codes, scale, bias, conv, 10, zero_point)
 
-    def site(
+    def quantizer(
         name: str, bits: int, symmetry: Symmetry, axis: int, channels: int, reader: str
-    ) -> SiteData:
+    ) -> ActivationQuantizerData:
         low = (
             np.zeros(buckets)
             if symmetry is Symmetry.UNSIGNED
@@ -455,7 +468,7 @@ def kinds_checkpoint(buckets: int = 2) -> Checkpoint:
             rng.uniform(0.5, 2.0, channels) if "." not in name else np.ones(channels)
         )  # attention's operands have none
         bounds = (low.astype(np.float32), (low + 2**bits - 1).astype(np.float32))
-        return SiteData(
+        return ActivationQuantizerData(
             name,
             bits,
             symmetry,
@@ -466,14 +479,14 @@ def kinds_checkpoint(buckets: int = 2) -> Checkpoint:
             channel.astype(np.float32),
         )
 
-    def free(
+    def per_channel(
         name: str, bits: int, axis: int, channels: int, code_range: tuple[int, int]
-    ) -> FreeSiteData:
+    ) -> PerChannelQuantizerData:
         scale = rng.uniform(0.1, 0.5, (buckets, channels)) * rng.choice(
             [-1, 1], (buckets, channels)
         )
         zero_point = rng.integers(-3, 20, (buckets, channels)).astype(np.float32)
-        return FreeSiteData(
+        return PerChannelQuantizerData(
             name, bits, axis, (name,), scale.astype(np.float32), zero_point, *code_range
         )
 
@@ -487,22 +500,22 @@ def kinds_checkpoint(buckets: int = 2) -> Checkpoint:
         layer("by_token", 4, (4, 5), None, asymmetric=True),
     ]
     asymmetric, unsigned = Symmetry.ASYMMETRIC, Symmetry.UNSIGNED
-    sites = [
-        site("padded", 8, asymmetric, 1, 2, "padded"),
-        free("free_conv", 4, 1, 4, (0, 15)),
-        site("plain", 8, asymmetric, 2, 5, "plain"),
-        free("by_channel", 8, 2, 5, (-127, 127)),
-        free("by_token", 8, 1, 3, (0, 255)),
-        site("attn.q", 4, asymmetric, 3, 4, "attn.scores"),
-        site("attn.k", 4, asymmetric, 3, 3, "attn.scores"),
-        site("attn.softmax", 8, unsigned, 3, 3, "attn.mix"),
-        site("attn.v", 8, asymmetric, 3, 4, "attn.mix"),
-        site("half.v", 8, asymmetric, 3, 4, "half.mix"),
+    quantizers = [
+        quantizer("padded", 8, asymmetric, 1, 2, "padded"),
+        per_channel("free_conv", 4, 1, 4, (0, 15)),
+        quantizer("plain", 8, asymmetric, 2, 5, "plain"),
+        per_channel("by_channel", 8, 2, 5, (-127, 127)),
+        per_channel("by_token", 8, 1, 3, (0, 255)),
+        quantizer("attn.q", 4, asymmetric, 3, 4, "attn.scores"),
+        quantizer("attn.k", 4, asymmetric, 3, 3, "attn.scores"),
+        quantizer("attn.softmax", 8, unsigned, 3, 3, "attn.mix"),
+        quantizer("attn.v", 8, asymmetric, 3, 4, "attn.mix"),
+        quantizer("half.v", 8, asymmetric, 3, 4, "half.mix"),
     ]
     products = [
-        ProductData("attn.scores", ("attn.q", "attn.k"), 36),
-        ProductData("attn.mix", ("attn.softmax", "attn.v"), 36),
-        ProductData("half.mix", (None, "half.v"), 36),
+        AttentionMatmulData("attn.scores", ("attn.q", "attn.k"), 36),
+        AttentionMatmulData("attn.mix", ("attn.softmax", "attn.v"), 36),
+        AttentionMatmulData("half.mix", (None, "half.v"), 36),
     ]
     return Checkpoint(
         model="kinds",
@@ -513,10 +526,10 @@ def kinds_checkpoint(buckets: int = 2) -> Checkpoint:
             "w4a4", buckets=buckets, attention_bits=4, softmax_bits=8, split_shortcuts=True
         ),
         layers={x.name: x for x in layers},
-        sites={x.name: x for x in sites},
+        quantizers={x.name: x for x in quantizers},
         floats={"norm.weight": rng.standard_normal(3).astype(np.float32)},
         provenance={"method": "by hand"},
-        products={x.name: x for x in products},
+        matmuls={x.name: x for x in products},
     )
 
 
@@ -557,9 +570,9 @@ def kinds_expected(checkpoint: Checkpoint, feeds: Feeds) -> dict[str, Array]:
         "inner": inner,
         "image": numpy_layer(checkpoint, "free_conv", inner, bucket),
         **linears,
-        "scores": numpy_product(checkpoint, "attn.scores", feeds["q"], feeds["kt"], bucket),
-        "mixed": numpy_product(checkpoint, "attn.mix", feeds["weights"], feeds["v"], bucket),
-        "half": numpy_product(checkpoint, "half.mix", feeds["weights"], feeds["v"], bucket),
+        "scores": numpy_matmul(checkpoint, "attn.scores", feeds["q"], feeds["kt"], bucket),
+        "mixed": numpy_matmul(checkpoint, "attn.mix", feeds["weights"], feeds["v"], bucket),
+        "half": numpy_matmul(checkpoint, "half.mix", feeds["weights"], feeds["v"], bucket),
     }
 
 

@@ -28,8 +28,8 @@ def lower(
 
     Args:
         frozen_bucket: makes its scales static (see FreezeBucket).
-        dtype: precision of the non-quantized ops (see ToHalf); a half type is for GPUs, which need
-            none of the CPU's own forms.
+        dtype: precision of the non-quantized ops (see ToLowPrecision); a low-precision type is for
+            GPUs, which need none of the CPU's own forms.
         exactness: what the runtime's integer kernels compute exactly (see AvoidSaturation).
     """
     DequantizeCasts()(model)

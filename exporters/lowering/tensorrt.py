@@ -31,7 +31,7 @@ def lower(
 
     Args:
         frozen_bucket: makes its scales static (see FreezeBucket).
-        dtype: precision of the non-quantized ops (see ToHalf).
+        dtype: precision of the non-quantized ops (see ToLowPrecision).
         quantize: ``native`` expands the op into TensorRT's own layers; ``plugin`` keeps it for the
             plugin of trt_plugins/, which TensorRT proper alone takes. With a frozen bucket it is
             always native: the static-scale graph has no bucket to pick.

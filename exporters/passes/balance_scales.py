@@ -2,8 +2,9 @@
 are far above its largest number.
 
 Needs: the portable graph: ``quest::TimestepQuantize`` with its tables as initializers,
-DequantizeLinear of its codes with scale 1, and each Gather from a site's scales read as a factor of
-what its readers compute. Guarantees: such a DequantizeLinear carries a power of two near the site's
+DequantizeLinear of its codes with scale 1, and each Gather from a quantizer's scales read as a
+factor of what its readers compute. Guarantees: such a DequantizeLinear carries a power of two near
+the quantizer's
 median scale, and the factor is the quotient:
 
     y = scale[bucket] * Conv(DQ(codes; 1), w)    becomes    y = (scale / p)[bucket] * Conv(DQ(codes;
@@ -12,8 +13,8 @@ median scale, and the factor is the quotient:
 1. A power of two changes no bit in floating point, but at the ends of its range: the results are
    the same.
 2. ``p`` lies where FP16 is exact: p >= 2^-14, its smallest normal number, and 127 p <= 65504.
-3. A site whose codes carry an offset is left alone: what is subtracted for the offset goes with the
-   unit scale.
+3. A quantizer whose codes carry an offset is left alone: what is subtracted for the offset goes
+   with the unit scale.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import onnx_ir as ir
 
 from exporters.editor import Editor, array_of
 from exporters.ops import timestep_quantize
-from exporters.passes.contract import guarantee, need_tables, quantizers
+from exporters.passes.contract import guarantee, need_tables, quantizer_nodes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,7 +39,7 @@ class BalanceScales(ir.passes.InPlacePass):
     """See the module's docstring."""
 
     def requires(self, model: ir.Model) -> None:
-        need_tables(quantizers(model))
+        need_tables(quantizer_nodes(model))
 
     def ensures(self, model: ir.Model) -> None:
         for codes, scale in _balanced(model).items():
@@ -59,7 +60,7 @@ class BalanceScales(ir.passes.InPlacePass):
 def _balanced(model: ir.Model) -> dict[ir.Value, ir.Value]:
     """The codes of the quantizers without an offset, each with its scales."""
     found = {}
-    for node in quantizers(model):
+    for node in quantizer_nodes(model):
         operands = dict(zip(timestep_quantize.INPUTS, node.inputs, strict=True))
         scale, offset = operands["scale"], operands["offset"]
         assert scale is not None

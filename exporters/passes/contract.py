@@ -8,7 +8,7 @@ import json
 
 import onnx_ir as ir
 
-from exporters.graph_info import BUCKET, SITES_KEY
+from exporters.graph_info import BUCKET, QUANTIZERS_KEY
 from exporters.ops import timestep_quantize
 
 PLUGIN_NAMESPACE = "plugin_namespace"
@@ -26,7 +26,7 @@ def guarantee(holds: bool, otherwise: str) -> None:
         raise ir.passes.PostconditionError(otherwise)
 
 
-def quantizers(model: ir.Model) -> list[ir.Node]:
+def quantizer_nodes(model: ir.Model) -> list[ir.Node]:
     """The nodes ``quest::TimestepQuantize``."""
     ours = (timestep_quantize.DOMAIN, timestep_quantize.OP_TYPE)
     return [node for node in model.graph if (node.domain, node.op_type) == ours]
@@ -53,7 +53,7 @@ def need_tables(nodes: list[ir.Node]) -> None:
 
 def need_expanded(model: ir.Model) -> None:
     """Quantizers are expanded, but for those that are kept for the plugin."""
-    left = [str(node.name) for node in quantizers(model) if not is_kept(node)]
+    left = [str(node.name) for node in quantizer_nodes(model) if not is_kept(node)]
     need(not left, f"expand the quantizers first: {', '.join(left[:3])}")
 
 
@@ -65,8 +65,8 @@ def need_bucket(model: ir.Model) -> None:
 
 
 def guarantee_codes(model: ir.Model) -> None:
-    """The codes of every site that the metadata names are in the graph, under their name."""
+    """The codes of every quantizer that the metadata names are in the graph, under their name."""
     names = {value.name for node in model.graph for value in node.outputs}
-    sites = json.loads(model.metadata_props.get(SITES_KEY, "[]"))
-    lost = [site["name"] for site in sites if site["codes"] not in names]
+    quantizers = json.loads(model.metadata_props.get(QUANTIZERS_KEY, "[]"))
+    lost = [quantizer["name"] for quantizer in quantizers if quantizer["codes"] not in names]
     guarantee(not lost, f"the codes of {', '.join(lost[:3])} are gone")

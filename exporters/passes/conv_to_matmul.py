@@ -127,7 +127,7 @@ def _tap(
     strides: Sequence[int],
     dilations: Sequence[int],
 ) -> ir.Value:
-    """What one element of the kernel is multiplied with, for any height and width."""
+    """Return what one element of the kernel is multiplied with, for any height and width."""
     starts = [t * d for t, d in zip(tap, dilations, strict=True)]
     behind = [(k - 1 - t) * d for t, k, d in zip(tap, kernel, dilations, strict=True)]
     ends = [-b if b else np.iinfo(np.int64).max for b in behind]

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from exporters.editor import Editor
 from exporters.graph_info import BUCKET
-from exporters.passes.to_dtype import HALF_TYPES
+from exporters.passes.to_dtype import LOW_PRECISION_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,22 +20,24 @@ if TYPE_CHECKING:
     from exporters.graph_info import GraphInfo
 
 
-def cut_codes(model: ir.Model, info: GraphInfo, site: str) -> ir.Model:
-    """A site's quantizer alone: (x, bucket) -> int8 codes."""
-    return _cut(model, [info.sites[site].input, BUCKET], [info.sites[site].codes])
+def cut_codes(model: ir.Model, info: GraphInfo, quantizer: str) -> ir.Model:
+    """A quantizer alone: (x, bucket) -> int8 codes."""
+    return _cut(
+        model, [info.quantizers[quantizer].input, BUCKET], [info.quantizers[quantizer].codes]
+    )
 
 
 def cut_layer(model: ir.Model, info: GraphInfo, layer: str) -> ir.Model:
-    """A layer with its site's quantizer: (x, bucket) -> y, the float output after scale and
+    """A layer with its quantizer: (x, bucket) -> y, the float output after scale and
     bias.
     """
     entry = info.layers[layer]
-    return _cut(model, [info.sites[entry.site].input, BUCKET], [entry.output])
+    return _cut(model, [info.quantizers[entry.site].input, BUCKET], [entry.output])
 
 
-def cut_product(model: ir.Model, info: GraphInfo, product: str) -> ir.Model:
+def cut_matmul(model: ir.Model, info: GraphInfo, product: str) -> ir.Model:
     """A product with its operands' quantizers: (a, b, bucket) -> y, the float output."""
-    entry = info.products[product]
+    entry = info.matmuls[product]
     return _cut(model, [*entry.inputs, BUCKET], [entry.output])
 
 
@@ -43,7 +45,7 @@ def segment_starts(model: ir.Model, info: GraphInfo) -> list[str]:
     """The values that segments begin at: the model's inputs, and what layers and products give."""
     return [
         *(str(value.name) for value in model.graph.inputs),
-        *(entry.output for entry in (info.layers | info.products).values()),
+        *(entry.output for entry in (info.layers | info.matmuls).values()),
     ]
 
 
@@ -76,19 +78,19 @@ def upstream(model: ir.Model, info: GraphInfo, wanted: Iterable[str]) -> dict[st
 
 
 def cut_segments(model: ir.Model, info: GraphInfo, wanted: Iterable[str] | None = None) -> ir.Model:
-    """What layers and products leave: (the model's inputs, their outputs) -> sites' inputs,
-    products' operands, the model's outputs.
+    """Return what layers and products leave: (the model's inputs, their outputs) -> quantizers'
+    inputs, products' operands, the model's outputs.
 
-    A value that is both, as a site that reads the model's input itself, is left out: nothing is
-    computed between.
+    A value that is both, as a quantizer that reads the model's input itself, is left out: nothing
+    is computed between.
 
     Args:
         wanted: those of the values where segments end; all if None.
     """
     given = segment_starts(model, info)
     if wanted is None:
-        wanted = [site.input for site in info.sites.values()]
-        wanted += [name for product in info.products.values() for name in product.inputs]
+        wanted = [quantizer.input for quantizer in info.quantizers.values()]
+        wanted += [name for product in info.matmuls.values() for name in product.inputs]
         wanted += [str(value.name) for value in model.graph.outputs]
     cut = _cut(model, given, [name for name in dict.fromkeys(wanted) if name not in given])
     for value in list(cut.graph.inputs):
@@ -116,7 +118,7 @@ def _cut(model: ir.Model, inputs: list[str], outputs: list[str]) -> ir.Model:
 
 
 def _make_edges_float(graph: ir.Graph) -> None:
-    editor, halves = Editor(graph), tuple(HALF_TYPES.values())
+    editor, halves = Editor(graph), tuple(LOW_PRECISION_TYPES.values())
     for i, inner in enumerate(graph.inputs):
         if inner.dtype in halves:
             outer = ir.Value(

@@ -64,13 +64,13 @@ class DequantizeCasts(ir.passes.InPlacePass):
 
 
 def _casts(model: ir.Model) -> list[ir.Node]:
-    """The casts of sites' codes to float."""
+    """The casts of quantizers' codes to float."""
     values = ir.convenience.create_value_mapping(model.graph)
     return [
         node
-        for site in graph_info(model).sites.values()
-        if site.integer
-        for node in values[site.codes].consumers()
+        for quantizer in graph_info(model).quantizers.values()
+        if quantizer.integer
+        for node in values[quantizer.codes].consumers()
         if node.op_type == "Cast"
     ]
 

@@ -3,12 +3,12 @@ without our plugin.
 
 Needs: every x has a known rank; tables are initializers.
 Guarantees: no node and no function of the ``quest`` domain, but for quantizers kept for the plugin
-(KeepTimestepQuantize); each site's codes keep their name.
+(KeepTimestepQuantize); each quantizer's codes keep their name.
 
 1. A table that varies over the buckets is gathered by each sample's bucket, [B] -> [B, 1, ...].
 2. A table that is the same in every bucket (the bounds of symmetric codes) becomes a scalar
    constant.
-3. A channel vector of ones is left out: x / (s * 1) is x / s, exactly; so is an offset of zeros.
+3. A smoothing scale of ones is left out: x / (s * 1) is x / s, exactly; so is an offset of zeros.
 4. An x that is not float32 is cast first, since the op computes in FP32.
 """
 
@@ -27,7 +27,7 @@ from exporters.passes.contract import (
     is_kept,
     need,
     need_tables,
-    quantizers,
+    quantizer_nodes,
 )
 
 if TYPE_CHECKING:
@@ -38,20 +38,20 @@ class ExpandTimestepQuantize(ir.passes.InPlacePass):
     """See the module's docstring."""
 
     def requires(self, model: ir.Model) -> None:
-        nodes = [node for node in quantizers(model) if not is_kept(node)]
+        nodes = [node for node in quantizer_nodes(model) if not is_kept(node)]
         need_tables(nodes)
         for node in nodes:
             known = node.inputs[0] is not None and node.inputs[0].shape is not None
             need(known, f"{node.name}: the rank of its input is unknown")
 
     def ensures(self, model: ir.Model) -> None:
-        need_all = [node for node in quantizers(model) if not is_kept(node)]
+        need_all = [node for node in quantizer_nodes(model) if not is_kept(node)]
         guarantee(not need_all and not model.functions, "quantizers are left")
         guarantee_codes(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor = Editor(model.graph)
-        ours = quantizers(model)
+        ours = quantizer_nodes(model)
         nodes = [node for node in ours if not is_kept(node)]
         for node in nodes:
             _expand(editor, node)

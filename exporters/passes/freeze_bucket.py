@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from exporters.editor import Editor, array_of, replace_value
 from exporters.graph_info import BUCKET
-from exporters.passes.contract import guarantee, need, quantizers
+from exporters.passes.contract import guarantee, need, quantizer_nodes
 
 
 class FreezeBucket(ir.passes.InPlacePass):
@@ -21,7 +21,7 @@ class FreezeBucket(ir.passes.InPlacePass):
         self.bucket = bucket
 
     def requires(self, model: ir.Model) -> None:
-        need(not quantizers(model), "expand TimestepQuantize before freezing its bucket")
+        need(not quantizer_nodes(model), "expand TimestepQuantize before freezing its bucket")
 
     def ensures(self, model: ir.Model) -> None:
         bucket = ir.convenience.create_value_mapping(model.graph)[BUCKET]
@@ -41,8 +41,8 @@ class FreezeBucket(ir.passes.InPlacePass):
                     f"expected a bucket from 0 to {len(array_of(table)) - 1}, as {table.name} has, "
                     f"found {self.bucket}"
                 )
-            # A table [K] is read through an Unsqueeze; a free site's, [K, 1, C, ...], is gathered
-            # in its final shape.
+            # A table [K] is read through an Unsqueeze; a per-channel quantizer's, [K, 1, C, ...],
+            # is gathered in its final shape.
             frozen = editor.constant(
                 f"{table.name}_frozen", row.reshape(()) if row.ndim == 1 else row
             )

@@ -6,9 +6,10 @@ TensorRT fuses nothing into a plugin: it would write the product, and the plugin
 
 Needs: any graph; of its quantizers those are fused that are kept for the plugin
 (KeepTimestepQuantize).
-Guarantees: the codes keep their name. What is fused away, among it the site's input, is no longer
-in the graph: fuse last, after all that looks for sites, and cut parts out of the graph that was not
-fused.
+Guarantees: the codes keep their name. What is fused away, among it the quantizer's input, is no
+    longer
+in the graph: fuse last, after all that looks for quantizers, and cut parts out of the graph that
+was not fused.
 
 1. Split into two along the last axis -> Gelu of the second part, by the error function -> Mul by
    the first -> TimestepQuantize along the last axis: one node.

@@ -1,13 +1,13 @@
-"""Gather all sites' values of a sample at once, instead of one Gather and one Unsqueeze for every
-table.
+"""Gather all quantizers' values of a sample at once, instead of one Gather and one Unsqueeze for
+every table.
 
 Needs: expanded quantizers, and the value ``bucket``: a table [K] is an initializer, read by
 Gather(table, bucket) and then Unsqueeze to [B, 1, ...].
 Guarantees: for each rank and type, one Gather from a stacked table [K, tables, 1, ...] and
 one Split into [B, 1, ...]; the same values.
 
-A UNet has some hundred sites with three tables each; the nodes it saves are what choosing a bucket
-costs.
+A UNet has some hundred quantizers with three tables each; the nodes it saves are what choosing a
+bucket costs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Replace each placeholder of the exported skeleton by its layer, or product, in integer form.
 
-Needs: placeholders named after the checkpoint's layers and products; the layers of one site read
-one value; an input ``timestep`` [batch].
-Guarantees: the value ``bucket`` [batch]; one ``quest::TimestepQuantize`` per integer site; for each
-layer
+Needs: placeholders named after the checkpoint's layers and products; the layers of one quantizer
+read one value; an input ``timestep`` [batch].
+Guarantees: the value ``bucket`` [batch]; one ``quest::TimestepQuantize`` per integer quantizer; for
+each layer
 
     codes = TimestepQuantize(x, bucket, scale, low, high, offset, channel)
     y = scale[bucket] * Conv|MatMul(DequantizeLinear(codes; 1, 0), DequantizeLinear(weight codes;
@@ -11,17 +11,17 @@ layer
 
 1. Conv: weight [O, I, kh, kw], INT4 or INT8, scaled along axis 0.
 2. Linear: weight stored transposed [I, O] for MatMul, scaled along axis 1.
-3. A site with several readers (to_q, to_k, to_v): quantized once.
+3. A quantizer with several readers (to_q, to_k, to_v): quantized once.
 4. A scheme of one bucket: a single edge beyond every timestep, since engines refuse empty
    constants.
 5. A product of two activations: scale_a[bucket] * scale_b[bucket] * MatMul(DequantizeLinear(a),
-   DequantizeLinear(b)); an operand that has no site stays as it is.
-6. A site whose codes carry an offset o (8-bit unsigned or asymmetric codes): what Conv or MatMul
-   adds for it is subtracted, o * sum of the weight per output channel. A convolution's zero padding
-   is not code 0 there, so x itself is padded and the Conv pads nothing. In a product, the other
-   operand's sum takes the weight's place.
+   DequantizeLinear(b)); an operand that has no quantizer stays as it is.
+6. A quantizer whose codes carry an offset o (8-bit unsigned or asymmetric codes): what Conv or
+   MatMul adds for it is subtracted, o * sum of the weight per output channel. A convolution's zero
+   padding is not code 0 there, so x itself is padded and the Conv pads nothing. In a product, the
+   other operand's sum takes the weight's place.
 7. An asymmetric weight (imported): UINT4 or UINT8 with its zero-points.
-8. A site that is free per channel: quantized and dequantized in float, in the official order of
+8. A quantizer that is per-channel: quantized and dequantized in float, in the official order of
    operations; its layers are float Conv|MatMul on the weight's codes, cast to float, times the
    weight's scale behind the product. No DequantizeLinear: onnxruntime and OpenVINO quantize float
    activations that meet a dequantized weight, unless they are told not to.
@@ -43,23 +43,23 @@ from exporters.exactness import FOUR_BITS, MIDDLE, SAFE, as_unsigned, pair_magni
 from exporters.graph_info import (
     BUCKET,
     LAYERS_KEY,
+    AttentionMatmulInfo,
     LayerInfo,
-    ProductInfo,
-    SiteInfo,
+    QuantizerInfo,
     describe,
     graph_info,
 )
 from exporters.ops import timestep_quantize
-from exporters.passes.contract import guarantee, need, quantizers
-from quest_deploy.artifacts.checkpoint import SiteData, pack_4bit
+from exporters.passes.contract import guarantee, need, quantizer_nodes
+from quest_deploy.artifacts.checkpoint import ActivationQuantizerData, QuantizerData, pack_4bit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from quest_deploy.artifacts.checkpoint import Checkpoint, FreeSiteData, LayerData
+    from quest_deploy.artifacts.checkpoint import Checkpoint, LayerData, PerChannelQuantizerData
 
 PLACEHOLDER_DOMAIN = "quest.export"
-LAYER_PLACEHOLDER, PRODUCT_PLACEHOLDER = "Layer", "Product"
+LAYER_PLACEHOLDER, MATMUL_PLACEHOLDER = "Layer", "Product"
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,11 @@ class _Quantized:
     """A quantized tensor in the graph.
 
     Attributes:
-        x: what was quantized. codes: its codes, int8, or float32 for a free site.
-        value: what a layer multiplies: the codes, dequantized with scale 1, or a free site's
-            dequantized tensor.
-        scale: of each sample, [B, 1, ...]; None for a free site, whose value has it already.
+        x: what was quantized. codes: its codes, int8, or float32 for a per-channel quantizer.
+        value: what a layer multiplies: the codes, dequantized with scale 1, or a per-channel
+            quantizer's dequantized tensor.
+        scale: of each sample, [B, 1, ...]; None for a per-channel quantizer, whose value has it
+            already.
         offset: of each sample, [B, 1, ...]; None where it is zero.
         padded: the padding that x was given before it was quantized, as [height, width].
     """
@@ -90,22 +91,26 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         found = sorted(_layer_name(node) for node in _placeholders(model.graph))
-        expected = sorted((*self.checkpoint.layers, *self.checkpoint.products))
+        expected = sorted((*self.checkpoint.layers, *self.checkpoint.matmuls))
         strange = set(found) ^ set(expected)
         need(found == expected, f"the graph's layers are not the checkpoint's: {strange}")
 
     def ensures(self, model: ir.Model) -> None:
         guarantee(not _placeholders(model.graph), "placeholders are left")
-        found = {str(node.outputs[0].name) for node in quantizers(model)}
-        sites = self.checkpoint.sites.items()
-        expected = {codes_name(name) for name, site in sites if isinstance(site, SiteData)}
+        found = {str(node.outputs[0].name) for node in quantizer_nodes(model)}
+        quantizers = self.checkpoint.quantizers.items()
+        expected = {
+            codes_name(name)
+            for name, quantizer in quantizers
+            if isinstance(quantizer, ActivationQuantizerData)
+        }
         guarantee(found == expected, f"sites without their quantizer: {expected - found}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         editor = Editor(graph)
         bucket = _insert_bucket(editor, self.checkpoint.scheme.bucket_edges)
-        sites = _Sites(editor, bucket, self.checkpoint)
+        quantizers = _Quantizers(editor, bucket, self.checkpoint)
         for node in list(_placeholders(graph)):
             name, output = _layer_name(node), node.outputs[0]
             if name in self.checkpoint.layers:
@@ -114,14 +119,16 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
                 y = _layer(
                     editor,
                     self.checkpoint.layers[name],
-                    sites.quantized(self.checkpoint.site_of(name), x),
+                    quantizers.quantized(self.checkpoint.quantizer_of(name), x),
                     output,
                 )
             else:
                 operands = [
-                    value if site is None else sites.quantized(self.checkpoint.sites[site], value)
-                    for site, value in zip(
-                        self.checkpoint.products[name].sites, node.inputs, strict=True
+                    value
+                    if quantizer is None
+                    else quantizers.quantized(self.checkpoint.quantizers[quantizer], value)
+                    for quantizer, value in zip(
+                        self.checkpoint.matmuls[name].sites, node.inputs, strict=True
                     )
                     if value is not None
                 ]
@@ -134,12 +141,16 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
 
     @staticmethod
     def describe(model: ir.Model, checkpoint: Checkpoint) -> None:
-        """Write where each layer, product and site is into the graph's metadata."""
+        """Write where each layer, product and quantizer is into the graph's metadata."""
         values = ir.convenience.create_value_mapping(model.graph)
         inputs = {
-            name: input_of(values[codes_name(name)], name, integer=isinstance(site, SiteData)).name
+            name: input_of(
+                values[codes_name(name)],
+                name,
+                integer=isinstance(quantizer, ActivationQuantizerData),
+            ).name
             or ""
-            for name, site in checkpoint.sites.items()
+            for name, quantizer in checkpoint.quantizers.items()
         }
         nodes = {node.name: node for node in model.graph}
         last = model.graph.outputs[0].name or ""
@@ -148,9 +159,9 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
             return output_name(name) if output_name(name) in values else last
 
         def operand_of(product: str, index: int) -> str:
-            site = checkpoint.products[product].sites[index]
-            if site is not None:
-                return inputs[site]
+            quantizer = checkpoint.matmuls[product].sites[index]
+            if quantizer is not None:
+                return inputs[quantizer]
             operand = nodes[product_name(product)].inputs[index]
             assert operand is not None
             return operand.name or ""
@@ -160,7 +171,7 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
             [
                 LayerInfo(
                     x.name,
-                    checkpoint.site_of(x.name).name,
+                    checkpoint.quantizer_of(x.name).name,
                     x.weight_bits,
                     x.macs,
                     output_of(x.name),
@@ -169,25 +180,25 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
                 for x in checkpoint.layers.values()
             ],
             [
-                ProductInfo(
+                AttentionMatmulInfo(
                     x.name,
                     x.sites,
                     (operand_of(x.name, 0), operand_of(x.name, 1)),
                     x.macs,
                     output_of(x.name),
                 )
-                for x in checkpoint.products.values()
+                for x in checkpoint.matmuls.values()
             ],
             [
-                SiteInfo(
+                QuantizerInfo(
                     s.name,
                     s.bits,
                     s.axis,
                     inputs[s.name],
                     codes_name(s.name),
-                    isinstance(s, SiteData),
+                    isinstance(s, ActivationQuantizerData),
                 )
-                for s in checkpoint.sites.values()
+                for s in checkpoint.quantizers.values()
             ],
         )
 
@@ -212,13 +223,13 @@ def need_layers(model: ir.Model) -> None:
     if LAYERS_KEY not in model.metadata_props:
         return  # the user's own graph: the pass itself refuses it, by an InputError
     nodes, info = {node.name for node in model.graph}, graph_info(model)
-    lost = [name for name in (*info.layers, *info.products) if product_name(name) not in nodes]
+    lost = [name for name in (*info.layers, *info.matmuls) if product_name(name) not in nodes]
     need(not lost, f"{', '.join(lost[:3])} are not in the graph")
 
 
-def codes_name(site: str) -> str:
-    """The name of a site's codes."""
-    return f"{site}.codes"
+def codes_name(quantizer: str) -> str:
+    """The name of a quantizer's codes."""
+    return f"{quantizer}.codes"
 
 
 def _placeholders(graph: ir.Graph) -> list[ir.Node]:
@@ -229,15 +240,15 @@ def _layer_name(node: ir.Node) -> str:
     return node.attributes["layer"].as_string()
 
 
-def input_of(codes: ir.Value, site: str, *, integer: bool) -> ir.Value:
-    """What was quantized to the ``codes`` of ``site``, before the padding that a site with an
-    offset needs.
+def input_of(codes: ir.Value, quantizer: str, *, integer: bool) -> ir.Value:
+    """Return what was quantized to the ``codes`` of ``quantizer``, before the padding that a
+    quantizer with an offset needs.
     """
     value = codes
-    # A free site is Div, Round, Add, Clip, Sub in a row.
+    # A per-channel quantizer is Div, Round, Add, Clip, Sub in a row.
     for _ in range(1 if integer else 5):
         value = _first_input(value)
-    return _first_input(value) if value.name == f"{site}.padded" else value
+    return _first_input(value) if value.name == f"{quantizer}.padded" else value
 
 
 def _first_input(value: ir.Value) -> ir.Value:
@@ -273,17 +284,17 @@ def _insert_bucket(editor: Editor, edges: tuple[float, ...]) -> ir.Value:
     return bucket
 
 
-def _cast_sites(checkpoint: Checkpoint) -> set[str]:
-    """The sites of products whose second operand has 8 bits (case 9)."""
+def _cast_quantizers(checkpoint: Checkpoint) -> set[str]:
+    """The quantizers of products whose second operand has 8 bits (case 9)."""
     found: set[str] = set()
-    for product in checkpoint.products.values():
-        sites = [checkpoint.sites[name] for name in product.sites if name is not None]
+    for product in checkpoint.matmuls.values():
+        quantizers = [checkpoint.quantizers[name] for name in product.sites if name is not None]
         if (
-            len(sites) == len(product.sites)
-            and all(isinstance(s, SiteData) for s in sites)
-            and sites[1].bits > FOUR_BITS
+            len(quantizers) == len(product.sites)
+            and all(isinstance(s, ActivationQuantizerData) for s in quantizers)
+            and quantizers[1].bits > FOUR_BITS
         ):
-            found |= {site.name for site in sites}
+            found |= {quantizer.name for quantizer in quantizers}
     return found
 
 
@@ -296,64 +307,68 @@ def dequantized_codes(editor: Editor, codes: ir.Value, name: str) -> ir.Value:
     )
 
 
-class _Sites:
-    """Quantizes each site once."""
+class _Quantizers:
+    """Quantizes each tensor once."""
 
     def __init__(self, editor: Editor, bucket: ir.Value, checkpoint: Checkpoint) -> None:
         self.editor, self.bucket, self.checkpoint = editor, bucket, checkpoint
-        self.outputs = {output_name(name) for name in (*checkpoint.layers, *checkpoint.products)}
-        self.cast = _cast_sites(checkpoint)
+        self.outputs = {output_name(name) for name in (*checkpoint.layers, *checkpoint.matmuls)}
+        self.cast = _cast_quantizers(checkpoint)
         self.done: dict[str, _Quantized] = {}
 
-    def quantized(self, site: SiteData | FreeSiteData, x: ir.Value) -> _Quantized:
-        """The site's quantized tensor; raise PreconditionError where its layers read different
+    def quantized(self, quantizer: QuantizerData, x: ir.Value) -> _Quantized:
+        """The quantizer's quantized tensor; raise PreconditionError where its layers read different
         values.
         """
-        if site.name not in self.done:
+        if quantizer.name not in self.done:
             if x.shape is None:
                 raise ir.passes.PreconditionError(
-                    f"site {site.name}: the exporter gave its tensor no rank"
+                    f"quantizer {quantizer.name}: the exporter gave its tensor no rank"
                 )
             if x.producer() is not None and x.name not in self.outputs:
-                x.name = f"{site.name}.input"  # a tensor that is a layer's output keeps that name
-            self.done[site.name] = (
-                self._integer(site, x) if isinstance(site, SiteData) else self._free(site, x)
+                x.name = (
+                    f"{quantizer.name}.input"  # a tensor that is a layer's output keeps that name
+                )
+            self.done[quantizer.name] = (
+                self._integer(quantizer, x)
+                if isinstance(quantizer, ActivationQuantizerData)
+                else self._per_channel(quantizer, x)
             )
-        elif self.done[site.name].x is not x:
+        elif self.done[quantizer.name].x is not x:
             raise ir.passes.PreconditionError(
-                f"site {site.name}: its layers read different values in the graph"
+                f"quantizer {quantizer.name}: its layers read different values in the graph"
             )
-        return self.done[site.name]
+        return self.done[quantizer.name]
 
-    def _integer(self, site: SiteData, x: ir.Value) -> _Quantized:
-        editor, padding = self.editor, self._padding(site)
+    def _integer(self, quantizer: ActivationQuantizerData, x: ir.Value) -> _Quantized:
+        editor, padding = self.editor, self._padding(quantizer)
         source = x
         if any(padding):
             pads = editor.constant(
-                f"{site.name}.pads", np.asarray([0, 0, *padding, 0, 0, *padding])
+                f"{quantizer.name}.pads", np.asarray([0, 0, *padding, 0, 0, *padding])
             )
             sizes = list(x.shape or [])
             padded = [
                 *sizes[:2],
                 *(size + 2 * pad for size, pad in zip(sizes[2:], padding, strict=True)),
             ]
-            source = editor.op("Pad", [x, pads], f"{site.name}.padded", shape=padded)
+            source = editor.op("Pad", [x, pads], f"{quantizer.name}.padded", shape=padded)
         tables = [
-            editor.constant(f"{site.name}.{name}", getattr(site, name))
+            editor.constant(f"{quantizer.name}.{name}", getattr(quantizer, name))
             for name in timestep_quantize.TABLES
         ]
-        tables.append(editor.constant(f"{site.name}.channel", self._channel(site)))
+        tables.append(editor.constant(f"{quantizer.name}.channel", self._channel(quantizer)))
         codes = editor.op(
             timestep_quantize.OP_TYPE,
             [source, self.bucket, *tables],
-            codes_name(site.name),
+            codes_name(quantizer.name),
             dtype=ir.DataType.INT8,
             shape=source.shape,
             domain=timestep_quantize.DOMAIN,
-            **{timestep_quantize.AXIS: site.axis},
+            **{timestep_quantize.AXIS: quantizer.axis},
         )
-        name = f"{site.name}.dequantized"
-        if site.name in self.cast:
+        name = f"{quantizer.name}.dequantized"
+        if quantizer.name in self.cast:
             value = editor.op(
                 "Cast",
                 [codes],
@@ -364,64 +379,70 @@ class _Sites:
             )
         else:
             value = dequantized_codes(editor, codes, name)
-        offset = self._of_sample(site, x, "offset") if site.offset.any() else None
-        return _Quantized(x, value, self._of_sample(site, x, "scale"), offset, padding)
+        offset = self._of_sample(quantizer, x, "offset") if quantizer.offset.any() else None
+        return _Quantized(x, value, self._of_sample(quantizer, x, "scale"), offset, padding)
 
-    def _channel(self, site: SiteData) -> NDArray[np.float32]:
-        """The channel vector; a single one for ones that lie along a product's tokens, whose number
-        the graph leaves open.
+    def _channel(self, quantizer: ActivationQuantizerData) -> NDArray[np.float32]:
+        """The smoothing scale; a single one for ones that lie along a product's tokens, whose
+        number the graph leaves open.
         """
-        of_layers = any(name in self.checkpoint.layers for name in site.layers)
-        return site.channel if of_layers or (site.channel != 1).any() else np.ones(1, np.float32)
+        of_layers = any(name in self.checkpoint.layers for name in quantizer.layers)
+        return (
+            quantizer.channel
+            if of_layers or (quantizer.channel != 1).any()
+            else np.ones(1, np.float32)
+        )
 
-    def _padding(self, site: SiteData) -> tuple[int, int]:
-        if not site.offset.any():
+    def _padding(self, quantizer: ActivationQuantizerData) -> tuple[int, int]:
+        if not quantizer.offset.any():
             return (0, 0)
         layers = [
-            self.checkpoint.layers[name] for name in site.layers if name in self.checkpoint.layers
+            self.checkpoint.layers[name]
+            for name in quantizer.layers
+            if name in self.checkpoint.layers
         ]
         paddings = {layer.conv.padding for layer in layers if layer.conv is not None}
         if len(paddings) > 1:
             raise ir.passes.PreconditionError(
-                f"site {site.name}: its convolutions pad differently, so they need sites of their "
-                "own"
+                f"quantizer {quantizer.name}: its convolutions pad differently, so they need "
+                "quantizers of their own"
             )
         return next(iter(paddings), (0, 0))
 
-    def _of_sample(self, site: SiteData, x: ir.Value, table: str) -> ir.Value:
+    def _of_sample(self, quantizer: ActivationQuantizerData, x: ir.Value, table: str) -> ir.Value:
         editor, rank = self.editor, len(x.shape or [])
-        values = editor.constant(f"{site.name}.{table}", getattr(site, table))
+        values = editor.constant(f"{quantizer.name}.{table}", getattr(quantizer, table))
         gathered = editor.op(
             "Gather",
             [values, self.bucket],
-            f"{site.name}.{table}_gathered",
+            f"{quantizer.name}.{table}_gathered",
             dtype=ir.DataType.FLOAT,
         )
         axes = editor.constant(f"unsqueeze_to_rank_{rank}", np.arange(1, rank))
         shape = [(x.shape or [None])[0], *[1] * (rank - 1)]
         return editor.op(
-            "Unsqueeze", [gathered, axes], f"{site.name}.{table}_of_sample", shape=shape
+            "Unsqueeze", [gathered, axes], f"{quantizer.name}.{table}_of_sample", shape=shape
         )
 
-    def _free(self, site: FreeSiteData, x: ir.Value) -> _Quantized:
+    def _per_channel(self, quantizer: PerChannelQuantizerData, x: ir.Value) -> _Quantized:
         editor, rank = self.editor, len(x.shape or [])
         rows = {}
         for table in ("scale", "zero_point"):
             # Stored in the shape in which a sample's row broadcasts against it.
-            array = getattr(site, table)
+            array = getattr(quantizer, table)
             shaped = array.reshape(
-                len(array), *[-1 if axis == site.axis else 1 for axis in range(1, rank)]
+                len(array), *[-1 if axis == quantizer.axis else 1 for axis in range(1, rank)]
             )
-            values = editor.constant(f"{site.name}.{table}", shaped)
+            values = editor.constant(f"{quantizer.name}.{table}", shaped)
             rows[table] = editor.op(
                 "Gather",
                 [values, self.bucket],
-                f"{site.name}.{table}_of_sample",
+                f"{quantizer.name}.{table}_of_sample",
                 dtype=ir.DataType.FLOAT,
             )
         bounds = [
             editor.constant(f"code_bound_{bound}", np.asarray(bound, np.float32))
-            for bound in (site.code_low, site.code_high)
+            for bound in (quantizer.code_low, quantizer.code_high)
         ]
         value = x
         for op_type, name, operands in (
@@ -431,11 +452,15 @@ class _Sites:
             ("Clip", "clipped", bounds),
             ("Sub", "codes", [rows["zero_point"]]),
         ):
-            value = editor.op(op_type, [value, *operands], f"{site.name}.{name}", shape=x.shape)
-        value.name = codes_name(site.name)
+            value = editor.op(
+                op_type, [value, *operands], f"{quantizer.name}.{name}", shape=x.shape
+            )
+        value.name = codes_name(quantizer.name)
         return _Quantized(
             x,
-            editor.op("Mul", [value, rows["scale"]], f"{site.name}.dequantized", shape=x.shape),
+            editor.op(
+                "Mul", [value, rows["scale"]], f"{quantizer.name}.dequantized", shape=x.shape
+            ),
             None,
             None,
             (0, 0),

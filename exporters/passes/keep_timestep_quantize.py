@@ -10,7 +10,7 @@ Guarantees: marked nodes keep their codes; no function of the ``quest`` domain.
 2. An operand of a product of two activations is not marked: a plugin would have TensorRT write out
    what attention computes between its products, softmax's weights most of all, which it can keep to
    itself where all of attention is its own.
-3. A channel vector of equal numbers becomes one number, which broadcasts: the plugin then need not
+3. A smoothing scale of equal numbers becomes one number, which broadcasts: the plugin then need not
    look up an element's channel.
 4. The op's function goes: a parser may import a local function instead of asking for a plugin, and
    cannot import one twice.
@@ -29,7 +29,7 @@ from exporters.passes.contract import (
     guarantee_codes,
     need,
     need_tables,
-    quantizers,
+    quantizer_nodes,
 )
 
 PLUGIN_VERSION = "plugin_version"
@@ -41,9 +41,9 @@ class KeepTimestepQuantize(ir.passes.InPlacePass):
     """
 
     def requires(self, model: ir.Model) -> None:
-        need_tables(quantizers(model))
-        info, found = graph_info(model), {node.outputs[0].name for node in quantizers(model)}
-        lost = [x.name for x in info.sites.values() if x.integer and x.codes not in found]
+        need_tables(quantizer_nodes(model))
+        info, found = graph_info(model), {node.outputs[0].name for node in quantizer_nodes(model)}
+        lost = [x.name for x in info.quantizers.values() if x.integer and x.codes not in found]
         need(not lost, f"{', '.join(lost[:3])} have no quantizer to keep")
 
     def ensures(self, model: ir.Model) -> None:
@@ -54,12 +54,12 @@ class KeepTimestepQuantize(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         info = graph_info(model)
         operands = {
-            info.sites[site].codes
-            for product in info.products.values()
-            for site in product.sites
-            if site is not None
+            info.quantizers[quantizer].codes
+            for product in info.matmuls.values()
+            for quantizer in product.sites
+            if quantizer is not None
         }
-        kept = [node for node in quantizers(model) if node.outputs[0].name not in operands]
+        kept = [node for node in quantizer_nodes(model) if node.outputs[0].name not in operands]
         for node in kept:
             node.attributes.add(ir.AttrString(PLUGIN_NAMESPACE, timestep_quantize.DOMAIN))
             node.attributes.add(ir.AttrString(PLUGIN_VERSION, str(timestep_quantize.VERSION)))

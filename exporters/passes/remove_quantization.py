@@ -3,7 +3,7 @@
 Needs: layers as ``insert_quantized_layers`` builds them.
 Guarantees: no quantizer, no integer, no scale: each layer is Conv(x, W, bias) or MatMul(x, W) +
 bias on float weights, as torch would export it. The weights are the dequantized ones with the
-channel vector divided out again, so the speed is that of the FP32 model and the output is that of
+smoothing scale divided out again, so the speed is that of the FP32 model and the output is that of
 the weight-quantized one.
 
 1. Conv: the bias becomes its third input.
@@ -24,8 +24,8 @@ from exporters.editor import Editor, array_of, replace_value
 from exporters.graph_info import (
     SAMPLE_MULTIPLE_KEY,
     SAMPLE_SHAPE_KEY,
+    AttentionMatmulInfo,
     GraphInfo,
-    ProductInfo,
     graph_info,
 )
 from exporters.ops import timestep_quantize
@@ -58,7 +58,7 @@ class RemoveQuantization(ir.passes.InPlacePass):
             name: _float_layer(editor, values, nodes[product_name(name)], info, name)
             for name in info.layers
         }
-        for product in info.products.values():
+        for product in info.matmuls.values():
             _float_product(editor, values, nodes[product_name(product.name)], info, product)
         for name in [
             name.removesuffix(".first") for name in info.layers if name.endswith(".first")
@@ -82,7 +82,7 @@ def _float_layer(
     editor: Editor, values: dict[str, ir.Value], product: ir.Node, info: GraphInfo, name: str
 ) -> ir.Value:
     layer = info.layers[name]
-    output, site = values[layer.output], info.sites[layer.site]
+    output, site = values[layer.output], info.quantizers[layer.site]
     x = input_of(
         values[site.codes], site.name, integer=site.integer
     )  # not by its name: an earlier layer may have been replaced
@@ -152,14 +152,18 @@ def _float_product(
     values: dict[str, ir.Value],
     node: ir.Node,
     info: GraphInfo,
-    product: ProductInfo,
+    product: AttentionMatmulInfo,
 ) -> None:
     output = values[product.output]
     operands = [
         operand
-        if site is None
-        else input_of(values[info.sites[site].codes], site, integer=info.sites[site].integer)
-        for site, operand in zip(product.sites, node.inputs, strict=True)
+        if quantizer is None
+        else input_of(
+            values[info.quantizers[quantizer].codes],
+            quantizer,
+            integer=info.quantizers[quantizer].integer,
+        )
+        for quantizer, operand in zip(product.sites, node.inputs, strict=True)
     ]
     y = editor.op("MatMul", operands, f"{product.name}.float", shape=output.shape)
     editor.insert_before(node)
@@ -176,7 +180,7 @@ def _float_weight(
     weight = (codes - zero.reshape(-1, 1, 1, 1)) * scale.reshape(-1, 1, 1, 1)
     if channel is None:
         return np.asarray(weight, np.float32)
-    # A grouped convolution sees the channel vector in slices, one a group of output channels.
+    # A grouped convolution sees the smoothing scale in slices, one a group of output channels.
     groups = channel.size // codes.shape[1]
     per_output = channel.reshape(groups, -1).repeat(codes.shape[0] // groups, axis=0)
     return np.asarray(weight / per_output[:, :, None, None], np.float32)

@@ -7,15 +7,15 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from exporters.passes.balance_scales import BalanceScales
-from exporters.passes.to_half import ToHalf
+from exporters.passes.to_low_precision import ToLowPrecision
 
-HALF_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+LOW_PRECISION_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 def to_dtype(model: ir.Model, dtype: str) -> ir.Model:
     """Rewrite the portable graph ``model`` in place and return it; ``dtype`` is fp32, which changes
     nothing, fp16 or bf16.
     """
-    if dtype in HALF_TYPES:
-        ir.passes.Sequential(BalanceScales(), ToHalf(HALF_TYPES[dtype]))(model)
+    if dtype in LOW_PRECISION_TYPES:
+        ir.passes.Sequential(BalanceScales(), ToLowPrecision(LOW_PRECISION_TYPES[dtype]))(model)
     return model

@@ -1,16 +1,17 @@
 """Store activation codes as UINT8, 128 above the code, for runtimes whose integer matrix product
 wants an unsigned first operand.
 
-Needs: TimestepQuantize expanded; each site's codes read by DequantizeLinear with a zero-point of 0.
+Needs: TimestepQuantize expanded; each quantizer's codes read by DequantizeLinear with a zero-point
+    of 0.
 Guarantees: the same numbers; the codes keep their name.
 
-1. A site that a layer reads, or a product as its first operand: UINT8, with a zero-point of 128
-   wherever it is dequantized.
-2. A site that is a product's second operand stays INT8 (but see AvoidSaturation).
+1. A quantizer that a layer reads, or a product as its first operand: UINT8, with a zero-point of
+   128 wherever it is dequantized.
+2. A quantizer that is a product's second operand stays INT8 (but see AvoidSaturation).
 
 onnxruntime on x86 fuses DequantizeLinear and MatMul into its integer kernel only for unsigned
-activations. It converts signed ones by itself, but not where several layers read one site: those
-ran in float.
+activations. It converts signed ones by itself, but not where several layers read one quantizer:
+those ran in float.
 """
 
 from __future__ import annotations
@@ -44,11 +45,13 @@ class UnsignedActivations(ir.passes.InPlacePass):
 def _signed(model: ir.Model) -> list[ir.Value]:
     """The codes of case 1 that are INT8."""
     info, values = graph_info(model), ir.convenience.create_value_mapping(model.graph)
-    second = {product.sites[1] for product in info.products.values()}
+    second = {product.sites[1] for product in info.matmuls.values()}
     return [
-        values[site.codes]
-        for site in info.sites.values()
-        if site.integer and site.name not in second and values[site.codes].dtype is ir.DataType.INT8
+        values[quantizer.codes]
+        for quantizer in info.quantizers.values()
+        if quantizer.integer
+        and quantizer.name not in second
+        and values[quantizer.codes].dtype is ir.DataType.INT8
     ]
 
 

@@ -8,9 +8,9 @@ Needs: expanded quantizers; corrections as ``insert_quantized_layers`` builds th
 that is gathered by ``bucket``. Guarantees: UINT8 codes that are the INT8 ones plus 128, under the
 same name; the same numbers but for rounding.
 
-1. A site whose lowest code is 0 and whose offset is -128 in every bucket: nothing is added to its
-   codes, and nothing computed from its offset is subtracted from, or added to, a product.
-2. Any other site stays as it is.
+1. A quantizer whose lowest code is 0 and whose offset is -128 in every bucket: nothing is added to
+   its codes, and nothing computed from its offset is subtracted from, or added to, a product.
+2. Any other quantizer stays as it is.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class UnsignedCodes(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         guarantee_codes(model)
         values = ir.convenience.create_value_mapping(model.graph)
-        for site in graph_info(model).sites.values():
-            quantize = values[site.codes].producer() if site.integer else None
+        for quantizer in graph_info(model).quantizers.values():
+            quantize = values[quantizer.codes].producer() if quantizer.integer else None
             left = quantize is not None and _unsigned(quantize) is not None
-            guarantee(not left, f"{site.name}: its codes are still stored less 128")
+            guarantee(not left, f"{quantizer.name}: its codes are still stored less 128")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor, values = Editor(model.graph), ir.convenience.create_value_mapping(model.graph)
@@ -48,13 +48,13 @@ class UnsignedCodes(ir.passes.InPlacePass):
             if g.op_type == "Gather" and (t := g.inputs[0]) is not None
         }
         modified = False
-        for site in graph_info(model).sites.values():
-            quantize = values[site.codes].producer() if site.integer else None
+        for quantizer in graph_info(model).quantizers.values():
+            quantize = values[quantizer.codes].producer() if quantizer.integer else None
             add = None if quantize is None else _unsigned(quantize)
             if quantize is not None and add is not None:
                 _store_unsigned(editor, quantize, add)
-                if f"{site.name}.offset" in offsets:
-                    _drop_corrections(model.graph, offsets[f"{site.name}.offset"])
+                if f"{quantizer.name}.offset" in offsets:
+                    _drop_corrections(model.graph, offsets[f"{quantizer.name}.offset"])
                 modified = True
         common.RemoveUnusedNodesPass()(model)  # of the offsets
         return ir.passes.PassResult(model, modified=modified)
@@ -96,7 +96,7 @@ def _store_unsigned(editor: Editor, quantize: ir.Node, add: ir.Node) -> None:
 
 
 def _drop_corrections(graph: ir.Graph, offset: ir.Node) -> None:
-    """Take out what is computed from a site's offset: its products with sums, subtracted; with
+    """Take out what is computed from a quantizer's offset: its products with sums, subtracted; with
     another offset, added.
     """
     pending = [offset.outputs[0]]

@@ -95,9 +95,9 @@ class LayerData:
 
 
 @dataclass(frozen=True)
-class SiteData:
-    """A site whose codes can run in integer arithmetic: c = clamp(round(x / (scale * channel)),
-    low, high), x^ = scale * c.
+class ActivationQuantizerData:
+    """A quantizer whose codes can run in integer arithmetic: c = clamp(round(x / (scale *
+    channel)), low, high), x^ = scale * c.
 
     Attributes:
         layers: the layers or the product that read it.
@@ -127,8 +127,8 @@ class SiteData:
 
 
 @dataclass(frozen=True)
-class FreeSiteData:
-    """A site whose scales lie on the reduction axis, or whose codes fit no integer: it and its
+class PerChannelQuantizerData:
+    """A quantizer whose scales lie on the reduction axis, or whose codes fit no integer: it and its
     readers compute in float.
 
     x^ = (clamp(round(x / scale) + zero_point, code_low, code_high) - zero_point) * scale, in this
@@ -152,13 +152,16 @@ class FreeSiteData:
     code_high: int
 
 
+QuantizerData = ActivationQuantizerData | PerChannelQuantizerData
+
+
 @validated("a product")
 @dataclass(frozen=True)
-class ProductData:
+class AttentionMatmulData:
     """A product of two activations, as in attention: y = a^ @ b^, operands [B, heads, ...].
 
     Attributes:
-        sites: the operands' sites; None for one that stays in float.
+        sites: the operands' quantizers; None for one that stays in float.
         macs: multiply-adds for one sample.
     """
 
@@ -215,10 +218,10 @@ class Checkpoint:
     architecture: Architecture
     scheme: Scheme
     layers: dict[str, LayerData]
-    sites: dict[str, SiteData | FreeSiteData]
+    quantizers: dict[str, QuantizerData]
     floats: dict[str, NDArray[Any]]
     provenance: dict[str, Any] = field(default_factory=dict)
-    products: dict[str, ProductData] = field(default_factory=dict)
+    matmuls: dict[str, AttentionMatmulData] = field(default_factory=dict)
 
     def share_at(self, bits: int) -> tuple[float, float]:
         """The shares, in [0, 1], of the layers' weights and multiply-adds that have weights of
@@ -229,51 +232,56 @@ class Checkpoint:
         """
         chosen = [layer for layer in self.layers.values() if layer.weight_bits == bits]
         weights = sum(layer.weight_codes.size for layer in self.layers.values())
-        products = sum(p.macs for p in self.products.values() if self.product_bits(p) == bits)
+        products = sum(p.macs for p in self.matmuls.values() if self.product_bits(p) == bits)
         macs = sum(layer.macs for layer in self.layers.values()) + sum(
-            product.macs for product in self.products.values()
+            product.macs for product in self.matmuls.values()
         )
         return sum(x.weight_codes.size for x in chosen) / weights, (
             sum(x.macs for x in chosen) + products
         ) / macs
 
-    def product_bits(self, product: ProductData) -> int:
+    def product_bits(self, product: AttentionMatmulData) -> int:
         """The bits of the wider operand; 32 where one stays in float."""
-        return max(32 if site is None else self.sites[site].bits for site in product.sites)
+        return max(
+            32 if quantizer is None else self.quantizers[quantizer].bits
+            for quantizer in product.sites
+        )
 
     @property
     def float_sites(self) -> dict[str, str]:
-        """By name, why each site that computes in float, with what reads it, does so."""
+        """By name, why each quantizer that computes in float, with what reads it, does so."""
         return {
-            name: self._why_float(site)
-            for name, site in self.sites.items()
-            if isinstance(site, FreeSiteData)
+            name: self._why_float(quantizer)
+            for name, quantizer in self.quantizers.items()
+            if isinstance(quantizer, PerChannelQuantizerData)
         }
 
-    def _why_float(self, site: FreeSiteData) -> str:
-        if site.scale.shape[1] > 1 and all(
-            (table == table[:, :1]).all() for table in (site.scale, site.zero_point)
+    def _why_float(self, quantizer: PerChannelQuantizerData) -> str:
+        if quantizer.scale.shape[1] > 1 and all(
+            (table == table[:, :1]).all() for table in (quantizer.scale, quantizer.zero_point)
         ):
             return "codes that int8 does not hold"
-        readers = [self.layers[name] for name in site.layers if name in self.layers]
+        readers = [self.layers[name] for name in quantizer.layers if name in self.layers]
         if readers:
-            summed = site.scale.shape[1] == _input_channels(
+            summed = quantizer.scale.shape[1] == _input_channels(
                 readers[0]
             )  # else they lie along the tokens
         else:
             summed = any(
-                site.axis == axis
-                for x in self.products.values()
+                quantizer.axis == axis
+                for x in self.matmuls.values()
                 for name, axis in zip(x.sites, (3, 2), strict=True)
-                if name == site.name
+                if name == quantizer.name
             )
         if summed:
             return "a scale for each channel lies on the axis that is summed over"
         return "a scale for each channel or token, where an integer product has one for the tensor"
 
-    def site_of(self, layer: str) -> SiteData | FreeSiteData:
-        """The site that ``layer`` reads."""
-        return next(site for site in self.sites.values() if layer in site.layers)
+    def quantizer_of(self, layer: str) -> QuantizerData:
+        """The quantizer that ``layer`` reads."""
+        return next(
+            quantizer for quantizer in self.quantizers.values() if layer in quantizer.layers
+        )
 
 
 def pack_int4(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
@@ -327,8 +335,8 @@ class _LayerEntry:
 
 @validated("site")
 @dataclass(frozen=True)
-class _SiteEntry:
-    """A site in the header: with a symmetry, or with the range of codes where it computes in
+class _QuantizerEntry:
+    """A quantizer in the header: with a symmetry, or with the range of codes where it computes in
     float; its tensors stand under ``site.<name>``.
     """
 
@@ -357,8 +365,8 @@ class _Header:
     architecture: Architecture
     scheme: Annotated[Scheme, PlainValidator(Scheme.from_json)]
     layers: Annotated[tuple[_LayerEntry, ...], MinLen(1)]
-    sites: tuple[_SiteEntry, ...]
-    products: tuple[ProductData, ...]
+    sites: tuple[_QuantizerEntry, ...]
+    products: tuple[AttentionMatmulData, ...]
     provenance: dict[str, Any]
 
     def __post_init__(self) -> None:
@@ -368,25 +376,30 @@ class _Header:
             attention, _, kind = product.name.rpartition(".")
             expected = tuple(f"{attention}.{operand}" for operand in OPERANDS.get(kind, ()))
             if not expected or any(
-                site not in (None, x) for site, x in zip(product.sites, expected, strict=True)
+                quantizer not in (None, x)
+                for quantizer, x in zip(product.sites, expected, strict=True)
             ):
                 raise ValueError(
                     f"product {product.name}: expected the operands {expected}, found "
                     f"{product.sites}"
                 )
-        read = sorted((reader, site.name) for site in self.sites for reader in site.layers)
-        of_products = [(p.name, site) for p in self.products for site in p.sites if site]
+        read = sorted(
+            (reader, quantizer.name) for quantizer in self.sites for reader in quantizer.layers
+        )
+        of_products = [
+            (p.name, quantizer) for p in self.products for quantizer in p.sites if quantizer
+        ]
         of_layers = [pair for pair in read if pair not in of_products]
         if [reader for reader, _ in of_layers] != sorted(layer.name for layer in self.layers):
-            raise ValueError("its sites and its layers do not match")
+            raise ValueError("its quantizers and its layers do not match")
         if sorted(of_layers + of_products) != read:
-            raise ValueError("its sites and its products do not match")
+            raise ValueError("its quantizers and its products do not match")
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write ``checkpoint`` to ``path``, whole or not at all."""
     tensors: dict[str, NDArray[Any]] = {}
-    layers, sites = [], []
+    layers, quantizers = [], []
     for layer in checkpoint.layers.values():
         key = f"layer.{layer.name}"
         codes = layer.weight_codes
@@ -407,16 +420,20 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
                 layer.weight_zero_point is not None,
             )
         )
-    for site in checkpoint.sites.values():
+    for quantizer in checkpoint.quantizers.values():
         form: dict[str, Any]
-        if isinstance(site, SiteData):
+        if isinstance(quantizer, ActivationQuantizerData):
             tables: tuple[str, ...] = ("scale", "low", "high", "channel")
-            form = {"symmetry": site.symmetry}
+            form = {"symmetry": quantizer.symmetry}
         else:
             tables = ("scale", "zero_point")
-            form = {"code_range": (site.code_low, site.code_high)}
-        tensors |= {f"site.{site.name}.{table}": getattr(site, table) for table in tables}
-        sites.append(_SiteEntry(site.name, site.bits, site.axis, site.layers, **form))
+            form = {"code_range": (quantizer.code_low, quantizer.code_high)}
+        tensors |= {f"site.{quantizer.name}.{table}": getattr(quantizer, table) for table in tables}
+        quantizers.append(
+            _QuantizerEntry(
+                quantizer.name, quantizer.bits, quantizer.axis, quantizer.layers, **form
+            )
+        )
     tensors |= {f"float.{name}": value for name, value in checkpoint.floats.items()}
     content = {
         "model": checkpoint.model,
@@ -424,10 +441,10 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         "scheme": checkpoint.scheme.to_json(),
         "layers": [asdict(layer) for layer in layers],
         "sites": [
-            {key: value for key, value in asdict(site).items() if value is not None}
-            for site in sites
+            {key: value for key, value in asdict(quantizer).items() if value is not None}
+            for quantizer in quantizers
         ],
-        "products": [asdict(product) for product in checkpoint.products.values()],
+        "products": [asdict(product) for product in checkpoint.matmuls.values()],
         "provenance": checkpoint.provenance,
     }
     metadata = {"format": FORMAT, "version": str(VERSION), "content": json.dumps(content)}
@@ -496,7 +513,7 @@ def _assemble(header: _Header, tensors: dict[str, NDArray[Any]]) -> Checkpoint:
     layers = {entry.name: _layer(entry, tensors) for entry in header.layers}
     products = {product.name: product for product in header.products}
     buckets = header.scheme.buckets
-    sites = {entry.name: _site(entry, tensors, layers, buckets) for entry in header.sites}
+    quantizers = {entry.name: _site(entry, tensors, layers, buckets) for entry in header.sites}
     floats = {
         key.removeprefix("float."): tensors.pop(key)
         for key in list(tensors)
@@ -512,7 +529,7 @@ def _assemble(header: _Header, tensors: dict[str, NDArray[Any]]) -> Checkpoint:
         replace(header.architecture, official_sums=official),
         header.scheme,
         layers,
-        sites,
+        quantizers,
         floats,
         header.provenance,
         products,
@@ -548,24 +565,24 @@ def _layer(entry: _LayerEntry, tensors: dict[str, NDArray[Any]]) -> LayerData:
 
 
 def _site(
-    entry: _SiteEntry,
+    entry: _QuantizerEntry,
     tensors: dict[str, NDArray[Any]],
     layers: dict[str, LayerData],
     buckets: int,
-) -> SiteData | FreeSiteData:
+) -> QuantizerData:
     name, bits, symmetry = entry.name, entry.bits, entry.symmetry
     readers = [layers[reader] for reader in entry.layers if reader in layers]
     of_conv = any(reader.conv is not None for reader in readers)
     last = 1 if of_conv else 3
     _check(
         entry.axis <= last,
-        f"site {name}: expected a channel axis of 1 to {last}, found {entry.axis}",
+        f"quantizer {name}: expected a channel axis of 1 to {last}, found {entry.axis}",
     )
     channels = _input_channels(readers[0]) if readers else None
     if symmetry is None:
-        # A linear layer's free scales may lie along its tokens instead, as imported attention
-        # blocks' do.
-        return _free_site(entry, tensors, buckets, channels if of_conv else None)
+        # A linear layer's per-channel scales may lie along its tokens instead, as imported
+        # attention blocks' do.
+        return _per_channel_quantizer(entry, tensors, buckets, channels if of_conv else None)
     scale, low, high = (
         _take(tensors, f"site.{name}.{table}", (buckets,), np.float32)
         for table in ("scale", "low", "high")
@@ -573,20 +590,23 @@ def _site(
     key = f"site.{name}.channel"
     channel = _take(tensors, key, _shape_of(tensors, key, channels), np.float32)
     _check(
-        channel.ndim == 1, f"site {name}: expected a channel vector, found {list(channel.shape)}"
+        channel.ndim == 1,
+        f"quantizer {name}: expected a smoothing scale, found {list(channel.shape)}",
     )
-    _check_positive(scale, f"site {name}: scale")
-    _check_positive(channel, f"site {name}: channel vector")
+    _check_positive(scale, f"quantizer {name}: scale")
+    _check_positive(channel, f"quantizer {name}: channel vector")
     _check(
         _bounded(symmetry, bits, low, high),
-        f"site {name}: clip bounds are not those of {bits}-bit codes",
+        f"quantizer {name}: clip bounds are not those of {bits}-bit codes",
     )
-    return SiteData(name, bits, symmetry, entry.axis, entry.layers, scale, low, high, channel)
+    return ActivationQuantizerData(
+        name, bits, symmetry, entry.axis, entry.layers, scale, low, high, channel
+    )
 
 
-def _free_site(
-    entry: _SiteEntry, tensors: dict[str, NDArray[Any]], buckets: int, channels: int | None
-) -> FreeSiteData:
+def _per_channel_quantizer(
+    entry: _QuantizerEntry, tensors: dict[str, NDArray[Any]], buckets: int, channels: int | None
+) -> PerChannelQuantizerData:
     name = entry.name
     shape = (buckets, *_shape_of(tensors, f"site.{name}.scale", channels, skip=1))
     scale, zero_point = (
@@ -594,16 +614,19 @@ def _free_site(
         for table in ("scale", "zero_point")
     )
     _check(
-        len(shape) == 2, f"site {name}: expected scales [buckets, channels], found {list(shape)}"
+        len(shape) == 2,
+        f"quantizer {name}: expected scales [buckets, channels], found {list(shape)}",
     )
     _check(
         bool(np.all(np.isfinite(scale)) and np.all(scale != 0)),
-        f"site {name}: scales must be finite and not zero",
+        f"quantizer {name}: scales must be finite and not zero",
     )
     whole = np.all(np.isfinite(zero_point)) and np.all(zero_point == np.round(zero_point))
-    _check(bool(whole), f"site {name}: zero-points must be finite integers")
+    _check(bool(whole), f"quantizer {name}: zero-points must be finite integers")
     low, high = entry.code_range or (0, 0)
-    return FreeSiteData(name, entry.bits, entry.axis, entry.layers, scale, zero_point, low, high)
+    return PerChannelQuantizerData(
+        name, entry.bits, entry.axis, entry.layers, scale, zero_point, low, high
+    )
 
 
 def _input_channels(layer: LayerData) -> int:

@@ -27,10 +27,10 @@ VERSION = 6
 """Of what the files hold: a stage that has run with another version's runs again."""
 INDEX = "reference.json"
 TABLES = "tables.safetensors"
-HALF_TYPES = ("fp16", "bf16")
+LOW_PRECISION_TYPES = ("fp16", "bf16")
 """What an engine's activations may be besides FP32."""
 OUTPUT = "output"
-"""What stands for a site's name where the model's output is meant."""
+"""What stands for a quantizer's name where the model's output is meant."""
 MOST_SENSITIVITY = 2.0
 """Two unrelated outputs of one size differ by the square root of 2, relative to either."""
 _REPAIR = "run `quest-deploy reference` again"
@@ -39,7 +39,7 @@ Sensitivity = Annotated[float, Field(ge=0, le=MOST_SENSITIVITY, allow_inf_nan=Fa
 
 @dataclass(frozen=True)
 class IntegerTables:
-    """A site's tables, float32: scale [K], channel vector [C], and of its codes low, high and
+    """A quantizer's tables, float32: scale [K], smoothing scale [C], and of its codes low, high and
     offset [K].
     """
 
@@ -51,9 +51,9 @@ class IntegerTables:
 
 
 @dataclass(frozen=True)
-class FreeTables:
-    """A free site's tables: scale and zero_point float32 [K, C], and the range [2] of the codes
-    with it.
+class PerChannelTables:
+    """A per-channel quantizer's tables: scale and zero_point float32 [K, C], and the range [2] of
+    the codes with it.
     """
 
     scale: NDArray[Any]
@@ -61,7 +61,7 @@ class FreeTables:
     range: NDArray[Any]
 
 
-Tables = IntegerTables | FreeTables
+Tables = IntegerTables | PerChannelTables
 
 
 @validated("a record's entry")
@@ -75,9 +75,9 @@ class RecordEntry:
             runs with its activations jittered by up to 64 ulp before each quantizer (more than any
             two runtimes differ), or in float64 where it is not too large for that; None where it
             was not measured.
-        half_sensitivity: the same by type (fp16, bf16), when what enters each site and leaves each
-            layer is rounded to that type.
-        sites, products: those whose tensors it holds; of the sites' layers it holds all.
+        half_sensitivity: the same by type (fp16, bf16), when what enters each quantizer and leaves
+            each layer is rounded to that type.
+        sites, products: those whose tensors it holds; of the quantizers' layers it holds all.
     """
 
     file: str
@@ -151,8 +151,8 @@ class Key:
     """What a record's tensors are called.
 
     The first two of four rows are the two samples' real activations, the others the probes of the
-    same buckets. The real ones are those of a pass in which every tie of the record's sites was
-    moved.
+    same buckets. The real ones are those of a pass in which every tie of the record's quantizers
+    was moved.
     """
 
     BUCKET = "bucket"
@@ -174,29 +174,29 @@ class Key:
         return {x.removeprefix(cls._INPUT): x for x in names if x.startswith(cls._INPUT)}
 
     @staticmethod
-    def x(site: str) -> str:
-        """What a site quantizes, [4, ...]."""
-        return f"site.{site}.x"
+    def x(quantizer: str) -> str:
+        """Return what a quantizer quantizes, [4, ...]."""
+        return f"site.{quantizer}.x"
 
     @staticmethod
-    def codes(site: str) -> str:
+    def codes(quantizer: str) -> str:
         """The codes of that, [4, ...]."""
-        return f"site.{site}.codes"
+        return f"site.{quantizer}.codes"
 
     @staticmethod
-    def ties(site: str) -> str:
+    def ties(quantizer: str) -> str:
         """The places of ties in all four rows, counted in C order; absent where there are none."""
-        return f"site.{site}.ties"
+        return f"site.{quantizer}.ties"
 
     @staticmethod
-    def untied(site: str) -> str:
+    def untied(quantizer: str) -> str:
         """The values moved there."""
-        return f"site.{site}.untied"
+        return f"site.{quantizer}.untied"
 
     @staticmethod
     def y(layer: str) -> str:
-        """A layer's or product's output: [4, ...] of those that read the record's sites, [2, ...]
-        of others that are upstream of a float part.
+        """A layer's or product's output: [4, ...] of those that read the record's quantizers, [2,
+        ...] of others that are upstream of a float part.
         """
         return f"layer.{layer}.y"
 
@@ -207,8 +207,8 @@ class Key:
 
     @staticmethod
     def rounding(name: str) -> str:
-        """How much rounding alone changes the float part before a site, a product or the output,
-        float32 [2].
+        """How much rounding alone changes the float part before a quantizer, a product or the
+        output, float32 [2].
         """
         return f"rounding.{name}"
 
@@ -226,8 +226,8 @@ class Record:
         return self.tensors[Key.BUCKET]
 
     def sensitivity(self, half: str | None) -> tuple[float, float] | None:
-        """That of the model as it is, or with activations of a half type; None where it was not
-        measured.
+        """That of the model as it is, or with activations of a low-precision type; None where it
+        was not measured.
         """
         return (
             self.entry.sensitivity
@@ -240,24 +240,24 @@ class Record:
         """The model's inputs, end to end."""
         return {name: self.tensors[key] for name, key in Key.inputs(self.tensors).items()}
 
-    def untied(self, site: str) -> NDArray[Any]:
-        """The site's tensor with the values on ties moved to the middle of their codes: what its
-        layers' outputs are computed from.
+    def untied(self, quantizer: str) -> NDArray[Any]:
+        """The quantizer's tensor with the values on ties moved to the middle of their codes: what
+        its layers' outputs are computed from.
         """
-        x = self.tensors[Key.x(site)]
-        if Key.ties(site) in self.tensors:
-            x.flat[self.tensors[Key.ties(site)]] = self.tensors[Key.untied(site)]
+        x = self.tensors[Key.x(quantizer)]
+        if Key.ties(quantizer) in self.tensors:
+            x.flat[self.tensors[Key.ties(quantizer)]] = self.tensors[Key.untied(quantizer)]
         return x
 
     def is_whole(self, layers: Iterable[str]) -> bool:
-        """Whether it holds what belongs to its sites, their readers ``layers``, and its
+        """Whether it holds what belongs to its quantizers, their readers ``layers``, and its
         products.
         """
-        sites, products = self.entry.sites, self.entry.products
+        quantizers, products = self.entry.sites, self.entry.products
         needed = {Key.BUCKET, Key.OUTPUT, Key.UNTIED_OUTPUT}
-        needed |= {key(site) for site in sites for key in (Key.x, Key.codes)}
+        needed |= {key(quantizer) for quantizer in quantizers for key in (Key.x, Key.codes)}
         needed |= {Key.y(name) for name in (*layers, *products)}
-        needed |= {Key.rounding(name) for name in (*sites, *products, OUTPUT)}
+        needed |= {Key.rounding(name) for name in (*quantizers, *products, OUTPUT)}
         return needed <= self.tensors.keys()
 
 
@@ -275,20 +275,20 @@ def write_tensors(tensors: Mapping[str, NDArray[Any]], path: Path) -> None:
 
 
 def write_tables(tables: Mapping[str, Tables], folder: Path) -> None:
-    """Write each site's tables, by the site's name."""
+    """Write each quantizer's tables, by the quantizer's name."""
     write_tensors(
         {
-            f"{site}.{table.name}": getattr(of_site, table.name)
-            for site, of_site in tables.items()
-            for table in fields(of_site)
+            f"{quantizer}.{table.name}": getattr(of_quantizer, table.name)
+            for quantizer, of_quantizer in tables.items()
+            for table in fields(of_quantizer)
         },
         folder / TABLES,
     )
 
 
 def load_reference(folder: Path) -> tuple[list[Record], dict[str, Tables]]:
-    """The records, whose tensors are read when they are asked for, and each site's tables; raise
-    InputError where one is missing or damaged.
+    """The records, whose tensors are read when they are asked for, and each quantizer's tables;
+    raise InputError where one is missing or damaged.
     """
     index = ReferenceIndex.read(folder)
     try:
@@ -302,9 +302,9 @@ def load_reference(folder: Path) -> tuple[list[Record], dict[str, Tables]]:
 
 def _tables(stored: dict[str, NDArray[Any]]) -> dict[str, Tables]:
     tables: dict[str, Tables] = {}
-    for site in (key.removesuffix(".scale") for key in stored if key.endswith(".scale")):
-        kind = IntegerTables if f"{site}.channel" in stored else FreeTables
-        tables[site] = kind(
-            **{table.name: stored[f"{site}.{table.name}"] for table in fields(kind)}
+    for quantizer in (key.removesuffix(".scale") for key in stored if key.endswith(".scale")):
+        kind = IntegerTables if f"{quantizer}.channel" in stored else PerChannelTables
+        tables[quantizer] = kind(
+            **{table.name: stored[f"{quantizer}.{table.name}"] for table in fields(kind)}
         )
     return tables

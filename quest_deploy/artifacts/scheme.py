@@ -30,12 +30,12 @@ class Granularity(StrEnum):
     """What one activation scale covers, besides its bucket."""
 
     PER_TENSOR = "per_tensor"
-    """One scale a bucket: scale [K], channel vector all ones."""
+    """One scale a bucket: scale [K], smoothing scale all ones."""
     FOLDED_CHANNEL = "folded_channel"
     """One scale a bucket, times a static per-channel vector g [C] that is folded into the weights
     (x / g, g * W): scale [K], g [C].
     """
-    FREE_CHANNEL = "free_channel"
+    PER_CHANNEL = "free_channel"
     """A scale and a zero-point of its own for each bucket and input channel: scale [K, C]. Not
     deployable: it lies on the reduction axis of the layer's product and cannot leave an integer
     GEMM, so such a model runs in float."""

@@ -210,8 +210,8 @@ class Backend(ABC):
 
     @abstractmethod
     def realised_precision(self, folder: Path, options: EngineOptions) -> dict[str, str]:
-        """What each Conv and matrix product of the lowered graph in ``folder`` runs in, by the name
-        of its node.
+        """Return what each Conv and matrix product of the lowered graph in ``folder`` runs in, by
+        the name of its node.
 
         "int8", "fp32", "fp16" or "bf16", as the runtime itself tells it; a node that it does not
         name is left out.
@@ -227,7 +227,7 @@ class Backend(ABC):
         return ""
 
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
-        """What an engine built with ``options`` runs on."""
+        """Return what an engine built with ``options`` runs on."""
         return {"device": "CPU", "machine": platform.machine(), "processor": processor_name()}
 
     def kernels(self, lowered: ir.Model, options: EngineOptions) -> dict[str, int]:
@@ -237,13 +237,13 @@ class Backend(ABC):
         return {}
 
     def record(self, options: EngineOptions) -> dict[str, Any]:
-        """What else the record of an engine built with ``options`` holds, by the names of
+        """Return what else the record of an engine built with ``options`` holds, by the names of
         :class:`EngineRecord`.
         """
         return self.answers(options)
 
     def answers(self, options: EngineOptions) -> dict[str, Any]:
-        """What this machine answered and the engine's form depends on, of JSON's types."""
+        """Return what this machine answered and the engine's form depends on, of JSON's types."""
         return {}
 
 
@@ -254,7 +254,7 @@ def processor_name() -> str:
 
 
 def _cpuinfo(key: str) -> str | None:
-    """What Linux tells of the first CPU under ``key``; None where it does not."""
+    """Return what Linux tells of the first CPU under ``key``; None where it does not."""
     try:
         with Path("/proc/cpuinfo").open() as stream:
             return next(
@@ -367,8 +367,8 @@ def engine_options(backend: Backend, folder: Path) -> EngineOptions:
 
 
 def engine_info(folder: Path) -> EngineRecord:
-    """What ``engine.json`` says; raise InputError where there is none, or one that is damaged or
-    of another version.
+    """Return what ``engine.json`` says; raise InputError where there is none, or one that is
+    damaged or of another version.
     """
     path = folder / ENGINE_FILE
     content = read_json(path, repair=REPAIR)

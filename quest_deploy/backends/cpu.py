@@ -35,8 +35,8 @@ class CpuBackend(Backend):
         return True
 
     def exactness(self, options: EngineOptions) -> Exactness:
-        """What holds on any processor, if that is asked for; else what the runtime answers on this
-        one.
+        """Return what holds on any processor, if that is asked for; else what the runtime answers
+        on this one.
         """
         from exporters import exactness
         from quest_deploy.backends.exactness import measured

@@ -97,8 +97,8 @@ def _exact_kernels(backend: CpuBackend, magnitude: int, form: Exactness) -> dict
 
 @functools.cache
 def measured(backend: CpuBackend) -> Exactness:
-    """What the backend's runtime computes exactly on this machine: what is kept, or else asked and
-    kept.
+    """Return what the backend's runtime computes exactly on this machine: what is kept, or else
+    asked and kept.
     """
     path, key = _cache_file(), _key(backend)
     kept = _kept(path)
@@ -127,7 +127,8 @@ def _kept(path: Path) -> dict[str, dict[str, int]]:
 
 
 def _key(backend: CpuBackend) -> str:
-    """What an answer depends on: the runtime, what the processor says it has, the probe itself."""
+    """Return what an answer depends on: the runtime, what the processor says it has, the probe
+    itself."""
     flags = " ".join((*cpu_flags(), *_told_by_cpuid()))
     variables = "".join(f", {name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
     machine = f"{platform.machine()}, {processor_name()}, {_digest(flags.encode())}{variables}"

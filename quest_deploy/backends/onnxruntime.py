@@ -135,8 +135,8 @@ class OnnxRuntimeBackend(CpuBackend):
 
 
 def profiled_precisions(events: list[dict[str, Any]], wanted: list[str]) -> dict[str, str]:
-    """What each ``wanted`` node ran in, by its name: by the kernel that ran, and for a float one by
-    the type of its first operand.
+    """Return what each ``wanted`` node ran in, by its name: by the kernel that ran, and for a float
+    one by the type of its first operand.
 
     A node that onnxruntime fused has the name of one that it was made of, and something behind it.
     """

@@ -1,8 +1,8 @@
 """Calibration: choose every scale from the float model's own activations, bucket by bucket.
 
 Post-training quantization in one pass over recorded trajectories, which keeps each channel's
-extremes (for the static channel vector) and a sample of each site's values in each bucket (for the
-activation scales), then one over the folded weights (for theirs).
+extremes (for the static smoothing scale) and a sample of each quantizer's values in each bucket
+(for the activation scales), then one over the folded weights (for theirs).
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.artifacts.checkpoint import (
+    ActivationQuantizerData,
     Architecture,
+    AttentionMatmulData,
     Checkpoint,
-    FreeSiteData,
     LayerData,
-    ProductData,
-    SiteData,
+    PerChannelQuantizerData,
+    QuantizerData,
 )
 from quest_deploy.artifacts.scheme import (
     Granularity,
@@ -41,11 +42,11 @@ from quest_deploy.quantization.affine import (
     fake_quantize_weight,
     weight_codes,
 )
-from quest_deploy.quantization.model import conv_geometry, float_state, fold_channel
+from quest_deploy.quantization.model import conv_geometry, float_state, fold_smoothing_scale
 from quest_deploy.quantization.planner import (
     LayerPlan,
     QuantizationPlan,
-    SitePlan,
+    QuantizerPlan,
     plan_quantization,
 )
 from quest_deploy.quantization.prepare import prepared_for
@@ -56,14 +57,14 @@ if TYPE_CHECKING:
     from quest_deploy.calibration.trajectories import Trajectories
     from quest_deploy.progress import Progress
 
-VALUES_PER_SITE = 4096 * 20
+VALUES_PER_QUANTIZER = 4096 * 20
 """Shared by the buckets, of which each keeps at least FEWEST_VALUES; a free channel keeps these for
 each bucket.
 """
 FEWEST_VALUES = 512
 VALUES_TOGETHER = 2**18
 """How many quantized values the search for a range computes at a time."""
-CHANNEL_ALPHA = 0.5
+SMOOTHING_ALPHA = 0.5
 SHRINK_FACTORS = torch.linspace(1.0, 0.2, 81)
 SMALLEST_SCALE = 1e-8
 
@@ -144,16 +145,16 @@ def calibrate(
     for i, (inputs, buckets) in enumerate(batches):
         recorder.run(inputs, buckets)
         progress("activation values", i + 1, len(batches))
-    recorder.choose_channels(scheme.granularity)
-    sites: dict[str, SiteData | FreeSiteData] = {}
+    recorder.choose_smoothing_scales(scheme.granularity)
+    quantizers: dict[str, QuantizerData] = {}
     layers = {}
-    for i, site in enumerate(plan.sites):
-        sites[site.name] = recorder.site_data(site)
-        progress("activation scales", i + 1, len(plan.sites))
+    for i, quantizer in enumerate(plan.quantizers):
+        quantizers[quantizer.name] = recorder.quantizer_data(quantizer)
+        progress("activation scales", i + 1, len(plan.quantizers))
     for i, layer in enumerate(plan.layers):
-        site = next(s for s in plan.sites if layer.name in s.layers)
+        quantizer = next(s for s in plan.quantizers if layer.name in s.layers)
         layers[layer.name] = _layer_data(
-            unet.get_submodule(layer.name), layer, recorder.channel[site.name], options.method
+            unet.get_submodule(layer.name), layer, recorder.channel[quantizer.name], options.method
         )
         progress("weight scales", i + 1, len(plan.layers))
     return Checkpoint(
@@ -163,12 +164,12 @@ def calibrate(
         ),
         scheme=scheme,
         layers=layers,
-        sites=sites,
+        quantizers=quantizers,
         floats=float_state(unet, layers),
         provenance={"method": "ptq", "range": options.method.value, "seed": options.seed},
-        products={
-            product.name: ProductData(product.name, product.sites, product.macs)
-            for product in plan.products
+        matmuls={
+            product.name: AttentionMatmulData(product.name, product.sites, product.macs)
+            for product in plan.matmuls
         },
     )
 
@@ -187,29 +188,29 @@ def _batches(
 
 
 class _Recorder:
-    """Sees each site's tensor while the float model runs."""
+    """Sees each quantizer's tensor while the float model runs."""
 
     def __init__(
         self, unet: nn.Module, plan: QuantizationPlan, scheme: Scheme, options: CalibrationOptions
     ) -> None:
         self.unet, self.plan, self.buckets, self.method = unet, plan, scheme.buckets, options.method
-        self.free = scheme.granularity is Granularity.FREE_CHANNEL
-        self.kept = max(VALUES_PER_SITE // self.buckets, FEWEST_VALUES)
+        self.free = scheme.granularity is Granularity.PER_CHANNEL
+        self.kept = max(VALUES_PER_QUANTIZER // self.buckets, FEWEST_VALUES)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.channel: dict[str, Tensor] = {}
         self.samples: dict[tuple[str, int], _Reservoir] = {}
         self.extremes: dict[tuple[str, int], Tensor] = {}
 
     def run(self, inputs: dict[str, Tensor], buckets: Tensor) -> None:
-        """Run the model on one batch and visit each site's tensor."""
+        """Run the model on one batch and visit each quantizer's tensor."""
 
-        def hook(site: SitePlan) -> Any:
-            return lambda module, args: self.visit(site, args[site.operand or 0], buckets)
+        def hook(quantizer: QuantizerPlan) -> Any:
+            return lambda module, args: self.visit(quantizer, args[quantizer.operand or 0], buckets)
 
-        # Layers that share a site read the same tensor: the first of them is enough.
+        # Layers that share a quantizer read the same tensor: the first of them is enough.
         handles = [
             self.unet.get_submodule(s.layers[0]).register_forward_pre_hook(hook(s))
-            for s in self.plan.sites
+            for s in self.plan.quantizers
         ]
         try:
             self.unet(**inputs)
@@ -217,12 +218,12 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
-    def visit(self, site: SitePlan, x: Tensor, buckets: Tensor) -> None:
-        """Keep some of a site's values x [B, ...], and each channel's extremes, by bucket."""
+    def visit(self, quantizer: QuantizerPlan, x: Tensor, buckets: Tensor) -> None:
+        """Keep some of a quantizer's values x [B, ...], and each channel's extremes, by bucket."""
         for bucket in buckets.unique().tolist():
             rows, key = (
-                x[buckets == bucket].transpose(site.axis, -1).flatten(0, -2),
-                (site.name, bucket),
+                x[buckets == bucket].transpose(quantizer.axis, -1).flatten(0, -2),
+                (quantizer.name, bucket),
             )
             found = torch.stack([rows.amin(0), rows.amax(0)])
             before = self.extremes.get(key, found)
@@ -231,48 +232,56 @@ class _Recorder:
             )
             values, kept = (
                 (rows, FEWEST_VALUES)
-                if self.is_free(site)
+                if self.is_per_channel(quantizer)
                 else (rows.flatten()[:, None], self.kept)
             )
             self.samples.setdefault(key, _Reservoir(kept)).add(values, self.generator)
 
-    def choose_channels(self, granularity: Granularity) -> None:
+    def choose_smoothing_scales(self, granularity: Granularity) -> None:
         """g = sqrt(amax_x / amax_w) (SmoothQuant, alpha 0.5), scaled to a geometric mean of one,
         for layers of folded channels.
 
         All ones for other granularities, and for attention's operands.
         """
-        for site in self.plan.sites:
+        for quantizer in self.plan.quantizers:
             amax = (
-                torch.stack([self.extremes[site.name, b] for b in range(self.buckets)])
+                torch.stack([self.extremes[quantizer.name, b] for b in range(self.buckets)])
                 .abs()
                 .amax((0, 1))
             )
-            if site.operand is not None or granularity is not Granularity.FOLDED_CHANNEL:
-                self.channel[site.name] = torch.ones_like(amax)
+            if quantizer.operand is not None or granularity is not Granularity.FOLDED_CHANNEL:
+                self.channel[quantizer.name] = torch.ones_like(amax)
                 continue
             weight_amax = torch.stack(
-                [_input_amax(self.unet.get_submodule(name), amax) for name in site.layers]
+                [_input_amax(self.unet.get_submodule(name), amax) for name in quantizer.layers]
             ).amax(0)
             x, w = amax.clamp(min=1e-5), weight_amax.clamp(min=1e-5)
-            channel = x.pow(CHANNEL_ALPHA) / w.pow(1 - CHANNEL_ALPHA)
-            self.channel[site.name] = channel / channel.log().mean().exp()
+            channel = x.pow(SMOOTHING_ALPHA) / w.pow(1 - SMOOTHING_ALPHA)
+            self.channel[quantizer.name] = channel / channel.log().mean().exp()
 
-    def is_free(self, site: SitePlan) -> bool:
-        """Whether each of the site's channels has scales of its own."""
-        return self.free and site.operand is None
+    def is_per_channel(self, quantizer: QuantizerPlan) -> bool:
+        """Whether each of the quantizer's channels has scales of its own."""
+        return self.free and quantizer.operand is None
 
-    def site_data(self, site: SitePlan) -> SiteData | FreeSiteData:
+    def quantizer_data(self, quantizer: QuantizerPlan) -> QuantizerData:
         ranges = [
-            _activation_ranges(*self._kept(site, b), site.bits, site.symmetry, self.method)
+            _activation_ranges(
+                *self._kept(quantizer, b), quantizer.bits, quantizer.symmetry, self.method
+            )
             for b in range(self.buckets)
         ]
         scale, zero_point = (torch.stack(column) for column in zip(*ranges, strict=True))
-        low, high = _code_range(site.bits, site.symmetry)
-        if self.is_free(site):
+        low, high = _code_range(quantizer.bits, quantizer.symmetry)
+        if self.is_per_channel(quantizer):
             tables = (_float32(scale), _float32(zero_point))
-            return FreeSiteData(
-                site.name, site.bits, site.axis, site.layers, *tables, code_low=low, code_high=high
+            return PerChannelQuantizerData(
+                quantizer.name,
+                quantizer.bits,
+                quantizer.axis,
+                quantizer.layers,
+                *tables,
+                code_low=low,
+                code_high=high,
             )
         integers = {
             "scale": scale[:, 0],
@@ -281,20 +290,28 @@ class _Recorder:
         }
         tables_by_name = {
             name: _float32(table)
-            for name, table in (*integers.items(), ("channel", self.channel[site.name]))
+            for name, table in (*integers.items(), ("channel", self.channel[quantizer.name]))
         }
-        return SiteData(
-            site.name, site.bits, site.symmetry, site.axis, site.layers, **tables_by_name
+        return ActivationQuantizerData(
+            quantizer.name,
+            quantizer.bits,
+            quantizer.symmetry,
+            quantizer.axis,
+            quantizer.layers,
+            **tables_by_name,
         )
 
-    def _kept(self, site: SitePlan, bucket: int) -> tuple[Tensor, Tensor]:
-        """The sample and the extremes of the site's values, over their channels' factors: [V, C]
-        and [2, C], C = 1 unless free.
+    def _kept(self, quantizer: QuantizerPlan, bucket: int) -> tuple[Tensor, Tensor]:
+        """The sample and the extremes of the quantizer's values, over their channels' factors: [V,
+        C] and [2, C], C = 1 unless free.
         """
-        reservoir, extremes = self.samples[site.name, bucket], self.extremes[site.name, bucket]
-        if self.is_free(site):
+        reservoir, extremes = (
+            self.samples[quantizer.name, bucket],
+            self.extremes[quantizer.name, bucket],
+        )
+        if self.is_per_channel(quantizer):
             return reservoir.rows, extremes
-        channel = self.channel[site.name]
+        channel = self.channel[quantizer.name]
         extremes = extremes / channel
         values = reservoir.rows / channel[reservoir.places % len(channel)][:, None]
         return values, torch.stack([extremes[0].amin(), extremes[1].amax()])[:, None]
@@ -388,7 +405,7 @@ def _activation_ranges(
 def _layer_data(
     layer: nn.Module, plan: LayerPlan, channel: Tensor, method: RangeMethod
 ) -> LayerData:
-    weight = fold_channel(layer.get_parameter("weight").detach(), channel)
+    weight = fold_smoothing_scale(layer.get_parameter("weight").detach(), channel)
     scale = _weight_scale(weight, plan.weight_bits, method)
     bias = layer.bias
     return LayerData(

@@ -116,8 +116,12 @@ def reconstruct(
     done = _resume(student, list(units.values()), generator, state_path, key) if state_path else 0
     learned: set[str] = set()
     for i, (name, layers) in enumerate(units.items()):
-        sites = [site for site in _sites_of(student, name, layers) if site not in learned]
-        learned.update(sites)
+        quantizers = [
+            quantizer
+            for quantizer in _quantizers_of(student, name, layers)
+            if quantizer not in learned
+        ]
+        learned.update(quantizers)
         if i < done:
             continue
         data = _record(unet, student, name, trajectories, rows, options.batch)
@@ -125,10 +129,10 @@ def reconstruct(
             _learn_rounding(student, name, layers, data, options, generator)
         for layer in layers:
             student.quantized_layers()[layer].freeze()
-        if options.scale_steps and sites:
-            _learn_scales(student, name, sites, data, options, generator)
+        if options.scale_steps and quantizers:
+            _learn_scales(student, name, quantizers, data, options, generator)
         if state_path:
-            parameters = _parameters(student, layers, sites)
+            parameters = _parameters(student, layers, quantizers)
             TrainingState(key, i + 1, parameters, {}, generator.get_state()).save(
                 _state_file(state_path, i)
             )
@@ -213,12 +217,12 @@ def _resume(
 def _parameters(
     student: QuantizedModel, layers: tuple[str, ...], sites: list[str]
 ) -> dict[str, Tensor]:
-    quantized, quantizers = student.quantized_layers(), student.site_quantizers()
+    quantized, quantizers = student.quantized_layers(), student.activation_quantizers()
     learned = {
         id(p)
         for p in (
             *(quantized[layer].weight for layer in layers),
-            *(quantizers[site].log_shift for site in sites),
+            *(quantizers[quantizer].log_shift for quantizer in sites),
         )
     }
     return {
@@ -336,9 +340,7 @@ def _learn_rounding(
     quantized = student.quantized_layers()
     soft = {name: _SoftRounding(quantized[name]) for name in layers}
     floats: dict[str, nn.Module] = {
-        name: _FloatProduct()
-        for name in student.quantized_products()
-        if name.startswith(f"{unit}.")
+        name: _FloatProduct() for name in student.quantized_matmuls() if name.startswith(f"{unit}.")
     }
     optimizer = torch.optim.Adam(
         [rounding.alpha for rounding in soft.values()], lr=options.rounding_rate
@@ -373,8 +375,8 @@ def _learn_scales(
     options: ReconstructOptions,
     generator: torch.Generator,
 ) -> None:
-    quantizers = student.site_quantizers()
-    parameters = [quantizers[site].log_shift for site in sites]
+    quantizers = student.activation_quantizers()
+    parameters = [quantizers[quantizer].log_shift for quantizer in sites]
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(parameters, lr=options.scale_rate)
@@ -390,12 +392,12 @@ def _learn_scales(
         parameter.requires_grad_(False)
 
 
-def _sites_of(student: QuantizedModel, unit: str, layers: tuple[str, ...]) -> list[str]:
+def _quantizers_of(student: QuantizedModel, unit: str, layers: tuple[str, ...]) -> list[str]:
     checkpoint = student.checkpoint
     products = [
-        product for name, product in checkpoint.products.items() if name.startswith(f"{unit}.")
+        product for name, product in checkpoint.matmuls.items() if name.startswith(f"{unit}.")
     ]
-    names = [checkpoint.site_of(layer).name for layer in layers] + [
+    names = [checkpoint.quantizer_of(layer).name for layer in layers] + [
         s for product in products for s in product.sites if s is not None
     ]
     return list(dict.fromkeys(names))

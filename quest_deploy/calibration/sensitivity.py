@@ -210,7 +210,7 @@ def measure_sensitivity(
     expected = [float_model(**x, return_dict=False)[0] for x in inputs]
     power = _mean_by_bucket([_mean_square(y) for y in expected], buckets, count)
     model = QuantizedModel.from_checkpoint(calibrated).eval()
-    quantized = {**model.quantized_layers(), **model.quantized_products()}
+    quantized = {**model.quantized_layers(), **model.quantized_matmuls()}
     for name in quantized:
         model.model.set_submodule(name, float_model.get_submodule(name))
     layers = []

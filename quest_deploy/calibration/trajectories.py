@@ -188,7 +188,7 @@ def record_trajectories(
     inputs, outputs = [], []
     for i, timestep in enumerate(scheduler.timesteps):
         entered = sample if weight == 1.0 else sample.repeat_interleave(2, 0)
-        output = in_parts(
+        output = chunked(
             lambda x, t=timestep, **c: unet(x, t, **c, return_dict=False)[0],
             rows,
             entered,
@@ -209,7 +209,7 @@ def record_trajectories(
     )
 
 
-def in_parts(
+def chunked(
     run: Callable[..., Tensor], rows: int | None, sample: Tensor, **inputs: Tensor
 ) -> Tensor:
     """``run(sample, **inputs)``, each [B, ...], on ``rows`` rows at a time; on all of them where it

@@ -162,8 +162,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
-def in_float(float_sites: dict[str, str], sites: int) -> list[str]:
-    """The line that says how many of a checkpoint's ``sites`` compute in float and why
+def in_float(float_sites: dict[str, str], quantizers: int) -> list[str]:
+    """The line that says how many of a checkpoint's ``quantizers`` compute in float and why
     (``Checkpoint.float_sites``), if any do.
     """
     if not float_sites:
@@ -175,8 +175,8 @@ def in_float(float_sites: dict[str, str], sites: int) -> list[str]:
         else "; ".join(f"{count}: {reason}" for reason, count in counts)
     )
     return [
-        f"{len(float_sites)} of {sites} tensors and the layers that read them compute in float "
-        f"({reasons})"
+        f"{len(float_sites)} of {quantizers} tensors and the layers that read them compute in "
+        f"float ({reasons})"
     ]
 
 

@@ -42,7 +42,7 @@ LISTED = 12
 
 
 def describe(workspace: Workspace, stage: str) -> str:
-    """What a finished stage reports, in words; ``stage`` as the manifest calls it."""
+    """Return what a finished stage reports, in words; ``stage`` as the manifest calls it."""
     details = workspace.stages[stage].details
     return _DESCRIPTIONS[stage.partition("/")[0]](workspace, details)
 

@@ -51,7 +51,7 @@ def _describe_exact(name: str, levels: dict[str, int] | None) -> list[str]:
 
 
 def _integers(instructions: list[str]) -> list[str]:
-    """What runs on integers here."""
+    """Return what runs on integers here."""
     found = (
         f"has {', '.join(instructions)}"
         if instructions

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from exporters.graph_info import graph_info, load_graph
-from quest_deploy.artifacts.checkpoint import SiteData, load_checkpoint
+from quest_deploy.artifacts.checkpoint import ActivationQuantizerData, load_checkpoint
 from quest_deploy.artifacts.workspace import MANIFEST, Workspace
 from quest_deploy.backends.base import ENGINE_FILE, LOWERED, changed_files, engine_info
 from quest_deploy.backends.registry import get_backend
@@ -26,7 +26,7 @@ engine run in.
 
 
 def inspect(path: Path, progress: Progress | Display = no_progress) -> Inspection:
-    """What the file or folder holds; raise InputError where it is of no known kind."""
+    """Return what the file or folder holds; raise InputError where it is of no known kind."""
     if not path.exists():
         raise InputError(f"{path} does not exist")
     if path.suffix == ".safetensors":
@@ -47,8 +47,8 @@ def inspect(path: Path, progress: Progress | Display = no_progress) -> Inspectio
 def _checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(path)
     layers: list[dict[str, Any]] = []
-    for site in checkpoint.sites.values():
-        for name in (reader for reader in site.layers if reader in checkpoint.layers):
+    for quantizer in checkpoint.quantizers.values():
+        for name in (reader for reader in quantizer.layers if reader in checkpoint.layers):
             layer = checkpoint.layers[name]
             layers.append(
                 {
@@ -56,10 +56,12 @@ def _checkpoint(path: Path) -> dict[str, Any]:
                     "kind": "linear" if layer.conv is None else "conv",
                     "shape": list(layer.weight_codes.shape),
                     "weight_bits": layer.weight_bits,
-                    "activation_bits": site.bits,
-                    "site": site.name,
+                    "activation_bits": quantizer.bits,
+                    "site": quantizer.name,
                     "macs": layer.macs,
-                    "computes": "integer" if isinstance(site, SiteData) else "float",
+                    "computes": "integer"
+                    if isinstance(quantizer, ActivationQuantizerData)
+                    else "float",
                 }
             )
     products = [
@@ -69,7 +71,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
             "bits": checkpoint.product_bits(x),
             "macs": x.macs,
         }
-        for x in checkpoint.products.values()
+        for x in checkpoint.matmuls.values()
     ]
     weights, macs = checkpoint.share_at(4)
     return {
@@ -79,7 +81,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "layers": layers,
         "products": products,
         "float_sites": checkpoint.float_sites,
-        "sites": len(checkpoint.sites),
+        "sites": len(checkpoint.quantizers),
         "provenance": checkpoint.provenance,
         "bytes": path.stat().st_size,
         "weights_at_4_bits": weights,
@@ -114,7 +116,7 @@ def _graph(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size + (data.stat().st_size if data.exists() else 0),
         **ports,
         "layers_by_weight_bits": {str(k): v for k, v in sorted(bits.items())},
-        "sites": len(info.sites),
+        "sites": len(info.quantizers),
         "initializer_bytes": dict(stored.most_common()),
         "operators": dict(operators.most_common()),
     }

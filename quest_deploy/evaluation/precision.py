@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from exporters.graph_info import GraphInfo, LayerInfo, ProductInfo
+    from exporters.graph_info import AttentionMatmulInfo, GraphInfo, LayerInfo
     from exporters.multiplications import Multiplication
     from quest_deploy.backends.base import Backend
     from quest_deploy.backends.options import EngineOptions
@@ -210,12 +210,12 @@ def _names(layers: list[LayerPrecision]) -> str:
 
 
 def graph_precision(path: Path) -> PrecisionReport:
-    """What a graph asks for."""
+    """Return what a graph asks for."""
     return PrecisionReport(*_asked(path))
 
 
 def engine_precision(backend: Backend, folder: Path, options: EngineOptions) -> PrecisionReport:
-    """What an engine's graph asks for and what the engine runs in; loads the engine, and for
+    """Return what an engine's graph asks for and what the engine runs in; loads the engine, and for
     onnxruntime runs it once.
     """
     asked, sizes = _asked(folder / LOWERED)
@@ -239,7 +239,7 @@ def _asked(path: Path) -> tuple[list[LayerPrecision], Sizes]:
     model = load_graph(path)
     info = graph_info(model)
     layers = {product_name(layer.name): layer for layer in info.layers.values()}
-    products = {product_name(product.name): product for product in info.products.values()}
+    products = {product_name(product.name): product for product in info.matmuls.values()}
     parts: dict[str, list[Multiplication]] = {}
     for node in multiplications(model, input_shapes(model, 1)):
         # A lowering may have made several nodes of one (see exporters.passes.split_gates).
@@ -275,9 +275,9 @@ def _asked(path: Path) -> tuple[list[LayerPrecision], Sizes]:
 
 
 def _layer(info: GraphInfo, layer: LayerInfo, nodes: list[Multiplication]) -> LayerPrecision:
-    site = info.sites[layer.site]
-    asked = INTEGER if site.integer else FLOAT
-    bits = (layer.weight_bits, site.bits)
+    quantizer = info.quantizers[layer.site]
+    asked = INTEGER if quantizer.integer else FLOAT
+    bits = (layer.weight_bits, quantizer.bits)
     return LayerPrecision(
         layer.name,
         _node_names(nodes),
@@ -289,10 +289,16 @@ def _layer(info: GraphInfo, layer: LayerInfo, nodes: list[Multiplication]) -> La
     )
 
 
-def _product(info: GraphInfo, product: ProductInfo, nodes: list[Multiplication]) -> LayerPrecision:
-    sites = [None if name is None else info.sites[name] for name in product.sites]
-    asked = INTEGER if all(site is not None and site.integer for site in sites) else FLOAT
-    bits = max(FLOAT_BITS if site is None else site.bits for site in sites)
+def _product(
+    info: GraphInfo, product: AttentionMatmulInfo, nodes: list[Multiplication]
+) -> LayerPrecision:
+    quantizers = [None if name is None else info.quantizers[name] for name in product.sites]
+    asked = (
+        INTEGER
+        if all(quantizer is not None and quantizer.integer for quantizer in quantizers)
+        else FLOAT
+    )
+    bits = max(FLOAT_BITS if quantizer is None else quantizer.bits for quantizer in quantizers)
     return LayerPrecision(
         product.name,
         _node_names(nodes),
@@ -314,7 +320,7 @@ def _operator(nodes: list[Multiplication]) -> str:
 
 
 def _realised(layer: LayerPrecision, found: dict[str, str]) -> str:
-    """What a layer runs in: if its parts differ, what is known least of, or else what is not
+    """Return what a layer runs in: if its parts differ, what is known least of, or else what is not
     integer.
     """
     kinds = {found.get(node, UNKNOWN) for node in layer.nodes} or {UNKNOWN}
@@ -343,8 +349,10 @@ def _float_parameters(model: ir.Model, info: GraphInfo) -> Iterable[ir.Value]:
     """The float initializers that are no scales, bounds or tables of the quantizers, and no
     scalars.
     """
-    of_sites = tuple(
-        f"{site}.{table}" for site in info.sites for table in (*TABLES, "channel", "zero_point")
+    of_quantizers = tuple(
+        f"{quantizer}.{table}"
+        for quantizer in info.quantizers
+        for table in (*TABLES, "channel", "zero_point")
     )
     of_weights = tuple(f"{layer.weight}_scale" for layer in info.layers.values())
     for value in model.graph.initializers.values():
@@ -354,7 +362,7 @@ def _float_parameters(model: ir.Model, info: GraphInfo) -> Iterable[ir.Value]:
         if (
             not is_float
             or not value.shape
-            or name.startswith((*of_sites, *of_weights, "tables_of_rank"))
+            or name.startswith((*of_quantizers, *of_weights, "tables_of_rank"))
         ):
             continue
         if not any(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from quest_deploy.calibration.trajectories import in_parts
+from quest_deploy.calibration.trajectories import chunked
 from quest_deploy.evaluation.sampling import sample_images
 from quest_deploy.progress import no_progress
 
@@ -138,7 +138,7 @@ def epsilon_mse(
     for step, timestep in enumerate(trajectories.timestep.tolist()):
         inputs = trajectories.inputs(torch.full((samples,), step), torch.arange(samples))
         error = (
-            (in_parts(denoise, rows, **inputs) - trajectories.output[step]).square().mean().item()
+            (chunked(denoise, rows, **inputs) - trajectories.output[step]).square().mean().item()
         )
         bucket = scheme.bucket_of(timestep)
         sums[bucket] += error

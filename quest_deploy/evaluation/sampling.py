@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quest_deploy.calibration.trajectories import in_parts
+from quest_deploy.calibration.trajectories import chunked
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.progress import no_progress
@@ -71,7 +71,7 @@ def sample_images(
     for i, timestep in enumerate(schedule.timesteps):
         scaled = schedule.scale_model_input(latents, timestep)
         batch = torch.cat([scaled, scaled]) if guided else scaled
-        prediction = in_parts(
+        prediction = chunked(
             denoise,
             model.forward_rows,
             batch,

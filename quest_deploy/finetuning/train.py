@@ -2,7 +2,8 @@
 
 The temporal stage trains the temporal layers (the time-embedding projections) and the scales of
 what they read; the sensitive stage trains the sensitive layers (attention and feed-forward) and
-every site's scales, and goes on with the temporal layers where their stage came first (published
+every quantizer's scales, and goes on with the temporal layers where their stage came first
+(published
 QuEST freezes them: ``carry_temporal``). Both are supervised by the float model's final output and
 by its blocks' outputs, on its own sampling trajectories. What the official code gets wrong is done
 right: one optimizer per stage (it keeps its momentum), scales that stay positive, rounding that
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy import __version__
-from quest_deploy.artifacts.checkpoint import SiteData
+from quest_deploy.artifacts.checkpoint import ActivationQuantizerData
 from quest_deploy.calibration.training_state import TrainingState, hash_of_tensors
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import sha256_of_json
@@ -337,8 +338,11 @@ def _stages(student: QuantizedModel, options: FinetuneOptions) -> list[_Stage]:
     for name in options.stages:
         chosen = select_layers(layers, options.layers_of(name))
         if name == "temporal":
-            sites = list(
-                {id(site): site for site in (layers[layer].site for layer in chosen)}.values()
+            quantizers = list(
+                {
+                    id(quantizer): quantizer
+                    for quantizer in (layers[layer].site for layer in chosen)
+                }.values()
             )
         else:
             if options.carry_temporal:
@@ -346,7 +350,7 @@ def _stages(student: QuantizedModel, options: FinetuneOptions) -> list[_Stage]:
                 chosen = tuple(
                     dict.fromkeys((*(layer for stage in stages for layer in stage.layers), *chosen))
                 )
-            sites = list(student.site_quantizers().values())
+            quantizers = list(student.activation_quantizers().values())
         weights = [
             p
             for layer in chosen
@@ -355,9 +359,11 @@ def _stages(student: QuantizedModel, options: FinetuneOptions) -> list[_Stage]:
         ]
         scales = [
             p
-            for site in sites
+            for quantizer in quantizers
             for p in (
-                (site.log_shift, site.zero_point) if site.learns_zero_point else (site.log_shift,)
+                (quantizer.log_shift, quantizer.zero_point)
+                if quantizer.learns_zero_point
+                else (quantizer.log_shift,)
             )
         ]
         first_step = stages[-1].first_step + stages[-1].steps if stages else 0
@@ -504,11 +510,11 @@ def _load_state(path: Path | None, key: str, steps: int, *, logs: bool) -> Train
 
 def _run_key(calibrated: Checkpoint, options: FinetuneOptions, made_from: dict[str, str]) -> str:
     digest = hashlib.sha256()
-    for site in calibrated.sites.values():
+    for quantizer in calibrated.quantizers.values():
         tables = (
-            (site.scale, site.low, site.channel)
-            if isinstance(site, SiteData)
-            else (site.scale, site.zero_point)
+            (quantizer.scale, quantizer.low, quantizer.channel)
+            if isinstance(quantizer, ActivationQuantizerData)
+            else (quantizer.scale, quantizer.zero_point)
         )
         for table in tables:
             digest.update(table.tobytes())

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.artifacts.checkpoint import (
+    ActivationQuantizerData,
     Architecture,
+    AttentionMatmulData,
     Checkpoint,
-    FreeSiteData,
     LayerData,
-    ProductData,
+    PerChannelQuantizerData,
+    QuantizerData,
     ScoreScale,
-    SiteData,
 )
 from quest_deploy.artifacts.model_source import IMPORTED
 from quest_deploy.artifacts.scheme import Granularity, Scheme, Symmetry, activation_levels
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from quest_deploy.importers.architecture import OfficialLayer
     from quest_deploy.importers.read import OfficialCheckpoint
     from quest_deploy.progress import Progress
-    from quest_deploy.quantization.planner import SitePlan
+    from quest_deploy.quantization.planner import QuantizerPlan
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Imported:
     """What came of an official checkpoint.
 
     Attributes:
-        in_float: by site, why it and its readers compute in float.
+        in_float: by quantizer, why it and its readers compute in float.
     """
 
     checkpoint: Checkpoint
@@ -125,8 +126,8 @@ class _Tables:
 
     @property
     def has_offset(self) -> bool:
-        """Whether the codes less their zero-point reach beyond int8: a deployed site then pads with
-        its offset, not with zero.
+        """Whether the codes less their zero-point reach beyond int8: a deployed quantizer then pads
+        with its offset, not with zero.
         """
         low, high = (bound - self.zero_point for bound in self.code_range)
         return bool((low < -128).any() or (high > 127).any())
@@ -181,27 +182,32 @@ def import_checkpoint(
     splits = _split_shortcuts(official)
     attention = ScoreScale.PRODUCT if config.use_spatial_transformer else ScoreScale.OPERANDS
     model = prepare(float_model(official), splits, attention)
-    # A softmax of 16 bits is a site too, though the scheme calls it float.
+    # A softmax of 16 bits is a quantizer too, though the scheme calls it float.
     plan = plan_quantization(
         model, probe, dataclasses.replace(scheme, softmax_bits=scheme.softmax_bits or 8)
     )
     tables = dict(_layer_tables(official)) | dict(_operand_tables(official))
-    sites: dict[str, SiteData | FreeSiteData] = {}
+    quantizers: dict[str, QuantizerData] = {}
     in_float = {}
-    for group in plan.sites:
+    for group in plan.quantizers:
         for readers in _agreeing(group, tables, model):
             name = group.name if group.operand is not None else readers[0]
             found, channels = tables[name], _channels(official, model, group)
             why = _why_float(found)
             if why is None:
-                sites[name] = _integer_site(name, group, readers, found, channels)
+                quantizers[name] = _integer_quantizer(name, group, readers, found, channels)
             else:
-                sites[name], in_float[name] = _free_site(name, group, readers, found, channels), why
+                quantizers[name], in_float[name] = (
+                    _per_channel_quantizer(name, group, readers, found, channels),
+                    why,
+                )
     layers = {x.name: _placed(rounded[x.name], model, x.macs) for x in plan.layers}
     if any(
-        isinstance(sites[site], FreeSiteData) for site in sites if sites[site].layers[0] in layers
+        isinstance(quantizers[quantizer], PerChannelQuantizerData)
+        for quantizer in quantizers
+        if quantizers[quantizer].layers[0] in layers
     ):
-        scheme = dataclasses.replace(scheme, granularity=Granularity.FREE_CHANNEL)
+        scheme = dataclasses.replace(scheme, granularity=Granularity.PER_CHANNEL)
     checkpoint = Checkpoint(
         model=IMPORTED,
         architecture=Architecture(
@@ -214,10 +220,10 @@ def import_checkpoint(
         ),
         scheme=scheme,
         layers=layers,
-        sites=sites,
+        quantizers=quantizers,
         floats=float_state(model, layers),
         provenance=_provenance(official),
-        products={x.name: ProductData(x.name, x.sites, x.macs) for x in plan.products},
+        matmuls={x.name: AttentionMatmulData(x.name, x.sites, x.macs) for x in plan.matmuls},
     )
     return Imported(checkpoint, in_float)
 
@@ -414,7 +420,7 @@ def _tables(
 
 
 def _agreeing(
-    group: SitePlan, tables: dict[str, _Tables], model: nn.Module
+    group: QuantizerPlan, tables: dict[str, _Tables], model: nn.Module
 ) -> list[tuple[str, ...]]:
     """The readers of one tensor, divided into those whose tables are the same, and their padding
     too where there is an offset.
@@ -460,14 +466,14 @@ def _why_float(tables: _Tables) -> str | None:
     return None
 
 
-def _integer_site(
-    name: str, group: SitePlan, readers: tuple[str, ...], tables: _Tables, channels: int
-) -> SiteData:
+def _integer_quantizer(
+    name: str, group: QuantizerPlan, readers: tuple[str, ...], tables: _Tables, channels: int
+) -> ActivationQuantizerData:
     low, high = (_array(bound - tables.zero_point[:, 0]) for bound in tables.code_range)
     unsigned = group.operand is not None and not low.any()
     symmetry = Symmetry.UNSIGNED if unsigned else Symmetry.ASYMMETRIC
     ones = np.ones(channels, np.float32)
-    return SiteData(
+    return ActivationQuantizerData(
         name,
         tables.bits,
         symmetry,
@@ -480,15 +486,15 @@ def _integer_site(
     )
 
 
-def _free_site(
-    name: str, group: SitePlan, readers: tuple[str, ...], tables: _Tables, channels: int
-) -> FreeSiteData:
+def _per_channel_quantizer(
+    name: str, group: QuantizerPlan, readers: tuple[str, ...], tables: _Tables, channels: int
+) -> PerChannelQuantizerData:
     scale, zero_point, axis = tables.scale, tables.zero_point, tables.axis
     if tables.per_tensor:
         scale, zero_point = (table[:, :1].expand(-1, channels) for table in (scale, zero_point))
         axis = None
     low, high = tables.code_range
-    return FreeSiteData(
+    return PerChannelQuantizerData(
         name,
         tables.bits,
         axis or _channel_axis(group, tables),
@@ -500,7 +506,7 @@ def _free_site(
     )
 
 
-def _channel_axis(group: SitePlan, tables: _Tables) -> int:
+def _channel_axis(group: QuantizerPlan, tables: _Tables) -> int:
     """The axis that :func:`_channels` is the size of."""
     return group.axis if group.operand is None or tables.axis is None else tables.axis
 
@@ -566,8 +572,8 @@ def _layer_data(name: str, part: _Weight, bits: int) -> LayerData:
     )
 
 
-def _channels(official: OfficialCheckpoint, model: nn.Module, group: SitePlan) -> int:
-    """The size of the tensor's axis that a channel vector lies along."""
+def _channels(official: OfficialCheckpoint, model: nn.Module, group: QuantizerPlan) -> int:
+    """The size of the tensor's axis that a smoothing scale lies along."""
     if group.operand is None:
         return int(model.get_submodule(group.layers[0]).get_parameter("weight").shape[1])
     operand = next(x for x in official.names.operands if f"{x.attention}.{x.operand}" == group.name)

@@ -167,10 +167,10 @@ class PipelineModel:
         with self._loading("the UNet's configuration"), torch.device("meta"):
             unet = unet_class.from_config(self.config)
         needed = 4 * sum(parameter.numel() for parameter in unet.parameters())
-        if needed > (free := psutil.virtual_memory().available):
+        if needed > (per_channel := psutil.virtual_memory().available):
             raise InputError(
                 f"{self.name}: its UNet's float weights take {needed / 1e9:.1f} GB, and this "
-                f"machine has {free / 1e9:.1f} GB of memory left"
+                f"machine has {per_channel / 1e9:.1f} GB of memory left"
             )
 
     def load_scheduler(self, name: str, **overrides: Any) -> Any:

@@ -95,5 +95,5 @@ def set_heads(model: nn.Module, heads: int) -> None:
 
 
 def fixed_heads(model: nn.Module) -> int | None:
-    """What :func:`set_heads` gave ``model``, or None."""
+    """Return what :func:`set_heads` gave ``model``, or None."""
     return getattr(model, "fixed_heads", None)

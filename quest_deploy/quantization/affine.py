@@ -23,9 +23,9 @@ def activation_codes(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tens
     return clamp(torch.round(x / step), low, high)
 
 
-def free_codes(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+def per_channel_codes(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
     """clamp(round(x / scale) + zero_point, low, high) - zero_point, in this order of float
-    operations, with straight-through gradients: the codes of a site that is free per channel.
+    operations, with straight-through gradients: the codes of a quantizer that is per-channel.
     """
     return torch.clamp(round_ste(x / scale) + zero_point, low, high) - zero_point
 
@@ -89,7 +89,7 @@ def fake_quantize_activation(
 
 
 def _ratio(x: Tensor, step: Tensor, channel: Tensor | None, axis: int) -> Tensor:
-    """What is rounded, in memory of its own."""
+    """Return what is rounded, in memory of its own."""
     return x / (step if channel is None else step * per_channel(channel, x, axis))
 
 
@@ -175,8 +175,8 @@ class _FakeQuantizeActivation(torch.autograd.Function):
     ) -> Tensor:
         step = per_sample(scale, x)
         ratio = _ratio(x, step, channel, axis)
-        # Only the ratio is kept, and its codes made again in the backward pass: every site of a
-        # UNet keeps its own.
+        # Only the ratio is kept, and its codes made again in the backward pass: every quantizer of
+        # a UNet keeps its own.
         ctx.save_for_backward(ratio, scale, low, high, channel)
         ctx.axis = axis
         return _clamped_(torch.round(ratio), low, high).mul_(step)

@@ -13,7 +13,7 @@ from quest_deploy.artifacts.reference import IntegerTables
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from quest_deploy.artifacts.reference import FreeTables
+    from quest_deploy.artifacts.reference import PerChannelTables
 
     Floats = NDArray[np.float32]
 
@@ -22,9 +22,9 @@ TIE_ULPS = 4
 
 
 def step(
-    x: NDArray[Any], bucket: NDArray[Any], tables: IntegerTables | FreeTables, axis: int
+    x: NDArray[Any], bucket: NDArray[Any], tables: IntegerTables | PerChannelTables, axis: int
 ) -> Floats:
-    """What x [rows, ...] is divided by before it is rounded."""
+    """Return what x [rows, ...] is divided by before it is rounded."""
     scale = _of_rows(tables.scale, x, bucket, axis)
     # Ones may lie along a product's tokens, of which samples of another size have another number.
     if not isinstance(tables, IntegerTables) or (tables.channel == 1).all():
@@ -35,16 +35,16 @@ def step(
 
 
 def ratio(
-    x: NDArray[Any], bucket: NDArray[Any], tables: IntegerTables | FreeTables, axis: int
+    x: NDArray[Any], bucket: NDArray[Any], tables: IntegerTables | PerChannelTables, axis: int
 ) -> Floats:
-    """What is rounded, float32 of x's shape [rows, ...]."""
+    """Return what is rounded, float32 of x's shape [rows, ...]."""
     return np.asarray(x.astype(np.float32, copy=False) / step(x, bucket, tables, axis), np.float32)
 
 
 def levels(
-    x: NDArray[Any], bucket: NDArray[Any], tables: IntegerTables | FreeTables, axis: int
+    x: NDArray[Any], bucket: NDArray[Any], tables: IntegerTables | PerChannelTables, axis: int
 ) -> Floats:
-    """What x is rounded to, in steps: whole numbers, within the bounds."""
+    """Return what x is rounded to, in steps: whole numbers, within the bounds."""
     rounded = np.rint(ratio(x, bucket, tables, axis))
     if isinstance(tables, IntegerTables):
         low, high = (_of_rows(bound, x, bucket, axis) for bound in (tables.low, tables.high))
@@ -55,9 +55,9 @@ def levels(
 
 
 def codes(
-    x: NDArray[Any], bucket: NDArray[Any], tables: IntegerTables | FreeTables, axis: int
+    x: NDArray[Any], bucket: NDArray[Any], tables: IntegerTables | PerChannelTables, axis: int
 ) -> NDArray[Any]:
-    """The codes of x by the op's definition: int8, or float32 of a free quantizer."""
+    """The codes of x by the op's definition: int8, or float32 of a per-channel quantizer."""
     whole = levels(x, bucket, tables, axis)
     if not isinstance(tables, IntegerTables):
         return whole

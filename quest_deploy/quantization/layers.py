@@ -20,8 +20,8 @@ from quest_deploy.quantization.affine import (
     activation_codes,
     fake_quantize_activation,
     fake_quantize_weight,
-    free_codes,
     per_channel,
+    per_channel_codes,
     per_sample,
     round_ste,
 )
@@ -40,7 +40,7 @@ class BucketState:
 
     def __init__(self) -> None:
         self.current: Tensor | None = None
-        self._last: tuple[SiteQuantizer, Tensor, Tensor] | None = None
+        self._last: tuple[AnyActivationQuantizer, Tensor, Tensor] | None = None
         self._sharing = False
 
     @contextmanager
@@ -54,14 +54,16 @@ class BucketState:
         finally:
             self.current, self._sharing, self._last = None, False, None
 
-    def once(self, site: SiteQuantizer, x: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
-        """quantize(x), or what it gave for this very tensor, if ``site`` quantized it last in this
-        pass.
+    def once(
+        self, quantizer: AnyActivationQuantizer, x: Tensor, quantize: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """quantize(x), or what it gave for this very tensor, if ``quantizer`` quantized it last in
+        this pass.
         """
         if not self._sharing:
             return quantize(x)
-        if self._last is None or self._last[0] is not site or self._last[1] is not x:
-            self._last = site, x, quantize(x)
+        if self._last is None or self._last[0] is not quantizer or self._last[1] is not x:
+            self._last = quantizer, x, quantize(x)
         return self._last[2]
 
     def get(self) -> Tensor:
@@ -73,9 +75,9 @@ class BucketState:
         return self.current
 
 
-class SiteQuantizer(nn.Module):
-    """What :class:`ActivationQuantizer` and :class:`FreeActivationQuantizer` share: scales of their
-    own in each bucket.
+class AnyActivationQuantizer(nn.Module):
+    """What :class:`ActivationQuantizer` and :class:`PerChannelActivationQuantizer` share: scales of
+    their own in each bucket.
 
     Attributes:
         base_scale: float [K] or [K, C].
@@ -117,13 +119,13 @@ class SiteQuantizer(nn.Module):
         raise NotImplementedError
 
     def step(self, like: Tensor, bucket: Tensor) -> Tensor:
-        """What values are divided by before they are rounded, for samples in ``bucket`` [B];
+        """Return what values are divided by before they are rounded, for samples in ``bucket`` [B];
         broadcasts against ``like`` [B, ...].
         """
         raise NotImplementedError
 
     def ratio(self, x: Tensor) -> Tensor:
-        """What is rounded: x divided by its step, in x's shape."""
+        """Return what is rounded: x divided by its step, in x's shape."""
         return x / self.step(x, self.current_bucket())
 
     def untied(self, x: Tensor, ties: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ class SiteQuantizer(nn.Module):
 
     def unquantized(self, x: Tensor) -> Tensor:
         """x as the weights behind this quantizer expect it, but not rounded: where they hold a
-        channel vector, x is divided by it.
+        smoothing scale, x is divided by it.
         """
         return x
 
@@ -144,8 +146,8 @@ class SiteQuantizer(nn.Module):
         raise NotImplementedError
 
 
-class ActivationQuantizer(SiteQuantizer):
-    """One site's quantizer with integer codes: a scale and a zero-point for each timestep bucket.
+class ActivationQuantizer(AnyActivationQuantizer):
+    """One quantizer with integer codes: a scale and a zero-point for each timestep bucket.
 
     Attributes:
         base_scale: float [K], positive.
@@ -188,7 +190,7 @@ class ActivationQuantizer(SiteQuantizer):
         return scale, -zero_point, levels - zero_point
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize x [B, ...]: scale * code (the channel vector's share lives in the
+        """Fake-quantize x [B, ...]: scale * code (the smoothing scale's share lives in the
         weights).
         """
         return self._buckets.once(self, x, self._quantized)
@@ -212,7 +214,7 @@ class ActivationQuantizer(SiteQuantizer):
     @property
     def offset(self) -> Tensor:
         """What makes the codes fit int8, [K]; see
-        :attr:`quest_deploy.artifacts.checkpoint.SiteData.offset`.
+        :attr:`quest_deploy.artifacts.checkpoint.ActivationQuantizerData.offset`.
         """
         _, low, high = self.tables()
         return torch.zeros_like(low) if low.min() >= -128 and high.max() <= 127 else -128 - low
@@ -223,12 +225,12 @@ class ActivationQuantizer(SiteQuantizer):
         return scale * per_channel(self.channel, like, self.axis) if self._folded else scale
 
 
-class FreeActivationQuantizer(SiteQuantizer):
-    """One site's quantizer in float: a scale and a zero-point for each timestep bucket and channel.
+class PerChannelActivationQuantizer(AnyActivationQuantizer):
+    """One quantizer in float: a scale and a zero-point for each timestep bucket and channel.
 
     Attributes:
         base_scale, zero_point: float [K, C] along ``axis``; see
-            :class:`quest_deploy.artifacts.checkpoint.FreeSiteData`.
+            :class:`quest_deploy.artifacts.checkpoint.PerChannelQuantizerData`.
         code_low, code_high: the codes' range, the zero-point included.
     """
 
@@ -253,13 +255,13 @@ class FreeActivationQuantizer(SiteQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         scale, zero_point = self._operands(x)
-        return free_codes(x, scale, zero_point, self.code_low, self.code_high) * scale
+        return per_channel_codes(x, scale, zero_point, self.code_low, self.code_high) * scale
 
     def step(self, like: Tensor, bucket: Tensor) -> Tensor:
         return _rows(self.scale[bucket], like, self.axis)
 
     def codes(self, x: Tensor) -> Tensor:
-        return free_codes(x, *self._operands(x), self.code_low, self.code_high)
+        return per_channel_codes(x, *self._operands(x), self.code_low, self.code_high)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         bucket = self.current_bucket()
@@ -279,8 +281,8 @@ class QuantizedLayer(nn.Module):
     """What :class:`QuantizedConv2d` and :class:`QuantizedLinear` share.
 
     Attributes:
-        weight: float, the layer's shape, with the site's channel vector already folded in; rounded
-            at every use.
+        weight: float, the layer's shape, with the quantizer's smoothing scale already folded in;
+            rounded at every use.
         weight_scale: float [O], one per output channel.
         weight_low, weight_high: float [O], the range of the codes, the zero-point already
             subtracted.
@@ -292,10 +294,14 @@ class QuantizedLayer(nn.Module):
     weight_low: Tensor
     weight_high: Tensor
     bias: nn.Parameter | None
-    site: SiteQuantizer
+    site: AnyActivationQuantizer
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, grid: WeightGrid, site: SiteQuantizer
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        grid: WeightGrid,
+        quantizer: AnyActivationQuantizer,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.clone())
@@ -303,9 +309,9 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("weight_scale", grid.scale.clone())
         self.register_buffer("weight_low", grid.low.clone())
         self.register_buffer("weight_high", grid.high.clone())
-        # A site serves several layers: it is owned by the QuantizedModel, and kept out of this
+        # A quantizer serves several layers: it is owned by the QuantizedModel, and kept out of this
         # module's state here.
-        object.__setattr__(self, "site", site)
+        object.__setattr__(self, "site", quantizer)
         self._frozen = False
 
     @property
@@ -338,9 +344,9 @@ class QuantizedConv2d(QuantizedLayer):
     """A Conv2d with fake-quantized input and weight."""
 
     def __init__(
-        self, conv: nn.Conv2d, weight: Tensor, grid: WeightGrid, site: SiteQuantizer
+        self, conv: nn.Conv2d, weight: Tensor, grid: WeightGrid, quantizer: AnyActivationQuantizer
     ) -> None:
-        super().__init__(weight, conv.bias, grid, site)
+        super().__init__(weight, conv.bias, grid, quantizer)
         self.stride, self.padding, self.dilation, self.groups = (
             conv.stride,
             conv.padding,
@@ -356,9 +362,9 @@ class QuantizedLinear(QuantizedLayer):
     """A Linear with fake-quantized input and weight."""
 
     def __init__(
-        self, linear: nn.Linear, weight: Tensor, grid: WeightGrid, site: SiteQuantizer
+        self, linear: nn.Linear, weight: Tensor, grid: WeightGrid, quantizer: AnyActivationQuantizer
     ) -> None:
-        super().__init__(weight, linear.bias, grid, site)
+        super().__init__(weight, linear.bias, grid, quantizer)
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
@@ -396,25 +402,27 @@ class QuantizedSplit(nn.Module):
         )
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What of x [B, C, H, W] each half reads."""
+        """Return what of x [B, C, H, W] each half reads."""
         parts: tuple[Tensor, ...] = x.split(
             [self.first.weight.shape[1], self.second.weight.shape[1]], dim=1
         )
         return parts
 
 
-class QuantizedProduct(nn.Module):
+class QuantizedMatmul(nn.Module):
     """A product of two activations, one or both of them fake-quantized.
 
     Attributes:
         quantizers: the operands' quantizers; None for one that stays in float.
     """
 
-    quantizers: tuple[SiteQuantizer | None, SiteQuantizer | None]
+    quantizers: tuple[AnyActivationQuantizer | None, AnyActivationQuantizer | None]
 
-    def __init__(self, quantizers: tuple[SiteQuantizer | None, SiteQuantizer | None]) -> None:
+    def __init__(
+        self, quantizers: tuple[AnyActivationQuantizer | None, AnyActivationQuantizer | None]
+    ) -> None:
         super().__init__()
-        # Owned by the QuantizedModel, as a layer's site is.
+        # Owned by the QuantizedModel, as a layer's quantizer is.
         object.__setattr__(self, "quantizers", quantizers)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -431,7 +439,7 @@ class QuantizedProduct(nn.Module):
         return result
 
 
-class QuantizedTransformerScores(QuantizedProduct):
+class QuantizedTransformerQK(QuantizedMatmul):
     """q k^T with k laid out as in CompVis's spatial transformers, [B, heads, N, d], on which the
     order of the sums depends.
     """
@@ -440,7 +448,7 @@ class QuantizedTransformerScores(QuantizedProduct):
         return super().compute(first, second.transpose(2, 3).contiguous().transpose(2, 3))
 
 
-class QuantizedBlockMix(QuantizedProduct):
+class QuantizedBlockMix(QuantizedMatmul):
     """softmax v, summed as v^T softmax^T: what torch makes of the einsum in CompVis's attention
     blocks.
     """

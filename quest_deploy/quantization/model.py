@@ -16,13 +16,13 @@ from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
 
 from quest_deploy.artifacts.checkpoint import (
+    ActivationQuantizerData,
     Architecture,
     Checkpoint,
     ConvGeometry,
-    FreeSiteData,
     LayerData,
+    QuantizerData,
     ScoreScale,
-    SiteData,
 )
 from quest_deploy.artifacts.scheme import activation_levels
 from quest_deploy.errors import InputError
@@ -30,17 +30,17 @@ from quest_deploy.models.unets import FLAT_CLASSES, set_heads
 from quest_deploy.quantization.affine import WeightGrid, bucket_of, per_sample, weight_codes
 from quest_deploy.quantization.layers import (
     ActivationQuantizer,
+    AnyActivationQuantizer,
     BucketState,
-    FreeActivationQuantizer,
+    PerChannelActivationQuantizer,
     QuantizedBlockMix,
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
+    QuantizedMatmul,
     QuantizedPointwise,
-    QuantizedProduct,
     QuantizedSplit,
-    QuantizedTransformerScores,
-    SiteQuantizer,
+    QuantizedTransformerQK,
 )
 from quest_deploy.quantization.prepare import prepare
 
@@ -57,8 +57,8 @@ class QuantizedModel(nn.Module):
 
     Attributes:
         model: the float model with its layers swapped.
-        sites: one SiteQuantizer per site, in the checkpoint's order; :meth:`site_quantizers` has
-            them by name.
+        sites: one AnyActivationQuantizer per quantizer, in the checkpoint's order;
+            :meth:`activation_quantizers` has them by name.
     """
 
     edges: Tensor
@@ -76,22 +76,26 @@ class QuantizedModel(nn.Module):
         self.model = model
         self.checkpoint = checkpoint
         self.bucket_state = BucketState()
-        self.site_names = tuple(checkpoint.sites)
+        self.quantizer_names = tuple(checkpoint.quantizers)
         self.sites = nn.ModuleList(
-            _quantizer(site, self.bucket_state) for site in checkpoint.sites.values()
+            _quantizer(quantizer, self.bucket_state) for quantizer in checkpoint.quantizers.values()
         )
         self.register_buffer(
             "edges", torch.tensor(checkpoint.scheme.bucket_edges, dtype=torch.float32)
         )
-        quantizers = self.site_quantizers()
-        for site in checkpoint.sites.values():
-            for name in site.layers:
+        quantizers = self.activation_quantizers()
+        for quantizer in checkpoint.quantizers.values():
+            for name in quantizer.layers:
                 if name in checkpoint.layers:
-                    self._swap(checkpoint.layers[name], quantizers[site.name], unrounded=unrounded)
-        for product in checkpoint.products.values():
-            first, second = (None if site is None else quantizers[site] for site in product.sites)
+                    self._swap(
+                        checkpoint.layers[name], quantizers[quantizer.name], unrounded=unrounded
+                    )
+        for product in checkpoint.matmuls.values():
+            first, second = (
+                None if quantizer is None else quantizers[quantizer] for quantizer in product.sites
+            )
             set_submodule(
-                self.model, product.name, self._product_class(product.name)((first, second))
+                self.model, product.name, self._matmul_class(product.name)((first, second))
             )
         for name, layer in self.quantized_layers().items():
             if name.rpartition(".")[2] == PROJECTION and isinstance(layer, QuantizedConv2d):
@@ -141,40 +145,40 @@ class QuantizedModel(nn.Module):
             )
         return cls(model, checkpoint)
 
-    def _swap(self, data: LayerData, site: SiteQuantizer, *, unrounded: bool) -> None:
+    def _swap(self, data: LayerData, quantizer: AnyActivationQuantizer, *, unrounded: bool) -> None:
         layer = self.model.get_submodule(data.name)
         weight = torch.from_numpy(data.dequantized_weight)
         grid = _grid(data)
         if unrounded:
             float_weight = layer.get_parameter("weight").detach()
             folded = (
-                fold_channel(float_weight, site.channel)
-                if isinstance(site, ActivationQuantizer)
+                fold_smoothing_scale(float_weight, quantizer.channel)
+                if isinstance(quantizer, ActivationQuantizer)
                 else float_weight
             )
             weight = _nearest_with_codes(folded, torch.from_numpy(data.centered_codes), grid)
         if data.bias is not None and layer.bias is not None:
             layer.bias = nn.Parameter(torch.from_numpy(data.bias.copy()))
         if isinstance(layer, nn.Conv2d):
-            set_submodule(self.model, data.name, QuantizedConv2d(layer, weight, grid, site))
+            set_submodule(self.model, data.name, QuantizedConv2d(layer, weight, grid, quantizer))
         elif isinstance(layer, nn.Linear):
             of_blocks = self.checkpoint.architecture.attention is ScoreScale.OPERANDS
             kind = QuantizedPointwise if of_blocks else QuantizedLinear
-            set_submodule(self.model, data.name, kind(layer, weight, grid, site))
+            set_submodule(self.model, data.name, kind(layer, weight, grid, quantizer))
         else:
             raise InputError(
                 f"layer {data.name}: expected Conv2d or Linear, found {type(layer).__name__}"
             )
 
-    def _product_class(self, name: str) -> type[QuantizedProduct]:
-        """What sums in the order that the architecture says."""
+    def _matmul_class(self, name: str) -> type[QuantizedMatmul]:
+        """Return what sums in the order that the architecture says."""
         if self.checkpoint.architecture.official_sums:
             match self.checkpoint.architecture.attention, name.rpartition(".")[2]:
                 case ScoreScale.PRODUCT, "scores":
-                    return QuantizedTransformerScores
+                    return QuantizedTransformerQK
                 case ScoreScale.OPERANDS, "mix":
                     return QuantizedBlockMix
-        return QuantizedProduct
+        return QuantizedMatmul
 
     def bucket_of(self, timestep: Tensor) -> Tensor:
         """The bucket of each timestep [B], int64 [B]: the number of edges <= t."""
@@ -185,7 +189,8 @@ class QuantizedModel(nn.Module):
         """Let parts of the model compute for samples at ``timestep`` [B].
 
         Args:
-            sharing: whether a site that reads the same tensor several times, one after the other,
+            sharing: whether a quantizer that reads the same tensor several times, one after the
+                other,
                 quantizes it once: in a forward pass, and in the backward pass, in which
                 checkpointed blocks run again.
         """
@@ -210,20 +215,20 @@ class QuantizedModel(nn.Module):
             layers[name] = layer
         return layers
 
-    def site_quantizers(self) -> dict[str, SiteQuantizer]:
-        """The quantizers by their sites' names, in the checkpoint's order."""
-        quantizers: dict[str, SiteQuantizer] = {}
-        for name, site in zip(self.site_names, self.sites, strict=True):
-            assert isinstance(site, SiteQuantizer)
-            quantizers[name] = site
+    def activation_quantizers(self) -> dict[str, AnyActivationQuantizer]:
+        """The quantizers by name, in the checkpoint's order."""
+        quantizers: dict[str, AnyActivationQuantizer] = {}
+        for name, quantizer in zip(self.quantizer_names, self.sites, strict=True):
+            assert isinstance(quantizer, AnyActivationQuantizer)
+            quantizers[name] = quantizer
         return quantizers
 
-    def quantized_products(self) -> dict[str, QuantizedProduct]:
+    def quantized_matmuls(self) -> dict[str, QuantizedMatmul]:
         """The quantized products by their module path, in the checkpoint's order."""
-        products: dict[str, QuantizedProduct] = {}
-        for name in self.checkpoint.products:
+        products: dict[str, QuantizedMatmul] = {}
+        for name in self.checkpoint.matmuls:
             product = self.model.get_submodule(name)
-            assert isinstance(product, QuantizedProduct)
+            assert isinstance(product, QuantizedMatmul)
             products[name] = product
         return products
 
@@ -243,14 +248,14 @@ class QuantizedModel(nn.Module):
                 weight_codes=codes.astype(data.weight_codes.dtype),
                 bias=None if layer.bias is None else layer.bias.cpu().numpy().copy(),
             )
-        sites = {
-            name: _site_data(self.checkpoint.sites[name], site)
-            for name, site in self.site_quantizers().items()
+        quantizers = {
+            name: _quantizer_data(self.checkpoint.quantizers[name], quantizer)
+            for name, quantizer in self.activation_quantizers().items()
         }
         return dataclasses.replace(
             self.checkpoint,
             layers=layers,
-            sites=sites,
+            quantizers=quantizers,
             floats=float_state(self.model, layers),
             provenance=provenance,
         )
@@ -270,7 +275,7 @@ def _channels_last(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     return (args[0].contiguous(memory_format=torch.channels_last),)
 
 
-def fold_channel(weight: Tensor, channel: Tensor) -> Tensor:
+def fold_smoothing_scale(weight: Tensor, channel: Tensor) -> Tensor:
     """Multiply each input channel of ``weight`` [O, I/groups, ...] by its ``channel`` entry [I]."""
     outputs, inputs_per_group = weight.shape[:2]
     groups = channel.numel() // inputs_per_group
@@ -307,7 +312,7 @@ def build_float_model(architecture: Architecture) -> nn.Module:
 
 
 def downsampling(model: nn.Module) -> int:
-    """What heights and widths of the model's samples must be multiples of."""
+    """Return what heights and widths of the model's samples must be multiples of."""
     return int(2 ** sum(isinstance(module, Downsample2D) for module in model.modules()))
 
 
@@ -356,40 +361,40 @@ def _grid(data: LayerData) -> WeightGrid:
     return WeightGrid(scale, -zero_point, activation_levels(data.weight_bits) - zero_point)
 
 
-def _quantizer(site: SiteData | FreeSiteData, buckets: BucketState) -> SiteQuantizer:
-    scale = torch.from_numpy(site.scale.copy())
-    if isinstance(site, SiteData):
-        channel = torch.from_numpy(site.channel.copy())
+def _quantizer(quantizer: QuantizerData, buckets: BucketState) -> AnyActivationQuantizer:
+    scale = torch.from_numpy(quantizer.scale.copy())
+    if isinstance(quantizer, ActivationQuantizerData):
+        channel = torch.from_numpy(quantizer.channel.copy())
         return ActivationQuantizer(
-            site.bits,
+            quantizer.bits,
             scale,
-            torch.from_numpy(-site.low),
+            torch.from_numpy(-quantizer.low),
             channel,
-            site.axis,
+            quantizer.axis,
             buckets,
-            site.symmetry,
+            quantizer.symmetry,
         )
-    zero_point = torch.from_numpy(site.zero_point.copy())
-    symmetric = site.code_low == -site.code_high and not zero_point.any()
-    return FreeActivationQuantizer(
+    zero_point = torch.from_numpy(quantizer.zero_point.copy())
+    symmetric = quantizer.code_low == -quantizer.code_high and not zero_point.any()
+    return PerChannelActivationQuantizer(
         scale,
         zero_point,
-        (site.code_low, site.code_high),
-        site.axis,
+        (quantizer.code_low, quantizer.code_high),
+        quantizer.axis,
         buckets,
         symmetric=bool(symmetric),
     )
 
 
-def _site_data(data: SiteData | FreeSiteData, site: SiteQuantizer) -> SiteData | FreeSiteData:
-    if isinstance(data, SiteData):
-        assert isinstance(site, ActivationQuantizer)
-        scale, low, high = (table.cpu().numpy().copy() for table in site.tables())
+def _quantizer_data(data: QuantizerData, quantizer: AnyActivationQuantizer) -> QuantizerData:
+    if isinstance(data, ActivationQuantizerData):
+        assert isinstance(quantizer, ActivationQuantizer)
+        scale, low, high = (table.cpu().numpy().copy() for table in quantizer.tables())
         return dataclasses.replace(data, scale=scale, low=low, high=high)
     return dataclasses.replace(
         data,
-        scale=site.scale.cpu().numpy().copy(),
-        zero_point=torch.round(site.zero_point).cpu().numpy().copy(),
+        scale=quantizer.scale.cpu().numpy().copy(),
+        zero_point=torch.round(quantizer.zero_point).cpu().numpy().copy(),
     )
 
 

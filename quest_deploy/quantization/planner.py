@@ -1,8 +1,8 @@
 """Which layers and products are quantized, and which layers read the same tensor.
 
 Nothing here knows what a UNet is: the layers are the model's Conv2d and Linear modules, in
-execution order, and layers share a site where a probe batch shows that their inputs are equal, bit
-for bit. Products of two activations have a site for each operand.
+execution order, and layers share a quantizer where a probe batch shows that their inputs are equal,
+bit for bit. Products of two activations have a quantizer for each operand.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class SitePlan:
+class QuantizerPlan:
     """A tensor to quantize.
 
     Attributes:
@@ -64,8 +64,9 @@ class SitePlan:
 
 
 @dataclass(frozen=True)
-class ProductPlan:
-    """A product of two activations; see :class:`quest_deploy.artifacts.checkpoint.ProductData`."""
+class AttentionMatmulPlan:
+    """A product of two activations; see
+    :class:`quest_deploy.artifacts.checkpoint.AttentionMatmulData`."""
 
     name: str
     sites: tuple[str | None, str | None]
@@ -74,11 +75,11 @@ class ProductPlan:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """All layers, all products, and all sites, in execution order."""
+    """All layers, all products, and all quantizers, in execution order."""
 
     layers: tuple[LayerPlan, ...]
-    products: tuple[ProductPlan, ...]
-    sites: tuple[SitePlan, ...]
+    matmuls: tuple[AttentionMatmulPlan, ...]
+    quantizers: tuple[QuantizerPlan, ...]
 
 
 @dataclass(frozen=True)
@@ -124,21 +125,21 @@ def plan_quantization(
     readers: dict[tuple[bytes, int], list[_Seen]] = {}
     for layer in seen:
         readers.setdefault((layer.input_hash, layer.axis), []).append(layer)
-    sites: list[SitePlan] = []
-    products: list[ProductPlan] = []
+    quantizers: list[QuantizerPlan] = []
+    products: list[AttentionMatmulPlan] = []
     for entry in executed:
         if entry.operands is not None:
-            operands = _operand_sites(entry, scheme)
-            sites += [site for site in operands if site is not None]
-            names = tuple(None if site is None else site.name for site in operands)
+            operands = _operand_quantizers(entry, scheme)
+            quantizers += [quantizer for quantizer in operands if quantizer is not None]
+            names = tuple(None if quantizer is None else quantizer.name for quantizer in operands)
             if any(names):
-                products.append(ProductPlan(entry.name, (names[0], names[1]), entry.macs))
+                products.append(AttentionMatmulPlan(entry.name, (names[0], names[1]), entry.macs))
             continue
         group = readers[entry.input_hash, entry.axis]
         if group[0] is entry:
             bits = max(bits_of(layer.name, scheme.activation_bits) for layer in group)
-            sites.append(
-                SitePlan(
+            quantizers.append(
+                QuantizerPlan(
                     entry.name,
                     bits,
                     usual_symmetry(bits),
@@ -149,24 +150,26 @@ def plan_quantization(
     layers = tuple(
         LayerPlan(layer.name, bits_of(layer.name, scheme.weight_bits), layer.macs) for layer in seen
     )
-    return QuantizationPlan(layers, tuple(products), tuple(sites))
+    return QuantizationPlan(layers, tuple(products), tuple(quantizers))
 
 
-def _operand_sites(product: _Seen, scheme: Scheme) -> tuple[SitePlan | None, SitePlan | None]:
+def _operand_quantizers(
+    product: _Seen, scheme: Scheme
+) -> tuple[QuantizerPlan | None, QuantizerPlan | None]:
     assert product.operands is not None
     attention = product.name.rpartition(".")[0]
 
-    def site(index: int, operand: str) -> SitePlan | None:
+    def quantizer(index: int, operand: str) -> QuantizerPlan | None:
         softmax = operand == "softmax"
         bits = scheme.softmax_bits if softmax else scheme.attention_bits
         if bits is None:
             return None
         symmetry = Symmetry.UNSIGNED if softmax else usual_symmetry(bits)
-        return SitePlan(
+        return QuantizerPlan(
             f"{attention}.{operand}", bits, symmetry, product.axis, (product.name,), index
         )
 
-    return site(0, product.operands[0]), site(1, product.operands[1])
+    return quantizer(0, product.operands[0]), quantizer(1, product.operands[1])
 
 
 def _execute(model: nn.Module, probe: Mapping[str, Tensor]) -> list[_Seen]:

@@ -285,8 +285,8 @@ def package(chosen: PackageArguments) -> dict[str, Any]:
 
 
 def inspect(path: Path | str, *, progress: Progress | Display = no_progress) -> Inspection:
-    """What a workspace, a checkpoint, a graph or an engine holds, as a JSON value, and what the
-    layers of a graph or an engine run in.
+    """Return what a workspace, a checkpoint, a graph or an engine holds, as a JSON value, and what
+    the layers of a graph or an engine run in.
     """
     found: Inspection = import_module("quest_deploy.evaluation.inspection").inspect(
         Path(path), progress

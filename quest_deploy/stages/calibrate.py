@@ -105,11 +105,11 @@ def save_calibrated(
 
 
 def describe(workspace: Workspace, checkpoint: Checkpoint) -> Calibration:
-    """What there is to report of the calibrated checkpoint that was saved."""
+    """Return what there is to report of the calibrated checkpoint that was saved."""
     weights, macs = checkpoint.share_at(4)
     return {
         "layers": len(checkpoint.layers),
-        "sites": len(checkpoint.sites),
+        "sites": len(checkpoint.quantizers),
         "buckets": workspace.scheme.buckets,
         "weights_at_4_bits": weights,
         "macs_at_4_bits": macs,
@@ -118,8 +118,8 @@ def describe(workspace: Workspace, checkpoint: Checkpoint) -> Calibration:
 
 
 def _kept(folder: Path, made_from: dict[str, Any], make: Callable[[], Start]) -> Start:
-    """What an interrupted reconstruction started from, to the bit, or else what ``make`` gives,
-    kept in ``folder``.
+    """Return what an interrupted reconstruction started from, to the bit, or else what ``make``
+    gives, kept in ``folder``.
 
     Made again with other threads or on another machine it would differ in last bits, and no unit
     that is done would fit it.

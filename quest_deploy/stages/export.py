@@ -47,7 +47,7 @@ def work(
     progress("checking the graph", 2, 2)
     return files, {
         "method": checkpoint.provenance["method"],
-        "sites": len(checkpoint.sites),
+        "sites": len(checkpoint.quantizers),
         "float_sites": checkpoint.float_sites,
         "layers": len(checkpoint.layers),
         "buckets": checkpoint.scheme.buckets,

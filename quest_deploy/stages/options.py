@@ -105,7 +105,7 @@ class StageOptions(Options):
     """Fields that the manifest lacks where they are None."""
 
     def to_json(self) -> dict[str, Any]:
-        """What the manifest records, of JSON's types and tuples."""
+        """Return what the manifest records, of JSON's types and tuples."""
         return {
             name: value
             for name, value in super().to_json().items()
@@ -356,7 +356,7 @@ class FinetuneOptions(StageOptions):
     save_every: Annotated[int, Option("Steps between two saved states.", minimum=1)] = 20
 
     def to_json(self) -> dict[str, Any]:
-        """What was chosen of what shapes the result."""
+        """Return what was chosen of what shapes the result."""
         return {name: value for name, value in super().to_json().items() if value is not None}
 
     @property

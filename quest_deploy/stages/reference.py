@@ -69,7 +69,7 @@ def work(
     return files, {
         "records": len(entries),
         "buckets": workspace.scheme.buckets,
-        "sites": len({site for entry in entries for site in entry.sites}),
+        "sites": len({quantizer for entry in entries for quantizer in entry.sites}),
         "all_sites": len(model.sites),
         "bytes": sum(file.stat().st_size for file in files),
         "largest_sensitivity": max(measured),

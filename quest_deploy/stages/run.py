@@ -168,7 +168,7 @@ def run(
 
 
 def failure(result: Verification) -> str:
-    """What a failed verification comes down to: its first problem."""
+    """Return what a failed verification comes down to: its first problem."""
     return (
         f"the {result['backend']} engine does not compute the fake-quantized model: "
         f"{result['problems'][0]}"

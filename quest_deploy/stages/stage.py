@@ -73,7 +73,7 @@ class Stage(Generic[Options, Result]):
         return importlib.import_module(f"quest_deploy.stages.{name}")
 
     def recorded_name(self, backend: str | None = None) -> str:
-        """What the manifest calls it."""
+        """Return what the manifest calls it."""
         return f"{self.name}/{backend}" if self.of_engine else self.name
 
     def inputs(self, workspace: Workspace, backend: str | None = None) -> list[str]:

@@ -218,7 +218,7 @@ def create_workspace(
 
 
 def method_name(workspace: Workspace) -> str:
-    """What its calibrated checkpoint is called beside others."""
+    """Return what its calibrated checkpoint is called beside others."""
     record = workspace.stages.get("calibrate")
     return "Q-Diffusion" if record is not None and record.options.get("method") == QDIFF else "PTQ"
 

@@ -11,7 +11,7 @@ scales. It holds
   up to and beyond the clip bounds, which any wrong scale or bound sends to another code; with the
   codes and each layer's output.
 
-A large model's records hold, in turn, as many sites as a record's largest size admits
+A large model's records hold, in turn, as many quantizers as a record's largest size admits
 (``reference_sample``). One record is made, and in memory, at a time.
 
 An activation within 4 ulp of a rounding tie may legitimately get another code in another runtime.
@@ -31,13 +31,13 @@ import torch
 from torch import Tensor, nn
 
 from quest_deploy.artifacts.reference import (
-    HALF_TYPES,
     INDEX,
+    LOW_PRECISION_TYPES,
     MOST_SENSITIVITY,
     OUTPUT,
-    FreeTables,
     IntegerTables,
     Key,
+    PerChannelTables,
     RecordEntry,
     ReferenceIndex,
     write_tables,
@@ -49,11 +49,11 @@ from quest_deploy.progress import no_progress
 from quest_deploy.quantization.affine_numpy import TIE_ULPS, tie_distance
 from quest_deploy.quantization.layers import (
     ActivationQuantizer,
-    FreeActivationQuantizer,
+    AnyActivationQuantizer,
+    PerChannelActivationQuantizer,
     QuantizedLayer,
-    QuantizedProduct,
+    QuantizedMatmul,
     QuantizedSplit,
-    SiteQuantizer,
 )
 from quest_deploy.quantization.model import downsampling
 from quest_deploy.verification.selection import choose, structure
@@ -79,7 +79,7 @@ JITTERED_RUNS = 3
 MEGABYTE = 10**6
 MEASURED_RECORDS = 2
 """In how many records the sensitivity is measured, if nothing else is asked for, where a record
-cannot hold all sites.
+cannot hold all quantizers.
 """
 FLOAT64_BYTES = 2**30
 """The largest float32 parameters of a model whose sensitivity is measured in float64 too, which
@@ -105,10 +105,10 @@ def save_reference(
 
     Args:
         key: identifies the model and all other arguments: records with another key are made anew.
-        megabytes: the largest size of a record (1 MB = 10^6 bytes), which holds as many sites as
-            fit.
+        megabytes: the largest size of a record (1 MB = 10^6 bytes), which holds as many quantizers
+            as fit.
         measured: in how many of the records the sensitivity is measured; None for all, or 2 where
-            the records cannot hold all sites.
+            the records cannot hold all quantizers.
         sample_size: height and width that the samples are cut down to; None for those of the
             trajectories.
 
@@ -245,9 +245,9 @@ def _layer_tensors(
     model: QuantizedModel, inputs: dict[str, Tensor], sample: Sample, record: int
 ) -> dict[str, Tensor]:
     quantizers, layers, products = (
-        model.site_quantizers(),
+        model.activation_quantizers(),
         model.quantized_layers(),
-        model.quantized_products(),
+        model.quantized_matmuls(),
     )
     chosen = {name: quantizers[name] for name in sample.sites}
     chosen_products = {name: products[name] for name in sample.products}
@@ -262,18 +262,18 @@ def _layer_tensors(
     results: dict[nn.Module, Tensor] = {}
     shapes: dict[nn.Module, torch.Size] = {}
 
-    def untie(name: str, site: SiteQuantizer, x: Tensor) -> Tensor:
+    def untie(name: str, quantizer: AnyActivationQuantizer, x: Tensor) -> Tensor:
         seen[name] = x
-        return site.untied(x, is_tie(site.ratio(x)))
+        return quantizer.untied(x, is_tie(quantizer.ratio(x)))
 
     def halves(split: QuantizedSplit, args: tuple[Tensor, ...], y: Tensor) -> None:
         for half, part in zip((split.first, split.second), split.parts(args[0]), strict=True):
             half(part)
 
     handles: list[Any] = []
-    for name, site in chosen.items():
+    for name, quantizer in chosen.items():
         handles.append(
-            site.register_forward_pre_hook(
+            quantizer.register_forward_pre_hook(
                 lambda module, args, name=name: untie(name, module, args[0])
             )
         )
@@ -314,33 +314,35 @@ def _layer_tensors(
     tensors[Key.BUCKET] = torch.cat([bucket, bucket])
     with model.at_timesteps(inputs["timestep"].repeat(2)):
         untied: dict[str, Tensor] = {}
-        for name, site in chosen.items():
-            x = torch.cat([seen[name], _probe(site, seen[name], bucket, record)])
+        for name, quantizer in chosen.items():
+            x = torch.cat([seen[name], _probe(quantizer, seen[name], bucket, record)])
             tensors[Key.x(name)] = x
-            tensors[Key.codes(name)] = site.codes(x)
-            ties = is_tie(site.ratio(x))
+            tensors[Key.codes(name)] = quantizer.codes(x)
+            ties = is_tie(quantizer.ratio(x))
             if ties.any():
-                x = site.untied(x, ties)
+                x = quantizer.untied(x, ties)
                 tensors |= {
                     Key.ties(name): ties.flatten().nonzero()[:, 0],
                     Key.untied(name): x[ties],
                 }
-            readers = [reader for reader in model.checkpoint.sites[name].layers if reader in layers]
+            readers = [
+                reader for reader in model.checkpoint.quantizers[name].layers if reader in layers
+            ]
             for reader in readers:
                 key = Key.y(reader)
                 tensors[key] = _with_probes(tensors[key], layers[reader](x))
             if not readers:
                 untied[name] = x
         for name, product in chosen_products.items():
-            sites = model.checkpoint.products[name].sites
+            sites = model.checkpoint.matmuls[name].sites
             pair = [
-                untied[site] if site is not None else torch.cat([x, x.flip(0)])
-                for site, x in zip(sites, operands[name], strict=True)
+                untied[quantizer] if quantizer is not None else torch.cat([x, x.flip(0)])
+                for quantizer, x in zip(sites, operands[name], strict=True)
             ]
             tensors |= {
                 Key.operand(name, i): x
-                for i, (site, x) in enumerate(zip(sites, pair, strict=True))
-                if site is None
+                for i, (quantizer, x) in enumerate(zip(sites, pair, strict=True))
+                if quantizer is None
             }
             tensors[Key.y(name)] = _with_probes(tensors[Key.y(name)], product(*pair))
     return tensors
@@ -360,13 +362,13 @@ def _rounding(
     shapes: dict[nn.Module, torch.Size],
     seed: int,
 ) -> dict[str, Tensor]:
-    """How well the float part before each site, product and the output is determined: float32 [2],
-    relative.
+    """How well the float part before each quantizer, product and the output is determined: float32
+    [2], relative.
 
     The change that float64 makes there when the model's inputs and the layers' outputs are moved to
     a float32 next to them. The sine of a large timestep is not determined to 1e-4, nor a norm of
     values far from zero. Layers and products themselves are not computed: what is not in
-    ``results`` matters to none of those sites, and is zero.
+    ``results`` matters to none of those quantizers, and is zero.
     """
     generator = torch.Generator().manual_seed(seed)
     rounding: dict[str, Tensor] = {}
@@ -382,12 +384,12 @@ def _rounding(
         key = Key.rounding(name)
         rounding[key] = torch.maximum(error, rounding.get(key, error))
 
-    names = {site: name for name, site in model.site_quantizers().items()}
-    products = {product: name for name, product in model.quantized_products().items()}
+    names = {quantizer: name for name, quantizer in model.activation_quantizers().items()}
+    products = {product: name for name, product in model.quantized_matmuls().items()}
 
-    def quantized(site: SiteQuantizer | None, x: Tensor) -> None:
-        if site is not None and names[site] in seen:
-            compare(names[site], x, seen[names[site]], site.axis)
+    def quantized(quantizer: AnyActivationQuantizer | None, x: Tensor) -> None:
+        if quantizer is not None and names[quantizer] in seen:
+            compare(names[quantizer], x, seen[names[quantizer]], quantizer.axis)
 
     def replaced(module: nn.Module, *args: Tensor) -> Tensor:
         """Instead of what a layer or product computes: look at what it reads, and give what it
@@ -401,9 +403,9 @@ def _rounding(
                     (module.first, module.second), module.parts(args[0]), strict=True
                 ):
                     quantized(half.site, part)
-            case QuantizedProduct():
-                for site, x in zip(module.quantizers, args, strict=True):
-                    quantized(site, x)
+            case QuantizedMatmul():
+                for quantizer, x in zip(module.quantizers, args, strict=True):
+                    quantized(quantizer, x)
                 for x, expected in (
                     zip(args, operands[products[module]], strict=True)
                     if products[module] in operands
@@ -424,13 +426,13 @@ def _rounding(
 
 
 def _quantized(model: QuantizedModel) -> list[nn.Module]:
-    """What float parts begin at: layers, products, and shortcuts whose halves are one
+    """Return what float parts begin at: layers, products, and shortcuts whose halves are one
     convolution.
     """
     return [
         module
         for module in model.modules()
-        if isinstance(module, (QuantizedLayer, QuantizedProduct, QuantizedSplit))
+        if isinstance(module, (QuantizedLayer, QuantizedMatmul, QuantizedSplit))
     ]
 
 
@@ -448,13 +450,13 @@ def _forwards_replaced(modules: list[nn.Module], replaced: Callable[..., Tensor]
 
 @contextmanager
 def _float_parts_in_float64(model: QuantizedModel) -> Iterator[None]:
-    """All parameters and buffers in float64 but for those of the layers and sites, which are nearly
-    all.
+    """All parameters and buffers in float64 but for those of the layers and quantizers, which are
+    nearly all.
     """
     parts = [
         module
         for module in model.modules()
-        if not isinstance(module, (QuantizedLayer, SiteQuantizer))
+        if not isinstance(module, (QuantizedLayer, AnyActivationQuantizer))
     ]
 
     def convert(dtype: torch.dtype) -> None:
@@ -471,40 +473,46 @@ def _float_parts_in_float64(model: QuantizedModel) -> Iterator[None]:
 
 
 def _tables(model: QuantizedModel) -> dict[str, Tables]:
-    return {name: _tables_of(site) for name, site in model.site_quantizers().items()}
+    return {
+        name: _tables_of(quantizer) for name, quantizer in model.activation_quantizers().items()
+    }
 
 
-def _tables_of(site: SiteQuantizer) -> Tables:
-    if isinstance(site, ActivationQuantizer):
-        _, low, high = site.tables()
-        return IntegerTables(*map(_copy, (site.scale, site.channel, low, high, site.offset)))
-    assert isinstance(site, FreeActivationQuantizer)
-    code_range = torch.tensor([site.code_low, site.code_high])
-    return FreeTables(*map(_copy, (site.scale, torch.round(site.zero_point), code_range)))
+def _tables_of(quantizer: AnyActivationQuantizer) -> Tables:
+    if isinstance(quantizer, ActivationQuantizer):
+        _, low, high = quantizer.tables()
+        return IntegerTables(
+            *map(_copy, (quantizer.scale, quantizer.channel, low, high, quantizer.offset))
+        )
+    assert isinstance(quantizer, PerChannelActivationQuantizer)
+    code_range = torch.tensor([quantizer.code_low, quantizer.code_high])
+    return PerChannelTables(
+        *map(_copy, (quantizer.scale, torch.round(quantizer.zero_point), code_range))
+    )
 
 
 def _copy(table: Tensor) -> NDArray[Any]:
     return table.detach().clone(memory_format=torch.contiguous_format).numpy()
 
 
-def _probe(site: SiteQuantizer, like: Tensor, bucket: Tensor, record: int) -> Tensor:
+def _probe(quantizer: AnyActivationQuantizer, like: Tensor, bucket: Tensor, record: int) -> Tensor:
     """Values of the shape of ``like`` [B, ...] that any wrong scale, channel entry or clip bound
     sends to another code.
 
     Each lies two parts in ten thousand beside a rounding tie, so a relative change of x/step by
     more flips it in one direction. The sides alternate along the channels and from row to row: all
     records together show every channel both. Each row holds the ties at its clip bounds, from both
-    sides. A free site's zero-points may lie far outside its range; its ties are those next to zero
-    then, where x/step has a fraction at all.
+    sides. A per-channel quantizer's zero-points may lie far outside its range; its ties are those
+    next to zero then, where x/step has a fraction at all.
     """
-    channels, rows = like.shape[site.axis], len(like)
+    channels, rows = like.shape[quantizer.axis], len(like)
     count = like[0].numel()
-    if isinstance(site, ActivationQuantizer):
-        _, low, high = (table[bucket].long().tolist() for table in site.tables())
+    if isinstance(quantizer, ActivationQuantizer):
+        _, low, high = (table[bucket].long().tolist() for table in quantizer.tables())
     else:
-        assert isinstance(site, FreeActivationQuantizer)
-        middle = (site.code_low + site.code_high) // 2
-        low, high = [site.code_low - middle] * rows, [site.code_high - middle] * rows
+        assert isinstance(quantizer, PerChannelActivationQuantizer)
+        middle = (quantizer.code_low + quantizer.code_high) // 2
+        low, high = [quantizer.code_low - middle] * rows, [quantizer.code_high - middle] * rows
     ratios = []
     for row in range(rows):
         generator = torch.Generator().manual_seed(2 * record + row)
@@ -516,9 +524,9 @@ def _probe(site: SiteQuantizer, like: Tensor, bucket: Tensor, record: int) -> Te
         ties = ties.roll(3 * record + 4 * row)
         side = 1 - 2 * ((torch.arange(count) + row) % 2)
         ratios.append(((ties + 0.5) * (1 + TIE_MARGIN * side)).view(count // channels, channels))
-    moved = like.movedim(site.axis, -1)
-    ratio = torch.stack(ratios).view(moved.shape).movedim(-1, site.axis).contiguous()
-    return ratio * site.step(like, bucket)
+    moved = like.movedim(quantizer.axis, -1)
+    ratio = torch.stack(ratios).view(moved.shape).movedim(-1, quantizer.axis).contiguous()
+    return ratio * quantizer.step(like, bucket)
 
 
 def _sensitivity(
@@ -549,7 +557,7 @@ def _sensitivity(
             *args[1:],
         )
 
-    handles = [site.register_forward_pre_hook(jitter) for site in model.sites]
+    handles = [quantizer.register_forward_pre_hook(jitter) for quantizer in model.sites]
     try:
         changes += [_change(model(**inputs), output) for _ in range(JITTERED_RUNS if small else 1)]
     finally:
@@ -562,11 +570,11 @@ def _sensitivity(
 def _half_sensitivity(
     model: QuantizedModel, inputs: dict[str, Tensor], output: Tensor
 ) -> dict[str, tuple[float, float]]:
-    """As :func:`_sensitivity`, when activations are of a half type: what enters each site and what
-    leaves each layer and product.
+    """As :func:`_sensitivity`, when activations are of a low-precision type: what enters each
+    quantizer and what leaves each layer and product.
     """
     found = {}
-    for name, dtype in zip(HALF_TYPES, (torch.float16, torch.bfloat16), strict=True):
+    for name, dtype in zip(LOW_PRECISION_TYPES, (torch.float16, torch.bfloat16), strict=True):
 
         def enters(
             module: nn.Module, args: tuple[Tensor, ...], dtype: torch.dtype = dtype
@@ -578,7 +586,9 @@ def _half_sensitivity(
         ) -> Tensor:
             return y.to(dtype).to(y.dtype)
 
-        handles: list[Any] = [site.register_forward_pre_hook(enters) for site in model.sites]
+        handles: list[Any] = [
+            quantizer.register_forward_pre_hook(enters) for quantizer in model.sites
+        ]
         handles += [module.register_forward_hook(leaves) for module in _quantized(model)]
         try:
             first, second = _change(model(**inputs), output).tolist()

@@ -1,9 +1,11 @@
-"""Which sites a record of the reference holds, where it cannot hold them all.
+"""Which quantizers a record of the reference holds, where it cannot hold them all.
 
-At Stable Diffusion's size the activations of all sites, their layers' outputs and the probes are
-gigabytes in every bucket. So a record has a size that it must not exceed, and the records take
-turns: each holds as many as fit of those sites on which the records before it spent least. What a
-site costs includes what the float part in front of it reads: the outputs of the layers upstream.
+At Stable Diffusion's size the activations of all quantizers, their layers' outputs and the probes
+are gigabytes in every bucket. So a record has a size that it must not exceed, and the records take
+turns: each holds as many as fit of those quantizers on which the records before it spent least.
+    What a
+quantizer costs includes what the float part in front of it reads: the outputs of the layers
+upstream.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quest_deploy.artifacts.checkpoint import SiteData
+from quest_deploy.artifacts.checkpoint import ActivationQuantizerData
 from quest_deploy.artifacts.reference import OUTPUT
 from quest_deploy.quantization.layers import QuantizedSplit
 
@@ -33,10 +35,11 @@ class Structure:
     """What one pass of the model shows of its float parts.
 
     Attributes:
-        sites, outputs, operands: the numbers that one sample has, of each site's tensor, of each
+        sites, outputs, operands: the numbers that one sample has, of each quantizer's tensor, of
+        each
             layer's and product's output, and of each product's float operands together.
-        upstream: for each site, each product with a float operand, and the output: the layers and
-            products whose outputs the float part in front of it reads.
+        upstream: for each quantizer, each product with a float operand, and the output: the layers
+            and products whose outputs the float part in front of it reads.
     """
 
     sites: dict[str, int]
@@ -46,12 +49,12 @@ class Structure:
 
 
 def structure(model: QuantizedModel, inputs: dict[str, Tensor]) -> Structure:
-    """Run one sample and read the autograd graph, which goes back from each site to the layers in
-    front of it.
+    """Run one sample and read the autograd graph, which goes back from each quantizer to the layers
+    in front of it.
 
     Nothing is saved for a backward pass, so that it costs no more memory than inference.
     """
-    sites: dict[str, int] = {}
+    quantizers: dict[str, int] = {}
     outputs: dict[str, int] = {}
     operands: dict[str, int] = {}
     upstream: dict[str, set[str]] = {}
@@ -61,15 +64,15 @@ def structure(model: QuantizedModel, inputs: dict[str, Tensor]) -> Structure:
     def reads(name: str, x: Tensor) -> None:
         upstream.setdefault(name, set()).update(_sources_of(x, sources))
 
-    def site_read(name: str, x: Tensor) -> None:
-        sites[name] = x[0].numel()
+    def quantizer_read(name: str, x: Tensor) -> None:
+        quantizers[name] = x[0].numel()
         reads(name, x)
 
     def operands_read(name: str, args: tuple[Tensor, ...]) -> None:
         floats = [
             x
-            for x, site in zip(args, model.checkpoint.products[name].sites, strict=True)
-            if site is None
+            for x, quantizer in zip(args, model.checkpoint.matmuls[name].sites, strict=True)
+            if quantizer is None
         ]
         operands[name] = sum(x[0].numel() for x in floats)
         for x in floats:
@@ -80,11 +83,13 @@ def structure(model: QuantizedModel, inputs: dict[str, Tensor]) -> Structure:
         sources[y.grad_fn] = names
 
     handles: list[Any] = []
-    for name, site in model.site_quantizers().items():
+    for name, quantizer in model.activation_quantizers().items():
         handles.append(
-            site.register_forward_pre_hook(lambda module, args, name=name: site_read(name, args[0]))
+            quantizer.register_forward_pre_hook(
+                lambda module, args, name=name: quantizer_read(name, args[0])
+            )
         )
-    for name, product in model.quantized_products().items():
+    for name, product in model.quantized_matmuls().items():
         handles.append(
             product.register_forward_pre_hook(
                 lambda module, args, name=name: operands_read(name, args)
@@ -116,7 +121,7 @@ def structure(model: QuantizedModel, inputs: dict[str, Tensor]) -> Structure:
         for handle in handles:
             handle.remove()
     return Structure(
-        sites, outputs, operands, {name: frozenset(found) for name, found in upstream.items()}
+        quantizers, outputs, operands, {name: frozenset(found) for name, found in upstream.items()}
     )
 
 
@@ -149,7 +154,7 @@ class Sample:
             outputs of their readers.
         products: those of which it holds all quantized operands.
         outputs: the layers and products whose real outputs it holds: those readers, and what is
-            upstream of sites and products.
+            upstream of quantizers and products.
     """
 
     sites: tuple[str, ...]
@@ -157,41 +162,41 @@ class Sample:
     outputs: frozenset[str]
 
 
-def sample_of(checkpoint: Checkpoint, found: Structure, sites: Iterable[str]) -> Sample:
-    """The sample that holds ``sites``."""
-    chosen = set(sites)
+def sample_of(checkpoint: Checkpoint, found: Structure, quantizers: Iterable[str]) -> Sample:
+    """The sample that holds ``quantizers``."""
+    chosen = set(quantizers)
     products = [
-        p.name for p in checkpoint.products.values() if chosen.issuperset(filter(None, p.sites))
+        p.name for p in checkpoint.matmuls.values() if chosen.issuperset(filter(None, p.sites))
     ]
     outputs = {
         reader
-        for site in chosen
-        for reader in checkpoint.sites[site].layers
+        for quantizer in chosen
+        for reader in checkpoint.quantizers[quantizer].layers
         if reader in checkpoint.layers
     } | set(products)
     outputs.update(*(found.upstream.get(name, ()) for name in (*chosen, *products, OUTPUT)))
     return Sample(
-        tuple(name for name in checkpoint.sites if name in chosen),
+        tuple(name for name in checkpoint.quantizers if name in chosen),
         tuple(products),
         frozenset(outputs),
     )
 
 
 def choose(checkpoint: Checkpoint, found: Structure, records: int, limit: int) -> list[Sample]:
-    """What each of ``records`` records holds: at most ``limit`` bytes, or what the output alone
-    needs.
+    """Return what each of ``records`` records holds: at most ``limit`` bytes, or what the output
+    alone needs.
 
     A product's operands are chosen together. Those on which the records before spent the fewest
     bytes go first, so those that none has, and of these the checkpoint's order, in which neighbours
-    share what is upstream. A site larger than the limit is never chosen.
+    share what is upstream. A quantizer larger than the limit is never chosen.
     """
-    paired = {site for product in checkpoint.products.values() for site in product.sites}
+    paired = {quantizer for product in checkpoint.matmuls.values() for quantizer in product.sites}
     units = [
-        tuple(site for site in product.sites if site is not None)
-        for product in checkpoint.products.values()
+        tuple(quantizer for quantizer in product.sites if quantizer is not None)
+        for product in checkpoint.matmuls.values()
     ]
-    units += [(site,) for site in checkpoint.sites if site not in paired]
-    order = {name: i for i, name in enumerate(checkpoint.sites)}
+    units += [(quantizer,) for quantizer in checkpoint.quantizers if quantizer not in paired]
+    order = {name: i for i, name in enumerate(checkpoint.quantizers)}
     units.sort(key=lambda unit: order[unit[0]])
     cost = {
         unit: record_bytes(checkpoint, found, sample_of(checkpoint, found, unit)) for unit in units
@@ -215,15 +220,18 @@ def record_bytes(checkpoint: Checkpoint, found: Structure, sample: Sample) -> in
     """About what a record of ``sample`` takes: in float32, its codes as they are."""
     checked = {
         reader
-        for site in sample.sites
-        for reader in checkpoint.sites[site].layers
+        for quantizer in sample.sites
+        for reader in checkpoint.quantizers[quantizer].layers
         if reader in checkpoint.layers
     }
     checked |= set(sample.products)
     of_codes = {
-        site: 1 if isinstance(checkpoint.sites[site], SiteData) else 4 for site in sample.sites
+        quantizer: 1 if isinstance(checkpoint.quantizers[quantizer], ActivationQuantizerData) else 4
+        for quantizer in sample.sites
     }
-    size = sum(ROWS * (4 + of_codes[site]) * found.sites[site] for site in sample.sites)
+    size = sum(
+        ROWS * (4 + of_codes[quantizer]) * found.sites[quantizer] for quantizer in sample.sites
+    )
     size += sum(ROWS * 4 * found.operands[product] for product in sample.products)
     return size + sum(
         (ROWS if name in checked else REAL_ROWS) * 4 * found.outputs[name]

@@ -30,11 +30,11 @@ to it.
 """
 SENSITIVITY_FACTOR = 2.0
 """The end-to-end error allowed, in units of the model's own sensitivity to last-bit differences."""
-HALF_ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
-"""The largest relative error of rounding to a half type."""
+LOW_PRECISION_ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
+"""The largest relative error of rounding to a low-precision type."""
 LAYER_ROUNDINGS = 6
-"""How often a layer's result may be rounded to a half type: its weights, their scale and sum, a
-factor, and after it.
+"""How often a layer's result may be rounded to a low-precision type: its weights, their scale and
+sum, a factor, and after it.
 """
 SEGMENT_ROUNDINGS = 8
 """How often a segment's may be: in what it reads, in the sums of a residual path, in the factors of
@@ -61,25 +61,26 @@ class CodeMismatches:
 
 
 def layer_tolerance(half: str | None) -> float:
-    """The largest relative error of an output channel of a layer whose result has the half type, or
-    None for FP32.
+    """The largest relative error of an output channel of a layer whose result has the low-precision
+    type, or None for FP32.
     """
-    return LAYER_TOLERANCE if half is None else LAYER_ROUNDINGS * HALF_ROUNDING[half]
+    return LAYER_TOLERANCE if half is None else LAYER_ROUNDINGS * LOW_PRECISION_ROUNDING[half]
 
 
 def segment_tolerance(rounding: float, half: str | None) -> float:
     """The largest relative error of a channel of what a segment gives.
 
     Args:
-        rounding: what rounding to FP32 was seen to do to it; a half type's rounding does as much
-            more as it is coarser.
-        half: the half type of any value that it reads or gives; None for FP32 alone.
+        rounding: what rounding to FP32 was seen to do to it; a low-precision type's rounding does
+            as much more as it is coarser.
+        half: the low-precision type of any value that it reads or gives; None for FP32 alone.
     """
     if half is None:
         return max(SEGMENT_TOLERANCE, ROUNDING_FACTOR * min(rounding, 1.0))
-    coarser = HALF_ROUNDING[half] / 2.0**-24
+    coarser = LOW_PRECISION_ROUNDING[half] / 2.0**-24
     return max(
-        SEGMENT_ROUNDINGS * HALF_ROUNDING[half], ROUNDING_FACTOR * min(rounding * coarser, 1.0)
+        SEGMENT_ROUNDINGS * LOW_PRECISION_ROUNDING[half],
+        ROUNDING_FACTOR * min(rounding * coarser, 1.0),
     )
 
 
@@ -118,7 +119,7 @@ class ChannelErrors:
 
         Where y is a vector [rows, channels], a channel is one number, in which the sum may cancel,
         while rounding is that of its terms: the error is relative to a tenth of the row's usual
-        channel at least; to all of it where a half type rounds the terms.
+        channel at least; to all of it where a low-precision type rounds the terms.
         """
         axes = tuple(axis for axis in range(1, y.ndim) if axis != channel_axis % y.ndim)
         error, norm = (

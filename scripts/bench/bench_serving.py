@@ -252,7 +252,7 @@ def measure_throughput(
 
 
 def summary(protocol: str, run: Run) -> dict[str, Any]:
-    """What is kept of a load."""
+    """Return what is kept of a load."""
     p50, p90, p99 = (float(np.percentile(run.latencies, q)) for q in (50, 90, 99))
     totals = [(at, sum(sizes.values())) for at, sizes in run.memory if at >= WARM * run.seconds]
     slope, start = 0.0, 1.0

@@ -33,8 +33,8 @@ import typer
 
 from exporters.graph_info import save_graph
 from quest_deploy.artifacts.checkpoint import (
+    ActivationQuantizerData,
     Architecture,
-    SiteData,
     load_checkpoint,
     save_checkpoint,
 )
@@ -209,11 +209,17 @@ def with_buckets(checkpoint: Checkpoint, buckets: int) -> Checkpoint:
     edges = Scheme.parse("w8a8", buckets=buckets, train_timesteps=old.train_timesteps).bucket_edges
     scheme = replace(old, bucket_edges=edges)
     rows = [old.bucket_of(sum(scheme.bucket_range(i)) / 2) for i in range(buckets)]
-    sites = {}
-    for name, site in checkpoint.sites.items():
-        tables = ("scale", "low", "high") if isinstance(site, SiteData) else ("scale", "zero_point")
-        sites[name] = replace(site, **{table: getattr(site, table)[rows] for table in tables})
-    return replace(checkpoint, scheme=scheme, sites=sites)
+    quantizers = {}
+    for name, quantizer in checkpoint.quantizers.items():
+        tables = (
+            ("scale", "low", "high")
+            if isinstance(quantizer, ActivationQuantizerData)
+            else ("scale", "zero_point")
+        )
+        quantizers[name] = replace(
+            quantizer, **{table: getattr(quantizer, table)[rows] for table in tables}
+        )
+    return replace(checkpoint, scheme=scheme, quantizers=quantizers)
 
 
 def export_plain(model: str, target: str) -> None:

@@ -61,7 +61,7 @@ def require_tools() -> None:
 
 
 def run(*command: str | Path) -> str:
-    """What the program prints; raise QuestDeployError where it fails."""
+    """Return what the program prints; raise QuestDeployError where it fails."""
     words = [str(word) for word in command]
     print(" ".join(words), file=sys.stderr, flush=True)
     done = subprocess.run(

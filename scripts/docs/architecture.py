@@ -76,7 +76,7 @@ def without_implied(graph: Graph) -> Graph:
 
 
 def layers_of(graph: Graph) -> tuple[list[list[str]], list[tuple[str, str]]]:
-    """What stands on each floor, the highest first, and the arrows from each to the next.
+    """Return what stands on each floor, the highest first, and the arrows from each to the next.
 
     An arrow over several floors is one of several pieces, which meet in points named "a>b>floor".
     """

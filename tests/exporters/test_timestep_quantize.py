@@ -135,7 +135,7 @@ def test_a_batch_that_mixes_buckets_equals_each_sample_alone(runtime: str) -> No
     assert (moved != together).any()
 
 
-def test_half_precision_input_is_divided_in_float32() -> None:
+def test_low_precision_input_is_divided_in_float32() -> None:
     x = (np.random.default_rng(0).standard_normal((1, 4096)) * 20).astype(np.float16)
     scale, unit = float32(0.4), np.ones(4096, np.float32)
     exact = np.rint(x.astype(np.float32) / scale)

@@ -29,12 +29,12 @@ from tests.helpers import (
     numpy_layer,
     op_counts,
     proto_of,
+    quantizer_codes,
     refused,
     relative_error,
     run,
     run_reference,
     session,
-    site_codes,
 )
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def test_there_is_one_quantizer_a_site_and_no_other_node_of_ours(
     ours = [node for node in small_graph.graph if node.domain]
     assert {node.op_identifier()[:2] for node in ours} == {("quest", "TimestepQuantize")}
     assert sorted(node.outputs[0].name or "" for node in ours) == sorted(
-        f"{name}.codes" for name in small_checkpoint.sites
+        f"{name}.codes" for name in small_checkpoint.quantizers
     )
 
 
@@ -125,11 +125,15 @@ def test_layers_that_share_a_site_read_its_one_quantizer(
     small_graph: ir.Model, small_checkpoint: Checkpoint
 ) -> None:
     values = ir.convenience.create_value_mapping(small_graph.graph)
-    for site in small_checkpoint.sites.values():
-        assert len(values[f"{site.name}.codes"].consumers()) == 1, site.name
-        assert len(values[f"{site.name}.dequantized"].consumers()) == len(site.layers), site.name
+    for quantizer in small_checkpoint.quantizers.values():
+        assert len(values[f"{quantizer.name}.codes"].consumers()) == 1, quantizer.name
+        assert len(values[f"{quantizer.name}.dequantized"].consumers()) == len(quantizer.layers), (
+            quantizer.name
+        )
     sizes = sorted(
-        len(site.layers) for site in small_checkpoint.sites.values() if len(site.layers) > 1
+        len(quantizer.layers)
+        for quantizer in small_checkpoint.quantizers.values()
+        if len(quantizer.layers) > 1
     )
     attentions = sum(name.endswith("attn1.to_q") for name in small_checkpoint.layers)
     resnets = sum(name.endswith("time_emb_proj") for name in small_checkpoint.layers)
@@ -181,21 +185,21 @@ def test_every_dequantizer_has_an_explicit_zero_point_in_the_middle_of_its_codes
                 assert array_of(scale) == 1
 
 
-def test_the_metadata_names_scheme_checkpoint_and_every_layer_and_site(
+def test_the_metadata_names_scheme_checkpoint_and_every_layer_and_quantizer(
     small_graph: ir.Model, info: GraphInfo, small_checkpoint: Checkpoint
 ) -> None:
     assert (info.scheme, info.checkpoint_sha256) == (small_checkpoint.scheme, "ab" * 32)
     assert (info.sample_shape, info.sample_multiple) == ((2, 4, 4), 2)
     assert list(info.layers) == list(small_checkpoint.layers)
-    assert list(info.sites) == list(small_checkpoint.sites)
+    assert list(info.quantizers) == list(small_checkpoint.quantizers)
     values = ir.convenience.create_value_mapping(small_graph.graph)
     for name, layer in info.layers.items():
         data = small_checkpoint.layers[name]
         assert (layer.weight_bits, layer.macs) == (data.weight_bits, data.macs)
-        assert layer.site == small_checkpoint.site_of(name).name
+        assert layer.site == small_checkpoint.quantizer_of(name).name
         assert {layer.output, layer.weight} <= values.keys()
-    for name, site in info.sites.items():
-        assert site.bits == small_checkpoint.sites[name].bits
+    for name, site in info.quantizers.items():
+        assert site.bits == small_checkpoint.quantizers[name].bits
         quantizer = values[site.codes].producer()
         assert quantizer is not None
         assert quantizer.inputs[0] is values[site.input]
@@ -212,7 +216,7 @@ def test_the_graphs_bucket_is_the_schemes_on_and_around_every_edge(
     assert found.tolist() == [small_checkpoint.scheme.bucket_of(float(t)) for t in timesteps]
 
 
-def test_every_site_gives_the_codes_of_numpy(
+def test_every_quantizer_gives_the_codes_of_numpy(
     small_proto: onnx.ModelProto,
     info: GraphInfo,
     small_checkpoint: Checkpoint,
@@ -220,10 +224,12 @@ def test_every_site_gives_the_codes_of_numpy(
     bucket: Array,
 ) -> None:
     graph = ir.from_proto(small_proto)
-    for name, site in small_checkpoint.sites.items():
-        x = torch_values[site.layers[0]][0]
-        (found,) = run(cut_codes(graph, info, name), {info.sites[name].input: x, "bucket": bucket})
-        np.testing.assert_array_equal(found, site_codes(site, x, bucket), err_msg=name)
+    for name, quantizer in small_checkpoint.quantizers.items():
+        x = torch_values[quantizer.layers[0]][0]
+        (found,) = run(
+            cut_codes(graph, info, name), {info.quantizers[name].input: x, "bucket": bucket}
+        )
+        np.testing.assert_array_equal(found, quantizer_codes(quantizer, x, bucket), err_msg=name)
 
 
 @pytest.mark.parametrize("runtime", ["reference", "onnxruntime", "onnxruntime optimized"])
@@ -240,7 +246,7 @@ def test_every_layer_agrees_with_the_fake_quantized_model_on_that_models_inputs(
         x, y = torch_values[name]
         cut, inputs = (
             cut_layer(graph, info, name),
-            {info.sites[layer.site].input: x, "bucket": bucket},
+            {info.quantizers[layer.site].input: x, "bucket": bucket},
         )
         (found,) = (
             run_reference(cut, inputs)
@@ -252,10 +258,10 @@ def test_every_layer_agrees_with_the_fake_quantized_model_on_that_models_inputs(
 
 
 def with_codes(proto: onnx.ModelProto, info: GraphInfo) -> onnx.ModelProto:
-    """The graph with every site's codes as further outputs."""
+    """The graph with every quantizer's codes as further outputs."""
     model = ir.from_proto(proto)
     values = ir.convenience.create_value_mapping(model.graph)
-    model.graph.outputs.extend(values[site.codes] for site in info.sites.values())
+    model.graph.outputs.extend(values[quantizer.codes] for quantizer in info.quantizers.values())
     return proto_of(model)
 
 
@@ -269,8 +275,8 @@ def test_end_to_end_runtimes_agree_for_every_sample_without_a_flipped_tie(
 ) -> None:
     graph = with_codes(small_proto, info)
     from_torch = [
-        site_codes(site, torch_values[site.layers[0]][0], bucket)
-        for site in small_checkpoint.sites.values()
+        quantizer_codes(quantizer, torch_values[quantizer.layers[0]][0], bucket)
+        for quantizer in small_checkpoint.quantizers.values()
     ]
     results = {"reference": run_reference(graph, feeds), "onnxruntime": run(graph, feeds)}
     for runtime, (output, *codes) in results.items():
@@ -323,7 +329,7 @@ def test_the_bucket_and_not_only_the_time_embedding_follows_the_timestep(
 ) -> None:
     x = torch_values["conv_out"][0]
     infer = session(cut_layer(ir.from_proto(small_proto), info, "conv_out"))
-    name = info.sites["conv_out"].input
+    name = info.quantizers["conv_out"].input
     moved = infer({name: x, "bucket": (bucket + 1) % 4})[0]
     assert (
         np.abs(moved - infer({name: x, "bucket": bucket})[0]).reshape(BATCH, -1).max(1) > 0
@@ -356,16 +362,18 @@ def test_one_bucket_and_one_bucket_a_training_step_both_export_and_agree_with_th
     one = calibrate("plain", plain_unet, recorded, Scheme.parse("w8a8", buckets=1), options)
     # Calibrating 1000 buckets takes long, and any scales will do here.
     scales = np.random.default_rng(0).uniform(0.8, 1.25, buckets).astype(np.float32)
-    sites = {
+    quantizers = {
         name: dataclasses.replace(
-            site,
-            scale=site.scale[0] * scales,
-            low=site.low[0] * np.ones_like(scales),
-            high=site.high[0] * np.ones_like(scales),
+            quantizer,
+            scale=quantizer.scale[0] * scales,
+            low=quantizer.low[0] * np.ones_like(scales),
+            high=quantizer.high[0] * np.ones_like(scales),
         )
-        for name, site in one.sites.items()
+        for name, quantizer in one.quantizers.items()
     }
-    checkpoint = dataclasses.replace(one, scheme=Scheme.parse("w8a8", buckets=buckets), sites=sites)
+    checkpoint = dataclasses.replace(
+        one, scheme=Scheme.parse("w8a8", buckets=buckets), quantizers=quantizers
+    )
     inputs = {
         "sample": sample.expand(2, -1, -1, -1, -1).flatten(0, 1),
         "timestep": torch.tensor([0.0, 998.5, 999.0, 417.0]),

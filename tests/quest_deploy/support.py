@@ -39,8 +39,8 @@ MINI_UNET = {
     "mid_block_type": None,
     "up_block_types": ("UpBlock2D",),
 }
-"""27 layers that read 22 sites: resnets, attention, GEGLU, skips; it is cut into 50 parts and built
-in seconds.
+"""27 layers that read 22 quantizers: resnets, attention, GEGLU, skips; it is cut into 50 parts and
+built in seconds.
 """
 MINI_TINY_UNET = {
     **MINI_UNET,

@@ -1,8 +1,8 @@
 """The C++ runtime: what it reads of workspaces and schedules with no GPU, and that all of it
 compiles, links and starts.
 
-Its host parts are built with g++ and nlohmann's headers; the rest where TENSORRT_INCLUDE_DIR names TensorRT's
-headers and nvcc and cmake are there.
+Its host parts are built with g++ and nlohmann's headers; the rest where TENSORRT_INCLUDE_DIR names
+TensorRT's headers and nvcc and cmake are there.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ _NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
 
 
 def runtime_precisions(runtime_model: Any, wanted: Sequence[Multiplication]) -> dict[str, str]:
-    """What each multiplication runs in ("int8", "fp32", "bf16" or "fp16"), by the name of its node,
-    where the runtime model tells.
+    """Return what each multiplication runs in ("int8", "fp32", "bf16" or "fp16"), by the name of
+    its node, where the runtime model tells.
     """
     operations = list(runtime_model.get_ordered_ops())
     found: dict[str, str] = {}
@@ -54,8 +54,8 @@ def runtime_precisions(runtime_model: Any, wanted: Sequence[Multiplication]) -> 
 
 
 def _precision(types: Sequence[str]) -> str:
-    """What operands of ``types`` are multiplied in; a softmax inside fused attention is in its
-    other operand's.
+    """Return what operands of ``types`` are multiplied in; a softmax inside fused attention is in
+    its other operand's.
     """
     floats = [kind for kind in types if kind not in _INTEGERS]
     return _NAMES.get(floats[0], floats[0]) if floats else "int8"
@@ -103,8 +103,8 @@ def _kind(operation: Any) -> str:
 
 
 def runtime_info(operation: Any, key: str) -> str:
-    """What the runtime model tells of a node under ``key``, such as layerType; empty where it does
-    not.
+    """Return what the runtime model tells of a node under ``key``, such as layerType; empty where
+    it does not.
     """
     told = operation.get_rt_info()
     return str(told[key].get()) if key in told else ""

@@ -185,7 +185,7 @@ class TensorRtBackend(Backend):
         return SplitRunner(_TensorRtRunner(folder, options, self.package), options.max_batch)
 
     def graph_to_parse(self, lowered: Path, scratch: Path, options: EngineOptions) -> Path:
-        """What the parser gets: the lowered graph, or what was made of it in ``scratch``."""
+        """Return what the parser gets: the lowered graph, or what was made of it in ``scratch``."""
         return lowered
 
     def configure_flavour(self, trt: Any, config: Any, options: EngineOptions) -> None:
@@ -310,8 +310,8 @@ def _member(trt: Any, enumeration: str, name: str, option: str) -> Any:
 
 
 def told_precisions(layers: list[Any], wanted: list[str]) -> dict[str, str]:
-    """What each ``wanted`` node runs in, by its name, from TensorRT's layer information at detailed
-    verbosity.
+    """Return what each ``wanted`` node runs in, by its name, from TensorRT's layer information at
+    detailed verbosity.
 
     A layer's metadata names the ONNX nodes it was made of. One that holds several multiplications
     does not tell what each runs in, so they are left out; so is a layer whose operands' types are

@@ -40,7 +40,7 @@ def write_unet(layout: Layout, graph: ir.Model) -> Signature:
     (output,) = (value.name or "" for value in graph.graph.outputs)
     save_graph(graph, version / ONNX)
     if plan is not None and layout.half:
-        write_plan(plan.folder / LOWERED, version / PLAN, plan.options, half_io=True)
+        write_plan(plan.folder / LOWERED, version / PLAN, plan.options, low_precision_io=True)
     elif plan is not None:
         shutil.copyfile(plan.folder / ENGINE, version / PLAN)
     return layout.write_plan_config(
@@ -107,9 +107,11 @@ def write_decoder(layout: Layout, decoder: Any) -> Signature:
     module = Decoder(decoder)
     with torch.no_grad():
         channels = module(latents).shape[1]
-    free = {0: "batch", 2: "height", 3: "width"}
+    per_channel = {0: "batch", 2: "height", 3: "width"}
     version = layout.version_folder("vae_decoder")
-    save_onnx(module, {"sample": latents.repeat(2, 1, 1, 1)}, ["image"], free, version / ONNX)
+    save_onnx(
+        module, {"sample": latents.repeat(2, 1, 1, 1)}, ["image"], per_channel, version / ONNX
+    )
     _write_plan_beside(layout, version, DECODER_BATCH, layout.sizes)
     return layout.write_plan_config(
         "vae_decoder",
@@ -139,7 +141,7 @@ def _write_plan_beside(
         serialize_plugins=False,
         opt_batch=None,
     )
-    write_plan(version / ONNX, version / PLAN, options, half_io=layout.half)
+    write_plan(version / ONNX, version / PLAN, options, low_precision_io=layout.half)
 
 
 def _dims(value: ir.Value) -> list[int]:

@@ -145,8 +145,8 @@ def _settings(
 
 
 def _null_conditions(model: DiffusionModel) -> dict[str, Tensor] | None:
-    """What an image without a condition is drawn from; None where the model has none, and so no
-    guidance.
+    """Return what an image without a condition is drawn from; None where the model has none, and so
+    no guidance.
     """
     try:
         return model.null_conditions(1)

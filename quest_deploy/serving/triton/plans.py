@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporters.graph_info import load_graph, save_graph
-from exporters.passes.half_io import HalfIO
+from exporters.passes.low_precision_io import LowPrecisionIO
 from quest_deploy.artifacts.workspace import ENGINES
 from quest_deploy.backends.base import LOWERED, EngineRecord, engine_info
 from quest_deploy.backends.options import EngineOptions
@@ -128,21 +128,21 @@ def _plugins(record: EngineRecord, given: tuple[str, ...]) -> tuple[Path, ...]:
     return (*libraries, found)
 
 
-def write_plan(graph: Path, plan: Path, options: EngineOptions, *, half_io: bool) -> None:
+def write_plan(graph: Path, plan: Path, options: EngineOptions, *, low_precision_io: bool) -> None:
     """Compile the ONNX file ``graph`` into ``plan``.
 
     Args:
         options: the largest batch, the sizes of its input ``sample`` if it has one, and how to
             build.
-        half_io: whether its inputs and outputs are FP16, but for ``FLOAT_INPUTS``.
+        low_precision_io: whether its inputs and outputs are FP16, but for ``FLOAT_INPUTS``.
 
     Raises:
         QuestDeployError: TensorRT refuses it.
     """
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=plan.parent) as folder:
-        if half_io:
+        if low_precision_io:
             model = load_graph(graph)
-            HalfIO(FLOAT_INPUTS)(model)
+            LowPrecisionIO(FLOAT_INPUTS)(model)
             graph = Path(folder) / LOWERED
             save_graph(model, graph)
         get_backend(TRT).compile(graph, Path(folder), options, no_progress)

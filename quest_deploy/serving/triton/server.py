@@ -184,7 +184,7 @@ def _processes() -> list[tuple[int, int, str]]:
 
 
 def _model_of(pid: int) -> str:
-    """What a stub process serves: its first argument is the model's file."""
+    """Return what a stub process serves: its first argument is the model's file."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:

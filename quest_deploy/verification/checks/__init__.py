@@ -6,19 +6,20 @@ code flips, and in a deep 4-bit network one flip grows to percents at the output
 is per layer: each layer, cut out of the lowered graph, gets the reference's inputs (teacher
 forcing), so that nothing can hide behind an earlier flip. Every code mismatch must be explained by
 a tie. What the layers leave (norms, SiLU, softmax, residual sums) is tested likewise: a segment is
-all that is computed in float from layers' outputs to one site's input, and gets the reference's
-outputs. The end-to-end error is judged against the reference model's own sensitivity to last-bit
-differences; where that is large, end to end proves nothing, and layers and segments decide.
+all that is computed in float from layers' outputs to one quantizer's input, and gets the
+reference's outputs. The end-to-end error is judged against the reference model's own sensitivity to
+last-bit differences; where that is large, end to end proves nothing, and layers and segments
+decide.
 
-A reference of a large model holds a sample of the sites in each record, so the result says how many
-of all were checked, and in how many buckets. One cut is compiled, and one tensor's values are in
-memory, at a time.
+A reference of a large model holds a sample of the quantizers in each record, so the result says how
+many of all were checked, and in how many buckets. One cut is compiled, and one tensor's values are
+in memory, at a time.
 
-Where an engine computes in FP16 or bf16, its graph says which values have that type. A site then
-gets the reference's values rounded to it, and must give the codes that belong to those: they are
-computed here, from the reference's tables. A layer gets the middle of each code, which rounding
-leaves in it, and so must give the reference's output, but for a half type's rounding; likewise a
-segment. End to end, the reference's sensitivity is that to activations of the type.
+Where an engine computes in FP16 or bf16, its graph says which values have that type. A quantizer
+then gets the reference's values rounded to it, and must give the codes that belong to those: they
+are computed here, from the reference's tables. A layer gets the middle of each code, which rounding
+leaves in it, and so must give the reference's output, but for a low-precision type's rounding;
+likewise a segment. End to end, the reference's sensitivity is that to activations of the type.
 """
 
 from __future__ import annotations
@@ -70,27 +71,29 @@ def verify_engine(
             "reference` again"
         )
     wrong_buckets = check_buckets(checked)
-    by_site = {
-        site: held
-        for site in info.sites
-        if (held := {i: r for i, r in enumerate(records) if site in r.entry.sites})
+    by_quantizer = {
+        quantizer: held
+        for quantizer in info.quantizers
+        if (held := {i: r for i, r in enumerate(records) if quantizer in r.entry.sites})
     }
     by_layer = {
-        layer.name: by_site[layer.site] for layer in info.layers.values() if layer.site in by_site
+        layer.name: by_quantizer[layer.site]
+        for layer in info.layers.values()
+        if layer.site in by_quantizer
     }
     by_layer |= {
         name: held
-        for name in info.products
+        for name in info.matmuls
         if (held := {i: r for i, r in enumerate(records) if name in r.entry.products})
     }
-    total = len(by_site) + len(by_layer) + 1
+    total = len(by_quantizer) + len(by_layer) + 1
     codes, errors = {}, {}
-    for i, (site, held) in enumerate(by_site.items()):
-        codes[site] = check_codes(checked, site, held, tables[site])
+    for i, (quantizer, held) in enumerate(by_quantizer.items()):
+        codes[quantizer] = check_codes(checked, quantizer, held, tables[quantizer])
         progress("sites", i + 1, total)
     for i, (layer, held) in enumerate(by_layer.items()):
         errors[layer] = check_layer(checked, layer, held, tables)
-        progress("layers", len(by_site) + i + 1, total)
+        progress("layers", len(by_quantizer) + i + 1, total)
     segments = check_segments(checked, records)
     progress("segments", total, total)
     end_to_end = check_end_to_end(checked, records)
@@ -99,16 +102,16 @@ def verify_engine(
 
 def _fits(info: GraphInfo, records: list[Record], tables: dict[str, Tables]) -> bool:
     """Whether a reference is of the graph's model, and whole: each record has what belongs to its
-    sites and products.
+    quantizers and products.
     """
-    if tables.keys() != info.sites.keys():
+    if tables.keys() != info.quantizers.keys():
         return False
     if all(record.entry.sensitivity is None for record in records):
         return False
     for record in records:
-        sites, products = set(record.entry.sites), set(record.entry.products)
-        layers = [layer.name for layer in info.layers.values() if layer.site in sites]
-        known = sites <= info.sites.keys() and products <= info.products.keys()
-        if not sites or not known or not record.is_whole(layers):
+        quantizers, products = set(record.entry.sites), set(record.entry.products)
+        layers = [layer.name for layer in info.layers.values() if layer.site in quantizers]
+        known = quantizers <= info.quantizers.keys() and products <= info.matmuls.keys()
+        if not quantizers or not known or not record.is_whole(layers):
             return False
     return True

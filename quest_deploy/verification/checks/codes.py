@@ -1,4 +1,4 @@
-"""A site's codes against the reference's, each mismatch explained by a tie or not."""
+"""A quantizer's codes against the reference's, each mismatch explained by a tie or not."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ FARTHER = np.float32(1.25)
 
 
 def check_codes(
-    engine: CheckedEngine, site: str, records: dict[int, Record], tables: Tables
+    engine: CheckedEngine, quantizer: str, records: dict[int, Record], tables: Tables
 ) -> dict[int, list[CodeMismatches]]:
     """The mismatches of each record's rows, where the engine quantizes the reference's values."""
-    entry, types = engine.info.sites[site], engine.types
+    entry, types = engine.info.quantizers[quantizer], engine.types
 
     def tensors(record: Record) -> tuple[Arrays, Arrays]:
-        x, bucket = record.tensors[Key.x(site)], record.bucket
-        if not types.is_half(entry.input):
-            codes = record.tensors[Key.codes(site)]
+        x, bucket = record.tensors[Key.x(quantizer)], record.bucket
+        if not types.is_low_precision(entry.input):
+            codes = record.tensors[Key.codes(quantizer)]
             return {entry.input: x, BUCKET: bucket}, {entry.codes: codes}
         # Rounded, a probe just beyond a clip bound may be no more: more rows, which go farther.
         x, bucket = (
@@ -42,7 +42,9 @@ def check_codes(
         return {entry.input: x, BUCKET: bucket}, {entry.codes: codes}
 
     results = {}
-    pairs = engine.run(cut_codes(engine.graph, engine.info, site), map(tensors, records.values()))
+    pairs = engine.run(
+        cut_codes(engine.graph, engine.info, quantizer), map(tensors, records.values())
+    )
     for i, (fed, mine, theirs) in zip(records, pairs, strict=True):
         ratio = affine_numpy.ratio(fed[entry.input], fed[BUCKET], tables, entry.axis)
         found = _without_padding(_signed(mine[entry.codes]), ratio.shape)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Arrays = dict[str, NDArray[Any]]
     T = TypeVar("T")
     ByRecord: TypeAlias = dict[str, dict[int, T]]
-    """Of a site, layer or segment, by the record's number."""
+    """Of a quantizer, layer or segment, by the record's number."""
 
 
 class CheckedEngine:

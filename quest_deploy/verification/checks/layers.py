@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporters.graph_info import BUCKET
-from exporters.passes.cut import cut_layer, cut_product
+from exporters.passes.cut import cut_layer, cut_matmul
 from quest_deploy.artifacts.reference import Key
 from quest_deploy.quantization import affine_numpy
 from quest_deploy.verification.tolerances import ChannelErrors, layer_error
@@ -24,22 +24,22 @@ def check_layer(
 ) -> dict[int, NDArray[np.float32]]:
     """The relative error of the worst output channel in each record's rows, float32 [rows]."""
     graph, info, types = engine.graph, engine.info, engine.types
-    sites: tuple[str | None, ...]
+    quantizers: tuple[str | None, ...]
     sources: tuple[str, ...]
-    if layer in info.products:
-        product = info.products[layer]
-        output, cut = product.output, cut_product(graph, info, layer)
-        sites, sources = product.sites, product.inputs
+    if layer in info.matmuls:
+        product = info.matmuls[layer]
+        output, cut = product.output, cut_matmul(graph, info, layer)
+        quantizers, sources = product.sites, product.inputs
     else:
-        site = info.layers[layer].site
+        quantizer = info.layers[layer].site
         output, cut = info.layers[layer].output, cut_layer(graph, info, layer)
-        sites, sources = (site,), (info.sites[site].input,)
+        quantizers, sources = (quantizer,), (info.quantizers[quantizer].input,)
 
     def operand(record: Record, index: int) -> NDArray[Any]:
-        name = sites[index]
+        name = quantizers[index]
         x = record.tensors[Key.operand(layer, index)] if name is None else record.untied(name)
         if name is not None and types.half(sources[index]):
-            known = (x, record.bucket, tables[name], info.sites[name].axis)
+            known = (x, record.bucket, tables[name], info.quantizers[name].axis)
             x = affine_numpy.levels(*known) * affine_numpy.step(*known)
         return types.cast(sources[index], x)
 

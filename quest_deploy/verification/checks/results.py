@@ -7,8 +7,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class SiteResult:
-    """A site's codes against the reference's, over all buckets."""
+class QuantizerResult:
+    """A quantizer's codes against the reference's, over all buckets."""
 
     site: str
     codes: int
@@ -30,7 +30,7 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class SegmentResult:
-    """The float part in front of a site, product or the output: its worst relative error, that
+    """The float part in front of a quantizer, product or the output: its worst relative error, that
     one's bucket, and what is allowed.
 
     Attributes:
@@ -50,7 +50,7 @@ class SegmentResult:
 
 @dataclass(frozen=True)
 class BucketResult:
-    """One bucket: its codes over the sites checked in it, its worst layer and segment, and the
+    """One bucket: its codes over the quantizers checked in it, its worst layer and segment, and the
     whole model at one timestep of it.
     """
 
@@ -67,13 +67,13 @@ class BucketResult:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of the model was checked: of all sites and layers (products too), those that any
-    record of the reference holds.
+    """How much of the model was checked: of all quantizers and layers (products too), those that
+    any record of the reference holds.
 
     Attributes:
-        fewest_buckets, most_buckets: in how many of all buckets a site that was checked was
+        fewest_buckets, most_buckets: in how many of all buckets a quantizer that was checked was
             checked.
-        unchecked: the sites that were not.
+        unchecked: the quantizers that were not.
     """
 
     sites: int
@@ -103,7 +103,7 @@ class Verification:
     backend: str
     coverage: Coverage
     wrong_buckets: list[float]
-    sites: list[SiteResult]
+    sites: list[QuantizerResult]
     layers: list[LayerResult]
     segments: list[SegmentResult]
     buckets: list[BucketResult]

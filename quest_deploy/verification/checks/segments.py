@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _End:
-    """Where a segment ends: its site, product or the output, the reference's tensor of its value,
-    and that one's channel axis.
+    """Where a segment ends: its quantizer, product or the output, the reference's tensor of its
+    value, and that one's channel axis.
     """
 
     name: str
@@ -45,13 +45,14 @@ class Segment:
 
 
 def check_segments(engine: CheckedEngine, records: list[Record]) -> dict[str, Segment]:
-    """All of a record's segments at once: they are one graph. Records with the same sites share it.
+    """All of a record's segments at once: they are one graph. Records with the same quantizers
+    share it.
 
     Where a segment ends is what the graph itself says: one that reads another's value, or a layer's
     as it is, is compared all the same.
     """
     info, types = engine.info, engine.types
-    all_ends = _ends(engine, info.sites, info.products)
+    all_ends = _ends(engine, info.quantizers, info.matmuls)
     reads = upstream(engine.graph, info, {value for value, _ in all_ends})
     errors: dict[str, dict[int, NDArray[np.float32]]] = {}
     halves: dict[str, str | None] = {}
@@ -59,8 +60,8 @@ def check_segments(engine: CheckedEngine, records: list[Record]) -> dict[str, Se
     groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
     for i, record in enumerate(records):
         groups.setdefault((tuple(record.entry.sites), tuple(record.entry.products)), []).append(i)
-    for (sites, products), held in groups.items():
-        ends = _ends(engine, sites, products)
+    for (quantizers, products), held in groups.items():
+        ends = _ends(engine, quantizers, products)
         known = _inputs(engine) | _outputs(info, records[held[0]]).keys()
         for value, end in ends:
             errors.setdefault(end.name, {}).update({i: np.zeros(2, np.float32) for i in held})
@@ -90,22 +91,23 @@ def check_segments(engine: CheckedEngine, records: list[Record]) -> dict[str, Se
 
 
 def _ends(
-    engine: CheckedEngine, sites: Iterable[str], products: Iterable[str]
+    engine: CheckedEngine, quantizers: Iterable[str], products: Iterable[str]
 ) -> list[tuple[str, _End]]:
-    """Where the segments in front of ``sites``, ``products`` and the output end: the graph's
+    """Where the segments in front of ``quantizers``, ``products`` and the output end: the graph's
     values, each with what it should be.
     """
     info = engine.info
     ends = [
-        (info.sites[name].input, _End(name, Key.x(name), info.sites[name].axis)) for name in sites
+        (info.quantizers[name].input, _End(name, Key.x(name), info.quantizers[name].axis))
+        for name in quantizers
     ]
     for name in products:
-        product = info.products[name]
-        for i, (value, site) in enumerate(zip(product.inputs, product.sites, strict=True)):
-            if site is None:
+        product = info.matmuls[name]
+        for i, (value, quantizer) in enumerate(zip(product.inputs, product.sites, strict=True)):
+            if quantizer is None:
                 ends.append((value, _End(name, Key.operand(name, i), -1)))
-            elif value != info.sites[site].input:
-                ends.append((value, _End(name, Key.x(site), info.sites[site].axis)))
+            elif value != info.quantizers[quantizer].input:
+                ends.append((value, _End(name, Key.x(quantizer), info.quantizers[quantizer].axis)))
     return ends + [
         (str(value.name), _End(OUTPUT, Key.UNTIED_OUTPUT, 1))
         for value in engine.graph.graph.outputs
@@ -120,15 +122,15 @@ def _outputs(info: GraphInfo, record: Record) -> dict[str, str]:
     """The layers' and products' values in the graph, each with the record's tensor of it, where it
     has one.
     """
-    keys = {entry.output: Key.y(name) for name, entry in (info.layers | info.products).items()}
+    keys = {entry.output: Key.y(name) for name, entry in (info.layers | info.matmuls).items()}
     return {value: key for value, key in keys.items() if key in record.tensors}
 
 
 def _segment_values(
     engine: CheckedEngine, wanted: set[str], records: dict[int, Record]
 ) -> Iterator[tuple[int, Arrays]]:
-    """What the engine computes of ``wanted`` from what the reference's layers gave, record by
-    record; what is given, as it is.
+    """Return what the engine computes of ``wanted`` from what the reference's layers gave, record
+    by record; what is given, as it is.
     """
     outputs = _outputs(engine.info, next(iter(records.values())))
     computed = wanted - _inputs(engine) - outputs.keys()

@@ -1,4 +1,5 @@
-"""From what each check found to the verification's result: per site, layer, segment and bucket."""
+"""From what each check found to the verification's result: per quantizer, layer, segment and
+bucket."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from quest_deploy.verification.checks.results import (
     BucketResult,
     Coverage,
     LayerResult,
+    QuantizerResult,
     SegmentResult,
-    SiteResult,
     Verification,
 )
 from quest_deploy.verification.tolerances import (
@@ -43,22 +44,24 @@ def summarize(
 
     Args:
         wrong_buckets: see :class:`Verification`.
-        codes: of each site.
+        codes: of each quantizer.
         errors: of each layer and product.
         end_to_end: of each record.
     """
     info = engine.info
     allowed = {
         name: layer_tolerance(engine.types.half(entry.output))
-        for name, entry in (info.layers | info.products).items()
+        for name, entry in (info.layers | info.matmuls).items()
     }
-    half = engine.types.half(*(entry.output for entry in (info.layers | info.products).values()))
+    half = engine.types.half(*(entry.output for entry in (info.layers | info.matmuls).values()))
     sensitivity = max(max(of) for record in records if (of := record.sensitivity(half)) is not None)
     tolerance = max(layer_tolerance(half), SENSITIVITY_FACTOR * sensitivity)
     none = CodeMismatches(0, 0, 0)
-    sites = [
-        SiteResult(site, **asdict(sum((c for rows in found.values() for c in rows), none)))
-        for site, found in codes.items()
+    quantizers = [
+        QuantizerResult(
+            quantizer, **asdict(sum((c for rows in found.values() for c in rows), none))
+        )
+        for quantizer, found in codes.items()
     ]
     layers = []
     for layer, found in errors.items():
@@ -94,7 +97,7 @@ def summarize(
         backend=engine.backend.name,
         coverage=_coverage(info, records, len(errors)),
         wrong_buckets=wrong_buckets,
-        sites=sites,
+        sites=quantizers,
         layers=layers,
         segments=between,
         buckets=[buckets[b] for b in sorted(buckets)],
@@ -103,7 +106,7 @@ def summarize(
         end_to_end_informative=tolerance <= INFORMATIVE,
         problems=_problems(
             wrong_buckets,
-            sites,
+            quantizers,
             layers,
             between,
             list(buckets.values()),
@@ -127,18 +130,18 @@ def _segment_result(name: str, segment: Segment, records: list[Record]) -> Segme
 def _coverage(info: GraphInfo, records: list[Record], layers: int) -> Coverage:
     buckets: dict[str, set[int]] = {}
     for record in records:
-        for site in record.entry.sites:
-            buckets.setdefault(site, set()).update(record.entry.buckets)
+        for quantizer in record.entry.sites:
+            buckets.setdefault(quantizer, set()).update(record.entry.buckets)
     times = [len(found) for found in buckets.values()]
     return Coverage(
         len(buckets),
-        len(info.sites),
+        len(info.quantizers),
         layers,
-        len(info.layers) + len(info.products),
+        len(info.layers) + len(info.matmuls),
         min(times),
         max(times),
         info.scheme.buckets,
-        [site for site in info.sites if site not in buckets],
+        [quantizer for quantizer in info.quantizers if quantizer not in buckets],
     )
 
 
@@ -162,7 +165,7 @@ def _merged(a: BucketResult, b: BucketResult) -> BucketResult:
 
 def _problems(
     wrong: list[float],
-    sites: list[SiteResult],
+    quantizers: list[QuantizerResult],
     layers: list[LayerResult],
     segments: list[SegmentResult],
     buckets: list[BucketResult],
@@ -176,8 +179,8 @@ def _problems(
             f"{wrong[0]:g}"
         )
     problems += [
-        f"site {s.site}: {s.unexplained} of {s.codes} codes differ although no tie explains it"
-        for s in sites
+        f"quantizer {s.site}: {s.unexplained} of {s.codes} codes differ although no tie explains it"
+        for s in quantizers
         if s.unexplained
     ]
     problems += [

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporters.passes.to_dtype import HALF_TYPES
+from exporters.passes.to_dtype import LOW_PRECISION_TYPES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-HALF = {dtype: name for name, dtype in HALF_TYPES.items()}
+HALF = {dtype: name for name, dtype in LOW_PRECISION_TYPES.items()}
 
 
 class ValueTypes:
-    """The types of a graph's values, and the half type that it computes in, if any: its own, or one
-    that the runtime was told.
+    """The types of a graph's values, and the low-precision type that it computes in, if any: its
+    own, or one that the runtime was told.
     """
 
     def __init__(self, lowered: ir.Model, dtype: str) -> None:
@@ -36,8 +36,8 @@ class ValueTypes:
         )
 
     def half(self, *values: str) -> str | None:
-        """The half type, fp16 or bf16, that any of ``values`` may be rounded to, or was; None where
-        all are FP32.
+        """The low-precision type, fp16 or bf16, that any of ``values`` may be rounded to, or was;
+        None where all are FP32.
         """
         found = (
             dtype
@@ -47,13 +47,13 @@ class ValueTypes:
         )
         return self._hidden or next((HALF[dtype] for dtype in found), None)
 
-    def is_half(self, value: str) -> bool:
-        """Whether the graph itself gives ``value`` a half type."""
+    def is_low_precision(self, value: str) -> bool:
+        """Whether the graph itself gives ``value`` a low-precision type."""
         return self._types.get(value) in HALF
 
     def cast(self, value: str, x: NDArray[Any]) -> NDArray[Any]:
-        """x as FP32, rounded to the type of ``value`` if that is a half type: a cut is FP32
-        outside.
+        """x as FP32, rounded to the type of ``value`` if that is a low-precision type: a cut is
+        FP32 outside.
         """
         dtype = self._types.get(value)
         return x.astype(dtype.numpy()).astype(np.float32) if dtype in HALF else x

@@ -136,7 +136,7 @@ ROWS: dict[str, Row] = {
     "quest-frozen": _quest(carry_temporal=False),
     "quest-reversed": _quest(stages=("sensitive", "temporal")),
     "quest-per-tensor": _quest({"granularity": Granularity.PER_TENSOR}),
-    "quest-free-channel": _quest({"granularity": Granularity.FREE_CHANNEL}),
+    "quest-free-channel": _quest({"granularity": Granularity.PER_CHANNEL}),
     "quest-auto-layers": Row(Pipeline(sensitivity={"samples": 8, "batch": 16}, finetuning={})),
     "quest-all-layers": _quest(sensitive_layers=("*",)),
     "quest-attention8": _quest(ATTENTION8),
@@ -189,7 +189,7 @@ ABLATIONS = (
         ABLATION_BITS,
         {
             "quest-per-tensor": "per tensor",
-            "quest": "per tensor, channel vector folded into the weights (baseline)",
+            "quest": "per tensor, smoothing scale folded into the weights (baseline)",
             "quest-free-channel": "free per channel (not deployable as integers)",
         },
     ),

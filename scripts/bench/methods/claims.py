@@ -76,9 +76,7 @@ CLAIMS = (
         "quest-frozen",
     ),
     Claim("The selected layers beat training all of them", "quest", "quest-all-layers"),
-    Claim(
-        "Scales free per channel beat scales per tensor", "quest-free-channel", "quest-per-tensor"
-    ),
+    Claim("Scales per-channel beat scales per tensor", "quest-free-channel", "quest-per-tensor"),
     Claim(
         "Splitting the shortcuts at the concatenation helps QuEST", "quest-split-shortcuts", "quest"
     ),

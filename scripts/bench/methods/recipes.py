@@ -69,7 +69,7 @@ class Costs:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """What happens inside is stage ``name``."""
+        """Return what happens inside is stage ``name``."""
         reset_peak_memory()
         started = time.monotonic()
         yield

@@ -209,7 +209,7 @@ def _figures(entry: Entry, columns: int) -> list[str]:
 
 
 def _settings(result: Result) -> list[str]:
-    """What one activation scale covers and the buckets; bits of q, k, v and of softmax."""
+    """Return what one activation scale covers and the buckets; bits of q, k, v and of softmax."""
     recipe = result.definition["recipe"]
     if recipe["method"] == "float":
         return [DASH, "float"]
@@ -253,7 +253,7 @@ def _epsilon(result: Result, buckets: slice) -> float | None:
 
 
 def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
-    """What the papers say, and what the cells say to it."""
+    """Return what the papers say, and what the cells say to it."""
     header = ["claim", "Fréchet distance", "against", "on this model"]
     return [
         *_markdown_table(header, [list(row) for row in judged(results, seeds)]),

@@ -10,8 +10,8 @@ import pytest
 from exporters.editor import array_of
 from exporters.graph_info import graph_info
 from exporters.lowering import onnxruntime, openvino, tensorrt
-from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_product
-from quest_deploy.artifacts.checkpoint import FreeSiteData
+from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_matmul
+from quest_deploy.artifacts.checkpoint import PerChannelQuantizerData
 from quest_deploy.backends.base import build_engine, open_engine
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
@@ -24,16 +24,16 @@ from tests.helpers import (
     kinds_expected,
     kinds_feeds,
     kinds_graph,
-    numpy_free_codes,
     numpy_layer,
-    numpy_product,
-    numpy_site,
+    numpy_matmul,
+    numpy_per_channel_codes,
+    numpy_quantizer,
     of_sample,
     op_counts,
     proto_of,
+    quantizer_codes,
     relative_error,
     run,
-    site_codes,
 )
 
 if TYPE_CHECKING:
@@ -93,34 +93,34 @@ def test_inputs_outputs_and_metadata_stay(lower: Any, small_graph: ir.Model) -> 
 
 
 @each_lowering
-def test_every_layer_and_site_can_still_be_cut_out_and_is_right(
+def test_every_layer_and_quantizer_can_still_be_cut_out_and_is_right(
     lower: Any, hand: Checkpoint, hand_model: ir.Model
 ) -> None:
     shapes = {"conv": (3, 2, 6, 6), "last": (3, 4, 3, 4), "to_q": (3, 3, 5)}
     lowered, bucket, rng = lower(hand_model), np.asarray([1, 0, 1]), np.random.default_rng(0)
     info = graph_info(lowered)
-    for name, site in info.sites.items():
+    for name, quantizer in info.quantizers.items():
         x = rng.standard_normal(shapes[name]).astype(np.float32)
-        inputs = {site.input: x, "bucket": bucket}
+        inputs = {quantizer.input: x, "bucket": bucket}
         codes = signed(run(cut_codes(lowered, info, name), inputs)[0])
-        np.testing.assert_array_equal(codes, site_codes(hand.sites[name], x, bucket))
-        for layer in hand.sites[name].layers:
+        np.testing.assert_array_equal(codes, quantizer_codes(hand.quantizers[name], x, bucket))
+        for layer in hand.quantizers[name].layers:
             (y,) = run(cut_layer(lowered, info, layer), inputs)
             assert relative_error(y, numpy_layer(hand, layer, x, bucket)) < 1e-6
     assert run(cut_bucket(lowered), {"timestep": float32(499, 500)})[0].tolist() == [0, 1]
 
 
 @each_lowering
-def test_in_a_lowered_unet_every_layer_and_site_is_found_where_the_metadata_says(
+def test_in_a_lowered_unet_every_layer_and_quantizer_is_found_where_the_metadata_says(
     lower: Any, small_graph: ir.Model
 ) -> None:
     lowered = lower(small_graph)
     values, info = ir.convenience.create_value_mapping(lowered.graph), graph_info(lowered)
-    for site in info.sites.values():
-        quantize = values[site.codes].producer()
+    for quantizer in info.quantizers.values():
+        quantize = values[quantizer.codes].producer()
         assert quantize is not None
         assert quantize.op_type == "QuantizeLinear"
-        assert site.input in values
+        assert quantizer.input in values
     for layer in info.layers.values():
         output = values[layer.output].producer()
         assert output is not None
@@ -295,16 +295,18 @@ def test_every_new_kind_on_its_own_optimizing_runtime_computes_what_the_checkpoi
 
 
 @each_lowering
-def test_every_product_layer_and_site_of_a_new_kind_can_be_cut_out_and_is_right(lower: Any) -> None:
+def test_every_product_layer_and_quantizer_of_a_new_kind_can_be_cut_out_and_is_right(
+    lower: Any,
+) -> None:
     checkpoint, feeds = kinds_checkpoint(), kinds_feeds(KINDS_TIMESTEPS)
     lowered, bucket = lower(kinds_graph(checkpoint)), np.asarray([1, 0, 1, 0])
     info = graph_info(lowered)
     for name, (a, b) in KINDS_OPERANDS.items():
-        assert info.products[name].inputs == (a, b)
-        (y,) = run(cut_product(lowered, info, name), {a: feeds[a], b: feeds[b], "bucket": bucket})
-        assert relative_error(y, numpy_product(checkpoint, name, feeds[a], feeds[b], bucket)) < 5e-6
+        assert info.matmuls[name].inputs == (a, b)
+        (y,) = run(cut_matmul(lowered, info, name), {a: feeds[a], b: feeds[b], "bucket": bucket})
+        assert relative_error(y, numpy_matmul(checkpoint, name, feeds[a], feeds[b], bucket)) < 5e-6
     for name, source in KINDS_INPUTS.items():
-        assert info.sites[name].input == source
+        assert info.quantizers[name].input == source
         (y,) = run(cut_layer(lowered, info, name), {source: feeds[source], "bucket": bucket})
         assert relative_error(y, numpy_layer(checkpoint, name, feeds[source], bucket)) < 5e-6
     sources = {
@@ -316,15 +318,17 @@ def test_every_product_layer_and_site_of_a_new_kind_can_be_cut_out_and_is_right(
         "half.v": "v",
     }
     for name, source in sources.items():
-        site, x = checkpoint.sites[name], feeds[source]
+        quantizer, x = checkpoint.quantizers[name], feeds[source]
         codes = signed(run(cut_codes(lowered, info, name), {source: x, "bucket": bucket})[0])
-        if isinstance(site, FreeSiteData):
-            np.testing.assert_array_equal(codes, numpy_free_codes(site, x, bucket))
+        if isinstance(quantizer, PerChannelQuantizerData):
+            np.testing.assert_array_equal(codes, numpy_per_channel_codes(quantizer, x, bucket))
             continue
         padding = (0, 0) if name != "padded" else (1, 2)
         padded = np.pad(x, [(0, 0), (0, 0), *[(p, p) for p in padding]]) if x.ndim == 4 else x
-        stored = np.rint(numpy_site(site, padded, bucket) / of_sample(site.scale, bucket, x.ndim))
-        np.testing.assert_array_equal(codes, stored + of_sample(site.offset, bucket, x.ndim))
+        stored = np.rint(
+            numpy_quantizer(quantizer, padded, bucket) / of_sample(quantizer.scale, bucket, x.ndim)
+        )
+        np.testing.assert_array_equal(codes, stored + of_sample(quantizer.offset, bucket, x.ndim))
 
 
 def test_tensorrt_gets_no_unsigned_codes_and_no_zero_points_but_zero() -> None:

@@ -54,15 +54,17 @@ def test_each_dequantizer_carries_the_power_of_two_near_its_sites_median_scale(
         assert 2**-0.5 <= carried / np.median(table) <= 2**0.5
 
 
-def test_a_site_with_an_offset_is_left_alone_and_products_of_two_operands_stay_the_same() -> None:
+def test_a_quantizer_with_an_offset_is_left_alone_and_products_of_two_operands_stay_the_same() -> (
+    None
+):
     checkpoint, feeds = kinds_checkpoint(), kinds_feeds([999.0, 0.0, 500.0, 499.0])
     model = lowering_begins_with(kinds_graph(checkpoint))
     before = run(model, feeds)
     BalanceScales()(model)
     offset = {
         f"{name}.codes"
-        for name, site in checkpoint.sites.items()
-        if hasattr(site, "offset") and site.offset.any()
+        for name, quantizer in checkpoint.quantizers.items()
+        if hasattr(quantizer, "offset") and quantizer.offset.any()
     }
     scales = activation_scales(model)
     assert offset

@@ -16,7 +16,7 @@ from exporters.passes.avoid_saturation import AvoidSaturation
 from exporters.passes.balance_scales import BalanceScales
 from exporters.passes.center_weights import CenterWeights
 from exporters.passes.constant_reshapes import ConstantReshapes
-from exporters.passes.contract import dequantizers, quantizers
+from exporters.passes.contract import dequantizers, quantizer_nodes
 from exporters.passes.conv_to_matmul import ConvToMatMul
 from exporters.passes.dequantize_casts import DequantizeCasts
 from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
@@ -25,14 +25,14 @@ from exporters.passes.freeze_bucket import FreezeBucket
 from exporters.passes.fuse_geglu import FuseGeglu
 from exporters.passes.gather_shaped_tables import GatherShapedTables
 from exporters.passes.gather_tables_once import GatherTablesOnce
-from exporters.passes.half_io import HalfIO
 from exporters.passes.insert_quantized_layers import InsertQuantizedLayers
 from exporters.passes.keep_timestep_quantize import KeepTimestepQuantize
+from exporters.passes.low_precision_io import LowPrecisionIO
 from exporters.passes.merge_scales import MergeScales
 from exporters.passes.remove_quantization import RemoveQuantization
 from exporters.passes.round_in_quantize_linear import RoundInQuantizeLinear
 from exporters.passes.split_gates import SplitGates
-from exporters.passes.to_half import ToHalf
+from exporters.passes.to_low_precision import ToLowPrecision
 from exporters.passes.unsigned_activations import UnsignedActivations
 from exporters.passes.unsigned_codes import UnsignedCodes
 from exporters.passes.widen_int4 import WidenInt4
@@ -85,14 +85,14 @@ def changed(make: Callable[[], ir.Model], change: Callable[[ir.Model], Any]) -> 
 
 def compute_a_scale(model: ir.Model) -> None:
     """A quantizer reads its scale from an input of the graph."""
-    node = quantizers(model)[0]
+    node = quantizer_nodes(model)[0]
     scale = ir.Value(name="given", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
     model.graph.inputs.append(scale)
     node.replace_input_with(2, scale)
 
 
 def forget_a_rank(model: ir.Model) -> None:
-    x = quantizers(model)[0].inputs[0]
+    x = quantizer_nodes(model)[0].inputs[0]
     assert x is not None
     x.shape = None
 
@@ -145,7 +145,7 @@ BROKEN_NEEDS: list[tuple[ir.passes.InPlacePass, Callable[[], ir.Model]]] = [
     (RemoveQuantization(), lambda: changed(portable, rename_a_product)),
     (RoundInQuantizeLinear(), dequantized),
     (SplitGates(), lambda: changed(gate, WidenInt4(cast_at_runtime=True))),
-    (ToHalf(FP16), lambda: changed(dequantized, forget_a_type)),
+    (ToLowPrecision(FP16), lambda: changed(dequantized, forget_a_type)),
     (UnsignedActivations(), dequantized),
     (UnsignedCodes(), dequantized),
     (WidenInt4(cast_at_runtime=False), lambda: changed(dequantized, compute_zero_points)),
@@ -166,14 +166,14 @@ WORK: list[tuple[ir.passes.InPlacePass, Callable[[], ir.Model]]] = [
     (FreezeBucket(0), expanded),
     (GatherShapedTables(), expanded),
     (GatherTablesOnce(), expanded),
-    (HalfIO(()), dequantized),
+    (LowPrecisionIO(()), dequantized),
     (InsertQuantizedLayers(kinds_checkpoint()), skeleton),
     (KeepTimestepQuantize(), portable),
     (MergeScales(), expanded),
     (RemoveQuantization(), portable),
     (RoundInQuantizeLinear(), expanded),
     (SplitGates(), gate),
-    (ToHalf(FP16), dequantized),
+    (ToLowPrecision(FP16), dequantized),
     (UnsignedActivations(), expanded),
     (UnsignedCodes(), expanded),
     (WidenInt4(cast_at_runtime=False), expanded),
@@ -188,7 +188,7 @@ LOSES_CODES = (
 )
 """Those that promise to keep the names of codes."""
 
-WITHOUT_NEEDS = {ConstantReshapes, ForwardSlices, FuseGeglu, HalfIO}
+WITHOUT_NEEDS = {ConstantReshapes, ForwardSlices, FuseGeglu, LowPrecisionIO}
 
 
 def name_of(value: Any) -> str | None:
@@ -236,17 +236,17 @@ def test_a_pass_that_loses_the_name_of_codes_is_caught(
 def test_a_product_of_two_types_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    call = ToHalf.call
+    call = ToLowPrecision.call
 
-    def mix(self: ToHalf, model: ir.Model) -> ir.passes.PassResult:
+    def mix(self: ToLowPrecision, model: ir.Model) -> ir.passes.PassResult:
         result = call(self, model)
         half = (x for x in model.graph if x.op_type == "MatMul" and x.outputs[0].dtype is FP16)
         next(half).outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         return result
 
-    monkeypatch.setattr(ToHalf, "call", mix)
+    monkeypatch.setattr(ToLowPrecision, "call", mix)
     with pytest.raises(ir.passes.PostconditionError):
-        ToHalf(FP16)(dequantized())
+        ToLowPrecision(FP16)(dequantized())
 
 
 def test_the_cases_above_are_of_every_pass() -> None:

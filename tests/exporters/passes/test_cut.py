@@ -8,8 +8,16 @@ import onnx_ir as ir
 
 from exporters.graph_info import graph_info
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_segments
-from exporters.passes.to_half import ToHalf
-from tests.helpers import float32, numpy_layer, op_counts, proto_of, relative_error, run, site_codes
+from exporters.passes.to_low_precision import ToLowPrecision
+from tests.helpers import (
+    float32,
+    numpy_layer,
+    op_counts,
+    proto_of,
+    quantizer_codes,
+    relative_error,
+    run,
+)
 
 if TYPE_CHECKING:
     from quest_deploy.artifacts.checkpoint import Checkpoint
@@ -18,19 +26,19 @@ BUCKET = np.asarray([1, 0, 1])
 SHAPES = {"conv": (3, 2, 6, 6), "last": (3, 4, 3, 4), "to_q": (3, 3, 5)}
 
 
-def site_input(site: str) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(SHAPES[site]).astype(np.float32)
+def quantizer_input(quantizer: str) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(SHAPES[quantizer]).astype(np.float32)
 
 
-def test_a_cut_site_takes_its_tensor_and_buckets_and_gives_its_codes(
+def test_a_cut_quantizer_takes_its_tensor_and_buckets_and_gives_its_codes(
     hand: Checkpoint, hand_model: ir.Model
 ) -> None:
     info = graph_info(hand_model)
-    for name, site in hand.sites.items():
-        cut, x = cut_codes(hand_model, info, name), site_input(name)
-        assert [value.name for value in cut.graph.inputs] == [info.sites[name].input, "bucket"]
-        (codes,) = run(cut, {info.sites[name].input: x, "bucket": BUCKET})
-        np.testing.assert_array_equal(codes, site_codes(site, x, BUCKET))
+    for name, quantizer in hand.quantizers.items():
+        cut, x = cut_codes(hand_model, info, name), quantizer_input(name)
+        assert [value.name for value in cut.graph.inputs] == [info.quantizers[name].input, "bucket"]
+        (codes,) = run(cut, {info.quantizers[name].input: x, "bucket": BUCKET})
+        np.testing.assert_array_equal(codes, quantizer_codes(quantizer, x, BUCKET))
 
 
 def test_a_cut_layer_gives_its_float_output_after_scale_and_bias(
@@ -38,8 +46,8 @@ def test_a_cut_layer_gives_its_float_output_after_scale_and_bias(
 ) -> None:
     info = graph_info(hand_model)
     for name, layer in info.layers.items():
-        cut, x = cut_layer(hand_model, info, name), site_input(layer.site)
-        (y,) = run(cut, {info.sites[layer.site].input: x, "bucket": BUCKET})
+        cut, x = cut_layer(hand_model, info, name), quantizer_input(layer.site)
+        (y,) = run(cut, {info.quantizers[layer.site].input: x, "bucket": BUCKET})
         assert relative_error(y, numpy_layer(hand, name, x, BUCKET)) < 1e-6
         onnx.checker.check_model(proto_of(cut), full_check=True)
 
@@ -68,17 +76,17 @@ def test_the_segments_are_what_lies_between_layers_and_no_layer(hand_model: ir.M
     assert [value.name for value in cut.graph.outputs] == ["first", "second"]
 
 
-def test_segments_begin_at_layers_and_products_and_end_at_sites_and_the_output(
+def test_segments_begin_at_layers_and_products_and_end_at_quantizers_and_the_output(
     small_graph: ir.Model,
 ) -> None:
     info = graph_info(small_graph)
     cut = cut_segments(small_graph, info)
     assert not {"TimestepQuantize", "DequantizeLinear", "Conv"} & op_counts(cut).keys()
     given = {value.name for value in small_graph.graph.inputs} | {
-        x.output for x in (info.layers | info.products).values()
+        x.output for x in (info.layers | info.matmuls).values()
     }
-    wanted = {site.input for site in info.sites.values()} | {
-        x for product in info.products.values() for x in product.inputs
+    wanted = {quantizer.input for quantizer in info.quantizers.values()} | {
+        x for product in info.matmuls.values() for x in product.inputs
     }
     wanted |= {value.name for value in small_graph.graph.outputs}
     assert {value.name for value in cut.graph.inputs} <= given
@@ -100,7 +108,11 @@ def test_every_cut_has_a_dynamic_batch(hand_model: ir.Model) -> None:
     cut = cut_layer(hand_model, info, "to_q")
     for batch in (1, 3):
         (y,) = run(
-            cut, {info.sites["to_q"].input: site_input("to_q")[:batch], "bucket": BUCKET[:batch]}
+            cut,
+            {
+                info.quantizers["to_q"].input: quantizer_input("to_q")[:batch],
+                "bucket": BUCKET[:batch],
+            },
         )
         assert y.shape == (batch, 3, 7)
 
@@ -108,7 +120,7 @@ def test_every_cut_has_a_dynamic_batch(hand_model: ir.Model) -> None:
 def test_what_is_half_at_the_edge_of_a_cut_is_fp32_outside_under_the_same_name(
     hand: Checkpoint, hand_model: ir.Model
 ) -> None:
-    ToHalf(ir.DataType.FLOAT16)(hand_model)
+    ToLowPrecision(ir.DataType.FLOAT16)(hand_model)
     info = graph_info(hand_model)
     cuts = [
         cut_segments(hand_model, info),
@@ -126,7 +138,7 @@ def test_what_is_half_at_the_edge_of_a_cut_is_fp32_outside_under_the_same_name(
         "bucket",
         "image",
     ]
-    x = site_input("last").astype(np.float16).astype(np.float32)
+    x = quantizer_input("last").astype(np.float16).astype(np.float32)
     (y,) = run(layer, {"conv.output": x, "bucket": BUCKET})
     assert y.dtype == np.float32
     assert relative_error(y, numpy_layer(hand, "last", x, BUCKET)) < 2e-3

@@ -27,7 +27,7 @@ def second_operands(model: ir.Model) -> dict[str, str]:
     nodes = {node.name: node for node in model.graph}
     return {
         name: nodes[product_name(name)].inputs[1].producer().op_type
-        for name in (*info.layers, *info.products)
+        for name in (*info.layers, *info.matmuls)
     }  # type: ignore[union-attr]
 
 
@@ -52,10 +52,10 @@ def test_the_metadata_still_names_what_it_named() -> None:
     model = kinds_graph(kinds_checkpoint())
     DequantizeCasts()(model)
     info, values = graph_info(model), ir.convenience.create_value_mapping(model.graph)
-    for entry in (*info.layers.values(), *info.products.values()):
+    for entry in (*info.layers.values(), *info.matmuls.values()):
         assert entry.output in values, entry.name
-    for site in info.sites.values():
-        assert {site.input, site.codes} <= set(values), site.name
+    for quantizer in info.quantizers.values():
+        assert {quantizer.input, quantizer.codes} <= set(values), quantizer.name
 
 
 def test_a_graph_without_casts_and_a_second_run_stay_as_they_are(hand_model: ir.Model) -> None:

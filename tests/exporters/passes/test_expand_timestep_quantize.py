@@ -20,7 +20,7 @@ from tests.helpers import (
 BUCKET = np.asarray([1, 0, 1])
 
 
-def quantizer(
+def new_quantizer(
     shape: str = "batch,4,3",
     *,
     axis: int = 1,
@@ -30,7 +30,7 @@ def quantizer(
     scale: tuple[float, float] = (0.1, 0.7),
     offset: tuple[float, float] = (0, 0),
 ) -> tuple[ir.Model, dict[str, Array]]:
-    """A graph of one quantizer of the site "s", and its tables."""
+    """A graph of one quantizer of the quantizer "s", and its tables."""
     tables = {
         "scale": float32(*scale),
         "low": float32(*low),
@@ -64,7 +64,7 @@ def expanded(model: ir.Model) -> ir.Model:
 def test_codes_stay_the_same_for_every_rank_and_axis_and_keep_their_name(
     shape: tuple[int, ...], axis: int
 ) -> None:
-    model, tables = quantizer(",".join(["batch", *map(str, shape[1:])]), axis=axis)
+    model, tables = new_quantizer(",".join(["batch", *map(str, shape[1:])]), axis=axis)
     feeds = {"x": values(shape), "bucket": BUCKET}
     before = run(model, feeds)[0]
     after = expanded(model)
@@ -74,7 +74,7 @@ def test_codes_stay_the_same_for_every_rank_and_axis_and_keep_their_name(
 
 
 def test_no_node_function_or_import_of_our_domain_is_left_and_the_graph_is_valid() -> None:
-    model = expanded(quantizer()[0])
+    model = expanded(new_quantizer()[0])
     assert not any(node.domain for node in model.graph)
     assert not model.functions
     assert set(model.graph.opset_imports) == {""}
@@ -82,7 +82,7 @@ def test_no_node_function_or_import_of_our_domain_is_left_and_the_graph_is_valid
 
 
 def test_case_1_tables_that_vary_are_gathered_by_each_samples_bucket() -> None:
-    model = expanded(quantizer()[0])
+    model = expanded(new_quantizer()[0])
     gathered = {
         node.inputs[0].name
         for node in model.graph
@@ -92,7 +92,7 @@ def test_case_1_tables_that_vary_are_gathered_by_each_samples_bucket() -> None:
 
 
 def test_case_2_bounds_that_are_the_same_in_every_bucket_become_scalars() -> None:
-    model, tables = quantizer(low=(-5, -5))
+    model, tables = new_quantizer(low=(-5, -5))
     expanded(model)
     gathered = {
         node.inputs[0].name
@@ -108,26 +108,26 @@ def test_case_2_bounds_that_are_the_same_in_every_bucket_become_scalars() -> Non
 
 def test_case_2_a_scale_that_is_the_same_in_every_bucket_is_still_gathered() -> None:
     # A constant divisor becomes a multiplication by its reciprocal in OpenVINO, which moves ties.
-    model = expanded(quantizer(scale=(0.3, 0.3))[0])
+    model = expanded(new_quantizer(scale=(0.3, 0.3))[0])
     assert any(
         node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].name == "s.scale"
         for node in model.graph
     )
 
 
-def test_case_3_a_channel_vector_of_ones_is_left_out_and_any_other_is_multiplied() -> None:
-    model, tables = quantizer(channel=(1, 1, 1, 1))
+def test_case_3_a_smoothing_scale_of_ones_is_left_out_and_any_other_is_multiplied() -> None:
+    model, tables = new_quantizer(channel=(1, 1, 1, 1))
     expanded(model)
     assert "Mul" not in op_counts(model)
     feeds = {"x": values((3, 4, 3)), "bucket": BUCKET}
     np.testing.assert_array_equal(
         run(model, feeds)[0], numpy_codes(feeds["x"], BUCKET, axis=1, **tables)
     )
-    assert op_counts(expanded(quantizer()[0]))["Mul"] == 1
+    assert op_counts(expanded(new_quantizer()[0]))["Mul"] == 1
 
 
-def test_half_precision_input_is_computed_in_float32() -> None:
-    model, tables = quantizer(dtype="float16")
+def test_low_precision_input_is_computed_in_float32() -> None:
+    model, tables = new_quantizer(dtype="float16")
     feeds = {"x": values((3, 4, 3)).astype(np.float16), "bucket": BUCKET}
     np.testing.assert_array_equal(
         run(expanded(model), feeds)[0], numpy_codes(feeds["x"], BUCKET, axis=1, **tables)
@@ -135,7 +135,7 @@ def test_half_precision_input_is_computed_in_float32() -> None:
 
 
 def test_an_input_of_unknown_rank_is_refused() -> None:
-    model, _ = quantizer()
+    model, _ = new_quantizer()
     model.graph.inputs[0].shape = None
     with refused("rank", error=ir.passes.PreconditionError):
         ExpandTimestepQuantize()(model)

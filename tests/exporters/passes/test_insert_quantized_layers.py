@@ -10,7 +10,7 @@ import pytest
 from exporters.editor import array_of
 from exporters.graph_info import graph_info
 from exporters.passes.insert_quantized_layers import InsertQuantizedLayers
-from quest_deploy.artifacts.checkpoint import Checkpoint, SiteData
+from quest_deploy.artifacts.checkpoint import ActivationQuantizerData, Checkpoint
 from tests.helpers import (
     HAND_TEXT,
     KINDS_TEXT,
@@ -59,7 +59,7 @@ def test_the_inserted_layers_compute_what_the_checkpoint_says(
 
 @pytest.mark.parametrize("runtime", [run, run_reference])
 @pytest.mark.parametrize("buckets", [1, 2, 1000])
-def test_products_offsets_free_sites_and_asymmetric_weights_compute_what_the_checkpoint_says(
+def test_products_offsets_per_channel_quantizers_and_asymmetric_weights_compute_what_the_checkpoint_says(
     runtime: object, buckets: int
 ) -> None:
     checkpoint, feeds = kinds_checkpoint(buckets), kinds_feeds(TIMESTEPS)
@@ -91,10 +91,12 @@ def test_products_take_any_number_of_tokens_where_the_graph_leaves_it_open() -> 
     found = dict(
         zip(("scores", "mixed", "half"), run(inserted(text, checkpoint), feeds)[-3:], strict=True)
     )
-    for name, site in checkpoint.sites.items():
-        if isinstance(site, SiteData) and "." in name:
-            assert (site.channel == 1).all()
-            checkpoint.sites[name] = dataclasses.replace(site, channel=np.ones(1, np.float32))
+    for name, quantizer in checkpoint.quantizers.items():
+        if isinstance(quantizer, ActivationQuantizerData) and "." in name:
+            assert (quantizer.channel == 1).all()
+            checkpoint.quantizers[name] = dataclasses.replace(
+                quantizer, channel=np.ones(1, np.float32)
+            )
     theirs = kinds_expected(checkpoint, feeds)
     for name, value in found.items():
         assert relative_error(value, theirs[name]) < 5e-6, name
@@ -167,7 +169,7 @@ def test_case_2_a_linear_weight_is_transposed_and_scaled_along_axis_1(
         assert product.op_type == "MatMul"
 
 
-def test_case_3_a_site_with_several_readers_is_quantized_once(hand_model: ir.Model) -> None:
+def test_case_3_a_quantizer_with_several_readers_is_quantized_once(hand_model: ir.Model) -> None:
     assert op_counts(hand_model)["TimestepQuantize"] == 3
     dequantized = ir.convenience.create_value_mapping(hand_model.graph)["to_q.dequantized"]
     assert len(dequantized.consumers()) == 2
@@ -189,7 +191,7 @@ def test_a_graph_whose_layers_are_not_the_checkpoints_is_refused_by_name(hand: C
         InsertQuantizedLayers(dataclasses.replace(hand, layers=layers))(graph_from_text(HAND_TEXT))
 
 
-def test_readers_of_one_site_that_read_different_values_are_refused_by_name(
+def test_readers_of_one_quantizer_that_read_different_values_are_refused_by_name(
     hand: Checkpoint,
 ) -> None:
     text = HAND_TEXT.replace('<layer = "to_k"> (tokens)', '<layer = "to_k"> (negated)').replace(

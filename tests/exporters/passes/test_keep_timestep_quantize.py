@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from quest_deploy.artifacts.checkpoint import Checkpoint
 
 
-def quantizers(model: ir.Model) -> list[ir.Node]:
+def quantizer_nodes(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph if node.domain == timestep_quantize.DOMAIN]
 
 
 def kept(model: ir.Model) -> list[ir.Node]:
     assert KeepTimestepQuantize()(model).modified
-    return [node for node in quantizers(model) if "plugin_namespace" in node.attributes]
+    return [node for node in quantizer_nodes(model) if "plugin_namespace" in node.attributes]
 
 
 def with_function_instead_of_plugin(model: ir.Model) -> ir.Model:
     function = timestep_quantize.function_body()
     model.functions[function.identifier()] = function
-    for node in quantizers(model):  # a function takes no other attributes than its own
+    for node in quantizer_nodes(model):  # a function takes no other attributes than its own
         node.attributes.pop("plugin_namespace")
         node.attributes.pop("plugin_version")
     return model
@@ -50,7 +50,7 @@ def test_case_1_a_quantizer_names_the_plugin_that_computes_it_and_keeps_its_inpu
 ) -> None:
     before = [
         (list(node.inputs), node.outputs[0].name, node.attributes["axis"].value)
-        for node in quantizers(hand_model)
+        for node in quantizer_nodes(hand_model)
     ]
     nodes = kept(hand_model)
     assert [
@@ -65,26 +65,30 @@ def test_case_1_a_quantizer_names_the_plugin_that_computes_it_and_keeps_its_inpu
 
 def test_case_2_operands_of_attentions_products_are_left_to_be_expanded() -> None:
     model = kinds_graph(kinds_checkpoint())
-    products = graph_info(model).products.values()
-    operands = {site for product in products for site in product.sites if site is not None}
+    products = graph_info(model).matmuls.values()
+    operands = {
+        quantizer for product in products for quantizer in product.sites if quantizer is not None
+    }
     assert "attn.softmax" in operands
-    sites = {str(node.outputs[0].name).removesuffix(".codes") for node in quantizers(model)}
+    quantizers = {
+        str(node.outputs[0].name).removesuffix(".codes") for node in quantizer_nodes(model)
+    }
     assert {
         str(node.outputs[0].name).removesuffix(".codes") for node in kept(model)
-    } == sites - operands
+    } == quantizers - operands
 
 
-def test_case_3_a_channel_vector_of_equal_numbers_becomes_one_number_and_any_other_stays(
+def test_case_3_a_smoothing_scale_of_equal_numbers_becomes_one_number_and_any_other_stays(
     hand: Checkpoint,
 ) -> None:
-    hand.sites["conv"].channel[:] = 0.5
+    hand.quantizers["conv"].channel[:] = 0.5
     channels = {
         str(node.outputs[0].name): array_of(node.inputs[-1])
         for node in kept(hand_graph(hand))
         if node.inputs[-1] is not None
     }
     np.testing.assert_array_equal(channels["conv.codes"], np.float32([0.5]))
-    np.testing.assert_array_equal(channels["last.codes"], hand.sites["last"].channel)
+    np.testing.assert_array_equal(channels["last.codes"], hand.quantizers["last"].channel)
 
 
 def test_case_4_no_function_of_ours_is_left_and_others_stay(hand_model: ir.Model) -> None:
@@ -100,9 +104,9 @@ def test_case_4_no_function_of_ours_is_left_and_others_stay(hand_model: ir.Model
 def test_lowered_for_the_plugin_a_graph_has_every_layers_quantizer_and_int8_weights(
     hand_model: ir.Model, dtype: str
 ) -> None:
-    codes = [node.outputs[0].name for node in quantizers(hand_model)]
+    codes = [node.outputs[0].name for node in quantizer_nodes(hand_model)]
     lowered = tensorrt.lower(hand_model, dtype=dtype, quantize="plugin")
-    assert [node.outputs[0].name for node in quantizers(lowered)] == codes
+    assert [node.outputs[0].name for node in quantizer_nodes(lowered)] == codes
     assert not lowered.functions
     assert not [node for node in lowered.graph if node.op_type == "QuantizeLinear"]
     assert ir.DataType.INT4 not in [value.dtype for value in lowered.graph.initializers.values()]
@@ -110,14 +114,14 @@ def test_lowered_for_the_plugin_a_graph_has_every_layers_quantizer_and_int8_weig
 
 
 def test_lowered_for_the_plugin_graphs_compute_what_the_native_ones_do(hand: Checkpoint) -> None:
-    hand.sites["conv"].channel[:] = 0.5
+    hand.quantizers["conv"].channel[:] = 0.5
     kinds, timesteps = kinds_checkpoint(), [999.0, 0.0, 500.0]
     for graph, checkpoint, feeds in (
         (hand_graph, hand, hand_feeds(timesteps)),
         (kinds_graph, kinds, kinds_feeds(timesteps)),
     ):
         plugin = tensorrt.lower(graph(checkpoint), quantize="plugin")
-        assert quantizers(plugin)
+        assert quantizer_nodes(plugin)
         native = tensorrt.lower(graph(checkpoint), quantize="native")
         assert_same(run(with_function_instead_of_plugin(plugin), feeds), run(native, feeds))
 
@@ -125,4 +129,4 @@ def test_lowered_for_the_plugin_graphs_compute_what_the_native_ones_do(hand: Che
 def test_a_frozen_bucket_is_lowered_natively_since_there_is_nothing_to_pick(
     hand_model: ir.Model,
 ) -> None:
-    assert not quantizers(tensorrt.lower(hand_model, frozen_bucket=1, quantize="plugin"))
+    assert not quantizer_nodes(tensorrt.lower(hand_model, frozen_bucket=1, quantize="plugin"))

@@ -48,7 +48,7 @@ def products(model: ir.Model) -> dict[str, int]:
     return readers
 
 
-def test_case_1_a_product_of_two_sites_is_multiplied_once_and_computes_the_same() -> None:
+def test_case_1_a_product_of_two_quantizers_is_multiplied_once_and_computes_the_same() -> None:
     model = kinds_graph(kinds_checkpoint())
     ExpandTimestepQuantize()(model)
     assert products(model) == {

@@ -33,9 +33,9 @@ def float_model(hand_model: ir.Model) -> ir.Model:
 
 
 def unquantized(checkpoint: Checkpoint, name: str, x: Array) -> Array:
-    """The layer on the float input: the channel vector divides x, as its quantizer would have."""
-    layer, site = checkpoint.layers[name], checkpoint.site_of(name)
-    y = float_layer(layer, x / along(site.channel.astype(np.float64), site.axis, x.ndim))
+    """The layer on the float input: the smoothing scale divides x, as its quantizer would have."""
+    layer, quantizer = checkpoint.layers[name], checkpoint.quantizer_of(name)
+    y = float_layer(layer, x / along(quantizer.channel.astype(np.float64), quantizer.axis, x.ndim))
     return (
         y if layer.bias is None else y + along(layer.bias, 1 if layer.conv else y.ndim - 1, y.ndim)
     )
@@ -112,8 +112,10 @@ def test_case_3_the_halves_of_a_split_shortcut_are_one_conv_of_the_concatenation
         layer = dataclasses.replace(
             hand.layers["last"], name=f"conv_shortcut.{half}", weight_codes=codes
         )
-        site = dataclasses.replace(hand.sites[like], name=layer.name, layers=(layer.name,))
-        halves[layer.name] = (layer, site)
+        quantizer = dataclasses.replace(
+            hand.quantizers[like], name=layer.name, layers=(layer.name,)
+        )
+        halves[layer.name] = (layer, quantizer)
     first = halves["conv_shortcut.first"]
     halves["conv_shortcut.first"] = (
         dataclasses.replace(first[0], bias=rng.standard_normal(3).astype(np.float32)),
@@ -122,7 +124,7 @@ def test_case_3_the_halves_of_a_split_shortcut_are_one_conv_of_the_concatenation
     checkpoint = dataclasses.replace(
         hand,
         layers={n: layer for n, (layer, _) in halves.items()},
-        sites={n: site for n, (_, site) in halves.items()},
+        quantizers={n: quantizer for n, (_, quantizer) in halves.items()},
     )
     model = inserted(SPLIT_TEXT.replace("CONCAT", concat), checkpoint)
     RemoveQuantization()(model)

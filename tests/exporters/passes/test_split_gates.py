@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from exporters.editor import array_of
-from exporters.graph_info import PRODUCTS_KEY, SITES_KEY, graph_info
+from exporters.graph_info import MATMULS_KEY, QUANTIZERS_KEY, graph_info
 from exporters.passes.cut import cut_layer
 from exporters.passes.split_gates import SplitGates
 from quest_deploy.artifacts.checkpoint import Checkpoint
@@ -74,7 +74,7 @@ def test_case_1_the_layers_output_keeps_its_name_and_can_be_cut_out() -> None:
     SplitGates()(model)
     info, bucket = graph_info(model), np.asarray([1, 0])
     x = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
-    (y,) = run(cut_layer(model, info, "to_k"), {info.sites["to_q"].input: x, "bucket": bucket})
+    (y,) = run(cut_layer(model, info, "to_k"), {info.quantizers["to_q"].input: x, "bucket": bucket})
     assert relative_error(y, numpy_layer(checkpoint, "to_k", x, bucket)) < 1e-6
 
 
@@ -108,5 +108,5 @@ def test_a_unets_gated_layers_are_split_and_only_those(small_graph: ir.Model) ->
         if name.endswith(".weight.first")
     }
     assert split == {name for name in layers if name.endswith("ff.net.0.proj")}
-    assert json.loads(small_graph.metadata_props[SITES_KEY])
-    assert PRODUCTS_KEY in small_graph.metadata_props
+    assert json.loads(small_graph.metadata_props[QUANTIZERS_KEY])
+    assert MATMULS_KEY in small_graph.metadata_props

@@ -19,7 +19,7 @@ from tests.helpers import (
 
 
 def types_of_codes(model: ir.Model) -> dict[str, tuple[ir.DataType | None, set[int]]]:
-    """By site: its codes' type, and the zero-points that they are dequantized with."""
+    """By quantizer: its codes' type, and the zero-points that they are dequantized with."""
     values = ir.convenience.create_value_mapping(model.graph)
     return {
         name.removesuffix(".codes"): (

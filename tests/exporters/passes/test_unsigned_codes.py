@@ -29,8 +29,10 @@ def expanded() -> ir.Model:
     return model
 
 
-def codes_of(model: ir.Model, site: str) -> Array:
-    model.graph.outputs[:] = [ir.convenience.create_value_mapping(model.graph)[f"{site}.codes"]]
+def codes_of(model: ir.Model, quantizer: str) -> Array:
+    model.graph.outputs[:] = [
+        ir.convenience.create_value_mapping(model.graph)[f"{quantizer}.codes"]
+    ]
     return run(model, kinds_feeds(TIMESTEPS))[0]
 
 
@@ -73,8 +75,8 @@ def test_case_1_nothing_is_computed_from_the_offset_any_more() -> None:
 def test_case_2_codes_with_a_zero_point_and_codes_that_fit_int8_stay() -> None:
     model = expanded()
     UnsignedCodes()(model)
-    for site in ("padded", "plain", "attn.v", "attn.q", "half.v"):
-        np.testing.assert_array_equal(codes_of(model, site), codes_of(expanded(), site))
+    for quantizer in ("padded", "plain", "attn.v", "attn.q", "half.v"):
+        np.testing.assert_array_equal(codes_of(model, quantizer), codes_of(expanded(), quantizer))
 
 
 def test_a_second_run_changes_nothing() -> None:

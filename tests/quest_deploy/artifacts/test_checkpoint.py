@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from quest_deploy.artifacts.checkpoint import (
+    ActivationQuantizerData,
     Checkpoint,
-    FreeSiteData,
-    SiteData,
+    PerChannelQuantizerData,
     load_checkpoint,
     pack_4bit,
     pack_int4,
@@ -120,7 +120,7 @@ def test_a_calibrated_checkpoint_survives_saving_and_loading_exactly(
 
 
 @pytest.mark.parametrize("buckets", [1, 2])
-def test_products_free_sites_asymmetric_weights_and_the_rewrites_survive_saving_and_loading_exactly(
+def test_products_per_channel_quantizers_asymmetric_weights_and_the_rewrites_survive_saving_and_loading_exactly(
     buckets: int, tmp_path: Path
 ) -> None:
     checkpoint = kinds_checkpoint(buckets)
@@ -138,13 +138,17 @@ def test_an_imported_checkpoint_of_an_earlier_version_sums_in_the_official_order
 
 
 def test_codes_fit_int8_with_their_offset_which_is_zero_wherever_they_fit_without() -> None:
-    sites = [site for site in kinds_checkpoint(3).sites.values() if isinstance(site, SiteData)]
-    assert {site.bits for site in sites if site.offset.any()} == {8}
-    for site in sites:
-        assert (site.low + site.offset >= -128).all()
-        assert (site.high + site.offset <= 127).all()
-        fits = (site.low >= -128).all() and (site.high <= 127).all()
-        assert fits == (not site.offset.any())
+    quantizers = [
+        quantizer
+        for quantizer in kinds_checkpoint(3).quantizers.values()
+        if isinstance(quantizer, ActivationQuantizerData)
+    ]
+    assert {quantizer.bits for quantizer in quantizers if quantizer.offset.any()} == {8}
+    for quantizer in quantizers:
+        assert (quantizer.low + quantizer.offset >= -128).all()
+        assert (quantizer.high + quantizer.offset <= 127).all()
+        fits = (quantizer.low >= -128).all() and (quantizer.high <= 127).all()
+        assert fits == (not quantizer.offset.any())
 
 
 def test_a_centered_code_is_the_code_less_its_output_channels_zero_point() -> None:
@@ -158,11 +162,13 @@ def test_a_centered_code_is_the_code_less_its_output_channels_zero_point() -> No
             )
 
 
-def test_a_free_site_says_which_of_its_scales_keeps_it_in_float() -> None:
+def test_a_per_channel_quantizer_says_which_of_its_scales_keeps_it_in_float() -> None:
     checkpoint = kinds_checkpoint()
     constant = np.ones((2, 4), np.float32)
-    wide = FreeSiteData("wide", 16, 3, ("attn.mix",), constant, 0 * constant, 0, 2**16 - 1)
-    operand = FreeSiteData(
+    wide = PerChannelQuantizerData(
+        "wide", 16, 3, ("attn.mix",), constant, 0 * constant, 0, 2**16 - 1
+    )
+    operand = PerChannelQuantizerData(
         "attn.q",
         4,
         3,
@@ -172,7 +178,7 @@ def test_a_free_site_says_which_of_its_scales_keeps_it_in_float() -> None:
         0,
         15,
     )
-    sites = {**checkpoint.sites, "wide": wide, "attn.q": operand}
+    quantizers = {**checkpoint.quantizers, "wide": wide, "attn.q": operand}
     facts = {
         "free_conv": "axis",
         "by_channel": "axis",
@@ -180,17 +186,17 @@ def test_a_free_site_says_which_of_its_scales_keeps_it_in_float() -> None:
         "attn.q": "axis",
         "wide": "int8",
     }
-    reasons = dataclasses.replace(checkpoint, sites=sites).float_sites
+    reasons = dataclasses.replace(checkpoint, quantizers=quantizers).float_sites
     assert reasons.keys() == facts.keys()
     for name, fact in facts.items():
         assert_holds(reasons[name], fact)
-    other = {**sites, "attn.q": dataclasses.replace(operand, axis=2)}
-    assert_holds(dataclasses.replace(checkpoint, sites=other).float_sites["attn.q"], "token")
+    other = {**quantizers, "attn.q": dataclasses.replace(operand, axis=2)}
+    assert_holds(dataclasses.replace(checkpoint, quantizers=other).float_sites["attn.q"], "token")
 
 
 def test_products_count_among_the_multiply_adds_with_their_wider_operands_bits() -> None:
     checkpoint = kinds_checkpoint()
-    assert [checkpoint.product_bits(product) for product in checkpoint.products.values()] == [
+    assert [checkpoint.product_bits(product) for product in checkpoint.matmuls.values()] == [
         4,
         8,
         32,
@@ -227,8 +233,8 @@ def test_a_dequantized_weight_is_code_times_its_output_channels_scale(hand: Chec
             )
 
 
-def test_the_site_of_a_layer_is_the_one_that_lists_it(hand: Checkpoint) -> None:
-    assert {name: hand.site_of(name).name for name in hand.layers} == {
+def test_the_quantizer_of_a_layer_is_the_one_that_lists_it(hand: Checkpoint) -> None:
+    assert {name: hand.quantizer_of(name).name for name in hand.layers} == {
         "conv": "conv",
         "last": "last",
         "to_q": "to_q",
@@ -281,21 +287,21 @@ EDITS: dict[str, Callable[[dict[str, Any], dict[str, Array], dict[str, str]], An
     "no layers": lambda c, t, m: c.pop("layers"),
     "layers that are text": lambda c, t, m: put(c, "layers", "conv"),
     "a layer gone": lambda c, t, m: c["layers"].pop(),
-    "a site gone": lambda c, t, m: c["sites"].pop(),
+    "a quantizer gone": lambda c, t, m: c["sites"].pop(),
     "a layer in two sites": lambda c, t, m: c["sites"][0]["layers"].append("last"),
-    "a site that names a stranger": lambda c, t, m: put(c, "sites", 0, "layers", ["nobody"]),
+    "a quantizer that names a stranger": lambda c, t, m: put(c, "sites", 0, "layers", ["nobody"]),
     "another shape": lambda c, t, m: put(c, "layers", 0, "shape", [4, 1, 3, 4]),
     "a shape that is text": lambda c, t, m: put(c, "layers", 0, "shape", "4133"),
     "other weight bits": lambda c, t, m: put(c, "layers", 0, "weight_bits", 8),
     "unsupported weight bits": lambda c, t, m: put(c, "layers", 1, "weight_bits", 5),
-    "unsupported site bits": lambda c, t, m: (
+    "unsupported quantizer bits": lambda c, t, m: (
         put(c, "sites", 0, "bits", 7),
         put(t, "site.conv.high", t["site.conv.low"] + 127),
     ),
     "a broken geometry": lambda c, t, m: put(c, "layers", 0, "conv", {"stride": 1}),
     "a stride of three": lambda c, t, m: put(c, "layers", 0, "conv", "stride", [1, 1, 1]),
     "a convolution that says it is linear": lambda c, t, m: put(c, "layers", 0, "conv", None),
-    "a site along the batch": lambda c, t, m: put(c, "sites", 0, "axis", 0),
+    "a quantizer along the batch": lambda c, t, m: put(c, "sites", 0, "axis", 0),
     "an axis that is text": lambda c, t, m: put(c, "sites", 0, "axis", "1"),
     "multiply-adds that are text": lambda c, t, m: put(c, "layers", 0, "macs", "many"),
     "no architecture": lambda c, t, m: c.pop("architecture"),
@@ -314,10 +320,10 @@ EDITS: dict[str, Callable[[dict[str, Any], dict[str, Array], dict[str, str]], An
     ),
     "an infinite scale": lambda c, t, m: put(t, "site.conv.scale", 0, np.inf),
     "a negative channel": lambda c, t, m: put(t, "site.conv.channel", 0, -1),
-    "a channel vector of another length": lambda c, t, m: put(
+    "a smoothing scale of another length": lambda c, t, m: put(
         t, "site.conv.channel", np.ones(3, np.float32)
     ),
-    "a channel vector of rank two": lambda c, t, m: put(
+    "a smoothing scale of rank two": lambda c, t, m: put(
         t, "site.conv.channel", np.ones((1, 2), np.float32)
     ),
     "bounds of another width": lambda c, t, m: put(t, "site.conv.high", 0, 99),
@@ -356,8 +362,8 @@ EDITS: dict[str, Callable[[dict[str, Any], dict[str, Array], dict[str, str]], An
     ),
     "no multiply-adds": lambda c, t, m: put(c, "layers", 0, "macs", 0),
     "multiply-adds below zero": lambda c, t, m: put(c, "layers", 0, "macs", -5),
-    "a convolution's site along the height": lambda c, t, m: put(c, "sites", 0, "axis", 2),
-    "a linear's site along a fifth axis": lambda c, t, m: put(c, "sites", 2, "axis", 4),
+    "a convolution's quantizer along the height": lambda c, t, m: put(c, "sites", 0, "axis", 2),
+    "a linear's quantizer along a fifth axis": lambda c, t, m: put(c, "sites", 2, "axis", 4),
     "an edge beyond all floats": lambda c, t, m: put(c, "scheme", "bucket_edges", [10**400]),
 }
 
@@ -376,7 +382,7 @@ KIND_EDITS: dict[str, Callable[[dict[str, Any], dict[str, Array], dict[str, str]
     "a product gone": lambda c, t, m: c["products"].pop(),
     "a product with one operand": lambda c, t, m: put(c, "products", 0, "sites", ["attn.q"]),
     "a product of three": lambda c, t, m: c["products"][0]["sites"].append(None),
-    "a product that reads one site twice": lambda c, t, m: put(
+    "a product that reads one quantizer twice": lambda c, t, m: put(
         c, "products", 0, "sites", ["attn.q", "attn.q"]
     ),
     "a product that reads a stranger": lambda c, t, m: put(
@@ -391,7 +397,7 @@ KIND_EDITS: dict[str, Callable[[dict[str, Any], dict[str, Array], dict[str, str]
     "a product whose operand is a number": lambda c, t, m: put(
         c, "products", 2, "sites", [3, "half.v"]
     ),
-    "a product that no site names": lambda c, t, m: put(c, "sites", 5, "layers", []),
+    "a product that no quantizer names": lambda c, t, m: put(c, "sites", 5, "layers", []),
     "a product's multiply-adds that are text": lambda c, t, m: put(c, "products", 0, "macs", "36"),
     "a product's multiply-adds below zero": lambda c, t, m: put(c, "products", 0, "macs", -36),
     "a product whose operands are swapped": lambda c, t, m: put(
@@ -401,7 +407,7 @@ KIND_EDITS: dict[str, Callable[[dict[str, Any], dict[str, Array], dict[str, str]
         put(c, "products", 2, "name", "half.other"),
         put(c, "sites", 9, "layers", ["half.other"]),
     ),
-    "an operand's site along a fifth axis": lambda c, t, m: put(c, "sites", 5, "axis", 4),
+    "an operand's quantizer along a fifth axis": lambda c, t, m: put(c, "sites", 5, "axis", 4),
     "zero-points gone": lambda c, t, m: t.pop("layer.padded.zero_point"),
     "zero-points of a symmetric weight": lambda c, t, m: put(
         t, "layer.by_channel.zero_point", np.zeros(6, np.uint8)
@@ -420,8 +426,8 @@ KIND_EDITS: dict[str, Callable[[dict[str, Any], dict[str, Array], dict[str, str]
     "signed 8-bit codes of an asymmetric weight": lambda c, t, m: put(
         t, "layer.plain.codes", t["layer.plain.codes"].astype(np.int8)
     ),
-    "a free scale of zero": lambda c, t, m: put(t, "site.by_channel.scale", (0, 0), 0),
-    "a free scale that is no number": lambda c, t, m: put(
+    "a per-channel scale of zero": lambda c, t, m: put(t, "site.by_channel.scale", (0, 0), 0),
+    "a per-channel scale that is no number": lambda c, t, m: put(
         t, "site.by_channel.scale", (0, 0), np.nan
     ),
     "a free zero-point between integers": lambda c, t, m: put(
@@ -446,13 +452,13 @@ KIND_EDITS: dict[str, Callable[[dict[str, Any], dict[str, Array], dict[str, str]
     "a code range of three": lambda c, t, m: put(c, "sites", 1, "code_range", [0, 7, 15]),
     "a code range of text": lambda c, t, m: put(c, "sites", 1, "code_range", ["0", "15"]),
     "free bits that are text": lambda c, t, m: put(c, "sites", 1, "bits", "4"),
-    "a free site said to be an integer one": lambda c, t, m: (
+    "a per-channel quantizer said to be an integer one": lambda c, t, m: (
         c["sites"][1].pop("code_range"),
         put(c, "sites", 1, "symmetry", "symmetric"),
     ),
     "an unknown key": lambda c, t, m: put(c, "rotation", 1),
     "an unknown key of a site": lambda c, t, m: put(c, "sites", 1, "rotation", 1),
-    "a site of both forms": lambda c, t, m: put(c, "sites", 1, "symmetry", "symmetric"),
+    "a quantizer of both forms": lambda c, t, m: put(c, "sites", 1, "symmetry", "symmetric"),
     "an unknown symmetry": lambda c, t, m: put(c, "sites", 7, "symmetry", "skewed"),
     "unsigned codes below zero": lambda c, t, m: (
         put(t, "site.attn.softmax.low", 0, -1),
@@ -479,7 +485,7 @@ KIND_EDITS: dict[str, Callable[[dict[str, Any], dict[str, Array], dict[str, str]
 
 
 @pytest.mark.parametrize("edit", KIND_EDITS.values(), ids=KIND_EDITS.keys())
-def test_damage_to_products_free_sites_asymmetric_weights_or_rewrites_is_an_input_error_with_the_path(
+def test_damage_to_products_per_channel_quantizers_asymmetric_weights_or_rewrites_is_an_input_error_with_the_path(
     edit: Any, tmp_path: Path
 ) -> None:
     path = save_edited(kinds_checkpoint(), tmp_path, edit)

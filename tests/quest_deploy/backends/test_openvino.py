@@ -12,7 +12,11 @@ import pytest
 
 from exporters.graph_info import save_graph
 from exporters.lowering.openvino import lower
-from quest_deploy.artifacts.checkpoint import Checkpoint, ProductData, SiteData
+from quest_deploy.artifacts.checkpoint import (
+    ActivationQuantizerData,
+    AttentionMatmulData,
+    Checkpoint,
+)
 from quest_deploy.artifacts.scheme import Symmetry
 from quest_deploy.backends import exactness
 from quest_deploy.backends.base import build_engine, integer_instructions
@@ -24,7 +28,7 @@ from tests.helpers import (
     WITH_VNNI,
     hand_checkpoint,
     inserted,
-    numpy_product,
+    numpy_matmul,
     refused,
     relative_error,
 )
@@ -67,19 +71,19 @@ BATCH = 2
 def attention() -> Checkpoint:
     """A checkpoint of one attention, all four operands at 8 bits, in two buckets."""
 
-    def site(
+    def quantizer(
         operand: str,
         reader: str,
         axis_size: int,
         scale: tuple[float, float],
         *,
         unsigned: bool = False,
-    ) -> SiteData:
+    ) -> ActivationQuantizerData:
         low, high = (0, 255) if unsigned else (-127, 127)
         symmetry = Symmetry.UNSIGNED if unsigned else Symmetry.SYMMETRIC
         bounds = (np.full(2, bound, np.float32) for bound in (low, high))
         ones = np.ones(axis_size, np.float32)
-        return SiteData(
+        return ActivationQuantizerData(
             f"attn.{operand}",
             8,
             symmetry,
@@ -90,21 +94,21 @@ def attention() -> Checkpoint:
             ones,
         )
 
-    sites = [
-        site("q", "attn.scores", WIDTH, (0.03, 0.02)),
-        site("k", "attn.scores", TOKENS, (0.02, 0.03)),
-        site("softmax", "attn.mix", TOKENS, (1 / 255, 0.5 / 255), unsigned=True),
-        site("v", "attn.mix", WIDTH, (0.03, 0.025)),
+    quantizers = [
+        quantizer("q", "attn.scores", WIDTH, (0.03, 0.02)),
+        quantizer("k", "attn.scores", TOKENS, (0.02, 0.03)),
+        quantizer("softmax", "attn.mix", TOKENS, (1 / 255, 0.5 / 255), unsigned=True),
+        quantizer("v", "attn.mix", WIDTH, (0.03, 0.025)),
     ]
     products = [
-        ProductData("attn.scores", ("attn.q", "attn.k"), 1),
-        ProductData("attn.mix", ("attn.softmax", "attn.v"), 1),
+        AttentionMatmulData("attn.scores", ("attn.q", "attn.k"), 1),
+        AttentionMatmulData("attn.mix", ("attn.softmax", "attn.v"), 1),
     ]
     return dataclasses.replace(
         hand_checkpoint(),
         layers={},
-        sites={s.name: s for s in sites},
-        products={p.name: p for p in products},
+        quantizers={s.name: s for s in quantizers},
+        matmuls={p.name: p for p in products},
     )
 
 
@@ -114,8 +118,8 @@ def gated() -> Checkpoint:
     layer = dataclasses.replace(
         hand.layers["to_k"], name="gated", bias=np.arange(6, dtype=np.float32)
     )
-    site = dataclasses.replace(hand.sites["to_q"], name="gated", layers=("gated",))
-    return dataclasses.replace(hand, layers={"gated": layer}, sites={"gated": site})
+    quantizer = dataclasses.replace(hand.quantizers["to_q"], name="gated", layers=("gated",))
+    return dataclasses.replace(hand, layers={"gated": layer}, quantizers={"gated": quantizer})
 
 
 def gated_feeds() -> dict[str, np.ndarray]:
@@ -166,9 +170,9 @@ def test_attention_at_8_bits_is_right_in_a_batch_that_mixes_buckets_and_one_kern
     )
     bucket, found = np.asarray([1, 0]), model(feeds)[0]
     q, k, v = (feeds[name].transpose(0, 2, 1, 3) for name in "qkv")
-    scores = numpy_product(checkpoint, "attn.scores", q, k.transpose(0, 1, 3, 2), bucket) * 0.5
+    scores = numpy_matmul(checkpoint, "attn.scores", q, k.transpose(0, 1, 3, 2), bucket) * 0.5
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    mixed = numpy_product(checkpoint, "attn.mix", weights.astype(np.float32), v, bucket)
+    mixed = numpy_matmul(checkpoint, "attn.mix", weights.astype(np.float32), v, bucket)
     assert relative_error(found, mixed) < 5e-3  # a softmax on a tie may get the next code
 
 

@@ -73,8 +73,8 @@ RTX_LACKS = {
     "max_num_tactics",
     "plugins",
 }
-"""What TensorRT for RTX 1.7 refuses, ignores, or builds the same engine with whatever is chosen (its
-documentation, and tried).
+"""What TensorRT for RTX 1.7 refuses, ignores, or builds the same engine with whatever is chosen
+(its documentation, and tried).
 """
 
 
@@ -373,7 +373,7 @@ def test_the_profile_that_takes_the_inputs_is_found() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_the_real_builder_takes_the_unet_in_a_half_type_at_two_sample_sizes_with_a_pool_limit(
+def test_the_real_builder_takes_the_unet_in_a_low_precision_type_at_two_sample_sizes_with_a_pool_limit(
     mini_proto: onnx.ModelProto, tmp_path: Path, dtype: str
 ) -> None:
     options = EngineOptions(

@@ -9,7 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quest_deploy.artifacts.checkpoint import Checkpoint, FreeSiteData, SiteData
+from quest_deploy.artifacts.checkpoint import (
+    ActivationQuantizerData,
+    Checkpoint,
+    PerChannelQuantizerData,
+)
 from quest_deploy.artifacts.scheme import Granularity, Scheme, Symmetry, weight_range
 from quest_deploy.calibration.ptq import (
     CalibrationOptions,
@@ -20,7 +24,7 @@ from quest_deploy.calibration.ptq import (
     calibrate,
 )
 from quest_deploy.calibration.trajectories import Trajectories
-from quest_deploy.quantization.model import fold_channel
+from quest_deploy.quantization.model import fold_smoothing_scale
 from quest_deploy.quantization.prepare import Product, prepare
 from tests.helpers import refused
 
@@ -94,10 +98,10 @@ def folded(net: nn.Module, recorded: Trajectories) -> Checkpoint:
 def inputs_of(
     net: nn.Module, recorded: Trajectories, checkpoint: Checkpoint
 ) -> Iterator[tuple[str, int, Array]]:
-    """Every value that each site sees in each bucket, seen without the calibration's own
+    """Every value that each quantizer sees in each bucket, seen without the calibration's own
     recorder.
     """
-    for name in checkpoint.sites:
+    for name in checkpoint.quantizers:
         seen: dict[int, list[Array]] = {}
 
         def keep(
@@ -123,33 +127,35 @@ def inputs_of(
             yield name, bucket, np.stack(rows)
 
 
-def test_minmax_ranges_are_those_of_all_values_that_a_site_sees_in_a_bucket(
+def test_minmax_ranges_are_those_of_all_values_that_a_quantizer_sees_in_a_bucket(
     net: nn.Module, recorded: Trajectories, minmax: Checkpoint
 ) -> None:
     visited = 0
     for name, bucket, values in inputs_of(net, recorded, minmax):
-        site, low, high = minmax.sites[name], min(values.min(), 0), max(values.max(), 0)
-        expected = np.abs(values).max() / 127 if site.bits == 8 else (high - low) / 15
-        assert site.scale[bucket] == pytest.approx(expected, rel=1e-6), name
-        if site.bits == 4:
-            assert site.low[bucket] == np.clip(np.rint(low / np.float32(expected)), -15, 0)
+        quantizer, low, high = minmax.quantizers[name], min(values.min(), 0), max(values.max(), 0)
+        expected = np.abs(values).max() / 127 if quantizer.bits == 8 else (high - low) / 15
+        assert quantizer.scale[bucket] == pytest.approx(expected, rel=1e-6), name
+        if quantizer.bits == 4:
+            assert quantizer.low[bucket] == np.clip(np.rint(low / np.float32(expected)), -15, 0)
         visited += 1
-    assert visited == BUCKETS * len(minmax.sites)
+    assert visited == BUCKETS * len(minmax.quantizers)
 
 
-def test_the_extremes_survive_when_a_site_sees_more_values_than_are_kept(
+def test_the_extremes_survive_when_a_quantizer_sees_more_values_than_are_kept(
     net: nn.Module, recorded: Trajectories, minmax: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quest_deploy.calibration.ptq.VALUES_PER_SITE", 1)
+    monkeypatch.setattr("quest_deploy.calibration.ptq.VALUES_PER_QUANTIZER", 1)
     monkeypatch.setattr("quest_deploy.calibration.ptq.FEWEST_VALUES", 16)
     few = quantize(net, recorded, method=RangeMethod.MINMAX)
-    for name, site in minmax.sites.items():
-        np.testing.assert_array_equal(few.sites[name].scale, site.scale, err_msg=name)
+    for name, quantizer in minmax.quantizers.items():
+        np.testing.assert_array_equal(few.quantizers[name].scale, quantizer.scale, err_msg=name)
 
 
-def activation_error(site_values: Array, scale: Array, low: Array, high: Array) -> float:
+def activation_error(quantizer_values: Array, scale: Array, low: Array, high: Array) -> float:
     return float(
-        np.square(np.clip(np.rint(site_values / scale), low, high) * scale - site_values).mean()
+        np.square(
+            np.clip(np.rint(quantizer_values / scale), low, high) * scale - quantizer_values
+        ).mean()
     )
 
 
@@ -158,8 +164,10 @@ def test_mse_ranges_have_the_least_error_of_all_shrunken_minmax_ranges(
 ) -> None:
     improved = 0
     for name, bucket, values in inputs_of(net, recorded, mse):
-        site, full = mse.sites[name], minmax.sites[name]
-        found = activation_error(values, site.scale[bucket], site.low[bucket], site.high[bucket])
+        quantizer, full = mse.quantizers[name], minmax.quantizers[name]
+        found = activation_error(
+            values, quantizer.scale[bucket], quantizer.low[bucket], quantizer.high[bucket]
+        )
         for factor in np.linspace(1, 0.2, 81):
             scale = full.scale[bucket] * np.float32(factor)
             assert found <= activation_error(values, scale, full.low[bucket], full.high[bucket]) * (
@@ -209,55 +217,58 @@ def test_bits_codes_and_bounds_are_those_of_the_scheme(
         assert layer.weight_bits == (8 if name in ends else scheme.weight_bits)
         low, high = weight_range(layer.weight_bits)
         assert low <= layer.weight_codes.min() <= layer.weight_codes.max() <= high
-    for name, site in checkpoint.sites.items():
-        assert site.bits == (8 if name in ends else scheme.activation_bits)
-        if site.bits == 8:
-            assert (site.low == -127).all()
-            assert (site.high == 127).all()
+    for name, quantizer in checkpoint.quantizers.items():
+        assert quantizer.bits == (8 if name in ends else scheme.activation_bits)
+        if quantizer.bits == 8:
+            assert (quantizer.low == -127).all()
+            assert (quantizer.high == 127).all()
         else:
             assert (
-                (site.low >= -15)
-                & (site.low <= 0)
-                & (site.low == np.rint(site.low))
-                & (site.high - site.low == 15)
+                (quantizer.low >= -15)
+                & (quantizer.low <= 0)
+                & (quantizer.low == np.rint(quantizer.low))
+                & (quantizer.high - quantizer.low == 15)
             ).all()
 
 
-def test_a_per_tensor_scheme_has_channel_vectors_of_ones(mse: Checkpoint) -> None:
-    assert all((site.channel == 1).all() for site in mse.sites.values())
+def test_a_per_tensor_scheme_has_smoothing_scales_of_ones(mse: Checkpoint) -> None:
+    assert all((quantizer.channel == 1).all() for quantizer in mse.quantizers.values())
 
 
-def test_channel_vectors_balance_activations_against_weights(
+def test_smoothing_scales_balance_activations_against_weights(
     net: nn.Module, recorded: Trajectories, folded: Checkpoint
 ) -> None:
     amax: dict[str, Array] = {}
     for name, _, values in inputs_of(net, recorded, folded):
         largest = (
-            np.abs(np.moveaxis(values, folded.sites[name].axis, -1))
-            .reshape(-1, len(folded.sites[name].channel))
+            np.abs(np.moveaxis(values, folded.quantizers[name].axis, -1))
+            .reshape(-1, len(folded.quantizers[name].channel))
             .max(0)
         )
         amax[name] = np.maximum(amax.get(name, largest), largest)
     for name in ("stem", "a", "head"):
-        site = folded.sites[name]
-        readers = [net.get_parameter(f"{layer}.weight").detach().numpy() for layer in site.layers]
+        quantizer = folded.quantizers[name]
+        readers = [
+            net.get_parameter(f"{layer}.weight").detach().numpy() for layer in quantizer.layers
+        ]
         weight = np.max([np.abs(w).reshape(*w.shape[:2], -1).max((0, 2)) for w in readers], axis=0)
         expected = np.sqrt(amax[name] / weight)
         np.testing.assert_allclose(
-            site.channel, expected / np.exp(np.log(expected).mean()), rtol=1e-4
+            quantizer.channel, expected / np.exp(np.log(expected).mean()), rtol=1e-4
         )
     assert all(
-        np.log(site.channel).mean() == pytest.approx(0, abs=1e-5) for site in folded.sites.values()
+        np.log(quantizer.channel).mean() == pytest.approx(0, abs=1e-5)
+        for quantizer in folded.quantizers.values()
     )
 
 
-def test_weights_are_quantized_with_the_channel_vector_folded_in(
+def test_weights_are_quantized_with_the_smoothing_scale_folded_in(
     net: nn.Module, folded: Checkpoint
 ) -> None:
     for name, layer in folded.layers.items():
-        weight = fold_channel(
+        weight = fold_smoothing_scale(
             net.get_parameter(f"{name}.weight").detach(),
-            torch.from_numpy(folded.site_of(name).channel),
+            torch.from_numpy(folded.quantizer_of(name).channel),
         ).numpy()
         low, high = weight_range(layer.weight_bits)
         codes = np.clip(
@@ -284,9 +295,11 @@ def test_the_same_seed_gives_the_same_checkpoint(
     net: nn.Module, recorded: Trajectories, mse: Checkpoint
 ) -> None:
     again = quantize(net, recorded, method=RangeMethod.MSE)
-    for name, site in mse.sites.items():
+    for name, quantizer in mse.quantizers.items():
         for table in ("scale", "low", "high", "channel"):
-            np.testing.assert_array_equal(getattr(site, table), getattr(again.sites[name], table))
+            np.testing.assert_array_equal(
+                getattr(quantizer, table), getattr(again.quantizers[name], table)
+            )
     for name, layer in mse.layers.items():
         np.testing.assert_array_equal(layer.weight_codes, again.layers[name].weight_codes)
 
@@ -411,32 +424,34 @@ def test_free_minmax_ranges_are_those_of_each_channel_alone_in_each_bucket(
     net: nn.Module, recorded: Trajectories
 ) -> None:
     checkpoint = quantize(
-        net, recorded, granularity=Granularity.FREE_CHANNEL, method=RangeMethod.MINMAX
+        net, recorded, granularity=Granularity.PER_CHANNEL, method=RangeMethod.MINMAX
     )
     for name, bucket, values in inputs_of(net, recorded, checkpoint):
-        site = checkpoint.sites[name]
-        assert isinstance(site, FreeSiteData)
-        columns = np.moveaxis(values, site.axis, -1).reshape(-1, site.scale.shape[1])
+        quantizer = checkpoint.quantizers[name]
+        assert isinstance(quantizer, PerChannelQuantizerData)
+        columns = np.moveaxis(values, quantizer.axis, -1).reshape(-1, quantizer.scale.shape[1])
         low, high = np.minimum(columns.min(0), 0), np.maximum(columns.max(0), 0)
-        if site.bits == 8:
-            assert (site.code_low, site.code_high) == (-127, 127)
+        if quantizer.bits == 8:
+            assert (quantizer.code_low, quantizer.code_high) == (-127, 127)
             np.testing.assert_allclose(
-                site.scale[bucket], np.maximum(np.abs(columns).max(0) / 127, 1e-8), rtol=1e-6
+                quantizer.scale[bucket], np.maximum(np.abs(columns).max(0) / 127, 1e-8), rtol=1e-6
             )
-            assert not site.zero_point.any()
+            assert not quantizer.zero_point.any()
         else:
-            assert (site.code_low, site.code_high) == (0, 15)
+            assert (quantizer.code_low, quantizer.code_high) == (0, 15)
             np.testing.assert_allclose(
-                site.scale[bucket], np.maximum((high - low) / 15, 1e-8), rtol=1e-6
+                quantizer.scale[bucket], np.maximum((high - low) / 15, 1e-8), rtol=1e-6
             )
-            assert (np.abs(site.zero_point[bucket] + low / site.scale[bucket]) <= 0.5 + 1e-4).all()
+            assert (
+                np.abs(quantizer.zero_point[bucket] + low / quantizer.scale[bucket]) <= 0.5 + 1e-4
+            ).all()
 
 
 def test_attention_operands_have_one_scale_a_bucket_and_the_softmaxs_codes_begin_at_zero(
     mini_unet: nn.Module, mini_trajectories: Trajectories
 ) -> None:
     scheme = Scheme.parse(
-        "w4a4", buckets=3, granularity=Granularity.FREE_CHANNEL, attention_bits=4, softmax_bits=8
+        "w4a4", buckets=3, granularity=Granularity.PER_CHANNEL, attention_bits=4, softmax_bits=8
     )
     checkpoint = calibrate(
         "mini", mini_unet, mini_trajectories, scheme, CalibrationOptions(RangeMethod.MINMAX)
@@ -460,22 +475,24 @@ def test_attention_operands_have_one_scale_a_bucket_and_the_softmaxs_codes_begin
     for batch in mini_trajectories.batches(8):
         now[:] = [batch["timestep"]]
         model(**batch)
-    operands = {site for product in checkpoint.products.values() for site in product.sites}
+    operands = {quantizer for product in checkpoint.matmuls.values() for quantizer in product.sites}
     assert operands == {name for name, _ in seen}
     assert {
-        name for name, site in checkpoint.sites.items() if isinstance(site, SiteData)
+        name
+        for name, quantizer in checkpoint.quantizers.items()
+        if isinstance(quantizer, ActivationQuantizerData)
     } == operands
     for (name, bucket), rows in seen.items():
-        site, values = checkpoint.sites[name], np.stack(rows)
-        assert isinstance(site, SiteData)
-        assert (site.channel == 1).all()
+        quantizer, values = checkpoint.quantizers[name], np.stack(rows)
+        assert isinstance(quantizer, ActivationQuantizerData)
+        assert (quantizer.channel == 1).all()
         if name.endswith(".softmax"):
-            assert (site.bits, site.symmetry) == (8, Symmetry.UNSIGNED)
-            assert (site.low == 0).all()
-            assert (site.high == 255).all()
-            assert site.scale[bucket] == pytest.approx(values.max() / 255, rel=1e-5)
+            assert (quantizer.bits, quantizer.symmetry) == (8, Symmetry.UNSIGNED)
+            assert (quantizer.low == 0).all()
+            assert (quantizer.high == 255).all()
+            assert quantizer.scale[bucket] == pytest.approx(values.max() / 255, rel=1e-5)
         else:
-            assert (site.bits, site.symmetry) == (4, Symmetry.ASYMMETRIC)
-            assert site.scale[bucket] == pytest.approx(
+            assert (quantizer.bits, quantizer.symmetry) == (4, Symmetry.ASYMMETRIC)
+            assert quantizer.scale[bucket] == pytest.approx(
                 (max(values.max(), 0) - min(values.min(), 0)) / 15, rel=1e-5
             )

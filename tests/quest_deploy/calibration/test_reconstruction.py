@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from quest_deploy.artifacts.checkpoint import Checkpoint, SiteData, load_checkpoint, save_checkpoint
+from quest_deploy.artifacts.checkpoint import (
+    ActivationQuantizerData,
+    Checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from quest_deploy.artifacts.scheme import Granularity, Scheme
 from quest_deploy.calibration import reconstruction as reconstruct_module
 from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
@@ -45,7 +50,7 @@ def schemes() -> dict[str, Scheme]:
             softmax_bits=8,
             split_shortcuts=True,
         ),
-        "free channels": Scheme.parse("w4a8", buckets=2, granularity=Granularity.FREE_CHANNEL),
+        "free channels": Scheme.parse("w4a8", buckets=2, granularity=Granularity.PER_CHANNEL),
     }
 
 
@@ -106,12 +111,13 @@ def test_scales_are_learned_and_nothing_else_changes(
     start: Checkpoint, learned: Checkpoint
 ) -> None:
     assert any(
-        (learned.sites[name].scale != site.scale).any() for name, site in start.sites.items()
+        (learned.quantizers[name].scale != quantizer.scale).any()
+        for name, quantizer in start.quantizers.items()
     )
-    for name, site in start.sites.items():
-        if isinstance(site, SiteData):
-            np.testing.assert_array_equal(learned.sites[name].low, site.low)  # type: ignore[union-attr]
-            np.testing.assert_array_equal(learned.sites[name].channel, site.channel)  # type: ignore[union-attr]
+    for name, quantizer in start.quantizers.items():
+        if isinstance(quantizer, ActivationQuantizerData):
+            np.testing.assert_array_equal(learned.quantizers[name].low, quantizer.low)  # type: ignore[union-attr]
+            np.testing.assert_array_equal(learned.quantizers[name].channel, quantizer.channel)  # type: ignore[union-attr]
     for key, value in start.floats.items():
         np.testing.assert_array_equal(learned.floats[key], value)
     assert (learned.provenance["method"], learned.provenance["range"]) == ("qdiff", "l2.4")
@@ -133,7 +139,9 @@ def differences(one: Checkpoint, other: Checkpoint) -> list[str]:
         if (other.layers[name].weight_codes != layer.weight_codes).any()
     ]
     return codes + [
-        name for name, site in one.sites.items() if (other.sites[name].scale != site.scale).any()
+        name
+        for name, quantizer in one.quantizers.items()
+        if (other.quantizers[name].scale != quantizer.scale).any()
     ]
 
 
@@ -288,7 +296,9 @@ def test_activations_are_in_float_while_the_rounding_is_learned_and_quantized_wh
         def watched(
             student: QuantizedModel, *rest: Any, learn: Any = learn, names: set[str] = names
         ) -> None:
-            by_id = {id(quantizer): name for name, quantizer in student.site_quantizers().items()}
+            by_id = {
+                id(quantizer): name for name, quantizer in student.activation_quantizers().items()
+            }
             quantize = ActivationQuantizer.forward
             with monkeypatch.context() as patch:
                 patch.setattr(
@@ -300,7 +310,7 @@ def test_activations_are_in_float_while_the_rounding_is_learned_and_quantized_wh
 
         monkeypatch.setattr(reconstruct_module, phase, watched)
     run()
-    assert applied == {"_learn_rounding": set(), "_learn_scales": set(calibrated.sites)}
+    assert applied == {"_learn_rounding": set(), "_learn_scales": set(calibrated.quantizers)}
 
 
 def test_an_interrupted_run_resumes_unit_by_unit_to_the_same_result(
@@ -351,8 +361,8 @@ def test_a_state_of_another_run_is_ignored(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(state_path=tmp_path, stop_after=2)
-    site, layer = calibrated.sites["conv_in"], calibrated.layers["conv_in"]
-    other_site = dataclasses.replace(site, scale=site.scale * np.float32(1.1))
+    quantizer, layer = calibrated.quantizers["conv_in"], calibrated.layers["conv_in"]
+    other_quantizer = dataclasses.replace(quantizer, scale=quantizer.scale * np.float32(1.1))
     other_layer = dataclasses.replace(
         layer, weight_codes=np.clip(layer.weight_codes + 1, -127, 127).astype(np.int8)
     )
@@ -365,7 +375,7 @@ def test_a_state_of_another_run_is_ignored(
         },
         "scales": {
             "start": dataclasses.replace(
-                calibrated, sites={**calibrated.sites, "conv_in": other_site}
+                calibrated, quantizers={**calibrated.quantizers, "conv_in": other_quantizer}
             )
         },
         "codes": {
@@ -419,8 +429,8 @@ def test_no_steps_leave_the_codes_and_scales_alone(
     )
     for name, layer in start.layers.items():
         np.testing.assert_array_equal(same.layers[name].weight_codes, layer.weight_codes)
-    for name, site in start.sites.items():
-        np.testing.assert_array_equal(same.sites[name].scale, site.scale)
+    for name, quantizer in start.quantizers.items():
+        np.testing.assert_array_equal(same.quantizers[name].scale, quantizer.scale)
 
 
 def test_soft_rounding_starts_at_the_float_weight_inside_the_range(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from quest_deploy.artifacts.checkpoint import Checkpoint, SiteData
+    from quest_deploy.artifacts.checkpoint import ActivationQuantizerData, Checkpoint
     from quest_deploy.calibration.trajectories import Trajectories
 
 
@@ -123,7 +123,7 @@ def test_products_and_halves_of_shortcuts_are_measured_where_they_run(
 ) -> None:
     checkpoint, measured = full
     names = [x.layer for x in measured.layers]
-    assert sorted(names) == sorted([*checkpoint.layers, *checkpoint.products])
+    assert sorted(names) == sorted([*checkpoint.layers, *checkpoint.matmuls])
     attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     start = names.index(f"{attention}.to_q")
     parts = ("to_q", "to_k", "to_v", "scores", "mix", "to_out.0")
@@ -131,7 +131,7 @@ def test_products_and_halves_of_shortcuts_are_measured_where_they_run(
     shortcut = "up_blocks.0.resnets.0.conv_shortcut"
     assert names.index(f"{shortcut}.second") == names.index(f"{shortcut}.first") + 1
     assert all(x.mse > 0 for x in measured.layers)
-    assert {x.group for x in measured.layers if x.layer in checkpoint.products} == {PRODUCTS}
+    assert {x.group for x in measured.layers if x.layer in checkpoint.matmuls} == {PRODUCTS}
 
 
 def test_a_products_figure_is_the_error_of_quantizing_its_operands(
@@ -139,16 +139,16 @@ def test_a_products_figure_is_the_error_of_quantizing_its_operands(
 ) -> None:
     checkpoint, measured = full
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.mix"
-    tables = [checkpoint.sites[site] for site in checkpoint.products[name].sites]
+    tables = [checkpoint.quantizers[quantizer] for quantizer in checkpoint.matmuls[name].sites]
     model = prepare(copy.deepcopy(mini_unet), {}, checkpoint.architecture.attention)
     inputs = next(mini_trajectories.first(2).batches(2))
     bucket = np.full(2, checkpoint.scheme.bucket_of(float(inputs["timestep"][0])))
 
-    def operand(site: SiteData, x: torch.Tensor) -> torch.Tensor:
-        codes = np.rint(x.numpy() / of_sample(site.scale, bucket, 4))
+    def operand(quantizer: ActivationQuantizerData, x: torch.Tensor) -> torch.Tensor:
+        codes = np.rint(x.numpy() / of_sample(quantizer.scale, bucket, 4))
         return torch.from_numpy(
-            codes.clip(*(of_sample(table, bucket, 4) for table in (site.low, site.high)))
-            * site.scale[bucket[0]]
+            codes.clip(*(of_sample(table, bucket, 4) for table in (quantizer.low, quantizer.high)))
+            * quantizer.scale[bucket[0]]
         )
 
     model.get_submodule(name).register_forward_hook(

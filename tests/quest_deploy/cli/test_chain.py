@@ -77,7 +77,7 @@ def test_all_layers_but_the_first_and_the_last_convolution_have_4_bits(made: Cha
         "conv_in",
         "conv_out",
     }
-    assert {name for name, site in checkpoint.sites.items() if site.bits == 8} == {
+    assert {name for name, quantizer in checkpoint.quantizers.items() if quantizer.bits == 8} == {
         "conv_in",
         "conv_out",
     }

@@ -105,7 +105,7 @@ def test_integer_convolutions_and_linears_run_on_integers_and_what_falls_back_is
 
 @each_answer
 @each_backend
-def test_a_site_that_computes_in_float_is_no_fallback_and_runs_in_fp32(
+def test_a_quantizer_that_computes_in_float_is_no_fallback_and_runs_in_fp32(
     report_of: Report, backend: str, answer: Exactness
 ) -> None:
     report = report_of(backend, answer, kinds_graph(kinds_checkpoint()))

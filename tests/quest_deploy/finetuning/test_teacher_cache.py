@@ -55,7 +55,7 @@ def test_the_file_takes_as_many_steps_as_the_budget_allows_and_at_least_one(
     assert write(TargetStream(stream.path, "key", 0), 4, 9) == [4]
 
 
-def test_targets_of_half_precision_are_stored_in_float32(tmp_path: Path) -> None:
+def test_targets_of_low_precision_are_stored_in_float32(tmp_path: Path) -> None:
     stream = TargetStream(tmp_path / "targets.bin", "key", 0)
     stream.write(0, 1, lambda step: [torch.tensor([1.5], dtype=torch.bfloat16)], lambda step: None)
     found = stream.read(0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 
-from quest_deploy.artifacts.checkpoint import FreeSiteData
+from quest_deploy.artifacts.checkpoint import PerChannelQuantizerData
 from quest_deploy.artifacts.scheme import Granularity, Scheme
 from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.training_state import TrainingState
@@ -90,13 +90,13 @@ def learned(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
         yield f"{layer.name} weight scale", layer.weight_scale
         if layer.bias is not None:
             yield f"{layer.name} bias", layer.bias
-    for site in checkpoint.sites.values():
+    for quantizer in checkpoint.quantizers.values():
         for table in (
             ("scale", "zero_point")
-            if isinstance(site, FreeSiteData)
+            if isinstance(quantizer, PerChannelQuantizerData)
             else ("scale", "low", "high", "channel")
         ):
-            yield f"{site.name} {table}", getattr(site, table)
+            yield f"{quantizer.name} {table}", getattr(quantizer, table)
 
 
 def differences(one: Checkpoint, other: Checkpoint) -> list[str]:
@@ -167,20 +167,22 @@ def test_a_run_that_is_interrupted_twice_ends_the_same(
 def test_free_channels_are_learned_and_resume_like_any_others(
     mini_unet: nn.Module, mini_trajectories: Trajectories, tmp_path: Path
 ) -> None:
-    scheme = Scheme.parse("w4a4", buckets=3, granularity=Granularity.FREE_CHANNEL)
+    scheme = Scheme.parse("w4a4", buckets=3, granularity=Granularity.PER_CHANNEL)
     start = calibrate("mini", mini_unet, mini_trajectories, scheme, CalibrationOptions())
     options = dataclasses.replace(OPTIONS, scale_rate=0.3)
-    free = partial(finetune, lambda: mini_unet, start, mini_trajectories)
-    uninterrupted = free(options)
+    per_channel = partial(finetune, lambda: mini_unet, start, mini_trajectories)
+    uninterrupted = per_channel(options)
     for table in ("scale", "zero_point"):
         moved = [
-            getattr(uninterrupted.sites[name], table) != getattr(site, table)
-            for name, site in start.sites.items()
+            getattr(uninterrupted.quantizers[name], table) != getattr(quantizer, table)
+            for name, quantizer in start.quantizers.items()
         ]
         assert np.concatenate(moved, 1).any(1).all()
-    interrupt(free, 5, options, state_path=tmp_path / "state.pt")
+    interrupt(per_channel, 5, options, state_path=tmp_path / "state.pt")
     seen: list[int] = []
-    resumed = free(options, state_path=tmp_path / "state.pt", on_step=lambda p: seen.append(p.step))
+    resumed = per_channel(
+        options, state_path=tmp_path / "state.pt", on_step=lambda p: seen.append(p.step)
+    )
     assert differences(resumed, uninterrupted) == []
     assert seen == [6, 7, 8]
 
@@ -217,12 +219,12 @@ def test_a_state_of_another_calibration_is_ignored(
 ) -> None:
     state = tmp_path / "state.pt"
     interrupt(train, 4, state_path=state)
-    site = mini_checkpoint.sites["conv_in"]
-    sites = {
-        **mini_checkpoint.sites,
-        "conv_in": dataclasses.replace(site, scale=site.scale * np.float32(1.1)),
+    quantizer = mini_checkpoint.quantizers["conv_in"]
+    quantizers = {
+        **mini_checkpoint.quantizers,
+        "conv_in": dataclasses.replace(quantizer, scale=quantizer.scale * np.float32(1.1)),
     }
-    other = dataclasses.replace(mini_checkpoint, sites=sites)
+    other = dataclasses.replace(mini_checkpoint, quantizers=quantizers)
     train_other = partial(finetune, lambda: mini_unet, other, mini_trajectories)
     assert steps_of(train_other, state_path=state)[0] == 1
 
@@ -304,7 +306,7 @@ def test_only_the_layer_sets_weights_change(
     assert changed & sensitive
 
 
-def test_the_first_stage_changes_the_temporal_layers_and_their_sites_alone(
+def test_the_first_stage_changes_the_temporal_layers_and_their_quantizers_alone(
     train: Train, mini_checkpoint: Checkpoint
 ) -> None:
     temporal = set(select_layers(mini_checkpoint.layers, LAYER_SETS[FAMILY].temporal))
@@ -312,30 +314,30 @@ def test_the_first_stage_changes_the_temporal_layers_and_their_sites_alone(
     changed = changed_layers(mini_checkpoint, tuned)
     assert changed
     assert changed <= temporal
-    sites = {
+    quantizers = {
         name.rsplit(" ", 1)[0]
         for name in differences(mini_checkpoint, tuned)
         if name.endswith((" scale", " low", " high"))
     }
-    sites -= {f"{layer} weight" for layer in mini_checkpoint.layers}
-    assert sites == {mini_checkpoint.site_of(layer).name for layer in temporal}
+    quantizers -= {f"{layer} weight" for layer in mini_checkpoint.layers}
+    assert quantizers == {mini_checkpoint.quantizer_of(layer).name for layer in temporal}
 
 
 def test_scales_change_in_every_bucket_and_stay_positive(
     mini_checkpoint: Checkpoint, uninterrupted: Checkpoint
 ) -> None:
     moved = np.zeros(3, bool)
-    for name, site in uninterrupted.sites.items():
-        assert (site.scale > 0).all()
-        moved |= site.scale != mini_checkpoint.sites[name].scale
+    for name, quantizer in uninterrupted.quantizers.items():
+        assert (quantizer.scale > 0).all()
+        moved |= quantizer.scale != mini_checkpoint.quantizers[name].scale
     assert moved.all()
 
 
 def test_clip_bounds_stay_those_of_their_bits(uninterrupted: Checkpoint) -> None:
-    for site in uninterrupted.sites.values():
-        assert ((site.high - site.low) == (254 if site.bits == 8 else 15)).all()
-        assert (site.low <= 0).all()
-        assert (site.high >= 0).all()
+    for quantizer in uninterrupted.quantizers.values():
+        assert ((quantizer.high - quantizer.low) == (254 if quantizer.bits == 8 else 15)).all()
+        assert (quantizer.low <= 0).all()
+        assert (quantizer.high >= 0).all()
 
 
 def test_neither_the_float_model_nor_the_calibrated_checkpoint_changes(
@@ -514,7 +516,7 @@ def test_checkpointed_attention_holds_the_scores_of_one_head_at_a_time(
     student = QuantizedModel.from_checkpoint(checkpoint, mini_unet).eval().requires_grad_(True)
     enable_gradient_checkpointing(student.model)
     shapes: set[torch.Size] = set()
-    for product in student.quantized_products().values():
+    for product in student.quantized_matmuls().values():
         product.register_forward_hook(lambda module, args, output: shapes.add(args[0].shape[:2]))
     student(**next(mini_trajectories.batches(4)))
     assert shapes == {(4, 1)}
@@ -547,8 +549,8 @@ def test_the_float_layers_compute_in_bf16_and_the_quantizers_in_float32(
     seen: set[tuple[torch.dtype, torch.dtype]] = set()
     quantize = ActivationQuantizer.forward
 
-    def record(site: ActivationQuantizer, x: torch.Tensor) -> torch.Tensor:
-        quantized = quantize(site, x)
+    def record(quantizer: ActivationQuantizer, x: torch.Tensor) -> torch.Tensor:
+        quantized = quantize(quantizer, x)
         seen.add((x.dtype, quantized.dtype))
         return quantized
 
@@ -564,7 +566,7 @@ def test_the_float_layers_compute_in_bf16_and_the_quantizers_in_float32(
     train(OPTIONS, on_step=lambda progress: plain.append(progress.loss))
     assert losses != plain
     assert losses[0] == pytest.approx(plain[0], abs=0.3)
-    assert all(site.scale.dtype == np.float32 for site in tuned.sites.values())
+    assert all(quantizer.scale.dtype == np.float32 for quantizer in tuned.quantizers.values())
 
 
 def test_layers_that_no_stage_trains_are_rounded_once_and_hold_no_gradient(

@@ -60,7 +60,7 @@ def compare(
             ours(values[quantizer]) for values in (run.inputs, run.codes, run.ratios)
         )
 
-        def compare_site(site: Any, args: tuple[Tensor], result: Tensor) -> Tensor:
+        def compare_quantizer(site: Any, args: tuple[Tensor], result: Tensor) -> Tensor:
             # Calling forward itself passes by this hook.
             if not torch.equal(
                 site.forward(x), value := codes * site.step(x, site.current_bucket())
@@ -72,10 +72,11 @@ def compare(
             found.flips.extend(_ulps_from_tie(ratio[flipped]).tolist())
             return torch.where(flipped, value, result)
 
-        return compare_site
+        return compare_quantizer
 
     handles = [
-        site.register_forward_hook(hook(name)) for name, site in model.site_quantizers().items()
+        site.register_forward_hook(hook(name))
+        for name, site in model.activation_quantizers().items()
     ]
     try:
         result = model(**inputs)

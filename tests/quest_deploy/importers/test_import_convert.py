@@ -11,8 +11,8 @@ from torch import nn
 
 from exporters.torch_to_qdq import portable_graph
 from quest_deploy.artifacts.checkpoint import (
-    FreeSiteData,
-    SiteData,
+    ActivationQuantizerData,
+    PerChannelQuantizerData,
     load_checkpoint,
     save_checkpoint,
 )
@@ -159,13 +159,13 @@ def test_each_calibrated_timestep_has_its_own_scales_and_the_edges_lie_midway(
     tmp_path: Path,
 ) -> None:
     official, imported, _ = CASES["SD W4A4 per tensor"].imported(tmp_path / "x")
-    scheme, site = imported.checkpoint.scheme, imported.checkpoint.sites["conv_in"]
+    scheme, quantizer = imported.checkpoint.scheme, imported.checkpoint.quantizers["conv_in"]
     assert scheme.bucket_edges == (300.5, 700.0)
     table = official.tensors["input_blocks.0.0.act_quantizer.delta_list"].flatten(1)[:, 0]
-    assert [float(site.scale[scheme.bucket_of(t)]) for t in TIMESTEPS] == table.tolist()
+    assert [float(quantizer.scale[scheme.bucket_of(t)]) for t in TIMESTEPS] == table.tolist()
 
 
-def test_layers_share_a_site_only_where_their_tables_are_the_same(tmp_path: Path) -> None:
+def test_layers_share_a_quantizer_only_where_their_tables_are_the_same(tmp_path: Path) -> None:
     case = Case(SD)
     prefix, target = (
         "model.middle_block.1.transformer_blocks.0.attn1",
@@ -175,15 +175,15 @@ def test_layers_share_a_site_only_where_their_tables_are_the_same(tmp_path: Path
         case.state[f"{prefix}.to_k.act_quantizer.{table}"] = case.state[
             f"{prefix}.to_q.act_quantizer.{table}"
         ].clone()
-    sites = case.imported(tmp_path / "x")[1].checkpoint.sites
-    assert sites[f"{target}.to_q"].layers == (f"{target}.to_q", f"{target}.to_k")
-    assert sites[f"{target}.to_v"].layers == (f"{target}.to_v",)
+    quantizers = case.imported(tmp_path / "x")[1].checkpoint.quantizers
+    assert quantizers[f"{target}.to_q"].layers == (f"{target}.to_q", f"{target}.to_k")
+    assert quantizers[f"{target}.to_v"].layers == (f"{target}.to_v",)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("zero_point", "sites"), [(120, 2), (128, 1)])
-def test_layers_that_pad_differently_share_a_site_only_without_an_offset(
-    zero_point: int, sites: int, tmp_path: Path
+@pytest.mark.parametrize(("zero_point", "quantizers"), [(120, 2), (128, 1)])
+def test_layers_that_pad_differently_share_a_quantizer_only_without_an_offset(
+    zero_point: int, quantizers: int, tmp_path: Path
 ) -> None:
     case = Case(
         SD, split=True, source=Source.QDIFF, options={"activation_bits": 8, "softmax_bits": 16}
@@ -201,12 +201,12 @@ def test_layers_that_pad_differently_share_a_site_only_without_an_offset(
     assert (
         len(
             {
-                site.name
-                for site in checkpoint.sites.values()
-                if {downsampler, half} & {*site.layers}
+                quantizer.name
+                for quantizer in checkpoint.quantizers.values()
+                if {downsampler, half} & {*quantizer.layers}
             }
         )
-        == sites
+        == quantizers
     )
     portable_graph(checkpoint, case.named_inputs(TIMESTEPS[0]), "0" * 64)
 
@@ -227,9 +227,10 @@ def test_tables_that_fit_no_integer_codes_say_why(tmp_path: Path) -> None:
     }.items():
         assert_holds(reasons[name], fact)
     kinds = {
-        name: isinstance(site, FreeSiteData) for name, site in imported.checkpoint.sites.items()
+        name: isinstance(quantizer, PerChannelQuantizerData)
+        for name, quantizer in imported.checkpoint.quantizers.items()
     }
-    assert {name for name, free in kinds.items() if free} == set(reasons)
+    assert {name for name, per_channel in kinds.items() if per_channel} == set(reasons)
     run, output = case.run(TIMESTEPS[0])
     assert compare(model, official, run, case.named_inputs(TIMESTEPS[0]), output).output < 1e-5
 
@@ -288,7 +289,9 @@ def test_recalibrated_models_keep_the_rounded_weights_and_run_in_integers(
     again = recalibrate(
         official, rounded_layers(official), trajectories, CalibrationOptions()
     ).checkpoint
-    assert all(isinstance(site, SiteData) for site in again.sites.values())
+    assert all(
+        isinstance(quantizer, ActivationQuantizerData) for quantizer in again.quantizers.values()
+    )
     assert again.architecture.heads == imported.checkpoint.architecture.heads
     assert again.layers.keys() == imported.checkpoint.layers.keys()
     for layer, data in again.layers.items():

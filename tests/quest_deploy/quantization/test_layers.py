@@ -7,26 +7,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from quest_deploy.artifacts.checkpoint import FreeSiteData, SiteData
+from quest_deploy.artifacts.checkpoint import ActivationQuantizerData, PerChannelQuantizerData
 from quest_deploy.artifacts.scheme import Symmetry, usual_symmetry
 from quest_deploy.quantization.affine import WeightGrid, per_sample, weight_codes
 from quest_deploy.quantization.layers import (
     ActivationQuantizer,
     BucketState,
-    FreeActivationQuantizer,
+    PerChannelActivationQuantizer,
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
-    QuantizedProduct,
+    QuantizedMatmul,
 )
 from quest_deploy.quantization.model import _quantizer
 from tests.helpers import (
     float32,
     kinds_checkpoint,
     numpy_codes,
-    numpy_free_codes,
-    numpy_product,
-    numpy_site,
+    numpy_matmul,
+    numpy_per_channel_codes,
+    numpy_quantizer,
     of_sample,
     refused,
     relative_error,
@@ -35,7 +35,7 @@ from tests.helpers import (
 SCALE, ZERO_POINT = torch.tensor([0.11, 0.5, 0.23]), torch.tensor([8.0, 0.0, 15.0])
 
 
-def quantizer(
+def new_quantizer(
     bits: int = 4, *, channel: torch.Tensor | None = None, axis: int = 1
 ) -> ActivationQuantizer:
     """Three buckets, of which a batch of four samples uses 2, 0, 2 and 1."""
@@ -49,10 +49,10 @@ def quantizer(
 def test_asymmetric_bounds_are_integers_15_apart_that_include_zero_whatever_was_learned(
     zero_points: list[float],
 ) -> None:
-    site = quantizer()
+    quantizer = new_quantizer()
     with torch.no_grad():
-        site.zero_point.copy_(torch.tensor(zero_points))
-    _, low, high = site.tables()
+        quantizer.zero_point.copy_(torch.tensor(zero_points))
+    _, low, high = quantizer.tables()
     np.testing.assert_array_equal(
         low.detach().numpy(), -np.rint(np.clip(float32(*zero_points), 0, 15))
     )
@@ -60,19 +60,19 @@ def test_asymmetric_bounds_are_integers_15_apart_that_include_zero_whatever_was_
 
 
 def test_symmetric_codes_run_from_minus_127_to_127_and_their_zero_point_does_not_learn() -> None:
-    site = quantizer(8)
-    _, low, high = site.tables()
+    quantizer = new_quantizer(8)
+    _, low, high = quantizer.tables()
     assert (low == -127).all()
     assert (high == 127).all()
-    assert not site.zero_point.requires_grad
+    assert not quantizer.zero_point.requires_grad
 
 
 def test_scales_start_exactly_at_their_calibrated_values_and_stay_positive() -> None:
-    site = quantizer()
-    torch.testing.assert_close(site.tables()[0], SCALE, rtol=0, atol=0)
+    quantizer = new_quantizer()
+    torch.testing.assert_close(quantizer.tables()[0], SCALE, rtol=0, atol=0)
     with torch.no_grad():
-        site.log_shift.copy_(torch.tensor([-20.0, 1.0, 20.0]))
-    scale = site.tables()[0].detach()
+        quantizer.log_shift.copy_(torch.tensor([-20.0, 1.0, 20.0]))
+    scale = quantizer.tables()[0].detach()
     assert (scale > 0).all()
     torch.testing.assert_close(scale, SCALE * torch.tensor([-20.0, 1.0, 20.0]).exp())
 
@@ -83,36 +83,38 @@ def test_each_sample_is_quantized_with_its_own_buckets_scale_and_bounds(
     shape: tuple[int, ...], axis: int, bits: int
 ) -> None:
     channel = torch.linspace(0.5, 2, 6)
-    site, x = (
-        quantizer(bits, channel=channel, axis=axis),
+    quantizer, x = (
+        new_quantizer(bits, channel=channel, axis=axis),
         torch.randn(shape, generator=torch.Generator().manual_seed(0)),
     )
-    scale, low, high = (table.detach().numpy() for table in site.tables())
+    scale, low, high = (table.detach().numpy() for table in quantizer.tables())
     bucket = np.asarray([2, 0, 2, 1])
     codes = numpy_codes(x.numpy(), bucket, scale, low, high, channel.numpy(), axis)
     np.testing.assert_array_equal(
-        site(x).detach().numpy(), codes * of_sample(scale, bucket, x.dim())
+        quantizer(x).detach().numpy(), codes * of_sample(scale, bucket, x.dim())
     )
-    np.testing.assert_array_equal(site.codes(x).detach().numpy(), codes)
+    np.testing.assert_array_equal(quantizer.codes(x).detach().numpy(), codes)
 
 
 def test_scale_and_zero_point_of_used_buckets_alone_receive_gradients() -> None:
     buckets = BucketState()
     buckets.current = torch.tensor([0, 2])
-    site = ActivationQuantizer(4, SCALE, ZERO_POINT, torch.ones(6), 1, buckets, Symmetry.ASYMMETRIC)
-    site(torch.tensor([[-9.0, 9.0] * 3, [-8.0, 7.0] * 3])).square().sum().backward()
-    for parameter in (site.log_shift, site.zero_point):
+    quantizer = ActivationQuantizer(
+        4, SCALE, ZERO_POINT, torch.ones(6), 1, buckets, Symmetry.ASYMMETRIC
+    )
+    quantizer(torch.tensor([[-9.0, 9.0] * 3, [-8.0, 7.0] * 3])).square().sum().backward()
+    for parameter in (quantizer.log_shift, quantizer.zero_point):
         assert parameter.grad is not None
         assert (parameter.grad != 0).tolist() == [True, False, True]
 
 
 def test_ones_along_the_tokens_of_a_product_take_any_number_of_tokens() -> None:
-    site, fitting = (quantizer(channel=torch.ones(tokens), axis=2) for tokens in (6, 4))
+    quantizer, fitting = (new_quantizer(channel=torch.ones(tokens), axis=2) for tokens in (6, 4))
     x = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0))
     for method in ("forward", "codes", "ratio", "unquantized"):
-        assert torch.equal(getattr(site, method)(x), getattr(fitting, method)(x)), method
+        assert torch.equal(getattr(quantizer, method)(x), getattr(fitting, method)(x)), method
     ties = torch.ones_like(x, dtype=torch.bool)
-    assert torch.equal(site.untied(x, ties), fitting.untied(x, ties))
+    assert torch.equal(quantizer.untied(x, ties), fitting.untied(x, ties))
 
 
 def test_a_quantizer_called_outside_its_model_says_so() -> None:
@@ -123,10 +125,10 @@ def test_a_quantizer_called_outside_its_model_says_so() -> None:
 
 
 def quantized(
-    layer: nn.Conv2d | nn.Linear, site: ActivationQuantizer, scale: torch.Tensor, bits: int
+    layer: nn.Conv2d | nn.Linear, quantizer: ActivationQuantizer, scale: torch.Tensor, bits: int
 ) -> QuantizedLayer:
     kind = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
-    return kind(layer, layer.weight.detach(), WeightGrid.symmetric(scale, bits), site)  # type: ignore[arg-type]
+    return kind(layer, layer.weight.detach(), WeightGrid.symmetric(scale, bits), quantizer)  # type: ignore[arg-type]
 
 
 LAYERS = {
@@ -153,9 +155,9 @@ def test_a_quantized_layer_is_scale_times_the_layer_on_codes_plus_bias(
 ) -> None:
     torch.manual_seed(0)
     layer, shape, axis = make()  # type: ignore[operator]
-    x, site = torch.randn(shape), quantizer(axis=axis)
+    x, quantizer = torch.randn(shape), new_quantizer(axis=axis)
     scale = torch.rand(layer.weight.shape[0]) * 0.05 + 0.01
-    result = quantized(layer, site, scale, bits)(x).detach()
+    result = quantized(layer, quantizer, scale, bits)(x).detach()
     # In float64 on integer codes, with the scale applied after the product and the bias last, as
     # the deployed graph does it.
     integer = layer.double()
@@ -167,13 +169,13 @@ def test_a_quantized_layer_is_scale_times_the_layer_on_codes_plus_bias(
     codes = weight_codes(layer.weight.detach().float(), WeightGrid.symmetric(scale, bits)).double()
     integer.weight.data = codes * scale.double().view(-1, *[1] * (codes.dim() - 1))
     integer.bias = None
-    product = integer(site.codes(x).detach().double()).detach()
+    product = integer(quantizer.codes(x).detach().double()).detach()
     expected = product * per_sample(SCALE[[2, 0, 2, 1]].double(), product) + bias
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_layer_does_not_own_its_site() -> None:
-    layer = quantized(nn.Linear(6, 5), quantizer(), torch.ones(5), 4)
+def test_a_layer_does_not_own_its_quantizer() -> None:
+    layer = quantized(nn.Linear(6, 5), new_quantizer(), torch.ones(5), 4)
     assert set(layer.state_dict()) == {
         "weight",
         "bias",
@@ -186,7 +188,7 @@ def test_a_layer_does_not_own_its_site() -> None:
 
 def test_a_layer_copies_the_weights_it_was_made_from() -> None:
     linear = nn.Linear(6, 5)
-    layer = quantized(linear, quantizer(), torch.ones(5), 4)
+    layer = quantized(linear, new_quantizer(), torch.ones(5), 4)
     before = layer.weight.detach().clone()
     with torch.no_grad():
         linear.weight.zero_()
@@ -220,19 +222,26 @@ def buckets_of_kinds() -> BucketState:
 
 @pytest.mark.parametrize("name", KIND_SHAPES)
 def test_a_quantizer_of_every_kind_gives_exactly_its_sites_codes_and_values(name: str) -> None:
-    site, x = kinds_checkpoint(3).sites[name], values_of(name)
-    found = _quantizer(site, buckets_of_kinds())
+    quantizer, x = kinds_checkpoint(3).quantizers[name], values_of(name)
+    found = _quantizer(quantizer, buckets_of_kinds())
     assert isinstance(
-        found, ActivationQuantizer if isinstance(site, SiteData) else FreeActivationQuantizer
+        found,
+        ActivationQuantizer
+        if isinstance(quantizer, ActivationQuantizerData)
+        else PerChannelActivationQuantizer,
     )
-    expected = numpy_site(site, x.numpy(), KIND_BUCKET).astype(np.float32)
+    expected = numpy_quantizer(quantizer, x.numpy(), KIND_BUCKET).astype(np.float32)
     np.testing.assert_array_equal(found(x).detach().numpy(), expected)
     codes = found.codes(x).detach()
-    if isinstance(site, FreeSiteData):
-        np.testing.assert_array_equal(codes.numpy(), numpy_free_codes(site, x.numpy(), KIND_BUCKET))
+    if isinstance(quantizer, PerChannelQuantizerData):
+        np.testing.assert_array_equal(
+            codes.numpy(), numpy_per_channel_codes(quantizer, x.numpy(), KIND_BUCKET)
+        )
         return
     assert codes.dtype is torch.int8
-    scale, offset = (of_sample(table, KIND_BUCKET, x.dim()) for table in (site.scale, site.offset))
+    scale, offset = (
+        of_sample(table, KIND_BUCKET, x.dim()) for table in (quantizer.scale, quantizer.offset)
+    )
     np.testing.assert_array_equal((codes.numpy() - offset) * scale, expected)
 
 
@@ -243,44 +252,48 @@ def test_free_quantization_keeps_the_published_order_of_float32_operations_at_an
     rng = np.random.default_rng(seed)
     scale = rng.uniform(1e-4, 0.5, (3, 5)) * rng.choice([-1, 1], (3, 5))
     zero_point = np.rint(rng.uniform(-2, 2, (3, 5)) * 10.0**exponent)
-    site = FreeSiteData(
+    quantizer = PerChannelQuantizerData(
         "x", 8, 1, ("x",), scale.astype(np.float32), zero_point.astype(np.float32), 0, 255
     )
     # Half of a code apart, and so near -zero_point that the codes lie inside their range: ties,
     # which another order breaks otherwise.
     halves = rng.integers(0, 510, (4, 5, 6)) / 2
     x = (
-        (halves - site.zero_point[KIND_BUCKET][..., None]) * site.scale[KIND_BUCKET][..., None]
+        (halves - quantizer.zero_point[KIND_BUCKET][..., None])
+        * quantizer.scale[KIND_BUCKET][..., None]
     ).astype(np.float32)
-    found = _quantizer(site, buckets_of_kinds())(torch.from_numpy(x)).detach().numpy()
-    np.testing.assert_array_equal(found, numpy_site(site, x, KIND_BUCKET).astype(np.float32))
+    found = _quantizer(quantizer, buckets_of_kinds())(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_array_equal(
+        found, numpy_quantizer(quantizer, x, KIND_BUCKET).astype(np.float32)
+    )
 
 
 def test_unsigned_codes_run_from_0_to_255_and_their_zero_point_does_not_learn() -> None:
-    site = ActivationQuantizer(
+    quantizer = ActivationQuantizer(
         8, SCALE, torch.zeros(3), torch.ones(6), 1, buckets_of_kinds(), Symmetry.UNSIGNED
     )
-    _, low, high = site.tables()
+    _, low, high = quantizer.tables()
     assert (low == 0).all()
     assert (high == 255).all()
-    assert not site.zero_point.requires_grad
+    assert not quantizer.zero_point.requires_grad
 
 
 def test_a_free_symmetric_quantizer_keeps_its_zero_point_and_any_other_learns_it() -> None:
     quantizers = {
-        name: _quantizer(site, BucketState()) for name, site in kinds_checkpoint().sites.items()
+        name: _quantizer(quantizer, BucketState())
+        for name, quantizer in kinds_checkpoint().quantizers.items()
     }
     assert quantizers["free_conv"].learns_zero_point
     zero = np.zeros((2, 5), np.float32)
-    symmetric = FreeSiteData("x", 8, 1, ("x",), zero + 1, zero, -127, 127)
+    symmetric = PerChannelQuantizerData("x", 8, 1, ("x",), zero + 1, zero, -127, 127)
     assert not _quantizer(symmetric, BucketState()).zero_point.requires_grad
 
 
 def test_free_scales_and_zero_points_of_used_buckets_alone_receive_gradients() -> None:
-    site = kinds_checkpoint(3).sites["by_channel"]
+    quantizer = kinds_checkpoint(3).quantizers["by_channel"]
     buckets = BucketState()
     buckets.current = torch.tensor([0, 2])
-    found = _quantizer(site, buckets)
+    found = _quantizer(quantizer, buckets)
     found(
         torch.randn(2, 30, 5, generator=torch.Generator().manual_seed(0)) * 100
     ).square().sum().backward()
@@ -294,18 +307,18 @@ def test_a_quantized_product_multiplies_its_quantized_operands_and_a_float_one_a
     name: str,
 ) -> None:
     checkpoint, buckets = kinds_checkpoint(3), buckets_of_kinds()
-    first, second = checkpoint.products[name].sites
+    first, second = checkpoint.matmuls[name].sites
     operands = ("attn.q", "attn.k") if name == "attn.scores" else ("attn.softmax", "attn.v")
     a, b = (values_of(operand) for operand in operands)
     quantizers = tuple(
-        None if site is None else _quantizer(checkpoint.sites[site], buckets)
-        for site in (first, second)
+        None if quantizer is None else _quantizer(checkpoint.quantizers[quantizer], buckets)
+        for quantizer in (first, second)
     )
-    found = QuantizedProduct((quantizers[0], quantizers[1]))
+    found = QuantizedMatmul((quantizers[0], quantizers[1]))
     assert (
         relative_error(
             found(a, b).detach().numpy(),
-            numpy_product(checkpoint, name, a.numpy(), b.numpy(), KIND_BUCKET),
+            numpy_matmul(checkpoint, name, a.numpy(), b.numpy(), KIND_BUCKET),
         )
         < 1e-6
     )

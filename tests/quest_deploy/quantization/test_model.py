@@ -21,7 +21,7 @@ from quest_deploy.quantization.model import (
     _nearest_with_codes,
     build_float_model,
     conv_geometry,
-    fold_channel,
+    fold_smoothing_scale,
 )
 from tests.helpers import numpy_layer, refused, relative_error
 
@@ -96,9 +96,9 @@ def test_a_tensor_that_layers_read_in_turn_is_quantized_once_with_the_same_gradi
     )
     read: list[tuple[int, int]] = []
 
-    def counted(site: ActivationQuantizer, x: Tensor) -> Tensor:
-        read.append((id(site), id(x)))
-        return quantize(site, x)
+    def counted(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
+        read.append((id(quantizer), id(x)))
+        return quantize(quantizer, x)
 
     def run() -> tuple[Tensor, ...]:
         output = double(**in_double(small_inputs))
@@ -106,17 +106,21 @@ def test_a_tensor_that_layers_read_in_turn_is_quantized_once_with_the_same_gradi
 
     monkeypatch.setattr(ActivationQuantizer, "_quantized", counted)
     shared, once = run(), len(read)
-    monkeypatch.setattr(BucketState, "once", lambda state, site, x, quantize: quantize(x))
+    monkeypatch.setattr(BucketState, "once", lambda state, quantizer, x, quantize: quantize(x))
     for ours, theirs in zip(shared, run(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
     assert once < len(read) - once
 
 
-def test_a_site_that_is_called_alone_quantizes_each_time_anew(model: QuantizedModel) -> None:
-    site = next(s for s in model.site_quantizers().values() if isinstance(s, ActivationQuantizer))
-    x = torch.randn(2, *[len(site.channel) if axis == site.axis % 4 else 4 for axis in range(1, 4)])
+def test_a_quantizer_that_is_called_alone_quantizes_each_time_anew(model: QuantizedModel) -> None:
+    quantizer = next(
+        s for s in model.activation_quantizers().values() if isinstance(s, ActivationQuantizer)
+    )
+    x = torch.randn(
+        2, *[len(quantizer.channel) if axis == quantizer.axis % 4 else 4 for axis in range(1, 4)]
+    )
     with model.at_timesteps(torch.zeros(2)):
-        assert site(x) is not site(x)
+        assert quantizer(x) is not quantizer(x)
 
 
 @torch.no_grad()
@@ -177,10 +181,12 @@ def assert_same_quantization(found: Checkpoint, expected: Checkpoint) -> None:
         assert (found.layers[name].bias is None) == (layer.bias is None)
         if layer.bias is not None:
             np.testing.assert_array_equal(found.layers[name].bias, layer.bias, err_msg=name)
-    for name, site in expected.sites.items():
+    for name, quantizer in expected.quantizers.items():
         for table in ("scale", "low", "high", "channel"):
             np.testing.assert_array_equal(
-                getattr(found.sites[name], table), getattr(site, table), err_msg=f"{name}.{table}"
+                getattr(found.quantizers[name], table),
+                getattr(quantizer, table),
+                err_msg=f"{name}.{table}",
             )
     assert found.floats.keys() == expected.floats.keys()
     for key, value in expected.floats.items():
@@ -206,7 +212,7 @@ def test_over_the_teachers_unrounded_weights_the_checkpoint_comes_out_the_same(
     student = QuantizedModel.from_checkpoint(small_checkpoint, small_unet)
     assert_same_quantization(student.to_checkpoint({}), small_checkpoint)
     weight = student.quantized_layers()["conv_in"].weight.detach()
-    channel = torch.from_numpy(small_checkpoint.site_of("conv_in").channel)
+    channel = torch.from_numpy(small_checkpoint.quantizer_of("conv_in").channel)
     torch.testing.assert_close(
         weight, small_unet.get_parameter("conv_in.weight").detach() * channel.view(1, -1, 1, 1)
     )
@@ -278,7 +284,8 @@ def test_without_rounding_the_quantized_model_is_the_float_model(
 ) -> None:
     student = QuantizedModel.from_checkpoint(small_checkpoint, small_unet)
     for layer in student.quantized_layers().values():
-        # The layer without its quantizers: only the folded channel vector and its inverse are left.
+        # The layer without its quantizers: only the folded smoothing scale and its inverse are
+        # left.
         layer.forward = lambda x, m=layer: m.compute(
             x / per_channel(m.site.channel, x, m.site.axis), m.weight
         )  # type: ignore[method-assign, misc]
@@ -321,14 +328,22 @@ def test_a_layer_that_is_neither_conv_nor_linear_is_refused_by_name(
             small_checkpoint.layers["conv_in"], name="conv_norm_out"
         )
     }
-    site = dataclasses.replace(small_checkpoint.site_of("conv_in"), layers=("conv_norm_out",))
+    quantizer = dataclasses.replace(
+        small_checkpoint.quantizer_of("conv_in"), layers=("conv_norm_out",)
+    )
     floats = {
         k: v for k, v in small_checkpoint.floats.items() if not k.startswith("conv_norm_out.")
     }
     model = build_float_model(small_checkpoint.architecture)
     with refused("conv_norm_out", "Conv2d", "Linear"):
         QuantizedModel(
-            model, changed(small_checkpoint, layers=layers, sites={site.name: site}, floats=floats)
+            model,
+            changed(
+                small_checkpoint,
+                layers=layers,
+                quantizers={quantizer.name: quantizer},
+                floats=floats,
+            ),
         )
 
 
@@ -338,14 +353,16 @@ def test_a_layer_that_is_neither_conv_nor_linear_is_refused_by_name(
     outputs=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-def test_a_folded_channel_vector_undoes_itself_for_any_groups(
+def test_a_folded_smoothing_scale_undoes_itself_for_any_groups(
     groups: int, inputs: int, outputs: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, groups * inputs, 4, 4, generator=generator, dtype=torch.float64)
     weight = torch.randn(groups * outputs, inputs, 3, 3, generator=generator, dtype=torch.float64)
     channel = torch.rand(groups * inputs, generator=generator, dtype=torch.float64) + 0.5
-    folded = F.conv2d(x / channel.view(1, -1, 1, 1), fold_channel(weight, channel), groups=groups)
+    folded = F.conv2d(
+        x / channel.view(1, -1, 1, 1), fold_smoothing_scale(weight, channel), groups=groups
+    )
     torch.testing.assert_close(folded, F.conv2d(x, weight, groups=groups))
 
 

@@ -42,22 +42,26 @@ def plan() -> QuantizationPlan:
     return plan_quantization(Attention(), {"sample": torch.randn(2, 2, 6, 6)}, W4A4)
 
 
-def test_layers_and_sites_come_in_execution_order_and_unexecuted_layers_are_left_out(
+def test_layers_and_quantizers_come_in_execution_order_and_unexecuted_layers_are_left_out(
     plan: QuantizationPlan,
 ) -> None:
     assert [layer.name for layer in plan.layers] == ["conv", "q", "k", "v", "out"]
-    assert [site.name for site in plan.sites] == ["conv", "q", "out"]
+    assert [quantizer.name for quantizer in plan.quantizers] == ["conv", "q", "out"]
 
 
-def test_layers_that_read_equal_tensors_share_one_site_named_after_the_first(
+def test_layers_that_read_equal_tensors_share_one_quantizer_named_after_the_first(
     plan: QuantizationPlan,
 ) -> None:
-    assert [site.layers for site in plan.sites] == [("conv",), ("q", "k", "v"), ("out",)]
+    assert [quantizer.layers for quantizer in plan.quantizers] == [
+        ("conv",),
+        ("q", "k", "v"),
+        ("out",),
+    ]
 
 
 def test_the_first_and_the_last_layer_get_the_schemes_own_bits(plan: QuantizationPlan) -> None:
     assert [layer.weight_bits for layer in plan.layers] == [8, 4, 4, 4, 8]
-    assert [site.bits for site in plan.sites] == [8, 4, 8]
+    assert [quantizer.bits for quantizer in plan.quantizers] == [8, 4, 8]
 
 
 def test_the_first_layer_is_the_one_that_reads_the_sample_though_an_embedding_runs_before_it(
@@ -66,7 +70,9 @@ def test_the_first_layer_is_the_one_that_reads_the_sample_though_an_embedding_ru
     bits = {name: layer.weight_bits for name, layer in small_checkpoint.layers.items()}
     assert next(iter(bits)) == "time_embedding.linear_1"
     assert {name for name, width in bits.items() if width == 8} == {"conv_in", "conv_out"}
-    assert {name for name, site in small_checkpoint.sites.items() if site.bits == 8} == {
+    assert {
+        name for name, quantizer in small_checkpoint.quantizers.items() if quantizer.bits == 8
+    } == {
         "conv_in",
         "conv_out",
     }
@@ -75,14 +81,14 @@ def test_the_first_layer_is_the_one_that_reads_the_sample_though_an_embedding_ru
 def test_the_channel_axis_is_1_for_a_convolution_and_the_last_for_a_linear(
     plan: QuantizationPlan,
 ) -> None:
-    assert [site.axis for site in plan.sites] == [1, 2, 2]
+    assert [quantizer.axis for quantizer in plan.quantizers] == [1, 2, 2]
 
 
 def test_multiply_adds_are_those_of_one_sample(plan: QuantizationPlan) -> None:
     assert [layer.macs for layer in plan.layers] == [3 * 3 * 4 * 2 * 9, *[9 * 4 * 6] * 3, 9 * 6 * 3]
 
 
-def test_a_site_shared_with_an_8_bit_layer_has_8_bits() -> None:
+def test_a_quantizer_shared_with_an_8_bit_layer_has_8_bits() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -93,11 +99,16 @@ def test_a_site_shared_with_an_8_bit_layer_has_8_bits() -> None:
             return output
 
     plan = plan_quantization(Two(), {"sample": torch.randn(2, 4)}, W4A4)
-    assert [(site.layers, site.bits) for site in plan.sites] == [(("a", "b"), 8), (("c",), 8)]
+    assert [(quantizer.layers, quantizer.bits) for quantizer in plan.quantizers] == [
+        (("a", "b"), 8),
+        (("c",), 8),
+    ]
     assert [layer.weight_bits for layer in plan.layers] == [8, 4, 8]
 
 
-def test_layers_that_read_one_tensor_along_different_channel_axes_do_not_share_a_site() -> None:
+def test_layers_that_read_one_tensor_along_different_channel_axes_do_not_share_a_quantizer() -> (
+    None
+):
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -108,7 +119,10 @@ def test_layers_that_read_one_tensor_along_different_channel_axes_do_not_share_a
             return output
 
     plan = plan_quantization(Both(), {"sample": torch.randn(2, 4, 4, 4)}, W4A4)
-    assert [(site.layers, site.axis) for site in plan.sites] == [(("conv",), 1), (("linear",), 3)]
+    assert [(quantizer.layers, quantizer.axis) for quantizer in plan.quantizers] == [
+        (("conv",), 1),
+        (("linear",), 3),
+    ]
 
 
 def test_a_model_without_layers_is_refused() -> None:
@@ -136,18 +150,22 @@ def test_a_layer_that_runs_twice_is_refused_by_name_and_no_hook_stays() -> None:
     assert not model.again._forward_hooks
 
 
-def test_in_a_unet_attention_and_embedding_readers_share_and_every_layer_has_one_site(
+def test_in_a_unet_attention_and_embedding_readers_share_and_every_layer_has_one_quantizer(
     small_checkpoint: Checkpoint,
 ) -> None:
-    sites = small_checkpoint.sites.values()
-    assert sorted(name for site in sites for name in site.layers) == sorted(small_checkpoint.layers)
-    by_layers = {site.layers for site in sites}
+    quantizers = small_checkpoint.quantizers.values()
+    assert sorted(name for quantizer in quantizers for name in quantizer.layers) == sorted(
+        small_checkpoint.layers
+    )
+    by_layers = {quantizer.layers for quantizer in quantizers}
     names = list(small_checkpoint.layers)
     assert tuple(n for n in names if "attn2.to_k" in n or "attn2.to_v" in n) in by_layers
     assert tuple(n for n in names if n.endswith("time_emb_proj")) in by_layers
     for block in {n.removesuffix(".to_q") for n in names if n.endswith("attn1.to_q")}:
         assert tuple(f"{block}.{part}" for part in ("to_q", "to_k", "to_v")) in by_layers
-    shared = {name for site in sites if len(site.layers) > 1 for name in site.layers}
+    shared = {
+        name for quantizer in quantizers if len(quantizer.layers) > 1 for name in quantizer.layers
+    }
     assert all(
         any(part in name for part in ("attn1.", "attn2.", "time_emb_proj")) for name in shared
     )

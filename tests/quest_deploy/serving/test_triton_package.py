@@ -290,7 +290,7 @@ def rtx_for_tensorrt(asked: list[EngineOptions]) -> Backend:
 
 
 @pytest.mark.slow
-def test_where_there_is_a_plan_of_the_unet_the_other_models_plans_are_built_too_and_its_own_for_half_precision_ends(
+def test_where_there_is_a_plan_of_the_unet_the_other_models_plans_are_built_too_and_its_own_for_low_precision_ends(
     text_chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = tmp_path / "workspace"

@@ -1,4 +1,4 @@
-"""A text-to-image package with half-precision inputs and outputs and tight limits, on a real Triton
+"""A text-to-image package with low-precision inputs and outputs and tight limits, on a real Triton
 server.
 """
 
@@ -82,7 +82,7 @@ def draw(server: PackageServer, **request: Any) -> np.ndarray:
     [{"guidance": 7.5, "negative_prompt": "blue"}, {"guidance": 1.0, "height": 32}],
     ids=["guidance", "another size"],
 )
-def test_half_precision_ends_round_what_the_models_are_given_and_give_and_nothing_else(
+def test_low_precision_ends_round_what_the_models_are_given_and_give_and_nothing_else(
     server: PackageServer, choices: dict[str, Any]
 ) -> None:
     request = {"prompt": "a red cat", "steps": 3, "seed": 5, **choices}

@@ -27,7 +27,7 @@ from quest_deploy.verification.reference import (
     lowest_timestep,
     save_reference,
 )
-from tests.helpers import along, numpy_layer, of_sample, refused, relative_error, site_codes
+from tests.helpers import along, numpy_layer, of_sample, quantizer_codes, refused, relative_error
 from tests.quest_deploy.support import flip_byte, truncate
 
 if TYPE_CHECKING:
@@ -95,8 +95,10 @@ def test_codes_are_those_of_the_ops_specification(
     records: list[Record], mini_checkpoint: Checkpoint
 ) -> None:
     for record in records:
-        for name, site in mini_checkpoint.sites.items():
-            expected = site_codes(site, record.tensors[f"site.{name}.x"], record.tensors["bucket"])
+        for name, quantizer in mini_checkpoint.quantizers.items():
+            expected = quantizer_codes(
+                quantizer, record.tensors[f"site.{name}.x"], record.tensors["bucket"]
+            )
             np.testing.assert_array_equal(
                 record.tensors[f"site.{name}.codes"], expected, err_msg=name
             )
@@ -107,20 +109,21 @@ def test_layer_outputs_are_the_integer_layers_of_the_untied_activations(
 ) -> None:
     for record in records:
         for name in mini_checkpoint.layers:
-            site = mini_checkpoint.site_of(name)
+            quantizer = mini_checkpoint.quantizer_of(name)
             expected = numpy_layer(
-                mini_checkpoint, name, record.untied(site.name), record.tensors["bucket"]
+                mini_checkpoint, name, record.untied(quantizer.name), record.tensors["bucket"]
             )
             assert relative_error(record.tensors[f"layer.{name}.y"], expected) < 1e-5, name
 
 
-def test_rounding_before_each_site_and_the_output_is_what_last_bits_change(
+def test_rounding_before_each_quantizer_and_the_output_is_what_last_bits_change(
     records: list[Record], mini_checkpoint: Checkpoint
 ) -> None:
     last_bit = 2.0**-24
     for record in records:
         rounding = {
-            name: record.tensors[f"rounding.{name}"] for name in (*mini_checkpoint.sites, "output")
+            name: record.tensors[f"rounding.{name}"]
+            for name in (*mini_checkpoint.quantizers, "output")
         }
         phases = record.tensors["input.timestep"] * last_bit
         assert np.all(rounding.pop("time_embedding.linear_1") <= 20 * (phases + last_bit))
@@ -131,8 +134,8 @@ def test_rounding_before_each_site_and_the_output_is_what_last_bits_change(
         assert rounding["conv_in"].max() < 2 * last_bit
 
 
-def ratio(checkpoint: Checkpoint, site: str, x: np.ndarray, bucket: np.ndarray) -> np.ndarray:
-    entry = checkpoint.sites[site]
+def ratio(checkpoint: Checkpoint, quantizer: str, x: np.ndarray, bucket: np.ndarray) -> np.ndarray:
+    entry = checkpoint.quantizers[quantizer]
     return x / (of_sample(entry.scale, bucket, x.ndim) * along(entry.channel, entry.axis, x.ndim))
 
 
@@ -140,7 +143,7 @@ def test_untied_activations_are_far_from_every_tie_and_keep_the_others(
     records: list[Record], mini_checkpoint: Checkpoint
 ) -> None:
     for record in records:
-        for name in mini_checkpoint.sites:
+        for name in mini_checkpoint.quantizers:
             x, bucket = record.tensors[f"site.{name}.x"], record.tensors["bucket"]
             untied = record.untied(name)
             assert not is_tie(
@@ -157,7 +160,7 @@ def test_every_probe_goes_beyond_both_clip_bounds_of_its_bucket(
 ) -> None:
     missed = []
     for record in records:
-        for name, site in mini_checkpoint.sites.items():
+        for name, quantizer in mini_checkpoint.quantizers.items():
             reached = np.rint(
                 ratio(
                     mini_checkpoint,
@@ -168,8 +171,8 @@ def test_every_probe_goes_beyond_both_clip_bounds_of_its_bucket(
             )
             for row, bucket in list(enumerate(record.bucket.tolist()))[2:]:
                 if (
-                    reached[row].min() >= site.low[bucket]
-                    or reached[row].max() <= site.high[bucket]
+                    reached[row].min() >= quantizer.low[bucket]
+                    or reached[row].max() <= quantizer.high[bucket]
                 ):
                     missed.append((name, bucket))
     assert missed == []

@@ -43,7 +43,7 @@ def test_what_torch_says_is_upstream_is_what_the_graph_says(
     info = graph_info(graph)
     layers = {layer.output: layer.name for layer in info.layers.values()}
     (output,) = (str(value.name) for value in graph.graph.outputs)
-    ends = {name: site.input for name, site in info.sites.items()} | {OUTPUT: output}
+    ends = {name: quantizer.input for name, quantizer in info.quantizers.items()} | {OUTPUT: output}
     reads = upstream(graph, info, ends.values())
     assert found.upstream == {
         name: {layers[x] for x in reads[value] if x in layers} for name, value in ends.items()
@@ -74,20 +74,20 @@ def test_no_record_exceeds_its_size_and_the_records_take_turns(
     mini_checkpoint: Checkpoint, found: Structure, share: float
 ) -> None:
     everything = record_bytes(
-        mini_checkpoint, found, sample_of(mini_checkpoint, found, mini_checkpoint.sites)
+        mini_checkpoint, found, sample_of(mini_checkpoint, found, mini_checkpoint.quantizers)
     )
     samples = choose(mini_checkpoint, found, 10, int(share * everything))
     assert all(
         record_bytes(mini_checkpoint, found, sample) <= share * everything for sample in samples
     )
-    times = [sum(name in sample.sites for sample in samples) for name in mini_checkpoint.sites]
+    times = [sum(name in sample.sites for sample in samples) for name in mini_checkpoint.quantizers]
     assert 1 <= min(times) < max(times)
 
 
 def test_with_room_for_all_every_record_holds_all(
     mini_checkpoint: Checkpoint, found: Structure
 ) -> None:
-    everything = sample_of(mini_checkpoint, found, mini_checkpoint.sites)
+    everything = sample_of(mini_checkpoint, found, mini_checkpoint.quantizers)
     assert (
         choose(mini_checkpoint, found, 3, record_bytes(mini_checkpoint, found, everything))
         == [everything] * 3
@@ -117,7 +117,7 @@ def test_the_size_of_a_record_is_what_its_file_takes(
         assert record_bytes(mini_quantized.checkpoint, found, sample) == size
 
 
-def test_a_size_that_no_site_fits_is_an_input_error(
+def test_a_size_that_no_quantizer_fits_is_an_input_error(
     mini_quantized: QuantizedModel,
     mini_trajectories: Trajectories,
     tmp_path: Path,

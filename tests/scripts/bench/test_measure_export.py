@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from quest_deploy.artifacts.checkpoint import SiteData
+from quest_deploy.artifacts.checkpoint import ActivationQuantizerData
 from scripts.bench import measure_export as script
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ def test_each_of_more_buckets_has_the_tables_of_the_old_bucket_at_its_middle(
     old = [small_checkpoint.scheme.bucket_of(float(t)) for t in middles]
     assert len(set(old)) == 4
     assert [wider.scheme.bucket_of(float(t)) for t in middles] == list(range(buckets))
-    for name, site in small_checkpoint.sites.items():
-        found = wider.sites[name]
-        assert isinstance(site, SiteData)
+    for name, quantizer in small_checkpoint.quantizers.items():
+        found = wider.quantizers[name]
+        assert isinstance(quantizer, ActivationQuantizerData)
         for table in ("scale", "low", "high"):
             np.testing.assert_array_equal(
-                getattr(found, table), getattr(site, table)[old], err_msg=name
+                getattr(found, table), getattr(quantizer, table)[old], err_msg=name
             )
 
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from exporters.graph_info import SITES_KEY
+from exporters.graph_info import QUANTIZERS_KEY
 from exporters.torch_to_qdq import portable_graph
 from quest_deploy.artifacts.reference import TABLES, ReferenceIndex, load_reference
 from quest_deploy.backends.base import Runner, SplitRunner, build_engine
@@ -110,16 +110,16 @@ def test_an_engine_with_a_largest_batch_is_verified_with_all_timesteps_and_recor
 ) -> None:
     found = verify_engine(SmallBatches(), OPTIONS, mini_engines("onnxruntime"), mini_reference)
     assert found.passed
-    assert sum(site.codes for site in found.sites) == sum(
-        site.codes for site in faithful("onnxruntime").sites
+    assert sum(quantizer.codes for quantizer in found.sites) == sum(
+        quantizer.codes for quantizer in faithful("onnxruntime").sites
     )
 
 
-def swap_buckets(model: ir.Model, site: str, one: int, other: int) -> None:
+def swap_buckets(model: ir.Model, quantizer: str, one: int, other: int) -> None:
     for table in ("scale", "low", "high"):
-        values = initializer(model, f"{site}.{table}")
+        values = initializer(model, f"{quantizer}.{table}")
         values[[one, other]] = values[[other, one]]
-        set_initializer(model, f"{site}.{table}", values)
+        set_initializer(model, f"{quantizer}.{table}", values)
 
 
 def next_code(model: ir.Model, layer: str) -> None:
@@ -141,9 +141,9 @@ def wrong_layer(name: str) -> Callable[[Verification], bool]:
     )
 
 
-def wrong_site(name: str) -> Callable[[Verification], bool]:
+def wrong_quantizer(name: str) -> Callable[[Verification], bool]:
     return lambda verification: any(
-        problem.startswith(f"site {name}:") for problem in verification.problems
+        problem.startswith(f"quantizer {name}:") for problem in verification.problems
     )
 
 
@@ -179,19 +179,19 @@ CHANGES: dict[str, tuple[Callable[[ir.Model], Any], Callable[[Verification], boo
     ),
     "one lower clip bound by one": (
         lambda m: change(m, f"{ATTENTION}.ff.net.0.proj.low", 2, by=-1),
-        wrong_site(f"{ATTENTION}.ff.net.0.proj"),
+        wrong_quantizer(f"{ATTENTION}.ff.net.0.proj"),
     ),
     "one upper clip bound by one": (
         lambda m: change(m, f"{ATTENTION}.attn1.to_q.high", 0, by=-1),
-        wrong_site(f"{ATTENTION}.attn1.to_q"),
+        wrong_quantizer(f"{ATTENTION}.attn1.to_q"),
     ),
     "one channel-vector entry by 1%": (
         lambda m: change(m, f"{FIRST}.conv1.channel", 4, factor=1.01),
-        wrong_site(f"{FIRST}.conv1"),
+        wrong_quantizer(f"{FIRST}.conv1"),
     ),
     "two buckets swapped in one site": (
         lambda m: swap_buckets(m, f"{FIRST}.conv2", 0, 2),
-        wrong_site(f"{FIRST}.conv2"),
+        wrong_quantizer(f"{FIRST}.conv2"),
     ),
 }
 """Each in a layer of its own, so that its mark can be told apart where one engine carries all of
@@ -208,11 +208,11 @@ def test_a_faithful_engine_passes(faithful: Callable[[str], Verification], backe
     assert verification.passed
     assert [b.bucket for b in verification.buckets] == [0, 1, 2]
     assert (len(verification.layers), len(verification.sites)) == (27, 22)
-    assert sum(site.codes for site in verification.sites) > 10_000
-    assert all(site.unexplained == 0 for site in verification.sites)
+    assert sum(quantizer.codes for quantizer in verification.sites) > 10_000
+    assert all(quantizer.unexplained == 0 for quantizer in verification.sites)
     assert max(layer.error for layer in verification.layers) < LAYER_TOLERANCE
     assert {segment.segment for segment in verification.segments} == {
-        site.site for site in verification.sites
+        quantizer.site for quantizer in verification.sites
     } | {"output"}
     assert max(segment.tolerance for segment in verification.segments) < 0.01
 
@@ -305,16 +305,16 @@ BETWEEN: dict[str, tuple[Callable[[ir.Model], Any], str]] = {
         f"{ATTENTION}.ff.net.2",
     ),
 }
-"""Changes of the float part between layers, and the site before which each is first seen."""
+"""Changes of the float part between layers, and the quantizer before which each is first seen."""
 
 
 @pytest.mark.parametrize(
     "value", [f"{ATTENTION}.attn1.to_q.input", f"{ATTENTION}.attn1.to_out.0.output"]
 )
-def test_a_site_that_reads_another_tensor_fails_even_if_the_graph_says_so(
+def test_a_quantizer_that_reads_another_tensor_fails_even_if_the_graph_says_so(
     verify_changed: Verify, value: str
 ) -> None:
-    site = f"{ATTENTION}.attn2.to_q"
+    quantizer = f"{ATTENTION}.attn2.to_q"
 
     def rewire(model: ir.Model) -> None:
         wrong = next(
@@ -323,15 +323,15 @@ def test_a_site_that_reads_another_tensor_fails_even_if_the_graph_says_so(
             for x in (*node.inputs, *node.outputs)
             if x is not None and x.name == value
         )
-        node_of(model, f"{site}.codes").replace_input_with(0, wrong)
-        sites = json.loads(model.metadata_props[SITES_KEY])
-        for entry in (entry for entry in sites if entry["name"] == site):
+        node_of(model, f"{quantizer}.codes").replace_input_with(0, wrong)
+        quantizers = json.loads(model.metadata_props[QUANTIZERS_KEY])
+        for entry in (entry for entry in quantizers if entry["name"] == quantizer):
             entry["input"] = value
-        model.metadata_props[SITES_KEY] = json.dumps(sites)
+        model.metadata_props[QUANTIZERS_KEY] = json.dumps(quantizers)
 
     verification = verify_changed("onnxruntime", rewire)
     between = [x for x in places(verification.problems) if x[0] == "segment"]
-    assert between == [("segment", site)]
+    assert between == [("segment", quantizer)]
 
 
 @pytest.mark.parametrize("backend", SLOW_ON_OPENVINO)
@@ -342,7 +342,7 @@ def test_a_change_between_layers_fails_and_is_placed(
     edit, place = BETWEEN[changed]
     verification = verify_changed(backend, edit)
     found = places(verification.problems)
-    assert not [x for x in found if x[0] in ("site", "layer")]
+    assert not [x for x in found if x[0] in ("quantizer", "layer")]
     assert [x for x in found if x[0] == "segment"][:1] == [("segment", place)]
 
 
@@ -359,8 +359,8 @@ def sampled(
     mini_trajectories: Trajectories,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A reference of the six-bucket model whose three records hold a part of the sites each, and
-    the widest layer's in none.
+    """A reference of the six-bucket model whose three records hold a part of the quantizers each,
+    and the widest layer's in none.
     """
 
     folder = tmp_path_factory.mktemp("sampled")
@@ -395,11 +395,11 @@ def verify_sampled(
 
 
 def in_records(sampled: Path) -> dict[str, set[int]]:
-    """The buckets in which each site of the sample is recorded."""
+    """The buckets in which each quantizer of the sample is recorded."""
     buckets: dict[str, set[int]] = {}
     for record in load_reference(sampled)[0]:
-        for site in record.entry.sites:
-            buckets.setdefault(site, set()).update(record.entry.buckets)
+        for quantizer in record.entry.sites:
+            buckets.setdefault(quantizer, set()).update(record.entry.buckets)
     return buckets
 
 
@@ -408,10 +408,10 @@ def test_what_a_sample_holds_is_checked_and_no_more_is_claimed(
 ) -> None:
     found, held = verify_sampled(), in_records(sampled)
     assert found.problems == []
-    assert 0 < len(held) < len(mini_checkpoint.sites)
-    assert {site.site for site in found.sites} == set(held)
+    assert 0 < len(held) < len(mini_checkpoint.quantizers)
+    assert {quantizer.site for quantizer in found.sites} == set(held)
     assert {layer.layer for layer in found.layers} == {
-        layer for site in held for layer in mini_checkpoint.sites[site].layers
+        layer for quantizer in held for layer in mini_checkpoint.quantizers[quantizer].layers
     }
     assert {segment.segment for segment in found.segments} == {*held, "output"}
     coverage = found.coverage
@@ -423,7 +423,7 @@ def test_what_a_sample_holds_is_checked_and_no_more_is_claimed(
     )
     assert coverage.layers == len(found.layers)
     assert (coverage.fewest_buckets, coverage.most_buckets) == (2, 6)
-    assert set(coverage.unchecked) == set(mini_checkpoint.sites) - set(held)
+    assert set(coverage.unchecked) == set(mini_checkpoint.quantizers) - set(held)
     assert_holds(
         descriptions.verification(found.to_json()),
         f"{len(held)} of 22",
@@ -434,33 +434,35 @@ def test_what_a_sample_holds_is_checked_and_no_more_is_claimed(
     assert sum(b.codes for b in found.buckets) == sum(s.codes for s in found.sites)
 
 
-def test_a_scale_changed_by_a_thousandth_is_found_in_exactly_the_buckets_in_which_a_sample_holds_its_site(
+def test_a_scale_changed_by_a_thousandth_is_found_in_exactly_the_buckets_in_which_a_sample_holds_its_quantizer(
     verify_sampled: Callable[..., Verification], sampled: Path, mini_checkpoint: Checkpoint
 ) -> None:
     held = in_records(sampled)
-    found = verify_sampled(lambda m: [change(m, f"{site}.scale", 4, factor=1.001) for site in held])
+    found = verify_sampled(
+        lambda m: [change(m, f"{quantizer}.scale", 4, factor=1.001) for quantizer in held]
+    )
     wrong = {x.layer: x.bucket for x in found.layers if not x.error <= LAYER_TOLERANCE}
     assert set(wrong) == {
         layer
-        for site, buckets in held.items()
+        for quantizer, buckets in held.items()
         if 4 in buckets
-        for layer in mini_checkpoint.sites[site].layers
+        for layer in mini_checkpoint.quantizers[quantizer].layers
     }
     assert set(wrong.values()) == {4}
 
 
-def test_a_sampled_site_that_reads_a_layer_of_which_the_reference_has_nothing_fails_and_is_told(
+def test_a_sampled_quantizer_that_reads_a_layer_of_which_the_reference_has_nothing_fails_and_is_told(
     verify_sampled: Callable[..., Verification], sampled: Path, mini_checkpoint: Checkpoint
 ) -> None:
     record, order = load_reference(sampled)[0][-1], list(mini_checkpoint.layers)
-    site = max(record.entry.sites, key=order.index)
+    quantizer = max(record.entry.sites, key=order.index)
     layer = next(
-        name for name in order[: order.index(site)] if f"layer.{name}.y" not in record.tensors
+        name for name in order[: order.index(quantizer)] if f"layer.{name}.y" not in record.tensors
     )
 
     def add(model: ir.Model) -> None:
-        """Add the mean of the layer's output to what the site reads."""
-        codes = node_of(model, f"{site}.codes")
+        """Add the mean of the layer's output to what the quantizer reads."""
+        codes = node_of(model, f"{quantizer}.codes")
         mean = ir.node(
             "ReduceMean", [node_of(model, f"{layer}.output").outputs[0]], {"keepdims": 0}
         )
@@ -474,13 +476,13 @@ def test_a_sampled_site_that_reads_a_layer_of_which_the_reference_has_nothing_fa
         )
         model.graph.insert_before(codes, [mean, total])
         codes.replace_input_with(0, total.outputs[0])
-        sites = json.loads(model.metadata_props[SITES_KEY])
-        for entry in (entry for entry in sites if entry["name"] == site):
+        quantizers = json.loads(model.metadata_props[QUANTIZERS_KEY])
+        for entry in (entry for entry in quantizers if entry["name"] == quantizer):
             entry["input"] = "changed"
-        model.metadata_props[SITES_KEY] = json.dumps(sites)
+        model.metadata_props[QUANTIZERS_KEY] = json.dumps(quantizers)
 
     (problem,) = [x for x in verify_sampled(add).problems if x.startswith("segment")]
-    assert places([problem]) == [("segment", site)]
+    assert places([problem]) == [("segment", quantizer)]
     assert_holds(problem, f"{layer}.output")
 
 
@@ -493,8 +495,8 @@ def test_real_activations_on_ties_are_no_problem_for_segments(
     backend: str,
 ) -> None:
 
-    site = mini_quantized.site_quantizers()["conv_in"]
-    step = site.step(mini_trajectories.sample[0], mini_quantized.edges.new_zeros(4).long())
+    quantizer = mini_quantized.activation_quantizers()["conv_in"]
+    step = quantizer.step(mini_trajectories.sample[0], mini_quantized.edges.new_zeros(4).long())
     on_ties = dataclasses.replace(
         mini_trajectories, sample=((mini_trajectories.sample / step).floor() + 0.5) * step
     )
@@ -570,26 +572,30 @@ def test_an_output_that_is_not_a_number_fails_and_its_report_is_valid_json(
     assert strict_json(json.dumps(verification.to_json()))["passed"] is False
 
 
-def test_a_scale_changed_by_a_thousandth_is_found_in_any_site(
+def test_a_scale_changed_by_a_thousandth_is_found_in_any_quantizer(
     verify_changed: Verify, mini_checkpoint: Checkpoint
 ) -> None:
-    sites = mini_checkpoint.sites
+    quantizers = mini_checkpoint.quantizers
     verification = verify_changed(
-        "onnxruntime", lambda m: [change(m, f"{site}.scale", 1, factor=1.001) for site in sites]
+        "onnxruntime",
+        lambda m: [change(m, f"{quantizer}.scale", 1, factor=1.001) for quantizer in quantizers],
     )
     assert {x.layer for x in verification.layers if not x.error <= LAYER_TOLERANCE} == set(
         mini_checkpoint.layers
     )
 
 
-def test_a_channel_vector_entry_changed_by_a_hundredth_is_found_in_any_site(
+def test_a_smoothing_scale_entry_changed_by_a_hundredth_is_found_in_any_quantizer(
     verify_changed: Verify, mini_checkpoint: Checkpoint
 ) -> None:
-    sites = list(mini_checkpoint.sites)
+    quantizers = list(mini_checkpoint.quantizers)
     verification = verify_changed(
-        "onnxruntime", lambda m: [change(m, f"{site}.channel", 0, factor=1.01) for site in sites]
+        "onnxruntime",
+        lambda m: [change(m, f"{quantizer}.channel", 0, factor=1.01) for quantizer in quantizers],
     )
-    assert [site for site in sites if not wrong_site(site)(verification)] == []
+    assert [
+        quantizer for quantizer in quantizers if not wrong_quantizer(quantizer)(verification)
+    ] == []
 
 
 def test_a_changed_weight_code_is_found_in_any_layer(
@@ -604,19 +610,22 @@ def test_a_changed_weight_code_is_found_in_any_layer(
 
 
 @pytest.mark.parametrize(("bound", "by"), [("low", -1), ("low", 1), ("high", -1), ("high", 1)])
-def test_a_changed_clip_bound_is_found_in_any_site(
+def test_a_changed_clip_bound_is_found_in_any_quantizer(
     verify_changed: Verify, mini_checkpoint: Checkpoint, bound: str, by: int
 ) -> None:
     # 127 + 1 is no int8 code: the 8-bit bounds are narrowed only.
-    sites = [
+    quantizers = [
         name
-        for name, site in mini_checkpoint.sites.items()
-        if site.bits == 4 or (bound, by) in (("low", 1), ("high", -1))
+        for name, quantizer in mini_checkpoint.quantizers.items()
+        if quantizer.bits == 4 or (bound, by) in (("low", 1), ("high", -1))
     ]
     verification = verify_changed(
-        "onnxruntime", lambda m: [change(m, f"{site}.{bound}", 1, by=by) for site in sites]
+        "onnxruntime",
+        lambda m: [change(m, f"{quantizer}.{bound}", 1, by=by) for quantizer in quantizers],
     )
-    assert [site for site in sites if not wrong_site(site)(verification)] == []
+    assert [
+        quantizer for quantizer in quantizers if not wrong_quantizer(quantizer)(verification)
+    ] == []
 
 
 @pytest.mark.parametrize("sample", [0, 1])
@@ -647,7 +656,7 @@ def test_the_whole_model_may_differ_by_at_least_as_much_as_one_layer(
     assert verification.end_to_end_tolerance >= LAYER_TOLERANCE
 
 
-def test_progress_counts_every_site_and_layer_and_all_segments(
+def test_progress_counts_every_quantizer_and_layer_and_all_segments(
     mini_engines: Callable[[str], Path], mini_reference: Path
 ) -> None:
     calls: list[tuple[str, int, int]] = []
@@ -689,8 +698,8 @@ def test_verifying_an_engine_needs_no_torch(
 ) -> None:
     program = (
         "import sys; from pathlib import Path\n"
-        "from quest_deploy.backends.registry import get_backend; from quest_deploy.backends.options "
-        "import EngineOptions\n"
+        "from quest_deploy.backends.registry import get_backend; from "
+        "quest_deploy.backends.options import EngineOptions\n"
         "from quest_deploy.verification.checks import verify_engine\n"
         "print([name for name in ('torch', 'diffusers') if name in sys.modules])\n"
         "sys.modules['torch'] = None\n"  # polygraphy imports it where it is installed

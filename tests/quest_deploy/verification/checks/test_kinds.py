@@ -1,4 +1,4 @@
-"""Every kind of quantized layer, product and site, from checkpoint through graph and engine,
+"""Every kind of quantized layer, product and quantizer, from checkpoint through graph and engine,
 against the fake-quantized model.
 """
 
@@ -21,9 +21,9 @@ from exporters.lowering import tensorrt as lower_tensorrt
 from exporters.passes.remove_quantization import RemoveQuantization
 from exporters.torch_to_qdq import portable_graph
 from quest_deploy.artifacts.checkpoint import (
+    ActivationQuantizerData,
     Checkpoint,
     LayerData,
-    SiteData,
     load_checkpoint,
     save_checkpoint,
 )
@@ -56,7 +56,7 @@ def asymmetric(checkpoint: Checkpoint) -> Checkpoint:
         codes = np.clip(codes, 0, 2**data.weight_bits - 1).astype(np.uint8)
         return dataclasses.replace(data, weight_codes=codes, weight_zero_point=zero_point)
 
-    def site(data: Any) -> Any:
+    def quantizer(data: Any) -> Any:
         if data.symmetry is not Symmetry.SYMMETRIC:
             return data
         zero_point = np.arange(len(data.scale), dtype=np.float32) + 100
@@ -68,7 +68,7 @@ def asymmetric(checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(
         checkpoint,
         layers=layers,
-        sites={name: site(data) for name, data in checkpoint.sites.items()},
+        quantizers={name: quantizer(data) for name, data in checkpoint.quantizers.items()},
     )
 
 
@@ -86,7 +86,7 @@ KINDS: dict[str, tuple[Scheme, Callable[[Checkpoint], Checkpoint]]] = {
         Scheme.parse(
             "w4a4",
             buckets=3,
-            granularity=Granularity.FREE_CHANNEL,
+            granularity=Granularity.PER_CHANNEL,
             attention_bits=8,
             softmax_bits=8,
         ),
@@ -159,12 +159,12 @@ def test_an_engine_of_every_kind_computes_what_the_fake_quantized_model_does(
     assert found.problems == []
     assert {layer.layer for layer in found.layers} == {
         *case.checkpoint.layers,
-        *case.checkpoint.products,
+        *case.checkpoint.matmuls,
     }
-    assert {site.site for site in found.sites} == set(case.checkpoint.sites)
-    assert all(site.codes for site in found.sites)
+    assert {quantizer.site for quantizer in found.sites} == set(case.checkpoint.quantizers)
+    assert all(quantizer.codes for quantizer in found.sites)
     assert {segment.segment for segment in found.segments} >= {
-        s for s in case.checkpoint.sites if "transformer_blocks" in s
+        s for s in case.checkpoint.quantizers if "transformer_blocks" in s
     }
 
 
@@ -183,7 +183,7 @@ def test_an_engine_is_verified_on_samples_of_another_size_than_it_was_calibrated
     (tmp_path / "engine").mkdir()
     found = verified(case._replace(reference=folder), "openvino", tmp_path / "engine")
     assert found.problems == []
-    assert all(site.codes for site in found.sites)
+    assert all(quantizer.codes for quantizer in found.sites)
 
 
 @pytest.mark.parametrize("kind", ["attention at 8 bits", "softmax alone", "free channels"])
@@ -203,14 +203,14 @@ def test_another_softmax_is_placed_before_its_own_quantizer(
 
 def wrong(found: Verification, name: str) -> bool:
     return any(
-        name in problem and problem.startswith(("site", "layer")) for problem in found.problems
+        name in problem and problem.startswith(("quantizer", "layer")) for problem in found.problems
     )
 
 
 def swap_tables(model: ir.Model, one: str, other: str) -> None:
-    """Give each of two sites the other's scales and bounds."""
+    """Give each of two quantizers the other's scales and bounds."""
     for table in ("scale", "low", "high", "offset"):
-        first, second = (initializer(model, f"{site}.{table}") for site in (one, other))
+        first, second = (initializer(model, f"{quantizer}.{table}") for quantizer in (one, other))
         set_initializer(model, f"{one}.{table}", second)
         set_initializer(model, f"{other}.{table}", first)
 
@@ -241,7 +241,7 @@ CHANGES: dict[str, tuple[str, Callable[[ir.Model], Any], str]] = {
         lambda m: swap_tables(m, f"{ATTENTION}.softmax", f"{ATTENTION}.v"),
         f"{ATTENTION}.mix",
     ),
-    "a free scale by 0.1%": (
+    "a per-channel scale by 0.1%": (
         "free channels",
         lambda m: change(m, "conv_in.scale", 3, factor=1.001),
         "conv_in",
@@ -324,14 +324,14 @@ def test_a_frozen_bucket_computes_what_all_buckets_do_for_its_timesteps(
     np.testing.assert_allclose(frozen, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-def test_the_graph_says_which_sites_compute_in_float(cases: Callable[[str], Case]) -> None:
+def test_the_graph_says_which_quantizers_compute_in_float(cases: Callable[[str], Case]) -> None:
     info = graph_info(ir.from_proto(cases("free channels").proto))
-    sites = cases("free channels").checkpoint.sites
-    assert {name for name, site in info.sites.items() if not site.integer} == {
-        n for n, s in sites.items() if not isinstance(s, SiteData)
+    quantizers = cases("free channels").checkpoint.quantizers
+    assert {name for name, quantizer in info.quantizers.items() if not quantizer.integer} == {
+        n for n, s in quantizers.items() if not isinstance(s, ActivationQuantizerData)
     }
-    assert {name for name, site in info.sites.items() if site.integer} == {
+    assert {name for name, quantizer in info.quantizers.items() if quantizer.integer} == {
         f"{product.rpartition('.')[0]}.{operand}"
-        for product in info.products
+        for product in info.matmuls
         for operand in (("q", "k") if product.endswith("scores") else ("softmax", "v"))
     }

@@ -49,12 +49,12 @@ moves, the last step's loss.
 
 
 def scale_of(checkpoint: Checkpoint) -> float:
-    """The geometric mean of all activation scales and channel vectors."""
+    """The geometric mean of all activation scales and smoothing scales."""
     values = [
-        getattr(site, name).ravel()
-        for site in checkpoint.sites.values()
+        getattr(quantizer, name).ravel()
+        for quantizer in checkpoint.quantizers.values()
         for name in ("scale", "channel")
-        if hasattr(site, name)
+        if hasattr(quantizer, name)
     ]
     return float(np.exp(np.log(np.concatenate(values)).mean()))
 
@@ -92,7 +92,7 @@ def test_what_methods_make_changes_only_with_the_revision(
         "minmax": scale_of(calibrated(RangeMethod.MINMAX)),
         "l2.4": scale_of(calibrated(RangeMethod.L24)),
         "mse": scale_of(start),
-        "mse, free": scale_of(calibrated(RangeMethod.MSE, Granularity.FREE_CHANNEL)),
+        "mse, free": scale_of(calibrated(RangeMethod.MSE, Granularity.PER_CHANNEL)),
         "reconstruction": scale_of(learned),
         "finetuning": scale_of(tuned),
         "finetuning, loss": steps[-1].loss,

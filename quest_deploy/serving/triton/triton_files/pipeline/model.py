@@ -146,7 +146,7 @@ class TritonPythonModel:
             )
 
     async def _infer(self, model: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run another model of the repository; half-precision models take and give it."""
+        """Run another model of the repository; low-precision models take and give it."""
         names, kinds = self._signature(model)
         given = [
             pb_utils.Tensor(name, np.ascontiguousarray(value, kinds[name]))

@@ -76,7 +76,7 @@ class TritonPythonModel:
         ]
 
     def _cast(self, name: str, value: np.ndarray) -> np.ndarray:
-        """The value in the graph's own type and rank: a configuration may say half precision, and
+        """The value in the graph's own type and rank: a configuration may say low precision, and
         [B, 1] for [B].
         """
         kind, rank = self._inputs[name]

@@ -10,7 +10,7 @@ from onnx_ir.passes import common
 
 from exporters.editor import array_of
 from exporters.passes.balance_scales import BalanceScales
-from exporters.passes.to_half import ToHalf
+from exporters.passes.to_low_precision import ToLowPrecision
 from tests.helpers import (
     float32,
     graph_from_text,
@@ -47,7 +47,7 @@ def halved(text: str, dtype: ir.DataType = FP16, **initializers: Array) -> ir.Mo
         model.graph.opset_imports.pop(domain)
 
     common.ShapeInferencePass()(model)
-    ToHalf(dtype)(model)
+    ToLowPrecision(dtype)(model)
     onnx.checker.check_model(proto_of(model), full_check=True)
     return model
 
@@ -97,7 +97,7 @@ def test_sums_of_codes_beyond_the_largest_number_of_fp16_stay_finite_and_right(
     model, feeds = integer_linear(800, 1e-4)
     expected = run(model, feeds)[0]
     BalanceScales()(model)
-    ToHalf(FP16)(model)
+    ToLowPrecision(FP16)(model)
     assert types(model)["product"] is FP16
     (found,) = evaluate(model, feeds)
     assert np.isfinite(found).all()
@@ -108,7 +108,7 @@ def test_without_balanced_scales_they_overflow() -> None:
     model, feeds = integer_linear(800, 1e-4)
     expected = run(model, feeds)[0]
     assert np.isfinite(expected).all()
-    ToHalf(FP16)(model)
+    ToLowPrecision(FP16)(model)
     assert np.isinf(run_reference(model, feeds)[0]).all()
 
 
@@ -190,7 +190,7 @@ def test_case_3_a_product_of_integers_that_is_only_scaled_before_a_softmax_is_fp
     assert found["f"] is FP16  # float attention: its operands are scaled before
 
 
-def test_case_4_zero_points_of_free_sites_beyond_fp16_change_nothing() -> None:
+def test_case_4_zero_points_of_per_channel_quantizers_beyond_fp16_change_nothing() -> None:
     text = """
     g (float[b,4] x0) => (float[b,4] y) {
       x = MatMul(x0, w)
@@ -225,7 +225,7 @@ def test_case_5_the_scales_of_a_resize_stay_fp32() -> None:
 def test_a_table_is_gathered_in_the_type_that_its_readers_want_and_no_row_is_cast(
     hand_model: ir.Model,
 ) -> None:
-    ToHalf(FP16)(hand_model)
+    ToLowPrecision(FP16)(hand_model)
     factors = [node for node in hand_model.graph if node.op_type == "Mul"]
     assert factors
     for node in factors:
@@ -236,7 +236,7 @@ def test_a_table_is_gathered_in_the_type_that_its_readers_want_and_no_row_is_cas
 def test_a_weights_scale_that_fp16_would_round_to_zero_stays_positive(hand_model: ir.Model) -> None:
     scale = hand_model.graph.initializers["to_q.weight_scale"]
     scale.const_value = ir.tensor(np.full(7, 1e-12, np.float32), name=scale.name)
-    ToHalf(FP16)(hand_model)
+    ToLowPrecision(FP16)(hand_model)
     assert (array_of(hand_model.graph.initializers["to_q.weight_scale_float16"]) > 0).all()
 
 
@@ -245,7 +245,7 @@ def test_the_graph_is_valid_and_every_value_has_the_type_that_its_operator_gives
     hand_model: ir.Model, dtype: ir.DataType
 ) -> None:
     BalanceScales()(hand_model)
-    ToHalf(dtype)(hand_model)
+    ToLowPrecision(dtype)(hand_model)
     proto = proto_of(hand_model)
     onnx.checker.check_model(proto, full_check=True)
     # What shape inference finds for itself is what is written in the graph.
@@ -266,7 +266,7 @@ def test_every_kind_of_layer_and_product_computes_the_same_within_the_rounding_o
     expected = dict(zip(names, run(kinds_graph(kinds_checkpoint()), feeds), strict=True))
     model = lowering_begins_with(kinds_graph(kinds_checkpoint()))
     BalanceScales()(model)
-    ToHalf(FP16)(model)
+    ToLowPrecision(FP16)(model)
     assert [value.name for value in model.graph.outputs] == names
     found = dict(zip(names, run(model, feeds), strict=True))
     for name in names:
@@ -280,7 +280,7 @@ def test_the_hand_made_graph_computes_the_same_within_the_rounding_of_bf16(
     feeds = hand_feeds([999.0, 0.0, 500.0])
     expected = run(hand_model, feeds)
     BalanceScales()(hand_model)
-    ToHalf(BF16)(hand_model)
+    ToLowPrecision(BF16)(hand_model)
     _, first, second = run_reference(hand_model, feeds)
     assert relative_error(first, expected[1]) < 6 * UNIT[BF16]
     assert relative_error(second, expected[2]) < 6 * UNIT[BF16]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
 
-class HalfIO(ir.passes.InPlacePass):
+class LowPrecisionIO(ir.passes.InPlacePass):
     """See the module's docstring.
 
     Args:

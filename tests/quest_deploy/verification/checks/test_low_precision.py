@@ -35,7 +35,7 @@ Verify = "Callable[..., Verification]"
 
 
 @pytest.fixture(scope="module")
-def verify_half(
+def verify_low_precision(
     mini_proto: onnx.ModelProto, mini_reference: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Verify:
     """Change the portable graph, make it FP16, build an engine of it, and verify that against the
@@ -55,12 +55,12 @@ def verify_half(
 
 
 def test_a_faithful_fp16_engine_passes_at_what_fp16_allows(
-    verify_half: Verify, mini_reference: Path, mini_checkpoint: Checkpoint
+    verify_low_precision: Verify, mini_reference: Path, mini_checkpoint: Checkpoint
 ) -> None:
-    found = verify_half()
+    found = verify_low_precision()
     assert found.problems == []
-    assert sum(site.codes for site in found.sites) > 10_000
-    assert all(site.unexplained == 0 for site in found.sites)
+    assert sum(quantizer.codes for quantizer in found.sites) > 10_000
+    assert all(quantizer.unexplained == 0 for quantizer in found.sites)
     assert {layer.layer for layer in found.layers} == set(mini_checkpoint.layers)
     errors = [layer.error for layer in found.layers]
     assert max(errors) > LAYER_TOLERANCE  # it is no FP32 engine
@@ -70,19 +70,22 @@ def test_a_faithful_fp16_engine_passes_at_what_fp16_allows(
     assert found.end_to_end_tolerance == max(layer_tolerance("fp16"), SENSITIVITY_FACTOR * largest)
 
 
-def test_the_timestep_path_is_held_to_fp32(verify_half: Verify) -> None:
-    found = {segment.segment: segment.tolerance for segment in verify_half().segments}
+def test_the_timestep_path_is_held_to_fp32(verify_low_precision: Verify) -> None:
+    found = {segment.segment: segment.tolerance for segment in verify_low_precision().segments}
     assert found["time_embedding.linear_1"] < 1e-3 < found[f"{RESNET}.conv2"]
 
 
-def test_a_scale_wrong_by_a_hundredth_is_found_in_any_site_in_fp16(
-    verify_half: Verify, mini_checkpoint: Checkpoint
+def test_a_scale_wrong_by_a_hundredth_is_found_in_any_quantizer_in_fp16(
+    verify_low_precision: Verify, mini_checkpoint: Checkpoint
 ) -> None:
-    found = verify_half(
-        lambda m: [change(m, f"{site}.scale", 1, factor=1.01) for site in mini_checkpoint.sites]
+    found = verify_low_precision(
+        lambda m: [
+            change(m, f"{quantizer}.scale", 1, factor=1.01)
+            for quantizer in mini_checkpoint.quantizers
+        ]
     )
     assert {x.layer for x in found.layers if x.error > x.tolerance} == set(mini_checkpoint.layers)
-    assert {x.site for x in found.sites if x.unexplained} == set(mini_checkpoint.sites)
+    assert {x.site for x in found.sites if x.unexplained} == set(mini_checkpoint.quantizers)
 
 
 @pytest.mark.parametrize(
@@ -96,19 +99,25 @@ def test_a_scale_wrong_by_a_hundredth_is_found_in_any_site_in_fp16(
     ],
 )
 def test_a_wrong_clip_bound_is_found_in_fp16(
-    verify_half: Verify, mini_checkpoint: Checkpoint, bound: str, by: int
+    verify_low_precision: Verify, mini_checkpoint: Checkpoint, bound: str, by: int
 ) -> None:
-    sites = [name for name, site in mini_checkpoint.sites.items() if site.bits == 4]
-    found = verify_half(lambda m: [change(m, f"{site}.{bound}", 1, by=by) for site in sites])
-    assert {x.site for x in found.sites if x.unexplained} == set(sites)
+    quantizers = [
+        name for name, quantizer in mini_checkpoint.quantizers.items() if quantizer.bits == 4
+    ]
+    found = verify_low_precision(
+        lambda m: [change(m, f"{quantizer}.{bound}", 1, by=by) for quantizer in quantizers]
+    )
+    assert {x.site for x in found.sites if x.unexplained} == set(quantizers)
 
 
-def test_a_changed_weight_and_a_changed_norm_are_found_in_fp16(verify_half: Verify) -> None:
+def test_a_changed_weight_and_a_changed_norm_are_found_in_fp16(
+    verify_low_precision: Verify,
+) -> None:
     def edit(model: ir.Model) -> None:
         change(model, f"{RESNET}.conv1.bias", 0, by=0.5)
         change(model, f"model.{RESNET}.norm1.weight", 3, factor=1.02)
 
-    found = places(verify_half(edit).problems)
+    found = places(verify_low_precision(edit).problems)
     assert [x for x in found if x[0] in ("layer", "segment")] == [
         ("layer", f"{RESNET}.conv1"),
         ("segment", f"{RESNET}.conv1"),
@@ -117,6 +126,6 @@ def test_a_changed_weight_and_a_changed_norm_are_found_in_fp16(verify_half: Veri
     ]
 
 
-def test_an_fp16_output_that_is_not_a_number_fails(verify_half: Verify) -> None:
-    found = verify_half(lambda m: change(m, "conv_out.bias", 0, by=np.nan))
+def test_an_fp16_output_that_is_not_a_number_fails(verify_low_precision: Verify) -> None:
+    found = verify_low_precision(lambda m: change(m, "conv_out.bias", 0, by=np.nan))
     assert ("layer", "conv_out") in places(found.problems)

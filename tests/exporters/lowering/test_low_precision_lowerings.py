@@ -14,7 +14,7 @@ from onnx_ir.passes import common
 
 from exporters.graph_info import graph_info
 from exporters.lowering import onnxruntime, tensorrt
-from exporters.passes.cut import cut_codes, cut_layer, cut_product, cut_segments
+from exporters.passes.cut import cut_codes, cut_layer, cut_matmul, cut_segments
 from tests.helpers import (
     Array,
     Feeds,
@@ -55,13 +55,13 @@ def info(half: ir.Model) -> GraphInfo:
 
 @pytest.fixture(scope="module")
 def values(single: ir.Model, info: GraphInfo, small_inputs: dict[str, torch.Tensor]) -> Feeds:
-    """Every value that a layer, a site or a segment reads, as the UNet in FP32 computes it, rounded
-    to FP16.
+    """Every value that a layer, a quantizer or a segment reads, as the UNet in FP32 computes it,
+    rounded to FP16.
     """
     inputs = {name: value.numpy() for name, value in small_inputs.items()}
     wanted = [
         "bucket",
-        *(site.input for site in info.sites.values()),
+        *(quantizer.input for quantizer in info.quantizers.values()),
         *(layer.output for layer in info.layers.values()),
     ]
     wanted = [name for name in dict.fromkeys(wanted) if name not in inputs and name != "out_sample"]
@@ -102,11 +102,12 @@ def by_channel_error(found: Array, expected: Array) -> float:
 def test_codes_are_computed_in_fp32_whatever_the_type_around(
     single: ir.Model, half: ir.Model, info: GraphInfo, values: Feeds
 ) -> None:
-    for site in info.sites:
+    for quantizer in info.quantizers:
         (mine,), (theirs,) = (
-            outputs_of(cut_codes(model, info, site), values).values() for model in (half, single)
+            outputs_of(cut_codes(model, info, quantizer), values).values()
+            for model in (half, single)
         )
-        np.testing.assert_array_equal(mine, theirs, err_msg=site)
+        np.testing.assert_array_equal(mine, theirs, err_msg=quantizer)
 
 
 def test_every_layer_agrees_within_the_rounding_of_fp16(
@@ -168,7 +169,10 @@ def test_a_half_unet_is_plain_valid_onnx_with_the_same_inputs_outputs_and_names(
     ] == edge
     assert graph_info(lowered) == info
     values = ir.convenience.create_value_mapping(lowered.graph)
-    assert all(site.input in values and site.codes in values for site in info.sites.values())
+    assert all(
+        quantizer.input in values and quantizer.codes in values
+        for quantizer in info.quantizers.values()
+    )
     assert all(layer.output in values for layer in info.layers.values())
 
 
@@ -189,10 +193,9 @@ def test_every_product_of_activations_agrees_within_the_rounding_of_fp16() -> No
     )
     info = graph_info(half)
     feeds = kinds_feeds([999.0, 0.0, 500.0, 499.0]) | {"bucket": np.asarray([1, 0, 1, 0])}
-    for product in info.products:
+    for product in info.matmuls:
         (mine,), (theirs,) = (
-            outputs_of(cut_product(model, info, product), feeds).values()
-            for model in (half, single)
+            outputs_of(cut_matmul(model, info, product), feeds).values() for model in (half, single)
         )
         assert relative_error(mine, theirs) < 4 * FP16_UNIT, product
 

@@ -3,19 +3,19 @@ each value has its one type.
 
 Needs: a graph that computes in FP32; portable, since ``quest::TimestepQuantize`` takes x of any
 float type and computes in FP32; its scales balanced where the type is FP16 (see BalanceScales).
-Guarantees: products (Conv, MatMul) give the half type, and so does what computes with them. The
-graph's inputs and outputs stay FP32, and so does all that no product has touched: the timestep's
-path up to its first layer, the choice of the bucket, the quantizers' tables. Values keep their
-names. In FP32 besides:
+Guarantees: products (Conv, MatMul) give the low-precision type, and so does what computes with
+them. The graph's inputs and outputs stay FP32, and so does all that no product has touched: the
+timestep's path up to its first layer, the choice of the bucket, the quantizers' tables. Values keep
+their names. In FP32 besides:
 
 1. Norms, Softmax and sums: they add up many squares, exponentials or codes. What follows stays FP32
-   until it meets a value of the half type, so that nothing is rounded between a norm, its SiLU and
-   the quantizer.
+   until it meets a value of the low-precision type, so that nothing is rounded between a norm, its
+   SiLU and the quantizer.
 2. A product that something is subtracted from, namely what the offset of its codes added: the two
    nearly cancel.
 3. A product of integers that is only scaled before a Softmax, which has the exponential of its
    rounding error.
-4. The quantizer of a free site: it has zero-points of up to 1e8.
+4. The quantizer of a per-channel quantizer: it has zero-points of up to 1e8.
 5. Resize's scales, by the operator's definition.
 
 Constants, and rows gathered from constant tables, are stored in the type that they are read in. A
@@ -47,7 +47,7 @@ take.
 """
 
 
-class ToHalf(ir.passes.InPlacePass):
+class ToLowPrecision(ir.passes.InPlacePass):
     """See the module's docstring."""
 
     def __init__(self, dtype: ir.DataType) -> None:
@@ -102,7 +102,7 @@ class _Rewriter:
                 self.graph.outputs[i].name = name
 
     def _dequantize(self, node: ir.Node) -> None:
-        """In the half type, unless something reads it in FP32."""
+        """In the low-precision type, unless something reads it in FP32."""
         scale = node.inputs[1]
         assert scale is not None
         if all(
@@ -205,7 +205,7 @@ def _gives_scores(product: ir.Node) -> bool:
 
 
 def _begins_rounding(node: ir.Node) -> bool:
-    """Whether a free site's quantizer begins here (case 4)."""
+    """Whether a per-channel quantizer begins here (case 4)."""
     return node.op_type == "Div" and any(
         reader.op_type == "Round" for reader in node.outputs[0].consumers()
     )

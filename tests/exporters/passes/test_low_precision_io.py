@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from exporters.passes.half_io import HalfIO
+from exporters.passes.low_precision_io import LowPrecisionIO
 from tests.helpers import graph_from_text, run
 
 
@@ -28,7 +28,7 @@ def test_float_ends_are_half_but_for_those_kept_and_the_rest_computes_as_before(
     }
     expected = run(graph(), {**feeds, "sample": sample.astype(np.float32)})
     model = graph()
-    assert HalfIO({"timestep"})(model).modified
+    assert LowPrecisionIO({"timestep"})(model).modified
     types = {value.name: value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
     half, floats, integers = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.INT64
     assert types == {"sample": half, "timestep": floats, "ids": integers, "y": half, "z": integers}
@@ -40,4 +40,4 @@ def test_float_ends_are_half_but_for_those_kept_and_the_rest_computes_as_before(
 
 def test_a_graph_without_float_ends_is_left_alone() -> None:
     model = graph_from_text("g (int64[batch,3] ids) => (int64[batch,3] z) { z = Neg (ids) }")
-    assert not HalfIO(())(model).modified
+    assert not LowPrecisionIO(())(model).modified
