@@ -44,7 +44,7 @@ def dequantizers(model: ir.Model) -> list[ir.Node]:
 
 
 def need_tables(nodes: list[ir.Node]) -> None:
-    """The tables of quantizers are constants."""
+    """Raise PreconditionError where a table of a quantizer is no constant."""
     for node in nodes:
         for name, value in zip(timestep_quantize.INPUTS, node.inputs, strict=True):
             constant = name in ("x", "bucket") or (value is not None and value.is_initializer())
@@ -52,7 +52,7 @@ def need_tables(nodes: list[ir.Node]) -> None:
 
 
 def need_expanded(model: ir.Model) -> None:
-    """Quantizers are expanded, but for those that are kept for the plugin."""
+    """Raise PreconditionError where a quantizer is neither expanded nor kept for the plugin."""
     left = [str(node.name) for node in quantizer_nodes(model) if not is_kept(node)]
     need(not left, f"expand the quantizers first: {', '.join(left[:3])}")
 

@@ -4,12 +4,10 @@ TensorRT's plugin computes in one pass.
 TensorRT fuses nothing into a plugin: it would write the product, and the plugin read it again
 (trt_plugins/README.md counts the bytes).
 
-Needs: any graph; of its quantizers those are fused that are kept for the plugin
-(KeepTimestepQuantize).
-Guarantees: the codes keep their name. What is fused away, among it the quantizer's input, is no
-    longer
-in the graph: fuse last, after all that looks for quantizers, and cut parts out of the graph that
-was not fused.
+Needs: any graph. Fuses only the quantizers that KeepTimestepQuantize kept for the plugin.
+Guarantees: the codes keep their name. What is fused, the quantizer's input among it, leaves the
+    graph: fuse last, after all that looks for quantizers, and cut parts out of a graph that is not
+    fused.
 
 1. Split into two along the last axis -> Gelu of the second part, by the error function -> Mul by
    the first -> TimestepQuantize along the last axis: one node.

@@ -15,7 +15,7 @@ their names. In FP32 besides:
    nearly cancel.
 3. A product of integers that is only scaled before a Softmax, which has the exponential of its
    rounding error.
-4. The quantizer of a per-channel quantizer: it has zero-points of up to 1e8.
+4. The arithmetic of a per-channel quantizer, whose zero-points reach 1e8.
 5. Resize's scales, by the operator's definition.
 
 Constants, and rows gathered from constant tables, are stored in the type that they are read in. A

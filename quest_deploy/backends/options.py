@@ -362,7 +362,10 @@ class EngineOptions(Options):
         if any(side < 1 for size in self.sample_size for side in size) or len(
             set(self.sample_size)
         ) < len(self.sample_size):
-            raise InputError("--sample-size: expected positive sizes, and each one another")
+            sizes = ", ".join(f"{height}x{width}" for height, width in self.sample_size)
+            raise InputError(
+                f"--sample-size: expected positive sizes, each given once, found {sizes}"
+            )
         if self.quantize == NATIVE and (self.plugins is not None or self.serialize_plugins):
             raise InputError(
                 "--plugins and --serialize-plugins are for --quantize plugin; --quantize native "

@@ -55,7 +55,7 @@ def report(console: Console, workspace: Workspace, stage: str, backend: str | No
 
 
 def calibration(workspace: Workspace, details: Calibration) -> str:
-    """The details in words."""
+    """Describe the result of `calibrate`."""
     return (
         f"{workspace.model} at {workspace.scheme.name}: {details['layers']} layers read "
         f"{details['sites']} tensors, each with "
@@ -67,7 +67,7 @@ def calibration(workspace: Workspace, details: Calibration) -> str:
 
 
 def imported(workspace: Workspace, details: Import) -> str:
-    """The details in words."""
+    """Describe the result of `import`."""
     lines = [
         f"{details['layers']} layers, {details['sites']} quantized tensors, each with "
         f"{details['buckets']} sets of scales, "
@@ -122,7 +122,7 @@ def sensitivity(workspace: Workspace, details: Sensitivity) -> str:
 
 
 def finetuning(workspace: Workspace, details: Finetuning) -> str:
-    """The details in words."""
+    """Describe the result of `finetune`."""
     loss = (
         ""
         if details["final_loss"] is None
@@ -136,7 +136,7 @@ def finetuning(workspace: Workspace, details: Finetuning) -> str:
 
 
 def export(workspace: Workspace, details: Export) -> str:
-    """The details in words."""
+    """Describe the result of `export`."""
     weights = size(details["fp32_weight_bytes"])
     return "\n".join(
         [
@@ -152,7 +152,7 @@ def export(workspace: Workspace, details: Export) -> str:
 
 
 def reference(workspace: Workspace, details: Reference) -> str:
-    """The details in words."""
+    """Describe the result of `reference`."""
     records, measured = details["records"], details["measured_records"]
     within = "" if measured == records else f" (measured in {measured} of {records} records)"
     return (
@@ -165,7 +165,7 @@ def reference(workspace: Workspace, details: Reference) -> str:
 
 
 def built_engine(workspace: Workspace, details: BuiltEngine) -> str:
-    """The details in words."""
+    """Describe the result of `build-engine`."""
     files = ", ".join(f"{name} {size(count)}" for name, count in details["files"].items())
     how = {"plugin": ", quantized by the plugin", "native": ", quantized natively"}.get(
         details.get("quantize", ""), ""
@@ -311,7 +311,7 @@ def benchmark(details: Benchmark) -> str:
 
 
 def generation(details: Generation) -> str:
-    """The details in words."""
+    """Describe the result of `generate`."""
     pictures = details.get("pictures", [details["picture"]])
     return (
         f"{details['picture']}: {details['images']} images"

@@ -51,7 +51,8 @@ class BenchmarkOptions:
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1 or self.runs < 1 or self.warmup < 0:
             raise InputError(
-                "a benchmark needs batch sizes and runs of 1 or more, and a warm-up of 0 or more"
+                "expected --batch and --runs of 1 or more and --warmup of 0 or more, found "
+                f"{self.batches}, {self.runs} and {self.warmup}"
             )
 
 

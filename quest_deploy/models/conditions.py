@@ -51,11 +51,11 @@ class NoConditions:
     labels = 1
 
     def of(self, labels: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Nothing, whatever is asked for."""
+        """No inputs: the model takes no condition."""
         return {}
 
     def null(self, count: int) -> dict[str, Tensor]:
-        """There is none."""
+        """Raise InputError: the model has no null condition, and so no guidance."""
         raise InputError(NO_GUIDANCE)
 
 
@@ -66,12 +66,12 @@ class ClassLabels:
     labels: int
 
     def of(self, labels: NDArray[np.int64]) -> dict[str, Tensor]:
-        """The labels themselves."""
+        """The labels as float32 [B]."""
         check_labels(labels, self.labels)
         return {"class_labels": torch.from_numpy(labels).float()}
 
     def null(self, count: int) -> dict[str, Tensor]:
-        """There is none."""
+        """Raise InputError: the model has no null condition, and so no guidance."""
         raise InputError(NO_GUIDANCE)
 
 
@@ -92,12 +92,12 @@ class ClassTokens:
         return len(self.table) - 1
 
     def of(self, labels: NDArray[np.int64]) -> dict[str, Tensor]:
-        """The labels' rows."""
+        """The tokens of the labels [B], float32 [B, tokens, D]."""
         check_labels(labels, self.labels)
         return {"encoder_hidden_states": self.table[torch.from_numpy(labels)]}
 
     def null(self, count: int) -> dict[str, Tensor]:
-        """The last row."""
+        """The tokens of no class, float32 [count, tokens, D]."""
         return {"encoder_hidden_states": self.table[-1:].repeat(count, 1, 1)}
 
 

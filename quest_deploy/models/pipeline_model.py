@@ -97,7 +97,7 @@ class PipelineModel:
     evaluation_images = 4
 
     def __init__(self, source: ModelSource, prompts: Sequence[str] | None = None) -> None:
-        """See :func:`quest_deploy.models.registry.load_model`."""
+        """See :func:`quest_deploy.models.loading.load_model`."""
         source.check_unchanged()
         self.source, self.name = source, source.name
         self.single_file = (
@@ -167,10 +167,10 @@ class PipelineModel:
         with self._loading("the UNet's configuration"), torch.device("meta"):
             unet = unet_class.from_config(self.config)
         needed = 4 * sum(parameter.numel() for parameter in unet.parameters())
-        if needed > (per_channel := psutil.virtual_memory().available):
+        if needed > (available := psutil.virtual_memory().available):
             raise InputError(
                 f"{self.name}: its UNet's float weights take {needed / 1e9:.1f} GB, and this "
-                f"machine has {per_channel / 1e9:.1f} GB of memory left"
+                f"machine has {available / 1e9:.1f} GB of memory left"
             )
 
     def load_scheduler(self, name: str, **overrides: Any) -> Any:

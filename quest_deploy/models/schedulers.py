@@ -29,7 +29,8 @@ def make_scheduler(name: str, config: dict[str, Any]) -> Any:
         return getattr(diffusers, SCHEDULERS[name]).from_config(config)
     except Exception as e:  # diffusers raises whatever a configuration provokes
         raise InputError(
-            f"the model's scheduler_config.json makes no {SCHEDULERS[name]} ({e})"
+            f"scheduler_config.json cannot configure {SCHEDULERS[name]} ({e}); choose another "
+            "--scheduler"
         ) from e
 
 

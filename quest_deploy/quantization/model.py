@@ -140,8 +140,10 @@ class QuantizedModel(nn.Module):
         missing = [key for key in result.missing_keys if key not in of_layers]
         if missing or result.unexpected_keys:
             raise InputError(
-                f"the checkpoint does not fit its architecture: {missing[:3]} "
-                f"{result.unexpected_keys[:3]}"
+                "the checkpoint does not fit its architecture (missing: "
+                f"{', '.join(missing[:3]) or 'nothing'}; unexpected: "
+                f"{', '.join(result.unexpected_keys[:3]) or 'nothing'}); run `quest-deploy "
+                "calibrate` again"
             )
         return cls(model, checkpoint)
 

@@ -114,7 +114,7 @@ class ExportArguments(SchemeChoices, ModelChoices, OfWorkspace):
 
 @dataclass(frozen=True, kw_only=True)
 class FromModel(ExportArguments):
-    """The same, the model first."""
+    """The parameters of ``export``, with the model first: `export sd15`."""
 
     workspace: Annotated[Place, WORKSPACE] = None
     model: ModelOption = field(default=None, kw_only=False)

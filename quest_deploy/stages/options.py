@@ -118,12 +118,13 @@ class StageOptions(Options):
         names = {each.recorded: name for name, each in declared(cls).items()}
         if unknown := recorded.keys() - names:
             raise InputError(
-                f"expected options of {cls.__name__}, found {', '.join(sorted(unknown))}"
+                f"the manifest records options that this version does not know: "
+                f"{', '.join(sorted(unknown))}"
             )
         try:
             return cls(**{names[key]: value for key, value in recorded.items()})
         except (TypeError, ValueError, AttributeError) as e:
-            raise InputError(f"options of {cls.__name__} are damaged: {e}") from e
+            raise InputError(f"the manifest records options that cannot be used: {e}") from e
 
     def check_machine(self) -> None:
         """Raise InputError where this machine lacks what the stage needs, before any file is
@@ -198,8 +199,8 @@ class CalibrateOptions(StageOptions):
         if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise InputError(f"--guidance: expected 0 or more, not {self.guidance}")
         if self.reconstruction and self.method != QDIFF:
-            flags = ", ".join(declared(type(self))[name].flag for name in RECONSTRUCTION.values())
-            raise InputError(f"{flags}: expected --method {QDIFF} with them, not {self.method}")
+            flags = [declared(type(self))[RECONSTRUCTION[x]].flag for x in self.reconstruction]
+            raise InputError(f"{', '.join(flags)}: needs --method {QDIFF}, not {self.method}")
 
     @property
     def reconstruction(self) -> dict[str, int]:

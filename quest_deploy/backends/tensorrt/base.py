@@ -1,7 +1,7 @@
 """TensorRT and TensorRT for RTX: the same Python API in two packages.
 
 TensorRT for RTX builds ahead of time on a machine without a GPU; TensorRT proper, in
-tensorrt_sdk.py, on the GPU it will run on.
+sdk.py, on the GPU it will run on.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ Shapes = dict[str, tuple[list[int], list[int], list[int]]]
 
 class TensorRtBackend(Backend):
     """What the two flavours share. What differs is in :class:`TensorRtRtxBackend` and in
-    tensorrt_sdk.py.
+    sdk.py.
     """
 
     package: str

@@ -1,6 +1,4 @@
-"""TensorRT proper: all that differs from TensorRT for RTX. docs/tensorrt.md lists what of it was
-not run where it was written.
-"""
+"""TensorRT proper: all that differs from TensorRT for RTX. docs/status.md says what of it never ran."""
 
 from __future__ import annotations
 
@@ -151,12 +149,11 @@ def _check_timing_cache(options: EngineOptions) -> None:
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.exists() and not (path.is_file() and os.access(path, os.R_OK)):
         raise InputError(
-            f"the timing cache {path} cannot be read and written: it is no file that can be read"
+            f"--timing-cache {path}: expected a regular file that can be read and written"
         )
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         raise InputError(
-            f"the timing cache {path} cannot be read and written: {folder} is no folder that can "
-            "be written to"
+            f"--timing-cache {path}: expected a folder that can be written to, found {folder}"
         )
 
 

@@ -107,10 +107,10 @@ def write_decoder(layout: Layout, decoder: Any) -> Signature:
     module = Decoder(decoder)
     with torch.no_grad():
         channels = module(latents).shape[1]
-    per_channel = {0: "batch", 2: "height", 3: "width"}
+    dynamic_axes = {0: "batch", 2: "height", 3: "width"}
     version = layout.version_folder("vae_decoder")
     save_onnx(
-        module, {"sample": latents.repeat(2, 1, 1, 1)}, ["image"], per_channel, version / ONNX
+        module, {"sample": latents.repeat(2, 1, 1, 1)}, ["image"], dynamic_axes, version / ONNX
     )
     _write_plan_beside(layout, version, DECODER_BATCH, layout.sizes)
     return layout.write_plan_config(

@@ -69,16 +69,16 @@ def save_onnx(
     module: nn.Module,
     inputs: dict[str, Tensor],
     outputs: list[str],
-    per_channel: dict[int, str],
+    dynamic_axes: dict[int, str],
     path: Path,
 ) -> None:
     """Write ``module`` as ONNX, its weights beside it.
 
     Args:
         inputs: examples by name.
-        per_channel: the axes of each input that may be of any size, by their names.
+        dynamic_axes: the axes of each input that may be of any size, by their names.
     """
-    axes = dict.fromkeys(per_channel, torch.export.Dim.DYNAMIC)
+    axes = dict.fromkeys(dynamic_axes, torch.export.Dim.DYNAMIC)
     with torch.no_grad(), warnings.catch_warnings(), quiet("torch.onnx"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

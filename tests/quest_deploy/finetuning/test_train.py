@@ -170,19 +170,17 @@ def test_free_channels_are_learned_and_resume_like_any_others(
     scheme = Scheme.parse("w4a4", buckets=3, granularity=Granularity.PER_CHANNEL)
     start = calibrate("mini", mini_unet, mini_trajectories, scheme, CalibrationOptions())
     options = dataclasses.replace(OPTIONS, scale_rate=0.3)
-    per_channel = partial(finetune, lambda: mini_unet, start, mini_trajectories)
-    uninterrupted = per_channel(options)
+    run = partial(finetune, lambda: mini_unet, start, mini_trajectories)
+    uninterrupted = run(options)
     for table in ("scale", "zero_point"):
         moved = [
             getattr(uninterrupted.quantizers[name], table) != getattr(quantizer, table)
             for name, quantizer in start.quantizers.items()
         ]
         assert np.concatenate(moved, 1).any(1).all()
-    interrupt(per_channel, 5, options, state_path=tmp_path / "state.pt")
+    interrupt(run, 5, options, state_path=tmp_path / "state.pt")
     seen: list[int] = []
-    resumed = per_channel(
-        options, state_path=tmp_path / "state.pt", on_step=lambda p: seen.append(p.step)
-    )
+    resumed = run(options, state_path=tmp_path / "state.pt", on_step=lambda p: seen.append(p.step))
     assert differences(resumed, uninterrupted) == []
     assert seen == [6, 7, 8]
 
