@@ -1,4 +1,4 @@
-"""TensorRT proper: all that differs from TensorRT for RTX. docs/status.md says what of it never ran."""
+"""TensorRT proper: all that differs from TensorRT for RTX. docs/status.md says what never ran."""
 
 from __future__ import annotations
 

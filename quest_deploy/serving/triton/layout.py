@@ -52,8 +52,8 @@ class Layout:
         planned = max((max(self.pixels(size)) for size in self.sizes), default=None)
         if self.max_size < max(height, width):
             raise InputError(
-                f"--max-size {self.max_size}: expected at least the size of an image that a request "
-                f"does not choose, {height}x{width}"
+                f"--max-size {self.max_size}: expected at least the default size of an image, "
+                f"{height}x{width}"
             )
         if planned is not None and self.max_size > planned:
             raise InputError(
