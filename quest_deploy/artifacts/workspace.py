@@ -144,6 +144,7 @@ class Workspace:
         self, root: Path, source: ModelSource, scheme: Scheme, stages: dict[str, StageRecord]
     ) -> None:
         self.root, self.source, self.scheme, self.stages = root, source, scheme, stages
+        self._is_new = False
 
     @property
     def model(self) -> str:
@@ -191,6 +192,7 @@ class Workspace:
                 f"cannot make the folder {root} ({e.strerror}); give another one with -w"
             ) from e
         workspace = cls(root, ModelSource(model) if isinstance(model, str) else model, scheme, {})
+        workspace._is_new = True
         workspace._write(root / MANIFEST)
         return workspace
 
@@ -206,6 +208,8 @@ class Workspace:
         with self._lock(fcntl.LOCK_EX):
             self._refuse_linked_folders()
             self._settle()
+            if self._is_new and not self.path(MANIFEST).exists():
+                self._write(self.path(MANIFEST))
             for folder in (
                 self.root,
                 *(
@@ -268,11 +272,11 @@ class Workspace:
         return self.root.joinpath(*parts)
 
     def discard_if_unused(self) -> None:
-        """Where no stage has finished and none is under way, leave the folder as it was before
-        :meth:`create`: what comes next may be of another model.
+        """Where no stage has finished or is under way since :meth:`create`, leave the folder as it
+        was before: what comes next may be of another model. The next stage makes it again.
         """
         rest = {path.name for path in self.root.iterdir()} - {MANIFEST, ".lock", STAGED}
-        if not self.stages and not rest:
+        if self._is_new and not self.stages and not rest:
             for name in (STAGED, ".lock", MANIFEST):
                 self.remove(name)
 

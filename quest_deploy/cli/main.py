@@ -46,6 +46,7 @@ TORCH_EXTRA = frozenset(
         "matplotlib",
         "onnxscript",
         "peft",
+        "psutil",
         "torch",
         "transformers",
         "yaml",

@@ -121,10 +121,12 @@ class Outcome:
 
     @property
     def message(self) -> str:
-        """The one-line error message that ends standard error; raise AssertionError for a traceback
-        or further lines.
+        """The one-line error message that ends standard error, or what a usage error's box says;
+        raise AssertionError for a traceback or further lines.
         """
         assert "Traceback" not in self.err, self.err
+        if self.err.startswith("Usage: "):
+            return " ".join(line.strip("│ ") for line in self.err.splitlines()[3:-1])
         *before, last = self.err.splitlines()
         assert last.startswith("error: "), self.err
         assert not [line for line in before if line.startswith("error: ")], self.err

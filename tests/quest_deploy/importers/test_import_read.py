@@ -136,6 +136,7 @@ def test_whatever_torch_raises_at_a_malformed_file_is_the_files_fault(
     def load(*args: object, **kw: object) -> None:
         raise error
 
+    (tmp_path / "x").write_bytes(b"malformed")
     monkeypatch.setattr(torch, "load", load)
     with refused(tmp_path / "x", type(error).__name__):
         read(tmp_path / "x", case.config, case.import_settings)

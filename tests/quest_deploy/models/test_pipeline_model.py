@@ -319,7 +319,7 @@ def test_random_weights_need_nothing_of_the_folder_but_its_configurations(
     assert {key: value.shape[1:] for key, value in conditions.items()}.keys() == FLAT.get(
         name, {"encoder_hidden_states"}
     )
-    with refused("random", "images"):
+    with refused(name, "random", "draw"):
         model.images(np.zeros((1, *model.sample_shape), np.float32))
 
 
