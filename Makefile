@@ -14,7 +14,7 @@ DOCS := $(VENV)/docs
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 WORKSPACE ?= quest-out/tiny-w4a4
 
-.PHONY: demo test test-slow test-all lint docs docs-pages bench bench-methods bench-sd15 bench-serving clean $(SERVING)
+.PHONY: demo test test-slow test-all fuzz lint docs docs-pages bench bench-methods bench-sd15 bench-serving clean $(SERVING)
 
 # Python compiles what it imports, once; pip would compile ten times as much.
 unexport PYTHONDONTWRITEBYTECODE
@@ -32,6 +32,11 @@ test-slow: $(READY) $(SERVING)
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-all: test test-slow
+
+# Damaged files and ended commands, others at every call, until the time is over.
+fuzz: $(READY)
+	FUZZ_MINUTES=$(or $(MINUTES),10) $(BIN)/python -m pytest -q -s tests/faults/test_damaged_files.py
+	FUZZ_KILLS=$(or $(KILLS),15) $(BIN)/python -m pytest -q -m slow tests/faults/test_kills.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 STEPS = ("calibrate", "finetune", "export", "reference", "build-engine onnxruntime", "schedule")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mini_tiny")
 def test_equal_inputs_give_equal_bytes_in_every_file_that_a_stage_reads(
     mini_chain: Chain, tmp_path: Path

@@ -26,6 +26,7 @@ def link(source: Path, target: Path, kind: str) -> None:
     (target / ".lock").unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hard", "symbolic"])
 def test_a_workspace_of_links_is_read_and_what_they_name_is_never_changed(
     mini_chain: Chain, tmp_path: Path, kind: str

@@ -27,7 +27,15 @@ def children(pid: int) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("ending", ENDINGS, ids=lambda ending: signal.Signals(ending).name)
+@pytest.mark.parametrize(
+    "ending",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+    ids=lambda ending: signal.Signals(ending).name,
+)
 def test_a_benchmarks_workers_end_with_it_and_its_scratch_is_cleared_by_the_next_command(
     workspace: Path, tmp_path: Path, ending: signal.Signals
 ) -> None:

@@ -153,5 +153,5 @@ def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_built(
     "options", [{"batches": ()}, {"batches": (0,)}, {"runs": 0}, {"warmup": -1}]
 )
 def test_options_without_anything_to_time_are_refused(options: dict[str, Any]) -> None:
-    with refused("benchmark"):
+    with refused("--batch", "--runs", "--warmup"):
         BenchmarkOptions(**options)

@@ -1,0 +1,179 @@
+"""Every kind of file that the toolchain reads, with its reader and a sound example."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporters.graph_info import load_graph
+from quest_deploy.artifacts.checkpoint import load_checkpoint
+from quest_deploy.artifacts.model_source import Lora, fingerprint
+from quest_deploy.artifacts.reference import ReferenceIndex, load_reference
+from quest_deploy.artifacts.workspace import Workspace
+from quest_deploy.backends import exactness
+from quest_deploy.backends.base import engine_info
+from quest_deploy.calibration.training_state import TrainingState
+from quest_deploy.calibration.trajectories import Trajectories
+from quest_deploy.finetuning.teacher_cache import TargetStream
+from quest_deploy.importers.architecture import UNetConfig
+from quest_deploy.importers.read import read
+from quest_deploy.importers.settings import ImportSettings, Source
+from quest_deploy.models.loading import load_model, resolve_source
+from quest_deploy.quantization.model import QuantizedModel
+from quest_deploy.serving.triton.package import check_target
+from quest_deploy.stages.options import CalibrateOptions, read_prompts
+from tests import pipelines
+from tests.quest_deploy.importers.cases import UNCONDITIONAL, Case
+
+OFFICIAL = {
+    **UNCONDITIONAL,
+    "num_res_blocks": 1,
+    "channel_mult": [1],
+    "attention_resolutions": [1],
+    "image_size": 4,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file.
+
+    Attributes:
+        path: of the example, which is damaged in its place.
+        read: reads it and what lies around it; gives what can be compared, or None.
+        functions: the functions of the package that open it, which a test holds against the code.
+        guarded: whether a change of its content is noticed by the reader itself; those of a
+            workspace's other files by the manifest's hashes.
+    """
+
+    path: Path
+    read: Callable[[Path], Any]
+    functions: tuple[str, ...]
+    guarded: bool = False
+
+
+def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
+    """The kinds by name, their examples below ``folder``; ``chain`` is a finished workspace."""
+    root, model, official = folder / "workspace", folder / "model", folder / "official"
+    shutil.copytree(chain, root, ignore=shutil.ignore_patterns("model.engine"))
+    pipelines.text_to_image(model)
+    official.mkdir()
+    case = Case(OFFICIAL, per_channel=True)
+    torch.save(case.state, official / "ckpt.pth")
+    (official / "unet.json").write_text(json.dumps(OFFICIAL))
+    (official / "settings.json").write_text(json.dumps({"timesteps": [900, 500, 101]}))
+    state = TrainingState("key", 3, {"a": torch.ones(20)}, {"state": {}, "param_groups": []})
+    state.save(folder / "state.pt")
+    targets = TargetStream(folder / "targets.bin", "key", 2**20)
+    targets.write(0, 3, lambda step: [torch.full((2, 3), float(step))], lambda step: None)
+    (folder / "prompts.txt").write_text("a cat\na dog\n")
+    package = folder / "package"
+    package.mkdir()
+    (package / "package.json").write_text(
+        json.dumps({"format": "quest-deploy package", "version": 1})
+    )
+    cache = folder / "exact-integers.json"
+    cache.write_text(json.dumps({"a machine": {"conv int8 x int8": 64}}))
+    options = root / "calibrate-options.json"
+    options.write_text(json.dumps(Workspace.open(root).stages["calibrate"].options))
+    record = next((root / "reference").glob("buckets-*"))
+
+    def whole_reference(_: Path) -> None:
+        records, _tables = load_reference(root / "reference")
+        for found in records:
+            for name in found.tensors:
+                found.tensors[name]
+
+    def build(path: Path) -> None:
+        QuantizedModel.from_checkpoint(load_checkpoint(path))
+
+    def graph(path: Path) -> None:
+        for value in load_graph(path).graph.initializers.values():
+            assert value.const_value is not None
+            value.const_value.numpy()
+
+    def load_parts(_: Path) -> None:
+        made = load_model(resolve_source(str(model)))
+        made.load_unet()
+        made.load_scheduler("ddim")
+
+    def recorded_options(_: Path) -> Any:
+        return CalibrateOptions.from_json(Workspace.open(root).options_of("calibrate"))
+
+    configuration = ("read_configuration", "_pixels_per_latent", "scheduler_config", "__init__")
+    return {
+        "manifest": Kind(
+            root / "manifest.json",
+            lambda path: Workspace.open(root).stages,
+            ("_read",),
+            guarded=True,
+        ),
+        "stage options": Kind(options, recorded_options, ("options_of",)),
+        "checkpoint": Kind(root / "checkpoint.safetensors", build, ("load_checkpoint",)),
+        "trajectories": Kind(root / "trajectories.safetensors", Trajectories.load, ("load",)),
+        "graph": Kind(root / "unet.onnx", graph, ("load_graph",)),
+        "reference index": Kind(
+            root / "reference" / "reference.json",
+            lambda path: ReferenceIndex.read(path.parent),
+            ("read",),
+            guarded=True,
+        ),
+        "reference record": Kind(record, whole_reference, ("load_reference", "__init__")),
+        "reference tables": Kind(
+            root / "reference" / "tables.safetensors", whole_reference, ("load_reference",)
+        ),
+        "engine record": Kind(
+            root / "engines" / "onnxruntime" / "engine.json",
+            lambda path: engine_info(path.parent),
+            ("engine_info",),
+        ),
+        "training state": Kind(
+            folder / "state.pt",
+            lambda path: TrainingState.load(path, "key"),
+            ("load", "check_archive"),
+            guarded=True,
+        ),
+        "targets": Kind(
+            folder / "targets.bin",
+            lambda path: [targets.read(step) for step in range(3)],
+            ("read",),
+            guarded=True,
+        ),
+        "model index": Kind(model / "model_index.json", load_parts, ("read_index",)),
+        "UNet configuration": Kind(model / "unet" / "config.json", load_parts, configuration),
+        "scheduler configuration": Kind(
+            model / "scheduler" / "scheduler_config.json", load_parts, configuration
+        ),
+        "weights": Kind(
+            model / "unet" / "diffusion_pytorch_model.safetensors",
+            load_parts,
+            ("load_unet", "fingerprint", "_samples"),
+        ),
+        "LoRA": Kind(
+            model / "vae" / "diffusion_pytorch_model.safetensors",
+            lambda path: (Lora.parse(str(path)), fingerprint(model)),
+            ("parse", "check"),
+        ),
+        "official checkpoint": Kind(
+            official / "ckpt.pth",
+            lambda path: read(path, case.config, case.import_settings),
+            ("_load",),
+        ),
+        "official UNet": Kind(official / "unet.json", UNetConfig.load, ("_parse",)),
+        "official settings": Kind(
+            official / "settings.json",
+            lambda path: ImportSettings.gather(Source.QUEST, {}, path),
+            ("gather",),
+        ),
+        "prompts": Kind(folder / "prompts.txt", read_prompts, ("read_prompts",)),
+        "package record": Kind(
+            package / "package.json", lambda path: check_target(path.parent), ("check_target",)
+        ),
+        "exact integers": Kind(cache, exactness._kept, ("_kept",)),
+    }

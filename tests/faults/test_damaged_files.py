@@ -1,0 +1,153 @@
+"""Every kind of file, damaged in many ways: a message, or what it was; nothing else.
+
+``make fuzz MINUTES=10`` tries other damages, thousands of them, until the time is over.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+import torch
+
+from quest_deploy.errors import QuestDeployError
+from quest_deploy.evaluation.memory import peak_memory, reset_peak_memory
+from tests.faults.damage import damage, restore
+from tests.faults.readers import Kind, kinds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.quest_deploy.conftest import Chain
+
+TRIES = 15
+"""How many damages of each kind `make test` tries."""
+MINUTES = float(os.environ.get("FUZZ_MINUTES", "0"))
+HANG_SECONDS, MOST_BYTES = 20, 2**30
+GOOD = {"message", "same", "other"}
+OPENERS = {
+    "check_archive",
+    "load_file",
+    "open_regular",
+    "read_bounded",
+    "read_configuration",
+    "read_json",
+    "safe_load",
+    "safe_open",
+}
+"""What reads a file, and ``torch.load`` and ``ir.load``."""
+OWN = {"_embed", "judge", "_is_complete", "_read_start", "sha256_of"}
+"""Functions that read the package's own files, what the hub's client fetched, or what this module
+reads by other functions.
+"""
+
+
+class HangError(Exception):
+    """A read took too long."""
+
+
+@contextlib.contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    def end(*_: object) -> NoReturn:
+        raise HangError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(kind: Kind, original: Path, expected: Any, seed: int) -> tuple[str, str]:
+    """How a read of the file, damaged by ``seed``, ends, and what was done to the file."""
+    restore(kind.path, original)
+    done = damage(kind.path, seed)
+    reset_peak_memory()
+    before = peak_memory()
+    try:
+        with at_most(HANG_SECONDS):
+            result = kind.read(kind.path)
+        ended = "same" if not kind.guarded or _same(result, expected) else "silently wrong"
+    except QuestDeployError as e:
+        ended = "message" if str(e) else "an empty message"
+    except HangError:
+        ended = "hang"
+    except Exception as e:
+        ended = f"traceback of {type(e).__name__}: {e}"
+    if peak_memory() - before > MOST_BYTES:
+        ended = f"memory, {(peak_memory() - before) / 1e9:.1f} GB"
+    return ended, done
+
+
+def _same(result: Any, expected: Any) -> bool:
+    """Equal, or where parts of it are only a shortcut: absent."""
+    if isinstance(expected, list):
+        return all(a is None or _same(a, b) for a, b in zip(result, expected, strict=True))
+    if isinstance(expected, torch.Tensor):
+        return torch.equal(result, expected)
+    return repr(result) == repr(expected)
+
+
+@pytest.fixture(scope="module")
+def examples(
+    mini_chain: Chain, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Kind, Path, Any]]:
+    """By kind: it, its file as it was, and what its reader gives of that."""
+    folder = tmp_path_factory.mktemp("kinds")
+    found = {}
+    for i, (name, kind) in enumerate(kinds(mini_chain.root, folder).items()):
+        original = folder / f"original-{i}"
+        shutil.copyfile(kind.path, original)
+        found[name] = (kind, original, kind.read(kind.path))
+    return found
+
+
+def test_damaged_files_end_in_a_message_or_are_as_they_were(
+    examples: dict[str, tuple[Kind, Path, Any]],
+) -> None:
+    counts, wrong = Counter[str](), []
+    deadline = time.monotonic() + 60 * MINUTES
+    for seed in itertools.count(int(time.time()) if MINUTES else 0):
+        if (time.monotonic() > deadline) if MINUTES else seed >= TRIES:
+            break
+        for name, (kind, original, expected) in examples.items():
+            ended, done = outcome(kind, original, expected, seed)
+            restore(kind.path, original)
+            counts[ended if ended in GOOD else "wrong"] += 1
+            if ended not in GOOD:
+                wrong.append(f"{name}, {done} (seed {seed}): {ended}")
+    print(dict(counts))
+    assert wrong == []
+    assert counts["message"] > 3 * counts["same"] > 0
+
+
+def test_every_reader_of_the_code_has_a_kind(examples: dict[str, tuple[Kind, Path, Any]]) -> None:
+    covered = {function for kind, _, _ in examples.values() for function in kind.functions} | OWN
+    found = set()
+    root = Path(__file__).parents[2]
+    for path in (*root.glob("quest_deploy/**/*.py"), *root.glob("exporters/**/*.py")):
+        if "triton_files" in path.parts or path.name == "files.py":
+            continue
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and _opens(function):
+                found.add(function.name)
+    assert found - covered == set()
+
+
+def _opens(function: ast.FunctionDef) -> bool:
+    calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+    names = {ast.unparse(call) for call in calls}
+    return not {name.rpartition(".")[2] for name in names}.isdisjoint(OPENERS) or bool(
+        names & {"torch.load", "ir.load"}
+    )
