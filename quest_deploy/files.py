@@ -122,6 +122,13 @@ def open_regular(path: Path) -> io.BufferedReader[io.FileIO]:
     return io.BufferedReader(io.FileIO(descriptor))
 
 
+def check_regular(path: Path) -> None:
+    """Raise InputError where a library that is to open the file would wait for it, or read without
+    end; OSError where it cannot be opened.
+    """
+    open_regular(path).close()
+
+
 def check_archive(path: Path) -> None:
     """Raise InputError where a file that torch.save wrote would take more memory than it has bytes:
     it writes nothing compressed, and a few compressed megabytes could fill any machine.

@@ -27,7 +27,7 @@ from quest_deploy.artifacts.model_source import IMPORTED
 from quest_deploy.artifacts.schema import Bits, Positive, parse, validated
 from quest_deploy.artifacts.scheme import Scheme, Symmetry, activation_levels, weight_range
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.files import atomic_file
+from quest_deploy.files import atomic_file, check_regular
 
 FORMAT = "quest-deploy checkpoint"
 VERSION = 2
@@ -476,6 +476,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     would not have written.
     """
     try:
+        check_regular(path)
         with safe_open(path, framework="numpy") as stream:
             metadata = stream.metadata() or {}
             if metadata.get("format") != FORMAT:

@@ -15,7 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from quest_deploy.artifacts.schema import parse, validated
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.files import atomic_file, read_json, sha256_of_json, write_json
+from quest_deploy.files import (
+    atomic_file,
+    check_regular,
+    read_json,
+    sha256_of_json,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -128,6 +134,7 @@ class StoredTensors(Mapping[str, "NDArray[Any]"]):
 
     def __init__(self, path: Path) -> None:
         """Raise OSError or SafetensorError where there is no such file, or one that is damaged."""
+        check_regular(path)
         self._file = safe_open(path, framework="numpy")
         self._names = dict.fromkeys(self._file.keys())
 
@@ -293,6 +300,7 @@ def load_reference(folder: Path) -> tuple[list[Record], dict[str, Tables]]:
     index = ReferenceIndex.read(folder)
     try:
         records = [Record(entry, StoredTensors(folder / entry.file)) for entry in index.records]
+        check_regular(folder / TABLES)
         return records, _tables(load_file(folder / TABLES))
     except (KeyError, OSError, SafetensorError) as e:
         raise InputError(

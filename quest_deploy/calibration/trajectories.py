@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.files import atomic_file
+from quest_deploy.files import atomic_file, check_regular
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.progress import no_progress
 
@@ -88,6 +88,7 @@ class Trajectories:
     def load(cls, path: Path) -> Trajectories:
         """Read what :meth:`save` wrote; raise InputError where it is missing or damaged."""
         try:
+            check_regular(path)
             tensors = load_file(path)
             conditions = {
                 k.removeprefix("condition."): v

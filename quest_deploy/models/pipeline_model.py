@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from quest_deploy.errors import InputError
-from quest_deploy.files import check_archive
+from quest_deploy.files import check_archive, check_regular
 from quest_deploy.models.conditions import (
     ClassLabels,
     ClassTokens,
@@ -463,6 +463,7 @@ def _architecture_in(path: Path) -> str:
 
 def _class_table(path: Path, width: int) -> torch.Tensor:
     try:
+        check_regular(path)
         table = load_file(path)["weight"].float()
     except (OSError, SafetensorError, KeyError) as e:
         raise InputError(

@@ -217,6 +217,10 @@ class CalibrateOptions(StageOptions):
     @classmethod
     def from_json(cls, recorded: Mapping[str, Any]) -> Self:
         reconstruction = recorded.get("reconstruction", {})
+        if not isinstance(reconstruction, dict):
+            raise InputError(
+                f"the manifest records options that cannot be used: reconstruction {reconstruction}"
+            )
         apart = {name: recorded[name] for name in recorded.keys() - {"reconstruction"}}
         return super().from_json(
             apart

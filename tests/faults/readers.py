@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from quest_deploy.importers.read import read
 from quest_deploy.importers.settings import ImportSettings, Source
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.quantization.model import QuantizedModel
+from quest_deploy.serving.triton.package import FORMAT as PACKAGE_FORMAT
 from quest_deploy.serving.triton.package import check_target
 from quest_deploy.stages.options import CalibrateOptions, read_prompts
 from tests import pipelines
@@ -67,7 +69,9 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
     case = Case(OFFICIAL, per_channel=True)
     torch.save(case.state, official / "ckpt.pth")
     (official / "unet.json").write_text(json.dumps(OFFICIAL))
-    (official / "settings.json").write_text(json.dumps({"timesteps": [900, 500, 101]}))
+    settings = dataclasses.asdict(case.import_settings)
+    del settings["source"]
+    (official / "settings.json").write_text(json.dumps(settings))
     state = TrainingState("key", 3, {"a": torch.ones(20)}, {"state": {}, "param_groups": []})
     state.save(folder / "state.pt")
     targets = TargetStream(folder / "targets.bin", "key", 2**20)
@@ -75,9 +79,7 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
     (folder / "prompts.txt").write_text("a cat\na dog\n")
     package = folder / "package"
     package.mkdir()
-    (package / "package.json").write_text(
-        json.dumps({"format": "quest-deploy package", "version": 1})
-    )
+    (package / "package.json").write_text(json.dumps({"format": PACKAGE_FORMAT, "version": 1}))
     cache = folder / "exact-integers.json"
     cache.write_text(json.dumps({"a machine": {"conv int8 x int8": 64}}))
     options = root / "calibrate-options.json"
@@ -153,7 +155,7 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
         "weights": Kind(
             model / "unet" / "diffusion_pytorch_model.safetensors",
             load_parts,
-            ("load_unet", "fingerprint", "_samples"),
+            ("load_unet", "fingerprint", "_samples", "_architecture_in", "_class_table"),
         ),
         "LoRA": Kind(
             model / "vae" / "diffusion_pytorch_model.safetensors",
