@@ -216,16 +216,14 @@ class CalibrateOptions(StageOptions):
 
     @classmethod
     def from_json(cls, recorded: Mapping[str, Any]) -> Self:
-        reconstruction = recorded.get("reconstruction", {})
+        reconstruction: Any = recorded.get("reconstruction", {})
         if not isinstance(reconstruction, dict):
             raise InputError(
                 f"the manifest records options that cannot be used: reconstruction {reconstruction}"
             )
-        apart = {name: recorded[name] for name in recorded.keys() - {"reconstruction"}}
-        return super().from_json(
-            apart
-            | {RECONSTRUCTION.get(name, name): value for name, value in reconstruction.items()}
-        )
+        options = {name: recorded[name] for name in recorded.keys() - {"reconstruction"}}
+        options |= {RECONSTRUCTION.get(str(k), str(k)): x for k, x in reconstruction.items()}
+        return super().from_json(options)
 
 
 @dataclass(frozen=True, kw_only=True)
