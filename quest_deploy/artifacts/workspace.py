@@ -144,7 +144,10 @@ class Workspace:
         self, root: Path, source: ModelSource, scheme: Scheme, stages: dict[str, StageRecord]
     ) -> None:
         self.root, self.source, self.scheme, self.stages = root, source, scheme, stages
-        self._is_new = False
+        self._is_new = self._made_folder = False
+
+    def __repr__(self) -> str:
+        return f"Workspace({str(self.root)!r}, {self.model} at {self.scheme.name})"
 
     @property
     def model(self) -> str:
@@ -185,6 +188,7 @@ class Workspace:
         where the folder holds something.
         """
         check_vacant(root)
+        made_folder = not root.exists()
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -192,7 +196,7 @@ class Workspace:
                 f"cannot make the folder {root} ({e.strerror}); give another one with -w"
             ) from e
         workspace = cls(root, ModelSource(model) if isinstance(model, str) else model, scheme, {})
-        workspace._is_new = True
+        workspace._is_new, workspace._made_folder = True, made_folder
         workspace._write(root / MANIFEST)
         return workspace
 
@@ -205,6 +209,8 @@ class Workspace:
             InputError: a folder of the workspace is a link: its files would be written elsewhere.
             QuestDeployError: another process is at work here.
         """
+        if self._is_new:
+            self.root.mkdir(parents=True, exist_ok=True)  # where it was discarded
         with self._lock(fcntl.LOCK_EX):
             self._refuse_linked_folders()
             self._settle()
@@ -279,6 +285,8 @@ class Workspace:
         if self._is_new and not self.stages and not rest:
             for name in (STAGED, ".lock", MANIFEST):
                 self.remove(name)
+            if self._made_folder:
+                self.root.rmdir()
 
     def remove(self, name: str) -> None:
         """Delete a file or folder of the workspace, if there is one."""
@@ -347,8 +355,10 @@ class Workspace:
                 f"`{_command(stage)}` ran before `{self.checkpoint_stage}` made its checkpoint; "
                 f"{again}"
             )
+        # All of them first: where several are outdated, the first one must run again.
+        digests = {upstream: self.require(upstream).digest for upstream in record.inputs}
         for upstream, digest in record.inputs.items():
-            if self.require(upstream).digest != digest:
+            if digests[upstream] != digest:
                 raise InputError(
                     f"`{_command(stage)}` ran on an older result of `{_command(upstream)}`; {again}"
                 )
@@ -374,6 +384,11 @@ class Workspace:
         if any(_problem(self.root / path, entry) for path, entry in record.files.items()):
             return None
         return record
+
+    def outdated_by(self, stage: str) -> list[str]:
+        """The finished stages that ran on another result of ``stage`` than the one it has now."""
+        digest = self.stages[stage].digest
+        return [name for name, x in self.stages.items() if x.inputs.get(stage, digest) != digest]
 
     def start(self, stage: str, options: dict[str, Any]) -> None:
         """Keep the options of a stage that takes long, so that :meth:`options_of` knows them if it

@@ -130,7 +130,8 @@ def main() -> None:
         _fail("out of memory", 1)
     if code == INTERRUPTED:
         _fail(
-            "interrupted; what was finished is kept, and the same command goes on from there",
+            "interrupted; finished stages are kept, and the same command goes on or starts its "
+            "stage again",
             INTERRUPTED,
         )
     sys.exit(code)

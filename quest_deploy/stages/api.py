@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_file
@@ -68,7 +69,6 @@ from quest_deploy.stages.options import (
 from quest_deploy.stages.workspaces import method_name
 
 if TYPE_CHECKING:
-    from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.evaluation.inspection import Inspection
     from quest_deploy.progress import Display, Progress
     from quest_deploy.stages.results import (
@@ -284,12 +284,14 @@ def package(chosen: PackageArguments) -> dict[str, Any]:
     return details
 
 
-def inspect(path: Path | str, *, progress: Progress | Display = no_progress) -> Inspection:
+def inspect(
+    path: Workspace | Path | str, *, progress: Progress | Display = no_progress
+) -> Inspection:
     """Return what a workspace, a checkpoint, a graph or an engine holds, as a JSON value, and what
     the layers of a graph or an engine run in.
     """
     found: Inspection = import_module("quest_deploy.evaluation.inspection").inspect(
-        Path(path), progress
+        path.root if isinstance(path, Workspace) else Path(path), progress
     )
     return found
 

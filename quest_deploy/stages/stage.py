@@ -128,6 +128,11 @@ class Stage(Generic[Options, Result]):
             details = cast("dict[str, Any]", result)
             workspace.record(name, inputs=inputs, options=recorded, files=files, details=details)
             workspace.forget_start(name)
+            if outdated := workspace.outdated_by(name):
+                logger.warning(
+                    "outdated by this, and to be run again: %s; `quest-deploy run` does so",
+                    ", ".join(outdated),
+                )
             for left in self.state:
                 workspace.remove(left)
             return cast("Result", result)

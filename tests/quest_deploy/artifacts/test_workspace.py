@@ -455,3 +455,30 @@ def test_several_processes_read_at_once_and_none_writes_meanwhile(made: Workspac
         pass
     with writer.locked(), pytest.raises(QuestDeployError), other.reading():
         pass
+
+
+def test_where_several_stages_are_outdated_the_first_is_named(made: Workspace) -> None:
+    finish(made, "calibrate", content="anew", seed=2)
+    assert made.outdated_by("calibrate") == ["finetune", "export"]
+    with refused("quest-deploy finetune"):
+        made.require("build-engine/openvino")
+    finish(made, "finetune", ("calibrate",), content="anew")
+    assert made.outdated_by("finetune") == ["export"]
+    with refused("quest-deploy export"):
+        made.require("build-engine/openvino")
+
+
+def test_a_workspace_that_was_made_for_a_stage_that_failed_is_gone_and_can_be_used_again(
+    tmp_path: Path,
+) -> None:
+    for there in (False, True):
+        root = tmp_path / str(there)
+        if there:
+            root.mkdir()
+        workspace = Workspace.create(root, "tiny", SCHEME)
+        with workspace.locked():
+            workspace.discard_if_unused()
+        assert root.exists() is there
+        with workspace.locked():
+            finish(workspace, "calibrate")
+        assert Workspace.open(root).stages.keys() == {"calibrate"}
