@@ -33,10 +33,9 @@ test-slow: $(READY) $(SERVING)
 
 test-all: test test-slow
 
-# Damaged files and ended commands, others at every call, until the time is over.
+# Damaged files, others at every call, until the time is over.
 fuzz: $(READY)
 	FUZZ_MINUTES=$(or $(MINUTES),10) $(BIN)/python -m pytest -q -s tests/faults/test_damaged_files.py
-	FUZZ_KILLS=$(or $(KILLS),15) $(BIN)/python -m pytest -q -m slow tests/faults/test_kills.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
