@@ -149,7 +149,7 @@ def read_bounded(path: Path, most: int, repair: str) -> bytes:
     """The content of a regular file.
 
     Raises:
-        InputError: it is missing, no regular file, or has more than ``most`` bytes; the message
+        InputError: it is missing, not a regular file, or has more than ``most`` bytes; the message
             ends with ``repair``, what to do.
     """
     try:
@@ -163,7 +163,7 @@ def read_bounded(path: Path, most: int, repair: str) -> bytes:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, as hex; raise InputError where it is no regular file."""
+    """The SHA-256 of a file, as hex; raise InputError where it is not a regular file."""
     with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -198,7 +198,7 @@ def _not_finite(value: Any, place: str = "") -> str | None:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"JSON has no {name}")
 
 
 def read_json(path: Path, *, repair: str = "make it again") -> Any:

@@ -44,7 +44,7 @@ def dequantizers(model: ir.Model) -> list[ir.Node]:
 
 
 def need_tables(nodes: list[ir.Node]) -> None:
-    """Raise PreconditionError where a table of a quantizer is no constant."""
+    """Raise PreconditionError where a table of a quantizer is not a constant."""
     for node in nodes:
         for name, value in zip(timestep_quantize.INPUTS, node.inputs, strict=True):
             constant = name in ("x", "bucket") or (value is not None and value.is_initializer())

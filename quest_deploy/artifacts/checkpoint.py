@@ -514,7 +514,7 @@ def _assemble(header: _Header, tensors: dict[str, NDArray[Any]]) -> Checkpoint:
     layers = {entry.name: _layer(entry, tensors) for entry in header.layers}
     products = {product.name: product for product in header.products}
     buckets = header.scheme.buckets
-    quantizers = {entry.name: _site(entry, tensors, layers, buckets) for entry in header.sites}
+    quantizers = {entry.name: _quantizer(entry, tensors, layers, buckets) for entry in header.sites}
     floats = {
         key.removeprefix("float."): tensors.pop(key)
         for key in list(tensors)
@@ -565,7 +565,7 @@ def _layer(entry: _LayerEntry, tensors: dict[str, NDArray[Any]]) -> LayerData:
     return LayerData(name, bits, codes, scale, bias, entry.conv, entry.macs, zero_point)
 
 
-def _site(
+def _quantizer(
     entry: _QuantizerEntry,
     tensors: dict[str, NDArray[Any]],
     layers: dict[str, LayerData],
@@ -595,7 +595,7 @@ def _site(
         f"quantizer {name}: expected a smoothing scale, found {list(channel.shape)}",
     )
     _check_positive(scale, f"quantizer {name}: scale")
-    _check_positive(channel, f"quantizer {name}: channel vector")
+    _check_positive(channel, f"quantizer {name}: smoothing scale")
     _check(
         _bounded(symmetry, bits, low, high),
         f"quantizer {name}: clip bounds are not those of {bits}-bit codes",

@@ -3,12 +3,11 @@
 The temporal stage trains the temporal layers (the time-embedding projections) and the scales of
 what they read; the sensitive stage trains the sensitive layers (attention and feed-forward) and
 every quantizer's scales, and goes on with the temporal layers where their stage came first
-(published
-QuEST freezes them: ``carry_temporal``). Both are supervised by the float model's final output and
-by its blocks' outputs, on its own sampling trajectories. What the official code gets wrong is done
-right: one optimizer per stage (it keeps its momentum), scales that stay positive, rounding that
-follows the weights, a batch that mixes timesteps, and a loss in which no timestep outweighs the
-others.
+(published QuEST freezes them: ``carry_temporal``). Both are supervised by the float model's final
+output and by its blocks' outputs, on its own sampling trajectories. What the official code gets
+wrong is done right: one optimizer per stage (it keeps its momentum), scales that stay positive,
+rounding that follows the weights, a batch that mixes timesteps, and a loss in which no timestep
+outweighs the others.
 
 Every step draws its batch from (seed, step) alone. So an interrupted run that resumes from
 :class:`TrainingState` ends at the same result, and the float model can run ahead over many steps
