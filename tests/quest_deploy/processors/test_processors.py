@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from tests.helpers import WITH_VNNI
 from tests.quest_deploy.serving.test_processors_of_packages import lowered
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
     from quest_deploy.calibration.trajectories import Trajectories
@@ -69,31 +72,38 @@ def found(model: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
     def run(processor: str, backend: str) -> dict[str, Any]:
         if (processor, backend) not in known:
-            environment = (
-                _without_vnni(backend, tmp_path_factory) if processor == "without VNNI" else {}
-            )
-            known[processor, backend] = _run("engines.py", environment, *model, backend)
+            seen = _seen(processor, tmp_path_factory)
+            known[processor, backend] = _run("engines.py", seen, *model, backend)
         return known[processor, backend]
 
     return run
 
 
-def _without_vnni(backend: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment in which the runtime sees no VNNI; skips the test where it cannot be
-    hidden.
-    """
-    if not integer_instructions():
-        return {}
+@dataclass(frozen=True)
+class Seen:
+    """How a script sees a processor: what stands before its command, and more environment."""
+
+    before: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def _seen(processor: str, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """How ``processor`` is seen; skips the test where this one's VNNI cannot be hidden."""
+    if processor == "this" or not integer_instructions():
+        return Seen()
     if _faults_on_cpuid() and (compiler := shutil.which("cc")) is not None:
         library = tmp_path_factory.mktemp("hide") / "libhide_vnni.so"
         subprocess.run(
             [compiler, "-O1", "-shared", "-fPIC", "-o", library, HERE / "hide_vnni.c", "-ldl"],
             check=True,
         )
-        return {"LD_PRELOAD": str(library)}
-    if backend == "openvino":
-        return {"ONEDNN_MAX_CPU_ISA": "AVX2"}
-    pytest.skip("this processor has VNNI and cannot hide it: Linux does not let CPUID fault here")
+        return Seen(environment={"LD_PRELOAD": str(library)})
+    if (emulator := shutil.which("qemu-x86_64")) is not None:
+        return Seen(before=(emulator, "-cpu", "Haswell"))
+    pytest.skip(
+        "this processor has VNNI and cannot hide it: Linux does not let CPUID fault here, and "
+        "there is no qemu-x86_64 (Debian's qemu-user)"
+    )
 
 
 def _faults_on_cpuid() -> bool:
@@ -144,9 +154,11 @@ def test_a_package_made_with_vnni_is_refused_without_it_and_one_for_any_processo
     folders = [tmp_path_factory.mktemp("packages") / processor for processor in ("native", "any")]
     for folder in folders:
         lowered(load_graph(model[0]), folder, folder.name)
-    cache = {"XDG_CACHE_HOME": str(folders[0].parent)}
-    here = _run("packages.py", cache, *folders)
-    without = _run("packages.py", cache | _without_vnni("onnxruntime", tmp_path_factory), *folders)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folders[0].parent))
+    here, without = (
+        _run("packages.py", _seen(processor, tmp_path_factory), *folders)
+        for processor in PROCESSORS
+    )
     assert without["refused"] == ["native"]
     assert set(without["levels"].values()) != {LEVELS[0]}
     if integer_instructions():
@@ -167,18 +179,15 @@ def test_signed_weights_of_any_size_are_exact_with_vnni_and_not_without(
 def test_stock_sessions_compute_every_kind_of_portable_graph_right(
     processor: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    environment = (
-        _without_vnni("onnxruntime", tmp_path_factory) if processor == "without VNNI" else {}
-    )
-    errors = _run("stock_sessions.py", environment)
+    errors = _run("stock_sessions.py", _seen(processor, tmp_path_factory))
     assert len(errors) == 4
     assert all(error < 1e-4 for error in errors.values()), errors
 
 
-def _run(script: str, environment: dict[str, str], *arguments: object) -> dict[str, Any]:
-    """What a script beside this prints, run with more ``environment``."""
-    everything = {**os.environ, "PYTHONPATH": str(HERE.parents[2]), **environment}
-    command = [sys.executable, HERE / script, *map(str, arguments)]
+def _run(script: str, seen: Seen, *arguments: object) -> dict[str, Any]:
+    """What a script beside this prints where it sees a processor so."""
+    everything = {**os.environ, "PYTHONPATH": str(HERE.parents[2]), **seen.environment}
+    command = [*seen.before, sys.executable, HERE / script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=everything, check=False)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
