@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from enum import EnumType
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from quest_deploy.errors import InputError
 
@@ -75,8 +79,10 @@ class Declared:
         return self.option.recorded or self.name
 
     def check(self, value: Any) -> None:
-        """Raise InputError for a value that is out of range."""
+        """Raise InputError for a value of another type or out of range."""
         option = self.option
+        if not _fits(value, self.kind):
+            raise InputError(f"{self.flag}: expected {_named(self.kind)}, not {value!r}")
         for each in value if isinstance(value, tuple) else (value,):
             if each is None:
                 continue
@@ -89,6 +95,39 @@ class Declared:
             else:
                 continue
             raise InputError(f"{self.flag}: expected {expected}, not {each!r}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether ``value`` is of the type that a field is annotated with."""
+    kinds = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, each) for each in kinds)
+    if get_origin(kind) is Sequence:
+        return isinstance(value, tuple) and all(_fits(each, kinds[0]) for each in value)
+    number = {int: Integral, float: Real}.get(kind)
+    if number is not None:
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, get_origin(kind) or kind)
+
+
+def _named(kind: Any) -> str:
+    """A type as messages have it: an enumeration by its values, others without their modules."""
+    if (members := _enumeration(kind)) is not None:
+        return f"one of {', '.join(member.value for member in members)}"
+    return re.sub(r"(\w+\.)+", "", kind.__name__ if isinstance(kind, type) else str(kind))
+
+
+def _enumeration(kind: Any) -> Any:
+    kinds = (each for each in get_args(kind) or (kind,) if isinstance(each, EnumType))
+    return next(kinds, None)
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """A sequence as a tuple, the value of an enumeration as its member."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(value)
+    members = _enumeration(kind)
+    return next((member for member in members or () if member.value == value), value)
 
 
 def declared(options: type) -> Mapping[str, Declared]:
@@ -115,15 +154,14 @@ def _default(each: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """A dataclass of options: it keeps sequences as tuples, and raises InputError for a value that
-    is out of range.
+    """A dataclass of options: it keeps sequences as tuples, and raises InputError for a value of
+    another type or out of range.
     """
 
     def __post_init__(self) -> None:
         for name, option in declared(type(self)).items():
-            value = getattr(self, name)
-            if isinstance(value, Sequence) and not isinstance(value, str):
-                object.__setattr__(self, name, value := tuple(value))
+            value = _converted(getattr(self, name), option.kind)
+            object.__setattr__(self, name, value)
             option.check(value)
 
     def of(self, kind: type[T]) -> T:
@@ -154,6 +192,16 @@ def takes(options: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R
         function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             parameters, return_annotation=inspect.signature(work).return_annotation
         )
+        function.__doc__ = f"{inspect.getdoc(work)}\n\nArgs:\n{_described(options)}"
         return function
 
     return decorate
+
+
+def _described(options: Any) -> str:
+    """A line for each option: its name, what it is for, and a default that is found out later."""
+    return "\n".join(
+        f"    {name}: {each.option.help}"
+        + (f" [default: {each.option.default}]" if isinstance(each.option.default, str) else "")
+        for name, each in declared(options).items()
+    )

@@ -400,17 +400,31 @@ class Workspace:
         """Forget what :meth:`start` kept."""
         self.path(STARTED.format(stage)).unlink(missing_ok=True)
 
+    @property
+    def interrupted_stages(self) -> list[str]:
+        """The stages that were started and did not end."""
+        before, after = STARTED.split("{}")
+        return sorted(
+            path.name.removeprefix(before).removesuffix(after)
+            for path in self.root.glob(STARTED.format("*"))
+        )
+
+    def interrupted(self, stage: str) -> dict[str, Any] | None:
+        """The options that ``stage`` was started with and did not end; None where it was not."""
+        path = self.path(STARTED.format(stage))
+        if not path.exists():
+            return None
+        options = read_json(
+            path, repair=f"run `{self._hint(stage)}` with the options that you want"
+        )
+        return options if isinstance(options, dict) else None
+
     def options_of(self, stage: str) -> dict[str, Any]:
         """The options that ``stage`` was last started with, interrupted or not; empty if it never
         was.
         """
-        path = self.path(STARTED.format(stage))
-        if path.exists():
-            options = read_json(
-                path, repair=f"run `{self._hint(stage)}` with the options that you want"
-            )
-            if isinstance(options, dict):
-                return options
+        if (options := self.interrupted(stage)) is not None:
+            return options
         record = self.stages.get(stage)
         return {} if record is None else dict(record.options)
 

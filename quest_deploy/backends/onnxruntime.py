@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from exporters.exactness import Exactness
     from quest_deploy.progress import Progress
 
+logger = logging.getLogger(__name__)
 # Since 1.29 its packages send the names and hashes of models to Microsoft unless told not to.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 PROVIDERS = {
@@ -95,6 +97,10 @@ class OnnxRuntimeBackend(CpuBackend):
         progress: Progress,
     ) -> None:
         """Load it once: what onnxruntime refuses is refused now."""
+        try:
+            self.check_run(options)
+        except InputError as e:
+            logger.warning("it is built, and another machine must run it: %s", e)
         progress("loading into onnxruntime", 0, 1)
         check = EngineOptions(threads=options.threads) if options.provider != "cpu" else options
         open_session(lowered, check)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.cli.console import in_float, size, table
+from quest_deploy.cli.descriptions import described_hardware
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -85,7 +86,7 @@ def _graph(content: dict[str, Any]) -> Iterable[str]:
 def _engine(content: dict[str, Any]) -> Iterable[str]:
     built_by = ", ".join(f"{name} {version}" for name, version in content["built_by"].items())
     files = ", ".join(f"{name} {size(count)}" for name, count in content["file_bytes"].items())
-    yield f"engine for {content['backend']} on {content['hardware']}"
+    yield f"engine for {content['backend']} on {described_hardware(content['hardware'])}"
     yield f"from graph {content['graph_sha256'][:12]}, built by {built_by}"
     yield f"files: {files}"
     for name in content["changed"]:
@@ -102,7 +103,15 @@ def _workspace(content: dict[str, Any]) -> Iterable[str]:
     ]
     yield f"workspace of {content['model']}"
     yield _scheme(content)
-    yield table(["stage", "made", "files", "state"], rows)
+    if rows:
+        yield table(["stage", "made", "files", "state"], rows)
+    else:
+        yield "no stage has ended"
+    for name, stage in content["stages"].items():
+        if stage["reason"] is not None:
+            yield f"{name}: {stage['reason']}"
+    for name in content["interrupted"]:
+        yield f"{name}: interrupted; the same command goes on or starts it again"
 
 
 _DESCRIPTIONS = {

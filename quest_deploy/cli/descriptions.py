@@ -18,7 +18,7 @@ from quest_deploy.cli.console import in_float, size, table
 from quest_deploy.cli.precision import describe_summary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.cli.console import Console
@@ -164,19 +164,23 @@ def reference(workspace: Workspace, details: Reference) -> str:
     )
 
 
+def described_hardware(hardware: Mapping[str, Any]) -> str:
+    """What an engine runs on, by its record."""
+    return ", ".join(
+        value if isinstance(value, str) else "compute capabilities " + " ".join(value)
+        for value in hardware.values()
+    )
+
+
 def built_engine(workspace: Workspace, details: BuiltEngine) -> str:
     """Describe the result of `build-engine`."""
     files = ", ".join(f"{name} {size(count)}" for name, count in details["files"].items())
     how = {"plugin": ", quantized by the plugin", "native": ", quantized natively"}.get(
         details.get("quantize", ""), ""
     )
-    hardware = ", ".join(
-        value if isinstance(value, str) else "compute capabilities " + " ".join(value)
-        for value in details["hardware"].values()
-    )
     return (
         f"{workspace.path(ENGINES, details['backend'])}, built in {details['seconds']:.1f} s "
-        f"for {hardware}{how}\n{files}"
+        f"for {described_hardware(details['hardware'])}{how}\n{files}"
     )
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from quest_deploy.backends.machine import machine, saturating
+from quest_deploy.backends.machine import saturating
 from quest_deploy.cli.console import Console, table
 from quest_deploy.cli.options import JsonOption
+from quest_deploy.stages import api
 
 
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine can build and run, and what to install for the rest."""
-    found = machine()
+    found = api.doctor()
     here, backends = found["machine"], found["backends"]
     rows = [
         [name, *("yes" if state[able] is None else "no" for able in ("build", "run"))]

@@ -140,13 +140,14 @@ def _workspace(path: Path) -> dict[str, Any]:
     workspace = Workspace.open(path)
     stages = {}
     for name, record in workspace.stages.items():
+        reason = None
         try:
             workspace.require(name)
-            state = "up to date"
         except InputError as e:
-            state = str(e)
+            reason = str(e)
         stages[name] = {
-            "state": state,
+            "state": "up to date" if reason is None else "outdated",
+            "reason": reason,
             "made": record.made.get("time"),
             "bytes": sum(f["bytes"] for f in record.files.values()),
         }
@@ -155,4 +156,5 @@ def _workspace(path: Path) -> dict[str, Any]:
         "model": workspace.model,
         "scheme": workspace.scheme.to_json(),
         "stages": stages,
+        "interrupted": workspace.interrupted_stages,
     }

@@ -168,8 +168,10 @@ def import_checkpoint(chosen: ImportArguments) -> Workspace:
 
 @takes(ExportArguments)
 def export(chosen: ExportArguments) -> Export:
-    """Export the checkpoint as a portable ONNX graph; calibrate one where there is none."""
-    opened = chosen.opened()
+    """Export the checkpoint as a portable ONNX graph; calibrate one where there is none, of the
+    given model where the workspace is given too.
+    """
+    opened = chosen.opened() if chosen.model or not chosen.workspace else chosen.found()
     if opened.checkpoint_stage == "calibrate":
         logger.warning(
             "no finetuned checkpoint in this workspace: exporting a calibrated one (%s), which is "
@@ -254,6 +256,14 @@ def schedule(chosen: ScheduleArguments) -> Schedule:
         chosen.opened(), chosen.scheduler, chosen.steps, chosen.output
     )
     return written
+
+
+def doctor() -> dict[str, Any]:
+    """Return what this machine can build and run, and what to install for the rest, as a JSON
+    value.
+    """
+    found: dict[str, Any] = import_module("quest_deploy.backends.machine").machine()
+    return found
 
 
 @takes(PackageArguments)

@@ -12,7 +12,6 @@ from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import BACKENDS
 from quest_deploy.errors import InputError
 from quest_deploy.importers.settings import Source
-from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.options import Option, Options
 from quest_deploy.progress import Display, Progress, no_progress
 from quest_deploy.serving.triton.options import IO_DTYPES, TritonOptions
@@ -30,8 +29,10 @@ from quest_deploy.stages.options import (
     FinetuneOptions,
     GenerateOptions,
     ReferenceOptions,
+    SchedulerOption,
     SensitivityOptions,
     StageOptions,
+    StepsOption,
 )
 from quest_deploy.stages.stage import Stage
 from quest_deploy.stages.workspaces import (
@@ -97,6 +98,17 @@ class OnWorkspace(OfWorkspace):
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments(SchemeChoices, ModelChoices, OfWorkspace):
     """The parameters of ``export``, and of all that makes a workspace where there is none."""
+
+    def found(self) -> Workspace:
+        """The workspace; raise InputError where there is none, or one of another model or
+        scheme.
+        """
+        choices = self.of(SchemeChoices)
+        choices.scheme()  # what is unknown is refused first
+        opened = open_workspace(self.workspace, self.model, self.bits)
+        self.of(ModelChoices).check(opened)
+        choices.check(opened)
+        return opened
 
     def opened(self, *, split_shortcuts: bool = False) -> Workspace:
         """The workspace; raise InputError where it is not of this model or scheme.
@@ -280,8 +292,8 @@ class ImportArguments(Arguments):
 class ScheduleArguments(OnWorkspace):
     """The parameters of ``schedule``."""
 
-    scheduler: Annotated[str, Option(f"The scheduler: {', '.join(SCHEDULERS)}.")] = "ddim"
-    steps: Annotated[int, Option("Denoising steps.", minimum=1)] = 20
+    scheduler: SchedulerOption = "ddim"
+    steps: StepsOption = 20
     output: Annotated[
         Path | None,
         Option(

@@ -87,10 +87,8 @@ def _labels(text: str | None, model: DiffusionModel) -> Any:
             "images"
         )
     parts = text.split(",") if "," in text or model.labels > 10 else list(text)
-    if not parts or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
-        raise InputError(
-            f"labels must be digits such as 0123456789, or numbers such as 207,360, not {text!r}"
-        )
+    if long := [part for part in parts if len(part) > 9]:
+        raise InputError(f"--labels: expected 0 to {model.labels - 1}, not {', '.join(long)}")
     return np.asarray([int(part) for part in parts], np.int64)
 
 

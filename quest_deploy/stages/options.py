@@ -6,6 +6,7 @@ they are made.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -497,6 +498,14 @@ class GenerateOptions(EngineStageOptions):
     height: PixelsOption = None
     width: PixelsOption = None
     seed: Annotated[int, SEED] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labels is not None and not re.fullmatch("[0-9]+(,[0-9]{1,9})*", self.labels):
+            raise InputError(
+                f"--labels: expected digits such as 0123456789, or numbers such as 207,360, not "
+                f"{self.labels!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,6 +117,7 @@ class Stage(Generic[Options, Result]):
                 logger.info("%s: up to date", name)
                 return cast("Result", record.details)
             if self.long:
+                _warn_of_others(name, workspace.interrupted(name) or recorded, recorded)
                 workspace.start(name, recorded)
             try:
                 with progress_of(progress, name) as shown, _scratch_in(workspace.new("scratch")):
@@ -136,6 +137,21 @@ class Stage(Generic[Options, Result]):
             for left in self.state:
                 workspace.remove(left)
             return cast("Result", result)
+
+
+def _warn_of_others(name: str, interrupted: dict[str, Any], chosen: dict[str, Any]) -> None:
+    """Say where the options are not those that were interrupted."""
+    others = [
+        f"{option} {interrupted.get(option)}, now {chosen.get(option)}"
+        for option in sorted(interrupted.keys() | chosen.keys())
+        if interrupted.get(option) != chosen.get(option)
+    ]
+    if others:
+        logger.warning(
+            "the interrupted %s had other options, and `quest-deploy run` goes on with them: %s",
+            name,
+            "; ".join(others),
+        )
 
 
 @contextmanager

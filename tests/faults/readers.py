@@ -116,7 +116,7 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
             ("_read",),
             guarded=True,
         ),
-        "stage options": Kind(options, recorded_options, ("options_of",)),
+        "stage options": Kind(options, recorded_options, ("interrupted",)),
         "checkpoint": Kind(root / "checkpoint.safetensors", build, ("load_checkpoint",)),
         "trajectories": Kind(root / "trajectories.safetensors", Trajectories.load, ("load",)),
         "graph": Kind(root / "unet.onnx", graph, ("load_graph",)),

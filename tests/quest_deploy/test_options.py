@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,13 @@ class Declared(EngineOptions):
     ] = 1
 
 
+class Ink(StrEnum):
+    """An enumeration."""
+
+    BLACK = "black"
+    BLUE = "blue"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drawing(Options):
     """Options of most kinds."""
@@ -47,6 +55,8 @@ class Drawing(Options):
     digits: Annotated[
         Sequence[int] | None, Option(text=str, parse=lambda text: tuple(map(int, text)))
     ] = None
+    ink: Annotated[Ink, Option("Which.")] = Ink.BLACK
+    share: Annotated[float | None, Option("How much.")] = None
     on_done: Any = None
 
 
@@ -86,7 +96,13 @@ def test_an_engines_option_that_is_declared_is_a_flag_a_parameter_a_refusal_and_
 def test_a_command_gives_what_was_chosen_as_python_has_it() -> None:
     code, _, given = run(Drawing, "here", "--size", "2", "--size", "3", "--digits", "12")
     assert code == 0
-    assert given == {"place": Path("here"), "size": [2, 3], "mode": "pen", "digits": (1, 2)}
+    assert given == {
+        "place": Path("here"),
+        "size": [2, 3],
+        "mode": "pen",
+        "digits": (1, 2),
+        "ink": Ink.BLACK,
+    }
     assert run(Drawing)[0] == 2
 
 
@@ -96,11 +112,41 @@ def test_a_field_without_an_option_is_pythons_alone_and_not_recorded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "flag"), [({"size": [3, 0]}, "--size"), ({"mode": "oil"}, "--mode")]
+    ("name", "value"),
+    [
+        ("size", [3, 0]),
+        ("mode", "oil"),
+        # Of another type, as Python's callers can give it.
+        ("size", 2),
+        ("size", ["2"]),
+        ("size", [True]),
+        ("size", "22"),
+        ("mode", 1),
+        ("mode", None),
+        ("digits", "12"),
+        ("ink", "red"),
+        ("share", "half"),
+    ],
 )
-def test_a_value_out_of_range_is_refused_by_its_flag(values: dict[str, Any], flag: str) -> None:
-    with pytest.raises(InputError, match=flag):
-        Drawing(Path(), **values)
+def test_a_value_of_another_type_or_range_is_refused_by_its_flag(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"--{name}: "):
+        Drawing(Path(), **{name: value})
+
+
+def test_an_enumeration_is_taken_by_its_value_and_a_whole_number_for_a_float() -> None:
+    assert Drawing(Path(), ink="blue", share=1).ink is Ink.BLUE  # type: ignore[arg-type]
+
+
+def test_a_functions_help_tells_of_each_option() -> None:
+    @takes(Drawing)
+    def draw(chosen: Drawing) -> None:
+        """Draw."""
+
+    described = inspect.getdoc(draw) or ""
+    assert described.startswith("Draw.")
+    assert all(
+        f"{name}: {text}" in described for name, text in (("mode", "How."), ("ink", "Which."))
+    )
 
 
 def test_files_have_recorded_names_and_sequences_are_tuples() -> None:
@@ -109,6 +155,8 @@ def test_files_have_recorded_names_and_sequences_are_tuples() -> None:
         "sizes": (2,),
         "mode": "pen",
         "digits": None,
+        "ink": Ink.BLACK,
+        "share": None,
     }
 
 

@@ -144,7 +144,13 @@ def test_inspect_says_what_is_damaged_in_a_workspace(workspace: Path) -> None:
     stages = cli("inspect", workspace, "--json").json["stages"]
     assert stages["finetune"]["state"] == "up to date"
     for stage in ("export", "build-engine/openvino"):
-        assert_holds(stages[stage]["state"], "unet.onnx.data", "quest-deploy export")
+        assert stages[stage]["state"] == "outdated"
+        assert_holds(stages[stage]["reason"], "unet.onnx.data", "quest-deploy export")
+
+
+def test_export_makes_no_workspace_where_a_given_one_is_not_there(tmp_path: Path) -> None:
+    cli("export", "-w", tmp_path / "typo").assert_refused(tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
 
 
 @pytest.mark.parametrize(
@@ -210,7 +216,7 @@ def test_a_workspace_of_another_scheme_is_not_overwritten(
 
 @pytest.mark.parametrize("labels", ["12a", "", "-1", "1 2", "²", "٣"])
 def test_labels_that_are_not_digits_are_refused(workspace: Path, labels: str) -> None:
-    cli("generate", "-w", workspace, "--labels", labels).assert_refused("labels", repr(labels))
+    cli("generate", "-w", workspace, "--labels", labels).assert_refused("--labels", repr(labels))
 
 
 def test_evaluate_refuses_an_engine_that_is_not_exact_here_before_it_draws(

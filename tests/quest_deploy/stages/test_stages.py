@@ -154,6 +154,19 @@ def test_only_an_interruption_keeps_the_options_of_a_long_stage(new: Workspace) 
     assert new.options_of("calibrate")["samples"] == 8
 
 
+def test_going_on_with_other_options_than_were_interrupted_is_told(
+    new: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    for chosen, told in ((7, False), (7, False), (8, True)):
+        caplog.clear()
+        with pytest.raises(KeyboardInterrupt):
+            A.run(new, CalibrateOptions(samples=chosen), work=fails(KeyboardInterrupt))
+        assert ("samples 7, now 8" in caplog.text) == told
+    assert new.interrupted_stages == ["calibrate"]
+    A.run(new, CalibrateOptions(samples=8), work=writes("one"))
+    assert new.interrupted_stages == []
+
+
 def test_what_is_deployed_is_the_finetuned_checkpoint_where_there_is_one(new: Workspace) -> None:
     A.run(new, CalibrateOptions(), work=writes("one"))
     assert EXPORT.inputs(new) == ["calibrate"]
