@@ -90,7 +90,7 @@ def _traced(skeleton: _Skeleton, example: dict[str, Tensor]) -> ir.Model:
     """The skeleton as torch exports it: ``sample`` [batch, C, height, width], the other inputs
     [batch, ...].
     """
-    factor = downsampling(skeleton)
+    factor = downsampling(skeleton.model)
     batch, rows, columns = (
         torch.export.Dim(name, max=limit) for name, limit in (("batch", BATCH_LIMIT), *SIZES)
     )

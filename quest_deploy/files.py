@@ -201,13 +201,16 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"JSON has no {name}")
 
 
-def read_json(path: Path, *, repair: str = "make it again") -> Any:
+def read_json(path: Path, *, repair: str = "make it again", infinities: bool = False) -> Any:
     """Read a JSON file; raise InputError, which ends with what to do (``repair``), where it is
     missing, too large or not JSON.
+
+    Args:
+        infinities: take NaN, Infinity and -Infinity, which are no JSON, but which Python writes.
     """
     content = read_bounded(path, _MAX_JSON_BYTES, repair)
     try:
-        return json.loads(content, parse_constant=_refuse_constant)
+        return json.loads(content, parse_constant=None if infinities else _refuse_constant)
     except (ValueError, RecursionError) as e:
         # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
         raise InputError(f"{path}: expected JSON, found something else ({e}); {repair}") from e

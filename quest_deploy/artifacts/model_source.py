@@ -79,6 +79,7 @@ class ModelSource:
         requested: of a repository, the branch, tag or commit that the user asked for, if any.
         random_weights: the architecture alone, its weights drawn with ``seed``.
         fingerprint: of a folder or file, see :func:`fingerprint`.
+        prediction_type: what the user says that it predicts, if anything.
     """
 
     name: str
@@ -89,6 +90,7 @@ class ModelSource:
     seed: int = 0
     loras: tuple[Lora, ...] = ()
     fingerprint: str | None = None
+    prediction_type: str | None = None
 
     @property
     def path(self) -> Path | None:
@@ -125,9 +127,9 @@ def fingerprint(path: Path) -> str:
     """A hash by which a model's folder or file is known again, in much less time than reading
     gigabytes takes.
 
-    It covers the name, the size and 64 samples of 4 KiB of every weight file, and all of every JSON
-    and text file. Weights that were trained further differ everywhere; an edit of single weights
-    may go unseen.
+    It covers the name, the size and 64 samples of 4 KiB of every weight file, all of every JSON
+    and text file, and a single file's original configuration. Weights that were trained further
+    differ everywhere; an edit of single weights may go unseen.
     """
     strange = next((p for p in (path, *path.rglob("*")) if p.exists() and not _is_plain(p)), None)
     if strange is not None:
@@ -147,7 +149,15 @@ def fingerprint(path: Path) -> str:
             continue
         name = file.name if file == path else str(file.relative_to(path))
         digest.update(f"{name}\0{file.stat().st_size}\0".encode() + content)
+    if path.is_file() and (configuration := beside(path)) is not None:
+        digest.update(configuration.read_bytes())
     return digest.hexdigest()
+
+
+def beside(path: Path) -> Path | None:
+    """The original configuration that lies beside a single file, a YAML file of its name."""
+    found = (path.with_suffix(suffix) for suffix in (".yaml", ".yml"))
+    return next((file for file in found if file.is_file()), None)
 
 
 def _is_plain(path: Path) -> bool:

@@ -189,12 +189,21 @@ def record_trajectories(
     inputs, outputs = [], []
     for i, timestep in enumerate(scheduler.timesteps):
         entered = sample if weight == 1.0 else sample.repeat_interleave(2, 0)
-        output = chunked(
-            lambda x, t=timestep, **c: unet(x, t, **c, return_dict=False)[0],
-            rows,
-            entered,
-            **conditions,
-        )
+        try:
+            output = chunked(
+                lambda x, t=timestep, **c: unet(x, t, **c, return_dict=False)[0],
+                rows,
+                entered,
+                **conditions,
+            )
+        except Exception as e:  # diffusers raises whatever a configuration provokes
+            if i or isinstance(e, QuestDeployError):  # what ran once is not at fault
+                raise
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            raise InputError(
+                f"{model.name}: its UNet does not run on samples {list(model.sample_shape)} and "
+                f"{', '.join(conditions) or 'no conditions'} ({reason})"
+            ) from e
         if not torch.isfinite(output).all():
             raise QuestDeployError(
                 f"the model's output at timestep {timestep.item():g}, step {i + 1} of "

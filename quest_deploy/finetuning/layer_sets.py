@@ -31,11 +31,21 @@ LAYER_SETS = {
 """QuEST's table (its paper, section 4, and its official code)."""
 
 
-def select_layers(names: Iterable[str], patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """The ``names`` that match one of the ``patterns``; raise InputError where none does."""
+def select_layers(
+    names: Iterable[str], patterns: tuple[str, ...], *, or_all: bool = False
+) -> tuple[str, ...]:
+    """The ``names`` that match one of the ``patterns``.
+
+    Args:
+        or_all: whether they are all of them where none matches, as in a UNet without attention;
+            else InputError is raised.
+    """
+    names = tuple(names)
     chosen = tuple(
         name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)
     )
+    if not chosen and or_all:
+        return names
     if not chosen:
         raise InputError(f"no quantized layer matches {', '.join(patterns)}")
     return chosen

@@ -335,7 +335,8 @@ def _stages(student: QuantizedModel, options: FinetuneOptions) -> list[_Stage]:
     layers = student.quantized_layers()
     stages: list[_Stage] = []
     for name in options.stages:
-        chosen = select_layers(layers, options.layers_of(name))
+        asked = options.temporal_layers if name == "temporal" else options.sensitive_layers
+        chosen = select_layers(layers, options.layers_of(name), or_all=asked is None)
         if name == "temporal":
             quantizers = list(
                 {

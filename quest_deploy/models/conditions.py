@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quest_deploy.errors import InputError
+from quest_deploy.models.supported import TIME_IDS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,12 +136,12 @@ class Prompts:
         return self._encoded
 
 
-def random_prompts(config: dict[str, Any], seed: int) -> Prompts:
+def random_prompts(config: dict[str, Any], size: tuple[int, ...], seed: int) -> Prompts:
     """Random normal states in the shapes that a UNet of ``config`` takes, where there is no text
     encoder.
 
     Sizes of the picture (``time_ids``) are those that the UNet was made for, eight pixels to a
-    latent.
+    latent; ``size`` is the latents' height and width.
     """
 
     def encode(prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -158,21 +159,18 @@ def random_prompts(config: dict[str, Any], seed: int) -> Prompts:
                     - TIME_IDS * config["addition_time_embed_dim"]
                 )
                 states["text_embeds"] = torch.randn(len(prompts), pooled, generator=generator)
-                states["time_ids"] = time_ids(8 * config["sample_size"]).repeat(len(prompts), 1)
+                states["time_ids"] = time_ids(*(8 * x for x in size)).repeat(len(prompts), 1)
             halves.append(states)
         return halves[0], halves[1]
 
     return Prompts([""] * RANDOM_LABELS, encode)
 
 
-TIME_IDS = 6
-
-
-def time_ids(pixels: int) -> Tensor:
-    """SDXL's condition on the picture's size, [1, 6]: it was ``pixels`` high and wide, not cropped,
-    and is to be so.
+def time_ids(height: int, width: int) -> Tensor:
+    """SDXL's condition on the picture's size, [1, 6]: it had these pixels, was not cropped, and is
+    to have them.
     """
-    return torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=torch.float32)
+    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
 
 
 def check_labels(labels: NDArray[np.int64], count: int) -> None:

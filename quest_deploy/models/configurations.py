@@ -28,7 +28,7 @@ PerLevel = Annotated[tuple[Item, ...], Field(min_length=1, max_length=MOST_LEVEL
 
 
 class _Configuration(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
 
 class UNetConfiguration(_Configuration):
@@ -57,12 +57,18 @@ class UNetConfiguration(_Configuration):
 class SchedulerConfiguration(_Configuration):
     """scheduler/scheduler_config.json."""
 
-    num_train_timesteps: Annotated[int, Field(ge=1, le=10**5)]
+    num_train_timesteps: Annotated[int, Field(ge=1, le=10**5)] = 1000
     beta_start: float = 1e-4
     beta_end: float = 2e-2
     beta_schedule: str = "linear"
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     steps_offset: Annotated[int, Field(ge=0, le=10**5)] = 0
+
+
+class TextEncoderConfiguration(_Configuration):
+    """text_encoder_2/config.json."""
+
+    projection_dim: Channels
 
 
 class DecoderConfiguration(_Configuration):
@@ -77,9 +83,15 @@ Part = tuple[str | None, str | None]
 
 def read_configuration(kind: type[Read], path: Path) -> dict[str, Any]:
     """The content of a configuration file; raise InputError where it does not fit ``kind``."""
-    content: dict[str, Any] = read_json(path, repair=OTHERWISE)
-    parse(kind, content, str(path), OTHERWISE)
+    # diffusers writes DPM-Solver's lambda_min_clipped as -Infinity.
+    content: dict[str, Any] = read_json(path, repair=OTHERWISE, infinities=True)
+    parse_configuration(kind, content, str(path))
     return content
+
+
+def parse_configuration(kind: type[Read], content: dict[str, Any], where: str) -> None:
+    """Raise InputError, which begins with ``where``, where ``content`` does not fit ``kind``."""
+    parse(kind, content, where, OTHERWISE)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

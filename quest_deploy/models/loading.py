@@ -28,6 +28,7 @@ def resolve_source(
     revision: str | None = None,
     random_weights: bool = False,
     loras: Sequence[str] = (),
+    prediction_type: str | None = None,
 ) -> ModelSource:
     """Where ``model`` comes from: a registry's name, a diffusers folder or a single file. A model
     on the hub is fetched here.
@@ -35,6 +36,7 @@ def resolve_source(
     Args:
         revision: of a model on the hub, a commit, branch or tag instead of the registry's.
         loras: each "PATH" or "PATH:WEIGHT".
+        prediction_type: what the model predicts, where its files do not say it.
 
     Raises:
         InputError: there is no such model, an option does not apply to it, or the hub does not give
@@ -50,23 +52,35 @@ def resolve_source(
         name = path.name if path.is_dir() else path.stem
         print_of_it = None if random_weights else fingerprint(path)
         return ModelSource(
-            name, str(path), random_weights=random_weights, loras=fused, fingerprint=print_of_it
+            name,
+            str(path),
+            random_weights=random_weights,
+            loras=fused,
+            fingerprint=print_of_it,
+            prediction_type=prediction_type,
         )
     if model == EMBEDDED:
-        if random_weights or fused:
+        if random_weights or fused or prediction_type:
             raise InputError(
-                f"--random-weights, --lora: expected a model other than {EMBEDDED}, which has its "
-                "own weights"
+                f"--random-weights, --lora, --prediction-type: expected a model other than "
+                f"{EMBEDDED}, which has its own weights"
             )
         return ModelSource(EMBEDDED)
     if random_weights:
-        return ModelSource(model, random_weights=True, loras=fused)
+        return ModelSource(model, random_weights=True, loras=fused, prediction_type=prediction_type)
     if known.repository is None or known.revision is None:
         raise InputError(
             f"{model} has no repository in diffusers' layout on the Hugging Face Hub; {OTHERWISE}"
         )
     folder = fetch_pipeline(known.repository, revision or known.revision)
-    return ModelSource(model, known.repository, folder.name, revision, loras=fused)
+    return ModelSource(
+        model,
+        known.repository,
+        folder.name,
+        revision,
+        loras=fused,
+        prediction_type=prediction_type,
+    )
 
 
 def load_model(source: ModelSource, prompts: Sequence[str] | None = None) -> DiffusionModel:

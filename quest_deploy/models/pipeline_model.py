@@ -16,17 +16,13 @@ import numpy as np
 import psutil
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from diffusers.loaders.single_file_utils import (
-    infer_diffusers_model_type,
-    load_single_file_checkpoint,
-)
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from quest_deploy.errors import InputError
-from quest_deploy.files import check_archive, check_regular
+from quest_deploy.files import check_regular
 from quest_deploy.models.conditions import (
     ClassLabels,
     ClassTokens,
@@ -38,14 +34,18 @@ from quest_deploy.models.conditions import (
 from quest_deploy.models.configurations import (
     DecoderConfiguration,
     SchedulerConfiguration,
+    TextEncoderConfiguration,
     UNetConfiguration,
+    parse_configuration,
     read_configuration,
     read_index,
 )
 from quest_deploy.models.hub import fetch_pipeline
 from quest_deploy.models.loras import fuse_into_text_encoders, fuse_into_unet
 from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
-from quest_deploy.models.schedulers import make_scheduler
+from quest_deploy.models.schedulers import make_scheduler, noise_schedule
+from quest_deploy.models.single_file import SingleFile, read_single_file
+from quest_deploy.models.supported import check_time_ids, check_unet, has_cross_attention
 from quest_deploy.models.unets import set_heads, with_flat_conditions
 
 if TYPE_CHECKING:
@@ -68,18 +68,9 @@ CLASS_EMBEDDING = "class_embedding.safetensors"
 """In the folder of a class-conditional model: "weight", float32 [classes + 1, tokens x D], its last
 row the class of no class.
 """
-UNETS = ("UNet2DConditionModel", "UNet2DModel")
 GUIDANCE = {TEXT_TO_IMAGE: 7.5, CLASS_CONDITIONAL: 3.0, UNCONDITIONAL: 1.0}
 """What each family is used with: Stable Diffusion's default, QuEST's for ImageNet, and none."""
-ASKED_FOR: Mapping[str, Literal["prompt", "label"] | None] = {
-    TEXT_TO_IMAGE: "prompt",
-    CLASS_CONDITIONAL: "label",
-    UNCONDITIONAL: None,
-}
 IMAGENET_CLASSES = 1000
-_ARCHITECTURE_OF_FILE = {"v1": "sd15", "v2": "sd21", "xl_base": "sdxl"}
-"""By what diffusers calls the contents of a single file."""
-_UNSUPPORTED = ("time_cond_proj_dim", "encoder_hid_dim_type", "class_embed_type")
 
 
 class PipelineModel:
@@ -103,12 +94,21 @@ class PipelineModel:
         self.single_file = (
             source.path if source.path is not None and source.path.is_file() else None
         )
-        self.folder = _folder_of(source)
+        self._file = (
+            None
+            if self.single_file is None
+            else read_single_file(self.single_file, source.prediction_type)
+        )
+        self.folder = _folder_of(source, self._file)
         self.index = read_index(self.folder)
         self.config = read_configuration(UNetConfiguration, self.folder / "unet" / "config.json")
-        self._check_unet()
-        self.family = self._family()
-        self.asked_for = ASKED_FOR[self.family]
+        if self._file is not None:
+            self._apply(self._file)
+        of_text = any(self.index.get(name, [None])[0] is not None for name in TEXT_ENCODERS)
+        check_unet(self.name, self.config, of_text=of_text)
+        check_time_ids(self.name, self.config, self._pooled_width())
+        self.family = self._family(of_text=of_text)
+        self.asked_for = self._asked_for()
         if prompts is not None and self.family != TEXT_TO_IMAGE:
             raise InputError(
                 f"--prompts: expected a text-to-image model, and {self.name} is {self.family}"
@@ -120,7 +120,8 @@ class PipelineModel:
             self.config["in_channels"],
             *((side, side) if isinstance(side, int) else side),
         )
-        self.train_timesteps: int = self.scheduler_config()["num_train_timesteps"]
+        self._schedule = self._read_schedule()
+        self.train_timesteps: int = self._schedule["num_train_timesteps"]
         without_null = self.config.get("num_class_embeds") is not None
         self.guidance = 1.0 if without_null else GUIDANCE[self.family]
         # A forward pass of Stable Diffusion takes seconds on a CPU, one of a latent-diffusion UNet
@@ -204,13 +205,9 @@ class PipelineModel:
         decoder = self.load_decoder()
         if decoder is None:
             return np.clip(latents, -1.0, 1.0)
-        scale, shift = (
-            decoder.config.scaling_factor,
-            getattr(decoder.config, "shift_factor", None) or 0.0,
-        )
         with torch.no_grad():
             decoded = [
-                decoder.decode(row[None] / scale + shift).sample
+                decoder.decode(unscaled(decoder, row[None])).sample
                 for row in torch.from_numpy(latents)
             ]
         images: NDArray[np.float32] = torch.cat(decoded).clamp(-1, 1).numpy()
@@ -244,6 +241,10 @@ class PipelineModel:
         self.require_weights("run as a pipeline")
         pipeline_class = self.pipeline_class()
         given = {"unet": None, **parts}
+        if self._file is not None or self.source.prediction_type is not None:
+            # The folder's, or the architecture's, may say something else of what is predicted.
+            kind = getattr(diffusers, self.index["scheduler"][1])
+            given.setdefault("scheduler", kind.from_config(self.scheduler_config()))
         if "safety_checker" in self.index and "safety_checker" not in given:
             given |= {"safety_checker": None, "requires_safety_checker": False}
         with self._loading("the pipeline"):
@@ -301,7 +302,7 @@ class PipelineModel:
                 table = _class_table(self.folder / CLASS_EMBEDDING, width)
             return ClassTokens(table.unflatten(1, (-1, width)))
         if self.source.random_weights:
-            return random_prompts(self.config, self.source.seed)
+            return random_prompts(self.config, self.sample_shape[1:], self.source.seed)
         return Prompts(self.prompts, self._encode)
 
     def _encode(
@@ -330,11 +331,15 @@ class PipelineModel:
             for i in (0, 1)
         ]
         if self.config.get("addition_embed_type") == "text_time":
-            sizes = time_ids(self.config["sample_size"] * self._pixels_per_latent()).repeat(
-                len(prompts), 1
-            )
+            sizes = time_ids(*self.pixels()).repeat(len(prompts), 1)
             halves = [{**half, "time_ids": sizes} for half in halves]
         return halves[0], halves[1]
+
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the pictures that the UNet was made for."""
+        factor = self._pixels_per_latent()
+        _, height, width = self.sample_shape
+        return height * factor, width * factor
 
     def _pixels_per_latent(self) -> int:
         path = self.folder / "vae" / "config.json"
@@ -363,35 +368,50 @@ class PipelineModel:
 
     def scheduler_config(self) -> dict[str, Any]:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""
-        return read_configuration(
-            SchedulerConfiguration, self.folder / "scheduler" / "scheduler_config.json"
-        )
+        return dict(self._schedule)
 
-    def _check_unet(self) -> None:
-        name = self.config.get("_class_name")
-        if name not in UNETS:
-            raise InputError(f"{self.name}: expected a UNet of {' or '.join(UNETS)}, found {name}")
-        unsupported = {
-            key: self.config[key] for key in _UNSUPPORTED if self.config.get(key) is not None
-        }
-        if self.config.get("addition_embed_type") not in (None, "text_time"):
-            unsupported["addition_embed_type"] = self.config["addition_embed_type"]
-        if unsupported:
+    def _read_schedule(self) -> dict[str, Any]:
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        config = read_configuration(SchedulerConfiguration, path)
+        config |= {} if self._file is None else self._file.schedule
+        if self.source.prediction_type is not None:
+            config["prediction_type"] = self.source.prediction_type
+        parse_configuration(SchedulerConfiguration, config, str(self.single_file or path))
+        _, name = self.index.get("scheduler", (None, None))
+        latent = any(name in self.index for name in DECODERS)
+        return noise_schedule(config, name, str(path), latent=latent)
+
+    def _apply(self, file: SingleFile) -> None:
+        """Let the single file's own size and channels go before its architecture's."""
+        if file.sample_size is not None:
+            self.config["sample_size"] = file.sample_size
+        channels = self.config["in_channels"]
+        if file.in_channels not in (None, channels):
             raise InputError(
-                f"{self.name}: a UNet with {unsupported} takes conditions that are not supported"
+                f"{self.single_file}: its UNet has {file.in_channels} input channels, and "
+                f"{self.folder.name} has {channels}; give a diffusers folder"
             )
 
-    def _family(self) -> str:
-        """Which layers QuEST trains: a UNet2DModel has attention blocks for transformers, whether
-        it embeds a class or not.
+    def _pooled_width(self) -> int | None:
+        """The width of the second text encoder's pooled state, where its configuration is there."""
+        path = self.folder / "text_encoder_2" / "config.json"
+        if not path.exists():
+            return None
+        return int(read_configuration(TextEncoderConfiguration, path)["projection_dim"])
+
+    def _family(self, *, of_text: bool) -> str:
+        """Which layers QuEST trains: a UNet without cross-attention has attention blocks for
+        transformers, whether it embeds a class or not.
         """
-        if any(self.index.get(name, [None])[0] is not None for name in TEXT_ENCODERS):
+        if of_text:
             return TEXT_TO_IMAGE
-        return (
-            CLASS_CONDITIONAL
-            if self.config["_class_name"] == "UNet2DConditionModel"
-            else UNCONDITIONAL
-        )
+        return CLASS_CONDITIONAL if has_cross_attention(self.config) else UNCONDITIONAL
+
+    def _asked_for(self) -> Literal["prompt", "label"] | None:
+        if self.family == TEXT_TO_IMAGE:
+            return "prompt"
+        has_labels = self.config.get("num_class_embeds") is not None
+        return "label" if has_labels or self.family == CLASS_CONDITIONAL else None
 
     def require_weights(self, purpose: str) -> None:
         """Raise InputError where the model has random weights, which are of no use to
@@ -427,38 +447,15 @@ def default_prompts() -> list[str]:
     return (Path(__file__).parent / "prompts.txt").read_text().splitlines()
 
 
-def _folder_of(source: ModelSource) -> Path:
+def _folder_of(source: ModelSource, file: SingleFile | None) -> Path:
+    if file is not None:
+        return ARCHITECTURES / file.architecture
     if source.path is not None:
-        return (
-            ARCHITECTURES / _architecture_in(source.path) if source.path.is_file() else source.path
-        )
+        return source.path
     if source.location is None:
         return ARCHITECTURES / source.name
     assert source.revision is not None
     return fetch_pipeline(source.location, source.revision)
-
-
-def _architecture_in(path: Path) -> str:
-    """Which architecture a single file holds, by its tensors; raise InputError where it is none of
-    ours or cannot be read safely.
-    """
-    try:
-        check_archive(path)
-        with _quiet():
-            kind = infer_diffusers_model_type(load_single_file_checkpoint(str(path)))
-    except InputError:
-        raise
-    except Exception as e:
-        raise InputError(
-            f"{path}: it cannot be read as tensors alone (weights_only); convert it to "
-            ".safetensors, or give a diffusers folder"
-        ) from e
-    if kind not in _ARCHITECTURE_OF_FILE:
-        raise InputError(
-            f"{path}: expected a checkpoint of Stable Diffusion 1, 2 or XL, found one of {kind}; "
-            "give a diffusers folder"
-        )
-    return _ARCHITECTURE_OF_FILE[kind]
 
 
 def _class_table(path: Path, width: int) -> torch.Tensor:
@@ -475,6 +472,19 @@ def _class_table(path: Path, width: int) -> torch.Tensor:
             f"{path}: expected [classes + 1, tokens x {width}], found {list(table.shape)}"
         )
     return table
+
+
+def unscaled(decoder: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The sampler's latents [B, C, h, w] as ``decoder`` takes them: with its own mean and deviation
+    where its configuration has them, as diffusers' pipelines do.
+    """
+    config = decoder.config
+    mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    factor, shift = torch.ones(1), torch.full((1,), getattr(config, "shift_factor", None) or 0.0)
+    if mean is not None and deviation is not None:
+        shift, factor = (torch.tensor(x).view(1, -1, 1, 1) for x in (mean, deviation))
+    samples: torch.Tensor = latents * factor / config.scaling_factor + shift
+    return samples
 
 
 @contextmanager

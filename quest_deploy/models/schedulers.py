@@ -1,10 +1,21 @@
-"""Diffusers' schedulers under short names."""
+"""Diffusers' schedulers under short names, and what a model's own configuration says of its noise.
+
+A model is known here by betas over its training steps. A schedule in sigmas (EDM, flow matching,
+variance exploding, consistency models) has none, and read as betas it would silently be another
+one: it is refused by its class.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+import math
+from bisect import bisect_left
+from typing import TYPE_CHECKING, Any
 
 from quest_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -15,18 +26,101 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+OF_BETAS = frozenset(
+    {
+        *SCHEDULERS.values(),
+        "DDIMInverseScheduler",
+        "DDIMParallelScheduler",
+        "DDPMParallelScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepInverseScheduler",
+        "DPMSolverSDEScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "SASolverScheduler",
+        "TCDScheduler",
+    }
+)
+"""The classes whose configurations describe a model by betas over its training steps."""
+IN_SIGMAS = {"timestep_type": "continuous", "use_flow_sigmas": True, "use_dynamic_shifting": True}
+"""Options by which a scheduler of these classes samples in sigmas all the same."""
+NOISE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+"""What a configuration says of the model; the rest is about sampling."""
+UNBOUNDED = ("lambda_min_clipped",)
+"""Options that are infinite by default, which files of numbers cannot say."""
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+_SOME = (20, 10, 4, 2, 1)
+"""Numbers of steps of which a scheduler that takes any takes one."""
+
+
+def noise_schedule(
+    config: Mapping[str, Any], class_name: str | None, where: str, *, latent: bool
+) -> dict[str, Any]:
+    """A scheduler's configuration that means the same in every class of ``SCHEDULERS``.
+
+    What the file leaves to its class's defaults is written out, since the classes' differ. A latent
+    model's samples are not clipped unless the file says so: they go beyond [-1, 1], and some
+    classes clip by default.
+
+    Args:
+        config: the content of scheduler_config.json.
+        class_name: what the pipeline's index calls its class, if it does.
+        where: what messages begin with.
+
+    Raises:
+        InputError: the schedule is in sigmas, or of an unknown class.
+    """
+    import diffusers
+
+    names = [name for name in (class_name, config.get("_class_name")) if name is not None]
+    if unknown := [name for name in names or ["no class"] if name not in OF_BETAS]:
+        raise InputError(
+            f"{where}: {unknown[0]} is not supported: expected a noise schedule of betas over "
+            f"training steps, of {', '.join(sorted(OF_BETAS))}; models in sigmas (EDM, flow "
+            "matching, variance exploding, consistency) cannot be sampled with those"
+        )
+    if wrong := [f"{key} {config[key]!r}" for key, x in IN_SIGMAS.items() if config.get(key) == x]:
+        raise InputError(f"{where}: {names[0]} with {wrong[0]} samples in sigmas: not supported")
+    parameters = inspect.signature(getattr(diffusers, names[0]).__init__).parameters
+    defaults = {name: parameters[name].default for name in NOISE if name in parameters}
+    if missing := [key for key in NOISE[:4] if key not in {**defaults, **config}]:
+        raise InputError(  # diffusers has the class only where a package of its own is installed
+            f"{where}: {', '.join(missing)}: missing, and this installation of diffusers does not "
+            f"know the defaults of {names[0]}"
+        )
+    finite = {key: x for key, x in config.items() if key not in UNBOUNDED or x != -math.inf}
+    return {**defaults, **({"clip_sample": False} if latent else {}), **finite}
 
 
 def make_scheduler(name: str, config: dict[str, Any]) -> Any:
     """A new diffusers scheduler of the short ``name`` with the model's noise schedule; raise
-    InputError for an unknown name.
+    InputError for an unknown name, or one that does not know the model's kind of schedule.
     """
     import diffusers
 
     if name not in SCHEDULERS:
         raise InputError(f"unknown scheduler {name!r}: expected one of {', '.join(SCHEDULERS)}")
+    kind = getattr(diffusers, SCHEDULERS[name])
+    zero_snr = "rescale_betas_zero_snr"
+    if config.get(zero_snr) and zero_snr not in inspect.signature(kind.__init__).parameters:
+        raise InputError(
+            f"--scheduler {name}: {SCHEDULERS[name]} knows no {zero_snr}, which the model has; "
+            "choose another one"
+        )
     try:
-        return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+        return kind.from_config(config)
     except Exception as e:  # diffusers raises whatever a configuration provokes
         raise InputError(
             f"scheduler_config.json cannot configure {SCHEDULERS[name]} ({e}); choose another "
@@ -35,16 +129,56 @@ def make_scheduler(name: str, config: dict[str, Any]) -> Any:
 
 
 def set_steps(scheduler: Any, steps: int) -> None:
-    """Choose ``steps`` timesteps; raise InputError where they leave the range the model was trained
-    on, as an offset can make them.
+    """Choose ``steps`` timesteps.
+
+    Raises:
+        InputError: the scheduler cannot run through them, or they leave the range the model was
+            trained on, as an offset can make them; the message says which numbers would work.
     """
-    try:
-        scheduler.set_timesteps(steps)
-    except Exception as e:  # diffusers raises whatever a configuration provokes
-        raise InputError(f"{type(scheduler).__name__} cannot take {steps} steps ({e})") from e
-    highest, trained = float(scheduler.timesteps.max()), scheduler.config.num_train_timesteps
-    if highest >= trained:
+    if (problem := _problem(scheduler, steps)) is not None:
+        some = next((n for n in _SOME if _problem(scheduler, n) is None), None)
         raise InputError(
-            f"{steps} steps begin at timestep {highest:g}, and the model knows those below "
-            f"{trained}; take fewer steps"
+            f"{type(scheduler).__name__} cannot take {steps} steps: {problem}; "
+            + ("choose another scheduler" if some is None else _numbers(scheduler, some))
         )
+    scheduler.set_timesteps(steps)
+
+
+def _numbers(scheduler: Any, some: int) -> str:
+    """Return which numbers of steps work, ``some`` among them."""
+    trained = scheduler.config.num_train_timesteps
+    fewest = 1 + bisect_left(range(1, some), True, key=lambda n: _problem(scheduler, n) is None)
+    most = some + bisect_left(
+        range(some + 1, trained + 1), True, key=lambda n: _problem(scheduler, n) is not None
+    )
+    return f"it takes {fewest} to {most}"
+
+
+def _problem(scheduler: Any, steps: int) -> str | None:
+    """Return why a scheduler like this one cannot take ``steps`` steps; it is run through them,
+    since some fail only on the way.
+    """
+    import torch
+
+    trained = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= trained:
+        return f"the model was trained with {trained}"
+    tried = type(scheduler).from_config(scheduler.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sample, prediction = torch.randn(2, 1, 1, 2, 2)
+        try:
+            tried.set_timesteps(steps)
+            if (highest := float(tried.timesteps.max())) >= trained:
+                return (
+                    f"they begin at timestep {highest:g}, and the model knows those below {trained}"
+                )
+            if steps > 1 and len(tried.timesteps.unique()) == 1:
+                return f"all of them are at timestep {highest:g}"
+            for timestep in tried.timesteps:
+                if hasattr(tried, "scale_model_input"):
+                    tried.scale_model_input(sample, timestep)
+                sample = tried.step(prediction, timestep, sample).prev_sample
+        except Exception as e:  # diffusers raises whatever a configuration provokes
+            return (str(e).strip().splitlines() or [type(e).__name__])[0]
+    return None if sample.isfinite().all() else "its samples are not finite"

@@ -11,6 +11,8 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from quest_deploy.models.supported import has_cross_attention
+
 ADDED_CONDITIONS = ("text_embeds", "time_ids")
 """What Stable Diffusion XL's UNet takes beside the text states, in diffusers packed into
 ``added_cond_kwargs``.
@@ -18,15 +20,15 @@ ADDED_CONDITIONS = ("text_embeds", "time_ids")
 
 
 class FlatConditionsUNet(UNet2DConditionModel):
-    """A UNet2DConditionModel, called with SDXL's added conditions by name and class labels in
-    float32.
+    """A UNet2DConditionModel, called with SDXL's added conditions by name, class labels in float32,
+    and without hidden states where nothing attends to them.
     """
 
     def forward(
         self,
         sample: Tensor,
         timestep: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
         *,
         return_dict: bool = True,
         **conditions: Tensor,
@@ -69,7 +71,9 @@ def with_flat_conditions(unet: nn.Module) -> nn.Module:
     if isinstance(unet, UNet2DModel) and config.num_class_embeds is not None:
         unet.__class__ = FlatLabelsUNet
     elif isinstance(unet, UNet2DConditionModel) and (
-        config.num_class_embeds is not None or config.addition_embed_type is not None
+        config.num_class_embeds is not None
+        or config.addition_embed_type is not None
+        or not has_cross_attention({**config, "_class_name": UNet2DConditionModel.__name__})
     ):
         unet.__class__ = FlatConditionsUNet
     return unet

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import numpy as np
 import torch
-from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
 
 from quest_deploy.artifacts.checkpoint import (
@@ -26,6 +25,7 @@ from quest_deploy.artifacts.checkpoint import (
 )
 from quest_deploy.artifacts.scheme import activation_levels
 from quest_deploy.errors import InputError
+from quest_deploy.models.supported import sample_multiple
 from quest_deploy.models.unets import FLAT_CLASSES, set_heads
 from quest_deploy.quantization.affine import WeightGrid, bucket_of, per_sample, weight_codes
 from quest_deploy.quantization.layers import (
@@ -314,8 +314,8 @@ def build_float_model(architecture: Architecture) -> nn.Module:
 
 
 def downsampling(model: nn.Module) -> int:
-    """Return what heights and widths of the model's samples must be multiples of."""
-    return int(2 ** sum(isinstance(module, Downsample2D) for module in model.modules()))
+    """Return what heights and widths of the samples of a diffusers UNet must be multiples of."""
+    return sample_multiple(model.config)  # type: ignore[arg-type]
 
 
 def conv_geometry(layer: nn.Module) -> ConvGeometry | None:

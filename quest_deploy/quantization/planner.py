@@ -111,13 +111,13 @@ def plan_quantization(
         raise InputError(
             "the model executes no Conv2d and no Linear layer: there is nothing to quantize"
         )
-    # The first layer is the one that reads the sample; embeddings of the timestep may run before
-    # it.
+    # The first layer is the one that reads the sample, or else, where the model changes it before
+    # (center_input_sample), the first convolution; embeddings of the timestep may run before it.
     sample = _content_hash(probe["sample"])
-    ends = {
-        next((layer for layer in seen if layer.input_hash == sample), seen[0]).name,
-        seen[-1].name,
-    }
+    reading = [layer for layer in seen if layer.input_hash == sample]
+    convolutions = [x for x in seen if isinstance(model.get_submodule(x.name), nn.Conv2d)]
+    first = (reading or convolutions or seen)[0]
+    ends = {first.name, seen[-1].name}
 
     def bits_of(name: str, bits: int) -> int:
         return scheme.first_last_bits if name in ends else bits

@@ -43,8 +43,13 @@ def work(
     from there.
     """
     model = load_model(workspace.source, options.prompts)
+    if (trained := model.train_timesteps) != workspace.scheme.train_timesteps:
+        raise InputError(
+            f"{workspace.root} divides {workspace.scheme.train_timesteps} training steps into "
+            f"buckets, and {model.name} was trained with {trained}; start a new workspace with -w"
+        )
     unet = model.load_unet()
-    steps = options.steps or model.calibration_steps
+    steps = options.steps or min(model.calibration_steps, trained)
     rows = options.batch or model.forward_rows
     reconstructs = options.method == QDIFF
 

@@ -20,6 +20,7 @@ from quest_deploy.evaluation import quality
 from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.files import write_json
 from quest_deploy.models.loading import load_model
+from quest_deploy.models.schedulers import set_steps
 from quest_deploy.progress import named
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.stages.workspaces import method_name
@@ -46,6 +47,7 @@ def work(
     model = load_model(workspace.source)
     defaults = {"guidance": model.guidance, "images": model.evaluation_images}
     sampling = quality.SamplingOptions(**(defaults | options.to_json()))
+    set_steps(model.load_scheduler(sampling.scheduler), sampling.steps)
     unet = model.load_unet()
     progress("recording held-out trajectories", 0, 1)
     held_out = trajectories.record_trajectories(

@@ -40,6 +40,7 @@ def work(
     if misplaced := [name for name in unused if getattr(options, name) is not None]:
         given = ", ".join(f"--{name.replace('_', '-')}" for name in misplaced)
         raise InputError(f"{given}: not for {model.name}, a model that is {model.family}")
+    set_steps(model.load_scheduler(options.scheduler), options.steps)  # refused before engines load
     draw = _draw_prompts if of_text else _draw_labels
     pictures, count = draw(workspace, model, options, progress)
     places = [str(workspace.path(IMAGES, picture.name)) for picture in pictures]
@@ -107,8 +108,7 @@ def _draw_prompts(
     pipeline.set_progress_bar_config(disable=True)
     _check_pixels(pipeline, options)
     pipeline.scheduler = model.load_scheduler(options.scheduler)
-    # Refuses what leaves the model's range.
-    set_steps(model.load_scheduler(options.scheduler), options.steps)
+    height, width = (side * pipeline.vae_scale_factor for side in model.sample_shape[1:])
 
     def on_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         progress("denoising", step + 1, pipe.num_timesteps)
@@ -122,8 +122,8 @@ def _draw_prompts(
             num_inference_steps=options.steps,
             guidance_scale=_guidance(model, options),
             num_images_per_prompt=options.rows or 1,
-            height=options.height,
-            width=options.width,
+            height=options.height or height,
+            width=options.width or width,
             generator=torch.Generator().manual_seed(options.seed),
             callback_on_step_end=on_step,
         ).images

@@ -50,7 +50,7 @@ METHOD_HELP = (
     "reconstruction (a new workspace has --split-shortcuts then)."
 )
 BackendOption = Annotated[str, Option(f"The backend: {', '.join(BACKENDS)}.")]
-StepsOption = Annotated[int, Option("Denoising steps.", minimum=1, maximum=1000)]
+StepsOption = Annotated[int, Option("Denoising steps.", minimum=1)]
 SchedulerOption = Annotated[
     str, Option(f"A diffusers scheduler: {', '.join(SCHEDULERS)}.", choices=tuple(SCHEDULERS))
 ]

@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Annotated
 
 from quest_deploy.artifacts.model_source import Lora, ModelSource
-from quest_deploy.artifacts.scheme import DEFAULT_BUCKETS, SUPPORTED_BITS, Granularity, Scheme
+from quest_deploy.artifacts.scheme import (
+    DEFAULT_BUCKETS,
+    SUPPORTED_BITS,
+    TRAIN_TIMESTEPS,
+    Granularity,
+    Scheme,
+)
 from quest_deploy.artifacts.workspace import MANIFEST, Workspace, check_vacant
 from quest_deploy.backends.base import require_package
 from quest_deploy.errors import InputError
-from quest_deploy.models.loading import resolve_source
+from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.registry import EMBEDDED, MODEL_NAMES, check_model_name
+from quest_deploy.models.schedulers import PREDICTION_TYPES
 from quest_deploy.options import Option, Options
 from quest_deploy.stages.options import QDIFF
 
@@ -82,15 +89,20 @@ class SchemeChoices(Options):
         ),
     ] = None
 
-    def scheme(self, *, split_shortcuts: bool = False) -> Scheme:
+    def scheme(
+        self, train_timesteps: int = TRAIN_TIMESTEPS, *, split_shortcuts: bool = False
+    ) -> Scheme:
         """The scheme of a new workspace; raise InputError for what is unknown.
 
         Args:
+            train_timesteps: the number of steps that the model was trained with.
             split_shortcuts: where the user chose neither.
         """
+        usual = min(DEFAULT_BUCKETS, train_timesteps)
         return Scheme.parse(
             self.bits or DEFAULT_BITS,
-            buckets=DEFAULT_BUCKETS if self.buckets is None else self.buckets,
+            buckets=usual if self.buckets is None else self.buckets,
+            train_timesteps=train_timesteps,
             granularity=self.granularity or Granularity.FOLDED_CHANNEL,
             attention_bits=_operand_bits(self.attention_bits),
             softmax_bits=_operand_bits(self.softmax_bits),
@@ -140,6 +152,15 @@ class ModelChoices(Options):
         ),
     ] = ()
 
+    prediction_type: Annotated[
+        str | None,
+        Option(
+            "What the model predicts, where its files do not say it.",
+            choices=PREDICTION_TYPES,
+            default="what its files say",
+        ),
+    ] = None
+
     @property
     def name(self) -> str:
         """What the model is called: its name in the registry, or the stem of its path."""
@@ -158,6 +179,7 @@ class ModelChoices(Options):
             revision=self.revision,
             random_weights=self.random_weights,
             loras=self.lora,
+            prediction_type=self.prediction_type,
         )
 
     def check(self, workspace: Workspace) -> None:
@@ -177,6 +199,7 @@ class ModelChoices(Options):
                 "random ones",
                 "random ones" if source.random_weights else "trained ones",
             )
+        _check(workspace, "prediction type", self.prediction_type, source.prediction_type)
         if self.lora:
             _check(workspace, "LoRAs", [Lora.parse(text) for text in self.lora], list(source.loras))
 
@@ -204,13 +227,17 @@ def create_workspace(
         InputError: it holds something else, or cannot be made, such as without torch.
     """
     check_model_name(model.model or DEFAULT_MODEL)
-    scheme = choices.scheme(split_shortcuts=split_shortcuts)
+    if (model.model or DEFAULT_MODEL) in MODEL_NAMES:  # trained with 1000 steps, all of them
+        choices.scheme()  # refused before anything is downloaded
     if not isinstance(workspace, Workspace):
         root = _root(workspace, model, choices.bits)
         if not (root / MANIFEST).exists():
             check_vacant(root)  # before anything is downloaded
             require_package("torch", "torch", "a new workspace")  # and before anything is written
-            return Workspace.create(root, model.source(), scheme)
+            source = model.source()
+            trained = load_model(source).train_timesteps
+            scheme = choices.scheme(trained, split_shortcuts=split_shortcuts)
+            return Workspace.create(root, source, scheme)
     opened = _opened(workspace, model, choices.bits)
     model.check(opened)
     choices.check(opened)

@@ -288,8 +288,11 @@ def _layer_tensors(
             module.register_forward_hook(lambda module, args, y: shapes.update({module: y.shape}))
         )
     for module in wanted:
+        # Copies: models add to a layer's output in place, and a file holds no memory twice.
         handles.append(
-            module.register_forward_hook(lambda module, args, y: results.update({module: y}))
+            module.register_forward_hook(
+                lambda module, args, y: results.update({module: y.clone()})
+            )
         )
         if isinstance(module, QuantizedSplit):
             handles.append(module.register_forward_hook(halves))
@@ -307,8 +310,7 @@ def _layer_tensors(
         shapes,
         record,
     )
-    # Copies: the output may be a layer's, and a file holds no memory twice.
-    tensors |= {Key.y(name): results[(layers | products)[name]].clone() for name in sample.outputs}
+    tensors |= {Key.y(name): results[(layers | products)[name]] for name in sample.outputs}
 
     bucket = model.bucket_of(inputs["timestep"])
     tensors[Key.BUCKET] = torch.cat([bucket, bucket])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.torch_to_qdq import quiet
+from quest_deploy.models.pipeline_model import unscaled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,12 +57,10 @@ class Decoder(nn.Module):
         """Wrap an AutoencoderKL or a VQModel."""
         super().__init__()
         self.decoder = decoder
-        self.scale = decoder.config.scaling_factor
-        self.shift = getattr(decoder.config, "shift_factor", None) or 0.0
 
     def forward(self, sample: Tensor) -> Tensor:
         """Undo the scaling and decode."""
-        image: Tensor = self.decoder.decode(sample / self.scale + self.shift, return_dict=False)[0]
+        image: Tensor = self.decoder.decode(unscaled(self.decoder, sample), return_dict=False)[0]
         return image
 
 

@@ -291,9 +291,11 @@ class Generator:
             self.settings["scheduler_config"]
         )
         trained = scheduler.config.num_train_timesteps
+        if steps > trained:
+            raise InvalidRequestError(f"steps: expected at most {trained}, found {steps}")
         try:
             scheduler.set_timesteps(steps)
-        except ValueError as e:  # LCM's has a limit of its own
+        except Exception as e:  # LCM's has a limit of its own, PNDM's needs four
             raise InvalidRequestError(f"steps: {name} does not take {steps}: {e}") from e
         if (highest := float(scheduler.timesteps.max())) >= trained:
             raise InvalidRequestError(
