@@ -25,6 +25,8 @@ def make_scheduler(name: str, config: dict[str, Any]) -> Any:
 
     if name not in SCHEDULERS:
         raise InputError(f"unknown scheduler {name!r}: expected one of {', '.join(SCHEDULERS)}")
+    if name != "ddpm":  # the others get the mean alone; DPM++ would cut it down to three channels
+        config = {key: value for key, value in config.items() if key != "variance_type"}
     try:
         return getattr(diffusers, SCHEDULERS[name]).from_config(config)
     except Exception as e:  # diffusers raises whatever a configuration provokes

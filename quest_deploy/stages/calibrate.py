@@ -42,7 +42,7 @@ def work(
     An interrupted reconstruction goes on: what comes before it is kept with its state, and read
     from there.
     """
-    model = load_model(workspace.source, options.prompts)
+    model = load_model(workspace.source, options.prompts, options.images_from)
     unet = model.load_unet()
     steps = options.steps or model.calibration_steps
     rows = options.batch or model.forward_rows
@@ -57,6 +57,7 @@ def work(
             seed=options.seed,
             scheme=workspace.scheme,
             guidance=options.guidance,
+            image_guidance=options.image_guidance,
             rows=rows,
             progress=progress,
         )
