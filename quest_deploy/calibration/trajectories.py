@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file, check_regular
+from quest_deploy.models.channels import IMAGE_CONDITION, Guidance, for_scheduler, joined
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.progress import no_progress
 
@@ -160,6 +161,7 @@ def record_trajectories(
     seed: int,
     scheme: Scheme | None = None,
     guidance: float | None = None,
+    image_guidance: float | None = None,
     rows: int | None = None,
     progress: Progress = no_progress,
 ) -> Trajectories:
@@ -172,23 +174,25 @@ def record_trajectories(
         samples: how many samplings run side by side; their conditions are drawn by the model.
         guidance: the classifier-free guidance weight, the model's where it is None. Where it is not
             1, both halves of every sampling are recorded, the unconditional one first: 2 x
-            ``samples`` rows.
+            ``samples`` rows; of a model that edits images three, in the order of
+            :meth:`quest_deploy.models.channels.Guidance.parts`.
+        image_guidance: the weight of the image that is edited, the model's where it is None.
         rows: how many rows run at once; all where it is None.
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler = _scheduler(model, steps, scheme)
-    weight = model.guidance if guidance is None else guidance
-    conditions = model.draw_conditions(samples, generator)
-    if weight != 1.0:
-        null = model.null_conditions(samples)
-        conditions = {
-            name: torch.stack([null[name], value], 1).flatten(0, 1)
-            for name, value in conditions.items()
-        }
+    guide = guidance_of(model, guidance, image_guidance)
+    drawn = model.draw_conditions(samples, generator)
+    parts = guide.parts(drawn, model.null_conditions(samples) if guide.guided else None)
+    conditions = {
+        name: torch.stack([part[name] for part in parts], 1).flatten(0, 1) for name in drawn
+    }
+    image = conditions.pop(IMAGE_CONDITION, None)
+    channels = model.sample_shape[0]
     sample = torch.randn(samples, *model.sample_shape, generator=generator)
     inputs, outputs = [], []
     for i, timestep in enumerate(scheduler.timesteps):
-        entered = sample if weight == 1.0 else sample.repeat_interleave(2, 0)
+        entered = joined(sample.repeat_interleave(len(parts), 0), image)
         try:
             output = chunked(
                 lambda x, t=timestep, **c: unet(x, t, **c, return_dict=False)[0],
@@ -211,11 +215,26 @@ def record_trajectories(
             )
         inputs.append(entered)
         outputs.append(output)
-        prediction = output if weight == 1.0 else torch.lerp(output[0::2], output[1::2], weight)
+        guided = guide.combine([output[i :: len(parts)] for i in range(len(parts))], channels)
+        prediction = for_scheduler(scheduler, guided, channels)
         sample = scheduler.step(prediction, timestep, sample).prev_sample
         progress("recording trajectories", i + 1, len(scheduler.timesteps))
     return Trajectories(
         torch.stack(inputs), scheduler.timesteps.float(), torch.stack(outputs), conditions
+    )
+
+
+def guidance_of(
+    model: DiffusionModel, weight: float | None, image_weight: float | None
+) -> Guidance:
+    """The guidance of ``model`` with these weights, its own where they are None; raise InputError
+    for an image's weight where it edits none.
+    """
+    if image_weight is not None and model.image_guidance is None:
+        raise InputError(f"--image-guidance: expected an instruct-pix2pix model, not {model.name}")
+    return Guidance(
+        model.guidance if weight is None else weight,
+        model.image_guidance if image_weight is None else image_weight,
     )
 
 

@@ -40,6 +40,7 @@ class SamplingOptions:
     images: int = 1000
     steps: int = 20
     guidance: float = 1.0
+    image_guidance: float | None = None
     scheduler: str = "ddim"
     seed: int = 2024
 
@@ -100,6 +101,7 @@ def draw(
         scheduler=options.scheduler,
         steps=options.steps,
         guidance=options.guidance,
+        image_guidance=options.image_guidance,
         seed=options.seed,
         progress=progress,
     )

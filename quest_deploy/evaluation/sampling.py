@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quest_deploy.calibration.trajectories import chunked
+from quest_deploy.calibration.trajectories import chunked, guidance_of
 from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.models.channels import IMAGE_CONDITION, for_scheduler, joined
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.progress import no_progress
 
@@ -26,7 +27,7 @@ class Denoiser(Protocol):
     """Predicts for sample [B, ...] at timestep [B] under conditions [B, ...]."""
 
     def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
-        """The prediction, float32, in sample's shape."""
+        """The prediction, float32 [B, ...]."""
 
 
 @torch.no_grad()
@@ -38,6 +39,7 @@ def sample_images(
     scheduler: str = "ddim",
     steps: int = 20,
     guidance: float = 1.0,
+    image_guidance: float | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> NDArray[np.float32]:
@@ -50,6 +52,7 @@ def sample_images(
         labels: int64 [B].
         guidance: the classifier-free guidance weight; where it is not 1, both halves run as one
             batch.
+        image_guidance: the weight of the image that is edited, the model's where it is None.
 
     Returns:
         Images [B, C, H, W] in [-1, 1].
@@ -59,18 +62,19 @@ def sample_images(
     generator = torch.Generator().manual_seed(seed)
     schedule = model.load_scheduler(scheduler)
     set_steps(schedule, steps)
-    conditions = model.conditions(labels)
-    guided = guidance != 1.0
-    if guided:
-        null = model.null_conditions(len(labels))
-        conditions = {name: torch.cat([null[name], value]) for name, value in conditions.items()}
+    guide = guidance_of(model, guidance, image_guidance)
+    asked = model.conditions(labels)
+    parts = guide.parts(asked, model.null_conditions(len(labels)) if guide.guided else None)
+    conditions = {name: torch.cat([part[name] for part in parts]) for name in asked}
+    image = conditions.pop(IMAGE_CONDITION, None)
+    channels = model.sample_shape[0]
     latents = (
         torch.randn(len(labels), *model.sample_shape, generator=generator)
         * schedule.init_noise_sigma
     )
     for i, timestep in enumerate(schedule.timesteps):
         scaled = schedule.scale_model_input(latents, timestep)
-        batch = torch.cat([scaled, scaled]) if guided else scaled
+        batch = joined(scaled.repeat(len(parts), 1, 1, 1), image)
         prediction = chunked(
             denoise,
             model.forward_rows,
@@ -78,12 +82,11 @@ def sample_images(
             timestep=timestep.float().expand(len(batch)),
             **conditions,
         )
-        if guided:
-            unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + guidance * (conditional - unconditional)
+        guided = guide.combine(list(prediction.chunk(len(parts))), channels)
         # Not all schedulers take a generator; those that add noise need one.
         extra = {"generator": generator} if scheduler in ("ddpm", "lcm") else {}
-        latents = schedule.step(prediction, timestep, latents, **extra).prev_sample
+        taken = for_scheduler(schedule, guided, channels)
+        latents = schedule.step(taken, timestep, latents, **extra).prev_sample
         if not torch.isfinite(latents).all():
             raise QuestDeployError(
                 f"the latents are not finite after step {i + 1} of {len(schedule.timesteps)}"

@@ -248,6 +248,12 @@ class UNetConfig:
         return config
 
     def _check_sizes(self) -> None:
+        if self.in_channels != self.out_channels:
+            raise InputError(
+                f"in_channels {self.in_channels} and out_channels {self.out_channels}: expected "
+                "the same number; what an image is made from, and a learned variance, are not "
+                "imported"
+            )
         if self.model_channels % GROUPS:
             raise InputError(
                 f"model_channels: expected a multiple of the {GROUPS} groups of its norms, found "

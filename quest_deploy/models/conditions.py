@@ -4,6 +4,7 @@ takes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quest_deploy.errors import InputError
+from quest_deploy.models.channels import IMAGE_CONDITION
 from quest_deploy.models.supported import TIME_IDS
 
 if TYPE_CHECKING:
@@ -134,6 +136,33 @@ class Prompts:
         if self._encoded is None:
             self._encoded = self._encode(self.prompts)
         return self._encoded
+
+
+class WithImages:
+    """Of a model that inpaints or edits: label l is the prompt and the image of that number, each
+    counted from the start again where there are fewer.
+    """
+
+    def __init__(self, asked: Conditions, images: int, encode: Callable[[int], Tensor]) -> None:
+        """Put ``images`` images beside ``asked``; ``encode`` gives the condition of one, [C, H, W],
+        by its number.
+        """
+        self._asked, self._images, self._encode = asked, images, functools.cache(encode)
+
+    @property
+    def labels(self) -> int:
+        """How many there are of prompts or of images, whichever are more."""
+        return max(self._asked.labels, self._images)
+
+    def of(self, labels: NDArray[np.int64]) -> dict[str, Tensor]:
+        """The prompts' states and the images' condition."""
+        check_labels(labels, self.labels)
+        images = torch.stack([self._encode(int(label) % self._images) for label in labels])
+        return {**self._asked.of(labels % self._asked.labels), IMAGE_CONDITION: images}
+
+    def null(self, count: int) -> dict[str, Tensor]:
+        """The states of no prompt; the image stays what it is."""
+        return self._asked.null(count)
 
 
 def random_prompts(config: dict[str, Any], size: tuple[int, ...], seed: int) -> Prompts:

@@ -19,6 +19,7 @@ from quest_deploy.models.registry import EMBEDDED, KNOWN_MODELS, OTHERWISE, chec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from quest_deploy.artifacts.image_folder import ImageFolder
     from quest_deploy.models.registry import DiffusionModel
 
 
@@ -83,12 +84,16 @@ def resolve_source(
     )
 
 
-def load_model(source: ModelSource, prompts: Sequence[str] | None = None) -> DiffusionModel:
+def load_model(
+    source: ModelSource, prompts: Sequence[str] | None = None, images: ImageFolder | None = None
+) -> DiffusionModel:
     """The model of ``source``.
 
     Args:
         prompts: what its labels stand for, for a text-to-image model; a short list of our own where
             it is None.
+        images: a folder of what they stand for too, for a model that inpaints or edits images; made
+            ones where it is None.
 
     Raises:
         InputError: there is none, or it is not what it was when the source was recorded.
@@ -97,10 +102,15 @@ def load_model(source: ModelSource, prompts: Sequence[str] | None = None) -> Dif
         raise InputError(IMPORTED_ALONE)
     if prompts is not None and source.name == EMBEDDED:
         raise InputError(f"--prompts: expected a text-to-image model, and {EMBEDDED} draws digits")
+    if images is not None and source.name == EMBEDDED:
+        raise InputError(
+            "--image-folder: expected a model that inpaints or edits images, and "
+            f"{EMBEDDED} draws digits"
+        )
     if source.name == EMBEDDED and source.location is None:
         from quest_deploy.models.tiny import TinyModel
 
         return TinyModel()
     from quest_deploy.models.pipeline_model import PipelineModel
 
-    return PipelineModel(source, prompts)
+    return PipelineModel(source, prompts, images)

@@ -23,11 +23,13 @@ from transformers.utils import logging as transformers_logging
 
 from quest_deploy.errors import InputError
 from quest_deploy.files import check_regular
+from quest_deploy.models.channels import EDITING, INPAINTING, channels_of
 from quest_deploy.models.conditions import (
     ClassLabels,
     ClassTokens,
     NoConditions,
     Prompts,
+    WithImages,
     random_prompts,
     time_ids,
 )
@@ -41,6 +43,12 @@ from quest_deploy.models.configurations import (
     read_index,
 )
 from quest_deploy.models.hub import fetch_pipeline
+from quest_deploy.models.image_inputs import (
+    ImageInput,
+    made_image,
+    random_condition,
+    read_images,
+)
 from quest_deploy.models.loras import fuse_into_text_encoders, fuse_into_unet
 from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
 from quest_deploy.models.schedulers import make_scheduler, noise_schedule
@@ -49,11 +57,12 @@ from quest_deploy.models.supported import check_time_ids, check_unet, has_cross_
 from quest_deploy.models.unets import set_heads, with_flat_conditions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import nn
 
+    from quest_deploy.artifacts.image_folder import ImageFolder
     from quest_deploy.artifacts.model_source import ModelSource
     from quest_deploy.models.conditions import Conditions
 
@@ -70,7 +79,10 @@ row the class of no class.
 """
 GUIDANCE = {TEXT_TO_IMAGE: 7.5, CLASS_CONDITIONAL: 3.0, UNCONDITIONAL: 1.0}
 """What each family is used with: Stable Diffusion's default, QuEST's for ImageNet, and none."""
+IMAGE_GUIDANCE = 1.5
+"""What instruct-pix2pix models are used with, beside the weight of the text."""
 IMAGENET_CLASSES = 1000
+_WITHOUT_TEXT = ("image_encoder", "feature_extractor")
 
 
 class PipelineModel:
@@ -82,12 +94,18 @@ class PipelineModel:
         single_file: the file that holds the weights of all parts, if that is where they come from.
         index: model_index.json: each part's library and class.
         config: the UNet's configuration.
+        channels: what the UNet's channels are.
     """
 
     calibration_steps = 20
     evaluation_images = 4
 
-    def __init__(self, source: ModelSource, prompts: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        prompts: Sequence[str] | None = None,
+        images: ImageFolder | None = None,
+    ) -> None:
         """See :func:`quest_deploy.models.loading.load_model`."""
         source.check_unchanged()
         self.source, self.name = source, source.name
@@ -113,17 +131,30 @@ class PipelineModel:
             raise InputError(
                 f"--prompts: expected a text-to-image model, and {self.name} is {self.family}"
             )
+        self._schedule = self._read_schedule()
+        self.channels = channels_of(
+            self.name,
+            self.config,
+            self.index["_class_name"],
+            self._schedule.get("variance_type"),
+        )
         self._given_prompts = prompts
         self._conditions: Conditions | None = None
         side = self.config["sample_size"]
         self.sample_shape: tuple[int, ...] = (
-            self.config["in_channels"],
+            self.channels.sampled,
             *((side, side) if isinstance(side, int) else side),
         )
-        self._schedule = self._read_schedule()
+        if images is not None and not self.channels.image:
+            raise InputError(
+                f"--image-folder: expected a model that inpaints or edits images, not {self.name}"
+            )
+        self._given_images = images
         self.train_timesteps: int = self._schedule["num_train_timesteps"]
         without_null = self.config.get("num_class_embeds") is not None
         self.guidance = 1.0 if without_null else GUIDANCE[self.family]
+        editing = self.channels.image_kind == EDITING
+        self.image_guidance: float | None = IMAGE_GUIDANCE if editing else None
         # A forward pass of Stable Diffusion takes seconds on a CPU, one of a latent-diffusion UNet
         # about one.
         self.calibration_samples = 2 if self.guidance != 1 else 4
@@ -302,26 +333,100 @@ class PipelineModel:
                 table = _class_table(self.folder / CLASS_EMBEDDING, width)
             return ClassTokens(table.unflatten(1, (-1, width)))
         if self.source.random_weights:
-            return random_prompts(self.config, self.sample_shape[1:], self.source.seed)
-        return Prompts(self.prompts, self._encode)
+            asked = random_prompts(self.config, self.sample_shape[1:], self.source.seed)
+        else:
+            asked = Prompts(self.prompts, self._encode)
+        if not self.channels.image:
+            return asked
+        if self.source.random_weights and self._given_images is None:
+            inpaints = self.channels.image_kind == INPAINTING
+            return WithImages(
+                asked,
+                asked.labels,
+                lambda i: random_condition(i, self.sample_shape, masked=inpaints),
+            )
+        given = self._image_inputs()
+        encode = self._image_encoder()
+        return WithImages(asked, len(given), lambda i: encode(given[i], i))
+
+    def image_input(self, number: int) -> ImageInput:
+        """The image with this number, where the user gave none."""
+        return made_image(number, *self.image_size)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of its images, in pixels."""
+        height, width = (side * self._pixels_per_latent() for side in self.sample_shape[1:])
+        return height, width
+
+    def image_scale(self, encoder: Any) -> float:
+        """What ``encoder``'s latents are multiplied by for the UNet; raise InputError where the
+        decoder would need the image too.
+        """
+        if type(encoder).__name__ == "AsymmetricAutoencoderKL":
+            raise InputError(
+                f"{self.name}: its AsymmetricAutoencoderKL decodes with the image and the mask, "
+                "and a package cannot; use quest_deploy.load_pipeline"
+            )
+        scaled = self.channels.image_kind == INPAINTING or self.index.get("is_cosxl_edit")
+        return float(encoder.config.scaling_factor) if scaled else 1.0
+
+    def _image_inputs(self) -> list[ImageInput]:
+        if self._given_images is None:
+            return [self.image_input(i) for i in range(len(self.prompts))]
+        inpaints = self.channels.image_kind == INPAINTING
+        return read_images(self._given_images, self.image_size, masked=inpaints)
+
+    def _image_encoder(self) -> Callable[[ImageInput, int], torch.Tensor]:
+        """From an image and a seed to the UNet's further channels [C, H, W], by the pipeline's own
+        code.
+        """
+        unused = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", *_WITHOUT_TEXT)
+        pipeline = self.load_pipeline(**{name: None for name in unused if name in self.index})
+        height, width = self.image_size
+        device = torch.device("cpu")
+
+        def encode(given: ImageInput, seed: int) -> torch.Tensor:
+            with torch.no_grad(), _quiet():
+                image = pipeline.image_processor.preprocess(given.image, height, width)
+                if self.channels.image_kind == EDITING:
+                    found: torch.Tensor = pipeline.prepare_image_latents(
+                        image, 1, 1, torch.float32, device, False
+                    )
+                    return found[0]
+                mask = pipeline.mask_processor.preprocess(given.mask, height, width)
+                both = pipeline.prepare_mask_latents(
+                    mask,
+                    image * (mask < 0.5),
+                    1,
+                    height,
+                    width,
+                    torch.float32,
+                    device,
+                    torch.Generator().manual_seed(seed),
+                    False,
+                )
+            return torch.cat(both, 1)[0]
+
+        return encode
 
     def _encode(
         self, prompts: list[str]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         pipeline = self.load_pipeline(
-            **{
-                name: None
-                for name in ("vae", "image_encoder", "feature_extractor")
-                if name in self.index
-            }
+            **{name: None for name in ("vae", *_WITHOUT_TEXT) if name in self.index}
         )
+        given = {
+            "prompt": prompts,
+            "device": torch.device("cpu"),
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": True,
+        }
         with torch.no_grad(), _quiet():
-            encoded = pipeline.encode_prompt(
-                prompt=prompts,
-                device=torch.device("cpu"),
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=True,
-            )
+            if hasattr(pipeline, "encode_prompt"):
+                encoded = pipeline.encode_prompt(**given)
+            else:  # instruct-pix2pix's, which gives both, and the unconditional ones twice
+                encoded = pipeline._encode_prompt(**given).chunk(3)[:2]
         names = (
             "encoder_hidden_states",
             "text_embeds",

@@ -79,10 +79,13 @@ class DiffusionModel(Protocol):
     Attributes:
         name: its name in the registry, or its folder's.
         family: which of QuEST's layer sets applies (see ``quest_deploy.finetuning.layer_sets``).
-        sample_shape: the shape of one latent sample, without the batch.
+        sample_shape: the shape of one latent sample, without the batch. What else the UNet's
+            ``sample`` holds is the condition :data:`quest_deploy.models.channels.IMAGE_CONDITION`.
         train_timesteps: the number of steps it was trained with.
         guidance: the classifier-free guidance weight it is used with unless told otherwise; 1 is
             none.
+        image_guidance: the same for the image that an instruct-pix2pix model edits; None for other
+            models.
         calibration_samples, calibration_steps: how many samplings, of how many steps, are recorded
             for it unless told otherwise.
         forward_rows: how many rows of a batch are best run at once; None for any number.
@@ -97,6 +100,7 @@ class DiffusionModel(Protocol):
     sample_shape: tuple[int, ...]
     train_timesteps: int
     guidance: float
+    image_guidance: float | None
     calibration_samples: int
     calibration_steps: int
     forward_rows: int | None

@@ -119,6 +119,8 @@ def make_scheduler(name: str, config: dict[str, Any]) -> Any:
             f"--scheduler {name}: {SCHEDULERS[name]} knows no {zero_snr}, which the model has; "
             "choose another one"
         )
+    if name != "ddpm":  # the others get the mean alone; DPM++ would cut it down to three channels
+        config = {key: value for key, value in config.items() if key != "variance_type"}
     try:
         return kind.from_config(config)
     except Exception as e:  # diffusers raises whatever a configuration provokes

@@ -72,6 +72,7 @@ class TinyModel:
     train_timesteps = 1000
     labels = NULL_CLASS
     guidance = 1.0
+    image_guidance: float | None = None
     calibration_samples = 512
     calibration_steps = 20
     forward_rows: int | None = 250

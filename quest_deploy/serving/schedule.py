@@ -22,6 +22,7 @@ import torch
 
 from quest_deploy.errors import InputError
 from quest_deploy.files import write_json
+from quest_deploy.models.channels import uses_variance
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,6 +91,11 @@ def schedule_from_scheduler(make: Callable[[], Any]) -> Schedule:
                 f"{name} with {option} is not linear, so that no table holds it; set {option} to "
                 "False in its configuration"
             )
+    if uses_variance(scheduler):
+        raise InputError(
+            f"{name} takes the variance that the UNet predicts, which no table holds; choose "
+            "another --scheduler"
+        )
     count = len(scheduler.timesteps)
     silent = _run(
         make(), [torch.zeros(1, count + 1, dtype=torch.float64) for _ in range(count + 1)]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.errors import InputError
-from quest_deploy.files import atomic_file
+from quest_deploy.files import atomic_file, read_bounded
 from quest_deploy.finetuning.distributed import is_main_process
 from quest_deploy.importers.settings import ImportSettings, Source
 from quest_deploy.options import declared, takes
@@ -95,6 +95,7 @@ NO_PLAN = (
     "with the stand-in backend on a CPU; "
     "on the GPU machine, run `quest-deploy build-engine --backend tensorrt` and package again"
 )
+MOST_BYTES, FILES = 2**25, "expected an image"
 logger = logging.getLogger(__name__)
 
 
@@ -311,8 +312,11 @@ def client(chosen: ClientArguments) -> DrawnImage:
     """Ask a server started by a package's serve.py for an image, and write it as a PNG file; None
     for what the server chooses. An interruption cancels it there too.
     """
-    choices = {name: getattr(chosen, name) for name in declared(ImageRequest)}
-    request = {name: value for name, value in choices.items() if value is not None}
+    request: dict[str, Any] = {}
+    for name in declared(ImageRequest):
+        if (value := getattr(chosen, name)) is not None:
+            is_file = isinstance(value, Path)
+            request[name] = read_bounded(value, MOST_BYTES, FILES) if is_file else value
     started = time.monotonic()
     with progress_of(chosen.progress, "client") as shown:
         drawn = import_module("quest_deploy.serving.client").request_image(

@@ -388,6 +388,17 @@ class ImageRequest(Options):
         float | None,
         Option("Classifier-free guidance weight; 1 is none.", default="the model's"),
     ] = None
+    init_image: Annotated[Path | None, Option("What to inpaint or edit, of a model that does.")] = (
+        None
+    )
+    mask_image: Annotated[
+        Path | None,
+        Option("An image, white where --init-image is drawn anew, of a model that inpaints."),
+    ] = None
+    image_guidance: Annotated[
+        float | None,
+        Option("Weight of the image that is edited, beside --guidance.", default="the model's"),
+    ] = None
     height: Annotated[int | None, Option("Pixels.", default="the model's")] = None
     width: Annotated[int | None, Option("Pixels.", default="the model's")] = None
     seed: Annotated[

@@ -42,7 +42,7 @@ def work(
     An interrupted reconstruction goes on: what comes before it is kept with its state, and read
     from there.
     """
-    model = load_model(workspace.source, options.prompts)
+    model = load_model(workspace.source, options.prompts, options.images_from)
     if (trained := model.train_timesteps) != workspace.scheme.train_timesteps:
         raise InputError(
             f"{workspace.root} divides {workspace.scheme.train_timesteps} training steps into "
@@ -62,6 +62,7 @@ def work(
             seed=options.seed,
             scheme=workspace.scheme,
             guidance=options.guidance,
+            image_guidance=options.image_guidance,
             rows=rows,
             progress=progress,
         )

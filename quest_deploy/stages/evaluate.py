@@ -44,9 +44,14 @@ def work(
     """Judge the float model, the fake-quantized ones and the engine; write the report."""
     # Refused at once, before anything is drawn.
     engine_options(get_backend(options.backend), workspace.path(ENGINES, options.backend))
-    model = load_model(workspace.source)
-    defaults = {"guidance": model.guidance, "images": model.evaluation_images}
-    sampling = quality.SamplingOptions(**(defaults | options.to_json()))
+    model = load_model(workspace.source, images=options.images_from)
+    defaults = {
+        "guidance": model.guidance,
+        "image_guidance": model.image_guidance,
+        "images": model.evaluation_images,
+    }
+    chosen = {name: x for name, x in options.to_json().items() if name != "image_folder"}
+    sampling = quality.SamplingOptions(**(defaults | chosen))
     set_steps(model.load_scheduler(sampling.scheduler), sampling.steps)
     unet = model.load_unet()
     progress("recording held-out trajectories", 0, 1)

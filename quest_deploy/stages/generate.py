@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.errors import InputError
 from quest_deploy.evaluation.image_grid import save_grid
 from quest_deploy.evaluation.sampling import sample_images
+from quest_deploy.models.channels import EDITING, INPAINTING
+from quest_deploy.models.image_inputs import ImageInput, read_image, resized
 from quest_deploy.models.loading import load_model
-from quest_deploy.models.pipeline_model import default_prompts
+from quest_deploy.models.pipeline_model import PipelineModel, default_prompts
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.serving.pipeline import load_pipeline
 from quest_deploy.stages.options import GRID_ROWS
@@ -36,10 +39,19 @@ def work(
     """Draw a grid of a column a label, or for a text-to-image model a picture for each image."""
     model = load_model(workspace.source)
     of_text = model.asked_for == "prompt"
-    unused = ("labels",) if of_text else ("prompt", "negative_prompt", "height", "width")
+    unused = ["labels"] if of_text else ["prompt", "negative_prompt", "height", "width"]
+    kind = model.channels.image_kind if isinstance(model, PipelineModel) else None
+    unused += {INPAINTING: ["image_guidance"], EDITING: ["mask"]}.get(
+        kind or "", ["image", "mask", "image_guidance"]
+    )
+    if kind == INPAINTING and (options.image is None) != (options.mask is None):
+        raise InputError("--image, --mask: expected both, or neither for made ones")
     if misplaced := [name for name in unused if getattr(options, name) is not None]:
         given = ", ".join(f"--{name.replace('_', '-')}" for name in misplaced)
-        raise InputError(f"{given}: not for {model.name}, a model that is {model.family}")
+        raise InputError(
+            f"{given}: not for {model.name}, a model that is {model.family}"
+            + (f" and for {kind}" if kind else "")
+        )
     set_steps(model.load_scheduler(options.scheduler), options.steps)  # refused before engines load
     draw = _draw_prompts if of_text else _draw_labels
     pictures, count = draw(workspace, model, options, progress)
@@ -103,33 +115,69 @@ def _check_pixels(pipeline: Any, options: GenerateOptions) -> None:
 def _draw_prompts(
     workspace: Workspace, model: DiffusionModel, options: GenerateOptions, progress: Progress
 ) -> tuple[list[Path], int]:
+    assert isinstance(model, PipelineModel)  # no other model is asked for by a prompt
     prompts = list(options.prompt or default_prompts()[:1])
     pipeline = load_pipeline(workspace, options.backend)
     pipeline.set_progress_bar_config(disable=True)
     _check_pixels(pipeline, options)
     pipeline.scheduler = model.load_scheduler(options.scheduler)
     height, width = (side * pipeline.vae_scale_factor for side in model.sample_shape[1:])
-
-    def on_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        progress("denoising", step + 1, pipe.num_timesteps)
-        return values
-
     negative = options.negative_prompt
-    try:
-        images = pipeline(
-            prompt=prompts,
-            negative_prompt=None if negative is None else [negative] * len(prompts),
-            num_inference_steps=options.steps,
-            guidance_scale=_guidance(model, options),
-            num_images_per_prompt=options.rows or 1,
-            height=options.height or height,
-            width=options.width or width,
-            generator=torch.Generator().manual_seed(options.seed),
-            callback_on_step_end=on_step,
-        ).images
+    arguments = {
+        "prompt": prompts,
+        "negative_prompt": None if negative is None else [negative] * len(prompts),
+        "num_inference_steps": options.steps,
+        "guidance_scale": _guidance(model, options),
+        "num_images_per_prompt": options.rows or 1,
+        "height": options.height or height,
+        "width": options.width or width,
+        "generator": torch.Generator().manual_seed(options.seed),
+        **_image_arguments(model, options, len(prompts) * (options.rows or 1)),
+        **_progress_arguments(pipeline, options.steps, progress),
+    }
+    taken = inspect.signature(pipeline.__call__).parameters
+    try:  # instruct-pix2pix's has the image's size, and takes no other
+        images = pipeline(**{name: x for name, x in arguments.items() if name in taken}).images
     except ValueError as e:  # what diffusers raises for arguments that do not go together
         raise InputError(str(e)) from e
     pictures = [workspace.new(IMAGES, f"{options.backend}-{i}.png") for i in range(len(images))]
     for path, image in zip(pictures, images, strict=True):
         image.save(path, format="PNG")
     return pictures, len(images)
+
+
+def _progress_arguments(pipeline: Any, steps: int, progress: Progress) -> dict[str, Any]:
+    """What makes a diffusers pipeline tell of each step; some have the older way alone."""
+
+    def on_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        progress("denoising", step + 1, pipe.num_timesteps)
+        return values
+
+    if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
+        return {"callback_on_step_end": on_step}
+    return {"callback": lambda step, timestep, latents: progress("denoising", step + 1, steps)}
+
+
+def _image_arguments(model: PipelineModel, options: GenerateOptions, count: int) -> dict[str, Any]:
+    """What a pipeline that inpaints or edits draws ``count`` images from."""
+    kind = model.channels.image_kind
+    if kind is None:
+        return {}
+    height, width = model.image_size
+    size = options.height or height, options.width or width
+    given = model.image_input(0)
+    if options.image is not None:
+        mask = None if options.mask is None else read_image(options.mask)
+        given = ImageInput(read_image(options.image), mask)
+    image = resized(given.image, size)
+    if kind == EDITING:
+        weight = model.image_guidance if options.image_guidance is None else options.image_guidance
+        return {"image": [image] * count, "image_guidance_scale": weight}
+    assert given.mask is not None
+    return {
+        "image": image,
+        "mask_image": resized(given.mask, size).convert("L"),
+        "height": size[0],
+        "width": size[1],
+        "strength": 1.0,  # from noise alone, which SDXL's pipeline leaves a little short of
+    }

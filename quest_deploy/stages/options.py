@@ -8,10 +8,11 @@ they are made.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
+from quest_deploy.artifacts.image_folder import ImageFolder
 from quest_deploy.artifacts.workspace import REPORTS, SENSITIVITY_REPORT
 from quest_deploy.backends.options import EngineOptions, parse_sample_size
 from quest_deploy.backends.registry import BACKENDS, get_backend
@@ -57,6 +58,24 @@ SchedulerOption = Annotated[
 GuidanceOption = Annotated[
     float | None,
     Option("Classifier-free guidance weight; 1 is none.", default="the model's"),
+]
+ImageGuidanceOption = Annotated[
+    float | None,
+    Option(
+        "Weight of the image that an instruct-pix2pix model edits, beside --guidance.",
+        minimum=1,
+        default="the model's",
+    ),
+]
+ImageFolderOption = Annotated[
+    ImageFolder | Path | str | None,
+    Option(
+        "A folder of images for a model that inpaints, beside each NAME.png its NAME-mask.png, "
+        "white where it is drawn anew, or that edits images.",
+        metavar="DIR",
+        default="made ones",
+        text=Path,
+    ),
 ]
 PixelsOption = Annotated[
     int | None,
@@ -150,9 +169,35 @@ class EngineStageOptions(StageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateOptions(StageOptions):
-    """How to calibrate; None for the model's own numbers, guidance weight and prompts."""
+class ImageFolderOptions(StageOptions):
+    """The options of a stage that starts from images; the manifest has the folder's hash."""
 
+    image_folder: ImageFolderOption = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given: Any = self.image_folder
+        if isinstance(given, Mapping):  # of a manifest
+            object.__setattr__(self, "image_folder", ImageFolder(**given))
+        elif given is not None and not isinstance(given, ImageFolder):
+            object.__setattr__(self, "image_folder", ImageFolder.of(given))
+
+    @property
+    def images_from(self) -> ImageFolder | None:
+        """The folder, where one is given."""
+        return self.image_folder if isinstance(self.image_folder, ImageFolder) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The options with the folder as an object."""
+        found = super().to_json()
+        return found | {"image_folder": asdict(self.images_from)} if self.images_from else found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(ImageFolderOptions):
+    """How to calibrate; None for the model's own numbers, guidance weights, prompts and images."""
+
+    unset: ClassVar[tuple[str, ...]] = ("image_folder", "image_guidance")
     method: Annotated[str, Option(METHOD_HELP, choices=METHODS)] = "mse"
     samples: Annotated[
         int | None, Option("Samplings to record.", minimum=1, default="the model's")
@@ -174,6 +219,7 @@ class CalibrateOptions(StageOptions):
             "Classifier-free guidance weight of the samplings; 1 is none.", default="the model's"
         ),
     ] = None
+    image_guidance: ImageGuidanceOption = None
     prompts: Annotated[
         Sequence[str] | None,
         Option(
@@ -471,12 +517,27 @@ class GenerateOptions(EngineStageOptions):
         "negative_prompt",
         "height",
         "width",
+        "image",
+        "mask",
+        "image_guidance",
     )
     prompt: Annotated[
         Sequence[str] | None,
         Option("What to draw, for a text-to-image model; may be repeated.", default="one of ours"),
     ] = None
     negative_prompt: Annotated[str | None, Option("What not to draw.")] = None
+    image: Annotated[
+        Path | None,
+        Option("What to inpaint or edit, for a model that does.", default="a made one"),
+    ] = None
+    mask: Annotated[
+        Path | None,
+        Option(
+            "An image as large as --image, white where it is drawn anew, for a model that "
+            "inpaints.",
+            default="a made one",
+        ),
+    ] = None
     labels: Annotated[
         str | None,
         Option(
@@ -494,6 +555,7 @@ class GenerateOptions(EngineStageOptions):
     ] = None
     steps: StepsOption = 20
     guidance: GuidanceOption = None
+    image_guidance: ImageGuidanceOption = None
     scheduler: SchedulerOption = "ddim"
     height: PixelsOption = None
     width: PixelsOption = None
@@ -509,16 +571,17 @@ class GenerateOptions(EngineStageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(EngineStageOptions):
+class EvaluateOptions(EngineStageOptions, ImageFolderOptions):
     """What to judge by; see :class:`quest_deploy.evaluation.quality.SamplingOptions`. None for the
     model's own.
     """
 
-    unset: ClassVar[tuple[str, ...]] = ("images", "guidance")
+    unset: ClassVar[tuple[str, ...]] = ("images", "guidance", "image_guidance", "image_folder")
     images: Annotated[
         int | None, Option("Images to draw with each.", minimum=2, default="the model's own")
     ] = None
     steps: StepsOption = 20
     guidance: GuidanceOption = None
+    image_guidance: ImageGuidanceOption = None
     scheduler: SchedulerOption = "ddim"
     seed: Annotated[int, SEED] = 2024

@@ -25,6 +25,7 @@ from quest_deploy.finetuning.teacher_cache import TargetStream
 from quest_deploy.importers.architecture import UNetConfig
 from quest_deploy.importers.read import read
 from quest_deploy.importers.settings import ImportSettings, Source
+from quest_deploy.models.image_inputs import made_image, read_image
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.triton.package import FORMAT as PACKAGE_FORMAT
@@ -76,6 +77,7 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
     state.save(folder / "state.pt")
     targets = TargetStream(folder / "targets.bin", "key", 2**20)
     targets.write(0, 3, lambda step: [torch.full((2, 3), float(step))], lambda step: None)
+    made_image(0, 16, 16).image.save(folder / "image.png")
     (folder / "prompts.txt").write_text("a cat\na dog\n")
     package = folder / "package"
     package.mkdir()
@@ -174,6 +176,7 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
             ("gather",),
         ),
         "prompts": Kind(folder / "prompts.txt", read_prompts, ("read_prompts",)),
+        "image": Kind(folder / "image.png", read_image, ("read_image", "client")),
         "package record": Kind(
             package / "package.json", lambda path: check_target(path.parent), ("check_target",)
         ),

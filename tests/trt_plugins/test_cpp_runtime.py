@@ -29,6 +29,7 @@ from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt import base as shared
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sha256_of, sha256_of_json, write_json
+from quest_deploy.models.channels import Guidance
 from quest_deploy.models.schedulers import SCHEDULERS, make_scheduler
 from quest_deploy.serving.schedule import Schedule, ScheduleStep, schedule_from_scheduler
 from tests.helpers import assert_holds, refused
@@ -508,12 +509,56 @@ def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
         tmp_path / "noise"
     )
     expected = host("denoise", *_files(tmp_path, "expected"), guidance, *noise)
-    ended = emulated(*_files(tmp_path), guidance, graph, *noise)
+    ended = emulated(*_files(tmp_path), guidance, graph, 0, 0, 0, *noise)
     assert expected.returncode == 0
     assert_holds(ended.stderr, "condition")
     counts = [int(x) for x in re.findall(r"\d+", ended.stdout)]
     assert counts == [len(schedule.steps), graph, 6 * graph * len(schedule.steps)]
     assert (tmp_path / "result").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+@pytest.mark.parametrize("graph", [0, 1])
+@pytest.mark.parametrize(
+    ("guidance", "image_guidance", "image", "variance"),
+    [
+        (1.0, 0.0, 3, 0),
+        (4.0, 0.0, 3, 0),
+        (4.0, 2.0, 5, 0),
+        (1.0, 2.0, 5, 0),
+        (1.0, 0.0, 0, 5),
+        (4.0, 0.0, 0, 5),
+    ],
+)
+def test_the_gpus_loop_joins_an_image_to_the_sample_and_leaves_a_variance_out(
+    emulated: Host,
+    tmp_path: Path,
+    guidance: float,
+    image_guidance: float,
+    image: int,
+    variance: int,
+    graph: int,
+) -> None:
+    _schedule("euler").save(tmp_path / "schedule.json")
+    scheduler = _scheduler("euler")
+    drawn = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(3))
+    drawn.numpy().tofile(tmp_path / "sample")
+    ended = emulated(*_files(tmp_path), guidance, graph, image_guidance, image, variance)
+    assert ended.returncode == 0, ended.stderr
+
+    guide = Guidance(guidance, image_guidance or None)
+    parts = 1 if not guide.guided else 3 if image_guidance else 2
+    rows = torch.arange(2 * parts)
+    beside = torch.where(rows < parts, 0.0, 0.25) + (0.1 * rows if image else 0.0)
+    sample = drawn * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(sample, timestep).repeat(parts, 1, 1)
+        answer = scaled / (1 + scaled.abs()) + 0.0005 * timestep + beside[:, None, None]
+        prediction = guide.combine(list(answer.chunk(parts)), 5)
+        sample = scheduler.step(prediction, timestep, sample).prev_sample
+    result = np.fromfile(tmp_path / "result", np.float32).reshape(drawn.shape)
+    np.testing.assert_allclose(
+        result, sample.numpy(), rtol=0, atol=2e-5 * float(sample.abs().max())
+    )
 
 
 STEP = ScheduleStep(10.0, 1.0, (1.0,), (-0.1,), 0.0)

@@ -31,7 +31,7 @@ class Layout:
     Attributes:
         folder: the package's.
         plan: the workspace's TensorRT engine, if there is one.
-        sample_shape: the UNet's, [C, H, W].
+        sample_shape: of the latents, [C, H, W].
         sample_multiple: what other heights and widths are multiples of.
         pixels_per_latent: a side of an image, in sides of the sample.
 
@@ -130,11 +130,15 @@ class Layout:
         kinds: dict[str, str],
         queue_delay: int = 0,
         profiles: int = 1,
+        size: tuple[int, int] | None = None,
     ) -> Signature:
         """Configure a model of the platform tensorrt_plan; see
         :func:`quest_deploy.serving.triton.configs.plan_config`.
+
+        Args:
+            size: height and width to warm up with, where they are not the sample's.
         """
-        sample = (self.sample_shape[0], *self.size)
+        sample = (self.sample_shape[0], *(size or self.size))
         config = plan_config(
             name,
             {key: (kinds[key], dims) for key, dims in inputs.items()},

@@ -19,7 +19,7 @@ from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.serving.triton.layout import ONNX, PLAN
-from quest_deploy.serving.triton.parts import Decoder, TextEncoder, save_onnx
+from quest_deploy.serving.triton.parts import Decoder, Encoder, TextEncoder, save_onnx
 from quest_deploy.serving.triton.plans import FLOAT_INPUTS, write_plan
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def write_unet(layout: Layout, graph: ir.Model) -> Signature:
     version, plan = layout.version_folder("unet"), layout.plan
     graph = lower_unet(graph, version, layout.options.processor)
     inputs = {value.name or "": _dims(value) for value in graph.graph.inputs}
-    (output,) = (value.name or "" for value in graph.graph.outputs)
+    ((output, predicted),) = ((x.name or "", _dims(x)[0]) for x in graph.graph.outputs)
     save_graph(graph, version / ONNX)
     if plan is not None and layout.half:
         write_plan(plan.folder / LOWERED, version / PLAN, plan.options, low_precision_io=True)
@@ -46,7 +46,7 @@ def write_unet(layout: Layout, graph: ir.Model) -> Signature:
     return layout.write_plan_config(
         "unet",
         inputs,
-        {output: inputs["sample"]},
+        {output: [predicted, *inputs["sample"][1:]]},
         layout.max_batch,
         {name: "TYPE_FP32" if name in FLOAT_INPUTS else layout.kind for name in inputs},
         layout.options.queue_delay,
@@ -120,6 +120,32 @@ def write_decoder(layout: Layout, decoder: Any) -> Signature:
         DECODER_BATCH,
         {"sample": layout.kind},
         profiles=len(layout.sizes),
+    )
+
+
+def write_encoder(layout: Layout, encoder: Any, scale: float) -> Signature:
+    """What encodes the images that are inpainted or edited.
+
+    Args:
+        encoder: an AutoencoderKL.
+        scale: of the latents that the UNet takes.
+    """
+    size = layout.pixels(layout.size)
+    version = layout.version_folder("vae_encoder")
+    module = Encoder(encoder, scale)
+    dynamic_axes = {0: "batch", 2: "height", 3: "width"}
+    images = {"sample": torch.zeros(2, 3, *size)}
+    save_onnx(module, images, list(module.outputs), dynamic_axes, version / ONNX)
+    sizes = tuple(layout.pixels(each) for each in layout.sizes)
+    _write_plan_beside(layout, version, DECODER_BATCH, sizes)
+    return layout.write_plan_config(
+        "vae_encoder",
+        {"sample": [3, -1, -1]},
+        {name: [layout.sample_shape[0], -1, -1] for name in module.outputs},
+        DECODER_BATCH,
+        {"sample": layout.kind},
+        profiles=len(layout.sizes),
+        size=size,
     )
 
 

@@ -23,7 +23,12 @@ from quest_deploy.models.loading import load_model
 from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.progress import no_progress
 from quest_deploy.serving.triton.layout import FILES, Layout
-from quest_deploy.serving.triton.models import write_decoder, write_text_encoder, write_unet
+from quest_deploy.serving.triton.models import (
+    write_decoder,
+    write_encoder,
+    write_text_encoder,
+    write_unet,
+)
 from quest_deploy.serving.triton.pipelines import guidable, pixels_per_latent, write_pipelines
 from quest_deploy.serving.triton.plans import find_plan
 from quest_deploy.serving.triton.readme import write_readme
@@ -60,17 +65,24 @@ def write_package(
     pipeline_model = model if isinstance(model, PipelineModel) else None
     if pipeline_model is not None:
         pipeline_model.require_weights("serve")
-    plan = find_plan(workspace, options, alone=pipeline_model is None, guidable=guidable(model))
+    rows = 1 if not guidable(model) else 2 if model.image_guidance is None else 3
+    plan = find_plan(workspace, options, alone=pipeline_model is None, rows=rows)
+    if options.max_batch is not None and options.max_batch < rows:
+        raise InputError(
+            f"--max-batch {options.max_batch}: an image with guidance is {rows} rows at once"
+        )
     with atomic_folder(folder) as made:
         graph = load_graph(workspace.path(GRAPH))
         info = graph_info(graph)
-        factor = pixels_per_latent(model, info.sample_shape)
-        layout = Layout(made, options, plan, info.sample_shape, info.sample_multiple, factor)
+        latents = (model.sample_shape[0], *info.sample_shape[1:])
+        factor = pixels_per_latent(model, latents)
+        layout = Layout(made, options, plan, latents, info.sample_multiple, factor)
         decoder = pipeline_model.load_decoder() if pipeline_model is not None else None
         of_text = model.asked_for == "prompt"
         pipeline = None
         signatures: dict[str, Signature] = {}
-        total = 2 + of_text + (decoder is not None)
+        takes_image = pipeline_model is not None and pipeline_model.channels.image > 0
+        total = 2 + of_text + (decoder is not None) + takes_image
 
         progress("UNet", 0, total)
         signatures["unet"] = write_unet(layout, graph)
@@ -82,6 +94,10 @@ def write_package(
         if decoder is not None:
             progress("decoder", len(signatures), total)
             signatures["vae_decoder"] = write_decoder(layout, decoder)
+        if pipeline_model is not None and takes_image:
+            progress("encoder", len(signatures), total)
+            scale = pipeline_model.image_scale(decoder)
+            signatures["vae_encoder"] = write_encoder(layout, decoder, scale)
         progress("pipeline", len(signatures), total)
         settings = write_pipelines(layout, model, pipeline, signatures)
         plugins = tuple(map(Path, options.plugins)) if plan is None else plan.plugins

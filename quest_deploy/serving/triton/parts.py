@@ -64,6 +64,24 @@ class Decoder(nn.Module):
         return image
 
 
+class Encoder(nn.Module):
+    """A pipeline's encoder, from images [B, 3, H, W] in [-1, 1] to the mean and the deviation of
+    their latents, each [B, C, h, w].
+    """
+
+    outputs = ("mean", "deviation")
+
+    def __init__(self, encoder: Any, scale: float) -> None:
+        """Wrap an AutoencoderKL, whose latents the UNet takes times ``scale``."""
+        super().__init__()
+        self.encoder, self.scale = encoder, scale
+
+    def forward(self, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode and scale."""
+        found = self.encoder.encode(sample, return_dict=False)[0]
+        return self.scale * found.mean, self.scale * found.std
+
+
 def save_onnx(
     module: nn.Module,
     inputs: dict[str, Tensor],

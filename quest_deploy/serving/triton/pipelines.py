@@ -9,6 +9,8 @@ import numpy as np
 
 from quest_deploy.errors import InputError
 from quest_deploy.files import write_json
+from quest_deploy.models.channels import EDITING, INPAINTING
+from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.serving.triton.configs import pipeline_config
 from quest_deploy.serving.triton.layout import FILES
@@ -83,8 +85,13 @@ def pipeline_inputs(model: DiffusionModel) -> dict[str, str]:
         "prompt": {"prompt": "TYPE_STRING", "negative_prompt": "TYPE_STRING"},
         "label": {"label": "TYPE_INT32"},
     }
+    image = {
+        INPAINTING: {"init_image": "TYPE_STRING", "mask_image": "TYPE_STRING"},
+        EDITING: {"init_image": "TYPE_STRING", "image_guidance": "TYPE_FP32"},
+    }
     return {
         **conditions.get(model.asked_for or "", {}),
+        **image.get(image_kind(model) or "", {}),
         "seed": "TYPE_INT64",
         "steps": "TYPE_INT32",
         "scheduler": "TYPE_STRING",
@@ -92,6 +99,12 @@ def pipeline_inputs(model: DiffusionModel) -> dict[str, str]:
         "height": "TYPE_INT32",
         "width": "TYPE_INT32",
     }
+
+
+def image_kind(model: DiffusionModel) -> str | None:
+    """What the model makes of an image; None where its UNet takes none."""
+    channels = model.channels if isinstance(model, PipelineModel) else None
+    return channels.image_kind if channels is not None and channels.image else None
 
 
 def _write_tokenizers(version: Path, model: DiffusionModel, pipeline: Any) -> None:
@@ -137,7 +150,13 @@ def _settings(
         "decoder": "vae_decoder" in signatures,
         "schedulers": SCHEDULERS,
         "scheduler_config": model.scheduler_config(),
-        "defaults": {"steps": STEPS, "scheduler": SCHEDULER, "guidance": model.guidance},
+        "defaults": {
+            "steps": STEPS,
+            "scheduler": SCHEDULER,
+            "guidance": model.guidance,
+            "image_guidance": model.image_guidance,
+        },
+        "image": image_kind(model),
         "zero_unconditional": of_xl and bool(pipeline.config.get("force_zeros_for_empty_prompt")),
         "time_ids": of_xl,
         "models": signatures,

@@ -54,13 +54,13 @@ class Plan:
 
 
 def find_plan(
-    workspace: Workspace, options: TritonOptions, *, alone: bool, guidable: bool
+    workspace: Workspace, options: TritonOptions, *, alone: bool, rows: int
 ) -> Plan | None:
     """The workspace's TensorRT engine, if it has one.
 
     Args:
         alone: whether the model has nothing beside the UNet that needs a plan too.
-        guidable: whether requests may ask for guidance.
+        rows: how many an image takes, with guidance if requests may ask for it.
 
     Raises:
         InputError: it does not go with ``options``, or further plans must be built and this machine
@@ -82,10 +82,10 @@ def find_plan(
             f"--max-batch {options.max_batch}: the plan in {folder} takes batches up to "
             f"{built.max_batch}"
         )
-    if guidable and built.max_batch < 2:
+    if built.max_batch < rows:
         raise InputError(
             f"the plan in {folder} takes batches of {built.max_batch}, and an image with guidance "
-            "is two rows; run `quest-deploy build-engine` again with --max-batch 2 or more"
+            f"is {rows} rows; run `quest-deploy build-engine` again with --max-batch {rows} or more"
         )
     if options.io_dtype != "fp32" or not alone:
         why = (

@@ -111,6 +111,18 @@ def test_the_workspace_records_which_files_it_came_of(files: Path, tmp_path: Pat
     assert options["unet_sha256"] == sha256_of(files / "unet.json")
 
 
+@pytest.mark.parametrize(("given", "predicted"), [(7, 3), (3, 6), (9, 4)])
+def test_channels_that_differ_are_refused_by_both_numbers_and_leave_no_workspace(
+    tmp_path: Path, given: int, predicted: int
+) -> None:
+    params = {**SMALLEST, "in_channels": given, "out_channels": predicted}
+    torch.save(Case(params, per_channel=True).state, tmp_path / "ckpt.pth")
+    (tmp_path / "unet.json").write_text(json.dumps(params))
+    ended = cli(*_import(tmp_path, "-w", tmp_path / "ws"))
+    ended.assert_refused(f"in_channels {given}", f"out_channels {predicted}")
+    assert not (tmp_path / "ws").exists()
+
+
 def test_a_checkpoint_that_does_not_fit_leaves_no_workspace(files: Path, tmp_path: Path) -> None:
     arguments = _import(files, "-w", tmp_path / "w")
     arguments[arguments.index("900,500,101")] = "900,500"

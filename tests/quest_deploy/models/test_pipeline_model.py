@@ -323,10 +323,16 @@ def test_random_weights_need_nothing_of_the_folder_but_its_configurations(
         model.images(np.zeros((1, *model.sample_shape), np.float32))
 
 
+XL = {"encoder_hidden_states", "text_embeds", "time_ids"}
 FLAT = {
     "ldm": set(),
+    "learned-variance": set(),
     "class-labels": {"class_labels"},
-    "sdxl": {"encoder_hidden_states", "text_embeds", "time_ids"},
+    "sdxl": XL,
+    "inpaint": {"encoder_hidden_states", "image_condition"},
+    "pix2pix": {"encoder_hidden_states", "image_condition"},
+    "inpaint-xl": {*XL, "image_condition"},
+    "pix2pix-xl": {*XL, "image_condition"},
 }
 
 

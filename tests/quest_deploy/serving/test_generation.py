@@ -5,20 +5,27 @@ refuse; without a server.
 from __future__ import annotations
 
 import asyncio
+import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.evaluation.sampling import sample_images
+from quest_deploy.models.image_inputs import made_image
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.serving.pipeline import load_pipeline
 from quest_deploy.serving.triton.layout import Layout
-from quest_deploy.serving.triton.models import write_decoder, write_text_encoder
+from quest_deploy.serving.triton.models import (
+    write_decoder,
+    write_encoder,
+    write_text_encoder,
+)
 from quest_deploy.serving.triton.options import TritonOptions
 from quest_deploy.serving.triton.pipelines import pixels_per_latent, write_pipelines
 from tests.helpers import refused
@@ -156,8 +163,8 @@ def test_a_limit_that_is_missing_or_no_whole_number_of_1_or_more_is_refused(
         limits.of({name: value for name, value in given.items() if name != "max_size"})
 
 
-class ReferenceXL(LocalPipeline):
-    """Stable Diffusion XL's pipeline with the float UNet in the place of the engine's."""
+class Reference(LocalPipeline):
+    """A pipeline with the float UNet in the place of the engine's."""
 
     unet: Any
 
@@ -165,46 +172,50 @@ class ReferenceXL(LocalPipeline):
         if model != "unet":
             return await super().infer(model, inputs)
         given = {name: torch.from_numpy(value) for name, value in inputs.items()}
-        added = {name: given[name] for name in ("text_embeds", "time_ids")}
+        added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
         with torch.no_grad():
             found = self.unet(
                 given["sample"],
                 given["timestep"][:, 0],
                 given["encoder_hidden_states"],
-                added_cond_kwargs=added,
+                added_cond_kwargs=added or None,
             ).sample
         return {"prediction": found.numpy()}
+
+
+def reference(source: Path, folder: Path, scheduler: str = "ddim") -> tuple[Reference, Any]:
+    """What a package of a pipeline draws, written into ``folder``, and diffusers' own pipeline."""
+    model = PipelineModel(resolve_source(str(source)))
+    made = model.pipeline_class().from_pretrained(source)
+    made.set_progress_bar_config(disable=True)
+    made.scheduler = model.load_scheduler(scheduler)
+    factor = pixels_per_latent(model, model.sample_shape)
+    layout = Layout(folder, TritonOptions(), None, model.sample_shape, 2, factor)
+    pipeline, decoder = model.load_pipeline(vae=None), model.load_decoder()
+    signatures = {
+        "text_encoder": write_text_encoder(layout, pipeline),
+        "vae_decoder": write_decoder(layout, decoder),
+    }
+    if model.channels.image:
+        signatures["vae_encoder"] = write_encoder(layout, decoder, model.image_scale(decoder))
+    write_pipelines(layout, model, pipeline, signatures)
+    found = Reference(folder)
+    found.unet = made.unet
+    return found, made
 
 
 @pytest.fixture(scope="module")
 def xl(
     pipelines: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[ReferenceXL, Any]:
+) -> tuple[Reference, Any]:
     """The small Stable Diffusion XL: what a package of it draws, and diffusers' own pipeline."""
-    from diffusers import StableDiffusionXLPipeline
-
-    made = StableDiffusionXLPipeline.from_pretrained(pipelines("sdxl"))
-    made.set_progress_bar_config(disable=True)
-    model = PipelineModel(resolve_source(str(pipelines("sdxl"))))
-    made.scheduler = model.load_scheduler("ddim")
-    folder = tmp_path_factory.mktemp("xl")
-    factor = pixels_per_latent(model, model.sample_shape)
-    layout = Layout(folder, TritonOptions(), None, model.sample_shape, 2, factor)
-    pipeline = model.load_pipeline(vae=None)
-    signatures = {
-        "text_encoder": write_text_encoder(layout, pipeline),
-        "vae_decoder": write_decoder(layout, model.load_decoder()),
-    }
-    write_pipelines(layout, model, pipeline, signatures)
-    found = ReferenceXL(folder)
-    found.unet = made.unet
-    return found, made
+    return reference(pipelines("sdxl"), tmp_path_factory.mktemp("xl"))
 
 
 @pytest.mark.parametrize("negative", [None, "blue"])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_stable_diffusion_xl_s_image_is_the_one_of_diffusers_pipeline(
-    xl: tuple[ReferenceXL, Any], negative: str | None, guidance: float
+    xl: tuple[Reference, Any], negative: str | None, guidance: float
 ) -> None:
     pipeline, made = xl
     sizes = {"height": 24, "width": 16}
@@ -221,6 +232,133 @@ def test_stable_diffusion_xl_s_image_is_the_one_of_diffusers_pipeline(
     assert (
         np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
     )  # the decoder's last bits
+
+
+def png_file(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def from_images(
+    pipelines: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Reference, Any]]:
+    """What a package of a pipeline that inpaints or edits draws, and diffusers' own pipeline."""
+    made: dict[str, tuple[Reference, Any]] = {}
+
+    def make(name: str) -> tuple[Reference, Any]:
+        if name not in made:
+            made[name] = reference(pipelines(name), tmp_path_factory.mktemp(name), "ddpm")
+        return made[name]
+
+    return make
+
+
+GIVEN = made_image(7, 24, 16)
+FILES = {"init_image": png_file(GIVEN.image)}
+assert GIVEN.mask is not None
+MASKED = {**FILES, "mask_image": png_file(GIVEN.mask)}
+EITHER: dict[str, dict[str, bytes]] = {"inpaint": MASKED, "pix2pix": FILES}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("name", ["inpaint", pytest.param("inpaint-xl", marks=pytest.mark.slow)])
+def test_an_inpainted_image_is_the_one_of_diffusers_pipeline(
+    from_images: Callable[[str], tuple[Reference, Any]], name: str, guidance: float
+) -> None:
+    pipeline, made = from_images(name)
+    sizes = {"height": 24, "width": 16}
+    expected = made(
+        PROMPT,
+        image=GIVEN.image,
+        mask_image=GIVEN.mask,
+        strength=1.0,
+        guidance_scale=guidance,
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(5),
+        **sizes,
+    ).images[0]
+    asked = {"prompt": PROMPT, "steps": 3, "seed": 5, "guidance": guidance, "scheduler": "ddpm"}
+    found = pipeline.draw(**asked, **sizes, **MASKED)
+    assert np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
+    everywhere = png_file(Image.new("L", (16, 24), 255))
+    other = pipeline.draw(**asked, **sizes, **{**MASKED, "mask_image": everywhere})
+    assert np.abs(found.astype(int) - other.astype(int)).max() > 1
+
+
+@pytest.mark.parametrize(("guidance", "image_guidance"), [(1.0, 2.0), (5.0, 1.0), (5.0, 2.5)])
+@pytest.mark.parametrize("negative", [None, "blue"])
+@pytest.mark.parametrize("name", ["pix2pix", pytest.param("pix2pix-xl", marks=pytest.mark.slow)])
+def test_an_edited_image_is_the_one_of_diffusers_pipeline(
+    from_images: Callable[[str], tuple[Reference, Any]],
+    name: str,
+    negative: str | None,
+    guidance: float,
+    image_guidance: float,
+) -> None:
+    pipeline, made = from_images(name)
+    sizes = {"height": 24, "width": 16}
+    expected = made(
+        PROMPT,
+        image=GIVEN.image,
+        negative_prompt=negative,
+        guidance_scale=guidance,
+        image_guidance_scale=image_guidance,
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(5),
+        **(sizes if "xl" in name else {}),  # Stable Diffusion's takes the image's own
+    ).images[0]
+    found = pipeline.draw(
+        prompt=PROMPT,
+        steps=3,
+        seed=5,
+        guidance=guidance,
+        image_guidance=image_guidance,
+        scheduler="ddpm",
+        **({} if negative is None else {"negative_prompt": negative}),
+        **sizes,
+        **FILES,
+    )
+    assert np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
+
+
+def bomb() -> bytes:
+    """A small file of many pixels."""
+    return png_file(Image.new("1", (2**13, 2**13)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "facts"),
+    [
+        ("inpaint", {"mask_image": None}, "mask_image"),
+        ("inpaint", {"init_image": None}, "init_image"),
+        ("inpaint", {"init_image": b"text"}, "init_image PNG"),
+        ("inpaint", {"mask_image": MASKED["mask_image"][:60]}, "mask_image"),
+        ("inpaint", {"mask_image": b""}, "mask_image"),
+        ("inpaint", {"init_image": b"\0" * (2**25 + 1)}, f"init_image {2**25}"),
+        ("inpaint", {"init_image": bomb()}, f"init_image {2**24} 8192x8192"),
+        ("pix2pix", {"mask_image": MASKED["mask_image"]}, "mask_image"),
+        ("pix2pix", {"image_guidance": 0.5}, "image_guidance 1 0.5"),
+        ("pix2pix", {"image_guidance": float("nan")}, "image_guidance"),
+        ("pix2pix", {"image_guidance": 3e38}, "image_guidance"),
+    ],
+)
+def test_images_that_cannot_be_drawn_from_are_refused(
+    from_images: Callable[[str], tuple[Reference, Any]],
+    name: str,
+    change: dict[str, Any],
+    facts: str,
+) -> None:
+    pipeline, _ = from_images(name)
+    request = {"prompt": PROMPT, **EITHER[name], **change}
+    with refused(*facts.split(), error=pipeline.generation.InvalidRequestError):
+        pipeline.draw(**{key: value for key, value in request.items() if value is not None})
+
+
+def test_a_model_that_takes_no_image_refuses_one(local: LocalPipeline) -> None:
+    with refused("init_image", error=local.generation.InvalidRequestError):
+        local.draw(prompt=PROMPT, **FILES)
 
 
 def test_the_longest_prompt_is_drawn(local: LocalPipeline) -> None:

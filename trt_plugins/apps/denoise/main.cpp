@@ -22,11 +22,14 @@ constexpr char kUsage[] =
     "  BACKEND              tensorrt, or tensorrt-rtx where this program was built for it\n"
     "  SCHEDULE             a table that `quest-deploy schedule` wrote\n"
     "  SAMPLE, RESULT       files of float32: Gaussian noise, and what becomes of it, [batch, ...]\n"
-    "  --condition NAME=FILE   an input of the model besides the sample, [rows, ...]; may be repeated\n"
+    "  --condition NAME=FILE   an input of the model besides the sample, [rows, ...]; may be repeated; image_condition is what the\n"
+    "                       model's sample has behind the latents, where it inpaints or edits an image\n"
     "  --noise FILE         fresh noise, [steps, batch, ...], for schedules that add some\n"
     "  --batch N            samples [1]\n"
     "  --guidance G         classifier-free guidance [1]; where it is not 1, rows are twice the batch, the empty conditions first\n"
-    "  --sample-shape CxHxW one sample's, where the engine takes several\n"
+    "  --image-guidance G   the image's weight, of a model that edits one; under guidance rows are then three times the batch:\n"
+    "                       all conditions, the empty text with the image, the empty text with zeros for the image\n"
+    "  --sample-shape CxHxW the engine's sample's, where it takes several\n"
     "  --plugins FILE       the plugin library, where the engine needs it\n"
     "  --device N           the GPU [0]\n"
     "  --no-cuda-graph      launch each kernel by itself\n";
@@ -79,6 +82,7 @@ Arguments parse(std::vector<std::string> words) {
         } else if (word == "--noise") found.noise = value();
         else if (word == "--batch") found.denoiser.batch = parse_number<std::int64_t>(word, value());
         else if (word == "--guidance") found.denoiser.guidance = parse_number<float>(word, value());
+        else if (word == "--image-guidance") found.denoiser.image_guidance = parse_number<float>(word, value());
         else if (word == "--sample-shape") found.denoiser.sample_shape = parse_shape(word, value());
         else if (word == "--plugins") found.engine.plugin_library = value();
         else if (word == "--device") found.engine.device = parse_number<int>(word, value());

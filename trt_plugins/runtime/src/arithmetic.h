@@ -24,9 +24,19 @@ struct StepScales {
 /// A schedule's steps as the GPU reads them.
 std::vector<StepScales> step_scales(const Schedule& schedule);
 
-/// Classifier-free guidance.
-QUEST_DEPLOY_BOTH inline float guided(float unconditional, float conditional, float guidance) {
-    return unconditional + guidance * (conditional - unconditional);
+/// How many rows of the model's batch a sample takes under guidance; see DenoiserOptions.
+QUEST_DEPLOY_BOTH inline int rows_of_sample(float guidance, float image_guidance) {
+    if (image_guidance != 0) return guidance > 1 ? 3 : 1;
+    return guidance != 1 ? 2 : 1;
+}
+
+/// Classifier-free guidance of one value, from its predictions in `rows` rows, `apart` values apart: without and with the condition; of
+/// an edited image with all, without text, and without text and image.
+QUEST_DEPLOY_BOTH inline float guided(const float* predictions, std::size_t apart, int rows, float guidance, float image_guidance) {
+    if (rows == 1) return predictions[0];
+    if (rows == 2) return predictions[0] + guidance * (predictions[apart] - predictions[0]);
+    const float text = predictions[0], image = predictions[apart], nothing = predictions[2 * apart];
+    return nothing + guidance * (text - image) + image_guidance * (image - nothing);
 }
 
 /// The sample after step number `step`; `samples` and `predictions` hold those of the last `length` steps, each `count` values apart,

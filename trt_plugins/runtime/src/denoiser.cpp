@@ -33,6 +33,9 @@ Shape with_rows(const Tensor& tensor, std::int64_t rows, const Shape& sizes) {
     return shape;
 }
 
+/// Of a shape [rows, channels, ...].
+std::size_t channels(const Shape& shape) { return static_cast<std::size_t>(shape[1]); }
+
 /// Records what is put on a stream; ends the recording also where that fails, or the stream would be of no use.
 OwnedGraphExec record(cudaStream_t stream, const std::function<void()>& enqueue) {
     const std::string advice = "recording a step as a CUDA graph (without: DenoiserOptions::cuda_graph = false)";
@@ -56,7 +59,7 @@ OwnedGraphExec record(cudaStream_t stream, const std::function<void()>& enqueue)
 struct Denoiser::Impl {
     Engine engine;
     Context context;
-    std::size_t steps, count = 0;
+    std::size_t steps;
     OwnedStream stream;   ///< of run(), and of the recording
     OwnedEvent finished;  ///< the end of the loop that was enqueued last, on whatever stream
     DeviceArray<StepScales> table;
@@ -74,8 +77,10 @@ struct Denoiser::Impl {
         check_cuda(cudaEventCreateWithFlags(finished.out(), cudaEventDisableTiming), "making an event");
         if (options.batch < 1 || options.batch > INT32_MAX)
             throw Error("expected a batch of 1 or more, found " + std::to_string(options.batch));
-        const bool halves = options.guidance != 1;
-        const std::int64_t rows = options.batch * (halves ? 2 : 1);
+        if (options.image_guidance != 0 && !(options.image_guidance >= 1))
+            throw Error("expected an image guidance of 1 or more, or of 0 for none, found " + std::to_string(options.image_guidance));
+        const int rows_each = rows_of_sample(options.guidance, options.image_guidance);
+        const std::int64_t rows = options.batch * rows_each;
         const std::size_t length = schedule.history();
         const Shape sample_shape = with_rows(engine.tensor(kSample), rows, options.sample_shape);
         std::map<std::string, Shape> shapes{{kSample, sample_shape}, {kTimestep, with_rows(engine.tensor(kTimestep), rows, {})}};
@@ -85,7 +90,19 @@ struct Denoiser::Impl {
             conditions.push_back({tensor.name, true, shapes[tensor.name]});
         }
         context.set_shapes(shapes, stream.get());
-        count = volume(sample_shape) / (halves ? 2 : 1);
+        const std::string output_name = only_output();
+        const Shape output_shape = context.shape(output_name);
+        const std::size_t batch = static_cast<std::size_t>(options.batch),
+                          input_row = volume(sample_shape) / static_cast<std::size_t>(rows);
+        const std::size_t each = input_row / channels(sample_shape) * std::min(channels(sample_shape), channels(output_shape));
+        const std::size_t count = batch * each;
+        Shape rest = output_shape;
+        rest[1] = sample_shape[1];
+        if (rest != sample_shape) throw Error("expected an output of the sample's batch, height and width");
+        if (sample_shape[1] > output_shape[1]) {
+            rest[1] = sample_shape[1] - output_shape[1];
+            conditions.push_back({kImageCondition, true, rest});
+        }
         const std::vector<StepScales> scales = step_scales(schedule);
         table = DeviceArray<StepScales>(scales.size());
         table.copy_from(scales.data(), scales.size(), stream.get());
@@ -95,15 +112,18 @@ struct Denoiser::Impl {
         noise = DeviceArray<float>(schedule.noisy() ? steps * count : 0);
         input = DeviceArray<float>(volume(sample_shape));
         timestep = DeviceArray<float>(static_cast<std::size_t>(rows));
-        output = DeviceArray<float>(volume(sample_shape));
-        bind(sample_shape);
+        output = DeviceArray<float>(volume(output_shape));
+        bind(output_name);
         buffers = {table.data(),
                    step.data(),
                    static_cast<int>(length),
-                   count,
-                   static_cast<std::size_t>(rows),
-                   halves,
+                   batch,
+                   each,
+                   input_row,
+                   volume(output_shape) / static_cast<std::size_t>(rows),
+                   rows_each,
                    options.guidance,
+                   options.image_guidance,
                    samples.data(),
                    predictions.data(),
                    input.data(),
@@ -116,20 +136,39 @@ struct Denoiser::Impl {
         if (options.cuda_graph) graph = record(stream.get(), [this] { enqueue_step(stream.get()); });
     }
 
-    void bind(const Shape& sample_shape) {
-        context.bind(kSample, input.data());
-        context.bind(kTimestep, timestep.data());
-        for (const Tensor& condition : conditions) {
-            const auto made = condition_values.emplace(condition.name, DeviceArray<float>(volume(condition.shape))).first;
-            condition_given[condition.name] = false;
-            context.bind(condition.name, made->second.data());
-        }
+    std::string only_output() const {
         const auto& all = engine.tensors();
         const auto outputs = std::count_if(all.begin(), all.end(), [](const Tensor& tensor) { return !tensor.is_input; });
         const auto first = std::find_if(all.begin(), all.end(), [](const Tensor& tensor) { return !tensor.is_input; });
-        if (outputs != 1 || context.shape(first->name) != sample_shape)
-            throw Error("expected an engine with one output, of the sample's shape");
-        context.bind(first->name, output.data());
+        const std::size_t dimensions = engine.tensor(kSample).shape.size();
+        if (outputs != 1 || dimensions < 2 || context.shape(first->name).size() != dimensions)
+            throw Error("expected an engine with one output, of as many dimensions as the sample");
+        return first->name;
+    }
+
+    void bind(const std::string& output_name) {
+        context.bind(kSample, input.data());
+        context.bind(kTimestep, timestep.data());
+        for (const Tensor& condition : conditions) {
+            condition_given[condition.name] = false;
+            if (condition.name == kImageCondition) continue;  // a part of the sample
+            const auto made = condition_values.emplace(condition.name, DeviceArray<float>(volume(condition.shape))).first;
+            context.bind(condition.name, made->second.data());
+        }
+        context.bind(output_name, output.data());
+    }
+
+    /// Copy a condition to its place; an image's rows go behind the sample's.
+    void copy_condition(const Tensor& condition, const std::vector<float>& values) {
+        if (condition.name != kImageCondition) {
+            condition_values.at(condition.name).copy_from(values.data(), values.size(), stream.get());
+            return;
+        }
+        const std::size_t rows = static_cast<std::size_t>(condition.shape[0]), row = values.size() / rows;
+        for (std::size_t i = 0; i < rows; ++i)
+            check_cuda(cudaMemcpyAsync(input.data() + i * buffers.input_row + buffers.each, values.data() + i * row, row * sizeof(float),
+                                       cudaMemcpyHostToDevice, stream.get()),
+                       "copying an image to the GPU");
     }
 
     void enqueue_step(cudaStream_t on) {
@@ -157,7 +196,7 @@ struct Denoiser::Impl {
     /// Has the own stream wait for the loop that was enqueued last, which reads the conditions and writes the samples.
     void wait_for_loop() { check_cuda(cudaStreamWaitEvent(stream.get(), finished.get(), 0), "waiting for the loop before"); }
 
-    float* result() const { return samples.data() + steps % static_cast<std::size_t>(buffers.length) * count; }
+    float* result() const { return samples.data() + steps % static_cast<std::size_t>(buffers.length) * buffers.count(); }
 };
 
 Denoiser::Denoiser(const Engine& engine, const Schedule& schedule, const DenoiserOptions& options) {
@@ -173,21 +212,23 @@ Denoiser::~Denoiser() = default;
 const std::vector<Tensor>& Denoiser::conditions() const { return impl_->conditions; }
 
 void Denoiser::set_condition(const std::string& name, const std::vector<float>& values) {
-    const auto found = impl_->condition_values.find(name);
-    if (found == impl_->condition_values.end()) throw Error("the engine has no condition called " + name);
-    if (values.size() != found->second.size())
-        throw Error(name + ": expected " + std::to_string(found->second.size()) + " values, found " + std::to_string(values.size()));
+    const auto& all = impl_->conditions;
+    const auto found = std::find_if(all.begin(), all.end(), [&](const Tensor& condition) { return condition.name == name; });
+    if (found == all.end()) throw Error("the engine has no condition called " + name);
+    if (const std::size_t expected = volume(found->shape); values.size() != expected)
+        throw Error(name + ": expected " + std::to_string(expected) + " values, found " + std::to_string(values.size()));
     const DeviceGuard guard(impl_->engine.device());
     impl_->wait_for_loop();
-    found->second.copy_from(values.data(), values.size(), impl_->stream.get());
+    impl_->copy_condition(*found, values);
     check_cuda(cudaStreamSynchronize(impl_->stream.get()), "copying " + name);
     impl_->condition_given[name] = true;
 }
 
 void Denoiser::run(std::vector<float>& sample, const std::vector<float>& noise) {
-    if (sample.size() != impl_->count || noise.size() != impl_->noise.size()) {
-        throw Error("expected " + std::to_string(impl_->count) + " values of the sample and " + std::to_string(impl_->noise.size()) +
-                    " of noise, found " + std::to_string(sample.size()) + " and " + std::to_string(noise.size()));
+    if (sample.size() != impl_->buffers.count() || noise.size() != impl_->noise.size()) {
+        throw Error("expected " + std::to_string(impl_->buffers.count()) + " values of the sample and " +
+                    std::to_string(impl_->noise.size()) + " of noise, found " + std::to_string(sample.size()) + " and " +
+                    std::to_string(noise.size()));
     }
     const DeviceGuard guard(impl_->engine.device());
     cudaStream_t stream = impl_->stream.get();
@@ -208,6 +249,6 @@ float* Denoiser::noise() const { return impl_->noise.data(); }
 
 const float* Denoiser::result() const { return impl_->result(); }
 
-std::size_t Denoiser::sample_size() const { return impl_->count; }
+std::size_t Denoiser::sample_size() const { return impl_->buffers.count(); }
 
 }  // namespace quest_deploy

@@ -17,12 +17,13 @@ __device__ std::size_t stride() { return static_cast<std::size_t>(gridDim.x) * b
 
 __global__ void prepare(StepBuffers buffers) {
     const int step = *buffers.step;
-    for (std::size_t i = first_value(); i < buffers.count || i < buffers.rows; i += stride()) prepare_value(buffers, step, i);
+    const std::size_t values = buffers.count(), rows = static_cast<std::size_t>(buffers.rows) * buffers.batch;
+    for (std::size_t i = first_value(); i < values || i < rows; i += stride()) prepare_value(buffers, step, i);
 }
 
 __global__ void update(StepBuffers buffers) {
     const int step = *buffers.step;
-    for (std::size_t i = first_value(); i < buffers.count; i += stride()) update_value(buffers, step, i);
+    for (std::size_t i = first_value(); i < buffers.count(); i += stride()) update_value(buffers, step, i);
 }
 
 // A kernel of its own: the blocks of `update` all read the number, and none knows when the last has.
@@ -31,12 +32,12 @@ __global__ void advance(int* step) { ++*step; }
 }  // namespace
 
 cudaError_t launch_prepare(const StepBuffers& buffers, cudaStream_t stream) {
-    prepare<<<blocks(buffers.count), kThreads, 0, stream>>>(buffers);
+    prepare<<<blocks(buffers.count()), kThreads, 0, stream>>>(buffers);
     return cudaGetLastError();
 }
 
 cudaError_t launch_update(const StepBuffers& buffers, cudaStream_t stream) {
-    update<<<blocks(buffers.count), kThreads, 0, stream>>>(buffers);
+    update<<<blocks(buffers.count()), kThreads, 0, stream>>>(buffers);
     if (const cudaError_t result = cudaGetLastError(); result != cudaSuccess) return result;
     advance<<<1, 1, 0, stream>>>(buffers.step);
     return cudaGetLastError();

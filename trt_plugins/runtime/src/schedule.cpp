@@ -89,14 +89,15 @@ std::vector<StepScales> step_scales(const Schedule& schedule) {
 }
 
 void denoise_on_host(const Schedule& schedule, const Predict& predict, std::vector<float>& sample, float guidance,
-                     const std::vector<float>& noise) {
+                     const std::vector<float>& noise, float image_guidance) {
     schedule.check();
     const std::size_t count = sample.size(), length = schedule.history();
     const std::size_t wanted = schedule.noisy() ? count * schedule.steps.size() : 0;
     if (noise.size() != wanted)
         throw Error("expected " + std::to_string(wanted) + " values of noise, found " + std::to_string(noise.size()));
-    const bool halves = guidance != 1;
-    std::vector<float> input(halves ? 2 * count : count), prediction(input.size()), samples(length * count), predictions(length * count);
+    const int rows = rows_of_sample(guidance, image_guidance);
+    std::vector<float> input(static_cast<std::size_t>(rows) * count), prediction(input.size()), samples(length * count),
+        predictions(length * count);
     std::copy(sample.begin(), sample.end(), samples.begin());
     const std::vector<StepScales> table = step_scales(schedule);
     for (std::size_t step = 0; step < table.size(); ++step) {
@@ -109,7 +110,7 @@ void denoise_on_host(const Schedule& schedule, const Predict& predict, std::vect
         float* next =
             samples.data() + (step + 1) % length * count;  // where the oldest sample that is read may lie: read first, then written
         for (std::size_t i = 0; i < count; ++i) {
-            newest[i] = halves ? guided(prediction[i], prediction[count + i], guidance) : prediction[i];
+            newest[i] = guided(prediction.data() + i, count, rows, guidance, image_guidance);
             const float fresh = noise.empty() ? 0 : noise[step * count + i];
             next[i] = next_sample(table[step], samples.data() + i, predictions.data() + i, static_cast<int>(length), count,
                                   static_cast<int>(step), fresh);

@@ -2,7 +2,9 @@
 // small model in the engine's place. Work put on a stream is done when something waits for it, as late as CUDA may do it, or kept while a
 // graph is recorded; so what does not wait for another stream's work comes before it.
 //
-//   emulated SCHEDULE SAMPLE RESULT GUIDANCE GRAPH [NOISE]      two samples of 5 x 4; GRAPH is 0 or 1
+//   emulated SCHEDULE SAMPLE RESULT GUIDANCE GRAPH IMAGE_GUIDANCE IMAGE VARIANCE [NOISE]
+//
+// Two samples of 5 x 4; GRAPH is 0 or 1; IMAGE and VARIANCE are the channels that the engine reads and predicts beside the sample's.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -24,6 +26,7 @@ using Work = std::function<void()>;
 std::vector<Work>* recording = nullptr;
 std::map<cudaStream_t, std::vector<Work>> streams;
 int launches = 0, recordings = 0;
+std::int64_t image_channels = 0, variance_channels = 0;
 int steps_until_failure = -1;  // where not negative, so many steps are launched before one fails
 
 cudaError_t submit(cudaStream_t stream, const Work& work) {
@@ -113,21 +116,24 @@ namespace quest_deploy {
 cudaError_t launch_prepare(const StepBuffers& buffers, cudaStream_t stream) {
     if (recording == nullptr && steps_until_failure-- == 0) return cudaErrorLaunchFailure;
     return submit(stream, [=] {
-        for (std::size_t i = 0; i < std::max(buffers.count, buffers.rows); ++i) prepare_value(buffers, *buffers.step, i);
+        const std::size_t values = std::max(buffers.count(), static_cast<std::size_t>(buffers.rows) * buffers.batch);
+        for (std::size_t i = 0; i < values; ++i) prepare_value(buffers, *buffers.step, i);
     });
 }
 
 cudaError_t launch_update(const StepBuffers& buffers, cudaStream_t stream) {
     return submit(stream, [=] {
-        for (std::size_t i = 0; i < buffers.count; ++i) update_value(buffers, *buffers.step, i);
+        for (std::size_t i = 0; i < buffers.count(); ++i) update_value(buffers, *buffers.step, i);
         ++*buffers.step;
     });
 }
 
-// The engine: tests/host_program.cpp's model, whose condition is an input here.
+// The engine: tests/host_program.cpp's model, whose condition is an input here, and to which an image adds its first channel.
 struct Engine::Impl {
-    std::vector<Tensor> tensors{
-        {"sample", true, {-1, 5, 4}}, {"timestep", true, {-1}}, {"condition", true, {-1, 1}}, {"out", false, {-1, 5, 4}}};
+    std::vector<Tensor> tensors{{"sample", true, {-1, 5 + image_channels, 4}},
+                                {"timestep", true, {-1}},
+                                {"condition", true, {-1, 1}},
+                                {"out", false, {-1, 5 + variance_channels, 4}}};
 };
 struct Context::Impl {
     std::map<std::string, Shape> shapes;
@@ -148,15 +154,23 @@ Context::Context(Context&&) noexcept = default;
 Context& Context::operator=(Context&&) noexcept = default;
 Context::~Context() = default;
 void Context::set_shapes(const std::map<std::string, Shape>& inputs, cudaStream_t) { impl_->shapes = inputs; }
-Shape Context::shape(const std::string& name) const { return impl_->shapes.at(name == "out" ? "sample" : name); }
+Shape Context::shape(const std::string& name) const {
+    return name == "out" ? Shape{impl_->shapes.at("sample")[0], 5 + variance_channels, 4} : impl_->shapes.at(name);
+}
 void Context::bind(const std::string& name, void* device_memory) { impl_->places[name] = static_cast<float*>(device_memory); }
 void Context::enqueue(cudaStream_t stream) {
     if (impl_->places.size() != 4 || impl_->shapes.size() != 3) throw Error("something is not bound");
     const std::size_t rows = static_cast<std::size_t>(impl_->shapes["sample"][0]), each = 20;
-    submit(stream, [places = impl_->places, rows, each] {
+    const std::size_t input_row = each + 4 * static_cast<std::size_t>(image_channels);
+    const std::size_t output_row = each + 4 * static_cast<std::size_t>(variance_channels);
+    submit(stream, [=, places = impl_->places] {
+        std::fill_n(places.at("out"), rows * output_row, 1e6F);  // a variance must not be taken for a prediction
         for (std::size_t i = 0; i < rows * each; ++i) {
-            const float x = places.at("sample")[i];
-            places.at("out")[i] = x / (1 + std::fabs(x)) + 0.0005F * places.at("timestep")[i / each] + places.at("condition")[i / each];
+            const std::size_t row = i / each, at = i % each;
+            const float* input = places.at("sample") + row * input_row;
+            const float condition = places.at("condition")[row], image = image_channels > 0 ? input[each + at % 4] : 0.0F;
+            places.at("out")[row * output_row + at] =
+                input[at] / (1 + std::fabs(input[at])) + 0.0005F * places.at("timestep")[row] + condition + image;
         }
     });
 }
@@ -179,17 +193,27 @@ int main(int count, char** words) {
         options.batch = 2;
         options.guidance = std::stof(words[4]);
         options.cuda_graph = std::stoi(words[5]) != 0;
+        options.image_guidance = std::stof(words[6]);
+        image_channels = std::stoi(words[7]);
+        variance_channels = std::stoi(words[8]);
         Denoiser denoiser(Engine::open({}), schedule, options);
-        const std::vector<float> noise = count > 6 ? read_floats(words[6]) : std::vector<float>();
+        const std::vector<float> noise = count > 9 ? read_floats(words[9]) : std::vector<float>();
         try {
             denoiser.run(sample, noise);
             throw std::logic_error("it ran without its condition");
         } catch (const Error& error) {
             std::cerr << error.what() << "\n";
         }
-        const bool halves = options.guidance != 1;
-        const std::vector<float> condition = halves ? std::vector<float>{0, 0, 0.25F, 0.25F} : std::vector<float>{0, 0.25F};
+        // The condition of row r of n is 0 in the first half and 0.25 in the second; the image of row r has its number's tenth everywhere.
+        std::vector<float> condition, image;
+        for (const Tensor& tensor : denoiser.conditions()) {
+            const std::size_t rows = static_cast<std::size_t>(tensor.shape[0]);
+            for (std::size_t row = 0; row < rows; ++row)
+                if (tensor.name == kImageCondition) image.insert(image.end(), 4 * static_cast<std::size_t>(image_channels), 0.1F * row);
+                else condition.push_back(row < rows / 2 ? 0.0F : 0.25F);
+        }
         denoiser.set_condition("condition", condition);
+        if (image_channels > 0) denoiser.set_condition(kImageCondition, image);
         const std::vector<float> start = sample;
         std::vector<float> again = sample;
         denoiser.run(sample, noise);

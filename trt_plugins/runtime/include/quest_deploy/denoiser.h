@@ -10,11 +10,16 @@
 
 namespace quest_deploy {
 
+constexpr char kImageCondition[] = "image_condition";
+
 struct DenoiserOptions {
     std::int64_t batch = 1;  ///< samples denoised together
-    Shape sample_shape;      ///< of one sample, such as {4, 64, 64}; may be empty where the engine takes one size only
+    Shape sample_shape;      ///< of the engine's sample, such as {4, 64, 64}; may be empty where the engine takes one size only
     /// Classifier-free guidance. Where it is not 1, the engine runs on twice the batch, and a condition's first half is the empty one's.
     float guidance = 1;
+    /// The image's weight, of a model that edits one (instruct-pix2pix); 0 for other models. With a guidance above 1 the engine then runs
+    /// on three times the batch: with all conditions, without the text's, and without the text's and with zeros for the image's.
+    float image_guidance = 0;
     /// Record one step as a CUDA graph, once, and launch that. Not all that TensorRT does can be recorded; the error then says so.
     bool cuda_graph = true;
 };
@@ -30,7 +35,9 @@ public:
     ~Denoiser();
 
     /// The inputs besides the sample and the timestep, with the shapes that set_condition takes: [rows, ...], rows being the batch, or
-    /// twice the batch under guidance.
+    /// two or three times the batch under guidance. Where the engine's sample has more channels than its output, the rest, behind those
+    /// that are denoised, are the condition kImageCondition: the mask and the masked image's latents, or the image's latents. An output
+    /// of more channels than the sample has a variance behind them, which is left out.
     const std::vector<Tensor>& conditions() const;
     /// Copy a condition to the GPU; it stays until it is set again. Waits for a loop that was enqueued before, which reads the one before.
     /// Throws Error for an unknown name or another number of values.

@@ -49,8 +49,10 @@ using Predict = std::function<void(const std::vector<float>& input, float timest
 ///
 /// `sample`: [batch, ...], changed in place. `guidance`: where it is not 1, the model gets the sample twice, [2 * batch, ...], and
 /// predicts without the condition for the first half and with it for the second. `noise`: [steps, batch, ...] of Gaussian noise where the
-/// schedule adds some, else empty. Throws Error for sizes that do not fit.
+/// schedule adds some, else empty. `image_guidance`: where it is not 0, the sample edits an image (instruct-pix2pix); with a `guidance`
+/// above 1 the model then gets it three times, for all conditions, for the image without the text, and for neither. What the model reads
+/// beside the sample, such as an image, is `predict`'s. Throws Error for sizes that do not fit.
 void denoise_on_host(const Schedule& schedule, const Predict& predict, std::vector<float>& sample, float guidance = 1,
-                     const std::vector<float>& noise = {});
+                     const std::vector<float>& noise = {}, float image_guidance = 0);
 
 }  // namespace quest_deploy

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -31,6 +31,11 @@ SETTINGS, CONDITIONS = "settings.json", "conditions.npz"
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 MAX_PROMPT_BYTES = 16384
 """Longer prompts are refused before they are read."""
+MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS = 2**25, 2**24
+"""Larger files are refused before they are decoded."""
+IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+INPAINTING, EDITING = "inpainting", "instruct-pix2pix"
+LEARNED_VARIANCE = ("learned", "learned_range")
 MAX_GUIDANCE = 1000.0
 """Far beyond any weight that makes an image; larger ones overflow."""
 DTYPES = {
@@ -43,6 +48,9 @@ DTYPES = {
     "width": np.int32,
     "seed": np.int64,
     "guidance": np.float32,
+    "init_image": np.object_,
+    "mask_image": np.object_,
+    "image_guidance": np.float32,
 }
 
 
@@ -96,6 +104,9 @@ class Job:
         tokens, negative_tokens: the token ids for each tokenizer, of a text-to-image model.
         no_negative: whether no negative prompt was given.
         height, width: of the image, in pixels.
+        image_guidance: the weight of the image that is edited, None where none is.
+        image: float32 [1, 3, H, W] in [-1, 1], what is inpainted or edited, if anything.
+        mask: float32 [1, 1, H, W], 1 where it is drawn anew and 0 elsewhere.
     """
 
     label: int
@@ -108,6 +119,18 @@ class Job:
     guidance: float
     height: int
     width: int
+    image_guidance: float | None = None
+    image: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the UNet's batch it takes: under guidance two, where an image is edited
+        three.
+        """
+        if self.image_guidance is not None:
+            return 3 if self.guidance > 1 else 1
+        return 1 if self.guidance == 1 else 2
 
 
 class Generator:
@@ -172,18 +195,18 @@ class Generator:
             if "generator" in inspect.signature(scheduler.step).parameters
             else {}
         )
-        rows = 1 if job.guidance == 1 else 2
+        behind = await self._image_condition(job, generator, infer)
         for i, timestep in enumerate(scheduler.timesteps):
-            scaled = scheduler.scale_model_input(latents, timestep).repeat(rows, 1, 1, 1)
+            scaled = scheduler.scale_model_input(latents, timestep).repeat(job.rows, 1, 1, 1)
             inputs = {
-                "sample": scaled.numpy(),
-                "timestep": np.full((rows, 1), float(timestep), np.float32),
+                "sample": torch.cat([scaled, *behind], 1).numpy(),
+                "timestep": np.full((job.rows, 1), float(timestep), np.float32),
                 **conditions,
             }
-            prediction = torch.from_numpy(next(iter((await infer("unet", inputs)).values())))
-            if rows == 2:
-                unconditional, conditional = prediction.chunk(2)
-                prediction = unconditional + job.guidance * (conditional - unconditional)
+            answer = torch.from_numpy(next(iter((await infer("unet", inputs)).values())))
+            prediction = guided(answer, job, self._channels)
+            if not self._uses_variance(job.scheduler):
+                prediction = prediction[:, : self._channels]
             latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
             if not torch.isfinite(latents).all():
                 raise NotFiniteError(
@@ -226,6 +249,8 @@ class Generator:
         if self._tokenizers and "prompt" not in given:
             raise InvalidRequestError("prompt: expected one")
         height, width = self._size(given)
+        image_guidance = self._image_guidance(given)
+        image, mask = self._images(given, height, width)
         return Job(
             label=self._label(given),
             tokens=self._tokens("prompt", given.get("prompt", b"")),
@@ -237,6 +262,39 @@ class Generator:
             guidance=guidance,
             height=height,
             width=width,
+            image_guidance=image_guidance,
+            image=image,
+            mask=mask,
+        )
+
+    def _image_guidance(self, given: dict[str, Any]) -> float | None:
+        if self.settings["image"] != EDITING:
+            return None
+        weight = float(given.get("image_guidance", self.settings["defaults"]["image_guidance"]))
+        if not 1 <= weight <= MAX_GUIDANCE:  # nor NaN
+            raise InvalidRequestError(
+                f"image_guidance: expected a weight from 1 to {MAX_GUIDANCE:g}, found {weight:g}"
+            )
+        return weight
+
+    def _images(
+        self, given: dict[str, Any], height: int, width: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The image and the mask of a request, as :class:`Job` has them."""
+        kind = self.settings["image"]
+        names = {INPAINTING: ("init_image", "mask_image"), EDITING: ("init_image",)}.get(kind, ())
+        for name in ("init_image", "mask_image"):
+            if (name in given) != (name in names):
+                raise InvalidRequestError(
+                    f"{name}: expected {'one' if name in names else 'none of this model'}"
+                )
+        found = [resized(_image(name, given[name]), height, width) for name in names]
+        image = found[0] if found else None
+        # A mask's shades are rounded to black and white, as diffusers does.
+        mask = found[1].convert("L") if len(found) > 1 else None
+        return (
+            None if image is None else _array(image) * 2 - 1,
+            None if mask is None else (_array(mask) >= 0.5).float(),
         )
 
     def _label(self, given: dict[str, Any]) -> int:
@@ -287,9 +345,12 @@ class Generator:
         return tuple(found)
 
     def _scheduler(self, name: str, steps: int) -> Any:
-        scheduler = getattr(diffusers, self.settings["schedulers"][name]).from_config(
-            self.settings["scheduler_config"]
-        )
+        config = {
+            key: value
+            for key, value in self.settings["scheduler_config"].items()
+            if key != "variance_type" or name == "ddpm"
+        }
+        scheduler = getattr(diffusers, self.settings["schedulers"][name]).from_config(config)
         trained = scheduler.config.num_train_timesteps
         if steps > trained:
             raise InvalidRequestError(f"steps: expected at most {trained}, found {steps}")
@@ -304,24 +365,43 @@ class Generator:
             )
         return scheduler
 
+    def _uses_variance(self, scheduler: str) -> bool:
+        """Whether a scheduler takes the variance that the UNet predicts: DDPM's alone does."""
+        learned = self.settings["scheduler_config"].get("variance_type") in LEARNED_VARIANCE
+        return learned and self.settings["schedulers"][scheduler] == "DDPMScheduler"
+
+    async def _image_condition(
+        self, job: Job, generator: torch.Generator, infer: Infer
+    ) -> list[torch.Tensor]:
+        """What the UNet's sample holds behind the latents: [rows, C, h, w], or nothing."""
+        if job.image is None:
+            return []
+        image = job.image if job.mask is None else job.image * (job.mask < 0.5)
+        found = await infer("vae_encoder", {"sample": image.numpy()})
+        mean, deviation = (torch.from_numpy(found[name]) for name in ("mean", "deviation"))
+        if job.mask is None:
+            rows = [mean, mean, torch.zeros_like(mean)] if job.rows == 3 else [mean]
+            return [torch.cat(rows)]
+        latents = mean + deviation * torch.randn(mean.shape, generator=generator)
+        mask = torch.nn.functional.interpolate(job.mask, size=mean.shape[2:])
+        return [torch.cat([mask, latents], 1).repeat(job.rows, 1, 1, 1)]
+
     async def _conditions(self, job: Job, infer: Infer) -> Arrays:
-        """The UNet's further inputs, [1, ...], or with guidance [2, ...], the unconditional one
-        first.
-        """
-        guided = job.guidance != 1
+        """The UNet's further inputs, [rows, ...], in the order of :func:`guided`."""
+        asked = {1: [True], 2: [False, True], 3: [True, False, False]}[job.rows]
         if not self._tokenizers:
-            rows = [-1, job.label] if guided else [job.label]
+            rows = [job.label if each else -1 for each in asked]
             return {name: table[rows] for name, table in self._tables.items()}
-        halves = (job.negative_tokens, job.tokens) if guided else (job.tokens,)
+        halves = [job.tokens if each else job.negative_tokens for each in asked]
         names = ("input_ids", "input_ids_2")
         ids = {
             name: np.asarray(both, np.int32)
             for name, both in zip(names, zip(*halves, strict=True), strict=False)
         }
         states = await infer("text_encoder", ids)
-        if guided and job.no_negative and self.settings["zero_unconditional"]:
+        if job.no_negative and self.settings["zero_unconditional"]:
             states = {
-                name: value * np.asarray([0, 1], value.dtype).reshape(2, *[1] * (value.ndim - 1))
+                name: value * np.asarray(asked, value.dtype).reshape(-1, *[1] * (value.ndim - 1))
                 for name, value in states.items()
             }
         if self.settings["time_ids"]:
@@ -340,6 +420,28 @@ class Generator:
             torch.from_numpy(latents), factor
         ).numpy()
         return shuffled
+
+
+def guided(answer: torch.Tensor, job: Job, channels: int) -> torch.Tensor:
+    """One prediction [1, ...] of the UNet's answer [rows, ...]: unconditional and asked for; of an
+    edited image asked for, without text, without text and image. What lies behind the ``channels``
+    is a variance, that of what is asked for.
+    """
+    if job.rows == 1:
+        return answer
+    means = answer[:, :channels].chunk(job.rows)
+    if job.image_guidance is None:
+        mean = means[0] + job.guidance * (means[1] - means[0])
+    else:
+        text, image, nothing = means
+        mean = nothing + job.guidance * (text - image) + job.image_guidance * (image - nothing)
+    asked = answer[-1:] if job.image_guidance is None else answer[:1]
+    return torch.cat([mean, asked[:, channels:]], 1)
+
+
+def resized(image: Image.Image, height: int, width: int) -> Image.Image:
+    """``image`` of another size, as diffusers' pipelines resize it."""
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def pixels(image: np.ndarray) -> np.ndarray:
@@ -390,6 +492,33 @@ def _text(name: str, given: bytes | str) -> str:
         return data.decode()
     except UnicodeDecodeError as e:
         raise InvalidRequestError(f"{name}: expected UTF-8 ({e})") from e
+
+
+def _image(name: str, data: bytes | str) -> Image.Image:
+    """The image of a file, in RGB."""
+    if not isinstance(data, bytes) or len(data) > MAX_IMAGE_BYTES:
+        raise InvalidRequestError(f"{name}: expected a file of at most {MAX_IMAGE_BYTES} bytes")
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise InvalidRequestError(
+                    f"{name}: expected at most {MAX_IMAGE_PIXELS} pixels, found "
+                    f"{image.width}x{image.height}"
+                )
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except InvalidRequestError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InvalidRequestError(
+            f"{name}: expected a file of {', '.join(IMAGE_FORMATS)} ({e})"
+        ) from e
+
+
+def _array(image: Image.Image) -> torch.Tensor:
+    """An image's pixels, float32 [1, C, H, W] in [0, 1]."""
+    levels = np.asarray(image, np.float32)
+    levels = levels[None] if levels.ndim == 2 else levels.transpose(2, 0, 1)
+    return torch.from_numpy(levels / 255)[None]
 
 
 def _tokenizer(folder: Path) -> tuple[Any, int, int]:

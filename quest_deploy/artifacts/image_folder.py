@@ -1,0 +1,51 @@
+"""A folder of images that a model inpaints or edits, and whether it is still the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quest_deploy.artifacts.schema import validated
+from quest_deploy.errors import InputError
+from quest_deploy.files import sha256_of, sha256_of_json
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+MOST_IMAGES = 10_000
+
+
+@validated("image folder")
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder by its absolute path, with a hash of its images' names and contents."""
+
+    path: str
+    sha256: str
+
+    @classmethod
+    def of(cls, folder: Path | str) -> ImageFolder:
+        """The folder as it is now; raise InputError where it holds no image."""
+        path = Path(folder).resolve()
+        return cls(str(path), _hash(path))
+
+    def files(self) -> list[Path]:
+        """Its images, by name; raise InputError where they are not what they were."""
+        path = Path(self.path)
+        if _hash(path) != self.sha256:
+            raise InputError(f"the images in {path} were changed; restore them, or calibrate anew")
+        return _images(path)
+
+
+def _images(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise InputError(f"--image-folder {folder}: expected a folder of images")
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not 1 <= len(found) <= MOST_IMAGES:
+        raise InputError(
+            f"--image-folder {folder}: expected 1 to {MOST_IMAGES} images ({', '.join(SUFFIXES)}), "
+            f"found {len(found)}"
+        )
+    return found
+
+
+def _hash(folder: Path) -> str:
+    return sha256_of_json({path.name: sha256_of(path) for path in _images(folder)})
