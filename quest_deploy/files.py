@@ -111,6 +111,13 @@ def sync_all(folder: Path) -> None:
         sync(Path(root))
 
 
+def absolute(path: Path) -> Path:
+    """The absolute path without links, but for its last part: a link is known by its own name, such
+    as model.safetensors in the hub's cache, and not by that of what it leads to.
+    """
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+
+
 def open_regular(path: Path) -> io.BufferedReader[io.FileIO]:
     """Open a file for reading; raise InputError where it is a pipe, a device or a folder, which may
     have no end or never answer.

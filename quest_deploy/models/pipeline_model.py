@@ -43,7 +43,7 @@ from quest_deploy.models.configurations import (
     read_index,
 )
 from quest_deploy.models.hub import fetch_pipeline
-from quest_deploy.models.loras import fuse_into_text_encoders, fuse_into_unet
+from quest_deploy.models.loras import check_parts, fuse
 from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
 from quest_deploy.models.schedulers import make_scheduler
 from quest_deploy.models.unets import set_heads, with_flat_conditions
@@ -159,7 +159,8 @@ class PipelineModel:
         if heads is not None:
             set_heads(unet, heads)
         if self.source.loras:
-            fuse_into_unet(self.source.loras, self.pipeline_class(), unet)
+            self._check_loras()
+            fuse(self.source.loras, "unet", unet)
         return with_flat_conditions(unet).eval()
 
     def _check_memory(self, unet_class: Any) -> None:
@@ -258,13 +259,23 @@ class PipelineModel:
                 pipeline = pipeline_class.from_pretrained(
                     self.folder, use_safetensors=True, local_files_only=True, **given
                 )
-        encoders = {
-            name: part
-            for name in TEXT_ENCODERS
-            if (part := getattr(pipeline, name, None)) is not None and name not in parts
-        }
-        fuse_into_text_encoders(self.source.loras, pipeline_class, encoders)
+        for name in TEXT_ENCODERS:
+            if name not in parts and getattr(pipeline, name, None) is not None:
+                fuse(self.source.loras, name, getattr(pipeline, name))
         return pipeline
+
+    def _check_loras(self) -> None:
+        """Raise InputError where the pipeline takes no LoRAs, or one has weights for a part that
+        the pipeline does not have.
+        """
+        pipeline_class = self.pipeline_class()
+        if not hasattr(pipeline_class, "load_lora_weights"):
+            raise InputError(
+                f"--lora: expected a pipeline that takes LoRAs, and {pipeline_class.__name__} does "
+                "not"
+            )
+        encoders = (name for name in TEXT_ENCODERS if self.index.get(name, [None])[0] is not None)
+        check_parts(self.source.loras, ("unet", *encoders))
 
     def _fetch_configurations(self) -> Path:
         known = KNOWN_MODELS[self.folder.name]
