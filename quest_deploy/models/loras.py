@@ -138,12 +138,13 @@ def fused(weight: Tensor, tensors: Mapping[str, Tensor], factor: float) -> Tenso
     expected = (len(weight), len(down), weight[0].numel())
     if (*up.shape, down.shape[1]) != expected:
         raise ValueError(f"expected factors of its weight {list(weight.shape)}, found {shapes}")
-    result = weight + factor * (up @ down).view_as(weight)
+    result: Tensor = weight + factor * (up @ down).view_as(weight)
     scale = _norm_scale(weight, tensors)
     if scale is None:
         return result
     over = [axis for axis, size in enumerate(scale.shape) if size == 1]
-    return result * (scale / torch.linalg.vector_norm(result, dim=over, keepdim=True))
+    result *= scale / torch.linalg.vector_norm(result, dim=over, keepdim=True)
+    return result
 
 
 def _norm_scale(weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:

@@ -7,13 +7,13 @@ are and run beside the engine.
 
 from __future__ import annotations
 
+import importlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import diffusers
 import numpy as np
-import psutil
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.loaders.single_file_utils import (
@@ -47,6 +47,12 @@ from quest_deploy.models.loras import check_parts, fuse
 from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
 from quest_deploy.models.schedulers import make_scheduler
 from quest_deploy.models.unets import set_heads, with_flat_conditions
+from quest_deploy.models.weights import (
+    check_memory,
+    check_weights,
+    load_part,
+    load_single_file,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -138,23 +144,18 @@ class PipelineModel:
         unet_class = {"UNet2DConditionModel": UNet2DConditionModel, "UNet2DModel": UNet2DModel}[
             self.config["_class_name"]
         ]
-        self._check_memory(unet_class)
         with self._loading("the UNet"):
             if self.source.random_weights:
+                with torch.device("meta"):
+                    empty = unet_class.from_config(self.config)
+                check_memory(sum(p.numel() for p in empty.parameters()), self.name)
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(self.source.seed)
                     unet: nn.Module = unet_class.from_config(self.config)
             elif self.single_file is not None:
-                unet = unet_class.from_single_file(
-                    str(self.single_file),
-                    config=str(self.folder),
-                    subfolder="unet",
-                    torch_dtype=torch.float32,
-                )
+                unet = load_single_file(self.single_file, unet_class, self.folder, "unet")
             else:
-                unet = unet_class.from_pretrained(
-                    self.folder / "unet", torch_dtype=torch.float32, use_safetensors=True
-                )
+                unet = load_part(self.folder / "unet", unet_class, whole=True)
         heads = None if self.name not in KNOWN_MODELS else KNOWN_MODELS[self.name].heads
         if heads is not None:
             set_heads(unet, heads)
@@ -162,17 +163,6 @@ class PipelineModel:
             self._check_loras()
             fuse(self.source.loras, "unet", unet)
         return with_flat_conditions(unet).eval()
-
-    def _check_memory(self, unet_class: Any) -> None:
-        """Raise InputError where the float weights alone would not fit this machine's memory."""
-        with self._loading("the UNet's configuration"), torch.device("meta"):
-            unet = unet_class.from_config(self.config)
-        needed = 4 * sum(parameter.numel() for parameter in unet.parameters())
-        if needed > (available := psutil.virtual_memory().available):
-            raise InputError(
-                f"{self.name}: its UNet's float weights take {needed / 1e9:.1f} GB, and this "
-                f"machine has {available / 1e9:.1f} GB of memory left"
-            )
 
     def load_scheduler(self, name: str, **overrides: Any) -> Any:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""
@@ -255,7 +245,15 @@ class PipelineModel:
                 pipeline = pipeline_class.from_single_file(
                     str(self.single_file), config=str(config), local_files_only=True, **given
                 )
+                for name in (*TEXT_ENCODERS, *DECODERS):
+                    if name not in parts and getattr(pipeline, name, None) is not None:
+                        check_weights(getattr(pipeline, name), f"{self.single_file}, its {name}")
             else:
+                for name in (*TEXT_ENCODERS, *DECODERS):
+                    library, kind = self.index.get(name, (None, None))
+                    if library in ("diffusers", "transformers") and name not in given:
+                        part_class = getattr(importlib.import_module(library), kind)
+                        given[name] = load_part(self.folder / name, part_class)
                 pipeline = pipeline_class.from_pretrained(
                     self.folder, use_safetensors=True, local_files_only=True, **given
                 )
@@ -362,14 +360,10 @@ class PipelineModel:
         with self._loading("the decoder"):
             decoder_class = getattr(diffusers, self.index[name][1])
             if self.single_file is not None:
-                config = str(self._fetch_configurations())
-                decoder = decoder_class.from_single_file(
-                    str(self.single_file), config=config, subfolder=name, torch_dtype=torch.float32
-                )
+                config = self._fetch_configurations()
+                decoder = load_single_file(self.single_file, decoder_class, config, name)
             else:
-                decoder = decoder_class.from_pretrained(
-                    self.folder / name, torch_dtype=torch.float32, use_safetensors=True
-                )
+                decoder = load_part(self.folder / name, decoder_class)
         return decoder.eval()
 
     def scheduler_config(self) -> dict[str, Any]:

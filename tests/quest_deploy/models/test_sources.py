@@ -393,6 +393,33 @@ def test_a_single_file_gives_the_unet_of_the_folder_it_was_made_from(
     )
 
 
+@pytest.mark.parametrize("damage", ["missing", "NaN"])
+def test_a_damaged_weight_of_a_single_file_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    levels = {
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "block_out_channels": (32,),
+    }
+    folder = text_to_image(tmp_path / "architectures" / "sd15", **levels)
+    monkeypatch.setattr(
+        "quest_deploy.models.pipeline_model.ARCHITECTURES", tmp_path / "architectures"
+    )
+    path = single_file(folder, tmp_path / "model.safetensors")
+    tensors = load_file(path)
+    key = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    if damage == "missing":
+        del tensors[key]
+    else:
+        tensors[key][0, 0, 0, 0] = float("nan")
+    save_file(tensors, path)
+    with refused(path, "down_blocks.0.resnets.0.conv1.weight"):
+        load_model(resolve_source(str(path))).load_unet()
+
+
 def test_a_single_file_without_a_tokenizer_in_reach_says_where_it_would_come_from(
     hub: Path, tmp_path: Path, pipelines: Callable[[str], Path]
 ) -> None:
