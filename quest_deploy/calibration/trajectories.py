@@ -174,6 +174,10 @@ def record_trajectories(
             1, both halves of every sampling are recorded, the unconditional one first: 2 x
             ``samples`` rows.
         rows: how many rows run at once; all where it is None.
+
+    Raises:
+        InputError: a condition, or the sample after a step, is not finite.
+        QuestDeployError: an output of the model is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler = _scheduler(model, steps, scheme)
@@ -185,6 +189,12 @@ def record_trajectories(
             name: torch.stack([null[name], value], 1).flatten(0, 1)
             for name, value in conditions.items()
         }
+    for name, value in conditions.items():
+        if not torch.isfinite(value).all():
+            raise InputError(
+                f"the condition {name} is not finite; check the text encoder's weights, or the "
+                "table of classes"
+            )
     sample = torch.randn(samples, *model.sample_shape, generator=generator)
     inputs, outputs = [], []
     for i, timestep in enumerate(scheduler.timesteps):
@@ -204,6 +214,14 @@ def record_trajectories(
         outputs.append(output)
         prediction = output if weight == 1.0 else torch.lerp(output[0::2], output[1::2], weight)
         sample = scheduler.step(prediction, timestep, sample).prev_sample
+        if not torch.isfinite(sample).all():
+            raise InputError(
+                f"the sample after timestep {timestep.item():g}, step {i + 1} of "
+                f"{len(scheduler.timesteps)}, is not finite, though the model's output is: its "
+                f"noise schedule cannot be sampled with {scheduler.config.prediction_type} "
+                "predictions (at zero terminal SNR only v_prediction can); correct "
+                "scheduler_config.json"
+            )
         progress("recording trajectories", i + 1, len(scheduler.timesteps))
     return Trajectories(
         torch.stack(inputs), scheduler.timesteps.float(), torch.stack(outputs), conditions
