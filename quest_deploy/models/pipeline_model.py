@@ -46,6 +46,7 @@ from quest_deploy.models.hub import fetch_pipeline
 from quest_deploy.models.loras import check_parts, fuse
 from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
 from quest_deploy.models.schedulers import make_scheduler
+from quest_deploy.models.tokenizers import bound_tokenizers, tell_cut
 from quest_deploy.models.unets import set_heads, with_flat_conditions
 from quest_deploy.models.weights import (
     check_memory,
@@ -260,6 +261,7 @@ class PipelineModel:
         for name in TEXT_ENCODERS:
             if name not in parts and getattr(pipeline, name, None) is not None:
                 fuse(self.source.loras, name, getattr(pipeline, name))
+        bound_tokenizers(pipeline)
         return pipeline
 
     def _check_loras(self) -> None:
@@ -324,6 +326,7 @@ class PipelineModel:
             }
         )
         with torch.no_grad(), _quiet():
+            tell_cut(pipeline, prompts)
             encoded = pipeline.encode_prompt(
                 prompt=prompts,
                 device=torch.device("cpu"),
