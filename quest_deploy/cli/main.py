@@ -45,7 +45,6 @@ TORCH_EXTRA = frozenset(
         "huggingface_hub",
         "matplotlib",
         "onnxscript",
-        "psutil",
         "torch",
         "transformers",
         "yaml",
