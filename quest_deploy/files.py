@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import stat
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 TEMPORARY_PREFIX = ".tmp-"
 _MAX_JSON_BYTES = 64 * 2**20
+_POSIX = hasattr(os, "O_DIRECTORY")
+"""Whether folders can be opened, which Windows cannot."""
+PLAIN = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+"""Flags of ``os.open`` that read any file as it is, as far as this system has them."""
+_LOCKED_BYTES = 2**20
 
 
 @contextmanager
@@ -96,7 +102,9 @@ def sync(path: Path) -> None:
     """Have a file's content, or a folder's entries, on the disk: a rename alone may reach it before
     what it names.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    if not _POSIX and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if _POSIX else os.O_RDWR | PLAIN)
     try:
         os.fsync(descriptor)
     finally:
@@ -111,11 +119,55 @@ def sync_all(folder: Path) -> None:
         sync(Path(root))
 
 
+@contextmanager
+def lock(descriptor: int, *, shared: bool) -> Iterator[None]:
+    """Lock an open file against other processes, or, ``shared``, against those alone that do not
+    share; raise BlockingIOError where one has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows, which locks ranges of bytes
+        with _lock_bytes(descriptor, shared=shared):
+            yield
+        return
+    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    yield  # until the file is closed
+
+
+@contextmanager
+def _lock_bytes(descriptor: int, *, shared: bool) -> Iterator[None]:
+    """Lock all bytes, or, ``shared``, one of them, each process another."""
+    import msvcrt
+
+    windows: Any = msvcrt
+    count = 1 if shared else _LOCKED_BYTES
+    start = random.randrange(_LOCKED_BYTES) if shared else 0
+    os.lseek(descriptor, start, os.SEEK_SET)
+    try:
+        windows.locking(descriptor, windows.LK_NBLCK, count)
+    except OSError as e:
+        raise BlockingIOError(*e.args) from e
+    try:
+        yield
+    finally:
+        os.lseek(descriptor, start, os.SEEK_SET)
+        windows.locking(descriptor, windows.LK_UNLCK, count)
+
+
+def absolute(path: Path) -> Path:
+    """The absolute path without links, but for its last part: a link is known by its own name, such
+    as model.safetensors in the hub's cache, and not by that of what it leads to.
+    """
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+
+
 def open_regular(path: Path) -> io.BufferedReader[io.FileIO]:
     """Open a file for reading; raise InputError where it is a pipe, a device or a folder, which may
     have no end or never answer.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not _POSIX and path.is_dir():
+        raise InputError(f"{path}: expected a regular file, found a folder")
+    descriptor = os.open(path, os.O_RDONLY | PLAIN)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise InputError(f"{path}: expected a regular file, found another kind of file")

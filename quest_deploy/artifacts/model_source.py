@@ -6,13 +6,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quest_deploy.artifacts.schema import validated
 from quest_deploy.errors import InputError
-from quest_deploy.files import sha256_of
+from quest_deploy.files import absolute, sha256_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 IMPORTED = "imported"
 """What a checkpoint from `quest-deploy import` calls its model, which is no model of the
@@ -24,6 +28,7 @@ IMPORTED_ALONE = (
 )
 SINGLE_FILES = (".safetensors", ".ckpt")
 INDEX = "model_index.json"
+_LORA = ".safetensors"
 _WEIGHTS = (".safetensors", ".bin", ".ckpt")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -45,17 +50,18 @@ class Lora:
         or the weight is no number.
         """
         name, colon, weight = text.rpartition(":")
-        path, factor = (Path(name), _number(weight)) if colon else (Path(text), 1.0)
+        whole = not colon or text.endswith(_LORA)  # a path may hold colons, C:\ among them
+        path, factor = (Path(text), 1.0) if whole else (Path(name), _number(weight))
         if factor is None:
             raise InputError(
                 f"--lora {text}: expected PATH:WEIGHT with a finite weight, such as "
                 "style.safetensors:0.8"
             )
-        if path.suffix != ".safetensors":
-            raise InputError(f"--lora {text}: expected a .safetensors file, found {path.name}")
+        if path.suffix != _LORA:
+            raise InputError(f"--lora {text}: expected a {_LORA} file, found {path.name}")
         if not path.is_file():
             raise InputError(f"--lora {text}: {path} does not exist")
-        return cls(str(path.resolve()), factor, sha256_of(path))
+        return cls(str(absolute(path)), factor, sha256_of(path))
 
     def check(self) -> None:
         """Raise InputError where the file is another one by now."""
@@ -128,26 +134,18 @@ def fingerprint(path: Path) -> str:
     gigabytes takes.
 
     It covers the name, the size and 64 samples of 4 KiB of every weight file, all of every JSON
-    and text file, and a single file's original configuration. Weights that were trained further
-    differ everywhere; an edit of single weights may go unseen.
+    and text file, and a single file's original configuration; links are followed. Weights that
+    were trained further differ everywhere; an edit of single weights may go unseen.
     """
-    strange = next((p for p in (path, *path.rglob("*")) if p.exists() and not _is_plain(p)), None)
-    if strange is not None:
-        raise InputError(f"{strange}: expected files and folders, found a pipe or a device")
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-    )
     digest = hashlib.sha256()
-    for file in files:
+    for file in [path] if path.is_file() else sorted(_files_in(path, digest)):
         if file.suffix in _WEIGHTS:
             content = _samples(file)
         elif file.suffix in (".json", ".txt"):
             content = file.read_bytes()
         else:
             continue
-        name = file.name if file == path else str(file.relative_to(path))
+        name = file.name if file == path else file.relative_to(path).as_posix()
         digest.update(f"{name}\0{file.stat().st_size}\0".encode() + content)
     if path.is_file() and (configuration := beside(path)) is not None:
         digest.update(configuration.read_bytes())
@@ -160,12 +158,26 @@ def beside(path: Path) -> Path | None:
     return next((file for file in found if file.is_file()), None)
 
 
-def _is_plain(path: Path) -> bool:
-    return path.is_file() or path.is_dir()
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _files_in(root: Path, digest: hashlib._Hash) -> Iterator[Path]:
+    """The files in a folder and in what its links lead to, but for hidden ones; a folder that was
+    met before is not entered again, and its two names go into ``digest``. Raise InputError where
+    there is a pipe or a device.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root}: expected a folder or a file, found a pipe or a device")
+    met: dict[Path, str] = {}
+    for place, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        name, real = Path(place).relative_to(root).as_posix(), Path(place).resolve()
+        if (first := met.setdefault(real, name)) != name:
+            folders.clear()
+            digest.update(f"{name}\0{first}\0".encode())
+            continue
+        for path in (Path(place, name) for name in files):
+            if path.exists() and not path.is_file():
+                raise InputError(f"{path}: expected files and folders, found a pipe or a device")
+            if path.is_file() and not path.name.startswith("."):
+                yield path
 
 
 def _samples(file: Path) -> bytes:

@@ -8,13 +8,12 @@ a truncated, edited or outdated file is never used.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import platform
 import shutil
 import stat
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
@@ -29,7 +28,9 @@ from quest_deploy.artifacts.schema import parse_document, validated
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import (
+    PLAIN,
     TEMPORARY_PREFIX,
+    lock,
     read_json,
     remove_temporaries,
     sha256_of,
@@ -211,7 +212,7 @@ class Workspace:
         """
         if self._is_new:
             self.root.mkdir(parents=True, exist_ok=True)  # where it was discarded
-        with self._lock(fcntl.LOCK_EX):
+        with self._lock(shared=False):
             self._refuse_linked_folders()
             self._settle()
             if self._is_new and not self.path(MANIFEST).exists():
@@ -237,17 +238,17 @@ class Workspace:
         if (self.root / CHANGES).exists():
             with self.locked():
                 pass  # which finishes them
-        with self._lock(fcntl.LOCK_SH):
+        with self._lock(shared=True):
             self.stages = Workspace.open(self.root).stages
             yield
 
     @contextmanager
-    def _lock(self, kind: int) -> Iterator[None]:
-        path, flags = self.root / ".lock", os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    def _lock(self, *, shared: bool) -> Iterator[None]:
+        path, flags = self.root / ".lock", PLAIN | getattr(os, "O_NOFOLLOW", 0)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
         except OSError as e:
-            if kind == fcntl.LOCK_SH and e.errno in (errno.EACCES, errno.EROFS):
+            if shared and e.errno in (errno.EACCES, errno.EROFS):
                 yield  # where nobody may write, nobody does
                 return
             if e.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
@@ -256,13 +257,14 @@ class Workspace:
         with os.fdopen(descriptor, "rb"):
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise InputError(f"{path}: expected a regular file; delete it")
-            try:
-                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                raise QuestDeployError(
-                    f"{self.root} is in use by another quest-deploy process; wait for it to end"
-                ) from e
-            yield
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(lock(descriptor, shared=shared))
+                except BlockingIOError as e:
+                    raise QuestDeployError(
+                        f"{self.root} is in use by another quest-deploy process; wait for it to end"
+                    ) from e
+                yield
 
     def _refuse_linked_folders(self) -> None:
         for folder, names, _ in os.walk(self.root):
@@ -442,7 +444,7 @@ class Workspace:
         """
         staged = self.path(STAGED)
         entries = {
-            str(p.relative_to(staged if p.is_relative_to(staged) else self.root)): {
+            p.relative_to(staged if p.is_relative_to(staged) else self.root).as_posix(): {
                 "sha256": sha256_of(p),
                 "bytes": p.stat().st_size,
             }

@@ -178,6 +178,10 @@ def record_trajectories(
             :meth:`quest_deploy.models.channels.Guidance.parts`.
         image_guidance: the weight of the image that is edited, the model's where it is None.
         rows: how many rows run at once; all where it is None.
+
+    Raises:
+        InputError: a condition, or the sample after a step, is not finite.
+        QuestDeployError: an output of the model is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler = _scheduler(model, steps, scheme)
@@ -187,6 +191,12 @@ def record_trajectories(
     conditions = {
         name: torch.stack([part[name] for part in parts], 1).flatten(0, 1) for name in drawn
     }
+    for name, value in conditions.items():
+        if not torch.isfinite(value).all():
+            raise InputError(
+                f"the condition {name} is not finite; check the text encoder's weights, or the "
+                "table of classes"
+            )
     image = conditions.pop(IMAGE_CONDITION, None)
     channels = model.sample_shape[0]
     sample = torch.randn(samples, *model.sample_shape, generator=generator)
@@ -218,6 +228,14 @@ def record_trajectories(
         guided = guide.combine([output[i :: len(parts)] for i in range(len(parts))], channels)
         prediction = for_scheduler(scheduler, guided, channels)
         sample = scheduler.step(prediction, timestep, sample).prev_sample
+        if not torch.isfinite(sample).all():
+            raise InputError(
+                f"the sample after timestep {timestep.item():g}, step {i + 1} of "
+                f"{len(scheduler.timesteps)}, is not finite, though the model's output is: its "
+                f"noise schedule cannot be sampled with {scheduler.config.prediction_type} "
+                "predictions (at zero terminal SNR only v_prediction can); correct "
+                "scheduler_config.json"
+            )
         progress("recording trajectories", i + 1, len(scheduler.timesteps))
     return Trajectories(
         torch.stack(inputs), scheduler.timesteps.float(), torch.stack(outputs), conditions

@@ -45,8 +45,6 @@ TORCH_EXTRA = frozenset(
         "huggingface_hub",
         "matplotlib",
         "onnxscript",
-        "peft",
-        "psutil",
         "torch",
         "transformers",
         "yaml",

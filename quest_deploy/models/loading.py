@@ -13,6 +13,7 @@ from quest_deploy.artifacts.model_source import (
     fingerprint,
 )
 from quest_deploy.errors import InputError
+from quest_deploy.files import absolute
 from quest_deploy.models.hub import fetch_pipeline
 from quest_deploy.models.registry import EMBEDDED, KNOWN_MODELS, OTHERWISE, check_path
 
@@ -48,7 +49,7 @@ def resolve_source(
     if revision is not None and (random_weights or known is None or known.repository is None):
         raise InputError(f"--revision: expected a model from the hub, not {model}")
     if known is None:
-        path = Path(model).resolve()
+        path = absolute(Path(model))
         check_path(model, path)
         name = path.name if path.is_dir() else path.stem
         print_of_it = None if random_weights else fingerprint(path)

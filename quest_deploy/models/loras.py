@@ -1,103 +1,275 @@
-"""LoRAs fused into a model before it is quantized: W + weight * (alpha / rank) * B A, after which
-nothing of the LoRA is left.
+"""LoRAs fused into a model before it is quantized: W + weight * (alpha / rank) * B A in every layer
+that they name, times DoRA's norm where they have one, after which nothing of the LoRA is left.
+
+Read here rather than by diffusers, which leaves out some alphas and ranks, DoRA's scales, and
+layers that it cannot match. Layouts differ in their keys alone:
+
+1. kohya's: ``lora_unet_down_blocks_0_....lora_down.weight``, under diffusers' or Stability's names
+   of the layers; with LoCon's ``lora_mid`` and DoRA's ``dora_scale`` (LyCORIS).
+2. diffusers': ``unet.down_blocks.0....lora_A.weight`` and its older spellings, such as
+   ``unet....attn1.processor.to_q_lora.down.weight``; its alphas stand in the file's metadata.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
 from quest_deploy.errors import InputError
+from quest_deploy.files import check_regular
+from quest_deploy.models.sgm_names import sgm_names
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import nn
+    from collections.abc import Iterable, Mapping, Sequence
 
     from quest_deploy.artifacts.model_source import Lora
 
-_ADAPTER = "lora"
+    Layers = dict[str, dict[str, Tensor]]
+    """The tensors of each layer: by its name in the file, by "down", "up", "mid", "alpha",
+    "dora_scale" and "magnitude".
+    """
+
+_UNET = "unet"
+_PREFIXES = {
+    "unet.": _UNET,
+    "lora_unet_": _UNET,
+    "model.diffusion_model.": _UNET,
+    "diffusion_model.": _UNET,
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+"""Of keys, with the part that they name; those without one are the UNet's."""
+_ROLES = (
+    re.compile(r"(?P<layer>.+)\.lora_(?P<role>A|B|down|up|mid)(\.default)?\.weight"),
+    re.compile(r"(?P<layer>.+?)[._]lora(_linear_layer)?\.(?P<role>down|up)\.weight"),
+    re.compile(r"(?P<layer>.+)\.(?P<role>alpha|dora_scale)"),
+    re.compile(r"(?P<layer>.+)\.lora_(?P<role>magnitude)_vector(\.default)?(\.weight)?"),
+)
+_SPELLINGS = {"A": "down", "B": "up"}
+_METADATA = "lora_adapter_metadata"
+"""Under which diffusers keeps what LoraConfig says, as JSON in the file's header."""
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""The ways to begin training a LoRA that leave the model's own weights as they are."""
+_OLD_ENCODER_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+_LISTED = 4
 
 
-def fuse_into_unet(loras: Sequence[Lora], pipeline_class: Any, unet: Any) -> None:
-    """Fuse ``loras`` into ``unet``, in place, each in any layout that diffusers reads.
+def fuse(loras: Sequence[Lora], part: str, model: nn.Module) -> None:
+    """Fuse what ``loras`` have for ``part``, such as "unet" or "text_encoder_2", into ``model``, in
+    place and in float32.
 
     Raises:
-        InputError: the pipeline takes no LoRAs, or one fits nothing in it.
+        InputError: one cannot be read, or names layers that the model does not have.
     """
     for lora in loras:
-        state, alphas, metadata = _read(lora, pipeline_class, unet.config)
-        if not any(key.startswith("unet.") for key in state):
-            if any(key.startswith("text_encoder") for key in state):
-                continue
-            raise InputError(f"the LoRA {lora.path} has nothing for a UNet or a text encoder")
-        try:
-            pipeline_class.load_lora_into_unet(
-                state, network_alphas=alphas, unet=unet, adapter_name=_ADAPTER, metadata=metadata
-            )
-            unet.fuse_lora(lora_scale=lora.weight)
-            unet.unload_lora()
-        except (RuntimeError, ValueError, KeyError) as e:
+        parts, metadata = _read(lora)
+        layers = parts.get(part, {})
+        known = _known_layers(model)
+        names = {layer: known.get(_flat(layer)) for layer in layers}
+        if unknown := [layer for layer, name in names.items() if name is None]:
             raise InputError(
-                f"the LoRA {lora.path} does not fit the model: {str(e).splitlines()[0]}"
-            ) from e
+                f"the LoRA {lora.path} does not fit the model: {len(unknown)} of its "
+                f"{len(layers)} layers for the {part} fit no layer of {type(model).__name__}: "
+                f"{_listed(unknown)}"
+            )
+        if twice := [str(name) for name, count in Counter(names.values()).items() if count > 1]:
+            raise InputError(
+                f"the LoRA {lora.path} names layers twice, in two spellings: {_listed(twice)}"
+            )
+        for layer, tensors in layers.items():
+            name = str(names[layer])
+            try:
+                weight: Any = model.get_submodule(name).weight
+                factor = lora.weight * _scale(tensors, _of_part(metadata, part), name)
+                with torch.no_grad():
+                    weight.copy_(fused(weight.float(), tensors, factor))
+            except (ValueError, TypeError, ArithmeticError, RuntimeError, re.error) as e:
+                reason = " ".join(str(e).split())
+                raise InputError(
+                    f"the LoRA {lora.path} does not fit {part}.{name}: {reason}"
+                ) from e
 
 
-def fuse_into_text_encoders(
-    loras: Sequence[Lora], pipeline_class: Any, encoders: Mapping[str, nn.Module]
-) -> None:
-    """Fuse the ``loras``' parts for text encoders, given by their names in the pipeline, in
-    place.
+def check_parts(loras: Sequence[Lora], parts: Iterable[str]) -> None:
+    """Raise InputError where one of the ``loras`` cannot be read, or has weights for a part that is
+    not among ``parts``.
     """
     for lora in loras:
-        state, alphas, metadata = _read(lora, pipeline_class, None)
-        for name, encoder in encoders.items():
-            if not any(key.startswith(f"{name}.") for key in state):
-                continue
-            try:
-                pipeline_class.load_lora_into_text_encoder(
-                    state,
-                    alphas,
-                    encoder,
-                    prefix=name,
-                    lora_scale=lora.weight,
-                    adapter_name=_ADAPTER,
-                    metadata=metadata,
-                )
-            except (RuntimeError, ValueError, KeyError) as e:
-                raise InputError(
-                    f"the LoRA {lora.path} does not fit the {name}: {str(e).splitlines()[0]}"
-                ) from e
-            _merge(encoder)
+        if others := _read(lora)[0].keys() - set(parts):
+            raise InputError(
+                f"the LoRA {lora.path} has weights for {', '.join(sorted(others))}, which this "
+                "model does not have"
+            )
 
 
-def _read(lora: Lora, pipeline_class: Any, unet_config: Any) -> tuple[dict[str, Any], Any, Any]:
-    if not hasattr(pipeline_class, "lora_state_dict"):
-        raise InputError(
-            f"--lora: expected a pipeline that takes LoRAs, and {pipeline_class.__name__} does not"
+def fused(weight: Tensor, tensors: Mapping[str, Tensor], factor: float) -> Tensor:
+    """A layer's weight [O, I, ...] with a LoRA fused into it.
+
+    Args:
+        tensors: "down" [r, I, ...] and "up" [O, r, ...]; for a convolution also "mid" [r, r, kh,
+            kw] between them (LoCon); "magnitude" [O] or "dora_scale", which has 1 on the axes that
+            its norm goes over (DoRA, arXiv 2402.09353).
+        factor: the LoRA's weight times its scale.
+
+    Raises:
+        ValueError: the shapes do not fit, or a value is not finite.
+    """
+    shapes = {role: list(tensor.shape) for role, tensor in tensors.items()}
+    if any(len(shapes[role]) < 2 for role in ("down", "up", "mid") if role in shapes):
+        raise ValueError(f"expected factors of two axes or more, found {shapes}")
+    for role, tensor in tensors.items():
+        if not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"{role}: expected finite values")
+    down, up = tensors["down"].float(), tensors["up"].float().flatten(1)
+    if "mid" in tensors:
+        down = torch.einsum("rs...,si->ri...", tensors["mid"].float(), down.flatten(1))
+    down = down.flatten(1)
+    expected = (len(weight), len(down), weight[0].numel())
+    if (*up.shape, down.shape[1]) != expected:
+        raise ValueError(f"expected factors of its weight {list(weight.shape)}, found {shapes}")
+    result: Tensor = weight + factor * (up @ down).view_as(weight)
+    scale = _norm_scale(weight, tensors)
+    if scale is None:
+        return result
+    over = [axis for axis, size in enumerate(scale.shape) if size == 1]
+    result *= scale / torch.linalg.vector_norm(result, dim=over, keepdim=True)
+    return result
+
+
+def _norm_scale(weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """DoRA's scale, of as many axes as ``weight``: [O, 1, ...], or, as LyCORIS writes it, [1, I,
+    1, ...]. As peft, a magnitude is of the outputs, whatever its shape.
+    """
+    ones = [1] * (weight.dim() - 1)
+    if "magnitude" in tensors:
+        scale, expected = tensors["magnitude"].float(), [[len(weight), *ones]]
+        if scale.numel() == len(weight):
+            scale = scale.reshape(expected[0])
+    elif "dora_scale" in tensors:
+        scale = tensors["dora_scale"].float()
+        expected = [[len(weight), *ones], [1, weight.shape[1], *ones[1:]]]
+        if scale.dim() == 1:
+            scale = scale.reshape(-1, *ones)
+    else:
+        return None
+    if list(scale.shape) not in expected:
+        raise ValueError(
+            f"DoRA's scale: expected {' or '.join(map(str, expected))}, found {list(scale.shape)}"
         )
-    extra = {} if unet_config is None else {"unet_config": unet_config}
+    return scale
+
+
+def _scale(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: str) -> float:
+    """alpha / rank: with the layer's own alpha, or what the file's metadata says, or 1."""
+    if missing := [role for role in ("down", "up") if role not in tensors]:
+        raise ValueError(f"expected both factors, and {' and '.join(missing)} is missing")
+    if not (rank := len(tensors["down"])):
+        raise ValueError("expected a rank of 1 or more")
+    if "alpha" in tensors:
+        if tensors["alpha"].numel() != 1:
+            raise ValueError(f"alpha: expected a number, found {list(tensors['alpha'].shape)}")
+        return float(tensors["alpha"]) / rank
+    if "lora_alpha" not in settings:
+        return 1.0
+    patterns = dict(settings.get("alpha_pattern") or {})
+    key = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
+    alpha = float(settings["lora_alpha"] if key is None else patterns[key])
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _read(lora: Lora) -> tuple[dict[str, Layers], dict[str, Any]]:
+    """A LoRA's layers by part, and the settings in its metadata; raise InputError where the file
+    cannot be read or holds anything else.
+    """
     try:
-        state, alphas, metadata = pipeline_class.lora_state_dict(
-            lora.path, return_lora_metadata=True, use_safetensors=True, **extra
-        )
-    except Exception as e:
+        check_regular(Path(lora.path))
+        with safe_open(lora.path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
+            metadata = json.loads((file.metadata() or {}).get(_METADATA) or "{}")
+    except (OSError, SafetensorError, ValueError, RecursionError) as e:
+        raise InputError(f"{lora.path} cannot be read as a LoRA ({e})") from e
+    parts: dict[str, Layers] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        match = next((m for role in _ROLES if (m := role.fullmatch(key))), None)
+        if match is None or not (tensor.is_floating_point() or match["role"] == "alpha"):
+            strange.append(key)
+            continue
+        role = _SPELLINGS.get(match["role"], match["role"])
+        part = _PREFIXES.get(_prefix(key), _UNET)
+        entry = parts.setdefault(part, {}).setdefault(match["layer"], {})
+        if role in entry:
+            strange.append(key)
+        entry[role] = tensor
+    if strange or not parts:
         raise InputError(
-            f"{lora.path} cannot be read as a LoRA ({type(e).__name__}: {str(e).splitlines()[0]})"
-        ) from e
-    if any(key.endswith(".alpha") for key in state):
-        raise InputError(
-            f"the LoRA {lora.path} has alphas in a layout that diffusers leaves out; convert it to "
-            "diffusers' or kohya's"
+            f"the LoRA {lora.path}: expected the factors of LoRA, LoCon or DoRA, found "
+            f"{_listed(strange) or 'nothing'}; convert it to a LoRA with the tool that trained it"
         )
-    return state, alphas, metadata
+    if not isinstance(metadata, dict):
+        raise InputError(f"the LoRA {lora.path}: expected {_METADATA} to be an object of JSON")
+    for name, value in metadata.items():
+        if name.endswith("init_lora_weights") and value not in _PLAIN_STARTS:
+            raise InputError(
+                f"the LoRA {lora.path} was trained from other weights than the model's ({value}); "
+                "convert it to a plain LoRA with peft"
+            )
+    return parts, metadata
 
 
-def _merge(encoder: nn.Module) -> None:
-    from diffusers.utils.peft_utils import recurse_remove_peft_layers
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _prefix(key: str) -> str:
+    return next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
 
-    for module in encoder.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-    recurse_remove_peft_layers(encoder)
-    encoder._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+def _flat(layer: str) -> str:
+    """A layer's name in a file as all layouts can be compared: without its part, "_" for "."."""
+    return layer.removeprefix(_prefix(layer)).replace(".processor.", ".").replace(".", "_")
+
+
+def _of_part(metadata: Mapping[str, Any], part: str) -> dict[str, Any]:
+    return {
+        key.removeprefix(f"{part}."): value
+        for key, value in metadata.items()
+        if key.startswith(f"{part}.")
+    }
+
+
+def _known_layers(model: nn.Module) -> dict[str, str]:
+    """The names of the convolutions and linear layers of ``model``, by all that a LoRA calls them,
+    with "_" for ".".
+    """
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    others: dict[str, str] = {}
+    of_stability = sgm_names(model)
+    for name in names:
+        others[of_stability.get(name, name)] = name
+        parent, _, last = name.rpartition(".")
+        if parent.endswith(".to_out") and last == "0":
+            others[parent] = name
+        # transformers' CLIP was once all in "text_model", and diffusers named its attention's
+        # layers as a UNet's.
+        inside = name.removeprefix("text_model.")
+        old = f"{inside.rpartition('.')[0]}.{_OLD_ENCODER_NAMES.get(last, last)}"
+        for spelling in (inside, old):
+            others |= {spelling: name, f"text_model.{spelling}": name}
+    known = others | {name: name for name in names}
+    return {key.replace(".", "_"): name for key, name in known.items()}
+
+
+def _listed(names: Iterable[str]) -> str:
+    found = sorted(names)
+    rest = len(found) - _LISTED
+    return ", ".join(found[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")

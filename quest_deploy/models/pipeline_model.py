@@ -7,13 +7,13 @@ are and run beside the engine.
 
 from __future__ import annotations
 
+import importlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import diffusers
 import numpy as np
-import psutil
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
@@ -49,12 +49,19 @@ from quest_deploy.models.image_inputs import (
     random_condition,
     read_images,
 )
-from quest_deploy.models.loras import fuse_into_text_encoders, fuse_into_unet
+from quest_deploy.models.loras import check_parts, fuse
 from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
 from quest_deploy.models.schedulers import make_scheduler, noise_schedule
 from quest_deploy.models.single_file import SingleFile, read_single_file
 from quest_deploy.models.supported import check_time_ids, check_unet, has_cross_attention
+from quest_deploy.models.tokenizers import bound_tokenizers, tell_cut
 from quest_deploy.models.unets import set_heads, with_flat_conditions
+from quest_deploy.models.weights import (
+    check_memory,
+    check_weights,
+    load_part,
+    load_single_file,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -170,40 +177,25 @@ class PipelineModel:
         unet_class = {"UNet2DConditionModel": UNet2DConditionModel, "UNet2DModel": UNet2DModel}[
             self.config["_class_name"]
         ]
-        self._check_memory(unet_class)
         with self._loading("the UNet"):
             if self.source.random_weights:
+                with torch.device("meta"):
+                    empty = unet_class.from_config(self.config)
+                check_memory(sum(p.numel() for p in empty.parameters()), self.name)
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(self.source.seed)
                     unet: nn.Module = unet_class.from_config(self.config)
             elif self.single_file is not None:
-                unet = unet_class.from_single_file(
-                    str(self.single_file),
-                    config=str(self.folder),
-                    subfolder="unet",
-                    torch_dtype=torch.float32,
-                )
+                unet = load_single_file(self.single_file, unet_class, self.folder, "unet")
             else:
-                unet = unet_class.from_pretrained(
-                    self.folder / "unet", torch_dtype=torch.float32, use_safetensors=True
-                )
+                unet = load_part(self.folder / "unet", unet_class, whole=True)
         heads = None if self.name not in KNOWN_MODELS else KNOWN_MODELS[self.name].heads
         if heads is not None:
             set_heads(unet, heads)
         if self.source.loras:
-            fuse_into_unet(self.source.loras, self.pipeline_class(), unet)
+            self._check_loras()
+            fuse(self.source.loras, "unet", unet)
         return with_flat_conditions(unet).eval()
-
-    def _check_memory(self, unet_class: Any) -> None:
-        """Raise InputError where the float weights alone would not fit this machine's memory."""
-        with self._loading("the UNet's configuration"), torch.device("meta"):
-            unet = unet_class.from_config(self.config)
-        needed = 4 * sum(parameter.numel() for parameter in unet.parameters())
-        if needed > (available := psutil.virtual_memory().available):
-            raise InputError(
-                f"{self.name}: its UNet's float weights take {needed / 1e9:.1f} GB, and this "
-                f"machine has {available / 1e9:.1f} GB of memory left"
-            )
 
     def load_scheduler(self, name: str, **overrides: Any) -> Any:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""
@@ -286,17 +278,36 @@ class PipelineModel:
                 pipeline = pipeline_class.from_single_file(
                     str(self.single_file), config=str(config), local_files_only=True, **given
                 )
+                for name in (*TEXT_ENCODERS, *DECODERS):
+                    if name not in parts and getattr(pipeline, name, None) is not None:
+                        check_weights(getattr(pipeline, name), f"{self.single_file}, its {name}")
             else:
+                for name in (*TEXT_ENCODERS, *DECODERS):
+                    library, kind = self.index.get(name, (None, None))
+                    if library in ("diffusers", "transformers") and name not in given:
+                        part_class = getattr(importlib.import_module(library), kind)
+                        given[name] = load_part(self.folder / name, part_class)
                 pipeline = pipeline_class.from_pretrained(
                     self.folder, use_safetensors=True, local_files_only=True, **given
                 )
-        encoders = {
-            name: part
-            for name in TEXT_ENCODERS
-            if (part := getattr(pipeline, name, None)) is not None and name not in parts
-        }
-        fuse_into_text_encoders(self.source.loras, pipeline_class, encoders)
+        for name in TEXT_ENCODERS:
+            if name not in parts and getattr(pipeline, name, None) is not None:
+                fuse(self.source.loras, name, getattr(pipeline, name))
+        bound_tokenizers(pipeline)
         return pipeline
+
+    def _check_loras(self) -> None:
+        """Raise InputError where the pipeline takes no LoRAs, or one has weights for a part that
+        the pipeline does not have.
+        """
+        pipeline_class = self.pipeline_class()
+        if not hasattr(pipeline_class, "load_lora_weights"):
+            raise InputError(
+                f"--lora: expected a pipeline that takes LoRAs, and {pipeline_class.__name__} does "
+                "not"
+            )
+        encoders = (name for name in TEXT_ENCODERS if self.index.get(name, [None])[0] is not None)
+        check_parts(self.source.loras, ("unet", *encoders))
 
     def _fetch_configurations(self) -> Path:
         known = KNOWN_MODELS[self.folder.name]
@@ -423,6 +434,7 @@ class PipelineModel:
             "do_classifier_free_guidance": True,
         }
         with torch.no_grad(), _quiet():
+            tell_cut(pipeline, prompts)
             if hasattr(pipeline, "encode_prompt"):
                 encoded = pipeline.encode_prompt(**given)
             else:  # instruct-pix2pix's, which gives both, and the unconditional ones twice
@@ -461,14 +473,10 @@ class PipelineModel:
         with self._loading("the decoder"):
             decoder_class = getattr(diffusers, self.index[name][1])
             if self.single_file is not None:
-                config = str(self._fetch_configurations())
-                decoder = decoder_class.from_single_file(
-                    str(self.single_file), config=config, subfolder=name, torch_dtype=torch.float32
-                )
+                config = self._fetch_configurations()
+                decoder = load_single_file(self.single_file, decoder_class, config, name)
             else:
-                decoder = decoder_class.from_pretrained(
-                    self.folder / name, torch_dtype=torch.float32, use_safetensors=True
-                )
+                decoder = load_part(self.folder / name, decoder_class)
         return decoder.eval()
 
     def scheduler_config(self) -> dict[str, Any]:

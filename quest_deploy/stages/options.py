@@ -5,6 +5,7 @@ A stage runs again where its recorded options are not these. What is out of rang
 they are made.
 """
 
+import codecs
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -99,12 +100,15 @@ def parse_layers(text: str) -> tuple[str, ...] | str:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts of a text file, one a line; raise InputError where it cannot be read or has
-    none.
+    """The prompts of a text file, one a line, empty lines left out; raise InputError where it
+    cannot be read or has none.
     """
     repair = "give a text file with a prompt a line"
     try:
-        lines = read_bounded(path, _MAX_PROMPT_BYTES, repair).decode().splitlines()
+        content = read_bounded(path, _MAX_PROMPT_BYTES, repair)
+        # Windows' editors write a byte order mark, before UTF-16 too.
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        lines = content.decode("utf-16" if wide else "utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: expected a text file with a prompt a line ({e})") from e
     if prompts := tuple(line.strip() for line in lines if line.strip()):

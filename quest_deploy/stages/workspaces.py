@@ -16,6 +16,7 @@ from quest_deploy.artifacts.scheme import (
 from quest_deploy.artifacts.workspace import MANIFEST, Workspace, check_vacant
 from quest_deploy.backends.base import require_package
 from quest_deploy.errors import InputError
+from quest_deploy.files import absolute
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.registry import EMBEDDED, MODEL_NAMES, check_model_name
 from quest_deploy.models.schedulers import PREDICTION_TYPES
@@ -167,7 +168,7 @@ class ModelChoices(Options):
         model = self.model or DEFAULT_MODEL
         if model in MODEL_NAMES:
             return model
-        path = Path(model).resolve()
+        path = absolute(Path(model))
         return path.stem if path.is_file() else path.name
 
     def source(self) -> ModelSource:
@@ -186,10 +187,10 @@ class ModelChoices(Options):
         """Raise InputError where the workspace's model is another one."""
         source = workspace.source
         if self.model is not None:
-            named = self.model if self.model in MODEL_NAMES else str(Path(self.model).resolve())
-            _check(
-                workspace, "model", named, source.name if source.path is None else source.location
-            )
+            recorded = source.name if source.path is None else source.location
+            named = self.model if self.model in MODEL_NAMES else str(absolute(Path(self.model)))
+            if source.path is None or source.path.resolve() != Path(named).resolve():
+                _check(workspace, "model", named, recorded)
         if self.revision not in (None, source.requested, source.revision):
             _check(workspace, "revision", self.revision, source.revision)
         if self.random_weights:

@@ -1,6 +1,4 @@
-"""A diffusers pipeline as a model: its UNet, its conditions, its LoRAs, and what is recorded of
-it.
-"""
+"""A diffusers pipeline as a model: its UNet, its conditions, and what is recorded of it."""
 
 from __future__ import annotations
 
@@ -30,9 +28,6 @@ FAMILIES = {
     "class-tokens": "class-conditional",
     "class-labels": "unconditional",
 }
-RANK, ALPHA = 2, 4.0
-LORA_LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-ENCODER_LAYER = "text_model.encoder.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
@@ -198,116 +193,6 @@ def test_both_halves_of_guidance_are_recorded_along_the_guided_trajectory(
         null + 3.0 * (conditional - null), scheduler.timesteps[0], recorded.sample[0, 0::2]
     ).prev_sample
     torch.testing.assert_close(recorded.sample[1, 0::2], following, rtol=1e-5, atol=1e-6)
-
-
-def lora(path: Path, name: str, *, inputs: int = 16, alpha: float | None = ALPHA) -> torch.Tensor:
-    """Save a LoRA of the layer ``name`` with 16 outputs; what it adds to its weight at weight 1.
-
-    Args:
-        alpha: in kohya's layout, which has one for each layer; None for diffusers' layout, where it
-            is the rank.
-    """
-    from safetensors.torch import save_file
-
-    a, b = (
-        torch.randn(RANK, inputs, generator=seeded(1)),
-        torch.randn(16, RANK, generator=seeded(2)),
-    )
-    if alpha is None:
-        save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, path)
-        return b @ a
-    part, _, layer = name.partition(".")
-    flat = f"lora_{part}_{layer.replace('.', '_')}"
-    save_file(
-        {
-            f"{flat}.lora_down.weight": a,
-            f"{flat}.lora_up.weight": b,
-            f"{flat}.alpha": torch.tensor(alpha),
-        },
-        path,
-    )
-    return alpha / RANK * b @ a
-
-
-@pytest.mark.parametrize("alpha", [None, ALPHA])
-def test_a_loras_product_is_added_to_the_weights_times_its_weight(
-    pipelines: Callable[[str], Path], tmp_path: Path, alpha: float | None
-) -> None:
-    delta = lora(tmp_path / "style.safetensors", f"unet.{LORA_LAYER}", alpha=alpha)
-    plain = load_model(resolve_source(str(pipelines("sd")))).load_unet()
-    fused = load_model(
-        resolve_source(str(pipelines("sd")), loras=[f"{tmp_path}/style.safetensors:0.5"])
-    ).load_unet()
-    assert fused.state_dict().keys() == plain.state_dict().keys()
-    changed = {
-        name
-        for name, value in plain.state_dict().items()
-        if not torch.equal(value, fused.state_dict()[name])
-    }
-    assert changed == {f"{LORA_LAYER}.weight"}
-    expected = plain.get_parameter(f"{LORA_LAYER}.weight") + 0.5 * delta
-    torch.testing.assert_close(fused.get_parameter(f"{LORA_LAYER}.weight"), expected)
-
-
-def test_two_loras_add_up(pipelines: Callable[[str], Path], tmp_path: Path) -> None:
-    deltas = [
-        lora(tmp_path / f"{i}.safetensors", f"unet.{LORA_LAYER}", alpha=i + 1.0) for i in range(2)
-    ]
-    both = [f"{tmp_path}/0.safetensors:0.5", f"{tmp_path}/1.safetensors:-1"]
-    key = f"{LORA_LAYER}.weight"
-    plain, fused = (
-        load_model(resolve_source(str(pipelines("sd")), loras=given)).load_unet()
-        for given in ([], both)
-    )
-    expected = plain.get_parameter(key) + 0.5 * deltas[0] - deltas[1]
-    torch.testing.assert_close(fused.get_parameter(key), expected)
-
-
-def test_a_loras_part_for_the_text_encoder_is_fused_there(
-    pipelines: Callable[[str], Path], tmp_path: Path
-) -> None:
-    delta = lora(tmp_path / "style.safetensors", f"text_encoder.{ENCODER_LAYER}", alpha=None)
-
-    def weight(loras: list[str]) -> Any:
-        model = load_model(resolve_source(str(pipelines("sd")), loras=loras))
-        assert isinstance(model, PipelineModel)
-        encoder = model.load_pipeline(vae=None).text_encoder
-        return next(
-            value
-            for key, value in encoder.state_dict().items()
-            if key.endswith("layers.0.self_attn.q_proj.weight")
-        )
-
-    plain, fused = weight([]), weight([f"{tmp_path}/style.safetensors:0.25"])
-    torch.testing.assert_close(fused, plain + 0.25 * delta)
-
-
-@pytest.mark.parametrize(
-    ("name", "inputs", "facts"),
-    [
-        (f"unet.{LORA_LAYER}", 12, "UNet2DConditionModel"),
-        ("unet.down_blocks.7.to_q", 16, "'down_blocks.7.to_q'"),
-        ("transformer.blocks.0.to_q", 16, "UNet"),
-    ],
-)
-def test_a_lora_of_another_model_is_refused(
-    pipelines: Callable[[str], Path], tmp_path: Path, name: str, inputs: int, facts: str
-) -> None:
-    lora(tmp_path / "style.safetensors", name, inputs=inputs, alpha=None)
-    with refused(tmp_path / "style.safetensors", *facts.split()):
-        load_model(
-            resolve_source(str(pipelines("sd")), loras=[f"{tmp_path}/style.safetensors"])
-        ).load_unet()
-
-
-def test_loras_are_for_pipelines_that_take_them(
-    pipelines: Callable[[str], Path], tmp_path: Path
-) -> None:
-    lora(tmp_path / "style.safetensors", f"unet.{LORA_LAYER}")
-    with refused("--lora", "LDMPipeline"):
-        load_model(
-            resolve_source(str(pipelines("ldm")), loras=[f"{tmp_path}/style.safetensors"])
-        ).load_unet()
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -219,6 +219,109 @@ def test_a_folder_whose_weights_were_changed_is_refused_and_a_copy_elsewhere_is_
         load_model(source)
 
 
+def linked_part(model: Path, store: Path) -> Path:
+    """Move a model's UNet elsewhere and leave a link; the file of its weights."""
+    shutil.move(model / "unet", store)
+    (model / "unet").symlink_to(store, target_is_directory=True)
+    return store / "diffusion_pytorch_model.safetensors"
+
+
+def linked_files(model: Path, store: Path) -> Path:
+    """Make every file of a model a link to a blob, as the hub's cache and DVC do."""
+    store.mkdir()
+    for i, path in enumerate(sorted(p for p in model.rglob("*") if p.is_file())):
+        shutil.move(path, store / str(i))
+        path.symlink_to(store / str(i))
+    return (model / "unet" / "diffusion_pytorch_model.safetensors").resolve()
+
+
+def linked_whole(model: Path, store: Path) -> Path:
+    """Make the model's folder itself a link."""
+    shutil.move(model, store)
+    model.symlink_to(store, target_is_directory=True)
+    return store / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("link", [linked_part, linked_files, linked_whole])
+def test_weights_behind_links_are_read_and_a_change_of_them_is_noticed(
+    pipelines: Callable[[str], Path], tmp_path: Path, link: Callable[[Path, Path], Path]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pipelines("sd"), model)
+    weights = link(model, tmp_path / "store")
+    source = resolve_source(str(model))
+    assert (source.name, source.location) == ("model", str(model))
+    assert source.fingerprint == resolve_source(str(pipelines("sd"))).fingerprint
+    expected = load_model(resolve_source(str(pipelines("sd")))).load_unet().state_dict()
+    found = load_model(source).load_unet().state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    content = bytearray(weights.read_bytes())
+    content[-40:] = bytes(40)
+    weights.write_bytes(content)
+    with refused(model, "-w"):
+        load_model(source)
+
+
+def test_a_link_to_other_weights_is_noticed(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, first = tmp_path / "model", tmp_path / "first"
+    shutil.copytree(pipelines("sd"), model)
+    linked_part(model, first)
+    source = resolve_source(str(model))
+    (model / "unet").unlink()
+    (model / "unet").symlink_to(pipelines("sd-v") / "unet", target_is_directory=True)
+    with refused(model, "-w"):
+        load_model(source)
+
+
+def test_links_in_a_circle_end_and_folders_that_are_one_are_told_from_two(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pipelines("sd"), model)
+    (model / "again").symlink_to(model, target_is_directory=True)
+    (model / "other").symlink_to(model / "unet", target_is_directory=True)
+    (model / "nowhere").symlink_to(tmp_path / "missing")
+    source = resolve_source(str(model))
+    load_model(source)
+    (model / "other").unlink()
+    (model / "other").symlink_to(model / "vae", target_is_directory=True)
+    with refused(model, "-w"):
+        load_model(source)
+
+
+def test_a_single_file_and_a_lora_that_are_links_keep_their_own_names(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"weights")
+    for name in ("model.safetensors", "style.safetensors"):
+        (tmp_path / name).symlink_to("blob")
+    source = resolve_source(
+        str(tmp_path / "model.safetensors"), loras=[str(tmp_path / "style.safetensors")]
+    )
+    assert (source.name, source.location) == ("model", str(tmp_path / "model.safetensors"))
+    assert source.loras[0].path == str(tmp_path / "style.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "weight"),
+    [
+        ("style:v2.safetensors", "", 1.0),
+        ("style:v2.safetensors", ":0.8", 0.8),
+        ("style:0.5.safetensors", ":-1e-1", -0.1),
+        ("12:30/стиль и 模型.safetensors", ":2", 2.0),
+        ("style.safetensors", ":0", 0.0),
+    ],
+)
+def test_a_loras_path_may_hold_colons(
+    tmp_path: Path, name: str, suffix: str, weight: float
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"lora")
+    lora = Lora.parse(f"{path}{suffix}")
+    assert (lora.path, lora.weight) == (str(path), weight)
+
+
 def test_a_lora_that_was_changed_is_refused(
     pipelines: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -288,6 +391,33 @@ def test_a_single_file_gives_the_unet_of_the_folder_it_was_made_from(
     assert all(
         torch.equal(unet.state_dict()[key], value) for key, value in expected.state_dict().items()
     )
+
+
+@pytest.mark.parametrize("damage", ["missing", "NaN"])
+def test_a_damaged_weight_of_a_single_file_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    levels = {
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "block_out_channels": (32,),
+    }
+    folder = text_to_image(tmp_path / "architectures" / "sd15", **levels)
+    monkeypatch.setattr(
+        "quest_deploy.models.pipeline_model.ARCHITECTURES", tmp_path / "architectures"
+    )
+    path = single_file(folder, tmp_path / "model.safetensors")
+    tensors = load_file(path)
+    key = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    if damage == "missing":
+        del tensors[key]
+    else:
+        tensors[key][0, 0, 0, 0] = float("nan")
+    save_file(tensors, path)
+    with refused(path, "down_blocks.0.resnets.0.conv1.weight"):
+        load_model(resolve_source(str(path))).load_unet()
 
 
 def test_a_single_file_without_a_tokenizer_in_reach_says_where_it_would_come_from(

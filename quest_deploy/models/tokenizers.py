@@ -1,0 +1,42 @@
+"""How long a prompt may be: as many tokens as the text encoder has positions for; what is longer is
+cut there, as diffusers does.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+_SUFFIXES = ("", "_2")
+logger = logging.getLogger(__name__)
+
+
+def bound_tokenizers(pipeline: Any) -> None:
+    """Let each tokenizer of a pipeline pad and cut to no more tokens than its text encoder takes:
+    many a tokenizer_config.json says no length, which transformers takes for 10^30.
+    """
+    for suffix in _SUFFIXES:
+        tokenizer = getattr(pipeline, f"tokenizer{suffix}", None)
+        encoder = getattr(pipeline, f"text_encoder{suffix}", None)
+        most = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+        if tokenizer is not None and most is not None:
+            tokenizer.model_max_length = min(tokenizer.model_max_length, most)
+
+
+def tell_cut(pipeline: Any, prompts: list[str]) -> None:
+    """Warn, once for all of them, of prompts that will be cut."""
+    tokenizers = [getattr(pipeline, f"tokenizer{suffix}", None) for suffix in _SUFFIXES]
+    of_pipeline = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
+    long = [
+        prompt
+        for prompt in prompts
+        if any(len(t(prompt).input_ids) > t.model_max_length for t in of_pipeline)
+    ]
+    if long:
+        logger.warning(
+            "%d of %d prompts are longer than %d tokens and are cut there, such as %r",
+            len(long),
+            len(prompts),
+            min(tokenizer.model_max_length for tokenizer in of_pipeline),
+            long[0],
+        )

@@ -1,0 +1,80 @@
+"""Trajectories that are not finite: told with step, timestep and tensor, and not recorded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quest_deploy.calibration.trajectories import record_trajectories
+from quest_deploy.errors import QuestDeployError
+from quest_deploy.models.loading import load_model, resolve_source
+from tests.helpers import refused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@pytest.fixture
+def model(pipelines: Callable[[str], Path], tmp_path: Path) -> Path:
+    return shutil.copytree(pipelines("sd"), tmp_path / "model")
+
+
+def record(folder: Path) -> Any:
+    model = load_model(resolve_source(str(folder)))
+    return record_trajectories(model, model.load_unet(), steps=2, samples=1, seed=0)
+
+
+def configure(folder: Path, **changes: Any) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+def test_zero_terminal_snr_cannot_be_sampled_with_epsilon_predictions(model: Path) -> None:
+    configure(model, **ZERO_SNR)
+    with refused("sample", "timestep 999", "step 1 of 2", "epsilon"):
+        record(model)
+
+
+def test_zero_terminal_snr_is_sampled_with_v_predictions(model: Path) -> None:
+    configure(model, **ZERO_SNR, prediction_type="v_prediction")
+    assert record(model).timestep.tolist() == [999, 499]
+
+
+def test_an_output_that_overflows_is_told_with_its_timestep(model: Path) -> None:
+    path = model / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    for name in ("conv_norm_out.weight", "conv_out.weight"):
+        tensors[name] *= 1e30
+    save_file(tensors, path, metadata={"format": "pt"})
+    with refused("output", "timestep 501", "step 1 of 2", error=QuestDeployError):
+        record(model)
+
+
+def test_a_condition_that_is_not_finite_is_named(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = shutil.copytree(pipelines("class-tokens"), tmp_path / "model")
+    table = load_file(model / "class_embedding.safetensors")["weight"]
+    save_file({"weight": table * float("inf")}, model / "class_embedding.safetensors")
+    with refused("encoder_hidden_states"):
+        record(model)
+
+
+@pytest.mark.parametrize("name", ["unet", "text_encoder"])
+def test_sampling_draws_from_finite_weights_alone(model: Path, name: str) -> None:
+    path = next((model / name).glob("*.safetensors"))
+    tensors = load_file(path)
+    key = next(iter(tensors))
+    tensors[key] = torch.full_like(tensors[key], float("nan"))
+    save_file(tensors, path, metadata={"format": "pt"})
+    with refused(model / name, "finite"):
+        record(model)
