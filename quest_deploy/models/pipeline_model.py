@@ -22,11 +22,11 @@ from diffusers.loaders.single_file_utils import (
 )
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
+from quest_deploy.artifacts.tensors import read_tensors
 from quest_deploy.errors import InputError
-from quest_deploy.files import check_archive, check_regular
+from quest_deploy.files import check_archive
 from quest_deploy.models.conditions import (
     ClassLabels,
     ClassTokens,
@@ -463,8 +463,7 @@ def _architecture_in(path: Path) -> str:
 
 def _class_table(path: Path, width: int) -> torch.Tensor:
     try:
-        check_regular(path)
-        table = load_file(path)["weight"].float()
+        table: torch.Tensor = read_tensors(path, "pt")["weight"].float()
     except (OSError, SafetensorError, KeyError) as e:
         raise InputError(
             f"{path}: a class-conditional model needs this file, with the classes' tokens as "
