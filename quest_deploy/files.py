@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -31,6 +32,17 @@ _LOCKED_BYTES = 2**20
 
 
 @contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Have an error that the disk is full say of which file: a write to an open one does not."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno != errno.ENOSPC or e.filename is not None:
+            raise
+        raise OSError(e.errno, e.strerror, str(path)) from e
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; rename it there when the block ends well, delete it
     when it does not.
@@ -38,10 +50,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with _named(path):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -106,7 +119,8 @@ def sync(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDONLY if _POSIX else os.O_RDWR | PLAIN)
     try:
-        os.fsync(descriptor)
+        with _named(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -172,13 +186,6 @@ def open_regular(path: Path) -> io.BufferedReader[io.FileIO]:
         os.close(descriptor)
         raise InputError(f"{path}: expected a regular file, found another kind of file")
     return io.BufferedReader(io.FileIO(descriptor))
-
-
-def check_regular(path: Path) -> None:
-    """Raise InputError where a library that is to open the file would wait for it, or read without
-    end; OSError where it cannot be opened.
-    """
-    open_regular(path).close()
 
 
 def check_archive(path: Path) -> None:

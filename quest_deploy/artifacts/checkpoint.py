@@ -20,14 +20,15 @@ import numpy as np
 from annotated_types import MinLen
 from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PlainValidator
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from quest_deploy.artifacts.model_source import IMPORTED
 from quest_deploy.artifacts.schema import Bits, Positive, parse, validated
 from quest_deploy.artifacts.scheme import Scheme, Symmetry, activation_levels, weight_range
+from quest_deploy.artifacts.tensors import open_tensors
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.files import atomic_file, check_regular
+from quest_deploy.files import atomic_file
 
 FORMAT = "quest-deploy checkpoint"
 VERSION = 2
@@ -476,8 +477,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     would not have written.
     """
     try:
-        check_regular(path)
-        with safe_open(path, framework="numpy") as stream:
+        with open_tensors(path) as stream:
             metadata = stream.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise InputError(

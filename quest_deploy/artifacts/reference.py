@@ -4,20 +4,22 @@ torch. What stands under which name is known here alone.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from quest_deploy.artifacts.schema import parse, validated
+from quest_deploy.artifacts.tensors import open_tensors, read_tensors
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import (
     atomic_file,
-    check_regular,
     read_json,
     sha256_of_json,
     write_json,
@@ -134,8 +136,7 @@ class StoredTensors(Mapping[str, "NDArray[Any]"]):
 
     def __init__(self, path: Path) -> None:
         """Raise OSError or SafetensorError where there is no such file, or one that is damaged."""
-        check_regular(path)
-        self._file = safe_open(path, framework="numpy")
+        self._file = open_tensors(path)
         self._names = dict.fromkeys(self._file.keys())
 
     def __getitem__(self, name: str) -> NDArray[Any]:
@@ -269,7 +270,9 @@ class Record:
 
 
 def write_tensors(tensors: Mapping[str, NDArray[Any]], path: Path) -> None:
-    """Write a record's tensors, whole or not at all; raise QuestDeployError where it cannot be."""
+    """Write a record's tensors, whole or not at all; raise OSError or QuestDeployError where it
+    cannot be.
+    """
     try:
         with atomic_file(path) as temporary:
             temporary.touch()
@@ -277,7 +280,10 @@ def write_tensors(tensors: Mapping[str, NDArray[Any]], path: Path) -> None:
             save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, temporary)
             # safetensors lets nobody else read its files, whatever the umask says.
             temporary.chmod(mode)
-    except SafetensorError as e:  # it hides the operating system's error, a full disk for one
+    except SafetensorError as e:
+        if found := re.search(r"os error (\d+)", str(e)):  # such as a full disk
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from e
         raise QuestDeployError(f"{path.name} cannot be written: {e}") from e
 
 
@@ -300,8 +306,7 @@ def load_reference(folder: Path) -> tuple[list[Record], dict[str, Tables]]:
     index = ReferenceIndex.read(folder)
     try:
         records = [Record(entry, StoredTensors(folder / entry.file)) for entry in index.records]
-        check_regular(folder / TABLES)
-        return records, _tables(load_file(folder / TABLES))
+        return records, _tables(read_tensors(folder / TABLES))
     except (KeyError, OSError, SafetensorError) as e:
         raise InputError(
             f"{folder}: not a readable reference ({type(e).__name__}: {e}); {_REPAIR}"

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
+from quest_deploy.artifacts.tensors import read_tensors
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.files import atomic_file, check_regular
+from quest_deploy.files import atomic_file
 from quest_deploy.models.channels import IMAGE_CONDITION, Guidance, for_scheduler, joined
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.progress import no_progress
@@ -89,8 +90,7 @@ class Trajectories:
     def load(cls, path: Path) -> Trajectories:
         """Read what :meth:`save` wrote; raise InputError where it is missing or damaged."""
         try:
-            check_regular(path)
-            tensors = load_file(path)
+            tensors = read_tensors(path, "pt")
             conditions = {
                 k.removeprefix("condition."): v
                 for k, v in tensors.items()

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import signal
 import sys
 from typing import Any, NoReturn, cast
 
@@ -27,6 +26,7 @@ from quest_deploy.cli.finetune import finetune
 from quest_deploy.cli.generate import generate
 from quest_deploy.cli.import_ import import_command
 from quest_deploy.cli.inspect import inspect
+from quest_deploy.cli.interruptions import INTERRUPTED, MESSAGE, raised
 from quest_deploy.cli.package import package
 from quest_deploy.cli.reference import reference
 from quest_deploy.cli.run import run
@@ -36,7 +36,6 @@ from quest_deploy.cli.verify import verify
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import TEMPORARY_PREFIX
 
-INTERRUPTED = 130
 TORCH_EXTRA = frozenset(
     {
         "PIL",
@@ -96,12 +95,13 @@ def main() -> None:
     # Torch's threads that wait for each other keep their cores busy otherwise: next to other work,
     # ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     _open_standard_streams()
     try:
-        with messages():
+        with raised(), messages():
             code = app(standalone_mode=False)
-        sys.stdout.flush()  # a full disk is told here, not by the interpreter's last words
+            sys.stdout.flush()  # a full disk is told here, not by the interpreter's last words
+    except KeyboardInterrupt:  # after the app's own watch
+        code = INTERRUPTED
     except typer.TyperException as e:  # a usage error
         rich_format_error(cast(Any, e))
         _end(e.format_message(), e.exit_code)
@@ -127,11 +127,7 @@ def main() -> None:
     except MemoryError:
         _fail("out of memory", 1)
     if code == INTERRUPTED:
-        _fail(
-            "interrupted; finished stages are kept, and the same command goes on or starts its "
-            "stage again",
-            INTERRUPTED,
-        )
+        _fail(MESSAGE, INTERRUPTED)
     sys.exit(code)
 
 

@@ -8,11 +8,8 @@ each.
 
 from __future__ import annotations
 
-import os
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +21,9 @@ from quest_deploy.backends.base import LOWERED, input_shapes
 from quest_deploy.backends.options import NATIVE, PLUGIN, EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
-from quest_deploy.evaluation.memory import end_with, peak_memory
+from quest_deploy.evaluation.memory import peak_memory
 from quest_deploy.evaluation.precision import engine_precision
+from quest_deploy.processes import in_own_process
 from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
@@ -135,10 +133,7 @@ def benchmark_engine(
     timings = _time_in_turn(backend, options, folders, feeds, choices, progress)
     footprints = []
     for i, (name, folder) in enumerate(folders.items()):
-        with ProcessPoolExecutor(
-            1, mp_context=get_context("spawn"), initializer=end_with, initargs=(os.getpid(),)
-        ) as pool:
-            peak = pool.submit(_peak_memory, backend.name, options, folder, feeds).result()
+        peak = in_own_process(_peak_memory, backend.name, options, folder, feeds)
         footprints.append(Footprint(name, _size(folder), peak))
         progress("measuring memory", i + 1, len(folders))
     medians = {(t.engine, t.batch): t.median_s for t in timings}

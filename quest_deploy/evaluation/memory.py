@@ -1,14 +1,8 @@
-"""How much memory a process has needed; a process of its own that is measured."""
+"""How much memory a process has needed."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import sys
 from pathlib import Path
-
-PR_SET_PDEATHSIG = 1
 
 
 def peak_memory() -> int:
@@ -31,15 +25,3 @@ def peak_memory() -> int:
 def reset_peak_memory() -> None:
     """Begin anew: the peak is what the process holds now (see proc_pid_clear_refs(5))."""
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def end_with(parent: int) -> None:
-    """Have Linux kill this process when its parent ends, however that ends; ``parent`` is the
-    parent's process ID, which may have ended before this is called. See prctl(2). Other systems do
-    nothing.
-    """
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)

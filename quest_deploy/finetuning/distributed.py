@@ -5,12 +5,14 @@ takes its share of every batch.
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from quest_deploy.errors import InputError
+from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.processes import end_with
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     import torch
     from torch import Tensor, nn
@@ -64,7 +66,9 @@ class Processes:
         if count > 1:
             from accelerate import PartialState
 
-            self._state = PartialState(cpu=device == "cpu")
+            end_with(os.getppid())  # a launcher that is killed ends nobody
+            with _together():
+                self._state = PartialState(cpu=device == "cpu")
             self.device, self.index, self.count = (
                 self._state.device,
                 self._state.process_index,
@@ -77,8 +81,9 @@ class Processes:
     def __exit__(self, kind: object, *rest: object) -> None:
         # After an error the others may never come to an orderly end: leave them to the launcher.
         if self.count > 1 and kind is None:
-            self._state.wait_for_everyone()
-            self._state.destroy_process_group()
+            with _together():
+                self._state.wait_for_everyone()
+                self._state.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
@@ -98,8 +103,21 @@ class Processes:
         import torch.distributed
 
         for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
+            with _together():
+                torch.distributed.all_reduce(tensor)
             tensor.div_(self.count)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """What only all processes do; raise QuestDeployError where one of them has ended."""
+    try:
+        yield
+    except RuntimeError as e:  # what torch.distributed's errors are
+        raise QuestDeployError(
+            f"another process of this run cannot be reached; it has ended, and this one ends too "
+            f"({str(e).splitlines()[0]})"
+        ) from e
 
 
 def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from quest_deploy.artifacts.tensors import open_tensors
 from quest_deploy.errors import InputError
-from quest_deploy.files import check_regular
 from quest_deploy.models.sgm_names import sgm_names
 
 if TYPE_CHECKING:
@@ -193,8 +193,7 @@ def _read(lora: Lora) -> tuple[dict[str, Layers], dict[str, Any]]:
     cannot be read or holds anything else.
     """
     try:
-        check_regular(Path(lora.path))
-        with safe_open(lora.path, "pt") as file:
+        with open_tensors(Path(lora.path), "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
             metadata = json.loads((file.metadata() or {}).get(_METADATA) or "{}")
     except (OSError, SafetensorError, ValueError, RecursionError) as e:

@@ -18,11 +18,10 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
+from quest_deploy.artifacts.tensors import read_tensors
 from quest_deploy.errors import InputError
-from quest_deploy.files import check_regular
 from quest_deploy.models.channels import EDITING, INPAINTING, channels_of
 from quest_deploy.models.conditions import (
     ClassLabels,
@@ -573,8 +572,7 @@ def _folder_of(source: ModelSource, file: SingleFile | None) -> Path:
 
 def _class_table(path: Path, width: int) -> torch.Tensor:
     try:
-        check_regular(path)
-        table = load_file(path)["weight"].float()
+        table: torch.Tensor = read_tensors(path, "pt")["weight"].float()
     except (OSError, SafetensorError, KeyError) as e:
         raise InputError(
             f"{path}: a class-conditional model needs this file, with the classes' tokens as "

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from quest_deploy.artifacts.tensors import open_tensors
 from quest_deploy.errors import InputError
-from quest_deploy.files import check_regular, read_json
+from quest_deploy.files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -161,8 +162,7 @@ def _elements(path: Path) -> int:
     none.
     """
     try:
-        check_regular(path)
-        with safe_open(path, "pt") as file:
+        with open_tensors(path, "pt") as file:
             return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     except (OSError, SafetensorError) as e:
         raise InputError(f"{path}: not a readable safetensors file ({e}); get it again") from e

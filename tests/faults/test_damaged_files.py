@@ -24,6 +24,7 @@ from quest_deploy.errors import QuestDeployError
 from quest_deploy.evaluation.memory import peak_memory, reset_peak_memory
 from tests.faults.damage import damage, restore
 from tests.faults.readers import Kind, kinds
+from tests.faults.results import keep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,9 +40,11 @@ OPENERS = {
     "check_archive",
     "load_file",
     "open_regular",
+    "open_tensors",
     "read_bounded",
     "read_configuration",
     "read_json",
+    "read_tensors",
     "safe_load",
     "safe_open",
 }
@@ -122,7 +125,7 @@ def examples(
 def test_damaged_files_end_in_a_message_or_are_as_they_were(
     examples: dict[str, tuple[Kind, Path, Any]],
 ) -> None:
-    counts, wrong = Counter[str](), []
+    counts, wrong = {name: Counter[str]() for name in examples}, []
     deadline = time.monotonic() + 60 * MINUTES
     for seed in itertools.count(int(time.time()) if MINUTES else 0):
         if (time.monotonic() > deadline) if MINUTES else seed >= TRIES:
@@ -130,12 +133,15 @@ def test_damaged_files_end_in_a_message_or_are_as_they_were(
         for name, (kind, original, expected) in examples.items():
             ended, done = outcome(kind, original, expected, seed)
             restore(kind.path, original)
-            counts[ended if ended in GOOD else "wrong"] += 1
+            counts[name][ended if ended in GOOD else "wrong"] += 1
             if ended not in GOOD:
                 wrong.append(f"{name}, {done} (seed {seed}): {ended}")
-    print(dict(counts), *wrong, sep="\n")
+    if MINUTES:
+        keep("damaged files", {name: dict(each) for name, each in counts.items()}, wrong)
+    total = sum(counts.values(), Counter[str]())
+    print(dict(total), *wrong, sep="\n")
     assert wrong == []
-    assert counts["message"] > counts["same"] > 0
+    assert total["message"] > total["same"] > 0
 
 
 def test_every_reader_of_the_code_has_a_kind(examples: dict[str, tuple[Kind, Path, Any]]) -> None:
@@ -143,7 +149,7 @@ def test_every_reader_of_the_code_has_a_kind(examples: dict[str, tuple[Kind, Pat
     found = set()
     root = Path(__file__).parents[2]
     for path in (*root.glob("quest_deploy/**/*.py"), *root.glob("exporters/**/*.py")):
-        if "triton_files" in path.parts or path.name == "files.py":
+        if "triton_files" in path.parts or path.name in ("files.py", "tensors.py"):
             continue
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef) and _opens(function):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.quest_deploy.support import cli
+
 ENDINGS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 130, signal.SIGINT: 130}
 
 
@@ -25,6 +27,36 @@ def children(pid: int) -> set[int]:
         if fields[1] == str(pid) and fields[0] != "Z":
             found.add(int(status.parent.name))
     return found
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_distributed_run_end_with_their_launcher(tmp_path: Path) -> None:
+    workspace = tmp_path / "workspace"
+    assert cli("calibrate", "-w", workspace, "--samples", "8", "--buckets", "3").code == 0
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+    ]
+    program = [*launcher, "-m", "quest_deploy", "finetune", "-w", workspace, "--batch", "4"]
+    state = workspace / "finetune-state.pt"
+    with subprocess.Popen(program, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 240
+        while not state.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        started = children(process.pid)
+        assert len(started) == 2
+        process.kill()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in started):
+        assert time.monotonic() < deadline, "a process outlived its launcher"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

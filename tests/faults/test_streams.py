@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.faults.forked import broken, digests
+
 if TYPE_CHECKING:
     from tests.quest_deploy.conftest import Chain
 
@@ -44,11 +46,15 @@ def test_a_closed_standard_error_changes_nothing_in_the_result(mini_chain: Chain
     assert json.loads(closed.stdout) == json.loads(run(*arguments).stdout)
 
 
-def test_closed_streams_leave_a_workspace_whole(mini_chain: Chain) -> None:
-    ended = run("schedule", "-w", str(mini_chain.root), "--steps", "3", shell="<&- >&- 2>&-")
-    assert ended.returncode in (0, 1)  # the chain's workspace is held by this process
-    manifest = json.loads((mini_chain.root / "manifest.json").read_text())
-    assert manifest["format"] == "quest-deploy workspace"
+def test_closed_streams_change_nothing_in_what_a_stage_writes(workspace: Path) -> None:
+    # Whatever is printed or logged would go into the first files that are opened.
+    kept = digests(workspace)
+    (workspace / "reports" / "verify-onnxruntime.json").unlink()
+    verify = ("verify", "-w", str(workspace), "--backend", "onnxruntime")
+    ended = run(*verify, shell="<&- >&- 2>&-")
+    assert ended.returncode == 0
+    assert broken(workspace) == []
+    assert digests(workspace) | {"manifest.json": ""} == kept | {"manifest.json": ""}
 
 
 def test_a_name_that_the_locale_cannot_write_is_printed_all_the_same(tmp_path: Path) -> None:

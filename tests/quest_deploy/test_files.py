@@ -56,6 +56,14 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> No
     assert names(tmp_path) == ["a.txt"]
 
 
+def test_a_full_disk_names_the_file_that_was_to_be(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with pytest.raises(OSError, match="No space") as caught, atomic_file(path) as temporary:
+        temporary.symlink_to("/dev/full")
+        temporary.write_text("content")
+    assert caught.value.filename == str(path)
+
+
 def test_a_folder_replaces_the_old_one_entirely(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     for name in ("old", "new"):

@@ -426,8 +426,8 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
 @contextmanager
 def _interrupts_stop(monitor: Any) -> Iterator[None]:
-    """Let Ctrl-C stop the build through its monitor: a KeyboardInterrupt raised in a callback would
-    be lost in C++.
+    """Let SIGINT and SIGTERM stop the build through its monitor: a KeyboardInterrupt raised in a
+    callback would be lost in C++.
     """
     if threading.current_thread() is not threading.main_thread():  # only there do signals arrive
         yield
@@ -436,11 +436,12 @@ def _interrupts_stop(monitor: Any) -> Iterator[None]:
     def stop(signum: int, frame: Any) -> None:
         monitor.stopped = True
 
-    previous = signal.signal(signal.SIGINT, stop)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     if monitor.stopped:
         raise KeyboardInterrupt
 

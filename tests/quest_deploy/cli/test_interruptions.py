@@ -29,8 +29,12 @@ if TYPE_CHECKING:
 FINETUNE = ("--temporal-steps", "4", "--sensitive-steps", "30", "--batch", "4", "--save-every", "1")
 
 
-def interrupted(arguments: list[str | Path], ready: Callable[[str], bool]) -> tuple[int, str, str]:
-    """Run the program in a process of its own, press Ctrl-C once it is ``ready``: exit code,
+def interrupted(
+    arguments: list[str | Path],
+    ready: Callable[[str], bool],
+    number: signal.Signals = signal.SIGINT,
+) -> tuple[int, str, str]:
+    """Run the program in a process of its own, send it a signal once it is ``ready``: exit code,
     standard output and error.
     """
     program = "from quest_deploy.cli.main import main; main()"
@@ -47,7 +51,7 @@ def interrupted(arguments: list[str | Path], ready: Callable[[str], bool]) -> tu
             assert process.poll() is None, "it ended before it could be interrupted"
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
         return process.returncode, out, line + err
 
@@ -131,13 +135,17 @@ def test_reference_goes_on_with_the_next_record_after_ctrl_c_and_keeps_the_old_o
     assert Workspace.open(workspace).require("reference").options["seed"] == 1
 
 
-def test_ctrl_c_stops_a_tensorrt_build_and_keeps_the_old_engine(tiny_workspace: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_stops_a_tensorrt_build_and_keeps_the_old_engine(
+    tiny_workspace: Path, number: signal.Signals
+) -> None:
     workspace, before = tiny_workspace, snapshot(tiny_workspace)
     # Inside the builder Python runs only in the progress monitor, and no exception crosses
     # TensorRT's own code.
     code, _, err = interrupted(
         ["build-engine", "-w", workspace, "--backend", "tensorrt-rtx"],
         lambda line: time.sleep(2.5) is None,
+        number,
     )
     assert_interrupted(code, err)
     assert snapshot(workspace) == before
