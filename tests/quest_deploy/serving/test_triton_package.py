@@ -28,7 +28,7 @@ from quest_deploy.backends.base import ENGINE_FILE
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
-from quest_deploy.files import sha256_of
+from quest_deploy.files import sealed, sha256_of
 from quest_deploy.serving import client
 from quest_deploy.serving.triton.layout import MODELS
 from quest_deploy.serving.triton.pbtxt import Word, pbtxt
@@ -139,6 +139,7 @@ def with_plan(
     folder.mkdir()
     (folder / ENGINE).write_bytes(b"a plan")
     content = json.loads((source / ENGINE_FILE).read_text())
+    del content["sha256"]
     content["options"] |= {
         "max_batch": 6,
         "version_compatible": True,
@@ -151,7 +152,7 @@ def with_plan(
         "files": {ENGINE: sha256_of(folder / ENGINE)},
     }
     content |= {} if plugin is None else {"plugin": plugin}
-    (folder / ENGINE_FILE).write_text(json.dumps(content))
+    (folder / ENGINE_FILE).write_text(json.dumps(sealed(content)))
     opened = Workspace.open(workspace)
     opened.record(
         "build-engine/tensorrt",
