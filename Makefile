@@ -33,9 +33,9 @@ test-slow: $(READY) $(SERVING)
 
 test-all: test test-slow
 
-# Damaged files, others at every call, until the time is over.
+# Damaged files, others at every call, until the time is over: read by Python, then by the C++ runtime under the sanitizers.
 fuzz: $(READY)
-	FUZZ_MINUTES=$(or $(MINUTES),10) $(BIN)/python -m pytest -q -s tests/faults/test_damaged_files.py
+	FUZZ_MINUTES=$(or $(MINUTES),10) $(BIN)/python -m pytest -q -s tests/faults/test_damaged_files.py tests/trt_plugins/test_cpp_readers.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
