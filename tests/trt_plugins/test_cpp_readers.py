@@ -247,6 +247,51 @@ def test_a_damaged_file_is_refused_or_read_as_python_does(
     assert name != "json" or counts["read"] > 0
 
 
+TEXTS = {
+    "refused": [
+        b'{"a": 1, "b": {"c": 1, "c": 1}}',
+        b"[1e400]",
+        b"[-1e400]",
+        b"[NaN]",
+        b'["\\ud800"]',
+        b'["\\udc00\\ud800"]',
+        b'{"\\ud83d": 1}',
+        b'["\xed\xa0\x80"]',
+        b'["\xff"]',
+        '["a"]'.encode("utf-16"),
+        '["a"]'.encode("utf-32-le"),
+        b"[" * 2000 + b"]" * 2000,
+        b"[1] 2",
+        b"",
+    ],
+    "read": [
+        b"\xef\xbb\xbf[1]",
+        b'["\\ud83d\\ude42", "\\uD83D\\uDE42"]',
+        b"[1E5, 100000.0, 1.50, 0.1e1, 1e16, 1e15, 9007199254740993.0, 5e-324, 1e-400]",
+        b"[0.0001, 0.00001, 123456.789e3, 1e22, 1e23, 2.5e-5]",
+        b"[-0, -0.0, 0e10, 18446744073709551616, -9223372036854775809]",
+        b' {"b": [], "a": {}, "\\u0000": null} ',
+    ],
+}
+"""What readers of JSON are known to read differently."""
+
+
+@pytest.mark.parametrize("expected", TEXTS)
+def test_json_that_readers_take_for_different_things_is_refused_or_the_same_to_both(
+    readers: Readers, tmp_path: Path, expected: str
+) -> None:
+    folders = [tmp_path / str(i) for i in range(len(TEXTS[expected]))]
+    for folder, text in zip(folders, TEXTS[expected], strict=True):
+        folder.mkdir()
+        (folder / "value.json").write_bytes(text)
+    kind = Kind(tmp_path, show_json, "value.json")
+    lines = cpp_reads(readers, "json", folders)
+    for folder, line, text in zip(folders, lines, TEXTS[expected], strict=True):
+        assert line.startswith(f"{expected} "), text
+        found = python_reads(kind, folder)
+        assert found == (line if expected == "read" else "refused"), text
+
+
 @pytest.mark.parametrize("name", ["manifest", "engine", "schedule"])
 def test_a_forged_file_that_both_read_says_the_same_to_both(
     readers: Readers, kinds: dict[str, Kind], tmp_path: Path, name: str
