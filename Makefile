@@ -14,7 +14,7 @@ DOCS := $(VENV)/docs
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 WORKSPACE ?= quest-out/tiny-w4a4
 
-.PHONY: demo test test-slow test-all fuzz lint docs docs-pages bench bench-methods bench-sd15 bench-serving clean $(SERVING)
+.PHONY: demo test test-slow test-all fuzz soak lint docs docs-pages bench bench-methods bench-sd15 bench-serving clean $(SERVING)
 
 # Python compiles what it imports, once; pip would compile ten times as much.
 unexport PYTHONDONTWRITEBYTECODE
@@ -33,9 +33,13 @@ test-slow: $(READY) $(SERVING)
 
 test-all: test test-slow
 
-# Damaged files, others at every call, until the time is over.
+# Damaged files, others at every call, until the time is over: read by Python, then by the C++ runtime under the sanitizers.
 fuzz: $(READY)
-	FUZZ_MINUTES=$(or $(MINUTES),10) $(BIN)/python -m pytest -q -s tests/faults/test_damaged_files.py
+	FUZZ_MINUTES=$(or $(MINUTES),10) $(BIN)/python -m pytest -q -s tests/faults/test_damaged_files.py tests/trt_plugins/test_cpp_readers.py
+
+# A Triton server under hostile requests, beside honest ones.
+soak: $(READY) $(SERVING)
+	SOAK_MINUTES=$(or $(MINUTES),10) $(BIN)/python -m pytest -q -s tests/quest_deploy/serving/test_hostile_requests.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -208,14 +208,16 @@ def read_bounded(path: Path, most: int, repair: str) -> bytes:
     """The content of a regular file.
 
     Raises:
-        InputError: it is missing, not a regular file, or has more than ``most`` bytes; the message
-            ends with ``repair``, what to do.
+        InputError: it cannot be opened, is not a regular file, or has more than ``most`` bytes;
+            the message ends with ``repair``, what to do.
     """
     try:
         with open_regular(path) as stream:
             content = stream.read(most + 1)  # not stat, whose answer may be another one by now
     except FileNotFoundError as e:
         raise InputError(f"{path} does not exist; {repair}") from e
+    except OSError as e:  # a link to itself, no permission
+        raise InputError(f"{path} cannot be read ({e.strerror}); {repair}") from e
     if len(content) > most:
         raise InputError(f"{path}: expected a file of at most {most} bytes; {repair}")
     return content
@@ -232,6 +234,11 @@ def sha256_of_json(value: Any) -> str:
     return hashlib.sha256(
         json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object with the SHA-256 of its canonical form, so that an edit is noticed."""
+    return {**content, "sha256": sha256_of_json(content)}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -260,16 +267,38 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"JSON has no {name}")
 
 
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} fits no float")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"a name is there twice, of {', '.join(found)}"[:200])
+    return found
+
+
 def read_json(path: Path, *, repair: str = "make it again", infinities: bool = False) -> Any:
     """Read a JSON file; raise InputError, which ends with what to do (``repair``), where it is
-    missing, too large or not JSON.
+    missing, too large or not JSON in UTF-8. What readers of JSON read differently, names that are
+    there twice and numbers that fit no float, is refused, as the C++ runtime does.
 
     Args:
         infinities: take NaN, Infinity and -Infinity, which are no JSON, but which Python writes.
     """
     content = read_bounded(path, _MAX_JSON_BYTES, repair)
     try:
-        return json.loads(content, parse_constant=None if infinities else _refuse_constant)
+        text = content.decode("utf-8-sig")
+        value = json.loads(
+            text,
+            parse_constant=None if infinities else _refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_unique,
+        )
+        if "\\ud" in text.lower():  # half of a surrogate pair is no text
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as e:
         # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
         raise InputError(f"{path}: expected JSON, found something else ({e}); {repair}") from e

@@ -13,6 +13,7 @@ import pydantic
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from quest_deploy.errors import InputError
+from quest_deploy.files import sha256_of_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,19 +78,30 @@ def parse(kind: type[T], value: Any, what: str, repair: str = "") -> T:
 
 
 def parse_document(
-    kind: type[T], value: Any, form: str, version: int, what: str, repair: str = ""
+    kind: type[T],
+    value: Any,
+    form: str,
+    version: int,
+    what: str,
+    repair: str = "",
+    *,
+    sealed: bool = False,
 ) -> T:
     """As :func:`parse`, a JSON object that says what it is: ``format`` and ``version`` besides
-    the fields of ``kind``.
+    the fields of ``kind``, and where it is ``sealed`` its hash, as
+    :func:`quest_deploy.files.sealed` adds it.
     """
     if not isinstance(value, dict) or value.get("format") != form:
         raise _refusal(what, f"expected a {form}, found something else", repair)
     if value.get("version") != version:
         found = value.get("version")
         raise _refusal(what, f"expected a {form} of version {version}, found {found!r}", repair)
-    return parse(
-        kind, {k: v for k, v in value.items() if k not in ("format", "version")}, what, repair
-    )
+    about = {"format", "version", "sha256"} if sealed else {"format", "version"}
+    found = parse(kind, {k: v for k, v in value.items() if k not in about}, what, repair)
+    content = {k: v for k, v in value.items() if k != "sha256"}
+    if sealed and value.get("sha256") != sha256_of_json(content):
+        raise _refusal(what, "it was edited", repair)
+    return found
 
 
 def _refusal(what: str, problem: str, repair: str) -> InputError:

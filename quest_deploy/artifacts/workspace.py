@@ -33,6 +33,7 @@ from quest_deploy.files import (
     lock,
     read_json,
     remove_temporaries,
+    sealed,
     sha256_of,
     sha256_of_json,
     sync,
@@ -127,7 +128,6 @@ class _Manifest:
     scheme: Annotated[Scheme, PlainValidator(Scheme.from_json)]
     stages: dict[str, StageRecord]
     source: ModelSource | None = None
-    sha256: str | None = None
 
 
 def check_vacant(root: Path) -> None:
@@ -170,15 +170,14 @@ class Workspace:
     @classmethod
     def _read(cls, root: Path, path: Path) -> Workspace:
         content = read_json(path, repair=_REPAIR)
-        manifest = parse_document(_Manifest, content, FORMAT, VERSION, str(path), _REPAIR)
+        manifest = parse_document(
+            _Manifest, content, FORMAT, VERSION, str(path), _REPAIR, sealed=True
+        )
         inputs = {name: record.inputs for name, record in manifest.stages.items()}
         try:
             TopologicalSorter(inputs).prepare()
         except CycleError as e:
             raise InputError(f"{path}: stages form a cycle {e.args[1]}; {_REPAIR}") from e
-        digest = content.pop("sha256", None)  # manifests of earlier versions have none
-        if digest not in (None, sha256_of_json(content)):
-            raise InputError(f"{path} was edited; {_REPAIR}")
         # Manifests of earlier versions, which knew the embedded model alone, have no source.
         source = manifest.source or ModelSource(manifest.model)
         return cls(root, source, manifest.scheme, manifest.stages)
@@ -502,7 +501,7 @@ class Workspace:
             "scheme": self.scheme.to_json(),
             "stages": stages,
         }
-        write_json(path, {**content, "sha256": sha256_of_json(content)})
+        write_json(path, sealed(content))
 
     def _hint(self, stage: str) -> str:
         command, _, backend = stage.partition("/")

@@ -20,7 +20,7 @@ from quest_deploy.artifacts.schema import Positive, parse_document, validated
 from quest_deploy.artifacts.workspace import versions
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.files import read_json, sha256_of, write_json
+from quest_deploy.files import read_json, sealed, sha256_of, write_json
 from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from quest_deploy.progress import Progress
 
 FORMAT = "quest-deploy engine"
-VERSION = 1
+VERSION = 2
 ENGINE_FILE = "engine.json"
 LOWERED = "lowered.onnx"
 REPAIR = "run `quest-deploy build-engine` again"
@@ -89,7 +89,7 @@ class EngineRecord:
     plugin: PluginRecord | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The record as ``engine.json`` has it."""
+        """The record as ``engine.json`` has it, but for its hash."""
         fields = {key: value for key, value in asdict(self).items() if value is not None}
         return {"format": FORMAT, "version": VERSION, **fields, "options": self.options.to_json()}
 
@@ -337,7 +337,7 @@ def build_engine(
         files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
         **backend.record(options),
     )
-    write_json(folder / ENGINE_FILE, record.to_json())
+    write_json(folder / ENGINE_FILE, sealed(record.to_json()))
     return record
 
 
@@ -372,7 +372,7 @@ def engine_info(folder: Path) -> EngineRecord:
     """
     path = folder / ENGINE_FILE
     content = read_json(path, repair=REPAIR)
-    return parse_document(EngineRecord, content, FORMAT, VERSION, str(path), REPAIR)
+    return parse_document(EngineRecord, content, FORMAT, VERSION, str(path), REPAIR, sealed=True)
 
 
 def changed_files(folder: Path, record: EngineRecord) -> list[str]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quest_deploy.errors import InputError
-from quest_deploy.files import write_json
+from quest_deploy.files import sealed, write_json
 from quest_deploy.models.channels import uses_variance
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "quest-deploy schedule"
-VERSION = 1
+VERSION = 2
 MAX_HISTORY = 8
 """How many samples and how many predictions a step may read; the C++ runtime's
 Schedule::kMaxHistory.
@@ -69,7 +69,7 @@ class Schedule:
 
     def save(self, path: Path) -> None:
         """Write the table as JSON."""
-        write_json(path, {"format": FORMAT, "version": VERSION, **asdict(self)})
+        write_json(path, sealed({"format": FORMAT, "version": VERSION, **asdict(self)}))
 
 
 def schedule_from_scheduler(make: Callable[[], Any]) -> Schedule:

@@ -136,6 +136,7 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
             root / "engines" / "onnxruntime" / "engine.json",
             lambda path: engine_info(path.parent),
             ("engine_info",),
+            guarded=True,
         ),
         "training state": Kind(
             folder / "state.pt",

@@ -6,13 +6,32 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nlohmann_json
+import numpy as np
+import onnx_ir as ir
 import pytest
+
+from exporters.graph_info import save_graph
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.artifacts.workspace import GRAPH, Workspace
+from quest_deploy.backends.base import build_engine
+from quest_deploy.backends.options import EngineOptions
+from quest_deploy.backends.tensorrt import base as shared
+from quest_deploy.files import sha256_of
+
+if TYPE_CHECKING:
+    import onnx
+
+    from quest_deploy.progress import Progress
 
 PLUGINS = Path(__file__).parents[2] / "trt_plugins"
 HEADERS = "TENSORRT_INCLUDE_DIR"
+RUNTIME = PLUGINS / "runtime"
 JSON_HEADERS = Path(nlohmann_json.__file__).parent / "include"
+INCLUDES = (f"-I{RUNTIME / 'include'}", "-isystem", str(JSON_HEADERS))
+RTX = "tensorrt-rtx"
 ARCHITECTURE = "90"
 """One is enough to see that the kernels compile."""
 
@@ -79,3 +98,46 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert made.returncode == 0, made.stdout[-4000:] + made.stderr
             (folder / "built").touch()
     return folder
+
+
+class _Unbuilt(shared.TensorRtRtxBackend):
+    """Does all but build: no engine is loaded here."""
+
+    def compile(
+        self,
+        lowered: Path,
+        folder: Path,
+        options: EngineOptions,
+        progress: Progress,
+    ) -> None:
+        (folder / shared.ENGINE).write_bytes(np.random.default_rng(0).bytes(100_003))
+
+
+@pytest.fixture(scope="session")
+def built(small_proto: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with an engine of TensorRT for RTX as quest-deploy records it, its plan made up;
+    not to be changed.
+    """
+    root = tmp_path_factory.mktemp("built") / "workspace"
+    workspace = Workspace.create(root, "tiny", Scheme.parse("w4a4", buckets=3))
+    model = ir.from_proto(small_proto)
+    save_graph(model, root / GRAPH)
+    workspace.record(
+        "export",
+        inputs=(),
+        options={},
+        files=[root / GRAPH],
+        details={"share": 0.1 + 0.2, "name": "Grüße 🙂"},
+    )
+    folder = root / "engines" / RTX
+    folder.mkdir(parents=True)
+    options = EngineOptions(compute_capability=("89",), max_batch=4)
+    build_engine(_Unbuilt(), model, folder, options, sha256_of(root / GRAPH))
+    workspace.record(
+        f"build-engine/{RTX}",
+        inputs=("export",),
+        options={},
+        files=sorted(folder.iterdir()),
+        details={},
+    )
+    return root

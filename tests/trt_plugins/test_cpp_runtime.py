@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 
-from exporters.graph_info import save_graph
-from quest_deploy.artifacts.scheme import Scheme
-from quest_deploy.artifacts.workspace import GRAPH, MANIFEST, Workspace
-from quest_deploy.backends.base import ENGINE_FILE, build_engine
+from quest_deploy.artifacts.workspace import GRAPH, MANIFEST
+from quest_deploy.backends.base import ENGINE_FILE
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt import base as shared
@@ -32,22 +29,14 @@ from quest_deploy.files import read_json, sha256_of, sha256_of_json, write_json
 from quest_deploy.models.channels import Guidance
 from quest_deploy.models.schedulers import SCHEDULERS, make_scheduler
 from quest_deploy.serving.schedule import Schedule, ScheduleStep, schedule_from_scheduler
-from tests.helpers import assert_holds, refused
-from tests.trt_plugins.conftest import JSON_HEADERS
+from tests.helpers import assert_holds, refused, reseal
+from tests.trt_plugins.conftest import INCLUDES, JSON_HEADERS, PLUGINS, RTX, RUNTIME
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import onnx
-
-    from quest_deploy.progress import Progress
-
     Host = Callable[..., subprocess.CompletedProcess[str]]
 
-PLUGINS = Path(__file__).parents[2] / "trt_plugins"
-RUNTIME = PLUGINS / "runtime"
-INCLUDES = (f"-I{RUNTIME / 'include'}", "-isystem", str(JSON_HEADERS))
-RTX = "tensorrt-rtx"
 NOISE_SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -77,50 +66,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     """The host's parts as a program."""
     program = tmp_path_factory.mktemp("host") / "host_program"
     flags = "-O1 -Wall -Wextra -Wconversion -Wshadow -Wpedantic -Werror"
-    return _compiled(program, "g++", flags, "json", "sha256", "workspace", "schedule")
-
-
-class _Unbuilt(shared.TensorRtRtxBackend):
-    """Does all but build: no engine is loaded here."""
-
-    def compile(
-        self,
-        lowered: Path,
-        folder: Path,
-        options: EngineOptions,
-        progress: Progress,
-    ) -> None:
-        (folder / shared.ENGINE).write_bytes(np.random.default_rng(0).bytes(100_003))
-
-
-@pytest.fixture(scope="module")
-def built(small_proto: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with an engine of TensorRT for RTX as quest-deploy records it, its plan made up;
-    not to be changed.
-    """
-    root = tmp_path_factory.mktemp("built") / "workspace"
-    workspace = Workspace.create(root, "tiny", Scheme.parse("w4a4", buckets=3))
-    model = ir.from_proto(small_proto)
-    save_graph(model, root / GRAPH)
-    workspace.record(
-        "export",
-        inputs=(),
-        options={},
-        files=[root / GRAPH],
-        details={"share": 0.1 + 0.2, "name": "Grüße 🙂"},
-    )
-    folder = root / "engines" / RTX
-    folder.mkdir(parents=True)
-    options = EngineOptions(compute_capability=("89",), max_batch=4)
-    build_engine(_Unbuilt(), model, folder, options, sha256_of(root / GRAPH))
-    workspace.record(
-        f"build-engine/{RTX}",
-        inputs=("export",),
-        options={},
-        files=sorted(folder.iterdir()),
-        details={},
-    )
-    return root
+    return _compiled(program, "g++", flags, "json", "sha256", "files", "workspace", "schedule")
 
 
 @pytest.fixture
@@ -238,19 +184,13 @@ def _edit(path: Path, change: Callable[[Any], object]) -> None:
 
 def _sign(workspace: Path, change: Callable[[Any], object]) -> None:
     """Change a manifest as if quest-deploy had written it so."""
-
-    def changed(content: Any) -> None:
-        del content["sha256"]
-        change(content)
-        content["sha256"] = sha256_of_json(content)
-
-    _edit(workspace / MANIFEST, changed)
+    reseal(workspace / MANIFEST, change)
 
 
 def _resign(workspace: Path, change: Callable[[Any], object]) -> None:
     """Change an engine's record as if quest-deploy had written it so."""
     record = workspace / "engines" / RTX / ENGINE_FILE
-    _edit(record, change)
+    reseal(record, change)
     _sign(
         workspace,
         lambda c: c["stages"][f"build-engine/{RTX}"]["files"][
@@ -323,9 +263,9 @@ def test_an_engine_without_weights_or_of_another_runtime_is_refused(
     host: Host, workspace: Path
 ) -> None:
     folder = workspace / "engines" / RTX
-    _edit(folder / ENGINE_FILE, lambda c: c["options"].update(strip_plan=True))
+    reseal(folder / ENGINE_FILE, lambda c: c["options"].update(strip_plan=True))
     assert_holds(host("runs", folder, RTX, "1.7.1", "89").stderr, "weights")
-    _edit(folder / ENGINE_FILE, lambda c: c.update(backend="openvino"))
+    reseal(folder / ENGINE_FILE, lambda c: c.update(backend="openvino"))
     assert_holds(
         host("runs", folder, RTX, "1.7.1", "89").stderr, "tensorrt", "tensorrt-rtx", "openvino"
     )
@@ -360,7 +300,7 @@ def test_what_runs_an_engine_here_is_what_python_says(
         content.update(backend="tensorrt", runtime={"name": "tensorrt", "version": "10.16.1"})
         content["options"].update(options)
 
-    _edit(folder / ENGINE_FILE, of_tensorrt)
+    reseal(folder / ENGINE_FILE, of_tensorrt)
     monkeypatch.setattr(shared, "gpu_compute_capability", lambda: capability)
     chosen = EngineOptions(**options)
     expected = shared.runs_engines_of(
@@ -399,7 +339,7 @@ def test_what_is_no_version_is_refused_here_and_in_python(
     with refused(repr(version)):
         shared.runs_engines_of("10.16.1", version, version_compatible=True)
     folder = workspace / "engines" / RTX
-    _edit(folder / ENGINE_FILE, lambda c: c["runtime"].update(version=version))
+    reseal(folder / ENGINE_FILE, lambda c: c["runtime"].update(version=version))
     ended = host("runs", folder, RTX, "1.7.1", "89")
     assert_holds(ended.stderr, "TensorRT", f'"{version}"')
 
@@ -411,12 +351,12 @@ def test_an_engine_runs_with_the_very_plugin_library_that_it_was_built_with(
     library.write_bytes(b"the plugin")
     assert host("plugin", folder, tmp_path / "none.so").returncode == 0  # it needs none
     plugin = {"library": library.name, "sha256": sha256_of(library), "serialized": False}
-    _edit(folder / ENGINE_FILE, lambda c: c.update(plugin=plugin))
+    reseal(folder / ENGINE_FILE, lambda c: c.update(plugin=plugin))
     assert host("plugin", folder, library).returncode == 0
     assert_holds(host("plugin", folder, "").stderr, "plugins.so")
     library.write_bytes(b"another one")
     assert_holds(host("plugin", folder, library).stderr, library, plugin["sha256"])
-    _edit(
+    reseal(
         folder / ENGINE_FILE, lambda c: c["plugin"].update(serialized=True)
     )  # the engine holds it
     assert host("plugin", folder, "").returncode == 0
@@ -484,14 +424,16 @@ def test_the_loop_with_a_schedulers_table_draws_what_diffusers_draws(
     )
 
 
+EMULATED = ("denoiser", "schedule", "json", "files", "workspace", "sha256")
+
+
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Host:
     """The GPU's loop on the CPU, CUDA's functions and the engine emulated."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs CUDA's headers, which come with nvcc")
     program = tmp_path_factory.mktemp("emulated") / "emulated"
-    parts = ("denoiser", "schedule", "json", "workspace", "sha256")
-    return _compiled(program, "nvcc", "--cudart none -x c++", *parts)
+    return _compiled(program, "nvcc", "--cudart none -x c++", *EMULATED)
 
 
 @pytest.mark.parametrize("graph", [0, 1])
@@ -561,13 +503,30 @@ def test_the_gpus_loop_joins_an_image_to_the_sample_and_leaves_a_variance_out(
     )
 
 
+@pytest.mark.slow
+def test_threads_with_a_denoiser_each_of_one_engine_share_nothing_that_they_write(
+    tmp_path: Path,
+) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs CUDA's headers, which come with nvcc")
+    flags = "--cudart none -x c++ -O1 -Xcompiler=-fsanitize=thread,-g1"
+    raced = _compiled(tmp_path / "emulated", "nvcc", flags, *EMULATED)
+    _schedule("ddpm").save(tmp_path / "schedule.json")
+    rng = np.random.default_rng(0)
+    rng.standard_normal((2, 5, 4)).astype(np.float32).tofile(tmp_path / "sample")
+    rng.standard_normal((8, 2, 5, 4)).astype(np.float32).tofile(tmp_path / "noise")
+    for graph in (0, 1):
+        ended = raced(*_files(tmp_path), 4.0, graph, 0.0, 0, 0, tmp_path / "noise")
+        assert ended.returncode == 0, ended.stderr[-4000:]
+
+
 STEP = ScheduleStep(10.0, 1.0, (1.0,), (-0.1,), 0.0)
 
 
 @pytest.mark.parametrize(
     ("change", "facts"),
     [
-        ({"version": 2}, "schedule version 1"),
+        ({"version": 1}, "schedule version 2"),
         ({"steps": []}, "schedule steps"),
         ({"steps": [{"timestep": 1.0}]}, "input_scale"),
         (
@@ -583,7 +542,7 @@ def test_a_damaged_schedule_is_refused(
     host: Host, tmp_path: Path, change: dict[str, Any], facts: str
 ) -> None:
     Schedule("Euler", 1.0, (STEP,)).save(tmp_path / "schedule.json")
-    _edit(tmp_path / "schedule.json", lambda c: c.update(change))
+    reseal(tmp_path / "schedule.json", lambda c: c.update(change))
     np.zeros(4, np.float32).tofile(tmp_path / "sample")
     ended = host("denoise", *_files(tmp_path), 1)
     assert ended.returncode == 1
@@ -752,7 +711,7 @@ def test_tensorrts_one_logger_outlives_the_runtime_that_brought_it_and_errors_ar
         f"-x c++ -DQUEST_DEPLOY_TENSORRT_RTX -Xcompiler=-Wno-subobject-linkage -I{headers} "
         f"-Xlinker={library} -Xlinker=-rpath={library.parent}"
     )
-    ended = _compiled(tmp_path / "logger", "nvcc", flags, "json", "workspace", "sha256")()
+    ended = _compiled(tmp_path / "logger", "nvcc", flags, "json", "files", "workspace", "sha256")()
     assert ended.returncode == 0, ended.stderr
     first, second, reason, silent, elsewhere = ended.stdout.splitlines()
     assert (first, second) == ("the first sink was told while it lived", "the second was told more")

@@ -12,6 +12,7 @@ import pytest
 from quest_deploy.artifacts.scheme import SCHEME_VERSION, Scheme
 from quest_deploy.artifacts.workspace import MANIFEST, Workspace
 from quest_deploy.errors import QuestDeployError
+from quest_deploy.files import sealed
 from tests.helpers import refused
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def manifest(**changes: Any) -> str:
         "scheme": SCHEME.to_json(),
         "stages": {"calibrate": RECORD},
     }
-    return json.dumps(content | changes)
+    return json.dumps(sealed(content | changes))
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.backends.tensorrt.base import DEFAULT_CAPABILITIES, ENGINE
 from quest_deploy.errors import QuestDeployError
-from quest_deploy.files import read_json, sha256_of, write_json
-from tests.helpers import refused, relative_error
+from quest_deploy.files import sha256_of
+from tests.helpers import refused, relative_error, reseal
 from tests.quest_deploy.support import flip_byte, truncate
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def test_a_damaged_engine_file_is_refused_before_it_is_loaded(
 @pytest.mark.parametrize(
     ("changes", "facts"),
     [
-        ({"version": 2}, "build-engine 1 2"),
+        ({"version": 1}, "build-engine 1 2"),
         ({"format": "other"}, "build-engine"),
         ({"options": None}, "build-engine options"),
         ({"options": {"threads": "1"}}, "build-engine options.threads"),
@@ -255,16 +255,14 @@ def test_a_damaged_engine_file_is_refused_before_it_is_loaded(
 def test_a_damaged_engine_description_is_an_input_error(
     engine: Path, changes: dict[str, Any], facts: str
 ) -> None:
-    write_json(engine / ENGINE_FILE, read_json(engine / ENGINE_FILE) | changes)
+    reseal(engine / ENGINE_FILE, lambda content: content.update(changes))
     with refused(*facts.split()):
         open_engine(get_backend("onnxruntime"), engine)
 
 
 @pytest.mark.parametrize("key", ["backend", "files", "options"])
 def test_an_engine_description_without_a_key_is_an_input_error(engine: Path, key: str) -> None:
-    content = read_json(engine / ENGINE_FILE)
-    del content[key]
-    write_json(engine / ENGINE_FILE, content)
+    reseal(engine / ENGINE_FILE, lambda content: content.pop(key))
     with refused("quest-deploy build-engine"):
         open_engine(get_backend("onnxruntime"), engine)
 
@@ -293,10 +291,7 @@ def test_a_provider_that_onnxruntime_lacks_here_is_an_input_error(
     engine: Path, provider: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    content = read_json(engine / ENGINE_FILE)
-    write_json(
-        engine / ENGINE_FILE, content | {"options": content["options"] | {"provider": provider}}
-    )
+    reseal(engine / ENGINE_FILE, lambda content: content["options"].update(provider=provider))
     with refused(provider, "'quest-deploy[gpu]'"):
         open_engine(get_backend("onnxruntime"), engine)
 

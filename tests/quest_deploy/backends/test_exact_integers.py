@@ -12,8 +12,7 @@ from quest_deploy.backends.base import build_engine, engine_info, open_engine
 from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.options import ANY_PROCESSOR, EngineOptions
 from quest_deploy.backends.registry import get_backend
-from quest_deploy.files import read_json, write_json
-from tests.helpers import WITH_VNNI, refused
+from tests.helpers import WITH_VNNI, refused, reseal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,9 +89,7 @@ def test_an_engine_whose_record_does_not_say_what_it_needs_is_refused(
     backend: str, build: Callable[..., Path]
 ) -> None:
     folder = build(backend, WITH_VNNI)
-    content = read_json(folder / "engine.json")
-    del content["kernels"]
-    write_json(folder / "engine.json", content)
+    reseal(folder / "engine.json", lambda content: content.pop("kernels"))
     with refused("build-engine"):
         open_engine(get_backend(backend), folder)
 

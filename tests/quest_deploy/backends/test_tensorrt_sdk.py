@@ -43,8 +43,8 @@ from quest_deploy.backends.tensorrt.base import (
 )
 from quest_deploy.backends.tensorrt.plugin import load_plugin, plugin_library, recorded_library
 from quest_deploy.errors import QuestDeployError
-from quest_deploy.files import read_json, sha256_of, write_json
-from tests.helpers import refused
+from quest_deploy.files import sha256_of
+from tests.helpers import refused, reseal
 
 if TYPE_CHECKING:
     import onnx
@@ -382,9 +382,7 @@ def test_an_engine_of_another_version_or_gpu_is_refused_before_it_is_loaded(
 
 
 def test_a_record_without_the_plugins_hash_is_refused(engine: Path) -> None:
-    content = read_json(engine / "engine.json")
-    content["options"]["quantize"] = "plugin"
-    write_json(engine / "engine.json", content)
+    reseal(engine / "engine.json", lambda content: content["options"].update(quantize="plugin"))
     with refused("plugin", "quest-deploy build-engine"):
         engine_options(SDK, engine)
 

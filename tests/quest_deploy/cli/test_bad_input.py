@@ -18,7 +18,7 @@ from quest_deploy.backends.registry import BACKENDS
 from quest_deploy.calibration import trajectories
 from quest_deploy.evaluation import quality
 from quest_deploy.files import read_json, write_json
-from tests.helpers import assert_holds
+from tests.helpers import assert_holds, reseal
 from tests.quest_deploy.support import cli, flip_byte, snapshot, truncate
 
 if TYPE_CHECKING:
@@ -101,10 +101,7 @@ def test_a_missing_stage_is_named_with_its_command(fresh: Path, command: str, mi
 
 
 def test_verify_without_a_reference_names_its_command(workspace: Path) -> None:
-    manifest = read_json(workspace / MANIFEST)
-    del manifest["stages"]["reference"]
-    del manifest["sha256"]
-    write_json(workspace / MANIFEST, manifest)
+    reseal(workspace / MANIFEST, lambda manifest: manifest["stages"].pop("reference"))
     ended = cli("verify", "-w", workspace, "--backend", "onnxruntime")
     ended.assert_refused(f"quest-deploy reference -w {workspace}")
 
@@ -300,10 +297,7 @@ def test_an_engine_that_cannot_run_here_is_refused_by_every_command_that_runs_it
 def test_an_engine_of_a_graph_that_is_older_than_the_checkpoint_is_refused(workspace: Path) -> None:
     # As if `export` had run before `finetune`: its graph holds another checkpoint than the one that
     # is to be deployed.
-    manifest = read_json(workspace / MANIFEST)
-    del manifest["stages"]["export"]["inputs"]["finetune"]
-    del manifest["sha256"]
-    write_json(workspace / MANIFEST, manifest)
+    reseal(workspace / MANIFEST, lambda m: m["stages"]["export"]["inputs"].pop("finetune"))
     for command in ("build-engine", "generate"):
         ended = cli(command, "-w", workspace, "--backend", "onnxruntime")
         ended.assert_refused(f"quest-deploy export -w {workspace}")

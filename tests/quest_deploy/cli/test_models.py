@@ -15,7 +15,6 @@ from quest_deploy.artifacts.model_source import ModelSource
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import MANIFEST, TRAJECTORIES, Workspace
 from quest_deploy.calibration.trajectories import Trajectories
-from quest_deploy.files import sha256_of_json
 from quest_deploy.models.loading import resolve_source
 from quest_deploy.stages.workspaces import (
     ModelChoices,
@@ -23,6 +22,7 @@ from quest_deploy.stages.workspaces import (
     create_workspace,
     open_workspace,
 )
+from tests.helpers import reseal
 from tests.quest_deploy.support import LDM_CHAIN, TEXT_CHAIN, cli
 
 if TYPE_CHECKING:
@@ -64,9 +64,7 @@ def test_the_manifest_says_where_the_model_comes_from_and_later_commands_need_no
 
 def test_a_manifest_of_an_earlier_version_has_no_source_and_still_opens(tmp_path: Path) -> None:
     root = Workspace.create(tmp_path / "ws", "tiny", Scheme.parse("w4a4")).root
-    content = json.loads((root / MANIFEST).read_text())
-    content = {key: value for key, value in content.items() if key not in ("source", "sha256")}
-    (root / MANIFEST).write_text(json.dumps({**content, "sha256": sha256_of_json(content)}))
+    reseal(root / MANIFEST, lambda content: content.pop("source"))
     assert Workspace.open(root).source == ModelSource("tiny")
 
 

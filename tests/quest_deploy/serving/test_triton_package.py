@@ -8,6 +8,7 @@ import copy
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from quest_deploy.backends.base import ENGINE_FILE
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
-from quest_deploy.files import sha256_of
+from quest_deploy.files import sealed, sha256_of
 from quest_deploy.serving import client
 from quest_deploy.serving.triton.layout import MODELS
 from quest_deploy.serving.triton.pbtxt import Word, pbtxt
@@ -139,6 +140,7 @@ def with_plan(
     folder.mkdir()
     (folder / ENGINE).write_bytes(b"a plan")
     content = json.loads((source / ENGINE_FILE).read_text())
+    del content["sha256"]
     content["options"] |= {
         "max_batch": 6,
         "version_compatible": True,
@@ -151,7 +153,7 @@ def with_plan(
         "files": {ENGINE: sha256_of(folder / ENGINE)},
     }
     content |= {} if plugin is None else {"plugin": plugin}
-    (folder / ENGINE_FILE).write_text(json.dumps(content))
+    (folder / ENGINE_FILE).write_text(json.dumps(sealed(content)))
     opened = Workspace.open(workspace)
     opened.record(
         "build-engine/tensorrt",
@@ -521,6 +523,22 @@ def test_the_server_binds_to_this_machine_alone_unless_told_otherwise(package: P
         [*line, "--host", "0.0.0.0"], capture_output=True, text=True, check=True
     ).stdout
     assert printed.count("address=0.0.0.0") == 3
+
+
+def test_beyond_this_machine_images_are_drawn_over_http_for_who_has_the_key_alone(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def restricted(*options: str) -> list[str]:
+        line = [sys.executable, package / "serve.py", "--print", *options]
+        printed = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+        return re.findall(r"--http-restricted-api=inference:quest-deploy-key=(\S+)", printed)
+
+    monkeypatch.delenv("QUEST_DEPLOY_HTTP_KEY", raising=False)
+    assert restricted() == []
+    (first,), (second,) = restricted("--host", "0.0.0.0"), restricted("--host", "0.0.0.0")
+    assert first != second  # which nobody knows
+    monkeypatch.setenv("QUEST_DEPLOY_HTTP_KEY", "abc")
+    assert restricted() == restricted("--host", "0.0.0.0") == ["abc"]
 
 
 def test_text_format_quotes_strings_escapes_them_and_writes_words_and_truth_values_bare() -> None:

@@ -1,5 +1,6 @@
 #include "json.h"
 
+#include <array>
 #include <charconv>
 #include <cmath>
 #include <new>
@@ -19,6 +20,19 @@ namespace {
 constexpr std::size_t kMaxDepth = 64;
 constexpr std::size_t kMaxMemory = std::size_t{1} << 28;  ///< bytes that a document's values may take; manifests need a few MiB
 
+/// As Python's repr writes it: the fewest digits that give the number back, with an exponent where that is below -4 or above 15.
+std::string float_text(double value) {
+    std::array<char, 32> digits{};
+    const auto text = [&](std::chars_format format) {
+        return std::string(digits.data(), std::to_chars(digits.data(), digits.data() + digits.size(), value, format).ptr);
+    };
+    const std::string scientific = text(std::chars_format::scientific);
+    const int exponent = std::stoi(scientific.substr(scientific.find('e') + 1));
+    if (exponent < -4 || exponent > 15) return scientific;
+    const std::string fixed = text(std::chars_format::fixed);
+    return fixed.find('.') == std::string::npos ? fixed + ".0" : fixed;
+}
+
 std::string quoted(const std::string& text) { return nlohmann::json(text).dump(-1, ' ', true); }
 
 }  // namespace
@@ -34,7 +48,10 @@ public:
     bool boolean(bool value) { return add(Json::Kind::boolean, value ? "true" : "false"); }
     bool number_integer(std::int64_t value) { return add(Json::Kind::number, std::to_string(value)); }
     bool number_unsigned(std::uint64_t value) { return add(Json::Kind::number, std::to_string(value)); }
-    bool number_float(double /*value*/, const std::string& text) { return add(Json::Kind::number, text); }
+    bool number_float(double value, const std::string& text) {
+        const bool whole = text.find_first_of(".eE") == std::string::npos;  // an integer of more than 64 bits, which Python keeps
+        return add(Json::Kind::number, whole ? text : float_text(value));
+    }
     bool string(const std::string& value) { return add(Json::Kind::string, value); }
     bool binary(const nlohmann::json::binary_t& /*value*/) { return false; }  // JSON has none
     bool start_object(std::size_t /*size*/) { return open(Json::Kind::object); }

@@ -1,6 +1,6 @@
-// What nlohmann's JSON parser reads, as the manifests need it: each value knows its place, for messages, and each number keeps its text, so
-// that the canonical form that quest-deploy hashes (quest_deploy/files.py, sha256_of_json) can be written back digit for digit: neither
-// nlohmann's nor any other library writes floats as Python does.
+// What nlohmann's JSON parser reads, as the manifests need it: each value knows its place, for messages, and each number is kept as Python
+// writes it, for the canonical form that quest-deploy hashes (quest_deploy/files.py, sha256_of_json): neither nlohmann's nor any other
+// library writes floats so.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,7 @@ private:
     void write(std::string& out, const std::string& without) const;
 
     Kind kind_ = Kind::null;
-    std::string text_;  ///< a string decoded to UTF-8, a number as it was written, or "true"
+    std::string text_;  ///< a string decoded to UTF-8, a number as Python writes it, or "true"
     std::vector<Json> items_;
     std::map<std::string, Json> members_;
     std::string path_;  ///< where it is, for messages

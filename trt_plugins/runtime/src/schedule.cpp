@@ -5,16 +5,14 @@
 
 #include "arithmetic.h"
 #include "files.h"
-#include "json.h"
 
 namespace quest_deploy {
 
 namespace {
 
 constexpr char kFormat[] = "quest-deploy schedule";
-constexpr std::int64_t kVersion = 1;
+constexpr std::int64_t kVersion = 2;
 constexpr char kRepair[] = "write it again with `quest-deploy schedule`";
-constexpr std::uintmax_t kMaxBytes = std::uintmax_t{1} << 24;
 
 std::vector<float> numbers(const Json& list) {
     std::vector<float> found;
@@ -31,10 +29,7 @@ void check_scales(const std::vector<float>& scales, std::size_t most, const std:
 }  // namespace
 
 Schedule Schedule::load(const std::filesystem::path& path) {
-    const std::vector<char> text = read_file(path, kRepair, kMaxBytes);
-    const Json content = Json::parse(std::string(text.begin(), text.end()), path.string(), kRepair);
-    if (content.at("format").as_string() != kFormat || content.at("version").as_integer() != kVersion)
-        throw Error(path.string() + ": expected a " + kFormat + " of version " + std::to_string(kVersion) + "; " + kRepair);
+    const Json content = parse_document(path, read_file(path, kRepair, kMaxJsonBytes), kFormat, kVersion, kRepair);
     Schedule schedule;
     schedule.init_noise_sigma = static_cast<float>(content.at("init_noise_sigma").as_number());
     for (const Json& entry : content.at("steps").as_array()) {
@@ -46,7 +41,11 @@ Schedule Schedule::load(const std::filesystem::path& path) {
         step.prediction_scales = numbers(entry.at("prediction_scales"));
         schedule.steps.push_back(std::move(step));
     }
-    schedule.check();
+    try {
+        schedule.check();
+    } catch (const Error& error) {
+        throw Error(path.string() + ": " + error.what() + "; " + kRepair);
+    }
     return schedule;
 }
 

@@ -2,13 +2,9 @@
 
 #include <algorithm>
 #include <charconv>
-#include <fstream>
-#include <new>
 #include <sstream>
-#include <stdexcept>
 
 #include "files.h"
-#include "json.h"
 #include "sha256.h"
 
 namespace quest_deploy {
@@ -19,22 +15,10 @@ namespace {
 
 // The formats are those of quest_deploy/artifacts/workspace.py and quest_deploy/backends/base.py.
 constexpr char kWorkspaceFormat[] = "quest-deploy workspace", kEngineFormat[] = "quest-deploy engine";
-constexpr std::int64_t kWorkspaceVersion = 1, kEngineVersion = 1;
+constexpr std::int64_t kWorkspaceVersion = 1, kEngineVersion = 2;
 constexpr char kManifest[] = "manifest.json", kEngineFile[] = "engine.json", kPlan[] = "model.engine";
 constexpr char kRebuild[] = "run `quest-deploy build-engine` again";
-constexpr char kRestore[] = "restore it from a copy, or start a new workspace";
-constexpr std::uintmax_t kMaxJsonBytes = std::uintmax_t{1} << 24;
-
-Json parse_json(const fs::path& path, const std::vector<char>& content, const char* repair) {
-    return Json::parse(std::string(content.begin(), content.end()), path.string(), repair);
-}
-
-void check_format(const Json& content, const fs::path& path, const char* format, std::int64_t version, const char* repair) {
-    const Json *found = content.find("format"), *number = content.find("version");
-    if (found == nullptr || found->as_string() != format) throw Error(path.string() + ": expected a " + format + "; " + repair);
-    if (number == nullptr || number->as_integer() != version)
-        throw Error(path.string() + ": expected a " + format + " of version " + std::to_string(version) + "; " + repair);
-}
+constexpr char kRestore[] = "use the quest-deploy that wrote it, restore it from a copy, or start a new workspace";
 
 bool flag(const Json& options, const char* name) {
     const Json* found = options.find(name);
@@ -76,28 +60,11 @@ std::string join(const std::vector<std::string>& words) {
 
 }  // namespace
 
-std::vector<char> read_file(const fs::path& path, const char* repair, std::uintmax_t limit) {
-    std::error_code problem;
-    const std::uintmax_t size = fs::file_size(path, problem);
-    if (problem) throw Error(path.string() + " cannot be read (" + problem.message() + "); " + repair);
-    if (size > limit) throw Error(path.string() + ": expected at most " + std::to_string(limit) + " bytes; " + repair);
-    std::vector<char> content;
-    try {
-        content.resize(size);
-    } catch (const std::exception&) {  // std::bad_alloc, std::length_error
-        throw Error(path.string() + ": there is not enough memory to read its " + std::to_string(size) + " bytes; " + repair);
-    }
-    std::ifstream stream(path, std::ios::binary);
-    if (!stream.read(content.data(), static_cast<std::streamsize>(size))) throw Error(path.string() + " cannot be read; " + repair);
-    return content;
-}
-
 namespace {
 
 EngineRecord parse_record(const fs::path& folder, const std::vector<char>& bytes) {
     const fs::path path = folder / kEngineFile;
-    const Json content = parse_json(path, bytes, kRebuild);
-    check_format(content, path, kEngineFormat, kEngineVersion, kRebuild);
+    const Json content = parse_document(path, bytes, kEngineFormat, kEngineVersion, kRebuild);
     EngineRecord record;
     record.folder = folder;
     record.backend = content.at("backend").as_string();
@@ -169,10 +136,7 @@ void check_gpu(const EngineRecord& record, int compute_capability) {
 
 Workspace Workspace::open(const fs::path& root) {
     const fs::path path = root / kManifest;
-    const Json content = parse_json(path, read_file(path, kRestore, kMaxJsonBytes), kRestore);
-    check_format(content, path, kWorkspaceFormat, kWorkspaceVersion, "use the quest-deploy that made it");
-    const std::string digest = content.at("sha256").as_string(), canonical = content.canonical("sha256");
-    if (sha256(canonical.data(), canonical.size()) != digest) throw Error(path.string() + " was edited; " + kRestore);
+    const Json content = parse_document(path, read_file(path, kRestore, kMaxJsonBytes), kWorkspaceFormat, kWorkspaceVersion, kRestore);
     Workspace opened;
     opened.root_ = root;
     opened.model_ = content.at("model").as_string();

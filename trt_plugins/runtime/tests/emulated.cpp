@@ -6,6 +6,7 @@
 //
 // Two samples of 5 x 4; GRAPH is 0 or 1; IMAGE and VARIANCE are the channels that the engine reads and predicts beside the sample's.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -13,6 +14,8 @@
 #include <functional>
 #include <iostream>
 #include <map>
+#include <mutex>
+#include <thread>
 #include <utility>
 
 #include "../src/files.h"
@@ -23,19 +26,26 @@ namespace {
 
 using Work = std::function<void()>;
 
-std::vector<Work>* recording = nullptr;
+thread_local std::vector<Work>* recording = nullptr;
 std::map<cudaStream_t, std::vector<Work>> streams;
-int launches = 0, recordings = 0;
+std::mutex streams_mutex;
+std::atomic<int> launches = 0, recordings = 0;
 std::int64_t image_channels = 0, variance_channels = 0;
-int steps_until_failure = -1;  // where not negative, so many steps are launched before one fails
+std::atomic<int> steps_until_failure = -1;  // where not negative, so many steps are launched before one fails
 
 cudaError_t submit(cudaStream_t stream, const Work& work) {
+    const std::scoped_lock lock(streams_mutex);
     (recording == nullptr ? streams[stream] : *recording).push_back(work);
     return cudaSuccess;
 }
 
 void finish(cudaStream_t stream) {
-    for (const Work& work : std::exchange(streams[stream], {})) work();
+    std::vector<Work> all;
+    {
+        const std::scoped_lock lock(streams_mutex);
+        all = std::exchange(streams[stream], {});
+    }
+    for (const Work& work : all) work();
 }
 
 std::vector<Work>* works(void* handle) { return static_cast<std::vector<Work>*>(handle); }
@@ -196,7 +206,8 @@ int main(int count, char** words) {
         options.image_guidance = std::stof(words[6]);
         image_channels = std::stoi(words[7]);
         variance_channels = std::stoi(words[8]);
-        Denoiser denoiser(Engine::open({}), schedule, options);
+        const Engine engine = Engine::open({});
+        Denoiser denoiser(engine, schedule, options);
         const std::vector<float> noise = count > 9 ? read_floats(words[9]) : std::vector<float>();
         try {
             denoiser.run(sample, noise);
@@ -253,6 +264,18 @@ int main(int count, char** words) {
         std::ofstream(words[3], std::ios::binary)
             .write(reinterpret_cast<const char*>(sample.data()), static_cast<std::streamsize>(sample.size() * sizeof(float)));
         std::cout << schedule.steps.size() << " steps, " << recordings << " recordings, " << launches << " launches\n";
+        std::vector<std::thread> threads;
+        std::atomic<int> wrong = 0;
+        for (int i = 0; i < 4; ++i)
+            threads.emplace_back([&] {  // a denoiser each, of the same engine
+                Denoiser own(engine, schedule, options);
+                own.set_condition("condition", condition);
+                std::vector<float> mine_too = start;
+                own.run(mine_too, noise);
+                if (mine_too != sample) ++wrong;
+            });
+        for (std::thread& thread : threads) thread.join();
+        if (wrong != 0) throw std::logic_error("a thread drew something else than the others");
         return 0;
     } catch (const std::exception& error) {
         std::cerr << error.what() << "\n";

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -19,6 +20,8 @@ from pathlib import Path
 
 FULL = "maximum queue size"
 """What Triton says of a full queue, with the status 503."""
+KEY_HEADER, KEY_VARIABLE = "quest-deploy-key", "QUEST_DEPLOY_HTTP_KEY"
+"""As `serve.py` has them."""
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -49,12 +52,13 @@ def main() -> None:
         "inputs": inputs,
         "outputs": [{"name": "image", "parameters": {"binary_data": True}}],
     }
+    headers = {KEY_HEADER: os.environ[KEY_VARIABLE]} if KEY_VARIABLE in os.environ else {}
     # The environment's proxy is for elsewhere.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         answer = opener.open(
             urllib.request.Request(
-                f"{arguments.url}/v2/models/pipeline/infer", json.dumps(request).encode()
+                f"{arguments.url}/v2/models/pipeline/infer", json.dumps(request).encode(), headers
             ),
             timeout=arguments.timeout,
         )

@@ -35,6 +35,12 @@ PREFIX = "quest-deploy-triton-"
 """Of the names of shared memory and temporary folders, before this process's id and a random part.
 """
 LOCK = "lock"
+CLOSED = "shared-memory,logging,trace"
+"""Services of Triton's by which a client would reach the server's memory and files: nobody is told
+the key that opens them.
+"""
+KEY_HEADER, KEY_VARIABLE = "quest-deploy-key", "QUEST_DEPLOY_HTTP_KEY"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 EXIT_TIMEOUT = 20
 START_TIMEOUT = 300
 """Seconds that a Python process may take to start; with Triton's 30, the server of a busy machine
@@ -103,6 +109,7 @@ def command(
 ) -> list[str]:
     """The server's command line; ``backends`` replaces the server's own."""
     package = json.loads((PACKAGE / "package.json").read_text())
+    closed = f"{CLOSED}:{KEY_HEADER}={secrets.token_hex(16)}"
     options = [
         f"--model-repository={PACKAGE / 'models'}",
         f"--http-address={arguments.host}",
@@ -111,6 +118,8 @@ def command(
         f"--grpc-port={arguments.grpc_port}",
         f"--metrics-address={arguments.host}",
         f"--metrics-port={arguments.metrics_port}",
+        f"--http-restricted-api={closed}",
+        f"--grpc-restricted-protocol={closed}",
         f"--exit-timeout-secs={EXIT_TIMEOUT}",
         # The configurations are complete, and asking the python models would start each twice.
         "--disable-auto-complete-config",
@@ -119,6 +128,11 @@ def command(
         # A thread for each call of the pipelines, and for each response.
         f"--backend-config=python,thread-pool-size={2 * package['options']['max_in_flight']}",
     ]
+    # A few bytes of JSON with the shape of terabytes end the server (Triton 2.51), over HTTP alone.
+    key = os.environ.get(KEY_VARIABLE)
+    if key is not None or arguments.host not in LOOPBACK:
+        key = secrets.token_hex(16) if key is None else key
+        options.append(f"--http-restricted-api=inference:{KEY_HEADER}={key}")
     if backends is not None:
         options += [
             f"--backend-directory={backends}",
@@ -271,7 +285,9 @@ def main() -> None:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="the address to bind to (default: %(default)s; nothing checks who asks)",
+        help="the address to bind to (default: %(default)s; nothing checks who asks). Beyond this "
+        f"machine, images are drawn over gRPC alone, unless {KEY_VARIABLE} in the environment is "
+        f"the value that HTTP requests have in the header {KEY_HEADER}",
     )
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
