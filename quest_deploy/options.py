@@ -123,9 +123,12 @@ def _enumeration(kind: Any) -> Any:
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """A sequence as a tuple, the value of an enumeration as its member."""
+    """A sequence as a tuple, the value of an enumeration as its member, a path's text as a path."""
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(value)
+        return tuple(_converted(each, (get_args(kind) or (Any,))[0]) for each in value)
+    kinds = get_args(kind) or (kind,)
+    if isinstance(value, str) and Path in kinds and str not in kinds:
+        return Path(value)
     members = _enumeration(kind)
     return next((member for member in members or () if member.value == value), value)
 
