@@ -299,12 +299,18 @@ class _Placeholder(nn.Module):
         ]
 
 
+CROSS_NORM = "norm_cross"
+"""A norm of hidden states, whose class diffusers asks for while it runs."""
+
+
 def _replace_by_onnx(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put what exports as one node in the place of a norm, and nothing in a dropout's: torch takes
     long over them at open sizes.
     """
     if type(module) is nn.Dropout:
         set_submodule(model, name, nn.Identity())
+    elif name.rpartition(".")[2] == CROSS_NORM:
+        return
     elif (
         isinstance(module, (nn.GroupNorm, nn.LayerNorm))
         and module.weight is not None

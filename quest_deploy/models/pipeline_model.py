@@ -263,13 +263,13 @@ class PipelineModel:
         self.require_weights("run as a pipeline")
         pipeline_class = self.pipeline_class()
         given = {"unet": None, **parts}
-        if self._file is not None or self.source.prediction_type is not None:
-            # The folder's, or the architecture's, may say something else of what is predicted.
-            kind = getattr(diffusers, self.index["scheduler"][1])
-            given.setdefault("scheduler", kind.from_config(self.scheduler_config()))
         if "safety_checker" in self.index and "safety_checker" not in given:
             given |= {"safety_checker": None, "requires_safety_checker": False}
         with self._loading("the pipeline"):
+            if self._file is not None or self.source.prediction_type is not None:
+                # The folder's, or the architecture's, may say something else of what is predicted.
+                kind = getattr(diffusers, self.index["scheduler"][1])
+                given.setdefault("scheduler", kind.from_config(self.scheduler_config()))
             if self.single_file is not None:
                 # A single file holds no tokenizer: that and the configurations are the
                 # architecture's own on the hub.
