@@ -144,6 +144,16 @@ def sample_multiple(model: ir.Model) -> int:
     return int(json.loads(model.metadata_props[SAMPLE_MULTIPLE_KEY]))
 
 
+def input_sizes(model: ir.Model) -> dict[str, tuple[int | None, ...]]:
+    """The sizes of the graph's inputs, by name; None for each that may vary."""
+    return {
+        value.name or "": tuple(
+            size if isinstance(size, int) else None for size in (value.shape or ())
+        )
+        for value in model.graph.inputs
+    }
+
+
 def _entries(kind: type[T], props: dict[str, str], key: str) -> T:
     return parse(kind, json.loads(props[key]), f"the graph's metadata {key}", _REPAIR)
 

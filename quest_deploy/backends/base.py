@@ -358,6 +358,12 @@ def engine_options(backend: Backend, folder: Path) -> EngineOptions:
     """The options to run the engine in ``folder`` with; raise InputError where there is none that
     this machine can run.
     """
+    graph, data = folder / LOWERED, folder / f"{LOWERED}.data"
+    if data.exists() and data.resolve() != graph.resolve().with_name(data.name):
+        raise InputError(
+            f"{data} lies in {data.resolve()}, apart from its graph, and runtimes follow no such "
+            "link; put the file itself there, or link the engine's whole folder"
+        )
     record = engine_info(folder)
     if record.backend != backend.name:
         raise InputError(
@@ -391,6 +397,12 @@ def require_package(package: str, extra: str, purpose: str) -> None:
             f"{purpose} needs the Python package {package}, which is not installed: pip install "
             f"'quest-deploy[{extra}]'"
         )
+
+
+def reason_of(error: Exception) -> str:
+    """What a runtime says, in one line, without the places in its own source."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return " ".join(line for line in lines if not line.startswith(("Exception from ", "Check '")))
 
 
 def input_arrays(feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.backends.base import LOWERED, Runner, input_arrays, input_shapes
+from quest_deploy.backends.base import LOWERED, Runner, input_arrays, input_shapes, reason_of
 from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.errors import InputError, QuestDeployError
@@ -195,7 +195,7 @@ def open_session(path: Path, options: EngineOptions, profile: Path | None = None
             str(path), settings, providers=[(provider, SETTINGS.get(provider, {}))]
         )
     except Exception as e:  # its exceptions share no base class but this one
-        raise QuestDeployError(f"onnxruntime refuses {path}: {e}") from e
+        raise QuestDeployError(f"onnxruntime refuses {path}: {reason_of(e)}") from e
     if session.get_providers()[0] != provider:
         raise QuestDeployError(
             f"onnxruntime fell back from {provider} to {session.get_providers()[0]}; check its GPU "
@@ -213,5 +213,5 @@ class _OnnxRuntimeRunner(Runner):
         try:
             outputs = self._session.run(self._outputs, input_arrays(feeds))
         except Exception as e:
-            raise QuestDeployError(f"onnxruntime failed: {e}") from e
+            raise QuestDeployError(f"onnxruntime failed: {reason_of(e)}") from e
         return dict(zip(self._outputs, outputs, strict=True))

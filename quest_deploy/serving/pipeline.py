@@ -7,14 +7,14 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.engine_unet import EngineUNet
@@ -25,9 +25,63 @@ from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.registry import EMBEDDED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 DEFAULT_BACKEND = "openvino"
+_FIXED = (
+    "an engine's weights and graph are fixed when it is built: give LoRAs to `quest-deploy "
+    "calibrate --lora` and build the engine again; FreeU, IP-Adapter, ControlNet and attention "
+    "processors need the float UNet, in diffusers' own pipeline"
+)
+_HARMLESS = (
+    "disable_freeu",
+    "set_attention_slice",
+    "set_default_attn_processor",
+    "unfuse_qkv_projections",
+)
+"""What diffusers asks of a UNet to save memory, or to undo what no engine ever does."""
+_REFUSED = frozenset(
+    name
+    for unet_class in (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)
+    for name in dir(unet_class)
+    if inspect.isfunction(inspect.getattr_static(unet_class, name))
+    and not hasattr(ModelMixin, name)
+    and not hasattr(ConfigMixin, name)
+    and name not in _HARMLESS
+)
+"""What else a UNet of diffusers can be asked."""
+_INSIDE = (
+    "add_embedding",
+    "add_time_proj",
+    "class_embedding",
+    "conv_act",
+    "conv_in",
+    "conv_norm_out",
+    "conv_out",
+    "down_blocks",
+    "encoder_hid_proj",
+    "mid_block",
+    "time_embedding",
+    "time_proj",
+    "up_blocks",
+)
+"""The modules of a UNet, which an engine does not have."""
+_REFUSED_BY_PIPELINES = (
+    "delete_adapters",
+    "disable_lora",
+    "enable_lora",
+    "enable_lora_hotswap",
+    "fuse_lora",
+    "load_ip_adapter",
+    "load_lora_weights",
+    "set_adapters",
+    "set_ip_adapter_scale",
+    "set_lora_device",
+    "unfuse_lora",
+    "unload_ip_adapter",
+    "unload_lora_weights",
+)
+"""What pipelines answer, in part, before they ask their UNet."""
 
 
 def load_pipeline(
@@ -60,32 +114,67 @@ def load_pipeline(
         )
     model.require_weights("run as a pipeline")  # both refused before an engine is opened
     model.pipeline_class()
-    return model.load_pipeline(
-        **{"unet": PipelineUNet(EngineUNet.load(opened, backend), model.config), **parts}
-    )
+    unet = PipelineUNet(EngineUNet.load(opened, backend), model.config)
+    pipeline = model.load_pipeline(**{"unet": unet, **parts})
+    for name in _REFUSED_BY_PIPELINES:
+        if hasattr(pipeline, name):
+            setattr(pipeline, name, _refusal(name))
+    return pipeline
+
+
+def _refusal(name: str) -> Callable[..., NoReturn]:
+    def refuse(*arguments: Any, **options: Any) -> NoReturn:
+        raise InputError(f"{name}: {_FIXED}")
+
+    return refuse
 
 
 class PipelineUNet(ModelMixin, ConfigMixin):
     """An engine in the place of a pipeline's UNet.
 
-    It has no parameters. ``to`` moves it in name: what it is called with may be on any device and
+    It has no weights. ``to`` moves it in name: what it is called with may be on any device and
     of any float type, the engine computes where it was built for, in float32, and the result goes
     back to the caller's device and type.
     """
 
     config_name = "config.json"  # type: ignore[assignment]
-    _place: Tensor
 
     def __init__(self, engine: EngineUNet, config: Mapping[str, Any]) -> None:
         """Stand in for the UNet of ``config`` with ``engine``."""
         super().__init__()
         self.engine = engine
         self.register_to_config(**_full_config(config))
-        self.register_buffer("_place", torch.empty(0), persistent=False)
+        # Empty: accelerate's hooks ask the first parameter of a module where it is.
+        self._place = nn.Parameter(torch.empty(0), requires_grad=False)
         if config.get("addition_embed_type") == "text_time":
             # Pipelines of SDXL check by it that their conditions on the size fit.
             width = config["projection_class_embeddings_input_dim"]
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _HARMLESS:
+            return lambda *arguments, **options: None
+        if name in _REFUSED:
+            return _refusal(name)
+        if name in _INSIDE:
+            raise InputError(f"unet.{name}: {_FIXED}")
+        return super().__getattr__(name)
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Raise InputError: an engine has no parameters."""
+        raise InputError(f"load_state_dict: {_FIXED}")
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Raise InputError: an engine is its workspace's."""
+        raise InputError(
+            "save_pretrained: an engine is kept in its workspace; copy that, and load it with "
+            "quest_deploy.load_pipeline"
+        )
+
+    @property
+    def attn_processors(self) -> dict[str, Any]:
+        """Return none: the engine has no processors."""
+        return {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,7 +208,8 @@ class PipelineUNet(ModelMixin, ConfigMixin):
 
         Raises:
             InputError: an argument that the engine does not compute (ControlNet's residuals,
-                attention arguments, IP-Adapter), or a height or width that the UNet cannot halve.
+                attention arguments, IP-Adapter), inputs that are missing or of other shapes than
+                the engine's, or a height or width that the UNet cannot halve.
         """
         wanted = {
             name: value for name, value in unsupported.items() if value is not None and value != {}
@@ -129,18 +219,15 @@ class PipelineUNet(ModelMixin, ConfigMixin):
             name: value for name, value in added.items() if name not in ("text_embeds", "time_ids")
         }
         if wanted:
-            raise InputError(
-                f"the engine does not compute {', '.join(sorted(wanted))}: its graph takes no "
-                "ControlNet, T2I-Adapter, IP-Adapter or attention arguments; give LoRAs to "
-                "`quest-deploy calibrate --lora`"
-            )
+            raise InputError(f"the engine does not compute {', '.join(sorted(wanted))}: {_FIXED}")
         given = {
             "encoder_hidden_states": encoder_hidden_states,
             "class_labels": class_labels,
             **added,
         }
         conditions = {name: value for name, value in given.items() if value is not None}
-        steps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1).expand(len(sample))
+        steps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
+        steps = steps.expand(len(sample)) if len(steps) == 1 else steps
         output = self.engine(sample, steps, **conditions).to(sample.device, sample.dtype)
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
 

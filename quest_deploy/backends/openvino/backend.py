@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.backends.base import LOWERED, Runner, input_arrays, input_shapes
+from quest_deploy.backends.base import LOWERED, Runner, input_arrays, input_shapes, reason_of
 from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.openvino.precision import runtime_precisions
 from quest_deploy.backends.options import EngineOptions
@@ -145,7 +145,7 @@ def compile_graph(
             config["SNIPPETS_MODE"] = "DISABLE"
         return core.compile_model(model, "CPU", config)
     except RuntimeError as e:
-        raise QuestDeployError(f"openvino refuses {path}: {e}") from e
+        raise QuestDeployError(f"openvino refuses {path}: {reason_of(e)}") from e
 
 
 def fusing_errs(model: Any) -> bool:
@@ -204,7 +204,7 @@ class _OpenVinoRunner(Runner):
         try:
             results = request.infer(input_arrays(feeds))
         except RuntimeError as e:
-            raise QuestDeployError(f"openvino failed: {e}") from e
+            raise QuestDeployError(f"openvino failed: {reason_of(e)}") from e
         copies = [(output.get_names(), value.copy()) for output, value in results.items()]
         return {
             name: value for names, value in copies for name in names

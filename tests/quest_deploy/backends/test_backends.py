@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from onnx import parser as onnx_parser
 
 from exporters.graph_info import graph_info, load_graph
 from exporters.passes.cut import cut_segments
@@ -278,12 +279,34 @@ def test_a_folder_without_an_engine_is_an_input_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_what_a_runtime_refuses_is_one_error(backend: str, tmp_path: Path) -> None:
-    (tmp_path / LOWERED).write_bytes(b"no graph")
-    with refused(backend, tmp_path / LOWERED, error=QuestDeployError):
+@pytest.mark.parametrize("unknown", [False, True], ids=["no graph", "an unknown operator"])
+def test_what_a_runtime_refuses_is_one_error_of_one_line(
+    backend: str, unknown: bool, tmp_path: Path
+) -> None:
+    graph = onnx_parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 19]> g (float[2] x) => (float[2] y) { y = Foo(x) }'
+    )
+    content = graph.SerializeToString() if unknown else b"no graph"
+    (tmp_path / LOWERED).write_bytes(content)
+    facts = ["Foo"] if unknown and backend == "onnxruntime" else []
+    with refused(backend, tmp_path / LOWERED, *facts, error=QuestDeployError) as caught:
         get_backend(backend).compile(
             tmp_path / LOWERED, tmp_path, EngineOptions(), lambda *progress: None
         )
+    assert "\n" not in str(caught.value)
+    assert "core.cpp" not in str(caught.value)
+
+
+def test_weights_that_a_link_takes_from_their_graph_are_refused_before_the_runtime_is_asked(
+    engine: Path, tmp_path: Path
+) -> None:
+    data = engine / f"{LOWERED}.data"
+    moved = tmp_path / "big disk" / "blob"
+    moved.parent.mkdir()
+    shutil.move(data, moved)
+    data.symlink_to(moved)
+    with refused(data, moved):
+        open_engine(get_backend(read_json(engine / ENGINE_FILE)["backend"]), engine)
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])

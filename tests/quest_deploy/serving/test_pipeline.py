@@ -227,6 +227,146 @@ def test_what_the_engine_does_not_compute_is_refused_by_name(
         pipeline.unet(torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 8, 16), **argument)
 
 
+PROCESSOR = torch.nn.Identity()
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "load_lora_weights": lambda pipe: pipe.load_lora_weights("style.safetensors"),
+    "unload_lora_weights": lambda pipe: pipe.unload_lora_weights(),
+    "set_adapters": lambda pipe: pipe.set_adapters("style", 0.5),
+    "delete_adapters": lambda pipe: pipe.delete_adapters("style"),
+    "fuse_lora": lambda pipe: pipe.fuse_lora(lora_scale=0.7),
+    "unfuse_lora": lambda pipe: pipe.unfuse_lora(),
+    "enable_lora": lambda pipe: pipe.enable_lora(),
+    "disable_lora": lambda pipe: pipe.disable_lora(),
+    "load_ip_adapter": lambda pipe: pipe.load_ip_adapter("repo", "models", "ip.safetensors"),
+    "set_ip_adapter_scale": lambda pipe: pipe.set_ip_adapter_scale(0.5),
+    "unload_ip_adapter": lambda pipe: pipe.unload_ip_adapter(),
+    "enable_freeu": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+    "fuse_qkv_projections": lambda pipe: pipe.fuse_qkv_projections(),
+    "cross_attention_kwargs": lambda pipe: draw(pipe, cross_attention_kwargs={"scale": 0.5}),
+    "image_embeds": lambda pipe: draw(pipe, ip_adapter_image_embeds=[torch.zeros(2, 1, 1, 4)]),
+    "load_lora_adapter": lambda pipe: pipe.unet.load_lora_adapter({}),
+    "add_adapter": lambda pipe: pipe.unet.add_adapter(None),
+    "set_attn_processor": lambda pipe: pipe.unet.set_attn_processor(PROCESSOR),
+    "load_attn_procs": lambda pipe: pipe.unet.load_attn_procs({}),
+    "load_state_dict": lambda pipe: pipe.unet.load_state_dict({}),
+    "unet.encoder_hid_proj": lambda pipe: pipe.unet.encoder_hid_proj,
+    "unet.down_blocks": lambda pipe: pipe.unet.down_blocks[0],
+    "unet.mid_block": lambda pipe: pipe.unet.mid_block,
+    "unet.conv_in": lambda pipe: pipe.unet.conv_in.weight,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_would_change_the_engine_is_refused_with_what_to_do(pipeline: Any, name: str) -> None:
+    with refused(name, "calibrate --lora"):
+        CALLS[name](pipeline)
+
+
+def test_saving_the_pipeline_names_the_workspace(pipeline: Any, tmp_path: Path) -> None:
+    with refused("save_pretrained", "workspace"):
+        pipeline.save_pretrained(tmp_path / "saved")
+
+
+def test_pipelines_made_from_it_refuse_too(pipeline: Any) -> None:
+    from diffusers import AutoPipelineForImage2Image
+
+    other = AutoPipelineForImage2Image.from_pipe(pipeline)
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    lora = {
+        f"{layer}.lora_A.weight": torch.zeros(2, 16),
+        f"{layer}.lora_B.weight": torch.zeros(16, 2),
+    }
+    for call in (lambda: other.load_lora_weights(lora), lambda: other.enable_freeu(1, 1, 1, 1)):
+        with refused("calibrate --lora"):
+            call()
+
+
+def offload(pipe: Any) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+HARMLESS: dict[str, Callable[[Any], Any]] = {
+    "to": lambda pipe: pipe.to("cpu"),
+    "to a type": lambda pipe: pipe.to(torch.float32),
+    "unet.to": lambda pipe: pipe.unet.to("cpu", torch.float32),
+    "channels last": lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
+    "eval": lambda pipe: pipe.unet.eval().requires_grad_(False),
+    "enable_attention_slicing": lambda pipe: pipe.enable_attention_slicing(),
+    "disable_attention_slicing": lambda pipe: pipe.disable_attention_slicing(),
+    "enable_vae_slicing": lambda pipe: pipe.vae.enable_slicing(),
+    "enable_vae_tiling": lambda pipe: pipe.vae.enable_tiling(),
+    "enable_model_cpu_offload": offload,
+    "disable_freeu": lambda pipe: pipe.disable_freeu(),
+    "set_default_attn_processor": lambda pipe: pipe.unet.set_default_attn_processor(),
+    "attn_processors": lambda pipe: list(pipe.unet.attn_processors),
+    "progress bar": lambda pipe: pipe.set_progress_bar_config(disable=True),
+    "get_active_adapters": lambda pipe: pipe.get_active_adapters(),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_changes_nothing_is_done_as_diffusers_does(
+    text_chain: Chain, pipeline: Any, name: str
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    expected = draw(pipeline)
+    unet = PipelineUNet(
+        pipeline.unet.engine, {**pipeline.unet.config, "_class_name": "UNet2DConditionModel"}
+    )
+    made = StableDiffusionPipeline(
+        **{**pipeline.components, "unet": unet}, requires_safety_checker=False
+    )
+    made.set_progress_bar_config(disable=True)
+    try:
+        HARMLESS[name](made)
+        np.testing.assert_array_equal(draw(made), expected)
+    finally:
+        made.remove_all_hooks()
+        pipeline.vae.disable_slicing()
+        pipeline.vae.disable_tiling()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_inputs_of_another_type_are_computed_in_float32_and_answered_in_theirs(
+    pipeline: Any, dtype: torch.dtype
+) -> None:
+    sample, states = torch.ones(2, 4, 8, 8), torch.ones(2, 8, 16)
+    expected = pipeline.unet(sample, 5, states).sample
+    found = pipeline.unet(sample.to(dtype), 5, states.to(dtype)).sample
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected.to(dtype).float())
+
+
+SAMPLE, STATES = torch.zeros(2, 4, 8, 8), torch.zeros(2, 8, 16)
+WRONG: dict[str, tuple[tuple[Any, ...], str]] = {
+    "no states": ((SAMPLE, 5), "encoder_hidden_states"),
+    "twice the tokens": ((SAMPLE, 5, torch.zeros(2, 16, 16)), "encoder_hidden_states 8 16"),
+    "another width": ((SAMPLE, 5, torch.zeros(2, 8, 24)), "encoder_hidden_states 16 24"),
+    "states of one axis less": ((SAMPLE, 5, torch.zeros(2, 16)), "encoder_hidden_states"),
+    "states of another batch": ((SAMPLE, 5, torch.zeros(3, 8, 16)), "encoder_hidden_states 2"),
+    "other channels": ((torch.zeros(2, 9, 8, 8), 5, STATES), "sample 4 9"),
+    "a sample without batch": ((torch.zeros(4, 8, 8), 5, STATES), "sample"),
+    "timesteps of another batch": ((SAMPLE, torch.zeros(3), STATES), "timestep 2"),
+    "class labels": ((SAMPLE, 5, STATES, torch.zeros(2)), "class_labels"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_inputs_that_are_missing_superfluous_or_of_another_shape_are_named(
+    pipeline: Any, name: str
+) -> None:
+    arguments, facts = WRONG[name]
+    with refused(*facts.split()):
+        pipeline.unet(*arguments)
+
+
+def test_a_pipeline_given_longer_states_says_how_many_tokens_there_are(pipeline: Any) -> None:
+    states = torch.zeros(1, 16, 16)
+    with refused("encoder_hidden_states", 8, 16):
+        draw(pipeline, prompt=None, prompt_embeds=states, negative_prompt_embeds=states)
+
+
 def test_empty_arguments_and_either_form_of_result_are_as_diffusers_has_them(pipeline: Any) -> None:
     sample, states = torch.ones(2, 4, 8, 8), torch.ones(2, 8, 16)
     whole = pipeline.unet(
@@ -243,7 +383,7 @@ def test_it_answers_in_the_callers_type_and_moves_in_name(pipeline: Any) -> None
         Recorder(), {**pipeline.unet.config, "_class_name": "UNet2DConditionModel"}
     ).to(torch.float16)
     assert unet.dtype == torch.float16
-    assert not list(unet.parameters())
+    assert unet.num_parameters() == 0
     assert (
         unet(torch.zeros(1, 4, 8, 8, dtype=torch.float16), 5, torch.zeros(1, 8, 16)).sample.dtype
         == torch.float16
