@@ -18,7 +18,7 @@ from torch import Tensor
 from quest_deploy.artifacts.tensors import read_tensors
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file
-from quest_deploy.models.channels import IMAGE_CONDITION, Guidance, for_scheduler, joined
+from quest_deploy.models.channels import IMAGE_CONDITION, for_scheduler, guidance_of, joined
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.progress import no_progress
 
@@ -239,20 +239,6 @@ def record_trajectories(
         progress("recording trajectories", i + 1, len(scheduler.timesteps))
     return Trajectories(
         torch.stack(inputs), scheduler.timesteps.float(), torch.stack(outputs), conditions
-    )
-
-
-def guidance_of(
-    model: DiffusionModel, weight: float | None, image_weight: float | None
-) -> Guidance:
-    """The guidance of ``model`` with these weights, its own where they are None; raise InputError
-    for an image's weight where it edits none.
-    """
-    if image_weight is not None and model.image_guidance is None:
-        raise InputError(f"--image-guidance: expected an instruct-pix2pix model, not {model.name}")
-    return Guidance(
-        model.guidance if weight is None else weight,
-        model.image_guidance if image_weight is None else image_weight,
     )
 
 

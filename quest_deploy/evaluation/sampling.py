@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quest_deploy.calibration.trajectories import chunked, guidance_of
+from quest_deploy.calibration.trajectories import chunked
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.models.channels import IMAGE_CONDITION, for_scheduler, joined
+from quest_deploy.models.channels import IMAGE_CONDITION, for_scheduler, guidance_of, joined
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.progress import no_progress
 

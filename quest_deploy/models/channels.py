@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from quest_deploy.models.registry import DiffusionModel
+
 IMAGE_CONDITION = "image_condition"
 """The channels behind the latents, float32 [B, C, H, W], among a model's conditions. Inpainting has
 the mask and the masked image's latents, instruct-pix2pix the image's latents.
@@ -159,3 +161,17 @@ class Guidance:
             asked, (text, image, nothing) = parts[0], means
             mean = nothing + self.weight * (text - image) + self.image_weight * (image - nothing)
         return torch.cat([mean, asked[:, channels:]], 1)
+
+
+def guidance_of(
+    model: DiffusionModel, weight: float | None, image_weight: float | None
+) -> Guidance:
+    """The guidance of ``model`` with these weights, its own where they are None; raise InputError
+    for an image's weight where it edits none.
+    """
+    if image_weight is not None and model.image_guidance is None:
+        raise InputError(f"--image-guidance: expected an instruct-pix2pix model, not {model.name}")
+    return Guidance(
+        model.guidance if weight is None else weight,
+        model.image_guidance if image_weight is None else image_weight,
+    )

@@ -65,6 +65,12 @@ def write_package(
     pipeline_model = model if isinstance(model, PipelineModel) else None
     if pipeline_model is not None:
         pipeline_model.require_weights("serve")
+        channels = pipeline_model.channels
+        if channels.image_kind is not None and not channels.image:
+            raise InputError(
+                f"{model.name} inpaints with a UNet that has no channels for an image, which a "
+                "package does not; use quest_deploy.load_pipeline"
+            )
     rows = 1 if not guidable(model) else 2 if model.image_guidance is None else 3
     plan = find_plan(workspace, options, alone=pipeline_model is None, rows=rows)
     if options.max_batch is not None and options.max_batch < rows:

@@ -78,6 +78,9 @@ def write_readme(
     ).stdout
     command = printed.strip().replace(str(layout.folder.resolve()), "/package")
     question, option = EXAMPLES[model.asked_for]
+    for name in sorted(pipeline_inputs(model).keys() & {"init_image", "mask_image"}):
+        question += f', ("{name}", "BYTES", open("{name}.png", "rb").read())'
+        option += f" --{name.replace('_', '-')} {name}.png"
     values = {
         **asdict(layout.options),
         "model": model.name,

@@ -15,9 +15,11 @@ from PIL import Image
 
 from quest_deploy.artifacts.image_folder import ImageFolder
 from quest_deploy.artifacts.model_source import ModelSource
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.evaluation.sampling import float_denoiser, sample_images
-from quest_deploy.models.channels import IMAGE_CONDITION, Channels, channels_of
+from quest_deploy.models.channels import IMAGE_CONDITION, Channels, Guidance, channels_of
 from quest_deploy.models.image_inputs import ImageInput, made_image, read_image, resized
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
@@ -317,6 +319,29 @@ def test_the_first_command_refuses_other_channels_and_leaves_no_workspace(
     ended = cli("calibrate", "-w", workspace, "--model", model, *extra)
     ended.assert_refused(config["in_channels"], config["out_channels"], pipeline)
     assert not workspace.exists()
+
+
+def test_guidance_is_of_the_mean_alone_and_the_variance_that_of_what_is_asked_for() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = list(torch.randn(3, 2, 6, 2, 2, generator=generator))
+    two, three = Guidance(3.0), Guidance(3.0, 2.0)
+    found = two.combine(parts[:2], 3)
+    torch.testing.assert_close(found[:, :3], -2 * parts[0][:, :3] + 3 * parts[1][:, :3])
+    assert torch.equal(found[:, 3:], parts[1][:, 3:])
+    found = three.combine(parts, 3)
+    text, image, nothing = (part[:, :3] for part in parts)
+    torch.testing.assert_close(found[:, :3], 3 * text - image - nothing)
+    assert torch.equal(found[:, 3:], parts[0][:, 3:])
+
+
+def test_no_table_holds_a_learned_variance(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = resolve_source(str(pipelines("learned-variance")))
+    workspace = Workspace.create(tmp_path / "ws", source, Scheme.parse("w4a4"))
+    ended = cli("schedule", "-w", workspace.root, "--scheduler", "ddpm", "--steps", "4")
+    ended.assert_refused("DDPMScheduler", "variance", "--scheduler")
+    assert cli("schedule", "-w", workspace.root, "--scheduler", "dpm++", "--steps", "4").code == 0
 
 
 def test_images_are_for_models_that_take_them(

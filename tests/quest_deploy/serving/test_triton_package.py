@@ -567,6 +567,26 @@ def test_the_client_wants_a_host_and_a_port(tmp_path: Path, url: str) -> None:
     ended.assert_refused("HOST:PORT", repr(url))
 
 
+def test_the_client_sends_what_is_in_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[dict[str, Any]] = []
+
+    def answer(url: str, request: dict[str, Any], *_: object) -> client.Drawn:
+        sent.append(request)
+        return client.Drawn(b"a picture", 7)
+
+    monkeypatch.setattr(client, "request_image", answer)
+    (tmp_path / "image.png").write_bytes(b"an image\0")
+    options = ["--init-image", tmp_path / "image.png", "-o", tmp_path / "out.png"]
+    ended = cli("client", "127.0.0.1:9", "--prompt", "a cat", "--image-guidance", "2", *options)
+    assert ended.code == 0, ended.err
+    assert sent == [{"prompt": "a cat", "image_guidance": 2.0, "init_image": b"an image\0"}]
+    assert (tmp_path / "out.png").read_bytes() == b"a picture"
+    options[1] = tmp_path / "none.png"
+    cli("client", "127.0.0.1:9", *options).assert_refused(tmp_path / "none.png")
+
+
 def test_the_client_refuses_text_that_is_no_text() -> None:
     with refused("--prompt", "UTF-8"):
         client._inputs({"prompt": "a \udcff cat"}, {"prompt": "BYTES"})
