@@ -29,6 +29,8 @@ IMPORTED_ALONE = (
 SINGLE_FILES = (".safetensors", ".ckpt")
 INDEX = "model_index.json"
 _LORA = ".safetensors"
+_MOST_TEXT_BYTES = 64 * 2**20
+"""What is larger is no configuration, and would be refused where it is read."""
 _WEIGHTS = (".safetensors", ".bin", ".ckpt")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -139,9 +141,10 @@ def fingerprint(path: Path) -> str:
     """
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(_files_in(path, digest)):
-        if file.suffix in _WEIGHTS:
+        is_text = file.suffix in (".json", ".txt")
+        if file.suffix in _WEIGHTS or (is_text and file.stat().st_size > _MOST_TEXT_BYTES):
             content = _samples(file)
-        elif file.suffix in (".json", ".txt"):
+        elif is_text:
             content = file.read_bytes()
         else:
             continue

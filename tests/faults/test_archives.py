@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from quest_deploy.artifacts.model_source import fingerprint
 from quest_deploy.calibration.training_state import TrainingState
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.evaluation.memory import peak_memory, reset_peak_memory
@@ -100,3 +101,14 @@ def test_trajectories_that_do_not_belong_together_are_refused(tmp_path: Path, ch
     save_file({name: x.contiguous() for name, x in change(whole).items()}, path)
     with refused(path, "quest-deploy calibrate"):
         Trajectories.load(path)
+
+
+def test_a_huge_file_in_a_models_folder_is_not_held_in_memory(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "tokenizer.json", "merges.txt"):
+        (tmp_path / name).write_text("{}")
+    before = fingerprint(tmp_path)
+    os.truncate(tmp_path / "tokenizer.json", 2**30)
+    reset_peak_memory()
+    held = peak_memory()
+    assert fingerprint(tmp_path) != before
+    assert peak_memory() - held < 2**26
