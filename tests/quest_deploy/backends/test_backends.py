@@ -27,7 +27,7 @@ from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.backends.tensorrt.base import DEFAULT_CAPABILITIES, ENGINE
 from quest_deploy.errors import QuestDeployError
-from quest_deploy.files import sha256_of
+from quest_deploy.files import read_json, sha256_of
 from tests.helpers import refused, relative_error, reseal
 from tests.quest_deploy.support import flip_byte, truncate
 
