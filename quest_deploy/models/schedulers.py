@@ -181,6 +181,12 @@ def _problem(scheduler: Any, steps: int) -> str | None:
                 if hasattr(tried, "scale_model_input"):
                     tried.scale_model_input(sample, timestep)
                 sample = tried.step(prediction, timestep, sample).prev_sample
+                if not sample.isfinite().all():
+                    return (
+                        f"its sample after timestep {timestep:g} is not finite with "
+                        f"{tried.config.prediction_type} predictions (at zero terminal SNR only "
+                        "v_prediction can be sampled)"
+                    )
         except Exception as e:  # diffusers raises whatever a configuration provokes
             return (str(e).strip().splitlines() or [type(e).__name__])[0]
-    return None if sample.isfinite().all() else "its samples are not finite"
+    return None
