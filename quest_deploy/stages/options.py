@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from quest_deploy.artifacts.image_folder import ImageFolder
 from quest_deploy.artifacts.workspace import REPORTS, SENSITIVITY_REPORT
+from quest_deploy.backends.base import VERSION
 from quest_deploy.backends.options import EngineOptions, parse_sample_size
 from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.errors import InputError
@@ -481,12 +482,12 @@ class BuildEngineOptions(EngineStageOptions):
 
     def to_json(self) -> dict[str, Any]:
         """The engine's options and what they depend on: the machine's answers, and the plugin's
-        content, which may be another one at the same place.
+        content, which may be another one at the same place; and the version of the record.
         """
         options = self.resolved
         answers = get_backend(self.backend).answers(options)
         plugin = {} if options.plugins is None else {"plugin_sha256": sha256_of(options.plugins)}
-        return options.to_json() | answers | plugin
+        return options.to_json() | answers | plugin | {"version": VERSION}
 
 
 @dataclass(frozen=True, kw_only=True)

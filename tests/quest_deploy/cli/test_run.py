@@ -115,6 +115,18 @@ def test_run_makes_again_what_was_damaged_and_what_depends_on_it(
     assert "export: up to date" in ended.err
 
 
+def test_run_builds_engines_with_records_of_another_version_again(
+    run: Callable[..., Any], workspace: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quest_deploy.stages.options.VERSION", 1)
+        assert run().code == 0
+    ended = run()
+    assert ended.code == 0
+    assert "build-engine/onnxruntime: done" in ended.err
+    assert "export: up to date" in ended.err
+
+
 def test_run_keeps_the_options_that_calibration_and_finetuning_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
