@@ -16,10 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from quest_deploy.artifacts.schema import Positive, validated
+from quest_deploy.artifacts.schema import validated
 from quest_deploy.artifacts.scheme import TRAIN_TIMESTEPS
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_bounded
+from quest_deploy.models.configurations import (
+    MOST_CHANNELS,
+    MOST_LEVELS,
+    Channels,
+    Depth,
+    Layers,
+    PerLevel,
+    Side,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -146,18 +155,18 @@ class UNetConfig:
         train_timesteps, betas: of the LDM configuration around it, or Stable Diffusion's.
     """
 
-    image_size: Positive
-    in_channels: Positive
-    model_channels: Positive
-    out_channels: Positive
-    num_res_blocks: Positive
-    attention_resolutions: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    channel_mult: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    num_heads: Positive | Literal[-1] = -1
-    num_head_channels: Positive | Literal[-1] = -1
+    image_size: Side
+    in_channels: Channels
+    model_channels: Channels
+    out_channels: Channels
+    num_res_blocks: Layers
+    attention_resolutions: Annotated[tuple[Side, ...], Field(min_length=1, max_length=MOST_LEVELS)]
+    channel_mult: PerLevel[Channels]
+    num_heads: Channels | Literal[-1] = -1
+    num_head_channels: Channels | Literal[-1] = -1
     use_spatial_transformer: bool = False
-    transformer_depth: Positive = 1
-    context_dim: Positive | None = None
+    transformer_depth: Depth = 1
+    context_dim: Channels | None = None
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
     train_timesteps: int = TRAIN_TIMESTEPS
@@ -258,6 +267,11 @@ class UNetConfig:
             raise InputError(
                 f"model_channels: expected a multiple of the {GROUPS} groups of its norms, found "
                 f"{self.model_channels}"
+            )
+        if max(self.channels) > MOST_CHANNELS:
+            raise InputError(
+                f"model_channels, channel_mult: expected levels of at most {MOST_CHANNELS} "
+                f"channels, found {max(self.channels)}"
             )
         halvings = len(self.channel_mult) - 1
         if self.image_size % 2**halvings:

@@ -37,6 +37,8 @@ DTYPES = frozenset(
         torch.int64,
     }
 )
+_SHARED = 4
+"""How many times its bytes the tensors of a file may have, which may share some."""
 LISTED = 8
 """How many keys of a kind a message names."""
 
@@ -103,6 +105,12 @@ def read(path: Path, config: UNetConfig, settings: ImportSettings) -> OfficialCh
         )
         problems.append(f"{len(wrong)} shapes do not fit: {_listed(shapes)}")
     if not problems:
+        promised = sum(value.numel() * value.element_size() for value in tensors.values())
+        if promised > _SHARED * (size := path.stat().st_size):
+            raise InputError(
+                f"{path}: expected tensors that are in the file, found {promised} bytes of them in "
+                f"a file of {size}"
+            )
         # Only now: a few bytes can describe a tensor of any shape, which takes no memory before it
         # is copied.
         tensors = {key: value.detach().float() for key, value in tensors.items()}

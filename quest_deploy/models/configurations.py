@@ -17,8 +17,8 @@ from quest_deploy.models.registry import OTHERWISE
 if TYPE_CHECKING:
     from pathlib import Path
 
-MOST_LEVELS = 8
-Channels = Annotated[int, Field(ge=1, le=2**14)]
+MOST_LEVELS, MOST_CHANNELS = 8, 2**14
+Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
 Side = Annotated[int, Field(ge=1, le=2**12)]
 Layers = Annotated[int, Field(ge=1, le=16)]
 Depth = Annotated[int, Field(ge=1, le=48)]

@@ -28,6 +28,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.models.supported import sample_multiple
 from quest_deploy.models.unets import FLAT_CLASSES, set_heads
 from quest_deploy.quantization.affine import WeightGrid, bucket_of, per_sample, weight_codes
+from quest_deploy.quantization.architectures import bounded_unet, without_weights
 from quest_deploy.quantization.layers import (
     ActivationQuantizer,
     AnyActivationQuantizer,
@@ -127,12 +128,13 @@ class QuantizedModel(nn.Module):
                 checkpoint.architecture.attention,
             )
             return cls(model, checkpoint, unrounded=True)
-        model = build_float_model(checkpoint.architecture)
+        with without_weights():  # all of them come from the checkpoint
+            model = build_float_model(checkpoint.architecture)
         floats = {
             key: torch.from_numpy(np.array(value)) for key, value in checkpoint.floats.items()
         }
         try:
-            result = model.load_state_dict(floats, strict=False)
+            result = model.load_state_dict(floats, strict=False, assign=True)
         except RuntimeError as e:
             reason = " ".join(str(e).split())
             raise InputError(f"the checkpoint does not fit its architecture: {reason}") from e
@@ -151,6 +153,14 @@ class QuantizedModel(nn.Module):
         layer = self.model.get_submodule(data.name)
         weight = torch.from_numpy(data.dequantized_weight)
         grid = _grid(data)
+        if isinstance(layer, nn.Conv2d | nn.Linear) and (
+            weight.shape != layer.weight.shape or (layer.bias is None) != (data.bias is None)
+        ):
+            raise InputError(
+                f"the checkpoint does not fit its architecture: layer {data.name} has a weight of "
+                f"{list(weight.shape)} and {'no' if data.bias is None else 'a'} bias, expected "
+                f"{list(layer.weight.shape)}; run `quest-deploy calibrate` again"
+            )
         if unrounded:
             float_weight = layer.get_parameter("weight").detach()
             folded = (
@@ -307,7 +317,7 @@ def build_float_model(architecture: Architecture) -> nn.Module:
             "architecture: expected the name of a diffusers model, found "
             f"{architecture.class_name!r}"
         )
-    model: nn.Module = model_class.from_config(architecture.config)
+    model = bounded_unet(model_class, architecture.config)
     if architecture.heads is not None:
         set_heads(model, architecture.heads)
     return prepare(model, architecture.split_shortcuts, architecture.attention).eval()

@@ -77,3 +77,18 @@ def test_a_graph_whose_weights_lie_elsewhere_is_refused(
     graph.write_bytes(model.SerializeToString())
     with pytest.raises(InputError, match=location):
         load_graph(graph)
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["a folder", "a link to it"])
+def test_a_workspace_of_any_name_is_worked_in(
+    workspace: Path, tmp_path: Path, linked: bool
+) -> None:
+    place = tmp_path / "рабочая ws & co (v1.5) 模型"
+    if linked:
+        place.symlink_to(workspace, target_is_directory=True)
+    else:
+        workspace.rename(place)
+    for command in ("build-engine", "verify"):
+        ended = cli(command, "-w", place, "--backend", "onnxruntime")
+        assert ended.code == 0, ended.err
+    assert place.is_symlink() == linked

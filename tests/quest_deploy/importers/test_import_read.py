@@ -126,6 +126,14 @@ def test_a_tensor_of_a_monstrous_shape_is_never_copied(case: Case, tmp_path: Pat
     assert_holds(message, "model.out.2.bias", [10**13], [4])
 
 
+def test_tensors_that_are_hardly_in_the_file_are_never_copied(case: Case, tmp_path: Path) -> None:
+    def forge(state: dict[str, Tensor]) -> None:
+        for key, value in state.items():
+            state[key] = torch.zeros((), dtype=torch.float16).expand(value.shape)
+
+    assert_holds(_message(case, tmp_path / "x", forge), tmp_path / "x", "bytes")
+
+
 @pytest.mark.parametrize(
     "error",
     [KeyError("x"), IndexError("x"), MemoryError(), AttributeError("use weights_only=False")],

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from quest_deploy.artifacts.checkpoint import Architecture, Checkpoint
 from quest_deploy.artifacts.scheme import Scheme, weight_range
+from quest_deploy.evaluation.memory import peak_memory, reset_peak_memory
 from quest_deploy.quantization.affine import WeightGrid, per_channel, weight_codes
 from quest_deploy.quantization.layers import ActivationQuantizer, BucketState
 from quest_deploy.quantization.model import (
@@ -318,6 +319,44 @@ def test_a_float_parameter_of_another_shape_is_an_input_error(small_checkpoint: 
 def test_an_architecture_that_is_no_diffusers_model_is_refused(name: str) -> None:
     with refused(name):
         build_float_model(Architecture(name, {}, {}, None))
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        ({"block_out_channels": [16000, 16000]}, "conv_norm_out.weight"),
+        ({"layers_per_block": 10**9}, "layers_per_block"),
+        ({"transformer_layers_per_block": 10**9}, "transformer_layers_per_block"),
+        ({"down_block_types": ["DownBlock2D"] * 10**6}, "down_block_types"),
+        ({"block_out_channels": [2**24]}, "block_out_channels"),
+        ({"down_block_types": ["NoBlock"]}, "NoBlock"),
+    ],
+    ids=["16000 channels", "layers", "depth", "blocks", "channels", "unknown"],
+)
+def test_a_forged_architecture_is_refused_before_it_takes_memory(
+    small_checkpoint: Checkpoint, change: dict[str, Any], fact: str
+) -> None:
+    architecture = dataclasses.replace(
+        small_checkpoint.architecture, config={**small_checkpoint.architecture.config, **change}
+    )
+    reset_peak_memory()
+    before = peak_memory()
+    with refused(fact):
+        QuantizedModel.from_checkpoint(changed(small_checkpoint, architecture=architecture))
+    assert peak_memory() - before < 2**29
+
+
+def test_a_layer_of_another_shape_than_the_architectures_is_refused(
+    small_checkpoint: Checkpoint,
+) -> None:
+    layer = small_checkpoint.layers["conv_in"]
+    for other in (
+        {"bias": None},
+        {"weight_codes": layer.weight_codes[:-1], "weight_scale": layer.weight_scale[:-1]},
+    ):
+        layers = {**small_checkpoint.layers, "conv_in": dataclasses.replace(layer, **other)}
+        with refused("conv_in"):
+            QuantizedModel.from_checkpoint(changed(small_checkpoint, layers=layers))
 
 
 def test_a_layer_that_is_neither_conv_nor_linear_is_refused_by_name(
