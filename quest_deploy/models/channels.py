@@ -53,7 +53,7 @@ class Channels:
 
 
 def channels_of(
-    name: str, unet: Mapping[str, Any], pipeline: str, variance_type: str | None
+    name: str, unet: Mapping[str, Any], pipeline: str, variance_type: str | None, *, text: bool
 ) -> Channels:
     """What the channels of ``unet``, a configuration, are.
 
@@ -61,6 +61,7 @@ def channels_of(
         name: the model's, for the message.
         pipeline: its diffusers class.
         variance_type: of its scheduler.
+        text: whether it reads prompts: diffusers' pipelines that do take no learned variance.
 
     Raises:
         InputError: its numbers of channels fit no kind of model that is known.
@@ -72,14 +73,14 @@ def channels_of(
         return Channels(predicted, image_kind=kind)
     if kind is not None and given == predicted + image and not learned:
         return Channels(predicted, image, kind)
-    if kind is None and predicted == 2 * given and learned:
+    if kind is None and predicted == 2 * given and learned and not text:
         return Channels(given)
     raise InputError(
         f"{name}: a UNet with in_channels {given} and out_channels {predicted} in a {pipeline} "
         f"whose scheduler's variance_type is {variance_type} is not supported; expected as many of "
         "both, for inpainting (9 and 4) or instruct-pix2pix (8 and 4) a pipeline of "
         f"{', '.join(IMAGE_KINDS)}, or for a variance_type of {' or '.join(LEARNED_VARIANCE)} "
-        "twice as many out_channels"
+        "without text twice as many out_channels"
     )
 
 

@@ -143,6 +143,7 @@ class PipelineModel:
             self.config,
             self.index["_class_name"],
             self._schedule.get("variance_type"),
+            text=self.family == TEXT_TO_IMAGE,
         )
         self._given_prompts = prompts
         self._conditions: Conditions | None = None

@@ -162,6 +162,8 @@ def _problem(scheduler: Any, steps: int) -> str | None:
     """
     import torch
 
+    from quest_deploy.models.channels import uses_variance
+
     trained = scheduler.config.num_train_timesteps
     if not 1 <= steps <= trained:
         return f"the model was trained with {trained}"
@@ -169,6 +171,8 @@ def _problem(scheduler: Any, steps: int) -> str | None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sample, prediction = torch.randn(2, 1, 1, 2, 2)
+        if uses_variance(tried):
+            prediction = prediction.repeat(1, 2, 1, 1)
         try:
             tried.set_timesteps(steps)
             if (highest := float(tried.timesteps.max())) >= trained:

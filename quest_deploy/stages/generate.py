@@ -117,6 +117,7 @@ def _draw_prompts(
 ) -> tuple[list[Path], int]:
     assert isinstance(model, PipelineModel)  # no other model is asked for by a prompt
     prompts = list(options.prompt or default_prompts()[:1])
+    of_images = _image_arguments(model, options, len(prompts) * (options.rows or 1))
     pipeline = load_pipeline(workspace, options.backend)
     pipeline.set_progress_bar_config(disable=True)
     _check_pixels(pipeline, options)
@@ -132,7 +133,7 @@ def _draw_prompts(
         "height": options.height or height,
         "width": options.width or width,
         "generator": torch.Generator().manual_seed(options.seed),
-        **_image_arguments(model, options, len(prompts) * (options.rows or 1)),
+        **of_images,
         **_progress_arguments(pipeline, options.steps, progress),
     }
     taken = inspect.signature(pipeline.__call__).parameters

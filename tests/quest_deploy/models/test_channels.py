@@ -271,6 +271,7 @@ def test_prompts_and_images_are_each_taken_in_turn(
         (3, 3, "DDPMPipeline", "learned", None),
         (4, 8, "StableDiffusionInpaintPipeline", "learned", None),
         (9, 4, "StableDiffusionPipeline", None, None),
+        (4, 8, "StableDiffusionPipeline", "learned_range", None),
         (8, 4, "StableDiffusionInpaintPipeline", None, None),
         (9, 4, "StableDiffusionInstructPix2PixPipeline", None, None),
         (4, 4, "StableDiffusionInstructPix2PixPipeline", None, None),
@@ -283,11 +284,12 @@ def test_channels_are_known_by_pipeline_and_variance_or_refused_by_both_numbers(
     given: int, predicted: int, pipeline: str, variance: str | None, expected: Channels | None
 ) -> None:
     unet = {"in_channels": given, "out_channels": predicted}
+    text = pipeline.startswith("StableDiffusion")
     if expected is not None:
-        assert channels_of("model", unet, pipeline, variance) == expected
+        assert channels_of("model", unet, pipeline, variance, text=text) == expected
         return
     with refused(f"in_channels {given}", f"out_channels {predicted}", pipeline, variance):
-        channels_of("model", unet, pipeline, variance)
+        channels_of("model", unet, pipeline, variance, text=text)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.artifacts.workspace import GRAPH, Workspace
 from quest_deploy.models.image_inputs import made_image
 from quest_deploy.models.loading import resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.serving.pipeline import PipelineUNet
+from tests.pipelines import as_pipeline, text_to_image
+from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,3 +81,18 @@ def test_around_an_engine_that_predicts_a_variance_too_the_pipeline_draws_as_dif
         generator = torch.Generator().manual_seed(0)
         images.append(pipeline(generator=generator, num_inference_steps=3, output_type="np").images)
     np.testing.assert_allclose(images[0], images[1], atol=1e-5)
+
+
+def test_a_unet_without_channels_for_an_image_inpaints_in_diffusers_pipeline_and_not_in_a_package(
+    tmp_path: Path,
+) -> None:
+    folder = as_pipeline(text_to_image(tmp_path / "model"), "StableDiffusionInpaintPipeline")
+    source = resolve_source(str(folder))
+    model = PipelineModel(source)
+    assert (model.channels.image, model.channels.image_kind) == (0, "inpainting")
+    workspace = Workspace.create(tmp_path / "ws", source, Scheme.parse("w4a4"))
+    workspace.path(GRAPH).write_bytes(b"a graph")
+    workspace.record("export", inputs=(), options={}, files=[workspace.path(GRAPH)], details={})
+    ended = cli("package", "--triton", tmp_path / "out", "-w", workspace.root)
+    ended.assert_refused("model", "load_pipeline")
+    assert not (tmp_path / "out").exists()
