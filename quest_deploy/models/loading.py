@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ def resolve_source(
     if revision is not None and (random_weights or known is None or known.repository is None):
         raise InputError(f"--revision: expected a model from the hub, not {model}")
     if known is None:
-        path = Path(model).resolve()
+        path = Path(os.path.realpath(model))  # of a loop of links, too, which is no model
         check_path(model, path)
         name = path.name if path.is_dir() else path.stem
         print_of_it = None if random_weights else fingerprint(path)

@@ -1,5 +1,6 @@
 """Which workspace a command or a function is about: what was chosen of its model and its scheme."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,7 @@ class ModelChoices(Options):
         model = self.model or DEFAULT_MODEL
         if model in MODEL_NAMES:
             return model
-        path = Path(model).resolve()
+        path = Path(os.path.realpath(model))
         return path.stem if path.is_file() else path.name
 
     def source(self) -> ModelSource:
@@ -186,7 +187,7 @@ class ModelChoices(Options):
         """Raise InputError where the workspace's model is another one."""
         source = workspace.source
         if self.model is not None:
-            named = self.model if self.model in MODEL_NAMES else str(Path(self.model).resolve())
+            named = self.model if self.model in MODEL_NAMES else os.path.realpath(self.model)
             _check(
                 workspace, "model", named, source.name if source.path is None else source.location
             )
