@@ -79,6 +79,8 @@ class DecoderConfiguration(_Configuration):
 
 Read = TypeVar("Read", bound=_Configuration)
 Part = tuple[str | None, str | None]
+PARTS = ("unet", "scheduler", "text_encoder", "text_encoder_2", "vae", "vqvae")
+"""Entries of an index that are parts; others may be settings of the pipeline."""
 
 
 def read_configuration(kind: type[Read], path: Path) -> dict[str, Any]:
@@ -102,6 +104,6 @@ def read_index(folder: Path) -> dict[str, Any]:
     content = read_json(path, repair=OTHERWISE)
     if not isinstance(content, dict) or not isinstance(content.get("_class_name"), str):
         raise InputError(f"{path}: expected a pipeline with its _class_name; {OTHERWISE}")
-    parts = {name: part for name, part in content.items() if isinstance(part, list)}
+    parts = {k: part for k, part in content.items() if isinstance(part, list) or k in PARTS}
     parse(dict[str, Part], parts, str(path), OTHERWISE)
     return content

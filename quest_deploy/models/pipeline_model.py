@@ -467,7 +467,7 @@ class PipelineModel:
 
     def load_decoder(self) -> Any:
         """The diffusers module that decodes latents; None where the model works on pixels."""
-        name = next((name for name in DECODERS if name in self.index), None)
+        name = self._decoder
         if name is None:
             return None
         with self._loading("the decoder"):
@@ -491,8 +491,12 @@ class PipelineModel:
             config["prediction_type"] = self.source.prediction_type
         parse_configuration(SchedulerConfiguration, config, str(self.single_file or path))
         _, name = self.index.get("scheduler", (None, None))
-        latent = any(name in self.index for name in DECODERS)
-        return noise_schedule(config, name, str(path), latent=latent)
+        return noise_schedule(config, name, str(path), latent=self._decoder is not None)
+
+    @property
+    def _decoder(self) -> str | None:
+        """What the pipeline calls its decoder; None of a model that works on pixels."""
+        return next((x for x in DECODERS if self.index.get(x, [None])[0] is not None), None)
 
     def _apply(self, file: SingleFile) -> None:
         """Let the single file's own size and channels go before its architecture's."""

@@ -1,5 +1,6 @@
 """Which workspace a command or a function is about: what was chosen of its model and its scheme."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +190,7 @@ class ModelChoices(Options):
         if self.model is not None:
             recorded = source.name if source.path is None else source.location
             named = self.model if self.model in MODEL_NAMES else str(absolute(Path(self.model)))
-            if source.path is None or source.path.resolve() != Path(named).resolve():
+            if source.path is None or os.path.realpath(source.path) != os.path.realpath(named):
                 _check(workspace, "model", named, recorded)
         if self.revision not in (None, source.requested, source.revision):
             _check(workspace, "revision", self.revision, source.revision)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from exporters.graph_info import load_graph
 from quest_deploy.artifacts.checkpoint import load_checkpoint
@@ -107,10 +108,29 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
         made.load_unet()
         made.load_scheduler("ddim")
 
+    single = folder / "single.safetensors"
+    save_file(
+        {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3)},
+        single,
+        metadata={"modelspec.prediction_type": "v"},
+    )
+    beside = folder / "single.yaml"
+    beside.write_text("model: {params: {parameterization: v, linear_start: 0.001, timesteps: 50}}")
+
+    def schedule(_: Path) -> Any:
+        return load_model(resolve_source(str(single))).scheduler_config()
+
     def recorded_options(_: Path) -> Any:
         return CalibrateOptions.from_json(Workspace.open(root).options_of("calibrate"))
 
-    configuration = ("read_configuration", "_pixels_per_latent", "scheduler_config", "__init__")
+    configuration = (
+        "read_configuration",
+        "_pixels_per_latent",
+        "_pooled_width",
+        "_read_schedule",
+        "scheduler_config",
+        "__init__",
+    )
     return {
         "manifest": Kind(
             root / "manifest.json",
@@ -158,8 +178,10 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
         "weights": Kind(
             model / "unet" / "diffusion_pytorch_model.safetensors",
             load_parts,
-            ("load_unet", "fingerprint", "_samples", "_architecture_in", "_class_table"),
+            ("load_unet", "fingerprint", "_samples", "_class_table"),
         ),
+        "single file": Kind(single, schedule, ("_said", "_read")),
+        "original configuration": Kind(beside, schedule, ("_original_configuration",)),
         "LoRA": Kind(
             model / "vae" / "diffusion_pytorch_model.safetensors",
             lambda path: (Lora.parse(str(path)), fingerprint(model)),

@@ -64,7 +64,8 @@ def unets(draw: st.DrawFn) -> dict[str, Any]:
         "down_block_types": blocks(down),
         "up_block_types": blocks(up),
         "block_out_channels": [
-            32 if down is K_DOWN else draw(st.sampled_from((8, 16))) for _ in range(levels)
+            32 if down in (K_DOWN, SKIP_DOWN) else draw(st.sampled_from((8, 16)))
+            for _ in range(levels)
         ],
         "layers_per_block": some(1, 2),
         "downsample_padding": some(1, 0),

@@ -84,6 +84,8 @@ def test_latents_are_clipped_only_where_the_configuration_says_so(
     config = saved(name, tmp_path / "saved")
     said = config.get("clip_sample", False)
     model = model_with(config)()
+    packaged = json.loads(json.dumps(model.scheduler_config(), allow_nan=False))  # for Triton
+    assert diffusers.DDIMScheduler.from_config(packaged).config.clip_sample == said
     for target in CLIPPING:
         scheduler = model.load_scheduler(target)
         assert scheduler.config.clip_sample == said
@@ -200,6 +202,11 @@ def test_a_number_of_steps_that_a_scheduler_refuses_is_answered_with_those_that_
         set_steps(TinyModel().load_scheduler(name), steps)
     for works in map(int, numbers.split()):
         set_steps(TinyModel().load_scheduler(name), works)
+
+
+def test_a_scheduler_that_does_not_know_the_prediction_type_is_refused() -> None:
+    with refused("PNDMScheduler", "sample"):
+        set_steps(TinyModel().load_scheduler("pndm", prediction_type="sample"), 20)
 
 
 def test_trying_the_steps_draws_nothing_from_the_callers_generator() -> None:

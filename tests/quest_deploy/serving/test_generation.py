@@ -121,6 +121,7 @@ def test_the_image_is_the_one_of_diffusers_pipeline(
         ({"prompt": PROMPT, "height": 0}, "height: expected a multiple of"),
         ({"prompt": PROMPT, "width": 66}, "width: expected a multiple of"),
         ({"prompt": PROMPT, "scheduler": "lcm", "steps": 60}, "steps: lcm does not take 60"),
+        ({"prompt": PROMPT, "scheduler": "pndm", "steps": 3}, "steps: pndm does not take 3"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_with_the_reason(
