@@ -172,10 +172,9 @@ def absolute(path: Path) -> Path:
     """The absolute path without links, but for its last part: a link is known by its own name, such
     as model.safetensors in the hub's cache, and not by that of what it leads to.
     """
-    whole = path.name in ("", "..")
-    return Path(
-        os.path.realpath(path) if whole else os.path.join(os.path.realpath(path.parent), path.name)
-    )
+    if path.name in ("", ".."):
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent)) / path.name
 
 
 def open_regular(path: Path) -> io.BufferedReader[io.FileIO]:
