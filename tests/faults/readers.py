@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from exporters.graph_info import load_graph
 from quest_deploy.artifacts.checkpoint import load_checkpoint
-from quest_deploy.artifacts.model_source import Lora, fingerprint
 from quest_deploy.artifacts.reference import ReferenceIndex, load_reference
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends import exactness
@@ -123,6 +122,19 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
     def recorded_options(_: Path) -> Any:
         return CalibrateOptions.from_json(Workspace.open(root).options_of("calibrate"))
 
+    shards = shutil.copytree(model, folder / "shards")
+    weights = shards / "unet" / "diffusion_pytorch_model.safetensors"
+    shard = weights.with_name("diffusion_pytorch_model-00001-of-00001.safetensors")
+    weights.rename(shard)
+    places = dict.fromkeys(load_file(shard), shard.name)
+    weights.with_name(f"{weights.name}.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": places})
+    )
+    lora = folder / "style.safetensors"
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    factors = {"lora_A": torch.ones(2, 16), "lora_B": torch.ones(16, 2)}
+    save_file({f"{layer}.{name}.weight": x for name, x in factors.items()}, lora)
+
     configuration = (
         "read_configuration",
         "_pixels_per_latent",
@@ -178,14 +190,21 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
         "weights": Kind(
             model / "unet" / "diffusion_pytorch_model.safetensors",
             load_parts,
-            ("load_unet", "fingerprint", "_samples", "_class_table"),
+            ("_elements", "load_unet", "fingerprint", "_samples", "_class_table"),
+        ),
+        "index of shards": Kind(
+            shards / "unet" / "diffusion_pytorch_model.safetensors.index.json",
+            lambda path: load_model(resolve_source(str(shards))).load_unet() and None,
+            ("_check_shards",),
         ),
         "single file": Kind(single, schedule, ("_said", "_read")),
         "original configuration": Kind(beside, schedule, ("_original_configuration",)),
         "LoRA": Kind(
-            model / "vae" / "diffusion_pytorch_model.safetensors",
-            lambda path: (Lora.parse(str(path)), fingerprint(model)),
-            ("parse", "check"),
+            lora,
+            lambda path: (
+                load_model(resolve_source(str(model), loras=[str(path)])).load_unet() and None
+            ),
+            ("parse", "check", "_read"),
         ),
         "official checkpoint": Kind(
             official / "ckpt.pth",
