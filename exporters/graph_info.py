@@ -29,6 +29,8 @@ CHECKPOINT_KEY = "quest.checkpoint_sha256"
 SAMPLE_SHAPE_KEY = "quest.sample_shape"
 SAMPLE_MULTIPLE_KEY = "quest.sample_multiple"
 _REPAIR = "run `quest-deploy export` again"
+_MOST_GRAPH_BYTES = 2**29
+"""Without its weights."""
 BUCKET = "bucket"
 """The name of the value [batch] int64 that says which bucket each sample is in."""
 
@@ -164,6 +166,11 @@ def load_graph(path: Path) -> ir.Model:
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: expected an ONNX file, found another kind of file")
+    if path.exists() and path.stat().st_size > _MOST_GRAPH_BYTES:
+        raise InputError(
+            f"{path}: expected a graph of at most {_MOST_GRAPH_BYTES} bytes, its weights in the "
+            f"file beside it (external data); found {path.stat().st_size} bytes"
+        )
     try:
         model = ir.load(path)
     except FileNotFoundError as e:

@@ -5,8 +5,9 @@ processes take.
 from __future__ import annotations
 
 import gc
+import os
 
-from quest_deploy.cli.interruptions import end_at_once, ignore
+from quest_deploy.cli.interruptions import INTERRUPTED, end_at_once, ignore
 
 
 def main() -> None:
@@ -18,6 +19,10 @@ def main() -> None:
 
     try:
         run()
+    except SystemExit as e:
+        if e.code == INTERRUPTED:
+            os._exit(INTERRUPTED)  # the interpreter may remember, and end by the signal itself
+        raise
     finally:
         ignore()  # all is said and done, and the interpreter only tidies up
         gc.freeze()  # for which it would look through all of torch's modules, for over a second

@@ -55,6 +55,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)
+        _remove_left(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -69,6 +70,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         sync_all(temporary)
         replace_folder(path, temporary)
         sync(path.parent)
+        _remove_left(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -90,6 +92,27 @@ def replace_folder(path: Path, new: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def _remove_left(path: Path) -> None:
+    """Delete what processes that are no more left half-written of ``path``, beside it."""
+    pattern = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}(\d+)-(old-)?{re.escape(path.name)}")
+    for left in path.parent.glob(f"{TEMPORARY_PREFIX}*"):
+        if (found := pattern.fullmatch(left.name)) and not _runs(int(found[1])):
+            _delete(left)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process; Windows cannot be asked without ending it."""
+    if not _POSIX:
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
 def remove_temporaries(folder: Path) -> None:
     """Delete what a killed process left half-written in ``folder``; put back what
     :func:`atomic_folder` had moved away by then.
@@ -98,10 +121,15 @@ def remove_temporaries(folder: Path) -> None:
         replaced = re.fullmatch(rf"{re.escape(TEMPORARY_PREFIX)}\d+-old-(.+)", left.name)
         if replaced and left.is_dir() and not (folder / replaced[1]).exists():
             os.replace(left, folder / replaced[1])
-        elif left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            _delete(left)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _fresh_folder(parent: Path, name: str) -> Path:

@@ -97,9 +97,14 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _open_standard_streams()
     try:
-        with raised(), messages():
-            code = app(standalone_mode=False)
-            sys.stdout.flush()  # a full disk is told here, not by the interpreter's last words
+        with raised() as interruption, messages():
+            try:
+                code = app(standalone_mode=False)
+                sys.stdout.flush()  # a full disk is told here, not by the interpreter's last words
+            except Exception:
+                if not interruption.came:
+                    raise
+                code = INTERRUPTED  # which a library has turned into another exception
     except KeyboardInterrupt:  # after the app's own watch
         code = INTERRUPTED
     except typer.TyperException as e:  # a usage error

@@ -72,8 +72,11 @@ class Nursery:
         the arguments as a shell would have it.
         """
         sys.stdout.flush()
+        # Before the program's first line no signal is its own.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         child = os.fork()
         if child:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             with contextlib.suppress(PermissionError):  # it has done so itself
                 os.setpgid(child, child)
             self._started.add(child)
@@ -90,7 +93,10 @@ class Nursery:
         atexit.register(at_last)
         at_first()
         from quest_deploy.__main__ import main
+        from quest_deploy.cli.interruptions import end_at_once
 
+        end_at_once()  # as its first line does
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         main()
         raise SystemExit  # and no way back to those who called
 

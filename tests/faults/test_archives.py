@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from exporters.graph_info import load_graph
 from quest_deploy.artifacts.model_source import fingerprint
 from quest_deploy.calibration.training_state import TrainingState
 from quest_deploy.calibration.trajectories import Trajectories
@@ -111,4 +112,15 @@ def test_a_huge_file_in_a_models_folder_is_not_held_in_memory(tmp_path: Path) ->
     reset_peak_memory()
     held = peak_memory()
     assert fingerprint(tmp_path) != before
+    assert peak_memory() - held < 2**26
+
+
+def test_a_graph_of_a_gigabyte_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    graph = tmp_path / "unet.onnx"
+    graph.touch()
+    os.truncate(graph, 2**30)
+    reset_peak_memory()
+    held = peak_memory()
+    with refused(graph):
+        load_graph(graph)
     assert peak_memory() - held < 2**26

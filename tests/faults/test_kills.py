@@ -31,11 +31,28 @@ PROGRAM = """
 import os, sys
 number, moment = int(sys.argv[1]), sys.argv[2]
 
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), number)
+
 class Interrupting:
     @staticmethod
     def find_spec(name, path=None, target=None):
         if name == moment:
             os.kill(os.getpid(), number)
+        elif name == "numpy" and moment == "turned into another exception":
+            try:
+                os.kill(os.getpid(), number)
+            except KeyboardInterrupt:
+                raise ImportError from None
+        elif name == "numpy" and moment == "lost":
+            try:
+                os.kill(os.getpid(), number)
+            except KeyboardInterrupt:
+                import time
+                time.sleep(60)
+        elif name == "numpy" and moment == "where nothing can be raised":
+            Dying()
 
 if moment == "the end":
     import atexit
@@ -48,7 +65,9 @@ main()
 
 
 def interrupted(number: int, moment: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the program, which gets a signal when it imports the module ``moment``."""
+    """Run the program, which gets a signal when it imports the module ``moment``, or numpy and then
+    what ``moment`` says happens to KeyboardInterrupt.
+    """
     program = [sys.executable, "-c", PROGRAM, str(int(number)), moment, *arguments]
     return subprocess.run(program, capture_output=True, text=True, check=False)
 
@@ -59,6 +78,9 @@ def interrupted(number: int, moment: str, *arguments: str) -> subprocess.Complet
     [
         "quest_deploy.cli.main",
         "typer",
+        "turned into another exception",
+        "where nothing can be raised",
+        pytest.param("lost", marks=pytest.mark.slow),
         pytest.param("numpy", marks=pytest.mark.slow),
         pytest.param("quest_deploy.stages.api", marks=pytest.mark.slow),
         pytest.param("torch", marks=pytest.mark.slow),

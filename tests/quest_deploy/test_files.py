@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -22,6 +23,7 @@ from tests.helpers import refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 
 class StopError(Exception):
@@ -140,6 +142,19 @@ def test_a_folder_that_a_killed_process_had_moved_away_is_put_back_unless_the_ne
     remove_temporaries(tmp_path)
     assert names(tmp_path) == ["a", "b"]
     assert (names(tmp_path / "a"), names(tmp_path / "b")) == (["old"], [])
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_folder])
+def test_what_a_killed_process_left_beside_a_file_is_deleted_by_the_next_to_write_it(
+    tmp_path: Path, write: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
+    ended = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
+    gone = ended.stdout.strip()
+    for name in (f"{gone}-a", f"{gone}-old-a", f"{gone}-b", f"{os.getppid()}-a"):
+        (tmp_path / f".tmp-{name}").mkdir()
+    with write(tmp_path / "a") as temporary:
+        temporary.exists() or temporary.touch()
+    assert names(tmp_path) == sorted([f".tmp-{gone}-b", f".tmp-{os.getppid()}-a", "a"])
 
 
 def test_what_a_killed_process_left_is_overwritten_and_can_be_removed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -76,6 +77,8 @@ def write_readme(
         text=True,
         check=True,
     ).stdout
+    # Keys that are to be nobody's: a shell draws its own.
+    printed = re.sub(r"\b[0-9a-f]{32}\b", "RANDOM_KEY", printed)
     command = printed.strip().replace(str(layout.folder.resolve()), "/package")
     question, option = EXAMPLES[model.asked_for]
     for name in sorted(pipeline_inputs(model).keys() & {"init_image", "mask_image"}):
@@ -87,7 +90,9 @@ def write_readme(
         "scheme": scheme,
         "models": ", ".join(f"`{name}`" for name in (*models, *PIPELINES)),
         "plan": NO_PLAN if layout.plan is None else _container(layout.plan),
-        "command": " \\\n        ".join(shlex.split(command)),
+        "command": " \\\n        ".join(shlex.split(command)).replace(
+            "RANDOM_KEY", "$(openssl rand -hex 16)"
+        ),
         "inputs": "\n".join(
             f"| `{name}` | {kind.removeprefix('TYPE_').replace('STRING', 'BYTES')} | "
             f"{INPUTS[name]} |"
