@@ -101,10 +101,14 @@ def read_single_file(path: Path, prediction_type: str | None) -> SingleFile:
     if kind != "xl_base" and _LABELS in tensors:
         raise InputError(f"{path}: {_LABELS}: UNets conditioned on images (unCLIP) not supported")
     schedule = _original_configuration(path)
-    said = dict(_said(path, kind, tensors, step))
-    if (of_yaml := schedule.pop("prediction_type", None)) is not None:
-        said[str(beside(path))] = of_yaml
-    chosen = prediction_type or _agreed(path, kind, said)
+    parameterization = schedule.pop("prediction_type", None)
+    if (chosen := prediction_type) is None:
+        said = dict(_said(path, kind, tensors, step))
+        if parameterization is not None:
+            said[f"{beside(path)}"] = _type_of(
+                parameterization, f"{beside(path)}: parameterization"
+            )
+        chosen = _agreed(path, kind, said)
     schedule["prediction_type"] = chosen
     if _ZERO_SNR in tensors and chosen == "v_prediction":
         schedule["rescale_betas_zero_snr"] = True
@@ -186,9 +190,9 @@ def _type_of(name: Any, where: str) -> str:
 
 
 def _original_configuration(path: Path) -> dict[str, Any]:
-    """What the YAML file beside ``path`` says of the noise schedule, in diffusers' words; nothing
-    where there is none. Raise InputError where it is none of CompVis's or Stability's, or in
-    sigmas.
+    """What the YAML file beside ``path`` says of the noise schedule, in diffusers' words but for
+    the prediction type; nothing where there is none. Raise InputError where it is none of
+    CompVis's or Stability's, or in sigmas.
     """
     file = beside(path)
     if file is None:
@@ -212,6 +216,7 @@ def _original_configuration(path: Path) -> dict[str, Any]:
         LookupError,
         TypeError,
         ValueError,
+        OverflowError,
         AttributeError,
     ) as e:
         raise InputError(f"{expected}; correct it, or move it away") from e
@@ -219,13 +224,13 @@ def _original_configuration(path: Path) -> dict[str, Any]:
         raise InputError(f"{file}: {wrong[0]}: models sampled in sigmas are not supported")
     types = [_SCALINGS[name] for name in classes if name in _SCALINGS]
     if not types and not denoiser:
-        types = [_type_of(parameters.get("parameterization", "eps"), f"{file}: parameterization")]
+        types = [parameters.get("parameterization", "eps")]
     if types:
         found["prediction_type"] = types[0]
     if (betas := parameters.get("beta_schedule")) is not None:
-        if betas not in _BETAS:
+        if (betas := str(betas)) not in _BETAS:
             raise InputError(
-                f"{file}: beta_schedule: expected {', '.join(_BETAS)}, found {str(betas)[:40]!r}"
+                f"{file}: beta_schedule: expected {', '.join(_BETAS)}, found {betas[:40]!r}"
             )
         found["beta_schedule"] = _BETAS[betas]
     return found

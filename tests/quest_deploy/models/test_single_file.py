@@ -192,6 +192,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"tensors": {}, "text": "model: {params: {beta_schedule: sqrt}}"},
         "beta_schedule sqrt",
     ),
+    "a list of schedules": (
+        {"tensors": {}, "text": "model: {params: {beta_schedule: [linear]}}"},
+        "beta_schedule",
+    ),
+    "endless steps": (
+        {"tensors": {}, "text": "model: {params: {timesteps: .inf}}"},
+        "model.yaml",
+    ),
+    "an infinite variance": (
+        {"tensors": {}, "text": "model: {params: {linear_end: .inf}}"},
+        "beta_end",
+    ),
 }
 
 
@@ -230,6 +242,12 @@ def test_what_the_user_says_goes_before_what_the_file_says(tmp_path: Path, asked
         again = parse(ModelSource, source.to_json(), "source")
         for model in map(load_model, (source, again)):
             assert model.load_scheduler("ddim").config.prediction_type == asked
+
+
+def test_what_the_user_says_goes_before_words_that_nobody_knows(tmp_path: Path) -> None:
+    metadata = {"modelspec.prediction_type": "flow"}
+    path = single_file(tmp_path, {}, metadata, text="model: {params: {parameterization: w}}")
+    assert loaded(path, "v_prediction").scheduler_config()["prediction_type"] == "v_prediction"
 
 
 def test_a_folders_prediction_type_is_the_users_too_and_every_stage_uses_it(
