@@ -14,7 +14,7 @@ DOCS := $(VENV)/docs
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 WORKSPACE ?= quest-out/tiny-w4a4
 
-.PHONY: demo test test-slow test-all fuzz soak lint docs docs-pages bench bench-methods bench-sd15 bench-serving clean $(SERVING)
+.PHONY: demo test test-slow test-all fuzz kills soak lint docs docs-pages bench bench-methods bench-sd15 bench-serving clean $(SERVING)
 
 # Python compiles what it imports, once; pip would compile ten times as much.
 unexport PYTHONDONTWRITEBYTECODE
@@ -41,6 +41,11 @@ fuzz: $(READY)
 soak: $(READY) $(SERVING)
 	SOAK_MINUTES=$(or $(MINUTES),10) $(BIN)/python -m pytest -q -s tests/quest_deploy/serving/test_hostile_requests.py
 
+# Every command ended at that many moments over all, and on full disks; others at every call, some half an hour.
+kills: $(READY)
+	KILLS=$(or $(COUNT),200) FULL_DISKS=40 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s \
+	  tests/faults/test_kills.py tests/faults/test_full_disk.py
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -62,6 +67,7 @@ docs-pages: $(READY)
 	$(BIN)/python -m typer quest_deploy.cli.main utils docs --name quest-deploy --output docs/cli.md
 	$(BIN)/python scripts/docs/architecture.py
 	$(BIN)/python -m scripts.docs.options
+	$(BIN)/python -m scripts.docs.faults
 
 $(DOCS)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS)

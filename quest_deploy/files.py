@@ -32,7 +32,7 @@ _LOCKED_BYTES = 2**20
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Have an error that the disk is full say of which file: a write to an open one does not."""
     try:
         yield
@@ -50,7 +50,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
     try:
-        with _named(path):
+        with naming(path):
             yield temporary
             sync(temporary)
             os.replace(temporary, path)
@@ -66,10 +66,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _fresh_folder(path.parent, path.name)
     try:
-        yield temporary
-        sync_all(temporary)
-        replace_folder(path, temporary)
-        sync(path.parent)
+        with naming(path):
+            yield temporary
+            sync_all(temporary)
+            replace_folder(path, temporary)
+            sync(path.parent)
         _remove_left(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -147,7 +148,7 @@ def sync(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDONLY if _POSIX else os.O_RDWR | PLAIN)
     try:
-        with _named(path):
+        with naming(path):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

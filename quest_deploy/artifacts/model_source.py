@@ -141,17 +141,16 @@ def fingerprint(path: Path) -> str:
     """
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(_files_in(path, digest)):
-        is_text = file.suffix in (".json", ".txt")
-        if file.suffix in _WEIGHTS or (is_text and file.stat().st_size > _MOST_TEXT_BYTES):
+        if file.suffix in _WEIGHTS:
             content = _samples(file)
-        elif is_text:
-            content = file.read_bytes()
+        elif file.suffix in (".json", ".txt"):
+            content = _text(file)
         else:
             continue
         name = file.name if file == path else file.relative_to(path).as_posix()
         digest.update(f"{name}\0{file.stat().st_size}\0".encode() + content)
     if path.is_file() and (configuration := beside(path)) is not None:
-        digest.update(configuration.read_bytes())
+        digest.update(_text(configuration))
     return digest.hexdigest()
 
 
@@ -181,6 +180,10 @@ def _files_in(root: Path, digest: hashlib._Hash) -> Iterator[Path]:
                 raise InputError(f"{path}: expected files and folders, found a pipe or a device")
             if path.is_file() and not path.name.startswith("."):
                 yield path
+
+
+def _text(file: Path) -> bytes:
+    return _samples(file) if file.stat().st_size > _MOST_TEXT_BYTES else file.read_bytes()
 
 
 def _samples(file: Path) -> bytes:

@@ -192,6 +192,8 @@ class Workspace:
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as e:
+            if e.errno == errno.ENOSPC:
+                raise
             raise InputError(
                 f"cannot make the folder {root} ({e.strerror}); give another one with -w"
             ) from e

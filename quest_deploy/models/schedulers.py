@@ -85,7 +85,7 @@ def noise_schedule(
     import diffusers
 
     names = [name for name in (class_name, config.get("_class_name")) if name is not None]
-    if unknown := [name for name in names or ["no class"] if name not in OF_BETAS]:
+    if unknown := [str(name) for name in names or ["no class"] if str(name) not in OF_BETAS]:
         raise InputError(
             f"{where}: {unknown[0]} is not supported: expected a noise schedule of betas over "
             f"training steps, of {', '.join(sorted(OF_BETAS))}; models in sigmas (EDM, flow "

@@ -18,6 +18,7 @@ from diffusers.models.model_loading_utils import load_state_dict
 from safetensors import safe_open
 
 from quest_deploy.artifacts.model_source import beside
+from quest_deploy.artifacts.tensors import open_tensors
 from quest_deploy.errors import InputError
 from quest_deploy.files import check_archive, read_bounded
 
@@ -125,6 +126,8 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], str, int | None]:
     """The tensors of ``path`` by name, what diffusers calls them, and the training step."""
     try:
         check_archive(path)
+        if path.suffix == ".safetensors":
+            open_tensors(path)  # what is none diffusers would read as text, all of it
         content = load_state_dict(str(path))
         step = content.get("global_step")
         while "state_dict" in content:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
+from quest_deploy.files import naming
 from quest_deploy.progress import no_progress, progress_of
 from quest_deploy.stages.options import EngineStageOptions, StageOptions
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from quest_deploy.artifacts.workspace import Workspace
-    from quest_deploy.progress import Display, Progress
+from quest_deploy.progress import Display, Progress
 
 Options = TypeVar("Options", bound=StageOptions)
 Result = TypeVar("Result")
@@ -120,7 +121,11 @@ class Stage(Generic[Options, Result]):
                 _warn_of_others(name, workspace.interrupted(name) or recorded, recorded)
                 workspace.start(name, recorded)
             try:
-                with progress_of(progress, name) as shown, _scratch_in(workspace.new("scratch")):
+                with (
+                    naming(workspace.root),
+                    progress_of(progress, name) as shown,
+                    _scratch_in(workspace.new("scratch")),
+                ):
                     files, result = (work or self.module.work)(workspace, options, shown)
             except Exception:  # but an interruption is none
                 workspace.forget_start(name)

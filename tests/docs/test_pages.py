@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import typer.main
 
 from quest_deploy.cli.main import app
-from scripts.docs import options
+from scripts.docs import faults, options
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -84,6 +85,13 @@ def test_the_table_of_an_engines_options_is_up_to_date() -> None:
     text = options.PAGE.read_text()
     assert "| `--threads` |" in text
     assert options.page(text) == text
+
+
+def test_the_tables_of_faults_are_up_to_date() -> None:
+    """`make docs-pages` writes them."""
+    text, results = faults.PAGE.read_text(), json.loads(faults.RESULTS.read_text())
+    assert faults.page(text, results) == text
+    assert results.keys() == faults.CAMPAIGNS.keys()
 
 
 def test_the_index_of_the_site_lists_every_page() -> None:

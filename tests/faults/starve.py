@@ -67,8 +67,8 @@ class Starvation(Campaign):
                 found["broken"] += broken(self.root / place)
         # All as it was, or all done: what had been recorded is finished by whoever comes next.
         after = digests(self.root)
-        changed = sorted(name for name, digest in before.items() if after.get(name) != digest)
-        found["changed"] = changed if self.other() else []
+        changed = {name for name, digest in before.items() if after.get(name) != digest}
+        found["changed"] = sorted(changed.intersection(self.other()))
         if goes_on:
             again = self.nursery.run(self.arguments())
             found["again"] = again.err if again.code else ""

@@ -53,6 +53,7 @@ DAMAGES: dict[str, tuple[str, Any, Any]] = {
     "timesteps as text": (SCHEDULER, "num_train_timesteps", "1000"),
     "an unknown schedule of betas": (SCHEDULER, "beta_schedule", "no such"),
     "an unknown prediction": (SCHEDULER, "prediction_type", "no such"),
+    "a list for the scheduler's class": (SCHEDULER, "_class_name", [{}]),
     "a list for the index": (INDEX, None, [1, 2]),
     "a number for a part": (INDEX, "text_encoder", [1, 2]),
     "no class of the pipeline": (INDEX, "_class_name", REMOVED),
