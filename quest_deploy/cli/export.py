@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @command(ExportArguments)
 def export(chosen: dict[str, Any], console: Console) -> None:
-    """Export the checkpoint as a portable ONNX graph; calibrates one where there is none, of the
-    given model where a workspace is given too.
+    """Export the checkpoint as a portable ONNX graph; calibrates one where there is none. A
+    workspace that is given alone must be there.
     """
     api.export(**chosen, progress=console)
     report(console, opened(chosen), "export")

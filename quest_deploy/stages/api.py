@@ -169,10 +169,10 @@ def import_checkpoint(chosen: ImportArguments) -> Workspace:
 
 @takes(ExportArguments)
 def export(chosen: ExportArguments) -> Export:
-    """Export the checkpoint as a portable ONNX graph; calibrate one where there is none, of the
-    given model where the workspace is given too.
+    """Export the checkpoint as a portable ONNX graph; calibrate one where there is none. A
+    workspace that is given alone must be there.
     """
-    opened = chosen.opened() if chosen.model or not chosen.workspace else chosen.found()
+    opened = chosen.opened() if chosen.describes_a_new_one else chosen.found()
     if opened.checkpoint_stage == "calibrate":
         logger.warning(
             "no finetuned checkpoint in this workspace: exporting a calibrated one (%s), which is "

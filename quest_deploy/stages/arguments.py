@@ -99,16 +99,20 @@ class OnWorkspace(OfWorkspace):
 class ExportArguments(SchemeChoices, ModelChoices, OfWorkspace):
     """The parameters of ``export``, and of all that makes a workspace where there is none."""
 
-    def found(self) -> Workspace:
-        """The workspace; raise InputError where there is none, or one of another model or
-        scheme.
+    @property
+    def describes_a_new_one(self) -> bool:
+        """Whether anything is chosen of a model or a scheme, or no workspace is given, which may
+        have been mistyped.
         """
-        choices = self.of(SchemeChoices)
-        choices.scheme()  # what is unknown is refused first
-        opened = open_workspace(self.workspace, self.model, self.bits)
-        self.of(ModelChoices).check(opened)
-        choices.check(opened)
-        return opened
+        return (
+            self.workspace is None
+            or self.of(ModelChoices) != ModelChoices()
+            or self.of(SchemeChoices) != SchemeChoices()
+        )
+
+    def found(self) -> Workspace:
+        """The workspace; raise InputError where there is none."""
+        return open_workspace(self.workspace, self.model, self.bits)
 
     def opened(self, *, split_shortcuts: bool = False) -> Workspace:
         """The workspace; raise InputError where it is not of this model or scheme.
