@@ -75,7 +75,7 @@ def workspace(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_end_where_one_does_to_1e_5_and_only_the_main_one_prints_and_writes(
+def test_two_processes_end_where_one_does_to_1e_4_and_only_the_main_one_prints_and_writes(
     workspace: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -86,7 +86,7 @@ def test_two_processes_end_where_one_does_to_1e_5_and_only_the_main_one_prints_a
     for name, value in expected.items():
         # A share's gradients alone would move the weights 1e-3 apart: Adam's steps are of the size
         # of its rate.
-        assert (found[name] - value).norm() <= 1e-5 * value.norm().clamp(min=1e-3), name
+        assert (found[name] - value).norm() <= 1e-4 * value.norm().clamp(min=1e-3), name
     assert strict_json(ended.stdout)["steps"] == 4
     assert ended.stderr.count("finetune ...") == 1
     assert snapshot(workspace).keys() == snapshot(other).keys()
