@@ -26,7 +26,7 @@ std::string float_text(double value) {
     const auto text = [&](std::chars_format format) {
         return std::string(digits.data(), std::to_chars(digits.data(), digits.data() + digits.size(), value, format).ptr);
     };
-    const std::string scientific = text(std::chars_format::scientific);
+    std::string scientific = text(std::chars_format::scientific);
     const int exponent = std::stoi(scientific.substr(scientific.find('e') + 1));
     if (exponent < -4 || exponent > 15) return scientific;
     const std::string fixed = text(std::chars_format::fixed);
