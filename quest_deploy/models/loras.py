@@ -91,7 +91,8 @@ def fuse(loras: Sequence[Lora], part: str, model: nn.Module) -> None:
             name = str(names[layer])
             try:
                 weight: Any = model.get_submodule(name).weight
-                factor = lora.weight * _scale(tensors, _of_part(metadata, part), name)
+                own = layer.removeprefix(_prefix(layer))
+                factor = lora.weight * _scale(tensors, _of_part(metadata, part), (own, name))
                 with torch.no_grad():
                     weight.copy_(fused(weight.float(), tensors, factor))
             except (ValueError, TypeError, ArithmeticError, RuntimeError, re.error) as e:
@@ -170,8 +171,12 @@ def _norm_scale(weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
     return scale
 
 
-def _scale(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: str) -> float:
-    """alpha / rank: with the layer's own alpha, or what the file's metadata says, or 1."""
+def _scale(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], names: Sequence[str]
+) -> float:
+    """alpha / rank: with the layer's own alpha, or what the file's metadata says of it under one of
+    its ``names``, or 1.
+    """
     if missing := [role for role in ("down", "up") if role not in tensors]:
         raise ValueError(f"expected both factors, and {' and '.join(missing)} is missing")
     if not (rank := len(tensors["down"])):
@@ -183,7 +188,9 @@ def _scale(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: str
     if "lora_alpha" not in settings:
         return 1.0
     patterns = dict(settings.get("alpha_pattern") or {})
-    key = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
+    key = next(
+        (p for p in patterns if any(re.match(rf"(.*\.)?({p})$", name) for name in names)), None
+    )
     alpha = float(settings["lora_alpha"] if key is None else patterns[key])
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
