@@ -21,6 +21,7 @@ from quest_deploy.artifacts.model_source import beside
 from quest_deploy.artifacts.tensors import open_tensors
 from quest_deploy.errors import InputError
 from quest_deploy.files import check_archive, read_bounded
+from quest_deploy.models.plain_yaml import load_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -202,7 +203,7 @@ def _original_configuration(path: Path) -> dict[str, Any]:
         return {}
     expected = f"{file}: expected the original configuration of {path.name} (model: params: …)"
     try:
-        content = yaml.safe_load(read_bounded(file, _MAX_YAML_BYTES, "move it away"))
+        content = load_yaml(read_bounded(file, _MAX_YAML_BYTES, "move it away"))
         parameters = content["model"]["params"]
         denoiser = parameters.get("denoiser_config", {}).get("params", {})
         scaling, steps = denoiser.get("scaling_config"), denoiser.get("discretization_config")
@@ -222,7 +223,10 @@ def _original_configuration(path: Path) -> dict[str, Any]:
         OverflowError,
         AttributeError,
     ) as e:
-        raise InputError(f"{expected}; correct it, or move it away") from e
+        reason = " ".join(str(e).split()) if isinstance(e, yaml.YAMLError) else ""
+        raise InputError(
+            f"{expected}{reason and f' ({reason})'}; correct it, or move it away"
+        ) from e
     if wrong := [name for name in classes if name not in (*_SCALINGS, "LegacyDDPMDiscretization")]:
         raise InputError(f"{file}: {wrong[0]}: models sampled in sigmas are not supported")
     types = [_SCALINGS[name] for name in classes if name in _SCALINGS]
