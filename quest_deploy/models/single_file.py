@@ -60,6 +60,8 @@ _NUMBERS: dict[str, tuple[str, type]] = {
 }
 """Their settings, and what diffusers calls them."""
 _MAX_YAML_BYTES = 2**20
+_MOST_NESTED = 4
+"""A pickle can hold itself, endlessly."""
 ASK = "say it with --prediction-type"
 
 
@@ -131,9 +133,16 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], str, int | None]:
             open_tensors(path)  # what is none diffusers would read as text, all of it
         content = load_state_dict(str(path))
         step = content.get("global_step")
-        while "state_dict" in content:
+        for _ in range(_MOST_NESTED):
+            if "state_dict" not in content:
+                break
             content = content["state_dict"]
             step = content.get("global_step", step)
+        else:
+            raise InputError(
+                f"{path}: expected at most {_MOST_NESTED - 1} state_dict inside each other; "
+                "convert it to .safetensors"
+            )
         tensors = {name: x for name, x in content.items() if isinstance(x, torch.Tensor)}
         return tensors, infer_diffusers_model_type(tensors), None if step is None else int(step)
     except InputError:
