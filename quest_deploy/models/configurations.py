@@ -52,6 +52,8 @@ class UNetConfiguration(_Configuration):
     time_embedding_dim: Channels | None = None
     projection_class_embeddings_input_dim: Channels | None = None
     addition_time_embed_dim: Channels | None = None
+    mid_block_type: str | None = None
+    time_embedding_type: str | None = None
 
 
 class SchedulerConfiguration(_Configuration):
