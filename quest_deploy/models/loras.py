@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from quest_deploy.artifacts.tensors import open_tensors
 from quest_deploy.errors import InputError
 from quest_deploy.models.sgm_names import sgm_names
+from quest_deploy.models.weights import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -62,7 +63,6 @@ _METADATA = "lora_adapter_metadata"
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """The ways to begin training a LoRA that leave the model's own weights as they are."""
 _OLD_ENCODER_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
-_LISTED = 4
 
 
 def fuse(loras: Sequence[Lora], part: str, model: nn.Module) -> None:
@@ -81,11 +81,11 @@ def fuse(loras: Sequence[Lora], part: str, model: nn.Module) -> None:
             raise InputError(
                 f"the LoRA {lora.path} does not fit the model: {len(unknown)} of its "
                 f"{len(layers)} layers for the {part} fit no layer of {type(model).__name__}: "
-                f"{_listed(unknown)}"
+                f"{listed(unknown)}"
             )
         if twice := [str(name) for name, count in Counter(names.values()).items() if count > 1]:
             raise InputError(
-                f"the LoRA {lora.path} names layers twice, in two spellings: {_listed(twice)}"
+                f"the LoRA {lora.path} names layers twice, in two spellings: {listed(twice)}"
             )
         for layer, tensors in layers.items():
             name = str(names[layer])
@@ -221,7 +221,7 @@ def _read(lora: Lora) -> tuple[dict[str, Layers], dict[str, Any]]:
     if strange or not parts:
         raise InputError(
             f"the LoRA {lora.path}: expected the factors of LoRA, LoCon or DoRA, found "
-            f"{_listed(strange) or 'nothing'}; convert it to a LoRA with the tool that trained it"
+            f"{listed(strange) or 'nothing'}; convert it to a LoRA with the tool that trained it"
         )
     if not isinstance(metadata, dict):
         raise InputError(f"the LoRA {lora.path}: expected {_METADATA} to be an object of JSON")
@@ -273,9 +273,3 @@ def _known_layers(model: nn.Module) -> dict[str, str]:
             others |= {spelling: name, f"text_model.{spelling}": name}
     known = others | {name: name for name in names}
     return {key.replace(".", "_"): name for key, name in known.items()}
-
-
-def _listed(names: Iterable[str]) -> str:
-    found = sorted(names)
-    rest = len(found) - _LISTED
-    return ", ".join(found[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -452,15 +452,9 @@ class PipelineModel:
             for i in (0, 1)
         ]
         if self.config.get("addition_embed_type") == "text_time":
-            sizes = time_ids(*self.pixels()).repeat(len(prompts), 1)
+            sizes = time_ids(*self.image_size).repeat(len(prompts), 1)
             halves = [{**half, "time_ids": sizes} for half in halves]
         return halves[0], halves[1]
-
-    def pixels(self) -> tuple[int, int]:
-        """Height and width of the pictures that the UNet was made for."""
-        factor = self._pixels_per_latent()
-        _, height, width = self.sample_shape
-        return height * factor, width * factor
 
     def _pixels_per_latent(self) -> int:
         if self._decoder_config is None:
