@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -79,14 +80,17 @@ class Declared:
         return self.option.recorded or self.name
 
     def check(self, value: Any) -> None:
-        """Raise InputError for a value of another type or out of range."""
+        """Raise InputError for a value of another type, out of range or not finite."""
         option = self.option
         if not _fits(value, self.kind):
             raise InputError(f"{self.flag}: expected {_named(self.kind)}, not {value!r}")
         for each in value if isinstance(value, tuple) else (value,):
             if each is None:
                 continue
-            if option.choices and each not in option.choices:
+            whole = isinstance(each, Integral)  # which may be too large for a float
+            if isinstance(each, Real) and not whole and not math.isfinite(each):
+                expected = "a finite number"
+            elif option.choices and each not in option.choices:
                 expected = f"one of {', '.join(map(str, option.choices))}"
             elif option.minimum is not None and not each >= option.minimum:
                 expected = f"{option.minimum} or more"

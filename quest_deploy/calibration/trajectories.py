@@ -211,7 +211,8 @@ def record_trajectories(
                 **conditions,
             )
         except Exception as e:  # diffusers raises whatever a configuration provokes
-            if i or isinstance(e, QuestDeployError):  # what ran once is not at fault
+            # What ran once is not at fault, nor is a machine without memory.
+            if i or isinstance(e, QuestDeployError | OSError) or _lacks_memory(e):
                 raise
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
             raise InputError(
@@ -231,6 +232,13 @@ def record_trajectories(
         progress("recording trajectories", i + 1, len(scheduler.timesteps))
     return Trajectories(
         torch.stack(inputs), scheduler.timesteps.float(), torch.stack(outputs), conditions
+    )
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether Python or torch, whose allocator on CPUs has no exception of its own, got none."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(
+        error
     )
 
 

@@ -29,6 +29,7 @@ from quest_deploy.models.configurations import (
     PerLevel,
     Side,
 )
+from quest_deploy.models.plain_yaml import load_yaml
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -563,7 +564,7 @@ def _parse(path: Path) -> Any:
     if path.suffix == ".json":
         return json.loads(text)
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError as e:
         raise ValueError(str(e)) from e
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from quest_deploy.artifacts.model_source import INDEX
 from quest_deploy.artifacts.schema import parse
@@ -52,6 +52,8 @@ class UNetConfiguration(_Configuration):
     time_embedding_dim: Channels | None = None
     projection_class_embeddings_input_dim: Channels | None = None
     addition_time_embed_dim: Channels | None = None
+    mid_block_type: str | None = None
+    time_embedding_type: str | None = None
 
 
 class SchedulerConfiguration(_Configuration):
@@ -72,9 +74,24 @@ class TextEncoderConfiguration(_Configuration):
 
 
 class DecoderConfiguration(_Configuration):
-    """vae/config.json."""
+    """vae/config.json or vqvae/config.json."""
 
-    block_out_channels: PerLevel[Channels]
+    block_out_channels: PerLevel[Channels] | None = None
+    scaling_factor: Annotated[float, Field(gt=0)] = 1.0
+    shift_factor: float | None = None
+    latent_channels: Channels | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    @field_validator("latents_mean", "latents_std")
+    @classmethod
+    def _check_latents(
+        cls, values: tuple[float, ...] | None, read: ValidationInfo
+    ) -> tuple[float, ...] | None:
+        channels = read.data.get("latent_channels")
+        if values is not None and channels is not None and len(values) != channels:
+            raise ValueError(f"expected {channels} numbers, latent_channels, found {len(values)}")
+        return values
 
 
 Read = TypeVar("Read", bound=_Configuration)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from quest_deploy.artifacts.tensors import open_tensors
 from quest_deploy.errors import InputError
 from quest_deploy.models.sgm_names import sgm_names
+from quest_deploy.models.weights import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -62,7 +63,6 @@ _METADATA = "lora_adapter_metadata"
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """The ways to begin training a LoRA that leave the model's own weights as they are."""
 _OLD_ENCODER_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
-_LISTED = 4
 
 
 def fuse(loras: Sequence[Lora], part: str, model: nn.Module) -> None:
@@ -81,17 +81,18 @@ def fuse(loras: Sequence[Lora], part: str, model: nn.Module) -> None:
             raise InputError(
                 f"the LoRA {lora.path} does not fit the model: {len(unknown)} of its "
                 f"{len(layers)} layers for the {part} fit no layer of {type(model).__name__}: "
-                f"{_listed(unknown)}"
+                f"{listed(unknown)}"
             )
         if twice := [str(name) for name, count in Counter(names.values()).items() if count > 1]:
             raise InputError(
-                f"the LoRA {lora.path} names layers twice, in two spellings: {_listed(twice)}"
+                f"the LoRA {lora.path} names layers twice, in two spellings: {listed(twice)}"
             )
         for layer, tensors in layers.items():
             name = str(names[layer])
             try:
                 weight: Any = model.get_submodule(name).weight
-                factor = lora.weight * _scale(tensors, _of_part(metadata, part), name)
+                own = layer.removeprefix(_prefix(layer))
+                factor = lora.weight * _scale(tensors, _of_part(metadata, part), (own, name))
                 with torch.no_grad():
                     weight.copy_(fused(weight.float(), tensors, factor))
             except (ValueError, TypeError, ArithmeticError, RuntimeError, re.error) as e:
@@ -170,8 +171,12 @@ def _norm_scale(weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
     return scale
 
 
-def _scale(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: str) -> float:
-    """alpha / rank: with the layer's own alpha, or what the file's metadata says, or 1."""
+def _scale(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], names: Sequence[str]
+) -> float:
+    """alpha / rank: with the layer's own alpha, or what the file's metadata says of it under one of
+    its ``names``, or 1.
+    """
     if missing := [role for role in ("down", "up") if role not in tensors]:
         raise ValueError(f"expected both factors, and {' and '.join(missing)} is missing")
     if not (rank := len(tensors["down"])):
@@ -183,7 +188,9 @@ def _scale(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: str
     if "lora_alpha" not in settings:
         return 1.0
     patterns = dict(settings.get("alpha_pattern") or {})
-    key = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
+    key = next(
+        (p for p in patterns if any(re.match(rf"(.*\.)?({p})$", name) for name in names)), None
+    )
     alpha = float(settings["lora_alpha"] if key is None else patterns[key])
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
@@ -214,7 +221,7 @@ def _read(lora: Lora) -> tuple[dict[str, Layers], dict[str, Any]]:
     if strange or not parts:
         raise InputError(
             f"the LoRA {lora.path}: expected the factors of LoRA, LoCon or DoRA, found "
-            f"{_listed(strange) or 'nothing'}; convert it to a LoRA with the tool that trained it"
+            f"{listed(strange) or 'nothing'}; convert it to a LoRA with the tool that trained it"
         )
     if not isinstance(metadata, dict):
         raise InputError(f"the LoRA {lora.path}: expected {_METADATA} to be an object of JSON")
@@ -266,9 +273,3 @@ def _known_layers(model: nn.Module) -> dict[str, str]:
             others |= {spelling: name, f"text_model.{spelling}": name}
     known = others | {name: name for name in names}
     return {key.replace(".", "_"): name for key, name in known.items()}
-
-
-def _listed(names: Iterable[str]) -> str:
-    found = sorted(names)
-    rest = len(found) - _LISTED
-    return ", ".join(found[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -138,6 +138,10 @@ class PipelineModel:
                 f"--prompts: expected a text-to-image model, and {self.name} is {self.family}"
             )
         self._schedule = self._read_schedule()
+        decoder = self.folder / (self._decoder or "vae") / "config.json"
+        self._decoder_config = (
+            read_configuration(DecoderConfiguration, decoder) if decoder.exists() else None
+        )
         self.channels = channels_of(
             self.name,
             self.config,
@@ -448,22 +452,16 @@ class PipelineModel:
             for i in (0, 1)
         ]
         if self.config.get("addition_embed_type") == "text_time":
-            sizes = time_ids(*self.pixels()).repeat(len(prompts), 1)
+            sizes = time_ids(*self.image_size).repeat(len(prompts), 1)
             halves = [{**half, "time_ids": sizes} for half in halves]
         return halves[0], halves[1]
 
-    def pixels(self) -> tuple[int, int]:
-        """Height and width of the pictures that the UNet was made for."""
-        factor = self._pixels_per_latent()
-        _, height, width = self.sample_shape
-        return height * factor, width * factor
-
     def _pixels_per_latent(self) -> int:
-        path = self.folder / "vae" / "config.json"
-        if not path.exists():
+        if self._decoder_config is None:
             return 8
-        levels = len(read_configuration(DecoderConfiguration, path)["block_out_channels"])
-        return int(2 ** (levels - 1))
+        if (levels := self._decoder_config.get("block_out_channels")) is None:
+            raise InputError(f"{self.name}: block_out_channels of its decoder is missing")
+        return int(2 ** (len(levels) - 1))
 
     def load_decoder(self) -> Any:
         """The diffusers module that decodes latents; None where the model works on pixels."""

@@ -21,6 +21,7 @@ from quest_deploy.artifacts.model_source import beside
 from quest_deploy.artifacts.tensors import open_tensors
 from quest_deploy.errors import InputError
 from quest_deploy.files import check_archive, read_bounded
+from quest_deploy.models.plain_yaml import load_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,6 +60,8 @@ _NUMBERS: dict[str, tuple[str, type]] = {
 }
 """Their settings, and what diffusers calls them."""
 _MAX_YAML_BYTES = 2**20
+_MOST_NESTED = 4
+"""A pickle can hold itself, endlessly."""
 ASK = "say it with --prediction-type"
 
 
@@ -130,9 +133,16 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], str, int | None]:
             open_tensors(path)  # what is none diffusers would read as text, all of it
         content = load_state_dict(str(path))
         step = content.get("global_step")
-        while "state_dict" in content:
+        for _ in range(_MOST_NESTED):
+            if "state_dict" not in content:
+                break
             content = content["state_dict"]
             step = content.get("global_step", step)
+        else:
+            raise InputError(
+                f"{path}: expected at most {_MOST_NESTED - 1} state_dict inside each other; "
+                "convert it to .safetensors"
+            )
         tensors = {name: x for name, x in content.items() if isinstance(x, torch.Tensor)}
         return tensors, infer_diffusers_model_type(tensors), None if step is None else int(step)
     except InputError:
@@ -202,7 +212,7 @@ def _original_configuration(path: Path) -> dict[str, Any]:
         return {}
     expected = f"{file}: expected the original configuration of {path.name} (model: params: …)"
     try:
-        content = yaml.safe_load(read_bounded(file, _MAX_YAML_BYTES, "move it away"))
+        content = load_yaml(read_bounded(file, _MAX_YAML_BYTES, "move it away"))
         parameters = content["model"]["params"]
         denoiser = parameters.get("denoiser_config", {}).get("params", {})
         scaling, steps = denoiser.get("scaling_config"), denoiser.get("discretization_config")
@@ -222,7 +232,10 @@ def _original_configuration(path: Path) -> dict[str, Any]:
         OverflowError,
         AttributeError,
     ) as e:
-        raise InputError(f"{expected}; correct it, or move it away") from e
+        reason = " ".join(str(e).split()) if isinstance(e, yaml.YAMLError) else ""
+        raise InputError(
+            f"{expected}{reason and f' ({reason})'}; correct it, or move it away"
+        ) from e
     if wrong := [name for name in classes if name not in (*_SCALINGS, "LegacyDDPMDiscretization")]:
         raise InputError(f"{file}: {wrong[0]}: models sampled in sigmas are not supported")
     types = [_SCALINGS[name] for name in classes if name in _SCALINGS]

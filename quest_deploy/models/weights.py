@@ -93,7 +93,7 @@ def check_weights(module: nn.Module, where: str) -> None:
     """Raise InputError where a weight of ``module`` was not loaded or is not finite."""
     state = {name: value for name, value in module.state_dict().items() if value.numel()}
     if missing := [name for name, value in state.items() if value.is_meta]:
-        raise InputError(f"{where}: weights are missing: {_listed(missing)}")
+        raise InputError(f"{where}: weights are missing: {listed(missing)}")
     for name, value in state.items():
         if value.is_floating_point() and not torch.stack(torch.aminmax(value)).isfinite().all():
             raise InputError(
@@ -175,7 +175,7 @@ def _check_fit(folder: Path, info: dict[str, Collection[Any]], *, whole: bool) -
         for key, found, expected in info["mismatched_keys"]
     ]
     problems = [
-        f"{len(names)} {what}: {_listed(names)}"
+        f"{len(names)} {what}: {listed(names)}"
         for what, names in (
             ("are missing", missing),
             ("have another shape", shapes),
@@ -196,11 +196,12 @@ def _check_fit(folder: Path, info: dict[str, Collection[Any]], *, whole: bool) -
             "%s: %d weights have no place in its configuration and are left out: %s",
             folder,
             len(superfluous),
-            _listed(superfluous),
+            listed(superfluous),
         )
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first of the sorted ``names``, and how many more there are."""
     found = sorted(names)
     rest = len(found) - _LISTED
     return ", ".join(found[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -10,7 +10,7 @@ import torch
 
 from quest_deploy.artifacts.workspace import IMAGES
 from quest_deploy.backends.engine_unet import EngineUNet
-from quest_deploy.errors import InputError
+from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.evaluation.image_grid import save_grid
 from quest_deploy.evaluation.sampling import sample_images
 from quest_deploy.models.channels import EDITING, INPAINTING
@@ -133,14 +133,18 @@ def _draw_prompts(
         "height": options.height or height,
         "width": options.width or width,
         "generator": torch.Generator().manual_seed(options.seed),
+        "output_type": "np",
         **of_images,
         **_progress_arguments(pipeline, options.steps, progress),
     }
     taken = inspect.signature(pipeline.__call__).parameters
     try:  # instruct-pix2pix's has the image's size, and takes no other
-        images = pipeline(**{name: x for name, x in arguments.items() if name in taken}).images
+        drawn = pipeline(**{name: x for name, x in arguments.items() if name in taken}).images
     except ValueError as e:  # what diffusers raises for arguments that do not go together
         raise InputError(str(e)) from e
+    if not np.isfinite(drawn).all():
+        raise QuestDeployError("the decoder's images are not finite; choose a smaller --guidance")
+    images = pipeline.numpy_to_pil(drawn)
     pictures = [workspace.new(IMAGES, f"{options.backend}-{i}.png") for i in range(len(images))]
     for path, image in zip(pictures, images, strict=True):
         image.save(path, format="PNG")
@@ -148,15 +152,25 @@ def _draw_prompts(
 
 
 def _progress_arguments(pipeline: Any, steps: int, progress: Progress) -> dict[str, Any]:
-    """What makes a diffusers pipeline tell of each step; some have the older way alone."""
+    """What makes a diffusers pipeline tell of each step, and end at latents that are not finite;
+    some have the older way alone.
+    """
 
     def on_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        progress("denoising", step + 1, pipe.num_timesteps)
+        _after_step(step + 1, pipe.num_timesteps, values["latents"], progress)
         return values
 
     if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
         return {"callback_on_step_end": on_step}
-    return {"callback": lambda step, timestep, latents: progress("denoising", step + 1, steps)}
+    return {"callback": lambda step, _, latents: _after_step(step + 1, steps, latents, progress)}
+
+
+def _after_step(done: int, steps: int, latents: torch.Tensor, progress: Progress) -> None:
+    if not torch.isfinite(latents).all():
+        raise QuestDeployError(
+            f"the latents are not finite after step {done} of {steps}; choose a smaller --guidance"
+        )
+    progress("denoising", done, steps)
 
 
 def _image_arguments(model: PipelineModel, options: GenerateOptions, count: int) -> dict[str, Any]:

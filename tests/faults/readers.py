@@ -137,7 +137,6 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
 
     configuration = (
         "read_configuration",
-        "_pixels_per_latent",
         "_pooled_width",
         "_read_schedule",
         "scheduler_config",

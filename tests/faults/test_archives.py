@@ -52,6 +52,14 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path: Path) -
     assert peak_memory() - before < 2**28
 
 
+def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    path, content = tmp_path / "model.ckpt", {}
+    content["state_dict"] = content
+    torch.save(content, path)
+    with refused(path, "state_dict"):
+        load_model(resolve_source(str(path)))
+
+
 def test_what_torch_itself_saves_is_taken(tmp_path: Path) -> None:
     for new in (True, False):
         torch.save({"a": torch.ones(10)}, tmp_path / "a.pt", _use_new_zipfile_serialization=new)

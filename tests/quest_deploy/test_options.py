@@ -21,6 +21,7 @@ from quest_deploy.cli.options import command
 from quest_deploy.errors import InputError
 from quest_deploy.options import Option, Options, takes
 from scripts.docs.options import table
+from tests.helpers import refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,3 +179,10 @@ def test_a_type_checker_knows_a_functions_parameters(tmp_path: Path) -> None:
     )
     wrong = {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line}
     assert wrong == {i for i, right in enumerate(lines.values(), 2) if not right}, done.stdout
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_numbers_that_are_not_finite_are_refused_by_the_option(value: str) -> None:
+    with refused("--share", value):
+        Drawing(Path("a"), share=float(value))
+    assert Drawing(Path("a"), share=1e300).share == 1e300

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -148,7 +149,7 @@ def _settings(
         "sizes": [list(layout.pixels(size)) for size in layout.sizes],
         "size_factor": layout.pixels_per_latent * layout.sample_multiple,
         "decoder": "vae_decoder" in signatures,
-        "schedulers": SCHEDULERS,
+        "schedulers": _schedulers(model),
         "scheduler_config": model.scheduler_config(),
         "defaults": {
             "steps": STEPS,
@@ -161,6 +162,18 @@ def _settings(
         "time_ids": of_xl,
         "models": signatures,
     }
+
+
+def _schedulers(model: DiffusionModel) -> dict[str, str]:
+    """Those that know the model's kind of noise schedule: diffusers' classes by their short names.
+    The server only configures them, and another one would draw from other betas without a word.
+    """
+    found = {}
+    for name, kind in SCHEDULERS.items():
+        with suppress(InputError):
+            model.load_scheduler(name)
+            found[name] = kind
+    return found
 
 
 def _null_conditions(model: DiffusionModel) -> dict[str, Tensor] | None:

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.serving.triton.layout import FILES
 from quest_deploy.serving.triton.pipelines import (
     MODEL_TIMEOUT,
@@ -40,7 +39,7 @@ INPUTS = {
     "image_guidance": "weight of the image, beside guidance; 1 or more",
     "seed": "the same seed draws the same image; the server chooses one if there is none",
     "steps": f"denoising steps; {STEPS} unless given",
-    "scheduler": f"{', '.join(SCHEDULERS)}; {SCHEDULER} unless given",
+    "scheduler": f"$schedulers; {SCHEDULER} unless given",
     "guidance": "classifier-free guidance weight; 1 is none",
     "height": "pixels",
     "width": "pixels",
@@ -95,7 +94,7 @@ def write_readme(
         ),
         "inputs": "\n".join(
             f"| `{name}` | {kind.removeprefix('TYPE_').replace('STRING', 'BYTES')} | "
-            f"{INPUTS[name]} |"
+            f"{INPUTS[name].replace('$schedulers', ', '.join(settings['schedulers']))} |"
             for name, kind in pipeline_inputs(model).items()
         ),
         "question": question,

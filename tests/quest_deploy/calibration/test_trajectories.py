@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from tests.helpers import refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -78,3 +78,20 @@ def test_sampling_draws_from_finite_weights_alone(model: Path, name: str) -> Non
     save_file(tensors, path, metadata={"format": "pt"})
     with refused(model / name, "finite"):
         record(model)
+
+
+@pytest.mark.parametrize(
+    ("fail", "error"),
+    [
+        (lambda: torch.ones(10**15), RuntimeError),
+        (lambda: bytearray(10**15), MemoryError),
+        (lambda: Path("/no/such/file").read_bytes(), OSError),
+    ],
+    ids=["torch", "Python", "a file"],
+)
+def test_a_machine_without_memory_or_files_is_not_the_unets_fault(
+    model: Path, fail: Callable[[], Any], error: type[Exception]
+) -> None:
+    loaded, unet = load_model(resolve_source(str(model))), cast("Any", lambda *_, **__: fail())
+    with pytest.raises(error):
+        record_trajectories(loaded, unet, steps=2, samples=1, seed=0)

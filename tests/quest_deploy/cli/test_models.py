@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from quest_deploy.artifacts.model_source import ModelSource
 from quest_deploy.artifacts.scheme import Scheme
-from quest_deploy.artifacts.workspace import MANIFEST, TRAJECTORIES, Workspace
+from quest_deploy.artifacts.workspace import IMAGES, MANIFEST, TRAJECTORIES, Workspace
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.models.loading import resolve_source
 from quest_deploy.stages.workspaces import (
@@ -196,3 +197,62 @@ def test_generate_refuses_what_the_model_cannot_be_asked_for(
     before = (root / MANIFEST).read_bytes()
     cli("generate", "-w", root, "--backend", backend, *options).assert_refused(*facts.split())
     assert (root / MANIFEST).read_bytes() == before
+
+
+def in_older_form(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call of a pipeline that tells of its steps in diffusers' older form alone."""
+
+    def older(
+        self: Any,
+        prompt: list[str],
+        num_inference_steps: int,
+        guidance_scale: float,
+        generator: Any,
+        output_type: str,
+        callback: Any,
+    ) -> Any:
+        def on_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            callback(step, timestep, values["latents"])
+            return values
+
+        return call(
+            self,
+            prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            output_type=output_type,
+            callback_on_step_end=on_step,
+        )
+
+    return older
+
+
+@pytest.mark.parametrize(
+    ("guidance", "older", "facts"),
+    [
+        ("1e300", False, "step 1 3"),
+        ("1e300", True, "step 1 3"),
+        ("1e30", False, "decoder's"),
+    ],
+)
+def test_what_is_not_finite_makes_no_picture(
+    text_chain: Chain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    guidance: str,
+    older: bool,
+    facts: str,
+) -> None:
+    root = tmp_path / "workspace"
+    shutil.copytree(text_chain.root, root)
+    shutil.rmtree(root / IMAGES, ignore_errors=True)
+    if older:
+        call = in_older_form(StableDiffusionPipeline.__call__)
+        monkeypatch.setattr(StableDiffusionPipeline, "__call__", call)
+    ended = cli(
+        *("generate", "-w", root, "--backend", "onnxruntime"),
+        *("--steps", "3", "--guidance", guidance),
+    )
+    ended.assert_refused(*facts.split(), "--guidance", code=1)
+    assert not list(root.rglob("*.png"))

@@ -164,6 +164,7 @@ def test_a_configuration_without_its_parts_or_that_is_no_yaml_is_refused(tmp_pat
     for text, facts in (
         ("a: [", "YAML JSON"),
         ("model: {}", "'params'"),
+        ("a: &a [1]\nimage_size: *a", "*a"),
         ("{in_channels: 3}", "'image_size'"),
     ):
         path.write_text(text)

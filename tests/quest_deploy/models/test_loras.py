@@ -415,6 +415,30 @@ def test_alphas_in_the_files_metadata_count(
     assert_fused(unet_of(pipelines("sd"), given), plain, of_layers)
 
 
+def test_alphas_in_the_metadata_count_under_a_text_encoders_name_in_the_file(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    plain = layers_of(encoder_of(pipelines("sd"), "text_encoder"))
+    of_layers = {
+        name: tensors_for(weight, i, alpha=False) for i, (name, weight) in enumerate(plain.items())
+    }
+    first = "encoder.layers.0.self_attn.q_proj"
+    given = save(
+        tmp_path / "style.safetensors",
+        of_peft("text_encoder.text_model."),
+        of_layers,
+        **{
+            "text_encoder.lora_alpha": 6,
+            "text_encoder.alpha_pattern": {f"text_model.{first}": 1.5, "fc1": 5},
+        },
+    )
+    for name, tensors in of_layers.items():
+        alpha = 1.5 if name == first else 5.0 if name.endswith("fc1") else 6.0
+        tensors["alpha"] = torch.tensor(alpha)
+    assert first in of_layers
+    assert_fused(encoder_of(pipelines("sd"), "text_encoder", given), plain, of_layers)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_factors_of_any_float_type_are_taken(
     pipelines: Callable[[str], Path], tmp_path: Path, dtype: torch.dtype

@@ -36,6 +36,10 @@ SGM = (
 )
 
 
+BOMB = "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 30))
+"""A kilobyte that stands for a thousand million values."""
+
+
 def single_file(
     folder: Path,
     tensors: dict[str, Any],
@@ -199,6 +203,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "endless steps": (
         {"tensors": {}, "text": "model: {params: {timesteps: .inf}}"},
         "model.yaml",
+    ),
+    "aliases of aliases": (
+        {"tensors": {}, "text": f"{BOMB}model: {{params: {{parameterization: *a29}}}}"},
+        "model.yaml *a0",
     ),
     "an infinite variance": (
         {"tensors": {}, "text": "model: {params: {linear_end: .inf}}"},

@@ -50,6 +50,12 @@ TEXT: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "a learned time embedding": ("ldm", {"time_embedding_type": "learned"}, "time_embedding_type"),
     "a Fourier time embedding": ("ldm", {"time_embedding_type": "fourier"}, "time_embedding_type"),
+    "a list for the time embedding": ("ldm", {"time_embedding_type": []}, "time_embedding_type"),
+    "a number for the middle block": (
+        "sd",
+        {"down_block_types": ["DownBlock2D"], "mid_block_type": 5},
+        "mid_block_type",
+    ),
     "another UNet": ("ldm", {"_class_name": "UNet3DConditionModel"}, "UNet3DConditionModel"),
 }
 

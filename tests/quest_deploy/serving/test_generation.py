@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -211,6 +213,21 @@ def xl(
 ) -> tuple[Reference, Any]:
     """The small Stable Diffusion XL: what a package of it draws, and diffusers' own pipeline."""
     return reference(pipelines("sdxl"), tmp_path_factory.mktemp("xl"))
+
+
+def test_a_scheduler_that_does_not_know_zero_terminal_snr_is_refused_by_name(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "zero"
+    shutil.copytree(pipelines("sd-v"), source)
+    config = source / "scheduler" / "scheduler_config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "rescale_betas_zero_snr": True})
+    )
+    pipeline, _ = reference(source, tmp_path / "package")
+    with refused("scheduler", "pndm", error=pipeline.generation.InvalidRequestError):
+        pipeline.draw(prompt=PROMPT, steps=4, scheduler="pndm")
+    assert pipeline.draw(prompt=PROMPT, steps=4, scheduler="unipc").shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize("negative", [None, "blue"])
