@@ -180,8 +180,9 @@ class ImageFolderOptions(StageOptions):
     image_folder: ImageFolderOption = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.image_folder, Mapping):  # of a manifest
-            object.__setattr__(self, "image_folder", ImageFolder(**self.image_folder))
+        given: Any = self.image_folder
+        if isinstance(given, Mapping):  # of a manifest
+            object.__setattr__(self, "image_folder", ImageFolder(**given))
         super().__post_init__()
         if isinstance(self.image_folder, Path | str):
             object.__setattr__(self, "image_folder", ImageFolder.of(self.image_folder))
