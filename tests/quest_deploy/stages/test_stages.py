@@ -165,6 +165,7 @@ def test_going_on_with_other_options_than_were_interrupted_is_told(
         with pytest.raises(KeyboardInterrupt):
             A.run(new, CalibrateOptions(samples=chosen), work=fails(KeyboardInterrupt))
         assert ("samples 7, now 8" in caplog.text) == told
+        assert ("goes on with the new ones" in caplog.text) == told
     assert new.interrupted_stages == ["calibrate"]
     A.run(new, CalibrateOptions(samples=8), work=writes("one"))
     assert new.interrupted_stages == []
