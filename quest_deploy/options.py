@@ -127,7 +127,11 @@ def _enumeration(kind: Any) -> Any:
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """A sequence as a tuple, the value of an enumeration as its member, a path's text as a path."""
+    """A sequence as a tuple, a number as Python's own, the value of an enumeration as its member, a
+    path's text as a path.
+    """
+    if not isinstance(value, bool) and isinstance(value, Real):  # NumPy's are no JSON
+        return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_converted(each, (get_args(kind) or (Any,))[0]) for each in value)
     kinds = get_args(kind) or (kind,)

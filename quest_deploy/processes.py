@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pickle
 import signal
 import sys
-from contextlib import contextmanager
+import traceback
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from quest_deploy.errors import QuestDeployError
+from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 PR_SET_PDEATHSIG = 1
+_MEANT = (QuestDeployError, OSError, MemoryError, ModuleNotFoundError, KeyboardInterrupt)
+"""What commands tell by its type; any other exception is a defect, and travels as text."""
 
 
 def in_own_process(work: Callable[..., Result], *arguments: Any) -> Result:
@@ -25,7 +29,8 @@ def in_own_process(work: Callable[..., Result], *arguments: Any) -> Result:
     ends.
 
     Raises:
-        QuestDeployError: the process was ended from outside, as by Linux where memory runs out.
+        QuestDeployError: the process was ended from outside, as by Linux where memory runs out; or
+            ``work`` has a defect, whose traceback the message ends with.
     """
     context = get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
@@ -70,9 +75,28 @@ def _answer(
 ) -> None:
     end_with(parent)
     try:
-        pipe.send((work(*arguments), None))
-    except Exception as e:
-        pipe.send((None, e))
+        answer = _pickled(work(*arguments), None)
+    except (Exception, KeyboardInterrupt) as e:
+        answer = _pickled_error(e)
+    pipe.send_bytes(answer)
+
+
+def _pickled(result: Any, error: BaseException | None) -> bytes:
+    """An answer that the parent can read: what it cannot raises here."""
+    content = pickle.dumps((result, error))
+    pickle.loads(content)
+    return content
+
+
+def _pickled_error(error: BaseException) -> bytes:
+    if isinstance(error, _MEANT):
+        with suppress(Exception):  # one whose __init__ takes other arguments is made anew below
+            return _pickled(None, error)
+        kind = InputError if isinstance(error, InputError) else QuestDeployError
+        return _pickled(None, kind(str(error)))
+    summary = f"{type(error).__name__}: {error}"
+    trace = "".join(traceback.format_exception(error))
+    return _pickled(None, QuestDeployError(f"{summary}\n{trace}"))
 
 
 def end_with(parent: int) -> None:

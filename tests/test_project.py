@@ -37,6 +37,17 @@ def test_the_workflow_tests_every_python_that_the_project_names() -> None:
     assert PROJECT["requires-python"] == f">={PYTHONS[0]}"
 
 
+def test_the_tests_that_pages_and_sources_name_are_there() -> None:
+    named = {
+        name
+        for folder, suffix in (("docs", "md"), ("trt_plugins", "cpp"), ("quest_deploy", "py"))
+        for path in (ROOT / folder).rglob(f"*.{suffix}")
+        for name in re.findall(r"\btests/\w[\w/]*\.py\b", path.read_text())
+    }
+    assert len(named) > 3
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("python", PYTHONS)
 def test_everything_has_wheels_for_every_python(python: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class ImageFolder:
     @classmethod
     def of(cls, folder: Path | str) -> ImageFolder:
         """The folder as it is now; raise InputError where it holds no image."""
-        path = Path(folder).resolve()
+        path = Path(os.path.realpath(folder))  # Path.resolve raises for a link to itself
         return cls(str(path), _hash(path))
 
     def files(self) -> list[Path]:
@@ -48,4 +49,9 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _hash(folder: Path) -> str:
-    return sha256_of_json({path.name: sha256_of(path) for path in _images(folder)})
+    try:
+        return sha256_of_json({path.name: sha256_of(path) for path in _images(folder)})
+    except OSError as e:  # an image that is a link to itself, no permission
+        raise InputError(
+            f"--image-folder {folder}: {e.filename} cannot be read ({e.strerror})"
+        ) from e

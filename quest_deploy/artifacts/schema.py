@@ -96,6 +96,8 @@ def parse_document(
     if value.get("version") != version:
         found = value.get("version")
         raise _refusal(what, f"expected a {form} of version {version}, found {found!r}", repair)
+    if sealed and "sha256" not in value:
+        raise _refusal(what, "it has no sha256: an earlier version wrote it, or an editor", repair)
     about = {"format", "version", "sha256"} if sealed else {"format", "version"}
     found = parse(kind, {k: v for k, v in value.items() if k not in about}, what, repair)
     content = {k: v for k, v in value.items() if k != "sha256"}

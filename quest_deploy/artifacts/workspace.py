@@ -127,7 +127,7 @@ class _Manifest:
     model: str
     scheme: Annotated[Scheme, PlainValidator(Scheme.from_json)]
     stages: dict[str, StageRecord]
-    source: ModelSource | None = None
+    source: ModelSource
 
 
 def check_vacant(root: Path) -> None:
@@ -178,9 +178,7 @@ class Workspace:
             TopologicalSorter(inputs).prepare()
         except CycleError as e:
             raise InputError(f"{path}: stages form a cycle {e.args[1]}; {_REPAIR}") from e
-        # Manifests of earlier versions, which knew the embedded model alone, have no source.
-        source = manifest.source or ModelSource(manifest.model)
-        return cls(root, source, manifest.scheme, manifest.stages)
+        return cls(root, manifest.source, manifest.scheme, manifest.stages)
 
     @classmethod
     def create(cls, root: Path, model: ModelSource | str, scheme: Scheme) -> Workspace:

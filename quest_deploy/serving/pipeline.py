@@ -129,6 +129,10 @@ def _refusal(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
+class _AbsentError(InputError, AttributeError):
+    """A module of a UNet that an engine does not have: ``hasattr`` finds none."""
+
+
 class PipelineUNet(ModelMixin, ConfigMixin):
     """An engine in the place of a pipeline's UNet.
 
@@ -157,7 +161,7 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         if name in _REFUSED:
             return _refusal(name)
         if name in _INSIDE:
-            raise InputError(f"unet.{name}: {_FIXED}")
+            raise _AbsentError(f"unet.{name}: {_FIXED}")
         return super().__getattr__(name)
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> NoReturn:

@@ -180,12 +180,12 @@ class ImageFolderOptions(StageOptions):
     image_folder: ImageFolderOption = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         given: Any = self.image_folder
         if isinstance(given, Mapping):  # of a manifest
             object.__setattr__(self, "image_folder", ImageFolder(**given))
-        elif given is not None and not isinstance(given, ImageFolder):
-            object.__setattr__(self, "image_folder", ImageFolder.of(given))
+        super().__post_init__()
+        if isinstance(self.image_folder, Path | str):
+            object.__setattr__(self, "image_folder", ImageFolder.of(self.image_folder))
 
     @property
     def images_from(self) -> ImageFolder | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from quest_deploy.artifacts.workspace import Workspace
-from quest_deploy.progress import Display, Progress
+    from quest_deploy.progress import Display, Progress
 
 Options = TypeVar("Options", bound=StageOptions)
 Result = TypeVar("Result")
@@ -153,7 +153,8 @@ def _warn_of_others(name: str, interrupted: dict[str, Any], chosen: dict[str, An
     ]
     if others:
         logger.warning(
-            "the interrupted %s had other options, and `quest-deploy run` goes on with them: %s",
+            "the interrupted %s had other options, and `quest-deploy run` goes on with the new "
+            "ones: %s",
             name,
             "; ".join(others),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -136,6 +138,11 @@ def test_a_value_of_another_type_or_range_is_refused_by_its_flag(name: str, valu
 
 def test_an_enumeration_is_taken_by_its_value_and_a_whole_number_for_a_float() -> None:
     assert Drawing(Path(), ink="blue", share=1).ink is Ink.BLUE  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_taken_and_recorded_as_pythons() -> None:
+    found = Drawing(Path(), size=[np.int64(3)], share=np.float32(0.5)).to_json()  # type: ignore[arg-type]
+    assert json.loads(json.dumps(found)) == found | {"sizes": [3], "share": 0.5}
 
 
 def test_a_functions_help_tells_of_each_option() -> None:

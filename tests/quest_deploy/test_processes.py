@@ -2,18 +2,76 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from quest_deploy.errors import QuestDeployError
+from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.processes import in_own_process
 from tests.helpers import refused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def test_a_process_of_its_own_gives_back_what_is_returned_or_raised() -> None:
     assert in_own_process(os.getppid) == os.getpid()
-    with pytest.raises(ValueError, match="no number"):
-        in_own_process(int, "no number")
+    with pytest.raises(FileNotFoundError, match="nowhere") as caught:
+        in_own_process(os.stat, "nowhere")
+    assert caught.value.filename == "nowhere"
+
+
+class TwoPartsError(InputError):
+    """One that pickle cannot make again."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        """Join them."""
+        super().__init__(f"{name}: {reason}")
+
+
+class DefectError(Exception):
+    """The same, that no command expects."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        """Join them."""
+        super().__init__(f"{name}: {reason}")
+
+
+def fails(error: type[Exception]) -> None:
+    raise error("the file", "is empty")
+
+
+def unpicklable() -> object:
+    return lambda: None
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("work", "arguments", "error", "facts"),
+    [
+        (fails, (TwoPartsError,), InputError, ["the file: is empty"]),
+        (fails, (DefectError,), QuestDeployError, ["DefectError: the file: is empty", "in fails"]),
+        (int, ("no number",), QuestDeployError, ["ValueError", "no number"]),
+        (unpicklable, (), QuestDeployError, ["unpicklable", "pickle"]),
+    ],
+    ids=["two arguments", "a defect of two arguments", "a defect", "an unpicklable result"],
+)
+def test_what_pickle_cannot_carry_arrives_as_text(
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    error: type[QuestDeployError],
+    facts: list[str],
+) -> None:
+    with refused(*facts, error=error):
+        in_own_process(work, *arguments)
+
+
+def test_an_interruption_stays_one() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        in_own_process(interrupted)
 
 
 def test_a_process_that_ends_before_it_answers_is_a_failed_job() -> None:

@@ -166,6 +166,7 @@ def manifest(**changes: Any) -> str:
         "format": "quest-deploy workspace",
         "version": 1,
         "model": "tiny",
+        "source": {"name": "tiny"},
         "scheme": SCHEME.to_json(),
         "stages": {"calibrate": RECORD},
     }
@@ -236,6 +237,16 @@ def test_a_damaged_manifest_is_refused_in_one_line(tmp_path: Path, text: str, fa
     # lose what it says.
 
     assert "delete" not in str(caught.value)
+
+
+def test_a_manifest_without_a_hash_is_said_to_be_of_an_earlier_version_or_edited(
+    tmp_path: Path,
+) -> None:
+    content = json.loads(manifest())
+    del content["sha256"], content["source"]  # the first versions wrote neither
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    with refused(tmp_path / MANIFEST, "sha256", "earlier version", "-w"):
+        Workspace.open(tmp_path)
 
 
 def test_a_stage_whose_input_is_not_in_the_manifest_is_not_up_to_date(made: Workspace) -> None:

@@ -44,6 +44,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("generate", *BACKEND, "--steps", "2"),
     ("evaluate", *BACKEND, "--images", "2", "--steps", "2"),
     ("sensitivity", "--samples", "1"),
+    ("run", *BACKEND),
 )
 
 

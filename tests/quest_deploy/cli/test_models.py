@@ -12,7 +12,6 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from quest_deploy.artifacts.model_source import ModelSource
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import IMAGES, MANIFEST, TRAJECTORIES, Workspace
 from quest_deploy.calibration.trajectories import Trajectories
@@ -23,7 +22,6 @@ from quest_deploy.stages.workspaces import (
     create_workspace,
     open_workspace,
 )
-from tests.helpers import reseal
 from tests.quest_deploy.support import LDM_CHAIN, TEXT_CHAIN, cli
 
 if TYPE_CHECKING:
@@ -61,12 +59,6 @@ def test_the_manifest_says_where_the_model_comes_from_and_later_commands_need_no
     assert (source["name"], source["location"]) == ("sd-pipeline", str(folder))
     assert source["fingerprint"] == resolve_source(str(folder)).fingerprint
     assert Workspace.open(text_chain.root).source.path == folder
-
-
-def test_a_manifest_of_an_earlier_version_has_no_source_and_still_opens(tmp_path: Path) -> None:
-    root = Workspace.create(tmp_path / "ws", "tiny", Scheme.parse("w4a4")).root
-    reseal(root / MANIFEST, lambda content: content.pop("source"))
-    assert Workspace.open(root).source == ModelSource("tiny")
 
 
 @pytest.mark.parametrize(

@@ -402,6 +402,12 @@ def test_a_folder_without_images_or_with_others_than_recorded_is_refused(
         ImageFolder.of(tmp_path)
     with refused("--image-folder", tmp_path / "none"):
         ImageFolder.of(tmp_path / "none")
+    loop = tmp_path / "pictures" / "loop.png"
+    loop.symlink_to(loop)
+    for folder in (loop, loop.parent):
+        with refused("--image-folder", loop):
+            ImageFolder.of(folder)
+    loop.unlink()
     (tmp_path / "pictures" / "0.png").unlink()
     with refused(pictures.path, "changed"):
         pictures.files()

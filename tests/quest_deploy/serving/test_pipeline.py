@@ -16,6 +16,7 @@ from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import CHECKPOINT, Workspace
 from quest_deploy.backends.engine_unet import EngineUNet
+from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.schedulers import SCHEDULERS
@@ -249,10 +250,6 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "set_attn_processor": lambda pipe: pipe.unet.set_attn_processor(PROCESSOR),
     "load_attn_procs": lambda pipe: pipe.unet.load_attn_procs({}),
     "load_state_dict": lambda pipe: pipe.unet.load_state_dict({}),
-    "unet.encoder_hid_proj": lambda pipe: pipe.unet.encoder_hid_proj,
-    "unet.down_blocks": lambda pipe: pipe.unet.down_blocks[0],
-    "unet.mid_block": lambda pipe: pipe.unet.mid_block,
-    "unet.conv_in": lambda pipe: pipe.unet.conv_in.weight,
 }
 
 
@@ -260,6 +257,13 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 def test_what_would_change_the_engine_is_refused_with_what_to_do(pipeline: Any, name: str) -> None:
     with refused(name, "calibrate --lora"):
         CALLS[name](pipeline)
+
+
+@pytest.mark.parametrize("name", ["encoder_hid_proj", "down_blocks", "mid_block", "conv_in"])
+def test_an_engine_has_no_modules_and_says_so_to_who_takes_one(pipeline: Any, name: str) -> None:
+    assert not hasattr(pipeline.unet, name)
+    with pytest.raises(InputError, match=rf"unet\.{name}: .*calibrate --lora"):
+        getattr(pipeline.unet, name)
 
 
 def test_saving_the_pipeline_names_the_workspace(pipeline: Any, tmp_path: Path) -> None:

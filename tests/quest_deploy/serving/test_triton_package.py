@@ -534,11 +534,22 @@ def test_beyond_this_machine_images_are_drawn_over_http_for_who_has_the_key_alon
         return re.findall(r"--http-restricted-api=inference:quest-deploy-key=(\S+)", printed)
 
     monkeypatch.delenv("QUEST_DEPLOY_HTTP_KEY", raising=False)
-    assert restricted() == []
-    (first,), (second,) = restricted("--host", "0.0.0.0"), restricted("--host", "0.0.0.0")
-    assert first != second  # which nobody knows
+    for _ in ("unset", "empty"):
+        assert restricted() == []
+        (first,), (second,) = restricted("--host", "0.0.0.0"), restricted("--host", "0.0.0.0")
+        assert first != second  # which nobody knows
+        monkeypatch.setenv("QUEST_DEPLOY_HTTP_KEY", "")
     monkeypatch.setenv("QUEST_DEPLOY_HTTP_KEY", "abc")
     assert restricted() == restricted("--host", "0.0.0.0") == ["abc"]
+
+
+def test_a_package_does_not_tell_the_key_of_who_made_it(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUEST_DEPLOY_HTTP_KEY", "the makers key")
+    packaged(workspace, tmp_path / "out")
+    for path in (tmp_path / "out").rglob("*"):
+        assert not path.is_file() or b"makers key" not in path.read_bytes(), path
 
 
 def test_text_format_quotes_strings_escapes_them_and_writes_words_and_truth_values_bare() -> None:

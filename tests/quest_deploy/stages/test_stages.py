@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from quest_deploy.artifacts.image_folder import ImageFolder
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import READ_CALIBRATED, Workspace
 from quest_deploy.errors import InputError
@@ -72,6 +73,8 @@ def test_the_workspace_knows_which_stages_read_the_calibrated_checkpoint() -> No
         BenchmarkOptions(batch=(2, 4)),
         GenerateOptions(labels="01", prompt=("a cat",)),
         EvaluateOptions(images=4),
+        CalibrateOptions(image_folder=ImageFolder("/pictures", "0")),
+        EvaluateOptions(image_folder=ImageFolder("/pictures", "0")),
     ],
     ids=lambda options: type(options).__name__,
 )
@@ -162,6 +165,7 @@ def test_going_on_with_other_options_than_were_interrupted_is_told(
         with pytest.raises(KeyboardInterrupt):
             A.run(new, CalibrateOptions(samples=chosen), work=fails(KeyboardInterrupt))
         assert ("samples 7, now 8" in caplog.text) == told
+        assert ("goes on with the new ones" in caplog.text) == told
     assert new.interrupted_stages == ["calibrate"]
     A.run(new, CalibrateOptions(samples=8), work=writes("one"))
     assert new.interrupted_stages == []

@@ -1,5 +1,5 @@
-// The runtime's readers under the sanitizers, for tests/faults/test_cpp_readers.py. KIND is json, manifest, engine, schedule, or planted,
-// whose defects show that the sanitizers see them.
+// The runtime's readers under the sanitizers, for tests/trt_plugins/test_cpp_readers.py. KIND is json, manifest, engine, schedule, or
+// planted, whose defects show that the sanitizers see them.
 //
 //   readers KIND show FOLDER...             one line each: "read" and what, or "refused" and why
 //   readers KIND threads FOLDER...          the same by several threads at once, each of which must find the same

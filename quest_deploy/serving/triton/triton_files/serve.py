@@ -130,8 +130,8 @@ def command(
     ]
     # A few bytes of JSON with the shape of terabytes end the server (Triton 2.51), over HTTP alone.
     key = os.environ.get(KEY_VARIABLE)
-    if key is not None or arguments.host not in LOOPBACK:
-        key = secrets.token_hex(16) if key is None else key
+    if key or arguments.host not in LOOPBACK:
+        key = key or secrets.token_hex(16)
         options.append(f"--http-restricted-api=inference:{KEY_HEADER}={key}")
     if backends is not None:
         options += [
