@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from quest_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ def select_layers(
         name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)
     )
     if not chosen and or_all:
+        logger.warning(
+            "no quantized layer matches %s: all %d are trained", ", ".join(patterns), len(names)
+        )
         return names
     if not chosen:
         raise InputError(f"no quantized layer matches {', '.join(patterns)}")

@@ -94,7 +94,10 @@ def fuse(loras: Sequence[Lora], part: str, model: nn.Module) -> None:
                 own = layer.removeprefix(_prefix(layer))
                 factor = lora.weight * _scale(tensors, _of_part(metadata, part), (own, name))
                 with torch.no_grad():
-                    weight.copy_(fused(weight.float(), tensors, factor))
+                    result = fused(weight.float(), tensors, factor)
+                    if not torch.isfinite(result).all():  # DoRA's norm of a row of zeros is 0
+                        raise ValueError("its weight would not be finite")
+                    weight.copy_(result)
             except (ValueError, TypeError, ArithmeticError, RuntimeError, re.error) as e:
                 reason = " ".join(str(e).split())
                 raise InputError(

@@ -146,6 +146,13 @@ def set_steps(scheduler: Any, steps: int) -> None:
     scheduler.set_timesteps(steps)
 
 
+def most_steps(scheduler: Any, most: int) -> int:
+    """The largest number of steps up to ``most`` that a scheduler takes; ``most`` where it takes
+    none, which :func:`set_steps` then refuses.
+    """
+    return next((n for n in range(most, 0, -1) if _problem(scheduler, n) is None), most)
+
+
 def _numbers(scheduler: Any, some: int) -> str:
     """Return which numbers of steps work, ``some`` among them."""
     trained = scheduler.config.num_train_timesteps

@@ -95,7 +95,7 @@ NO_PLAN = (
     "with the stand-in backend on a CPU; "
     "on the GPU machine, run `quest-deploy build-engine --backend tensorrt` and package again"
 )
-MOST_BYTES, FILES = 2**25, "expected an image"
+MOST_IMAGE_BYTES, IMAGE_EXPECTED = 2**25, "expected an image"
 logger = logging.getLogger(__name__)
 
 
@@ -316,7 +316,9 @@ def client(chosen: ClientArguments) -> DrawnImage:
     for name in declared(ImageRequest):
         if (value := getattr(chosen, name)) is not None:
             is_file = isinstance(value, Path)
-            request[name] = read_bounded(value, MOST_BYTES, FILES) if is_file else value
+            request[name] = (
+                read_bounded(value, MOST_IMAGE_BYTES, IMAGE_EXPECTED) if is_file else value
+            )
     started = time.monotonic()
     with progress_of(chosen.progress, "client") as shown:
         drawn = import_module("quest_deploy.serving.client").request_image(

@@ -13,6 +13,7 @@ from quest_deploy.calibration.training_state import hash_of_tensors
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sha256_of, write_json
 from quest_deploy.models.loading import load_model
+from quest_deploy.models.schedulers import most_steps
 from quest_deploy.stages.options import QDIFF
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def work(
             f"buckets, and {model.name} was trained with {trained}; start a new workspace with -w"
         )
     unet = model.load_unet()
-    steps = options.steps or min(model.calibration_steps, trained)
+    steps = options.steps or most_steps(model.load_scheduler("ddim"), model.calibration_steps)
     rows = options.batch or model.forward_rows
     reconstructs = options.method == QDIFF
 

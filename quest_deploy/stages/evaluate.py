@@ -19,6 +19,7 @@ from quest_deploy.calibration import trajectories
 from quest_deploy.evaluation import quality
 from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.files import write_json
+from quest_deploy.models.channels import guidance_of
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.progress import named
@@ -53,6 +54,7 @@ def work(
     chosen = {name: x for name, x in options.to_json().items() if name != "image_folder"}
     sampling = quality.SamplingOptions(**(defaults | chosen))
     set_steps(model.load_scheduler(sampling.scheduler), sampling.steps)
+    guidance_of(model, sampling.guidance, options.image_guidance)
     unet = model.load_unet()
     progress("recording held-out trajectories", 0, 1)
     held_out = trajectories.record_trajectories(

@@ -229,6 +229,17 @@ def test_evaluate_refuses_an_engine_that_is_not_exact_here_before_it_draws(
     ended.assert_refused("build-engine")
 
 
+def test_evaluate_refuses_an_images_weight_of_a_model_that_edits_none_before_it_draws(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr(trajectories, "record_trajectories", draw)
+    ended = cli("evaluate", "-w", workspace, "--backend", "onnxruntime", "--image-guidance", "2")
+    ended.assert_refused("--image-guidance", "tiny")
+
+
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
 def test_an_unknown_scheduler_is_refused_with_the_known_ones(workspace: Path, command: str) -> None:
     ended = cli(command, "-w", workspace, "--scheduler", "heun")

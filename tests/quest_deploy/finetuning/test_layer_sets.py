@@ -71,3 +71,11 @@ def test_patterns_that_match_nothing_are_an_input_error() -> None:
 
 def test_the_embedded_models_family_has_layer_sets(tiny: TinyModel) -> None:
     assert tiny.family in LAYER_SETS
+
+
+def test_where_none_of_the_default_patterns_matches_it_is_said_that_all_are_trained(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    names = ("conv_in", "conv_out")
+    assert select_layers(names, ("*.to_q", "*.to_k"), or_all=True) == names
+    assert [(x.levelname, *x.args) for x in caplog.records] == [("WARNING", "*.to_q, *.to_k", 2)]

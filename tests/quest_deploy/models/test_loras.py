@@ -5,12 +5,13 @@ fusion; what cannot be used is named.
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quest_deploy.importers.architecture import UNetConfig
@@ -277,6 +278,20 @@ def test_dora_over_the_outputs_as_lycoris_once_wrote_it(
     }
     given = save(tmp_path / "style.safetensors", kohya("lora_unet_"), of_layers)
     assert_fused(unet_of(pipelines("sd"), given), plain, of_layers)
+
+
+def test_dora_on_a_row_of_zeros_is_refused(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, path = shutil.copytree(pipelines("sd"), tmp_path / "model"), tmp_path / "a.safetensors"
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors[f"{ATTENTION}.weight"][3] = 0
+    save_file(tensors, weights, metadata={"format": "pt"})
+    nothing = {"down": torch.ones(2, 16), "up": torch.zeros(16, 2), "magnitude": torch.ones(16)}
+    save(path, of_peft("unet."), {ATTENTION: nothing})
+    with refused(path, f"unet.{ATTENTION}", "finite"):
+        unet_of(model, str(path))
 
 
 def test_locons_middle_convolution_is_multiplied_in(

@@ -18,7 +18,7 @@ from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
-from quest_deploy.models.schedulers import IN_SIGMAS, OF_BETAS, SCHEDULERS, set_steps
+from quest_deploy.models.schedulers import IN_SIGMAS, OF_BETAS, SCHEDULERS, most_steps, set_steps
 from quest_deploy.models.tiny import TinyModel
 from quest_deploy.serving.schedule import run_schedule, schedule_from_scheduler
 from tests.helpers import refused
@@ -247,6 +247,19 @@ def test_buckets_divide_the_models_own_training_steps(
     assert {scheme.bucket_of(t) for t in recorded} == set(range(scheme.buckets))
     assert len(recorded) == scheme.buckets
     assert max(recorded) < trained
+
+
+def test_by_default_as_many_steps_are_taken_as_an_offset_leaves(
+    model_with: Callable[..., Callable[[], PipelineModel]], tmp_path: Path
+) -> None:
+    few = {**BETAS, "num_train_timesteps": 8, "steps_offset": 1}
+    model = model_with({"_class_name": "DDIMScheduler", **few})()
+    assert most_steps(model.load_scheduler("ddim"), 20) == 7
+    assert most_steps(TinyModel().load_scheduler("ddim"), 20) == 20
+    made = qd.calibrate(
+        str(tmp_path / "ldm"), workspace=tmp_path / "ws", samples=1, method="minmax"
+    )
+    assert made.scheme.buckets == 8
 
 
 def test_a_workspace_of_other_training_steps_is_refused(
