@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from quest_deploy.artifacts.schema import validated
 from quest_deploy.errors import InputError
-from quest_deploy.files import sha256_of, sha256_of_json
+from quest_deploy.files import read_bounded, sha256_of_json
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 MOST_IMAGES = 10_000
+MOST_BYTES = 2**26
+"""Of an image's file."""
 
 
 @validated("image folder")
@@ -49,9 +52,8 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _hash(folder: Path) -> str:
-    try:
-        return sha256_of_json({path.name: sha256_of(path) for path in _images(folder)})
-    except OSError as e:  # an image that is a link to itself, no permission
-        raise InputError(
-            f"--image-folder {folder}: {e.filename} cannot be read ({e.strerror})"
-        ) from e
+    contents = (
+        (path.name, read_bounded(path, MOST_BYTES, "give --image-folder a folder of images"))
+        for path in _images(folder)
+    )
+    return sha256_of_json({name: hashlib.sha256(each).hexdigest() for name, each in contents})

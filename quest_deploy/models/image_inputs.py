@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from quest_deploy.artifacts.image_folder import MOST_BYTES
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_bounded
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 MASK = "-mask"
 """The mask of ``cat.jpg`` is ``cat-mask.png``, of any of the suffixes."""
-MOST_BYTES = 2**26
 MOST_PIXELS = 2**26
 _FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 

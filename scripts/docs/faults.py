@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "faults.md"
 RESULTS = ROOT / "scripts" / "bench" / "results" / "faults.json"
 CAMPAIGNS = {
-    "damaged files": ("kind of file", ("message", "same", "wrong")),
+    "damaged files": ("kind of file", ("message", "same", "read", "wrong")),
     "kills": ("command", ("killed", "one message", "was done", "wrong")),
     "full disks": ("command", ("writes", "one message", "wrong")),
 }

@@ -15,21 +15,25 @@ from safetensors.torch import load_file, save_file
 
 from exporters.graph_info import load_graph
 from quest_deploy.artifacts.checkpoint import load_checkpoint
+from quest_deploy.artifacts.image_folder import ImageFolder
 from quest_deploy.artifacts.reference import ReferenceIndex, load_reference
-from quest_deploy.artifacts.workspace import Workspace
+from quest_deploy.artifacts.workspace import CALIBRATED, TRAJECTORIES, Workspace
 from quest_deploy.backends import exactness
 from quest_deploy.backends.base import engine_info
 from quest_deploy.calibration.training_state import TrainingState
 from quest_deploy.calibration.trajectories import Trajectories
+from quest_deploy.files import write_json
 from quest_deploy.finetuning.teacher_cache import TargetStream
 from quest_deploy.importers.architecture import UNetConfig
 from quest_deploy.importers.read import read
 from quest_deploy.importers.settings import ImportSettings, Source
+from quest_deploy.models import pipeline_model
 from quest_deploy.models.image_inputs import made_image, read_image
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.triton.package import FORMAT as PACKAGE_FORMAT
 from quest_deploy.serving.triton.package import check_target
+from quest_deploy.stages import calibrate
 from quest_deploy.stages.options import CalibrateOptions, read_prompts
 from tests import pipelines
 from tests.quest_deploy.importers.cases import UNCONDITIONAL, Case
@@ -50,7 +54,7 @@ class Kind:
     Attributes:
         path: of the example, which is damaged in its place.
         read: reads it and what lies around it; gives what can be compared, or None.
-        functions: the functions of the package that open it, which a test holds against the code.
+        functions: those that open it, as ``module:function``, which a test holds against the code.
         guarded: whether a change of its content is noticed by the reader itself; those of a
             workspace's other files by the manifest's hashes.
     """
@@ -84,6 +88,18 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
     (package / "package.json").write_text(json.dumps({"format": PACKAGE_FORMAT, "version": 1}))
     cache = folder / "exact-integers.json"
     cache.write_text(json.dumps({"a machine": {"conv int8 x int8": 64}}))
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    shutil.copyfile(folder / "image.png", pictures / "0.png")
+    recorded = ImageFolder.of(pictures)
+    save_file({"weight": torch.ones(3, 32)}, folder / "classes.safetensors")
+    started = folder / "started"
+    started.mkdir()
+    for name in (TRAJECTORIES, CALIBRATED):
+        shutil.copyfile(root / name, started / name)
+    write_json(
+        started / calibrate.MADE_FROM, {"made_from": {}, "sha256": calibrate._hashes(started)}
+    )
     options = root / "calibrate-options.json"
     options.write_text(json.dumps(Workspace.open(root).stages["calibrate"].options))
     record = next((root / "reference").glob("buckets-*"))
@@ -136,52 +152,69 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
     save_file({f"{layer}.{name}.weight": x for name, x in factors.items()}, lora)
 
     configuration = (
-        "read_configuration",
-        "_pooled_width",
-        "_read_schedule",
-        "scheduler_config",
-        "__init__",
+        "models.configurations:read_configuration",
+        "models.pipeline_model:_pooled_width",
+        "models.pipeline_model:_read_schedule",
+        "models.pipeline_model:__init__",
     )
     return {
         "manifest": Kind(
             root / "manifest.json",
             lambda path: Workspace.open(root).stages,
-            ("_read",),
+            ("artifacts.workspace:_read",),
             guarded=True,
         ),
-        "stage options": Kind(options, recorded_options, ("interrupted",)),
-        "checkpoint": Kind(root / "checkpoint.safetensors", build, ("load_checkpoint",)),
-        "trajectories": Kind(root / "trajectories.safetensors", Trajectories.load, ("load",)),
-        "graph": Kind(root / "unet.onnx", graph, ("load_graph",)),
+        "stage options": Kind(options, recorded_options, ("artifacts.workspace:interrupted",)),
+        "checkpoint": Kind(
+            root / "checkpoint.safetensors", build, ("artifacts.checkpoint:load_checkpoint",)
+        ),
+        "trajectories": Kind(
+            root / "trajectories.safetensors", Trajectories.load, ("calibration.trajectories:load",)
+        ),
+        "graph": Kind(root / "unet.onnx", graph, ("exporters.graph_info:load_graph",)),
         "reference index": Kind(
             root / "reference" / "reference.json",
             lambda path: ReferenceIndex.read(path.parent),
-            ("read",),
+            ("artifacts.reference:read",),
             guarded=True,
         ),
-        "reference record": Kind(record, whole_reference, ("load_reference", "__init__")),
+        "reference record": Kind(
+            record,
+            whole_reference,
+            ("artifacts.reference:load_reference", "artifacts.reference:__init__"),
+        ),
         "reference tables": Kind(
-            root / "reference" / "tables.safetensors", whole_reference, ("load_reference",)
+            root / "reference" / "tables.safetensors",
+            whole_reference,
+            ("artifacts.reference:load_reference",),
         ),
         "engine record": Kind(
             root / "engines" / "onnxruntime" / "engine.json",
             lambda path: engine_info(path.parent),
-            ("engine_info",),
+            ("backends.base:engine_info",),
+            guarded=True,
+        ),
+        "interrupted calibration": Kind(
+            started / calibrate.MADE_FROM,
+            lambda path: calibrate._read_start(path.parent, {})[1].scheme,
+            ("stages.calibrate:_read_start",),
             guarded=True,
         ),
         "training state": Kind(
             folder / "state.pt",
             lambda path: TrainingState.load(path, "key"),
-            ("load", "check_archive"),
+            ("calibration.training_state:load",),
             guarded=True,
         ),
         "targets": Kind(
             folder / "targets.bin",
             lambda path: [targets.read(step) for step in range(3)],
-            ("read",),
+            ("finetuning.teacher_cache:read",),
             guarded=True,
         ),
-        "model index": Kind(model / "model_index.json", load_parts, ("read_index",)),
+        "model index": Kind(
+            model / "model_index.json", load_parts, ("models.configurations:read_index",)
+        ),
         "UNet configuration": Kind(model / "unet" / "config.json", load_parts, configuration),
         "scheduler configuration": Kind(
             model / "scheduler" / "scheduler_config.json", load_parts, configuration
@@ -189,37 +222,56 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
         "weights": Kind(
             model / "unet" / "diffusion_pytorch_model.safetensors",
             load_parts,
-            ("_elements", "load_unet", "fingerprint", "_samples", "_class_table"),
+            ("models.weights:_elements",),
+        ),
+        "class table": Kind(
+            folder / "classes.safetensors",
+            lambda path: pipeline_model._class_table(path, 16),
+            ("models.pipeline_model:_class_table",),
         ),
         "index of shards": Kind(
             shards / "unet" / "diffusion_pytorch_model.safetensors.index.json",
             lambda path: load_model(resolve_source(str(shards))).load_unet() and None,
-            ("_check_shards",),
+            ("models.weights:_check_shards",),
         ),
-        "single file": Kind(single, schedule, ("_said", "_read")),
-        "original configuration": Kind(beside, schedule, ("_original_configuration",)),
+        "single file": Kind(
+            single, schedule, ("models.single_file:_said", "models.single_file:_read")
+        ),
+        "original configuration": Kind(
+            beside, schedule, ("models.single_file:_original_configuration",)
+        ),
         "LoRA": Kind(
             lora,
             lambda path: (
                 load_model(resolve_source(str(model), loras=[str(path)])).load_unet() and None
             ),
-            ("parse", "check", "_read"),
+            ("models.loras:_read",),
         ),
         "official checkpoint": Kind(
             official / "ckpt.pth",
             lambda path: read(path, case.config, case.import_settings),
-            ("_load",),
+            ("importers.read:_load",),
         ),
-        "official UNet": Kind(official / "unet.json", UNetConfig.load, ("_parse",)),
+        "official UNet": Kind(
+            official / "unet.json", UNetConfig.load, ("importers.architecture:_parse",)
+        ),
         "official settings": Kind(
             official / "settings.json",
             lambda path: ImportSettings.gather(Source.QUEST, {}, path),
-            ("gather",),
+            ("importers.settings:gather",),
         ),
-        "prompts": Kind(folder / "prompts.txt", read_prompts, ("read_prompts",)),
-        "image": Kind(folder / "image.png", read_image, ("read_image", "client")),
+        "prompts": Kind(folder / "prompts.txt", read_prompts, ("stages.options:read_prompts",)),
+        "image": Kind(folder / "image.png", read_image, ("models.image_inputs:read_image",)),
+        "folder of images": Kind(
+            pictures / "0.png",
+            lambda path: ImageFolder.of(path.parent) and recorded.files(),
+            ("artifacts.image_folder:_hash",),
+            guarded=True,
+        ),
         "package record": Kind(
-            package / "package.json", lambda path: check_target(path.parent), ("check_target",)
+            package / "package.json",
+            lambda path: check_target(path.parent),
+            ("serving.triton.package:check_target",),
         ),
-        "exact integers": Kind(cache, exactness._kept, ("_kept",)),
+        "exact integers": Kind(cache, exactness._kept, ("backends.exactness:_kept",)),
     }
