@@ -51,6 +51,7 @@ OPENERS = {
 }
 """What reads a file, and ``torch.load`` and ``ir.load``."""
 OWN = {
+    "models.plain_yaml:load_yaml": "a text, whose files' readers have kinds",
     "models.digit_quality:judge": "the package's own file",
     "models.tiny:_embed": "the package's own file",
     "models.tiny:scheduler_config": "the package's own file",
