@@ -270,6 +270,7 @@ int main(int count, char** words) {
             threads.emplace_back([&] {  // a denoiser each, of the same engine
                 Denoiser own(engine, schedule, options);
                 own.set_condition("condition", condition);
+                if (image_channels > 0) own.set_condition(kImageCondition, image);
                 std::vector<float> mine_too = start;
                 own.run(mine_too, noise);
                 if (mine_too != sample) ++wrong;
