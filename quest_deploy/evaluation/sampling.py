@@ -50,7 +50,7 @@ def sample_images(
 
     Args:
         labels: int64 [B].
-        guidance: the classifier-free guidance weight; where it is not 1, both halves run as one
+        guidance: the classifier-free guidance weight; where it is above 1, both halves run as one
             batch.
         image_guidance: the weight of the image that is edited, the model's where it is None.
 

@@ -28,7 +28,7 @@ TEXT_TOKENS = 77
 RANDOM_LABELS = 16
 NO_GUIDANCE = (
     "the model has no unconditional condition, and so no classifier-free guidance: "
-    "expected a guidance weight of 1"
+    "expected a guidance weight of 1 or less"
 )
 
 
