@@ -125,8 +125,8 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """How many rows of the UNet's batch it takes: with a guidance above 1 two, where an image is edited
-        three.
+        """How many rows of the UNet's batch it takes: with a guidance above 1 two, where an image
+        is edited three.
         """
         if self.guidance <= 1:
             return 1
