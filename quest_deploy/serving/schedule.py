@@ -86,8 +86,9 @@ def schedule_from_scheduler(make: Callable[[], Any]) -> Schedule:
     """
     scheduler = make()
     name = type(scheduler).__name__
-    for option in ("clip_sample", "thresholding"):
-        if scheduler.config.get(option):
+    known = inspect.signature(type(scheduler).__init__).parameters
+    for option in ("clip_sample", "thresholding"):  # others' options may lie in a configuration
+        if option in known and scheduler.config.get(option):
             raise InputError(
                 f"{name} with {option} is not linear, so that no table holds it; set {option} to "
                 "False in its configuration"

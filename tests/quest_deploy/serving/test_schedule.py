@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quest_deploy.files import read_json
-from quest_deploy.models.schedulers import SCHEDULERS
+from quest_deploy.models.schedulers import SCHEDULERS, make_scheduler
 from quest_deploy.models.tiny import TinyModel
 from quest_deploy.serving.schedule import MAX_HISTORY, run_schedule, schedule_from_scheduler
 from tests.helpers import assert_holds, refused
@@ -166,6 +166,19 @@ def test_a_table_has_the_noise_of_a_scheduler_that_draws_it_in_a_dtype_of_its_ow
 def test_what_no_table_holds_is_refused(make: Callable[[], Any], facts: str) -> None:
     with refused(*facts.split()):
         schedule_from_scheduler(make)
+
+
+@pytest.mark.parametrize("name", ["dpm++", "euler", "unipc"])
+def test_options_that_a_scheduler_does_not_know_refuse_no_table(name: str) -> None:
+    config = dict(diffusers.DDPMScheduler(clip_sample=True).config)
+
+    def make() -> Any:
+        scheduler = make_scheduler(name, config)
+        scheduler.set_timesteps(4)
+        return scheduler
+
+    assert make().config["clip_sample"]
+    assert len(schedule_from_scheduler(make).steps) == 4
 
 
 def test_a_scheduler_that_is_not_linear_is_found_out() -> None:
