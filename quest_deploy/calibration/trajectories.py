@@ -172,8 +172,8 @@ def record_trajectories(
         scheme: visit each of its buckets; where ``steps`` would miss one, with other spacing and
             more steps.
         samples: how many samplings run side by side; their conditions are drawn by the model.
-        guidance: the classifier-free guidance weight, the model's where it is None. Where it is not
-            1, both halves of every sampling are recorded, the unconditional one first: 2 x
+        guidance: the classifier-free guidance weight, the model's where it is None. Where it is
+            above 1, both halves of every sampling are recorded, the unconditional one first: 2 x
             ``samples`` rows; of a model that edits images three, in the order of
             :meth:`quest_deploy.models.channels.Guidance.parts`.
         image_guidance: the weight of the image that is edited, the model's where it is None.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import TYPE_CHECKING, Protocol
 
@@ -50,7 +51,7 @@ def sample_images(
 
     Args:
         labels: int64 [B].
-        guidance: the classifier-free guidance weight; where it is not 1, both halves run as one
+        guidance: the classifier-free guidance weight; where it is above 1, both halves run as one
             batch.
         image_guidance: the weight of the image that is edited, the model's where it is None.
 
@@ -72,6 +73,9 @@ def sample_images(
         torch.randn(len(labels), *model.sample_shape, generator=generator)
         * schedule.init_noise_sigma
     )
+    # Not all schedulers take a generator; those that add noise need one.
+    takes_generator = "generator" in inspect.signature(schedule.step).parameters
+    extra = {"generator": generator} if takes_generator else {}
     for i, timestep in enumerate(schedule.timesteps):
         scaled = schedule.scale_model_input(latents, timestep)
         batch = joined(scaled.repeat(len(parts), 1, 1, 1), image)
@@ -83,8 +87,6 @@ def sample_images(
             **conditions,
         )
         guided = guide.combine(list(prediction.chunk(len(parts))), channels)
-        # Not all schedulers take a generator; those that add noise need one.
-        extra = {"generator": generator} if scheduler in ("ddpm", "lcm") else {}
         taken = for_scheduler(schedule, guided, channels)
         latents = schedule.step(taken, timestep, latents, **extra).prev_sample
         if not torch.isfinite(latents).all():

@@ -109,7 +109,7 @@ class Guidance:
     """Classifier-free guidance: a sampling is predicted under several conditions at once.
 
     Attributes:
-        weight: of what is asked for; 1 is none.
+        weight: of what is asked for; 1 or less is none, as in diffusers' pipelines.
         image_weight: of the image that is edited (InstructPix2Pix, arXiv 2211.09800); None for
             models that edit none.
 
@@ -126,10 +126,8 @@ class Guidance:
 
     @property
     def guided(self) -> bool:
-        """Whether a sampling has more than one row; of an edited image as diffusers has it, with
-        weights above 1 alone.
-        """
-        return self.weight != 1 if self.image_weight is None else self.weight > 1
+        """Whether a sampling has more than one row: as diffusers has it, with weights above 1."""
+        return self.weight > 1
 
     def parts(
         self, conditions: dict[str, Tensor], null: dict[str, Tensor] | None

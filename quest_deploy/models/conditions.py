@@ -28,7 +28,7 @@ TEXT_TOKENS = 77
 RANDOM_LABELS = 16
 NO_GUIDANCE = (
     "the model has no unconditional condition, and so no classifier-free guidance: "
-    "expected a guidance weight of 1"
+    "expected a guidance weight of 1 or less"
 )
 
 
@@ -173,13 +173,15 @@ def random_prompts(config: dict[str, Any], size: tuple[int, ...], seed: int) -> 
     latent; ``size`` is the latents' height and width.
     """
 
+    width = states_width(config)
+
     def encode(prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         halves = []
         for _ in range(2):
             states = {
                 "encoder_hidden_states": torch.randn(
-                    len(prompts), TEXT_TOKENS, config["cross_attention_dim"], generator=generator
+                    len(prompts), TEXT_TOKENS, width, generator=generator
                 )
             }
             if config.get("addition_embed_type") == "text_time":
@@ -193,6 +195,20 @@ def random_prompts(config: dict[str, Any], size: tuple[int, ...], seed: int) -> 
         return halves[0], halves[1]
 
     return Prompts([""] * RANDOM_LABELS, encode)
+
+
+def states_width(config: dict[str, Any]) -> int:
+    """How many values each of ``encoder_hidden_states`` has in a UNet of ``config``, which may say
+    it for each level; raise InputError where the levels read different ones.
+    """
+    width = config["cross_attention_dim"]
+    found = set(width if isinstance(width, list | tuple) else [width])
+    if len(found) != 1:
+        raise InputError(
+            f"cross_attention_dim {width}: expected the same one at every level, which all read "
+            "the same states"
+        )
+    return int(found.pop())
 
 
 def time_ids(height: int, width: int) -> Tensor:

@@ -30,6 +30,7 @@ from quest_deploy.models.conditions import (
     Prompts,
     WithImages,
     random_prompts,
+    states_width,
     time_ids,
 )
 from quest_deploy.models.configurations import (
@@ -337,7 +338,7 @@ class PipelineModel:
         if self.family == UNCONDITIONAL:
             return NoConditions()
         if self.family == CLASS_CONDITIONAL:
-            width = self.config["cross_attention_dim"]
+            width = states_width(self.config)
             if self.source.random_weights:
                 table = torch.randn(
                     IMAGENET_CLASSES + 1,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from quest_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -80,7 +80,8 @@ def noise_schedule(
         where: what messages begin with.
 
     Raises:
-        InputError: the schedule is in sigmas, or of an unknown class.
+        InputError: the schedule is in sigmas, of an unknown class, or its betas are not as many as
+            the training steps.
     """
     import diffusers
 
@@ -99,6 +100,14 @@ def noise_schedule(
         raise InputError(  # diffusers has the class only where a package of its own is installed
             f"{where}: {', '.join(missing)}: missing, and this installation of diffusers does not "
             f"know the defaults of {names[0]}"
+        )
+    betas, steps = (
+        {**defaults, **config}.get(key) for key in ("trained_betas", "num_train_timesteps")
+    )
+    if isinstance(betas, list) and len(betas) != steps:
+        raise InputError(
+            f"{where}: trained_betas holds {len(betas)} numbers: expected as many as "
+            f"num_train_timesteps, {steps}"
         )
     finite = {key: x for key, x in config.items() if key not in UNBOUNDED or x != -math.inf}
     return {**defaults, **({"clip_sample": False} if latent else {}), **finite}
@@ -125,8 +134,8 @@ def make_scheduler(name: str, config: dict[str, Any]) -> Any:
         return kind.from_config(config)
     except Exception as e:  # diffusers raises whatever a configuration provokes
         raise InputError(
-            f"scheduler_config.json cannot configure {SCHEDULERS[name]} ({e}); choose another "
-            "--scheduler"
+            f"scheduler_config.json cannot configure {SCHEDULERS[name]} ({e}); "
+            + _advice(kind, config, lambda _: True)
         ) from e
 
 
@@ -141,7 +150,7 @@ def set_steps(scheduler: Any, steps: int) -> None:
         some = next((n for n in _SOME if _problem(scheduler, n) is None), None)
         raise InputError(
             f"{type(scheduler).__name__} cannot take {steps} steps: {problem}; "
-            + ("choose another scheduler" if some is None else _numbers(scheduler, some))
+            + (_numbers(scheduler, some) if some else _advice_on_steps(scheduler))
         )
     scheduler.set_timesteps(steps)
 
@@ -151,6 +160,34 @@ def most_steps(scheduler: Any, most: int) -> int:
     none, which :func:`set_steps` then refuses.
     """
     return next((n for n in range(most, 0, -1) if _problem(scheduler, n) is None), most)
+
+
+def _advice_on_steps(scheduler: Any) -> str:
+    """Return what to do about a scheduler that takes no number of steps."""
+    return _advice(
+        type(scheduler),
+        scheduler.config,
+        lambda tried: any(_problem(tried, steps) is None for steps in _SOME),
+    )
+
+
+def _advice(kind: Any, config: Mapping[str, Any], works: Callable[[Any], bool]) -> str:
+    """Return what to do about a configuration that does not work: which settings it would work
+    without, each alone.
+    """
+
+    def works_without(key: str) -> bool:
+        try:
+            return works(kind.from_config({name: x for name, x in config.items() if name != key}))
+        except Exception:  # diffusers raises whatever a configuration provokes
+            return False
+
+    settings = [key for key in config if not key.startswith("_") and works_without(key)]
+    named = " or ".join(f"{key} ({str(config[key])[:40]})" for key in settings) or "it"
+    return (
+        f"change {named} in scheduler_config.json, or choose another --scheduler where the command "
+        "takes one"
+    )
 
 
 def _numbers(scheduler: Any, some: int) -> str:
@@ -179,7 +216,8 @@ def _problem(scheduler: Any, steps: int) -> str | None:
         torch.manual_seed(0)
         sample, prediction = torch.randn(2, 1, 1, 2, 2)
         if uses_variance(tried):
-            prediction = prediction.repeat(1, 2, 1, 1)
+            # "learned" is a variance itself, and none is negative.
+            prediction = torch.cat([prediction, prediction.abs()], 1)
         try:
             tried.set_timesteps(steps)
             if (highest := float(tried.timesteps.max())) >= trained:
@@ -193,10 +231,14 @@ def _problem(scheduler: Any, steps: int) -> str | None:
                     tried.scale_model_input(sample, timestep)
                 sample = tried.step(prediction, timestep, sample).prev_sample
                 if not sample.isfinite().all():
+                    zero = (
+                        tried.config.get("rescale_betas_zero_snr") or not tried.alphas_cumprod[-1]
+                    )
                     return (
                         f"its sample after timestep {timestep:g} is not finite with "
-                        f"{tried.config.prediction_type} predictions (at zero terminal SNR only "
-                        "v_prediction can be sampled)"
+                        f"{tried.config.prediction_type} predictions"
+                        + " (at zero terminal SNR only v_prediction can be sampled)"
+                        * bool(zero)
                     )
         except Exception as e:  # diffusers raises whatever a configuration provokes
             return (str(e).strip().splitlines() or [type(e).__name__])[0]

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from quest_deploy.errors import InputError
 from quest_deploy.files import sealed, write_json
@@ -85,8 +86,9 @@ def schedule_from_scheduler(make: Callable[[], Any]) -> Schedule:
     """
     scheduler = make()
     name = type(scheduler).__name__
-    for option in ("clip_sample", "thresholding"):
-        if scheduler.config.get(option):
+    known = inspect.signature(type(scheduler).__init__).parameters
+    for option in ("clip_sample", "thresholding"):  # others' options may lie in a configuration
+        if option in known and scheduler.config.get(option):
             raise InputError(
                 f"{name} with {option} is not linear, so that no table holds it; set {option} to "
                 "False in its configuration"
@@ -97,33 +99,21 @@ def schedule_from_scheduler(make: Callable[[], Any]) -> Schedule:
             "another --scheduler"
         )
     count = len(scheduler.timesteps)
-    silent = _run(
-        make(), [torch.zeros(1, count + 1, dtype=torch.float64) for _ in range(count + 1)]
-    )
-    units = _run(make(), list(torch.eye(count + 1, dtype=torch.float64).unsqueeze(1)))
-    # Row i: the sample before step i, as its share of the first sample and of each prediction,
-    # without what noise added.
-    shares = [
-        (with_noise - noise)[0]
-        for with_noise, noise in zip(units.samples, silent.samples, strict=True)
-    ]
+    units = list(torch.eye(2 * count + 1, dtype=torch.float64).unsqueeze(1))
+    run = _run(make(), units[: count + 1], units[count + 1 :])
+    # Row i: the sample before step i, as its share of the first sample, of each prediction and of
+    # each step's noise.
+    shares = [sample[0].double() for sample in run.samples]
     steps = []
     for i, timestep in enumerate(scheduler.timesteps):
-        sample_scales, prediction_scales = _linear_step(name, shares[: i + 2])
-        drawn, noise_scale = silent.noise[i], 0.0
-        if drawn is not None:
-            fresh = silent.samples[i + 1] - sum(
-                scale * silent.samples[i - back] for back, scale in enumerate(sample_scales)
-            )
-            if fresh.abs().max() > _NEGLIGIBLE * silent.samples[i].abs().max():
-                noise_scale = float((fresh * drawn).sum() / (drawn * drawn).sum())
+        wanted = shares[i + 1].clone()
+        fresh, wanted[count + 1 + i] = float(wanted[count + 1 + i]), 0
         steps.append(
             ScheduleStep(
                 float(timestep),
-                silent.input_scales[i],
-                sample_scales,
-                prediction_scales,
-                noise_scale,
+                run.input_scales[i],
+                *_linear_step(name, [*shares[: i + 1], wanted]),
+                fresh if abs(fresh) > _NEGLIGIBLE * float(shares[i].abs().max()) else 0.0,
             )
         )
     schedule = Schedule(name, float(getattr(scheduler, "init_noise_sigma", 1.0)), tuple(steps))
@@ -162,31 +152,42 @@ class _Run:
     noise: list[Tensor | None]
 
 
-def _run(scheduler: Any, values: list[Tensor]) -> _Run:
-    """Run a scheduler from the first sample and the predictions in ``values``, always with the same
-    noise.
+class _Drawn(TorchFunctionMode):
+    """Keeps the noise that a scheduler draws, in whichever dtype it does; ``instead`` is drawn
+    where it is not None.
+    """
+
+    def __init__(self, instead: Tensor | None) -> None:
+        super().__init__()
+        self.instead = instead
+        self.noise: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.randn:
+            made = self.noise = made if self.instead is None else self.instead.to(made.dtype)
+        return made
+
+
+def _run(scheduler: Any, values: list[Tensor], noise: list[Tensor] | None = None) -> _Run:
+    """Run a scheduler from the first sample and the predictions in ``values``, with each step's
+    ``noise``, or always with the same.
     """
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     generator = torch.Generator().manual_seed(0)
     extra = {"generator": generator} if takes_generator else {}
     run = _Run([values[0]], [], [])
-    for prediction, timestep in zip(values[1:], scheduler.timesteps, strict=True):
+    for i, timestep in enumerate(scheduler.timesteps):
         one = torch.ones(1, dtype=torch.float64)
         run.input_scales.append(
             float(scheduler.scale_model_input(one, timestep))
             if hasattr(scheduler, "scale_model_input")
             else 1.0
         )
-        state = generator.get_state()
-        run.samples.append(
-            scheduler.step(prediction, timestep, run.samples[-1], **extra).prev_sample
-        )
-        if torch.equal(state, generator.get_state()):
-            run.noise.append(None)
-        else:
-            again = torch.Generator()
-            again.set_state(state)
-            run.noise.append(torch.randn(prediction.shape, generator=again, dtype=prediction.dtype))
+        with _Drawn(None if noise is None else noise[i]) as drawn:
+            following = scheduler.step(values[i + 1], timestep, run.samples[-1], **extra)
+        run.samples.append(following.prev_sample)
+        run.noise.append(drawn.noise)
     return run
 
 
@@ -194,7 +195,7 @@ def _linear_step(name: str, rows: list[Tensor]) -> tuple[tuple[float, ...], tupl
     """The fewest scales of samples and of predictions that make the last of ``rows`` of those
     before.
 
-    Each row holds a sample's shares of the first sample and of each prediction.
+    Each row holds a sample's shares of the first sample, of each prediction and of the noise.
     """
     *earlier, wanted = rows
     units = torch.eye(len(wanted), dtype=wanted.dtype)

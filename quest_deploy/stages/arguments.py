@@ -390,7 +390,7 @@ class ImageRequest(Options):
     ] = None
     guidance: Annotated[
         float | None,
-        Option("Classifier-free guidance weight; 1 is none.", default="the model's"),
+        Option("Classifier-free guidance weight; 1 or less is none.", default="the model's"),
     ] = None
     init_image: Annotated[Path | None, Option("What to inpaint or edit, of a model that does.")] = (
         None

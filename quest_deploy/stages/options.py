@@ -59,7 +59,7 @@ SchedulerOption = Annotated[
 ]
 GuidanceOption = Annotated[
     float | None,
-    Option("Classifier-free guidance weight; 1 is none.", default="the model's"),
+    Option("Classifier-free guidance weight; 1 or less is none.", default="the model's"),
 ]
 ImageGuidanceOption = Annotated[
     float | None,
@@ -221,7 +221,8 @@ class CalibrateOptions(ImageFolderOptions):
     guidance: Annotated[
         float | None,
         Option(
-            "Classifier-free guidance weight of the samplings; 1 is none.", default="the model's"
+            "Classifier-free guidance weight of the samplings; 1 or less is none.",
+            default="the model's",
         ),
     ] = None
     image_guidance: ImageGuidanceOption = None

@@ -71,6 +71,7 @@ def write_package(
                 f"{model.name} inpaints with a UNet that has no channels for an image, which a "
                 "package does not; use quest_deploy.load_pipeline"
             )
+        _check_text_encoder(pipeline_model)
     rows = 1 if not guidable(model) else 2 if model.image_guidance is None else 3
     plan = find_plan(workspace, options, alone=pipeline_model is None, rows=rows)
     if options.max_batch is not None and options.max_batch < rows:
@@ -147,6 +148,20 @@ def check_target(folder: Path) -> None:
         raise InputError(
             f"{folder} is not empty and no package of an earlier time; give another folder with "
             "--triton"
+        )
+
+
+def _check_text_encoder(model: PipelineModel) -> None:
+    """Raise InputError where diffusers gives the text encoder a mask, as it does to a sole one that
+    asks for it: a package's takes ids alone.
+    """
+    path = model.folder / "text_encoder" / "config.json"
+    if not path.is_file() or (model.folder / "text_encoder_2").exists():
+        return
+    if read_json(path).get("use_attention_mask"):
+        raise InputError(
+            f"{path}: use_attention_mask is not supported in a package, whose text encoder takes "
+            "token ids alone; use quest_deploy.load_pipeline"
         )
 
 

@@ -41,7 +41,7 @@ INPUTS = {
     "seed": "the same seed draws the same image; the server chooses one if there is none",
     "steps": f"denoising steps; {STEPS} unless given",
     "scheduler": f"$schedulers; {SCHEDULER} unless given",
-    "guidance": "classifier-free guidance weight; 1 is none",
+    "guidance": "classifier-free guidance weight; 1 or less is none",
     "height": "pixels",
     "width": "pixels",
 }

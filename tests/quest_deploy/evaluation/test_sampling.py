@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 
 from quest_deploy.evaluation.sampling import float_denoiser, sample_images
 from quest_deploy.models.digit_quality import judge
@@ -48,6 +49,21 @@ def test_the_same_seed_draws_the_same_images_and_another_seed_others(
 ) -> None:
     first, again, other = (
         sample_images(tiny, unet, LABELS, steps=2, seed=seed) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.1
+
+
+def test_the_noise_of_every_scheduler_is_of_the_seed(
+    tiny: TinyModel, unet: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sde = tiny.load_scheduler("dpm++", algorithm_type="sde-dpmsolver++").config
+    monkeypatch.setattr(
+        type(tiny), "load_scheduler", lambda *_: DPMSolverMultistepScheduler.from_config(sde)
+    )
+    first, again, other = (
+        sample_images(tiny, unet, LABELS, steps=4, scheduler="dpm++", seed=seed)
+        for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.1

@@ -122,6 +122,25 @@ def test_what_is_inpainted_is_what_diffusers_pipeline_inpaints(
     assert np.abs(found - expected[1]).max() > 0.01  # the mask counts
 
 
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 2.0])
+def test_a_guidance_of_1_or_less_is_none_as_in_diffusers_pipeline(
+    pipelines: Callable[[str], Path], guidance: float
+) -> None:
+    model = loaded(pipelines("sd"))
+    expected = of_diffusers(model, "ddim")(
+        PROMPTS[1],
+        guidance_scale=guidance,
+        num_inference_steps=STEPS,
+        latents=noise(model),
+        output_type="np",
+    ).images
+    assert_same(drawn(model, guidance=guidance), expected)
+    recorded = record_trajectories(
+        model, model.load_unet(), steps=1, samples=1, seed=0, guidance=guidance
+    )
+    assert recorded.sample.shape[1] == (2 if guidance > 1 else 1)
+
+
 @pytest.mark.parametrize(("guidance", "image_guidance"), [(4.0, 1.5), (6.0, 3.0), (1.0, 2.0)])
 @pytest.mark.parametrize("scheduler", ["ddim", "euler"])
 @pytest.mark.parametrize("name", ["pix2pix", "pix2pix-xl"])

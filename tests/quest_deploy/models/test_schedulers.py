@@ -16,6 +16,7 @@ import quest_deploy as qd
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.calibration.trajectories import record_trajectories
+from quest_deploy.errors import InputError
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.schedulers import IN_SIGMAS, OF_BETAS, SCHEDULERS, most_steps, set_steps
@@ -207,6 +208,44 @@ def test_a_number_of_steps_that_a_scheduler_refuses_is_answered_with_those_that_
 def test_a_scheduler_that_does_not_know_the_prediction_type_is_refused() -> None:
     with refused("PNDMScheduler", "sample"):
         set_steps(TinyModel().load_scheduler("pndm", prediction_type="sample"), 20)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("beta_schedule", "sigmoid"),
+        ("beta_schedule", "unknown"),
+        ("trained_betas", [0.5, 0.5]),
+        ("trained_betas", ["a", "b"]),
+        ("timestep_spacing", "unknown"),
+    ],
+)
+def test_what_the_scheduler_of_calibration_does_not_take_is_refused_by_its_setting(
+    model_with: Callable[..., Callable[[], PipelineModel]],
+    tmp_path: Path,
+    setting: str,
+    value: Any,
+) -> None:
+    model_with({"_class_name": "DDPMScheduler", **BETAS, setting: value})
+    outcome = cli("calibrate", "-w", tmp_path / "ws", "--model", tmp_path / "ldm", "--samples", 1)
+    outcome.assert_refused("scheduler_config.json", setting)
+
+
+@pytest.mark.parametrize("zero_snr", [True, False])
+def test_zero_snr_is_named_only_where_it_is_to_blame(*, zero_snr: bool) -> None:
+    changes: dict[str, Any] = (
+        {"rescale_betas_zero_snr": True} if zero_snr else {"trained_betas": [2.0] * 1000}
+    )
+    with pytest.raises(InputError) as caught:
+        set_steps(TinyModel().load_scheduler("ddim", timestep_spacing="trailing", **changes), 4)
+    assert ("SNR" in str(caught.value)) == zero_snr
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_ddpm_takes_steps_with_a_variance_that_the_model_predicts(variance_type: str) -> None:
+    scheduler = diffusers.DDPMScheduler(variance_type=variance_type, clip_sample=False)
+    set_steps(scheduler, 20)
+    assert len(scheduler.timesteps) == 20
 
 
 def test_trying_the_steps_draws_nothing_from_the_callers_generator() -> None:

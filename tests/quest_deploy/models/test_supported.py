@@ -16,7 +16,9 @@ import quest_deploy as qd
 from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.workspace import CALIBRATED
 from quest_deploy.calibration.trajectories import Trajectories
+from quest_deploy.models.conditions import states_width
 from quest_deploy.models.loading import load_model, resolve_source
+from tests.helpers import refused
 from tests.pipelines import BASE, CLASSES, PIPELINES
 from tests.quest_deploy.support import cli
 
@@ -84,6 +86,20 @@ def test_a_unet_that_is_not_supported_is_refused_by_its_setting(
     outcome = cli("calibrate", "-w", tmp_path / "ws", "--model", folder, *extra)
     outcome.assert_refused(*facts.split())
     assert not (tmp_path / "ws").exists()
+
+
+@pytest.mark.parametrize("name", ["sd", "class-tokens"])
+def test_the_width_of_states_may_be_said_for_each_level_but_is_one(
+    changed: Callable[..., Path], pipelines: Callable[[str], Path], name: str
+) -> None:
+    config = json.loads((pipelines(name) / "unet" / "config.json").read_text())
+    width, levels = config["cross_attention_dim"], len(config["block_out_channels"])
+    folder = changed(name, cross_attention_dim=[width] * levels)
+    model = load_model(resolve_source(str(folder), random_weights=True))
+    states = model.conditions(np.zeros(1, np.int64))["encoder_hidden_states"]
+    assert states.shape[-1] == width
+    with refused("cross_attention_dim", width, 2 * width):
+        states_width({"cross_attention_dim": [width, 2 * width]})
 
 
 @pytest.mark.parametrize("random_weights", [False, True])

@@ -72,6 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
     "guidance and a negative prompt": {"negative_prompt": "blue", "guidance": 7.5},
     "guidance alone, another size": {"guidance": 3.0, "height": 32, "width": 16},
     "no guidance": {"guidance": 1.0},
+    "a guidance of 0, which is none": {"guidance": 0.0},
 }
 
 

@@ -4,6 +4,7 @@ UNet here, so that the images must be those of diffusers' own pipeline.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,12 +88,23 @@ def test_a_unet_without_channels_for_an_image_inpaints_in_diffusers_pipeline_and
     tmp_path: Path,
 ) -> None:
     folder = as_pipeline(text_to_image(tmp_path / "model"), "StableDiffusionInpaintPipeline")
-    source = resolve_source(str(folder))
-    model = PipelineModel(source)
+    model = PipelineModel(resolve_source(str(folder)))
     assert (model.channels.image, model.channels.image_kind) == (0, "inpainting")
-    workspace = Workspace.create(tmp_path / "ws", source, Scheme.parse("w4a4"))
+    assert_not_packaged(folder, tmp_path, "model", "load_pipeline")
+
+
+def test_a_text_encoder_that_masks_its_padding_is_not_packaged(tmp_path: Path) -> None:
+    folder = text_to_image(tmp_path / "model")
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_attention_mask": True}))
+    assert_not_packaged(folder, tmp_path, path, "use_attention_mask", "load_pipeline")
+
+
+def assert_not_packaged(folder: Path, tmp_path: Path, *facts: object) -> None:
+    """A workspace of the model in ``folder`` is refused before its graph is read."""
+    workspace = Workspace.create(tmp_path / "ws", resolve_source(str(folder)), Scheme.parse("w4a4"))
     workspace.path(GRAPH).write_bytes(b"a graph")
     workspace.record("export", inputs=(), options={}, files=[workspace.path(GRAPH)], details={})
     ended = cli("package", "--triton", tmp_path / "out", "-w", workspace.root)
-    ended.assert_refused("model", "load_pipeline")
+    ended.assert_refused(*facts)
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quest_deploy.files import read_json
-from quest_deploy.models.schedulers import SCHEDULERS
+from quest_deploy.models.schedulers import SCHEDULERS, make_scheduler
 from quest_deploy.models.tiny import TinyModel
 from quest_deploy.serving.schedule import MAX_HISTORY, run_schedule, schedule_from_scheduler
 from tests.helpers import assert_holds, refused
@@ -127,6 +127,32 @@ def test_a_table_gives_the_schedulers_samples_whatever_the_model_predicts(
         assert float((ours - theirs).abs().max()) <= 2e-5 * float(theirs.abs().max())
 
 
+@pytest.mark.parametrize("algorithm", ["sde-dpmsolver++", "sde-dpmsolver"])
+def test_a_table_has_the_noise_of_a_scheduler_that_draws_it_in_a_dtype_of_its_own(
+    algorithm: str,
+) -> None:
+    make = made(
+        "DPMSolverMultistepScheduler",
+        algorithm_type=algorithm,
+        final_sigmas_type="sigma_min",
+        beta_schedule="scaled_linear",
+    )
+    schedule, scheduler = schedule_from_scheduler(make), make()
+    assert any(step.noise_scale for step in schedule.steps)
+    generator = torch.Generator().manual_seed(7)
+    samples = [torch.randn(3, 5, generator=generator)]
+    predictions, noise = (
+        [torch.randn(3, 5, generator=generator) for _ in scheduler.timesteps] for _ in range(2)
+    )
+    for timestep, prediction, fresh in zip(scheduler.timesteps, predictions, noise, strict=True):
+        following = scheduler.step(prediction, timestep, samples[-1], variance_noise=fresh)
+        samples.append(following.prev_sample)
+    for ours, theirs in zip(
+        run_schedule(schedule, samples[0], predictions, noise), samples, strict=True
+    ):
+        assert float((ours - theirs).abs().max()) <= 2e-5 * float(theirs.abs().max())
+
+
 @pytest.mark.parametrize(
     ("make", "facts"),
     [
@@ -140,6 +166,19 @@ def test_a_table_gives_the_schedulers_samples_whatever_the_model_predicts(
 def test_what_no_table_holds_is_refused(make: Callable[[], Any], facts: str) -> None:
     with refused(*facts.split()):
         schedule_from_scheduler(make)
+
+
+@pytest.mark.parametrize("name", ["dpm++", "euler", "unipc"])
+def test_options_that_a_scheduler_does_not_know_refuse_no_table(name: str) -> None:
+    config = dict(diffusers.DDPMScheduler(clip_sample=True).config)
+
+    def make() -> Any:
+        scheduler = make_scheduler(name, config)
+        scheduler.set_timesteps(4)
+        return scheduler
+
+    assert make().config["clip_sample"]
+    assert len(schedule_from_scheduler(make).steps) == 4
 
 
 def test_a_scheduler_that_is_not_linear_is_found_out() -> None:

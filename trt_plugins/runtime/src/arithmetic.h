@@ -26,8 +26,8 @@ std::vector<StepScales> step_scales(const Schedule& schedule);
 
 /// How many rows of the model's batch a sample takes under guidance; see DenoiserOptions.
 QUEST_DEPLOY_BOTH inline int rows_of_sample(float guidance, float image_guidance) {
-    if (image_guidance != 0) return guidance > 1 ? 3 : 1;
-    return guidance != 1 ? 2 : 1;
+    if (!(guidance > 1)) return 1;
+    return image_guidance != 0 ? 3 : 2;
 }
 
 /// Classifier-free guidance of one value, from its predictions in `rows` rows, `apart` values apart: without and with the condition; of

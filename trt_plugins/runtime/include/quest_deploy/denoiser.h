@@ -15,7 +15,7 @@ constexpr char kImageCondition[] = "image_condition";
 struct DenoiserOptions {
     std::int64_t batch = 1;  ///< samples denoised together
     Shape sample_shape;      ///< of the engine's sample, such as {4, 64, 64}; may be empty where the engine takes one size only
-    /// Classifier-free guidance. Where it is not 1, the engine runs on twice the batch, and a condition's first half is the empty one's.
+    /// Classifier-free guidance. Where it is above 1, the engine runs on twice the batch, and a condition's first half is the empty one's.
     float guidance = 1;
     /// The image's weight, of a model that edits one (instruct-pix2pix); 0 for other models. With a guidance above 1 the engine then runs
     /// on three times the batch: with all conditions, without the text's, and without the text's and with zeros for the image's.

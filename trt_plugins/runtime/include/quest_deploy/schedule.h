@@ -47,7 +47,7 @@ using Predict = std::function<void(const std::vector<float>& input, float timest
 
 /// The denoising loop in the host's memory, around any model: what Denoiser runs on the GPU, step for step.
 ///
-/// `sample`: [batch, ...], changed in place. `guidance`: where it is not 1, the model gets the sample twice, [2 * batch, ...], and
+/// `sample`: [batch, ...], changed in place. `guidance`: where it is above 1, the model gets the sample twice, [2 * batch, ...], and
 /// predicts without the condition for the first half and with it for the second. `noise`: [steps, batch, ...] of Gaussian noise where the
 /// schedule adds some, else empty. `image_guidance`: where it is not 0, the sample edits an image (instruct-pix2pix); with a `guidance`
 /// above 1 the model then gets it three times, for all conditions, for the image without the text, and for neither. What the model reads

@@ -125,12 +125,12 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """How many rows of the UNet's batch it takes: under guidance two, where an image is edited
-        three.
+        """How many rows of the UNet's batch it takes: with a guidance above 1 two, where an image
+        is edited three.
         """
-        if self.image_guidance is not None:
-            return 3 if self.guidance > 1 else 1
-        return 1 if self.guidance == 1 else 2
+        if self.guidance <= 1:
+            return 1
+        return 2 if self.image_guidance is None else 3
 
 
 class Generator:
@@ -238,9 +238,9 @@ class Generator:
             raise InvalidRequestError(
                 f"guidance: expected a weight from 0 to {MAX_GUIDANCE:g}, found {guidance:g}"
             )
-        if guidance != 1 and not settings["guidable"]:
+        if guidance > 1 and not settings["guidable"]:
             raise InvalidRequestError(
-                "guidance: the model has no unconditional condition, so expected 1, found "
+                "guidance: the model has no unconditional condition, so expected 1 or less, found "
                 f"{guidance:g}"
             )
         seed = int(given.get("seed", secrets.randbits(32)))
