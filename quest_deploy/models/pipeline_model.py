@@ -53,7 +53,12 @@ from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
 from quest_deploy.models.schedulers import make_scheduler, noise_schedule
 from quest_deploy.models.single_file import SingleFile, read_single_file
 from quest_deploy.models.supported import check_time_ids, check_unet, has_cross_attention
-from quest_deploy.models.tokenizers import bound_tokenizers, tell_cut
+from quest_deploy.models.tokenizers import (
+    TOKENIZERS,
+    bound_tokenizers,
+    check_tokenizer,
+    tell_cut,
+)
 from quest_deploy.models.unets import set_heads, with_flat_conditions
 from quest_deploy.models.weights import (
     check_memory,
@@ -287,6 +292,9 @@ class PipelineModel:
                     if library in ("diffusers", "transformers") and name not in given:
                         part_class = getattr(importlib.import_module(library), kind)
                         given[name] = load_part(self.folder / name, part_class)
+                for name in TOKENIZERS:
+                    if self.index.get(name, [None])[0] is not None and name not in given:
+                        check_tokenizer(self.folder / name)
                 pipeline = pipeline_class.from_pretrained(
                     self.folder, use_safetensors=True, local_files_only=True, **given
                 )
