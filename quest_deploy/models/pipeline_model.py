@@ -194,7 +194,8 @@ class PipelineModel:
                 unet = load_single_file(self.single_file, unet_class, self.folder, "unet")
             else:
                 unet = load_part(self.folder / "unet", unet_class, whole=True)
-        heads = None if self.name not in KNOWN_MODELS else KNOWN_MODELS[self.name].heads
+        by_name = self.source.path is None  # a folder may be called like a model
+        heads = KNOWN_MODELS[self.name].heads if by_name and self.name in KNOWN_MODELS else None
         if heads is not None:
             set_heads(unet, heads)
         if self.source.loras:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +43,19 @@ def models(pipelines: Callable[[str], Path]) -> Callable[[str], PipelineModel]:
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def test_a_folder_called_like_a_known_model_has_the_heads_of_its_configuration(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from diffusers import UNet2DModel
+
+    folder = shutil.copytree(pipelines("ldm"), tmp_path / "ldm-church")
+    theirs: Any = UNet2DModel.from_pretrained(folder / "unet")
+    sample = torch.randn(1, 3, 8, 8, generator=seeded())
+    ours = load_model(resolve_source(str(folder))).load_unet()
+    assert torch.equal(ours(sample, 5).sample, theirs.eval()(sample, 5).sample)
 
 
 @pytest.mark.parametrize(("name", "family"), FAMILIES.items())
