@@ -49,6 +49,7 @@ from quest_deploy.models.image_inputs import (
     read_images,
 )
 from quest_deploy.models.loras import check_parts, fuse
+from quest_deploy.models.pipeline_classes import drawn_class
 from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
 from quest_deploy.models.schedulers import make_scheduler, noise_schedule
 from quest_deploy.models.single_file import SingleFile, read_single_file
@@ -130,6 +131,7 @@ class PipelineModel:
         )
         self.folder = _folder_of(source, self._file)
         self.index = read_index(self.folder)
+        self.index["_class_name"] = drawn_class(self.name, self.index)
         self.config = read_configuration(UNetConfiguration, self.folder / "unet" / "config.json")
         if self._file is not None:
             self._apply(self._file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,53 @@ def models(pipelines: Callable[[str], Path]) -> Callable[[str], PipelineModel]:
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def recast(folder: Path, **changes: Any) -> Path:
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "drawn"),
+    [
+        ("sd", "StableDiffusionImg2ImgPipeline", "StableDiffusionPipeline"),
+        ("sd", "LatentConsistencyModelImg2ImgPipeline", "LatentConsistencyModelPipeline"),
+        ("sdxl", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline"),
+    ],
+)
+def test_an_image_to_image_pipeline_is_drawn_by_its_text_to_image_class(
+    pipelines: Callable[[str], Path], tmp_path: Path, name: str, given: str, drawn: str
+) -> None:
+    folder = recast(shutil.copytree(pipelines(name), tmp_path / "m"), _class_name=given)
+    if name == "sdxl":
+        recast(folder, requires_aesthetics_score=False)
+    model = load_model(resolve_source(str(folder)))
+    assert isinstance(model, PipelineModel)
+    pipeline = model.load_pipeline(unet=model.load_unet())
+    assert type(pipeline).__name__ == drawn
+
+
+@pytest.mark.parametrize(
+    ("kind", "needed", "parts"),
+    [
+        ("StableDiffusionControlNetPipeline", "controlnet", {}),
+        ("StableDiffusionUpscalePipeline", "image", {}),
+        ("StableDiffusionDepth2ImgPipeline", "depth_estimator", {}),
+        ("StableDiffusionAttendAndExcitePipeline", "token_indices", {}),
+        ("LDMTextToImagePipeline", "bert", {"bert": ["latent_diffusion", "LDMBertModel"]}),
+        ("FluxPipeline", "UNet", {"unet": [None, None]}),
+        ("OfAnotherLibrary", "UNet", {"unet": [None, None]}),
+    ],
+)
+def test_a_pipeline_that_needs_more_than_is_given_here_is_refused_by_its_class(
+    pipelines: Callable[[str], Path], tmp_path: Path, kind: str, needed: str, parts: dict[str, Any]
+) -> None:
+    folder = shutil.copytree(pipelines("sd"), tmp_path / "m")
+    shutil.rmtree(folder / "unet")  # the class is named before a file is missed
+    with refused(kind, needed):
+        load_model(resolve_source(str(recast(folder, _class_name=kind, **parts))))
 
 
 @torch.no_grad()
