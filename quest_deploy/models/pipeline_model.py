@@ -274,6 +274,11 @@ class PipelineModel:
         given = {"unet": None, **parts}
         if "safety_checker" in self.index and "safety_checker" not in given:
             given |= {"safety_checker": None, "requires_safety_checker": False}
+            given |= {
+                name: None  # they serve the checker alone
+                for name in _WITHOUT_TEXT
+                if name in self.index and name not in given and not (self.folder / name).is_dir()
+            }
         with self._loading("the pipeline"):
             if self._file is not None or self.source.prediction_type is not None:
                 # The folder's, or the architecture's, may say something else of what is predicted.
@@ -489,6 +494,13 @@ class PipelineModel:
             else:
                 decoder = load_part(self.folder / name, decoder_class)
         return decoder.eval()
+
+    def check_decoder(self) -> None:
+        """Raise InputError where a folder's decoder cannot be loaded: what it takes hours to need
+        is found at once.
+        """
+        if not self.source.random_weights and self.single_file is None:
+            self.load_decoder()
 
     def scheduler_config(self) -> dict[str, Any]:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""

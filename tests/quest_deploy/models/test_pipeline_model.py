@@ -72,6 +72,21 @@ def test_an_image_to_image_pipeline_is_drawn_by_its_text_to_image_class(
     assert type(pipeline).__name__ == drawn
 
 
+def test_parts_of_the_safety_checker_that_are_missing_are_left_out_with_it(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = recast(
+        shutil.copytree(pipelines("sd"), tmp_path / "m"),
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+        image_encoder=["transformers", "CLIPVisionModelWithProjection"],
+    )
+    model = load_model(resolve_source(str(folder)))
+    assert isinstance(model, PipelineModel)
+    pipeline = model.load_pipeline(unet=model.load_unet())
+    assert (pipeline.safety_checker, pipeline.feature_extractor) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("kind", "needed", "parts"),
     [

@@ -147,6 +147,7 @@ def test_weights_that_another_part_has_no_place_for_are_told(
         ("unet", spoil, [CHANGED["unet"], "finite"]),
         ("unet", prefix("module."), ["'module.'"]),
         ("text_encoder", remove, [CHANGED["text_encoder"]]),
+        ("vae", spoil, [CHANGED["vae"], "finite"]),
     ],
 )
 def test_the_first_command_says_so_and_leaves_nothing(
