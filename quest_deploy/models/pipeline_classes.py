@@ -48,7 +48,7 @@ def drawn_class(name: str, index: Mapping[str, Any]) -> str:
         InputError: the pipeline has no UNet, needs a part that is not run here, or is called with
             more than a prompt.
     """
-    given = index["_class_name"]
+    given: str = index["_class_name"]
     drawn = _TEXT_TO_IMAGE.get(given, given)
     found = getattr(diffusers, drawn, None)
     problems = [] if index.get("unet", [None])[0] is not None else ["it has no UNet"]

@@ -478,8 +478,9 @@ class PipelineModel:
         path = self.folder / "vae" / "config.json"
         if not path.exists():
             return 8
-        levels = len(read_configuration(DecoderConfiguration, path)["block_out_channels"])
-        return int(2 ** (levels - 1))
+        config = read_configuration(DecoderConfiguration, path)
+        levels = config.get("block_out_channels") or config["decoder_block_out_channels"]
+        return int(2 ** (len(levels) - 1))
 
     def load_decoder(self) -> Any:
         """The diffusers module that decodes latents; None where the model works on pixels."""

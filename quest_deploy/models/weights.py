@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 _FILE = re.compile(
-    r"(diffusion_pytorch_model|model)(\.(?P<variant>[^.]+?))?(-\d+-of-\d+)?\.safetensors"
+    r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?(\.(?P<variant>[^.]+?))?"
+    r"(-\d+-of-\d+)?\.safetensors"
 )
+"""A shard's number stands behind its variant; older diffusers wrote it before."""
 _LISTED = 4
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
 from tests.helpers import refused
-from tests.pipelines import CLASSES, PIPELINES, TEXT_WIDTH
+from tests.pipelines import CLASSES, PIPELINES, TEXT_WIDTH, TWO_LEVELS, text_to_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,6 +85,45 @@ def test_parts_of_the_safety_checker_that_are_missing_are_left_out_with_it(
     assert isinstance(model, PipelineModel)
     pipeline = model.load_pipeline(unet=model.load_unet())
     assert (pipeline.safety_checker, pipeline.feature_extractor) == (None, None)
+
+
+def test_a_tiny_decoder_of_sdxl_says_its_levels_by_its_own_channels(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from diffusers import AutoencoderTiny
+
+    folder = shutil.copytree(pipelines("sdxl"), tmp_path / "m")
+    shutil.rmtree(folder / "vae")
+    sides: dict[str, Any] = {
+        f"{side}_block_out_channels": (8, 8, 8) for side in ("encoder", "decoder")
+    }
+    AutoencoderTiny(
+        **sides, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1)
+    ).save_pretrained(folder / "vae")
+    path = folder / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("block_out_channels", None)
+    path.write_text(json.dumps(config))
+    recast(folder, vae=["diffusers", "AutoencoderTiny"])
+    model = load_model(resolve_source(str(folder)))
+    assert isinstance(model, PipelineModel)
+    assert model.pixels() == (32, 32)
+    assert model.images(np.ones((1, 4, 8, 8), np.float32)).shape == (1, 3, 32, 32)
+    assert model.conditions(np.asarray([0]))["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
+
+
+def test_a_level_without_transformer_layers_is_loaded(tmp_path: Path) -> None:
+    depths = {**TWO_LEVELS, "transformer_layers_per_block": (0, 1)}
+    model = load_model(resolve_source(str(text_to_image(tmp_path / "m", **depths))))
+    assert isinstance(model, PipelineModel)
+    assert model.load_unet().config.transformer_layers_per_block == [0, 1]
+
+
+def test_a_folder_called_like_the_embedded_model_takes_prompts(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pipelines("sd"), tmp_path / "tiny")
+    assert load_model(resolve_source(str(folder)), ["a cat", "a dog"]).labels == 2
 
 
 @pytest.mark.parametrize(

@@ -165,15 +165,17 @@ def as_variant(folder: Path, part: str, variant: str) -> None:
     path.rename(path.with_name(f"{path.stem}.{variant}.safetensors"))
 
 
-def shard(folder: Path, part: str, variant: str = "") -> list[Path]:
+def shard(folder: Path, part: str, variant: str = "", *, old: bool = False) -> list[Path]:
     """Split a part's weights in two files with an index, as diffusers and transformers save large
-    ones.
+    ones; ``old`` as diffusers once named a variant's.
     """
     path = weights_of(folder, part)
     tensors = load_file(path)
     path.unlink()
     dotted = f".{variant}" if variant else ""
-    files = [path.with_name(f"{path.stem}{dotted}-0000{i}-of-00002.safetensors") for i in (1, 2)]
+    numbers = [f"-0000{i}-of-00002" for i in (1, 2)]
+    named = [f"{number}{dotted}" if old else f"{dotted}{number}" for number in numbers]
+    files = [path.with_name(f"{path.stem}{name}.safetensors") for name in named]
     places = {key: files[i % 2] for i, key in enumerate(tensors)}
     for file in files:
         mine = {key: tensors[key] for key in tensors if places[key] == file}
@@ -190,6 +192,9 @@ FORMS: dict[str, Callable[[Path, str], Any]] = {
     "only a variant of another name": lambda folder, part: as_variant(folder, part, "non_ema"),
     "shards": shard,
     "shards of a variant": lambda folder, part: shard(folder, part, "fp16"),
+    "shards of a variant by their older names": lambda folder, part: shard(
+        folder, part, "fp16", old=True
+    ),
 }
 
 
