@@ -228,6 +228,25 @@ def test_weights_in_half_precision_are_computed_with_in_float(model: Path, part:
         assert value.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.uint8, "U8")])
+@pytest.mark.parametrize("part", PARTS)
+def test_codes_are_not_taken_for_weights(
+    model: Path, part: str, dtype: torch.dtype, name: str
+) -> None:
+    def encode(tensors: dict[str, Tensor], key: str) -> None:
+        tensors[key] = (tensors[key] * 50).to(dtype)
+
+    change(model, part, encode)
+    with refused(weights_of(model, part), name):
+        use(model, part)
+
+
+def test_positions_that_older_text_encoders_hold_are_no_codes(model: Path) -> None:
+    ids = {"embeddings.position_ids": torch.arange(8)[None]}
+    change(model, "text_encoder", lambda tensors, _: tensors.update(ids))
+    use(model, "text_encoder")
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_a_missing_shard_is_named(model: Path, part: str) -> None:
     _, second = shard(model, part)
