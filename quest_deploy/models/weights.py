@@ -173,7 +173,7 @@ def _elements(path: Path) -> int:
                 for key, x in slices.items()
                 if "F" not in x.get_dtype() and not key.endswith(_COUNTERS)
             ]
-            elements = sum(math.prod(x.get_shape()) for x in slices.values())
+            elements: int = sum(math.prod(x.get_shape()) for x in slices.values())
     except (OSError, SafetensorError) as e:
         raise InputError(f"{path}: not a readable safetensors file ({e}); get it again") from e
     if codes:
