@@ -29,6 +29,8 @@ IMPORTED_ALONE = (
 SINGLE_FILES = (".safetensors", ".ckpt")
 INDEX = "model_index.json"
 _LORA = ".safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+"""What peft says of a LoRA, its alpha among it, in a file beside the weights."""
 _MOST_TEXT_BYTES = 64 * 2**20
 """What is larger is no configuration, and would be refused where it is read."""
 _WEIGHTS = (".safetensors", ".bin", ".ckpt")
@@ -39,7 +41,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096
 @dataclass(frozen=True)
 class Lora:
     """A LoRA that is fused into the model before it is quantized: a safetensors file, its weight
-    and the file's hash.
+    and the file's hash, with that of :data:`ADAPTER_CONFIG` where it is beside it.
     """
 
     path: str
@@ -63,15 +65,22 @@ class Lora:
             raise InputError(f"--lora {text}: expected a {_LORA} file, found {path.name}")
         if not path.is_file():
             raise InputError(f"--lora {text}: {path} does not exist")
-        return cls(str(absolute(path)), factor, sha256_of(path))
+        return cls(str(absolute(path)), factor, _hash_of(path))
 
     def check(self) -> None:
         """Raise InputError where the file is another one by now."""
         path = Path(self.path)
-        if not path.is_file() or sha256_of(path) != self.sha256:
+        if not path.is_file() or _hash_of(path) != self.sha256:
             raise InputError(
                 f"the LoRA {path} was changed or removed since the workspace was made; {_REPAIR}"
             )
+
+
+def _hash_of(lora: Path) -> str:
+    beside = lora.with_name(ADAPTER_CONFIG)
+    if not beside.is_file():
+        return sha256_of(lora)
+    return hashlib.sha256(f"{sha256_of(lora)} {sha256_of(beside)}".encode()).hexdigest()
 
 
 @validated("model's source")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from quest_deploy.artifacts.model_source import INDEX
 from quest_deploy.artifacts.schema import parse
@@ -21,7 +21,7 @@ MOST_LEVELS, MOST_CHANNELS = 8, 2**14
 Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
 Side = Annotated[int, Field(ge=1, le=2**12)]
 Layers = Annotated[int, Field(ge=1, le=16)]
-Depth = Annotated[int, Field(ge=1, le=48)]
+Depth = Annotated[int, Field(ge=0, le=48)]
 Blocks = Annotated[tuple[str, ...], Field(min_length=1, max_length=MOST_LEVELS)]
 Item = TypeVar("Item")
 PerLevel = Annotated[tuple[Item, ...], Field(min_length=1, max_length=MOST_LEVELS)]
@@ -76,7 +76,11 @@ class TextEncoderConfiguration(_Configuration):
 class DecoderConfiguration(_Configuration):
     """vae/config.json or vqvae/config.json."""
 
-    block_out_channels: PerLevel[Channels] | None = None
+    block_out_channels: PerLevel[Channels] | None = Field(
+        default=None,
+        validation_alias=AliasChoices("block_out_channels", "decoder_block_out_channels"),
+    )
+    """AutoencoderTiny's files may have the decoder's alone."""
     scaling_factor: Annotated[float, Field(gt=0)] = 1.0
     shift_factor: float | None = None
     latent_channels: Channels | None = None

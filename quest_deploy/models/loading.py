@@ -101,14 +101,15 @@ def load_model(
     """
     if source.name == IMPORTED and source.location is None:
         raise InputError(IMPORTED_ALONE)
-    if prompts is not None and source.name == EMBEDDED:
+    embedded = source.name == EMBEDDED and source.location is None
+    if prompts is not None and embedded:
         raise InputError(f"--prompts: expected a text-to-image model, and {EMBEDDED} draws digits")
-    if images is not None and source.name == EMBEDDED:
+    if images is not None and embedded:
         raise InputError(
             "--image-folder: expected a model that inpaints or edits images, and "
             f"{EMBEDDED} draws digits"
         )
-    if source.name == EMBEDDED and source.location is None:
+    if embedded:
         from quest_deploy.models.tiny import TinyModel
 
         return TinyModel()

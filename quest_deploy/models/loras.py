@@ -8,6 +8,8 @@ layers that it cannot match. Layouts differ in their keys alone:
    of the layers; with LoCon's ``lora_mid`` and DoRA's ``dora_scale`` (LyCORIS).
 2. diffusers': ``unet.down_blocks.0....lora_A.weight`` and its older spellings, such as
    ``unet....attn1.processor.to_q_lora.down.weight``; its alphas stand in the file's metadata.
+3. peft's own: ``base_model.model.down_blocks.0....lora_A.weight``; its alphas stand in
+   adapter_config.json beside the file.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from quest_deploy.artifacts.model_source import ADAPTER_CONFIG
 from quest_deploy.artifacts.tensors import open_tensors
 from quest_deploy.errors import InputError
+from quest_deploy.files import read_json
 from quest_deploy.models.sgm_names import sgm_names
 from quest_deploy.models.weights import listed
 
@@ -39,9 +43,12 @@ if TYPE_CHECKING:
     """
 
 _UNET = "unet"
+_PEFT = "base_model.model."
+"""What peft's own ``save_pretrained`` puts before the layers of the one model that it trained."""
 _PREFIXES = {
     "unet.": _UNET,
     "lora_unet_": _UNET,
+    _PEFT: _UNET,
     "model.diffusion_model.": _UNET,
     "diffusion_model.": _UNET,
     "text_encoder.": "text_encoder",
@@ -226,6 +233,8 @@ def _read(lora: Lora) -> tuple[dict[str, Layers], dict[str, Any]]:
             f"the LoRA {lora.path}: expected the factors of LoRA, LoCon or DoRA, found "
             f"{listed(strange) or 'nothing'}; convert it to a LoRA with the tool that trained it"
         )
+    if metadata == {} and any(".lora_A." in key for key in tensors):
+        metadata = _beside(lora, parts, needed=any(key.startswith(_PEFT) for key in tensors))
     if not isinstance(metadata, dict):
         raise InputError(f"the LoRA {lora.path}: expected {_METADATA} to be an object of JSON")
     for name, value in metadata.items():
@@ -235,6 +244,24 @@ def _read(lora: Lora) -> tuple[dict[str, Layers], dict[str, Any]]:
                 "convert it to a plain LoRA with peft"
             )
     return parts, metadata
+
+
+def _beside(lora: Lora, parts: Iterable[str], *, needed: bool) -> dict[str, Any]:
+    """What LoraConfig says in the file that peft writes beside its weights, for each part; raise
+    InputError where it is ``needed`` and missing, or cannot be read.
+    """
+    path = Path(lora.path).with_name(ADAPTER_CONFIG)
+    if not path.is_file():
+        if needed:
+            raise InputError(
+                f"the LoRA {lora.path}: expected {path.name} beside it, which holds its lora_alpha;"
+                " copy it from where peft saved the LoRA"
+            )
+        return {}
+    settings = read_json(path, repair="copy it again from where peft saved the LoRA")
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: expected an object of JSON, as peft writes it")
+    return {f"{part}.{key}": value for part in parts for key, value in settings.items()}
 
 
 def _prefix(key: str) -> str:

@@ -50,11 +50,17 @@ from quest_deploy.models.image_inputs import (
     read_images,
 )
 from quest_deploy.models.loras import check_parts, fuse
+from quest_deploy.models.pipeline_classes import drawn_class
 from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
 from quest_deploy.models.schedulers import make_scheduler, noise_schedule
 from quest_deploy.models.single_file import SingleFile, read_single_file
 from quest_deploy.models.supported import check_time_ids, check_unet, has_cross_attention
-from quest_deploy.models.tokenizers import bound_tokenizers, tell_cut
+from quest_deploy.models.tokenizers import (
+    TOKENIZERS,
+    bound_tokenizers,
+    check_tokenizer,
+    tell_cut,
+)
 from quest_deploy.models.unets import set_heads, with_flat_conditions
 from quest_deploy.models.weights import (
     check_memory,
@@ -126,6 +132,7 @@ class PipelineModel:
         )
         self.folder = _folder_of(source, self._file)
         self.index = read_index(self.folder)
+        self.index["_class_name"] = drawn_class(self.name, self.index)
         self.config = read_configuration(UNetConfiguration, self.folder / "unet" / "config.json")
         if self._file is not None:
             self._apply(self._file)
@@ -194,7 +201,8 @@ class PipelineModel:
                 unet = load_single_file(self.single_file, unet_class, self.folder, "unet")
             else:
                 unet = load_part(self.folder / "unet", unet_class, whole=True)
-        heads = None if self.name not in KNOWN_MODELS else KNOWN_MODELS[self.name].heads
+        by_name = self.source.path is None  # a folder may be called like a model
+        heads = KNOWN_MODELS[self.name].heads if by_name and self.name in KNOWN_MODELS else None
         if heads is not None:
             set_heads(unet, heads)
         if self.source.loras:
@@ -271,6 +279,11 @@ class PipelineModel:
         given = {"unet": None, **parts}
         if "safety_checker" in self.index and "safety_checker" not in given:
             given |= {"safety_checker": None, "requires_safety_checker": False}
+            given |= {
+                name: None  # they serve the checker alone
+                for name in _WITHOUT_TEXT
+                if name in self.index and name not in given and not (self.folder / name).is_dir()
+            }
         with self._loading("the pipeline"):
             if self._file is not None or self.source.prediction_type is not None:
                 # The folder's, or the architecture's, may say something else of what is predicted.
@@ -292,6 +305,9 @@ class PipelineModel:
                     if library in ("diffusers", "transformers") and name not in given:
                         part_class = getattr(importlib.import_module(library), kind)
                         given[name] = load_part(self.folder / name, part_class)
+                for name in TOKENIZERS:
+                    if self.index.get(name, [None])[0] is not None and name not in given:
+                        check_tokenizer(self.folder / name)
                 pipeline = pipeline_class.from_pretrained(
                     self.folder, use_safetensors=True, local_files_only=True, **given
                 )
@@ -460,7 +476,9 @@ class PipelineModel:
     def _pixels_per_latent(self) -> int:
         if self._decoder_config is None:
             return 8
-        if (levels := self._decoder_config.get("block_out_channels")) is None:
+        levels = self._decoder_config.get("block_out_channels")
+        levels = levels or self._decoder_config.get("decoder_block_out_channels")
+        if levels is None:
             raise InputError(f"{self.name}: block_out_channels of its decoder is missing")
         return int(2 ** (len(levels) - 1))
 
@@ -477,6 +495,13 @@ class PipelineModel:
             else:
                 decoder = load_part(self.folder / name, decoder_class)
         return decoder.eval()
+
+    def check_decoder(self) -> None:
+        """Raise InputError where a folder's decoder cannot be loaded: what it takes hours to need
+        is found at once.
+        """
+        if not self.source.random_weights and self.single_file is None:
+            self.load_decoder()
 
     def scheduler_config(self) -> dict[str, Any]:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""

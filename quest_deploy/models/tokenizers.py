@@ -5,10 +5,46 @@ cut there, as diffusers does.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from quest_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _SUFFIXES = ("", "_2")
+TOKENIZERS = tuple(f"tokenizer{suffix}" for suffix in _SUFFIXES)
+_VOCABULARIES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("spiece.model",),
+    ("sentencepiece.bpe.model",),
+    ("tokenizer.model",),
+)
+"""The files that hold a vocabulary, one set for each kind of tokenizer."""
+_LEAST_BYTES = 3
+"""What is smaller holds no vocabulary, such as "{}"."""
 logger = logging.getLogger(__name__)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise InputError where ``folder`` holds no vocabulary: transformers would make an empty
+    tokenizer, to which all prompts are the same.
+    """
+
+    def there(name: str) -> bool:
+        path = folder / name
+        return path.is_file() and path.stat().st_size >= _LEAST_BYTES
+
+    if any(all(map(there, names)) for names in _VOCABULARIES):
+        return
+    part = next((names for names in _VOCABULARIES if any(map(there, names))), ())
+    missing = ", ".join(name for name in part if not there(name))
+    raise InputError(
+        f"{folder}: expected a tokenizer's vocabulary, tokenizer.json or vocab.json and "
+        f"merges.txt, and {missing or 'all of them'} is missing or empty; get the model again"
+    )
 
 
 def bound_tokenizers(pipeline: Any) -> None:

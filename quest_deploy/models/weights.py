@@ -25,8 +25,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 _FILE = re.compile(
-    r"(diffusion_pytorch_model|model)(\.(?P<variant>[^.]+?))?(-\d+-of-\d+)?\.safetensors"
+    r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?(\.(?P<variant>[^.]+?))?"
+    r"(-\d+-of-\d+)?\.safetensors"
 )
+"""A shard's number stands behind its variant; older diffusers wrote it before."""
+_COUNTERS = ("position_ids", "num_batches_tracked")
+"""Integers that older files hold beside the weights."""
 _LISTED = 4
 logger = logging.getLogger(__name__)
 
@@ -159,13 +163,25 @@ def _check_shards(folder: Path, variant: str | None) -> None:
 
 def _elements(path: Path) -> int:
     """How many numbers a safetensors file holds, from its header; raise InputError where it is
-    none.
+    none, or where weights are integers: they are codes of a quantization that is not known here.
     """
     try:
         with open_tensors(path, "pt") as file:
-            return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            codes = [
+                f"{key} ({x.get_dtype()})"
+                for key, x in slices.items()
+                if "F" not in x.get_dtype() and not key.endswith(_COUNTERS)
+            ]
+            elements: int = sum(math.prod(x.get_shape()) for x in slices.values())
     except (OSError, SafetensorError) as e:
         raise InputError(f"{path}: not a readable safetensors file ({e}); get it again") from e
+    if codes:
+        raise InputError(
+            f"{path}: expected weights in floating point, found {_listed(codes)}; give the model "
+            "as it was before it was quantized"
+        )
+    return elements
 
 
 def _check_fit(folder: Path, info: dict[str, Collection[Any]], *, whole: bool) -> None:

@@ -314,9 +314,9 @@ def test_channels_are_known_by_pipeline_and_variance_or_refused_by_both_numbers(
 @pytest.mark.parametrize(
     ("name", "unet", "pipeline"),
     [
-        ("sd", {"in_channels": 7}, "StableDiffusionUpscalePipeline"),
+        ("sd", {"in_channels": 7}, "StableDiffusionPipeline"),
         ("sd", {"in_channels": 9}, "StableDiffusionPipeline"),
-        ("ldm", {"in_channels": 6}, "LDMSuperResolutionPipeline"),
+        ("ldm", {"in_channels": 6}, "LDMPipeline"),
         ("ldm", {"out_channels": 6}, "LDMPipeline"),
     ],
 )

@@ -454,6 +454,42 @@ def test_alphas_in_the_metadata_count_under_a_text_encoders_name_in_the_file(
     assert_fused(encoder_of(pipelines("sd"), "text_encoder", given), plain, of_layers)
 
 
+def of_settings(beside: Path, plain: dict[str, Tensor], layout: Layout) -> tuple[str, Any]:
+    """A LoRA whose alpha of 6 stands in adapter_config.json beside it, and its layers with it."""
+    of_layers = {
+        name: tensors_for(weight, i, alpha=False) for i, (name, weight) in enumerate(plain.items())
+    }
+    given = save(beside / "adapter_model.safetensors", layout, of_layers)
+    settings = {"r": 4, "lora_alpha": 6, "peft_type": "LORA", "init_lora_weights": True}
+    (beside / "adapter_config.json").write_text(json.dumps(settings))
+    for tensors in of_layers.values():
+        tensors["alpha"] = torch.tensor(6.0)
+    return given, of_layers
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "unet.", ""])
+def test_the_alpha_in_pefts_file_beside_the_weights_counts(
+    pipelines: Callable[[str], Path], tmp_path: Path, prefix: str
+) -> None:
+    plain = layers_of(unet_of(pipelines("sd")))
+    given, of_layers = of_settings(tmp_path, plain, of_peft(prefix))
+    assert_fused(unet_of(pipelines("sd"), given), plain, of_layers)
+
+
+def test_a_lora_of_pefts_without_its_settings_is_refused_and_one_whose_settings_changed(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    plain = layers_of(unet_of(pipelines("sd")))
+    given, _ = of_settings(tmp_path, plain, of_peft("base_model.model."))
+    source = resolve_source(str(pipelines("sd")), loras=[given])
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 7}')
+    with refused(tmp_path / "adapter_model.safetensors"):
+        load_model(source)
+    (tmp_path / "adapter_config.json").unlink()
+    with refused("adapter_config.json"):
+        unet_of(pipelines("sd"), given)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_factors_of_any_float_type_are_taken(
     pipelines: Callable[[str], Path], tmp_path: Path, dtype: torch.dtype
@@ -502,10 +538,6 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "another model's": (
         {"transformer.blocks.0.to_q.lora_A.weight": DOWN},
         "transformer.blocks.0.to_q",
-    ),
-    "peft's own, whose alphas stand elsewhere": (
-        {f"base_model.model.{ATTENTION}.lora_A.weight": DOWN},
-        f"base_model.model.{ATTENTION}",
     ),
     "a second text encoder": (
         {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": DOWN},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
 from tests.helpers import refused
-from tests.pipelines import CLASSES, PIPELINES, TEXT_WIDTH
+from tests.pipelines import CLASSES, PIPELINES, TEXT_WIDTH, TWO_LEVELS, text_to_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +44,120 @@ def models(pipelines: Callable[[str], Path]) -> Callable[[str], PipelineModel]:
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def recast(folder: Path, **changes: Any) -> Path:
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "drawn"),
+    [
+        ("sd", "StableDiffusionImg2ImgPipeline", "StableDiffusionPipeline"),
+        ("sd", "LatentConsistencyModelImg2ImgPipeline", "LatentConsistencyModelPipeline"),
+        ("sdxl", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline"),
+    ],
+)
+def test_an_image_to_image_pipeline_is_drawn_by_its_text_to_image_class(
+    pipelines: Callable[[str], Path], tmp_path: Path, name: str, given: str, drawn: str
+) -> None:
+    folder = recast(shutil.copytree(pipelines(name), tmp_path / "m"), _class_name=given)
+    if name == "sdxl":
+        recast(folder, requires_aesthetics_score=False)
+    model = load_model(resolve_source(str(folder)))
+    assert isinstance(model, PipelineModel)
+    pipeline = model.load_pipeline(unet=model.load_unet())
+    assert type(pipeline).__name__ == drawn
+
+
+def test_parts_of_the_safety_checker_that_are_missing_are_left_out_with_it(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = recast(
+        shutil.copytree(pipelines("sd"), tmp_path / "m"),
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+        image_encoder=["transformers", "CLIPVisionModelWithProjection"],
+    )
+    model = load_model(resolve_source(str(folder)))
+    assert isinstance(model, PipelineModel)
+    pipeline = model.load_pipeline(unet=model.load_unet())
+    assert (pipeline.safety_checker, pipeline.feature_extractor) == (None, None)
+
+
+def test_a_tiny_decoder_of_sdxl_says_its_levels_by_its_own_channels(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from diffusers import AutoencoderTiny
+
+    folder = shutil.copytree(pipelines("sdxl"), tmp_path / "m")
+    shutil.rmtree(folder / "vae")
+    sides: dict[str, Any] = {
+        f"{side}_block_out_channels": (8, 8, 8) for side in ("encoder", "decoder")
+    }
+    AutoencoderTiny(
+        **sides, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1)
+    ).save_pretrained(folder / "vae")
+    path = folder / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("block_out_channels", None)
+    path.write_text(json.dumps(config))
+    recast(folder, vae=["diffusers", "AutoencoderTiny"])
+    model = load_model(resolve_source(str(folder)))
+    assert isinstance(model, PipelineModel)
+    assert model.pixels() == (32, 32)
+    assert model.images(np.ones((1, 4, 8, 8), np.float32)).shape == (1, 3, 32, 32)
+    assert model.conditions(np.asarray([0]))["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
+
+
+def test_a_level_without_transformer_layers_is_loaded(tmp_path: Path) -> None:
+    depths = {**TWO_LEVELS, "transformer_layers_per_block": (0, 1)}
+    model = load_model(resolve_source(str(text_to_image(tmp_path / "m", **depths))))
+    assert isinstance(model, PipelineModel)
+    assert model.load_unet().config.transformer_layers_per_block == [0, 1]
+
+
+def test_a_folder_called_like_the_embedded_model_takes_prompts(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pipelines("sd"), tmp_path / "tiny")
+    assert load_model(resolve_source(str(folder)), ["a cat", "a dog"]).labels == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "needed", "parts"),
+    [
+        ("StableDiffusionControlNetPipeline", "controlnet", {}),
+        ("StableDiffusionUpscalePipeline", "image", {}),
+        ("StableDiffusionDepth2ImgPipeline", "depth_estimator", {}),
+        ("StableDiffusionAttendAndExcitePipeline", "token_indices", {}),
+        ("LDMTextToImagePipeline", "bert", {"bert": ["latent_diffusion", "LDMBertModel"]}),
+        ("FluxPipeline", "UNet", {"unet": [None, None]}),
+        ("OfAnotherLibrary", "UNet", {"unet": [None, None]}),
+    ],
+)
+def test_a_pipeline_that_needs_more_than_is_given_here_is_refused_by_its_class(
+    pipelines: Callable[[str], Path], tmp_path: Path, kind: str, needed: str, parts: dict[str, Any]
+) -> None:
+    folder = shutil.copytree(pipelines("sd"), tmp_path / "m")
+    shutil.rmtree(folder / "unet")  # the class is named before a file is missed
+    with refused(kind, needed):
+        load_model(resolve_source(str(recast(folder, _class_name=kind, **parts))))
+
+
+@torch.no_grad()
+def test_a_folder_called_like_a_known_model_has_the_heads_of_its_configuration(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from diffusers import UNet2DModel
+
+    folder = shutil.copytree(pipelines("ldm"), tmp_path / "ldm-church")
+    theirs: Any = UNet2DModel.from_pretrained(folder / "unet")
+    sample = torch.randn(1, 3, 8, 8, generator=seeded())
+    ours = load_model(resolve_source(str(folder))).load_unet()
+    assert torch.equal(ours(sample, 5).sample, theirs.eval()(sample, 5).sample)
 
 
 @pytest.mark.parametrize(("name", "family"), FAMILIES.items())

@@ -19,7 +19,7 @@ from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.importers.architecture import UNetConfig
-from quest_deploy.models import registry
+from quest_deploy.models import pipeline_model, registry
 from quest_deploy.models.hub import fetch_pipeline
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
@@ -119,11 +119,12 @@ def test_random_weights_are_those_of_the_seed(pipelines: Callable[[str], Path]) 
 
 
 def test_the_heads_that_a_configuration_cannot_say_reach_the_checkpoints_architecture(
-    pipelines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    pipelines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
+    shutil.copytree(pipelines("ldm"), tmp_path / "ldm")
+    monkeypatch.setattr(pipeline_model, "ARCHITECTURES", tmp_path)
     monkeypatch.setitem(KNOWN_MODELS, "ldm", registry.KnownModel(heads=4))
-    model = load_model(ModelSource("ldm", str(pipelines("ldm"))))
+    model = load_model(ModelSource("ldm", random_weights=True))
     unet, scheme = model.load_unet(), Scheme.parse("w8a8", buckets=1)
     recorded = record_trajectories(model, unet, steps=1, samples=2, seed=0)
     checkpoint = calibrate("ldm", unet, recorded, scheme, CalibrationOptions())

@@ -108,6 +108,29 @@ def test_a_long_prompt_is_cut_as_diffusers_cuts_it_and_all_are_told_of_once(
     assert all(fact in told for fact in ("2 of 3", str(TOKENS), repr(LONG)))
 
 
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("tokenizer", None),
+        ("tokenizer", {}),
+        ("tokenizer", {"vocab.json": '{"a": 0}'}),
+        ("tokenizer_2", {"tokenizer.json": ""}),
+        ("tokenizer_2", {"vocab.json": "{}", "merges.txt": "#version: 0.2"}),
+    ],
+)
+def test_a_tokenizer_without_a_vocabulary_is_refused_by_its_folder(
+    pipelines: Callable[[str], Path], tmp_path: Path, name: str, left: dict[str, str] | None
+) -> None:
+    folder = shutil.copytree(pipelines("sdxl"), tmp_path / "model") / name
+    shutil.rmtree(folder)
+    if left is not None:
+        folder.mkdir()
+        for file, content in left.items():
+            (folder / file).write_text(content)
+    with refused(folder, "merges.txt"):
+        states(folder.parent, ["a cat"])
+
+
 def test_prompts_that_fit_are_not_told_of(
     pipelines: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -147,6 +147,7 @@ def test_weights_that_another_part_has_no_place_for_are_told(
         ("unet", spoil, [CHANGED["unet"], "finite"]),
         ("unet", prefix("module."), ["'module.'"]),
         ("text_encoder", remove, [CHANGED["text_encoder"]]),
+        ("vae", spoil, [CHANGED["vae"], "finite"]),
     ],
 )
 def test_the_first_command_says_so_and_leaves_nothing(
@@ -164,15 +165,17 @@ def as_variant(folder: Path, part: str, variant: str) -> None:
     path.rename(path.with_name(f"{path.stem}.{variant}.safetensors"))
 
 
-def shard(folder: Path, part: str, variant: str = "") -> list[Path]:
+def shard(folder: Path, part: str, variant: str = "", *, old: bool = False) -> list[Path]:
     """Split a part's weights in two files with an index, as diffusers and transformers save large
-    ones.
+    ones; ``old`` as diffusers once named a variant's.
     """
     path = weights_of(folder, part)
     tensors = load_file(path)
     path.unlink()
     dotted = f".{variant}" if variant else ""
-    files = [path.with_name(f"{path.stem}{dotted}-0000{i}-of-00002.safetensors") for i in (1, 2)]
+    numbers = [f"-0000{i}-of-00002" for i in (1, 2)]
+    named = [f"{number}{dotted}" if old else f"{dotted}{number}" for number in numbers]
+    files = [path.with_name(f"{path.stem}{name}.safetensors") for name in named]
     places = {key: files[i % 2] for i, key in enumerate(tensors)}
     for file in files:
         mine = {key: tensors[key] for key in tensors if places[key] == file}
@@ -189,6 +192,9 @@ FORMS: dict[str, Callable[[Path, str], Any]] = {
     "only a variant of another name": lambda folder, part: as_variant(folder, part, "non_ema"),
     "shards": shard,
     "shards of a variant": lambda folder, part: shard(folder, part, "fp16"),
+    "shards of a variant by their older names": lambda folder, part: shard(
+        folder, part, "fp16", old=True
+    ),
 }
 
 
@@ -220,6 +226,25 @@ def test_weights_in_half_precision_are_computed_with_in_float(model: Path, part:
     )
     for value in use(model, part).values():
         assert value.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.uint8, "U8")])
+@pytest.mark.parametrize("part", PARTS)
+def test_codes_are_not_taken_for_weights(
+    model: Path, part: str, dtype: torch.dtype, name: str
+) -> None:
+    def encode(tensors: dict[str, Tensor], key: str) -> None:
+        tensors[key] = (tensors[key] * 50).to(dtype)
+
+    change(model, part, encode)
+    with refused(weights_of(model, part), name):
+        use(model, part)
+
+
+def test_positions_that_older_text_encoders_hold_are_no_codes(model: Path) -> None:
+    ids = {"embeddings.position_ids": torch.arange(8)[None]}
+    change(model, "text_encoder", lambda tensors, _: tensors.update(ids))
+    use(model, "text_encoder")
 
 
 @pytest.mark.parametrize("part", PARTS)

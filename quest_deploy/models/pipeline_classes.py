@@ -1,0 +1,80 @@
+"""The classes of diffusers' pipelines: which are drawn, and as what; any other is refused by name
+before its files are read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+
+from quest_deploy.errors import InputError
+from quest_deploy.models.channels import IMAGE_KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_TEXT_TO_IMAGE = {
+    "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLPipeline",
+    "LatentConsistencyModelImg2ImgPipeline": "LatentConsistencyModelPipeline",
+}
+"""By an image-to-image class, the class that draws from noise with the same parts."""
+_PARTS = {
+    "unet",
+    "scheduler",
+    "vae",
+    "vqvae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+}
+_IMAGES = {"image", "video"}
+
+
+def drawn_class(name: str, index: Mapping[str, Any]) -> str:
+    """The class that draws the pipeline of ``index``; one that diffusers does not have stays as it
+    is.
+
+    Args:
+        name: the model's, for the message.
+
+    Raises:
+        InputError: the pipeline has no UNet, needs a part that is not run here, or is called with
+            more than a prompt.
+    """
+    given: str = index["_class_name"]
+    drawn = _TEXT_TO_IMAGE.get(given, given)
+    found = getattr(diffusers, drawn, None)
+    problems = [] if index.get("unet", [None])[0] is not None else ["it has no UNet"]
+    if isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline):
+        if parts := sorted(_required(found.__init__) - _PARTS - set(found._optional_components)):
+            problems.append(f"it has a part that is not run here: {', '.join(parts)}")
+        call = getattr(found, "__call__", None)  # noqa: B004 - its signature
+        needed = _required(call) - {"prompt"}
+        if drawn not in IMAGE_KINDS:
+            needed |= _IMAGES & inspect.signature(call).parameters.keys() if call else set()
+        if needed:
+            problems.append(f"it is called with {', '.join(sorted(needed))}")
+    if problems:
+        raise InputError(
+            f"{name}: a {given} is not supported: {'; '.join(problems)}; expected a pipeline that "
+            "draws from a prompt, a label or nothing, inpaints, or edits by instructions"
+        )
+    return drawn
+
+
+def _required(function: Any) -> set[str]:
+    """The arguments of ``function`` without a default."""
+    if function is None:
+        return set()
+    parameters = inspect.signature(function).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {p.name for p in parameters if p.default is p.empty and p.kind not in variadic} - {
+        "self"
+    }
