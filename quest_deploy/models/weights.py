@@ -178,7 +178,7 @@ def _elements(path: Path) -> int:
         raise InputError(f"{path}: not a readable safetensors file ({e}); get it again") from e
     if codes:
         raise InputError(
-            f"{path}: expected weights in floating point, found {_listed(codes)}; give the model "
+            f"{path}: expected weights in floating point, found {listed(codes)}; give the model "
             "as it was before it was quantized"
         )
     return elements
