@@ -140,7 +140,7 @@ def schemes(draw: st.DrawFn) -> dict[str, Any]:
 def write_model(folder: Path, unet: dict[str, Any], *, of_text: bool) -> Path:
     """A pipeline's configurations alone, which random weights need no more than."""
     index = {"_class_name": "LDMPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
-    index |= {"vae": ["diffusers", "AutoencoderKL"]}
+    index |= {"vae": ["diffusers", "AutoencoderKL"], "unet": ["diffusers", unet["_class_name"]]}
     if of_text:
         index |= {"text_encoder": ["transformers", "CLIPTextModel"]}
     for name, content in (
