@@ -39,20 +39,21 @@ def test_the_processes_of_a_distributed_run_end_with_their_launcher(tmp_path: Pa
         "torch.distributed.run",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "0",
+        "--standalone",
     ]
     program = [*launcher, "-m", "quest_deploy", "finetune", "-w", workspace, "--batch", "4"]
     state = workspace / "finetune-state.pt"
     with subprocess.Popen(program, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 240
-        while not state.exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        started = children(process.pid)
-        assert len(started) == 2
-        process.kill()
+        try:
+            deadline = time.monotonic() + 240
+            while not state.exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            started = children(process.pid)
+            assert len(started) == 2
+        finally:
+            process.kill()
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in started):
         assert time.monotonic() < deadline, "a process outlived its launcher"
