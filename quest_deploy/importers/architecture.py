@@ -166,7 +166,7 @@ class UNetConfig:
     num_heads: Channels | Literal[-1] = -1
     num_head_channels: Channels | Literal[-1] = -1
     use_spatial_transformer: bool = False
-    transformer_depth: Depth = 1
+    transformer_depth: Annotated[Depth, Field(ge=1)] = 1
     context_dim: Channels | None = None
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False

@@ -197,11 +197,11 @@ def in_older_form(call: Callable[..., Any]) -> Callable[..., Any]:
     def older(
         self: Any,
         prompt: list[str],
-        num_inference_steps: int,
-        guidance_scale: float,
-        generator: Any,
-        output_type: str,
-        callback: Any,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        generator: Any = None,
+        output_type: str = "pil",
+        callback: Any = None,
     ) -> Any:
         def on_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             callback(step, timestep, values["latents"])

@@ -107,7 +107,7 @@ def test_a_tiny_decoder_of_sdxl_says_its_levels_by_its_own_channels(
     recast(folder, vae=["diffusers", "AutoencoderTiny"])
     model = load_model(resolve_source(str(folder)))
     assert isinstance(model, PipelineModel)
-    assert model.pixels() == (32, 32)
+    assert model.image_size == (32, 32)
     assert model.images(np.ones((1, 4, 8, 8), np.float32)).shape == (1, 3, 32, 32)
     assert model.conditions(np.asarray([0]))["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
 
