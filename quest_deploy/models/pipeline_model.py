@@ -132,13 +132,17 @@ class PipelineModel:
         )
         self.folder = _folder_of(source, self._file)
         self.index = read_index(self.folder)
-        self.index["_class_name"] = drawn_class(self.name, self.index)
-        self.config = read_configuration(UNetConfiguration, self.folder / "unet" / "config.json")
+        unet = self.folder / "unet" / "config.json"
+        if not unet.exists():
+            drawn_class(self.name, self.index)  # such as one of no UNet says so
+        self.config = read_configuration(UNetConfiguration, unet)
         if self._file is not None:
             self._apply(self._file)
         of_text = any(self.index.get(name, [None])[0] is not None for name in TEXT_ENCODERS)
         check_unet(self.name, self.config, of_text=of_text)
         check_time_ids(self.name, self.config, self._pooled_width())
+        # What the UNet lacks says more than the class of its pipeline.
+        self.index["_class_name"] = drawn_class(self.name, self.index)
         self.family = self._family(of_text=of_text)
         self.asked_for = self._asked_for()
         if prompts is not None and self.family != TEXT_TO_IMAGE:
