@@ -11,9 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from quest_deploy.artifacts.schema import validated
+from quest_deploy.artifacts.tensors import open_tensors
 from quest_deploy.errors import InputError
-from quest_deploy.files import absolute, sha256_of
+from quest_deploy.files import absolute, read_bounded, sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,10 +80,23 @@ class Lora:
 
 
 def _hash_of(lora: Path) -> str:
-    beside = lora.with_name(ADAPTER_CONFIG)
+    """The hash of a LoRA and of the settings beside it; raise InputError where the file is none, or
+    has more bytes than its header says: gigabytes of zeros are refused before they are read.
+    """
+    try:
+        open_tensors(lora)
+    except (OSError, SafetensorError) as e:
+        raise InputError(
+            f"the LoRA {lora}: expected a safetensors file of the size that its header says, found "
+            f"one of {lora.stat().st_size} bytes ({e}); get it again"
+        ) from e
+    beside, digest = lora.with_name(ADAPTER_CONFIG), sha256_of(lora)
     if not beside.is_file():
-        return sha256_of(lora)
-    return hashlib.sha256(f"{sha256_of(lora)} {sha256_of(beside)}".encode()).hexdigest()
+        return digest
+    settings = read_bounded(
+        beside, _MOST_TEXT_BYTES, "copy it again from where peft saved the LoRA"
+    )
+    return hashlib.sha256(f"{digest} {hashlib.sha256(settings).hexdigest()}".encode()).hexdigest()
 
 
 @validated("model's source")

@@ -8,7 +8,7 @@ from typing import Any
 
 from quest_deploy.artifacts.model_source import INDEX
 from quest_deploy.errors import InputError
-from quest_deploy.files import read_json
+from quest_deploy.models.configurations import read_index
 from quest_deploy.models.registry import OTHERWISE
 
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")
@@ -87,8 +87,8 @@ def fetch_pipeline(repository: str, revision: str, *, weights: bool = True) -> P
 def _is_complete(folder: Path, *, weights: bool) -> bool:
     if not (folder / INDEX).is_file():
         return False
-    for name, value in read_json(folder / INDEX).items():
-        if not (isinstance(value, list) and value[0] is not None) or name in UNUSED:
+    for name, value in read_index(folder).items():
+        if not isinstance(value, list) or value[0] is None or name in UNUSED:
             continue
         if name.startswith(WITHOUT_WEIGHTS):
             if not any((folder / name).glob("*.json")):

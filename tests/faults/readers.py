@@ -245,7 +245,7 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
             lambda path: (
                 load_model(resolve_source(str(model), loras=[str(path)])).load_unet() and None
             ),
-            ("models.loras:_read",),
+            ("artifacts.model_source:_hash_of", "models.loras:_read"),
         ),
         "official checkpoint": Kind(
             official / "ckpt.pth",

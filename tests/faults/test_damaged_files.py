@@ -55,7 +55,6 @@ OWN = {
     "models.digit_quality:judge": "the package's own file",
     "models.tiny:_embed": "the package's own file",
     "models.tiny:scheduler_config": "the package's own file",
-    "models.hub:_is_complete": "what the hub's client fetched",
     "models.loras:_beside": "a LoRA's small neighbour, by `read_json` and its own tests",
     "serving.triton.package:_check_text_encoder": "of a model that was loaded before",
     "stages.api:client": "sends the bytes: the server checks them, `read_bounded` the file",

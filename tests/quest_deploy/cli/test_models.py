@@ -8,9 +8,11 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.numpy import save_file
 
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import IMAGES, MANIFEST, TRAJECTORIES, Workspace
@@ -73,7 +75,7 @@ def test_the_manifest_says_where_the_model_comes_from_and_later_commands_need_no
 def test_a_workspace_of_another_model_is_refused(
     tmp_path: Path, pipelines: Callable[[str], Path], options: list[str], facts: str
 ) -> None:
-    (tmp_path / "style.safetensors").write_bytes(b"")
+    save_file({"weight": np.ones(1)}, tmp_path / "style.safetensors")
     Workspace.create(tmp_path / "ws", resolve_source(str(pipelines("sd"))), Scheme.parse("w4a4"))
     given = [option.format(lora=tmp_path / "style.safetensors") for option in options]
     cli("calibrate", "-w", tmp_path / "ws", *given).assert_refused(tmp_path / "ws", *facts.split())

@@ -4,20 +4,25 @@ changed since.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
-from quest_deploy.artifacts.model_source import Lora, ModelSource
+from quest_deploy.artifacts.model_source import INDEX, Lora, ModelSource
 from quest_deploy.artifacts.schema import parse
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.trajectories import record_trajectories
+from quest_deploy.files import sha256_of, write_json
 from quest_deploy.importers.architecture import UNetConfig
 from quest_deploy.models import pipeline_model, registry
 from quest_deploy.models.hub import fetch_pipeline
@@ -154,6 +159,15 @@ def test_a_copy_in_the_cache_that_lacks_a_file_is_not_used(cached: Path) -> None
     shutil.rmtree(cached / "unet")
     with refused("incomplete"):
         fetch_pipeline("owner/name", COMMIT)
+
+
+@pytest.mark.parametrize(
+    "content", [{"_class_name": "StableDiffusionPipeline", "unet": []}, ["unet"], {"unet": 3}]
+)
+def test_a_damaged_index_in_the_cache_is_refused_by_name(cached: Path, content: Any) -> None:
+    write_json(cached / INDEX, content)
+    with refused(cached / INDEX):
+        resolve_source("sd15")
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error_that_names_the_other_ways(hub: Path) -> None:
@@ -293,7 +307,7 @@ def test_links_in_a_circle_end_and_folders_that_are_one_are_told_from_two(
 
 
 def test_a_single_file_and_a_lora_that_are_links_keep_their_own_names(tmp_path: Path) -> None:
-    (tmp_path / "blob").write_bytes(b"weights")
+    save_file({"weight": np.ones(1)}, tmp_path / "blob")
     for name in ("model.safetensors", "style.safetensors"):
         (tmp_path / name).symlink_to("blob")
     source = resolve_source(
@@ -318,7 +332,7 @@ def test_a_loras_path_may_hold_colons(
 ) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"lora")
+    save_file({"weight": np.ones(1)}, path)
     lora = Lora.parse(f"{path}{suffix}")
     assert (lora.path, lora.weight) == (str(path), weight)
 
@@ -326,14 +340,37 @@ def test_a_loras_path_may_hold_colons(
 def test_a_lora_that_was_changed_is_refused(
     pipelines: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    (tmp_path / "style.safetensors").write_bytes(b"one")
-    source = ModelSource(
-        "sd", str(pipelines("sd")), loras=(Lora.parse(f"{tmp_path}/style.safetensors:0.5"),)
-    )
+    path = tmp_path / "style.safetensors"
+    save_file({"weight": np.ones(1)}, path)
+    source = ModelSource("sd", str(pipelines("sd")), loras=(Lora.parse(f"{path}:0.5"),))
     assert source.loras[0].weight == 0.5
-    (tmp_path / "style.safetensors").write_bytes(b"two")
-    with refused(tmp_path / "style.safetensors", "-w"):
+    save_file({"weight": np.zeros(1)}, path)
+    with refused(path, "-w"):
         load_model(source)
+
+
+@pytest.mark.parametrize("size", [0, 60, 2**40], ids=["empty", "cut off", "a sparse terabyte"])
+def test_a_lora_of_another_size_than_its_header_says_is_refused_before_it_is_hashed(
+    pipelines: Callable[[str], Path], tmp_path: Path, size: int
+) -> None:
+    path = tmp_path / "style.safetensors"
+    save_file({"weight": np.ones(1)}, path)
+    recorded = Lora.parse(str(path))
+    os.truncate(path, size)
+    for read in (lambda: resolve_source(str(pipelines("sd")), loras=[str(path)]), recorded.check):
+        with refused(path, size):
+            read()
+
+
+def test_settings_beside_a_lora_are_bounded_before_they_are_hashed(tmp_path: Path) -> None:
+    path, settings = tmp_path / "style.safetensors", tmp_path / "adapter_config.json"
+    save_file({"weight": np.ones(1)}, path)
+    settings.write_text("{}")
+    known = Lora.parse(str(path)).sha256
+    assert known == hashlib.sha256(f"{sha256_of(path)} {sha256_of(settings)}".encode()).hexdigest()
+    os.truncate(settings, 2**40)
+    with refused(settings):
+        Lora.parse(str(path))
 
 
 def test_a_source_survives_json() -> None:
