@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import numpy as np
 
@@ -123,6 +123,14 @@ class EngineUNet:
         arrays = {name: value.float().numpy(force=True) for name, value in conditions.items()}
         rows, steps = (value.float().numpy(force=True) for value in (sample, timestep))
         return torch.from_numpy(self.predict(rows, steps, **arrays))
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Raise InputError: the runtime's memory cannot be copied."""
+        raise InputError(
+            "an open engine cannot be copied or pickled (copy.deepcopy, pickle, torch.save): share "
+            "it, as type(pipeline)(**pipeline.components) does, or open it once more, also in "
+            "another process, with quest_deploy.load_pipeline or EngineUNet.load"
+        )
 
     def __enter__(self) -> EngineUNet:
         return self

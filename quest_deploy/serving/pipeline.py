@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 DEFAULT_BACKEND = "openvino"
 _FIXED = (
     "an engine's weights and graph are fixed when it is built: give LoRAs to `quest-deploy "
-    "calibrate --lora` and build the engine again; FreeU, IP-Adapter, ControlNet and attention "
-    "processors need the float UNet, in diffusers' own pipeline"
+    "calibrate --lora` and build the engine again; FreeU, IP-Adapter, ControlNet, caches, training "
+    "and attention processors need the float UNet, in diffusers' own pipeline"
 )
 _HARMLESS = (
     "disable_freeu",
@@ -50,22 +50,34 @@ _REFUSED = frozenset(
     and name not in _HARMLESS
 )
 """What else a UNet of diffusers can be asked."""
-_INSIDE = (
+_REFUSED_OF_MODELS = (
+    "compile_repeated_blocks",
+    "dequantize",
+    "enable_gradient_checkpointing",
+    "enable_parallelism",
+    "load_state_dict",
+)
+"""What else any model of diffusers can be asked that an engine cannot do."""
+_ABSENT = (
     "add_embedding",
     "add_time_proj",
+    "cache_context",
     "class_embedding",
     "conv_act",
     "conv_in",
     "conv_norm_out",
     "conv_out",
+    "disable_cache",
     "down_blocks",
+    "enable_cache",
     "encoder_hid_proj",
+    "is_cache_enabled",
     "mid_block",
     "time_embedding",
     "time_proj",
     "up_blocks",
 )
-"""The modules of a UNet, which an engine does not have."""
+"""The modules of a UNet, and the caches of a transformer, which an engine does not have."""
 _REFUSED_BY_PIPELINES = (
     "delete_adapters",
     "disable_lora",
@@ -130,7 +142,7 @@ def _refusal(name: str) -> Callable[..., NoReturn]:
 
 
 class _AbsentError(InputError, AttributeError):
-    """A module of a UNet that an engine does not have: ``hasattr`` finds none."""
+    """What an engine does not have of a UNet or transformer: ``hasattr`` finds none."""
 
 
 class PipelineUNet(ModelMixin, ConfigMixin):
@@ -160,13 +172,9 @@ class PipelineUNet(ModelMixin, ConfigMixin):
             return lambda *arguments, **options: None
         if name in _REFUSED:
             return _refusal(name)
-        if name in _INSIDE:
+        if name in _ABSENT:
             raise _AbsentError(f"unet.{name}: {_FIXED}")
         return super().__getattr__(name)
-
-    def load_state_dict(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Raise InputError: an engine has no parameters."""
-        raise InputError(f"load_state_dict: {_FIXED}")
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> NoReturn:
         """Raise InputError: an engine is its workspace's."""
@@ -234,6 +242,10 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         steps = steps.expand(len(sample)) if len(steps) == 1 else steps
         output = self.engine(sample, steps, **conditions).to(sample.device, sample.dtype)
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+
+
+for _name in _REFUSED_OF_MODELS:  # which __getattr__ is not asked for: the base class has them
+    setattr(PipelineUNet, _name, _refusal(_name))
 
 
 def _full_config(config: Mapping[str, Any]) -> dict[str, Any]:

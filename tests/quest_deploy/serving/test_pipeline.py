@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +69,10 @@ def draw(pipeline: Any, seed: int = 0, **options: Any) -> np.ndarray[Any, Any]:
         generator=torch.Generator().manual_seed(seed), **options
     ).images
     return images
+
+
+def save_anywhere(value: Any) -> None:
+    torch.save(value, io.BytesIO())
 
 
 def with_unet(pipeline: Any, unet: Any) -> Any:
@@ -250,6 +257,10 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "set_attn_processor": lambda pipe: pipe.unet.set_attn_processor(PROCESSOR),
     "load_attn_procs": lambda pipe: pipe.unet.load_attn_procs({}),
     "load_state_dict": lambda pipe: pipe.unet.load_state_dict({}),
+    "enable_gradient_checkpointing": lambda pipe: pipe.unet.enable_gradient_checkpointing(),
+    "compile_repeated_blocks": lambda pipe: pipe.unet.compile_repeated_blocks(),
+    "enable_parallelism": lambda pipe: pipe.unet.enable_parallelism(config=None),
+    "dequantize": lambda pipe: pipe.unet.dequantize(),
 }
 
 
@@ -259,8 +270,13 @@ def test_what_would_change_the_engine_is_refused_with_what_to_do(pipeline: Any, 
         CALLS[name](pipeline)
 
 
-@pytest.mark.parametrize("name", ["encoder_hid_proj", "down_blocks", "mid_block", "conv_in"])
-def test_an_engine_has_no_modules_and_says_so_to_who_takes_one(pipeline: Any, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["encoder_hid_proj", "down_blocks", "mid_block", "conv_in", "enable_cache", "cache_context"],
+)
+def test_what_an_engine_does_not_have_is_absent_and_says_so_to_who_takes_it(
+    pipeline: Any, name: str
+) -> None:
     assert not hasattr(pipeline.unet, name)
     with pytest.raises(InputError, match=rf"unet\.{name}: .*calibrate --lora"):
         getattr(pipeline.unet, name)
@@ -269,6 +285,17 @@ def test_an_engine_has_no_modules_and_says_so_to_who_takes_one(pipeline: Any, na
 def test_saving_the_pipeline_names_the_workspace(pipeline: Any, tmp_path: Path) -> None:
     with refused("save_pretrained", "workspace"):
         pipeline.save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps, save_anywhere])
+def test_a_copy_of_an_open_engine_is_refused_with_what_to_do(
+    pipeline: Any, copied: Callable[[Any], Any]
+) -> None:
+    for holder in (pipeline, pipeline.unet, pipeline.unet.engine):
+        with refused("load_pipeline", "components"):
+            copied(holder)
+    again = with_unet(pipeline, pipeline.unet)
+    np.testing.assert_array_equal(draw(again), draw(pipeline))
 
 
 def test_pipelines_made_from_it_refuse_too(pipeline: Any) -> None:
