@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import stat
+import tempfile
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -204,6 +205,34 @@ def absolute(path: Path) -> Path:
     if path.name in ("", ".."):
         return Path(os.path.realpath(path))
     return Path(os.path.realpath(path.parent)) / path.name
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a further name on its disk; elsewhere, and where there are none, copy it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+@contextmanager
+def gathered(first: Path, *others: str) -> Iterator[Path]:
+    """Give a path of the file ``first``, as called, beside which ``others`` lie, as called, none
+    of them a link: runtimes look for a graph's weights where what a link names lies, or refuse
+    links to other folders, and caches keep files under other names.
+
+    Where links lead to such a place already, it is that; else a scratch folder, which lasts as long
+    as the block.
+    """
+    names = [first.name, *(name for name in others if first.with_name(name).exists())]
+    files = [Path(os.path.realpath(first.with_name(name))) for name in names]
+    if files == [files[0].with_name(name) for name in names]:
+        yield files[0]
+        return
+    with tempfile.TemporaryDirectory(prefix="quest-deploy-", ignore_cleanup_errors=True) as scratch:
+        for file, name in zip(files, names, strict=True):
+            link_or_copy(file, Path(scratch, name))
+        yield Path(scratch, first.name)
 
 
 def open_regular(path: Path) -> io.BufferedReader[io.FileIO]:

@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import traceback
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
@@ -26,7 +27,7 @@ _MEANT = (QuestDeployError, OSError, MemoryError, ModuleNotFoundError, KeyboardI
 
 def in_own_process(work: Callable[..., Result], *arguments: Any) -> Result:
     """What ``work`` returns or raises in a new process, which ends with this one, however that
-    ends.
+    ends, and has its temporary files where this one has them.
 
     Raises:
         QuestDeployError: the process was ended from outside, as by Linux where memory runs out; or
@@ -34,7 +35,9 @@ def in_own_process(work: Callable[..., Result], *arguments: Any) -> Result:
     """
     context = get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sending, os.getpid(), work, arguments))
+    process = context.Process(
+        target=_answer, args=(sending, os.getpid(), tempfile.tempdir, work, arguments)
+    )
     with _without_interrupts():
         process.start()
     try:
@@ -71,9 +74,14 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _answer(
-    pipe: Connection, parent: int, work: Callable[..., Any], arguments: tuple[Any, ...]
+    pipe: Connection,
+    parent: int,
+    scratch: str | None,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     end_with(parent)
+    tempfile.tempdir = scratch  # where the parent clears it away: this process may be killed
     try:
         answer = _pickled(work(*arguments), None)
     except (Exception, KeyboardInterrupt) as e:

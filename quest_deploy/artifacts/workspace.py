@@ -160,7 +160,7 @@ class Workspace:
         """Open an existing workspace; raise InputError where there is none, or one that is damaged
         or of another version.
         """
-        if not (root / MANIFEST).exists():
+        if not os.path.lexists(root / MANIFEST):  # a link to nowhere is named where it is read
             raise InputError(
                 f"{root} is not a workspace: it has no {MANIFEST}; run `quest-deploy calibrate -w "
                 f"{root}` first"

@@ -358,12 +358,6 @@ def engine_options(backend: Backend, folder: Path) -> EngineOptions:
     """The options to run the engine in ``folder`` with; raise InputError where there is none that
     this machine can run.
     """
-    graph, data = folder / LOWERED, folder / f"{LOWERED}.data"
-    if data.exists() and data.resolve() != graph.resolve().with_name(data.name):
-        raise InputError(
-            f"{data} lies in {data.resolve()}, apart from its graph, and runtimes follow no such "
-            "link; put the file itself there, or link the engine's whole folder"
-        )
     record = engine_info(folder)
     if record.backend != backend.name:
         raise InputError(

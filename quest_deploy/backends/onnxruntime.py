@@ -13,6 +13,7 @@ from quest_deploy.backends.base import LOWERED, Runner, input_arrays, input_shap
 from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.files import gathered
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -190,12 +191,13 @@ def open_session(path: Path, options: EngineOptions, profile: Path | None = None
     if profile is not None:
         settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
     provider = PROVIDERS[options.provider]
-    try:
-        session = onnxruntime.InferenceSession(
-            str(path), settings, providers=[(provider, SETTINGS.get(provider, {}))]
-        )
-    except Exception as e:  # its exceptions share no base class but this one
-        raise QuestDeployError(f"onnxruntime refuses {path}: {reason_of(e)}") from e
+    with gathered(path, f"{path.name}.data") as graph:
+        try:
+            session = onnxruntime.InferenceSession(
+                str(graph), settings, providers=[(provider, SETTINGS.get(provider, {}))]
+            )
+        except Exception as e:  # its exceptions share no base class but this one
+            raise QuestDeployError(f"onnxruntime refuses {path}: {reason_of(e)}") from e
     if session.get_providers()[0] != provider:
         raise QuestDeployError(
             f"onnxruntime fell back from {provider} to {session.get_providers()[0]}; check its GPU "

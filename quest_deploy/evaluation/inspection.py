@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +35,9 @@ def inspect(path: Path, progress: Progress | Display = no_progress) -> Inspectio
     if path.suffix == ".onnx":
         precision = graph_precision(path)
         return {**_graph(path), "precision": precision.to_json()}, precision
-    if (path / ENGINE_FILE).exists():
+    if os.path.lexists(path / ENGINE_FILE):  # a link to nowhere is named where it is read
         return _engine(path, progress)
-    if (path / MANIFEST).exists():
+    if os.path.lexists(path / MANIFEST):
         return _workspace(path), None
     raise InputError(
         f"{path}: expected a workspace, a checkpoint (.safetensors), a graph (.onnx) or an "

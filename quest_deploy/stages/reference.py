@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.reference import INDEX
 from quest_deploy.artifacts.workspace import REFERENCE, REFERENCE_STATE, TRAJECTORIES
 from quest_deploy.calibration.trajectories import Trajectories
-from quest_deploy.files import sha256_of_json
+from quest_deploy.files import link_or_copy, sha256_of_json
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.verification import reference
 
@@ -61,10 +60,7 @@ def work(
             shutil.rmtree(state, ignore_errors=True)
     files = [workspace.new(REFERENCE, file.name) for file in sorted(state.iterdir())]
     for file in files:  # the state itself stays until the stage is recorded
-        try:
-            os.link(state / file.name, file)
-        except OSError:  # not every file system has hard links
-            shutil.copyfile(state / file.name, file)
+        link_or_copy(state / file.name, file)
     measured = [max(entry.sensitivity) for entry in entries if entry.sensitivity is not None]
     return files, {
         "records": len(entries),

@@ -2,61 +2,109 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import pytest
 
 from exporters.graph_info import load_graph
+from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.errors import InputError
-from tests.quest_deploy.support import cli
+from quest_deploy.files import read_json
+from tests.quest_deploy.support import LINKS, cli, linked, snapshot, store_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.quest_deploy.conftest import Chain
 
+CPU = ("onnxruntime", "openvino")
+COMMANDS = (
+    *(["verify", "--backend", backend] for backend in CPU),
+    *(
+        ["benchmark", "--backend", backend, "--runs", "1", "--warmup", "0", "--batch", "2"]
+        for backend in CPU
+    ),
+    *(["generate", "--backend", backend, "--steps", "1", "--rows", "1"] for backend in CPU),
+    ["build-engine", "--backend", "onnxruntime"],
+    ["build-engine", "--backend", "openvino"],
+    ["build-engine", "--backend", "tensorrt-rtx", "--compute-capability", "89"],
+    ["reference"],
+    ["export"],
+)
+"""Those that make files anew last, so that the others read what the workspace came with."""
+OTHER_EACH_TIME = ("engines/tensorrt-rtx/model.engine", "engines/tensorrt-rtx/engine.json")
+"""TensorRT builds another engine each time."""
 
-def link(source: Path, target: Path, kind: str) -> None:
-    """Copy a folder: each file is a link to, or has a further name of, the one in ``source``."""
-    make = os.link if kind == "hard" else os.symlink
-    shutil.copytree(source, target, copy_function=lambda a, b: make(a, b))
-    (target / ".lock").unlink(missing_ok=True)
+
+def results(root: Path) -> dict[str, Any]:
+    """What the commands make of a workspace, but for times."""
+    found: dict[str, Any] = {}
+    for name in ("", "unet.onnx", "checkpoint.safetensors", *(f"engines/{name}" for name in CPU)):
+        ended = cli("inspect", root / name, "--json")
+        assert ended.code == 0, ended.err
+        found[f"inspect {name}"] = ended.out.replace(str(root), "")
+    package = root.with_name(f"{root.name}-package")
+    ended = cli("package", "-w", root, "--triton", package)
+    assert ended.code == 0, ended.err
+    found["package"] = read_json(package / "package.json")["files"]
+    for command, *options in COMMANDS:
+        ended = cli(command, "-w", root, *options, "--json")
+        assert ended.code == 0, ended.err
+        stage = f"{command}/{options[1]}" if options else command
+        if command == "benchmark":
+            found[stage] = [ended.json[key] for key in ("precision", "size_ratio_to_fp32")]
+            continue
+        files = Workspace.open(root).stages[stage].files
+        found[stage] = {name: files[name] for name in files if name not in OTHER_EACH_TIME}
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(mini_chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What comes of the files themselves."""
+    root = tmp_path_factory.mktemp("real") / "workspace"
+    shutil.copytree(mini_chain.root, root)
+    return results(root)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["hard", "symbolic"])
-def test_a_workspace_of_links_is_read_and_what_they_name_is_never_changed(
-    mini_chain: Chain, tmp_path: Path, kind: str
+@pytest.mark.parametrize("kind", LINKS)
+def test_a_workspace_of_links_gives_what_the_files_give_which_are_never_changed(
+    mini_chain: Chain, expected: dict[str, Any], tmp_path: Path, kind: str
 ) -> None:
-    linked = tmp_path / "linked"
-    link(mini_chain.root, linked, kind)
-    before = {path: path.read_bytes() for path in mini_chain.root.rglob("*") if path.is_file()}
-    for command in (
-        ["build-engine", "--backend", "onnxruntime"],
-        ["build-engine", "--backend", "openvino"],
-        ["build-engine", "--backend", "tensorrt-rtx"],
-        ["generate", "--backend", "openvino", "--steps", "1", "--rows", "1"],
-        ["generate", "--backend", "onnxruntime", "--steps", "1", "--rows", "1"],
-        ["export"],
-        ["inspect", linked / "unet.onnx"],
-    ):
-        workspace = [] if command[0] == "inspect" else ["-w", linked]
-        ended = cli(*command, *workspace)
-        assert ended.code == 0, ended.err
-    assert {
-        path: path.read_bytes() for path in mini_chain.root.rglob("*") if path.is_file()
-    } == before
+    root = linked(mini_chain.root, tmp_path / "workspace", kind)
+    store = store_of(root)
+    before = snapshot(store)
+    assert results(root) == expected
+    assert snapshot(store) == before
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_an_engine_of_links_runs(mini_chain: Chain, tmp_path: Path, backend: str) -> None:
-    linked = tmp_path / "linked"
-    link(mini_chain.root, linked, "symbolic")
-    ended = cli("generate", "-w", linked, "--backend", backend, "--steps", "1", "--rows", "1")
-    assert ended.code == 0, ended.err
+@pytest.mark.parametrize(
+    ("name", "inspected", "command"),
+    [
+        ("manifest.json", "", "verify onnxruntime"),
+        ("checkpoint.safetensors", "checkpoint.safetensors", "export"),
+        ("trajectories.safetensors", None, "reference"),
+        ("unet.onnx", "unet.onnx", "build-engine openvino"),
+        ("unet.onnx.data", "unet.onnx", "build-engine onnxruntime"),
+        ("reference/tables.safetensors", None, "verify onnxruntime"),
+        ("engines/openvino/engine.json", "engines/openvino", "generate openvino"),
+        ("engines/openvino/lowered.onnx", "engines/openvino", "generate openvino"),
+        ("engines/onnxruntime/lowered.onnx.data", "engines/onnxruntime", "benchmark onnxruntime"),
+    ],
+)
+def test_a_link_to_nowhere_is_refused_by_its_name(
+    mini_chain: Chain, tmp_path: Path, name: str, inspected: str | None, command: str
+) -> None:
+    root = linked(mini_chain.root, tmp_path / "workspace", "to other names")
+    (root / name).resolve().unlink()
+    stage, _, backend = command.partition(" ")
+    where = ["--backend", backend] if backend else []
+    cli(stage, "-w", root, *where).assert_refused(root / name)
+    if inspected is not None:
+        cli("inspect", root / inspected).assert_refused(root / name)
 
 
 @pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "folder/data"])

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from unittest.mock import patch
 
@@ -22,7 +25,6 @@ from tests.helpers import assert_holds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -102,6 +104,35 @@ TEXT_CHAIN = {
     "evaluate onnxruntime": ["--images", "2", "--steps", "2"],
 }
 """And for a text-to-image pipeline."""
+
+
+LINKS = ("to other names", "to the same names", "hard")
+
+
+def linked(source: Path, target: Path, kind: str) -> Path:
+    """A copy of a folder whose files lie in a store beside it: each is a link of one of the
+    ``LINKS``, as DVC, the hub's cache and `cp -al` make them.
+    """
+    store = store_of(target)
+    for i, path in enumerate(sorted(source.rglob("*"))):
+        if not path.is_file() or path.name == ".lock":
+            continue
+        name = path.relative_to(source)
+        place = target / name
+        blob = store / (name if kind == "to the same names" else Path(f"{i % 7:02}", f"{i:038}"))
+        for made in (place, blob):
+            made.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, blob)
+        if kind == "hard":
+            os.link(blob, place)
+        else:
+            place.symlink_to(os.path.relpath(blob, place.parent))
+    return target
+
+
+def store_of(target: Path) -> Path:
+    """Where the files of a :func:`linked` folder lie."""
+    return target.with_name(f"{target.name}-store")
 
 
 @dataclass(frozen=True)

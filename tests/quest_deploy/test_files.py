@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,6 +15,7 @@ from quest_deploy import files
 from quest_deploy.files import (
     atomic_file,
     atomic_folder,
+    gathered,
     read_json,
     remove_temporaries,
     sha256_of,
@@ -228,3 +231,37 @@ def test_hashes_are_sha256_of_the_bytes_and_of_canonical_json(tmp_path: Path) ->
     assert sha256_of_json(json.loads('{"a": [1, 2], "b": 1}')) == sha256_of_json(
         {"b": 1, "a": [1, 2]}
     )
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
+def test_files_that_links_lead_to_under_other_names_are_gathered_under_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    graph, store = tmp_path / "graph", tmp_path / "store"
+    for name, blob in (("graph", "ab/1"), ("weights", "cd/2")):
+        (store / blob).parent.mkdir(parents=True)
+        (store / blob).write_text(name)
+        (tmp_path / name).symlink_to(store / blob)
+    if not links:
+        monkeypatch.setattr("os.link", Mock(side_effect=OSError(errno.EXDEV, "another disk")))
+    with gathered(graph, "weights", "none") as found:
+        folder = found.parent
+        assert {path.name: path.read_text() for path in folder.iterdir()} == {
+            "graph": "graph",
+            "weights": "weights",
+        }
+        assert not any(path.is_symlink() for path in folder.iterdir())
+        assert found.samefile(store / "ab" / "1") == links
+    assert not folder.exists()
+
+
+def test_files_that_lie_under_their_own_names_are_read_where_they_are(tmp_path: Path) -> None:
+    real, links = tmp_path / "real", tmp_path / "links"
+    for folder in (real, links):
+        folder.mkdir()
+    for name in ("graph", "weights"):
+        (real / name).write_text(name)
+        (links / name).symlink_to(real / name)
+    for folder in (real, links):
+        with gathered(folder / "graph", "weights") as found:
+            assert found == real / "graph"

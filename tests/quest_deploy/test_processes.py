@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.helpers import refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 
 def test_a_process_of_its_own_gives_back_what_is_returned_or_raised() -> None:
@@ -19,6 +21,13 @@ def test_a_process_of_its_own_gives_back_what_is_returned_or_raised() -> None:
     with pytest.raises(FileNotFoundError, match="nowhere") as caught:
         in_own_process(os.stat, "nowhere")
     assert caught.value.filename == "nowhere"
+
+
+def test_a_process_of_its_own_has_its_temporary_files_where_its_parent_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert in_own_process(tempfile.gettempdir) == str(tmp_path)
 
 
 class TwoPartsError(InputError):

@@ -14,6 +14,7 @@ from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.openvino.precision import runtime_precisions
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.errors import QuestDeployError
+from quest_deploy.files import gathered
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -137,7 +138,8 @@ def compile_graph(
     if options.threads:
         config["INFERENCE_NUM_THREADS"] = options.threads
     try:
-        model = core.read_model(path.resolve())  # it follows no links out of a folder
+        with gathered(path, f"{path.name}.data") as graph:
+            model = core.read_model(graph)
         if shapes is not None:
             model.reshape({name: list(shape) for name, shape in shapes})
         _forward_halves(model)

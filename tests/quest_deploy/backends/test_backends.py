@@ -20,6 +20,7 @@ from quest_deploy.backends.base import (
     SplitRunner,
     build_engine,
     engine_info,
+    input_shapes,
     open_engine,
 )
 from quest_deploy.backends.openvino.backend import fusing_crashes
@@ -27,9 +28,9 @@ from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.backends.tensorrt.base import DEFAULT_CAPABILITIES, ENGINE
 from quest_deploy.errors import QuestDeployError
-from quest_deploy.files import read_json, sha256_of
+from quest_deploy.files import sha256_of
 from tests.helpers import refused, relative_error, reseal
-from tests.quest_deploy.support import flip_byte, truncate
+from tests.quest_deploy.support import LINKS, flip_byte, linked, truncate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     import onnx
 
     from quest_deploy.quantization.model import QuantizedModel
+    from tests.quest_deploy.conftest import Chain
 
 CPU_BACKENDS = ("onnxruntime", "openvino")
 
@@ -297,16 +299,28 @@ def test_what_a_runtime_refuses_is_one_error_of_one_line(
     assert "core.cpp" not in str(caught.value)
 
 
-def test_weights_that_a_link_takes_from_their_graph_are_refused_before_the_runtime_is_asked(
-    engine: Path, tmp_path: Path
+@pytest.mark.parametrize("kind", LINKS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_an_engine_of_links_gives_what_the_engine_gives_and_leaves_nothing(
+    mini_chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, kind: str
 ) -> None:
-    data = engine / f"{LOWERED}.data"
-    moved = tmp_path / "big disk" / "blob"
-    moved.parent.mkdir()
-    shutil.move(data, moved)
-    data.symlink_to(moved)
-    with refused(data, moved):
-        open_engine(get_backend(read_json(engine / ENGINE_FILE)["backend"]), engine)
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    built = mini_chain.root / "engines" / backend  # whose weights fill a file of their own
+    engine = linked(built, tmp_path / "engine", kind)
+    with (
+        open_engine(get_backend(backend), built) as real,
+        open_engine(get_backend(backend), engine) as runner,
+    ):
+        for rows in (2, 1):  # one of which openvino compiles when it meets it
+            shapes = input_shapes(load_graph(built / LOWERED), rows)
+            feeds = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+            (expected,), (found,) = real.infer(feeds).values(), runner.infer(feeds).values()
+            np.testing.assert_array_equal(found, expected)
+    assert not list((tmp_path / "scratch").iterdir())
+    flip_byte((engine / f"{LOWERED}.data").resolve())
+    with refused(engine / f"{LOWERED}.data", "quest-deploy build-engine"):
+        open_engine(get_backend(backend), engine)
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
