@@ -177,10 +177,36 @@ def load_graph(path: Path) -> ir.Model:
         raise InputError(f"{path} does not exist; run `quest-deploy export` first") from e
     except Exception as e:  # protobuf raises its own, differing by implementation
         raise InputError(f"{path}: not a readable ONNX file ({type(e).__name__}: {e})") from e
+    _check_inline(model, path)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = _mapped(value.const_value, path)
     return model
+
+
+def _check_inline(model: ir.Model, path: Path) -> None:
+    """Raise InputError where a tensor of the file has not the bytes that its shape and type say:
+    onnx-ir fails where it is first used, or fills it up with zeros.
+    """
+    graphs = [model.graph, *model.functions.values()]
+    tensors = [value.const_value for value in model.graph.initializers.values()] + [
+        attribute.value
+        for graph in graphs
+        for node in graph.all_nodes()
+        for attribute in node.attributes.values()
+        if attribute.type is ir.AttributeType.TENSOR
+    ]
+    for tensor in tensors:
+        if isinstance(tensor, ir.serde.TensorProtoTensor):
+            try:
+                found, expected = len(tensor.tobytes()), tensor.nbytes
+            except (AssertionError, TypeError, ValueError) as e:
+                raise InputError(f"{path}: its tensor {tensor.name} cannot be read ({e})") from e
+            if found != expected:
+                raise InputError(
+                    f"{path}: expected {expected} bytes for its tensor {tensor.name} of "
+                    f"{tensor.dtype} {tensor.shape}, found {found}; {_REPAIR}"
+                )
 
 
 def _mapped(tensor: ir.ExternalTensor, graph: Path) -> ir.TensorProtocol:

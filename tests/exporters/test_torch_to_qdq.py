@@ -412,6 +412,30 @@ def test_a_graph_that_is_missing_damaged_or_foreign_is_an_input_error(tmp_path: 
         graph_info(foreign)
 
 
+@pytest.mark.parametrize("place", ["initializer", "constant"])
+@pytest.mark.parametrize(
+    ("kind", "size", "stored"),
+    [
+        (onnx.TensorProto.FLOAT, 10, 32),
+        (onnx.TensorProto.INT4, 40, 4),
+        (onnx.TensorProto.INT8, 2, 3),
+    ],
+)
+def test_a_tensor_with_other_bytes_than_its_shape_says_is_an_input_error(
+    tmp_path: Path, place: str, kind: int, size: int, stored: int
+) -> None:
+    tensor = onnx.TensorProto(name="w", data_type=kind, dims=[size], raw_data=bytes(stored))
+    nodes = [onnx.helper.make_node("Identity", ["w"], ["y"])]
+    if place == "constant":
+        nodes.insert(0, onnx.helper.make_node("Constant", [], ["w"], value=tensor))
+    output = onnx.helper.make_tensor_value_info("y", kind, [size])
+    held = [tensor] if place == "initializer" else []
+    graph = onnx.helper.make_graph(nodes, "g", [], [output], held)
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    with refused(tmp_path / "model.onnx", "tensor w", stored):
+        load_graph(tmp_path / "model.onnx")
+
+
 def test_every_layer_is_one_conv_or_one_matmul(
     small_graph: ir.Model, small_checkpoint: Checkpoint
 ) -> None:
