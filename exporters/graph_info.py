@@ -188,7 +188,7 @@ def _check_inline(model: ir.Model, path: Path) -> None:
     """Raise InputError where a tensor of the file has not the bytes that its shape and type say:
     onnx-ir fails where it is first used, or fills it up with zeros.
     """
-    graphs = [model.graph, *model.functions.values()]
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     tensors = [value.const_value for value in model.graph.initializers.values()] + [
         attribute.value
         for graph in graphs
