@@ -12,7 +12,7 @@ DOCS := $(VENV)/docs
 # One BLAS thread a worker: two workers with two threads each only get in each other's way.
 # A file's tests share a server, an engine, a compiled program: one worker runs them all, in tests/conftest.py's order.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-WORKSPACE ?= quest-out/tiny-w4a4
+WORKSPACE ?= quest-out/emoji-w4a4
 
 .PHONY: demo test test-slow test-all fuzz kills soak lint docs docs-pages bench bench-methods bench-sd15 bench-serving clean $(SERVING)
 
@@ -20,7 +20,7 @@ WORKSPACE ?= quest-out/tiny-w4a4
 unexport PYTHONDONTWRITEBYTECODE
 
 demo: $(DEMO_READY)
-	$(BIN)/quest-deploy run --model tiny --bits w4a4 -w $(WORKSPACE) \
+	$(BIN)/quest-deploy run --model emoji --bits w4a4 -w $(WORKSPACE) \
 	  --backend openvino --backend onnxruntime --build-only tensorrt-rtx --if-available
 
 # What every change needs, the quick tests first; stops at the tenth failure.

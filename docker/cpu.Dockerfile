@@ -1,7 +1,7 @@
 # quest-deploy for CPUs: every stage, OpenVINO and onnxruntime.
 #
 #   docker build -f docker/cpu.Dockerfile -t quest-deploy .
-#   docker run --rm -v "$PWD/quest-out:/work/quest-out" quest-deploy run --model tiny --bits w4a4
+#   docker run --rm -v "$PWD/quest-out:/work/quest-out" quest-deploy run --model emoji --bits w4a4
 FROM python:3.11-slim-bookworm AS wheel
 WORKDIR /source
 COPY . .

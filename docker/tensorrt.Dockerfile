@@ -3,7 +3,7 @@
 #
 #   docker build -f docker/tensorrt.Dockerfile -t quest-deploy:tensorrt .
 #   docker run --rm --gpus all -v "$PWD/quest-out:/work/quest-out" quest-deploy:tensorrt \
-#       build-engine --backend tensorrt -w quest-out/tiny-w4a4
+#       build-engine --backend tensorrt -w quest-out/emoji-w4a4
 ARG RELEASE=25.06-py3
 FROM nvcr.io/nvidia/tensorrt:${RELEASE}
 WORKDIR /opt/quest-deploy

@@ -45,7 +45,7 @@ def quickstart(
     timed = qd.benchmark(workspace, backend=BACKEND, batch=[2], runs=runs)
     print(f"{timed['speedup_over_fp32']['2']:.2f}x the speed of FP32")
 
-    drawn = qd.generate(workspace, backend=BACKEND, labels="0123456789", rows=2)
+    drawn = qd.generate(workspace, backend=BACKEND, prompt=["red apple"])
     print(drawn["picture"])
     return Path(drawn["picture"])
 

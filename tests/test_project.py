@@ -14,7 +14,8 @@ import quest_deploy
 from tests.test_installation import GLIBCS, PARTS, needed, pins
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
 X86 = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
 PYTHONS = [
     found[1]
@@ -46,6 +47,22 @@ def test_the_tests_that_pages_and_sources_name_are_there() -> None:
     }
     assert len(named) > 3
     assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+def test_the_wheel_carries_every_file_of_the_package() -> None:
+    carried = {
+        path
+        for package, patterns in SETTINGS["tool"]["setuptools"]["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    files = {
+        path
+        for path in (ROOT / "quest_deploy").rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert files - carried == set()
+    assert ROOT / "quest_deploy/models/emoji/unet/config.json" in files
 
 
 @pytest.mark.slow

@@ -328,48 +328,67 @@ def evaluation(details: Evaluation) -> str:
     """The details as a table; epsilon-MSE as the mean over the upper and the lower half of the
     buckets.
     """
+    results, sampling = details["results"], details["sampling"]
+    judged = _judged(details)
     rows = []
-    judged = all("frechet_distance" in quality for quality in details["results"].values())
-    for name, quality in details["results"].items():
+    for name, quality in results.items():
         errors = [e for e in quality["epsilon_mse"] if e is not None]
         clean, noisy = errors[: max(1, len(errors) // 2)], errors[len(errors) // 2 :]
-        told = (
-            [f"{quality['frechet_distance']:.2f}", f"{quality['accuracy']:.1%}"]
-            if judged
-            else [_psnr(quality)]
-        )
         rows.append(
             [
                 name,
-                *told,
-                f"{quality['pixel_mse']:.4f}",
+                *([show(quality[key]) for key, (_, show) in JUDGED.items()] if judged else []),
+                _psnr(quality),
+                f"{quality['ssim']:.3f}",
                 f"{sum(noisy) / len(noisy):.4f}",
                 f"{sum(clean) / len(clean):.4f}",
             ]
         )
-    sampling = details["sampling"]
     caption = (
         f"{sampling['images']} images, {sampling['steps']}-step {sampling['scheduler']}, "
-        f"guidance {sampling['guidance']:g}"
+        f"guidance {sampling['guidance']:g}; PSNR and SSIM to FP32's images"
     )
-    measures = ["Frechet distance", "accuracy"] if judged else ["PSNR to FP32, dB"]
-    return "\n".join(
-        [caption, table(["", *measures, "pixel MSE", "e-MSE, t high", "e-MSE, t low"], rows)]
-    )
+    titles = [title for title, _ in JUDGED.values()] if judged else []
+    measures = ["", *titles, "PSNR, dB", "SSIM", "e-MSE, t high", "e-MSE, t low"]
+    return "\n".join([caption, table(measures, rows), f"side by side: {details['picture']}"])
 
 
 def evaluation_summary(details: Evaluation) -> str:
-    """The details in a line."""
+    """The details in a few lines."""
     results = details["results"]
-    if all("frechet_distance" in quality for quality in results.values()):
-        told = "  ".join(
-            f"{name} {quality['frechet_distance']:.2f}" for name, quality in results.items()
-        )
-        return f"Frechet distance (lower is better): {told}"
-    return (
-        "PSNR to FP32's images, dB: "
-        f"{'  '.join(f'{name} {_psnr(quality)}' for name, quality in results.items())}"
-    )
+
+    def told(show: Callable[[dict[str, Any]], str]) -> str:
+        return "  ".join(f"{name} {show(quality)}" for name, quality in results.items())
+
+    if not _judged(details):
+        lines = [f"PSNR to FP32's images, dB: {told(_psnr)}"]
+    else:
+        lines = [
+            f"Frechet distance (lower is better): {told(lambda x: _number(x['frechet_distance']))}",
+            f"prompt nearest of all to its image: {told(lambda x: _share(x['top1']))}",
+        ]
+    return "\n".join([*lines, f"side by side: {details['picture']}"])
+
+
+def _judged(details: Evaluation) -> bool:
+    return all("frechet_distance" in quality for quality in details["results"].values())
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+JUDGED: dict[str, tuple[str, Callable[[float], str]]] = {
+    "frechet_distance": ("Frechet distance", _number),
+    "top1": ("top 1", _share),
+    "top5": ("top 5", _share),
+    "feature_distance": ("feature distance", _number),
+}
+"""What a model's judge says, how it is called in a table, and how it is shown."""
 
 
 def _psnr(quality: dict[str, Any]) -> str:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @command(EvaluateArguments)
 def evaluate(chosen: dict[str, Any], console: Console) -> None:
-    """Judge FP32, the fake-quantized models and the engine: digits by a classifier, other models by
-    their distance from FP32.
+    """Judge FP32, the fake-quantized models and the engine: how near their images come
+    to FP32's, and how well the embedded model's show what they were asked for.
     """
     api.evaluate(**chosen, progress=console)
     report(console, opened(chosen), "evaluate", chosen["backend"])

@@ -45,6 +45,7 @@ TORCH_EXTRA = frozenset(
         "matplotlib",
         "onnxscript",
         "torch",
+        "torchmetrics",
         "transformers",
         "yaml",
     }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from quest_deploy.calibration.trajectories import chunked
 from quest_deploy.evaluation.sampling import sample_images
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.scheme import Scheme
     from quest_deploy.calibration.trajectories import Trajectories
+    from quest_deploy.evaluation.retrieval import Judge, Judgement
     from quest_deploy.evaluation.sampling import Denoiser
     from quest_deploy.models.registry import DiffusionModel
     from quest_deploy.progress import Progress
@@ -37,7 +39,7 @@ HELD_OUT_SAMPLES = 32
 class SamplingOptions:
     """How images are drawn: ``images`` of them, labels taken in turn."""
 
-    images: int = 1000
+    images: int
     steps: int = 20
     guidance: float = 1.0
     image_guidance: float | None = None
@@ -50,40 +52,25 @@ class Quality:
     """One contestant's quality.
 
     Attributes:
-        frechet_distance: to all real digits; lower is better.
-        accuracy: the share of images that show the digit asked for, in [0, 1].
-        pixel_mse: against FP32's images of the same noise, pixels in [-1, 1].
+        psnr: the likeness to FP32's images of the same noise, in decibels, 10 log10(4 / pixel_mse);
+            None where there is no difference.
+        ssim: the structural similarity to them (Wang et al., 2004), at most 1.
+        pixel_mse: the mean squared difference to them, pixels in [-1, 1].
         epsilon_mse: against FP32's predictions on FP32's trajectories, mean over each timestep
-            bucket, [K].
+            bucket, [K]; None for a bucket never visited.
+        judgement: what the model's judge says, where it has one.
     """
 
-    frechet_distance: float
-    accuracy: float
-    pixel_mse: float
-    epsilon_mse: list[float | None]
-
-    def to_json(self) -> dict[str, Any]:
-        """The quality as a JSON value."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """How near one contestant comes to FP32, for a model whose images nothing here can judge.
-
-    Attributes:
-        pixel_mse: as in :class:`Quality`.
-        psnr: the same in decibels, 10 log10(4 / pixel_mse); None where there is no difference.
-        epsilon_mse: as in :class:`Quality`.
-    """
-
-    pixel_mse: float
     psnr: float | None
+    ssim: float
+    pixel_mse: float
     epsilon_mse: list[float | None]
+    judgement: Judgement | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fidelity as a JSON value."""
-        return asdict(self)
+        """The quality as a JSON value, flat."""
+        found = asdict(self)
+        return found | (found.pop("judgement") or {})
 
 
 def draw(
@@ -109,20 +96,26 @@ def draw(
 
 
 def evaluate_images(
-    model: DiffusionModel,
     images: NDArray[np.float32],
     labels: NDArray[np.int64],
     fp32_images: NDArray[np.float32],
     epsilon_mse: list[float | None],
-) -> Quality | Fidelity:
-    """Judge one contestant's images [N, C, H, W] in [-1, 1] by the model's own metric, if it has
-    one, and else by how near they come to FP32's of the same noise.
+    judge: Judge | None = None,
+) -> Quality:
+    """Judge one contestant's images [N, C, H, W] in [-1, 1], asked for as ``labels`` [N], by how
+    near they come to FP32's of the same noise, and by ``judge``.
     """
     mse = float(np.square(images - fp32_images).mean())
-    judged = model.judge(images, labels)
-    if judged is not None:
-        return Quality(judged.frechet_distance, judged.accuracy, mse, epsilon_mse)
-    return Fidelity(mse, 10 * math.log10(4 / mse) if mse > 0 else None, epsilon_mse)
+    similarity: Any = structural_similarity_index_measure(
+        torch.from_numpy(images), torch.from_numpy(fp32_images), data_range=2.0
+    )
+    return Quality(
+        10 * math.log10(4 / mse) if mse > 0 else None,
+        float(similarity),
+        mse,
+        epsilon_mse,
+        None if judge is None else judge(images, labels, fp32_images),
+    )
 
 
 @torch.no_grad()

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 TEXT_TOKENS = 77
 """CLIP's: what prompts are padded to."""
 RANDOM_LABELS = 16
+BLOCK = 32
+"""So many prompts are encoded together, counted from the first: the states of one depend on the
+list alone, and a few of a long list cost little.
+"""
 NO_GUIDANCE = (
     "the model has no unconditional condition, and so no classifier-free guidance: "
     "expected a guidance weight of 1 or less"
@@ -105,13 +109,14 @@ class ClassTokens:
 
 
 class Prompts:
-    """Of a text-to-image model: the text encoders' states of a list of prompts, computed when they
-    are first asked for.
+    """Of a text-to-image model: the text encoders' states of a list of prompts, computed when one
+    of their block is first asked for.
     """
 
     def __init__(self, prompts: Sequence[str], encode: Encode) -> None:
         self.prompts, self._encode = list(prompts), encode
-        self._encoded: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+        self._states: dict[int, dict[str, Tensor]] = {}
+        self._null: dict[str, Tensor] = {}
 
     @property
     def labels(self) -> int:
@@ -121,21 +126,26 @@ class Prompts:
     def of(self, labels: NDArray[np.int64]) -> dict[str, Tensor]:
         """The states of the prompts with these numbers."""
         check_labels(labels, self.labels)
-        rows = torch.from_numpy(labels)
-        return {name: value[rows] for name, value in self._both[0].items()}
+        self._encode_blocks({label // BLOCK for label in labels.tolist()})
+        states = [self._states[label] for label in labels.tolist()]
+        return {name: torch.stack([each[name] for each in states]) for name in self._null}
 
     def null(self, count: int) -> dict[str, Tensor]:
         """The states of no prompt."""
+        if not self._null:
+            self._encode_blocks({0})
         return {
-            name: value[:1].repeat(count, *[1] * (value.dim() - 1))
-            for name, value in self._both[1].items()
+            name: value.repeat(count, *[1] * (value.dim() - 1))
+            for name, value in self._null.items()
         }
 
-    @property
-    def _both(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        if self._encoded is None:
-            self._encoded = self._encode(self.prompts)
-        return self._encoded
+    def _encode_blocks(self, blocks: set[int]) -> None:
+        missing = [i for i in range(self.labels) if i // BLOCK in blocks and i not in self._states]
+        if missing:
+            states, null = self._encode([self.prompts[i] for i in missing])
+            self._null = {name: value[:1] for name, value in null.items()}
+            for row, i in enumerate(missing):
+                self._states[i] = {name: value[row] for name, value in states.items()}
 
 
 class WithImages:

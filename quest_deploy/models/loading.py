@@ -15,13 +15,13 @@ from quest_deploy.artifacts.model_source import (
 from quest_deploy.errors import InputError
 from quest_deploy.files import absolute
 from quest_deploy.models.hub import fetch_pipeline
-from quest_deploy.models.registry import EMBEDDED, KNOWN_MODELS, OTHERWISE, check_path
+from quest_deploy.models.registry import EMBEDDED, KNOWN_MODELS, OTHERWISE, check_model_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quest_deploy.artifacts.image_folder import ImageFolder
-    from quest_deploy.models.registry import DiffusionModel
+    from quest_deploy.models.pipeline_model import PipelineModel
 
 
 def resolve_source(
@@ -45,12 +45,12 @@ def resolve_source(
             it.
     """
     fused = tuple(Lora.parse(text) for text in loras)
+    check_model_name(model)
     known = KNOWN_MODELS.get(model)
     if revision is not None and (random_weights or known is None or known.repository is None):
         raise InputError(f"--revision: expected a model from the hub, not {model}")
     if known is None:
         path = absolute(Path(model))
-        check_path(model, path)
         name = path.name if path.is_dir() else path.stem
         print_of_it = None if random_weights else fingerprint(path)
         return ModelSource(
@@ -61,15 +61,10 @@ def resolve_source(
             fingerprint=print_of_it,
             prediction_type=prediction_type,
         )
-    if model == EMBEDDED:
-        if random_weights or fused or prediction_type:
-            raise InputError(
-                f"--random-weights, --lora, --prediction-type: expected a model other than "
-                f"{EMBEDDED}, which has its own weights"
-            )
-        return ModelSource(EMBEDDED)
-    if random_weights:
-        return ModelSource(model, random_weights=True, loras=fused, prediction_type=prediction_type)
+    if random_weights or model == EMBEDDED:
+        return ModelSource(
+            model, random_weights=random_weights, loras=fused, prediction_type=prediction_type
+        )
     if known.repository is None or known.revision is None:
         raise InputError(
             f"{model} has no repository in diffusers' layout on the Hugging Face Hub; {OTHERWISE}"
@@ -87,7 +82,7 @@ def resolve_source(
 
 def load_model(
     source: ModelSource, prompts: Sequence[str] | None = None, images: ImageFolder | None = None
-) -> DiffusionModel:
+) -> PipelineModel:
     """The model of ``source``.
 
     Args:
@@ -101,18 +96,8 @@ def load_model(
     """
     if source.name == IMPORTED and source.location is None:
         raise InputError(IMPORTED_ALONE)
-    embedded = source.name == EMBEDDED and source.location is None
-    if prompts is not None and embedded:
-        raise InputError(f"--prompts: expected a text-to-image model, and {EMBEDDED} draws digits")
-    if images is not None and embedded:
-        raise InputError(
-            "--image-folder: expected a model that inpaints or edits images, and "
-            f"{EMBEDDED} draws digits"
-        )
-    if embedded:
-        from quest_deploy.models.tiny import TinyModel
-
-        return TinyModel()
+    if source.location is None:
+        check_model_name(source.name)  # a former version may have known it
     from quest_deploy.models.pipeline_model import PipelineModel
 
     return PipelineModel(source, prompts, images)

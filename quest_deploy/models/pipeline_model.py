@@ -24,6 +24,7 @@ from quest_deploy.artifacts.tensors import read_tensors
 from quest_deploy.errors import InputError
 from quest_deploy.models.channels import EDITING, INPAINTING, channels_of
 from quest_deploy.models.conditions import (
+    BLOCK,
     ClassLabels,
     ClassTokens,
     NoConditions,
@@ -51,7 +52,12 @@ from quest_deploy.models.image_inputs import (
 )
 from quest_deploy.models.loras import check_parts, fuse
 from quest_deploy.models.pipeline_classes import drawn_class
-from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
+from quest_deploy.models.registry import (
+    ARCHITECTURES,
+    EMBEDDED,
+    EMBEDDED_FOLDER,
+    KNOWN_MODELS,
+)
 from quest_deploy.models.schedulers import make_scheduler, noise_schedule
 from quest_deploy.models.single_file import SingleFile, read_single_file
 from quest_deploy.models.supported import check_time_ids, check_unet, has_cross_attention
@@ -78,6 +84,7 @@ if TYPE_CHECKING:
     from quest_deploy.artifacts.image_folder import ImageFolder
     from quest_deploy.artifacts.model_source import ModelSource
     from quest_deploy.models.conditions import Conditions
+    from quest_deploy.models.registry import KnownModel
 
 TEXT_TO_IMAGE, CLASS_CONDITIONAL, UNCONDITIONAL = (
     "text-to-image",
@@ -86,6 +93,8 @@ TEXT_TO_IMAGE, CLASS_CONDITIONAL, UNCONDITIONAL = (
 )
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 DECODERS = ("vae", "vqvae")
+PROMPTS = "prompts.txt"
+"""What a text-to-image model is asked for where the user names nothing, a prompt a line."""
 CLASS_EMBEDDING = "class_embedding.safetensors"
 """In the folder of a class-conditional model: "weight", float32 [classes + 1, tokens x D], its last
 row the class of no class.
@@ -111,7 +120,6 @@ class PipelineModel:
     """
 
     calibration_steps = 20
-    evaluation_images = 4
 
     def __init__(
         self,
@@ -142,7 +150,8 @@ class PipelineModel:
         check_unet(self.name, self.config, of_text=of_text)
         check_time_ids(self.name, self.config, self._pooled_width())
         # What the UNet lacks says more than the class of its pipeline.
-        self.index["_class_name"] = drawn_class(self.name, self.index)
+        with quiet():  # importing it tells of torchvision, which nothing here uses
+            self.index["_class_name"] = drawn_class(self.name, self.index)
         self.family = self._family(of_text=of_text)
         self.asked_for = self._asked_for()
         if prompts is not None and self.family != TEXT_TO_IMAGE:
@@ -182,11 +191,11 @@ class PipelineModel:
         # about one.
         self.calibration_samples = 2 if self.guidance != 1 else 4
         self.forward_rows: int | None = 2 if self.family == TEXT_TO_IMAGE else 4
+        self.evaluation_images = 4
         self.finetuning: Mapping[str, Any] = {}
         self.finetuning_threads: int | None = None
-
-    def judge(self, images: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
-        """Nothing here judges them."""
+        for name, value in {} if self._known is None else self._known.defaults.items():
+            setattr(self, name, value)
 
     def load_unet(self) -> nn.Module:
         """The float model, its LoRAs fused; random weights are those of the source's seed."""
@@ -205,10 +214,8 @@ class PipelineModel:
                 unet = load_single_file(self.single_file, unet_class, self.folder, "unet")
             else:
                 unet = load_part(self.folder / "unet", unet_class, whole=True)
-        by_name = self.source.path is None  # a folder may be called like a model
-        heads = KNOWN_MODELS[self.name].heads if by_name and self.name in KNOWN_MODELS else None
-        if heads is not None:
-            set_heads(unet, heads)
+        if self._known is not None and self._known.heads is not None:
+            set_heads(unet, self._known.heads)
         if self.source.loras:
             self._check_loras()
             fuse(self.source.loras, "unet", unet)
@@ -256,7 +263,29 @@ class PipelineModel:
     @property
     def prompts(self) -> list[str]:
         """The prompts that labels stand for, of a text-to-image model."""
-        return list(self._given_prompts) if self._given_prompts is not None else default_prompts()
+        if self._given_prompts is not None:
+            return list(self._given_prompts)
+        own = self.folder / PROMPTS
+        path = own if self.embedded and own.exists() else Path(__file__).parent / PROMPTS
+        return path.read_text(encoding="utf-8").splitlines()
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the package itself has the model."""
+        return self._known is KNOWN_MODELS[EMBEDDED]
+
+    @property
+    def judge_folder(self) -> Path | None:
+        """What judges its images, see :class:`quest_deploy.evaluation.retrieval.Judge`; None where
+        nothing does.
+        """
+        whole = self.embedded and not self.source.random_weights and self._given_prompts is None
+        return self.folder / "judge" if whole else None
+
+    @property
+    def _known(self) -> KnownModel | None:
+        """The registry's entry; None of a folder or file, which may be called like a model."""
+        return None if self.source.path is not None else KNOWN_MODELS.get(self.name)
 
     def pipeline_class(self) -> Any:
         """The diffusers class of the pipeline; raise InputError where diffusers has none for this
@@ -423,7 +452,7 @@ class PipelineModel:
         device = torch.device("cpu")
 
         def encode(given: ImageInput, seed: int) -> torch.Tensor:
-            with torch.no_grad(), _quiet():
+            with torch.no_grad(), quiet():
                 image = pipeline.image_processor.preprocess(given.image, height, width)
                 if self.channels.image_kind == EDITING:
                     found: torch.Tensor = pipeline.prepare_image_latents(
@@ -452,18 +481,24 @@ class PipelineModel:
         pipeline = self.load_pipeline(
             **{name: None for name in ("vae", *_WITHOUT_TEXT) if name in self.index}
         )
-        given = {
-            "prompt": prompts,
-            "device": torch.device("cpu"),
-            "num_images_per_prompt": 1,
-            "do_classifier_free_guidance": True,
-        }
-        with torch.no_grad(), _quiet():
-            tell_cut(pipeline, prompts)
+
+        def encode(block: list[str]) -> Sequence[torch.Tensor]:
+            given = {
+                "prompt": block,
+                "device": torch.device("cpu"),
+                "num_images_per_prompt": 1,
+                "do_classifier_free_guidance": True,
+            }
             if hasattr(pipeline, "encode_prompt"):
-                encoded = pipeline.encode_prompt(**given)
+                both: Sequence[torch.Tensor] = pipeline.encode_prompt(**given)
             else:  # instruct-pix2pix's, which gives both, and the unconditional ones twice
-                encoded = pipeline._encode_prompt(**given).chunk(3)[:2]
+                both = pipeline._encode_prompt(**given).chunk(3)[:2]
+            return both
+
+        with torch.no_grad(), quiet():
+            tell_cut(pipeline, prompts)
+            blocks = [encode(prompts[i : i + BLOCK]) for i in range(0, len(prompts), BLOCK)]
+        encoded = [torch.cat(each) for each in zip(*blocks, strict=True)]
         names = (
             "encoder_hidden_states",
             "text_embeds",
@@ -575,7 +610,7 @@ class PipelineModel:
         """
         where = self.single_file or self.folder
         try:
-            with _quiet():
+            with quiet():
                 yield
         except InputError:
             raise
@@ -587,18 +622,13 @@ class PipelineModel:
             ) from e
 
 
-def default_prompts() -> list[str]:
-    """The prompts that ship with the package."""
-    return (Path(__file__).parent / "prompts.txt").read_text().splitlines()
-
-
 def _folder_of(source: ModelSource, file: SingleFile | None) -> Path:
     if file is not None:
         return ARCHITECTURES / file.architecture
     if source.path is not None:
         return source.path
     if source.location is None:
-        return ARCHITECTURES / source.name
+        return EMBEDDED_FOLDER if source.name == EMBEDDED else ARCHITECTURES / source.name
     assert source.revision is not None
     return fetch_pipeline(source.location, source.revision)
 
@@ -632,7 +662,7 @@ def unscaled(decoder: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the progress bars and notices that diffusers and transformers print while they
     load.
     """

@@ -21,8 +21,6 @@ from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.models.loading import load_model
-from quest_deploy.models.pipeline_model import PipelineModel
-from quest_deploy.models.registry import EMBEDDED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -119,11 +117,6 @@ def load_pipeline(
     get_backend(backend)
     opened = workspace if isinstance(workspace, Workspace) else Workspace.open(Path(workspace))
     model = load_model(opened.source)
-    if not isinstance(model, PipelineModel):
-        raise InputError(
-            f"{EMBEDDED} is not a diffusers pipeline; use "
-            "quest_deploy.backends.engine_unet.EngineUNet, or `quest-deploy generate`"
-        )
     model.require_weights("run as a pipeline")  # both refused before an engine is opened
     model.pipeline_class()
     unet = PipelineUNet(EngineUNet.load(opened, backend), model.config)

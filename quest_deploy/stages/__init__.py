@@ -109,7 +109,7 @@ EVALUATE: Stage[EvaluateOptions, Evaluation] = Stage(
     "evaluate",
     EvaluateOptions,
     reads=(DEPLOYED, BUILD_ENGINE),
-    writes=(f"{REPORTS}/evaluate-*.json",),
+    writes=(f"{REPORTS}/evaluate-*.json", f"{IMAGES}/compare-*.png"),
 )
 
 STAGES: tuple[Stage[Any, Any], ...] = (

@@ -223,8 +223,8 @@ def generate(chosen: GenerateArguments) -> Generation:
 
 @takes(EvaluateArguments)
 def evaluate(chosen: EvaluateArguments) -> Evaluation:
-    """Judge FP32, the fake-quantized models and the engine: digits by a classifier, other models by
-    their distance from FP32.
+    """Judge FP32, the fake-quantized models and the engine: how near their images come
+    to FP32's, and how well the embedded model's show what they were asked for.
     """
     return chosen.run(EVALUATE)
 

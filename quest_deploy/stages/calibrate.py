@@ -13,7 +13,6 @@ from quest_deploy.calibration.training_state import hash_of_tensors
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sha256_of, write_json
 from quest_deploy.models.loading import load_model
-from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.schedulers import most_steps
 from quest_deploy.stages.options import QDIFF
 
@@ -50,8 +49,7 @@ def work(
             f"{workspace.root} divides {workspace.scheme.train_timesteps} training steps into "
             f"buckets, and {model.name} was trained with {trained}; start a new workspace with -w"
         )
-    if isinstance(model, PipelineModel):
-        model.check_decoder()
+    model.check_decoder()
     unet = model.load_unet()
     steps = options.steps or most_steps(model.load_scheduler("ddim"), model.calibration_steps)
     rows = options.batch or model.forward_rows

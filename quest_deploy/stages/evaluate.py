@@ -1,8 +1,8 @@
 """Judge FP32, PTQ, QuEST and the engine side by side.
 
-The embedded model's images are judged by a classifier of digits. Of other models it is measured how
-near they come to FP32: the error of the predictions in each timestep bucket, and that of the images
-drawn from the same noise.
+It is measured how near they come to FP32: the error of the predictions in each timestep bucket, and
+that of the images drawn from the same noise. The embedded model has a judge beside it, which says
+how well its images show what they were asked for.
 """
 
 from __future__ import annotations
@@ -11,12 +11,20 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.artifacts.checkpoint import load_checkpoint
-from quest_deploy.artifacts.workspace import CALIBRATED, CHECKPOINT, ENGINES, REPORTS
+from quest_deploy.artifacts.workspace import (
+    CALIBRATED,
+    CHECKPOINT,
+    ENGINES,
+    IMAGES,
+    REPORTS,
+)
 from quest_deploy.backends.base import engine_options
 from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.calibration import trajectories
 from quest_deploy.evaluation import quality
+from quest_deploy.evaluation.image_grid import save_comparison
+from quest_deploy.evaluation.retrieval import Judge
 from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.files import write_json
 from quest_deploy.models.channels import guidance_of
@@ -30,13 +38,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import nn
 
     from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.evaluation.sampling import Denoiser
+    from quest_deploy.models.pipeline_model import PipelineModel
     from quest_deploy.progress import Progress
     from quest_deploy.stages.options import EvaluateOptions
     from quest_deploy.stages.results import Evaluation
+
+COMPARED = 8
+"""Images of each that are shown side by side."""
 
 
 def work(
@@ -66,7 +80,9 @@ def work(
         scheme=workspace.scheme,
         rows=model.forward_rows,
     )
+    judge = Judge(model.judge_folder) if model.judge_folder is not None else None
     results: dict[str, Any] = {}
+    drawn: dict[str, NDArray[np.float32]] = {}
     for name, denoise in _contestants(workspace, options.backend, unet):
         images, labels = quality.draw(
             model,
@@ -74,19 +90,23 @@ def work(
             sampling,
             named(progress, f"{name} draws"),
         )
+        drawn[name] = images[:COMPARED]
         if name == "FP32":
             fp32_images = images
         errors = quality.epsilon_mse(denoise, held_out, workspace.scheme, model.forward_rows)
-        judged = quality.evaluate_images(model, images, labels, fp32_images, errors)
+        judged = quality.evaluate_images(images, labels, fp32_images, errors, judge)
         results[name] = judged.to_json()
+    picture = workspace.new(IMAGES, f"compare-{options.backend}.png")
+    save_comparison(drawn, captions_of(model, labels[:COMPARED]), picture)
     details: Evaluation = {
         "backend": options.backend,
         "sampling": dataclasses.asdict(sampling),
         "results": results,
+        "picture": str(workspace.path(IMAGES, picture.name)),
     }
     report = workspace.new(REPORTS, f"evaluate-{options.backend}.json")
     write_json(report, details)
-    return [report], details
+    return [report, picture], details
 
 
 def _contestants(
@@ -111,3 +131,10 @@ def _quantized(path: Path) -> QuantizedModel:
     for layer in quantized.quantized_layers().values():
         layer.freeze()
     return quantized
+
+
+def captions_of(model: PipelineModel, labels: NDArray[np.int64]) -> list[str]:
+    """What each image [N] was asked for by, in words or as a number."""
+    if model.asked_for == "prompt":
+        return [model.prompts[label % len(model.prompts)] for label in labels]
+    return [str(label) if model.asked_for else "" for label in labels]

@@ -11,12 +11,11 @@ import torch
 from quest_deploy.artifacts.workspace import IMAGES
 from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.evaluation.image_grid import save_grid
+from quest_deploy.evaluation.image_grid import save_grid, save_image
 from quest_deploy.evaluation.sampling import sample_images
 from quest_deploy.models.channels import EDITING, INPAINTING
 from quest_deploy.models.image_inputs import ImageInput, read_image, resized
 from quest_deploy.models.loading import load_model
-from quest_deploy.models.pipeline_model import PipelineModel, default_prompts
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.serving.pipeline import load_pipeline
 from quest_deploy.stages.options import GRID_ROWS
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from quest_deploy.artifacts.workspace import Workspace
-    from quest_deploy.models.registry import DiffusionModel
+    from quest_deploy.models.pipeline_model import PipelineModel
     from quest_deploy.progress import Progress
     from quest_deploy.stages.options import GenerateOptions
     from quest_deploy.stages.results import Generation
@@ -40,7 +39,7 @@ def work(
     model = load_model(workspace.source)
     of_text = model.asked_for == "prompt"
     unused = ["labels"] if of_text else ["prompt", "negative_prompt", "height", "width"]
-    kind = model.channels.image_kind if isinstance(model, PipelineModel) else None
+    kind = model.channels.image_kind
     unused += {INPAINTING: ["image_guidance"], EDITING: ["mask"]}.get(
         kind or "", ["image", "mask", "image_guidance"]
     )
@@ -64,12 +63,12 @@ def work(
     }
 
 
-def _guidance(model: DiffusionModel, options: GenerateOptions) -> float:
+def _guidance(model: PipelineModel, options: GenerateOptions) -> float:
     return model.guidance if options.guidance is None else options.guidance
 
 
 def _draw_labels(
-    workspace: Workspace, model: DiffusionModel, options: GenerateOptions, progress: Progress
+    workspace: Workspace, model: PipelineModel, options: GenerateOptions, progress: Progress
 ) -> tuple[list[Path], int]:
     labels = _labels(options.labels, model)
     picture = workspace.new(IMAGES, f"grid-{options.backend}.png")
@@ -88,7 +87,7 @@ def _draw_labels(
     return [picture], len(images)
 
 
-def _labels(text: str | None, model: DiffusionModel) -> Any:
+def _labels(text: str | None, model: PipelineModel) -> Any:
     """The labels of "0123" where each is a digit, or of "207,360"; the model's first ones where
     ``text`` is None.
     """
@@ -113,10 +112,9 @@ def _check_pixels(pipeline: Any, options: GenerateOptions) -> None:
 
 
 def _draw_prompts(
-    workspace: Workspace, model: DiffusionModel, options: GenerateOptions, progress: Progress
+    workspace: Workspace, model: PipelineModel, options: GenerateOptions, progress: Progress
 ) -> tuple[list[Path], int]:
-    assert isinstance(model, PipelineModel)  # no other model is asked for by a prompt
-    prompts = list(options.prompt or default_prompts()[:1])
+    prompts = list(options.prompt or model.prompts[:1])
     of_images = _image_arguments(model, options, len(prompts) * (options.rows or 1))
     pipeline = load_pipeline(workspace, options.backend)
     pipeline.set_progress_bar_config(disable=True)
@@ -147,7 +145,7 @@ def _draw_prompts(
     images = pipeline.numpy_to_pil(drawn)
     pictures = [workspace.new(IMAGES, f"{options.backend}-{i}.png") for i in range(len(images))]
     for path, image in zip(pictures, images, strict=True):
-        image.save(path, format="PNG")
+        save_image(image, path)
     return pictures, len(images)
 
 

@@ -133,11 +133,14 @@ class Generation(TypedDict):
 
 
 class Evaluation(TypedDict):
-    """The quality of each contestant by its name, FP32 first, and how the images were sampled."""
+    """The quality of each contestant by its name, FP32 first, how the images were sampled, and the
+    picture that shows some of them side by side.
+    """
 
     backend: str
     sampling: dict[str, Any]
     results: dict[str, dict[str, Any]]
+    picture: str
 
 
 class Schedule(TypedDict):

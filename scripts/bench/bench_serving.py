@@ -7,8 +7,8 @@ docs/serving/table.md and plot.png.
 First throughput: 1 to 16 clients ask for images, one after the other each, of a server that draws
 requests together and of one that draws them one by one (max_in_flight 1), the two in turn. Then
 load: 8 clients over HTTP, and 8 over gRPC, for the given minutes each; every image is compared with
-the one that the server drew alone. Requests differ in label, seed, scheduler, steps (5 to 20) and
-guidance.
+the one that the server drew alone. Requests differ in prompt, seed, scheduler, steps (5 to 20)
+and guidance.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ CLIENTS = (1, 2, 4, 8, 16)
 LOAD_CLIENTS = 8
 ROUNDS = 3
 REQUESTS = 56
+PROMPTS = ("cat", "red dog", "house", "blue house", "a dog")
+"""Few tokens each, in the vocabulary of any model."""
 TOGETHER, ONE_BY_ONE = "together", "one by one"
 PROTOCOLS = ("http", "grpc")
 SAMPLE_SECONDS = 5.0
@@ -57,7 +59,7 @@ failure.
 WARM = 0.2
 """The part of a load, at its start, in which memory may grow: pools and caches fill."""
 KINDS = {
-    "label": "INT32",
+    "prompt": "BYTES",
     "seed": "INT64",
     "steps": "INT32",
     "scheduler": "BYTES",
@@ -67,12 +69,12 @@ KINDS = {
 
 def requests() -> list[dict[str, Any]]:
     """The requests: all schedulers, step counts and guidances in turn, each time with another
-    label and seed.
+    prompt and seed.
     """
     names = list(SCHEDULERS)
     return [
         {
-            "label": i % 10,
+            "prompt": PROMPTS[i % len(PROMPTS)],
             "seed": i,
             "steps": (5, 10, 15, 20)[i % 4],
             "scheduler": names[i % len(names)],

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.quest_deploy.conftest import chain, mini_chain, mini_tiny, workspace
+from tests.quest_deploy.conftest import chain, mini_chain, mini_emoji, workspace
 
-__all__ = ["campaign_of", "chain", "mini_chain", "mini_tiny", "workspace"]
+__all__ = ["campaign_of", "chain", "mini_chain", "mini_emoji", "workspace"]
 
 CampaignOf = Callable[..., dict[str, list[dict[str, Any]]]]
 ROOT = Path(__file__).parents[2]

@@ -55,9 +55,9 @@ class Nursery:
         os.environ |= {"TMPDIR": str(self.scratch), "XDG_CACHE_HOME": str(folder / "cache")}
         os.chdir(self.scratch)
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-        from tests.quest_deploy.conftest import _mini_tiny
+        from tests.quest_deploy.conftest import _mini_emoji
 
-        self._patch = _mini_tiny()  # undone where nobody holds it
+        self._patch = _mini_emoji()  # undone where nobody holds it
         self._patch.__enter__()
 
     def start(

@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "verify": ("verify", *ENGINE),
     "benchmark": ("benchmark", *ENGINE, "--runs", "1", "--warmup", "0", "--batch", "1"),
     "generate": ("generate", *ENGINE, "--steps", "2", "--rows", "1"),
-    "evaluate": ("evaluate", *ENGINE, "--images", "20", "--steps", "2"),
+    "evaluate": ("evaluate", *ENGINE, "--images", "4", "--steps", "2"),
     "schedule": ("schedule", "-w", "{w}", "--steps", "7"),
     "package": ("package", "-w", "{w}", "--triton", "{package}"),
     "run": ("run", "-w", "{w}", "--backend", "onnxruntime", "--seed", "1"),

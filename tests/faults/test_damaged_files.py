@@ -52,9 +52,7 @@ OPENERS = {
 """What reads a file, and ``torch.load`` and ``ir.load``."""
 OWN = {
     "models.plain_yaml:load_yaml": "a text, whose files' readers have kinds",
-    "models.digit_quality:judge": "the package's own file",
-    "models.tiny:_embed": "the package's own file",
-    "models.tiny:scheduler_config": "the package's own file",
+    "evaluation.retrieval:__init__": "the package's own file",
     "models.loras:_beside": "a LoRA's small neighbour, by `read_json` and its own tests",
     "serving.triton.package:_check_text_encoder": "of a model that was loaded before",
     "stages.api:client": "sends the bytes: the server checks them, `read_bounded` the file",

@@ -17,7 +17,7 @@ STEPS = ("calibrate", "finetune", "export", "reference", "build-engine onnxrunti
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("mini_tiny")
+@pytest.mark.usefixtures("mini_emoji")
 def test_equal_inputs_give_equal_bytes_in_every_file_that_a_stage_reads(
     mini_chain: Chain, tmp_path: Path
 ) -> None:

@@ -22,8 +22,9 @@ from quest_deploy.backends.registry import get_backend
 from tests.pipelines import PIPELINES
 from tests.quest_deploy.support import (
     CHAIN,
+    LABEL_CHAIN,
     LDM_CHAIN,
-    MINI_TINY_UNET,
+    MINI_EMOJI_UNET,
     MINI_UNET,
     TEXT_CHAIN,
     Outcome,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.checkpoint import Checkpoint
     from quest_deploy.calibration.trajectories import Trajectories
-    from quest_deploy.models.tiny import TinyModel
+    from quest_deploy.models.pipeline_model import PipelineModel
     from quest_deploy.quantization.model import QuantizedModel
 
 
@@ -157,11 +158,11 @@ def mini_engines(
 
 
 @pytest.fixture(scope="session")
-def tiny() -> TinyModel:
+def emoji() -> PipelineModel:
     """The embedded model."""
-    from quest_deploy.models.tiny import TinyModel
+    from quest_deploy.models.loading import load_model, resolve_source
 
-    return TinyModel()
+    return load_model(resolve_source("emoji"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,30 +174,36 @@ class Chain:
 
 
 @contextmanager
-def _mini_tiny() -> Iterator[None]:
+def _mini_emoji() -> Iterator[None]:
     """The embedded model's UNet is, meanwhile, one of 27 layers with random weights: a command
     takes a fifth of the time.
     """
     import torch
     from diffusers import UNet2DConditionModel
 
-    def load_unet(model: TinyModel) -> nn.Module:
+    from quest_deploy.models.pipeline_model import PipelineModel
+
+    others = PipelineModel.load_unet
+
+    def load_unet(model: PipelineModel) -> nn.Module:
+        if not model.embedded:
+            return others(model)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            unet: nn.Module = UNet2DConditionModel(**MINI_TINY_UNET)
+            unet: nn.Module = UNet2DConditionModel(**MINI_EMOJI_UNET)
         return unet.eval()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quest_deploy.models.tiny.TinyModel.load_unet", load_unet)
+        patch.setattr(PipelineModel, "load_unet", load_unet)
         yield
 
 
 @pytest.fixture
-def mini_tiny() -> Iterator[None]:
+def mini_emoji() -> Iterator[None]:
     """The embedded model's UNet is a very small one during the test; in other processes it is what
     it was.
     """
-    with _mini_tiny():
+    with _mini_emoji():
         yield
 
 
@@ -204,10 +211,10 @@ def mini_tiny() -> Iterator[None]:
 def mini_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     """The embedded model with a very small UNet, through every command. Workers share one.
 
-    A command that loads the UNet again needs ``mini_tiny``.
+    A command that loads the UNet again needs ``mini_emoji``.
     """
     with ExitStack() as held:
-        with _mini_tiny():
+        with _mini_emoji():
             made = held.enter_context(_chain("mini-chain", CHAIN, tmp_path_factory))
         yield made
 
@@ -225,6 +232,13 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
 def text_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     """The small text-to-image pipeline, through every command. Workers share one."""
     with _chain("sd", TEXT_CHAIN, tmp_path_factory) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def label_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+    """The small class-conditional pipeline on pixels, as far as an engine. Workers share one."""
+    with _chain("class-pixels", LABEL_CHAIN, tmp_path_factory) as made:
         yield made
 
 
@@ -271,13 +285,13 @@ def _chain(
 
 
 @pytest.fixture
-def workspace(mini_chain: Chain, mini_tiny: None, tmp_path: Path) -> Path:
+def workspace(mini_chain: Chain, mini_emoji: None, tmp_path: Path) -> Path:
     """A copy of the small chain's workspace, to be changed by commands in this process."""
     return _copy(mini_chain, tmp_path)
 
 
 @pytest.fixture
-def tiny_workspace(chain: Chain, tmp_path: Path) -> Path:
+def emoji_workspace(chain: Chain, tmp_path: Path) -> Path:
     """A copy of the chain's workspace, to be changed, also by other processes."""
     return _copy(chain, tmp_path)
 

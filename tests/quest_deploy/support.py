@@ -44,13 +44,13 @@ MINI_UNET = {
 """27 layers that read 22 quantizers: resnets, attention, GEGLU, skips; it is cut into 50 parts and
 built in seconds.
 """
-MINI_TINY_UNET = {
+MINI_EMOJI_UNET = {
     **MINI_UNET,
     "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
+    "in_channels": 8,
+    "out_channels": 8,
     "block_out_channels": (32,),
-    "cross_attention_dim": 32,
+    "cross_attention_dim": 128,
 }
 """The same with the embedded model's inputs and outputs, and so wide that a graph's weights have a
 file of their own.
@@ -66,8 +66,8 @@ CHAIN = {
     "build-engine tensorrt-rtx": ["--compute-capability", "89"],
     "verify onnxruntime": [],
     "benchmark onnxruntime": ["--runs", "2", "--warmup", "1", "--batch", "2"],
-    "generate openvino": ["--steps", "3", "--rows", "1", "--labels", "0123"],
-    "evaluate onnxruntime": ["--images", "20", "--steps", "3"],
+    "generate openvino": ["--steps", "3", "--rows", "2", "--prompt", "cat", "--prompt", "fly"],
+    "evaluate onnxruntime": ["--images", "4", "--steps", "3"],
     "schedule": ["--scheduler", "unipc", "--steps", "6"],
 }
 """The commands of the main job in order, with their options; a backend's name stands for --backend.
@@ -86,6 +86,13 @@ LDM_CHAIN = {
     "evaluate openvino": ["--images", "2", "--steps", "2"],
 }
 """The same for a latent-diffusion pipeline, whose images nothing can judge."""
+LABEL_CHAIN = {
+    **{step: LDM_CHAIN[step] for step in ("calibrate", "export", "reference")},
+    "build-engine onnxruntime": ["--threads", "1"],
+    "build-engine tensorrt-rtx": CHAIN["build-engine tensorrt-rtx"],
+    "generate onnxruntime": ["--labels", "30", "--steps", "2", "--rows", "1"],
+}
+"""What a package of a class-conditional model on pixels needs, whose only engine is its UNet's."""
 TEXT_CHAIN = {
     **{step: LDM_CHAIN[step] for step in ("calibrate", "finetune", "export", "reference")},
     "build-engine onnxruntime": ["--threads", "1"],

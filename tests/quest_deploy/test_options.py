@@ -174,8 +174,8 @@ def test_a_type_checker_knows_a_functions_parameters(tmp_path: Path) -> None:
         'qd.build_engine("ws", backend="openvino", threads=2, sample_size=[(64, 64)])': True,
         'qd.build_engine("ws", thread=2)': False,
         'qd.build_engine("ws", threads="2")': False,
-        'qd.calibrate("tiny", bits="w4a4").root': True,
-        'qd.calibrate("tiny").width': False,
+        'qd.calibrate("emoji", bits="w4a4").root': True,
+        'qd.calibrate("emoji").width': False,
     }
     (tmp_path / "script.py").write_text("\n".join(["import quest_deploy as qd", *lines]))
     done = subprocess.run(

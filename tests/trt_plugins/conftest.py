@@ -119,7 +119,7 @@ def built(small_proto: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory
     not to be changed.
     """
     root = tmp_path_factory.mktemp("built") / "workspace"
-    workspace = Workspace.create(root, "tiny", Scheme.parse("w4a4", buckets=3))
+    workspace = Workspace.create(root, "emoji", Scheme.parse("w4a4", buckets=3))
     model = ir.from_proto(small_proto)
     save_graph(model, root / GRAPH)
     workspace.record(

@@ -173,7 +173,7 @@ def test_a_workspace_that_quest_deploy_wrote_is_opened_and_its_engine_is_read(
     size = (built / "engines" / RTX / shared.ENGINE).stat().st_size
     ended = host("engine", built, RTX)
     assert ended.stderr == ""
-    assert ended.stdout.split() == ["tiny", RTX, record["runtime"]["version"], "89", str(size)]
+    assert ended.stdout.split() == ["emoji", RTX, record["runtime"]["version"], "89", str(size)]
 
 
 def _edit(path: Path, change: Callable[[Any], object]) -> None:
@@ -614,7 +614,7 @@ def test_another_project_finds_the_installed_package_and_opens_a_workspace(
     ended = subprocess.run(
         [tmp_path / "consumer" / "consumer", built], capture_output=True, text=True, check=True
     )
-    assert ended.stdout == "tiny\n"
+    assert ended.stdout == "emoji\n"
 
 
 @pytest.mark.slow

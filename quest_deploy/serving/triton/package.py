@@ -20,7 +20,6 @@ from quest_deploy.artifacts.workspace import GRAPH
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder, read_json, sha256_of, write_json
 from quest_deploy.models.loading import load_model
-from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.progress import no_progress
 from quest_deploy.serving.triton.layout import FILES, Layout
 from quest_deploy.serving.triton.models import (
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from quest_deploy.artifacts.workspace import Workspace
+    from quest_deploy.models.pipeline_model import PipelineModel
     from quest_deploy.progress import Progress
     from quest_deploy.serving.triton.layout import Signature
     from quest_deploy.serving.triton.options import TritonOptions
@@ -62,18 +62,17 @@ def write_package(
     check_target(folder)
     workspace.require("export")
     model = load_model(workspace.source)
-    pipeline_model = model if isinstance(model, PipelineModel) else None
-    if pipeline_model is not None:
-        pipeline_model.require_weights("serve")
-        channels = pipeline_model.channels
-        if channels.image_kind is not None and not channels.image:
-            raise InputError(
-                f"{model.name} inpaints with a UNet that has no channels for an image, which a "
-                "package does not; use quest_deploy.load_pipeline"
-            )
-        _check_text_encoder(pipeline_model)
+    model.require_weights("serve")
+    if model.channels.image_kind is not None and not model.channels.image:
+        raise InputError(
+            f"{model.name} inpaints with a UNet that has no channels for an image, which a "
+            "package does not; use quest_deploy.load_pipeline"
+        )
+    _check_text_encoder(model)
     rows = 1 if not guidable(model) else 2 if model.image_guidance is None else 3
-    plan = find_plan(workspace, options, alone=pipeline_model is None, rows=rows)
+    decoder = model.load_decoder()
+    of_text = model.asked_for == "prompt"
+    plan = find_plan(workspace, options, alone=decoder is None and not of_text, rows=rows)
     if options.max_batch is not None and options.max_batch < rows:
         raise InputError(
             f"--max-batch {options.max_batch}: an image with guidance is {rows} rows at once"
@@ -84,26 +83,24 @@ def write_package(
         latents = (model.sample_shape[0], *info.sample_shape[1:])
         factor = pixels_per_latent(model, latents)
         layout = Layout(made, options, plan, latents, info.sample_multiple, factor)
-        decoder = pipeline_model.load_decoder() if pipeline_model is not None else None
-        of_text = model.asked_for == "prompt"
         pipeline = None
         signatures: dict[str, Signature] = {}
-        takes_image = pipeline_model is not None and pipeline_model.channels.image > 0
+        takes_image = model.channels.image > 0
         total = 2 + of_text + (decoder is not None) + takes_image
 
         progress("UNet", 0, total)
         signatures["unet"] = write_unet(layout, graph)
         del graph  # its weights are large
-        if pipeline_model is not None and of_text:
+        if of_text:
             progress("text encoder", len(signatures), total)
-            pipeline = pipeline_model.load_pipeline(vae=None)
+            pipeline = model.load_pipeline(vae=None)
             signatures["text_encoder"] = write_text_encoder(layout, pipeline)
         if decoder is not None:
             progress("decoder", len(signatures), total)
             signatures["vae_decoder"] = write_decoder(layout, decoder)
-        if pipeline_model is not None and takes_image:
+        if takes_image:
             progress("encoder", len(signatures), total)
-            scale = pipeline_model.image_scale(decoder)
+            scale = model.image_scale(decoder)
             signatures["vae_encoder"] = write_encoder(layout, decoder, scale)
         progress("pipeline", len(signatures), total)
         settings = write_pipelines(layout, model, pipeline, signatures)

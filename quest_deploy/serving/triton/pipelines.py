@@ -11,7 +11,6 @@ import numpy as np
 from quest_deploy.errors import InputError
 from quest_deploy.files import write_json
 from quest_deploy.models.channels import EDITING, INPAINTING
-from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.serving.triton.configs import pipeline_config
 from quest_deploy.serving.triton.layout import FILES
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from quest_deploy.models.registry import DiffusionModel
+    from quest_deploy.models.pipeline_model import PipelineModel
     from quest_deploy.serving.triton.layout import Layout, Signature
 
 PIPELINES = ("pipeline", "pipeline_stream")
@@ -35,7 +34,7 @@ STEPS, SCHEDULER = 20, "ddim"
 
 def write_pipelines(
     layout: Layout,
-    model: DiffusionModel,
+    model: PipelineModel,
     pipeline: Any,
     signatures: dict[str, Signature],
 ) -> dict[str, Any]:
@@ -69,18 +68,18 @@ def write_pipelines(
     return settings
 
 
-def pixels_per_latent(model: DiffusionModel, sample_shape: tuple[int, ...]) -> int:
+def pixels_per_latent(model: PipelineModel, sample_shape: tuple[int, ...]) -> int:
     """A side of an image, in sides of its latent sample."""
     image = model.images(np.zeros((1, *sample_shape), np.float32))
     return int(image.shape[2]) // sample_shape[1]
 
 
-def guidable(model: DiffusionModel) -> bool:
+def guidable(model: PipelineModel) -> bool:
     """Whether requests may ask for guidance."""
     return model.asked_for == "prompt" or _null_conditions(model) is not None
 
 
-def pipeline_inputs(model: DiffusionModel) -> dict[str, str]:
+def pipeline_inputs(model: PipelineModel) -> dict[str, str]:
     """The pipelines' inputs and their types."""
     conditions = {
         "prompt": {"prompt": "TYPE_STRING", "negative_prompt": "TYPE_STRING"},
@@ -102,13 +101,12 @@ def pipeline_inputs(model: DiffusionModel) -> dict[str, str]:
     }
 
 
-def image_kind(model: DiffusionModel) -> str | None:
+def image_kind(model: PipelineModel) -> str | None:
     """What the model makes of an image; None where its UNet takes none."""
-    channels = model.channels if isinstance(model, PipelineModel) else None
-    return channels.image_kind if channels is not None and channels.image else None
+    return model.channels.image_kind if model.channels.image else None
 
 
-def _write_tokenizers(version: Path, model: DiffusionModel, pipeline: Any) -> None:
+def _write_tokenizers(version: Path, model: PipelineModel, pipeline: Any) -> None:
     for (_, tokenizer), name in zip(
         text_encoders(pipeline), ("tokenizer", "tokenizer_2"), strict=False
     ):
@@ -120,7 +118,7 @@ def _write_tokenizers(version: Path, model: DiffusionModel, pipeline: Any) -> No
             )
 
 
-def _write_conditions(version: Path, model: DiffusionModel) -> None:
+def _write_conditions(version: Path, model: PipelineModel) -> None:
     """A table of what the UNet is conditioned on, a row for each label, the last one for none."""
     tables = {
         name: value.numpy() for name, value in model.conditions(np.arange(model.labels)).items()
@@ -164,7 +162,7 @@ def _settings(
     }
 
 
-def _schedulers(model: DiffusionModel) -> dict[str, str]:
+def _schedulers(model: PipelineModel) -> dict[str, str]:
     """Those that know the model's kind of noise schedule: diffusers' classes by their short names.
     The server only configures them, and another one would draw from other betas without a word.
     """
@@ -176,7 +174,7 @@ def _schedulers(model: DiffusionModel) -> dict[str, str]:
     return found
 
 
-def _null_conditions(model: DiffusionModel) -> dict[str, Tensor] | None:
+def _null_conditions(model: PipelineModel) -> dict[str, Tensor] | None:
     """Return what an image without a condition is drawn from; None where the model has none, and so
     no guidance.
     """

@@ -23,7 +23,7 @@ from quest_deploy.serving.triton.pipelines import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from quest_deploy.models.registry import DiffusionModel
+    from quest_deploy.models.pipeline_model import PipelineModel
     from quest_deploy.serving.triton.layout import Layout
     from quest_deploy.serving.triton.plans import Plan
 
@@ -59,7 +59,7 @@ EXAMPLES = {
 
 def write_readme(
     layout: Layout,
-    model: DiffusionModel,
+    model: PipelineModel,
     scheme: str,
     models: Iterable[str],
     settings: dict[str, Any],

@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quest_deploy.artifacts.model_source import ModelSource
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file, remove_temporaries
-from quest_deploy.models.loading import load_model
-from quest_deploy.models.registry import EMBEDDED
 from scripts.bench.methods.cells import SEEDS, all_cells
+from scripts.bench.methods.digits.model import DigitsModel
 from scripts.bench.methods.display import watching
 from scripts.bench.methods.plot import plot
 from scripts.bench.methods.recipes import definition_of
@@ -86,7 +84,7 @@ def compare(
     if not selected:
         raise InputError(f"no cell matches {', '.join(only or [])}; --list names them all")
 
-    model = load_model(ModelSource(EMBEDDED))
+    model = DigitsModel()
     definitions = {cell: definition_of(cell, model) for cell in cells}
     results = {cell: load_result(folder, cell, definitions[cell]) for cell in cells}
     if list_cells:
@@ -100,7 +98,6 @@ def compare(
     if missing:
         with watching(missing, results, jobs) as watcher:
             failures = compute(
-                model.name,
                 {cell: definitions[cell] for cell in missing},
                 folder,
                 watcher,

@@ -21,7 +21,6 @@ from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.files import sha256_of
 from quest_deploy.finetuning.layer_sets import LAYER_SETS, select_layers
 from quest_deploy.finetuning.train import FinetuneOptions, finetune
-from quest_deploy.models.tiny import ASSETS
 from quest_deploy.quantization.layer_kinds import group_of
 from quest_deploy.quantization.model import QuantizedModel
 from scripts.bench.methods.cells import (
@@ -33,6 +32,7 @@ from scripts.bench.methods.cells import (
     ModelOpt,
     Pipeline,
 )
+from scripts.bench.methods.digits.model import ASSETS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,6 +50,7 @@ cells measure.
 """
 JUDGED_SCHEME = Scheme.parse("w4a4", buckets=20)
 """Its buckets are those of every cell's epsilon-MSE, whatever the cell's own are."""
+JUDGED_SAMPLING = SamplingOptions(images=1000)
 MODELOPT_SAMPLES, MODELOPT_BATCH = 256, 64
 SAMPLES = 1024
 """Samplings that every row starts from; half as many where its buckets need twice the steps.
@@ -98,7 +99,7 @@ def definition_of(cell: Cell, model: DiffusionModel) -> dict[str, Any]:
         "seed": cell.seed,
         "recipe": _recipe_of(cell, model),
         "judged": {
-            "sampling": dataclasses.asdict(SamplingOptions()),
+            "sampling": dataclasses.asdict(JUDGED_SAMPLING),
             "held_out": {
                 "seed": HELD_OUT_SEED,
                 "samples": HELD_OUT_SAMPLES,

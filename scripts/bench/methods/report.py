@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quest_deploy.calibration.reconstruction import ReconstructOptions
-from quest_deploy.evaluation.quality import HELD_OUT_SAMPLES, SamplingOptions
+from quest_deploy.evaluation.quality import HELD_OUT_SAMPLES
 from scripts.bench.methods.cells import (
     ABLATIONS,
     FLOAT_BITS,
@@ -22,6 +22,7 @@ from scripts.bench.methods.cells import (
     cells_of,
 )
 from scripts.bench.methods.claims import critical_groups, judged
+from scripts.bench.methods.recipes import JUDGED_SAMPLING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,7 +68,7 @@ def entries_of(table: Table, results: Results, seeds: Sequence[int]) -> Iterator
 
 def markdown(model: str, command: str, results: Results, seeds: Sequence[int]) -> str:
     """The tables, with the command that makes them."""
-    sampling = SamplingOptions()
+    sampling = JUDGED_SAMPLING
     cells = {
         cell: result
         for cell, result in results.items()

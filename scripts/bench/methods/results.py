@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.errors import InputError
-from quest_deploy.evaluation.quality import Quality
 from quest_deploy.files import read_json, sha256_of_json, write_json
+from scripts.bench.methods.digits.quality import DigitQuality
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +35,7 @@ class Result:
     """
 
     definition: dict[str, Any]
-    quality: Quality
+    quality: DigitQuality
     seconds: dict[str, float]
     peak_memory_bytes: dict[str, int]
     wall_seconds: float
@@ -65,7 +65,7 @@ class Result:
         TypeError for anything else.
         """
         rest = {key: value for key, value in measured.items() if key != "quality"}
-        return cls(definition, Quality(**measured["quality"]), **rest)
+        return cls(definition, DigitQuality(**measured["quality"]), **rest)
 
     def to_json(self) -> dict[str, Any]:
         """The inverse of :meth:`from_json`, the definition and its digest included."""

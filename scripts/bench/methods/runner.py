@@ -46,14 +46,13 @@ class CellError(Exception):
         self.exit_code = exit_code
 
 
-def worker_command(model: str, cell: Cell, scratch: Path, threads: int) -> list[str]:
+def worker_command(cell: Cell, scratch: Path, threads: int) -> list[str]:
     """The command that measures ``cell``; see ``scripts.bench.methods.worker``."""
-    arguments = (model, cell.row, cell.bits, str(cell.seed), str(scratch), str(threads))
+    arguments = (cell.row, cell.bits, str(cell.seed), str(scratch), str(threads))
     return [sys.executable, "-m", "scripts.bench.methods.worker", *arguments]
 
 
 def compute(
-    model: str,
     definitions: Mapping[Cell, dict[str, Any]],
     folder: Path,
     watcher: Watcher,
@@ -82,7 +81,7 @@ def compute(
                 watcher.started(cell)
                 try:
                     measured = await _measure(
-                        worker_command(model, cell, scratch, threads),
+                        worker_command(cell, scratch, threads),
                         scratch,
                         cell,
                         threads,

@@ -1,7 +1,7 @@
 """One cell in a process of its own, so that its time and its peak memory are its own, and a crash
 loses nothing else.
 
-    python -m scripts.bench.methods.worker MODEL ROW BITS SEED SCRATCH THREADS
+    python -m scripts.bench.methods.worker ROW BITS SEED SCRATCH THREADS
 
 writes JSON values to standard output, one a line: {"phase", "done", "total"} while it works, and at
 the end the cell's result (see :func:`measure`) or {"error", "exit_code"}.
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from quest_deploy.artifacts.model_source import ModelSource
 from quest_deploy.artifacts.workspace import versions
 from quest_deploy.backends.base import processor_name
 from quest_deploy.calibration.trajectories import record_trajectories
@@ -27,17 +26,16 @@ from quest_deploy.errors import QuestDeployError
 from quest_deploy.evaluation.quality import (
     HELD_OUT_SAMPLES,
     HELD_OUT_SEED,
-    SamplingOptions,
     draw,
     epsilon_mse,
-    evaluate_images,
 )
 from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.files import atomic_file
-from quest_deploy.models.loading import load_model
 from quest_deploy.progress import named
 from scripts.bench.methods.cells import Cell
-from scripts.bench.methods.recipes import JUDGED_SCHEME, make
+from scripts.bench.methods.digits.model import DigitsModel
+from scripts.bench.methods.digits.quality import judge
+from scripts.bench.methods.recipes import JUDGED_SAMPLING, JUDGED_SCHEME, make
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,7 +51,8 @@ def measure(model: DiffusionModel, cell: Cell, scratch: Path, report: Progress) 
         scratch: a folder in which cells of one run share the float model's images.
 
     Returns:
-        A JSON value: "quality" (as :class:`quest_deploy.evaluation.quality.Quality` has it),
+        A JSON value: "quality" (as :class:`scripts.bench.methods.digits.quality.DigitQuality` has
+        it),
         "seconds" and "peak_memory_bytes" by stage of making the model, "wall_seconds" with judging,
         "notes".
     """
@@ -67,9 +66,9 @@ def measure(model: DiffusionModel, cell: Cell, scratch: Path, report: Progress) 
         seed=HELD_OUT_SEED,
     )
     fp32_images = _float_images(model, scratch, report)
-    images, labels = draw(model, made.denoise, SamplingOptions(), named(report, "drawing"))
+    images, labels = draw(model, made.denoise, JUDGED_SAMPLING, named(report, "drawing"))
     errors = epsilon_mse(made.denoise, held_out, JUDGED_SCHEME)
-    quality = evaluate_images(model, images, labels, fp32_images, errors)
+    quality = judge(images, labels, fp32_images, errors)
     return {
         "quality": quality.to_json(),
         "seconds": made.costs.seconds,
@@ -83,7 +82,7 @@ def _float_images(model: DiffusionModel, scratch: Path, report: Progress) -> NDA
     path = scratch / "float-images.npy"
     if not path.exists():
         denoise = float_denoiser(model.load_unet())
-        images, _ = draw(model, denoise, SamplingOptions(), named(report, "FP32 draws"))
+        images, _ = draw(model, denoise, JUDGED_SAMPLING, named(report, "FP32 draws"))
         with atomic_file(path) as temporary, temporary.open("wb") as stream:
             np.save(stream, images)
     loaded: NDArray[np.float32] = np.load(path, allow_pickle=False)
@@ -97,13 +96,13 @@ def main(arguments: list[str]) -> None:
     def send(value: dict[str, Any]) -> None:
         print(json.dumps(value), file=protocol, flush=True)
 
-    name, row, bits, seed, scratch, threads = arguments
+    row, bits, seed, scratch, threads = arguments
     # What packages print (modelopt does) is no part of the protocol.
     with redirect_stdout(sys.stderr):
         try:
             torch.set_num_threads(int(threads))
             result = measure(
-                load_model(ModelSource(name)),
+                DigitsModel(),
                 Cell(row, bits, int(seed)),
                 Path(scratch),
                 lambda phase, done, total, detail="": send(

@@ -39,7 +39,7 @@ def finish(
 @pytest.fixture
 def made(tmp_path: Path) -> Workspace:
     """A workspace in which calibrate, finetune, export and build-engine finished."""
-    workspace = Workspace.create(tmp_path / "ws", "tiny", SCHEME)
+    workspace = Workspace.create(tmp_path / "ws", "emoji", SCHEME)
     finish(workspace, "calibrate", seed=1)
     finish(workspace, "finetune", ("calibrate",))
     finish(workspace, "export", ("calibrate", "finetune"))
@@ -49,7 +49,7 @@ def made(tmp_path: Path) -> Workspace:
 
 def test_a_workspace_reads_back_as_it_was_written(made: Workspace) -> None:
     opened = Workspace.open(made.root)
-    assert (opened.model, opened.scheme, opened.stages) == ("tiny", SCHEME, made.stages)
+    assert (opened.model, opened.scheme, opened.stages) == ("emoji", SCHEME, made.stages)
 
 
 def test_a_finished_stage_is_required_without_complaint(made: Workspace) -> None:
@@ -127,7 +127,7 @@ def test_a_stage_is_not_fresh_once_its_input_changed(made: Workspace) -> None:
 
 
 def test_the_checkpoint_to_deploy_is_the_finetuned_one_where_there_is_one(tmp_path: Path) -> None:
-    workspace = Workspace.create(tmp_path / "ws", "tiny", SCHEME)
+    workspace = Workspace.create(tmp_path / "ws", "emoji", SCHEME)
     finish(workspace, "calibrate")
     assert (workspace.checkpoint_stage, workspace.checkpoint_path.name) == (
         "calibrate",
@@ -165,8 +165,8 @@ def manifest(**changes: Any) -> str:
     content = {
         "format": "quest-deploy workspace",
         "version": 1,
-        "model": "tiny",
-        "source": {"name": "tiny"},
+        "model": "emoji",
+        "source": {"name": "emoji"},
         "scheme": SCHEME.to_json(),
         "stages": {"calibrate": RECORD},
     }
@@ -210,7 +210,7 @@ def manifest(**changes: Any) -> str:
             "stages.calibrate",
         ),
         (manifest(more=1), "more"),
-        (manifest(source={"name": "tiny", "seed": "1"}), "source.seed"),
+        (manifest(source={"name": "emoji", "seed": "1"}), "source.seed"),
         (manifest(source={"location": "/a"}), "source.name"),
         (manifest(stages=[]), "stages"),
         (manifest(stages={"calibrate": {"inputs": {}}}), "stages.calibrate"),
@@ -263,19 +263,19 @@ def test_no_workspace_is_an_error_that_names_the_first_command(tmp_path: Path) -
 def test_a_folder_that_holds_other_things_never_becomes_a_workspace(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with refused(tmp_path, "-w"):
-        Workspace.create(tmp_path, "tiny", SCHEME)
+        Workspace.create(tmp_path, "emoji", SCHEME)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_file_never_becomes_a_workspace(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with refused(tmp_path / "file", "-w"):
-        Workspace.create(tmp_path / "file", "tiny", SCHEME)
+        Workspace.create(tmp_path / "file", "emoji", SCHEME)
 
 
 def test_a_folder_in_which_creation_was_killed_becomes_a_workspace(tmp_path: Path) -> None:
     (tmp_path / f".tmp-123-{MANIFEST}").write_text("{")
-    assert Workspace.create(tmp_path, "tiny", SCHEME).stages == {}
+    assert Workspace.create(tmp_path, "emoji", SCHEME).stages == {}
 
 
 def test_two_processes_cannot_write_in_one_workspace_at_once(made: Workspace) -> None:
@@ -331,7 +331,7 @@ def test_a_process_keeps_what_another_one_finished_since_it_opened_the_workspace
 
 
 def test_a_manifest_that_was_edited_is_refused_even_if_it_is_sound(tmp_path: Path) -> None:
-    Workspace.create(tmp_path / "w", "tiny", Scheme.parse("w4a4"))
+    Workspace.create(tmp_path / "w", "emoji", Scheme.parse("w4a4"))
     path = tmp_path / "w" / MANIFEST
     path.write_text(path.read_text().replace('"weight_bits": 4', '"weight_bits": 8'))
     with refused(path, "-w"):
@@ -373,7 +373,7 @@ def test_a_kill_at_any_moment_leaves_the_files_of_before_or_those_of_after(tmp_p
     found = []
     for killed_at in itertools.count(1):
         root = tmp_path / str(killed_at)
-        workspace = Workspace.create(root, "tiny", SCHEME)
+        workspace = Workspace.create(root, "emoji", SCHEME)
         (root / "folder").mkdir()
         files = [workspace.path("a"), workspace.path("folder", "b"), workspace.path("old")]
         for file in files:
@@ -487,7 +487,7 @@ def test_a_workspace_that_was_made_for_a_stage_that_failed_is_gone_and_can_be_us
         root = tmp_path / str(there)
         if there:
             root.mkdir()
-        workspace = Workspace.create(root, "tiny", SCHEME)
+        workspace = Workspace.create(root, "emoji", SCHEME)
         with workspace.locked():
             workspace.discard_if_unused()
         assert root.exists() is there

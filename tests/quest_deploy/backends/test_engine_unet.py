@@ -122,6 +122,6 @@ def test_a_scalar_timestep_equals_the_same_one_for_every_sample(
 
 
 def test_loading_an_engine_that_was_never_built_names_the_command(tmp_path: Path) -> None:
-    workspace = Workspace.create(tmp_path / "ws", "tiny", Scheme.parse("w4a4"))
+    workspace = Workspace.create(tmp_path / "ws", "emoji", Scheme.parse("w4a4"))
     with refused("quest-deploy build-engine --backend openvino"):
         EngineUNet.load(workspace, "openvino")

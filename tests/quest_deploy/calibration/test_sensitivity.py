@@ -356,7 +356,7 @@ def test_every_visited_bucket_counts_the_same_however_large_its_errors() -> None
         layer("early", 0.0, 0.01, None),
         layer("nowhere", 0.5, 0.0001, None),
     )
-    assert select_sensitive(Sensitivity("tiny", "w4a4", 1, layers).to_json()) == ("late", "early")
+    assert select_sensitive(Sensitivity("emoji", "w4a4", 1, layers).to_json()) == ("late", "early")
 
 
 @pytest.mark.parametrize(

@@ -33,14 +33,14 @@ BACKEND_COMMANDS = ("build-engine", "verify", "benchmark", "generate", "evaluate
 @pytest.fixture
 def fresh(tmp_path: Path) -> Path:
     """A workspace in which nothing has run."""
-    return Workspace.create(tmp_path / "fresh", "tiny", Scheme.parse("w4a4", buckets=3)).root
+    return Workspace.create(tmp_path / "fresh", "emoji", Scheme.parse("w4a4", buckets=3)).root
 
 
 @pytest.mark.parametrize("command", ["calibrate", "export", "run"])
 @pytest.mark.parametrize(
     ("option", "value", "facts"),
     [
-        ("--model", "sd99", "'sd99' tiny"),
+        ("--model", "sd99", "'sd99' emoji"),
         ("--bits", "w3a3", "'w3a3' w4a4 w4a8 w8a8"),
         ("--buckets", "0", "buckets 1 1000 0"),
         ("--buckets", "1001", "buckets 1 1000 1001"),
@@ -237,7 +237,7 @@ def test_evaluate_refuses_an_images_weight_of_a_model_that_edits_none_before_it_
 
     monkeypatch.setattr(trajectories, "record_trajectories", draw)
     ended = cli("evaluate", "-w", workspace, "--backend", "onnxruntime", "--image-guidance", "2")
-    ended.assert_refused("--image-guidance", "tiny")
+    ended.assert_refused("--image-guidance", "emoji")
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
@@ -341,7 +341,9 @@ def test_errors_are_one_json_value_too(fresh: Path) -> None:
 
 
 @pytest.mark.parametrize("buckets", ["1", "21"])
-def test_any_number_of_buckets_is_calibrated(mini_tiny: None, tmp_path: Path, buckets: str) -> None:
+def test_any_number_of_buckets_is_calibrated(
+    mini_emoji: None, tmp_path: Path, buckets: str
+) -> None:
     ended = cli(
         "calibrate", "-w", tmp_path / "ws", "--buckets", buckets, "--samples", "1", "--json"
     )

@@ -22,7 +22,7 @@ from tests.quest_deploy.support import Outcome, cli, flip_byte, snapshot, trunca
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.usefixtures("mini_tiny")
+pytestmark = pytest.mark.usefixtures("mini_emoji")
 CALIBRATE = ("--buckets", "2", "--samples", "2", "--steps", "2")
 QDIFF = (
     *CALIBRATE,

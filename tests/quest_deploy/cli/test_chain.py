@@ -59,7 +59,7 @@ def test_the_workspace_has_the_layout_of_the_specification(made: Chain) -> None:
     expected += [
         f"reports/{command}-onnxruntime.json" for command in ("verify", "benchmark", "evaluate")
     ]
-    expected += ["reports/sensitivity.json", "images/sensitivity.png", "images/grid-openvino.png"]
+    expected += ["reports/sensitivity.json", "images/sensitivity.png", "images/openvino-0.png"]
     assert [path for path in expected if not (made.root / path).is_file()] == []
     assert list(made.root.rglob(".tmp-*")) == []
 
@@ -173,23 +173,65 @@ def test_benchmark_times_fp32_and_static_scales_beside_the_engine(made: Chain) -
     assert report["size_ratio_to_fp32"] > 0
 
 
-def test_generate_draws_one_column_a_label(made: Chain) -> None:
-    assert made.outcomes["generate openvino"].json["images"] == 4
-    picture = np.asarray(Image.open(made.root / "images" / "grid-openvino.png"))
-    assert picture.shape == (18 * 4, (4 * 17 + 1) * 4)
-    assert picture.std() > 20
+def test_generate_draws_each_prompt_as_often_as_asked(made: Chain) -> None:
+    details = made.outcomes["generate openvino"].json
+    pictures = [np.asarray(Image.open(path)) for path in details["pictures"]]
+    assert [picture.shape for picture in pictures] == [(64, 64, 3)] * details["images"]
+    assert len({picture.tobytes() for picture in pictures}) == details["images"] == 4
+
+
+def test_generate_draws_a_column_a_label(label_chain: Chain) -> None:
+    picture = label_chain.outcomes["generate onnxruntime"].json["picture"]
+    assert Image.open(picture).size == ((2 * 9 + 1) * 8, (9 + 1) * 8)
 
 
 def test_evaluate_judges_fp32_both_fake_quantized_models_and_the_engine(made: Chain) -> None:
     results = made.outcomes["evaluate onnxruntime"].json["results"]
     assert list(results) == ["FP32", "PTQ", "QuEST", "onnxruntime"]
     assert results["FP32"]["pixel_mse"] == 0
+    assert results["FP32"]["feature_distance"] == 0
     assert results["FP32"]["epsilon_mse"] == pytest.approx([0, 0, 0], abs=1e-9)
     assert all(error > 0 for error in results["QuEST"]["epsilon_mse"])
     # The engine computes the fake-quantized model; a tie may flip a code here and there.
     assert results["onnxruntime"]["epsilon_mse"] == pytest.approx(
         results["QuEST"]["epsilon_mse"], rel=0.1
     )
+
+
+def test_evaluate_tells_what_a_judge_says_where_there_is_one_and_the_distances_from_fp32(
+    made: Chain,
+) -> None:
+    details = made.outcomes["evaluate onnxruntime"].json
+    judged = ("frechet_distance", "top1", "top5", "feature_distance")
+    plain = {
+        **details,
+        "results": {
+            name: {key: value for key, value in quality.items() if key not in judged}
+            for name, quality in details["results"].items()
+        },
+    }
+    for shown, columns in ((details, 8), (plain, 4)):
+        _, _, _, *rows, picture = descriptions.evaluation(shown).splitlines()
+        cells = [re.split(r"  +", row.strip()) for row in rows]
+        assert [row[0] for row in cells] == list(details["results"])
+        assert {len(row) for row in cells} == {columns + 1}
+        assert cells[1][-4] == f"{details['results']['PTQ']['psnr']:.2f}"
+        assert details["picture"] in picture
+        assert details["picture"] in descriptions.evaluation_summary(shown)
+    assert f"{details['results']['FP32']['top1']:.1%}" in descriptions.evaluation_summary(details)
+
+
+def test_evaluate_shows_eight_images_of_each_at_most_side_by_side_and_records_the_picture(
+    made: Chain,
+) -> None:
+    picture = made.root / "images" / "compare-onnxruntime.png"
+    assert made.outcomes["evaluate onnxruntime"].json["picture"] == str(picture)
+    assert (
+        f"images/{picture.name}" in Workspace.open(made.root).require("evaluate/onnxruntime").files
+    )
+    width, height = Image.open(picture).size
+    assert 4 * 128 < width < 5 * 128
+    assert 4 * 128 < height < 5 * 128
 
 
 @pytest.mark.parametrize("command", ["verify", "benchmark", "evaluate"])

@@ -12,12 +12,13 @@ from quest_deploy.calibration.sensitivity import select_sensitive
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
 from quest_deploy.finetuning.train import FinetuneOptions
-from quest_deploy.models.tiny import TinyModel
 from tests.helpers import assert_holds
 from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from quest_deploy.models.pipeline_model import PipelineModel
 
 FEW = ("--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2")
 
@@ -53,7 +54,7 @@ def test_layers_stages_losses_and_precision_are_options_and_are_recorded(workspa
 
 
 def test_the_embedded_model_is_finetuned_with_its_own_options_and_threads_unless_told_otherwise(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, emoji: PipelineModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[FinetuneOptions, int]] = []
 
@@ -67,11 +68,11 @@ def test_the_embedded_model_is_finetuned_with_its_own_options_and_threads_unless
     before = torch.get_num_threads()
     assert cli("finetune", "-w", workspace).message == "far enough"
     assert cli("finetune", "-w", workspace, "--batch", "7").message == "far enough"
-    own = dict(TinyModel.finetuning)
+    own = dict(emoji.finetuning)
     assert [options for options, _ in seen] == [
-        FinetuneOptions(TinyModel.family, **{**own, **told}) for told in ({}, {"batch": 7})
+        FinetuneOptions(emoji.family, **{**own, **told}) for told in ({}, {"batch": 7})
     ]
-    assert {threads for _, threads in seen} == {TinyModel.finetuning_threads}
+    assert {threads for _, threads in seen} == {emoji.finetuning_threads}
     assert torch.get_num_threads() == before
 
 

@@ -56,8 +56,8 @@ def test_the_engine_computes_what_the_fake_quantized_model_does(built: Path, bac
     ("command", "options"),
     [
         ("benchmark", ("--runs", "2", "--warmup", "1", "--batch", "2")),
-        ("generate", ("--steps", "3", "--rows", "1", "--labels", "0123")),
-        ("evaluate", ("--images", "20", "--steps", "3")),
+        ("generate", ("--steps", "3", "--prompt", "cat")),
+        ("evaluate", ("--images", "4", "--steps", "3")),
         ("inspect", ()),
     ],
 )

@@ -78,9 +78,9 @@ def test_calibrate_goes_on_after_ctrl_c(tmp_path: Path) -> None:
 
 
 def test_finetune_resumes_after_ctrl_c_and_keeps_the_old_checkpoint_until_then(
-    tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
+    emoji_workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workspace, before = tiny_workspace, snapshot(tiny_workspace)
+    workspace, before = emoji_workspace, snapshot(emoji_workspace)
     state = workspace / "finetune-state.pt"
     code, out, err = interrupted(
         ["finetune", "-w", workspace, *FINETUNE, "--json"], lambda line: state.exists()
@@ -137,9 +137,9 @@ def test_reference_goes_on_with_the_next_record_after_ctrl_c_and_keeps_the_old_o
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_stops_a_tensorrt_build_and_keeps_the_old_engine(
-    tiny_workspace: Path, number: signal.Signals
+    emoji_workspace: Path, number: signal.Signals
 ) -> None:
-    workspace, before = tiny_workspace, snapshot(tiny_workspace)
+    workspace, before = emoji_workspace, snapshot(emoji_workspace)
     # Inside the builder Python runs only in the progress monitor, and no exception crosses
     # TensorRT's own code.
     code, _, err = interrupted(
@@ -208,7 +208,7 @@ def test_a_write_that_fails_ends_in_one_message_and_leaves_the_workspace_as_it_w
         ("finetune", "finetune-state.pt"),
         ("finetune", "checkpoint.safetensors"),
         ("finetune", "manifest.json"),
-        ("generate", "images/grid-onnxruntime.png"),
+        ("generate", "images/onnxruntime-0.png"),
     ],
 )
 def test_a_full_disk_is_said_to_be_full(

@@ -192,11 +192,11 @@ def test_progress_goes_to_standard_error_alone(workspace: Path) -> None:
         "1",
         "--rows",
         "1",
-        "--labels",
-        "7",
+        "--prompt",
+        "cat",
     )
     assert ended.code == 0
-    assert str(workspace / "images" / "grid-onnxruntime.png") in ended.out
+    assert str(workspace / "images" / "onnxruntime-0.png") in ended.out
     assert "generate/onnxruntime" not in ended.out
     assert "generate/onnxruntime" in ended.err
 

@@ -66,7 +66,7 @@ def test_the_manifest_says_where_the_model_comes_from_and_later_commands_need_no
 @pytest.mark.parametrize(
     ("options", "facts"),
     [
-        (["--model", "tiny"], "tiny"),
+        (["--model", "emoji"], "emoji"),
         (["--random-weights"], "weights random"),
         (["--revision", "main"], "revision None main"),
         (["--lora", "{lora}:0.5"], "LoRAs"),
@@ -156,16 +156,6 @@ def test_a_file_without_prompts_is_refused(
     )
     ended.assert_refused(tmp_path / "prompts.txt", "prompt")
     assert not (tmp_path / "ws").exists()
-
-
-def test_prompts_and_loras_are_not_for_the_embedded_model(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a cat\n")
-    cli("calibrate", "-w", tmp_path / "a", "--prompts", tmp_path / "prompts.txt").assert_refused(
-        "--prompts", "tiny"
-    )
-    cli("calibrate", "-w", tmp_path / "b", "--random-weights").assert_refused(
-        "--random-weights", "tiny"
-    )
 
 
 @pytest.mark.parametrize(

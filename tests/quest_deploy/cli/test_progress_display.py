@@ -161,7 +161,7 @@ def test_fast_steps_print_a_line_every_30_s_at_most(
 
 
 def test_finetune_and_a_reconstruction_print_stage_bucket_loss_and_time_left(
-    mini_tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mini_emoji: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console_module, "SECONDS_BETWEEN_LINES", 0.0)
     few = (

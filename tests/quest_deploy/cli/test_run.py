@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.backends.options import EngineOptions
 
-pytestmark = pytest.mark.usefixtures("mini_tiny")
+pytestmark = pytest.mark.usefixtures("mini_emoji")
 STAGES = (
     "calibrate",
     "finetune",
@@ -56,8 +56,8 @@ SMALL: dict[str, StageOptions] = {
     "calibrate": CalibrateOptions(samples=8),
     "finetune": FinetuneOptions(temporal_steps=2, sensitive_steps=3, batch=4),
     "benchmark": BenchmarkOptions(batch=(2,), runs=2, warmup=1),
-    "generate": GenerateOptions(labels="0123", rows=1, steps=3),
-    "evaluate": EvaluateOptions(images=20, steps=3),
+    "generate": GenerateOptions(prompt=("cat",), steps=3),
+    "evaluate": EvaluateOptions(images=4, steps=3),
 }
 """The chain's few samples and steps."""
 
@@ -255,7 +255,7 @@ def test_run_goes_on_with_the_other_backends_where_one_fails_its_verification(
     assert "layer conv_in: wrong" in summary
     assert "layer conv_out" not in summary
     assert "onnxruntime: verification PASSED" in summary
-    assert "grid-onnxruntime.png" in summary
+    assert "onnxruntime-0.png" in summary
 
 
 def test_run_where_no_engine_passes_names_what_it_leaves_out(
@@ -265,7 +265,7 @@ def test_run_where_no_engine_passes_names_what_it_leaves_out(
     ended = run()
     ended.assert_refused("layer conv_in: wrong", code=1)
     assert_holds(ended.out.split("== summary")[1], "picture", "Frechet distance", "left out")
-    assert not (workspace / "images" / "grid-onnxruntime.png").exists()
+    assert not (workspace / "images" / "onnxruntime-0.png").exists()
 
 
 def test_run_verifies_an_engine_whose_weights_were_changed_and_says_that_it_fails(
@@ -308,7 +308,7 @@ def test_run_goes_on_past_a_backend_that_cannot_build_and_draws_with_the_others(
     summary = run(option, "openvino").out.split("== summary")[1]
     assert "openvino: FAILED" in summary
     assert "onnxruntime: verification PASSED" in summary
-    assert "grid-onnxruntime.png" in summary
+    assert "onnxruntime-0.png" in summary
     assert "no engine passed" not in summary
 
 

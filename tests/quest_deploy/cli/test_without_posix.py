@@ -87,8 +87,8 @@ def test_an_engine_is_built_verified_timed_and_run_without_posix(
             with contextlib.suppress(SystemExit):
                 main()
         with EngineUNet.load(Workspace.open(Path(command[2])), "onnxruntime") as unet:
-            states = np.zeros((1, 4, 32))
-            print(unet.predict(np.zeros((1, 4, 8, 8)), 5, encoder_hidden_states=states).shape)
+            states = np.zeros((1, 24, 128))
+            print(unet.predict(np.zeros((1, 8, 8, 8)), 5, encoder_hidden_states=states).shape)
     """)
     here = ("-w", str(workspace), "--backend", "onnxruntime")
     commands = [(command, *here, *options) for command, options in RUNS_ENGINES.items()]
@@ -100,7 +100,7 @@ def test_an_engine_is_built_verified_timed_and_run_without_posix(
     )
     assert done.returncode == 0, done.stderr
     assert "error: " not in done.stderr
-    assert done.stdout.splitlines()[-1] == "(1, 4, 8, 8)"
+    assert done.stdout.splitlines()[-1] == "(1, 8, 8, 8)"
 
 
 class Ranges:

@@ -94,9 +94,9 @@ def test_engines_are_built_verified_timed_and_looked_at_without_torch(workspace:
 def test_an_engine_predicts_the_same_without_torch(workspace: Path, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     inputs = {
-        "sample": generator.standard_normal((2, 4, 8, 8), np.float32),
+        "sample": generator.standard_normal((2, 8, 8, 8), np.float32),
         "timestep": np.array([900.0, 10.0], np.float32),
-        "encoder_hidden_states": generator.standard_normal((2, 4, 32), np.float32),
+        "encoder_hidden_states": generator.standard_normal((2, 24, 128), np.float32),
     }
     np.savez(tmp_path / "inputs.npz", **inputs)
     output = tmp_path / "output.npy"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quest_deploy.evaluation.image_grid import save_grid
+from quest_deploy.evaluation.image_grid import save_comparison, save_grid
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,3 +67,69 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(
         save_grid(image + 1, tmp_path / "grid.png", columns=1)
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
     assert (tmp_path / "grid.png").read_bytes() == before
+
+
+NAMES = ("FP32", "PTQ, W4A4", "onnxruntime")
+
+
+def comparison(path: Path, captions: list[str], height: int = 32, width: int = 64) -> np.ndarray:
+    """A sheet of three models' images, the m-th model's n-th image of the levels m and n."""
+    levels = np.linspace(-1, 0.5, len(captions), dtype=np.float32).reshape(-1, 1, 1, 1)
+    plain = np.ones((len(captions), 3, height, width), np.float32)
+    drawn = {}
+    for row, name in enumerate(NAMES):
+        drawn[name] = levels * plain
+        drawn[name][:, 2] = row / 4
+    save_comparison(drawn, captions, path)
+    return pixels(path)
+
+
+def test_models_are_compared_in_a_row_each_and_images_in_a_column_each(tmp_path: Path) -> None:
+    sheet = comparison(tmp_path / "compare.png", ["a", "b", "c", "d"])
+    height, width = sheet.shape[:2]
+    # The images of 32 by 64 are shown twice as large, with four pixels between them.
+    left, top = width - 4 * (128 + 4), height - 3 * (64 + 4)
+    for row in range(3):
+        for column, red in enumerate((0, 64, 128, 191)):
+            y, x = top + row * 68, left + column * 132
+            image = sheet[y : y + 64, x : x + 128].reshape(-1, 3)
+            assert len(np.unique(image, axis=0)) == 1
+            assert image[0].tolist() == [red, red, (128, 159, 191)[row]]
+            assert (sheet[y - 1, x : x + 128] == 255).all() or row == 0
+            assert (sheet[y : y + 64, x + 128 : x + 132] == 255).all()
+        assert (sheet[top + row * 68 : top + row * 68 + 64, :left] < 128).any()  # its name
+    assert (sheet[:top, left:] < 128).any()
+
+
+@pytest.mark.parametrize(
+    "caption",
+    ["a very long prompt of many words " * 9, "w" * 400, "two " + "words" * 99],
+    ids=["words", "a word", "both"],
+)
+def test_a_long_caption_is_wrapped_and_cut_within_its_column(tmp_path: Path, caption: str) -> None:
+    whole = comparison(tmp_path / "a.png", ["", caption, ""], height=64)
+    short = comparison(tmp_path / "b.png", ["", "one", ""], height=64)
+    top = whole.shape[0] - 3 * (128 + 4)
+    assert whole.shape[1] == short.shape[1]
+    assert 15 < top <= 4 + 15 * 4
+    start = whole.shape[1] - 2 * (128 + 4)
+    dark = np.argwhere((whole[:top] < 128).all(axis=2))
+    assert dark[:, 0].max() < top - 1
+    assert start <= dark[:, 1].min() < start + 8
+    assert start + 90 < dark[:, 1].max() < start + 128
+
+
+def test_grey_images_of_one_channel_and_large_ones_are_compared_too(tmp_path: Path) -> None:
+    large = {"FP32": np.zeros((2, 1, 256, 200), np.float32)}
+    save_comparison(large, ["3", "0"], tmp_path / "compare.png")
+    sheet = pixels(tmp_path / "compare.png")
+    assert sheet.shape[0] == 4 + 15 + 256 + 4
+    np.testing.assert_array_equal(sheet[-5, -5], [128, 128, 128])
+
+
+def test_captions_have_accents_and_quotation_marks(tmp_path: Path) -> None:
+    sheets = [
+        comparison(tmp_path / "compare.png", [letter])
+        for letter in ("ñ", "é", "\u2019", "\U0010ffff")
+    ]
+    assert len({sheet.tobytes() for sheet in sheets}) == 4

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -10,17 +11,19 @@ import torch
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.evaluation.quality import (
-    Fidelity,
-    Quality,
     SamplingOptions,
     draw,
     epsilon_mse,
     evaluate_images,
 )
+from quest_deploy.evaluation.retrieval import Judgement
+from quest_deploy.models.loading import load_model, resolve_source
 from tests.quest_deploy.support import strict_json
 
 if TYPE_CHECKING:
-    from quest_deploy.models.tiny import TinyModel
+    from quest_deploy.models.pipeline_model import PipelineModel
+
+LABELS = np.arange(4)
 
 
 @pytest.fixture(scope="module")
@@ -54,29 +57,29 @@ def test_epsilon_mse_gives_each_sample_its_own_conditions(recorded: Trajectories
 
 
 def test_a_quality_with_a_bucket_that_was_never_visited_is_valid_json(
-    recorded: Trajectories, tiny: TinyModel
+    recorded: Trajectories,
 ) -> None:
     errors = epsilon_mse(off_by_timestep, recorded, Scheme.parse("w4a4", buckets=4))
     images = np.random.default_rng(0).uniform(-1, 1, (4, 1, 16, 16)).astype(np.float32)
-    quality = evaluate_images(tiny, images, np.arange(4), images, errors)
+    quality = evaluate_images(images, np.arange(4), images, errors)
     assert strict_json(json.dumps(quality.to_json()))["epsilon_mse"][3] == pytest.approx(72.5)
 
 
-def test_labels_are_drawn_in_turn(tiny: TinyModel) -> None:
+def test_labels_are_drawn_in_turn() -> None:
     images, labels = draw(
-        tiny,
+        load_model(resolve_source("emoji"), ["cat", "fly", "cat face"]),
         lambda sample, timestep, **conditions: torch.zeros_like(sample),
-        SamplingOptions(images=23, steps=1),
+        SamplingOptions(images=5, steps=1),
     )
-    assert images.shape == (23, 1, 16, 16)
-    assert labels.tolist() == [*range(10), *range(10), 0, 1, 2]
+    assert images.shape == (5, 3, 64, 64)
+    assert labels.tolist() == [0, 1, 2, 0, 1]
 
 
-def test_two_denoisers_are_compared_on_the_same_noise(tiny: TinyModel) -> None:
+def test_two_denoisers_are_compared_on_the_same_noise(emoji: PipelineModel) -> None:
     options = SamplingOptions(images=4, steps=1, seed=5)
     (one, _), (two, _) = (
         draw(
-            tiny,
+            emoji,
             lambda sample, timestep, shift=shift, **conditions: torch.full_like(sample, shift),
             options,
         )
@@ -86,23 +89,63 @@ def test_two_denoisers_are_compared_on_the_same_noise(tiny: TinyModel) -> None:
     assert 0 < spread < 0.1 * np.std(one)
 
 
-def test_fp32_itself_has_no_pixel_error_and_a_shift_its_square(tiny: TinyModel) -> None:
-    images = np.random.default_rng(0).uniform(-0.5, 0.5, (4, 1, 16, 16)).astype(np.float32)
-    labels = np.arange(4)
-    assert evaluate_images(tiny, images, labels, images, []).pixel_mse == 0
-    shifted = evaluate_images(tiny, images + np.float32(0.1), labels, images, [])
-    assert shifted.pixel_mse == pytest.approx(0.01, rel=1e-3)
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).uniform(-0.5, 0.5, (4, 3, 16, 16)).astype(np.float32)
 
 
-def test_images_are_judged_by_the_models_own_metric_and_else_by_their_distance_from_fp32(
-    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+def test_fp32_itself_has_no_error_and_is_like_itself(images: np.ndarray) -> None:
+    same = evaluate_images(images, LABELS, images, [])
+    assert (same.pixel_mse, same.psnr) == (0, None)
+    assert same.ssim == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("shift", "decibels"), [(0.2, 20), (0.02, 40)])
+def test_a_shift_has_its_square_as_error_of_which_psnr_is_in_decibels_to_the_range_of_two(
+    images: np.ndarray, shift: float, decibels: float
 ) -> None:
-    images = np.random.default_rng(0).uniform(-0.5, 0.5, (4, 1, 16, 16)).astype(np.float32)
-    assert isinstance(evaluate_images(tiny, images, np.arange(4), images, []), Quality)
-    monkeypatch.setattr(type(tiny), "judge", lambda self, images, labels: None)
-    near = evaluate_images(tiny, images + np.float32(0.2), np.arange(4), images, [])
-    assert isinstance(near, Fidelity)
-    assert near.psnr == pytest.approx(20, abs=0.01)
-    same = evaluate_images(tiny, images, np.arange(4), images, [])
-    assert isinstance(same, Fidelity)
-    assert same.psnr is None
+    near = evaluate_images(images + np.float32(shift), LABELS, images, [])
+    assert near.pixel_mse == pytest.approx(shift**2, rel=1e-3)
+    assert near.psnr == pytest.approx(decibels, abs=0.01)
+
+
+def test_ssim_is_that_of_its_paper_with_mirrored_borders(images: np.ndarray) -> None:
+    other = np.random.default_rng(1).uniform(-0.5, 0.5, images.shape).astype(np.float32)
+    near = (0.7 * images + 0.3 * other).astype(np.float32)
+    offsets = np.arange(11) - 5
+    window = np.exp(-(offsets**2) / (2 * 1.5**2))
+    window = np.outer(window, window) / window.sum() ** 2
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        x = np.pad(x, ((0, 0), (0, 0), (5, 5), (5, 5)), mode="reflect")
+        return (np.lib.stride_tricks.sliding_window_view(x, (11, 11), (2, 3)) * window).sum((4, 5))
+
+    a, b = near.astype(np.float64), images.astype(np.float64)
+    one, two = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    spread_a, spread_b = mean(a * a) - mean(a) ** 2, mean(b * b) - mean(b) ** 2
+    expected = (
+        (2 * mean(a) * mean(b) + one)
+        * (2 * (mean(a * b) - mean(a) * mean(b)) + two)
+        / ((mean(a) ** 2 + mean(b) ** 2 + one) * (spread_a + spread_b + two))
+    )
+    assert evaluate_images(near, LABELS, images, []).ssim == pytest.approx(
+        expected.mean(), abs=1e-4
+    )
+
+
+def test_what_a_judge_says_stands_beside_the_distances_and_is_asked_for_where_there_is_one(
+    images: np.ndarray,
+) -> None:
+    said = Judgement(1.0, 0.5, 0.75, 0.25)
+    asked: list[tuple[Any, ...]] = []
+
+    def judge(*given: Any) -> Judgement:
+        asked.append(given)
+        return said
+
+    judged = evaluate_images(images + 1, LABELS, images, [0.5], judge)  # type: ignore[arg-type]
+    plain = evaluate_images(images + 1, LABELS, images, [0.5])
+    assert judged.to_json() == {**plain.to_json(), **dataclasses.asdict(said)}
+    assert list(plain.to_json()) == ["psnr", "ssim", "pixel_mse", "epsilon_mse"]
+    for found, given in zip(*asked, (images + 1, LABELS, images), strict=True):
+        np.testing.assert_array_equal(found, given)

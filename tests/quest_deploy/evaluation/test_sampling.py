@@ -8,13 +8,14 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from quest_deploy.evaluation.sampling import float_denoiser, sample_images
-from quest_deploy.models.digit_quality import judge
 from quest_deploy.models.schedulers import SCHEDULERS
+from scripts.bench.methods.digits.model import DigitsModel
+from scripts.bench.methods.digits.quality import judge
 from tests.helpers import refused
 
 if TYPE_CHECKING:
     from quest_deploy.evaluation.sampling import Denoiser
-    from quest_deploy.models.tiny import TinyModel
+    from quest_deploy.models.pipeline_model import PipelineModel
 
 LABELS = np.arange(3)
 
@@ -40,45 +41,45 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def unet(tiny: TinyModel) -> Denoiser:
-    return float_denoiser(tiny.load_unet())
+def unet(emoji: PipelineModel) -> Denoiser:
+    return float_denoiser(emoji.load_unet())
 
 
 def test_the_same_seed_draws_the_same_images_and_another_seed_others(
-    tiny: TinyModel, unet: Denoiser
+    emoji: PipelineModel, unet: Denoiser
 ) -> None:
     first, again, other = (
-        sample_images(tiny, unet, LABELS, steps=2, seed=seed) for seed in (1, 1, 2)
+        sample_images(emoji, unet, LABELS, steps=2, seed=seed) for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.1
 
 
 def test_the_noise_of_every_scheduler_is_of_the_seed(
-    tiny: TinyModel, unet: Denoiser, monkeypatch: pytest.MonkeyPatch
+    emoji: PipelineModel, unet: Denoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sde = tiny.load_scheduler("dpm++", algorithm_type="sde-dpmsolver++").config
+    sde = emoji.load_scheduler("dpm++", algorithm_type="sde-dpmsolver++").config
     monkeypatch.setattr(
-        type(tiny), "load_scheduler", lambda *_: DPMSolverMultistepScheduler.from_config(sde)
+        type(emoji), "load_scheduler", lambda *_: DPMSolverMultistepScheduler.from_config(sde)
     )
     first, again, other = (
-        sample_images(tiny, unet, LABELS, steps=4, scheduler="dpm++", seed=seed)
+        sample_images(emoji, unet, LABELS, steps=4, scheduler="dpm++", seed=seed)
         for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.1
 
 
-def test_the_noise_is_the_same_whatever_denoises(tiny: TinyModel) -> None:
+def test_the_noise_is_the_same_whatever_denoises(emoji: PipelineModel) -> None:
     one, two = Recorder(), Recorder((1.0, -1.0))
     for denoise in (one, two):
-        sample_images(tiny, denoise, np.arange(4), steps=2, seed=3)
+        sample_images(emoji, denoise, np.arange(4), steps=2, seed=3)
     assert torch.equal(one.calls[0][0], two.calls[0][0])
 
 
-def test_every_sample_gets_the_timestep_as_a_float(tiny: TinyModel) -> None:
+def test_every_sample_gets_the_timestep_as_a_float(emoji: PipelineModel) -> None:
     denoise = Recorder()
-    sample_images(tiny, denoise, np.arange(4), steps=5)
+    sample_images(emoji, denoise, np.arange(4), steps=5)
     assert [call[1].tolist() for call in denoise.calls] == [
         [float(t)] * 4 for t in (801, 601, 401, 201, 1)
     ]
@@ -86,46 +87,47 @@ def test_every_sample_gets_the_timestep_as_a_float(tiny: TinyModel) -> None:
 
 
 def test_guidance_runs_both_halves_as_one_batch_with_the_unconditional_one_first(
-    tiny: TinyModel,
+    emoji: PipelineModel,
 ) -> None:
     denoise = Recorder()
-    sample_images(tiny, denoise, LABELS, steps=2, guidance=3.0)
+    sample_images(emoji, denoise, LABELS, steps=2, guidance=3.0)
     assert [len(call[0]) for call in denoise.calls] == [6, 6]
     sample, timestep, conditions = denoise.calls[0]
     assert torch.equal(sample[:3], sample[3:])
     assert len(timestep) == 6
     states = conditions["encoder_hidden_states"]
-    assert torch.equal(states[:3], tiny.null_conditions(3)["encoder_hidden_states"])
-    assert torch.equal(states[3:], tiny.conditions(LABELS)["encoder_hidden_states"])
+    assert torch.equal(states[:3], emoji.null_conditions(3)["encoder_hidden_states"])
+    assert torch.equal(states[3:], emoji.conditions(LABELS)["encoder_hidden_states"])
 
 
-def test_without_guidance_only_the_conditional_half_runs(tiny: TinyModel) -> None:
+def test_without_guidance_only_the_conditional_half_runs(emoji: PipelineModel) -> None:
     denoise = Recorder()
-    sample_images(tiny, denoise, np.arange(4), steps=1, guidance=1.0)
+    sample_images(emoji, denoise, np.arange(4), steps=1, guidance=1.0)
     assert torch.equal(
         denoise.calls[0][2]["encoder_hidden_states"],
-        tiny.conditions(np.arange(4))["encoder_hidden_states"],
+        emoji.conditions(np.arange(4))["encoder_hidden_states"],
     )
 
 
 def test_guidance_extrapolates_from_the_unconditional_to_the_conditional_prediction(
-    tiny: TinyModel,
+    emoji: PipelineModel,
 ) -> None:
-    guided = sample_images(tiny, Recorder((0.1, 0.2)), np.arange(4), steps=2, guidance=3.0)
+    guided = sample_images(emoji, Recorder((0.1, 0.2)), np.arange(4), steps=2, guidance=3.0)
     constant = sample_images(
-        tiny, Recorder((0.4, 0.4)), np.arange(4), steps=2
+        emoji, Recorder((0.4, 0.4)), np.arange(4), steps=2
     )  # 0.1 + 3 (0.2 - 0.1)
     np.testing.assert_allclose(guided, constant, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler_draws_the_digits_asked_for(
-    tiny: TinyModel, unet: Denoiser, scheduler: str
+    scheduler: str,
 ) -> None:
+    model = DigitsModel()
     labels, done = np.tile(np.arange(10), 2), []
     images = sample_images(
-        tiny,
-        unet,
+        model,
+        float_denoiser(model.load_unet()),
         labels,
         scheduler=scheduler,
         steps=10,
@@ -134,11 +136,13 @@ def test_every_scheduler_draws_the_digits_asked_for(
     )
     assert images.shape == (20, 1, 16, 16)
     assert np.abs(images).max() <= 1
-    assert judge(images, labels).accuracy >= 0.8
+    assert judge(images, labels, images, []).accuracy >= 0.8
     assert done == [(i + 1, len(done)) for i in range(len(done))]
     assert len(done) >= 10
 
 
-def test_an_unknown_scheduler_is_an_input_error_that_lists_the_known_ones(tiny: TinyModel) -> None:
+def test_an_unknown_scheduler_is_an_input_error_that_lists_the_known_ones(
+    emoji: PipelineModel,
+) -> None:
     with refused("'heun'", "ddim", "ddpm"):
-        sample_images(tiny, Recorder(), LABELS, scheduler="heun")
+        sample_images(emoji, Recorder(), LABELS, scheduler="heun")

@@ -9,7 +9,7 @@ from tests.helpers import refused
 
 if TYPE_CHECKING:
     from quest_deploy.artifacts.checkpoint import Checkpoint
-    from quest_deploy.models.tiny import TinyModel
+    from quest_deploy.models.pipeline_model import PipelineModel
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 
@@ -69,8 +69,8 @@ def test_patterns_that_match_nothing_are_an_input_error() -> None:
         select_layers(["conv_in"], ("*.to_q",))
 
 
-def test_the_embedded_models_family_has_layer_sets(tiny: TinyModel) -> None:
-    assert tiny.family in LAYER_SETS
+def test_the_embedded_models_family_has_layer_sets(emoji: PipelineModel) -> None:
+    assert emoji.family in LAYER_SETS
 
 
 def test_where_none_of_the_default_patterns_matches_it_is_said_that_all_are_trained(

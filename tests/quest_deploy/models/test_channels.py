@@ -368,7 +368,7 @@ def test_no_table_holds_a_learned_variance(
 def test_images_are_for_models_that_take_them(
     pipelines: Callable[[str], Path], pictures: ImageFolder
 ) -> None:
-    for source in (resolve_source(str(pipelines("sd"))), ModelSource("tiny")):
+    for source in (resolve_source(str(pipelines("sd"))), ModelSource("emoji")):
         with refused("--image-folder", source.name):
             load_model(source, None, pictures)
     with refused("--image-guidance", "inpaint"):

@@ -122,7 +122,7 @@ def test_a_level_without_transformer_layers_is_loaded(tmp_path: Path) -> None:
 def test_a_folder_called_like_the_embedded_model_takes_prompts(
     pipelines: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(pipelines("sd"), tmp_path / "tiny")
+    folder = shutil.copytree(pipelines("sd"), tmp_path / "emoji")
     assert load_model(resolve_source(str(folder)), ["a cat", "a dog"]).labels == 2
 
 

@@ -20,7 +20,6 @@ from quest_deploy.errors import InputError
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.schedulers import IN_SIGMAS, OF_BETAS, SCHEDULERS, most_steps, set_steps
-from quest_deploy.models.tiny import TinyModel
 from quest_deploy.serving.schedule import run_schedule, schedule_from_scheduler
 from tests.helpers import refused
 from tests.pipelines import BETAS
@@ -196,18 +195,20 @@ of 1 leaves no thousandth step.
 
 @pytest.mark.parametrize(("asked", "numbers"), NUMBERS.items())
 def test_a_number_of_steps_that_a_scheduler_refuses_is_answered_with_those_that_it_takes(
-    asked: tuple[str, int], numbers: str
+    emoji: PipelineModel, asked: tuple[str, int], numbers: str
 ) -> None:
     name, steps = asked
     with refused(steps, SCHEDULERS[name], *numbers.split()):
-        set_steps(TinyModel().load_scheduler(name), steps)
+        set_steps(emoji.load_scheduler(name), steps)
     for works in map(int, numbers.split()):
-        set_steps(TinyModel().load_scheduler(name), works)
+        set_steps(emoji.load_scheduler(name), works)
 
 
-def test_a_scheduler_that_does_not_know_the_prediction_type_is_refused() -> None:
+def test_a_scheduler_that_does_not_know_the_prediction_type_is_refused(
+    emoji: PipelineModel,
+) -> None:
     with refused("PNDMScheduler", "sample"):
-        set_steps(TinyModel().load_scheduler("pndm", prediction_type="sample"), 20)
+        set_steps(emoji.load_scheduler("pndm", prediction_type="sample"), 20)
 
 
 @pytest.mark.parametrize(
@@ -232,12 +233,14 @@ def test_what_the_scheduler_of_calibration_does_not_take_is_refused_by_its_setti
 
 
 @pytest.mark.parametrize("zero_snr", [True, False])
-def test_zero_snr_is_named_only_where_it_is_to_blame(*, zero_snr: bool) -> None:
+def test_zero_snr_is_named_only_where_it_is_to_blame(
+    emoji: PipelineModel, *, zero_snr: bool
+) -> None:
     changes: dict[str, Any] = (
         {"rescale_betas_zero_snr": True} if zero_snr else {"trained_betas": [2.0] * 1000}
     )
     with pytest.raises(InputError) as caught:
-        set_steps(TinyModel().load_scheduler("ddim", timestep_spacing="trailing", **changes), 4)
+        set_steps(emoji.load_scheduler("ddim", timestep_spacing="trailing", **changes), 4)
     assert ("SNR" in str(caught.value)) == zero_snr
 
 
@@ -248,9 +251,9 @@ def test_ddpm_takes_steps_with_a_variance_that_the_model_predicts(variance_type:
     assert len(scheduler.timesteps) == 20
 
 
-def test_trying_the_steps_draws_nothing_from_the_callers_generator() -> None:
+def test_trying_the_steps_draws_nothing_from_the_callers_generator(emoji: PipelineModel) -> None:
     state = torch.get_rng_state()
-    set_steps(TinyModel().load_scheduler("ddpm"), 5)
+    set_steps(emoji.load_scheduler("ddpm"), 5)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -289,12 +292,14 @@ def test_buckets_divide_the_models_own_training_steps(
 
 
 def test_by_default_as_many_steps_are_taken_as_an_offset_leaves(
-    model_with: Callable[..., Callable[[], PipelineModel]], tmp_path: Path
+    emoji: PipelineModel,
+    model_with: Callable[..., Callable[[], PipelineModel]],
+    tmp_path: Path,
 ) -> None:
     few = {**BETAS, "num_train_timesteps": 8, "steps_offset": 1}
     model = model_with({"_class_name": "DDIMScheduler", **few})()
     assert most_steps(model.load_scheduler("ddim"), 20) == 7
-    assert most_steps(TinyModel().load_scheduler("ddim"), 20) == 20
+    assert most_steps(emoji.load_scheduler("ddim"), 20) == 20
     made = qd.calibrate(
         str(tmp_path / "ldm"), workspace=tmp_path / "ws", samples=1, method="minmax"
     )

@@ -184,8 +184,8 @@ def test_a_model_without_a_repository_in_this_layout_says_so(name: str) -> None:
 @pytest.mark.parametrize(
     ("model", "options", "facts"),
     [
-        ("tiny", {"random_weights": True}, "--random-weights tiny"),
-        ("tiny", {"revision": "main"}, "--revision"),
+        ("tiny", {}, "tiny --model emoji"),
+        ("emoji", {"revision": "main"}, "--revision"),
         (
             "sd15",
             {"revision": "main", "random_weights": True},

@@ -12,7 +12,6 @@ import torch
 
 from quest_deploy.files import read_json
 from quest_deploy.models.schedulers import SCHEDULERS, make_scheduler
-from quest_deploy.models.tiny import TinyModel
 from quest_deploy.serving.schedule import MAX_HISTORY, run_schedule, schedule_from_scheduler
 from tests.helpers import assert_holds, refused
 from tests.quest_deploy.support import cli
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from quest_deploy.models.pipeline_model import PipelineModel
     from tests.quest_deploy.conftest import Chain
 
 CONFIG = {"beta_schedule": "scaled_linear", "clip_sample": False, "skip_prk_steps": True}
@@ -196,7 +196,7 @@ def test_a_scheduler_that_is_not_linear_is_found_out() -> None:
 
 
 def test_the_command_writes_the_models_table_into_the_workspace_or_where_it_is_told(
-    mini_chain: Chain, tmp_path: Path
+    mini_chain: Chain, emoji: PipelineModel, tmp_path: Path
 ) -> None:
     report = mini_chain.outcomes["schedule"].json
     assert (report["scheduler"], report["steps"], report["noise"]) == (
@@ -206,7 +206,7 @@ def test_the_command_writes_the_models_table_into_the_workspace_or_where_it_is_t
     )
     assert report["schedule"] == str(mini_chain.root / "schedules" / "unipc-6.json")
     content = read_json(mini_chain.root / "schedules" / "unipc-6.json")
-    model = TinyModel().load_scheduler("unipc")
+    model = emoji.load_scheduler("unipc")
     model.set_timesteps(6)
     assert [step["timestep"] for step in content["steps"]] == model.timesteps.tolist()
     ended = cli(

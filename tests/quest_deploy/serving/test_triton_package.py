@@ -63,11 +63,17 @@ def config(folder: Path, model: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def package(mini_chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package of the embedded model with a very small UNet; not to be changed."""
+def package(label_chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package of a class-conditional model on pixels; not to be changed."""
     folder = tmp_path_factory.mktemp("package") / "triton"
-    packaged(mini_chain.root, folder)
+    packaged(label_chain.root, folder)
     return folder
+
+
+@pytest.fixture
+def workspace(label_chain: Chain, tmp_path: Path) -> Path:
+    """A copy of the workspace that is packaged, to be changed."""
+    return shutil.copytree(label_chain.root, tmp_path / "workspace")
 
 
 def test_the_configurations_are_triton_s_and_agree_with_the_graphs(package: Path) -> None:
@@ -86,7 +92,7 @@ def test_the_configurations_are_triton_s_and_agree_with_the_graphs(package: Path
 
 
 def test_limits_types_and_delay_are_those_that_were_asked_for(
-    mini_chain: Chain, tmp_path: Path
+    label_chain: Chain, tmp_path: Path
 ) -> None:
     limits = {"max_steps": 30, "max_size": 32, "max_in_flight": 5}
     options = [
@@ -106,7 +112,7 @@ def test_limits_types_and_delay_are_those_that_were_asked_for(
         "--io-dtype",
         "fp16",
     ]
-    packaged(mini_chain.root, tmp_path / "out", *options, *queue)
+    packaged(label_chain.root, tmp_path / "out", *options, *queue)
     for name in ("pipeline", "pipeline_stream"):
         found = config(tmp_path / "out", name)
         assert {key: int(value.string_value) for key, value in found.parameters.items()} == {
@@ -176,7 +182,7 @@ def test_a_plan_of_the_workspace_is_packaged_with_its_own_limits(
     assert (tmp_path / "out" / MODELS / "unet" / "1" / "model.plan").read_bytes() == plan
     assert (tmp_path / "out" / MODELS / "unet" / "1" / "model.onnx").exists()
     assert config(tmp_path / "out", "unet").max_batch_size == 6
-    assert config(tmp_path / "out", "pipeline").parameters["max_size"].string_value == "32"
+    assert config(tmp_path / "out", "pipeline").parameters["max_size"].string_value == "16"
     readme = (tmp_path / "out" / "README.md").read_text()
     for words in (
         "TensorRT 10.9.0",
@@ -207,7 +213,7 @@ def test_the_plugin_library_that_a_plan_was_built_with_is_needed_and_packaged(
         ({}, ["--io-dtype", "fp16"], "--io-dtype fp16"),
         ({}, ["--max-batch", "8"], "--max-batch 8"),
         ({"max_batch": 1}, [], "build-engine` --max-batch 2"),
-        ({}, ["--max-size", "48"], "--max-size 48 32"),
+        ({}, ["--max-size", "48"], "--max-size 48 16"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(
@@ -233,9 +239,9 @@ def test_two_plugin_libraries_of_one_name_are_refused(workspace: Path, tmp_path:
 @pytest.mark.parametrize(
     ("sizes", "default", "profiles", "other"),
     [
-        ([[8, 8], [16, 8]], (16, 16), ["0", "1"], (32, 32)),
-        ([[16, 8], [8, 16]], (32, 16), ["0", "1"], (16, 16)),
-        ([], (16, 16), [], (32, 16)),
+        ([[8, 8], [16, 8]], (8, 8), ["0", "1"], (16, 16)),
+        ([[16, 8], [8, 16]], (16, 8), ["0", "1"], (8, 8)),
+        ([], (8, 8), [], (16, 8)),
     ],
 )
 def test_triton_is_told_of_every_profile_of_a_plan_and_the_pipeline_of_every_size(
@@ -250,17 +256,12 @@ def test_triton_is_told_of_every_profile_of_a_plan_and_the_pipeline_of_every_siz
     packaged(workspace, tmp_path / "out")
     unet = config(tmp_path / "out", "unet")
     assert [profile for group in unet.instance_group for profile in group.profile] == profiles
-    assert all(
-        tuple(warm.inputs["sample"].dims[1:]) == (default[0] // 2, default[1] // 2)
-        for warm in unet.model_warmup
-    )
+    assert all(tuple(warm.inputs["sample"].dims[1:]) == default for warm in unet.model_warmup)
     pipeline = LocalPipeline(tmp_path / "out")
     assert pipeline.draw(label=1, steps=1).shape[:2] == default
     for height, width in sizes:
-        assert pipeline.draw(label=1, steps=1, height=2 * height, width=2 * width).shape[:2] == (
-            2 * height,
-            2 * width,
-        )
+        drawn = pipeline.draw(label=1, steps=1, height=height, width=width)
+        assert drawn.shape[:2] == (height, width)
     with refused(
         "height",
         "width",
@@ -325,9 +326,9 @@ def test_where_there_is_a_plan_of_the_unet_the_other_models_plans_are_built_too_
 
 
 def test_an_rtx_engine_is_not_packaged_as_a_plan_and_the_command_says_so(
-    mini_chain: Chain, tmp_path: Path
+    label_chain: Chain, tmp_path: Path
 ) -> None:
-    ended = cli("package", "--triton", tmp_path / "out", "-w", mini_chain.root)
+    ended = cli("package", "--triton", tmp_path / "out", "-w", label_chain.root)
     assert ended.code == 0
     assert_holds(ended.err, "tensorrt-rtx", "plan")
     assert list((tmp_path / "out").rglob("*.plan")) == []
@@ -339,7 +340,7 @@ def test_an_rtx_engine_is_not_packaged_as_a_plan_and_the_command_says_so(
         ([], "--triton"),
         (["--triton", "{}", "--io-dtype", "int8"], "'int8'"),
         (["--triton", "{}", "--max-batch", "1"], "--max-batch 2"),
-        (["--triton", "{}", "--max-size", "8"], "--max-size 8 16x16"),
+        (["--triton", "{}", "--max-size", "4"], "--max-size 4 8x8"),
         (
             ["--triton", "{}", "--max-images", "20"],
             "--max-images 20 --max-in-flight",
@@ -348,25 +349,25 @@ def test_an_rtx_engine_is_not_packaged_as_a_plan_and_the_command_says_so(
     ],
 )
 def test_options_that_cannot_work_are_refused(
-    mini_chain: Chain, tmp_path: Path, options: list[str], facts: str
+    label_chain: Chain, tmp_path: Path, options: list[str], facts: str
 ) -> None:
     ended = cli(
-        "package", "-w", mini_chain.root, *(option.format(tmp_path / "out") for option in options)
+        "package", "-w", label_chain.root, *(option.format(tmp_path / "out") for option in options)
     )
     ended.assert_refused(*facts.split())
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_holds_something_else_is_left_alone_and_an_earlier_package_is_replaced(
-    mini_chain: Chain, tmp_path: Path
+    label_chain: Chain, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    ended = cli("package", "--triton", tmp_path, "-w", mini_chain.root)
+    ended = cli("package", "--triton", tmp_path, "-w", label_chain.root)
     ended.assert_refused(tmp_path, "--triton")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    packaged(mini_chain.root, tmp_path / "out")
+    packaged(label_chain.root, tmp_path / "out")
     (tmp_path / "out" / "left").write_text("left")
-    packaged(mini_chain.root, tmp_path / "out")
+    packaged(label_chain.root, tmp_path / "out")
     assert not (tmp_path / "out" / "left").exists()
 
 

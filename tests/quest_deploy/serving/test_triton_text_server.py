@@ -17,6 +17,7 @@ from quest_deploy.serving.client import request_image
 from quest_deploy.serving.triton.layout import MODELS
 from quest_deploy.serving.triton.pbtxt import pbtxt
 from quest_deploy.serving.triton.server import PackageServer, missing_server
+from scripts.bench import bench_serving as script
 from tests.helpers import assert_holds
 from tests.pipelines import TOKENS
 from tests.quest_deploy.serving.local import LocalPipeline
@@ -181,3 +182,39 @@ def test_the_client_draws_a_prompt(server: PackageServer, tmp_path: Path) -> Non
     )
     assert ended.code == 0, ended.err
     assert (tmp_path / "cat.png").read_bytes() == drawn.png
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_the_load_benchmark_counts_images_wrong_ones_and_memory(
+    server: PackageServer, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "REQUESTS", 6)
+    expected = script.alone(server)
+    run = script.ask(server, protocol, 2, 1.0, expected, watch=True)
+    assert len(run.latencies) >= 2
+    assert (run.wrong, run.errors.total()) == (0, 0)
+    assert set(run.memory[0][1]) == {
+        "tritonserver",
+        "unet",
+        "pipeline",
+        "pipeline_stream",
+        "text_encoder",
+        "vae_decoder",
+        "shared memory",
+    }
+    assert all(size > 2**20 for size in run.memory[0][1].values())
+    wrong = script.ask(server, protocol, 2, 0.5, [1 - image for image in expected])
+    assert wrong.wrong == len(wrong.latencies) > 0
+    page = script.table(
+        {
+            "scheme": "w4a4",
+            "note": "",
+            "throughput": [],
+            "load": [script.summary(protocol, wrong)],
+            "processor": "a processor",
+            "cores": 2,
+            "date": "2026-11-21",
+            "versions": {},
+        }
+    )
+    assert f"| {wrong.wrong} |" in page

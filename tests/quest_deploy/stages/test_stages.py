@@ -89,7 +89,7 @@ def test_unknown_recorded_options_are_refused() -> None:
 
 @pytest.fixture
 def new(tmp_path: Path) -> Workspace:
-    return Workspace.create(tmp_path / "w", "tiny", Scheme.parse("w4a4", buckets=2))
+    return Workspace.create(tmp_path / "w", "emoji", Scheme.parse("w4a4", buckets=2))
 
 
 def writes(text: str) -> Callable[[Workspace, Any, Progress], tuple[list[Path], dict[str, Any]]]:

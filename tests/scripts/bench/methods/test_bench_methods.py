@@ -30,7 +30,7 @@ import sys
 from quest_deploy.evaluation.quality import SamplingOptions
 from scripts.bench.methods import recipes, worker
 recipes.SAMPLES = 8
-SamplingOptions.__init__.__defaults__ = (10, 4, *SamplingOptions.__init__.__defaults__[2:])
+worker.JUDGED_SAMPLING = SamplingOptions(images=10, steps=4)
 worker.main(sys.argv[1:])
 """
 
@@ -53,7 +53,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the cells that were computed, by stubs."""
     names: list[str] = []
 
-    def command(model: str, cell: Cell, scratch: Path, threads: int) -> list[str]:
+    def command(cell: Cell, scratch: Path, threads: int) -> list[str]:
         names.append(cell.name)
         return [sys.executable, "-S", "-c", STUB]
 
@@ -161,7 +161,7 @@ def test_what_failed_is_reported_after_the_table_was_written(
         "nvidia-modelopt', 'exit_code': 2}))"
     )
 
-    def command(model: str, cell: Cell, scratch: Path, threads: int) -> list[str]:
+    def command(cell: Cell, scratch: Path, threads: int) -> list[str]:
         return [sys.executable, "-S", "-c", failing if cell.row == "modelopt" else STUB]
 
     monkeypatch.setattr(runner, "worker_command", command)

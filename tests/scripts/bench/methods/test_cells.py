@@ -21,7 +21,7 @@ from scripts.bench.methods.cells import (
 )
 
 if TYPE_CHECKING:
-    from quest_deploy.models.tiny import TinyModel
+    from scripts.bench.methods.digits.model import DigitsModel
 
 TABLES = (*MAIN_TABLES, *ABLATIONS)
 
@@ -67,14 +67,14 @@ def test_a_definition_is_what_its_file_reads_back(definitions: dict[Cell, dict[s
 
 
 def test_a_definition_changes_with_a_default_it_does_not_name(
-    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+    digits: DigitsModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell = Cell("quest", "w4a4", 0)
-    before = recipes.definition_of(cell, tiny)
+    before = recipes.definition_of(cell, digits)
     monkeypatch.setattr(
         recipes, "FinetuneOptions", lambda **given: FinetuneOptions(**{"weight_rate": 0.5, **given})
     )
-    assert recipes.definition_of(cell, tiny) != before
+    assert recipes.definition_of(cell, digits) != before
 
 
 def test_every_finetuned_row_takes_the_same_number_of_steps(
@@ -130,7 +130,7 @@ def test_a_row_differs_from_the_baseline_in_what_its_table_is_about(
 
 
 def test_every_row_starts_from_the_same_amount_of_recorded_data(
-    definitions: dict[Cell, dict[str, Any]], tiny: TinyModel
+    definitions: dict[Cell, dict[str, Any]], digits: DigitsModel
 ) -> None:
     amounts = set()
     for definition in definitions.values():
@@ -140,6 +140,6 @@ def test_every_row_starts_from_the_same_amount_of_recorded_data(
             amounts.add(
                 recipe["trajectories"]["samples"] * max(recipe["trajectories"]["steps"], buckets)
             )
-    most = recipes.SAMPLES * tiny.calibration_steps
+    most = recipes.SAMPLES * digits.calibration_steps
     assert max(amounts) == most
     assert min(amounts) > 0.99 * most

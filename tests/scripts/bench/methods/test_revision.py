@@ -14,16 +14,11 @@ from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibr
 from quest_deploy.calibration.reconstruction import ReconstructOptions, reconstruct
 from quest_deploy.calibration.sensitivity import measure_sensitivity, select_sensitive
 from quest_deploy.calibration.trajectories import record_trajectories
-from quest_deploy.evaluation.quality import (
-    Quality,
-    SamplingOptions,
-    draw,
-    epsilon_mse,
-    evaluate_images,
-)
+from quest_deploy.evaluation.quality import SamplingOptions, draw, epsilon_mse
 from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.finetuning.train import FinetuneOptions, Step, finetune
 from scripts.bench.methods.cells import Cell
+from scripts.bench.methods.digits.quality import judge
 from scripts.bench.methods.recipes import REVISION, definition_of
 
 if TYPE_CHECKING:
@@ -31,7 +26,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.checkpoint import Checkpoint
     from quest_deploy.calibration.trajectories import Trajectories
-    from quest_deploy.models.tiny import TinyModel
+    from scripts.bench.methods.digits.model import DigitsModel
 
 FIGURES = {
     "minmax": 0.685784,
@@ -106,13 +101,13 @@ def test_what_methods_make_changes_only_with_the_revision(
 
 @pytest.mark.slow
 def test_what_methods_learn_from_and_how_they_are_judged_change_only_with_the_revision(
-    tiny: TinyModel,
+    digits: DigitsModel,
 ) -> None:
-    """As above, of the embedded model: what is recorded, which layers are found sensitive, and a
+    """As above, of the digits: what is recorded, which layers are found sensitive, and a
     model's quality.
     """
-    unet, scheme = tiny.load_unet(), Scheme.parse("w4a4", buckets=4)
-    recorded = record_trajectories(tiny, unet, steps=4, samples=4, seed=0, scheme=scheme)
+    unet, scheme = digits.load_unet(), Scheme.parse("w4a4", buckets=4)
+    recorded = record_trajectories(digits, unet, steps=4, samples=4, seed=0, scheme=scheme)
     checkpoint = calibrate("tiny", unet, recorded, scheme, CalibrationOptions())
     sensitivity = measure_sensitivity(unet, checkpoint, recorded, samples=1, batch=4).to_json()
     exact = float_denoiser(unet)
@@ -121,11 +116,10 @@ def test_what_methods_learn_from_and_how_they_are_judged_change_only_with_the_re
         return 1.1 * exact(sample, timestep, **conditions)
 
     sampling = SamplingOptions(images=20, steps=2)
-    images, labels = draw(tiny, rough, sampling)
+    images, labels = draw(digits, rough, sampling)
     errors = epsilon_mse(rough, recorded, scheme)
-    quality = evaluate_images(tiny, images, labels, draw(tiny, exact, sampling)[0], errors)
-    assert isinstance(quality, Quality)
-    learned_from = definition_of(Cell("quest-k50", "w4a4", 0), tiny)["recipe"]["trajectories"]
+    quality = judge(images, labels, draw(digits, exact, sampling)[0], errors)
+    learned_from = definition_of(Cell("quest-k50", "w4a4", 0), digits)["recipe"]["trajectories"]
     assert learned_from == {"steps": 20, "samples": 409}
     assert float(recorded.output.square().mean()) == pytest.approx(1.17602, rel=2e-4)
     assert len(select_sensitive(sensitivity)) == 10

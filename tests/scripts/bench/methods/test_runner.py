@@ -52,7 +52,7 @@ class Watcher:
 def pretend(monkeypatch: pytest.MonkeyPatch, programs: dict[Cell, str]) -> None:
     """Let a cell's worker be its program; ``threads`` and the standard modules are there."""
 
-    def command(model: str, cell: Cell, scratch: Path, threads: int) -> list[str]:
+    def command(cell: Cell, scratch: Path, threads: int) -> list[str]:
         imports = f"import json, os, signal, sys, time\nthreads = {threads}\n"
         return [sys.executable, "-c", imports + programs[cell]]
 
@@ -60,12 +60,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch, programs: dict[Cell, str]) -> None:
 
 
 def test_the_worker_is_this_python_with_the_cell_in_its_arguments(tmp_path: Path) -> None:
-    command = worker_command("tiny", A, tmp_path, 2)
+    command = worker_command(A, tmp_path, 2)
     assert command == [
         sys.executable,
         "-m",
         "scripts.bench.methods.worker",
-        "tiny",
         "quest",
         "w4a4",
         "0",
@@ -82,7 +81,7 @@ def test_each_result_is_saved_with_its_definition_and_progress_is_told(
         {A: 'print(json.dumps({"phase": "training", "done": 3, "total": 9}))\n' + DONE, B: DONE},
     )
     watcher = Watcher()
-    assert compute("tiny", {A: {"seed": 0}, B: {"seed": 1}}, tmp_path, watcher) == {}
+    assert compute({A: {"seed": 0}, B: {"seed": 1}}, tmp_path, watcher) == {}
     assert watcher.told == [
         ("started", A.name),
         ("advanced", A.name, "training", "3/9"),
@@ -122,7 +121,7 @@ def test_a_cell_that_fails_leaves_no_file_and_the_next_one_is_computed(
 ) -> None:
     pretend(monkeypatch, {A: program, B: DONE})
     watcher = Watcher()
-    failures = compute("tiny", {A: {}, B: {}}, tmp_path, watcher)
+    failures = compute({A: {}, B: {}}, tmp_path, watcher)
     assert {cell: (str(error), error.exit_code) for cell, error in failures.items()} == {
         A: (message, exit_code)
     }
@@ -135,7 +134,7 @@ def test_jobs_run_side_by_side_and_no_more_of_them(
 ) -> None:
     pretend(monkeypatch, dict.fromkeys((A, B, C), "time.sleep(0.5)\n" + DONE))
     watcher = Watcher()
-    compute("tiny", {A: {}, B: {}, C: {}}, tmp_path, watcher, jobs=2)
+    compute({A: {}, B: {}, C: {}}, tmp_path, watcher, jobs=2)
     running = most = 0
     for event, *_ in watcher.told:
         running += {"started": 1, "finished": -1}[event]
@@ -149,7 +148,7 @@ def test_a_worker_has_the_threads_it_was_given(
     pretend(
         monkeypatch, {A: "assert (threads, os.environ['OMP_NUM_THREADS']) == (3, '3')\n" + DONE}
     )
-    assert compute("tiny", {A: {}}, tmp_path, Watcher(), threads=3) == {}
+    assert compute({A: {}}, tmp_path, Watcher(), threads=3) == {}
 
 
 def test_a_write_that_fails_ends_the_run_with_that_error(
@@ -160,7 +159,7 @@ def test_a_write_that_fails_ends_the_run_with_that_error(
     folder.write_text("no folder")
     started = time.monotonic()
     with pytest.raises(FileExistsError):
-        compute("tiny", {A: {}, B: {}}, folder, Watcher(), jobs=2)
+        compute({A: {}, B: {}}, folder, Watcher(), jobs=2)
     assert time.monotonic() - started < 30
 
 
@@ -173,9 +172,9 @@ from scripts.bench.methods import runner
 from scripts.bench.methods.cells import Cell
 from tests.scripts.bench.methods.test_runner import A, B, DONE, Watcher
 programs = {{A: "import json\\n" + DONE, B: "import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(600)"}}
-runner.worker_command = lambda model, cell, scratch, threads: [sys.executable, "-c", programs[cell]]
+runner.worker_command = lambda cell, scratch, threads: [sys.executable, "-c", programs[cell]]
 try:
-    runner.compute("tiny", {{A: {{}}, B: {{}}}}, Path({str(tmp_path)!r}), Watcher())
+    runner.compute({{A: {{}}, B: {{}}}}, Path({str(tmp_path)!r}), Watcher())
 except KeyboardInterrupt:
     sys.exit(130)
 """

@@ -10,7 +10,7 @@ import pytest
 
 from quest_deploy.errors import InputError
 from quest_deploy.evaluation.quality import SamplingOptions
-from scripts.bench.methods import recipes
+from scripts.bench.methods import recipes, worker
 from scripts.bench.methods.cells import PAPER_SENSITIVE, PAPER_TEMPORAL, ROWS, Cell, ModelOpt
 from scripts.bench.methods.worker import main, measure
 from tests.helpers import assert_holds
@@ -18,18 +18,14 @@ from tests.helpers import assert_holds
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from quest_deploy.models.tiny import TinyModel
+    from scripts.bench.methods.digits.model import DigitsModel
 
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight samplings to calibrate on, ten images to judge."""
     monkeypatch.setattr(recipes, "SAMPLES", 8)
-    monkeypatch.setattr(
-        SamplingOptions.__init__,
-        "__defaults__",
-        (10, 4, *SamplingOptions.__init__.__defaults__[2:]),
-    )  # type: ignore[index]
+    monkeypatch.setattr(worker, "JUDGED_SAMPLING", SamplingOptions(images=10, steps=4))
 
 
 def silent(phase: str, done: int, total: int, detail: str = "") -> None:
@@ -37,18 +33,18 @@ def silent(phase: str, done: int, total: int, detail: str = "") -> None:
 
 
 def test_the_float_model_differs_from_itself_in_nothing_and_costs_nothing(
-    tiny: TinyModel, tmp_path: Path
+    digits: DigitsModel, tmp_path: Path
 ) -> None:
-    measured = measure(tiny, Cell("fp32", "fp32", 0), tmp_path, silent)
+    measured = measure(digits, Cell("fp32", "fp32", 0), tmp_path, silent)
     assert measured["quality"]["pixel_mse"] == 0
     assert measured["quality"]["epsilon_mse"] == [0.0] * 20
     assert measured["seconds"] == {}
 
 
 def test_a_cells_own_buckets_do_not_change_the_buckets_it_is_judged_by(
-    mini_tiny: None, tiny: TinyModel, tmp_path: Path
+    mini_digits: None, digits: DigitsModel, tmp_path: Path
 ) -> None:
-    measured = measure(tiny, Cell("ptq-minmax", "w4a4", 0), tmp_path, silent)
+    measured = measure(digits, Cell("ptq-minmax", "w4a4", 0), tmp_path, silent)
     errors = measured["quality"]["epsilon_mse"]
     assert len(errors) == 20
     assert all(error > 0 for error in errors)
@@ -62,19 +58,19 @@ def test_a_cells_own_buckets_do_not_change_the_buckets_it_is_judged_by(
 
 @pytest.mark.slow
 def test_seeds_give_different_models_and_a_seed_the_same_one_again(
-    mini_tiny: None, tiny: TinyModel, tmp_path: Path
+    mini_digits: None, digits: DigitsModel, tmp_path: Path
 ) -> None:
     distances = [
-        measure(tiny, Cell("ptq-minmax", "w4a4", seed), tmp_path, silent)["quality"]["pixel_mse"]
+        measure(digits, Cell("ptq-minmax", "w4a4", seed), tmp_path, silent)["quality"]["pixel_mse"]
         for seed in (0, 1, 0)
     ]
     assert distances[0] == distances[2] != distances[1]
 
 
 def test_the_worker_sends_progress_and_a_result_and_nothing_else(
-    mini_tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mini_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["tiny", "ptq-minmax", "w8a8", "0", str(tmp_path), "1"])
+    main(["ptq-minmax", "w8a8", "0", str(tmp_path), "1"])
     *progress, result = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert {tuple(value) for value in progress} == {("phase", "done", "total")}
     assert "drawing" in {value["phase"] for value in progress}
@@ -86,7 +82,7 @@ def test_a_missing_package_is_the_users_to_install(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "modelopt", None)
-    main(["tiny", "modelopt", "w8a8", "0", str(tmp_path), "1"])
+    main(["modelopt", "w8a8", "0", str(tmp_path), "1"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["exit_code"] == InputError.exit_code
     assert_holds(last["error"], "pip install -c constraints.txt '.[modelopt]'")
@@ -96,10 +92,10 @@ def test_a_missing_package_is_the_users_to_install(
     "row", [key for key, row in ROWS.items() if isinstance(row.recipe, ModelOpt)]
 )
 def test_modelopt_quantizes_nearly_every_layer_to_eight_bits(
-    tiny: TinyModel, tmp_path: Path, row: str
+    digits: DigitsModel, tmp_path: Path, row: str
 ) -> None:
     pytest.importorskip("modelopt.torch.quantization", reason="the modelopt extra is not installed")
-    measured: dict[str, Any] = measure(tiny, Cell(row, "w8a8", 0), tmp_path, silent)
+    measured: dict[str, Any] = measure(digits, Cell(row, "w8a8", 0), tmp_path, silent)
     # Its configurations leave out layers called proj_out, as they ship.
     assert measured["notes"] == {"layers": 132, "quantized_layers": 125}
     assert 0 < measured["quality"]["pixel_mse"] < 0.01
@@ -122,8 +118,8 @@ def test_shares_of_the_error_are_added_up_by_the_papers_sets_and_else_by_kind() 
 
 
 def test_every_revision_is_part_of_the_definition(
-    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+    digits: DigitsModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = recipes.definition_of(Cell("fp32", "fp32", 0), tiny)
+    before = recipes.definition_of(Cell("fp32", "fp32", 0), digits)
     monkeypatch.setattr(recipes, "REVISION", recipes.REVISION + 1)
-    assert recipes.definition_of(Cell("fp32", "fp32", 0), tiny) != before
+    assert recipes.definition_of(Cell("fp32", "fp32", 0), digits) != before

@@ -1,9 +1,7 @@
-"""The embedded model: a class-conditional latent-diffusion UNet of 16x16 digits.
+"""A class-conditional latent-diffusion UNet of 16x16 digits.
 
 It has Stable Diffusion's block topology (cross-attention down and up blocks, skip concatenations,
-GEGLU) at 1/600 of its size, so that every stage of the toolchain can be run, and judged, on a
-machine without a GPU. ``scripts/make_tiny_model.py`` trains it from nothing; its weights ship in
-``tiny_assets/`` in the Hugging Face Hub's own folder layout.
+GEGLU) at 1/600 of its size. ``make.py`` trains it from nothing; its weights lie in ``assets/``.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ from safetensors.torch import load_file
 
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
-from quest_deploy.models.digit_quality import DigitQuality, judge
 from quest_deploy.models.schedulers import make_scheduler
 
 if TYPE_CHECKING:
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-ASSETS = Path(__file__).parent / "tiny_assets"
+ASSETS = Path(__file__).parent / "assets"
 NULL_CLASS = 10
 """The class of no class: the unconditional half of classifier-free guidance."""
 TOKENS = 4
@@ -61,8 +58,8 @@ SCHEDULER_CONFIG = {
 }
 
 
-class TinyModel:
-    """The embedded model as the toolchain sees it: see
+class DigitsModel:
+    """The model as the toolchain sees it: see
     :class:`quest_deploy.models.registry.DiffusionModel`.
     """
 
@@ -131,11 +128,6 @@ class TinyModel:
             .reshape(batch, 1, 2 * height, 2 * width)
         )
         return np.clip(pixels, -1.0, 1.0)
-
-    def judge(self, images: NDArray[np.float32], labels: NDArray[np.int64]) -> DigitQuality:
-        """By the classifier of digits that ships with the model."""
-
-        return judge(images, labels)
 
     def _embed(self, classes: torch.Tensor) -> dict[str, torch.Tensor]:
         """Four tokens a class: encoder_hidden_states, float32 [B, 4, 32]."""

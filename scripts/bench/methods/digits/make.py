@@ -1,6 +1,6 @@
 """Make the embedded model again from nothing: the digit UNet, its class embedding, its classifier.
 
-    python scripts/make_tiny_model.py [--steps 4441] [--out quest_deploy/models/tiny_assets]
+    python -m scripts.bench.methods.digits.make [--steps 4441] [--out FOLDER]
 
 About 18 minutes on one core. Needs scikit-learn (the `dev` extra) for the digits and the
 classifier. The FP32 model is trained without any knowledge of quantization.
@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 
-from quest_deploy.models import tiny
-from quest_deploy.models.digit_quality import features_of
+from scripts.bench.methods.digits import model as tiny
+from scripts.bench.methods.digits.quality import features_of
 
 TRAIN_IMAGES = 1500
 BATCH = 64

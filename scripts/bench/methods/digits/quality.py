@@ -1,5 +1,5 @@
-"""The embedded model's quality metric: a Frechet distance and an accuracy in the eyes of a digit
-classifier.
+"""The quality of drawn digits: a Frechet distance and an accuracy in the eyes of a classifier, and
+how near they come to FP32's.
 
 The classifier is a scikit-learn MLP (256-128-32-10, ReLU) trained on the real digits alone; its
 weights and the real images' feature statistics ship with the model, so that judging needs neither
@@ -8,44 +8,51 @@ scikit-learn nor the data. Nothing of this enters calibration or finetuning.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import load_file
+
+from quest_deploy.evaluation.retrieval import frechet_distance
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
 
-CLASSIFIER = Path(__file__).parent / "tiny_assets" / "classifier.safetensors"
+CLASSIFIER = Path(__file__).parent / "assets" / "classifier.safetensors"
 
 
 @dataclass(frozen=True)
 class DigitQuality:
-    """``frechet_distance`` against all 1797 real digits (lower is better), ``accuracy`` of the
-    asked-for class in [0, 1].
+    """One method's quality.
+
+    Attributes:
+        frechet_distance: to all 1797 real digits; lower is better.
+        accuracy: the share of images that show the digit asked for, in [0, 1].
+        pixel_mse: against FP32's images of the same noise, pixels in [-1, 1].
+        epsilon_mse: against FP32's predictions on FP32's trajectories, mean over each timestep
+            bucket, [K].
     """
 
     frechet_distance: float
     accuracy: float
+    pixel_mse: float
+    epsilon_mse: list[float | None]
+
+    def to_json(self) -> dict[str, Any]:
+        """The quality as a JSON value."""
+        return asdict(self)
 
 
-def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (AB)^(1/2)), after Dowson and Landau; means [D],
-    covariances [D, D].
-    """
-    # The eigenvalues of a product of two positive semi-definite matrices are real and non-negative;
-    # what is not is rounding.
-    root_trace = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()
-    return float(
-        ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root_trace
-    )
-
-
-def judge(images: NDArray[np.float32], labels: NDArray[np.int64]) -> DigitQuality:
+def judge(
+    images: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    fp32_images: NDArray[np.float32],
+    epsilon_mse: list[float | None],
+) -> DigitQuality:
     """Judge generated images [N, 1, 16, 16] in [-1, 1], asked for as ``labels`` [N] in 0..9. N must
     be at least 2.
     """
@@ -55,7 +62,12 @@ def judge(images: NDArray[np.float32], labels: NDArray[np.int64]) -> DigitQualit
     distance = frechet_distance(
         features.mean(0), np.cov(features, rowvar=False), weights["real_mean"], weights["real_cov"]
     )
-    return DigitQuality(distance, float((logits.argmax(1) == labels).mean()))
+    return DigitQuality(
+        distance,
+        float((logits.argmax(1) == labels).mean()),
+        float(np.square(images - fp32_images).mean()),
+        epsilon_mse,
+    )
 
 
 def features_of(images: NDArray[np.float32], weights: dict[str, NDArray[np.float64]]) -> Array:
