@@ -524,6 +524,10 @@ def write_pipeline(work: Path, out: Path) -> None:
     shutil.copytree(work / "judge", out / "judge", dirs_exist_ok=True)
     for path in out.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors' own is for the owner alone
+    for path in out.glob("*/config.json"):  # where each part was read from is of this machine
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size / 1e6:.2f} MB")
 

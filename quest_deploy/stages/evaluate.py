@@ -90,7 +90,7 @@ def work(
             sampling,
             named(progress, f"{name} draws"),
         )
-        drawn[name] = images[:COMPARED]
+        drawn[name] = images[:COMPARED].copy()  # a view would keep all of them
         if name == "FP32":
             fp32_images = images
         errors = quality.epsilon_mse(denoise, held_out, workspace.scheme, model.forward_rows)
@@ -136,5 +136,6 @@ def _quantized(path: Path) -> QuantizedModel:
 def captions_of(model: PipelineModel, labels: NDArray[np.int64]) -> list[str]:
     """What each image [N] was asked for by, in words or as a number."""
     if model.asked_for == "prompt":
-        return [model.prompts[label % len(model.prompts)] for label in labels]
+        prompts = model.prompts  # read from its file
+        return [prompts[label % len(prompts)] for label in labels]
     return [str(label) if model.asked_for else "" for label in labels]
