@@ -112,9 +112,16 @@ SCHEDULER: dict[str, Any] = {
     "timestep_spacing": "leading",
     "prediction_type": "epsilon",
 }
-VARIANTS = 12
-"""Shifted and mirrored copies of each picture that the UNet learns from."""
+VARIANTS, PLAIN_SHARE = 12, 0.75
+"""Shifted and mirrored copies of each picture that the UNet learns from, and how often it learns from
+the picture as it is: a shift by part of a latent is another picture to it.
+"""
 PROMPT_DROPOUT, KEYWORDS_SHARE = 0.1, 0.25
+MOST_SNR = 5.0
+"""Above it a timestep is the more seldom trained the larger its signal-to-noise ratio: little is
+left to learn there."""
+LEAST_SHARE = 0.25
+"""Of how often any timestep is trained, that which all have alike."""
 
 
 def draw_pictures(work: Path) -> None:
@@ -342,20 +349,18 @@ def train_vae(work: Path, steps: int, batch: int) -> None:
 
 @torch.no_grad()
 def encode_latents(work: Path) -> None:
-    """The latents of shifted and mirrored copies, float32 [VARIANTS, N, C, 8, 8], scaled."""
+    """The latents of the pictures and of shifted and mirrored copies, float32
+    [1 + VARIANTS, N, C, 8, 8], scaled.
+    """
     pictures, entries = pictures_of(work)
     flips, generator = can_flip(entries), torch.Generator().manual_seed(1)
     vae: Any = AutoencoderKL.from_pretrained(work / "vae")
     vae.to(DEVICE).eval()
+    copies = (augmented(pictures, flips, generator) for _ in range(VARIANTS))
     latents = torch.stack(
         [
-            torch.cat(
-                [
-                    vae.encode(augmented(x, f, generator)).latent_dist.mean
-                    for x, f in zip(pictures.split(64), flips.split(64), strict=True)
-                ]
-            )
-            for _ in track(range(VARIANTS), "latents")
+            torch.cat([vae.encode(x).latent_dist.mean for x in copy.split(64)])
+            for copy in track([pictures, *copies], "latents")
         ]
     )
     save_file(
@@ -408,6 +413,15 @@ def take_parts(work: Path, start: Path) -> None:
             shutil.copytree(start / part, work / part)
 
 
+def timestep_shares(scheduler: Any) -> Tensor:
+    """How often each timestep is trained, float32 [T]: after Hang et al. 2023 (min-SNR), whose
+    weights of the loss are frequencies here.
+    """
+    signal = scheduler.alphas_cumprod
+    ratio = signal / (1 - signal)
+    return LEAST_SHARE + ratio.clamp(max=MOST_SNR) / ratio
+
+
 def train_unet(work: Path, steps: int, batch: int, start: Path | None) -> None:
     """Epsilon-MSE, text encoder and UNet together, with prompt dropout for guidance."""
     latents = load_file(work / "latents.safetensors")["latents"].to(DEVICE)
@@ -424,13 +438,15 @@ def train_unet(work: Path, steps: int, batch: int, start: Path | None) -> None:
     modules = {"unet": unet, "text_encoder": encoder}
     training = Training(work / "unet.pt", modules, steps=steps, rate=1.5e-3, decay=0.9995)
     scheduler: Any = DDIMScheduler(**SCHEDULER)
+    shares = timestep_shares(scheduler)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         rows = torch.randint(latents.shape[1], (batch,), generator=generator)
-        variants = torch.randint(len(latents), (batch,), generator=generator)
-        clean = latents[variants, rows]
+        variants = torch.randint(1, len(latents), (batch,), generator=generator)
+        plain = torch.rand(batch, generator=generator) < PLAIN_SHARE
+        clean = latents[variants.masked_fill(plain, 0), rows]
         noise = torch.randn(clean.shape, generator=generator).to(DEVICE)
-        timesteps = torch.randint(1000, (batch,), generator=generator).to(DEVICE)
+        timesteps = torch.multinomial(shares, batch, True, generator=generator).to(DEVICE)
         texts = list(prompts_for(entries, rows.tolist(), generator))
         states = encoder(token_ids(tokenizer, texts)).last_hidden_state
         noisy = scheduler.add_noise(clean, noise, timesteps)
@@ -549,7 +565,7 @@ def main(
     work: Annotated[Path, typer.Option(help="What is kept between stages.")] = Path("build/emoji"),
     vae_steps: int = 3500,
     vae_batch: int = 24,
-    unet_steps: int = 10000,
+    unet_steps: int = 18500,
     unet_batch: int = 64,
     judge_steps: int = 1200,
     judge_batch: int = 192,
