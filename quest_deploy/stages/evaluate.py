@@ -23,7 +23,7 @@ from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.calibration import trajectories
 from quest_deploy.evaluation import quality
-from quest_deploy.evaluation.image_grid import save_comparison
+from quest_deploy.evaluation.image_grid import save_comparison, save_images
 from quest_deploy.evaluation.retrieval import Judge
 from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.files import write_json
@@ -97,16 +97,33 @@ def work(
         judged = quality.evaluate_images(images, labels, fp32_images, errors, judge)
         results[name] = judged.to_json()
     picture = workspace.new(IMAGES, f"compare-{options.backend}.png")
-    save_comparison(drawn, captions_of(model, labels[:COMPARED]), picture)
+    captions = captions_of(model, labels[:COMPARED])
+    save_comparison(drawn, captions, picture)
+    singles = {
+        name: _singles(workspace, options.backend, name, len(x)) for name, x in drawn.items()
+    }
+    for name, paths in singles.items():
+        save_images(drawn[name], paths)
     details: Evaluation = {
         "backend": options.backend,
         "sampling": dataclasses.asdict(sampling),
         "results": results,
         "picture": str(workspace.path(IMAGES, picture.name)),
+        "captions": captions,
+        "images": {
+            name: [f"{IMAGES}/{path.parent.name}/{path.name}" for path in paths]
+            for name, paths in singles.items()
+        },
     }
     report = workspace.new(REPORTS, f"evaluate-{options.backend}.json")
     write_json(report, details)
-    return [report, picture], details
+    return [report, picture, *(path for paths in singles.values() for path in paths)], details
+
+
+def _singles(workspace: Workspace, backend: str, name: str, count: int) -> list[Path]:
+    """Where the contestant ``name`` keeps the images of its that are compared."""
+    folder = f"evaluate-{backend}"
+    return [workspace.new(IMAGES, folder, f"{name.lower()}-{i}.png") for i in range(count)]
 
 
 def _contestants(
