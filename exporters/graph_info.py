@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +19,9 @@ import onnx_ir as ir
 from quest_deploy.artifacts.schema import parse, validated
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 T = TypeVar("T")
 LAYERS_KEY = "quest.layers"
@@ -178,10 +181,17 @@ def load_graph(path: Path) -> ir.Model:
     except Exception as e:  # protobuf raises its own, differing by implementation
         raise InputError(f"{path}: not a readable ONNX file ({type(e).__name__}: {e})") from e
     _check_inline(model, path)
-    for value in model.graph.initializers.values():
+    for value in _initializers(model):
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = _mapped(value.const_value, path)
     return model
+
+
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    """All of them, those of subgraphs too."""
+    owners: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in (model.graph, *(graph for owner in owners for graph in owner.subgraphs())):
+        yield from graph.initializers.values()
 
 
 def _check_inline(model: ir.Model, path: Path) -> None:
@@ -189,7 +199,7 @@ def _check_inline(model: ir.Model, path: Path) -> None:
     onnx-ir fails where it is first used, or fills it up with zeros.
     """
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    tensors = [value.const_value for value in model.graph.initializers.values()] + [
+    tensors = [value.const_value for value in _initializers(model)] + [
         attribute.value
         for graph in graphs
         for node in graph.all_nodes()

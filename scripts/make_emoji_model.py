@@ -6,7 +6,8 @@ encoder, UNet, and the encoders that judge it.
     python scripts/make_emoji_model.py [--out quest_deploy/models/emoji] [--work build/emoji]
 
 Every stage keeps its result in ``--work`` and goes on where it was interrupted. A few hours on two
-cores; a GPU is used where there is one. Nothing here knows of quantization.
+cores; a GPU is used where there is one. ``--start FOLDER`` trains the UNet and the text encoder of
+such a model further and keeps its other parts. Nothing here knows of quantization.
 """
 
 from __future__ import annotations
@@ -400,15 +401,26 @@ def prompts_for(
             yield entry["name"]
 
 
-def train_unet(work: Path, steps: int, batch: int) -> None:
+def take_parts(work: Path, start: Path) -> None:
+    """Keep a made model's tokenizer, VAE and judge as they are."""
+    for part in ("tokenizer", "vae", "judge"):
+        if not (work / part).exists():
+            shutil.copytree(start / part, work / part)
+
+
+def train_unet(work: Path, steps: int, batch: int, start: Path | None) -> None:
     """Epsilon-MSE, text encoder and UNet together, with prompt dropout for guidance."""
     latents = load_file(work / "latents.safetensors")["latents"].to(DEVICE)
     _, entries = pictures_of(work)
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    encoder: Any = CLIPTextModel(_text_config(tokenizer)).to(DEVICE)
+    encoder: Any = CLIPTextModel(_text_config(tokenizer))
     unet: Any = UNet2DConditionModel(**UNET)
-    unet.to(DEVICE)
+    if start is not None:
+        encoder = CLIPTextModel.from_pretrained(start / "text_encoder", dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(start / "unet", torch_dtype=torch.float32)
+    encoder.to(DEVICE).train()
+    unet.to(DEVICE).train()
     modules = {"unet": unet, "text_encoder": encoder}
     training = Training(work / "unet.pt", modules, steps=steps, rate=1.5e-3, decay=0.9995)
     scheduler: Any = DDIMScheduler(**SCHEDULER)
@@ -541,15 +553,18 @@ def main(
     unet_batch: int = 64,
     judge_steps: int = 1200,
     judge_batch: int = 192,
+    start: Annotated[Path | None, typer.Option(help="A model to train further.")] = None,
 ) -> None:
     """Make the model."""
     work.mkdir(parents=True, exist_ok=True)
+    if start is not None:
+        take_parts(work, start)
     stages: list[tuple[str, Callable[[], None]]] = [
         ("names.json", lambda: draw_pictures(work)),
         ("tokenizer", lambda: make_tokenizer(work)),
         ("vae", lambda: train_vae(work, vae_steps, vae_batch)),
         ("latents.safetensors", lambda: encode_latents(work)),
-        ("unet", lambda: train_unet(work, unet_steps, unet_batch)),
+        ("unet", lambda: train_unet(work, unet_steps, unet_batch, start)),
         ("judge", lambda: train_judge(work, judge_steps, judge_batch)),
     ]
     for result, make in stages:

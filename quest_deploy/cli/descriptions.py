@@ -372,7 +372,7 @@ def evaluation(details: Evaluation) -> str:
                 name,
                 *([show(quality[key]) for key, (_, show) in JUDGED.items()] if judged else []),
                 _psnr(quality),
-                f"{quality['ssim']:.3f}",
+                _ssim(quality),
                 f"{sum(noisy) / len(noisy):.4f}",
                 f"{sum(clean) / len(clean):.4f}",
             ]
@@ -440,6 +440,10 @@ def _psnr(quality: dict[str, Any]) -> str:
     return "same" if quality["psnr"] is None else f"{quality['psnr']:.2f}"
 
 
+def _ssim(quality: dict[str, Any]) -> str:
+    return "none" if quality["ssim"] is None else f"{quality['ssim']:.3f}"
+
+
 def summary(ended: Run) -> str:
     """How a run ended, in a few lines."""
     results = ended.results
@@ -476,7 +480,7 @@ def summary(ended: Run) -> str:
         if stage.startswith("generate ")
     ]
     if not ended.passed:
-        lines.append("picture, Frechet distance: left out, no engine passed its verification")
+        lines.append("pictures, evaluation: left out, no engine passed its verification")
     lines.append(f"report: {results['report']['page']}")
     return "\n".join(lines)
 

@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 MAGNIFY_TO = 64
 SHOWN, MOST_LINES = 128, 4
-"""About the pixels of an image's longer side in a comparison, and the most lines of a caption."""
+"""The pixels up to which an image's longer side is magnified in a comparison, and the most lines of
+a caption.
+"""
 
 
 def save_grid(images: NDArray[np.float32], path: Path, columns: int) -> None:
-    """Save images [N, C, H, W] in [-1, 1] (C is 1 or 3) as a PNG grid, row by row; small images are
-    magnified without smoothing.
+    """Save images [N, C, H, W] in [-1, 1] as a PNG grid, row by row; small images are magnified
+    without smoothing. Where C is neither 1 nor 3, an image's channels lie side by side in grey.
     """
+    images = _visible(images)
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     factor = max(1, MAGNIFY_TO // height)
@@ -48,11 +51,13 @@ def save_comparison(
     """Save a PNG with a row for each model of ``drawn`` and a column for each image.
 
     Args:
-        drawn: each model's images by its name, [N, C, H, W] in [-1, 1] (C is 1 or 3).
+        drawn: each model's images by its name, [N, C, H, W] in [-1, 1]; channels as in
+            :func:`save_grid`.
         captions: of the columns, N.
     """
     import matplotlib  # takes a while
 
+    drawn = {name: _visible(images) for name, images in drawn.items()}
     height, width = next(iter(drawn.values())).shape[2:]
     factor = max(1, SHOWN // max(height, width))
     side, gap = (factor * width, factor * height), 4
@@ -92,6 +97,14 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
         while font.getlength(lines[i]) > width and len(lines[i]) > 1:
             lines[i] = lines[i][:-1]
     return lines[:MOST_LINES]
+
+
+def _visible(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Images [N, C, H, W] as grey or RGB ones: those of other channels as [N, 1, H, C x W]."""
+    count, channels, height, width = images.shape
+    if channels in (1, 3):
+        return images
+    return images.transpose(0, 2, 1, 3).reshape(count, 1, height, channels * width)
 
 
 def _pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:

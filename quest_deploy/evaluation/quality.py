@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 HELD_OUT_SEED = 1_000_003
 """Trajectories for the epsilon-MSE are drawn with a seed of their own, not the calibration's."""
 HELD_OUT_SAMPLES = 32
+SSIM_WINDOW = 11
+"""The sides of the window that SSIM sees an image through, in pixels."""
+SSIM_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Quality:
     Attributes:
         psnr: the likeness to FP32's images of the same noise, in decibels, 10 log10(4 / pixel_mse);
             None where there is no difference.
-        ssim: the structural similarity to them (Wang et al., 2004), at most 1.
+        ssim: the structural similarity to them (Wang et al., 2004), at most 1; None where they are
+            smaller than its window.
         pixel_mse: the mean squared difference to them, pixels in [-1, 1].
         epsilon_mse: against FP32's predictions on FP32's trajectories, mean over each timestep
             bucket, [K]; None for a bucket never visited.
@@ -62,7 +66,7 @@ class Quality:
     """
 
     psnr: float | None
-    ssim: float
+    ssim: float | None
     pixel_mse: float
     epsilon_mse: list[float | None]
     judgement: Judgement | None = None
@@ -106,16 +110,30 @@ def evaluate_images(
     near they come to FP32's of the same noise, and by ``judge``.
     """
     mse = float(np.square(images - fp32_images).mean())
-    similarity: Any = structural_similarity_index_measure(
-        torch.from_numpy(images), torch.from_numpy(fp32_images), data_range=2.0
-    )
     return Quality(
         10 * math.log10(4 / mse) if mse > 0 else None,
-        float(similarity),
+        _ssim(images, fp32_images),
         mse,
         epsilon_mse,
         None if judge is None else judge(images, labels, fp32_images),
     )
+
+
+def _ssim(images: NDArray[np.float32], others: NDArray[np.float32]) -> float | None:
+    """The mean structural similarity of pairs of images [N, C, H, W] in [-1, 1]; None where they
+    are smaller than its window.
+    """
+    if min(images.shape[2:]) < SSIM_WINDOW:
+        return None
+    # Its luminance term is a ratio of means: black must be 0, or middle greys would count as dark.
+    pairs = zip(
+        *(((torch.from_numpy(x) + 1) / 2).split(SSIM_BATCH) for x in (images, others)), strict=True
+    )
+    found: list[Any] = [
+        structural_similarity_index_measure(one, other, data_range=1.0, reduction="none")
+        for one, other in pairs
+    ]
+    return float(torch.cat(found).mean())
 
 
 @torch.no_grad()

@@ -110,7 +110,8 @@ class Judge:
         layers = zip(*(each.hidden_states[1:] for each in seen), strict=True)
         return (
             torch.cat([each.image_embeds for each in seen]).double(),
-            [F.normalize(torch.cat(layer), dim=-1) for layer in layers],
+            # The first token is the class's.
+            [F.normalize(torch.cat(layer)[:, 1:], dim=-1) for layer in layers],
         )
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.finetuning.choices import DEVICES
 from quest_deploy.processes import end_with
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
-
-DEVICES = ("cpu", "cuda")
 
 
 def is_main_process() -> bool:

@@ -35,6 +35,7 @@ from quest_deploy.calibration.training_state import TrainingState, hash_of_tenso
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import sha256_of_json
 from quest_deploy.finetuning.block_outputs import SUPERVISED_BLOCKS, BlockOutputs, supervised_blocks
+from quest_deploy.finetuning.choices import PRECISIONS, STAGES
 from quest_deploy.finetuning.distributed import Processes, gradients
 from quest_deploy.finetuning.gradient_checkpointing import enable_gradient_checkpointing
 from quest_deploy.finetuning.layer_sets import LAYER_SETS, select_layers
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
     from quest_deploy.calibration.trajectories import Trajectories
     from quest_deploy.progress import Progress
 
-STAGES = ("temporal", "sensitive")
-PRECISIONS = ("float32", "bf16")
 TARGETS = "targets from the float model"
 """The phase of progress in which it runs ahead."""
 logger = logging.getLogger(__name__)

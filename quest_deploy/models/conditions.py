@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 TEXT_TOKENS = 77
 """CLIP's: what prompts are padded to."""
-RANDOM_LABELS = 16
 BLOCK = 32
 """So many prompts are encoded together, counted from the first: the states of one depend on the
 list alone, and a few of a long list cost little.
 """
+RANDOM_LABELS = BLOCK // 2
+"""Of one block, whose random states are drawn at once."""
 NO_GUIDANCE = (
     "the model has no unconditional condition, and so no classifier-free guidance: "
     "expected a guidance weight of 1 or less"
@@ -111,6 +112,9 @@ class ClassTokens:
 class Prompts:
     """Of a text-to-image model: the text encoders' states of a list of prompts, computed when one
     of their block is first asked for.
+
+    The encoders are loaded for each call that asks for new blocks, and not kept: a large model's
+    would fill the memory beside its UNet. Ask for many labels at once.
     """
 
     def __init__(self, prompts: Sequence[str], encode: Encode) -> None:
@@ -132,18 +136,19 @@ class Prompts:
 
     def null(self, count: int) -> dict[str, Tensor]:
         """The states of no prompt."""
-        if not self._null:
-            self._encode_blocks({0})
+        self._encode_blocks({0})
         return {
             name: value.repeat(count, *[1] * (value.dim() - 1))
             for name, value in self._null.items()
         }
 
     def _encode_blocks(self, blocks: set[int]) -> None:
+        # The first block gives the states of no prompt, whatever is asked for first.
+        blocks = {0, *blocks}
         missing = [i for i in range(self.labels) if i // BLOCK in blocks and i not in self._states]
         if missing:
             states, null = self._encode([self.prompts[i] for i in missing])
-            self._null = {name: value[:1] for name, value in null.items()}
+            self._null = self._null or {name: value[:1] for name, value in null.items()}
             for row, i in enumerate(missing):
                 self._states[i] = {name: value[row] for name, value in states.items()}
 

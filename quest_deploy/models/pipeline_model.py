@@ -172,6 +172,7 @@ class PipelineModel:
         )
         self._given_prompts = prompts
         self._conditions: Conditions | None = None
+        self._told_cut = False
         side = self.config["sample_size"]
         self.sample_shape: tuple[int, ...] = (
             self.channels.sampled,
@@ -496,7 +497,9 @@ class PipelineModel:
             return both
 
         with torch.no_grad(), quiet():
-            tell_cut(pipeline, prompts)
+            if not self._told_cut:
+                tell_cut(pipeline, self.prompts)
+                self._told_cut = True
             blocks = [encode(prompts[i : i + BLOCK]) for i in range(0, len(prompts), BLOCK)]
         encoded = [torch.cat(each) for each in zip(*blocks, strict=True)]
         names = (

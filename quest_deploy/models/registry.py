@@ -171,12 +171,13 @@ class DiffusionModel(Protocol):
 
 
 def check_model_name(model: str) -> None:
-    """Raise InputError where ``model`` is neither a name of the registry's nor the path of a
-    model.
+    """Raise InputError where ``model`` is neither a name of the registry's nor the path of a model;
+    a folder that is called like a former model is given as ./NAME.
     """
-    if model in GONE and not Path(model).exists():
+    if model in GONE:
         raise InputError(
-            f"{model} is no model any more: use --model {GONE[model]}, in a new workspace"
+            f"{model} is no model any more: use --model {GONE[model]}, in a new workspace, or "
+            f"--model ./{model} for a folder of your own"
         )
     if model not in KNOWN_MODELS:
         check_path(model, Path(model))

@@ -267,8 +267,9 @@ def run(chosen: RunArguments) -> Run:
 @takes(ScheduleArguments)
 def schedule(chosen: ScheduleArguments) -> Schedule:
     """Write a scheduler's steps as a table, which the C++ runtime denoises by."""
+    opened = chosen.opened()
     written: Schedule = import_module("quest_deploy.stages.schedule").write_schedule(
-        chosen.opened(), chosen.scheduler, chosen.steps, chosen.output
+        opened, chosen.scheduler, chosen.steps, chosen.output
     )
     return written
 

@@ -58,8 +58,9 @@ def work(
 ) -> tuple[list[Path], Evaluation]:
     """Judge the float model, the fake-quantized ones and the engine; write the report."""
     # Refused at once, before anything is drawn.
-    engine_options(get_backend(options.backend), workspace.path(ENGINES, options.backend))
     model = load_model(workspace.source, images=options.images_from)
+    model.require_weights("evaluate")
+    engine_options(get_backend(options.backend), workspace.path(ENGINES, options.backend))
     defaults = {
         "guidance": model.guidance,
         "image_guidance": model.image_guidance,

@@ -37,6 +37,7 @@ def work(
 ) -> tuple[list[Path], Generation]:
     """Draw a grid of a column a label, or for a text-to-image model a picture for each image."""
     model = load_model(workspace.source)
+    model.require_weights("draw")
     of_text = model.asked_for == "prompt"
     unused = ["labels"] if of_text else ["prompt", "negative_prompt", "height", "width"]
     kind = model.channels.image_kind

@@ -6,7 +6,6 @@ they are made.
 """
 
 import codecs
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from quest_deploy.backends.options import EngineOptions, parse_sample_size
 from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_bounded, sha256_of
+from quest_deploy.finetuning.choices import DEVICES, PRECISIONS, STAGES
 from quest_deploy.importers.settings import ImportSettings
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.options import Option, Options, declared
@@ -59,7 +59,7 @@ SchedulerOption = Annotated[
 ]
 GuidanceOption = Annotated[
     float | None,
-    Option("Classifier-free guidance weight; 1 or less is none.", default="the model's"),
+    Option("Classifier-free guidance weight; 1 or less is none.", minimum=0, default="the model's"),
 ]
 ImageGuidanceOption = Annotated[
     float | None,
@@ -222,6 +222,7 @@ class CalibrateOptions(ImageFolderOptions):
         float | None,
         Option(
             "Classifier-free guidance weight of the samplings; 1 or less is none.",
+            minimum=0,
             default="the model's",
         ),
     ] = None
@@ -249,8 +250,6 @@ class CalibrateOptions(ImageFolderOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise InputError(f"--guidance: expected 0 or more, not {self.guidance}")
         if self.reconstruction and self.method != QDIFF:
             flags = [declared(type(self))[RECONSTRUCTION[x]].flag for x in self.reconstruction]
             raise InputError(f"{', '.join(flags)}: needs --method {QDIFF}, not {self.method}")
@@ -343,6 +342,7 @@ class FinetuneOptions(StageOptions):
         Sequence[str] | None,
         Option(
             "The stages in order, separated by commas.",
+            choices=STAGES,
             default="temporal,sensitive",
             text=str,
             parse=parse_list,
@@ -395,10 +395,13 @@ class FinetuneOptions(StageOptions):
         float | None, Option("Weight of the loss at its blocks' outputs.", minimum=0)
     ] = None
     precision: Annotated[
-        str | None, Option("float32, or bf16 for the float arithmetic between the quantizers.")
+        str | None,
+        Option(
+            "float32, or bf16 for the float arithmetic between the quantizers.", choices=PRECISIONS
+        ),
     ] = None
     seed: Annotated[int, SEED] = 0
-    device: Annotated[str, Option("cpu or cuda.")] = "cpu"
+    device: Annotated[str, Option("cpu or cuda.", choices=DEVICES)] = "cpu"
     gradient_checkpointing: Annotated[
         bool,
         Option(

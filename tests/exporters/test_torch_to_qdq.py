@@ -412,7 +412,7 @@ def test_a_graph_that_is_missing_damaged_or_foreign_is_an_input_error(tmp_path: 
         graph_info(foreign)
 
 
-@pytest.mark.parametrize("place", ["initializer", "constant"])
+@pytest.mark.parametrize("place", ["initializer", "constant", "subgraph"])
 @pytest.mark.parametrize(
     ("kind", "size", "stored"),
     [
@@ -431,6 +431,11 @@ def test_a_tensor_with_other_bytes_than_its_shape_says_is_an_input_error(
     output = onnx.helper.make_tensor_value_info("y", kind, [size])
     held = [tensor] if place == "initializer" else []
     graph = onnx.helper.make_graph(nodes, "g", [], [output], held)
+    if place == "subgraph":
+        graph.initializer.append(tensor)
+        taken = onnx.TensorProto(name="b", data_type=onnx.TensorProto.BOOL, raw_data=b"\1")
+        either = onnx.helper.make_node("If", ["b"], ["y"], then_branch=graph, else_branch=graph)
+        graph = onnx.helper.make_graph([either], "whole", [], [output], [taken])
     onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
     with refused(tmp_path / "model.onnx", "tensor w", stored):
         load_graph(tmp_path / "model.onnx")

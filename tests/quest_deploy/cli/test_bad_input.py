@@ -4,6 +4,7 @@ untouched workspace.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -286,6 +287,44 @@ def test_an_unknown_choice_of_a_stage_is_refused(
     workspace: Path, arguments: list[str], facts: str
 ) -> None:
     cli(*arguments, "-w", workspace).assert_refused(*facts.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        (["finetune", "--precision", "fp8"], "--precision float32 bf16 'fp8'"),
+        (["finetune", "--device", "tpu"], "--device cpu cuda 'tpu'"),
+        (["finetune", "--stages", "temporal,last"], "--stages temporal sensitive 'last'"),
+        (["generate", "--guidance", "-1"], "--guidance 0"),
+        (["evaluate", "--guidance", "-1"], "--guidance 0"),
+        (["calibrate", "--guidance", "-1"], "--guidance 0"),
+        (["schedule", "--scheduler", "heun"], "--scheduler ddim 'heun'"),
+        (["package", "--triton", "out", "--max-batch", "1"], "--max-batch 2 1"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_before_the_workspace_is_looked_at(
+    tmp_path: Path, arguments: list[str], facts: str
+) -> None:
+    cli(*arguments, "-w", tmp_path / "none").assert_refused(*facts.split())
+
+
+def test_a_schedule_without_a_workspace_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    script = (
+        "import sys, quest_deploy as qd\n"
+        "try: qd.schedule('none')\n"
+        "except qd.InputError: print('torch' in sys.modules)"
+    )
+    line = [sys.executable, "-c", script]
+    ended = subprocess.run(line, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert ended.stdout.strip() == "False"
+
+
+def test_an_engine_that_replaces_one_of_other_options_says_so(workspace: Path) -> None:
+    build = ("build-engine", "-w", workspace, "--backend", "onnxruntime", "--provider", "cuda")
+    first, again = cli(*build), cli(*build)
+    assert (first.code, again.code) == (0, 0), first.err
+    assert "--provider cpu" in first.err
+    assert "--provider" not in again.err
 
 
 def test_tensorrt_without_its_sdk_says_what_to_install(

@@ -96,7 +96,7 @@ def test_layers_auto_needs_the_sensitivity_report(workspace: Path) -> None:
     ("options", "facts"),
     [
         (("--layers", "*.spatial"), "*.spatial"),
-        (("--stages", "spatial"), "stages temporal sensitive 'spatial'"),
+        (("--stages", "spatial"), "--stages temporal sensitive 'spatial'"),
         (("--stages", ""), "stages temporal sensitive"),
         (("--precision", "int8"), "'int8' float32 bf16"),
         (("--device", "tpu"), "'tpu' cpu cuda"),

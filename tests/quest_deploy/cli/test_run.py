@@ -267,7 +267,7 @@ def test_run_where_no_engine_passes_names_what_it_leaves_out(
     fail_verification(workspace, "onnxruntime")
     ended = run()
     ended.assert_refused("layer conv_in: wrong", code=1)
-    assert_holds(ended.out.split("== summary")[1], "picture", "Frechet distance", "left out")
+    assert_holds(ended.out.split("== summary")[1], "pictures", "evaluation", "left out")
     assert not (workspace / "images" / "onnxruntime-0.png").exists()
 
 

@@ -127,6 +127,23 @@ def test_grey_images_of_one_channel_and_large_ones_are_compared_too(tmp_path: Pa
     np.testing.assert_array_equal(sheet[-5, -5], [128, 128, 128])
 
 
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_of_other_images_than_grey_and_colour_each_channel_is_shown_in_grey(
+    tmp_path: Path, channels: int
+) -> None:
+    levels = np.linspace(-1, 0.5, channels, dtype=np.float32)
+    images = levels.reshape(1, -1, 1, 1) * np.ones((2, channels, 64, 64), np.float32)
+    save_grid(images, tmp_path / "grid.png", columns=2)
+    sheet = pixels(tmp_path / "grid.png")
+    assert sheet.shape == (1 + 65, 1 + 2 * (64 * channels + 1))
+    greys = np.round((levels + 1) * 127.5).tolist()
+    for left in (1, 1 + 64 * channels + 1):
+        assert sheet[32, left : left + 64 * channels : 64].tolist() == greys
+    save_comparison({"FP32": images}, ["a", "b"], tmp_path / "compare.png")
+    compared = pixels(tmp_path / "compare.png")[-5, :, 0].astype(float)
+    assert set(greys) <= set(compared.tolist())
+
+
 def test_captions_have_accents_and_quotation_marks(tmp_path: Path) -> None:
     sheets = [
         comparison(tmp_path / "compare.png", [letter])

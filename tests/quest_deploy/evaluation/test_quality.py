@@ -10,6 +10,8 @@ import torch
 
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.trajectories import Trajectories
+from quest_deploy.cli.descriptions import evaluation
+from quest_deploy.evaluation import quality
 from quest_deploy.evaluation.quality import (
     SamplingOptions,
     draw,
@@ -61,8 +63,8 @@ def test_a_quality_with_a_bucket_that_was_never_visited_is_valid_json(
 ) -> None:
     errors = epsilon_mse(off_by_timestep, recorded, Scheme.parse("w4a4", buckets=4))
     images = np.random.default_rng(0).uniform(-1, 1, (4, 1, 16, 16)).astype(np.float32)
-    quality = evaluate_images(images, np.arange(4), images, errors)
-    assert strict_json(json.dumps(quality.to_json()))["epsilon_mse"][3] == pytest.approx(72.5)
+    found = evaluate_images(images, np.arange(4), images, errors)
+    assert strict_json(json.dumps(found.to_json()))["epsilon_mse"][3] == pytest.approx(72.5)
 
 
 def test_labels_are_drawn_in_turn() -> None:
@@ -120,8 +122,8 @@ def test_ssim_is_that_of_its_paper_with_mirrored_borders(images: np.ndarray) -> 
         x = np.pad(x, ((0, 0), (0, 0), (5, 5), (5, 5)), mode="reflect")
         return (np.lib.stride_tricks.sliding_window_view(x, (11, 11), (2, 3)) * window).sum((4, 5))
 
-    a, b = near.astype(np.float64), images.astype(np.float64)
-    one, two = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    a, b = ((x.astype(np.float64) + 1) / 2 for x in (near, images))  # black is 0
+    one, two = 0.01**2, 0.03**2
     spread_a, spread_b = mean(a * a) - mean(a) ** 2, mean(b * b) - mean(b) ** 2
     expected = (
         (2 * mean(a) * mean(b) + one)
@@ -131,6 +133,36 @@ def test_ssim_is_that_of_its_paper_with_mirrored_borders(images: np.ndarray) -> 
     assert evaluate_images(near, LABELS, images, []).ssim == pytest.approx(
         expected.mean(), abs=1e-4
     )
+
+
+def test_pictures_of_nearly_the_same_grey_are_alike() -> None:
+    grey = np.zeros((1, 3, 16, 16), np.float32)
+    ssim = evaluate_images(grey + np.float32(0.05), LABELS[:1], grey, []).ssim
+    assert ssim is not None
+    assert 0.99 < ssim < 1
+
+
+def test_ssim_is_the_mean_over_images_in_any_number_of_batches(
+    images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = images + np.linspace(0, 0.4, 4, dtype=np.float32).reshape(4, 1, 1, 1)
+    alone = [evaluate_images(other[[i]], LABELS[:1], images[[i]], []).ssim for i in range(4)]
+    monkeypatch.setattr(quality, "SSIM_BATCH", 3)
+    assert evaluate_images(other, LABELS, images, []).ssim == pytest.approx(np.mean(alone))
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 32), (32, 10)])
+def test_images_smaller_than_its_window_have_no_ssim(height: int, width: int) -> None:
+    small = np.zeros((2, 5, height, width), np.float32)
+    judged = evaluate_images(small + np.float32(0.2), LABELS[:2], small, [0.5])
+    assert judged.ssim is None
+    assert judged.psnr == pytest.approx(20, abs=0.01)
+    details: Any = {
+        "results": {"PTQ": judged.to_json()},
+        "sampling": {"images": 2, "steps": 1, "scheduler": "ddim", "guidance": 1.0},
+        "picture": "compare.png",
+    }
+    assert "20.00" in evaluation(details)
 
 
 def test_what_a_judge_says_stands_beside_the_distances_and_is_asked_for_where_there_is_one(

@@ -103,7 +103,7 @@ def test_the_feature_distance_is_the_mean_over_patches_and_layers_of_features_of
     found = []
     for x in (images, other):
         states = encoder(pixel_values=torch.from_numpy(x), output_hidden_states=True).hidden_states
-        layers = np.stack([state.numpy() for state in states[1:]])
+        layers = np.stack([state[:, 1:].numpy() for state in states[1:]])
         found.append(layers / np.linalg.norm(layers, axis=-1, keepdims=True))
     expected = ((found[0] - found[1]) ** 2).sum(-1).mean()
     prompts = np.zeros(IMAGES, np.int64)

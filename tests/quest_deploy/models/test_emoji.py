@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from quest_deploy.artifacts.model_source import ModelSource
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.calibration.trajectories import record_trajectories
@@ -46,6 +47,19 @@ def test_the_model_of_former_versions_is_refused_with_what_does_its_work(tmp_pat
     assert not (tmp_path / "ws").exists()
     Workspace.create(tmp_path / "old", "tiny", Scheme.parse("w4a4"))
     cli("calibrate", "-w", tmp_path / "old").assert_refused("tiny", "--model emoji")
+
+
+def test_a_folder_called_like_the_model_of_former_versions_is_given_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "model_index.json").write_text("{}")
+    assert resolve_source("./tiny").path == tmp_path / "tiny"
+    with refused("tiny", "--model emoji", "./tiny"):
+        resolve_source("tiny")
+    with refused("tiny", "--model emoji"):
+        load_model(ModelSource("tiny"))
 
 
 def test_its_files_are_a_pipeline_s_of_at_most_16_mb_without_pickles() -> None:
@@ -99,6 +113,43 @@ def test_as_few_prompts_are_encoded_as_are_asked_for_and_none_twice(
         model.conditions(np.asarray([BLOCK, 0, 1]))
         model.null_conditions(3)
     assert encoded == model.prompts[: 2 * BLOCK]
+
+
+def test_the_states_of_no_prompt_are_the_first_blocks_whatever_is_asked_for_first(
+    emoji: PipelineModel,
+) -> None:
+    first, other = (load_model(emoji.source) for _ in range(2))
+    expected = first.null_conditions(1)["encoder_hidden_states"]
+    encode = type(other)._encode
+    calls: list[list[str]] = []
+
+    def marked(
+        given: list[str],
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        calls.append(given)
+        states, null = encode(other, given)
+        # As a block of another size may have other last bits.
+        return states, {name: value + (len(calls) - 1) for name, value in null.items()}
+
+    other._encode = marked  # type: ignore[method-assign]
+    for label in (3 * BLOCK, BLOCK):
+        other.conditions(np.asarray([label]))
+        assert torch.equal(other.null_conditions(1)["encoder_hidden_states"], expected)
+    assert calls[0][:BLOCK] == other.prompts[:BLOCK]
+    assert len(calls) == 2
+
+
+def test_the_text_encoder_is_loaded_once_for_all_that_is_asked_for_at_once(
+    emoji: PipelineModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, loaded = load_model(emoji.source), []
+    load = type(model).load_pipeline
+    monkeypatch.setattr(
+        type(model), "load_pipeline", lambda self, **parts: loaded.append(1) or load(self, **parts)
+    )
+    model.conditions(np.arange(5 * BLOCK, 8 * BLOCK))
+    model.null_conditions(2)
+    assert len(loaded) == 1
 
 
 @pytest.mark.parametrize("label", [-1, 99_999])

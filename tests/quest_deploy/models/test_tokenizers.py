@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from quest_deploy.models.conditions import BLOCK
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.stages.options import read_prompts
@@ -106,6 +107,18 @@ def test_a_long_prompt_is_cut_as_diffusers_cuts_it_and_all_are_told_of_once(
     torch.testing.assert_close(found["encoder_hidden_states"][:2], expected)
     (told,) = (x.getMessage() for x in caplog.records if x.name.startswith("quest_deploy"))
     assert all(fact in told for fact in ("2 of 3", str(TOKENS), repr(LONG)))
+
+
+def test_long_prompts_are_told_of_once_and_all_of_them_however_few_are_asked_for(
+    pipelines: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [LONG, *["a cat"] * (3 * BLOCK - 2), LONG]
+    model = load_model(resolve_source(str(pipelines("sd"))), prompts)
+    with caplog.at_level(logging.WARNING, logger="quest_deploy"):
+        for label in (0, BLOCK, 3 * BLOCK - 1):
+            model.conditions(np.asarray([label]))
+    (told,) = (x.getMessage() for x in caplog.records if x.name.startswith("quest_deploy"))
+    assert f"2 of {3 * BLOCK}" in told
 
 
 @pytest.mark.parametrize(

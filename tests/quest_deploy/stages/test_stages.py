@@ -14,7 +14,19 @@ from quest_deploy.artifacts.image_folder import ImageFolder
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import READ_CALIBRATED, Workspace
 from quest_deploy.errors import InputError
-from quest_deploy.stages import CALIBRATE, EXPORT, FINETUNE, REPORT, SENSITIVITY, STAGES, VERIFY
+from quest_deploy.models.loading import resolve_source
+from quest_deploy.progress import no_progress
+from quest_deploy.stages import (
+    CALIBRATE,
+    EVALUATE,
+    EXPORT,
+    FINETUNE,
+    GENERATE,
+    REPORT,
+    SENSITIVITY,
+    STAGES,
+    VERIFY,
+)
 from quest_deploy.stages.options import (
     BenchmarkOptions,
     CalibrateOptions,
@@ -194,3 +206,13 @@ def test_the_report_reads_all_others_that_are_up_to_date(new: Workspace) -> None
 def test_a_stage_of_an_engine_reads_those_of_the_same_backend(new: Workspace) -> None:
     assert VERIFY.recorded_name("openvino") == "verify/openvino"
     assert VERIFY.inputs(new, "openvino") == ["build-engine/openvino", "reference"]
+
+
+@pytest.mark.parametrize("stage", [GENERATE, EVALUATE])
+def test_random_weights_are_refused_before_the_engine_is_opened(
+    tmp_path: Path, stage: Stage[Any, Any]
+) -> None:
+    source = resolve_source("ldm-bedroom", random_weights=True)
+    workspace = Workspace.create(tmp_path / "ws", source, Scheme.parse("w4a4"))
+    with refused("ldm-bedroom", "random weights"):  # there is no engine
+        stage.module.work(workspace, stage.options(), no_progress)
