@@ -373,6 +373,7 @@ def evaluation(details: Evaluation) -> str:
                 *([show(quality[key]) for key, (_, show) in JUDGED.items()] if judged else []),
                 _psnr(quality),
                 _ssim(quality),
+                *(show(quality[key]) for key, (_, show) in PERCEPTUAL.items() if key in quality),
                 f"{sum(noisy) / len(noisy):.4f}",
                 f"{sum(clean) / len(clean):.4f}",
             ]
@@ -382,7 +383,8 @@ def evaluation(details: Evaluation) -> str:
         f"guidance {sampling['guidance']:g}; PSNR and SSIM to FP32's images"
     )
     titles = [title for title, _ in JUDGED.values()] if judged else []
-    measures = ["", *titles, "PSNR, dB", "SSIM", "e-MSE, t high", "e-MSE, t low"]
+    others = [title for key, (title, _) in PERCEPTUAL.items() if key in results["FP32"]]
+    measures = ["", *titles, "PSNR, dB", "SSIM", *others, "e-MSE, t high", "e-MSE, t low"]
     return "\n".join([caption, table(measures, rows), f"side by side: {details['picture']}"])
 
 
@@ -434,6 +436,12 @@ JUDGED: dict[str, tuple[str, Callable[[float], str]]] = {
     "feature_distance": ("feature distance", _number),
 }
 """What a model's judge says, how it is called in a table, and how it is shown."""
+PERCEPTUAL: dict[str, tuple[str, Callable[[float], str]]] = {
+    "lpips": ("LPIPS", "{:.3f}".format),
+    "clip_score": ("CLIP score", _number),
+    "fid": ("FID", _number),
+}
+"""What is measured where the user names the weights."""
 
 
 def _psnr(quality: dict[str, Any]) -> str:

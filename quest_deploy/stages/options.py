@@ -641,7 +641,16 @@ class EvaluateOptions(EngineStageOptions, ImageFolderOptions):
     model's own.
     """
 
-    unset: ClassVar[tuple[str, ...]] = ("images", "guidance", "image_guidance", "image_folder")
+    unset: ClassVar[tuple[str, ...]] = (
+        "images",
+        "guidance",
+        "image_guidance",
+        "image_folder",
+        "clip",
+        "lpips",
+        "fid",
+        "inception",
+    )
     images: Annotated[
         int | None, Option("Images to draw with each.", minimum=2, default="the model's own")
     ] = None
@@ -650,3 +659,33 @@ class EvaluateOptions(EngineStageOptions, ImageFolderOptions):
     image_guidance: ImageGuidanceOption = None
     scheduler: SchedulerOption = "ddim"
     seed: Annotated[int, SEED] = 2024
+    clip: Annotated[
+        Path | None,
+        Option(
+            "A folder with a CLIP model in transformers' layout: measure the CLIP score, of a "
+            "text-to-image model.",
+            metavar="DIR",
+        ),
+    ] = None
+    lpips: Annotated[
+        Path | None,
+        Option(
+            "torchvision's weights of an AlexNet or a VGG-16, a .pth file: measure LPIPS to FP32's "
+            "images.",
+            metavar="FILE",
+        ),
+    ] = None
+    fid: Annotated[
+        Path | None,
+        Option(
+            "A folder of real images: measure the Frechet inception distance to them, with "
+            "--inception.",
+            metavar="DIR",
+        ),
+    ] = None
+    inception: Annotated[
+        Path | None,
+        Option(
+            "torch-fidelity's weights of an Inception v3, a .pth file, for --fid.", metavar="FILE"
+        ),
+    ] = None

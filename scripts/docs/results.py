@@ -25,6 +25,9 @@ QUALITY = {
     "top1": ("prompt nearest of all to its image", "{:.1%}"),
     "psnr": ("PSNR to FP32's images, dB", "{:.2f}"),
     "ssim": ("SSIM to FP32's images", "{:.3f}"),
+    "lpips": ("LPIPS to FP32's images", "{:.3f}"),
+    "clip_score": ("CLIP score", "{:.2f}"),
+    "fid": ("FID", "{:.2f}"),
 }
 """What `evaluate` says, as the table calls and shows it."""
 
@@ -83,7 +86,7 @@ def _verification(details: dict[str, Any]) -> str:
 def _quality(details: dict[str, Any]) -> str:
     results, sampling = details["results"], details["sampling"]
     rows = [
-        [title, *(_shown(quality.get(key), form) for quality in results.values())]
+        [title, *(_shown(key, quality.get(key), form) for quality in results.values())]
         for key, (title, form) in QUALITY.items()
         if any(key in quality for quality in results.values())
     ]
@@ -94,8 +97,11 @@ def _quality(details: dict[str, Any]) -> str:
     return _table([title, *results], rows)
 
 
-def _shown(value: float | None, form: str) -> str:
-    return "same" if value is None else form.format(value)
+def _shown(key: str, value: float | None, form: str) -> str:
+    """A value; no PSNR means no difference, and no SSIM images that are too small for it."""
+    if value is None:
+        return "same" if key == "psnr" else "none"
+    return form.format(value)
 
 
 def _speed(details: dict[str, Any]) -> str:
