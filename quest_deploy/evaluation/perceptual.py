@@ -8,7 +8,7 @@ import pickle
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ def _lpips(path: Path) -> Any:
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
     state = _state_dict(path, "--lpips")
-    net = "vgg" if "features.28.weight" in state else "alex"
+    net: Literal["alex", "vgg"] = "vgg" if "features.28.weight" in state else "alex"
     model = _NoTrainLpips(net=net, pnet_rand=True)
     names = {name: f"features.{name.partition('.')[2]}" for name in model.net.state_dict()}
     try:
