@@ -33,8 +33,11 @@ QUALITY = {
 
 
 def tables(workspace: Workspace) -> str:
-    """All that the workspace's stages found, a table each; what has not run is left out."""
-    records = {name: workspace.require(name) for name in workspace.stages if name != "report"}
+    """All that the workspace's stages found, a table each; what has not run, or is out of date, is
+    left out.
+    """
+    up_to_date = [name for name, why in workspace.states().items() if why is None]
+    records = {name: workspace.stages[name] for name in up_to_date}
     of = {
         stage: [record.details for name, record in records.items() if name.startswith(f"{stage}/")]
         for stage in ("verify", "evaluate", "benchmark")
