@@ -14,7 +14,7 @@ DOCS := $(VENV)/docs
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 WORKSPACE ?= quest-out/emoji-w4a4
 
-.PHONY: demo test test-slow test-all fuzz kills soak lint docs docs-pages bench bench-methods bench-sd15 bench-serving clean $(SERVING)
+.PHONY: demo docs-results test test-slow test-all fuzz kills soak lint docs docs-pages bench bench-methods bench-sd15 bench-serving clean $(SERVING)
 
 # Python compiles what it imports, once; pip would compile ten times as much.
 unexport PYTHONDONTWRITEBYTECODE
@@ -74,6 +74,10 @@ $(DOCS)/.ready: pyproject.toml constraints.txt
 	$(DOCS)/bin/pip install --quiet --no-compile --constraint constraints.txt \
 	  `$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'`
 	touch $@
+
+# The page of the demo in docs/results/, and its table; on an idle machine.
+docs-results: demo
+	$(BIN)/python -m scripts.docs.results -w $(WORKSPACE) --write
 
 # Times the demo's engines again, as `make demo` does once.
 bench: demo

@@ -362,3 +362,12 @@ def read_json(path: Path, *, repair: str = "make it again", infinities: bool = F
     except (ValueError, RecursionError) as e:
         # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
         raise InputError(f"{path}: expected JSON, found something else ({e}); {repair}") from e
+
+
+def size(count: float) -> str:
+    """A number of bytes as people read it (1 MB = 10^6 bytes)."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

@@ -59,6 +59,7 @@ REFERENCE_STATE = "reference-state"
 ENGINES = "engines"
 REPORTS = "reports"
 SENSITIVITY_REPORT = "sensitivity.json"
+REPORT_PAGE = "report.html"
 IMAGES = "images"
 SCHEDULES = "schedules"
 _REPORTED_PACKAGES = (
@@ -328,8 +329,24 @@ class Workspace:
         """The checkpoint to be deployed."""
         return self.path(CHECKPOINT if self.checkpoint_stage == "finetune" else CALIBRATED)
 
-    def require(self, stage: str) -> StageRecord:
+    def states(self) -> dict[str, str | None]:
+        """Why each finished stage is not to be used, None where it is up to date, by the stage."""
+        whole: set[str] = set()
+        found: dict[str, str | None] = {}
+        for stage in self.stages:
+            try:
+                self.require(stage, whole)
+            except InputError as e:
+                found[stage] = str(e)
+            else:
+                found[stage] = None
+        return found
+
+    def require(self, stage: str, whole: set[str] | None = None) -> StageRecord:
         """The record of a finished stage whose files are whole and up to date.
+
+        Args:
+            whole: stages whose files need not be read again; those that are found so join them.
 
         Raises:
             InputError: it has not run, one of its files was changed or removed, or what it was made
@@ -342,10 +359,12 @@ class Workspace:
             raise InputError(
                 f"{self.root} has no finished `{_command(stage)}`: run `{self._hint(stage)}` first"
             )
-        for path, entry in record.files.items():
+        whole = set() if whole is None else whole
+        for path, entry in ({} if stage in whole else record.files).items():
             problem = _problem(self.root / path, entry)
             if problem:
                 raise InputError(f"{self.root / path} {problem}; run `{self._hint(stage)}` again")
+        whole.add(stage)
         again = f"run `{self._hint(stage)}` again"
         if (
             "calibrate" in record.inputs
@@ -357,7 +376,7 @@ class Workspace:
                 f"{again}"
             )
         # All of them first: where several are outdated, the first one must run again.
-        digests = {upstream: self.require(upstream).digest for upstream in record.inputs}
+        digests = {x: self.require(x, whole).digest for x in record.inputs}
         for upstream, digest in record.inputs.items():
             if digests[upstream] != digest:
                 raise InputError(

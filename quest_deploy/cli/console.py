@@ -178,12 +178,3 @@ def in_float(float_sites: dict[str, str], quantizers: int) -> list[str]:
         f"{len(float_sites)} of {quantizers} tensors and the layers that read them compute in "
         f"float ({reasons})"
     ]
-
-
-def size(count: float) -> str:
-    """A number of bytes as people read it (1 MB = 10^6 bytes)."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.artifacts.scheme import Scheme
-from quest_deploy.cli.console import in_float, size, table
+from quest_deploy.cli.console import in_float, table
 from quest_deploy.cli.descriptions import described_hardware
+from quest_deploy.files import size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

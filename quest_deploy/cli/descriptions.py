@@ -14,8 +14,9 @@ from quest_deploy.artifacts.workspace import (
     REPORTS,
     SENSITIVITY_REPORT,
 )
-from quest_deploy.cli.console import in_float, size, table
+from quest_deploy.cli.console import in_float, table
 from quest_deploy.cli.precision import describe_summary
+from quest_deploy.files import size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         Generation,
         Import,
         Reference,
+        Report,
         Sensitivity,
         Verification,
     )
@@ -310,8 +312,39 @@ def benchmark(details: Benchmark) -> str:
         ),
         f"files {details['size_ratio_to_fp32']:.2f}x smaller than FP32",
         *describe_summary(details["precision"]),
+        *(["", *whole_images(details["pipeline"])] if "pipeline" in details else []),
     ]
     return "\n".join(lines)
+
+
+def whole_images(details: dict[str, Any]) -> list[str]:
+    """The time of whole images as the table of NVIDIA's demoDiffusion, a column for each engine."""
+    engines = details["engines"]
+    calls = engines[0]["unet_calls"]
+    titles = {
+        "text encoder": "CLIP",
+        "image encoder": "VAE-Enc",
+        "unet": f"UNet x {calls}",
+        "decoder": "VAE-Dec",
+    }
+    rows = [
+        [title, *(f"{1e3 * x['parts'][part]:.2f} ms" for x in engines)]
+        for part, title in titles.items()
+        if part in engines[0]["parts"]
+    ]
+    rows += [
+        ["Pipeline", *(f"{1e3 * x['total_s']:.2f} ms" for x in engines)],
+        ["one UNet call", *(f"{1e3 * x['unet_call_s']:.2f} ms" for x in engines)],
+        ["images/s", *(f"{x['images_per_s']:.4g}" for x in engines)],
+        ["peak memory", *(size(x["peak_memory_bytes"]) for x in engines)],
+    ]
+    return [
+        f"{details['images']} images of {details['height']}x{details['width']} at once, "
+        f"{details['steps']} steps of {details['scheduler']}, guidance {details['guidance']:g}; "
+        f"medians of {details['draws']} drawings in turn",
+        table(["Module", *(x["engine"] for x in engines)], rows),
+        f"whole images: {details['speedup_over_fp32']:.2f}x the speed of FP32",
+    ]
 
 
 def generation(details: Generation) -> str:
@@ -340,6 +373,7 @@ def evaluation(details: Evaluation) -> str:
                 *([show(quality[key]) for key, (_, show) in JUDGED.items()] if judged else []),
                 _psnr(quality),
                 _ssim(quality),
+                *(show(quality[key]) for key, (_, show) in PERCEPTUAL.items() if key in quality),
                 f"{sum(noisy) / len(noisy):.4f}",
                 f"{sum(clean) / len(clean):.4f}",
             ]
@@ -349,8 +383,21 @@ def evaluation(details: Evaluation) -> str:
         f"guidance {sampling['guidance']:g}; PSNR and SSIM to FP32's images"
     )
     titles = [title for title, _ in JUDGED.values()] if judged else []
-    measures = ["", *titles, "PSNR, dB", "SSIM", "e-MSE, t high", "e-MSE, t low"]
+    others = [title for key, (title, _) in PERCEPTUAL.items() if key in results["FP32"]]
+    measures = ["", *titles, "PSNR, dB", "SSIM", *others, "e-MSE, t high", "e-MSE, t low"]
     return "\n".join([caption, table(measures, rows), f"side by side: {details['picture']}"])
+
+
+def report_page(details: Report) -> str:
+    """Describe the result of `report`: the page, and the commands that make what it lacks."""
+    commands = dict.fromkeys(x for found in details["missing"].values() for x in found if x)
+    return "\n".join(
+        [
+            f"{details['page']} ({size(details['bytes'])})",
+            *(["not in it yet, and made by:"] if commands else []),
+            *(f"  {command}" for command in commands),
+        ]
+    )
 
 
 def evaluation_summary(details: Evaluation) -> str:
@@ -389,6 +436,12 @@ JUDGED: dict[str, tuple[str, Callable[[float], str]]] = {
     "feature_distance": ("feature distance", _number),
 }
 """What a model's judge says, how it is called in a table, and how it is shown."""
+PERCEPTUAL: dict[str, tuple[str, Callable[[float], str]]] = {
+    "lpips": ("LPIPS", "{:.3f}".format),
+    "clip_score": ("CLIP score", _number),
+    "fid": ("FID", _number),
+}
+"""What is measured where the user names the weights."""
 
 
 def _psnr(quality: dict[str, Any]) -> str:
@@ -436,6 +489,7 @@ def summary(ended: Run) -> str:
     ]
     if not ended.passed:
         lines.append("pictures, evaluation: left out, no engine passed its verification")
+    lines.append(f"report: {results['report']['page']}")
     return "\n".join(lines)
 
 
@@ -451,4 +505,5 @@ _DESCRIPTIONS: dict[str, Callable[[Workspace, Any], str]] = {
     "benchmark": lambda _, details: benchmark(details),
     "generate": lambda _, details: generation(details),
     "evaluate": lambda _, details: evaluation(details),
+    "report": lambda _, details: report_page(details),
 }

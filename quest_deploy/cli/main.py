@@ -29,6 +29,7 @@ from quest_deploy.cli.inspect import inspect
 from quest_deploy.cli.interruptions import INTERRUPTED, MESSAGE, raised
 from quest_deploy.cli.package import package
 from quest_deploy.cli.reference import reference
+from quest_deploy.cli.report import report
 from quest_deploy.cli.run import run
 from quest_deploy.cli.schedule import schedule
 from quest_deploy.cli.sensitivity import sensitivity
@@ -70,6 +71,7 @@ app.command()(verify)
 app.command()(benchmark)
 app.command()(generate)
 app.command()(evaluate)
+app.command()(report)
 app.command()(schedule)
 app.command()(package)
 app.command()(client)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.cli.console import size
 from quest_deploy.cli.options import command, opened
+from quest_deploy.files import size
 from quest_deploy.stages import api
 from quest_deploy.stages.arguments import PackageArguments
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.cli.console import size, table
+from quest_deploy.cli.console import table
+from quest_deploy.files import size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -39,6 +39,12 @@ def save_grid(images: NDArray[np.float32], path: Path, columns: int) -> None:
     save_image(image.resize(size, Image.Resampling.NEAREST), path)
 
 
+def save_images(images: NDArray[np.float32], paths: Sequence[Path]) -> None:
+    """Save images [N, C, H, W] in [-1, 1] (C is 1 or 3) as a PNG each, pixel for pixel."""
+    for image, path in zip(_pixels(images), paths, strict=True):
+        save_image(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), path)
+
+
 def save_comparison(
     drawn: Mapping[str, NDArray[np.float32]], captions: Sequence[str], path: Path
 ) -> None:

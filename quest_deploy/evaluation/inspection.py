@@ -139,19 +139,15 @@ def _engine(path: Path, shown: Progress | Display) -> Inspection:
 
 def _workspace(path: Path) -> dict[str, Any]:
     workspace = Workspace.open(path)
-    stages = {}
-    for name, record in workspace.stages.items():
-        reason = None
-        try:
-            workspace.require(name)
-        except InputError as e:
-            reason = str(e)
-        stages[name] = {
+    stages = {
+        name: {
             "state": "up to date" if reason is None else "outdated",
             "reason": reason,
-            "made": record.made.get("time"),
-            "bytes": sum(f["bytes"] for f in record.files.values()),
+            "made": workspace.stages[name].made.get("time"),
+            "bytes": sum(f["bytes"] for f in workspace.stages[name].files.values()),
         }
+        for name, reason in workspace.states().items()
+    }
     return {
         "kind": "workspace",
         "model": workspace.model,

@@ -19,6 +19,7 @@ from quest_deploy.artifacts.workspace import (
     RECONSTRUCT_STATE,
     REFERENCE,
     REFERENCE_STATE,
+    REPORT_PAGE,
     REPORTS,
     SENSITIVITY_REPORT,
     TRAJECTORIES,
@@ -36,7 +37,7 @@ from quest_deploy.stages.options import (
     SensitivityOptions,
     StageOptions,
 )
-from quest_deploy.stages.stage import DEPLOYED, Stage
+from quest_deploy.stages.stage import DEPLOYED, FINISHED, Stage
 
 if TYPE_CHECKING:
     from quest_deploy.stages.results import (
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         Generation,
         Import,
         Reference,
+        Report,
         Sensitivity,
         Verification,
     )
@@ -109,7 +111,10 @@ EVALUATE: Stage[EvaluateOptions, Evaluation] = Stage(
     "evaluate",
     EvaluateOptions,
     reads=(DEPLOYED, BUILD_ENGINE),
-    writes=(f"{REPORTS}/evaluate-*.json", f"{IMAGES}/compare-*.png"),
+    writes=(f"{REPORTS}/evaluate-*.json", f"{IMAGES}/compare-*.png", f"{IMAGES}/evaluate-*/*.png"),
+)
+REPORT: Stage[StageOptions, Report] = Stage(
+    "report", StageOptions, reads=(FINISHED,), writes=(f"{REPORTS}/{REPORT_PAGE}",)
 )
 
 STAGES: tuple[Stage[Any, Any], ...] = (
@@ -124,5 +129,6 @@ STAGES: tuple[Stage[Any, Any], ...] = (
     BENCHMARK,
     GENERATE,
     EVALUATE,
+    REPORT,
 )
 """In the order in which they can run."""

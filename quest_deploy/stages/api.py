@@ -35,6 +35,7 @@ from quest_deploy.stages import (
     GENERATE,
     IMPORT,
     REFERENCE_RECORDS,
+    REPORT,
     SENSITIVITY,
     VERIFY,
 )
@@ -52,6 +53,7 @@ from quest_deploy.stages.arguments import (
     ImportArguments,
     PackageArguments,
     ReferenceArguments,
+    ReportArguments,
     RunArguments,
     ScheduleArguments,
     SensitivityArguments,
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
         Finetuning,
         Generation,
         Reference,
+        Report,
         Schedule,
         Sensitivity,
         Verification,
@@ -227,6 +230,17 @@ def evaluate(chosen: EvaluateArguments) -> Evaluation:
     to FP32's, and how well the embedded model's show what they were asked for.
     """
     return chosen.run(EVALUATE)
+
+
+@takes(ReportArguments)
+def report(chosen: ReportArguments) -> Report:
+    """Write a page that shows the workspace: one HTML file that loads nothing from elsewhere."""
+    opened = chosen.opened()
+    if chosen.output is None:
+        return REPORT.run(opened, StageOptions(), chosen.progress)
+    with opened.reading():
+        written: Report = REPORT.module.write(opened, chosen.output)
+        return written
 
 
 @takes(RunArguments)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from quest_deploy.artifacts.workspace import SCHEDULES, Workspace
+from quest_deploy.artifacts.workspace import REPORT_PAGE, REPORTS, SCHEDULES, Workspace
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import BACKENDS
 from quest_deploy.errors import InputError
@@ -179,6 +179,21 @@ class GenerateArguments(GenerateOptions, OnWorkspace):
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments(EvaluateOptions, OnWorkspace):
     """The parameters of ``evaluate``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments(OnWorkspace):
+    """The parameters of ``report``."""
+
+    output: Annotated[
+        Path | None,
+        Option(
+            "Where to write the page, which the manifest then does not record.",
+            flags=("--output", "-o"),
+            metavar="FILE",
+            default=f"{REPORTS}/{REPORT_PAGE}, in the workspace",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

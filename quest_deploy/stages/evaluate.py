@@ -23,7 +23,8 @@ from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.calibration import trajectories
 from quest_deploy.evaluation import quality
-from quest_deploy.evaluation.image_grid import save_comparison
+from quest_deploy.evaluation.image_grid import save_comparison, save_images
+from quest_deploy.evaluation.perceptual import Perceptual, Weights
 from quest_deploy.evaluation.retrieval import Judge
 from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.files import write_json
@@ -66,7 +67,10 @@ def work(
         "image_guidance": model.image_guidance,
         "images": model.evaluation_images,
     }
-    chosen = {name: x for name, x in options.to_json().items() if name != "image_folder"}
+    weights = Weights(options.clip, options.lpips, options.fid, options.inception)
+    perceptual = Perceptual(weights, of_text=model.asked_for == "prompt")
+    others = {"image_folder", *(each.name for each in dataclasses.fields(Weights))}
+    chosen = {name: x for name, x in options.to_json().items() if name not in others}
     sampling = quality.SamplingOptions(**(defaults | chosen))
     set_steps(model.load_scheduler(sampling.scheduler), sampling.steps)
     guidance_of(model, sampling.guidance, options.image_guidance)
@@ -96,18 +100,36 @@ def work(
             fp32_images = images
         errors = quality.epsilon_mse(denoise, held_out, workspace.scheme, model.forward_rows)
         judged = quality.evaluate_images(images, labels, fp32_images, errors, judge)
-        results[name] = judged.to_json()
+        asked = captions_of(model, labels)
+        results[name] = judged.to_json() | perceptual(images, asked, fp32_images)
     picture = workspace.new(IMAGES, f"compare-{options.backend}.png")
-    save_comparison(drawn, captions_of(model, labels[:COMPARED]), picture)
+    captions = captions_of(model, labels[:COMPARED])
+    save_comparison(drawn, captions, picture)
+    singles = {
+        name: _singles(workspace, options.backend, name, len(x)) for name, x in drawn.items()
+    }
+    for name, paths in singles.items():
+        save_images(drawn[name], paths)
     details: Evaluation = {
         "backend": options.backend,
         "sampling": dataclasses.asdict(sampling),
         "results": results,
         "picture": str(workspace.path(IMAGES, picture.name)),
+        "captions": captions,
+        "images": {
+            name: [f"{IMAGES}/{path.parent.name}/{path.name}" for path in paths]
+            for name, paths in singles.items()
+        },
     }
     report = workspace.new(REPORTS, f"evaluate-{options.backend}.json")
     write_json(report, details)
-    return [report, picture], details
+    return [report, picture, *(path for paths in singles.values() for path in paths)], details
+
+
+def _singles(workspace: Workspace, backend: str, name: str, count: int) -> list[Path]:
+    """Where the contestant ``name`` keeps the images of its that are compared."""
+    folder = f"evaluate-{backend}"
+    return [workspace.new(IMAGES, folder, f"{name.lower()}-{i}.png") for i in range(count)]
 
 
 def _contestants(

@@ -115,12 +115,30 @@ def _check_pixels(pipeline: Any, options: GenerateOptions) -> None:
 def _draw_prompts(
     workspace: Workspace, model: PipelineModel, options: GenerateOptions, progress: Progress
 ) -> tuple[list[Path], int]:
-    prompts = list(options.prompt or model.prompts[:1])
-    of_images = _image_arguments(model, options, len(prompts) * (options.rows or 1))
+    _image_arguments(model, options, 1)  # what it cannot read is refused before an engine opens
     pipeline = load_pipeline(workspace, options.backend)
     pipeline.set_progress_bar_config(disable=True)
     _check_pixels(pipeline, options)
     pipeline.scheduler = model.load_scheduler(options.scheduler)
+    arguments = call_arguments(pipeline, model, options)
+    arguments |= _progress_arguments(pipeline, options.steps, progress)
+    try:
+        drawn = pipeline(**arguments).images
+    except ValueError as e:  # what diffusers raises for arguments that do not go together
+        raise InputError(str(e)) from e
+    if not np.isfinite(drawn).all():
+        raise QuestDeployError("the decoder's images are not finite; choose a smaller --guidance")
+    images = pipeline.numpy_to_pil(drawn)
+    pictures = [workspace.new(IMAGES, f"{options.backend}-{i}.png") for i in range(len(images))]
+    for path, image in zip(pictures, images, strict=True):
+        save_image(image, path)
+    return pictures, len(images)
+
+
+def call_arguments(pipeline: Any, model: PipelineModel, options: GenerateOptions) -> dict[str, Any]:
+    """What a diffusers pipeline of a text-to-image model is called with, of what it takes."""
+    prompts = list(options.prompt or model.prompts[:1])
+    of_images = _image_arguments(model, options, len(prompts) * (options.rows or 1))
     height, width = (side * pipeline.vae_scale_factor for side in model.sample_shape[1:])
     negative = options.negative_prompt
     arguments = {
@@ -134,20 +152,10 @@ def _draw_prompts(
         "generator": torch.Generator().manual_seed(options.seed),
         "output_type": "np",
         **of_images,
-        **_progress_arguments(pipeline, options.steps, progress),
     }
+    # Instruct-pix2pix's has the image's size, and takes no other.
     taken = inspect.signature(pipeline.__call__).parameters
-    try:  # instruct-pix2pix's has the image's size, and takes no other
-        drawn = pipeline(**{name: x for name, x in arguments.items() if name in taken}).images
-    except ValueError as e:  # what diffusers raises for arguments that do not go together
-        raise InputError(str(e)) from e
-    if not np.isfinite(drawn).all():
-        raise QuestDeployError("the decoder's images are not finite; choose a smaller --guidance")
-    images = pipeline.numpy_to_pil(drawn)
-    pictures = [workspace.new(IMAGES, f"{options.backend}-{i}.png") for i in range(len(images))]
-    for path, image in zip(pictures, images, strict=True):
-        save_image(image, path)
-    return pictures, len(images)
+    return {name: x for name, x in arguments.items() if name in taken}
 
 
 def _progress_arguments(pipeline: Any, steps: int, progress: Progress) -> dict[str, Any]:

@@ -498,6 +498,7 @@ class BuildEngineOptions(EngineStageOptions):
 class BenchmarkOptions(EngineStageOptions):
     """What to time."""
 
+    unset: ClassVar[tuple[str, ...]] = ("steps", "scheduler", "guidance", "images", "draws")
     batch: Annotated[
         Sequence[int],
         Option("A batch size; may be repeated. [default: 1 and 16]", minimum=1, recorded="batches"),
@@ -511,6 +512,61 @@ class BenchmarkOptions(EngineStageOptions):
             flags=("--static/--no-static",),
         ),
     ] = True
+    pipeline: Annotated[
+        bool,
+        Option("Time whole images too: text encoder, UNet, decoder; of a text-to-image model."),
+    ] = False
+    steps: Annotated[
+        int | None, Option("Of --pipeline: denoising steps.", minimum=1, default="20")
+    ] = None
+    scheduler: Annotated[
+        str | None,
+        Option(
+            "Of --pipeline: a diffusers scheduler, such as ddim or unipc.",
+            choices=tuple(SCHEDULERS),
+            default="ddim",
+        ),
+    ] = None
+    guidance: Annotated[
+        float | None,
+        Option(
+            "Of --pipeline: classifier-free guidance weight; 1 or less is none.",
+            minimum=0,
+            default="the model's",
+        ),
+    ] = None
+    images: Annotated[
+        int | None, Option("Of --pipeline: images drawn at once.", minimum=1, default="1")
+    ] = None
+    draws: Annotated[
+        int | None,
+        Option(
+            "Of --pipeline: timed drawings with each engine, after an untimed one.",
+            minimum=1,
+            default="3",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.pipeline and (given := [x for x in self.unset if getattr(self, x) is not None]):
+            raise InputError(f"{', '.join(f'--{name}' for name in given)}: needs --pipeline")
+
+    def to_json(self) -> dict[str, Any]:
+        """The options, those of whole images only where they are timed."""
+        found = super().to_json()
+        return found if self.pipeline else {k: v for k, v in found.items() if k != "pipeline"}
+
+    @property
+    def drawing(self) -> "GenerateOptions":
+        """How whole images are drawn."""
+        return GenerateOptions(
+            backend=self.backend,
+            rows=self.images or 1,
+            steps=self.steps or 20,
+            scheduler=self.scheduler or "ddim",
+            guidance=self.guidance,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -585,7 +641,16 @@ class EvaluateOptions(EngineStageOptions, ImageFolderOptions):
     model's own.
     """
 
-    unset: ClassVar[tuple[str, ...]] = ("images", "guidance", "image_guidance", "image_folder")
+    unset: ClassVar[tuple[str, ...]] = (
+        "images",
+        "guidance",
+        "image_guidance",
+        "image_folder",
+        "clip",
+        "lpips",
+        "fid",
+        "inception",
+    )
     images: Annotated[
         int | None, Option("Images to draw with each.", minimum=2, default="the model's own")
     ] = None
@@ -594,3 +659,33 @@ class EvaluateOptions(EngineStageOptions, ImageFolderOptions):
     image_guidance: ImageGuidanceOption = None
     scheduler: SchedulerOption = "ddim"
     seed: Annotated[int, SEED] = 2024
+    clip: Annotated[
+        Path | None,
+        Option(
+            "A folder with a CLIP model in transformers' layout: measure the CLIP score, of a "
+            "text-to-image model.",
+            metavar="DIR",
+        ),
+    ] = None
+    lpips: Annotated[
+        Path | None,
+        Option(
+            "torchvision's weights of an AlexNet or a VGG-16, a .pth file: measure LPIPS to FP32's "
+            "images.",
+            metavar="FILE",
+        ),
+    ] = None
+    fid: Annotated[
+        Path | None,
+        Option(
+            "A folder of real images: measure the Frechet inception distance to them, with "
+            "--inception.",
+            metavar="DIR",
+        ),
+    ] = None
+    inception: Annotated[
+        Path | None,
+        Option(
+            "torch-fidelity's weights of an Inception v3, a .pth file, for --fid.", metavar="FILE"
+        ),
+    ] = None

@@ -121,6 +121,7 @@ class Benchmark(TypedDict):
     precision: dict[str, Any]
     plugin_speedup: NotRequired[dict[str, float]]  # records of earlier versions have none
     buckets: int
+    pipeline: NotRequired[dict[str, Any]]  # with --pipeline
 
 
 class Generation(TypedDict):
@@ -134,13 +135,24 @@ class Generation(TypedDict):
 
 class Evaluation(TypedDict):
     """The quality of each contestant by its name, FP32 first, how the images were sampled, and the
-    picture that shows some of them side by side.
+    picture that shows some of them side by side; their files in the workspace, by contestant, and
+    what they were asked for by.
     """
 
     backend: str
     sampling: dict[str, Any]
     results: dict[str, dict[str, Any]]
     picture: str
+    captions: NotRequired[list[str]]  # records of earlier versions have neither
+    images: NotRequired[dict[str, list[str]]]
+
+
+class Report(TypedDict):
+    """The page's path and size, and by its section the commands that make what it lacks."""
+
+    page: str
+    bytes: int
+    missing: dict[str, list[str]]
 
 
 class Schedule(TypedDict):

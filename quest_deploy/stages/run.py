@@ -18,6 +18,7 @@ from quest_deploy.stages import (
     FINETUNE,
     GENERATE,
     REFERENCE_RECORDS,
+    REPORT,
     VERIFY,
 )
 from quest_deploy.stages.options import CalibrateOptions
@@ -164,6 +165,7 @@ def run(
     else:
         for stage in OF_FIRST_PASSED:
             go(stage, ended.passed[0])
+    go(REPORT)
     return ended
 
 

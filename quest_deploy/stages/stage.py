@@ -31,6 +31,8 @@ DEPLOYED = "the checkpoint to be deployed"
 """Stands, in what a stage reads, for the stages that made that checkpoint: finetune, import or
 calibrate.
 """
+FINISHED = "all that is up to date"
+"""Stands, in what a stage reads, for every other stage that has finished and is up to date."""
 logger = logging.getLogger(__name__)
 
 
@@ -47,7 +49,7 @@ class Stage(Generic[Options, Result]):
             is about one backend's engine.
         options: the class of its options.
         reads: the stages whose files it reads (of the same backend, where they are about an
-            engine), or ``DEPLOYED``. Each must be finished and up to date.
+            engine), or ``DEPLOYED``, or ``FINISHED``. Each must be finished and up to date.
         writes: glob patterns of the files that it writes, in the workspace.
         state: what lets it go on where it was interrupted: files and folders in the workspace, gone
             when it is done.
@@ -83,6 +85,9 @@ class Stage(Generic[Options, Result]):
         for stage in self.reads:
             if isinstance(stage, Stage):
                 names.append(stage.recorded_name(backend))
+            elif stage == FINISHED:
+                states = workspace.states()
+                names += [name for name, why in states.items() if why is None and name != self.name]
             else:
                 names += workspace.checkpoint_inputs
         return names
@@ -111,8 +116,9 @@ class Stage(Generic[Options, Result]):
         name, recorded = self.recorded_name(backend), as_recorded(options)
         with workspace.locked():
             inputs = self.inputs(workspace, backend)
+            whole: set[str] = set()
             for upstream in inputs:
-                workspace.require(upstream)
+                workspace.require(upstream, whole)
             record = workspace.fresh(name, inputs, recorded) if reuse else None
             if record is not None:
                 logger.info("%s: up to date", name)

@@ -51,6 +51,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "benchmark": ("benchmark", *ENGINE, "--runs", "1", "--warmup", "0", "--batch", "1"),
     "generate": ("generate", *ENGINE, "--steps", "2", "--rows", "1"),
     "evaluate": ("evaluate", *ENGINE, "--images", "4", "--steps", "2"),
+    "report": ("report", "-w", "{w}"),
     "schedule": ("schedule", "-w", "{w}", "--steps", "7"),
     "package": ("package", "-w", "{w}", "--triton", "{package}"),
     "run": ("run", "-w", "{w}", "--backend", "onnxruntime", "--seed", "1"),
@@ -58,7 +59,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 """By name, a command with options other than those that the workspace's stages have run with."""
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 LEAST = len(SIGNALS)
-CHANGING = ("manifest.json", "reports/benchmark-", "reports/evaluate-")
+CHANGING = ("manifest.json", "reports/benchmark-", "reports/evaluate-", "reports/report.html")
 """The files that hold times, and so differ between equal runs."""
 
 

@@ -68,6 +68,7 @@ CHAIN = {
     "benchmark onnxruntime": ["--runs", "2", "--warmup", "1", "--batch", "2"],
     "generate openvino": ["--steps", "3", "--rows", "2", "--prompt", "cat", "--prompt", "fly"],
     "evaluate onnxruntime": ["--images", "4", "--steps", "3"],
+    "report": [],
     "schedule": ["--scheduler", "unipc", "--steps", "6"],
 }
 """The commands of the main job in order, with their options; a backend's name stands for --backend.

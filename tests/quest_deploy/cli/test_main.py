@@ -12,8 +12,9 @@ import pytest
 
 from quest_deploy import __version__
 from quest_deploy.backends.openvino.backend import OpenVinoBackend
-from quest_deploy.cli.console import size, table
+from quest_deploy.cli.console import table
 from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.files import size
 from tests.quest_deploy.support import cli
 
 HEAVY = (

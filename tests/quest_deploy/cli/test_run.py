@@ -47,6 +47,7 @@ STAGES = (
     "benchmark",
     "generate",
     "evaluate",
+    "report",
 )
 NO_STAGES = ("workspace", "left_out", "failed")
 """The keys of `run --json` that are no stage's."""
@@ -90,8 +91,9 @@ def test_run_goes_on_from_what_is_finished_and_a_second_run_changes_no_file(
     first = run("--json")
     assert first.code == 0, first.err
     up_to_date = [line for line in first.err.splitlines() if line.endswith(": up to date")]
-    assert len(up_to_date) == len(STAGES) - 1
+    assert len(up_to_date) == len(STAGES) - 2
     assert "generate/onnxruntime: done" in first.err
+    assert "report: done" in first.err
     assert [name.split()[0] for name in first.json if name not in NO_STAGES] == list(STAGES)
     assert (first.json["left_out"], first.json["failed"]) == ({}, {})
 
@@ -102,6 +104,7 @@ def test_run_goes_on_from_what_is_finished_and_a_second_run_changes_no_file(
     assert snapshot(workspace) == before
     assert "onnxruntime: verification PASSED" in second.out.split("== summary")[1]
     assert "Frechet distance (lower is better): FP32" in second.out
+    assert second.out.endswith(f"report: {workspace / 'reports' / 'report.html'}\n")
 
 
 def test_run_makes_again_what_was_damaged_and_what_depends_on_it(

@@ -82,6 +82,7 @@ def test_engines_are_built_verified_timed_and_looked_at_without_torch(workspace:
         ("--help",),
         ("doctor",),
         *((command, *here, *options) for command, options in RUNS_ENGINES.items()),
+        ("report", "-w", str(workspace)),
         ("inspect", str(workspace)),
         ("inspect", str(workspace / "engines" / "onnxruntime")),
         ("inspect", str(workspace / "unet.onnx")),

@@ -97,7 +97,7 @@ def test_run_returns_each_stages_result_and_tells_of_it(workspace: Path) -> None
         on_result=lambda opened, stage, result: told.append(stage),
     )
     of_model = ["calibrate", "finetune", "export", "reference"]
-    assert told == list(ended.results) == [*of_model, *ENGINE]
+    assert told == list(ended.results) == [*of_model, *ENGINE, "report"]
     assert ended.failed.keys() == {"onnxruntime"}
     assert ended.backends.left_out == {}
     assert ended.results["verify onnxruntime"]["problems"]

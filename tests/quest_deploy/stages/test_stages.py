@@ -22,6 +22,7 @@ from quest_deploy.stages import (
     EXPORT,
     FINETUNE,
     GENERATE,
+    REPORT,
     SENSITIVITY,
     STAGES,
     VERIFY,
@@ -35,7 +36,7 @@ from quest_deploy.stages.options import (
     SensitivityOptions,
     StageOptions,
 )
-from quest_deploy.stages.stage import DEPLOYED, Stage, as_recorded
+from quest_deploy.stages.stage import DEPLOYED, FINISHED, Stage, as_recorded
 from tests.helpers import refused
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ BY_NAME = {stage.name: stage for stage in STAGES}
 
 def test_every_stage_stands_behind_those_that_it_reads() -> None:
     for i, stage in enumerate(STAGES):
-        assert all(read == DEPLOYED or read in STAGES[:i] for read in stage.reads), stage.name
+        known = (DEPLOYED, FINISHED, *STAGES[:i])
+        assert all(read in known for read in stage.reads), stage.name
 
 
 def test_every_stage_but_import_has_work_in_its_module() -> None:
@@ -187,6 +189,18 @@ def test_what_is_deployed_is_the_finetuned_checkpoint_where_there_is_one(new: Wo
     assert EXPORT.inputs(new) == ["calibrate"]
     FINETUNE.run(new, FinetuneOptions(), work=writes("one"))
     assert EXPORT.inputs(new) == ["calibrate", "finetune"]
+
+
+def test_the_report_reads_all_others_that_are_up_to_date(new: Workspace) -> None:
+    A.run(new, CalibrateOptions(), work=writes("one"))
+    assert REPORT.inputs(new) == ["calibrate"]
+    REPORT.run(new, StageOptions(), work=writes("one"))
+    assert REPORT.inputs(new) == ["calibrate"]
+    assert new.outdated_by("calibrate") == []
+    A.run(new, CalibrateOptions(), work=writes("two"))
+    assert new.outdated_by("calibrate") == ["report"]
+    new.path("file").write_text("changed")
+    assert REPORT.inputs(new) == []
 
 
 def test_a_stage_of_an_engine_reads_those_of_the_same_backend(new: Workspace) -> None:

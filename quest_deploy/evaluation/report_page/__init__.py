@@ -1,0 +1,1 @@
+"""The page that shows a workspace: one HTML file that asks for nothing from elsewhere."""
