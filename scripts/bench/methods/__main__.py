@@ -58,6 +58,9 @@ def compare(
             "--list", help="List the cells and whether they are measured; compute nothing."
         ),
     ] = False,
+    pages_alone: Annotated[
+        bool, typer.Option("--pages", help="Write the pages of what is computed; compute nothing.")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Cells that are computed side by side.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each cell.")] = 1,
     folder: Annotated[Path, typer.Option("--cells", help="Where the cells' files are.")] = ROOT
@@ -98,7 +101,7 @@ def compare(
         ]
         print(json.dumps({"cells": shown}, indent=1) if as_json else "\n".join(lines))
         return
-    missing = [cell for cell in selected if results[cell] is None]
+    missing = [] if pages_alone else [cell for cell in selected if results[cell] is None]
     remove_temporaries(folder)
     failures: dict[Cell, CellError] = {}
     if missing:
@@ -134,7 +137,7 @@ def compare(
     if as_json:
         print(json.dumps(everything(model.name, command, results, numbers), indent=1))
         return
-    if not missing:
+    if not missing and not pages_alone:
         print("nothing to compute: all selected cells are computed")
     measured = sum(result is not None for result in results.values())
     print(f"{docs / PAGE}, {TABLE}, {PLOT}: {measured} of {len(cells)} cells computed")

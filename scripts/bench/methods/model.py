@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from quest_deploy.evaluation.quality import SamplingOptions
@@ -28,9 +29,8 @@ class ComparedModel(PipelineModel):
 
     def on(self, schedule: Schedule) -> Self:
         """The same on another schedule."""
-        assert self.labels  # encodes the prompts, which all copies then share
         other = copy.copy(self)
-        other.schedule = schedule
+        other.schedule, other._conditions = schedule, self._asked  # encoded once for all
         return other
 
     def load_scheduler(self, name: str, **overrides: Any) -> Any:
@@ -56,7 +56,7 @@ class ComparedModel(PipelineModel):
             scheduler=self.schedule.scheduler,
         )
 
-    @property
+    @cached_property
     def parts(self) -> Mapping[str, str]:
         """A hash of each part's files, the judge's and the prompts' among them."""
         files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]

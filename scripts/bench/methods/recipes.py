@@ -121,18 +121,17 @@ def _recipe_of(cell: Cell, model: ComparedModel) -> dict[str, Any]:
         "method": "nncf" if isinstance(recipe, Nncf) else "modelopt",
         "bits": cell.bits,
         **dataclasses.asdict(recipe),
-        "trajectories": _recorded(model, judged_on, None),
+        "trajectories": _recorded(model, judged_on),
     }
 
 
 def _options(cell: Cell, recipe: Pipeline, model: ComparedModel) -> dict[str, Any]:
     """The options of all stages, defaults and all."""
     reconstruction, finetuning = _reconstruction(cell, recipe), _finetuning(cell, recipe, model)
-    scheme = _scheme(cell, recipe, model)
     return {
         "method": "quest-deploy",
-        "trajectories": _recorded(model, recipe.recorded_on, scheme),
-        "scheme": scheme.to_json(),
+        "trajectories": _recorded(model, recipe.recorded_on),
+        "scheme": _scheme(cell, recipe, model).to_json(),
         "calibration": dataclasses.asdict(_calibration(cell, recipe)),
         "rotated": recipe.rotated,
         "low_rank": recipe.low_rank,
@@ -143,15 +142,10 @@ def _options(cell: Cell, recipe: Pipeline, model: ComparedModel) -> dict[str, An
     }
 
 
-def _recorded(model: ComparedModel, schedule: Schedule, scheme: Scheme | None) -> dict[str, Any]:
-    """The schedule and the samplings, as much data however few the steps, which are more where the
-    buckets need them.
-    """
-    least = max(schedule.steps, 0 if scheme is None else scheme.buckets)
-    return {
-        "schedule": dataclasses.asdict(schedule),
-        "samples": model.calibration_samples * model.calibration_steps // least,
-    }
+def _recorded(model: ComparedModel, schedule: Schedule) -> dict[str, Any]:
+    """The schedule and the samplings: as much data, however few the steps."""
+    samples = model.calibration_samples * model.calibration_steps // schedule.steps
+    return {"schedule": dataclasses.asdict(schedule), "samples": samples}
 
 
 def _scheme(cell: Cell, recipe: Pipeline, model: ComparedModel) -> Scheme:
@@ -196,7 +190,7 @@ def make(cell: Cell, model: ComparedModel, store: Path, report: Progress) -> Mad
     unet = model.load_unet()
     if isinstance(recipe, Float):
         return Made(float_denoiser(unet), 4 * sum(p.numel() for p in unet.parameters()))
-    trajectories = maker.trajectories(judged_on, None).first(recipe.rows)
+    trajectories = maker.trajectories(judged_on).first(recipe.rows)
     started = time.process_time()
     denoise, payload, notes = (
         nncf(unet, trajectories)
@@ -225,7 +219,7 @@ class _Maker:
 
     def make(self, recipe: Pipeline) -> Made:
         notes: dict[str, Any] = {}
-        trajectories = self.trajectories(recipe.recorded_on, _scheme(self.cell, recipe, self.model))
+        trajectories = self.trajectories(recipe.recorded_on)
         self.rotated, layers = recipe.rotated, None
         start = dataclasses.replace(
             recipe, low_rank=None, reconstruction=None, reported_layers=False, finetuning=None
@@ -262,8 +256,8 @@ class _Maker:
             add_branches(unet, *self.branches)
         return unet
 
-    def trajectories(self, schedule: Schedule, scheme: Scheme | None) -> Trajectories:
-        recorded = _recorded(self.model, schedule, scheme)
+    def trajectories(self, schedule: Schedule) -> Trajectories:
+        recorded = _recorded(self.model, schedule)
         model = self.model.on(schedule)
         return self._shared(
             "trajectories",
@@ -275,7 +269,6 @@ class _Maker:
                 steps=schedule.steps,
                 samples=recorded["samples"],
                 seed=self.cell.seed,
-                scheme=scheme,
                 rows=model.forward_rows,
                 progress=self.report,
             ),

@@ -149,6 +149,17 @@ def test_list_names_every_cell_and_writes_nothing(
     assert (computed, snapshot(tmp_path)) == ([], {})
 
 
+def test_the_pages_are_written_without_computing_a_cell(
+    compare: Compare, tmp_path: Path, computed: list[str]
+) -> None:
+    ended = compare("--pages")
+    assert (ended.code, computed) == (0, [])
+    assert {path.name for path in tmp_path.iterdir()} == set(PAGES)
+    assert (
+        f"**0 of {len(all_cells())} cells are computed.**" in (tmp_path / "README.md").read_text()
+    )
+
+
 def test_other_seeds_are_other_cells_and_stand_in_the_command(
     compare: Compare, no_plot: None, tmp_path: Path, computed: list[str]
 ) -> None:
