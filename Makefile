@@ -84,9 +84,12 @@ bench: demo
 	$(BIN)/quest-deploy benchmark -w $(WORKSPACE) --backend openvino
 	$(BIN)/quest-deploy benchmark -w $(WORKSPACE) --backend onnxruntime
 
-# The methods measured against each other, docs/comparison/table.md: computes the cells that are missing, each up to five minutes on a core.
+# The methods measured against each other, docs/comparison: times the engines once, then computes the cells that are missing,
+# each some minutes on a core; what is computed is kept. COMPARE_ARGS='--jobs 1' leaves a core to others.
+bench-methods: COMPARE_ARGS ?= --jobs 2
 bench-methods: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,dev,bench,serving,modelopt]'
+	$(BIN)/python -m scripts.bench.methods.speed
 	$(BIN)/python -m scripts.bench.methods $(COMPARE_ARGS)
 
 # Everything at Stable Diffusion 1.5's size, docs/sd15/table.md: measures the steps that are missing; about an hour on two cores, 16 GiB.

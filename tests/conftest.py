@@ -50,7 +50,7 @@ STAGES = (
             "mini_unet",
             "mini_emoji",
             "emoji",
-            "digits",
+            "compared",
             "pipelines",
             "files",
             "text_chain",

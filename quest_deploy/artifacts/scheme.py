@@ -14,10 +14,13 @@ import math
 import struct
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quest_deploy.artifacts.schema import Bits, Positive, parse, validated
 from quest_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SCHEME_VERSION = 2
 SUPPORTED_BITS = ("w4a4", "w4a8", "w8a8")
@@ -106,14 +109,15 @@ class Scheme:
         bits: str,
         *,
         buckets: int = DEFAULT_BUCKETS,
+        edges: Sequence[float] | None = None,
         granularity: Granularity = Granularity.FOLDED_CHANNEL,
         train_timesteps: int = TRAIN_TIMESTEPS,
         attention_bits: int | None = None,
         softmax_bits: int | None = None,
         split_shortcuts: bool = False,
     ) -> Scheme:
-        """Make a scheme of ``buckets`` equally wide buckets from a name such as "w4a4"; raise
-        InputError for what is unknown.
+        """Make a scheme of ``buckets`` equally wide buckets, or of those between ``edges``, from a
+        name such as "w4a4"; raise InputError for what is unknown.
         """
         if bits not in SUPPORTED_BITS:
             raise InputError(f"unknown bits {bits!r}: expected one of {', '.join(SUPPORTED_BITS)}")
@@ -123,13 +127,14 @@ class Scheme:
                 f"{buckets}"
             )
         weight_bits, activation_bits = (int(digit) for digit in (bits[1], bits[3]))
+        if edges is None:
+            edges = [train_timesteps * i / buckets for i in range(1, buckets)]
         # The graph compares in float32: an edge that float32 cannot hold would be another edge
         # there.
-        edges = tuple(_float32(train_timesteps * i / buckets) for i in range(1, buckets))
         return cls(
             weight_bits,
             activation_bits,
-            edges,
+            tuple(map(_float32, edges)),
             granularity=granularity,
             train_timesteps=train_timesteps,
             attention_bits=attention_bits,
@@ -181,6 +186,27 @@ class Scheme:
         if missing := expected - found.keys():  # a file leaves none to a default
             raise InputError(f"scheme: the keys {sorted(missing)} are missing")
         return parse(cls, found, "scheme")
+
+
+def quantile_edges(timesteps: Sequence[float], buckets: int) -> tuple[float, ...]:
+    """The edges of ``buckets`` buckets that hold equally many of the ``timesteps``, or nearly, each
+    midway between two of them.
+
+    >>> quantile_edges([999, 687, 146, 0], 4)
+    (73.0, 416.5, 843.0)
+
+    Args:
+        timesteps: of the schedule in use, in any order; a few-step schedule is seldom even.
+        buckets: at most as many as there are different timesteps.
+    """
+    visited = sorted(set(timesteps))
+    if not 1 <= buckets <= len(visited):
+        raise InputError(
+            f"expected 1 to {len(visited)} buckets (the number of different timesteps), not "
+            f"{buckets}"
+        )
+    firsts = (len(visited) * i // buckets for i in range(1, buckets))
+    return tuple((visited[i - 1] + visited[i]) / 2 for i in firsts)
 
 
 def weight_range(bits: int) -> tuple[int, int]:

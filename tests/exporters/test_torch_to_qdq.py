@@ -18,7 +18,7 @@ from exporters.editor import array_of
 from exporters.graph_info import GraphInfo, graph_info, load_graph, save_graph
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
 from exporters.torch_to_qdq import portable_graph
-from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.artifacts.scheme import Scheme, quantile_edges
 from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.quantization.model import QuantizedModel
@@ -214,6 +214,23 @@ def test_the_graphs_bucket_is_the_schemes_on_and_around_every_edge(
     (found,) = run(cut_bucket(small_graph), {"timestep": timesteps})
     assert found.dtype == np.int64
     assert found.tolist() == [small_checkpoint.scheme.bucket_of(float(t)) for t in timesteps]
+
+
+def test_buckets_of_any_widths_reach_the_graph(
+    small_unet: torch.nn.Module,
+    small_trajectories: Trajectories,
+    small_inputs: dict[str, torch.Tensor],
+) -> None:
+    edges = quantile_edges(small_trajectories.timestep.tolist(), 3)
+    scheme = Scheme.parse("w4a4", edges=edges)
+    checkpoint = calibrate(
+        "small", small_unet, small_trajectories, scheme, CalibrationOptions(RangeMethod.MINMAX)
+    )
+    graph = portable_graph(checkpoint, small_inputs, "ab" * 32)
+    timesteps = float32(0, *np.nextafter(float32(*edges), np.float32(0)), *edges, 999)
+    (found,) = run(cut_bucket(graph), {"timestep": timesteps})
+    assert (graph_info(graph).scheme, edges) == (scheme, (260.0, 550.0))
+    assert found.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_every_quantizer_gives_the_codes_of_numpy(

@@ -1,5 +1,5 @@
 """Measure quantization methods against each other on the embedded model, cell by cell; writes
-docs/comparison/table.md and plot.png.
+docs/comparison: README.md, table.md and plot.png.
 
     python -m scripts.bench.methods [--only 'w4a4-quest-*'] [--list] [--jobs 2]
 
@@ -19,13 +19,14 @@ import typer
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file, remove_temporaries
 from scripts.bench.methods.cells import SEEDS, all_cells
-from scripts.bench.methods.digits.model import DigitsModel
 from scripts.bench.methods.display import watching
+from scripts.bench.methods.model import ComparedModel
 from scripts.bench.methods.plot import plot
 from scripts.bench.methods.recipes import definition_of
-from scripts.bench.methods.report import everything, markdown
+from scripts.bench.methods.report import everything, markdown, readme
 from scripts.bench.methods.results import load_result
 from scripts.bench.methods.runner import ROOT, compute
+from scripts.bench.methods.speed import load_speeds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from scripts.bench.methods.runner import CellError
 
 COMMAND = "python -m scripts.bench.methods"
-TABLE, PLOT = "table.md", "plot.png"
+PAGE, TABLE, PLOT = "README.md", "table.md", "plot.png"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -57,6 +58,9 @@ def compare(
             "--list", help="List the cells and whether they are measured; compute nothing."
         ),
     ] = False,
+    pages_alone: Annotated[
+        bool, typer.Option("--pages", help="Write the pages of what is computed; compute nothing.")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Cells that are computed side by side.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each cell.")] = 1,
     folder: Annotated[Path, typer.Option("--cells", help="Where the cells' files are.")] = ROOT
@@ -64,15 +68,18 @@ def compare(
     / "bench"
     / "results"
     / "methods",
-    docs: Annotated[Path, typer.Option(help="Where the table and the plot go.")] = ROOT
+    store: Annotated[
+        Path, typer.Option("--shared", help="Where cells keep what they share; may be removed.")
+    ] = ROOT / "quest-out" / "methods",
+    docs: Annotated[Path, typer.Option(help="Where the page, its tables and its plot go.")] = ROOT
     / "docs"
     / "comparison",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON on standard output.")
     ] = False,
 ) -> None:
-    """Compute the missing cells of the comparison, then write its table and its plot; resumes where
-    it was interrupted.
+    """Compute the missing cells of the comparison, then write its page, its tables and its plot;
+    resumes where it was interrupted.
     """
     numbers = _seeds(seeds)
     cells = all_cells(numbers)
@@ -84,15 +91,17 @@ def compare(
     if not selected:
         raise InputError(f"no cell matches {', '.join(only or [])}; --list names them all")
 
-    model = DigitsModel()
+    model = ComparedModel.load()
     definitions = {cell: definition_of(cell, model) for cell in cells}
     results = {cell: load_result(folder, cell, definitions[cell]) for cell in cells}
     if list_cells:
         shown = {cell.name: results[cell] is not None for cell in selected}
-        lines = [f"{name}: {'measured' if done else 'not run'}" for name, done in shown.items()]
+        lines = [
+            f"{name}: {'computed' if done else 'not computed'}" for name, done in shown.items()
+        ]
         print(json.dumps({"cells": shown}, indent=1) if as_json else "\n".join(lines))
         return
-    missing = [cell for cell in selected if results[cell] is None]
+    missing = [] if pages_alone else [cell for cell in selected if results[cell] is None]
     remove_temporaries(folder)
     failures: dict[Cell, CellError] = {}
     if missing:
@@ -100,14 +109,20 @@ def compare(
             failures = compute(
                 {cell: definitions[cell] for cell in missing},
                 folder,
+                store,
                 watcher,
                 jobs=jobs,
                 threads=threads,
             )
         results |= {cell: load_result(folder, cell, definitions[cell]) for cell in missing}
     command = COMMAND + (f" --seeds {seeds}" if numbers != list(SEEDS) else "")
-    with atomic_file(docs / TABLE) as temporary:
-        temporary.write_text(markdown(model.name, command, results, numbers))
+    pages = {
+        PAGE: readme(command, results, numbers, load_speeds()),
+        TABLE: markdown(model.name, model.sampling, command, results, numbers),
+    }
+    for name, text in pages.items():
+        with atomic_file(docs / name) as temporary:
+            temporary.write_text(text)
     plot(results, numbers, docs / PLOT)
     if failures:
         worst = (
@@ -122,10 +137,10 @@ def compare(
     if as_json:
         print(json.dumps(everything(model.name, command, results, numbers), indent=1))
         return
-    if not missing:
-        print("nothing to compute: all selected cells are measured")
+    if not missing and not pages_alone:
+        print("nothing to compute: all selected cells are computed")
     measured = sum(result is not None for result in results.values())
-    print(f"{docs / TABLE}, {docs / PLOT}: {measured} of {len(cells)} cells measured")
+    print(f"{docs / PAGE}, {TABLE}, {PLOT}: {measured} of {len(cells)} cells computed")
 
 
 def _seeds(text: str) -> list[int]:

@@ -7,11 +7,11 @@ settings are the baseline of every ablation): its cells are computed once.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.artifacts.scheme import Granularity
+from quest_deploy.models.registry import EMBEDDED, KNOWN_MODELS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -20,27 +20,80 @@ SEEDS = (0, 1, 2)
 FLOAT_BITS = "fp32"
 MAIN_BITS = ("w8a8", "w4a8", "w4a4")
 ABLATION_BITS = "w4a4"
-STEPS = 800
-"""Optimizer steps of every finetuned row, however its stages share them."""
+_FINETUNING = KNOWN_MODELS[EMBEDDED].defaults["finetuning"]
+STEPS: int = _FINETUNING["temporal_steps"] + _FINETUNING["sensitive_steps"]
+"""Optimizer steps of every finetuned row, however its stages share them: the model's own number."""
 STATIC = {"buckets": 1, "granularity": Granularity.PER_TENSOR}
 """What integer toolchains do: one scale a tensor for all timesteps."""
 PAPER_TEMPORAL, PAPER_SENSITIVE = "QuEST's temporal layers", "QuEST's sensitive layers"
 """The names of QuEST's two sets of layers in a cell's notes on shares of the error."""
-ATTENTION8 = {"attention_bits": 8, "softmax_bits": 8}
+ATTENTION4 = {"attention_bits": 4, "softmax_bits": 8}
+SENSITIVITY = {"samples": 4, "batch": 40}
+"""Of ``measure_sensitivity``: rows, conditional and unconditional ones in turn."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Timesteps to sample at.
+
+    Attributes:
+        scheduler: one of ``quest_deploy.models.schedulers.SCHEDULERS``.
+        steps: how many.
+        options: of the scheduler, in place of the model's.
+    """
+
+    scheduler: str = "ddim"
+    steps: int = 20
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The schedule in words."""
+        karras = " with Karras' sigmas" if self.options.get("use_karras_sigmas") else ""
+        return f"{self.steps} steps of {self.scheduler.upper()}{karras}"
+
+
+USUAL, FEWER = Schedule(), Schedule(steps=4)
+"""Evenly spaced: equally wide buckets hold equally many steps, and quantiles are no other edges."""
+KARRAS = Schedule("dpm++", 8, {"use_karras_sigmas": True})
+"""What few steps are usually spent on: half of them below a tenth of the timesteps."""
 
 
 @dataclass(frozen=True)
 class Float:
-    """The float model itself. Nothing is drawn at random to make it, so it has one cell."""
+    """The float model itself.
+
+    Attributes:
+        other_noise: whether its images are of another noise than the reference's, another one for
+            each seed: how far a figure moves by chance. Else there is one cell.
+    """
+
+    other_noise: bool = False
 
 
 @dataclass(frozen=True)
 class ModelOpt:
-    """Post-training quantization by NVIDIA's modelopt with one of its own configurations, as it
-    ships.
+    """Post-training quantization by NVIDIA's modelopt.
+
+    Attributes:
+        config: the name of one of its integer configurations, which are W8A8; at other bit-widths
+            its layers, all but the first and the last, have those bits.
+        rows: of the recorded trajectories, at all steps.
     """
 
     config: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Nncf:
+    """Post-training quantization by NNCF, run by OpenVINO.
+
+    Attributes:
+        rows: of the recorded trajectories, at all steps.
+    """
+
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -50,17 +103,28 @@ class Pipeline:
 
     Attributes:
         scheme: of ``Scheme.parse``.
+        quantiles: whether the buckets hold equally many of the recorded timesteps, instead of being
+            equally wide.
+        recorded_on: what is calibrated and finetuned on.
         calibration: of ``CalibrationOptions``.
+        rotated: whether q, k and v of every head are rotated, see
+            ``scripts.bench.methods.rotation``.
+        low_rank: the rank of FP16 branches beside the layers that the sensitivity report picks, see
+            ``scripts.bench.methods.low_rank``; None for none.
         reconstruction: of ``ReconstructOptions`` (Q-Diffusion); None leaves the stage out.
-        sensitivity: of ``measure_sensitivity``, whose report then picks what stage 2 trains; None
-            leaves that to ``finetuning``.
-        finetuning: of ``FinetuneOptions`` (QuEST); None leaves the stage out.
+        reported_layers: whether stage 2 trains what the sensitivity report picks.
+        finetuning: of ``FinetuneOptions`` (QuEST), in place of the model's; None leaves the stage
+            out.
     """
 
     scheme: Mapping[str, Any] = field(default_factory=dict)
+    quantiles: bool = False
+    recorded_on: Schedule = USUAL
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    rotated: bool = False
+    low_rank: int | None = None
     reconstruction: Mapping[str, Any] | None = None
-    sensitivity: Mapping[str, Any] | None = None
+    reported_layers: bool = False
     finetuning: Mapping[str, Any] | None = None
 
 
@@ -72,11 +136,13 @@ class Row:
         recipe: how its model is made.
         bits: the bit-widths at which it is measured.
         elsewhere: why it is not at the others.
+        judged_on: the schedule of the images that are judged.
     """
 
-    recipe: Float | ModelOpt | Pipeline
+    recipe: Float | ModelOpt | Nncf | Pipeline
     bits: tuple[str, ...] = (ABLATION_BITS,)
     elsewhere: str = ""
+    judged_on: Schedule = USUAL
 
 
 @dataclass(frozen=True)
@@ -110,52 +176,57 @@ def _quest(scheme: Mapping[str, Any] | None = None, **finetuning: Any) -> Row:
     return Row(Pipeline(scheme or {}, finetuning=finetuning))
 
 
-def _qdiff(**scheme: Any) -> Row:
-    return Row(
-        Pipeline(
-            {**STATIC, "split_shortcuts": True, **scheme}, {"method": "l2.4"}, reconstruction={}
-        )
+def _made_for(schedule: Schedule, buckets: int, *, quantiles: bool = False) -> Row:
+    recipe = Pipeline(
+        {"buckets": buckets}, quantiles=quantiles, recorded_on=schedule, finetuning={}
     )
+    return Row(recipe, judged_on=schedule)
 
 
-_NO_INTEGERS = "modelopt's integer configurations are W8A8"
+_QDIFF_START = Pipeline({**STATIC, "split_shortcuts": True}, calibration={"method": "l2.4"})
 ROWS: dict[str, Row] = {
     "fp32": Row(Float(), (FLOAT_BITS,)),
-    "ptq-minmax": Row(Pipeline(STATIC, {"method": "minmax"}), MAIN_BITS),
-    "ptq-l2.4": Row(Pipeline(STATIC, {"method": "l2.4"}), MAIN_BITS),
-    "modelopt": Row(ModelOpt("INT8_DEFAULT_CFG"), ("w8a8",), _NO_INTEGERS),
-    "modelopt-smoothquant": Row(ModelOpt("INT8_SMOOTHQUANT_CFG"), ("w8a8",), _NO_INTEGERS),
-    "qdiff": dataclasses.replace(_qdiff(), bits=MAIN_BITS),
+    "fp32-redrawn": Row(Float(other_noise=True), (FLOAT_BITS,)),
+    "ptq-minmax": Row(Pipeline(STATIC, calibration={"method": "minmax"}), MAIN_BITS),
+    "ptq-l2.4": Row(_QDIFF_START, elsewhere="where Q-Diffusion starts; measured at W4A4 alone"),
+    "ptq": Row(Pipeline(), MAIN_BITS),
+    "modelopt": Row(ModelOpt("INT8_DEFAULT_CFG", 256), MAIN_BITS),
+    "nncf": Row(Nncf(16), ("w8a8",), "NNCF quantizes activations to 8 bits alone, with weights"),
+    "qdiff": Row(
+        Pipeline(_QDIFF_START.scheme, calibration=_QDIFF_START.calibration, reconstruction={}),
+        ("w4a8", "w4a4"),
+        "8-bit weights leave little to reconstruct; not measured",
+    ),
     "quest": Row(Pipeline(finetuning={}), MAIN_BITS),
     "quest-k1": _quest({"buckets": 1}),
-    "quest-k5": _quest({"buckets": 5}),
-    "quest-k10": _quest({"buckets": 10}),
-    "quest-k50": _quest({"buckets": 50}),
+    "quest-k4": _quest({"buckets": 4}),
     "quest-stage1": _quest(stages=("temporal",), temporal_steps=STEPS),
-    "quest-stage2": _quest(stages=("sensitive",), sensitive_steps=STEPS),
-    "quest-frozen": _quest(carry_temporal=False),
-    "quest-reversed": _quest(stages=("sensitive", "temporal")),
     "quest-per-tensor": _quest({"granularity": Granularity.PER_TENSOR}),
     "quest-free-channel": _quest({"granularity": Granularity.PER_CHANNEL}),
-    "quest-auto-layers": Row(Pipeline(sensitivity={"samples": 8, "batch": 16}, finetuning={})),
+    "quest-auto-layers": Row(Pipeline(reported_layers=True, finetuning={})),
     "quest-all-layers": _quest(sensitive_layers=("*",)),
-    "quest-attention8": _quest(ATTENTION8),
-    "quest-attention4": _quest({"attention_bits": 4, "softmax_bits": 8}),
-    "quest-split-shortcuts": _quest({"split_shortcuts": True}),
-    "qdiff-attention8": _qdiff(**ATTENTION8),
-    "quest-from-qdiff": Row(
-        Pipeline({"split_shortcuts": True}, {"method": "l2.4"}, reconstruction={}, finetuning={})
-    ),
-    "ptq-folded": Row(Pipeline()),
-    "ptq-split": Row(Pipeline({**STATIC, "split_shortcuts": True}, {"method": "l2.4"})),
-    "qdiff-folded": Row(Pipeline({"split_shortcuts": True}, {"method": "l2.4"}, reconstruction={})),
+    "quest-attention4": _quest(ATTENTION4),
+    "quest-rotated": Row(Pipeline(rotated=True, finetuning={})),
+    "quest-attention4-rotated": Row(Pipeline(ATTENTION4, rotated=True, finetuning={})),
+    "quest-low-rank": Row(Pipeline(low_rank=16, finetuning={})),
+    "fp32-8-steps": Row(Float(), (FLOAT_BITS,), judged_on=KARRAS),
+    "quest-8-steps": Row(Pipeline(finetuning={}), judged_on=KARRAS),
+    "equal4-8-steps": _made_for(KARRAS, 4),
+    "quantiles4-8-steps": _made_for(KARRAS, 4, quantiles=True),
+    "quantiles8-8-steps": _made_for(KARRAS, 8, quantiles=True),
+    "fp32-4-steps": Row(Float(), (FLOAT_BITS,), judged_on=FEWER),
+    "quest-4-steps": Row(Pipeline(finetuning={}), judged_on=FEWER),
+    "quest-k4-4-steps": Row(_quest({"buckets": 4}).recipe, judged_on=FEWER),
+    "equal4-4-steps": _made_for(FEWER, 4),
 }
 _METHODS = {
     "fp32": "FP32",
+    "fp32-redrawn": "FP32, other noise",
     "ptq-minmax": "PTQ, min-max",
-    "ptq-l2.4": "PTQ, L2.4",
-    "modelopt": "PTQ, modelopt INT8",
-    "modelopt-smoothquant": "PTQ, modelopt INT8 SmoothQuant",
+    "ptq-l2.4": "PTQ, L2.4, split shortcuts",
+    "ptq": "PTQ, MSE, smoothing, buckets",
+    "modelopt": "PTQ, modelopt's INT8 configuration at these bits",
+    "nncf": "PTQ, NNCF INT8",
     "qdiff": "Q-Diffusion",
     "quest": "QuEST",
 }
@@ -164,24 +235,17 @@ ABLATIONS = (
     Table(
         "Timestep buckets",
         ABLATION_BITS,
-        {
-            "quest-k1": "1 bucket",
-            "quest-k5": "5",
-            "quest-k10": "10",
-            "quest": "20 (baseline)",
-            "quest-k50": "50 (the judged 20 steps visit 20 of them)",
-        },
+        {"quest-k1": "1 bucket", "quest-k4": "4", "quest": "20 (baseline), one for each step"},
     ),
     Table(
-        f"Stages ({STEPS} steps in every finetuned row)",
+        f"Layers that are finetuned, for {STEPS} steps",
         ABLATION_BITS,
         {
-            "ptq-folded": "none (PTQ)",
-            "quest-stage1": "stage 1 only",
-            "quest-stage2": "stage 2 only",
-            "quest-frozen": "stage 1, then stage 2 with the temporal layers frozen (as published)",
-            "quest": "stage 1, then stage 2 training the temporal layers on (baseline)",
-            "quest-reversed": "stage 2, then stage 1",
+            "ptq": "none (PTQ)",
+            "quest-stage1": "the temporal ones",
+            "quest": "the temporal ones, then the paper's sensitive ones too (baseline)",
+            "quest-auto-layers": "the temporal ones, then the sensitivity report's too",
+            "quest-all-layers": "the temporal ones, then all",
         },
     ),
     Table(
@@ -190,47 +254,43 @@ ABLATIONS = (
         {
             "quest-per-tensor": "per tensor",
             "quest": "per tensor, smoothing scale folded into the weights (baseline)",
-            "quest-free-channel": "free per channel (not deployable as integers)",
+            "quest-free-channel": "per channel (not deployable as integers)",
         },
     ),
     Table(
-        "Layers whose weights stage 2 trains",
+        "Rotation of q, k and v",
         ABLATION_BITS,
         {
-            "quest": "the paper's selection (baseline)",
-            "quest-auto-layers": "the sensitivity report's",
-            "quest-all-layers": "all",
+            "quest": "none, q, k and v in float (baseline)",
+            "quest-rotated": "rotated, in float",
+            "quest-attention4": "none, q, k and v at 4 bits, softmax at 8",
+            "quest-attention4-rotated": "rotated, the same bits",
         },
     ),
     Table(
-        "Bits of the attention products",
+        "A branch of rank 16 in FP16 beside the most sensitive layers",
+        ABLATION_BITS,
+        {"quest": "none (baseline)", "quest-low-rank": "SVD of the smoothed weight (SVDQuant)"},
+    ),
+    Table(
+        KARRAS.label,
         ABLATION_BITS,
         {
-            "quest": "float (baseline)",
-            "quest-attention8": "q, k, v and softmax at 8",
-            "quest-attention4": "q, k, v at 4, softmax at 8",
-            "qdiff-attention8": "q, k, v and softmax at 8, Q-Diffusion",
+            "fp32-8-steps": "FP32",
+            "quest-8-steps": "20 equal buckets, made for the usual 20 steps",
+            "equal4-8-steps": "4 equal buckets, made for these steps",
+            "quantiles4-8-steps": "4 buckets of two steps each",
+            "quantiles8-8-steps": "8 buckets, one for each step",
         },
     ),
     Table(
-        "Shortcut convolutions behind a concatenation",
+        FEWER.label,
         ABLATION_BITS,
         {
-            "quest": "one quantizer (baseline)",
-            "quest-split-shortcuts": "one for each half, as Q-Diffusion's",
-        },
-    ),
-    Table(
-        "What finetuning starts from",
-        ABLATION_BITS,
-        {
-            "ptq-folded": "PTQ, MSE, not finetuned",
-            "quest": "PTQ, MSE, finetuned (baseline)",
-            "qdiff-folded": "Q-Diffusion (L2.4, split shortcuts, reconstructed) in 20 buckets, not "
-            "finetuned",
-            "quest-from-qdiff": "the same, finetuned",
-            "ptq-split": "static PTQ, L2.4, split shortcuts: what static Q-Diffusion starts from",
-            "qdiff": "static Q-Diffusion, not finetuned",
+            "fp32-4-steps": "FP32",
+            "quest-4-steps": "20 equal buckets, made for the usual 20 steps",
+            "quest-k4-4-steps": "4 equal buckets, made for the usual 20 steps",
+            "equal4-4-steps": "4 equal buckets, one for each step, made for these steps",
         },
     ),
 )
@@ -240,8 +300,9 @@ def cells_of(row: str, bits: str, seeds: Iterable[int]) -> list[Cell]:
     """The cells that a table at ``bits`` shows in its row ``row``; none where the row is not
     measured there.
     """
-    if isinstance(ROWS[row].recipe, Float):
-        return [Cell(row, FLOAT_BITS, 0)]
+    recipe = ROWS[row].recipe
+    if isinstance(recipe, Float):
+        return [Cell(row, FLOAT_BITS, seed) for seed in (seeds if recipe.other_noise else [0])]
     return [Cell(row, bits, seed) for seed in seeds] if bits in ROWS[row].bits else []
 
 

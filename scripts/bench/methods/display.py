@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from scripts.bench.methods.results import Result
     from scripts.bench.methods.runner import Watcher
 
-_SECONDS_TRAINED, _SECONDS_CALIBRATED = 240.0, 60.0
+_SECONDS_TRAINED, _SECONDS_CALIBRATED = 200.0, 80.0
 
 
 @contextmanager
@@ -147,8 +147,7 @@ def _note(message: str) -> None:
 
 
 def _summary(result: Result) -> str:
-    distance, accuracy = result.quality.frechet_distance, result.quality.accuracy
     return (
-        f"Frechet distance {distance:.2f}, accuracy {accuracy:.1%}, made in "
-        f"{result.total_seconds:.0f} s"
+        f"Frechet distance {result.judgement.frechet_distance:.2f}, prompt among the nearest five "
+        f"{result.judgement.top5:.1%}, {result.process_seconds:.0f} CPU s"
     )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from scripts.bench.methods.report import Results
 
 
-TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
+TICKS = (2, 4, 8, 16, 32, 64)
 """Of the axis of Fréchet distances, which is logarithmic, the same in all panels, and reaches
 further where a result does.
 """
@@ -56,7 +56,7 @@ def plot(results: Results, seeds: Sequence[int], path: Path) -> None:
 def _draw_distances(axes: Any, table: Table, results: Results, seeds: Sequence[int]) -> None:
     entries = list(entries_of(table, results, seeds))
     for y, entry in enumerate(entries):
-        distances = [result.quality.frechet_distance for result in entry.measured]
+        distances = [result.judgement.frechet_distance for result in entry.measured]
         if distances:
             axes.plot(distances, [y] * len(distances), "o", color="tab:blue", alpha=0.5)
             axes.plot([float(np.mean(distances))], [y], "|", color="black", markersize=14)
@@ -66,7 +66,7 @@ def _draw_distances(axes: Any, table: Table, results: Results, seeds: Sequence[i
     everywhere = [
         TICKS[0],
         TICKS[-1],
-        *(result.quality.frechet_distance for result in results.values() if result is not None),
+        *(result.judgement.frechet_distance for result in results.values() if result is not None),
     ]
     axes.set_xlim(min(everywhere) / 1.1, max(everywhere) * 1.1)
     axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])

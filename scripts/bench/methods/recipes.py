@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.artifacts.scheme import Scheme
+import numpy as np
+
+from quest_deploy.artifacts.scheme import Scheme, quantile_edges
 from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
 from quest_deploy.calibration.reconstruction import ReconstructOptions, reconstruct
 from quest_deploy.calibration.sensitivity import error_shares, measure_sensitivity, select_sensitive
-from quest_deploy.calibration.trajectories import Trajectories, record_trajectories
-from quest_deploy.errors import InputError
-from quest_deploy.evaluation.memory import peak_memory, reset_peak_memory
-from quest_deploy.evaluation.quality import HELD_OUT_SAMPLES, HELD_OUT_SEED, SamplingOptions
+from quest_deploy.calibration.trajectories import record_trajectories
+from quest_deploy.evaluation.quality import HELD_OUT_SAMPLES, HELD_OUT_SEED
 from quest_deploy.evaluation.sampling import float_denoiser
-from quest_deploy.files import sha256_of
 from quest_deploy.finetuning.layer_sets import LAYER_SETS, select_layers
 from quest_deploy.finetuning.train import FinetuneOptions, finetune
 from quest_deploy.quantization.layer_kinds import group_of
@@ -27,138 +25,135 @@ from scripts.bench.methods.cells import (
     PAPER_SENSITIVE,
     PAPER_TEMPORAL,
     ROWS,
+    SENSITIVITY,
     Cell,
     Float,
-    ModelOpt,
+    Nncf,
     Pipeline,
 )
-from scripts.bench.methods.digits.model import ASSETS
+from scripts.bench.methods.low_rank import add_branches
+from scripts.bench.methods.outside import modelopt, nncf
+from scripts.bench.methods.rotation import rotate_attention
+from scripts.bench.methods.shared import CHECKPOINT, TRAJECTORIES, T, shared
+from scripts.bench.methods.shared import SENSITIVITY as SENSITIVITY_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
+    from pathlib import Path
 
     from torch import nn
 
+    from quest_deploy.artifacts.checkpoint import Checkpoint
+    from quest_deploy.calibration.sensitivity import Sensitivity
+    from quest_deploy.calibration.trajectories import Trajectories
     from quest_deploy.evaluation.sampling import Denoiser
-    from quest_deploy.models.registry import DiffusionModel
     from quest_deploy.progress import Progress
+    from scripts.bench.methods.cells import Schedule
+    from scripts.bench.methods.model import ComparedModel
+    from scripts.bench.methods.shared import Kind
 
 
-REVISION = 1
+REVISION = 2
 """Part of every cell's definition. Raise it when a change of code, not of options, changes what
 cells measure.
 """
 JUDGED_SCHEME = Scheme.parse("w4a4", buckets=20)
 """Its buckets are those of every cell's epsilon-MSE, whatever the cell's own are."""
-JUDGED_SAMPLING = SamplingOptions(images=1000)
-MODELOPT_SAMPLES, MODELOPT_BATCH = 256, 64
-SAMPLES = 1024
-"""Samplings that every row starts from; half as many where its buckets need twice the steps.
-
-The comparison's own, whatever `calibrate` records: a change of it makes all cells anew.
-"""
-
-
-@dataclass
-class Costs:
-    """What making a model takes: each stage's seconds, and this process's peak memory in it, in
-    bytes.
-    """
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory: dict[str, int] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Return what happens inside is stage ``name``."""
-        reset_peak_memory()
-        started = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - started
-        self.peak_memory[name] = peak_memory()
 
 
 @dataclass(frozen=True)
 class Made:
-    """A model ready to be judged, what making it took, and what else its method reports."""
+    """A model ready to be judged.
+
+    Attributes:
+        payload_bytes: what its parameters take: packed codes, scales, biases, and what stays in
+            float.
+        seconds: CPU seconds of each stage of making it.
+        notes: what else its method reports.
+    """
 
     denoise: Denoiser
-    costs: Costs = field(default_factory=Costs)
+    payload_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def definition_of(cell: Cell, model: DiffusionModel) -> dict[str, Any]:
+def definition_of(cell: Cell, model: ComparedModel) -> dict[str, Any]:
     """Everything that ``cell``'s figures depend on but the code, as a JSON value: two cells that
     agree in it are one cell.
     """
-    assets = sorted(path for path in ASSETS.rglob("*") if path.suffix in (".safetensors", ".json"))
+    judged = model.on(ROWS[cell.row].judged_on)
     definition = {
-        "revision": REVISION,
-        "model": model.name,
-        "assets": {str(path.relative_to(ASSETS)): sha256_of(path) for path in assets},
-        "seed": cell.seed,
+        **_basis(cell, model),
         "recipe": _recipe_of(cell, model),
         "judged": {
-            "sampling": dataclasses.asdict(JUDGED_SAMPLING),
-            "held_out": {
-                "seed": HELD_OUT_SEED,
-                "samples": HELD_OUT_SAMPLES,
-                "steps": model.calibration_steps,
-            },
+            "schedule": dataclasses.asdict(judged.schedule),
+            "sampling": dataclasses.asdict(judged.sampling),
+            "held_out": {"seed": HELD_OUT_SEED, "samples": HELD_OUT_SAMPLES},
             "bucket_edges": JUDGED_SCHEME.bucket_edges,
         },
     }
-    # As it reads back from a file: lists for tuples, plain strings for names.
-    result: dict[str, Any] = json.loads(json.dumps(definition))
+    return plain(definition)
+
+
+def plain(value: dict[str, Any]) -> dict[str, Any]:
+    """The value as it reads back from a file: lists for tuples, plain strings for names."""
+    result: dict[str, Any] = json.loads(json.dumps(value))
     return result
 
 
-def _recipe_of(cell: Cell, model: DiffusionModel) -> dict[str, Any]:
-    recipe = ROWS[cell.row].recipe
+def _basis(cell: Cell, model: ComparedModel) -> dict[str, Any]:
+    return {
+        "revision": REVISION,
+        "model": model.name,
+        "parts": dict(model.parts),
+        "seed": cell.seed,
+    }
+
+
+def _recipe_of(cell: Cell, model: ComparedModel) -> dict[str, Any]:
+    recipe, judged_on = ROWS[cell.row].recipe, ROWS[cell.row].judged_on
     if isinstance(recipe, Float):
-        return {"method": "float"}
-    if isinstance(recipe, ModelOpt):
-        calibration = {"samples": MODELOPT_SAMPLES, "batch": MODELOPT_BATCH}
-        return {
-            "method": "modelopt",
-            "config": recipe.config,
-            "trajectories": _recorded(model, None),
-            "calibration": calibration,
-        }
+        return {"method": "float", **dataclasses.asdict(recipe)}
+    if isinstance(recipe, Pipeline):
+        return _options(cell, recipe, model)
+    return {
+        "method": "nncf" if isinstance(recipe, Nncf) else "modelopt",
+        "bits": cell.bits,
+        **dataclasses.asdict(recipe),
+        "trajectories": _recorded(model, judged_on),
+    }
+
+
+def _options(cell: Cell, recipe: Pipeline, model: ComparedModel) -> dict[str, Any]:
+    """The options of all stages, defaults and all."""
     reconstruction, finetuning = _reconstruction(cell, recipe), _finetuning(cell, recipe, model)
     return {
         "method": "quest-deploy",
-        "trajectories": _recorded(model, _scheme(cell, recipe)),
-        "scheme": _scheme(cell, recipe).to_json(),
+        "trajectories": _recorded(model, recipe.recorded_on),
+        "scheme": _scheme(cell, recipe, model).to_json(),
         "calibration": dataclasses.asdict(_calibration(cell, recipe)),
+        "rotated": recipe.rotated,
+        "low_rank": recipe.low_rank,
         "reconstruction": reconstruction and dataclasses.asdict(reconstruction),
-        "sensitivity": recipe.sensitivity,
+        "reported_layers": recipe.reported_layers,
+        "sensitivity": SENSITIVITY if recipe.reported_layers or recipe.low_rank else None,
         "finetuning": finetuning and dataclasses.asdict(finetuning),
     }
 
 
-def _recorded(model: DiffusionModel, scheme: Scheme | None) -> dict[str, int]:
-    """The steps (more where the buckets need it) and the samplings."""
-    steps, buckets = model.calibration_steps, 0 if scheme is None else scheme.buckets
-    return {"steps": steps, "samples": SAMPLES * steps // max(steps, buckets)}
+def _recorded(model: ComparedModel, schedule: Schedule) -> dict[str, Any]:
+    """The schedule and the samplings: as much data, however few the steps."""
+    samples = model.calibration_samples * model.calibration_steps // schedule.steps
+    return {"schedule": dataclasses.asdict(schedule), "samples": samples}
 
 
-def make(cell: Cell, model: DiffusionModel, unet: nn.Module, report: Progress) -> Made:
-    """Make ``cell``'s model of the float ``unet``, which may be changed by it.
-
-    Raises:
-        InputError: a package that the method needs is missing.
-    """
-    recipe = ROWS[cell.row].recipe
-    if isinstance(recipe, Float):
-        return Made(float_denoiser(unet))
-    if isinstance(recipe, ModelOpt):
-        return _make_modelopt(recipe, cell, model, unet, report)
-    return _make_pipeline(recipe, cell, model, unet, report)
-
-
-def _scheme(cell: Cell, recipe: Pipeline) -> Scheme:
-    return Scheme.parse(cell.bits, **recipe.scheme)
+def _scheme(cell: Cell, recipe: Pipeline, model: ComparedModel) -> Scheme:
+    options = dict(recipe.scheme)
+    if recipe.quantiles:
+        timesteps = model.on(recipe.recorded_on).timesteps
+        options["edges"] = quantile_edges(timesteps, options["buckets"])
+    return Scheme.parse(cell.bits, **options)
 
 
 def _calibration(cell: Cell, recipe: Pipeline) -> CalibrationOptions:
@@ -169,54 +164,209 @@ def _calibration(cell: Cell, recipe: Pipeline) -> CalibrationOptions:
 
 
 def _reconstruction(cell: Cell, recipe: Pipeline) -> ReconstructOptions | None:
-    return (
-        None
-        if recipe.reconstruction is None
-        else ReconstructOptions(seed=cell.seed, **recipe.reconstruction)
-    )
+    if recipe.reconstruction is None:
+        return None
+    return ReconstructOptions(seed=cell.seed, **recipe.reconstruction)
 
 
-def _finetuning(cell: Cell, recipe: Pipeline, model: DiffusionModel) -> FinetuneOptions | None:
+def _finetuning(cell: Cell, recipe: Pipeline, model: ComparedModel) -> FinetuneOptions | None:
     if recipe.finetuning is None:
         return None
-    return FinetuneOptions(family=model.family, seed=cell.seed, **recipe.finetuning)
+    options = {**model.finetuning, **recipe.finetuning}
+    return FinetuneOptions(family=model.family, seed=cell.seed, **options)
 
 
-def _make_pipeline(
-    recipe: Pipeline, cell: Cell, model: DiffusionModel, unet: nn.Module, report: Progress
-) -> Made:
-    costs = Costs()
-    notes: dict[str, Any] = {}
-    scheme = _scheme(cell, recipe)
-    with costs.stage("trajectories"):
-        trajectories = _record(cell, model, unet, scheme, report)
-    with costs.stage("calibration"):
-        checkpoint = calibrate(
-            model.name, unet, trajectories, scheme, _calibration(cell, recipe), report
+def make(cell: Cell, model: ComparedModel, store: Path, report: Progress) -> Made:
+    """Make ``cell``'s model of the float ``model``, of what ``store`` has, and keep there what
+    other cells need too.
+
+    Raises:
+        InputError: a package that the method needs is missing.
+    """
+    recipe, judged_on = ROWS[cell.row].recipe, ROWS[cell.row].judged_on
+    maker = _Maker(cell, model, store, report)
+    if isinstance(recipe, Pipeline):
+        return maker.make(recipe)
+    unet = model.load_unet()
+    if isinstance(recipe, Float):
+        return Made(float_denoiser(unet), 4 * sum(p.numel() for p in unet.parameters()))
+    trajectories = maker.trajectories(judged_on).first(recipe.rows)
+    started = time.process_time()
+    denoise, payload, notes = (
+        nncf(unet, trajectories)
+        if isinstance(recipe, Nncf)
+        else modelopt(recipe.config, cell.bits, unet, trajectories, report)
+    )
+    maker.seconds["calibration"] = time.process_time() - started
+    return Made(denoise, payload, maker.seconds, notes)
+
+
+class _Maker:
+    """Makes the stages of one cell, or reads what another cell has made.
+
+    Attributes:
+        seconds: CPU seconds of the stages that are done.
+        rotated, branches: what the float model is changed by, which computes the same then:
+            rotations, and the last three arguments of ``add_branches``.
+    """
+
+    def __init__(self, cell: Cell, model: ComparedModel, store: Path, report: Progress) -> None:
+        self.cell, self.model, self.store, self.report = cell, model, store, report
+        self.seconds: dict[str, float] = {}
+        self.rotated = False
+        self.branches: tuple[Checkpoint, tuple[str, ...], int] | None = None
+        self._basis = _basis(cell, model)
+
+    def make(self, recipe: Pipeline) -> Made:
+        notes: dict[str, Any] = {}
+        trajectories = self.trajectories(recipe.recorded_on)
+        self.rotated, layers = recipe.rotated, None
+        start = dataclasses.replace(
+            recipe, low_rank=None, reconstruction=None, reported_layers=False, finetuning=None
         )
-    if (reconstruction := _reconstruction(cell, recipe)) is not None:
-        with costs.stage("reconstruction"):
-            checkpoint = reconstruct(unet, checkpoint, trajectories, reconstruction, report)
-    if (finetuning := _finetuning(cell, recipe, model)) is not None:
-        if recipe.sensitivity is not None:
-            with costs.stage("sensitivity"):
-                measured = measure_sensitivity(
-                    unet, checkpoint, trajectories, **recipe.sensitivity, progress=report
-                )
-                notes["sensitive_layers"] = select_sensitive(measured.to_json())
-                notes["error_shares"] = paper_shares(error_shares(measured.to_json()), model.family)
-            finetuning = dataclasses.replace(finetuning, sensitive_layers=notes["sensitive_layers"])
-        with costs.stage("finetuning"):
-            checkpoint = finetune(
-                model.load_unet,
-                checkpoint,
+        checkpoint = self.calibrated(start, trajectories)
+        if recipe.reported_layers or recipe.low_rank is not None:
+            report = self.sensitivity(start, checkpoint, trajectories).to_json()
+            layers = select_sensitive(report)
+            shares = paper_shares(error_shares(report), self.model.family)
+            notes = {"sensitive_layers": list(layers), "error_shares": shares}
+        if recipe.low_rank is not None:
+            assert layers is not None
+            self.branches = (checkpoint, layers, recipe.low_rank)
+            start = dataclasses.replace(start, low_rank=recipe.low_rank)
+            checkpoint = self.calibrated(start, trajectories, "calibration beside the branches")
+        if recipe.reconstruction is not None:
+            checkpoint = self.reconstructed(recipe, checkpoint, trajectories)
+        if recipe.finetuning is not None:
+            checkpoint = self.finetuned(recipe, checkpoint, trajectories, layers)
+        # Branches are none of a checkpoint's architecture: its weights go into a model that has
+        # them.
+        teacher = None if self.branches is None else self.load_unet()
+        model = QuantizedModel.from_checkpoint(checkpoint, teacher).eval()
+        for layer in model.quantized_layers().values():
+            layer.freeze()
+        return Made(model, payload_of(checkpoint), self.seconds, notes)
+
+    def load_unet(self) -> nn.Module:
+        """The float model, changed."""
+        unet = self.model.load_unet()
+        if self.rotated:
+            rotate_attention(unet)
+        if self.branches is not None:
+            add_branches(unet, *self.branches)
+        return unet
+
+    def trajectories(self, schedule: Schedule) -> Trajectories:
+        recorded = _recorded(self.model, schedule)
+        model = self.model.on(schedule)
+        return self._shared(
+            "trajectories",
+            TRAJECTORIES,
+            {"trajectories": recorded},
+            lambda: record_trajectories(
+                model,
+                model.load_unet(),
+                steps=schedule.steps,
+                samples=recorded["samples"],
+                seed=self.cell.seed,
+                rows=model.forward_rows,
+                progress=self.report,
+            ),
+        )
+
+    def calibrated(
+        self, recipe: Pipeline, trajectories: Trajectories, stage: str = "calibration"
+    ) -> Checkpoint:
+        return self._shared(
+            stage,
+            CHECKPOINT,
+            {"recipe": _options(self.cell, recipe, self.model)},
+            lambda: calibrate(
+                self.model.name,
+                self.load_unet(),
                 trajectories,
-                finetuning,
-                on_step=lambda step: report(
+                _scheme(self.cell, recipe, self.model),
+                _calibration(self.cell, recipe),
+                self.report,
+            ),
+        )
+
+    def sensitivity(
+        self, recipe: Pipeline, calibrated: Checkpoint, trajectories: Trajectories
+    ) -> Sensitivity:
+        return self._shared(
+            "sensitivity",
+            SENSITIVITY_FILE,
+            {"recipe": _options(self.cell, recipe, self.model), "sensitivity": SENSITIVITY},
+            lambda: measure_sensitivity(
+                self.load_unet(), calibrated, trajectories, **SENSITIVITY, progress=self.report
+            ),
+        )
+
+    def reconstructed(
+        self, recipe: Pipeline, calibrated: Checkpoint, trajectories: Trajectories
+    ) -> Checkpoint:
+        options = _reconstruction(self.cell, recipe)
+        assert options is not None
+        without = dataclasses.replace(recipe, finetuning=None)
+        return self._shared(
+            "reconstruction",
+            CHECKPOINT,
+            {"recipe": _options(self.cell, without, self.model)},
+            lambda: reconstruct(self.load_unet(), calibrated, trajectories, options, self.report),
+        )
+
+    def finetuned(
+        self,
+        recipe: Pipeline,
+        start: Checkpoint,
+        trajectories: Trajectories,
+        reported: tuple[str, ...] | None,
+    ) -> Checkpoint:
+        options = _finetuning(self.cell, recipe, self.model)
+        assert options is not None
+        if recipe.reported_layers:
+            options = dataclasses.replace(options, sensitive_layers=reported)
+        return self._shared(
+            "finetuning",
+            CHECKPOINT,
+            {"recipe": _options(self.cell, recipe, self.model)},
+            lambda: finetune(
+                self.load_unet,
+                start,
+                trajectories,
+                options,
+                on_step=lambda step: self.report(
                     f"{step.stage} layers, loss {step.loss:.3f}", step.step, step.steps
                 ),
-            )
-    return Made(QuantizedModel.from_checkpoint(checkpoint).eval(), costs, notes)
+            ),
+        )
+
+    def _shared(
+        self, stage: str, kind: Kind[T], made_from: dict[str, Any], compute: Callable[[], T]
+    ) -> T:
+        found, seconds = shared(self.store, kind, plain({**self._basis, **made_from}), compute)
+        self.seconds[stage] = seconds
+        return found
+
+
+def payload_of(checkpoint: Checkpoint) -> int:
+    """The bytes of a quantized model's parameters: packed codes, scales and biases, the tables of
+    its activation quantizers, and all that stays in float.
+    """
+    layers = sum(
+        layer.weight_codes.size * layer.weight_bits // 8
+        + layer.weight_scale.nbytes
+        + (0 if layer.bias is None else layer.bias.nbytes)
+        for layer in checkpoint.layers.values()
+    )
+    tables = sum(
+        value.nbytes
+        for quantizer in checkpoint.quantizers.values()
+        for value in vars(quantizer).values()
+        if isinstance(value, np.ndarray)
+    )
+    return layers + tables + sum(value.nbytes for value in checkpoint.floats.values())
 
 
 def paper_shares(of_layer: dict[str, float], family: str) -> dict[str, float]:
@@ -238,45 +388,3 @@ def paper_shares(of_layer: dict[str, float], family: str) -> dict[str, float]:
         )
         shares[kind] = shares.get(kind, 0.0) + share
     return shares
-
-
-def _make_modelopt(
-    recipe: ModelOpt, cell: Cell, model: DiffusionModel, unet: nn.Module, report: Progress
-) -> Made:
-    try:
-        import modelopt.torch.quantization as mtq
-    except ImportError as e:
-        raise InputError(
-            f"{cell.name} needs nvidia-modelopt ({e}): install it with `pip install -c "
-            "constraints.txt '.[modelopt]'`"
-        ) from e
-    costs = Costs()
-    with costs.stage("trajectories"):
-        trajectories = _record(cell, model, unet, None, report).first(MODELOPT_SAMPLES)
-
-    def forward(quantized: nn.Module) -> None:
-        batches = list(trajectories.batches(MODELOPT_BATCH))
-        for i, inputs in enumerate(batches):
-            quantized(**inputs)
-            report("modelopt calibrates", i + 1, len(batches))
-
-    with costs.stage("calibration"):
-        quantized = mtq.quantize(unet, getattr(mtq, recipe.config), forward)
-    weights = [name for name, m in quantized.named_modules() if name.endswith("weight_quantizer")]
-    enabled = [name for name in weights if quantized.get_submodule(name).is_enabled]
-    return Made(
-        float_denoiser(quantized), costs, {"layers": len(weights), "quantized_layers": len(enabled)}
-    )
-
-
-def _record(
-    cell: Cell, model: DiffusionModel, unet: nn.Module, scheme: Scheme | None, report: Progress
-) -> Trajectories:
-    return record_trajectories(
-        model,
-        unet,
-        **_recorded(model, scheme),
-        seed=cell.seed,
-        scheme=scheme,
-        progress=report,
-    )

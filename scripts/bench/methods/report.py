@@ -1,5 +1,5 @@
 """The comparison in Markdown and as JSON. Every cell is shown as it was measured; one without a
-result is "not run".
+result is "not computed".
 """
 
 from __future__ import annotations
@@ -17,35 +17,44 @@ from scripts.bench.methods.cells import (
     FLOAT_BITS,
     MAIN_TABLES,
     ROWS,
+    STEPS,
     Cell,
     Table,
     cells_of,
 )
-from scripts.bench.methods.claims import critical_groups, judged
-from scripts.bench.methods.recipes import JUDGED_SAMPLING
+from scripts.bench.methods.claims import CLAIMS, FIGURES, critical_groups, judge
+from scripts.bench.methods.deploy import answer, choices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from quest_deploy.evaluation.quality import SamplingOptions
     from scripts.bench.methods.results import Result
 
     Results = Mapping[Cell, Result | None]
+    Speeds = Mapping[str, Any] | None
     Figure = Callable[[Result], float | None]
 
-NOT_RUN = "not run"
+NOT_RUN = "not computed"
 DASH = "\N{EN DASH}"
 PARTS = (slice(10, 20), slice(1, 10), slice(0, 1))
 """The buckets that a table's three columns of epsilon-MSE take the mean of: t from 500, from 50 to
 500, below 50.
 """
-LIMIT_S = 300
+LIMIT_S = 360
 """What a cell may take; the report names those that took longer."""
+MEGA = 1e-6
+_GRANULARITIES = {
+    "per_tensor": "per tensor",
+    "folded_channel": "smoothing",
+    "free_channel": "per channel",
+}
 
 
 @dataclass(frozen=True)
 class Entry:
     """A row as it is shown: its label, its cells by seed, and what is known of them (None: not
-    run).
+    computed).
     """
 
     label: str
@@ -66,31 +75,155 @@ def entries_of(table: Table, results: Results, seeds: Sequence[int]) -> Iterator
         yield Entry(label, key, cells, tuple(results.get(cell) for cell in cells))
 
 
-def markdown(model: str, command: str, results: Results, seeds: Sequence[int]) -> str:
-    """The tables, with the command that makes them."""
-    sampling = JUDGED_SAMPLING
-    cells = {
+def readme(command: str, results: Results, seeds: Sequence[int], speeds: Speeds) -> str:
+    """The page: which bits to deploy, how to read the tables, and what is not computed yet."""
+    shown = _shown(results, seeds)
+    measured = sum(result is not None for result in shown.values())
+    lines = [
+        "# Methods compared on the embedded model",
+        "",
+        f"`{command}` makes this page, [table.md](table.md) and plot.png from the figures in",
+        "`scripts/bench/results/methods/`, a JSON file for each cell: one method at one bit-width",
+        "with one seed.",
+        "",
+        "    make bench-methods                         # computes what is missing",
+        "    python -m scripts.bench.methods --list     # the cells, and which are computed",
+        "",
+        f"**{measured} of {len(shown)} cells are computed.**"
+        + ("" if measured == len(shown) else " [The others](#not-computed-yet) say nothing yet."),
+        "",
+        "## Which bits should one deploy?",
+        "",
+        *_deployment_table(results, seeds, speeds),
+        "",
+        *(f"- {line}" for line in answer(results, seeds, speeds)),
+        "",
+        "Speeds are over FP32 in the same run of `quest-deploy benchmark`, on "
+        + (
+            f"{_machine(speeds['environment'])}."
+            if speeds
+            else "no machine yet (`python -m scripts.bench.methods.speed`)."
+        ),
+        "On CPUs four-bit codes are computed in INT8: W4A4 saves no time there beside W4A8.",
+        "",
+        "![Fréchet distances and prediction errors of all methods](plot.png)",
+        "",
+        "## What is measured",
+        "",
+        "- Of the images: how often the prompt is the nearest of all 1,633 in the judge's eyes, or",
+        "  among the five nearest; the Fréchet distance to the real pictures, in the judge's",
+        "  features; and the likeness to FP32's images of the same noise: feature distance, PSNR,",
+        "  SSIM.",
+        "- Of the predictions: the squared error beside FP32's, on FP32's own trajectories, in 20",
+        "  equally wide timestep buckets whatever the method's are.",
+        "- The payload: packed codes, scales, biases, the tables of the activation quantizers, and",
+        "  what stays in float.",
+        "- CPU seconds of making the model on one thread; what cells share is counted for each.",
+        "",
+        "None of it enters calibration, finetuning or the choice of a seed. Every row is data-free",
+        "and starts from as many recorded samples as every other, NNCF from a sixteenth of them;",
+        f"what is finetuned takes {STEPS} steps, the embedded model's own number.",
+        "",
+        "modelopt's integer configurations are W8A8; at other bits, all its layers but the first",
+        "and the last have those. Its FP4 formats need a GPU; NNCF's activations have 8 bits.",
+        "",
+        "## How sure it is",
+        "",
+        "- Three seeds draw the calibration data and the batches; all three values are shown.",
+        '- "FP32, other noise" is FP32 itself on other noise: what differs by less is chance.',
+        "- A smaller ε-MSE is not always a smaller Fréchet distance.",
+        "",
+        "## Not computed yet",
+        "",
+        *_not_computed(shown),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(results: Results, seeds: Sequence[int]) -> Results:
+    return {
         cell: result
         for cell, result in results.items()
         if cell.seed in seeds or cell.bits == FLOAT_BITS
     }
+
+
+def _not_computed(results: Results) -> list[str]:
+    absent: dict[str, list[int]] = {}
+    for cell, result in results.items():
+        if result is None:
+            absent.setdefault(f"{cell.bits}-{cell.row}", []).append(cell.seed)
+    if not absent:
+        return ["Nothing: all cells are computed."]
+    return [f"- `{row}`: seed {', '.join(map(str, seeds))}" for row, seeds in absent.items()]
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    threads = environment["threads"]
+    return f"{environment['processor']}, {threads} thread{'s' * (threads != 1)}"
+
+
+def _deployment_table(results: Results, seeds: Sequence[int], speeds: Speeds) -> list[str]:
+    found = choices(results, seeds, speeds)
+    runs = list(found[0].speedups) if found else []
+    header = ["QuEST", "top 1, %", "top 5, %", "Fréchet distance", "PSNR, dB", "payload, MB"]
+    header += [f"{backend}, batch {batch}" for backend, batch in runs]
+    engines = list(found[0].engine_bytes) if found else []
+    header += [f"{backend} engine, MB (FP32)" for backend in engines]
+    float_cells = [results.get(cell) for cell in cells_of("fp32", FLOAT_BITS, seeds)]
+    rows = [
+        [
+            "FP32",
+            f"{100 * r.judgement.top1:.1f}",
+            f"{100 * r.judgement.top5:.1f}",
+            f"{r.judgement.frechet_distance:.2f}",
+            DASH,
+            f"{MEGA * r.payload_bytes:.2f}",
+            *["1.00x"] * len(runs),
+            *[DASH] * len(engines),
+        ]
+        for r in float_cells
+        if r is not None
+    ]
+    for choice in found:
+        row = [
+            choice.bits.upper(),
+            f"{100 * choice.top1:.1f}",
+            f"{100 * choice.top5:.1f}",
+            f"{choice.frechet_distance:.2f}",
+            f"{choice.psnr:.1f}",
+            f"{MEGA * choice.payload_bytes:.2f}",
+        ]
+        row += [f"{ratio:.2f}x" for ratio in choice.speedups.values()]
+        sizes = choice.engine_bytes.values()
+        rows.append(row + [f"{MEGA * own:.2f} ({MEGA * fp32:.2f})" for own, fp32 in sizes])
+    return _markdown_table(header, rows) if rows else ["No bit-width is computed yet."]
+
+
+def markdown(
+    model: str,
+    sampling: SamplingOptions,
+    command: str,
+    results: Results,
+    seeds: Sequence[int],
+) -> str:
+    """The tables, with the command that makes them."""
+    cells = _shown(results, seeds)
     missing = sum(result is None for result in cells.values())
     images = (
-        f"{sampling.images} images, {sampling.steps}-step {sampling.scheduler.upper()}, "
-        f"guidance {sampling.guidance:g}"
+        f"{sampling.images} images, {sampling.steps}-step {sampling.scheduler.upper()} but where a "
+        f"title says other steps, guidance {sampling.guidance:g}"
     )
     intro = (
         f"Model: {model}. Each figure is the mean over the seeds {', '.join(map(str, seeds))}, in "
         "brackets each seed's own value.",
         "A seed draws the calibration trajectories, the values kept for the range search and the "
         "finetuning batches;",
-        f"the noise and the labels of the judged images are the same in all cells ({images}).",
+        f"the noise and the prompts of the judged images are the same in all cells ({images}).",
         f"ε-MSE is against FP32's predictions on {HELD_OUT_SAMPLES} of its own trajectories that "
         "no cell was calibrated on.",
-        "Seconds are those of making the model (recording trajectories, calibration, training) "
-        "without judging it.",
-        "Peak memory is the process's in calibration and training, Python and its packages "
-        "included.",
+        "Seconds are CPU seconds of making the model (recording trajectories, calibration, "
+        "training) without judging it.",
         _budget_of_reconstruction(),
         "Scales: what one activation scale covers, and the number of timestep buckets. The first "
         "and the last layer have 8 bits.",
@@ -103,8 +236,8 @@ def markdown(model: str, command: str, results: Results, seeds: Sequence[int]) -
         "",
         *intro,
         "",
-        f"{len(cells) - missing} of {len(cells)} cells are measured"
-        + (f"; {missing} are {NOT_RUN}." if missing else "."),
+        f"{len(cells) - missing} of {len(cells)} cells are computed"
+        + (f"; {missing} are not." if missing else "."),
         *_environments(cells),
         *_slow(cells),
     ]
@@ -114,7 +247,7 @@ def markdown(model: str, command: str, results: Results, seeds: Sequence[int]) -
     for ablation in ABLATIONS:
         lines += [
             "",
-            f"## {ablation.bits.upper()} ablation: {ablation.title}",
+            f"## {ablation.bits.upper()}: {ablation.title}",
             "",
             *_table("QuEST with", ablation, results, seeds),
         ]
@@ -177,14 +310,17 @@ def _table(first: str, table: Table, results: Results, seeds: Sequence[int]) -> 
         first,
         "scales",
         "q, k, v / softmax",
+        "top 1, %",
+        "top 5, %",
         "Fréchet distance",
-        "accuracy, %",
-        "pixel MSE",
+        "feature distance",
+        "PSNR, dB",
+        "SSIM",
         "ε-MSE, t ≥ 500",
         "50 ≤ t < 500",
         "t < 50",
-        "seconds",
-        "peak memory",
+        "payload, MB",
+        "CPU s",
     ]
     rows = [
         [entry.label, *_figures(entry, len(header) - 1)]
@@ -198,35 +334,38 @@ def _figures(entry: Entry, columns: int) -> list[str]:
         return [f"{DASH} ({ROWS[entry.key].elsewhere})", *[DASH] * (columns - 1)]
     if not entry.measured:
         return [NOT_RUN, *[DASH] * (columns - 1)]
+    every, found = entry.results, entry.measured
     return [
-        *_settings(entry.measured[0]),
-        _values(entry.results, lambda r: r.quality.frechet_distance, "{:.2f}"),
-        _values(entry.results, lambda r: r.quality.accuracy, "{:.1f}", 100),
-        _values(entry.results, lambda r: r.quality.pixel_mse, "{:.4f}"),
-        *(_mean(entry.measured, partial(_epsilon, buckets=part), "{:.4f}") for part in PARTS),
-        _mean(entry.measured, lambda r: r.total_seconds, "{:.0f}"),
-        _mean(entry.measured, lambda r: r.highest_memory, "{:.0f} MB", 1e-6),
+        *_settings(found[0]),
+        _mean(found, lambda r: r.judgement.top1, "{:.1f}", 100),
+        _values(every, lambda r: r.judgement.top5, "{:.1f}", 100),
+        _values(every, lambda r: r.judgement.frechet_distance, "{:.2f}"),
+        _values(every, lambda r: r.judgement.feature_distance, "{:.4f}"),
+        _mean(found, lambda r: r.quality.psnr, "{:.1f}"),
+        _mean(found, lambda r: r.quality.ssim, "{:.3f}"),
+        *(_mean(found, partial(_epsilon, buckets=part), "{:.4f}") for part in PARTS),
+        _mean(found, lambda r: r.payload_bytes, "{:.2f}", MEGA),
+        _mean(found, lambda r: r.total_seconds, "{:.0f}"),
     ]
 
 
 def _settings(result: Result) -> list[str]:
     """Return what one activation scale covers and the buckets; bits of q, k, v and of softmax."""
-    recipe = result.definition["recipe"]
+    recipe, notes = result.definition["recipe"], result.notes
     if recipe["method"] == "float":
         return [DASH, "float"]
     if recipe["method"] == "modelopt":
-        counts = [str(result.notes.get(name, "?")) for name in ("quantized_layers", "layers")]
-        return [f"its own, 1 ({' of '.join(counts)} layers)", "float"]
+        return [
+            f"its own, 1 ({notes['quantized_layers']} of {notes['layers']} layers)",
+            "float",
+        ]
+    if recipe["method"] == "nncf":
+        return [f"its own, 1 ({notes['quantized_tensors']} tensors)", "its own"]
     scheme = recipe["scheme"]
-    bits = [scheme.get("attention_bits"), scheme.get("softmax_bits")]
-    attention = (
-        "float"
-        if bits == [None, None]
-        else " / ".join("float" if b is None else str(b) for b in bits)
-    )
+    bits = [scheme["attention_bits"], scheme["softmax_bits"]]
     return [
-        f"{scheme['granularity'].replace('_', ' ')}, {len(scheme['bucket_edges']) + 1}",
-        attention,
+        f"{_GRANULARITIES[scheme['granularity']]}, {len(scheme['bucket_edges']) + 1}",
+        "float" if bits == [None, None] else " / ".join(map(str, bits)),
     ]
 
 
@@ -255,9 +394,26 @@ def _epsilon(result: Result, buckets: slice) -> float | None:
 
 def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
     """Return what the papers say, and what the cells say to it."""
-    header = ["claim", "Fréchet distance", "against", "on this model"]
+    header = [
+        "claim",
+        "Fréchet distance",
+        "against",
+        "so judged",
+        "feature distance",
+        "against",
+        "so judged",
+    ]
+    rows = []
+    for claim in CLAIMS:
+        row = [claim.text]
+        for figure, style in FIGURES.items():
+            verdict = judge(claim, figure, results, seeds)
+            sides = (verdict.better, verdict.worse)
+            row += [NOT_RUN if side is None else style.format(side) for side in sides]
+            row.append(verdict.word)
+        rows.append(row)
     return [
-        *_markdown_table(header, [list(row) for row in judged(results, seeds)]),
+        *_markdown_table(header, rows),
         "",
         'Means over the seeds. "Holds": in every pair of seeds; "on average only": the means are '
         "so ordered, but not every pair.",
@@ -289,8 +445,7 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
 def _environments(results: Results) -> list[str]:
     """The machines and packages that the results come from, each once."""
     seen = dict.fromkeys(
-        f"{e['processor']}, {e['threads']} thread{'s' * (e['threads'] != 1)}, Python "
-        f"{e['python']}, torch {e['torch']}"
+        f"{_machine(e)}, Python {e['python']}, torch {e['torch']}"
         for e in (result.environment for result in results.values() if result is not None)
     )
     return [f"Measured on: {'; '.join(seen)}."] if seen else []
@@ -300,10 +455,10 @@ def _slow(results: Results) -> list[str]:
     slow = [
         cell.name
         for cell, result in results.items()
-        if result is not None and result.wall_seconds > LIMIT_S
+        if result is not None and result.process_seconds > LIMIT_S
     ]
     return (
-        [f"Cells that took more than {LIMIT_S // 60} minutes, judging included: {', '.join(slow)}."]
+        [f"Cells that took more than {LIMIT_S // 60} CPU minutes: {', '.join(slow)}."]
         if slow
         else []
     )

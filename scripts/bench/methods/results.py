@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.errors import InputError
+from quest_deploy.evaluation.quality import Quality
+from quest_deploy.evaluation.retrieval import Judgement
 from quest_deploy.files import read_json, sha256_of_json, write_json
-from scripts.bench.methods.digits.quality import DigitQuality
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from scripts.bench.methods.cells import Cell
 
 FORMAT = "quest-deploy comparison cell"
-VERSION = 1
+VERSION = 2
 _REPAIR = "delete it and run `python -m scripts.bench.methods` again"
 
 
@@ -26,38 +27,28 @@ class Result:
     Attributes:
         definition: what its figures depend on (see :func:`recipes.definition_of`).
         quality: its epsilon-MSE is over 20 equally wide buckets, whatever the cell's own scheme.
-        seconds: of each stage of making the model.
-        peak_memory_bytes: of the process in each of these stages, the interpreter and its packages
-            included.
-        wall_seconds: of making and judging it.
+        judgement: what the model's judge says.
+        payload_bytes: of the parameters, see :class:`recipes.Made`.
+        cpu_seconds: of each stage of making the model, also where another cell did it.
+        wall_seconds, process_seconds: of this cell, judging included: on the clock, and the CPU's.
         notes: what else the method reports.
         environment: threads, processor and package versions.
     """
 
     definition: dict[str, Any]
-    quality: DigitQuality
-    seconds: dict[str, float]
-    peak_memory_bytes: dict[str, int]
+    quality: Quality
+    judgement: Judgement
+    payload_bytes: int
+    cpu_seconds: dict[str, float]
     wall_seconds: float
+    process_seconds: float
     notes: dict[str, Any]
     environment: dict[str, Any]
 
     @property
     def total_seconds(self) -> float:
-        """Of making the model."""
-        return sum(self.seconds.values())
-
-    @property
-    def highest_memory(self) -> int | None:
-        """The highest peak of calibration and training, in bytes; None where there was none.
-
-        Recording trajectories is left out: its peak depends on nothing but how many are recorded
-        side by side.
-        """
-        return max(
-            (peak for stage, peak in self.peak_memory_bytes.items() if stage != "trajectories"),
-            default=None,
-        )
+        """CPU seconds of making the model."""
+        return sum(self.cpu_seconds.values())
 
     @classmethod
     def from_json(cls, definition: dict[str, Any], measured: dict[str, Any]) -> Result:
@@ -65,19 +56,22 @@ class Result:
         TypeError for anything else.
         """
         rest = {key: value for key, value in measured.items() if key != "quality"}
-        return cls(definition, DigitQuality(**measured["quality"]), **rest)
+        flat = dict(measured["quality"])
+        judgement = Judgement(**{each.name: flat.pop(each.name) for each in fields(Judgement)})
+        return cls(definition, Quality(**flat, judgement=judgement), judgement, **rest)
 
     def to_json(self) -> dict[str, Any]:
         """The inverse of :meth:`from_json`, the definition and its digest included."""
+        rest = {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if each.name not in ("definition", "quality", "judgement")
+        }
         return {
             "definition_sha256": sha256_of_json(self.definition),
             "definition": self.definition,
             "quality": self.quality.to_json(),
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "wall_seconds": self.wall_seconds,
-            "notes": self.notes,
-            "environment": self.environment,
+            **rest,
         }
 
 

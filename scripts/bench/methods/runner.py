@@ -46,15 +46,16 @@ class CellError(Exception):
         self.exit_code = exit_code
 
 
-def worker_command(cell: Cell, scratch: Path, threads: int) -> list[str]:
+def worker_command(cell: Cell, store: Path, threads: int) -> list[str]:
     """The command that measures ``cell``; see ``scripts.bench.methods.worker``."""
-    arguments = (cell.row, cell.bits, str(cell.seed), str(scratch), str(threads))
+    arguments = (cell.row, cell.bits, str(cell.seed), str(store), str(threads))
     return [sys.executable, "-m", "scripts.bench.methods.worker", *arguments]
 
 
 def compute(
     definitions: Mapping[Cell, dict[str, Any]],
     folder: Path,
+    store: Path,
     watcher: Watcher,
     *,
     jobs: int = 1,
@@ -65,6 +66,7 @@ def compute(
 
     Args:
         definitions: what each cell is measured under; saved with its result.
+        store: where cells share what they make.
         jobs: processes side by side.
         threads: of each process.
 
@@ -81,7 +83,7 @@ def compute(
                 watcher.started(cell)
                 try:
                     measured = await _measure(
-                        worker_command(cell, scratch, threads),
+                        worker_command(cell, store, threads),
                         scratch,
                         cell,
                         threads,

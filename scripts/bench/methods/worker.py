@@ -1,7 +1,6 @@
-"""One cell in a process of its own, so that its time and its peak memory are its own, and a crash
-loses nothing else.
+"""One cell in a process of its own, so that its time is its own, and a crash loses nothing else.
 
-    python -m scripts.bench.methods.worker ROW BITS SEED SCRATCH THREADS
+    python -m scripts.bench.methods.worker ROW BITS SEED STORE THREADS
 
 writes JSON values to standard output, one a line: {"phase", "done", "total"} while it works, and at
 the end the cell's result (see :func:`measure`) or {"error", "exit_code"}.
@@ -9,6 +8,7 @@ the end the cell's result (see :func:`measure`) or {"error", "exit_code"}.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -16,7 +16,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from quest_deploy.artifacts.workspace import versions
@@ -28,65 +27,72 @@ from quest_deploy.evaluation.quality import (
     HELD_OUT_SEED,
     draw,
     epsilon_mse,
+    evaluate_images,
 )
+from quest_deploy.evaluation.retrieval import Judge
 from quest_deploy.evaluation.sampling import float_denoiser
-from quest_deploy.files import atomic_file
 from quest_deploy.progress import named
-from scripts.bench.methods.cells import Cell
-from scripts.bench.methods.digits.model import DigitsModel
-from scripts.bench.methods.digits.quality import judge
-from scripts.bench.methods.recipes import JUDGED_SAMPLING, JUDGED_SCHEME, make
+from scripts.bench.methods.cells import ROWS, Cell, Float
+from scripts.bench.methods.model import ComparedModel
+from scripts.bench.methods.recipes import JUDGED_SCHEME, definition_of, make, plain
+from scripts.bench.methods.shared import IMAGES, TRAJECTORIES, shared
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from quest_deploy.models.registry import DiffusionModel
     from quest_deploy.progress import Progress
 
 
-def measure(model: DiffusionModel, cell: Cell, scratch: Path, report: Progress) -> dict[str, Any]:
+def measure(model: ComparedModel, cell: Cell, store: Path, report: Progress) -> dict[str, Any]:
     """Make and judge ``cell``.
 
     Args:
-        scratch: a folder in which cells of one run share the float model's images.
+        store: a folder in which cells share what they make.
 
     Returns:
-        A JSON value: "quality" (as :class:`scripts.bench.methods.digits.quality.DigitQuality` has
-        it),
-        "seconds" and "peak_memory_bytes" by stage of making the model, "wall_seconds" with judging,
-        "notes".
+        A JSON value, see :class:`scripts.bench.methods.results.Result`.
     """
     started = time.monotonic()
-    made = make(cell, model, model.load_unet(), report)
-    held_out = record_trajectories(
-        model,
-        model.load_unet(),
-        steps=model.calibration_steps,
-        samples=HELD_OUT_SAMPLES,
-        seed=HELD_OUT_SEED,
+    row = ROWS[cell.row]
+    made = make(cell, model, store, report)
+    model = model.on(row.judged_on)
+    sampling = model.sampling
+    judged = definition_of(cell, model)
+    reference = {key: judged[key] for key in ("revision", "parts", "judged")}
+    held_out, _ = shared(
+        store,
+        TRAJECTORIES,
+        reference,
+        lambda: record_trajectories(
+            model,
+            model.load_unet(),
+            steps=sampling.steps,
+            samples=HELD_OUT_SAMPLES,
+            seed=HELD_OUT_SEED,
+            rows=model.forward_rows,
+        ),
     )
-    fp32_images = _float_images(model, scratch, report)
-    images, labels = draw(model, made.denoise, JUDGED_SAMPLING, named(report, "drawing"))
-    errors = epsilon_mse(made.denoise, held_out, JUDGED_SCHEME)
-    quality = judge(images, labels, fp32_images, errors)
-    return {
-        "quality": quality.to_json(),
-        "seconds": made.costs.seconds,
-        "peak_memory_bytes": made.costs.peak_memory,
-        "wall_seconds": time.monotonic() - started,
-        "notes": made.notes,
-    }
-
-
-def _float_images(model: DiffusionModel, scratch: Path, report: Progress) -> NDArray[np.float32]:
-    path = scratch / "float-images.npy"
-    if not path.exists():
-        denoise = float_denoiser(model.load_unet())
-        images, _ = draw(model, denoise, JUDGED_SAMPLING, named(report, "FP32 draws"))
-        with atomic_file(path) as temporary, temporary.open("wb") as stream:
-            np.save(stream, images)
-    loaded: NDArray[np.float32] = np.load(path, allow_pickle=False)
-    return loaded
+    fp32 = float_denoiser(model.load_unet())
+    fp32_images, _ = shared(
+        store,
+        IMAGES,
+        reference,
+        lambda: draw(model, fp32, sampling, named(report, "FP32 draws"))[0],
+    )
+    if isinstance(row.recipe, Float) and row.recipe.other_noise:
+        sampling = dataclasses.replace(sampling, seed=sampling.seed + 1 + cell.seed)
+    images, labels = draw(model, made.denoise, sampling, named(report, "drawing"))
+    errors = epsilon_mse(made.denoise, held_out, JUDGED_SCHEME, model.forward_rows)
+    assert model.judge_folder is not None
+    quality = evaluate_images(images, labels, fp32_images, errors, Judge(model.judge_folder))
+    return plain(
+        {
+            "quality": quality.to_json(),
+            "payload_bytes": made.payload_bytes,
+            "cpu_seconds": made.seconds,
+            "wall_seconds": time.monotonic() - started,
+            "process_seconds": time.process_time(),
+            "notes": made.notes,
+        }
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -96,15 +102,15 @@ def main(arguments: list[str]) -> None:
     def send(value: dict[str, Any]) -> None:
         print(json.dumps(value), file=protocol, flush=True)
 
-    row, bits, seed, scratch, threads = arguments
+    row, bits, seed, store, threads = arguments
     # What packages print (modelopt does) is no part of the protocol.
     with redirect_stdout(sys.stderr):
         try:
             torch.set_num_threads(int(threads))
             result = measure(
-                DigitsModel(),
+                ComparedModel.load(),
                 Cell(row, bits, int(seed)),
-                Path(scratch),
+                Path(store),
                 lambda phase, done, total, detail="": send(
                     {"phase": phase, "done": done, "total": total}
                 ),

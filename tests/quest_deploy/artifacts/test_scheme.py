@@ -15,6 +15,7 @@ from quest_deploy.artifacts.scheme import (
     Granularity,
     Scheme,
     activation_levels,
+    quantile_edges,
     weight_range,
 )
 from tests.helpers import refused
@@ -72,6 +73,31 @@ def test_a_timestep_on_an_edge_opens_the_next_bucket_and_just_below_it_does_not(
     for i, edge in enumerate(scheme.bucket_edges):
         assert scheme.bucket_of(edge) == i + 1
         assert scheme.bucket_of(math.nextafter(edge, 0)) == i
+
+
+@given(
+    timesteps=st.lists(st.integers(0, 999), min_size=1, max_size=60, unique=True), data=st.data()
+)
+def test_quantile_buckets_hold_equally_many_timesteps_up_to_one(
+    timesteps: list[int], data: st.DataObject
+) -> None:
+    buckets = data.draw(st.integers(1, len(timesteps)))
+    scheme = Scheme.parse("w4a4", edges=quantile_edges(timesteps, buckets))
+    counts = np.bincount([scheme.bucket_of(t) for t in timesteps])
+    assert len(counts) == buckets
+    assert counts.max() - counts.min() <= 1
+
+
+def test_a_scheme_of_given_edges_has_the_float32_values_next_to_them() -> None:
+    scheme = Scheme.parse("w4a8", edges=(0.1, 300.0, 999.9))
+    assert scheme.bucket_edges == tuple(float(np.float32(edge)) for edge in (0.1, 300.0, 999.9))
+    assert (scheme.buckets, scheme.name) == (4, "w4a8")
+
+
+@pytest.mark.parametrize("buckets", [0, 4])
+def test_more_quantile_buckets_than_timesteps_are_refused(buckets: int) -> None:
+    with refused(buckets, 3):
+        quantile_edges([1.0, 5.0, 5.0, 9.0], buckets)
 
 
 def test_timesteps_beyond_training_fall_into_the_outer_buckets() -> None:

@@ -6,64 +6,62 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from scripts.bench.methods.cells import Cell, all_cells
-from scripts.bench.methods.digits.model import DigitsModel
+from scripts.bench.methods.model import ComparedModel
 from scripts.bench.methods.recipes import definition_of
 from scripts.bench.methods.results import Result
-from tests.quest_deploy.conftest import mini_trajectories, mini_unet
-from tests.quest_deploy.support import MINI_EMOJI_UNET
+from tests.quest_deploy.conftest import emoji, mini_emoji, mini_trajectories, mini_unet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import nn
-
     MakeResult = Callable[..., Result]
 
-__all__ = ["mini_trajectories", "mini_unet"]  # fixtures
+__all__ = ["emoji", "mini_emoji", "mini_trajectories", "mini_unet"]  # fixtures
 
 
 @pytest.fixture(scope="session")
-def digits() -> DigitsModel:
-    """The model that the comparison is about."""
-    return DigitsModel()
+def compared() -> ComparedModel:
+    """The model that the comparison is about; not to be changed."""
+    return ComparedModel.load()
 
 
 @pytest.fixture
-def mini_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its UNet is one of 27 layers with random weights during the test."""
-    import torch
-    from diffusers import UNet2DConditionModel
+def few(compared: ComparedModel, monkeypatch: pytest.MonkeyPatch) -> ComparedModel:
+    """The model with few samples, steps of finetuning and images."""
+    from scripts.bench.methods import worker
 
-    channels = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 32}
-
-    def load_unet(model: DigitsModel) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            unet: nn.Module = UNet2DConditionModel(**{**MINI_EMOJI_UNET, **channels})
-        return unet.eval()
-
-    monkeypatch.setattr(DigitsModel, "load_unet", load_unet)
+    monkeypatch.setattr(worker, "HELD_OUT_SAMPLES", 2)
+    model = compared.on(compared.schedule)
+    model.calibration_samples, model.evaluation_images = 2, 6
+    steps = {"temporal_steps": 1, "sensitive_steps": 2, "batch": 4}
+    model.finetuning = {**model.finetuning, **steps}
+    return model
 
 
 @pytest.fixture(scope="session")
-def definitions(digits: DigitsModel) -> dict[Cell, dict[str, Any]]:
+def definitions(compared: ComparedModel) -> dict[Cell, dict[str, Any]]:
     """What every cell is measured under."""
-    return {cell: definition_of(cell, digits) for cell in all_cells()}
+    return {cell: definition_of(cell, compared) for cell in all_cells()}
 
 
 def measurement(distance: float = 1.0, **changed: Any) -> dict[str, Any]:
     """What a worker sends at the end; ``distance`` is the Fréchet distance."""
     quality = {
-        "frechet_distance": distance,
-        "accuracy": 0.9,
-        "pixel_mse": 0.01,
+        "psnr": 20.0,
+        "ssim": 0.75,
+        "pixel_mse": 0.04,
         "epsilon_mse": [0.5, *[0.03] * 9, *[0.001] * 10],
+        "frechet_distance": distance,
+        "top1": 0.5,
+        "top5": 0.9,
+        "feature_distance": distance / 10,
     }
     measured = {
         "quality": quality,
-        "seconds": {"trajectories": 10.0, "calibration": 5.0},
-        "peak_memory_bytes": {"trajectories": 900_000_000, "calibration": 700_000_000},
+        "payload_bytes": 2_000_000,
+        "cpu_seconds": {"trajectories": 10.0, "calibration": 5.0},
         "wall_seconds": 40.0,
+        "process_seconds": 30.0,
         "notes": {},
         "environment": {"threads": 1, "processor": "a CPU", "python": "3.11.7", "torch": "2.13.0"},
     }

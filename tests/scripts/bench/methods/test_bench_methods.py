@@ -24,13 +24,18 @@ class Compare(Protocol):
     def __call__(self, *arguments: str) -> Outcome: ...
 
 
+PAGES = ("README.md", "table.md", "plot.png")
 STUB = f"import json; print(json.dumps({measurement()!r}))"
 FEW = """
 import sys
-from quest_deploy.evaluation.quality import SamplingOptions
-from scripts.bench.methods import recipes, worker
-recipes.SAMPLES = 8
-worker.JUDGED_SAMPLING = SamplingOptions(images=10, steps=4)
+from scripts.bench.methods import worker
+from scripts.bench.methods.model import ComparedModel
+ComparedModel.load_as_is = ComparedModel.load
+def load():
+    model = ComparedModel.load_as_is()
+    model.calibration_samples, model.evaluation_images = 4, 6
+    return model
+ComparedModel.load, worker.HELD_OUT_SAMPLES = load, 2
 worker.main(sys.argv[1:])
 """
 
@@ -38,7 +43,10 @@ worker.main(sys.argv[1:])
 @pytest.fixture
 def compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Compare:
     def run(*arguments: str) -> Outcome:
-        folders = ["--cells", str(tmp_path / "cells"), "--docs", str(tmp_path)]
+        folders = [
+            *("--cells", str(tmp_path / "cells"), "--shared", str(tmp_path / "shared")),
+            *("--docs", str(tmp_path)),
+        ]
         with pytest.raises(SystemExit) as ended:
             program.main([*folders, *arguments])
         out, err = capsys.readouterr()
@@ -53,7 +61,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the cells that were computed, by stubs."""
     names: list[str] = []
 
-    def command(cell: Cell, scratch: Path, threads: int) -> list[str]:
+    def command(cell: Cell, store: Path, threads: int) -> list[str]:
         names.append(cell.name)
         return [sys.executable, "-S", "-c", STUB]
 
@@ -79,13 +87,16 @@ def test_one_cell_for_real_from_the_command_to_the_table(
     assert ended.code == 0, ended.err
     cell = ended.json["cells"]["w8a8-ptq-minmax-seed0"]
     assert cell["environment"]["threads"] == 1
-    assert cell["wall_seconds"] > sum(cell["seconds"].values()) > 0
+    assert cell["process_seconds"] > sum(cell["cpu_seconds"].values()) > 0
     assert (
         read_json(tmp_path / "cells" / "w8a8-ptq-minmax-seed0.json")["quality"] == cell["quality"]
     )
     assert (
-        f"{cell['quality']['frechet_distance']:.2f}, not run, not run"
+        f"{cell['quality']['frechet_distance']:.2f}, not computed, not computed"
         in (tmp_path / "table.md").read_text()
+    )
+    assert (
+        f"**1 of {len(all_cells())} cells are computed.**" in (tmp_path / "README.md").read_text()
     )
     assert (tmp_path / "plot.png").exists()
 
@@ -96,7 +107,7 @@ def test_only_what_is_missing_is_computed(
     assert compare("--only", "*-ptq-minmax-seed1").code == 0
     assert computed == [f"{bits}-ptq-minmax-seed1" for bits in ("w8a8", "w4a8", "w4a4")]
     computed.clear()
-    ended = compare("--only", "w4a4-ptq-minmax-*", "--only", "fp32-*")
+    ended = compare("--only", "w4a4-ptq-minmax-*", "--only", "fp32-fp32-seed*")
     assert ended.code == 0
     assert computed == ["fp32-fp32-seed0", "w4a4-ptq-minmax-seed0", "w4a4-ptq-minmax-seed2"]
     assert "6 of" in ended.out
@@ -105,16 +116,13 @@ def test_only_what_is_missing_is_computed(
 def test_a_second_run_computes_nothing_and_writes_the_same_files(
     compare: Compare, tmp_path: Path, computed: list[str]
 ) -> None:
-    only = ("--only", "fp32-*")
+    only = ("--only", "fp32-fp32-seed*")
     assert compare(*only).code == 0
-    table, picture = (tmp_path / "table.md").read_bytes(), (tmp_path / "plot.png").read_bytes()
+    pages = {name: (tmp_path / name).read_bytes() for name in PAGES}
     computed.clear()
     ended = compare(*only)
     assert (ended.code, computed) == (0, [])
-    assert ((tmp_path / "table.md").read_bytes(), (tmp_path / "plot.png").read_bytes()) == (
-        table,
-        picture,
-    )
+    assert {name: (tmp_path / name).read_bytes() for name in PAGES} == pages
 
 
 def test_a_cell_whose_definition_changed_is_not_shown_and_computed_again(
@@ -124,13 +132,13 @@ def test_a_cell_whose_definition_changed_is_not_shown_and_computed_again(
     computed: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert compare("--only", "fp32-*").code == 0
+    assert compare("--only", "fp32-fp32-seed*").code == 0
     monkeypatch.setattr(recipes, "REVISION", 999)
-    assert "fp32-fp32-seed0: not run" in compare("--list").out
+    assert "fp32-fp32-seed0: not computed" in compare("--list").out
     computed.clear()
-    assert compare("--only", "fp32-*").code == 0
+    assert compare("--only", "fp32-fp32-seed*").code == 0
     assert computed == ["fp32-fp32-seed0"]
-    assert "fp32-fp32-seed0: measured" in compare("--list").out
+    assert "fp32-fp32-seed0: computed" in compare("--list").out
 
 
 def test_list_names_every_cell_and_writes_nothing(
@@ -139,6 +147,17 @@ def test_list_names_every_cell_and_writes_nothing(
     ended = compare("--list", "--json")
     assert ended.json == {"cells": {cell.name: False for cell in all_cells()}}
     assert (computed, snapshot(tmp_path)) == ([], {})
+
+
+def test_the_pages_are_written_without_computing_a_cell(
+    compare: Compare, tmp_path: Path, computed: list[str]
+) -> None:
+    ended = compare("--pages")
+    assert (ended.code, computed) == (0, [])
+    assert {path.name for path in tmp_path.iterdir()} == set(PAGES)
+    assert (
+        f"**0 of {len(all_cells())} cells are computed.**" in (tmp_path / "README.md").read_text()
+    )
 
 
 def test_other_seeds_are_other_cells_and_stand_in_the_command(
@@ -157,18 +176,17 @@ def test_what_failed_is_reported_after_the_table_was_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     failing = (
-        "import json; print(json.dumps({'error': 'w8a8-modelopt-seed0 needs "
-        "nvidia-modelopt', 'exit_code': 2}))"
+        "import json; print(json.dumps({'error': 'w8a8-nncf-seed0 needs nncf', 'exit_code': 2}))"
     )
 
-    def command(cell: Cell, scratch: Path, threads: int) -> list[str]:
-        return [sys.executable, "-S", "-c", failing if cell.row == "modelopt" else STUB]
+    def command(cell: Cell, store: Path, threads: int) -> list[str]:
+        return [sys.executable, "-S", "-c", failing if cell.row == "nncf" else STUB]
 
     monkeypatch.setattr(runner, "worker_command", command)
-    ended = compare("--only", "w8a8-*modelopt*-seed0")
-    ended.assert_refused("1 of 2", "w8a8-modelopt-seed0 needs nvidia-modelopt")
-    assert (tmp_path / "cells" / "w8a8-modelopt-smoothquant-seed0.json").exists()
-    assert "1.00 (1.00, not run, not run)" in (tmp_path / "table.md").read_text()
+    ended = compare("--only", "w8a8-nncf-seed0", "--only", "w8a8-ptq-seed0")
+    ended.assert_refused("1 of 2", "w8a8-nncf-seed0 needs nncf")
+    assert (tmp_path / "cells" / "w8a8-ptq-seed0.json").exists()
+    assert "1.00 (1.00, not computed, not computed)" in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.parametrize(

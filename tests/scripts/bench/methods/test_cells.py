@@ -15,13 +15,14 @@ from scripts.bench.methods.cells import (
     SEEDS,
     STEPS,
     Cell,
+    Float,
     Pipeline,
     all_cells,
     cells_of,
 )
 
 if TYPE_CHECKING:
-    from scripts.bench.methods.digits.model import DigitsModel
+    from scripts.bench.methods.model import ComparedModel
 
 TABLES = (*MAIN_TABLES, *ABLATIONS)
 
@@ -49,10 +50,11 @@ def test_all_rows_come_before_a_second_seed() -> None:
     assert seeds == sorted(seeds)
 
 
-def test_only_the_float_model_has_one_seed() -> None:
+def test_only_the_float_model_of_one_noise_has_one_seed() -> None:
     for key, row in ROWS.items():
+        one = isinstance(row.recipe, Float) and not row.recipe.other_noise
         for bits in row.bits:
-            assert len(cells_of(key, bits, SEEDS)) == (1 if key == "fp32" else 3)
+            assert len(cells_of(key, bits, SEEDS)) == (1 if one else 3)
 
 
 def test_no_two_cells_have_one_definition(definitions: dict[Cell, dict[str, Any]]) -> None:
@@ -67,14 +69,14 @@ def test_a_definition_is_what_its_file_reads_back(definitions: dict[Cell, dict[s
 
 
 def test_a_definition_changes_with_a_default_it_does_not_name(
-    digits: DigitsModel, monkeypatch: pytest.MonkeyPatch
+    compared: ComparedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell = Cell("quest", "w4a4", 0)
-    before = recipes.definition_of(cell, digits)
+    before = recipes.definition_of(cell, compared)
     monkeypatch.setattr(
-        recipes, "FinetuneOptions", lambda **given: FinetuneOptions(**{"weight_rate": 0.5, **given})
+        recipes, "FinetuneOptions", lambda **given: FinetuneOptions(**{"output_loss": 0.5, **given})
     )
-    assert recipes.definition_of(cell, digits) != before
+    assert recipes.definition_of(cell, compared) != before
 
 
 def test_every_finetuned_row_takes_the_same_number_of_steps(
@@ -101,45 +103,78 @@ def test_a_row_differs_from_the_baseline_in_what_its_table_is_about(
             f"{stage}.{name}": value
             for stage in ("scheme", "calibration", "finetuning")
             for name, value in recipe[stage].items()
-        } | {stage: recipe[stage] is not None for stage in ("reconstruction", "sensitivity")}
+        } | {
+            name: recipe[name]
+            for name in (
+                "trajectories",
+                "rotated",
+                "low_rank",
+                "reconstruction",
+                "sensitivity",
+                "reported_layers",
+            )
+        }
 
     baseline = options("quest")
 
     def differences(row: str) -> set[str]:
         return {name for name, value in options(row).items() if value != baseline[name]}
 
-    assert differences("quest-k5") == {"scheme.bucket_edges"}
+    assert differences("quest-k4") == {"scheme.bucket_edges"}
     assert differences("quest-stage1") == {"finetuning.stages", "finetuning.temporal_steps"}
-    assert differences("quest-stage2") == {"finetuning.stages", "finetuning.sensitive_steps"}
-    assert differences("quest-reversed") == {"finetuning.stages"}
-    assert differences("quest-frozen") == {"finetuning.carry_temporal"}
     assert (
         differences("quest-per-tensor")
         == differences("quest-free-channel")
         == {"scheme.granularity"}
     )
     assert differences("quest-all-layers") == {"finetuning.sensitive_layers"}
-    assert differences("quest-auto-layers") == {"sensitivity"}
+    assert differences("quest-auto-layers") == {"reported_layers", "sensitivity"}
     assert differences("quest-attention4") == {"scheme.attention_bits", "scheme.softmax_bits"}
-    assert differences("quest-split-shortcuts") == {"scheme.split_shortcuts"}
-    assert differences("quest-from-qdiff") == {
-        "scheme.split_shortcuts",
-        "calibration.method",
-        "reconstruction",
-    }
+    assert differences("quest-rotated") == {"rotated"}
+    assert differences("quest-attention4-rotated") == differences("quest-attention4") | {"rotated"}
+    assert differences("quest-low-rank") == {"low_rank", "sensitivity"}
+    assert differences("quest-8-steps") == differences("quest-4-steps") == set()
+    few = differences("equal4-8-steps")
+    assert few == differences("quantiles4-8-steps") == {"scheme.bucket_edges", "trajectories"}
+
+
+def test_quantiles_of_few_uneven_steps_are_other_buckets_than_equally_wide_ones(
+    definitions: dict[Cell, dict[str, Any]],
+) -> None:
+    def edges(row: str) -> list[float]:
+        found: list[float] = definitions[Cell(row, "w4a4", 0)]["recipe"]["scheme"]["bucket_edges"]
+        return found
+
+    assert edges("equal4-8-steps") == edges("equal4-4-steps") == [250.0, 500.0, 750.0]
+    assert edges("quantiles4-8-steps") == [51.0, 424.0, 818.0]
+    assert len(edges("quantiles8-8-steps")) == 7
 
 
 def test_every_row_starts_from_the_same_amount_of_recorded_data(
-    definitions: dict[Cell, dict[str, Any]], digits: DigitsModel
+    definitions: dict[Cell, dict[str, Any]], compared: ComparedModel
 ) -> None:
-    amounts = set()
-    for definition in definitions.values():
-        recipe = definition["recipe"]
-        if "trajectories" in recipe:
-            buckets = len(recipe.get("scheme", {}).get("bucket_edges", [])) + 1
-            amounts.add(
-                recipe["trajectories"]["samples"] * max(recipe["trajectories"]["steps"], buckets)
-            )
-    most = recipes.SAMPLES * digits.calibration_steps
-    assert max(amounts) == most
-    assert min(amounts) > 0.99 * most
+    amounts = {
+        recorded["samples"] * recorded["schedule"]["steps"]
+        for definition in definitions.values()
+        if (recorded := definition["recipe"].get("trajectories"))
+    }
+    assert amounts == {compared.calibration_samples * compared.calibration_steps}
+
+
+def test_every_revision_and_every_part_of_the_model_is_in_the_definition(
+    compared: ComparedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = Cell("fp32", "fp32", 0)
+    before = recipes.definition_of(cell, compared)
+    assert set(before["parts"]) == {
+        "judge",
+        "model_index.json",
+        "prompts.txt",
+        "scheduler",
+        "text_encoder",
+        "tokenizer",
+        "unet",
+        "vae",
+    }
+    monkeypatch.setattr(recipes, "REVISION", recipes.REVISION + 1)
+    assert recipes.definition_of(cell, compared) != before

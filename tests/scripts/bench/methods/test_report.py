@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import pytest
+
+from quest_deploy.evaluation.quality import SamplingOptions
 from scripts.bench.methods.cells import (
     ABLATIONS,
     MAIN_TABLES,
@@ -13,9 +16,8 @@ from scripts.bench.methods.cells import (
     all_cells,
     cells_of,
 )
-from scripts.bench.methods.claims import AIM_TEXT
 from scripts.bench.methods.plot import plot
-from scripts.bench.methods.report import everything, markdown
+from scripts.bench.methods.report import everything, markdown, readme
 from tests.quest_deploy.support import strict_json
 
 if TYPE_CHECKING:
@@ -25,14 +27,18 @@ if TYPE_CHECKING:
     from tests.scripts.bench.methods.conftest import MakeResult
 
 COMMAND = "python -m scripts.bench.methods"
-QUEST = [Cell("quest", "w4a4", seed) for seed in (0, 1, 2)]
+SAMPLING = SamplingOptions(images=256)
+SEEDS = [0, 1, 2]
+QUEST = [Cell("quest", "w4a4", seed) for seed in SEEDS]
 
 
-def lines(results: dict[Cell, Result | None], title: str) -> dict[str, list[str]]:
+def page(results: dict[Cell, Result | None]) -> str:
+    return markdown("emoji", SAMPLING, COMMAND, results, SEEDS)
+
+
+def lines(text: str, title: str) -> dict[str, list[str]]:
     """The cells of the table under ``title``, by their row's label."""
-    section = (
-        markdown("tiny", COMMAND, results, [0, 1, 2]).split(f"## {title}\n")[1].split("\n## ")[0]
-    )
+    section = text.split(f"## {title}\n")[1].split("\n## ")[0]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in section.splitlines()
@@ -41,7 +47,7 @@ def lines(results: dict[Cell, Result | None], title: str) -> dict[str, list[str]
     return {row[0]: row[1:] for row in rows}
 
 
-def nothing(**known: Any) -> dict[Cell, Result | None]:
+def nothing() -> dict[Cell, Result | None]:
     return dict.fromkeys(all_cells(), None)
 
 
@@ -49,67 +55,81 @@ def test_a_row_shows_the_mean_and_every_seeds_value(result: MakeResult) -> None:
     found = nothing() | {
         cell: result(cell, distance) for cell, distance in zip(QUEST, (0.5, 0.75, 1.0), strict=True)
     }
-    assert lines(found, "W4A4")["QuEST"] == [
-        "folded channel, 20",
+    assert lines(page(found), "W4A4")["QuEST"] == [
+        "smoothing, 20",
         "float",
-        "0.75 (0.50, 0.75, 1.00)",
+        "50.0",
         "90.0 (90.0, 90.0, 90.0)",
-        "0.0100 (0.0100, 0.0100, 0.0100)",
+        "0.75 (0.50, 0.75, 1.00)",
+        "0.0750 (0.0500, 0.0750, 0.1000)",
+        "20.0",
+        "0.750",
         "0.0010",
         "0.0300",
         "0.5000",
+        "2.00",
         "15",
-        "700 MB",
     ]
 
 
 def test_a_baseline_is_shown_in_every_table_that_has_it(result: MakeResult) -> None:
     found = nothing() | {QUEST[0]: result(QUEST[0], 0.123)}
-    shown = markdown("tiny", COMMAND, found, [0, 1, 2]).count("| 0.12 (0.12, not run, not run) |")
+    shown = page(found).count("| 0.12 (0.12, not computed, not computed) |")
     assert shown == sum("quest" in table.rows for table in ABLATIONS) + 1
 
 
-def test_what_was_not_run_is_said_to_be_not_run(result: MakeResult) -> None:
-    rows = lines(nothing(), "W8A8")
-    assert {cells[0] for label, cells in rows.items() if label not in ("method", "---")} == {
-        "not run"
-    }
-    assert (
-        f"0 of {len(all_cells())} cells are measured; {len(all_cells())} are not run."
-        in markdown("tiny", COMMAND, nothing(), [0, 1, 2])
-    )
+def test_what_was_not_computed_is_said_not_to_be(result: MakeResult) -> None:
+    rows = lines(page(nothing()), "W8A8")
+    shown = [cells[0] for label, cells in rows.items() if label not in ("method", "---")]
+    assert {text for text in shown if not text.startswith("\N{EN DASH} (")} == {"not computed"}
+    every = len(all_cells())
+    assert f"0 of {every} cells are computed; {every} are not." in page(nothing())
+
+
+def test_the_page_names_every_cell_that_is_not_computed_and_shows_no_figure_of_it(
+    result: MakeResult,
+) -> None:
+    text = readme(COMMAND, nothing() | {QUEST[1]: result(QUEST[1])}, SEEDS, None)
+    absent = text.split("## Not computed yet\n")[1]
+    assert "- `w4a4-quest`: seed 0, 2" in absent
+    assert "- `fp32-fp32`: seed 0" in absent
+    assert len(absent.strip().splitlines()) == len({(c.row, c.bits) for c in all_cells()})
+    assert f"1 of {len(all_cells())} cells" in text
+    answer = text.split("## Which bits should one deploy?\n")[1]
+    assert "Open: not computed yet: `fp32-fp32-seed0`" in answer
+    assert "W8A8 |" not in text
+    complete = {cell: result(cell) for cell in all_cells()}
+    assert "Nothing: all cells are computed." in readme(COMMAND, complete, SEEDS, None)
 
 
 def test_a_method_that_does_not_exist_at_some_bits_says_why(result: MakeResult) -> None:
-    assert (
-        lines(nothing(), "W4A4")["PTQ, modelopt INT8"][0]
-        == "\N{EN DASH} (modelopt's integer configurations are W8A8)"
-    )
+    for label in ("PTQ, NNCF INT8", "Q-Diffusion"):
+        assert lines(page(nothing()), "W8A8" if label[0] == "Q" else "W4A4")[label][0].startswith(
+            "\N{EN DASH} ("
+        )
 
 
 def test_a_cell_that_took_too_long_is_named(result: MakeResult) -> None:
-    slow = dataclasses.replace(result(QUEST[0]), wall_seconds=301.0)
-    text = markdown(
-        "tiny", COMMAND, nothing() | {QUEST[0]: slow, QUEST[1]: result(QUEST[1])}, [0, 1, 2]
-    )
-    assert "took more than 5 minutes, judging included: w4a4-quest-seed0.\n" in text
+    slow = dataclasses.replace(result(QUEST[0]), process_seconds=361.0)
+    text = page(nothing() | {QUEST[0]: slow, QUEST[1]: result(QUEST[1])})
+    assert "took more than 6 CPU minutes: w4a4-quest-seed0.\n" in text
 
 
 def test_the_bits_of_the_attention_products_are_stated(result: MakeResult) -> None:
     cell = Cell("quest-attention4", "w4a4", 0)
-    rows = lines(nothing() | {cell: result(cell)}, "W4A4 ablation: Bits of the attention products")
-    assert rows["q, k, v at 4, softmax at 8"][1] == "4 / 8"
+    rows = lines(page(nothing() | {cell: result(cell)}), "W4A4: Rotation of q, k and v")
+    assert rows["none, q, k and v at 4 bits, softmax at 8"][1] == "4 / 8"
 
 
 def test_the_error_of_every_bucket_is_shown_from_the_noisiest(result: MakeResult) -> None:
-    rows = lines(nothing() | {QUEST[0]: result(QUEST[0])}, "ε-MSE per timestep bucket, W4A4")
+    rows = lines(page(nothing() | {QUEST[0]: result(QUEST[0])}), "ε-MSE per timestep bucket, W4A4")
     assert list(rows)[2] == "950 ≤ t < 1000"
     assert rows["0 ≤ t < 50"] == ["0.50000"]
     assert len(rows) == 2 + 20
 
 
 def test_the_table_names_the_command_and_the_environment(result: MakeResult) -> None:
-    text = markdown("tiny", COMMAND, nothing() | {QUEST[0]: result(QUEST[0])}, [0, 1, 2])
+    text = page(nothing() | {QUEST[0]: result(QUEST[0])})
     assert f"`{COMMAND}`" in text
     assert "a CPU, 1 thread, Python 3.11.7, torch 2.13.0" in text
 
@@ -117,7 +137,7 @@ def test_the_table_names_the_command_and_the_environment(result: MakeResult) -> 
 def test_the_json_holds_every_table_and_every_cell(result: MakeResult) -> None:
     value = strict_json(
         json.dumps(
-            everything("tiny", COMMAND, nothing() | {QUEST[0]: result(QUEST[0], 0.5)}, [0, 1, 2])
+            everything("emoji", COMMAND, nothing() | {QUEST[0]: result(QUEST[0], 0.5)}, SEEDS)
         )
     )
     assert [table["title"] for table in value["tables"]] == [
@@ -142,28 +162,32 @@ def test_equal_results_give_equal_pictures_and_other_results_another(
     assert pictures[0] == pictures[1] != pictures[2]
 
 
-def test_how_many_layers_modelopt_left_in_float_is_stated(result: MakeResult) -> None:
-    cell = Cell("modelopt", "w8a8", 0)
-    found = nothing() | {cell: result(cell, notes={"layers": 132, "quantized_layers": 125})}
-    assert lines(found, "W8A8")["PTQ, modelopt INT8"][0] == "its own, 1 (125 of 132 layers)"
+def test_how_many_layers_other_packages_quantized_is_stated(result: MakeResult) -> None:
+    modelopt, nncf = Cell("modelopt", "w8a8", 0), Cell("nncf", "w8a8", 0)
+    found = nothing() | {
+        modelopt: result(modelopt, notes={"layers": 132, "quantized_layers": 125}),
+        nncf: result(nncf, notes={"quantized_tensors": 97}),
+    }
+    rows = lines(page(found), "W8A8")
+    label = "PTQ, modelopt's INT8 configuration at these bits"
+    assert rows[label][0] == "its own, 1 (125 of 132 layers)"
+    assert rows["PTQ, NNCF INT8"][0] == "its own, 1 (97 tensors)"
 
 
 def verdicts(
     distances: dict[str, tuple[float, float, float]],
     result: MakeResult,
     others: dict[Cell, Result | None] | None = None,
-) -> dict[str, str]:
-    """What the claims' section says when rows at W4A4 have these distances."""
+) -> dict[str, tuple[str, str]]:
+    """What the claims' section says, by both figures, when rows at W4A4 have these distances."""
     found = dict(others or nothing())
     for row, values in distances.items():
         found |= {
             cell: result(cell, value)
-            for cell, value in zip(cells_of(row, "w4a4", (0, 1, 2)), values, strict=True)
+            for cell, value in zip(cells_of(row, "w4a4", SEEDS), values, strict=True)
         }
-    return {
-        label: cells[-1]
-        for label, cells in lines(found, "The papers' claims on this model").items()
-    }
+    rows = lines(page(found), "The papers' claims on this model")
+    return {label: (cells[2], cells[5]) for label, cells in rows.items()}
 
 
 def test_the_critical_groups_are_judged_by_their_share_of_the_error(result: MakeResult) -> None:
@@ -180,7 +204,7 @@ def test_the_critical_groups_are_judged_by_their_share_of_the_error(result: Make
             }
             cell = Cell("quest-auto-layers", "w4a4", seed)
             found[cell] = result(cell, notes=notes)
-        return markdown("tiny", COMMAND, found, [0, 1, 2])
+        return page(found)
 
     claim = (
         "QuEST's claim that its temporal and its sensitive layers make most of the error, at W4A4: "
@@ -188,7 +212,7 @@ def test_the_critical_groups_are_judged_by_their_share_of_the_error(result: Make
     assert f"{claim}open: 0 of 3 seeds." in said()
     assert f"{claim}open: 2 of 3 seeds." in said(0.3, 0.3)
     assert f"{claim}holds." in said(0.6, 0.7, 0.8)
-    assert f"{claim}**does not hold: the opposite does**." in said(0.3, 0.4, 0.3)
+    assert f"{claim}**the opposite holds**." in said(0.3, 0.4, 0.3)
     listed = (
         "seed 1: conv_in/conv_out 60.0%, QuEST's sensitive layers 30.0%, QuEST's temporal "
         "layers 10.0%. `--layers auto` trains"
@@ -196,35 +220,35 @@ def test_the_critical_groups_are_judged_by_their_share_of_the_error(result: Make
     assert listed in said(0.3, 0.4, 0.3)
 
 
-def test_a_claim_holds_only_where_every_pair_of_seeds_says_so(result: MakeResult) -> None:
+@pytest.mark.parametrize(
+    ("quest", "others", "word"),
+    [
+        ((0.6, 0.7, 0.8), (0.9, 1.0, 1.1), "holds"),
+        ((0.6, 0.7, 0.8), (0.75, 1.0, 1.1), "on average only"),
+        ((0.6, 0.7, 1.8), (0.75, 1.0, 1.1), "**not on average**"),
+        ((1.2, 1.3, 1.4), (0.9, 1.0, 1.1), "**the opposite holds**"),
+    ],
+)
+def test_a_claim_holds_only_where_every_pair_of_seeds_says_so(
+    result: MakeResult,
+    quest: tuple[float, float, float],
+    others: tuple[float, float, float],
+    word: str,
+) -> None:
     claim = "A scale for each timestep bucket beats one for all"
-    assert (
-        verdicts({"quest": (0.6, 0.7, 0.8), "quest-k1": (0.9, 1.0, 1.1)}, result)[claim] == "holds"
-    )
-    assert (
-        verdicts({"quest": (0.6, 0.7, 0.8), "quest-k1": (0.75, 1.0, 1.1)}, result)[claim]
-        == "on average only"
-    )
-    assert (
-        verdicts({"quest": (0.6, 0.7, 1.8), "quest-k1": (0.75, 1.0, 1.1)}, result)[claim]
-        == "**does not hold on average**"
-    )
-    assert verdicts({"quest": (1.2, 1.3, 1.4), "quest-k1": (0.9, 1.0, 1.1)}, result)[
-        claim
-    ].startswith("**does not hold: the opp")
+    assert verdicts({"quest": quest, "quest-k1": others}, result)[claim] == (word, word)
 
 
-def test_nothing_is_concluded_from_rows_that_are_not_run(result: MakeResult) -> None:
+def test_nothing_is_concluded_from_rows_that_are_not_computed(result: MakeResult) -> None:
     found = verdicts({"quest": (0.6, 0.7, 0.8)}, result)
-    assert found.pop(AIM_TEXT) == "reached"
-    assert set(found.values()) <= {"open: 0 of 3 seeds", "on this model", "---:"}
+    assert set(found.values()) <= {
+        ("open: 0 of 3 seeds", "open: 0 of 3 seeds"),
+        ("so judged", "so judged"),
+        ("---:", "---:"),
+    }
     found = verdicts(
         {"quest": (0.6, 0.7, 0.8)},
         result,
         nothing() | {Cell("quest-k1", "w4a4", 0): result(QUEST[0], 0.9)},
     )
-    assert found["A scale for each timestep bucket beats one for all"] == "open: 1 of 3 seeds"
-
-
-def test_an_aim_that_is_missed_is_said_to_be_missed(result: MakeResult) -> None:
-    assert verdicts({"quest": (0.6, 0.7, 1.9)}, result)[AIM_TEXT] == "**missed**"
+    assert found["A scale for each timestep bucket beats one for all"][0] == "open: 1 of 3 seeds"

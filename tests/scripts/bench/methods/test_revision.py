@@ -4,6 +4,7 @@ stand side by side in one table.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,19 +15,22 @@ from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibr
 from quest_deploy.calibration.reconstruction import ReconstructOptions, reconstruct
 from quest_deploy.calibration.sensitivity import measure_sensitivity, select_sensitive
 from quest_deploy.calibration.trajectories import record_trajectories
-from quest_deploy.evaluation.quality import SamplingOptions, draw, epsilon_mse
+from quest_deploy.evaluation.quality import epsilon_mse, evaluate_images
+from quest_deploy.evaluation.retrieval import Judge
 from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.finetuning.train import FinetuneOptions, Step, finetune
-from scripts.bench.methods.cells import Cell
-from scripts.bench.methods.digits.quality import judge
-from scripts.bench.methods.recipes import REVISION, definition_of
+from quest_deploy.models.loading import load_model, resolve_source
+from scripts.bench.methods.recipes import REVISION
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from quest_deploy.artifacts.checkpoint import Checkpoint
     from quest_deploy.calibration.trajectories import Trajectories
-    from scripts.bench.methods.digits.model import DigitsModel
+    from quest_deploy.models.pipeline_model import PipelineModel
 
 FIGURES = {
     "minmax": 0.685784,
@@ -38,7 +42,7 @@ FIGURES = {
     "finetuning, loss": -3.253892,
 }
 MOVED_CODES = 0.05483
-"""Of revision 1: geometric means of all scales, the share of weight codes that reconstruction
+"""Of revision 2: geometric means of all scales, the share of weight codes that reconstruction
 moves, the last step's loss.
 """
 
@@ -92,7 +96,7 @@ def test_what_methods_make_changes_only_with_the_revision(
         "finetuning": scale_of(tuned),
         "finetuning, loss": steps[-1].loss,
     }
-    assert REVISION == 1
+    assert REVISION == 2
     assert measured == pytest.approx(FIGURES, rel=2e-4)
     assert float(np.concatenate([x.ravel() for x in moved]).mean()) == pytest.approx(
         MOVED_CODES, abs=1e-3
@@ -101,31 +105,38 @@ def test_what_methods_make_changes_only_with_the_revision(
 
 @pytest.mark.slow
 def test_what_methods_learn_from_and_how_they_are_judged_change_only_with_the_revision(
-    digits: DigitsModel,
+    pipelines: Callable[[str], Path], emoji: PipelineModel
 ) -> None:
-    """As above, of the digits: what is recorded, which layers are found sensitive, and a
-    model's quality.
+    """As above, of a small text-to-image pipeline: what is recorded, which layers are found
+    sensitive, and how the embedded model's judge sees images.
     """
-    unet, scheme = digits.load_unet(), Scheme.parse("w4a4", buckets=4)
-    recorded = record_trajectories(digits, unet, steps=4, samples=4, seed=0, scheme=scheme)
-    checkpoint = calibrate("tiny", unet, recorded, scheme, CalibrationOptions())
-    sensitivity = measure_sensitivity(unet, checkpoint, recorded, samples=1, batch=4).to_json()
+    model = load_model(resolve_source(str(pipelines("sd"))))
+    unet, scheme = model.load_unet(), Scheme.parse("w4a4", buckets=4)
+    recorded = record_trajectories(model, unet, steps=4, samples=4, seed=0, scheme=scheme)
+    checkpoint = calibrate("sd", unet, recorded, scheme, CalibrationOptions())
+    sensitivity = measure_sensitivity(unet, checkpoint, recorded, samples=2, batch=8).to_json()
     exact = float_denoiser(unet)
 
     def rough(sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
         return 1.1 * exact(sample, timestep, **conditions)
 
-    sampling = SamplingOptions(images=20, steps=2)
-    images, labels = draw(digits, rough, sampling)
     errors = epsilon_mse(rough, recorded, scheme)
-    quality = judge(images, labels, draw(digits, exact, sampling)[0], errors)
-    learned_from = definition_of(Cell("quest-k50", "w4a4", 0), digits)["recipe"]["trajectories"]
-    assert learned_from == {"steps": 20, "samples": 409}
-    assert float(recorded.output.square().mean()) == pytest.approx(1.17602, rel=2e-4)
-    assert len(select_sensitive(sensitivity)) == 10
-    assert quality.frechet_distance == pytest.approx(13.5796, rel=1e-3)
-    assert quality.accuracy == 1
-    assert quality.pixel_mse == pytest.approx(0.0816419, rel=1e-3)
-    assert quality.epsilon_mse == pytest.approx(
-        [0.0159254, 0.0103402, 0.0104054, 0.0103696], rel=1e-3
+    noise = np.random.default_rng(0).uniform(-1, 1, (12, 3, 64, 64)).astype(np.float32)
+    assert emoji.judge_folder is not None
+    judge = Judge(emoji.judge_folder)
+    quality = evaluate_images(noise, np.arange(12), noise * 0.9, errors, judge)
+    assert quality.judgement is not None
+    assert float(recorded.output.square().mean()) == pytest.approx(0.1418292, rel=2e-4)
+    assert len(select_sensitive(sensitivity)) == 4
+    assert errors == pytest.approx([0.00159575, 0.00150717, 0.00139584, 0.00117442], rel=1e-3)
+    assert quality.psnr == pytest.approx(30.7998, rel=1e-3)
+    assert quality.ssim == pytest.approx(0.989830, rel=1e-3)
+    assert dataclasses.asdict(quality.judgement) == pytest.approx(
+        {
+            "frechet_distance": 210.108,
+            "top1": 0.0,
+            "top5": 0.0,
+            "feature_distance": 0.000822070,
+        },
+        rel=1e-3,
     )

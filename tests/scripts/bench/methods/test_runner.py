@@ -52,7 +52,7 @@ class Watcher:
 def pretend(monkeypatch: pytest.MonkeyPatch, programs: dict[Cell, str]) -> None:
     """Let a cell's worker be its program; ``threads`` and the standard modules are there."""
 
-    def command(cell: Cell, scratch: Path, threads: int) -> list[str]:
+    def command(cell: Cell, store: Path, threads: int) -> list[str]:
         imports = f"import json, os, signal, sys, time\nthreads = {threads}\n"
         return [sys.executable, "-c", imports + programs[cell]]
 
@@ -81,7 +81,7 @@ def test_each_result_is_saved_with_its_definition_and_progress_is_told(
         {A: 'print(json.dumps({"phase": "training", "done": 3, "total": 9}))\n' + DONE, B: DONE},
     )
     watcher = Watcher()
-    assert compute({A: {"seed": 0}, B: {"seed": 1}}, tmp_path, watcher) == {}
+    assert compute({A: {"seed": 0}, B: {"seed": 1}}, tmp_path, tmp_path, watcher) == {}
     assert watcher.told == [
         ("started", A.name),
         ("advanced", A.name, "training", "3/9"),
@@ -91,7 +91,7 @@ def test_each_result_is_saved_with_its_definition_and_progress_is_told(
     ]
     saved = load_result(tmp_path, A, {"seed": 0})
     assert saved is not None
-    assert saved.quality.frechet_distance == 1.0
+    assert saved.judgement.frechet_distance == 1.0
     assert load_result(tmp_path, B, {"seed": 1}) is not None
 
 
@@ -121,7 +121,7 @@ def test_a_cell_that_fails_leaves_no_file_and_the_next_one_is_computed(
 ) -> None:
     pretend(monkeypatch, {A: program, B: DONE})
     watcher = Watcher()
-    failures = compute({A: {}, B: {}}, tmp_path, watcher)
+    failures = compute({A: {}, B: {}}, tmp_path, tmp_path, watcher)
     assert {cell: (str(error), error.exit_code) for cell, error in failures.items()} == {
         A: (message, exit_code)
     }
@@ -134,7 +134,7 @@ def test_jobs_run_side_by_side_and_no_more_of_them(
 ) -> None:
     pretend(monkeypatch, dict.fromkeys((A, B, C), "time.sleep(0.5)\n" + DONE))
     watcher = Watcher()
-    compute({A: {}, B: {}, C: {}}, tmp_path, watcher, jobs=2)
+    compute({A: {}, B: {}, C: {}}, tmp_path, tmp_path, watcher, jobs=2)
     running = most = 0
     for event, *_ in watcher.told:
         running += {"started": 1, "finished": -1}[event]
@@ -148,7 +148,7 @@ def test_a_worker_has_the_threads_it_was_given(
     pretend(
         monkeypatch, {A: "assert (threads, os.environ['OMP_NUM_THREADS']) == (3, '3')\n" + DONE}
     )
-    assert compute({A: {}}, tmp_path, Watcher(), threads=3) == {}
+    assert compute({A: {}}, tmp_path, tmp_path, Watcher(), threads=3) == {}
 
 
 def test_a_write_that_fails_ends_the_run_with_that_error(
@@ -159,7 +159,7 @@ def test_a_write_that_fails_ends_the_run_with_that_error(
     folder.write_text("no folder")
     started = time.monotonic()
     with pytest.raises(FileExistsError):
-        compute({A: {}, B: {}}, folder, Watcher(), jobs=2)
+        compute({A: {}, B: {}}, folder, tmp_path, Watcher(), jobs=2)
     assert time.monotonic() - started < 30
 
 
@@ -172,9 +172,9 @@ from scripts.bench.methods import runner
 from scripts.bench.methods.cells import Cell
 from tests.scripts.bench.methods.test_runner import A, B, DONE, Watcher
 programs = {{A: "import json\\n" + DONE, B: "import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(600)"}}
-runner.worker_command = lambda cell, scratch, threads: [sys.executable, "-c", programs[cell]]
+runner.worker_command = lambda cell, store, threads: [sys.executable, "-c", programs[cell]]
 try:
-    runner.compute({{A: {{}}, B: {{}}}}, Path({str(tmp_path)!r}), Watcher())
+    runner.compute({{A: {{}}, B: {{}}}}, Path({str(tmp_path)!r}), Path({str(tmp_path)!r}), Watcher())
 except KeyboardInterrupt:
     sys.exit(130)
 """

@@ -1,4 +1,4 @@
-"""One cell measured for real, on few samples and images."""
+"""Cells measured for real, on few samples and images."""
 
 from __future__ import annotations
 
@@ -9,23 +9,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from quest_deploy.errors import InputError
-from quest_deploy.evaluation.quality import SamplingOptions
-from scripts.bench.methods import recipes, worker
-from scripts.bench.methods.cells import PAPER_SENSITIVE, PAPER_TEMPORAL, ROWS, Cell, ModelOpt
+from scripts.bench.methods import recipes
+from scripts.bench.methods.cells import PAPER_SENSITIVE, PAPER_TEMPORAL, Cell
+from scripts.bench.methods.model import ComparedModel
 from scripts.bench.methods.worker import main, measure
 from tests.helpers import assert_holds
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from scripts.bench.methods.digits.model import DigitsModel
-
-
-@pytest.fixture(autouse=True)
-def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight samplings to calibrate on, ten images to judge."""
-    monkeypatch.setattr(recipes, "SAMPLES", 8)
-    monkeypatch.setattr(worker, "JUDGED_SAMPLING", SamplingOptions(images=10, steps=4))
 
 
 def silent(phase: str, done: int, total: int, detail: str = "") -> None:
@@ -33,43 +24,84 @@ def silent(phase: str, done: int, total: int, detail: str = "") -> None:
 
 
 def test_the_float_model_differs_from_itself_in_nothing_and_costs_nothing(
-    digits: DigitsModel, tmp_path: Path
+    mini_emoji: None, few: ComparedModel, tmp_path: Path
 ) -> None:
-    measured = measure(digits, Cell("fp32", "fp32", 0), tmp_path, silent)
+    measured = measure(few, Cell("fp32", "fp32", 0), tmp_path, silent)
     assert measured["quality"]["pixel_mse"] == 0
     assert measured["quality"]["epsilon_mse"] == [0.0] * 20
-    assert measured["seconds"] == {}
+    assert measured["cpu_seconds"] == {}
+    redrawn = measure(few, Cell("fp32-redrawn", "fp32", 0), tmp_path, silent)
+    assert redrawn["quality"]["pixel_mse"] > 0
+    assert redrawn["quality"]["epsilon_mse"] == [0.0] * 20
+
+
+def test_what_cells_share_is_made_once_and_counted_for_both(
+    mini_emoji: None, few: ComparedModel, tmp_path: Path
+) -> None:
+    first = measure(few, Cell("ptq", "w4a4", 0), tmp_path, silent)
+    made = sorted(path.name for path in tmp_path.iterdir())
+    second = measure(few, Cell("quest", "w4a4", 0), tmp_path, silent)
+    assert {name.split("-")[0] for name in set(made)} == {"trajectories", "checkpoint", "images"}
+    added = {path.name for path in tmp_path.iterdir()} - set(made)
+    assert {name.split("-")[0] for name in added} == {"checkpoint"}
+    assert second["cpu_seconds"] == {
+        **first["cpu_seconds"],
+        "finetuning": second["cpu_seconds"]["finetuning"],
+    }
+    assert second["quality"]["psnr"] != first["quality"]["psnr"]
+    assert second["payload_bytes"] == first["payload_bytes"]
 
 
 def test_a_cells_own_buckets_do_not_change_the_buckets_it_is_judged_by(
-    mini_digits: None, digits: DigitsModel, tmp_path: Path
+    mini_emoji: None, few: ComparedModel, tmp_path: Path
 ) -> None:
-    measured = measure(digits, Cell("ptq-minmax", "w4a4", 0), tmp_path, silent)
+    measured = measure(few, Cell("ptq-minmax", "w4a4", 0), tmp_path, silent)
     errors = measured["quality"]["epsilon_mse"]
     assert len(errors) == 20
     assert all(error > 0 for error in errors)
-    assert (
-        set(measured["seconds"])
-        == set(measured["peak_memory_bytes"])
-        == {"trajectories", "calibration"}
-    )
-    assert all(100e6 < peak < 10e9 for peak in measured["peak_memory_bytes"].values())
+
+
+@pytest.mark.parametrize("row", ["quest-low-rank", "quest-attention4-rotated", "qdiff"])
+@pytest.mark.slow
+def test_every_kind_of_recipe_makes_a_model(
+    mini_emoji: None, few: ComparedModel, tmp_path: Path, row: str
+) -> None:
+    measured = measure(few, Cell(row, "w4a4", 0), tmp_path, silent)
+    plain = measure(few, Cell("ptq", "w4a4", 0), tmp_path, silent)
+    assert measured["quality"]["psnr"] != plain["quality"]["psnr"]
+    if row == "quest-low-rank":
+        assert measured["payload_bytes"] > plain["payload_bytes"]
+        assert measured["notes"]["sensitive_layers"]
+
+
+@pytest.mark.slow
+def test_a_model_for_few_uneven_steps_has_a_bucket_for_each_and_is_judged_on_them(
+    mini_emoji: None, few: ComparedModel, tmp_path: Path
+) -> None:
+    measured = measure(few, Cell("quantiles8-8-steps", "w4a4", 0), tmp_path, silent)
+    visited = [i for i, x in enumerate(measured["quality"]["epsilon_mse"]) if x is not None]
+    assert visited == [0, 1, 5, 10, 14, 17, 19]
 
 
 @pytest.mark.slow
 def test_seeds_give_different_models_and_a_seed_the_same_one_again(
-    mini_digits: None, digits: DigitsModel, tmp_path: Path
+    mini_emoji: None, few: ComparedModel, tmp_path: Path
 ) -> None:
-    distances = [
-        measure(digits, Cell("ptq-minmax", "w4a4", seed), tmp_path, silent)["quality"]["pixel_mse"]
-        for seed in (0, 1, 0)
+    errors = [
+        measure(few, Cell("ptq-minmax", "w4a4", seed), tmp_path / str(i), silent)["quality"]
+        for i, seed in enumerate((0, 1, 0))
     ]
-    assert distances[0] == distances[2] != distances[1]
+    assert errors[0] == errors[2] != errors[1]
 
 
 def test_the_worker_sends_progress_and_a_result_and_nothing_else(
-    mini_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mini_emoji: None,
+    few: ComparedModel,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(ComparedModel, "load", lambda: few)
     main(["ptq-minmax", "w8a8", "0", str(tmp_path), "1"])
     *progress, result = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert {tuple(value) for value in progress} == {("phase", "done", "total")}
@@ -78,27 +110,52 @@ def test_the_worker_sends_progress_and_a_result_and_nothing_else(
     assert "torch" in result["environment"]
 
 
+@pytest.mark.parametrize(
+    ("row", "bits", "module", "extra"),
+    [("modelopt", "w8a8", "modelopt", "modelopt"), ("nncf", "w8a8", "nncf", "bench")],
+)
 def test_a_missing_package_is_the_users_to_install(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    mini_emoji: None,
+    few: ComparedModel,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    row: str,
+    bits: str,
+    module: str,
+    extra: str,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "modelopt", None)
-    main(["modelopt", "w8a8", "0", str(tmp_path), "1"])
+    monkeypatch.setattr(ComparedModel, "load", lambda: few)
+    monkeypatch.setitem(sys.modules, module, None)
+    main([row, bits, "0", str(tmp_path), "1"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["exit_code"] == InputError.exit_code
-    assert_holds(last["error"], "pip install -c constraints.txt '.[modelopt]'")
+    assert_holds(last["error"], f"pip install -c constraints.txt '.[{extra}]'")
 
 
-@pytest.mark.parametrize(
-    "row", [key for key, row in ROWS.items() if isinstance(row.recipe, ModelOpt)]
-)
-def test_modelopt_quantizes_nearly_every_layer_to_eight_bits(
-    digits: DigitsModel, tmp_path: Path, row: str
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+@pytest.mark.slow
+def test_modelopt_quantizes_nearly_every_layer_to_the_bits_of_its_cell(
+    few: ComparedModel, tmp_path: Path, bits: str
 ) -> None:
     pytest.importorskip("modelopt.torch.quantization", reason="the modelopt extra is not installed")
-    measured: dict[str, Any] = measure(digits, Cell(row, "w8a8", 0), tmp_path, silent)
+    measured: dict[str, Any] = measure(few, Cell("modelopt", bits, 0), tmp_path, silent)
     # Its configurations leave out layers called proj_out, as they ship.
     assert measured["notes"] == {"layers": 132, "quantized_layers": 125}
-    assert 0 < measured["quality"]["pixel_mse"] < 0.01
+    assert (measured["quality"]["psnr"] > 20) == (bits == "w8a8")
+    assert (measured["payload_bytes"] > 3_800_000) == (bits == "w8a8")
+
+
+@pytest.mark.slow
+def test_nncfs_model_runs_through_the_same_loop(
+    mini_emoji: None, few: ComparedModel, tmp_path: Path
+) -> None:
+    pytest.importorskip("nncf", reason="the bench extra is not installed")
+    measured = measure(few, Cell("nncf", "w8a8", 0), tmp_path, silent)
+    parameters = sum(p.numel() for p in few.load_unet().parameters())
+    assert measured["notes"]["quantized_tensors"] > 10
+    assert measured["quality"]["psnr"] > 15
+    assert parameters < measured["payload_bytes"] < 2 * parameters
 
 
 def test_shares_of_the_error_are_added_up_by_the_papers_sets_and_else_by_kind() -> None:
@@ -115,11 +172,3 @@ def test_shares_of_the_error_are_added_up_by_the_papers_sets_and_else_by_kind() 
         "attn1.to_out": 0.25,
         "conv_in/conv_out": 0.25,
     }
-
-
-def test_every_revision_is_part_of_the_definition(
-    digits: DigitsModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = recipes.definition_of(Cell("fp32", "fp32", 0), digits)
-    monkeypatch.setattr(recipes, "REVISION", recipes.REVISION + 1)
-    assert recipes.definition_of(Cell("fp32", "fp32", 0), digits) != before
