@@ -113,8 +113,8 @@ SCHEDULER: dict[str, Any] = {
     "prediction_type": "epsilon",
 }
 VARIANTS, PLAIN_SHARE = 12, 0.75
-"""Shifted and mirrored copies of each picture that the UNet learns from, and how often it learns from
-the picture as it is: a shift by part of a latent is another picture to it.
+"""Shifted and mirrored copies of each picture that the UNet learns from, and how often it learns
+from the picture as it is: a shift by part of a latent is another picture to it.
 """
 PROMPT_DROPOUT, KEYWORDS_SHARE = 0.1, 0.25
 MOST_SNR = 5.0
@@ -419,7 +419,8 @@ def timestep_shares(scheduler: Any) -> Tensor:
     """
     signal = scheduler.alphas_cumprod
     ratio = signal / (1 - signal)
-    return LEAST_SHARE + ratio.clamp(max=MOST_SNR) / ratio
+    shares: Tensor = LEAST_SHARE + ratio.clamp(max=MOST_SNR) / ratio
+    return shares
 
 
 def train_unet(work: Path, steps: int, batch: int, start: Path | None) -> None:

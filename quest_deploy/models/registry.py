@@ -57,8 +57,8 @@ KNOWN_MODELS = {
             "calibration_samples": 128,
             "forward_rows": 64,
             "evaluation_images": 256,
-            # Fewer, smaller batches than the defaults, in a third of the time. At larger rates of the
-            # weights the predictions come nearer to the float model's, and the images do not.
+            # Fewer, smaller batches than the defaults, in a third of the time. At larger rates of
+            # the weights the predictions come nearer to the float model's, and the images do not.
             "finetuning": {
                 "temporal_steps": 60,
                 "sensitive_steps": 340,
