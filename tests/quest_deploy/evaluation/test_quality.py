@@ -158,7 +158,7 @@ def test_images_smaller_than_its_window_have_no_ssim(height: int, width: int) ->
     assert judged.ssim is None
     assert judged.psnr == pytest.approx(20, abs=0.01)
     details: Any = {
-        "results": {"PTQ": judged.to_json()},
+        "results": {"FP32": judged.to_json()},
         "sampling": {"images": 2, "steps": 1, "scheduler": "ddim", "guidance": 1.0},
         "picture": "compare.png",
     }
