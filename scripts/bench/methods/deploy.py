@@ -48,21 +48,29 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Limit:
-    """What FP32 itself reaches: its Fréchet distance, and the highest of other noise."""
+class Limits:
+    """What FP32 reaches, on the usual noise and on others, [N] each; what is no worse than the
+    worst of it cannot be told from FP32.
+    """
 
-    fp32: float
-    highest: float
+    frechet_distances: list[float]
+    top5: list[float]
+
+    def allow(self, choice: Choice) -> bool:
+        """Whether ``choice`` is no worse, by both figures."""
+        near = choice.frechet_distance <= max(self.frechet_distances)
+        return near and choice.top5 >= min(self.top5)
 
 
 def missing(results: Results, seeds: Sequence[int]) -> list[str]:
-    """The cells that an answer needs and that are not computed."""
+    """The rows that an answer needs with cells that are not computed, such as "w4a4-quest"."""
     needed = [
         *cells_of("fp32", "fp32", seeds),
         *cells_of("fp32-redrawn", "fp32", seeds),
         *(cell for bits in MAIN_BITS for cell in cells_of(METHOD, bits, seeds)),
     ]
-    return [cell.name for cell in needed if results.get(cell) is None]
+    absent = (f"{cell.bits}-{cell.row}" for cell in needed if results.get(cell) is None)
+    return list(dict.fromkeys(absent))
 
 
 def choices(results: Results, seeds: Sequence[int], speeds: Speeds) -> list[Choice]:
@@ -96,13 +104,14 @@ def choices(results: Results, seeds: Sequence[int], speeds: Speeds) -> list[Choi
     return found
 
 
-def limit(results: Results, seeds: Sequence[int]) -> Limit:
-    """What counts as FP32's quality; both cells' rows must be measured."""
-    own, redrawn = (
-        [r.judgement.frechet_distance for r in _of(results, row, "fp32", seeds)]
+def limits(results: Results, seeds: Sequence[int]) -> Limits:
+    """Of the float model's cells."""
+    judged = [
+        result.judgement
         for row in ("fp32", "fp32-redrawn")
-    )
-    return Limit(own[0], max(own + redrawn))
+        for result in _of(results, row, "fp32", seeds)
+    ]
+    return Limits([j.frechet_distance for j in judged], [j.top5 for j in judged])
 
 
 def best_of(candidates: Sequence[Choice]) -> Choice:
@@ -120,24 +129,32 @@ def answer(results: Results, seeds: Sequence[int], speeds: Speeds) -> list[str]:
     """The answer in sentences, each of them from the figures."""
     if absent := missing(results, seeds):
         return [f"Open: not computed yet: {', '.join(f'`{name}`' for name in absent)}."]
-    found, bound = choices(results, seeds, speeds), limit(results, seeds)
-    as_good = [choice for choice in found if choice.frechet_distance <= bound.highest]
+    found, fp32 = choices(results, seeds, speeds), limits(results, seeds)
+    as_good = [choice for choice in found if fp32.allow(choice)]
+    distances, top5 = fp32.frechet_distances, fp32.top5
     lines = [
-        f"FP32's Fréchet distance is {bound.fp32:.2f}, and other noise brings it up to "
-        f"{bound.highest:.2f}: what stays below cannot be told from FP32 by it. QuEST reaches "
-        + ", ".join(f"{c.frechet_distance:.2f} at {c.bits.upper()}" for c in found)
-        + "."
+        f"FP32 has a Fréchet distance of {distances[0]:.2f} and the prompt among the five nearest "
+        f"in {top5[0]:.1%}; other noise moves them to {max(distances):.2f} and {min(top5):.1%} at "
+        "the worst. What is no worse than that, by both, cannot be told from FP32.",
+        "QuEST has "
+        + ", ".join(
+            f"{choice.frechet_distance:.2f} and {choice.top5:.1%} at {choice.bits.upper()}"
+            for choice in found
+        )
+        + ".",
     ]
     if as_good:
         best = best_of(as_good)
         lines.append(
-            f"**Deploy {best.bits.upper()}**: of the bit-widths that stay below, it is the "
+            f"**Deploy {best.bits.upper()}**: of the bit-widths that are no worse, it is the "
             "smallest, of equal sizes the fastest, and of equal speeds the nearest to real "
             "pictures."
         )
     else:
         best = min(found, key=lambda choice: choice.frechet_distance)
-        lines.append(f"**None stays below**; {best.bits.upper()} comes nearest.")
+        lines.append(
+            f"**Each is worse than FP32**; {best.bits.upper()} is the nearest to real pictures."
+        )
     lines += [_beside(other, best) for other in found if other is not best]
     if speeds is None:
         lines.append("Speeds are not measured yet, and count as equal.")
@@ -149,7 +166,8 @@ def _beside(other: Choice, best: Choice) -> str:
     return (
         f"{other.bits.upper()} beside it: {_ratio(size, SAME_SIZE, 'size')}, "
         f"{_ratio(speed, SAME_SPEED, 'speed')}, Fréchet distance "
-        f"{other.frechet_distance - best.frechet_distance:+.2f}, PSNR "
+        f"{other.frechet_distance - best.frechet_distance:+.2f}, top 5 "
+        f"{100 * (other.top5 - best.top5):+.1f} points, PSNR "
         f"{other.psnr - best.psnr:+.1f} dB."
     )
 

@@ -96,7 +96,7 @@ def test_the_page_names_every_cell_that_is_not_computed_and_shows_no_figure_of_i
     assert len(absent.strip().splitlines()) == len({(c.row, c.bits) for c in all_cells()})
     assert f"1 of {len(all_cells())} cells" in text
     answer = text.split("## Which bits should one deploy?\n")[1]
-    assert "Open: not computed yet: `fp32-fp32-seed0`" in answer
+    assert "Open: not computed yet: `fp32-fp32`" in answer
     assert "W8A8 |" not in text
     complete = {cell: result(cell) for cell in all_cells()}
     assert "Nothing: all cells are computed." in readme(COMMAND, complete, SEEDS, None)
