@@ -22,7 +22,7 @@ from quest_deploy.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SCHEME_VERSION = 2
+SCHEME_VERSION = 3
 SUPPORTED_BITS = ("w4a4", "w4a8", "w8a8")
 DEFAULT_BUCKETS = 20
 TRAIN_TIMESTEPS = 1000
@@ -68,6 +68,8 @@ class Scheme:
         activation_bits: 4 or 8. Eight-bit activations are symmetric (codes -127..127), four-bit
             ones asymmetric.
         first_last_bits: bits of weights and activations of the first and the last layer.
+        eight_bit_layers: glob patterns of the module paths of other layers whose weights and
+            inputs have 8 bits, whatever those of the rest have.
         granularity: see :class:`Granularity`; of the inputs of layers. Attention operands always
             have one scale a bucket.
         bucket_edges: K-1 strictly increasing timesteps; bucket(t) is the number of edges <= t.
@@ -83,6 +85,7 @@ class Scheme:
     activation_bits: Bits
     bucket_edges: tuple[float, ...]
     first_last_bits: Bits = 8
+    eight_bit_layers: tuple[str, ...] = ()
     granularity: Granularity = Granularity.FOLDED_CHANNEL
     train_timesteps: Positive = TRAIN_TIMESTEPS
     attention_bits: Bits | None = None
@@ -115,6 +118,7 @@ class Scheme:
         attention_bits: int | None = None,
         softmax_bits: int | None = None,
         split_shortcuts: bool = False,
+        eight_bit_layers: Sequence[str] = (),
     ) -> Scheme:
         """Make a scheme of ``buckets`` equally wide buckets, or of those between ``edges``, from a
         name such as "w4a4"; raise InputError for what is unknown.
@@ -140,6 +144,7 @@ class Scheme:
             attention_bits=attention_bits,
             softmax_bits=softmax_bits,
             split_shortcuts=split_shortcuts,
+            eight_bit_layers=tuple(eight_bit_layers),
         )
 
     @property
@@ -169,6 +174,7 @@ class Scheme:
             "version": SCHEME_VERSION,
             **dataclasses.asdict(self),
             "bucket_edges": list(self.bucket_edges),
+            "eight_bit_layers": list(self.eight_bit_layers),
         }
 
     @classmethod

@@ -46,24 +46,29 @@ class Trajectories:
         timestep: float32 [S], descending.
         output: float32 [S, N, ...], what the float model answered.
         conditions: each float32 [N, ...], the same at every step of one sampling.
+        parts: how many rows in turn are one sampling's, whose outputs guidance combines; 1 without
+            guidance.
     """
 
     sample: Tensor
     timestep: Tensor
     output: Tensor
     conditions: dict[str, Tensor]
+    parts: int = 1
 
     @property
     def recorded(self) -> dict[str, Tensor]:
         """What was recorded of the model, by name, without the conditions."""
         return {"sample": self.sample, "timestep": self.timestep, "output": self.output}
 
-    def first(self, samples: int) -> Trajectories:
-        """The first ``samples`` samplings, or all where there are fewer."""
-        conditions = {name: value[:samples] for name, value in self.conditions.items()}
-        return Trajectories(
-            self.sample[:, :samples], self.timestep, self.output[:, :samples], conditions
-        )
+    def first(self, rows: int) -> Trajectories:
+        """The first ``rows`` of all rows N, or all where there are fewer; ``parts`` is 1 where they
+        end amid a sampling.
+        """
+        conditions = {name: value[:rows] for name, value in self.conditions.items()}
+        sample = self.sample[:, :rows]
+        parts = 1 if sample.shape[1] % self.parts else self.parts
+        return Trajectories(sample, self.timestep, self.output[:, :rows], conditions, parts)
 
     def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         """The model's inputs, one step and up to ``size`` samples at a time."""
@@ -83,6 +88,7 @@ class Trajectories:
         tensors = self.recorded | {
             f"condition.{name}": value for name, value in self.conditions.items()
         }
+        tensors["parts"] = torch.tensor(self.parts)
         with atomic_file(path) as temporary:
             temporary.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}))
 
@@ -96,7 +102,16 @@ class Trajectories:
                 for k, v in tensors.items()
                 if k.startswith("condition.")
             }
-            loaded = cls(tensors["sample"], tensors["timestep"], tensors["output"], conditions)
+            parts = tensors["parts"]
+            if parts.dtype != torch.int64 or parts.dim():
+                raise ValueError(f"parts: expected one int64, found {parts.dtype} {[*parts.shape]}")
+            loaded = cls(
+                tensors["sample"],
+                tensors["timestep"],
+                tensors["output"],
+                conditions,
+                int(parts),
+            )
             loaded._check()
             return loaded
         except (OSError, SafetensorError, KeyError, ValueError) as e:
@@ -110,6 +125,8 @@ class Trajectories:
         steps, samples = (*self.sample.shape, 0, 0)[:2]
         if self.sample.dim() < 3 or not steps or not samples:
             raise ValueError(f"sample: expected [S, N, ...], found {list(self.sample.shape)}")
+        if self.parts < 1 or samples % self.parts:
+            raise ValueError(f"parts: expected a divisor of {samples}, found {self.parts}")
         for name, tensor, leading in (
             ("sample", self.sample, (steps, samples)),
             ("timestep", self.timestep, (steps,)),
@@ -231,7 +248,11 @@ def record_trajectories(
         sample = scheduler.step(prediction, timestep, sample).prev_sample
         progress("recording trajectories", i + 1, len(scheduler.timesteps))
     return Trajectories(
-        torch.stack(inputs), scheduler.timesteps.float(), torch.stack(outputs), conditions
+        torch.stack(inputs),
+        scheduler.timesteps.float(),
+        torch.stack(outputs),
+        conditions,
+        len(parts),
     )
 
 

@@ -7,7 +7,7 @@ every quantizer's scales, and goes on with the temporal layers where their stage
 output and by its blocks' outputs, on its own sampling trajectories. What the official code gets
 wrong is done right: one optimizer per stage (it keeps its momentum), scales that stay positive,
 rounding that follows the weights, a batch that mixes timesteps, and a loss in which no timestep
-outweighs the others.
+outweighs the others. :func:`guidance_error` is ours.
 
 Every step draws its batch from (seed, step) alone. So an interrupted run that resumes from
 :class:`TrainingState` ends at the same result, and the float model can run ahead over many steps
@@ -71,6 +71,8 @@ class FinetuneOptions:
             and zero-points.
         output_loss: weight of the :func:`log_error` of the model's output.
         block_loss: weight of the mean :func:`log_error` of the blocks' outputs.
+        guidance_loss: weight of the :func:`guidance_error`, where the trajectories are guided; a
+            batch is then of whole samplings.
         precision: "bf16" computes the float layers under autocast; the quantizers, the loss and the
             float model stay in float32.
         seed: of the batches.
@@ -88,6 +90,7 @@ class FinetuneOptions:
     scale_rate: float = 5e-3
     output_loss: float = 1.0
     block_loss: float = 0.1
+    guidance_loss: float = 0.0
     precision: str = "float32"
     seed: int = 0
 
@@ -112,9 +115,13 @@ class FinetuneOptions:
         if not (
             self.output_loss >= 0
             and self.block_loss >= 0
+            and 0 <= self.guidance_loss < math.inf
             and 0 < self.output_loss + self.block_loss < math.inf
         ):
-            raise InputError("expected loss weights of 0 or more, at least one of them above 0")
+            raise InputError(
+                "expected loss weights of 0 or more, that of the model's output or that of its "
+                "blocks' above 0"
+            )
         if self.precision not in PRECISIONS:
             raise InputError(
                 f"unknown precision {self.precision!r}: expected one of {', '.join(PRECISIONS)}"
@@ -207,7 +214,7 @@ def finetune(
 
     Raises:
         InputError: the layer sets match no layer, the device is absent, or the processes cannot
-            share a batch.
+            share a batch, or the samplings that it holds.
     """
     with ExitStack() as stack:
         processes = stack.enter_context(Processes(device, options.batch))
@@ -219,6 +226,7 @@ def finetune(
         made_from = {
             "teacher": hash_of_tensors(teacher.state_dict()),
             "trajectories": hash_of_tensors(trajectories.recorded | trajectories.conditions),
+            "parts": trajectories.parts,
         }
         student = QuantizedModel.from_checkpoint(calibrated, teacher).eval().to(processes.device)
         del teacher
@@ -232,6 +240,7 @@ def finetune(
             **made_from,
             "seed": options.seed,
             "batch": options.batch,
+            "together": batches.together,
             "share": [processes.index, processes.count],
         }
         stream = TargetStream(
@@ -271,6 +280,7 @@ def finetune(
                     *batches.share(total - 1),
                     targets.of(total - 1) if supervised else [],
                     options,
+                    batches.together,
                 )
                 processes.average([*gradients(stage.parameters), loss])
                 _check_finite(loss, stage, total, names)
@@ -310,6 +320,24 @@ def log_error(output: Tensor, target: Tensor) -> Tensor:
     error = (output - target).square().flatten(1).mean(1)
     power = target.square().flatten(1).mean(1).clamp(min=1e-6)
     return (error / power).clamp(min=1e-8).log().mean()
+
+
+def guidance_error(output: Tensor, target: Tensor, parts: int) -> Tensor:
+    """The mean of (<d, t> / |t|^2 - 1)^2, where d and t are what guidance multiplies: the
+    differences between one part of a sampling's output, or of its target, and the part before;
+    both [B, ...], each ``parts`` rows in turn one sampling's at one step.
+
+    The least squared error of a noisy model is that of one whose conditional and unconditional
+    outputs differ too little (shrinkage towards the mean): guidance then is weaker than it was
+    asked to be, and images show their prompts less often. This keeps the difference's length.
+    """
+    found, wanted = (
+        x.unflatten(0, (-1, parts)).diff(dim=1).flatten(0, 1).flatten(1) for x in (output, target)
+    )
+    power = wanted.square().mean(1)
+    # An empty prompt's outputs are the unconditional ones: there is nothing to keep.
+    gain = (found * wanted).mean(1) / power.clamp(min=1e-6)
+    return ((gain - 1).square() * (power > 1e-6)).mean()
 
 
 def _check_finite(loss: Tensor, stage: _Stage, step: int, names: dict[int, str]) -> None:
@@ -400,6 +428,7 @@ def _backward(
     target: Tensor,
     block_targets: list[Tensor],
     options: FinetuneOptions,
+    together: int = 1,
 ) -> Tensor:
     """Leave the gradients of one batch in the student's parameters; the loss."""
     # The hooks are gone before the backward pass, in which checkpointed blocks run again.
@@ -410,6 +439,8 @@ def _backward(
         output = student(**inputs)
         block_outputs = blocks.take()
     loss = options.output_loss * log_error(output.float(), target)
+    if together > 1:
+        loss = loss + options.guidance_loss * guidance_error(output.float(), target, together)
     if block_targets:
         errors = [
             log_error(mine.float(), theirs)
@@ -428,6 +459,20 @@ class _Batches:
     trajectories: Trajectories
     options: FinetuneOptions
     processes: Processes
+
+    def __post_init__(self) -> None:
+        if self.options.batch % (self.together * self.processes.count):
+            raise InputError(
+                f"the recorded samplings are guided, {self.together} rows at a step: expected a "
+                f"--batch that is a multiple of {self.together * self.processes.count} "
+                f"(processes: {self.processes.count}), not {self.options.batch}; or give "
+                "--guidance-loss 0"
+            )
+
+    @property
+    def together(self) -> int:
+        """How many rows in turn are one sampling's at one step."""
+        return self.trajectories.parts if self.options.guidance_loss > 0 else 1
 
     def share(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """This process's inputs and targets [B / processes, ...], on its device."""
@@ -448,13 +493,17 @@ class _Batches:
         return int(buckets.min()), int(buckets.max())
 
     def _plan(self, step: int) -> tuple[Tensor, Tensor]:
-        options = self.options
-        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
-        recorded, samples = self.trajectories.sample.shape[:2]
+        together = self.together
+        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
+        recorded, rows = self.trajectories.sample.shape[:2]
+        count = self.options.batch // together
         # Evenly spread steps with a random offset: every batch sees early and late timesteps alike.
         offset = torch.rand(1, generator=generator) * recorded
-        steps = (torch.arange(options.batch) * recorded / options.batch + offset).long() % recorded
-        return steps, torch.randint(samples, (options.batch,), generator=generator)
+        steps = (torch.arange(count) * recorded / count + offset).long() % recorded
+        samplings = torch.randint(rows // together, (count,), generator=generator)
+        return steps.repeat_interleave(together), (
+            samplings[:, None] * together + torch.arange(together)
+        ).flatten()
 
 
 @dataclass(frozen=True)

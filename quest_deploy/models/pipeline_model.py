@@ -193,6 +193,7 @@ class PipelineModel:
         self.calibration_samples = 2 if self.guidance != 1 else 4
         self.forward_rows: int | None = 2 if self.family == TEXT_TO_IMAGE else 4
         self.evaluation_images = 4
+        self.eight_bit_layers: Sequence[str] = ()
         self.finetuning: Mapping[str, Any] = {}
         self.finetuning_threads: int | None = None
         for name, value in {} if self._known is None else self._known.defaults.items():

@@ -15,7 +15,7 @@ from quest_deploy.artifacts.model_source import (
 from quest_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     import torch
@@ -57,6 +57,8 @@ KNOWN_MODELS = {
             "calibration_samples": 128,
             "forward_rows": 64,
             "evaluation_images": 256,
+            # A fifth of the weights, which make most of the error at W4A4.
+            "eight_bit_layers": ("*.conv_shortcut*", "up_blocks.2.*", "*.ff.net.2"),
             # Fewer, smaller batches than the defaults, in a third of the time. At larger rates of
             # the weights the predictions come nearer to the float model's, and the images do not.
             "finetuning": {
@@ -65,6 +67,7 @@ KNOWN_MODELS = {
                 "batch": 16,
                 "weight_rate": 3e-4,
                 "scale_rate": 1e-2,
+                "guidance_loss": 50.0,
             },
             # Its operations are too small to share: two threads are no faster than one, and far
             # slower where other work takes a core.
@@ -112,6 +115,8 @@ class DiffusionModel(Protocol):
         calibration_samples, calibration_steps: how many samplings, of how many steps, are recorded
             for it unless told otherwise.
         forward_rows: how many rows of a batch are best run at once; None for any number.
+        eight_bit_layers: the layers that have eight bits unless told otherwise, glob patterns of
+            their module paths.
         finetuning: the options of ``FinetuneOptions`` that suit it better than the defaults.
         finetuning_threads: how many of torch's threads finetune it best on a CPU; None for all.
         asked_for: what an image of it is asked for by, a "prompt" or a "label"; None for nothing.
@@ -127,6 +132,7 @@ class DiffusionModel(Protocol):
     calibration_samples: int
     calibration_steps: int
     forward_rows: int | None
+    eight_bit_layers: Sequence[str]
     finetuning: Mapping[str, Any]
     finetuning_threads: int | None
     asked_for: Literal["prompt", "label"] | None

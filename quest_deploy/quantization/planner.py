@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.quantization.prepare import Product
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from quest_deploy.artifacts.scheme import Scheme
 
@@ -103,7 +104,7 @@ def plan_quantization(
             that equal layer inputs mean the same tensor.
 
     Raises:
-        InputError: the model executes no Conv2d or Linear.
+        InputError: the model executes no Conv2d or Linear, or none that is to have eight bits.
     """
     executed = _execute(model, probe)
     seen = [entry for entry in executed if entry.operands is None]
@@ -119,8 +120,12 @@ def plan_quantization(
     first = (reading or convolutions or seen)[0]
     ends = {first.name, seen[-1].name}
 
+    eight = _eight_bit(scheme, [layer.name for layer in seen])
+
     def bits_of(name: str, bits: int) -> int:
-        return scheme.first_last_bits if name in ends else bits
+        if name in ends:
+            return scheme.first_last_bits
+        return 8 if name in eight else bits
 
     readers: dict[tuple[bytes, int], list[_Seen]] = {}
     for layer in seen:
@@ -151,6 +156,17 @@ def plan_quantization(
         LayerPlan(layer.name, bits_of(layer.name, scheme.weight_bits), layer.macs) for layer in seen
     )
     return QuantizationPlan(layers, tuple(products), tuple(quantizers))
+
+
+def _eight_bit(scheme: Scheme, names: Sequence[str]) -> set[str]:
+    """The layers that a pattern of the scheme's matches; raise InputError where one matches none."""
+    found: set[str] = set()
+    for pattern in scheme.eight_bit_layers:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            raise InputError(f"no layer matches {pattern!r}, which is to have eight bits")
+        found |= matched
+    return found
 
 
 def _operand_quantizers(

@@ -394,6 +394,14 @@ class FinetuneOptions(StageOptions):
     block_loss: Annotated[
         float | None, Option("Weight of the loss at its blocks' outputs.", minimum=0)
     ] = None
+    guidance_loss: Annotated[
+        float | None,
+        Option(
+            "Weight of the loss of what guidance multiplies, the difference between conditional and "
+            "unconditional outputs: above 0, it keeps its length.",
+            minimum=0,
+        ),
+    ] = None
     precision: Annotated[
         str | None,
         Option(

@@ -22,12 +22,12 @@ from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.registry import EMBEDDED, MODEL_NAMES, check_model_name
 from quest_deploy.models.schedulers import PREDICTION_TYPES
 from quest_deploy.options import Option, Options
-from quest_deploy.stages.options import QDIFF
+from quest_deploy.stages.options import QDIFF, parse_patterns
 
 Place = Workspace | Path | str | None
 """An open workspace or its folder; None for quest-out/<model>-<bits>."""
 DEFAULT_MODEL, DEFAULT_BITS = EMBEDDED, "w4a4"
-FLOAT = "float"
+FLOAT, NONE = "float", "none"
 OPERAND_BITS = ("4", "8", FLOAT)
 ModelOption = Annotated[
     str | None,
@@ -44,6 +44,10 @@ BitsOption = Annotated[
         default=f"the workspace's, or {DEFAULT_BITS}",
     ),
 ]
+
+
+def _parse_eight_bit_layers(text: str) -> tuple[str, ...]:
+    return () if text == NONE else parse_patterns(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +94,30 @@ class SchemeChoices(Options):
             default="the workspace's, or whole",
         ),
     ] = None
+    eight_bit_layers: Annotated[
+        Sequence[str] | None,
+        Option(
+            "Layers whose weights and inputs have 8 bits, whatever those of the rest have: globs "
+            "separated by commas, or none.",
+            default="the workspace's, or the model's",
+            text=str,
+            parse=_parse_eight_bit_layers,
+        ),
+    ] = None
 
     def scheme(
-        self, train_timesteps: int = TRAIN_TIMESTEPS, *, split_shortcuts: bool = False
+        self,
+        train_timesteps: int = TRAIN_TIMESTEPS,
+        *,
+        split_shortcuts: bool = False,
+        eight_bit_layers: Sequence[str] = (),
     ) -> Scheme:
         """The scheme of a new workspace; raise InputError for what is unknown.
 
         Args:
             train_timesteps: the number of steps that the model was trained with.
             split_shortcuts: where the user chose neither.
+            eight_bit_layers: where the user chose none.
         """
         usual = min(DEFAULT_BUCKETS, train_timesteps)
         return Scheme.parse(
@@ -111,6 +130,9 @@ class SchemeChoices(Options):
             split_shortcuts=split_shortcuts
             if self.split_shortcuts is None
             else self.split_shortcuts,
+            eight_bit_layers=eight_bit_layers
+            if self.eight_bit_layers is None
+            else self.eight_bit_layers,
         )
 
     def check(self, workspace: Workspace) -> None:
@@ -123,6 +145,7 @@ class SchemeChoices(Options):
             "attention_bits": str(scheme.attention_bits or FLOAT),
             "softmax_bits": str(scheme.softmax_bits or FLOAT),
             "split_shortcuts": scheme.split_shortcuts,
+            "eight_bit_layers": scheme.eight_bit_layers,
         }
         for name, value in found.items():
             _check(workspace, name.replace("_", " "), getattr(self, name), value)
@@ -237,8 +260,12 @@ def create_workspace(
             check_vacant(root)  # before anything is downloaded
             require_package("torch", "torch", "a new workspace")  # and before anything is written
             source = model.source()
-            trained = load_model(source).train_timesteps
-            scheme = choices.scheme(trained, split_shortcuts=split_shortcuts)
+            loaded = load_model(source)
+            scheme = choices.scheme(
+                loaded.train_timesteps,
+                split_shortcuts=split_shortcuts,
+                eight_bit_layers=loaded.eight_bit_layers,
+            )
             return Workspace.create(root, source, scheme)
     opened = _opened(workspace, model, choices.bits)
     model.check(opened)

@@ -93,6 +93,11 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hang(tmp_path: Path, name: str) 
         lambda x: x | {"condition.a": torch.ones(7, 2)},
         lambda x: x | {"output": x["output"] * np.nan},
         lambda x: {name: tensor for name, tensor in x.items() if name != "output"},
+        lambda x: {name: tensor for name, tensor in x.items() if name != "parts"},
+        lambda x: x | {"parts": torch.tensor(0)},
+        lambda x: x | {"parts": torch.tensor(3)},
+        lambda x: x | {"parts": torch.tensor(2.0)},
+        lambda x: x | {"parts": torch.tensor([1, 2])},
     ],
 )
 def test_trajectories_that_do_not_belong_together_are_refused(tmp_path: Path, change) -> None:  # noqa: ANN001
@@ -103,10 +108,11 @@ def test_trajectories_that_do_not_belong_together_are_refused(tmp_path: Path, ch
         "timestep": torch.tensor([9.0, 5.0, 1.0]),
         "output": torch.ones(3, 2, 1, 4, 4),
         "condition.a": torch.ones(2, 2),
+        "parts": torch.tensor(2),
     }
     path = tmp_path / "trajectories.safetensors"
     save_file(whole, path)
-    Trajectories.load(path)
+    assert Trajectories.load(path).parts == 2
     save_file({name: x.contiguous() for name, x in change(whole).items()}, path)
     with refused(path, "quest-deploy calibrate"):
         Trajectories.load(path)

@@ -25,6 +25,8 @@ STEPS: int = _FINETUNING["temporal_steps"] + _FINETUNING["sensitive_steps"]
 """Optimizer steps of every finetuned row, however its stages share them: the model's own number."""
 STATIC = {"buckets": 1, "granularity": Granularity.PER_TENSOR}
 """What integer toolchains do: one scale a tensor for all timesteps."""
+FOUR_BITS: dict[str, Any] = {"eight_bit_layers": ()}
+"""Of all layers but the first and the last."""
 PAPER_TEMPORAL, PAPER_SENSITIVE = "QuEST's temporal layers", "QuEST's sensitive layers"
 """The names of QuEST's two sets of layers in a cell's notes on shares of the error."""
 ATTENTION4 = {"attention_bits": 4, "softmax_bits": 8}
@@ -102,7 +104,7 @@ class Pipeline:
     defaults.
 
     Attributes:
-        scheme: of ``Scheme.parse``.
+        scheme: of ``Scheme.parse``; its layers of 8 bits are the model's unless told otherwise.
         quantiles: whether the buckets hold equally many of the recorded timesteps, instead of being
             equally wide.
         recorded_on: what is calibrated and finetuned on.
@@ -190,6 +192,7 @@ ROWS: dict[str, Row] = {
     "ptq-minmax": Row(Pipeline(STATIC, calibration={"method": "minmax"}), MAIN_BITS),
     "ptq-l2.4": Row(_QDIFF_START, elsewhere="where Q-Diffusion starts; measured at W4A4 alone"),
     "ptq": Row(Pipeline(), MAIN_BITS),
+    "ptq-four-bits": Row(Pipeline(FOUR_BITS)),
     "modelopt": Row(ModelOpt("INT8_DEFAULT_CFG", 256), MAIN_BITS),
     "nncf": Row(Nncf(16), ("w8a8",), "NNCF quantizes activations to 8 bits alone, with weights"),
     "qdiff": Row(
@@ -200,6 +203,7 @@ ROWS: dict[str, Row] = {
     "quest": Row(Pipeline(finetuning={}), MAIN_BITS),
     "quest-k1": _quest({"buckets": 1}),
     "quest-k4": _quest({"buckets": 4}),
+    "quest-four-bits": _quest(FOUR_BITS),
     "quest-stage1": _quest(stages=("temporal",), temporal_steps=STEPS),
     "quest-per-tensor": _quest({"granularity": Granularity.PER_TENSOR}),
     "quest-free-channel": _quest({"granularity": Granularity.PER_CHANNEL}),
@@ -208,7 +212,7 @@ ROWS: dict[str, Row] = {
     "quest-attention4": _quest(ATTENTION4),
     "quest-rotated": Row(Pipeline(rotated=True, finetuning={})),
     "quest-attention4-rotated": Row(Pipeline(ATTENTION4, rotated=True, finetuning={})),
-    "quest-low-rank": Row(Pipeline(low_rank=16, finetuning={})),
+    "quest-low-rank": Row(Pipeline(FOUR_BITS, low_rank=16, finetuning={})),
     "fp32-8-steps": Row(Float(), (FLOAT_BITS,), judged_on=KARRAS),
     "quest-8-steps": Row(Pipeline(finetuning={}), judged_on=KARRAS),
     "equal4-8-steps": _made_for(KARRAS, 4),
@@ -268,9 +272,15 @@ ABLATIONS = (
         },
     ),
     Table(
-        "A branch of rank 16 in FP16 beside the most sensitive layers",
+        "What the most sensitive layers have besides 4 bits",
         ABLATION_BITS,
-        {"quest": "none (baseline)", "quest-low-rank": "SVD of the smoothed weight (SVDQuant)"},
+        {
+            "ptq-four-bits": "nothing, PTQ",
+            "ptq": "8 bits, PTQ",
+            "quest-four-bits": "nothing",
+            "quest-low-rank": "branches of rank 16 in FP16, of the smoothed weights (SVDQuant)",
+            "quest": "8 bits (baseline)",
+        },
     ),
     Table(
         KARRAS.label,

@@ -149,7 +149,7 @@ def _recorded(model: ComparedModel, schedule: Schedule) -> dict[str, Any]:
 
 
 def _scheme(cell: Cell, recipe: Pipeline, model: ComparedModel) -> Scheme:
-    options = dict(recipe.scheme)
+    options = {"eight_bit_layers": model.eight_bit_layers, **recipe.scheme}
     if recipe.quantiles:
         timesteps = model.on(recipe.recorded_on).timesteps
         options["edges"] = quantile_edges(timesteps, options["buckets"])

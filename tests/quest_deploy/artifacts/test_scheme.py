@@ -26,7 +26,7 @@ from tests.helpers import refused
 def test_a_parsed_scheme_has_the_named_bits_and_survives_json(
     bits: str, granularity: Granularity
 ) -> None:
-    scheme = Scheme.parse(bits, buckets=7, granularity=granularity)
+    scheme = Scheme.parse(bits, buckets=7, granularity=granularity, eight_bit_layers=["*.ff.*"])
     assert f"w{scheme.weight_bits}a{scheme.activation_bits}" == bits == scheme.name
     assert scheme.first_last_bits == 8
     assert Scheme.from_json(json.loads(json.dumps(scheme.to_json()))) == scheme

@@ -1,4 +1,4 @@
-"""Trajectories that are not finite: told with step, timestep and tensor, and not recorded."""
+"""What is recorded of samplings; what is not finite is told with step, timestep and tensor."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def model(pipelines: Callable[[str], Path], tmp_path: Path) -> Path:
     return shutil.copytree(pipelines("sd"), tmp_path / "model")
 
 
-def record(folder: Path) -> Any:
+def record(folder: Path, **options: Any) -> Any:
     model = load_model(resolve_source(str(folder)))
-    return record_trajectories(model, model.load_unet(), steps=2, samples=1, seed=0)
+    given = {"steps": 2, "samples": 1, "seed": 0, **options}
+    return record_trajectories(model, model.load_unet(), **given)
 
 
 def configure(folder: Path, **changes: Any) -> None:
@@ -36,6 +37,20 @@ def configure(folder: Path, **changes: Any) -> None:
 
 
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize(("guidance", "parts"), [(1.0, 1), (4.0, 2)])
+def test_the_rows_of_a_guided_sampling_are_recorded_in_turn(
+    model: Path, guidance: float, parts: int
+) -> None:
+    recorded = record(model, samples=3, guidance=guidance)
+    assert recorded.parts == parts
+    assert recorded.sample.shape[1] == 3 * parts
+    samplings = recorded.sample.unflatten(1, (-1, parts))
+    assert torch.equal(samplings, samplings[:, :, :1].expand_as(samplings))
+    assert len(samplings.flatten(2)[0, :, 0].unique()) == 3
+    assert recorded.first(2 * parts).parts == parts
+    assert recorded.first(1).parts == 1
 
 
 def test_zero_terminal_snr_cannot_be_sampled_with_epsilon_predictions(model: Path) -> None:

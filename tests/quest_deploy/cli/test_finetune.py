@@ -42,6 +42,8 @@ def test_layers_stages_losses_and_precision_are_options_and_are_recorded(workspa
         *options,
         "--block-loss",
         "0.5",
+        "--guidance-loss",
+        "0",
         "--precision",
         "bf16",
         "--gradient-checkpointing",
@@ -51,6 +53,7 @@ def test_layers_stages_losses_and_precision_are_options_and_are_recorded(workspa
     assert (made["stages"], made["temporal_layers"]) == (["sensitive", "temporal"], ["*"])
     assert made["sensitive_layers"] == ["conv_in", "*.ff.net.*"]
     assert (made["output_loss"], made["block_loss"], made["precision"]) == (2.0, 0.5, "bf16")
+    assert made["guidance_loss"] == 0
 
 
 def test_the_embedded_model_is_finetuned_with_its_own_options_and_threads_unless_told_otherwise(

@@ -23,7 +23,15 @@ from quest_deploy.finetuning.block_outputs import BlockOutputs
 from quest_deploy.finetuning.distributed import Processes
 from quest_deploy.finetuning.gradient_checkpointing import enable_gradient_checkpointing
 from quest_deploy.finetuning.layer_sets import LAYER_SETS, select_layers
-from quest_deploy.finetuning.train import TARGETS, FinetuneOptions, Step, _backward, finetune
+from quest_deploy.finetuning.train import (
+    TARGETS,
+    FinetuneOptions,
+    Step,
+    _backward,
+    _Batches,
+    finetune,
+    guidance_error,
+)
 from quest_deploy.quantization import layers as layers_module
 from quest_deploy.quantization.layers import ActivationQuantizer
 from quest_deploy.quantization.model import QuantizedModel
@@ -399,6 +407,8 @@ def test_progress_tells_both_stages_step_by_step(train: Train) -> None:
         ({"stages": ("spatial",)}, "stages 'spatial'"),
         ({"output_loss": 0.0, "block_loss": 0.0}, "loss"),
         ({"block_loss": -1.0}, "loss"),
+        ({"guidance_loss": -1.0}, "loss"),
+        ({"guidance_loss": float("inf")}, "loss"),
         ({"output_loss": float("nan")}, "loss"),
         ({"precision": "fp8"}, "'fp8' float32 bf16"),
     ],
@@ -406,6 +416,64 @@ def test_progress_tells_both_stages_step_by_step(train: Train) -> None:
 def test_options_that_cannot_work_are_input_errors(changes: dict[str, Any], facts: str) -> None:
     with refused(*facts.split()):
         FinetuneOptions(**{"family": FAMILY, **changes})
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("gain", [0.5, 1.0, 1.5])
+def test_the_guidance_error_is_of_the_length_of_the_differences_alone(
+    parts: int, gain: float
+) -> None:
+    target = torch.randn(4, parts, 3, 5, 5)
+    common = torch.randn(4, 1, 3, 5, 5)
+    error = guidance_error(
+        (common + gain * target).flatten(0, 1), target.flatten(0, 1), parts
+    ).item()
+    assert error == pytest.approx((gain - 1) ** 2, abs=1e-5)
+
+
+def test_rows_that_guidance_does_not_tell_apart_have_no_guidance_error() -> None:
+    target = torch.randn(3, 1, 2, 4, 4).expand(3, 2, 2, 4, 4).flatten(0, 1)
+    output = torch.randn(6, 2, 4, 4, requires_grad=True)
+    error = guidance_error(output, target, 2)
+    error.backward()
+    assert error.item() == 0
+    assert output.grad is not None
+    assert not output.grad.any()
+
+
+def test_a_batch_of_guided_samplings_holds_their_parts_at_the_same_step(
+    mini_trajectories: Trajectories,
+) -> None:
+    guided = dataclasses.replace(mini_trajectories, parts=2)
+    options = dataclasses.replace(OPTIONS, guidance_loss=1.0)
+    with Processes("cpu", options.batch) as processes:
+        batches = _Batches(guided, options, processes)
+        seen = []
+        for step in range(20):
+            steps, rows = (x.unflatten(0, (-1, 2)) for x in batches._plan(step))
+            assert (steps[:, 0] == steps[:, 1]).all()
+            assert (rows[:, 0] % 2 == 0).all()
+            assert (rows[:, 1] == rows[:, 0] + 1).all()
+            seen += rows.flatten().tolist()
+        assert set(seen) == set(range(guided.sample.shape[1]))
+        with refused("--batch", "2", "5"):
+            _Batches(guided, dataclasses.replace(options, batch=5), processes)
+
+
+def test_the_guidance_loss_shapes_the_result_where_samplings_are_guided_alone(
+    mini_unet: nn.Module,
+    mini_checkpoint: Checkpoint,
+    mini_trajectories: Trajectories,
+    uninterrupted: Checkpoint,
+) -> None:
+    options = dataclasses.replace(OPTIONS, guidance_loss=10.0)
+    guided = dataclasses.replace(mini_trajectories, parts=2)
+    unguided, with_loss = (
+        finetune(lambda: mini_unet, mini_checkpoint, recorded, options)
+        for recorded in (mini_trajectories, guided)
+    )
+    assert not differences(unguided, uninterrupted)
+    assert differences(with_loss, uninterrupted)
 
 
 def test_one_stage_alone_runs_its_own_steps_on_its_own_layers(

@@ -133,6 +133,7 @@ def schemes(draw: st.DrawFn) -> dict[str, Any]:
         "attention_bits": draw(operands),
         "softmax_bits": draw(operands),
         "split_shortcuts": draw(st.booleans()),
+        "eight_bit_layers": draw(st.sampled_from(((), ("*conv*", "*time_emb*"), ("*",)))),
         "granularity": draw(st.sampled_from(Granularity)),
     }
 

@@ -64,6 +64,19 @@ def test_the_first_and_the_last_layer_get_the_schemes_own_bits(plan: Quantizatio
     assert [quantizer.bits for quantizer in plan.quantizers] == [8, 4, 8]
 
 
+def test_layers_that_are_to_have_eight_bits_have_them_and_so_has_what_they_read() -> None:
+    scheme = Scheme.parse("w4a4", buckets=2, eight_bit_layers=("k",))
+    plan = plan_quantization(Attention(), {"sample": torch.randn(2, 2, 6, 6)}, scheme)
+    assert [layer.weight_bits for layer in plan.layers] == [8, 4, 8, 4, 8]
+    assert [quantizer.bits for quantizer in plan.quantizers] == [8, 8, 8]
+
+
+def test_a_pattern_of_eight_bit_layers_that_matches_none_is_refused() -> None:
+    scheme = Scheme.parse("w4a4", buckets=2, eight_bit_layers=("k", "unus*"))
+    with refused("unus*"):
+        plan_quantization(Attention(), {"sample": torch.randn(2, 2, 6, 6)}, scheme)
+
+
 def test_the_first_layer_is_the_one_that_reads_the_sample_though_an_embedding_runs_before_it(
     small_checkpoint: Checkpoint,
 ) -> None:

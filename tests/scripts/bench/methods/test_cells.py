@@ -132,7 +132,11 @@ def test_a_row_differs_from_the_baseline_in_what_its_table_is_about(
     assert differences("quest-attention4") == {"scheme.attention_bits", "scheme.softmax_bits"}
     assert differences("quest-rotated") == {"rotated"}
     assert differences("quest-attention4-rotated") == differences("quest-attention4") | {"rotated"}
-    assert differences("quest-low-rank") == {"low_rank", "sensitivity"}
+    assert differences("quest-four-bits") == {"scheme.eight_bit_layers"}
+    assert differences("quest-low-rank") == differences("quest-four-bits") | {
+        "low_rank",
+        "sensitivity",
+    }
     assert differences("quest-8-steps") == differences("quest-4-steps") == set()
     few = differences("equal4-8-steps")
     assert few == differences("quantiles4-8-steps") == {"scheme.bucket_edges", "trajectories"}
