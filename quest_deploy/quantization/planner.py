@@ -159,7 +159,7 @@ def plan_quantization(
 
 
 def _eight_bit(scheme: Scheme, names: Sequence[str]) -> set[str]:
-    """The layers that a pattern of the scheme's matches; raise InputError where one matches none."""
+    """The layers that the scheme's patterns match; raise InputError for one that matches none."""
     found: set[str] = set()
     for pattern in scheme.eight_bit_layers:
         matched = {name for name in names if fnmatchcase(name, pattern)}

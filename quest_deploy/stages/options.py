@@ -397,8 +397,8 @@ class FinetuneOptions(StageOptions):
     guidance_loss: Annotated[
         float | None,
         Option(
-            "Weight of the loss of what guidance multiplies, the difference between conditional and "
-            "unconditional outputs: above 0, it keeps its length.",
+            "Weight of the loss that keeps the length of what guidance multiplies, the difference "
+            "between conditional and unconditional outputs.",
             minimum=0,
         ),
     ] = None
