@@ -453,6 +453,17 @@ def test_a_page_of_its_own_place_leaves_the_workspace_as_it_is(
     assert qd.report(workspace)["page"] == str(workspace / "reports" / "report.html")
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "reports/report.html", "new/page.html"])
+def test_a_page_of_its_own_place_overwrites_nothing_of_the_workspace(
+    workspace: Path, tmp_path: Path, name: str
+) -> None:
+    before = snapshot(workspace)
+    (tmp_path / "link").symlink_to(workspace)
+    for root in (workspace, tmp_path / "link"):
+        cli("report", "-w", workspace, "--output", root / name).assert_refused("--output")
+    assert snapshot(workspace) == before
+
+
 def test_records_that_the_page_does_not_know_are_refused(
     altered: Callable[..., Workspace],
 ) -> None:
