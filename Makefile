@@ -77,6 +77,7 @@ $(DOCS)/.ready: pyproject.toml constraints.txt
 
 # The page of the demo in docs/results/, and its table; on an idle machine.
 docs-results: demo
+	$(BIN)/quest-deploy benchmark -w $(WORKSPACE) --backend openvino --pipeline
 	$(BIN)/python -m scripts.docs.results -w $(WORKSPACE) --write
 
 # Times the demo's engines again, as `make demo` does once.

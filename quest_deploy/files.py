@@ -302,13 +302,33 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all; raise QuestDeployError where it holds
-    a number that is not finite.
+    """Write ``value`` as indented JSON, whole or not at all.
+
+    Raises:
+        QuestDeployError: it holds a number that is not finite.
+        InputError: it holds a text that :func:`read_json` would refuse, see :func:`check_text`.
     """
     if (place := _not_finite(value)) is not None:
         raise QuestDeployError(f"{path.name} would hold a number that is not finite: {place}")
+    text = json.dumps(value, indent=1) + "\n"
+    if "\\ud" in text:
+        check_text(value, path.name)
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(text)
+
+
+def check_text(value: Any, what: str) -> None:
+    """Raise InputError where a JSON value holds half of a surrogate pair: Python has it for bytes
+    of a name or an argument that are no UTF-8, and no reader of JSON takes it.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        near = e.object[max(0, e.start - 30) : e.end + 10]
+        raise InputError(
+            f"{what}: expected names and texts in UTF-8, found {near!r}; rename the file, or give "
+            "another text"
+        ) from e
 
 
 def _not_finite(value: Any, place: str = "") -> str | None:

@@ -30,6 +30,7 @@ from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import (
     PLAIN,
     TEMPORARY_PREFIX,
+    check_text,
     lock,
     read_json,
     remove_temporaries,
@@ -184,8 +185,9 @@ class Workspace:
     @classmethod
     def create(cls, root: Path, model: ModelSource | str, scheme: Scheme) -> Workspace:
         """Make a new workspace, for a model's source or a name that says it all; raise InputError
-        where the folder holds something.
+        where the folder holds something, or the manifest could not hold its name.
         """
+        check_text(str(root), "the workspace's folder")
         check_vacant(root)
         made_folder = not root.exists()
         try:

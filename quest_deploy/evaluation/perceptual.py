@@ -4,7 +4,6 @@ distance. Each is measured only where the user names its weights; nothing is fet
 
 from __future__ import annotations
 
-import pickle
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,11 @@ from torch import Tensor
 from quest_deploy.artifacts.image_folder import SUFFIXES
 from quest_deploy.backends.base import require_package
 from quest_deploy.errors import InputError
+from quest_deploy.files import check_archive
 from quest_deploy.models.image_inputs import read_image
 from quest_deploy.models.pipeline_model import quiet
 from quest_deploy.models.tokenizers import check_tokenizer
-from quest_deploy.models.weights import load_part
+from quest_deploy.models.weights import check_weights, load_part
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 LPIPS, CLIP, FID = "lpips", "clip_score", "fid"
 """What a report calls the metrics."""
 BATCH = 32
+_LARGE = 64
+"""Pixels of an image's side that every backbone of LPIPS takes."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,21 @@ class Weights:
 class Perceptual:
     """The metrics of ``weights``, loaded before anything is drawn."""
 
-    def __init__(self, weights: Weights, *, of_text: bool) -> None:
-        """Load the networks.
+    def __init__(self, weights: Weights, size: tuple[int, int], *, of_text: bool) -> None:
+        """Load the networks, and try them.
+
+        Args:
+            size: height and width of the images to come.
 
         Raises:
             InputError: a package is not installed; a file or folder is not what its option
-                expects; or the CLIP score is asked of a model that draws nothing from text.
+                expects; the images are too small for LPIPS; or the CLIP score is asked of a model
+                that draws nothing from text.
         """
         if weights.clip is not None and not of_text:
             raise InputError("--clip: expected a text-to-image model")
         self._clip = None if weights.clip is None else _ClipScore(weights.clip)
-        self._lpips = None if weights.lpips is None else _lpips(weights.lpips)
+        self._lpips = None if weights.lpips is None else _lpips(weights.lpips, size)
         self._fid = (
             None
             if weights.fid is None or weights.inception is None
@@ -98,14 +104,8 @@ class Perceptual:
     def _distance(self, images: NDArray[np.float32], others: NDArray[np.float32]) -> float:
         assert self._lpips is not None
         a, b = (torch.from_numpy(_coloured(x)).clamp(-1, 1) for x in (images, others))
-        try:
-            pairs = zip(a.split(BATCH), b.split(BATCH), strict=True)
-            return float(torch.cat([self._lpips(x, y).flatten() for x, y in pairs]).mean())
-        except RuntimeError as e:
-            raise InputError(
-                f"--lpips: images of {images.shape[2]}x{images.shape[3]} pixels are too small for "
-                f"its backbone ({e})"
-            ) from e
+        pairs = zip(a.split(BATCH), b.split(BATCH), strict=True)
+        return float(torch.cat([self._lpips(x, y).flatten() for x, y in pairs]).mean())
 
 
 class _ClipScore:
@@ -123,11 +123,27 @@ class _ClipScore:
                 "download openai/clip-vit-base-patch16, say, and give its folder"
             )
         check_tokenizer(folder)
-        with quiet():
-            self._model = load_part(folder, CLIPModel)
-            self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-            self._prepare = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        try:
+            with quiet():
+                self._model = load_part(folder, CLIPModel)
+                self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+                self._prepare = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+            # Many a tokenizer's configuration says no length.
+            self._tokenizer.model_max_length = min(
+                self._tokenizer.model_max_length,
+                self._model.config.text_config.max_position_embeddings,
+            )
+            self(np.zeros((1, 3, _LARGE, _LARGE), np.float32), [""])
+        except InputError:
+            raise
+        except Exception as e:  # of files that do not belong together, transformers raises anything
+            reason = " ".join(str(e).split())[:300]
+            raise InputError(
+                f"--clip {folder}: expected a CLIP model, its tokenizer and its image processor "
+                f"({type(e).__name__}: {reason}); get it again"
+            ) from e
 
+    @torch.no_grad()
     def __call__(self, images: NDArray[np.float32], captions: Sequence[str]) -> float:
         cosines = []
         for start in range(0, len(images), BATCH):
@@ -142,8 +158,10 @@ class _ClipScore:
         return max(0.0, 100 * float(torch.cat(cosines).mean()))
 
 
-def _lpips(path: Path) -> Any:
-    """LPIPS with the backbone of ``path`` and the linear layers that torchmetrics has."""
+def _lpips(path: Path, size: tuple[int, int]) -> Any:
+    """LPIPS with the backbone of ``path`` and the linear layers that torchmetrics has, for images
+    of ``size``.
+    """
     require_package("torchvision", "metrics", "--lpips")
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
@@ -156,6 +174,15 @@ def _lpips(path: Path) -> Any:
     except (KeyError, RuntimeError) as e:
         raise InputError(
             f"--lpips {path}: expected torchvision's weights of an AlexNet or a VGG-16 ({e})"
+        ) from e
+    check_weights(model.net, f"--lpips {path}")
+    trial = torch.zeros(1, 3, *(min(side, _LARGE) for side in size))
+    try:
+        with torch.no_grad():
+            model(trial, trial)
+    except RuntimeError as e:
+        raise InputError(
+            f"--lpips: images of {size[0]}x{size[1]} pixels are too small for its backbone ({e})"
         ) from e
     return model
 
@@ -184,6 +211,7 @@ def _fid(folder: Path, weights: Path) -> Any:
             raise InputError(
                 f"--inception {weights}: expected torch-fidelity's weights of an Inception v3"
             ) from e
+    check_weights(metric.inception, f"--inception {weights}")
     with torch.no_grad():
         for path in files:  # which may differ in size
             pixels = torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
@@ -194,9 +222,14 @@ def _fid(folder: Path, weights: Path) -> Any:
 def _state_dict(path: Path, flag: str) -> dict[str, Tensor]:
     """The tensors of a .pth file, which may hold nothing else."""
     try:
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as e:
-        raise InputError(f"{flag} {path}: expected a .pth file of weights alone ({e})") from e
+    except InputError as e:
+        raise InputError(f"{flag} {e}") from e
+    except Exception as e:  # a malformed file makes torch and pickle raise anything
+        # Not torch's own words, which advise to run the file's code.
+        reason = e if isinstance(e, OSError) else type(e).__name__
+        raise InputError(f"{flag} {path}: expected a .pth file of weights alone ({reason})") from e
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise InputError(f"{flag} {path}: expected a .pth file with a state dict of tensors")
     return state

@@ -75,8 +75,16 @@ class Judge:
         """Judge images [N, 3, H, W] in [-1, 1], N at least 2, asked for by the prompts of these
         numbers [N].
         """
-        embeddings, features = self._see(images)
-        _, of_fp32 = self._see(fp32_images)
+        seen, distances = [], []
+        # Batch by batch: the features of a batch are a hundred times larger than its images.
+        for batch, of_fp32 in zip(
+            *(torch.from_numpy(x).split(BATCH) for x in (images, fp32_images)), strict=True
+        ):
+            embedding, features = self._see(batch)
+            seen.append(embedding)
+            pairs = zip(features, self._see(of_fp32)[1], strict=True)
+            distances.append(np.mean([(a - b).square().sum(-1).mean() for a, b in pairs]))
+        embeddings = torch.cat(seen)
         near = F.normalize(embeddings, dim=1) @ self._statistics["names"].T
         own = near.gather(1, torch.from_numpy(prompts)[:, None])
         rank = (near > own).sum(1)
@@ -90,29 +98,16 @@ class Judge:
             distance,
             float((rank == 0).double().mean()),
             float((rank < NEAREST).double().mean()),
-            float(
-                np.mean(
-                    [
-                        (a - b).square().sum(-1).mean()
-                        for a, b in zip(features, of_fp32, strict=True)
-                    ]
-                )
-            ),
+            float(np.average(distances, weights=[len(each) for each in seen])),
         )
 
     @torch.no_grad()
-    def _see(self, images: NDArray[np.float32]) -> tuple[Tensor, list[Tensor]]:
+    def _see(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The embeddings, float64 [N, D], and of each layer the patches' features of length 1."""
-        seen = [
-            self._encoder(pixel_values=batch, output_hidden_states=True)
-            for batch in torch.from_numpy(images).split(BATCH)
-        ]
-        layers = zip(*(each.hidden_states[1:] for each in seen), strict=True)
-        return (
-            torch.cat([each.image_embeds for each in seen]).double(),
-            # The first token is the class's.
-            [F.normalize(torch.cat(layer)[:, 1:], dim=-1) for layer in layers],
-        )
+        seen = self._encoder(pixel_values=images, output_hidden_states=True)
+        # The first token is the class's.
+        features = [F.normalize(layer[:, 1:], dim=-1) for layer in seen.hidden_states[1:]]
+        return seen.image_embeds.double(), features
 
 
 def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:

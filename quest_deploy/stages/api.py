@@ -10,6 +10,7 @@ a phase, the steps done and their number, which ``print`` can show; messages go 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import replace
 from importlib import import_module
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.errors import InputError
-from quest_deploy.files import atomic_file, read_bounded
+from quest_deploy.files import absolute, atomic_file, read_bounded
 from quest_deploy.finetuning.distributed import is_main_process
 from quest_deploy.importers.settings import ImportSettings, Source
 from quest_deploy.options import declared, takes
@@ -238,6 +239,11 @@ def report(chosen: ReportArguments) -> Report:
     opened = chosen.opened()
     if chosen.output is None:
         return REPORT.run(opened, StageOptions(), chosen.progress)
+    if absolute(chosen.output).is_relative_to(os.path.realpath(opened.root)):
+        raise InputError(
+            f"--output {chosen.output}: expected a place outside the workspace, whose files the "
+            "manifest knows; without --output the page is written into it"
+        )
     with opened.reading():
         written: Report = REPORT.module.write(opened, chosen.output)
         return written

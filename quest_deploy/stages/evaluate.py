@@ -33,6 +33,7 @@ from quest_deploy.models.loading import load_model
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.progress import named
 from quest_deploy.quantization.model import QuantizedModel
+from quest_deploy.stages.options import METRIC_FILES
 from quest_deploy.stages.workspaces import method_name
 
 if TYPE_CHECKING:
@@ -67,9 +68,9 @@ def work(
         "image_guidance": model.image_guidance,
         "images": model.evaluation_images,
     }
-    weights = Weights(options.clip, options.lpips, options.fid, options.inception)
-    perceptual = Perceptual(weights, of_text=model.asked_for == "prompt")
-    others = {"image_folder", *(each.name for each in dataclasses.fields(Weights))}
+    weights = Weights(**{name: each.unchanged() for name, each in options.metric_files.items()})
+    perceptual = Perceptual(weights, model.image_size, of_text=model.asked_for == "prompt")
+    others = {"image_folder", *METRIC_FILES}
     chosen = {name: x for name, x in options.to_json().items() if name not in others}
     sampling = quality.SamplingOptions(**(defaults | chosen))
     set_steps(model.load_scheduler(sampling.scheduler), sampling.steps)

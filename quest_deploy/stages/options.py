@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
+from quest_deploy.artifacts.hashed_path import HashedPath
 from quest_deploy.artifacts.image_folder import ImageFolder
 from quest_deploy.artifacts.workspace import REPORTS, SENSITIVITY_REPORT
 from quest_deploy.backends.base import VERSION
@@ -48,6 +49,8 @@ on.
 """
 
 
+METRIC_FILES = ("clip", "lpips", "fid", "inception")
+"""The options of an evaluation that name what a metric is measured with."""
 METHOD_HELP = (
     "How clip ranges are chosen: mse, minmax or l2.4; or qdiff: l2.4, then Q-Diffusion's "
     "reconstruction (a new workspace has --split-shortcuts then)."
@@ -668,32 +671,58 @@ class EvaluateOptions(EngineStageOptions, ImageFolderOptions):
     scheduler: SchedulerOption = "ddim"
     seed: Annotated[int, SEED] = 2024
     clip: Annotated[
-        Path | None,
+        HashedPath | Path | str | None,
         Option(
             "A folder with a CLIP model in transformers' layout: measure the CLIP score, of a "
             "text-to-image model.",
             metavar="DIR",
+            text=Path,
         ),
     ] = None
     lpips: Annotated[
-        Path | None,
+        HashedPath | Path | str | None,
         Option(
             "torchvision's weights of an AlexNet or a VGG-16, a .pth file: measure LPIPS to FP32's "
             "images.",
             metavar="FILE",
+            text=Path,
         ),
     ] = None
     fid: Annotated[
-        Path | None,
+        HashedPath | Path | str | None,
         Option(
             "A folder of real images: measure the Frechet inception distance to them, with "
             "--inception.",
             metavar="DIR",
+            text=Path,
         ),
     ] = None
     inception: Annotated[
-        Path | None,
+        HashedPath | Path | str | None,
         Option(
-            "torch-fidelity's weights of an Inception v3, a .pth file, for --fid.", metavar="FILE"
+            "torch-fidelity's weights of an Inception v3, a .pth file, for --fid.",
+            metavar="FILE",
+            text=Path,
         ),
     ] = None
+
+    def __post_init__(self) -> None:
+        for name in METRIC_FILES:
+            if isinstance(given := getattr(self, name), Mapping):  # of a manifest
+                object.__setattr__(self, name, HashedPath(**given))
+        super().__post_init__()
+        for name in METRIC_FILES:
+            if isinstance(given := getattr(self, name), Path | str):
+                object.__setattr__(self, name, HashedPath.of(given, f"--{name}"))
+
+    @property
+    def metric_files(self) -> dict[str, HashedPath]:
+        """What is given of ``METRIC_FILES``."""
+        found = {name: getattr(self, name) for name in METRIC_FILES}
+        return {name: given for name, given in found.items() if isinstance(given, HashedPath)}
+
+    def to_json(self) -> dict[str, Any]:
+        """The options, files and folders with their hashes: another content at the same place is
+        another evaluation.
+        """
+        return super().to_json() | {name: asdict(x) for name, x in self.metric_files.items()}

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from quest_deploy.files import naming
+from quest_deploy.files import check_text, naming
 from quest_deploy.progress import no_progress, progress_of
 from quest_deploy.stages.options import EngineStageOptions, StageOptions
 
@@ -181,6 +181,9 @@ def _scratch_in(folder: Path) -> Iterator[None]:
 
 
 def as_recorded(options: StageOptions) -> dict[str, Any]:
-    """The options as the manifest gives them back: a tuple becomes a list."""
+    """The options as the manifest gives them back: a tuple becomes a list. Raise InputError where
+    it could not give them back.
+    """
     recorded: dict[str, Any] = json.loads(json.dumps(options.to_json()))
+    check_text(recorded, "options")
     return recorded

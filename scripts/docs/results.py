@@ -4,7 +4,7 @@
     python -m scripts.docs.results -w quest-out/emoji-w4a4 --write  # and writes docs/results/
 
 The same for Stable Diffusion 1.5, on a machine that has its weights and memory for two of its UNets
-in FP32; hours on a CPU:
+in FP32; hours on a CPU, and it goes on where it was interrupted:
 
     python -m scripts.docs.results --run sd15 --bits w4a8 --backend openvino
 """
@@ -12,14 +12,28 @@ in FP32; hours on a CPU:
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import quest_deploy as qd
-from quest_deploy.artifacts.workspace import REPORT_PAGE, REPORTS, Workspace
-from quest_deploy.files import size
+from quest_deploy.artifacts.workspace import Workspace
+from quest_deploy.errors import InputError, QuestDeployError
+from quest_deploy.evaluation.report_page.facts import system
+from quest_deploy.files import atomic_file, size
+from quest_deploy.stages import FINETUNE
+from quest_deploy.stages import run as pipeline
+from quest_deploy.stages.arguments import RunArguments
+from quest_deploy.stages.options import BenchmarkOptions
 
-FOLDER = Path(__file__).parents[2] / "docs" / "results"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "results"
+SITE = ROOT / "mkdocs.yml"
+NAV, ENTRY = "  - Measured:\n", "      - results/README.md\n"
+"""Where the index of the site lists the page."""
+BENCHMARK = BenchmarkOptions(batch=(1, 2), runs=20, static=False, pipeline=True)
+"""What `--run` times: a third engine may not fit."""
 QUALITY = {
     "frechet_distance": ("Fréchet distance", "{:.2f}"),
     "top1": ("prompt nearest of all to its image", "{:.1%}"),
@@ -53,16 +67,24 @@ def tables(workspace: Workspace) -> str:
 
 
 def _about(workspace: Workspace, records: dict[str, Any]) -> str:
+    if missing := {*workspace.checkpoint_inputs} - records.keys():
+        raise InputError(
+            f"{workspace.root}: expected what `quest-deploy run` makes, and "
+            f"{', '.join(sorted(missing))} has not run or is out of date"
+        )
     scheme, contents = workspace.scheme, records[workspace.checkpoint_inputs[0]].details
     made = records[workspace.checkpoint_stage].made
     versions = ", ".join(
         f"{name} {made[name]}" for name in ("quest-deploy", "torch") if name in made
     )
+    built = (x.details["hardware"] for name, x in records.items() if "build-engine/" in name)
+    processors = {x["processor"] for x in built if "processor" in x}
+    machine = ", ".join([system(made.get("platform", "")), *sorted(processors)])
     lines = [
         f"{workspace.model} at {scheme.name}, {scheme.buckets} timestep buckets: "
         f"{contents['layers']} layers read {contents['sites']} tensors; "
         f"{contents['weights_at_4_bits']:.1%} of the weights are at 4 bits. Made with {versions}, "
-        f"on {made['platform']}."
+        f"on {machine}."
     ]
     if "export" in records:
         graph = records["export"].details
@@ -158,22 +180,46 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def write(workspace: Workspace, folder: Path = FOLDER) -> None:
-    """Write the report's page and the tables into ``folder``."""
+    """Write the report's page and the tables into ``folder``; raise InputError where the workspace
+    is not finished.
+    """
     name = f"{workspace.model}-{workspace.scheme.name}"
-    qd.report(workspace, output=folder / f"{name}.html")
     text = (
-        f"# Results of {name}\n\n[The page that `quest-deploy report` writes]({name}.html), and "
-        f"its tables. `make docs-results` makes both.\n\n{tables(workspace)}"
+        f"# Results of {name}\n\n[The page that `quest-deploy report` writes]"
+        f"({quote(name)}.html), and its tables. `make docs-results` makes both.\n\n"
+        f"{tables(workspace)}"
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    qd.report(workspace, output=folder / f"{name}.html")
+    with atomic_file(folder / "README.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def listed(site: str) -> str:
+    """The text of mkdocs.yml with the page in the index of the site."""
+    if ENTRY in site:
+        return site
+    if NAV not in site:
+        raise InputError(f"{SITE}: expected {NAV.strip()!r}; add {ENTRY.strip()!r} by hand")
+    return site.replace(NAV, NAV + ENTRY)
 
 
 def run(model: str, bits: str, backend: str) -> Workspace:
-    """Everything for a model: all stages, then whole images; goes on where it was interrupted."""
-    workspace = qd.run(model, bits=bits, backend=[backend], progress=print).workspace
-    qd.benchmark(workspace, backend=backend, runs=20, pipeline=True, progress=print)
-    print(workspace.path(REPORTS, REPORT_PAGE), qd.report(workspace)["bytes"])
+    """Everything for a model, whole images among it; goes on where it was interrupted."""
+    workspace = RunArguments(model=model, bits=bits).opened()
+    options = {
+        "calibrate": pipeline.calibration(workspace, {}, None),
+        "finetune": pipeline.kept(FINETUNE, workspace, {}),
+        "benchmark": BENCHMARK,
+    }
+    backends = pipeline.available([backend], (), if_available=False)
+    ended = pipeline.run(workspace, backends, options, _tell, lambda *_: None)
+    _tell(*ended.failed.values(), ended.results["report"]["page"])
     return workspace
+
+
+def _tell(*words: object) -> None:
+    """What is no table: standard output is ready to paste."""
+    print(*words, file=sys.stderr)
 
 
 def main() -> None:
@@ -187,14 +233,19 @@ def main() -> None:
     chosen = parser.parse_args()
     if (chosen.run is None) == (chosen.workspace is None):
         parser.error("expected either --workspace or --run")
-    workspace = (
-        Workspace.open(chosen.workspace)
-        if chosen.run is None
-        else run(chosen.run, chosen.bits, chosen.backend)
-    )
-    print(tables(workspace))
-    if chosen.write:
-        write(workspace)
+    try:
+        workspace = (
+            Workspace.open(chosen.workspace)
+            if chosen.run is None
+            else run(chosen.run, chosen.bits, chosen.backend)
+        )
+        print(tables(workspace))
+        if chosen.write:
+            write(workspace)
+            SITE.write_text(listed(SITE.read_text(encoding="utf-8")), encoding="utf-8")
+    except QuestDeployError as e:
+        _tell(f"error: {e}")
+        sys.exit(e.exit_code)
 
 
 if __name__ == "__main__":

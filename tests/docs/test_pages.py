@@ -98,3 +98,6 @@ def test_the_index_of_the_site_lists_every_page() -> None:
     listed = re.findall(r"- .*?([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     prose = {path.name for path in (ROOT / "docs").glob("*.md")}
     assert {name for name in listed if "/" not in name} == prose
+    # `make docs-results` writes it, and lists it.
+    results = "results/README.md"
+    assert (results in listed) == (ROOT / "docs" / results).exists()

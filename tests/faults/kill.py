@@ -52,6 +52,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "generate": ("generate", *ENGINE, "--steps", "2", "--rows", "1"),
     "evaluate": ("evaluate", *ENGINE, "--images", "4", "--steps", "2"),
     "report": ("report", "-w", "{w}"),
+    "report elsewhere": ("report", "-w", "{w}", "--output", "{new}/page.html"),
     "schedule": ("schedule", "-w", "{w}", "--steps", "7"),
     "package": ("package", "-w", "{w}", "--triton", "{package}"),
     "run": ("run", "-w", "{w}", "--backend", "onnxruntime", "--seed", "1"),

@@ -179,6 +179,17 @@ def test_json_survives_writing_and_reading(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json") == value
 
 
+def test_what_is_written_as_json_can_be_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"smile": "\N{GRINNING FACE}"})
+    assert read_json(path) == {"smile": "\N{GRINNING FACE}"}
+    # What Python makes of a byte that is no UTF-8, in a file's name or an argument.
+    for value in ({"path": ["a\udcffb"]}, {"a\udcff": 1}):
+        with refused("a.json", "UTF-8"):
+            write_json(path, value)
+    assert read_json(path) == {"smile": "\N{GRINNING FACE}"}
+
+
 def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, 1)

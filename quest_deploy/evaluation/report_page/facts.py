@@ -6,6 +6,8 @@ A stage that is not up to date shows nothing: the page names the command that ma
 from __future__ import annotations
 
 import base64
+import re
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from quest_deploy.backends.base import engine_info
 from quest_deploy.quantization.layer_kinds import group_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -35,8 +37,11 @@ WHOLE_MODEL = ("calibrate", "sensitivity", "finetune", "generate", "evaluate")
 """What an imported checkpoint, a UNet alone, cannot go through."""
 MOST_IMAGE_BYTES = 6_000_000
 """Of the single images in a page; it shows fewer of large ones."""
+MOST_COLUMNS = 128
+"""Of the charts of ranges: where there are more buckets, neighbours share one."""
 HEAT_STEP, HEAT_LEVELS = 0.25, 4
 """A colour of the heat map for each quarter of an octave, up to four on either side of the mean."""
+_MACHINES = ("AMD64", "aarch64", "arm64", "x86_64")
 
 
 def gather(workspace: Workspace) -> dict[str, Any]:
@@ -67,22 +72,26 @@ def gather(workspace: Workspace) -> dict[str, Any]:
         "verifications": _each(records, "verify"),
         "ranges": _ranges(checkpoints, workspace.scheme),
         "sensitivity": _details(records, "sensitivity"),
-        "engines": {name: engine.to_json() for name, engine in engines.items()},
+        "engines": {
+            name: engine.to_json() | {"built_by": _versions(engine.built_by)}
+            for name, engine in engines.items()
+        },
         "engine_bytes": {
             name: sum(x["bytes"] for x in record.files.values())
             for name, record in _of_engines(records, "build-engine").items()
         },
         "benchmarks": _each(records, "benchmark"),
         "missing": {
-            "model": missing.of("calibrate", "finetune"),
+            "model": missing.of_model(),
             "images": missing.of_engine("evaluate", once=True),
             "verification": missing.of("reference") + missing.of_engine("verify"),
-            "ranges": missing.of("calibrate"),
+            "ranges": missing.of(missing.first),
             "sensitivity": missing.of("sensitivity"),
             "precision": missing.of("export") + missing.of_engine("build-engine", once=True),
             "speed": missing.of_engine("benchmark"),
         },
         "stages": _stages(workspace, states),
+        "interrupted": workspace.interrupted_stages,
     }
 
 
@@ -93,6 +102,14 @@ class _Missing:
         self._states, self._root = states, workspace.root
         self._imported = "import" in workspace.stages and "calibrate" not in workspace.stages
         self._random = workspace.source.random_weights
+
+    @property
+    def first(self) -> str:
+        """The stage that made the first checkpoint."""
+        return "import" if self._imported else "calibrate"
+
+    def of_model(self) -> list[dict[str, str]]:
+        return self.of("import") if self._imported else self.of("calibrate", "finetune")
 
     def of(self, *stages: str) -> list[dict[str, str]]:
         return [found for stage in stages for found in self._of(stage)]
@@ -119,10 +136,12 @@ class _Missing:
 
 
 def _nameless(reason: str, root: Path) -> str:
-    """The reason without the workspace's own place."""
-    if reason.startswith(f"{root} "):
-        reason = f"the workspace{reason.removeprefix(str(root))}"
-    return reason.replace(f"-w {root}", "-w WORKSPACE").replace(f"{root}/", "")
+    """The reason without the workspace's own place, which may be a name as short as "s"."""
+    here = re.escape(str(root))
+    reason = re.sub(
+        rf"-w {here}(?=`)", "-w WORKSPACE", re.sub(rf"^{here} ", "the workspace ", reason)
+    )
+    return re.sub(rf"(?<!\S){here}/", "", reason)
 
 
 def _details(records: Records, stage: str) -> dict[str, Any] | None:
@@ -144,13 +163,20 @@ def _contents(records: Records) -> dict[str, Any] | None:
 
 
 def _checkpoints(workspace: Workspace, records: Records) -> dict[str, Checkpoint]:
-    """Of each stage that made one, the one to be deployed last."""
+    """Of each stage that made one, without its weights; the one to be deployed last."""
     made = {"import": CALIBRATED, "calibrate": CALIBRATED, "finetune": CHECKPOINT}
     return {
-        stage: load_checkpoint(workspace.path(file))
+        stage: _without_weights(load_checkpoint(workspace.path(file)))
         for stage, file in made.items()
         if stage in records
     }
+
+
+def _without_weights(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint's quantizers and what it says of its layers: the rest may be gigabytes."""
+    none = np.empty(0, np.int8)
+    layers = {name: replace(x, weight_codes=none) for name, x in checkpoint.layers.items()}
+    return replace(checkpoint, layers=layers, floats={})
 
 
 def _kinds(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -209,19 +235,21 @@ def _data_uri(png: bytes) -> str:
 
 
 def _ranges(checkpoints: Mapping[str, Checkpoint], scheme: Scheme) -> dict[str, Any] | None:
-    """The range that each quantizer clips to, in each bucket."""
+    """The range that each quantizer clips to, in each bucket or over a few neighbouring ones."""
     if not checkpoints:
         return None
     deployed = list(checkpoints.values())[-1]
+    columns = min(scheme.buckets, MOST_COLUMNS)
+    firsts = [scheme.buckets * i // columns for i in range(columns)]
     quantizers = []
     levels: list[list[int]] = []
     for name, quantizer in deployed.quantizers.items():
         bounds = {
-            stage: [_rounded(x) for x in clip_range(checkpoint.quantizers[name])]
+            stage: _clip_ranges(checkpoint.quantizers[name], firsts)
             for stage, checkpoint in checkpoints.items()
             if name in checkpoint.quantizers
         }
-        low, high = clip_range(quantizer)
+        low, high = _clip_ranges(quantizer, firsts)
         width = np.maximum(high - low, np.finfo(np.float32).tiny)
         relative = width / np.exp(np.log(width).mean())
         heat = np.clip(np.round(np.log2(relative) / HEAT_STEP), -HEAT_LEVELS, HEAT_LEVELS)
@@ -231,7 +259,7 @@ def _ranges(checkpoints: Mapping[str, Checkpoint], scheme: Scheme) -> dict[str, 
                 "name": name,
                 "readers": list(quantizer.layers),
                 "bits": quantizer.bits,
-                "range": bounds,
+                "range": {stage: [_rounded(x) for x in both] for stage, both in bounds.items()},
                 "moves": float(width.max() / width.min()),
             }
         )
@@ -241,8 +269,20 @@ def _ranges(checkpoints: Mapping[str, Checkpoint], scheme: Scheme) -> dict[str, 
         rows = levels[first : first + len(list(members))]
         blocks.append({"name": block, "first": first, "levels": rows})
         first += len(rows)
-    chart = {"edges": edges, "stages": list(checkpoints), "quantizers": quantizers}
-    return {"chart": chart, "blocks": blocks}
+    chart = {
+        "edges": [*(edges[first] for first in firsts), edges[-1]],
+        "stages": list(checkpoints),
+        "quantizers": quantizers,
+    }
+    return {"chart": chart, "blocks": blocks, "columns": columns, "edges": edges}
+
+
+def _clip_ranges(
+    quantizer: QuantizerData, firsts: Sequence[int]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """:func:`clip_range` over the buckets from each of the ``firsts`` to before the next."""
+    low, high = clip_range(quantizer)
+    return np.minimum.reduceat(low, firsts), np.maximum.reduceat(high, firsts)
 
 
 def clip_range(quantizer: QuantizerData) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -282,7 +322,7 @@ def _stages(workspace: Workspace, states: Mapping[str, str | None]) -> list[dict
                 "name": name,
                 "why": why and _nameless(why, workspace.root),
                 "time": str(made.pop("time", "")).replace("T", " ").removesuffix("Z"),
-                "versions": ", ".join(f"{package} {version}" for package, version in made.items()),
+                "versions": _versions(made),
                 "inputs": record.inputs,
                 "options": record.options,
                 "files": [
@@ -292,3 +332,22 @@ def _stages(workspace: Workspace, states: Mapping[str, str | None]) -> list[dict
             }
         )
     return found
+
+
+def _versions(made: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {system(str(version)) if name == 'platform' else version}"
+        for name, version in made.items()
+    )
+
+
+def system(platform: str) -> str:
+    """What ``platform.platform()`` says but for the kernel's build, which is one machine's.
+
+    >>> system("Linux-6.1.0-13-amd64-x86_64-with-glibc2.36")
+    'Linux x86_64 glibc2.36'
+    """
+    family, *rest = platform.split("-")
+    return " ".join(
+        [family, *(x for x in rest if x in _MACHINES or x.startswith(("glibc", "musl")))]
+    )

@@ -20,7 +20,8 @@ function value(cell) {
 }
 
 function sortable(table) {
-  all("thead th", table).forEach((header, column) => {
+  all("thead th", table).forEach((header) => {
+    const column = header.cellIndex;  // which counts the cells without a title too
     const button = document.createElement("button");
     button.type = "button";
     button.append(...header.childNodes);
@@ -97,14 +98,17 @@ function comparison(figure) {
 function ticks(low, high, most = 6) {
   const step = 10 ** Math.floor(Math.log10((high - low) / most));
   const width = [1, 2, 5, 10].map((x) => x * step).find((x) => (high - low) / x <= most);
-  const found = [];
-  for (let i = Math.ceil(low / width); i <= high / width; i++) found.push(i * width);
-  return found;
+  const first = Math.ceil(low / width);
+  // Of numbers that a float cannot count, or of none at all, there are no ticks.
+  const count = Math.min(most + 1, Math.floor(high / width) - first + 1) || 0;
+  return Array.from({ length: Math.max(0, count) }, (_, i) => (first + i) * width);
 }
 
 function powers(low, high) {
   const found = [];
-  for (let e = Math.floor(Math.log10(low)); 10 ** e <= high; e++) {
+  const last = Math.min(308, Math.floor(Math.log10(high)));
+  // Beyond 10 ** 308 a power is 0 or infinite, and a loop over them would not end.
+  for (let e = Math.max(-308, Math.floor(Math.log10(low))); e <= last; e++) {
     for (const digit of [1, 2, 5]) found.push(digit * 10 ** e);
   }
   const within = found.filter((x) => x >= low && x <= high);

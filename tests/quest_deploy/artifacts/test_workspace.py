@@ -407,6 +407,23 @@ def test_what_a_stage_wrote_is_gone_if_it_fails(made: Workspace) -> None:
     assert sorted(path for path in made.root.rglob("*") if path.name != ".lock") == before
 
 
+def test_a_name_that_is_no_utf_8_is_refused_and_the_workspace_stays_as_it_was(
+    made: Workspace, tmp_path: Path
+) -> None:
+    stages = dict(made.stages)
+    for given in (
+        {"options": {"clip": "\udcff"}, "details": {}},
+        {"options": {}, "details": {"picture": "\udcff"}},
+    ):
+        with refused("UTF-8"), made.locked():
+            made.record("generate/openvino", inputs=(), files=(), **given)
+        with made.locked():
+            assert made.stages == stages
+    with refused("UTF-8"):
+        Workspace.create(tmp_path / "\udcff", "emoji", SCHEME)
+    assert not (tmp_path / "\udcff").exists()
+
+
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 def test_a_lock_that_is_no_file_is_refused_and_what_it_names_is_left_alone(
     made: Workspace, tmp_path: Path, kind: str

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +20,16 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from quest_deploy.evaluation.perceptual import Perceptual, Weights
 from quest_deploy.stages.options import EvaluateOptions
+from quest_deploy.stages.stage import as_recorded
 from tests.helpers import refused
 from tests.pipelines import tokenizer
 from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
 CAPTIONS = ["a red cat", "a blue house", "a photo of a dog"]
+SIZE = (64, 64)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +89,7 @@ def test_the_clip_score_is_torchmetrics(clip_folder: Path, images: NDArray[np.fl
         return prepare([x.numpy() for x in given["images"]], return_tensors="pt")
 
     pixels = [torch.from_numpy(np.round((x + 1) * 127.5).astype(np.uint8)) for x in images]
-    metrics = Perceptual(Weights(clip=clip_folder), of_text=True)
+    metrics = Perceptual(Weights(clip=clip_folder), SIZE, of_text=True)
     scores = []
     for captions in (CAPTIONS, CAPTIONS[::-1], [*CAPTIONS[1:], CAPTIONS[0]]):
         with torch.no_grad():
@@ -112,7 +117,7 @@ def test_lpips_is_torchmetrics_with_that_backbone(
     from torchmetrics.functional.image import lpips
 
     models = pytest.importorskip("torchvision.models")
-    metrics = Perceptual(Weights(lpips=alexnet_file), of_text=False)
+    metrics = Perceptual(Weights(lpips=alexnet_file), SIZE, of_text=False)
     others = images[::-1].copy()
     found = metrics(others, CAPTIONS, images)
 
@@ -131,11 +136,52 @@ def test_lpips_is_torchmetrics_with_that_backbone(
     assert metrics(grey, CAPTIONS, grey) == {"lpips": 0}
 
 
-def test_images_too_small_for_lpips_are_refused(alexnet_file: Path) -> None:
-    metrics = Perceptual(Weights(lpips=alexnet_file), of_text=False)
-    small = np.zeros((2, 3, 8, 8), np.float32)
-    with refused("--lpips", "8x8"):
-        metrics(small, CAPTIONS, small)
+def test_images_too_small_for_lpips_are_refused_before_any_is_drawn(alexnet_file: Path) -> None:
+    with refused("--lpips", "8x80"):
+        Perceptual(Weights(lpips=alexnet_file), (8, 80), of_text=False)
+
+
+def test_weights_that_are_not_finite_or_packed_are_refused(
+    alexnet_file: Path, tmp_path: Path
+) -> None:
+    state = torch.load(alexnet_file, weights_only=True)
+    state["features.0.bias"][0] = torch.nan
+    torch.save(state, tmp_path / "nan.pth")
+    with refused("--lpips", "0.bias"):
+        Perceptual(Weights(lpips=tmp_path / "nan.pth"), SIZE, of_text=False)
+    packed = zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(alexnet_file) as plain, packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with refused("--lpips", "compression"):
+        Perceptual(Weights(lpips=tmp_path / "packed.pth"), SIZE, of_text=False)
+
+
+def test_a_folder_that_is_no_whole_clip_is_refused_before_any_image_is_drawn(
+    clip_folder: Path, tmp_path: Path
+) -> None:
+    def spoil(path: Path) -> None:
+        content = json.loads(path.read_text())
+        content["size"] = content["crop_size"] = {"height": 40, "width": 40}  # the model sees 32
+        path.write_text(json.dumps(content))
+
+    for name, change in (
+        ("preprocessor_config.json", Path.unlink),
+        ("preprocessor_config.json", spoil),
+        ("config.json", lambda path: path.write_text("{")),
+    ):
+        folder = tmp_path / f"{name}-{change.__name__}"
+        shutil.copytree(clip_folder, folder)
+        change(folder / name)
+        with refused("--clip", folder):
+            Perceptual(Weights(clip=folder), SIZE, of_text=True)
+
+
+def test_a_prompt_longer_than_clip_takes_is_cut(
+    clip_folder: Path, images: NDArray[np.float32]
+) -> None:
+    metrics = Perceptual(Weights(clip=clip_folder), SIZE, of_text=True)
+    assert metrics(images[:1], ["a red cat " * 50], images[:1])["clip_score"] >= 0
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +206,9 @@ def test_fid_is_torchmetrics_with_those_weights(
         network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     path = tmp_path / "inception.pth"
     torch.save(network.state_dict(), path)
-    found = Perceptual(Weights(fid=real, inception=path), of_text=False)(images, CAPTIONS, images)
+    found = Perceptual(Weights(fid=real, inception=path), SIZE, of_text=False)(
+        images, CAPTIONS, images
+    )
     metric = fid.FrechetInceptionDistance(feature_extractor_weights_path=str(path))
     reals = np.stack([np.array(Image.open(x)) for x in sorted(real.iterdir())])
     with torch.no_grad():
@@ -176,15 +224,15 @@ def test_weights_that_are_not_there_or_not_weights_are_refused(real: Path, tmp_p
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with refused("--clip", tmp_path):
-        Perceptual(Weights(clip=tmp_path), of_text=True)
+        Perceptual(Weights(clip=tmp_path), SIZE, of_text=True)
     with refused("--clip"):
-        Perceptual(Weights(clip=tmp_path), of_text=False)
+        Perceptual(Weights(clip=tmp_path), SIZE, of_text=False)
     with refused("--fid", "--inception"):
         Weights(fid=real)
     pytest.importorskip("torchvision")
     for name in ("text.pth", "code.pth", "list.pth", "other.pth", "missing.pth"):
         with pytest.raises(Exception, match="--lpips") as caught:
-            Perceptual(Weights(lpips=tmp_path / name), of_text=False)
+            Perceptual(Weights(lpips=tmp_path / name), SIZE, of_text=False)
         assert caught.value.args
 
 
@@ -193,9 +241,36 @@ def test_a_metric_without_its_package_names_the_extra(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with refused("torchvision", "--lpips"):
-        Perceptual(Weights(lpips=tmp_path / "x.pth"), of_text=False)
+        Perceptual(Weights(lpips=tmp_path / "x.pth"), SIZE, of_text=False)
     with refused("torch_fidelity", "--fid"):
-        Perceptual(Weights(fid=tmp_path, inception=tmp_path / "x.pth"), of_text=False)
+        Perceptual(Weights(fid=tmp_path, inception=tmp_path / "x.pth"), SIZE, of_text=False)
+
+
+@pytest.mark.parametrize("name", ["clip", "lpips", "fid", "inception"])
+def test_another_file_at_the_same_place_is_another_evaluation(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = folder / "weights"
+    file.write_text("one")
+    place = folder if name in ("clip", "fid") else file
+    first = EvaluateOptions(**{name: place})
+    recorded = as_recorded(first)
+    assert recorded[name] == {"path": str(place), "sha256": getattr(first, name).sha256}
+    assert EvaluateOptions.from_json(recorded) == first
+    assert as_recorded(EvaluateOptions(**{name: str(place)})) == recorded
+    assert first.metric_files[name].unchanged() == place
+    file.write_text("two")
+    assert as_recorded(EvaluateOptions(**{name: place})) != recorded
+    with refused(place):
+        first.metric_files[name].unchanged()
+    with refused(f"--{name}", tmp_path / "missing"):
+        EvaluateOptions(**{name: tmp_path / "missing"})
+
+
+def test_the_hash_of_a_file_is_its_sha_256(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_text("one")
+    given = EvaluateOptions(lpips=tmp_path / "weights").metric_files["lpips"]
+    assert given.sha256 == hashlib.sha256(b"one").hexdigest()
 
 
 def test_an_evaluation_without_them_is_recorded_as_it_was_before_there_were_any() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import platform
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import Workspace
+from quest_deploy.backends.base import processor_name
 from quest_deploy.evaluation import pipeline_benchmark
 from quest_deploy.evaluation.pipeline_benchmark import draw_in_turn, timing_of
 from quest_deploy.models.loading import load_model
 from quest_deploy.stages import benchmark_pipeline
 from quest_deploy.stages.options import BenchmarkOptions
+from quest_deploy.stages.run import Run
 from scripts.docs import results
 from tests.helpers import refused
 from tests.quest_deploy.evaluation.page_reader import Page
@@ -179,3 +183,60 @@ def test_results_are_written_with_the_page_beside_them(mini_chain: Chain, tmp_pa
     assert {x.name for x in (tmp_path / "results").iterdir()} == {"README.md", "emoji-w4a4.html"}
     text = (tmp_path / "results" / "README.md").read_text(encoding="utf-8")
     assert "(emoji-w4a4.html)" in text
+
+
+def test_results_tell_what_the_machine_is_and_nothing_else_of_it(mini_chain: Chain) -> None:
+    text = results.tables(Workspace.open(mini_chain.root))
+    assert f"on {platform.system()} {platform.machine()}" in text
+    assert processor_name() in text
+    assert platform.release() not in text
+    assert str(mini_chain.root) not in text
+
+
+def test_results_of_what_is_not_finished_are_refused_and_those_of_before_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Workspace.create(tmp_path / "w", "emoji", Scheme.parse("w4a4", buckets=2))
+    (tmp_path / "README.md").write_text("before")
+    with refused("calibrate", "run"):
+        results.write(made, tmp_path)
+    assert {x.name for x in tmp_path.iterdir()} == {"w", "README.md"}
+    for place in ("w", "nowhere"):
+        monkeypatch.setattr("sys.argv", ["results", "-w", str(tmp_path / place)])
+        with pytest.raises(SystemExit) as ended:
+            results.main()
+        assert ended.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+
+
+def test_the_site_lists_the_page_of_results_once() -> None:
+    site = results.SITE.read_text().replace(results.ENTRY, "")
+    added = results.listed(site)
+    assert added.count("results/README.md") == 1
+    assert added.replace(results.ENTRY, "") == site
+    assert results.listed(added) == added
+    with refused("results/README.md"):
+        results.listed("nav: []\n")
+
+
+def test_a_run_for_results_times_once_and_prints_nothing_but_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def go(workspace: Workspace, backends: Any, options: Any, progress: Any, told: Any) -> Any:
+        asked.update(options)
+        progress("timing", 1, 2)
+        return Run(workspace, backends, {"report": {"page": "report.html"}}, {"onnxruntime": "no"})
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results.pipeline, "run", go)
+    made = results.run("emoji", "w4a8", "onnxruntime")
+    assert made.scheme.name == "w4a8"
+    assert asked["benchmark"].pipeline
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == ["timing 1 2", "no report.html"]

@@ -129,6 +129,43 @@ def test_a_header_sorts_its_column_up_and_down(show: Callable[..., Any]) -> None
     assert header.get_attribute("aria-sort") is None
 
 
+def test_every_header_sorts_its_own_column(show: Callable[..., Any]) -> None:
+    page = show()
+    unsorted = page.evaluate(UNSORTED)
+    assert unsorted.pop("columns") > 40
+    assert unsorted == {}
+
+
+UNSORTED = """() => {
+  const found = {columns: 0};
+  for (const header of document.querySelectorAll("table.sortable thead th")) {
+    header.querySelector("button").click();
+    found.columns += 1;
+    const cells = [...header.closest("table").tBodies[0].rows].map((row) => row.cells[header.cellIndex]);
+    const texts = cells.map((cell) => cell.dataset.v ?? cell.textContent.trim());
+    const expected = texts.some((x) => Number.isNaN(Number(x)))
+      ? [...texts].sort((a, b) => a.localeCompare(b)) : [...texts].sort((a, b) => a - b);
+    if (JSON.stringify(texts) !== JSON.stringify(expected)) found[header.textContent] = texts;
+  }
+  return found;
+}"""
+"""By header, the columns that a click did not sort up; and how many were clicked."""
+
+
+def test_a_chart_of_any_numbers_has_few_ticks(show: Callable[..., Any]) -> None:
+    page = show()
+    for call, most in (
+        ("ticks(0, 1)", 7),
+        ("ticks(1e20, 1e20 + 5e4)", 7),  # one more is none more, to a float
+        ("ticks(3, 3)", 7),
+        ("ticks(Infinity, NaN)", 0),
+        ("powers(1e-320, 1)", 400),
+        ("powers(0, Infinity)", 700),
+        ("powers(0.001, 10)", 7),
+    ):
+        assert page.evaluate(call + ".length") <= most, call
+
+
 def test_the_filters_leave_the_rows_that_fit_and_count_them(show: Callable[..., Any]) -> None:
     page = show()
     controls, rows = page.locator("[data-filters=parts]"), page.locator("#parts tbody tr")

@@ -7,9 +7,11 @@ from __future__ import annotations
 import base64
 import copy
 import hashlib
+import platform
 import re
 import shutil
-from itertools import pairwise
+from itertools import pairwise, zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from quest_deploy.artifacts.checkpoint import (
     ActivationQuantizerData,
     PerChannelQuantizerData,
     load_checkpoint,
+    save_checkpoint,
 )
 from quest_deploy.artifacts.model_source import ModelSource
 from quest_deploy.artifacts.scheme import Scheme
@@ -27,14 +30,14 @@ from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.evaluation.report_page import facts
 from quest_deploy.evaluation.report_page.render import render
 from quest_deploy.files import sha256_of
-from tests.helpers import refused
+from tests.helpers import hand_checkpoint, refused
 from tests.quest_deploy.evaluation.page_reader import Page
 from tests.quest_deploy.support import cli, flip_byte, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
+    from quest_deploy.artifacts.checkpoint import Checkpoint
     from tests.quest_deploy.conftest import Chain
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://x.example onerror='a()'>\"&{{ 7*7 }}"
@@ -209,6 +212,18 @@ def test_engines_that_were_not_verified_or_timed_are_named(page: Page) -> None:
         assert f"{command} -w WORKSPACE --backend onnxruntime" not in page.section(section)
 
 
+def test_an_engine_that_was_not_verified_says_so_at_the_top(page: Page) -> None:
+    tiles = [x.text for x in page.all("div") if x.attributes.get("class") == "tile"]
+    verdicts = [" ".join(x.split()) for x in tiles if "Engine for" in x]
+    assert len(verdicts) == 3
+    assert [x for x in verdicts if "✓ Verified" in x] == [
+        x for x in verdicts if "ONNX Runtime" in x
+    ]
+    for name in ("OpenVINO", "TensorRT-RTX"):
+        (verdict,) = (x for x in verdicts if name in x)
+        assert "Not verified" in verdict
+
+
 def test_what_is_out_of_date_is_left_out_and_says_why(workspace: Path) -> None:
     flip_byte(workspace / "unet.onnx")
     found = page_of(Workspace.open(workspace))
@@ -219,6 +234,26 @@ def test_what_is_out_of_date_is_left_out_and_says_why(workspace: Path) -> None:
     assert "Coverage" not in found.section("verification")
     assert str(workspace) not in found.content
     assert found.data("ranges") != []
+
+
+def test_reasons_name_files_as_the_workspace_has_them_whatever_it_is_called(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip_byte(workspace / "reports" / "verify-onnxruntime.json")
+    page = render(Workspace.open(workspace))[0]
+    assert "reports/verify-onnxruntime.json was changed" in page
+    workspace.rename(tmp_path / "s")  # which "reports/" ends with
+    monkeypatch.chdir(tmp_path)
+    assert_same(render(Workspace.open(Path("s")))[0], page)
+
+
+def test_an_interrupted_stage_is_told(workspace: Path) -> None:
+    opened = Workspace.open(workspace)
+    assert "interrupted" not in page_of(opened).section("provenance")
+    opened.start("finetune", {})
+    text = page_of(opened).section("provenance")
+    assert "finetune was interrupted" in text
+    assert "quest-deploy finetune -w WORKSPACE" in text
 
 
 def test_the_table_of_parts_has_all_of_them_the_nearest_to_its_limit_first(
@@ -269,6 +304,39 @@ def test_the_range_of_a_per_channel_quantizer_spans_its_channels() -> None:
     # Bucket 1: channel 0 from 0 to 15, channel 1 from -30 to 0.
     np.testing.assert_array_equal(low, [-3.75, -30])
     np.testing.assert_array_equal(high, [6, 15])
+
+
+def of_checkpoint(made: Checkpoint, root: Path, stage: str = "calibrate") -> Workspace:
+    """A workspace whose only stage made this checkpoint."""
+    workspace = Workspace.create(root, "hand", made.scheme)
+    shares = {"weights_at_4_bits": 0.5, "macs_at_4_bits": 0.5}
+    counts = {"layers": 4, "sites": 3, "buckets": made.scheme.buckets}
+    with workspace.locked():
+        path = workspace.new("calibrated.safetensors")
+        save_checkpoint(made, path)
+        workspace.record(stage, inputs=(), options={}, files=[path], details={**counts, **shares})
+    return workspace
+
+
+def test_of_a_thousand_buckets_neighbours_share_a_column_of_their_widest_range(
+    tmp_path: Path,
+) -> None:
+    made = hand_checkpoint(buckets=1000)
+    found = page_of(of_checkpoint(made, tmp_path / "w"))
+    (data,) = found.data("ranges")
+    edges = data["edges"]
+    assert len(edges) == 129
+    assert set(edges) <= {0, *made.scheme.bucket_edges, 1000}
+    assert (edges[0], edges[-1]) == (0, 1000)
+    bounds = np.array([*made.scheme.bucket_edges, 1000])
+    for shown in data["quantizers"]:
+        low, high = facts.clip_range(made.quantizers[shown["name"]])
+        for k, (first, last) in enumerate(pairwise(edges)):
+            within = (first < bounds) & (bounds <= last)
+            assert within.sum() in (7, 8)
+            expected = low[within].min(), high[within].max()
+            np.testing.assert_allclose([x[k] for x in shown["range"]["calibrate"]], expected, 1e-3)
+    assert "1000 buckets are 128 columns" in found.section("ranges")
 
 
 def test_the_heat_map_has_a_cell_for_each_tensor_and_bucket(opened: Workspace, page: Page) -> None:
@@ -332,8 +400,43 @@ def test_equal_workspaces_have_equal_pages_wherever_they_lie(
     opened: Workspace, page: Page, tmp_path: Path
 ) -> None:
     copied = shutil.copytree(opened.root, tmp_path / "elsewhere")
-    assert render(Workspace.open(copied))[0] == page.content
+    assert_same(render(Workspace.open(copied))[0], page.content)
     assert str(opened.root) not in page.content
+
+
+def assert_same(found: str, expected: str) -> None:
+    """Pages are equal: where they are not, the first differing line alone is shown, since pytest
+    compares lines of a megabyte letter by letter.
+    """
+    pairs = zip_longest(found.splitlines(), expected.splitlines())
+    assert next(((a, b) for a, b in pairs if a != b), None) is None
+
+
+def test_a_failing_test_of_a_page_prints_no_more_than_where_its_elements_are(page: Page) -> None:
+    # Each holds its parents and the page's text, the parents too: a list of them took 11 GB.
+    assert max(len(repr(x)) for x in (page, *page.elements)) < 200
+
+
+def test_the_page_tells_of_the_machine_its_family_alone(page: Page) -> None:
+    assert platform.release() not in page.content
+    assert f"{platform.system()} {platform.machine()}" in page.section("provenance")
+    assert f"{platform.system()} {platform.machine()}" in page.section("precision")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "told"),
+    [
+        (
+            "Linux-5.15.167.4-microsoft-standard-WSL2-x86_64-with-glibc2.35",
+            "Linux x86_64 glibc2.35",
+        ),
+        ("macOS-14.5-arm64-arm-64bit", "macOS arm64"),
+        ("Windows-10-10.0.19045-SP0", "Windows"),
+        ("", ""),
+    ],
+)
+def test_a_platform_is_told_without_its_kernels_build(recorded: str, told: str) -> None:
+    assert facts.system(recorded) == told
 
 
 def test_a_page_of_its_own_place_leaves_the_workspace_as_it_is(
@@ -345,9 +448,20 @@ def test_a_page_of_its_own_place_leaves_the_workspace_as_it_is(
     assert ended.code == 0, ended.err
     assert ended.json["page"] == str(target)
     assert ended.json["bytes"] == target.stat().st_size
-    assert target.read_text(encoding="utf-8") == render(Workspace.open(workspace))[0]
+    assert_same(target.read_text(encoding="utf-8"), render(Workspace.open(workspace))[0])
     assert snapshot(workspace) == before
     assert qd.report(workspace)["page"] == str(workspace / "reports" / "report.html")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "reports/report.html", "new/page.html"])
+def test_a_page_of_its_own_place_overwrites_nothing_of_the_workspace(
+    workspace: Path, tmp_path: Path, name: str
+) -> None:
+    before = snapshot(workspace)
+    (tmp_path / "link").symlink_to(workspace)
+    for root in (workspace, tmp_path / "link"):
+        cli("report", "-w", workspace, "--output", root / name).assert_refused("--output")
+    assert snapshot(workspace) == before
 
 
 def test_records_that_the_page_does_not_know_are_refused(
@@ -360,12 +474,24 @@ def test_records_that_the_page_does_not_know_are_refused(
             render(altered(stage, lambda details, key=key: details.update({key: [3]})))
 
 
-def test_a_page_of_an_imported_checkpoint_says_what_it_cannot_have(tmp_path: Path) -> None:
-    made = Workspace.create(tmp_path / "w", "imported", Scheme.parse("w4a4", buckets=2))
-    made.record("import", inputs=(), options={}, files=(), details={})
-    missing = facts._Missing(made, {"import": None})
-    assert [x["command"] for x in missing.of("finetune")] == [""]
-    assert missing.of_engine("verify")[0]["command"] == "quest-deploy verify -w WORKSPACE"
+def test_a_page_of_an_imported_checkpoint_shows_its_ranges_and_says_what_it_cannot_have(
+    tmp_path: Path,
+) -> None:
+    made = of_checkpoint(hand_checkpoint(), tmp_path / "w", "import")
+    content, missing = render(made)
+    found = Page(content)
+    assert found.data("ranges")[0]["stages"] == ["import"]
+    assert {name: [x["command"] for x in gaps] for name, gaps in missing.items()} == {
+        "model": [],
+        "images": [""],
+        "verification": [f"quest-deploy {x} -w WORKSPACE" for x in ("reference", "verify")],
+        "ranges": [],
+        "sensitivity": [""],
+        "precision": [f"quest-deploy {x} -w WORKSPACE" for x in ("export", "build-engine")],
+        "speed": ["quest-deploy benchmark -w WORKSPACE"],
+    }
+    for section in ("images", "sensitivity"):
+        assert "Not to be had here" in found.section(section)
 
 
 @pytest.mark.slow

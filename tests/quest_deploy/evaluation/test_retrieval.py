@@ -114,11 +114,16 @@ def test_the_feature_distance_is_the_mean_over_patches_and_layers_of_features_of
 def test_images_are_judged_the_same_in_any_number_of_batches(
     judge: Judge, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = np.arange(IMAGES)
-    whole = judge(images, prompts, images)
+    prompts, others = np.arange(IMAGES), images[::-1].copy()
+    whole = judge(images, prompts, others)
     monkeypatch.setattr(retrieval, "BATCH", 5)
-    parts = judge(images, prompts, images)
+    sizes = []
+    see = judge._see
+    monkeypatch.setattr(judge, "_see", lambda batch: (sizes.append(len(batch)), see(batch))[1])
+    parts = judge(images, prompts, others)
+    assert set(sizes) == {5, 2}  # of a thousand images, all features at once would take gigabytes
     assert (parts.top1, parts.top5) == (whole.top1, whole.top5)
+    assert parts.feature_distance == pytest.approx(whole.feature_distance, rel=1e-5)
     assert parts.frechet_distance == pytest.approx(whole.frechet_distance, rel=1e-4)
 
 

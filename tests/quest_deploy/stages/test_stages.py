@@ -140,6 +140,14 @@ def test_a_stage_runs_again_only_where_options_or_files_changed(new: Workspace) 
     assert run(new, other, work=writes("five")) == {"text": "five"}
 
 
+def test_options_that_the_manifest_could_not_hold_are_refused_before_the_work(
+    new: Workspace,
+) -> None:
+    with refused("UTF-8"):
+        A.run(new, CalibrateOptions(prompts=("\udcff",)), work=fails(AssertionError))
+    assert new.interrupted_stages == []
+
+
 def test_a_stage_tells_its_progress(new: Workspace) -> None:
     told: list[tuple[str, int, int]] = []
     A.run(new, CalibrateOptions(), lambda *step: told.append(step), work=writes("one"))
