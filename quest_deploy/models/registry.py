@@ -57,7 +57,7 @@ KNOWN_MODELS = {
             "calibration_samples": 128,
             "forward_rows": 64,
             "evaluation_images": 256,
-            # A third of the weights, which make nine tenths of the error at W4A4: what reads a
+            # A third of the weights, which make most of the error at W4A4: what reads a
             # concatenation or a GELU's output, and the end of the decoder.
             "eight_bit_layers": (
                 "*.conv_shortcut*",
