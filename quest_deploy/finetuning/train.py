@@ -223,7 +223,7 @@ def finetune(
         elif not processes.is_main:
             targets_path = targets_path.with_name(f"{targets_path.name}.{processes.index}")
         teacher = load_teacher()
-        made_from = {
+        made_from: dict[str, str | int] = {
             "teacher": hash_of_tensors(teacher.state_dict()),
             "trajectories": hash_of_tensors(trajectories.recorded | trajectories.conditions),
             "parts": trajectories.parts,
@@ -337,7 +337,8 @@ def guidance_error(output: Tensor, target: Tensor, parts: int) -> Tensor:
     power = wanted.square().mean(1)
     # An empty prompt's outputs are the unconditional ones: there is nothing to keep.
     gain = (found * wanted).mean(1) / power.clamp(min=1e-6)
-    return ((gain - 1).square() * (power > 1e-6)).mean()
+    error: Tensor = ((gain - 1).square() * (power > 1e-6)).mean()
+    return error
 
 
 def _check_finite(loss: Tensor, stage: _Stage, step: int, names: dict[int, str]) -> None:
@@ -556,7 +557,9 @@ def _load_state(path: Path | None, key: str, steps: int, *, logs: bool) -> Train
     return state
 
 
-def _run_key(calibrated: Checkpoint, options: FinetuneOptions, made_from: dict[str, str]) -> str:
+def _run_key(
+    calibrated: Checkpoint, options: FinetuneOptions, made_from: dict[str, str | int]
+) -> str:
     digest = hashlib.sha256()
     for quantizer in calibrated.quantizers.values():
         tables = (

@@ -33,6 +33,7 @@ def few(compared: ComparedModel, monkeypatch: pytest.MonkeyPatch) -> ComparedMod
     monkeypatch.setattr(worker, "HELD_OUT_SAMPLES", 2)
     model = compared.on(compared.schedule)
     model.calibration_samples, model.evaluation_images = 2, 6
+    model.eight_bit_layers = ("*.conv_shortcut*",)  # which mini_emoji's UNet has too
     steps = {"temporal_steps": 1, "sensitive_steps": 2, "batch": 4}
     model.finetuning = {**model.finetuning, **steps}
     return model
