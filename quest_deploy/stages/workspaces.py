@@ -26,7 +26,7 @@ from quest_deploy.stages.options import QDIFF, parse_patterns
 
 Place = Workspace | Path | str | None
 """An open workspace or its folder; None for quest-out/<model>-<bits>."""
-DEFAULT_MODEL, DEFAULT_BITS = EMBEDDED, "w4a4"
+DEFAULT_MODEL, DEFAULT_BITS = EMBEDDED, "w4a8"
 FLOAT, NONE = "float", "none"
 OPERAND_BITS = ("4", "8", FLOAT)
 ModelOption = Annotated[

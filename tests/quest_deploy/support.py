@@ -56,7 +56,7 @@ MINI_EMOJI_UNET = {
 file of their own.
 """
 CHAIN = {
-    "calibrate": ["--samples", "8", "--buckets", "3"],
+    "calibrate": ["--bits", "w4a4", "--samples", "8", "--buckets", "3"],
     "sensitivity": ["--samples", "1", "--batch", "20"],
     "finetune": ["--temporal-steps", "2", "--sensitive-steps", "3", "--batch", "4"],
     "export": [],
@@ -76,7 +76,7 @@ CHAIN = {
 STAGES = tuple(step.replace(" ", "/") for step in CHAIN if step != "schedule")
 """The chain's commands that finish a stage; a schedule is only a file."""
 LDM_CHAIN = {
-    "calibrate": ["--samples", "2", "--steps", "3", "--buckets", "3"],
+    "calibrate": ["--bits", "w4a4", "--samples", "2", "--steps", "3", "--buckets", "3"],
     "finetune": ["--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2"],
     "export": [],
     "reference": [],

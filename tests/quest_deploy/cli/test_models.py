@@ -97,7 +97,7 @@ def test_the_default_folder_is_called_after_the_models_folder(
     monkeypatch.chdir(tmp_path)
     ended = cli("calibrate", "--model", pipelines("class-labels"), *FEW, "--json")
     assert ended.code == 0, ended.err
-    assert ended.json["workspace"] == "quest-out/class-labels-w4a4"
+    assert ended.json["workspace"] == "quest-out/class-labels-w4a8"
 
 
 def test_random_weights_are_recorded_and_calibrated_without_text_encoder_or_hub(
