@@ -42,6 +42,7 @@ from quest_deploy.stages.workspaces import (
     Place,
     SchemeChoices,
     create_workspace,
+    only_workspace,
     open_workspace,
 )
 
@@ -50,7 +51,7 @@ R = TypeVar("R")
 WORKSPACE = Option(
     "The workspace folder.",
     flags=("--workspace", "-w"),
-    default="quest-out/<model>-<bits>",
+    default="quest-out/<model>-<bits>, or the only one in quest-out",
     text=Path,
 )
 
@@ -101,11 +102,11 @@ class ExportArguments(SchemeChoices, ModelChoices, OfWorkspace):
 
     @property
     def describes_a_new_one(self) -> bool:
-        """Whether anything is chosen of a model or a scheme, or no workspace is given, which may
-        have been mistyped.
+        """Whether anything is chosen of a model or a scheme, or there is no workspace that can be
+        meant; a workspace that is given alone may have been mistyped.
         """
         return (
-            self.workspace is None
+            (self.workspace is None and only_workspace(None, None) is None)
             or self.of(ModelChoices) != ModelChoices()
             or self.of(SchemeChoices) != SchemeChoices()
         )

@@ -142,8 +142,9 @@ class Stage(Generic[Options, Result]):
             workspace.forget_start(name)
             if outdated := workspace.outdated_by(name):
                 logger.warning(
-                    "outdated by this, and to be run again: %s; `quest-deploy run` does so",
+                    "outdated by this, and to be run again: %s; `quest-deploy run -w %s` does so",
                     ", ".join(outdated),
+                    workspace.root,
                 )
             for left in self.state:
                 workspace.remove(left)

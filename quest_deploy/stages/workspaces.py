@@ -1,5 +1,7 @@
 """Which workspace a command or a function is about: what was chosen of its model and its scheme."""
 
+import glob
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +27,10 @@ from quest_deploy.options import Option, Options
 from quest_deploy.stages.options import QDIFF, parse_patterns
 
 Place = Workspace | Path | str | None
-"""An open workspace or its folder; None for quest-out/<model>-<bits>."""
+"""An open workspace or its folder; None for quest-out/<model>-<bits>, or the only one there."""
+OUTPUT = Path("quest-out")
 DEFAULT_MODEL, DEFAULT_BITS = EMBEDDED, "w4a8"
+logger = logging.getLogger(__name__)
 FLOAT, NONE = "float", "none"
 OPERAND_BITS = ("4", "8", FLOAT)
 ModelOption = Annotated[
@@ -280,13 +284,38 @@ def method_name(workspace: Workspace) -> str:
 
 
 def _root(workspace: Path | str | None, model: ModelChoices, bits: str | None) -> Path:
-    return Path(workspace or Path("quest-out") / f"{model.name}-{bits or DEFAULT_BITS}")
+    return Path(workspace or OUTPUT / f"{model.name}-{bits or DEFAULT_BITS}")
 
 
 def _opened(workspace: Place, model: ModelChoices, bits: str | None) -> Workspace:
     if isinstance(workspace, Workspace):
         return workspace
+    if workspace is None and (only := only_workspace(model.model, bits)):
+        workspace = only
     return Workspace.open(_root(workspace, model, bits))
+
+
+def only_workspace(model: str | None, bits: str | None) -> Path | None:
+    """The one workspace in quest-out/ that fits what is chosen, where the default one is not there;
+    None where none fits.
+
+    Raises:
+        InputError: several fit, or the model is neither known nor a path.
+    """
+    chosen = ModelChoices(model=model)
+    if (_root(None, chosen, bits) / MANIFEST).exists():
+        return None
+    pattern = "-".join(glob.escape(x) if x else "*" for x in (model and chosen.name, bits))
+    found = sorted(path.parent for path in OUTPUT.glob(f"{pattern}/{MANIFEST}"))
+    if not found and model:
+        check_model_name(model)
+    if len(found) > 1:
+        names = ", ".join(str(path) for path in found)
+        raise InputError(f"several workspaces may be meant: {names}; say which one with -w")
+    if not found:
+        return None
+    logger.info("working on %s, the only workspace here", found[0])
+    return found[0]
 
 
 def _operand_bits(value: str | None) -> int | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import IMAGES, MANIFEST, TRAJECTORIES, Workspace
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.models.loading import resolve_source
+from quest_deploy.stages.arguments import ExportArguments
 from quest_deploy.stages.workspaces import (
     ModelChoices,
     SchemeChoices,
@@ -28,7 +30,6 @@ from tests.quest_deploy.support import LDM_CHAIN, TEXT_CHAIN, cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from tests.quest_deploy.conftest import Chain
 
@@ -89,6 +90,25 @@ def test_the_same_model_may_be_named_again_by_any_path_to_it(
     made = create_workspace(tmp_path / "ws", ModelChoices(model="."), SchemeChoices())
     assert made.model == "sd"
     assert open_workspace(tmp_path / "ws", str(pipelines("sd")), None).source == made.source
+
+
+def test_a_command_without_a_folder_works_on_the_only_workspace_and_asks_where_several_are(
+    tmp_path: Path, pipelines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = pipelines("sd")
+    create_workspace(None, ModelChoices(model=str(model)), SchemeChoices(bits="w8a8"))
+    assert open_workspace(None, None, None).root == Path("quest-out/sd-w8a8")
+    assert ExportArguments().describes_a_new_one is False
+    cli("finetune").assert_refused("quest-out/sd-w8a8", "calibrate")
+    cli("finetune", "--bits", "w4a4").assert_refused("quest-out/emoji-w4a4")
+    cli("finetune", "--model", "emojii").assert_refused("emojii", "sd15")
+    create_workspace(None, ModelChoices(model=str(model)), SchemeChoices(bits="w4a4"))
+    for command in ("export", "finetune", "report"):
+        cli(command).assert_refused("quest-out/sd-w4a4", "quest-out/sd-w8a8", "-w")
+    assert open_workspace(None, None, "w4a4").root == Path("quest-out/sd-w4a4")
+    create_workspace(None, ModelChoices(), SchemeChoices())
+    assert open_workspace(None, None, None).root == Path("quest-out/emoji-w4a8")
 
 
 def test_the_default_folder_is_called_after_the_models_folder(
