@@ -69,8 +69,14 @@ def test_the_workspace_has_the_layout_of_the_specification(made: Chain) -> None:
 def test_calibrate_tells_the_share_of_weights_and_multiply_adds_at_4_bits(made: Chain) -> None:
     report = made.outcomes["calibrate"].json
     assert report["buckets"] == 3
-    assert 0.9 < report["weights_at_4_bits"] < 1
-    assert 0.9 < report["macs_at_4_bits"] < 1
+    layers = load_checkpoint(made.root / "calibrated.safetensors").layers.values()
+    for share, cost in (
+        ("weights_at_4_bits", [layer.weight_codes.size for layer in layers]),
+        ("macs_at_4_bits", [layer.macs for layer in layers]),
+    ):
+        at_4 = sum(x for x, layer in zip(cost, layers, strict=True) if layer.weight_bits == 4)
+        assert 0 < at_4 < sum(cost)
+        assert report[share] == pytest.approx(at_4 / sum(cost))
 
 
 def eight_bit_layers(checkpoint: Checkpoint) -> set[str]:
