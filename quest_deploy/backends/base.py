@@ -147,6 +147,8 @@ class Backend(ABC):
     name: str
     compile_only_checks = False
     """Whether :meth:`compile` writes nothing, since :meth:`open` compiles."""
+    low_precision_graph = True
+    """Whether a low precision of the options is in the graph, and not the runtime's own choice."""
 
     def check_options(self, options: EngineOptions) -> None:
         """Raise InputError where ``options`` hold what this backend does not take."""

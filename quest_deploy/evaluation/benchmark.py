@@ -1,5 +1,6 @@
-"""Benchmarks: the quantized engine against the float engine of the same model, against itself with
-static scales and, where a plugin quantizes, against itself quantized natively.
+"""Benchmarks: the quantized engine against the float engine of the same model, in FP32 and in the
+type of its own float ops, against itself with static scales and, where a plugin quantizes, against
+itself quantized natively.
 
 All are built for the same backend from the same graph and timed in turn in one process, so that a
 machine whose speed drifts slows all of them alike; peak memory is taken in a process of its own for
@@ -17,6 +18,8 @@ import numpy as np
 
 from exporters.graph_info import graph_info, load_graph, save_graph
 from exporters.passes.remove_quantization import RemoveQuantization
+from exporters.passes.to_dtype import LOW_PRECISION_TYPES
+from exporters.passes.to_low_precision import ToLowPrecision
 from quest_deploy.backends.base import LOWERED, input_shapes
 from quest_deploy.backends.options import NATIVE, PLUGIN, EngineOptions
 from quest_deploy.backends.registry import get_backend
@@ -119,6 +122,8 @@ def benchmark_engine(
     """
     backend.check_run(options)
     baselines = (STATIC, FP32) if choices.static else (FP32,)
+    if options.dtype in LOW_PRECISION_TYPES and backend.low_precision_graph:
+        baselines = (*baselines, options.dtype)
     if options.quantize == PLUGIN:
         baselines = (NATIVE_ENGINE, *baselines)
     folders = {QUANTIZED: engine} | {name: scratch / name.replace(" ", "-") for name in baselines}
@@ -159,8 +164,10 @@ def _build_baseline(
 ) -> None:
     folder.mkdir(parents=True)
     model = load_graph(graph)
-    if name == FP32:
+    if name in (FP32, options.dtype):
         RemoveQuantization()(model)
+        if name in LOW_PRECISION_TYPES:
+            ToLowPrecision(LOW_PRECISION_TYPES[name])(model)
     else:
         # A plugin's scales are never static: both of these are native.
         options = (

@@ -120,6 +120,31 @@ def test_an_engine_whose_plugin_quantizes_is_timed_against_itself_quantized_nati
     assert nodes == {"native": 0, "static-scale": 0, "fp32": 0}
 
 
+@pytest.mark.slow
+def test_an_engine_in_a_low_precision_is_timed_against_the_float_model_in_it_too(
+    mini_proto: onnx.ModelProto, tmp_path: Path
+) -> None:
+    backend, options = PluginOnTheCpu(), EngineOptions(threads=1, quantize="native", dtype="fp16")
+    (tmp_path / "engine").mkdir()
+    build_engine(backend, ir.from_proto(mini_proto), tmp_path / "engine", options, "cd" * 32)
+    save_graph(ir.from_proto(mini_proto), tmp_path / "unet.onnx")
+    choices = BenchmarkOptions(batches=(2,), runs=1, warmup=0, static=False)
+    result = benchmark_engine(
+        backend, options, tmp_path / "engine", tmp_path / "unet.onnx", tmp_path / "scratch", choices
+    )
+    assert {t.engine for t in result.timings} == {QUANTIZED, FP32, "fp16"}
+    types = {
+        name: {
+            value.dtype
+            for node in load_graph(tmp_path / "scratch" / name / LOWERED).graph
+            if node.op_type == "Conv"
+            for value in (*node.inputs, *node.outputs)
+        }
+        for name in (FP32, "fp16")
+    }
+    assert types == {FP32: {ir.DataType.FLOAT}, "fp16": {ir.DataType.FLOAT16}}
+
+
 def test_what_the_layers_run_in_is_told_beside_the_speed(
     timed: tuple[Benchmark, Any], mini_engines: Callable[[str], Path]
 ) -> None:
