@@ -48,16 +48,20 @@ ENGINE = "model.engine"
 SAMPLE = "sample"
 RTX = "tensorrt_rtx"
 _TYPES = {
-    "Int8": "int8",
-    "INT8": "int8",
-    "BFloat16": "bf16",
-    "BF16": "bf16",
-    "Half": "fp16",
-    "FP16": "fp16",
-    "Float": "fp32",
-    "FP32": "fp32",
+    "int8": "int8",
+    "bfloat16": "bf16",
+    "bf16": "bf16",
+    "half": "fp16",
+    "float16": "fp16",
+    "fp16": "fp16",
+    "float": "fp32",
+    "fp32": "fp32",
 }
-"""How its layer information names types."""
+"""How its layer information names types, in whatever case; the first that a text holds."""
+_TYPE_KEYS = ("Datatype", "DataType", "Format/Datatype")
+"""Where it has a tensor's type: apart from the format since TensorRT 11, which spells the key in
+two ways (a layer's tensors, the engine's own); before, at the end of the format's text.
+"""
 DEFAULT_CAPABILITIES = ("80", "86", "89", "120")
 """Ampere, Ada and Blackwell. Not Turing ("75"): TensorRT for RTX refuses FP32 matrix products
 there.
@@ -310,8 +314,8 @@ def _member(trt: Any, enumeration: str, name: str, option: str) -> Any:
 
 
 def told_precisions(layers: list[Any], wanted: list[str]) -> dict[str, str]:
-    """Return what each ``wanted`` node runs in, by its name, from TensorRT's layer information at
-    detailed verbosity.
+    """Return what each ``wanted`` node runs in, by its name, from the layer information at detailed
+    verbosity of TensorRT 10 or 11.
 
     A layer's metadata names the ONNX nodes it was made of. One that holds several multiplications
     does not tell what each runs in, so they are left out; so is a layer whose operands' types are
@@ -324,11 +328,11 @@ def told_precisions(layers: list[Any], wanted: list[str]) -> dict[str, str]:
             for name in re.findall(r"\[ONNX Layer: ([^\]]+)\]", str(layer.get("Metadata", "")))
             if name in names
         ]
-        operands = [str(entry.get("Format/Datatype", "")) for entry in layer.get("Inputs", [])[:2]]
+        operands = [_told_type(entry) for entry in layer.get("Inputs", [])[:2]]
         if isinstance(weights := layer.get("Weights"), dict):
-            operands = [*operands[:1], str(weights.get("Type", ""))]
+            operands = [*operands[:1], str(weights.get("Type", _told_type(weights)))]
         types = [
-            next((name for word, name in _TYPES.items() if word in operand), None)
+            next((name for word, name in _TYPES.items() if word in operand.lower()), None)
             for operand in operands
         ]
         if len(set(made_of)) == 1 and types and None not in types:
@@ -338,6 +342,10 @@ def told_precisions(layers: list[Any], wanted: list[str]) -> dict[str, str]:
                 else str(next(kind for kind in types if kind != "int8"))
             )
     return found
+
+
+def _told_type(tensor: dict[str, Any]) -> str:
+    return str(next((tensor[key] for key in _TYPE_KEYS if key in tensor), ""))
 
 
 def gpu_count() -> int:
