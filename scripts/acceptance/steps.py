@@ -238,7 +238,11 @@ class Engine:
 
 _FP16 = "--dtype fp16"
 ENGINES = (
-    Engine("tensorrt-native", "tensorrt", f"{_FP16} --quantize native", ("gpu", "tensorrt")),
+    *(
+        Engine(f"{backend}-{way}", backend, f"{_FP16} --quantize {way}", ("gpu", backend))
+        for backend in ("tensorrt", "tensorrt-rtx")
+        for way in ("native", "gathered")
+    ),
     Engine(
         "tensorrt-plugin",
         "tensorrt",
@@ -246,7 +250,6 @@ ENGINES = (
         ("gpu", "tensorrt"),
         ("plugins",),
     ),
-    Engine("tensorrt-rtx", "tensorrt-rtx", _FP16, ("gpu", "tensorrt-rtx")),
     *(
         Engine(
             f"onnxruntime-{provider}",

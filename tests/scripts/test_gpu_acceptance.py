@@ -233,13 +233,13 @@ def test_an_engine_that_fails_its_verification_is_told_and_timed_all_the_same(
 ) -> None:
     differs = {**ANSWERS["verify"], "passed": False, "problems": ["layer a differs"]}
     run = Recorded(verify=Ran(1, json.dumps(differs), "", 1.0))
-    steps = chosen(STEPS, ["emoji-tensorrt-rtx-verify", "emoji-tensorrt-rtx-benchmark"])
+    steps = chosen(STEPS, ["emoji-tensorrt-rtx-native-verify", "emoji-tensorrt-rtx-native-benchmark"])
     value = accept(steps, EVERYTHING, Places(tmp_path), run, ENVIRONMENT)
-    failed = value["steps"]["emoji-tensorrt-rtx-verify"]
+    failed = value["steps"]["emoji-tensorrt-rtx-native-verify"]
     assert failed["state"] == FAILED
     assert_holds(failed["reason"], "verify", "layer a differs")
     assert_holds(failed["figures"][0]["value"], "FAILED", "layer a differs", "4 differ")
-    assert states(value)["emoji-tensorrt-rtx-benchmark"] == MEASURED
+    assert states(value)["emoji-tensorrt-rtx-native-benchmark"] == MEASURED
 
 
 def test_a_step_whose_command_fails_is_tried_again_and_what_comes_after_it_is_skipped(

@@ -24,13 +24,14 @@ from quest_deploy.backends.base import (
     LOWERED,
     Backend,
     EngineRecord,
+    OneBucketRunner,
     Runner,
     Runtime,
     SplitRunner,
     engine_options,
     input_arrays,
 )
-from quest_deploy.backends.options import AUTO, NATIVE, PLUGIN, EngineOptions
+from quest_deploy.backends.options import AUTO, GATHERED, NATIVE, PLUGIN, EngineOptions
 from quest_deploy.backends.tensorrt.plugin import load_plugin
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file
@@ -132,13 +133,15 @@ class TensorRtBackend(Backend):
     def lower(
         self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None
     ) -> ir.Model:
-        from exporters.lowering.tensorrt import lower
+        from exporters.lowering.tensorrt import Quantize, lower
 
+        lowerings: dict[str, Quantize] = {PLUGIN: "plugin", GATHERED: "gathered"}
+        lowering = lowerings.get(options.quantize, "native")
         return lower(
             model,
             frozen_bucket=frozen_bucket,
             dtype=options.dtype,
-            quantize="plugin" if options.quantize == PLUGIN else "native",
+            quantize=lowering,
         )
 
     def compile(
@@ -186,7 +189,8 @@ class TensorRtBackend(Backend):
                 temporary.write_bytes(timing_cache.serialize())
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
-        return SplitRunner(_TensorRtRunner(folder, options, self.package), options.max_batch)
+        runner = SplitRunner(_TensorRtRunner(folder, options, self.package), options.max_batch)
+        return OneBucketRunner(runner) if options.quantize == GATHERED else runner
 
     def graph_to_parse(self, lowered: Path, scratch: Path, options: EngineOptions) -> Path:
         """Return what the parser gets: the lowered graph, or what was made of it in ``scratch``."""

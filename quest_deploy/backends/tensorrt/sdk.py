@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quest_deploy.backends.base import EngineRecord, PluginRecord
-from quest_deploy.backends.options import AUTO, NATIVE, PLUGIN, EngineOptions
+from quest_deploy.backends.options import AUTO, GATHERED, NATIVE, PLUGIN, EngineOptions
 from quest_deploy.backends.tensorrt import base as shared
 from quest_deploy.backends.tensorrt.plugin import (
     HINT,
@@ -29,6 +29,10 @@ first with IPluginV3.
 """
 
 
+GATHERS = (10, 13)
+"""The first version whose QuantizeLinear takes a scale that is no constant (NvInfer.h)."""
+
+
 class TensorRtSdkBackend(shared.TensorRtBackend):
     """TensorRT: built on the GPU that runs the engine, with the plugin or natively."""
 
@@ -38,7 +42,7 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
 
     def resolve(self, options: EngineOptions) -> EngineOptions:
         """``auto`` is the plugin where its library is found."""
-        if options.quantize == NATIVE:
+        if options.quantize in (NATIVE, GATHERED):
             return options
         library = plugin_library(options.plugins)
         if library is None and options.serialize_plugins:
@@ -52,6 +56,13 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
         options = self.resolve(options)
         trt = self._module()
         self._check_version(trt)
+        here = tuple(map(int, str(trt.__version__).split(".")[:2]))
+        if options.quantize == GATHERED and here < GATHERS:
+            raise InputError(
+                f"--quantize gathered: TensorRT {trt.__version__} takes constant scales alone; "
+                f"{'.'.join(map(str, GATHERS))} is the first that takes others; or --quantize "
+                "native"
+            )
         if shared.gpu_count() == 0:
             raise InputError(
                 "tensorrt builds on the GPU that runs the engine, and this machine has none; use "

@@ -27,6 +27,7 @@ from quest_deploy.backends.tensorrt.base import (
     profile_shapes,
 )
 from quest_deploy.errors import QuestDeployError
+from quest_deploy.processes import in_own_process
 from tests.helpers import refused
 
 if TYPE_CHECKING:
@@ -159,9 +160,11 @@ def test_a_backend_takes_its_own_options_alone(options: dict[str, Any], takers: 
             assert backend in refusal(backend, EngineOptions(**options))
 
 
-def test_tensorrt_rtx_is_always_quantized_natively() -> None:
+def test_tensorrt_rtx_is_quantized_natively_or_by_gathered_scales() -> None:
     backend = get_backend("tensorrt-rtx")
     assert backend.resolve(EngineOptions()).quantize == "native"
+    assert backend.resolve(EngineOptions(quantize="gathered")).quantize == "gathered"
+    backend.check_build(EngineOptions(quantize="gathered"))
     with refused("--quantize", "tensorrt-rtx"):
         backend.check_build(EngineOptions(quantize="plugin"))
 
@@ -397,6 +400,23 @@ def test_the_real_builder_takes_the_unet_in_a_low_precision_type_at_two_sample_s
     half = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.BFLOAT16
     assert {node.outputs[0].dtype for node in lowered.graph if node.op_type == "Conv"} == {half}
     assert (tmp_path / ENGINE).stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_the_real_builder_takes_scales_that_are_gathered_by_the_bucket(
+    dtype: str, mini_proto: onnx.ModelProto, tmp_path: Path
+) -> None:
+    options = EngineOptions(
+        compute_capability=("89",), max_batch=4, dtype=dtype, quantize="gathered"
+    )
+    # In a process of its own: on other graphs of scales that are no constants it has crashed.
+    in_own_process(_build, mini_proto, tmp_path, options)
+    assert engine_info(tmp_path).options == options
+    assert (tmp_path / ENGINE).stat().st_size > 100_000
+
+
+def _build(proto: onnx.ModelProto, folder: Path, options: EngineOptions) -> None:
+    build_engine(get_backend("tensorrt-rtx"), ir.from_proto(proto), folder, options, "cd" * 32)
 
 
 def test_a_pool_limit_that_is_too_low_is_told_as_the_builder_tells_it(
