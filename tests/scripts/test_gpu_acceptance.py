@@ -233,7 +233,9 @@ def test_an_engine_that_fails_its_verification_is_told_and_timed_all_the_same(
 ) -> None:
     differs = {**ANSWERS["verify"], "passed": False, "problems": ["layer a differs"]}
     run = Recorded(verify=Ran(1, json.dumps(differs), "", 1.0))
-    steps = chosen(STEPS, ["emoji-tensorrt-rtx-native-verify", "emoji-tensorrt-rtx-native-benchmark"])
+    steps = chosen(
+        STEPS, ["emoji-tensorrt-rtx-native-verify", "emoji-tensorrt-rtx-native-benchmark"]
+    )
     value = accept(steps, EVERYTHING, Places(tmp_path), run, ENVIRONMENT)
     failed = value["steps"]["emoji-tensorrt-rtx-native-verify"]
     assert failed["state"] == FAILED

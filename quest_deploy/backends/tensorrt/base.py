@@ -11,6 +11,7 @@ import functools
 import importlib
 import json
 import logging
+import math
 import re
 import signal
 import tempfile
@@ -63,9 +64,18 @@ _TYPE_KEYS = ("Datatype", "DataType", "Format/Datatype")
 """Where it has a tensor's type: apart from the format since TensorRT 11, which spells the key in
 two ways (a layer's tensors, the engine's own); before, at the end of the format's text.
 """
-DEFAULT_CAPABILITIES = ("80", "86", "89", "120")
-"""Ampere, Ada and Blackwell. Not Turing ("75"): TensorRT for RTX refuses FP32 matrix products
-there.
+DEFAULT_CAPABILITIES = ("86", "89", "120")
+"""Ampere, Ada and Blackwell: what TensorRT for RTX itself takes where nothing is asked for."""
+UNSUPPORTED_CAPABILITIES = {
+    "75": "has no INT8 there, and it refuses FP32 matrix products",
+    "80": "does not list it",
+}
+"""What its support matrix (1.0 to 1.5) says of compute capabilities that it builds for all the
+same.
+"""
+FUSED_HEAD_SIZE, FUSED_TOKENS = 64, 512
+"""The largest attention that TensorRT computes in one kernel of INT8; a larger one is slower than
+in FP16.
 """
 
 
@@ -127,8 +137,22 @@ class TensorRtBackend(Backend):
             )
 
     def check_graph(self, model: ir.Model, options: EngineOptions) -> None:
-        """The sample sizes must be those that the graph can take."""
+        """The sample sizes must be those that the graph can take; warns of quantized attention that
+        TensorRT does not fuse.
+        """
         check_sample_sizes(model, options.sample_size)
+        if large := unfused_attention(model):
+            shown = ", ".join(f"{name} ({what})" for name, what in list(large.items())[:3])
+            messages.warning(
+                "%d quantized attentions are larger than %s fuses in INT8, heads of %d and %d "
+                "tokens, and are slower than in FP16: %s; calibrate with --attention-bits float "
+                "and --softmax-bits float for it",
+                len(large),
+                self.name,
+                FUSED_HEAD_SIZE,
+                FUSED_TOKENS,
+                shown,
+            )
 
     def lower(
         self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None
@@ -253,6 +277,12 @@ class TensorRtRtxBackend(TensorRtBackend):
             )
         for capability in options.compute_capability:
             _compute_capability(trt, capability)
+            if capability in UNSUPPORTED_CAPABILITIES:
+                messages.warning(
+                    "--compute-capability %s: the support matrix of tensorrt-rtx %s",
+                    capability,
+                    UNSUPPORTED_CAPABILITIES[capability],
+                )
 
     def profiles(self, shapes: list[Shapes]) -> list[Shapes]:
         """One for all: kernels are made for a shape when it is met, while each profile would be
@@ -473,6 +503,34 @@ def check_sample_sizes(model: ir.Model, sizes: Sequence[tuple[int, int]]) -> Non
             raise InputError(
                 f"a sample of {size[0]}x{size[1]}: the model takes multiples of {multiple}"
             )
+
+
+def unfused_attention(model: ir.Model) -> dict[str, str]:
+    """The attentions of the portable graph ``model`` whose scores are a product of integers and
+    which are larger than TensorRT fuses, by name: head size and tokens, at the size that the model
+    is meant for.
+    """
+    from onnx_ir.convenience import create_value_mapping
+
+    from exporters.graph_info import graph_info
+
+    values, found = create_value_mapping(model.graph), {}
+    for product in graph_info(model).matmuls.values():
+        attention = product.name.removesuffix(".scores")
+        if attention == product.name or None in product.sites:
+            continue
+        (_, heads, queries, size), (*_, keys) = (
+            [side if isinstance(side, int) else None for side in values[name].shape or ()]
+            for name in product.inputs
+        )
+        if heads is None or size is None:
+            continue
+        pairs = product.macs // (heads * size)  # queries times keys
+        known = queries or keys or math.isqrt(pairs)
+        tokens = max(known, pairs // known)
+        if size > FUSED_HEAD_SIZE or tokens > FUSED_TOKENS:
+            found[attention] = f"heads of {size}, {tokens} tokens"
+    return found
 
 
 def configure(trt: Any, config: Any, options: EngineOptions) -> None:

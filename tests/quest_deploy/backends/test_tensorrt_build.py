@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 import tensorrt_rtx as trt
 
-from exporters.graph_info import SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, load_graph
+from exporters.graph_info import MATMULS_KEY, SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, load_graph
 from quest_deploy.backends.base import LOWERED, Runtime, build_engine, engine_info
 from quest_deploy.backends.options import ENGINE_OPTIONS, EngineOptions
 from quest_deploy.backends.registry import BACKENDS, get_backend
@@ -25,10 +25,11 @@ from quest_deploy.backends.tensorrt.base import (
     gpu_count,
     load_engine,
     profile_shapes,
+    unfused_attention,
 )
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.processes import in_own_process
-from tests.helpers import refused
+from tests.helpers import assert_holds, kinds_checkpoint, kinds_graph, refused
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -167,6 +168,72 @@ def test_tensorrt_rtx_is_quantized_natively_or_by_gathered_scales() -> None:
     backend.check_build(EngineOptions(quantize="gathered"))
     with refused("--quantize", "tensorrt-rtx"):
         backend.check_build(EngineOptions(quantize="plugin"))
+
+
+@pytest.mark.parametrize(("capability", "facts"), [("75", "INT8"), ("80", "list"), ("89", "")])
+def test_a_compute_capability_that_the_support_matrix_does_not_promise_is_a_warning_at_once(
+    capability: str, facts: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    get_backend("tensorrt-rtx").check_build(EngineOptions(compute_capability=(capability,)))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (1 if facts else 0)
+    for message in told:
+        assert_holds(message, f"--compute-capability {capability}", facts)
+
+
+def test_engines_are_built_for_what_tensorrt_for_rtx_takes_by_itself() -> None:
+    hardware = get_backend("tensorrt-rtx").hardware(EngineOptions())
+    assert hardware["compute_capabilities"] == ["86", "89", "120"]
+
+
+def widened(model: ir.Model, heads: int, size: int, tokens: int | str) -> ir.Model:
+    """The graph of kinds as if its attention were so large; "N" stands for a size that varies, of
+    which there are 1024.
+    """
+    values = ir.convenience.create_value_mapping(model.graph)
+    values["q"].shape = ir.Shape(["batch", heads, tokens, size])
+    values["kt"].shape = ir.Shape(["batch", heads, size, tokens])
+    count = 1024 if tokens == "N" else int(tokens)
+    products = json.loads(model.metadata_props[MATMULS_KEY])
+    for product in products:
+        product["macs"] = heads * size * count**2
+    model.metadata_props[MATMULS_KEY] = json.dumps(products)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "facts"),
+    [
+        (64, 512, None),
+        (40, 77, None),
+        (80, 256, "heads of 80, 256 tokens"),
+        (64, 4096, "heads of 64, 4096 tokens"),
+        (40, "N", "heads of 40, 1024 tokens"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt"])
+def test_quantized_attention_that_tensorrt_does_not_fuse_is_a_warning_before_the_build(
+    backend: str,
+    size: int,
+    tokens: int | str,
+    facts: str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = widened(kinds_graph(kinds_checkpoint()), 8, size, tokens)
+    get_backend(backend).check_graph(model, EngineOptions())
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (facts is not None)
+    for message in told:
+        assert_holds(message, f"attn ({facts})", backend, "--attention-bits", "--softmax-bits")
+
+
+def test_float_attention_is_none_of_that_warning(hand_model: ir.Model) -> None:
+    assert unfused_attention(hand_model) == {}
+    model = widened(kinds_graph(kinds_checkpoint()), 8, 64, 4096)
+    products = json.loads(model.metadata_props[MATMULS_KEY])
+    products[0]["sites"][1] = None
+    model.metadata_props[MATMULS_KEY] = json.dumps(products)
+    assert unfused_attention(model) == {}
 
 
 @pytest.mark.parametrize("option", ["refittable", "strip_plan"])
