@@ -288,6 +288,14 @@ class EngineOptions(Options):
             reasons=RUNS_NO_PLUGINS,
         ),
     ] = False
+    fused_attention: Annotated[
+        bool,
+        EngineOption(
+            "TensorRT: compute float attention in one kernel, by ONNX's Attention; with --dtype "
+            "fp16 or bf16.",
+            backends=TENSORRT,
+        ),
+    ] = False
     weight_streaming: Annotated[
         bool,
         EngineOption(
@@ -378,6 +386,11 @@ class EngineOptions(Options):
             raise InputError(
                 "--serialize-plugins needs --version-compatible: TensorRT puts plugins into such "
                 "engines alone"
+            )
+        if self.fused_attention and self.dtype == "fp32":
+            raise InputError(
+                "--fused-attention needs --dtype fp16 or bf16: TensorRT has no kernel for it in "
+                "FP32"
             )
         if self.weight_streaming_budget is not None and not self.weight_streaming:
             raise InputError("--weight-streaming-budget needs --weight-streaming")

@@ -192,8 +192,9 @@ class Model:
             yield Step(
                 f"{self.name}-{stage}",
                 (quest_deploy(f"{arguments} {where}"),),
-                after=before,
-                minutes=self.minutes,
+                ("gpu",),  # without one nothing comes after it
+                before,
+                self.minutes,
             )
             before = (f"{self.name}-{stage}",)
         for engine in ENGINES:
@@ -239,9 +240,13 @@ class Engine:
 _FP16 = "--dtype fp16"
 ENGINES = (
     *(
-        Engine(f"{backend}-{way}", backend, f"{_FP16} --quantize {way}", ("gpu", backend))
+        Engine(f"{backend}-{name}", backend, f"{_FP16} {options}", ("gpu", backend))
         for backend in ("tensorrt", "tensorrt-rtx")
-        for way in ("native", "gathered")
+        for name, options in (
+            ("native", "--quantize native"),
+            ("gathered", "--quantize gathered"),
+            ("attention", "--quantize native --fused-attention"),
+        )
     ),
     Engine(
         "tensorrt-plugin",

@@ -217,8 +217,28 @@ class TensorRtBackend(Backend):
         return OneBucketRunner(runner) if options.quantize == GATHERED else runner
 
     def graph_to_parse(self, lowered: Path, scratch: Path, options: EngineOptions) -> Path:
-        """Return what the parser gets: the lowered graph, or what was made of it in ``scratch``."""
-        return lowered
+        """Return what the parser gets: the lowered graph, or what :meth:`parser_passes` made of it
+        in ``scratch``; ``lowered`` itself keeps the values that `verify` cuts it at.
+        """
+        passes = self.parser_passes(options)
+        if not passes:
+            return lowered
+        from exporters.graph_info import load_graph, save_graph
+
+        model = load_graph(lowered)
+        modified = [each(model).modified for each in passes]
+        if not any(modified):
+            return lowered
+        save_graph(model, scratch / lowered.name)
+        return scratch / lowered.name
+
+    def parser_passes(self, options: EngineOptions) -> list[ir.passes.InPlacePass]:
+        """What joins nodes of the lowered graph for the parser."""
+        if not options.fused_attention:
+            return []
+        from exporters.passes.fuse_attention import FuseAttention
+
+        return [FuseAttention()]
 
     def configure_flavour(self, trt: Any, config: Any, options: EngineOptions) -> None:
         """Set what only this flavour's builder takes."""
@@ -236,13 +256,20 @@ class TensorRtBackend(Backend):
         from exporters.graph_info import load_graph
         from exporters.multiplications import multiplication_names
 
-        wanted = multiplication_names(load_graph(folder / LOWERED))
+        lowered = load_graph(folder / LOWERED)
+        wanted = multiplication_names(lowered)
         trt = self._module()
         engine = load_engine(trt, make_logger(trt), folder, engine_options(self, folder))
         told = engine.create_engine_inspector().get_engine_information(
             trt.LayerInformationFormat.JSON
         )
-        return told_precisions(json.loads(told)["Layers"], wanted)
+        found = told_precisions(json.loads(told)["Layers"], wanted)
+        if options.fused_attention:  # one layer, which has the name of the first product
+            from exporters.passes.fuse_attention import float_attentions
+
+            joined = float_attentions(lowered).items()
+            found |= {mix: found[scores] for mix, scores in joined if scores in found}
+        return found
 
     def record(self, options: EngineOptions) -> dict[str, Any]:
         return {"runtime": Runtime(self.package, str(self._module().__version__))}

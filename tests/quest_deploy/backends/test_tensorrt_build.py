@@ -9,11 +9,18 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import onnx_ir as ir
 import pytest
 import tensorrt_rtx as trt
 
-from exporters.graph_info import MATMULS_KEY, SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, load_graph
+from exporters.graph_info import (
+    MATMULS_KEY,
+    SAMPLE_MULTIPLE_KEY,
+    SAMPLE_SHAPE_KEY,
+    load_graph,
+    save_graph,
+)
 from quest_deploy.backends.base import LOWERED, Runtime, build_engine, engine_info
 from quest_deploy.backends.options import ENGINE_OPTIONS, EngineOptions
 from quest_deploy.backends.registry import BACKENDS, get_backend
@@ -29,12 +36,11 @@ from quest_deploy.backends.tensorrt.base import (
 )
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.processes import in_own_process
-from tests.helpers import assert_holds, kinds_checkpoint, kinds_graph, refused
+from quest_deploy.progress import no_progress
+from tests.helpers import assert_holds, graph_from_text, kinds_checkpoint, kinds_graph, refused
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import onnx
 
     from quest_deploy.options import Declared
 
@@ -51,6 +57,7 @@ GIVEN: dict[str, Any] = {
     "quantize": "native",
     "plugins": "plugins.so",
     "serialize_plugins": True,
+    "fused_attention": True,
     "weight_streaming": True,
     "weight_streaming_budget": 2**20,
     "tactic_sources": ("jit_convolutions",),
@@ -60,6 +67,7 @@ GIVEN: dict[str, Any] = {
 }
 NEEDED: dict[str, dict[str, Any]] = {
     "serialize_plugins": {"version_compatible": True},
+    "fused_attention": {"dtype": "bf16"},
     "weight_streaming_budget": {"weight_streaming": True},
 }
 """The options that another one needs, and which."""
@@ -484,6 +492,56 @@ def test_the_real_builder_takes_scales_that_are_gathered_by_the_bucket(
 
 def _build(proto: onnx.ModelProto, folder: Path, options: EngineOptions) -> None:
     build_engine(get_backend("tensorrt-rtx"), ir.from_proto(proto), folder, options, "cd" * 32)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_the_real_builder_takes_attention_as_one_node_and_the_lowered_graph_keeps_its_products(
+    dtype: str, tmp_path: Path
+) -> None:
+    kind = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[dtype]
+    model = attention_to_build(kind)
+    save_graph(model, tmp_path / LOWERED)
+    options = EngineOptions(
+        compute_capability=("89",), max_batch=4, dtype=dtype, fused_attention=True
+    )
+    backend = get_backend("tensorrt-rtx")
+    (tmp_path / "scratch").mkdir()
+    parsed = load_graph(backend.graph_to_parse(tmp_path / LOWERED, tmp_path / "scratch", options))
+    assert "Attention" in {node.op_type for node in parsed.graph}
+    assert "Attention" not in {node.op_type for node in load_graph(tmp_path / LOWERED).graph}
+    in_own_process(_compile, tmp_path, options)
+    assert (tmp_path / ENGINE).stat().st_size > 100_000
+
+
+def attention_to_build(kind: ir.DataType) -> ir.Model:
+    """Attention of two heads of 16 over the rows of a sample, in a low-precision type."""
+    model = graph_from_text(f"""
+one (float[batch,5,2,16] sample, float[batch] timestep) => (float[batch,2,5,16] out)
+{{
+  x = Cast <to = {kind.value}> (sample)
+  q = Transpose <perm = [0, 2, 1, 3]> (x)
+  k = Transpose <perm = [0, 2, 3, 1]> (x)
+  scores = MatMul (q, k)
+  wide = Cast <to = 1> (scores)
+  soft = Softmax <axis = -1> (wide)
+  weights = Cast <to = {kind.value}> (soft)
+  mixed = MatMul (weights, q)
+  y = Cast <to = 1> (mixed)
+  axes = Constant <value_ints = [1, 2, 3]> ()
+  t = Unsqueeze (timestep, axes)
+  out = Add (y, t)
+}}""")
+    model.functions.clear()
+    for domain in ("quest", "quest.export"):
+        model.graph.opset_imports.pop(domain)
+    model.graph.opset_imports[""] = 22  # the first with products in bfloat16
+    for node in model.graph:
+        node.name = f"node_{node.outputs[0].name}"
+    return ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model)))
+
+
+def _compile(folder: Path, options: EngineOptions) -> None:
+    get_backend("tensorrt-rtx").compile(folder / LOWERED, folder, options, no_progress)
 
 
 def test_a_pool_limit_that_is_too_low_is_told_as_the_builder_tells_it(

@@ -38,6 +38,7 @@ from tests.helpers import (
     kinds_checkpoint,
     kinds_graph,
 )
+from tests.quest_deploy.backends.test_tensorrt_build import attention_to_build
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -348,6 +349,24 @@ def test_the_precision_of_an_engine_is_told_of_each_form_and_what_is_not_told_is
         "fp32": pytest.approx(1 - report.asked_share),
     }
     assert (report.warnings, report.fell_back) == ([], [])
+
+
+def test_an_attention_that_is_one_layer_tells_what_both_its_products_run_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_graph(attention_to_build(ir.DataType.FLOAT16), tmp_path / LOWERED)
+    layers = [{"Metadata": "[ONNX Layer: node_scores]", "Inputs": [tensor_11("Half")] * 3}]
+    inspector = SimpleNamespace(
+        get_engine_information=lambda wanted: json.dumps(information("11", layers))
+    )
+    engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
+    shared = "quest_deploy.backends.tensorrt.base"
+    monkeypatch.setattr(f"{shared}.engine_options", lambda backend, folder: EngineOptions())
+    monkeypatch.setattr(f"{shared}.load_engine", lambda *arguments: engine)
+    backend, told = get_backend("tensorrt-rtx"), {"node_scores": "fp16"}
+    assert backend.realised_precision(tmp_path, EngineOptions(dtype="fp16")) == told
+    options = EngineOptions(dtype="fp16", fused_attention=True)
+    assert backend.realised_precision(tmp_path, options) == told | {"node_mixed": "fp16"}
 
 
 def test_an_engine_that_needs_a_gpu_says_so_and_claims_nothing(
