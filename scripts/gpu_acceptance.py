@@ -82,9 +82,9 @@ def main(
             again=again or (),
             progress=lambda line: print(line, file=sys.stderr, flush=True),
         )
-    except QuestDeployError as e:
+    except (QuestDeployError, OSError) as e:  # such as a disk that is full
         print(f"error: {e}", file=sys.stderr)
-        raise typer.Exit(e.exit_code) from e
+        raise typer.Exit(getattr(e, "exit_code", 1)) from e
     print(json.dumps(value, indent=1) if as_json else (places.out / "table.md").read_text())
     asked = {step.name for step in steps}
     bad = [n for n, each in value["steps"].items() if each["state"] in (FAILED, TIMEOUT)]

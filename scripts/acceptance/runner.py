@@ -126,7 +126,9 @@ def find(run: Run, environment: Mapping[str, str], sdk: Path | None) -> Machine:
             problem = problems["build"] or problems["run"]
             version = packages.get(backend.partition(" ")[0], "here")
             note(backend, None if problem else version, problem)
-    probe = "import torch; print(torch.__version__, torch.version.cuda or exit(1))"
+    probe = (
+        "import torch as t; print(t.__version__, t.version.cuda); exit(not t.cuda.is_available())"
+    )
     torch = run([sys.executable, "-c", probe], environment, 300.0)
     there = torch.code == 0 and gpu
     note("torch with CUDA", torch.out.strip() if there else None, "torch has no CUDA, or no GPU")

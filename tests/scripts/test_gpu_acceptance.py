@@ -374,6 +374,17 @@ def test_what_the_user_got_wrong_ends_with_one_message_and_writes_nothing(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_cannot_be_written_to_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(gpu_acceptance, "find", lambda *arguments: NOTHING)
+    done = invoke("--out", tmp_path / "file" / "out", "--only", "emulated")
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert_holds(line, "error", tmp_path / "file")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "other", "version": 1}'])
 def test_a_record_that_is_none_of_this_script_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_text(content)
