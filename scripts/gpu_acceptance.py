@@ -6,8 +6,9 @@ Says what the machine has, runs each step that it can run and names the others w
 steps are the list in scripts/acceptance/steps.py: the commands of each, what they need, and the
 minutes that they may take together. What a step measured is kept at once in OUT/acceptance.json, so
 that an interrupted run goes on with the next; it is measured again by `--again`, or where its
-commands or what it needs have changed, such as the GPU. `--only` runs one step, and what that comes
-after, in a piece of its own. OUT/steps/ has all that each command answered, OUT/table.md the table.
+commands or what it needs have changed, such as the GPU, or a step that it comes after was. `--only`
+runs one step, and what that comes after, in a piece of its own. OUT/steps/ has all that each
+command answered, OUT/table.md the table.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,8 +70,10 @@ class Result:
     """What became of a step.
 
     Attributes:
-        definition: what it was measured under: its commands, and the version of all that it needs.
+        definition: what it was measured under: its commands, the version of all that it needs, and
+            when the steps were measured that it comes after.
         reason: why it has no figures, or not all.
+        date: when it ended, in UTC.
     """
 
     state: str
@@ -126,9 +129,7 @@ def find(run: Run, environment: Mapping[str, str], sdk: Path | None) -> Machine:
             problem = problems["build"] or problems["run"]
             version = packages.get(backend.partition(" ")[0], "here")
             note(backend, None if problem else version, problem)
-    probe = (
-        "import torch as t; print(t.__version__, t.version.cuda); exit(not t.cuda.is_available())"
-    )
+    probe = "import torch as t; print(t.__version__, t.version.cuda or exit(1)); t.cuda.init()"
     torch = run([sys.executable, "-c", probe], environment, 300.0)
     there = torch.code == 0 and gpu
     note("torch with CUDA", torch.out.strip() if there else None, "torch has no CUDA, or no GPU")
@@ -226,7 +227,11 @@ class GpuMemory:
 
 
 def measure(
-    step: Step, machine: Machine, run: Run, environment: Mapping[str, str], places: Places
+    step: Step,
+    definition: dict[str, Any],
+    run: Run,
+    environment: Mapping[str, str],
+    places: Places,
 ) -> Result:
     """Run a step's commands until one fails or the time is over; what was read until then stays."""
     begun, figures, peak = time.monotonic(), list[Figure](), None
@@ -255,32 +260,33 @@ def measure(
     write_json(places.out / "steps" / f"{step.name}.json", answers)
     return Result(
         state,
-        definition_of(step, machine),
+        definition,
         tuple(figures),
         time.monotonic() - begun,
         peak,
         reason,
-        time.strftime("%Y-%m-%d", time.gmtime()),
+        datetime.now(UTC).isoformat(),
     )
 
 
-def definition_of(step: Step, machine: Machine) -> dict[str, Any]:
-    """What a step is measured under; where it changes, the step is measured again."""
+def definition_of(step: Step, machine: Machine, results: Mapping[str, Result]) -> dict[str, Any]:
+    """What a step that can run is measured under; where it changes, it is measured again."""
     return {
         "commands": [command.line for command in step.commands],
-        "with": {name: machine.found[name] for name in step.needs if name in machine.found},
+        "with": {name: machine.found[name] for name in step.needs},
+        "after": {name: results[name].date for name in step.after},
     }
 
 
 def obstacle(step: Step, machine: Machine, results: Mapping[str, Result]) -> str:
-    """Why a step cannot run; empty where it can."""
-    lacks = [f"{name}: {machine.missing[name]}" for name in step.needs if name in machine.missing]
+    """What a step lacks, by name; empty where it can run."""
+    lacks = [f"no {name}" for name in step.needs if name in machine.missing]
     before = [
         f"{name} is {results[name].state if name in results else 'not measured'}"
         for name in step.after
         if name not in results or results[name].state != MEASURED
     ]
-    return "; ".join([*lacks, *before])
+    return ", ".join([*lacks, *before])
 
 
 def chosen(steps: Sequence[Step], only: Sequence[str]) -> list[Step]:
@@ -382,13 +388,14 @@ def accept(
         elif (
             kept is not None
             and kept.state == MEASURED
-            and kept.definition == definition_of(step, machine)
+            and kept.definition == definition_of(step, machine, results)
             and step.name not in again
         ):
-            progress(f"{step.name}: measured on {kept.date}")
+            progress(f"{step.name}: measured {kept.date}")
         else:
             progress(f"{step.name} ...")
-            results[step.name] = result = measure(step, machine, run, environment, places)
+            definition = definition_of(step, machine, results)
+            results[step.name] = result = measure(step, definition, run, environment, places)
             progress(
                 f"{step.name}: {result.state} in {result.seconds:.0f} s {result.reason}".strip()
             )

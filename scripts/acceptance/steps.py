@@ -123,12 +123,13 @@ def finetune_figures(answer: Answer) -> list[Figure]:
 
 
 def said(what: str, answer: Answer) -> list[Figure]:
-    """The last lines of a test program; raise ValueError where it says that it found no GPU, which
-    it does not take for a failure.
+    """The last lines of a test program, without those of single checks; raise ValueError where it
+    says that it found no GPU, which it does not take for a failure.
     """
     if "no GPU is here" in answer["output"]:
         raise ValueError(answer["output"])
-    return [Figure(what, answer["output"])]
+    lines = [line for line in answer["output"].split("; ") if not line.startswith("ok ")]
+    return [Figure(what, "; ".join(lines))]
 
 
 def denoise_figures(answer: Answer) -> list[Figure]:

@@ -183,7 +183,8 @@ def test_on_a_machine_that_has_nothing_every_step_that_needs_something_is_skippe
     }
     for step in STEPS:
         for name in step.needs:
-            assert f"there is no {name}" in value["steps"][step.name]["reason"]
+            assert f"no {name}" in value["steps"][step.name]["reason"]
+            assert f"- no {name}: there is no {name}" in (tmp_path / "table.md").read_text()
     assert not any("build-engine" in line for line in run.lines)
 
 
@@ -206,7 +207,15 @@ def test_what_was_measured_is_kept_until_its_commands_or_what_it_needs_change(
         replace(step, commands=step.commands[:1]) if step.name == "kernels" else step
         for step in STEPS
     ]
-    assert len(lines(other, changed)) == 1
+    read = [step for step in STEPS if "kernels" in step.after]
+    assert len(read) == 5
+    assert len(lines(other, changed)) == 1 + sum(len(step.commands) for step in read)
+    graphs = [step for step in STEPS if step.name.startswith("emoji-")][
+        1:
+    ]  # all but its checkpoint
+    graphs += [step for step in STEPS if step.name in ("cpp-runtime", "triton")]
+    again = lines(other, changed, again=["emoji-export"])
+    assert len(again) == sum(len(step.commands) for step in graphs)
     # A machine without the hardware takes nothing away.
     assert lines(NOTHING) == []
     assert set(states(json.loads((tmp_path / RESULTS).read_text())).values()) == {MEASURED}
