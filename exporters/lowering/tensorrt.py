@@ -1,5 +1,5 @@
 """TensorRT and TensorRT for RTX: unit-scale Q/DQ around INT8 layers, for strong typing; the op
-expanded, or left to our plugin.
+expanded, left to our plugin, or a QuantizeLinear of its own scale.
 
 The parser refuses INT4 weights in a Conv, and the Cast that would widen them, so the initializers
 themselves are INT8. Its builder is slow in layers, so that the graph has few.
@@ -12,12 +12,14 @@ from typing import Literal
 import onnx_ir as ir
 
 from exporters.passes.dequantize_casts import DequantizeCasts
+from exporters.passes.gather_quantize_scale import GatherQuantizeScale
 from exporters.passes.gather_shaped_tables import GatherShapedTables
+from exporters.passes.keep_timestep_quantize import KeepTimestepQuantize
 from exporters.passes.round_in_quantize_linear import RoundInQuantizeLinear
 from exporters.passes.to_dtype import to_dtype
 from exporters.passes.to_native import to_native
 
-Quantize = Literal["native", "plugin"]
+Quantize = Literal["native", "plugin", "gathered"]
 
 
 def lower(
@@ -33,9 +35,14 @@ def lower(
         frozen_bucket: makes its scales static (see FreezeBucket).
         dtype: precision of the non-quantized ops (see ToLowPrecision).
         quantize: ``native`` expands the op into TensorRT's own layers; ``plugin`` keeps it for the
-            plugin of trt_plugins/, which TensorRT proper alone takes. With a frozen bucket it is
-            always native: the static-scale graph has no bucket to pick.
+            plugin of trt_plugins/, which TensorRT proper alone takes; ``gathered`` gives
+            QuantizeLinear the scale of the batch's bucket (see GatherQuantizeScale). With a frozen
+            bucket it is always native: the static-scale graph has no bucket to pick.
     """
+    portable: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
+        "plugin": (KeepTimestepQuantize(),),
+        "gathered": (GatherQuantizeScale(),),
+    }
     DequantizeCasts()(model)
     to_dtype(model, dtype)
     return to_native(
@@ -44,5 +51,5 @@ def lower(
         signed_zero_points=False,
         frozen_bucket=frozen_bucket,
         expanded=(GatherShapedTables(), RoundInQuantizeLinear()),
-        plugin=quantize == "plugin",
+        portable=portable.get(quantize, ()) if frozen_bucket is None else (),
     )

@@ -13,7 +13,6 @@ from exporters.passes.center_weights import CenterWeights
 from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
 from exporters.passes.freeze_bucket import FreezeBucket
 from exporters.passes.gather_tables_once import GatherTablesOnce
-from exporters.passes.keep_timestep_quantize import KeepTimestepQuantize
 from exporters.passes.widen_int4 import WidenInt4
 
 
@@ -25,7 +24,7 @@ def to_native(
     frozen_bucket: int | None,
     expanded: tuple[ir.passes.InPlacePass, ...] = (),
     exactness: Exactness = EXACT,
-    plugin: bool = False,
+    portable: tuple[ir.passes.InPlacePass, ...] = (),
 ) -> ir.Model:
     """Rewrite ``model`` in place and return it.
 
@@ -34,11 +33,11 @@ def to_native(
         FreezeBucket.
         expanded: a backend's own passes, on the graph whose quantizers have been expanded.
         exactness: what the runtime's integer kernels compute exactly (see AvoidSaturation).
-        plugin: keeps layers' quantizers for TensorRT's plugin (see KeepTimestepQuantize). A frozen
-            bucket leaves it nothing to pick.
+        portable: a backend's own passes, on the portable graph, that take quantizers out of the
+            expansion.
     """
     ir.passes.Sequential(
-        *([KeepTimestepQuantize()] if plugin and frozen_bucket is None else []),
+        *portable,
         ExpandTimestepQuantize(),
         *expanded,
         *([] if frozen_bucket is None else [FreezeBucket(frozen_bucket)]),

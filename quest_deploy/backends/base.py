@@ -139,6 +139,34 @@ class SplitRunner(Runner):
         self._runner.close()
 
 
+class OneBucketRunner(Runner):
+    """Runs a batch of any timesteps on a runner that takes batches of one bucket: the rows of each
+    timestep, or of each bucket where a graph reads that, one after the other.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Every input and every output has the batch in axis 0."""
+        import numpy as np  # the program's help needs none
+
+        chosen = next((feeds[name] for name in ("timestep", "bucket") if name in feeds), None)
+        if chosen is None or (chosen == chosen[0]).all():
+            return self._runner.infer(feeds)
+        outputs: dict[str, NDArray[Any]] = {}
+        for value in np.unique(chosen):
+            rows = chosen == value
+            part = self._runner.infer({name: feed[rows] for name, feed in feeds.items()})
+            for name, output in part.items():
+                whole = np.empty((len(chosen), *output.shape[1:]), output.dtype)
+                outputs.setdefault(name, whole)[rows] = output
+        return outputs
+
+    def close(self) -> None:
+        self._runner.close()
+
+
 class Backend(ABC):
     """A runtime that quest-deploy builds engines for. Importing its package is left to the
     methods.
@@ -147,6 +175,8 @@ class Backend(ABC):
     name: str
     compile_only_checks = False
     """Whether :meth:`compile` writes nothing, since :meth:`open` compiles."""
+    low_precision_graph = True
+    """Whether a low precision of the options is in the graph, and not the runtime's own choice."""
 
     def check_options(self, options: EngineOptions) -> None:
         """Raise InputError where ``options`` hold what this backend does not take."""

@@ -18,7 +18,7 @@ DTYPES = ("fp32", "fp16", "bf16")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 HARDWARE_COMPATIBILITY_LEVELS = ("none", "ampere_plus", "same_compute_capability")
 PROFILING_VERBOSITIES = ("detailed", "layer_names_only", "none")
-QUANTIZE = AUTO, PLUGIN, NATIVE = ("auto", "plugin", "native")
+QUANTIZE = AUTO, PLUGIN, NATIVE, GATHERED = ("auto", "plugin", "native", "gathered")
 PROCESSORS = NATIVE_PROCESSOR, ANY_PROCESSOR = ("native", "any")
 TENSORRTS_CHOICE = "TensorRT's choice"
 RUNS_NO_PLUGINS = {RTX: "it runs no plugins"}
@@ -123,8 +123,9 @@ class EngineOptions(Options):
         sample_size: heights and widths of the model's samples; empty means the graph's own.
         pool_limit: the most GPU memory that one layer may use for itself; None is all there is.
         strip_plan: :meth:`Backend.open` then takes the weights from the lowered graph.
-        quantize: "plugin" is ``quest::TimestepQuantize``, "native" QuantizeLinear, "auto" the
-            plugin where its library is found.
+        quantize: "plugin" is ``quest::TimestepQuantize``, "native" arithmetic and QuantizeLinear,
+            "gathered" QuantizeLinear with the scale of the batch's bucket, "auto" the plugin where
+            its library is found.
         plugins: None looks where :func:`quest_deploy.backends.tensorrt.plugin.plugin_library`
             says.
         weight_streaming_budget: the bytes of weights that stay on the GPU.
@@ -260,11 +261,12 @@ class EngineOptions(Options):
         str,
         EngineOption(
             f"TensorRT: what quantizes activations: {', '.join(QUANTIZE)}. plugin is "
-            "quest::TimestepQuantize, for tensorrt alone; "
-            "native is QuantizeLinear; auto takes the plugin where its library is found.",
+            "quest::TimestepQuantize, for tensorrt alone; native is arithmetic and QuantizeLinear; "
+            "gathered is QuantizeLinear alone, its scale the bucket's, for batches of one bucket; "
+            "auto takes the plugin where its library is found, else native.",
             choices=QUANTIZE,
             backends=TENSORRT,
-            limits={RTX: (AUTO, NATIVE)},
+            limits={RTX: (AUTO, NATIVE, GATHERED)},
             reasons=RUNS_NO_PLUGINS,
         ),
     ] = AUTO
@@ -284,6 +286,14 @@ class EngineOptions(Options):
             "tensorrt: put the plugin's library into the engine; with --version-compatible.",
             backends=(SDK,),
             reasons=RUNS_NO_PLUGINS,
+        ),
+    ] = False
+    fused_attention: Annotated[
+        bool,
+        EngineOption(
+            "TensorRT: compute float attention in one kernel, by ONNX's Attention; with --dtype "
+            "fp16 or bf16.",
+            backends=TENSORRT,
         ),
     ] = False
     weight_streaming: Annotated[
@@ -366,15 +376,21 @@ class EngineOptions(Options):
             raise InputError(
                 f"--sample-size: expected positive sizes, each given once, found {sizes}"
             )
-        if self.quantize == NATIVE and (self.plugins is not None or self.serialize_plugins):
+        without = self.quantize in (NATIVE, GATHERED)
+        if without and (self.plugins is not None or self.serialize_plugins):
             raise InputError(
-                "--plugins and --serialize-plugins are for --quantize plugin; --quantize native "
-                "uses no plugin"
+                "--plugins and --serialize-plugins are for --quantize plugin; --quantize "
+                f"{self.quantize} uses no plugin"
             )
         if self.serialize_plugins and not self.version_compatible:
             raise InputError(
                 "--serialize-plugins needs --version-compatible: TensorRT puts plugins into such "
                 "engines alone"
+            )
+        if self.fused_attention and self.dtype == "fp32":
+            raise InputError(
+                "--fused-attention needs --dtype fp16 or bf16: TensorRT has no kernel for it in "
+                "FP32"
             )
         if self.weight_streaming_budget is not None and not self.weight_streaming:
             raise InputError("--weight-streaming-budget needs --weight-streaming")

@@ -177,9 +177,11 @@ def described_hardware(hardware: Mapping[str, Any]) -> str:
 def built_engine(workspace: Workspace, details: BuiltEngine) -> str:
     """Describe the result of `build-engine`."""
     files = ", ".join(f"{name} {size(count)}" for name, count in details["files"].items())
-    how = {"plugin": ", quantized by the plugin", "native": ", quantized natively"}.get(
-        details.get("quantize", ""), ""
-    )
+    how = {
+        "plugin": ", quantized by the plugin",
+        "native": ", quantized natively",
+        "gathered": ", quantized by gathered scales",
+    }.get(details.get("quantize", ""), "")
     return (
         f"{workspace.path(ENGINES, details['backend'])}, built in {details['seconds']:.1f} s "
         f"for {described_hardware(details['hardware'])}{how}\n{files}"

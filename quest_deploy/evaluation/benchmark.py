@@ -1,5 +1,6 @@
-"""Benchmarks: the quantized engine against the float engine of the same model, against itself with
-static scales and, where a plugin quantizes, against itself quantized natively.
+"""Benchmarks: the quantized engine against the float engine of the same model, in FP32 and in the
+type of its own float ops, against itself with static scales and, where a plugin or gathered scales
+quantize, against itself quantized in the other ways.
 
 All are built for the same backend from the same graph and timed in turn in one process, so that a
 machine whose speed drifts slows all of them alike; peak memory is taken in a process of its own for
@@ -9,6 +10,7 @@ each.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +19,10 @@ import numpy as np
 
 from exporters.graph_info import graph_info, load_graph, save_graph
 from exporters.passes.remove_quantization import RemoveQuantization
+from exporters.passes.to_dtype import LOW_PRECISION_TYPES
+from exporters.passes.to_low_precision import ToLowPrecision
 from quest_deploy.backends.base import LOWERED, input_shapes
-from quest_deploy.backends.options import NATIVE, PLUGIN, EngineOptions
+from quest_deploy.backends.options import GATHERED, NATIVE, PLUGIN, EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.evaluation.memory import peak_memory
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
     from quest_deploy.backends.base import Backend
     from quest_deploy.progress import Progress
 
-QUANTIZED, STATIC, FP32, NATIVE_ENGINE = "quantized", "static scale", "fp32", "native"
+QUANTIZED, STATIC, FP32, NATIVE_ENGINE = "quantized", "static scale", "fp32", NATIVE
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Benchmark:
 
     ``bucket_selection_cost`` is empty where static scales were left out; ``precision`` is what the
     quantized engine's layers run in, ``PrecisionReport.summary()``; ``plugin_speedup`` is over the
-    same engine quantized natively, empty where no plugin quantizes.
+    same engine quantized natively, empty where neither a plugin nor gathered scales quantize.
     """
 
     backend: str
@@ -119,17 +123,20 @@ def benchmark_engine(
     """
     backend.check_run(options)
     baselines = (STATIC, FP32) if choices.static else (FP32,)
-    if options.quantize == PLUGIN:
-        baselines = (NATIVE_ENGINE, *baselines)
+    if options.dtype in LOW_PRECISION_TYPES and backend.low_precision_graph:
+        baselines = (*baselines, options.dtype)
+    others = _other_lowerings(backend, options)
+    baselines = (*others, *baselines)
     folders = {QUANTIZED: engine} | {name: scratch / name.replace(" ", "-") for name in baselines}
     for i, name in enumerate(baselines):
         progress("building baselines", i, len(baselines))
-        _build_baseline(backend, options, graph, folders[name], name)
+        _build_baseline(backend, others.get(name, options), graph, folders[name], name)
     progress("building baselines", len(baselines), len(baselines))
     progress("asking the engine what its layers run in", 0, 1)
     precision = engine_precision(backend, engine, options).summary()
     progress("asking the engine what its layers run in", 1, 1)
-    feeds = _feeds(graph, max(choices.batches))
+    one_bucket = GATHERED in (options.quantize, *others)
+    feeds = _feeds(graph, max(choices.batches), one_bucket=one_bucket)
     timings = _time_in_turn(backend, options, folders, feeds, choices, progress)
     footprints = []
     for i, (name, folder) in enumerate(folders.items()):
@@ -154,34 +161,46 @@ def benchmark_engine(
     )
 
 
+def _other_lowerings(backend: Backend, options: EngineOptions) -> dict[str, EngineOptions]:
+    """The other ways to quantize that the engine is compared with, by name; none of a native one.
+    Gathered scales are left out where the backend has none.
+    """
+    found = {}
+    for way in (NATIVE, GATHERED) if options.quantize in (PLUGIN, GATHERED) else ():
+        other = replace(options, quantize=way, plugins=None, serialize_plugins=False)
+        if way != options.quantize:
+            with suppress(InputError):
+                backend.check_build(other)
+                found[way] = other
+    return found
+
+
 def _build_baseline(
     backend: Backend, options: EngineOptions, graph: Path, folder: Path, name: str
 ) -> None:
     folder.mkdir(parents=True)
     model = load_graph(graph)
-    if name == FP32:
+    if name in (FP32, options.dtype):
         RemoveQuantization()(model)
+        if name in LOW_PRECISION_TYPES:
+            ToLowPrecision(LOW_PRECISION_TYPES[name])(model)
     else:
-        # A plugin's scales are never static: both of these are native.
-        options = (
-            replace(options, quantize=NATIVE, plugins=None, serialize_plugins=False)
-            if options.quantize == PLUGIN
-            else options
-        )
         frozen_bucket = graph_info(model).scheme.buckets // 2 if name == STATIC else None
         model = backend.lower(model, options, frozen_bucket=frozen_bucket)
     save_graph(model, folder / LOWERED)
     backend.compile(folder / LOWERED, folder, options, no_progress)
 
 
-def _feeds(graph: Path, batch: int) -> dict[str, NDArray[np.float32]]:
-    """Random inputs [batch, ...], the sample of the size that the model is meant for."""
+def _feeds(graph: Path, batch: int, *, one_bucket: bool) -> dict[str, NDArray[np.float32]]:
+    """Random inputs [batch, ...], the sample of the size that the model is meant for; at timesteps
+    of all buckets, or of one.
+    """
     generator = np.random.default_rng(0)
     shapes = input_shapes(load_graph(graph), batch)
     feeds = {
         name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
     }
-    feeds["timestep"] = np.linspace(1, 990, batch).astype(np.float32)
+    feeds["timestep"] = np.linspace(1, 1 if one_bucket else 990, batch).astype(np.float32)
     return feeds
 
 

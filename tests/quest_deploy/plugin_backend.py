@@ -1,6 +1,4 @@
-"""TensorRT's lowering for the plugin, on onnxruntime, which computes the plugin's op by its
-definition.
-"""
+"""TensorRT's lowerings on onnxruntime, which computes the plugin's op by its definition."""
 
 from __future__ import annotations
 
@@ -8,12 +6,16 @@ from typing import TYPE_CHECKING
 
 from exporters.lowering import tensorrt
 from exporters.ops.timestep_quantize import OP_TYPE, function_body
+from quest_deploy.backends.base import OneBucketRunner
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
-from quest_deploy.backends.options import PLUGIN
+from quest_deploy.backends.options import AUTO, GATHERED
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import onnx_ir as ir
 
+    from quest_deploy.backends.base import Runner
     from quest_deploy.backends.options import EngineOptions
 
 
@@ -29,7 +31,7 @@ class PluginOnTheCpu(OnnxRuntimeBackend):
     def lower(
         self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None
     ) -> ir.Model:
-        quantize = "plugin" if options.quantize == PLUGIN else "native"
+        quantize = "native" if options.quantize == AUTO else options.quantize
         lowered = tensorrt.lower(
             model, frozen_bucket=frozen_bucket, dtype=options.dtype, quantize=quantize
         )
@@ -38,6 +40,11 @@ class PluginOnTheCpu(OnnxRuntimeBackend):
             function = function_body()
             lowered.functions[function.identifier()] = function
         return lowered
+
+    def open(self, folder: Path, options: EngineOptions) -> Runner:
+        """As TensorRT's backend runs it."""
+        runner = super().open(folder, options)
+        return OneBucketRunner(runner) if options.quantize == GATHERED else runner
 
     def kernels(self, lowered: ir.Model, options: EngineOptions) -> dict[str, int]:
         """As a GPU's."""

@@ -39,6 +39,7 @@ class OpenVinoBackend(CpuBackend):
     """
 
     name = package = "openvino"
+    low_precision_graph = False
 
     def lower_for(
         self,

@@ -11,6 +11,7 @@ import functools
 import importlib
 import json
 import logging
+import math
 import re
 import signal
 import tempfile
@@ -24,13 +25,14 @@ from quest_deploy.backends.base import (
     LOWERED,
     Backend,
     EngineRecord,
+    OneBucketRunner,
     Runner,
     Runtime,
     SplitRunner,
     engine_options,
     input_arrays,
 )
-from quest_deploy.backends.options import AUTO, NATIVE, PLUGIN, EngineOptions
+from quest_deploy.backends.options import AUTO, GATHERED, NATIVE, PLUGIN, EngineOptions
 from quest_deploy.backends.tensorrt.plugin import load_plugin
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file
@@ -48,19 +50,32 @@ ENGINE = "model.engine"
 SAMPLE = "sample"
 RTX = "tensorrt_rtx"
 _TYPES = {
-    "Int8": "int8",
-    "INT8": "int8",
-    "BFloat16": "bf16",
-    "BF16": "bf16",
-    "Half": "fp16",
-    "FP16": "fp16",
-    "Float": "fp32",
-    "FP32": "fp32",
+    "int8": "int8",
+    "bfloat16": "bf16",
+    "bf16": "bf16",
+    "half": "fp16",
+    "float16": "fp16",
+    "fp16": "fp16",
+    "float": "fp32",
+    "fp32": "fp32",
 }
-"""How its layer information names types."""
-DEFAULT_CAPABILITIES = ("80", "86", "89", "120")
-"""Ampere, Ada and Blackwell. Not Turing ("75"): TensorRT for RTX refuses FP32 matrix products
-there.
+"""How its layer information names types, in whatever case; the first that a text holds."""
+_TYPE_KEYS = ("Datatype", "DataType", "Format/Datatype")
+"""Where it has a tensor's type: apart from the format since TensorRT 11, which spells the key in
+two ways (a layer's tensors, the engine's own); before, at the end of the format's text.
+"""
+DEFAULT_CAPABILITIES = ("86", "89", "120")
+"""Ampere, Ada and Blackwell: what TensorRT for RTX itself takes where nothing is asked for."""
+UNSUPPORTED_CAPABILITIES = {
+    "75": "has no INT8 there, and it refuses FP32 matrix products",
+    "80": "does not list it",
+}
+"""What its support matrix (1.0 to 1.5) says of compute capabilities that it builds for all the
+same.
+"""
+FUSED_HEAD_SIZE, FUSED_TOKENS = 64, 512
+"""The largest attention that TensorRT computes in one kernel of INT8; a larger one is slower than
+in FP16.
 """
 
 
@@ -122,19 +137,35 @@ class TensorRtBackend(Backend):
             )
 
     def check_graph(self, model: ir.Model, options: EngineOptions) -> None:
-        """The sample sizes must be those that the graph can take."""
+        """The sample sizes must be those that the graph can take; warns of quantized attention that
+        TensorRT does not fuse.
+        """
         check_sample_sizes(model, options.sample_size)
+        if large := unfused_attention(model):
+            shown = ", ".join(f"{name} ({what})" for name, what in list(large.items())[:3])
+            messages.warning(
+                "%d quantized attentions are larger than %s fuses in INT8, heads of %d and %d "
+                "tokens, and are slower than in FP16: %s; calibrate with --attention-bits float "
+                "and --softmax-bits float for it",
+                len(large),
+                self.name,
+                FUSED_HEAD_SIZE,
+                FUSED_TOKENS,
+                shown,
+            )
 
     def lower(
         self, model: ir.Model, options: EngineOptions, *, frozen_bucket: int | None = None
     ) -> ir.Model:
-        from exporters.lowering.tensorrt import lower
+        from exporters.lowering.tensorrt import Quantize, lower
 
+        lowerings: dict[str, Quantize] = {PLUGIN: "plugin", GATHERED: "gathered"}
+        lowering = lowerings.get(options.quantize, "native")
         return lower(
             model,
             frozen_bucket=frozen_bucket,
             dtype=options.dtype,
-            quantize="plugin" if options.quantize == PLUGIN else "native",
+            quantize=lowering,
         )
 
     def compile(
@@ -182,11 +213,32 @@ class TensorRtBackend(Backend):
                 temporary.write_bytes(timing_cache.serialize())
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
-        return SplitRunner(_TensorRtRunner(folder, options, self.package), options.max_batch)
+        runner = SplitRunner(_TensorRtRunner(folder, options, self.package), options.max_batch)
+        return OneBucketRunner(runner) if options.quantize == GATHERED else runner
 
     def graph_to_parse(self, lowered: Path, scratch: Path, options: EngineOptions) -> Path:
-        """Return what the parser gets: the lowered graph, or what was made of it in ``scratch``."""
-        return lowered
+        """Return what the parser gets: the lowered graph, or what :meth:`parser_passes` made of it
+        in ``scratch``; ``lowered`` itself keeps the values that `verify` cuts it at.
+        """
+        passes = self.parser_passes(options)
+        if not passes:
+            return lowered
+        from exporters.graph_info import load_graph, save_graph
+
+        model = load_graph(lowered)
+        modified = [each(model).modified for each in passes]
+        if not any(modified):
+            return lowered
+        save_graph(model, scratch / lowered.name)
+        return scratch / lowered.name
+
+    def parser_passes(self, options: EngineOptions) -> list[ir.passes.InPlacePass]:
+        """What joins nodes of the lowered graph for the parser."""
+        if not options.fused_attention:
+            return []
+        from exporters.passes.fuse_attention import FuseAttention
+
+        return [FuseAttention()]
 
     def configure_flavour(self, trt: Any, config: Any, options: EngineOptions) -> None:
         """Set what only this flavour's builder takes."""
@@ -204,13 +256,20 @@ class TensorRtBackend(Backend):
         from exporters.graph_info import load_graph
         from exporters.multiplications import multiplication_names
 
-        wanted = multiplication_names(load_graph(folder / LOWERED))
+        lowered = load_graph(folder / LOWERED)
+        wanted = multiplication_names(lowered)
         trt = self._module()
         engine = load_engine(trt, make_logger(trt), folder, engine_options(self, folder))
         told = engine.create_engine_inspector().get_engine_information(
             trt.LayerInformationFormat.JSON
         )
-        return told_precisions(json.loads(told)["Layers"], wanted)
+        found = told_precisions(json.loads(told)["Layers"], wanted)
+        if options.fused_attention:  # one layer, which has the name of the first product
+            from exporters.passes.fuse_attention import float_attentions
+
+            joined = float_attentions(lowered).items()
+            found |= {mix: found[scores] for mix, scores in joined if scores in found}
+        return found
 
     def record(self, options: EngineOptions) -> dict[str, Any]:
         return {"runtime": Runtime(self.package, str(self._module().__version__))}
@@ -245,6 +304,12 @@ class TensorRtRtxBackend(TensorRtBackend):
             )
         for capability in options.compute_capability:
             _compute_capability(trt, capability)
+            if capability in UNSUPPORTED_CAPABILITIES:
+                messages.warning(
+                    "--compute-capability %s: the support matrix of tensorrt-rtx %s",
+                    capability,
+                    UNSUPPORTED_CAPABILITIES[capability],
+                )
 
     def profiles(self, shapes: list[Shapes]) -> list[Shapes]:
         """One for all: kernels are made for a shape when it is met, while each profile would be
@@ -310,8 +375,8 @@ def _member(trt: Any, enumeration: str, name: str, option: str) -> Any:
 
 
 def told_precisions(layers: list[Any], wanted: list[str]) -> dict[str, str]:
-    """Return what each ``wanted`` node runs in, by its name, from TensorRT's layer information at
-    detailed verbosity.
+    """Return what each ``wanted`` node runs in, by its name, from the layer information at detailed
+    verbosity of TensorRT 10 or 11.
 
     A layer's metadata names the ONNX nodes it was made of. One that holds several multiplications
     does not tell what each runs in, so they are left out; so is a layer whose operands' types are
@@ -324,11 +389,11 @@ def told_precisions(layers: list[Any], wanted: list[str]) -> dict[str, str]:
             for name in re.findall(r"\[ONNX Layer: ([^\]]+)\]", str(layer.get("Metadata", "")))
             if name in names
         ]
-        operands = [str(entry.get("Format/Datatype", "")) for entry in layer.get("Inputs", [])[:2]]
+        operands = [_told_type(entry) for entry in layer.get("Inputs", [])[:2]]
         if isinstance(weights := layer.get("Weights"), dict):
-            operands = [*operands[:1], str(weights.get("Type", ""))]
+            operands = [*operands[:1], str(weights.get("Type", _told_type(weights)))]
         types = [
-            next((name for word, name in _TYPES.items() if word in operand), None)
+            next((name for word, name in _TYPES.items() if word in operand.lower()), None)
             for operand in operands
         ]
         if len(set(made_of)) == 1 and types and None not in types:
@@ -338,6 +403,10 @@ def told_precisions(layers: list[Any], wanted: list[str]) -> dict[str, str]:
                 else str(next(kind for kind in types if kind != "int8"))
             )
     return found
+
+
+def _told_type(tensor: dict[str, Any]) -> str:
+    return str(next((tensor[key] for key in _TYPE_KEYS if key in tensor), ""))
 
 
 def gpu_count() -> int:
@@ -461,6 +530,34 @@ def check_sample_sizes(model: ir.Model, sizes: Sequence[tuple[int, int]]) -> Non
             raise InputError(
                 f"a sample of {size[0]}x{size[1]}: the model takes multiples of {multiple}"
             )
+
+
+def unfused_attention(model: ir.Model) -> dict[str, str]:
+    """The attentions of the portable graph ``model`` whose scores are a product of integers and
+    which are larger than TensorRT fuses, by name: head size and tokens, at the size that the model
+    is meant for.
+    """
+    from onnx_ir.convenience import create_value_mapping
+
+    from exporters.graph_info import graph_info
+
+    values, found = create_value_mapping(model.graph), {}
+    for product in graph_info(model).matmuls.values():
+        attention = product.name.removesuffix(".scores")
+        if attention == product.name or None in product.sites:
+            continue
+        (_, heads, queries, size), (*_, keys) = (
+            [side if isinstance(side, int) else None for side in values[name].shape or ()]
+            for name in product.inputs
+        )
+        if heads is None or size is None:
+            continue
+        pairs = product.macs // (heads * size)  # queries times keys
+        known = queries or keys or math.isqrt(pairs)
+        tokens = max(known, pairs // known)
+        if size > FUSED_HEAD_SIZE or tokens > FUSED_TOKENS:
+            found[attention] = f"heads of {size}, {tokens} tokens"
+    return found
 
 
 def configure(trt: Any, config: Any, options: EngineOptions) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quest_deploy.backends.base import EngineRecord, PluginRecord
-from quest_deploy.backends.options import AUTO, NATIVE, PLUGIN, EngineOptions
+from quest_deploy.backends.options import AUTO, GATHERED, NATIVE, PLUGIN, EngineOptions
 from quest_deploy.backends.tensorrt import base as shared
 from quest_deploy.backends.tensorrt.plugin import (
     HINT,
@@ -23,10 +22,19 @@ from quest_deploy.backends.tensorrt.plugin import (
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import sha256_of
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 MAJORS = (10, 11)
 """The major versions whose API this is written for: 11 has no weakly typed networks, and 10 is the
 first with IPluginV3.
 """
+
+
+GATHERS = (10, 13)
+"""The first version whose QuantizeLinear takes a scale that is no constant (NvInfer.h)."""
+HAS_ATTENTION = (10, 14)
+"""The first version whose parser takes ONNX's Attention (its changelog)."""
 
 
 class TensorRtSdkBackend(shared.TensorRtBackend):
@@ -38,7 +46,7 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
 
     def resolve(self, options: EngineOptions) -> EngineOptions:
         """``auto`` is the plugin where its library is found."""
-        if options.quantize == NATIVE:
+        if options.quantize in (NATIVE, GATHERED):
             return options
         library = plugin_library(options.plugins)
         if library is None and options.serialize_plugins:
@@ -52,6 +60,17 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
         options = self.resolve(options)
         trt = self._module()
         self._check_version(trt)
+        here = tuple(map(int, str(trt.__version__).split(".")[:2]))
+        if options.quantize == GATHERED and here < GATHERS:
+            raise InputError(
+                f"--quantize gathered: TensorRT {trt.__version__} takes constant scales alone; "
+                f"{_name(GATHERS)} is the first that takes others; or --quantize native"
+            )
+        if options.fused_attention and here < HAS_ATTENTION:
+            raise InputError(
+                f"--fused-attention: TensorRT {trt.__version__} has no Attention; "
+                f"{_name(HAS_ATTENTION)} is the first that has it"
+            )
         if shared.gpu_count() == 0:
             raise InputError(
                 "tensorrt builds on the GPU that runs the engine, and this machine has none; use "
@@ -77,20 +96,14 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
             )
         return replace(options, plugins=recorded_library(options.plugins, record.plugin.sha256))
 
-    def graph_to_parse(self, lowered: Path, scratch: Path, options: EngineOptions) -> Path:
-        """With the plugin, GEGLU goes into the quantizer behind it; ``lowered`` itself keeps the
-        values that `verify` cuts it at.
-        """
+    def parser_passes(self, options: EngineOptions) -> list[ir.passes.InPlacePass]:
+        """With the plugin, GEGLU goes into the quantizer behind it."""
+        passes = super().parser_passes(options)
         if options.quantize != PLUGIN:
-            return lowered
-        from exporters.graph_info import load_graph, save_graph
+            return passes
         from exporters.passes.fuse_geglu import FuseGeglu
 
-        model = load_graph(lowered)
-        if not FuseGeglu()(model).modified:
-            return lowered
-        save_graph(model, scratch / lowered.name)
-        return scratch / lowered.name
+        return [*passes, FuseGeglu()]
 
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
         return {
@@ -115,6 +128,10 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
                 f"{' and '.join(f'{m}.x' for m in MAJORS)}, and {trt.__version__} is "
                 f"installed; {self.remedy}"
             )
+
+
+def _name(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _check_plugin(trt: Any, options: EngineOptions) -> None:

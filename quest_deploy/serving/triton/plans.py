@@ -14,7 +14,7 @@ from exporters.graph_info import load_graph, save_graph
 from exporters.passes.low_precision_io import LowPrecisionIO
 from quest_deploy.artifacts.workspace import ENGINES
 from quest_deploy.backends.base import LOWERED, EngineRecord, engine_info
-from quest_deploy.backends.options import EngineOptions
+from quest_deploy.backends.options import GATHERED, EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.backends.tensorrt.plugin import recorded_library
@@ -76,6 +76,11 @@ def find_plan(
         raise InputError(
             f"{folder} holds a plan without weights, which Triton cannot load; build it without "
             "--strip-plan"
+        )
+    if built.quantize == GATHERED:
+        raise InputError(
+            f"{folder} holds a plan for batches of one bucket (--quantize gathered), and requests "
+            "at different steps share a batch; build it with --quantize native or plugin"
         )
     if options.max_batch is not None and options.max_batch > built.max_batch:
         raise InputError(

@@ -52,6 +52,7 @@ class PackageServer:
         log: where what the server prints goes.
         cpu: whether through the stand-in for the TensorRT backend.
         options: further options of tritonserver.
+        python: the interpreter that runs the package's serve.py.
 
     Attributes:
         http, grpc: "host:port" of its services.
@@ -59,9 +60,16 @@ class PackageServer:
     """
 
     def __init__(
-        self, package: Path, log: Path, *, cpu: bool = True, options: Sequence[str] = ()
+        self,
+        package: Path,
+        log: Path,
+        *,
+        cpu: bool = True,
+        options: Sequence[str] = (),
+        python: Path = SERVING,
     ) -> None:
         self.package, self.log = package, log
+        self._python = python
         self._options = [*(["--cpu"] if cpu else []), *(["--", *options] if options else [])]
 
     def __enter__(self) -> PackageServer:
@@ -76,7 +84,7 @@ class PackageServer:
         http, grpc, metrics = _free_ports(3)
         self.http, self.grpc = f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
         line = [
-            SERVING,
+            self._python,
             self.package / "serve.py",
             "--http-port",
             http,

@@ -16,6 +16,7 @@ from exporters.passes.cut import cut_segments
 from quest_deploy.backends.base import (
     ENGINE_FILE,
     LOWERED,
+    OneBucketRunner,
     Runner,
     SplitRunner,
     build_engine,
@@ -134,6 +135,43 @@ def test_closing_a_runner_that_splits_closes_the_one_inside() -> None:
     with SplitRunner(inner, 4):
         assert not inner.closed
     assert inner.closed
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "batches"),
+    [([5.0], [1]), ([7.0, 7.0, 7.0], [3]), ([9.0, 1.0, 9.0, 5.0, 1.0], [2, 1, 2])],
+)
+@pytest.mark.parametrize("name", ["timestep", "bucket"])
+def test_rows_of_each_timestep_run_together_and_their_results_are_put_where_they_were(
+    name: str, timesteps: list[float], batches: list[int]
+) -> None:
+    class Uniform(Limited):
+        def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
+            assert len(np.unique(feeds[name])) == 1
+            return super().infer({"sample": feeds["sample"], "timestep": feeds[name]})
+
+    inner, rows = Uniform(5), len(timesteps)
+    feeds = {"sample": np.arange(rows * 3.0).reshape(rows, 3), name: np.asarray(timesteps)}
+    with OneBucketRunner(inner) as runner:
+        outputs = runner.infer(feeds)
+    assert (inner.batches, inner.closed) == (batches, True)
+    np.testing.assert_array_equal(outputs["sum"], feeds["sample"] + feeds[name][:, None])
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt"])
+@pytest.mark.parametrize("quantize", ["native", "gathered"])
+def test_a_tensorrt_engine_of_gathered_scales_gets_batches_of_one_timestep_alone(
+    backend: str, quantize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Limited(6)
+    monkeypatch.setattr(
+        "quest_deploy.backends.tensorrt.base._TensorRtRunner",
+        lambda folder, options, package: opened,
+    )
+    options = EngineOptions(max_batch=2, quantize=quantize)
+    with get_backend(backend).open(tmp_path, options) as runner:
+        runner.infer({"sample": np.zeros((4, 1)), "timestep": np.asarray([1.0, 2.0, 1.0, 1.0])})
+    assert opened.batches == {"native": [2, 2], "gathered": [2, 1, 1]}[quantize]
 
 
 @pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt"])

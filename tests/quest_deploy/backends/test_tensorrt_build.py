@@ -9,11 +9,18 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import onnx_ir as ir
 import pytest
 import tensorrt_rtx as trt
 
-from exporters.graph_info import SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, load_graph
+from exporters.graph_info import (
+    MATMULS_KEY,
+    SAMPLE_MULTIPLE_KEY,
+    SAMPLE_SHAPE_KEY,
+    load_graph,
+    save_graph,
+)
 from quest_deploy.backends.base import LOWERED, Runtime, build_engine, engine_info
 from quest_deploy.backends.options import ENGINE_OPTIONS, EngineOptions
 from quest_deploy.backends.registry import BACKENDS, get_backend
@@ -25,14 +32,15 @@ from quest_deploy.backends.tensorrt.base import (
     gpu_count,
     load_engine,
     profile_shapes,
+    unfused_attention,
 )
 from quest_deploy.errors import QuestDeployError
-from tests.helpers import refused
+from quest_deploy.processes import in_own_process
+from quest_deploy.progress import no_progress
+from tests.helpers import assert_holds, graph_from_text, kinds_checkpoint, kinds_graph, refused
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import onnx
 
     from quest_deploy.options import Declared
 
@@ -49,6 +57,7 @@ GIVEN: dict[str, Any] = {
     "quantize": "native",
     "plugins": "plugins.so",
     "serialize_plugins": True,
+    "fused_attention": True,
     "weight_streaming": True,
     "weight_streaming_budget": 2**20,
     "tactic_sources": ("jit_convolutions",),
@@ -58,6 +67,7 @@ GIVEN: dict[str, Any] = {
 }
 NEEDED: dict[str, dict[str, Any]] = {
     "serialize_plugins": {"version_compatible": True},
+    "fused_attention": {"dtype": "bf16"},
     "weight_streaming_budget": {"weight_streaming": True},
 }
 """The options that another one needs, and which."""
@@ -159,11 +169,79 @@ def test_a_backend_takes_its_own_options_alone(options: dict[str, Any], takers: 
             assert backend in refusal(backend, EngineOptions(**options))
 
 
-def test_tensorrt_rtx_is_always_quantized_natively() -> None:
+def test_tensorrt_rtx_is_quantized_natively_or_by_gathered_scales() -> None:
     backend = get_backend("tensorrt-rtx")
     assert backend.resolve(EngineOptions()).quantize == "native"
+    assert backend.resolve(EngineOptions(quantize="gathered")).quantize == "gathered"
+    backend.check_build(EngineOptions(quantize="gathered"))
     with refused("--quantize", "tensorrt-rtx"):
         backend.check_build(EngineOptions(quantize="plugin"))
+
+
+@pytest.mark.parametrize(("capability", "facts"), [("75", "INT8"), ("80", "list"), ("89", "")])
+def test_a_compute_capability_that_the_support_matrix_does_not_promise_is_a_warning_at_once(
+    capability: str, facts: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    get_backend("tensorrt-rtx").check_build(EngineOptions(compute_capability=(capability,)))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (1 if facts else 0)
+    for message in told:
+        assert_holds(message, f"--compute-capability {capability}", facts)
+
+
+def test_engines_are_built_for_what_tensorrt_for_rtx_takes_by_itself() -> None:
+    hardware = get_backend("tensorrt-rtx").hardware(EngineOptions())
+    assert hardware["compute_capabilities"] == ["86", "89", "120"]
+
+
+def widened(model: ir.Model, heads: int, size: int, tokens: int | str) -> ir.Model:
+    """The graph of kinds as if its attention were so large; "N" stands for a size that varies, of
+    which there are 1024.
+    """
+    values = ir.convenience.create_value_mapping(model.graph)
+    values["q"].shape = ir.Shape(["batch", heads, tokens, size])
+    values["kt"].shape = ir.Shape(["batch", heads, size, tokens])
+    count = 1024 if tokens == "N" else int(tokens)
+    products = json.loads(model.metadata_props[MATMULS_KEY])
+    for product in products:
+        product["macs"] = heads * size * count**2
+    model.metadata_props[MATMULS_KEY] = json.dumps(products)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "facts"),
+    [
+        (64, 512, None),
+        (40, 77, None),
+        (80, 256, "heads of 80, 256 tokens"),
+        (64, 4096, "heads of 64, 4096 tokens"),
+        (40, "N", "heads of 40, 1024 tokens"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt"])
+def test_quantized_attention_that_tensorrt_does_not_fuse_is_a_warning_before_the_build(
+    backend: str,
+    size: int,
+    tokens: int | str,
+    facts: str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = widened(kinds_graph(kinds_checkpoint()), 8, size, tokens)
+    get_backend(backend).check_graph(model, EngineOptions())
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (facts is not None)
+    for message in told:
+        assert_holds(message, f"attn ({facts})", backend, "--attention-bits", "--softmax-bits")
+
+
+def test_float_attention_is_none_of_that_warning(hand_model: ir.Model) -> None:
+    assert unfused_attention(hand_model) == {}
+    model = widened(kinds_graph(kinds_checkpoint()), 8, 64, 4096)
+    products = json.loads(model.metadata_props[MATMULS_KEY])
+    products[0]["sites"][1] = None
+    model.metadata_props[MATMULS_KEY] = json.dumps(products)
+    assert unfused_attention(model) == {}
 
 
 @pytest.mark.parametrize("option", ["refittable", "strip_plan"])
@@ -397,6 +475,73 @@ def test_the_real_builder_takes_the_unet_in_a_low_precision_type_at_two_sample_s
     half = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.BFLOAT16
     assert {node.outputs[0].dtype for node in lowered.graph if node.op_type == "Conv"} == {half}
     assert (tmp_path / ENGINE).stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_the_real_builder_takes_scales_that_are_gathered_by_the_bucket(
+    dtype: str, mini_proto: onnx.ModelProto, tmp_path: Path
+) -> None:
+    options = EngineOptions(
+        compute_capability=("89",), max_batch=4, dtype=dtype, quantize="gathered"
+    )
+    # In a process of its own: on other graphs of scales that are no constants it has crashed.
+    in_own_process(_build, mini_proto, tmp_path, options)
+    assert engine_info(tmp_path).options == options
+    assert (tmp_path / ENGINE).stat().st_size > 100_000
+
+
+def _build(proto: onnx.ModelProto, folder: Path, options: EngineOptions) -> None:
+    build_engine(get_backend("tensorrt-rtx"), ir.from_proto(proto), folder, options, "cd" * 32)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_the_real_builder_takes_attention_as_one_node_and_the_lowered_graph_keeps_its_products(
+    dtype: str, tmp_path: Path
+) -> None:
+    kind = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[dtype]
+    model = attention_to_build(kind)
+    save_graph(model, tmp_path / LOWERED)
+    options = EngineOptions(
+        compute_capability=("89",), max_batch=4, dtype=dtype, fused_attention=True
+    )
+    backend = get_backend("tensorrt-rtx")
+    (tmp_path / "scratch").mkdir()
+    parsed = load_graph(backend.graph_to_parse(tmp_path / LOWERED, tmp_path / "scratch", options))
+    assert "Attention" in {node.op_type for node in parsed.graph}
+    assert "Attention" not in {node.op_type for node in load_graph(tmp_path / LOWERED).graph}
+    in_own_process(_compile, tmp_path, options)
+    assert (tmp_path / ENGINE).stat().st_size > 100_000
+
+
+def attention_to_build(kind: ir.DataType) -> ir.Model:
+    """Attention of two heads of 16 over the rows of a sample, in a low-precision type."""
+    model = graph_from_text(f"""
+one (float[batch,5,2,16] sample, float[batch] timestep) => (float[batch,2,5,16] out)
+{{
+  x = Cast <to = {kind.value}> (sample)
+  q = Transpose <perm = [0, 2, 1, 3]> (x)
+  k = Transpose <perm = [0, 2, 3, 1]> (x)
+  scores = MatMul (q, k)
+  wide = Cast <to = 1> (scores)
+  soft = Softmax <axis = -1> (wide)
+  weights = Cast <to = {kind.value}> (soft)
+  mixed = MatMul (weights, q)
+  y = Cast <to = 1> (mixed)
+  axes = Constant <value_ints = [1, 2, 3]> ()
+  t = Unsqueeze (timestep, axes)
+  out = Add (y, t)
+}}""")
+    model.functions.clear()
+    for domain in ("quest", "quest.export"):
+        model.graph.opset_imports.pop(domain)
+    model.graph.opset_imports[""] = 22  # the first with products in bfloat16
+    for node in model.graph:
+        node.name = f"node_{node.outputs[0].name}"
+    return ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model)))
+
+
+def _compile(folder: Path, options: EngineOptions) -> None:
+    get_backend("tensorrt-rtx").compile(folder / LOWERED, folder, options, no_progress)
 
 
 def test_a_pool_limit_that_is_too_low_is_told_as_the_builder_tells_it(

@@ -134,6 +134,35 @@ def test_versions_that_it_is_not_written_for_are_refused(sdk: ModuleType) -> Non
         SDK.check_run(EngineOptions())
 
 
+def test_gathered_scales_are_refused_before_the_version_that_takes_them(sdk: ModuleType) -> None:
+    options = EngineOptions(quantize="gathered")
+    for version in ("10.0.1", "10.12.0"):
+        sdk.__dict__["__version__"] = version
+        with refused("--quantize gathered", version, "10.13", "--quantize native"):
+            SDK.check_build(options)
+    for version in ("10.13.0", "10.16.1", "11.1.0.106"):
+        sdk.__dict__["__version__"] = version
+        SDK.check_build(options)
+    assert SDK.resolve(options) == options
+    with refused("--plugins", "gathered"):
+        EngineOptions(quantize="gathered", plugins="a.so")
+
+
+def test_fused_attention_is_refused_before_the_version_whose_parser_takes_it(
+    sdk: ModuleType,
+) -> None:
+    options = EngineOptions(fused_attention=True, dtype="fp16")
+    for version in ("10.0.1", "10.13.3"):
+        sdk.__dict__["__version__"] = version
+        with refused("--fused-attention", version, "10.14"):
+            SDK.check_build(options)
+    for version in ("10.14.1", "11.1.0.106"):
+        sdk.__dict__["__version__"] = version
+        SDK.check_build(options)
+    with refused("--fused-attention", "fp16", "bf16"):
+        EngineOptions(fused_attention=True)
+
+
 def test_what_a_version_lacks_is_refused_before_anything_is_built(sdk: ModuleType) -> None:
     sdk.__dict__["IBuilderConfig"] = object
     with refused("--max-num-tactics", "10.16.1"):

@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 BALLAST_BYTES = 2**30
 
 
+def gathers(model: ir.Model) -> bool:
+    """Whether quantizers have the scale of the batch's bucket."""
+    return any(
+        node.op_type == "QuantizeLinear" and node.inputs[1].const_value is None
+        for node in model.graph
+    )
+
+
 @pytest.fixture(scope="module")
 def timed(
     mini_engines: Callable[[str], Path],
@@ -98,10 +106,13 @@ def test_progress_tells_every_phase_to_its_end(
 
 
 @pytest.mark.slow
-def test_an_engine_whose_plugin_quantizes_is_timed_against_itself_quantized_natively(
-    mini_proto: onnx.ModelProto, tmp_path: Path
+@pytest.mark.parametrize(
+    ("quantize", "others"), [("plugin", {NATIVE_ENGINE, "gathered"}), ("gathered", {NATIVE_ENGINE})]
+)
+def test_an_engine_is_timed_against_itself_quantized_in_the_other_ways(
+    quantize: str, others: set[str], mini_proto: onnx.ModelProto, tmp_path: Path
 ) -> None:
-    backend, options = PluginOnTheCpu(), EngineOptions(threads=1, quantize="plugin")
+    backend, options = PluginOnTheCpu(), EngineOptions(threads=1, quantize=quantize)
     (tmp_path / "engine").mkdir()
     build_engine(backend, ir.from_proto(mini_proto), tmp_path / "engine", options, "cd" * 32)
     save_graph(ir.from_proto(mini_proto), tmp_path / "unet.onnx")
@@ -110,14 +121,44 @@ def test_an_engine_whose_plugin_quantizes_is_timed_against_itself_quantized_nati
         backend, options, tmp_path / "engine", tmp_path / "unet.onnx", tmp_path / "scratch", choices
     )
     medians = {t.engine: t.median_s for t in result.timings}
-    assert medians.keys() == {QUANTIZED, NATIVE_ENGINE, STATIC, FP32}
+    assert medians.keys() == {QUANTIZED, *others, STATIC, FP32}
     assert result.plugin_speedup == {2: pytest.approx(medians[NATIVE_ENGINE] / medians[QUANTIZED])}
-    nodes = {
-        folder.name: len(kept(load_graph(folder / LOWERED)))
+    graphs = {
+        folder.name: load_graph(folder / LOWERED)
         for folder in (tmp_path / "engine", *(tmp_path / "scratch").iterdir())
     }
-    assert nodes.pop("engine") > 10
-    assert nodes == {"native": 0, "static-scale": 0, "fp32": 0}
+    assert graphs.keys() == {"engine", *others, "static-scale", "fp32"}
+    assert {name for name, graph in graphs.items() if len(kept(graph)) > 10} == (
+        {"engine"} if quantize == "plugin" else set()
+    )
+    assert {name for name, graph in graphs.items() if gathers(graph)} == (
+        {"gathered"} if quantize == "plugin" else {"engine"}
+    )
+
+
+@pytest.mark.slow
+def test_an_engine_in_a_low_precision_is_timed_against_the_float_model_in_it_too(
+    mini_proto: onnx.ModelProto, tmp_path: Path
+) -> None:
+    backend, options = PluginOnTheCpu(), EngineOptions(threads=1, quantize="native", dtype="fp16")
+    (tmp_path / "engine").mkdir()
+    build_engine(backend, ir.from_proto(mini_proto), tmp_path / "engine", options, "cd" * 32)
+    save_graph(ir.from_proto(mini_proto), tmp_path / "unet.onnx")
+    choices = BenchmarkOptions(batches=(2,), runs=1, warmup=0, static=False)
+    result = benchmark_engine(
+        backend, options, tmp_path / "engine", tmp_path / "unet.onnx", tmp_path / "scratch", choices
+    )
+    assert {t.engine for t in result.timings} == {QUANTIZED, FP32, "fp16"}
+    types = {
+        name: {
+            value.dtype
+            for node in load_graph(tmp_path / "scratch" / name / LOWERED).graph
+            if node.op_type == "Conv"
+            for value in (*node.inputs, *node.outputs)
+        }
+        for name in (FP32, "fp16")
+    }
+    assert types == {FP32: {ir.DataType.FLOAT}, "fp16": {ir.DataType.FLOAT16}}
 
 
 def test_what_the_layers_run_in_is_told_beside_the_speed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from tests.helpers import (
     kinds_checkpoint,
     kinds_graph,
 )
+from tests.quest_deploy.backends.test_tensorrt_build import attention_to_build
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -251,23 +253,39 @@ def test_a_fused_node_goes_to_the_longest_name_that_begins_its_own() -> None:
     }
 
 
-def test_tensorrts_layer_information_tells_by_operands_and_leaves_out_what_it_does_not_tell() -> (
-    None
-):
+def tensor_10(kind: str) -> dict[str, Any]:
+    """A tensor in TensorRT 10's layer information: the type ends the format's text."""
+    text = {"Int8": "Thirty-two wide channel vectorized row major Int8 format"}
+    return {"Name": "t", "Dimensions": [2, 4], "Format/Datatype": text.get(kind, kind)}
+
+
+def tensor_11(kind: str) -> dict[str, Any]:
+    """In TensorRT 11's: apart from the format, which may name another."""
+    return {"Name": "t", "Dimensions": [2, 4], "Format": "Row major FP32", "Datatype": kind}
+
+
+def information(form: str, layers: list[Any]) -> dict[str, Any]:
+    """An engine's, as NVIDIA's migration guide from 10 to 11 has both forms."""
+    ends = {"Name": "sample", "IOMode": "Input", "DataType": "Float", "Dimensions": [-1, 4]}
+    return {"Layers": layers} | (
+        {"Bindings": ["sample"]} if form == "10" else {"I/O Tensors": [ends]}
+    )
+
+
+TENSORS = {"10": tensor_10, "11": tensor_11}
+each_form = pytest.mark.parametrize("form", TENSORS)
+
+
+@each_form
+def test_tensorrts_layer_information_tells_by_operands_and_leaves_out_what_it_does_not_tell(
+    form: str,
+) -> None:
     def layer(metadata: str, inputs: list[str], **more: Any) -> dict[str, Any]:
-        return {
-            "Name": "x",
-            "Metadata": metadata,
-            "Inputs": [{"Name": "i", "Format/Datatype": kind} for kind in inputs],
-            **more,
-        }
+        tensors = [TENSORS[form](kind) for kind in inputs]
+        return {"Name": "x", "Metadata": metadata, "Inputs": tensors, **more}
 
     layers = [
-        layer(
-            "[ONNX Layer: conv.product]",
-            ["Thirty-two wide channel vectorized row major Int8 format"],
-            Weights={"Type": "Int8"},
-        ),
+        layer("[ONNX Layer: conv.product]", ["Int8"], Weights={"Type": "Int8"}),
         layer(
             "[ONNX Layer: fc.product]\x1e[ONNX Layer: fc.biased]",
             ["Row major linear FP16 format"],
@@ -275,16 +293,80 @@ def test_tensorrts_layer_information_tells_by_operands_and_leaves_out_what_it_do
         ),
         layer("[ONNX Layer: qk.product]", ["Int8", "Int8"]),
         layer("[ONNX Layer: pv.product]", ["Half", "Int8"]),
+        layer("[ONNX Layer: bf.product]", ["BFloat16", "BFloat16"]),
+        layer("[ONNX Layer: f.product]", ["Float", "Float"]),
         layer("[ONNX Layer: a.product]\x1e[ONNX Layer: b.product]", ["Int8", "Int8"]),
+        {"Metadata": "[ONNX Layer: u.product]", "Inputs": [{"Name": "t"}]},
         "a layer that has only a name",
     ]
-    wanted = ["conv.product", "fc.product", "qk.product", "pv.product", "a.product", "b.product"]
-    assert told_precisions(layers, wanted) == {
+    names = ("conv", "fc", "qk", "pv", "bf", "f", "a", "b", "u")
+    wanted = [f"{name}.product" for name in names]
+    assert told_precisions(information(form, layers)["Layers"], wanted) == {
         "conv.product": "int8",
         "fc.product": "fp16",
         "qk.product": "int8",
         "pv.product": "fp16",
+        "bf.product": "bf16",
+        "f.product": "fp32",
     }
+
+
+@pytest.mark.parametrize("form", [*TENSORS, "unknown"])
+def test_the_precision_of_an_engine_is_told_of_each_form_and_what_is_not_told_is_a_warning(
+    form: str, mini_proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = get_backend("tensorrt-rtx")
+    lowered = backend.lower(ir.from_proto(mini_proto), EngineOptions())
+    save_graph(lowered, tmp_path / LOWERED)
+    asked = graph_precision(tmp_path / LOWERED).layers
+    kinds = {
+        node: "Int8" if layer.asked == "int8" else "Float"
+        for layer in asked
+        for node in layer.nodes
+    }
+    tensor = TENSORS.get(form, lambda kind: {"Name": "t", "Type of it": kind})
+    layers = [
+        {"Metadata": f"[ONNX Layer: {node}]", "Inputs": [tensor(kind), tensor(kind)]}
+        for node, kind in kinds.items()
+    ]
+
+    class Inspector:
+        def get_engine_information(self, wanted: object) -> str:
+            return json.dumps(information(form, layers))
+
+    shared = "quest_deploy.backends.tensorrt.base"
+    engine = SimpleNamespace(create_engine_inspector=Inspector)
+    monkeypatch.setattr(f"{shared}.gpu_count", lambda: 1)
+    monkeypatch.setattr(f"{shared}.engine_options", lambda backend, folder: EngineOptions())
+    monkeypatch.setattr(f"{shared}.load_engine", lambda *arguments: engine)
+    report = engine_precision(backend, tmp_path, EngineOptions())
+    if form == "unknown":
+        assert report.shares.keys() == {"unknown"}
+        assert report.warnings
+        return
+    assert report.shares == {
+        "int8": pytest.approx(report.asked_share),
+        "fp32": pytest.approx(1 - report.asked_share),
+    }
+    assert (report.warnings, report.fell_back) == ([], [])
+
+
+def test_an_attention_that_is_one_layer_tells_what_both_its_products_run_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_graph(attention_to_build(ir.DataType.FLOAT16), tmp_path / LOWERED)
+    layers = [{"Metadata": "[ONNX Layer: node_scores]", "Inputs": [tensor_11("Half")] * 3}]
+    inspector = SimpleNamespace(
+        get_engine_information=lambda wanted: json.dumps(information("11", layers))
+    )
+    engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
+    shared = "quest_deploy.backends.tensorrt.base"
+    monkeypatch.setattr(f"{shared}.engine_options", lambda backend, folder: EngineOptions())
+    monkeypatch.setattr(f"{shared}.load_engine", lambda *arguments: engine)
+    backend, told = get_backend("tensorrt-rtx"), {"node_scores": "fp16"}
+    assert backend.realised_precision(tmp_path, EngineOptions(dtype="fp16")) == told
+    options = EngineOptions(dtype="fp16", fused_attention=True)
+    assert backend.realised_precision(tmp_path, options) == told | {"node_mixed": "fp16"}
 
 
 def test_an_engine_that_needs_a_gpu_says_so_and_claims_nothing(

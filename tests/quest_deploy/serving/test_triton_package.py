@@ -210,6 +210,7 @@ def test_the_plugin_library_that_a_plan_was_built_with_is_needed_and_packaged(
     ("built", "options", "facts"),
     [
         ({"strip_plan": True}, [], "--strip-plan"),
+        ({"quantize": "gathered"}, [], "--quantize native"),
         ({}, ["--io-dtype", "fp16"], "--io-dtype fp16"),
         ({}, ["--max-batch", "8"], "--max-batch 8"),
         ({"max_batch": 1}, [], "build-engine` --max-batch 2"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+import pytest
 
 from exporters.graph_info import load_graph
 from quest_deploy.backends.base import LOWERED, build_engine
@@ -20,30 +21,43 @@ if TYPE_CHECKING:
     import onnx
 
 
+each_way = pytest.mark.parametrize("quantize", ["plugin", "gathered"])
+
+
 def verify(
+    quantize: str,
     proto: onnx.ModelProto,
     reference: Path,
     folder: Path,
     edit: Callable[[ir.Model], None] = lambda model: None,
 ) -> list[str]:
     """What verification finds wrong with the graph, ``edit`` applied."""
-    options, model = EngineOptions(threads=1, quantize="plugin"), ir.from_proto(proto)
+    options, model = EngineOptions(threads=1, quantize=quantize), ir.from_proto(proto)
     edit(model)
     build_engine(PluginOnTheCpu(), model, folder, options, "cd" * 32)
-    assert len(kept(load_graph(folder / LOWERED))) >= 10
+    lowered = load_graph(folder / LOWERED)
+    gathered = [
+        node
+        for node in lowered.graph
+        if node.op_type == "QuantizeLinear" and node.inputs[1].const_value is None
+    ]
+    assert len(kept(lowered) if quantize == "plugin" else gathered) >= 10
     return verify_engine(PluginOnTheCpu(), options, folder, reference).problems
 
 
-def test_a_graph_for_the_plugin_is_verified_layer_by_layer(
-    mini_proto: onnx.ModelProto, mini_reference: Path, tmp_path: Path
+@each_way
+def test_a_graph_that_another_than_the_native_lowering_made_is_verified_layer_by_layer(
+    quantize: str, mini_proto: onnx.ModelProto, mini_reference: Path, tmp_path: Path
 ) -> None:
-    assert verify(mini_proto, mini_reference, tmp_path) == []
+    assert verify(quantize, mini_proto, mini_reference, tmp_path) == []
 
 
-def test_one_scale_off_by_a_thousandth_is_found_in_a_graph_for_the_plugin(
-    mini_proto: onnx.ModelProto, mini_reference: Path, tmp_path: Path
+@each_way
+def test_one_scale_off_by_a_thousandth_is_found_in_such_a_graph(
+    quantize: str, mini_proto: onnx.ModelProto, mini_reference: Path, tmp_path: Path
 ) -> None:
     problems = verify(
+        quantize,
         mini_proto,
         mini_reference,
         tmp_path,

@@ -1,0 +1,1 @@
+"""What scripts/gpu_acceptance.py runs, and how."""

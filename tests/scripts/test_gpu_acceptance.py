@@ -1,0 +1,489 @@
+"""The acceptance of the GPU half, without the hardware: its steps with recorded answers, its
+machinery with real programs, and the steps that need no GPU for real.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from quest_deploy.cli.main import app
+from quest_deploy.files import write_json
+from scripts import gpu_acceptance
+from scripts.acceptance import runner
+from scripts.acceptance.runner import (
+    FAILED,
+    MEASURED,
+    RESULTS,
+    SKIPPED,
+    TIMEOUT,
+    Machine,
+    Places,
+    Ran,
+    accept,
+    chosen,
+    find,
+    run_program,
+    words_of,
+)
+from scripts.acceptance.steps import STEPS, Command, Engine, Figure, Model, Step
+from tests.helpers import assert_holds, refused
+from tests.scripts.bench.test_measure_plugin import RESULTS as MEASURED_KERNELS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tests.quest_deploy.conftest import Chain
+
+ROOT = Path(__file__).parents[2]
+NEEDS = {name for step in STEPS for name in step.needs}
+EVERYTHING = Machine({name: f"{name} 1.0" for name in NEEDS}, {})
+NOTHING = Machine({}, {name: f"there is no {name}" for name in NEEDS})
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+TIMING = {"median_s": 0.002, "p90_s": 0.003, "samples_per_s": 1000.0}
+ANSWERS: dict[str, Any] = {
+    "build-engine": {
+        "backend": "tensorrt",
+        "seconds": 61.5,
+        "files": {"model.engine": 892_000_000},
+    },
+    "verify": {"passed": True, "buckets": [{"codes": 100, "mismatches": 2}] * 2, "problems": []},
+    "benchmark": {
+        "timings": [{"engine": name, "batch": 2, **TIMING} for name in ("quantized", "fp16")],
+        "footprints": [
+            {"engine": name, "file_bytes": 5_000_000, "peak_memory_bytes": 2**30}
+            for name in ("quantized", "fp16")
+        ],
+        "precision": {
+            "int8_share": 0.75,
+            "asked_int8_share": 0.9,
+            "shares": {"int8": 0.75, "fp16": 0.25},
+            "unavailable": "",
+        },
+    },
+    "measure": MEASURED_KERNELS,
+    "measure_finetune_cost": {
+        "steps": [
+            {"stage": s, "seconds": 1.5, "peak_gib": 20.25} for s in ("temporal", "sensitive")
+        ],
+        "peak_gib": 20.25,
+    },
+    "compare_denoise": {"equal_pixels": 0.999, "largest_difference": 1, "said": "20 steps in 9 ms"},
+    "draw_served": {"seconds": 0.5, "together": 8, "together_seconds": 1.5, "equal": 8},
+}
+"""What each command answers on a GPU, as far as the steps read it."""
+
+
+class Recorded:
+    """Answers every command, in the place of a machine with a GPU; ``lines`` are those it was
+    given.
+    """
+
+    def __init__(self, **changed: Any) -> None:
+        self.lines: list[str] = []
+        self.answers = {**ANSWERS, **changed}
+
+    def __call__(self, words: Sequence[str], environment: Mapping[str, str], seconds: float) -> Ran:
+        line = shlex.join(words)
+        self.lines.append(line)
+        names = [word.rpartition("/")[2].rpartition(".")[2] for word in words]
+        answer = next((self.answers[name] for name in names if name in self.answers), None)
+        if isinstance(answer, Ran):
+            return answer
+        if "scripts.bench." in line:
+            write_json(Path(words[words.index("--json") + 1]), answer)
+            return Ran(0, "progress that is no JSON", "", 2.0, 4000)
+        return Ran(0, "all passed" if answer is None else json.dumps(answer), "", 2.0, 3000)
+
+
+def invoke(*arguments: str | Path) -> Any:
+    command = typer.Typer()
+    command.command()(gpu_acceptance.main)
+    return CliRunner().invoke(command, [str(word) for word in arguments])
+
+
+def states(value: dict[str, Any]) -> dict[str, str]:
+    return {name: step["state"] for name, step in value["steps"].items()}
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_every_command_of_a_step_is_one_that_its_program_takes(step: Step) -> None:
+    paths: dict[str, Path | None] = {"out": Path("out"), "sdk": Path("sdk"), "root": ROOT}
+    targets = set(
+        re.findall(
+            r"(?:add_executable|quest_test_program)\((\w+)",
+            "".join(path.read_text() for path in (ROOT / "trt_plugins").rglob("CMakeLists.txt")),
+        )
+    )
+    for command in step.commands:
+        program = shlex.split(command.line)[0]
+        words = words_of(command.line, paths)
+        if program == "quest-deploy":
+            name, *options = words[3:]
+            group = typer.main.get_command(app)
+            group.commands[name].make_context(name, options)  # type: ignore[attr-defined]
+        elif program == "python":
+            script = typer.Typer()
+            script.command()(importlib.import_module(words[2]).main)
+            typer.main.get_command(script).make_context(words[2], words[3:])
+        elif "--target" in words:
+            wanted = words[words.index("--target") + 1 :]
+            assert {name.removesuffix("_emulated") for name in wanted} <= targets
+        else:
+            assert program in ("cmake", "cp", "ctest", "compute-sanitizer") or "{out}" in program
+
+
+def test_a_step_comes_after_steps_of_the_list_that_are_before_it() -> None:
+    names = [step.name for step in STEPS]
+    assert len(set(names)) == len(names)
+    for i, step in enumerate(STEPS):
+        assert set(step.after) <= set(names[:i]), step.name
+
+
+def test_on_a_machine_that_has_everything_each_step_is_measured_and_has_its_rows(
+    tmp_path: Path,
+) -> None:
+    value = accept(STEPS, EVERYTHING, Places(tmp_path, tmp_path), Recorded(), ENVIRONMENT)
+    assert set(states(value).values()) == {MEASURED}
+    assert value == json.loads((tmp_path / RESULTS).read_text())
+    table = (tmp_path / "table.md").read_text()
+    for step in STEPS:
+        assert f"| {step.name} | measured" in table
+        if not step.name.endswith(("-calibrate", "-export", "-reference")):
+            assert value["steps"][step.name]["figures"], step.name
+    assert_holds(table, "- gpu: gpu 1.0", "892.0 MB in 61.5 s", "PASSED; 200 codes, 4 differ")
+    assert_holds(table, "| fp16, batch 2 | 2.000 ms (p90 3.000), files 5.0 MB, host 1024 MiB |")
+    assert_holds(table, "75.0%, int8 75.0%, fp16 25.0% | 90.0% |", "in use 4000 MiB")
+    assert_holds(table, "20.2 GiB | 24 GiB |", "99.90% of pixels equal", "8 of them equal it")
+
+
+def test_on_a_machine_that_has_nothing_every_step_that_needs_something_is_skipped_by_name(
+    tmp_path: Path,
+) -> None:
+    run = Recorded()
+    value = accept(STEPS, NOTHING, Places(tmp_path), run, ENVIRONMENT)
+    able = {step.name for step in STEPS if not step.needs}
+    assert {name for name, state in states(value).items() if state == MEASURED} == able
+    assert {name for name, state in states(value).items() if state == SKIPPED} == {
+        step.name for step in STEPS if step.needs
+    }
+    for step in STEPS:
+        for name in step.needs:
+            assert f"no {name}" in value["steps"][step.name]["reason"]
+            assert f"- no {name}: there is no {name}" in (tmp_path / "table.md").read_text()
+    assert not any("build-engine" in line for line in run.lines)
+
+
+def test_what_was_measured_is_kept_until_its_commands_or_what_it_needs_change(
+    tmp_path: Path,
+) -> None:
+    places = Places(tmp_path, tmp_path)
+
+    def lines(machine: Machine, steps: Sequence[Step] = STEPS, **options: Any) -> list[str]:
+        run = Recorded()
+        accept(steps, machine, places, run, ENVIRONMENT, **options)
+        return run.lines
+
+    assert len(lines(EVERYTHING)) == sum(len(step.commands) for step in STEPS)
+    assert lines(EVERYTHING) == []
+    assert len(lines(EVERYTHING, again=["bandwidth"])) == 1
+    other = Machine({**EVERYTHING.found, "tritonserver": "another"}, {})
+    assert len(lines(other)) == 2  # the package and the drawing
+    changed = [
+        replace(step, commands=step.commands[:1]) if step.name == "kernels" else step
+        for step in STEPS
+    ]
+    read = [step for step in STEPS if "kernels" in step.after]
+    assert len(read) == 5
+    assert len(lines(other, changed)) == 1 + sum(len(step.commands) for step in read)
+    graphs = [step for step in STEPS if step.name.startswith("emoji-")][
+        1:
+    ]  # all but its checkpoint
+    graphs += [step for step in STEPS if step.name in ("cpp-runtime", "triton")]
+    again = lines(other, changed, again=["emoji-export"])
+    assert len(again) == sum(len(step.commands) for step in graphs)
+    # A machine without the hardware takes nothing away.
+    assert lines(NOTHING) == []
+    assert set(states(json.loads((tmp_path / RESULTS).read_text())).values()) == {MEASURED}
+
+
+def test_an_interrupted_run_goes_on_with_the_step_that_it_was_at(tmp_path: Path) -> None:
+    class Interrupted(Recorded):
+        def __call__(self, words: Sequence[str], *rest: Any) -> Ran:
+            if "calibrate" in words:
+                raise KeyboardInterrupt
+            return super().__call__(words, *rest)
+
+    first, second = Interrupted(), Recorded()
+    places = Places(tmp_path, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        accept(STEPS, EVERYTHING, places, first, ENVIRONMENT)
+    accept(STEPS, EVERYTHING, places, second, ENVIRONMENT)
+    assert first.lines
+    assert len(first.lines) + len(second.lines) == sum(len(step.commands) for step in STEPS)
+
+
+def test_an_engine_that_fails_its_verification_is_told_and_timed_all_the_same(
+    tmp_path: Path,
+) -> None:
+    differs = {**ANSWERS["verify"], "passed": False, "problems": ["layer a differs"]}
+    run = Recorded(verify=Ran(1, json.dumps(differs), "", 1.0))
+    steps = chosen(
+        STEPS, ["emoji-tensorrt-rtx-native-verify", "emoji-tensorrt-rtx-native-benchmark"]
+    )
+    value = accept(steps, EVERYTHING, Places(tmp_path), run, ENVIRONMENT)
+    failed = value["steps"]["emoji-tensorrt-rtx-native-verify"]
+    assert failed["state"] == FAILED
+    assert_holds(failed["reason"], "verify", "layer a differs")
+    assert_holds(failed["figures"][0]["value"], "FAILED", "layer a differs", "4 differ")
+    assert states(value)["emoji-tensorrt-rtx-native-benchmark"] == MEASURED
+
+
+def test_a_step_whose_command_fails_is_tried_again_and_what_comes_after_it_is_skipped(
+    tmp_path: Path,
+) -> None:
+    error = json.dumps({"error": "no space left"})
+    for run, state, after in (
+        (Recorded(calibrate=Ran(1, error, "", 1.0)), FAILED, SKIPPED),
+        (Recorded(), MEASURED, MEASURED),
+    ):
+        steps = chosen(STEPS, ["emoji-export"])
+        value = accept(steps, EVERYTHING, Places(tmp_path), run, ENVIRONMENT)
+        assert states(value) == {"emoji-calibrate": state, "emoji-export": after}
+        if state == FAILED:
+            assert_holds(value["steps"]["emoji-calibrate"]["reason"], "calibrate", "no space left")
+            assert_holds(value["steps"]["emoji-export"]["reason"], "emoji-calibrate", FAILED)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("measure", {"lines": []}),
+        ("benchmark", {"timings": "none"}),
+        ("kernel_test", Ran(0, "no GPU is here (insufficient driver): not run", "", 1.0)),
+    ],
+)
+def test_an_answer_that_is_not_what_a_step_reads_fails_that_step(
+    name: str, answer: Any, tmp_path: Path
+) -> None:
+    value = accept(
+        STEPS, EVERYTHING, Places(tmp_path, tmp_path), Recorded(**{name: answer}), ENVIRONMENT
+    )
+    failed = [step for step, state in states(value).items() if state == FAILED]
+    assert failed
+    for step in failed:
+        commands = next(each.commands for each in STEPS if each.name == step)
+        assert any(name in command.line for command in commands)
+
+
+def test_the_figures_of_an_earlier_run_are_not_read_where_a_script_writes_none(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "found.json").write_text('{"value": "old"}')
+    step = Step(
+        "silent",
+        (
+            Command(
+                "python -c pass",
+                lambda answer: [Figure("value", answer["value"])],
+                reads="{out}/found.json",
+            ),
+        ),
+    )
+    value = accept([step], EVERYTHING, Places(tmp_path), run_program, ENVIRONMENT)
+    assert states(value) == {"silent": FAILED}
+
+
+def test_a_step_that_is_out_of_time_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    code = (
+        "import subprocess, sys, time; "
+        f"p = subprocess.Popen(['sleep', '600']); open({str(child)!r}, 'w').write(str(p.pid)); "
+        "print('begun', flush=True); time.sleep(600)"
+    )
+    step = Step("slow", (Command(f"python -c {shlex.quote(code)}"),), minutes=4 / 60)
+    value = accept([step], EVERYTHING, Places(tmp_path), run_program, ENVIRONMENT)
+    assert states(value) == {"slow": TIMEOUT}
+    assert_holds(value["steps"]["slow"]["reason"], "--patience")
+    for _ in range(50):
+        if not Path("/proc", child.read_text()).exists() or "Z" in _state(child.read_text()):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the child process is still there")
+
+
+def _state(process: str) -> str:
+    return Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_patience_multiplies_what_a_command_may_take(tmp_path: Path) -> None:
+    given: list[float] = []
+
+    def run(words: Sequence[str], environment: Mapping[str, str], seconds: float) -> Ran:
+        given.append(seconds)
+        return Ran(0, "", "", 0.0)
+
+    step = Step("a", (Command("true"),), minutes=10)
+    for patience in (1.0, 3.0):
+        accept([step], EVERYTHING, Places(tmp_path / f"{patience}", None, patience), run, {})
+    assert given == pytest.approx([600, 1800], rel=0.01)
+
+
+def test_the_gpus_memory_is_the_most_that_is_told_while_a_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(
+        f"#!/bin/sh\necho x >> {tmp_path}/calls\n[ $(wc -l < {tmp_path}/calls) = 2 ] && echo 900 || "
+        "echo 300\n"
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert run_program(["sleep", "3"], dict(os.environ), 60).gpu_mib == 900
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert run_program([sys.executable, "-c", "pass"], dict(os.environ), 60).gpu_mib is None
+
+
+def test_a_program_that_is_not_here_is_a_failure_and_no_traceback(tmp_path: Path) -> None:
+    step = Step("a", (Command("no-such-program --fast"),))
+    value = accept([step], EVERYTHING, Places(tmp_path), run_program, ENVIRONMENT)
+    assert states(value) == {"a": FAILED}
+    assert_holds(value["steps"]["a"]["reason"], "no-such-program")
+
+
+def test_asking_for_a_step_asks_for_what_it_comes_after() -> None:
+    names = [step.name for step in chosen(STEPS, ["triton"])]
+    before = ["emoji-calibrate", "emoji-export", "emoji-reference", "emoji-tensorrt-native-build"]
+    assert names == [*before, "triton"]
+    with refused("no-such-step", "bandwidth"):
+        chosen(STEPS, ["no-such-step"])
+
+
+def test_what_the_user_got_wrong_ends_with_one_message_and_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "sdk").mkdir()
+    for wrong in (["--only", "x"], ["--again", "x"], ["--sdk", tmp_path / "sdk"]):
+        done = invoke("--out", tmp_path / "out", *wrong)
+        assert done.exit_code == 2
+        (line,) = done.stderr.splitlines()
+        assert_holds(line, str(wrong[-1]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(gpu_acceptance, "find", lambda *arguments: NOTHING)
+    done = invoke("--out", tmp_path / "file" / "out", "--only", "emulated")
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert_holds(line, "error", tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": "other", "version": 1}'])
+def test_a_record_that_is_none_of_this_script_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / RESULTS).write_text(content)
+    with refused(tmp_path / RESULTS):
+        accept(STEPS, EVERYTHING, Places(tmp_path), Recorded(), ENVIRONMENT)
+    assert (tmp_path / RESULTS).read_text() == content
+
+
+def test_the_machine_is_told_from_what_doctor_says_and_what_is_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    for program in ("nvcc", "tritonserver"):
+        (tmp_path / "bin" / program).touch(mode=0o755)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "NvInfer.h").touch()
+    doctor = {
+        "machine": {"versions": {"tensorrt": "11.4.0"}},
+        "backends": {
+            "openvino": {"build": None, "run": None},
+            "tensorrt": {"build": None, "run": None},
+            "tensorrt-rtx": {"build": None, "run": "its driver is too old"},
+            "onnxruntime --provider cuda": {"build": None, "run": None},
+        },
+    }
+    answers = [Ran(0, json.dumps(doctor), "", 1.0), Ran(0, "2.13.0 13.0\n", "", 1.0)]
+    monkeypatch.setattr(runner, "gpu_count", lambda: 1)
+    monkeypatch.setattr(runner, "gpu_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(runner, "gpu_compute_capability", lambda: "90")
+    monkeypatch.setattr(runner, "driver_version", lambda: "13.0")
+    machine = find(
+        lambda words, environment, seconds: answers.pop(0),
+        {"PATH": str(tmp_path / "bin")},
+        tmp_path,
+    )
+    assert machine.found == {
+        "gpu": "NVIDIA H200, compute capability 90",
+        "driver": "CUDA 13.0",
+        "tensorrt": "11.4.0",
+        "onnxruntime --provider cuda": "here",
+        "torch with CUDA": "2.13.0 13.0",
+        "sdk": str(tmp_path),
+        "nvcc": str(tmp_path / "bin" / "nvcc"),
+        "tritonserver": str(tmp_path / "bin" / "tritonserver"),
+    }
+    assert machine.missing.keys() == {"tensorrt-rtx", "cmake", "compute-sanitizer"}
+    assert machine.missing["tensorrt-rtx"] == "its driver is too old"
+
+
+@pytest.mark.slow
+def test_the_command_itself_runs_the_kernels_source_on_the_cpu_and_a_second_time_keeps_that(
+    tmp_path: Path,
+) -> None:
+    if shutil.which("nvcc") is None or shutil.which("cmake") is None:
+        pytest.skip("the kernels need nvcc's headers and cmake")
+    line = [sys.executable, "scripts/gpu_acceptance.py", "--only", "emulated", "--json"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = []
+    for _ in range(2):
+        done = subprocess.run(
+            [*line, "--out", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    (step,) = found[0]["steps"].values()
+    assert (step["state"], found[1]["steps"]) == (MEASURED, found[0]["steps"])
+    assert step["figures"][0]["value"]
+    assert (tmp_path / "emulated" / "tests" / "kernel_test_emulated").is_file()
+    assert_holds((tmp_path / "table.md").read_text(), "| emulated | measured", "- nvcc: ")
+
+
+def test_an_engines_steps_read_what_the_commands_really_answer(
+    chain: Chain, tmp_path: Path
+) -> None:
+    shutil.copytree(chain.root, tmp_path / "emoji")
+    engine = Engine("onnxruntime-cpu", "onnxruntime", "--threads 1", ())
+    steps = Model("emoji", "").engine_steps(engine, ())
+    value = accept(list(steps), EVERYTHING, Places(tmp_path), run_program, ENVIRONMENT)
+    assert states(value) == {
+        f"emoji-onnxruntime-cpu-{stage}": MEASURED for stage in ("build", "verify", "benchmark")
+    }, value
+    table = (tmp_path / "table.md").read_text()
+    assert_holds(table, "engine, onnxruntime", "PASSED", "quantized, batch 16", "fp32, batch 2")
+    assert_holds(table, "multiply-adds in INT8")
+    # The workspace that all engines begin with is as it was.
+    assert (tmp_path / "emoji" / "manifest.json").read_bytes() == (
+        chain.root / "manifest.json"
+    ).read_bytes()
