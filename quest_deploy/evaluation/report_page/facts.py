@@ -90,6 +90,11 @@ def gather(workspace: Workspace) -> dict[str, Any]:
             "precision": missing.of("export") + missing.of_engine("build-engine", once=True),
             "speed": missing.of_engine("benchmark"),
         },
+        "outdated": [
+            {"name": name, "command": _again(*name.partition("/")[::2])}
+            for name, why in states.items()
+            if why is not None
+        ],
         "stages": _stages(workspace, states),
         "interrupted": workspace.interrupted_stages,
     }
@@ -131,8 +136,19 @@ class _Missing:
             return [{"command": "", "why": IMPORTED_ALONE}]
         if not why and self._random and stage == "evaluate":
             return [{"command": "", "why": "the model's weights are random: it draws nothing"}]
-        chosen = f" --backend {backend}" if backend else ""
-        return [{"command": f"quest-deploy {stage} -w WORKSPACE{chosen}", "why": why}]
+        return [
+            {
+                "stage": stage,
+                "backend": backend or "",
+                "command": _again(stage, backend),
+                "why": why,
+            }
+        ]
+
+
+def _again(stage: str, backend: str | None) -> str:
+    """The command that makes a stage."""
+    return f"quest-deploy {stage} -w WORKSPACE{f' --backend {backend}' if backend else ''}"
 
 
 def _nameless(reason: str, root: Path) -> str:

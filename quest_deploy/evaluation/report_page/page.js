@@ -181,6 +181,7 @@ function errors(panel) {
     ({ name, high, dashed: i > 0 && i === length - 1 }));
   const values = series.flatMap((s) => s.high).filter((x) => x !== null);
   const logarithmic = Math.min(...values) > 0;
+  if (logarithmic) one(".unit", panel).append(", on a logarithmic axis");
   legend(one(".legend", panel), series);
   redrawn(one(".chart", panel), () => chart(one(".chart", panel), data.edges, series, logarithmic));
 }

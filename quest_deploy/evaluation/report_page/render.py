@@ -10,16 +10,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from quest_deploy.artifacts.workspace import MANIFEST
 from quest_deploy.errors import InputError
+from quest_deploy.evaluation.benchmark import FP32, QUANTIZED
 from quest_deploy.evaluation.report_page.facts import HEAT_LEVELS, gather
 from quest_deploy.files import size
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 MOST_OPTION = 60
 """Characters of an option's value; the manifest has the rest."""
+FEW_IMAGES = 100
+"""Of fewer, a Fréchet distance means little."""
 _FOLDER = Path(__file__).parent
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -75,7 +79,11 @@ def _environment() -> Environment:
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}  # and the order as it is
     environment.globals.update(
-        style=Markup(style), script=Markup(script), policy=policy, heat_levels=2 * HEAT_LEVELS + 1
+        style=Markup(style),
+        script=Markup(script),
+        policy=policy,
+        heat_levels=2 * HEAT_LEVELS + 1,
+        few_images=FEW_IMAGES,
     )
     environment.filters.update(
         size=size,
@@ -83,6 +91,9 @@ def _environment() -> Environment:
         times="{:.2f}\N{MULTIPLICATION SIGN}".format,
         count="{:,}".format,
         power=_power,
+        share_error=_share_error,
+        worse=_worse,
+        coded=_coded,
         breakable=_breakable,
         chosen=_chosen,
         heat=_heat,
@@ -101,6 +112,46 @@ def _power(value: float) -> str:
         return "0"
     digits, exponent = f"{value:.1e}".split("e")
     return f"{digits}\N{MULTIPLICATION SIGN}10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+def _share_error(share: float, count: int) -> str:
+    """The standard error of a share of ``count`` images, in points."""
+    return f"{100 * math.sqrt(share * (1 - share) / count):.1f}"
+
+
+def _worse(details: dict[str, Any]) -> dict[str, list[str]]:
+    """In what a benchmark found the engine worse than FP32's, in words: of its speed and bytes."""
+    speeds = [(f"at batch {batch}", ratio) for batch, ratio in details["speedup_over_fp32"].items()]
+    found = {x["engine"]: x for x in details["footprints"]}
+    compared = [
+        ("larger files", "file_bytes", found),
+        ("higher peak memory", "peak_memory_bytes", found),
+    ]
+    if "pipeline" in details:
+        speeds.append(("for whole images", details["pipeline"]["speedup_over_fp32"]))
+        whole = {x["engine"]: x for x in details["pipeline"]["engines"]}
+        compared.append(("higher peak memory for whole images", "peak_memory_bytes", whole))
+    sizes = [(words, of[QUANTIZED][key], of[FP32][key]) for words, key, of in compared]
+    return {
+        "speed": [
+            f"slower {where}: {ratio:.2f}\N{MULTIPLICATION SIGN} the speed of FP32"
+            for where, ratio in speeds
+            if round(ratio, 2) < 1
+        ],
+        "bytes": [
+            f"{words}: {size(own)}, FP32\N{RIGHT SINGLE QUOTATION MARK}s {size(other)}"
+            for words, own, other in sizes
+            if own > other
+        ],
+    }
+
+
+def _coded(text: str) -> Markup:
+    """The text, with what stands between backticks as code."""
+    pieces = map(escape, text.split("`"))
+    return Markup("").join(
+        Markup("<code>{}</code>").format(x) if i % 2 else x for i, x in enumerate(pieces)
+    )
 
 
 def _breakable(path: str) -> Markup:

@@ -208,6 +208,27 @@ def test_the_page_never_scrolls_sideways(show: Callable[..., Any], scheme: str, 
     assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
+def test_a_table_that_scrolls_sideways_shows_it_until_its_end(show: Callable[..., Any]) -> None:
+    scrolling = show(360).locator("#images .scroll").first
+
+    def edge() -> bytes:
+        """The right edge of the table's last row."""
+        box = scrolling.locator("tbody tr").last.bounding_box()
+        place = scrolling.bounding_box()
+        clip = {"x": place["x"] + place["width"] - 4, "y": box["y"] + 4, "width": 2, "height": 2}
+        shot: bytes = scrolling.page.screenshot(clip=clip, full_page=True)
+        return shot
+
+    assert scrolling.evaluate("x => x.scrollWidth > x.clientWidth")
+    before = edge()
+    scrolling.evaluate("x => { x.scrollLeft = x.scrollWidth; }")
+    assert edge() != before
+
+
+def test_a_chart_with_a_logarithmic_axis_says_so(show: Callable[..., Any]) -> None:
+    assert "logarithmic" in show().locator(".errors .unit").first.text_content()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_what_is_behind_it(show: Callable[..., Any], scheme: str) -> None:
     """WCAG 2.2's AA: a contrast of 4.5."""

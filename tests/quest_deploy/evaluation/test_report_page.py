@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import hashlib
 import platform
 import re
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from tests.quest_deploy.conftest import Chain
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://x.example onerror='a()'>\"&{{ 7*7 }}"
+TIMES = "\N{MULTIPLICATION SIGN}"
 SECTIONS = {
     "model": ("calibrate", "finetune"),
     "images": ("evaluate",),
@@ -61,6 +63,21 @@ def page_of(workspace: Workspace) -> Page:
 def opened(mini_chain: Chain) -> Workspace:
     """The small chain's workspace, not to be changed."""
     return Workspace.open(mini_chain.root)
+
+
+def tile_of(page: Page, title: str) -> str:
+    """The text of the one card whose title begins so."""
+    (found,) = (
+        " ".join(x.text.split())
+        for x in page.all("div")
+        if x.attributes.get("class") == "tile" and x.text.split("\n")[0].startswith(title)
+    )
+    return found
+
+
+def worse_of(page: Page) -> list[str]:
+    """What the page marks as worse than FP32."""
+    return [x.text for x in page.all("dd", "span") if "worse" in x.attributes.get("class", "")]
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +251,140 @@ def test_what_is_out_of_date_is_left_out_and_says_why(workspace: Path) -> None:
     assert "Coverage" not in found.section("verification")
     assert str(workspace) not in found.content
     assert found.data("ranges") != []
+
+
+def test_the_page_of_an_outdated_workspace_begins_with_what_is_and_how_to_make_it_again(
+    workspace: Path, page: Page
+) -> None:
+    def header(found: Page) -> str:
+        return found.all("header")[0].text
+
+    flip_byte(workspace / "unet.onnx")
+    opened = Workspace.open(workspace)
+    text = header(page_of(opened))
+    outdated = [name for name, why in opened.states().items() if why and name != "report"]
+    assert {"export", "verify/onnxruntime", "evaluate/onnxruntime"} <= set(outdated)
+    places = []
+    for name in outdated:
+        command, _, backend = name.partition("/")
+        chosen = f" --backend {backend}" if backend else ""
+        places.append(text.index(f"quest-deploy {command} -w WORKSPACE{chosen}"))
+        assert name in text
+    assert places == sorted(places)
+    assert "Out of date" in text
+    assert "calibrate" not in text
+    assert "Out of date" not in header(page)
+
+
+def test_what_is_left_out_says_what_it_is_and_its_command_is_code(workspace: Path) -> None:
+    flip_byte(workspace / "unet.onnx")
+    found = page_of(Workspace.open(workspace))
+    assert "Verification of ONNX Runtime: left out" in found.section("verification")
+    assert "Benchmark of ONNX Runtime: left out" in found.section("speed")
+    assert "`" not in "".join(x.text for x in found.all("section"))
+    assert "quest-deploy export -w WORKSPACE" in {
+        x.text for x in found.all("code") if "speed" in [each.id for each in x.parents]
+    }
+
+
+def test_layers_of_eight_bits_are_in_the_title_and_among_the_bits(opened: Workspace) -> None:
+    for globs in ((), ("*.ff.net.2", "<b>*")):
+        scheme = dataclasses.replace(opened.scheme, eight_bit_layers=globs)
+        found = page_of(Workspace(opened.root, opened.source, scheme, opened.stages))
+        (title,) = found.all("h1")
+        share = opened.stages["calibrate"].details["weights_at_4_bits"]
+        assert (f"{share:.0%} of the weights at 4 bits" in title.text) == bool(globs)
+        assert all(glob in found.section("model") for glob in globs)
+        assert found.all("b") == []
+
+
+def of_benchmark(ratio: float, bytes_: int) -> Callable[[dict[str, Any]], None]:
+    """Sets all speeds over FP32's, and the bytes of files and memory beside FP32's 1000."""
+
+    def change(details: dict[str, Any]) -> None:
+        details["speedup_over_fp32"] = dict.fromkeys(details["speedup_over_fp32"], ratio)
+        details["size_ratio_to_fp32"] = 1000 / bytes_
+        for x in details["footprints"] + details.get("pipeline", {}).get("engines", []):
+            of = 1000 if x["engine"] == "fp32" else bytes_
+            x |= {"file_bytes": of, "peak_memory_bytes": of}
+        if "pipeline" in details:
+            details["pipeline"]["speedup_over_fp32"] = ratio
+
+    return change
+
+
+def test_an_engine_that_is_worse_than_fp32_is_said_to_be(
+    opened: Workspace, altered: Callable[..., Workspace]
+) -> None:
+    (batch, *_) = opened.stages["benchmark/onnxruntime"].details["speedup_over_fp32"]
+    found = page_of(altered("benchmark/onnxruntime", of_benchmark(0.8, 2000)))
+    card = tile_of(found, "Speed of ONNX Runtime")
+    section = found.section("speed")
+    for text in (
+        f"0.80{TIMES}",
+        f"slower than FP32 at batch {batch}",
+        "larger files",
+        "higher peak memory",
+    ):
+        assert text in card
+    for text in (f"slower at batch {batch}", "larger files: 2.00 kB", f"2.00{TIMES} larger than"):
+        assert text in section
+    assert f"0.80{TIMES}" in worse_of(found)
+
+
+def test_an_engine_that_is_better_than_fp32_is_not_marked_as_worse(
+    altered: Callable[..., Workspace],
+) -> None:
+    found = page_of(altered("benchmark/onnxruntime", of_benchmark(1.5, 500)))
+    card = tile_of(found, "Speed of ONNX Runtime")
+    assert f"1.50{TIMES} that of FP32 at batch" in card
+    assert "Worse than FP32" not in found.section("speed")
+    assert not {"slower", "larger", "higher"} & set(card.split())
+    assert f"1.50{TIMES}" not in worse_of(found)
+
+
+def test_an_engine_with_files_larger_than_fp32s_weights_says_so_though_it_was_not_timed(
+    altered: Callable[..., Workspace],
+) -> None:
+    for fp32, larger in ((1, True), (10**12, False)):
+
+        def change(details: dict[str, Any], fp32: int = fp32) -> None:
+            details["fp32_weight_bytes"] = fp32
+
+        found = page_of(altered("export", change))
+        assert ("larger than" in tile_of(found, "Engine for TensorRT-RTX")) == larger
+        assert ("larger than the" in found.section("precision")) == larger
+
+
+def test_the_card_of_quality_names_its_engine_and_doubts_a_distance_of_few_images(
+    altered: Callable[..., Workspace],
+) -> None:
+    for count, doubted in ((99, True), (100, False)):
+
+        def change(details: dict[str, Any], count: int = count) -> None:
+            details["sampling"]["images"] = count
+
+        found = page_of(altered("evaluate/onnxruntime", change))
+        card = tile_of(found, "Fréchet distance, ONNX Runtime")
+        assert f"{count} images" in card
+        assert ("so few images" in card) == doubted
+
+
+def test_shares_have_their_standard_errors_in_points(altered: Callable[..., Workspace]) -> None:
+    def change(details: dict[str, Any]) -> None:
+        details["sampling"]["images"] = 256
+        details["results"]["FP32"] |= {"top1": 0.5, "top5": 1.0}
+
+    text = page_of(altered("evaluate/onnxruntime", change)).section("images")
+    assert "50.0% ± 3.1" in text  # sqrt(0.25 / 256) = 1 / 32
+    assert "100.0% ± 0.0" in text
+
+
+def test_the_images_stand_before_the_tables_of_layers(page: Page) -> None:
+    sections = [x.id for x in page.all("section")]
+    tables = [x.parents for x in page.all("table")]
+    (first, *_) = (each.id for parents in tables for each in parents if each.id in sections)
+    assert first == "images"
 
 
 def test_reasons_name_files_as_the_workspace_has_them_whatever_it_is_called(
