@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 PR_SET_PDEATHSIG = 1
+SECONDS_TO_END = 10
+"""That a process has after its answer, to give back what it holds of the system."""
 _MEANT = (QuestDeployError, OSError, MemoryError, ModuleNotFoundError, KeyboardInterrupt)
 """What commands tell by its type; any other exception is a defect, and travels as text."""
 
@@ -43,6 +45,8 @@ def in_own_process(work: Callable[..., Result], *arguments: Any) -> Result:
     try:
         sending.close()
         result, error = receiving.recv()
+        # Killed at once, it would leave the semaphores of its locks behind, such as tqdm's.
+        process.join(SECONDS_TO_END)
     except EOFError as e:
         process.join()
         raise QuestDeployError(

@@ -368,11 +368,7 @@ class Workspace:
                 raise InputError(f"{self.root / path} {problem}; run `{self._hint(stage)}` again")
         whole.add(stage)
         again = f"run `{self._hint(stage)}` again"
-        if (
-            "calibrate" in record.inputs
-            and stage not in READ_CALIBRATED
-            and self.checkpoint_stage not in record.inputs
-        ):
+        if self._precedes_checkpoint(stage):
             raise InputError(
                 f"`{_command(stage)}` ran before `{self.checkpoint_stage}` made its checkpoint; "
                 f"{again}"
@@ -408,9 +404,28 @@ class Workspace:
         return record
 
     def outdated_by(self, stage: str) -> list[str]:
-        """The finished stages that ran on another result of ``stage`` than the one it has now."""
+        """The finished stages that are not to be used since ``stage`` has the result that it has
+        now: those that ran on another one, and those that ran on theirs.
+        """
         digest = self.stages[stage].digest
-        return [name for name, x in self.stages.items() if x.inputs.get(stage, digest) != digest]
+        found = {
+            name
+            for name, x in self.stages.items()
+            if x.inputs.get(stage, digest) != digest
+            or (stage == self.checkpoint_stage and self._precedes_checkpoint(name))
+        }
+        while more := {x for x in self.stages if found & self.stages[x].inputs.keys()} - found:
+            found |= more
+        return [name for name in self.stages if name in found]
+
+    def _precedes_checkpoint(self, stage: str) -> bool:
+        """Whether it ran on the calibrated checkpoint, before there was the one to be deployed."""
+        inputs = self.stages[stage].inputs
+        return (
+            "calibrate" in inputs
+            and stage not in READ_CALIBRATED
+            and self.checkpoint_stage not in inputs
+        )
 
     def start(self, stage: str, options: dict[str, Any]) -> None:
         """Keep the options of a stage that takes long, so that :meth:`options_of` knows them if it

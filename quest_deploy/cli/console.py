@@ -4,8 +4,10 @@ JSON.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import sys
 import time
 from collections import Counter
@@ -89,6 +91,12 @@ class Console:
             print(json.dumps(value, indent=1))
         else:
             print("\n".join(lines), flush=True)
+
+
+def discard_output() -> None:
+    """Keep the interpreter from writing what could not be written once more when it ends."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Messages(logging.Handler):

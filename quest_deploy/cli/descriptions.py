@@ -15,7 +15,6 @@ from quest_deploy.artifacts.workspace import (
     SENSITIVITY_REPORT,
 )
 from quest_deploy.cli.console import in_float, table
-from quest_deploy.cli.precision import describe_summary
 from quest_deploy.files import size
 
 if TYPE_CHECKING:
@@ -277,76 +276,11 @@ def _segments(segments: list[dict[str, Any]]) -> str:
     )
 
 
-def benchmark(details: Benchmark) -> str:
+def benchmark(workspace: Workspace, details: Benchmark) -> str:
     """The details as tables, and the ratios in words."""
-    timings = [
-        [
-            t["engine"],
-            str(t["batch"]),
-            f"{1e3 * t['median_s']:.2f}",
-            f"{1e3 * t['p90_s']:.2f}",
-            f"{t['samples_per_s']:.0f}",
-        ]
-        for t in sorted(details["timings"], key=lambda t: t["batch"])
-    ]
-    footprints = [
-        [f["engine"], size(f["file_bytes"]), size(f["peak_memory_bytes"])]
-        for f in details["footprints"]
-    ]
-    lines = [
-        f"backend {details['backend']}, {details['buckets']} buckets; medians of engines timed in "
-        "turn, in one process",
-        table(["engine", "batch", "median ms", "p90 ms", "samples/s"], timings),
-        "",
-        table(["engine", "files", "peak memory"], footprints),
-        "",
-        *(
-            f"batch {b}: {ratio:.2f}x the speed of FP32"
-            for b, ratio in details["speedup_over_fp32"].items()
-        ),
-        *(
-            f"batch {b}: choosing buckets takes {ratio:.2f}x the time of a static scale"
-            for b, ratio in details["bucket_selection_cost"].items()
-        ),
-        *(
-            f"batch {b}: {ratio:.2f}x the speed of native quantization"
-            for b, ratio in details.get("plugin_speedup", {}).items()
-        ),
-        f"files {details['size_ratio_to_fp32']:.2f}x smaller than FP32",
-        *describe_summary(details["precision"]),
-        *(["", *whole_images(details["pipeline"])] if "pipeline" in details else []),
-    ]
-    return "\n".join(lines)
+    from quest_deploy.cli import speed  # slow to import
 
-
-def whole_images(details: dict[str, Any]) -> list[str]:
-    """The time of whole images as the table of NVIDIA's demoDiffusion, a column for each engine."""
-    engines = details["engines"]
-    calls = engines[0]["unet_calls"]
-    titles = {
-        "text encoder": "CLIP",
-        "image encoder": "VAE-Enc",
-        "unet": f"UNet x {calls}",
-        "decoder": "VAE-Dec",
-    }
-    rows = [
-        [title, *(f"{1e3 * x['parts'][part]:.2f} ms" for x in engines)]
-        for part, title in titles.items()
-        if part in engines[0]["parts"]
-    ]
-    rows += [
-        ["Pipeline", *(f"{1e3 * x['total_s']:.2f} ms" for x in engines)],
-        ["one UNet call", *(f"{1e3 * x['unet_call_s']:.2f} ms" for x in engines)],
-        ["images/s", *(f"{x['images_per_s']:.4g}" for x in engines)],
-        ["peak memory", *(size(x["peak_memory_bytes"]) for x in engines)],
-    ]
-    return [
-        f"{details['images']} images of {details['height']}x{details['width']} at once, "
-        f"{details['steps']} steps of {details['scheduler']}, guidance {details['guidance']:g}; "
-        f"medians of {details['draws']} drawings in turn",
-        table(["Module", *(x["engine"] for x in engines)], rows),
-        f"whole images: {details['speedup_over_fp32']:.2f}x the speed of FP32",
-    ]
+    return speed.benchmark(workspace, details)
 
 
 def generation(details: Generation) -> str:
@@ -456,6 +390,8 @@ def _ssim(quality: dict[str, Any]) -> str:
 
 def summary(ended: Run) -> str:
     """How a run ended, in a few lines."""
+    from quest_deploy.cli import speed  # slow to import
+
     results = ended.results
     lines = [
         evaluation_summary(details)
@@ -471,13 +407,9 @@ def summary(ended: Run) -> str:
         codes, different = (
             sum(b[key] for b in verified["buckets"]) for key in ("codes", "mismatches")
         )
-        speed = ", ".join(
-            f"{ratio:.2f}x FP32 at batch {batch}"
-            for batch, ratio in timed["speedup_over_fp32"].items()
-        )
         lines += [
             f"{name}: verification PASSED ({codes} codes, {different} at rounding ties differ)",
-            f"{name}: speed {speed}; files {timed['size_ratio_to_fp32']:.2f}x smaller than FP32",
+            f"{name}: speed {speed.speeds(timed)}; {speed.files(timed)}",
         ]
     lines += [f"{name}: left out: {reason}" for name, reason in ended.backends.left_out.items()]
     graph = results["export"]
@@ -504,7 +436,7 @@ _DESCRIPTIONS: dict[str, Callable[[Workspace, Any], str]] = {
     "reference": reference,
     "build-engine": built_engine,
     "verify": lambda _, details: verification(details),
-    "benchmark": lambda _, details: benchmark(details),
+    "benchmark": benchmark,
     "generate": lambda _, details: generation(details),
     "evaluate": lambda _, details: evaluation(details),
     "report": lambda _, details: report_page(details),

@@ -18,7 +18,7 @@ from quest_deploy.cli.benchmark import benchmark
 from quest_deploy.cli.build_engine import build_engine_command
 from quest_deploy.cli.calibrate import calibrate
 from quest_deploy.cli.client import client
-from quest_deploy.cli.console import messages
+from quest_deploy.cli.console import discard_output, messages
 from quest_deploy.cli.doctor import doctor
 from quest_deploy.cli.evaluate import evaluate
 from quest_deploy.cli.export import export
@@ -125,7 +125,7 @@ def main() -> None:
             InputError.exit_code,
         )
     except BrokenPipeError:
-        _discard_output()
+        discard_output()
         sys.exit(1)
     except OSError as e:
         reason = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
@@ -154,12 +154,6 @@ def _open_standard_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _discard_output() -> None:
-    """Keep the interpreter from writing what could not be written once more when it ends."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     _end(message, code)
@@ -170,5 +164,5 @@ def _end(message: str, code: int) -> NoReturn:
         try:
             print(json.dumps({"error": message, "exit_code": code}), flush=True)
         except OSError:  # whatever filled standard output
-            _discard_output()
+            discard_output()
     sys.exit(code)

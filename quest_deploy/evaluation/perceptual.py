@@ -52,7 +52,12 @@ class Weights:
 
     def __post_init__(self) -> None:
         if (self.fid is None) != (self.inception is None):
-            raise InputError("--fid, --inception: expected both, or neither")
+            given, missing, what = (
+                ("--fid", "--inception", "torch-fidelity's file of an Inception v3")
+                if self.inception is None
+                else ("--inception", "--fid", "a folder of real images")
+            )
+            raise InputError(f"{given}: expected {missing} too, {what}; {missing} is missing")
 
 
 class Perceptual:
@@ -114,14 +119,14 @@ class _ClipScore:
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import CLIPModel, CLIPTokenizer
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
         if not (folder / "config.json").is_file():
             raise InputError(
                 f"--clip {folder}: expected a folder with a CLIP model in transformers' layout; "
                 "download openai/clip-vit-base-patch16, say, and give its folder"
             )
+        from transformers import CLIPModel, CLIPTokenizer
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
         check_tokenizer(folder)
         try:
             with quiet():
@@ -162,10 +167,10 @@ def _lpips(path: Path, size: tuple[int, int]) -> Any:
     """LPIPS with the backbone of ``path`` and the linear layers that torchmetrics has, for images
     of ``size``.
     """
+    state = _state_dict(path, "--lpips")
     require_package("torchvision", "metrics", "--lpips")
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
-    state = _state_dict(path, "--lpips")
     net: Literal["alex", "vgg"] = "vgg" if "features.28.weight" in state else "alex"
     model = _NoTrainLpips(net=net, pnet_rand=True)
     names = {name: f"features.{name.partition('.')[2]}" for name in model.net.state_dict()}
@@ -189,16 +194,17 @@ def _lpips(path: Path, size: tuple[int, int]) -> Any:
 
 def _fid(folder: Path, weights: Path) -> Any:
     """torchmetrics' Frechet inception distance, with the statistics of the images in ``folder``."""
-    require_package("torch_fidelity", "metrics", "--fid")
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     found = sorted(folder.glob("*")) if folder.is_dir() else []
     files = [path for path in found if path.suffix.lower() in SUFFIXES]
     if len(files) < 2:
         raise InputError(
-            f"--fid {folder}: expected a folder of 2 images or more, found {len(files)}"
+            f"--fid {folder}: expected a folder of 2 images or more, found "
+            f"{len(files) if folder.is_dir() else 'a file'}"
         )
     state = _state_dict(weights, "--inception")
+    require_package("torch_fidelity", "metrics", "--fid")
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     with tempfile.NamedTemporaryFile(suffix=".pth") as safe:
         # The library unpickles what it is given: it is given what was read as tensors alone.
         torch.save(state, safe)
@@ -221,6 +227,8 @@ def _fid(folder: Path, weights: Path) -> Any:
 
 def _state_dict(path: Path, flag: str) -> dict[str, Tensor]:
     """The tensors of a .pth file, which may hold nothing else."""
+    if path.is_dir():
+        raise InputError(f"{flag} {path}: expected a .pth file of weights, found a folder")
     try:
         check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)

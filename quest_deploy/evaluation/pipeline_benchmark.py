@@ -45,8 +45,9 @@ class ImageTiming:
         parts: by part, all its calls of a drawing together; a part that is not called is missing.
         unet_call_s: one call of the UNet; median over all of them.
         unet_calls: how many calls a drawing takes.
-        total_s: the whole drawing. The parts do not add up to it: schedulers, tokenizers and
-            guidance take the rest.
+        total_s: the whole drawing.
+        rest_s: what the parts leave of it, for the scheduler, the tokenizer, guidance and copies;
+            a difference of medians, which noise can take below 0.
         peak_memory_bytes: the peak resident memory of a process that loads the pipeline and draws.
     """
 
@@ -55,6 +56,7 @@ class ImageTiming:
     unet_call_s: float
     unet_calls: int
     total_s: float
+    rest_s: float
     images_per_s: float
     peak_memory_bytes: int
 
@@ -118,6 +120,7 @@ def timing_of(engine: str, drawings: list[Drawing], images: int, memory: int) ->
         _median([seconds for x in drawings for seconds in x.calls[UNET]]),
         len(drawings[0].calls[UNET]),
         total,
+        total - sum(parts.values()),
         images / total,
         memory,
     )

@@ -8,6 +8,7 @@ how well its images show what they were asked for.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.artifacts.checkpoint import load_checkpoint
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
     from quest_deploy.stages.options import EvaluateOptions
     from quest_deploy.stages.results import Evaluation
 
+logger = logging.getLogger(__name__)
+FEW_IMAGES = 100
+"""With fewer, the covariances of a Frechet distance are those of a handful of points."""
 COMPARED = 8
 """Images of each that are shown side by side."""
 
@@ -73,6 +77,13 @@ def work(
     others = {"image_folder", *METRIC_FILES}
     chosen = {name: x for name, x in options.to_json().items() if name not in others}
     sampling = quality.SamplingOptions(**(defaults | chosen))
+    judge = Judge(model.judge_folder) if model.judge_folder is not None else None
+    if sampling.images < FEW_IMAGES and (judge is not None or weights.fid is not None):
+        logger.warning(
+            "a Frechet distance of %d images says little: give --images %d or more",
+            sampling.images,
+            FEW_IMAGES,
+        )
     set_steps(model.load_scheduler(sampling.scheduler), sampling.steps)
     guidance_of(model, sampling.guidance, options.image_guidance)
     unet = model.load_unet()
@@ -86,7 +97,6 @@ def work(
         scheme=workspace.scheme,
         rows=model.forward_rows,
     )
-    judge = Judge(model.judge_folder) if model.judge_folder is not None else None
     results: dict[str, Any] = {}
     drawn: dict[str, NDArray[np.float32]] = {}
     for name, denoise in _contestants(workspace, options.backend, unet):

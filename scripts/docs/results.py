@@ -14,11 +14,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 import quest_deploy as qd
 from quest_deploy.artifacts.workspace import Workspace
+from quest_deploy.backends.registry import get_backend
+from quest_deploy.cli import speed
+from quest_deploy.cli.console import discard_output
+from quest_deploy.cli.precision import describe_summary
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.evaluation.report_page.facts import system
 from quest_deploy.files import atomic_file, size
@@ -27,6 +31,9 @@ from quest_deploy.stages import run as pipeline
 from quest_deploy.stages.arguments import RunArguments
 from quest_deploy.stages.options import BenchmarkOptions
 
+if TYPE_CHECKING:
+    from quest_deploy.stages.results import Benchmark
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "results"
 SITE = ROOT / "mkdocs.yml"
@@ -34,6 +41,13 @@ NAV, ENTRY = "  - Measured:\n", "      - results/README.md\n"
 """Where the index of the site lists the page."""
 BENCHMARK = BenchmarkOptions(batch=(1, 2), runs=20, static=False, pipeline=True)
 """What `--run` times: a third engine may not fit."""
+BACKENDS = {
+    "openvino": "OpenVINO",
+    "onnxruntime": "ONNX Runtime",
+    "tensorrt-rtx": "TensorRT-RTX",
+    "tensorrt": "TensorRT",
+}
+"""As the report's page calls them."""
 QUALITY = {
     "frechet_distance": ("Fréchet distance", "{:.2f}"),
     "top1": ("prompt nearest of all to its image", "{:.1%}"),
@@ -60,8 +74,7 @@ def tables(workspace: Workspace) -> str:
         _about(workspace, records),
         *(_verification(details) for details in of["verify"]),
         *(_quality(details) for details in of["evaluate"]),
-        *(_speed(details) for details in of["benchmark"]),
-        *(_images(details) for details in of["benchmark"] if "pipeline" in details),
+        *(_benchmark(cast("Benchmark", details)) for details in of["benchmark"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -95,13 +108,18 @@ def _about(workspace: Workspace, records: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _named(name: str) -> str:
+    """A backend's name as the report's page has it; that of another contestant as it is."""
+    return BACKENDS.get(name, name)
+
+
 def _verification(details: dict[str, Any]) -> str:
     codes, differ, unexplained = (
         sum(b[key] for b in details["buckets"]) for key in ("codes", "mismatches", "unexplained")
     )
-    verdict = "passed" if details["passed"] else "FAILED"
+    verdict, backend = "passed" if details["passed"] else "FAILED", _named(details["backend"])
     return (
-        f"Verification on {details['backend']}: {verdict}; {codes:,} codes compared, {differ} "
+        f"Verification on {backend}: {verdict}; {codes:,} codes compared, {differ} "
         f"differ, {unexplained} of them without a rounding tie; worst layer "
         f"{max(x['error'] for x in details['layers']):.1e}, allowed "
         f"{details['layer_tolerance']:.0e}."
@@ -119,7 +137,7 @@ def _quality(details: dict[str, Any]) -> str:
         f"{sampling['images']} images, {sampling['steps']} steps of {sampling['scheduler']}, "
         f"guidance {sampling['guidance']:g}"
     )
-    return _table([title, *results], rows)
+    return _table([title, *map(_named, results)], rows)
 
 
 def _shown(key: str, value: float | None, form: str) -> str:
@@ -129,49 +147,19 @@ def _shown(key: str, value: float | None, form: str) -> str:
     return form.format(value)
 
 
-def _speed(details: dict[str, Any]) -> str:
-    rows = [
-        [
-            t["engine"],
-            str(t["batch"]),
-            f"{1e3 * t['median_s']:.2f}",
-            f"{1e3 * t['p90_s']:.2f}",
-            f"{t['samples_per_s']:.4g}",
-        ]
-        for t in sorted(details["timings"], key=lambda t: t["batch"])
+def _benchmark(details: Benchmark) -> str:
+    backend, summary = _named(details["backend"]), details["precision"]
+    found = [
+        _table(*speed.timings(f"UNet on {backend}", details)),
+        _table(*speed.footprints(f"Engine for {backend}", details)),
+        f"On {backend}, a gain above 1x being faster or smaller:",
+        "\n".join(f"- {x}" for x in [*speed.sizes(details), *describe_summary(summary)]),
     ]
-    sizes = [
-        [f["engine"], size(f["file_bytes"]), size(f["peak_memory_bytes"])]
-        for f in details["footprints"]
-    ]
-    first = f"UNet on {details['backend']}"
-    return "\n\n".join(
-        [
-            _table([first, "batch", "median ms", "p90 ms", "samples/s"], rows),
-            _table(["engine", "files", "peak memory"], sizes),
-        ]
-    )
-
-
-def _images(details: dict[str, Any]) -> str:
-    whole = details["pipeline"]
-    engines = whole["engines"]
-    rows = [
-        [part, *(f"{1e3 * x['parts'][part]:.2f} ms" for x in engines)]
-        for part in engines[0]["parts"]
-    ]
-    rows += [
-        [f"one of {engines[0]['unet_calls']} UNet calls"]
-        + [f"{1e3 * x['unet_call_s']:.2f} ms" for x in engines],
-        ["whole image", *(f"{1e3 * x['total_s']:.2f} ms" for x in engines)],
-        ["images/s", *(f"{x['images_per_s']:.4g}" for x in engines)],
-        ["peak memory", *(size(x["peak_memory_bytes"]) for x in engines)],
-    ]
-    first = (
-        f"{details['backend']}, {whole['images']} of {whole['height']}x{whole['width']}, "
-        f"{whole['steps']} steps of {whole['scheduler']}"
-    )
-    return _table([first, *(x["engine"] for x in engines)], rows)
+    if "pipeline" in details:
+        whole = details["pipeline"]
+        title = f"Whole images on {backend}, {speed.drawings(whole)}"
+        found.append(_table(*speed.image_times(title, whole)))
+    return "\n\n".join(found)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -228,21 +216,30 @@ def main() -> None:
     parser.add_argument("-w", "--workspace", type=Path)
     parser.add_argument("--write", action="store_true", help="write docs/results/")
     parser.add_argument("--run", metavar="MODEL", help="run everything for a model first")
-    parser.add_argument("--bits", default="w4a8")
-    parser.add_argument("--backend", default="openvino")
+    parser.add_argument("--bits", help="of --run; w4a8 by default")
+    parser.add_argument("--backend", help="of --run; openvino by default")
     chosen = parser.parse_args()
     if (chosen.run is None) == (chosen.workspace is None):
         parser.error("expected either --workspace or --run")
     try:
+        if chosen.backend is not None:
+            get_backend(chosen.backend)
+        if chosen.run is None and (chosen.bits or chosen.backend):
+            parser.error(
+                "--bits, --backend: expected with --run alone; all that is in a workspace is shown"
+            )
         workspace = (
             Workspace.open(chosen.workspace)
             if chosen.run is None
-            else run(chosen.run, chosen.bits, chosen.backend)
+            else run(chosen.run, chosen.bits or "w4a8", chosen.backend or "openvino")
         )
-        print(tables(workspace))
         if chosen.write:
             write(workspace)
             SITE.write_text(listed(SITE.read_text(encoding="utf-8")), encoding="utf-8")
+        print(tables(workspace), flush=True)
+    except BrokenPipeError:
+        discard_output()
+        sys.exit(1)
     except QuestDeployError as e:
         _tell(f"error: {e}")
         sys.exit(e.exit_code)

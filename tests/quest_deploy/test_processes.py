@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
+import time
+from multiprocessing import get_context
+from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +19,8 @@ from tests.helpers import refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_process_of_its_own_gives_back_what_is_returned_or_raised() -> None:
@@ -28,6 +35,25 @@ def test_a_process_of_its_own_has_its_temporary_files_where_its_parent_has_them(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert in_own_process(tempfile.gettempdir) == str(tmp_path)
+
+
+def holds_a_lock() -> bool:
+    """A lock that lives as long as its process, which takes its time to end, as tqdm's does."""
+    global held
+    held = get_context("spawn").RLock()
+    Finalize(None, time.sleep, args=(0.5,), exitpriority=1)  # before the lock's
+    return True
+
+
+def test_a_process_of_its_own_leaves_no_semaphore_behind() -> None:
+    code = (
+        "from tests.quest_deploy.test_processes import holds_a_lock, in_own_process\n"
+        "if __name__ == '__main__': print(in_own_process(holds_a_lock))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True, text=True
+    )
+    assert (ended.stdout, ended.stderr) == ("True\n", "")
 
 
 class TwoPartsError(InputError):

@@ -488,13 +488,31 @@ def test_several_processes_read_at_once_and_none_writes_meanwhile(made: Workspac
 
 def test_where_several_stages_are_outdated_the_first_is_named(made: Workspace) -> None:
     finish(made, "calibrate", content="anew", seed=2)
-    assert made.outdated_by("calibrate") == ["finetune", "export"]
+    assert made.outdated_by("calibrate") == ["finetune", "export", "build-engine/openvino"]
     with refused("quest-deploy finetune"):
         made.require("build-engine/openvino")
     finish(made, "finetune", ("calibrate",), content="anew")
-    assert made.outdated_by("finetune") == ["export"]
+    assert made.outdated_by("finetune") == ["export", "build-engine/openvino"]
     with refused("quest-deploy export"):
         made.require("build-engine/openvino")
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "finetune"])
+def test_a_stage_outdates_all_that_is_not_to_be_used_after_it(tmp_path: Path, stage: str) -> None:
+    made = Workspace.create(tmp_path / "ws", "emoji", SCHEME)
+    finish(made, "calibrate")
+    finish(made, "sensitivity", ("calibrate",))
+    finish(made, "reference", ("calibrate",))
+    finish(made, "verify/openvino")  # listed before what it reads
+    finish(made, "export", ("calibrate",))
+    finish(made, "build-engine/openvino", ("export",))
+    finish(made, "verify/openvino", ("build-engine/openvino", "reference"))
+    assert made.outdated_by("calibrate") == []
+    finish(made, stage, () if stage == "calibrate" else ("calibrate",), content="anew")
+    refused_ones = [name for name, why in made.states().items() if why is not None]
+    assert made.outdated_by(stage) == refused_ones
+    assert {"build-engine/openvino", "verify/openvino"} < {*refused_ones}
+    assert ("sensitivity" in refused_ones) == (stage == "calibrate")
 
 
 def test_a_workspace_that_was_made_for_a_stage_that_failed_is_gone_and_can_be_used_again(

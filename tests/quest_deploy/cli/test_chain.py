@@ -217,6 +217,13 @@ def test_evaluate_judges_fp32_both_fake_quantized_models_and_the_engine(made: Ch
     )
 
 
+def test_a_frechet_distance_of_few_images_is_warned_of(made: Chain) -> None:
+    ended = made.outcomes["evaluate onnxruntime"]
+    assert ended.json["sampling"]["images"] < 100
+    [warning] = [x for x in ended.err.splitlines() if "Frechet distance of" in x]
+    assert warning.startswith("warning: ")
+
+
 def test_evaluate_tells_what_a_judge_says_where_there_is_one_and_the_distances_from_fp32(
     made: Chain,
 ) -> None:

@@ -227,8 +227,9 @@ def test_weights_that_are_not_there_or_not_weights_are_refused(real: Path, tmp_p
         Perceptual(Weights(clip=tmp_path), SIZE, of_text=True)
     with refused("--clip"):
         Perceptual(Weights(clip=tmp_path), SIZE, of_text=False)
-    with refused("--fid", "--inception"):
-        Weights(fid=real)
+    for given, missing in (("fid", "inception"), ("inception", "fid")):
+        with refused(f"--{missing} is missing"):
+            Weights(**{given: real})
     pytest.importorskip("torchvision")
     for name in ("text.pth", "code.pth", "list.pth", "other.pth", "missing.pth"):
         with pytest.raises(Exception, match="--lpips") as caught:
@@ -237,13 +238,34 @@ def test_weights_that_are_not_there_or_not_weights_are_refused(real: Path, tmp_p
 
 
 def test_a_metric_without_its_package_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "x.pth")
     with refused("torchvision", "--lpips"):
         Perceptual(Weights(lpips=tmp_path / "x.pth"), SIZE, of_text=False)
     with refused("torch_fidelity", "--fid"):
-        Perceptual(Weights(fid=tmp_path, inception=tmp_path / "x.pth"), SIZE, of_text=False)
+        Perceptual(Weights(fid=real, inception=tmp_path / "x.pth"), SIZE, of_text=False)
+
+
+def test_a_path_of_the_wrong_kind_is_refused_before_a_package_is_missed(
+    real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    file, empty = tmp_path / "x.pth", tmp_path / "empty"
+    torch.save({"weight": torch.zeros(1)}, file)
+    empty.mkdir()
+    wrong: list[tuple[str, dict[str, Path], str]] = [
+        ("--clip", {"clip": file}, "folder"),
+        ("--clip", {"clip": empty}, "folder"),
+        ("--lpips", {"lpips": real}, "found a folder"),
+        ("--fid", {"fid": file, "inception": file}, "found a file"),
+        ("--fid", {"fid": empty, "inception": file}, "found 0"),
+        ("--inception", {"fid": real, "inception": real}, "found a folder"),
+    ]
+    for flag, given, fact in wrong:
+        with refused(flag, fact):
+            Perceptual(Weights(**given), SIZE, of_text=True)
 
 
 @pytest.mark.parametrize("name", ["clip", "lpips", "fid", "inception"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from importlib.resources import files
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +87,7 @@ def test_the_parts_of_an_image_are_what_their_calls_take(clock: Clock) -> None:
     assert timing.parts == {"text encoder": 2.0, "unet": (15 + 24) / 2, "decoder": 4.0}
     assert (timing.unet_call_s, timing.unet_calls) == (6.5, 3)
     assert timing.total_s == 2 + 19.5 + 4 + 0.5
+    assert timing.rest_s == 0.5
     assert timing.images_per_s == 3 / timing.total_s
     assert timing.peak_memory_bytes == 77
     assert timing_of("fp32", drawings["fp32"], 1, 0).parts["unet"] == (42 + 51) / 2
@@ -148,12 +151,14 @@ def test_a_whole_image_is_timed_with_both_engines_and_any_scheduler(workspace: P
     for engine in whole["engines"]:
         assert set(engine["parts"]) == {"text encoder", "unet", "decoder"}
         assert engine["unet_calls"] == calls
-        assert 0 < sum(engine["parts"].values()) < engine["total_s"]
+        parts = sum(engine["parts"].values())
+        assert 0 < parts < engine["total_s"]
+        assert parts + engine["rest_s"] == pytest.approx(engine["total_s"])
         assert engine["peak_memory_bytes"] > 10**7
     assert (whole["steps"], whole["scheduler"], whole["images"]) == (4, "pndm", 2)
     assert whole["guidance"] == 3
     assert (whole["height"], whole["width"]) == (64, 64)
-    assert "whole image" in results.tables(opened)
+    assert "Whole image" in results.tables(opened)
     assert cli("report", "-w", workspace).code == 0
     page = Page((workspace / "reports" / "report.html").read_text(encoding="utf-8"))
     assert f"UNet, {calls} calls" in page.section("speed")
@@ -172,8 +177,14 @@ def test_the_tables_of_results_hold_what_the_stages_found(mini_chain: Chain) -> 
     assert f"{sum(b['codes'] for b in verified['buckets']):,} codes compared" in text
     for engine in ("quantized", "static scale", "fp32"):
         assert f"| {engine} | 2 |" in text
-    for name in ("FP32", "PTQ", "QuEST", "onnxruntime"):
+    for name in ("FP32", "PTQ", "QuEST", "ONNX Runtime"):
         assert f" {name} |" in text
+    for first in ("UNet on ONNX Runtime", "Engine for ONNX Runtime"):
+        [header] = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
+        assert "gain over FP32" in header
+    asked = opened.stages["benchmark/onnxruntime"].details["precision"]["asked_int8_share"]
+    assert f"{asked:.1%} asked to run on integers" in text
+    assert "onnxruntime" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith(" |") for line in rows)
 
@@ -210,6 +221,51 @@ def test_results_of_what_is_not_finished_are_refused_and_those_of_before_stay(
         assert out == ""
         assert err.startswith("error: ")
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["-w", "--run"])
+def test_a_backend_that_there_is_none_of_is_refused_before_anything_runs(
+    place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["results", place, "emoji", "--backend", "foo"])
+    with pytest.raises(SystemExit) as ended:
+        results.main()
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "'foo'" in err
+    assert "openvino" in err
+
+
+@pytest.mark.parametrize("option", [("--backend", "onnxruntime"), ("--bits", "w4a4")])
+def test_an_option_that_a_workspace_does_not_take_is_refused(
+    option: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["results", "-w", "somewhere", *option])
+    with pytest.raises(SystemExit) as ended:
+        results.main()
+    assert ended.value.code == 2
+    assert option[0] in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_of_the_tables_ends_them_quietly(
+    mini_chain: Chain, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        monkeypatch.setattr("sys.argv", ["results", "-w", str(mini_chain.root)])
+        with pytest.raises(SystemExit) as ended:
+            results.main()
+        assert ended.value.code == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_the_tables_call_backends_as_the_page_does() -> None:
+    template = files("quest_deploy.evaluation.report_page").joinpath("page.html").read_text()
+    names = ", ".join(f'"{name}": "{title}"' for name, title in results.BACKENDS.items())
+    assert f"{{{names}}}" in template
 
 
 def test_the_site_lists_the_page_of_results_once() -> None:
