@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporters.graph_info import graph_info, load_graph, save_graph
+from exporters.passes.fix_tokens import FixTokens
 from exporters.passes.remove_quantization import RemoveQuantization
 from quest_deploy.backends.base import LOWERED, input_shapes
 from quest_deploy.backends.options import NATIVE, PLUGIN, EngineOptions
@@ -159,6 +160,7 @@ def _build_baseline(
 ) -> None:
     folder.mkdir(parents=True)
     model = load_graph(graph)
+    FixTokens()(model)  # those of the feeds: not every backend takes any number
     if name == FP32:
         RemoveQuantization()(model)
     else:
