@@ -543,7 +543,7 @@ class Workspace:
     def _hint(self, stage: str) -> str:
         command, _, backend = stage.partition("/")
         if stage == "lora" and (record := self.stages.get(stage)) is not None:
-            given = " ".join(f"--lora {x['path']}:{x['weight']:g}" for x in record.options["loras"])
+            given = " ".join(f"--lora {x['path']}:{x['weight']}" for x in record.options["loras"])
             return f"quest-deploy lora -w {record.options['base']} {given} --output {self.root}"
         return f"quest-deploy {command}{f' --backend {backend}' if backend else ''} -w {self.root}"
 
