@@ -31,6 +31,9 @@ SCHEME_KEY = "quest.scheme"
 CHECKPOINT_KEY = "quest.checkpoint_sha256"
 SAMPLE_SHAPE_KEY = "quest.sample_shape"
 SAMPLE_MULTIPLE_KEY = "quest.sample_multiple"
+TOKENS_KEY = "quest.tokens"
+STATES, TOKENS = "encoder_hidden_states", "tokens"
+"""The input of text states, and what a graph that takes any number of them calls that size."""
 _REPAIR = "run `quest-deploy export` again"
 _MOST_GRAPH_BYTES = 2**29
 """Without its weights."""
@@ -147,6 +150,14 @@ def sample_multiple(model: ir.Model) -> int:
     KeyError where it is not there.
     """
     return int(json.loads(model.metadata_props[SAMPLE_MULTIPLE_KEY]))
+
+
+def usual_tokens(model: ir.Model) -> int | None:
+    """The number of tokens that the model is meant for, from the metadata of a graph that takes
+    any; None of another.
+    """
+    found = model.metadata_props.get(TOKENS_KEY)
+    return None if found is None else int(json.loads(found))
 
 
 def input_sizes(model: ir.Model) -> dict[str, tuple[int | None, ...]]:

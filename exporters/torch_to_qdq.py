@@ -23,7 +23,15 @@ from onnxscript.onnx_opset import opset21
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
-from exporters.graph_info import CHECKPOINT_KEY, SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY, SCHEME_KEY
+from exporters.graph_info import (
+    CHECKPOINT_KEY,
+    SAMPLE_MULTIPLE_KEY,
+    SAMPLE_SHAPE_KEY,
+    SCHEME_KEY,
+    STATES,
+    TOKENS,
+    TOKENS_KEY,
+)
 from exporters.ops import timestep_quantize
 from exporters.passes.constant_reshapes import ConstantReshapes
 from exporters.passes.forward_slices import ForwardSlices
@@ -45,6 +53,8 @@ trace in the graph.
 """
 SIZES = (("rows", 2**12), ("columns", 2**12))
 """The names, to torch.export, of the smallest feature map's height and width, and their limits."""
+TRACED_TOKENS, MOST_TOKENS = 5, 2**12
+"""The number of tokens that is traced, and torch.export's limit."""
 
 
 def portable_graph(
@@ -54,8 +64,9 @@ def portable_graph(
 
     Args:
         example: the model's inputs, batch 2 or more. Their batch becomes dynamic, and so do the
-            height and the width of ``sample``: any multiple of the model's total downsampling.
-                Their other dimensions stay.
+            height and the width of ``sample``, any multiple of the model's total downsampling, and
+            the number of tokens of ``encoder_hidden_states``, where there are several. Not where
+            scales may lie along them, as in an imported checkpoint. Their other dimensions stay.
         checkpoint_sha256: recorded in the graph's metadata, with the scheme and the sample's shape.
 
     Returns:
@@ -66,7 +77,10 @@ def portable_graph(
         include_buffers=False
     ):  # what is quantized would be made, and thrown away, at four bytes a weight
         model = build_float_model(checkpoint.architecture)
-    graph = _traced(_Skeleton(model, checkpoint, list(example)), example)
+    official = checkpoint.architecture.official_sums
+    any_tokens = STATES in example and example[STATES].shape[1] > 1 and not official
+    skeleton = _Skeleton(model, checkpoint, list(example))
+    graph = _traced(skeleton, example, any_tokens=any_tokens)
     _simplify(graph)
     graph.ir_version = timestep_quantize.IR_VERSION
     ForwardSlices()(graph)
@@ -83,10 +97,12 @@ def portable_graph(
     graph.metadata_props[SCHEME_KEY] = json.dumps(checkpoint.scheme.to_json())
     graph.metadata_props[CHECKPOINT_KEY] = checkpoint_sha256
     graph.metadata_props[SAMPLE_SHAPE_KEY] = json.dumps(list(example["sample"].shape[1:]))
+    if any_tokens:
+        graph.metadata_props[TOKENS_KEY] = json.dumps(example[STATES].shape[1])
     return graph
 
 
-def _traced(skeleton: _Skeleton, example: dict[str, Tensor]) -> ir.Model:
+def _traced(skeleton: _Skeleton, example: dict[str, Tensor], *, any_tokens: bool) -> ir.Model:
     """The skeleton as torch exports it: ``sample`` [batch, C, height, width], the other inputs
     [batch, ...].
     """
@@ -102,6 +118,9 @@ def _traced(skeleton: _Skeleton, example: dict[str, Tensor]) -> ir.Model:
     inputs["sample"] = inputs["sample"].new_zeros(
         2, example["sample"].shape[1], 3 * factor, 4 * factor
     )
+    if any_tokens:
+        shapes[STATES] |= {1: torch.export.Dim(TOKENS, max=MOST_TOKENS)}
+        inputs[STATES] = inputs[STATES].new_zeros(2, TRACED_TOKENS, inputs[STATES].shape[2])
     with warnings.catch_warnings(), quiet("torch.onnx"):
         warnings.simplefilter("ignore")
         exported = torch.export.export(

@@ -1,6 +1,7 @@
 """TensorRT and TensorRT for RTX: unit-scale Q/DQ around INT8 layers, for strong typing; the op
 expanded, left to our plugin, or a QuantizeLinear of its own scale.
 
+An optimization profile is for sizes, and so is the engine: of tokens it takes as many as the model.
 The parser refuses INT4 weights in a Conv, and the Cast that would widen them, so the initializers
 themselves are INT8. Its builder is slow in layers, so that the graph has few.
 """
@@ -12,6 +13,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from exporters.passes.dequantize_casts import DequantizeCasts
+from exporters.passes.fix_tokens import FixTokens
 from exporters.passes.gather_quantize_scale import GatherQuantizeScale
 from exporters.passes.gather_shaped_tables import GatherShapedTables
 from exporters.passes.keep_timestep_quantize import KeepTimestepQuantize
@@ -43,6 +45,7 @@ def lower(
         "plugin": (KeepTimestepQuantize(),),
         "gathered": (GatherQuantizeScale(),),
     }
+    FixTokens()(model)
     DequantizeCasts()(model)
     to_dtype(model, dtype)
     return to_native(

@@ -24,6 +24,7 @@ from exporters.editor import Editor, array_of, replace_value
 from exporters.graph_info import (
     SAMPLE_MULTIPLE_KEY,
     SAMPLE_SHAPE_KEY,
+    TOKENS_KEY,
     AttentionMatmulInfo,
     GraphInfo,
     graph_info,
@@ -72,7 +73,9 @@ class RemoveQuantization(ir.passes.InPlacePass):
         common.RemoveUnusedNodesPass()(model)
         model.functions.clear()
         model.graph.opset_imports.pop(timestep_quantize.DOMAIN, None)
-        kept = {key: model.metadata_props[key] for key in (SAMPLE_SHAPE_KEY, SAMPLE_MULTIPLE_KEY)}
+        sizes = (SAMPLE_SHAPE_KEY, SAMPLE_MULTIPLE_KEY, TOKENS_KEY)
+        props = model.metadata_props
+        kept = {key: props[key] for key in sizes if key in props}
         model.metadata_props.clear()
         model.metadata_props.update(kept)  # builders need the sizes that inputs usually have
         return ir.passes.PassResult(model, modified=True)

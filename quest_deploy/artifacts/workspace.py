@@ -132,12 +132,21 @@ class _Manifest:
     source: ModelSource
 
 
-def check_vacant(root: Path) -> None:
-    """Raise InputError where ``root`` is a file or a folder that holds something already."""
+def check_vacant(root: Path, flag: str = "-w") -> None:
+    """Raise InputError where ``root``, given with ``flag``, is a file or a folder that holds
+    something already.
+    """
     if root.exists() and not root.is_dir():
-        raise InputError(f"{root} is a file, not a folder; give another one with -w")
+        raise InputError(f"{root} is a file, not a folder; give another one with {flag}")
     if root.exists() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in root.iterdir()):
-        raise InputError(f"{root} is not empty; give another folder with -w")
+        raise InputError(f"{root} is not empty; give another folder with {flag}")
+
+
+FOLDED = (
+    "its checkpoint is another workspace's with LoRAs folded in: calibrate and finetune that one, "
+    "then fold them in again, or calibrate a new workspace with --lora"
+)
+"""Why a workspace that `quest-deploy lora` made is neither calibrated nor finetuned."""
 
 
 class Workspace:
@@ -310,11 +319,11 @@ class Workspace:
 
     @property
     def checkpoint_stage(self) -> str:
-        """The stage whose checkpoint is to be deployed: finetune's if there is one, else import's,
-        else calibrate's.
+        """The stage whose checkpoint is to be deployed: finetune's if there is one, else import's
+        or lora's, else calibrate's.
         """
         return next(
-            (stage for stage in ("finetune", "import") if stage in self.stages), "calibrate"
+            (stage for stage in ("finetune", "import", "lora") if stage in self.stages), "calibrate"
         )
 
     @property
@@ -330,6 +339,11 @@ class Workspace:
     def checkpoint_path(self) -> Path:
         """The checkpoint to be deployed."""
         return self.path(CHECKPOINT if self.checkpoint_stage == "finetune" else CALIBRATED)
+
+    def check_not_folded(self) -> None:
+        """Raise InputError where `quest-deploy lora` made the checkpoint from another one's."""
+        if "lora" in self.stages:
+            raise InputError(f"{self.root}: {FOLDED} ({self.stages['lora'].options['base']})")
 
     def states(self) -> dict[str, str | None]:
         """Why each finished stage is not to be used, None where it is up to date, by the stage."""
@@ -355,8 +369,10 @@ class Workspace:
                 from has changed since.
         """
         record = self.stages.get(stage)
-        if record is None and stage == "calibrate" and "import" in self.stages:
-            raise InputError(IMPORTED_ALONE)
+        if record is None and stage == "calibrate":
+            self.check_not_folded()
+            if "import" in self.stages:
+                raise InputError(IMPORTED_ALONE)
         if record is None:
             raise InputError(
                 f"{self.root} has no finished `{_command(stage)}`: run `{self._hint(stage)}` first"
@@ -541,6 +557,9 @@ class Workspace:
 
     def _hint(self, stage: str) -> str:
         command, _, backend = stage.partition("/")
+        if stage == "lora" and (record := self.stages.get(stage)) is not None:
+            given = " ".join(f"--lora {x['path']}:{x['weight']}" for x in record.options["loras"])
+            return f"quest-deploy lora -w {record.options['base']} {given} --output {self.root}"
         return f"quest-deploy {command}{f' --backend {backend}' if backend else ''} -w {self.root}"
 
 

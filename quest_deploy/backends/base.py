@@ -311,14 +311,15 @@ def integer_instructions() -> tuple[str, ...]:
 
 def input_shapes(model: ir.Model, batch: int) -> dict[str, tuple[int, ...]]:
     """The shapes of the graph's inputs, by name, the sample of the size that the model is meant
-    for.
+    for, and the tokens as many.
     """
-    from exporters.graph_info import sample_shape
+    from exporters.graph_info import sample_shape, usual_tokens
 
+    tokens = usual_tokens(model) or 0
     shapes = {
         value.name or "": (
             batch,
-            *(size for size in list(value.shape or [])[1:] if isinstance(size, int)),
+            *(size if isinstance(size, int) else tokens for size in list(value.shape or [])[1:]),
         )
         for value in model.graph.inputs
     }

@@ -111,8 +111,10 @@ class EngineUNet:
             if len(sizes) != len(found) or not all(fits):
                 expected = ", ".join("any" if size is None else str(size) for size in sizes)
                 raise InputError(
-                    f"{name}: expected [{expected}], found {found}; an engine takes as many "
-                    "channels and tokens as its model was calibrated with: shorten a longer prompt"
+                    f"{name}: expected [{expected}], found {found}; an engine takes the channels "
+                    "of its model, and TensorRT's, or one of a graph that an earlier version "
+                    "exported, its tokens: shorten a longer prompt, or export and build again for "
+                    "openvino or onnxruntime"
                 )
 
     def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ from quest_deploy.quantization.prepare import prepared_for
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
     from quest_deploy.calibration.trajectories import Trajectories
     from quest_deploy.progress import Progress
 
@@ -406,19 +408,28 @@ def _layer_data(
     layer: nn.Module, plan: LayerPlan, channel: Tensor, method: RangeMethod
 ) -> LayerData:
     weight = fold_smoothing_scale(layer.get_parameter("weight").detach(), channel)
-    scale = _weight_scale(weight, plan.weight_bits, method)
+    codes, scale = rounded_weight(weight, plan.weight_bits, method)
     bias = layer.bias
     return LayerData(
         name=plan.name,
         weight_bits=plan.weight_bits,
-        weight_codes=weight_codes(weight, WeightGrid.symmetric(scale, plan.weight_bits))
-        .numpy()
-        .astype(np.int8),
-        weight_scale=scale.numpy(),
+        weight_codes=codes,
+        weight_scale=scale,
         bias=bias.detach().numpy().copy() if isinstance(bias, Tensor) else None,
         conv=conv_geometry(layer),
         macs=plan.macs,
     )
+
+
+def rounded_weight(
+    weight: Tensor, bits: int, method: RangeMethod
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """The codes, int8 in the shape of ``weight`` [O, I, ...], and the scales, float32 [O], that
+    ``method`` chooses for it.
+    """
+    scale = _weight_scale(weight, bits, method)
+    codes = weight_codes(weight, WeightGrid.symmetric(scale, bits))
+    return codes.numpy().astype(np.int8), scale.numpy()
 
 
 def _weight_scale(weight: Tensor, bits: int, method: RangeMethod) -> Tensor:

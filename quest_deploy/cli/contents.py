@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.cli.console import in_float, table
-from quest_deploy.cli.descriptions import described_hardware
+from quest_deploy.cli.descriptions import described_hardware, named_loras
 from quest_deploy.files import size
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def _checkpoint(content: dict[str, Any]) -> Iterable[str]:
         f"checkpoint of {content['model']}, {size(content['bytes'])}, made by "
         f"{content['provenance']['method']}"
     )
+    if "loras" in content["provenance"]:
+        yield f"with {named_loras(content['provenance'])} folded in"
     yield _scheme(content)
     yield table(["layer", "kind", "weight", "bits", "computes in", "multiply-adds"], rows)
     if products:
@@ -104,6 +106,8 @@ def _workspace(content: dict[str, Any]) -> Iterable[str]:
         for name, stage in content["stages"].items()
     ]
     yield f"workspace of {content['model']}"
+    if content["loras"]:
+        yield named_loras(content)
     yield _scheme(content)
     if rows:
         yield table(["stage", "made", "files", "state"], rows)

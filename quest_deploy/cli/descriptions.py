@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Evaluation,
         Export,
         Finetuning,
+        Folding,
         Generation,
         Import,
         Reference,
@@ -79,6 +80,22 @@ def imported(workspace: Workspace, details: Import) -> str:
     if details["in_float"]:
         lines.append("--recalibrate chooses scales that do not")
     return "\n".join(lines)
+
+
+def folding(workspace: Workspace, details: Folding) -> str:
+    """Describe the result of `lora`."""
+    return (
+        f"{workspace.model} at {workspace.scheme.name}: {named_loras(workspace.source.to_json())}\n"
+        f"{details['changed_layers']} layers changed, the rest and all activation scales are those "
+        f"of {details['base']} ({details['method']})\n"
+        f"{workspace.path(CALIBRATED)} ({size(details['checkpoint_bytes'])})"
+    )
+
+
+def named_loras(content: Mapping[str, Any]) -> str:
+    """The LoRAs of a model's source, with their weights."""
+    named = ", ".join(f"{lora['path']} at {lora['weight']:g}" for lora in content["loras"])
+    return f"LoRAs {named or 'none'}"
 
 
 def sensitivity(workspace: Workspace, details: Sensitivity) -> str:
@@ -430,6 +447,7 @@ def summary(ended: Run) -> str:
 _DESCRIPTIONS: dict[str, Callable[[Workspace, Any], str]] = {
     "calibrate": calibration,
     "import": imported,
+    "lora": folding,
     "sensitivity": sensitivity,
     "finetune": finetuning,
     "export": export,

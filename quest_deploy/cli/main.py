@@ -27,6 +27,7 @@ from quest_deploy.cli.generate import generate
 from quest_deploy.cli.import_ import import_command
 from quest_deploy.cli.inspect import inspect
 from quest_deploy.cli.interruptions import INTERRUPTED, MESSAGE, raised
+from quest_deploy.cli.lora import lora
 from quest_deploy.cli.package import package
 from quest_deploy.cli.reference import reference
 from quest_deploy.cli.report import report
@@ -64,6 +65,7 @@ app.command()(calibrate)
 app.command()(sensitivity)
 app.command()(finetune)
 app.command("import")(import_command)
+app.command()(lora)
 app.command()(export)
 app.command()(reference)
 app.command("build-engine")(build_engine_command)

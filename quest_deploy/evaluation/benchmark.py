@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporters.graph_info import graph_info, load_graph, save_graph
+from exporters.passes.fix_tokens import FixTokens
 from exporters.passes.remove_quantization import RemoveQuantization
 from exporters.passes.to_dtype import LOW_PRECISION_TYPES
 from exporters.passes.to_low_precision import ToLowPrecision
@@ -180,6 +181,7 @@ def _build_baseline(
 ) -> None:
     folder.mkdir(parents=True)
     model = load_graph(graph)
+    FixTokens()(model)  # those of the feeds: not every backend takes any number
     if name in (FP32, options.dtype):
         RemoveQuantization()(model)
         if name in LOW_PRECISION_TYPES:

@@ -151,6 +151,7 @@ def _workspace(path: Path) -> dict[str, Any]:
     return {
         "kind": "workspace",
         "model": workspace.model,
+        "loras": workspace.source.to_json()["loras"],
         "scheme": workspace.scheme.to_json(),
         "stages": stages,
         "interrupted": workspace.interrupted_stages,

@@ -352,6 +352,19 @@ class PipelineModel:
         bound_tokenizers(pipeline)
         return pipeline
 
+    def check_text_encoders(self) -> None:
+        """Raise InputError where the text encoders, if there are any, cannot be loaded, or a LoRA
+        does not fit one of them.
+        """
+        if self.family == TEXT_TO_IMAGE and not self.source.random_weights:
+            self._load_encoders()
+
+    def _load_encoders(self) -> Any:
+        """The pipeline as far as it encodes prompts."""
+        return self.load_pipeline(
+            **{name: None for name in ("vae", *_WITHOUT_TEXT) if name in self.index}
+        )
+
     def _check_loras(self) -> None:
         """Raise InputError where the pipeline takes no LoRAs, or one has weights for a part that
         the pipeline does not have.
@@ -480,9 +493,7 @@ class PipelineModel:
     def _encode(
         self, prompts: list[str]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        pipeline = self.load_pipeline(
-            **{name: None for name in ("vae", *_WITHOUT_TEXT) if name in self.index}
-        )
+        pipeline = self._load_encoders()
 
         def encode(block: list[str]) -> Sequence[torch.Tensor]:
             given = {

@@ -162,13 +162,8 @@ class QuantizedModel(nn.Module):
                 f"{list(layer.weight.shape)}; run `quest-deploy calibrate` again"
             )
         if unrounded:
-            float_weight = layer.get_parameter("weight").detach()
-            folded = (
-                fold_smoothing_scale(float_weight, quantizer.channel)
-                if isinstance(quantizer, ActivationQuantizer)
-                else float_weight
-            )
-            weight = _nearest_with_codes(folded, torch.from_numpy(data.centered_codes), grid)
+            channel = quantizer.channel if isinstance(quantizer, ActivationQuantizer) else None
+            weight = unrounded_weight(layer.get_parameter("weight").detach(), data, channel)
         if data.bias is not None and layer.bias is not None:
             layer.bias = nn.Parameter(torch.from_numpy(data.bias.copy()))
         if isinstance(layer, nn.Conv2d):
@@ -350,6 +345,14 @@ CODE_MARGIN = 0.25
 """How far inside its code's interval, in steps, a weight is put that would round to another code:
 deep enough that finetuning's first moves, some hundredths of a step, do not undo a rounding that
 was learned, and no farther from the weight than that takes."""
+
+
+def unrounded_weight(weight: Tensor, data: LayerData, channel: Tensor | None) -> Tensor:
+    """The weight nearest to a float model's ``weight`` [O, I, ...] that rounds to the codes of
+    ``data``, with the smoothing scale ``channel`` [I] folded in.
+    """
+    folded = weight if channel is None else fold_smoothing_scale(weight, channel)
+    return _nearest_with_codes(folded, torch.from_numpy(data.centered_codes), _grid(data))
 
 
 def _nearest_with_codes(weight: Tensor, codes: Tensor, grid: WeightGrid) -> Tensor:

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 DEFAULT_BACKEND = "openvino"
 _FIXED = (
-    "an engine's weights and graph are fixed when it is built: give LoRAs to `quest-deploy "
-    "calibrate --lora` and build the engine again; FreeU, IP-Adapter, ControlNet, caches, training "
-    "and attention processors need the float UNet, in diffusers' own pipeline"
+    "an engine's weights and graph are fixed when it is built: give LoRAs to `quest-deploy lora`, "
+    "or to `quest-deploy calibrate --lora`, and build the engine again; FreeU, IP-Adapter, "
+    "ControlNet, caches, training and attention processors need the float UNet, in diffusers' own "
+    "pipeline"
 )
 _HARMLESS = (
     "disable_freeu",

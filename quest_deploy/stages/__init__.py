@@ -33,6 +33,7 @@ from quest_deploy.stages.options import (
     FinetuneOptions,
     GenerateOptions,
     ImportOptions,
+    LoraOptions,
     ReferenceOptions,
     SensitivityOptions,
     StageOptions,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         Evaluation,
         Export,
         Finetuning,
+        Folding,
         Generation,
         Import,
         Reference,
@@ -65,6 +67,7 @@ CALIBRATE: Stage[CalibrateOptions, Calibration] = Stage(
 IMPORT: Stage[ImportOptions, Import] = Stage(
     "import", ImportOptions, writes=(TRAJECTORIES, CALIBRATED)
 )
+LORA: Stage[LoraOptions, Folding] = Stage("lora", LoraOptions, writes=(TRAJECTORIES, CALIBRATED))
 SENSITIVITY: Stage[SensitivityOptions, Sensitivity] = Stage(
     "sensitivity",
     SensitivityOptions,
@@ -120,6 +123,7 @@ REPORT: Stage[StageOptions, Report] = Stage(
 STAGES: tuple[Stage[Any, Any], ...] = (
     CALIBRATE,
     IMPORT,
+    LORA,
     SENSITIVITY,
     FINETUNE,
     EXPORT,

@@ -35,6 +35,7 @@ from quest_deploy.stages import (
     FINETUNE,
     GENERATE,
     IMPORT,
+    LORA,
     REFERENCE_RECORDS,
     REPORT,
     SENSITIVITY,
@@ -52,6 +53,7 @@ from quest_deploy.stages.arguments import (
     GenerateArguments,
     ImageRequest,
     ImportArguments,
+    LoraArguments,
     PackageArguments,
     ReferenceArguments,
     ReportArguments,
@@ -171,6 +173,17 @@ def import_checkpoint(chosen: ImportArguments) -> Workspace:
     return opened
 
 
+@takes(LoraArguments)
+def lora(chosen: LoraArguments) -> Workspace:
+    """Fold LoRAs into the integer weights of a workspace's checkpoint, the finetuned one if there
+    is one; return a new workspace, whose activation scales are those of the first.
+    """
+    made: Workspace = LORA.module.fold_loras(
+        chosen.opened(), chosen.lora, chosen.output, chosen.progress
+    )
+    return made
+
+
 @takes(ExportArguments)
 def export(chosen: ExportArguments) -> Export:
     """Export the checkpoint as a portable ONNX graph; calibrate one where there is none. A
@@ -254,7 +267,8 @@ def run(chosen: RunArguments) -> Run:
     """Go from the FP32 model to verified, benchmarked engines and a picture; go on where it was
     interrupted.
 
-    What was calibrated or finetuned with options of its own keeps them. An engine that fails its
+    What was calibrated or finetuned with options of its own keeps them; what ``lora`` made is
+    neither. An engine that fails its
     verification is neither benchmarked nor drawn with. ``on_result`` is called after each stage,
     with its name and its backend's, and its result.
     """
@@ -263,6 +277,8 @@ def run(chosen: RunArguments) -> Run:
     )
     opened = chosen.opened(split_shortcuts=chosen.method == QDIFF)
     given = {} if chosen.seed is None else {"seed": chosen.seed}
+    if given or chosen.method is not None:
+        opened.check_not_folded()
     options = {
         "calibrate": pipeline.calibration(opened, given, chosen.method),
         "finetune": pipeline.kept(FINETUNE, opened, given),

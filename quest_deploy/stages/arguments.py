@@ -36,6 +36,7 @@ from quest_deploy.stages.options import (
 )
 from quest_deploy.stages.stage import Stage
 from quest_deploy.stages.workspaces import (
+    LORA,
     BitsOption,
     ModelChoices,
     ModelOption,
@@ -306,6 +307,29 @@ class ImportArguments(Arguments):
     ] = None
     seed: Annotated[int, SEED] = 0
     workspace: Annotated[Path | str | None, WORKSPACE] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraArguments(OnWorkspace):
+    """The parameters of ``lora``."""
+
+    lora: Annotated[
+        Sequence[str],
+        replace(
+            LORA,
+            help="A LoRA to fold in, a .safetensors file; one that is in already gets the new "
+            "weight, 0 takes it out; may be repeated.",
+        ),
+    ]
+    output: Annotated[
+        Path | None,
+        Option(
+            "The new workspace's folder.",
+            flags=("--output", "-o"),
+            metavar="DIR",
+            default="<workspace>-<LoRA>-<weight>",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,7 @@ def work(
     An interrupted reconstruction goes on: what comes before it is kept with its state, and read
     from there.
     """
+    workspace.check_not_folded()
     model = load_model(workspace.source, options.prompts, options.images_from)
     if (trained := model.train_timesteps) != workspace.scheme.train_timesteps:
         raise InputError(

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from quest_deploy.artifacts.hashed_path import HashedPath
 from quest_deploy.artifacts.image_folder import ImageFolder
+from quest_deploy.artifacts.model_source import Lora
 from quest_deploy.artifacts.workspace import REPORTS, SENSITIVITY_REPORT
 from quest_deploy.backends.base import VERSION
 from quest_deploy.backends.options import EngineOptions, parse_sample_size
@@ -311,6 +312,29 @@ class ImportOptions(StageOptions):
             "recalibrate": self.recalibrate,
             "samples": self.samples,
             "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions(StageOptions):
+    """Which LoRAs to fold into which checkpoint.
+
+    Attributes:
+        base: the folder of the checkpoint's workspace.
+        checkpoint: its file.
+        loras: those that were given, also one of weight 0, which is taken out.
+    """
+
+    base: Path
+    checkpoint: Path
+    loras: tuple[Lora, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The checkpoint by its hash."""
+        return {
+            "base": str(self.base),
+            "checkpoint_sha256": sha256_of(self.checkpoint),
+            "loras": [asdict(lora) for lora in self.loras],
         }
 
 

@@ -27,6 +27,16 @@ class Import(Calibration, _From):
     in_float: dict[str, str]
 
 
+class Folding(Calibration):
+    """The checkpoint of the workspace ``base`` with LoRAs folded in: how many layers they changed,
+    and what made it, as ``evaluate`` calls that.
+    """
+
+    base: str
+    method: str
+    changed_layers: int
+
+
 class LayerSensitivity(TypedDict):
     """How much one layer hurts when it alone is quantized."""
 

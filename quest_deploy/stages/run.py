@@ -34,12 +34,13 @@ if TYPE_CHECKING:
 
     AnyStage = Stage[Any, Any]
 
-OF_MODEL: tuple[AnyStage, ...] = (CALIBRATE, FINETUNE, EXPORT, REFERENCE_RECORDS)
+OF_CHECKPOINT: tuple[AnyStage, ...] = (CALIBRATE, FINETUNE)
+OF_MODEL: tuple[AnyStage, ...] = (EXPORT, REFERENCE_RECORDS)
 OF_BUILT: tuple[AnyStage, ...] = (BUILD_ENGINE,)
 OF_VERIFIED: tuple[AnyStage, ...] = (VERIFY, BENCHMARK)
 OF_FIRST_PASSED: tuple[AnyStage, ...] = (GENERATE, EVALUATE)
-"""The stages in order: of the model, of each backend to build for, of each to verify, and of the
-first that passes.
+"""The stages in order: of the checkpoint, of the model, of each backend to build for, of each to
+verify, and of the first that passes.
 """
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,8 @@ def run(
                 ended.failed[backend] = failure(result)
                 return
 
-    for stage in OF_MODEL:
+    # LoRAs are folded into a checkpoint that another workspace made.
+    for stage in OF_MODEL if "lora" in workspace.stages else OF_CHECKPOINT + OF_MODEL:
         go(stage)
     for backend in backends.built:
         go_through(OF_BUILT, backend)

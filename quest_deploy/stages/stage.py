@@ -28,8 +28,8 @@ Options = TypeVar("Options", bound=StageOptions)
 Result = TypeVar("Result")
 
 DEPLOYED = "the checkpoint to be deployed"
-"""Stands, in what a stage reads, for the stages that made that checkpoint: finetune, import or
-calibrate.
+"""Stands, in what a stage reads, for the stages that made that checkpoint: finetune, import, lora
+or calibrate.
 """
 FINISHED = "all that is up to date"
 """Stands, in what a stage reads, for every other stage that has finished and is up to date."""

@@ -49,6 +49,11 @@ BitsOption = Annotated[
     ),
 ]
 
+LORA = Option(
+    "A LoRA to fuse before quantization, a .safetensors file; may be repeated.",
+    metavar="PATH:WEIGHT",
+)
+
 
 def _parse_eight_bit_layers(text: str) -> tuple[str, ...]:
     return () if text == NONE else parse_patterns(text)
@@ -173,13 +178,7 @@ class ModelChoices(Options):
         bool,
         Option("Build the model's architecture alone, for size and speed; needs no download."),
     ] = False
-    lora: Annotated[
-        Sequence[str],
-        Option(
-            "A LoRA to fuse before quantization, a .safetensors file; may be repeated.",
-            metavar="PATH:WEIGHT",
-        ),
-    ] = ()
+    lora: Annotated[Sequence[str], LORA] = ()
 
     prediction_type: Annotated[
         str | None,
@@ -279,6 +278,8 @@ def create_workspace(
 
 def method_name(workspace: Workspace) -> str:
     """Return what its calibrated checkpoint is called beside others."""
+    if (folded := workspace.stages.get("lora")) is not None:
+        return str(folded.details["method"])
     record = workspace.stages.get("calibrate")
     return "Q-Diffusion" if record is not None and record.options.get("method") == QDIFF else "PTQ"
 

@@ -15,7 +15,7 @@ import torch
 
 from exporters import torch_to_qdq
 from exporters.editor import array_of
-from exporters.graph_info import GraphInfo, graph_info, load_graph, save_graph
+from exporters.graph_info import GraphInfo, graph_info, input_sizes, load_graph, save_graph
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
 from exporters.torch_to_qdq import portable_graph
 from quest_deploy.artifacts.scheme import Scheme, quantile_edges
@@ -87,7 +87,7 @@ def test_opsets_and_ir_version_are_the_published_ones(small_proto: onnx.ModelPro
     assert [(f.domain, f.name) for f in small_proto.functions] == [("quest", "TimestepQuantize")]
 
 
-def test_inputs_and_outputs_have_the_published_names_types_and_dynamic_batch_height_and_width(
+def test_inputs_and_outputs_have_the_published_names_types_and_dynamic_sizes(
     small_graph: ir.Model,
 ) -> None:
     def described(
@@ -104,7 +104,7 @@ def test_inputs_and_outputs_have_the_published_names_types_and_dynamic_batch_hei
     assert described(list(small_graph.graph.inputs)) == {
         "sample": (ir.DataType.FLOAT, ["batch", 2, "height", "width"]),
         "timestep": (ir.DataType.FLOAT, ["batch"]),
-        "encoder_hidden_states": (ir.DataType.FLOAT, ["batch", 3, 8]),
+        "encoder_hidden_states": (ir.DataType.FLOAT, ["batch", "tokens", 8]),
     }
     assert described(list(small_graph.graph.outputs)) == {
         "out_sample": (ir.DataType.FLOAT, ["batch", 2, "height", "width"])
@@ -316,26 +316,39 @@ def test_a_batch_that_mixes_timesteps_equals_each_sample_alone(
         np.testing.assert_allclose(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(2, 2), (6, 10)])
-def test_samples_of_other_sizes_give_what_the_fake_quantized_model_gives(
-    small_proto: onnx.ModelProto, small_checkpoint: Checkpoint, feeds: Feeds, size: tuple[int, int]
+@pytest.mark.parametrize(
+    ("size", "tokens"), [((2, 2), 3), ((6, 10), 3), ((4, 4), 1), ((4, 4), 6), ((2, 6), 9)]
+)
+def test_samples_and_states_of_other_sizes_give_what_the_fake_quantized_model_gives(
+    small_proto: onnx.ModelProto,
+    small_checkpoint: Checkpoint,
+    feeds: Feeds,
+    size: tuple[int, int],
+    tokens: int,
 ) -> None:
-    sample = np.random.default_rng(3).standard_normal((BATCH, 2, *size)).astype(np.float32)
+    rng = np.random.default_rng(3)
+    given = feeds | {
+        "sample": rng.standard_normal((BATCH, 2, *size)).astype(np.float32),
+        "encoder_hidden_states": rng.standard_normal((BATCH, tokens, 8)).astype(np.float32),
+    }
     model = QuantizedModel.from_checkpoint(small_checkpoint).eval()
     expected = (
-        model(
-            **{
-                name: torch.from_numpy(value)
-                for name, value in (feeds | {"sample": sample}).items()
-            }
-        )
-        .detach()
-        .numpy()
+        model(**{name: torch.from_numpy(value) for name, value in given.items()}).detach().numpy()
     )
-    (found,) = run(small_proto, feeds | {"sample": sample})
+    (found,) = run(small_proto, given)
     errors = [relative_error(found[i], expected[i]) for i in range(BATCH)]
     # A flipped tie may change a sample or two.
     assert sum(error < 2e-5 for error in errors) >= BATCH - 2, errors
+
+
+@pytest.mark.slow
+def test_a_checkpoint_whose_scales_may_lie_along_the_tokens_keeps_their_number(
+    small_checkpoint: Checkpoint, small_inputs: dict[str, torch.Tensor]
+) -> None:
+    architecture = dataclasses.replace(small_checkpoint.architecture, official_sums=True)
+    imported = dataclasses.replace(small_checkpoint, architecture=architecture)
+    sizes = input_sizes(portable_graph(imported, small_inputs, "ab" * 32))
+    assert sizes["encoder_hidden_states"] == (None, 3, 8)
 
 
 def test_the_bucket_and_not_only_the_time_embedding_follows_the_timestep(

@@ -31,6 +31,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("import", "{files}/ckpt.pth", "--from", "quest", "--unet", "{files}/unet.json"),
         *("--settings", "{files}/settings.json", "-w", "{new}"),
     ),
+    "lora": (
+        *("lora", "-w", "{w}", "--lora", "{files}/style.safetensors:0.5"),
+        *("--output", "{new}"),
+    ),
     "sensitivity": ("sensitivity", "-w", "{w}", "--samples", "1", "--batch", "10"),
     "finetune": (
         *("finetune", "-w", "{w}", "--temporal-steps", "2", "--sensitive-steps", "3"),
@@ -206,10 +210,11 @@ def settled(root: Path) -> None:
 
 
 def make_files(folder: Path) -> None:
-    """An official checkpoint and what the command that imports it takes."""
+    """An official checkpoint, what the command that imports it takes, and a LoRA."""
     import dataclasses
 
     import torch
+    from safetensors.torch import save_file
 
     from tests.faults.readers import OFFICIAL
     from tests.quest_deploy.importers.cases import Case
@@ -221,6 +226,9 @@ def make_files(folder: Path) -> None:
     settings = dataclasses.asdict(case.import_settings)
     del settings["source"]
     (folder / "settings.json").write_text(json.dumps(settings))
+    factors = {"lora_A": torch.ones(1, 32), "lora_B": torch.ones(32, 1)}
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{layer}.{x}.weight": y for x, y in factors.items()}, folder / "style.safetensors")
 
 
 def main(source: Path, folder: Path, kills: int, seed: int, names: list[str]) -> None:

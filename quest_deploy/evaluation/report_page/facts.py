@@ -15,7 +15,7 @@ import numpy as np
 
 from quest_deploy.artifacts.checkpoint import ActivationQuantizerData, load_checkpoint
 from quest_deploy.artifacts.model_source import IMPORTED_ALONE
-from quest_deploy.artifacts.workspace import CALIBRATED, CHECKPOINT, ENGINES
+from quest_deploy.artifacts.workspace import CALIBRATED, CHECKPOINT, ENGINES, FOLDED
 from quest_deploy.backends.base import engine_info
 from quest_deploy.quantization.layer_kinds import group_of
 
@@ -35,6 +35,11 @@ REPORT = "report"
 """The page's own stage, of which it says nothing: equal workspaces have equal pages."""
 WHOLE_MODEL = ("calibrate", "sensitivity", "finetune", "generate", "evaluate")
 """What an imported checkpoint, a UNet alone, cannot go through."""
+ELSEWHERE = {
+    "import": (WHOLE_MODEL, IMPORTED_ALONE),
+    "lora": (("calibrate", "sensitivity", "finetune"), FOLDED),
+}
+"""Where another stage than calibrate made the first checkpoint: what it cannot go through, why."""
 MOST_IMAGE_BYTES = 6_000_000
 """Of the single images in a page; it shows fewer of large ones."""
 MOST_COLUMNS = 128
@@ -51,6 +56,7 @@ def gather(workspace: Workspace) -> dict[str, Any]:
     missing = _Missing(workspace, states)
     checkpoints = _checkpoints(workspace, records)
     deployed = next(reversed(checkpoints.values()), None)
+    method = None if deployed is None else deployed.provenance.get("method")
     engines = {
         name: engine_info(workspace.path(ENGINES, name))
         for name in _of_engines(records, "build-engine")
@@ -60,8 +66,8 @@ def gather(workspace: Workspace) -> dict[str, Any]:
         "scheme": workspace.scheme,
         "source": workspace.source,
         "contents": _contents(records),
-        "method": None if deployed is None else deployed.provenance.get("method"),
-        "finetuned": "finetune" in records,
+        "method": method,
+        "finetuned": "finetune" in records or method == "quest",
         "kinds": [] if deployed is None else _kinds(deployed),
         "export": _details(records, "export"),
         "reference": _details(records, "reference"),
@@ -105,16 +111,14 @@ class _Missing:
 
     def __init__(self, workspace: Workspace, states: Mapping[str, str | None]) -> None:
         self._states, self._root = states, workspace.root
-        self._imported = "import" in workspace.stages and "calibrate" not in workspace.stages
+        others = [x for x in ELSEWHERE if x in workspace.stages]
+        self.first = others[0] if others and "calibrate" not in workspace.stages else "calibrate"
+        """The stage that made the first checkpoint."""
+        self._refused, self._reason = ELSEWHERE.get(self.first, ((), ""))
         self._random = workspace.source.random_weights
 
-    @property
-    def first(self) -> str:
-        """The stage that made the first checkpoint."""
-        return "import" if self._imported else "calibrate"
-
     def of_model(self) -> list[dict[str, str]]:
-        return self.of("import") if self._imported else self.of("calibrate", "finetune")
+        return self.of(self.first, *(["finetune"] if self.first == "calibrate" else []))
 
     def of(self, *stages: str) -> list[dict[str, str]]:
         return [found for stage in stages for found in self._of(stage)]
@@ -132,8 +136,10 @@ class _Missing:
         if name in self._states and self._states[name] is None:
             return []
         why = _nameless(self._states.get(name) or "", self._root)
-        if not why and self._imported and stage in WHOLE_MODEL:
-            return [{"command": "", "why": IMPORTED_ALONE}]
+        if not why and stage in self._refused:
+            return [{"command": "", "why": self._reason}]
+        if stage == "lora":  # whose command names the other workspace; the reason has it
+            return [{"command": "", "why": why}]
         if not why and self._random and stage == "evaluate":
             return [{"command": "", "why": "the model's weights are random: it draws nothing"}]
         return [
@@ -155,7 +161,9 @@ def _nameless(reason: str, root: Path) -> str:
     """The reason without the workspace's own place, which may be a name as short as "s"."""
     here = re.escape(str(root))
     reason = re.sub(
-        rf"-w {here}(?=`)", "-w WORKSPACE", re.sub(rf"^{here} ", "the workspace ", reason)
+        rf"(-w|--output) {here}(?=`)",
+        r"\1 WORKSPACE",
+        re.sub(rf"^{here} ", "the workspace ", reason),
     )
     return re.sub(rf"(?<!\S){here}/", "", reason)
 
@@ -175,12 +183,13 @@ def _each(records: Records, stage: str) -> dict[str, dict[str, Any]]:
 
 
 def _contents(records: Records) -> dict[str, Any] | None:
-    return _details(records, "calibrate") or _details(records, "import")
+    made = (_details(records, stage) for stage in ("calibrate", *ELSEWHERE))
+    return next((details for details in made if details), None)
 
 
 def _checkpoints(workspace: Workspace, records: Records) -> dict[str, Checkpoint]:
     """Of each stage that made one, without its weights; the one to be deployed last."""
-    made = {"import": CALIBRATED, "calibrate": CALIBRATED, "finetune": CHECKPOINT}
+    made = dict.fromkeys((*ELSEWHERE, "calibrate"), CALIBRATED) | {"finetune": CHECKPOINT}
     return {
         stage: _without_weights(load_checkpoint(workspace.path(file)))
         for stage, file in made.items()

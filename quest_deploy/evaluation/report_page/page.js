@@ -187,7 +187,7 @@ function errors(panel) {
 }
 
 /* Ranges: the chosen quantizer's clip range over the timestep. */
-const NAMES = { calibrate: "calibrated", finetune: "finetuned, deployed", import: "imported" };
+const NAMES = { calibrate: "calibrated", finetune: "finetuned, deployed", import: "imported", lora: "with LoRAs" };
 
 function ranges(section) {
   const data = JSON.parse(one("script", section).textContent);

@@ -13,6 +13,7 @@ import torch
 
 from exporters.exactness import LEVELS
 from exporters.graph_info import save_graph
+from exporters.passes.fix_tokens import FixTokens
 from exporters.probe import make_probe
 from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.options import EngineOptions
@@ -35,6 +36,7 @@ DECODER_BATCH = 4
 def write_unet(layout: Layout, graph: ir.Model) -> Signature:
     """The UNet, from its portable graph."""
     version, plan = layout.version_folder("unet"), layout.plan
+    FixTokens()(graph)  # a prompt is padded to so many
     graph = lower_unet(graph, version, layout.options.processor)
     inputs = {value.name or "": _dims(value) for value in graph.graph.inputs}
     ((output, predicted),) = ((x.name or "", _dims(x)[0]) for x in graph.graph.outputs)

@@ -8,11 +8,11 @@ import onnx_ir as ir
 import pytest
 
 from exporters.editor import array_of
-from exporters.graph_info import graph_info
+from exporters.graph_info import graph_info, input_sizes
 from exporters.lowering import onnxruntime, openvino, tensorrt
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_matmul
 from quest_deploy.artifacts.checkpoint import PerChannelQuantizerData
-from quest_deploy.backends.base import build_engine, open_engine
+from quest_deploy.backends.base import build_engine, input_shapes, open_engine
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from tests.helpers import (
@@ -90,6 +90,16 @@ def test_inputs_outputs_and_metadata_stay(lower: Any, small_graph: ir.Model) -> 
     lowered = lower(small_graph)
     assert [value.name for value in (*lowered.graph.inputs, *lowered.graph.outputs)] == names
     assert graph_info(lowered) == info
+
+
+@each_lowering
+def test_tensorrt_takes_the_models_number_of_tokens_and_the_others_any(
+    lower: Any, small_graph: ir.Model
+) -> None:
+    lowered = lower(small_graph)
+    tokens = 3 if lower is tensorrt.lower else None
+    assert input_sizes(lowered)["encoder_hidden_states"] == (None, tokens, 8)
+    assert input_shapes(lowered, 2)["encoder_hidden_states"] == (2, 3, 8)
 
 
 @each_lowering

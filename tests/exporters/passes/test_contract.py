@@ -20,6 +20,7 @@ from exporters.passes.contract import dequantizers, quantizer_nodes
 from exporters.passes.conv_to_matmul import ConvToMatMul
 from exporters.passes.dequantize_casts import DequantizeCasts
 from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
+from exporters.passes.fix_tokens import FixTokens
 from exporters.passes.forward_slices import ForwardSlices
 from exporters.passes.freeze_bucket import FreezeBucket
 from exporters.passes.fuse_geglu import FuseGeglu
@@ -37,6 +38,7 @@ from exporters.passes.unsigned_activations import UnsignedActivations
 from exporters.passes.unsigned_codes import UnsignedCodes
 from exporters.passes.widen_int4 import WidenInt4
 from tests.exporters.passes.test_constant_reshapes import reshaping
+from tests.exporters.passes.test_fix_tokens import attending
 from tests.exporters.passes.test_forward_slices import sliced
 from tests.exporters.passes.test_split_gates import gated, with_bias
 from tests.helpers import (
@@ -162,6 +164,7 @@ WORK: list[tuple[ir.passes.InPlacePass, Callable[[], ir.Model]]] = [
     (ConvToMatMul(), expanded),
     (DequantizeCasts(), portable),
     (ExpandTimestepQuantize(), dequantized),
+    (FixTokens(), lambda: attending(5)),
     (ForwardSlices(), lambda: sliced(0, 3)),
     (FreezeBucket(0), expanded),
     (GatherShapedTables(), expanded),
@@ -188,7 +191,7 @@ LOSES_CODES = (
 )
 """Those that promise to keep the names of codes."""
 
-WITHOUT_NEEDS = {ConstantReshapes, ForwardSlices, FuseGeglu, LowPrecisionIO}
+WITHOUT_NEEDS = {ConstantReshapes, FixTokens, ForwardSlices, FuseGeglu, LowPrecisionIO}
 
 
 def name_of(value: Any) -> str | None:

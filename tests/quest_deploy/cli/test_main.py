@@ -43,6 +43,7 @@ COMMANDS = (
     "generate",
     "evaluate",
     "inspect",
+    "lora",
     "doctor",
     "sensitivity",
     "schedule",

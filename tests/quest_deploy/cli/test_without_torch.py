@@ -43,6 +43,7 @@ NEEDS_TORCH: dict[str, tuple[str, ...]] = {
     "calibrate": (),
     "sensitivity": (),
     "finetune": (),
+    "lora": ("--lora", "style.safetensors"),
     "export": (),
     "reference": (),
     "generate": ("--backend", "onnxruntime"),

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.errors import InputError
@@ -187,6 +188,9 @@ def test_commands_that_need_the_rest_of_the_model_say_so(files: Path, tmp_path: 
     assert cli(*_import(files, "-w", tmp_path / "w")).code == 0
     for command in ("calibrate", "finetune", "sensitivity"):
         cli(command, "-w", tmp_path / "w").assert_refused("imported")
+    save_file({"up.weight": torch.ones(1)}, tmp_path / "style.safetensors")
+    given = ("--lora", tmp_path / "style.safetensors")
+    cli("lora", "-w", tmp_path / "w", *given).assert_refused("imported")
 
 
 def test_another_scheme_does_not_go_into_the_same_workspace(files: Path, tmp_path: Path) -> None:

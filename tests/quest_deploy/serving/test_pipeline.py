@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import quest_deploy
 from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.scheme import Scheme
-from quest_deploy.artifacts.workspace import CHECKPOINT, Workspace
+from quest_deploy.artifacts.workspace import CALIBRATED, CHECKPOINT, Workspace
 from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
@@ -26,6 +27,7 @@ from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import PipelineUNet, load_pipeline
 from tests.helpers import refused
+from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,6 +84,33 @@ def with_unet(pipeline: Any, unet: Any) -> Any:
     return made
 
 
+def faked_unet(pipeline: Any, quantized: QuantizedModel) -> PipelineUNet:
+    """The fake-quantized model in the place of an engine."""
+
+    class Fake(PipelineUNet):
+        def forward(
+            self,
+            sample: Any,
+            timestep: Any,
+            encoder_hidden_states: Any,
+            *,
+            added_cond_kwargs: Any = None,
+            **_: Any,
+        ) -> Any:
+            conditions = {
+                "encoder_hidden_states": encoder_hidden_states,
+                **(added_cond_kwargs or {}),
+            }
+            return (quantized(sample, timestep, **conditions),)
+
+    return Fake(Recorder(), {**pipeline.unet.config, "_class_name": "UNet2DConditionModel"})
+
+
+def faked(pipeline: Any, quantized: QuantizedModel) -> Any:
+    """The same pipeline around the fake-quantized model."""
+    return with_unet(pipeline, faked_unet(pipeline, quantized))
+
+
 def test_importing_the_package_imports_nothing_heavy_and_still_has_load_pipeline() -> None:
     script = (
         "import sys, quest_deploy; print([name for name in ('numpy', 'torch', 'diffusers') "
@@ -114,16 +143,7 @@ def test_the_same_seed_gives_the_same_image_and_another_seed_another(pipeline: A
 def test_it_draws_what_the_fake_quantized_model_draws(
     pipeline: Any, quantized: QuantizedModel
 ) -> None:
-    class Fake(PipelineUNet):
-        def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, **_: Any) -> Any:
-            return (quantized(sample, timestep, encoder_hidden_states=encoder_hidden_states),)
-
-    theirs = draw(
-        with_unet(
-            pipeline,
-            Fake(Recorder(), {**pipeline.unet.config, "_class_name": "UNet2DConditionModel"}),
-        )
-    )
+    theirs = draw(faked(pipeline, quantized))
     assert np.abs(draw(pipeline) - theirs).mean() < 0.01
     assert np.abs(draw(pipeline, 1) - theirs).mean() > 0.05
 
@@ -372,7 +392,6 @@ def test_inputs_of_another_type_are_computed_in_float32_and_answered_in_theirs(
 SAMPLE, STATES = torch.zeros(2, 4, 8, 8), torch.zeros(2, 8, 16)
 WRONG: dict[str, tuple[tuple[Any, ...], str]] = {
     "no states": ((SAMPLE, 5), "encoder_hidden_states"),
-    "twice the tokens": ((SAMPLE, 5, torch.zeros(2, 16, 16)), "encoder_hidden_states 8 16"),
     "another width": ((SAMPLE, 5, torch.zeros(2, 8, 24)), "encoder_hidden_states 16 24"),
     "states of one axis less": ((SAMPLE, 5, torch.zeros(2, 16)), "encoder_hidden_states"),
     "states of another batch": ((SAMPLE, 5, torch.zeros(3, 8, 16)), "encoder_hidden_states 2"),
@@ -392,10 +411,71 @@ def test_inputs_that_are_missing_superfluous_or_of_another_shape_are_named(
         pipeline.unet(*arguments)
 
 
-def test_a_pipeline_given_longer_states_says_how_many_tokens_there_are(pipeline: Any) -> None:
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def either(
+    request: pytest.FixtureRequest, text_chain: Chain, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """The pipeline with an engine of each backend."""
+    root = text_chain.root
+    if f"build-engine {request.param}" not in text_chain.outcomes:
+        root = tmp_path_factory.mktemp("either") / "w"
+        shutil.copytree(text_chain.root, root)
+        where = ("-w", root, "--backend", request.param, "--threads", "1")
+        assert cli("build-engine", *where).code == 0
+    made = load_pipeline(root, request.param)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def states_of(pipeline: Any, prompts: list[str]) -> torch.Tensor:
+    """The text states of several prompts behind each other, as of one long prompt [1, N, D]."""
+    states, _ = pipeline.encode_prompt(prompts, torch.device("cpu"), 1, False)
+    return states.flatten(0, 1)[None].detach()
+
+
+@pytest.mark.parametrize("prompts", [2, 3])
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+def test_prompts_of_several_times_the_tokens_draw_what_the_fake_quantized_model_draws(
+    either: Any, quantized: QuantizedModel, prompts: int, guidance: float
+) -> None:
+    long = states_of(either, ["a red cat", "a blue house", "a photo of a dog"][:prompts])
+    none = states_of(either, [""] * prompts)
+    assert long.shape == (1, 8 * prompts, 16)
+    given = {
+        "prompt": None,
+        "prompt_embeds": long,
+        "negative_prompt_embeds": none,
+        "guidance_scale": guidance,
+    }
+    found = draw(either, **given)
+    assert np.abs(found - draw(faked(either, quantized), **given)).mean() < 0.01
+    first = {"prompt_embeds": long[:, :8], "negative_prompt_embeds": none[:, :8]}
+    assert np.abs(found - draw(either, **(given | first))).max() > 1e-3
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 16), (16, 48), (32, 32)])
+def test_images_of_other_sizes_are_what_the_fake_quantized_model_draws(
+    either: Any, quantized: QuantizedModel, height: int, width: int
+) -> None:
+    found = draw(either, height=height, width=width)
+    assert found.shape == (1, height, width, 3)
+    expected = draw(faked(either, quantized), height=height, width=width)
+    assert np.abs(found - expected).mean() < 0.01
+
+
+def test_an_engine_for_a_fixed_number_of_tokens_names_it(pipeline: Any) -> None:
+    inputs = {**pipeline.unet.engine._inputs, "encoder_hidden_states": (None, 8, 16)}
+    unet = PipelineUNet(
+        EngineUNet(Any, 1, inputs), {**pipeline.unet.config, "_class_name": "UNet2DConditionModel"}
+    )
     states = torch.zeros(1, 16, 16)
-    with refused("encoder_hidden_states", 8, 16):
-        draw(pipeline, prompt=None, prompt_embeds=states, negative_prompt_embeds=states)
+    with refused("encoder_hidden_states", 8, 16, "TensorRT"):
+        draw(
+            with_unet(pipeline, unet),
+            prompt=None,
+            prompt_embeds=states,
+            negative_prompt_embeds=states,
+        )
 
 
 def test_empty_arguments_and_either_form_of_result_are_as_diffusers_has_them(pipeline: Any) -> None:
@@ -480,6 +560,39 @@ def test_sdxls_pipeline_gives_the_engine_its_added_conditions(
         "time_ids": (2, 6),
     }
     assert conditions["time_ids"].tolist() == [[side, side, 0, 0, side, side]] * 2
+
+
+@pytest.mark.slow
+def test_sdxls_engine_takes_long_prompts_and_other_sizes(
+    tmp_path: Path, pipelines: Callable[[str], Path]
+) -> None:
+    root = tmp_path / "w"
+    few = ("--samples", "2", "--steps", "2", "--buckets", "2")
+    for command in (
+        ("calibrate", "--model", pipelines("sdxl"), *few),
+        ("export",),
+        ("build-engine", "--backend", BACKEND, "--threads", "1"),
+    ):
+        ended = cli(*command, "-w", root)
+        assert ended.code == 0, ended.err
+    made = load_pipeline(root, BACKEND)
+    made.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        long, none, pooled, unpooled = made.encode_prompt(["a red cat", "a dog"])
+    given = {
+        "prompt": None,
+        "prompt_embeds": long.flatten(0, 1)[None],
+        "negative_prompt_embeds": none.flatten(0, 1)[None],
+        "pooled_prompt_embeds": pooled[:1],
+        "negative_pooled_prompt_embeds": unpooled[:1],
+        "height": 24,
+        "width": 32,
+    }
+    quantized = QuantizedModel.from_checkpoint(load_checkpoint(root / CALIBRATED)).eval()
+    found = draw(made, **given)
+    assert found.shape == (1, 24, 32, 3)
+    made.unet = faked_unet(made, quantized)
+    assert np.abs(found - draw(made, **given)).mean() < 0.01
 
 
 def test_parts_that_are_given_replace_the_folders(text_chain: Chain) -> None:
