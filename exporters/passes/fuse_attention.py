@@ -2,7 +2,7 @@
 
     MatMul(Softmax(MatMul(q, k)), v)  ->  Attention(q, transposed k, v; scale = 1)
 
-Needs: a graph in a low-precision type (see ToLowPrecision): TensorRT has no such kernel in FP32.
+For a graph in a low-precision type (see ToLowPrecision): TensorRT has no such kernel in FP32.
 Guarantees: the scaling of q and k stays, and is all there is. The node has the name of the first
 product. What is fused leaves the graph, so fuse last, and cut parts out of a graph that is not
 fused; :func:`float_attentions` tells the names of the products.
@@ -23,6 +23,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from exporters.editor import Editor, replace_value
+from exporters.passes.contract import guarantee
 from exporters.passes.to_dtype import LOW_PRECISION_TYPES
 
 OPSET = 23
@@ -53,6 +54,10 @@ class _Attention:
 
 class FuseAttention(ir.passes.InPlacePass):
     """See the module's docstring."""
+
+    def ensures(self, model: ir.Model) -> None:
+        left = float_attentions(model)
+        guarantee(not left, f"{', '.join(sorted(left)[:3])} are not fused")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         found = _attentions(model)

@@ -23,7 +23,9 @@ from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
 from exporters.passes.fix_tokens import FixTokens
 from exporters.passes.forward_slices import ForwardSlices
 from exporters.passes.freeze_bucket import FreezeBucket
+from exporters.passes.fuse_attention import FuseAttention
 from exporters.passes.fuse_geglu import FuseGeglu
+from exporters.passes.gather_quantize_scale import GatherQuantizeScale
 from exporters.passes.gather_shaped_tables import GatherShapedTables
 from exporters.passes.gather_tables_once import GatherTablesOnce
 from exporters.passes.insert_quantized_layers import InsertQuantizedLayers
@@ -40,6 +42,7 @@ from exporters.passes.widen_int4 import WidenInt4
 from tests.exporters.passes.test_constant_reshapes import reshaping
 from tests.exporters.passes.test_fix_tokens import attending
 from tests.exporters.passes.test_forward_slices import sliced
+from tests.exporters.passes.test_fuse_attention import attention_graph
 from tests.exporters.passes.test_split_gates import gated, with_bias
 from tests.helpers import (
     KINDS_TEXT,
@@ -137,6 +140,7 @@ BROKEN_NEEDS: list[tuple[ir.passes.InPlacePass, Callable[[], ir.Model]]] = [
     (ExpandTimestepQuantize(), lambda: changed(dequantized, compute_a_scale)),
     (ExpandTimestepQuantize(), lambda: changed(dequantized, forget_a_rank)),
     (FreezeBucket(0), dequantized),
+    (GatherQuantizeScale(), lambda: changed(portable, compute_a_scale)),
     (GatherShapedTables(), dequantized),
     (GatherShapedTables(), lambda: changed(expanded, rename_the_bucket)),
     (GatherTablesOnce(), dequantized),
@@ -167,6 +171,8 @@ WORK: list[tuple[ir.passes.InPlacePass, Callable[[], ir.Model]]] = [
     (FixTokens(), lambda: attending(5)),
     (ForwardSlices(), lambda: sliced(0, 3)),
     (FreezeBucket(0), expanded),
+    (FuseAttention(), attention_graph),
+    (GatherQuantizeScale(), portable),
     (GatherShapedTables(), expanded),
     (GatherTablesOnce(), expanded),
     (LowPrecisionIO(()), dequantized),
@@ -186,12 +192,20 @@ WORK: list[tuple[ir.passes.InPlacePass, Callable[[], ir.Model]]] = [
 LOSES_CODES = (
     (ExpandTimestepQuantize(), dequantized),
     (FuseGeglu(), dequantized),
+    (GatherQuantizeScale(), portable),
     (KeepTimestepQuantize(), portable),
     (UnsignedCodes(), expanded),
 )
 """Those that promise to keep the names of codes."""
 
-WITHOUT_NEEDS = {ConstantReshapes, FixTokens, ForwardSlices, FuseGeglu, LowPrecisionIO}
+WITHOUT_NEEDS = {
+    ConstantReshapes,
+    FixTokens,
+    ForwardSlices,
+    FuseAttention,
+    FuseGeglu,
+    LowPrecisionIO,
+}
 
 
 def name_of(value: Any) -> str | None:
