@@ -222,11 +222,12 @@ def finetune(
             targets_path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "targets.bin"
         elif not processes.is_main:
             targets_path = targets_path.with_name(f"{targets_path.name}.{processes.index}")
+        batches = _Batches(trajectories, options, processes)  # refused before anything is loaded
         teacher = load_teacher()
         made_from: dict[str, str | int] = {
             "teacher": hash_of_tensors(teacher.state_dict()),
             "trajectories": hash_of_tensors(trajectories.recorded | trajectories.conditions),
-            "parts": trajectories.parts,
+            "together": batches.together,
         }
         student = QuantizedModel.from_checkpoint(calibrated, teacher).eval().to(processes.device)
         del teacher
@@ -235,12 +236,10 @@ def finetune(
         if gradient_checkpointing:
             enable_gradient_checkpointing(student.model)
 
-        batches = _Batches(trajectories, options, processes)
         plan = {
             **made_from,
             "seed": options.seed,
             "batch": options.batch,
-            "together": batches.together,
             "share": [processes.index, processes.count],
         }
         stream = TargetStream(

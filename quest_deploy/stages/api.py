@@ -268,9 +268,8 @@ def run(chosen: RunArguments) -> Run:
     interrupted.
 
     What was calibrated or finetuned with options of its own keeps them; what ``lora`` made is
-    neither. An engine that fails its
-    verification is neither benchmarked nor drawn with. ``on_result`` is called after each stage,
-    with its name and its backend's, and its result.
+    neither. An engine that fails its verification is neither benchmarked nor drawn with.
+    ``on_result`` is called after each stage, with its name and its backend's, and its result.
     """
     backends = pipeline.available(
         chosen.backend, chosen.build_only, if_available=chosen.if_available

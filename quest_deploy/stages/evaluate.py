@@ -23,7 +23,7 @@ from quest_deploy.backends.base import engine_options
 from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.calibration import trajectories
-from quest_deploy.evaluation import quality
+from quest_deploy.evaluation import FEW_IMAGES, quality
 from quest_deploy.evaluation.image_grid import save_comparison, save_images
 from quest_deploy.evaluation.perceptual import Perceptual, Weights
 from quest_deploy.evaluation.retrieval import Judge
@@ -53,8 +53,6 @@ if TYPE_CHECKING:
     from quest_deploy.stages.results import Evaluation
 
 logger = logging.getLogger(__name__)
-FEW_IMAGES = 100
-"""With fewer, the covariances of a Frechet distance are those of a handful of points."""
 COMPARED = 8
 """Images of each that are shown side by side."""
 

@@ -292,6 +292,7 @@ def _opened(workspace: Place, model: ModelChoices, bits: str | None) -> Workspac
     if isinstance(workspace, Workspace):
         return workspace
     if workspace is None and (only := only_workspace(model.model, bits)):
+        logger.info("working on %s, the only workspace here", only)
         workspace = only
     return Workspace.open(_root(workspace, model, bits))
 
@@ -313,10 +314,7 @@ def only_workspace(model: str | None, bits: str | None) -> Path | None:
     if len(found) > 1:
         names = ", ".join(str(path) for path in found)
         raise InputError(f"several workspaces may be meant: {names}; say which one with -w")
-    if not found:
-        return None
-    logger.info("working on %s, the only workspace here", found[0])
-    return found[0]
+    return found[0] if found else None
 
 
 def _operand_bits(value: str | None) -> int | None:

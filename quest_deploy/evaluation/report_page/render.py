@@ -21,6 +21,7 @@ from markupsafe import Markup, escape
 
 from quest_deploy.artifacts.workspace import MANIFEST
 from quest_deploy.errors import InputError
+from quest_deploy.evaluation import FEW_IMAGES
 from quest_deploy.evaluation.benchmark import FP32, QUANTIZED
 from quest_deploy.evaluation.report_page.facts import HEAT_LEVELS, gather
 from quest_deploy.files import size
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 MOST_OPTION = 60
 """Characters of an option's value; the manifest has the rest."""
-FEW_IMAGES = 100
-"""Of fewer, a Fréchet distance means little."""
 _FOLDER = Path(__file__).parent
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
