@@ -55,7 +55,7 @@ class Schedule:
         return f"{self.steps} steps of {self.scheduler.upper()}{karras}"
 
 
-USUAL, FEWER = Schedule(), Schedule(steps=4)
+USUAL, FEWER, MORE = Schedule(), Schedule(steps=4), Schedule(steps=50)
 """Evenly spaced: equally wide buckets hold equally many steps, and quantiles are no other edges."""
 KARRAS = Schedule("dpm++", 8, {"use_karras_sigmas": True})
 """What few steps are usually spent on: half of them below a tenth of the timesteps."""
@@ -203,6 +203,7 @@ ROWS: dict[str, Row] = {
     "quest": Row(Pipeline(finetuning={}), MAIN_BITS),
     "quest-k1": _quest({"buckets": 1}),
     "quest-k4": _quest({"buckets": 4}),
+    "quest-k10": _quest({"buckets": 10}),
     "quest-four-bits": _quest(FOUR_BITS),
     "quest-stage1": _quest(stages=("temporal",), temporal_steps=STEPS),
     "quest-per-tensor": _quest({"granularity": Granularity.PER_TENSOR}),
@@ -222,6 +223,10 @@ ROWS: dict[str, Row] = {
     "quest-4-steps": Row(Pipeline(finetuning={}), judged_on=FEWER),
     "quest-k4-4-steps": Row(_quest({"buckets": 4}).recipe, judged_on=FEWER),
     "equal4-4-steps": _made_for(FEWER, 4),
+    "fp32-50-steps": Row(Float(), (FLOAT_BITS,), judged_on=MORE),
+    "equal1-50-steps": _made_for(MORE, 1),
+    "equal10-50-steps": _made_for(MORE, 10),
+    "equal50-50-steps": _made_for(MORE, 50),
 }
 _METHODS = {
     "fp32": "FP32",
@@ -239,7 +244,12 @@ ABLATIONS = (
     Table(
         "Timestep buckets",
         ABLATION_BITS,
-        {"quest-k1": "1 bucket", "quest-k4": "4", "quest": "20 (baseline), one for each step"},
+        {
+            "quest-k1": "1 bucket",
+            "quest-k4": "4",
+            "quest-k10": "10",
+            "quest": "20 (baseline), one for each step",
+        },
     ),
     Table(
         f"Layers that are finetuned, for {STEPS} steps",
@@ -301,6 +311,16 @@ ABLATIONS = (
             "quest-4-steps": "20 equal buckets, made for the usual 20 steps",
             "quest-k4-4-steps": "4 equal buckets, made for the usual 20 steps",
             "equal4-4-steps": "4 equal buckets, one for each step, made for these steps",
+        },
+    ),
+    Table(
+        MORE.label,
+        ABLATION_BITS,
+        {
+            "fp32-50-steps": "FP32",
+            "equal1-50-steps": "1 bucket, made for these steps",
+            "equal10-50-steps": "10 equal buckets, made for these steps",
+            "equal50-50-steps": "50 equal buckets, one for each step, made for these steps",
         },
     ),
 )

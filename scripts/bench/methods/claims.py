@@ -83,6 +83,11 @@ CLAIMS = (
         "equal4-4-steps",
         "quest-k4-4-steps",
     ),
+    Claim(
+        "On 50 even steps, a bucket for each step beats one for all",
+        "equal50-50-steps",
+        "equal1-50-steps",
+    ),
 )
 
 

@@ -154,15 +154,14 @@ def test_quantiles_of_few_uneven_steps_are_other_buckets_than_equally_wide_ones(
     assert len(edges("quantiles8-8-steps")) == 7
 
 
-def test_every_row_starts_from_the_same_amount_of_recorded_data(
+def test_every_row_starts_from_as_much_recorded_data_in_whole_samplings(
     definitions: dict[Cell, dict[str, Any]], compared: ComparedModel
 ) -> None:
-    amounts = {
-        recorded["samples"] * recorded["schedule"]["steps"]
-        for definition in definitions.values()
-        if (recorded := definition["recipe"].get("trajectories"))
-    }
-    assert amounts == {compared.calibration_samples * compared.calibration_steps}
+    usual = compared.calibration_samples * compared.calibration_steps
+    for cell, definition in definitions.items():
+        if recorded := definition["recipe"].get("trajectories"):
+            steps = recorded["schedule"]["steps"]
+            assert usual - steps < recorded["samples"] * steps <= usual, cell
 
 
 def test_every_revision_and_every_part_of_the_model_is_in_the_definition(
