@@ -326,6 +326,14 @@ ABLATIONS = (
 )
 
 
+BUCKETS = tuple(
+    table
+    for table in ABLATIONS
+    if table.title in ("Timestep buckets", KARRAS.label, FEWER.label, MORE.label)
+)
+"""The tables whose rows differ in their timestep buckets."""
+
+
 def cells_of(row: str, bits: str, seeds: Iterable[int]) -> list[Cell]:
     """The cells that a table at ``bits`` shows in its row ``row``; none where the row is not
     measured there.

@@ -12,6 +12,7 @@ import numpy as np
 
 from quest_deploy.calibration.reconstruction import ReconstructOptions
 from quest_deploy.evaluation.quality import HELD_OUT_SAMPLES
+from scripts.bench.methods.buckets import where_buckets_pay
 from scripts.bench.methods.cells import (
     ABLATIONS,
     FLOAT_BITS,
@@ -107,6 +108,12 @@ def readme(command: str, results: Results, seeds: Sequence[int], speeds: Speeds)
         "On CPUs four-bit codes are computed in INT8: W4A4 saves no time there beside W4A8.",
         "",
         "![Fréchet distances and prediction errors of all methods](plot.png)",
+        "",
+        "## Where do timestep buckets pay?",
+        "",
+        "At W4A4, the Fréchet distance and how often the prompt is among the five nearest:",
+        "",
+        *(f"- {line}" for line in where_buckets_pay(results, seeds)),
         "",
         "## What is measured",
         "",
