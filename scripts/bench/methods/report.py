@@ -23,13 +23,14 @@ from scripts.bench.methods.cells import (
     Table,
     cells_of,
 )
-from scripts.bench.methods.claims import CLAIMS, FIGURES, critical_groups, judge
+from scripts.bench.methods.claims import CLAIMS, FIGURES, NEWER, critical_groups, judge
 from scripts.bench.methods.deploy import answer, choices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from quest_deploy.evaluation.quality import SamplingOptions
+    from scripts.bench.methods.claims import Claim
     from scripts.bench.methods.results import Result
 
     Results = Mapping[Cell, Result | None]
@@ -114,6 +115,14 @@ def readme(command: str, results: Results, seeds: Sequence[int], speeds: Speeds)
         "At W4A4, the Fréchet distance and how often the prompt is among the five nearest:",
         "",
         *(f"- {line}" for line in where_buckets_pay(results, seeds)),
+        "",
+        "## Does newer work help?",
+        "",
+        *(f"- {_sentence(claim, results, seeds)}" for claim in NEWER),
+        "",
+        "Branches of low rank are an option, `calibrate --low-rank`, and eight bits for the same",
+        "layers another one, `--eight-bit-layers`. A rotation is none: it has to better both",
+        "figures before it costs every model a change of its weights.",
         "",
         "## What is measured",
         "",
@@ -427,6 +436,20 @@ def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
         "",
         *critical_groups(results, seeds),
     ]
+
+
+def _sentence(claim: Claim, results: Results, seeds: Sequence[int]) -> str:
+    parts = []
+    for figure, style in FIGURES.items():
+        verdict = judge(claim, figure, results, seeds)
+        name = {"frechet_distance": "Fréchet distance"}.get(figure, figure.replace("_", " "))
+        sides = (
+            ""
+            if verdict.better is None or verdict.worse is None
+            else f" ({style.format(verdict.better)} for {style.format(verdict.worse)})"
+        )
+        parts.append(f"by the {name} {verdict.word}{sides}")
+    return f"{claim.text}: {', '.join(parts)}."
 
 
 def _bucket_table(table: Table, results: Results, seeds: Sequence[int]) -> list[str]:
