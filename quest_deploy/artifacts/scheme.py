@@ -16,13 +16,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from pydantic import NonNegativeInt
+
 from quest_deploy.artifacts.schema import Bits, Positive, parse, validated
 from quest_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SCHEME_VERSION = 3
+SCHEME_VERSION, LOW_RANK_VERSION = 3, 4
+"""Without and with branches of low rank: a scheme without reads and hashes as it did before them.
+"""
+LOW_RANK = ("low_rank", "low_rank_layers")
+"""The fields that only a scheme of ``LOW_RANK_VERSION`` has."""
 SUPPORTED_BITS = ("w4a4", "w4a8", "w8a8")
 DEFAULT_BUCKETS = 20
 TRAIN_TIMESTEPS = 1000
@@ -79,6 +85,8 @@ class Scheme:
         softmax_bits: bits of attention's softmax (unsigned), or None where it stays in float.
         split_shortcuts: whether a shortcut convolution that reads a concatenation has a quantizer
             for each half (Q-Diffusion).
+        low_rank: the rank of the branches in FP16 beside layers (SVDQuant); 0 for none.
+        low_rank_layers: glob patterns of the module paths of the layers that have one.
     """
 
     weight_bits: Bits
@@ -91,6 +99,8 @@ class Scheme:
     attention_bits: Bits | None = None
     softmax_bits: Bits | None = None
     split_shortcuts: bool = False
+    low_rank: NonNegativeInt = 0
+    low_rank_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         edges = self.bucket_edges
@@ -105,6 +115,12 @@ class Scheme:
             )
         if any(a >= b for a, b in itertools.pairwise(edges)):
             raise ValueError(f"expected bucket edges that increase strictly, found {edges}")
+        if (self.low_rank > 0) != bool(self.low_rank_layers):
+            raise ValueError(
+                "expected both a rank of branches (--low-rank) and the layers that have one "
+                "(--low-rank-layers; `quest-deploy sensitivity` picks those that make most of the "
+                f"error), or neither; found {self.low_rank} and {self.low_rank_layers}"
+            )
 
     @classmethod
     def parse(
@@ -119,6 +135,8 @@ class Scheme:
         softmax_bits: int | None = None,
         split_shortcuts: bool = False,
         eight_bit_layers: Sequence[str] = (),
+        low_rank: int = 0,
+        low_rank_layers: Sequence[str] = (),
     ) -> Scheme:
         """Make a scheme of ``buckets`` equally wide buckets, or of those between ``edges``, from a
         name such as "w4a4"; raise InputError for what is unknown.
@@ -145,6 +163,8 @@ class Scheme:
             softmax_bits=softmax_bits,
             split_shortcuts=split_shortcuts,
             eight_bit_layers=tuple(eight_bit_layers),
+            low_rank=low_rank,
+            low_rank_layers=tuple(low_rank_layers),
         )
 
     @property
@@ -170,12 +190,12 @@ class Scheme:
 
     def to_json(self) -> dict[str, Any]:
         """The scheme as a JSON value, with its version."""
-        return {
-            "version": SCHEME_VERSION,
-            **dataclasses.asdict(self),
-            "bucket_edges": list(self.bucket_edges),
-            "eight_bit_layers": list(self.eight_bit_layers),
+        values = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+            if self.low_rank or name not in LOW_RANK
         }
+        return {"version": LOW_RANK_VERSION if self.low_rank else SCHEME_VERSION, **values}
 
     @classmethod
     def from_json(cls, value: Any) -> Scheme:
@@ -186,9 +206,11 @@ class Scheme:
             raise InputError(f"scheme: expected a JSON object, found {type(value).__name__}")
         found = dict(value)
         version = found.pop("version", None)
-        if version != SCHEME_VERSION:
-            raise InputError(f"scheme: expected version {SCHEME_VERSION}, found {version!r}")
-        expected = {f.name for f in dataclasses.fields(cls)}
+        branched = not found.keys().isdisjoint(LOW_RANK)
+        wanted = LOW_RANK_VERSION if branched else SCHEME_VERSION
+        if version != wanted:
+            raise InputError(f"scheme: expected version {wanted}, found {version!r}")
+        expected = {f.name for f in dataclasses.fields(cls)} - set(() if branched else LOW_RANK)
         if missing := expected - found.keys():  # a file leaves none to a default
             raise InputError(f"scheme: the keys {sorted(missing)} are missing")
         return parse(cls, found, "scheme")

@@ -64,7 +64,12 @@ def calibration(workspace: Workspace, details: Calibration) -> str:
         f"{details['buckets']} activation scales\n"
         f"4-bit share: {details['weights_at_4_bits']:.1%} of the weights, "
         f"{details['macs_at_4_bits']:.1%} of the multiply-adds\n"
-        f"{workspace.path(CALIBRATED)} ({size(details['checkpoint_bytes'])})"
+        + (
+            f"{details['branches']} layers with branches of rank {workspace.scheme.low_rank}\n"
+            if "branches" in details
+            else ""
+        )
+        + f"{workspace.path(CALIBRATED)} ({size(details['checkpoint_bytes'])})"
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 
 from quest_deploy.artifacts.scheme import Symmetry, usual_symmetry
 from quest_deploy.errors import InputError
+from quest_deploy.quantization.layer_kinds import layers_matching
 from quest_deploy.quantization.prepare import Product
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from quest_deploy.artifacts.scheme import Scheme
 
@@ -120,7 +120,7 @@ def plan_quantization(
     first = (reading or convolutions or seen)[0]
     ends = {first.name, seen[-1].name}
 
-    eight = _eight_bit(scheme, [layer.name for layer in seen])
+    eight = layers_matching((x.name for x in seen), scheme.eight_bit_layers, "eight bits")
 
     def bits_of(name: str, bits: int) -> int:
         if name in ends:
@@ -156,17 +156,6 @@ def plan_quantization(
         LayerPlan(layer.name, bits_of(layer.name, scheme.weight_bits), layer.macs) for layer in seen
     )
     return QuantizationPlan(layers, tuple(products), tuple(quantizers))
-
-
-def _eight_bit(scheme: Scheme, names: Sequence[str]) -> set[str]:
-    """The layers that the scheme's patterns match; raise InputError for one that matches none."""
-    found: set[str] = set()
-    for pattern in scheme.eight_bit_layers:
-        matched = {name for name in names if fnmatchcase(name, pattern)}
-        if not matched:
-            raise InputError(f"no layer matches {pattern!r}, which is to have eight bits")
-        found |= matched
-    return found
 
 
 def _operand_quantizers(

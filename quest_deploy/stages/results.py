@@ -6,7 +6,9 @@ from typing import Any, NotRequired, TypedDict
 
 
 class Calibration(TypedDict):
-    """The calibrated checkpoint; the shares, from 0 to 1, are of what is at 4 bits."""
+    """The calibrated checkpoint; the shares, from 0 to 1, are of what is at 4 bits. ``branches`` is
+    how many layers have a branch of low rank, where any has one.
+    """
 
     layers: int
     sites: int
@@ -14,6 +16,7 @@ class Calibration(TypedDict):
     weights_at_4_bits: float
     macs_at_4_bits: float
     checkpoint_bytes: int
+    branches: NotRequired[int]
 
 
 # A key that is a keyword of Python.

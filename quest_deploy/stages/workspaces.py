@@ -113,6 +113,24 @@ class SchemeChoices(Options):
             parse=_parse_eight_bit_layers,
         ),
     ] = None
+    low_rank: Annotated[
+        int | None,
+        Option(
+            "Rank of the branches in FP16 that run beside layers; 0 for none.",
+            minimum=0,
+            default="the workspace's, or 0",
+        ),
+    ] = None
+    low_rank_layers: Annotated[
+        Sequence[str] | None,
+        Option(
+            "Layers that have such a branch, such as those that `sensitivity` picks: globs "
+            "separated by commas, or all.",
+            default="the workspace's, or none",
+            text=str,
+            parse=parse_patterns,
+        ),
+    ] = None
 
     def scheme(
         self,
@@ -142,6 +160,8 @@ class SchemeChoices(Options):
             eight_bit_layers=eight_bit_layers
             if self.eight_bit_layers is None
             else self.eight_bit_layers,
+            low_rank=self.low_rank or 0,
+            low_rank_layers=self.low_rank_layers or (),
         )
 
     def check(self, workspace: Workspace) -> None:
@@ -155,6 +175,8 @@ class SchemeChoices(Options):
             "softmax_bits": str(scheme.softmax_bits or FLOAT),
             "split_shortcuts": scheme.split_shortcuts,
             "eight_bit_layers": scheme.eight_bit_layers,
+            "low_rank": scheme.low_rank,
+            "low_rank_layers": scheme.low_rank_layers,
         }
         for name, value in found.items():
             _check(workspace, name.replace("_", " "), getattr(self, name), value)
