@@ -301,10 +301,11 @@ def test_layers_of_eight_bits_are_in_the_title_and_among_the_bits(opened: Worksp
 def test_branches_of_low_rank_are_shown_with_their_layers(opened: Workspace) -> None:
     chosen = {"low_rank": 6, "low_rank_layers": ("*.ff.net.2", "<b>*")}
     scheme = dataclasses.replace(opened.scheme, **chosen)
-    found = page_of(Workspace(opened.root, opened.source, scheme, opened.stages))
-    assert_holds(found.section("model"), "rank 6", "FP16", "*.ff.net.2", "<b>*")
+    for stages in ({}, opened.stages):  # before it is calibrated, and after
+        found = page_of(Workspace(opened.root, opened.source, scheme, stages))
+        assert_holds(found.section("model"), "rank 6", "FP16", "*.ff.net.2", "<b>*")
+        assert found.all("b") == []
     assert "rank" not in page_of(opened).section("model")
-    assert found.all("b") == []
 
 
 def of_benchmark(ratio: float, bytes_: int) -> Callable[[dict[str, Any]], None]:
