@@ -95,12 +95,23 @@ class Reference(TypedDict):
     measured_records: int
 
 
+class Refit(TypedDict):
+    """The workspace whose engine was refitted, the seconds that this one took, and how many weights
+    differ.
+    """
+
+    workspace: str
+    seconds: float
+    weights: int
+
+
 class BuiltEngine(TypedDict):
-    """The engine: bytes by file; ``quantize`` is TensorRT's alone."""
+    """The engine: bytes by file; ``quantize`` and ``refit`` are TensorRT's alone."""
 
     backend: str
     hardware: dict[str, Any]
     quantize: NotRequired[str]
+    refit: NotRequired[Refit]
     seconds: float
     files: dict[str, int]
 
