@@ -116,18 +116,20 @@ def _structure(model: ir.Model) -> list[tuple[str, object]]:
     """All of a graph but the values of its initializers, in order, each part with its name."""
     from onnx_ir import serde
 
-    graph, nodes = model.graph, []
+    graph = model.graph
+    parts: list[tuple[str, object]] = [
+        (str(value.name), (value.dtype, str(value.shape)))
+        for value in (*graph.inputs, *graph.outputs)
+    ]
+    for name, value in sorted(graph.initializers.items()):
+        if (tensor := value.const_value) is not None:
+            parts.append((name, (tensor.dtype, str(tensor.shape))))
     for node in graph:
         proto = serde.serialize_node(node)
         for field in ("doc_string", "metadata_props"):
             proto.ClearField(field)
-        nodes.append((str(node.name), proto.SerializeToString(deterministic=True)))
-    weights = ((name, graph.initializers[name].const_value) for name in sorted(graph.initializers))
-    values = ((str(value.name), value) for value in (*graph.inputs, *graph.outputs))
-    return [
-        *((name, (x.dtype, str(x.shape))) for name, x in (*values, *weights) if x is not None),
-        *nodes,
-    ]
+        parts.append((str(node.name), proto.SerializeToString(deterministic=True)))
+    return parts
 
 
 def _bytes(value: ir.Value) -> bytes:
