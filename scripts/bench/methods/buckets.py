@@ -41,13 +41,14 @@ def _of(table: Table, results: Results, seeds: Sequence[int]) -> str:
         for label, measured in rows.items()
     }
     distances = [distance for distance, _ in means.values()]
+    best = min(means, key=lambda label: means[label][0])
     spread = max(distances) - min(distances)
     return (
         f"{title}: "
-        + ", ".join(
+        + "; ".join(
             f"{label}: {distance:.2f} and {top5:.1%}" for label, (distance, top5) in means.items()
         )
         + f". The distances lie {spread:.2f} apart, "
         + ("more" if spread > moved(noise) else "no more")
-        + f" than other noise moves FP32's ({moved(noise):.2f})."
+        + f" than other noise moves FP32's ({moved(noise):.2f}); the best is that of: {best}."
     )
