@@ -33,7 +33,7 @@ from quest_deploy.artifacts.scheme import (
     weight_range,
 )
 from quest_deploy.errors import InputError
-from quest_deploy.models.unets import fixed_heads
+from quest_deploy.models.unets import fixed_heads, recorded_class
 from quest_deploy.progress import no_progress
 from quest_deploy.quantization.affine import (
     WeightGrid,
@@ -162,7 +162,7 @@ def calibrate(
     return Checkpoint(
         model=model_name,
         architecture=Architecture(
-            type(unet).__name__, _plain_config(unet), split_shortcuts, attention, fixed_heads(unet)
+            recorded_class(unet), _plain_config(unet), split_shortcuts, attention, fixed_heads(unet)
         ),
         scheme=scheme,
         layers=layers,

@@ -21,6 +21,13 @@ _TEXT_TO_IMAGE = {
     "LatentConsistencyModelImg2ImgPipeline": "LatentConsistencyModelPipeline",
 }
 """By an image-to-image class, the class that draws from noise with the same parts."""
+_CONTROLNET = {
+    "StableDiffusionPipeline": "StableDiffusionControlNetPipeline",
+    "StableDiffusionInpaintPipeline": "StableDiffusionControlNetInpaintPipeline",
+    "StableDiffusionXLPipeline": "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLControlNetInpaintPipeline",
+}
+"""By a class, the one that draws with ControlNets too."""
 _PARTS = {
     "unet",
     "scheduler",
@@ -67,6 +74,18 @@ def drawn_class(name: str, index: Mapping[str, Any]) -> str:
             "draws from a prompt, a label or nothing, inpaints, or edits by instructions"
         )
     return drawn
+
+
+def controlnet_class(pipeline_class: Any) -> Any:
+    """The class of diffusers' pipelines that draws as ``pipeline_class`` does, with ControlNets;
+    raise InputError where there is none.
+    """
+    if (name := _CONTROLNET.get(pipeline_class.__name__)) is None:
+        raise InputError(
+            f"controlnet: diffusers has no {pipeline_class.__name__} with a ControlNet; expected "
+            f"one of {', '.join(_CONTROLNET)}"
+        )
+    return getattr(diffusers, name)
 
 
 def _required(function: Any) -> set[str]:

@@ -16,21 +16,30 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from quest_deploy.artifacts.workspace import Workspace
+from exporters.graph_info import added_inputs, load_graph
+from quest_deploy.artifacts.workspace import ENGINES, Workspace
+from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
+from quest_deploy.models.controlnets import check_fits, check_model, load_controlnet
 from quest_deploy.models.loading import load_model
+from quest_deploy.models.residuals import DOWN, MID, unpacked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
+
+    from quest_deploy.models.pipeline_model import PipelineModel
 
 DEFAULT_BACKEND = "openvino"
 _FIXED = (
     "an engine's weights and graph are fixed when it is built: give LoRAs to `quest-deploy lora`, "
-    "or to `quest-deploy calibrate --lora`, and build the engine again; FreeU, IP-Adapter, "
-    "ControlNet, caches, training and attention processors need the float UNet, in diffusers' own "
-    "pipeline"
+    "or to `quest-deploy calibrate --lora`, and build the engine again; FreeU, IP-Adapter, caches, "
+    "training and attention processors need the float UNet, in diffusers' own pipeline"
+)
+_NOT_EXPORTED = (
+    "the engine has no inputs for ControlNets' residuals: run `quest-deploy export "
+    "--controlnet-inputs`, best after `quest-deploy calibrate --controlnet`, and build it again"
 )
 _HARMLESS = (
     "disable_freeu",
@@ -108,24 +117,54 @@ def load_pipeline(
     >>> pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
     >>> pipeline("a lighthouse in a storm", num_inference_steps=20).images[0]
 
+    With a ControlNet it is diffusers' pipeline of that kind, the ControlNet itself in torch:
+
+    >>> pipeline = load_pipeline("quest-out/sd15-w4a4", controlnet="canny")       # doctest: +SKIP
+    >>> pipeline("a lighthouse in a storm", image=edges).images[0]                # doctest: +SKIP
+
     Args:
         workspace: where the engine was built, open or as a path.
-        parts: parts by their names in the pipeline, to take instead of the folder's.
+        parts: parts by their names in the pipeline, to take instead of the folder's;
+            ``controlnet`` may be a ControlNet's folder too, or a list of several.
 
     Raises:
-        InputError: there is no such engine, or the model is no whole diffusers pipeline.
+        InputError: there is no such engine, the model is no whole diffusers pipeline, or a
+            ControlNet does not fit the model or the engine.
     """
     get_backend(backend)
     opened = workspace if isinstance(workspace, Workspace) else Workspace.open(Path(workspace))
     model = load_model(opened.source)
-    model.require_weights("run as a pipeline")  # both refused before an engine is opened
+    model.require_weights("run as a pipeline")  # all refused before an engine is opened
     model.pipeline_class()
+    if "controlnet" in parts:
+        opened.require(f"build-engine/{backend}")
+        if MID not in added_inputs(load_graph(opened.path(ENGINES, backend, LOWERED))):
+            raise InputError(_NOT_EXPORTED)
+        parts = {**parts, "controlnet": _controlnets(parts["controlnet"], model)}
     unet = PipelineUNet(EngineUNet.load(opened, backend), model.config)
     pipeline = model.load_pipeline(**{"unet": unet, **parts})
     for name in _REFUSED_BY_PIPELINES:
         if hasattr(pipeline, name):
             setattr(pipeline, name, _refusal(name))
     return pipeline
+
+
+def _controlnets(given: Any, model: PipelineModel) -> Any:
+    """What diffusers' pipelines take as their ControlNets, of folders and ControlNets; raise
+    InputError where one does not fit the model.
+    """
+    check_model(model)
+    if isinstance(given, list | tuple):
+        return [_controlnets(each, model) for each in given]
+    if isinstance(given, Path | str):
+        return load_controlnet(Path(given), model)
+    for each in given.nets if isinstance(given, diffusers.MultiControlNetModel) else (given,):
+        if not isinstance(each, diffusers.ControlNetModel):
+            raise InputError(
+                f"controlnet: expected a folder or a ControlNetModel, found {type(each).__name__}"
+            )
+        check_fits(each.config, model, "controlnet")
+    return given
 
 
 def _refusal(name: str) -> Callable[..., NoReturn]:
@@ -200,6 +239,8 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         *,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
         return_dict: bool = True,
         **unsupported: Any,
     ) -> Any:
@@ -210,13 +251,16 @@ class PipelineUNet(ModelMixin, ConfigMixin):
             timestep: a number, or a tensor [], [1] or [B]; each sample has its own.
             encoder_hidden_states, class_labels: [B, ...], where the model has them.
             added_cond_kwargs: SDXL's ``text_embeds`` and ``time_ids``.
+            down_block_additional_residuals, mid_block_additional_residual: what ControlNets add,
+                both or neither, where the engine has inputs for them.
             unsupported: any other argument of diffusers' UNets, None or empty.
 
         Raises:
-            InputError: an argument that the engine does not compute (ControlNet's residuals,
-                attention arguments, IP-Adapter), inputs that are missing or of other shapes than
-                the engine's, or a height or width that the UNet cannot halve.
+            InputError: an argument that the engine does not compute (attention arguments,
+                IP-Adapter, or ControlNet's residuals), inputs that are missing or of other shapes
+                than the engine's, or a height or width that the UNet cannot halve.
         """
+        residuals = self._residuals(down_block_additional_residuals, mid_block_additional_residual)
         wanted = {
             name: value for name, value in unsupported.items() if value is not None and value != {}
         }
@@ -230,12 +274,31 @@ class PipelineUNet(ModelMixin, ConfigMixin):
             "encoder_hidden_states": encoder_hidden_states,
             "class_labels": class_labels,
             **added,
+            **residuals,
         }
         conditions = {name: value for name, value in given.items() if value is not None}
         steps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
         steps = steps.expand(len(sample)) if len(steps) == 1 else steps
         output = self.engine(sample, steps, **conditions).to(sample.device, sample.dtype)
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+
+    def _residuals(self, down: Sequence[Tensor] | None, mid: Tensor | None) -> dict[str, Tensor]:
+        """What ControlNets add, by the name of its input; raise InputError where the engine has
+        none for it.
+        """
+        given = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        given = {name: value for name, value in given.items() if value is not None}
+        found = unpacked(given)
+        expected = (
+            [name for name in self.engine.added if name.startswith((DOWN, MID))] if found else []
+        )
+        if found.keys() != set(expected):
+            raise InputError(
+                f"the engine does not compute {', '.join(given)}: expected "
+                f"{', '.join(expected) or 'none'}, found {', '.join(found)}; "
+                f"{'give what one of its ControlNets adds' if expected else _NOT_EXPORTED}"
+            )
+        return found
 
 
 for _name in _REFUSED_OF_MODELS:  # which __getattr__ is not asked for: the base class has them

@@ -26,6 +26,7 @@ from quest_deploy.stages.options import (
     CalibrateOptions,
     EngineStageOptions,
     EvaluateOptions,
+    ExportOptions,
     FinetuneOptions,
     GenerateOptions,
     ReferenceOptions,
@@ -98,8 +99,8 @@ class OnWorkspace(OfWorkspace):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportArguments(SchemeChoices, ModelChoices, OfWorkspace):
-    """The parameters of ``export``, and of all that makes a workspace where there is none."""
+class MakingOne(SchemeChoices, ModelChoices, OfWorkspace):
+    """The parameters of all that makes a workspace where there is none."""
 
     @property
     def describes_a_new_one(self) -> bool:
@@ -131,8 +132,13 @@ class ExportArguments(SchemeChoices, ModelChoices, OfWorkspace):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FromModel(ExportArguments):
-    """The parameters of ``export``, with the model first: `export sd15`."""
+class ExportArguments(ExportOptions, MakingOne):
+    """The parameters of ``export``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromModel(MakingOne):
+    """Those parameters with the model first: `calibrate sd15`."""
 
     workspace: Annotated[Place, WORKSPACE] = None
     model: ModelOption = field(default=None, kw_only=False)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
+from quest_deploy.artifacts.controlnet import ControlNetFolder
 from quest_deploy.artifacts.hashed_path import HashedPath
 from quest_deploy.artifacts.image_folder import ImageFolder
 from quest_deploy.artifacts.model_source import Lora
@@ -206,7 +207,12 @@ class ImageFolderOptions(StageOptions):
 class CalibrateOptions(ImageFolderOptions):
     """How to calibrate; None for the model's own numbers, guidance weights, prompts and images."""
 
-    unset: ClassVar[tuple[str, ...]] = ("image_folder", "image_guidance")
+    unset: ClassVar[tuple[str, ...]] = (
+        "image_folder",
+        "image_guidance",
+        "controlnet",
+        "control_images",
+    )
     method: Annotated[str, Option(METHOD_HELP, choices=METHODS)] = "mse"
     samples: Annotated[
         int | None, Option("Samplings to record.", minimum=1, default="the model's")
@@ -240,6 +246,26 @@ class CalibrateOptions(ImageFolderOptions):
             parse=read_prompts,
         ),
     ] = None
+    controlnet: Annotated[
+        Sequence[ControlNetFolder | Path | str] | None,
+        Option(
+            "A ControlNet to calibrate with and without, a folder in diffusers' layout, and the "
+            "scale of what it adds; may be repeated, all of them together.",
+            metavar="DIR:SCALE",
+            default="none",
+            text=list[str],
+        ),
+    ] = None
+    control_images: Annotated[
+        Sequence[ImageFolder | Path | str] | None,
+        Option(
+            "A folder of what the ControlNets are shown, such as edges or poses; repeated, each "
+            "is shown its own.",
+            metavar="DIR",
+            default="edges of the model's own pictures",
+            text=list[Path],
+        ),
+    ] = None
     reconstruction_samples: Annotated[
         int | None, Option("qdiff: recorded samples it learns from.", minimum=1)
     ] = None
@@ -253,7 +279,24 @@ class CalibrateOptions(ImageFolderOptions):
     seed: Annotated[int, SEED] = 0
 
     def __post_init__(self) -> None:
+        for name, kind in (("controlnet", ControlNetFolder), ("control_images", ImageFolder)):
+            given: Any = getattr(self, name)
+            if isinstance(given, Sequence) and not isinstance(given, str):  # or of a manifest
+                read = tuple(kind(**each) if isinstance(each, Mapping) else each for each in given)
+                object.__setattr__(self, name, read or None)
         super().__post_init__()
+        if self.control_images and not self.controlnet:
+            raise InputError("--control-images: needs --controlnet")
+        found = [
+            x if isinstance(x, ControlNetFolder) else ControlNetFolder.parse(str(x))
+            for x in self.controlnet or ()
+        ]
+        shown = [
+            x if isinstance(x, ImageFolder) else ImageFolder.of(x, "--control-images")
+            for x in self.control_images or ()
+        ]
+        object.__setattr__(self, "controlnet", tuple(found) or None)
+        object.__setattr__(self, "control_images", tuple(shown) or None)
         if self.reconstruction and self.method != QDIFF:
             flags = [declared(type(self))[RECONSTRUCTION[x]].flag for x in self.reconstruction]
             raise InputError(f"{', '.join(flags)}: needs --method {QDIFF}, not {self.method}")
@@ -264,9 +307,21 @@ class CalibrateOptions(ImageFolderOptions):
         values = {name: getattr(self, option) for name, option in RECONSTRUCTION.items()}
         return {name: value for name, value in values.items() if value is not None}
 
+    @property
+    def controlnets(self) -> tuple[ControlNetFolder, ...]:
+        """The ControlNets, where some are given."""
+        return tuple(x for x in self.controlnet or () if isinstance(x, ControlNetFolder))
+
+    @property
+    def controlnet_images(self) -> tuple[ImageFolder, ...]:
+        """The folders of what they are shown, where some are given."""
+        return tuple(x for x in self.control_images or () if isinstance(x, ImageFolder))
+
     def to_json(self) -> dict[str, Any]:
-        """The options, those of the reconstruction by themselves."""
+        """The options, those of the reconstruction by themselves, folders as objects."""
         found = super().to_json()
+        given = {"controlnet": self.controlnets, "control_images": self.controlnet_images}
+        found |= {name: [asdict(each) for each in x] for name, x in given.items() if x}
         apart = {name: found[name] for name in found.keys() - RECONSTRUCTION.values()}
         return apart | {"reconstruction": self.reconstruction}
 
@@ -460,9 +515,25 @@ class FinetuneOptions(StageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportOptions(StageOptions):
+    """What the graph takes."""
+
+    unset: ClassVar[tuple[str, ...]] = ("controlnet_inputs",)
+    controlnet_inputs: Annotated[
+        bool | None,
+        Option(
+            "Give the graph the inputs of ControlNets' residuals.",
+            flags=("--controlnet-inputs/--no-controlnet-inputs",),
+            default="where it was calibrated with --controlnet",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReferenceOptions(StageOptions):
     """The options of :func:`quest_deploy.verification.reference.save_reference`."""
 
+    unset: ClassVar[tuple[str, ...]] = ("controlnet_inputs",)
     seed: Annotated[int, SEED] = 0
     megabytes: Annotated[
         int,
@@ -489,6 +560,14 @@ class ReferenceOptions(StageOptions):
             default="as recorded",
             text=str,
             parse=parse_sample_size,
+        ),
+    ] = None
+    controlnet_inputs: Annotated[
+        bool | None,
+        Option(
+            "Record ControlNets' residuals too, or what stands for them.",
+            flags=("--controlnet-inputs/--no-controlnet-inputs",),
+            default="as exported",
         ),
     ] = None
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.progress import Display, Progress
-    from quest_deploy.stages.options import StageOptions
+    from quest_deploy.stages.options import ReferenceOptions, StageOptions
     from quest_deploy.stages.results import Verification
     from quest_deploy.stages.stage import Stage
 
@@ -187,6 +187,13 @@ def kept(stage: Stage[Any, Any], workspace: Workspace, given: Mapping[str, Any])
         return stage.options.from_json(workspace.options_of(stage.name) | dict(given))
     except InputError as e:
         raise InputError(f"{workspace.root}: {e}; run `quest-deploy {stage.name}`") from e
+
+
+def as_exported(workspace: Workspace, options: ReferenceOptions) -> ReferenceOptions:
+    """``options`` with the inputs of the exported graph, unless they say which."""
+    exported = kept(EXPORT, workspace, {}).controlnet_inputs
+    own = options.controlnet_inputs
+    return replace(options, controlnet_inputs=exported if own is None else own)
 
 
 def calibration(

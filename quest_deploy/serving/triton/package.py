@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.graph_info import graph_info, load_graph
+from exporters.graph_info import added_inputs, graph_info, load_graph
 from quest_deploy import __version__
 from quest_deploy.artifacts.workspace import GRAPH
 from quest_deploy.errors import InputError
@@ -69,6 +69,12 @@ def write_package(
             "package does not; use quest_deploy.load_pipeline"
         )
     _check_text_encoder(model)
+    if added_inputs(load_graph(workspace.path(GRAPH))):
+        raise InputError(
+            f"{workspace.root}: its graph has inputs for ControlNets' residuals, which a package "
+            "does not give it; use quest_deploy.load_pipeline, or run `quest-deploy export "
+            "--no-controlnet-inputs`"
+        )
     rows = 1 if not guidable(model) else 2 if model.image_guidance is None else 3
     decoder = model.load_decoder()
     of_text = model.asked_for == "prompt"
