@@ -1,4 +1,4 @@
-"""A ControlNet that the user names, and whether it is still the same."""
+"""A ControlNet or T2I-adapter that the user names, and whether it is still the same."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from quest_deploy.files import absolute
 CONFIGURATION = "config.json"
 
 
-@validated("ControlNet")
+@validated("ControlNet or T2I-adapter")
 @dataclass(frozen=True)
-class ControlNetFolder:
-    """A ControlNet's folder in diffusers' layout, the scale of what it adds, and the folder's
-    :func:`quest_deploy.artifacts.model_source.fingerprint`.
+class ScaledFolder:
+    """The folder of a ControlNet or T2I-adapter in diffusers' layout, the scale of what it adds,
+    and the folder's :func:`quest_deploy.artifacts.model_source.fingerprint`.
     """
 
     path: str
@@ -26,22 +26,22 @@ class ControlNetFolder:
     fingerprint: str
 
     @classmethod
-    def parse(cls, text: str) -> ControlNetFolder:
-        """Read "FOLDER" or "FOLDER:SCALE"; raise InputError where there is no such folder, or the
-        scale is no positive number.
+    def parse(cls, text: str, flag: str) -> ScaledFolder:
+        """Read "FOLDER" or "FOLDER:SCALE"; raise InputError, which names the ``flag``, where there
+        is no such folder, or the scale is no positive number.
         """
         name, colon, number = text.rpartition(":")
         whole = not colon or Path(text).is_dir()  # a path may hold colons, C:\ among them
         path, scale = (Path(text), 1.0) if whole else (Path(name), _number(number))
         if scale is None:
             raise InputError(
-                f"--controlnet {text}: expected FOLDER:SCALE with a finite scale above 0, such as "
+                f"{flag} {text}: expected FOLDER:SCALE with a finite scale above 0, such as "
                 "canny:0.8"
             )
         if not (path / CONFIGURATION).is_file():
             raise InputError(
-                f"--controlnet {text}: expected a ControlNet's folder in diffusers' layout, and "
-                f"{path} has no {CONFIGURATION}"
+                f"{flag} {text}: expected its folder in diffusers' layout, and {path} has no "
+                f"{CONFIGURATION}"
             )
         return cls(str(absolute(path)), scale, fingerprint(path))
 
@@ -50,8 +50,7 @@ class ControlNetFolder:
         path = Path(self.path)
         if not path.is_dir() or fingerprint(path) != self.fingerprint:
             raise InputError(
-                f"the ControlNet {path} was changed or removed meanwhile; give it again with "
-                "--controlnet"
+                f"{path} was changed or removed meanwhile; run the command again with it"
             )
         return path
 

@@ -21,13 +21,19 @@ _TEXT_TO_IMAGE = {
     "LatentConsistencyModelImg2ImgPipeline": "LatentConsistencyModelPipeline",
 }
 """By an image-to-image class, the class that draws from noise with the same parts."""
-_CONTROLNET = {
-    "StableDiffusionPipeline": "StableDiffusionControlNetPipeline",
-    "StableDiffusionInpaintPipeline": "StableDiffusionControlNetInpaintPipeline",
-    "StableDiffusionXLPipeline": "StableDiffusionXLControlNetPipeline",
-    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLControlNetInpaintPipeline",
+CONTROLLED = {
+    "controlnet": {
+        "StableDiffusionPipeline": "StableDiffusionControlNetPipeline",
+        "StableDiffusionInpaintPipeline": "StableDiffusionControlNetInpaintPipeline",
+        "StableDiffusionXLPipeline": "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLInpaintPipeline": "StableDiffusionXLControlNetInpaintPipeline",
+    },
+    "adapter": {
+        "StableDiffusionPipeline": "StableDiffusionAdapterPipeline",
+        "StableDiffusionXLPipeline": "StableDiffusionXLAdapterPipeline",
+    },
 }
-"""By a class, the one that draws with ControlNets too."""
+"""By a part that controls what is drawn, and by a class, the one that draws with it."""
 _PARTS = {
     "unet",
     "scheduler",
@@ -76,14 +82,15 @@ def drawn_class(name: str, index: Mapping[str, Any]) -> str:
     return drawn
 
 
-def controlnet_class(pipeline_class: Any) -> Any:
-    """The class of diffusers' pipelines that draws as ``pipeline_class`` does, with ControlNets;
-    raise InputError where there is none.
+def controlled_class(pipeline_class: Any, part: str) -> Any:
+    """The class of diffusers' pipelines that draws as ``pipeline_class`` does, with ``part``, a
+    "controlnet" or an "adapter"; raise InputError where there is none.
     """
-    if (name := _CONTROLNET.get(pipeline_class.__name__)) is None:
+    classes = CONTROLLED[part]
+    if (name := classes.get(pipeline_class.__name__)) is None:
         raise InputError(
-            f"controlnet: diffusers has no {pipeline_class.__name__} with a ControlNet; expected "
-            f"one of {', '.join(_CONTROLNET)}"
+            f"{part}: diffusers has no {pipeline_class.__name__} with one; expected one of "
+            f"{', '.join(classes)}"
         )
     return getattr(diffusers, name)
 

@@ -22,9 +22,15 @@ from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
-from quest_deploy.models.controlnets import check_fits, check_model, load_controlnet
+from quest_deploy.models.controls import check_fits, load_control
 from quest_deploy.models.loading import load_model
-from quest_deploy.models.residuals import DOWN, MID, unpacked
+from quest_deploy.models.residuals import (
+    CONTROLNET,
+    KINDS,
+    T2I_ADAPTER,
+    kind_of,
+    unpacked,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -37,10 +43,9 @@ _FIXED = (
     "or to `quest-deploy calibrate --lora`, and build the engine again; FreeU, IP-Adapter, caches, "
     "training and attention processors need the float UNet, in diffusers' own pipeline"
 )
-_NOT_EXPORTED = (
-    "the engine has no inputs for ControlNets' residuals: run `quest-deploy export "
-    "--controlnet-inputs`, best after `quest-deploy calibrate --controlnet`, and build it again"
-)
+_PARTS = {"controlnet": CONTROLNET, "adapter": T2I_ADAPTER}
+"""What diffusers' pipelines call what adds to the UNet, and what it is here."""
+_SEVERAL = (diffusers.MultiControlNetModel, diffusers.MultiAdapter)
 _HARMLESS = (
     "disable_freeu",
     "set_attention_slice",
@@ -125,22 +130,27 @@ def load_pipeline(
     Args:
         workspace: where the engine was built, open or as a path.
         parts: parts by their names in the pipeline, to take instead of the folder's;
-            ``controlnet`` may be a ControlNet's folder too, or a list of several.
+            ``controlnet`` may be a ControlNet's folder too, or a list of several, and so may
+            ``adapter``, a T2I-adapter's.
 
     Raises:
         InputError: there is no such engine, the model is no whole diffusers pipeline, or a
-            ControlNet does not fit the model or the engine.
+            ControlNet or T2I-adapter does not fit the model or the engine.
     """
     get_backend(backend)
     opened = workspace if isinstance(workspace, Workspace) else Workspace.open(Path(workspace))
     model = load_model(opened.source)
     model.require_weights("run as a pipeline")  # all refused before an engine is opened
     model.pipeline_class()
-    if "controlnet" in parts:
+    given = _PARTS.keys() & parts.keys()
+    if len(given) > 1:
+        raise InputError("controlnet, adapter: diffusers has no pipeline with both; give one")
+    for part in given:
         opened.require(f"build-engine/{backend}")
-        if MID not in added_inputs(load_graph(opened.path(ENGINES, backend, LOWERED))):
-            raise InputError(_NOT_EXPORTED)
-        parts = {**parts, "controlnet": _controlnets(parts["controlnet"], model)}
+        taken = added_inputs(load_graph(opened.path(ENGINES, backend, LOWERED)))
+        if _PARTS[part] not in map(kind_of, taken):
+            raise InputError(f"{part}: {_not_exported(_PARTS[part])}")
+        parts = {**parts, part: _controls(parts[part], model, part)}
     unet = PipelineUNet(EngineUNet.load(opened, backend), model.config)
     pipeline = model.load_pipeline(**{"unet": unet, **parts})
     for name in _REFUSED_BY_PIPELINES:
@@ -149,22 +159,25 @@ def load_pipeline(
     return pipeline
 
 
-def _controlnets(given: Any, model: PipelineModel) -> Any:
-    """What diffusers' pipelines take as their ControlNets, of folders and ControlNets; raise
-    InputError where one does not fit the model.
+def _controls(given: Any, model: PipelineModel, part: str) -> Any:
+    """What diffusers' pipelines take as their ``part``, of folders and modules; raise InputError
+    where one does not fit the model.
     """
-    check_model(model)
     if isinstance(given, list | tuple):
-        return [_controlnets(each, model) for each in given]
+        return [_controls(each, model, part) for each in given]
     if isinstance(given, Path | str):
-        return load_controlnet(Path(given), model)
-    for each in given.nets if isinstance(given, diffusers.MultiControlNetModel) else (given,):
-        if not isinstance(each, diffusers.ControlNetModel):
-            raise InputError(
-                f"controlnet: expected a folder or a ControlNetModel, found {type(each).__name__}"
-            )
-        check_fits(each.config, model, "controlnet")
+        return load_control(Path(given), model, _PARTS[part])
+    for each in next(given.children()) if isinstance(given, _SEVERAL) else (given,):
+        check_fits(each, model, _PARTS[part], part)
     return given
+
+
+def _not_exported(kind: str) -> str:
+    option = kind.replace("_", "-")
+    return (
+        f"the engine has no inputs for it: run `quest-deploy export --{option}-inputs`, best after "
+        f"`quest-deploy calibrate --{option}`, and build it again"
+    )
 
 
 def _refusal(name: str) -> Callable[..., NoReturn]:
@@ -241,6 +254,7 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         down_block_additional_residuals: Sequence[Tensor] | None = None,
         mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
         return_dict: bool = True,
         **unsupported: Any,
     ) -> Any:
@@ -253,14 +267,19 @@ class PipelineUNet(ModelMixin, ConfigMixin):
             added_cond_kwargs: SDXL's ``text_embeds`` and ``time_ids``.
             down_block_additional_residuals, mid_block_additional_residual: what ControlNets add,
                 both or neither, where the engine has inputs for them.
+            down_intrablock_additional_residuals: what T2I-adapters add, likewise.
             unsupported: any other argument of diffusers' UNets, None or empty.
 
         Raises:
             InputError: an argument that the engine does not compute (attention arguments,
-                IP-Adapter, or ControlNet's residuals), inputs that are missing or of other shapes
+                IP-Adapter, or what a ControlNet adds), inputs that are missing or of other shapes
                 than the engine's, or a height or width that the UNet cannot halve.
         """
-        residuals = self._residuals(down_block_additional_residuals, mid_block_additional_residual)
+        residuals = self._residuals(
+            down_block_additional_residuals=down_block_additional_residuals,
+            mid_block_additional_residual=mid_block_additional_residual,
+            down_intrablock_additional_residuals=down_intrablock_additional_residuals,
+        )
         wanted = {
             name: value for name, value in unsupported.items() if value is not None and value != {}
         }
@@ -282,22 +301,22 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         output = self.engine(sample, steps, **conditions).to(sample.device, sample.dtype)
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
 
-    def _residuals(self, down: Sequence[Tensor] | None, mid: Tensor | None) -> dict[str, Tensor]:
-        """What ControlNets add, by the name of its input; raise InputError where the engine has
-        none for it.
+    def _residuals(self, **arguments: Any) -> dict[str, Tensor]:
+        """What ControlNets and T2I-adapters add, by the name of its input; raise InputError where
+        the engine has none for it.
         """
-        given = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in arguments.items() if value is not None}
         found = unpacked(given)
-        expected = (
-            [name for name in self.engine.added if name.startswith((DOWN, MID))] if found else []
-        )
-        if found.keys() != set(expected):
-            raise InputError(
-                f"the engine does not compute {', '.join(given)}: expected "
-                f"{', '.join(expected) or 'none'}, found {', '.join(found)}; "
-                f"{'give what one of its ControlNets adds' if expected else _NOT_EXPORTED}"
-            )
+        for kind in KINDS:
+            mine = {name for name in found if kind_of(name) == kind}
+            taken = {name for name in self.engine.added if kind_of(name) == kind} if mine else set()
+            # A T2I-adapter may leave the middle block alone.
+            if not mine <= taken or (kind == CONTROLNET and mine != taken):
+                raise InputError(
+                    f"the engine does not compute {', '.join(given)}: expected "
+                    f"{', '.join(sorted(taken)) or 'none'}, found {', '.join(sorted(mine))}; "
+                    f"{'give what belongs to its UNet' if taken else _not_exported(kind)}"
+                )
         return found
 
 

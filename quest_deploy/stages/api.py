@@ -201,8 +201,9 @@ def export(chosen: ExportArguments) -> Export:
             method_name(opened),
         )
         if "calibrate" not in opened.stages:
-            if chosen.controlnet_inputs:  # refused before hours of calibration
-                unet_residuals(load_model(opened.source).config)
+            for kind, wanted in chosen.added_inputs.items():
+                if wanted:  # refused before hours of calibration
+                    unet_residuals(load_model(opened.source).config, kind)
             CALIBRATE.run(opened, CalibrateOptions(), chosen.progress)
     return EXPORT.run(opened, chosen.of(ExportOptions), chosen.progress)
 
@@ -334,7 +335,9 @@ def package(chosen: PackageArguments) -> dict[str, Any]:
     opened = chosen.opened()
     with opened.reading(), progress_of(chosen.progress, "package") as shown:
         write_package = import_module("quest_deploy.serving.triton.package").write_package
-        details: dict[str, Any] = write_package(opened, chosen.triton, options, shown)
+        details: dict[str, Any] = write_package(
+            opened, chosen.triton, options, shown, chosen.controlnet
+        )
     if not details["plan"]:
         if "build-engine/tensorrt-rtx" in opened.stages:
             logger.info(RTX_IS_NO_PLAN)

@@ -389,6 +389,15 @@ class PackageArguments(OnWorkspace):
             "step."
         ),
     ] = TritonOptions.queue_delay
+    controlnet: Annotated[
+        Path | None,
+        Option(
+            "A ControlNet to serve beside the UNet, a folder in diffusers' layout, where the graph "
+            "has its inputs.",
+            metavar="DIR",
+            default="none",
+        ),
+    ] = None
     io_dtype: Annotated[
         str, Option(f"Of the models' inputs and outputs: {' or '.join(IO_DTYPES)}.")
     ] = TritonOptions.io_dtype
@@ -448,6 +457,12 @@ class ImageRequest(Options):
     image_guidance: Annotated[
         float | None,
         Option("Weight of the image that is edited, beside --guidance.", default="the model's"),
+    ] = None
+    control_image: Annotated[
+        Path | None, Option("What a ControlNet is shown, where the package has one.")
+    ] = None
+    control_scale: Annotated[
+        float | None, Option("Scale of what the ControlNet adds.", default="1")
     ] = None
     height: Annotated[int | None, Option("Pixels.", default="the model's")] = None
     width: Annotated[int | None, Option("Pixels.", default="the model's")] = None

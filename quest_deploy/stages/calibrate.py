@@ -12,7 +12,7 @@ from quest_deploy.calibration import ptq, reconstruction, trajectories
 from quest_deploy.calibration.training_state import hash_of_tensors
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sha256_of, write_json
-from quest_deploy.models.controlnets import ControlNets
+from quest_deploy.models.controls import Controls
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.schedulers import most_steps
 from quest_deploy.stages.options import QDIFF
@@ -53,9 +53,7 @@ def work(
         )
     model.check_decoder()
     control = (
-        ControlNets(options.controlnets, options.controlnet_images, model)
-        if options.controlnets
-        else None
+        Controls(options.controls, options.shown, model) if any(options.controls.values()) else None
     )
     unet = model.load_unet()
     steps = options.steps or most_steps(model.load_scheduler("ddim"), model.calibration_steps)

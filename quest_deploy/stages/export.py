@@ -13,6 +13,7 @@ from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.workspace import GRAPH
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.files import sha256_of
+from quest_deploy.models.residuals import kind_of
 from quest_deploy.stages.added_inputs import recorded_inputs
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ def work(
 ) -> tuple[list[Path], Export]:
     """Export the checkpoint; write the graph and its data."""
     checkpoint = load_checkpoint(workspace.checkpoint_path)
-    recorded = recorded_inputs(
-        workspace, checkpoint.architecture, controlnet=options.controlnet_inputs
-    )
+    recorded = recorded_inputs(workspace, checkpoint.architecture, options.added_inputs)
     progress("tracing the model", 0, 2)
     try:
         graph = torch_to_qdq.portable_graph(
@@ -41,7 +40,8 @@ def work(
             added=tuple(recorded.residuals),
         )
     except (PassError, InvariantError) as e:
-        repair = "--controlnet" if recorded.residuals else "another scheme"
+        with_what = " or ".join({f"--{kind_of(x).replace('_', '-')}" for x in recorded.residuals})
+        repair = with_what or "another scheme"
         raise QuestDeployError(
             f"{workspace.checkpoint_path} cannot be exported: {e}; make it again, with {repair}"
         ) from e

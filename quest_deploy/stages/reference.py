@@ -35,9 +35,7 @@ def work(
     until all are.
     """
     checkpoint = load_checkpoint(workspace.checkpoint_path)
-    recorded = recorded_inputs(
-        workspace, checkpoint.architecture, controlnet=options.controlnet_inputs
-    )
+    recorded = recorded_inputs(workspace, checkpoint.architecture, options.added_inputs)
     model = QuantizedModel.from_checkpoint(checkpoint).eval()
     state = workspace.path(REFERENCE_STATE)
     key = sha256_of_json(
@@ -55,7 +53,7 @@ def work(
             model,
             recorded,
             state,
-            **{k: x for k, x in asdict(options).items() if k != "controlnet_inputs"},
+            **{k: x for k, x in asdict(options).items() if not k.endswith("_inputs")},
             key=key,
             progress=progress,
         )

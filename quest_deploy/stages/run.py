@@ -191,9 +191,9 @@ def kept(stage: Stage[Any, Any], workspace: Workspace, given: Mapping[str, Any])
 
 def as_exported(workspace: Workspace, options: ReferenceOptions) -> ReferenceOptions:
     """``options`` with the inputs of the exported graph, unless they say which."""
-    exported = kept(EXPORT, workspace, {}).controlnet_inputs
-    own = options.controlnet_inputs
-    return replace(options, controlnet_inputs=exported if own is None else own)
+    own = {kind: x for kind, x in options.added_inputs.items() if x is not None}
+    found = {**kept(EXPORT, workspace, {}).added_inputs, **own}
+    return replace(options, **{f"{kind}_inputs": x for kind, x in found.items()})
 
 
 def calibration(

@@ -1,5 +1,5 @@
-"""Graphs and engines that take what ControlNets add, against the fake-quantized model, and against
-those of the same checkpoint that take nothing.
+"""Graphs and engines that take what ControlNets and T2I-adapters add, against the fake-quantized
+model, and against those of the same checkpoint that take nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.trajectories import Trajectories
-from quest_deploy.models.residuals import controlnet_residuals, unpacked
+from quest_deploy.models.residuals import adapter_residuals, controlnet_residuals, unpacked
 from quest_deploy.models.unets import with_flat_conditions
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.verification.checks import verify_engine
@@ -45,7 +45,7 @@ UNET = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "UpBlock2D"),
 }
-RESIDUALS = controlnet_residuals(UNET)
+RESIDUALS = {**controlnet_residuals(UNET), **adapter_residuals(UNET)}
 CONTROLLED = 2
 """Of the three samplings that are recorded."""
 
@@ -123,21 +123,39 @@ def inputs_of(recorded: Trajectories) -> dict[str, Any]:
     return recorded.inputs(torch.tensor([0, 1]), torch.tensor([0, 1]))
 
 
+SD = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "layers_per_block": 2,
+}
+XL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+}
+
+
 def test_a_controlnet_of_stable_diffusion_adds_thirteen_tensors() -> None:
-    sd = {
-        "block_out_channels": (320, 640, 1280, 1280),
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "layers_per_block": 2,
-    }
-    shapes = [x.shape(64, 64) for x in controlnet_residuals(sd).values()]
+    shapes = [x.shape(64, 64) for x in controlnet_residuals(SD).values()]
     assert len(shapes) == 13
     assert shapes[:4] == [(320, 64, 64)] * 3 + [(320, 32, 32)]
     assert shapes[-2:] == [(1280, 8, 8)] * 2
 
 
-def test_other_blocks_are_refused_by_name() -> None:
+def test_a_t2i_adapter_adds_what_those_of_stable_diffusion_and_its_xl_give() -> None:
+    from diffusers import T2IAdapter
+
+    for config, kind, factor in ((SD, "full_adapter", 8), (XL, "full_adapter_xl", 16)):
+        channels = [*config["block_out_channels"], 1280][:4]
+        made = T2IAdapter(channels=channels, downscale_factor=factor, adapter_type=kind)
+        features = [tuple(x.shape[1:]) for x in made(torch.zeros(1, 3, 256, 256))]
+        expected = [x.shape(32, 32) for x in adapter_residuals(config).values()]
+        assert features == expected[: len(features)], kind
+
+
+@pytest.mark.parametrize("residuals", [controlnet_residuals, adapter_residuals])
+def test_other_blocks_are_refused_by_name(residuals: Any) -> None:
     with refused("AttnDownBlock2D"):
-        controlnet_residuals({**UNET, "down_block_types": ("AttnDownBlock2D", "DownBlock2D")})
+        residuals({**UNET, "down_block_types": ("AttnDownBlock2D", "DownBlock2D")})
 
 
 def test_the_inputs_are_diffusers_own_arguments(unet: nn.Module, recorded: Trajectories) -> None:
@@ -145,10 +163,14 @@ def test_the_inputs_are_diffusers_own_arguments(unet: nn.Module, recorded: Traje
 
     inputs = inputs_of(recorded)
     named = {name: inputs.pop(name) for name in RESIDUALS}
-    down = tuple(value for name, value in named.items() if name.startswith("down"))
+    down, inside = (
+        [value for name, value in named.items() if name.startswith(f"down_{kind}_")]
+        for kind in ("block", "intrablock")
+    )
     arguments = {
-        "down_block_additional_residuals": down,
+        "down_block_additional_residuals": tuple(down),
         "mid_block_additional_residual": named["mid_block_additional_residual"],
+        "down_intrablock_additional_residuals": inside,
     }
     assert unpacked(arguments).keys() == named.keys()
     theirs = UNet2DConditionModel.forward(unet, **inputs, **arguments).sample  # type: ignore[arg-type]

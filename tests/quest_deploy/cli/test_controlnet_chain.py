@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -21,11 +22,14 @@ from quest_deploy.models.residuals import unet_residuals
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import PipelineUNet
 from tests.helpers import refused
-from tests.pipelines import controlled, controlnet
+from tests.pipelines import controlled, controlnet, t2i_adapter
+from tests.quest_deploy.serving.local import LocalPipeline
 from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.quest_deploy.conftest import Chain
 
 BACKEND = "onnxruntime"
 SHORT = ["--samples", "2", "--steps", "4", "--buckets", "2"]
@@ -147,8 +151,6 @@ def test_the_other_commands_run_on_it_without_a_controlnet(calibrated: Path) -> 
     assert np.isfinite(pipeline("a cat", num_inference_steps=2, output_type="np").images).all()
     shown = cli("inspect", calibrated / GRAPH)
     assert "mid_block_additional_residual" in shown.out
-    ended = cli("package", "-w", calibrated, "--triton", calibrated.parent / "package")
-    ended.assert_refused("--no-controlnet-inputs")
 
 
 @pytest.mark.slow
@@ -176,6 +178,28 @@ def test_a_workspace_without_one_gets_the_inputs_by_export_alone_and_loses_them_
     ok("build-engine", w=root)
     with refused("--controlnet-inputs"):
         quest_deploy.load_pipeline(root, BACKEND, controlnet=folders[1])
+
+
+@pytest.mark.slow
+def test_a_t2i_adapter_goes_the_same_way(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    root, net = tmp_path / "ws", t2i_adapter(tmp_path / "adapter", folders[0])
+    ok("calibrate", "--model", folders[0], "--bits", "w8a8", "--t2i-adapter", net, w=root)
+    residuals = Trajectories.load(root / TRAJECTORIES).residuals
+    assert len(residuals) == 3
+    assert not residuals.pop("down_intrablock_additional_residual_2").any()  # the middle block's
+    assert all(x.any() for x in residuals.values())
+    for step in ("export", "reference", "build-engine"):
+        ok(step, w=root)
+    assert ok("verify", w=root)["passed"]
+    ours = quest_deploy.load_pipeline(root, BACKEND, adapter=net)
+    theirs = diffusers.StableDiffusionAdapterPipeline.from_pretrained(
+        folders[0], adapter=ours.adapter, safety_checker=None, requires_safety_checker=False
+    )
+    assert np.abs(draw(ours) - draw(theirs)).mean() < 0.02
+    with refused("--controlnet-inputs"):
+        quest_deploy.load_pipeline(root, BACKEND, controlnet=folders[1])
+    ended = cli("package", "-w", root, "--triton", tmp_path / "package")
+    ended.assert_refused("--no-t2i-adapter-inputs")
 
 
 def test_controlnets_that_cannot_be_are_refused_before_anything_is_sampled(
@@ -206,7 +230,7 @@ def test_a_model_without_text_takes_no_controlnet(
     ended = cli(
         "calibrate", "-w", tmp_path / "ws", "--model", pipelines("ldm"), "--controlnet", folders[1]
     )
-    ended.assert_refused("--controlnet", "text-to-image")
+    ended.assert_refused("ControlNetModel", "text-to-image")
     ended = cli(
         "export", "-w", tmp_path / "ws2", "--model", pipelines("ldm"), "--controlnet-inputs"
     )
@@ -233,3 +257,84 @@ def test_a_controlnet_that_adds_nothing_is_refused(
         tmp_path / "net",
     )
     ended.assert_refused("--controlnet", "zero")
+
+
+@pytest.fixture(scope="module")
+def package(calibrated: Path, folders: tuple[Path, Path]) -> Path:
+    """The workspace's package with the ControlNet."""
+    folder = calibrated.parent / "triton"
+    made = ok("package", "--triton", folder, "--controlnet", folders[1], w=calibrated)
+    assert made["models"] == ["controlnet", "text_encoder", "unet", "vae_decoder"]
+    return folder
+
+
+def png_of(image: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("size", [(16, 16), (24, 16)])
+def test_a_packages_image_is_the_one_of_diffusers_pipeline(
+    calibrated: Path,
+    folders: tuple[Path, Path],
+    package: Path,
+    size: tuple[int, int],
+    guidance: float,
+) -> None:
+    local = LocalPipeline(package)
+    pipeline = quest_deploy.load_pipeline(calibrated, BACKEND, controlnet=folders[1])
+    pipeline.set_progress_bar_config(disable=True)
+    height, width = size
+    given = {"prompt": "a red cat", "seed": 5, "steps": 3, "height": height, "width": width}
+    control = {"control_image": png_of(EDGES), "control_scale": 0.5}
+    found = local.draw(**given, guidance=guidance, **control)
+    expected = pipeline(
+        "a red cat",
+        image=EDGES,
+        controlnet_conditioning_scale=0.5,
+        height=height,
+        width=width,
+        guidance_scale=guidance,
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]
+    assert np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
+    without = local.draw(**given, guidance=guidance)
+    assert np.abs(found.astype(int) - without.astype(int)).max() > 1
+    nothing = local.draw(**given, guidance=guidance, **{**control, "control_scale": 0.0})
+    np.testing.assert_array_equal(nothing, without)
+
+
+@pytest.mark.slow
+def test_control_images_beyond_the_limits_are_refused(package: Path) -> None:
+    local = LocalPipeline(package)
+    refusal = local.generation.InvalidRequestError
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"control_image": b"no image"}, "control_image"),
+        ({"control_image": bytes(local.generation.MAX_IMAGE_BYTES + 1)}, "control_image"),
+        ({"control_image": png_of(EDGES), "control_scale": -0.1}, "control_scale"),
+        ({"control_image": png_of(EDGES), "control_scale": 11.0}, "control_scale"),
+        ({"control_image": png_of(EDGES), "control_scale": float("nan")}, "control_scale"),
+    ]
+    for given, fact in cases:
+        with pytest.raises(refusal, match=fact):
+            local.draw(prompt="a cat", steps=1, **given)
+
+
+@pytest.mark.slow
+def test_a_package_takes_a_controlnet_exactly_where_the_graph_does(
+    calibrated: Path, folders: tuple[Path, Path], text_chain: Chain
+) -> None:
+    folder = calibrated.parent / "other"
+    ended = cli("package", "-w", calibrated, "--triton", folder)
+    ended.assert_refused("--controlnet", "--no-controlnet-inputs")
+    given = ["--controlnet", folders[1]]
+    ended = cli("package", "-w", text_chain.root, "--triton", folder, *given)
+    ended.assert_refused("--controlnet-inputs")
+    wrong = controlnet(calibrated.parent / "wrong", folders[0], layers_per_block=2)
+    ended = cli("package", "-w", calibrated, "--triton", folder, "--controlnet", wrong)
+    ended.assert_refused("shapes")
+    assert not folder.exists()

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from quest_deploy.models.control_images import edges
-from quest_deploy.models.controlnets import check_fits, load_controlnet
+from quest_deploy.models.controls import load_control
 from quest_deploy.models.image_inputs import made_image
 from quest_deploy.models.loading import resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
-from quest_deploy.models.residuals import unet_residuals
+from quest_deploy.models.residuals import CONTROLNET, KINDS, T2I_ADAPTER, unet_residuals
 from quest_deploy.serving.pipeline import PipelineUNet
 from tests.helpers import refused
-from tests.pipelines import controlnet
+from tests.pipelines import controlnet, t2i_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,9 @@ class FloatEngine:
 
     def __init__(self, model: PipelineModel) -> None:
         self.unet = model.load_unet()
-        self.added = dict.fromkeys(unet_residuals(model.config), 1)
+        self.added = dict.fromkeys(
+            (name for kind in KINDS for name in unet_residuals(model.config, kind)), 1
+        )
 
     def __call__(self, sample: Any, timestep: Any, **conditions: Any) -> Any:
         return self.unet(sample, timestep, **conditions, return_dict=False)[0]
@@ -89,7 +91,9 @@ def test_around_an_engine_that_predicts_as_the_unet_it_draws_as_diffusers_own(
 ) -> None:
     name, expected, options = CASES[case]
     model = PipelineModel(resolve_source(str(pipelines(name))))
-    loaded = [load_controlnet(path, model) for path in nets(name, 2 if case == "two" else 1)]
+    loaded = [
+        load_control(path, model, CONTROLNET) for path in nets(name, 2 if case == "two" else 1)
+    ]
     given: Any = loaded if len(loaded) > 1 else loaded[0]
     engine: Any = FloatEngine(model)
     ours = model.load_pipeline(unet=PipelineUNet(engine, model.config), controlnet=given)
@@ -109,6 +113,40 @@ def test_around_an_engine_that_predicts_as_the_unet_it_draws_as_diffusers_own(
     assert np.abs(image - draw(without, **plain)).max() > 1e-3  # it is controlled
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("controlled", "StableDiffusionAdapterPipeline"),
+        ("controlled-xl", "StableDiffusionXLAdapterPipeline"),
+    ],
+)
+def test_with_a_t2i_adapter_it_draws_as_diffusers_own(
+    pipelines: Callable[[str], Path], tmp_path: Path, name: str, expected: str
+) -> None:
+    model = PipelineModel(resolve_source(str(pipelines(name))))
+    adapter = load_control(t2i_adapter(tmp_path / "net", pipelines(name)), model, T2I_ADAPTER)
+    engine: Any = FloatEngine(model)
+    ours = model.load_pipeline(unet=PipelineUNet(engine, model.config), adapter=adapter)
+    assert type(ours).__name__ == expected
+    without = {} if "xl" in name else {"safety_checker": None, "requires_safety_checker": False}
+    theirs = getattr(diffusers, expected).from_pretrained(model.folder, adapter=adapter, **without)
+    options: dict[str, Any] = {"image": EDGES, "adapter_conditioning_scale": 0.8}
+    image = draw(ours, **options)
+    np.testing.assert_allclose(image, draw(theirs, **options), atol=1e-5)
+    assert np.abs(image - draw(ours, image=EDGES, adapter_conditioning_scale=0.0)).max() > 1e-3
+
+
+def test_a_t2i_adapter_for_another_unet_is_refused(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = PipelineModel(resolve_source(str(pipelines("controlled"))))
+    folder = t2i_adapter(tmp_path / "net", pipelines("controlled-xl"))
+    with refused(folder, "shapes"):
+        load_control(folder, model, T2I_ADAPTER)
+    with refused("ControlNetModel", "T2IAdapter"):
+        load_control(folder, model, CONTROLNET)
+
+
 def test_an_engine_without_the_inputs_refuses_what_a_controlnet_adds(
     pipelines: Callable[[str], Path], nets: Callable[[str, int], list[Path]]
 ) -> None:
@@ -117,7 +155,7 @@ def test_an_engine_without_the_inputs_refuses_what_a_controlnet_adds(
     engine.added = {}
     (path,) = nets("controlled", 1)
     unet = PipelineUNet(engine, model.config)
-    pipeline = model.load_pipeline(unet=unet, controlnet=load_controlnet(path, model))
+    pipeline = model.load_pipeline(unet=unet, controlnet=load_control(path, model, CONTROLNET))
     with refused("down_block_additional_residuals", "--controlnet-inputs"):
         draw(pipeline, image=EDGES)
 
@@ -139,7 +177,7 @@ def test_a_controlnet_for_another_unet_is_refused_by_what_differs(
     folder = controlnet(tmp_path / "net", pipelines("controlled"), **changes)
     model = PipelineModel(resolve_source(str(pipelines("controlled"))))
     with refused(folder, *facts):
-        load_controlnet(folder, model)
+        load_control(folder, model, CONTROLNET)
 
 
 def test_the_controlnet_of_another_family_is_refused(
@@ -147,11 +185,10 @@ def test_the_controlnet_of_another_family_is_refused(
 ) -> None:
     model = PipelineModel(resolve_source(str(pipelines("controlled-xl"))))
     (path,) = nets("controlled", 1)
-    config = diffusers.ControlNetModel.load_config(path)
-    with refused("addition_embed_type", "shapes"):
-        check_fits(config, model, str(path))
+    with refused(path, "addition_embed_type", "shapes"):
+        load_control(path, model, CONTROLNET)
     with refused("ControlNetModel", "UNet2DConditionModel"):
-        load_controlnet(model.folder / "unet", model)
+        load_control(model.folder / "unet", model, CONTROLNET)
 
 
 def test_edges_are_thin_and_where_the_shades_change() -> None:
