@@ -51,7 +51,7 @@ from quest_deploy.models.image_inputs import (
     read_images,
 )
 from quest_deploy.models.loras import check_parts, fuse
-from quest_deploy.models.pipeline_classes import drawn_class
+from quest_deploy.models.pipeline_classes import CONTROLLED, controlled_class, drawn_class
 from quest_deploy.models.registry import (
     ARCHITECTURES,
     EMBEDDED,
@@ -307,10 +307,13 @@ class PipelineModel:
 
         Args:
             parts: by name, parts to take instead of the folder's; None leaves one away. Without
-                ``unet`` there is none.
+                ``unet`` there is none; with ``controlnet`` or ``adapter`` it is a pipeline that has
+                one.
         """
         self.require_weights("run as a pipeline")
         pipeline_class = self.pipeline_class()
+        for part in CONTROLLED.keys() & parts.keys():
+            pipeline_class = controlled_class(pipeline_class, part)
         given = {"unet": None, **parts}
         if "safety_checker" in self.index and "safety_checker" not in given:
             given |= {"safety_checker": None, "requires_safety_checker": False}
