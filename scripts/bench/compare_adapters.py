@@ -78,7 +78,6 @@ PICTURES, WITHOUT, FLOAT = "the pictures", "FP32 without", "FP32"
 """Rows: the real pictures as the decoder leaves them; the float model without and with an
 adapter.
 """
-_HALF = np.float32(127.5)
 
 
 class Adapter(StrEnum):
@@ -92,7 +91,6 @@ COLUMNS = {
     Adapter.LORA: {
         "distance_to_blue": ("distance to blue, of 255", "{:.2f}"),
         "frechet_distance": ("Fréchet distance to blue pictures", "{:.2f}"),
-        "top5": ("prompt of the 5 nearest", "{:.1%}"),
         "psnr": ("PSNR to FP32 with it, dB", "{:.2f}"),
         "ssim": ("SSIM to FP32 with it", "{:.3f}"),
     },
@@ -126,8 +124,8 @@ were calibrated without it.
 ![Each row's first images](lora.png)
 
 The distance to blue is the mean absolute difference of an image to its own blue form: 0 where it is
-blue. The judge learned from the pictures in their own colours, so that it knows fewer of the blue
-ones: its figures compare the rows of this table, and no others.
+blue. The judge learned from the pictures in their own colours and tells few blue ones apart, so the
+prompts are not looked for.
 
 ## A ControlNet that follows edges
 
@@ -378,7 +376,7 @@ def measure(
         rows = {PICTURES: decoded(plain, pictures.asked[:count])}
         drawn = {case.name: bench.drawn(case, Sketched.load(asked), adapter) for case in cases}
         judge = Judge(plain.judge_folder)
-        shown = {"edges": asked[:SHOWN, None].expand(-1, 3, -1, -1).numpy() / _HALF - 1}
+        shown = {"edges": (asked[:SHOWN, None].expand(-1, 3, -1, -1) / 127.5 - 1).numpy()}
     rows |= {WITHOUT: bench.drawn(float_case(plain), plain), **drawn}
     docs.mkdir(parents=True, exist_ok=True)
     shown |= {name: images[:SHOWN] for name, images in rows.items()}
