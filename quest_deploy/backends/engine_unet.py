@@ -48,6 +48,7 @@ class EngineUNet:
         """
         self._runner = runner
         self.sample_multiple = sample_multiple
+        self.pixels_per_latent = 1  # a pipeline's decoder says otherwise
         self._inputs = inputs
         self.added = dict(added or {})
 
@@ -95,9 +96,11 @@ class EngineUNet:
         feeds |= {name: self._zeros(name, sample) for name in self.added.keys() - feeds.keys()}
         self._check(feeds)
         if any(size % self.sample_multiple for size in sample.shape[2:]):
+            multiple, factor = self.sample_multiple, self.pixels_per_latent
+            in_pixels = "" if factor == 1 else f" (images: of {multiple * factor} pixels)"
             raise InputError(
-                f"expected samples whose height and width are multiples of {self.sample_multiple}, "
-                f"found {list(sample.shape[2:])}"
+                f"expected samples whose height and width are multiples of {multiple}{in_pixels}, "
+                f"found {list(sample.shape[2:])}: the UNet halves them, and the engine pads nothing"
             )
         wrong = {name: len(value) for name, value in feeds.items() if len(value) != batch}
         if wrong:

@@ -153,6 +153,7 @@ def load_pipeline(
         parts = {**parts, part: _controls(parts[part], model, part)}
     unet = PipelineUNet(EngineUNet.load(opened, backend), model.config)
     pipeline = model.load_pipeline(**{"unet": unet, **parts})
+    unet.engine.pixels_per_latent = getattr(pipeline, "vae_scale_factor", 1)
     for name in _REFUSED_BY_PIPELINES:
         if hasattr(pipeline, name):
             setattr(pipeline, name, _refusal(name))
