@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 import numpy as np
 
 from quest_deploy.artifacts.workspace import ENGINES
-from quest_deploy.backends.base import LOWERED, engine_info, open_engine
+from quest_deploy.backends.base import ENGINE_FILE, LOWERED, engine_info, open_engine
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 
@@ -68,7 +68,7 @@ class EngineUNet:
         """
         from exporters.graph_info import load_graph
 
-        workspace.require(f"build-engine/{backend}")
+        workspace.require_recorded(f"build-engine/{backend}", f"{ENGINES}/{backend}/{ENGINE_FILE}")
         folder = workspace.path(ENGINES, backend)
         runner = open_engine(get_backend(backend), folder)
         graph = load_graph(folder / LOWERED)

@@ -171,6 +171,17 @@ class EngineOptions(Options):
         int,
         EngineOption("TensorRT: the largest batch.", minimum=1, backends=TENSORRT, ignored=True),
     ] = 16
+    compiled_batch: Annotated[
+        Sequence[int],
+        EngineOption(
+            "openvino: a batch, of inputs of the model's own sizes, that the engine opens for "
+            "without compiling; may be repeated.",
+            minimum=1,
+            default="2, an image with guidance",
+            recorded="compiled_batches",
+            backends=("openvino",),
+        ),
+    ] = (2,)
     dtype: Annotated[
         str,
         EngineOption(

@@ -22,7 +22,7 @@ from exporters.passes.fix_tokens import FixTokens
 from exporters.passes.remove_quantization import RemoveQuantization
 from exporters.passes.to_dtype import LOW_PRECISION_TYPES
 from exporters.passes.to_low_precision import ToLowPrecision
-from quest_deploy.backends.base import LOWERED, input_shapes
+from quest_deploy.backends.base import LOWERED, file_bytes, input_shapes
 from quest_deploy.backends.options import GATHERED, NATIVE, PLUGIN, EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
@@ -142,7 +142,7 @@ def benchmark_engine(
     footprints = []
     for i, (name, folder) in enumerate(folders.items()):
         peak = in_own_process(_peak_memory, backend.name, options, folder, feeds)
-        footprints.append(Footprint(name, _size(folder), peak))
+        footprints.append(Footprint(name, file_bytes(folder), peak))
         progress("measuring memory", i + 1, len(folders))
     medians = {(t.engine, t.batch): t.median_s for t in timings}
     sizes = {f.engine: f.file_bytes for f in footprints}
@@ -190,7 +190,7 @@ def _build_baseline(
         frozen_bucket = graph_info(model).scheme.buckets // 2 if name == STATIC else None
         model = backend.lower(model, options, frozen_bucket=frozen_bucket)
     save_graph(model, folder / LOWERED)
-    backend.compile(folder / LOWERED, folder, options, no_progress)
+    backend.compile(folder / LOWERED, folder, replace(options, compiled_batch=()), no_progress)
 
 
 def _feeds(graph: Path, batch: int, *, one_bucket: bool) -> dict[str, NDArray[np.float32]]:
@@ -247,7 +247,3 @@ def _peak_memory(
         for _ in range(2):
             runner.infer(feeds)
     return peak_memory()
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.name != "engine.json")

@@ -1,7 +1,7 @@
 """OpenVINO on the CPU: convolutions and linears as true INT8.
 
 The engine is the lowered graph itself: OpenVINO's own format would store the INT4 weights as INT8,
-twice the size.
+twice the size. Beside it lie its compiled forms without weights (see blobs.py), which open faster.
 """
 
 from __future__ import annotations
@@ -11,21 +11,30 @@ from typing import TYPE_CHECKING, Any
 
 from quest_deploy.backends.base import LOWERED, Runner, input_arrays, input_shapes, reason_of
 from quest_deploy.backends.cpu import CpuBackend
+from quest_deploy.backends.openvino.blobs import (
+    blob_path,
+    hold_all_but_weights,
+    keep_form,
+    kept_forms,
+    open_form,
+    usual_shapes,
+    weightless,
+)
 from quest_deploy.backends.openvino.precision import runtime_precisions
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.files import gathered
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import onnx_ir as ir
     from numpy.typing import NDArray
 
     from exporters.exactness import Exactness
+    from quest_deploy.backends.openvino.blobs import Shapes
     from quest_deploy.progress import Progress
-
-    Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 """openvino's name of each dtype that what is not INT8 may run in."""
@@ -61,22 +70,36 @@ class OpenVinoBackend(CpuBackend):
         options: EngineOptions,
         progress: Progress,
     ) -> None:
-        """Compile it once: what openvino refuses is refused now."""
-        progress("compiling with openvino", 0, 1)
-        compile_graph(lowered, options)
-        progress("compiling with openvino", 1, 1)
+        """Compile it once: what openvino refuses is refused now. What was compiled for
+        ``options.compiled_batch`` is kept.
+        """
+        from exporters.graph_info import load_graph
+        from quest_deploy.backends.exactness import kernels_key
+
+        batches = options.compiled_batch
+        progress("compiling with openvino", 0, max(1, len(batches)))
+        if not batches:
+            compile_graph(lowered, options)
+            progress("compiling with openvino", 1, 1)
+            return
+        model = load_graph(lowered)
+        for i, batch in enumerate(batches):
+            shapes = usual_shapes(model, batch)
+            compiled = compile_graph(lowered, options, shapes, fuse=_fuses(model), kept=True)
+            config = _config(options) | weightless(lowered)
+            keep_form(compiled, blob_path(folder, batch, kernels_key(self)), config)
+            progress("compiling with openvino", i + 1, len(batches))
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
         """With all kernels, but for float graphs that openvino crashes on, the benchmark's: see
         :func:`fusing_crashes`.
         """
         from exporters.graph_info import load_graph
+        from quest_deploy.backends.exactness import kernels_key
 
-        lowered = load_graph(folder / LOWERED)
-        in_float = all(node.op_type != "DequantizeLinear" for node in lowered.graph)
-        return _OpenVinoRunner(
-            folder / LOWERED, options, fuse=not (in_float and fusing_crashes(lowered))
-        )
+        model = load_graph(folder / LOWERED)
+        forms = kept_forms(folder, model, options.compiled_batch, kernels_key(self))
+        return _OpenVinoRunner(folder / LOWERED, options, fuse=_fuses(model), forms=forms)
 
     def open_segments(self, folder: Path, options: EngineOptions) -> Runner:
         """With the kernels that the engine has, but for graphs that openvino crashes on: see
@@ -97,6 +120,25 @@ class OpenVinoBackend(CpuBackend):
         shapes = input_shapes(lowered, 1)
         compiled = compile_graph(folder / LOWERED, options, tuple(shapes.items()))
         return runtime_precisions(compiled.get_runtime_model(), multiplications(lowered, shapes))
+
+
+def _fuses(lowered: ir.Model) -> bool:
+    """Whether openvino may fuse what it likes in an engine's graph."""
+    in_float = all(node.op_type != "DequantizeLinear" for node in lowered.graph)
+    return not (in_float and fusing_crashes(lowered))
+
+
+def _config(options: EngineOptions) -> dict[str, Any]:
+    """The settings that every engine is compiled and read with."""
+    # Without the group size of 0 a float activation that meets a dequantized weight is quantized to
+    # 8 bits, silently.
+    config: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": HINTS[options.dtype],
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    }
+    if options.threads:
+        config["INFERENCE_NUM_THREADS"] = options.threads
+    return config
 
 
 def fusing_crashes(segments: ir.Model) -> bool:
@@ -121,26 +163,23 @@ def compile_graph(
     *,
     fuse: bool = True,
     profile: bool = False,
+    kept: bool = False,
 ) -> Any:
     """Compile the graph at ``path``, for fixed input shapes if given; ``profile`` makes each run
-    time its nodes.
+    time its nodes, ``kept`` is for what is written to a file.
     """
     import openvino
 
-    core = openvino.Core()
-    # Without the group size of 0 a float activation that meets a dequantized weight is quantized to
-    # 8 bits, silently.
-    config: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": HINTS[options.dtype],
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-    }
+    core, config = openvino.Core(), _config(options)
     if profile:
         config["PERF_COUNT"] = True
-    if options.threads:
-        config["INFERENCE_NUM_THREADS"] = options.threads
+    if kept:
+        config |= weightless(path)
     try:
         with gathered(path, f"{path.name}.data") as graph:
             model = core.read_model(graph)
+        if kept:
+            hold_all_but_weights(model, path)
         if shapes is not None:
             model.reshape({name: list(shape) for name, shape in shapes})
         _forward_halves(model)
@@ -197,8 +236,19 @@ class _OpenVinoRunner(Runner):
     graph with a dynamic batch was seen to take twice as long.
     """
 
-    def __init__(self, path: Path, options: EngineOptions, *, fuse: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        options: EngineOptions,
+        *,
+        fuse: bool = True,
+        forms: Mapping[Shapes, Path] | None = None,
+    ) -> None:
+        """Run the graph at ``path``; ``forms`` are its compiled ones, by the shapes of the
+        inputs.
+        """
         self._path, self._options, self._fuse = path, options, fuse
+        self._forms = forms or {}
         self._requests: OrderedDict[Shapes, Any] = OrderedDict()
 
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -215,10 +265,15 @@ class _OpenVinoRunner(Runner):
 
     def _request(self, shapes: Shapes) -> Any:
         if shapes not in self._requests:
-            self._requests[shapes] = compile_graph(
-                self._path, self._options, shapes, fuse=self._fuse
-            ).create_infer_request()
+            self._requests[shapes] = self._compiled(shapes).create_infer_request()
             while len(self._requests) > KEPT_SHAPES:
                 self._requests.popitem(last=False)
         self._requests.move_to_end(shapes)
         return self._requests[shapes]
+
+    def _compiled(self, shapes: Shapes) -> Any:
+        if (form := self._forms.get(shapes)) is not None:
+            found = open_form(form, _config(self._options) | weightless(self._path))
+            if found is not None:
+                return found
+        return compile_graph(self._path, self._options, shapes, fuse=self._fuse)

@@ -331,7 +331,7 @@ def test_what_a_runtime_refuses_is_one_error_of_one_line(
     facts = ["Foo"] if unknown and backend == "onnxruntime" else []
     with refused(backend, tmp_path / LOWERED, *facts, error=QuestDeployError) as caught:
         get_backend(backend).compile(
-            tmp_path / LOWERED, tmp_path, EngineOptions(), lambda *progress: None
+            tmp_path / LOWERED, tmp_path, EngineOptions(compiled_batch=()), lambda *progress: None
         )
     assert "\n" not in str(caught.value)
     assert "core.cpp" not in str(caught.value)
