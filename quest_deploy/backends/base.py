@@ -37,7 +37,7 @@ FORMAT = "quest-deploy engine"
 VERSION = 2
 ENGINE_FILE = "engine.json"
 LOWERED = "lowered.onnx"
-REPAIR = "run `quest-deploy build-engine` again"
+REPAIR = "run `quest-deploy build-engine` again, or `quest-deploy build-parts`, whichever built it"
 
 
 @validated("an engine's runtime")

@@ -31,6 +31,7 @@ from quest_deploy.models.residuals import (
     kind_of,
     unpacked,
 )
+from quest_deploy.serving.parts import engine_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -115,7 +116,8 @@ def load_pipeline(
 
     The pipeline's class is the one that the model's folder names. Text encoders, decoder,
     tokenizers and scheduler come from there, with the LoRAs of the workspace; the safety checker
-    does not, unless it is given.
+    does not, unless it is given. Where `quest-deploy build-parts` has run for ``backend``, text
+    encoders and VAE are its engines, but for what is given in ``parts``.
 
     >>> pipeline = load_pipeline("quest-out/sd15-w4a4", "openvino")               # doctest: +SKIP
     >>> pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
@@ -151,7 +153,8 @@ def load_pipeline(
             raise InputError(f"{part}: {_not_exported(_PARTS[part])}")
         parts = {**parts, part: _controls(parts[part], model, part)}
     unet = PipelineUNet(EngineUNet.load(opened, backend), model.config)
-    pipeline = model.load_pipeline(**{"unet": unet, **parts})
+    beside = engine_parts(opened, backend, without=parts)
+    pipeline = model.load_pipeline(**{"unet": unet, **beside, **parts})
     unet.engine.pixels_per_latent = getattr(pipeline, "vae_scale_factor", 1)
     for name in _REFUSED_BY_PIPELINES:
         if hasattr(pipeline, name):

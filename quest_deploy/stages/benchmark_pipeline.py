@@ -13,6 +13,7 @@ from exporters.graph_info import load_graph
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.engine_unet import EngineUNet
+from quest_deploy.backends.parts import built_parts
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.evaluation.benchmark import FP32, QUANTIZED
@@ -21,6 +22,7 @@ from quest_deploy.evaluation.pipeline_benchmark import draw_in_turn, timing_of
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.processes import in_own_process
+from quest_deploy.serving.parts import engine_parts
 from quest_deploy.serving.pipeline import PipelineUNet
 from quest_deploy.stages.generate import call_arguments
 from quest_deploy.stages.options import GenerateOptions
@@ -61,7 +63,7 @@ def time_images(
     model = load_model(workspace.source)
     of_engine = engine_options, sample_multiple, drawing
     pipelines = {
-        name: _pipeline(model, options.backend, folder, *of_engine)
+        name: _pipeline(workspace, model, options.backend, folder, *of_engine)
         for name, folder in folders.items()
     }
     arguments = call_arguments(pipelines[QUANTIZED], model, drawing)
@@ -84,12 +86,14 @@ def time_images(
         "draws": runs,
         "height": height,
         "width": width,
+        "parts": sorted(built_parts(workspace, options.backend)),
         "engines": [asdict(each) for each in timings],
         "speedup_over_fp32": totals[FP32] / totals[QUANTIZED],
     }
 
 
 def _pipeline(
+    workspace: Workspace,
     model: PipelineModel,
     backend: str,
     folder: Path,
@@ -97,10 +101,11 @@ def _pipeline(
     sample_multiple: int,
     drawing: GenerateOptions,
 ) -> Any:
-    """The model's pipeline with the engine in ``folder`` as its UNet."""
+    """The model's pipeline with the engine in ``folder`` as its UNet, and those of its parts."""
     runner = get_backend(backend).open(folder, options)
     engine = EngineUNet.of_graph(runner, sample_multiple, load_graph(folder / LOWERED))
-    pipeline = model.load_pipeline(unet=PipelineUNet(engine, model.config))
+    unet, beside = PipelineUNet(engine, model.config), engine_parts(workspace, backend)
+    pipeline = model.load_pipeline(unet=unet, **beside)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = model.load_scheduler(drawing.scheduler)
     return pipeline
@@ -119,7 +124,8 @@ def _peak_memory(
     sample_multiple: int,
     drawing: GenerateOptions,
 ) -> int:
-    model = load_model(Workspace.open(root).source)
-    pipeline = _pipeline(model, backend, folder, options, sample_multiple, drawing)
+    workspace = Workspace.open(root)
+    model = load_model(workspace.source)
+    pipeline = _pipeline(workspace, model, backend, folder, options, sample_multiple, drawing)
     pipeline(**_seeded(call_arguments(pipeline, model, drawing), drawing))
     return peak_memory()

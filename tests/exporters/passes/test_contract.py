@@ -15,6 +15,7 @@ from exporters.graph_info import BUCKET
 from exporters.passes.avoid_saturation import AvoidSaturation
 from exporters.passes.balance_scales import BalanceScales
 from exporters.passes.center_weights import CenterWeights
+from exporters.passes.compress_weights import CompressWeights
 from exporters.passes.constant_reshapes import ConstantReshapes
 from exporters.passes.contract import dequantizers, quantizer_nodes
 from exporters.passes.conv_to_matmul import ConvToMatMul
@@ -39,6 +40,7 @@ from exporters.passes.to_low_precision import ToLowPrecision
 from exporters.passes.unsigned_activations import UnsignedActivations
 from exporters.passes.unsigned_codes import UnsignedCodes
 from exporters.passes.widen_int4 import WidenInt4
+from tests.exporters.passes.test_compress_weights import of_matmul
 from tests.exporters.passes.test_constant_reshapes import reshaping
 from tests.exporters.passes.test_fix_tokens import attending
 from tests.exporters.passes.test_forward_slices import sliced
@@ -135,6 +137,7 @@ BROKEN_NEEDS: list[tuple[ir.passes.InPlacePass, Callable[[], ir.Model]]] = [
         CenterWeights(signed_zero_points=True),
         lambda: changed(dequantized, compute_zero_points),
     ),
+    (CompressWeights(), portable),
     (ConvToMatMul(), dequantized),
     (DequantizeCasts(), lambda: changed(portable, rename_a_product)),
     (ExpandTimestepQuantize(), lambda: changed(dequantized, compute_a_scale)),
@@ -161,6 +164,7 @@ WORK: list[tuple[ir.passes.InPlacePass, Callable[[], ir.Model]]] = [
     (AvoidSaturation(EXACT_ANYWHERE), expanded),
     (BalanceScales(), dequantized),
     (CenterWeights(signed_zero_points=True), expanded),
+    (CompressWeights(), of_matmul),
     (
         ConstantReshapes(),
         lambda: reshaping("kept = Shape <start = 0, end = 2> (x)", "kept, four, two"),
