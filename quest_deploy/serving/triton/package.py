@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from exporters.graph_info import added_inputs, graph_info, load_graph
 from quest_deploy import __version__
 from quest_deploy.artifacts.workspace import GRAPH
+from quest_deploy.backends.parts import VAE_DECODER, VAE_ENCODER
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder, read_json, sha256_of, write_json
 from quest_deploy.models.controls import load_control
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.residuals import CONTROLNET, T2I_ADAPTER, kind_of, unet_residuals
 from quest_deploy.progress import no_progress
+from quest_deploy.serving.part_graphs import TOKENIZERS, PartGraphs
 from quest_deploy.serving.triton.layout import FILES, Layout
 from quest_deploy.serving.triton.models import (
     write_controlnet,
@@ -85,6 +87,7 @@ def write_package(
         raise InputError(
             f"--max-batch {options.max_batch}: an image with guidance is {rows} rows at once"
         )
+    parts = PartGraphs(workspace, model)
     with atomic_folder(folder) as made:
         graph = load_graph(workspace.path(GRAPH))
         info = graph_info(graph)
@@ -102,14 +105,15 @@ def write_package(
         if of_text:
             progress("text encoder", len(signatures), total)
             pipeline = model.load_pipeline(vae=None)
-            signatures["text_encoder"] = write_text_encoder(layout, pipeline)
+            encoders = (name for name in TOKENIZERS if getattr(pipeline, name, None) is not None)
+            signatures["text_encoder"] = write_text_encoder(layout, list(map(parts.load, encoders)))
         if decoder is not None:
             progress("decoder", len(signatures), total)
-            signatures["vae_decoder"] = write_decoder(layout, decoder)
+            signatures["vae_decoder"] = write_decoder(layout, parts.load(VAE_DECODER))
         if takes_image:
             progress("encoder", len(signatures), total)
             scale = model.image_scale(decoder)
-            signatures["vae_encoder"] = write_encoder(layout, decoder, scale)
+            signatures["vae_encoder"] = write_encoder(layout, parts.load(VAE_ENCODER), scale)
         if net is not None:
             progress("ControlNet", len(signatures), total)
             conditions = model.null_conditions(2)
