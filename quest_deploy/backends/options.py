@@ -182,6 +182,14 @@ class EngineOptions(Options):
             backends=("openvino",),
         ),
     ] = (2,)
+    compiled_weights: Annotated[
+        bool,
+        EngineOption(
+            "openvino: keep the weights with what was compiled, as INT8: more than twice the size "
+            "on disk, nearly half the memory.",
+            backends=("openvino",),
+        ),
+    ] = False
     dtype: Annotated[
         str,
         EngineOption(

@@ -18,7 +18,7 @@ from quest_deploy.backends.openvino.blobs import (
     kept_forms,
     open_form,
     usual_shapes,
-    weightless,
+    weights_config,
 )
 from quest_deploy.backends.openvino.precision import runtime_precisions
 from quest_deploy.backends.options import EngineOptions
@@ -86,7 +86,7 @@ class OpenVinoBackend(CpuBackend):
         for i, batch in enumerate(batches):
             shapes = usual_shapes(model, batch)
             compiled = compile_graph(lowered, options, shapes, fuse=_fuses(model), kept=True)
-            config = _config(options) | weightless(lowered)
+            config = _config(options) | weights_config(lowered, options)
             keep_form(compiled, blob_path(folder, batch, kernels_key(self)), config)
             progress("compiling with openvino", i + 1, len(batches))
 
@@ -174,7 +174,7 @@ def compile_graph(
     if profile:
         config["PERF_COUNT"] = True
     if kept:
-        config |= weightless(path)
+        config |= weights_config(path, options)
     try:
         with gathered(path, f"{path.name}.data") as graph:
             model = core.read_model(graph)
@@ -250,6 +250,7 @@ class _OpenVinoRunner(Runner):
         self._path, self._options, self._fuse = path, options, fuse
         self._forms = forms or {}
         self._requests: OrderedDict[Shapes, Any] = OrderedDict()
+        self._contents: list[Any] = []
 
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         request = self._request(tuple((name, value.shape) for name, value in sorted(feeds.items())))
@@ -273,7 +274,9 @@ class _OpenVinoRunner(Runner):
 
     def _compiled(self, shapes: Shapes) -> Any:
         if (form := self._forms.get(shapes)) is not None:
-            found = open_form(form, _config(self._options) | weightless(self._path))
+            config = _config(self._options) | weights_config(self._path, self._options)
+            found, content = open_form(form, config)
             if found is not None:
+                self._contents.append(content)
                 return found
         return compile_graph(self._path, self._options, shapes, fuse=self._fuse)

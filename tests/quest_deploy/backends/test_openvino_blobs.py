@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import quest_deploy as qd
 from quest_deploy.artifacts.reference import load_reference
 from quest_deploy.artifacts.workspace import CALIBRATED, TRAJECTORIES, Workspace
 from quest_deploy.backends import exactness
@@ -41,6 +42,15 @@ def feeds(batch: int = BATCH) -> dict[str, np.ndarray]:
         "sample": rng.standard_normal((batch, 2, 4, 4)).astype(np.float32),
         "timestep": np.linspace(10, 990, batch).astype(np.float32),
         "encoder_hidden_states": rng.standard_normal((batch, 3, 8)).astype(np.float32),
+    }
+
+
+def emoji_feeds() -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    return {
+        "sample": generator.standard_normal((2, 8, 8, 8), np.float32),
+        "timestep": np.asarray([5, 700], np.float32),
+        "encoder_hidden_states": generator.standard_normal((2, 24, 128), np.float32),
     }
 
 
@@ -107,12 +117,7 @@ def test_a_batch_that_has_no_form_is_compiled(engine: Path) -> None:
 def test_a_form_takes_the_weights_from_the_file_beside_the_graph(workspace: Path) -> None:
     engine = workspace / "engines" / "openvino"
     data, (form,) = engine / f"{LOWERED}.data", forms(engine)
-    generator, options = np.random.default_rng(0), engine_info(engine).options
-    inputs = {
-        "sample": generator.standard_normal((2, 8, 8, 8), np.float32),
-        "timestep": np.asarray([5, 700], np.float32),
-        "encoder_hidden_states": generator.standard_normal((2, 24, 128), np.float32),
-    }
+    inputs, options = emoji_feeds(), engine_info(engine).options
 
     def found() -> np.ndarray:
         with OPENVINO.open(engine, options) as runner:
@@ -125,6 +130,23 @@ def test_a_form_takes_the_weights_from_the_file_beside_the_graph(workspace: Path
     form.write_bytes(content)
     data.write_bytes(bytes(data.stat().st_size))
     assert not np.array_equal(opened, found())
+
+
+def test_a_form_that_holds_the_weights_gives_the_same_bits_and_needs_no_other_file(
+    workspace: Path,
+) -> None:
+    engine = workspace / "engines" / "openvino"
+    inputs = emoji_feeds()
+    with OPENVINO.open(engine, engine_info(engine).options) as runner:
+        expected = next(iter(runner.infer(inputs).values()))
+    small = forms(engine)[0].stat().st_size
+    qd.build_engine(workspace, compiled_weights=True)
+    (form,) = forms(engine)
+    data = engine / f"{LOWERED}.data"
+    assert form.stat().st_size > small + data.stat().st_size
+    data.write_bytes(bytes(data.stat().st_size))
+    with OPENVINO.open(engine, engine_info(engine).options) as runner:
+        np.testing.assert_array_equal(next(iter(runner.infer(inputs).values())), expected)
 
 
 def test_every_form_is_hashed_and_a_changed_one_refused(engine: Path) -> None:
