@@ -180,6 +180,7 @@ class EngineOptions(Options):
             default="2, an image with guidance",
             recorded="compiled_batches",
             backends=("openvino",),
+            ignored=True,
         ),
     ] = (2,)
     compiled_weights: Annotated[

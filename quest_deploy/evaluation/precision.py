@@ -87,8 +87,8 @@ class Sizes:
     """In bytes.
 
     Attributes:
-        graph: the ONNX file with its weights. engine: all files of the engine's folder; None for a
-            graph.
+        graph: the ONNX file with its weights. engine: see
+            :func:`quest_deploy.backends.base.file_bytes`; None for a graph.
         fp16: every parameter of the float model, which has no branches, in two bytes.
         ideal: the layers' weights at the bits asked for (half a byte at 4 bits, one at 8), every
             other parameter in two bytes, and no scales.

@@ -52,6 +52,7 @@ OPENERS = {
 """What reads a file, and ``torch.load`` and ``ir.load``."""
 OWN = {
     "models.plain_yaml:load_yaml": "a text, whose files' readers have kinds",
+    "backends.openvino.blobs:_weights_beside": "the graph that the same command has just lowered",
     "evaluation.retrieval:__init__": "the package's own file",
     "evaluation.perceptual:_state_dict": "another project's weights, by `weights_only` and its own tests",
     "models.loras:_beside": "a LoRA's small neighbour, by `read_json` and its own tests",
