@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.registry import EMBEDDED_FOLDER
 from scripts import make_emoji_adapters as script
 from scripts.make_emoji_model import encode_latents, take_parts
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from torch import nn
+
+
+SHIPPED = Path(__file__).parents[2] / "examples" / "adapters"
+STYLE, EDGES = SHIPPED / script.STYLE, SHIPPED / script.EDGES
 
 
 def squares(*tops: int) -> torch.Tensor:
@@ -47,6 +53,46 @@ def test_edges_are_where_a_shape_ends_and_nowhere_else() -> None:
 
 def test_a_picture_that_fills_its_frame_has_no_edges_at_the_frame() -> None:
     assert not script.edges_of(-torch.ones(1, 3, 64, 64)).any()
+
+
+def test_the_shipped_lora_is_small_and_fuses_as_diffusers_fuses_it() -> None:
+    assert STYLE.stat().st_size < 200_000
+    ours = load_model(resolve_source("emoji", loras=[str(STYLE)])).load_unet().state_dict()
+    plain = load_model(resolve_source("emoji")).load_unet().state_dict()
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(
+        EMBEDDED_FOLDER, torch_dtype=torch.float32
+    )
+    pipeline.load_lora_weights(SHIPPED, weight_name=script.STYLE)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    changed = [name for name in plain if not torch.equal(ours[name], plain[name])]
+    assert len(changed) == 70  # ten products in each of seven blocks
+    for name, theirs in pipeline.unet.state_dict().items():
+        torch.testing.assert_close(ours[name], theirs, rtol=1e-4, atol=1e-5)
+
+
+def controlnet() -> nn.Module:
+    made: nn.Module = ControlNetModel.from_pretrained(EDGES, torch_dtype=torch.float32).eval()
+    return made
+
+
+@torch.no_grad()
+def test_the_shipped_controlnet_is_small_and_makes_the_residuals_of_edges() -> None:
+    assert sum(path.stat().st_size for path in EDGES.iterdir()) < 4_000_000
+    sample, states = torch.zeros(2, 8, 8, 8), torch.zeros(2, 24, 128)
+    edges = script.edges_of(squares(10, 30))[:, None].expand(-1, 3, -1, -1) / 255
+    down, middle = controlnet()(
+        sample, torch.tensor(500), states, controlnet_cond=edges, return_dict=False
+    )
+    unet: Any = load_model(resolve_source("emoji")).load_unet()
+    unet(
+        sample,
+        torch.tensor(500),
+        states,
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=middle,
+    )
+    assert all((each[0] - each[1]).abs().max() > 1e-3 for each in (*down, middle))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 
 from quest_deploy.evaluation.retrieval import Judge
 from quest_deploy.evaluation.sampling import float_denoiser, sample_images
+from quest_deploy.files import read_json, sha256_of
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.registry import EMBEDDED_FOLDER
 from quest_deploy.quantization.model import QuantizedModel
@@ -142,3 +143,11 @@ def test_the_page_has_every_row_and_leaves_out_what_compares_no_noise() -> None:
     assert f"| the pictures | 1.25 | 3.25 | {dash} | {dash} |" in lines
     assert "| FP32 | 0.750 | 3.25 | 50.0% | same | 0.900 |" in lines
     assert "| W4A4 | 0.750 | 3.25 | 50.0% | 20.50 | 0.900 |" in lines
+
+
+def test_the_page_that_ships_is_that_of_the_figures_and_of_the_adapters_that_ship() -> None:
+    found = read_json(script.RESULTS)
+    assert (script.DOCS / "README.md").read_text(encoding="utf-8") == script.page(found)
+    for table in found.values():
+        for name, digest in table["adapter"].items():
+            assert sha256_of(script.ADAPTERS / name) == digest
