@@ -42,11 +42,13 @@ def recorded_inputs(
     """
     found = Trajectories.load(workspace.path(TRAJECTORIES))
     recorded = {kind_of(name) for name in found.residuals}
-    residuals = {
-        name: value for name, value in found.residuals.items() if wanted[kind_of(name)] is not False
-    }
+    config = {"_class_name": architecture.class_name, **architecture.config}
+    residuals: dict[str, Tensor] = {}
     for kind, given in wanted.items():
-        if given and kind not in recorded:
+        if kind in recorded and given is not False:
+            # The model's order: a file has the alphabet's, where 10 stands before 2.
+            residuals |= {name: found.residuals[name] for name in unet_residuals(config, kind)}
+        elif given:
             residuals |= _stand_ins(found, architecture, kind)
     return replace(found, residuals=residuals)
 
