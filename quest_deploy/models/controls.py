@@ -15,12 +15,13 @@ from torch import Tensor
 from quest_deploy.artifacts.scaled_folder import CONFIGURATION
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
-from quest_deploy.models.channels import EDITING
 from quest_deploy.models.control_images import edges
 from quest_deploy.models.image_inputs import read_image, resized
+from quest_deploy.models.pipeline_classes import controlled_class
 from quest_deploy.models.residuals import (
     CONTROLNET,
     INTRABLOCK,
+    PARTS,
     T2I_ADAPTER,
     controlnet_residuals,
     unet_residuals,
@@ -70,6 +71,11 @@ def check_fits(net: Any, model: PipelineModel, kind: str, where: str) -> None:
             f"{where}: expected a folder or a {expected.__name__}, found {type(net).__name__}"
         )
     _check_model(model, kind, where)
+    if net.config.get("global_pool_conditions"):
+        raise InputError(
+            f"{where}: expected residuals with a height and a width, and those of a "
+            f"{expected.__name__} with global_pool_conditions have none"
+        )
     shapes = unet_residuals(model.config, kind)
     wrong = (_wrong_adapter if kind == T2I_ADAPTER else _wrong_controlnet)(net, model, shapes)
     if wrong:
@@ -80,11 +86,10 @@ def check_fits(net: Any, model: PipelineModel, kind: str, where: str) -> None:
 
 
 def _check_model(model: PipelineModel, kind: str, where: str) -> None:
-    if model.asked_for != "prompt" or model.channels.image_kind == EDITING:
-        raise InputError(
-            f"{where}: expected a text-to-image or inpainting model, not {model.name}, for whose "
-            f"kind diffusers has no pipeline with a {_CLASSES[kind].__name__}"
-        )
+    try:
+        controlled_class(model.pipeline_class(), PARTS[kind])
+    except InputError as e:
+        raise InputError(f"{where}: {model.name} takes none: {e}") from e
 
 
 def _wrong_controlnet(net: Any, model: PipelineModel, shapes: Mapping[str, Any]) -> list[str]:
@@ -108,7 +113,8 @@ def _wrong_adapter(net: Any, model: PipelineModel, shapes: Mapping[str, Any]) ->
     channels = net.config["in_channels"]
     if height % net.total_downscale_factor or width % net.total_downscale_factor:
         return ["downscale_factor"]
-    found = [tuple(x.shape[1:]) for x in net(torch.zeros(1, channels, height, width))]
+    image = torch.zeros(1, channels, height, width, dtype=net.dtype, device=net.device)
+    found = [tuple(x.shape[1:]) for x in net(image)]
     expected = [x.shape(*model.sample_shape[1:]) for x in shapes.values()]
     fits = found == expected[: len(found)] and channels in (1, 3)
     return [] if fits else ["the shapes that it adds"]

@@ -23,6 +23,8 @@ INTRABLOCK = "down_intrablock_additional_residual_"
 """A T2I-adapter's: one inside each down block, and the middle block's behind them."""
 CONTROLNET, T2I_ADAPTER = KINDS = ("controlnet", "t2i_adapter")
 """What adds them; an option's names begin so."""
+PARTS = {CONTROLNET: "controlnet", T2I_ADAPTER: "adapter"}
+"""What diffusers' pipelines call them."""
 _ARGUMENTS: dict[str, tuple[str, type[list[Any]] | type[tuple[Any, ...]]]] = {
     DOWN: ("down_block_additional_residuals", tuple),
     INTRABLOCK: ("down_intrablock_additional_residuals", list),  # of which diffusers takes one off

@@ -27,7 +27,7 @@ from quest_deploy.models.loading import load_model
 from quest_deploy.models.residuals import (
     CONTROLNET,
     KINDS,
-    T2I_ADAPTER,
+    PARTS,
     kind_of,
     unpacked,
 )
@@ -43,8 +43,8 @@ _FIXED = (
     "or to `quest-deploy calibrate --lora`, and build the engine again; FreeU, IP-Adapter, caches, "
     "training and attention processors need the float UNet, in diffusers' own pipeline"
 )
-_PARTS = {"controlnet": CONTROLNET, "adapter": T2I_ADAPTER}
-"""What diffusers' pipelines call what adds to the UNet, and what it is here."""
+_KINDS = {part: kind for kind, part in PARTS.items()}
+"""By what diffusers' pipelines call what adds to the UNet, what it is here."""
 _HARMLESS = (
     "disable_freeu",
     "set_attention_slice",
@@ -141,14 +141,15 @@ def load_pipeline(
     model = load_model(opened.source)
     model.require_weights("run as a pipeline")  # all refused before an engine is opened
     model.pipeline_class()
-    given = _PARTS.keys() & parts.keys()
+    parts = {name: part for name, part in parts.items() if part is not None or name not in _KINDS}
+    given = _KINDS.keys() & parts.keys()
     if len(given) > 1:
         raise InputError("controlnet, adapter: diffusers has no pipeline with both; give one")
     for part in given:
         opened.require(f"build-engine/{backend}")
         taken = added_inputs(load_graph(opened.path(ENGINES, backend, LOWERED)))
-        if _PARTS[part] not in map(kind_of, taken):
-            raise InputError(f"{part}: {_not_exported(_PARTS[part])}")
+        if _KINDS[part] not in map(kind_of, taken):
+            raise InputError(f"{part}: {_not_exported(_KINDS[part])}")
         parts = {**parts, part: _controls(parts[part], model, part)}
     unet = PipelineUNet(EngineUNet.load(opened, backend), model.config)
     pipeline = model.load_pipeline(**{"unet": unet, **parts})
@@ -166,10 +167,10 @@ def _controls(given: Any, model: PipelineModel, part: str) -> Any:
     if isinstance(given, list | tuple):
         return [_controls(each, model, part) for each in given]
     if isinstance(given, Path | str):
-        return load_control(Path(given), model, _PARTS[part])
+        return load_control(Path(given), model, _KINDS[part])
     several: list[Any] = [*next(given.children())] if _is_several(given) else [given]
     for each in several:
-        check_fits(each, model, _PARTS[part], part)
+        check_fits(each, model, _KINDS[part], part)
     return given
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from quest_deploy.models.control_images import edges
-from quest_deploy.models.controls import load_control
+from quest_deploy.models.controls import check_fits, load_control
 from quest_deploy.models.image_inputs import made_image
 from quest_deploy.models.loading import resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
@@ -145,6 +145,49 @@ def test_a_t2i_adapter_for_another_unet_is_refused(
         load_control(folder, model, T2I_ADAPTER)
     with refused("ControlNetModel", "T2IAdapter"):
         load_control(folder, model, CONTROLNET)
+
+
+@pytest.mark.parametrize(
+    ("kind", "drawn"),
+    [
+        (T2I_ADAPTER, "StableDiffusionInpaintPipeline"),
+        (CONTROLNET, "StableDiffusionPAGPipeline"),
+        (CONTROLNET, "StableDiffusionInstructPix2PixPipeline"),
+    ],
+)
+def test_what_diffusers_has_no_pipeline_for_is_refused_when_it_is_loaded(
+    pipelines: Callable[[str], Path], tmp_path: Path, kind: str, drawn: str
+) -> None:
+    folder = pipelines("controlled")
+    model = PipelineModel(resolve_source(str(folder)))
+    made = {CONTROLNET: controlnet, T2I_ADAPTER: t2i_adapter}[kind](tmp_path / "net", folder)
+    load_control(made, model, kind)
+    model.index["_class_name"] = drawn
+    with refused(made, drawn, "StableDiffusionPipeline"):
+        load_control(made, model, kind)
+
+
+def test_a_controlnet_whose_residuals_have_no_height_and_width_is_refused(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = PipelineModel(resolve_source(str(pipelines("controlled"))))
+    net = controlnet(tmp_path / "net", pipelines("controlled"), global_pool_conditions=True)
+    with refused(net, "global_pool_conditions"):
+        load_control(net, model, CONTROLNET)
+
+
+def test_a_t2i_adapter_in_half_precision_fits_as_another_does(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = PipelineModel(resolve_source(str(pipelines("controlled"))))
+    adapter = load_control(t2i_adapter(tmp_path / "net", model.folder), model, T2I_ADAPTER)
+    check_fits(adapter.half(), model, T2I_ADAPTER, "adapter")
+
+
+def test_none_is_no_controlnet(pipelines: Callable[[str], Path]) -> None:
+    model = PipelineModel(resolve_source(str(pipelines("controlled"))))
+    found = model.load_pipeline(controlnet=None, adapter=None)
+    assert type(found) is diffusers.StableDiffusionPipeline
 
 
 def test_an_engine_without_the_inputs_refuses_what_a_controlnet_adds(
