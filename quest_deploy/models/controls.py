@@ -24,6 +24,7 @@ from quest_deploy.models.residuals import (
     PARTS,
     T2I_ADAPTER,
     controlnet_residuals,
+    flag,
     unet_residuals,
     unpacked,
 )
@@ -130,6 +131,7 @@ class Controls:
         folders: Mapping[str, Sequence[ScaledFolder]],
         images: Sequence[ImageFolder],
         model: PipelineModel,
+        samples: int,
     ) -> None:
         """Load them.
 
@@ -137,10 +139,11 @@ class Controls:
             folders: by kind.
             images: what each is shown, or one for all of them; none for edges of the model's own
                 pictures.
+            samples: the most samplings that they are shown to.
 
         Raises:
-            InputError: one cannot be read or does not fit the model, or there are more or fewer
-                folders of images.
+            InputError: one cannot be read, does not fit the model or adds nothing, or there are
+                more or fewer folders of images.
         """
         count = sum(map(len, folders.values()))
         if len(images) not in (0, 1, count):
@@ -150,11 +153,11 @@ class Controls:
             )
         self._model = model
         self._nets = [
-            (kind, load_control(x.check(), model, kind), x.scale)
+            (kind, _trained(x, model, kind), x.scale)
             for kind, each in folders.items()
             for x in each
         ]
-        given = [_read(folder, model.image_size) for folder in images]
+        given = [_read(folder, model.image_size, samples) for folder in images]
         self._images = given * count if len(given) == 1 else given
 
     def images(self, latents: NDArray[np.float32]) -> dict[str, Tensor]:
@@ -219,8 +222,20 @@ def _of_controlnet(
     return unpacked({"down_block_additional_residuals": down, "mid_block_additional_residual": mid})
 
 
-def _read(folder: ImageFolder, size: tuple[int, int]) -> list[Image.Image]:
-    return [resized(read_image(path), size) for path in folder.files()]
+def _trained(given: ScaledFolder, model: PipelineModel, kind: str) -> Any:
+    """What is in the folder; raise InputError where it adds nothing, as before any training."""
+    net = load_control(given.check(flag(kind)), model, kind)
+    ends = [net] if kind == T2I_ADAPTER else [*net.controlnet_down_blocks, net.controlnet_mid_block]
+    if not any(weights.any() for end in ends for weights in end.parameters()):
+        raise InputError(
+            f"{flag(kind)} {given.path}: what it adds is zero everywhere; expected one that was "
+            "trained"
+        )
+    return net
+
+
+def _read(folder: ImageFolder, size: tuple[int, int], count: int) -> list[Image.Image]:
+    return [resized(read_image(path), size) for path in folder.files("--control-images")[:count]]
 
 
 def _tensor(image: Image.Image) -> Tensor:

@@ -28,6 +28,7 @@ from quest_deploy.models.residuals import (
     CONTROLNET,
     KINDS,
     PARTS,
+    flag,
     kind_of,
     unpacked,
 )
@@ -43,7 +44,7 @@ _FIXED = (
     "or to `quest-deploy calibrate --lora`, and build the engine again; FreeU, IP-Adapter, caches, "
     "training and attention processors need the float UNet, in diffusers' own pipeline"
 )
-_KINDS = {part: kind for kind, part in PARTS.items()}
+_PARTS = {part: kind for kind, part in PARTS.items()}
 """By what diffusers' pipelines call what adds to the UNet, what it is here."""
 _HARMLESS = (
     "disable_freeu",
@@ -141,15 +142,15 @@ def load_pipeline(
     model = load_model(opened.source)
     model.require_weights("run as a pipeline")  # all refused before an engine is opened
     model.pipeline_class()
-    parts = {name: part for name, part in parts.items() if part is not None or name not in _KINDS}
-    given = _KINDS.keys() & parts.keys()
+    parts = {name: part for name, part in parts.items() if part is not None or name not in _PARTS}
+    given = _PARTS.keys() & parts.keys()
     if len(given) > 1:
         raise InputError("controlnet, adapter: diffusers has no pipeline with both; give one")
     for part in given:
         opened.require(f"build-engine/{backend}")
         taken = added_inputs(load_graph(opened.path(ENGINES, backend, LOWERED)))
-        if _KINDS[part] not in map(kind_of, taken):
-            raise InputError(f"{part}: {_not_exported(_KINDS[part])}")
+        if _PARTS[part] not in map(kind_of, taken):
+            raise InputError(f"{part}: {_not_exported(_PARTS[part])}")
         parts = {**parts, part: _controls(parts[part], model, part)}
     unet = PipelineUNet(EngineUNet.load(opened, backend), model.config)
     pipeline = model.load_pipeline(**{"unet": unet, **parts})
@@ -167,10 +168,10 @@ def _controls(given: Any, model: PipelineModel, part: str) -> Any:
     if isinstance(given, list | tuple):
         return [_controls(each, model, part) for each in given]
     if isinstance(given, Path | str):
-        return load_control(Path(given), model, _KINDS[part])
+        return load_control(Path(given), model, _PARTS[part])
     several: list[Any] = [*next(given.children())] if _is_several(given) else [given]
     for each in several:
-        check_fits(each, model, _KINDS[part], part)
+        check_fits(each, model, _PARTS[part], part)
     return given
 
 
@@ -179,10 +180,9 @@ def _is_several(given: Any) -> bool:
 
 
 def _not_exported(kind: str) -> str:
-    option = kind.replace("_", "-")
     return (
-        f"the engine has no inputs for it: run `quest-deploy export --{option}-inputs`, best after "
-        f"`quest-deploy calibrate --{option}`, and build it again"
+        f"the engine has no inputs for it: run `quest-deploy export {flag(kind)}-inputs`, best "
+        f"after `quest-deploy calibrate {flag(kind)}`, and build it again"
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 
 from quest_deploy.artifacts.scheme import Scheme
@@ -13,6 +12,7 @@ from quest_deploy.artifacts.workspace import TRAJECTORIES, Workspace
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.models.residuals import adapter_residuals, controlnet_residuals
 from quest_deploy.stages.added_inputs import recorded_inputs
+from tests.helpers import refused
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,9 +27,9 @@ UNET: Any = SimpleNamespace(class_name="ResidualsUNet", config=CONFIG, official_
 CONTROLNET, ADAPTER = controlnet_residuals(CONFIG), adapter_residuals(CONFIG)
 
 
-def recorded(root: Path, kinds: Any, scheme: str = "w4a4") -> Workspace:
+def recorded(root: Path, kinds: Any, **scheme: Any) -> Workspace:
     """A workspace with six rows at two steps, of which two have the residuals of ``kinds``."""
-    workspace = Workspace.create(root, "emoji", Scheme.parse(scheme))
+    workspace = Workspace.create(root, "emoji", Scheme.parse("w4a4", **scheme))
     sample = torch.zeros(2, 6, 4, 8, 8)
     residuals = {name: torch.ones(2, 2, *x.shape(8, 8)) for name, x in kinds.items()}
     timestep = torch.tensor([900.0, 300.0])
@@ -54,3 +54,21 @@ def test_those_that_are_not_wanted_are_left_away_and_others_kept(tmp_path: Path)
     workspace = recorded(tmp_path / "ws", {**ADAPTER, **CONTROLNET})
     assert list(taken(workspace, controlnet=False)) == list(ADAPTER)
     assert list(taken(workspace, t2i_adapter=False)) == list(CONTROLNET)
+
+
+def test_where_nothing_was_recorded_numbers_stand_for_it_in_half_of_the_rows(
+    tmp_path: Path,
+) -> None:
+    found = taken(recorded(tmp_path / "ws", {}), controlnet=True)
+    assert list(found) == list(CONTROLNET)
+    assert all(x.shape[:2] == (2, 3) and x.flatten(2).any(2).all() for x in found.values())
+    beside = taken(recorded(tmp_path / "other", ADAPTER), controlnet=True)
+    assert {x.shape[1] for x in beside.values()} == {2}
+
+
+def test_split_shortcuts_refuse_a_controlnet_that_was_not_recorded(tmp_path: Path) -> None:
+    split = recorded(tmp_path / "ws", {}, split_shortcuts=True)
+    with refused("--controlnet-inputs", "--controlnet", "--whole-shortcuts"):
+        taken(split, controlnet=True)
+    assert list(taken(split, t2i_adapter=True)) == list(ADAPTER)
+    assert list(taken(recorded(tmp_path / "other", CONTROLNET, split_shortcuts=True)))
