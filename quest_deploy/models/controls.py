@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 SHOWN = "control_image_"
 """What each is shown, counted from 0, among the conditions of a sampling."""
-_CLASSES = {CONTROLNET: ControlNetModel, T2I_ADAPTER: T2IAdapter}
+_CLASSES: dict[str, Any] = {CONTROLNET: ControlNetModel, T2I_ADAPTER: T2IAdapter}
 _SAME = ("cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
 """What the configurations of a UNet and of its ControlNets say alike."""
 

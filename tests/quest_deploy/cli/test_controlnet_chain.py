@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -22,6 +23,10 @@ from quest_deploy.models.loading import load_model
 from quest_deploy.models.residuals import unet_residuals
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import PipelineUNet
+from quest_deploy.stages import EXPORT
+from quest_deploy.stages.options import ExportOptions
+from quest_deploy.stages.run import kept
+from scripts.acceptance import random_lora
 from tests.helpers import refused
 from tests.pipelines import controlled, controlnet, t2i_adapter
 from tests.quest_deploy.serving.local import LocalPipeline
@@ -199,6 +204,21 @@ def test_a_workspace_without_one_gets_the_inputs_by_export_alone_and_loses_them_
     ok("build-engine", w=root)
     with refused("--controlnet-inputs"):
         quest_deploy.load_pipeline(root, BACKEND, controlnet=folders[1])
+
+
+@pytest.mark.slow
+def test_lora_keeps_what_was_recorded_and_how_it_was_exported(
+    calibrated: Path, tmp_path: Path
+) -> None:
+    base, folded = tmp_path / "base", tmp_path / "folded"
+    shutil.copytree(calibrated, base)
+    ok("export", "--no-controlnet-inputs", w=base)
+    random_lora.main(base, tmp_path / "style.safetensors")
+    ok("lora", "--lora", tmp_path / "style.safetensors", "--output", folded, w=base)
+    first, second = (Trajectories.load(x / TRAJECTORIES).residuals for x in (base, folded))
+    assert first.keys() == second.keys()
+    assert len(first) == 5
+    assert kept(EXPORT, Workspace.open(folded), {}) == ExportOptions(controlnet_inputs=False)
 
 
 @pytest.mark.slow

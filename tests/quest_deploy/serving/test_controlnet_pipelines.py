@@ -212,7 +212,7 @@ def test_what_several_add_is_summed_each_shown_its_own_images_in_turn(
     sample, timestep = torch.randn(3, 4, 8, 8), torch.tensor(500)
     conditions = model.null_conditions(3)
     found = controls(sample, timestep, **conditions, **shown)
-    expected: list[torch.Tensor] = []
+    expected: list[Any] = []
     for path, scale, image in zip((first, second), (0.5, 1.0), shown.values(), strict=True):
         down, mid = load_control(path, model, CONTROLNET)(
             sample,
@@ -223,9 +223,10 @@ def test_what_several_add_is_summed_each_shown_its_own_images_in_turn(
             return_dict=False,
         )
         expected = [a + b for a, b in zip(expected or [0.0] * 5, [*down, mid], strict=True)]
-    assert list(found) == list(unet_residuals(model.config))
-    for value, other in zip(found.values(), expected, strict=True):
-        torch.testing.assert_close(value, other)
+    names = list(unet_residuals(model.config))
+    assert found.keys() == set(names)
+    for name, other in zip(names, expected, strict=True):
+        torch.testing.assert_close(found[name], other)
 
 
 def test_only_the_images_that_are_shown_are_read(

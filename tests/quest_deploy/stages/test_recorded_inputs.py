@@ -12,10 +12,13 @@ from quest_deploy.artifacts.workspace import TRAJECTORIES, Workspace
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.models.residuals import adapter_residuals, controlnet_residuals
 from quest_deploy.stages.added_inputs import recorded_inputs
+from quest_deploy.stages.calibrate import _kept
 from tests.helpers import refused
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from quest_deploy.artifacts.checkpoint import Checkpoint
 
 CONFIG = {
     "block_out_channels": (2, 3),
@@ -72,3 +75,19 @@ def test_split_shortcuts_refuse_a_controlnet_that_was_not_recorded(tmp_path: Pat
         taken(split, controlnet=True)
     assert list(taken(split, t2i_adapter=True)) == list(ADAPTER)
     assert list(taken(recorded(tmp_path / "other", CONTROLNET, split_shortcuts=True)))
+
+
+def test_an_interrupted_reconstruction_goes_on_with_the_recorded_residuals(
+    tmp_path: Path, small_checkpoint: Checkpoint
+) -> None:
+    sample, timestep = torch.zeros(2, 6, 4, 8, 8), torch.tensor([900.0, 300.0])
+    residuals = {name: torch.rand(2, 2, *x.shape(8, 8)) for name, x in CONTROLNET.items()}
+    made = Trajectories(sample, timestep, sample.clone(), {}, residuals=residuals)
+
+    def fails() -> Any:
+        raise AssertionError
+
+    for make in (lambda: (made, small_checkpoint), fails):
+        found, _ = _kept(tmp_path, {}, make)
+        assert found.residuals.keys() == residuals.keys()
+        assert all(torch.equal(found.residuals[name], x) for name, x in residuals.items())
