@@ -56,9 +56,7 @@ class Lora:
         """Read "PATH" or "PATH:WEIGHT"; raise InputError where there is no such safetensors file,
         or the weight is no number.
         """
-        name, colon, weight = text.rpartition(":")
-        whole = not colon or text.endswith(_LORA)  # a path may hold colons, C:\ among them
-        path, factor = (Path(text), 1.0) if whole else (Path(name), _number(weight))
+        path, factor = path_and_number(text, is_path=text.endswith(_LORA))
         if factor is None:
             raise InputError(
                 f"--lora {text}: expected PATH:WEIGHT with a finite weight, such as "
@@ -223,9 +221,15 @@ def _samples(file: Path) -> bytes:
         return b"".join(parts)
 
 
-def _number(text: str) -> float | None:
+def path_and_number(text: str, *, is_path: bool) -> tuple[Path, float | None]:
+    """Read "PATH:NUMBER", whose number is None where it is no finite one, or "PATH" alone, where it
+    is 1; ``is_path`` says that all of it is a path, which may hold colons, C:\\ among them.
+    """
+    name, colon, number = text.rpartition(":")
+    if is_path or not colon:
+        return Path(text), 1.0
     try:
-        value = float(text)
+        value = float(number)
     except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+        return Path(name), None
+    return Path(name), value if math.isfinite(value) else None

@@ -75,7 +75,8 @@ class Trajectories:
     @property
     def controlled(self) -> int:
         """How many rows have residuals, the first ones."""
-        return next(((*value.shape, 0, 0)[1] for value in self.residuals.values()), 0)
+        first = next(iter(self.residuals.values()), None)
+        return 0 if first is None or first.dim() < 2 else first.shape[1]
 
     def first(self, rows: int) -> Trajectories:
         """The first ``rows`` of all rows N, or all where there are fewer, with and without
@@ -270,8 +271,7 @@ def record_trajectories(
             runs first; as many of both, and so one more where ``samples`` is odd.
 
     Raises:
-        InputError: a condition is not finite, the scheduler cannot take the steps, or ``control``
-            adds nothing.
+        InputError: a condition is not finite, or the scheduler cannot take the steps.
         QuestDeployError: an output of the model is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -305,10 +305,6 @@ def record_trajectories(
         for name, value in control.images(latents.numpy()).items()
     }
     controlled, _ = recorder.record(noise(), control, shown)
-    if not any(value.any() for value in controlled.residuals.values()):
-        raise InputError(
-            "--controlnet: what it adds is zero everywhere; expected one that was trained"
-        )
     return joined_rows(controlled, plain)
 
 
@@ -384,8 +380,9 @@ class _Recorder:
             if step or isinstance(e, QuestDeployError | OSError) or _lacks_memory(e):
                 raise
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            at_fault = "its UNet" if found else "what is added to its UNet"
             raise InputError(
-                f"{self.model.name}: its UNet does not run on samples "
+                f"{self.model.name}: {at_fault} does not run on samples "
                 f"{list(self.model.sample_shape)} and "
                 f"{', '.join((*self.conditions, *shown)) or 'no conditions'} ({reason})"
             ) from e

@@ -27,7 +27,8 @@ from quest_deploy.models.loading import load_model
 from quest_deploy.models.residuals import (
     CONTROLNET,
     KINDS,
-    T2I_ADAPTER,
+    PARTS,
+    flag,
     kind_of,
     unpacked,
 )
@@ -43,8 +44,8 @@ _FIXED = (
     "or to `quest-deploy calibrate --lora`, and build the engine again; FreeU, IP-Adapter, caches, "
     "training and attention processors need the float UNet, in diffusers' own pipeline"
 )
-_PARTS = {"controlnet": CONTROLNET, "adapter": T2I_ADAPTER}
-"""What diffusers' pipelines call what adds to the UNet, and what it is here."""
+_PARTS = {part: kind for kind, part in PARTS.items()}
+"""By what diffusers' pipelines call what adds to the UNet, what it is here."""
 _HARMLESS = (
     "disable_freeu",
     "set_attention_slice",
@@ -141,6 +142,7 @@ def load_pipeline(
     model = load_model(opened.source)
     model.require_weights("run as a pipeline")  # all refused before an engine is opened
     model.pipeline_class()
+    parts = {name: part for name, part in parts.items() if part is not None or name not in _PARTS}
     given = _PARTS.keys() & parts.keys()
     if len(given) > 1:
         raise InputError("controlnet, adapter: diffusers has no pipeline with both; give one")
@@ -178,10 +180,9 @@ def _is_several(given: Any) -> bool:
 
 
 def _not_exported(kind: str) -> str:
-    option = kind.replace("_", "-")
     return (
-        f"the engine has no inputs for it: run `quest-deploy export --{option}-inputs`, best after "
-        f"`quest-deploy calibrate --{option}`, and build it again"
+        f"the engine has no inputs for it: run `quest-deploy export {flag(kind)}-inputs`, best "
+        f"after `quest-deploy calibrate {flag(kind)}`, and build it again"
     )
 
 

@@ -35,7 +35,7 @@ import quest_deploy as qd
 from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.workspace import Workspace, versions
 from quest_deploy.backends.base import processor_name
-from quest_deploy.errors import QuestDeployError
+from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.evaluation.image_grid import save_comparison
 from quest_deploy.evaluation.quality import SamplingOptions, draw, evaluate_images
 from quest_deploy.evaluation.retrieval import BATCH, STATISTICS, Judge
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "scripts/bench/results/adapters.json"
 DOCS = ROOT / "docs/adapters"
+TABLE = "table.md"
 ADAPTERS = ROOT / "examples/adapters"
 DASH = "\N{EN DASH}"
 SHOWN = 6
@@ -107,8 +108,7 @@ PAGE = """# Adapters on quantized models
 
 `python -m scripts.bench.compare_adapters` measures `scripts/bench/results/adapters.json` and makes
 this page of it: the embedded model with each of the adapters in `examples/adapters/`, in FP32 and
-quantized. {images} prompts, {steps} steps of {scheduler}, guidance {guidance:g}, the same noise in
-every row. The quantized rows are the fake-quantized model, which `quest-deploy verify` holds
+quantized. The quantized rows are the fake-quantized model, which `quest-deploy verify` holds
 engines to.
 
 "The pictures" are the real ones, as the model's encoder and decoder leave them: the best that a row
@@ -140,6 +140,11 @@ The edges are those of the real pictures, shifted and mirrored, which the prompt
 agreement is the F-measure of the drawn image's edges and the given ones, where an edge within a
 pixel counts.
 """
+
+SAMPLING = (
+    "{images} prompts, {steps} steps of {scheduler}, guidance {guidance:g}, the same noise in "
+    "every row:"
+)
 
 
 class Sketched(PipelineModel):
@@ -341,6 +346,14 @@ class Pictures:
         )
 
 
+def check_apart(workspaces: Sequence[Workspace]) -> None:
+    """Raise InputError where two would share a row, or the folder of what a LoRA is folded into."""
+    schemes, folders = (each.scheme.name for each in workspaces), (x.root.name for x in workspaces)
+    for what, names in (("schemes", list(schemes)), ("folders' names", list(folders))):
+        if len(set(names)) < len(names):
+            raise InputError(f"-w: expected other {what} for each, found {', '.join(names)}")
+
+
 def measure(
     table: Adapter,
     bench: Bench,
@@ -396,15 +409,15 @@ def measure(
 def page(found: dict[str, Any]) -> str:
     """The page of the tables that are measured."""
     tables = {
-        name: _table(found[name]["rows"], name) if name in found else "Not measured yet."
+        name: _table(found[name], name) if name in found else "Not measured yet."
         for name in COLUMNS
     }
-    sampling = next(iter(found.values()))["sampling"]
-    return PAGE.format(**sampling, **tables)
+    return PAGE.format(**tables)
 
 
-def _table(rows: dict[str, Figures], name: Adapter) -> str:
-    columns = COLUMNS[name]
+def _table(measured: dict[str, Any], name: Adapter) -> str:
+    """The rows, and what they were drawn with."""
+    columns, rows = COLUMNS[name], measured["rows"]
     lines = [
         ["", *(heading for heading, _ in columns.values())],
         ["---", *("---:" for _ in columns)],
@@ -413,7 +426,8 @@ def _table(rows: dict[str, Figures], name: Adapter) -> str:
             for row, figures in rows.items()
         ),
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{SAMPLING.format(**measured['sampling'])}\n\n{table}"
 
 
 def _cell(row: str, key: str, figure: float | None, form: str) -> str:
@@ -436,6 +450,7 @@ def main(
 ) -> None:
     """Draw, judge, and write the figures and the page."""
     try:
+        check_apart([Workspace.open(root) for root in workspace])
         model = ComparedModel.load()
         bench = Bench(work, replace(model.sampling, images=images), model.parts)
         found = read_json(results) if results.exists() else {}
@@ -445,7 +460,7 @@ def main(
     except QuestDeployError as e:
         typer.echo(f"error: {e}", err=True)
         raise typer.Exit(e.exit_code) from e
-    with atomic_file(docs / "README.md") as temporary:
+    with atomic_file(docs / TABLE) as temporary:
         temporary.write_text(page(found), encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+import typer
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
@@ -117,6 +118,18 @@ def test_training_writes_what_diffusers_reads_and_goes_on_where_it_was(tmp_path:
     assert any(value.any() for name, value in layers.items() if ".lora_B." in name)
     ControlNetModel.from_pretrained(out / script.EDGES)
     states = {name: (work / f"{name}.pt").read_bytes() for name in ("lora", "controlnet")}
+    (work / "lora" / script.STYLE).unlink()  # as an interruption before it was written leaves it
     script.main(**options, lora_steps=2, controlnet_steps=2, **steps)
     assert {path: path.read_bytes() for path in out.rglob("*.safetensors")} == first
     assert {name: (work / f"{name}.pt").read_bytes() for name in states} == states
+
+
+def test_latents_of_another_vae_than_the_models_are_refused(tmp_path: Path) -> None:
+    take_parts(tmp_path, EMBEDDED_FOLDER)
+    path = tmp_path / "vae" / script.WEIGHTS
+    weights = {name: value.float() for name, value in load_file(path).items()}
+    save_file(weights, path)
+    script.check_vae(tmp_path, EMBEDDED_FOLDER)  # the same, in float32
+    save_file({name: 1.01 * value for name, value in weights.items()}, path)
+    with pytest.raises(typer.BadParameter):
+        script.check_vae(tmp_path, EMBEDDED_FOLDER)

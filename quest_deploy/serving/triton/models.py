@@ -33,6 +33,8 @@ from quest_deploy.serving.triton.parts import (
 from quest_deploy.serving.triton.plans import FLOAT_INPUTS, write_plan
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from quest_deploy.serving.triton.layout import Layout, Signature
 
 DECODER_BATCH = 4
@@ -160,13 +162,13 @@ def write_encoder(layout: Layout, encoder: Any, scale: float) -> Signature:
 
 
 def write_controlnet(
-    layout: Layout, net: Any, unet: Signature, tokens: dict[str, Any]
+    layout: Layout, net: Any, residuals: Iterable[str], tokens: dict[str, Any]
 ) -> Signature:
     """A ControlNet, which takes what the UNet takes and an image.
 
     Args:
         net: a ControlNetModel.
-        unet: the UNet's signature.
+        residuals: the names of what it adds, in its own order.
         tokens: an example [2, ...] of each of the UNet's conditions.
     """
     pixels, (height, width) = layout.pixels_per_latent, layout.size
@@ -176,12 +178,11 @@ def write_controlnet(
         **{name: torch.zeros(value.shape) for name, value in tokens.items()},
     }
     image = {IMAGE: torch.zeros(2, 3 * pixels**2, height, width)}
-    residuals = [name for name in unet["inputs"] if name not in examples]
     version = layout.version_folder("controlnet")
-    module = ControlNet(net, list(examples), pixels)
+    module, outputs = ControlNet(net, list(examples), pixels), list(residuals)
     axes = {0: "batch", 2: HEIGHT, 3: WIDTH}
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=version) as folder:
-        save_onnx(module, {**examples, **image}, residuals, axes, Path(folder) / ONNX)
+        save_onnx(module, {**examples, **image}, outputs, axes, Path(folder) / ONNX)
         graph = load_graph(Path(folder) / ONNX)
         for value in graph.graph.inputs:  # torch has names of its own, and a profile is by these
             if value.shape is not None and len(value.shape) == 4:
@@ -195,7 +196,7 @@ def write_controlnet(
     return layout.write_plan_config(
         "controlnet",
         {name: free.get(name, list(x.shape[1:])) for name, x in {**examples, **image}.items()},
-        {name: [x.shape[1], -1, -1] for name, x in zip(residuals, added, strict=True)},
+        {name: [x.shape[1], -1, -1] for name, x in zip(outputs, added, strict=True)},
         layout.max_batch,
         {**kinds, IMAGE: layout.kind},
         profiles=len(layout.sizes),

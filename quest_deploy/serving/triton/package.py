@@ -110,12 +110,12 @@ def write_package(
             progress("encoder", len(signatures), total)
             scale = model.image_scale(decoder)
             signatures["vae_encoder"] = write_encoder(layout, decoder, scale)
+        residuals = {} if net is None else unet_residuals(model.config)
         if net is not None:
             progress("ControlNet", len(signatures), total)
             conditions = model.null_conditions(2)
-            signatures["controlnet"] = write_controlnet(layout, net, signatures["unet"], conditions)
+            signatures["controlnet"] = write_controlnet(layout, net, residuals, conditions)
         progress("pipeline", len(signatures), total)
-        residuals = {} if net is None else unet_residuals(model.config)
         settings = write_pipelines(layout, model, pipeline, signatures, residuals)
         plugins = tuple(map(Path, options.plugins)) if plan is None else plan.plugins
         _write_surroundings(made, plugins, of_text=of_text)
