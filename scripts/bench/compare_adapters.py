@@ -4,10 +4,12 @@ scripts/bench/results/adapters.json.
 
     python -m scripts.bench.compare_adapters -w quest-out/emoji-w4a8 -w quest-out/emoji-w4a4
 
-The workspaces are what `quest-deploy run --model emoji --bits ...` makes; the adapters are those of
-examples/adapters/. All draw the same prompts from the same noise, with the fake-quantized model,
-which `quest-deploy verify` holds engines to. What is drawn is kept in ``--work`` under a hash of
-all that it was made from, so that an interrupted run goes on with the next.
+The workspaces are what `quest-deploy run --model emoji --bits ...` makes, or `quest-deploy
+calibrate --controlnet examples/adapters/edges` and `finetune`, which have rows of their own in the
+ControlNet's table and none in the LoRA's; the adapters are those of examples/adapters/. All draw
+the same prompts from the same noise, with the fake-quantized model, which `quest-deploy verify`
+holds engines to. What is drawn is kept in ``--work`` under a hash of all that it was made from, so
+that an interrupted run goes on with the next.
 
 The LoRA draws in blue. An image's distance to its own blue form says how far it is from that, the
 Frechet distance is to the real pictures in blue. The ControlNet follows the edges of the real
@@ -44,8 +46,10 @@ from quest_deploy.files import atomic_file, read_json, sha256_of, write_json
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel, quiet
 from quest_deploy.models.registry import EMBEDDED
+from quest_deploy.models.residuals import CONTROLNET
 from quest_deploy.models.weights import load_part
 from quest_deploy.quantization.model import QuantizedModel
+from quest_deploy.stages import CALIBRATE
 from quest_deploy.stages.evaluate import captions_of
 from scripts.bench.methods.model import ComparedModel
 from scripts.bench.methods.shared import IMAGES, shared
@@ -129,8 +133,9 @@ prompts are not looked for.
 
 ## A ControlNet that follows edges
 
-Its residuals go into the UNet as they are, in float; the activation scales were calibrated without
-them.
+Its residuals go into the UNet as they are, in float. The activation scales were calibrated and
+finetuned without them, but in the rows that say so half of the samplings had them
+(`calibrate --controlnet`).
 
 {controlnet}
 
@@ -141,6 +146,8 @@ agreement is the F-measure of the drawn image's edges and the given ones, where 
 pixel counts.
 """
 
+CALIBRATED = ", calibrated with it"
+"""Behind the name of a row."""
 SAMPLING = (
     "{images} prompts, {steps} steps of {scheduler}, guidance {guidance:g}, the same noise in "
     "every row:"
@@ -248,6 +255,16 @@ def float_case(model: PipelineModel) -> Case:
     return Case(FLOAT, lambda: float_denoiser(model.load_unet()), hashes)
 
 
+def row_of(workspace: Workspace) -> str:
+    """What the row of a quantized model is called."""
+    return workspace.scheme.name.upper() + (CALIBRATED if calibrated_with_it(workspace) else "")
+
+
+def calibrated_with_it(workspace: Workspace) -> bool:
+    """Whether ``workspace`` was calibrated with a ControlNet."""
+    return bool(workspace.options_of(CALIBRATE.name).get(CONTROLNET))
+
+
 def quantized_case(workspace: Workspace) -> Case:
     """The fake-quantized model of the checkpoint in ``workspace``."""
     workspace.require(workspace.checkpoint_stage)
@@ -259,7 +276,7 @@ def quantized_case(workspace: Workspace) -> Case:
             layer.freeze()
         return model
 
-    return Case(workspace.scheme.name.upper(), load, {"checkpoint": sha256_of(path)})
+    return Case(row_of(workspace), load, {"checkpoint": sha256_of(path)})
 
 
 @dataclass
@@ -348,8 +365,8 @@ class Pictures:
 
 def check_apart(workspaces: Sequence[Workspace]) -> None:
     """Raise InputError where two would share a row, or the folder of what a LoRA is folded into."""
-    schemes, folders = (each.scheme.name for each in workspaces), (x.root.name for x in workspaces)
-    for what, names in (("schemes", list(schemes)), ("folders' names", list(folders))):
+    rows, folders = map(row_of, workspaces), (each.root.name for each in workspaces)
+    for what, names in (("bits or calibration", list(rows)), ("folders' names", list(folders))):
         if len(set(names)) < len(names):
             raise InputError(f"-w: expected other {what} for each, found {', '.join(names)}")
 
@@ -377,6 +394,7 @@ def measure(
         workspaces = [
             qd.lora(workspace=root, lora=[str(adapter)], output=bench.work / f"{root.name}-blue")
             for root in roots
+            if not calibrated_with_it(Workspace.open(root))
         ]
         cases = [float_case(blue), *map(quantized_case, workspaces)]
         rows = {PICTURES: decoded(plain, blue_of(pictures.plain[:count]))}
@@ -398,7 +416,7 @@ def measure(
     return {
         "sampling": asdict(bench.sampling),
         "adapter": {path.relative_to(adapters).as_posix(): sha256_of(path) for path in files},
-        "checkpoints": {each.scheme.name: sha256_of(each.checkpoint_path) for each in workspaces},
+        "checkpoints": {row_of(each): sha256_of(each.checkpoint_path) for each in workspaces},
         "environment": {"processor": processor_name(), **versions()},
         "rows": {
             name: bench.judged(images, rows[FLOAT], judge, asked) for name, images in rows.items()
