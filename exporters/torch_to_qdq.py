@@ -41,7 +41,12 @@ from exporters.passes.insert_quantized_layers import (
     PLACEHOLDER_DOMAIN,
     InsertQuantizedLayers,
 )
-from quest_deploy.quantization.model import build_float_model, downsampling, set_submodule
+from quest_deploy.quantization.model import (
+    build_float_model,
+    downsampling,
+    set_submodule,
+    token_inputs,
+)
 
 if TYPE_CHECKING:
     from quest_deploy.artifacts.checkpoint import Checkpoint, ConvGeometry, LayerData
@@ -65,8 +70,9 @@ def portable_graph(
     Args:
         example: the model's inputs, batch 2 or more. Their batch becomes dynamic, and so do the
             height and the width of ``sample``, any multiple of the model's total downsampling, and
-            the number of tokens of ``encoder_hidden_states``, where there are several. Not where
-            scales may lie along them, as in an imported checkpoint. Their other dimensions stay.
+            the number of tokens of ``encoder_hidden_states``, where there are several, and of what
+            has as many. Not where scales may lie along them, as in an imported checkpoint. Their
+            other dimensions stay.
         checkpoint_sha256: recorded in the graph's metadata, with the scheme and the sample's shape.
 
     Returns:
@@ -79,8 +85,9 @@ def portable_graph(
         model = build_float_model(checkpoint.architecture)
     official = checkpoint.architecture.official_sums
     any_tokens = STATES in example and example[STATES].shape[1] > 1 and not official
+    of_tokens = [x for x in token_inputs(model) if x in example] if any_tokens else []
     skeleton = _Skeleton(model, checkpoint, list(example))
-    graph = _traced(skeleton, example, any_tokens=any_tokens)
+    graph = _traced(skeleton, example, of_tokens)
     _simplify(graph)
     graph.ir_version = timestep_quantize.IR_VERSION
     ForwardSlices()(graph)
@@ -102,9 +109,9 @@ def portable_graph(
     return graph
 
 
-def _traced(skeleton: _Skeleton, example: dict[str, Tensor], *, any_tokens: bool) -> ir.Model:
-    """The skeleton as torch exports it: ``sample`` [batch, C, height, width], the other inputs
-    [batch, ...].
+def _traced(skeleton: _Skeleton, example: dict[str, Tensor], of_tokens: list[str]) -> ir.Model:
+    """The skeleton as torch exports it: ``sample`` [batch, C, height, width], those ``of_tokens``
+    [batch, tokens, ...], the other inputs [batch, ...].
     """
     factor = downsampling(skeleton.model)
     batch, rows, columns = (
@@ -118,9 +125,10 @@ def _traced(skeleton: _Skeleton, example: dict[str, Tensor], *, any_tokens: bool
     inputs["sample"] = inputs["sample"].new_zeros(
         2, example["sample"].shape[1], 3 * factor, 4 * factor
     )
-    if any_tokens:
-        shapes[STATES] |= {1: torch.export.Dim(TOKENS, max=MOST_TOKENS)}
-        inputs[STATES] = inputs[STATES].new_zeros(2, TRACED_TOKENS, inputs[STATES].shape[2])
+    tokens = torch.export.Dim(TOKENS, max=MOST_TOKENS)
+    for name in of_tokens:
+        shapes[name] |= {1: tokens}
+        inputs[name] = inputs[name].new_zeros(2, TRACED_TOKENS, *inputs[name].shape[2:])
     with warnings.catch_warnings(), quiet("torch.onnx"):
         warnings.simplefilter("ignore")
         exported = torch.export.export(

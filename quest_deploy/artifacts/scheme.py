@@ -77,6 +77,7 @@ class Scheme:
             train_timesteps).
         attention_bits: bits of attention's q, k and v, or None where they stay in float.
         softmax_bits: bits of attention's softmax (unsigned), or None where it stays in float.
+        float_layers: glob patterns of the module paths of layers that are not quantized.
         split_shortcuts: whether a shortcut convolution that reads a concatenation has a quantizer
             for each half (Q-Diffusion).
     """
@@ -91,6 +92,7 @@ class Scheme:
     attention_bits: Bits | None = None
     softmax_bits: Bits | None = None
     split_shortcuts: bool = False
+    float_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         edges = self.bucket_edges
@@ -119,6 +121,7 @@ class Scheme:
         softmax_bits: int | None = None,
         split_shortcuts: bool = False,
         eight_bit_layers: Sequence[str] = (),
+        float_layers: Sequence[str] = (),
     ) -> Scheme:
         """Make a scheme of ``buckets`` equally wide buckets, or of those between ``edges``, from a
         name such as "w4a4"; raise InputError for what is unknown.
@@ -138,13 +141,14 @@ class Scheme:
         return cls(
             weight_bits,
             activation_bits,
-            tuple(map(_float32, edges)),
+            as_float32(edges),
             granularity=granularity,
             train_timesteps=train_timesteps,
             attention_bits=attention_bits,
             softmax_bits=softmax_bits,
             split_shortcuts=split_shortcuts,
             eight_bit_layers=tuple(eight_bit_layers),
+            float_layers=tuple(float_layers),
         )
 
     @property
@@ -170,12 +174,16 @@ class Scheme:
 
     def to_json(self) -> dict[str, Any]:
         """The scheme as a JSON value, with its version."""
-        return {
+        value = {
             "version": SCHEME_VERSION,
             **dataclasses.asdict(self),
             "bucket_edges": list(self.bucket_edges),
             "eight_bit_layers": list(self.eight_bit_layers),
+            "float_layers": list(self.float_layers),
         }
+        if not self.float_layers:  # a file of a version that did not know them means the same
+            del value["float_layers"]
+        return value
 
     @classmethod
     def from_json(cls, value: Any) -> Scheme:
@@ -188,7 +196,7 @@ class Scheme:
         version = found.pop("version", None)
         if version != SCHEME_VERSION:
             raise InputError(f"scheme: expected version {SCHEME_VERSION}, found {version!r}")
-        expected = {f.name for f in dataclasses.fields(cls)}
+        expected = {f.name for f in dataclasses.fields(cls)} - {"float_layers"}
         if missing := expected - found.keys():  # a file leaves none to a default
             raise InputError(f"scheme: the keys {sorted(missing)} are missing")
         return parse(cls, found, "scheme")
@@ -236,5 +244,13 @@ def activation_levels(bits: int) -> int:
     return int(2**bits) - 1
 
 
+def as_float32(edges: Sequence[float]) -> tuple[float, ...]:
+    """The edges as the graph compares them."""
+    return tuple(map(_float32, edges))
+
+
 def _float32(value: float) -> float:
-    return float(struct.unpack("f", struct.pack("f", value))[0])
+    try:
+        return float(struct.unpack("f", struct.pack("f", value))[0])
+    except OverflowError:
+        return math.copysign(math.inf, value)

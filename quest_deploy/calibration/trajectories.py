@@ -233,7 +233,7 @@ def record_trajectories(
                 raise
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
             raise InputError(
-                f"{model.name}: its UNet does not run on samples {list(model.sample_shape)} and "
+                f"{model.name}: its network does not run on samples {list(model.sample_shape)} and "
                 f"{', '.join(conditions) or 'no conditions'} ({reason})"
             ) from e
         if not torch.isfinite(output).all():

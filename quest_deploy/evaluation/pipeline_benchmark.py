@@ -1,5 +1,5 @@
 """The time of a whole image: what each part of a diffusers pipeline takes of it, for pipelines that
-differ in their UNet alone and draw in turn.
+differ in their network alone and draw in turn.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ _CALLS = (
     ("text_encoder_2", "forward", TEXT_ENCODER),
     ("vae", "encode", IMAGE_ENCODER),
     ("unet", "forward", UNET),
+    ("transformer", "forward", UNET),
     ("vae", "decode", DECODER),
 )
-"""The pipeline's parts, by what they are called with, and what they count as."""
+"""The pipeline's parts, by what they are called with, and what they count as; a transformer as a
+UNet.
+"""
 
 
 @dataclass(frozen=True)

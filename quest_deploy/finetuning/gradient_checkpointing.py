@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from quest_deploy.models.networks import kind_of
 from quest_deploy.quantization.prepare import ExplicitAttention
 
 
@@ -31,21 +32,17 @@ class HeadwiseAttention(ExplicitAttention):
         )
 
 
-CHECKPOINTED = ("ResnetBlock2D", "Transformer2DModel", "Upsample2D", "Downsample2D")
-"""The diffusers blocks that run again; what their quantizers keep for the backward pass is most of
-a step's memory.
-"""
-
-
 def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Let the blocks of a prepared diffusers model, and the heads of its quantized attention, run
     again in the backward pass.
 
-    diffusers' own switch leaves out what surrounds a transformer's blocks, and the resampling.
+    What the blocks' quantizers keep for it is most of a step's memory. diffusers' own switch leaves
+    out what surrounds a transformer's blocks, and the resampling.
     """
+    kinds = kind_of(model).checkpointed_blocks
     for module in model.modules():
         block: Any = module
-        if type(module).__name__ in CHECKPOINTED:
+        if type(module).__name__ in kinds:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         elif isinstance(getattr(module, "processor", None), ExplicitAttention):
             block.set_processor(HeadwiseAttention(block.processor.scale))

@@ -1,5 +1,5 @@
-"""A diffusers pipeline whose UNet is an engine: schedulers, guidance, callbacks and everything else
-are diffusers' own.
+"""A diffusers pipeline whose network, a UNet or a transformer, is an engine: schedulers, guidance,
+callbacks and everything else are diffusers' own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.models.loading import load_model
+from quest_deploy.models.networks import NETWORKS, network_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,8 +31,8 @@ DEFAULT_BACKEND = "openvino"
 _FIXED = (
     "an engine's weights and graph are fixed when it is built: give LoRAs to `quest-deploy lora`, "
     "or to `quest-deploy calibrate --lora`, and build the engine again; FreeU, IP-Adapter, "
-    "ControlNet, caches, training and attention processors need the float UNet, in diffusers' own "
-    "pipeline"
+    "ControlNet, caches, training and attention processors need the float network, in diffusers' "
+    "own pipeline"
 )
 _HARMLESS = (
     "disable_freeu",
@@ -41,14 +43,19 @@ _HARMLESS = (
 """What diffusers asks of a UNet to save memory, or to undo what no engine ever does."""
 _REFUSED = frozenset(
     name
-    for unet_class in (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)
-    for name in dir(unet_class)
-    if inspect.isfunction(inspect.getattr_static(unet_class, name))
+    for network_class in (
+        getattr(diffusers, name)
+        for kind in NETWORKS
+        for name in kind.class_names
+        if hasattr(diffusers, name)
+    )
+    for name in dir(network_class)
+    if inspect.isfunction(inspect.getattr_static(network_class, name))
     and not hasattr(ModelMixin, name)
     and not hasattr(ConfigMixin, name)
     and name not in _HARMLESS
 )
-"""What else a UNet of diffusers can be asked."""
+"""What else a network of diffusers can be asked."""
 _REFUSED_OF_MODELS = (
     "compile_repeated_blocks",
     "dequantize",
@@ -98,7 +105,7 @@ _REFUSED_BY_PIPELINES = (
 def load_pipeline(
     workspace: Workspace | Path | str, backend: str = DEFAULT_BACKEND, **parts: Any
 ) -> Any:
-    """The model's diffusers pipeline with the engine of ``backend`` as its UNet.
+    """The model's diffusers pipeline with the engine of ``backend`` as its UNet or transformer.
 
     The pipeline's class is the one that the model's folder names. Text encoders, decoder,
     tokenizers and scheduler come from there, with the LoRAs of the workspace; the safety checker
@@ -120,8 +127,8 @@ def load_pipeline(
     model = load_model(opened.source)
     model.require_weights("run as a pipeline")  # both refused before an engine is opened
     model.pipeline_class()
-    unet = PipelineUNet(EngineUNet.load(opened, backend), model.config)
-    pipeline = model.load_pipeline(**{"unet": unet, **parts})
+    engine = stand_in(EngineUNet.load(opened, backend), model.config)
+    pipeline = model.load_pipeline(**{model.network.part: engine, **parts})
     for name in _REFUSED_BY_PIPELINES:
         if hasattr(pipeline, name):
             setattr(pipeline, name, _refusal(name))
@@ -139,8 +146,8 @@ class _AbsentError(InputError, AttributeError):
     """What an engine does not have of a UNet or transformer: ``hasattr`` finds none."""
 
 
-class PipelineUNet(ModelMixin, ConfigMixin):
-    """An engine in the place of a pipeline's UNet.
+class PipelineNetwork(ModelMixin, ConfigMixin):
+    """An engine in the place of a pipeline's network.
 
     It has no weights. ``to`` moves it in name: what it is called with may be on any device and
     of any float type, the engine computes where it was built for, in float32, and the result goes
@@ -150,16 +157,15 @@ class PipelineUNet(ModelMixin, ConfigMixin):
     config_name = "config.json"  # type: ignore[assignment]
 
     def __init__(self, engine: EngineUNet, config: Mapping[str, Any]) -> None:
-        """Stand in for the UNet of ``config`` with ``engine``."""
+        """Stand in for the network of ``config`` with ``engine``."""
         super().__init__()
         self.engine = engine
+        network = network_of(config["_class_name"])
+        assert network is not None
+        self._network = network
         self.register_to_config(**_full_config(config))
         # Empty: accelerate's hooks ask the first parameter of a module where it is.
         self._place = nn.Parameter(torch.empty(0), requires_grad=False)
-        if config.get("addition_embed_type") == "text_time":
-            # Pipelines of SDXL check by it that their conditions on the size fit.
-            width = config["projection_class_embeddings_input_dim"]
-            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
     def __getattr__(self, name: str) -> Any:
         if name in _HARMLESS:
@@ -167,7 +173,7 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         if name in _REFUSED:
             return _refusal(name)
         if name in _ABSENT:
-            raise _AbsentError(f"unet.{name}: {_FIXED}")
+            raise _AbsentError(f"{self._network.part}.{name}: {_FIXED}")
         return super().__getattr__(name)
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> NoReturn:
@@ -192,6 +198,50 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         """Where pipelines put their latents and states."""
         return self._place.device
 
+    def _predict(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        arguments: Mapping[str, Any],
+        added_cond_kwargs: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        """The engine's prediction for sample [B, C, H, W].
+
+        Args:
+            timestep: a number, or a tensor [], [1] or [B]; each sample has its own.
+            arguments: the conditions [B, ...], where the model has them; whatever else is among
+                them is None or empty.
+            added_cond_kwargs: further ones.
+
+        Raises:
+            InputError: an argument that the engine does not compute (ControlNet's residuals,
+                attention arguments, IP-Adapter), inputs that are missing or of other shapes than
+                the engine's, or a height or width that the network cannot divide.
+        """
+        given = {**arguments, **(added_cond_kwargs or {})}
+        wanted = {
+            name: value
+            for name, value in given.items()
+            if value is not None and not (isinstance(value, dict) and not value)
+        }
+        if unknown := sorted(wanted.keys() - set(self._network.conditions)):
+            raise InputError(f"the engine does not compute {', '.join(unknown)}: {_FIXED}")
+        steps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
+        steps = steps.expand(len(sample)) if len(steps) == 1 else steps
+        return self.engine(sample, steps, **wanted).to(sample.device, sample.dtype)
+
+
+class PipelineUNet(PipelineNetwork):
+    """An engine in the place of a pipeline's UNet."""
+
+    def __init__(self, engine: EngineUNet, config: Mapping[str, Any]) -> None:
+        """See :class:`PipelineNetwork`."""
+        super().__init__(engine, config)
+        if config.get("addition_embed_type") == "text_time":
+            # Pipelines of SDXL check by it that their conditions on the size fit.
+            width = config["projection_class_embeddings_input_dim"]
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
     def forward(
         self,
         sample: Tensor,
@@ -201,45 +251,47 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         *,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         return_dict: bool = True,
-        **unsupported: Any,
+        **arguments: Any,
     ) -> Any:
-        """Predict as diffusers' UNets do.
-
-        Args:
-            sample: [B, C, H, W].
-            timestep: a number, or a tensor [], [1] or [B]; each sample has its own.
-            encoder_hidden_states, class_labels: [B, ...], where the model has them.
-            added_cond_kwargs: SDXL's ``text_embeds`` and ``time_ids``.
-            unsupported: any other argument of diffusers' UNets, None or empty.
-
-        Raises:
-            InputError: an argument that the engine does not compute (ControlNet's residuals,
-                attention arguments, IP-Adapter), inputs that are missing or of other shapes than
-                the engine's, or a height or width that the UNet cannot halve.
-        """
-        wanted = {
-            name: value for name, value in unsupported.items() if value is not None and value != {}
-        }
-        added = dict(added_cond_kwargs or {})
-        wanted |= {
-            name: value for name, value in added.items() if name not in ("text_embeds", "time_ids")
-        }
-        if wanted:
-            raise InputError(f"the engine does not compute {', '.join(sorted(wanted))}: {_FIXED}")
+        """Predict as diffusers' UNets do; see :meth:`PipelineNetwork._predict`."""
         given = {
             "encoder_hidden_states": encoder_hidden_states,
             "class_labels": class_labels,
-            **added,
+            **arguments,
         }
-        conditions = {name: value for name, value in given.items() if value is not None}
-        steps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
-        steps = steps.expand(len(sample)) if len(steps) == 1 else steps
-        output = self.engine(sample, steps, **conditions).to(sample.device, sample.dtype)
+        output = self._predict(sample, timestep, given, added_cond_kwargs)
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
 
 
+class PipelineTransformer(PipelineNetwork):
+    """An engine in the place of a pipeline's transformer."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        timestep: Tensor | float,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        return_dict: bool = True,
+        **arguments: Any,
+    ) -> Any:
+        """Predict as diffusers' transformers do; see :meth:`PipelineNetwork._predict`."""
+        output = self._predict(hidden_states, timestep, arguments, added_cond_kwargs)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+_STAND_INS = {"unet": PipelineUNet, "transformer": PipelineTransformer}
+
+
+def stand_in(engine: EngineUNet, config: Mapping[str, Any]) -> PipelineNetwork:
+    """``engine`` in the place of the network of ``config``, as a part of its pipeline."""
+    network = network_of(config["_class_name"])
+    assert network is not None
+    return _STAND_INS[network.part](engine, config)
+
+
 for _name in _REFUSED_OF_MODELS:  # which __getattr__ is not asked for: the base class has them
-    setattr(PipelineUNet, _name, _refusal(_name))
+    setattr(PipelineNetwork, _name, _refusal(_name))
 
 
 def _full_config(config: Mapping[str, Any]) -> dict[str, Any]:

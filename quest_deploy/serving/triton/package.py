@@ -62,6 +62,11 @@ def write_package(
     check_target(folder)
     workspace.require("export")
     model = load_model(workspace.source)
+    if model.network.unserved is not None:
+        raise InputError(
+            f"{model.name} has a {model.network.noun}, and no package can be made of it yet: "
+            f"{model.network.unserved}; use quest_deploy.load_pipeline"
+        )
     model.require_weights("serve")
     if model.channels.image_kind is not None and not model.channels.image:
         raise InputError(

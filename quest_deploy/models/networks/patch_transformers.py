@@ -1,0 +1,150 @@
+"""Transformers over patches of a latent, modulated by the timestep (arXiv 2212.09748): what their
+families have in common.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.models.embeddings import PatchEmbed
+from torch import Tensor
+
+from quest_deploy.errors import InputError
+from quest_deploy.models.channels import Channels
+from quest_deploy.models.configurations import TransformerConfiguration
+from quest_deploy.models.networks.network import States
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import nn
+
+    from quest_deploy.models.conditions import ClassLabels
+
+
+class PatchTransformers:
+    """Part of :class:`quest_deploy.models.networks.network.Network`; a family adds its classes, its
+    conditions and its layers.
+
+    Attributes:
+        diffusers_class, flat_class: diffusers' own, and ours with flat conditions.
+    """
+
+    part, noun = "transformer", "transformer"
+    configuration = TransformerConfiguration
+    token_inputs: tuple[str, ...] = ()
+    supervised_blocks = checkpointed_blocks = ("BasicTransformerBlock",)
+    takes_loras = takes_variance = False
+    unserved = "the server of a package samples with a UNet's conditions alone"
+    diffusers_class: type[nn.Module]
+    flat_class: type[nn.Module]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """See :class:`Network`."""
+        return self.diffusers_class.__name__, self.flat_class.__name__
+
+    def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
+        """See :class:`Network`."""
+        size, patch = config["sample_size"], config["patch_size"]
+        if size % patch:
+            raise InputError(
+                f"{name}: its transformer is not supported: sample_size {size}: expected a "
+                f"multiple of its patch_size {patch}"
+            )
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        if width % 4:
+            raise InputError(
+                f"{name}: its transformer is not supported: num_attention_heads times "
+                f"attention_head_dim is {width}: expected a multiple of 4, for sines and cosines "
+                "of both sides"
+            )
+
+    def channels(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        pipeline: str,
+        variance_type: str | None,
+        *,
+        of_text: bool,
+    ) -> Channels:
+        """See :class:`Network`; a variance that is predicted is left out, as in diffusers."""
+        given = config["in_channels"]
+        predicted = given if config.get("out_channels") is None else config["out_channels"]
+        if predicted not in (given, 2 * given):
+            raise InputError(
+                f"{name}: a transformer with in_channels {given} and out_channels {predicted} is "
+                "not supported; expected as many of both, or twice as many out_channels"
+            )
+        return Channels(given)
+
+    def labels(self, config: Mapping[str, Any]) -> ClassLabels | None:
+        """See :class:`Network`."""
+        return None
+
+    def sample_multiple(self, config: Mapping[str, Any]) -> int:
+        """See :class:`Network`."""
+        return int(config["patch_size"])
+
+    def build(self, class_name: str, config: Mapping[str, Any]) -> nn.Module:
+        """See :class:`Network`."""
+        kind: Any = self.diffusers_class
+        return self.flat(kind.from_config(config))
+
+    def flat(self, network: nn.Module) -> nn.Module:
+        """See :class:`Network`."""
+        network.__class__ = self.flat_class
+        patches: Any = network.get_submodule("pos_embed")
+        patches.__class__ = AnySizePatchEmbed
+        return network
+
+    def of_size(self, config: Mapping[str, Any], size: tuple[int, int], count: int) -> States:
+        """See :class:`Network`."""
+        return {}
+
+
+class AnySizePatchEmbed(PatchEmbed):
+    """A PatchEmbed that computes its positions from the sample's height and width, as operators of
+    a graph; diffusers has a table for one size, and computes others' beside the model.
+    """
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """latent [B, C, H, W] -> [B, patches, D]."""
+        patches = self.proj(latent)
+        rows, columns = patches.shape[-2:]
+        # The first half of the width is of the columns, though diffusers calls it the height's.
+        parts = (self._sines(columns)[None], self._sines(rows)[:, None])
+        positions = torch.cat([part.expand(rows, columns, -1) for part in parts], -1)
+        embedded: Tensor = patches.flatten(2).transpose(1, 2) + positions.flatten(0, 1)[None]
+        return embedded
+
+    def _sines(self, count: Any) -> Tensor:
+        """The positions of ``count`` patches along one side, [count, D / 2]: they span what the
+        model's own side does, whatever their number.
+        """
+        quarter = self.proj.out_channels // 4
+        exponents = torch.arange(quarter, dtype=torch.float64) / quarter
+        frequencies = (10000.0**-exponents).float()
+        places = torch.arange(count, dtype=torch.float32)
+        units = places * (self.base_size / self.interpolation_scale) / count
+        angles = units[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+def unpatched(patches: Tensor, sample: Tensor, side: int) -> Tensor:
+    """The prediction [B, C, H, W] of ``sample`` [B, ..., H, W] from its patches [B, patches, side x
+    side x C].
+    """
+    rows, columns = sample.shape[-2] // side, sample.shape[-1] // side
+    # [B, rows, columns, side, side, C] -> [B, C, rows * side, columns * side]
+    cut = patches.unflatten(2, (side, side, -1)).unflatten(1, (rows, columns))
+    return cut.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def spread(timestep: Tensor | float, like: Tensor) -> Tensor:
+    """``timestep``, a number or [B], as [B] of the sample ``like`` [B, ...]."""
+    steps = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
+    return steps.expand(like.shape[0])

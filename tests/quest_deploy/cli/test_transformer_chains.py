@@ -1,0 +1,285 @@
+"""Diffusion transformers at the command line, from calibration to a report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from exporters.graph_info import graph_info, load_graph
+from quest_deploy.artifacts.checkpoint import load_checkpoint
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.artifacts.workspace import (
+    CALIBRATED,
+    CHECKPOINT,
+    GRAPH,
+    MANIFEST,
+    TRAJECTORIES,
+    Workspace,
+)
+from quest_deploy.calibration.trajectories import Trajectories
+from quest_deploy.finetuning.train import FinetuneOptions, finetune
+from quest_deploy.models.loading import load_model, resolve_source
+from quest_deploy.quantization.model import QuantizedModel
+from quest_deploy.serving.pipeline import load_pipeline
+from tests.helpers import refused
+from tests.quest_deploy.support import PIXART_CHAIN, cli
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.quest_deploy.conftest import Chain
+
+FEW = ("--samples", "1", "--steps", "2", "--method", "minmax")
+
+
+def test_a_transformer_goes_through_every_command(pixart_chain: Chain) -> None:
+    outcomes = pixart_chain.outcomes
+    assert outcomes.keys() == PIXART_CHAIN.keys()
+    for backend in ("onnxruntime", "openvino"):
+        assert outcomes[f"verify {backend}"].json["passed"]
+    pictures = outcomes["generate onnxruntime"].json["pictures"]
+    assert [Image.open(path).size for path in pictures] == [(16, 16)] * 2
+    results = outcomes["evaluate onnxruntime"].json["results"]
+    assert list(results) == ["FP32", "PTQ", "QuEST", "onnxruntime"]
+    assert results["FP32"]["pixel_mse"] == 0
+    assert results["onnxruntime"]["psnr"] == pytest.approx(results["QuEST"]["psnr"], abs=0.5)
+    whole = outcomes["benchmark onnxruntime"].json["pipeline"]
+    assert whole["network"] == "transformer"
+    assert all(engine["parts"]["unet"] > 0 for engine in whole["engines"])
+
+
+def test_verification_of_a_transformer_covers_every_layer_product_and_segment(
+    pixart_chain: Chain,
+) -> None:
+    report = json.loads((pixart_chain.root / "reports" / "verify-onnxruntime.json").read_text())
+    info = graph_info(load_graph(pixart_chain.root / GRAPH))
+    verified = {layer["name"] for layer in report["layers"]}
+    assert verified == {*info.layers, *info.matmuls}
+    assert len(info.layers) == 10
+    assert report["segments"]
+
+
+@torch.no_grad()
+def test_the_engine_predicts_as_the_fake_quantized_model_at_other_sizes_and_tokens(
+    pixart_chain: Chain,
+) -> None:
+    pipeline = load_pipeline(pixart_chain.root, "onnxruntime")
+    quantized = QuantizedModel.from_checkpoint(
+        load_checkpoint(pixart_chain.root / CHECKPOINT)
+    ).eval()
+    generator = torch.Generator().manual_seed(3)
+    sample = torch.randn(3, 4, 6, 12, generator=generator)
+    timestep = torch.tensor([990.0, 500.0, 1.0])  # each in a bucket of its own
+    states = torch.randn(3, 40, 16, generator=generator)
+    mask = (torch.arange(40) < torch.tensor([[3], [40], [11]])).float()
+    expected = quantized(
+        sample, timestep, encoder_hidden_states=states, encoder_attention_mask=mask
+    )
+    found = pipeline.transformer(
+        sample,
+        timestep=timestep,
+        encoder_hidden_states=states,
+        encoder_attention_mask=mask,
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+    ).sample
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_adaptive_norm_and_its_tables_are_trained_in_float(pixart_chain: Chain) -> None:
+    before, after = (
+        load_checkpoint(pixart_chain.root / name).floats for name in (CALIBRATED, CHECKPOINT)
+    )
+    changed = {name for name, value in before.items() if not np.array_equal(value, after[name])}
+    assert changed == {
+        "adaln_single.linear.weight",
+        "adaln_single.linear.bias",
+        "scale_shift_table",
+        "transformer_blocks.0.scale_shift_table",
+    }
+
+
+def test_the_temporal_stage_trains_the_norms_alone_and_given_layers_replace_them(
+    pixart_chain: Chain,
+) -> None:
+    opened = Workspace.open(pixart_chain.root)
+    model = load_model(opened.source)
+    calibrated = load_checkpoint(pixart_chain.root / CALIBRATED)
+    trajectories = Trajectories.load(pixart_chain.root / TRAJECTORIES)
+
+    def trained(**options: Any) -> tuple[set[str], set[str]]:
+        settings = FinetuneOptions(
+            "pixart", stages=("temporal",), temporal_steps=1, batch=2, **options
+        )
+        made = finetune(model.load_unet, calibrated, trajectories, settings)
+        floats = {k for k, v in calibrated.floats.items() if not np.array_equal(v, made.floats[k])}
+        scales = {
+            k
+            for k, v in calibrated.quantizers.items()
+            if not np.array_equal(v.scale, made.quantizers[k].scale)
+        }
+        return floats, scales
+
+    floats, scales = trained()
+    assert len(floats) == 4
+    assert not scales
+    floats, scales = trained(temporal_layers=("*.ff.net.2",))
+    assert not floats
+    assert scales == {"transformer_blocks.0.ff.net.2"}
+
+
+def test_the_scheme_records_what_stays_in_float_and_a_unets_files_are_as_before(
+    pixart_chain: Chain,
+) -> None:
+    scheme = json.loads((pixart_chain.root / MANIFEST).read_text())["scheme"]
+    assert scheme["float_layers"] == [
+        "pos_embed.*",
+        "adaln_single.*",
+        "caption_projection.*",
+        "proj_out",
+    ]
+    assert Scheme.from_json(scheme).float_layers == tuple(scheme["float_layers"])
+    assert "float_layers" not in Scheme.parse("w4a4").to_json()
+    inspected = cli("inspect", pixart_chain.root / CHECKPOINT)
+    assert "caption_projection.*" in inspected.out
+
+
+@pytest.mark.slow
+def test_every_layer_of_a_transformer_can_be_quantized_and_verified(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "ws"
+    for command, *options in (
+        (
+            "calibrate",
+            "--model",
+            pipelines("dit"),
+            *FEW,
+            "--buckets",
+            "2",
+            "--float-layers",
+            "none",
+        ),
+        ("export",),
+        ("reference",),
+        ("build-engine", "--backend", "onnxruntime"),
+        ("verify", "--backend", "onnxruntime"),
+        ("generate", "--backend", "onnxruntime", "--labels", "3,5", "--steps", "2", "--rows", "1"),
+    ):
+        ended = cli(command, "-w", root, *options)
+        assert ended.code == 0, f"{command}: {ended.err}"
+    layers = load_checkpoint(root / CALIBRATED).layers
+    assert {"pos_embed.proj", "proj_out_2"} <= layers.keys()
+    assert (layers["pos_embed.proj"].weight_bits, layers["proj_out_2"].weight_bits) == (8, 8)
+
+
+@pytest.mark.slow
+def test_an_alpha_goes_through_to_a_verified_engine(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "ws"
+    for command, *options in (
+        ("calibrate", "--model", pipelines("pixart-alpha"), *FEW, "--buckets", "2"),
+        ("export",),
+        ("reference",),
+        ("build-engine", "--backend", "openvino"),
+        ("verify", "--backend", "openvino"),
+        ("generate", "--backend", "openvino", "--prompt", "a cat", "--steps", "2"),
+    ):
+        ended = cli(command, "-w", root, *options)
+        assert ended.code == 0, f"{command}: {ended.err}"
+
+
+def test_a_package_and_loras_of_a_transformer_are_refused_before_anything_is_written(
+    pixart_chain: Chain, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    packed = cli("package", "-w", pixart_chain.root, "--triton", tmp_path / "triton")
+    packed.assert_refused("transformer", "load_pipeline")
+    assert not (tmp_path / "triton").exists()
+    save_file({"weight": torch.ones(1)}, tmp_path / "style.safetensors")
+    lora = ("--lora", tmp_path / "style.safetensors", "-o", tmp_path / "other")
+    cli("lora", "-w", pixart_chain.root, *lora).assert_refused("--lora", "transformer")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "edges"),
+    [
+        (["--bucket-edges", "100.5,700"], [100.5, 700.0]),
+        (["--bucket-edges", "lcm:4"], 3),
+        (["--bucket-edges", "euler:8", "--buckets", "4"], 3),
+    ],
+)
+def test_bucket_edges_are_given_by_hand_or_by_a_schedule(
+    pipelines: Callable[[str], Path], tmp_path: Path, options: list[str], edges: list[float] | int
+) -> None:
+    root = tmp_path / "ws"
+    given = ("--model", pipelines("sd"), *options)
+    ended = cli("calibrate", "-w", root, *given, *FEW)
+    assert ended.code == 0, ended.err
+    scheme = Workspace.open(root).scheme
+    if isinstance(edges, list):
+        assert list(scheme.bucket_edges) == edges
+    else:
+        name, steps = options[1].split(":")
+        scheduler = load_model(resolve_source(str(pipelines("sd")))).load_scheduler(name)
+        scheduler.set_timesteps(int(steps))
+        held = [scheme.bucket_of(t) for t in scheduler.timesteps.tolist()]
+        share = int(steps) // (edges + 1)
+        assert sorted(held) == [b for b in range(edges + 1) for _ in range(share)]
+    again = cli("calibrate", "-w", root, *options, *FEW)
+    assert again.code == 0, again.err
+    cli("calibrate", "-w", root, "--bucket-edges", "5", *FEW).assert_refused("bucket edges", root)
+
+
+@pytest.mark.parametrize(
+    ("options", "facts"),
+    [
+        (["--bucket-edges", "700,100"], "bucket edges"),
+        (["--bucket-edges", "0,100"], "bucket edges"),
+        (["--bucket-edges", "5,1000"], "bucket edges"),
+        (["--bucket-edges", "1e300"], "bucket edges"),
+        (["--bucket-edges", "nan"], "finite"),
+        (["--bucket-edges", "early"], "--bucket-edges early"),
+        (["--bucket-edges", "nosuch:4"], "nosuch"),
+        (["--bucket-edges", "lcm:0"], "0 steps"),
+        (["--bucket-edges", "lcm:4", "--buckets", "9"], "9"),
+        (["--bucket-edges", "100,700", "--buckets", "2"], "--bucket-edges --buckets"),
+    ],
+)
+def test_bucket_edges_that_are_none_are_refused(
+    pipelines: Callable[[str], Path], tmp_path: Path, options: list[str], facts: str
+) -> None:
+    ended = cli("calibrate", "-w", tmp_path / "ws", "--model", pipelines("sd"), *options)
+    ended.assert_refused(*facts.split())
+    assert not (tmp_path / "ws").exists()
+
+
+def test_layers_that_are_to_stay_in_float_but_are_none_are_refused(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    given = ("--model", pipelines("sd"), "--float-layers", "no.such.*", *FEW)
+    cli("calibrate", "-w", tmp_path / "ws", *given).assert_refused("no.such.*")
+
+
+def test_a_unets_layers_can_stay_in_float_too(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "ws"
+    given = ("--model", pipelines("sd"), "--float-layers", "*.ff.net.2,conv_in", "--buckets", "2")
+    assert cli("calibrate", "-w", root, *given, *FEW).code == 0
+    made = load_checkpoint(root / CALIBRATED)
+    assert not {name for name in made.layers if name.endswith("ff.net.2") or name == "conv_in"}
+    assert "conv_in.weight" in made.floats
+    assert made.layers["conv_out"].weight_bits == 8
+    with refused("float"):
+        Scheme.from_json({**made.scheme.to_json(), "float_layers": "conv_in"})
+    shutil.rmtree(root)
