@@ -22,6 +22,7 @@ TEXT_ENCODER, IMAGE_ENCODER, UNET, DECODER = "text encoder", "image encoder", "u
 _CALLS = (
     ("text_encoder", "forward", TEXT_ENCODER),
     ("text_encoder_2", "forward", TEXT_ENCODER),
+    ("text_encoder_3", "forward", TEXT_ENCODER),
     ("vae", "encode", IMAGE_ENCODER),
     ("unet", "forward", UNET),
     ("transformer", "forward", UNET),

@@ -22,12 +22,13 @@ class BlockOutputs:
 
     def __init__(self, model: nn.Module) -> None:
         self._blocks = supervised_blocks(model)
+        self._place = kind_of(model).supervised_output
         self._handles: list[Any] = []
         self._outputs: list[Tensor] = []
 
     def __enter__(self) -> BlockOutputs:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._outputs.append(output if isinstance(output, Tensor) else output[0])
+            self._outputs.append(output if isinstance(output, Tensor) else output[self._place])
 
         self._handles = [block.register_forward_hook(hook) for block in self._blocks]
         return self

@@ -40,9 +40,13 @@ LAYER_SETS = {
 """QuEST's table (its paper, section 4, and its official code), for UNets."""
 _TABLES = ("*scale_shift_table",)
 _BLOCKS = ("*.ff.net.*", "*.attn1.*", "*.attn2.*")
+_JOINT_NORMS = ("*.norm1.linear", "*.norm1_context.linear", "norm_out.linear")
 TRANSFORMER_LAYER_SETS = {
     "pixart": LayerSets(
         ("adaln_single.linear", *_TABLES), _BLOCKS, ("adaln_single.linear", *_TABLES)
+    ),
+    "sd3": LayerSets(
+        _JOINT_NORMS, ("*.ff.net.*", "*.ff_context.net.*", "*.attn.*", "*.attn2.*"), _JOINT_NORMS
     ),
     "dit": LayerSets(("*.norm1.linear", "proj_out_1"), _BLOCKS, ("*.norm1.linear", "proj_out_1")),
 }

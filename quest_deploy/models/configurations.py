@@ -71,6 +71,10 @@ class TransformerConfiguration(Configuration):
     attention_head_dim: Channels
     cross_attention_dim: Channels | None = None
     caption_channels: Channels | None = None
+    joint_attention_dim: Channels | None = None
+    caption_projection_dim: Channels | None = None
+    pooled_projection_dim: Channels | None = None
+    pos_embed_max_size: Annotated[int, Field(ge=1, le=2**10)] | None = None
     num_embeds_ada_norm: Annotated[int, Field(ge=1, le=10**6)] | None = None
     norm_type: str | None = None
     use_additional_conditions: bool | None = None
@@ -83,7 +87,9 @@ class SchedulerConfiguration(Configuration):
     beta_start: float = 1e-4
     beta_end: float = 2e-2
     beta_schedule: str = "linear"
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon"
+    shift: Annotated[float, Field(gt=0)] | None = None
+    flow_shift: Annotated[float, Field(gt=0)] | None = None
     steps_offset: Annotated[int, Field(ge=0, le=10**5)] = 0
 
 

@@ -9,6 +9,7 @@ said in :mod:`quest_deploy.models.networks`.
 from __future__ import annotations
 
 import importlib
+import inspect
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,7 +58,7 @@ from quest_deploy.models.registry import (
     EMBEDDED_FOLDER,
     KNOWN_MODELS,
 )
-from quest_deploy.models.schedulers import make_scheduler, noise_schedule
+from quest_deploy.models.schedulers import flow_schedule, make_scheduler, noise_schedule
 from quest_deploy.models.single_file import SingleFile, read_single_file
 from quest_deploy.models.tokenizers import (
     TOKENIZERS,
@@ -85,7 +86,7 @@ if TYPE_CHECKING:
     from quest_deploy.models.networks.network import Network
     from quest_deploy.models.registry import KnownModel
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 DECODERS = ("vae", "vqvae")
 PROMPTS = "prompts.txt"
 """What a text-to-image model is asked for where the user names nothing, a prompt a line."""
@@ -153,6 +154,9 @@ class PipelineModel:
                 f"--prompts: expected a text-to-image model, and {self.name} is {self.family}"
             )
         self._schedule = self._read_schedule()
+        self.bucket_steps: int | None = None
+        if self.network.flow_matching:
+            self.bucket_steps = self.calibration_steps = self._usual_steps()
         decoder = self.folder / (self._decoder or "vae") / "config.json"
         self._decoder_config = (
             read_configuration(DecoderConfiguration, decoder) if decoder.exists() else None
@@ -167,10 +171,9 @@ class PipelineModel:
         self._given_prompts = prompts
         self._conditions: Conditions | None = None
         self._told_cut = False
-        side = self.config["sample_size"]
         self.sample_shape: tuple[int, ...] = (
             self.channels.sampled,
-            *((side, side) if isinstance(side, int) else side),
+            *self.network.sides(self.config),
         )
         if images is not None and not self.channels.image:
             raise InputError(
@@ -552,7 +555,18 @@ class PipelineModel:
             config["prediction_type"] = self.source.prediction_type
         parse_configuration(SchedulerConfiguration, config, str(self.single_file or path))
         _, name = self.index.get("scheduler", (None, None))
+        if self.network.flow_matching:
+            if self.source.prediction_type is not None:
+                raise InputError(
+                    f"--prediction-type: not for {self.name}, a model of flow matching"
+                )
+            return flow_schedule(config, name, str(path))
         return noise_schedule(config, name, str(path), latent=self._decoder is not None)
+
+    def _usual_steps(self) -> int:
+        """How many steps diffusers' own pipeline takes, unless told otherwise."""
+        parameters = inspect.signature(self.pipeline_class().__call__).parameters
+        return int(parameters["num_inference_steps"].default)
 
     @property
     def _decoder(self) -> str | None:

@@ -95,6 +95,9 @@ KNOWN_MODELS = {
     "pixart-sigma": KnownModel(
         "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "e102b3591cc82e97071b8b4cb90d834d0c487207"
     ),
+    "sd35-medium": KnownModel(
+        "stabilityai/stable-diffusion-3.5-medium", "b940f670f0eda2d07fbb75229e779da1ad11eb80"
+    ),
     "ldm-bedroom": KnownModel(),
     "ldm-church": KnownModel(heads=8),
     "ldm-imagenet": KnownModel(),
@@ -127,6 +130,8 @@ class DiffusionModel(Protocol):
             models.
         calibration_samples, calibration_steps: how many samplings, of how many steps, are recorded
             for it unless told otherwise.
+        bucket_steps: of how many steps of its own schedule each bucket holds as many, unless told
+            otherwise; None for equally wide buckets.
         forward_rows: how many rows of a batch are best run at once; None for any number.
         eight_bit_layers: the layers that have eight bits unless told otherwise, glob patterns of
             their module paths.
@@ -146,6 +151,7 @@ class DiffusionModel(Protocol):
     image_guidance: float | None
     calibration_samples: int
     calibration_steps: int
+    bucket_steps: int | None
     forward_rows: int | None
     eight_bit_layers: Sequence[str]
     float_layers: Sequence[str]

@@ -13,7 +13,7 @@ from quest_deploy.errors import InputError
 if TYPE_CHECKING:
     from pathlib import Path
 
-_SUFFIXES = ("", "_2")
+_SUFFIXES = ("", "_2", "_3")
 TOKENIZERS = tuple(f"tokenizer{suffix}" for suffix in _SUFFIXES)
 _VOCABULARIES = (
     ("tokenizer.json",),

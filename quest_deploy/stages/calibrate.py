@@ -50,11 +50,16 @@ def work(
             f"{workspace.root} divides {workspace.scheme.train_timesteps} training steps into "
             f"buckets, and {model.name} was trained with {trained}; start a new workspace with -w"
         )
+    reconstructs = options.method == QDIFF
+    if reconstructs and not model.network.reconstructs:
+        raise InputError(
+            f"--method {QDIFF}: expected a model with a UNet, and {model.name} has a "
+            f"{model.network.noun}; choose another method, and `quest-deploy finetune`"
+        )
     model.check_decoder()
     unet = model.load_unet()
     steps = options.steps or most_steps(model.load_scheduler("ddim"), model.calibration_steps)
     rows = options.batch or model.forward_rows
-    reconstructs = options.method == QDIFF
 
     def start() -> Start:
         recorded = trajectories.record_trajectories(

@@ -91,7 +91,7 @@ class SchemeChoices(Options):
         Option(
             "Where buckets end and begin: timesteps separated by commas; or SCHEDULER:STEPS, for "
             "as many of that schedule's timesteps in each of --buckets.",
-            default="the workspace's, or equally wide buckets",
+            default="the workspace's, or equally wide buckets; of flow matching the model's steps",
             text=str,
             parse=_parse_edges,
         ),
@@ -184,12 +184,15 @@ class SchemeChoices(Options):
         )
 
     def edges(self, model: DiffusionModel) -> tuple[float, ...] | None:
-        """The edges that the user chose of ``model``'s timesteps; None where none are chosen.
+        """The edges that the user chose of ``model``'s timesteps, or else the model's own; None for
+        equally wide buckets.
 
         Raises:
             InputError: they are not as many as the buckets, or name no schedule of the model's.
         """
         chosen = self.bucket_edges
+        if chosen is None and model.bucket_steps is not None:
+            chosen = f"ddim:{model.bucket_steps}"
         if isinstance(chosen, str):
             return _edges_of_schedule(chosen, model, self.buckets)
         if chosen is not None and self.buckets not in (None, len(chosen) + 1):

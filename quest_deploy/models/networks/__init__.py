@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quest_deploy.errors import InputError
 from quest_deploy.models.networks.dit import DiT
 from quest_deploy.models.networks.pixart import PixArt
+from quest_deploy.models.networks.sd3 import SD3
 from quest_deploy.models.networks.unet import UNets
 
 if TYPE_CHECKING:
@@ -19,19 +20,16 @@ if TYPE_CHECKING:
     from quest_deploy.models.networks.network import Network
 
 UNET: Network = UNets()
-TRANSFORMERS: tuple[Network, ...] = (PixArt(), DiT())
+TRANSFORMERS: tuple[Network, ...] = (PixArt(), DiT(), SD3())
 NETWORKS = (UNET, *TRANSFORMERS)
-_FLOW = "its scheduler's noise levels (flow matching)"
 MISSING = {
-    "SD3Transformer2DModel": f"{_FLOW} and its joint attention",
-    "FluxTransformer2DModel": f"{_FLOW}, its packed latents and its rotary positions",
-    "Flux2Transformer2DModel": f"{_FLOW}, its packed latents and its shared modulation",
-    "SanaTransformer2DModel": f"{_FLOW} and its linear attention",
-    "QwenImageTransformer2DModel": f"{_FLOW}, its complex rotary positions and, where it edits, a "
-    "timestep for each token",
-    "ZImageTransformer2DModel": f"{_FLOW}, its complex rotary positions and its lists of samples",
-    "WanTransformer3DModel": f"{_FLOW}, its 3-D convolutions and, where it edits, a timestep for "
-    "each token",
+    "FluxTransformer2DModel": "its packed latents, its rotary positions and a guidance embedded",
+    "Flux2Transformer2DModel": "its packed latents, its rotary positions and a shared modulation",
+    "SanaTransformer2DModel": "its linear attention, its convolutions in the blocks and Gemma",
+    "QwenImageTransformer2DModel": "its complex rotary positions, its packed latents and, where it "
+    "edits, a timestep for each token",
+    "ZImageTransformer2DModel": "its complex rotary positions and its lists of samples",
+    "WanTransformer3DModel": "its 3-D convolutions and, of some, a timestep for each token",
 }
 """By the class of a transformer, what this version does not do of what it needs."""
 _FORMER = {"ada_norm_single": "PixArtTransformer2DModel", "ada_norm_zero": "DiTTransformer2DModel"}

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from quest_deploy.errors import InputError
 from quest_deploy.models.conditions import ClassLabels
-from quest_deploy.models.networks.network import CLASS_CONDITIONAL, States
+from quest_deploy.models.networks.network import CLASS_CONDITIONAL
 from quest_deploy.models.networks.patch_transformers import PatchTransformers, spread, unpatched
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -50,8 +49,9 @@ class FlatDiT(DiTTransformer2DModel):
 class DiT(PatchTransformers):
     """See :class:`quest_deploy.models.networks.network.Network`."""
 
-    diffusers_class, flat_class = DiTTransformer2DModel, FlatDiT
+    class_names, flat_class = ("DiTTransformer2DModel", "FlatDiT"), FlatDiT
     conditions = ("class_labels",)
+    layers = "dit"
 
     def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""
@@ -66,10 +66,6 @@ class DiT(PatchTransformers):
         """See :class:`Network`."""
         return CLASS_CONDITIONAL
 
-    def layer_sets(self, family: str) -> str:
-        """See :class:`Network`."""
-        return "dit"
-
     def guidance(self, config: Mapping[str, Any], family: str) -> float:
         """See :class:`Network`."""
         return 4.0
@@ -82,13 +78,3 @@ class DiT(PatchTransformers):
         """See :class:`Network`; the class of no class is behind the others."""
         classes = config["num_embeds_ada_norm"]
         return ClassLabels(classes, null_label=classes)
-
-    def encode(self, pipeline: Any, prompts: Sequence[str]) -> tuple[States, States]:
-        """Raise TypeError: nothing is asked for in words."""
-        raise TypeError("a DiT reads no prompts")
-
-    def random_states(
-        self, config: Mapping[str, Any], count: int, generator: torch.Generator
-    ) -> States:
-        """Raise TypeError: see :meth:`encode`."""
-        raise TypeError("a DiT reads no prompts")

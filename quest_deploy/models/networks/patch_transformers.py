@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from quest_deploy.errors import InputError
 from quest_deploy.models.channels import Channels
 from quest_deploy.models.configurations import TransformerConfiguration
-from quest_deploy.models.networks.network import States
+from quest_deploy.models.networks.network import Network
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,30 +22,22 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from quest_deploy.models.conditions import ClassLabels
 
-
-class PatchTransformers:
-    """Part of :class:`quest_deploy.models.networks.network.Network`; a family adds its classes, its
-    conditions and its layers.
+class PatchTransformers(Network):
+    """What the families have in common; each adds its classes, its conditions and its layers.
 
     Attributes:
-        diffusers_class, flat_class: diffusers' own, and ours with flat conditions.
+        flat_class: diffusers' class with flat conditions, called as ``class_names`` has it behind
+            diffusers' own.
+        layers: which of QuEST's layer sets applies.
     """
 
     part, noun = "transformer", "transformer"
     configuration = TransformerConfiguration
-    token_inputs: tuple[str, ...] = ()
     supervised_blocks = checkpointed_blocks = ("BasicTransformerBlock",)
-    takes_loras = takes_variance = False
     unserved = "the server of a package samples with a UNet's conditions alone"
-    diffusers_class: type[nn.Module]
     flat_class: type[nn.Module]
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """See :class:`Network`."""
-        return self.diffusers_class.__name__, self.flat_class.__name__
+    layers: str
 
     def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""
@@ -81,9 +74,13 @@ class PatchTransformers:
             )
         return Channels(given)
 
-    def labels(self, config: Mapping[str, Any]) -> ClassLabels | None:
+    def layer_sets(self, family: str) -> str:
         """See :class:`Network`."""
-        return None
+        return self.layers
+
+    def sides(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """See :class:`Network`."""
+        return config["sample_size"], config["sample_size"]
 
     def sample_multiple(self, config: Mapping[str, Any]) -> int:
         """See :class:`Network`."""
@@ -91,7 +88,7 @@ class PatchTransformers:
 
     def build(self, class_name: str, config: Mapping[str, Any]) -> nn.Module:
         """See :class:`Network`."""
-        kind: Any = self.diffusers_class
+        kind: Any = getattr(diffusers, self.class_names[0])
         return self.flat(kind.from_config(config))
 
     def flat(self, network: nn.Module) -> nn.Module:
@@ -99,17 +96,33 @@ class PatchTransformers:
         network.__class__ = self.flat_class
         patches: Any = network.get_submodule("pos_embed")
         patches.__class__ = AnySizePatchEmbed
+        patches.drop_table()
         return network
-
-    def of_size(self, config: Mapping[str, Any], size: tuple[int, int], count: int) -> States:
-        """See :class:`Network`."""
-        return {}
 
 
 class AnySizePatchEmbed(PatchEmbed):
     """A PatchEmbed that computes its positions from the sample's height and width, as operators of
     a graph; diffusers has a table for one size, and computes others' beside the model.
     """
+
+    def drop_table(self) -> None:
+        """Forget diffusers' table of positions, which may be a gigabyte; raise InputError where it
+        is not what is computed instead.
+        """
+        table: Tensor | None = self._buffers.pop("pos_embed", None)
+        largest = self.pos_embed_max_size
+        if table is None or table.is_meta or not largest:
+            return
+        # Columns along the first row of patches, and rows along the first column: all there is.
+        half = table.shape[-1] // 2
+        grid = table.float().unflatten(1, (largest, largest))[0]
+        expected = self._sines(largest)
+        for found in (grid[0, :, :half], grid[:, 0, half:]):
+            if not torch.allclose(found, expected, atol=2e-3):  # as of a file in half precision
+                raise InputError(
+                    "the transformer's pos_embed.pos_embed: expected the sines and cosines of its "
+                    "configuration, found other positions, which are not supported"
+                )
 
     def forward(self, latent: Tensor) -> Tensor:
         """latent [B, C, H, W] -> [B, patches, D]."""
@@ -122,14 +135,18 @@ class AnySizePatchEmbed(PatchEmbed):
         return embedded
 
     def _sines(self, count: Any) -> Tensor:
-        """The positions of ``count`` patches along one side, [count, D / 2]: they span what the
-        model's own side does, whatever their number.
+        """The positions of ``count`` patches along one side, [count, D / 2]: the middle ones of the
+        largest side where the model has one, and else so many that they span what the model's own
+        side does.
         """
         quarter = self.proj.out_channels // 4
         exponents = torch.arange(quarter, dtype=torch.float64) / quarter
         frequencies = (10000.0**-exponents).float()
-        places = torch.arange(count, dtype=torch.float32)
-        units = places * (self.base_size / self.interpolation_scale) / count
+        places, largest = torch.arange(count, dtype=torch.float32), self.pos_embed_max_size
+        if largest:
+            places = places + (largest - count) // 2
+        span = self.base_size / self.interpolation_scale
+        units = places * (span / largest) if largest else places * span / count
         angles = units[:, None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], -1)
 

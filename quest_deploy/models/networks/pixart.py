@@ -79,9 +79,10 @@ class FlatPixArt(PixArtTransformer2DModel):
 class PixArt(PatchTransformers):
     """See :class:`quest_deploy.models.networks.network.Network`."""
 
-    diffusers_class, flat_class = PixArtTransformer2DModel, FlatPixArt
+    class_names, flat_class = ("PixArtTransformer2DModel", "FlatPixArt"), FlatPixArt
     token_inputs = ("encoder_hidden_states", "encoder_attention_mask")
     conditions = (*token_inputs, "resolution", "aspect_ratio")
+    layers = "pixart"
 
     def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""
@@ -98,10 +99,6 @@ class PixArt(PatchTransformers):
     def family(self, config: Mapping[str, Any], *, of_text: bool) -> str:
         """See :class:`Network`."""
         return TEXT_TO_IMAGE
-
-    def layer_sets(self, family: str) -> str:
-        """See :class:`Network`."""
-        return "pixart"
 
     def guidance(self, config: Mapping[str, Any], family: str) -> float:
         """See :class:`Network`."""

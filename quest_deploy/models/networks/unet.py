@@ -18,6 +18,7 @@ from quest_deploy.models.networks.network import (
     CLASS_CONDITIONAL,
     TEXT_TO_IMAGE,
     UNCONDITIONAL,
+    Network,
     States,
 )
 from quest_deploy.models.supported import (
@@ -42,7 +43,7 @@ GUIDANCE = {TEXT_TO_IMAGE: 7.5, CLASS_CONDITIONAL: 3.0, UNCONDITIONAL: 1.0}
 """What each family is used with: Stable Diffusion's default, QuEST's for ImageNet, and none."""
 
 
-class UNets:
+class UNets(Network):
     """See :class:`quest_deploy.models.networks.network.Network`."""
 
     part, noun = "unet", "UNet"
@@ -52,8 +53,7 @@ class UNets:
     token_inputs = ("encoder_hidden_states",)
     supervised_blocks = ("ResnetBlock2D", "Transformer2DModel")
     checkpointed_blocks = ("ResnetBlock2D", "Transformer2DModel", "Upsample2D", "Downsample2D")
-    takes_loras = takes_variance = True
-    unserved = None
+    reconstructs = takes_loras = takes_variance = True
 
     def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""
@@ -91,14 +91,16 @@ class UNets:
         """See :class:`Network`."""
         return GUIDANCE[family] if self.labels(config) is None else 1.0
 
-    def float_layers(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """See :class:`Network`."""
-        return ()
-
     def labels(self, config: Mapping[str, Any]) -> ClassLabels | None:
         """See :class:`Network`."""
         classes = config.get("num_class_embeds")
         return None if classes is None else ClassLabels(classes)
+
+    def sides(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """See :class:`Network`."""
+        side = config["sample_size"]
+        height, width = (side, side) if isinstance(side, int) else side
+        return height, width
 
     def sample_multiple(self, config: Mapping[str, Any]) -> int:
         """See :class:`Network`."""

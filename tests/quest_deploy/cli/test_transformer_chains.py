@@ -39,6 +39,13 @@ if TYPE_CHECKING:
 FEW = ("--samples", "1", "--steps", "2", "--method", "minmax")
 
 
+def run_all(root: Path, *commands: tuple[str | Path, ...]) -> None:
+    """Run commands on one workspace, each to a good end."""
+    for command, *options in commands:
+        ended = cli(command, "-w", root, *options)
+        assert ended.code == 0, f"{command}: {ended.err}"
+
+
 def test_a_transformer_goes_through_every_command(pixart_chain: Chain) -> None:
     outcomes = pixart_chain.outcomes
     assert outcomes.keys() == PIXART_CHAIN.keys()
@@ -155,25 +162,17 @@ def test_every_layer_of_a_transformer_can_be_quantized_and_verified(
     pipelines: Callable[[str], Path], tmp_path: Path
 ) -> None:
     root = tmp_path / "ws"
-    for command, *options in (
-        (
-            "calibrate",
-            "--model",
-            pipelines("dit"),
-            *FEW,
-            "--buckets",
-            "2",
-            "--float-layers",
-            "none",
-        ),
+    everything = ("--buckets", "2", "--float-layers", "none")
+    drawn = ("--labels", "3,5", "--steps", "2", "--rows", "1")
+    run_all(
+        root,
+        ("calibrate", "--model", pipelines("dit"), *FEW, *everything),
         ("export",),
         ("reference",),
         ("build-engine", "--backend", "onnxruntime"),
         ("verify", "--backend", "onnxruntime"),
-        ("generate", "--backend", "onnxruntime", "--labels", "3,5", "--steps", "2", "--rows", "1"),
-    ):
-        ended = cli(command, "-w", root, *options)
-        assert ended.code == 0, f"{command}: {ended.err}"
+        ("generate", "--backend", "onnxruntime", *drawn),
+    )
     layers = load_checkpoint(root / CALIBRATED).layers
     assert {"pos_embed.proj", "proj_out_2"} <= layers.keys()
     assert (layers["pos_embed.proj"].weight_bits, layers["proj_out_2"].weight_bits) == (8, 8)
@@ -183,17 +182,59 @@ def test_every_layer_of_a_transformer_can_be_quantized_and_verified(
 def test_an_alpha_goes_through_to_a_verified_engine(
     pipelines: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    root = tmp_path / "ws"
-    for command, *options in (
+    run_all(
+        tmp_path / "ws",
         ("calibrate", "--model", pipelines("pixart-alpha"), *FEW, "--buckets", "2"),
         ("export",),
         ("reference",),
         ("build-engine", "--backend", "openvino"),
         ("verify", "--backend", "openvino"),
         ("generate", "--backend", "openvino", "--prompt", "a cat", "--steps", "2"),
-    ):
-        ended = cli(command, "-w", root, *options)
-        assert ended.code == 0, f"{command}: {ended.err}"
+    )
+
+
+@pytest.mark.slow
+def test_stable_diffusion_3_goes_through_with_its_products_quantized(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "ws"
+    operands = ("--attention-bits", "8", "--softmax-bits", "8", "--buckets", "4")
+    steps = ("--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2")
+    run_all(
+        root,
+        ("calibrate", "--model", pipelines("sd3"), "--samples", "1", "--steps", "4", *operands),
+        ("finetune", *steps, "--gradient-checkpointing"),
+        ("export",),
+        ("reference",),
+        ("build-engine", "--backend", "onnxruntime"),
+        ("verify", "--backend", "onnxruntime"),
+        ("generate", "--backend", "onnxruntime", "--prompt", "a cat", "--steps", "2"),
+        ("evaluate", "--backend", "onnxruntime", "--images", "1", "--steps", "2"),
+        ("schedule", "--scheduler", "euler", "--steps", "4"),
+    )
+    before, after = (load_checkpoint(root / name).floats for name in (CALIBRATED, CHECKPOINT))
+    changed = {name for name, value in before.items() if not np.array_equal(value, after[name])}
+    norms = {"norm1.linear", "norm1_context.linear", "norm_out.linear"}
+    assert changed
+    assert all(any(norm in name for norm in norms) for name in changed)
+    graph = graph_info(load_graph(root / GRAPH))
+    assert {"attn.scores", "attn.mix", "attn2.scores", "attn2.mix"} <= {
+        name.removeprefix("transformer_blocks.0.") for name in graph.matmuls
+    }
+    # At another size and number of tokens the engine predicts as the fake-quantized model does.
+    pipeline = load_pipeline(root, "onnxruntime")
+    quantized = QuantizedModel.from_checkpoint(load_checkpoint(root / CHECKPOINT)).eval()
+    generator = torch.Generator().manual_seed(3)
+    sample = torch.randn(3, 4, 6, 12, generator=generator)
+    given = {
+        "encoder_hidden_states": torch.randn(3, 11, 32, generator=generator),
+        "pooled_projections": torch.randn(3, 24, generator=generator),
+    }
+    timestep = torch.tensor([1000.0, 812.5, 20.0])
+    found = pipeline.transformer(hidden_states=sample, timestep=timestep, **given).sample
+    with torch.no_grad():
+        expected = quantized(sample, timestep, **given)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_package_and_loras_of_a_transformer_are_refused_before_anything_is_written(
@@ -208,6 +249,13 @@ def test_a_package_and_loras_of_a_transformer_are_refused_before_anything_is_wri
     lora = ("--lora", tmp_path / "style.safetensors", "-o", tmp_path / "other")
     cli("lora", "-w", pixart_chain.root, *lora).assert_refused("--lora", "transformer")
     assert not (tmp_path / "other").exists()
+
+
+def test_q_diffusions_reconstruction_is_refused(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    given = ("--model", pipelines("pixart"), "--method", "qdiff", "--samples", "1")
+    cli("calibrate", "-w", tmp_path / "ws", *given).assert_refused("--method qdiff", "transformer")
 
 
 @pytest.mark.parametrize(

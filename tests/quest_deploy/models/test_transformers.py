@@ -83,6 +83,9 @@ def theirs(model: PipelineModel, inputs: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "size"),
     [
+        ("sd3", (8, 8)),
+        ("sd3", (12, 6)),
+        ("sd3", (24, 2)),
         ("pixart", (8, 8)),
         ("pixart", (12, 6)),
         ("pixart-alpha", (64, 96)),
@@ -121,7 +124,7 @@ def test_dit_takes_samples_that_are_no_squares_and_predicts_each_patch_in_its_pl
     assert torch.equal(flat[:, 2:, 6:], patch)
 
 
-@pytest.mark.parametrize("name", ["pixart", "pixart-alpha"])
+@pytest.mark.parametrize("name", ["pixart", "pixart-alpha", "sd3"])
 @torch.no_grad()
 def test_a_pipeline_around_our_network_draws_what_diffusers_draws(
     models: Callable[[str], PipelineModel], name: str
@@ -136,6 +139,7 @@ def test_a_pipeline_around_our_network_draws_what_diffusers_draws(
     ours = model.load_pipeline(transformer=stand_in(engine, model.config))  # type: ignore[arg-type]
     own = model.pipeline_class().from_pretrained(model.folder)
     drawn = []
+    binning = {} if name == "sd3" else {"use_resolution_binning": False}
     for pipeline in (ours, own):
         pipeline.set_progress_bar_config(disable=True)
         drawn.append(
@@ -145,7 +149,7 @@ def test_a_pipeline_around_our_network_draws_what_diffusers_draws(
                 num_inference_steps=2,
                 generator=torch.Generator().manual_seed(0),
                 output_type="np",
-                use_resolution_binning=False,
+                **binning,
             ).images
         )
     np.testing.assert_allclose(drawn[0], drawn[1], atol=1e-4)
@@ -200,6 +204,65 @@ def test_alpha_is_told_the_images_size(models: Callable[[str], PipelineModel]) -
 
 
 @torch.no_grad()
+def test_explicit_joint_attention_computes_what_diffusers_does(
+    models: Callable[[str], PipelineModel],
+) -> None:
+    model = models("sd3")
+    inputs = inputs_of(model, (8, 12))
+    network = prepare(model.load_unet(), {}, ScoreScale.PRODUCT)
+    found = network(**inputs, return_dict=False)[0]
+    torch.testing.assert_close(found, theirs(model, inputs), rtol=1e-5, atol=2e-6)
+    assert network.transformer_blocks[0].attn.scores.operands == ("q", "k")
+    assert network.transformer_blocks[0].attn2.mix.operands == ("softmax", "v")
+
+
+@torch.no_grad()
+def test_sd3_is_given_its_pipelines_states_and_pooled_states(
+    models: Callable[[str], PipelineModel],
+) -> None:
+    model = models("sd3")
+    pipeline = model.pipeline_class().from_pretrained(model.folder)
+    given = {"prompt_2": None, "prompt_3": None}
+    states, no_states, pooled, no_pooled = pipeline.encode_prompt(model.prompts[:2], **given)
+    found, null = model.conditions(np.arange(2)), model.null_conditions(2)
+    torch.testing.assert_close(found["encoder_hidden_states"], states)
+    torch.testing.assert_close(null["encoder_hidden_states"], no_states)
+    torch.testing.assert_close(found["pooled_projections"], pooled)
+    torch.testing.assert_close(null["pooled_projections"], no_pooled)
+
+
+@torch.no_grad()
+def test_a_network_that_is_built_anew_with_the_same_weights_predicts_the_same(
+    models: Callable[[str], PipelineModel],
+) -> None:
+    model = models("sd3")
+    loaded, inputs = model.load_unet(), inputs_of(model, (8, 12))
+    built = model.network.build("FlatSD3", dict(loaded.config)).eval()
+    built.load_state_dict(loaded.state_dict())
+    assert built.config.pos_embed_max_size == loaded.config.pos_embed_max_size
+    found, expected = (x(**inputs, return_dict=False)[0] for x in (built, loaded))
+    assert torch.equal(found, expected)
+
+
+def test_a_table_of_positions_that_is_not_one_of_sines_is_refused(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(pipelines("sd3"), tmp_path / "m")
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["pos_embed.pos_embed"] = tensors["pos_embed.pos_embed"].half().float()
+    save_file(tensors, path, {"format": "pt"})
+    state = load_model(resolve_source(str(folder))).load_unet().state_dict()
+    assert "pos_embed.pos_embed" not in state
+    tensors["pos_embed.pos_embed"] = tensors["pos_embed.pos_embed"].flip(1)
+    save_file(tensors, path, {"format": "pt"})
+    with refused("pos_embed.pos_embed"):
+        load_model(resolve_source(str(folder))).load_unet()
+
+
+@torch.no_grad()
 def test_explicit_attention_heeds_the_mask_of_the_prompt(
     models: Callable[[str], PipelineModel],
 ) -> None:
@@ -222,7 +285,7 @@ def test_the_blocks_are_quantized_and_embedders_norms_and_last_projection_stay_i
     network, probe = model.load_unet(), inputs_of(model, model.sample_shape[1:])
     scheme = Scheme.parse("w4a4", buckets=2, float_layers=model.float_layers)
     planned = [layer.name for layer in plan_quantization(network, probe, scheme).layers]
-    of_blocks = ("attn1.", "attn2.", "ff.net.")
+    of_blocks = (".attn.", ".attn1.", ".attn2.", ".ff.net.", ".ff_context.net.")
     assert planned
     assert all(any(part in name for part in of_blocks) for name in planned)
     everything = plan_quantization(network, probe, Scheme.parse("w4a4", buckets=2)).layers
@@ -247,12 +310,13 @@ def test_an_embedder_that_runs_again_on_the_same_timestep_is_one_quantizer(
 def test_calibration_records_both_halves_with_the_models_guidance(
     models: Callable[[str], PipelineModel],
 ) -> None:
-    for name, guidance in (("pixart", 4.5), ("dit", 4.0)):
+    for name, guidance in (("pixart", 4.5), ("sd3", 7.0), ("dit", 4.0)):
         model = models(name)
         assert model.guidance == guidance
         recorded = record_trajectories(model, model.load_unet(), steps=2, samples=2, seed=0)
         assert recorded.sample.shape == (2, 4, 4, 8, 8)
-        assert recorded.output.shape == (2, 4, 8, 8, 8)  # with the variance, which is not sampled
+        # With the variance, which is not sampled, where one is predicted.
+        assert recorded.output.shape == (2, 4, 4 if name == "sd3" else 8, 8, 8)
         assert recorded.parts == 2
     assert recorded.conditions["class_labels"].tolist()[::2] == [1000, 1000]
 
@@ -274,19 +338,23 @@ def test_random_weights_need_neither_text_encoder_nor_decoder(
         model.images(np.zeros((1, 4, 128, 128), np.float32))
 
 
-def test_pixart_sigma_has_its_authors_size_and_a_pinned_commit() -> None:
-    known = KNOWN_MODELS["pixart-sigma"]
-    assert known.repository == "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
+@pytest.mark.parametrize(
+    ("name", "millions", "channels", "tokens"),
+    [("pixart-sigma", 611, 4, 300), ("sd35-medium", 2243, 16, 333)],
+)
+def test_a_known_transformer_has_its_authors_size_and_a_pinned_commit(
+    name: str, millions: int, channels: int, tokens: int
+) -> None:
+    known = KNOWN_MODELS[name]
+    assert known.repository is not None
     assert len(known.revision or "") == 40
-    model = load_model(resolve_source("pixart-sigma", random_weights=True))
-    assert (model.sample_shape, model.train_timesteps) == ((4, 128, 128), 1000)
+    model = load_model(resolve_source(name, random_weights=True))
+    assert (model.sample_shape, model.train_timesteps) == ((channels, 128, 128), 1000)
     with torch.device("meta"):
         network = model.network.build(model.config["_class_name"], model.config)
-    assert round(sum(p.numel() for p in network.parameters()) / 1e6) == 611
-    assert model.draw_conditions(1, torch.Generator())["encoder_hidden_states"].shape[1:] == (
-        300,
-        4096,
-    )
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
+    states = model.draw_conditions(1, torch.Generator())["encoder_hidden_states"]
+    assert states.shape == (1, tokens, 4096)
 
 
 def test_a_folder_of_older_diffusers_names_its_class_by_its_norm(
