@@ -36,11 +36,13 @@ from exporters.ops import timestep_quantize
 from exporters.passes.constant_reshapes import ConstantReshapes
 from exporters.passes.forward_slices import ForwardSlices
 from exporters.passes.insert_quantized_layers import (
+    BRANCH_PLACEHOLDER,
     LAYER_PLACEHOLDER,
     MATMUL_PLACEHOLDER,
     PLACEHOLDER_DOMAIN,
     InsertQuantizedLayers,
 )
+from quest_deploy.artifacts.checkpoint import RESIDUAL
 from quest_deploy.quantization.model import (
     build_float_model,
     downsampling,
@@ -284,6 +286,9 @@ class _Skeleton(nn.Module):
             setattr(model.get_submodule(parent), child, _MatmulPlaceholder(name))
         floats = {key: torch.tensor(value) for key, value in checkpoint.floats.items()}
         model.load_state_dict(floats, strict=True, assign=True)
+        for name in checkpoint.architecture.low_rank:
+            residual = model.get_submodule(f"{name}.{RESIDUAL}")
+            set_submodule(model, name, _BranchPlaceholder(name, residual))
         for name, module in list(model.named_modules()):
             _replace_by_onnx(model, name, module)
         self.model = model.requires_grad_(requires_grad=False)
@@ -366,6 +371,22 @@ class _OnnxNorm(nn.Module):
             self.op_type, operands, self.attributes, dtype=x.dtype, shape=x.shape, version=version
         )
         return result
+
+
+class _BranchPlaceholder(nn.Module):
+    """A layer with a branch of low rank, the branch a placeholder too."""
+
+    def __init__(self, name: str, residual: nn.Module) -> None:
+        super().__init__()
+        self.name, self.residual = name, residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.residual(x)
+        op = f"{PLACEHOLDER_DOMAIN}::{BRANCH_PLACEHOLDER}"
+        branch: Tensor = torch.onnx.ops.symbolic(
+            op, (x,), {"layer": self.name}, dtype=x.dtype, shape=y.shape, version=1
+        )
+        return y + branch
 
 
 class _MatmulPlaceholder(nn.Module):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -403,6 +404,71 @@ def inserted(text: str, checkpoint: Checkpoint) -> ir.Model:
     model.metadata_props[SAMPLE_SHAPE_KEY] = "[2, 6, 6]"
     model.metadata_props[SAMPLE_MULTIPLE_KEY] = "2"
     return model
+
+
+BRANCHED_TEXT = """
+branched (float[batch,2,6,6] sample, float[batch] timestep, float[batch,3,5] tokens)
+  => (float[batch,3,3,4] image, float[batch,3,7] first, float[batch,3,6] second)
+  <float[batch,4,3,4] inner, float[batch,3,3,4] i0, float[batch,3,3,4] i1, float[batch,3,7] q0,
+   float[batch,3,7] q1, float[batch,3,6] k>
+{
+  inner = quest.export.Layer <layer = "conv"> (sample)
+  i0 = quest.export.Layer <layer = "last.residual"> (inner)
+  i1 = quest.export.Branch <layer = "last"> (inner)
+  image = Add (i0, i1)
+  q0 = quest.export.Layer <layer = "to_q.residual"> (tokens)
+  q1 = quest.export.Branch <layer = "to_q"> (tokens)
+  first = Add (q0, q1)
+  k = quest.export.Layer <layer = "to_k"> (tokens)
+  second = Identity (k)
+}
+"""
+"""A skeleton of :func:`branched_checkpoint`'s layers."""
+
+
+def branched_checkpoint() -> Checkpoint:
+    """:func:`hand_checkpoint` with branches of low rank: beside a Conv, 3x3 and padded, and beside
+    a Linear.
+    """
+    hand, rng = hand_checkpoint(), np.random.default_rng(5)
+    scheme = replace(hand.scheme, low_rank=3, low_rank_layers=("last", "to_q"))
+    codes = rng.integers(-127, 128, (3, 4, 3, 3), dtype=np.int8)
+    last = replace(hand.layers["last"], weight_codes=codes)
+    last = replace(last, conv=ConvGeometry((1, 1), (1, 1), (1, 1), 1))
+    names = {name: f"{name}.residual" for name in ("last", "to_q")}
+    layers = [
+        replace(layer, name=names.get(layer.name, layer.name))
+        for layer in (hand.layers | {"last": last}).values()
+    ]
+    quantizers = [
+        replace(
+            quantizer,
+            name=names.get(quantizer.name, quantizer.name),
+            layers=tuple(names.get(name, name) for name in quantizer.layers),
+        )
+        for quantizer in hand.quantizers.values()
+    ]
+    shapes = {
+        "last.down": (2, 4, 3, 3),
+        "last.up": (3, 2),
+        "to_q.down": (3, 5),
+        "to_q.up": (7, 3),
+    }
+    factors = {key: rng.standard_normal(x).astype(np.float16) for key, x in shapes.items()}
+    return replace(
+        hand,
+        architecture=replace(hand.architecture, low_rank={"last": 2, "to_q": 3}),
+        scheme=scheme,
+        layers={layer.name: layer for layer in layers},
+        quantizers={quantizer.name: quantizer for quantizer in quantizers},
+        floats=hand.floats | factors,
+    )
+
+
+def branch_weight(checkpoint: Checkpoint, name: str) -> Array:
+    """The weight of the layer that a branch of low rank is, float64."""
+    down, up = (checkpoint.floats[f"{name}.{x}"].astype(np.float64) for x in ("down", "up"))
+    return np.asarray(np.einsum("or,ri...->oi...", up, down))
 
 
 KINDS_TEXT = """

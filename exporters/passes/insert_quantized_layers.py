@@ -28,6 +28,8 @@ each layer
 9. A product that may saturate where an 8-bit kernel adds in 16 bits (see ``exporters.exactness``),
    in a form that every session computes right on every processor: an 8-bit weight is stored as
    UINT8 with zero-points of 128, and the codes of two 8-bit activations are cast to float.
+10. A branch of low rank, which the layer beside it is added to: float Conv|MatMul ``<name>.down``
+   and ``<name>.up`` of x as it is. Their weights are stored in FP16 and cast to float.
 """
 
 from __future__ import annotations
@@ -51,15 +53,29 @@ from exporters.graph_info import (
 )
 from exporters.ops import timestep_quantize
 from exporters.passes.contract import guarantee, need, quantizer_nodes
-from quest_deploy.artifacts.checkpoint import ActivationQuantizerData, QuantizerData, pack_4bit
+from quest_deploy.artifacts.checkpoint import (
+    DOWN,
+    RESIDUAL,
+    UP,
+    ActivationQuantizerData,
+    ConvGeometry,
+    QuantizerData,
+    pack_4bit,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from quest_deploy.artifacts.checkpoint import Checkpoint, LayerData, PerChannelQuantizerData
+    from quest_deploy.artifacts.checkpoint import (
+        Checkpoint,
+        HalfArray,
+        LayerData,
+        PerChannelQuantizerData,
+    )
 
 PLACEHOLDER_DOMAIN = "quest.export"
-LAYER_PLACEHOLDER, MATMUL_PLACEHOLDER = "Layer", "Product"
+LAYER_PLACEHOLDER, MATMUL_PLACEHOLDER, BRANCH_PLACEHOLDER = "Layer", "Product", "Branch"
+_POINTWISE = ConvGeometry((1, 1), (0, 0), (1, 1), 1)
 
 
 @dataclass(frozen=True)
@@ -91,7 +107,8 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         found = sorted(_layer_name(node) for node in _placeholders(model.graph))
-        expected = sorted((*self.checkpoint.layers, *self.checkpoint.matmuls))
+        made = self.checkpoint
+        expected = sorted((*made.layers, *made.matmuls, *made.branches))
         strange = set(found) ^ set(expected)
         need(found == expected, f"the graph's layers are not the checkpoint's: {strange}")
 
@@ -122,6 +139,10 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
                     quantizers.quantized(self.checkpoint.quantizer_of(name), x),
                     output,
                 )
+            elif name in self.checkpoint.branches:
+                x = node.inputs[0]
+                assert x is not None
+                y = _branch(editor, self.checkpoint, name, x, output)
             else:
                 operands = [
                     value
@@ -133,7 +154,8 @@ class InsertQuantizedLayers(ir.passes.InPlacePass):
                     if value is not None
                 ]
                 y = _product(editor, name, operands[0], operands[1], output)
-            y.name = output_name(name)
+            if name not in self.checkpoint.branches:
+                y.name = output_name(name)
             editor.insert_before(node)
             replace_value(output, y)
             graph.remove(node, safe=True)
@@ -493,6 +515,43 @@ def _layer(editor: Editor, layer: LayerData, x: _Quantized, like: ir.Value) -> i
     return y
 
 
+def _branch(
+    editor: Editor, checkpoint: Checkpoint, name: str, x: ir.Value, like: ir.Value
+) -> ir.Value:
+    conv, (down, up) = checkpoint.layers[f"{name}.{RESIDUAL}"].conv, checkpoint.branches[name]
+    sizes = list(like.shape or [])
+    if conv is None:
+        inner = [*sizes[:-1], len(down)]
+        hidden = _half_product(editor, f"{name}.{DOWN}", x, down.T, None, inner)
+        return _half_product(editor, f"{name}.{UP}", hidden, up.T, None, sizes)
+    inner = [sizes[0], len(down), *sizes[2:]]
+    hidden = _half_product(editor, f"{name}.{DOWN}", x, down, conv, inner)
+    return _half_product(editor, f"{name}.{UP}", hidden, up[:, :, None, None], _POINTWISE, sizes)
+
+
+def _half_product(
+    editor: Editor,
+    name: str,
+    x: ir.Value,
+    factor: HalfArray,
+    conv: ConvGeometry | None,
+    shape: list[Any],
+) -> ir.Value:
+    """x times a weight that is stored in FP16, computed in x's type."""
+    weight = editor.op(
+        "Cast",
+        [editor.constant(f"{name}.weight", factor)],
+        f"{name}.weight_float",
+        dtype=ir.DataType.FLOAT,
+        shape=factor.shape,
+        to=ir.DataType.FLOAT.value,
+    )
+    if conv is None:
+        return editor.op("MatMul", [x, weight], name, shape=shape)
+    attributes = _conv_attributes(conv, factor.shape, conv.padding)
+    return editor.op("Conv", [x, weight], name, shape=shape, **attributes)
+
+
 def _product(
     editor: Editor, name: str, a: _Quantized | ir.Value, b: _Quantized | ir.Value, like: ir.Value
 ) -> ir.Value:
@@ -594,19 +653,22 @@ def _multiply(
 ) -> ir.Value:
     if layer.conv is None:
         return editor.op("MatMul", [x.value, weight], product_name(layer.name), shape=like.shape)
-    geometry = layer.conv
-    top, left = (size - done for size, done in zip(geometry.padding, x.padded, strict=True))
-    return editor.op(
-        "Conv",
-        [x.value, weight],
-        product_name(layer.name),
-        shape=like.shape,
-        kernel_shape=list(layer.weight_codes.shape[2:]),
-        strides=list(geometry.stride),
-        pads=[top, left, top, left],
-        dilations=list(geometry.dilation),
-        group=geometry.groups,
-    )
+    top, left = (size - done for size, done in zip(layer.conv.padding, x.padded, strict=True))
+    attributes = _conv_attributes(layer.conv, layer.weight_codes.shape, (top, left))
+    name = product_name(layer.name)
+    return editor.op("Conv", [x.value, weight], name, shape=like.shape, **attributes)
+
+
+def _conv_attributes(
+    geometry: ConvGeometry, weight: tuple[int, ...], padding: tuple[int, int]
+) -> dict[str, Any]:
+    return {
+        "kernel_shape": list(weight[2:]),
+        "strides": list(geometry.stride),
+        "pads": [*padding, *padding],
+        "dilations": list(geometry.dilation),
+        "group": geometry.groups,
+    }
 
 
 def _weight_constants(

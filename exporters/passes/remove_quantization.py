@@ -10,6 +10,7 @@ the weight-quantized one.
 2. Linear: the bias stays an Add behind the MatMul.
 3. The halves of a split shortcut: one Conv on the concatenation that was split, its weight theirs
    side by side.
+4. A layer with a branch of low rank: one layer again, whose weight is the sum of both.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from exporters.ops import timestep_quantize
 from exporters.passes.contract import guarantee
 from exporters.passes.dequantize_casts import DequantizeCasts
 from exporters.passes.insert_quantized_layers import input_of, need_layers, product_name
+from quest_deploy.artifacts.checkpoint import DOWN, UP
+from quest_deploy.quantization.layer_kinds import layer_path
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,14 +59,12 @@ class RemoveQuantization(ir.passes.InPlacePass):
         nodes = {node.name or "": node for node in model.graph}
         editor = Editor(model.graph)
         outputs = {
-            name: _float_layer(editor, values, nodes[product_name(name)], info, name)
+            layer_path(name): _float_layer(editor, values, nodes, info, name)
             for name in info.layers
         }
         for product in info.matmuls.values():
             _float_product(editor, values, nodes[product_name(product.name)], info, product)
-        for name in [
-            name.removesuffix(".first") for name in info.layers if name.endswith(".first")
-        ]:
+        for name in [name.removesuffix(".first") for name in outputs if name.endswith(".first")]:
             _join_halves(
                 editor,
                 name,
@@ -82,19 +83,24 @@ class RemoveQuantization(ir.passes.InPlacePass):
 
 
 def _float_layer(
-    editor: Editor, values: dict[str, ir.Value], product: ir.Node, info: GraphInfo, name: str
+    editor: Editor,
+    values: dict[str, ir.Value],
+    nodes: dict[str, ir.Node],
+    info: GraphInfo,
+    name: str,
 ) -> ir.Value:
-    layer = info.layers[name]
+    product, layer = nodes[product_name(name)], info.layers[name]
     output, site = values[layer.output], info.quantizers[layer.site]
     x = input_of(
         values[site.codes], site.name, integer=site.integer
     )  # not by its name: an earlier layer may have been replaced
     quantizer = _producer(values[site.codes])
     channel = array_of(_given(quantizer.inputs[-1])) if site.integer else None
-    weight = editor.constant(
-        f"{name}.float_weight",
-        _float_weight(_producer(product.inputs[1]), channel, product.op_type),
-    )
+    float_weight = _float_weight(_producer(product.inputs[1]), channel, product.op_type)
+    down, up = (nodes.get(f"{layer_path(name)}.{part}") for part in (DOWN, UP))
+    if down is not None and up is not None:
+        float_weight += _branch_weight(down, up)
+    weight = editor.constant(f"{name}.float_weight", float_weight)
     bias = editor.graph.initializers.get(f"{name}.bias")
     if product.op_type == "Conv":
         attributes = {a.name: a.value for a in product.attributes.values()}
@@ -116,7 +122,22 @@ def _float_layer(
         )
     editor.insert_before(product)
     replace_value(output, y)
+    if up is not None:
+        (both,) = up.outputs[0].consumers()
+        replace_value(both.outputs[0], y)
+        editor.graph.remove(both, safe=True)
     return y
+
+
+def _branch_weight(down: ir.Node, up: ir.Node) -> NDArray[np.float32]:
+    """The weight of the layer that a branch of low rank is, in the form of its product's."""
+    first, second = (
+        array_of(_given(_producer(node.inputs[1]).inputs[0])).astype(np.float32)
+        for node in (down, up)
+    )
+    if down.op_type == "MatMul":
+        return np.asarray(first @ second, np.float32)
+    return np.asarray(np.tensordot(second[:, :, 0, 0], first, 1), np.float32)
 
 
 def _join_halves(editor: Editor, name: str, first: ir.Node, second: ir.Node) -> None:

@@ -36,7 +36,13 @@ VERSION = 2
 OPERANDS = {"scores": ("q", "k"), "mix": ("softmax", "v")}
 """By the name of a product of attention, what its operands are called, the left one first."""
 
+RESIDUAL, DOWN, UP = "residual", "down", "up"
+"""In the place of a layer with a branch of low rank: the layer without the branch's share of its
+weight, and the branch's two factors.
+"""
+
 FloatArray = NDArray[np.float32]
+HalfArray = NDArray[np.float16]
 
 
 @validated("a convolution's attributes")
@@ -195,6 +201,7 @@ class Architecture:
             heads of all levels, cannot say it.
         official_sums: whether sums are added up in the order of the official code, which then gives
             the official results to the bit; so they are in imported checkpoints.
+        low_rank: by the name of a layer that has a branch of low rank, the branch's rank.
     """
 
     class_name: str
@@ -203,6 +210,7 @@ class Architecture:
     attention: ScoreScale | None
     heads: Positive | None = None
     official_sums: bool = False
+    low_rank: dict[str, Positive] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -229,13 +237,20 @@ class Checkpoint:
         ``bits`` bits.
 
         Attention's own products, which have no weights, count among the multiply-adds with the bits
-        of their wider operand.
+        of their wider operand. Branches of low rank count with 16 bits.
         """
         chosen = [layer for layer in self.layers.values() if layer.weight_bits == bits]
+        branches = {name: down.size + up.size for name, (down, up) in self.branches.items()}
+        beside = [self.layers[f"{name}.{RESIDUAL}"] for name in branches]
         weights = sum(layer.weight_codes.size for layer in self.layers.values())
+        weights += sum(branches.values())
         products = sum(p.macs for p in self.matmuls.values() if self.product_bits(p) == bits)
         macs = sum(layer.macs for layer in self.layers.values()) + sum(
             product.macs for product in self.matmuls.values()
+        )
+        macs += sum(
+            layer.macs * size // layer.weight_codes.size
+            for layer, size in zip(beside, branches.values(), strict=True)
         )
         return sum(x.weight_codes.size for x in chosen) / weights, (
             sum(x.macs for x in chosen) + products
@@ -247,6 +262,16 @@ class Checkpoint:
             32 if quantizer is None else self.quantizers[quantizer].bits
             for quantizer in product.sites
         )
+
+    @property
+    def branches(self) -> dict[str, tuple[HalfArray, HalfArray]]:
+        """The factors of each branch of low rank, ``down`` [rank, I, kh, kw] or [rank, I] and
+        ``up`` [O, rank], by the name of the layer that is their sum with ``<name>.residual``.
+        """
+        return {
+            name: (self.floats[f"{name}.{DOWN}"], self.floats[f"{name}.{UP}"])
+            for name in self.architecture.low_rank
+        }
 
     @property
     def float_sites(self) -> dict[str, str]:
@@ -438,7 +463,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     tensors |= {f"float.{name}": value for name, value in checkpoint.floats.items()}
     content = {
         "model": checkpoint.model,
-        "architecture": asdict(checkpoint.architecture),
+        # Without branches it reads as it did before there were any.
+        "architecture": {
+            key: value
+            for key, value in asdict(checkpoint.architecture).items()
+            if key != "low_rank" or value
+        },
         "scheme": checkpoint.scheme.to_json(),
         "layers": [asdict(layer) for layer in layers],
         "sites": [
@@ -515,7 +545,12 @@ def _assemble(header: _Header, tensors: dict[str, NDArray[Any]]) -> Checkpoint:
     products = {product.name: product for product in header.products}
     buckets = header.scheme.buckets
     quantizers = {entry.name: _quantizer(entry, tensors, layers, buckets) for entry in header.sites}
-    floats = {
+    branches = {
+        key: value
+        for name, rank in header.architecture.low_rank.items()
+        for key, value in _branch(name, rank, layers, tensors).items()
+    }
+    floats = branches | {
         key.removeprefix("float."): tensors.pop(key)
         for key in list(tensors)
         if key.startswith("float.")
@@ -563,6 +598,17 @@ def _layer(entry: _LayerEntry, tensors: dict[str, NDArray[Any]]) -> LayerData:
     if bias is not None:
         _check_finite(bias, f"layer {name}: bias")
     return LayerData(name, bits, codes, scale, bias, entry.conv, entry.macs, zero_point)
+
+
+def _branch(
+    name: str, rank: int, layers: dict[str, LayerData], tensors: dict[str, NDArray[Any]]
+) -> dict[str, HalfArray]:
+    residual = layers.get(f"{name}.{RESIDUAL}")
+    if residual is None:
+        raise InputError(f"branch {name}: the layer beside it is missing")
+    outputs, *inputs = residual.weight_codes.shape
+    shapes = {f"{name}.{DOWN}": (rank, *inputs), f"{name}.{UP}": (outputs, rank)}
+    return {key: _take(tensors, f"float.{key}", shape, np.float16) for key, shape in shapes.items()}
 
 
 def _quantizer(

@@ -16,13 +16,21 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from pydantic import NonNegativeInt
+
 from quest_deploy.artifacts.schema import Bits, Positive, parse, validated
 from quest_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SCHEME_VERSION = 3
+SCHEME_VERSION, LOW_RANK_VERSION = 3, 4
+"""Without and with branches of low rank: a scheme without reads and hashes as it did before them.
+"""
+LOW_RANK = ("low_rank", "low_rank_layers")
+"""The fields that only a scheme of ``LOW_RANK_VERSION`` has."""
+FLOAT_LAYERS = "float_layers"
+"""The field that only a scheme has which leaves layers in float: a file without means none."""
 SUPPORTED_BITS = ("w4a4", "w4a8", "w8a8")
 DEFAULT_BUCKETS = 20
 TRAIN_TIMESTEPS = 1000
@@ -80,6 +88,8 @@ class Scheme:
         float_layers: glob patterns of the module paths of layers that are not quantized.
         split_shortcuts: whether a shortcut convolution that reads a concatenation has a quantizer
             for each half (Q-Diffusion).
+        low_rank: the rank of the branches in FP16 beside layers (SVDQuant); 0 for none.
+        low_rank_layers: glob patterns of the module paths of the layers that have one.
     """
 
     weight_bits: Bits
@@ -93,6 +103,8 @@ class Scheme:
     softmax_bits: Bits | None = None
     split_shortcuts: bool = False
     float_layers: tuple[str, ...] = ()
+    low_rank: NonNegativeInt = 0
+    low_rank_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         edges = self.bucket_edges
@@ -107,6 +119,12 @@ class Scheme:
             )
         if any(a >= b for a, b in itertools.pairwise(edges)):
             raise ValueError(f"expected bucket edges that increase strictly, found {edges}")
+        if (self.low_rank > 0) != bool(self.low_rank_layers):
+            raise ValueError(
+                "expected both a rank of branches (--low-rank) and the layers that have one "
+                "(--low-rank-layers; `quest-deploy sensitivity` picks those that make most of the "
+                f"error), or neither; found {self.low_rank} and {self.low_rank_layers}"
+            )
 
     @classmethod
     def parse(
@@ -122,6 +140,8 @@ class Scheme:
         split_shortcuts: bool = False,
         eight_bit_layers: Sequence[str] = (),
         float_layers: Sequence[str] = (),
+        low_rank: int = 0,
+        low_rank_layers: Sequence[str] = (),
     ) -> Scheme:
         """Make a scheme of ``buckets`` equally wide buckets, or of those between ``edges``, from a
         name such as "w4a4"; raise InputError for what is unknown.
@@ -149,6 +169,8 @@ class Scheme:
             split_shortcuts=split_shortcuts,
             eight_bit_layers=tuple(eight_bit_layers),
             float_layers=tuple(float_layers),
+            low_rank=low_rank,
+            low_rank_layers=tuple(low_rank_layers),
         )
 
     @property
@@ -174,16 +196,13 @@ class Scheme:
 
     def to_json(self) -> dict[str, Any]:
         """The scheme as a JSON value, with its version."""
-        value = {
-            "version": SCHEME_VERSION,
-            **dataclasses.asdict(self),
-            "bucket_edges": list(self.bucket_edges),
-            "eight_bit_layers": list(self.eight_bit_layers),
-            "float_layers": list(self.float_layers),
+        values = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+            if (self.low_rank or name not in LOW_RANK)
+            and (self.float_layers or name != FLOAT_LAYERS)
         }
-        if not self.float_layers:  # a file of a version that did not know them means the same
-            del value["float_layers"]
-        return value
+        return {"version": LOW_RANK_VERSION if self.low_rank else SCHEME_VERSION, **values}
 
     @classmethod
     def from_json(cls, value: Any) -> Scheme:
@@ -194,9 +213,12 @@ class Scheme:
             raise InputError(f"scheme: expected a JSON object, found {type(value).__name__}")
         found = dict(value)
         version = found.pop("version", None)
-        if version != SCHEME_VERSION:
-            raise InputError(f"scheme: expected version {SCHEME_VERSION}, found {version!r}")
-        expected = {f.name for f in dataclasses.fields(cls)} - {"float_layers"}
+        branched = not found.keys().isdisjoint(LOW_RANK)
+        wanted = LOW_RANK_VERSION if branched else SCHEME_VERSION
+        if version != wanted:
+            raise InputError(f"scheme: expected version {wanted}, found {version!r}")
+        expected = {f.name for f in dataclasses.fields(cls)} - {FLOAT_LAYERS}
+        expected -= set(() if branched else LOW_RANK)
         if missing := expected - found.keys():  # a file leaves none to a default
             raise InputError(f"scheme: the keys {sorted(missing)} are missing")
         return parse(cls, found, "scheme")

@@ -24,6 +24,8 @@ from quest_deploy.files import read_json, sealed, sha256_of, write_json
 from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -73,6 +75,8 @@ class EngineRecord:
         kernels: see :meth:`Backend.kernels`; None in engines of earlier versions.
         exact_integers: of a CPU's engine, what its runtime computes exactly.
         runtime, plugin: of a TensorRT engine.
+        refitted_from: the ``graph_sha256`` of the engine whose plan this one's weights were put
+            into; None where it was built.
     """
 
     backend: str
@@ -87,6 +91,7 @@ class EngineRecord:
     exact_integers: dict[str, int] | None = None
     runtime: Runtime | None = None
     plugin: PluginRecord | None = None
+    refitted_from: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as ``engine.json`` has it, but for its hash."""
@@ -228,6 +233,21 @@ class Backend(ABC):
     ) -> None:
         """Compile the lowered ONNX file into files of ``folder``."""
 
+    def refit(
+        self, base: Path, folder: Path, options: EngineOptions, changed: Sequence[str]
+    ) -> None:
+        """Write into ``folder`` what :meth:`compile` wrote into ``base``, with the weights of the
+        lowered graph that is in ``folder``.
+
+        Args:
+            changed: the initializers whose values are not those of the lowered graph in ``base``.
+
+        Raises:
+            InputError: the engine has one of them fixed, where it would stay as it was.
+            QuestDeployError: the runtime cannot exchange them.
+        """
+        raise InputError(f"--refit-from: {self.name} exchanges no engine's weights")
+
     @abstractmethod
     def open(self, folder: Path, options: EngineOptions) -> Runner:
         """Load what :meth:`compile` wrote, beside the lowered graph, in ``folder``. The runner
@@ -337,22 +357,14 @@ def build_engine(
     """Lower ``model`` (changed in place), compile it into ``folder`` and write its
     ``engine.json``.
     """
-    from onnx_ir.passes import InvariantError, PassError
-
-    from exporters.graph_info import graph_info, save_graph
+    from exporters.graph_info import graph_info
 
     options = backend.resolve(options)
     backend.check_build(options)
     info = graph_info(model)
     backend.check_graph(model, options)
-    try:
-        lowered = backend.lower(model, options)
-    except (PassError, InvariantError) as e:
-        raise QuestDeployError(
-            f"the graph cannot be lowered for {backend.name}: {e}; run `quest-deploy export` again"
-        ) from e
+    lowered = lower_into(backend, model, folder, options)
     kernels = backend.kernels(lowered, options)
-    save_graph(lowered, folder / LOWERED)
     del model, lowered  # a gigabyte for Stable Diffusion, while the backend holds its own copy
     gc.collect()
     backend.compile(folder / LOWERED, folder, options, progress)
@@ -372,6 +384,22 @@ def build_engine(
     return record
 
 
+def lower_into(backend: Backend, model: ir.Model, folder: Path, options: EngineOptions) -> ir.Model:
+    """Lower ``model``, in place, write it into ``folder`` and return it."""
+    from onnx_ir.passes import InvariantError, PassError
+
+    from exporters.graph_info import save_graph
+
+    try:
+        lowered = backend.lower(model, options)
+    except (PassError, InvariantError) as e:
+        raise QuestDeployError(
+            f"the graph cannot be lowered for {backend.name}: {e}; run `quest-deploy export` again"
+        ) from e
+    save_graph(lowered, folder / LOWERED)
+    return lowered
+
+
 def open_engine(backend: Backend, folder: Path) -> Runner:
     """Check an engine folder's every file against its ``engine.json``, then load it.
 
@@ -380,8 +408,7 @@ def open_engine(backend: Backend, folder: Path) -> Runner:
             cannot run it.
     """
     options = engine_options(backend, folder)
-    for name in changed_files(folder, engine_info(folder)):
-        raise InputError(f"{folder / name} is missing or was changed since it was built; {REPAIR}")
+    check_unchanged(folder, engine_info(folder))
     return backend.open(folder, options)
 
 
@@ -404,6 +431,12 @@ def engine_info(folder: Path) -> EngineRecord:
     path = folder / ENGINE_FILE
     content = read_json(path, repair=REPAIR)
     return parse_document(EngineRecord, content, FORMAT, VERSION, str(path), REPAIR, sealed=True)
+
+
+def check_unchanged(folder: Path, record: EngineRecord) -> None:
+    """Raise InputError where one of the engine's files is missing or not as it was built."""
+    for name in changed_files(folder, record):
+        raise InputError(f"{folder / name} is missing or was changed since it was built; {REPAIR}")
 
 
 def changed_files(folder: Path, record: EngineRecord) -> list[str]:

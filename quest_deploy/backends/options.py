@@ -104,6 +104,14 @@ class EngineOption(Option):
         return None
 
 
+REFIT_FROM = EngineOption(
+    "TensorRT: build nothing, but put the weights into a copy of the --refittable engine of this "
+    "workspace, such as the one that `quest-deploy lora` started from, with its options.",
+    metavar="WORKSPACE",
+    backends=TENSORRT,
+)
+
+
 def declared_options(kind: type) -> Iterator[tuple[Declared, EngineOption]]:
     """The engine's options among those of ``kind``."""
     for each in declared(kind).values():
@@ -211,7 +219,7 @@ class EngineOptions(Options):
     refittable: Annotated[
         bool,
         EngineOption(
-            "TensorRT: let the weights be exchanged; tensorrt-rtx needs a GPU for it.",
+            "TensorRT: let --refit-from exchange the weights; tensorrt-rtx needs a GPU for it.",
             backends=TENSORRT,
         ),
     ] = False

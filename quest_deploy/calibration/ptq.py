@@ -32,6 +32,7 @@ from quest_deploy.artifacts.scheme import (
     activation_levels,
     weight_range,
 )
+from quest_deploy.calibration.low_rank import add_branches
 from quest_deploy.errors import InputError
 from quest_deploy.models.unets import fixed_heads
 from quest_deploy.progress import no_progress
@@ -142,12 +143,23 @@ def calibrate(
         )
     probe = {k: v[:2] for k, v in batches[0][0].items()}
     unet, split_shortcuts, attention = prepared_for(copy.deepcopy(unet), scheme, probe)
-    plan = plan_quantization(unet, probe, scheme)
-    recorder = _Recorder(unet, plan, scheme, options)
-    for i, (inputs, buckets) in enumerate(batches):
-        recorder.run(inputs, buckets)
-        progress("activation values", i + 1, len(batches))
-    recorder.choose_smoothing_scales(scheme.granularity)
+
+    def recorded(phase: str) -> _Recorder:
+        recorder = _Recorder(unet, plan_quantization(unet, probe, scheme), scheme, options)
+        for i, (inputs, buckets) in enumerate(batches):
+            recorder.run(inputs, buckets)
+            progress(phase, i + 1, len(batches))
+        recorder.choose_smoothing_scales(scheme.granularity)
+        return recorder
+
+    # A branch is taken out of the smoothed weight, and what is left is smoothed again.
+    low_rank = (
+        add_branches(unet, recorded("smoothing scales").smoothing, scheme)
+        if scheme.low_rank
+        else {}
+    )
+    recorder = recorded("activation values")
+    plan = recorder.plan
     quantizers: dict[str, QuantizerData] = {}
     layers = {}
     for i, quantizer in enumerate(plan.quantizers):
@@ -162,7 +174,12 @@ def calibrate(
     return Checkpoint(
         model=model_name,
         architecture=Architecture(
-            type(unet).__name__, _plain_config(unet), split_shortcuts, attention, fixed_heads(unet)
+            type(unet).__name__,
+            _plain_config(unet),
+            split_shortcuts,
+            attention,
+            fixed_heads(unet),
+            low_rank=low_rank,
         ),
         scheme=scheme,
         layers=layers,
@@ -260,6 +277,16 @@ class _Recorder:
             x, w = amax.clamp(min=1e-5), weight_amax.clamp(min=1e-5)
             channel = x.pow(SMOOTHING_ALPHA) / w.pow(1 - SMOOTHING_ALPHA)
             self.channel[quantizer.name] = channel / channel.log().mean().exp()
+
+    @property
+    def smoothing(self) -> dict[str, Tensor]:
+        """The smoothing scale [I] of each layer, in execution order."""
+        return {
+            name: self.channel[quantizer.name]
+            for quantizer in self.plan.quantizers
+            if quantizer.operand is None
+            for name in quantizer.layers
+        }
 
     def is_per_channel(self, quantizer: QuantizerPlan) -> bool:
         """Whether each of the quantizer's channels has scales of its own."""

@@ -31,6 +31,7 @@ from quest_deploy.files import sha256_of_json
 from quest_deploy.progress import no_progress
 from quest_deploy.quantization.affine import per_sample
 from quest_deploy.quantization.model import QuantizedModel, set_submodule
+from quest_deploy.quantization.prepare import LowRank
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,8 +42,10 @@ if TYPE_CHECKING:
     from quest_deploy.progress import Progress
     from quest_deploy.quantization.layers import QuantizedLayer
 
-UNITS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention")
-"""The diffusers blocks that are reconstructed as a whole, the outermost that matches."""
+UNITS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention", LowRank.__name__)
+"""The diffusers blocks, and layers with their branch, that are reconstructed as a whole, the
+outermost that matches.
+"""
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 """gamma and zeta of AdaRound's stretched sigmoid: h = clip(sigmoid(alpha) * (zeta - gamma) + gamma,
 0, 1).

@@ -12,8 +12,7 @@ import torch
 from quest_deploy.artifacts.checkpoint import ActivationQuantizerData
 from quest_deploy.calibration.ptq import RangeMethod, rounded_weight
 from quest_deploy.progress import no_progress
-from quest_deploy.quantization.model import fold_smoothing_scale, unrounded_weight
-from quest_deploy.quantization.prepare import prepare
+from quest_deploy.quantization.model import fold_smoothing_scale, prepared, unrounded_weight
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,6 +37,7 @@ def requantize(
     gives; beside it where Q-Diffusion learned the rounding or finetuning moved the weight, whose
     work is kept so. It is not the dequantized weight, which lies in the middle of its code:
     most changes are smaller than half a step, and to round that again would undo all of those.
+    Branches of low rank stay as they are: the layers beside them change.
 
     Args:
         before: the float model of ``checkpoint``; both are rewritten in place.
@@ -46,11 +46,8 @@ def requantize(
     Returns:
         The new checkpoint, and how many layers changed, among them those that are not quantized.
     """
-    architecture, method = checkpoint.architecture, RangeMethod(checkpoint.provenance["range"])
-    old, new = (
-        prepare(model, architecture.split_shortcuts, architecture.attention).state_dict()
-        for model in (before, after)
-    )
+    method = RangeMethod(checkpoint.provenance["range"])
+    old, new = (prepared(model, checkpoint).state_dict() for model in (before, after))
     changed = [key for key in old if not torch.equal(old[key], new[key])]
     layers, floats = dict(checkpoint.layers), dict(checkpoint.floats)
     for i, key in enumerate(changed):

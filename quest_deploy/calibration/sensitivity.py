@@ -23,8 +23,7 @@ from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.progress import no_progress
 from quest_deploy.quantization.affine import bucket_of
 from quest_deploy.quantization.layer_kinds import PRODUCTS, TEMPORAL, group_of
-from quest_deploy.quantization.model import QuantizedModel
-from quest_deploy.quantization.prepare import prepare
+from quest_deploy.quantization.model import QuantizedModel, prepared
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -202,11 +201,7 @@ def measure_sensitivity(
         torch.cat([x["timestep"] for x in inputs]), torch.tensor(calibrated.scheme.bucket_edges)
     ).numpy()
     count = calibrated.scheme.buckets
-    float_model = prepare(
-        copy.deepcopy(unet),
-        calibrated.architecture.split_shortcuts,
-        calibrated.architecture.attention,
-    )
+    float_model = prepared(copy.deepcopy(unet), calibrated)
     expected = [float_model(**x, return_dict=False)[0] for x in inputs]
     power = _mean_by_bucket([_mean_square(y) for y in expected], buckets, count)
     model = QuantizedModel.from_checkpoint(calibrated).eval()

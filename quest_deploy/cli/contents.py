@@ -25,11 +25,16 @@ def _scheme(content: dict[str, Any]) -> str:
     )
     eight = f"{', '.join(scheme.eight_bit_layers)} 8 bits, " if scheme.eight_bit_layers else ""
     left = f"{', '.join(scheme.float_layers)} float, " if scheme.float_layers else ""
+    branches = (
+        f"; branches of rank {scheme.low_rank} beside {', '.join(scheme.low_rank_layers)}"
+        if scheme.low_rank
+        else ""
+    )
     return (
         f"scheme {scheme.name}, first and last layer {scheme.first_last_bits} bits, {eight}{left}"
         f"{scheme.granularity.value}, "
         f"{scheme.buckets} timestep buckets; q, k and v {attention}, softmax {softmax}; "
-        f"shortcuts {'split' if scheme.split_shortcuts else 'whole'}"
+        f"shortcuts {'split' if scheme.split_shortcuts else 'whole'}{branches}"
     )
 
 
@@ -58,6 +63,9 @@ def _checkpoint(content: dict[str, Any]) -> Iterable[str]:
         bits = sorted({product["bits"] for product in products})
         named = ", ".join(f"{x} bits" if x < 32 else "float" for x in bits)
         yield f"{len(products)} products of attention, their wider operand at {named}"
+    if content["branches"]:
+        ranks = [[x["layer"], str(x["rank"]), str(x["weights"])] for x in content["branches"]]
+        yield table(["branch of low rank beside", "rank", "weights in FP16"], ranks)
     yield from in_float(content["float_sites"], content["sites"])
     yield (
         f"{len(layers)} layers read {content['sites']} quantized tensors; at 4 bits: "

@@ -64,7 +64,12 @@ def calibration(workspace: Workspace, details: Calibration) -> str:
         f"{details['buckets']} activation scales\n"
         f"4-bit share: {details['weights_at_4_bits']:.1%} of the weights, "
         f"{details['macs_at_4_bits']:.1%} of the multiply-adds\n"
-        f"{workspace.path(CALIBRATED)} ({size(details['checkpoint_bytes'])})"
+        + (
+            f"{details['branches']} layers with branches of rank {workspace.scheme.low_rank}\n"
+            if "branches" in details
+            else ""
+        )
+        + f"{workspace.path(CALIBRATED)} ({size(details['checkpoint_bytes'])})"
     )
 
 
@@ -198,8 +203,14 @@ def built_engine(workspace: Workspace, details: BuiltEngine) -> str:
         "native": ", quantized natively",
         "gathered": ", quantized by gathered scales",
     }.get(details.get("quantize", ""), "")
+    made = "built"
+    if (refit := details.get("refit")) is not None:
+        made = (
+            f"{refit['weights']} weights changed in a copy of {refit['workspace']}'s, which took "
+            f"{refit['seconds']:.1f} s,"
+        )
     return (
-        f"{workspace.path(ENGINES, details['backend'])}, built in {details['seconds']:.1f} s "
+        f"{workspace.path(ENGINES, details['backend'])}, {made} in {details['seconds']:.1f} s "
         f"for {described_hardware(details['hardware'])}{how}\n{files}"
     )
 

@@ -81,6 +81,10 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "scheme": checkpoint.scheme.to_json(),
         "layers": layers,
         "products": products,
+        "branches": [
+            {"layer": name, "rank": len(down), "weights": down.size + up.size}
+            for name, (down, up) in checkpoint.branches.items()
+        ],
         "float_sites": checkpoint.float_sites,
         "sites": len(checkpoint.quantizers),
         "provenance": checkpoint.provenance,

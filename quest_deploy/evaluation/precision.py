@@ -20,6 +20,7 @@ from exporters.graph_info import graph_info, load_graph
 from exporters.multiplications import multiplications
 from exporters.ops.timestep_quantize import TABLES
 from exporters.passes.insert_quantized_layers import product_name
+from quest_deploy.artifacts.checkpoint import DOWN, RESIDUAL, UP
 from quest_deploy.backends.base import LOWERED, input_shapes
 from quest_deploy.errors import InputError
 from quest_deploy.quantization.layer_kinds import PRODUCTS, group_of
@@ -88,7 +89,7 @@ class Sizes:
     Attributes:
         graph: the ONNX file with its weights. engine: all files of the engine's folder; None for a
             graph.
-        fp16: every parameter of the float model in two bytes.
+        fp16: every parameter of the float model, which has no branches, in two bytes.
         ideal: the layers' weights at the bits asked for (half a byte at 4 bits, one at 8), every
             other parameter in two bytes, and no scales.
     """
@@ -256,10 +257,11 @@ def _asked(path: Path) -> tuple[list[LayerPrecision], Sizes]:
         elif name in products:
             found.append(_product(info, products[name], nodes))
         else:
-            macs = sum(node.macs or 0 for node in nodes)
+            macs, branch_of = sum(node.macs or 0 for node in nodes), _branch_of(info, name)
+            group = PRODUCTS if branch_of is None else group_of(branch_of)
             found.append(
                 LayerPrecision(
-                    name, (name,), PRODUCTS, nodes[0].operator, None, FLOAT_BITS, macs, FLOAT
+                    name, (name,), group, nodes[0].operator, None, FLOAT_BITS, macs, FLOAT
                 )
             )
     changed = json.loads(model.metadata_props.get(SATURATING_KEY, "{}"))
@@ -272,6 +274,12 @@ def _asked(path: Path) -> tuple[list[LayerPrecision], Sizes]:
         {name: sum(node.weights for node in parts.get(name, [])) for name in layers},
         path,
     )
+
+
+def _branch_of(info: GraphInfo, node: str) -> str | None:
+    """The layer beside which ``node`` is one of the two products of a branch of low rank."""
+    layer, _, part = node.rpartition(".")
+    return layer if part in (DOWN, UP) and f"{layer}.{RESIDUAL}" in info.layers else None
 
 
 def _layer(info: GraphInfo, layer: LayerInfo, nodes: list[Multiplication]) -> LayerPrecision:
@@ -333,16 +341,21 @@ def _realised(layer: LayerPrecision, found: dict[str, str]) -> str:
 
 def _sizes(model: ir.Model, info: GraphInfo, weights: dict[str, int], path: Path) -> Sizes:
     bits = {product_name(layer.name): layer.weight_bits for layer in info.layers.values()}
-    others = sum(
-        value.const_value.size
+    sizes = {
+        value.name or "": value.const_value.size
         for value in _float_parameters(model, info)
         if value.const_value is not None
+    }
+    others = sum(sizes.values())
+    branches = sum(
+        size for name, size in sizes.items() if _branch_of(info, name.rpartition(".")[0])
     )
     graph = path.stat().st_size + (
         data.stat().st_size if (data := path.with_name(f"{path.name}.data")).exists() else 0
     )
     ideal = sum(count * bits[node] for node, count in weights.items()) // 8
-    return Sizes(graph, None, 2 * (sum(weights.values()) + others), ideal + 2 * others)
+    fp16 = 2 * (sum(weights.values()) + others - branches)
+    return Sizes(graph, None, fp16, ideal + 2 * others)
 
 
 def _float_parameters(model: ir.Model, info: GraphInfo) -> Iterable[ir.Value]:

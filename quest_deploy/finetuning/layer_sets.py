@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from quest_deploy.errors import InputError
+from quest_deploy.quantization.layer_kinds import matches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -71,9 +71,7 @@ def select_layers(
             else InputError is raised.
     """
     names = tuple(names)
-    chosen = tuple(
-        name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)
-    )
+    chosen = tuple(name for name in names if any(matches(name, pattern) for pattern in patterns))
     if not chosen and or_all:
         logger.warning(
             "no quantized layer matches %s: all %d are trained", ", ".join(patterns), len(names)

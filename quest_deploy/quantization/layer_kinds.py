@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from quest_deploy.artifacts.checkpoint import RESIDUAL
+from quest_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 TEMPORAL, PRODUCTS, OTHER = "time_emb_proj", "attention products", "other"
 _GROUPS = {
@@ -37,10 +44,30 @@ GROUPS = (*_GROUPS, OTHER)
 def group_of(layer: str) -> str:
     """The kind of layer that a module path names, one of ``GROUPS``."""
     return next(
-        (
-            group
-            for group, patterns in _GROUPS.items()
-            if any(fnmatchcase(layer, p) for p in patterns)
-        ),
+        (group for group, patterns in _GROUPS.items() if any(matches(layer, p) for p in patterns)),
         OTHER,
     )
+
+
+def layer_path(layer: str) -> str:
+    """The module path of a layer in the float model: of what is left of a layer beside a branch of
+    low rank, that of the layer.
+    """
+    return layer.removesuffix(f".{RESIDUAL}")
+
+
+def matches(layer: str, pattern: str) -> bool:
+    """Whether a glob pattern matches a layer, by its name or by its :func:`layer_path`."""
+    return fnmatchcase(layer, pattern) or fnmatchcase(layer_path(layer), pattern)
+
+
+def layers_matching(names: Iterable[str], patterns: Iterable[str], purpose: str) -> tuple[str, ...]:
+    """Those of the ``names`` that match, in their order; raise InputError for a pattern that
+    matches none, which is "to have" what the ``purpose`` says.
+    """
+    names = tuple(names)
+    found = {pattern: {name for name in names if matches(name, pattern)} for pattern in patterns}
+    for pattern, matched in found.items():
+        if not matched:
+            raise InputError(f"no layer matches {pattern!r}, which is to have {purpose}")
+    return tuple(name for name in names if any(name in matched for matched in found.values()))

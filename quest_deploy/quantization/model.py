@@ -42,7 +42,7 @@ from quest_deploy.quantization.layers import (
     QuantizedSplit,
     QuantizedTransformerQK,
 )
-from quest_deploy.quantization.prepare import prepare
+from quest_deploy.quantization.prepare import LowRank, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -121,12 +121,7 @@ class QuantizedModel(nn.Module):
         finetuning starts, and always follows the weights from there.
         """
         if teacher is not None:
-            model = prepare(
-                copy.deepcopy(teacher),
-                checkpoint.architecture.split_shortcuts,
-                checkpoint.architecture.attention,
-            )
-            return cls(model, checkpoint, unrounded=True)
+            return cls(prepared(copy.deepcopy(teacher), checkpoint), checkpoint, unrounded=True)
         with without_weights():  # all of them come from the checkpoint
             model = build_float_model(checkpoint.architecture)
         floats = {
@@ -306,7 +301,23 @@ def build_float_model(architecture: Architecture) -> nn.Module:
     model = bounded_network(architecture.class_name, architecture.config)
     if architecture.heads is not None:
         set_heads(model, architecture.heads)
-    return prepare(model, architecture.split_shortcuts, architecture.attention).eval()
+    return prepare(
+        model, architecture.split_shortcuts, architecture.attention, architecture.low_rank
+    ).eval()
+
+
+def prepared(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    """Rewrite ``model``, the float one that ``checkpoint`` was made from, in place as the
+    checkpoint's architecture has it, with the checkpoint's branches of low rank; its float results
+    stay the same but for rounding.
+    """
+    architecture = checkpoint.architecture
+    prepare(model, architecture.split_shortcuts, architecture.attention, architecture.low_rank)
+    for name, factors in checkpoint.branches.items():
+        branched = model.get_submodule(name)
+        assert isinstance(branched, LowRank)
+        branched.take(*(torch.from_numpy(factor.copy()) for factor in factors))
+    return model
 
 
 def downsampling(model: nn.Module) -> int:

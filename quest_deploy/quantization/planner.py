@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 
 from quest_deploy.artifacts.scheme import Symmetry, usual_symmetry
 from quest_deploy.errors import InputError
+from quest_deploy.quantization.layer_kinds import layers_matching
 from quest_deploy.quantization.prepare import Product
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from quest_deploy.artifacts.scheme import Scheme
 
@@ -109,7 +109,7 @@ def plan_quantization(
     """
     executed, twice = _execute(model, probe)
     layers = [entry for entry in executed if entry.operands is None]
-    left = _matched(scheme.float_layers, [x.name for x in layers], "which is to stay in float")
+    left = layers_matching((x.name for x in layers), scheme.float_layers, "no quantizers")
     seen = [layer for layer in layers if layer.name not in left]
     if again := [name for name in twice if name not in left]:
         raise InputError(
@@ -129,9 +129,7 @@ def plan_quantization(
     first = (reading or convolutions or layers)[0]
     ends = {first.name, layers[-1].name}
 
-    eight = _matched(
-        scheme.eight_bit_layers, [layer.name for layer in seen], "which is to have eight bits"
-    )
+    eight = layers_matching((x.name for x in seen), scheme.eight_bit_layers, "eight bits")
 
     def bits_of(name: str, bits: int) -> int:
         if name in ends:
@@ -169,17 +167,6 @@ def plan_quantization(
         LayerPlan(layer.name, bits_of(layer.name, scheme.weight_bits), layer.macs) for layer in seen
     )
     return QuantizationPlan(planned, tuple(products), tuple(quantizers))
-
-
-def _matched(patterns: Sequence[str], names: Sequence[str], purpose: str) -> set[str]:
-    """The layers that the scheme's patterns match; raise InputError for one that matches none."""
-    found: set[str] = set()
-    for pattern in patterns:
-        matched = {name for name in names if fnmatchcase(name, pattern)}
-        if not matched:
-            raise InputError(f"no layer matches {pattern!r}, {purpose}")
-        found |= matched
-    return found
 
 
 def _operand_quantizers(

@@ -1,10 +1,11 @@
 """Rewrite a float model into an equal one in which everything that is quantized is a module of its
 own.
 
-Two things in a UNet are not, as diffusers writes them: the halves of a shortcut convolution that
-reads a concatenation (Q-Diffusion quantizes each half by itself), and the products inside
-attention. Rewritten, they are found, quantized, finetuned and exported like every other layer, and
-nothing else in the toolchain knows about them.
+Three things in a UNet are not, as diffusers writes them: the halves of a shortcut convolution that
+reads a concatenation (Q-Diffusion quantizes each half by itself), what is left of a layer beside a
+branch of low rank (SVDQuant), and the products inside attention. Rewritten, they are found,
+quantized, finetuned and exported like every other layer, and hardly anything else in the toolchain
+knows about them.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quest_deploy.artifacts.checkpoint import OPERANDS, ScoreScale
+from quest_deploy.artifacts.checkpoint import DOWN, OPERANDS, RESIDUAL, UP, ScoreScale
 from quest_deploy.errors import InputError
 from quest_deploy.models.unets import attentions
 
@@ -65,6 +67,52 @@ def _slice_of(conv: nn.Conv2d, start: int, stop: int, *, bias: bool) -> nn.Conv2
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )
+
+
+class LowRank(nn.Module):
+    """A layer with a branch of low rank beside it, y = residual(x) + x D U (SVDQuant, arXiv
+    2411.05007).
+
+    The branch reads x as it is and stays in float, so that neither its weights nor what they
+    multiply is rounded to a few bits. It begins at zero.
+
+    Attributes:
+        residual: the layer, its weight less D U: what is quantized.
+        down: D, float16 [rank, I, kh, kw] or [rank, I], as the layer's weight reads its input.
+        up: U, float16 [O, rank].
+    """
+
+    residual: nn.Module
+    down: Tensor
+    up: Tensor
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, rank: int) -> None:
+        super().__init__()
+        weight = layer.weight
+        self.geometry = (
+            (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
+        )
+        self.add_module(RESIDUAL, layer)
+        for name, shape in ((DOWN, (rank, *weight.shape[1:])), (UP, (len(weight), rank))):
+            self.register_buffer(name, weight.new_zeros(shape, dtype=torch.float16))
+
+    @torch.no_grad()
+    def take(self, down: Tensor, up: Tensor) -> None:
+        """Let the branch compute ``down`` and ``up``, as FP16 rounds them, in the layer's stead."""
+        self.down.copy_(down)
+        self.up.copy_(up)
+        weight = self.residual.get_parameter("weight")
+        weight.sub_((self.up.float() @ self.down.float().flatten(1)).view_as(weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the layer itself returned."""
+        result: Tensor = self.residual(x)
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        if self.geometry is None:
+            return result + F.linear(F.linear(x, down), up)
+        stride, padding, dilation = self.geometry
+        inner = F.conv2d(x, down, None, stride, padding, dilation)
+        return result + F.conv2d(inner, up[:, :, None, None])
 
 
 class Product(nn.Module):
@@ -215,16 +263,22 @@ def _heads(attn: Any, project: Any, x: Tensor, norm: Any = None) -> Tensor:
 
 
 def prepare(
-    model: nn.Module, split_shortcuts: Mapping[str, int], attention: ScoreScale | None
+    model: nn.Module,
+    split_shortcuts: Mapping[str, int],
+    attention: ScoreScale | None,
+    low_rank: Mapping[str, int] | None = None,
 ) -> nn.Module:
     """Rewrite ``model`` in place and return it; its float results stay the same but for rounding.
 
     Args:
         split_shortcuts: by the name of a convolution, the channels of its first half.
         attention: where explicit attention applies its scale, or None to leave attention alone.
+        low_rank: by the name of a layer, its halves' among them, the rank of a branch beside it,
+            which is zero.
 
     Raises:
-        InputError: a name that is no convolution of the model's, or attention of an unknown kind.
+        InputError: a name that is no convolution or layer of the model's, or attention of an
+            unknown kind.
     """
     for name, channels in split_shortcuts.items():
         parent, _, child = name.rpartition(".")
@@ -238,6 +292,18 @@ def prepare(
                 "channels than it reads"
             )
         setattr(model.get_submodule(parent), child, SplitConv2d(conv, channels))
+    for name, rank in (low_rank or {}).items():
+        parent, _, child = name.rpartition(".")
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            layer = None
+        if not isinstance(layer, nn.Conv2d | nn.Linear) or getattr(layer, "groups", 1) != 1:
+            raise InputError(
+                f"branch of low rank: expected one of the model's layers, no grouped convolution, "
+                f"found {name}"
+            )
+        setattr(model.get_submodule(parent), child, LowRank(layer, rank))
     if attention is not None:
         for module in attentions(model):
             module.scores, module.mix = Product(OPERANDS["scores"]), Product(OPERANDS["mix"])

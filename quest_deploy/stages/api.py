@@ -211,10 +211,12 @@ def reference(chosen: ReferenceArguments) -> Reference:
 
 @takes(BuildEngineArguments)
 def build_engine(chosen: BuildEngineArguments) -> BuiltEngine:
-    """Build an engine from the exported graph; see
+    """Build an engine from the exported graph, or refit another's with its weights; see
     :class:`quest_deploy.backends.options.EngineOptions`. Sizes are in bytes.
     """
-    options = BuildEngineOptions(backend=chosen.backend, engine=chosen.of(EngineOptions))
+    options = BuildEngineOptions(
+        backend=chosen.backend, engine=chosen.of(EngineOptions), refit_from=chosen.refit_from
+    )
     return BUILD_ENGINE.run(chosen.opened(), options, chosen.progress)
 
 

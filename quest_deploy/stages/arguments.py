@@ -29,6 +29,7 @@ from quest_deploy.stages.options import (
     FinetuneOptions,
     GenerateOptions,
     ReferenceOptions,
+    RefitFromOption,
     SchedulerOption,
     SensitivityOptions,
     StageOptions,
@@ -161,6 +162,8 @@ class ReferenceArguments(ReferenceOptions, OnWorkspace):
 @dataclass(frozen=True, kw_only=True)
 class BuildEngineArguments(EngineOptions, EngineStageOptions, OnWorkspace):
     """The parameters of ``build_engine``."""
+
+    refit_from: RefitFromOption = None
 
 
 @dataclass(frozen=True, kw_only=True)

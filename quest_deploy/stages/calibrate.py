@@ -121,7 +121,8 @@ def save_calibrated(
 def describe(workspace: Workspace, checkpoint: Checkpoint) -> Calibration:
     """Return what there is to report of the calibrated checkpoint that was saved."""
     weights, macs = checkpoint.share_at(4)
-    return {
+    branches = len(checkpoint.branches)
+    details: Calibration = {
         "layers": len(checkpoint.layers),
         "sites": len(checkpoint.quantizers),
         "buckets": workspace.scheme.buckets,
@@ -129,6 +130,7 @@ def describe(workspace: Workspace, checkpoint: Checkpoint) -> Calibration:
         "macs_at_4_bits": macs,
         "checkpoint_bytes": workspace.new(CALIBRATED).stat().st_size,
     }
+    return {**details, "branches": branches} if branches else details
 
 
 def _kept(folder: Path, made_from: dict[str, Any], make: Callable[[], Start]) -> Start:

@@ -15,9 +15,10 @@ from typing import Annotated, Any, ClassVar, Self
 from quest_deploy.artifacts.hashed_path import HashedPath
 from quest_deploy.artifacts.image_folder import ImageFolder
 from quest_deploy.artifacts.model_source import Lora
-from quest_deploy.artifacts.workspace import REPORTS, SENSITIVITY_REPORT
-from quest_deploy.backends.base import VERSION
-from quest_deploy.backends.options import EngineOptions, parse_sample_size
+from quest_deploy.artifacts.workspace import ENGINES, REPORTS, SENSITIVITY_REPORT, Workspace
+from quest_deploy.backends.base import VERSION, engine_info
+from quest_deploy.backends.options import REFIT_FROM, EngineOptions, parse_sample_size
+from quest_deploy.backends.refit import refitted_options
 from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_bounded, sha256_of
@@ -83,6 +84,7 @@ ImageFolderOption = Annotated[
         text=Path,
     ),
 ]
+RefitFromOption = Annotated[Path | None, REFIT_FROM]
 PixelsOption = Annotated[
     int | None,
     Option("Pixels, for a text-to-image model.", minimum=8, default="the model's"),
@@ -505,28 +507,50 @@ class BuildEngineOptions(EngineStageOptions):
     """How to build the engine of ``backend``."""
 
     engine: EngineOptions = field(default_factory=EngineOptions)
+    refit_from: RefitFromOption = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         get_backend(self.backend).check_options(self.engine)
+        if self.refit_from is not None and (
+            refusal := REFIT_FROM.refusal(self.backend, self.engine.provider, self.refit_from)
+        ):
+            raise InputError(f"--refit-from: {refusal}")
+
+    @property
+    def base(self) -> Path | None:
+        """The folder of the engine to refit; None where one is built."""
+        if self.refit_from is None:
+            return None
+        return Workspace.open(self.refit_from).path(ENGINES, self.backend)
 
     @property
     def resolved(self) -> EngineOptions:
-        """The engine's options with what the backend chooses on this machine."""
+        """The engine's options with what the backend chooses on this machine, or those of the
+        engine that is refitted.
+        """
+        if (base := self.base) is not None:
+            return refitted_options(base, self.engine)
         return get_backend(self.backend).resolve(self.engine)
 
     def check_machine(self) -> None:
-        """Raise InputError where this machine cannot build the engine."""
-        get_backend(self.backend).check_build(self.resolved)
+        """Raise InputError where this machine cannot build the engine, or refit the other one."""
+        options, backend = self.resolved, get_backend(self.backend)
+        if (base := self.base) is not None:
+            backend.check_engine(engine_info(base))
+        else:
+            backend.check_build(options)
 
     def to_json(self) -> dict[str, Any]:
-        """The engine's options and what they depend on: the machine's answers, and the plugin's
-        content, which may be another one at the same place; and the version of the record.
+        """The engine's options and what they depend on: the machine's answers, and the content of
+        the plugin, or of the engine to refit, which may be another one at the same place; and the
+        version of the record.
         """
-        options = self.resolved
+        options, base = self.resolved, self.base
         answers = get_backend(self.backend).answers(options)
         plugin = {} if options.plugins is None else {"plugin_sha256": sha256_of(options.plugins)}
-        return options.to_json() | answers | plugin | {"version": VERSION}
+        refitted = {} if base is None else {"refitted_from": engine_info(base).graph_sha256}
+        return options.to_json() | answers | plugin | refitted | {"version": VERSION}
 
 
 @dataclass(frozen=True, kw_only=True)

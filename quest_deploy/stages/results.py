@@ -6,7 +6,9 @@ from typing import Any, NotRequired, TypedDict
 
 
 class Calibration(TypedDict):
-    """The calibrated checkpoint; the shares, from 0 to 1, are of what is at 4 bits."""
+    """The calibrated checkpoint; the shares, from 0 to 1, are of what is at 4 bits. ``branches`` is
+    how many layers have a branch of low rank, where any has one.
+    """
 
     layers: int
     sites: int
@@ -14,6 +16,7 @@ class Calibration(TypedDict):
     weights_at_4_bits: float
     macs_at_4_bits: float
     checkpoint_bytes: int
+    branches: NotRequired[int]
 
 
 # A key that is a keyword of Python.
@@ -92,12 +95,23 @@ class Reference(TypedDict):
     measured_records: int
 
 
+class Refit(TypedDict):
+    """The workspace whose engine was refitted, the seconds that this one took, and how many weights
+    differ.
+    """
+
+    workspace: str
+    seconds: float
+    weights: int
+
+
 class BuiltEngine(TypedDict):
-    """The engine: bytes by file; ``quantize`` is TensorRT's alone."""
+    """The engine: bytes by file; ``quantize`` and ``refit`` are TensorRT's alone."""
 
     backend: str
     hardware: dict[str, Any]
     quantize: NotRequired[str]
+    refit: NotRequired[Refit]
     seconds: float
     files: dict[str, int]
 

@@ -147,6 +147,24 @@ class SchemeChoices(Options):
             parse=_parse_layers,
         ),
     ] = None
+    low_rank: Annotated[
+        int | None,
+        Option(
+            "Rank of the branches in FP16 that run beside layers; 0 for none.",
+            minimum=0,
+            default="the workspace's, or 0",
+        ),
+    ] = None
+    low_rank_layers: Annotated[
+        Sequence[str] | None,
+        Option(
+            "Layers that have such a branch, such as those that `sensitivity` picks: globs "
+            "separated by commas, or all.",
+            default="the workspace's, or none",
+            text=str,
+            parse=parse_patterns,
+        ),
+    ] = None
 
     def scheme(
         self,
@@ -181,6 +199,8 @@ class SchemeChoices(Options):
             if self.eight_bit_layers is None
             else self.eight_bit_layers,
             float_layers=float_layers if self.float_layers is None else self.float_layers,
+            low_rank=self.low_rank or 0,
+            low_rank_layers=self.low_rank_layers or (),
         )
 
     def edges(self, model: DiffusionModel) -> tuple[float, ...] | None:
@@ -214,6 +234,8 @@ class SchemeChoices(Options):
             "split_shortcuts": scheme.split_shortcuts,
             "eight_bit_layers": scheme.eight_bit_layers,
             "float_layers": scheme.float_layers,
+            "low_rank": scheme.low_rank,
+            "low_rank_layers": scheme.low_rank_layers,
         }
         for name, value in found.items():
             _check(workspace, name.replace("_", " "), getattr(self, name), value)

@@ -66,7 +66,21 @@ def engine_figures(answer: Answer) -> list[Figure]:
     """Of `build-engine`."""
     size = sum(answer["files"].values())
     how = answer.get("quantize", answer["backend"])
-    return [Figure(f"engine, {how}", f"{size / 1e6:.1f} MB in {answer['seconds']:.1f} s")]
+    made = f"{size / 1e6:.1f} MB in {answer['seconds']:.1f} s"
+    if (refit := answer.get("refit")) is None:
+        return [Figure(f"engine, {how}", made)]
+    return [
+        Figure(
+            f"engine, {how}, by refit",
+            f"{made}, {refit['weights']} weights changed",
+            f"less than the build's {refit['seconds']:.1f} s",
+        )
+    ]
+
+
+def lora_figures(answer: Answer) -> list[Figure]:
+    """Of `lora`."""
+    return [Figure("layers that the LoRA changes", str(answer["changed_layers"]))]
 
 
 def verify_figures(answer: Answer) -> list[Figure]:
@@ -200,17 +214,44 @@ class Model:
             before = (f"{self.name}-{stage}",)
         for engine in ENGINES:
             yield from self.engine_steps(engine, before)
+        yield from self.refit_steps(before)
 
-    def engine_steps(self, engine: Engine, before: tuple[str, ...]) -> Iterator[Step]:
-        """Build, verify and time an engine in a workspace of its own: a workspace has one engine a
-        backend.
+    def refit_steps(self, before: tuple[str, ...]) -> Iterator[Step]:
+        """Fold a LoRA into it, and refit the refittable engines instead of building them again."""
+        name = f"{self.name}-lora"
+        file, where = f"{{out}}/{name}.safetensors", f"-w {{out}}/{name}"
+        lora = f"lora -w {{out}}/{self.name} --lora {file} --output {{out}}/{name}"
+        yield Step(
+            name,
+            (
+                Command(f"python -m scripts.acceptance.random_lora {{out}}/{self.name} {file}"),
+                quest_deploy(lora, lora_figures),
+                quest_deploy(f"export {where}"),
+                quest_deploy(f"reference {self.reference} {where}"),
+            ),
+            ("gpu",),
+            before,
+            2 * self.minutes,
+        )
+        for backend in REFITTING:
+            refittable = f"{self.name}-{backend}-refittable"
+            build = f"--refit-from {{out}}/{refittable}"
+            engine = Engine(f"{backend}-refit", backend, build, ("gpu", backend))
+            after = (name, f"{refittable}-build")
+            yield from self.engine_steps(engine, after, source=name)
+
+    def engine_steps(
+        self, engine: Engine, before: tuple[str, ...], source: str = ""
+    ) -> Iterator[Step]:
+        """Build, verify and time an engine in a workspace of its own, a copy of ``source`` or of
+        this model's: a workspace has one engine a backend.
         """
         name, backend = f"{self.name}-{engine.name}", f"--backend {engine.backend}"
         build = f"build-engine {backend} {engine.options}"
         stages = {
             "build": (
                 # Hard links: quest-deploy never writes into a file that is there.
-                Command(f"cp -alfT {{out}}/{self.name} {{out}}/{name}"),
+                Command(f"cp -alfT {{out}}/{source or self.name} {{out}}/{name}"),
                 quest_deploy(f"{build} -w {{out}}/{name}", engine_figures),
             ),
             "verify": (quest_deploy(f"verify {backend} -w {{out}}/{name}", verify_figures),),
@@ -239,14 +280,16 @@ class Engine:
 
 
 _FP16 = "--dtype fp16"
+REFITTING = ("tensorrt", "tensorrt-rtx")
 ENGINES = (
     *(
         Engine(f"{backend}-{name}", backend, f"{_FP16} {options}", ("gpu", backend))
-        for backend in ("tensorrt", "tensorrt-rtx")
+        for backend in REFITTING
         for name, options in (
             ("native", "--quantize native"),
             ("gathered", "--quantize gathered"),
             ("attention", "--quantize native --fused-attention"),
+            ("refittable", "--quantize native --refittable"),
         )
     ),
     Engine(

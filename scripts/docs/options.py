@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from quest_deploy.backends.options import EngineOption, EngineOptions, declared_options
+from quest_deploy.backends.options import EngineOption, declared_options
 from quest_deploy.backends.registry import BACKENDS
+from quest_deploy.stages.arguments import BuildEngineArguments
 
 PAGE = Path(__file__).parents[2] / "docs" / "backends.md"
 
@@ -27,7 +28,7 @@ def taken(option: EngineOption, backend: str) -> str:
     return "yes"
 
 
-def table(options: type = EngineOptions) -> str:
+def table(options: type = BuildEngineArguments) -> str:
     """A row for each option, a column for each backend."""
     rows = [["option", "what it sets", *(f"`{name}`" for name in BACKENDS)]]
     rows.append(["---"] * len(rows[0]))

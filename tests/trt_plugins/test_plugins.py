@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,38 @@ def test_a_creator_that_the_registry_refuses_is_told_and_the_library_goes_on(
 ) -> None:
     told = run(build / "tests" / "plugin_test", library, "--refusing")
     assert told.count("creator") == 2
+
+
+def configured_for(folder: Path, minor: int) -> Path:
+    """Where the plugins are configured with TensorRT's headers, which say that they are 11.x's."""
+    headers = os.environ.get(HEADERS)
+    if headers is None:
+        pytest.skip(f"{HEADERS}, the folder of TensorRT's headers, is not set")
+    require_compilers()
+    include, build = folder / f"include-{minor}", folder / f"build-{minor}"
+    shutil.copytree(headers, include)
+    version = include / "NvInferVersion.h"
+    text = re.sub(r"(MAJOR(?:_ENTERPRISE)? +)\d+", r"\g<1>11", version.read_text())
+    version.write_text(re.sub(r"(MINOR(?:_ENTERPRISE)? +)\d+", rf"\g<1>{minor}", text))
+    configured = configure(build, headers=str(include))
+    assert configured.returncode == 0, configured.stderr
+    return build
+
+
+@pytest.mark.slow
+def test_plugins_compile_as_cpp20_from_11_5_on_and_implement_v3_interfaces_alone(
+    tmp_path: Path,
+) -> None:
+    for minor, standard in ((4, "c++17"), (5, "c++20")):
+        build = configured_for(tmp_path, minor)
+        commands = json.loads((build / "compile_commands.json").read_text())
+        ours = [x["command"] for x in commands if "quest_plugin_objects" in x["command"]]
+        assert len(ours) == 8
+        assert all(f"-std={standard} " in command for command in ours)
+    run("cmake", "--build", build, "--target", "quest_plugin_objects", "-j", "2")
+    symbols = run("nm", "-C", *(build / "CMakeFiles/quest_plugin_objects.dir").rglob("*.o"))
+    assert re.search(r"nvinfer1::\S*IPluginV3OneRuntime", symbols)
+    assert not re.search(r"nvinfer1::\S*(IPluginV2|IPluginCreator\b)", symbols)
 
 
 def test_name_version_namespace_inputs_and_fields_are_the_exporters(

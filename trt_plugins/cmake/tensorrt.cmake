@@ -23,15 +23,22 @@ if(NOT EXISTS ${TENSORRT_INCLUDE_DIR}/NvInferRuntime.h OR NOT EXISTS ${TENSORRT_
   message(FATAL_ERROR "TENSORRT_INCLUDE_DIR is ${TENSORRT_INCLUDE_DIR}, where NvInferRuntime.h and NvInferVersion.h are not")
 endif()
 
-file(STRINGS ${TENSORRT_INCLUDE_DIR}/NvInferVersion.h quest_version_lines
-  REGEX "define (NV_TENSORRT_MAJOR|TRT_MAJOR_ENTERPRISE) +[0-9]+")
-string(REGEX MATCH "[0-9]+" quest_tensorrt_major "${quest_version_lines}")
+foreach(part MAJOR MINOR)
+  file(STRINGS ${TENSORRT_INCLUDE_DIR}/NvInferVersion.h quest_version_lines
+    REGEX "define (NV_TENSORRT_${part}|TRT_${part}_ENTERPRISE) +[0-9]+")
+  string(TOLOWER ${part} part)
+  string(REGEX MATCH "[0-9]+" quest_tensorrt_${part} "${quest_version_lines}")
+endforeach()
 if(NOT quest_tensorrt_major GREATER_EQUAL 10)
   message(FATAL_ERROR "${TENSORRT_INCLUDE_DIR} has headers of TensorRT ${quest_tensorrt_major}; expected 10 or newer, which have IPluginV3")
 endif()
-message(STATUS "TensorRT ${quest_tensorrt_major}: headers ${TENSORRT_INCLUDE_DIR}, library ${TENSORRT_LIBRARY}")
+set(quest_tensorrt_version ${quest_tensorrt_major}.${quest_tensorrt_minor})
+message(STATUS "TensorRT ${quest_tensorrt_version}: headers ${TENSORRT_INCLUDE_DIR}, library ${TENSORRT_LIBRARY}")
 add_library(quest_tensorrt_headers INTERFACE)
 target_include_directories(quest_tensorrt_headers SYSTEM INTERFACE ${TENSORRT_INCLUDE_DIR} ${CUDAToolkit_INCLUDE_DIRS})
 if(quest_tensorrt_major LESS 11)
   target_compile_options(quest_tensorrt_headers INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wno-deprecated-declarations>)
+endif()
+if(quest_tensorrt_version VERSION_GREATER_EQUAL 11.5)
+  target_compile_features(quest_tensorrt_headers INTERFACE cxx_std_20) # which it wants of plugins from then on
 endif()

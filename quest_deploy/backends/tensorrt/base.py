@@ -35,7 +35,7 @@ from quest_deploy.backends.base import (
 from quest_deploy.backends.options import AUTO, GATHERED, NATIVE, PLUGIN, EngineOptions
 from quest_deploy.backends.tensorrt.plugin import load_plugin
 from quest_deploy.errors import InputError, QuestDeployError
-from quest_deploy.files import atomic_file
+from quest_deploy.files import atomic_file, link_or_copy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -211,6 +211,24 @@ class TensorRtBackend(Backend):
         if timing_cache is not None and options.timing_cache is not None:
             with atomic_file(options.timing_cache) as temporary:
                 temporary.write_bytes(timing_cache.serialize())
+
+    def refit(
+        self, base: Path, folder: Path, options: EngineOptions, changed: Sequence[str]
+    ) -> None:
+        trt = self._module()
+        logger = make_logger(trt, verbose=options.verbose)
+        engine = _deserialized(trt, logger, base, options)
+        refitter = trt.Refitter(engine, logger)
+        if fixed := sorted(set(changed) - set(refitter.get_all_weights())):
+            raise InputError(
+                f"--refit-from: {len(fixed)} of {len(changed)} weights that changed are fixed in "
+                f"{base / ENGINE}, such as {fixed[0]}; leave it out to build the engine"
+            )
+        _put_weights(trt, logger, refitter, folder)
+        if options.strip_plan:  # it has no weights: they are put in when it is opened
+            link_or_copy(base / ENGINE, folder / ENGINE)
+        else:
+            (folder / ENGINE).write_bytes(engine.serialize())
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
         runner = SplitRunner(_TensorRtRunner(folder, options, self.package), options.max_batch)
@@ -704,6 +722,13 @@ def load_engine(trt: Any, logger: Any, folder: Path, options: EngineOptions) -> 
     """The engine in ``folder``, on the GPU, with its weights: one that was stripped gets them from
     the lowered graph.
     """
+    engine = _deserialized(trt, logger, folder, options)
+    if options.strip_plan:
+        _put_weights(trt, logger, trt.Refitter(engine, logger), folder)
+    return engine
+
+
+def _deserialized(trt: Any, logger: Any, folder: Path, options: EngineOptions) -> Any:
     runtime = trt.Runtime(logger)
     runtime.engine_host_code_allowed = (
         options.version_compatible
@@ -716,18 +741,20 @@ def load_engine(trt: Any, logger: Any, folder: Path, options: EngineOptions) -> 
             f"{folder / ENGINE} cannot be loaded: "
             f"{'; '.join(logger.problems[-3:]) or 'no reason given'}"
         )
-    if options.strip_plan:
-        refitter = trt.Refitter(engine, logger)
-        parser = trt.OnnxParserRefitter(refitter, logger)
-        if not parser.refit_from_file(str(folder / LOWERED)) or not refitter.refit_cuda_engine():
-            errors = [
-                parser.get_error(i).desc() for i in range(parser.num_errors)
-            ] + logger.problems[-3:]
-            raise QuestDeployError(
-                f"{folder / ENGINE} cannot be given the weights of {folder / LOWERED}: "
-                f"{'; '.join(errors)}"
-            )
     return engine
+
+
+def _put_weights(trt: Any, logger: Any, refitter: Any, folder: Path) -> None:
+    """Put the weights of the lowered graph in ``folder`` into the refitter's engine, all that can
+    be: the parser takes nothing less.
+    """
+    parser = trt.OnnxParserRefitter(refitter, logger)
+    if not parser.refit_from_file(str(folder / LOWERED)) or not refitter.refit_cuda_engine():
+        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        raise QuestDeployError(
+            f"the engine cannot be given the weights of {folder / LOWERED}: "
+            f"{'; '.join([*errors, *logger.problems[-3:]]) or 'no reason given'}"
+        )
 
 
 def fitting_profile(engine: Any, shapes: dict[str, tuple[int, ...]]) -> int:

@@ -35,6 +35,16 @@ GATHERS = (10, 13)
 """The first version whose QuantizeLinear takes a scale that is no constant (NvInfer.h)."""
 HAS_ATTENTION = (10, 14)
 """The first version whose parser takes ONNX's Attention (its changelog)."""
+REFIT_DROPS_BIASES = (11, 3)
+"""The version whose page on refitting engines has this known issue; 10.16's and 11.4's have not."""
+SLOW_INT8 = ("103",)
+"""Compute capabilities whose tensor cores have no INT8 in their own instructions, B300's: CUDA
+13.0's ptxas takes tcgen05.mma with .kind::i8 for sm_100a and sm_110a, and refuses it for sm_103a.
+What is left is Ampere's instruction: pytorch/pytorch#187094 measures INT8 products of a GB300 at 12
+times the time of FP16's. Others from 10.0 on have INT8, as their instruction says, TensorRT's
+release notes (10.10: faster INT8 convolutions on Blackwell) and the support matrix of TensorRT for
+RTX (12.0).
+"""
 
 
 class TensorRtSdkBackend(shared.TensorRtBackend):
@@ -60,7 +70,7 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
         options = self.resolve(options)
         trt = self._module()
         self._check_version(trt)
-        here = tuple(map(int, str(trt.__version__).split(".")[:2]))
+        here = _version_of(trt)
         if options.quantize == GATHERED and here < GATHERS:
             raise InputError(
                 f"--quantize gathered: TensorRT {trt.__version__} takes constant scales alone; "
@@ -80,6 +90,23 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
         _check_timing_cache(options)
         if options.quantize == PLUGIN:
             _check_plugin(trt, options)
+
+    def check_graph(self, model: ir.Model, options: EngineOptions) -> None:
+        super().check_graph(model, options)
+        if shared.gpu_count() and (here := shared.gpu_compute_capability()) in SLOW_INT8:
+            shared.messages.warning(
+                "the tensor cores of compute capability %s.%s, this GPU's, have no INT8 in their "
+                "own instructions: expect a smaller engine than in FP16, not a faster one; "
+                "`quest-deploy benchmark` tells",
+                here[:-1],
+                here[-1],
+            )
+        if options.refittable and _version_of(self._module()) == REFIT_DROPS_BIASES:
+            shared.messages.warning(
+                "--refittable: TensorRT %s may drop biases of matrix products in such engines: "
+                "`quest-deploy verify` tells",
+                _name(REFIT_DROPS_BIASES),
+            )
 
     def check_run(self, options: EngineOptions) -> None:
         super().check_run(options)
@@ -128,6 +155,10 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
                 f"{' and '.join(f'{m}.x' for m in MAJORS)}, and {trt.__version__} is "
                 f"installed; {self.remedy}"
             )
+
+
+def _version_of(trt: Any) -> tuple[int, ...]:
+    return tuple(map(int, str(trt.__version__).split(".")[:2]))
 
 
 def _name(version: tuple[int, ...]) -> str:

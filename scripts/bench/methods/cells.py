@@ -112,7 +112,7 @@ class Pipeline:
         rotated: whether q, k and v of every head are rotated, see
             ``scripts.bench.methods.rotation``.
         low_rank: the rank of FP16 branches beside the layers that the sensitivity report picks, see
-            ``scripts.bench.methods.low_rank``; None for none.
+            ``quest_deploy.calibration.low_rank``; None for none.
         reconstruction: of ``ReconstructOptions`` (Q-Diffusion); None leaves the stage out.
         reported_layers: whether stage 2 trains what the sensitivity report picks.
         finetuning: of ``FinetuneOptions`` (QuEST), in place of the model's; None leaves the stage
@@ -324,6 +324,14 @@ ABLATIONS = (
         },
     ),
 )
+
+
+BUCKETS = tuple(
+    table
+    for table in ABLATIONS
+    if table.title in ("Timestep buckets", KARRAS.label, FEWER.label, MORE.label)
+)
+"""The tables whose rows differ in their timestep buckets."""
 
 
 def cells_of(row: str, bits: str, seeds: Iterable[int]) -> list[Cell]:

@@ -91,6 +91,11 @@ CLAIMS = (
 )
 
 
+_SINCE_QUEST = {"quest-rotated", "quest-attention4-rotated", "quest-low-rank"}
+NEWER = tuple(claim for claim in CLAIMS if _SINCE_QUEST & {claim.better, claim.worse})
+"""Of what the best work at W4A4 since QuEST adds."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the cells say to a claim by one figure: both rows' means over the seeds that are

@@ -31,7 +31,6 @@ from scripts.bench.methods.cells import (
     Nncf,
     Pipeline,
 )
-from scripts.bench.methods.low_rank import add_branches
 from scripts.bench.methods.outside import modelopt, nncf
 from scripts.bench.methods.rotation import rotate_attention
 from scripts.bench.methods.shared import CHECKPOINT, TRAJECTORIES, T, shared
@@ -206,15 +205,16 @@ class _Maker:
 
     Attributes:
         seconds: CPU seconds of the stages that are done.
-        rotated, branches: what the float model is changed by, which computes the same then:
-            rotations, and the last three arguments of ``add_branches``.
+        rotated: whether the float model has rotations, with which it computes the same.
+        low_rank: of the scheme, what :func:`_scheme` cannot know: branches beside the layers that a
+            first calibration finds sensitive.
     """
 
     def __init__(self, cell: Cell, model: ComparedModel, store: Path, report: Progress) -> None:
         self.cell, self.model, self.store, self.report = cell, model, store, report
         self.seconds: dict[str, float] = {}
         self.rotated = False
-        self.branches: tuple[Checkpoint, tuple[str, ...], int] | None = None
+        self.low_rank: dict[str, Any] = {}
         self._basis = _basis(cell, model)
 
     def make(self, recipe: Pipeline) -> Made:
@@ -232,17 +232,14 @@ class _Maker:
             notes = {"sensitive_layers": list(layers), "error_shares": shares}
         if recipe.low_rank is not None:
             assert layers is not None
-            self.branches = (checkpoint, layers, recipe.low_rank)
+            self.low_rank = {"low_rank": recipe.low_rank, "low_rank_layers": layers}
             start = dataclasses.replace(start, low_rank=recipe.low_rank)
             checkpoint = self.calibrated(start, trajectories, "calibration beside the branches")
         if recipe.reconstruction is not None:
             checkpoint = self.reconstructed(recipe, checkpoint, trajectories)
         if recipe.finetuning is not None:
             checkpoint = self.finetuned(recipe, checkpoint, trajectories, layers)
-        # Branches are none of a checkpoint's architecture: its weights go into a model that has
-        # them.
-        teacher = None if self.branches is None else self.load_unet()
-        model = QuantizedModel.from_checkpoint(checkpoint, teacher).eval()
+        model = QuantizedModel.from_checkpoint(checkpoint).eval()
         for layer in model.quantized_layers().values():
             layer.freeze()
         return Made(model, payload_of(checkpoint), self.seconds, notes)
@@ -252,8 +249,6 @@ class _Maker:
         unet = self.model.load_unet()
         if self.rotated:
             rotate_attention(unet)
-        if self.branches is not None:
-            add_branches(unet, *self.branches)
         return unet
 
     def trajectories(self, schedule: Schedule) -> Trajectories:
@@ -285,7 +280,7 @@ class _Maker:
                 self.model.name,
                 self.load_unet(),
                 trajectories,
-                _scheme(self.cell, recipe, self.model),
+                dataclasses.replace(_scheme(self.cell, recipe, self.model), **self.low_rank),
                 _calibration(self.cell, recipe),
                 self.report,
             ),
@@ -345,7 +340,8 @@ class _Maker:
     def _shared(
         self, stage: str, kind: Kind[T], made_from: dict[str, Any], compute: Callable[[], T]
     ) -> T:
-        found, seconds = shared(self.store, kind, plain({**self._basis, **made_from}), compute)
+        basis = {**self._basis, **made_from, **self.low_rank}
+        found, seconds = shared(self.store, kind, plain(basis), compute)
         self.seconds[stage] = seconds
         return found
 

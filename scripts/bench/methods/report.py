@@ -12,6 +12,7 @@ import numpy as np
 
 from quest_deploy.calibration.reconstruction import ReconstructOptions
 from quest_deploy.evaluation.quality import HELD_OUT_SAMPLES
+from scripts.bench.methods.buckets import where_buckets_pay
 from scripts.bench.methods.cells import (
     ABLATIONS,
     FLOAT_BITS,
@@ -22,13 +23,14 @@ from scripts.bench.methods.cells import (
     Table,
     cells_of,
 )
-from scripts.bench.methods.claims import CLAIMS, FIGURES, critical_groups, judge
+from scripts.bench.methods.claims import CLAIMS, FIGURES, NEWER, critical_groups, judge
 from scripts.bench.methods.deploy import answer, choices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from quest_deploy.evaluation.quality import SamplingOptions
+    from scripts.bench.methods.claims import Claim
     from scripts.bench.methods.results import Result
 
     Results = Mapping[Cell, Result | None]
@@ -107,6 +109,20 @@ def readme(command: str, results: Results, seeds: Sequence[int], speeds: Speeds)
         "On CPUs four-bit codes are computed in INT8: W4A4 saves no time there beside W4A8.",
         "",
         "![Fréchet distances and prediction errors of all methods](plot.png)",
+        "",
+        "## Where do timestep buckets pay?",
+        "",
+        "At W4A4, the Fréchet distance and how often the prompt is among the five nearest:",
+        "",
+        *(f"- {line}" for line in where_buckets_pay(results, seeds)),
+        "",
+        "## Does newer work help?",
+        "",
+        *(f"- {_sentence(claim, results, seeds)}" for claim in NEWER),
+        "",
+        "Branches of low rank are an option, `calibrate --low-rank`, and eight bits for the same",
+        "layers another one, `--eight-bit-layers`. A rotation is none: with it and without it the",
+        "means lie no further apart than one row's seeds.",
         "",
         "## What is measured",
         "",
@@ -420,6 +436,20 @@ def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
         "",
         *critical_groups(results, seeds),
     ]
+
+
+def _sentence(claim: Claim, results: Results, seeds: Sequence[int]) -> str:
+    parts = []
+    for figure, style in FIGURES.items():
+        verdict = judge(claim, figure, results, seeds)
+        name = {"frechet_distance": "Fréchet distance"}.get(figure, figure.replace("_", " "))
+        sides = (
+            ""
+            if verdict.better is None or verdict.worse is None
+            else f" ({style.format(verdict.better)} for {style.format(verdict.worse)})"
+        )
+        parts.append(f"by the {name} {verdict.word}{sides}")
+    return f"{claim.text}: {', '.join(parts)}."
 
 
 def _bucket_table(table: Table, results: Results, seeds: Sequence[int]) -> list[str]:

@@ -12,9 +12,13 @@ from exporters.graph_info import graph_info
 from exporters.passes.insert_quantized_layers import InsertQuantizedLayers
 from quest_deploy.artifacts.checkpoint import ActivationQuantizerData, Checkpoint
 from tests.helpers import (
+    BRANCHED_TEXT,
     HAND_TEXT,
     KINDS_TEXT,
     Array,
+    branch_weight,
+    branched_checkpoint,
+    float_layer,
     graph_from_text,
     hand_checkpoint,
     hand_feeds,
@@ -199,3 +203,27 @@ def test_readers_of_one_quantizer_that_read_different_values_are_refused_by_name
     )
     with refused("to_q", error=ir.passes.PreconditionError):
         InsertQuantizedLayers(hand)(graph_from_text(text))
+
+
+@pytest.mark.parametrize("runtime", [run, run_reference])
+def test_case_10_a_branch_reads_the_input_as_it_is_and_its_weights_are_stored_in_fp16(
+    runtime: object,
+) -> None:
+    checkpoint, feeds = branched_checkpoint(), hand_feeds(TIMESTEPS)
+    model = inserted(BRANCHED_TEXT, checkpoint)
+    bucket = np.asarray([checkpoint.scheme.bucket_of(float(t)) for t in feeds["timestep"]])
+    inner = numpy_layer(checkpoint, "conv", feeds["sample"], bucket).astype(np.float32)
+
+    def both(name: str, x: Array) -> Array:
+        layer = checkpoint.layers[f"{name}.residual"]
+        branch = float_layer(layer, x.astype(np.float64), branch_weight(checkpoint, name))
+        return numpy_layer(checkpoint, layer.name, x, bucket) + branch
+
+    image, first, second = runtime(model, feeds)  # type: ignore[operator]
+    assert relative_error(image, both("last", inner)) < 1e-6
+    assert relative_error(first, both("to_q", feeds["tokens"])) < 1e-6
+    to_k = numpy_layer(checkpoint, "to_k", feeds["tokens"], bucket)
+    assert relative_error(second, to_k) < 1e-6
+    halves = {x.name for x in model.graph.initializers.values() if x.dtype is ir.DataType.FLOAT16}
+    assert halves == {f"{name}.{x}.weight" for name in ("last", "to_q") for x in ("down", "up")}
+    onnx.checker.check_model(proto_of(model), full_check=True)

@@ -11,8 +11,11 @@ from exporters.graph_info import SAMPLE_MULTIPLE_KEY, SAMPLE_SHAPE_KEY
 from exporters.passes.remove_quantization import RemoveQuantization
 from quest_deploy.artifacts.checkpoint import Checkpoint
 from tests.helpers import (
+    BRANCHED_TEXT,
     Array,
     along,
+    branch_weight,
+    branched_checkpoint,
     float32,
     float_layer,
     graph_from_text,
@@ -143,3 +146,22 @@ def test_case_3_the_halves_of_a_split_shortcut_are_one_conv_of_the_concatenation
 def test_a_foreign_graph_is_an_input_error() -> None:
     with refused("quest-deploy export"):
         RemoveQuantization()(graph_from_text("g (float[2] x) => (float[2] y) { y = Abs(x) }"))
+
+
+def test_case_4_a_layer_and_its_branch_are_one_layer_again() -> None:
+    checkpoint, feeds = branched_checkpoint(), hand_feeds([999.0, 0.0])
+    model = inserted(BRANCHED_TEXT, checkpoint)
+    assert RemoveQuantization()(model).modified
+
+    def both(name: str, x: Array) -> Array:
+        layer = checkpoint.layers[f"{name}.residual"]
+        branch = float_layer(layer, x, branch_weight(checkpoint, name))
+        return unquantized(checkpoint, layer.name, x) + branch
+
+    image, first, _ = run(model, feeds)
+    inner = unquantized(checkpoint, "conv", feeds["sample"].astype(np.float64))
+    assert relative_error(image, both("last", inner)) < 1e-5
+    assert relative_error(first, both("to_q", feeds["tokens"].astype(np.float64))) < 1e-5
+    assert op_counts(model) == {"Conv": 2, "MatMul": 2, "Add": 1, "Identity": 1}
+    assert {value.dtype for value in model.graph.initializers.values()} == {ir.DataType.FLOAT}
+    onnx.checker.check_model(proto_of(model), full_check=True)

@@ -25,7 +25,7 @@ from quest_deploy.artifacts.checkpoint import (
     unpack_int4,
     unpack_uint4,
 )
-from tests.helpers import Array, assert_holds, kinds_checkpoint, refused
+from tests.helpers import Array, assert_holds, branched_checkpoint, kinds_checkpoint, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -542,3 +542,50 @@ def test_a_failed_save_leaves_the_old_checkpoint(hand: Checkpoint, tmp_path: Pat
         save_checkpoint(dataclasses.replace(hand, provenance={"bad": object()}), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_branches_are_saved_in_fp16_and_a_checkpoint_without_has_no_trace_of_them(
+    tmp_path: Path, hand: Checkpoint
+) -> None:
+    checkpoint, path = branched_checkpoint(), tmp_path / "checkpoint.safetensors"
+    save_checkpoint(checkpoint, path)
+    found = load_checkpoint(path)
+    assert found.architecture == checkpoint.architecture
+    assert found.scheme == checkpoint.scheme
+    for name, factors in checkpoint.branches.items():
+        for ours, theirs in zip(found.branches[name], factors, strict=True):
+            assert ours.dtype == np.float16
+            np.testing.assert_array_equal(ours, theirs)
+    save_checkpoint(hand, path)
+    assert b"low_rank" not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda c, t, m: t.pop("float.last.up"),
+        lambda c, t, m: put(t, "float.last.up", t["float.last.up"].astype(np.float32)),
+        lambda c, t, m: put(t, "float.to_q.down", t["float.to_q.down"][:, :4].copy()),
+        lambda c, t, m: put(t, "float.to_q.down", t["float.to_q.down"] * np.float16(np.inf)),
+        lambda c, t, m: put(c, "architecture", "low_rank", "to_q", 2),
+        lambda c, t, m: put(c, "architecture", "low_rank", "to_q", 0),
+        lambda c, t, m: put(c, "architecture", "low_rank", "to_k", 3),
+    ],
+    ids=["gone", "wide", "narrow", "infinite", "another rank", "rank 0", "without its layer"],
+)
+def test_branches_that_do_not_fit_their_layers_are_refused(
+    tmp_path: Path, edit: Callable[..., Any]
+) -> None:
+    path = save_edited(branched_checkpoint(), tmp_path, edit)
+    with refused(path):
+        load_checkpoint(path)
+
+
+def test_branches_count_with_16_bits_among_weights_and_multiply_adds() -> None:
+    checkpoint = branched_checkpoint()
+    weights = sum(layer.weight_codes.size for layer in checkpoint.layers.values())
+    factors = {"last": 2 * 36 + 3 * 2, "to_q": 3 * 5 + 7 * 3}
+    four, macs = checkpoint.share_at(4)
+    assert four == pytest.approx((36 + 35) / (weights + sum(factors.values())))
+    beside = 10 * factors["last"] // 108 + 10 * factors["to_q"] // 35
+    assert macs == pytest.approx(20 / (40 + beside))

@@ -166,3 +166,44 @@ def test_json_that_is_no_object_is_refused(value: Any) -> None:
 def test_code_ranges_are_those_of_the_formats() -> None:
     assert (weight_range(4), weight_range(8)) == ((-8, 7), (-127, 127))
     assert (activation_levels(4), activation_levels(8)) == (15, 255)
+
+
+BRANCHES: dict[str, Any] = {"low_rank": 4, "low_rank_layers": ["*.conv1"]}
+
+
+def test_a_scheme_with_branches_survives_json_and_one_without_has_no_trace_of_them() -> None:
+    scheme = Scheme.parse("w4a4", **BRANCHES)
+    value = json.loads(json.dumps(scheme.to_json()))
+    assert (value["version"], Scheme.from_json(value)) == (4, scheme)
+    plain = Scheme.parse("w4a4").to_json()
+    assert plain["version"] == 3
+    assert not [key for key in plain if key in BRANCHES]
+    assert list(plain) == [key for key in value if key not in BRANCHES]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"version": 3},
+        {"low_rank": ...},
+        {"low_rank_layers": ...},
+        {"low_rank": 0},
+        {"low_rank": -1},
+        {"low_rank": 1.5},
+        {"low_rank_layers": []},
+        {"low_rank_layers": "*"},
+    ],
+    ids=str,
+)
+def test_json_with_half_of_what_branches_take_is_refused(changes: dict[str, Any]) -> None:
+    value = {**Scheme.parse("w4a4", **BRANCHES).to_json(), **changes}
+    with refused("scheme"):
+        Scheme.from_json({k: v for k, v in value.items() if v is not ...})
+
+
+@pytest.mark.parametrize("chosen", [{"low_rank": 4}, {"low_rank_layers": ["*"]}], ids=str)
+def test_a_rank_without_layers_and_layers_without_a_rank_are_refused(
+    chosen: dict[str, Any],
+) -> None:
+    with refused("--low-rank", "--low-rank-layers"):
+        Scheme.parse("w4a4", **chosen)

@@ -44,7 +44,7 @@ from quest_deploy.backends.tensorrt.base import (
 from quest_deploy.backends.tensorrt.plugin import load_plugin, plugin_library, recorded_library
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.files import sha256_of
-from tests.helpers import refused, reseal
+from tests.helpers import assert_holds, refused, reseal
 
 if TYPE_CHECKING:
     import onnx
@@ -132,6 +132,43 @@ def test_versions_that_it_is_not_written_for_are_refused(sdk: ModuleType) -> Non
         sdk.__dict__["__version__"] = version
         SDK.check_build(EngineOptions())
         SDK.check_run(EngineOptions())
+
+
+@pytest.mark.parametrize(("capability", "slow"), [("89", False), ("100", False), ("103", True)])
+def test_a_gpu_whose_integer_products_are_slow_is_told_of_once(
+    sdk: ModuleType,
+    hand_model: ir.Model,
+    capability: str,
+    slow: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(f"{SHARED}.gpu_compute_capability", lambda: capability)
+    SDK.check_build(EngineOptions())
+    SDK.check_graph(hand_model, EngineOptions())
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == slow
+    for message in told:
+        assert_holds(message, "10.3", "INT8", "FP16", "benchmark")
+
+
+@pytest.mark.parametrize(
+    ("version", "refittable", "told"),
+    [("11.3.0", True, 1), ("11.3.0", False, 0), ("11.4.0", True, 0), ("10.16.1", True, 0)],
+)
+def test_the_version_that_drops_biases_of_refittable_engines_is_named(
+    sdk: ModuleType,
+    hand_model: ir.Model,
+    version: str,
+    refittable: bool,
+    told: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sdk.__dict__["__version__"] = version
+    SDK.check_graph(hand_model, EngineOptions(refittable=refittable))
+    assert len(caplog.records) == told
+    for record in caplog.records:
+        assert_holds(record.getMessage(), "--refittable", "11.3", "verify")
 
 
 def test_gathered_scales_are_refused_before_the_version_that_takes_them(sdk: ModuleType) -> None:

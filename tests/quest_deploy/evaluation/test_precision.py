@@ -31,10 +31,13 @@ from quest_deploy.evaluation.precision import (
     graph_precision,
 )
 from tests.helpers import (
+    BRANCHED_TEXT,
     WITH_VNNI,
     assert_holds,
+    branched_checkpoint,
     graph_from_text,
     hand_graph,
+    inserted,
     kinds_checkpoint,
     kinds_graph,
 )
@@ -406,6 +409,25 @@ def test_sizes_count_parameters_and_not_scales(hand: Checkpoint, tmp_path: Path)
     assert sizes.ideal == four // 2 + eight + 2 * (biases + edges)
     assert sizes.engine is None
     assert sizes.graph == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_a_branch_is_float_of_its_layers_kind_and_no_parameter_of_the_float_model(
+    tmp_path: Path,
+) -> None:
+    checkpoint = branched_checkpoint()
+    save_graph(inserted(BRANCHED_TEXT, checkpoint), tmp_path / "unet.onnx")
+    report = graph_precision(tmp_path / "unet.onnx")
+    found = {x.name: (x.asked, x.bits, x.group) for x in report.layers if x.asked == "float"}
+    parts = [f"{name}.{part}" for name in ("last", "to_q") for part in ("down", "up")]
+    assert found == dict.fromkeys(parts, ("float", "float", "other"))
+    bits = {layer.weight_bits: 0 for layer in checkpoint.layers.values()}
+    for layer in checkpoint.layers.values():
+        bits[layer.weight_bits] += layer.weight_codes.size
+    factors = sum(down.size + up.size for down, up in checkpoint.branches.values())
+    biases = sum(x.bias.size for x in checkpoint.layers.values() if x.bias is not None)
+    others = biases + checkpoint.scheme.buckets - 1
+    assert report.sizes.fp16 == 2 * (bits[4] + bits[8] + others)
+    assert report.sizes.ideal == bits[4] // 2 + bits[8] + 2 * (others + factors)
 
 
 @each_backend

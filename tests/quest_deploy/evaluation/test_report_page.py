@@ -31,7 +31,7 @@ from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.evaluation.report_page import facts
 from quest_deploy.evaluation.report_page.render import render
 from quest_deploy.files import sha256_of
-from tests.helpers import hand_checkpoint, refused
+from tests.helpers import assert_holds, hand_checkpoint, refused
 from tests.quest_deploy.evaluation.page_reader import Page
 from tests.quest_deploy.support import cli, flip_byte, snapshot
 
@@ -296,6 +296,16 @@ def test_layers_of_eight_bits_are_in_the_title_and_among_the_bits(opened: Worksp
         assert (f"{share:.0%} of the weights at 4 bits" in title.text) == bool(globs)
         assert all(glob in found.section("model") for glob in globs)
         assert found.all("b") == []
+
+
+def test_branches_of_low_rank_are_shown_with_their_layers(opened: Workspace) -> None:
+    chosen = {"low_rank": 6, "low_rank_layers": ("*.ff.net.2", "<b>*")}
+    scheme = dataclasses.replace(opened.scheme, **chosen)
+    for stages in ({}, opened.stages):  # before it is calibrated, and after
+        found = page_of(Workspace(opened.root, opened.source, scheme, stages))
+        assert_holds(found.section("model"), "rank 6", "FP16", "*.ff.net.2", "<b>*")
+        assert found.all("b") == []
+    assert "rank" not in page_of(opened).section("model")
 
 
 def of_benchmark(ratio: float, bytes_: int) -> Callable[[dict[str, Any]], None]:

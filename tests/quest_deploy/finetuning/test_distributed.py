@@ -16,6 +16,7 @@ from tests.helpers import refused
 from tests.quest_deploy.support import cli, snapshot, strict_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from torch import Tensor
@@ -46,7 +47,7 @@ FINETUNE = [
 
 
 def finetuned(
-    launcher: list[str], workspace: Path
+    launcher: list[str], workspace: Path, *options: str
 ) -> tuple[dict[str, Tensor], subprocess.CompletedProcess[str]]:
     """The parameters after the last step, unrounded, and what the program printed."""
     copy = workspace.with_suffix(".pt")
@@ -59,11 +60,16 @@ def finetuned(
         "-w",
         workspace,
         *FINETUNE,
+        *options,
         "--json",
     ]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     return torch.load(copy, weights_only=True)["model"], ended
+
+
+def _distance(one: dict[str, Tensor], other: dict[str, Tensor], names: Iterable[str]) -> float:
+    return float(torch.stack([(one[name] - other[name]).norm() for name in names]).norm())
 
 
 @pytest.fixture
@@ -75,18 +81,23 @@ def workspace(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_end_where_one_does_to_1e_4_and_only_the_main_one_prints_and_writes(
+def test_two_processes_move_the_weights_as_one_does_and_only_the_main_one_prints_and_writes(
     workspace: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other"
+    other, unmoved = tmp_path / "other", tmp_path / "unmoved"
     shutil.copytree(workspace, other)
+    shutil.copytree(workspace, unmoved)
+    start, _ = finetuned(ONE, unmoved, "--weight-rate", "1e-12", "--scale-rate", "1e-12")
     expected, _ = finetuned(ONE, other)
     found, ended = finetuned(TWO, workspace)
     assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        # A share's gradients alone would move the weights 1e-3 apart: Adam's steps are of the size
-        # of its rate.
-        assert (found[name] - value).norm() <= 1e-4 * value.norm().clamp(min=1e-3), name
+    of_scales = {name for name in expected if name.startswith("sites.")}
+    for names in (of_scales, expected.keys() - of_scales):
+        moved = _distance(expected, start, names)
+        # Sums in another order move codes at rounding ties, and Adam makes a step of its rate of
+        # the smallest gradient: 0.02 of the way. A share's gradients alone go 0.9 of it elsewhere.
+        assert moved > 0
+        assert _distance(found, expected, names) <= 0.1 * moved
     assert strict_json(ended.stdout)["steps"] == 4
     assert ended.stderr.count("finetune ...") == 1
     assert snapshot(workspace).keys() == snapshot(other).keys()

@@ -15,14 +15,24 @@ import torch
 from safetensors.torch import save_file
 
 import quest_deploy as qd
+from exporters.graph_info import load_graph
+from exporters.lowering.tensorrt import lower
 from quest_deploy.artifacts.checkpoint import ActivationQuantizerData, load_checkpoint
 from quest_deploy.artifacts.scheme import weight_range
-from quest_deploy.artifacts.workspace import CALIBRATED, CHECKPOINT, TRAJECTORIES, Workspace
+from quest_deploy.artifacts.workspace import (
+    CALIBRATED,
+    CHECKPOINT,
+    GRAPH,
+    TRAJECTORIES,
+    Workspace,
+)
+from quest_deploy.backends.refit import changed_weights
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.models.loading import load_model
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import load_pipeline
 from quest_deploy.stages import lora as stage
+from scripts.acceptance import random_lora
 from tests.helpers import assert_holds
 from tests.quest_deploy.support import cli, flip_byte, snapshot
 
@@ -213,6 +223,32 @@ def test_a_lora_for_the_text_encoder_alone_changes_no_layer_and_reaches_the_prom
         for x in (made.base, root)
     ]
     assert (states[0] - states[1]).abs().max() > 1e-3
+
+
+def test_the_lora_that_the_acceptance_of_the_gpu_half_makes_fits_and_changes_all_attention(
+    made: Made, tmp_path: Path
+) -> None:
+    random_lora.main(made.base, tmp_path / "random.safetensors")
+    attention = [n for n, x in codes(made.base).items() if ".attn" in n and x.ndim == 2]
+    given = ("--lora", tmp_path / "random.safetensors", "-o", tmp_path / "w")
+    ended = cli("lora", "-w", made.base, *given, "--json")
+    assert (ended.code, ended.json["changed_layers"]) == (0, len(attention))
+    assert attention
+
+
+@pytest.mark.slow
+def test_the_graph_of_what_was_folded_differs_in_the_weights_of_its_layers_alone(
+    made: Made, tmp_path: Path
+) -> None:
+    graphs = []
+    for root in (made.base, made.folded):
+        copied = tmp_path / root.name
+        shutil.copytree(root, copied)
+        assert cli("export", "-w", copied).code == 0
+        graphs.append(lower(load_graph(copied / GRAPH), dtype="fp16"))
+    changed = changed_weights(*graphs)
+    assert {name.rpartition(".weight")[0] for name in changed} == {QUERY, VALUE, CONV}
+    assert len(changed) == 2 * 3  # codes and scales
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {

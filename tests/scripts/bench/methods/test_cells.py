@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from quest_deploy.files import sha256_of_json
+from quest_deploy.files import read_json, sha256_of_json
 from quest_deploy.finetuning.train import FinetuneOptions
 from scripts.bench.methods import recipes
 from scripts.bench.methods.cells import (
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from scripts.bench.methods.model import ComparedModel
 
 TABLES = (*MAIN_TABLES, *ABLATIONS)
+RESULTS = Path(recipes.__file__).parents[1] / "results" / "methods"
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.title)
@@ -66,6 +68,15 @@ def test_no_two_cells_have_one_definition(definitions: dict[Cell, dict[str, Any]
 def test_a_definition_is_what_its_file_reads_back(definitions: dict[Cell, dict[str, Any]]) -> None:
     for definition in definitions.values():
         assert json.loads(json.dumps(definition)) == definition
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_what_was_measured_is_what_its_cell_would_measure_today(
+    definitions: dict[Cell, dict[str, Any]], path: Path
+) -> None:
+    cells = {cell.name: cell for cell in definitions}
+    digest = read_json(path)["definition_sha256"]
+    assert digest == sha256_of_json(definitions[cells[path.stem]])
 
 
 def test_a_definition_changes_with_a_default_it_does_not_name(
