@@ -32,8 +32,11 @@ CHECKPOINT_KEY = "quest.checkpoint_sha256"
 SAMPLE_SHAPE_KEY = "quest.sample_shape"
 SAMPLE_MULTIPLE_KEY = "quest.sample_multiple"
 TOKENS_KEY = "quest.tokens"
+ADDED_INPUTS_KEY = "quest.added_inputs"
 STATES, TOKENS = "encoder_hidden_states", "tokens"
 """The input of text states, and what a graph that takes any number of them calls that size."""
+HEIGHT, WIDTH = "height", "width"
+"""What it calls the sample's sizes; a half of the height is "height/2"."""
 _REPAIR = "run `quest-deploy export` again"
 _MOST_GRAPH_BYTES = 2**29
 """Without its weights."""
@@ -158,6 +161,26 @@ def usual_tokens(model: ir.Model) -> int | None:
     """
     found = model.metadata_props.get(TOKENS_KEY)
     return None if found is None else int(json.loads(found))
+
+
+def added_inputs(model: ir.Model) -> tuple[str, ...]:
+    """The inputs of what may be added inside the model, such as a ControlNet's residuals: zeros add
+    nothing. None of most graphs.
+    """
+    return tuple(json.loads(model.metadata_props.get(ADDED_INPUTS_KEY, "[]")))
+
+
+def size_divisors(model: ir.Model) -> dict[str, int]:
+    """What the sample's height and width are divided by in each input whose sizes follow them, by
+    name.
+    """
+    found = {}
+    for value in model.graph.inputs:
+        for size in value.shape or ():
+            name, _, divisor = str(getattr(size, "value", size)).partition("/")
+            if name == HEIGHT:
+                found[value.name or ""] = int(divisor or 1)
+    return found
 
 
 def input_sizes(model: ir.Model) -> dict[str, tuple[int | None, ...]]:

@@ -24,13 +24,16 @@ from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
 from exporters.graph_info import (
+    ADDED_INPUTS_KEY,
     CHECKPOINT_KEY,
+    HEIGHT,
     SAMPLE_MULTIPLE_KEY,
     SAMPLE_SHAPE_KEY,
     SCHEME_KEY,
     STATES,
     TOKENS,
     TOKENS_KEY,
+    WIDTH,
 )
 from exporters.ops import timestep_quantize
 from exporters.passes.constant_reshapes import ConstantReshapes
@@ -51,6 +54,8 @@ from quest_deploy.quantization.model import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from quest_deploy.artifacts.checkpoint import Checkpoint, ConvGeometry, LayerData
 
 OUTPUT_NAME = "out_sample"
@@ -65,7 +70,10 @@ TRACED_TOKENS, MOST_TOKENS = 5, 2**12
 
 
 def portable_graph(
-    checkpoint: Checkpoint, example: dict[str, Tensor], checkpoint_sha256: str
+    checkpoint: Checkpoint,
+    example: dict[str, Tensor],
+    checkpoint_sha256: str,
+    added: Sequence[str] = (),
 ) -> ir.Model:
     """Build the portable graph.
 
@@ -73,9 +81,11 @@ def portable_graph(
         example: the model's inputs, batch 2 or more. Their batch becomes dynamic, and so do the
             height and the width of ``sample``, any multiple of the model's total downsampling, and
             the number of tokens of ``encoder_hidden_states``, where there are several, and of what
-            has as many. Not where scales may lie along them, as in an imported checkpoint. Their
-            other dimensions stay.
+            has as many. Not where scales may lie along them, as in an imported checkpoint. Height
+            and width of another input are that part of the sample's which they are in the example.
+            Other dimensions stay.
         checkpoint_sha256: recorded in the graph's metadata, with the scheme and the sample's shape.
+        added: the inputs among them that may be zeros, which add nothing.
 
     Returns:
         Inputs ``sample`` [batch, C, height, width] float32, ``timestep`` [batch] float32 and the
@@ -108,25 +118,33 @@ def portable_graph(
     graph.metadata_props[SAMPLE_SHAPE_KEY] = json.dumps(list(example["sample"].shape[1:]))
     if any_tokens:
         graph.metadata_props[TOKENS_KEY] = json.dumps(example[STATES].shape[1])
+    if added:
+        graph.metadata_props[ADDED_INPUTS_KEY] = json.dumps(list(added))
     return graph
 
 
 def _traced(skeleton: _Skeleton, example: dict[str, Tensor], of_tokens: list[str]) -> ir.Model:
     """The skeleton as torch exports it: ``sample`` [batch, C, height, width], those ``of_tokens``
-    [batch, tokens, ...], the other inputs [batch, ...].
+    [batch, tokens, ...], the other inputs [batch, ...], those of four dimensions with sizes like
+    "height/2".
     """
     factor = downsampling(skeleton.model)
+    height = example["sample"].shape[2]
+    divisors = {
+        name: height // value.shape[2] for name, value in example.items() if value.dim() == 4
+    }
     batch, rows, columns = (
         torch.export.Dim(name, max=limit) for name, limit in (("batch", BATCH_LIMIT), *SIZES)
     )
     shapes = {name: {0: batch} for name in example}
-    shapes["sample"] |= {2: factor * rows, 3: factor * columns}
+    sizes = {d: (factor // d * rows, factor // d * columns) for d in divisors.values()}
     # Sizes are only what the symbols begin with: small ones, and all different, since equal ones
     # would be taken for one.
     inputs = {name: value.new_zeros(2, *value.shape[1:]) for name, value in example.items()}
-    inputs["sample"] = inputs["sample"].new_zeros(
-        2, example["sample"].shape[1], 3 * factor, 4 * factor
-    )
+    for name, divisor in divisors.items():
+        multiple = factor // divisor
+        shapes[name] |= dict(zip((2, 3), sizes[divisor], strict=True))
+        inputs[name] = inputs[name].new_zeros(2, example[name].shape[1], 3 * multiple, 4 * multiple)
     tokens = torch.export.Dim(TOKENS, max=MOST_TOKENS)
     for name in of_tokens:
         shapes[name] |= {1: tokens}
@@ -141,7 +159,9 @@ def _traced(skeleton: _Skeleton, example: dict[str, Tensor], of_tokens: list[str
         raise RuntimeError("torch.onnx.export returned nothing")
     for value in (*program.model.graph.inputs, *program.model.graph.outputs):
         if value.shape is not None and len(value.shape) == 4:
-            value.shape = ir.Shape([*value.shape[:2], "height", "width"])
+            divisor = divisors.get(value.name or "", 1)
+            part = f"/{divisor}" if divisor > 1 else ""
+            value.shape = ir.Shape([*value.shape[:2], f"{HEIGHT}{part}", f"{WIDTH}{part}"])
     program.model.metadata_props[SAMPLE_MULTIPLE_KEY] = json.dumps(factor)
     return program.model
 

@@ -215,22 +215,33 @@ class Training:
 
     Args:
         path: of the state.
-        modules: what is trained, by name; an average of the weights is kept.
+        modules: what is trained, but for what is frozen, by name; an average of the weights is
+            kept.
         decay: of that average.
+        warmup: the steps in which the rate rises.
     """
 
     def __init__(
-        self, path: Path, modules: dict[str, nn.Module], *, steps: int, rate: float, decay: float
+        self,
+        path: Path,
+        modules: dict[str, nn.Module],
+        *,
+        steps: int,
+        rate: float,
+        decay: float,
+        warmup: int = 200,
     ) -> None:
         self.path, self.modules, self.steps, self.decay = path, modules, steps, decay
-        self.parameters = [p for module in modules.values() for p in module.parameters()]
+        self.parameters = [
+            p for module in modules.values() for p in module.parameters() if p.requires_grad
+        ]
         self.average = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.01
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            lambda i: min(1.0, i / 200) * 0.5 * (1 + math.cos(math.pi * min(i / steps, 1.0))),
+            lambda i: min(1.0, i / warmup) * 0.5 * (1 + math.cos(math.pi * min(i / steps, 1.0))),
         )
         self.step = 0
         if path.exists():
@@ -314,6 +325,14 @@ def augmented(pictures: Tensor, flips: Tensor, generator: torch.Generator) -> Te
     )
 
 
+def variants_of(pictures: Tensor, flips: Tensor) -> Iterator[Tensor]:
+    """The pictures, then ``VARIANTS`` shifted and mirrored copies of them, the same every time."""
+    generator = torch.Generator().manual_seed(1)
+    yield pictures
+    for _ in range(VARIANTS):
+        yield augmented(pictures, flips, generator)
+
+
 def train_vae(work: Path, steps: int, batch: int) -> None:
     """L1 and MSE of the pixels, L1 of their differences (edges), and a little KL."""
     pictures, entries = pictures_of(work)
@@ -353,14 +372,13 @@ def encode_latents(work: Path) -> None:
     [1 + VARIANTS, N, C, 8, 8], scaled.
     """
     pictures, entries = pictures_of(work)
-    flips, generator = can_flip(entries), torch.Generator().manual_seed(1)
     vae: Any = AutoencoderKL.from_pretrained(work / "vae")
     vae.to(DEVICE).eval()
-    copies = (augmented(pictures, flips, generator) for _ in range(VARIANTS))
+    variants = variants_of(pictures, can_flip(entries))
     latents = torch.stack(
         [
             torch.cat([vae.encode(x).latent_dist.mean for x in copy.split(64)])
-            for copy in track([pictures, *copies], "latents")
+            for copy in track(variants, "latents", 1 + VARIANTS)
         ]
     )
     save_file(

@@ -12,6 +12,8 @@ from quest_deploy.errors import InputError
 from quest_deploy.files import read_bounded, sha256_of_json
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+FLAG = "--image-folder"
+"""The option that names it, unless another does."""
 MOST_IMAGES = 10_000
 MOST_BYTES = 2**26
 """Of an image's file."""
@@ -26,10 +28,12 @@ class ImageFolder:
     sha256: str
 
     @classmethod
-    def of(cls, folder: Path | str) -> ImageFolder:
-        """The folder as it is now; raise InputError where it holds no image."""
+    def of(cls, folder: Path | str, flag: str = FLAG) -> ImageFolder:
+        """The folder as it is now; raise InputError, which names the ``flag``, where it holds no
+        image.
+        """
         path = Path(os.path.realpath(folder))  # Path.resolve raises for a link to itself
-        return cls(str(path), _hash(path))
+        return cls(str(path), _hash(path, flag))
 
     def files(self) -> list[Path]:
         """Its images, by name; raise InputError where they are not what they were."""
@@ -39,21 +43,21 @@ class ImageFolder:
         return _images(path)
 
 
-def _images(folder: Path) -> list[Path]:
+def _images(folder: Path, flag: str = FLAG) -> list[Path]:
     if not folder.is_dir():
-        raise InputError(f"--image-folder {folder}: expected a folder of images")
+        raise InputError(f"{flag} {folder}: expected a folder of images")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not 1 <= len(found) <= MOST_IMAGES:
         raise InputError(
-            f"--image-folder {folder}: expected 1 to {MOST_IMAGES} images ({', '.join(SUFFIXES)}), "
+            f"{flag} {folder}: expected 1 to {MOST_IMAGES} images ({', '.join(SUFFIXES)}), "
             f"found {len(found)}"
         )
     return found
 
 
-def _hash(folder: Path) -> str:
+def _hash(folder: Path, flag: str = FLAG) -> str:
     contents = (
-        (path.name, read_bounded(path, MOST_BYTES, "give --image-folder a folder of images"))
-        for path in _images(folder)
+        (path.name, read_bounded(path, MOST_BYTES, f"give {flag} a folder of images"))
+        for path in _images(folder, flag)
     )
     return sha256_of_json({name: hashlib.sha256(each).hexdigest() for name, each in contents})

@@ -333,17 +333,19 @@ def input_shapes(model: ir.Model, batch: int) -> dict[str, tuple[int, ...]]:
     """The shapes of the graph's inputs, by name, the sample of the size that the model is meant
     for, and the tokens as many.
     """
-    from exporters.graph_info import sample_shape, usual_tokens
+    from exporters.graph_info import sample_shape, size_divisors, usual_tokens
 
-    tokens = usual_tokens(model) or 0
-    shapes = {
+    tokens, sample = usual_tokens(model) or 0, sample_shape(model)
+    shapes: dict[str, tuple[int, ...]] = {
         value.name or "": (
             batch,
             *(size if isinstance(size, int) else tokens for size in list(value.shape or [])[1:]),
         )
         for value in model.graph.inputs
     }
-    return shapes | {"sample": (batch, *sample_shape(model))}
+    for name, divisor in size_divisors(model).items():
+        shapes[name] = (*shapes[name][:2], *(side // divisor for side in sample[1:]))
+    return shapes | {"sample": (batch, *sample)}
 
 
 def build_engine(

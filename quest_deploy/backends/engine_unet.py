@@ -14,6 +14,7 @@ from quest_deploy.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import onnx_ir as ir
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -34,6 +35,7 @@ class EngineUNet:
         runner: Runner,
         sample_multiple: int = 1,
         inputs: Mapping[str, tuple[int | None, ...]] | None = None,
+        added: Mapping[str, int] | None = None,
     ) -> None:
         """Run with ``runner`` on samples whose height and width are multiples of
         ``sample_multiple``.
@@ -41,23 +43,36 @@ class EngineUNet:
         Args:
             inputs: the shapes of the engine's inputs, by name, None for what may vary; they are
                 not checked where it is None.
+            added: the inputs that are zeros where they are not given, and what the sample's height
+                and width are divided by in each.
         """
         self._runner = runner
         self.sample_multiple = sample_multiple
+        self.pixels_per_latent = 1  # a pipeline's decoder says otherwise
         self._inputs = inputs
+        self.added = dict(added or {})
+
+    @classmethod
+    def of_graph(cls, runner: Runner, sample_multiple: int, graph: ir.Model) -> EngineUNet:
+        """Run with ``runner``, whose inputs are those of its lowered ``graph``."""
+        from exporters.graph_info import added_inputs, input_sizes, size_divisors
+
+        divisors = size_divisors(graph)
+        added = {name: divisors.get(name, 1) for name in added_inputs(graph)}
+        return cls(runner, sample_multiple, input_sizes(graph), added)
 
     @classmethod
     def load(cls, workspace: Workspace, backend: str) -> EngineUNet:
         """Open a workspace's engine, its record and its files checked; raise InputError where there
         is none that can run here.
         """
-        from exporters.graph_info import input_sizes, load_graph
+        from exporters.graph_info import load_graph
 
         workspace.require(f"build-engine/{backend}")
         folder = workspace.path(ENGINES, backend)
         runner = open_engine(get_backend(backend), folder)
-        inputs = input_sizes(load_graph(folder / LOWERED))
-        return cls(runner, engine_info(folder).sample_multiple, inputs)
+        graph = load_graph(folder / LOWERED)
+        return cls.of_graph(runner, engine_info(folder).sample_multiple, graph)
 
     def predict(
         self, sample: NDArray[Any], timestep: NDArray[Any] | float, **conditions: NDArray[Any]
@@ -67,7 +82,7 @@ class EngineUNet:
         Args:
             sample: [B, ...], any float dtype.
             timestep: [B], or one number for the whole batch; integers and floats alike.
-            conditions: each [B, ...].
+            conditions: each [B, ...]; one of ``added`` that is not given is zeros.
 
         Raises:
             InputError: an input that is missing, unknown or of another shape than the engine's;
@@ -78,11 +93,15 @@ class EngineUNet:
         steps = np.asarray(timestep, np.float32)
         steps = np.full(batch, steps) if steps.ndim == 0 else steps
         feeds = {"sample": sample, "timestep": steps, **conditions}
+        feeds |= {name: self._zeros(name, sample) for name in self.added.keys() - feeds.keys()}
         self._check(feeds)
         if any(size % self.sample_multiple for size in sample.shape[2:]):
+            multiple, factor = self.sample_multiple, self.pixels_per_latent
+            in_pixels = "" if factor == 1 else f" (images: of {multiple * factor} pixels)"
             raise InputError(
-                f"expected samples whose height and width are multiples of {self.sample_multiple}, "
-                f"found {list(sample.shape[2:])}"
+                f"expected samples whose height and width are multiples of {multiple}{in_pixels}, "
+                f"found {list(sample.shape[2:])}: the network divides them, and the engine pads "
+                "nothing"
             )
         wrong = {name: len(value) for name, value in feeds.items() if len(value) != batch}
         if wrong:
@@ -91,6 +110,15 @@ class EngineUNet:
             {name: np.asarray(value, np.float32) for name, value in feeds.items()}
         )
         return next(iter(outputs.values()))
+
+    def _zeros(self, name: str, sample: NDArray[Any]) -> NDArray[np.float32]:
+        """What an input is that adds nothing."""
+        sizes, divisor = (self._inputs or {})[name], self.added[name]
+        shape = (
+            sample.shape[axis] // divisor if size is None else size
+            for axis, size in enumerate(sizes[1:], 1)
+        )
+        return np.zeros((len(sample), *shape), np.float32)
 
     def _check(self, feeds: Mapping[str, NDArray[Any]]) -> None:
         """Raise InputError where the engine has other inputs."""

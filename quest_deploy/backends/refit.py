@@ -36,7 +36,7 @@ def refitted_options(base: Path, chosen: EngineOptions) -> EngineOptions:
 
     Raises:
         InputError: there is no engine, it was built without ``--refittable``, or an option was
-            chosen that it was not built with.
+            chosen, other than its default, that it was not built with.
     """
     found = engine_info(base).options
     if not found.refittable:
@@ -45,6 +45,8 @@ def refitted_options(base: Path, chosen: EngineOptions) -> EngineOptions:
             f"`quest-deploy build-engine --refittable`, or {BUILD}"
         )
     for name, each in ENGINE_OPTIONS.items():
+        if name == "verbose":  # nothing of the engine depends on it
+            continue
         value, own = getattr(chosen, name), getattr(found, name)
         if value not in (own, each.default):
             raise InputError(

@@ -34,7 +34,7 @@ from quest_deploy.artifacts.scheme import (
 )
 from quest_deploy.calibration.low_rank import add_branches
 from quest_deploy.errors import InputError
-from quest_deploy.models.unets import fixed_heads
+from quest_deploy.models.unets import fixed_heads, recorded_class
 from quest_deploy.progress import no_progress
 from quest_deploy.quantization.affine import (
     WeightGrid,
@@ -174,7 +174,7 @@ def calibrate(
     return Checkpoint(
         model=model_name,
         architecture=Architecture(
-            type(unet).__name__,
+            recorded_class(unet),
             _plain_config(unet),
             split_shortcuts,
             attention,

@@ -7,8 +7,9 @@ model's own outputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -26,14 +27,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import nn
 
     from quest_deploy.artifacts.scheme import Scheme
+    from quest_deploy.models.channels import Guidance
     from quest_deploy.models.registry import DiffusionModel
     from quest_deploy.progress import Progress
 
 
 FEWEST_SAMPLES = 16
+_CONDITION, _RESIDUAL = "condition.", "residual."
+"""How a file calls them."""
 TRAILING = {"timestep_spacing": "trailing"}
 
 
@@ -48,6 +54,8 @@ class Trajectories:
         conditions: each float32 [N, ...], the same at every step of one sampling.
         parts: how many rows in turn are one sampling's, whose outputs guidance combines; 1 without
             guidance.
+        residuals: what ControlNets added to the model in the first M rows, each float32 [S, M,
+            ...], by the name of its input; the other rows had nothing added, which zeros are.
     """
 
     sample: Tensor
@@ -55,20 +63,39 @@ class Trajectories:
     output: Tensor
     conditions: dict[str, Tensor]
     parts: int = 1
+    residuals: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def recorded(self) -> dict[str, Tensor]:
         """What was recorded of the model, by name, without the conditions."""
-        return {"sample": self.sample, "timestep": self.timestep, "output": self.output}
+        residuals = {f"{_RESIDUAL}{name}": value for name, value in self.residuals.items()}
+        steps = {"sample": self.sample, "timestep": self.timestep, "output": self.output}
+        return steps | residuals
+
+    @property
+    def controlled(self) -> int:
+        """How many rows have residuals, the first ones."""
+        return next(((*value.shape, 0, 0)[1] for value in self.residuals.values()), 0)
 
     def first(self, rows: int) -> Trajectories:
-        """The first ``rows`` of all rows N, or all where there are fewer; ``parts`` is 1 where they
-        end amid a sampling.
+        """The first ``rows`` of all rows N, or all where there are fewer, with and without
+        residuals in proportion; ``parts`` is 1 where they end amid a sampling.
         """
-        conditions = {name: value[:rows] for name, value in self.conditions.items()}
-        sample = self.sample[:, :rows]
+        total = self.sample.shape[1]
+        if self.residuals and rows < total:
+            kept = rows * self.controlled // total
+            plain = dataclasses.replace(self._rows(slice(self.controlled, None)), residuals={})
+            return joined_rows(self._rows(slice(kept)), plain._rows(slice(rows - kept)))
+        return self._rows(slice(rows))
+
+    def _rows(self, rows: slice) -> Trajectories:
+        conditions = {name: value[rows] for name, value in self.conditions.items()}
+        sample = self.sample[:, rows]
         parts = 1 if sample.shape[1] % self.parts else self.parts
-        return Trajectories(sample, self.timestep, self.output[:, :rows], conditions, parts)
+        residuals = {name: value[:, rows] for name, value in self.residuals.items()}
+        return Trajectories(
+            sample, self.timestep, self.output[:, rows], conditions, parts, residuals
+        )
 
     def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         """The model's inputs, one step and up to ``size`` samples at a time."""
@@ -81,12 +108,13 @@ class Trajectories:
     def inputs(self, steps: Tensor, rows: Tensor) -> dict[str, Tensor]:
         """The model's inputs at (steps[i], rows[i]), each int64 [B]."""
         conditions = {name: value[rows] for name, value in self.conditions.items()}
+        conditions |= {name: _at(value, steps, rows) for name, value in self.residuals.items()}
         return {"sample": self.sample[steps, rows], "timestep": self.timestep[steps], **conditions}
 
     def save(self, path: Path) -> None:
         """Write as safetensors, whole or not at all."""
         tensors = self.recorded | {
-            f"condition.{name}": value for name, value in self.conditions.items()
+            f"{_CONDITION}{name}": value for name, value in self.conditions.items()
         }
         tensors["parts"] = torch.tensor(self.parts)
         with atomic_file(path) as temporary:
@@ -97,11 +125,10 @@ class Trajectories:
         """Read what :meth:`save` wrote; raise InputError where it is missing or damaged."""
         try:
             tensors = read_tensors(path, "pt")
-            conditions = {
-                k.removeprefix("condition."): v
-                for k, v in tensors.items()
-                if k.startswith("condition.")
-            }
+            conditions, residuals = (
+                {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}
+                for kind in (_CONDITION, _RESIDUAL)
+            )
             parts = tensors["parts"]
             if parts.dtype != torch.int64 or parts.dim():
                 raise ValueError(f"parts: expected one int64, found {parts.dtype} {[*parts.shape]}")
@@ -111,6 +138,7 @@ class Trajectories:
                 tensors["output"],
                 conditions,
                 int(parts),
+                residuals,
             )
             loaded._check()
             return loaded
@@ -127,11 +155,17 @@ class Trajectories:
             raise ValueError(f"sample: expected [S, N, ...], found {list(self.sample.shape)}")
         if self.parts < 1 or samples % self.parts:
             raise ValueError(f"parts: expected a divisor of {samples}, found {self.parts}")
+        if self.controlled > samples:
+            raise ValueError(f"residuals: expected up to {samples} rows, found {self.controlled}")
         for name, tensor, leading in (
             ("sample", self.sample, (steps, samples)),
             ("timestep", self.timestep, (steps,)),
             ("output", self.output, (steps, samples)),
-            *((f"condition.{name}", x, (samples,)) for name, x in self.conditions.items()),
+            *((f"{_CONDITION}{name}", x, (samples,)) for name, x in self.conditions.items()),
+            *(
+                (f"{_RESIDUAL}{name}", x, (steps, self.controlled))
+                for name, x in self.residuals.items()
+            ),
         ):
             if tensor.dtype != torch.float32 or tuple(tensor.shape[: len(leading)]) != leading:
                 raise ValueError(
@@ -140,6 +174,28 @@ class Trajectories:
                 )
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name}: expected finite values")
+
+
+def joined_rows(controlled: Trajectories, plain: Trajectories) -> Trajectories:
+    """The rows of both, which were recorded at the same timesteps; those of ``plain`` have no
+    residuals.
+    """
+    return Trajectories(
+        torch.cat([controlled.sample, plain.sample], 1),
+        controlled.timestep,
+        torch.cat([controlled.output, plain.output], 1),
+        {k: torch.cat([x, plain.conditions[k]]) for k, x in controlled.conditions.items()},
+        min(controlled.parts, plain.parts),
+        controlled.residuals,
+    )
+
+
+def _at(residual: Tensor, steps: Tensor, rows: Tensor) -> Tensor:
+    """A residual [S, M, ...] at (steps[i], rows[i]), zeros beyond M."""
+    found = residual.new_zeros(len(rows), *residual.shape[2:])
+    recorded = rows < residual.shape[1]
+    found[recorded] = residual[steps[recorded], rows[recorded]]
+    return found
 
 
 def _scheduler(model: DiffusionModel, steps: int, scheme: Scheme | None) -> Any:
@@ -168,6 +224,20 @@ def samples_for(model: DiffusionModel, scheme: Scheme, steps: int) -> int:
     )
 
 
+class Control(Protocol):
+    """What adds to the model while it samples, such as ControlNets."""
+
+    def images(self, latents: NDArray[np.float32]) -> dict[str, Tensor]:
+        """What it is shown in samplings [B, ...], by name, of which these would be the results
+        without it.
+        """
+
+    def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> dict[str, Tensor]:
+        """What it adds, by the name of the model's input, each [B, ...]; ``conditions`` are the
+        model's and what it is shown.
+        """
+
+
 @torch.no_grad()
 def record_trajectories(
     model: DiffusionModel,
@@ -180,6 +250,7 @@ def record_trajectories(
     guidance: float | None = None,
     image_guidance: float | None = None,
     rows: int | None = None,
+    control: Control | None = None,
     progress: Progress = no_progress,
 ) -> Trajectories:
     """Sample with DDIM and the float ``unet`` and record every step.
@@ -195,14 +266,18 @@ def record_trajectories(
             :meth:`quest_deploy.models.channels.Guidance.parts`.
         image_guidance: the weight of the image that is edited, the model's where it is None.
         rows: how many rows run at once; all where it is None.
+        control: half of the samplings run with it, under the conditions of the other half, which
+            runs first; as many of both, and so one more where ``samples`` is odd.
 
     Raises:
-        InputError: a condition is not finite, or the scheduler cannot take the steps.
+        InputError: a condition is not finite, the scheduler cannot take the steps, or ``control``
+            adds nothing.
         QuestDeployError: an output of the model is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler = _scheduler(model, steps, scheme)
     guide = guidance_of(model, guidance, image_guidance)
+    samples = samples if control is None else -(-samples // 2)
     drawn = model.draw_conditions(samples, generator)
     parts = guide.parts(drawn, model.null_conditions(samples) if guide.guided else None)
     conditions = {
@@ -215,45 +290,111 @@ def record_trajectories(
                 "table of classes"
             )
     image = conditions.pop(IMAGE_CONDITION, None)
-    channels = model.sample_shape[0]
-    sample = torch.randn(samples, *model.sample_shape, generator=generator)
-    inputs, outputs = [], []
-    for i, timestep in enumerate(scheduler.timesteps):
-        entered = joined(sample.repeat_interleave(len(parts), 0), image)
+    recorder = _Recorder(
+        model, unet, scheduler, guide, len(parts), conditions, image, rows, progress
+    )
+
+    def noise() -> Tensor:
+        return torch.randn(samples, *model.sample_shape, generator=generator)
+
+    plain, latents = recorder.record(noise())
+    if control is None:
+        return plain
+    shown = {
+        name: value.repeat_interleave(len(parts), 0)
+        for name, value in control.images(latents.numpy()).items()
+    }
+    controlled, _ = recorder.record(noise(), control, shown)
+    if not any(value.any() for value in controlled.residuals.values()):
+        raise InputError(
+            "--controlnet: what it adds is zero everywhere; expected one that was trained"
+        )
+    return joined_rows(controlled, plain)
+
+
+@dataclass(frozen=True)
+class _Recorder:
+    """Samples under ``conditions``, each [N, ...], and an image's, and records every step; see
+    :class:`Trajectories` for ``parts`` and :func:`record_trajectories` for ``rows``.
+    """
+
+    model: DiffusionModel
+    unet: nn.Module
+    scheduler: Any
+    guide: Guidance
+    parts: int
+    conditions: dict[str, Tensor]
+    image: Tensor | None
+    rows: int | None
+    progress: Progress
+
+    def record(
+        self, sample: Tensor, control: Control | None = None, shown: dict[str, Tensor] | None = None
+    ) -> tuple[Trajectories, Tensor]:
+        """The trajectories from the noise ``sample`` [samplings, ...], and their end."""
+        channels, timesteps, parts = (
+            self.model.sample_shape[0],
+            self.scheduler.timesteps,
+            self.parts,
+        )
+        phase = f"recording trajectories{'' if control is None else ' with ControlNet'}"
+        inputs, outputs, residuals = [], [], []
+        for i, timestep in enumerate(timesteps):
+            entered = joined(sample.repeat_interleave(parts, 0), self.image)
+            output, added = self._predicted(entered, timestep, i, control, shown or {})
+            inputs.append(entered)
+            outputs.append(output)
+            residuals.append(added)
+            guided = self.guide.combine([output[i::parts] for i in range(parts)], channels)
+            prediction = for_scheduler(self.scheduler, guided, channels)
+            sample = self.scheduler.step(prediction, timestep, sample).prev_sample
+            self.progress(phase, i + 1, len(timesteps))
+        recorded = Trajectories(
+            torch.stack(inputs),
+            timesteps.float(),
+            torch.stack(outputs),
+            self.conditions,
+            parts,
+            {name: torch.stack([x[name] for x in residuals]) for name in residuals[0]},
+        )
+        return recorded, sample
+
+    def _predicted(
+        self,
+        entered: Tensor,
+        timestep: Tensor,
+        step: int,
+        control: Control | None,
+        shown: dict[str, Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The model's output for ``entered`` [rows, ...], and what ``control`` added."""
+        found: list[dict[str, Tensor]] = []
+
+        def run(x: Tensor, **given: Tensor) -> Tensor:
+            latents = x[:, : self.model.sample_shape[0]]
+            found.append({} if control is None else control(latents, timestep, **given))
+            conditions = {name: given[name] for name in self.conditions}
+            output: Tensor = self.unet(x, timestep, **conditions, **found[-1], return_dict=False)[0]
+            return output
+
         try:
-            output = chunked(
-                lambda x, t=timestep, **c: unet(x, t, **c, return_dict=False)[0],
-                rows,
-                entered,
-                **conditions,
-            )
+            output = chunked(run, self.rows, entered, **self.conditions, **shown)
         except Exception as e:  # diffusers raises whatever a configuration provokes
             # What ran once is not at fault, nor is a machine without memory.
-            if i or isinstance(e, QuestDeployError | OSError) or _lacks_memory(e):
+            if step or isinstance(e, QuestDeployError | OSError) or _lacks_memory(e):
                 raise
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
             raise InputError(
-                f"{model.name}: its network does not run on samples {list(model.sample_shape)} and "
-                f"{', '.join(conditions) or 'no conditions'} ({reason})"
+                f"{self.model.name}: its network does not run on samples "
+                f"{list(self.model.sample_shape)} and "
+                f"{', '.join((*self.conditions, *shown)) or 'no conditions'} ({reason})"
             ) from e
         if not torch.isfinite(output).all():
             raise QuestDeployError(
-                f"the model's output at timestep {timestep.item():g}, step {i + 1} of "
-                f"{len(scheduler.timesteps)}, is not finite; check its weights"
+                f"the model's output at timestep {timestep.item():g}, step {step + 1} of "
+                f"{len(self.scheduler.timesteps)}, is not finite; check its weights"
             )
-        inputs.append(entered)
-        outputs.append(output)
-        guided = guide.combine([output[i :: len(parts)] for i in range(len(parts))], channels)
-        prediction = for_scheduler(scheduler, guided, channels)
-        sample = scheduler.step(prediction, timestep, sample).prev_sample
-        progress("recording trajectories", i + 1, len(scheduler.timesteps))
-    return Trajectories(
-        torch.stack(inputs),
-        scheduler.timesteps.float(),
-        torch.stack(outputs),
-        conditions,
-        len(parts),
-    )
+        return output, {name: torch.cat([x[name] for x in found]) for name in found[0]}
 
 
 def _lacks_memory(error: Exception) -> bool:

@@ -21,6 +21,19 @@ _TEXT_TO_IMAGE = {
     "LatentConsistencyModelImg2ImgPipeline": "LatentConsistencyModelPipeline",
 }
 """By an image-to-image class, the class that draws from noise with the same parts."""
+CONTROLLED = {
+    "controlnet": {
+        "StableDiffusionPipeline": "StableDiffusionControlNetPipeline",
+        "StableDiffusionInpaintPipeline": "StableDiffusionControlNetInpaintPipeline",
+        "StableDiffusionXLPipeline": "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLInpaintPipeline": "StableDiffusionXLControlNetInpaintPipeline",
+    },
+    "adapter": {
+        "StableDiffusionPipeline": "StableDiffusionAdapterPipeline",
+        "StableDiffusionXLPipeline": "StableDiffusionXLAdapterPipeline",
+    },
+}
+"""By a part that controls what is drawn, and by a class, the one that draws with it."""
 _PARTS = {
     "scheduler",
     "vae",
@@ -74,6 +87,19 @@ def drawn_class(name: str, index: Mapping[str, Any], part: str) -> str:
             "draws from a prompt, a label or nothing, inpaints, or edits by instructions"
         )
     return drawn
+
+
+def controlled_class(pipeline_class: Any, part: str) -> Any:
+    """The class of diffusers' pipelines that draws as ``pipeline_class`` does, with ``part``, a
+    "controlnet" or an "adapter"; raise InputError where there is none.
+    """
+    classes = CONTROLLED[part]
+    if (name := classes.get(pipeline_class.__name__)) is None:
+        raise InputError(
+            f"{part}: diffusers has no {pipeline_class.__name__} with one; expected one of "
+            f"{', '.join(classes)}"
+        )
+    return getattr(diffusers, name)
 
 
 def _required(function: Any) -> set[str]:

@@ -51,7 +51,7 @@ from quest_deploy.models.image_inputs import (
 from quest_deploy.models.loras import check_parts, fuse
 from quest_deploy.models.networks import UNET, network_of, transformer_class
 from quest_deploy.models.networks.network import CLASS_CONDITIONAL, TEXT_TO_IMAGE, UNCONDITIONAL
-from quest_deploy.models.pipeline_classes import drawn_class
+from quest_deploy.models.pipeline_classes import CONTROLLED, controlled_class, drawn_class
 from quest_deploy.models.registry import (
     ARCHITECTURES,
     EMBEDDED,
@@ -303,10 +303,13 @@ class PipelineModel:
 
         Args:
             parts: by name, parts to take instead of the folder's; None leaves one away. Without
-                ``unet``, or ``transformer``, there is none.
+                ``unet``, or ``transformer``, there is none; with ``controlnet`` or ``adapter`` it
+                is a pipeline that has one.
         """
         self.require_weights("run as a pipeline")
         pipeline_class = self.pipeline_class()
+        for part in CONTROLLED.keys() & parts.keys():
+            pipeline_class = controlled_class(pipeline_class, part)
         given = {self.network.part: None, **parts}
         if "safety_checker" in self.index and "safety_checker" not in given:
             given |= {"safety_checker": None, "requires_safety_checker": False}
@@ -583,7 +586,6 @@ class PipelineModel:
                 self.name, {"_class_name": self.index["transformer"][1], **config}
             )
             network = network_of(name)
-            assert network is not None
             config["_class_name"] = name
             parse_configuration(network.configuration, config, str(path))
             return network, config

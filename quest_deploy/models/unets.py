@@ -11,6 +11,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from quest_deploy.models.residuals import packed
 from quest_deploy.models.supported import has_cross_attention
 
 ADDED_CONDITIONS = ("text_embeds", "time_ids")
@@ -19,7 +20,14 @@ ADDED_CONDITIONS = ("text_embeds", "time_ids")
 """
 
 
-class FlatConditionsUNet(UNet2DConditionModel):
+class ResidualsUNet(UNet2DConditionModel):
+    """A UNet2DConditionModel that takes what ControlNets add to it by name."""
+
+    def forward(self, *arguments: Any, **conditions: Any) -> Any:
+        return super().forward(*arguments, **packed(conditions))
+
+
+class FlatConditionsUNet(ResidualsUNet):
     """A UNet2DConditionModel, called with SDXL's added conditions by name, class labels in float32,
     and without hidden states where nothing attends to them.
     """
@@ -56,27 +64,34 @@ class FlatLabelsUNet(UNet2DModel):
 
 
 FLAT_CLASSES: dict[str, type[nn.Module]] = {
-    c.__name__: c for c in (FlatConditionsUNet, FlatLabelsUNet)
+    UNet2DConditionModel.__name__: ResidualsUNet,
+    **{c.__name__: c for c in (FlatConditionsUNet, FlatLabelsUNet)},
 }
 """By the name that a checkpoint records as its architecture's class."""
 
 
 def with_flat_conditions(unet: nn.Module) -> nn.Module:
-    """Give ``unet``, a diffusers UNet, one of these classes where its own takes conditions in
-    another form; it is the same object.
+    """Give ``unet``, a diffusers UNet, one of these classes; it is the same object.
 
     Weights, configuration and module names stay: the class differs in its call alone.
     """
     config: Any = unet.config
     if isinstance(unet, UNet2DModel) and config.num_class_embeds is not None:
         unet.__class__ = FlatLabelsUNet
-    elif isinstance(unet, UNet2DConditionModel) and (
-        config.num_class_embeds is not None
-        or config.addition_embed_type is not None
-        or not has_cross_attention({**config, "_class_name": UNet2DConditionModel.__name__})
-    ):
-        unet.__class__ = FlatConditionsUNet
+    elif isinstance(unet, UNet2DConditionModel):
+        is_plain = (
+            config.num_class_embeds is None
+            and config.addition_embed_type is None
+            and has_cross_attention({**config, "_class_name": UNet2DConditionModel.__name__})
+        )
+        unet.__class__ = ResidualsUNet if is_plain else FlatConditionsUNet
     return unet
+
+
+def recorded_class(unet: nn.Module) -> str:
+    """What a checkpoint records as the class of ``unet``."""
+    found = (name for name, each in FLAT_CLASSES.items() if type(unet) is each)
+    return next(found, type(unet).__name__)
 
 
 def _whole_labels(conditions: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,23 +17,37 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from quest_deploy.artifacts.workspace import Workspace
+from exporters.graph_info import added_inputs, load_graph
+from quest_deploy.artifacts.workspace import ENGINES, Workspace
+from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
+from quest_deploy.models.controls import check_fits, load_control
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.networks import NETWORKS, network_of
+from quest_deploy.models.residuals import (
+    CONTROLNET,
+    KINDS,
+    T2I_ADAPTER,
+    kind_of,
+    unpacked,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
+
+    from quest_deploy.models.pipeline_model import PipelineModel
 
 DEFAULT_BACKEND = "openvino"
 _FIXED = (
     "an engine's weights and graph are fixed when it is built: give LoRAs to `quest-deploy lora`, "
-    "or to `quest-deploy calibrate --lora`, and build the engine again; FreeU, IP-Adapter, "
-    "ControlNet, caches, training and attention processors need the float network, in diffusers' "
-    "own pipeline"
+    "or to `quest-deploy calibrate --lora`, and build the engine again; FreeU, IP-Adapter, caches, "
+    "training and attention processors need the float network, in diffusers' own pipeline"
 )
+_PARTS = {"controlnet": CONTROLNET, "adapter": T2I_ADAPTER}
+"""What diffusers' pipelines call what adds to the UNet, and what it is here."""
+_SEVERAL = (diffusers.MultiControlNetModel, diffusers.MultiAdapter)
 _HARMLESS = (
     "disable_freeu",
     "set_attention_slice",
@@ -115,24 +129,64 @@ def load_pipeline(
     >>> pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
     >>> pipeline("a lighthouse in a storm", num_inference_steps=20).images[0]
 
+    With a ControlNet it is diffusers' pipeline of that kind, the ControlNet itself in torch:
+
+    >>> pipeline = load_pipeline("quest-out/sd15-w4a4", controlnet="canny")       # doctest: +SKIP
+    >>> pipeline("a lighthouse in a storm", image=edges).images[0]                # doctest: +SKIP
+
     Args:
         workspace: where the engine was built, open or as a path.
-        parts: parts by their names in the pipeline, to take instead of the folder's.
+        parts: parts by their names in the pipeline, to take instead of the folder's;
+            ``controlnet`` may be a ControlNet's folder too, or a list of several, and so may
+            ``adapter``, a T2I-adapter's.
 
     Raises:
-        InputError: there is no such engine, or the model is no whole diffusers pipeline.
+        InputError: there is no such engine, the model is no whole diffusers pipeline, or a
+            ControlNet or T2I-adapter does not fit the model or the engine.
     """
     get_backend(backend)
     opened = workspace if isinstance(workspace, Workspace) else Workspace.open(Path(workspace))
     model = load_model(opened.source)
-    model.require_weights("run as a pipeline")  # both refused before an engine is opened
+    model.require_weights("run as a pipeline")  # all refused before an engine is opened
     model.pipeline_class()
-    engine = stand_in(EngineUNet.load(opened, backend), model.config)
-    pipeline = model.load_pipeline(**{model.network.part: engine, **parts})
+    given = _PARTS.keys() & parts.keys()
+    if len(given) > 1:
+        raise InputError("controlnet, adapter: diffusers has no pipeline with both; give one")
+    for part in given:
+        model.network.residuals(model.config, _PARTS[part])  # refused where it takes none
+        opened.require(f"build-engine/{backend}")
+        taken = added_inputs(load_graph(opened.path(ENGINES, backend, LOWERED)))
+        if _PARTS[part] not in map(kind_of, taken):
+            raise InputError(f"{part}: {_not_exported(_PARTS[part])}")
+        parts = {**parts, part: _controls(parts[part], model, part)}
+    network = stand_in(EngineUNet.load(opened, backend), model.config)
+    pipeline = model.load_pipeline(**{model.network.part: network, **parts})
+    network.engine.pixels_per_latent = getattr(pipeline, "vae_scale_factor", 1)
     for name in _REFUSED_BY_PIPELINES:
         if hasattr(pipeline, name):
             setattr(pipeline, name, _refusal(name))
     return pipeline
+
+
+def _controls(given: Any, model: PipelineModel, part: str) -> Any:
+    """What diffusers' pipelines take as their ``part``, of folders and modules; raise InputError
+    where one does not fit the model.
+    """
+    if isinstance(given, list | tuple):
+        return [_controls(each, model, part) for each in given]
+    if isinstance(given, Path | str):
+        return load_control(Path(given), model, _PARTS[part])
+    for each in next(given.children()) if isinstance(given, _SEVERAL) else (given,):
+        check_fits(each, model, _PARTS[part], part)
+    return given
+
+
+def _not_exported(kind: str) -> str:
+    option = kind.replace("_", "-")
+    return (
+        f"the engine has no inputs for it: run `quest-deploy export --{option}-inputs`, best after "
+        f"`quest-deploy calibrate --{option}`, and build it again"
+    )
 
 
 def _refusal(name: str) -> Callable[..., NoReturn]:
@@ -160,9 +214,7 @@ class PipelineNetwork(ModelMixin, ConfigMixin):
         """Stand in for the network of ``config`` with ``engine``."""
         super().__init__()
         self.engine = engine
-        network = network_of(config["_class_name"])
-        assert network is not None
-        self._network = network
+        self._network = network_of(config["_class_name"])
         self.register_to_config(**_full_config(config))
         # Empty: accelerate's hooks ask the first parameter of a module where it is.
         self._place = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -204,6 +256,7 @@ class PipelineNetwork(ModelMixin, ConfigMixin):
         timestep: Tensor | float,
         arguments: Mapping[str, Any],
         added_cond_kwargs: Mapping[str, Tensor] | None,
+        residuals: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The engine's prediction for sample [B, C, H, W].
 
@@ -212,11 +265,12 @@ class PipelineNetwork(ModelMixin, ConfigMixin):
             arguments: the conditions [B, ...], where the model has them; whatever else is among
                 them is None or empty.
             added_cond_kwargs: further ones.
+            residuals: by the name of its input, what is added inside.
 
         Raises:
-            InputError: an argument that the engine does not compute (ControlNet's residuals,
-                attention arguments, IP-Adapter), inputs that are missing or of other shapes than
-                the engine's, or a height or width that the network cannot divide.
+            InputError: an argument that the engine does not compute (attention arguments,
+                IP-Adapter, or what a ControlNet adds), inputs that are missing or of other shapes
+                than the engine's, or a height or width that the network cannot divide.
         """
         given = {**arguments, **(added_cond_kwargs or {})}
         wanted = {
@@ -228,7 +282,8 @@ class PipelineNetwork(ModelMixin, ConfigMixin):
             raise InputError(f"the engine does not compute {', '.join(unknown)}: {_FIXED}")
         steps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
         steps = steps.expand(len(sample)) if len(steps) == 1 else steps
-        return self.engine(sample, steps, **wanted).to(sample.device, sample.dtype)
+        inputs = {**wanted, **(residuals or {})}
+        return self.engine(sample, steps, **inputs).to(sample.device, sample.dtype)
 
 
 class PipelineUNet(PipelineNetwork):
@@ -250,17 +305,49 @@ class PipelineUNet(PipelineNetwork):
         class_labels: Tensor | None = None,
         *,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
         return_dict: bool = True,
         **arguments: Any,
     ) -> Any:
-        """Predict as diffusers' UNets do; see :meth:`PipelineNetwork._predict`."""
+        """Predict as diffusers' UNets do; see :meth:`PipelineNetwork._predict`.
+
+        Args:
+            down_block_additional_residuals, mid_block_additional_residual: what ControlNets add,
+                both or neither, where the engine has inputs for them.
+            down_intrablock_additional_residuals: what T2I-adapters add, likewise.
+        """
+        residuals = self._residuals(
+            down_block_additional_residuals=down_block_additional_residuals,
+            mid_block_additional_residual=mid_block_additional_residual,
+            down_intrablock_additional_residuals=down_intrablock_additional_residuals,
+        )
         given = {
             "encoder_hidden_states": encoder_hidden_states,
             "class_labels": class_labels,
             **arguments,
         }
-        output = self._predict(sample, timestep, given, added_cond_kwargs)
+        output = self._predict(sample, timestep, given, added_cond_kwargs, residuals)
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+
+    def _residuals(self, **arguments: Any) -> dict[str, Tensor]:
+        """What ControlNets and T2I-adapters add, by the name of its input; raise InputError where
+        the engine has none for it.
+        """
+        given = {name: value for name, value in arguments.items() if value is not None}
+        found = unpacked(given)
+        for kind in KINDS:
+            mine = {name for name in found if kind_of(name) == kind}
+            taken = {name for name in self.engine.added if kind_of(name) == kind} if mine else set()
+            # A T2I-adapter may leave the middle block alone.
+            if not mine <= taken or (kind == CONTROLNET and mine != taken):
+                raise InputError(
+                    f"the engine does not compute {', '.join(given)}: expected "
+                    f"{', '.join(sorted(taken)) or 'none'}, found {', '.join(sorted(mine))}; "
+                    f"{'give what belongs to its UNet' if taken else _not_exported(kind)}"
+                )
+        return found
 
 
 class PipelineTransformer(PipelineNetwork):
@@ -285,9 +372,7 @@ _STAND_INS = {"unet": PipelineUNet, "transformer": PipelineTransformer}
 
 def stand_in(engine: EngineUNet, config: Mapping[str, Any]) -> PipelineNetwork:
     """``engine`` in the place of the network of ``config``, as a part of its pipeline."""
-    network = network_of(config["_class_name"])
-    assert network is not None
-    return _STAND_INS[network.part](engine, config)
+    return _STAND_INS[network_of(config["_class_name"]).part](engine, config)
 
 
 for _name in _REFUSED_OF_MODELS:  # which __getattr__ is not asked for: the base class has them

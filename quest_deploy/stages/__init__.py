@@ -30,6 +30,7 @@ from quest_deploy.stages.options import (
     CalibrateOptions,
     EngineStageOptions,
     EvaluateOptions,
+    ExportOptions,
     FinetuneOptions,
     GenerateOptions,
     ImportOptions,
@@ -82,8 +83,8 @@ FINETUNE: Stage[FinetuneOptions, Finetuning] = Stage(
     state=(FINETUNE_STATE,),
     long=True,
 )
-EXPORT: Stage[StageOptions, Export] = Stage(
-    "export", StageOptions, reads=(DEPLOYED,), writes=(GRAPH, f"{GRAPH}.data")
+EXPORT: Stage[ExportOptions, Export] = Stage(
+    "export", ExportOptions, reads=(DEPLOYED,), writes=(GRAPH, f"{GRAPH}.data")
 )
 REFERENCE_RECORDS: Stage[ReferenceOptions, Reference] = Stage(
     "reference",

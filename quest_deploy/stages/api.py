@@ -23,6 +23,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.files import absolute, atomic_file, read_bounded
 from quest_deploy.finetuning.distributed import is_main_process
 from quest_deploy.importers.settings import ImportSettings, Source
+from quest_deploy.models.loading import load_model
 from quest_deploy.options import declared, takes
 from quest_deploy.progress import no_progress, progress_of
 from quest_deploy.serving.triton.options import TritonOptions
@@ -67,8 +68,10 @@ from quest_deploy.stages.options import (
     QDIFF,
     BuildEngineOptions,
     CalibrateOptions,
+    ExportOptions,
     FinetuneOptions,
     ImportOptions,
+    ReferenceOptions,
     StageOptions,
 )
 from quest_deploy.stages.workspaces import method_name
@@ -197,8 +200,12 @@ def export(chosen: ExportArguments) -> Export:
             method_name(opened),
         )
         if "calibrate" not in opened.stages:
+            for kind, wanted in chosen.added_inputs.items():
+                if wanted:  # refused before hours of calibration
+                    model = load_model(opened.source)
+                    model.network.residuals(model.config, kind)
             CALIBRATE.run(opened, CalibrateOptions(), chosen.progress)
-    return EXPORT.run(opened, StageOptions(), chosen.progress)
+    return EXPORT.run(opened, chosen.of(ExportOptions), chosen.progress)
 
 
 @takes(ReferenceArguments)
@@ -206,7 +213,9 @@ def reference(chosen: ReferenceArguments) -> Reference:
     """Save the fake-quantized torch model's inputs and outputs, per layer and end to end, for every
     bucket.
     """
-    return chosen.run(REFERENCE_RECORDS)
+    opened = chosen.opened()
+    options = pipeline.as_exported(opened, chosen.of(ReferenceOptions))
+    return REFERENCE_RECORDS.run(opened, options, chosen.progress)
 
 
 @takes(BuildEngineArguments)
@@ -269,9 +278,10 @@ def run(chosen: RunArguments) -> Run:
     """Go from the FP32 model to verified, benchmarked engines and a picture; go on where it was
     interrupted.
 
-    What was calibrated or finetuned with options of its own keeps them; what ``lora`` made is
-    neither. An engine that fails its verification is neither benchmarked nor drawn with.
-    ``on_result`` is called after each stage, with its name and its backend's, and its result.
+    What was calibrated, finetuned or exported with options of its own keeps them; what ``lora``
+    made is none of the first two. An engine that fails its verification is neither benchmarked nor
+    drawn with. ``on_result`` is called after each stage, with its name and its backend's, and its
+    result.
     """
     backends = pipeline.available(
         chosen.backend, chosen.build_only, if_available=chosen.if_available
@@ -283,6 +293,8 @@ def run(chosen: RunArguments) -> Run:
     options = {
         "calibrate": pipeline.calibration(opened, given, chosen.method),
         "finetune": pipeline.kept(FINETUNE, opened, given),
+        "export": pipeline.kept(EXPORT, opened, {}),
+        "reference": pipeline.as_exported(opened, ReferenceOptions()),
     }
     return pipeline.run(opened, backends, options, chosen.progress, chosen.on_result)
 
@@ -325,7 +337,9 @@ def package(chosen: PackageArguments) -> dict[str, Any]:
     opened = chosen.opened()
     with opened.reading(), progress_of(chosen.progress, "package") as shown:
         write_package = import_module("quest_deploy.serving.triton.package").write_package
-        details: dict[str, Any] = write_package(opened, chosen.triton, options, shown)
+        details: dict[str, Any] = write_package(
+            opened, chosen.triton, options, shown, chosen.controlnet
+        )
     if not details["plan"]:
         if "build-engine/tensorrt-rtx" in opened.stages:
             logger.info(RTX_IS_NO_PLAN)

@@ -26,6 +26,7 @@ from quest_deploy.stages.options import (
     CalibrateOptions,
     EngineStageOptions,
     EvaluateOptions,
+    ExportOptions,
     FinetuneOptions,
     GenerateOptions,
     ReferenceOptions,
@@ -99,8 +100,8 @@ class OnWorkspace(OfWorkspace):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportArguments(SchemeChoices, ModelChoices, OfWorkspace):
-    """The parameters of ``export``, and of all that makes a workspace where there is none."""
+class MakingOne(SchemeChoices, ModelChoices, OfWorkspace):
+    """The parameters of all that makes a workspace where there is none."""
 
     @property
     def describes_a_new_one(self) -> bool:
@@ -132,8 +133,13 @@ class ExportArguments(SchemeChoices, ModelChoices, OfWorkspace):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FromModel(ExportArguments):
-    """The parameters of ``export``, with the model first: `export sd15`."""
+class ExportArguments(ExportOptions, MakingOne):
+    """The parameters of ``export``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromModel(MakingOne):
+    """Those parameters with the model first: `calibrate sd15`."""
 
     workspace: Annotated[Place, WORKSPACE] = None
     model: ModelOption = field(default=None, kw_only=False)
@@ -386,6 +392,15 @@ class PackageArguments(OnWorkspace):
             "step."
         ),
     ] = TritonOptions.queue_delay
+    controlnet: Annotated[
+        Path | None,
+        Option(
+            "A ControlNet to serve beside the UNet, a folder in diffusers' layout, where the graph "
+            "has its inputs.",
+            metavar="DIR",
+            default="none",
+        ),
+    ] = None
     io_dtype: Annotated[
         str, Option(f"Of the models' inputs and outputs: {' or '.join(IO_DTYPES)}.")
     ] = TritonOptions.io_dtype
@@ -445,6 +460,12 @@ class ImageRequest(Options):
     image_guidance: Annotated[
         float | None,
         Option("Weight of the image that is edited, beside --guidance.", default="the model's"),
+    ] = None
+    control_image: Annotated[
+        Path | None, Option("What a ControlNet is shown, where the package has one.")
+    ] = None
+    control_scale: Annotated[
+        float | None, Option("Scale of what the ControlNet adds.", default="1")
     ] = None
     height: Annotated[int | None, Option("Pixels.", default="the model's")] = None
     width: Annotated[int | None, Option("Pixels.", default="the model's")] = None

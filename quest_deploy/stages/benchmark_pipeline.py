@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from exporters.graph_info import input_sizes, load_graph
+from exporters.graph_info import load_graph
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.engine_unet import EngineUNet
@@ -100,7 +100,7 @@ def _pipeline(
 ) -> Any:
     """The model's pipeline with the engine in ``folder`` as its network."""
     runner = get_backend(backend).open(folder, options)
-    engine = EngineUNet(runner, sample_multiple, input_sizes(load_graph(folder / LOWERED)))
+    engine = EngineUNet.of_graph(runner, sample_multiple, load_graph(folder / LOWERED))
     pipeline = model.load_pipeline(**{model.network.part: stand_in(engine, model.config)})
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = model.load_scheduler(drawing.scheduler)

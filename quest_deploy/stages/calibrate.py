@@ -12,6 +12,7 @@ from quest_deploy.calibration import ptq, reconstruction, trajectories
 from quest_deploy.calibration.training_state import hash_of_tensors
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sha256_of, write_json
+from quest_deploy.models.controls import Controls
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.schedulers import most_steps
 from quest_deploy.stages.options import QDIFF
@@ -57,6 +58,9 @@ def work(
             f"{model.network.noun}; choose another method, and `quest-deploy finetune`"
         )
     model.check_decoder()
+    control = (
+        Controls(options.controls, options.shown, model) if any(options.controls.values()) else None
+    )
     unet = model.load_unet()
     steps = options.steps or most_steps(model.load_scheduler("ddim"), model.calibration_steps)
     rows = options.batch or model.forward_rows
@@ -72,6 +76,7 @@ def work(
             guidance=options.guidance,
             image_guidance=options.image_guidance,
             rows=rows,
+            control=control,
             progress=progress,
         )
         settings = ptq.CalibrationOptions(

@@ -10,35 +10,40 @@ from onnx_ir.passes import InvariantError, PassError
 from exporters import torch_to_qdq
 from exporters.graph_info import save_graph
 from quest_deploy.artifacts.checkpoint import load_checkpoint
-from quest_deploy.artifacts.workspace import GRAPH, TRAJECTORIES
-from quest_deploy.calibration.trajectories import Trajectories
+from quest_deploy.artifacts.workspace import GRAPH
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.files import sha256_of
+from quest_deploy.models.residuals import kind_of
+from quest_deploy.stages.added_inputs import recorded_inputs
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.progress import Progress
-    from quest_deploy.stages.options import StageOptions
+    from quest_deploy.stages.options import ExportOptions
     from quest_deploy.stages.results import Export
 
 
 def work(
-    workspace: Workspace, options: StageOptions, progress: Progress
+    workspace: Workspace, options: ExportOptions, progress: Progress
 ) -> tuple[list[Path], Export]:
     """Export the checkpoint; write the graph and its data."""
     checkpoint = load_checkpoint(workspace.checkpoint_path)
-    example = next(Trajectories.load(workspace.path(TRAJECTORIES)).batches(2))
+    recorded = recorded_inputs(workspace, checkpoint.architecture, options.added_inputs)
     progress("tracing the model", 0, 2)
     try:
         graph = torch_to_qdq.portable_graph(
-            checkpoint, example, sha256_of(workspace.checkpoint_path)
+            checkpoint,
+            next(recorded.batches(2)),
+            sha256_of(workspace.checkpoint_path),
+            added=tuple(recorded.residuals),
         )
     except (PassError, InvariantError) as e:
+        with_what = " or ".join({f"--{kind_of(x).replace('_', '-')}" for x in recorded.residuals})
+        repair = with_what or "another scheme"
         raise QuestDeployError(
-            f"{workspace.checkpoint_path} cannot be exported: {e}; make it again, with another "
-            "scheme"
+            f"{workspace.checkpoint_path} cannot be exported: {e}; make it again, with {repair}"
         ) from e
     progress("checking the graph", 1, 2)
     files = [workspace.new(GRAPH), workspace.new(f"{GRAPH}.data")]

@@ -8,13 +8,14 @@ they are made.
 import codecs
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from quest_deploy.artifacts.hashed_path import HashedPath
 from quest_deploy.artifacts.image_folder import ImageFolder
 from quest_deploy.artifacts.model_source import Lora
+from quest_deploy.artifacts.scaled_folder import ScaledFolder
 from quest_deploy.artifacts.workspace import ENGINES, REPORTS, SENSITIVITY_REPORT, Workspace
 from quest_deploy.backends.base import VERSION, engine_info
 from quest_deploy.backends.options import REFIT_FROM, EngineOptions, parse_sample_size
@@ -24,6 +25,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.files import read_bounded, sha256_of
 from quest_deploy.finetuning.choices import DEVICES, PRECISIONS, STAGES
 from quest_deploy.importers.settings import ImportSettings
+from quest_deploy.models.residuals import KINDS
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.options import Option, Options, declared
 
@@ -208,7 +210,12 @@ class ImageFolderOptions(StageOptions):
 class CalibrateOptions(ImageFolderOptions):
     """How to calibrate; None for the model's own numbers, guidance weights, prompts and images."""
 
-    unset: ClassVar[tuple[str, ...]] = ("image_folder", "image_guidance")
+    unset: ClassVar[tuple[str, ...]] = (
+        "image_folder",
+        "image_guidance",
+        *KINDS,
+        "control_images",
+    )
     method: Annotated[str, Option(METHOD_HELP, choices=METHODS)] = "mse"
     samples: Annotated[
         int | None, Option("Samplings to record.", minimum=1, default="the model's")
@@ -242,6 +249,35 @@ class CalibrateOptions(ImageFolderOptions):
             parse=read_prompts,
         ),
     ] = None
+    controlnet: Annotated[
+        Sequence[ScaledFolder | Path | str] | None,
+        Option(
+            "A ControlNet to calibrate with and without, a folder in diffusers' layout, and the "
+            "scale of what it adds; may be repeated, all of them together.",
+            metavar="DIR:SCALE",
+            default="none",
+            text=list[str],
+        ),
+    ] = None
+    t2i_adapter: Annotated[
+        Sequence[ScaledFolder | Path | str] | None,
+        Option(
+            "A T2I-adapter to calibrate with and without, likewise.",
+            metavar="DIR:SCALE",
+            default="none",
+            text=list[str],
+        ),
+    ] = None
+    control_images: Annotated[
+        Sequence[ImageFolder | Path | str] | None,
+        Option(
+            "A folder of what ControlNets and T2I-adapters are shown, such as edges or poses; "
+            "repeated, each is shown its own, the ControlNets first.",
+            metavar="DIR",
+            default="edges of the model's own pictures",
+            text=list[Path],
+        ),
+    ] = None
     reconstruction_samples: Annotated[
         int | None, Option("qdiff: recorded samples it learns from.", minimum=1)
     ] = None
@@ -255,7 +291,27 @@ class CalibrateOptions(ImageFolderOptions):
     seed: Annotated[int, SEED] = 0
 
     def __post_init__(self) -> None:
+        of_kinds = {kind: f"--{kind.replace('_', '-')}" for kind in KINDS}
+        for name in (*KINDS, "control_images"):
+            given: Any = getattr(self, name)
+            if isinstance(given, Sequence) and not isinstance(given, str):
+                of = ScaledFolder if name in KINDS else ImageFolder
+                of_manifest = (of(**x) if isinstance(x, Mapping) else x for x in given)
+                object.__setattr__(self, name, tuple(of_manifest) or None)
         super().__post_init__()
+        for kind, flag in of_kinds.items():
+            found = [
+                x if isinstance(x, ScaledFolder) else ScaledFolder.parse(str(x), flag)
+                for x in getattr(self, kind) or ()
+            ]
+            object.__setattr__(self, kind, tuple(found) or None)
+        if self.control_images and not any(self.controls.values()):
+            raise InputError(f"--control-images: needs {' or '.join(of_kinds.values())}")
+        shown = [
+            x if isinstance(x, ImageFolder) else ImageFolder.of(x, "--control-images")
+            for x in self.control_images or ()
+        ]
+        object.__setattr__(self, "control_images", tuple(shown) or None)
         if self.reconstruction and self.method != QDIFF:
             flags = [declared(type(self))[RECONSTRUCTION[x]].flag for x in self.reconstruction]
             raise InputError(f"{', '.join(flags)}: needs --method {QDIFF}, not {self.method}")
@@ -266,9 +322,24 @@ class CalibrateOptions(ImageFolderOptions):
         values = {name: getattr(self, option) for name, option in RECONSTRUCTION.items()}
         return {name: value for name, value in values.items() if value is not None}
 
+    @property
+    def controls(self) -> dict[str, tuple[ScaledFolder, ...]]:
+        """The ControlNets and the T2I-adapters, by kind."""
+        given = {kind: getattr(self, kind) or () for kind in KINDS}
+        return {
+            k: tuple(x for x in each if isinstance(x, ScaledFolder)) for k, each in given.items()
+        }
+
+    @property
+    def shown(self) -> tuple[ImageFolder, ...]:
+        """The folders of what they are shown, where some are given."""
+        return tuple(x for x in self.control_images or () if isinstance(x, ImageFolder))
+
     def to_json(self) -> dict[str, Any]:
-        """The options, those of the reconstruction by themselves."""
+        """The options, those of the reconstruction by themselves, folders as objects."""
         found = super().to_json()
+        given: dict[str, tuple[Any, ...]] = {**self.controls, "control_images": self.shown}
+        found |= {name: [asdict(each) for each in x] for name, x in given.items() if x}
         apart = {name: found[name] for name in found.keys() - RECONSTRUCTION.values()}
         return apart | {"reconstruction": self.reconstruction}
 
@@ -461,8 +532,39 @@ class FinetuneOptions(StageOptions):
         return {name: getattr(self, name) for name in self.unrecorded}
 
 
+CONTROLNET_INPUTS = Option(
+    "Give the graph the inputs of what ControlNets add.",
+    flags=("--controlnet-inputs/--no-controlnet-inputs",),
+    default="where it was calibrated with --controlnet",
+)
+T2I_ADAPTER_INPUTS = Option(
+    "Give the graph the inputs of what T2I-adapters add.",
+    flags=("--t2i-adapter-inputs/--no-t2i-adapter-inputs",),
+    default="where it was calibrated with --t2i-adapter",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
-class ReferenceOptions(StageOptions):
+class AddedInputsOptions(StageOptions):
+    """Which inputs of what is added inside the model there are."""
+
+    unset: ClassVar[tuple[str, ...]] = ("controlnet_inputs", "t2i_adapter_inputs")
+    controlnet_inputs: Annotated[bool | None, CONTROLNET_INPUTS] = None
+    t2i_adapter_inputs: Annotated[bool | None, T2I_ADAPTER_INPUTS] = None
+
+    @property
+    def added_inputs(self) -> dict[str, bool | None]:
+        """The options by kind."""
+        return {kind: getattr(self, f"{kind}_inputs") for kind in KINDS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(AddedInputsOptions):
+    """What the graph takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceOptions(AddedInputsOptions):
     """The options of :func:`quest_deploy.verification.reference.save_reference`."""
 
     seed: Annotated[int, SEED] = 0
@@ -491,6 +593,22 @@ class ReferenceOptions(StageOptions):
             default="as recorded",
             text=str,
             parse=parse_sample_size,
+        ),
+    ] = None
+    controlnet_inputs: Annotated[
+        bool | None,
+        replace(
+            CONTROLNET_INPUTS,
+            help="Record what ControlNets add too, or what stands for it.",
+            default="as exported",
+        ),
+    ] = None
+    t2i_adapter_inputs: Annotated[
+        bool | None,
+        replace(
+            T2I_ADAPTER_INPUTS,
+            help="Record what T2I-adapters add too, or what stands for it.",
+            default="as exported",
         ),
     ] = None
 

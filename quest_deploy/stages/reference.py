@@ -11,10 +11,10 @@ import torch
 from quest_deploy import __version__
 from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.reference import INDEX
-from quest_deploy.artifacts.workspace import REFERENCE, REFERENCE_STATE, TRAJECTORIES
-from quest_deploy.calibration.trajectories import Trajectories
+from quest_deploy.artifacts.workspace import REFERENCE, REFERENCE_STATE
 from quest_deploy.files import link_or_copy, sha256_of_json
 from quest_deploy.quantization.model import QuantizedModel
+from quest_deploy.stages.added_inputs import recorded_inputs
 from quest_deploy.verification import reference
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def work(
     An interrupted run goes on with the next record: those that are done stay in reference-state/
     until all are.
     """
-    model = QuantizedModel.from_checkpoint(load_checkpoint(workspace.checkpoint_path)).eval()
+    checkpoint = load_checkpoint(workspace.checkpoint_path)
+    recorded = recorded_inputs(workspace, checkpoint.architecture, options.added_inputs)
+    model = QuantizedModel.from_checkpoint(checkpoint).eval()
     state = workspace.path(REFERENCE_STATE)
     key = sha256_of_json(
         {
@@ -49,9 +51,9 @@ def work(
     try:
         entries = reference.save_reference(
             model,
-            Trajectories.load(workspace.path(TRAJECTORIES)),
+            recorded,
             state,
-            **asdict(options),
+            **{k: x for k, x in asdict(options).items() if not k.endswith("_inputs")},
             key=key,
             progress=progress,
         )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.progress import Display, Progress
-    from quest_deploy.stages.options import StageOptions
+    from quest_deploy.stages.options import ReferenceOptions, StageOptions
     from quest_deploy.stages.results import Verification
     from quest_deploy.stages.stage import Stage
 
@@ -187,6 +187,13 @@ def kept(stage: Stage[Any, Any], workspace: Workspace, given: Mapping[str, Any])
         return stage.options.from_json(workspace.options_of(stage.name) | dict(given))
     except InputError as e:
         raise InputError(f"{workspace.root}: {e}; run `quest-deploy {stage.name}`") from e
+
+
+def as_exported(workspace: Workspace, options: ReferenceOptions) -> ReferenceOptions:
+    """``options`` with the inputs of the exported graph, unless they say which."""
+    own = {kind: x for kind, x in options.added_inputs.items() if x is not None}
+    found = {**kept(EXPORT, workspace, {}).added_inputs, **own}
+    return replace(options, **{f"{kind}_inputs": x for kind, x in found.items()})
 
 
 def calibration(

@@ -206,7 +206,11 @@ def _cut_down(trajectories: Trajectories, size: tuple[int, int], factor: int) ->
             f"{recorded[0]}x{recorded[1]}, not {height}x{width}"
         )
     sample, output = (x[..., :height, :width] for x in (trajectories.sample, trajectories.output))
-    return dataclasses.replace(trajectories, sample=sample, output=output)
+    residuals = {}
+    for name, value in trajectories.residuals.items():
+        divisor = recorded[0] // value.shape[-2]
+        residuals[name] = value[..., : height // divisor, : width // divisor]
+    return dataclasses.replace(trajectories, sample=sample, output=output, residuals=residuals)
 
 
 def lowest_timestep(scheme: Scheme, bucket: int) -> float:
@@ -238,6 +242,8 @@ def _inputs(
     wanted = torch.tensor(timesteps)
     steps = (trajectories.timestep[None] - wanted[:, None]).abs().argmin(1)
     rows = torch.randint(trajectories.sample.shape[1], (2,), generator=generator)
+    if trajectories.controlled:  # the first sample's residuals are never zeros
+        rows[0] %= trajectories.controlled
     return {**trajectories.inputs(steps, rows), "timestep": wanted}
 
 

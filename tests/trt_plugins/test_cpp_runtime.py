@@ -451,9 +451,11 @@ def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
         tmp_path / "noise"
     )
     expected = host("denoise", *_files(tmp_path, "expected"), guidance, *noise)
-    ended = emulated(*_files(tmp_path), guidance, graph, 0, 0, 0, *noise)
+    ended = emulated(*_files(tmp_path), guidance, graph, 0, 0, 0, 0, *noise)
     assert expected.returncode == 0
-    assert_holds(ended.stderr, "condition")
+    assert_holds(
+        ended.stderr, "condition", "mid_block_additional_residual", "condition_shapes", "middle"
+    )
     counts = [int(x) for x in re.findall(r"\d+", ended.stdout)]
     assert counts == [len(schedule.steps), graph, 6 * graph * len(schedule.steps)]
     assert (tmp_path / "result").read_bytes() == (tmp_path / "expected").read_bytes()
@@ -461,30 +463,33 @@ def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
 
 @pytest.mark.parametrize("graph", [0, 1])
 @pytest.mark.parametrize(
-    ("guidance", "image_guidance", "image", "variance"),
+    ("guidance", "image_guidance", "image", "variance", "control"),
     [
-        (1.0, 0.0, 3, 0),
-        (4.0, 0.0, 3, 0),
-        (4.0, 2.0, 5, 0),
-        (1.0, 2.0, 5, 0),
-        (1.0, 0.0, 0, 5),
-        (4.0, 0.0, 0, 5),
+        (1.0, 0.0, 3, 0, 0.0),
+        (4.0, 0.0, 3, 0, 0.0),
+        (4.0, 2.0, 5, 0, 0.0),
+        (1.0, 2.0, 5, 0, 0.0),
+        (1.0, 0.0, 0, 5, 0.0),
+        (4.0, 0.0, 0, 5, 0.0),
+        (1.0, 0.0, 0, 0, 0.3),
+        (4.0, 0.0, 3, 5, 0.3),
     ],
 )
-def test_the_gpus_loop_joins_an_image_to_the_sample_and_leaves_a_variance_out(
+def test_the_gpus_loop_joins_an_image_leaves_a_variance_out_and_runs_a_controlnet_at_each_step(
     emulated: Host,
     tmp_path: Path,
     guidance: float,
     image_guidance: float,
     image: int,
     variance: int,
+    control: float,
     graph: int,
 ) -> None:
     _schedule("euler").save(tmp_path / "schedule.json")
     scheduler = _scheduler("euler")
     drawn = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(3))
     drawn.numpy().tofile(tmp_path / "sample")
-    ended = emulated(*_files(tmp_path), guidance, graph, image_guidance, image, variance)
+    ended = emulated(*_files(tmp_path), guidance, graph, image_guidance, image, variance, control)
     assert ended.returncode == 0, ended.stderr
 
     guide = Guidance(guidance, image_guidance or None)
@@ -494,7 +499,8 @@ def test_the_gpus_loop_joins_an_image_to_the_sample_and_leaves_a_variance_out(
     sample = drawn * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(sample, timestep).repeat(parts, 1, 1)
-        answer = scaled / (1 + scaled.abs()) + 0.0005 * timestep + beside[:, None, None]
+        added = beside + control * (scaled[:, 0, 0] + 0.001 * timestep)
+        answer = scaled / (1 + scaled.abs()) + 0.0005 * timestep + added[:, None, None]
         prediction = guide.combine(list(answer.chunk(parts)), 5)
         sample = scheduler.step(prediction, timestep, sample).prev_sample
     result = np.fromfile(tmp_path / "result", np.float32).reshape(drawn.shape)
@@ -516,7 +522,7 @@ def test_threads_with_a_denoiser_each_of_one_engine_share_nothing_that_they_writ
     rng.standard_normal((2, 5, 4)).astype(np.float32).tofile(tmp_path / "sample")
     rng.standard_normal((8, 2, 5, 4)).astype(np.float32).tofile(tmp_path / "noise")
     for graph in (0, 1):
-        ended = raced(*_files(tmp_path), 4.0, graph, 0.0, 0, 0, tmp_path / "noise")
+        ended = raced(*_files(tmp_path), 4.0, graph, 0.0, 0, 0, 0, tmp_path / "noise")
         assert ended.returncode == 0, ended.stderr[-4000:]
 
 

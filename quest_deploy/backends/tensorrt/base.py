@@ -641,9 +641,11 @@ def profile_shapes(network: Any, lowered: Path, options: EngineOptions) -> list[
     """The least, the tuned for and the largest shape of each input by name, for each optimization
     profile.
 
-    One for each of the sample sizes, or one of the size that the model is meant for; the
-    conditions' shapes are the graph's.
+    One for each of the sample sizes, or one of the size that the model is meant for; inputs whose
+    sizes follow the sample's have theirs of it, the other conditions' shapes are the graph's.
     """
+    from exporters.graph_info import load_graph, size_divisors
+
     inputs = {
         tensor.name: list(tensor.shape)[1:]
         for tensor in map(network.get_input, range(network.num_inputs))
@@ -654,9 +656,19 @@ def profile_shapes(network: Any, lowered: Path, options: EngineOptions) -> list[
     if any(side < 0 for size in sizes for side in size):
         sizes = [_own_sample_size(lowered)]
 
+    follows = any(-1 in shape for name, shape in inputs.items() if name != SAMPLE)
+    divisors = (size_divisors(load_graph(lowered)) if follows else {}) | {SAMPLE: 1}
+
     def shapes(size: list[int], batch: int) -> dict[str, list[int]]:
         return {
-            name: [batch, *(shape if name != SAMPLE else [*shape[:1], *size])]
+            name: [
+                batch,
+                *(
+                    [*shape[:1], *(side // divisors[name] for side in size)]
+                    if name in divisors
+                    else shape
+                ),
+            ]
             for name, shape in inputs.items()
         }
 

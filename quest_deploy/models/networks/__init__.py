@@ -11,6 +11,7 @@ from quest_deploy.models.networks.dit import DiT
 from quest_deploy.models.networks.pixart import PixArt
 from quest_deploy.models.networks.sd3 import SD3
 from quest_deploy.models.networks.unet import UNets
+from quest_deploy.models.unets import recorded_class
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,20 +39,20 @@ still do.
 """
 
 
-def network_of(class_name: str) -> Network | None:
-    """The kind of the networks of class ``class_name``, diffusers' or ours; None of another."""
-    return next((kind for kind in NETWORKS if class_name in kind.class_names), None)
+def network_of(class_name: str) -> Network:
+    """The kind of the networks of class ``class_name``, diffusers' or ours; raise InputError where
+    it is none.
+    """
+    for kind in NETWORKS:
+        if class_name in kind.class_names:
+            return kind
+    known = ", ".join(name for kind in NETWORKS for name in kind.class_names)
+    raise InputError(f"architecture: expected one of {known}, found {class_name!r}")
 
 
 def kind_of(network: nn.Module) -> Network:
     """The kind of a network that is built."""
-    found = network_of(type(network).__name__)
-    if found is None:
-        raise InputError(
-            f"expected a network of {', '.join(name for x in NETWORKS for name in x.class_names)}, "
-            f"found {type(network).__name__}"
-        )
-    return found
+    return network_of(recorded_class(network))
 
 
 def transformer_class(name: str, config: Mapping[str, Any]) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from quest_deploy.models.residuals import takes_none
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from quest_deploy.models.channels import Channels
     from quest_deploy.models.conditions import ClassLabels
     from quest_deploy.models.configurations import Configuration
+    from quest_deploy.models.residuals import Residual
 
 TEXT_TO_IMAGE, CLASS_CONDITIONAL, UNCONDITIONAL = (
     "text-to-image",
@@ -131,6 +134,12 @@ class Network(ABC):
     def float_layers(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The layers that stay in float unless told otherwise: globs, each of which matches."""
         return ()
+
+    def residuals(self, config: Mapping[str, Any], kind: str) -> dict[str, Residual]:
+        """The inputs that a ``kind`` of ``quest_deploy.models.residuals.KINDS``, such as a
+        ControlNet, gives a network of ``config``; raise InputError where it gives it none.
+        """
+        raise takes_none(config, kind)
 
     def labels(self, config: Mapping[str, Any]) -> ClassLabels | None:
         """The labels of a network that embeds them itself; None of another."""

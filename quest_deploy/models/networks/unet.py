@@ -21,6 +21,7 @@ from quest_deploy.models.networks.network import (
     Network,
     States,
 )
+from quest_deploy.models.residuals import unet_residuals
 from quest_deploy.models.supported import (
     TIME_IDS,
     UNETS,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from quest_deploy.models.channels import Channels
+    from quest_deploy.models.residuals import Residual
 
 GUIDANCE = {TEXT_TO_IMAGE: 7.5, CLASS_CONDITIONAL: 3.0, UNCONDITIONAL: 1.0}
 """What each family is used with: Stable Diffusion's default, QuEST's for ImageNet, and none."""
@@ -47,7 +49,7 @@ class UNets(Network):
     """See :class:`quest_deploy.models.networks.network.Network`."""
 
     part, noun = "unet", "UNet"
-    class_names = (*UNETS, *FLAT_CLASSES)
+    class_names = tuple(dict.fromkeys((*UNETS, *FLAT_CLASSES)))
     configuration = UNetConfiguration
     conditions = ("encoder_hidden_states", "class_labels", *ADDED_CONDITIONS)
     token_inputs = ("encoder_hidden_states",)
@@ -90,6 +92,10 @@ class UNets(Network):
     def guidance(self, config: Mapping[str, Any], family: str) -> float:
         """See :class:`Network`."""
         return GUIDANCE[family] if self.labels(config) is None else 1.0
+
+    def residuals(self, config: Mapping[str, Any], kind: str) -> dict[str, Residual]:
+        """See :class:`Network`."""
+        return unet_residuals(config, kind)
 
     def labels(self, config: Mapping[str, Any]) -> ClassLabels | None:
         """See :class:`Network`."""

@@ -12,6 +12,8 @@ from quest_deploy.serving.triton.options import IO_DTYPES
 from quest_deploy.serving.triton.pbtxt import pbtxt
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from quest_deploy.serving.triton.options import TritonOptions
     from quest_deploy.serving.triton.plans import Plan
 
@@ -131,22 +133,27 @@ class Layout:
         queue_delay: int = 0,
         profiles: int = 1,
         size: tuple[int, int] | None = None,
+        divisors: Mapping[str, int] | None = None,
     ) -> Signature:
         """Configure a model of the platform tensorrt_plan; see
         :func:`quest_deploy.serving.triton.configs.plan_config`.
 
         Args:
             size: height and width to warm up with, where they are not the sample's.
+            divisors: what they are divided by in an input, by its name.
         """
-        sample = (self.sample_shape[0], *(size or self.size))
+        height, width = size or self.size
+
+        def native(name: str, dims: list[int]) -> list[int]:
+            divisor = (divisors or {}).get(name, 1)
+            sides = (self.sample_shape[0], height // divisor, width // divisor)
+            return [s if s > 0 else sides[axis] for axis, s in enumerate(dims)]
+
         config = plan_config(
             name,
             {key: (kinds[key], dims) for key, dims in inputs.items()},
             {key: (self.kind, dims) for key, dims in outputs.items()},
-            {
-                key: [s if s > 0 else sample[axis] for axis, s in enumerate(dims)]
-                for key, dims in inputs.items()
-            },
+            {key: native(key, dims) for key, dims in inputs.items()},
             max_batch,
             queue_delay=queue_delay,
             max_queue=self.inner_queue,

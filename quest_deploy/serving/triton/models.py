@@ -5,14 +5,17 @@ encoder, the decoder.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
 from exporters.exactness import LEVELS
-from exporters.graph_info import save_graph
+from exporters.graph_info import HEIGHT, WIDTH, load_graph, save_graph, size_divisors
 from exporters.passes.fix_tokens import FixTokens
 from exporters.probe import make_probe
 from quest_deploy.backends.base import LOWERED
@@ -20,17 +23,21 @@ from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.serving.triton.layout import ONNX, PLAN
-from quest_deploy.serving.triton.parts import Decoder, Encoder, TextEncoder, save_onnx
+from quest_deploy.serving.triton.parts import (
+    ControlNet,
+    Decoder,
+    Encoder,
+    TextEncoder,
+    save_onnx,
+)
 from quest_deploy.serving.triton.plans import FLOAT_INPUTS, write_plan
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import onnx_ir as ir
-
     from quest_deploy.serving.triton.layout import Layout, Signature
 
 DECODER_BATCH = 4
+IMAGE = "image"
+"""What a ControlNet is shown; see :class:`quest_deploy.serving.triton.parts.ControlNet`."""
 
 
 def write_unet(layout: Layout, graph: ir.Model) -> Signature:
@@ -53,6 +60,7 @@ def write_unet(layout: Layout, graph: ir.Model) -> Signature:
         {name: "TYPE_FP32" if name in FLOAT_INPUTS else layout.kind for name in inputs},
         layout.options.queue_delay,
         len(layout.sizes),
+        divisors=size_divisors(graph),
     )
 
 
@@ -148,6 +156,49 @@ def write_encoder(layout: Layout, encoder: Any, scale: float) -> Signature:
         {"sample": layout.kind},
         profiles=len(layout.sizes),
         size=size,
+    )
+
+
+def write_controlnet(
+    layout: Layout, net: Any, unet: Signature, tokens: dict[str, Any]
+) -> Signature:
+    """A ControlNet, which takes what the UNet takes and an image.
+
+    Args:
+        net: a ControlNetModel.
+        unet: the UNet's signature.
+        tokens: an example [2, ...] of each of the UNet's conditions.
+    """
+    pixels, (height, width) = layout.pixels_per_latent, layout.size
+    examples = {
+        "sample": torch.zeros(2, layout.sample_shape[0], height, width),
+        "timestep": torch.zeros(2),
+        **{name: torch.zeros(value.shape) for name, value in tokens.items()},
+    }
+    image = {IMAGE: torch.zeros(2, 3 * pixels**2, height, width)}
+    residuals = [name for name in unet["inputs"] if name not in examples]
+    version = layout.version_folder("controlnet")
+    module = ControlNet(net, list(examples), pixels)
+    axes = {0: "batch", 2: HEIGHT, 3: WIDTH}
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=version) as folder:
+        save_onnx(module, {**examples, **image}, residuals, axes, Path(folder) / ONNX)
+        graph = load_graph(Path(folder) / ONNX)
+        for value in graph.graph.inputs:  # torch has names of its own, and a profile is by these
+            if value.shape is not None and len(value.shape) == 4:
+                value.shape = ir.Shape([*value.shape[:2], HEIGHT, WIDTH])
+        save_graph(graph, version / ONNX)
+    _write_plan_beside(layout, version, layout.max_batch, layout.sizes)
+    with torch.no_grad():
+        added = module(*examples.values(), *image.values())
+    kinds = {name: "TYPE_FP32" if name in FLOAT_INPUTS else layout.kind for name in examples}
+    free = {name: [x.shape[1], -1, -1] for name, x in {**examples, **image}.items() if x.dim() == 4}
+    return layout.write_plan_config(
+        "controlnet",
+        {name: free.get(name, list(x.shape[1:])) for name, x in {**examples, **image}.items()},
+        {name: [x.shape[1], -1, -1] for name, x in zip(residuals, added, strict=True)},
+        layout.max_batch,
+        {**kinds, IMAGE: layout.kind},
+        profiles=len(layout.sizes),
     )
 
 

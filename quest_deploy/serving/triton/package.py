@@ -14,15 +14,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.graph_info import graph_info, load_graph
+from exporters.graph_info import added_inputs, graph_info, load_graph
 from quest_deploy import __version__
 from quest_deploy.artifacts.workspace import GRAPH
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder, read_json, sha256_of, write_json
+from quest_deploy.models.controls import load_control
 from quest_deploy.models.loading import load_model
+from quest_deploy.models.residuals import CONTROLNET, T2I_ADAPTER, kind_of
 from quest_deploy.progress import no_progress
 from quest_deploy.serving.triton.layout import FILES, Layout
 from quest_deploy.serving.triton.models import (
+    write_controlnet,
     write_decoder,
     write_encoder,
     write_text_encoder,
@@ -51,9 +54,13 @@ def write_package(
     folder: Path,
     options: TritonOptions,
     progress: Progress = no_progress,
+    controlnet: Path | None = None,
 ) -> dict[str, Any]:
     """Write the repository and what belongs to it into ``folder``, replacing an earlier package
     there; return what it holds.
+
+    Args:
+        controlnet: the folder of a ControlNet to serve beside the UNet.
 
     Raises:
         InputError: the workspace's model cannot be served, its graph or plan is not up to date, or
@@ -74,6 +81,7 @@ def write_package(
             "package does not; use quest_deploy.load_pipeline"
         )
     _check_text_encoder(model)
+    net = _controlnet(workspace, model, controlnet)
     rows = 1 if not guidable(model) else 2 if model.image_guidance is None else 3
     decoder = model.load_decoder()
     of_text = model.asked_for == "prompt"
@@ -91,7 +99,7 @@ def write_package(
         pipeline = None
         signatures: dict[str, Signature] = {}
         takes_image = model.channels.image > 0
-        total = 2 + of_text + (decoder is not None) + takes_image
+        total = 2 + of_text + (decoder is not None) + takes_image + (net is not None)
 
         progress("UNet", 0, total)
         signatures["unet"] = write_unet(layout, graph)
@@ -107,8 +115,13 @@ def write_package(
             progress("encoder", len(signatures), total)
             scale = model.image_scale(decoder)
             signatures["vae_encoder"] = write_encoder(layout, decoder, scale)
+        if net is not None:
+            progress("ControlNet", len(signatures), total)
+            conditions = model.null_conditions(2)
+            signatures["controlnet"] = write_controlnet(layout, net, signatures["unet"], conditions)
         progress("pipeline", len(signatures), total)
-        settings = write_pipelines(layout, model, pipeline, signatures)
+        residuals = {} if net is None else model.network.residuals(model.config, CONTROLNET)
+        settings = write_pipelines(layout, model, pipeline, signatures, residuals)
         plugins = tuple(map(Path, options.plugins)) if plan is None else plan.plugins
         _write_surroundings(made, plugins, of_text=of_text)
         progress("pipeline", total, total)
@@ -151,6 +164,32 @@ def check_target(folder: Path) -> None:
             f"{folder} is not empty and no package of an earlier time; give another folder with "
             "--triton"
         )
+
+
+def _controlnet(workspace: Workspace, model: PipelineModel, folder: Path | None) -> Any:
+    """The ControlNet in ``folder``, None without; raise InputError where the graph's inputs are not
+    what it needs.
+    """
+    added = added_inputs(load_graph(workspace.path(GRAPH)))
+    if any(kind_of(name) == T2I_ADAPTER for name in added):
+        raise InputError(
+            f"{workspace.root}: its graph has inputs for T2I-adapters, which a package does not "
+            "serve; use quest_deploy.load_pipeline, or run `quest-deploy export "
+            "--no-t2i-adapter-inputs`"
+        )
+    if added and folder is None:
+        raise InputError(
+            f"{workspace.root}: its graph has inputs for a ControlNet: give one with --controlnet, "
+            "or run `quest-deploy export --no-controlnet-inputs`"
+        )
+    if folder is None:
+        return None
+    if not added:
+        raise InputError(
+            f"--controlnet: the graph in {workspace.root} has no inputs for what it adds; run "
+            "`quest-deploy export --controlnet-inputs`, and build the engine again"
+        )
+    return load_control(folder, model, CONTROLNET)
 
 
 def _check_text_encoder(model: PipelineModel) -> None:

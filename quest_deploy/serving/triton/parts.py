@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from exporters.torch_to_qdq import quiet
 from quest_deploy.models.pipeline_model import unscaled
+from quest_deploy.models.unets import ADDED_CONDITIONS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 OPSET = 20
@@ -82,6 +84,36 @@ class Encoder(nn.Module):
         return self.scale * found.mean, self.scale * found.std
 
 
+class ControlNet(nn.Module):
+    """A ControlNet, from the UNet's inputs and an image to what it adds to the UNet."""
+
+    def __init__(self, net: Any, inputs: Sequence[str], pixels: int) -> None:
+        """Wrap a ControlNetModel.
+
+        Args:
+            inputs: the names of the UNet's inputs that it takes, in order.
+            pixels: of a latent's side. The image comes as [B, 3 x pixels², h, w], of the latents'
+                height and width, so that one size says all of them.
+        """
+        super().__init__()
+        self.net, self.inputs, self.pixels = net, inputs, pixels
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The residuals for ``inputs`` and, last, the image, in the order of the UNet's inputs."""
+        *values, image = inputs
+        given = dict(zip(self.inputs, values, strict=True))
+        added = {name: given[name] for name in ADDED_CONDITIONS if name in given}
+        down, mid = self.net(
+            given["sample"],
+            given["timestep"],
+            given["encoder_hidden_states"],
+            controlnet_cond=nn.functional.pixel_shuffle(image, self.pixels),
+            added_cond_kwargs=added or None,
+            return_dict=False,
+        )
+        return (*down, mid)
+
+
 def save_onnx(
     module: nn.Module,
     inputs: dict[str, Tensor],
@@ -95,7 +127,6 @@ def save_onnx(
         inputs: examples by name.
         dynamic_axes: the axes of each input that may be of any size, by their names.
     """
-    axes = dict.fromkeys(dynamic_axes, torch.export.Dim.DYNAMIC)
     with torch.no_grad(), warnings.catch_warnings(), quiet("torch.onnx"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -103,7 +134,7 @@ def save_onnx(
             tuple(inputs.values()),
             input_names=list(inputs),
             output_names=outputs,
-            dynamic_shapes=_shapes(module, inputs, axes),
+            dynamic_shapes=_shapes(module, inputs, dynamic_axes),
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -112,8 +143,12 @@ def save_onnx(
     program.save(path, external_data=True)
 
 
-def _shapes(module: nn.Module, inputs: dict[str, Tensor], axes: dict[int, Any]) -> Any:
-    each = tuple(axes for _ in inputs)
+def _shapes(module: nn.Module, inputs: dict[str, Tensor], axes: Iterable[int]) -> Any:
+    """What torch takes; an input that is no image has no axis but the batch that is dynamic."""
+    each = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis in axes if not axis or value.dim() == 4}
+        for value in inputs.values()
+    )
     return (
-        (each,) if isinstance(module, TextEncoder) else each
-    )  # of *input_ids, one argument holds all
+        (each,) if isinstance(module, TextEncoder | ControlNet) else each
+    )  # of *inputs, one argument holds all

@@ -17,11 +17,13 @@ from quest_deploy.serving.triton.layout import FILES
 from quest_deploy.serving.triton.models import text_encoders
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
 
     from quest_deploy.models.pipeline_model import PipelineModel
+    from quest_deploy.models.residuals import Residual
     from quest_deploy.serving.triton.layout import Layout, Signature
 
 PIPELINES = ("pipeline", "pipeline_stream")
@@ -37,14 +39,18 @@ def write_pipelines(
     model: PipelineModel,
     pipeline: Any,
     signatures: dict[str, Signature],
+    residuals: Mapping[str, Residual],
 ) -> dict[str, Any]:
     """Write both; return the settings that they read.
 
     Args:
         pipeline: the diffusers pipeline with the tokenizers, None of a model that reads no text.
         signatures: of the models that they call.
+        residuals: what a ControlNet adds to the UNet, if there is one.
     """
     settings = _settings(layout, model, pipeline, signatures)
+    settings["residuals"] = {name: [x.channels, x.divisor] for name, x in residuals.items()}
+    inputs = pipeline_inputs(model, control=bool(residuals))
     limits = {
         "max_steps": layout.options.max_steps,
         "max_size": layout.max_size,
@@ -63,7 +69,7 @@ def write_pipelines(
         images, queue = 1 if stream else layout.options.max_images, layout.options.max_queue
         layout.write_config(
             name,
-            pipeline_config(name, pipeline_inputs(model), limits, images, queue, stream=stream),
+            pipeline_config(name, inputs, limits, images, queue, stream=stream),
         )
     return settings
 
@@ -79,8 +85,8 @@ def guidable(model: PipelineModel) -> bool:
     return model.asked_for == "prompt" or _null_conditions(model) is not None
 
 
-def pipeline_inputs(model: PipelineModel) -> dict[str, str]:
-    """The pipelines' inputs and their types."""
+def pipeline_inputs(model: PipelineModel, *, control: bool) -> dict[str, str]:
+    """The pipelines' inputs and their types, ``control`` for whether there is a ControlNet."""
     conditions = {
         "prompt": {"prompt": "TYPE_STRING", "negative_prompt": "TYPE_STRING"},
         "label": {"label": "TYPE_INT32"},
@@ -92,6 +98,7 @@ def pipeline_inputs(model: PipelineModel) -> dict[str, str]:
     return {
         **conditions.get(model.asked_for or "", {}),
         **image.get(image_kind(model) or "", {}),
+        **({"control_image": "TYPE_STRING", "control_scale": "TYPE_FP32"} if control else {}),
         "seed": "TYPE_INT64",
         "steps": "TYPE_INT32",
         "scheduler": "TYPE_STRING",

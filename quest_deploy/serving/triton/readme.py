@@ -38,6 +38,9 @@ INPUTS = {
     "init_image": "a PNG, JPEG, WebP or BMP file, resized to the height and width; needed",
     "mask_image": "the same, white where the image is drawn anew; needed",
     "image_guidance": "weight of the image, beside guidance; 1 or more",
+    "control_image": "what the ControlNet is shown, such as edges, a file likewise; without it "
+    "nothing is added",
+    "control_scale": "scale of what the ControlNet adds; 1 unless given",
     "seed": "the same seed draws the same image; the server chooses one if there is none",
     "steps": f"denoising steps; {STEPS} unless given",
     "scheduler": f"$schedulers; {SCHEDULER} unless given",
@@ -82,7 +85,8 @@ def write_readme(
     printed = re.sub(r"\b[0-9a-f]{32}\b", "RANDOM_KEY", printed)
     command = printed.strip().replace(str(layout.folder.resolve()), "/package")
     question, option = EXAMPLES[model.asked_for]
-    for name in sorted(pipeline_inputs(model).keys() & {"init_image", "mask_image"}):
+    inputs = pipeline_inputs(model, control=bool(settings["residuals"]))
+    for name in sorted(inputs.keys() & {"init_image", "mask_image", "control_image"}):
         question += f', ("{name}", "BYTES", open("{name}.png", "rb").read())'
         option += f" --{name.replace('_', '-')} {name}.png"
     values = {
@@ -97,7 +101,7 @@ def write_readme(
         "inputs": "\n".join(
             f"| `{name}` | {kind.removeprefix('TYPE_').replace('STRING', 'BYTES')} | "
             f"{INPUTS[name].replace('$schedulers', ', '.join(settings['schedulers']))} |"
-            for name, kind in pipeline_inputs(model).items()
+            for name, kind in inputs.items()
         ),
         "question": question,
         "option": option,

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from exporters.graph_info import input_sizes
 from quest_deploy.artifacts.reference import load_reference
 from quest_deploy.errors import InputError
 from quest_deploy.progress import no_progress
@@ -70,6 +71,7 @@ def verify_engine(
             f"{reference} is the reference of another model or version; run `quest-deploy "
             "reference` again"
         )
+    _check_inputs(checked, records)
     wrong_buckets = check_buckets(checked)
     by_quantizer = {
         quantizer: held
@@ -98,6 +100,18 @@ def verify_engine(
     progress("segments", total, total)
     end_to_end = check_end_to_end(checked, records)
     return summarize(checked, records, wrong_buckets, codes, errors, segments, end_to_end)
+
+
+def _check_inputs(checked: CheckedEngine, records: list[Record]) -> None:
+    """Raise InputError where the records were made for a graph with other inputs."""
+    taken, recorded = set(input_sizes(checked.graph)), set(records[0].inputs)
+    if taken != recorded:
+        more, fewer = sorted(taken - recorded), sorted(recorded - taken)
+        raise InputError(
+            f"{checked.folder}: the engine takes {', '.join(more) or 'nothing'} besides what the "
+            f"reference holds, and does not take {', '.join(fewer) or 'nothing'} of it; run "
+            "`quest-deploy reference` again after the export"
+        )
 
 
 def _fits(info: GraphInfo, records: list[Record], tables: dict[str, Tables]) -> bool:

@@ -246,9 +246,9 @@ ABLATIONS = (
         ABLATION_BITS,
         {
             "quest-k1": "1 bucket",
-            "quest-k4": "4",
-            "quest-k10": "10",
-            "quest": "20 (baseline), one for each step",
+            "quest-k4": "4 buckets",
+            "quest-k10": "10 buckets",
+            "quest": "20 buckets (baseline), one for each step",
         },
     ),
     Table(

@@ -66,8 +66,16 @@ CLAIMS = (
         "quest-attention4-rotated",
         "quest-attention4",
     ),
-    Claim("A branch of low rank helps QuEST", "quest-low-rank", "quest-four-bits"),
-    Claim("Ours: sensitive layers at 8 bits beat branches of low rank", "quest", "quest-low-rank"),
+    Claim(
+        "A branch of low rank helps QuEST with four bits everywhere",
+        "quest-low-rank",
+        "quest-four-bits",
+    ),
+    Claim(
+        "Ours: sensitive layers at 8 bits, in more bytes, beat branches of low rank",
+        "quest",
+        "quest-low-rank",
+    ),
     Claim(
         "On 8 uneven steps, 4 buckets of two steps each beat 4 equally wide ones",
         "quantiles4-8-steps",

@@ -83,7 +83,7 @@ def choices(results: Results, seeds: Sequence[int], speeds: Speeds) -> list[Choi
     """One for each bit-width that has a result."""
     found = []
     for bits in MAIN_BITS:
-        measured = _of(results, METHOD, bits, seeds)
+        measured = measured_of(results, METHOD, bits, seeds)
         if not measured:
             continue
         by_backend = {} if speeds is None else speeds["bits"].get(bits, {})
@@ -91,11 +91,11 @@ def choices(results: Results, seeds: Sequence[int], speeds: Speeds) -> list[Choi
         found.append(
             Choice(
                 bits,
-                _mean([judgement.frechet_distance for judgement in judged]),
-                _mean([judgement.top1 for judgement in judged]),
-                _mean([judgement.top5 for judgement in judged]),
-                _mean([result.quality.psnr or np.inf for result in measured]),
-                _mean([result.payload_bytes for result in measured]),
+                mean([judgement.frechet_distance for judgement in judged]),
+                mean([judgement.top1 for judgement in judged]),
+                mean([judgement.top5 for judgement in judged]),
+                mean([result.quality.psnr or np.inf for result in measured]),
+                mean([result.payload_bytes for result in measured]),
                 {
                     (backend, int(batch)): ratio
                     for backend, figures in by_backend.items()
@@ -115,7 +115,7 @@ def limits(results: Results, seeds: Sequence[int]) -> Limits:
     judged = [
         result.judgement
         for row in ("fp32", "fp32-redrawn")
-        for result in _of(results, row, "fp32", seeds)
+        for result in measured_of(results, row, "fp32", seeds)
     ]
     return Limits([j.frechet_distance for j in judged], [j.top5 for j in judged])
 
@@ -183,10 +183,12 @@ def _ratio(ratio: float, same: float, what: str) -> str:
     return f"equal {what}" if 1 / same <= ratio <= same else f"{ratio:.2f}x the {what}"
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """The mean of ``values`` [N]."""
     return float(np.mean(values))
 
 
-def _of(results: Results, row: str, bits: str, seeds: Sequence[int]) -> list[Result]:
+def measured_of(results: Results, row: str, bits: str, seeds: Sequence[int]) -> list[Result]:
+    """The results that a row has at ``bits``."""
     found = (results.get(cell) for cell in cells_of(row, bits, seeds))
     return [result for result in found if result is not None]

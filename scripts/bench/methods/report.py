@@ -46,6 +46,12 @@ PARTS = (slice(10, 20), slice(1, 10), slice(0, 1))
 LIMIT_S = 360
 """What a cell may take; the report names those that took longer."""
 MEGA = 1e-6
+VERDICTS = (
+    'Figures are means over the seeds. "Holds": in every pair of seeds; "on average only": the '
+    "means are so ordered,",
+    'but not every pair; "not on average" and "the opposite holds" say the same of the other way '
+    "round.",
+)
 _GRANULARITIES = {
     "per_tensor": "per tensor",
     "folded_channel": "smoothing",
@@ -112,7 +118,8 @@ def readme(command: str, results: Results, seeds: Sequence[int], speeds: Speeds)
         "",
         "## Where do timestep buckets pay?",
         "",
-        "At W4A4, the Fréchet distance and how often the prompt is among the five nearest:",
+        "At W4A4, the Fréchet distance and how often the prompt is among the five nearest. One",
+        "bucket is measured on 20 and on 50 steps alone, and what noise moves on 20 steps.",
         "",
         *(f"- {line}" for line in where_buckets_pay(results, seeds)),
         "",
@@ -120,9 +127,11 @@ def readme(command: str, results: Results, seeds: Sequence[int], speeds: Speeds)
         "",
         *(f"- {_sentence(claim, results, seeds)}" for claim in NEWER),
         "",
-        "Branches of low rank are an option, `calibrate --low-rank`, and eight bits for the same",
-        "layers another one, `--eight-bit-layers`. A rotation is none: with it and without it the",
-        "means lie no further apart than one row's seeds.",
+        *VERDICTS,
+        "",
+        "Branches of low rank are an option, `calibrate --low-rank`, and eight bits for about the",
+        "same layers another one, `--eight-bit-layers`; both together are not measured. Rotations",
+        "are no option: neither figure is better with one in every pair of seeds.",
         "",
         "## What is measured",
         "",
@@ -431,8 +440,7 @@ def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
     return [
         *_markdown_table(header, rows),
         "",
-        'Means over the seeds. "Holds": in every pair of seeds; "on average only": the means are '
-        "so ordered, but not every pair.",
+        *VERDICTS,
         "",
         *critical_groups(results, seeds),
     ]
@@ -448,8 +456,8 @@ def _sentence(claim: Claim, results: Results, seeds: Sequence[int]) -> str:
             if verdict.better is None or verdict.worse is None
             else f" ({style.format(verdict.better)} for {style.format(verdict.worse)})"
         )
-        parts.append(f"by the {name} {verdict.word}{sides}")
-    return f"{claim.text}: {', '.join(parts)}."
+        parts.append(f"by the {name}: {verdict.word}{sides}")
+    return f"{claim.text}. Judged {'; '.join(parts)}."
 
 
 def _bucket_table(table: Table, results: Results, seeds: Sequence[int]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from quest_deploy.artifacts.image_folder import ImageFolder
+from quest_deploy.artifacts.scaled_folder import ScaledFolder
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import READ_CALIBRATED, Workspace
 from quest_deploy.errors import InputError
@@ -31,6 +32,7 @@ from quest_deploy.stages.options import (
     BenchmarkOptions,
     CalibrateOptions,
     EvaluateOptions,
+    ExportOptions,
     FinetuneOptions,
     GenerateOptions,
     SensitivityOptions,
@@ -89,6 +91,11 @@ def test_the_workspace_knows_which_stages_read_the_calibrated_checkpoint() -> No
         GenerateOptions(labels="01", prompt=("a cat",)),
         EvaluateOptions(images=4),
         CalibrateOptions(image_folder=ImageFolder("/pictures", "0")),
+        CalibrateOptions(
+            controlnet=(ScaledFolder("/canny", 0.5, "0"), ScaledFolder("/depth", 1.0, "1")),
+            control_images=(ImageFolder("/pictures", "0"),),
+        ),
+        ExportOptions(controlnet_inputs=False),
         EvaluateOptions(image_folder=ImageFolder("/pictures", "0")),
     ],
     ids=lambda options: type(options).__name__,

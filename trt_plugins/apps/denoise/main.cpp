@@ -13,6 +13,7 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -30,6 +31,7 @@ constexpr char kUsage[] =
     "  --image-guidance G   the image's weight, of a model that edits one; under guidance rows are then three times the batch:\n"
     "                       all conditions, the empty text with the image, the empty text with zeros for the image\n"
     "  --sample-shape CxHxW the engine's sample's, where it takes several\n"
+    "  --condition-shape NAME=CxHxW   another input's, where it takes several; may be repeated\n"
     "  --plugins FILE       the plugin library, where the engine needs it\n"
     "  --device N           the GPU [0]\n"
     "  --no-cuda-graph      launch each kernel by itself\n";
@@ -73,12 +75,19 @@ Arguments parse(std::vector<std::string> words) {
             if (i + 1 == words.size()) throw Usage(word + " needs a value");
             return words[++i];
         };
-        if (word.rfind("--", 0) != 0) places.push_back(word);
-        else if (word == "--condition") {
+        const auto named = [&](const std::string& expected) {
             const std::string given = value();
             const std::size_t equals = given.find('=');
-            if (equals == std::string::npos) throw Usage("--condition: expected NAME=FILE, not " + given);
-            found.conditions[given.substr(0, equals)] = given.substr(equals + 1);
+            if (equals == std::string::npos) throw Usage(word + ": expected NAME=" + expected + ", not " + given);
+            return std::pair(given.substr(0, equals), given.substr(equals + 1));
+        };
+        if (word.rfind("--", 0) != 0) places.push_back(word);
+        else if (word == "--condition") {
+            const auto [name, file] = named("FILE");
+            found.conditions[name] = file;
+        } else if (word == "--condition-shape") {
+            const auto [name, shape] = named("CxHxW");
+            found.denoiser.condition_shapes[name] = parse_shape(word, shape);
         } else if (word == "--noise") found.noise = value();
         else if (word == "--batch") found.denoiser.batch = parse_number<std::int64_t>(word, value());
         else if (word == "--guidance") found.denoiser.guidance = parse_number<float>(word, value());

@@ -20,18 +20,20 @@ std::size_t volume(const Shape& shape) {
                            [](std::size_t all, std::int64_t size) { return all * static_cast<std::size_t>(size); });
 }
 
-/// `shape`, its sizes after the first filled in from `sizes` where it leaves them open, and `rows` before them.
-Shape with_rows(const Tensor& tensor, std::int64_t rows, const Shape& sizes) {
+/// `shape`, its sizes after the first filled in from `sizes`, which `option` gave, and `rows` before them.
+Shape with_rows(const Tensor& tensor, std::int64_t rows, const Shape& sizes, const std::string& option) {
     Shape shape = tensor.shape;
     if (shape.empty() || (!sizes.empty() && sizes.size() + 1 != shape.size()))
         throw Error(tensor.name + ": expected a shape of " + std::to_string(shape.size()) + " sizes with the batch");
     shape[0] = rows;
     for (std::size_t i = 1; i < shape.size(); ++i) {
         if (!sizes.empty()) shape[i] = sizes[i - 1];
-        if (shape[i] < 0) throw Error(tensor.name + ": the engine takes several sizes; say which (DenoiserOptions::sample_shape)");
+        if (shape[i] < 0) throw Error(tensor.name + ": the engine takes several sizes; say which (DenoiserOptions::" + option + ")");
     }
     return shape;
 }
+
+bool is_residual(const std::string& name) { return name.find(kResidual) != std::string::npos; }
 
 /// Of a shape [rows, channels, ...].
 std::size_t channels(const Shape& shape) { return static_cast<std::size_t>(shape[1]); }
@@ -68,11 +70,13 @@ struct Denoiser::Impl {
     std::map<std::string, DeviceArray<float>> condition_values;
     std::map<std::string, bool> condition_given;
     std::vector<Tensor> conditions;
+    std::function<void(const StepInputs&, cudaStream_t)> before_engine;
+    StepInputs step_inputs{};
     StepBuffers buffers{};
     OwnedGraphExec graph;
 
     Impl(const Engine& of, const Schedule& schedule, const DenoiserOptions& options)
-        : engine(of), context(of.create_context()), steps(schedule.steps.size()) {
+        : engine(of), context(of.create_context()), steps(schedule.steps.size()), before_engine(options.before_engine) {
         check_cuda(cudaStreamCreateWithFlags(stream.out(), cudaStreamNonBlocking), "making a stream");
         check_cuda(cudaEventCreateWithFlags(finished.out(), cudaEventDisableTiming), "making an event");
         if (options.batch < 1 || options.batch > INT32_MAX)
@@ -82,13 +86,19 @@ struct Denoiser::Impl {
         const int rows_each = rows_of_sample(options.guidance, options.image_guidance);
         const std::int64_t rows = options.batch * rows_each;
         const std::size_t length = schedule.history();
-        const Shape sample_shape = with_rows(engine.tensor(kSample), rows, options.sample_shape);
-        std::map<std::string, Shape> shapes{{kSample, sample_shape}, {kTimestep, with_rows(engine.tensor(kTimestep), rows, {})}};
+        const Shape sample_shape = with_rows(engine.tensor(kSample), rows, options.sample_shape, "sample_shape");
+        std::map<std::string, Shape> shapes{{kSample, sample_shape},
+                                            {kTimestep, with_rows(engine.tensor(kTimestep), rows, {}, "condition_shapes")}};
         for (const Tensor& tensor : engine.tensors()) {
             if (!tensor.is_input || shapes.count(tensor.name) != 0) continue;
-            shapes[tensor.name] = with_rows(tensor, rows, {});
+            const auto given = options.condition_shapes.find(tensor.name);
+            const Shape sizes = given == options.condition_shapes.end() ? Shape{} : given->second;
+            shapes[tensor.name] = with_rows(tensor, rows, sizes, "condition_shapes");
             conditions.push_back({tensor.name, true, shapes[tensor.name]});
         }
+        for (const auto& [name, shape] : options.condition_shapes)
+            if (name == kSample || name == kTimestep || shapes.count(name) == 0)
+                throw Error("DenoiserOptions::condition_shapes: the engine has no condition called " + name);
         context.set_shapes(shapes, stream.get());
         const std::string output_name = only_output();
         const Shape output_shape = context.shape(output_name);
@@ -113,7 +123,7 @@ struct Denoiser::Impl {
         input = DeviceArray<float>(volume(sample_shape));
         timestep = DeviceArray<float>(static_cast<std::size_t>(rows));
         output = DeviceArray<float>(volume(output_shape));
-        bind(output_name);
+        bind(output_name, rows);
         buffers = {table.data(),
                    step.data(),
                    static_cast<int>(length),
@@ -131,8 +141,10 @@ struct Denoiser::Impl {
                    output.data(),
                    noise.data()};
         // Once before the recording: TensorRT sets up what a new shape needs, which no recording may hold.
+        if (before_engine) before_engine(step_inputs, stream.get());
         context.enqueue(stream.get());
         check_cuda(cudaStreamSynchronize(stream.get()), "running the engine");
+        zero_residuals();  // which may have been written
         if (options.cuda_graph) graph = record(stream.get(), [this] { enqueue_step(stream.get()); });
     }
 
@@ -146,15 +158,19 @@ struct Denoiser::Impl {
         return first->name;
     }
 
-    void bind(const std::string& output_name) {
+    void bind(const std::string& output_name, std::int64_t rows) {
         context.bind(kSample, input.data());
         context.bind(kTimestep, timestep.data());
         for (const Tensor& condition : conditions) {
-            condition_given[condition.name] = false;
+            condition_given[condition.name] = is_residual(condition.name);
             if (condition.name == kImageCondition) continue;  // a part of the sample
             const auto made = condition_values.emplace(condition.name, DeviceArray<float>(volume(condition.shape))).first;
             context.bind(condition.name, made->second.data());
+            step_inputs.conditions[condition.name] = made->second.data();
         }
+        step_inputs.rows = rows;
+        step_inputs.sample = input.data();
+        step_inputs.timestep = timestep.data();
         context.bind(output_name, output.data());
     }
 
@@ -171,8 +187,18 @@ struct Denoiser::Impl {
                        "copying an image to the GPU");
     }
 
+    void zero_residuals() {
+        for (const Tensor& condition : conditions)
+            if (is_residual(condition.name))
+                check_cuda(
+                    cudaMemsetAsync(condition_values.at(condition.name).data(), 0, volume(condition.shape) * sizeof(float), stream.get()),
+                    "clearing " + condition.name);
+        check_cuda(cudaStreamSynchronize(stream.get()), "clearing residuals");
+    }
+
     void enqueue_step(cudaStream_t on) {
         check_cuda(launch_prepare(buffers, on), "preparing a step");
+        if (before_engine) before_engine(step_inputs, on);
         context.enqueue(on);
         check_cuda(launch_update(buffers, on), "ending a step");
     }

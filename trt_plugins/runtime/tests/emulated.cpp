@@ -2,9 +2,11 @@
 // small model in the engine's place. Work put on a stream is done when something waits for it, as late as CUDA may do it, or kept while a
 // graph is recorded; so what does not wait for another stream's work comes before it.
 //
-//   emulated SCHEDULE SAMPLE RESULT GUIDANCE GRAPH IMAGE_GUIDANCE IMAGE VARIANCE [NOISE]
+//   emulated SCHEDULE SAMPLE RESULT GUIDANCE GRAPH IMAGE_GUIDANCE IMAGE VARIANCE CONTROL [NOISE]
 //
 // Two samples of 5 x 4; GRAPH is 0 or 1; IMAGE and VARIANCE are the channels that the engine reads and predicts beside the sample's.
+// CONTROL is what the sample's first value, with the timestep's thousandth, is multiplied by in the residual of each step; 0 for no such
+// work.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -31,6 +33,7 @@ std::map<cudaStream_t, std::vector<Work>> streams;
 std::mutex streams_mutex;
 std::atomic<int> launches = 0, recordings = 0;
 std::int64_t image_channels = 0, variance_channels = 0;
+constexpr char kMiddle[] = "mid_block_additional_residual";
 std::atomic<int> steps_until_failure = -1;  // where not negative, so many steps are launched before one fails
 
 cudaError_t submit(cudaStream_t stream, const Work& work) {
@@ -143,6 +146,7 @@ struct Engine::Impl {
     std::vector<Tensor> tensors{{"sample", true, {-1, 5 + image_channels, 4}},
                                 {"timestep", true, {-1}},
                                 {"condition", true, {-1, 1}},
+                                {kMiddle, true, {-1, 1, -1}},
                                 {"out", false, {-1, 5 + variance_channels, 4}}};
 };
 struct Context::Impl {
@@ -169,7 +173,7 @@ Shape Context::shape(const std::string& name) const {
 }
 void Context::bind(const std::string& name, void* device_memory) { impl_->places[name] = static_cast<float*>(device_memory); }
 void Context::enqueue(cudaStream_t stream) {
-    if (impl_->places.size() != 4 || impl_->shapes.size() != 3) throw Error("something is not bound");
+    if (impl_->places.size() != 5 || impl_->shapes.size() != 4) throw Error("something is not bound");
     const std::size_t rows = static_cast<std::size_t>(impl_->shapes["sample"][0]), each = 20;
     const std::size_t input_row = each + 4 * static_cast<std::size_t>(image_channels);
     const std::size_t output_row = each + 4 * static_cast<std::size_t>(variance_channels);
@@ -178,7 +182,8 @@ void Context::enqueue(cudaStream_t stream) {
         for (std::size_t i = 0; i < rows * each; ++i) {
             const std::size_t row = i / each, at = i % each;
             const float* input = places.at("sample") + row * input_row;
-            const float condition = places.at("condition")[row], image = image_channels > 0 ? input[each + at % 4] : 0.0F;
+            const float condition = places.at("condition")[row] + places.at(kMiddle)[row * 3 + 2],
+                        image = image_channels > 0 ? input[each + at % 4] : 0.0F;
             places.at("out")[row * output_row + at] =
                 input[at] / (1 + std::fabs(input[at])) + 0.0005F * places.at("timestep")[row] + condition + image;
         }
@@ -207,8 +212,32 @@ int main(int count, char** words) {
         image_channels = std::stoi(words[7]);
         variance_channels = std::stoi(words[8]);
         const Engine engine = Engine::open({});
+        const auto refused = [&](const char* problem) {
+            try {
+                Denoiser(engine, schedule, options);
+            } catch (const Error& error) {
+                std::cerr << error.what() << "\n";
+                return;
+            }
+            throw std::logic_error(problem);
+        };
+        refused("an input of open sizes got none");
+        options.condition_shapes["middle"] = {1, 3};
+        options.condition_shapes[kMiddle] = {1, 3};
+        refused("an input that is none got a shape");
+        options.condition_shapes.erase("middle");
+        const float control = std::stof(words[9]);
+        const std::size_t input_row = 20 + 4 * static_cast<std::size_t>(image_channels);
+        if (control != 0)
+            options.before_engine = [=](const StepInputs& inputs, cudaStream_t stream) {
+                submit(stream, [=] {
+                    for (std::int64_t row = 0; row < inputs.rows; ++row)
+                        inputs.conditions.at(kMiddle)[row * 3 + 2] =
+                            control * (inputs.sample[static_cast<std::size_t>(row) * input_row] + 0.001F * inputs.timestep[row]);
+                });
+            };
         Denoiser denoiser(engine, schedule, options);
-        const std::vector<float> noise = count > 9 ? read_floats(words[9]) : std::vector<float>();
+        const std::vector<float> noise = count > 10 ? read_floats(words[10]) : std::vector<float>();
         try {
             denoiser.run(sample, noise);
             throw std::logic_error("it ran without its condition");
@@ -221,7 +250,7 @@ int main(int count, char** words) {
             const std::size_t rows = static_cast<std::size_t>(tensor.shape[0]);
             for (std::size_t row = 0; row < rows; ++row)
                 if (tensor.name == kImageCondition) image.insert(image.end(), 4 * static_cast<std::size_t>(image_channels), 0.1F * row);
-                else condition.push_back(row < rows / 2 ? 0.0F : 0.25F);
+                else if (tensor.name == "condition") condition.push_back(row < rows / 2 ? 0.0F : 0.25F);
         }
         denoiser.set_condition("condition", condition);
         if (image_channels > 0) denoiser.set_condition(kImageCondition, image);

@@ -1,6 +1,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -11,6 +13,16 @@
 namespace quest_deploy {
 
 constexpr char kImageCondition[] = "image_condition";
+/// In the names of inputs that may stay zeros, which add nothing: what ControlNets add, `down_block_additional_residual_0` and so on.
+constexpr char kResidual[] = "_additional_residual";
+
+/// What the engine reads at a step, on the GPU.
+struct StepInputs {
+    std::int64_t rows;
+    const float* sample;                       ///< [rows, ...], as the engine gets it
+    const float* timestep;                     ///< [rows]
+    std::map<std::string, float*> conditions;  ///< the other inputs by name, [rows, ...], to be written too
+};
 
 struct DenoiserOptions {
     std::int64_t batch = 1;  ///< samples denoised together
@@ -20,6 +32,12 @@ struct DenoiserOptions {
     /// The image's weight, of a model that edits one (instruct-pix2pix); 0 for other models. With a guidance above 1 the engine then runs
     /// on three times the batch: with all conditions, without the text's, and without the text's and with zeros for the image's.
     float image_guidance = 0;
+    /// The shapes, without the batch, of other inputs whose sizes the engine leaves open, by name.
+    std::map<std::string, Shape> condition_shapes;
+    /// Puts on the stream what a step has to do before its engine runs, such as a ControlNet that reads the sample and writes its
+    /// residuals. Called once, whose work is then recorded with the step, or at every step without a CUDA graph; and once before, on
+    /// arbitrary values, to set up what no recording may hold. It may do nothing but put work on the stream.
+    std::function<void(const StepInputs&, cudaStream_t)> before_engine;
     /// Record one step as a CUDA graph, once, and launch that. Not all that TensorRT does can be recorded; the error then says so.
     bool cuda_graph = true;
 };
@@ -37,7 +55,8 @@ public:
     /// The inputs besides the sample and the timestep, with the shapes that set_condition takes: [rows, ...], rows being the batch, or
     /// two or three times the batch under guidance. Where the engine's sample has more channels than its output, the rest, behind those
     /// that are denoised, are the condition kImageCondition: the mask and the masked image's latents, or the image's latents. An output
-    /// of more channels than the sample has a variance behind them, which is left out.
+    /// of more channels than the sample has a variance behind them, which is left out. Those with kResidual in their names are zeros until
+    /// they are set; all others must be.
     const std::vector<Tensor>& conditions() const;
     /// Copy a condition to the GPU; it stays until it is set again. Waits for a loop that was enqueued before, which reads the one before.
     /// Throws Error for an unknown name or another number of values.

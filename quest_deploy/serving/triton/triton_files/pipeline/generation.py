@@ -38,6 +38,8 @@ INPAINTING, EDITING = "inpainting", "instruct-pix2pix"
 LEARNED_VARIANCE = ("learned", "learned_range")
 MAX_GUIDANCE = 1000.0
 """Far beyond any weight that makes an image; larger ones overflow."""
+MAX_CONTROL_SCALE = 10.0
+"""Far beyond any scale that a ControlNet is used with."""
 DTYPES = {
     "prompt": np.object_,
     "negative_prompt": np.object_,
@@ -51,6 +53,8 @@ DTYPES = {
     "init_image": np.object_,
     "mask_image": np.object_,
     "image_guidance": np.float32,
+    "control_image": np.object_,
+    "control_scale": np.float32,
 }
 
 
@@ -107,6 +111,8 @@ class Job:
         image_guidance: the weight of the image that is edited, None where none is.
         image: float32 [1, 3, H, W] in [-1, 1], what is inpainted or edited, if anything.
         mask: float32 [1, 1, H, W], 1 where it is drawn anew and 0 elsewhere.
+        control: float32 [1, 3, H, W] in [0, 1], what the ControlNet is shown, if anything.
+        control_scale: of what it adds.
     """
 
     label: int
@@ -122,6 +128,8 @@ class Job:
     image_guidance: float | None = None
     image: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    control: torch.Tensor | None = None
+    control_scale: float = 1.0
 
     @property
     def rows(self) -> int:
@@ -199,10 +207,12 @@ class Generator:
         for i, timestep in enumerate(scheduler.timesteps):
             scaled = scheduler.scale_model_input(latents, timestep).repeat(job.rows, 1, 1, 1)
             inputs = {
-                "sample": torch.cat([scaled, *behind], 1).numpy(),
+                "sample": scaled.numpy(),
                 "timestep": np.full((job.rows, 1), float(timestep), np.float32),
                 **conditions,
             }
+            inputs |= await self._residuals(job, inputs, infer)
+            inputs["sample"] = torch.cat([scaled, *behind], 1).numpy()
             answer = torch.from_numpy(next(iter((await infer("unet", inputs)).values())))
             prediction = guided(answer, job, self._channels)
             if not self._uses_variance(job.scheduler):
@@ -265,7 +275,19 @@ class Generator:
             image_guidance=image_guidance,
             image=image,
             mask=mask,
+            control=self._control(given, height, width),
+            control_scale=_control_scale(given),
         )
+
+    def _control(self, given: dict[str, Any], height: int, width: int) -> torch.Tensor | None:
+        """What the ControlNet is shown, as :class:`Job` has it."""
+        for name in ("control_image", "control_scale"):
+            if name in given and not self.settings["residuals"]:
+                raise InvalidRequestError(f"{name}: expected none, this package has no ControlNet")
+        if "control_image" not in given:
+            return None
+        image = _image("control_image", given["control_image"])
+        return _array(resized(image, height, width))
 
     def _image_guidance(self, given: dict[str, Any]) -> float | None:
         if self.settings["image"] != EDITING:
@@ -386,6 +408,28 @@ class Generator:
         mask = torch.nn.functional.interpolate(job.mask, size=mean.shape[2:])
         return [torch.cat([mask, latents], 1).repeat(job.rows, 1, 1, 1)]
 
+    async def _residuals(self, job: Job, inputs: Arrays, infer: Infer) -> Arrays:
+        """What the ControlNet adds to the UNet, [rows, ...], by the name of its input; zeros where
+        it is shown nothing.
+
+        Args:
+            inputs: the UNet's own, its sample without an image's channels.
+        """
+        if job.control is None:
+            _, _, height, width = inputs["sample"].shape
+            return {
+                name: np.zeros(
+                    (job.rows, channels, height // divisor, width // divisor), np.float32
+                )
+                for name, (channels, divisor) in self.settings["residuals"].items()
+            }
+        # Its pixels lie among the channels: the image has the latents' height and width.
+        factor = self.settings["pixels_per_latent"]
+        shown = torch.nn.functional.pixel_unshuffle(job.control, factor)
+        image = shown.expand(job.rows, -1, -1, -1).numpy()
+        added = await infer("controlnet", {**inputs, "image": image})
+        return {name: value * np.float32(job.control_scale) for name, value in added.items()}
+
     async def _conditions(self, job: Job, infer: Infer) -> Arrays:
         """The UNet's further inputs, [rows, ...], in the order of :func:`guided`."""
         asked = {1: [True], 2: [False, True], 3: [True, False, False]}[job.rows]
@@ -457,6 +501,15 @@ def png(image: np.ndarray) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(stream, format="PNG")
     return stream.getvalue()
+
+
+def _control_scale(given: dict[str, Any]) -> float:
+    scale = float(given.get("control_scale", 1.0))
+    if not 0 <= scale <= MAX_CONTROL_SCALE:  # nor NaN
+        raise InvalidRequestError(
+            f"control_scale: expected a scale from 0 to {MAX_CONTROL_SCALE:g}, found {scale:g}"
+        )
+    return scale
 
 
 def _rows(inputs: Arrays) -> int:
