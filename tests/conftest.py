@@ -40,7 +40,17 @@ settings.register_profile("quest", deadline=None, max_examples=40, derandomize=T
 settings.load_profile("quest")
 
 SLOW_FIXTURES = frozenset(
-    {"build", "chain", "denoise", "emulated", "ldm_chain", "pixart_chain", "without_headers", "xl"}
+    {
+        "build",
+        "chain",
+        "denoise",
+        "emulated",
+        "ldm_chain",
+        "pixart_chain",
+        "sd3_chain",
+        "without_headers",
+        "xl",
+    }
 )
 """They take many seconds, up to minutes: what asks for one is slow without saying so."""
 STAGES = (
@@ -55,6 +65,7 @@ STAGES = (
             "files",
             "text_chain",
             "pixart_chain",
+            "sd3_chain",
             "label_chain",
             "made",
             "host",

@@ -204,9 +204,14 @@ def _scheduler(model: DiffusionModel, steps: int, scheme: Scheme | None) -> Any:
     if scheme is None:
         return scheduler
     # The model's own spacing visits the timesteps at which it will sample; "trailing" ends each of
-    # `count` equal parts of the training steps, so that no part is left out.
+    # `count` equal parts of the training steps, so that no part is left out. Flow matching knows no
+    # spacing: the steps that its buckets were made for visit all of them.
     least = max(steps, scheme.buckets)
-    for spacing, count in (({}, least), (TRAILING, least), (TRAILING, model.train_timesteps)):
+    for spacing, count in (
+        ({}, least),
+        (TRAILING, least) if model.bucket_steps is None else ({}, model.bucket_steps),
+        (TRAILING, model.train_timesteps),
+    ):
         if len({scheme.bucket_of(t) for t in scheduler.timesteps.tolist()}) == scheme.buckets:
             break
         scheduler = model.load_scheduler("ddim", **spacing)

@@ -211,7 +211,12 @@ class PipelineModel:
                 kind = getattr(diffusers, class_name)
                 network = load_single_file(self.single_file, kind, self.folder, part)
             else:
-                network = load_part(self.folder / part, getattr(diffusers, class_name), whole=True)
+                network = load_part(
+                    self.folder / part,
+                    getattr(diffusers, class_name),
+                    whole=True,
+                    unused=self.network.unused_weights,
+                )
         if self._known is not None and self._known.heads is not None:
             set_heads(network, self._known.heads)
         if self.source.loras:

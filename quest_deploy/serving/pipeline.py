@@ -280,6 +280,12 @@ class PipelineNetwork(ModelMixin, ConfigMixin):
         }
         if unknown := sorted(wanted.keys() - set(self._network.conditions)):
             raise InputError(f"the engine does not compute {', '.join(unknown)}: {_FIXED}")
+        largest = self._network.largest_side(self.config)
+        if largest is not None and max(sample.shape[2:]) > largest:
+            raise InputError(
+                f"expected samples of at most {largest} by {largest}, for which the "
+                f"{self._network.noun} has positions, found {list(sample.shape[2:])}"
+            )
         steps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
         steps = steps.expand(len(sample)) if len(steps) == 1 else steps
         inputs = {**wanted, **(residuals or {})}

@@ -28,6 +28,7 @@ from tests.quest_deploy.support import (
     MINI_EMOJI_UNET,
     MINI_UNET,
     PIXART_CHAIN,
+    SD3_CHAIN,
     TEXT_CHAIN,
     Outcome,
     cli,
@@ -242,6 +243,13 @@ def text_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
 def pixart_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     """The small pipeline of PixArt-Sigma, through every command. Workers share one."""
     with _chain("pixart", PIXART_CHAIN, tmp_path_factory) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def sd3_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+    """The small pipeline of Stable Diffusion 3.5, through every command. Workers share one."""
+    with _chain("sd3", SD3_CHAIN, tmp_path_factory) as made:
         yield made
 
 

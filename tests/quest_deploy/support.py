@@ -131,6 +131,19 @@ PIXART_CHAIN = {
     "schedule": CHAIN["schedule"],
 }
 """And for one whose network is a transformer."""
+SD3_CHAIN = {
+    **PIXART_CHAIN,
+    "calibrate": [
+        *("--bits", "w4a8", "--samples", "1", "--steps", "4", "--buckets", "4"),
+        *("--attention-bits", "8", "--softmax-bits", "8"),
+    ],
+    "finetune": [*LDM_CHAIN["finetune"], "--gradient-checkpointing"],
+    "generate openvino": [
+        *("--prompt", "a red cat", "--steps", "2", "--height", "16", "--width", "24"),
+    ],
+    "schedule": ["--scheduler", "euler", "--steps", "4"],
+}
+"""And of flow matching."""
 
 
 LINKS = ("to other names", "to the same names", "hard")

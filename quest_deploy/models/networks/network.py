@@ -50,6 +50,7 @@ class Network(ABC):
         supervised_output: which of the outputs of such a block is compared, where it has several.
         checkpointed_blocks: the classes of those that run again in the backward pass, to save
             memory.
+        unused_weights: the names of weights that published files hold though nothing reads them.
         reconstructs: whether Q-Diffusion's reconstruction knows its blocks.
         flow_matching: whether its schedule is flow matching's, in sigmas, or one of betas.
         takes_loras: whether LoRAs can be fused into it.
@@ -66,6 +67,7 @@ class Network(ABC):
     supervised_blocks: tuple[str, ...]
     supervised_output = 0
     checkpointed_blocks: tuple[str, ...]
+    unused_weights: tuple[str, ...] = ()
     reconstructs = False
     flow_matching = False
     takes_loras = False
@@ -118,6 +120,10 @@ class Network(ABC):
     @abstractmethod
     def sample_multiple(self, config: Mapping[str, Any]) -> int:
         """What heights and widths of the samples must be multiples of."""
+
+    def largest_side(self, config: Mapping[str, Any]) -> int | None:
+        """The largest height and width of the samples that it takes; None of one without."""
+        return None
 
     @abstractmethod
     def build(self, class_name: str, config: Mapping[str, Any]) -> nn.Module:

@@ -82,6 +82,11 @@ class SD3(PatchTransformers):
                 f"not in its {INDEX}; get the model whole"
             )
 
+    def largest_side(self, config: Mapping[str, Any]) -> int | None:
+        """See :class:`Network`: positions are those of the middle of so many patches."""
+        patches = config.get("pos_embed_max_size", USUAL_SIDE)
+        return None if patches is None else int(patches * config["patch_size"])
+
     def build(self, class_name: str, config: Mapping[str, Any]) -> nn.Module:
         """See :class:`Network`."""
         side = config.get("pos_embed_max_size", USUAL_SIDE)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 from exporters.graph_info import graph_info, load_graph
@@ -17,22 +19,24 @@ from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import (
     CALIBRATED,
     CHECKPOINT,
+    ENGINES,
     GRAPH,
     MANIFEST,
     TRAJECTORIES,
     Workspace,
 )
+from quest_deploy.backends.base import LOWERED
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.finetuning.train import FinetuneOptions, finetune
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import load_pipeline
 from tests.helpers import refused
-from tests.quest_deploy.support import PIXART_CHAIN, cli
+from tests.pipelines import controlnet
+from tests.quest_deploy.support import PIXART_CHAIN, SD3_CHAIN, cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from tests.quest_deploy.conftest import Chain
 
@@ -67,7 +71,7 @@ def test_verification_of_a_transformer_covers_every_layer_product_and_segment(
 ) -> None:
     report = json.loads((pixart_chain.root / "reports" / "verify-onnxruntime.json").read_text())
     info = graph_info(load_graph(pixart_chain.root / GRAPH))
-    verified = {layer["name"] for layer in report["layers"]}
+    verified = {layer["layer"] for layer in report["layers"]}
     assert verified == {*info.layers, *info.matmuls}
     assert len(info.layers) == 10
     assert report["segments"]
@@ -193,37 +197,51 @@ def test_an_alpha_goes_through_to_a_verified_engine(
     )
 
 
-@pytest.mark.slow
-def test_stable_diffusion_3_goes_through_with_its_products_quantized(
-    pipelines: Callable[[str], Path], tmp_path: Path
+def test_stable_diffusion_3_goes_through_every_command(sd3_chain: Chain) -> None:
+    outcomes = sd3_chain.outcomes
+    assert outcomes.keys() == SD3_CHAIN.keys()
+    for backend in ("onnxruntime", "openvino"):
+        assert outcomes[f"verify {backend}"].json["passed"]
+    (picture,) = outcomes["generate openvino"].json["pictures"]
+    assert Image.open(picture).size == (24, 16)
+    results = outcomes["evaluate onnxruntime"].json["results"]
+    assert results["onnxruntime"]["psnr"] == pytest.approx(results["QuEST"]["psnr"], abs=0.5)
+    table = json.loads(Path(outcomes["schedule"].json["schedule"]).read_text())
+    assert table["steps"][0]["timestep"] == 1000
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_verification_of_stable_diffusion_3_covers_every_layer_product_and_segment(
+    sd3_chain: Chain, backend: str
 ) -> None:
-    root = tmp_path / "ws"
-    operands = ("--attention-bits", "8", "--softmax-bits", "8", "--buckets", "4")
-    steps = ("--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2")
-    run_all(
-        root,
-        ("calibrate", "--model", pipelines("sd3"), "--samples", "1", "--steps", "4", *operands),
-        ("finetune", *steps, "--gradient-checkpointing"),
-        ("export",),
-        ("reference",),
-        ("build-engine", "--backend", "onnxruntime"),
-        ("verify", "--backend", "onnxruntime"),
-        ("generate", "--backend", "onnxruntime", "--prompt", "a cat", "--steps", "2"),
-        ("evaluate", "--backend", "onnxruntime", "--images", "1", "--steps", "2"),
-        ("schedule", "--scheduler", "euler", "--steps", "4"),
+    report = json.loads((sd3_chain.root / "reports" / f"verify-{backend}.json").read_text())
+    info = graph_info(load_graph(sd3_chain.root / GRAPH))
+    assert {layer["layer"] for layer in report["layers"]} == {*info.layers, *info.matmuls}
+    assert {"attn.scores", "attn.mix", "attn2.scores", "attn2.mix"} <= {
+        name.removeprefix("transformer_blocks.0.") for name in info.matmuls
+    }
+    assert {x["bucket"] for x in report["buckets"]} == set(range(4))
+    assert report["segments"]
+
+
+def test_finetuning_trains_the_norms_of_stable_diffusion_3_in_float(sd3_chain: Chain) -> None:
+    before, after = (
+        load_checkpoint(sd3_chain.root / name).floats for name in (CALIBRATED, CHECKPOINT)
     )
-    before, after = (load_checkpoint(root / name).floats for name in (CALIBRATED, CHECKPOINT))
     changed = {name for name, value in before.items() if not np.array_equal(value, after[name])}
     norms = {"norm1.linear", "norm1_context.linear", "norm_out.linear"}
     assert changed
     assert all(any(norm in name for norm in norms) for name in changed)
-    graph = graph_info(load_graph(root / GRAPH))
-    assert {"attn.scores", "attn.mix", "attn2.scores", "attn2.mix"} <= {
-        name.removeprefix("transformer_blocks.0.") for name in graph.matmuls
-    }
-    # At another size and number of tokens the engine predicts as the fake-quantized model does.
-    pipeline = load_pipeline(root, "onnxruntime")
-    quantized = QuantizedModel.from_checkpoint(load_checkpoint(root / CHECKPOINT)).eval()
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@torch.no_grad()
+def test_the_engine_of_stable_diffusion_3_predicts_as_the_fake_quantized_model_at_other_sizes(
+    sd3_chain: Chain, backend: str
+) -> None:
+    pipeline = load_pipeline(sd3_chain.root, backend)
+    assert type(pipeline) is StableDiffusion3Pipeline
+    quantized = QuantizedModel.from_checkpoint(load_checkpoint(sd3_chain.root / CHECKPOINT)).eval()
     generator = torch.Generator().manual_seed(3)
     sample = torch.randn(3, 4, 6, 12, generator=generator)
     given = {
@@ -232,9 +250,46 @@ def test_stable_diffusion_3_goes_through_with_its_products_quantized(
     }
     timestep = torch.tensor([1000.0, 812.5, 20.0])
     found = pipeline.transformer(hidden_states=sample, timestep=timestep, **given).sample
-    with torch.no_grad():
-        expected = quantized(sample, timestep, **given)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found, quantized(sample, timestep, **given), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pixart_chain", "sd3_chain"])
+def test_inspect_shows_what_a_transformer_and_its_engines_take(
+    request: pytest.FixtureRequest, name: str
+) -> None:
+    chain: Chain = request.getfixturevalue(name)
+    network = load_model(Workspace.open(chain.root).source).network
+    lowered = (chain.root / ENGINES / x / LOWERED for x in ("openvino", "tensorrt-rtx"))
+    for path in (chain.root / GRAPH, *lowered):
+        shown = cli("inspect", path)
+        assert shown.code == 0, shown.err
+        wanted = {"encoder_hidden_states", "encoder_attention_mask", "pooled_projections"}
+        assert all(x in shown.out for x in wanted & set(network.conditions))
+    shown = cli("inspect", chain.root)
+    assert shown.code == 0, shown.err
+    report = (chain.root / "reports" / "report.html").read_text()
+    assert "transformer_blocks.0.ff.net.2" in report
+
+
+def test_controlnets_and_adapters_of_a_transformer_are_refused(
+    pixart_chain: Chain, pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    net = controlnet(tmp_path / "net", pipelines("controlled"))
+    given = ("--model", pipelines("sd3"))
+    for option in ("--controlnet", "--t2i-adapter"):
+        ended = cli("calibrate", "-w", tmp_path / "ws", *given, option, net)
+        ended.assert_refused("SD3Transformer2DModel")
+        ended = cli("export", "-w", tmp_path / "other", *given, f"{option}-inputs")
+        ended.assert_refused("SD3Transformer2DModel")
+        assert not (tmp_path / "other" / TRAJECTORIES).exists()
+    for part in ("controlnet", "adapter"):
+        with refused(part, "PixArtTransformer2DModel"):
+            load_pipeline(pixart_chain.root, "onnxruntime", **{part: net})
+    copied = shutil.copytree(pixart_chain.root, tmp_path / "copy")
+    for command in ("export", "reference"):
+        ended = cli(command, "-w", copied, "--controlnet-inputs")
+        ended.assert_refused("controlnet", "PixArt")
 
 
 def test_a_package_and_loras_of_a_transformer_are_refused_before_anything_is_written(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.evaluation.sampling import float_denoiser, sample_images
@@ -18,6 +19,7 @@ from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.schedulers import FLOW_SCHEDULERS, OTHER_SIGMAS, SCHEDULERS, set_steps
 from quest_deploy.serving.pipeline import stand_in
 from quest_deploy.serving.schedule import run_schedule, schedule_from_scheduler
+from quest_deploy.stages.workspaces import SchemeChoices
 from tests.helpers import refused
 from tests.quest_deploy.support import cli
 
@@ -164,6 +166,19 @@ def test_calibration_follows_the_flow(model: PipelineModel) -> None:
     for i in range(3):
         expected = recorded.sample[i] + (sigmas[i + 1] - sigmas[i]) * recorded.output[i]
         torch.testing.assert_close(recorded.sample[i + 1], expected)
+
+
+def test_calibration_takes_as_many_steps_as_visit_every_bucket_and_no_more(
+    model: PipelineModel,
+) -> None:
+    network, edges = model.load_unet(), SchemeChoices(buckets=20).edges(model)
+    scheme = Scheme.parse("w4a4", buckets=20, edges=edges)
+    recorded = record_trajectories(
+        model, network, steps=10, samples=1, seed=0, guidance=1.0, scheme=scheme
+    )
+    assert len(recorded.timestep) == 28
+    held = {scheme.bucket_of(t) for t in recorded.timestep.tolist()}
+    assert held == set(range(20))
 
 
 @pytest.mark.parametrize("name", FLOW_SCHEDULERS)

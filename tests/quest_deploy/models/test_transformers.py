@@ -244,6 +244,42 @@ def test_a_network_that_is_built_anew_with_the_same_weights_predicts_the_same(
     assert torch.equal(found, expected)
 
 
+@torch.no_grad()
+def test_samples_beyond_its_positions_are_refused_as_diffusers_does(
+    models: Callable[[str], PipelineModel],
+) -> None:
+    model = models("sd3")
+    engine: Any = float_denoiser(model.load_unet())
+    network: Any = stand_in(engine, model.config)
+    for size in ((24, 2), (26, 2)):
+        given = inputs_of(model, size)
+        sample = given.pop("sample")
+        if max(size) <= 24:
+            assert network(sample, **given).sample.shape == sample.shape
+            continue
+        with pytest.raises(ValueError, match="pos_embed_max_size"):
+            theirs(model, {"sample": sample, **given})
+        with refused("24"):
+            network(sample, **given)
+
+
+def test_the_states_of_no_prompt_that_published_weights_of_pixart_hold_are_left_out(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(pipelines("pixart"), tmp_path / "m")
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["caption_projection.y_embedding"] = torch.ones(120, TEXT_WIDTH)
+    save_file(tensors, path, {"format": "pt"})
+    found = load_model(resolve_source(str(folder))).load_unet().state_dict()
+    assert found.keys() == tensors.keys() - {"caption_projection.y_embedding"}
+    save_file({**tensors, "further.weight": torch.ones(1)}, path, {"format": "pt"})
+    with refused("further.weight"):
+        load_model(resolve_source(str(folder))).load_unet()
+
+
 def test_a_table_of_positions_that_is_not_one_of_sines_is_refused(
     pipelines: Callable[[str], Path], tmp_path: Path
 ) -> None:
