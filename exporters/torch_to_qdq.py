@@ -253,6 +253,18 @@ def _rewrite_conversions(graph: torch.fx.Graph) -> None:
                 )
 
 
+def _is_zero(context: Any, zero: ir.Value, **_: Any) -> bool:
+    """Whether a value is the scalar 0, exactly."""
+    tensor = ir.convenience.get_const_tensor(zero)
+    return tensor is not None and tensor.size == 1 and not tensor.numpy().any()
+
+
+_ADD_0 = rewriter.pattern.RewriteRule(
+    lambda op, x, zero: op.Add(x, zero), lambda op, x, **_: op.Identity(x), _is_zero
+)
+"""onnxscript's own takes 1e-15 for 0 too, which keeps a division from infinity."""
+
+
 def _simplify(model: ir.Model) -> None:
     """onnxscript's optimizer, without the one of its rules that looks through the whole graph for
     each node: most of the export.
@@ -265,7 +277,7 @@ def _simplify(model: ir.Model) -> None:
             [
                 rules.mul_by_1_rule,
                 rules.div_by_1_rule,
-                rules.add_0_rule,
+                _ADD_0,
                 rules.sub_0_rule,
                 rules.cast_cast_rule,
                 rules.no_op_cast_rule,

@@ -48,6 +48,11 @@ TRANSFORMER_LAYER_SETS = {
     "sd3": LayerSets(
         _JOINT_NORMS, ("*.ff.net.*", "*.ff_context.net.*", "*.attn.*", "*.attn2.*"), _JOINT_NORMS
     ),
+    "sana": LayerSets(
+        ("time_embed.linear", *_TABLES),
+        ("*.ff.conv_*", "*.attn1.*", "*.attn2.*"),
+        ("time_embed.linear", *_TABLES),
+    ),
     "dit": LayerSets(("*.norm1.linear", "proj_out_1"), _BLOCKS, ("*.norm1.linear", "proj_out_1")),
 }
 """Ours, for transformers: the timestep enters by the adaptive norms' linears and tables."""

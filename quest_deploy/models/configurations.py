@@ -71,6 +71,9 @@ class TransformerConfiguration(Configuration):
     attention_head_dim: Channels
     cross_attention_dim: Channels | None = None
     caption_channels: Channels | None = None
+    num_cross_attention_heads: Channels | None = None
+    cross_attention_head_dim: Channels | None = None
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] | None = None
     joint_attention_dim: Channels | None = None
     caption_projection_dim: Channels | None = None
     pooled_projection_dim: Channels | None = None

@@ -51,7 +51,7 @@ def check_tokenizer(folder: Path) -> None:
 def bound_tokenizers(pipeline: Any) -> None:
     """Let each tokenizer of a pipeline pad and cut to no more tokens than its text encoder takes:
     many a tokenizer_config.json says no length, which transformers takes for 10^30. One without
-    positions of its own (T5) takes what the pipeline gives it.
+    positions of its own (T5), or with many (Gemma), takes what the pipeline gives it.
     """
     encode = getattr(pipeline, "encode_prompt", None)
     given = None if encode is None else signature(encode).parameters.get("max_sequence_length")
@@ -59,9 +59,10 @@ def bound_tokenizers(pipeline: Any) -> None:
     for suffix in _SUFFIXES:
         tokenizer = getattr(pipeline, f"tokenizer{suffix}", None)
         encoder = getattr(pipeline, f"text_encoder{suffix}", None)
-        most = getattr(getattr(encoder, "config", None), "max_position_embeddings", usual)
-        if tokenizer is not None and most is not None:
-            tokenizer.model_max_length = min(tokenizer.model_max_length, most)
+        places = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+        if tokenizer is not None:
+            bounds = (x for x in (places, usual) if x is not None)
+            tokenizer.model_max_length = min(tokenizer.model_max_length, *bounds)
 
 
 def tell_cut(pipeline: Any, prompts: list[str]) -> None:

@@ -252,8 +252,13 @@ class ExplicitJointAttention(ExplicitAttention):
         return output, tokens if attn.context_pre_only else attn.to_add_out(tokens)
 
 
-_EXPLICIT = {"JointAttnProcessor2_0": ExplicitJointAttention}
-"""By diffusers' processor, what computes the same; :class:`ExplicitAttention` for others."""
+_EXPLICIT: dict[str, type[ExplicitAttention] | None] = {
+    "JointAttnProcessor2_0": ExplicitJointAttention,
+    "SanaLinearAttnProcessor2_0": None,
+}
+"""By diffusers' processor, what computes the same; :class:`ExplicitAttention` for others. Linear
+attention has no softmax, and its products stay in float.
+"""
 
 
 def _heads(attn: Any, project: Any, x: Tensor, norm: Any = None) -> Tensor:
@@ -306,9 +311,10 @@ def prepare(
         setattr(model.get_submodule(parent), child, LowRank(layer, rank))
     if attention is not None:
         for module in attentions(model):
-            module.scores, module.mix = Product(OPERANDS["scores"]), Product(OPERANDS["mix"])
             explicit = _EXPLICIT.get(type(module.processor).__name__, ExplicitAttention)
-            module.set_processor(explicit(attention))
+            if explicit is not None:
+                module.scores, module.mix = Product(OPERANDS["scores"]), Product(OPERANDS["mix"])
+                module.set_processor(explicit(attention))
     return model
 
 

@@ -118,7 +118,7 @@ PIXART_CHAIN = {
     **{step: TEXT_CHAIN[step] for step in ("finetune", "export", "reference")},
     "build-engine onnxruntime": ["--threads", "1"],
     "build-engine openvino": ["--threads", "1"],
-    "build-engine tensorrt-rtx": CHAIN["build-engine tensorrt-rtx"],
+    "build-engine tensorrt-rtx": [*CHAIN["build-engine tensorrt-rtx"], "--dtype", "fp16"],
     "verify onnxruntime": [],
     "verify openvino": [],
     "benchmark onnxruntime": [

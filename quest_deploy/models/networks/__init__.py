@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quest_deploy.errors import InputError
 from quest_deploy.models.networks.dit import DiT
 from quest_deploy.models.networks.pixart import PixArt
+from quest_deploy.models.networks.sana import Sana
 from quest_deploy.models.networks.sd3 import SD3
 from quest_deploy.models.networks.unet import UNets
 from quest_deploy.models.unets import recorded_class
@@ -21,12 +22,11 @@ if TYPE_CHECKING:
     from quest_deploy.models.networks.network import Network
 
 UNET: Network = UNets()
-TRANSFORMERS: tuple[Network, ...] = (PixArt(), DiT(), SD3())
+TRANSFORMERS: tuple[Network, ...] = (PixArt(), DiT(), SD3(), Sana())
 NETWORKS = (UNET, *TRANSFORMERS)
 MISSING = {
     "FluxTransformer2DModel": "its packed latents, its rotary positions and a guidance embedded",
     "Flux2Transformer2DModel": "its packed latents, its rotary positions and a shared modulation",
-    "SanaTransformer2DModel": "its linear attention, its convolutions in the blocks and Gemma",
     "QwenImageTransformer2DModel": "its complex rotary positions, its packed latents and, where it "
     "edits, a timestep for each token",
     "ZImageTransformer2DModel": "its complex rotary positions and its lists of samples",

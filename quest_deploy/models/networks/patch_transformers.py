@@ -14,13 +14,17 @@ from torch import Tensor
 from quest_deploy.errors import InputError
 from quest_deploy.models.channels import Channels
 from quest_deploy.models.configurations import TransformerConfiguration
-from quest_deploy.models.networks.network import Network
+from quest_deploy.models.networks.network import Network, States
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from torch import nn
+
+
+PADDING = 10000.0
+"""What diffusers takes from the scores of padding."""
 
 
 class PatchTransformers(Network):
@@ -30,6 +34,7 @@ class PatchTransformers(Network):
         flat_class: diffusers' class with flat conditions, called as ``class_names`` has it behind
             diffusers' own.
         layers: which of QuEST's layer sets applies.
+        embedder: the module of the patches.
     """
 
     part, noun = "transformer", "transformer"
@@ -38,6 +43,7 @@ class PatchTransformers(Network):
     unserved = "the server of a package samples with a UNet's conditions alone"
     flat_class: type[nn.Module]
     layers: str
+    embedder = "pos_embed"
 
     def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""
@@ -94,9 +100,10 @@ class PatchTransformers(Network):
     def flat(self, network: nn.Module) -> nn.Module:
         """See :class:`Network`."""
         network.__class__ = self.flat_class
-        patches: Any = network.get_submodule("pos_embed")
-        patches.__class__ = AnySizePatchEmbed
-        patches.drop_table()
+        patches: Any = network.get_submodule(self.embedder)
+        if getattr(patches, "pos_embed", None) is not None:  # some have no positions
+            patches.__class__ = AnySizePatchEmbed
+            patches.compute_positions()
         return network
 
 
@@ -105,10 +112,14 @@ class AnySizePatchEmbed(PatchEmbed):
     a graph; diffusers has a table for one size, and computes others' beside the model.
     """
 
-    def drop_table(self) -> None:
+    width: int
+    """Of a position, which the projection has no more once it is quantized."""
+
+    def compute_positions(self) -> None:
         """Forget diffusers' table of positions, which may be a gigabyte; raise InputError where it
         is not what is computed instead.
         """
+        self.width = self.proj.out_channels
         table: Tensor | None = self._buffers.pop("pos_embed", None)
         largest = self.pos_embed_max_size
         if table is None or table.is_meta or not largest:
@@ -139,7 +150,7 @@ class AnySizePatchEmbed(PatchEmbed):
         largest side where the model has one, and else so many that they span what the model's own
         side does.
         """
-        quarter = self.proj.out_channels // 4
+        quarter = self.width // 4
         exponents = torch.arange(quarter, dtype=torch.float64) / quarter
         frequencies = (10000.0**-exponents).float()
         places, largest = torch.arange(count, dtype=torch.float32), self.pos_embed_max_size
@@ -159,6 +170,13 @@ def unpatched(patches: Tensor, sample: Tensor, side: int) -> Tensor:
     # [B, rows, columns, side, side, C] -> [B, C, rows * side, columns * side]
     cut = patches.unflatten(2, (side, side, -1)).unflatten(1, (rows, columns))
     return cut.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def masked_states(states: Tensor, mask: Tensor) -> States:
+    """The states [N, tokens, D] of prompts and their mask [N, tokens], 1 for a token and 0 for
+    padding, as conditions.
+    """
+    return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask.float()}
 
 
 def spread(timestep: Tensor | float, like: Tensor) -> Tensor:

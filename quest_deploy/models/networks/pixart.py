@@ -13,7 +13,13 @@ from torch import Tensor
 
 from quest_deploy.errors import InputError
 from quest_deploy.models.networks.network import TEXT_TO_IMAGE, States
-from quest_deploy.models.networks.patch_transformers import PatchTransformers, spread, unpatched
+from quest_deploy.models.networks.patch_transformers import (
+    PADDING,
+    PatchTransformers,
+    masked_states,
+    spread,
+    unpatched,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,8 +29,6 @@ RANDOM_TOKENS = 300
 """As many as PixArt-Sigma pads prompts to."""
 TOLD_SIZE = 128
 """The sample's side of the models that are told the image's size."""
-PADDING = 10000.0
-"""What diffusers takes from the scores of padding."""
 
 
 class FlatPixArt(PixArtTransformer2DModel):
@@ -116,7 +120,7 @@ class PixArt(PatchTransformers):
         states, mask, no_states, no_mask = pipeline.encode_prompt(
             list(prompts), do_classifier_free_guidance=True, device=torch.device("cpu")
         )
-        return _states(states, mask), _states(no_states, no_mask)
+        return masked_states(states, mask), masked_states(no_states, no_mask)
 
     def random_states(
         self, config: Mapping[str, Any], count: int, generator: torch.Generator
@@ -125,7 +129,7 @@ class PixArt(PatchTransformers):
         width = config.get("caption_channels") or config["cross_attention_dim"]
         lengths = torch.randint(1, RANDOM_TOKENS // 2, (count, 1), generator=generator)
         states = torch.randn(count, RANDOM_TOKENS, width, generator=generator)
-        return _states(states, torch.arange(RANDOM_TOKENS) < lengths)
+        return masked_states(states, torch.arange(RANDOM_TOKENS) < lengths)
 
     def of_size(self, config: Mapping[str, Any], size: tuple[int, int], count: int) -> States:
         """See :class:`Network`."""
@@ -142,7 +146,3 @@ def _is_told(config: Mapping[str, Any]) -> bool:
     """Whether a transformer of ``config`` is told the image's size."""
     told = config.get("use_additional_conditions")
     return config["sample_size"] == TOLD_SIZE if told is None else bool(told)
-
-
-def _states(states: Tensor, mask: Tensor) -> States:
-    return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask.float()}

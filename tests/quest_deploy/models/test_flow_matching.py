@@ -168,6 +168,16 @@ def test_calibration_follows_the_flow(model: PipelineModel) -> None:
         torch.testing.assert_close(recorded.sample[i + 1], expected)
 
 
+def test_more_buckets_than_the_models_own_steps_are_those_of_more_steps(
+    model: PipelineModel,
+) -> None:
+    edges = SchemeChoices(buckets=40).edges(model)
+    scheme = Scheme.parse("w4a4", buckets=40, edges=edges)
+    scheduler = model.load_scheduler("ddim")
+    set_steps(scheduler, 40)
+    assert sorted(scheme.bucket_of(t) for t in scheduler.timesteps.tolist()) == list(range(40))
+
+
 def test_calibration_takes_as_many_steps_as_visit_every_bucket_and_no_more(
     model: PipelineModel,
 ) -> None:

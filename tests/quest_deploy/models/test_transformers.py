@@ -24,7 +24,7 @@ from quest_deploy.quantization.planner import plan_quantization
 from quest_deploy.quantization.prepare import prepare
 from quest_deploy.serving.pipeline import stand_in
 from tests.helpers import refused
-from tests.pipelines import TEXT_WIDTH
+from tests.pipelines import TEXT_WIDTH, sana
 from tests.pipelines import TRANSFORMERS as PIPELINES
 from tests.quest_deploy.support import cli
 
@@ -73,7 +73,7 @@ def theirs(model: PipelineModel, inputs: dict[str, Tensor]) -> Tensor:
     sample = given.pop("sample")
     if "class_labels" in given:
         given["class_labels"] = given["class_labels"].long()
-    if "encoder_attention_mask" in given:
+    if kind is diffusers.PixArtTransformer2DModel:
         added = {name: given.pop(name, None) for name in ("resolution", "aspect_ratio")}
         given["added_cond_kwargs"] = added
     result: Tensor = own(sample, **given).sample
@@ -91,6 +91,8 @@ def theirs(model: PipelineModel, inputs: dict[str, Tensor]) -> Tensor:
         ("pixart-alpha", (64, 96)),
         ("dit", (8, 8)),
         ("dit", (4, 4)),
+        ("sana", (16, 16)),
+        ("sana", (5, 8)),
     ],
 )
 @torch.no_grad()
@@ -124,7 +126,7 @@ def test_dit_takes_samples_that_are_no_squares_and_predicts_each_patch_in_its_pl
     assert torch.equal(flat[:, 2:, 6:], patch)
 
 
-@pytest.mark.parametrize("name", ["pixart", "pixart-alpha", "sd3"])
+@pytest.mark.parametrize("name", ["pixart", "pixart-alpha", "sd3", "sana"])
 @torch.no_grad()
 def test_a_pipeline_around_our_network_draws_what_diffusers_draws(
     models: Callable[[str], PipelineModel], name: str
@@ -299,6 +301,53 @@ def test_a_table_of_positions_that_is_not_one_of_sines_is_refused(
 
 
 @torch.no_grad()
+def test_sana_is_given_what_its_pipeline_asks_with_its_instruction(
+    models: Callable[[str], PipelineModel],
+) -> None:
+    model = models("sana")
+    pipeline = model.pipeline_class().from_pretrained(model.folder)
+    pipeline.set_progress_bar_config(disable=True)
+    given: list[dict[str, Tensor]] = []
+    kept = pipeline.transformer.forward
+    pipeline.transformer.forward = lambda *x, **named: (given.append(named), kept(*x, **named))[1]
+    arguments = {"use_resolution_binning": False, "clean_caption": False, "output_type": "latent"}
+    pipeline(model.prompts[:2], num_inference_steps=1, **arguments)
+    null, found = model.null_conditions(2), model.conditions(np.arange(2))
+    for name in found:
+        expected = torch.cat([null[name], found[name]])
+        torch.testing.assert_close(given[0][name].float(), expected)
+    assert found["encoder_hidden_states"].shape == (2, 300, TEXT_WIDTH)
+
+
+@torch.no_grad()
+def test_linear_attention_stays_as_it_is_where_products_are_quantized(
+    models: Callable[[str], PipelineModel],
+) -> None:
+    model = models("sana")
+    inputs = inputs_of(model, (16, 16))
+    network = prepare(model.load_unet(), {}, ScoreScale.PRODUCT)
+    found = network(**inputs, return_dict=False)[0]
+    torch.testing.assert_close(found, theirs(model, inputs), rtol=1e-5, atol=2e-6)
+    scheme = Scheme.parse("w8a8", buckets=2, attention_bits=8, softmax_bits=8)
+    products = plan_quantization(network, inputs, scheme).matmuls
+    assert [x.name for x in products] == [
+        f"transformer_blocks.0.attn2.{x}" for x in ("scores", "mix")
+    ]
+
+
+@torch.no_grad()
+def test_sana_with_positions_has_those_of_diffusers(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = sana(tmp_path / "m", interpolation_scale=2)
+    model = load_model(resolve_source(str(folder)))
+    for size in ((16, 16), (8, 12)):
+        inputs = inputs_of(model, size)
+        found = model.load_unet()(**inputs, return_dict=False)[0]
+        torch.testing.assert_close(found, theirs(model, inputs), rtol=1e-5, atol=2e-6)
+
+
+@torch.no_grad()
 def test_explicit_attention_heeds_the_mask_of_the_prompt(
     models: Callable[[str], PipelineModel],
 ) -> None:
@@ -322,12 +371,13 @@ def test_the_blocks_are_quantized_and_embedders_norms_and_last_projection_stay_i
     scheme = Scheme.parse("w4a4", buckets=2, float_layers=model.float_layers)
     planned = [layer.name for layer in plan_quantization(network, probe, scheme).layers]
     of_blocks = (".attn.", ".attn1.", ".attn2.", ".ff.net.", ".ff_context.net.")
+    of_blocks += (".ff.conv_inverted", ".ff.conv_point")
     assert planned
     assert all(any(part in name for part in of_blocks) for name in planned)
     everything = plan_quantization(network, probe, Scheme.parse("w4a4", buckets=2)).layers
     left = {x.name for x in everything} - set(planned)
     assert not any(any(part in name for part in of_blocks) for name in left)
-    assert any(name.startswith("pos_embed") for name in left)
+    assert any(name.startswith(model.network.embedder) for name in left)
     assert everything[0].weight_bits == 8 or everything[-1].weight_bits == 8
 
 
@@ -346,13 +396,14 @@ def test_an_embedder_that_runs_again_on_the_same_timestep_is_one_quantizer(
 def test_calibration_records_both_halves_with_the_models_guidance(
     models: Callable[[str], PipelineModel],
 ) -> None:
-    for name, guidance in (("pixart", 4.5), ("sd3", 7.0), ("dit", 4.0)):
+    for name, guidance in (("pixart", 4.5), ("sd3", 7.0), ("sana", 4.5), ("dit", 4.0)):
         model = models(name)
         assert model.guidance == guidance
         recorded = record_trajectories(model, model.load_unet(), steps=2, samples=2, seed=0)
-        assert recorded.sample.shape == (2, 4, 4, 8, 8)
+        side = model.sample_shape[-1]
+        assert recorded.sample.shape == (2, 4, 4, side, side)
         # With the variance, which is not sampled, where one is predicted.
-        assert recorded.output.shape == (2, 4, 4 if name == "sd3" else 8, 8, 8)
+        assert recorded.output.shape[2] == (8 if name in ("pixart", "dit") else 4)
         assert recorded.parts == 2
     assert recorded.conditions["class_labels"].tolist()[::2] == [1000, 1000]
 
@@ -425,6 +476,10 @@ def test_a_transformer_without_an_adapter_is_refused_by_what_is_missing(
         ("pixart", {"use_additional_conditions": True}, "use_additional_conditions 128"),
         ("pixart", {"attention_head_dim": 9}, "attention_head_dim 18"),
         ("dit", {"num_embeds_ada_norm": None}, "num_embeds_ada_norm"),
+        ("sana", {"guidance_embeds": True}, "guidance_embeds"),
+        ("sana", {"qk_norm": "rms_norm_across_heads"}, "qk_norm"),
+        ("sana", {"timestep_scale": 0.001}, "timestep_scale 0.001"),
+        ("sana", {"mlp_ratio": 1e9}, "mlp_ratio"),
     ],
 )
 def test_a_transformer_that_is_not_supported_is_refused_by_its_setting(
