@@ -47,7 +47,6 @@ _FIXED = (
 )
 _PARTS = {"controlnet": CONTROLNET, "adapter": T2I_ADAPTER}
 """What diffusers' pipelines call what adds to the UNet, and what it is here."""
-_SEVERAL = (diffusers.MultiControlNetModel, diffusers.MultiAdapter)
 _HARMLESS = (
     "disable_freeu",
     "set_attention_slice",
@@ -176,9 +175,14 @@ def _controls(given: Any, model: PipelineModel, part: str) -> Any:
         return [_controls(each, model, part) for each in given]
     if isinstance(given, Path | str):
         return load_control(Path(given), model, _PARTS[part])
-    for each in next(given.children()) if isinstance(given, _SEVERAL) else (given,):
+    several: list[Any] = [*next(given.children())] if _is_several(given) else [given]
+    for each in several:
         check_fits(each, model, _PARTS[part], part)
     return given
+
+
+def _is_several(given: Any) -> bool:
+    return isinstance(given, diffusers.MultiControlNetModel | diffusers.MultiAdapter)
 
 
 def _not_exported(kind: str) -> str:
