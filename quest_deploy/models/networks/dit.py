@@ -7,8 +7,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor
 
 from quest_deploy.errors import InputError
@@ -39,7 +39,8 @@ class FlatDiT(DiTTransformer2DModel):
         hidden = self.pos_embed(sample)
         for block in self.transformer_blocks:
             hidden = block(hidden, timestep=steps, class_labels=labels)
-        embedded = self.transformer_blocks[0].norm1.emb(steps, labels, hidden_dtype=hidden.dtype)
+        norm: Any = self.transformer_blocks[0].norm1
+        embedded = norm.emb(steps, labels, hidden_dtype=hidden.dtype)
         shift, scale = self.proj_out_1(F.silu(embedded)).chunk(2, dim=1)
         patches = self.proj_out_2(self.norm_out(hidden) * (1 + scale[:, None]) + shift[:, None])
         output = unpatched(patches, sample, self.patch_size)

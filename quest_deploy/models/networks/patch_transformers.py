@@ -168,7 +168,7 @@ def unpatched(patches: Tensor, sample: Tensor, side: int) -> Tensor:
     """
     rows, columns = sample.shape[-2] // side, sample.shape[-1] // side
     # [B, rows, columns, side, side, C] -> [B, C, rows * side, columns * side]
-    cut = patches.unflatten(2, (side, side, -1)).unflatten(1, (rows, columns))
+    cut: Tensor = patches.unflatten(2, (side, side, -1)).unflatten(1, (rows, columns))
     return cut.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 

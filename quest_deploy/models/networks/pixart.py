@@ -7,8 +7,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import PixArtTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor
 
 from quest_deploy.errors import InputError
@@ -76,7 +76,7 @@ class FlatPixArt(PixArtTransformer2DModel):
         shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)
         patches = self.proj_out(self.norm_out(hidden) * (1 + scale) + shift)
         # diffusers squeezes the patches first, which a graph cannot do where their number is open.
-        output = unpatched(patches, sample, self.config.patch_size)
+        output = unpatched(patches, sample, self.config["patch_size"])
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 

@@ -8,8 +8,8 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import SanaTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
 from torch import Tensor
 
 from quest_deploy.errors import InputError
@@ -43,7 +43,7 @@ class FlatSana(SanaTransformer2DModel):
     :class:`quest_deploy.models.networks.network.Network`.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         sample: Tensor,
         timestep: Tensor | float,
@@ -58,7 +58,7 @@ class FlatSana(SanaTransformer2DModel):
             encoder_hidden_states: [B, tokens, D].
             encoder_attention_mask: [B, tokens], 1 for tokens and 0 for padding.
         """
-        side = self.config.patch_size
+        side = self.config["patch_size"]
         hidden = self.patch_embed(sample)
         modulation, embedded = self.time_embed(
             spread(timestep, sample), batch_size=sample.shape[0], hidden_dtype=hidden.dtype

@@ -7,8 +7,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import SD3Transformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
 
 from quest_deploy.artifacts.model_source import INDEX
@@ -34,7 +34,7 @@ class FlatSD3(SD3Transformer2DModel):
     :class:`quest_deploy.models.networks.network.Network`.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         sample: Tensor,
         timestep: Tensor | float,
@@ -56,7 +56,7 @@ class FlatSD3(SD3Transformer2DModel):
                 hidden_states=hidden, encoder_hidden_states=states, temb=embedded
             )
         patches = self.proj_out(self.norm_out(hidden, embedded))
-        output = unpatched(patches, sample, self.config.patch_size)
+        output = unpatched(patches, sample, self.config["patch_size"])
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 

@@ -312,7 +312,7 @@ def test_sana_goes_through_to_images_of_verified_engines(
         ("build-engine", "--backend", "tensorrt-rtx", *FP16),
         ("generate", "--backend", "onnxruntime", *drawn),
         ("generate", "--backend", "openvino", *drawn),
-        ("evaluate", "--backend", "onnxruntime", "--images", "1", "--steps", "2"),
+        ("evaluate", "--backend", "onnxruntime", "--images", "2", "--steps", "2"),
         ("schedule", "--scheduler", "dpm++", "--steps", "4"),
         ("report",),
     )
