@@ -62,7 +62,7 @@ def bound_tokenizers(pipeline: Any) -> None:
         places = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
         if tokenizer is not None:
             bounds = (x for x in (places, usual) if x is not None)
-            tokenizer.model_max_length = min(tokenizer.model_max_length, *bounds)
+            tokenizer.model_max_length = min([tokenizer.model_max_length, *bounds])
 
 
 def tell_cut(pipeline: Any, prompts: list[str]) -> None:
