@@ -105,7 +105,8 @@ class EngineUNet:
             in_pixels = "" if factor == 1 else f" (images: of {multiple * factor} pixels)"
             raise InputError(
                 f"expected samples whose height and width are multiples of {multiple}{in_pixels}, "
-                f"found {list(sample.shape[2:])}: the UNet halves them, and the engine pads nothing"
+                f"found {list(sample.shape[2:])}: the network divides them, and the engine pads "
+                "nothing"
             )
         self._check(feeds)
         feeds |= {

@@ -233,9 +233,11 @@ def _batches(trajectories: Trajectories, size: int) -> Iterator[dict[str, Tensor
 def _in_execution_order(
     model: nn.Module, names: Iterable[str], inputs: dict[str, Tensor]
 ) -> list[str]:
-    order: list[str] = []
+    order: dict[str, None] = {}  # a layer may run again on an equal input
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda *_, name=name: order.append(name))
+        model.get_submodule(name).register_forward_hook(
+            lambda *_, name=name: order.update({name: None})
+        )
         for name in names
     ]
     try:
@@ -243,7 +245,7 @@ def _in_execution_order(
     finally:
         for handle in handles:
             handle.remove()
-    return order
+    return list(order)
 
 
 def _mean_square(x: Tensor) -> NDArray[np.float64]:

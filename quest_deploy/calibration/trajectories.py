@@ -204,15 +204,29 @@ def _scheduler(model: DiffusionModel, steps: int, scheme: Scheme | None) -> Any:
     set_steps(scheduler, steps)
     if scheme is None:
         return scheduler
-    # The model's own spacing visits the timesteps at which it will sample; "trailing" ends each of
-    # `count` equal parts of the training steps, so that no part is left out.
-    least = max(steps, scheme.buckets)
-    for spacing, count in (({}, least), (TRAILING, least), (TRAILING, model.train_timesteps)):
+    for spacing, count in _further(model, max(steps, scheme.buckets)):
         if len({scheme.bucket_of(t) for t in scheduler.timesteps.tolist()}) == scheme.buckets:
             break
         scheduler = model.load_scheduler("ddim", **spacing)
         scheduler.set_timesteps(count)
     return scheduler
+
+
+def _further(model: DiffusionModel, least: int) -> Iterator[tuple[dict[str, str], int]]:
+    """The spacings and numbers of steps to try where fewer leave a bucket out.
+
+    The model's own spacing visits the timesteps at which it will sample; "trailing" ends each of so
+    many equal parts of the training steps, so that no part is left out. Flow matching knows no
+    spacing: the steps that its buckets were made for visit all of them.
+    """
+    yield {}, least
+    if model.bucket_steps is not None:
+        yield {}, model.bucket_steps
+    spacing = TRAILING if model.bucket_steps is None else {}
+    while least < model.train_timesteps:
+        yield spacing, least
+        least *= 2
+    yield spacing, model.train_timesteps
 
 
 def samples_for(model: DiffusionModel, scheme: Scheme, steps: int) -> int:
@@ -380,7 +394,7 @@ class _Recorder:
             if step or isinstance(e, QuestDeployError | OSError) or _lacks_memory(e):
                 raise
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            at_fault = "its UNet" if found else "what is added to its UNet"
+            at_fault = "its network" if found else "what is added to its network"
             raise InputError(
                 f"{self.model.name}: {at_fault} does not run on samples "
                 f"{list(self.model.sample_shape)} and "

@@ -24,13 +24,14 @@ def _scheme(content: dict[str, Any]) -> str:
         f"{bits} bits" if bits else "float" for bits in (scheme.attention_bits, scheme.softmax_bits)
     )
     eight = f"{', '.join(scheme.eight_bit_layers)} 8 bits, " if scheme.eight_bit_layers else ""
+    left = f"{', '.join(scheme.float_layers)} float, " if scheme.float_layers else ""
     branches = (
         f"; branches of rank {scheme.low_rank} beside {', '.join(scheme.low_rank_layers)}"
         if scheme.low_rank
         else ""
     )
     return (
-        f"scheme {scheme.name}, first and last layer {scheme.first_last_bits} bits, {eight}"
+        f"scheme {scheme.name}, first and last layer {scheme.first_last_bits} bits, {eight}{left}"
         f"{scheme.granularity.value}, "
         f"{scheme.buckets} timestep buckets; q, k and v {attention}, softmax {softmax}; "
         f"shortcuts {'split' if scheme.split_shortcuts else 'whole'}{branches}"

@@ -17,10 +17,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerSets:
-    """Glob patterns over layer names: ``temporal`` for stage 1, ``sensitive`` for stage 2."""
+    """Glob patterns over layer names: ``temporal`` for stage 1, ``sensitive`` for stage 2.
+
+    Attributes:
+        in_float: patterns of modules and parameters that are trained like layers where they stay in
+            float.
+    """
 
     temporal: tuple[str, ...]
     sensitive: tuple[str, ...]
+    in_float: tuple[str, ...] = ()
 
 
 _TEMPORAL = ("*.time_emb_proj",)
@@ -31,7 +37,33 @@ LAYER_SETS = {
     ),
     "text-to-image": LayerSets(_TEMPORAL, ("*.ff.net.*",)),
 }
-"""QuEST's table (its paper, section 4, and its official code)."""
+"""QuEST's table (its paper, section 4, and its official code), for UNets."""
+_TABLES = ("*scale_shift_table",)
+_BLOCKS = ("*.ff.net.*", "*.attn1.*", "*.attn2.*")
+_JOINT_NORMS = ("*.norm1.linear", "*.norm1_context.linear", "norm_out.linear")
+TRANSFORMER_LAYER_SETS = {
+    "pixart": LayerSets(
+        ("adaln_single.linear", *_TABLES), _BLOCKS, ("adaln_single.linear", *_TABLES)
+    ),
+    "sd3": LayerSets(
+        _JOINT_NORMS, ("*.ff.net.*", "*.ff_context.net.*", "*.attn.*", "*.attn2.*"), _JOINT_NORMS
+    ),
+    "sana": LayerSets(
+        ("time_embed.linear", *_TABLES),
+        ("*.ff.conv_*", "*.attn1.*", "*.attn2.*"),
+        ("time_embed.linear", *_TABLES),
+    ),
+    "dit": LayerSets(("*.norm1.linear", "proj_out_1"), _BLOCKS, ("*.norm1.linear", "proj_out_1")),
+}
+"""Ours, for transformers: the timestep enters by the adaptive norms' linears and tables."""
+
+
+def layer_sets(name: str) -> LayerSets:
+    """The row of either table; raise InputError where there is none."""
+    rows = LAYER_SETS | TRANSFORMER_LAYER_SETS
+    if name not in rows:
+        raise InputError(f"unknown model family {name!r}: expected one of {', '.join(rows)}")
+    return rows[name]
 
 
 def select_layers(

@@ -25,7 +25,6 @@ from quest_deploy.models.residuals import (
     T2I_ADAPTER,
     controlnet_residuals,
     flag,
-    unet_residuals,
     unpacked,
 )
 from quest_deploy.models.unets import ADDED_CONDITIONS
@@ -52,12 +51,12 @@ def load_control(folder: Path, model: PipelineModel, kind: str) -> Any:
     """The ControlNet or T2I-adapter in ``folder``, in float32; raise InputError where it is
     damaged, of another kind, or made for another UNet than the one of ``model``.
     """
+    _check_model(model, kind, str(folder))
     expected = _CLASSES[kind]
     config = read_json(folder / CONFIGURATION, repair="get it again")
     if not isinstance(config, dict) or config.get("_class_name") != expected.__name__:
         found = config.get("_class_name") if isinstance(config, dict) else config
         raise InputError(f"{folder}: expected a {expected.__name__}, found {found}")
-    _check_model(model, kind, str(folder))
     net = load_part(folder, expected, whole=True)
     check_fits(net, model, kind, str(folder))
     return net
@@ -77,7 +76,7 @@ def check_fits(net: Any, model: PipelineModel, kind: str, where: str) -> None:
             f"{where}: expected residuals with a height and a width, and those of a "
             f"{expected.__name__} with global_pool_conditions have none"
         )
-    shapes = unet_residuals(model.config, kind)
+    shapes = model.network.residuals(model.config, kind)
     wrong = (_wrong_adapter if kind == T2I_ADAPTER else _wrong_controlnet)(net, model, shapes)
     if wrong:
         raise InputError(
@@ -87,6 +86,7 @@ def check_fits(net: Any, model: PipelineModel, kind: str, where: str) -> None:
 
 
 def _check_model(model: PipelineModel, kind: str, where: str) -> None:
+    model.network.residuals(model.config, kind)  # refused where it takes none
     try:
         controlled_class(model.pipeline_class(), PARTS[kind])
     except InputError as e:
@@ -189,7 +189,7 @@ class Controls:
         if net.config["in_channels"] == 1:
             image = image.mean(1, keepdim=True)
         features = [scale * x for x in net(image)]
-        shapes = unet_residuals(self._model.config, T2I_ADAPTER).values()
+        shapes = self._model.network.residuals(self._model.config, T2I_ADAPTER).values()
         for x in list(shapes)[len(features) :]:  # what it does not add to
             features.append(image.new_zeros(len(image), *x.shape(*self._model.sample_shape[1:])))
         return {f"{INTRABLOCK}{i}": x for i, x in enumerate(features)}

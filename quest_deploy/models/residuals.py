@@ -54,19 +54,21 @@ def unet_residuals(config: Mapping[str, Any], kind: str = CONTROLNET) -> dict[st
     """The inputs that a ``kind`` gives a UNet of ``config``, its ``_class_name`` among it; raise
     InputError where it gives it none.
     """
-    if (found := config["_class_name"]) in _WITHOUT:
-        raise InputError(
-            f"{kind}: expected a UNet of Stable Diffusion, found a {found}, which takes no inputs "
-            "of it"
-        )
+    if config["_class_name"] in _WITHOUT:
+        raise takes_none(config, kind)
     return {CONTROLNET: controlnet_residuals, T2I_ADAPTER: adapter_residuals}[kind](config)
 
 
-def check_unrecorded(config: Mapping[str, Any], scheme: Scheme, kind: str) -> None:
-    """Raise InputError where a UNet of ``config`` that is calibrated without a ``kind`` cannot get
-    its inputs.
-    """
-    unet_residuals(config, kind)
+def takes_none(config: Mapping[str, Any], kind: str) -> InputError:
+    """The error that a network of ``config`` has no inputs of a ``kind``."""
+    return InputError(
+        f"{kind}: expected a UNet of Stable Diffusion, found a {config['_class_name']}, which "
+        "takes no inputs of it"
+    )
+
+
+def check_unrecorded(scheme: Scheme, kind: str) -> None:
+    """Raise InputError where a UNet that is calibrated without a ``kind`` cannot get its inputs."""
     if scheme.split_shortcuts and kind == CONTROLNET:
         raise InputError(
             f"{flag(kind)}-inputs: with split shortcuts a skip connection and the next layer share "

@@ -208,6 +208,65 @@ class ExplicitAttention:
         return mixed
 
 
+class ExplicitJointAttention(ExplicitAttention):
+    """The joint attention of Stable Diffusion 3 written out: the sample's patches and the text's
+    tokens, each by projections of its own, attend to all of both.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        """diffusers' processor interface: the patches [B, N, D], and the tokens [B, M, D] where
+        there are any.
+        """
+        q, k, v = (
+            _heads(attn, project, hidden_states, norm)
+            for project, norm in (
+                (attn.to_q, attn.norm_q),
+                (attn.to_k, attn.norm_k),
+                (attn.to_v, None),
+            )
+        )
+        if encoder_hidden_states is not None:
+            added = (
+                _heads(attn, project, encoder_hidden_states, norm)
+                for project, norm in (
+                    (attn.add_q_proj, attn.norm_added_q),
+                    (attn.add_k_proj, attn.norm_added_k),
+                    (attn.add_v_proj, None),
+                )
+            )
+            q, k, v = (torch.cat(both, 2) for both in zip((q, k, v), added, strict=True))
+        mixed = self.attend(attn, q, k, v, None).transpose(1, 2).flatten(2)
+        patches = mixed[:, : hidden_states.shape[1]]
+        output: Tensor = attn.to_out[1](attn.to_out[0](patches))
+        if encoder_hidden_states is None:
+            return output
+        tokens = mixed[:, hidden_states.shape[1] :]
+        return output, tokens if attn.context_pre_only else attn.to_add_out(tokens)
+
+
+_EXPLICIT: dict[str, type[ExplicitAttention] | None] = {
+    "JointAttnProcessor2_0": ExplicitJointAttention,
+    "SanaLinearAttnProcessor2_0": None,
+}
+"""By diffusers' processor, what computes the same; :class:`ExplicitAttention` for others. Linear
+attention has no softmax, and its products stay in float.
+"""
+
+
+def _heads(attn: Any, project: Any, x: Tensor, norm: Any = None) -> Tensor:
+    """x [B, N, D] projected, [B, heads, N, d], and normalized by ``norm`` where there is one."""
+    heads: Tensor = project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    return heads if norm is None else norm(heads)
+
+
 def prepare(
     model: nn.Module,
     split_shortcuts: Mapping[str, int],
@@ -252,8 +311,10 @@ def prepare(
         setattr(model.get_submodule(parent), child, LowRank(layer, rank))
     if attention is not None:
         for module in attentions(model):
-            module.scores, module.mix = Product(OPERANDS["scores"]), Product(OPERANDS["mix"])
-            module.set_processor(ExplicitAttention(attention))
+            explicit = _EXPLICIT.get(type(module.processor).__name__, ExplicitAttention)
+            if explicit is not None:
+                module.scores, module.mix = Product(OPERANDS["scores"]), Product(OPERANDS["mix"])
+                module.set_processor(explicit(attention))
     return model
 
 

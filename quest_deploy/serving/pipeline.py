@@ -1,5 +1,5 @@
-"""A diffusers pipeline whose UNet is an engine: schedulers, guidance, callbacks and everything else
-are diffusers' own.
+"""A diffusers pipeline whose network, a UNet or a transformer, is an engine: schedulers, guidance,
+callbacks and everything else are diffusers' own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.models.controls import check_fits, load_control
 from quest_deploy.models.loading import load_model
+from quest_deploy.models.networks import NETWORKS, network_of
 from quest_deploy.models.residuals import (
     CONTROLNET,
     KINDS,
@@ -42,7 +44,7 @@ DEFAULT_BACKEND = "openvino"
 _FIXED = (
     "an engine's weights and graph are fixed when it is built: give LoRAs to `quest-deploy lora`, "
     "or to `quest-deploy calibrate --lora`, and build the engine again; FreeU, IP-Adapter, caches, "
-    "training and attention processors need the float UNet, in diffusers' own pipeline"
+    "training and attention processors need the float network, in diffusers' own pipeline"
 )
 _PARTS = {part: kind for kind, part in PARTS.items()}
 """By what diffusers' pipelines call what adds to the UNet, what it is here."""
@@ -55,14 +57,19 @@ _HARMLESS = (
 """What diffusers asks of a UNet to save memory, or to undo what no engine ever does."""
 _REFUSED = frozenset(
     name
-    for unet_class in (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)
-    for name in dir(unet_class)
-    if inspect.isfunction(inspect.getattr_static(unet_class, name))
+    for network_class in (
+        getattr(diffusers, name)
+        for kind in NETWORKS
+        for name in kind.class_names
+        if hasattr(diffusers, name)
+    )
+    for name in dir(network_class)
+    if inspect.isfunction(inspect.getattr_static(network_class, name))
     and not hasattr(ModelMixin, name)
     and not hasattr(ConfigMixin, name)
     and name not in _HARMLESS
 )
-"""What else a UNet of diffusers can be asked."""
+"""What else a network of diffusers can be asked."""
 _REFUSED_OF_MODELS = (
     "compile_repeated_blocks",
     "dequantize",
@@ -112,7 +119,7 @@ _REFUSED_BY_PIPELINES = (
 def load_pipeline(
     workspace: Workspace | Path | str, backend: str = DEFAULT_BACKEND, **parts: Any
 ) -> Any:
-    """The model's diffusers pipeline with the engine of ``backend`` as its UNet.
+    """The model's diffusers pipeline with the engine of ``backend`` as its UNet or transformer.
 
     The pipeline's class is the one that the model's folder names. Text encoders, decoder,
     tokenizers and scheduler come from there, with the LoRAs of the workspace; the safety checker
@@ -147,14 +154,15 @@ def load_pipeline(
     if len(given) > 1:
         raise InputError("controlnet, adapter: diffusers has no pipeline with both; give one")
     for part in given:
+        model.network.residuals(model.config, _PARTS[part])  # refused where it takes none
         opened.require(f"build-engine/{backend}")
         taken = added_inputs(load_graph(opened.path(ENGINES, backend, LOWERED)))
         if _PARTS[part] not in map(kind_of, taken):
             raise InputError(f"{part}: {_not_exported(_PARTS[part])}")
         parts = {**parts, part: _controls(parts[part], model, part)}
-    unet = PipelineUNet(EngineUNet.load(opened, backend), model.config)
-    pipeline = model.load_pipeline(**{"unet": unet, **parts})
-    unet.engine.pixels_per_latent = getattr(pipeline, "vae_scale_factor", 1)
+    network = stand_in(EngineUNet.load(opened, backend), model.config)
+    pipeline = model.load_pipeline(**{model.network.part: network, **parts})
+    network.engine.pixels_per_latent = getattr(pipeline, "vae_scale_factor", 1)
     for name in _REFUSED_BY_PIPELINES:
         if hasattr(pipeline, name):
             setattr(pipeline, name, _refusal(name))
@@ -197,8 +205,8 @@ class _AbsentError(InputError, AttributeError):
     """What an engine does not have of a UNet or transformer: ``hasattr`` finds none."""
 
 
-class PipelineUNet(ModelMixin, ConfigMixin):
-    """An engine in the place of a pipeline's UNet.
+class PipelineNetwork(ModelMixin, ConfigMixin):
+    """An engine in the place of a pipeline's network.
 
     It has no weights. ``to`` moves it in name: what it is called with may be on any device and
     of any float type, the engine computes where it was built for, in float32, and the result goes
@@ -208,16 +216,13 @@ class PipelineUNet(ModelMixin, ConfigMixin):
     config_name = "config.json"  # type: ignore[assignment]
 
     def __init__(self, engine: EngineUNet, config: Mapping[str, Any]) -> None:
-        """Stand in for the UNet of ``config`` with ``engine``."""
+        """Stand in for the network of ``config`` with ``engine``."""
         super().__init__()
         self.engine = engine
+        self._network = network_of(config["_class_name"])
         self.register_to_config(**_full_config(config))
         # Empty: accelerate's hooks ask the first parameter of a module where it is.
         self._place = nn.Parameter(torch.empty(0), requires_grad=False)
-        if config.get("addition_embed_type") == "text_time":
-            # Pipelines of SDXL check by it that their conditions on the size fit.
-            width = config["projection_class_embeddings_input_dim"]
-            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
     def __getattr__(self, name: str) -> Any:
         if name in _HARMLESS:
@@ -225,7 +230,7 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         if name in _REFUSED:
             return _refusal(name)
         if name in _ABSENT:
-            raise _AbsentError(f"unet.{name}: {_FIXED}")
+            raise _AbsentError(f"{self._network.part}.{name}: {_FIXED}")
         return super().__getattr__(name)
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> NoReturn:
@@ -250,6 +255,59 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         """Where pipelines put their latents and states."""
         return self._place.device
 
+    def _predict(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        arguments: Mapping[str, Any],
+        added_cond_kwargs: Mapping[str, Tensor] | None,
+        residuals: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The engine's prediction for sample [B, C, H, W].
+
+        Args:
+            timestep: a number, or a tensor [], [1] or [B]; each sample has its own.
+            arguments: the conditions [B, ...], where the model has them; whatever else is among
+                them is None or empty.
+            added_cond_kwargs: further ones.
+            residuals: by the name of its input, what is added inside.
+
+        Raises:
+            InputError: an argument that the engine does not compute (attention arguments,
+                IP-Adapter, or what a ControlNet adds), inputs that are missing or of other shapes
+                than the engine's, or a height or width that the network cannot divide.
+        """
+        given = {**arguments, **(added_cond_kwargs or {})}
+        wanted = {
+            name: value
+            for name, value in given.items()
+            if value is not None and not (isinstance(value, dict) and not value)
+        }
+        if unknown := sorted(wanted.keys() - set(self._network.conditions)):
+            raise InputError(f"the engine does not compute {', '.join(unknown)}: {_FIXED}")
+        largest = self._network.largest_side(self.config)
+        if largest is not None and max(sample.shape[2:]) > largest:
+            raise InputError(
+                f"expected samples of at most {largest} by {largest}, for which the "
+                f"{self._network.noun} has positions, found {list(sample.shape[2:])}"
+            )
+        steps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
+        steps = steps.expand(len(sample)) if len(steps) == 1 else steps
+        inputs = {**wanted, **(residuals or {})}
+        return self.engine(sample, steps, **inputs).to(sample.device, sample.dtype)
+
+
+class PipelineUNet(PipelineNetwork):
+    """An engine in the place of a pipeline's UNet."""
+
+    def __init__(self, engine: EngineUNet, config: Mapping[str, Any]) -> None:
+        """See :class:`PipelineNetwork`."""
+        super().__init__(engine, config)
+        if config.get("addition_embed_type") == "text_time":
+            # Pipelines of SDXL check by it that their conditions on the size fit.
+            width = config["projection_class_embeddings_input_dim"]
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
     def forward(
         self,
         sample: Tensor,
@@ -262,49 +320,26 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         mid_block_additional_residual: Tensor | None = None,
         down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
         return_dict: bool = True,
-        **unsupported: Any,
+        **arguments: Any,
     ) -> Any:
-        """Predict as diffusers' UNets do.
+        """Predict as diffusers' UNets do; see :meth:`PipelineNetwork._predict`.
 
         Args:
-            sample: [B, C, H, W].
-            timestep: a number, or a tensor [], [1] or [B]; each sample has its own.
-            encoder_hidden_states, class_labels: [B, ...], where the model has them.
-            added_cond_kwargs: SDXL's ``text_embeds`` and ``time_ids``.
             down_block_additional_residuals, mid_block_additional_residual: what ControlNets add,
                 both or neither, where the engine has inputs for them.
             down_intrablock_additional_residuals: what T2I-adapters add, likewise.
-            unsupported: any other argument of diffusers' UNets, None or empty.
-
-        Raises:
-            InputError: an argument that the engine does not compute (attention arguments,
-                IP-Adapter, or what a ControlNet adds), inputs that are missing or of other shapes
-                than the engine's, or a height or width that the UNet cannot halve.
         """
         residuals = self._residuals(
             down_block_additional_residuals=down_block_additional_residuals,
             mid_block_additional_residual=mid_block_additional_residual,
             down_intrablock_additional_residuals=down_intrablock_additional_residuals,
         )
-        wanted = {
-            name: value for name, value in unsupported.items() if value is not None and value != {}
-        }
-        added = dict(added_cond_kwargs or {})
-        wanted |= {
-            name: value for name, value in added.items() if name not in ("text_embeds", "time_ids")
-        }
-        if wanted:
-            raise InputError(f"the engine does not compute {', '.join(sorted(wanted))}: {_FIXED}")
         given = {
             "encoder_hidden_states": encoder_hidden_states,
             "class_labels": class_labels,
-            **added,
-            **residuals,
+            **arguments,
         }
-        conditions = {name: value for name, value in given.items() if value is not None}
-        steps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
-        steps = steps.expand(len(sample)) if len(steps) == 1 else steps
-        output = self.engine(sample, steps, **conditions).to(sample.device, sample.dtype)
+        output = self._predict(sample, timestep, given, added_cond_kwargs, residuals)
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
 
     def _residuals(self, **arguments: Any) -> dict[str, Tensor]:
@@ -326,8 +361,33 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         return found
 
 
+class PipelineTransformer(PipelineNetwork):
+    """An engine in the place of a pipeline's transformer."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        timestep: Tensor | float,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        return_dict: bool = True,
+        **arguments: Any,
+    ) -> Any:
+        """Predict as diffusers' transformers do; see :meth:`PipelineNetwork._predict`."""
+        output = self._predict(hidden_states, timestep, arguments, added_cond_kwargs)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+_STAND_INS = {"unet": PipelineUNet, "transformer": PipelineTransformer}
+
+
+def stand_in(engine: EngineUNet, config: Mapping[str, Any]) -> PipelineNetwork:
+    """``engine`` in the place of the network of ``config``, as a part of its pipeline."""
+    return _STAND_INS[network_of(config["_class_name"]).part](engine, config)
+
+
 for _name in _REFUSED_OF_MODELS:  # which __getattr__ is not asked for: the base class has them
-    setattr(PipelineUNet, _name, _refusal(_name))
+    setattr(PipelineNetwork, _name, _refusal(_name))
 
 
 def _full_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,19 +6,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from quest_deploy.artifacts.workspace import TRAJECTORIES
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.errors import InputError
-from quest_deploy.models.residuals import (
-    check_unrecorded,
-    flag,
-    kind_of,
-    unet_residuals,
-)
+from quest_deploy.models.networks import network_of
+from quest_deploy.models.residuals import check_unrecorded, flag, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +23,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.checkpoint import Architecture
     from quest_deploy.artifacts.workspace import Workspace
+    from quest_deploy.models.residuals import Residual
 
 logger = logging.getLogger(__name__)
 STAND_IN = 0.1
@@ -49,22 +46,26 @@ def recorded_inputs(
     recorded = {kind_of(name) for name in found.residuals}
     config = {"_class_name": architecture.class_name, **architecture.config}
     residuals: dict[str, Tensor] = {}
+    network = network_of(architecture.class_name)
     for kind, given in wanted.items():
         if kind in recorded and given is not False:
             # The model's order: a file has the alphabet's, where 10 stands before 2.
-            residuals |= {name: found.residuals[name] for name in unet_residuals(config, kind)}
+            residuals |= {name: found.residuals[name] for name in network.residuals(config, kind)}
         elif given:
             if architecture.official_sums:
                 raise InputError(
                     f"{flag(kind)}-inputs: expected a diffusers model, and an imported checkpoint "
                     "computes as the official code does, which has no such inputs"
                 )
-            check_unrecorded(config, workspace.scheme, kind)
-            residuals |= _stand_ins(found, config, kind)
+            shapes = network.residuals(config, kind)
+            check_unrecorded(workspace.scheme, kind)
+            residuals |= _stand_ins(found, shapes, kind)
     return replace(found, residuals=residuals)
 
 
-def _stand_ins(recorded: Trajectories, config: Mapping[str, Any], kind: str) -> dict[str, Tensor]:
+def _stand_ins(
+    recorded: Trajectories, shapes: Mapping[str, Residual], kind: str
+) -> dict[str, Tensor]:
     logger.warning(
         "calibrated without %s: the scales were chosen without what it adds, and random numbers "
         "stand for it",
@@ -77,5 +78,5 @@ def _stand_ins(recorded: Trajectories, config: Mapping[str, Any], kind: str) -> 
         name: (STAND_IN * torch.randn(1, 1, *x.shape(height, width), generator=generator)).expand(
             steps, rows, -1, -1, -1
         )
-        for name, x in unet_residuals(config, kind).items()
+        for name, x in shapes.items()
     }

@@ -203,8 +203,9 @@ def export(chosen: ExportArguments) -> Export:
         if "calibrate" not in opened.stages:
             for kind, wanted in chosen.added_inputs.items():
                 if wanted:  # refused before hours of calibration
-                    config = load_model(opened.source).config
-                    check_unrecorded(config, opened.scheme, kind)
+                    model = load_model(opened.source)
+                    model.network.residuals(model.config, kind)
+                    check_unrecorded(opened.scheme, kind)
             CALIBRATE.run(opened, CalibrateOptions(), chosen.progress)
     return EXPORT.run(opened, chosen.of(ExportOptions), chosen.progress)
 

@@ -51,6 +51,12 @@ def work(
             f"{workspace.root} divides {workspace.scheme.train_timesteps} training steps into "
             f"buckets, and {model.name} was trained with {trained}; start a new workspace with -w"
         )
+    reconstructs = options.method == QDIFF
+    if reconstructs and not model.network.reconstructs:
+        raise InputError(
+            f"--method {QDIFF}: expected a model with a UNet, and {model.name} has a "
+            f"{model.network.noun}; choose another method, and `quest-deploy finetune`"
+        )
     model.check_decoder()
     steps = options.steps or most_steps(model.load_scheduler("ddim"), model.calibration_steps)
     samples = options.samples or trajectories.samples_for(model, workspace.scheme, steps)
@@ -61,7 +67,6 @@ def work(
     )
     unet = model.load_unet()
     rows = options.batch or model.forward_rows
-    reconstructs = options.method == QDIFF
 
     def start() -> Start:
         recorded = trajectories.record_trajectories(

@@ -105,8 +105,9 @@ def _labels(text: str | None, model: PipelineModel) -> Any:
     return np.asarray([int(part) for part in parts], np.int64)
 
 
-def _check_pixels(pipeline: Any, options: GenerateOptions) -> None:
-    factor = pipeline.vae_scale_factor * pipeline.unet.engine.sample_multiple
+def _check_pixels(pipeline: Any, model: PipelineModel, options: GenerateOptions) -> None:
+    network = getattr(pipeline, model.network.part)
+    factor = pipeline.vae_scale_factor * network.engine.sample_multiple
     sizes = {"height": options.height, "width": options.width}
     if wrong := [f"--{name} {size}" for name, size in sizes.items() if size and size % factor]:
         raise InputError(f"{', '.join(wrong)}: expected a multiple of {factor}")
@@ -118,7 +119,7 @@ def _draw_prompts(
     _image_arguments(model, options, 1)  # what it cannot read is refused before an engine opens
     pipeline = load_pipeline(workspace, options.backend)
     pipeline.set_progress_bar_config(disable=True)
-    _check_pixels(pipeline, options)
+    _check_pixels(pipeline, model, options)
     pipeline.scheduler = model.load_scheduler(options.scheduler)
     arguments = call_arguments(pipeline, model, options)
     arguments |= _progress_arguments(pipeline, options.steps, progress)
@@ -151,11 +152,13 @@ def call_arguments(pipeline: Any, model: PipelineModel, options: GenerateOptions
         "width": options.width or width,
         "generator": torch.Generator().manual_seed(options.seed),
         "output_type": "np",
+        "use_resolution_binning": False,  # the size that is asked for, not one near it
+        "clean_caption": False,  # as in calibration; it needs packages of its own
         **of_images,
     }
-    # Instruct-pix2pix's has the image's size, and takes no other.
+    # Instruct-pix2pix's has the image's size, and takes no other; PixArt's takes no None.
     taken = inspect.signature(pipeline.__call__).parameters
-    return {name: x for name, x in arguments.items() if name in taken}
+    return {name: x for name, x in arguments.items() if name in taken and x is not None}
 
 
 def _progress_arguments(pipeline: Any, steps: int, progress: Progress) -> dict[str, Any]:

@@ -27,7 +27,14 @@ from quest_deploy.backends.tensorrt import base as shared
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sha256_of, sha256_of_json, write_json
 from quest_deploy.models.channels import Guidance
-from quest_deploy.models.schedulers import SCHEDULERS, make_scheduler
+from quest_deploy.models.schedulers import (
+    FLOW,
+    FLOW_SCHEDULERS,
+    SCHEDULERS,
+    first_scale,
+    make_scheduler,
+    scaled_input,
+)
 from quest_deploy.serving.schedule import Schedule, ScheduleStep, schedule_from_scheduler
 from tests.helpers import assert_holds, refused, reseal
 from tests.trt_plugins.conftest import INCLUDES, JSON_HEADERS, PLUGINS, RTX, RUNTIME
@@ -48,6 +55,9 @@ NOISE_SCHEDULE = {
     "skip_prk_steps": True,
 }
 """Stable Diffusion's."""
+FLOW_SCHEDULE = {"num_train_timesteps": 1000, "prediction_type": FLOW, "shift": 3.0}
+"""Stable Diffusion 3's."""
+OF_FLOW = "flow: "
 
 
 def _compiled(program: Path, compiler: str, flags: str, *parts: str) -> Host:
@@ -363,7 +373,8 @@ def test_an_engine_runs_with_the_very_plugin_library_that_it_was_built_with(
 
 
 def _scheduler(name: str) -> Any:
-    scheduler = make_scheduler(name, NOISE_SCHEDULE)
+    config = FLOW_SCHEDULE if name.startswith(OF_FLOW) else NOISE_SCHEDULE
+    scheduler = make_scheduler(name.removeprefix(OF_FLOW), config)
     scheduler.set_timesteps(8)
     return scheduler
 
@@ -385,7 +396,7 @@ def fake_model(sample: torch.Tensor, timestep: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 4.0])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [*SCHEDULERS, *(f"{OF_FLOW}{name}" for name in FLOW_SCHEDULERS)])
 def test_the_loop_with_a_schedulers_table_draws_what_diffusers_draws(
     host: Host, tmp_path: Path, name: str, guidance: float
 ) -> None:
@@ -393,9 +404,9 @@ def test_the_loop_with_a_schedulers_table_draws_what_diffusers_draws(
     schedule.save(tmp_path / "schedule.json")
     scheduler, generator = _scheduler(name), torch.Generator().manual_seed(3)
     drawn = torch.randn(2, 5, 4, generator=generator)
-    sample, noise = drawn * scheduler.init_noise_sigma, []
+    sample, noise = drawn * first_scale(scheduler), []
     for timestep in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(sample, timestep)
+        scaled = scaled_input(scheduler, sample, timestep)
         if guidance <= 1:
             prediction = fake_model(scaled, float(timestep))
         else:
@@ -472,7 +483,7 @@ def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
         (1.0, 0.0, 0, 5, 0.0),
         (4.0, 0.0, 0, 5, 0.0),
         (1.0, 0.0, 0, 0, 0.3),
-        (4.0, 0.0, 3, 5, 0.3),
+        (4.0, 0.0, 3, 0, 0.3),
     ],
 )
 def test_the_gpus_loop_joins_an_image_leaves_a_variance_out_and_runs_a_controlnet_at_each_step(

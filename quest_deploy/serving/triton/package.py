@@ -21,7 +21,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder, read_json, sha256_of, write_json
 from quest_deploy.models.controls import load_control
 from quest_deploy.models.loading import load_model
-from quest_deploy.models.residuals import CONTROLNET, T2I_ADAPTER, kind_of, unet_residuals
+from quest_deploy.models.residuals import CONTROLNET, T2I_ADAPTER, kind_of
 from quest_deploy.progress import no_progress
 from quest_deploy.serving.triton.layout import FILES, Layout
 from quest_deploy.serving.triton.models import (
@@ -69,6 +69,11 @@ def write_package(
     check_target(folder)
     workspace.require("export")
     model = load_model(workspace.source)
+    if model.network.unserved is not None:
+        raise InputError(
+            f"{model.name} has a {model.network.noun}, and no package can be made of it yet: "
+            f"{model.network.unserved}; use quest_deploy.load_pipeline"
+        )
     model.require_weights("serve")
     if model.channels.image_kind is not None and not model.channels.image:
         raise InputError(
@@ -110,7 +115,7 @@ def write_package(
             progress("encoder", len(signatures), total)
             scale = model.image_scale(decoder)
             signatures["vae_encoder"] = write_encoder(layout, decoder, scale)
-        residuals = {} if net is None else unet_residuals(model.config)
+        residuals = {} if net is None else model.network.residuals(model.config, CONTROLNET)
         if net is not None:
             progress("ControlNet", len(signatures), total)
             conditions = model.null_conditions(2)

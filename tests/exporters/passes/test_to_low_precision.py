@@ -157,6 +157,47 @@ def test_case_1_norms_and_softmax_compute_in_fp32_and_so_does_what_follows_until
     assert found["y_float16"] is FP16
 
 
+def test_case_1_the_squares_of_a_mean_do_not_overflow() -> None:
+    text = """
+    g (float[b,4] x) => (float[b,4] y) <float two = {2}, float least = {1e-6}, int64[1] axes = {-1}>
+    {
+      p = MatMul(x, w)
+      squares = Pow(p, two)
+      mean = ReduceMean(squares, axes)
+      positive = Add(mean, least)
+      root = Sqrt(positive)
+      inverse = Reciprocal(root)
+      y = Mul(p, inverse)
+    }
+    """
+    model = halved(text, w=np.eye(4, dtype=np.float32))
+    assert {types(model)[name] for name in ("squares", "mean", "inverse")} == {FLOAT}
+    assert types(model)["p"] is FP16
+    (found,) = run_reference(model, {"x": np.full((1, 4), 1000, np.float32)})
+    np.testing.assert_allclose(found, 1, rtol=4 * UNIT[FP16])
+
+
+def test_case_6_sums_that_divide_each_other_are_fp32() -> None:
+    text = """
+    g (float[b,4,4] x) => (float[b,3,4] y)
+    <float least = {1e-15}, int64[1] axis = {1}, int64[1] start = {0}, int64[1] last = {-1}, int64[1] end = {9}>
+    {
+      k = MatMul(x, w)
+      sums = MatMul(k, x)
+      mixed = MatMul(sums, x)
+      above = Slice(mixed, start, last, axis)
+      row = Slice(mixed, last, end, axis)
+      divisor = Add(row, least)
+      y = Div(above, divisor)
+    }
+    """
+    model = halved(text, w=np.eye(4, dtype=np.float32))
+    assert {types(model)[name] for name in ("sums", "mixed", "divisor")} == {FLOAT}
+    for x, expected in ((100.0, 1.0), (0.0, 0.0)):  # sums of 4e6, and of nothing
+        (found,) = run_reference(model, {"x": np.full((1, 4, 4), x, np.float32)})
+        np.testing.assert_allclose(found, np.full((1, 3, 4), expected))
+
+
 def test_case_2_a_product_that_something_is_subtracted_from_is_fp32_with_what_it_reads() -> None:
     text = """
     g (float[b,4] x, int8[b,4] codes) => (float[b,3] y) <float one = {1}, int8 zero = {0}> {
