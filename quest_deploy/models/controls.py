@@ -86,9 +86,9 @@ def check_fits(net: Any, model: PipelineModel, kind: str, where: str) -> None:
 
 
 def _check_model(model: PipelineModel, kind: str, where: str) -> None:
-    model.network.residuals(model.config, kind)  # refused where it takes none
     try:
         controlled_class(model.pipeline_class(), PARTS[kind])
+        model.network.residuals(model.config, kind)  # refused where it takes none
     except InputError as e:
         raise InputError(f"{where}: {model.name} takes none: {e}") from e
 

@@ -26,7 +26,7 @@ CONFIG = {
     "layers_per_block": 5,
 }
 """Twelve skip connections."""
-UNET: Any = SimpleNamespace(class_name="ResidualsUNet", config=CONFIG, official_sums=False)
+UNET: Any = SimpleNamespace(class_name="UNet2DConditionModel", config=CONFIG, official_sums=False)
 CONTROLNET, ADAPTER = controlnet_residuals(CONFIG), adapter_residuals(CONFIG)
 
 
