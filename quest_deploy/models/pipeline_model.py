@@ -50,6 +50,7 @@ from quest_deploy.models.image_inputs import (
     random_condition,
     read_images,
 )
+from quest_deploy.models.ip_adapters import add_ip_adapter, check_model
 from quest_deploy.models.loras import check_parts, fuse
 from quest_deploy.models.pipeline_classes import CONTROLLED, controlled_class, drawn_class
 from quest_deploy.models.registry import (
@@ -196,11 +197,15 @@ class PipelineModel:
         self.eight_bit_layers: Sequence[str] = ()
         self.finetuning: Mapping[str, Any] = {}
         self.finetuning_threads: int | None = None
+        if source.ip_adapter is not None:
+            check_model(source.ip_adapter, self)
         for name, value in {} if self._known is None else self._known.defaults.items():
             setattr(self, name, value)
 
     def load_unet(self) -> nn.Module:
-        """The float model, its LoRAs fused; random weights are those of the source's seed."""
+        """The float model, its LoRAs fused, with its IP-Adapter's keys and values; random weights
+        are those of the source's seed.
+        """
         unet_class = {"UNet2DConditionModel": UNet2DConditionModel, "UNet2DModel": UNet2DModel}[
             self.config["_class_name"]
         ]
@@ -221,6 +226,8 @@ class PipelineModel:
         if self.source.loras:
             self._check_loras()
             fuse(self.source.loras, "unet", unet)
+        if self.source.ip_adapter is not None:
+            add_ip_adapter(unet, self.source.ip_adapter)
         return with_flat_conditions(unet).eval()
 
     def load_scheduler(self, name: str, **overrides: Any) -> Any:

@@ -25,6 +25,7 @@ from quest_deploy.artifacts.checkpoint import (
 )
 from quest_deploy.artifacts.scheme import activation_levels
 from quest_deploy.errors import InputError
+from quest_deploy.models.attention import add_image_attentions
 from quest_deploy.models.supported import sample_multiple
 from quest_deploy.models.unets import FLAT_CLASSES, set_heads
 from quest_deploy.quantization.affine import WeightGrid, bucket_of, per_sample, weight_codes
@@ -310,6 +311,8 @@ def build_float_model(architecture: Architecture) -> nn.Module:
     model = bounded_unet(model_class, architecture.config)
     if architecture.heads is not None:
         set_heads(model, architecture.heads)
+    if architecture.ip_adapter:
+        add_image_attentions(model)
     return prepare(
         model, architecture.split_shortcuts, architecture.attention, architecture.low_rank
     ).eval()

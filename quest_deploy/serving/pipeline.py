@@ -5,6 +5,7 @@ are diffusers' own.
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
@@ -23,25 +25,32 @@ from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.models.controls import check_fits, load_control
+from quest_deploy.models.ip_adapters import IMAGE_PARTS, load_image_parts, load_projection
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.residuals import (
     CONTROLNET,
+    IMAGE_PROMPT,
+    IMAGE_SCALE,
+    IMAGE_TOKENS,
     KINDS,
     T2I_ADAPTER,
     kind_of,
     unpacked,
 )
+from quest_deploy.models.unets import ADDED_CONDITIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from quest_deploy.artifacts.model_source import IPAdapter
     from quest_deploy.models.pipeline_model import PipelineModel
 
 DEFAULT_BACKEND = "openvino"
 _FIXED = (
     "an engine's weights and graph are fixed when it is built: give LoRAs to `quest-deploy lora`, "
-    "or to `quest-deploy calibrate --lora`, and build the engine again; FreeU, IP-Adapter, caches, "
-    "training and attention processors need the float UNet, in diffusers' own pipeline"
+    "or to `quest-deploy calibrate --lora`, IP-Adapters to `quest-deploy calibrate --ip-adapter`, "
+    "and build the engine again; FreeU, caches, training and attention processors need the float "
+    "UNet, in diffusers' own pipeline"
 )
 _PARTS = {"controlnet": CONTROLNET, "adapter": T2I_ADAPTER}
 """What diffusers' pipelines call what adds to the UNet, and what it is here."""
@@ -127,6 +136,12 @@ def load_pipeline(
     >>> pipeline = load_pipeline("quest-out/sd15-w4a4", controlnet="canny")       # doctest: +SKIP
     >>> pipeline("a lighthouse in a storm", image=edges).images[0]                # doctest: +SKIP
 
+    A workspace that was calibrated with an IP-Adapter takes images as diffusers does; the scale
+    begins as the one of the calibration:
+
+    >>> pipeline.set_ip_adapter_scale(0.5)                                        # doctest: +SKIP
+    >>> pipeline("a lighthouse", ip_adapter_image=photo).images[0]                # doctest: +SKIP
+
     Args:
         workspace: where the engine was built, open or as a path.
         parts: parts by their names in the pipeline, to take instead of the folder's;
@@ -151,12 +166,17 @@ def load_pipeline(
         if _PARTS[part] not in map(kind_of, taken):
             raise InputError(f"{part}: {_not_exported(_PARTS[part])}")
         parts = {**parts, part: _controls(parts[part], model, part)}
-    unet = PipelineUNet(EngineUNet.load(opened, backend), model.config)
+    takes_images = model.source.ip_adapter is not None and "adapter" not in given
+    if takes_images and not set(IMAGE_PARTS) <= parts.keys():
+        parts = {**load_image_parts(model), **parts}
+    unet = PipelineUNet(EngineUNet.load(opened, backend), model.config, model.source.ip_adapter)
     pipeline = model.load_pipeline(**{"unet": unet, **parts})
     unet.engine.pixels_per_latent = getattr(pipeline, "vae_scale_factor", 1)
     for name in _REFUSED_BY_PIPELINES:
         if hasattr(pipeline, name):
             setattr(pipeline, name, _refusal(name))
+    if unet.ip_adapter_scale is not None:
+        pipeline.set_ip_adapter_scale = unet.set_ip_adapter_scale
     return pipeline
 
 
@@ -202,10 +222,18 @@ class PipelineUNet(ModelMixin, ConfigMixin):
 
     config_name = "config.json"  # type: ignore[assignment]
 
-    def __init__(self, engine: EngineUNet, config: Mapping[str, Any]) -> None:
-        """Stand in for the UNet of ``config`` with ``engine``."""
+    def __init__(
+        self, engine: EngineUNet, config: Mapping[str, Any], ip_adapter: IPAdapter | None = None
+    ) -> None:
+        """Stand in for the UNet of ``config`` with ``engine``, whose layers ``ip_adapter``'s are
+        among.
+        """
         super().__init__()
         self.engine = engine
+        self.ip_adapter_scale = None if ip_adapter is None else ip_adapter.scale
+        if ip_adapter is not None:
+            projection = load_projection(ip_adapter)
+            self.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
         self.register_to_config(**_full_config(config))
         # Empty: accelerate's hooks ask the first parameter of a module where it is.
         self._place = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -219,7 +247,7 @@ class PipelineUNet(ModelMixin, ConfigMixin):
             return lambda *arguments, **options: None
         if name in _REFUSED:
             return _refusal(name)
-        if name in _ABSENT:
+        if name in _ABSENT and name not in self.__dict__.get("_modules", ()):
             raise _AbsentError(f"unet.{name}: {_FIXED}")
         return super().__getattr__(name)
 
@@ -229,6 +257,18 @@ class PipelineUNet(ModelMixin, ConfigMixin):
             "save_pretrained: an engine is kept in its workspace; copy that, and load it with "
             "quest_deploy.load_pipeline"
         )
+
+    def set_ip_adapter_scale(self, scale: float | Sequence[float]) -> None:
+        """The scale of what the IP-Adapter adds, for all of its layers; raise InputError for one
+        for each of them.
+        """
+        given = scale[0] if isinstance(scale, list | tuple) and len(scale) == 1 else scale
+        if not isinstance(given, int | float) or not math.isfinite(given):
+            raise InputError(
+                f"set_ip_adapter_scale: expected a finite number, since an engine has one scale "
+                f"for all layers and one IP-Adapter, found {scale}"
+            )
+        self.ip_adapter_scale = float(given)
 
     @property
     def attn_processors(self) -> dict[str, Any]:
@@ -265,16 +305,17 @@ class PipelineUNet(ModelMixin, ConfigMixin):
             sample: [B, C, H, W].
             timestep: a number, or a tensor [], [1] or [B]; each sample has its own.
             encoder_hidden_states, class_labels: [B, ...], where the model has them.
-            added_cond_kwargs: SDXL's ``text_embeds`` and ``time_ids``.
+            added_cond_kwargs: SDXL's ``text_embeds`` and ``time_ids``, and where the engine has an
+                IP-Adapter CLIP's ``image_embeds`` of one image, as diffusers' pipelines give them.
             down_block_additional_residuals, mid_block_additional_residual: what ControlNets add,
                 both or neither, where the engine has inputs for them.
             down_intrablock_additional_residuals: what T2I-adapters add, likewise.
             unsupported: any other argument of diffusers' UNets, None or empty.
 
         Raises:
-            InputError: an argument that the engine does not compute (attention arguments,
-                IP-Adapter, or what a ControlNet adds), inputs that are missing or of other shapes
-                than the engine's, or a height or width that the UNet cannot halve.
+            InputError: an argument that the engine does not compute (attention arguments, such as
+                an IP-Adapter's masks, or what a ControlNet adds), inputs that are missing or of
+                other shapes than the engine's, or a height or width that the UNet cannot halve.
         """
         residuals = self._residuals(
             down_block_additional_residuals=down_block_additional_residuals,
@@ -284,9 +325,13 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         wanted = {
             name: value for name, value in unsupported.items() if value is not None and value != {}
         }
-        added = dict(added_cond_kwargs or {})
+        added: dict[str, Any] = dict(added_cond_kwargs or {})
+        if (scale := self.ip_adapter_scale) is not None and added.get("image_embeds") is not None:
+            added |= self._image_prompt(added.pop("image_embeds"), scale, len(sample))
         wanted |= {
-            name: value for name, value in added.items() if name not in ("text_embeds", "time_ids")
+            name: value
+            for name, value in added.items()
+            if name not in (*ADDED_CONDITIONS, *IMAGE_PROMPT) and value is not None
         }
         if wanted:
             raise InputError(f"the engine does not compute {', '.join(sorted(wanted))}: {_FIXED}")
@@ -301,6 +346,21 @@ class PipelineUNet(ModelMixin, ConfigMixin):
         steps = steps.expand(len(sample)) if len(steps) == 1 else steps
         output = self.engine(sample, steps, **conditions).to(sample.device, sample.dtype)
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+
+    def _image_prompt(self, embeds: Any, scale: float, rows: int) -> dict[str, Tensor]:
+        """The IP-Adapter's inputs for diffusers' ``image_embeds``, a list of one tensor [rows, 1,
+        ...]; raise InputError for several images a row.
+        """
+        if not isinstance(embeds, list) or len(embeds) != 1 or embeds[0].shape[:2] != (rows, 1):
+            found = [list(x.shape) for x in embeds] if isinstance(embeds, list) else type(embeds)
+            raise InputError(
+                f"image_embeds: expected one IP-Adapter's, of one image for each of {rows} rows "
+                f"(a list of one tensor [{rows}, 1, ...]), found {found}; average the embeddings "
+                "of several images"
+            )
+        weight = next(self.encoder_hid_proj.parameters())
+        (tokens,) = self.encoder_hid_proj([embeds[0].to(weight.device, weight.dtype)])
+        return {IMAGE_TOKENS: tokens[:, 0], IMAGE_SCALE: torch.full((rows,), scale)}
 
     def _residuals(self, **arguments: Any) -> dict[str, Tensor]:
         """What ControlNets and T2I-adapters add, by the name of its input; raise InputError where

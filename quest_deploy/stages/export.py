@@ -37,7 +37,7 @@ def work(
             checkpoint,
             next(recorded.batches(2)),
             sha256_of(workspace.checkpoint_path),
-            added=tuple(recorded.residuals),
+            added=recorded.added,
         )
     except (PassError, InvariantError) as e:
         with_what = " or ".join({f"--{kind_of(x).replace('_', '-')}" for x in recorded.residuals})

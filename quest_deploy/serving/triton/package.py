@@ -21,7 +21,13 @@ from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder, read_json, sha256_of, write_json
 from quest_deploy.models.controls import load_control
 from quest_deploy.models.loading import load_model
-from quest_deploy.models.residuals import CONTROLNET, T2I_ADAPTER, kind_of, unet_residuals
+from quest_deploy.models.residuals import (
+    CONTROLNET,
+    IP_ADAPTER,
+    T2I_ADAPTER,
+    kind_of,
+    unet_residuals,
+)
 from quest_deploy.progress import no_progress
 from quest_deploy.serving.triton.layout import FILES, Layout
 from quest_deploy.serving.triton.models import (
@@ -165,21 +171,26 @@ def _controlnet(workspace: Workspace, model: PipelineModel, folder: Path | None)
     """The ControlNet in ``folder``, None without; raise InputError where the graph's inputs are not
     what it needs.
     """
-    added = added_inputs(load_graph(workspace.path(GRAPH)))
-    if any(kind_of(name) == T2I_ADAPTER for name in added):
+    kinds = set(map(kind_of, added_inputs(load_graph(workspace.path(GRAPH)))))
+    if IP_ADAPTER in kinds:
+        raise InputError(
+            f"{workspace.root}: its model has an IP-Adapter, which a package does not serve; use "
+            "quest_deploy.load_pipeline"
+        )
+    if T2I_ADAPTER in kinds:
         raise InputError(
             f"{workspace.root}: its graph has inputs for T2I-adapters, which a package does not "
             "serve; use quest_deploy.load_pipeline, or run `quest-deploy export "
             "--no-t2i-adapter-inputs`"
         )
-    if added and folder is None:
+    if kinds and folder is None:
         raise InputError(
             f"{workspace.root}: its graph has inputs for a ControlNet: give one with --controlnet, "
             "or run `quest-deploy export --no-controlnet-inputs`"
         )
     if folder is None:
         return None
-    if not added:
+    if not kinds:
         raise InputError(
             f"--controlnet: the graph in {workspace.root} has no inputs for what it adds; run "
             "`quest-deploy export --controlnet-inputs`, and build the engine again"
