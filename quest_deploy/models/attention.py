@@ -150,4 +150,5 @@ class WrittenAttention:
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
     """[B, tokens, heads x d] as [B, heads, tokens, d]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    heads_apart: Tensor = x.unflatten(-1, (heads, -1))
+    return heads_apart.transpose(1, 2)

@@ -190,11 +190,15 @@ def load_image_parts(model: PipelineModel) -> dict[str, Any]:
 
 
 class ImagePrompts:
-    """The images that a model with an IP-Adapter is calibrated with; see
+    """The images that a model with an IP-Adapter is shown, and calibrated with; see
     :class:`quest_deploy.calibration.trajectories.ImagePrompt`.
+
+    Attributes:
+        projection: what makes tokens of CLIP's embeddings.
+        encoder: CLIP's.
     """
 
-    def __init__(self, model: PipelineModel, images: ImageFolder | None) -> None:
+    def __init__(self, model: PipelineModel, images: ImageFolder | None = None) -> None:
         """Load what makes tokens of images.
 
         Args:
@@ -206,8 +210,9 @@ class ImagePrompts:
         adapter = model.source.ip_adapter
         assert adapter is not None
         self._model, self._scale = model, adapter.scale
-        self._projection = load_projection(adapter)
+        self.projection = load_projection(adapter)
         self._parts = SimpleNamespace(**load_image_parts(model))
+        self.encoder = self._parts.image_encoder
         self._images = [] if images is None else [read_image(path) for path in images.files()]
         self._null = self._tokens([Image.new("RGB", model.image_size)])[1]
 
@@ -225,13 +230,46 @@ class ImagePrompts:
         """The tokens of no image, as diffusers' pipelines give them, and the scale."""
         return self._conditions(self._null.expand(count, -1, -1))
 
+    @property
+    def crop(self) -> tuple[int, int]:
+        """Height and width of what the image encoder reads."""
+        size = self._parts.feature_extractor.crop_size
+        return size["height"], size["width"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How an image becomes what the image encoder reads, for who does it without transformers;
+        raise InputError where it is not CLIP's way.
+        """
+        found = self._parts.feature_extractor.to_dict()
+        size = found.get("size") or {}
+        usual = {
+            **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
+            "resample": Image.Resampling.BICUBIC,
+            "rescale_factor": 1 / 255,
+        }
+        wrong = [f"{k} {found.get(k)}" for k, value in usual.items() if found.get(k) != value]
+        if wrong or list(size) != ["shortest_edge"]:
+            raise InputError(
+                f"the feature extractor of {self._model.name}: expected CLIP's, which resizes the "
+                "shortest edge, crops and normalizes; found "
+                f"{', '.join(wrong) or f'size {size}'}; use quest_deploy.load_pipeline"
+            )
+        names = {"mean": "image_mean", "deviation": "image_std"}
+        return {
+            "size": size["shortest_edge"],
+            "crop": list(self.crop),
+            "scale": self._scale,
+            **{name: list(found[key]) for name, key in names.items()},
+        }
+
     def _conditions(self, tokens: Tensor) -> dict[str, Tensor]:
         return {IMAGE_TOKENS: tokens, IMAGE_SCALE: torch.full((len(tokens),), self._scale)}
 
     @torch.no_grad()
     def _tokens(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """The tokens of images and those of as many that are none, each [B, tokens, C]."""
-        hidden = not isinstance(self._projection, ImageProjection)
+        hidden = not isinstance(self.projection, ImageProjection)
         encode: Any = StableDiffusionPipeline.encode_image
         found, none = encode(self._parts, images, torch.device("cpu"), 1, hidden)
-        return self._projection(found), self._projection(none[:1])
+        return self.projection(found), self.projection(none[:1])

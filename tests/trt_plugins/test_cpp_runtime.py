@@ -472,7 +472,7 @@ def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
         (1.0, 0.0, 0, 5, 0.0),
         (4.0, 0.0, 0, 5, 0.0),
         (1.0, 0.0, 0, 0, 0.3),
-        (4.0, 0.0, 3, 5, 0.3),
+        (4.0, 0.0, 3, 0, 0.3),
     ],
 )
 def test_the_gpus_loop_joins_an_image_leaves_a_variance_out_and_runs_a_controlnet_at_each_step(

@@ -22,17 +22,20 @@ from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
+from quest_deploy.models.residuals import IMAGE_PROMPT, IMAGE_TOKENS
 from quest_deploy.serving.triton.layout import ONNX, PLAN
 from quest_deploy.serving.triton.parts import (
     ControlNet,
     Decoder,
     Encoder,
+    ImageEncoder,
     TextEncoder,
     save_onnx,
 )
 from quest_deploy.serving.triton.plans import FLOAT_INPUTS, write_plan
 
 if TYPE_CHECKING:
+    from quest_deploy.models.ip_adapters import ImagePrompts
     from quest_deploy.serving.triton.layout import Layout, Signature
 
 DECODER_BATCH = 4
@@ -159,6 +162,22 @@ def write_encoder(layout: Layout, encoder: Any, scale: float) -> Signature:
     )
 
 
+def write_image_encoder(layout: Layout, prompts: ImagePrompts) -> Signature:
+    """What makes an IP-Adapter's tokens of an image."""
+    module = ImageEncoder(prompts.encoder, prompts.projection)
+    pixels = {"pixels": torch.zeros(2, 3, *prompts.crop)}
+    version = layout.version_folder("image_encoder")
+    save_onnx(module, pixels, list(module.outputs), {0: "batch"}, version / ONNX)
+    _write_plan_beside(layout, version, DECODER_BATCH)
+    return layout.write_plan_config(
+        "image_encoder",
+        {"pixels": [3, *prompts.crop]},
+        {IMAGE_TOKENS: list(prompts.null(1)[IMAGE_TOKENS].shape[1:])},
+        DECODER_BATCH,
+        {"pixels": layout.kind},
+    )
+
+
 def write_controlnet(
     layout: Layout, net: Any, unet: Signature, tokens: dict[str, Any]
 ) -> Signature:
@@ -176,7 +195,7 @@ def write_controlnet(
         **{name: torch.zeros(value.shape) for name, value in tokens.items()},
     }
     image = {IMAGE: torch.zeros(2, 3 * pixels**2, height, width)}
-    residuals = [name for name in unet["inputs"] if name not in examples]
+    residuals = [name for name in unet["inputs"] if name not in (*examples, *IMAGE_PROMPT)]
     version = layout.version_folder("controlnet")
     module = ControlNet(net, list(examples), pixels)
     axes = {0: "batch", 2: HEIGHT, 3: WIDTH}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -26,13 +27,14 @@ from quest_deploy.artifacts.workspace import (
 from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.models.image_inputs import made_image
-from quest_deploy.models.ip_adapters import IMAGE_PARTS
+from quest_deploy.models.ip_adapters import IMAGE_PARTS, load_image_parts
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.residuals import IMAGE_PROMPT, IMAGE_SCALE, IMAGE_TOKENS
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import PipelineUNet
 from tests.pipelines import IMAGE_TOKENS as COUNT
 from tests.pipelines import PLUS_TOKENS, ip_adapter
+from tests.quest_deploy.serving.local import LocalPipeline
 from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:
@@ -132,14 +134,12 @@ def test_records_hold_an_images_tokens(chain: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_other_commands_run_on_it(chain: Path, tmp_path: Path) -> None:
+def test_the_other_commands_run_on_it(chain: Path) -> None:
     timed = ["--runs", "1", "--warmup", "0", "--batch", "1", "--backend", BACKENDS[0]]
     ok("benchmark", *timed, w=chain)
     ok("sensitivity", "--samples", "1", w=chain)
     assert IMAGE_TOKENS in cli("inspect", chain / GRAPH).out
     assert "ip-adapter.safetensors" in cli("inspect", chain).out
-    ended = cli("package", "-w", chain, "--triton", tmp_path / "package")
-    ended.assert_refused("IP-Adapter", "load_pipeline")
     given = [f"--ip-adapter={chain.parent / 'models' / 'ip-adapter.safetensors'}:0.5"]
     cli("calibrate", "-w", chain, *SHORT, *given).assert_refused("0.5", "0.8", "-w")
 
@@ -227,3 +227,67 @@ def draw(pipeline: Any, **options: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     given = {"num_inference_steps": 4, "generator": generator, "output_type": "np"}
     return pipeline("a red cat", **{"ip_adapter_image": SHOWN, **given, **options}).images
+
+
+@pytest.fixture(scope="module")
+def package(chain: Path) -> Path:
+    """The workspace's package."""
+    folder = chain.parent / "triton"
+    made = ok("package", "--triton", folder, w=chain)
+    assert made["models"] == ["image_encoder", "text_encoder", "unet", "vae_decoder"]
+    return folder
+
+
+def png_of(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_a_packages_image_is_the_one_of_diffusers_pipeline(
+    chain: Path, package: Path, guidance: float
+) -> None:
+    local = LocalPipeline(package)
+    pipeline = quest_deploy.load_pipeline(chain, BACKENDS[0])
+    given = {"prompt": "a red cat", "seed": 0, "steps": 4, "guidance": guidance}
+    image = {"ip_adapter_image": png_of(SHOWN)}
+    for scale in ({}, {"ip_adapter_scale": 0.3}):
+        found = local.draw(**given, **image, **scale)
+        pipeline.set_ip_adapter_scale(scale.get("ip_adapter_scale", 0.8))
+        expected = draw(pipeline, guidance_scale=guidance, output_type="pil")[0]
+        assert np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
+    without = local.draw(**given)
+    assert np.abs(found.astype(int) - without.astype(int)).max() > 1
+    nothing = local.draw(**given, **image, ip_adapter_scale=0.0)
+    np.testing.assert_array_equal(nothing, without)
+
+
+@pytest.mark.slow
+def test_a_package_reads_images_of_any_shape_as_clip_does(chain: Path, package: Path) -> None:
+    local = LocalPipeline(package)
+    extractor = load_image_parts(load_model(Workspace.open(chain).source))["feature_extractor"]
+    settings = local.generator.settings["image_prompt"]
+    for size in ((40, 23), (17, 90), (16, 16), (3, 5)):
+        image = made_image(1, *size).image
+        found = local.generation.clip_pixels(image, settings)
+        expected = extractor(image, return_tensors="pt").pixel_values
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_image_prompts_beyond_the_limits_are_refused(package: Path) -> None:
+    local = LocalPipeline(package)
+    image = png_of(SHOWN)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"ip_adapter_image": b"no image"}, "ip_adapter_image"),
+        ({"ip_adapter_image": bytes(local.generation.MAX_IMAGE_BYTES + 1)}, "ip_adapter_image"),
+        ({"ip_adapter_image": image, "ip_adapter_scale": -0.1}, "ip_adapter_scale"),
+        ({"ip_adapter_image": image, "ip_adapter_scale": 11.0}, "ip_adapter_scale"),
+        ({"ip_adapter_image": image, "ip_adapter_scale": float("nan")}, "ip_adapter_scale"),
+        ({"control_image": image}, "control_image"),
+    ]
+    for given, fact in cases:
+        with pytest.raises(local.generation.InvalidRequestError, match=fact):
+            local.draw(prompt="a cat", steps=1, **given)
