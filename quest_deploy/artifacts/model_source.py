@@ -32,6 +32,8 @@ IMPORTED_ALONE = (
 SINGLE_FILES = (".safetensors", ".ckpt")
 INDEX = "model_index.json"
 _LORA = ".safetensors"
+IMAGE_ENCODER = "image_encoder"
+"""The folder of an IP-Adapter's or a pipeline's image encoder."""
 ADAPTER_CONFIG = "adapter_config.json"
 """What peft says of a LoRA, its alpha among it, in a file beside the weights."""
 _MOST_TEXT_BYTES = 64 * 2**20
@@ -77,16 +79,80 @@ class Lora:
             )
 
 
-def _hash_of(lora: Path) -> str:
-    """The hash of a LoRA and of the settings beside it; raise InputError where the file is none, or
-    has more bytes than its header says: gigabytes of zeros are refused before they are read.
+@validated("IP-Adapter")
+@dataclass(frozen=True)
+class IPAdapter:
+    """An IP-Adapter whose keys and values are quantized with the model's: a safetensors file, the
+    scale that the model is calibrated with, and the file's hash.
+
+    Attributes:
+        image_encoder: the folder of what encodes its images; None for the one in ``path``'s folder,
+            or else the pipeline's.
+        fingerprint: of the image encoder's folder, where one is given or lies beside the file.
+    """
+
+    path: str
+    scale: float
+    sha256: str
+    image_encoder: str | None = None
+    fingerprint: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, image_encoder: Path | None = None) -> IPAdapter:
+        """Read "FILE" or "FILE:SCALE"; raise InputError where there is no such safetensors file or
+        folder, or the scale is no positive number.
+        """
+        path, scale = path_and_number(text, is_path=text.endswith(_LORA))
+        flag = f"--ip-adapter {text}"
+        if scale is None or scale <= 0:
+            raise InputError(
+                f"{flag}: expected FILE:SCALE with a finite scale above 0, such as "
+                "ip-adapter_sd15.safetensors:0.6"
+            )
+        if path.suffix != _LORA:
+            raise InputError(f"{flag}: expected a {_LORA} file, found {path.name}")
+        if not path.is_file():
+            raise InputError(f"{flag}: {path} does not exist")
+        if image_encoder is not None and not image_encoder.is_dir():
+            raise InputError(f"--image-encoder {image_encoder}: expected its folder")
+        folder = path.parent / IMAGE_ENCODER if image_encoder is None else image_encoder
+        found = absolute(folder) if folder.is_dir() else None
+        return cls(
+            str(absolute(path)),
+            scale,
+            _hash_of(path, "IP-Adapter"),
+            None if found is None else str(found),
+            None if found is None else fingerprint(found),
+        )
+
+    def check(self) -> None:
+        """Raise InputError where the file or the folder is another one by now."""
+        path = Path(self.path)
+        if not path.is_file() or _hash_of(path, "IP-Adapter") != self.sha256:
+            raise InputError(
+                f"the IP-Adapter {path} was changed or removed since the workspace was made; "
+                f"{_REPAIR}"
+            )
+        if self.image_encoder is not None:
+            folder = Path(self.image_encoder)
+            if not folder.is_dir() or fingerprint(folder) != self.fingerprint:
+                raise InputError(
+                    f"the image encoder {folder} was changed or removed since the workspace was "
+                    f"made; {_REPAIR}"
+                )
+
+
+def _hash_of(lora: Path, kind: str = "LoRA") -> str:
+    """The hash of a LoRA, or an adapter of another ``kind``, and of the settings beside it; raise
+    InputError where the file is none, or has more bytes than its header says: gigabytes of zeros
+    are refused before they are read.
     """
     try:
         open_tensors(lora)
     except (OSError, SafetensorError) as e:
         raise InputError(
-            f"the LoRA {lora}: expected a safetensors file of the size that its header says, found "
-            f"one of {lora.stat().st_size} bytes ({e}); get it again"
+            f"the {kind} {lora}: expected a safetensors file of the size that its header says, "
+            f"found one of {lora.stat().st_size} bytes ({e}); get it again"
         ) from e
     beside, digest = lora.with_name(ADAPTER_CONFIG), sha256_of(lora)
     if not beside.is_file():
@@ -111,6 +177,7 @@ class ModelSource:
         random_weights: the architecture alone, its weights drawn with ``seed``.
         fingerprint: of a folder or file, see :func:`fingerprint`.
         prediction_type: what the user says that it predicts, if anything.
+        ip_adapter: what its cross-attention reads beside the text, if anything.
     """
 
     name: str
@@ -122,6 +189,7 @@ class ModelSource:
     loras: tuple[Lora, ...] = ()
     fingerprint: str | None = None
     prediction_type: str | None = None
+    ip_adapter: IPAdapter | None = None
 
     @property
     def path(self) -> Path | None:
@@ -133,12 +201,15 @@ class ModelSource:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The source as a JSON value."""
-        return asdict(self) | {"loras": [asdict(lora) for lora in self.loras]}
+        """The source as a JSON value; without an IP-Adapter as it was before there were any."""
+        found = asdict(self) | {"loras": [asdict(lora) for lora in self.loras]}
+        if self.ip_adapter is None:
+            del found["ip_adapter"]
+        return found
 
     def check_unchanged(self) -> None:
-        """Raise InputError where the folder, the file or a LoRA is not what it was when the source
-        was recorded.
+        """Raise InputError where the folder, the file, a LoRA or an IP-Adapter is not what it was
+        when the source was recorded.
         """
         if self.path is not None and self.fingerprint is not None:
             if not self.path.exists():
@@ -149,6 +220,8 @@ class ModelSource:
                 )
         for lora in self.loras:
             lora.check()
+        if self.ip_adapter is not None:
+            self.ip_adapter.check()
 
 
 _REPAIR = "restore it, or start a new workspace with -w"

@@ -20,6 +20,7 @@ from quest_deploy.artifacts.tensors import read_tensors
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file
 from quest_deploy.models.channels import IMAGE_CONDITION, for_scheduler, guidance_of, joined
+from quest_deploy.models.residuals import IMAGE_PROMPT, IMAGE_SCALE
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.progress import no_progress
 
@@ -74,16 +75,24 @@ class Trajectories:
 
     @property
     def controlled(self) -> int:
-        """How many rows have residuals, the first ones."""
+        """How many rows have residuals or an image prompt, the first ones."""
         first = next(iter(self.residuals.values()), None)
-        return 0 if first is None or first.dim() < 2 else first.shape[1]
+        if first is not None:
+            return first.shape[1] if first.dim() > 1 else 0
+        scale = self.conditions.get(IMAGE_SCALE)
+        return 0 if scale is None else int((scale != 0).sum())
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """The inputs that may be zeros, which add nothing to the model."""
+        return (*self.residuals, *(name for name in IMAGE_PROMPT if name in self.conditions))
 
     def first(self, rows: int) -> Trajectories:
         """The first ``rows`` of all rows N, or all where there are fewer, with and without
-        residuals in proportion; ``parts`` is 1 where they end amid a sampling.
+        what is added in proportion; ``parts`` is 1 where they end amid a sampling.
         """
         total = self.sample.shape[1]
-        if self.residuals and rows < total:
+        if self.controlled and rows < total:
             kept = rows * self.controlled // total
             plain = dataclasses.replace(self._rows(slice(self.controlled, None)), residuals={})
             return joined_rows(self._rows(slice(kept)), plain._rows(slice(rows - kept)))
@@ -239,6 +248,21 @@ def samples_for(model: DiffusionModel, scheme: Scheme, steps: int) -> int:
     )
 
 
+class ImagePrompt(Protocol):
+    """Images that are conditions of the model, as an IP-Adapter's are."""
+
+    def nothing(self, count: int) -> dict[str, Tensor]:
+        """The conditions of ``count`` samplings without an image, which add nothing."""
+
+    def asked(self, latents: NDArray[np.float32]) -> dict[str, Tensor]:
+        """Those of samplings [B, ...] that are shown images, of which these would be the results
+        without them.
+        """
+
+    def null(self, count: int) -> dict[str, Tensor]:
+        """Those of guidance's unconditional rows beside them."""
+
+
 class Control(Protocol):
     """What adds to the model while it samples, such as ControlNets."""
 
@@ -266,6 +290,7 @@ def record_trajectories(
     image_guidance: float | None = None,
     rows: int | None = None,
     control: Control | None = None,
+    prompt: ImagePrompt | None = None,
     progress: Progress = no_progress,
 ) -> Trajectories:
     """Sample with DDIM and the float ``unet`` and record every step.
@@ -281,8 +306,8 @@ def record_trajectories(
             :meth:`quest_deploy.models.channels.Guidance.parts`.
         image_guidance: the weight of the image that is edited, the model's where it is None.
         rows: how many rows run at once; all where it is None.
-        control: half of the samplings run with it, under the conditions of the other half, which
-            runs first; as many of both, and so one more where ``samples`` is odd.
+        control, prompt: half of the samplings run with them, under the conditions of the other
+            half, which runs first; as many of both, and so one more where ``samples`` is odd.
 
     Raises:
         InputError: a condition is not finite, or the scheduler cannot take the steps.
@@ -291,12 +316,16 @@ def record_trajectories(
     generator = torch.Generator().manual_seed(seed)
     scheduler = _scheduler(model, steps, scheme)
     guide = guidance_of(model, guidance, image_guidance)
-    samples = samples if control is None else -(-samples // 2)
+    halves = control is not None or prompt is not None
+    samples = -(-samples // 2) if halves else samples
+
+    def by_row(asked: dict[str, Tensor], null: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        parts = guide.parts(asked, null)
+        return {name: torch.stack([x[name] for x in parts], 1).flatten(0, 1) for name in asked}
+
     drawn = model.draw_conditions(samples, generator)
-    parts = guide.parts(drawn, model.null_conditions(samples) if guide.guided else None)
-    conditions = {
-        name: torch.stack([part[name] for part in parts], 1).flatten(0, 1) for name in drawn
-    }
+    null = model.null_conditions(samples) if guide.guided else None
+    parts, conditions = len(guide.parts(drawn, null)), by_row(drawn, null)
     for name, value in conditions.items():
         if not torch.isfinite(value).all():
             raise InputError(
@@ -304,20 +333,22 @@ def record_trajectories(
                 "table of classes"
             )
     image = conditions.pop(IMAGE_CONDITION, None)
-    recorder = _Recorder(
-        model, unet, scheduler, guide, len(parts), conditions, image, rows, progress
-    )
+    if prompt is not None:
+        nothing = prompt.nothing(samples)
+        conditions |= by_row(nothing, nothing)
+    recorder = _Recorder(model, unet, scheduler, guide, parts, conditions, image, rows, progress)
 
     def noise() -> Tensor:
         return torch.randn(samples, *model.sample_shape, generator=generator)
 
     plain, latents = recorder.record(noise())
-    if control is None:
+    if not halves:
         return plain
-    shown = {
-        name: value.repeat_interleave(len(parts), 0)
-        for name, value in control.images(latents.numpy()).items()
-    }
+    if prompt is not None:
+        shown = by_row(prompt.asked(latents.numpy()), prompt.null(samples))
+        recorder = dataclasses.replace(recorder, conditions=conditions | shown)
+    shown = {} if control is None else control.images(latents.numpy())
+    shown = {name: value.repeat_interleave(parts, 0) for name, value in shown.items()}
     controlled, _ = recorder.record(noise(), control, shown)
     return joined_rows(controlled, plain)
 
@@ -347,7 +378,10 @@ class _Recorder:
             self.scheduler.timesteps,
             self.parts,
         )
-        phase = f"recording trajectories{'' if control is None else ' with ControlNet'}"
+        prompted = bool(self.conditions.get(IMAGE_SCALE, torch.zeros(0)).any())
+        names = {"ControlNet": control is not None, "IP-Adapter": prompted}
+        with_what = " and ".join(name for name, given in names.items() if given)
+        phase = f"recording trajectories{f' with {with_what}' if with_what else ''}"
         inputs, outputs, residuals = [], [], []
         for i, timestep in enumerate(timesteps):
             entered = joined(sample.repeat_interleave(parts, 0), self.image)

@@ -117,6 +117,8 @@ def _workspace(content: dict[str, Any]) -> Iterable[str]:
     yield f"workspace of {content['model']}"
     if content["loras"]:
         yield named_loras(content)
+    if "ip_adapter" in content:
+        yield "IP-Adapter {path}, calibrated at {scale:g}".format(**content["ip_adapter"])
     yield _scheme(content)
     if rows:
         yield table(["stage", "made", "files", "state"], rows)

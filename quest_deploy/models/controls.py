@@ -15,7 +15,7 @@ from torch import Tensor
 from quest_deploy.artifacts.scaled_folder import CONFIGURATION
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
-from quest_deploy.models.control_images import edges
+from quest_deploy.models.control_images import drawn, edges
 from quest_deploy.models.image_inputs import read_image, resized
 from quest_deploy.models.pipeline_classes import controlled_class
 from quest_deploy.models.residuals import (
@@ -165,7 +165,8 @@ class Controls:
         user's images in turn, or edges of the pictures of ``latents`` [B, ...].
         """
         count = len(latents)
-        given = self._images or [self._edges(latents)] * len(self._nets)
+        own = [] if self._images else [edges(x) for x in drawn(self._model, latents)]
+        given = self._images or [own] * len(self._nets)
         return {
             f"{SHOWN}{i}": torch.stack([_tensor(shown[row % len(shown)]) for row in range(count)])
             for i, shown in enumerate(given)
@@ -193,12 +194,6 @@ class Controls:
         for x in list(shapes)[len(features) :]:  # what it does not add to
             features.append(image.new_zeros(len(image), *x.shape(*self._model.sample_shape[1:])))
         return {f"{INTRABLOCK}{i}": x for i, x in enumerate(features)}
-
-    def _edges(self, latents: NDArray[np.float32]) -> list[Image.Image]:
-        if self._model.source.random_weights:  # which draw nothing
-            return [edges(self._model.image_input(i).image) for i in range(len(latents))]
-        levels = (127.5 * (self._model.images(latents) + 1)).round().astype(np.uint8)
-        return [edges(Image.fromarray(x.transpose(1, 2, 0))) for x in levels]
 
 
 def _of_controlnet(

@@ -48,6 +48,7 @@ from quest_deploy.models.image_inputs import (
     random_condition,
     read_images,
 )
+from quest_deploy.models.ip_adapters import add_ip_adapter, check_model
 from quest_deploy.models.loras import check_parts, fuse
 from quest_deploy.models.networks import UNET, network_of, transformer_class
 from quest_deploy.models.networks.network import CLASS_CONDITIONAL, TEXT_TO_IMAGE, UNCONDITIONAL
@@ -193,11 +194,15 @@ class PipelineModel:
         self.float_layers: Sequence[str] = self.network.float_layers(self.config)
         self.finetuning: Mapping[str, Any] = {}
         self.finetuning_threads: int | None = None
+        if source.ip_adapter is not None:
+            check_model(source.ip_adapter, self)
         for name, value in {} if self._known is None else self._known.defaults.items():
             setattr(self, name, value)
 
     def load_unet(self) -> nn.Module:
-        """The float model, its LoRAs fused; random weights are those of the source's seed."""
+        """The float model, its LoRAs fused, with its IP-Adapter's keys and values; random weights
+        are those of the source's seed.
+        """
         class_name, part = self.config["_class_name"], self.network.part
         with self._loading(f"the {self.network.noun}"):
             if self.source.random_weights:
@@ -222,6 +227,8 @@ class PipelineModel:
         if self.source.loras:
             self._check_loras()
             fuse(self.source.loras, part, network)
+        if self.source.ip_adapter is not None:
+            add_ip_adapter(network, self.source.ip_adapter)
         return self.network.flat(network).eval()
 
     def load_scheduler(self, name: str, **overrides: Any) -> Any:

@@ -1,5 +1,6 @@
 """What ControlNets and T2I-adapters add inside a UNet, each tensor an input of its own: float32
-[B, C, height / divisor, width / divisor] of the sample's height and width.
+[B, C, height / divisor, width / divisor] of the sample's height and width; and an IP-Adapter's
+inputs.
 
 Zeros add nothing: a UNet with these inputs computes then what it computes without them. Several
 ControlNets add up before they reach the UNet, so that it has one set of inputs for all of them.
@@ -27,6 +28,11 @@ CONTROLNET, T2I_ADAPTER = KINDS = ("controlnet", "t2i_adapter")
 """What adds them; an option's names begin so."""
 PARTS = {CONTROLNET: "controlnet", T2I_ADAPTER: "adapter"}
 """What diffusers' pipelines call them."""
+IP_ADAPTER = "ip_adapter"
+IMAGE_TOKENS, IMAGE_SCALE = IMAGE_PROMPT = ("ip_adapter_tokens", "ip_adapter_scale")
+"""An IP-Adapter's inputs: an image's tokens, float32 [B, tokens, C] as text states are, and the
+scale of what they add, float32 [B].
+"""
 _ARGUMENTS: dict[str, tuple[str, type[list[Any]] | type[tuple[Any, ...]]]] = {
     DOWN: ("down_block_additional_residuals", tuple),
     INTRABLOCK: ("down_intrablock_additional_residuals", list),  # of which diffusers takes one off
@@ -84,6 +90,8 @@ def flag(kind: str) -> str:
 
 def kind_of(name: str) -> str:
     """What gives the input ``name``."""
+    if name in IMAGE_PROMPT:
+        return IP_ADAPTER
     return T2I_ADAPTER if name.startswith(INTRABLOCK) else CONTROLNET
 
 
@@ -136,8 +144,14 @@ def _check_blocks(config: Mapping[str, Any]) -> None:
 
 
 def packed(conditions: Mapping[str, T]) -> dict[str, Any]:
-    """``conditions`` by name, the residuals among them as the arguments of diffusers' UNets."""
+    """``conditions`` by name, the residuals among them as the arguments of diffusers' UNets; an
+    IP-Adapter's inputs beside the text states, as
+    :class:`quest_deploy.models.attention.WrittenAttention` takes them.
+    """
     found: dict[str, Any] = dict(conditions)
+    if IMAGE_TOKENS in found:
+        image = (found.pop(name) for name in IMAGE_PROMPT)
+        found["encoder_hidden_states"] = (found["encoder_hidden_states"], *image)
     for prefix, (argument, kind) in _ARGUMENTS.items():
         if count := sum(name.startswith(prefix) for name in conditions):
             found[argument] = kind(found.pop(f"{prefix}{i}") for i in range(count))

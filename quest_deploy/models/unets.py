@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from quest_deploy.models.attention import attentions
 from quest_deploy.models.residuals import packed
 from quest_deploy.models.supported import has_cross_attention
 
@@ -21,7 +21,7 @@ ADDED_CONDITIONS = ("text_embeds", "time_ids")
 
 
 class ResidualsUNet(UNet2DConditionModel):
-    """A UNet2DConditionModel that takes what ControlNets add to it by name.
+    """A UNet2DConditionModel that takes what ControlNets and an IP-Adapter add to it by name.
 
     Attributes:
         recorded: what a checkpoint records as its class.
@@ -53,7 +53,7 @@ class FlatConditionsUNet(ResidualsUNet):
         return super().forward(
             sample,
             timestep,
-            encoder_hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
             added_cond_kwargs=added or None,
             return_dict=return_dict,
             **_whole_labels(conditions),
@@ -107,11 +107,6 @@ def _whole_labels(conditions: dict[str, Tensor]) -> dict[str, Tensor]:
         name: value.long() if name == "class_labels" else value
         for name, value in conditions.items()
     }
-
-
-def attentions(model: nn.Module) -> list[Any]:
-    """Every attention of a diffusers UNet."""
-    return [module for module in model.modules() if isinstance(module, Attention)]
 
 
 def set_heads(model: nn.Module, heads: int) -> None:

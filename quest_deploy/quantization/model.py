@@ -24,6 +24,7 @@ from quest_deploy.artifacts.checkpoint import (
 )
 from quest_deploy.artifacts.scheme import activation_levels
 from quest_deploy.errors import InputError
+from quest_deploy.models.attention import add_image_attentions
 from quest_deploy.models.networks import kind_of
 from quest_deploy.models.unets import set_heads
 from quest_deploy.quantization.affine import WeightGrid, bucket_of, per_sample, weight_codes
@@ -301,6 +302,8 @@ def build_float_model(architecture: Architecture) -> nn.Module:
     model = bounded_network(architecture.class_name, architecture.config)
     if architecture.heads is not None:
         set_heads(model, architecture.heads)
+    if architecture.ip_adapter:
+        add_image_attentions(model)
     return prepare(
         model, architecture.split_shortcuts, architecture.attention, architecture.low_rank
     ).eval()

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from quest_deploy.artifacts.checkpoint import DOWN, OPERANDS, RESIDUAL, UP, ScoreScale
 from quest_deploy.errors import InputError
-from quest_deploy.models.unets import attentions
+from quest_deploy.models.attention import WrittenAttention, attentions
+from quest_deploy.models.residuals import IP_ADAPTER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -131,9 +132,8 @@ class Product(nn.Module):
         return a @ b
 
 
-class ExplicitAttention:
-    """diffusers' attention written out, its two products in the modules ``scores`` and ``mix`` of
-    the Attention.
+class ExplicitAttention(WrittenAttention):
+    """Attention whose two products are the modules ``scores`` and ``mix`` of the Attention.
 
     Operands are [B, heads, tokens, d]: the batch stays in axis 0, so that each sample keeps its own
     timestep's scales.
@@ -142,61 +142,8 @@ class ExplicitAttention:
     def __init__(self, scale: ScoreScale) -> None:
         self.scale = scale
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """diffusers' processor interface; raise InputError for attention that this does not
-        compute.
-        """
-        norms = (attn.spatial_norm, attn.norm_q, attn.norm_k)
-        if (
-            attn.norm_cross
-            or attn.added_kv_proj_dim is not None
-            or any(norm is not None for norm in norms)
-        ):
-            raise InputError(
-                "attention with spatial, cross or q/k normalization, or with added keys and "
-                "values, cannot be quantized; leave attention in float"
-            )
-        residual, shape = hidden_states, hidden_states.shape
-        if len(shape) == 4:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for project, x in (
-                (attn.to_q, hidden_states),
-                (attn.to_k, context),
-                (attn.to_v, context),
-            )
-        )
-        mask = None
-        if attention_mask is not None:
-            mask = attn.prepare_attention_mask(attention_mask, k.shape[2], shape[0])
-            mask = mask.view(shape[0], attn.heads, -1, mask.shape[-1])
-        mixed = self.attend(attn, q, k, v, mask)
-        hidden_states = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
-        if len(shape) == 4:
-            hidden_states = hidden_states.transpose(1, 2).unflatten(2, shape[2:])
-        if attn.residual_connection:
-            hidden_states = (
-                residual + hidden_states
-            )  # in this order the result has the layout of the residual, as in CompVis
-        result: Tensor = hidden_states / attn.rescale_output_factor
-        return result
-
     def attend(self, attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q k^T * scale + mask) v; q, k, v [B, heads, tokens, d], mask [B, heads, 1 or
-        tokens, tokens of k].
-        """
+        """See :meth:`quest_deploy.models.attention.WrittenAttention.attend`."""
         if self.scale is ScoreScale.OPERANDS:
             root = attn.scale**0.5
             scores = attn.scores(q * root, (k * root).transpose(2, 3))
@@ -217,7 +164,7 @@ class ExplicitJointAttention(ExplicitAttention):
         self,
         attn: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Any = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         **_: Any,
@@ -312,9 +259,12 @@ def prepare(
     if attention is not None:
         for module in attentions(model):
             explicit = _EXPLICIT.get(type(module.processor).__name__, ExplicitAttention)
-            if explicit is not None:
-                module.scores, module.mix = Product(OPERANDS["scores"]), Product(OPERANDS["mix"])
-                module.set_processor(explicit(attention))
+            if explicit is None:
+                continue
+            for each in (module, getattr(module, IP_ADAPTER, None)):
+                if each is not None:
+                    each.scores, each.mix = Product(OPERANDS["scores"]), Product(OPERANDS["mix"])
+            module.set_processor(explicit(attention))
     return model
 
 

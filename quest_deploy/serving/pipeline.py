@@ -5,6 +5,7 @@ callbacks and everything else are diffusers' own.
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -24,10 +26,13 @@ from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.models.controls import check_fits, load_control
+from quest_deploy.models.ip_adapters import IMAGE_PARTS, load_image_parts, load_projection
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.networks import NETWORKS, network_of
 from quest_deploy.models.residuals import (
     CONTROLNET,
+    IMAGE_SCALE,
+    IMAGE_TOKENS,
     KINDS,
     PARTS,
     flag,
@@ -38,13 +43,15 @@ from quest_deploy.models.residuals import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from quest_deploy.artifacts.model_source import IPAdapter
     from quest_deploy.models.pipeline_model import PipelineModel
 
 DEFAULT_BACKEND = "openvino"
 _FIXED = (
     "an engine's weights and graph are fixed when it is built: give LoRAs to `quest-deploy lora`, "
-    "or to `quest-deploy calibrate --lora`, and build the engine again; FreeU, IP-Adapter, caches, "
-    "training and attention processors need the float network, in diffusers' own pipeline"
+    "or to `quest-deploy calibrate --lora`, IP-Adapters to `quest-deploy calibrate --ip-adapter`, "
+    "and build the engine again; FreeU, caches, training and attention processors need the float "
+    "network, in diffusers' own pipeline"
 )
 _PARTS = {part: kind for kind, part in PARTS.items()}
 """By what diffusers' pipelines call what adds to the UNet, what it is here."""
@@ -134,6 +141,12 @@ def load_pipeline(
     >>> pipeline = load_pipeline("quest-out/sd15-w4a4", controlnet="canny")       # doctest: +SKIP
     >>> pipeline("a lighthouse in a storm", image=edges).images[0]                # doctest: +SKIP
 
+    A workspace that was calibrated with an IP-Adapter takes images as diffusers does; the scale
+    begins as the one of the calibration:
+
+    >>> pipeline.set_ip_adapter_scale(0.5)                                        # doctest: +SKIP
+    >>> pipeline("a lighthouse", ip_adapter_image=photo).images[0]                # doctest: +SKIP
+
     Args:
         workspace: where the engine was built, open or as a path.
         parts: parts by their names in the pipeline, to take instead of the folder's;
@@ -160,12 +173,17 @@ def load_pipeline(
         if _PARTS[part] not in map(kind_of, taken):
             raise InputError(f"{part}: {_not_exported(_PARTS[part])}")
         parts = {**parts, part: _controls(parts[part], model, part)}
-    network = stand_in(EngineUNet.load(opened, backend), model.config)
+    takes_images = model.source.ip_adapter is not None and "adapter" not in given
+    if takes_images and not set(IMAGE_PARTS) <= parts.keys():
+        parts = {**load_image_parts(model), **parts}
+    network: Any = stand_in(EngineUNet.load(opened, backend), model.config, model.source.ip_adapter)
     pipeline = model.load_pipeline(**{model.network.part: network, **parts})
     network.engine.pixels_per_latent = getattr(pipeline, "vae_scale_factor", 1)
     for name in _REFUSED_BY_PIPELINES:
         if hasattr(pipeline, name):
             setattr(pipeline, name, _refusal(name))
+    if model.source.ip_adapter is not None:
+        pipeline.set_ip_adapter_scale = network.set_ip_adapter_scale
     return pipeline
 
 
@@ -229,7 +247,7 @@ class PipelineNetwork(ModelMixin, ConfigMixin):
             return lambda *arguments, **options: None
         if name in _REFUSED:
             return _refusal(name)
-        if name in _ABSENT:
+        if name in _ABSENT and name not in self.__dict__.get("_modules", ()):
             raise _AbsentError(f"{self._network.part}.{name}: {_FIXED}")
         return super().__getattr__(name)
 
@@ -300,9 +318,15 @@ class PipelineNetwork(ModelMixin, ConfigMixin):
 class PipelineUNet(PipelineNetwork):
     """An engine in the place of a pipeline's UNet."""
 
-    def __init__(self, engine: EngineUNet, config: Mapping[str, Any]) -> None:
-        """See :class:`PipelineNetwork`."""
+    def __init__(
+        self, engine: EngineUNet, config: Mapping[str, Any], ip_adapter: IPAdapter | None = None
+    ) -> None:
+        """See :class:`PipelineNetwork`; the layers of ``ip_adapter`` are among the engine's."""
         super().__init__(engine, config)
+        self.ip_adapter_scale = None if ip_adapter is None else ip_adapter.scale
+        if ip_adapter is not None:
+            projection = load_projection(ip_adapter)
+            self.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
         if config.get("addition_embed_type") == "text_time":
             # Pipelines of SDXL check by it that their conditions on the size fit.
             width = config["projection_class_embeddings_input_dim"]
@@ -325,6 +349,8 @@ class PipelineUNet(PipelineNetwork):
         """Predict as diffusers' UNets do; see :meth:`PipelineNetwork._predict`.
 
         Args:
+            added_cond_kwargs: SDXL's ``text_embeds`` and ``time_ids``, and where the engine has an
+                IP-Adapter CLIP's ``image_embeds`` of one image, as diffusers' pipelines give them.
             down_block_additional_residuals, mid_block_additional_residual: what ControlNets add,
                 both or neither, where the engine has inputs for them.
             down_intrablock_additional_residuals: what T2I-adapters add, likewise.
@@ -334,13 +360,43 @@ class PipelineUNet(PipelineNetwork):
             mid_block_additional_residual=mid_block_additional_residual,
             down_intrablock_additional_residuals=down_intrablock_additional_residuals,
         )
+        added, scale = dict(added_cond_kwargs or {}), self.ip_adapter_scale
+        if scale is not None and added.get("image_embeds") is not None:
+            residuals |= self._image_prompt(added.pop("image_embeds"), scale, len(sample))
         given = {
             "encoder_hidden_states": encoder_hidden_states,
             "class_labels": class_labels,
             **arguments,
         }
-        output = self._predict(sample, timestep, given, added_cond_kwargs, residuals)
+        output = self._predict(sample, timestep, given, added, residuals)
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+
+    def set_ip_adapter_scale(self, scale: float | Sequence[float]) -> None:
+        """The scale of what the IP-Adapter adds, for all of its layers; raise InputError for one
+        for each of them.
+        """
+        given = scale[0] if isinstance(scale, list | tuple) and len(scale) == 1 else scale
+        if not isinstance(given, int | float) or not math.isfinite(given):
+            raise InputError(
+                f"set_ip_adapter_scale: expected a finite number, since an engine has one scale "
+                f"for all layers and one IP-Adapter, found {scale}"
+            )
+        self.ip_adapter_scale = float(given)
+
+    def _image_prompt(self, embeds: Any, scale: float, rows: int) -> dict[str, Tensor]:
+        """The IP-Adapter's inputs for diffusers' ``image_embeds``, a list of one tensor [rows, 1,
+        ...]; raise InputError for several images a row.
+        """
+        if not isinstance(embeds, list) or len(embeds) != 1 or embeds[0].shape[:2] != (rows, 1):
+            found = [list(x.shape) for x in embeds] if isinstance(embeds, list) else type(embeds)
+            raise InputError(
+                f"image_embeds: expected one IP-Adapter's, of one image for each of {rows} rows "
+                f"(a list of one tensor [{rows}, 1, ...]), found {found}; average the embeddings "
+                "of several images"
+            )
+        weight = next(self.encoder_hid_proj.parameters())
+        (tokens,) = self.encoder_hid_proj([embeds[0].to(weight.device, weight.dtype)])
+        return {IMAGE_TOKENS: tokens[:, 0], IMAGE_SCALE: torch.full((rows,), scale)}
 
     def _residuals(self, **arguments: Any) -> dict[str, Tensor]:
         """What ControlNets and T2I-adapters add, by the name of its input; raise InputError where
@@ -378,12 +434,20 @@ class PipelineTransformer(PipelineNetwork):
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
-_STAND_INS = {"unet": PipelineUNet, "transformer": PipelineTransformer}
+_STAND_INS: dict[str, Any] = {"unet": PipelineUNet, "transformer": PipelineTransformer}
 
 
-def stand_in(engine: EngineUNet, config: Mapping[str, Any]) -> PipelineNetwork:
-    """``engine`` in the place of the network of ``config``, as a part of its pipeline."""
-    return _STAND_INS[network_of(config["_class_name"]).part](engine, config)
+def stand_in(
+    engine: EngineUNet, config: Mapping[str, Any], ip_adapter: IPAdapter | None = None
+) -> PipelineNetwork:
+    """``engine`` in the place of the network of ``config``, as a part of its pipeline; the layers
+    of ``ip_adapter``, which a UNet alone can have, are among the engine's.
+    """
+    of_images = {} if ip_adapter is None else {"ip_adapter": ip_adapter}
+    made: PipelineNetwork = _STAND_INS[network_of(config["_class_name"]).part](
+        engine, config, **of_images
+    )
+    return made
 
 
 for _name in _REFUSED_OF_MODELS:  # which __getattr__ is not asked for: the base class has them

@@ -467,6 +467,13 @@ class ImageRequest(Options):
     control_scale: Annotated[
         float | None, Option("Scale of what the ControlNet adds.", default="1")
     ] = None
+    ip_adapter_image: Annotated[
+        Path | None, Option("An image beside the prompt, where the package has an IP-Adapter.")
+    ] = None
+    ip_adapter_scale: Annotated[
+        float | None,
+        Option("Scale of what the IP-Adapter adds.", default="that of the calibration"),
+    ] = None
     height: Annotated[int | None, Option("Pixels.", default="the model's")] = None
     width: Annotated[int | None, Option("Pixels.", default="the model's")] = None
     seed: Annotated[

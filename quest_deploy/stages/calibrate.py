@@ -13,6 +13,7 @@ from quest_deploy.calibration.training_state import hash_of_tensors
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sha256_of, write_json
 from quest_deploy.models.controls import Controls
+from quest_deploy.models.ip_adapters import ImagePrompts
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.schedulers import most_steps
 from quest_deploy.stages.options import QDIFF
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.calibration.trajectories import Trajectories
+    from quest_deploy.models.pipeline_model import PipelineModel
     from quest_deploy.progress import Progress
     from quest_deploy.stages.options import CalibrateOptions
     from quest_deploy.stages.results import Calibration
@@ -65,6 +67,7 @@ def work(
         if any(options.controls.values())
         else None
     )
+    prompt = _image_prompts(model, options)
     unet = model.load_unet()
     rows = options.batch or model.forward_rows
 
@@ -80,6 +83,7 @@ def work(
             image_guidance=options.image_guidance,
             rows=rows,
             control=control,
+            prompt=prompt,
             progress=progress,
         )
         settings = ptq.CalibrationOptions(
@@ -114,6 +118,15 @@ def work(
     else:
         recorded, checkpoint = start()
     return save_calibrated(workspace, recorded, checkpoint), describe(workspace, checkpoint)
+
+
+def _image_prompts(model: PipelineModel, options: CalibrateOptions) -> ImagePrompts | None:
+    """What a model with an IP-Adapter is shown; raise InputError for images without one."""
+    if model.source.ip_adapter is not None:
+        return ImagePrompts(model, options.ip_images)
+    if options.ip_images is not None:
+        raise InputError("--ip-adapter-images: needs a workspace with --ip-adapter")
+    return None
 
 
 def save_calibrated(

@@ -36,7 +36,7 @@ def work(
             checkpoint,
             next(recorded.batches(2)),
             sha256_of(workspace.checkpoint_path),
-            added=tuple(recorded.residuals),
+            added=recorded.added,
         )
     except (PassError, InvariantError) as e:
         raise QuestDeployError(

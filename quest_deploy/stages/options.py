@@ -215,6 +215,7 @@ class CalibrateOptions(ImageFolderOptions):
         "image_guidance",
         *KINDS,
         "control_images",
+        "ip_adapter_images",
     )
     method: Annotated[str, Option(METHOD_HELP, choices=METHODS)] = "mse"
     samples: Annotated[
@@ -278,6 +279,15 @@ class CalibrateOptions(ImageFolderOptions):
             text=list[Path],
         ),
     ] = None
+    ip_adapter_images: Annotated[
+        ImageFolder | Path | str | None,
+        Option(
+            "A folder of what the IP-Adapter is shown.",
+            metavar="DIR",
+            default="the model's own pictures",
+            text=Path,
+        ),
+    ] = None
     reconstruction_samples: Annotated[
         int | None, Option("qdiff: recorded samples it learns from.", minimum=1)
     ] = None
@@ -297,7 +307,13 @@ class CalibrateOptions(ImageFolderOptions):
                 of = ScaledFolder if name in KINDS else ImageFolder
                 of_manifest = (of(**x) if isinstance(x, Mapping) else x for x in given)
                 object.__setattr__(self, name, tuple(of_manifest) or None)
+        prompt: Any = self.ip_adapter_images
+        if isinstance(prompt, Mapping):
+            object.__setattr__(self, "ip_adapter_images", ImageFolder(**prompt))
         super().__post_init__()
+        if isinstance(prompt, Path | str):
+            folder = ImageFolder.of(prompt, "--ip-adapter-images")
+            object.__setattr__(self, "ip_adapter_images", folder)
         for kind in KINDS:
             found = [
                 x if isinstance(x, ScaledFolder) else ScaledFolder.parse(str(x), flag(kind))
@@ -334,11 +350,19 @@ class CalibrateOptions(ImageFolderOptions):
         """The folders of what they are shown, where some are given."""
         return tuple(x for x in self.control_images or () if isinstance(x, ImageFolder))
 
+    @property
+    def ip_images(self) -> ImageFolder | None:
+        """The folder of what the IP-Adapter is shown, where one is given."""
+        given = self.ip_adapter_images
+        return given if isinstance(given, ImageFolder) else None
+
     def to_json(self) -> dict[str, Any]:
         """The options, those of the reconstruction by themselves, folders as objects."""
         found = super().to_json()
         given: dict[str, tuple[Any, ...]] = {**self.controls, "control_images": self.shown}
         found |= {name: [asdict(each) for each in x] for name, x in given.items() if x}
+        if self.ip_images is not None:
+            found["ip_adapter_images"] = asdict(self.ip_images)
         apart = {name: found[name] for name in found.keys() - RECONSTRUCTION.values()}
         return apart | {"reconstruction": self.reconstruction}
 

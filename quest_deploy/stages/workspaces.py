@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from quest_deploy.artifacts.model_source import Lora, ModelSource
+from quest_deploy.artifacts.model_source import IPAdapter, Lora, ModelSource
 from quest_deploy.artifacts.scheme import (
     DEFAULT_BUCKETS,
     SUPPORTED_BITS,
@@ -264,7 +264,23 @@ class ModelChoices(Options):
         Option("Build the model's architecture alone, for size and speed; needs no download."),
     ] = False
     lora: Annotated[Sequence[str], LORA] = ()
-
+    ip_adapter: Annotated[
+        str | None,
+        Option(
+            "An IP-Adapter to quantize with the model, a .safetensors file, and the scale to "
+            "calibrate with.",
+            metavar="PATH:SCALE",
+            default="the workspace's, or none",
+        ),
+    ] = None
+    image_encoder: Annotated[
+        Path | None,
+        Option(
+            "The folder of what encodes the IP-Adapter's images.",
+            metavar="DIR",
+            default="image_encoder beside the IP-Adapter, or the model's",
+        ),
+    ] = None
     prediction_type: Annotated[
         str | None,
         Option(
@@ -293,6 +309,8 @@ class ModelChoices(Options):
             random_weights=self.random_weights,
             loras=self.lora,
             prediction_type=self.prediction_type,
+            ip_adapter=self.ip_adapter,
+            image_encoder=self.image_encoder,
         )
 
     def check(self, workspace: Workspace) -> None:
@@ -315,6 +333,11 @@ class ModelChoices(Options):
         _check(workspace, "prediction type", self.prediction_type, source.prediction_type)
         if self.lora:
             _check(workspace, "LoRAs", [Lora.parse(text) for text in self.lora], list(source.loras))
+        if self.image_encoder is not None and self.ip_adapter is None:
+            raise InputError("--image-encoder: needs --ip-adapter")
+        if self.ip_adapter is not None:
+            adapter = IPAdapter.parse(self.ip_adapter, self.image_encoder)
+            _check(workspace, "the IP-Adapter", adapter, source.ip_adapter)
 
 
 def open_workspace(workspace: Place, model: str | None, bits: str | None) -> Workspace:

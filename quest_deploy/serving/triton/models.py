@@ -22,11 +22,13 @@ from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
+from quest_deploy.models.residuals import IMAGE_TOKENS
 from quest_deploy.serving.triton.layout import ONNX, PLAN
 from quest_deploy.serving.triton.parts import (
     ControlNet,
     Decoder,
     Encoder,
+    ImageEncoder,
     TextEncoder,
     save_onnx,
 )
@@ -35,6 +37,7 @@ from quest_deploy.serving.triton.plans import FLOAT_INPUTS, write_plan
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from quest_deploy.models.ip_adapters import ImagePrompts
     from quest_deploy.serving.triton.layout import Layout, Signature
 
 DECODER_BATCH = 4
@@ -158,6 +161,22 @@ def write_encoder(layout: Layout, encoder: Any, scale: float) -> Signature:
         {"sample": layout.kind},
         profiles=len(layout.sizes),
         size=size,
+    )
+
+
+def write_image_encoder(layout: Layout, prompts: ImagePrompts) -> Signature:
+    """What makes an IP-Adapter's tokens of an image."""
+    module = ImageEncoder(prompts.encoder, prompts.projection)
+    pixels = {"pixels": torch.zeros(2, 3, *prompts.crop)}
+    version = layout.version_folder("image_encoder")
+    save_onnx(module, pixels, list(module.outputs), {0: "batch"}, version / ONNX)
+    _write_plan_beside(layout, version, DECODER_BATCH)
+    return layout.write_plan_config(
+        "image_encoder",
+        {"pixels": [3, *prompts.crop]},
+        {IMAGE_TOKENS: list(prompts.null(1)[IMAGE_TOKENS].shape[1:])},
+        DECODER_BATCH,
+        {"pixels": layout.kind},
     )
 
 

@@ -6,10 +6,12 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.models.embeddings import ImageProjection
 from torch import Tensor, nn
 
 from exporters.torch_to_qdq import quiet
 from quest_deploy.models.pipeline_model import unscaled
+from quest_deploy.models.residuals import IMAGE_TOKENS
 from quest_deploy.models.unets import ADDED_CONDITIONS
 
 if TYPE_CHECKING:
@@ -82,6 +84,27 @@ class Encoder(nn.Module):
         """Encode and scale."""
         found = self.encoder.encode(sample, return_dict=False)[0]
         return self.scale * found.mean, self.scale * found.std
+
+
+class ImageEncoder(nn.Module):
+    """An IP-Adapter's image encoder and projection, from what CLIP reads of an image, float32
+    [B, 3, H, W], to the UNet's tokens [B, tokens, C].
+    """
+
+    outputs = (IMAGE_TOKENS,)
+
+    def __init__(self, encoder: Any, projection: Any) -> None:
+        """Join CLIP's vision model and the projection, both diffusers'."""
+        super().__init__()
+        self.encoder, self.projection = encoder, projection
+        self.pooled = isinstance(projection, ImageProjection)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode and project."""
+        found = self.encoder(pixels, output_hidden_states=not self.pooled)
+        states = found.image_embeds if self.pooled else found.hidden_states[-2]
+        tokens: Tensor = self.projection(states)
+        return tokens
 
 
 class ControlNet(nn.Module):

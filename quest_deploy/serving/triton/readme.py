@@ -41,6 +41,8 @@ INPUTS = {
     "control_image": "what the ControlNet is shown, such as edges, a file likewise; without it "
     "nothing is added",
     "control_scale": "scale of what the ControlNet adds; 1 unless given",
+    "ip_adapter_image": "an image beside the prompt, a file likewise; without it nothing is added",
+    "ip_adapter_scale": "scale of what the IP-Adapter adds; that of the calibration unless given",
     "seed": "the same seed draws the same image; the server chooses one if there is none",
     "steps": f"denoising steps; {STEPS} unless given",
     "scheduler": f"$schedulers; {SCHEDULER} unless given",
@@ -86,7 +88,9 @@ def write_readme(
     command = printed.strip().replace(str(layout.folder.resolve()), "/package")
     question, option = EXAMPLES[model.asked_for]
     inputs = pipeline_inputs(model, control=bool(settings["residuals"]))
-    for name in sorted(inputs.keys() & {"init_image", "mask_image", "control_image"}):
+    for name in sorted(
+        inputs.keys() & {"init_image", "mask_image", "control_image", "ip_adapter_image"}
+    ):
         question += f', ("{name}", "BYTES", open("{name}.png", "rb").read())'
         option += f" --{name.replace('_', '-')} {name}.png"
     values = {

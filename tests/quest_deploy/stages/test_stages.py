@@ -99,6 +99,7 @@ def test_the_workspace_knows_which_stages_read_the_calibrated_checkpoint() -> No
             controlnet=(ScaledFolder("/canny", 0.5, "0"), ScaledFolder("/depth", 1.0, "1")),
             control_images=(ImageFolder("/pictures", "0"),),
         ),
+        CalibrateOptions(ip_adapter_images=ImageFolder("/pictures", "0")),
         ExportOptions(controlnet_inputs=False),
         EvaluateOptions(image_folder=ImageFolder("/pictures", "0")),
     ],

@@ -33,7 +33,7 @@ std::map<cudaStream_t, std::vector<Work>> streams;
 std::mutex streams_mutex;
 std::atomic<int> launches = 0, recordings = 0;
 std::int64_t image_channels = 0, variance_channels = 0;
-constexpr char kMiddle[] = "mid_block_additional_residual";
+constexpr char kMiddle[] = "mid_block_additional_residual", kScale[] = "ip_adapter_scale";
 std::atomic<int> steps_until_failure = -1;  // where not negative, so many steps are launched before one fails
 
 cudaError_t submit(cudaStream_t stream, const Work& work) {
@@ -147,6 +147,7 @@ struct Engine::Impl {
                                 {"timestep", true, {-1}},
                                 {"condition", true, {-1, 1}},
                                 {kMiddle, true, {-1, 1, -1}},
+                                {kScale, true, {-1}},
                                 {"out", false, {-1, 5 + variance_channels, 4}}};
 };
 struct Context::Impl {
@@ -173,7 +174,7 @@ Shape Context::shape(const std::string& name) const {
 }
 void Context::bind(const std::string& name, void* device_memory) { impl_->places[name] = static_cast<float*>(device_memory); }
 void Context::enqueue(cudaStream_t stream) {
-    if (impl_->places.size() != 5 || impl_->shapes.size() != 4) throw Error("something is not bound");
+    if (impl_->places.size() != 6 || impl_->shapes.size() != 5) throw Error("something is not bound");
     const std::size_t rows = static_cast<std::size_t>(impl_->shapes["sample"][0]), each = 20;
     const std::size_t input_row = each + 4 * static_cast<std::size_t>(image_channels);
     const std::size_t output_row = each + 4 * static_cast<std::size_t>(variance_channels);
@@ -182,7 +183,7 @@ void Context::enqueue(cudaStream_t stream) {
         for (std::size_t i = 0; i < rows * each; ++i) {
             const std::size_t row = i / each, at = i % each;
             const float* input = places.at("sample") + row * input_row;
-            const float condition = places.at("condition")[row] + places.at(kMiddle)[row * 3 + 2],
+            const float condition = places.at("condition")[row] + places.at(kMiddle)[row * 3 + 2] + places.at(kScale)[row],
                         image = image_channels > 0 ? input[each + at % 4] : 0.0F;
             places.at("out")[row * output_row + at] =
                 input[at] / (1 + std::fabs(input[at])) + 0.0005F * places.at("timestep")[row] + condition + image;
