@@ -58,9 +58,7 @@ class Lora:
         """Read "PATH" or "PATH:WEIGHT"; raise InputError where there is no such safetensors file,
         or the weight is no number.
         """
-        name, colon, weight = text.rpartition(":")
-        whole = not colon or text.endswith(_LORA)  # a path may hold colons, C:\ among them
-        path, factor = (Path(text), 1.0) if whole else (Path(name), _number(weight))
+        path, factor = path_and_number(text, is_path=text.endswith(_LORA))
         if factor is None:
             raise InputError(
                 f"--lora {text}: expected PATH:WEIGHT with a finite weight, such as "
@@ -104,9 +102,7 @@ class IPAdapter:
         """Read "FILE" or "FILE:SCALE"; raise InputError where there is no such safetensors file or
         folder, or the scale is no positive number.
         """
-        name, colon, number = text.rpartition(":")
-        whole = not colon or text.endswith(_LORA)  # a path may hold colons, C:\ among them
-        path, scale = (Path(text), 1.0) if whole else (Path(name), _number(number))
+        path, scale = path_and_number(text, is_path=text.endswith(_LORA))
         flag = f"--ip-adapter {text}"
         if scale is None or scale <= 0:
             raise InputError(
@@ -298,9 +294,15 @@ def _samples(file: Path) -> bytes:
         return b"".join(parts)
 
 
-def _number(text: str) -> float | None:
+def path_and_number(text: str, *, is_path: bool) -> tuple[Path, float | None]:
+    """Read "PATH:NUMBER", whose number is None where it is no finite one, or "PATH" alone, where it
+    is 1; ``is_path`` says that all of it is a path, which may hold colons, C:\\ among them.
+    """
+    name, colon, number = text.rpartition(":")
+    if is_path or not colon:
+        return Path(text), 1.0
     try:
-        value = float(text)
+        value = float(number)
     except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+        return Path(name), None
+    return Path(name), value if math.isfinite(value) else None

@@ -76,8 +76,10 @@ class Trajectories:
     @property
     def controlled(self) -> int:
         """How many rows have residuals or an image prompt, the first ones."""
-        prompted = int((self.conditions.get(IMAGE_SCALE, torch.zeros(0)) != 0).sum())
-        return next(((*value.shape, 0, 0)[1] for value in self.residuals.values()), prompted)
+        first = next(iter(self.residuals.values()), None)
+        if first is None:
+            return int((self.conditions.get(IMAGE_SCALE, torch.zeros(0)) != 0).sum())
+        return 0 if first.dim() < 2 else first.shape[1]
 
     @property
     def added(self) -> tuple[str, ...]:
@@ -293,8 +295,7 @@ def record_trajectories(
             half, which runs first; as many of both, and so one more where ``samples`` is odd.
 
     Raises:
-        InputError: a condition is not finite, the scheduler cannot take the steps, or ``control``
-            adds nothing.
+        InputError: a condition is not finite, or the scheduler cannot take the steps.
         QuestDeployError: an output of the model is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -334,10 +335,6 @@ def record_trajectories(
     shown = {} if control is None else control.images(latents.numpy())
     shown = {name: value.repeat_interleave(parts, 0) for name, value in shown.items()}
     controlled, _ = recorder.record(noise(), control, shown)
-    if control is not None and not any(x.any() for x in controlled.residuals.values()):
-        raise InputError(
-            "--controlnet: what it adds is zero everywhere; expected one that was trained"
-        )
     return joined_rows(controlled, plain)
 
 
@@ -416,8 +413,9 @@ class _Recorder:
             if step or isinstance(e, QuestDeployError | OSError) or _lacks_memory(e):
                 raise
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            at_fault = "its UNet" if found else "what is added to its UNet"
             raise InputError(
-                f"{self.model.name}: its UNet does not run on samples "
+                f"{self.model.name}: {at_fault} does not run on samples "
                 f"{list(self.model.sample_shape)} and "
                 f"{', '.join((*self.conditions, *shown)) or 'no conditions'} ({reason})"
             ) from e

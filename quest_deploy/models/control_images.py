@@ -73,4 +73,8 @@ def _shifted(plane: NDArray[Any], y: int, x: int) -> NDArray[Any]:
 
 def _neighbours(found: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """``found`` and what touches it."""
-    return np.logical_or.reduce([_shifted(found, y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)])
+    touching = np.zeros_like(found)
+    for y in (-1, 0, 1):
+        for x in (-1, 0, 1):
+            touching |= _shifted(found, y, x)
+    return touching

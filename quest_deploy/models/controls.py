@@ -15,14 +15,16 @@ from torch import Tensor
 from quest_deploy.artifacts.scaled_folder import CONFIGURATION
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
-from quest_deploy.models.channels import EDITING
 from quest_deploy.models.control_images import drawn, edges
 from quest_deploy.models.image_inputs import read_image, resized
+from quest_deploy.models.pipeline_classes import controlled_class
 from quest_deploy.models.residuals import (
     CONTROLNET,
     INTRABLOCK,
+    PARTS,
     T2I_ADAPTER,
     controlnet_residuals,
+    flag,
     unet_residuals,
     unpacked,
 )
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 SHOWN = "control_image_"
 """What each is shown, counted from 0, among the conditions of a sampling."""
-_CLASSES = {CONTROLNET: ControlNetModel, T2I_ADAPTER: T2IAdapter}
+_CLASSES: dict[str, Any] = {CONTROLNET: ControlNetModel, T2I_ADAPTER: T2IAdapter}
 _SAME = ("cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
 """What the configurations of a UNet and of its ControlNets say alike."""
 
@@ -70,6 +72,11 @@ def check_fits(net: Any, model: PipelineModel, kind: str, where: str) -> None:
             f"{where}: expected a folder or a {expected.__name__}, found {type(net).__name__}"
         )
     _check_model(model, kind, where)
+    if net.config.get("global_pool_conditions"):
+        raise InputError(
+            f"{where}: expected residuals with a height and a width, and those of a "
+            f"{expected.__name__} with global_pool_conditions have none"
+        )
     shapes = unet_residuals(model.config, kind)
     wrong = (_wrong_adapter if kind == T2I_ADAPTER else _wrong_controlnet)(net, model, shapes)
     if wrong:
@@ -80,11 +87,10 @@ def check_fits(net: Any, model: PipelineModel, kind: str, where: str) -> None:
 
 
 def _check_model(model: PipelineModel, kind: str, where: str) -> None:
-    if model.asked_for != "prompt" or model.channels.image_kind == EDITING:
-        raise InputError(
-            f"{where}: expected a text-to-image or inpainting model, not {model.name}, for whose "
-            f"kind diffusers has no pipeline with a {_CLASSES[kind].__name__}"
-        )
+    try:
+        controlled_class(model.pipeline_class(), PARTS[kind])
+    except InputError as e:
+        raise InputError(f"{where}: {model.name} takes none: {e}") from e
 
 
 def _wrong_controlnet(net: Any, model: PipelineModel, shapes: Mapping[str, Any]) -> list[str]:
@@ -108,7 +114,8 @@ def _wrong_adapter(net: Any, model: PipelineModel, shapes: Mapping[str, Any]) ->
     channels = net.config["in_channels"]
     if height % net.total_downscale_factor or width % net.total_downscale_factor:
         return ["downscale_factor"]
-    found = [tuple(x.shape[1:]) for x in net(torch.zeros(1, channels, height, width))]
+    image = torch.zeros(1, channels, height, width, dtype=net.dtype, device=net.device)
+    found = [tuple(x.shape[1:]) for x in net(image)]
     expected = [x.shape(*model.sample_shape[1:]) for x in shapes.values()]
     fits = found == expected[: len(found)] and channels in (1, 3)
     return [] if fits else ["the shapes that it adds"]
@@ -124,6 +131,7 @@ class Controls:
         folders: Mapping[str, Sequence[ScaledFolder]],
         images: Sequence[ImageFolder],
         model: PipelineModel,
+        samples: int,
     ) -> None:
         """Load them.
 
@@ -131,10 +139,11 @@ class Controls:
             folders: by kind.
             images: what each is shown, or one for all of them; none for edges of the model's own
                 pictures.
+            samples: the most samplings that they are shown to.
 
         Raises:
-            InputError: one cannot be read or does not fit the model, or there are more or fewer
-                folders of images.
+            InputError: one cannot be read, does not fit the model or adds nothing, or there are
+                more or fewer folders of images.
         """
         count = sum(map(len, folders.values()))
         if len(images) not in (0, 1, count):
@@ -144,11 +153,11 @@ class Controls:
             )
         self._model = model
         self._nets = [
-            (kind, load_control(x.check(), model, kind), x.scale)
+            (kind, _trained(x, model, kind), x.scale)
             for kind, each in folders.items()
             for x in each
         ]
-        given = [_read(folder, model.image_size) for folder in images]
+        given = [_read(folder, model.image_size, samples) for folder in images]
         self._images = given * count if len(given) == 1 else given
 
     def images(self, latents: NDArray[np.float32]) -> dict[str, Tensor]:
@@ -208,8 +217,20 @@ def _of_controlnet(
     return unpacked({"down_block_additional_residuals": down, "mid_block_additional_residual": mid})
 
 
-def _read(folder: ImageFolder, size: tuple[int, int]) -> list[Image.Image]:
-    return [resized(read_image(path), size) for path in folder.files()]
+def _trained(given: ScaledFolder, model: PipelineModel, kind: str) -> Any:
+    """What is in the folder; raise InputError where it adds nothing, as before any training."""
+    net = load_control(given.check(flag(kind)), model, kind)
+    ends = [net] if kind == T2I_ADAPTER else [*net.controlnet_down_blocks, net.controlnet_mid_block]
+    if not any(weights.any() for end in ends for weights in end.parameters()):
+        raise InputError(
+            f"{flag(kind)} {given.path}: what it adds is zero everywhere; expected one that was "
+            "trained"
+        )
+    return net
+
+
+def _read(folder: ImageFolder, size: tuple[int, int], count: int) -> list[Image.Image]:
+    return [resized(read_image(path), size) for path in folder.files("--control-images")[:count]]
 
 
 def _tensor(image: Image.Image) -> Tensor:

@@ -319,6 +319,7 @@ class PipelineModel:
         """
         self.require_weights("run as a pipeline")
         pipeline_class = self.pipeline_class()
+        parts = {name: x for name, x in parts.items() if x is not None or name not in CONTROLLED}
         for part in CONTROLLED.keys() & parts.keys():
             pipeline_class = controlled_class(pipeline_class, part)
         given = {"unet": None, **parts}

@@ -16,6 +16,8 @@ from quest_deploy.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from quest_deploy.artifacts.scheme import Scheme
+
     T = TypeVar("T")
 
 DOWN, MID = "down_block_additional_residual_", "mid_block_additional_residual"
@@ -24,6 +26,8 @@ INTRABLOCK = "down_intrablock_additional_residual_"
 """A T2I-adapter's: one inside each down block, and the middle block's behind them."""
 CONTROLNET, T2I_ADAPTER = KINDS = ("controlnet", "t2i_adapter")
 """What adds them; an option's names begin so."""
+PARTS = {CONTROLNET: "controlnet", T2I_ADAPTER: "adapter"}
+"""What diffusers' pipelines call them."""
 IP_ADAPTER = "ip_adapter"
 IMAGE_TOKENS, IMAGE_SCALE = IMAGE_PROMPT = ("ip_adapter_tokens", "ip_adapter_scale")
 """An IP-Adapter's inputs: an image's tokens, float32 [B, tokens, C] as text states are, and the
@@ -62,6 +66,24 @@ def unet_residuals(config: Mapping[str, Any], kind: str = CONTROLNET) -> dict[st
             "of it"
         )
     return {CONTROLNET: controlnet_residuals, T2I_ADAPTER: adapter_residuals}[kind](config)
+
+
+def check_unrecorded(config: Mapping[str, Any], scheme: Scheme, kind: str) -> None:
+    """Raise InputError where a UNet of ``config`` that is calibrated without a ``kind`` cannot get
+    its inputs.
+    """
+    unet_residuals(config, kind)
+    if scheme.split_shortcuts and kind == CONTROLNET:
+        raise InputError(
+            f"{flag(kind)}-inputs: with split shortcuts a skip connection and the next layer share "
+            "a quantizer unless something was added to one of them; expected a workspace that is "
+            f"calibrated with {flag(kind)}, or with --whole-shortcuts"
+        )
+
+
+def flag(kind: str) -> str:
+    """The option that names what adds them."""
+    return f"--{kind.replace('_', '-')}"
 
 
 def kind_of(name: str) -> str:

@@ -21,7 +21,14 @@ ADDED_CONDITIONS = ("text_embeds", "time_ids")
 
 
 class ResidualsUNet(UNet2DConditionModel):
-    """A UNet2DConditionModel that takes what ControlNets and an IP-Adapter add to it by name."""
+    """A UNet2DConditionModel that takes what ControlNets and an IP-Adapter add to it by
+    name.
+
+    Attributes:
+        recorded: what a checkpoint records as its class.
+    """
+
+    recorded = UNet2DConditionModel.__name__
 
     def forward(self, *arguments: Any, **conditions: Any) -> Any:
         return super().forward(*arguments, **packed(conditions))
@@ -31,6 +38,8 @@ class FlatConditionsUNet(ResidualsUNet):
     """A UNet2DConditionModel, called with SDXL's added conditions by name, class labels in float32,
     and without hidden states where nothing attends to them.
     """
+
+    recorded = "FlatConditionsUNet"
 
     def forward(
         self,
@@ -55,6 +64,8 @@ class FlatConditionsUNet(ResidualsUNet):
 class FlatLabelsUNet(UNet2DModel):
     """A UNet2DModel, called with class labels in float32."""
 
+    recorded = "FlatLabelsUNet"
+
     def forward(  # type: ignore[override]
         self, sample: Tensor, timestep: Tensor, *, return_dict: bool = True, **conditions: Tensor
     ) -> Any:
@@ -64,8 +75,7 @@ class FlatLabelsUNet(UNet2DModel):
 
 
 FLAT_CLASSES: dict[str, type[nn.Module]] = {
-    UNet2DConditionModel.__name__: ResidualsUNet,
-    **{c.__name__: c for c in (FlatConditionsUNet, FlatLabelsUNet)},
+    each.recorded: each for each in (ResidualsUNet, FlatConditionsUNet, FlatLabelsUNet)
 }
 """By the name that a checkpoint records as its architecture's class."""
 
@@ -90,8 +100,7 @@ def with_flat_conditions(unet: nn.Module) -> nn.Module:
 
 def recorded_class(unet: nn.Module) -> str:
     """What a checkpoint records as the class of ``unet``."""
-    found = (name for name, each in FLAT_CLASSES.items() if type(unet) is each)
-    return next(found, type(unet).__name__)
+    return getattr(type(unet), "recorded", type(unet).__name__)
 
 
 def _whole_labels(conditions: dict[str, Tensor]) -> dict[str, Tensor]:

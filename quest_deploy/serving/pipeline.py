@@ -33,7 +33,8 @@ from quest_deploy.models.residuals import (
     IMAGE_SCALE,
     IMAGE_TOKENS,
     KINDS,
-    T2I_ADAPTER,
+    PARTS,
+    flag,
     kind_of,
     unpacked,
 )
@@ -52,9 +53,8 @@ _FIXED = (
     "and build the engine again; FreeU, caches, training and attention processors need the float "
     "UNet, in diffusers' own pipeline"
 )
-_PARTS = {"controlnet": CONTROLNET, "adapter": T2I_ADAPTER}
-"""What diffusers' pipelines call what adds to the UNet, and what it is here."""
-_SEVERAL = (diffusers.MultiControlNetModel, diffusers.MultiAdapter)
+_PARTS = {part: kind for kind, part in PARTS.items()}
+"""By what diffusers' pipelines call what adds to the UNet, what it is here."""
 _HARMLESS = (
     "disable_freeu",
     "set_attention_slice",
@@ -157,6 +157,7 @@ def load_pipeline(
     model = load_model(opened.source)
     model.require_weights("run as a pipeline")  # all refused before an engine is opened
     model.pipeline_class()
+    parts = {name: part for name, part in parts.items() if part is not None or name not in _PARTS}
     given = _PARTS.keys() & parts.keys()
     if len(given) > 1:
         raise InputError("controlnet, adapter: diffusers has no pipeline with both; give one")
@@ -188,16 +189,20 @@ def _controls(given: Any, model: PipelineModel, part: str) -> Any:
         return [_controls(each, model, part) for each in given]
     if isinstance(given, Path | str):
         return load_control(Path(given), model, _PARTS[part])
-    for each in next(given.children()) if isinstance(given, _SEVERAL) else (given,):
+    several: list[Any] = [*next(given.children())] if _is_several(given) else [given]
+    for each in several:
         check_fits(each, model, _PARTS[part], part)
     return given
 
 
+def _is_several(given: Any) -> bool:
+    return isinstance(given, diffusers.MultiControlNetModel | diffusers.MultiAdapter)
+
+
 def _not_exported(kind: str) -> str:
-    option = kind.replace("_", "-")
     return (
-        f"the engine has no inputs for it: run `quest-deploy export --{option}-inputs`, best after "
-        f"`quest-deploy calibrate --{option}`, and build it again"
+        f"the engine has no inputs for it: run `quest-deploy export {flag(kind)}-inputs`, best "
+        f"after `quest-deploy calibrate {flag(kind)}`, and build it again"
     )
 
 

@@ -54,12 +54,15 @@ def work(
             f"buckets, and {model.name} was trained with {trained}; start a new workspace with -w"
         )
     model.check_decoder()
+    steps = options.steps or most_steps(model.load_scheduler("ddim"), model.calibration_steps)
+    samples = options.samples or trajectories.samples_for(model, workspace.scheme, steps)
     control = (
-        Controls(options.controls, options.shown, model) if any(options.controls.values()) else None
+        Controls(options.controls, options.shown, model, samples)
+        if any(options.controls.values())
+        else None
     )
     prompt = _image_prompts(model, options)
     unet = model.load_unet()
-    steps = options.steps or most_steps(model.load_scheduler("ddim"), model.calibration_steps)
     rows = options.batch or model.forward_rows
     reconstructs = options.method == QDIFF
 
@@ -68,7 +71,7 @@ def work(
             model,
             unet,
             steps=steps,
-            samples=options.samples or trajectories.samples_for(model, workspace.scheme, steps),
+            samples=samples,
             seed=options.seed,
             scheme=workspace.scheme,
             guidance=options.guidance,

@@ -8,7 +8,7 @@ they are made.
 import codecs
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -25,7 +25,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.files import read_bounded, sha256_of
 from quest_deploy.finetuning.choices import DEVICES, PRECISIONS, STAGES
 from quest_deploy.importers.settings import ImportSettings
-from quest_deploy.models.residuals import KINDS
+from quest_deploy.models.residuals import KINDS, flag
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.options import Option, Options, declared
 
@@ -301,7 +301,6 @@ class CalibrateOptions(ImageFolderOptions):
     seed: Annotated[int, SEED] = 0
 
     def __post_init__(self) -> None:
-        of_kinds = {kind: f"--{kind.replace('_', '-')}" for kind in KINDS}
         for name in (*KINDS, "control_images"):
             given: Any = getattr(self, name)
             if isinstance(given, Sequence) and not isinstance(given, str):
@@ -315,14 +314,14 @@ class CalibrateOptions(ImageFolderOptions):
         if isinstance(prompt, Path | str):
             folder = ImageFolder.of(prompt, "--ip-adapter-images")
             object.__setattr__(self, "ip_adapter_images", folder)
-        for kind, flag in of_kinds.items():
+        for kind in KINDS:
             found = [
-                x if isinstance(x, ScaledFolder) else ScaledFolder.parse(str(x), flag)
+                x if isinstance(x, ScaledFolder) else ScaledFolder.parse(str(x), flag(kind))
                 for x in getattr(self, kind) or ()
             ]
             object.__setattr__(self, kind, tuple(found) or None)
         if self.control_images and not any(self.controls.values()):
-            raise InputError(f"--control-images: needs {' or '.join(of_kinds.values())}")
+            raise InputError(f"--control-images: needs {' or '.join(map(flag, KINDS))}")
         shown = [
             x if isinstance(x, ImageFolder) else ImageFolder.of(x, "--control-images")
             for x in self.control_images or ()
@@ -420,11 +419,13 @@ class LoraOptions(StageOptions):
         base: the folder of the checkpoint's workspace.
         checkpoint: its file.
         loras: those that were given, also one of weight 0, which is taken out.
+        export: the options that the base was exported with, which ``run`` exports with too.
     """
 
     base: Path
     checkpoint: Path
     loras: tuple[Lora, ...]
+    export: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """The checkpoint by its hash."""
@@ -432,6 +433,7 @@ class LoraOptions(StageOptions):
             "base": str(self.base),
             "checkpoint_sha256": sha256_of(self.checkpoint),
             "loras": [asdict(lora) for lora in self.loras],
+            **({"export": dict(self.export)} if self.export else {}),
         }
 
 
@@ -556,25 +558,27 @@ class FinetuneOptions(StageOptions):
         return {name: getattr(self, name) for name in self.unrecorded}
 
 
-CONTROLNET_INPUTS = Option(
-    "Give the graph the inputs of what ControlNets add.",
-    flags=("--controlnet-inputs/--no-controlnet-inputs",),
-    default="where it was calibrated with --controlnet",
-)
-T2I_ADAPTER_INPUTS = Option(
-    "Give the graph the inputs of what T2I-adapters add.",
-    flags=("--t2i-adapter-inputs/--no-t2i-adapter-inputs",),
-    default="where it was calibrated with --t2i-adapter",
-)
-
-
 @dataclass(frozen=True, kw_only=True)
 class AddedInputsOptions(StageOptions):
     """Which inputs of what is added inside the model there are."""
 
     unset: ClassVar[tuple[str, ...]] = ("controlnet_inputs", "t2i_adapter_inputs")
-    controlnet_inputs: Annotated[bool | None, CONTROLNET_INPUTS] = None
-    t2i_adapter_inputs: Annotated[bool | None, T2I_ADAPTER_INPUTS] = None
+    controlnet_inputs: Annotated[
+        bool | None,
+        Option(
+            "Give the graph the inputs of what ControlNets add.",
+            flags=("--controlnet-inputs/--no-controlnet-inputs",),
+            default="where it was calibrated with --controlnet",
+        ),
+    ] = None
+    t2i_adapter_inputs: Annotated[
+        bool | None,
+        Option(
+            "Give the graph the inputs of what T2I-adapters add.",
+            flags=("--t2i-adapter-inputs/--no-t2i-adapter-inputs",),
+            default="where it was calibrated with --t2i-adapter",
+        ),
+    ] = None
 
     @property
     def added_inputs(self) -> dict[str, bool | None]:
@@ -588,7 +592,7 @@ class ExportOptions(AddedInputsOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceOptions(AddedInputsOptions):
+class ReferenceOptions(StageOptions):
     """The options of :func:`quest_deploy.verification.reference.save_reference`."""
 
     seed: Annotated[int, SEED] = 0
@@ -617,22 +621,6 @@ class ReferenceOptions(AddedInputsOptions):
             default="as recorded",
             text=str,
             parse=parse_sample_size,
-        ),
-    ] = None
-    controlnet_inputs: Annotated[
-        bool | None,
-        replace(
-            CONTROLNET_INPUTS,
-            help="Record what ControlNets add too, or what stands for it.",
-            default="as exported",
-        ),
-    ] = None
-    t2i_adapter_inputs: Annotated[
-        bool | None,
-        replace(
-            T2I_ADAPTER_INPUTS,
-            help="Record what T2I-adapters add too, or what stands for it.",
-            default="as exported",
         ),
     ] = None
 
@@ -916,3 +904,8 @@ class EvaluateOptions(EngineStageOptions, ImageFolderOptions):
         another evaluation.
         """
         return super().to_json() | {name: asdict(x) for name, x in self.metric_files.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordsOptions(ReferenceOptions, AddedInputsOptions):
+    """The same with the inputs of the exported graph, which the user chooses there."""

@@ -22,7 +22,7 @@ from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
-from quest_deploy.models.residuals import IMAGE_PROMPT, IMAGE_TOKENS
+from quest_deploy.models.residuals import IMAGE_TOKENS
 from quest_deploy.serving.triton.layout import ONNX, PLAN
 from quest_deploy.serving.triton.parts import (
     ControlNet,
@@ -35,6 +35,8 @@ from quest_deploy.serving.triton.parts import (
 from quest_deploy.serving.triton.plans import FLOAT_INPUTS, write_plan
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from quest_deploy.models.ip_adapters import ImagePrompts
     from quest_deploy.serving.triton.layout import Layout, Signature
 
@@ -179,13 +181,13 @@ def write_image_encoder(layout: Layout, prompts: ImagePrompts) -> Signature:
 
 
 def write_controlnet(
-    layout: Layout, net: Any, unet: Signature, tokens: dict[str, Any]
+    layout: Layout, net: Any, residuals: Iterable[str], tokens: dict[str, Any]
 ) -> Signature:
     """A ControlNet, which takes what the UNet takes and an image.
 
     Args:
         net: a ControlNetModel.
-        unet: the UNet's signature.
+        residuals: the names of what it adds, in its own order.
         tokens: an example [2, ...] of each of the UNet's conditions.
     """
     pixels, (height, width) = layout.pixels_per_latent, layout.size
@@ -195,12 +197,11 @@ def write_controlnet(
         **{name: torch.zeros(value.shape) for name, value in tokens.items()},
     }
     image = {IMAGE: torch.zeros(2, 3 * pixels**2, height, width)}
-    residuals = [name for name in unet["inputs"] if name not in (*examples, *IMAGE_PROMPT)]
     version = layout.version_folder("controlnet")
-    module = ControlNet(net, list(examples), pixels)
+    module, outputs = ControlNet(net, list(examples), pixels), list(residuals)
     axes = {0: "batch", 2: HEIGHT, 3: WIDTH}
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=version) as folder:
-        save_onnx(module, {**examples, **image}, residuals, axes, Path(folder) / ONNX)
+        save_onnx(module, {**examples, **image}, outputs, axes, Path(folder) / ONNX)
         graph = load_graph(Path(folder) / ONNX)
         for value in graph.graph.inputs:  # torch has names of its own, and a profile is by these
             if value.shape is not None and len(value.shape) == 4:
@@ -214,7 +215,7 @@ def write_controlnet(
     return layout.write_plan_config(
         "controlnet",
         {name: free.get(name, list(x.shape[1:])) for name, x in {**examples, **image}.items()},
-        {name: [x.shape[1], -1, -1] for name, x in zip(residuals, added, strict=True)},
+        {name: [x.shape[1], -1, -1] for name, x in zip(outputs, added, strict=True)},
         layout.max_batch,
         {**kinds, IMAGE: layout.kind},
         profiles=len(layout.sizes),

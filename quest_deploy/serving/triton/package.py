@@ -126,15 +126,15 @@ def write_package(
             progress("encoder", len(signatures), total)
             scale = model.image_scale(decoder)
             signatures["vae_encoder"] = write_encoder(layout, decoder, scale)
+        residuals = {} if net is None else unet_residuals(model.config)
         if net is not None:
             progress("ControlNet", len(signatures), total)
             conditions = model.null_conditions(2)
-            signatures["controlnet"] = write_controlnet(layout, net, signatures["unet"], conditions)
+            signatures["controlnet"] = write_controlnet(layout, net, residuals, conditions)
         if prompts is not None:
             progress("image encoder", len(signatures), total)
             signatures["image_encoder"] = write_image_encoder(layout, prompts)
         progress("pipeline", len(signatures), total)
-        residuals = {} if net is None else unet_residuals(model.config)
         settings = write_pipelines(layout, model, pipeline, signatures, residuals, shown)
         if prompts is not None:
             write_no_image(layout, prompts)

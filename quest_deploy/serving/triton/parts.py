@@ -122,7 +122,9 @@ class ControlNet(nn.Module):
         self.net, self.inputs, self.pixels = net, inputs, pixels
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The residuals for ``inputs`` and, last, the image, in the order of the UNet's inputs."""
+        """The residuals for ``inputs`` and, last, the image: of the skip connections in turn and
+        of the middle block.
+        """
         *values, image = inputs
         given = dict(zip(self.inputs, values, strict=True))
         added = {name: given[name] for name in ADDED_CONDITIONS if name in given}

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from exporters.graph_info import added_inputs, input_sizes, size_divisors
+from exporters.graph_info import STATES, added_inputs, input_sizes, size_divisors
 from exporters.torch_to_qdq import portable_graph
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.backends.base import build_engine, input_shapes, open_engine
@@ -270,6 +270,20 @@ def test_an_engine_without_a_controlnet_computes_as_one_without_its_inputs(
         assert relative_error(added, expected) > 0.01
         with refused("mid_block_additional_residual"):
             theirs.predict(**inputs)
+
+
+def test_what_is_added_must_have_its_unets_channels_and_the_samples_size(
+    engines: Callable[[str, str], Path], recorded: Trajectories
+) -> None:
+    inputs = {name: value.numpy() for name, value in inputs_of(recorded).items()}
+    middle = "mid_block_additional_residual"
+    with unet_of(engines("onnxruntime", "with"), "onnxruntime") as unet:
+        for wrong in (np.zeros((2, 12, 4, 4)), np.zeros((2, 12, 1, 1)), np.zeros((2, 8, 2, 2))):
+            with refused(middle, "[any, 12, 2, 2]", list(wrong.shape)) as caught:
+                unet.predict(**{**inputs, middle: wrong})
+            assert "tokens" not in str(caught.value)
+        with refused("sample", [2, 2, 4]):
+            unet.predict(inputs["sample"][..., 0], 1, **{STATES: inputs[STATES]})
 
 
 @pytest.mark.slow

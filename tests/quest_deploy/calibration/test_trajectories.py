@@ -64,6 +64,18 @@ def test_zero_terminal_snr_is_sampled_with_v_predictions(model: Path) -> None:
     assert record(model).timestep.tolist() == [999, 499]
 
 
+def test_what_is_added_to_the_unet_is_not_called_the_unet(model: Path) -> None:
+    class Failing:
+        def images(self, latents: Any) -> dict[str, torch.Tensor]:
+            return {}
+
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("shapes cannot be multiplied")
+
+    with refused("added", "shapes cannot be multiplied"):
+        record(model, control=Failing())
+
+
 def test_an_output_that_overflows_is_told_with_its_timestep(model: Path) -> None:
     path = model / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)

@@ -38,7 +38,8 @@ struct DenoiserOptions {
     std::map<std::string, Shape> condition_shapes;
     /// Puts on the stream what a step has to do before its engine runs, such as a ControlNet that reads the sample and writes its
     /// residuals. Called once, whose work is then recorded with the step, or at every step without a CUDA graph; and once before, on
-    /// arbitrary values, to set up what no recording may hold. It may do nothing but put work on the stream.
+    /// arbitrary values, to set up what no recording may hold. It may do nothing but put work on the stream,
+    /// and what that work touches must outlive the Denoiser.
     std::function<void(const StepInputs&, cudaStream_t)> before_engine;
     /// Record one step as a CUDA graph, once, and launch that. Not all that TensorRT does can be recorded; the error then says so.
     bool cuda_graph = true;

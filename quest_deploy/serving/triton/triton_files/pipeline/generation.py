@@ -213,6 +213,7 @@ class Generator:
             else {}
         )
         behind = await self._image_condition(job, generator, infer)
+        added = self._nothing_added(job.rows, *shape[2:])
         for i, timestep in enumerate(scheduler.timesteps):
             scaled = scheduler.scale_model_input(latents, timestep).repeat(job.rows, 1, 1, 1)
             inputs = {
@@ -220,7 +221,9 @@ class Generator:
                 "timestep": np.full((job.rows, 1), float(timestep), np.float32),
                 **conditions,
             }
-            inputs |= await self._residuals(job, inputs, infer)
+            if job.control is not None:
+                added = await self._residuals(job.control, job, inputs, infer)
+            inputs |= added
             inputs["sample"] = torch.cat([scaled, *behind], 1).numpy()
             answer = torch.from_numpy(next(iter((await infer("unet", inputs)).values())))
             prediction = guided(answer, job, self._channels)
@@ -296,6 +299,8 @@ class Generator:
             if name in given and not self.settings["residuals"]:
                 raise InvalidRequestError(f"{name}: expected none, this package has no ControlNet")
         if "control_image" not in given:
+            if "control_scale" in given:
+                raise InvalidRequestError("control_scale: expected a control_image beside it")
             return None
         image = _image("control_image", given["control_image"])
         return _array(resized(image, height, width))
@@ -306,6 +311,8 @@ class Generator:
             if name in given and not self._prompt:
                 raise InvalidRequestError(f"{name}: expected none, this package has no IP-Adapter")
         if "ip_adapter_image" not in given:
+            if PROMPT_SCALE in given:
+                raise InvalidRequestError(f"{PROMPT_SCALE}: expected an ip_adapter_image beside it")
             return None
         return clip_pixels(_image("ip_adapter_image", given["ip_adapter_image"]), self._prompt)
 
@@ -428,24 +435,25 @@ class Generator:
         mask = torch.nn.functional.interpolate(job.mask, size=mean.shape[2:])
         return [torch.cat([mask, latents], 1).repeat(job.rows, 1, 1, 1)]
 
-    async def _residuals(self, job: Job, inputs: Arrays, infer: Infer) -> Arrays:
-        """What the ControlNet adds to the UNet, [rows, ...], by the name of its input; zeros where
-        it is shown nothing.
+    def _nothing_added(self, rows: int, height: int, width: int) -> Arrays:
+        """Zeros for what a ControlNet adds to the UNet, [rows, ...], by the name of its input."""
+        return {
+            name: np.zeros((rows, channels, height // divisor, width // divisor), np.float32)
+            for name, (channels, divisor) in self.settings["residuals"].items()
+        }
+
+    async def _residuals(
+        self, control: torch.Tensor, job: Job, inputs: Arrays, infer: Infer
+    ) -> Arrays:
+        """What the ControlNet adds to the UNet where it is shown ``control``, as
+        :meth:`_nothing_added`.
 
         Args:
             inputs: the UNet's own, its sample without an image's channels.
         """
-        if job.control is None:
-            _, _, height, width = inputs["sample"].shape
-            return {
-                name: np.zeros(
-                    (job.rows, channels, height // divisor, width // divisor), np.float32
-                )
-                for name, (channels, divisor) in self.settings["residuals"].items()
-            }
         # Its pixels lie among the channels: the image has the latents' height and width.
         factor = self.settings["pixels_per_latent"]
-        shown = torch.nn.functional.pixel_unshuffle(job.control, factor)
+        shown = torch.nn.functional.pixel_unshuffle(control, factor)
         image = shown.expand(job.rows, -1, -1, -1).numpy()
         taken = self.settings["models"]["controlnet"]["inputs"]
         own = {name: value for name, value in inputs.items() if name in taken}
