@@ -129,7 +129,7 @@ class EngineUNet:
         if divisor is None:
             return sizes
         sides = [n // divisor for n in sample.shape]
-        return (None, *(x or side for x, side in zip(sizes[1:], sides[1:], strict=True)))
+        return (None, *(x or side for x, side in zip(sizes[1:], sides[1:], strict=False)))
 
     def _check(self, feeds: Mapping[str, NDArray[Any]]) -> None:
         """Raise InputError where the engine has other inputs."""

@@ -286,6 +286,7 @@ def test_image_prompts_beyond_the_limits_are_refused(package: Path) -> None:
         ({"ip_adapter_image": image, "ip_adapter_scale": -0.1}, "ip_adapter_scale"),
         ({"ip_adapter_image": image, "ip_adapter_scale": 11.0}, "ip_adapter_scale"),
         ({"ip_adapter_image": image, "ip_adapter_scale": float("nan")}, "ip_adapter_scale"),
+        ({"ip_adapter_scale": 0.5}, "ip_adapter_image"),
         ({"control_image": image}, "control_image"),
     ]
     for given, fact in cases:

@@ -311,6 +311,8 @@ class Generator:
             if name in given and not self._prompt:
                 raise InvalidRequestError(f"{name}: expected none, this package has no IP-Adapter")
         if "ip_adapter_image" not in given:
+            if PROMPT_SCALE in given:
+                raise InvalidRequestError(f"{PROMPT_SCALE}: expected an ip_adapter_image beside it")
             return None
         return clip_pixels(_image("ip_adapter_image", given["ip_adapter_image"]), self._prompt)
 
