@@ -160,6 +160,7 @@ def test_the_scheme_records_what_stays_in_float_and_a_unets_files_are_as_before(
     assert "float_layers" not in Scheme.parse("w4a4").to_json()
     inspected = cli("inspect", pixart_chain.root / CHECKPOINT)
     assert "caption_projection.*" in inspected.out
+    assert "first and last layer" not in inspected.out  # which are among them
 
 
 @pytest.mark.slow
