@@ -217,7 +217,7 @@ class SchemeChoices(Options):
         """
         chosen = self.bucket_edges
         if chosen is None and model.bucket_steps is not None:
-            chosen = f"ddim:{max(model.bucket_steps, self.buckets or 1)}"
+            chosen = f"{model.calibration_scheduler}:{max(model.bucket_steps, self.buckets or 1)}"
         if isinstance(chosen, str):
             return _edges_of_schedule(chosen, model, self.buckets, usual)
         if chosen is not None and self.buckets not in (None, len(chosen) + 1):
