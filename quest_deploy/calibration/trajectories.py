@@ -294,7 +294,7 @@ def record_trajectories(
     progress: Progress = no_progress,
 ) -> Trajectories:
     """Sample with the model's ``calibration_scheduler`` and the float ``unet``, and record every
-    step.
+    step. Padding of prompts is recorded without what it holds, which counts for nothing.
 
     Args:
         steps: its steps, spaced as the model's scheduler spaces them.
@@ -333,6 +333,7 @@ def record_trajectories(
                 f"the condition {name} is not finite; check the text encoder's weights, or the "
                 "table of classes"
             )
+    conditions = model.without_padding(conditions)
     image = conditions.pop(IMAGE_CONDITION, None)
     if prompt is not None:
         nothing = prompt.nothing(samples)

@@ -262,6 +262,10 @@ class PipelineModel:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""
         return self._asked.null(count)
 
+    def without_padding(self, conditions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See :class:`quest_deploy.models.registry.DiffusionModel`."""
+        return self.network.without_padding(conditions)
+
     def images(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """Decode one by one, which bounds memory; a model without a decoder works on pixels."""
         self.require_weights("draw")

@@ -194,6 +194,9 @@ class DiffusionModel(Protocol):
         none, and so no guidance.
         """
 
+    def without_padding(self, conditions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See :class:`quest_deploy.models.networks.network.Network`."""
+
     def images(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """Decode latents [B, ...] to images [B, C, H, W] in [-1, 1]; raise InputError where the
         model has no decoder.

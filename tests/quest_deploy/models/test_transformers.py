@@ -15,10 +15,12 @@ from torch import Tensor
 
 from quest_deploy.artifacts.checkpoint import ScoreScale
 from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.evaluation.sampling import float_denoiser, sample_images
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.networks import MISSING, NETWORKS, TRANSFORMERS, network_of
+from quest_deploy.models.networks.patch_transformers import repeated_tokens
 from quest_deploy.models.registry import KNOWN_MODELS
 from quest_deploy.quantization.planner import plan_quantization
 from quest_deploy.quantization.prepare import prepare
@@ -364,6 +366,39 @@ def test_explicit_attention_heeds_the_mask_of_the_prompt(
     states[:, 250:] = 1e3  # padding
     other = network(**{**inputs, "encoder_hidden_states": states}, return_dict=False)[0]
     torch.testing.assert_close(found, other)
+
+
+@pytest.mark.parametrize("name", ["pixart", "sana"])
+def test_no_scale_depends_on_what_a_prompts_padding_holds(
+    models: Callable[[str], PipelineModel], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models(name)
+    network, conditions_of = model.load_unet(), model.conditions
+    operands = {"attention_bits": 8, "softmax_bits": 8}
+    scheme = Scheme.parse("w4a4", buckets=1, float_layers=model.float_layers[:2], **operands)
+    found = []
+    for content in (0.0, 1e3):
+
+        def filled(labels: Any, content: float = content) -> dict[str, Tensor]:
+            given = conditions_of(labels)
+            padding = given["encoder_attention_mask"][..., None] == 0
+            states = given["encoder_hidden_states"].masked_fill(padding, content)
+            return {**given, "encoder_hidden_states": states}
+
+        monkeypatch.setattr(model, "conditions", filled)
+        recorded = record_trajectories(model, network, steps=1, samples=2, seed=0)
+        found.append(calibrate(name, network, recorded, scheme, CalibrationOptions()))
+    first, second = ({k: x.scale.tolist() for k, x in y.quantizers.items()} for y in found)
+    assert first == second
+    assert any(site.endswith("attn2.to_k") for site in first)
+    assert any(site.endswith("attn2.k") for site in first)
+
+
+def test_a_prompts_tokens_are_repeated_in_the_place_of_its_padding_wherever_that_is() -> None:
+    states = torch.arange(15.0).view(3, 5, 1)
+    mask = torch.tensor([[1.0, 1, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 0]])
+    found = repeated_tokens(states, mask)[..., 0]
+    assert found.tolist() == [[0, 1, 0, 1, 0], [8, 9, 8, 8, 9], [10, 11, 12, 13, 14]]
 
 
 @pytest.mark.parametrize("name", PIPELINES)
