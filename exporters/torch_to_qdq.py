@@ -253,16 +253,24 @@ def _rewrite_conversions(graph: torch.fx.Graph) -> None:
                 )
 
 
-def _is_zero(context: Any, zero: ir.Value, **_: Any) -> bool:
-    """Whether a value is the scalar 0, exactly."""
-    tensor = ir.convenience.get_const_tensor(zero)
-    return tensor is not None and tensor.size == 1 and not tensor.numpy().any()
+def _no_op(operator: str, neutral: float) -> rewriter.pattern.RewriteRule:
+    """``operator`` on x and the scalar ``neutral``, which gives x. onnxscript's own rules take
+    1.000009 for 1, and for 0 the 1e-15 that keeps a division from infinity.
+    """
+
+    def is_neutral(context: Any, constant: ir.Value, **_: Any) -> bool:
+        tensor = ir.convenience.get_const_tensor(constant)
+        # Of another shape than a scalar's it may broadcast x.
+        return tensor is not None and not tensor.shape and tensor.numpy().item() == neutral
+
+    return rewriter.pattern.RewriteRule(
+        lambda op, x, constant: getattr(op, operator)(x, constant),
+        lambda op, x, **_: op.Identity(x),
+        is_neutral,
+    )
 
 
-_ADD_0 = rewriter.pattern.RewriteRule(
-    lambda op, x, zero: op.Add(x, zero), lambda op, x, **_: op.Identity(x), _is_zero
-)
-"""onnxscript's own takes 1e-15 for 0 too, which keeps a division from infinity."""
+_NO_OPS = (_no_op("Mul", 1), _no_op("Div", 1), _no_op("Add", 0), _no_op("Sub", 0))
 
 
 def _simplify(model: ir.Model) -> None:
@@ -275,10 +283,7 @@ def _simplify(model: ir.Model) -> None:
         rewriter.rewrite(
             model,
             [
-                rules.mul_by_1_rule,
-                rules.div_by_1_rule,
-                _ADD_0,
-                rules.sub_0_rule,
+                *_NO_OPS,
                 rules.cast_cast_rule,
                 rules.no_op_cast_rule,
                 rules.no_op_expand_rule,

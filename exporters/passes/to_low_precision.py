@@ -13,8 +13,8 @@ their names. In FP32 besides:
    so that nothing is rounded between a norm, its SiLU and the quantizer.
 2. A product that something is subtracted from, namely what the offset of its codes added: the two
    nearly cancel.
-3. A product of integers that is only scaled before a Softmax, which has the exponential of its
-   rounding error.
+3. A product of integers that is only scaled and masked before a Softmax, which has the exponential
+   of its rounding error.
 4. The arithmetic of a per-channel quantizer, whose zero-points reach 1e8.
 5. Resize's scales, by the operator's definition.
 6. Products whose result is divided by a row of itself: linear attention's sums over all tokens.
@@ -190,7 +190,9 @@ def _cancels(product: ir.Node) -> bool:
 
 
 def _gives_scores(product: ir.Node) -> bool:
-    """Whether integers are multiplied and the product is only scaled before a Softmax (case 3)."""
+    """Whether integers are multiplied and the product is only scaled, or masked, before a Softmax
+    (case 3).
+    """
     producers = [x.producer() for x in product.inputs if x is not None]
     if not all(
         producer is not None and producer.op_type == "DequantizeLinear" for producer in producers
@@ -201,7 +203,7 @@ def _gives_scores(product: ir.Node) -> bool:
         reader = readers.pop()
         if reader.op_type == "Softmax":
             return True
-        if reader.op_type in ("Mul", "Div"):
+        if reader.op_type in ("Mul", "Div", "Add"):
             readers += reader.outputs[0].consumers()
     return False
 

@@ -209,14 +209,14 @@ def _at(residual: Tensor, steps: Tensor, rows: Tensor) -> Tensor:
 
 
 def _scheduler(model: DiffusionModel, steps: int, scheme: Scheme | None) -> Any:
-    scheduler = model.load_scheduler("ddim")
+    scheduler = model.load_scheduler(model.calibration_scheduler)
     set_steps(scheduler, steps)
     if scheme is None:
         return scheduler
     for spacing, count in _further(model, max(steps, scheme.buckets)):
         if len({scheme.bucket_of(t) for t in scheduler.timesteps.tolist()}) == scheme.buckets:
             break
-        scheduler = model.load_scheduler("ddim", **spacing)
+        scheduler = model.load_scheduler(model.calibration_scheduler, **spacing)
         scheduler.set_timesteps(count)
     return scheduler
 
@@ -293,10 +293,11 @@ def record_trajectories(
     prompt: ImagePrompt | None = None,
     progress: Progress = no_progress,
 ) -> Trajectories:
-    """Sample with DDIM and the float ``unet`` and record every step.
+    """Sample with the model's ``calibration_scheduler`` and the float ``unet``, and record every
+    step. Padding of prompts is recorded without what it holds, which counts for nothing.
 
     Args:
-        steps: DDIM steps, spaced as the model's scheduler spaces them.
+        steps: its steps, spaced as the model's scheduler spaces them.
         scheme: visit each of its buckets; where ``steps`` would miss one, with other spacing and
             more steps.
         samples: how many samplings run side by side; their conditions are drawn by the model.
@@ -332,6 +333,7 @@ def record_trajectories(
                 f"the condition {name} is not finite; check the text encoder's weights, or the "
                 "table of classes"
             )
+    conditions = model.without_padding(conditions)
     image = conditions.pop(IMAGE_CONDITION, None)
     if prompt is not None:
         nothing = prompt.nothing(samples)

@@ -25,13 +25,15 @@ def _scheme(content: dict[str, Any]) -> str:
     )
     eight = f"{', '.join(scheme.eight_bit_layers)} 8 bits, " if scheme.eight_bit_layers else ""
     left = f"{', '.join(scheme.float_layers)} float, " if scheme.float_layers else ""
+    # Where layers stay in float, the first and the last may be among them.
+    ends = "" if left else f"first and last layer {scheme.first_last_bits} bits, "
     branches = (
         f"; branches of rank {scheme.low_rank} beside {', '.join(scheme.low_rank_layers)}"
         if scheme.low_rank
         else ""
     )
     return (
-        f"scheme {scheme.name}, first and last layer {scheme.first_last_bits} bits, {eight}{left}"
+        f"scheme {scheme.name}, {ends}{eight}{left}"
         f"{scheme.granularity.value}, "
         f"{scheme.buckets} timestep buckets; q, k and v {attention}, softmax {softmax}; "
         f"shortcuts {'split' if scheme.split_shortcuts else 'whole'}{branches}"

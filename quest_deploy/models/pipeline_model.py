@@ -59,7 +59,12 @@ from quest_deploy.models.registry import (
     EMBEDDED_FOLDER,
     KNOWN_MODELS,
 )
-from quest_deploy.models.schedulers import flow_schedule, make_scheduler, noise_schedule
+from quest_deploy.models.schedulers import (
+    flow_sampler,
+    flow_schedule,
+    make_scheduler,
+    noise_schedule,
+)
 from quest_deploy.models.single_file import SingleFile, read_single_file
 from quest_deploy.models.tokenizers import (
     TOKENIZERS,
@@ -114,7 +119,7 @@ class PipelineModel:
         channels: what the network's channels are.
     """
 
-    calibration_steps = 20
+    calibration_steps, calibration_scheduler = 20, "ddim"
 
     def __init__(
         self,
@@ -158,6 +163,7 @@ class PipelineModel:
         self.bucket_steps: int | None = None
         if self.network.flow_matching:
             self.bucket_steps = self.calibration_steps = self._usual_steps()
+            self.calibration_scheduler = flow_sampler(self._schedule)
         decoder = self.folder / (self._decoder or "vae") / "config.json"
         self._decoder_config = (
             read_configuration(DecoderConfiguration, decoder) if decoder.exists() else None
@@ -255,6 +261,10 @@ class PipelineModel:
     def null_conditions(self, count: int) -> dict[str, torch.Tensor]:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""
         return self._asked.null(count)
+
+    def without_padding(self, conditions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See :class:`quest_deploy.models.registry.DiffusionModel`."""
+        return self.network.without_padding(conditions)
 
     def images(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """Decode one by one, which bounds memory; a model without a decoder works on pixels."""

@@ -130,8 +130,9 @@ class DiffusionModel(Protocol):
             models.
         calibration_samples, calibration_steps: how many samplings, of how many steps, are recorded
             for it unless told otherwise.
-        bucket_steps: of how many steps of its own schedule each bucket holds as many, unless told
-            otherwise; None for equally wide buckets.
+        calibration_scheduler: the short name of the scheduler that they are recorded with.
+        bucket_steps: the number of that scheduler's steps that are spread evenly, or nearly, over
+            the buckets unless told otherwise; None for equally wide buckets.
         forward_rows: how many rows of a batch are best run at once; None for any number.
         eight_bit_layers: the layers that have eight bits unless told otherwise, glob patterns of
             their module paths.
@@ -151,6 +152,7 @@ class DiffusionModel(Protocol):
     image_guidance: float | None
     calibration_samples: int
     calibration_steps: int
+    calibration_scheduler: str
     bucket_steps: int | None
     forward_rows: int | None
     eight_bit_layers: Sequence[str]
@@ -191,6 +193,9 @@ class DiffusionModel(Protocol):
         """The unconditional conditions, each [count, ...]; raise InputError where the model has
         none, and so no guidance.
         """
+
+    def without_padding(self, conditions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See :class:`quest_deploy.models.networks.network.Network`."""
 
     def images(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """Decode latents [B, ...] to images [B, C, H, W] in [-1, 1]; raise InputError where the

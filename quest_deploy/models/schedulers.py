@@ -135,7 +135,8 @@ def noise_schedule(
 
 def flow_schedule(config: Mapping[str, Any], class_name: str | None, where: str) -> dict[str, Any]:
     """What the scheduler's configuration of a model of flow matching (arXiv 2210.02747) says, the
-    same for every class of ``FLOW_SCHEDULERS``: num_train_timesteps, prediction_type and shift.
+    same for every class of ``FLOW_SCHEDULERS``: num_train_timesteps, prediction_type and shift;
+    and its _class_name.
 
     Args:
         config, class_name, where: as of :func:`noise_schedule`.
@@ -158,10 +159,16 @@ def flow_schedule(config: Mapping[str, Any], class_name: str | None, where: str)
         raise InputError(f"{where}: {others[0]} {config[others[0]]!r} is not supported")
     shift = config.get("shift" if names[-1] == euler else "flow_shift") or 1.0
     return {
+        "_class_name": names[-1],
         "num_train_timesteps": config.get("num_train_timesteps", 1000),
         "prediction_type": FLOW,
         "shift": float(shift),
     }
+
+
+def flow_sampler(schedule: Mapping[str, Any]) -> str:
+    """The short name of the scheduler whose :func:`flow_schedule` it is."""
+    return {kind: name for name, kind in FLOW_SCHEDULERS.items()}[schedule["_class_name"]]
 
 
 def _flow_scheduler(name: str, config: Mapping[str, Any]) -> Any:

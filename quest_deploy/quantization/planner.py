@@ -89,6 +89,7 @@ class _Seen:
     input_hash: bytes
     axis: int
     macs: int
+    batched: bool = True
     operands: tuple[str, str] | None = None
 
 
@@ -105,7 +106,8 @@ def plan_quantization(
 
     Raises:
         InputError: the model executes no Conv2d or Linear, or none that is to have eight bits or to
-            stay in float, or one that is to be quantized twice on different inputs.
+            stay in float, or one that is to be quantized twice on different inputs, or whose
+            input's first axis is not the batch, so that its rows have no timestep.
     """
     executed, twice = _execute(model, probe)
     layers = [entry for entry in executed if entry.operands is None]
@@ -115,6 +117,11 @@ def plan_quantization(
         raise InputError(
             f"layer {again[0]} runs twice in one forward pass on different inputs; its activations "
             "would need two quantizers"
+        )
+    if flattened := [layer.name for layer in seen if not layer.batched]:
+        raise InputError(
+            f"layer {flattened[0]}: expected an input [batch, ...], one row for each timestep, and "
+            "its first axis is not the batch; leave it in float, with --float-layers"
         )
     if not seen:
         raise InputError(
@@ -199,10 +206,11 @@ def _execute(model: nn.Module, probe: Mapping[str, Tensor]) -> tuple[list[_Seen]
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if isinstance(module, Product):
                 macs = output[0].numel() * args[0].shape[-1]
-                entry = _Seen(name, b"", args[0].dim() - 1, macs, module.operands)
+                entry = _Seen(name, b"", args[0].dim() - 1, macs, operands=module.operands)
             else:
                 found, axis = _content_hash(args[0]), _channel_axis(module, args[0])
-                entry = _Seen(name, found, axis, _macs(module, output))
+                batched = len(args[0]) == len(probe["sample"])
+                entry = _Seen(name, found, axis, _macs(module, output), batched)
             before = seen.setdefault(name, entry)
             if before is not entry and (entry.operands or before != entry):
                 twice.append(name)

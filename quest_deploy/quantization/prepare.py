@@ -200,11 +200,15 @@ class ExplicitJointAttention(ExplicitAttention):
 
 
 _EXPLICIT: dict[str, type[ExplicitAttention] | None] = {
+    "AttnProcessor": ExplicitAttention,
+    "AttnProcessor2_0": ExplicitAttention,
+    "SanaAttnProcessor2_0": ExplicitAttention,
+    WrittenAttention.__name__: ExplicitAttention,
     "JointAttnProcessor2_0": ExplicitJointAttention,
     "SanaLinearAttnProcessor2_0": None,
 }
-"""By diffusers' processor, what computes the same; :class:`ExplicitAttention` for others. Linear
-attention has no softmax, and its products stay in float.
+"""By diffusers' processor, or ours, what computes the same. Linear attention has no softmax: its
+products stay in float.
 """
 
 
@@ -258,8 +262,13 @@ def prepare(
         setattr(model.get_submodule(parent), child, LowRank(layer, rank))
     if attention is not None:
         for module in attentions(model):
-            explicit = _EXPLICIT.get(type(module.processor).__name__, ExplicitAttention)
-            if explicit is None:
+            processor = type(module.processor).__name__
+            if processor not in _EXPLICIT:
+                raise InputError(
+                    f"attention: expected one of {', '.join(_EXPLICIT)}, whose products can be "
+                    f"quantized, found {processor}; leave attention in float"
+                )
+            if (explicit := _EXPLICIT[processor]) is None:
                 continue
             for each in (module, getattr(module, IP_ADAPTER, None)):
                 if each is not None:

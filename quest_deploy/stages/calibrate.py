@@ -60,7 +60,8 @@ def work(
             f"{model.network.noun}; choose another method, and `quest-deploy finetune`"
         )
     model.check_decoder()
-    steps = options.steps or most_steps(model.load_scheduler("ddim"), model.calibration_steps)
+    scheduler = model.load_scheduler(model.calibration_scheduler)
+    steps = options.steps or most_steps(scheduler, model.calibration_steps)
     samples = options.samples or trajectories.samples_for(model, workspace.scheme, steps)
     control = (
         Controls(options.controls, options.shown, model, samples)

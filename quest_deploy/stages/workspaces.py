@@ -203,18 +203,23 @@ class SchemeChoices(Options):
             low_rank_layers=self.low_rank_layers or (),
         )
 
-    def edges(self, model: DiffusionModel) -> tuple[float, ...] | None:
+    def edges(
+        self, model: DiffusionModel, usual: int = DEFAULT_BUCKETS
+    ) -> tuple[float, ...] | None:
         """The edges that the user chose of ``model``'s timesteps, or else the model's own; None for
         equally wide buckets.
+
+        Args:
+            usual: how many buckets a schedule is divided into where the user did not choose it.
 
         Raises:
             InputError: they are not as many as the buckets, or name no schedule of the model's.
         """
         chosen = self.bucket_edges
         if chosen is None and model.bucket_steps is not None:
-            chosen = f"ddim:{max(model.bucket_steps, self.buckets or 1)}"
+            chosen = f"{model.calibration_scheduler}:{max(model.bucket_steps, self.buckets or 1)}"
         if isinstance(chosen, str):
-            return _edges_of_schedule(chosen, model, self.buckets)
+            return _edges_of_schedule(chosen, model, self.buckets, usual)
         if chosen is not None and self.buckets not in (None, len(chosen) + 1):
             raise InputError(
                 f"--bucket-edges: expected {(self.buckets or 1) - 1} for --buckets {self.buckets}, "
@@ -240,7 +245,7 @@ class SchemeChoices(Options):
         for name, value in found.items():
             _check(workspace, name.replace("_", " "), getattr(self, name), value)
         if self.bucket_edges is not None:
-            edges = self.edges(load_model(workspace.source))
+            edges = self.edges(load_model(workspace.source), scheme.buckets)
             wanted = None if edges is None else as_float32(edges)
             _check(workspace, "bucket edges", wanted, scheme.bucket_edges)
 
@@ -386,9 +391,11 @@ def create_workspace(
     return opened
 
 
-def _edges_of_schedule(text: str, model: DiffusionModel, buckets: int | None) -> tuple[float, ...]:
-    """The edges of SCHEDULER:STEPS, of one bucket for each timestep, or 20, where ``buckets`` is
-    None.
+def _edges_of_schedule(
+    text: str, model: DiffusionModel, buckets: int | None, usual: int
+) -> tuple[float, ...]:
+    """The edges of SCHEDULER:STEPS; where ``buckets`` is None, of one for each timestep, up to
+    ``usual`` buckets.
     """
     name, _, number = text.partition(":")
     if not number.isdigit():
@@ -399,7 +406,7 @@ def _edges_of_schedule(text: str, model: DiffusionModel, buckets: int | None) ->
     scheduler = model.load_scheduler(name)
     set_steps(scheduler, int(number))
     visited = sorted(set(scheduler.timesteps.tolist()))
-    return quantile_edges(visited, buckets or min(DEFAULT_BUCKETS, len(visited)))
+    return quantile_edges(visited, buckets or min(usual, len(visited)))
 
 
 def method_name(workspace: Workspace) -> str:

@@ -155,6 +155,12 @@ class Network(ABC):
         """The states of N prompts and those of none, each [N, ...], by the pipeline's own code."""
         raise TypeError(f"{self.class_names[0]} reads no prompts")
 
+    def without_padding(self, conditions: States) -> States:
+        """The ``conditions`` with nothing in the place of padding that the network does not read,
+        so that statistics are of what counts alone; its prediction stays.
+        """
+        return conditions
+
     def random_states(
         self, config: Mapping[str, Any], count: int, generator: torch.Generator
     ) -> States:

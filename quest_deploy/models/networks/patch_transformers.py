@@ -92,6 +92,13 @@ class PatchTransformers(Network):
         """See :class:`Network`."""
         return int(config["patch_size"])
 
+    def without_padding(self, conditions: States) -> States:
+        """See :class:`Network`; a prompt's tokens, repeated, are in the place of its padding."""
+        if (mask := conditions.get("encoder_attention_mask")) is None:
+            return conditions
+        states = repeated_tokens(conditions["encoder_hidden_states"], mask)
+        return {**conditions, "encoder_hidden_states": states}
+
     def build(self, class_name: str, config: Mapping[str, Any]) -> nn.Module:
         """See :class:`Network`."""
         kind: Any = getattr(diffusers, self.class_names[0])
@@ -170,6 +177,18 @@ def unpatched(patches: Tensor, sample: Tensor, side: int) -> Tensor:
     # [B, rows, columns, side, side, C] -> [B, C, rows * side, columns * side]
     cut: Tensor = patches.unflatten(2, (side, side, -1)).unflatten(1, (rows, columns))
     return cut.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def repeated_tokens(states: Tensor, mask: Tensor) -> Tensor:
+    """The states [N, tokens, D] with a row's tokens in turn, from its first, in the place of its
+    padding; a row of padding alone stays. ``mask`` as of :func:`masked_states`.
+    """
+    real, places = mask > 0, torch.arange(mask.shape[1])
+    counts = real.sum(1, keepdim=True)
+    counts = counts.where(counts > 0, mask.shape[1])
+    tokens_first = real.int().argsort(dim=1, descending=True, stable=True)
+    chosen = places.where(real, tokens_first.gather(1, places % counts))
+    return states.gather(1, chosen[..., None].expand_as(states))
 
 
 def masked_states(states: Tensor, mask: Tensor) -> States:

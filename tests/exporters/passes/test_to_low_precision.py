@@ -212,19 +212,22 @@ def test_case_2_a_product_that_something_is_subtracted_from_is_fp32_with_what_it
     assert {found for name, found in types(model).items()} == {FLOAT}
 
 
-def test_case_3_a_product_of_integers_that_is_only_scaled_before_a_softmax_is_fp32() -> None:
-    text = """
-    g (int8[b,2,4] q, int8[b,4,2] k, float[b,2,4] x) => (float[b,2,2] y, float[b,2,2] z) <float one = {1}, int8 zero = {0}> {
+@pytest.mark.parametrize("masked", [False, True])
+def test_case_3_a_product_of_integers_that_is_only_scaled_and_masked_before_a_softmax_is_fp32(
+    masked: bool,
+) -> None:
+    text = f"""
+    g (int8[b,2,4] q, int8[b,4,2] k, float[b,2,4] x, float[b,1,2] mask) => (float[b,2,2] y, float[b,2,2] z) <float one = {{1}}, int8 zero = {{0}}> {{
       dq = DequantizeLinear(q, one, zero)
       dk = DequantizeLinear(k, one, zero)
       p = MatMul(dq, dk)
       a = Mul(p, one)
-      b2 = Mul(a, one)
+      b2 = {"Add(a, mask)" if masked else "Mul(a, one)"}
       y = Softmax(b2)
       t = Transpose <perm = [0, 2, 1]> (x)
       f = MatMul(x, t)
       z = Softmax(f)
-    }
+    }}
     """
     found = types(halved(text))
     assert {found[name] for name in ("dq", "dk", "p", "a", "b2")} == {FLOAT}

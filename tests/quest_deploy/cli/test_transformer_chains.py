@@ -160,6 +160,7 @@ def test_the_scheme_records_what_stays_in_float_and_a_unets_files_are_as_before(
     assert "float_layers" not in Scheme.parse("w4a4").to_json()
     inspected = cli("inspect", pixart_chain.root / CHECKPOINT)
     assert "caption_projection.*" in inspected.out
+    assert "first and last layer" not in inspected.out  # which are among them
 
 
 @pytest.mark.slow
@@ -426,9 +427,12 @@ def test_bucket_edges_are_given_by_hand_or_by_a_schedule(
         held = [scheme.bucket_of(t) for t in scheduler.timesteps.tolist()]
         share = int(steps) // (edges + 1)
         assert sorted(held) == [b for b in range(edges + 1) for _ in range(share)]
-    again = cli("calibrate", "-w", root, *options, *FEW)
-    assert again.code == 0, again.err
-    cli("calibrate", "-w", root, "--bucket-edges", "5", *FEW).assert_refused("bucket edges", root)
+    for repeated in (options, options[:2]):
+        again = cli("calibrate", "-w", root, *repeated, *FEW)
+        assert again.code == 0, again.err
+    for other in ("5", "lcm:2"):
+        ended = cli("calibrate", "-w", root, "--bucket-edges", other, *FEW)
+        ended.assert_refused("bucket edges", root)
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,24 @@ def test_buckets_hold_equally_many_of_the_models_own_steps(
     assert widths[-1] < 1000 / 7 < widths[0]  # the shift puts most steps near the noise
 
 
+@pytest.mark.parametrize(("name", "steps", "held"), [("sd3", 28, {1, 2}), ("sana", 20, {1})])
+def test_by_default_the_steps_of_the_models_own_scheduler_are_spread_over_all_buckets_and_recorded(
+    pipelines: Callable[[str], Path], name: str, steps: int, held: set[int]
+) -> None:
+    model = load_model(resolve_source(str(pipelines(name))))
+    edges = SchemeChoices().edges(model)
+    assert edges is not None
+    scheme = Scheme.parse("w4a4", edges=edges)
+    own = getattr(diffusers, model.index["scheduler"][1])
+    scheduler = own.from_pretrained(model.folder / "scheduler")
+    scheduler.set_timesteps(steps)
+    buckets = [scheme.bucket_of(t) for t in scheduler.timesteps.tolist()]
+    assert {buckets.count(bucket) for bucket in range(20)} == held
+    options = {"steps": 2, "samples": 1, "seed": 0, "guidance": 1.0}
+    recorded = record_trajectories(model, model.load_unet(), scheme=scheme, **options)
+    assert torch.equal(recorded.timestep, scheduler.timesteps.float())
+
+
 def test_calibration_follows_the_flow(model: PipelineModel) -> None:
     network = model.load_unet()
     recorded = record_trajectories(model, network, steps=4, samples=1, seed=0, guidance=1.0)

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from quest_deploy.artifacts.checkpoint import ScoreScale
 from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.evaluation.sampling import float_denoiser, sample_images
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.networks import MISSING, NETWORKS, TRANSFORMERS, network_of
+from quest_deploy.models.networks.patch_transformers import repeated_tokens
 from quest_deploy.models.registry import KNOWN_MODELS
 from quest_deploy.quantization.planner import plan_quantization
 from quest_deploy.quantization.prepare import prepare
@@ -366,6 +368,39 @@ def test_explicit_attention_heeds_the_mask_of_the_prompt(
     torch.testing.assert_close(found, other)
 
 
+@pytest.mark.parametrize("name", ["pixart", "sana"])
+def test_no_scale_depends_on_what_a_prompts_padding_holds(
+    models: Callable[[str], PipelineModel], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models(name)
+    network, conditions_of = model.load_unet(), model.conditions
+    operands = {"attention_bits": 8, "softmax_bits": 8}
+    scheme = Scheme.parse("w4a4", buckets=1, float_layers=model.float_layers[:2], **operands)
+    found = []
+    for content in (0.0, 1e3):
+
+        def filled(labels: Any, content: float = content) -> dict[str, Tensor]:
+            given = conditions_of(labels)
+            padding = given["encoder_attention_mask"][..., None] == 0
+            states = given["encoder_hidden_states"].masked_fill(padding, content)
+            return {**given, "encoder_hidden_states": states}
+
+        monkeypatch.setattr(model, "conditions", filled)
+        recorded = record_trajectories(model, network, steps=1, samples=2, seed=0)
+        found.append(calibrate(name, network, recorded, scheme, CalibrationOptions()))
+    first, second = ({k: x.scale.tolist() for k, x in y.quantizers.items()} for y in found)
+    assert first == second
+    assert any(site.endswith("attn2.to_k") for site in first)
+    assert any(site.endswith("attn2.k") for site in first)
+
+
+def test_a_prompts_tokens_are_repeated_in_the_place_of_its_padding_wherever_that_is() -> None:
+    states = torch.arange(15.0).view(3, 5, 1)
+    mask = torch.tensor([[1.0, 1, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 0]])
+    found = repeated_tokens(states, mask)[..., 0]
+    assert found.tolist() == [[0, 1, 0, 1, 0], [8, 9, 8, 8, 9], [10, 11, 12, 13, 14]]
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_blocks_are_quantized_and_embedders_norms_and_last_projection_stay_in_float(
     models: Callable[[str], PipelineModel], name: str
@@ -378,11 +413,20 @@ def test_the_blocks_are_quantized_and_embedders_norms_and_last_projection_stay_i
     of_blocks += (".ff.conv_inverted", ".ff.conv_point")
     assert planned
     assert all(any(part in name for part in of_blocks) for name in planned)
-    everything = plan_quantization(network, probe, Scheme.parse("w4a4", buckets=2)).layers
-    left = {x.name for x in everything} - set(planned)
+    # Two rows of each sample, which no bucket can be chosen for.
+    flattened = ("*.resolution_embedder.*",) if name == "pixart-alpha" else ()
+    if flattened:
+        with refused("resolution_embedder", "--float-layers"):
+            plan_quantization(network, probe, Scheme.parse("w4a4", buckets=2))
+    scheme = Scheme.parse("w4a4", buckets=2, float_layers=flattened)
+    everything = plan_quantization(network, probe, scheme).layers
+    bits = {x.name: x.weight_bits for x in everything}
+    left = bits.keys() - set(planned)
     assert not any(any(part in name for part in of_blocks) for name in left)
-    assert any(name.endswith("_embed.proj") for name in left)
-    assert everything[0].weight_bits == 8 or everything[-1].weight_bits == 8
+    (first,) = (name for name in left if name.endswith("_embed.proj"))
+    last = everything[-1].name
+    assert {name for name, width in bits.items() if width == 8} == {first, last}
+    assert last in ("proj_out", "proj_out_2")
 
 
 def test_an_embedder_that_runs_again_on_the_same_timestep_is_one_quantizer(
