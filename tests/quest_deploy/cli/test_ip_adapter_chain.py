@@ -283,6 +283,8 @@ def test_image_prompts_beyond_the_limits_are_refused(package: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"ip_adapter_image": b"no image"}, "ip_adapter_image"),
         ({"ip_adapter_image": bytes(local.generation.MAX_IMAGE_BYTES + 1)}, "ip_adapter_image"),
+        ({"ip_adapter_image": png_of(Image.new("RGB", (70000, 1)))}, "ip_adapter_image"),
+        ({"ip_adapter_image": png_of(Image.new("RGB", (1, 70000)))}, "ip_adapter_image"),
         ({"ip_adapter_image": image, "ip_adapter_scale": -0.1}, "ip_adapter_scale"),
         ({"ip_adapter_image": image, "ip_adapter_scale": 11.0}, "ip_adapter_scale"),
         ({"ip_adapter_image": image, "ip_adapter_scale": float("nan")}, "ip_adapter_scale"),
