@@ -442,7 +442,12 @@ class SensitivityOptions(StageOptions):
     """How to measure the layers' sensitivity."""
 
     samples: Annotated[
-        int, Option("Recorded samplings to run through, at all their steps.", minimum=1)
+        int,
+        Option(
+            "Recorded rows to run through, at all their steps; a sampling with guidance has two, "
+            "or three.",
+            minimum=1,
+        ),
     ] = 4
     batch: Annotated[int, Option("Rows that run at once.", minimum=1)] = 32
 

@@ -86,7 +86,6 @@ def test_half_of_the_samplings_are_shown_an_image(chain: Path) -> None:
     assert not tokens[2:].any()
     assert not torch.equal(tokens[0], tokens[1])  # those of no image, and the image's
     assert torch.equal(*found.conditions["encoder_hidden_states"].chunk(2))
-    assert found.first(2).conditions[IMAGE_SCALE].tolist() == pytest.approx([0.8, 0.0])
 
 
 @pytest.mark.slow
@@ -137,7 +136,10 @@ def test_records_hold_an_images_tokens(chain: Path) -> None:
 def test_the_other_commands_run_on_it(chain: Path) -> None:
     timed = ["--runs", "1", "--warmup", "0", "--batch", "1", "--backend", BACKENDS[0]]
     ok("benchmark", *timed, w=chain)
-    ok("sensitivity", "--samples", "1", w=chain)
+    measured = ok("sensitivity", "--samples", "1", w=chain)["layers"]
+    errors = [x["mse"] for x in measured if ".ip_adapter.to_" in x["layer"]]
+    assert errors
+    assert all(error > 0 for error in errors)
     assert IMAGE_TOKENS in cli("inspect", chain / GRAPH).out
     assert "ip-adapter.safetensors" in cli("inspect", chain).out
     given = [f"--ip-adapter={chain.parent / 'models' / 'ip-adapter.safetensors'}:0.5"]
