@@ -88,6 +88,9 @@ def test_with_an_images_tokens_the_float_model_is_diffusers_own(
     assert torch.equal(half[0], without[0])
     torch.testing.assert_close(half[1], found[1])
     assert torch.equal(unet(**inputs, **prompts.nothing(2)).sample, without)
+    for name, missing in (IMAGE_PROMPT, reversed(IMAGE_PROMPT)):
+        with refused(missing):
+            unet(**inputs, **{name: asked[name]})
 
 
 def _width(model: PipelineModel) -> int:
