@@ -10,6 +10,7 @@ from quest_deploy.artifacts.workspace import ENGINES
 from quest_deploy.backends.base import LOWERED, engine_info, open_engine
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
+from quest_deploy.models.residuals import check_image_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,7 +90,8 @@ class EngineUNet:
         Args:
             sample: [B, ...], any float dtype.
             timestep: [B], or one number for the whole batch; integers and floats alike.
-            conditions: each [B, ...]; one of ``added`` that is not given is zeros.
+            conditions: each [B, ...]; one of ``added`` that is not given is zeros, and of an
+                IP-Adapter's two both or neither are given.
 
         Raises:
             InputError: an input that is missing, unknown or of another shape than the engine's;
@@ -109,6 +111,7 @@ class EngineUNet:
                 "nothing"
             )
         self._check(feeds)
+        check_image_prompt(feeds)
         feeds |= {
             name: np.zeros((batch, *self._sizes(name, sample)[1:]), np.float32)
             for name in self.added.keys() - feeds.keys()

@@ -184,7 +184,8 @@ def measure_sensitivity(
     Args:
         unet: the float model that ``calibrated`` was made from; not changed.
         trajectories: recorded on ``unet``; their inputs are used.
-        samples: how many of the recorded samplings are run, the first ones, at all their steps.
+        samples: how many of the recorded rows are run, the first ones, at all their steps; see
+            :meth:`quest_deploy.calibration.trajectories.Trajectories.first`.
         batch: rows that run at once; they may be of different steps.
         progress: called with a phase's name, the layers done and their number.
 

@@ -88,15 +88,20 @@ class Trajectories:
         return (*self.residuals, *(name for name in IMAGE_PROMPT if name in self.conditions))
 
     def first(self, rows: int) -> Trajectories:
-        """The first ``rows`` of all rows N, or all where there are fewer, with and without
-        what is added in proportion; ``parts`` is 1 where they end amid a sampling.
+        """The first ``rows`` of all rows N, or all where there are fewer; ``parts`` is 1 where they
+        end amid a sampling. Where something is added, whole samplings with and without it in
+        proportion, at least one of each, also where they have more rows.
         """
         total = self.sample.shape[1]
-        if self.controlled and rows < total:
-            kept = rows * self.controlled // total
-            plain = dataclasses.replace(self._rows(slice(self.controlled, None)), residuals={})
-            return joined_rows(self._rows(slice(kept)), plain._rows(slice(rows - kept)))
-        return self._rows(slice(rows))
+        if not self.controlled or rows >= total:
+            return self._rows(slice(rows))
+        samplings = max(rows // self.parts, 2)
+        kept = max(samplings * self.controlled // total, 1)
+        plain = dataclasses.replace(self._rows(slice(self.controlled, None)), residuals={})
+        return joined_rows(
+            self._rows(slice(kept * self.parts)),
+            plain._rows(slice((samplings - kept) * self.parts)),
+        )
 
     def _rows(self, rows: slice) -> Trajectories:
         conditions = {name: value[rows] for name, value in self.conditions.items()}

@@ -7,19 +7,17 @@ stays in torch, outside the graph: CLIP's image encoder and the adapter's projec
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.loaders.ip_adapter import IPAdapterMixin
 from diffusers.loaders.unet import UNet2DConditionLoadersMixin
-from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
+from diffusers.models.embeddings import ImageProjection
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from quest_deploy.artifacts.model_source import IMAGE_ENCODER
 from quest_deploy.artifacts.tensors import open_tensors
@@ -32,6 +30,8 @@ from quest_deploy.models.residuals import IMAGE_SCALE, IMAGE_TOKENS
 from quest_deploy.models.weights import check_weights, listed, load_part
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -41,20 +41,22 @@ if TYPE_CHECKING:
 
 _PROJECTION, _LAYERS = "image_proj.", "ip_adapter."
 """The two parts of a file."""
-_NORMS = {
-    "proj.weight": "norm.weight",
-    "latents": "norm_out.weight",
-    "proj.3.weight": "proj.3.weight",
+_KINDS = {
+    "proj.weight": ("norm.weight", "proj.weight", "projection_dim"),
+    "latents": ("norm_out.weight", "proj_in.weight", "hidden_size"),
+    "proj.3.weight": ("proj.3.weight", "proj.0.weight", "hidden_size"),
 }
-"""By a weight that plain, Plus and Full adapters alone have, the norm behind their projection."""
+"""By a weight that plain, Plus and Full adapters alone have: the norm behind their projection, the
+layer that reads what the image encoder gives, and what its configuration calls that width.
+"""
 _CONFIGURATION = "config.json"
 IMAGE_PARTS = (IMAGE_ENCODER, "feature_extractor")
 """The parts of diffusers' pipelines that encode images."""
 
 
 def check_model(adapter: IPAdapter, model: PipelineModel) -> None:
-    """Raise InputError where ``model`` takes no IP-Adapter, or its text states are not as wide as
-    the tokens of ``adapter``.
+    """Raise InputError where ``model`` takes no IP-Adapter, its text states are not as wide as the
+    tokens of ``adapter``, or there is no image encoder as wide as what that reads.
     """
     name = model.index["_class_name"]
     kind = getattr(diffusers, name, object)
@@ -64,17 +66,39 @@ def check_model(adapter: IPAdapter, model: PipelineModel) -> None:
             f"--ip-adapter: expected a text-to-image or inpainting model whose pipeline takes one, "
             f"not {model.name}, a {name}"
         )
-    found, expected = _width(adapter), model.config["cross_attention_dim"]
+    (found, read, name), expected = _widths(adapter), model.config["cross_attention_dim"]
     if found != expected:
         raise InputError(
             f"the IP-Adapter {adapter.path}: expected one for {model.name}, whose text states have "
             f"{expected} channels; its tokens have {found}"
         )
+    folder = _encoder_folder(adapter, model)
+    try:
+        encodes = getattr(CLIPVisionConfig.from_pretrained(folder, local_files_only=True), name)
+    except Exception as e:  # transformers raises whatever a configuration provokes
+        reason = " ".join(str(e).split())
+        raise InputError(f"{folder}: not the folder of an image encoder ({reason})") from e
+    if encodes != read:
+        raise InputError(
+            f"{folder}: expected an image encoder with a {name} of {read}, which the IP-Adapter "
+            f"{adapter.path} reads, found {encodes}; give another with --image-encoder"
+        )
 
 
-def _width(adapter: IPAdapter) -> int:
-    """The channels of its tokens, from the file's header; raise InputError where it is of a kind
-    that is not known.
+def _encoder_folder(adapter: IPAdapter, model: PipelineModel) -> Path:
+    folder = Path(adapter.image_encoder or model.folder / IMAGE_ENCODER)
+    if not (folder / _CONFIGURATION).is_file():
+        raise InputError(
+            f"the IP-Adapter {adapter.path}: expected its image encoder in {folder}, which has no "
+            f"{_CONFIGURATION}; give the folder with --image-encoder, in a new workspace"
+        )
+    return folder
+
+
+def _widths(adapter: IPAdapter) -> tuple[int, int, str]:
+    """The channels of its tokens and of what it reads, from the file's header, and what the image
+    encoder's configuration calls the latter; raise InputError where it is of a kind that is not
+    known.
     """
     where, path = f"the IP-Adapter {adapter.path}", Path(adapter.path)
     try:
@@ -94,9 +118,9 @@ def _width(adapter: IPAdapter) -> int:
             f"{where}: a FaceID adapter reads a face recognizer's embeddings and brings a LoRA, "
             "which is not supported; expected one that reads CLIP's"
         )
-    for kind, norm in _NORMS.items():
-        if f"{_PROJECTION}{kind}" in shapes and f"{_PROJECTION}{norm}" in shapes:
-            return int(shapes[f"{_PROJECTION}{norm}"][0])
+    for kind, (norm, reads, name) in _KINDS.items():
+        if all(shapes.get(f"{_PROJECTION}{x}") for x in (kind, norm, reads)):
+            return shapes[f"{_PROJECTION}{norm}"][-1], shapes[f"{_PROJECTION}{reads}"][-1], name
     raise InputError(
         f"{where}: expected the image projection of a plain, a Plus or a Full adapter, found "
         f"{listed(key for key in shapes if key.startswith(_PROJECTION)) or 'none'}"
@@ -153,68 +177,51 @@ def add_ip_adapter(unet: nn.Module, adapter: IPAdapter) -> None:
 
 
 def load_image_parts(model: PipelineModel) -> dict[str, Any]:
-    """The ``IMAGE_PARTS`` of a model's IP-Adapter; raise InputError where there are none, or the
-    encoder does not fit.
-    """
+    """The ``IMAGE_PARTS`` of a model's IP-Adapter; raise InputError where they cannot be read."""
     adapter = model.source.ip_adapter
     assert adapter is not None
-    folder = Path(adapter.image_encoder or model.folder / IMAGE_ENCODER)
-    if not (folder / _CONFIGURATION).is_file():
-        raise InputError(
-            f"the IP-Adapter {adapter.path}: expected its image encoder in {folder}, which has no "
-            f"{_CONFIGURATION}; give the folder with --image-encoder, in a new workspace"
-        )
-    encoder = load_part(folder, CLIPVisionModelWithProjection)
-    projection = load_projection(adapter)
-    plain = isinstance(projection, ImageProjection)
-    if plain:
-        name, expected = "projection_dim", projection.image_embeds.in_features
-    else:
-        name = "hidden_size"
-        is_plus = isinstance(projection, IPAdapterPlusImageProjection)
-        first = projection.proj_in if is_plus else projection.ff.net[0].proj
-        expected = first.in_features
-    if (found := getattr(encoder.config, name)) != expected:
-        raise InputError(
-            f"{folder}: expected an image encoder with a {name} of {expected}, which the "
-            f"IP-Adapter {adapter.path} reads, found {found}; give another with --image-encoder"
-        )
-    own = model.folder / IMAGE_PARTS[1]
+    encoder = load_part(_encoder_folder(adapter, model), CLIPVisionModelWithProjection)
     size = encoder.config.image_size
-    extractor = (
-        CLIPImageProcessor.from_pretrained(own)
-        if (own / "preprocessor_config.json").is_file()
-        else CLIPImageProcessor(size=size, crop_size=size)
-    )
+    # Pillow's, as packages have it, also where torchvision is there.
+    extractor = CLIPImageProcessorPil(size=size, crop_size=size)
+    own = model.folder / IMAGE_PARTS[1]
+    if (own / "preprocessor_config.json").is_file():
+        found = CLIPImageProcessorPil.from_pretrained(own)
+        crop = found.crop_size or {}
+        if (crop.get("height"), crop.get("width")) == (size, size):  # else another encoder's
+            extractor = found
     return dict(zip(IMAGE_PARTS, (encoder, extractor), strict=True))
 
 
 class ImagePrompts:
     """The images that a model with an IP-Adapter is shown, and calibrated with; see
-    :class:`quest_deploy.calibration.trajectories.ImagePrompt`.
+    :class:`quest_deploy.calibration.trajectories.ImagePrompt`. The image encoder, which is large,
+    is in memory while it runs and no longer.
 
     Attributes:
         projection: what makes tokens of CLIP's embeddings.
-        encoder: CLIP's.
     """
 
-    def __init__(self, model: PipelineModel, images: ImageFolder | None = None) -> None:
-        """Load what makes tokens of images.
+    def __init__(
+        self, model: PipelineModel, images: ImageFolder | None = None, samples: int | None = None
+    ) -> None:
+        """Load what makes tokens of images, and encode those that are given.
 
         Args:
             images: what the model is shown, in turn; the model's own pictures where it is None.
+            samples: the most samplings that they are shown to; all are encoded where it is None.
 
         Raises:
-            InputError: the image encoder does not fit the IP-Adapter, or an image cannot be read.
+            InputError: the image encoder or an image cannot be read.
         """
         adapter = model.source.ip_adapter
         assert adapter is not None
         self._model, self._scale = model, adapter.scale
         self.projection = load_projection(adapter)
-        self._parts = SimpleNamespace(**load_image_parts(model))
-        self.encoder = self._parts.image_encoder
-        self._images = [] if images is None else [read_image(path) for path in images.files()]
-        self._null = self._tokens([Image.new("RGB", model.image_size)])[1]
+        encoder, self._extractor = load_image_parts(model).values()
+        self._null = self._no_image(encoder)
+        paths = [] if images is None else images.files("--ip-adapter-images")[:samples]
+        self._given = self._tokens(encoder, map(read_image, paths)) if paths else None
 
     def nothing(self, count: int) -> dict[str, Tensor]:
         """Zeros."""
@@ -222,18 +229,24 @@ class ImagePrompts:
 
     def asked(self, latents: NDArray[np.float32]) -> dict[str, Tensor]:
         """The tokens of an image a row, and the scale."""
-        shown = self._images or drawn(self._model, latents)
-        tokens = self._tokens([shown[i % len(shown)] for i in range(len(latents))])[0]
-        return self._conditions(tokens)
+        tokens = self._given
+        if tokens is None:
+            tokens = self._tokens(self.encoder, drawn(self._model, latents))
+        return self._conditions(tokens[torch.arange(len(latents)) % len(tokens)])
 
     def null(self, count: int) -> dict[str, Tensor]:
         """The tokens of no image, as diffusers' pipelines give them, and the scale."""
         return self._conditions(self._null.expand(count, -1, -1))
 
     @property
+    def encoder(self) -> Any:
+        """CLIP's, read anew."""
+        return load_image_parts(self._model)[IMAGE_ENCODER]
+
+    @property
     def crop(self) -> tuple[int, int]:
         """Height and width of what the image encoder reads."""
-        size = self._parts.feature_extractor.crop_size
+        size = self._extractor.crop_size
         return size["height"], size["width"]
 
     @property
@@ -241,7 +254,7 @@ class ImagePrompts:
         """How an image becomes what the image encoder reads, for who does it without transformers;
         raise InputError where it is not CLIP's way.
         """
-        found = self._parts.feature_extractor.to_dict()
+        found = self._extractor.to_dict()
         size = found.get("size") or {}
         usual = {
             **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
@@ -267,9 +280,21 @@ class ImagePrompts:
         return {IMAGE_TOKENS: tokens, IMAGE_SCALE: torch.full((len(tokens),), self._scale)}
 
     @torch.no_grad()
-    def _tokens(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
-        """The tokens of images and those of as many that are none, each [B, tokens, C]."""
-        hidden = not isinstance(self.projection, ImageProjection)
-        encode: Any = StableDiffusionPipeline.encode_image
-        found, none = encode(self._parts, images, torch.device("cpu"), 1, hidden)
-        return self.projection(found), self.projection(none[:1])
+    def _no_image(self, encoder: Any) -> Tensor:
+        """The tokens [1, tokens, C] of zeros, in place of CLIP's embedding or of what it reads."""
+        embeds = self._embeds(encoder, torch.zeros(1, 3, *self.crop))
+        plain = isinstance(self.projection, ImageProjection)
+        tokens: Tensor = self.projection(torch.zeros_like(embeds) if plain else embeds)
+        return tokens
+
+    @torch.no_grad()
+    def _tokens(self, encoder: Any, images: Iterable[Image.Image]) -> Tensor:
+        """The tokens [B, tokens, C] of images, one read and encoded after the other."""
+        pixels = (self._extractor(x, return_tensors="pt").pixel_values for x in images)
+        return torch.cat([self.projection(self._embeds(encoder, x)) for x in pixels])
+
+    def _embeds(self, encoder: Any, pixels: Tensor) -> Any:
+        """What the projection reads of images [B, 3, H, W]."""
+        if isinstance(self.projection, ImageProjection):
+            return encoder(pixels).image_embeds
+        return encoder(pixels, output_hidden_states=True).hidden_states[-2]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from quest_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Container, Iterator, Mapping
 
     from quest_deploy.artifacts.scheme import Scheme
 
@@ -143,11 +143,25 @@ def _check_blocks(config: Mapping[str, Any]) -> None:
         )
 
 
+def check_image_prompt(given: Container[str]) -> None:
+    """Raise InputError where one of an IP-Adapter's inputs is ``given`` alone, which would add
+    nothing.
+    """
+    missing = [name for name in IMAGE_PROMPT if name not in given]
+    if len(missing) == 1:
+        raise InputError(
+            f"{missing[0]}: expected both {' and '.join(IMAGE_PROMPT)}, or neither: an image's "
+            "tokens add nothing without their scale"
+        )
+
+
 def packed(conditions: Mapping[str, T]) -> dict[str, Any]:
     """``conditions`` by name, the residuals among them as the arguments of diffusers' UNets; an
     IP-Adapter's inputs beside the text states, as
-    :class:`quest_deploy.models.attention.WrittenAttention` takes them.
+    :class:`quest_deploy.models.attention.WrittenAttention` takes them. Raise InputError where one
+    of those two is missing.
     """
+    check_image_prompt(conditions)
     found: dict[str, Any] = dict(conditions)
     if IMAGE_TOKENS in found:
         image = (found.pop(name) for name in IMAGE_PROMPT)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from quest_deploy.artifacts.hashed_path import HashedPath
 from quest_deploy.artifacts.image_folder import ImageFolder
-from quest_deploy.artifacts.model_source import Lora
+from quest_deploy.artifacts.model_source import Lora, ModelSource
 from quest_deploy.artifacts.scaled_folder import ScaledFolder
 from quest_deploy.artifacts.workspace import ENGINES, REPORTS, SENSITIVITY_REPORT, Workspace
 from quest_deploy.backends.base import VERSION, engine_info
@@ -356,6 +356,11 @@ class CalibrateOptions(ImageFolderOptions):
         given = self.ip_adapter_images
         return given if isinstance(given, ImageFolder) else None
 
+    def check_source(self, source: ModelSource) -> None:
+        """Raise InputError for an IP-Adapter's images where the model has none."""
+        if self.ip_images is not None and source.ip_adapter is None:
+            raise InputError("--ip-adapter-images: needs a workspace with --ip-adapter")
+
     def to_json(self) -> dict[str, Any]:
         """The options, those of the reconstruction by themselves, folders as objects."""
         found = super().to_json()
@@ -442,7 +447,12 @@ class SensitivityOptions(StageOptions):
     """How to measure the layers' sensitivity."""
 
     samples: Annotated[
-        int, Option("Recorded samplings to run through, at all their steps.", minimum=1)
+        int,
+        Option(
+            "Recorded rows to run through, at all their steps; a sampling with guidance has two, "
+            "or three.",
+            minimum=1,
+        ),
     ] = 4
     batch: Annotated[int, Option("Rows that run at once.", minimum=1)] = 32
 

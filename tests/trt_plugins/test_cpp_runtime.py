@@ -462,7 +462,7 @@ def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
         tmp_path / "noise"
     )
     expected = host("denoise", *_files(tmp_path, "expected"), guidance, *noise)
-    ended = emulated(*_files(tmp_path), guidance, graph, 0, 0, 0, 0, *noise)
+    ended = emulated(*_files(tmp_path), guidance, graph, 0, 0, 0, 0, 0, *noise)
     assert expected.returncode == 0
     assert_holds(
         ended.stderr, "condition", "mid_block_additional_residual", "condition_shapes", "middle"
@@ -474,19 +474,21 @@ def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
 
 @pytest.mark.parametrize("graph", [0, 1])
 @pytest.mark.parametrize(
-    ("guidance", "image_guidance", "image", "variance", "control"),
+    ("guidance", "image_guidance", "image", "variance", "control", "scale"),
     [
-        (1.0, 0.0, 3, 0, 0.0),
-        (4.0, 0.0, 3, 0, 0.0),
-        (4.0, 2.0, 5, 0, 0.0),
-        (1.0, 2.0, 5, 0, 0.0),
-        (1.0, 0.0, 0, 5, 0.0),
-        (4.0, 0.0, 0, 5, 0.0),
-        (1.0, 0.0, 0, 0, 0.3),
-        (4.0, 0.0, 3, 0, 0.3),
+        (1.0, 0.0, 3, 0, 0.0, 0.0),
+        (4.0, 0.0, 3, 0, 0.0, 0.0),
+        (4.0, 2.0, 5, 0, 0.0, 0.0),
+        (1.0, 2.0, 5, 0, 0.0, 0.0),
+        (1.0, 0.0, 0, 5, 0.0, 0.0),
+        (4.0, 0.0, 0, 5, 0.0, 0.0),
+        (1.0, 0.0, 0, 0, 0.3, 0.0),
+        (4.0, 0.0, 3, 0, 0.3, 0.0),
+        (1.0, 0.0, 0, 0, 0.0, 0.7),
+        (4.0, 0.0, 3, 0, 0.0, 0.7),
     ],
 )
-def test_the_gpus_loop_joins_an_image_leaves_a_variance_out_and_runs_a_controlnet_at_each_step(
+def test_the_gpus_loop_joins_an_image_leaves_a_variance_out_and_adds_what_it_is_given_at_each_step(
     emulated: Host,
     tmp_path: Path,
     guidance: float,
@@ -494,19 +496,22 @@ def test_the_gpus_loop_joins_an_image_leaves_a_variance_out_and_runs_a_controlne
     image: int,
     variance: int,
     control: float,
+    scale: float,
     graph: int,
 ) -> None:
     _schedule("euler").save(tmp_path / "schedule.json")
     scheduler = _scheduler("euler")
     drawn = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(3))
     drawn.numpy().tofile(tmp_path / "sample")
-    ended = emulated(*_files(tmp_path), guidance, graph, image_guidance, image, variance, control)
+    given = (guidance, graph, image_guidance, image, variance, control, scale)
+    ended = emulated(*_files(tmp_path), *given)
     assert ended.returncode == 0, ended.stderr
 
     guide = Guidance(guidance, image_guidance or None)
     parts = 1 if not guide.guided else 3 if image_guidance else 2
     rows = torch.arange(2 * parts)
     beside = torch.where(rows < parts, 0.0, 0.25) + (0.1 * rows if image else 0.0)
+    beside = beside + 0.1 * scale * rows
     sample = drawn * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(sample, timestep).repeat(parts, 1, 1)

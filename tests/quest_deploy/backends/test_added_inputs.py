@@ -23,7 +23,12 @@ from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.trajectories import Trajectories
-from quest_deploy.models.residuals import adapter_residuals, controlnet_residuals, unpacked
+from quest_deploy.models.residuals import (
+    IMAGE_PROMPT,
+    adapter_residuals,
+    controlnet_residuals,
+    unpacked,
+)
 from quest_deploy.models.unets import with_flat_conditions
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.verification.checks import verify_engine
@@ -312,3 +317,11 @@ class _Network:
         name, shape = self._inputs[index]
         sizes = tuple(size if isinstance(size, int) else -1 for size in shape)
         return SimpleNamespace(name=name, shape=sizes)
+
+
+@pytest.mark.parametrize("name", IMAGE_PROMPT)
+def test_one_of_an_ip_adapters_inputs_alone_is_refused(name: str) -> None:
+    runner: Any = None  # which is not asked
+    engine = EngineUNet(runner, added=dict.fromkeys(IMAGE_PROMPT, 1))
+    with refused(*IMAGE_PROMPT):
+        engine.predict(np.zeros((1, 2, 4, 4)), 0.0, **{name: np.zeros((1, 1, 1))})

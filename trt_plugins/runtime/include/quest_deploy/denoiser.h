@@ -15,7 +15,7 @@ namespace quest_deploy {
 constexpr char kImageCondition[] = "image_condition";
 /// In the names of inputs that may stay zeros, which add nothing: what ControlNets add, `down_block_additional_residual_0` and so on.
 constexpr char kResidual[] = "_additional_residual";
-/// In the names of an IP-Adapter's inputs, `ip_adapter_tokens` and `ip_adapter_scale`, which may stay zeros likewise.
+/// In the names of an IP-Adapter's inputs, `ip_adapter_tokens` and `ip_adapter_scale`, which may both stay zeros likewise.
 constexpr char kIpAdapter[] = "ip_adapter_";
 
 /// What the engine reads at a step, on the GPU.

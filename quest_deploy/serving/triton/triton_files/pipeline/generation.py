@@ -551,11 +551,17 @@ def png(image: np.ndarray) -> bytes:
 
 def clip_pixels(image: Image.Image, settings: dict[str, Any]) -> torch.Tensor:
     """What CLIP reads of an RGB image, float32 [1, 3, H, W], as transformers' image processor of
-    these ``settings`` has it: the shorter side resized, the middle cropped, normalized.
+    these ``settings`` has it: the shorter side resized, the middle cropped, normalized. Raise
+    InvalidRequestError for an image so long that it is large when it is resized.
     """
     size, (height, width) = settings["size"], settings["crop"]
     short = min(image.size)
     wide, high = (size if x == short else int(size * x / short) for x in image.size)
+    if wide * high > MAX_IMAGE_PIXELS:  # which a file of a few hundred bytes can be
+        raise InvalidRequestError(
+            f"ip_adapter_image: expected at most {MAX_IMAGE_PIXELS} pixels where its shorter side "
+            f"has {size}, found {wide}x{high}; crop it"
+        )
     scaled = image.resize((wide, high), Image.Resampling.BICUBIC)
     left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
     cropped = _array(scaled.crop((left, top, left + width, top + height)))
