@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -564,4 +563,3 @@ def test_every_kind_of_network_knows_its_classes_and_has_layer_sets() -> None:
     for kind in TRANSFORMERS:
         sets = layer_sets(kind.layer_sets(kind.family({}, of_text=True)))
         assert sets.in_float
-        assert copy.copy(sets) == sets
