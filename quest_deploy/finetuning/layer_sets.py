@@ -38,22 +38,23 @@ LAYER_SETS = {
     "text-to-image": LayerSets(_TEMPORAL, ("*.ff.net.*",)),
 }
 """QuEST's table (its paper, section 4, and its official code), for UNets."""
+
+
+def _with_norms(temporal: tuple[str, ...], sensitive: tuple[str, ...]) -> LayerSets:
+    """The sets of a transformer, whose temporal layers are trained in float too."""
+    return LayerSets(temporal, sensitive, in_float=temporal)
+
+
 _TABLES = ("*scale_shift_table",)
 _BLOCKS = ("*.ff.net.*", "*.attn1.*", "*.attn2.*")
-_JOINT_NORMS = ("*.norm1.linear", "*.norm1_context.linear", "norm_out.linear")
 TRANSFORMER_LAYER_SETS = {
-    "pixart": LayerSets(
-        ("adaln_single.linear", *_TABLES), _BLOCKS, ("adaln_single.linear", *_TABLES)
+    "pixart": _with_norms(("adaln_single.linear", *_TABLES), _BLOCKS),
+    "sd3": _with_norms(
+        ("*.norm1.linear", "*.norm1_context.linear", "norm_out.linear"),
+        ("*.ff.net.*", "*.ff_context.net.*", "*.attn.*", "*.attn2.*"),
     ),
-    "sd3": LayerSets(
-        _JOINT_NORMS, ("*.ff.net.*", "*.ff_context.net.*", "*.attn.*", "*.attn2.*"), _JOINT_NORMS
-    ),
-    "sana": LayerSets(
-        ("time_embed.linear", *_TABLES),
-        ("*.ff.conv_*", "*.attn1.*", "*.attn2.*"),
-        ("time_embed.linear", *_TABLES),
-    ),
-    "dit": LayerSets(("*.norm1.linear", "proj_out_1"), _BLOCKS, ("*.norm1.linear", "proj_out_1")),
+    "sana": _with_norms(("time_embed.linear", *_TABLES), ("*.ff.conv_*", "*.attn1.*", "*.attn2.*")),
+    "dit": _with_norms(("*.norm1.linear", "proj_out_1"), _BLOCKS),
 }
 """Ours, for transformers: the timestep enters by the adaptive norms' linears and tables."""
 

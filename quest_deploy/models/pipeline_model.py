@@ -152,7 +152,7 @@ class PipelineModel:
         with quiet():  # importing it tells of torchvision, which nothing here uses
             self.index["_class_name"] = drawn_class(self.name, self.index, self.network.part)
         self.family = self.network.family(self.config, of_text=of_text)
-        self.layer_sets = self.network.layer_sets(self.family)
+        self.layer_set_name = self.network.layer_set_name(self.family)
         self.asked_for = self._asked_for()
         if prompts is not None and self.family != TEXT_TO_IMAGE:
             raise InputError(

@@ -119,7 +119,7 @@ class DiffusionModel(Protocol):
         name: its name in the registry, or its folder's.
         family: what its images are asked for by: "text-to-image", "class-conditional" or
             "unconditional".
-        layer_sets: which of QuEST's layer sets applies (see
+        layer_set_name: which of QuEST's layer sets applies (see
             ``quest_deploy.finetuning.layer_sets``).
         sample_shape: the shape of one latent sample, without the batch. What else the network's
             ``sample`` holds is the condition :data:`quest_deploy.models.channels.IMAGE_CONDITION`.
@@ -145,7 +145,7 @@ class DiffusionModel(Protocol):
 
     name: str
     family: str
-    layer_sets: str
+    layer_set_name: str
     sample_shape: tuple[int, ...]
     train_timesteps: int
     guidance: float

@@ -60,7 +60,7 @@ def join(workspace: Workspace, options: FinetuneOptions) -> None:
 def _settings(model: DiffusionModel, options: FinetuneOptions) -> train.FinetuneOptions:
     """The options with the model's own for what they leave open."""
     return train.FinetuneOptions(
-        family=model.layer_sets, **{**model.finetuning, **options.to_json()}
+        family=model.layer_set_name, **{**model.finetuning, **options.to_json()}
     )
 
 

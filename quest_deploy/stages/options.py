@@ -224,7 +224,7 @@ class CalibrateOptions(ImageFolderOptions):
     steps: Annotated[
         int | None,
         Option(
-            "DDIM steps of each; more where that is needed to visit every bucket.",
+            "Sampling steps of each; more where that is needed to visit every bucket.",
             minimum=1,
             default="the model's",
         ),

@@ -106,7 +106,7 @@ class Network(ABC):
         """What its images are asked for by: text-to-image, class-conditional or unconditional."""
 
     @abstractmethod
-    def layer_sets(self, family: str) -> str:
+    def layer_set_name(self, family: str) -> str:
         """Which of ``quest_deploy.finetuning.layer_sets`` applies to a model of ``family``."""
 
     @abstractmethod

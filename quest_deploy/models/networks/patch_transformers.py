@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+PROMPT_TOKENS = 300
+"""As many as the pipelines of PixArt-Sigma and Sana pad prompts to."""
 PADDING = 10000.0
 """What diffusers takes from the scores of padding."""
 
@@ -80,7 +82,7 @@ class PatchTransformers(Network):
             )
         return Channels(given)
 
-    def layer_sets(self, family: str) -> str:
+    def layer_set_name(self, family: str) -> str:
         """See :class:`Network`."""
         return self.layers
 
@@ -196,6 +198,15 @@ def masked_states(states: Tensor, mask: Tensor) -> States:
     padding, as conditions.
     """
     return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask.float()}
+
+
+def random_states(count: int, width: int, generator: torch.Generator) -> States:
+    """:func:`masked_states` of ``count`` prompts, random normal [count, PROMPT_TOKENS, width]; a
+    half of the tokens, or more, are padding.
+    """
+    lengths = torch.randint(1, PROMPT_TOKENS // 2, (count, 1), generator=generator)
+    states = torch.randn(count, PROMPT_TOKENS, width, generator=generator)
+    return masked_states(states, torch.arange(PROMPT_TOKENS) < lengths)
 
 
 def spread(timestep: Tensor | float, like: Tensor) -> Tensor:

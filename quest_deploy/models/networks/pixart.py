@@ -17,6 +17,7 @@ from quest_deploy.models.networks.patch_transformers import (
     PADDING,
     PatchTransformers,
     masked_states,
+    random_states,
     spread,
     unpatched,
 )
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-RANDOM_TOKENS = 300
-"""As many as PixArt-Sigma pads prompts to."""
 TOLD_SIZE = 128
 """The sample's side of the models that are told the image's size."""
 
@@ -125,11 +124,9 @@ class PixArt(PatchTransformers):
     def random_states(
         self, config: Mapping[str, Any], count: int, generator: torch.Generator
     ) -> States:
-        """See :class:`Network`; a half of the tokens, or more, are padding."""
+        """See :class:`Network`."""
         width = config.get("caption_channels") or config["cross_attention_dim"]
-        lengths = torch.randint(1, RANDOM_TOKENS // 2, (count, 1), generator=generator)
-        states = torch.randn(count, RANDOM_TOKENS, width, generator=generator)
-        return masked_states(states, torch.arange(RANDOM_TOKENS) < lengths)
+        return random_states(count, width, generator)
 
     def of_size(self, config: Mapping[str, Any], size: tuple[int, int], count: int) -> States:
         """See :class:`Network`."""

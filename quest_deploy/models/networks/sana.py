@@ -18,6 +18,7 @@ from quest_deploy.models.networks.patch_transformers import (
     PADDING,
     PatchTransformers,
     masked_states,
+    random_states,
     spread,
     unpatched,
 )
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-RANDOM_TOKENS = 300
-"""As many as its pipeline pads prompts to."""
 USUAL_WIDTH = 2304
 """Gemma's, where the configuration does not say it; diffusers' default."""
 _UNSUPPORTED = {
@@ -130,8 +129,6 @@ class Sana(PatchTransformers):
     def random_states(
         self, config: Mapping[str, Any], count: int, generator: torch.Generator
     ) -> States:
-        """See :class:`Network`; a half of the tokens, or more, are padding."""
+        """See :class:`Network`."""
         width = config.get("caption_channels", USUAL_WIDTH)
-        lengths = torch.randint(1, RANDOM_TOKENS // 2, (count, 1), generator=generator)
-        states = torch.randn(count, RANDOM_TOKENS, width, generator=generator)
-        return masked_states(states, torch.arange(RANDOM_TOKENS) < lengths)
+        return random_states(count, width, generator)

@@ -85,7 +85,7 @@ class UNets(Network):
             return TEXT_TO_IMAGE
         return CLASS_CONDITIONAL if has_cross_attention(config) else UNCONDITIONAL
 
-    def layer_sets(self, family: str) -> str:
+    def layer_set_name(self, family: str) -> str:
         """See :class:`Network`."""
         return family
 

@@ -177,6 +177,29 @@ def test_case_1_the_squares_of_a_mean_do_not_overflow() -> None:
     np.testing.assert_allclose(found, 1, rtol=4 * UNIT[FP16])
 
 
+def test_case_1_an_exported_rms_norm_does_not_overflow() -> None:
+    import torch
+    from diffusers.models.normalization import RMSNorm
+
+    from exporters import torch_to_qdq
+
+    projection = torch.nn.Linear(8, 8, bias=False)
+    torch.nn.init.eye_(projection.weight)
+    module = torch.nn.Sequential(projection, RMSNorm(8, eps=1e-6)).eval()
+    x = torch.full((3, 2, 8), 1000.0)
+    sizes = {0: torch.export.Dim("batch", max=63)}
+    exported = torch.export.export(module, (x,), dynamic_shapes=(sizes,))
+    program = torch_to_qdq._to_onnx(exported, ["x"], {"x": sizes})
+    assert program is not None
+    torch_to_qdq._simplify(program.model)
+    common.ShapeInferencePass()(program.model)
+    ToLowPrecision(FP16)(program.model)
+    computed = {node.op_type: node.outputs[0].dtype for node in program.model.graph}
+    assert (computed["MatMul"], computed["ReduceMean"]) == (FP16, FLOAT)
+    (found,) = run_reference(program.model, {"x": x.numpy()})
+    np.testing.assert_allclose(found, 1, rtol=4 * UNIT[FP16])
+
+
 def test_case_6_sums_that_divide_each_other_are_fp32() -> None:
     text = """
     g (float[b,4,4] x) => (float[b,3,4] y)
