@@ -125,6 +125,10 @@ class IPAdapter:
             None if found is None else fingerprint(found),
         )
 
+    def __str__(self) -> str:
+        given = f"{self.path}:{self.scale:g}"
+        return given if self.image_encoder is None else f"{given} with {self.image_encoder}"
+
     def check(self) -> None:
         """Raise InputError where the file or the folder is another one by now."""
         path = Path(self.path)

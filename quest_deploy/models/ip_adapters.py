@@ -15,11 +15,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.ip_adapter import IPAdapterMixin
 from diffusers.loaders.unet import UNet2DConditionLoadersMixin
-from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
+from diffusers.models.embeddings import ImageProjection
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from quest_deploy.artifacts.model_source import IMAGE_ENCODER
 from quest_deploy.artifacts.tensors import open_tensors
@@ -41,20 +41,22 @@ if TYPE_CHECKING:
 
 _PROJECTION, _LAYERS = "image_proj.", "ip_adapter."
 """The two parts of a file."""
-_NORMS = {
-    "proj.weight": "norm.weight",
-    "latents": "norm_out.weight",
-    "proj.3.weight": "proj.3.weight",
+_KINDS = {
+    "proj.weight": ("norm.weight", "proj.weight", "projection_dim"),
+    "latents": ("norm_out.weight", "proj_in.weight", "hidden_size"),
+    "proj.3.weight": ("proj.3.weight", "proj.0.weight", "hidden_size"),
 }
-"""By a weight that plain, Plus and Full adapters alone have, the norm behind their projection."""
+"""By a weight that plain, Plus and Full adapters alone have: the norm behind their projection, the
+layer that reads what the image encoder gives, and what its configuration calls that width.
+"""
 _CONFIGURATION = "config.json"
 IMAGE_PARTS = (IMAGE_ENCODER, "feature_extractor")
 """The parts of diffusers' pipelines that encode images."""
 
 
 def check_model(adapter: IPAdapter, model: PipelineModel) -> None:
-    """Raise InputError where ``model`` takes no IP-Adapter, or its text states are not as wide as
-    the tokens of ``adapter``.
+    """Raise InputError where ``model`` takes no IP-Adapter, its text states are not as wide as the
+    tokens of ``adapter``, or there is no image encoder as wide as what that reads.
     """
     name = model.index["_class_name"]
     kind = getattr(diffusers, name, object)
@@ -64,17 +66,39 @@ def check_model(adapter: IPAdapter, model: PipelineModel) -> None:
             f"--ip-adapter: expected a text-to-image or inpainting model whose pipeline takes one, "
             f"not {model.name}, a {name}"
         )
-    found, expected = _width(adapter), model.config["cross_attention_dim"]
+    (found, read, name), expected = _widths(adapter), model.config["cross_attention_dim"]
     if found != expected:
         raise InputError(
             f"the IP-Adapter {adapter.path}: expected one for {model.name}, whose text states have "
             f"{expected} channels; its tokens have {found}"
         )
+    folder = _encoder_folder(adapter, model)
+    try:
+        encodes = getattr(CLIPVisionConfig.from_pretrained(folder, local_files_only=True), name)
+    except Exception as e:  # transformers raises whatever a configuration provokes
+        reason = " ".join(str(e).split())
+        raise InputError(f"{folder}: not the folder of an image encoder ({reason})") from e
+    if encodes != read:
+        raise InputError(
+            f"{folder}: expected an image encoder with a {name} of {read}, which the IP-Adapter "
+            f"{adapter.path} reads, found {encodes}; give another with --image-encoder"
+        )
 
 
-def _width(adapter: IPAdapter) -> int:
-    """The channels of its tokens, from the file's header; raise InputError where it is of a kind
-    that is not known.
+def _encoder_folder(adapter: IPAdapter, model: PipelineModel) -> Path:
+    folder = Path(adapter.image_encoder or model.folder / IMAGE_ENCODER)
+    if not (folder / _CONFIGURATION).is_file():
+        raise InputError(
+            f"the IP-Adapter {adapter.path}: expected its image encoder in {folder}, which has no "
+            f"{_CONFIGURATION}; give the folder with --image-encoder, in a new workspace"
+        )
+    return folder
+
+
+def _widths(adapter: IPAdapter) -> tuple[int, int, str]:
+    """The channels of its tokens and of what it reads, from the file's header, and what the image
+    encoder's configuration calls the latter; raise InputError where it is of a kind that is not
+    known.
     """
     where, path = f"the IP-Adapter {adapter.path}", Path(adapter.path)
     try:
@@ -94,9 +118,9 @@ def _width(adapter: IPAdapter) -> int:
             f"{where}: a FaceID adapter reads a face recognizer's embeddings and brings a LoRA, "
             "which is not supported; expected one that reads CLIP's"
         )
-    for kind, norm in _NORMS.items():
-        if f"{_PROJECTION}{kind}" in shapes and f"{_PROJECTION}{norm}" in shapes:
-            return int(shapes[f"{_PROJECTION}{norm}"][0])
+    for kind, (norm, reads, name) in _KINDS.items():
+        if all(shapes.get(f"{_PROJECTION}{x}") for x in (kind, norm, reads)):
+            return shapes[f"{_PROJECTION}{norm}"][-1], shapes[f"{_PROJECTION}{reads}"][-1], name
     raise InputError(
         f"{where}: expected the image projection of a plain, a Plus or a Full adapter, found "
         f"{listed(key for key in shapes if key.startswith(_PROJECTION)) or 'none'}"
@@ -153,32 +177,10 @@ def add_ip_adapter(unet: nn.Module, adapter: IPAdapter) -> None:
 
 
 def load_image_parts(model: PipelineModel) -> dict[str, Any]:
-    """The ``IMAGE_PARTS`` of a model's IP-Adapter; raise InputError where there are none, or the
-    encoder does not fit.
-    """
+    """The ``IMAGE_PARTS`` of a model's IP-Adapter; raise InputError where they cannot be read."""
     adapter = model.source.ip_adapter
     assert adapter is not None
-    folder = Path(adapter.image_encoder or model.folder / IMAGE_ENCODER)
-    if not (folder / _CONFIGURATION).is_file():
-        raise InputError(
-            f"the IP-Adapter {adapter.path}: expected its image encoder in {folder}, which has no "
-            f"{_CONFIGURATION}; give the folder with --image-encoder, in a new workspace"
-        )
-    encoder = load_part(folder, CLIPVisionModelWithProjection)
-    projection = load_projection(adapter)
-    plain = isinstance(projection, ImageProjection)
-    if plain:
-        name, expected = "projection_dim", projection.image_embeds.in_features
-    else:
-        name = "hidden_size"
-        is_plus = isinstance(projection, IPAdapterPlusImageProjection)
-        first = projection.proj_in if is_plus else projection.ff.net[0].proj
-        expected = first.in_features
-    if (found := getattr(encoder.config, name)) != expected:
-        raise InputError(
-            f"{folder}: expected an image encoder with a {name} of {expected}, which the "
-            f"IP-Adapter {adapter.path} reads, found {found}; give another with --image-encoder"
-        )
+    encoder = load_part(_encoder_folder(adapter, model), CLIPVisionModelWithProjection)
     own = model.folder / IMAGE_PARTS[1]
     size = encoder.config.image_size
     extractor = (
@@ -205,7 +207,7 @@ class ImagePrompts:
             images: what the model is shown, in turn; the model's own pictures where it is None.
 
         Raises:
-            InputError: the image encoder does not fit the IP-Adapter, or an image cannot be read.
+            InputError: the image encoder or an image cannot be read.
         """
         adapter = model.source.ip_adapter
         assert adapter is not None

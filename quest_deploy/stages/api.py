@@ -114,7 +114,9 @@ def calibrate(chosen: CalibrateArguments) -> Workspace:
     """Quantize the FP32 model by calibration alone (PTQ); return its workspace, a new one where
     there is none.
     """
-    opened = chosen.opened(split_shortcuts=chosen.method == QDIFF)
+    opened = chosen.opened(
+        split_shortcuts=chosen.method == QDIFF, check=chosen.of(CalibrateOptions).check_source
+    )
     CALIBRATE.run(opened, chosen.of(CalibrateOptions), chosen.progress)
     return opened
 

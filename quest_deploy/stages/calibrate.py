@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.calibration.trajectories import Trajectories
-    from quest_deploy.models.pipeline_model import PipelineModel
     from quest_deploy.progress import Progress
     from quest_deploy.stages.options import CalibrateOptions
     from quest_deploy.stages.results import Calibration
@@ -47,6 +46,7 @@ def work(
     from there.
     """
     workspace.check_not_folded()
+    options.check_source(workspace.source)
     model = load_model(workspace.source, options.prompts, options.images_from)
     if (trained := model.train_timesteps) != workspace.scheme.train_timesteps:
         raise InputError(
@@ -67,7 +67,7 @@ def work(
         if any(options.controls.values())
         else None
     )
-    prompt = _image_prompts(model, options)
+    prompt = None if model.source.ip_adapter is None else ImagePrompts(model, options.ip_images)
     unet = model.load_unet()
     rows = options.batch or model.forward_rows
 
@@ -118,15 +118,6 @@ def work(
     else:
         recorded, checkpoint = start()
     return save_calibrated(workspace, recorded, checkpoint), describe(workspace, checkpoint)
-
-
-def _image_prompts(model: PipelineModel, options: CalibrateOptions) -> ImagePrompts | None:
-    """What a model with an IP-Adapter is shown; raise InputError for images without one."""
-    if model.source.ip_adapter is not None:
-        return ImagePrompts(model, options.ip_images)
-    if options.ip_images is not None:
-        raise InputError("--ip-adapter-images: needs a workspace with --ip-adapter")
-    return None
 
 
 def save_calibrated(

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from quest_deploy.artifacts.hashed_path import HashedPath
 from quest_deploy.artifacts.image_folder import ImageFolder
-from quest_deploy.artifacts.model_source import Lora
+from quest_deploy.artifacts.model_source import Lora, ModelSource
 from quest_deploy.artifacts.scaled_folder import ScaledFolder
 from quest_deploy.artifacts.workspace import ENGINES, REPORTS, SENSITIVITY_REPORT, Workspace
 from quest_deploy.backends.base import VERSION, engine_info
@@ -355,6 +355,11 @@ class CalibrateOptions(ImageFolderOptions):
         """The folder of what the IP-Adapter is shown, where one is given."""
         given = self.ip_adapter_images
         return given if isinstance(given, ImageFolder) else None
+
+    def check_source(self, source: ModelSource) -> None:
+        """Raise InputError for an IP-Adapter's images where the model has none."""
+        if self.ip_images is not None and source.ip_adapter is None:
+            raise InputError("--ip-adapter-images: needs a workspace with --ip-adapter")
 
     def to_json(self) -> dict[str, Any]:
         """The options, those of the reconstruction by themselves, folders as objects."""

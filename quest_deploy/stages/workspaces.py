@@ -3,7 +3,7 @@
 import glob
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -337,7 +337,9 @@ class ModelChoices(Options):
             raise InputError("--image-encoder: needs --ip-adapter")
         if self.ip_adapter is not None:
             adapter = IPAdapter.parse(self.ip_adapter, self.image_encoder)
-            _check(workspace, "the IP-Adapter", adapter, source.ip_adapter)
+            if source.ip_adapter is not None:
+                source.ip_adapter.check()
+            _check(workspace, "the IP-Adapter", adapter, source.ip_adapter or "none")
 
 
 def open_workspace(workspace: Place, model: str | None, bits: str | None) -> Workspace:
@@ -355,9 +357,11 @@ def create_workspace(
     choices: SchemeChoices,
     *,
     split_shortcuts: bool = False,
+    check: Callable[[ModelSource], None] | None = None,
 ) -> Workspace:
     """Open a workspace, or make it; what is not given is taken from it, or else the default
-    (``split_shortcuts`` is that default).
+    (``split_shortcuts`` is that default). What ``check`` refuses of a new one's source is refused
+    before it is made.
 
     Raises:
         InputError: it holds something else, or cannot be made, such as without torch.
@@ -371,6 +375,8 @@ def create_workspace(
             check_vacant(root)  # before anything is downloaded
             require_package("torch", "torch", "a new workspace")  # and before anything is written
             source = model.source()
+            if check is not None:
+                check(source)
             loaded = load_model(source)
             scheme = choices.scheme(
                 loaded.train_timesteps,

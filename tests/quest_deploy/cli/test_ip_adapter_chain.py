@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
+from transformers import CLIPVisionConfig
 
 import quest_deploy
 from exporters.graph_info import added_inputs, load_graph
@@ -33,7 +34,7 @@ from quest_deploy.models.residuals import IMAGE_PROMPT, IMAGE_SCALE, IMAGE_TOKEN
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import PipelineUNet
 from tests.pipelines import IMAGE_TOKENS as COUNT
-from tests.pipelines import PLUS_TOKENS, ip_adapter
+from tests.pipelines import IMAGE_WIDTH, PLUS_TOKENS, ip_adapter
 from tests.quest_deploy.serving.local import LocalPipeline
 from tests.quest_deploy.support import cli
 
@@ -143,7 +144,8 @@ def test_the_other_commands_run_on_it(chain: Path) -> None:
     assert IMAGE_TOKENS in cli("inspect", chain / GRAPH).out
     assert "ip-adapter.safetensors" in cli("inspect", chain).out
     given = [f"--ip-adapter={chain.parent / 'models' / 'ip-adapter.safetensors'}:0.5"]
-    cli("calibrate", "-w", chain, *SHORT, *given).assert_refused("0.5", "0.8", "-w")
+    refused = cli("calibrate", "-w", chain, *SHORT, *given)
+    refused.assert_refused("ip-adapter.safetensors:0.5", "ip-adapter.safetensors:0.8", "-w")
 
 
 @pytest.mark.slow
@@ -179,20 +181,28 @@ def test_what_cannot_be_is_refused_before_a_workspace_is_made(
 ) -> None:
     model, root = pipelines("controlled"), tmp_path / "ws"
     adapter = ip_adapter(tmp_path / "models", pipelines("controlled-xl"))
+    plus = ip_adapter(tmp_path / "plus", model, plus=True)
+    narrow = tmp_path / "narrow"
+    CLIPVisionConfig(hidden_size=24).save_pretrained(narrow)
+    images, empty = tmp_path / "images", tmp_path / "empty"
+    images.mkdir()
+    empty.mkdir()
+    Image.new("RGB", (8, 8)).save(images / "a.png")
     cases: list[tuple[list[object], list[object]]] = [
         (["--ip-adapter", f"{adapter}:0"], ["--ip-adapter", "0"]),
         (["--ip-adapter", adapter], [adapter, "channels"]),
         (["--ip-adapter", tmp_path / "a.bin"], ["--ip-adapter", "a.bin"]),
         (["--image-encoder", tmp_path], ["--image-encoder", "--ip-adapter"]),
+        (["--ip-adapter", plus, "--image-encoder", empty], [empty, "--image-encoder"]),
+        (
+            ["--ip-adapter", plus, "--image-encoder", narrow],
+            [narrow, "hidden_size", IMAGE_WIDTH, 24, "--image-encoder"],
+        ),
+        (["--ip-adapter-images", images], ["--ip-adapter-images", "--ip-adapter"]),
     ]
     for options, facts in cases:
         cli("calibrate", "-w", root, "--model", model, *SHORT, *options).assert_refused(*facts)
         assert not root.exists()
-    made = tmp_path / "images"
-    made.mkdir()
-    Image.new("RGB", (8, 8)).save(made / "a.png")
-    ended = cli("calibrate", "-w", root, "--model", model, *SHORT, "--ip-adapter-images", made)
-    ended.assert_refused("--ip-adapter-images", "--ip-adapter")
 
 
 @pytest.mark.slow
