@@ -7,12 +7,10 @@ stays in torch, outside the graph: CLIP's image encoder and the adapter's projec
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.loaders.ip_adapter import IPAdapterMixin
 from diffusers.loaders.unet import UNet2DConditionLoadersMixin
 from diffusers.models.embeddings import ImageProjection
@@ -32,6 +30,8 @@ from quest_deploy.models.residuals import IMAGE_SCALE, IMAGE_TOKENS
 from quest_deploy.models.weights import check_weights, listed, load_part
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -193,18 +193,21 @@ def load_image_parts(model: PipelineModel) -> dict[str, Any]:
 
 class ImagePrompts:
     """The images that a model with an IP-Adapter is shown, and calibrated with; see
-    :class:`quest_deploy.calibration.trajectories.ImagePrompt`.
+    :class:`quest_deploy.calibration.trajectories.ImagePrompt`. The image encoder, which is large,
+    is in memory while it runs and no longer.
 
     Attributes:
         projection: what makes tokens of CLIP's embeddings.
-        encoder: CLIP's.
     """
 
-    def __init__(self, model: PipelineModel, images: ImageFolder | None = None) -> None:
-        """Load what makes tokens of images.
+    def __init__(
+        self, model: PipelineModel, images: ImageFolder | None = None, samples: int | None = None
+    ) -> None:
+        """Load what makes tokens of images, and encode those that are given.
 
         Args:
             images: what the model is shown, in turn; the model's own pictures where it is None.
+            samples: the most samplings that they are shown to; all are encoded where it is None.
 
         Raises:
             InputError: the image encoder or an image cannot be read.
@@ -213,10 +216,10 @@ class ImagePrompts:
         assert adapter is not None
         self._model, self._scale = model, adapter.scale
         self.projection = load_projection(adapter)
-        self._parts = SimpleNamespace(**load_image_parts(model))
-        self.encoder = self._parts.image_encoder
-        self._images = [] if images is None else [read_image(path) for path in images.files()]
-        self._null = self._tokens([Image.new("RGB", model.image_size)])[1]
+        encoder, self._extractor = load_image_parts(model).values()
+        self._null = self._no_image(encoder)
+        paths = [] if images is None else images.files("--ip-adapter-images")[:samples]
+        self._given = self._tokens(encoder, map(read_image, paths)) if paths else None
 
     def nothing(self, count: int) -> dict[str, Tensor]:
         """Zeros."""
@@ -224,18 +227,24 @@ class ImagePrompts:
 
     def asked(self, latents: NDArray[np.float32]) -> dict[str, Tensor]:
         """The tokens of an image a row, and the scale."""
-        shown = self._images or drawn(self._model, latents)
-        tokens = self._tokens([shown[i % len(shown)] for i in range(len(latents))])[0]
-        return self._conditions(tokens)
+        tokens = self._given
+        if tokens is None:
+            tokens = self._tokens(self.encoder, drawn(self._model, latents))
+        return self._conditions(tokens[torch.arange(len(latents)) % len(tokens)])
 
     def null(self, count: int) -> dict[str, Tensor]:
         """The tokens of no image, as diffusers' pipelines give them, and the scale."""
         return self._conditions(self._null.expand(count, -1, -1))
 
     @property
+    def encoder(self) -> Any:
+        """CLIP's, read anew."""
+        return load_image_parts(self._model)[IMAGE_ENCODER]
+
+    @property
     def crop(self) -> tuple[int, int]:
         """Height and width of what the image encoder reads."""
-        size = self._parts.feature_extractor.crop_size
+        size = self._extractor.crop_size
         return size["height"], size["width"]
 
     @property
@@ -243,7 +252,7 @@ class ImagePrompts:
         """How an image becomes what the image encoder reads, for who does it without transformers;
         raise InputError where it is not CLIP's way.
         """
-        found = self._parts.feature_extractor.to_dict()
+        found = self._extractor.to_dict()
         size = found.get("size") or {}
         usual = {
             **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
@@ -269,9 +278,21 @@ class ImagePrompts:
         return {IMAGE_TOKENS: tokens, IMAGE_SCALE: torch.full((len(tokens),), self._scale)}
 
     @torch.no_grad()
-    def _tokens(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
-        """The tokens of images and those of as many that are none, each [B, tokens, C]."""
-        hidden = not isinstance(self.projection, ImageProjection)
-        encode: Any = StableDiffusionPipeline.encode_image
-        found, none = encode(self._parts, images, torch.device("cpu"), 1, hidden)
-        return self.projection(found), self.projection(none[:1])
+    def _no_image(self, encoder: Any) -> Tensor:
+        """The tokens [1, tokens, C] of zeros, in place of CLIP's embedding or of what it reads."""
+        embeds = self._embeds(encoder, torch.zeros(1, 3, *self.crop))
+        plain = isinstance(self.projection, ImageProjection)
+        tokens: Tensor = self.projection(torch.zeros_like(embeds) if plain else embeds)
+        return tokens
+
+    @torch.no_grad()
+    def _tokens(self, encoder: Any, images: Iterable[Image.Image]) -> Tensor:
+        """The tokens [B, tokens, C] of images, one read and encoded after the other."""
+        pixels = (self._extractor(x, return_tensors="pt").pixel_values for x in images)
+        return torch.cat([self.projection(self._embeds(encoder, x)) for x in pixels])
+
+    def _embeds(self, encoder: Any, pixels: Tensor) -> Any:
+        """What the projection reads of images [B, 3, H, W]."""
+        if isinstance(self.projection, ImageProjection):
+            return encoder(pixels).image_embeds
+        return encoder(pixels, output_hidden_states=True).hidden_states[-2]

@@ -67,7 +67,9 @@ def work(
         if any(options.controls.values())
         else None
     )
-    prompt = None if model.source.ip_adapter is None else ImagePrompts(model, options.ip_images)
+    prompt = (
+        None if model.source.ip_adapter is None else ImagePrompts(model, options.ip_images, samples)
+    )
     unet = model.load_unet()
     rows = options.batch or model.forward_rows
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -9,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionModelWithProjection
 
 from quest_deploy.artifacts.checkpoint import Architecture
+from quest_deploy.artifacts.image_folder import ImageFolder
 from quest_deploy.artifacts.model_source import IPAdapter, ModelSource
 from quest_deploy.models.attention import add_image_attentions
 from quest_deploy.models.image_inputs import made_image
@@ -23,7 +27,7 @@ from tests.pipelines import IMAGE_TOKENS as COUNT
 from tests.pipelines import PLUS_TOKENS, ip_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from quest_deploy.models.pipeline_model import PipelineModel
@@ -33,6 +37,13 @@ SHOWN = [made_image(i, 24, 20).image for i in (1, 2)]
 
 def model_with(pipeline: Path, adapter: Path, scale: str = ":0.7") -> PipelineModel:
     return load_model(resolve_source(str(pipeline), ip_adapter=f"{adapter}{scale}"))
+
+
+def folder_of(folder: Path, images: Sequence[Image.Image]) -> ImageFolder:
+    folder.mkdir()
+    for i, image in enumerate(images):
+        image.save(folder / f"{i}.png")
+    return ImageFolder.of(folder)
 
 
 def inputs_of(model: PipelineModel) -> dict[str, Any]:
@@ -56,8 +67,7 @@ def test_with_an_images_tokens_the_float_model_is_diffusers_own(
     theirs.load_ip_adapter(str(tmp_path), subfolder="models", weight_name=path.name)
     theirs.set_ip_adapter_scale(0.7)
     model = model_with(pipelines(name), path)
-    prompts = ImagePrompts(model, None)
-    prompts._images = SHOWN
+    prompts = ImagePrompts(model, folder_of(tmp_path / "shown", SHOWN))
     asked, null = prompts.asked(torch.zeros(2).numpy()), prompts.null(2)
     assert asked[IMAGE_TOKENS].shape == (2, PLUS_TOKENS if plus else COUNT, _width(model))
     assert torch.equal(asked[IMAGE_SCALE], torch.full((2,), 0.7))
@@ -225,15 +235,39 @@ def test_an_architecture_says_it(pipelines: Callable[[str], Path], tmp_path: Pat
 
 
 def test_images_are_shown_in_turn(pipelines: Callable[[str], Path], tmp_path: Path) -> None:
-    from quest_deploy.artifacts.image_folder import ImageFolder
-
     model = model_with(pipelines("controlled"), ip_adapter(tmp_path / "a", pipelines("controlled")))
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for name, colour in (("a", "red"), ("b", "blue")):
-        Image.new("RGB", (20, 30), colour).save(folder / f"{name}.png")
-    prompts = ImagePrompts(model, ImageFolder.of(folder))
+    images = [Image.new("RGB", (20, 30), colour) for colour in ("red", "blue")]
+    prompts = ImagePrompts(model, folder_of(tmp_path / "images", images))
     tokens = prompts.asked(torch.zeros(3).numpy())[IMAGE_TOKENS]
     assert torch.equal(tokens[0], tokens[2])
     assert not torch.equal(tokens[0], tokens[1])
     assert prompts.asked(torch.zeros(3).numpy()).keys() == set(IMAGE_PROMPT)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "drawn"])
+def test_images_are_encoded_one_by_one_no_more_than_are_shown_and_the_encoder_is_let_go(
+    pipelines: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: bool,
+) -> None:
+    model = model_with(
+        pipelines("controlled"), ip_adapter(tmp_path / "a", pipelines("controlled"), plus=True)
+    )
+    folder = folder_of(tmp_path / "images", SHOWN)
+    (tmp_path / "images" / "9.png").write_text("which is not read")
+    sizes, forward = [], CLIPVisionModelWithProjection.forward
+    encoders: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def counted(self: Any, pixel_values: Any, **options: Any) -> Any:
+        encoders.add(self)
+        sizes.append(len(pixel_values))
+        return forward(self, pixel_values, **options)
+
+    monkeypatch.setattr(CLIPVisionModelWithProjection, "forward", counted)
+    prompts = ImagePrompts(model, ImageFolder.of(folder.path) if given else None, samples=2)
+    tokens = prompts.asked(torch.zeros(3, *model.sample_shape).numpy())[IMAGE_TOKENS]
+    assert len(tokens) == 3
+    assert sizes == [1] * (3 if given else 4)  # and one that is none
+    gc.collect()
+    assert not encoders
