@@ -34,6 +34,8 @@ INDEX = "model_index.json"
 _LORA = ".safetensors"
 IMAGE_ENCODER = "image_encoder"
 """The folder of an IP-Adapter's or a pipeline's image encoder."""
+MAX_IP_ADAPTER_SCALE = 10.0
+"""Far beyond any that is used; a package takes none above it."""
 ADAPTER_CONFIG = "adapter_config.json"
 """What peft says of a LoRA, its alpha among it, in a file beside the weights."""
 _MOST_TEXT_BYTES = 64 * 2**20
@@ -100,14 +102,14 @@ class IPAdapter:
     @classmethod
     def parse(cls, text: str, image_encoder: Path | None = None) -> IPAdapter:
         """Read "FILE" or "FILE:SCALE"; raise InputError where there is no such safetensors file or
-        folder, or the scale is no positive number.
+        folder, or the scale is no positive number up to ``MAX_IP_ADAPTER_SCALE``.
         """
         path, scale = path_and_number(text, is_path=text.endswith(_LORA))
         flag = f"--ip-adapter {text}"
-        if scale is None or scale <= 0:
+        if scale is None or not 0 < scale <= MAX_IP_ADAPTER_SCALE:
             raise InputError(
-                f"{flag}: expected FILE:SCALE with a finite scale above 0, such as "
-                "ip-adapter_sd15.safetensors:0.6"
+                f"{flag}: expected FILE:SCALE with a scale above 0 and up to "
+                f"{MAX_IP_ADAPTER_SCALE:g}, such as ip-adapter_sd15.safetensors:0.6"
             )
         if path.suffix != _LORA:
             raise InputError(f"{flag}: expected a {_LORA} file, found {path.name}")

@@ -17,7 +17,7 @@ from diffusers.models.embeddings import ImageProjection
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from quest_deploy.artifacts.model_source import IMAGE_ENCODER
 from quest_deploy.artifacts.tensors import open_tensors
@@ -181,13 +181,15 @@ def load_image_parts(model: PipelineModel) -> dict[str, Any]:
     adapter = model.source.ip_adapter
     assert adapter is not None
     encoder = load_part(_encoder_folder(adapter, model), CLIPVisionModelWithProjection)
-    own = model.folder / IMAGE_PARTS[1]
     size = encoder.config.image_size
-    extractor = (
-        CLIPImageProcessor.from_pretrained(own)
-        if (own / "preprocessor_config.json").is_file()
-        else CLIPImageProcessor(size=size, crop_size=size)
-    )
+    # Pillow's, as packages have it, also where torchvision is there.
+    extractor = CLIPImageProcessorPil(size=size, crop_size=size)
+    own = model.folder / IMAGE_PARTS[1]
+    if (own / "preprocessor_config.json").is_file():
+        found = CLIPImageProcessorPil.from_pretrained(own)
+        crop = found.crop_size or {}
+        if (crop.get("height"), crop.get("width")) == (size, size):  # else another encoder's
+            extractor = found
     return dict(zip(IMAGE_PARTS, (encoder, extractor), strict=True))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from quest_deploy.artifacts.checkpoint import Architecture
 from quest_deploy.artifacts.image_folder import ImageFolder
@@ -180,6 +181,7 @@ def test_paths_that_cannot_be_are_refused(pipelines: Callable[[str], Path], tmp_
     for text, fact in (
         (f"{path}:0", "scale"),
         (f"{path}:nan", "scale"),
+        (f"{path}:10.5", "scale"),
         (str(tmp_path / "none.safetensors"), "none.safetensors"),
         (str(tmp_path / "image_encoder"), "safetensors"),
     ):
@@ -208,6 +210,22 @@ def test_an_image_encoder_of_another_width_or_none_is_refused(
         str(pipelines("controlled")), ip_adapter=str(path), image_encoder=tmp_path / "elsewhere"
     )
     assert load_image_parts(load_model(source)).keys() == {"image_encoder", "feature_extractor"}
+
+
+def test_images_are_read_as_packages_read_them_at_the_size_of_the_encoder(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pipelines("controlled"), tmp_path / "model")
+    path = ip_adapter(tmp_path / "a", folder)
+    for size, deviation, crop in ((24, 0.3, 16), (16, 0.3, 16)):
+        shutil.rmtree(folder / "feature_extractor", ignore_errors=True)
+        own = CLIPImageProcessorPil(size=size, crop_size=size, image_std=[deviation] * 3)
+        own.save_pretrained(folder / "feature_extractor")
+        found = load_image_parts(model_with(folder, path))["feature_extractor"]
+        assert type(found) is CLIPImageProcessorPil  # Pillow's
+        assert (found.crop_size["height"], found.crop_size["width"]) == (crop, crop)
+        assert (found.image_std == own.image_std) == (size == crop)
+    assert ImagePrompts(model_with(folder, path)).crop == (16, 16)
 
 
 @pytest.mark.parametrize("name", ["ldm", "pix2pix", "class-tokens"])
