@@ -15,6 +15,7 @@ from quest_deploy.evaluation.image_grid import save_grid, save_image
 from quest_deploy.evaluation.sampling import sample_images
 from quest_deploy.models.channels import EDITING, INPAINTING
 from quest_deploy.models.image_inputs import ImageInput, read_image, resized
+from quest_deploy.models.ip_adapters import IMAGE_PARTS
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.serving.pipeline import load_pipeline
@@ -117,7 +118,9 @@ def _draw_prompts(
     workspace: Workspace, model: PipelineModel, options: GenerateOptions, progress: Progress
 ) -> tuple[list[Path], int]:
     _image_arguments(model, options, 1)  # what it cannot read is refused before an engine opens
-    pipeline = load_pipeline(workspace, options.backend)
+    # It shows no image, whose encoder is large.
+    unused = {} if model.source.ip_adapter is None else dict.fromkeys(IMAGE_PARTS)
+    pipeline = load_pipeline(workspace, options.backend, **unused)
     pipeline.set_progress_bar_config(disable=True)
     _check_pixels(pipeline, model, options)
     pipeline.scheduler = model.load_scheduler(options.scheduler)

@@ -149,6 +149,17 @@ def test_the_other_commands_run_on_it(chain: Path) -> None:
 
 
 @pytest.mark.slow
+def test_generate_draws_without_the_image_encoder(
+    chain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unused(model: object) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("quest_deploy.serving.pipeline.load_image_parts", unused)
+    ok("generate", "--backend", BACKENDS[0], "--steps", "2", w=chain)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mse", "qdiff"])
 def test_a_plus_adapter_goes_through_stable_diffusion_xl(
     pipelines: Callable[[str], Path], tmp_path: Path, method: str
