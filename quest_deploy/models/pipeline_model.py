@@ -48,7 +48,7 @@ from quest_deploy.models.image_inputs import (
     random_condition,
     read_images,
 )
-from quest_deploy.models.ip_adapters import add_ip_adapter, check_model
+from quest_deploy.models.ip_adapters import IMAGE_PARTS, add_ip_adapter, check_model
 from quest_deploy.models.loras import check_parts, fuse
 from quest_deploy.models.networks import UNET, network_of, transformer_class
 from quest_deploy.models.networks.network import CLASS_CONDITIONAL, TEXT_TO_IMAGE, UNCONDITIONAL
@@ -98,7 +98,6 @@ row the class of no class.
 IMAGE_GUIDANCE = 1.5
 """What instruct-pix2pix models are used with, beside the weight of the text."""
 IMAGENET_CLASSES = 1000
-_WITHOUT_TEXT = ("image_encoder", "feature_extractor")
 
 
 class PipelineModel:
@@ -328,7 +327,7 @@ class PipelineModel:
             given |= {"safety_checker": None, "requires_safety_checker": False}
             given |= {
                 name: None  # they serve the checker alone
-                for name in _WITHOUT_TEXT
+                for name in IMAGE_PARTS
                 if name in self.index and name not in given and not (self.folder / name).is_dir()
             }
         with self._loading("the pipeline"):
@@ -374,7 +373,7 @@ class PipelineModel:
     def _load_encoders(self) -> Any:
         """The pipeline as far as it encodes prompts."""
         return self.load_pipeline(
-            **{name: None for name in ("vae", *_WITHOUT_TEXT) if name in self.index}
+            **{name: None for name in ("vae", *IMAGE_PARTS) if name in self.index}
         )
 
     def _check_loras(self) -> None:
@@ -473,7 +472,7 @@ class PipelineModel:
         """From an image and a seed to the UNet's further channels [C, H, W], by the pipeline's own
         code.
         """
-        unused = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", *_WITHOUT_TEXT)
+        unused = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", *IMAGE_PARTS)
         pipeline = self.load_pipeline(**{name: None for name in unused if name in self.index})
         height, width = self.image_size
         device = torch.device("cpu")

@@ -20,6 +20,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from exporters.graph_info import added_inputs, load_graph
+from quest_deploy.artifacts.model_source import IMAGE_ENCODER
 from quest_deploy.artifacts.workspace import ENGINES, Workspace
 from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.engine_unet import EngineUNet
@@ -29,6 +30,7 @@ from quest_deploy.models.controls import check_fits, load_control
 from quest_deploy.models.ip_adapters import IMAGE_PARTS, load_image_parts, load_projection
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.networks import NETWORKS, network_of
+from quest_deploy.models.pipeline_classes import controlled_class
 from quest_deploy.models.residuals import (
     CONTROLNET,
     IMAGE_SCALE,
@@ -49,9 +51,9 @@ if TYPE_CHECKING:
 DEFAULT_BACKEND = "openvino"
 _FIXED = (
     "an engine's weights and graph are fixed when it is built: give LoRAs to `quest-deploy lora`, "
-    "or to `quest-deploy calibrate --lora`, IP-Adapters to `quest-deploy calibrate --ip-adapter`, "
-    "and build the engine again; FreeU, caches, training and attention processors need the float "
-    "network, in diffusers' own pipeline"
+    "or to `quest-deploy calibrate --lora`, IP-Adapters to `quest-deploy calibrate --ip-adapter` "
+    "(their scale to `pipeline.unet.set_ip_adapter_scale`), and build the engine again; FreeU, "
+    "caches, training and attention processors need the float network, in diffusers' own pipeline"
 )
 _PARTS = {part: kind for kind, part in PARTS.items()}
 """By what diffusers' pipelines call what adds to the UNet, what it is here."""
@@ -142,7 +144,8 @@ def load_pipeline(
     >>> pipeline("a lighthouse in a storm", image=edges).images[0]                # doctest: +SKIP
 
     A workspace that was calibrated with an IP-Adapter takes images as diffusers does; the scale
-    begins as the one of the calibration:
+    begins as the one of the calibration. Of pipelines that are made from it, as ``from_pipe`` does,
+    ``pipeline.unet.set_ip_adapter_scale`` sets it:
 
     >>> pipeline.set_ip_adapter_scale(0.5)                                        # doctest: +SKIP
     >>> pipeline("a lighthouse", ip_adapter_image=photo).images[0]                # doctest: +SKIP
@@ -161,7 +164,7 @@ def load_pipeline(
     opened = workspace if isinstance(workspace, Workspace) else Workspace.open(Path(workspace))
     model = load_model(opened.source)
     model.require_weights("run as a pipeline")  # all refused before an engine is opened
-    model.pipeline_class()
+    kind = model.pipeline_class()
     parts = {name: part for name, part in parts.items() if part is not None or name not in _PARTS}
     given = _PARTS.keys() & parts.keys()
     if len(given) > 1:
@@ -173,7 +176,9 @@ def load_pipeline(
         if _PARTS[part] not in map(kind_of, taken):
             raise InputError(f"{part}: {_not_exported(_PARTS[part])}")
         parts = {**parts, part: _controls(parts[part], model, part)}
-    takes_images = model.source.ip_adapter is not None and "adapter" not in given
+        kind = controlled_class(kind, part)
+    has_encoder = IMAGE_ENCODER in inspect.signature(kind.__init__).parameters
+    takes_images = model.source.ip_adapter is not None and has_encoder
     if takes_images and not set(IMAGE_PARTS) <= parts.keys():
         parts = {**load_image_parts(model), **parts}
     network: Any = stand_in(EngineUNet.load(opened, backend), model.config, model.source.ip_adapter)
@@ -182,7 +187,7 @@ def load_pipeline(
     for name in _REFUSED_BY_PIPELINES:
         if hasattr(pipeline, name):
             setattr(pipeline, name, _refusal(name))
-    if model.source.ip_adapter is not None:
+    if takes_images:
         pipeline.set_ip_adapter_scale = network.set_ip_adapter_scale
     return pipeline
 
@@ -291,9 +296,9 @@ class PipelineNetwork(ModelMixin, ConfigMixin):
             residuals: by the name of its input, what is added inside.
 
         Raises:
-            InputError: an argument that the engine does not compute (attention arguments,
-                IP-Adapter, or what a ControlNet adds), inputs that are missing or of other shapes
-                than the engine's, or a height or width that the network cannot divide.
+            InputError: an argument that the engine does not compute, such as attention's, inputs
+                that are missing or of other shapes than the engine's, or a height or width that the
+                network cannot divide.
         """
         given = {**arguments, **(added_cond_kwargs or {})}
         wanted = {

@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.artifacts.workspace import Workspace
+from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.errors import InputError
 from quest_deploy.models.controls import load_control
 from quest_deploy.models.image_inputs import made_image
 from quest_deploy.models.ip_adapters import load_image_parts
 from quest_deploy.models.loading import load_model, resolve_source
-from quest_deploy.models.residuals import CONTROLNET, unet_residuals
-from quest_deploy.serving.pipeline import PipelineUNet
+from quest_deploy.models.residuals import CONTROLNET, T2I_ADAPTER, unet_residuals
+from quest_deploy.serving.pipeline import PipelineUNet, load_pipeline
 from tests.helpers import refused
-from tests.pipelines import controlnet, ip_adapter
+from tests.pipelines import controlnet, ip_adapter, t2i_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,9 +45,10 @@ CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
 class FloatEngine:
     """The float UNet in the place of an engine."""
 
-    def __init__(self, model: PipelineModel, *, controlled: bool = False) -> None:
+    def __init__(self, model: PipelineModel, kind: str | None = None) -> None:
         self.unet = model.load_unet()
-        self.added = dict.fromkeys(unet_residuals(model.config) if controlled else (), 1)
+        names = () if kind is None else unet_residuals(model.config, kind)
+        self.added = dict.fromkeys(names, 1)
 
     def __call__(self, sample: Any, timestep: Any, **conditions: Any) -> Any:
         return self.unet(sample, timestep, **conditions, return_dict=False)[0]
@@ -55,18 +59,18 @@ def model_with(pipeline: Path, adapter: Path) -> PipelineModel:
 
 
 def pipeline_of(model: PipelineModel, **parts: Any) -> Any:
-    engine: Any = FloatEngine(model, controlled="controlnet" in parts)
+    engine: Any = FloatEngine(model, CONTROLNET if "controlnet" in parts else None)
     unet = PipelineUNet(engine, model.config, model.source.ip_adapter)
     pipeline = model.load_pipeline(unet=unet, **load_image_parts(model), **parts)
     pipeline.set_ip_adapter_scale = unet.set_ip_adapter_scale
     return pipeline
 
 
-def diffusers_own(kind: Any, folder: Path, adapter: Path, **parts: Any) -> Any:
+def diffusers_own(kind: Any, folder: Path, path: Path, **parts: Any) -> Any:
     safe = {} if "XL" in kind.__name__ else {"safety_checker": None}
     pipeline = kind.from_pretrained(folder, **safe, **parts)
     pipeline.load_ip_adapter(
-        str(adapter.parent.parent), subfolder=adapter.parent.name, weight_name=adapter.name
+        str(path.parent.parent), subfolder=path.parent.name, weight_name=path.name
     )
     return pipeline
 
@@ -122,6 +126,31 @@ def test_beside_a_controlnet_it_draws_as_diffusers_own(
     np.testing.assert_allclose(draw(ours, **given), draw(theirs, **given), atol=1e-5)
 
 
+def test_beside_a_t2i_adapter_stable_diffusion_xls_takes_an_image_as_diffusers_own(
+    pipelines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pipelines("controlled-xl")
+    adapter = ip_adapter(tmp_path / "models", folder)
+    model = model_with(folder, adapter)
+    engine = FloatEngine(model, T2I_ADAPTER)
+    workspace = Workspace.create(tmp_path / "ws", model.source, Scheme.parse("w4a4", buckets=2))
+    monkeypatch.setattr(Workspace, "require", lambda *_: None)
+    monkeypatch.setattr(EngineUNet, "load", lambda *_: engine)
+    monkeypatch.setattr("quest_deploy.serving.pipeline.load_graph", lambda _: None)
+    monkeypatch.setattr("quest_deploy.serving.pipeline.added_inputs", lambda _: engine.added)
+    net = load_control(t2i_adapter(tmp_path / "net", folder), model, T2I_ADAPTER)
+    ours = load_pipeline(workspace, adapter=net)
+    kind = diffusers.StableDiffusionXLAdapterPipeline
+    assert type(ours) is kind
+    theirs = diffusers_own(kind, folder, adapter, adapter=net)
+    theirs.set_ip_adapter_scale(0.6)
+    given = {"image": GIVEN.image, "ip_adapter_image": SHOWN}
+    image = draw(ours, **given)
+    np.testing.assert_allclose(image, draw(theirs, **given), atol=1e-5)
+    ours.set_ip_adapter_scale(0.0)
+    assert np.abs(image - draw(ours, **given)).max() > 1e-3
+
+
 def test_what_one_scale_and_one_image_cannot_say_is_refused(
     pipelines: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -138,5 +167,5 @@ def test_what_one_scale_and_one_image_cannot_say_is_refused(
     with refused("cross_attention_kwargs"):
         draw(pipeline, ip_adapter_image=SHOWN, cross_attention_kwargs=masks)
     copy = type(pipeline)(**pipeline.components, requires_safety_checker=False)
-    with pytest.raises(InputError, match="--ip-adapter"):  # diffusers' own would change nothing
-        copy.set_ip_adapter_scale(0.5)
+    with pytest.raises(InputError, match=r"unet\.set_ip_adapter_scale"):
+        copy.set_ip_adapter_scale(0.5)  # diffusers' own would change nothing
