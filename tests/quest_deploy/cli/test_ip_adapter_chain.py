@@ -90,7 +90,7 @@ def test_half_of_the_samplings_are_shown_an_image(chain: Path) -> None:
 
 
 @pytest.mark.slow
-def test_its_layers_and_products_are_quantized_and_trained(chain: Path) -> None:
+def test_its_layers_and_products_are_quantized_and_their_scales_learned(chain: Path) -> None:
     before, after = (load_checkpoint(chain / x) for x in (CALIBRATED, CHECKPOINT))
     layers = [name for name in after.layers if ".ip_adapter.to_" in name]
     assert len(layers) == 2 * sum(".attn2.to_q" in name for name in after.layers) > 0
