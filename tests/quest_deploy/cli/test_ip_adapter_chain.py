@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 from transformers import CLIPVisionConfig
 
 import quest_deploy
@@ -34,14 +36,14 @@ from quest_deploy.models.residuals import IMAGE_PROMPT, IMAGE_SCALE, IMAGE_TOKEN
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import PipelineUNet
 from tests.pipelines import IMAGE_TOKENS as COUNT
-from tests.pipelines import IMAGE_WIDTH, PLUS_TOKENS, ip_adapter
+from tests.pipelines import IMAGE_WIDTH, PLUS_TOKENS, controlnet, ip_adapter
 from tests.quest_deploy.serving.local import LocalPipeline
 from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
+REQUEST = {"prompt": "a red cat", "seed": 0, "steps": 4, "guidance": 5.0}
 SHOWN = made_image(4, 20, 24).image
 BACKENDS = ("onnxruntime", "openvino")
 SHORT = ["--samples", "2", "--steps", "4", "--buckets", "2"]
@@ -90,7 +92,7 @@ def test_half_of_the_samplings_are_shown_an_image(chain: Path) -> None:
 
 
 @pytest.mark.slow
-def test_its_layers_and_products_are_quantized_and_trained(chain: Path) -> None:
+def test_its_layers_and_products_are_quantized_and_their_scales_learned(chain: Path) -> None:
     before, after = (load_checkpoint(chain / x) for x in (CALIBRATED, CHECKPOINT))
     layers = [name for name in after.layers if ".ip_adapter.to_" in name]
     assert len(layers) == 2 * sum(".attn2.to_q" in name for name in after.layers) > 0
@@ -100,6 +102,9 @@ def test_its_layers_and_products_are_quantized_and_trained(chain: Path) -> None:
     assert after.architecture.ip_adapter
     scale = (x.quantizers[quantizer].scale for x in (before, after))
     assert not np.array_equal(*scale)
+    for name in layers:
+        codes = (x.layers[name].weight_codes for x in (before, after))
+        assert np.array_equal(*codes)
 
 
 @pytest.mark.slow
@@ -179,6 +184,61 @@ def test_a_plus_adapter_goes_through_stable_diffusion_xl(
         ok(step, w=root)
     ok("build-engine", "--backend", "onnxruntime", "--threads", "1", w=root)
     assert ok("verify", "--backend", "onnxruntime", w=root)["passed"]
+    if method == "mse":
+        ok("package", "--triton", tmp_path / "triton", w=root)
+        found = LocalPipeline(tmp_path / "triton").draw(**REQUEST, ip_adapter_image=png_of(SHOWN))
+        pipeline = quest_deploy.load_pipeline(root, "onnxruntime")
+        assert_same_image(found, draw(pipeline, guidance_scale=5.0, output_type="pil")[0])
+
+
+@pytest.mark.slow
+def test_a_controlnet_and_an_ip_adapter_go_together_from_calibration_to_a_package(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, root = pipelines("controlled"), tmp_path / "ws"
+    net = controlnet(tmp_path / "net", model)
+    calibrate(model, ip_adapter(tmp_path / "models", model), root, "--controlnet", net)
+    recorded = Trajectories.load(root / TRAJECTORIES)
+    assert recorded.residuals
+    assert recorded.conditions[IMAGE_SCALE].tolist() == pytest.approx([0.8, 0.8, 0.0, 0.0])
+    for step in ("export", "reference"):
+        ok(step, w=root)
+    assert set(added_inputs(load_graph(root / GRAPH))) == {*recorded.residuals, *IMAGE_PROMPT}
+    ok("build-engine", "--backend", BACKENDS[0], "--threads", "1", w=root)
+    assert ok("verify", "--backend", BACKENDS[0], w=root)["passed"]
+    ok("package", "--triton", tmp_path / "triton", "--controlnet", net, w=root)
+    local = LocalPipeline(tmp_path / "triton")
+    image = {"ip_adapter_image": png_of(SHOWN)}
+    control = {"control_image": png_of(made_image(3, 16, 16).image)}
+    found = local.draw(**REQUEST, **image, **control)
+    pipeline = quest_deploy.load_pipeline(root, BACKENDS[0], controlnet=net)
+    given = {"image": made_image(3, 16, 16).image, "guidance_scale": 5.0, "output_type": "pil"}
+    assert_same_image(found, draw(pipeline, **given)[0])
+    for less in (image, control):
+        assert np.abs(found.astype(int) - local.draw(**REQUEST, **less).astype(int)).max() > 1
+
+
+@pytest.mark.slow
+def test_a_lora_is_folded_in_beside_it(chain: Path, tmp_path: Path) -> None:
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
+    factors = {"lora_A": torch.full((2, 16), 0.2), "lora_B": torch.full((16, 2), 0.2)}
+    style = tmp_path / "style.safetensors"
+    save_file({f"{layer}.{name}.weight": x for name, x in factors.items()}, style)
+    made = ok("lora", "--lora", f"{style}:0.8", "--output", tmp_path / "ws", w=chain)
+    assert made["changed_layers"] == 1
+    root = Path(made["workspace"])
+    before, after = load_checkpoint(chain / CHECKPOINT), load_checkpoint(root / CALIBRATED)
+    changed = [
+        name
+        for name, x in before.layers.items()
+        if not np.array_equal(x.weight_codes, after.layers[name].weight_codes)
+    ]
+    assert [f"unet.{name}" for name in changed] == [layer]
+    for step in ("export", "reference"):
+        ok(step, w=root)
+    assert added_inputs(load_graph(root / GRAPH)) == IMAGE_PROMPT
+    ok("build-engine", "--backend", BACKENDS[0], "--threads", "1", w=root)
+    assert ok("verify", "--backend", BACKENDS[0], w=root)["passed"]
 
 
 @pytest.mark.slow
@@ -245,6 +305,10 @@ def test_its_pipeline_draws_what_the_float_one_draws_and_what_the_fake_quantized
     np.testing.assert_array_equal(found, image)
 
 
+def assert_same_image(found: Any, expected: Any) -> None:
+    assert np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
+
+
 def draw(pipeline: Any, **options: Any) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
@@ -280,7 +344,7 @@ def test_a_packages_image_is_the_one_of_diffusers_pipeline(
         found = local.draw(**given, **image, **scale)
         pipeline.set_ip_adapter_scale(scale.get("ip_adapter_scale", 0.8))
         expected = draw(pipeline, guidance_scale=guidance, output_type="pil")[0]
-        assert np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
+        assert_same_image(found, expected)
     without = local.draw(**given)
     assert np.abs(found.astype(int) - without.astype(int)).max() > 1
     nothing = local.draw(**given, **image, ip_adapter_scale=0.0)

@@ -32,13 +32,14 @@ if TYPE_CHECKING:
 
 GIVEN = made_image(3, 16, 16)
 SHOWN = made_image(4, 20, 24).image
-CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
-    "plain": ("controlled", False, {}),
-    "plus": ("controlled", True, {}),
-    "unguided": ("controlled", True, {"guidance_scale": 1.0}),
-    "two images": ("controlled", False, {"num_images_per_prompt": 2}),
-    "xl": ("controlled-xl", True, {}),
-    "inpaint": ("controlled-inpaint", False, {"image": GIVEN.image, "mask_image": GIVEN.mask}),
+CASES: dict[str, tuple[str, dict[str, bool], dict[str, Any]]] = {
+    "plain": ("controlled", {}, {}),
+    "plus": ("controlled", {"plus": True}, {}),
+    "full": ("controlled", {"full": True}, {}),
+    "unguided": ("controlled", {"plus": True}, {"guidance_scale": 1.0}),
+    "two images": ("controlled", {}, {"num_images_per_prompt": 2}),
+    "xl": ("controlled-xl", {"plus": True}, {}),
+    "inpaint": ("controlled-inpaint", {}, {"image": GIVEN.image, "mask_image": GIVEN.mask}),
 }
 
 
@@ -66,11 +67,11 @@ def pipeline_of(model: PipelineModel, **parts: Any) -> Any:
     return pipeline
 
 
-def diffusers_own(kind: Any, folder: Path, adapter: Path, **parts: Any) -> Any:
+def diffusers_own(kind: Any, folder: Path, path: Path, **parts: Any) -> Any:
     safe = {} if "XL" in kind.__name__ else {"safety_checker": None}
     pipeline = kind.from_pretrained(folder, **safe, **parts)
     pipeline.load_ip_adapter(
-        str(adapter.parent.parent), subfolder=adapter.parent.name, weight_name=adapter.name
+        str(path.parent.parent), subfolder=path.parent.name, weight_name=path.name
     )
     return pipeline
 
@@ -90,8 +91,8 @@ def draw(pipeline: Any, **options: Any) -> Any:
 def test_around_an_engine_that_predicts_as_the_unet_it_draws_as_diffusers_own(
     pipelines: Callable[[str], Path], tmp_path: Path, case: str
 ) -> None:
-    name, plus, options = CASES[case]
-    adapter = ip_adapter(tmp_path / "models", pipelines(name), plus=plus)
+    name, kind_of_adapter, options = CASES[case]
+    adapter = ip_adapter(tmp_path / "models", pipelines(name), **kind_of_adapter)
     model = model_with(pipelines(name), adapter)
     ours, kind = pipeline_of(model), model.pipeline_class()
     theirs = diffusers_own(kind, model.folder, adapter)
