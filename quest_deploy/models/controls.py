@@ -53,6 +53,11 @@ def load_control(folder: Path, model: PipelineModel, kind: str) -> Any:
     """
     _check_model(model, kind, str(folder))
     expected = _CLASSES[kind]
+    if not (folder / CONFIGURATION).is_file():
+        raise InputError(
+            f"{folder}: expected the folder of a {expected.__name__} in diffusers' layout on this "
+            f"machine, and it has no {CONFIGURATION}"
+        )
     config = read_json(folder / CONFIGURATION, repair="get it again")
     if not isinstance(config, dict) or config.get("_class_name") != expected.__name__:
         found = config.get("_class_name") if isinstance(config, dict) else config

@@ -55,6 +55,12 @@ _FIXED = (
     "(their scale to `pipeline.unet.set_ip_adapter_scale`), and build the engine again; FreeU, "
     "caches, training and attention processors need the float network, in diffusers' own pipeline"
 )
+_IMAGES = "encoder_hid_proj"
+"""The module that pipelines make tokens of an image with."""
+_NO_IMAGES = (
+    "the engine has no IP-Adapter, which would read the image; expected a workspace of "
+    "`quest-deploy calibrate --ip-adapter`"
+)
 _PARTS = {part: kind for kind, part in PARTS.items()}
 """By what diffusers' pipelines call what adds to the UNet, what it is here."""
 _HARMLESS = (
@@ -171,11 +177,11 @@ def load_pipeline(
         raise InputError("controlnet, adapter: diffusers has no pipeline with both; give one")
     for part in given:
         model.network.residuals(model.config, _PARTS[part])  # refused where it takes none
+        parts = {**parts, part: _controls(parts[part], model, part)}
         opened.require(f"build-engine/{backend}")
         taken = added_inputs(load_graph(opened.path(ENGINES, backend, LOWERED)))
         if _PARTS[part] not in map(kind_of, taken):
             raise InputError(f"{part}: {_not_exported(_PARTS[part])}")
-        parts = {**parts, part: _controls(parts[part], model, part)}
         kind = controlled_class(kind, part)
     has_encoder = IMAGE_ENCODER in inspect.signature(kind.__init__).parameters
     takes_images = model.source.ip_adapter is not None and has_encoder
@@ -197,6 +203,8 @@ def _controls(given: Any, model: PipelineModel, part: str) -> Any:
     where one does not fit the model.
     """
     if isinstance(given, list | tuple):
+        if not given:
+            raise InputError(f"{part}: expected one or more, found an empty list")
         return [_controls(each, model, part) for each in given]
     if isinstance(given, Path | str):
         return load_control(Path(given), model, _PARTS[part])
@@ -253,7 +261,8 @@ class PipelineNetwork(ModelMixin, ConfigMixin):
         if name in _REFUSED:
             return _refusal(name)
         if name in _ABSENT and name not in self.__dict__.get("_modules", ()):
-            raise _AbsentError(f"{self._network.part}.{name}: {_FIXED}")
+            reason = _NO_IMAGES if name == _IMAGES else _FIXED
+            raise _AbsentError(f"{self._network.part}.{name}: {reason}")
         return super().__getattr__(name)
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> NoReturn:

@@ -22,6 +22,7 @@ from quest_deploy.models.loading import resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.residuals import CONTROLNET, KINDS, T2I_ADAPTER, unet_residuals
 from quest_deploy.serving.pipeline import PipelineUNet
+from quest_deploy.serving.pipeline import _controls as given_controls
 from tests.helpers import refused
 from tests.pipelines import controlnet, t2i_adapter
 
@@ -275,6 +276,22 @@ def test_none_is_no_controlnet(pipelines: Callable[[str], Path]) -> None:
     model = PipelineModel(resolve_source(str(pipelines("controlled"))))
     found = model.load_pipeline(controlnet=None, adapter=None)
     assert type(found) is diffusers.StableDiffusionPipeline
+
+
+@pytest.mark.parametrize("name", ["lllyasviel/sd-controlnet-canny", "net.safetensors"])
+def test_what_is_no_folder_of_a_controlnet_is_refused_by_its_name(
+    pipelines: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "net.safetensors").touch()
+    model = PipelineModel(resolve_source(str(pipelines("controlled"))))
+    with refused(name, "ControlNetModel", "config.json"):
+        load_control(tmp_path / name, model, CONTROLNET)
+
+
+def test_an_empty_list_of_controlnets_is_refused(pipelines: Callable[[str], Path]) -> None:
+    model = PipelineModel(resolve_source(str(pipelines("controlled"))))
+    with refused("controlnet"):
+        given_controls([], model, "controlnet")
 
 
 def test_an_engine_without_the_inputs_refuses_what_a_controlnet_adds(
