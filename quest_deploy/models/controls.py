@@ -92,8 +92,8 @@ def check_fits(net: Any, model: PipelineModel, kind: str, where: str) -> None:
 
 def _check_model(model: PipelineModel, kind: str, where: str) -> None:
     try:
-        controlled_class(model.pipeline_class(), PARTS[kind])
         model.network.residuals(model.config, kind)  # refused where it takes none
+        controlled_class(model.pipeline_class(), PARTS[kind])
     except InputError as e:
         raise InputError(f"{where}: {model.name} takes none: {e}") from e
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from diffusers.loaders.ip_adapter import IPAdapterMixin
 from diffusers.loaders.unet import UNet2DConditionLoadersMixin
 from diffusers.models.embeddings import ImageProjection
 from PIL import Image
@@ -58,6 +57,9 @@ def check_model(adapter: IPAdapter, model: PipelineModel) -> None:
     """Raise InputError where ``model`` takes no IP-Adapter, its text states are not as wide as the
     tokens of ``adapter``, or there is no image encoder as wide as what that reads.
     """
+    # Here, since it speaks of packages that are missing, to users of no adapter too.
+    from diffusers.loaders.ip_adapter import IPAdapterMixin
+
     name = model.index["_class_name"]
     kind = getattr(diffusers, name, object)
     prompted = model.asked_for == "prompt" and model.channels.image_kind != EDITING

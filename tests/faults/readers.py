@@ -162,9 +162,10 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
 
     configuration = (
         "models.configurations:read_configuration",
-        "models.pipeline_model:_pooled_width",
-        "models.pipeline_model:_read_schedule",
+        "models.networks.unet:check",
         "models.pipeline_model:__init__",
+        "models.pipeline_model:_read_network",
+        "models.pipeline_model:_read_schedule",
     )
     return {
         "manifest": Kind(
@@ -259,7 +260,7 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
         "IP-Adapter": Kind(
             adapter,
             with_adapter,
-            ("models.ip_adapters:_width", "models.ip_adapters:_read"),
+            ("models.ip_adapters:_widths", "models.ip_adapters:_read"),
         ),
         "official checkpoint": Kind(
             official / "ckpt.pth",

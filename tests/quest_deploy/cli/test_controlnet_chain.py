@@ -271,7 +271,7 @@ def test_a_model_without_text_takes_no_controlnet(
     ended = cli(
         "calibrate", "-w", tmp_path / "ws", "--model", pipelines("ldm"), "--controlnet", folders[1]
     )
-    ended.assert_refused(folders[1], "LDMPipeline", "StableDiffusionPipeline")
+    ended.assert_refused(folders[1], "UNet2DModel")
     ended = cli(
         "export", "-w", tmp_path / "ws2", "--model", pipelines("ldm"), "--controlnet-inputs"
     )

@@ -34,7 +34,10 @@ from quest_deploy.models.ip_adapters import IMAGE_PARTS, load_image_parts
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.residuals import IMAGE_PROMPT, IMAGE_SCALE, IMAGE_TOKENS
 from quest_deploy.quantization.model import QuantizedModel
+from quest_deploy.serving.client import request_image
 from quest_deploy.serving.pipeline import PipelineUNet
+from quest_deploy.serving.triton.server import PackageServer, missing_server
+from tests.helpers import refused
 from tests.pipelines import IMAGE_TOKENS as COUNT
 from tests.pipelines import IMAGE_WIDTH, PLUS_TOKENS, controlnet, ip_adapter
 from tests.quest_deploy.serving.local import LocalPipeline
@@ -44,7 +47,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 REQUEST = {"prompt": "a red cat", "seed": 0, "steps": 4, "guidance": 5.0}
+
+
+def png_of(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
 SHOWN = made_image(4, 20, 24).image
+IMAGE = {"ip_adapter_image": png_of(SHOWN)}
+CONTROL = {"control_image": png_of(made_image(3, 16, 16).image)}
 BACKENDS = ("onnxruntime", "openvino")
 SHORT = ["--samples", "2", "--steps", "4", "--buckets", "2"]
 TRAIN = ["--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2"]
@@ -191,31 +204,56 @@ def test_a_plus_adapter_goes_through_stable_diffusion_xl(
         assert_same_image(found, draw(pipeline, guidance_scale=5.0, output_type="pil")[0])
 
 
+@pytest.fixture(scope="module")
+def both(
+    pipelines: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Path]:
+    """A workspace that was calibrated with a ControlNet and an IP-Adapter, the ControlNet, and the
+    package of both.
+    """
+    folder, model = tmp_path_factory.mktemp("both"), pipelines("controlled")
+    root, package, net = folder / "ws", folder / "triton", controlnet(folder / "net", model)
+    calibrate(model, ip_adapter(folder / "models", model), root, "--controlnet", net)
+    for step in ("export", "reference"):
+        ok(step, w=root)
+    ok("build-engine", "--backend", BACKENDS[0], "--threads", "1", w=root)
+    ok("package", "--triton", package, "--controlnet", net, w=root)
+    return root, net, package
+
+
 @pytest.mark.slow
 def test_a_controlnet_and_an_ip_adapter_go_together_from_calibration_to_a_package(
-    pipelines: Callable[[str], Path], tmp_path: Path
+    both: tuple[Path, Path, Path],
 ) -> None:
-    model, root = pipelines("controlled"), tmp_path / "ws"
-    net = controlnet(tmp_path / "net", model)
-    calibrate(model, ip_adapter(tmp_path / "models", model), root, "--controlnet", net)
+    root, net, package = both
     recorded = Trajectories.load(root / TRAJECTORIES)
     assert recorded.residuals
     assert recorded.conditions[IMAGE_SCALE].tolist() == pytest.approx([0.8, 0.8, 0.0, 0.0])
-    for step in ("export", "reference"):
-        ok(step, w=root)
     assert set(added_inputs(load_graph(root / GRAPH))) == {*recorded.residuals, *IMAGE_PROMPT}
-    ok("build-engine", "--backend", BACKENDS[0], "--threads", "1", w=root)
     assert ok("verify", "--backend", BACKENDS[0], w=root)["passed"]
-    ok("package", "--triton", tmp_path / "triton", "--controlnet", net, w=root)
-    local = LocalPipeline(tmp_path / "triton")
-    image = {"ip_adapter_image": png_of(SHOWN)}
-    control = {"control_image": png_of(made_image(3, 16, 16).image)}
-    found = local.draw(**REQUEST, **image, **control)
+    local = LocalPipeline(package)
+    found = local.draw(**REQUEST, **IMAGE, **CONTROL)
     pipeline = quest_deploy.load_pipeline(root, BACKENDS[0], controlnet=net)
     given = {"image": made_image(3, 16, 16).image, "guidance_scale": 5.0, "output_type": "pil"}
     assert_same_image(found, draw(pipeline, **given)[0])
-    for less in (image, control):
+    for less in (IMAGE, CONTROL):
         assert np.abs(found.astype(int) - local.draw(**REQUEST, **less).astype(int)).max() > 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing_server() is not None, reason=str(missing_server()))
+def test_a_server_draws_with_both_what_its_models_draw_here_and_refuses_what_is_no_image(
+    both: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    _, _, package = both
+    local = LocalPipeline(package)
+    with PackageServer(package, tmp_path / "server.log") as server:
+        for given in ({}, IMAGE, CONTROL, {**IMAGE, **CONTROL, "control_scale": 0.5}):
+            served = Image.open(io.BytesIO(request_image(server.grpc, {**REQUEST, **given}).png))
+            assert_same_image(np.asarray(served), local.draw(**REQUEST, **given))
+        for name in ("control_image", "ip_adapter_image"):
+            with refused(name):
+                request_image(server.grpc, {**REQUEST, name: b"no image"})
 
 
 @pytest.mark.slow
@@ -323,12 +361,6 @@ def package(chain: Path) -> Path:
     made = ok("package", "--triton", folder, w=chain)
     assert made["models"] == ["image_encoder", "text_encoder", "unet", "vae_decoder"]
     return folder
-
-
-def png_of(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, format="PNG")
-    return stream.getvalue()
 
 
 @pytest.mark.slow
