@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from quest_deploy.artifacts.image_folder import ImageFolder
     from quest_deploy.artifacts.scaled_folder import ScaledFolder
     from quest_deploy.models.pipeline_model import PipelineModel
+    from quest_deploy.models.residuals import Residual
 
 SHOWN = "control_image_"
 """What each is shown, counted from 0, among the conditions of a sampling."""
@@ -51,7 +52,7 @@ def load_control(folder: Path, model: PipelineModel, kind: str) -> Any:
     """The ControlNet or T2I-adapter in ``folder``, in float32; raise InputError where it is
     damaged, of another kind, or made for another UNet than the one of ``model``.
     """
-    _check_model(model, kind, str(folder))
+    _shapes(model, kind, str(folder))  # refused before its weights are read
     expected = _CLASSES[kind]
     if not (folder / CONFIGURATION).is_file():
         raise InputError(
@@ -75,13 +76,12 @@ def check_fits(net: Any, model: PipelineModel, kind: str, where: str) -> None:
         raise InputError(
             f"{where}: expected a folder or a {expected.__name__}, found {type(net).__name__}"
         )
-    _check_model(model, kind, where)
+    shapes = _shapes(model, kind, where)
     if net.config.get("global_pool_conditions"):
         raise InputError(
             f"{where}: expected residuals with a height and a width, and those of a "
             f"{expected.__name__} with global_pool_conditions have none"
         )
-    shapes = model.network.residuals(model.config, kind)
     wrong = (_wrong_adapter if kind == T2I_ADAPTER else _wrong_controlnet)(net, model, shapes)
     if wrong:
         raise InputError(
@@ -90,12 +90,14 @@ def check_fits(net: Any, model: PipelineModel, kind: str, where: str) -> None:
         )
 
 
-def _check_model(model: PipelineModel, kind: str, where: str) -> None:
+def _shapes(model: PipelineModel, kind: str, where: str) -> dict[str, Residual]:
+    """What a ``kind`` adds to ``model``; raise InputError where it takes none."""
     try:
-        model.network.residuals(model.config, kind)  # refused where it takes none
+        shapes = model.network.residuals(model.config, kind)
         controlled_class(model.pipeline_class(), PARTS[kind])
     except InputError as e:
         raise InputError(f"{where}: {model.name} takes none: {e}") from e
+    return shapes
 
 
 def _wrong_controlnet(net: Any, model: PipelineModel, shapes: Mapping[str, Any]) -> list[str]:

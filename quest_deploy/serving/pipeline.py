@@ -176,7 +176,6 @@ def load_pipeline(
     if len(given) > 1:
         raise InputError("controlnet, adapter: diffusers has no pipeline with both; give one")
     for part in given:
-        model.network.residuals(model.config, _PARTS[part])  # refused where it takes none
         parts = {**parts, part: _controls(parts[part], model, part)}
         opened.require(f"build-engine/{backend}")
         taken = added_inputs(load_graph(opened.path(ENGINES, backend, LOWERED)))

@@ -14,10 +14,10 @@ from torch import Tensor
 from quest_deploy.errors import InputError
 from quest_deploy.models.channels import Channels
 from quest_deploy.models.configurations import TransformerConfiguration
-from quest_deploy.models.networks.network import Network, States
+from quest_deploy.models.networks.network import TEXT_TO_IMAGE, Network, States
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -81,6 +81,10 @@ class PatchTransformers(Network):
                 "not supported; expected as many of both, or twice as many out_channels"
             )
         return Channels(given)
+
+    def family(self, config: Mapping[str, Any], *, of_text: bool) -> str:
+        """See :class:`Network`; most read prompts."""
+        return TEXT_TO_IMAGE
 
     def layer_set_name(self, family: str) -> str:
         """See :class:`Network`."""
@@ -198,6 +202,16 @@ def masked_states(states: Tensor, mask: Tensor) -> States:
     padding, as conditions.
     """
     return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask.float()}
+
+
+def encoded_prompts(pipeline: Any, prompts: Sequence[str], **options: Any) -> tuple[States, States]:
+    """:func:`masked_states` of prompts and of none, by the ``encode_prompt`` of a pipeline that
+    gives masks; ``options`` are its further arguments.
+    """
+    states, mask, no_states, no_mask = pipeline.encode_prompt(
+        list(prompts), do_classifier_free_guidance=True, device=torch.device("cpu"), **options
+    )
+    return masked_states(states, mask), masked_states(no_states, no_mask)
 
 
 def random_states(count: int, width: int, generator: torch.Generator) -> States:

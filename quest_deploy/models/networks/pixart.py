@@ -12,11 +12,11 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from torch import Tensor
 
 from quest_deploy.errors import InputError
-from quest_deploy.models.networks.network import TEXT_TO_IMAGE, States
+from quest_deploy.models.networks.network import States
 from quest_deploy.models.networks.patch_transformers import (
     PADDING,
     PatchTransformers,
-    masked_states,
+    encoded_prompts,
     random_states,
     spread,
     unpatched,
@@ -101,10 +101,6 @@ class PixArt(PatchTransformers):
                 f"is {TOLD_SIZE}"
             )
 
-    def family(self, config: Mapping[str, Any], *, of_text: bool) -> str:
-        """See :class:`Network`."""
-        return TEXT_TO_IMAGE
-
     def guidance(self, config: Mapping[str, Any], family: str) -> float:
         """See :class:`Network`."""
         return 4.5
@@ -116,10 +112,7 @@ class PixArt(PatchTransformers):
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> tuple[States, States]:
         """See :class:`Network`."""
-        states, mask, no_states, no_mask = pipeline.encode_prompt(
-            list(prompts), do_classifier_free_guidance=True, device=torch.device("cpu")
-        )
-        return masked_states(states, mask), masked_states(no_states, no_mask)
+        return encoded_prompts(pipeline, prompts)
 
     def random_states(
         self, config: Mapping[str, Any], count: int, generator: torch.Generator

@@ -13,11 +13,11 @@ from diffusers.models.transformers.sana_transformer import SanaTransformer2DMode
 from torch import Tensor
 
 from quest_deploy.errors import InputError
-from quest_deploy.models.networks.network import TEXT_TO_IMAGE, States
+from quest_deploy.models.networks.network import States
 from quest_deploy.models.networks.patch_transformers import (
     PADDING,
     PatchTransformers,
-    masked_states,
+    encoded_prompts,
     random_states,
     spread,
     unpatched,
@@ -100,10 +100,6 @@ class Sana(PatchTransformers):
                     f"{expected!r}"
                 )
 
-    def family(self, config: Mapping[str, Any], *, of_text: bool) -> str:
-        """See :class:`Network`."""
-        return TEXT_TO_IMAGE
-
     def guidance(self, config: Mapping[str, Any], family: str) -> float:
         """See :class:`Network`."""
         return 4.5
@@ -118,13 +114,7 @@ class Sana(PatchTransformers):
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> tuple[States, States]:
         """See :class:`Network`; prompts have the instruction before them that the pipeline has."""
         instruction = signature(pipeline.__call__).parameters["complex_human_instruction"].default
-        states, mask, no_states, no_mask = pipeline.encode_prompt(
-            list(prompts),
-            do_classifier_free_guidance=True,
-            device=torch.device("cpu"),
-            complex_human_instruction=instruction,
-        )
-        return masked_states(states, mask), masked_states(no_states, no_mask)
+        return encoded_prompts(pipeline, prompts, complex_human_instruction=instruction)
 
     def random_states(
         self, config: Mapping[str, Any], count: int, generator: torch.Generator

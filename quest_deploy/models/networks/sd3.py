@@ -14,7 +14,7 @@ from torch import Tensor
 from quest_deploy.artifacts.model_source import INDEX
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
-from quest_deploy.models.networks.network import TEXT_TO_IMAGE, States
+from quest_deploy.models.networks.network import States
 from quest_deploy.models.networks.patch_transformers import PatchTransformers, spread, unpatched
 
 if TYPE_CHECKING:
@@ -96,10 +96,6 @@ class SD3(PatchTransformers):
         network.register_to_config(pos_embed_max_size=side)
         built: nn.Module = network
         return built
-
-    def family(self, config: Mapping[str, Any], *, of_text: bool) -> str:
-        """See :class:`Network`."""
-        return TEXT_TO_IMAGE
 
     def guidance(self, config: Mapping[str, Any], family: str) -> float:
         """See :class:`Network`."""

@@ -370,16 +370,15 @@ def test_a_packages_image_is_the_one_of_diffusers_pipeline(
 ) -> None:
     local = LocalPipeline(package)
     pipeline = quest_deploy.load_pipeline(chain, BACKENDS[0])
-    given = {"prompt": "a red cat", "seed": 0, "steps": 4, "guidance": guidance}
-    image = {"ip_adapter_image": png_of(SHOWN)}
+    given = {**REQUEST, "guidance": guidance}
     for scale in ({}, {"ip_adapter_scale": 0.3}):
-        found = local.draw(**given, **image, **scale)
+        found = local.draw(**given, **IMAGE, **scale)
         pipeline.set_ip_adapter_scale(scale.get("ip_adapter_scale", 0.8))
         expected = draw(pipeline, guidance_scale=guidance, output_type="pil")[0]
         assert_same_image(found, expected)
     without = local.draw(**given)
     assert np.abs(found.astype(int) - without.astype(int)).max() > 1
-    nothing = local.draw(**given, **image, ip_adapter_scale=0.0)
+    nothing = local.draw(**given, **IMAGE, ip_adapter_scale=0.0)
     np.testing.assert_array_equal(nothing, without)
 
 
