@@ -388,6 +388,10 @@ def _files(folder: Path, result: str = "result") -> list[Path]:
     return [folder / name for name in ("schedule.json", "sample", result)]
 
 
+NOTHING_ELSE = (0.0, 0, 0, 0.0, 0.0)
+"""What the emulated loop adds: image guidance, image and variance channels, control, adapter."""
+
+
 def fake_model(sample: torch.Tensor, timestep: float) -> torch.Tensor:
     """The host program's model, of samples [rows, ...]."""
     condition = torch.zeros_like(sample)
@@ -462,7 +466,7 @@ def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
         tmp_path / "noise"
     )
     expected = host("denoise", *_files(tmp_path, "expected"), guidance, *noise)
-    ended = emulated(*_files(tmp_path), guidance, graph, 0, 0, 0, 0, 0, *noise)
+    ended = emulated(*_files(tmp_path), guidance, graph, *NOTHING_ELSE, *noise)
     assert expected.returncode == 0
     assert_holds(
         ended.stderr, "condition", "mid_block_additional_residual", "condition_shapes", "middle"
@@ -538,7 +542,7 @@ def test_threads_with_a_denoiser_each_of_one_engine_share_nothing_that_they_writ
     rng.standard_normal((2, 5, 4)).astype(np.float32).tofile(tmp_path / "sample")
     rng.standard_normal((8, 2, 5, 4)).astype(np.float32).tofile(tmp_path / "noise")
     for graph in (0, 1):
-        ended = raced(*_files(tmp_path), 4.0, graph, 0.0, 0, 0, 0, tmp_path / "noise")
+        ended = raced(*_files(tmp_path), 4.0, graph, *NOTHING_ELSE, tmp_path / "noise")
         assert ended.returncode == 0, ended.stderr[-4000:]
 
 
