@@ -46,7 +46,12 @@ from exporters.passes.insert_quantized_layers import (
     InsertQuantizedLayers,
 )
 from quest_deploy.artifacts.checkpoint import RESIDUAL
-from quest_deploy.quantization.model import build_float_model, downsampling, set_submodule
+from quest_deploy.quantization.model import (
+    build_float_model,
+    downsampling,
+    set_submodule,
+    token_inputs,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,10 +80,10 @@ def portable_graph(
     Args:
         example: the model's inputs, batch 2 or more. Their batch becomes dynamic, and so do the
             height and the width of ``sample``, any multiple of the model's total downsampling, and
-            the number of tokens of ``encoder_hidden_states``, where there are several. Not where
-            scales may lie along them, as in an imported checkpoint. Height and width of another
-            input are that part of the sample's which they are in the example. Other dimensions
-            stay.
+            the number of tokens of ``encoder_hidden_states``, where there are several, and of what
+            has as many. Not where scales may lie along them, as in an imported checkpoint. Height
+            and width of another input are that part of the sample's which they are in the example.
+            Other dimensions stay.
         checkpoint_sha256: recorded in the graph's metadata, with the scheme and the sample's shape.
         added: the inputs among them that may be zeros, which add nothing.
 
@@ -92,8 +97,9 @@ def portable_graph(
         model = build_float_model(checkpoint.architecture)
     official = checkpoint.architecture.official_sums
     any_tokens = STATES in example and example[STATES].shape[1] > 1 and not official
+    of_tokens = [x for x in token_inputs(model) if x in example] if any_tokens else []
     skeleton = _Skeleton(model, checkpoint, list(example))
-    graph = _traced(skeleton, example, any_tokens=any_tokens)
+    graph = _traced(skeleton, example, of_tokens)
     _simplify(graph)
     graph.ir_version = timestep_quantize.IR_VERSION
     ForwardSlices()(graph)
@@ -117,9 +123,10 @@ def portable_graph(
     return graph
 
 
-def _traced(skeleton: _Skeleton, example: dict[str, Tensor], *, any_tokens: bool) -> ir.Model:
-    """The skeleton as torch exports it: ``sample`` [batch, C, height, width], the other inputs
-    [batch, ...], those of four dimensions with sizes like "height/2".
+def _traced(skeleton: _Skeleton, example: dict[str, Tensor], of_tokens: list[str]) -> ir.Model:
+    """The skeleton as torch exports it: ``sample`` [batch, C, height, width], those ``of_tokens``
+    [batch, tokens, ...], the other inputs [batch, ...], those of four dimensions with sizes like
+    "height/2".
     """
     factor = downsampling(skeleton.model)
     height = example["sample"].shape[2]
@@ -138,9 +145,10 @@ def _traced(skeleton: _Skeleton, example: dict[str, Tensor], *, any_tokens: bool
         multiple = factor // divisor
         shapes[name] |= dict(zip((2, 3), sizes[divisor], strict=True))
         inputs[name] = inputs[name].new_zeros(2, example[name].shape[1], 3 * multiple, 4 * multiple)
-    if any_tokens:
-        shapes[STATES] |= {1: torch.export.Dim(TOKENS, max=MOST_TOKENS)}
-        inputs[STATES] = inputs[STATES].new_zeros(2, TRACED_TOKENS, inputs[STATES].shape[2])
+    tokens = torch.export.Dim(TOKENS, max=MOST_TOKENS)
+    for name in of_tokens:
+        shapes[name] |= {1: tokens}
+        inputs[name] = inputs[name].new_zeros(2, TRACED_TOKENS, *inputs[name].shape[2:])
     with warnings.catch_warnings(), quiet("torch.onnx"):
         warnings.simplefilter("ignore")
         exported = torch.export.export(
@@ -245,6 +253,26 @@ def _rewrite_conversions(graph: torch.fx.Graph) -> None:
                 )
 
 
+def _no_op(operator: str, neutral: float) -> rewriter.pattern.RewriteRule:
+    """``operator`` on x and the scalar ``neutral``, which gives x. onnxscript's own rules take
+    1.000009 for 1, and for 0 the 1e-15 that keeps a division from infinity.
+    """
+
+    def is_neutral(context: Any, constant: ir.Value, **_: Any) -> bool:
+        tensor = ir.convenience.get_const_tensor(constant)
+        # Of another shape than a scalar's it may broadcast x.
+        return tensor is not None and not tensor.shape and tensor.numpy().item() == neutral
+
+    return rewriter.pattern.RewriteRule(
+        lambda op, x, constant: getattr(op, operator)(x, constant),
+        lambda op, x, **_: op.Identity(x),
+        is_neutral,
+    )
+
+
+_NO_OPS = (_no_op("Mul", 1), _no_op("Div", 1), _no_op("Add", 0), _no_op("Sub", 0))
+
+
 def _simplify(model: ir.Model) -> None:
     """onnxscript's optimizer, without the one of its rules that looks through the whole graph for
     each node: most of the export.
@@ -255,10 +283,7 @@ def _simplify(model: ir.Model) -> None:
         rewriter.rewrite(
             model,
             [
-                rules.mul_by_1_rule,
-                rules.div_by_1_rule,
-                rules.add_0_rule,
-                rules.sub_0_rule,
+                *_NO_OPS,
                 rules.cast_cast_rule,
                 rules.no_op_cast_rule,
                 rules.no_op_expand_rule,

@@ -62,6 +62,7 @@ CONDITION_CHANNELS = (8, 16, 32, 64)
 """Of the ControlNet's first layers, each of half the side: the decoder's factor is 8."""
 WARMUP = 50
 STYLE, EDGES = "blue.safetensors", "edges"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 BLUE = (1.6, 1.0, 0.6)
 """The powers that make red, green and blue of a lightness in [0, 1]."""
 LIGHTNESS = (0.299, 0.587, 0.114)
@@ -148,6 +149,21 @@ class Lesson:
         return self.scheduler.add_noise(latents, noise, timesteps), timesteps, states, noise
 
 
+def check_vae(work: Path, model: Path) -> None:
+    """Raise BadParameter where the VAE in ``work``, whose latents adapters learn from, is not the
+    model's, which may be the same in half precision.
+    """
+    ours, theirs = (
+        {name: x.half() for name, x in load_file(folder / "vae" / WEIGHTS).items()}
+        for folder in (work, model)
+    )
+    if ours.keys() != theirs.keys() or any(not ours[name].equal(x) for name, x in theirs.items()):
+        raise typer.BadParameter(
+            f"{work}: expected the VAE of {model}, whose UNet takes no other's latents; give "
+            "another --work"
+        )
+
+
 def train_lora(work: Path, model: Path, steps: int, batch: int) -> None:
     """Epsilon-MSE on the pictures in blue, of the LoRA alone."""
     latents = load_file(work / "blue.safetensors")["latents"].to(DEVICE)
@@ -227,7 +243,7 @@ def write_adapters(work: Path, out: Path) -> None:
     files = {
         work / "lora" / STYLE: out / STYLE,
         work / "controlnet" / "config.json": out / EDGES / "config.json",
-        work / "controlnet" / (name := "diffusion_pytorch_model.safetensors"): out / EDGES / name,
+        work / "controlnet" / WEIGHTS: out / EDGES / WEIGHTS,
     }
     for source, target in files.items():
         target.write_bytes(source.read_bytes())
@@ -251,14 +267,18 @@ def main(
     """Make the adapters."""
     work.mkdir(parents=True, exist_ok=True)
     take_parts(work, model)
+    check_vae(work, model)
     stages: list[tuple[str, Callable[[], None]]] = [
         ("names.json", lambda: draw_pictures(work)),
         ("latents.safetensors", lambda: encode_latents(work)),
         ("states.safetensors", lambda: encode_names(work, model)),
         ("blue.safetensors", lambda: encode_styled(work)),
-        ("lora", lambda: train_lora(work, model, lora_steps, lora_batch)),
+        (f"lora/{STYLE}", lambda: train_lora(work, model, lora_steps, lora_batch)),
         ("edges.safetensors", lambda: encode_edges(work)),
-        ("controlnet", lambda: train_controlnet(work, model, controlnet_steps, controlnet_batch)),
+        (
+            f"controlnet/{WEIGHTS}",
+            lambda: train_controlnet(work, model, controlnet_steps, controlnet_batch),
+        ),
     ]
     for result, make in stages:
         if not (work / result).exists():

@@ -15,7 +15,7 @@ from hypothesis import settings
 
 from quest_deploy.artifacts.scheme import Scheme
 from tests.helpers import hand_checkpoint, hand_graph
-from tests.pipelines import PIPELINES
+from tests.pipelines import PIPELINES, TRANSFORMERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +40,17 @@ settings.register_profile("quest", deadline=None, max_examples=40, derandomize=T
 settings.load_profile("quest")
 
 SLOW_FIXTURES = frozenset(
-    {"build", "chain", "denoise", "emulated", "ldm_chain", "without_headers", "xl"}
+    {
+        "build",
+        "chain",
+        "denoise",
+        "emulated",
+        "ldm_chain",
+        "pixart_chain",
+        "sd3_chain",
+        "without_headers",
+        "xl",
+    }
 )
 """They take many seconds, up to minutes: what asks for one is slow without saying so."""
 STAGES = (
@@ -54,6 +64,8 @@ STAGES = (
             "pipelines",
             "files",
             "text_chain",
+            "pixart_chain",
+            "sd3_chain",
             "label_chain",
             "made",
             "host",
@@ -178,15 +190,17 @@ def small_graph(small_proto: onnx.ModelProto) -> ir.Model:
 
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A small pipeline's folder in the hub's layout, by its name in ``tests.pipelines.PIPELINES``;
-    not to be changed.
+    """A small pipeline's folder in the hub's layout, by its name in ``tests.pipelines.PIPELINES`` or
+    ``TRANSFORMERS``; not to be changed.
     """
 
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
         if name not in made:
-            made[name] = PIPELINES[name](tmp_path_factory.mktemp("pipelines") / name)
+            made[name] = (PIPELINES | TRANSFORMERS)[name](
+                tmp_path_factory.mktemp("pipelines") / name
+            )
         return made[name]
 
     return folder

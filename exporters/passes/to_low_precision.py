@@ -8,15 +8,16 @@ them. The graph's inputs and outputs stay FP32, and so does all that no product 
 timestep's path up to its first layer, the choice of the bucket, the quantizers' tables. Values keep
 their names. In FP32 besides:
 
-1. Norms, Softmax and sums: they add up many squares, exponentials or codes. What follows stays FP32
-   until it meets a value of the low-precision type, so that nothing is rounded between a norm, its
-   SiLU and the quantizer.
+1. Norms, Softmax and sums, and the squares that a mean adds up: they add up many squares,
+   exponentials or codes. What follows stays FP32 until it meets a value of the low-precision type,
+   so that nothing is rounded between a norm, its SiLU and the quantizer.
 2. A product that something is subtracted from, namely what the offset of its codes added: the two
    nearly cancel.
-3. A product of integers that is only scaled before a Softmax, which has the exponential of its
-   rounding error.
+3. A product of integers that is only scaled and masked before a Softmax, which has the exponential
+   of its rounding error.
 4. The arithmetic of a per-channel quantizer, whose zero-points reach 1e8.
 5. Resize's scales, by the operator's definition.
+6. Products whose result is divided by a row of itself: linear attention's sums over all tokens.
 
 Constants, and rows gathered from constant tables, are stored in the type that they are read in. A
 weight's scale is rounded too, but never to zero.
@@ -64,7 +65,7 @@ class ToLowPrecision(ir.passes.InPlacePass):
         for node in model.graph:
             if node.op_type in PRODUCTS:
                 types = {x.dtype for x in (*node.inputs, *node.outputs) if x is not None}
-                wide = types == {ir.DataType.FLOAT} and (_cancels(node) or _gives_scores(node))
+                wide = types == {ir.DataType.FLOAT} and _is_wide(node)
                 half = types == {self.dtype}
                 guarantee(half or wide, f"{node.name} computes in {', '.join(map(str, types))}")
 
@@ -81,11 +82,7 @@ class ToLowPrecision(ir.passes.InPlacePass):
 class _Rewriter:
     def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
         self.graph, self.dtype, self.editor = graph, dtype, Editor(graph)
-        self.wide = {
-            node
-            for node in graph
-            if node.op_type in PRODUCTS and (_cancels(node) or _gives_scores(node))
-        }
+        self.wide = {node for node in graph if node.op_type in PRODUCTS and _is_wide(node)}
         self.converted: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def rewrite(self) -> None:
@@ -129,7 +126,7 @@ class _Rewriter:
     def _type_of(self, node: ir.Node, inputs: list[ir.Value]) -> ir.DataType:
         if node.op_type in PRODUCTS:
             return ir.DataType.FLOAT if node in self.wide else self.dtype
-        if node.op_type in FLOAT_OPS or _begins_rounding(node):
+        if node.op_type in FLOAT_OPS or _begins_rounding(node) or _is_averaged(node):
             return ir.DataType.FLOAT
         return self.dtype if any(x.dtype is self.dtype for x in inputs) else ir.DataType.FLOAT
 
@@ -182,13 +179,20 @@ def _name(dtype: ir.DataType) -> str:
     return dtype.name.lower()
 
 
+def _is_wide(product: ir.Node) -> bool:
+    """Whether the product is FP32 (cases 2, 3 and 6)."""
+    return _cancels(product) or _gives_scores(product) or _divides(product)
+
+
 def _cancels(product: ir.Node) -> bool:
     """Whether something is subtracted from the product (case 2)."""
     return any(use.node.op_type == "Sub" and use.idx == 0 for use in product.outputs[0].uses())
 
 
 def _gives_scores(product: ir.Node) -> bool:
-    """Whether integers are multiplied and the product is only scaled before a Softmax (case 3)."""
+    """Whether integers are multiplied and the product is only scaled, or masked, before a Softmax
+    (case 3).
+    """
     producers = [x.producer() for x in product.inputs if x is not None]
     if not all(
         producer is not None and producer.op_type == "DequantizeLinear" for producer in producers
@@ -199,9 +203,28 @@ def _gives_scores(product: ir.Node) -> bool:
         reader = readers.pop()
         if reader.op_type == "Softmax":
             return True
-        if reader.op_type in ("Mul", "Div"):
+        if reader.op_type in ("Mul", "Div", "Add"):
             readers += reader.outputs[0].consumers()
     return False
+
+
+def _divides(product: ir.Node) -> bool:
+    """Whether a row of the product, or of the product that reads it, divides the rest (case 6)."""
+    values = list(product.outputs)
+    while values:
+        for use in values.pop().uses():
+            if use.node.op_type == "Div" and use.idx == 1:
+                return True
+            if use.node.op_type in ("Add", "MatMul", "Slice", "Split"):
+                values += use.node.outputs
+    return False
+
+
+def _is_averaged(node: ir.Node) -> bool:
+    """Whether these are the squares of a mean (case 1)."""
+    return node.op_type == "Pow" and all(
+        reader.op_type == "ReduceMean" for reader in node.outputs[0].consumers()
+    )
 
 
 def _begins_rounding(node: ir.Node) -> bool:

@@ -202,6 +202,7 @@ class Architecture:
         official_sums: whether sums are added up in the order of the official code, which then gives
             the official results to the bit; so they are in imported checkpoints.
         low_rank: by the name of a layer that has a branch of low rank, the branch's rank.
+        ip_adapter: whether each cross-attention has an IP-Adapter's keys and values beside it.
     """
 
     class_name: str
@@ -211,6 +212,7 @@ class Architecture:
     heads: Positive | None = None
     official_sums: bool = False
     low_rank: dict[str, Positive] = field(default_factory=dict)
+    ip_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -463,11 +465,11 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     tensors |= {f"float.{name}": value for name, value in checkpoint.floats.items()}
     content = {
         "model": checkpoint.model,
-        # Without branches it reads as it did before there were any.
+        # Without branches or an IP-Adapter it reads as it did before there were any.
         "architecture": {
             key: value
             for key, value in asdict(checkpoint.architecture).items()
-            if key != "low_rank" or value
+            if key not in ("low_rank", "ip_adapter") or value
         },
         "scheme": checkpoint.scheme.to_json(),
         "layers": [asdict(layer) for layer in layers],

@@ -35,15 +35,15 @@ class ImageFolder:
         path = Path(os.path.realpath(folder))  # Path.resolve raises for a link to itself
         return cls(str(path), _hash(path, flag))
 
-    def files(self) -> list[Path]:
+    def files(self, flag: str = FLAG) -> list[Path]:
         """Its images, by name; raise InputError where they are not what they were."""
         path = Path(self.path)
-        if _hash(path) != self.sha256:
+        if _hash(path, flag) != self.sha256:
             raise InputError(f"the images in {path} were changed; restore them, or calibrate anew")
-        return _images(path)
+        return _images(path, flag)
 
 
-def _images(folder: Path, flag: str = FLAG) -> list[Path]:
+def _images(folder: Path, flag: str) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"{flag} {folder}: expected a folder of images")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
@@ -55,7 +55,7 @@ def _images(folder: Path, flag: str = FLAG) -> list[Path]:
     return found
 
 
-def _hash(folder: Path, flag: str = FLAG) -> str:
+def _hash(folder: Path, flag: str) -> str:
     contents = (
         (path.name, read_bounded(path, MOST_BYTES, f"give {flag} a folder of images"))
         for path in _images(folder, flag)

@@ -32,6 +32,10 @@ IMPORTED_ALONE = (
 SINGLE_FILES = (".safetensors", ".ckpt")
 INDEX = "model_index.json"
 _LORA = ".safetensors"
+IMAGE_ENCODER = "image_encoder"
+"""The folder of an IP-Adapter's or a pipeline's image encoder."""
+MAX_IP_ADAPTER_SCALE = 10.0
+"""Far beyond any that is used; a package takes none above it."""
 ADAPTER_CONFIG = "adapter_config.json"
 """What peft says of a LoRA, its alpha among it, in a file beside the weights."""
 _MOST_TEXT_BYTES = 64 * 2**20
@@ -56,9 +60,7 @@ class Lora:
         """Read "PATH" or "PATH:WEIGHT"; raise InputError where there is no such safetensors file,
         or the weight is no number.
         """
-        name, colon, weight = text.rpartition(":")
-        whole = not colon or text.endswith(_LORA)  # a path may hold colons, C:\ among them
-        path, factor = (Path(text), 1.0) if whole else (Path(name), _number(weight))
+        path, factor = path_and_number(text, is_path=text.endswith(_LORA))
         if factor is None:
             raise InputError(
                 f"--lora {text}: expected PATH:WEIGHT with a finite weight, such as "
@@ -79,16 +81,84 @@ class Lora:
             )
 
 
-def _hash_of(lora: Path) -> str:
-    """The hash of a LoRA and of the settings beside it; raise InputError where the file is none, or
-    has more bytes than its header says: gigabytes of zeros are refused before they are read.
+@validated("IP-Adapter")
+@dataclass(frozen=True)
+class IPAdapter:
+    """An IP-Adapter whose keys and values are quantized with the model's: a safetensors file, the
+    scale that the model is calibrated with, and the file's hash.
+
+    Attributes:
+        image_encoder: the folder of what encodes its images; None for the one in ``path``'s folder,
+            or else the pipeline's.
+        fingerprint: of the image encoder's folder, where one is given or lies beside the file.
+    """
+
+    path: str
+    scale: float
+    sha256: str
+    image_encoder: str | None = None
+    fingerprint: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, image_encoder: Path | None = None) -> IPAdapter:
+        """Read "FILE" or "FILE:SCALE"; raise InputError where there is no such safetensors file or
+        folder, or the scale is no positive number up to ``MAX_IP_ADAPTER_SCALE``.
+        """
+        path, scale = path_and_number(text, is_path=text.endswith(_LORA))
+        flag = f"--ip-adapter {text}"
+        if scale is None or not 0 < scale <= MAX_IP_ADAPTER_SCALE:
+            raise InputError(
+                f"{flag}: expected FILE:SCALE with a scale above 0 and up to "
+                f"{MAX_IP_ADAPTER_SCALE:g}, such as ip-adapter_sd15.safetensors:0.6"
+            )
+        if path.suffix != _LORA:
+            raise InputError(f"{flag}: expected a {_LORA} file, found {path.name}")
+        if not path.is_file():
+            raise InputError(f"{flag}: {path} does not exist")
+        if image_encoder is not None and not image_encoder.is_dir():
+            raise InputError(f"--image-encoder {image_encoder}: expected its folder")
+        folder = path.parent / IMAGE_ENCODER if image_encoder is None else image_encoder
+        found = absolute(folder) if folder.is_dir() else None
+        return cls(
+            str(absolute(path)),
+            scale,
+            _hash_of(path, "IP-Adapter"),
+            None if found is None else str(found),
+            None if found is None else fingerprint(found),
+        )
+
+    def __str__(self) -> str:
+        given = f"{self.path}:{self.scale:g}"
+        return given if self.image_encoder is None else f"{given} with {self.image_encoder}"
+
+    def check(self) -> None:
+        """Raise InputError where the file or the folder is another one by now."""
+        path = Path(self.path)
+        if not path.is_file() or _hash_of(path, "IP-Adapter") != self.sha256:
+            raise InputError(
+                f"the IP-Adapter {path} was changed or removed since the workspace was made; "
+                f"{_REPAIR}"
+            )
+        if self.image_encoder is not None:
+            folder = Path(self.image_encoder)
+            if not folder.is_dir() or fingerprint(folder) != self.fingerprint:
+                raise InputError(
+                    f"the image encoder {folder} was changed or removed since the workspace was "
+                    f"made; {_REPAIR}"
+                )
+
+
+def _hash_of(lora: Path, kind: str = "LoRA") -> str:
+    """The hash of a LoRA, or an adapter of another ``kind``, and of the settings beside it; raise
+    InputError where the file is none, or has more bytes than its header says: gigabytes of zeros
+    are refused before they are read.
     """
     try:
         open_tensors(lora)
     except (OSError, SafetensorError) as e:
         raise InputError(
-            f"the LoRA {lora}: expected a safetensors file of the size that its header says, found "
-            f"one of {lora.stat().st_size} bytes ({e}); get it again"
+            f"the {kind} {lora}: expected a safetensors file of the size that its header says, "
+            f"found one of {lora.stat().st_size} bytes ({e}); get it again"
         ) from e
     beside, digest = lora.with_name(ADAPTER_CONFIG), sha256_of(lora)
     if not beside.is_file():
@@ -113,6 +183,7 @@ class ModelSource:
         random_weights: the architecture alone, its weights drawn with ``seed``.
         fingerprint: of a folder or file, see :func:`fingerprint`.
         prediction_type: what the user says that it predicts, if anything.
+        ip_adapter: what its cross-attention reads beside the text, if anything.
     """
 
     name: str
@@ -124,6 +195,7 @@ class ModelSource:
     loras: tuple[Lora, ...] = ()
     fingerprint: str | None = None
     prediction_type: str | None = None
+    ip_adapter: IPAdapter | None = None
 
     @property
     def path(self) -> Path | None:
@@ -135,12 +207,15 @@ class ModelSource:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The source as a JSON value."""
-        return asdict(self) | {"loras": [asdict(lora) for lora in self.loras]}
+        """The source as a JSON value; without an IP-Adapter as it was before there were any."""
+        found = asdict(self) | {"loras": [asdict(lora) for lora in self.loras]}
+        if self.ip_adapter is None:
+            del found["ip_adapter"]
+        return found
 
     def check_unchanged(self) -> None:
-        """Raise InputError where the folder, the file or a LoRA is not what it was when the source
-        was recorded.
+        """Raise InputError where the folder, the file, a LoRA or an IP-Adapter is not what it was
+        when the source was recorded.
         """
         if self.path is not None and self.fingerprint is not None:
             if not self.path.exists():
@@ -151,6 +226,8 @@ class ModelSource:
                 )
         for lora in self.loras:
             lora.check()
+        if self.ip_adapter is not None:
+            self.ip_adapter.check()
 
 
 _REPAIR = "restore it, or start a new workspace with -w"
@@ -223,9 +300,15 @@ def _samples(file: Path) -> bytes:
         return b"".join(parts)
 
 
-def _number(text: str) -> float | None:
+def path_and_number(text: str, *, is_path: bool) -> tuple[Path, float | None]:
+    """Read "PATH:NUMBER", whose number is None where it is no finite one, or "PATH" alone, where it
+    is 1; ``is_path`` says that all of it is a path, which may hold colons, C:\\ among them.
+    """
+    name, colon, number = text.rpartition(":")
+    if is_path or not colon:
+        return Path(text), 1.0
     try:
-        value = float(text)
+        value = float(number)
     except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+        return Path(name), None
+    return Path(name), value if math.isfinite(value) else None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from quest_deploy.artifacts.model_source import fingerprint
+from quest_deploy.artifacts.model_source import fingerprint, path_and_number
 from quest_deploy.artifacts.schema import validated
 from quest_deploy.errors import InputError
 from quest_deploy.files import absolute
@@ -30,10 +29,8 @@ class ScaledFolder:
         """Read "FOLDER" or "FOLDER:SCALE"; raise InputError, which names the ``flag``, where there
         is no such folder, or the scale is no positive number.
         """
-        name, colon, number = text.rpartition(":")
-        whole = not colon or Path(text).is_dir()  # a path may hold colons, C:\ among them
-        path, scale = (Path(text), 1.0) if whole else (Path(name), _number(number))
-        if scale is None:
+        path, scale = path_and_number(text, is_path=Path(text).is_dir())
+        if scale is None or scale <= 0:
             raise InputError(
                 f"{flag} {text}: expected FOLDER:SCALE with a finite scale above 0, such as "
                 "canny:0.8"
@@ -45,19 +42,12 @@ class ScaledFolder:
             )
         return cls(str(absolute(path)), scale, fingerprint(path))
 
-    def check(self) -> Path:
-        """Its folder; raise InputError where it is another one by now."""
+    def check(self, flag: str) -> Path:
+        """Its folder; raise InputError, which names the ``flag``, where it is another by now."""
         path = Path(self.path)
         if not path.is_dir() or fingerprint(path) != self.fingerprint:
             raise InputError(
-                f"{path} was changed or removed meanwhile; run the command again with it"
+                f"{path} was changed or removed meanwhile; restore it, or run `quest-deploy "
+                f"calibrate {flag} DIR:SCALE` with another"
             )
         return path
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value > 0 else None

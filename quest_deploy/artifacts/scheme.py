@@ -29,6 +29,8 @@ SCHEME_VERSION, LOW_RANK_VERSION = 3, 4
 """
 LOW_RANK = ("low_rank", "low_rank_layers")
 """The fields that only a scheme of ``LOW_RANK_VERSION`` has."""
+FLOAT_LAYERS = "float_layers"
+"""The field that only a scheme has which leaves layers in float: a file without means none."""
 SUPPORTED_BITS = ("w4a4", "w4a8", "w8a8")
 DEFAULT_BUCKETS = 20
 TRAIN_TIMESTEPS = 1000
@@ -83,6 +85,7 @@ class Scheme:
             train_timesteps).
         attention_bits: bits of attention's q, k and v, or None where they stay in float.
         softmax_bits: bits of attention's softmax (unsigned), or None where it stays in float.
+        float_layers: glob patterns of the module paths of layers that are not quantized.
         split_shortcuts: whether a shortcut convolution that reads a concatenation has a quantizer
             for each half (Q-Diffusion).
         low_rank: the rank of the branches in FP16 beside layers (SVDQuant); 0 for none.
@@ -99,6 +102,7 @@ class Scheme:
     attention_bits: Bits | None = None
     softmax_bits: Bits | None = None
     split_shortcuts: bool = False
+    float_layers: tuple[str, ...] = ()
     low_rank: NonNegativeInt = 0
     low_rank_layers: tuple[str, ...] = ()
 
@@ -135,6 +139,7 @@ class Scheme:
         softmax_bits: int | None = None,
         split_shortcuts: bool = False,
         eight_bit_layers: Sequence[str] = (),
+        float_layers: Sequence[str] = (),
         low_rank: int = 0,
         low_rank_layers: Sequence[str] = (),
     ) -> Scheme:
@@ -156,13 +161,14 @@ class Scheme:
         return cls(
             weight_bits,
             activation_bits,
-            tuple(map(_float32, edges)),
+            as_float32(edges),
             granularity=granularity,
             train_timesteps=train_timesteps,
             attention_bits=attention_bits,
             softmax_bits=softmax_bits,
             split_shortcuts=split_shortcuts,
             eight_bit_layers=tuple(eight_bit_layers),
+            float_layers=tuple(float_layers),
             low_rank=low_rank,
             low_rank_layers=tuple(low_rank_layers),
         )
@@ -193,7 +199,8 @@ class Scheme:
         values = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
-            if self.low_rank or name not in LOW_RANK
+            if (self.low_rank or name not in LOW_RANK)
+            and (self.float_layers or name != FLOAT_LAYERS)
         }
         return {"version": LOW_RANK_VERSION if self.low_rank else SCHEME_VERSION, **values}
 
@@ -210,7 +217,8 @@ class Scheme:
         wanted = LOW_RANK_VERSION if branched else SCHEME_VERSION
         if version != wanted:
             raise InputError(f"scheme: expected version {wanted}, found {version!r}")
-        expected = {f.name for f in dataclasses.fields(cls)} - set(() if branched else LOW_RANK)
+        expected = {f.name for f in dataclasses.fields(cls)} - {FLOAT_LAYERS}
+        expected -= set(() if branched else LOW_RANK)
         if missing := expected - found.keys():  # a file leaves none to a default
             raise InputError(f"scheme: the keys {sorted(missing)} are missing")
         return parse(cls, found, "scheme")
@@ -258,5 +266,13 @@ def activation_levels(bits: int) -> int:
     return int(2**bits) - 1
 
 
+def as_float32(edges: Sequence[float]) -> tuple[float, ...]:
+    """The edges as the graph compares them."""
+    return tuple(map(_float32, edges))
+
+
 def _float32(value: float) -> float:
-    return float(struct.unpack("f", struct.pack("f", value))[0])
+    try:
+        return float(struct.unpack("f", struct.pack("f", value))[0])
+    except OverflowError:
+        return math.copysign(math.inf, value)

@@ -10,6 +10,7 @@ from quest_deploy.artifacts.workspace import ENGINES
 from quest_deploy.backends.base import ENGINE_FILE, LOWERED, engine_info, open_engine
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
+from quest_deploy.models.residuals import check_image_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.backends.base import Runner
+
+_OF_INPUTS = (
+    "an engine takes the channels of its model, and TensorRT's, or one of a graph that an earlier "
+    "version exported, its tokens: shorten a longer prompt, or export and build again for openvino "
+    "or onnxruntime"
+)
+_OF_ADDED = "what is added has the channels of the engine's UNet and the sizes of its sample"
 
 
 class EngineUNet:
@@ -82,7 +90,8 @@ class EngineUNet:
         Args:
             sample: [B, ...], any float dtype.
             timestep: [B], or one number for the whole batch; integers and floats alike.
-            conditions: each [B, ...]; one of ``added`` that is not given is zeros.
+            conditions: each [B, ...]; one of ``added`` that is not given is zeros, and of an
+                IP-Adapter's two both or neither are given.
 
         Raises:
             InputError: an input that is missing, unknown or of another shape than the engine's;
@@ -93,15 +102,20 @@ class EngineUNet:
         steps = np.asarray(timestep, np.float32)
         steps = np.full(batch, steps) if steps.ndim == 0 else steps
         feeds = {"sample": sample, "timestep": steps, **conditions}
-        feeds |= {name: self._zeros(name, sample) for name in self.added.keys() - feeds.keys()}
-        self._check(feeds)
         if any(size % self.sample_multiple for size in sample.shape[2:]):
             multiple, factor = self.sample_multiple, self.pixels_per_latent
             in_pixels = "" if factor == 1 else f" (images: of {multiple * factor} pixels)"
             raise InputError(
                 f"expected samples whose height and width are multiples of {multiple}{in_pixels}, "
-                f"found {list(sample.shape[2:])}: the UNet halves them, and the engine pads nothing"
+                f"found {list(sample.shape[2:])}: the network divides them, and the engine pads "
+                "nothing"
             )
+        self._check(feeds)
+        check_image_prompt(feeds)
+        feeds |= {
+            name: np.zeros((batch, *self._sizes(name, sample)[1:]), np.float32)
+            for name in self.added.keys() - feeds.keys()
+        }
         wrong = {name: len(value) for name, value in feeds.items() if len(value) != batch}
         if wrong:
             raise InputError(f"expected a batch of {batch}, as in sample; found {wrong}")
@@ -110,21 +124,22 @@ class EngineUNet:
         )
         return next(iter(outputs.values()))
 
-    def _zeros(self, name: str, sample: NDArray[Any]) -> NDArray[np.float32]:
-        """What an input is that adds nothing."""
-        sizes, divisor = (self._inputs or {})[name], self.added[name]
-        shape = (
-            sample.shape[axis] // divisor if size is None else size
-            for axis, size in enumerate(sizes[1:], 1)
-        )
-        return np.zeros((len(sample), *shape), np.float32)
+    def _sizes(self, name: str, sample: NDArray[Any]) -> tuple[Any, ...]:
+        """The sizes of an input, None for what may vary; of what is added, those beside
+        ``sample``.
+        """
+        sizes, divisor = (self._inputs or {})[name], self.added.get(name)
+        if divisor is None:
+            return sizes
+        sides = [n // divisor for n in sample.shape]
+        return (None, *(x or side for x, side in zip(sizes[1:], sides[1:], strict=False)))
 
     def _check(self, feeds: Mapping[str, NDArray[Any]]) -> None:
         """Raise InputError where the engine has other inputs."""
         if self._inputs is None:
             return
         for names, problem in (
-            (self._inputs.keys() - feeds.keys(), "expected too"),
+            (self._inputs.keys() - self.added.keys() - feeds.keys(), "expected too"),
             (feeds.keys() - self._inputs.keys(), "which the engine does not take"),
         ):
             if names:
@@ -132,17 +147,14 @@ class EngineUNet:
                     f"{', '.join(sorted(names))}: {problem}; its inputs are "
                     f"{', '.join(self._inputs)}"
                 )
-        for name, sizes in self._inputs.items():
-            found = list(np.shape(feeds[name]))
+        # The sample comes before what is added, whose sizes it says.
+        for name in sorted(filter(feeds.__contains__, self._inputs), key=self.added.__contains__):
+            sizes, found = self._sizes(name, feeds["sample"]), list(np.shape(feeds[name]))
             fits = (size in (None, n) for size, n in zip(sizes, found, strict=False))
             if len(sizes) != len(found) or not all(fits):
                 expected = ", ".join("any" if size is None else str(size) for size in sizes)
-                raise InputError(
-                    f"{name}: expected [{expected}], found {found}; an engine takes the channels "
-                    "of its model, and TensorRT's, or one of a graph that an earlier version "
-                    "exported, its tokens: shorten a longer prompt, or export and build again for "
-                    "openvino or onnxruntime"
-                )
+                reason = _OF_ADDED if name in self.added else _OF_INPUTS
+                raise InputError(f"{name}: expected [{expected}], found {found}; {reason}")
 
     def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
         """The same on torch tensors: a :class:`quest_deploy.evaluation.sampling.Denoiser`."""

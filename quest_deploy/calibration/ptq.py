@@ -34,6 +34,7 @@ from quest_deploy.artifacts.scheme import (
 )
 from quest_deploy.calibration.low_rank import add_branches
 from quest_deploy.errors import InputError
+from quest_deploy.models.attention import has_image_attentions
 from quest_deploy.models.unets import fixed_heads, recorded_class
 from quest_deploy.progress import no_progress
 from quest_deploy.quantization.affine import (
@@ -180,6 +181,7 @@ def calibrate(
             attention,
             fixed_heads(unet),
             low_rank=low_rank,
+            ip_adapter=has_image_attentions(unet),
         ),
         scheme=scheme,
         layers=layers,

@@ -237,8 +237,8 @@ def _parameters(
 
 @dataclass(frozen=True)
 class _UnitData:
-    """What a unit is called with, as (args, kwargs) of tensors [N, ...], its targets [N, ...] and
-    the rows' timesteps [N].
+    """What a unit is called with, as (args, kwargs) of tensors [N, ...] and tuples of them, its
+    targets [N, ...] and the rows' timesteps [N].
     """
 
     args: tuple[Any, ...]
@@ -259,6 +259,8 @@ class _UnitData:
 
 
 def _index(value: Any, rows: Tensor) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_index(each, rows) for each in value)
     return value[rows] if isinstance(value, Tensor) else value
 
 
@@ -329,6 +331,8 @@ def _submodule(unet: nn.Module, unit: str) -> nn.Module:
 
 
 def _joined(values: Any) -> Any:
+    if isinstance(values[0], tuple):
+        return tuple(map(_joined, zip(*values, strict=True)))
     return torch.cat(list(values)) if isinstance(values[0], Tensor) else values[0]
 
 

@@ -184,7 +184,8 @@ def measure_sensitivity(
     Args:
         unet: the float model that ``calibrated`` was made from; not changed.
         trajectories: recorded on ``unet``; their inputs are used.
-        samples: how many of the recorded samplings are run, the first ones, at all their steps.
+        samples: how many of the recorded rows are run, the first ones, at all their steps; see
+            :meth:`quest_deploy.calibration.trajectories.Trajectories.first`.
         batch: rows that run at once; they may be of different steps.
         progress: called with a phase's name, the layers done and their number.
 
@@ -233,9 +234,11 @@ def _batches(trajectories: Trajectories, size: int) -> Iterator[dict[str, Tensor
 def _in_execution_order(
     model: nn.Module, names: Iterable[str], inputs: dict[str, Tensor]
 ) -> list[str]:
-    order: list[str] = []
+    order: dict[str, None] = {}  # a layer may run again on an equal input
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda *_, name=name: order.append(name))
+        model.get_submodule(name).register_forward_hook(
+            lambda *_, name=name: order.update({name: None})
+        )
         for name in names
     ]
     try:
@@ -243,7 +246,7 @@ def _in_execution_order(
     finally:
         for handle in handles:
             handle.remove()
-    return order
+    return list(order)
 
 
 def _mean_square(x: Tensor) -> NDArray[np.float64]:

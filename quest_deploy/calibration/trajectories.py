@@ -20,6 +20,7 @@ from quest_deploy.artifacts.tensors import read_tensors
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file
 from quest_deploy.models.channels import IMAGE_CONDITION, for_scheduler, guidance_of, joined
+from quest_deploy.models.residuals import IMAGE_PROMPT, IMAGE_SCALE
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.progress import no_progress
 
@@ -74,19 +75,33 @@ class Trajectories:
 
     @property
     def controlled(self) -> int:
-        """How many rows have residuals, the first ones."""
-        return next(((*value.shape, 0, 0)[1] for value in self.residuals.values()), 0)
+        """How many rows have residuals or an image prompt, the first ones."""
+        first = next(iter(self.residuals.values()), None)
+        if first is not None:
+            return first.shape[1] if first.dim() > 1 else 0
+        scale = self.conditions.get(IMAGE_SCALE)
+        return 0 if scale is None else int((scale != 0).sum())
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """The inputs that may be zeros, which add nothing to the model."""
+        return (*self.residuals, *(name for name in IMAGE_PROMPT if name in self.conditions))
 
     def first(self, rows: int) -> Trajectories:
-        """The first ``rows`` of all rows N, or all where there are fewer, with and without
-        residuals in proportion; ``parts`` is 1 where they end amid a sampling.
+        """The first ``rows`` of all rows N, or all where there are fewer; ``parts`` is 1 where they
+        end amid a sampling. Where something is added, whole samplings with and without it in
+        proportion, at least one of each, also where they have more rows.
         """
         total = self.sample.shape[1]
-        if self.residuals and rows < total:
-            kept = rows * self.controlled // total
-            plain = dataclasses.replace(self._rows(slice(self.controlled, None)), residuals={})
-            return joined_rows(self._rows(slice(kept)), plain._rows(slice(rows - kept)))
-        return self._rows(slice(rows))
+        if not self.controlled or rows >= total:
+            return self._rows(slice(rows))
+        samplings = max(rows // self.parts, 2)
+        kept = max(samplings * self.controlled // total, 1)
+        plain = dataclasses.replace(self._rows(slice(self.controlled, None)), residuals={})
+        return joined_rows(
+            self._rows(slice(kept * self.parts)),
+            plain._rows(slice((samplings - kept) * self.parts)),
+        )
 
     def _rows(self, rows: slice) -> Trajectories:
         conditions = {name: value[rows] for name, value in self.conditions.items()}
@@ -199,19 +214,33 @@ def _at(residual: Tensor, steps: Tensor, rows: Tensor) -> Tensor:
 
 
 def _scheduler(model: DiffusionModel, steps: int, scheme: Scheme | None) -> Any:
-    scheduler = model.load_scheduler("ddim")
+    scheduler = model.load_scheduler(model.calibration_scheduler)
     set_steps(scheduler, steps)
     if scheme is None:
         return scheduler
-    # The model's own spacing visits the timesteps at which it will sample; "trailing" ends each of
-    # `count` equal parts of the training steps, so that no part is left out.
-    least = max(steps, scheme.buckets)
-    for spacing, count in (({}, least), (TRAILING, least), (TRAILING, model.train_timesteps)):
+    for spacing, count in _further(model, max(steps, scheme.buckets)):
         if len({scheme.bucket_of(t) for t in scheduler.timesteps.tolist()}) == scheme.buckets:
             break
-        scheduler = model.load_scheduler("ddim", **spacing)
+        scheduler = model.load_scheduler(model.calibration_scheduler, **spacing)
         scheduler.set_timesteps(count)
     return scheduler
+
+
+def _further(model: DiffusionModel, least: int) -> Iterator[tuple[dict[str, str], int]]:
+    """The spacings and numbers of steps to try where fewer leave a bucket out.
+
+    The model's own spacing visits the timesteps at which it will sample; "trailing" ends each of so
+    many equal parts of the training steps, so that no part is left out. Flow matching knows no
+    spacing: the steps that its buckets were made for visit all of them.
+    """
+    yield {}, least
+    if model.bucket_steps is not None:
+        yield {}, model.bucket_steps
+    spacing = TRAILING if model.bucket_steps is None else {}
+    while least < model.train_timesteps:
+        yield spacing, least
+        least *= 2
+    yield spacing, model.train_timesteps
 
 
 def samples_for(model: DiffusionModel, scheme: Scheme, steps: int) -> int:
@@ -222,6 +251,21 @@ def samples_for(model: DiffusionModel, scheme: Scheme, steps: int) -> int:
     return max(
         fewest, model.calibration_samples * model.calibration_steps // max(steps, scheme.buckets)
     )
+
+
+class ImagePrompt(Protocol):
+    """Images that are conditions of the model, as an IP-Adapter's are."""
+
+    def nothing(self, count: int) -> dict[str, Tensor]:
+        """The conditions of ``count`` samplings without an image, which add nothing."""
+
+    def asked(self, latents: NDArray[np.float32]) -> dict[str, Tensor]:
+        """Those of samplings [B, ...] that are shown images, of which these would be the results
+        without them.
+        """
+
+    def null(self, count: int) -> dict[str, Tensor]:
+        """Those of guidance's unconditional rows beside them."""
 
 
 class Control(Protocol):
@@ -251,12 +295,14 @@ def record_trajectories(
     image_guidance: float | None = None,
     rows: int | None = None,
     control: Control | None = None,
+    prompt: ImagePrompt | None = None,
     progress: Progress = no_progress,
 ) -> Trajectories:
-    """Sample with DDIM and the float ``unet`` and record every step.
+    """Sample with the model's ``calibration_scheduler`` and the float ``unet``, and record every
+    step. Padding of prompts is recorded without what it holds, which counts for nothing.
 
     Args:
-        steps: DDIM steps, spaced as the model's scheduler spaces them.
+        steps: its steps, spaced as the model's scheduler spaces them.
         scheme: visit each of its buckets; where ``steps`` would miss one, with other spacing and
             more steps.
         samples: how many samplings run side by side; their conditions are drawn by the model.
@@ -266,49 +312,51 @@ def record_trajectories(
             :meth:`quest_deploy.models.channels.Guidance.parts`.
         image_guidance: the weight of the image that is edited, the model's where it is None.
         rows: how many rows run at once; all where it is None.
-        control: half of the samplings run with it, under the conditions of the other half, which
-            runs first; as many of both, and so one more where ``samples`` is odd.
+        control, prompt: half of the samplings run with them, under the conditions of the other
+            half, which runs first; as many of both, and so one more where ``samples`` is odd.
 
     Raises:
-        InputError: a condition is not finite, the scheduler cannot take the steps, or ``control``
-            adds nothing.
+        InputError: a condition is not finite, or the scheduler cannot take the steps.
         QuestDeployError: an output of the model is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler = _scheduler(model, steps, scheme)
     guide = guidance_of(model, guidance, image_guidance)
-    samples = samples if control is None else -(-samples // 2)
+    halves = control is not None or prompt is not None
+    samples = -(-samples // 2) if halves else samples
+
+    def by_row(asked: dict[str, Tensor], null: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        parts = guide.parts(asked, null)
+        return {name: torch.stack([x[name] for x in parts], 1).flatten(0, 1) for name in asked}
+
     drawn = model.draw_conditions(samples, generator)
-    parts = guide.parts(drawn, model.null_conditions(samples) if guide.guided else None)
-    conditions = {
-        name: torch.stack([part[name] for part in parts], 1).flatten(0, 1) for name in drawn
-    }
+    null = model.null_conditions(samples) if guide.guided else None
+    parts, conditions = len(guide.parts(drawn, null)), by_row(drawn, null)
     for name, value in conditions.items():
         if not torch.isfinite(value).all():
             raise InputError(
                 f"the condition {name} is not finite; check the text encoder's weights, or the "
                 "table of classes"
             )
+    conditions = model.without_padding(conditions)
     image = conditions.pop(IMAGE_CONDITION, None)
-    recorder = _Recorder(
-        model, unet, scheduler, guide, len(parts), conditions, image, rows, progress
-    )
+    if prompt is not None:
+        nothing = prompt.nothing(samples)
+        conditions |= by_row(nothing, nothing)
+    recorder = _Recorder(model, unet, scheduler, guide, parts, conditions, image, rows, progress)
 
     def noise() -> Tensor:
         return torch.randn(samples, *model.sample_shape, generator=generator)
 
     plain, latents = recorder.record(noise())
-    if control is None:
+    if not halves:
         return plain
-    shown = {
-        name: value.repeat_interleave(len(parts), 0)
-        for name, value in control.images(latents.numpy()).items()
-    }
+    if prompt is not None:
+        shown = by_row(prompt.asked(latents.numpy()), prompt.null(samples))
+        recorder = dataclasses.replace(recorder, conditions=conditions | shown)
+    shown = {} if control is None else control.images(latents.numpy())
+    shown = {name: value.repeat_interleave(parts, 0) for name, value in shown.items()}
     controlled, _ = recorder.record(noise(), control, shown)
-    if not any(value.any() for value in controlled.residuals.values()):
-        raise InputError(
-            "--controlnet: what it adds is zero everywhere; expected one that was trained"
-        )
     return joined_rows(controlled, plain)
 
 
@@ -337,7 +385,10 @@ class _Recorder:
             self.scheduler.timesteps,
             self.parts,
         )
-        phase = f"recording trajectories{'' if control is None else ' with ControlNet'}"
+        prompted = bool(self.conditions.get(IMAGE_SCALE, torch.zeros(0)).any())
+        names = {"ControlNet": control is not None, "IP-Adapter": prompted}
+        with_what = " and ".join(name for name, given in names.items() if given)
+        phase = f"recording trajectories{f' with {with_what}' if with_what else ''}"
         inputs, outputs, residuals = [], [], []
         for i, timestep in enumerate(timesteps):
             entered = joined(sample.repeat_interleave(parts, 0), self.image)
@@ -384,8 +435,9 @@ class _Recorder:
             if step or isinstance(e, QuestDeployError | OSError) or _lacks_memory(e):
                 raise
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            at_fault = "its network" if found else "what is added to its network"
             raise InputError(
-                f"{self.model.name}: its UNet does not run on samples "
+                f"{self.model.name}: {at_fault} does not run on samples "
                 f"{list(self.model.sample_shape)} and "
                 f"{', '.join((*self.conditions, *shown)) or 'no conditions'} ({reason})"
             ) from e

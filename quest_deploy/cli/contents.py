@@ -24,13 +24,16 @@ def _scheme(content: dict[str, Any]) -> str:
         f"{bits} bits" if bits else "float" for bits in (scheme.attention_bits, scheme.softmax_bits)
     )
     eight = f"{', '.join(scheme.eight_bit_layers)} 8 bits, " if scheme.eight_bit_layers else ""
+    left = f"{', '.join(scheme.float_layers)} float, " if scheme.float_layers else ""
+    # Where layers stay in float, the first and the last may be among them.
+    ends = "" if left else f"first and last layer {scheme.first_last_bits} bits, "
     branches = (
         f"; branches of rank {scheme.low_rank} beside {', '.join(scheme.low_rank_layers)}"
         if scheme.low_rank
         else ""
     )
     return (
-        f"scheme {scheme.name}, first and last layer {scheme.first_last_bits} bits, {eight}"
+        f"scheme {scheme.name}, {ends}{eight}{left}"
         f"{scheme.granularity.value}, "
         f"{scheme.buckets} timestep buckets; q, k and v {attention}, softmax {softmax}; "
         f"shortcuts {'split' if scheme.split_shortcuts else 'whole'}{branches}"
@@ -116,6 +119,8 @@ def _workspace(content: dict[str, Any]) -> Iterable[str]:
     yield f"workspace of {content['model']}"
     if content["loras"]:
         yield named_loras(content)
+    if "ip_adapter" in content:
+        yield "IP-Adapter {path}, calibrated at {scale:g}".format(**content["ip_adapter"])
     yield _scheme(content)
     if rows:
         yield table(["stage", "made", "files", "state"], rows)

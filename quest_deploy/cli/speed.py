@@ -94,11 +94,12 @@ def image_times(title: str, details: Mapping[str, Any]) -> tuple[list[str], Rows
     engine: the parts and the rest, which add up to the whole, and what else is known of it.
     """
     engines = _by_engine(details["engines"])
+    network = details.get("network", "UNet")  # records of earlier versions do not name it
     fp32, quantized = engines[FP32], engines[QUANTIZED]
     parts = {
         TEXT_ENCODER: "Text encoder",
         IMAGE_ENCODER: "Image encoder",
-        UNET: f"UNet, {counted(fp32['unet_calls'], 'call')}",
+        UNET: f"{network[0].upper()}{network[1:]}, {counted(fp32['unet_calls'], 'call')}",
         DECODER: "Decoder",
     }
     seconds = {
@@ -111,7 +112,7 @@ def image_times(title: str, details: Mapping[str, Any]) -> tuple[list[str], Rows
             engine: x["total_s"] - sum(x["parts"].values()) for engine, x in engines.items()
         },
         "Whole image": {engine: x["total_s"] for engine, x in engines.items()},
-        "One call of the UNet": {engine: x["unet_call_s"] for engine, x in engines.items()},
+        f"One call of the {network}": {engine: x["unet_call_s"] for engine, x in engines.items()},
     }
     return [title, *engines, GAIN], [
         *(

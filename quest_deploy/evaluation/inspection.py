@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from exporters.graph_info import graph_info, load_graph
@@ -143,6 +144,7 @@ def _engine(path: Path, shown: Progress | Display) -> Inspection:
 
 def _workspace(path: Path) -> dict[str, Any]:
     workspace = Workspace.open(path)
+    adapter = workspace.source.ip_adapter
     stages = {
         name: {
             "state": "up to date" if reason is None else "outdated",
@@ -156,6 +158,7 @@ def _workspace(path: Path) -> dict[str, Any]:
         "kind": "workspace",
         "model": workspace.model,
         "loras": workspace.source.to_json()["loras"],
+        **({} if adapter is None else {"ip_adapter": asdict(adapter)}),
         "scheme": workspace.scheme.to_json(),
         "stages": stages,
         "interrupted": workspace.interrupted_stages,

@@ -1,5 +1,5 @@
 """The time of a whole image: what each part of a diffusers pipeline takes of it, for pipelines that
-differ in their UNet alone and draw in turn.
+differ in their network alone and draw in turn.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ TEXT_ENCODER, IMAGE_ENCODER, UNET, DECODER = "text encoder", "image encoder", "u
 _CALLS = (
     ("text_encoder", "forward", TEXT_ENCODER),
     ("text_encoder_2", "forward", TEXT_ENCODER),
+    ("text_encoder_3", "forward", TEXT_ENCODER),
     ("vae", "encode", IMAGE_ENCODER),
     ("unet", "forward", UNET),
+    ("transformer", "forward", UNET),
     ("vae", "decode", DECODER),
 )
-"""The pipeline's parts, by what they are called with, and what they count as."""
+"""The pipeline's parts, by what they are called with, and what they count as; a transformer as a
+UNet.
+"""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from quest_deploy.calibration.trajectories import chunked
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.models.channels import IMAGE_CONDITION, for_scheduler, guidance_of, joined
-from quest_deploy.models.schedulers import set_steps
+from quest_deploy.models.schedulers import first_scale, scaled_input, set_steps
 from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
@@ -69,15 +69,14 @@ def sample_images(
     conditions = {name: torch.cat([part[name] for part in parts]) for name in asked}
     image = conditions.pop(IMAGE_CONDITION, None)
     channels = model.sample_shape[0]
-    latents = (
-        torch.randn(len(labels), *model.sample_shape, generator=generator)
-        * schedule.init_noise_sigma
+    latents = torch.randn(len(labels), *model.sample_shape, generator=generator) * first_scale(
+        schedule
     )
     # Not all schedulers take a generator; those that add noise need one.
     takes_generator = "generator" in inspect.signature(schedule.step).parameters
     extra = {"generator": generator} if takes_generator else {}
     for i, timestep in enumerate(schedule.timesteps):
-        scaled = schedule.scale_model_input(latents, timestep)
+        scaled = scaled_input(schedule, latents, timestep)
         batch = joined(scaled.repeat(len(parts), 1, 1, 1), image)
         prediction = chunked(
             denoise,

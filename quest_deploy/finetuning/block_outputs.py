@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-SUPERVISED_BLOCKS = ("ResnetBlock2D", "Transformer2DModel")
-"""The diffusers blocks whose outputs are compared with the float model's."""
+from quest_deploy.models.networks import kind_of
 
 
 def supervised_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules of ``model`` that are supervised."""
-    return [module for module in model.modules() if type(module).__name__ in SUPERVISED_BLOCKS]
+    """The modules of ``model``, a network, whose outputs are compared with the float model's."""
+    kinds = kind_of(model).supervised_blocks
+    return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
 class BlockOutputs:
@@ -22,12 +22,13 @@ class BlockOutputs:
 
     def __init__(self, model: nn.Module) -> None:
         self._blocks = supervised_blocks(model)
+        self._place = kind_of(model).supervised_output
         self._handles: list[Any] = []
         self._outputs: list[Tensor] = []
 
     def __enter__(self) -> BlockOutputs:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._outputs.append(output if isinstance(output, Tensor) else output[0])
+            self._outputs.append(output if isinstance(output, Tensor) else output[self._place])
 
         self._handles = [block.register_forward_hook(hook) for block in self._blocks]
         return self

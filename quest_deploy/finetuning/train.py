@@ -23,6 +23,7 @@ import math
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,12 +35,13 @@ from quest_deploy.artifacts.checkpoint import ActivationQuantizerData
 from quest_deploy.calibration.training_state import TrainingState, hash_of_tensors
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import sha256_of_json
-from quest_deploy.finetuning.block_outputs import SUPERVISED_BLOCKS, BlockOutputs, supervised_blocks
+from quest_deploy.finetuning.block_outputs import BlockOutputs, supervised_blocks
 from quest_deploy.finetuning.choices import PRECISIONS, STAGES
 from quest_deploy.finetuning.distributed import Processes, gradients
 from quest_deploy.finetuning.gradient_checkpointing import enable_gradient_checkpointing
-from quest_deploy.finetuning.layer_sets import LAYER_SETS, select_layers
+from quest_deploy.finetuning.layer_sets import layer_sets, select_layers
 from quest_deploy.finetuning.teacher_cache import TargetStream
+from quest_deploy.models.networks import kind_of
 from quest_deploy.progress import no_progress
 from quest_deploy.quantization.model import QuantizedModel
 
@@ -60,7 +62,8 @@ class FinetuneOptions:
     """How to finetune; everything that shapes the result.
 
     Attributes:
-        family: the row of ``LAYER_SETS`` that says which layers each stage trains.
+        family: the row of :mod:`quest_deploy.finetuning.layer_sets` that says which layers each
+            stage trains.
         stages: some of ``STAGES``, in the order in which they run.
         temporal_layers, sensitive_layers: glob patterns over layer names that replace the family's.
         carry_temporal: whether the sensitive stage trains on what an earlier temporal stage
@@ -95,10 +98,7 @@ class FinetuneOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.family not in LAYER_SETS:
-            raise InputError(
-                f"unknown model family {self.family!r}: expected one of {', '.join(LAYER_SETS)}"
-            )
+        layer_sets(self.family)
         if (
             not self.stages
             or len(set(self.stages)) != len(self.stages)
@@ -138,7 +138,7 @@ class FinetuneOptions:
 
     def layers_of(self, stage: str) -> tuple[str, ...]:
         """The glob patterns of the layers that ``stage`` is about."""
-        sets = LAYER_SETS[self.family]
+        sets = layer_sets(self.family)
         if stage == "temporal":
             return sets.temporal if self.temporal_layers is None else self.temporal_layers
         return sets.sensitive if self.sensitive_layers is None else self.sensitive_layers
@@ -244,7 +244,7 @@ def finetune(
         }
         stream = TargetStream(
             targets_path,
-            sha256_of_json([__version__, SUPERVISED_BLOCKS, plan]),
+            sha256_of_json([__version__, kind_of(student.model).supervised_blocks, plan]),
             target_cache * 2**20,
         )
         targets = _Targets(stream, load_teacher, batches, options.steps, progress)
@@ -359,16 +359,16 @@ def _finite(values: Tensor) -> bool:
 
 
 def _stages(student: QuantizedModel, options: FinetuneOptions) -> list[_Stage]:
-    layers = student.quantized_layers()
+    layers, in_float = student.quantized_layers(), _trained_in_float(student, options)
     stages: list[_Stage] = []
     for name in options.stages:
         asked = options.temporal_layers if name == "temporal" else options.sensitive_layers
-        chosen = select_layers(layers, options.layers_of(name), or_all=asked is None)
+        chosen = select_layers((*layers, *in_float), options.layers_of(name), or_all=asked is None)
         if name == "temporal":
             quantizers = list(
                 {
                     id(quantizer): quantizer
-                    for quantizer in (layers[layer].site for layer in chosen)
+                    for quantizer in (layers[layer].site for layer in chosen if layer in layers)
                 }.values()
             )
         else:
@@ -381,7 +381,9 @@ def _stages(student: QuantizedModel, options: FinetuneOptions) -> list[_Stage]:
         weights = [
             p
             for layer in chosen
-            for p in (layers[layer].weight, layers[layer].bias)
+            for p in (
+                (layers[layer].weight, layers[layer].bias) if layer in layers else in_float[layer]
+            )
             if p is not None
         ]
         scales = [
@@ -396,6 +398,22 @@ def _stages(student: QuantizedModel, options: FinetuneOptions) -> list[_Stage]:
         first_step = stages[-1].first_step + stages[-1].steps if stages else 0
         stages.append(_Stage(name, chosen, weights, scales, first_step, options.steps_of(name)))
     return stages
+
+
+def _trained_in_float(
+    student: QuantizedModel, options: FinetuneOptions
+) -> dict[str, list[nn.Parameter]]:
+    """The parameters in float that a stage may train, by the name of their module, or their own."""
+    quantized, network = student.quantized_layers(), student.model
+    found: dict[str, list[nn.Parameter]] = {}
+    for pattern in layer_sets(options.family).in_float:
+        for name, module in network.named_modules():
+            if fnmatchcase(name, pattern) and name not in quantized:
+                found[name] = list(module.parameters())
+        for name, parameter in network.named_parameters():
+            if fnmatchcase(name, pattern):
+                found[name] = [parameter]
+    return found
 
 
 def _freeze_all_but(student: QuantizedModel, trained: set[str]) -> None:

@@ -5,7 +5,7 @@ takes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from quest_deploy.errors import InputError
 from quest_deploy.models.channels import IMAGE_CONDITION
-from quest_deploy.models.supported import TIME_IDS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,9 +68,14 @@ class NoConditions:
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """Of a UNet that embeds the class itself: ``class_labels``, float32 [B]."""
+    """Of a network that embeds the class itself: ``class_labels``, float32 [B].
+
+    Attributes:
+        null_label: the class of no class; None where there is none.
+    """
 
     labels: int
+    null_label: int | None = None
 
     def of(self, labels: NDArray[np.int64]) -> dict[str, Tensor]:
         """The labels as float32 [B]."""
@@ -79,8 +83,12 @@ class ClassLabels:
         return {"class_labels": torch.from_numpy(labels).float()}
 
     def null(self, count: int) -> dict[str, Tensor]:
-        """Raise InputError: the model has no null condition, and so no guidance."""
-        raise InputError(NO_GUIDANCE)
+        """The class of no class, float32 [count]; raise InputError where the model has none, and so
+        no guidance.
+        """
+        if self.null_label is None:
+            raise InputError(NO_GUIDANCE)
+        return {"class_labels": torch.full((count,), float(self.null_label))}
 
 
 @dataclass(frozen=True)
@@ -180,39 +188,20 @@ class WithImages:
         return self._asked.null(count)
 
 
-def random_prompts(config: dict[str, Any], size: tuple[int, ...], seed: int) -> Prompts:
-    """Random normal states in the shapes that a UNet of ``config`` takes, where there is no text
-    encoder.
-
-    Sizes of the picture (``time_ids``) are those that the UNet was made for, eight pixels to a
-    latent; ``size`` is the latents' height and width.
+def random_prompts(draw: Callable[[int, torch.Generator], dict[str, Tensor]], seed: int) -> Prompts:
+    """Prompts whose states are random, where there is no text encoder; ``draw`` gives those of so
+    many.
     """
-
-    width = states_width(config)
 
     def encode(prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
-        halves = []
-        for _ in range(2):
-            states = {
-                "encoder_hidden_states": torch.randn(
-                    len(prompts), TEXT_TOKENS, width, generator=generator
-                )
-            }
-            if config.get("addition_embed_type") == "text_time":
-                pooled = (
-                    config["projection_class_embeddings_input_dim"]
-                    - TIME_IDS * config["addition_time_embed_dim"]
-                )
-                states["text_embeds"] = torch.randn(len(prompts), pooled, generator=generator)
-                states["time_ids"] = time_ids(*(8 * x for x in size)).repeat(len(prompts), 1)
-            halves.append(states)
-        return halves[0], halves[1]
+        asked, unasked = (draw(len(prompts), generator) for _ in range(2))
+        return asked, unasked
 
     return Prompts([""] * RANDOM_LABELS, encode)
 
 
-def states_width(config: dict[str, Any]) -> int:
+def states_width(config: Mapping[str, Any]) -> int:
     """How many values each of ``encoder_hidden_states`` has in a UNet of ``config``, which may say
     it for each level; raise InputError where the levels read different ones.
     """

@@ -27,11 +27,13 @@ Item = TypeVar("Item")
 PerLevel = Annotated[tuple[Item, ...], Field(min_length=1, max_length=MOST_LEVELS)]
 
 
-class _Configuration(BaseModel):
+class Configuration(BaseModel):
+    """What configuration files have in common: keys that are not named here are diffusers' own."""
+
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
 
-class UNetConfiguration(_Configuration):
+class UNetConfiguration(Configuration):
     """unet/config.json."""
 
     class_name: str = Field(alias="_class_name")
@@ -56,24 +58,51 @@ class UNetConfiguration(_Configuration):
     time_embedding_type: str | None = None
 
 
-class SchedulerConfiguration(_Configuration):
+class TransformerConfiguration(Configuration):
+    """transformer/config.json, of a transformer over square patches."""
+
+    class_name: str = Field(alias="_class_name")
+    sample_size: Side
+    patch_size: Annotated[int, Field(ge=1, le=2**6)]
+    in_channels: Channels
+    out_channels: Channels | None = None
+    num_layers: Annotated[int, Field(ge=1, le=2**8)]
+    num_attention_heads: Channels
+    attention_head_dim: Channels
+    cross_attention_dim: Channels | None = None
+    caption_channels: Channels | None = None
+    num_cross_attention_heads: Channels | None = None
+    cross_attention_head_dim: Channels | None = None
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] | None = None
+    joint_attention_dim: Channels | None = None
+    caption_projection_dim: Channels | None = None
+    pooled_projection_dim: Channels | None = None
+    pos_embed_max_size: Annotated[int, Field(ge=1, le=2**10)] | None = None
+    num_embeds_ada_norm: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    norm_type: str | None = None
+    use_additional_conditions: bool | None = None
+
+
+class SchedulerConfiguration(Configuration):
     """scheduler/scheduler_config.json."""
 
     num_train_timesteps: Annotated[int, Field(ge=1, le=10**5)] = 1000
     beta_start: float = 1e-4
     beta_end: float = 2e-2
     beta_schedule: str = "linear"
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon"
+    shift: Annotated[float, Field(gt=0)] | None = None
+    flow_shift: Annotated[float, Field(gt=0)] | None = None
     steps_offset: Annotated[int, Field(ge=0, le=10**5)] = 0
 
 
-class TextEncoderConfiguration(_Configuration):
+class TextEncoderConfiguration(Configuration):
     """text_encoder_2/config.json."""
 
     projection_dim: Channels
 
 
-class DecoderConfiguration(_Configuration):
+class DecoderConfiguration(Configuration):
     """vae/config.json or vqvae/config.json."""
 
     block_out_channels: PerLevel[Channels] | None = Field(
@@ -98,9 +127,9 @@ class DecoderConfiguration(_Configuration):
         return values
 
 
-Read = TypeVar("Read", bound=_Configuration)
+Read = TypeVar("Read", bound=Configuration)
 Part = tuple[str | None, str | None]
-PARTS = ("unet", "scheduler", "text_encoder", "text_encoder_2", "vae", "vqvae")
+PARTS = ("unet", "transformer", "scheduler", "text_encoder", "text_encoder_2", "vae", "vqvae")
 """Entries of an index that are parts; others may be settings of the pipeline."""
 
 

@@ -1,4 +1,6 @@
-"""What ControlNets are shown while a model is calibrated: the user's images, or edges."""
+"""What ControlNets and IP-Adapters are shown while a model is calibrated: the user's images, the
+model's own pictures, or their edges.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,22 @@ from PIL import Image
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from quest_deploy.models.pipeline_model import PipelineModel
+
     Plane = NDArray[np.float64]
 
 LOW, HIGH = 100.0, 200.0
 """Of the gradient, as ControlNet's authors give them to OpenCV's Canny (arXiv 2302.05543)."""
+
+
+def drawn(model: PipelineModel, latents: NDArray[np.float32]) -> list[Image.Image]:
+    """The pictures of ``latents`` [B, ...]; made ones of a model with random weights, which draws
+    nothing.
+    """
+    if model.source.random_weights:
+        return [model.image_input(i).image for i in range(len(latents))]
+    levels = (127.5 * (model.images(latents) + 1)).round().astype(np.uint8)
+    return [Image.fromarray(x.transpose(1, 2, 0)) for x in levels]
 
 
 def edges(image: Image.Image) -> Image.Image:

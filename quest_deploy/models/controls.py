@@ -15,15 +15,16 @@ from torch import Tensor
 from quest_deploy.artifacts.scaled_folder import CONFIGURATION
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
-from quest_deploy.models.channels import EDITING
-from quest_deploy.models.control_images import edges
+from quest_deploy.models.control_images import drawn, edges
 from quest_deploy.models.image_inputs import read_image, resized
+from quest_deploy.models.pipeline_classes import controlled_class
 from quest_deploy.models.residuals import (
     CONTROLNET,
     INTRABLOCK,
+    PARTS,
     T2I_ADAPTER,
     controlnet_residuals,
-    unet_residuals,
+    flag,
     unpacked,
 )
 from quest_deploy.models.unets import ADDED_CONDITIONS
@@ -38,10 +39,11 @@ if TYPE_CHECKING:
     from quest_deploy.artifacts.image_folder import ImageFolder
     from quest_deploy.artifacts.scaled_folder import ScaledFolder
     from quest_deploy.models.pipeline_model import PipelineModel
+    from quest_deploy.models.residuals import Residual
 
 SHOWN = "control_image_"
 """What each is shown, counted from 0, among the conditions of a sampling."""
-_CLASSES = {CONTROLNET: ControlNetModel, T2I_ADAPTER: T2IAdapter}
+_CLASSES: dict[str, Any] = {CONTROLNET: ControlNetModel, T2I_ADAPTER: T2IAdapter}
 _SAME = ("cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
 """What the configurations of a UNet and of its ControlNets say alike."""
 
@@ -50,12 +52,17 @@ def load_control(folder: Path, model: PipelineModel, kind: str) -> Any:
     """The ControlNet or T2I-adapter in ``folder``, in float32; raise InputError where it is
     damaged, of another kind, or made for another UNet than the one of ``model``.
     """
+    _shapes(model, kind, str(folder))  # refused before its weights are read
     expected = _CLASSES[kind]
+    if not (folder / CONFIGURATION).is_file():
+        raise InputError(
+            f"{folder}: expected the folder of a {expected.__name__} in diffusers' layout on this "
+            f"machine, and it has no {CONFIGURATION}"
+        )
     config = read_json(folder / CONFIGURATION, repair="get it again")
     if not isinstance(config, dict) or config.get("_class_name") != expected.__name__:
         found = config.get("_class_name") if isinstance(config, dict) else config
         raise InputError(f"{folder}: expected a {expected.__name__}, found {found}")
-    _check_model(model, kind, str(folder))
     net = load_part(folder, expected, whole=True)
     check_fits(net, model, kind, str(folder))
     return net
@@ -69,8 +76,12 @@ def check_fits(net: Any, model: PipelineModel, kind: str, where: str) -> None:
         raise InputError(
             f"{where}: expected a folder or a {expected.__name__}, found {type(net).__name__}"
         )
-    _check_model(model, kind, where)
-    shapes = unet_residuals(model.config, kind)
+    shapes = _shapes(model, kind, where)
+    if net.config.get("global_pool_conditions"):
+        raise InputError(
+            f"{where}: expected residuals with a height and a width, and those of a "
+            f"{expected.__name__} with global_pool_conditions have none"
+        )
     wrong = (_wrong_adapter if kind == T2I_ADAPTER else _wrong_controlnet)(net, model, shapes)
     if wrong:
         raise InputError(
@@ -79,12 +90,14 @@ def check_fits(net: Any, model: PipelineModel, kind: str, where: str) -> None:
         )
 
 
-def _check_model(model: PipelineModel, kind: str, where: str) -> None:
-    if model.asked_for != "prompt" or model.channels.image_kind == EDITING:
-        raise InputError(
-            f"{where}: expected a text-to-image or inpainting model, not {model.name}, for whose "
-            f"kind diffusers has no pipeline with a {_CLASSES[kind].__name__}"
-        )
+def _shapes(model: PipelineModel, kind: str, where: str) -> dict[str, Residual]:
+    """What a ``kind`` adds to ``model``; raise InputError where it takes none."""
+    try:
+        shapes = model.network.residuals(model.config, kind)
+        controlled_class(model.pipeline_class(), PARTS[kind])
+    except InputError as e:
+        raise InputError(f"{where}: {model.name} takes none: {e}") from e
+    return shapes
 
 
 def _wrong_controlnet(net: Any, model: PipelineModel, shapes: Mapping[str, Any]) -> list[str]:
@@ -108,7 +121,8 @@ def _wrong_adapter(net: Any, model: PipelineModel, shapes: Mapping[str, Any]) ->
     channels = net.config["in_channels"]
     if height % net.total_downscale_factor or width % net.total_downscale_factor:
         return ["downscale_factor"]
-    found = [tuple(x.shape[1:]) for x in net(torch.zeros(1, channels, height, width))]
+    image = torch.zeros(1, channels, height, width, dtype=net.dtype, device=net.device)
+    found = [tuple(x.shape[1:]) for x in net(image)]
     expected = [x.shape(*model.sample_shape[1:]) for x in shapes.values()]
     fits = found == expected[: len(found)] and channels in (1, 3)
     return [] if fits else ["the shapes that it adds"]
@@ -124,6 +138,7 @@ class Controls:
         folders: Mapping[str, Sequence[ScaledFolder]],
         images: Sequence[ImageFolder],
         model: PipelineModel,
+        samples: int,
     ) -> None:
         """Load them.
 
@@ -131,10 +146,11 @@ class Controls:
             folders: by kind.
             images: what each is shown, or one for all of them; none for edges of the model's own
                 pictures.
+            samples: the most samplings that they are shown to.
 
         Raises:
-            InputError: one cannot be read or does not fit the model, or there are more or fewer
-                folders of images.
+            InputError: one cannot be read, does not fit the model or adds nothing, or there are
+                more or fewer folders of images.
         """
         count = sum(map(len, folders.values()))
         if len(images) not in (0, 1, count):
@@ -144,11 +160,11 @@ class Controls:
             )
         self._model = model
         self._nets = [
-            (kind, load_control(x.check(), model, kind), x.scale)
+            (kind, _trained(x, model, kind), x.scale)
             for kind, each in folders.items()
             for x in each
         ]
-        given = [_read(folder, model.image_size) for folder in images]
+        given = [_read(folder, model.image_size, samples) for folder in images]
         self._images = given * count if len(given) == 1 else given
 
     def images(self, latents: NDArray[np.float32]) -> dict[str, Tensor]:
@@ -156,7 +172,8 @@ class Controls:
         user's images in turn, or edges of the pictures of ``latents`` [B, ...].
         """
         count = len(latents)
-        given = self._images or [self._edges(latents)] * len(self._nets)
+        own = [] if self._images else [edges(x) for x in drawn(self._model, latents)]
+        given = self._images or [own] * len(self._nets)
         return {
             f"{SHOWN}{i}": torch.stack([_tensor(shown[row % len(shown)]) for row in range(count)])
             for i, shown in enumerate(given)
@@ -180,16 +197,10 @@ class Controls:
         if net.config["in_channels"] == 1:
             image = image.mean(1, keepdim=True)
         features = [scale * x for x in net(image)]
-        shapes = unet_residuals(self._model.config, T2I_ADAPTER).values()
+        shapes = self._model.network.residuals(self._model.config, T2I_ADAPTER).values()
         for x in list(shapes)[len(features) :]:  # what it does not add to
             features.append(image.new_zeros(len(image), *x.shape(*self._model.sample_shape[1:])))
         return {f"{INTRABLOCK}{i}": x for i, x in enumerate(features)}
-
-    def _edges(self, latents: NDArray[np.float32]) -> list[Image.Image]:
-        if self._model.source.random_weights:  # which draw nothing
-            return [edges(self._model.image_input(i).image) for i in range(len(latents))]
-        levels = (127.5 * (self._model.images(latents) + 1)).round().astype(np.uint8)
-        return [edges(Image.fromarray(x.transpose(1, 2, 0))) for x in levels]
 
 
 def _of_controlnet(
@@ -213,8 +224,20 @@ def _of_controlnet(
     return unpacked({"down_block_additional_residuals": down, "mid_block_additional_residual": mid})
 
 
-def _read(folder: ImageFolder, size: tuple[int, int]) -> list[Image.Image]:
-    return [resized(read_image(path), size) for path in folder.files()]
+def _trained(given: ScaledFolder, model: PipelineModel, kind: str) -> Any:
+    """What is in the folder; raise InputError where it adds nothing, as before any training."""
+    net = load_control(given.check(flag(kind)), model, kind)
+    ends = [net] if kind == T2I_ADAPTER else [*net.controlnet_down_blocks, net.controlnet_mid_block]
+    if not any(weights.any() for end in ends for weights in end.parameters()):
+        raise InputError(
+            f"{flag(kind)} {given.path}: what it adds is zero everywhere; expected one that was "
+            "trained"
+        )
+    return net
+
+
+def _read(folder: ImageFolder, size: tuple[int, int], count: int) -> list[Image.Image]:
+    return [resized(read_image(path), size) for path in folder.files("--control-images")[:count]]
 
 
 def _tensor(image: Image.Image) -> Tensor:

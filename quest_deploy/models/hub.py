@@ -13,7 +13,7 @@ from quest_deploy.models.registry import OTHERWISE
 
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-CONFIGURATIONS = (INDEX, "*/*.json", "*/*.txt")
+CONFIGURATIONS = (INDEX, "*/*.json", "*/*.txt", "tokenizer*/*.model")
 WEIGHTS = tuple(
     f"*/{name}{shard}.safetensors"
     for name in ("diffusion_pytorch_model", "model")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quest_deploy.artifacts.model_source import (
     IMPORTED,
     IMPORTED_ALONE,
+    IPAdapter,
     Lora,
     ModelSource,
     fingerprint,
@@ -31,6 +32,8 @@ def resolve_source(
     random_weights: bool = False,
     loras: Sequence[str] = (),
     prediction_type: str | None = None,
+    ip_adapter: str | None = None,
+    image_encoder: Path | None = None,
 ) -> ModelSource:
     """Where ``model`` comes from: a registry's name, a diffusers folder or a single file. A model
     on the hub is fetched here.
@@ -39,12 +42,19 @@ def resolve_source(
         revision: of a model on the hub, a commit, branch or tag instead of the registry's.
         loras: each "PATH" or "PATH:WEIGHT".
         prediction_type: what the model predicts, where its files do not say it.
+        ip_adapter: "PATH" or "PATH:SCALE".
+        image_encoder: the folder of what encodes its images, see :class:`IPAdapter`.
 
     Raises:
         InputError: there is no such model, an option does not apply to it, or the hub does not give
             it.
     """
-    fused = tuple(Lora.parse(text) for text in loras)
+    if image_encoder is not None and ip_adapter is None:
+        raise InputError("--image-encoder: needs --ip-adapter")
+    fused: dict[str, Any] = {
+        "loras": tuple(Lora.parse(text) for text in loras),
+        "ip_adapter": None if ip_adapter is None else IPAdapter.parse(ip_adapter, image_encoder),
+    }
     check_model_name(model)
     known = KNOWN_MODELS.get(model)
     if revision is not None and (random_weights or known is None or known.repository is None):
@@ -57,13 +67,13 @@ def resolve_source(
             name,
             str(path),
             random_weights=random_weights,
-            loras=fused,
+            **fused,
             fingerprint=print_of_it,
             prediction_type=prediction_type,
         )
     if random_weights or model == EMBEDDED:
         return ModelSource(
-            model, random_weights=random_weights, loras=fused, prediction_type=prediction_type
+            model, random_weights=random_weights, prediction_type=prediction_type, **fused
         )
     if known.repository is None or known.revision is None:
         raise InputError(
@@ -75,7 +85,7 @@ def resolve_source(
         known.repository,
         folder.name,
         revision,
-        loras=fused,
+        **fused,
         prediction_type=prediction_type,
     )
 

@@ -35,41 +35,48 @@ CONTROLLED = {
 }
 """By a part that controls what is drawn, and by a class, the one that draws with it."""
 _PARTS = {
-    "unet",
     "scheduler",
     "vae",
     "vqvae",
     "text_encoder",
     "text_encoder_2",
+    "text_encoder_3",
     "tokenizer",
     "tokenizer_2",
+    "tokenizer_3",
     "safety_checker",
     "feature_extractor",
     "image_encoder",
 }
 _IMAGES = {"image", "video"}
+_ASKED = {"prompt", "class_labels"}
+_NAMES = {"unet": "UNet"}
 
 
-def drawn_class(name: str, index: Mapping[str, Any]) -> str:
+def drawn_class(name: str, index: Mapping[str, Any], part: str) -> str:
     """The class that draws the pipeline of ``index``; one that diffusers does not have stays as it
     is.
 
     Args:
         name: the model's, for the message.
+        part: its network's, "unet" or "transformer".
 
     Raises:
-        InputError: the pipeline has no UNet, needs a part that is not run here, or is called with
-            more than a prompt.
+        InputError: the pipeline has no such network, needs a part that is not run here, or is
+            called with more than a prompt or labels.
     """
     given: str = index["_class_name"]
     drawn = _TEXT_TO_IMAGE.get(given, given)
     found = getattr(diffusers, drawn, None)
-    problems = [] if index.get("unet", [None])[0] is not None else ["it has no UNet"]
+    has_it = index.get(part, [None])[0] is not None
+    problems = [] if has_it else [f"it has no {_NAMES.get(part, part)}"]
     if isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline):
-        if parts := sorted(_required(found.__init__) - _PARTS - set(found._optional_components)):
+        if parts := sorted(
+            _required(found.__init__) - {part, *_PARTS} - set(found._optional_components)
+        ):
             problems.append(f"it has a part that is not run here: {', '.join(parts)}")
         call = getattr(found, "__call__", None)  # noqa: B004 - its signature
-        needed = _required(call) - {"prompt"}
+        needed = _required(call) - _ASKED
         if drawn not in IMAGE_KINDS:
             needed |= _IMAGES & inspect.signature(call).parameters.keys() if call else set()
         if needed:

@@ -1,13 +1,15 @@
 """A diffusers pipeline as a model of the toolchain: from a folder, the hub, a single file, or an
 architecture with random weights.
 
-The UNet goes through the toolchain; text encoders, decoder, tokenizers and scheduler stay what they
-are and run beside the engine.
+Its network, a UNet or a transformer, goes through the toolchain; text encoders, decoder, tokenizers
+and scheduler stay what they are and run beside the engine. What is peculiar to a kind of network is
+said in :mod:`quest_deploy.models.networks`.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,30 +17,26 @@ from typing import TYPE_CHECKING, Any, Literal
 import diffusers
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from quest_deploy.artifacts.tensors import read_tensors
 from quest_deploy.errors import InputError
-from quest_deploy.models.channels import EDITING, INPAINTING, channels_of
+from quest_deploy.models.channels import EDITING, INPAINTING
 from quest_deploy.models.conditions import (
     BLOCK,
-    ClassLabels,
     ClassTokens,
     NoConditions,
     Prompts,
     WithImages,
     random_prompts,
     states_width,
-    time_ids,
 )
 from quest_deploy.models.configurations import (
+    Configuration,
     DecoderConfiguration,
     SchedulerConfiguration,
-    TextEncoderConfiguration,
-    UNetConfiguration,
     parse_configuration,
     read_configuration,
     read_index,
@@ -50,7 +48,10 @@ from quest_deploy.models.image_inputs import (
     random_condition,
     read_images,
 )
+from quest_deploy.models.ip_adapters import IMAGE_PARTS, add_ip_adapter, check_model
 from quest_deploy.models.loras import check_parts, fuse
+from quest_deploy.models.networks import UNET, network_of, transformer_class
+from quest_deploy.models.networks.network import CLASS_CONDITIONAL, TEXT_TO_IMAGE, UNCONDITIONAL
 from quest_deploy.models.pipeline_classes import CONTROLLED, controlled_class, drawn_class
 from quest_deploy.models.registry import (
     ARCHITECTURES,
@@ -58,16 +59,20 @@ from quest_deploy.models.registry import (
     EMBEDDED_FOLDER,
     KNOWN_MODELS,
 )
-from quest_deploy.models.schedulers import make_scheduler, noise_schedule
+from quest_deploy.models.schedulers import (
+    flow_sampler,
+    flow_schedule,
+    make_scheduler,
+    noise_schedule,
+)
 from quest_deploy.models.single_file import SingleFile, read_single_file
-from quest_deploy.models.supported import check_time_ids, check_unet, has_cross_attention
 from quest_deploy.models.tokenizers import (
     TOKENIZERS,
     bound_tokenizers,
     check_tokenizer,
     tell_cut,
 )
-from quest_deploy.models.unets import set_heads, with_flat_conditions
+from quest_deploy.models.unets import set_heads
 from quest_deploy.models.weights import (
     check_memory,
     check_weights,
@@ -84,14 +89,10 @@ if TYPE_CHECKING:
     from quest_deploy.artifacts.image_folder import ImageFolder
     from quest_deploy.artifacts.model_source import ModelSource
     from quest_deploy.models.conditions import Conditions
+    from quest_deploy.models.networks.network import Network
     from quest_deploy.models.registry import KnownModel
 
-TEXT_TO_IMAGE, CLASS_CONDITIONAL, UNCONDITIONAL = (
-    "text-to-image",
-    "class-conditional",
-    "unconditional",
-)
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 DECODERS = ("vae", "vqvae")
 PROMPTS = "prompts.txt"
 """What a text-to-image model is asked for where the user names nothing, a prompt a line."""
@@ -99,12 +100,9 @@ CLASS_EMBEDDING = "class_embedding.safetensors"
 """In the folder of a class-conditional model: "weight", float32 [classes + 1, tokens x D], its last
 row the class of no class.
 """
-GUIDANCE = {TEXT_TO_IMAGE: 7.5, CLASS_CONDITIONAL: 3.0, UNCONDITIONAL: 1.0}
-"""What each family is used with: Stable Diffusion's default, QuEST's for ImageNet, and none."""
 IMAGE_GUIDANCE = 1.5
 """What instruct-pix2pix models are used with, beside the weight of the text."""
 IMAGENET_CLASSES = 1000
-_WITHOUT_TEXT = ("image_encoder", "feature_extractor")
 
 
 class PipelineModel:
@@ -115,11 +113,12 @@ class PipelineModel:
         folder: the pipeline's folder, or the architecture's where only that is known.
         single_file: the file that holds the weights of all parts, if that is where they come from.
         index: model_index.json: each part's library and class.
-        config: the UNet's configuration.
-        channels: what the UNet's channels are.
+        network: the kind of its network.
+        config: the network's configuration.
+        channels: what the network's channels are.
     """
 
-    calibration_steps = 20
+    calibration_steps, calibration_scheduler = 20, "ddim"
 
     def __init__(
         self,
@@ -140,43 +139,47 @@ class PipelineModel:
         )
         self.folder = _folder_of(source, self._file)
         self.index = read_index(self.folder)
-        unet = self.folder / "unet" / "config.json"
-        if not unet.exists():
-            drawn_class(self.name, self.index)  # such as one of no UNet says so
-        self.config = read_configuration(UNetConfiguration, unet)
+        self.network, self.config = self._read_network()
         if self._file is not None:
             self._apply(self._file)
         of_text = any(self.index.get(name, [None])[0] is not None for name in TEXT_ENCODERS)
-        check_unet(self.name, self.config, of_text=of_text)
-        check_time_ids(self.name, self.config, self._pooled_width())
-        # What the UNet lacks says more than the class of its pipeline.
+        self.network.check(self.name, self.config, self.folder, of_text=of_text)
+        if source.loras and not self.network.takes_loras:
+            raise InputError(
+                f"--lora: expected a model with a UNet, and {self.name} has a {self.network.noun}"
+            )
+        # What the network lacks says more than the class of its pipeline.
         with quiet():  # importing it tells of torchvision, which nothing here uses
-            self.index["_class_name"] = drawn_class(self.name, self.index)
-        self.family = self._family(of_text=of_text)
+            self.index["_class_name"] = drawn_class(self.name, self.index, self.network.part)
+        self.family = self.network.family(self.config, of_text=of_text)
+        self.layer_set_name = self.network.layer_set_name(self.family)
         self.asked_for = self._asked_for()
         if prompts is not None and self.family != TEXT_TO_IMAGE:
             raise InputError(
                 f"--prompts: expected a text-to-image model, and {self.name} is {self.family}"
             )
         self._schedule = self._read_schedule()
+        self.bucket_steps: int | None = None
+        if self.network.flow_matching:
+            self.bucket_steps = self.calibration_steps = self._usual_steps()
+            self.calibration_scheduler = flow_sampler(self._schedule)
         decoder = self.folder / (self._decoder or "vae") / "config.json"
         self._decoder_config = (
             read_configuration(DecoderConfiguration, decoder) if decoder.exists() else None
         )
-        self.channels = channels_of(
+        self.channels = self.network.channels(
             self.name,
             self.config,
             self.index["_class_name"],
             self._schedule.get("variance_type"),
-            text=self.family == TEXT_TO_IMAGE,
+            of_text=self.family == TEXT_TO_IMAGE,
         )
         self._given_prompts = prompts
         self._conditions: Conditions | None = None
         self._told_cut = False
-        side = self.config["sample_size"]
         self.sample_shape: tuple[int, ...] = (
             self.channels.sampled,
-            *((side, side) if isinstance(side, int) else side),
+            *self.network.sides(self.config),
         )
         if images is not None and not self.channels.image:
             raise InputError(
@@ -184,8 +187,7 @@ class PipelineModel:
             )
         self._given_images = images
         self.train_timesteps: int = self._schedule["num_train_timesteps"]
-        without_null = self.config.get("num_class_embeds") is not None
-        self.guidance = 1.0 if without_null else GUIDANCE[self.family]
+        self.guidance = self.network.guidance(self.config, self.family)
         editing = self.channels.image_kind == EDITING
         self.image_guidance: float | None = IMAGE_GUIDANCE if editing else None
         # A forward pass of Stable Diffusion takes seconds on a CPU, one of a latent-diffusion UNet
@@ -194,34 +196,45 @@ class PipelineModel:
         self.forward_rows: int | None = 2 if self.family == TEXT_TO_IMAGE else 4
         self.evaluation_images = 4
         self.eight_bit_layers: Sequence[str] = ()
+        self.float_layers: Sequence[str] = self.network.float_layers(self.config)
         self.finetuning: Mapping[str, Any] = {}
         self.finetuning_threads: int | None = None
+        if source.ip_adapter is not None:
+            check_model(source.ip_adapter, self)
         for name, value in {} if self._known is None else self._known.defaults.items():
             setattr(self, name, value)
 
     def load_unet(self) -> nn.Module:
-        """The float model, its LoRAs fused; random weights are those of the source's seed."""
-        unet_class = {"UNet2DConditionModel": UNet2DConditionModel, "UNet2DModel": UNet2DModel}[
-            self.config["_class_name"]
-        ]
-        with self._loading("the UNet"):
+        """The float model, its LoRAs fused, with its IP-Adapter's keys and values; random weights
+        are those of the source's seed.
+        """
+        class_name, part = self.config["_class_name"], self.network.part
+        with self._loading(f"the {self.network.noun}"):
             if self.source.random_weights:
                 with torch.device("meta"):
-                    empty = unet_class.from_config(self.config)
+                    empty = self.network.build(class_name, self.config)
                 check_memory(sum(p.numel() for p in empty.parameters()), self.name)
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(self.source.seed)
-                    unet: nn.Module = unet_class.from_config(self.config)
+                    network = self.network.build(class_name, self.config)
             elif self.single_file is not None:
-                unet = load_single_file(self.single_file, unet_class, self.folder, "unet")
+                kind = getattr(diffusers, class_name)
+                network = load_single_file(self.single_file, kind, self.folder, part)
             else:
-                unet = load_part(self.folder / "unet", unet_class, whole=True)
+                network = load_part(
+                    self.folder / part,
+                    getattr(diffusers, class_name),
+                    whole=True,
+                    unused=self.network.unused_weights,
+                )
         if self._known is not None and self._known.heads is not None:
-            set_heads(unet, self._known.heads)
+            set_heads(network, self._known.heads)
         if self.source.loras:
             self._check_loras()
-            fuse(self.source.loras, "unet", unet)
-        return with_flat_conditions(unet).eval()
+            fuse(self.source.loras, part, network)
+        if self.source.ip_adapter is not None:
+            add_ip_adapter(network, self.source.ip_adapter)
+        return self.network.flat(network).eval()
 
     def load_scheduler(self, name: str, **overrides: Any) -> Any:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""
@@ -247,6 +260,10 @@ class PipelineModel:
     def null_conditions(self, count: int) -> dict[str, torch.Tensor]:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""
         return self._asked.null(count)
+
+    def without_padding(self, conditions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See :class:`quest_deploy.models.registry.DiffusionModel`."""
+        return self.network.without_padding(conditions)
 
     def images(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """Decode one by one, which bounds memory; a model without a decoder works on pixels."""
@@ -307,19 +324,20 @@ class PipelineModel:
 
         Args:
             parts: by name, parts to take instead of the folder's; None leaves one away. Without
-                ``unet`` there is none; with ``controlnet`` or ``adapter`` it is a pipeline that has
-                one.
+                ``unet``, or ``transformer``, there is none; with ``controlnet`` or ``adapter`` it
+                is a pipeline that has one.
         """
         self.require_weights("run as a pipeline")
         pipeline_class = self.pipeline_class()
+        parts = {name: x for name, x in parts.items() if x is not None or name not in CONTROLLED}
         for part in CONTROLLED.keys() & parts.keys():
             pipeline_class = controlled_class(pipeline_class, part)
-        given = {"unet": None, **parts}
+        given = {self.network.part: None, **parts}
         if "safety_checker" in self.index and "safety_checker" not in given:
             given |= {"safety_checker": None, "requires_safety_checker": False}
             given |= {
                 name: None  # they serve the checker alone
-                for name in _WITHOUT_TEXT
+                for name in IMAGE_PARTS
                 if name in self.index and name not in given and not (self.folder / name).is_dir()
             }
         with self._loading("the pipeline"):
@@ -365,7 +383,7 @@ class PipelineModel:
     def _load_encoders(self) -> Any:
         """The pipeline as far as it encodes prompts."""
         return self.load_pipeline(
-            **{name: None for name in ("vae", *_WITHOUT_TEXT) if name in self.index}
+            **{name: None for name in ("vae", *IMAGE_PARTS) if name in self.index}
         )
 
     def _check_loras(self) -> None:
@@ -379,7 +397,7 @@ class PipelineModel:
                 "not"
             )
         encoders = (name for name in TEXT_ENCODERS if self.index.get(name, [None])[0] is not None)
-        check_parts(self.source.loras, ("unet", *encoders))
+        check_parts(self.source.loras, (self.network.part, *encoders))
 
     def _fetch_configurations(self) -> Path:
         known = KNOWN_MODELS[self.folder.name]
@@ -400,8 +418,8 @@ class PipelineModel:
         return self._conditions
 
     def _make_conditions(self) -> Conditions:
-        if self.config.get("num_class_embeds") is not None:
-            return ClassLabels(self.config["num_class_embeds"])
+        if (labels := self.network.labels(self.config)) is not None:
+            return labels
         if self.family == UNCONDITIONAL:
             return NoConditions()
         if self.family == CLASS_CONDITIONAL:
@@ -416,7 +434,7 @@ class PipelineModel:
                 table = _class_table(self.folder / CLASS_EMBEDDING, width)
             return ClassTokens(table.unflatten(1, (-1, width)))
         if self.source.random_weights:
-            asked = random_prompts(self.config, self.sample_shape[1:], self.source.seed)
+            asked = random_prompts(self._random_states, self.source.seed)
         else:
             asked = Prompts(self.prompts, self._encode)
         if not self.channels.image:
@@ -464,7 +482,7 @@ class PipelineModel:
         """From an image and a seed to the UNet's further channels [C, H, W], by the pipeline's own
         code.
         """
-        unused = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", *_WITHOUT_TEXT)
+        unused = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", *IMAGE_PARTS)
         pipeline = self.load_pipeline(**{name: None for name in unused if name in self.index})
         height, width = self.image_size
         device = torch.device("cpu")
@@ -493,42 +511,30 @@ class PipelineModel:
 
         return encode
 
+    def _random_states(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        height, width = self.sample_shape[1:]
+        states = self.network.random_states(self.config, count, generator)
+        # Eight pixels to a latent, where there is no decoder that says how many.
+        return states | self.network.of_size(self.config, (8 * height, 8 * width), count)
+
     def _encode(
         self, prompts: list[str]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         pipeline = self._load_encoders()
-
-        def encode(block: list[str]) -> Sequence[torch.Tensor]:
-            given = {
-                "prompt": block,
-                "device": torch.device("cpu"),
-                "num_images_per_prompt": 1,
-                "do_classifier_free_guidance": True,
-            }
-            if hasattr(pipeline, "encode_prompt"):
-                both: Sequence[torch.Tensor] = pipeline.encode_prompt(**given)
-            else:  # instruct-pix2pix's, which gives both, and the unconditional ones twice
-                both = pipeline._encode_prompt(**given).chunk(3)[:2]
-            return both
-
         with torch.no_grad(), quiet():
             if not self._told_cut:
                 tell_cut(pipeline, self.prompts)
                 self._told_cut = True
-            blocks = [encode(prompts[i : i + BLOCK]) for i in range(0, len(prompts), BLOCK)]
-        encoded = [torch.cat(each) for each in zip(*blocks, strict=True)]
-        names = (
-            "encoder_hidden_states",
-            "text_embeds",
-        )  # each with its unconditional half behind it
-        halves = [
-            {name: value.float() for name, value in zip(names, encoded[i::2], strict=False)}
-            for i in (0, 1)
-        ]
-        if self.config.get("addition_embed_type") == "text_time":
-            sizes = time_ids(*self.image_size).repeat(len(prompts), 1)
-            halves = [{**half, "time_ids": sizes} for half in halves]
-        return halves[0], halves[1]
+            blocks = [
+                self.network.encode(pipeline, prompts[i : i + BLOCK])
+                for i in range(0, len(prompts), BLOCK)
+            ]
+        of_size = self.network.of_size(self.config, self.image_size, len(prompts))
+        asked, unasked = (
+            {name: torch.cat([part[name] for part in half]) for name in half[0]} | of_size
+            for half in zip(*blocks, strict=True)
+        )
+        return asked, unasked
 
     def _pixels_per_latent(self) -> int:
         if self._decoder_config is None:
@@ -568,16 +574,47 @@ class PipelineModel:
         path = self.folder / "scheduler" / "scheduler_config.json"
         config = read_configuration(SchedulerConfiguration, path)
         config |= {} if self._file is None else self._file.schedule
+        if not self.network.takes_variance:
+            config.pop("variance_type", None)
         if self.source.prediction_type is not None:
             config["prediction_type"] = self.source.prediction_type
         parse_configuration(SchedulerConfiguration, config, str(self.single_file or path))
         _, name = self.index.get("scheduler", (None, None))
+        if self.network.flow_matching:
+            if self.source.prediction_type is not None:
+                raise InputError(
+                    f"--prediction-type: not for {self.name}, a model of flow matching"
+                )
+            return flow_schedule(config, name, str(path))
         return noise_schedule(config, name, str(path), latent=self._decoder is not None)
+
+    def _usual_steps(self) -> int:
+        """How many steps diffusers' own pipeline takes, unless told otherwise."""
+        parameters = inspect.signature(self.pipeline_class().__call__).parameters
+        return int(parameters["num_inference_steps"].default)
 
     @property
     def _decoder(self) -> str | None:
         """What the pipeline calls its decoder; None of a model that works on pixels."""
         return next((x for x in DECODERS if self.index.get(x, [None])[0] is not None), None)
+
+    def _read_network(self) -> tuple[Network, dict[str, Any]]:
+        """The kind of the pipeline's network, and its configuration."""
+        has_unet = self.index.get("unet", [None])[0] is not None
+        if not has_unet and self.index.get("transformer", [None])[0] is not None:
+            path = self.folder / "transformer" / "config.json"
+            config = read_configuration(Configuration, path)
+            name = transformer_class(
+                self.name, {"_class_name": self.index["transformer"][1], **config}
+            )
+            network = network_of(name)
+            config["_class_name"] = name
+            parse_configuration(network.configuration, config, str(path))
+            return network, config
+        path = self.folder / "unet" / "config.json"
+        if not path.exists():
+            drawn_class(self.name, self.index, UNET.part)  # such as one of no UNet says so
+        return UNET, read_configuration(UNET.configuration, path)
 
     def _apply(self, file: SingleFile) -> None:
         """Let the single file's own size and channels go before its architecture's."""
@@ -590,25 +627,10 @@ class PipelineModel:
                 f"{self.folder.name} has {channels}; give a diffusers folder"
             )
 
-    def _pooled_width(self) -> int | None:
-        """The width of the second text encoder's pooled state, where its configuration is there."""
-        path = self.folder / "text_encoder_2" / "config.json"
-        if not path.exists():
-            return None
-        return int(read_configuration(TextEncoderConfiguration, path)["projection_dim"])
-
-    def _family(self, *, of_text: bool) -> str:
-        """Which layers QuEST trains: a UNet without cross-attention has attention blocks for
-        transformers, whether it embeds a class or not.
-        """
-        if of_text:
-            return TEXT_TO_IMAGE
-        return CLASS_CONDITIONAL if has_cross_attention(self.config) else UNCONDITIONAL
-
     def _asked_for(self) -> Literal["prompt", "label"] | None:
         if self.family == TEXT_TO_IMAGE:
             return "prompt"
-        has_labels = self.config.get("num_class_embeds") is not None
+        has_labels = self.network.labels(self.config) is not None
         return "label" if has_labels or self.family == CLASS_CONDITIONAL else None
 
     def require_weights(self, purpose: str) -> None:

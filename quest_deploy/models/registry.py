@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
-"""A folder for each architecture: its pipeline's index and the configurations of its UNet and its
-scheduler.
+"""A folder for each architecture: its pipeline's index and the configurations of its network and
+its scheduler.
 """
 EMBEDDED = "emoji"
 EMBEDDED_FOLDER = Path(__file__).parent / EMBEDDED
@@ -40,7 +40,7 @@ class KnownModel:
     Attributes:
         repository, revision: on the Hugging Face Hub in diffusers' layout, at this commit; None
             where there is none.
-        heads: of every attention, where the UNet's configuration cannot say it.
+        heads: of every attention, where the network's configuration cannot say it.
         defaults: the members of :class:`DiffusionModel` that are not its family's.
     """
 
@@ -92,6 +92,12 @@ KNOWN_MODELS = {
     "sdxl": KnownModel(
         "stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b"
     ),
+    "pixart-sigma": KnownModel(
+        "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "e102b3591cc82e97071b8b4cb90d834d0c487207"
+    ),
+    "sd35-medium": KnownModel(
+        "stabilityai/stable-diffusion-3.5-medium", "b940f670f0eda2d07fbb75229e779da1ad11eb80"
+    ),
     "ldm-bedroom": KnownModel(),
     "ldm-church": KnownModel(heads=8),
     "ldm-imagenet": KnownModel(),
@@ -111,8 +117,11 @@ class DiffusionModel(Protocol):
 
     Attributes:
         name: its name in the registry, or its folder's.
-        family: which of QuEST's layer sets applies (see ``quest_deploy.finetuning.layer_sets``).
-        sample_shape: the shape of one latent sample, without the batch. What else the UNet's
+        family: what its images are asked for by: "text-to-image", "class-conditional" or
+            "unconditional".
+        layer_set_name: which of QuEST's layer sets applies (see
+            ``quest_deploy.finetuning.layer_sets``).
+        sample_shape: the shape of one latent sample, without the batch. What else the network's
             ``sample`` holds is the condition :data:`quest_deploy.models.channels.IMAGE_CONDITION`.
         train_timesteps: the number of steps it was trained with.
         guidance: the classifier-free guidance weight it is used with unless told otherwise; 1 is
@@ -121,9 +130,13 @@ class DiffusionModel(Protocol):
             models.
         calibration_samples, calibration_steps: how many samplings, of how many steps, are recorded
             for it unless told otherwise.
+        calibration_scheduler: the short name of the scheduler that they are recorded with.
+        bucket_steps: the number of that scheduler's steps that are spread evenly, or nearly, over
+            the buckets unless told otherwise; None for equally wide buckets.
         forward_rows: how many rows of a batch are best run at once; None for any number.
         eight_bit_layers: the layers that have eight bits unless told otherwise, glob patterns of
             their module paths.
+        float_layers: the layers that are not quantized unless told otherwise, glob patterns.
         finetuning: the options of ``FinetuneOptions`` that suit it better than the defaults.
         finetuning_threads: how many of torch's threads finetune it best on a CPU; None for all.
         asked_for: what an image of it is asked for by, a "prompt" or a "label"; None for nothing.
@@ -132,14 +145,18 @@ class DiffusionModel(Protocol):
 
     name: str
     family: str
+    layer_set_name: str
     sample_shape: tuple[int, ...]
     train_timesteps: int
     guidance: float
     image_guidance: float | None
     calibration_samples: int
     calibration_steps: int
+    calibration_scheduler: str
+    bucket_steps: int | None
     forward_rows: int | None
     eight_bit_layers: Sequence[str]
+    float_layers: Sequence[str]
     finetuning: Mapping[str, Any]
     finetuning_threads: int | None
     asked_for: Literal["prompt", "label"] | None
@@ -176,6 +193,9 @@ class DiffusionModel(Protocol):
         """The unconditional conditions, each [count, ...]; raise InputError where the model has
         none, and so no guidance.
         """
+
+    def without_padding(self, conditions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See :class:`quest_deploy.models.networks.network.Network`."""
 
     def images(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """Decode latents [B, ...] to images [B, C, H, W] in [-1, 1]; raise InputError where the

@@ -1,5 +1,6 @@
 """What ControlNets and T2I-adapters add inside a UNet, each tensor an input of its own: float32
-[B, C, height / divisor, width / divisor] of the sample's height and width.
+[B, C, height / divisor, width / divisor] of the sample's height and width; and an IP-Adapter's
+inputs.
 
 Zeros add nothing: a UNet with these inputs computes then what it computes without them. Several
 ControlNets add up before they reach the UNet, so that it has one set of inputs for all of them.
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from quest_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Container, Iterator, Mapping
+
+    from quest_deploy.artifacts.scheme import Scheme
 
     T = TypeVar("T")
 
@@ -23,6 +26,13 @@ INTRABLOCK = "down_intrablock_additional_residual_"
 """A T2I-adapter's: one inside each down block, and the middle block's behind them."""
 CONTROLNET, T2I_ADAPTER = KINDS = ("controlnet", "t2i_adapter")
 """What adds them; an option's names begin so."""
+PARTS = {CONTROLNET: "controlnet", T2I_ADAPTER: "adapter"}
+"""What diffusers' pipelines call them."""
+IP_ADAPTER = "ip_adapter"
+IMAGE_TOKENS, IMAGE_SCALE = IMAGE_PROMPT = ("ip_adapter_tokens", "ip_adapter_scale")
+"""An IP-Adapter's inputs: an image's tokens, float32 [B, tokens, C] as text states are, and the
+scale of what they add, float32 [B].
+"""
 _ARGUMENTS: dict[str, tuple[str, type[list[Any]] | type[tuple[Any, ...]]]] = {
     DOWN: ("down_block_additional_residuals", tuple),
     INTRABLOCK: ("down_intrablock_additional_residuals", list),  # of which diffusers takes one off
@@ -50,16 +60,38 @@ def unet_residuals(config: Mapping[str, Any], kind: str = CONTROLNET) -> dict[st
     """The inputs that a ``kind`` gives a UNet of ``config``, its ``_class_name`` among it; raise
     InputError where it gives it none.
     """
-    if (found := config["_class_name"]) in _WITHOUT:
-        raise InputError(
-            f"{kind}: expected a UNet of Stable Diffusion, found a {found}, which takes no inputs "
-            "of it"
-        )
+    if config["_class_name"] in _WITHOUT:
+        raise takes_none(config, kind)
     return {CONTROLNET: controlnet_residuals, T2I_ADAPTER: adapter_residuals}[kind](config)
+
+
+def takes_none(config: Mapping[str, Any], kind: str) -> InputError:
+    """The error that a network of ``config`` has no inputs of a ``kind``."""
+    return InputError(
+        f"{kind}: expected a UNet of Stable Diffusion, found a {config['_class_name']}, which "
+        "takes no inputs of it"
+    )
+
+
+def check_unrecorded(scheme: Scheme, kind: str) -> None:
+    """Raise InputError where a UNet that is calibrated without a ``kind`` cannot get its inputs."""
+    if scheme.split_shortcuts and kind == CONTROLNET:
+        raise InputError(
+            f"{flag(kind)}-inputs: with split shortcuts a skip connection and the next layer share "
+            "a quantizer unless something was added to one of them; expected a workspace that is "
+            f"calibrated with {flag(kind)}, or with --whole-shortcuts"
+        )
+
+
+def flag(kind: str) -> str:
+    """The option that names what adds them."""
+    return f"--{kind.replace('_', '-')}"
 
 
 def kind_of(name: str) -> str:
     """What gives the input ``name``."""
+    if name in IMAGE_PROMPT:
+        return IP_ADAPTER
     return T2I_ADAPTER if name.startswith(INTRABLOCK) else CONTROLNET
 
 
@@ -111,9 +143,29 @@ def _check_blocks(config: Mapping[str, Any]) -> None:
         )
 
 
+def check_image_prompt(given: Container[str]) -> None:
+    """Raise InputError where one of an IP-Adapter's inputs is ``given`` alone, which would add
+    nothing.
+    """
+    missing = [name for name in IMAGE_PROMPT if name not in given]
+    if len(missing) == 1:
+        raise InputError(
+            f"{missing[0]}: expected both {' and '.join(IMAGE_PROMPT)}, or neither: an image's "
+            "tokens add nothing without their scale"
+        )
+
+
 def packed(conditions: Mapping[str, T]) -> dict[str, Any]:
-    """``conditions`` by name, the residuals among them as the arguments of diffusers' UNets."""
+    """``conditions`` by name, the residuals among them as the arguments of diffusers' UNets; an
+    IP-Adapter's inputs beside the text states, as
+    :class:`quest_deploy.models.attention.WrittenAttention` takes them. Raise InputError where one
+    of those two is missing.
+    """
+    check_image_prompt(conditions)
     found: dict[str, Any] = dict(conditions)
+    if IMAGE_TOKENS in found:
+        image = (found.pop(name) for name in IMAGE_PROMPT)
+        found["encoder_hidden_states"] = (found["encoder_hidden_states"], *image)
     for prefix, (argument, kind) in _ARGUMENTS.items():
         if count := sum(name.startswith(prefix) for name in conditions):
             found[argument] = kind(found.pop(f"{prefix}{i}") for i in range(count))

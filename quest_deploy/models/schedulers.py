@@ -1,8 +1,8 @@
 """Diffusers' schedulers under short names, and what a model's own configuration says of its noise.
 
-A model is known here by betas over its training steps. A schedule in sigmas (EDM, flow matching,
-variance exploding, consistency models) has none, and read as betas it would silently be another
-one: it is refused by its class.
+A model is known here by betas over its training steps, or, of flow matching, by the shift of its
+schedule. Another schedule in sigmas (EDM, variance exploding, consistency models) has neither, and
+read as betas it would silently be another one: it is refused by its class.
 """
 
 from __future__ import annotations
@@ -61,6 +61,25 @@ NOISE = (
 UNBOUNDED = ("lambda_min_clipped",)
 """Options that are infinite by default, which files of numbers cannot say."""
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+FLOW = "flow_prediction"
+"""What a model of flow matching predicts, as diffusers calls it."""
+FLOW_SCHEDULERS = {
+    "ddim": "FlowMatchEulerDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+"""Those that sample a model of flow matching; DDIM's step and Euler's are the same one there."""
+OTHER_SIGMAS = (
+    "invert_sigmas",
+    "shift_terminal",
+    "stochastic_sampling",
+    "use_beta_sigmas",
+    "use_dynamic_shifting",
+    "use_exponential_sigmas",
+    "use_karras_sigmas",
+)
+"""Options by which a schedule of flow matching is more than its shift."""
 _SOME = (20, 10, 4, 2, 1)
 """Numbers of steps of which a scheduler that takes any takes one."""
 
@@ -92,7 +111,8 @@ def noise_schedule(
             f"training steps, of {', '.join(sorted(OF_BETAS))}; models in sigmas (EDM, flow "
             "matching, variance exploding, consistency) cannot be sampled with those"
         )
-    if wrong := [f"{key} {config[key]!r}" for key, x in IN_SIGMAS.items() if config.get(key) == x]:
+    in_sigmas = {**IN_SIGMAS, "prediction_type": FLOW}
+    if wrong := [f"{key} {config[key]!r}" for key, x in in_sigmas.items() if config.get(key) == x]:
         raise InputError(f"{where}: {names[0]} with {wrong[0]} samples in sigmas: not supported")
     parameters = inspect.signature(getattr(diffusers, names[0]).__init__).parameters
     defaults = {name: parameters[name].default for name in NOISE if name in parameters}
@@ -113,6 +133,72 @@ def noise_schedule(
     return {**defaults, **({"clip_sample": False} if latent else {}), **finite}
 
 
+def flow_schedule(config: Mapping[str, Any], class_name: str | None, where: str) -> dict[str, Any]:
+    """What the scheduler's configuration of a model of flow matching (arXiv 2210.02747) says, the
+    same for every class of ``FLOW_SCHEDULERS``: num_train_timesteps, prediction_type and shift;
+    and its _class_name.
+
+    Args:
+        config, class_name, where: as of :func:`noise_schedule`.
+
+    Raises:
+        InputError: it is of another class, or more than a shift.
+    """
+    names = [name for name in (class_name, config.get("_class_name")) if name is not None]
+    known = set(FLOW_SCHEDULERS.values())
+    euler = FLOW_SCHEDULERS["euler"]
+    wrong = [str(name) for name in names or ["no class"] if str(name) not in known]
+    if not wrong and names[-1] != euler and not config.get("use_flow_sigmas"):
+        wrong = [f"{names[-1]} without use_flow_sigmas"]
+    if wrong:
+        raise InputError(
+            f"{where}: {wrong[0]} is not supported: the model is one of flow matching, and needs "
+            f"{euler}, or {' or '.join(sorted(known - {euler}))} with use_flow_sigmas"
+        )
+    if others := [key for key in OTHER_SIGMAS if config.get(key)]:
+        raise InputError(f"{where}: {others[0]} {config[others[0]]!r} is not supported")
+    shift = config.get("shift" if names[-1] == euler else "flow_shift") or 1.0
+    return {
+        "_class_name": names[-1],
+        "num_train_timesteps": config.get("num_train_timesteps", 1000),
+        "prediction_type": FLOW,
+        "shift": float(shift),
+    }
+
+
+def flow_sampler(schedule: Mapping[str, Any]) -> str:
+    """The short name of the scheduler whose :func:`flow_schedule` it is."""
+    return {kind: name for name, kind in FLOW_SCHEDULERS.items()}[schedule["_class_name"]]
+
+
+def _flow_scheduler(name: str, config: Mapping[str, Any]) -> Any:
+    import diffusers
+
+    if name not in FLOW_SCHEDULERS:
+        raise InputError(
+            f"--scheduler {name}: expected one of {', '.join(FLOW_SCHEDULERS)} for a model of flow "
+            "matching"
+        )
+    kind = getattr(diffusers, FLOW_SCHEDULERS[name])
+    trained = {"num_train_timesteps": config["num_train_timesteps"]}
+    if name in ("ddim", "euler"):
+        return kind(shift=config["shift"], **trained)
+    sigmas = {"use_flow_sigmas": True, "flow_shift": config["shift"]}
+    return kind(prediction_type=FLOW, **sigmas, **trained)
+
+
+def first_scale(scheduler: Any) -> Any:
+    """What the noise is multiplied by that sampling begins with."""
+    return getattr(scheduler, "init_noise_sigma", 1.0)
+
+
+def scaled_input(scheduler: Any, sample: Any, timestep: Any) -> Any:
+    """``sample`` as the network is given it at ``timestep``."""
+    if not hasattr(scheduler, "scale_model_input"):  # flow matching's own
+        return sample
+    return scheduler.scale_model_input(sample, timestep)
+
+
 def make_scheduler(name: str, config: dict[str, Any]) -> Any:
     """A new diffusers scheduler of the short ``name`` with the model's noise schedule; raise
     InputError for an unknown name, or one that does not know the model's kind of schedule.
@@ -121,6 +207,8 @@ def make_scheduler(name: str, config: dict[str, Any]) -> Any:
 
     if name not in SCHEDULERS:
         raise InputError(f"unknown scheduler {name!r}: expected one of {', '.join(SCHEDULERS)}")
+    if config.get("prediction_type") == FLOW:
+        return _flow_scheduler(name, config)
     kind = getattr(diffusers, SCHEDULERS[name])
     zero_snr = "rescale_betas_zero_snr"
     if config.get(zero_snr) and zero_snr not in inspect.signature(kind.__init__).parameters:
@@ -220,15 +308,17 @@ def _problem(scheduler: Any, steps: int) -> str | None:
             prediction = torch.cat([prediction, prediction.abs()], 1)
         try:
             tried.set_timesteps(steps)
-            if (highest := float(tried.timesteps.max())) >= trained:
+            highest = float(tried.timesteps.max())
+            # Flow matching begins at the last timestep itself, pure noise.
+            begins = trained + (type(tried).__name__ == FLOW_SCHEDULERS["euler"])
+            if highest >= begins:
                 return (
                     f"they begin at timestep {highest:g}, and the model knows those below {trained}"
                 )
             if steps > 1 and len(tried.timesteps.unique()) == 1:
                 return f"all of them are at timestep {highest:g}"
             for timestep in tried.timesteps:
-                if hasattr(tried, "scale_model_input"):
-                    tried.scale_model_input(sample, timestep)
+                scaled_input(tried, sample, timestep)
                 sample = tried.step(prediction, timestep, sample).prev_sample
                 if not sample.isfinite().all():
                     zero = (

@@ -5,6 +5,7 @@ cut there, as diffusers does.
 from __future__ import annotations
 
 import logging
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.errors import InputError
@@ -12,7 +13,7 @@ from quest_deploy.errors import InputError
 if TYPE_CHECKING:
     from pathlib import Path
 
-_SUFFIXES = ("", "_2")
+_SUFFIXES = ("", "_2", "_3")
 TOKENIZERS = tuple(f"tokenizer{suffix}" for suffix in _SUFFIXES)
 _VOCABULARIES = (
     ("tokenizer.json",),
@@ -49,14 +50,19 @@ def check_tokenizer(folder: Path) -> None:
 
 def bound_tokenizers(pipeline: Any) -> None:
     """Let each tokenizer of a pipeline pad and cut to no more tokens than its text encoder takes:
-    many a tokenizer_config.json says no length, which transformers takes for 10^30.
+    many a tokenizer_config.json says no length, which transformers takes for 10^30. One without
+    positions of its own (T5), or with many (Gemma), takes what the pipeline gives it.
     """
+    encode = getattr(pipeline, "encode_prompt", None)
+    given = None if encode is None else signature(encode).parameters.get("max_sequence_length")
+    usual = None if given is None else given.default
     for suffix in _SUFFIXES:
         tokenizer = getattr(pipeline, f"tokenizer{suffix}", None)
         encoder = getattr(pipeline, f"text_encoder{suffix}", None)
-        most = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
-        if tokenizer is not None and most is not None:
-            tokenizer.model_max_length = min(tokenizer.model_max_length, most)
+        places = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+        if tokenizer is not None:
+            bounds = (x for x in (places, usual) if x is not None)
+            tokenizer.model_max_length = min([tokenizer.model_max_length, *bounds])
 
 
 def tell_cut(pipeline: Any, prompts: list[str]) -> None:

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from quest_deploy.models.attention import attentions
 from quest_deploy.models.residuals import packed
 from quest_deploy.models.supported import has_cross_attention
 
@@ -21,7 +21,13 @@ ADDED_CONDITIONS = ("text_embeds", "time_ids")
 
 
 class ResidualsUNet(UNet2DConditionModel):
-    """A UNet2DConditionModel that takes what ControlNets add to it by name."""
+    """A UNet2DConditionModel that takes what ControlNets and an IP-Adapter add to it by name.
+
+    Attributes:
+        recorded: what a checkpoint records as its class.
+    """
+
+    recorded = UNet2DConditionModel.__name__
 
     def forward(self, *arguments: Any, **conditions: Any) -> Any:
         return super().forward(*arguments, **packed(conditions))
@@ -31,6 +37,8 @@ class FlatConditionsUNet(ResidualsUNet):
     """A UNet2DConditionModel, called with SDXL's added conditions by name, class labels in float32,
     and without hidden states where nothing attends to them.
     """
+
+    recorded = "FlatConditionsUNet"
 
     def forward(
         self,
@@ -45,7 +53,7 @@ class FlatConditionsUNet(ResidualsUNet):
         return super().forward(
             sample,
             timestep,
-            encoder_hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
             added_cond_kwargs=added or None,
             return_dict=return_dict,
             **_whole_labels(conditions),
@@ -54,6 +62,8 @@ class FlatConditionsUNet(ResidualsUNet):
 
 class FlatLabelsUNet(UNet2DModel):
     """A UNet2DModel, called with class labels in float32."""
+
+    recorded = "FlatLabelsUNet"
 
     def forward(  # type: ignore[override]
         self, sample: Tensor, timestep: Tensor, *, return_dict: bool = True, **conditions: Tensor
@@ -64,8 +74,7 @@ class FlatLabelsUNet(UNet2DModel):
 
 
 FLAT_CLASSES: dict[str, type[nn.Module]] = {
-    UNet2DConditionModel.__name__: ResidualsUNet,
-    **{c.__name__: c for c in (FlatConditionsUNet, FlatLabelsUNet)},
+    each.recorded: each for each in (ResidualsUNet, FlatConditionsUNet, FlatLabelsUNet)
 }
 """By the name that a checkpoint records as its architecture's class."""
 
@@ -90,8 +99,7 @@ def with_flat_conditions(unet: nn.Module) -> nn.Module:
 
 def recorded_class(unet: nn.Module) -> str:
     """What a checkpoint records as the class of ``unet``."""
-    found = (name for name, each in FLAT_CLASSES.items() if type(unet) is each)
-    return next(found, type(unet).__name__)
+    return getattr(type(unet), "recorded", type(unet).__name__)
 
 
 def _whole_labels(conditions: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -99,11 +107,6 @@ def _whole_labels(conditions: dict[str, Tensor]) -> dict[str, Tensor]:
         name: value.long() if name == "class_labels" else value
         for name, value in conditions.items()
     }
-
-
-def attentions(model: nn.Module) -> list[Any]:
-    """Every attention of a diffusers UNet."""
-    return [module for module in model.modules() if isinstance(module, Attention)]
 
 
 def set_heads(model: nn.Module, heads: int) -> None:

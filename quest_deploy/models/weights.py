@@ -35,12 +35,15 @@ _LISTED = 4
 logger = logging.getLogger(__name__)
 
 
-def load_part(folder: Path, part_class: Any, *, whole: bool = False) -> Any:
+def load_part(
+    folder: Path, part_class: Any, *, whole: bool = False, unused: Collection[str] = ()
+) -> Any:
     """The module of ``part_class``, diffusers' or transformers', from its folder, in float32 and
     evaluation mode.
 
     Args:
         whole: refuse weights that the module has no place for, rather than say so.
+        unused: the names of those that published files hold though no module reads them.
 
     Raises:
         InputError: there are no safetensors; weights are missing, of another shape or not finite;
@@ -57,6 +60,7 @@ def load_part(folder: Path, part_class: Any, *, whole: bool = False) -> Any:
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are refused here, all of them
     )
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - set(unused)
     _check_fit(folder, info, whole=whole)
     check_weights(module, str(folder))
     return module.eval()

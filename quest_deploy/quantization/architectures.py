@@ -1,4 +1,4 @@
-"""UNets as a checkpoint describes them: within bounds, and without memory for weights that the
+"""Networks as a checkpoint describes them: within bounds, and without memory for weights that the
 checkpoint itself brings.
 """
 
@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 
 from quest_deploy.artifacts.schema import parse
 from quest_deploy.errors import InputError
-from quest_deploy.models.configurations import UNetConfiguration
+from quest_deploy.models.networks import network_of
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -18,15 +18,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def bounded_unet(unet_class: Any, config: dict[str, Any]) -> nn.Module:
-    """The UNet of ``config``; raise InputError where it is out of bounds or cannot be built."""
-    name = unet_class.__name__
-    parse(UNetConfiguration, {**config, "_class_name": name}, "architecture")
+def bounded_network(class_name: str, config: dict[str, Any]) -> nn.Module:
+    """The network of ``config``; raise InputError where its class is unknown, or it is out of
+    bounds or cannot be built.
+    """
+    kind = network_of(class_name)
+    parse(kind.configuration, {**config, "_class_name": class_name}, "architecture")
     try:
-        unet: nn.Module = unet_class.from_config(config)
+        return kind.build(class_name, config)
     except Exception as e:  # diffusers raises whatever a configuration provokes
-        raise InputError(f"architecture: {name} cannot be built of its configuration ({e})") from e
-    return unet
+        raise InputError(
+            f"architecture: {class_name} cannot be built of its configuration ({e})"
+        ) from e
 
 
 def without_weights() -> AbstractContextManager[None]:

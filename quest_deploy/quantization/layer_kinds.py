@@ -1,4 +1,4 @@
-"""The kinds of layers of a diffusers UNet, by the names of its modules."""
+"""The kinds of layers of diffusers' networks, by the names of their modules."""
 
 from __future__ import annotations
 
@@ -16,11 +16,19 @@ _GROUPS = {
     TEMPORAL: ("*.time_emb_proj",),
     PRODUCTS: ("*.scores", "*.mix"),
     "attn2": ("*.attn2.*",),
-    "attn1.to_q/k/v": tuple(
-        f"*.{attention}.to_{x}" for attention in ("attn1", "attentions.*") for x in "qkv"
+    "attn1.to_q/k/v": (
+        *(
+            f"*.{attention}.to_{x}"
+            for attention in ("attn1", "attentions.*", "attn")
+            for x in "qkv"
+        ),
+        "*.attn.add_?_proj",
     ),
-    "attn1.to_out": ("*.attn1.to_out.*", "*.attentions.*.to_out.*"),
-    "ff.net": ("*.ff.net.*",),
+    "attn1.to_out": (
+        *("*.attn1.to_out.*", "*.attentions.*.to_out.*", "*.attn.to_out.*"),
+        "*.attn.to_add_out",
+    ),
+    "ff.net": ("*.ff.net.*", "*.ff_context.net.*", "*.ff.conv_*"),
     "resnets.conv1": ("*.resnets.*.conv1",),
     "resnets.conv2": ("*.resnets.*.conv2",),
     "resnets.conv_shortcut": ("*.conv_shortcut", "*.conv_shortcut.*"),
@@ -29,7 +37,7 @@ _GROUPS = {
     "conv_in/conv_out": ("conv_in", "conv_out"),
     "time_embedding": ("time_embedding.*", "class_embedding.*"),
 }
-"""Glob patterns of each kind of layer in a diffusers UNet; the first match counts."""
+"""Glob patterns of each kind of layer, of a transformer's blocks too; the first match counts."""
 GROUPS = (*_GROUPS, OTHER)
 
 

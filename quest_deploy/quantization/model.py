@@ -9,7 +9,6 @@ import dataclasses
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -25,10 +24,11 @@ from quest_deploy.artifacts.checkpoint import (
 )
 from quest_deploy.artifacts.scheme import activation_levels
 from quest_deploy.errors import InputError
-from quest_deploy.models.supported import sample_multiple
-from quest_deploy.models.unets import FLAT_CLASSES, set_heads
+from quest_deploy.models.attention import add_image_attentions
+from quest_deploy.models.networks import kind_of
+from quest_deploy.models.unets import set_heads
 from quest_deploy.quantization.affine import WeightGrid, bucket_of, per_sample, weight_codes
-from quest_deploy.quantization.architectures import bounded_unet, without_weights
+from quest_deploy.quantization.architectures import bounded_network, without_weights
 from quest_deploy.quantization.layers import (
     ActivationQuantizer,
     AnyActivationQuantizer,
@@ -299,17 +299,11 @@ def build_float_model(architecture: Architecture) -> nn.Module:
     """The float model with uninitialized meaning: its class from diffusers, its weights to be
     filled in.
     """
-    model_class = FLAT_CLASSES.get(architecture.class_name) or getattr(
-        diffusers, architecture.class_name, None
-    )
-    if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
-        raise InputError(
-            "architecture: expected the name of a diffusers model, found "
-            f"{architecture.class_name!r}"
-        )
-    model = bounded_unet(model_class, architecture.config)
+    model = bounded_network(architecture.class_name, architecture.config)
     if architecture.heads is not None:
         set_heads(model, architecture.heads)
+    if architecture.ip_adapter:
+        add_image_attentions(model)
     return prepare(
         model, architecture.split_shortcuts, architecture.attention, architecture.low_rank
     ).eval()
@@ -330,8 +324,14 @@ def prepared(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
 
 
 def downsampling(model: nn.Module) -> int:
-    """Return what heights and widths of the samples of a diffusers UNet must be multiples of."""
-    return sample_multiple(model.config)  # type: ignore[arg-type]
+    """Return what heights and widths of the samples of a network must be multiples of."""
+    config: Any = model.config
+    return kind_of(model).sample_multiple(config)
+
+
+def token_inputs(model: nn.Module) -> tuple[str, ...]:
+    """The conditions [B, tokens, ...] of a network, which have as many tokens as each other."""
+    return kind_of(model).token_inputs
 
 
 def conv_geometry(layer: nn.Module) -> ConvGeometry | None:

@@ -89,6 +89,7 @@ class _Seen:
     input_hash: bytes
     axis: int
     macs: int
+    batched: bool = True
     operands: tuple[str, str] | None = None
 
 
@@ -97,28 +98,43 @@ def plan_quantization(
     model: nn.Module, probe: Mapping[str, Tensor], scheme: Scheme
 ) -> QuantizationPlan:
     """Run ``model(**probe)`` once and plan the quantization of every Conv2d, Linear and Product it
-    executes.
+    executes, but for the layers that the scheme leaves in float.
 
     Args:
         probe: the model's inputs, ``sample`` among them; random and different for each sample, so
             that equal layer inputs mean the same tensor.
 
     Raises:
-        InputError: the model executes no Conv2d or Linear, or none that is to have eight bits.
+        InputError: the model executes no Conv2d or Linear, or none that is to have eight bits or to
+            stay in float, or one that is to be quantized twice on different inputs, or whose
+            input's first axis is not the batch, so that its rows have no timestep.
     """
-    executed = _execute(model, probe)
-    seen = [entry for entry in executed if entry.operands is None]
+    executed, twice = _execute(model, probe)
+    layers = [entry for entry in executed if entry.operands is None]
+    left = layers_matching((x.name for x in layers), scheme.float_layers, "no quantizers")
+    seen = [layer for layer in layers if layer.name not in left]
+    if again := [name for name in twice if name not in left]:
+        raise InputError(
+            f"layer {again[0]} runs twice in one forward pass on different inputs; its activations "
+            "would need two quantizers"
+        )
+    if flattened := [layer.name for layer in seen if not layer.batched]:
+        raise InputError(
+            f"layer {flattened[0]}: expected an input [batch, ...], one row for each timestep, and "
+            "its first axis is not the batch; leave it in float, with --float-layers"
+        )
     if not seen:
         raise InputError(
-            "the model executes no Conv2d and no Linear layer: there is nothing to quantize"
+            "the model executes no Conv2d and no Linear layer that does not stay in float: there "
+            "is nothing to quantize"
         )
     # The first layer is the one that reads the sample, or else, where the model changes it before
     # (center_input_sample), the first convolution; embeddings of the timestep may run before it.
     sample = _content_hash(probe["sample"])
-    reading = [layer for layer in seen if layer.input_hash == sample]
-    convolutions = [x for x in seen if isinstance(model.get_submodule(x.name), nn.Conv2d)]
-    first = (reading or convolutions or seen)[0]
-    ends = {first.name, seen[-1].name}
+    reading = [layer for layer in layers if layer.input_hash == sample]
+    convolutions = [x for x in layers if isinstance(model.get_submodule(x.name), nn.Conv2d)]
+    first = (reading or convolutions or layers)[0]
+    ends = {first.name, layers[-1].name}
 
     eight = layers_matching((x.name for x in seen), scheme.eight_bit_layers, "eight bits")
 
@@ -133,6 +149,8 @@ def plan_quantization(
     quantizers: list[QuantizerPlan] = []
     products: list[AttentionMatmulPlan] = []
     for entry in executed:
+        if entry.name in left:
+            continue
         if entry.operands is not None:
             operands = _operand_quantizers(entry, scheme)
             quantizers += [quantizer for quantizer in operands if quantizer is not None]
@@ -152,10 +170,10 @@ def plan_quantization(
                     tuple(layer.name for layer in group),
                 )
             )
-    layers = tuple(
+    planned = tuple(
         LayerPlan(layer.name, bits_of(layer.name, scheme.weight_bits), layer.macs) for layer in seen
     )
-    return QuantizationPlan(layers, tuple(products), tuple(quantizers))
+    return QuantizationPlan(planned, tuple(products), tuple(quantizers))
 
 
 def _operand_quantizers(
@@ -177,26 +195,25 @@ def _operand_quantizers(
     return quantizer(0, product.operands[0]), quantizer(1, product.operands[1])
 
 
-def _execute(model: nn.Module, probe: Mapping[str, Tensor]) -> list[_Seen]:
+def _execute(model: nn.Module, probe: Mapping[str, Tensor]) -> tuple[list[_Seen], list[str]]:
+    """What the model executes, in order, and the names of those of it that run again on another
+    input; one that runs again on an equal one, as an embedder that two places ask, counts once.
+    """
     seen: dict[str, _Seen] = {}
+    twice: list[str] = []
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if name in seen:
-                raise InputError(
-                    f"layer {name} runs twice in one forward pass; its activations would need two "
-                    "quantizers"
-                )
             if isinstance(module, Product):
                 macs = output[0].numel() * args[0].shape[-1]
-                seen[name] = _Seen(name, b"", args[0].dim() - 1, macs, module.operands)
+                entry = _Seen(name, b"", args[0].dim() - 1, macs, operands=module.operands)
             else:
-                seen[name] = _Seen(
-                    name,
-                    _content_hash(args[0]),
-                    _channel_axis(module, args[0]),
-                    _macs(module, output),
-                )
+                found, axis = _content_hash(args[0]), _channel_axis(module, args[0])
+                batched = len(args[0]) == len(probe["sample"])
+                entry = _Seen(name, found, axis, _macs(module, output), batched)
+            before = seen.setdefault(name, entry)
+            if before is not entry and (entry.operands or before != entry):
+                twice.append(name)
 
         return hook
 
@@ -211,7 +228,7 @@ def _execute(model: nn.Module, probe: Mapping[str, Tensor]) -> list[_Seen]:
     finally:
         for handle in handles:
             handle.remove()
-    return list(seen.values())
+    return list(seen.values()), twice
 
 
 def _channel_axis(module: nn.Module, x: Tensor) -> int:

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from quest_deploy.artifacts.checkpoint import DOWN, OPERANDS, RESIDUAL, UP, ScoreScale
 from quest_deploy.errors import InputError
-from quest_deploy.models.unets import attentions
+from quest_deploy.models.attention import WrittenAttention, attentions
+from quest_deploy.models.residuals import IP_ADAPTER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -131,9 +132,8 @@ class Product(nn.Module):
         return a @ b
 
 
-class ExplicitAttention:
-    """diffusers' attention written out, its two products in the modules ``scores`` and ``mix`` of
-    the Attention.
+class ExplicitAttention(WrittenAttention):
+    """Attention whose two products are the modules ``scores`` and ``mix`` of the Attention.
 
     Operands are [B, heads, tokens, d]: the batch stays in axis 0, so that each sample keeps its own
     timestep's scales.
@@ -142,61 +142,8 @@ class ExplicitAttention:
     def __init__(self, scale: ScoreScale) -> None:
         self.scale = scale
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """diffusers' processor interface; raise InputError for attention that this does not
-        compute.
-        """
-        norms = (attn.spatial_norm, attn.norm_q, attn.norm_k)
-        if (
-            attn.norm_cross
-            or attn.added_kv_proj_dim is not None
-            or any(norm is not None for norm in norms)
-        ):
-            raise InputError(
-                "attention with spatial, cross or q/k normalization, or with added keys and "
-                "values, cannot be quantized; leave attention in float"
-            )
-        residual, shape = hidden_states, hidden_states.shape
-        if len(shape) == 4:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for project, x in (
-                (attn.to_q, hidden_states),
-                (attn.to_k, context),
-                (attn.to_v, context),
-            )
-        )
-        mask = None
-        if attention_mask is not None:
-            mask = attn.prepare_attention_mask(attention_mask, k.shape[2], shape[0])
-            mask = mask.view(shape[0], attn.heads, -1, mask.shape[-1])
-        mixed = self.attend(attn, q, k, v, mask)
-        hidden_states = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
-        if len(shape) == 4:
-            hidden_states = hidden_states.transpose(1, 2).unflatten(2, shape[2:])
-        if attn.residual_connection:
-            hidden_states = (
-                residual + hidden_states
-            )  # in this order the result has the layout of the residual, as in CompVis
-        result: Tensor = hidden_states / attn.rescale_output_factor
-        return result
-
     def attend(self, attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q k^T * scale + mask) v; q, k, v [B, heads, tokens, d], mask [B, heads, 1 or
-        tokens, tokens of k].
-        """
+        """See :meth:`quest_deploy.models.attention.WrittenAttention.attend`."""
         if self.scale is ScoreScale.OPERANDS:
             root = attn.scale**0.5
             scores = attn.scores(q * root, (k * root).transpose(2, 3))
@@ -206,6 +153,69 @@ class ExplicitAttention:
             scores = scores + mask
         mixed: Tensor = attn.mix(scores.softmax(-1), v)
         return mixed
+
+
+class ExplicitJointAttention(ExplicitAttention):
+    """The joint attention of Stable Diffusion 3 written out: the sample's patches and the text's
+    tokens, each by projections of its own, attend to all of both.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        """diffusers' processor interface: the patches [B, N, D], and the tokens [B, M, D] where
+        there are any.
+        """
+        q, k, v = (
+            _heads(attn, project, hidden_states, norm)
+            for project, norm in (
+                (attn.to_q, attn.norm_q),
+                (attn.to_k, attn.norm_k),
+                (attn.to_v, None),
+            )
+        )
+        if encoder_hidden_states is not None:
+            added = (
+                _heads(attn, project, encoder_hidden_states, norm)
+                for project, norm in (
+                    (attn.add_q_proj, attn.norm_added_q),
+                    (attn.add_k_proj, attn.norm_added_k),
+                    (attn.add_v_proj, None),
+                )
+            )
+            q, k, v = (torch.cat(both, 2) for both in zip((q, k, v), added, strict=True))
+        mixed = self.attend(attn, q, k, v, None).transpose(1, 2).flatten(2)
+        patches = mixed[:, : hidden_states.shape[1]]
+        output: Tensor = attn.to_out[1](attn.to_out[0](patches))
+        if encoder_hidden_states is None:
+            return output
+        tokens = mixed[:, hidden_states.shape[1] :]
+        return output, tokens if attn.context_pre_only else attn.to_add_out(tokens)
+
+
+_EXPLICIT: dict[str, type[ExplicitAttention] | None] = {
+    "AttnProcessor": ExplicitAttention,
+    "AttnProcessor2_0": ExplicitAttention,
+    "SanaAttnProcessor2_0": ExplicitAttention,
+    WrittenAttention.__name__: ExplicitAttention,
+    "JointAttnProcessor2_0": ExplicitJointAttention,
+    "SanaLinearAttnProcessor2_0": None,
+}
+"""By diffusers' processor, or ours, what computes the same. Linear attention has no softmax: its
+products stay in float.
+"""
+
+
+def _heads(attn: Any, project: Any, x: Tensor, norm: Any = None) -> Tensor:
+    """x [B, N, D] projected, [B, heads, N, d], and normalized by ``norm`` where there is one."""
+    heads: Tensor = project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    return heads if norm is None else norm(heads)
 
 
 def prepare(
@@ -252,8 +262,18 @@ def prepare(
         setattr(model.get_submodule(parent), child, LowRank(layer, rank))
     if attention is not None:
         for module in attentions(model):
-            module.scores, module.mix = Product(OPERANDS["scores"]), Product(OPERANDS["mix"])
-            module.set_processor(ExplicitAttention(attention))
+            processor = type(module.processor).__name__
+            if processor not in _EXPLICIT:
+                raise InputError(
+                    f"attention: expected one of {', '.join(_EXPLICIT)}, whose products can be "
+                    f"quantized, found {processor}; leave attention in float"
+                )
+            if (explicit := _EXPLICIT[processor]) is None:
+                continue
+            for each in (module, getattr(module, IP_ADAPTER, None)):
+                if each is not None:
+                    each.scores, each.mix = Product(OPERANDS["scores"]), Product(OPERANDS["mix"])
+            module.set_processor(explicit(attention))
     return model
 
 

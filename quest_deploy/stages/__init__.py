@@ -38,7 +38,7 @@ from quest_deploy.stages.options import (
     GenerateOptions,
     ImportOptions,
     LoraOptions,
-    ReferenceOptions,
+    RecordsOptions,
     SensitivityOptions,
     StageOptions,
 )
@@ -91,9 +91,9 @@ FINETUNE: Stage[FinetuneOptions, Finetuning] = Stage(
 EXPORT: Stage[ExportOptions, Export] = Stage(
     "export", ExportOptions, reads=(DEPLOYED,), writes=(GRAPH, f"{GRAPH}.data")
 )
-REFERENCE_RECORDS: Stage[ReferenceOptions, Reference] = Stage(
+REFERENCE_RECORDS: Stage[RecordsOptions, Reference] = Stage(
     "reference",
-    ReferenceOptions,
+    RecordsOptions,
     reads=(DEPLOYED,),
     writes=(f"{REFERENCE}/*",),
     state=(REFERENCE_STATE,),

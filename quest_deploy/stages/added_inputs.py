@@ -13,7 +13,8 @@ import torch
 from quest_deploy.artifacts.workspace import TRAJECTORIES
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.errors import InputError
-from quest_deploy.models.residuals import kind_of, unet_residuals
+from quest_deploy.models.networks import network_of
+from quest_deploy.models.residuals import check_unrecorded, flag, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.checkpoint import Architecture
     from quest_deploy.artifacts.workspace import Workspace
+    from quest_deploy.models.residuals import Residual
 
 logger = logging.getLogger(__name__)
 STAND_IN = 0.1
@@ -35,40 +37,46 @@ def recorded_inputs(
 
     Args:
         wanted: of each of ``KINDS``, whether it does; None for whether it was calibrated with one.
-            Where that was not, normal numbers stand for them, in the first row.
+            Where that was not, normal numbers stand for them, in half of the rows.
 
     Raises:
-        InputError: the UNet takes none.
+        InputError: the UNet takes none, or took none when it was calibrated and cannot now.
     """
     found = Trajectories.load(workspace.path(TRAJECTORIES))
     recorded = {kind_of(name) for name in found.residuals}
-    residuals = {
-        name: value for name, value in found.residuals.items() if wanted[kind_of(name)] is not False
-    }
+    config = {"_class_name": architecture.class_name, **architecture.config}
+    residuals: dict[str, Tensor] = {}
+    network = network_of(architecture.class_name)
     for kind, given in wanted.items():
-        if given and kind not in recorded:
-            residuals |= _stand_ins(found, architecture, kind)
+        if kind in recorded and given is not False:
+            # The model's order: a file has the alphabet's, where 10 stands before 2.
+            residuals |= {name: found.residuals[name] for name in network.residuals(config, kind)}
+        elif given:
+            if architecture.official_sums:
+                raise InputError(
+                    f"{flag(kind)}-inputs: expected a diffusers model, and an imported checkpoint "
+                    "computes as the official code does, which has no such inputs"
+                )
+            shapes = network.residuals(config, kind)
+            check_unrecorded(workspace.scheme, kind)
+            residuals |= _stand_ins(found, shapes, kind)
     return replace(found, residuals=residuals)
 
 
-def _stand_ins(recorded: Trajectories, architecture: Architecture, kind: str) -> dict[str, Tensor]:
-    if architecture.official_sums:
-        raise InputError(
-            f"--{kind.replace('_', '-')}-inputs: expected a diffusers model, and an imported "
-            "checkpoint computes as the official code does, which has no such inputs"
-        )
+def _stand_ins(
+    recorded: Trajectories, shapes: Mapping[str, Residual], kind: str
+) -> dict[str, Tensor]:
     logger.warning(
-        "calibrated without a %s: the scales were chosen without what it adds, and random numbers "
+        "calibrated without %s: the scales were chosen without what it adds, and random numbers "
         "stand for it",
-        kind.replace("_", "-"),
+        flag(kind),
     )
-    config = {"_class_name": architecture.class_name, **architecture.config}
-    steps, height, width = (recorded.sample.shape[i] for i in (0, -2, -1))
-    rows, generator = max(recorded.controlled, 1), torch.Generator().manual_seed(0)
+    steps, samples, height, width = (recorded.sample.shape[i] for i in (0, 1, -2, -1))
+    rows, generator = recorded.controlled or -(-samples // 2), torch.Generator().manual_seed(0)
     return {
         # The same at every step and in every row, in the memory of one.
         name: (STAND_IN * torch.randn(1, 1, *x.shape(height, width), generator=generator)).expand(
             steps, rows, -1, -1, -1
         )
-        for name, x in unet_residuals(config, kind).items()
+        for name, x in shapes.items()
     }

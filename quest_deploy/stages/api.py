@@ -24,7 +24,7 @@ from quest_deploy.files import absolute, atomic_file, read_bounded
 from quest_deploy.finetuning.distributed import is_main_process
 from quest_deploy.importers.settings import ImportSettings, Source
 from quest_deploy.models.loading import load_model
-from quest_deploy.models.residuals import unet_residuals
+from quest_deploy.models.residuals import check_unrecorded
 from quest_deploy.options import declared, takes
 from quest_deploy.progress import no_progress, progress_of
 from quest_deploy.serving.triton.options import TritonOptions
@@ -120,7 +120,9 @@ def calibrate(chosen: CalibrateArguments) -> Workspace:
     """Quantize the FP32 model by calibration alone (PTQ); return its workspace, a new one where
     there is none.
     """
-    opened = chosen.opened(split_shortcuts=chosen.method == QDIFF)
+    opened = chosen.opened(
+        split_shortcuts=chosen.method == QDIFF, check=chosen.of(CalibrateOptions).check_source
+    )
     CALIBRATE.run(opened, chosen.of(CalibrateOptions), chosen.progress)
     return opened
 
@@ -209,7 +211,9 @@ def export(chosen: ExportArguments) -> Export:
         if "calibrate" not in opened.stages:
             for kind, wanted in chosen.added_inputs.items():
                 if wanted:  # refused before hours of calibration
-                    unet_residuals(load_model(opened.source).config, kind)
+                    model = load_model(opened.source)
+                    model.network.residuals(model.config, kind)
+                    check_unrecorded(opened.scheme, kind)
             CALIBRATE.run(opened, CalibrateOptions(), chosen.progress)
     return EXPORT.run(opened, chosen.of(ExportOptions), chosen.progress)
 

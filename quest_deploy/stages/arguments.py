@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from quest_deploy.artifacts.model_source import ModelSource
 from quest_deploy.artifacts.workspace import REPORT_PAGE, REPORTS, SCHEDULES, Workspace
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import BACKENDS
@@ -120,17 +121,24 @@ class MakingOne(SchemeChoices, ModelChoices, OfWorkspace):
         """The workspace; raise InputError where there is none."""
         return open_workspace(self.workspace, self.model, self.bits)
 
-    def opened(self, *, split_shortcuts: bool = False) -> Workspace:
+    def opened(
+        self,
+        *,
+        split_shortcuts: bool = False,
+        check: Callable[[ModelSource], None] | None = None,
+    ) -> Workspace:
         """The workspace; raise InputError where it is not of this model or scheme.
 
         Args:
             split_shortcuts: of a new one, where the user chose neither.
+            check: called with the model's source before a new one is made.
         """
         return create_workspace(
             self.workspace,
             self.of(ModelChoices),
             self.of(SchemeChoices),
             split_shortcuts=split_shortcuts,
+            check=check,
         )
 
 
@@ -478,6 +486,13 @@ class ImageRequest(Options):
     ] = None
     control_scale: Annotated[
         float | None, Option("Scale of what the ControlNet adds.", default="1")
+    ] = None
+    ip_adapter_image: Annotated[
+        Path | None, Option("An image beside the prompt, where the package has an IP-Adapter.")
+    ] = None
+    ip_adapter_scale: Annotated[
+        float | None,
+        Option("Scale of what the IP-Adapter adds.", default="that of the calibration"),
     ] = None
     height: Annotated[int | None, Option("Pixels.", default="the model's")] = None
     width: Annotated[int | None, Option("Pixels.", default="the model's")] = None

@@ -1,5 +1,5 @@
-"""Time whole images: the model's diffusers pipeline with the quantized engine as its UNet, and with
-the float engine of the same backend.
+"""Time whole images: the model's diffusers pipeline with the quantized engine as its UNet or
+transformer, and with the float engine of the same backend.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from quest_deploy.models.loading import load_model
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.processes import in_own_process
 from quest_deploy.serving.parts import engine_parts
-from quest_deploy.serving.pipeline import PipelineUNet
+from quest_deploy.serving.pipeline import stand_in
 from quest_deploy.stages.generate import call_arguments
 from quest_deploy.stages.options import GenerateOptions
 
@@ -79,6 +79,7 @@ def time_images(
     height, width = model.image_size
     totals = {each.engine: each.total_s for each in timings}
     return {
+        "network": model.network.noun,
         "steps": drawing.steps,
         "scheduler": drawing.scheduler,
         "guidance": arguments["guidance_scale"],
@@ -101,11 +102,11 @@ def _pipeline(
     sample_multiple: int,
     drawing: GenerateOptions,
 ) -> Any:
-    """The model's pipeline with the engine in ``folder`` as its UNet, and those of its parts."""
+    """The model's pipeline with the engine in ``folder`` as its network, and its parts' engines."""
     runner = get_backend(backend).open(folder, options)
     engine = EngineUNet.of_graph(runner, sample_multiple, load_graph(folder / LOWERED))
-    unet, beside = PipelineUNet(engine, model.config), engine_parts(workspace, backend)
-    pipeline = model.load_pipeline(unet=unet, **beside)
+    network, beside = stand_in(engine, model.config), engine_parts(workspace, backend)
+    pipeline = model.load_pipeline(**{model.network.part: network, **beside})
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = model.load_scheduler(drawing.scheduler)
     return pipeline

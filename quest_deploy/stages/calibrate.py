@@ -13,6 +13,7 @@ from quest_deploy.calibration.training_state import hash_of_tensors
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sha256_of, write_json
 from quest_deploy.models.controls import Controls
+from quest_deploy.models.ip_adapters import ImagePrompts
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.schedulers import most_steps
 from quest_deploy.stages.options import QDIFF
@@ -45,33 +46,47 @@ def work(
     from there.
     """
     workspace.check_not_folded()
+    options.check_source(workspace.source)
     model = load_model(workspace.source, options.prompts, options.images_from)
     if (trained := model.train_timesteps) != workspace.scheme.train_timesteps:
         raise InputError(
             f"{workspace.root} divides {workspace.scheme.train_timesteps} training steps into "
             f"buckets, and {model.name} was trained with {trained}; start a new workspace with -w"
         )
+    reconstructs = options.method == QDIFF
+    if reconstructs and not model.network.reconstructs:
+        raise InputError(
+            f"--method {QDIFF}: expected a model with a UNet, and {model.name} has a "
+            f"{model.network.noun}; choose another method, and `quest-deploy finetune`"
+        )
     model.check_decoder()
+    scheduler = model.load_scheduler(model.calibration_scheduler)
+    steps = options.steps or most_steps(scheduler, model.calibration_steps)
+    samples = options.samples or trajectories.samples_for(model, workspace.scheme, steps)
     control = (
-        Controls(options.controls, options.shown, model) if any(options.controls.values()) else None
+        Controls(options.controls, options.shown, model, samples)
+        if any(options.controls.values())
+        else None
+    )
+    prompt = (
+        None if model.source.ip_adapter is None else ImagePrompts(model, options.ip_images, samples)
     )
     unet = model.load_unet()
-    steps = options.steps or most_steps(model.load_scheduler("ddim"), model.calibration_steps)
     rows = options.batch or model.forward_rows
-    reconstructs = options.method == QDIFF
 
     def start() -> Start:
         recorded = trajectories.record_trajectories(
             model,
             unet,
             steps=steps,
-            samples=options.samples or trajectories.samples_for(model, workspace.scheme, steps),
+            samples=samples,
             seed=options.seed,
             scheme=workspace.scheme,
             guidance=options.guidance,
             image_guidance=options.image_guidance,
             rows=rows,
             control=control,
+            prompt=prompt,
             progress=progress,
         )
         settings = ptq.CalibrationOptions(

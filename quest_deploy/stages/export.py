@@ -13,7 +13,6 @@ from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.workspace import GRAPH
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.files import sha256_of
-from quest_deploy.models.residuals import kind_of
 from quest_deploy.stages.added_inputs import recorded_inputs
 
 if TYPE_CHECKING:
@@ -37,13 +36,12 @@ def work(
             checkpoint,
             next(recorded.batches(2)),
             sha256_of(workspace.checkpoint_path),
-            added=tuple(recorded.residuals),
+            added=recorded.added,
         )
     except (PassError, InvariantError) as e:
-        with_what = " or ".join({f"--{kind_of(x).replace('_', '-')}" for x in recorded.residuals})
-        repair = with_what or "another scheme"
         raise QuestDeployError(
-            f"{workspace.checkpoint_path} cannot be exported: {e}; make it again, with {repair}"
+            f"{workspace.checkpoint_path} cannot be exported: {e}; make it again, with another "
+            "scheme"
         ) from e
     progress("checking the graph", 1, 2)
     files = [workspace.new(GRAPH), workspace.new(f"{GRAPH}.data")]

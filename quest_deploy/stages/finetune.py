@@ -59,7 +59,9 @@ def join(workspace: Workspace, options: FinetuneOptions) -> None:
 
 def _settings(model: DiffusionModel, options: FinetuneOptions) -> train.FinetuneOptions:
     """The options with the model's own for what they leave open."""
-    return train.FinetuneOptions(family=model.family, **{**model.finetuning, **options.to_json()})
+    return train.FinetuneOptions(
+        family=model.layer_set_name, **{**model.finetuning, **options.to_json()}
+    )
 
 
 def _compute(

@@ -15,6 +15,7 @@ from quest_deploy.evaluation.image_grid import save_grid, save_image
 from quest_deploy.evaluation.sampling import sample_images
 from quest_deploy.models.channels import EDITING, INPAINTING
 from quest_deploy.models.image_inputs import ImageInput, read_image, resized
+from quest_deploy.models.ip_adapters import IMAGE_PARTS
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.serving.pipeline import load_pipeline
@@ -105,8 +106,9 @@ def _labels(text: str | None, model: PipelineModel) -> Any:
     return np.asarray([int(part) for part in parts], np.int64)
 
 
-def _check_pixels(pipeline: Any, options: GenerateOptions) -> None:
-    factor = pipeline.vae_scale_factor * pipeline.unet.engine.sample_multiple
+def _check_pixels(pipeline: Any, model: PipelineModel, options: GenerateOptions) -> None:
+    network = getattr(pipeline, model.network.part)
+    factor = pipeline.vae_scale_factor * network.engine.sample_multiple
     sizes = {"height": options.height, "width": options.width}
     if wrong := [f"--{name} {size}" for name, size in sizes.items() if size and size % factor]:
         raise InputError(f"{', '.join(wrong)}: expected a multiple of {factor}")
@@ -116,9 +118,11 @@ def _draw_prompts(
     workspace: Workspace, model: PipelineModel, options: GenerateOptions, progress: Progress
 ) -> tuple[list[Path], int]:
     _image_arguments(model, options, 1)  # what it cannot read is refused before an engine opens
-    pipeline = load_pipeline(workspace, options.backend)
+    # It shows no image, whose encoder is large.
+    unused = {} if model.source.ip_adapter is None else dict.fromkeys(IMAGE_PARTS)
+    pipeline = load_pipeline(workspace, options.backend, **unused)
     pipeline.set_progress_bar_config(disable=True)
-    _check_pixels(pipeline, options)
+    _check_pixels(pipeline, model, options)
     pipeline.scheduler = model.load_scheduler(options.scheduler)
     arguments = call_arguments(pipeline, model, options)
     arguments |= _progress_arguments(pipeline, options.steps, progress)
@@ -151,11 +155,13 @@ def call_arguments(pipeline: Any, model: PipelineModel, options: GenerateOptions
         "width": options.width or width,
         "generator": torch.Generator().manual_seed(options.seed),
         "output_type": "np",
+        "use_resolution_binning": False,  # the size that is asked for, not one near it
+        "clean_caption": False,  # as in calibration; it needs packages of its own
         **of_images,
     }
-    # Instruct-pix2pix's has the image's size, and takes no other.
+    # Instruct-pix2pix's has the image's size, and takes no other; PixArt's takes no None.
     taken = inspect.signature(pipeline.__call__).parameters
-    return {name: x for name, x in arguments.items() if name in taken}
+    return {name: x for name, x in arguments.items() if name in taken and x is not None}
 
 
 def _progress_arguments(pipeline: Any, steps: int, progress: Progress) -> dict[str, Any]:

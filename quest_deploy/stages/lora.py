@@ -23,6 +23,7 @@ from quest_deploy.progress import progress_of
 from quest_deploy.stages import LORA
 from quest_deploy.stages.calibrate import describe
 from quest_deploy.stages.options import LoraOptions
+from quest_deploy.stages.run import exported
 from quest_deploy.stages.workspaces import method_name
 
 if TYPE_CHECKING:
@@ -84,7 +85,10 @@ def fold_loras(
         # Not before: LoRAs that do not fit leave no workspace.
         workspace = opened or Workspace.create(root, source, base.scheme)
         options = LoraOptions(
-            base=absolute(base.root), checkpoint=base.checkpoint_path, loras=given
+            base=absolute(base.root),
+            checkpoint=base.checkpoint_path,
+            loras=given,
+            export=exported(base),
         )
         LORA.run(workspace, options, shown, work=work)
     return workspace

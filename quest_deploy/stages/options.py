@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from quest_deploy.artifacts.hashed_path import HashedPath
 from quest_deploy.artifacts.image_folder import ImageFolder
-from quest_deploy.artifacts.model_source import Lora
+from quest_deploy.artifacts.model_source import Lora, ModelSource
 from quest_deploy.artifacts.scaled_folder import ScaledFolder
 from quest_deploy.artifacts.workspace import ENGINES, REPORTS, SENSITIVITY_REPORT, Workspace
 from quest_deploy.backends.base import VERSION, engine_info
@@ -33,7 +33,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.files import read_bounded, sha256_of
 from quest_deploy.finetuning.choices import DEVICES, PRECISIONS, STAGES
 from quest_deploy.importers.settings import ImportSettings
-from quest_deploy.models.residuals import KINDS
+from quest_deploy.models.residuals import KINDS, flag
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.options import Option, Options, declared
 
@@ -223,6 +223,7 @@ class CalibrateOptions(ImageFolderOptions):
         "image_guidance",
         *KINDS,
         "control_images",
+        "ip_adapter_images",
     )
     method: Annotated[str, Option(METHOD_HELP, choices=METHODS)] = "mse"
     samples: Annotated[
@@ -231,7 +232,7 @@ class CalibrateOptions(ImageFolderOptions):
     steps: Annotated[
         int | None,
         Option(
-            "DDIM steps of each; more where that is needed to visit every bucket.",
+            "Sampling steps of each; more where that is needed to visit every bucket.",
             minimum=1,
             default="the model's",
         ),
@@ -286,6 +287,15 @@ class CalibrateOptions(ImageFolderOptions):
             text=list[Path],
         ),
     ] = None
+    ip_adapter_images: Annotated[
+        ImageFolder | Path | str | None,
+        Option(
+            "A folder of what the IP-Adapter is shown.",
+            metavar="DIR",
+            default="the model's own pictures",
+            text=Path,
+        ),
+    ] = None
     reconstruction_samples: Annotated[
         int | None, Option("qdiff: recorded samples it learns from.", minimum=1)
     ] = None
@@ -299,22 +309,27 @@ class CalibrateOptions(ImageFolderOptions):
     seed: Annotated[int, SEED] = 0
 
     def __post_init__(self) -> None:
-        of_kinds = {kind: f"--{kind.replace('_', '-')}" for kind in KINDS}
         for name in (*KINDS, "control_images"):
             given: Any = getattr(self, name)
             if isinstance(given, Sequence) and not isinstance(given, str):
                 of = ScaledFolder if name in KINDS else ImageFolder
                 of_manifest = (of(**x) if isinstance(x, Mapping) else x for x in given)
                 object.__setattr__(self, name, tuple(of_manifest) or None)
+        prompt: Any = self.ip_adapter_images
+        if isinstance(prompt, Mapping):
+            object.__setattr__(self, "ip_adapter_images", ImageFolder(**prompt))
         super().__post_init__()
-        for kind, flag in of_kinds.items():
+        if isinstance(prompt, Path | str):
+            folder = ImageFolder.of(prompt, "--ip-adapter-images")
+            object.__setattr__(self, "ip_adapter_images", folder)
+        for kind in KINDS:
             found = [
-                x if isinstance(x, ScaledFolder) else ScaledFolder.parse(str(x), flag)
+                x if isinstance(x, ScaledFolder) else ScaledFolder.parse(str(x), flag(kind))
                 for x in getattr(self, kind) or ()
             ]
             object.__setattr__(self, kind, tuple(found) or None)
         if self.control_images and not any(self.controls.values()):
-            raise InputError(f"--control-images: needs {' or '.join(of_kinds.values())}")
+            raise InputError(f"--control-images: needs {' or '.join(map(flag, KINDS))}")
         shown = [
             x if isinstance(x, ImageFolder) else ImageFolder.of(x, "--control-images")
             for x in self.control_images or ()
@@ -343,11 +358,24 @@ class CalibrateOptions(ImageFolderOptions):
         """The folders of what they are shown, where some are given."""
         return tuple(x for x in self.control_images or () if isinstance(x, ImageFolder))
 
+    @property
+    def ip_images(self) -> ImageFolder | None:
+        """The folder of what the IP-Adapter is shown, where one is given."""
+        given = self.ip_adapter_images
+        return given if isinstance(given, ImageFolder) else None
+
+    def check_source(self, source: ModelSource) -> None:
+        """Raise InputError for an IP-Adapter's images where the model has none."""
+        if self.ip_images is not None and source.ip_adapter is None:
+            raise InputError("--ip-adapter-images: needs a workspace with --ip-adapter")
+
     def to_json(self) -> dict[str, Any]:
         """The options, those of the reconstruction by themselves, folders as objects."""
         found = super().to_json()
         given: dict[str, tuple[Any, ...]] = {**self.controls, "control_images": self.shown}
         found |= {name: [asdict(each) for each in x] for name, x in given.items() if x}
+        if self.ip_images is not None:
+            found["ip_adapter_images"] = asdict(self.ip_images)
         apart = {name: found[name] for name in found.keys() - RECONSTRUCTION.values()}
         return apart | {"reconstruction": self.reconstruction}
 
@@ -404,11 +432,13 @@ class LoraOptions(StageOptions):
         base: the folder of the checkpoint's workspace.
         checkpoint: its file.
         loras: those that were given, also one of weight 0, which is taken out.
+        export: the options that the base was exported with, which ``run`` exports with too.
     """
 
     base: Path
     checkpoint: Path
     loras: tuple[Lora, ...]
+    export: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """The checkpoint by its hash."""
@@ -416,6 +446,7 @@ class LoraOptions(StageOptions):
             "base": str(self.base),
             "checkpoint_sha256": sha256_of(self.checkpoint),
             "loras": [asdict(lora) for lora in self.loras],
+            **({"export": dict(self.export)} if self.export else {}),
         }
 
 
@@ -424,7 +455,12 @@ class SensitivityOptions(StageOptions):
     """How to measure the layers' sensitivity."""
 
     samples: Annotated[
-        int, Option("Recorded samplings to run through, at all their steps.", minimum=1)
+        int,
+        Option(
+            "Recorded rows to run through, at all their steps; a sampling with guidance has two, "
+            "or three.",
+            minimum=1,
+        ),
     ] = 4
     batch: Annotated[int, Option("Rows that run at once.", minimum=1)] = 32
 
@@ -540,25 +576,27 @@ class FinetuneOptions(StageOptions):
         return {name: getattr(self, name) for name in self.unrecorded}
 
 
-CONTROLNET_INPUTS = Option(
-    "Give the graph the inputs of what ControlNets add.",
-    flags=("--controlnet-inputs/--no-controlnet-inputs",),
-    default="where it was calibrated with --controlnet",
-)
-T2I_ADAPTER_INPUTS = Option(
-    "Give the graph the inputs of what T2I-adapters add.",
-    flags=("--t2i-adapter-inputs/--no-t2i-adapter-inputs",),
-    default="where it was calibrated with --t2i-adapter",
-)
-
-
 @dataclass(frozen=True, kw_only=True)
 class AddedInputsOptions(StageOptions):
     """Which inputs of what is added inside the model there are."""
 
     unset: ClassVar[tuple[str, ...]] = ("controlnet_inputs", "t2i_adapter_inputs")
-    controlnet_inputs: Annotated[bool | None, CONTROLNET_INPUTS] = None
-    t2i_adapter_inputs: Annotated[bool | None, T2I_ADAPTER_INPUTS] = None
+    controlnet_inputs: Annotated[
+        bool | None,
+        Option(
+            "Give the graph the inputs of what ControlNets add.",
+            flags=("--controlnet-inputs/--no-controlnet-inputs",),
+            default="where it was calibrated with --controlnet",
+        ),
+    ] = None
+    t2i_adapter_inputs: Annotated[
+        bool | None,
+        Option(
+            "Give the graph the inputs of what T2I-adapters add.",
+            flags=("--t2i-adapter-inputs/--no-t2i-adapter-inputs",),
+            default="where it was calibrated with --t2i-adapter",
+        ),
+    ] = None
 
     @property
     def added_inputs(self) -> dict[str, bool | None]:
@@ -572,7 +610,7 @@ class ExportOptions(AddedInputsOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceOptions(AddedInputsOptions):
+class ReferenceOptions(StageOptions):
     """The options of :func:`quest_deploy.verification.reference.save_reference`."""
 
     seed: Annotated[int, SEED] = 0
@@ -601,22 +639,6 @@ class ReferenceOptions(AddedInputsOptions):
             default="as recorded",
             text=str,
             parse=parse_sample_size,
-        ),
-    ] = None
-    controlnet_inputs: Annotated[
-        bool | None,
-        replace(
-            CONTROLNET_INPUTS,
-            help="Record what ControlNets add too, or what stands for it.",
-            default="as exported",
-        ),
-    ] = None
-    t2i_adapter_inputs: Annotated[
-        bool | None,
-        replace(
-            T2I_ADAPTER_INPUTS,
-            help="Record what T2I-adapters add too, or what stands for it.",
-            default="as exported",
         ),
     ] = None
 
@@ -974,3 +996,8 @@ class EvaluateOptions(EngineStageOptions, ImageFolderOptions):
         another evaluation.
         """
         return super().to_json() | {name: asdict(x) for name, x in self.metric_files.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordsOptions(ReferenceOptions, AddedInputsOptions):
+    """The same with the inputs of the exported graph, which the user chooses there."""

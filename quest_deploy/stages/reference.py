@@ -15,6 +15,7 @@ from quest_deploy.artifacts.workspace import REFERENCE, REFERENCE_STATE
 from quest_deploy.files import link_or_copy, sha256_of_json
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.stages.added_inputs import recorded_inputs
+from quest_deploy.stages.options import ReferenceOptions
 from quest_deploy.verification import reference
 
 if TYPE_CHECKING:
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
 
     from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.progress import Progress
-    from quest_deploy.stages.options import ReferenceOptions
+    from quest_deploy.stages.options import RecordsOptions
     from quest_deploy.stages.results import Reference
 
 
 def work(
-    workspace: Workspace, options: ReferenceOptions, progress: Progress
+    workspace: Workspace, options: RecordsOptions, progress: Progress
 ) -> tuple[list[Path], Reference]:
     """Run the torch modules and save what went in and out.
 
@@ -53,7 +54,7 @@ def work(
             model,
             recorded,
             state,
-            **{k: x for k, x in asdict(options).items() if not k.endswith("_inputs")},
+            **asdict(options.of(ReferenceOptions)),
             key=key,
             progress=progress,
         )

@@ -21,14 +21,14 @@ from quest_deploy.stages import (
     REPORT,
     VERIFY,
 )
-from quest_deploy.stages.options import CalibrateOptions
+from quest_deploy.stages.options import CalibrateOptions, RecordsOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.progress import Display, Progress
-    from quest_deploy.stages.options import ReferenceOptions, StageOptions
+    from quest_deploy.stages.options import ExportOptions, ReferenceOptions, StageOptions
     from quest_deploy.stages.results import Verification
     from quest_deploy.stages.stage import Stage
 
@@ -181,19 +181,27 @@ def failure(result: Verification) -> str:
 
 def kept(stage: Stage[Any, Any], workspace: Workspace, given: Mapping[str, Any]) -> Any:
     """The options that the workspace's stage ran with or was started with, if it was, but for those
-    that are given.
+    that are given; see :func:`exported`.
     """
+    own = exported(workspace) if stage is EXPORT else workspace.options_of(stage.name)
     try:
-        return stage.options.from_json(workspace.options_of(stage.name) | dict(given))
+        return stage.options.from_json(own | dict(given))
     except InputError as e:
         raise InputError(f"{workspace.root}: {e}; run `quest-deploy {stage.name}`") from e
 
 
-def as_exported(workspace: Workspace, options: ReferenceOptions) -> ReferenceOptions:
-    """``options`` with the inputs of the exported graph, unless they say which."""
-    own = {kind: x for kind, x in options.added_inputs.items() if x is not None}
-    found = {**kept(EXPORT, workspace, {}).added_inputs, **own}
-    return replace(options, **{f"{kind}_inputs": x for kind, x in found.items()})
+def exported(workspace: Workspace) -> dict[str, Any]:
+    """The options that the workspace was exported with; until it is, those of the workspace that
+    ``lora`` made it from.
+    """
+    folded = workspace.options_of("lora").get("export", {})
+    return workspace.options_of(EXPORT.name) if EXPORT.name in workspace.stages else folded
+
+
+def as_exported(workspace: Workspace, options: ReferenceOptions) -> RecordsOptions:
+    """``options`` with the inputs of the exported graph."""
+    found: ExportOptions = kept(EXPORT, workspace, {})
+    return RecordsOptions(**vars(options), **vars(found))
 
 
 def calibration(

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
+from quest_deploy.errors import InputError
 from quest_deploy.files import check_text, naming
 from quest_deploy.progress import no_progress, progress_of
 from quest_deploy.stages.options import EngineStageOptions, StageOptions
@@ -125,8 +126,9 @@ class Stage(Generic[Options, Result]):
             if record is not None:
                 logger.info("%s: up to date", name)
                 return cast("Result", record.details)
+            interrupted = workspace.interrupted(name) if self.long else None
             if self.long:
-                _warn_of_others(name, workspace.interrupted(name) or recorded, recorded)
+                _warn_of_others(name, interrupted or recorded, recorded)
                 workspace.start(name, recorded)
             try:
                 with (
@@ -135,8 +137,10 @@ class Stage(Generic[Options, Result]):
                     _scratch_in(workspace.new("scratch")),
                 ):
                     files, result = (work or self.module.work)(workspace, options, shown)
-            except Exception:  # but an interruption is none
+            except Exception as e:  # but an interruption is none
                 workspace.forget_start(name)
+                if interrupted is not None and isinstance(e, InputError):
+                    workspace.start(name, interrupted)  # the user mends it, and goes on
                 workspace.discard_if_unused()
                 raise
             details = cast("dict[str, Any]", result)

@@ -3,26 +3,33 @@
 import glob
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from quest_deploy.artifacts.model_source import Lora, ModelSource
+from quest_deploy.artifacts.model_source import IPAdapter, Lora, ModelSource
 from quest_deploy.artifacts.scheme import (
     DEFAULT_BUCKETS,
     SUPPORTED_BITS,
     TRAIN_TIMESTEPS,
     Granularity,
     Scheme,
+    as_float32,
+    quantile_edges,
 )
 from quest_deploy.artifacts.workspace import MANIFEST, Workspace, check_vacant
 from quest_deploy.backends.base import require_package
 from quest_deploy.errors import InputError
 from quest_deploy.files import absolute
 from quest_deploy.models.loading import load_model, resolve_source
-from quest_deploy.models.registry import EMBEDDED, MODEL_NAMES, check_model_name
-from quest_deploy.models.schedulers import PREDICTION_TYPES
+from quest_deploy.models.registry import (
+    EMBEDDED,
+    MODEL_NAMES,
+    DiffusionModel,
+    check_model_name,
+)
+from quest_deploy.models.schedulers import PREDICTION_TYPES, set_steps
 from quest_deploy.options import Option, Options
 from quest_deploy.stages.options import QDIFF, parse_patterns
 
@@ -55,8 +62,16 @@ LORA = Option(
 )
 
 
-def _parse_eight_bit_layers(text: str) -> tuple[str, ...]:
+def _parse_layers(text: str) -> tuple[str, ...]:
     return () if text == NONE else parse_patterns(text)
+
+
+def _parse_edges(text: str) -> tuple[float, ...] | str:
+    """Numbers separated by commas, or the text itself, which names a schedule."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +84,16 @@ class SchemeChoices(Options):
         Option(
             "Timestep buckets, from 1 to the number of training steps.",
             default=f"the workspace's, or {DEFAULT_BUCKETS}",
+        ),
+    ] = None
+    bucket_edges: Annotated[
+        Sequence[float] | str | None,
+        Option(
+            "Where buckets end and begin: timesteps separated by commas; or SCHEDULER:STEPS, for "
+            "as many of that schedule's timesteps in each of --buckets.",
+            default="the workspace's, or equally wide buckets; of flow matching the model's steps",
+            text=str,
+            parse=_parse_edges,
         ),
     ] = None
     granularity: Annotated[
@@ -110,7 +135,16 @@ class SchemeChoices(Options):
             "separated by commas, or none.",
             default="the workspace's, or the model's",
             text=str,
-            parse=_parse_eight_bit_layers,
+            parse=_parse_layers,
+        ),
+    ] = None
+    float_layers: Annotated[
+        Sequence[str] | None,
+        Option(
+            "Layers that are not quantized: globs separated by commas, or none.",
+            default="the workspace's, or the model's",
+            text=str,
+            parse=_parse_layers,
         ),
     ] = None
     low_rank: Annotated[
@@ -136,20 +170,24 @@ class SchemeChoices(Options):
         self,
         train_timesteps: int = TRAIN_TIMESTEPS,
         *,
+        edges: Sequence[float] | None = None,
         split_shortcuts: bool = False,
         eight_bit_layers: Sequence[str] = (),
+        float_layers: Sequence[str] = (),
     ) -> Scheme:
         """The scheme of a new workspace; raise InputError for what is unknown.
 
         Args:
             train_timesteps: the number of steps that the model was trained with.
+            edges: those of the buckets; equally wide ones where it is None.
             split_shortcuts: where the user chose neither.
-            eight_bit_layers: where the user chose none.
+            eight_bit_layers, float_layers: where the user chose none.
         """
         usual = min(DEFAULT_BUCKETS, train_timesteps)
         return Scheme.parse(
             self.bits or DEFAULT_BITS,
             buckets=usual if self.buckets is None else self.buckets,
+            edges=edges,
             train_timesteps=train_timesteps,
             granularity=self.granularity or Granularity.FOLDED_CHANNEL,
             attention_bits=_operand_bits(self.attention_bits),
@@ -160,9 +198,34 @@ class SchemeChoices(Options):
             eight_bit_layers=eight_bit_layers
             if self.eight_bit_layers is None
             else self.eight_bit_layers,
+            float_layers=float_layers if self.float_layers is None else self.float_layers,
             low_rank=self.low_rank or 0,
             low_rank_layers=self.low_rank_layers or (),
         )
+
+    def edges(
+        self, model: DiffusionModel, usual: int = DEFAULT_BUCKETS
+    ) -> tuple[float, ...] | None:
+        """The edges that the user chose of ``model``'s timesteps, or else the model's own; None for
+        equally wide buckets.
+
+        Args:
+            usual: how many buckets a schedule is divided into where the user did not choose it.
+
+        Raises:
+            InputError: they are not as many as the buckets, or name no schedule of the model's.
+        """
+        chosen = self.bucket_edges
+        if chosen is None and model.bucket_steps is not None:
+            chosen = f"{model.calibration_scheduler}:{max(model.bucket_steps, self.buckets or 1)}"
+        if isinstance(chosen, str):
+            return _edges_of_schedule(chosen, model, self.buckets, usual)
+        if chosen is not None and self.buckets not in (None, len(chosen) + 1):
+            raise InputError(
+                f"--bucket-edges: expected {(self.buckets or 1) - 1} for --buckets {self.buckets}, "
+                f"found {len(chosen)}"
+            )
+        return None if chosen is None else tuple(chosen)
 
     def check(self, workspace: Workspace) -> None:
         """Raise InputError where the workspace's scheme is another one."""
@@ -175,11 +238,16 @@ class SchemeChoices(Options):
             "softmax_bits": str(scheme.softmax_bits or FLOAT),
             "split_shortcuts": scheme.split_shortcuts,
             "eight_bit_layers": scheme.eight_bit_layers,
+            "float_layers": scheme.float_layers,
             "low_rank": scheme.low_rank,
             "low_rank_layers": scheme.low_rank_layers,
         }
         for name, value in found.items():
             _check(workspace, name.replace("_", " "), getattr(self, name), value)
+        if self.bucket_edges is not None:
+            edges = self.edges(load_model(workspace.source), scheme.buckets)
+            wanted = None if edges is None else as_float32(edges)
+            _check(workspace, "bucket edges", wanted, scheme.bucket_edges)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +269,23 @@ class ModelChoices(Options):
         Option("Build the model's architecture alone, for size and speed; needs no download."),
     ] = False
     lora: Annotated[Sequence[str], LORA] = ()
-
+    ip_adapter: Annotated[
+        str | None,
+        Option(
+            "An IP-Adapter to quantize with the model, a .safetensors file, and the scale to "
+            "calibrate with.",
+            metavar="PATH:SCALE",
+            default="the workspace's, or none",
+        ),
+    ] = None
+    image_encoder: Annotated[
+        Path | None,
+        Option(
+            "The folder of what encodes the IP-Adapter's images.",
+            metavar="DIR",
+            default="image_encoder beside the IP-Adapter, or the model's",
+        ),
+    ] = None
     prediction_type: Annotated[
         str | None,
         Option(
@@ -230,6 +314,8 @@ class ModelChoices(Options):
             random_weights=self.random_weights,
             loras=self.lora,
             prediction_type=self.prediction_type,
+            ip_adapter=self.ip_adapter,
+            image_encoder=self.image_encoder,
         )
 
     def check(self, workspace: Workspace) -> None:
@@ -252,6 +338,13 @@ class ModelChoices(Options):
         _check(workspace, "prediction type", self.prediction_type, source.prediction_type)
         if self.lora:
             _check(workspace, "LoRAs", [Lora.parse(text) for text in self.lora], list(source.loras))
+        if self.image_encoder is not None and self.ip_adapter is None:
+            raise InputError("--image-encoder: needs --ip-adapter")
+        if self.ip_adapter is not None:
+            adapter = IPAdapter.parse(self.ip_adapter, self.image_encoder)
+            if source.ip_adapter is not None:
+                source.ip_adapter.check()
+            _check(workspace, "the IP-Adapter", adapter, source.ip_adapter or "none")
 
 
 def open_workspace(workspace: Place, model: str | None, bits: str | None) -> Workspace:
@@ -269,9 +362,11 @@ def create_workspace(
     choices: SchemeChoices,
     *,
     split_shortcuts: bool = False,
+    check: Callable[[ModelSource], None] | None = None,
 ) -> Workspace:
     """Open a workspace, or make it; what is not given is taken from it, or else the default
-    (``split_shortcuts`` is that default).
+    (``split_shortcuts`` is that default). What ``check`` refuses of a new one's source is refused
+    before it is made.
 
     Raises:
         InputError: it holds something else, or cannot be made, such as without torch.
@@ -285,17 +380,39 @@ def create_workspace(
             check_vacant(root)  # before anything is downloaded
             require_package("torch", "torch", "a new workspace")  # and before anything is written
             source = model.source()
+            if check is not None:
+                check(source)
             loaded = load_model(source)
             scheme = choices.scheme(
                 loaded.train_timesteps,
+                edges=choices.edges(loaded),
                 split_shortcuts=split_shortcuts,
                 eight_bit_layers=loaded.eight_bit_layers,
+                float_layers=loaded.float_layers,
             )
             return Workspace.create(root, source, scheme)
     opened = _opened(workspace, model, choices.bits)
     model.check(opened)
     choices.check(opened)
     return opened
+
+
+def _edges_of_schedule(
+    text: str, model: DiffusionModel, buckets: int | None, usual: int
+) -> tuple[float, ...]:
+    """The edges of SCHEDULER:STEPS; where ``buckets`` is None, of one for each timestep, up to
+    ``usual`` buckets.
+    """
+    name, _, number = text.partition(":")
+    if not number.isdigit():
+        raise InputError(
+            "--bucket-edges: expected timesteps separated by commas, or SCHEDULER:STEPS, not "
+            f"{text!r}"
+        )
+    scheduler = model.load_scheduler(name)
+    set_steps(scheduler, int(number))
+    visited = sorted(set(scheduler.timesteps.tolist()))
+    return quantile_edges(visited, buckets or min(usual, len(visited)))
 
 
 def method_name(workspace: Workspace) -> str:

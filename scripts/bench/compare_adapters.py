@@ -4,10 +4,12 @@ scripts/bench/results/adapters.json.
 
     python -m scripts.bench.compare_adapters -w quest-out/emoji-w4a8 -w quest-out/emoji-w4a4
 
-The workspaces are what `quest-deploy run --model emoji --bits ...` makes; the adapters are those of
-examples/adapters/. All draw the same prompts from the same noise, with the fake-quantized model,
-which `quest-deploy verify` holds engines to. What is drawn is kept in ``--work`` under a hash of
-all that it was made from, so that an interrupted run goes on with the next.
+The workspaces are what `quest-deploy run --model emoji --bits ...` makes, or `quest-deploy
+calibrate --controlnet examples/adapters/edges` and `finetune`, which have rows of their own in the
+ControlNet's table and none in the LoRA's; the adapters are those of examples/adapters/. All draw
+the same prompts from the same noise, with the fake-quantized model, which `quest-deploy verify`
+holds engines to. What is drawn is kept in ``--work`` under a hash of all that it was made from, so
+that an interrupted run goes on with the next.
 
 The LoRA draws in blue. An image's distance to its own blue form says how far it is from that, the
 Frechet distance is to the real pictures in blue. The ControlNet follows the edges of the real
@@ -35,7 +37,7 @@ import quest_deploy as qd
 from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.workspace import Workspace, versions
 from quest_deploy.backends.base import processor_name
-from quest_deploy.errors import QuestDeployError
+from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.evaluation.image_grid import save_comparison
 from quest_deploy.evaluation.quality import SamplingOptions, draw, evaluate_images
 from quest_deploy.evaluation.retrieval import BATCH, STATISTICS, Judge
@@ -44,8 +46,10 @@ from quest_deploy.files import atomic_file, read_json, sha256_of, write_json
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel, quiet
 from quest_deploy.models.registry import EMBEDDED
+from quest_deploy.models.residuals import CONTROLNET
 from quest_deploy.models.weights import load_part
 from quest_deploy.quantization.model import QuantizedModel
+from quest_deploy.stages import CALIBRATE
 from quest_deploy.stages.evaluate import captions_of
 from scripts.bench.methods.model import ComparedModel
 from scripts.bench.methods.shared import IMAGES, shared
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "scripts/bench/results/adapters.json"
 DOCS = ROOT / "docs/adapters"
+TABLE = "table.md"
 ADAPTERS = ROOT / "examples/adapters"
 DASH = "\N{EN DASH}"
 SHOWN = 6
@@ -107,8 +112,7 @@ PAGE = """# Adapters on quantized models
 
 `python -m scripts.bench.compare_adapters` measures `scripts/bench/results/adapters.json` and makes
 this page of it: the embedded model with each of the adapters in `examples/adapters/`, in FP32 and
-quantized. {images} prompts, {steps} steps of {scheduler}, guidance {guidance:g}, the same noise in
-every row. The quantized rows are the fake-quantized model, which `quest-deploy verify` holds
+quantized. The quantized rows are the fake-quantized model, which `quest-deploy verify` holds
 engines to.
 
 "The pictures" are the real ones, as the model's encoder and decoder leave them: the best that a row
@@ -129,8 +133,9 @@ prompts are not looked for.
 
 ## A ControlNet that follows edges
 
-Its residuals go into the UNet as they are, in float; the activation scales were calibrated without
-them.
+Its residuals go into the UNet as they are, in float. The activation scales were calibrated and
+finetuned without them, but in the rows that say so half of the samplings had them
+(`calibrate --controlnet`).
 
 {controlnet}
 
@@ -140,6 +145,13 @@ The edges are those of the real pictures, shifted and mirrored, which the prompt
 agreement is the F-measure of the drawn image's edges and the given ones, where an edge within a
 pixel counts.
 """
+
+CALIBRATED = ", calibrated with it"
+"""Behind the name of a row."""
+SAMPLING = (
+    "{images} prompts, {steps} steps of {scheduler}, guidance {guidance:g}, the same noise in "
+    "every row:"
+)
 
 
 class Sketched(PipelineModel):
@@ -243,6 +255,16 @@ def float_case(model: PipelineModel) -> Case:
     return Case(FLOAT, lambda: float_denoiser(model.load_unet()), hashes)
 
 
+def row_of(workspace: Workspace) -> str:
+    """What the row of a quantized model is called."""
+    return workspace.scheme.name.upper() + (CALIBRATED if calibrated_with_it(workspace) else "")
+
+
+def calibrated_with_it(workspace: Workspace) -> bool:
+    """Whether ``workspace`` was calibrated with a ControlNet."""
+    return bool(workspace.options_of(CALIBRATE.name).get(CONTROLNET))
+
+
 def quantized_case(workspace: Workspace) -> Case:
     """The fake-quantized model of the checkpoint in ``workspace``."""
     workspace.require(workspace.checkpoint_stage)
@@ -254,7 +276,7 @@ def quantized_case(workspace: Workspace) -> Case:
             layer.freeze()
         return model
 
-    return Case(workspace.scheme.name.upper(), load, {"checkpoint": sha256_of(path)})
+    return Case(row_of(workspace), load, {"checkpoint": sha256_of(path)})
 
 
 @dataclass
@@ -341,6 +363,14 @@ class Pictures:
         )
 
 
+def check_apart(workspaces: Sequence[Workspace]) -> None:
+    """Raise InputError where two would share a row, or the folder of what a LoRA is folded into."""
+    rows, folders = map(row_of, workspaces), (each.root.name for each in workspaces)
+    for what, names in (("bits or calibration", list(rows)), ("folders' names", list(folders))):
+        if len(set(names)) < len(names):
+            raise InputError(f"-w: expected other {what} for each, found {', '.join(names)}")
+
+
 def measure(
     table: Adapter,
     bench: Bench,
@@ -364,6 +394,7 @@ def measure(
         workspaces = [
             qd.lora(workspace=root, lora=[str(adapter)], output=bench.work / f"{root.name}-blue")
             for root in roots
+            if not calibrated_with_it(Workspace.open(root))
         ]
         cases = [float_case(blue), *map(quantized_case, workspaces)]
         rows = {PICTURES: decoded(plain, blue_of(pictures.plain[:count]))}
@@ -385,7 +416,7 @@ def measure(
     return {
         "sampling": asdict(bench.sampling),
         "adapter": {path.relative_to(adapters).as_posix(): sha256_of(path) for path in files},
-        "checkpoints": {each.scheme.name: sha256_of(each.checkpoint_path) for each in workspaces},
+        "checkpoints": {row_of(each): sha256_of(each.checkpoint_path) for each in workspaces},
         "environment": {"processor": processor_name(), **versions()},
         "rows": {
             name: bench.judged(images, rows[FLOAT], judge, asked) for name, images in rows.items()
@@ -396,15 +427,15 @@ def measure(
 def page(found: dict[str, Any]) -> str:
     """The page of the tables that are measured."""
     tables = {
-        name: _table(found[name]["rows"], name) if name in found else "Not measured yet."
+        name: _table(found[name], name) if name in found else "Not measured yet."
         for name in COLUMNS
     }
-    sampling = next(iter(found.values()))["sampling"]
-    return PAGE.format(**sampling, **tables)
+    return PAGE.format(**tables)
 
 
-def _table(rows: dict[str, Figures], name: Adapter) -> str:
-    columns = COLUMNS[name]
+def _table(measured: dict[str, Any], name: Adapter) -> str:
+    """The rows, and what they were drawn with."""
+    columns, rows = COLUMNS[name], measured["rows"]
     lines = [
         ["", *(heading for heading, _ in columns.values())],
         ["---", *("---:" for _ in columns)],
@@ -413,7 +444,8 @@ def _table(rows: dict[str, Figures], name: Adapter) -> str:
             for row, figures in rows.items()
         ),
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{SAMPLING.format(**measured['sampling'])}\n\n{table}"
 
 
 def _cell(row: str, key: str, figure: float | None, form: str) -> str:
@@ -436,6 +468,7 @@ def main(
 ) -> None:
     """Draw, judge, and write the figures and the page."""
     try:
+        check_apart([Workspace.open(root) for root in workspace])
         model = ComparedModel.load()
         bench = Bench(work, replace(model.sampling, images=images), model.parts)
         found = read_json(results) if results.exists() else {}
@@ -445,7 +478,7 @@ def main(
     except QuestDeployError as e:
         typer.echo(f"error: {e}", err=True)
         raise typer.Exit(e.exit_code) from e
-    with atomic_file(docs / "README.md") as temporary:
+    with atomic_file(docs / TABLE) as temporary:
         temporary.write_text(page(found), encoding="utf-8")
 
 

@@ -26,6 +26,7 @@ from tests.helpers import (
     Array,
     Feeds,
     float32,
+    graph_from_text,
     numpy_layer,
     op_counts,
     proto_of,
@@ -537,3 +538,24 @@ def test_what_torch_onnx_does_not_know_as_it_is_is_exported_and_computes_the_sam
     assert program is not None
     (found,) = run(program.model, {"x": x[:2].numpy()})
     np.testing.assert_allclose(found, module(x[:2]).numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("operator", ["Mul", "Div", "Add", "Sub"])
+@pytest.mark.parametrize("away", [0.0, 9e-6, 5e-9, 1e-15])
+@pytest.mark.parametrize("shape", [(), (1, 1, 1)])
+def test_an_operator_is_left_out_where_its_constant_is_exactly_the_neutral_scalar(
+    operator: str, away: float, shape: tuple[int, ...]
+) -> None:
+    neutral = np.float32(operator in ("Mul", "Div"))
+    constant = np.full(shape, neutral + np.float32(away), np.float32)
+    sizes = "1, 1, n" if shape else "n"
+    model = graph_from_text(
+        f"g (float[n] x) => (float[{sizes}] y) {{ y = {operator}(x, c) }}", c=constant
+    )
+    model.functions.clear()
+    x = float32(0, 1, -3.75, 1e-8)
+    (expected,) = run(model, {"x": x}, optimized=False)
+    torch_to_qdq._simplify(model)
+    assert (operator not in op_counts(model)) == (not shape and constant == neutral)
+    (found,) = run(model, {"x": x}, optimized=False)
+    np.testing.assert_array_equal(found, expected, strict=True)

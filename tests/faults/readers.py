@@ -29,6 +29,7 @@ from quest_deploy.importers.read import read
 from quest_deploy.importers.settings import ImportSettings, Source
 from quest_deploy.models import pipeline_model
 from quest_deploy.models.image_inputs import made_image, read_image
+from quest_deploy.models.ip_adapters import load_projection
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.triton.package import FORMAT as PACKAGE_FORMAT
@@ -146,6 +147,14 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
     weights.with_name(f"{weights.name}.index.json").write_text(
         json.dumps({"metadata": {"total_size": 1}, "weight_map": places})
     )
+    adapter = pipelines.ip_adapter(folder / "ip", model)
+
+    def with_adapter(path: Path) -> None:
+        source = resolve_source(str(model), ip_adapter=str(path))
+        assert source.ip_adapter is not None
+        load_model(source).load_unet()
+        load_projection(source.ip_adapter)
+
     lora = folder / "style.safetensors"
     layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     factors = {"lora_A": torch.ones(2, 16), "lora_B": torch.ones(16, 2)}
@@ -153,9 +162,10 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
 
     configuration = (
         "models.configurations:read_configuration",
-        "models.pipeline_model:_pooled_width",
-        "models.pipeline_model:_read_schedule",
+        "models.networks.unet:check",
         "models.pipeline_model:__init__",
+        "models.pipeline_model:_read_network",
+        "models.pipeline_model:_read_schedule",
     )
     return {
         "manifest": Kind(
@@ -246,6 +256,11 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
                 load_model(resolve_source(str(model), loras=[str(path)])).load_unet() and None
             ),
             ("artifacts.model_source:_hash_of", "models.loras:_read"),
+        ),
+        "IP-Adapter": Kind(
+            adapter,
+            with_adapter,
+            ("models.ip_adapters:_widths", "models.ip_adapters:_read"),
         ),
         "official checkpoint": Kind(
             official / "ckpt.pth",

@@ -20,13 +20,15 @@ from quest_deploy.backends.base import build_engine
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.models.registry import EMBEDDED, KNOWN_MODELS
-from tests.pipelines import PIPELINES
+from tests.pipelines import PIPELINES, TRANSFORMERS
 from tests.quest_deploy.support import (
     CHAIN,
     LABEL_CHAIN,
     LDM_CHAIN,
     MINI_EMOJI_UNET,
     MINI_UNET,
+    PIXART_CHAIN,
+    SD3_CHAIN,
     TEXT_CHAIN,
     Outcome,
     cli,
@@ -238,6 +240,20 @@ def text_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
 
 
 @pytest.fixture(scope="session")
+def pixart_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+    """The small pipeline of PixArt-Sigma, through every command. Workers share one."""
+    with _chain("pixart", PIXART_CHAIN, tmp_path_factory) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def sd3_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+    """The small pipeline of Stable Diffusion 3.5, through every command. Workers share one."""
+    with _chain("sd3", SD3_CHAIN, tmp_path_factory) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
 def label_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     """The small class-conditional pipeline on pixels, as far as an engine. Workers share one."""
     with _chain("class-pixels", LABEL_CHAIN, tmp_path_factory) as made:
@@ -271,8 +287,8 @@ def _chain(
             for step, options in steps.items():
                 command, _, backend = step.partition(" ")
                 where = ["--backend", backend] if backend else []
-                if command == "calibrate" and name in PIPELINES:
-                    where += ["--model", str(PIPELINES[name](pipeline))]
+                if command == "calibrate" and name in (made := PIPELINES | TRANSFORMERS):
+                    where += ["--model", str(made[name](pipeline))]
                 outcomes[step] = dataclasses.asdict(
                     cli(command, "-w", root, *where, *options, "--json")
                 )

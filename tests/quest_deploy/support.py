@@ -112,6 +112,38 @@ TEXT_CHAIN = {
     "evaluate onnxruntime": ["--images", "2", "--steps", "2"],
 }
 """And for a text-to-image pipeline."""
+PIXART_CHAIN = {
+    "calibrate": [*TEXT_CHAIN["calibrate"], "--attention-bits", "8", "--softmax-bits", "8"],
+    "sensitivity": ["--samples", "1"],
+    **{step: TEXT_CHAIN[step] for step in ("finetune", "export", "reference")},
+    "build-engine onnxruntime": ["--threads", "1"],
+    "build-engine openvino": ["--threads", "1"],
+    "build-engine tensorrt-rtx": [*CHAIN["build-engine tensorrt-rtx"], "--dtype", "fp16"],
+    "verify onnxruntime": [],
+    "verify openvino": [],
+    "benchmark onnxruntime": [
+        *LDM_CHAIN["benchmark openvino"],
+        *("--pipeline", "--images", "1", "--draws", "1"),
+    ],
+    "generate onnxruntime": TEXT_CHAIN["generate onnxruntime"],
+    "evaluate onnxruntime": TEXT_CHAIN["evaluate onnxruntime"],
+    "report": [],
+    "schedule": CHAIN["schedule"],
+}
+"""And for one whose network is a transformer."""
+SD3_CHAIN = {
+    **PIXART_CHAIN,
+    "calibrate": [
+        *("--bits", "w4a8", "--samples", "1", "--steps", "4", "--buckets", "4"),
+        *("--attention-bits", "8", "--softmax-bits", "8"),
+    ],
+    "finetune": [*LDM_CHAIN["finetune"], "--gradient-checkpointing"],
+    "generate openvino": [
+        *("--prompt", "a red cat", "--steps", "2", "--height", "16", "--width", "24"),
+    ],
+    "schedule": ["--scheduler", "euler", "--steps", "4"],
+}
+"""And of flow matching."""
 
 
 LINKS = ("to other names", "to the same names", "hard")

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel
+import typer
+from diffusers import ControlNetModel, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.registry import EMBEDDED_FOLDER
 from scripts import make_emoji_adapters as script
 from scripts.make_emoji_model import encode_latents, take_parts
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from torch import nn
+
+
+SHIPPED = Path(__file__).parents[2] / "examples" / "adapters"
+STYLE, EDGES = SHIPPED / script.STYLE, SHIPPED / script.EDGES
 
 
 def squares(*tops: int) -> torch.Tensor:
@@ -49,6 +56,46 @@ def test_a_picture_that_fills_its_frame_has_no_edges_at_the_frame() -> None:
     assert not script.edges_of(-torch.ones(1, 3, 64, 64)).any()
 
 
+def test_the_shipped_lora_is_small_and_fuses_as_diffusers_fuses_it() -> None:
+    assert STYLE.stat().st_size < 200_000
+    ours = load_model(resolve_source("emoji", loras=[str(STYLE)])).load_unet().state_dict()
+    plain = load_model(resolve_source("emoji")).load_unet().state_dict()
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(
+        EMBEDDED_FOLDER, torch_dtype=torch.float32
+    )
+    pipeline.load_lora_weights(SHIPPED, weight_name=script.STYLE)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    changed = [name for name in plain if not torch.equal(ours[name], plain[name])]
+    assert len(changed) == 70  # ten products in each of seven blocks
+    for name, theirs in pipeline.unet.state_dict().items():
+        torch.testing.assert_close(ours[name], theirs, rtol=1e-4, atol=1e-5)
+
+
+def controlnet() -> nn.Module:
+    made: nn.Module = ControlNetModel.from_pretrained(EDGES, torch_dtype=torch.float32).eval()
+    return made
+
+
+@torch.no_grad()
+def test_the_shipped_controlnet_is_small_and_makes_the_residuals_of_edges() -> None:
+    assert sum(path.stat().st_size for path in EDGES.iterdir()) < 4_000_000
+    sample, states = torch.zeros(2, 8, 8, 8), torch.zeros(2, 24, 128)
+    edges = script.edges_of(squares(10, 30))[:, None].expand(-1, 3, -1, -1) / 255
+    down, middle = controlnet()(
+        sample, torch.tensor(500), states, controlnet_cond=edges, return_dict=False
+    )
+    unet: Any = load_model(resolve_source("emoji")).load_unet()
+    unet(
+        sample,
+        torch.tensor(500),
+        states,
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=middle,
+    )
+    assert all((each[0] - each[1]).abs().max() > 1e-3 for each in (*down, middle))
+
+
 @pytest.mark.slow
 def test_training_writes_what_diffusers_reads_and_goes_on_where_it_was(tmp_path: Path) -> None:
     names = ["red apple", "blue car", "left arrow", "cat"]
@@ -74,3 +121,17 @@ def test_training_writes_what_diffusers_reads_and_goes_on_where_it_was(tmp_path:
     script.main(**options, lora_steps=2, controlnet_steps=2, **steps)
     assert {path: path.read_bytes() for path in out.rglob("*.safetensors")} == first
     assert {name: (work / f"{name}.pt").read_bytes() for name in states} == states
+    (work / "lora" / script.STYLE).unlink()  # as an interruption before it was written leaves it
+    script.main(**options, lora_steps=2, controlnet_steps=2, **steps)
+    assert {path: path.read_bytes() for path in out.rglob("*.safetensors")} == first
+
+
+def test_latents_of_another_vae_than_the_models_are_refused(tmp_path: Path) -> None:
+    take_parts(tmp_path, EMBEDDED_FOLDER)
+    path = tmp_path / "vae" / script.WEIGHTS
+    weights = {name: value.float() for name, value in load_file(path).items()}
+    save_file(weights, path)
+    script.check_vae(tmp_path, EMBEDDED_FOLDER)  # the same, in float32
+    save_file({name: 1.01 * value for name, value in weights.items()}, path)
+    with pytest.raises(typer.BadParameter):
+        script.check_vae(tmp_path, EMBEDDED_FOLDER)

@@ -27,7 +27,14 @@ from quest_deploy.backends.tensorrt import base as shared
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sha256_of, sha256_of_json, write_json
 from quest_deploy.models.channels import Guidance
-from quest_deploy.models.schedulers import SCHEDULERS, make_scheduler
+from quest_deploy.models.schedulers import (
+    FLOW,
+    FLOW_SCHEDULERS,
+    SCHEDULERS,
+    first_scale,
+    make_scheduler,
+    scaled_input,
+)
 from quest_deploy.serving.schedule import Schedule, ScheduleStep, schedule_from_scheduler
 from tests.helpers import assert_holds, refused, reseal
 from tests.trt_plugins.conftest import INCLUDES, JSON_HEADERS, PLUGINS, RTX, RUNTIME
@@ -48,6 +55,9 @@ NOISE_SCHEDULE = {
     "skip_prk_steps": True,
 }
 """Stable Diffusion's."""
+FLOW_SCHEDULE = {"num_train_timesteps": 1000, "prediction_type": FLOW, "shift": 3.0}
+"""Stable Diffusion 3's."""
+OF_FLOW = "flow: "
 
 
 def _compiled(program: Path, compiler: str, flags: str, *parts: str) -> Host:
@@ -363,7 +373,8 @@ def test_an_engine_runs_with_the_very_plugin_library_that_it_was_built_with(
 
 
 def _scheduler(name: str) -> Any:
-    scheduler = make_scheduler(name, NOISE_SCHEDULE)
+    config = FLOW_SCHEDULE if name.startswith(OF_FLOW) else NOISE_SCHEDULE
+    scheduler = make_scheduler(name.removeprefix(OF_FLOW), config)
     scheduler.set_timesteps(8)
     return scheduler
 
@@ -377,6 +388,10 @@ def _files(folder: Path, result: str = "result") -> list[Path]:
     return [folder / name for name in ("schedule.json", "sample", result)]
 
 
+NOTHING_ELSE = (0.0, 0, 0, 0.0, 0.0)
+"""What the emulated loop adds: image guidance, image and variance channels, control, adapter."""
+
+
 def fake_model(sample: torch.Tensor, timestep: float) -> torch.Tensor:
     """The host program's model, of samples [rows, ...]."""
     condition = torch.zeros_like(sample)
@@ -385,7 +400,7 @@ def fake_model(sample: torch.Tensor, timestep: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 4.0])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [*SCHEDULERS, *(f"{OF_FLOW}{name}" for name in FLOW_SCHEDULERS)])
 def test_the_loop_with_a_schedulers_table_draws_what_diffusers_draws(
     host: Host, tmp_path: Path, name: str, guidance: float
 ) -> None:
@@ -393,9 +408,9 @@ def test_the_loop_with_a_schedulers_table_draws_what_diffusers_draws(
     schedule.save(tmp_path / "schedule.json")
     scheduler, generator = _scheduler(name), torch.Generator().manual_seed(3)
     drawn = torch.randn(2, 5, 4, generator=generator)
-    sample, noise = drawn * scheduler.init_noise_sigma, []
+    sample, noise = drawn * first_scale(scheduler), []
     for timestep in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(sample, timestep)
+        scaled = scaled_input(scheduler, sample, timestep)
         if guidance <= 1:
             prediction = fake_model(scaled, float(timestep))
         else:
@@ -451,7 +466,7 @@ def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
         tmp_path / "noise"
     )
     expected = host("denoise", *_files(tmp_path, "expected"), guidance, *noise)
-    ended = emulated(*_files(tmp_path), guidance, graph, 0, 0, 0, 0, *noise)
+    ended = emulated(*_files(tmp_path), guidance, graph, *NOTHING_ELSE, *noise)
     assert expected.returncode == 0
     assert_holds(
         ended.stderr, "condition", "mid_block_additional_residual", "condition_shapes", "middle"
@@ -463,19 +478,21 @@ def test_the_gpus_loop_gives_what_the_hosts_does_bit_for_bit_recorded_or_not(
 
 @pytest.mark.parametrize("graph", [0, 1])
 @pytest.mark.parametrize(
-    ("guidance", "image_guidance", "image", "variance", "control"),
+    ("guidance", "image_guidance", "image", "variance", "control", "scale"),
     [
-        (1.0, 0.0, 3, 0, 0.0),
-        (4.0, 0.0, 3, 0, 0.0),
-        (4.0, 2.0, 5, 0, 0.0),
-        (1.0, 2.0, 5, 0, 0.0),
-        (1.0, 0.0, 0, 5, 0.0),
-        (4.0, 0.0, 0, 5, 0.0),
-        (1.0, 0.0, 0, 0, 0.3),
-        (4.0, 0.0, 3, 5, 0.3),
+        (1.0, 0.0, 3, 0, 0.0, 0.0),
+        (4.0, 0.0, 3, 0, 0.0, 0.0),
+        (4.0, 2.0, 5, 0, 0.0, 0.0),
+        (1.0, 2.0, 5, 0, 0.0, 0.0),
+        (1.0, 0.0, 0, 5, 0.0, 0.0),
+        (4.0, 0.0, 0, 5, 0.0, 0.0),
+        (1.0, 0.0, 0, 0, 0.3, 0.0),
+        (4.0, 0.0, 3, 0, 0.3, 0.0),
+        (1.0, 0.0, 0, 0, 0.0, 0.7),
+        (4.0, 0.0, 3, 0, 0.0, 0.7),
     ],
 )
-def test_the_gpus_loop_joins_an_image_leaves_a_variance_out_and_runs_a_controlnet_at_each_step(
+def test_the_gpus_loop_joins_an_image_leaves_a_variance_out_and_adds_what_it_is_given_at_each_step(
     emulated: Host,
     tmp_path: Path,
     guidance: float,
@@ -483,19 +500,22 @@ def test_the_gpus_loop_joins_an_image_leaves_a_variance_out_and_runs_a_controlne
     image: int,
     variance: int,
     control: float,
+    scale: float,
     graph: int,
 ) -> None:
     _schedule("euler").save(tmp_path / "schedule.json")
     scheduler = _scheduler("euler")
     drawn = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(3))
     drawn.numpy().tofile(tmp_path / "sample")
-    ended = emulated(*_files(tmp_path), guidance, graph, image_guidance, image, variance, control)
+    given = (guidance, graph, image_guidance, image, variance, control, scale)
+    ended = emulated(*_files(tmp_path), *given)
     assert ended.returncode == 0, ended.stderr
 
     guide = Guidance(guidance, image_guidance or None)
     parts = 1 if not guide.guided else 3 if image_guidance else 2
     rows = torch.arange(2 * parts)
     beside = torch.where(rows < parts, 0.0, 0.25) + (0.1 * rows if image else 0.0)
+    beside = beside + 0.1 * scale * rows
     sample = drawn * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(sample, timestep).repeat(parts, 1, 1)
@@ -522,7 +542,7 @@ def test_threads_with_a_denoiser_each_of_one_engine_share_nothing_that_they_writ
     rng.standard_normal((2, 5, 4)).astype(np.float32).tofile(tmp_path / "sample")
     rng.standard_normal((8, 2, 5, 4)).astype(np.float32).tofile(tmp_path / "noise")
     for graph in (0, 1):
-        ended = raced(*_files(tmp_path), 4.0, graph, 0.0, 0, 0, 0, tmp_path / "noise")
+        ended = raced(*_files(tmp_path), 4.0, graph, *NOTHING_ELSE, tmp_path / "noise")
         assert ended.returncode == 0, ended.stderr[-4000:]
 
 

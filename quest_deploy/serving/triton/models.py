@@ -21,17 +21,18 @@ from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
+from quest_deploy.models.residuals import IMAGE_TOKENS
 from quest_deploy.serving.triton import graphs
 from quest_deploy.serving.triton.layout import ONNX, PLAN
-from quest_deploy.serving.triton.parts import ControlNet
+from quest_deploy.serving.triton.parts import ControlNet, ImageEncoder
 from quest_deploy.serving.triton.plans import FLOAT_INPUTS, write_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from quest_deploy.serving.triton import graphs
-from quest_deploy.serving.triton.layout import Layout, Signature
+    from quest_deploy.models.ip_adapters import ImagePrompts
+    from quest_deploy.serving.triton.layout import Layout, Signature
 
 DECODER_BATCH = 4
 IMAGE = "image"
@@ -139,14 +140,30 @@ def write_encoder(layout: Layout, part: ir.Model, scale: float) -> Signature:
     )
 
 
+def write_image_encoder(layout: Layout, prompts: ImagePrompts) -> Signature:
+    """What makes an IP-Adapter's tokens of an image."""
+    module = ImageEncoder(prompts.encoder, prompts.projection)
+    pixels = {"pixels": torch.zeros(2, 3, *prompts.crop)}
+    version = layout.version_folder("image_encoder")
+    save_graph(trace(module, pixels, module.outputs, {0: "batch"}), version / ONNX)
+    _write_plan_beside(layout, version, DECODER_BATCH)
+    return layout.write_plan_config(
+        "image_encoder",
+        {"pixels": [3, *prompts.crop]},
+        {IMAGE_TOKENS: list(prompts.null(1)[IMAGE_TOKENS].shape[1:])},
+        DECODER_BATCH,
+        {"pixels": layout.kind},
+    )
+
+
 def write_controlnet(
-    layout: Layout, net: Any, unet: Signature, tokens: dict[str, Any]
+    layout: Layout, net: Any, residuals: Iterable[str], tokens: dict[str, Any]
 ) -> Signature:
     """A ControlNet, which takes what the UNet takes and an image.
 
     Args:
         net: a ControlNetModel.
-        unet: the UNet's signature.
+        residuals: the names of what it adds, in its own order.
         tokens: an example [2, ...] of each of the UNet's conditions.
     """
     pixels, (height, width) = layout.pixels_per_latent, layout.size
@@ -156,11 +173,10 @@ def write_controlnet(
         **{name: torch.zeros(value.shape) for name, value in tokens.items()},
     }
     image = {IMAGE: torch.zeros(2, 3 * pixels**2, height, width)}
-    residuals = [name for name in unet["inputs"] if name not in examples]
     version = layout.version_folder("controlnet")
-    module = ControlNet(net, list(examples), pixels)
+    module, outputs = ControlNet(net, list(examples), pixels), list(residuals)
     axes = {0: "batch", 2: HEIGHT, 3: WIDTH}
-    graph = trace(module, {**examples, **image}, residuals, axes)
+    graph = trace(module, {**examples, **image}, outputs, axes)
     for value in graph.graph.inputs:  # torch has names of its own, and a profile is by these
         if value.shape is not None and len(value.shape) == 4:
             value.shape = ir.Shape([*value.shape[:2], HEIGHT, WIDTH])
@@ -173,7 +189,7 @@ def write_controlnet(
     return layout.write_plan_config(
         "controlnet",
         {name: free.get(name, list(x.shape[1:])) for name, x in {**examples, **image}.items()},
-        {name: [x.shape[1], -1, -1] for name, x in zip(residuals, added, strict=True)},
+        {name: [x.shape[1], -1, -1] for name, x in zip(outputs, added, strict=True)},
         layout.max_batch,
         {**kinds, IMAGE: layout.kind},
         profiles=len(layout.sizes),

@@ -21,8 +21,9 @@ from quest_deploy.backends.parts import VAE_DECODER, VAE_ENCODER
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder, read_json, sha256_of, write_json
 from quest_deploy.models.controls import load_control
+from quest_deploy.models.ip_adapters import ImagePrompts
 from quest_deploy.models.loading import load_model
-from quest_deploy.models.residuals import CONTROLNET, T2I_ADAPTER, kind_of, unet_residuals
+from quest_deploy.models.residuals import CONTROLNET, IP_ADAPTER, T2I_ADAPTER, kind_of
 from quest_deploy.progress import no_progress
 from quest_deploy.serving.part_graphs import TOKENIZERS, PartGraphs
 from quest_deploy.serving.triton.layout import FILES, Layout
@@ -30,10 +31,16 @@ from quest_deploy.serving.triton.models import (
     write_controlnet,
     write_decoder,
     write_encoder,
+    write_image_encoder,
     write_text_encoder,
     write_unet,
 )
-from quest_deploy.serving.triton.pipelines import guidable, pixels_per_latent, write_pipelines
+from quest_deploy.serving.triton.pipelines import (
+    guidable,
+    pixels_per_latent,
+    write_no_image,
+    write_pipelines,
+)
 from quest_deploy.serving.triton.plans import find_plan
 from quest_deploy.serving.triton.readme import write_readme
 
@@ -71,6 +78,11 @@ def write_package(
     check_target(folder)
     workspace.require("export")
     model = load_model(workspace.source)
+    if model.network.unserved is not None:
+        raise InputError(
+            f"{model.name} has a {model.network.noun}, and no package can be made of it yet: "
+            f"{model.network.unserved}; use quest_deploy.load_pipeline"
+        )
     model.require_weights("serve")
     if model.channels.image_kind is not None and not model.channels.image:
         raise InputError(
@@ -79,6 +91,8 @@ def write_package(
         )
     _check_text_encoder(model)
     net = _controlnet(workspace, model, controlnet)
+    prompts = None if model.source.ip_adapter is None else ImagePrompts(model)
+    shown = None if prompts is None else prompts.settings
     rows = 1 if not guidable(model) else 2 if model.image_guidance is None else 3
     decoder = model.load_decoder()
     of_text = model.asked_for == "prompt"
@@ -97,7 +111,8 @@ def write_package(
         pipeline = None
         signatures: dict[str, Signature] = {}
         takes_image = model.channels.image > 0
-        total = 2 + of_text + (decoder is not None) + takes_image + (net is not None)
+        total = 2 + of_text + (decoder is not None) + takes_image
+        total += (net is not None) + (prompts is not None)
 
         progress("UNet", 0, total)
         signatures["unet"] = write_unet(layout, graph)
@@ -114,13 +129,18 @@ def write_package(
             progress("encoder", len(signatures), total)
             scale = model.image_scale(decoder)
             signatures["vae_encoder"] = write_encoder(layout, parts.load(VAE_ENCODER), scale)
+        residuals = {} if net is None else model.network.residuals(model.config, CONTROLNET)
         if net is not None:
             progress("ControlNet", len(signatures), total)
             conditions = model.null_conditions(2)
-            signatures["controlnet"] = write_controlnet(layout, net, signatures["unet"], conditions)
+            signatures["controlnet"] = write_controlnet(layout, net, residuals, conditions)
+        if prompts is not None:
+            progress("image encoder", len(signatures), total)
+            signatures["image_encoder"] = write_image_encoder(layout, prompts)
         progress("pipeline", len(signatures), total)
-        residuals = {} if net is None else unet_residuals(model.config)
-        settings = write_pipelines(layout, model, pipeline, signatures, residuals)
+        settings = write_pipelines(layout, model, pipeline, signatures, residuals, shown)
+        if prompts is not None:
+            write_no_image(layout, prompts)
         plugins = tuple(map(Path, options.plugins)) if plan is None else plan.plugins
         _write_surroundings(made, plugins, of_text=of_text)
         progress("pipeline", total, total)
@@ -170,20 +190,21 @@ def _controlnet(workspace: Workspace, model: PipelineModel, folder: Path | None)
     what it needs.
     """
     added = added_inputs(load_graph(workspace.path(GRAPH)))
-    if any(kind_of(name) == T2I_ADAPTER for name in added):
+    kinds = set(map(kind_of, added)) - {IP_ADAPTER}
+    if T2I_ADAPTER in kinds:
         raise InputError(
             f"{workspace.root}: its graph has inputs for T2I-adapters, which a package does not "
             "serve; use quest_deploy.load_pipeline, or run `quest-deploy export "
             "--no-t2i-adapter-inputs`"
         )
-    if added and folder is None:
+    if kinds and folder is None:
         raise InputError(
             f"{workspace.root}: its graph has inputs for a ControlNet: give one with --controlnet, "
             "or run `quest-deploy export --no-controlnet-inputs`"
         )
     if folder is None:
         return None
-    if not added:
+    if not kinds:
         raise InputError(
             f"--controlnet: the graph in {workspace.root} has no inputs for what it adds; run "
             "`quest-deploy export --controlnet-inputs`, and build the engine again"

@@ -11,6 +11,7 @@ import numpy as np
 from quest_deploy.errors import InputError
 from quest_deploy.files import write_json
 from quest_deploy.models.channels import EDITING, INPAINTING
+from quest_deploy.models.residuals import IMAGE_SCALE, IMAGE_TOKENS
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.serving.triton.configs import pipeline_config
 from quest_deploy.serving.triton.layout import FILES
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from quest_deploy.models.ip_adapters import ImagePrompts
     from quest_deploy.models.pipeline_model import PipelineModel
     from quest_deploy.models.residuals import Residual
     from quest_deploy.serving.triton.layout import Layout, Signature
@@ -39,7 +41,8 @@ def write_pipelines(
     model: PipelineModel,
     pipeline: Any,
     signatures: dict[str, Signature],
-    residuals: Mapping[str, Residual],
+    residuals: Mapping[str, Residual] | None = None,
+    shown: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write both; return the settings that they read.
 
@@ -47,10 +50,15 @@ def write_pipelines(
         pipeline: the diffusers pipeline with the tokenizers, None of a model that reads no text.
         signatures: of the models that they call.
         residuals: what a ControlNet adds to the UNet, if there is one.
+        shown: how an IP-Adapter's images are read, if there is one; see
+            :class:`quest_deploy.models.ip_adapters.ImagePrompts`.
     """
     settings = _settings(layout, model, pipeline, signatures)
-    settings["residuals"] = {name: [x.channels, x.divisor] for name, x in residuals.items()}
-    inputs = pipeline_inputs(model, control=bool(residuals))
+    added = {name: [x.channels, x.divisor] for name, x in (residuals or {}).items()}
+    settings["residuals"] = added
+    if shown is not None:
+        settings["image_prompt"] = dict(shown)
+    inputs = pipeline_inputs(model, control=bool(added))
     limits = {
         "max_steps": layout.options.max_steps,
         "max_size": layout.max_size,
@@ -87,6 +95,7 @@ def guidable(model: PipelineModel) -> bool:
 
 def pipeline_inputs(model: PipelineModel, *, control: bool) -> dict[str, str]:
     """The pipelines' inputs and their types, ``control`` for whether there is a ControlNet."""
+    prompted = model.source.ip_adapter is not None
     conditions = {
         "prompt": {"prompt": "TYPE_STRING", "negative_prompt": "TYPE_STRING"},
         "label": {"label": "TYPE_INT32"},
@@ -99,6 +108,7 @@ def pipeline_inputs(model: PipelineModel, *, control: bool) -> dict[str, str]:
         **conditions.get(model.asked_for or "", {}),
         **image.get(image_kind(model) or "", {}),
         **({"control_image": "TYPE_STRING", "control_scale": "TYPE_FP32"} if control else {}),
+        **({"ip_adapter_image": "TYPE_STRING", IMAGE_SCALE: "TYPE_FP32"} if prompted else {}),
         "seed": "TYPE_INT64",
         "steps": "TYPE_INT32",
         "scheduler": "TYPE_STRING",
@@ -106,6 +116,15 @@ def pipeline_inputs(model: PipelineModel, *, control: bool) -> dict[str, str]:
         "height": "TYPE_INT32",
         "width": "TYPE_INT32",
     }
+
+
+def write_no_image(layout: Layout, prompts: ImagePrompts) -> None:
+    """Write beside the pipelines the tokens of no image, [1, tokens, C], which the unconditional
+    rows of an image with guidance read.
+    """
+    tokens = prompts.null(1)[IMAGE_TOKENS].numpy()
+    for name in PIPELINES:
+        np.savez(layout.version_folder(name) / "conditions.npz", ip_adapter_tokens=tokens)
 
 
 def image_kind(model: PipelineModel) -> str | None:

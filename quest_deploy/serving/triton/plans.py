@@ -20,6 +20,7 @@ from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.backends.tensorrt.plugin import recorded_library
 from quest_deploy.errors import InputError
 from quest_deploy.files import sha256_of
+from quest_deploy.models.residuals import IMAGE_SCALE
 from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from quest_deploy.serving.triton.options import TritonOptions
 
 TRT = "tensorrt"
-FLOAT_INPUTS = ("timestep", "time_ids")
+FLOAT_INPUTS = ("timestep", "time_ids", IMAGE_SCALE)
 """FP32 whatever the others are: rounded to FP16, a timestep can land in another bucket."""
 
 

@@ -21,7 +21,7 @@ from quest_deploy.serving.triton.pipelines import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from quest_deploy.models.pipeline_model import PipelineModel
     from quest_deploy.serving.triton.layout import Layout
@@ -41,6 +41,8 @@ INPUTS = {
     "control_image": "what the ControlNet is shown, such as edges, a file likewise; without it "
     "nothing is added",
     "control_scale": "scale of what the ControlNet adds; 1 unless given",
+    "ip_adapter_image": "an image beside the prompt, a file likewise; without it nothing is added",
+    "ip_adapter_scale": "scale of what the IP-Adapter adds; that of the calibration unless given",
     "seed": "the same seed draws the same image; the server chooses one if there is none",
     "steps": f"denoising steps; {STEPS} unless given",
     "scheduler": f"$schedulers; {SCHEDULER} unless given",
@@ -86,7 +88,9 @@ def write_readme(
     command = printed.strip().replace(str(layout.folder.resolve()), "/package")
     question, option = EXAMPLES[model.asked_for]
     inputs = pipeline_inputs(model, control=bool(settings["residuals"]))
-    for name in sorted(inputs.keys() & {"init_image", "mask_image", "control_image"}):
+    for name in sorted(
+        inputs.keys() & {"init_image", "mask_image", "control_image", "ip_adapter_image"}
+    ):
         question += f', ("{name}", "BYTES", open("{name}.png", "rb").read())'
         option += f" --{name.replace('_', '-')} {name}.png"
     values = {
@@ -110,11 +114,24 @@ def write_readme(
         "max_batch": layout.max_batch,
         "inner_queue": layout.inner_queue,
         "model_timeout": MODEL_TIMEOUT,
+        "shared_memory": shared_memory(layout, settings["residuals"]),
         "sizes": ", ".join(f"{height}x{width}" for height, width in settings["sizes"])
         or f"multiples of {settings['size_factor']}",
     }
     template = Template((FILES / "README.md").read_text())
     (layout.folder / "README.md").write_text(template.substitute(values))
+
+
+def shared_memory(layout: Layout, residuals: Mapping[str, tuple[int, int]]) -> int:
+    """The GiB in which Python's processes give each other tensors: one, and what a ControlNet adds
+    to both rows of each image in flight of both pipelines, from its model and on to the UNet's.
+
+    Args:
+        residuals: channels and divisor of each.
+    """
+    side = layout.max_size // layout.pixels_per_latent
+    row = sum(4 * channels * (side // divisor) ** 2 for channels, divisor in residuals.values())
+    return 1 + -(-2 * 2 * len(PIPELINES) * layout.options.max_in_flight * row // 2**30)
 
 
 def _container(plan: Plan) -> str:

@@ -157,6 +157,70 @@ def test_case_1_norms_and_softmax_compute_in_fp32_and_so_does_what_follows_until
     assert found["y_float16"] is FP16
 
 
+def test_case_1_the_squares_of_a_mean_do_not_overflow() -> None:
+    text = """
+    g (float[b,4] x) => (float[b,4] y) <float two = {2}, float least = {1e-6}, int64[1] axes = {-1}>
+    {
+      p = MatMul(x, w)
+      squares = Pow(p, two)
+      mean = ReduceMean(squares, axes)
+      positive = Add(mean, least)
+      root = Sqrt(positive)
+      inverse = Reciprocal(root)
+      y = Mul(p, inverse)
+    }
+    """
+    model = halved(text, w=np.eye(4, dtype=np.float32))
+    assert {types(model)[name] for name in ("squares", "mean", "inverse")} == {FLOAT}
+    assert types(model)["p"] is FP16
+    (found,) = run_reference(model, {"x": np.full((1, 4), 1000, np.float32)})
+    np.testing.assert_allclose(found, 1, rtol=4 * UNIT[FP16])
+
+
+def test_case_1_an_exported_rms_norm_does_not_overflow() -> None:
+    import torch
+    from diffusers.models.normalization import RMSNorm
+
+    from exporters import torch_to_qdq
+
+    projection = torch.nn.Linear(8, 8, bias=False)
+    torch.nn.init.eye_(projection.weight)
+    module = torch.nn.Sequential(projection, RMSNorm(8, eps=1e-6)).eval()
+    x = torch.full((3, 2, 8), 1000.0)
+    sizes = {0: torch.export.Dim("batch", max=63)}
+    exported = torch.export.export(module, (x,), dynamic_shapes=(sizes,))
+    program = torch_to_qdq._to_onnx(exported, ["x"], {"x": sizes})
+    assert program is not None
+    torch_to_qdq._simplify(program.model)
+    common.ShapeInferencePass()(program.model)
+    ToLowPrecision(FP16)(program.model)
+    computed = {node.op_type: node.outputs[0].dtype for node in program.model.graph}
+    assert (computed["MatMul"], computed["ReduceMean"]) == (FP16, FLOAT)
+    (found,) = run_reference(program.model, {"x": x.numpy()})
+    np.testing.assert_allclose(found, 1, rtol=4 * UNIT[FP16])
+
+
+def test_case_6_sums_that_divide_each_other_are_fp32() -> None:
+    text = """
+    g (float[b,4,4] x) => (float[b,3,4] y)
+    <float least = {1e-15}, int64[1] axis = {1}, int64[1] start = {0}, int64[1] last = {-1}, int64[1] end = {9}>
+    {
+      k = MatMul(x, w)
+      sums = MatMul(k, x)
+      mixed = MatMul(sums, x)
+      above = Slice(mixed, start, last, axis)
+      row = Slice(mixed, last, end, axis)
+      divisor = Add(row, least)
+      y = Div(above, divisor)
+    }
+    """
+    model = halved(text, w=np.eye(4, dtype=np.float32))
+    assert {types(model)[name] for name in ("sums", "mixed", "divisor")} == {FLOAT}
+    for x, expected in ((100.0, 1.0), (0.0, 0.0)):  # sums of 4e6, and of nothing
+        (found,) = run_reference(model, {"x": np.full((1, 4, 4), x, np.float32)})
+        np.testing.assert_allclose(found, np.full((1, 3, 4), expected))
+
+
 def test_case_2_a_product_that_something_is_subtracted_from_is_fp32_with_what_it_reads() -> None:
     text = """
     g (float[b,4] x, int8[b,4] codes) => (float[b,3] y) <float one = {1}, int8 zero = {0}> {
@@ -171,19 +235,22 @@ def test_case_2_a_product_that_something_is_subtracted_from_is_fp32_with_what_it
     assert {found for name, found in types(model).items()} == {FLOAT}
 
 
-def test_case_3_a_product_of_integers_that_is_only_scaled_before_a_softmax_is_fp32() -> None:
-    text = """
-    g (int8[b,2,4] q, int8[b,4,2] k, float[b,2,4] x) => (float[b,2,2] y, float[b,2,2] z) <float one = {1}, int8 zero = {0}> {
+@pytest.mark.parametrize("masked", [False, True])
+def test_case_3_a_product_of_integers_that_is_only_scaled_and_masked_before_a_softmax_is_fp32(
+    masked: bool,
+) -> None:
+    text = f"""
+    g (int8[b,2,4] q, int8[b,4,2] k, float[b,2,4] x, float[b,1,2] mask) => (float[b,2,2] y, float[b,2,2] z) <float one = {{1}}, int8 zero = {{0}}> {{
       dq = DequantizeLinear(q, one, zero)
       dk = DequantizeLinear(k, one, zero)
       p = MatMul(dq, dk)
       a = Mul(p, one)
-      b2 = Mul(a, one)
+      b2 = {"Add(a, mask)" if masked else "Mul(a, one)"}
       y = Softmax(b2)
       t = Transpose <perm = [0, 2, 1]> (x)
       f = MatMul(x, t)
       z = Softmax(f)
-    }
+    }}
     """
     found = types(halved(text))
     assert {found[name] for name in ("dq", "dk", "p", "a", "b2")} == {FLOAT}

@@ -128,6 +128,17 @@ def test_products_per_channel_quantizers_asymmetric_weights_and_the_rewrites_sur
     assert_equal(load_checkpoint(tmp_path / "a.safetensors"), checkpoint)
 
 
+def test_a_checkpoint_without_branches_or_an_ip_adapter_is_written_as_before_there_were_any(
+    hand: Checkpoint, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(hand, path)
+    with safe_open(path, "numpy") as file:
+        found = json.loads(file.metadata()["content"])["architecture"]
+    before = ["class_name", "config", "split_shortcuts", "attention", "heads", "official_sums"]
+    assert list(found) == before
+
+
 @pytest.mark.parametrize(("model", "expected"), [("imported", True), ("kinds", False)])
 def test_an_imported_checkpoint_of_an_earlier_version_sums_in_the_official_order(
     model: str, expected: bool, tmp_path: Path

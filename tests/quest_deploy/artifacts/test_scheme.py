@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quest_deploy.artifacts.model_source import ModelSource
 from quest_deploy.artifacts.scheme import (
     SUPPORTED_BITS,
     Granularity,
@@ -30,6 +31,25 @@ def test_a_parsed_scheme_has_the_named_bits_and_survives_json(
     assert f"w{scheme.weight_bits}a{scheme.activation_bits}" == bits == scheme.name
     assert scheme.first_last_bits == 8
     assert Scheme.from_json(json.loads(json.dumps(scheme.to_json()))) == scheme
+
+
+def test_the_scheme_and_source_of_a_plain_unet_are_written_as_before_there_were_transformers() -> (
+    None
+):
+    scheme = (
+        '{"version": 3, "weight_bits": 4, "activation_bits": 4, "bucket_edges": [500.0], '
+        '"first_last_bits": 8, "eight_bit_layers": [], "granularity": "folded_channel", '
+        '"train_timesteps": 1000, "attention_bits": null, "softmax_bits": null, '
+        '"split_shortcuts": false}'
+    )
+    source = (
+        '{"name": "sd15", "location": null, "revision": null, "requested": null, '
+        '"random_weights": false, "seed": 0, "loras": [], "fingerprint": null, '
+        '"prediction_type": null}'
+    )
+    for text, made in ((scheme, Scheme.parse("w4a4", buckets=2)), (source, ModelSource("sd15"))):
+        assert json.dumps(made.to_json()) == text
+    assert Scheme.from_json(json.loads(scheme)) == Scheme.parse("w4a4", buckets=2)
 
 
 @pytest.mark.parametrize("bits", ["w4a16", "w3a4", "W4A4", "w4a4 ", "", "w44a4", "a4w4"])

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from exporters.graph_info import added_inputs, input_sizes, size_divisors
+from exporters.graph_info import STATES, added_inputs, input_sizes, size_divisors
 from exporters.torch_to_qdq import portable_graph
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.backends.base import build_engine, input_shapes, open_engine
@@ -23,7 +23,12 @@ from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.trajectories import Trajectories
-from quest_deploy.models.residuals import adapter_residuals, controlnet_residuals, unpacked
+from quest_deploy.models.residuals import (
+    IMAGE_PROMPT,
+    adapter_residuals,
+    controlnet_residuals,
+    unpacked,
+)
 from quest_deploy.models.unets import with_flat_conditions
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.verification.checks import verify_engine
@@ -272,6 +277,20 @@ def test_an_engine_without_a_controlnet_computes_as_one_without_its_inputs(
             theirs.predict(**inputs)
 
 
+def test_what_is_added_must_have_its_unets_channels_and_the_samples_size(
+    engines: Callable[[str, str], Path], recorded: Trajectories
+) -> None:
+    inputs = {name: value.numpy() for name, value in inputs_of(recorded).items()}
+    middle = "mid_block_additional_residual"
+    with unet_of(engines("onnxruntime", "with"), "onnxruntime") as unet:
+        for wrong in (np.zeros((2, 12, 4, 4)), np.zeros((2, 12, 1, 1)), np.zeros((2, 8, 2, 2))):
+            with refused(middle, "[any, 12, 2, 2]", list(wrong.shape)) as caught:
+                unet.predict(**{**inputs, middle: wrong})
+            assert "tokens" not in str(caught.value)
+        with refused("sample", [2, 2, 4]):
+            unet.predict(inputs["sample"][..., 0], 1, **{STATES: inputs[STATES]})
+
+
 @pytest.mark.slow
 def test_tensorrt_for_rtx_builds_it_with_their_sizes_in_its_profile(
     protos: dict[str, onnx.ModelProto], tmp_path: Path
@@ -298,3 +317,11 @@ class _Network:
         name, shape = self._inputs[index]
         sizes = tuple(size if isinstance(size, int) else -1 for size in shape)
         return SimpleNamespace(name=name, shape=sizes)
+
+
+@pytest.mark.parametrize("name", IMAGE_PROMPT)
+def test_one_of_an_ip_adapters_inputs_alone_is_refused(name: str) -> None:
+    runner: Any = None  # which is not asked
+    engine = EngineUNet(runner, added=dict.fromkeys(IMAGE_PROMPT, 1))
+    with refused(*IMAGE_PROMPT):
+        engine.predict(np.zeros((1, 2, 4, 4)), 0.0, **{name: np.zeros((1, 1, 1))})

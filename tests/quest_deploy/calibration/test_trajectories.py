@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quest_deploy.calibration.trajectories import record_trajectories
+from quest_deploy.calibration.trajectories import Trajectories, record_trajectories
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.models.loading import load_model, resolve_source
+from quest_deploy.models.residuals import IMAGE_SCALE, IMAGE_TOKENS
 from tests.helpers import refused
 
 if TYPE_CHECKING:
@@ -53,6 +54,23 @@ def test_the_rows_of_a_guided_sampling_are_recorded_in_turn(
     assert recorded.first(1).parts == 1
 
 
+@pytest.mark.parametrize(
+    ("rows", "added", "plain"), [(1, 2, 2), (2, 2, 2), (5, 2, 2), (6, 2, 4), (7, 2, 4), (8, 4, 4)]
+)
+@pytest.mark.parametrize("prompted", [False, True], ids=["controlnet", "ip-adapter"])
+def test_the_first_rows_are_whole_samplings_of_which_some_have_what_is_added(
+    prompted: bool, rows: int, added: int, plain: int
+) -> None:
+    sample = torch.arange(8.0).expand(2, -1)[:, :, None]
+    scale = torch.tensor([0.5] * 4 + [0.0] * 4)
+    conditions = {IMAGE_TOKENS: scale[:, None, None], IMAGE_SCALE: scale} if prompted else {}
+    residuals = {} if prompted else {"mid_block_additional_residual": torch.ones(2, 4, 1)}
+    made = Trajectories(sample, torch.tensor([9.0, 1.0]), sample, conditions, 2, residuals)
+    found = made.first(rows)
+    assert (found.controlled, found.parts) == (added, 2)
+    assert found.sample[0, :, 0].tolist() == [*range(added), *range(4, 4 + plain)]
+
+
 def test_zero_terminal_snr_cannot_be_sampled_with_epsilon_predictions(model: Path) -> None:
     configure(model, **ZERO_SNR)
     with refused("sample", "timestep 999", "epsilon"):
@@ -62,6 +80,18 @@ def test_zero_terminal_snr_cannot_be_sampled_with_epsilon_predictions(model: Pat
 def test_zero_terminal_snr_is_sampled_with_v_predictions(model: Path) -> None:
     configure(model, **ZERO_SNR, prediction_type="v_prediction")
     assert record(model).timestep.tolist() == [999, 499]
+
+
+def test_what_is_added_to_the_unet_is_not_called_the_unet(model: Path) -> None:
+    class Failing:
+        def images(self, latents: Any) -> dict[str, torch.Tensor]:
+            return {}
+
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("shapes cannot be multiplied")
+
+    with refused("added", "shapes cannot be multiplied"):
+        record(model, control=Failing())
 
 
 def test_an_output_that_overflows_is_told_with_its_timestep(model: Path) -> None:

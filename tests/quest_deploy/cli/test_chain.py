@@ -285,6 +285,7 @@ def test_inspect_shows_what_each_thing_holds(made: Chain, path: str, kind: str) 
     scheme = shown.json.get("scheme") or shown.json["lowered"]["scheme"]
     assert (scheme["weight_bits"], len(scheme["bucket_edges"])) == (4, 2)
     text = cli("inspect", made.root / path)
+    assert "first and last layer 8 bits" in text.out
     assert "3 timestep buckets" in text.out
     assert text.code == 0
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import quest_deploy
 from exporters.graph_info import added_inputs, load_graph
@@ -21,6 +23,10 @@ from quest_deploy.models.loading import load_model
 from quest_deploy.models.residuals import unet_residuals
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import PipelineUNet
+from quest_deploy.stages import EXPORT
+from quest_deploy.stages.options import ExportOptions
+from quest_deploy.stages.run import kept
+from scripts.acceptance import random_lora
 from tests.helpers import refused
 from tests.pipelines import controlled, controlnet, t2i_adapter
 from tests.quest_deploy.serving.local import LocalPipeline
@@ -63,11 +69,28 @@ def ok(command: str, *options: object, w: Path) -> Any:
     return ended.json
 
 
+def exported(root: Path) -> list[bytes]:
+    """The graph and its weights."""
+    return [(root / name).read_bytes() for name in (GRAPH, f"{GRAPH}.data")]
+
+
 def draw(pipeline: Any, **options: Any) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     steps = {"num_inference_steps": 4, "generator": generator, "output_type": "np"}
     return pipeline("a red cat", image=EDGES, **steps, **options).images
+
+
+def plain_picture(found: Trajectories, model: Any) -> Any:
+    """What the first sampling without a ControlNet ends in, uint8 [H, W, 3]."""
+    scheduler = model.load_scheduler("ddim")
+    scheduler.set_timesteps(len(found.timestep))
+    first = found.controlled
+    empty, asked = (found.output[-1, first + i] for i in (0, 1))
+    guided = empty + model.guidance * (asked - empty)
+    last = scheduler.step(guided, int(found.timestep[-1]), found.sample[-1, first]).prev_sample
+    image = model.images(last[None].numpy())[0]
+    return (127.5 * (image + 1)).round().astype(np.uint8).transpose(1, 2, 0)
 
 
 @pytest.mark.slow
@@ -80,21 +103,24 @@ def test_half_of_the_samplings_are_recorded_with_it(
     assert found.residuals.keys() == unet_residuals(model.config).keys()
     net = diffusers.ControlNetModel.from_pretrained(folders[1])
     inputs = found.inputs(torch.tensor([1, 1]), torch.tensor([0, 1]))
-    outputs = [x for name, x in inputs.items() if name in found.residuals]
-    # The same ControlNet shown nothing adds something else: it was shown what the option says.
+    residuals = {name: inputs[name] for name in unet_residuals(model.config)}
+    # It was shown the edges of what the plain sampling drew, under the same conditions.
+    drawn = edges(Image.fromarray(plain_picture(found, model)))
+    image = torch.from_numpy(np.asarray(drawn, np.float32).transpose(2, 0, 1) / 255)
+    assert image.any()
     with torch.no_grad():
-        down, _ = net(
+        down, mid = net(
             inputs["sample"],
             inputs["timestep"],
             inputs["encoder_hidden_states"],
-            controlnet_cond=torch.zeros(2, 3, 16, 16),
+            controlnet_cond=image.expand(2, -1, -1, -1),
             conditioning_scale=0.8,
             return_dict=False,
         )
-    assert not torch.allclose(down[0], outputs[0], atol=1e-3)
-    assert torch.equal(
-        found.conditions["encoder_hidden_states"][:2], inputs["encoder_hidden_states"]
-    )
+    for value, expected in zip(residuals.values(), (*down, mid), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    states = found.conditions["encoder_hidden_states"]
+    assert torch.equal(states[:2], states[2:])
 
 
 @pytest.mark.slow
@@ -145,7 +171,7 @@ def test_two_at_once_and_scales_reach_the_engine(
 @pytest.mark.slow
 def test_the_other_commands_run_on_it_without_a_controlnet(calibrated: Path) -> None:
     ok("benchmark", "--runs", "1", "--warmup", "0", "--batch", "1", w=calibrated)
-    pipeline = quest_deploy.load_pipeline(calibrated, BACKEND)
+    pipeline = quest_deploy.load_pipeline(calibrated, BACKEND, controlnet=None)
     assert type(pipeline) is diffusers.StableDiffusionPipeline
     pipeline.set_progress_bar_config(disable=True)
     assert np.isfinite(pipeline("a cat", num_inference_steps=2, output_type="np").images).all()
@@ -161,7 +187,7 @@ def test_a_workspace_without_one_gets_the_inputs_by_export_alone_and_loses_them_
     ok("calibrate", "--model", folders[0], "--bits", "w4a8", w=root)
     ok("export", w=root)
     assert added_inputs(load_graph(root / GRAPH)) == ()
-    plain = (root / GRAPH).read_bytes()
+    plain = exported(root)
     ok("reference", w=root)
     ok("export", "--controlnet-inputs", w=root)
     assert len(added_inputs(load_graph(root / GRAPH))) == 5
@@ -174,10 +200,25 @@ def test_a_workspace_without_one_gets_the_inputs_by_export_alone_and_loses_them_
         wrong = controlnet(tmp_path / "net", folders[0], layers_per_block=2)
         quest_deploy.load_pipeline(root, BACKEND, controlnet=wrong)
     ok("export", "--no-controlnet-inputs", w=root)
-    assert (root / GRAPH).read_bytes() == plain
+    assert exported(root) == plain
     ok("build-engine", w=root)
     with refused("--controlnet-inputs"):
         quest_deploy.load_pipeline(root, BACKEND, controlnet=folders[1])
+
+
+@pytest.mark.slow
+def test_lora_keeps_what_was_recorded_and_how_it_was_exported(
+    calibrated: Path, tmp_path: Path
+) -> None:
+    base, folded = tmp_path / "base", tmp_path / "folded"
+    shutil.copytree(calibrated, base)
+    ok("export", "--no-controlnet-inputs", w=base)
+    random_lora.main(base, tmp_path / "style.safetensors")
+    ok("lora", "--lora", tmp_path / "style.safetensors", "--output", folded, w=base)
+    first, second = (Trajectories.load(x / TRAJECTORIES).residuals for x in (base, folded))
+    assert first.keys() == second.keys()
+    assert len(first) == 5
+    assert kept(EXPORT, Workspace.open(folded), {}) == ExportOptions(controlnet_inputs=False)
 
 
 @pytest.mark.slow
@@ -230,7 +271,7 @@ def test_a_model_without_text_takes_no_controlnet(
     ended = cli(
         "calibrate", "-w", tmp_path / "ws", "--model", pipelines("ldm"), "--controlnet", folders[1]
     )
-    ended.assert_refused("ControlNetModel", "text-to-image")
+    ended.assert_refused(folders[1], "UNet2DModel")
     ended = cli(
         "export", "-w", tmp_path / "ws2", "--model", pipelines("ldm"), "--controlnet-inputs"
     )
@@ -246,17 +287,37 @@ def test_a_controlnet_that_adds_nothing_is_refused(
             convolution.weight.zero_()
             convolution.bias.zero_()
     net.save_pretrained(tmp_path / "net")
-    ended = cli(
-        "calibrate",
-        "-w",
-        tmp_path / "ws",
-        "--model",
-        folders[0],
-        *SHORT,
-        "--controlnet",
-        tmp_path / "net",
-    )
-    ended.assert_refused("--controlnet", "zero")
+    place = ["-w", tmp_path / "ws", "--model", folders[0]]
+    both = ["--controlnet", folders[1], "--controlnet", tmp_path / "net"]
+    ended = cli("calibrate", *place, *SHORT, *both)
+    ended.assert_refused("--controlnet", tmp_path / "net", "zero")
+    assert not (tmp_path / "ws").exists()
+
+
+def test_split_shortcuts_refuse_the_inputs_alone_before_anything_is_sampled(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    place = ["-w", tmp_path / "ws", "--model", folders[0], "--split-shortcuts"]
+    ended = cli("export", *place, "--controlnet-inputs")
+    ended.assert_refused("--controlnet-inputs", "--whole-shortcuts")
+    assert not (tmp_path / "ws" / TRAJECTORIES).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recorded", ["--controlnet", "--t2i-adapter", None])
+def test_split_shortcuts_export_and_verify_with_what_is_added(
+    folders: tuple[Path, Path], tmp_path: Path, recorded: str | None
+) -> None:
+    root, net = tmp_path / "ws", folders[1]
+    if recorded != "--controlnet":
+        net = t2i_adapter(tmp_path / "adapter", folders[0])
+    given = [recorded, net] if recorded else []
+    ok("calibrate", "--model", folders[0], "--bits", "w8a8", "--split-shortcuts", *given, w=root)
+    ok("export", *([] if recorded else ["--t2i-adapter-inputs"]), w=root)
+    assert added_inputs(load_graph(root / GRAPH))
+    ok("reference", w=root)
+    ok("build-engine", w=root)
+    assert ok("verify", w=root)["passed"]
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +376,7 @@ def test_control_images_beyond_the_limits_are_refused(package: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"control_image": b"no image"}, "control_image"),
         ({"control_image": bytes(local.generation.MAX_IMAGE_BYTES + 1)}, "control_image"),
+        ({"control_scale": 1.0}, "control_image"),
         ({"control_image": png_of(EDGES), "control_scale": -0.1}, "control_scale"),
         ({"control_image": png_of(EDGES), "control_scale": 11.0}, "control_scale"),
         ({"control_image": png_of(EDGES), "control_scale": float("nan")}, "control_scale"),

@@ -404,7 +404,7 @@ def test_export_and_inspect_say_what_computes_in_float_and_why(
 def test_a_checkpoint_that_cannot_be_exported_is_one_message(
     small_export: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> NoReturn:
+    def refuse(*_: object, **__: object) -> NoReturn:
         raise PreconditionError("site x: its convolutions pad differently")
 
     monkeypatch.setattr("exporters.torch_to_qdq.portable_graph", refuse)

@@ -330,6 +330,8 @@ FLAT = {
     "learned-variance": set(),
     "class-labels": {"class_labels"},
     "sdxl": XL,
+    "controlled-xl": XL,
+    "controlled-inpaint": {"encoder_hidden_states", "image_condition"},
     "inpaint": {"encoder_hidden_states", "image_condition"},
     "pix2pix": {"encoder_hidden_states", "image_condition"},
     "inpaint-xl": {*XL, "image_condition"},

@@ -77,6 +77,28 @@ def test_a_pattern_of_eight_bit_layers_that_matches_none_is_refused() -> None:
         plan_quantization(Attention(), {"sample": torch.randn(2, 2, 6, 6)}, scheme)
 
 
+class ToldSize(nn.Module):
+    """What is told two numbers of each sample, and embeds them one by one, as PixArt-alpha does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedder, self.out = nn.Linear(1, 4), nn.Linear(8, 8)
+
+    def forward(self, sample: Tensor, size: Tensor) -> Tensor:
+        output: Tensor = self.out(sample + self.embedder(size.flatten()[:, None]).view(-1, 8))
+        return output
+
+
+def test_a_layer_whose_rows_are_not_the_batchs_is_refused_by_name_unless_it_stays_in_float() -> (
+    None
+):
+    probe = {"sample": torch.randn(2, 8), "size": torch.randn(2, 2)}
+    with refused("embedder", "--float-layers"):
+        plan_quantization(ToldSize(), probe, W4A4)
+    scheme = Scheme.parse("w4a4", buckets=2, float_layers=("embedder",))
+    assert [x.name for x in plan_quantization(ToldSize(), probe, scheme).layers] == ["out"]
+
+
 def test_the_first_layer_is_the_one_that_reads_the_sample_though_an_embedding_runs_before_it(
     small_checkpoint: Checkpoint,
 ) -> None:

@@ -176,6 +176,16 @@ def test_attention_that_is_not_written_out_is_refused_and_not_computed_wrongly(
         module(torch.zeros(1, 5, 32), encoder_hidden_states=torch.zeros(1, 5, 32))
 
 
+def test_attention_by_a_processor_that_is_not_known_is_refused_by_its_name() -> None:
+    from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
+
+    module = attention()
+    module.set_processor(PAGIdentitySelfAttnProcessor2_0())
+    with refused("attention", "PAGIdentitySelfAttnProcessor2_0", "AttnProcessor2_0"):
+        prepare(module, {}, ScoreScale.PRODUCT)
+    assert prepare(module, {}, None) is module
+
+
 CONVS: dict[str, dict[str, Any]] = {
     "1x1": {"kernel_size": 1},
     "without bias": {"kernel_size": 1, "bias": False},

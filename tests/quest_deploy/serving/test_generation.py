@@ -17,21 +17,32 @@ from PIL import Image
 
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.evaluation.sampling import sample_images
+from quest_deploy.models.control_images import edges
+from quest_deploy.models.controls import load_control
 from quest_deploy.models.image_inputs import made_image
 from quest_deploy.models.loading import load_model, resolve_source
+from quest_deploy.models.pipeline_classes import controlled_class
 from quest_deploy.models.pipeline_model import PipelineModel
+from quest_deploy.models.residuals import (
+    CONTROLNET,
+    controlnet_residuals,
+    packed,
+    unet_residuals,
+)
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.serving.pipeline import load_pipeline
 from quest_deploy.serving.triton.layout import Layout
 from quest_deploy.serving.triton.models import (
+    write_controlnet,
     write_decoder,
     write_encoder,
     write_text_encoder,
 )
 from quest_deploy.serving.triton.options import TritonOptions
 from quest_deploy.serving.triton.pipelines import pixels_per_latent, write_pipelines
+from quest_deploy.serving.triton.readme import shared_memory
 from tests.helpers import refused
-from tests.pipelines import TOKENS
+from tests.pipelines import TOKENS, controlnet
 from tests.quest_deploy.serving.local import LocalPipeline
 from tests.quest_deploy.support import cli
 
@@ -183,14 +194,24 @@ class Reference(LocalPipeline):
                 given["timestep"][:, 0],
                 given["encoder_hidden_states"],
                 added_cond_kwargs=added or None,
+                **packed({name: x for name, x in given.items() if "_residual" in name}),
             ).sample
         return {"prediction": found.numpy()}
 
 
-def reference(source: Path, folder: Path, scheduler: str = "ddim") -> tuple[Reference, Any]:
-    """What a package of a pipeline draws, written into ``folder``, and diffusers' own pipeline."""
+def reference(
+    source: Path, folder: Path, scheduler: str = "ddim", net: Path | None = None
+) -> tuple[Reference, Any]:
+    """What a package of a pipeline draws, written into ``folder``, and diffusers' own pipeline, of
+    both with the ControlNet in ``net``.
+    """
     model = PipelineModel(resolve_source(str(source)))
-    made = model.pipeline_class().from_pretrained(source)
+    kind: Any = model.pipeline_class()
+    parts: dict[str, Any] = {}
+    if net is not None:
+        kind = controlled_class(kind, "controlnet")
+        parts["controlnet"] = load_control(net, model, CONTROLNET)
+    made = kind.from_pretrained(source, **parts)
     made.set_progress_bar_config(disable=True)
     made.scheduler = model.load_scheduler(scheduler)
     factor = pixels_per_latent(model, model.sample_shape)
@@ -202,7 +223,12 @@ def reference(source: Path, folder: Path, scheduler: str = "ddim") -> tuple[Refe
     }
     if model.channels.image:
         signatures["vae_encoder"] = write_encoder(layout, decoder, model.image_scale(decoder))
-    write_pipelines(layout, model, pipeline, signatures)
+    residuals = {} if net is None else unet_residuals(model.config)
+    if net is not None:
+        conditions = model.null_conditions(2)
+        net_of_it = parts["controlnet"]
+        signatures["controlnet"] = write_controlnet(layout, net_of_it, residuals, conditions)
+    write_pipelines(layout, model, pipeline, signatures, residuals)
     found = Reference(folder)
     found.unet = made.unet
     return found, made
@@ -426,3 +452,48 @@ def test_an_unconditional_model_draws_what_the_engine_draws_in_this_process(
     )  # rounding, and the decoder's last bits
     with refused("guidance", 2, error=pipeline.generation.InvalidRequestError):
         pipeline.draw(seed=4, guidance=2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["controlled-xl", "controlled-inpaint"])
+def test_with_a_controlnet_the_image_is_the_one_of_diffusers_pipeline(
+    pipelines: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    net = controlnet(tmp_path / "net", pipelines(name))
+    pipeline, made = reference(pipelines(name), tmp_path / "package", net=net)
+    shown = edges(GIVEN.image)
+    request = {"prompt": PROMPT, "seed": 7, "steps": 3, "guidance": 5.0}
+    if name == "controlled-inpaint":
+        request |= MASKED | {"height": 24}
+        image = {"image": GIVEN.image, "mask_image": GIVEN.mask, "control_image": shown}
+    else:
+        image = {"image": shown}
+    found = pipeline.draw(**request, control_image=png_file(shown), control_scale=0.5)
+    expected = made(
+        PROMPT,
+        **image,
+        height=request.get("height", 16),
+        width=16,
+        controlnet_conditioning_scale=0.5,
+        guidance_scale=5.0,
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    assert np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
+    assert np.abs(found.astype(int) - pipeline.draw(**request).astype(int)).max() > 1
+
+
+def test_shared_memory_holds_what_a_controlnet_adds_to_every_image_in_flight(
+    tmp_path: Path,
+) -> None:
+    config = {
+        "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    }
+    residuals = {k: (x.channels, x.divisor) for k, x in controlnet_residuals(config).items()}
+    for in_flight in (4, 16, 64):
+        layout = Layout(tmp_path, TritonOptions(max_in_flight=in_flight), None, (4, 64, 64), 8, 8)
+        assert shared_memory(layout, {}) == 1
+        # Stable Diffusion 1.5: 54 MB for both rows of an image, twice, in each pipeline.
+        least = 1 + in_flight * 2 * 2 * 53.8e6 / 2**30
+        assert least <= shared_memory(layout, residuals) < least + 1.1

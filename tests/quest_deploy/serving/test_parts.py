@@ -18,12 +18,18 @@ from exporters.part_info import PART_KEY
 from exporters.passes import compress_weights
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import Workspace
+from quest_deploy.models.controls import load_control
 from quest_deploy.models.loading import resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
+from quest_deploy.models.residuals import CONTROLNET, unet_residuals
+from quest_deploy.models.unets import ADDED_CONDITIONS
 from quest_deploy.serving.part_graphs import PartGraphs, model_parts
 from quest_deploy.serving.triton import graphs
+from quest_deploy.serving.triton.layout import Layout
+from quest_deploy.serving.triton.models import IMAGE, write_controlnet
+from quest_deploy.serving.triton.options import TritonOptions
 from tests.helpers import op_counts, relative_error
-from tests.pipelines import TOKENS
+from tests.pipelines import CONTROLLED, TOKENS, controlnet, text_to_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,3 +129,46 @@ def test_graphs_that_a_workspace_holds_are_taken_and_others_made(
     qd.export_parts(root, weights="int8")
     held = PartGraphs(Workspace.open(root), model).load("vae_decoder")
     assert op_counts(held)["DequantizeLinear"] > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["twelve skips", "controlled-xl", "controlled-inpaint"])
+def test_the_controlnet_s_file_gives_each_of_the_unet_s_inputs_by_its_name(
+    pipelines: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    if name == "twelve skips":
+        folder = text_to_image(tmp_path / "model", **CONTROLLED, layers_per_block=5)
+    else:
+        folder = pipelines(name)
+    model = PipelineModel(resolve_source(str(folder)))
+    net = load_control(controlnet(tmp_path / "net", folder), model, CONTROLNET)
+    residuals, states = unet_residuals(model.config), model.null_conditions(2)
+    assert len(residuals) == (13 if name == "twelve skips" else 5)
+    layout = Layout(tmp_path / "package", TritonOptions(), None, model.sample_shape, 2, 2)
+    written = write_controlnet(layout, net, residuals, states)
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        "sample": torch.randn(2, *model.sample_shape, generator=generator),
+        "timestep": torch.tensor([3.0, 700.0]),
+        **states,
+    }
+    image = torch.rand(2, 3, 16, 16, generator=generator)
+    shown = {**given, IMAGE: torch.nn.functional.pixel_unshuffle(image, 2)}
+    found = ort.InferenceSession(layout.version_folder("controlnet") / "model.onnx").run(
+        written["outputs"], {key: value.numpy() for key, value in shown.items()}
+    )
+    added = {key: given[key] for key in ADDED_CONDITIONS if key in given}
+    with torch.no_grad():
+        down, mid = net(
+            given["sample"],
+            given["timestep"],
+            given["encoder_hidden_states"],
+            controlnet_cond=image,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )
+    expected = {f"down_block_additional_residual_{i}": x for i, x in enumerate(down)}
+    expected["mid_block_additional_residual"] = mid
+    assert set(written["outputs"]) == expected.keys()
+    for key, value in zip(written["outputs"], found, strict=True):
+        assert relative_error(value, expected[key].numpy()) < 1e-4, key

@@ -14,7 +14,7 @@ from quest_deploy.artifacts.image_folder import ImageFolder
 from quest_deploy.artifacts.scaled_folder import ScaledFolder
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import READ_CALIBRATED, Workspace
-from quest_deploy.errors import InputError
+from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.models.loading import resolve_source
 from quest_deploy.progress import no_progress
 from quest_deploy.stages import (
@@ -23,6 +23,7 @@ from quest_deploy.stages import (
     EXPORT,
     FINETUNE,
     GENERATE,
+    LORA,
     REPORT,
     SENSITIVITY,
     STAGES,
@@ -35,9 +36,12 @@ from quest_deploy.stages.options import (
     ExportOptions,
     FinetuneOptions,
     GenerateOptions,
+    LoraOptions,
+    ReferenceOptions,
     SensitivityOptions,
     StageOptions,
 )
+from quest_deploy.stages.run import as_exported, kept
 from quest_deploy.stages.stage import DEPLOYED, FINISHED, Stage, as_recorded
 from tests.helpers import refused
 
@@ -95,6 +99,7 @@ def test_the_workspace_knows_which_stages_read_the_calibrated_checkpoint() -> No
             controlnet=(ScaledFolder("/canny", 0.5, "0"), ScaledFolder("/depth", 1.0, "1")),
             control_images=(ImageFolder("/pictures", "0"),),
         ),
+        CalibrateOptions(ip_adapter_images=ImageFolder("/pictures", "0")),
         ExportOptions(controlnet_inputs=False),
         EvaluateOptions(image_folder=ImageFolder("/pictures", "0")),
     ],
@@ -174,10 +179,10 @@ def test_a_stage_reads_only_what_is_finished_and_up_to_date(new: Workspace) -> N
 
 
 def test_only_an_interruption_keeps_the_options_of_a_long_stage(new: Workspace) -> None:
-    for error, kept in ((InputError, None), (KeyboardInterrupt, 7)):
+    for error, samples in ((InputError, None), (KeyboardInterrupt, 7)):
         with pytest.raises(error):
             A.run(new, CalibrateOptions(samples=7), work=fails(error))
-        assert new.options_of("calibrate").get("samples") == kept
+        assert new.options_of("calibrate").get("samples") == samples
     assert new.stages == {}
     A.run(new, CalibrateOptions(samples=8), work=writes("one"))
     assert new.options_of("calibrate")["samples"] == 8
@@ -185,6 +190,37 @@ def test_only_an_interruption_keeps_the_options_of_a_long_stage(new: Workspace) 
     with pytest.raises(KeyboardInterrupt):
         short.run(new, CalibrateOptions(samples=9), work=fails(KeyboardInterrupt))
     assert new.options_of("calibrate")["samples"] == 8
+
+
+def test_bad_input_keeps_the_options_that_were_interrupted_before(new: Workspace) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        A.run(new, CalibrateOptions(samples=7), work=fails(KeyboardInterrupt))
+    for samples in (7, 8, 7):  # such as a folder that the options name and that was moved
+        with pytest.raises(InputError):
+            A.run(new, CalibrateOptions(samples=samples), work=fails(InputError))
+        assert new.options_of("calibrate")["samples"] == 7
+    with pytest.raises(QuestDeployError):
+        A.run(new, CalibrateOptions(samples=7), work=fails(QuestDeployError))
+    assert new.interrupted_stages == []
+
+
+def test_run_exports_again_as_before_and_what_lora_made_as_its_base(
+    new: Workspace, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoint").write_text("codes")
+    options = LoraOptions(
+        base=tmp_path,
+        checkpoint=tmp_path / "checkpoint",
+        loras=(),
+        export=ExportOptions(controlnet_inputs=True).to_json(),
+    )
+    assert kept(EXPORT, new, {}) == ExportOptions()
+    LORA.run(new, options, work=writes("one"))
+    assert kept(EXPORT, new, {}) == ExportOptions(controlnet_inputs=True)
+    assert as_exported(new, ReferenceOptions()).controlnet_inputs is True
+    for chosen in (ExportOptions(), ExportOptions(controlnet_inputs=False)):
+        EXPORT.run(new, chosen, work=writes("one"))
+        assert kept(EXPORT, new, {}) == chosen
 
 
 def test_going_on_with_other_options_than_were_interrupted_is_told(

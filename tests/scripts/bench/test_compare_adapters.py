@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.evaluation.retrieval import Judge
 from quest_deploy.evaluation.sampling import float_denoiser, sample_images
+from quest_deploy.files import read_json, sha256_of
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.registry import EMBEDDED_FOLDER
 from quest_deploy.quantization.model import QuantizedModel
 from scripts.bench import compare_adapters as script
 from scripts.make_emoji_adapters import blue_of, edges_of
+from tests.helpers import refused
 from tests.scripts.test_make_emoji_adapters import squares
 
 if TYPE_CHECKING:
@@ -142,3 +146,33 @@ def test_the_page_has_every_row_and_leaves_out_what_compares_no_noise() -> None:
     assert f"| the pictures | 1.25 | 3.25 | {dash} | {dash} |" in lines
     assert "| FP32 | 0.750 | 3.25 | 50.0% | same | 0.900 |" in lines
     assert "| W4A4 | 0.750 | 3.25 | 50.0% | 20.50 | 0.900 |" in lines
+
+
+def test_each_table_says_what_it_was_drawn_with() -> None:
+    sampling = {"images": 8, "steps": 20, "scheduler": "ddim", "guidance": 4.0}
+    other = {**sampling, "images": 256}
+    found = {
+        name: {"sampling": x, "rows": {}} for name, x in (("lora", sampling), ("controlnet", other))
+    }
+    (lora, controlnet) = (x for x in script.page(found).splitlines() if "the same noise" in x)
+    assert (lora.split()[0], controlnet.split()[0]) == ("8", "256")
+
+
+def test_workspaces_that_would_share_a_row_or_a_folder_are_refused(tmp_path: Path) -> None:
+    made = {
+        place: Workspace.create(tmp_path / place, "emoji", Scheme.parse(bits))
+        for place, bits in (("a/w4", "w4a4"), ("b/w4", "w8a8"), ("other", "w4a4"))
+    }
+    script.check_apart([made["b/w4"], made["other"]])
+    with refused("W4A4"):
+        script.check_apart([made["a/w4"], made["other"]])
+    with refused("w4"):
+        script.check_apart([made["a/w4"], made["b/w4"]])
+
+
+def test_the_page_that_ships_is_that_of_the_figures_and_of_the_adapters_that_ship() -> None:
+    found = read_json(script.RESULTS)
+    assert (script.DOCS / script.TABLE).read_text(encoding="utf-8") == script.page(found)
+    for table in found.values():
+        for name, digest in table["adapter"].items():
+            assert sha256_of(script.ADAPTERS / name) == digest

@@ -33,7 +33,9 @@ Shape with_rows(const Tensor& tensor, std::int64_t rows, const Shape& sizes, con
     return shape;
 }
 
-bool is_residual(const std::string& name) { return name.find(kResidual) != std::string::npos; }
+bool is_image_prompt(const std::string& name) { return name.find(kIpAdapter) != std::string::npos; }
+
+bool is_added(const std::string& name) { return name.find(kResidual) != std::string::npos || is_image_prompt(name); }
 
 /// Of a shape [rows, channels, ...].
 std::size_t channels(const Shape& shape) { return static_cast<std::size_t>(shape[1]); }
@@ -144,7 +146,7 @@ struct Denoiser::Impl {
         if (before_engine) before_engine(step_inputs, stream.get());
         context.enqueue(stream.get());
         check_cuda(cudaStreamSynchronize(stream.get()), "running the engine");
-        zero_residuals();  // which may have been written
+        zero_added();  // which may have been written
         if (options.cuda_graph) graph = record(stream.get(), [this] { enqueue_step(stream.get()); });
     }
 
@@ -162,7 +164,7 @@ struct Denoiser::Impl {
         context.bind(kSample, input.data());
         context.bind(kTimestep, timestep.data());
         for (const Tensor& condition : conditions) {
-            condition_given[condition.name] = is_residual(condition.name);
+            condition_given[condition.name] = false;
             if (condition.name == kImageCondition) continue;  // a part of the sample
             const auto made = condition_values.emplace(condition.name, DeviceArray<float>(volume(condition.shape))).first;
             context.bind(condition.name, made->second.data());
@@ -187,13 +189,13 @@ struct Denoiser::Impl {
                        "copying an image to the GPU");
     }
 
-    void zero_residuals() {
+    void zero_added() {
         for (const Tensor& condition : conditions)
-            if (is_residual(condition.name))
+            if (is_added(condition.name))
                 check_cuda(
                     cudaMemsetAsync(condition_values.at(condition.name).data(), 0, volume(condition.shape) * sizeof(float), stream.get()),
                     "clearing " + condition.name);
-        check_cuda(cudaStreamSynchronize(stream.get()), "clearing residuals");
+        check_cuda(cudaStreamSynchronize(stream.get()), "clearing what is added");
     }
 
     void enqueue_step(cudaStream_t on) {
@@ -204,8 +206,13 @@ struct Denoiser::Impl {
     }
 
     void enqueue(cudaStream_t on) {
-        for (const auto& [name, given] : condition_given)
-            if (!given) throw Error("the condition " + name + " was not set");
+        bool has_prompt = false, lacks_prompt = false;
+        for (const auto& [name, given] : condition_given) {
+            if (!given && !is_added(name)) throw Error("the condition " + name + " was not set");
+            if (is_image_prompt(name)) (given ? has_prompt : lacks_prompt) = true;
+        }
+        if (has_prompt && lacks_prompt && !before_engine)  // which may write the other one
+            throw Error("expected both the tokens and the scale of an IP-Adapter, or neither: one alone adds nothing");
         const DeviceGuard guard(engine.device());
         try {
             check_cuda(cudaMemsetAsync(step.data(), 0, sizeof(int), on), "going back to the first step");

@@ -2,11 +2,11 @@
 // small model in the engine's place. Work put on a stream is done when something waits for it, as late as CUDA may do it, or kept while a
 // graph is recorded; so what does not wait for another stream's work comes before it.
 //
-//   emulated SCHEDULE SAMPLE RESULT GUIDANCE GRAPH IMAGE_GUIDANCE IMAGE VARIANCE CONTROL [NOISE]
+//   emulated SCHEDULE SAMPLE RESULT GUIDANCE GRAPH IMAGE_GUIDANCE IMAGE VARIANCE CONTROL SCALE [NOISE]
 //
 // Two samples of 5 x 4; GRAPH is 0 or 1; IMAGE and VARIANCE are the channels that the engine reads and predicts beside the sample's.
 // CONTROL is what the sample's first value, with the timestep's thousandth, is multiplied by in the residual of each step; 0 for no such
-// work.
+// work. SCALE is an IP-Adapter's, whose tokens are row r's tenth; 0 for none.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -33,7 +33,7 @@ std::map<cudaStream_t, std::vector<Work>> streams;
 std::mutex streams_mutex;
 std::atomic<int> launches = 0, recordings = 0;
 std::int64_t image_channels = 0, variance_channels = 0;
-constexpr char kMiddle[] = "mid_block_additional_residual";
+constexpr char kMiddle[] = "mid_block_additional_residual", kTokens[] = "ip_adapter_tokens", kScale[] = "ip_adapter_scale";
 std::atomic<int> steps_until_failure = -1;  // where not negative, so many steps are launched before one fails
 
 cudaError_t submit(cudaStream_t stream, const Work& work) {
@@ -147,6 +147,8 @@ struct Engine::Impl {
                                 {"timestep", true, {-1}},
                                 {"condition", true, {-1, 1}},
                                 {kMiddle, true, {-1, 1, -1}},
+                                {kTokens, true, {-1, 1, 1}},
+                                {kScale, true, {-1}},
                                 {"out", false, {-1, 5 + variance_channels, 4}}};
 };
 struct Context::Impl {
@@ -173,7 +175,7 @@ Shape Context::shape(const std::string& name) const {
 }
 void Context::bind(const std::string& name, void* device_memory) { impl_->places[name] = static_cast<float*>(device_memory); }
 void Context::enqueue(cudaStream_t stream) {
-    if (impl_->places.size() != 5 || impl_->shapes.size() != 4) throw Error("something is not bound");
+    if (impl_->places.size() != 7 || impl_->shapes.size() != 6) throw Error("something is not bound");
     const std::size_t rows = static_cast<std::size_t>(impl_->shapes["sample"][0]), each = 20;
     const std::size_t input_row = each + 4 * static_cast<std::size_t>(image_channels);
     const std::size_t output_row = each + 4 * static_cast<std::size_t>(variance_channels);
@@ -182,7 +184,8 @@ void Context::enqueue(cudaStream_t stream) {
         for (std::size_t i = 0; i < rows * each; ++i) {
             const std::size_t row = i / each, at = i % each;
             const float* input = places.at("sample") + row * input_row;
-            const float condition = places.at("condition")[row] + places.at(kMiddle)[row * 3 + 2],
+            const float condition = places.at("condition")[row] + places.at(kMiddle)[row * 3 + 2] +
+                                    places.at(kTokens)[row] * places.at(kScale)[row],
                         image = image_channels > 0 ? input[each + at % 4] : 0.0F;
             places.at("out")[row * output_row + at] =
                 input[at] / (1 + std::fabs(input[at])) + 0.0005F * places.at("timestep")[row] + condition + image;
@@ -226,7 +229,7 @@ int main(int count, char** words) {
         options.condition_shapes[kMiddle] = {1, 3};
         refused("an input that is none got a shape");
         options.condition_shapes.erase("middle");
-        const float control = std::stof(words[9]);
+        const float control = std::stof(words[9]), scale = std::stof(words[10]);
         const std::size_t input_row = 20 + 4 * static_cast<std::size_t>(image_channels);
         if (control != 0)
             options.before_engine = [=](const StepInputs& inputs, cudaStream_t stream) {
@@ -237,7 +240,7 @@ int main(int count, char** words) {
                 });
             };
         Denoiser denoiser(engine, schedule, options);
-        const std::vector<float> noise = count > 10 ? read_floats(words[10]) : std::vector<float>();
+        const std::vector<float> noise = count > 11 ? read_floats(words[11]) : std::vector<float>();
         try {
             denoiser.run(sample, noise);
             throw std::logic_error("it ran without its condition");
@@ -245,15 +248,29 @@ int main(int count, char** words) {
             std::cerr << error.what() << "\n";
         }
         // The condition of row r of n is 0 in the first half and 0.25 in the second; the image of row r has its number's tenth everywhere.
-        std::vector<float> condition, image;
+        std::vector<float> condition, image, tokens, scales;
         for (const Tensor& tensor : denoiser.conditions()) {
             const std::size_t rows = static_cast<std::size_t>(tensor.shape[0]);
             for (std::size_t row = 0; row < rows; ++row)
                 if (tensor.name == kImageCondition) image.insert(image.end(), 4 * static_cast<std::size_t>(image_channels), 0.1F * row);
+                else if (tensor.name == kTokens) tokens.push_back(0.1F * row);
+                else if (tensor.name == kScale) scales.push_back(scale);
                 else if (tensor.name == "condition") condition.push_back(row < rows / 2 ? 0.0F : 0.25F);
         }
-        denoiser.set_condition("condition", condition);
-        if (image_channels > 0) denoiser.set_condition(kImageCondition, image);
+        const auto set_conditions = [&](Denoiser& to) {
+            to.set_condition("condition", condition);
+            if (image_channels > 0) to.set_condition(kImageCondition, image);
+            if (scale == 0) return;
+            to.set_condition(kTokens, tokens);
+            try {
+                to.run(sample, noise);
+                throw std::logic_error("it ran with an image's tokens and no scale");
+            } catch (const Error& error) {
+                std::cerr << error.what() << "\n";
+            }
+            to.set_condition(kScale, scales);
+        };
+        set_conditions(denoiser);
         const std::vector<float> start = sample;
         std::vector<float> again = sample;
         denoiser.run(sample, noise);
@@ -298,8 +315,7 @@ int main(int count, char** words) {
         for (int i = 0; i < 4; ++i)
             threads.emplace_back([&] {  // a denoiser each, of the same engine
                 Denoiser own(engine, schedule, options);
-                own.set_condition("condition", condition);
-                if (image_channels > 0) own.set_condition(kImageCondition, image);
+                set_conditions(own);
                 std::vector<float> mine_too = start;
                 own.run(mine_too, noise);
                 if (mine_too != sample) ++wrong;

@@ -15,6 +15,8 @@ namespace quest_deploy {
 constexpr char kImageCondition[] = "image_condition";
 /// In the names of inputs that may stay zeros, which add nothing: what ControlNets add, `down_block_additional_residual_0` and so on.
 constexpr char kResidual[] = "_additional_residual";
+/// In the names of an IP-Adapter's inputs, `ip_adapter_tokens` and `ip_adapter_scale`, which may both stay zeros likewise.
+constexpr char kIpAdapter[] = "ip_adapter_";
 
 /// What the engine reads at a step, on the GPU.
 struct StepInputs {
@@ -36,7 +38,8 @@ struct DenoiserOptions {
     std::map<std::string, Shape> condition_shapes;
     /// Puts on the stream what a step has to do before its engine runs, such as a ControlNet that reads the sample and writes its
     /// residuals. Called once, whose work is then recorded with the step, or at every step without a CUDA graph; and once before, on
-    /// arbitrary values, to set up what no recording may hold. It may do nothing but put work on the stream.
+    /// arbitrary values, to set up what no recording may hold. It may do nothing but put work on the stream,
+    /// and what that work touches must outlive the Denoiser.
     std::function<void(const StepInputs&, cudaStream_t)> before_engine;
     /// Record one step as a CUDA graph, once, and launch that. Not all that TensorRT does can be recorded; the error then says so.
     bool cuda_graph = true;

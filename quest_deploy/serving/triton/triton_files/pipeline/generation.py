@@ -39,7 +39,9 @@ LEARNED_VARIANCE = ("learned", "learned_range")
 MAX_GUIDANCE = 1000.0
 """Far beyond any weight that makes an image; larger ones overflow."""
 MAX_CONTROL_SCALE = 10.0
-"""Far beyond any scale that a ControlNet is used with."""
+"""Far beyond any scale that a ControlNet or an IP-Adapter is used with."""
+PROMPT_TOKENS, PROMPT_SCALE = "ip_adapter_tokens", "ip_adapter_scale"
+"""The UNet's inputs of an IP-Adapter."""
 DTYPES = {
     "prompt": np.object_,
     "negative_prompt": np.object_,
@@ -55,6 +57,8 @@ DTYPES = {
     "image_guidance": np.float32,
     "control_image": np.object_,
     "control_scale": np.float32,
+    "ip_adapter_image": np.object_,
+    "ip_adapter_scale": np.float32,
 }
 
 
@@ -113,6 +117,8 @@ class Job:
         mask: float32 [1, 1, H, W], 1 where it is drawn anew and 0 elsewhere.
         control: float32 [1, 3, H, W] in [0, 1], what the ControlNet is shown, if anything.
         control_scale: of what it adds.
+        shown: float32 [1, 3, H, W], what the IP-Adapter's image encoder reads, if anything.
+        shown_scale: of what the IP-Adapter adds.
     """
 
     label: int
@@ -130,6 +136,8 @@ class Job:
     mask: torch.Tensor | None = None
     control: torch.Tensor | None = None
     control_scale: float = 1.0
+    shown: torch.Tensor | None = None
+    shown_scale: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -158,6 +166,7 @@ class Generator:
             _tokenizer(folder / name) for name in TOKENIZERS if (folder / name).exists()
         ]
         self._channels = self.settings["sample_shape"][0]
+        self._prompt: dict[str, Any] = self.settings.get("image_prompt", {})
 
     def jobs(self, inputs: Arrays) -> list[Job]:
         """The images that a request asks for, one a row.
@@ -204,6 +213,7 @@ class Generator:
             else {}
         )
         behind = await self._image_condition(job, generator, infer)
+        added = self._nothing_added(job.rows, *shape[2:])
         for i, timestep in enumerate(scheduler.timesteps):
             scaled = scheduler.scale_model_input(latents, timestep).repeat(job.rows, 1, 1, 1)
             inputs = {
@@ -211,7 +221,9 @@ class Generator:
                 "timestep": np.full((job.rows, 1), float(timestep), np.float32),
                 **conditions,
             }
-            inputs |= await self._residuals(job, inputs, infer)
+            if job.control is not None:
+                added = await self._residuals(job.control, job, inputs, infer)
+            inputs |= added
             inputs["sample"] = torch.cat([scaled, *behind], 1).numpy()
             answer = torch.from_numpy(next(iter((await infer("unet", inputs)).values())))
             prediction = guided(answer, job, self._channels)
@@ -276,7 +288,9 @@ class Generator:
             image=image,
             mask=mask,
             control=self._control(given, height, width),
-            control_scale=_control_scale(given),
+            control_scale=_scale("control_scale", given, 1.0),
+            shown=self._shown(given),
+            shown_scale=_scale(PROMPT_SCALE, given, self._prompt.get("scale", 0.0)),
         )
 
     def _control(self, given: dict[str, Any], height: int, width: int) -> torch.Tensor | None:
@@ -285,9 +299,22 @@ class Generator:
             if name in given and not self.settings["residuals"]:
                 raise InvalidRequestError(f"{name}: expected none, this package has no ControlNet")
         if "control_image" not in given:
+            if "control_scale" in given:
+                raise InvalidRequestError("control_scale: expected a control_image beside it")
             return None
         image = _image("control_image", given["control_image"])
         return _array(resized(image, height, width))
+
+    def _shown(self, given: dict[str, Any]) -> torch.Tensor | None:
+        """What the IP-Adapter's image encoder reads, as :class:`Job` has it."""
+        for name in ("ip_adapter_image", PROMPT_SCALE):
+            if name in given and not self._prompt:
+                raise InvalidRequestError(f"{name}: expected none, this package has no IP-Adapter")
+        if "ip_adapter_image" not in given:
+            if PROMPT_SCALE in given:
+                raise InvalidRequestError(f"{PROMPT_SCALE}: expected an ip_adapter_image beside it")
+            return None
+        return clip_pixels(_image("ip_adapter_image", given["ip_adapter_image"]), self._prompt)
 
     def _image_guidance(self, given: dict[str, Any]) -> float | None:
         if self.settings["image"] != EDITING:
@@ -408,26 +435,29 @@ class Generator:
         mask = torch.nn.functional.interpolate(job.mask, size=mean.shape[2:])
         return [torch.cat([mask, latents], 1).repeat(job.rows, 1, 1, 1)]
 
-    async def _residuals(self, job: Job, inputs: Arrays, infer: Infer) -> Arrays:
-        """What the ControlNet adds to the UNet, [rows, ...], by the name of its input; zeros where
-        it is shown nothing.
+    def _nothing_added(self, rows: int, height: int, width: int) -> Arrays:
+        """Zeros for what a ControlNet adds to the UNet, [rows, ...], by the name of its input."""
+        return {
+            name: np.zeros((rows, channels, height // divisor, width // divisor), np.float32)
+            for name, (channels, divisor) in self.settings["residuals"].items()
+        }
+
+    async def _residuals(
+        self, control: torch.Tensor, job: Job, inputs: Arrays, infer: Infer
+    ) -> Arrays:
+        """What the ControlNet adds to the UNet where it is shown ``control``, as
+        :meth:`_nothing_added`.
 
         Args:
             inputs: the UNet's own, its sample without an image's channels.
         """
-        if job.control is None:
-            _, _, height, width = inputs["sample"].shape
-            return {
-                name: np.zeros(
-                    (job.rows, channels, height // divisor, width // divisor), np.float32
-                )
-                for name, (channels, divisor) in self.settings["residuals"].items()
-            }
         # Its pixels lie among the channels: the image has the latents' height and width.
         factor = self.settings["pixels_per_latent"]
-        shown = torch.nn.functional.pixel_unshuffle(job.control, factor)
+        shown = torch.nn.functional.pixel_unshuffle(control, factor)
         image = shown.expand(job.rows, -1, -1, -1).numpy()
-        added = await infer("controlnet", {**inputs, "image": image})
+        taken = self.settings["models"]["controlnet"]["inputs"]
+        own = {name: value for name, value in inputs.items() if name in taken}
+        added = await infer("controlnet", {**own, "image": image})
         return {name: value * np.float32(job.control_scale) for name, value in added.items()}
 
     async def _conditions(self, job: Job, infer: Infer) -> Arrays:
@@ -451,7 +481,23 @@ class Generator:
         if self.settings["time_ids"]:
             sizes = [job.height, job.width, 0, 0, job.height, job.width]
             states["time_ids"] = np.asarray([sizes] * len(halves), np.float32)
-        return states
+        return states | await self._image_prompt(job, asked, infer)
+
+    async def _image_prompt(self, job: Job, asked: list[bool], infer: Infer) -> Arrays:
+        """The IP-Adapter's inputs of the UNet, if it has one: an image's tokens and those of no
+        image in the rows that are not ``asked`` for; zeros without an image.
+        """
+        if not self._prompt:
+            return {}
+        null = self._tables[PROMPT_TOKENS]
+        if job.shown is None:
+            tokens, scale = np.zeros((len(asked), *null.shape[1:]), np.float32), 0.0
+        else:
+            found = await infer("image_encoder", {"pixels": job.shown.numpy()})
+            rows = [found[PROMPT_TOKENS] if each else null for each in asked]
+            tokens, scale = np.concatenate(rows).astype(np.float32), job.shown_scale
+        scales = np.full((len(asked), 1), scale, np.float32)
+        return {PROMPT_TOKENS: tokens, PROMPT_SCALE: scales}
 
     async def _decode(self, latents: np.ndarray, infer: Infer) -> np.ndarray:
         """Latents [1, C, h, w] to an image [1, C, H, W] in [-1, 1], or a little beyond."""
@@ -503,11 +549,33 @@ def png(image: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _control_scale(given: dict[str, Any]) -> float:
-    scale = float(given.get("control_scale", 1.0))
+def clip_pixels(image: Image.Image, settings: dict[str, Any]) -> torch.Tensor:
+    """What CLIP reads of an RGB image, float32 [1, 3, H, W], as transformers' image processor of
+    these ``settings`` has it: the shorter side resized, the middle cropped, normalized. Raise
+    InvalidRequestError for an image so long that it is large when it is resized.
+    """
+    size, (height, width) = settings["size"], settings["crop"]
+    short = min(image.size)
+    wide, high = (size if x == short else int(size * x / short) for x in image.size)
+    if wide * high > MAX_IMAGE_PIXELS:  # which a file of a few hundred bytes can be
+        raise InvalidRequestError(
+            f"ip_adapter_image: expected at most {MAX_IMAGE_PIXELS} pixels where its shorter side "
+            f"has {size}, found {wide}x{high}; crop it"
+        )
+    scaled = image.resize((wide, high), Image.Resampling.BICUBIC)
+    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
+    cropped = _array(scaled.crop((left, top, left + width, top + height)))
+    mean, deviation = (
+        torch.tensor(settings[name]).view(1, 3, 1, 1) for name in ("mean", "deviation")
+    )
+    return (cropped - mean) / deviation
+
+
+def _scale(name: str, given: dict[str, Any], default: float) -> float:
+    scale = float(given.get(name, default))
     if not 0 <= scale <= MAX_CONTROL_SCALE:  # nor NaN
         raise InvalidRequestError(
-            f"control_scale: expected a scale from 0 to {MAX_CONTROL_SCALE:g}, found {scale:g}"
+            f"{name}: expected a scale from 0 to {MAX_CONTROL_SCALE:g}, found {scale:g}"
         )
     return scale
 

@@ -1,0 +1,128 @@
+"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): flow matching, and joint attention of the sample's
+patches and the tokens of three text encoders.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from torch import Tensor
+
+from quest_deploy.artifacts.model_source import INDEX
+from quest_deploy.errors import InputError
+from quest_deploy.files import read_json
+from quest_deploy.models.networks.network import States
+from quest_deploy.models.networks.patch_transformers import PatchTransformers, spread, unpatched
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+RANDOM_TOKENS = 77 + 256
+"""CLIP's, and as many as the pipeline pads T5's to."""
+USUAL_SIDE = 96
+"""Patches along a side, at most, where the configuration does not say it; diffusers' default."""
+
+
+class FlatSD3(SD3Transformer2DModel):
+    """An SD3Transformer2DModel, called as a UNet is; see
+    :class:`quest_deploy.models.networks.network.Network`.
+    """
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        *,
+        return_dict: bool = True,
+    ) -> Any:
+        """Predict.
+
+        Args:
+            encoder_hidden_states: [B, tokens, D].
+            pooled_projections: [B, D].
+        """
+        embedded = self.time_text_embed(spread(timestep, sample), pooled_projections)
+        hidden, states = self.pos_embed(sample), self.context_embedder(encoder_hidden_states)
+        for block in self.transformer_blocks:
+            states, hidden = block(
+                hidden_states=hidden, encoder_hidden_states=states, temb=embedded
+            )
+        patches = self.proj_out(self.norm_out(hidden, embedded))
+        output = unpatched(patches, sample, self.config["patch_size"])
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+class SD3(PatchTransformers):
+    """See :class:`quest_deploy.models.networks.network.Network`."""
+
+    class_names, flat_class = ("SD3Transformer2DModel", "FlatSD3"), FlatSD3
+    token_inputs = ("encoder_hidden_states",)
+    conditions = (*token_inputs, "pooled_projections")
+    flow_matching = True
+    supervised_blocks = checkpointed_blocks = ("JointTransformerBlock",)
+    supervised_output = 1
+    layers = "sd3"
+
+    def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
+        """See :class:`Network`."""
+        super().check(name, config, folder, of_text=of_text)
+        index = read_json(folder / INDEX)
+        encoders = [f"text_encoder{suffix}" for suffix in ("", "_2", "_3")]
+        if absent := [part for part in encoders if (index.get(part) or [None])[0] is None]:
+            raise InputError(
+                f"{name}: expected Stable Diffusion 3's three text encoders, and {absent[0]} is "
+                f"not in its {INDEX}; get the model whole"
+            )
+
+    def largest_side(self, config: Mapping[str, Any]) -> int | None:
+        """See :class:`Network`: positions are those of the middle of so many patches."""
+        patches = config.get("pos_embed_max_size", USUAL_SIDE)
+        return None if patches is None else int(patches * config["patch_size"])
+
+    def build(self, class_name: str, config: Mapping[str, Any]) -> nn.Module:
+        """See :class:`Network`."""
+        side = config.get("pos_embed_max_size", USUAL_SIDE)
+        # The table of positions would take gigabytes to make, only to be dropped.
+        network: Any = super().build(class_name, {**config, "pos_embed_max_size": 1})
+        network.pos_embed.pos_embed_max_size = side
+        network.register_to_config(pos_embed_max_size=side)
+        built: nn.Module = network
+        return built
+
+    def guidance(self, config: Mapping[str, Any], family: str) -> float:
+        """See :class:`Network`."""
+        return 7.0
+
+    def float_layers(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """See :class:`Network`: embedders, adaptive norms and last projection."""
+        embedders = ("pos_embed.*", "time_text_embed.*", "context_embedder")
+        return (*embedders, "*.norm1.linear", "*.norm1_context.linear", "norm_out.*", "proj_out")
+
+    def encode(self, pipeline: Any, prompts: Sequence[str]) -> tuple[States, States]:
+        """See :class:`Network`."""
+        states, no_states, pooled, no_pooled = pipeline.encode_prompt(
+            list(prompts), None, None, device=torch.device("cpu"), do_classifier_free_guidance=True
+        )
+        return _states(states, pooled), _states(no_states, no_pooled)
+
+    def random_states(
+        self, config: Mapping[str, Any], count: int, generator: torch.Generator
+    ) -> States:
+        """See :class:`Network`."""
+        width, pooled = config["joint_attention_dim"], config["pooled_projection_dim"]
+        return _states(
+            torch.randn(count, RANDOM_TOKENS, width, generator=generator),
+            torch.randn(count, pooled, generator=generator),
+        )
+
+
+def _states(states: Tensor, pooled: Tensor) -> States:
+    return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}

@@ -1,0 +1,163 @@
+"""diffusers' UNets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+
+from quest_deploy.models.channels import channels_of
+from quest_deploy.models.conditions import TEXT_TOKENS, ClassLabels, states_width, time_ids
+from quest_deploy.models.configurations import (
+    TextEncoderConfiguration,
+    UNetConfiguration,
+    read_configuration,
+)
+from quest_deploy.models.networks.network import (
+    CLASS_CONDITIONAL,
+    TEXT_TO_IMAGE,
+    UNCONDITIONAL,
+    Network,
+    States,
+)
+from quest_deploy.models.residuals import unet_residuals
+from quest_deploy.models.supported import (
+    TIME_IDS,
+    UNETS,
+    check_time_ids,
+    check_unet,
+    has_cross_attention,
+    sample_multiple,
+)
+from quest_deploy.models.unets import ADDED_CONDITIONS, FLAT_CLASSES, with_flat_conditions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+    from quest_deploy.models.channels import Channels
+    from quest_deploy.models.residuals import Residual
+
+GUIDANCE = {TEXT_TO_IMAGE: 7.5, CLASS_CONDITIONAL: 3.0, UNCONDITIONAL: 1.0}
+"""What each family is used with: Stable Diffusion's default, QuEST's for ImageNet, and none."""
+
+
+class UNets(Network):
+    """See :class:`quest_deploy.models.networks.network.Network`."""
+
+    part, noun = "unet", "UNet"
+    class_names = tuple(dict.fromkeys((*UNETS, *FLAT_CLASSES)))
+    configuration = UNetConfiguration
+    conditions = ("encoder_hidden_states", "class_labels", *ADDED_CONDITIONS)
+    token_inputs = ("encoder_hidden_states",)
+    supervised_blocks = ("ResnetBlock2D", "Transformer2DModel")
+    checkpointed_blocks = ("ResnetBlock2D", "Transformer2DModel", "Upsample2D", "Downsample2D")
+    reconstructs = takes_loras = takes_variance = True
+
+    def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
+        """See :class:`Network`."""
+        check_unet(name, config, of_text=of_text)
+        path, pooled = folder / "text_encoder_2" / "config.json", None
+        if path.exists():
+            pooled = int(read_configuration(TextEncoderConfiguration, path)["projection_dim"])
+        check_time_ids(name, config, pooled)
+
+    def channels(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        pipeline: str,
+        variance_type: str | None,
+        *,
+        of_text: bool,
+    ) -> Channels:
+        """See :class:`Network`."""
+        return channels_of(name, config, pipeline, variance_type, text=of_text)
+
+    def family(self, config: Mapping[str, Any], *, of_text: bool) -> str:
+        """See :class:`Network`; it is also which layers QuEST trains: a UNet without
+        cross-attention has attention blocks for transformers, whether it embeds a class or not.
+        """
+        if of_text:
+            return TEXT_TO_IMAGE
+        return CLASS_CONDITIONAL if has_cross_attention(config) else UNCONDITIONAL
+
+    def layer_set_name(self, family: str) -> str:
+        """See :class:`Network`."""
+        return family
+
+    def guidance(self, config: Mapping[str, Any], family: str) -> float:
+        """See :class:`Network`."""
+        return GUIDANCE[family] if self.labels(config) is None else 1.0
+
+    def residuals(self, config: Mapping[str, Any], kind: str) -> dict[str, Residual]:
+        """See :class:`Network`."""
+        return unet_residuals(config, kind)
+
+    def labels(self, config: Mapping[str, Any]) -> ClassLabels | None:
+        """See :class:`Network`."""
+        classes = config.get("num_class_embeds")
+        return None if classes is None else ClassLabels(classes)
+
+    def sides(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """See :class:`Network`."""
+        side = config["sample_size"]
+        height, width = (side, side) if isinstance(side, int) else side
+        return height, width
+
+    def sample_multiple(self, config: Mapping[str, Any]) -> int:
+        """See :class:`Network`."""
+        return sample_multiple(config)
+
+    def build(self, class_name: str, config: Mapping[str, Any]) -> nn.Module:
+        """See :class:`Network`."""
+        kind: Any = FLAT_CLASSES.get(class_name) or getattr(diffusers, class_name)
+        unet: nn.Module = kind.from_config(config)
+        return unet
+
+    def flat(self, network: nn.Module) -> nn.Module:
+        """See :class:`Network`."""
+        return with_flat_conditions(network)
+
+    def encode(self, pipeline: Any, prompts: Sequence[str]) -> tuple[States, States]:
+        """See :class:`Network`."""
+        given = {
+            "prompt": prompts,
+            "device": torch.device("cpu"),
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": True,
+        }
+        if hasattr(pipeline, "encode_prompt"):
+            encoded: Sequence[torch.Tensor] = pipeline.encode_prompt(**given)
+        else:  # instruct-pix2pix's, which gives both, and the unconditional ones twice
+            encoded = pipeline._encode_prompt(**given).chunk(3)[:2]
+        names = ("encoder_hidden_states", "text_embeds")  # each with its unconditional half behind
+        asked, unasked = (
+            dict(zip(names, (x.float() for x in encoded[i::2]), strict=False)) for i in (0, 1)
+        )
+        return asked, unasked
+
+    def random_states(
+        self, config: Mapping[str, Any], count: int, generator: torch.Generator
+    ) -> States:
+        """See :class:`Network`."""
+        width = states_width(config)
+        states = {
+            "encoder_hidden_states": torch.randn(count, TEXT_TOKENS, width, generator=generator)
+        }
+        if config.get("addition_embed_type") == "text_time":
+            pooled = (
+                config["projection_class_embeddings_input_dim"]
+                - TIME_IDS * config["addition_time_embed_dim"]
+            )
+            states["text_embeds"] = torch.randn(count, pooled, generator=generator)
+        return states
+
+    def of_size(self, config: Mapping[str, Any], size: tuple[int, int], count: int) -> States:
+        """See :class:`Network`."""
+        if config.get("addition_embed_type") != "text_time":
+            return {}
+        return {"time_ids": time_ids(*size).repeat(count, 1)}
