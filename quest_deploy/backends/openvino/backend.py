@@ -7,6 +7,7 @@ twice the size. Beside it lie its compiled forms without weights (see blobs.py),
 from __future__ import annotations
 
 from collections import OrderedDict
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.backends.base import LOWERED, Runner, input_arrays, input_shapes, reason_of
@@ -233,7 +234,8 @@ class _OpenVinoRunner(Runner):
     """Compiles the graph for each batch size it meets, and keeps the last few.
 
     OpenVINO fuses the elementwise work around the quantizers only where shapes are fixed: the same
-    graph with a dynamic batch was seen to take twice as long.
+    graph with a dynamic batch was seen to take twice as long. Threads take turns, since a request
+    has memory of its own for one call.
     """
 
     def __init__(
@@ -251,15 +253,17 @@ class _OpenVinoRunner(Runner):
         self._forms = forms or {}
         self._requests: OrderedDict[Shapes, Any] = OrderedDict()
         self._contents: list[Any] = []
+        self._lock = Lock()
 
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        request = self._request(tuple((name, value.shape) for name, value in sorted(feeds.items())))
-        # A copy: the request's own output memory is overwritten by the next call.
-        try:
-            results = request.infer(input_arrays(feeds))
-        except RuntimeError as e:
-            raise QuestDeployError(f"openvino failed: {reason_of(e)}") from e
-        copies = [(output.get_names(), value.copy()) for output, value in results.items()]
+        shapes = tuple((name, value.shape) for name, value in sorted(feeds.items()))
+        with self._lock:
+            try:
+                results = self._request(shapes).infer(input_arrays(feeds))
+            except RuntimeError as e:
+                raise QuestDeployError(f"openvino failed: {reason_of(e)}") from e
+            # A copy: the request's own output memory is overwritten by the next call.
+            copies = [(output.get_names(), value.copy()) for output, value in results.items()]
         return {
             name: value for names, value in copies for name in names
         }  # equal outputs are one that has all their names

@@ -788,7 +788,7 @@ def fitting_profile(engine: Any, shapes: dict[str, tuple[int, ...]]) -> int:
 
 
 class _TensorRtRunner(Runner):
-    """Polygraphy's TrtRunner on the engine."""
+    """Polygraphy's TrtRunner on the engine; threads take turns, since it has one context."""
 
     def __init__(self, folder: Path, options: EngineOptions, package: str) -> None:
         from polygraphy import config
@@ -808,17 +808,18 @@ class _TensorRtRunner(Runner):
             self._engine, weight_streaming_budget=budget if options.weight_streaming else None
         )
         self._runner.activate()
+        self._lock = threading.Lock()
 
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         profile = fitting_profile(
             self._engine, {name: value.shape for name, value in feeds.items()}
         )
-        if profile != self._profile:
-            self._runner.set_profile(profile)
-            self._profile = profile
-        return {
-            name: value.copy() for name, value in self._runner.infer(input_arrays(feeds)).items()
-        }
+        with self._lock:
+            if profile != self._profile:
+                self._runner.set_profile(profile)
+                self._profile = profile
+            outputs = self._runner.infer(input_arrays(feeds))
+            return {name: value.copy() for name, value in outputs.items()}
 
     def close(self) -> None:
         self._runner.deactivate()
