@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.editor import Editor, array_of
-from exporters.graph_info import QUANTIZERS_KEY
+from exporters.graph_info import has_quantizers
 from exporters.passes.contract import guarantee, need
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class CompressWeights(ir.passes.InPlacePass):
     """See the module."""
 
     def requires(self, model: ir.Model) -> None:
-        need(QUANTIZERS_KEY not in model.metadata_props, "the graph has quantizers")
+        need(not has_quantizers(model), "the graph has quantizers")
 
     def ensures(self, model: ir.Model) -> None:
         left = [str(value.name) for value, _ in _weights(model)]
@@ -49,7 +49,8 @@ class CompressWeights(ir.passes.InPlacePass):
             weight = array_of(value)
             others = tuple(i for i in range(weight.ndim) if i != axis)
             largest = np.abs(weight).max(axis=others, keepdims=True)
-            scale = np.where(largest == 0, 1, largest / _LIMIT).astype(np.float32)
+            # Of zeros, or of the least subnormal numbers, the quotient is 0.
+            scale = np.maximum(largest / _LIMIT, np.finfo(np.float32).tiny).astype(np.float32)
             codes = np.rint(weight / scale).astype(np.int8)
             editor, name = Editor(model.graph), str(value.name)
             stored = [
@@ -81,13 +82,13 @@ def _weights(model: ir.Model) -> Iterator[tuple[ir.Value, int]]:
 
 
 def _axis(node: ir.Node, index: int) -> int | None:
-    """The axis of the output channels of a node's input; None of one that is no weight."""
-    if (node.op_type, index) in (("Conv", 1), ("Gather", 0)):
+    """The axis of the output channels of a node's input; None where it is not a weight."""
+    if (node.op_type, index) == ("Conv", 1):
         return 0
     if (node.op_type, index) == ("Gemm", 1):
         transposed = node.attributes.get("transB")
         return 0 if transposed is not None and transposed.as_int() else 1
-    weight = node.inputs[index]
-    if (node.op_type, index) == ("MatMul", 1) and weight is not None and weight.shape is not None:
-        return 1 if len(weight.shape) == 2 else None
-    return None
+    weight, axis = node.inputs[index], {("MatMul", 1): 1, ("Gather", 0): 0}
+    shape = None if weight is None else weight.shape
+    is_matrix = shape is not None and len(shape) == 2
+    return axis.get((node.op_type, index)) if is_matrix else None

@@ -37,6 +37,8 @@ FORMAT = "quest-deploy engine"
 VERSION = 2
 ENGINE_FILE = "engine.json"
 LOWERED = "lowered.onnx"
+BLOBS = "*.blob"
+"""What openvino compiled, beside the graph."""
 REPAIR = "run `quest-deploy build-engine` again, or `quest-deploy build-parts`, whichever built it"
 
 
@@ -70,13 +72,13 @@ class EngineRecord:
         options: what it was built with.
         built_by: versions, by package.
         graph_sha256: the portable graph's.
-        checkpoint_sha256: None of a part beside the UNet, whose weights are in no checkpoint.
+        checkpoint_sha256: None of a text encoder or a VAE, whose weights are in no checkpoint.
         sample_multiple: what heights and widths of samples are multiples of.
         hardware: see :meth:`Backend.hardware`.
         files: the SHA-256 of each file, by name.
         kernels: see :meth:`Backend.kernels`; None in engines of earlier versions.
         exact_integers: of a CPU's engine, what its runtime computes exactly.
-        measured_on: what that answer depends on, of one that this machine gave.
+        measured_on: the runtime and the processor that gave this answer, where a machine was asked.
         runtime, plugin: of a TensorRT engine.
         refitted_from: the ``graph_sha256`` of the engine whose plan this one's weights were put
             into; None where it was built.
@@ -297,7 +299,7 @@ class Backend(ABC):
         return self.answers(options)
 
     def answers(self, options: EngineOptions) -> dict[str, Any]:
-        """Return what this machine answered and the engine's form depends on, of JSON's types."""
+        """Return what this machine answered and the lowered graph depends on, of JSON's types."""
         return {}
 
 
@@ -355,6 +357,18 @@ def input_shapes(model: ir.Model, batch: int) -> dict[str, tuple[int, ...]]:
     return shapes | {"sample": (batch, *sample)}
 
 
+def check_sizes(
+    name: str, sizes: Sequence[int | None], shape: Sequence[int], hint: str = ""
+) -> None:
+    """Raise InputError, whose message ends with ``hint``, where the input ``name`` has another
+    shape than ``sizes``, in which None is any.
+    """
+    fits = (size in (None, n) for size, n in zip(sizes, shape, strict=False))
+    if len(sizes) != len(shape) or not all(fits):
+        expected = ", ".join("any" if size is None else str(size) for size in sizes)
+        raise InputError(f"{name}: expected [{expected}], found {list(shape)}{hint}")
+
+
 def build_engine(
     backend: Backend,
     model: ir.Model,
@@ -391,8 +405,8 @@ def compile_lowered(
     progress: Progress = no_progress,
     **of_graph: Any,
 ) -> EngineRecord:
-    """Compile the lowered graph in ``folder`` and write the engine's record; ``of_graph`` is what
-    that says of the graph, by the names of :class:`EngineRecord`.
+    """Compile the lowered graph in ``folder`` and write the engine's record; ``of_graph`` are the
+    fields of :class:`EngineRecord` that describe the graph.
     """
     backend.compile(folder / LOWERED, folder, options, progress)
     record = EngineRecord(
@@ -475,10 +489,14 @@ def changed_files(folder: Path, record: EngineRecord) -> list[str]:
         return [name for name, is_changed in found if is_changed]
 
 
-def file_bytes(folder: Path) -> int:
-    """The bytes of an engine's files, without its record and what only lets it open sooner."""
-    files = (path for path in folder.iterdir() if path.suffix not in (".json", ".blob"))
-    return sum(path.stat().st_size for path in files)
+def file_bytes(folder: Path, options: EngineOptions) -> int:
+    """The bytes of an engine's files, without its record, and without blobs that only let it open
+    sooner: one that holds the weights counts.
+    """
+    left_out = {ENGINE_FILE}
+    if not options.compiled_weights:
+        left_out |= {path.name for path in folder.glob(BLOBS)}
+    return sum(path.stat().st_size for path in folder.iterdir() if path.name not in left_out)
 
 
 def require_package(package: str, extra: str, purpose: str) -> None:

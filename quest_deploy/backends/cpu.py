@@ -88,6 +88,8 @@ class CpuBackend(Backend):
                 f"{ENGINE_FILE} does not say which integer kernels the engine needs, as earlier "
                 f"versions' do not; {REPAIR}"
             )
+        if not kernels:
+            return options
         if record.measured_on == measurement_key(self):  # the same runtime and processor answered
             here = Exactness(record.exact_integers or {})
         else:

@@ -175,8 +175,8 @@ class EngineOptions(Options):
         Sequence[int],
         EngineOption(
             "openvino: a batch, of inputs of the model's own sizes, that the engine opens for "
-            "without compiling; may be repeated.",
-            minimum=1,
+            "without compiling; may be repeated; 0 is none.",
+            minimum=0,
             default="2, an image with guidance",
             recorded="compiled_batches",
             backends=("openvino",),
@@ -390,6 +390,10 @@ class EngineOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if 0 in self.compiled_batch:
+            if len(self.compiled_batch) > 1:
+                raise InputError("--compiled-batch 0 excludes every other")
+            object.__setattr__(self, "compiled_batch", ())
         for name in ("timing_cache", "plugins"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, Path(path).resolve())

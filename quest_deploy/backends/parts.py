@@ -1,4 +1,4 @@
-"""Engines of the parts beside the UNet: float graphs, which need no lowering."""
+"""Engines of text encoders and VAEs: float graphs, which need no lowering."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from quest_deploy.backends.base import (
     ENGINE_FILE,
     LOWERED,
     EngineRecord,
+    check_sizes,
     compile_lowered,
     open_engine,
 )
@@ -20,6 +21,7 @@ from quest_deploy.files import link_or_copy, sha256_of
 from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -71,7 +73,7 @@ def build_part(
 
 
 class EnginePart:
-    """A part's engine, called with its inputs by name.
+    """A part's engine, called with its inputs by name; a context manager.
 
     Attributes:
         info: what it was made from.
@@ -93,11 +95,7 @@ class EnginePart:
         from exporters.graph_info import input_sizes
 
         for name, sizes in input_sizes(self.graph).items():
-            found = feeds[name].shape
-            fits = (size in (None, n) for size, n in zip(sizes, found, strict=False))
-            if len(sizes) != len(found) or not all(fits):
-                expected = ", ".join("any" if size is None else str(size) for size in sizes)
-                raise InputError(f"{name}: expected [{expected}], found {list(found)}")
+            check_sizes(name, sizes, feeds[name].shape)
         return self._runner.infer(feeds)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
@@ -108,9 +106,18 @@ class EnginePart:
             "quest_deploy.load_pipeline"
         )
 
+    def __enter__(self) -> EnginePart:
+        return self
 
-def built_parts(workspace: Workspace, backend: str) -> dict[str, Path]:
-    """The folders of the parts' engines of ``backend``, by part; none where they were not built.
+    def __exit__(self, *exception: object) -> None:
+        self._runner.close()
+
+
+def built_parts(
+    workspace: Workspace, backend: str, without: Collection[str] = ()
+) -> dict[str, Path]:
+    """The folders of the parts' engines of ``backend``, by part, but for those of ``without``; none
+    where they were not built.
 
     Raises:
         InputError: they are not up to date, or one's record was changed.
@@ -118,8 +125,7 @@ def built_parts(workspace: Workspace, backend: str) -> dict[str, Path]:
     stage = f"{STAGE}/{backend}"
     if stage not in workspace.stages:
         return {}
-    found = {}
-    for name in workspace.stages[stage].details["parts"]:
+    names = [name for name in workspace.stages[stage].details["parts"] if name not in without]
+    for name in names:
         workspace.require_recorded(stage, f"{PARTS}/{name}/{backend}/{ENGINE_FILE}")
-        found[name] = workspace.path(PARTS, name, backend)
-    return found
+    return {name: workspace.path(PARTS, name, backend) for name in names}

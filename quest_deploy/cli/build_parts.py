@@ -1,4 +1,4 @@
-"""`quest-deploy build-parts`: engines of what runs beside the UNet."""
+"""`quest-deploy build-parts`: engines of text encoders and VAE."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ if TYPE_CHECKING:
 
 @command(BuildPartsArguments)
 def build_parts(chosen: dict[str, Any], console: Console) -> None:
-    """Build engines of the exported parts, which load_pipeline and packages then use."""
+    """Build engines of the exported parts, which load_pipeline and generate then use."""
     api.build_parts(**chosen, progress=console)
     report(console, opened(chosen), "build-parts", chosen["backend"])

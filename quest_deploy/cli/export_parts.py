@@ -1,4 +1,4 @@
-"""`quest-deploy export-parts`: what runs beside the UNet, as graphs."""
+"""`quest-deploy export-parts`: text encoders and VAE as graphs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ if TYPE_CHECKING:
 
 @command(ExportPartsArguments)
 def export_parts(chosen: dict[str, Any], console: Console) -> None:
-    """Export what runs beside the UNet (text encoders, decoder, encoder of images) as graphs."""
+    """Export text encoders and VAE as graphs."""
     api.export_parts(**chosen, progress=console)
     report(console, opened(chosen), "export-parts")

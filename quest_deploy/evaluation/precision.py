@@ -220,7 +220,7 @@ def engine_precision(backend: Backend, folder: Path, options: EngineOptions) -> 
     onnxruntime runs it once.
     """
     asked, sizes = _asked(folder / LOWERED)
-    sizes = replace(sizes, engine=file_bytes(folder))
+    sizes = replace(sizes, engine=file_bytes(folder, options))
     try:
         backend.check_run(options)
         found = backend.realised_precision(folder, options)

@@ -105,7 +105,7 @@ EXPORT_PARTS: Stage[ExportPartsOptions, ExportedParts] = Stage(
     "export-parts", ExportPartsOptions, writes=(f"{PARTS}/*/*",), alone=True
 )
 BUILD_PARTS: Stage[BuildPartsOptions, BuiltParts] = Stage(
-    "build-parts", BuildPartsOptions, reads=(EXPORT_PARTS,), writes=(f"{PARTS}/*/*/*",), alone=True
+    "build-parts", BuildPartsOptions, reads=(EXPORT_PARTS,), writes=(f"{PARTS}/*/*/*",)
 )
 VERIFY: Stage[EngineStageOptions, Verification] = Stage(
     "verify",

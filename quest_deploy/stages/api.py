@@ -241,15 +241,13 @@ def build_engine(chosen: BuildEngineArguments) -> BuiltEngine:
 
 @takes(ExportPartsArguments)
 def export_parts(chosen: ExportPartsArguments) -> ExportedParts:
-    """Export what runs beside the UNet, text encoders, decoder and encoder of images, as graphs for
-    :func:`build_parts`.
-    """
+    """Export text encoders and VAE as graphs for :func:`build_parts` and packages."""
     return chosen.run(EXPORT_PARTS)
 
 
 @takes(BuildPartsArguments)
 def build_parts(chosen: BuildPartsArguments) -> BuiltParts:
-    """Build engines of the exported parts, which ``load_pipeline`` and packages then use."""
+    """Build engines of the exported parts, which ``load_pipeline`` and ``generate`` then use."""
     return chosen.run(BUILD_PARTS)
 
 

@@ -62,15 +62,16 @@ def time_images(
     drawing, images, runs = options.drawing, options.images or 1, options.draws or 3
     model = load_model(workspace.source)
     of_engine = engine_options, sample_multiple, drawing
+    beside = engine_parts(workspace, options.backend)
     pipelines = {
-        name: _pipeline(workspace, model, options.backend, folder, *of_engine)
+        name: _pipeline(model, options.backend, beside, folder, *of_engine)
         for name, folder in folders.items()
     }
     arguments = call_arguments(pipelines[QUANTIZED], model, drawing)
     drawings = draw_in_turn(
         pipelines, lambda pipeline: pipeline(**_seeded(arguments, drawing)), runs, progress
     )
-    del pipelines
+    del pipelines, beside
     timings = []
     for i, (name, folder) in enumerate(folders.items()):
         memory = in_own_process(_peak_memory, workspace.root, options.backend, folder, *of_engine)
@@ -94,18 +95,20 @@ def time_images(
 
 
 def _pipeline(
-    workspace: Workspace,
     model: PipelineModel,
     backend: str,
+    beside: Mapping[str, Any],
     folder: Path,
     options: EngineOptions,
     sample_multiple: int,
     drawing: GenerateOptions,
 ) -> Any:
-    """The model's pipeline with the engine in ``folder`` as its network, and its parts' engines."""
+    """The model's pipeline with the engine in ``folder`` as its network, and ``beside`` it the
+    engines of the parts.
+    """
     runner = get_backend(backend).open(folder, options)
     engine = EngineUNet.of_graph(runner, sample_multiple, load_graph(folder / LOWERED))
-    network, beside = stand_in(engine, model.config), engine_parts(workspace, backend)
+    network = stand_in(engine, model.config)
     pipeline = model.load_pipeline(**{model.network.part: network, **beside})
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = model.load_scheduler(drawing.scheduler)
@@ -127,6 +130,7 @@ def _peak_memory(
 ) -> int:
     workspace = Workspace.open(root)
     model = load_model(workspace.source)
-    pipeline = _pipeline(workspace, model, backend, folder, options, sample_multiple, drawing)
+    beside = engine_parts(workspace, backend)
+    pipeline = _pipeline(model, backend, beside, folder, options, sample_multiple, drawing)
     pipeline(**_seeded(call_arguments(pipeline, model, drawing), drawing))
     return peak_memory()

@@ -1,4 +1,4 @@
-"""Build engines of what runs beside the UNet."""
+"""Build engines of the text encoders and the VAE."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.artifacts.workspace import PARTS
-from quest_deploy.backends.base import LOWERED
+from quest_deploy.backends.base import LOWERED, file_bytes
 from quest_deploy.backends.parts import VAE_DECODER, VAE_ENCODER, build_part, part_options
 from quest_deploy.backends.registry import get_backend
 
@@ -38,9 +38,8 @@ def work(
         folder.mkdir()
         record = build_part(backend, graph, folder, part_options(name, options.engine, factor))
         hardware = record.hardware
-        written = sorted(folder.iterdir())
-        sizes[name] = sum(file.stat().st_size for file in written)
-        files += written
+        sizes[name] = file_bytes(folder, record.options)
+        files += sorted(folder.iterdir())
     progress("building parts", len(graphs), len(graphs))
     return files, {
         "backend": options.backend,

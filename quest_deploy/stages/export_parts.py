@@ -1,4 +1,4 @@
-"""Export what runs beside the UNet: text encoders, decoder, encoder of images."""
+"""Export the text encoders and the VAE."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def work(
     if not parts.keys() - left_out.keys():
         why = "; ".join(f"{name}: {problem}" for name, problem in left_out.items())
         raise InputError(
-            f"{model.name} has no part beside its UNet that can be exported: {why or 'none at all'}"
+            f"{model.name} has no text encoder or VAE that can be exported: {why or 'none at all'}"
         )
     files: list[Path] = []
     sizes: dict[str, int] = {}

@@ -172,6 +172,12 @@ class StageOptions(Options):
         read.
         """
 
+    def further_inputs(self, workspace: Workspace) -> list[str]:
+        """The stages that these options read besides the stage's own, as the manifest of
+        ``workspace`` calls them.
+        """
+        return []
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStageOptions(StageOptions):
@@ -707,7 +713,7 @@ WEIGHTS = FP32, INT8 = ("fp32", "int8")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportPartsOptions(StageOptions):
-    """How the parts beside the UNet are stored."""
+    """How text encoders and VAE are stored."""
 
     weights: Annotated[
         str,
@@ -769,10 +775,8 @@ class BuildPartsOptions(EngineStageOptions):
         get_backend(self.backend).check_build(self.engine)
 
     def to_json(self) -> dict[str, Any]:
-        """The engines' options and what they depend on, and the version of their records."""
-        options = self.engine
-        answers = get_backend(self.backend).answers(options)
-        return options.to_json() | answers | {"version": VERSION}
+        """The engines' options, and the version of their records."""
+        return self.engine.to_json() | {"version": VERSION}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -837,6 +841,11 @@ class BenchmarkOptions(EngineStageOptions):
         """The options, those of whole images only where they are timed."""
         found = super().to_json()
         return found if self.pipeline else {k: v for k, v in found.items() if k != "pipeline"}
+
+    def further_inputs(self, workspace: Workspace) -> list[str]:
+        """Return the engines of the parts, where they are built and whole images are timed."""
+        parts = f"build-parts/{self.backend}"
+        return [parts] if self.pipeline and parts in workspace.stages else []
 
     @property
     def drawing(self) -> "GenerateOptions":

@@ -117,7 +117,7 @@ class BuiltEngine(TypedDict):
 
 
 class ExportedParts(TypedDict):
-    """The bytes of each part beside the UNet, by name, and why others were left out."""
+    """The bytes of each part, by name, and why others were left out."""
 
     parts: dict[str, int]
     left_out: dict[str, str]

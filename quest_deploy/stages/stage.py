@@ -54,7 +54,7 @@ class Stage(Generic[Options, Result]):
         writes: glob patterns of the files that it writes, in the workspace.
         state: what lets it go on where it was interrupted: files and folders in the workspace, gone
             when it is done.
-        alone: whether `quest-deploy run` leaves it, and what reads it, out.
+        alone: whether `quest-deploy run` leaves out what reads it.
         long: whether it may take hours: its options are kept from its start, so that
             ``quest-deploy run`` goes on with them after an interruption.
     """
@@ -118,7 +118,7 @@ class Stage(Generic[Options, Result]):
         backend = getattr(options, "backend", None)
         name, recorded = self.recorded_name(backend), as_recorded(options)
         with workspace.locked():
-            inputs = self.inputs(workspace, backend)
+            inputs = self.inputs(workspace, backend) + options.further_inputs(workspace)
             whole: set[str] = set()
             for upstream in inputs:
                 workspace.require(upstream, whole)

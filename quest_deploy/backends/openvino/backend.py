@@ -1,11 +1,14 @@
 """OpenVINO on the CPU: convolutions and linears as true INT8.
 
 The engine is the lowered graph itself: OpenVINO's own format would store the INT4 weights as INT8,
-twice the size. Beside it lie its compiled forms without weights (see blobs.py), which open faster.
+twice the size. Beside it lie blobs, compiled models without weights (see blobs.py), which open
+faster.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 from collections import OrderedDict
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -15,11 +18,11 @@ from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.openvino.blobs import (
     blob_path,
     hold_all_but_weights,
-    keep_form,
-    kept_forms,
-    open_form,
+    kept_blobs,
+    open_blob,
     usual_shapes,
     weights_config,
+    write_blob,
 )
 from quest_deploy.backends.openvino.precision import runtime_precisions
 from quest_deploy.backends.options import EngineOptions
@@ -41,6 +44,7 @@ HINTS = {"fp32": "f32", "bf16": "bf16"}
 """openvino's name of each dtype that what is not INT8 may run in."""
 KEPT_SHAPES = 4
 """Each compiled batch size holds weights of its own in memory."""
+logger = logging.getLogger(__name__)
 
 
 class OpenVinoBackend(CpuBackend):
@@ -75,7 +79,6 @@ class OpenVinoBackend(CpuBackend):
         ``options.compiled_batch`` is kept.
         """
         from exporters.graph_info import load_graph
-        from quest_deploy.backends.exactness import kernels_key
 
         batches = options.compiled_batch
         progress("compiling with openvino", 0, max(1, len(batches)))
@@ -85,11 +88,36 @@ class OpenVinoBackend(CpuBackend):
             return
         model = load_graph(lowered)
         for i, batch in enumerate(batches):
-            shapes = usual_shapes(model, batch)
-            compiled = compile_graph(lowered, options, shapes, fuse=_fuses(model), kept=True)
-            config = _config(options) | weights_config(lowered, options)
-            keep_form(compiled, blob_path(folder, batch, kernels_key(self)), config)
+            self._keep(lowered, model, folder, options, batch)
             progress("compiling with openvino", i + 1, len(batches))
+
+    def _keep(
+        self, lowered: Path, model: ir.Model, folder: Path, options: EngineOptions, batch: int
+    ) -> None:
+        """Compile for ``batch`` and keep it; or, after a warning, only compile, where openvino
+        cannot give the same from a blob.
+        """
+        from quest_deploy.backends.exactness import kernels_key
+
+        shapes, fuse = usual_shapes(model, batch), _fuses(model)
+        path = blob_path(folder, batch, kernels_key(self))
+        try:
+            write_blob(
+                lambda: compile_graph(lowered, options, shapes, fuse=fuse, kept=True),
+                path,
+                _config(options) | weights_config(lowered, options),
+            )
+        except (RuntimeError, ValueError, OSError) as e:
+            if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+                raise
+            path.unlink(missing_ok=True)
+            logger.warning(
+                "openvino keeps nothing compiled for batches of %d (%s): the engine opens as "
+                "slowly as it compiles",
+                batch,
+                reason_of(e),
+            )
+            compile_graph(lowered, options, shapes, fuse=fuse)
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
         """With all kernels, but for float graphs that openvino crashes on, the benchmark's: see
@@ -99,8 +127,8 @@ class OpenVinoBackend(CpuBackend):
         from quest_deploy.backends.exactness import kernels_key
 
         model = load_graph(folder / LOWERED)
-        forms = kept_forms(folder, model, options.compiled_batch, kernels_key(self))
-        return _OpenVinoRunner(folder / LOWERED, options, fuse=_fuses(model), forms=forms)
+        blobs = kept_blobs(folder, model, options.compiled_batch, kernels_key(self))
+        return _OpenVinoRunner(folder / LOWERED, options, fuse=_fuses(model), blobs=blobs)
 
     def open_segments(self, folder: Path, options: EngineOptions) -> Runner:
         """With the kernels that the engine has, but for graphs that openvino crashes on: see
@@ -125,8 +153,9 @@ class OpenVinoBackend(CpuBackend):
 
 def _fuses(lowered: ir.Model) -> bool:
     """Whether openvino may fuse what it likes in an engine's graph."""
-    in_float = all(node.op_type != "DequantizeLinear" for node in lowered.graph)
-    return not (in_float and fusing_crashes(lowered))
+    from exporters.graph_info import has_quantizers
+
+    return has_quantizers(lowered) or not fusing_crashes(lowered)
 
 
 def _config(options: EngineOptions) -> dict[str, Any]:
@@ -167,19 +196,19 @@ def compile_graph(
     kept: bool = False,
 ) -> Any:
     """Compile the graph at ``path``, for fixed input shapes if given; ``profile`` makes each run
-    time its nodes, ``kept`` is for what is written to a file.
+    time its nodes, ``kept`` is for what is written as a blob.
     """
     import openvino
 
     core, config = openvino.Core(), _config(options)
     if profile:
         config["PERF_COUNT"] = True
-    if kept:
-        config |= weights_config(path, options)
+    beside = weights_config(path, options) if kept else {}
+    config |= beside
     try:
         with gathered(path, f"{path.name}.data") as graph:
             model = core.read_model(graph)
-        if kept:
+        if beside:
             hold_all_but_weights(model, path)
         if shapes is not None:
             model.reshape({name: list(shape) for name, shape in shapes})
@@ -244,15 +273,14 @@ class _OpenVinoRunner(Runner):
         options: EngineOptions,
         *,
         fuse: bool = True,
-        forms: Mapping[Shapes, Path] | None = None,
+        blobs: Mapping[Shapes, Path] | None = None,
     ) -> None:
-        """Run the graph at ``path``; ``forms`` are its compiled ones, by the shapes of the
+        """Run the graph at ``path``; ``blobs`` are what was compiled of it, by the shapes of the
         inputs.
         """
         self._path, self._options, self._fuse = path, options, fuse
-        self._forms = forms or {}
-        self._requests: OrderedDict[Shapes, Any] = OrderedDict()
-        self._contents: list[Any] = []
+        self._blobs = blobs or {}
+        self._requests: OrderedDict[Shapes, tuple[Any, Any]] = OrderedDict()
         self._lock = Lock()
 
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -270,17 +298,19 @@ class _OpenVinoRunner(Runner):
 
     def _request(self, shapes: Shapes) -> Any:
         if shapes not in self._requests:
-            self._requests[shapes] = self._compiled(shapes).create_infer_request()
+            compiled, content = self._compiled(shapes)
+            self._requests[shapes] = compiled.create_infer_request(), content
             while len(self._requests) > KEPT_SHAPES:
                 self._requests.popitem(last=False)
         self._requests.move_to_end(shapes)
-        return self._requests[shapes]
+        return self._requests[shapes][0]
 
-    def _compiled(self, shapes: Shapes) -> Any:
-        if (form := self._forms.get(shapes)) is not None:
+    def _compiled(self, shapes: Shapes) -> tuple[Any, Any]:
+        """The compiled model, and what must outlive it: a blob's content, where it was opened from
+        one.
+        """
+        if (blob := self._blobs.get(shapes)) is not None:
             config = _config(self._options) | weights_config(self._path, self._options)
-            found, content = open_form(form, config)
-            if found is not None:
-                self._contents.append(content)
-                return found
-        return compile_graph(self._path, self._options, shapes, fuse=self._fuse)
+            if (opened := open_blob(blob, config)) is not None:
+                return opened
+        return compile_graph(self._path, self._options, shapes, fuse=self._fuse), None

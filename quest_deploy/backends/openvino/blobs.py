@@ -1,12 +1,12 @@
-"""Compiled forms of an engine's graph, kept in its folder: opening one takes a third to two thirds
-of the time of compiling (measured), and gives the same bits.
+"""Blobs: what openvino compiled of an engine's graph, kept in its folder. Opening one takes a third
+to two thirds of the time of compiling (measured), and gives the same bits.
 
-A form's name says what it is of: the batch, and a digest of the runtime's version and of what the
-processor says it has. Elsewhere there is no file of the name that is looked for, and the graph is
-compiled. A form holds no large weights: they are read from the lowered graph's file of weights,
-whose hash the engine's record has too. Or it holds all of them, as integers of 8 bits
-(``compiled_weights``), and is mapped into memory: twice an engine's size on disk, while what the
-process has in memory for itself is nearly halved.
+A blob is called after its batch and a digest of the runtime's version and of what the processor
+says it has. Elsewhere no file has the name that is looked for, and the graph is compiled. A blob
+holds no large weights: they are read from the lowered graph's file of weights, whose hash the
+engine's record has too. Or it holds all of them, as integers of 8 bits (``compiled_weights``), and
+is mapped into memory: twice an engine's size on disk, while what the process has in memory for
+itself is nearly halved.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.backends.base import input_shapes, reason_of
+from quest_deploy.backends.base import BLOBS, REPAIR, input_shapes, reason_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import onnx_ir as ir
@@ -29,23 +29,26 @@ if TYPE_CHECKING:
 
     Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
-PATTERN = "*.blob"
+COMPARED_STEPS = (0, 999, 500)
+"""Timesteps of the first, the last and a middle bucket."""
+_BESIDE = "WeightlessCacheAttribute"
+"""What openvino marks a constant with that a blob may leave out."""
 logger = logging.getLogger(__name__)
 
 
 def usual_shapes(lowered: ir.Model, batch: int) -> Shapes:
-    """The shapes of the inputs that a form of this batch is for, sorted by name."""
+    """The shapes of the inputs that a blob of this batch is for, sorted by name."""
     return tuple(sorted(input_shapes(lowered, batch).items()))
 
 
 def blob_path(folder: Path, batch: int, key: str) -> Path:
-    """The form of this batch for the runtime and processor that ``key`` stands for."""
+    """The blob of this batch for the runtime and processor that ``key`` stands for."""
     return folder / f"batch-{batch}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.blob"
 
 
 def weights_config(lowered: Path, options: EngineOptions) -> dict[str, Any]:
-    """The settings to write and to read a form of the graph ``lowered`` with: without the weights
-    that lie in the file beside it; none where none do, or where a form shall hold them.
+    """The settings to write and to read a blob of the graph ``lowered`` with: without the weights
+    that lie in the file beside it; none where none do, or where a blob shall hold them.
     """
     data = lowered.with_name(f"{lowered.name}.data")
     if options.compiled_weights or not (data.exists() and data.stat().st_size):
@@ -54,19 +57,25 @@ def weights_config(lowered: Path, options: EngineOptions) -> dict[str, Any]:
 
 
 def hold_all_but_weights(model: Any, lowered: Path) -> None:
-    """Let a form of ``model``, as openvino read it from ``lowered``, hold every constant but the
+    """Let a blob of ``model``, as openvino read it from ``lowered``, hold every constant but the
     weights in the file beside that, in place.
 
-    openvino 2026.4 takes all constants of an ONNX file for such, also those that it would then look
-    for in the wrong place. Tables of scales are held: :func:`keep_form` compares what one bucket
-    gives, which tells of wrong weights alone.
+    openvino 2026.4 takes all constants of an ONNX file for such, also tables of scales, which it
+    would then look for in the wrong place.
+
+    Raises:
+        ValueError: no constant has openvino's mark, as where another version calls it otherwise.
     """
-    weights = _weights_beside(lowered)
+    weights, marked = _weights_beside(lowered), False
     for constant in (op for op in model.get_ops() if op.get_type_name() == "Constant"):
         info = constant.get_rt_info()
+        marks = [key for key in info if key.startswith(_BESIDE)]
+        marked = marked or bool(marks)
         if constant.get_friendly_name() not in weights:
-            for key in [key for key in info if key.startswith("WeightlessCacheAttribute")]:
+            for key in marks:
                 del info[key]
+    if not marked:
+        raise ValueError(f"expected constants with a {_BESIDE}")
 
 
 def _weights_beside(lowered: Path) -> set[str]:
@@ -75,86 +84,109 @@ def _weights_beside(lowered: Path) -> set[str]:
     """
     import onnx_ir as ir
 
-    from exporters.graph_info import QUANTIZERS_KEY
+    from exporters.graph_info import has_quantizers
 
     graph = ir.load(lowered)
-    in_float = QUANTIZERS_KEY not in graph.metadata_props
+    quantized = has_quantizers(graph)
     return {
         name
         for name, value in graph.graph.initializers.items()
         if isinstance(value.const_value, ir.ExternalTensor)
-        and (in_float or value.const_value.dtype.is_integer())
+        and (not quantized or value.const_value.dtype.is_integer())
     }
 
 
-def kept_forms(
+def kept_blobs(
     folder: Path, lowered: ir.Model, batches: Sequence[int], key: str
 ) -> dict[Shapes, Path]:
-    """The forms in ``folder`` that are for this runtime and processor, by the shapes of the inputs.
-
-    An engine whose forms are all for others is told of.
+    """The blobs in ``folder`` that are for this runtime and processor, by the shapes of the inputs;
+    warns where every one is for others.
     """
-    found = {batch: blob_path(folder, batch, key) for batch in batches}
-    here = {usual_shapes(lowered, b): path for b, path in found.items() if path.exists()}
-    if not here and any(folder.glob(PATTERN)):
+    paths = {usual_shapes(lowered, batch): blob_path(folder, batch, key) for batch in batches}
+    kept = {shapes: path for shapes, path in paths.items() if path.exists()}
+    if batches and not kept and any(folder.glob(BLOBS)):
         logger.warning(
-            "openvino: %s holds forms that were compiled for another processor or version of "
-            "openvino; the graph is compiled instead, which takes longer, until `quest-deploy "
-            "build-engine` runs here",
+            "%s was compiled for another processor or version of openvino, and is compiled again "
+            "each time that it is opened; %s",
             folder,
+            REPAIR,
         )
-    return here
+    return kept
 
 
-def open_form(path: Path, config: dict[str, Any]) -> tuple[Any, Any]:
-    """The compiled model in a form's file, and the file's content, mapped into memory, which must
-    outlive it; None and None, after a warning, where openvino cannot read it.
+def open_blob(path: Path, config: dict[str, Any]) -> tuple[Any, Any] | None:
+    """The compiled model in a blob's file, and the file's content, mapped into memory, which must
+    outlive it; None, after a warning, where openvino cannot read it.
     """
-    import numpy as np
-    import openvino
-
     try:
-        content = openvino.Tensor(np.memmap(path, np.uint8, "c"), shared_memory=True)
-        return openvino.Core().import_model(content, "CPU", config), content
-    except (RuntimeError, ValueError) as e:
+        return _read(path, config)
+    except (RuntimeError, ValueError, OSError) as e:
         logger.warning(
             "openvino cannot read %s (%s); the graph is compiled instead", path, reason_of(e)
         )
-        return None, None
+        return None
 
 
-def keep_form(compiled: Any, path: Path, config: dict[str, Any]) -> None:
-    """Write a compiled model as a form, and read it once: one that does not give the same bits is
-    not kept, and a warning says so.
+def _read(path: Path, config: dict[str, Any]) -> tuple[Any, Any]:
+    import numpy as np
+    import openvino
+
+    content = openvino.Tensor(np.memmap(path, np.uint8, "c"), shared_memory=True)
+    return openvino.Core().import_model(content, "CPU", config), content
+
+
+def write_blob(compile_model: Callable[[], Any], path: Path, config: dict[str, Any]) -> None:
+    """Write what ``compile_model`` returns as a blob, and compare what the blob gives.
+
+    Raises:
+        RuntimeError, ValueError, OSError: openvino cannot write or read it, or gives other bits.
     """
-    path.write_bytes(compiled.export_model().getvalue())
-    (read, content), feeds = open_form(path, config), _feeds(compiled)
-    if read is None or not _same(_outputs(compiled, feeds), _outputs(read, feeds)):
-        del read, content
-        path.unlink()
-        logger.warning(
-            "openvino does not give the same from a compiled form of this graph: none is kept, and "
-            "the engine opens as slowly as it compiles"
-        )
+    compiled = compile_model()
+    path.write_bytes(compiled.export_model().getbuffer())
+    feeds = _feeds(compiled)
+    expected = _outputs(compiled, feeds)
+    del compiled  # openvino shares no weights between compiled models
+    read, content = _read(path, config)
+    same = _same(expected, _outputs(read, feeds))
+    del read, content
+    if not same:
+        raise ValueError("it gives other bits than the graph")
 
 
-def _feeds(compiled: Any) -> dict[str, NDArray[Any]]:
+def _feeds(compiled: Any) -> list[dict[str, NDArray[Any]]]:
+    """Random inputs, once, or where the model reads timesteps, as often as
+    ``COMPARED_STEPS`` take.
+    """
     import numpy as np  # the program's help needs none
 
     generator = np.random.default_rng(0)
-    return {
-        port.any_name: generator.uniform(0, 9, tuple(port.shape)).astype(
-            port.element_type.to_dtype()
-        )
+    feeds = {
+        port.any_name: _random(generator, tuple(port.shape), port.element_type.to_dtype())
         for port in compiled.inputs
     }
+    if "timestep" not in feeds:
+        return [feeds]
+    steps = feeds["timestep"]
+    runs = -(-len(COMPARED_STEPS) // len(steps))
+    each = np.resize(np.asarray(COMPARED_STEPS, steps.dtype), (runs, len(steps)))
+    return [feeds | {"timestep": x} for x in each]
 
 
-def _outputs(compiled: Any, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    return list(compiled.create_infer_request().infer(feeds).values())
+def _random(generator: Any, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    import numpy as np
+
+    whole = np.issubdtype(dtype, np.integer)
+    values = generator.integers(0, 9, shape) if whole else generator.standard_normal(shape)
+    array: NDArray[Any] = values.astype(dtype)
+    return array
+
+
+def _outputs(compiled: Any, feeds: list[dict[str, NDArray[Any]]]) -> list[NDArray[Any]]:
+    request = compiled.create_infer_request()
+    return [value.copy() for each in feeds for value in request.infer(each).values()]
 
 
 def _same(ours: list[NDArray[Any]], theirs: list[NDArray[Any]]) -> bool:
     import numpy as np
 
-    return all(map(np.array_equal, ours, theirs))
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(ours, theirs, strict=True))

@@ -7,9 +7,11 @@ import onnx_ir as ir
 import pytest
 
 from exporters.graph_info import load_graph, save_graph
-from quest_deploy.backends.base import LOWERED, build_engine
+from quest_deploy.backends.base import BLOBS, LOWERED, build_engine, engine_info
+from quest_deploy.backends.openvino import backend as openvino_backend
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
+from quest_deploy.evaluation import benchmark
 from quest_deploy.evaluation.benchmark import (
     FP32,
     NATIVE_ENGINE,
@@ -95,6 +97,23 @@ def test_peak_memory_is_that_of_the_engine_and_not_of_the_process_that_measures(
 ) -> None:
     for footprint in timed[0].footprints:
         assert 10_000_000 < footprint.peak_memory_bytes < BALLAST_BYTES
+
+
+def test_the_quantized_engine_is_compiled_as_its_baselines_are(
+    mini_engines: Callable[[str], Path],
+    mini_proto: onnx.ModelProto,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(openvino_backend, "open_blob", lambda *arguments: opened.append(arguments))
+    monkeypatch.setattr(benchmark, "in_own_process", lambda work, *arguments: work(*arguments))
+    save_graph(ir.from_proto(mini_proto), tmp_path / "unet.onnx")
+    engine, choices = mini_engines("openvino"), BenchmarkOptions(batches=(2,), runs=1, warmup=0)
+    assert [*engine.glob(BLOBS)]
+    backend, options = get_backend("openvino"), engine_info(engine).options
+    benchmark_engine(backend, options, engine, tmp_path / "unet.onnx", tmp_path, choices)
+    assert opened == []
 
 
 def test_progress_tells_every_phase_to_its_end(
