@@ -17,8 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quest_deploy.artifacts.workspace import versions
-from quest_deploy.backends.tensorrt.base import gpu_compute_capability, gpu_count
-from quest_deploy.backends.tensorrt.sdk import driver_version, gpu_name
+from quest_deploy.backends.cuda import (
+    driver_version,
+    gpu_compute_capability,
+    gpu_count,
+    gpu_name,
+)
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file, read_json, write_json
 from scripts.acceptance.steps import Figure

@@ -121,8 +121,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
 
     monkeypatch.setattr(shared.TensorRtRtxBackend, "_module", lambda self: made)
     monkeypatch.setattr(shared.TensorRtRtxBackend, "compile", compile_plan)
-    monkeypatch.setattr(shared, "gpu_count", lambda: 1)
-    monkeypatch.setattr(shared, "gpu_compute_capability", lambda: "89")
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 1)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_compute_capability", lambda: "89")
     return made
 
 
@@ -264,7 +264,7 @@ def test_without_a_gpu_nothing_is_refitted(
     fake: FakeTensorRt, base: Path, folded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built(base, "--refittable")
-    monkeypatch.setattr(shared, "gpu_count", lambda: 0)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 0)
     cli(*BUILD, "-w", folded, "--refit-from", base).assert_refused("GPU")
 
 

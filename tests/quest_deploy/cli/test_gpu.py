@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from quest_deploy.backends.tensorrt.base import gpu_count
+from quest_deploy.backends.cuda import gpu_count
 from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:

@@ -177,7 +177,7 @@ def test_what_the_layers_run_in_is_told_beside_the_speed(
 def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_built(
     mini_engines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 0)
     with refused("tensorrt-rtx", "GPU"):
         benchmark_engine(
             get_backend("tensorrt-rtx"),
