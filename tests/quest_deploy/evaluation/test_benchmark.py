@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from exporters.graph_info import load_graph, save_graph
-from quest_deploy.backends.base import LOWERED, build_engine
+from quest_deploy.backends.base import LOWERED, build_engine, input_shapes
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.evaluation.benchmark import (
@@ -18,6 +18,7 @@ from quest_deploy.evaluation.benchmark import (
     Benchmark,
     BenchmarkOptions,
     benchmark_engine,
+    held_memory,
 )
 from quest_deploy.evaluation.precision import engine_precision
 from tests.helpers import refused
@@ -159,6 +160,28 @@ def test_an_engine_in_a_low_precision_is_timed_against_the_float_model_in_it_too
         for name in (FP32, "fp16")
     }
     assert types == {FP32: {ir.DataType.FLOAT}, "fp16": {ir.DataType.FLOAT16}}
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "told", "expected"),
+    [(False, [100, 350], 250), (False, [100, 90], 0), (False, [None, 90], None), (True, [], None)],
+)
+def test_what_an_engine_holds_of_the_gpu_is_what_is_in_use_more_than_before_it_was_opened(
+    on_cpu: bool,
+    told: list[int | None],
+    expected: int | None,
+    mini_engines: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend, engine = get_backend("onnxruntime"), mini_engines("onnxruntime")
+    monkeypatch.setattr(type(backend), "on_cpu", lambda self, options: on_cpu)
+    monkeypatch.setattr("quest_deploy.evaluation.benchmark.gpu_memory_in_use", lambda: told.pop(0))
+    feeds = {
+        name: np.ones(shape, np.float32)
+        for name, shape in input_shapes(load_graph(engine / LOWERED), 1).items()
+    }
+    held, on_gpu = held_memory("onnxruntime", EngineOptions(threads=1), engine, feeds)
+    assert (held > 10_000_000, on_gpu, told) == (True, expected, [])
 
 
 def test_what_the_layers_run_in_is_told_beside_the_speed(
