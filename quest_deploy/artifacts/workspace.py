@@ -69,6 +69,7 @@ _REPORTED_PACKAGES = (
     "nvidia-modelopt",
     "onnx",
     "onnxruntime",
+    "onnxruntime-gpu",
     "openvino",
     "tensorrt-rtx",
     "tensorrt",

@@ -108,7 +108,7 @@ class TensorRtBackend(Backend):
     def check_engine(self, record: EngineRecord) -> EngineOptions:
         """Its version, its GPU and, where it has one, its plugin must be here."""
         options, built = super().check_engine(record), record.runtime
-        here = str(self._module().__version__)
+        here = version_number(self._module())
         if built is not None and not runs_engines_of(
             here, built.version, version_compatible=options.version_compatible
         ):
@@ -294,7 +294,7 @@ class TensorRtBackend(Backend):
         return found
 
     def record(self, options: EngineOptions) -> dict[str, Any]:
-        return {"runtime": Runtime(self.package, str(self._module().__version__))}
+        return {"runtime": Runtime(self.package, version_number(self._module()))}
 
     def _module(self) -> Any:
         try:
@@ -378,6 +378,11 @@ class TensorRtRtxBackend(TensorRtBackend):
             "device": "GPU",
             "compute_capabilities": list(options.compute_capability or DEFAULT_CAPABILITIES),
         }
+
+
+def version_number(trt: Any) -> str:
+    """TensorRT's version, without what some packages add to it: 10.14.1.48 of 10.14.1.48.post1."""
+    return re.sub(r"\.post\d+$", "", str(trt.__version__))
 
 
 def runs_engines_of(here: str, built: str, *, version_compatible: bool) -> bool:

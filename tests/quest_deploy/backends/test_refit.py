@@ -76,6 +76,7 @@ class FakeTensorRt:
 
     __version__ = trt.__version__
     ILogger = trt.ILogger
+    ComputeCapability = trt.ComputeCapability
     fixed: Sequence[str] = ()
     fails = ""
 

@@ -441,7 +441,9 @@ def test_an_engine_of_another_version_or_gpu_is_refused_before_it_is_loaded(
     sdk.__dict__["__version__"] = "10.17.0"
     with refused("10.16.1", "10.17.0", "quest-deploy build-engine"):
         engine_options(SDK, engine)
-    sdk.__dict__["__version__"] = "10.16.1"
+    sdk.__dict__["__version__"] = "10.16.1.post1"  # as some of its packages are called
+    engine_options(SDK, engine)
+    assert SDK.record(EngineOptions())["runtime"] == Runtime("tensorrt", "10.16.1")
     monkeypatch.setattr("quest_deploy.backends.cuda.gpu_compute_capability", lambda: "90")
     with refused("89", "90", "quest-deploy build-engine"):
         engine_options(SDK, engine)
