@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 
@@ -48,6 +50,17 @@ def driver_version() -> str:
     version = ctypes.c_int(0)
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def major_of(package: str) -> int | None:
+    """The major version of CUDA that an installed TensorRT is for, as the name of its package
+    tells: 13 of tensorrt_cu13. None where none does, such as the SDK's.
+    """
+    for major in range(11, 20):
+        with suppress(metadata.PackageNotFoundError):
+            metadata.version(f"{package}_cu{major}")
+            return major
+    return None
 
 
 def library_folders() -> list[Path]:

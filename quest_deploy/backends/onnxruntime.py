@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import json
 import logging
@@ -204,6 +205,7 @@ def missing_library(provider: str) -> str | None:
     return None
 
 
+@functools.cache  # what it does not find it would tell for each of a verification's parts
 def load_gpu_libraries(provider: str) -> None:
     """Load what a GPU provider is linked with, from Python packages, where the linker does not
     look.

@@ -126,6 +126,8 @@ def benchmark_engine(
         graph: the portable graph that it was built from.
     """
     backend.check_run(options)
+    if not backend.on_cpu(options):  # it takes seconds to see that it loads, baselines minutes
+        backend.open(engine, options).close()
     baselines = (STATIC, FP32) if choices.static else (FP32,)
     if options.dtype in LOW_PRECISION_TYPES and backend.low_precision_graph:
         baselines = (*baselines, options.dtype)

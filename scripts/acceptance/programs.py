@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -58,8 +59,8 @@ def words_of(line: str, names: Mapping[str, str]) -> list[str]:
 
 
 def answer_of(ran: Ran, reads: Path | None = None) -> Answer:
-    """What a command answered; its last lines where that is no JSON object, of a command that
-    failed those of standard error, where there are any.
+    """What a command answered; its last lines where that is no JSON object, and of a command that
+    failed the first error, of standard error where it has any.
     """
     try:
         value = json.loads(ran.out) if reads is None else read_json(reads)
@@ -68,8 +69,12 @@ def answer_of(ran: Ran, reads: Path | None = None) -> Answer:
     except (ValueError, QuestDeployError):
         pass
     both = (ran.out, ran.err) if ran.code == 0 else (ran.err, ran.out)
-    lines = next((text for text in map(str.strip, both) if text), "").splitlines()
-    return {"output": "; ".join(line.strip() for line in lines[-3:] if line.strip())}
+    text = next((text for text in both if text.strip()), "")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = (i for i, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE))
+    first = next(errors, None) if ran.code != 0 else None
+    told = lines[-3:] if first is None else [*lines[first : first + 2], lines[-1]]
+    return {"output": "; ".join(dict.fromkeys(told))}
 
 
 def run_program(words: Sequence[str], environment: Mapping[str, str], seconds: float) -> Ran:

@@ -364,7 +364,9 @@ MODELS = (
         minutes=30,
     ),
 )
-_CMAKE = "cmake -S {root}/trt_plugins -DCMAKE_BUILD_TYPE=Release -DCMAKE_CUDA_ARCHITECTURES=native"
+_CMAKE = (
+    "cmake -S {root}/trt_plugins -DCMAKE_BUILD_TYPE=Release -DCMAKE_CUDA_ARCHITECTURES={capability}"
+)
 _ON_THE_GPU = ("gpu", "nvcc", "cmake")
 STEPS = (
     Step(
@@ -410,6 +412,7 @@ STEPS = (
             ),
             (*_ON_THE_GPU, "compute-sanitizer"),
             ("kernels",),
+            20,  # each access is looked at
         )
         for tool in measure_plugin.SANITIZER_TOOLS
     ),

@@ -449,6 +449,9 @@ def test_a_command_that_fails_is_told_by_what_it_wrote_last_as_errors_and_all_is
     log = (tmp_path / "steps" / "a.log").read_text()
     assert_holds(log, "-- Configuring incomplete", "CMake Error: no compiler", "exit code 1")
     assert answer_of(Ran(0, "done", "a warning", 1.0)) == {"output": "done"}
+    told = "warning\nCMake Error in CMakeLists.txt:\n  no GPU\nCMake Error again\nstep failed\n"
+    expected = "CMake Error in CMakeLists.txt:; no GPU; step failed"
+    assert answer_of(Ran(1, "-- done", told, 1.0)) == {"output": expected}
     assert answer_of(Ran(1, "the only text", "", 1.0)) == {"output": "the only text"}
 
 
@@ -664,9 +667,8 @@ def test_the_plugins_are_configured_with_the_headers_library_and_json_that_were_
     subprocess.run(["gcc", "-shared", "-x", "c", "/dev/null", "-o", library], check=True)
     places = Places(tmp_path, tensorrt=TensorRtFiles(Path(given), library))
     (step,) = (each for each in STEPS if each.name == "plugins")
-    # "native" asks the GPU.
-    line = step.commands[0].line.replace("ARCHITECTURES=native", "ARCHITECTURES=90")
-    configured = run_program(words_of(line, places.names), environment_of(None), 300)
+    words = words_of(step.commands[0].line, {**places.names, "capability": "90"})
+    configured = run_program(words, environment_of(None), 300)
     assert configured.code == 0, configured.err
     assert_holds(configured.out, f"headers {given}", f"library {library}")
     words = words_of("cmake --build {out}/plugins --target help", places.names)
@@ -675,31 +677,76 @@ def test_the_plugins_are_configured_with_the_headers_library_and_json_that_were_
         assert f"... {target}\n" in targets
 
 
+class DryRun(Recorded):
+    """Compiles the kernels' own source for the CPU and runs it; a GPU's answers are recorded, and
+    those of what asks whether there is one.
+    """
+
+    def __call__(self, words: Sequence[str], environment: Mapping[str, str], seconds: float) -> Ran:
+        if any("/emulated" in word for word in words):
+            return run_program(words, environment, seconds)
+        if "doctor" in words:
+            providers = (f"onnxruntime --provider {name}" for name in ("cuda", "tensorrt"))
+            names, here = ("tensorrt", "tensorrt-rtx", *providers), {"build": None, "run": None}
+            return Ran(
+                0,
+                json.dumps(
+                    {
+                        "machine": {"versions": {"tensorrt": "11.4.0", "tensorrt-rtx": "1.7.1"}},
+                        "backends": dict.fromkeys(names, here),
+                    }
+                ),
+                "",
+                1.0,
+            )
+        if "-c" in words:
+            return Ran(0, "2.13.0 13.0\n", "", 1.0)
+        return super().__call__(words, environment, seconds)
+
+
 @pytest.mark.slow
-def test_the_command_itself_runs_the_kernels_source_on_the_cpu_and_a_second_time_keeps_that(
-    tmp_path: Path,
+@pytest.mark.usefixtures("gpu")
+def test_a_dry_run_goes_from_what_is_found_to_the_table_and_the_script_keeps_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if shutil.which("nvcc") is None or shutil.which("cmake") is None:
         pytest.skip("the kernels need nvcc's headers and cmake")
+    (tmp_path / "bin").mkdir()
+    for program in ("compute-sanitizer", "tritonserver"):
+        (tmp_path / "bin" / program).touch(mode=0o755)
+    path = os.environ["PATH"]
+    monkeypatch.setenv("PATH", f"{path}{os.pathsep}{tmp_path / 'bin'}")
+    sdk = tmp_path / "sdk"
+    headers(sdk / "include", "11.4")
+    (sdk / "lib").mkdir()
+    (sdk / "lib" / "libnvinfer.so").touch()
+    monkeypatch.setattr(gpu_acceptance, "run_program", run := DryRun())
+    out = tmp_path / "out"
+    done = invoke("--out", out, "--sdk", sdk, "--json")
+    assert done.exit_code == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert {name: state for name, state in states(value).items() if state != MEASURED} == {}
+    assert value["steps"].keys() == {step.name for step in STEPS}
+    assert_holds(done.stderr, "gpu: NVIDIA L40S", "tensorrt: 11.4.0")
+    table = (out / "table.md").read_text()
+    assert_holds(table, "| emulated | measured", "- driver: 580.82.07, CUDA 13.0")
+    assert (out / "emulated" / "tests" / "kernel_test_emulated").is_file()
+    assert any("ARCHITECTURES=89" in line for line in run.lines)
+    assert any("--compute-capability 89" in line for line in run.lines)
+    # The script itself, on a machine without the GPU.
+    monkeypatch.setenv("PATH", path)
     line = [sys.executable, "scripts/gpu_acceptance.py", "--only", "emulated", "--json"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    found = []
-    for _ in range(2):
-        done = subprocess.run(
-            [*line, "--out", str(tmp_path)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=ROOT,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout))
-    (step,) = found[0]["steps"].values()
-    assert (step["state"], found[1]["steps"]) == (MEASURED, found[0]["steps"])
-    assert step["figures"][0]["value"]
-    assert (tmp_path / "emulated" / "tests" / "kernel_test_emulated").is_file()
-    assert_holds((tmp_path / "table.md").read_text(), "| emulated | measured", "- nvcc: ")
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    again = subprocess.run(
+        [*line, "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["steps"] == value["steps"]
 
 
 def test_an_engines_steps_read_what_the_commands_really_answer(

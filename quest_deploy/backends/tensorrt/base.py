@@ -104,6 +104,13 @@ class TensorRtBackend(Backend):
                 f"{self.name} engines run on an NVIDIA GPU, and this machine has none; copy the "
                 "workspace to one that has"
             )
+        needed = cuda.major_of(self.package)
+        driver = cuda.driver_version() if needed is not None else ""
+        if needed is not None and int(driver.split(".")[0]) < needed:
+            raise InputError(
+                f"{self.package}_cu{needed} needs a driver that runs CUDA {needed}, and this runs "
+                f"{driver}: update it, or install the package for an older CUDA"
+            )
 
     def check_engine(self, record: EngineRecord) -> EngineOptions:
         """Its version, its GPU and, where it has one, its plugin must be here."""

@@ -124,6 +124,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
     monkeypatch.setattr(shared.TensorRtRtxBackend, "compile", compile_plan)
     monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 1)
     monkeypatch.setattr("quest_deploy.backends.cuda.gpu_compute_capability", lambda: "89")
+    monkeypatch.setattr("quest_deploy.backends.cuda.driver_version", lambda: "13.0")
     return made
 
 

@@ -190,11 +190,11 @@ def test_a_compute_capability_that_the_support_matrix_does_not_promise_is_a_warn
         assert_holds(message, f"--compute-capability {capability}", facts)
 
 
-def gpu(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
-    """A machine with such a GPU."""
+def gpu(monkeypatch: pytest.MonkeyPatch, capability: str, driver: str = "13.0") -> None:
+    """A machine with such a GPU, and a driver for that CUDA."""
     monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 1)
     monkeypatch.setattr("quest_deploy.backends.cuda.gpu_compute_capability", lambda: capability)
-    monkeypatch.setattr("quest_deploy.backends.cuda.driver_version", lambda: "12.4")
+    monkeypatch.setattr("quest_deploy.backends.cuda.driver_version", lambda: driver)
 
 
 @pytest.mark.parametrize(("capability", "runs"), [("89", True), ("121", True), ("90", False)])
@@ -245,7 +245,9 @@ def test_that_int8_is_promised_for_weights_alone_is_said_before_the_build(
 def test_a_driver_that_is_too_old_is_one_message_with_tensorrts_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gpu(monkeypatch, "89")
+    gpu(monkeypatch, "89", "12.4")
+    with refused("tensorrt_rtx_cu13", "CUDA 13", "12.4"):
+        get_backend("tensorrt-rtx").check_run(EngineOptions())
     logger = _Log()
 
     def builder(log: Any) -> None:

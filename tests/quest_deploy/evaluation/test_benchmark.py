@@ -7,9 +7,11 @@ import onnx_ir as ir
 import pytest
 
 from exporters.graph_info import load_graph, save_graph
-from quest_deploy.backends.base import LOWERED, build_engine, input_shapes
+from quest_deploy.backends.base import LOWERED, Runner, build_engine, input_shapes
+from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
+from quest_deploy.errors import QuestDeployError
 from quest_deploy.evaluation.benchmark import (
     FP32,
     NATIVE_ENGINE,
@@ -211,6 +213,23 @@ def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_built(
             BenchmarkOptions(),
         )
     assert not (tmp_path / "scratch").exists()
+
+
+def test_an_engine_that_a_gpu_does_not_load_is_told_before_its_baselines_are_built(
+    mini_engines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    class Broken(OnnxRuntimeBackend):
+        def on_cpu(self, options: EngineOptions) -> bool:
+            return False
+
+        def open(self, folder: Path, options: EngineOptions) -> Runner:
+            raise QuestDeployError(f"{folder} cannot be loaded: no kernel image")
+
+    engine, scratch = mini_engines("onnxruntime"), tmp_path / "scratch"
+    arguments = (engine, tmp_path / "unet.onnx", scratch, BenchmarkOptions())
+    with refused(engine, "no kernel image", error=QuestDeployError):
+        benchmark_engine(Broken(), EngineOptions(threads=1), *arguments)
+    assert not scratch.exists()
 
 
 @pytest.mark.parametrize(

@@ -341,6 +341,7 @@ def test_the_precision_of_an_engine_is_told_of_each_form_and_what_is_not_told_is
     engine = SimpleNamespace(create_engine_inspector=Inspector)
     monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 1)
     monkeypatch.setattr("quest_deploy.backends.cuda.gpu_compute_capability", lambda: "89")
+    monkeypatch.setattr("quest_deploy.backends.cuda.driver_version", lambda: "13.0")
     monkeypatch.setattr(f"{shared}.engine_options", lambda backend, folder: EngineOptions())
     monkeypatch.setattr(f"{shared}.load_engine", lambda *arguments: engine)
     report = engine_precision(backend, tmp_path, EngineOptions())
