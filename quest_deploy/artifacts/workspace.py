@@ -70,6 +70,7 @@ _REPORTED_PACKAGES = (
     "nvidia-modelopt",
     "onnx",
     "onnxruntime",
+    "onnxruntime-gpu",
     "openvino",
     "tensorrt-rtx",
     "tensorrt",

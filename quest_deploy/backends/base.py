@@ -282,6 +282,10 @@ class Backend(ABC):
         """
         return ""
 
+    def on_cpu(self, options: EngineOptions) -> bool:
+        """Whether an engine of ``options`` runs on the CPU."""
+        return False
+
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
         """Return what an engine built with ``options`` runs on."""
         return {"device": "CPU", "machine": platform.machine(), "processor": processor_name()}

@@ -31,7 +31,7 @@ class CpuBackend(Backend):
         self.check_build(options)
 
     def on_cpu(self, options: EngineOptions) -> bool:
-        """Whether an engine of ``options`` runs on the CPU; a GPU's kernels add in 32 bits."""
+        """See :meth:`Backend.on_cpu`; a GPU's kernels add in 32 bits."""
         return True
 
     def exactness(self, options: EngineOptions) -> Exactness:

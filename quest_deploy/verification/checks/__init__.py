@@ -72,6 +72,8 @@ def verify_engine(
             "reference` again"
         )
     _check_inputs(checked, records)
+    # First, before hundreds of cuts are compiled: an engine may not load, or not take these sizes.
+    end_to_end = check_end_to_end(checked, records)
     wrong_buckets = check_buckets(checked)
     by_quantizer = {
         quantizer: held
@@ -98,7 +100,6 @@ def verify_engine(
         progress("layers", len(by_quantizer) + i + 1, total)
     segments = check_segments(checked, records)
     progress("segments", total, total)
-    end_to_end = check_end_to_end(checked, records)
     return summarize(checked, records, wrong_buckets, codes, errors, segments, end_to_end)
 
 

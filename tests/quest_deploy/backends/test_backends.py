@@ -415,7 +415,7 @@ def test_an_unknown_compute_capability_is_refused_with_the_known_ones(capability
 def test_running_a_tensorrt_rtx_engine_without_a_gpu_is_an_input_error(
     rtx: tuple[Path, list[tuple[str, int, int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 0)
     with refused("GPU"):
         open_engine(get_backend("tensorrt-rtx"), rtx[0])
 
@@ -433,7 +433,7 @@ def test_building_with_tensorrt_without_a_gpu_points_to_tensorrt_rtx(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.16.1"))
-    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 0)
     with refused("tensorrt-rtx"):
         get_backend("tensorrt").check_build(EngineOptions())
 

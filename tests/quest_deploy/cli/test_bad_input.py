@@ -69,7 +69,7 @@ def test_run_refuses_an_unknown_backend_before_it_starts(tmp_path: Path, option:
 def test_run_refuses_a_backend_that_cannot_run_here_before_it_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 0)
     ended = cli("run", "-w", tmp_path / "ws", "--backend", "tensorrt-rtx")
     ended.assert_refused("tensorrt-rtx", "GPU")
     assert not (tmp_path / "ws").exists()
@@ -340,7 +340,7 @@ def test_tensorrt_without_its_sdk_says_what_to_install(
 def test_an_engine_that_cannot_run_here_is_refused_by_every_command_that_runs_it(
     mini_chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 0)
     for command in ("verify", "benchmark", "generate", "evaluate"):
         ended = cli(command, "-w", mini_chain.root, "--backend", "tensorrt-rtx")
         ended.assert_refused("tensorrt-rtx", "GPU")
