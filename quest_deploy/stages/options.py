@@ -66,7 +66,11 @@ SchedulerOption = Annotated[
 ]
 GuidanceOption = Annotated[
     float | None,
-    Option("Classifier-free guidance weight; 1 or less is none.", minimum=0, default="the model's"),
+    Option(
+        "Guidance weight; 1 or less is none where it is classifier-free.",
+        minimum=0,
+        default="the model's",
+    ),
 ]
 ImageGuidanceOption = Annotated[
     float | None,
@@ -235,7 +239,7 @@ class CalibrateOptions(ImageFolderOptions):
     guidance: Annotated[
         float | None,
         Option(
-            "Classifier-free guidance weight of the samplings; 1 or less is none.",
+            "Guidance weight of the samplings; 1 or less is none where it is classifier-free.",
             minimum=0,
             default="the model's",
         ),
@@ -729,7 +733,7 @@ class BenchmarkOptions(EngineStageOptions):
     guidance: Annotated[
         float | None,
         Option(
-            "Of --pipeline: classifier-free guidance weight; 1 or less is none.",
+            "Of --pipeline: guidance weight; 1 or less is none where it is classifier-free.",
             minimum=0,
             default="the model's",
         ),
