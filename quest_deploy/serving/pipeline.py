@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -44,7 +45,7 @@ from quest_deploy.models.residuals import (
 from quest_deploy.serving.parts import engine_parts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from quest_deploy.artifacts.model_source import IPAdapter
     from quest_deploy.models.pipeline_model import PipelineModel
@@ -65,35 +66,13 @@ _NO_IMAGES = (
 _PARTS = {part: kind for kind, part in PARTS.items()}
 """By what diffusers' pipelines call what adds to the UNet, what it is here."""
 _HARMLESS = (
+    "_reset_stateful_cache",
     "disable_freeu",
     "set_attention_slice",
     "set_default_attn_processor",
     "unfuse_qkv_projections",
 )
-"""What diffusers asks of a UNet to save memory, or to undo what no engine ever does."""
-_REFUSED = frozenset(
-    name
-    for network_class in (
-        getattr(diffusers, name)
-        for kind in NETWORKS
-        for name in kind.class_names
-        if hasattr(diffusers, name)
-    )
-    for name in dir(network_class)
-    if inspect.isfunction(inspect.getattr_static(network_class, name))
-    and not hasattr(ModelMixin, name)
-    and not hasattr(ConfigMixin, name)
-    and name not in _HARMLESS
-)
-"""What else a network of diffusers can be asked."""
-_REFUSED_OF_MODELS = (
-    "compile_repeated_blocks",
-    "dequantize",
-    "enable_gradient_checkpointing",
-    "enable_parallelism",
-    "load_state_dict",
-)
-"""What else any model of diffusers can be asked that an engine cannot do."""
+"""What diffusers asks of a network to save memory, or to undo what no engine ever does."""
 _ABSENT = (
     "add_embedding",
     "add_time_proj",
@@ -114,6 +93,29 @@ _ABSENT = (
     "up_blocks",
 )
 """The modules of a UNet, and the caches of a transformer, which an engine does not have."""
+_REFUSED = frozenset(
+    name
+    for network_class in (
+        getattr(diffusers, name)
+        for kind in NETWORKS
+        for name in kind.class_names
+        if hasattr(diffusers, name)
+    )
+    for name in dir(network_class)
+    if inspect.isfunction(inspect.getattr_static(network_class, name))
+    and not hasattr(ModelMixin, name)
+    and not hasattr(ConfigMixin, name)
+    and name not in (*_HARMLESS, *_ABSENT)
+)
+"""What else a network of diffusers can be asked."""
+_REFUSED_OF_MODELS = (
+    "compile_repeated_blocks",
+    "dequantize",
+    "enable_gradient_checkpointing",
+    "enable_parallelism",
+    "load_state_dict",
+)
+"""What else any model of diffusers can be asked that an engine cannot do."""
 _REFUSED_BY_PIPELINES = (
     "delete_adapters",
     "disable_lora",
@@ -446,8 +448,19 @@ class PipelineTransformer(PipelineNetwork):
         **arguments: Any,
     ) -> Any:
         """Predict as diffusers' transformers do; see :meth:`PipelineNetwork._predict`."""
-        output = self._predict(hidden_states, timestep, arguments, added_cond_kwargs)
+        inputs = {"sample": hidden_states, "timestep": timestep, **arguments}
+        given = self._network.from_pipeline(inputs)
+        sample, steps = given.pop("sample"), given.pop("timestep")
+        prediction = self._predict(sample, steps, given, added_cond_kwargs)
+        output = self._network.to_pipeline(prediction)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    @contextmanager
+    def cache_context(self, name: str, **fields: Any) -> Iterator[None]:
+        """Do nothing: pipelines say by it which of several predictions a cache is of, and an
+        engine has none.
+        """
+        yield
 
 
 _STAND_INS: dict[str, Any] = {"unet": PipelineUNet, "transformer": PipelineTransformer}

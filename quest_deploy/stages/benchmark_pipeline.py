@@ -19,6 +19,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.evaluation.benchmark import FP32, QUANTIZED
 from quest_deploy.evaluation.memory import peak_memory
 from quest_deploy.evaluation.pipeline_benchmark import draw_in_turn, timing_of
+from quest_deploy.models.channels import guidance_of
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.processes import in_own_process
@@ -47,6 +48,7 @@ def check(workspace: Workspace, options: BenchmarkOptions) -> None:
     model.require_weights("run as a pipeline")
     model.pipeline_class()
     drawing = options.drawing
+    guidance_of(model, drawing.guidance, None)
     set_steps(model.load_scheduler(drawing.scheduler), drawing.steps)
 
 

@@ -74,7 +74,11 @@ SchedulerOption = Annotated[
 ]
 GuidanceOption = Annotated[
     float | None,
-    Option("Classifier-free guidance weight; 1 or less is none.", minimum=0, default="the model's"),
+    Option(
+        "Guidance weight; 1 or less is none where it is classifier-free.",
+        minimum=0,
+        default="the model's",
+    ),
 ]
 ImageGuidanceOption = Annotated[
     float | None,
@@ -249,7 +253,7 @@ class CalibrateOptions(ImageFolderOptions):
     guidance: Annotated[
         float | None,
         Option(
-            "Classifier-free guidance weight of the samplings; 1 or less is none.",
+            "Guidance weight of the samplings; 1 or less is none where it is classifier-free.",
             minimum=0,
             default="the model's",
         ),
@@ -815,7 +819,7 @@ class BenchmarkOptions(EngineStageOptions):
     guidance: Annotated[
         float | None,
         Option(
-            "Of --pipeline: classifier-free guidance weight; 1 or less is none.",
+            "Of --pipeline: guidance weight; 1 or less is none where it is classifier-free.",
             minimum=0,
             default="the model's",
         ),

@@ -56,7 +56,7 @@ OWN = {
     "evaluation.retrieval:__init__": "the package's own file",
     "evaluation.perceptual:_state_dict": "another project's weights, by `weights_only` and its own tests",
     "models.controls:load_control": "a ControlNet's configuration, by `read_json` and its own tests",
-    "models.networks.sd3:check": "the model index again, which has a kind",
+    "models.networks.patch_transformers:require_encoders": "the model index again, which has a kind",
     "models.loras:_beside": "a LoRA's small neighbour, by `read_json` and its own tests",
     "serving.triton.package:_check_text_encoder": "of a model that was loaded before",
     "stages.api:client": "sends the bytes: the server checks them, `read_bounded` the file",

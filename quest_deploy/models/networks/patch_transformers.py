@@ -11,7 +11,9 @@ import torch
 from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor
 
+from quest_deploy.artifacts.model_source import INDEX
 from quest_deploy.errors import InputError
+from quest_deploy.files import read_json
 from quest_deploy.models.channels import Channels
 from quest_deploy.models.configurations import TransformerConfiguration
 from quest_deploy.models.networks.network import TEXT_TO_IMAGE, Network, States
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from quest_deploy.models.configurations import Configuration
 
 PROMPT_TOKENS = 300
 """As many as the pipelines of PixArt-Sigma and Sana pad prompts to."""
@@ -40,8 +43,9 @@ class PatchTransformers(Network):
     """
 
     part, noun = "transformer", "transformer"
-    configuration = TransformerConfiguration
-    supervised_blocks = checkpointed_blocks = ("BasicTransformerBlock",)
+    configuration: type[Configuration] = TransformerConfiguration
+    supervised_blocks: tuple[str, ...] = ("BasicTransformerBlock",)
+    checkpointed_blocks: tuple[str, ...] = ("BasicTransformerBlock",)
     unserved = "the server of a package samples with a UNet's conditions alone"
     flat_class: type[nn.Module]
     layers: str
@@ -90,7 +94,7 @@ class PatchTransformers(Network):
         """See :class:`Network`."""
         return self.layers
 
-    def sides(self, config: Mapping[str, Any]) -> tuple[int, int]:
+    def sides(self, config: Mapping[str, Any], of_decoder: int | None) -> tuple[int, int]:
         """See :class:`Network`."""
         return config["sample_size"], config["sample_size"]
 
@@ -173,6 +177,18 @@ class AnySizePatchEmbed(PatchEmbed):
         units = places * (span / largest) if largest else places * span / count
         angles = units[:, None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+def require_encoders(name: str, folder: Path, encoders: Sequence[str]) -> None:
+    """Raise InputError where one of the text ``encoders`` is not in the index of the pipeline in
+    ``folder``, of the model ``name``.
+    """
+    index = read_json(folder / INDEX)
+    if absent := [part for part in encoders if (index.get(part) or [None])[0] is None]:
+        raise InputError(
+            f"{name}: expected its text encoders {', '.join(encoders)}, and {absent[0]} is not in "
+            f"its {INDEX}; get the model whole"
+        )
 
 
 def unpatched(patches: Tensor, sample: Tensor, side: int) -> Tensor:
