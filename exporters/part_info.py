@@ -1,4 +1,4 @@
-"""What the graph of a part beside the UNet says about itself, and the names of its inputs and
+"""What the graph of a text encoder or a VAE says about itself, and the names of its inputs and
 outputs; without torch, for machines that only run engines.
 """
 
@@ -44,10 +44,7 @@ def last_norm(model: ir.Model) -> dict[str, NDArray[Any]]:
     an earlier layer through; raise InputError where it does not end with one.
     """
     node = next(x.producer() for x in model.graph.outputs if x.name == LAST_STATE)
-    if node is None or node.op_type != "LayerNormalization":
-        raise InputError(f"expected a text encoder that ends with a norm, found {node}")
-    return {
-        name: array_of(value)
-        for name, value in zip(("weight", "bias"), node.inputs[1:], strict=True)
-        if value is not None
-    }
+    parameters = [] if node is None else [x for x in node.inputs[1:] if x is not None]
+    if node is None or node.op_type != "LayerNormalization" or len(parameters) != 2:
+        raise InputError(f"expected a text encoder that ends with a whole norm, found {node}")
+    return dict(zip(("weight", "bias"), map(array_of, parameters), strict=True))

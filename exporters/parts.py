@@ -1,5 +1,4 @@
-"""The parts of a pipeline beside its UNet as graphs: text encoders, the decoder of latents, the
-encoder of images.
+"""The text encoders of a pipeline, its decoder of latents and its encoder of images as graphs.
 
 A part's graph computes in float, takes any batch (images of any size too), and says what it was
 made from: the class and its configuration.
@@ -35,8 +34,9 @@ if TYPE_CHECKING:
 
 OPSET = 20
 TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
-DECODER_CLASSES = ("AutoencoderKL", "VQModel")
+DECODER_CLASSES = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 ENCODER_CLASSES = ("AutoencoderKL",)
+"""The classes that engines stand in for in a pipeline."""
 
 
 class _TextEncoder(nn.Module):
@@ -48,6 +48,16 @@ class _TextEncoder(nn.Module):
         found = self.encoder(input_ids.long(), output_hidden_states=True)
         pooled = found.get("text_embeds", found.get("pooler_output"))
         return found.last_hidden_state, pooled, *found.hidden_states
+
+
+class _LastState(nn.Module):
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        state: Tensor = self.encoder(input_ids.long())[0]
+        return state
 
 
 class _Decoder(nn.Module):
@@ -71,16 +81,16 @@ class _Encoder(nn.Module):
 
 
 def text_encoder_graph(encoder: Any, tokens: int) -> ir.Model:
-    """From token ids, int32 [B, tokens], to what ``LAST_STATE`` and those after it say.
-
-    Args:
-        encoder: of one of ``TEXT_CLASSES``.
+    """From token ids, int32 [B, tokens], to what ``LAST_STATE`` and those after it say; to the
+    first of them where ``encoder`` is of another class than ``TEXT_CLASSES``.
     """
-    states = [HIDDEN_STATE.format(i) for i in range(encoder.config.num_hidden_layers + 1)]
     ids = {"input_ids": torch.zeros(2, tokens, dtype=torch.int32)}
-    graph = trace(_TextEncoder(encoder), ids, [LAST_STATE, POOLED, *states], {0: "batch"})
-    graph.graph.inputs[0].shape = ir.Shape(["batch", tokens])  # torch has names of its own
-    last_norm(graph)  # refused now
+    if type(encoder).__name__ in TEXT_CLASSES:
+        states = [HIDDEN_STATE.format(i) for i in range(encoder.config.num_hidden_layers + 1)]
+        graph = trace(_TextEncoder(encoder), ids, [LAST_STATE, POOLED, *states])
+        last_norm(graph)  # refused now
+    else:
+        graph = trace(_LastState(encoder), ids, [LAST_STATE])
     return _described(graph, encoder, encoder.config.to_dict())
 
 
@@ -88,7 +98,6 @@ def decoder_graph(decoder: Any, sample_shape: Sequence[int]) -> ir.Model:
     """From latents as the decoder takes them, ``sample`` [B, C, h, w], to images [B, 3, H, W].
 
     Args:
-        decoder: of one of ``DECODER_CLASSES``.
         sample_shape: of the latents that it is meant for, [C, h, w].
     """
     return _of_images(_Decoder(decoder), decoder, sample_shape, IMAGE)
@@ -106,10 +115,7 @@ def encoder_graph(encoder: Any, image_shape: Sequence[int]) -> ir.Model:
 
 
 def _of_images(module: nn.Module, part: Any, shape: Sequence[int], output: str) -> ir.Model:
-    example = {LATENTS: torch.zeros(2, *shape)}
-    graph = trace(module, example, [output], {0: "batch", 2: HEIGHT, 3: WIDTH})
-    (sample,) = graph.graph.inputs
-    sample.shape = ir.Shape(["batch", shape[0], HEIGHT, WIDTH])
+    graph = trace(module, {LATENTS: torch.zeros(2, *shape)}, [output])
     graph.metadata_props[SAMPLE_SHAPE_KEY] = json.dumps(list(shape))
     return _described(graph, part, dict(part.config))
 
@@ -125,19 +131,21 @@ def trace(
     module: nn.Module,
     inputs: Mapping[str, Tensor],
     outputs: Sequence[str],
-    dynamic_axes: Mapping[int, str],
+    *,
+    any_size: bool = True,
 ) -> ir.Model:
-    """``module`` as an ONNX graph.
+    """``module`` as an ONNX graph, for any batch.
 
     Args:
         inputs: examples by name.
-        dynamic_axes: the axes of each input that may be of any size, by their names; one that is no
-            image has none but the batch.
+        any_size: whether the height and the width of images, the inputs of four axes, may be any
+            too.
     """
-    shapes = tuple(
-        {axis: torch.export.Dim.DYNAMIC for axis in dynamic_axes if not axis or value.dim() == 4}
+    names = [
+        {0: "batch", 2: HEIGHT, 3: WIDTH} if any_size and value.dim() == 4 else {0: "batch"}
         for value in inputs.values()
-    )
+    ]
+    shapes = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in names)
     several = len(inputs) > 1  # of *inputs, one argument holds all
     with torch.no_grad(), warnings.catch_warnings(), quiet("torch.onnx"):
         warnings.simplefilter("ignore")
@@ -152,4 +160,8 @@ def trace(
             verbose=False,
         )
     assert program is not None
+    traced = program.model.graph.inputs
+    for value, example, axes in zip(traced, inputs.values(), names, strict=True):
+        # torch has names of its own, and a profile is by these
+        value.shape = ir.Shape([axes.get(i, size) for i, size in enumerate(example.shape)])
     return program.model

@@ -463,17 +463,12 @@ class PipelineModel:
         height, width = (side * self._pixels_per_latent() for side in self.sample_shape[1:])
         return height, width
 
-    def image_scale(self, encoder: Any) -> float:
-        """What ``encoder``'s latents are multiplied by for the UNet; raise InputError where the
-        decoder would need the image too.
+    def image_scale(self, scaling_factor: float) -> float:
+        """What an image's latents are multiplied by for the UNet, of the ``scaling_factor`` of
+        what encodes it.
         """
-        if type(encoder).__name__ == "AsymmetricAutoencoderKL":
-            raise InputError(
-                f"{self.name}: its AsymmetricAutoencoderKL decodes with the image and the mask, "
-                "and a package cannot; use quest_deploy.load_pipeline"
-            )
         scaled = self.channels.image_kind == INPAINTING or self.index.get("is_cosxl_edit")
-        return float(encoder.config.scaling_factor) if scaled else 1.0
+        return float(scaling_factor) if scaled else 1.0
 
     def _image_inputs(self) -> list[ImageInput]:
         if self._given_images is None:

@@ -1,10 +1,11 @@
-"""What of a model runs beside its UNet, as graphs: exported by `quest-deploy export-parts`, or made
-where that has not run.
+"""Graphs of the text encoders and the VAE: exported by `quest-deploy export-parts`, or made where
+that has not run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from exporters.graph_info import load_graph
@@ -18,8 +19,11 @@ from exporters.parts import (
 )
 from quest_deploy.artifacts.workspace import PARTS
 from quest_deploy.backends.base import LOWERED
-from quest_deploy.backends.parts import TEXT_ENCODER, TEXT_ENCODER_2, VAE_DECODER, VAE_ENCODER
+from quest_deploy.backends.parts import TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 from quest_deploy.errors import InputError
+from quest_deploy.files import read_json
+from quest_deploy.models.ip_adapters import IMAGE_PARTS
+from quest_deploy.models.pipeline_model import DECODERS, TEXT_ENCODERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,7 +34,6 @@ if TYPE_CHECKING:
     from quest_deploy.models.pipeline_model import PipelineModel
 
 STAGE = "export-parts"
-TOKENIZERS = {TEXT_ENCODER: "tokenizer", TEXT_ENCODER_2: "tokenizer_2"}
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Part:
     """A part that a model has.
 
     Attributes:
-        graph: makes its graph.
-        problem: why it has none; empty where it has.
+        graph: loads it and makes its graph.
+        problem: why no engine can stand in for it; empty where one can.
     """
 
     graph: Callable[[], ir.Model]
@@ -47,50 +50,104 @@ class Part:
 
 
 def model_parts(model: PipelineModel) -> dict[str, Part]:
-    """The parts of a model by name, loaded."""
-    found: dict[str, Part] = {}
-    if model.asked_for == "prompt":
-        pipeline = model.load_pipeline(vae=None)
-        for name, tokenizer in TOKENIZERS.items():
-            if (encoder := getattr(pipeline, name, None)) is not None:
-                tokens = getattr(pipeline, tokenizer).model_max_length
-                found[name] = _part(encoder.eval(), TEXT_CLASSES, text_encoder_graph, tokens)
-    vae: Any = model.load_decoder()
-    if vae is not None:
-        image = (int(vae.config.in_channels), *model.image_size)
-        found[VAE_DECODER] = _part(vae, DECODER_CLASSES, decoder_graph, model.sample_shape)
-        found[VAE_ENCODER] = _part(vae, ENCODER_CLASSES, encoder_graph, image)
-    return found
+    """The parts of a model by name. None is loaded before its graph is asked for."""
+    parts: dict[str, Part] = {}
+    of_text = model.asked_for == "prompt"
+    for name, kind in _classes(model, TEXT_ENCODERS).items() if of_text else ():
+        problem = _problem(kind, TEXT_CLASSES)
+        if not problem and takes_mask(model):
+            problem = "diffusers gives it a mask (use_attention_mask), and a graph takes ids alone"
+        parts[name] = Part(partial(_text_graph, model, name), problem)
+    for kind in list(_classes(model, DECODERS).values())[:1]:
+        problem = _problem(kind, DECODER_CLASSES)
+        parts[VAE_DECODER] = Part(partial(_decoder_graph, model), problem)
+        parts[VAE_ENCODER] = Part(partial(_encoder_graph, model), _problem(kind, ENCODER_CLASSES))
+    return parts
 
 
-def _part(
-    module: Any, classes: Sequence[str], make: Callable[[Any, Any], ir.Model], argument: Any
-) -> Part:
-    kind, problem = type(module).__name__, ""
-    if kind not in classes:
-        problem = f"expected {' or '.join(classes)}, found {kind}"
-    elif getattr(module.config, "use_attention_mask", None):
-        problem = "diffusers gives it a mask (use_attention_mask), and its graph takes ids alone"
-    return Part(lambda: make(module, argument), problem)
+def takes_mask(model: PipelineModel) -> bool:
+    """Whether diffusers gives the text encoder a mask, as it does where a sole one asks for it."""
+    path = model.folder / TEXT_ENCODER / "config.json"
+    if not path.is_file() or len(_classes(model, TEXT_ENCODERS)) > 1:
+        return False
+    return bool(read_json(path).get("use_attention_mask"))
+
+
+def _classes(model: PipelineModel, names: Sequence[str]) -> dict[str, str]:
+    """The classes of those of the pipeline's parts that it has, by name."""
+    entries = {name: model.index.get(name, (None, None)) for name in names}
+    return {name: kind for name, (library, kind) in entries.items() if library is not None}
+
+
+def _problem(kind: str, classes: Sequence[str]) -> str:
+    return "" if kind in classes else f"expected {' or '.join(classes)}, found {kind}"
+
+
+def without_modules(model: PipelineModel, name: str | None = None) -> Any:
+    """The model's pipeline with its tokenizers, and of its encoders and decoders with that of
+    ``name`` alone.
+    """
+    large = {*TEXT_ENCODERS, *DECODERS, *IMAGE_PARTS} - {name}
+    return model.load_pipeline(**{each: None for each in large if each in model.index})
+
+
+def _text_graph(model: PipelineModel, name: str) -> ir.Model:
+    pipeline = without_modules(model, name)
+    tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
+    return text_encoder_graph(getattr(pipeline, name).eval(), tokenizer.model_max_length)
+
+
+def _decoder_graph(model: PipelineModel) -> ir.Model:
+    return decoder_graph(model.load_decoder(), model.sample_shape)
+
+
+def _encoder_graph(model: PipelineModel) -> ir.Model:
+    encoder = model.load_decoder()
+    return encoder_graph(encoder, (int(encoder.config.in_channels), *model.image_size))
 
 
 class PartGraphs:
-    """The graphs of a workspace's parts: those that it holds, or else made from its model."""
+    """The graphs of a package's parts: those that the workspace holds, or else made from its model.
+    One that no engine can stand in for in a pipeline can be packaged all the same, but for what is
+    refused.
+
+    Attributes:
+        encoders: the names of the text encoders.
+        has_decoder: whether the model has latents to decode.
+        weights: how the weights of each that was loaded are stored, by name.
+    """
 
     def __init__(self, workspace: Workspace, model: PipelineModel) -> None:
-        """Of ``workspace``, whose model is ``model``; raise InputError where what it holds is not
-        whole.
+        """Of ``workspace``, whose model is ``model``.
+
+        Raises:
+            InputError: a part cannot be packaged, or what the workspace holds is not whole.
         """
-        self._workspace, self._model = workspace, model
-        self._exported = STAGE in workspace.stages and workspace.require(STAGE).details["parts"]
-        self._made: dict[str, Part] | None = None
+        self._workspace, self._parts = workspace, model_parts(model)
+        self.encoders = [name for name in TEXT_ENCODERS if name in self._parts]
+        self.has_decoder = VAE_DECODER in self._parts
+        if self.encoders and takes_mask(model):
+            path = model.folder / TEXT_ENCODER / "config.json"
+            raise InputError(
+                f"{path}: use_attention_mask is not supported in a package, whose text encoder "
+                "takes token ids alone; use quest_deploy.load_pipeline"
+            )
+        # Of a sole text encoder the last states are enough.
+        needed = self.encoders if len(self.encoders) > 1 else []
+        for name in [*needed, *([VAE_ENCODER] if model.channels.image else [])]:
+            if problem := self._parts[name].problem:
+                raise InputError(
+                    f"{model.name}: its {name} cannot be packaged: {problem}; use "
+                    "quest_deploy.load_pipeline"
+                )
+        exported = STAGE in workspace.stages
+        self._exported = workspace.require(STAGE).details if exported else {"parts": {}}
+        self.weights: dict[str, str] = {}
 
     def load(self, name: str) -> ir.Model:
-        """A part's graph; raise InputError where it has none."""
-        if self._exported and name in self._exported:
+        """A part's graph."""
+        if name in self._exported["parts"]:
+            self.weights[name] = self._exported["weights"]
             return load_graph(self._workspace.path(PARTS, name, LOWERED))
-        if self._made is None:
-            self._made = model_parts(self._model)
-        if problem := self._made[name].problem:
-            raise InputError(f"{self._model.name}: its {name} cannot be exported: {problem}")
-        return self._made[name].graph()
+        self.weights[name] = "fp32"
+        return self._parts[name].graph()

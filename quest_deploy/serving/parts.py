@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import diffusers
 import torch
 import transformers
 from diffusers.configuration_utils import ConfigMixin
@@ -16,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from exporters.part_info import HIDDEN_STATE, IMAGE, LAST_STATE, LATENTS, MOMENTS, POOLED, last_norm
+from exporters.parts import DECODER_CLASSES
 from quest_deploy.backends.parts import (
     TEXT_ENCODER,
     TEXT_ENCODER_2,
@@ -25,9 +27,10 @@ from quest_deploy.backends.parts import (
     built_parts,
 )
 from quest_deploy.errors import InputError
+from quest_deploy.serving.stand_in import EngineStandIn, own_methods, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Collection
 
     import numpy as np
     from numpy.typing import NDArray
@@ -50,57 +53,50 @@ _REFUSED_OF_TEXT = (
     "set_adapter",
     "set_input_embeddings",
 )
-_REFUSED_OF_VAE = (
-    "enable_gradient_checkpointing",
-    "enable_tiling",
-    "fuse_qkv_projections",
-    "load_state_dict",
-    "save_pretrained",
-    "set_attn_processor",
-    "tiled_decode",
-    "tiled_encode",
-)
+_REFUSED_OF_MODELS = ("enable_gradient_checkpointing", "load_state_dict", "save_pretrained")
 _HARMLESS_OF_VAE = ("disable_slicing", "disable_tiling", "enable_slicing", "unfuse_qkv_projections")
 """Images are decoded one by one anyway, and as a whole."""
+_REFUSED_OF_VAE = frozenset().union(
+    *(own_methods(getattr(diffusers, x), ModelMixin, ConfigMixin) for x in DECODER_CLASSES)
+) - {*_HARMLESS_OF_VAE}
+_ABSENT_OF_VAE = ("decoder", "encoder", "quant_conv", "quantize")
+"""The modules of a VAE, which an engine does not have."""
 
 
 def engine_parts(
     workspace: Workspace, backend: str, without: Collection[str] = ()
 ) -> dict[str, Any]:
-    """What of a pipeline of ``workspace`` has an engine of ``backend``, by its name in the
-    pipeline; nothing where `quest-deploy build-parts` has not run.
+    """Open the engines that replace parts of the pipeline of ``workspace``, by the part's name in
+    the pipeline; none where `quest-deploy build-parts` has not run.
 
     Args:
-        without: what is not asked for.
+        without: the names of parts that are not replaced.
 
     Raises:
         InputError: the engines are not up to date, were changed or cannot run here.
     """
-    folders = built_parts(workspace, backend)
-    found: dict[str, Any] = {
+    left_out = {*without}
+    if {"vae", "vqvae"} & left_out:
+        left_out |= {VAE_DECODER, VAE_ENCODER}
+    folders = built_parts(workspace, backend, left_out)
+    parts: dict[str, Any] = {
         name: PipelineTextEncoder(EnginePart(backend, folders[name]))
         for name in (TEXT_ENCODER, TEXT_ENCODER_2)
-        if name in folders and name not in without
+        if name in folders
     }
-    if VAE_DECODER in folders and not {"vae", "vqvae"} & set(without):
+    if VAE_DECODER in folders:
         decoder = EnginePart(backend, folders[VAE_DECODER])
         encoder = EnginePart(backend, folders[VAE_ENCODER]) if VAE_ENCODER in folders else None
         name = "vqvae" if decoder.info.kind == "VQModel" else "vae"
-        found[name] = PipelineVae(decoder, encoder)
-    return found
+        parts[name] = PipelineVae(decoder, encoder)
+    return parts
 
 
-def _refusal(name: str) -> Callable[..., NoReturn]:
-    def refuse(*arguments: Any, **options: Any) -> NoReturn:
-        raise InputError(f"{name}: {_FIXED}")
-
-    return refuse
-
-
-def _refuse_given(**arguments: Any) -> None:
-    """Raise InputError for arguments that an engine does not compute, if any is given."""
-    if given := [name for name, value in arguments.items() if value is not None]:
-        raise InputError(f"the engine does not compute {', '.join(sorted(given))}: {_FIXED}")
+def _refuse_any(**arguments: Any) -> None:
+    """Raise InputError for arguments that an engine does not compute, if any asks for something."""
+    asking = [name for name, x in arguments.items() if x is not None and x is not False]
+    if asking:
+        raise InputError(f"the engine does not compute {', '.join(sorted(asking))}: {_FIXED}")
 
 
 def _tensor(values: NDArray[Any], like: torch.device, dtype: torch.dtype) -> Tensor:
@@ -145,9 +141,11 @@ class PipelineTextEncoder(transformers.PreTrainedModel):  # type: ignore[misc]
 
         Raises:
             InputError: another length, or an argument that the engine does not compute, such as
-                a mask.
+                a mask that leaves tokens out.
         """
-        _refuse_given(attention_mask=attention_mask, **unsupported)
+        if attention_mask is not None and attention_mask.all():
+            attention_mask = None
+        _refuse_any(attention_mask=attention_mask, **unsupported)
         ids: NDArray[np.int32] = input_ids.to(torch.int32).numpy(force=True)
         outputs = {
             name: _tensor(value, input_ids.device, self.dtype)
@@ -156,21 +154,22 @@ class PipelineTextEncoder(transformers.PreTrainedModel):  # type: ignore[misc]
         layers = range(self.config.num_hidden_layers + 1)
         states = tuple(outputs[HIDDEN_STATE.format(i)] for i in layers)
         hidden = states if output_hidden_states else None
-        found: Any
+        encoded: Any
         if self.engine.info.kind == "CLIPTextModelWithProjection":
-            found = CLIPTextModelOutput(outputs[POOLED], outputs[LAST_STATE], hidden)
+            encoded = CLIPTextModelOutput(outputs[POOLED], outputs[LAST_STATE], hidden)
         else:
-            found = BaseModelOutputWithPooling(outputs[LAST_STATE], outputs[POOLED], hidden)
-        return found if return_dict is None or return_dict else found.to_tuple()
+            encoded = BaseModelOutputWithPooling(outputs[LAST_STATE], outputs[POOLED], hidden)
+        return encoded if return_dict is None or return_dict else encoded.to_tuple()
 
 
-class PipelineVae(ModelMixin, ConfigMixin):
-    """Engines in the place of an AutoencoderKL, or of a VQModel's decoder.
-
-    They have no weights. Images come one by one, which bounds memory.
+class PipelineVae(EngineStandIn):
+    """Engines in the place of a VAE, or of its decoder alone. Images come one by one, which bounds
+    memory.
     """
 
-    config_name = "config.json"  # type: ignore[assignment]
+    fixed, harmless = _FIXED, _HARMLESS_OF_VAE
+    refused_methods, absent = _REFUSED_OF_VAE, _ABSENT_OF_VAE
+    use_slicing = use_tiling = False
 
     def __init__(self, decoder: EnginePart, encoder: EnginePart | None) -> None:
         """Stand in for what ``decoder``, and ``encoder`` if there is one, were made from."""
@@ -179,29 +178,17 @@ class PipelineVae(ModelMixin, ConfigMixin):
         self.register_to_config(
             **{name: x for name, x in decoder.info.config.items() if not name.startswith("_")}
         )
-        # Empty: accelerate's hooks ask the first parameter of a module where it is.
-        self._place = nn.Parameter(torch.empty(0), requires_grad=False)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _HARMLESS_OF_VAE:
-            return lambda *arguments, **options: None
-        return super().__getattr__(name)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The type that pipelines give their latents and images."""
-        return self._place.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where pipelines put their latents and images."""
-        return self._place.device
+    def post_quant_conv(self) -> Any:
+        """What pipelines take the type of their latents from, where this is in float16."""
+        return SimpleNamespace(parameters=lambda: iter([self._place]))
 
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: Any = None, **unsupported: Any
     ) -> Any:
         """From latents [B, C, h, w], their scaling undone, to images [B, 3, H, W]."""
-        _refuse_given(**unsupported)
+        _refuse_any(**unsupported)
         images = _one_by_one(self.decoder_engine, z, IMAGE)
         return DecoderOutput(sample=images) if return_dict else (images,)
 
@@ -211,8 +198,8 @@ class PipelineVae(ModelMixin, ConfigMixin):
         """
         if self.encoder_engine is None:
             raise InputError(f"encode: there is no engine that encodes images; {_FIXED}")
-        found = DiagonalGaussianDistribution(_one_by_one(self.encoder_engine, x, MOMENTS))
-        return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)
+        latents = DiagonalGaussianDistribution(_one_by_one(self.encoder_engine, x, MOMENTS))
+        return AutoencoderKLOutput(latent_dist=latents) if return_dict else (latents,)
 
     def forward(self, *arguments: Any, **options: Any) -> NoReturn:
         """Raise InputError: pipelines call ``decode`` and ``encode``."""
@@ -225,6 +212,6 @@ def _one_by_one(engine: EnginePart, values: Tensor, output: str) -> Tensor:
 
 
 for _name in _REFUSED_OF_TEXT:
-    setattr(PipelineTextEncoder, _name, _refusal(_name))
-for _name in _REFUSED_OF_VAE:
-    setattr(PipelineVae, _name, _refusal(_name))
+    setattr(PipelineTextEncoder, _name, refusal(_name, _FIXED))
+for _name in _REFUSED_OF_MODELS:  # which __getattr__ is not asked for: the base class has them
+    setattr(PipelineVae, _name, refusal(_name, _FIXED))

@@ -58,7 +58,7 @@ OWN = {
     "models.controls:load_control": "a ControlNet's configuration, by `read_json` and its own tests",
     "models.networks.patch_transformers:require_encoders": "the model index again, which has a kind",
     "models.loras:_beside": "a LoRA's small neighbour, by `read_json` and its own tests",
-    "serving.triton.package:_check_text_encoder": "of a model that was loaded before",
+    "serving.part_graphs:takes_mask": "of a model that was loaded before",
     "stages.api:client": "sends the bytes: the server checks them, `read_bounded` the file",
 }
 """Readers without a kind, and why."""

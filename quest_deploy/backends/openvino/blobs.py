@@ -102,8 +102,9 @@ def kept_blobs(
     """The blobs in ``folder`` that are for this runtime and processor, by the shapes of the inputs;
     warns where every one is for others.
     """
-    paths = {usual_shapes(lowered, batch): blob_path(folder, batch, key) for batch in batches}
-    kept = {shapes: path for shapes, path in paths.items() if path.exists()}
+    paths = {batch: blob_path(folder, batch, key) for batch in batches}
+    # Of a graph that was cut out, which has none, the usual shapes may be unknown.
+    kept = {usual_shapes(lowered, b): path for b, path in paths.items() if path.exists()}
     if batches and not kept and any(folder.glob(BLOBS)):
         logger.warning(
             "%s was compiled for another processor or version of openvino, and is compiled again "

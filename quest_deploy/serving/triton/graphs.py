@@ -1,5 +1,5 @@
-"""A package's models beside the UNet, from the graphs of the parts: what diffusers computes around
-them goes into them.
+"""A package's text encoder, decoder and encoder of images, from the graphs of the parts: what
+diffusers computes around them goes into them.
 """
 
 from __future__ import annotations

@@ -9,16 +9,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 
 from exporters.exactness import LEVELS
-from exporters.graph_info import HEIGHT, WIDTH, save_graph, size_divisors
+from exporters.graph_info import save_graph, size_divisors
 from exporters.parts import trace
 from exporters.passes.fix_tokens import FixTokens
 from exporters.probe import make_probe
 from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.options import EngineOptions
+from quest_deploy.backends.parts import IMAGE_BATCH
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.models.residuals import IMAGE_TOKENS
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    import onnx_ir as ir
+
     from quest_deploy.models.ip_adapters import ImagePrompts
     from quest_deploy.serving.triton.layout import Layout, Signature
 
-DECODER_BATCH = 4
 IMAGE = "image"
 """What a ControlNet is shown; see :class:`quest_deploy.serving.triton.parts.ControlNet`."""
 
@@ -95,25 +96,16 @@ def write_text_encoder(layout: Layout, parts: Sequence[ir.Model]) -> Signature:
     )
 
 
-def text_encoders(pipeline: Any) -> list[tuple[Any, Any]]:
-    """A diffusers pipeline's text encoders, one or two, each with its tokenizer."""
-    return [
-        (encoder, getattr(pipeline, f"tokenizer{suffix}"))
-        for suffix in ("", "_2")
-        if (encoder := getattr(pipeline, f"text_encoder{suffix}", None)) is not None
-    ]
-
-
 def write_decoder(layout: Layout, part: ir.Model) -> Signature:
     """The decoder, from its graph, which is changed."""
     graph, version = graphs.decoder(part), layout.version_folder("vae_decoder")
     save_graph(graph, version / ONNX)
-    _write_plan_beside(layout, version, DECODER_BATCH, layout.sizes)
+    _write_plan_beside(layout, version, IMAGE_BATCH, layout.sizes)
     return layout.write_plan_config(
         "vae_decoder",
         {"sample": [layout.sample_shape[0], -1, -1]},
         {value.name or "": _dims(value) for value in graph.graph.outputs},
-        DECODER_BATCH,
+        IMAGE_BATCH,
         {"sample": layout.kind},
         profiles=len(layout.sizes),
     )
@@ -128,12 +120,12 @@ def write_encoder(layout: Layout, part: ir.Model, scale: float) -> Signature:
     graph, version = graphs.encoder(part, scale), layout.version_folder("vae_encoder")
     save_graph(graph, version / ONNX)
     sizes = tuple(layout.pixels(each) for each in layout.sizes)
-    _write_plan_beside(layout, version, DECODER_BATCH, sizes)
+    _write_plan_beside(layout, version, IMAGE_BATCH, sizes)
     return layout.write_plan_config(
         "vae_encoder",
         {"sample": [3, -1, -1]},
         {value.name or "": _dims(value) for value in graph.graph.outputs},
-        DECODER_BATCH,
+        IMAGE_BATCH,
         {"sample": layout.kind},
         profiles=len(layout.sizes),
         size=layout.pixels(layout.size),
@@ -145,13 +137,13 @@ def write_image_encoder(layout: Layout, prompts: ImagePrompts) -> Signature:
     module = ImageEncoder(prompts.encoder, prompts.projection)
     pixels = {"pixels": torch.zeros(2, 3, *prompts.crop)}
     version = layout.version_folder("image_encoder")
-    save_graph(trace(module, pixels, module.outputs, {0: "batch"}), version / ONNX)
-    _write_plan_beside(layout, version, DECODER_BATCH)
+    save_graph(trace(module, pixels, module.outputs, any_size=False), version / ONNX)
+    _write_plan_beside(layout, version, IMAGE_BATCH)
     return layout.write_plan_config(
         "image_encoder",
         {"pixels": [3, *prompts.crop]},
         {IMAGE_TOKENS: list(prompts.null(1)[IMAGE_TOKENS].shape[1:])},
-        DECODER_BATCH,
+        IMAGE_BATCH,
         {"pixels": layout.kind},
     )
 
@@ -175,12 +167,7 @@ def write_controlnet(
     image = {IMAGE: torch.zeros(2, 3 * pixels**2, height, width)}
     version = layout.version_folder("controlnet")
     module, outputs = ControlNet(net, list(examples), pixels), list(residuals)
-    axes = {0: "batch", 2: HEIGHT, 3: WIDTH}
-    graph = trace(module, {**examples, **image}, outputs, axes)
-    for value in graph.graph.inputs:  # torch has names of its own, and a profile is by these
-        if value.shape is not None and len(value.shape) == 4:
-            value.shape = ir.Shape([*value.shape[:2], HEIGHT, WIDTH])
-    save_graph(graph, version / ONNX)
+    save_graph(trace(module, {**examples, **image}, outputs), version / ONNX)
     _write_plan_beside(layout, version, layout.max_batch, layout.sizes)
     with torch.no_grad():
         added = module(*examples.values(), *image.values())
@@ -218,5 +205,5 @@ def _write_plan_beside(
 
 
 def _dims(value: ir.Value) -> list[int]:
-    """The dimensions of a graph's input without the batch; -1 for those that are free."""
+    """The dimensions of a graph's input or output without the batch; -1 for those that are free."""
     return [size if isinstance(size, int) else -1 for size in list(value.shape or [])[1:]]

@@ -1,4 +1,4 @@
-"""A ControlNet as a package's model."""
+"""An IP-Adapter's image encoder and a ControlNet as a package's models."""
 
 from __future__ import annotations
 

@@ -404,3 +404,13 @@ def test_an_engine_whose_record_is_another_ones_is_refused(workspace: Path) -> N
     reseal(record, lambda content: content["options"].update(threads=3))
     with refused(record, "build-engine --backend openvino"):
         EngineUNet.load(Workspace.open(workspace), "openvino")
+
+
+def test_a_graph_without_usual_shapes_is_compiled_for_what_it_meets(tmp_path: Path) -> None:
+    text = """
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float[n, 4] sample) => (float[n, 4] y) { y = Add (sample, sample) }
+    """
+    onnx.save(onnx.parser.parse_model(text), tmp_path / LOWERED)
+    with OPENVINO.open(tmp_path, EngineOptions()) as runner:
+        assert runner.infer({"sample": np.ones((3, 4), np.float32)})["y"].sum() == 24

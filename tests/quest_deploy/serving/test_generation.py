@@ -225,7 +225,7 @@ def reference(
         "vae_decoder": write_decoder(layout, graphs["vae_decoder"]),
     }
     if model.channels.image:
-        scale = model.image_scale(decoder)
+        scale = model.image_scale(decoder.config.scaling_factor)
         signatures["vae_encoder"] = write_encoder(layout, graphs["vae_encoder"], scale)
     residuals = {} if net is None else unet_residuals(model.config)
     if net is not None:

@@ -5,6 +5,7 @@ computes, and take what the workspace holds.
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from exporters.part_info import PART_KEY
 from exporters.passes import compress_weights
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import Workspace
+from quest_deploy.models import pipeline_model
 from quest_deploy.models.controls import load_control
 from quest_deploy.models.loading import resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
@@ -28,8 +30,15 @@ from quest_deploy.serving.triton import graphs
 from quest_deploy.serving.triton.layout import Layout
 from quest_deploy.serving.triton.models import IMAGE, write_controlnet
 from quest_deploy.serving.triton.options import TritonOptions
-from tests.helpers import op_counts, relative_error
-from tests.pipelines import CONTROLLED, TOKENS, controlnet, text_to_image
+from tests.helpers import op_counts, refused, relative_error
+from tests.pipelines import (
+    CONTROLLED,
+    TOKENS,
+    controlnet,
+    text_to_image,
+    with_bert,
+    with_tiny_vae,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,17 +127,73 @@ def test_the_encoder_s_file_gives_the_scaled_distribution(
     assert relative_error(deviation, 0.25 * expected.std.numpy()) < 1e-5
 
 
+def new_workspace(root: Path, folder: Path) -> tuple[Workspace, PipelineModel]:
+    source = resolve_source(str(folder))
+    return Workspace.create(root, source, Scheme.parse("w4a4")), PipelineModel(source)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_tiny_decoder_is_packaged(
+    pipelines: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    folder = with_tiny_vae(pipelines(name), tmp_path / "model")
+    workspace, model = new_workspace(tmp_path / "ws", folder)
+    graph = graphs.decoder(PartGraphs(workspace, model).load("vae_decoder"))
+    latents = np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32)
+    (image,) = session(graph, tmp_path).run(None, {"sample": latents})
+    assert relative_error(np.clip(image, -1, 1), model.images(latents)) < 1e-5
+
+
+def test_a_sole_text_encoder_of_another_kind_is_packaged(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = with_bert(pipelines("sd"), tmp_path / "model")
+    workspace, model = new_workspace(tmp_path / "ws", folder)
+    graph = graphs.text_encoder([PartGraphs(workspace, model).load("text_encoder")])
+    pipeline = model.load_pipeline(vae=None)
+    options = {"padding": "max_length", "max_length": TOKENS, "return_tensors": "np"}
+    ids = pipeline.tokenizer(PROMPTS, **options).input_ids.astype(np.int32)
+    (states,) = session(graph, tmp_path).run(["encoder_hidden_states"], {"input_ids": ids})
+    expected, _ = pipeline.encode_prompt(PROMPTS, "cpu", 1, False)
+    assert relative_error(states, expected.detach().numpy()) < 1e-5
+
+
+def test_what_a_package_cannot_hold_is_refused_before_it_is_loaded(
+    pipelines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_model, "load_part", None)
+    other = with_bert(pipelines("sdxl"), tmp_path / "bert")
+    with refused("text_encoder", "BertModel", "load_pipeline"):
+        PartGraphs(*new_workspace(tmp_path / "ws", other))
+    tiny = with_tiny_vae(pipelines("inpaint"), tmp_path / "tiny")
+    with refused("vae_encoder", "AutoencoderTiny", "load_pipeline"):
+        PartGraphs(*new_workspace(tmp_path / "ws2", tiny))
+
+
+def test_one_of_two_text_encoders_is_not_given_a_mask_and_is_packaged(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pipelines("sdxl"), tmp_path / "model")
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_attention_mask": True}))
+    workspace, model = new_workspace(tmp_path / "ws", folder)
+    assert PartGraphs(workspace, model).encoders == ["text_encoder", "text_encoder_2"]
+    assert not any(part.problem for part in model_parts(model).values())
+
+
 def test_graphs_that_a_workspace_holds_are_taken_and_others_made(
     pipelines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compress_weights, "LEAST", 64)
-    source, root = resolve_source(str(pipelines("sd"))), tmp_path / "ws"
-    workspace = Workspace.create(root, source, Scheme.parse("w4a4"))
-    model = PipelineModel(source)
-    assert "DequantizeLinear" not in op_counts(PartGraphs(workspace, model).load("vae_decoder"))
+    root = tmp_path / "ws"
+    workspace, model = new_workspace(root, pipelines("sd"))
+    made = PartGraphs(workspace, model)
+    assert "DequantizeLinear" not in op_counts(made.load("vae_decoder"))
+    assert made.weights == {"vae_decoder": "fp32"}
     qd.export_parts(root, weights="int8")
-    held = PartGraphs(Workspace.open(root), model).load("vae_decoder")
-    assert op_counts(held)["DequantizeLinear"] > 5
+    held = PartGraphs(Workspace.open(root), model)
+    assert op_counts(held.load("vae_decoder"))["DequantizeLinear"] > 5
+    assert held.weights == {"vae_decoder": "int8"}
 
 
 @pytest.mark.slow
