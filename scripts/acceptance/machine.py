@@ -154,6 +154,8 @@ def find(run: Run, environment: Mapping[str, str], places: Places) -> Machine:
     note("gpu", name, "the driver shows no NVIDIA GPU, or there is no driver")
     note("driver", _driver() if gpu else None, "there is no driver")
     doctor = answer_of(run(words_of("quest-deploy doctor --json", {}), environment, 300.0))
+    if "backends" not in doctor:
+        missing["doctor"] = f"`quest-deploy doctor` failed: {doctor.get('output')}"
     packages = doctor.get("machine", {}).get("versions", {})
     if "onnxruntime-gpu" in packages:
         packages["onnxruntime"] = f"onnxruntime-gpu {packages['onnxruntime-gpu']}"

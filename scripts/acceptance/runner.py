@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.artifacts.workspace import versions
@@ -32,8 +33,8 @@ class Result:
     """What became of a step.
 
     Attributes:
-        definition: what it was measured under: its commands, the version of all that it needs, and
-            when the steps were measured that it comes after.
+        definition: what it was measured under: its commands, what they name of this machine, the
+            version of all that it needs, and when the steps were measured that it comes after.
         reason: why it has no figures, or not all.
         date: when it ended, in UTC.
     """
@@ -112,10 +113,15 @@ def logged(words: Sequence[str], ran: Ran) -> str:
     return f"$ {shlex.join(words)}\n{ran.out}\n{ran.err}\n[{ended}, {ran.seconds:.1f} s]\n"
 
 
-def definition_of(step: Step, machine: Machine, results: Mapping[str, Result]) -> dict[str, Any]:
+def definition_of(
+    step: Step, machine: Machine, names: Mapping[str, str], results: Mapping[str, Result]
+) -> dict[str, Any]:
     """What a step that can run is measured under; where it changes, it is measured again."""
+    parsed = (Formatter().parse(command.line) for command in step.commands)
+    read = {name for parts in parsed for _, name, _, _ in parts if name is not None}
     return {
         "commands": [command.line for command in step.commands],
+        "names": {name: text for name, text in names.items() if name in read - {"out", "root"}},
         "with": {name: machine.found[name] for name in step.needs},
         "after": {name: results[name].date for name in step.after},
     }
@@ -123,7 +129,7 @@ def definition_of(step: Step, machine: Machine, results: Mapping[str, Result]) -
 
 def obstacle(step: Step, machine: Machine, results: Mapping[str, Result]) -> str:
     """What a step lacks, by name; empty where it can run."""
-    lacks = [f"no {name}" for name in step.needs if name in machine.missing]
+    lacks = [f"no {name}" for name in step.needs if name not in machine.found]
     before = [
         f"{name} is {results[name].state if name in results else 'not measured'}"
         for name in step.after
@@ -218,7 +224,7 @@ def accept(
     """Run what can run and was not measured yet, and keep each step as soon as it is over; return
     what was written.
     """
-    path = places.out / RESULTS
+    path, names = places.out / RESULTS, places.names
     results = load(path)
     value = save(path, machine, results)
     for step in steps:
@@ -230,13 +236,13 @@ def accept(
         elif (
             kept is not None
             and kept.state == MEASURED
-            and kept.definition == definition_of(step, machine, results)
+            and kept.definition == definition_of(step, machine, names, results)
             and step.name not in again
         ):
             progress(f"{step.name}: measured {kept.date}")
         else:
             progress(f"{step.name} ...")
-            definition = definition_of(step, machine, results)
+            definition = definition_of(step, machine, names, results)
             results[step.name] = result = measure(step, definition, run, environment, places)
             progress(
                 f"{step.name}: {result.state} in {result.seconds:.0f} s {result.reason}".strip()

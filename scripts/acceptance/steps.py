@@ -364,9 +364,8 @@ MODELS = (
         minutes=30,
     ),
 )
-_CMAKE = (
-    "cmake -S {root}/trt_plugins -DCMAKE_BUILD_TYPE=Release -DCMAKE_CUDA_ARCHITECTURES={capability}"
-)
+_CMAKE = "cmake -S {root}/trt_plugins -DCMAKE_BUILD_TYPE=Release"
+_FOR_THE_GPU = "-DCMAKE_CUDA_ARCHITECTURES={capability}"
 _ON_THE_GPU = ("gpu", "nvcc", "cmake")
 STEPS = (
     Step(
@@ -385,7 +384,7 @@ STEPS = (
     Step(
         "kernels",
         (
-            Command(f"{_CMAKE} -B {{out}}/kernels"),
+            Command(f"{_CMAKE} {_FOR_THE_GPU} -B {{out}}/kernels"),
             Command("cmake --build {out}/kernels --parallel --target kernel_test measure"),
             Command(
                 "{out}/kernels/tests/kernel_test",
@@ -420,7 +419,7 @@ STEPS = (
         "plugins",
         (
             Command(
-                f"{_CMAKE} -B {{out}}/plugins -DTENSORRT_INCLUDE_DIR={{headers}} "
+                f"{_CMAKE} {_FOR_THE_GPU} -B {{out}}/plugins -DTENSORRT_INCLUDE_DIR={{headers}} "
                 "-DTENSORRT_LIBRARY={library} -DNLOHMANN_JSON_INCLUDE_DIR={json}"
             ),
             Command("cmake --build {out}/plugins --parallel"),

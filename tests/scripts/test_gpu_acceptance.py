@@ -280,6 +280,11 @@ def test_what_was_measured_is_kept_until_its_commands_or_what_it_needs_change(
     graphs += [step for step in STEPS if step.name in ("cpp-runtime", "triton")]
     again = lines(other, changed, again=["emoji-export"])
     assert len(again) == sum(len(step.commands) for step in graphs)
+    found = TensorRtFiles(library=Path("another/libnvinfer.so"))
+    run = Recorded()
+    accept(changed, other, Places(tmp_path, tensorrt=found), run, ENVIRONMENT)
+    assert any("another/libnvinfer.so" in line for line in run.lines)
+    accept(changed, other, places, Recorded(), ENVIRONMENT)
     # A machine without the hardware takes nothing away.
     assert lines(NOTHING) == []
     assert set(states(json.loads((tmp_path / RESULTS).read_text())).values()) == {MEASURED}
@@ -604,6 +609,18 @@ def test_a_tensorrt_that_lacks_something_or_is_not_the_headers_is_named(
     assert of_tensorrt == lacks
     for name in lacks:
         assert_holds(machine.missing[name], tensorrt)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_where_doctor_fails_its_reason_is_told_and_no_engine_is_tried(tmp_path: Path) -> None:
+    failed = Ran(1, "", "Traceback\n  File\nOSError: libcuda.so.1: invalid ELF header\n", 1.0)
+    answers = [failed, Ran(1, "", "no torch", 1.0)]
+    machine = find(lambda *arguments: answers.pop(0), {"PATH": ""}, Places(tmp_path))
+    assert_holds(machine.missing["doctor"], "OSError: libcuda.so.1: invalid ELF header")
+    run = Recorded()
+    value = accept(STEPS, machine, Places(tmp_path), run, ENVIRONMENT)
+    assert FAILED not in states(value).values()
+    assert not any("build-engine" in line for line in run.lines)
 
 
 @pytest.mark.usefixtures("gpu")

@@ -104,6 +104,10 @@ class TensorRtBackend(Backend):
                 f"{self.name} engines run on an NVIDIA GPU, and this machine has none; copy the "
                 "workspace to one that has"
             )
+        self.check_driver()
+
+    def check_driver(self) -> None:
+        """Raise InputError where this machine's is too old for the package's CUDA."""
         needed = cuda.major_of(self.package)
         driver = cuda.driver_version() if needed is not None else ""
         if needed is not None and int(driver.split(".")[0]) < needed:

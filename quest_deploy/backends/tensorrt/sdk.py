@@ -86,6 +86,7 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
                 "tensorrt builds on the GPU that runs the engine, and this machine has none; use "
                 "tensorrt-rtx here"
             )
+        self.check_driver()
         self.check_builder(trt, options)
         _check_timing_cache(options)
         if options.quantize == PLUGIN:
@@ -181,8 +182,8 @@ def _check_plugin(trt: Any, options: EngineOptions) -> None:
             "--quantize native"
         )
     logger = shared.make_logger(trt)
-    builder = shared.started(trt.Builder, logger)  # its registry goes with it
     try:
+        builder = shared.started(trt.Builder, logger)  # its registry goes with it
         load_plugin(builder.get_plugin_registry(), options.plugins, logger)
     except QuestDeployError as e:
         raise InputError(f"--quantize plugin: {e}") from e

@@ -134,6 +134,17 @@ def test_versions_that_it_is_not_written_for_are_refused(sdk: ModuleType) -> Non
         SDK.check_run(EngineOptions())
 
 
+def test_a_driver_that_is_too_old_for_the_packages_cuda_is_refused_before_anything_is_built(
+    sdk: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quest_deploy.backends.cuda.major_of", lambda package: 13)
+    SDK.check_build(EngineOptions())
+    monkeypatch.setattr("quest_deploy.backends.cuda.driver_version", lambda: "12.8")
+    for check in (SDK.check_build, SDK.check_run):
+        with refused("tensorrt_cu13", "CUDA 13", "12.8"):
+            check(EngineOptions())
+
+
 @pytest.mark.parametrize(("capability", "slow"), [("89", False), ("100", False), ("103", True)])
 def test_a_gpu_whose_integer_products_are_slow_is_told_of_once(
     sdk: ModuleType,
