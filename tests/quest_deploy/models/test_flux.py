@@ -302,6 +302,16 @@ def test_a_guidance_weight_that_nothing_heeds_is_refused(
             models(name).null_conditions(1)
 
 
+@pytest.mark.parametrize("option", ["--guidance", "--image-guidance"])
+def test_calibrate_refuses_what_guides_nothing_before_anything_is_sampled(
+    pipelines: Callable[[str], Path], tmp_path: Path, option: str
+) -> None:
+    small = ("--model", pipelines("flux-schnell"), "--samples", "1")
+    outcome = cli("calibrate", "-w", tmp_path / "ws", *small, option, "4")
+    outcome.assert_refused(option)
+    assert "trajectories" not in outcome.err
+
+
 def test_a_timestep_in_another_unit_is_noticed(models: Callable[[str], PipelineModel]) -> None:
     model = models("flux")
     network = model.load_unet()
