@@ -93,8 +93,12 @@ def _openvinos(model: Any, form: str, threads: int) -> Denoiser:
     feeds = [{name: value.numpy() for name, value in batch.items()} for batch in batches]
 
     class Named(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = unet
+
         def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any) -> Any:
-            return unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+            return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
     with torch.no_grad():
         converted = openvino.convert_model(Named().eval(), example_input=batches[0])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 WORKERS = "scripts.bench.image.workers"
 BITS = ("w4a4", "w4a8", "w8a8")
 BF16 = "bf16"
+SLOW_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Row:
         quality: the form of the embedded model whose images are compared; none where it is float's,
             or the program cannot run that model.
         full_only: the program knows Stable Diffusion's own sizes alone.
-        warm: whether a second drawing is measured: the first has to warm nothing up otherwise.
+        alone: the steps of the only drawing of a slow program that warms nothing up; the others
+            draw all steps, and then some warm ones.
         remark: what else the reader must know.
     """
 
@@ -51,7 +53,7 @@ class Row:
     ready: Callable[[Prepared, Path], Ready] = field(repr=False)
     quality: str | None = None
     full_only: bool = False
-    warm: bool = True
+    alone: int | None = None
     remark: str = ""
 
     @property
@@ -75,8 +77,8 @@ def measure(row: Row, prepared: Prepared, environments: Environments) -> dict[st
     )
     ready = row.ready(prepared, python)
     request = drawing(size, threads) | {"inputs": str(prepared.inputs())} | ready.request
-    if not row.warm:
-        request["warm_steps"] = 0
+    if row.alone is not None:
+        request |= {"cold_steps": row.alone, "warm_steps": 0}
     figures = run_worker(python, f"{WORKERS}.{row.worker}", request, threads)
     return figures | {"bytes": bytes_of(ready.files)}
 
@@ -90,6 +92,7 @@ def drawing(size: prepare.Size, threads: int) -> dict[str, Any]:
         "height": prepare.pixels(size),
         "width": prepare.pixels(size),
         "steps": size.steps,
+        "cold_steps": size.steps,
         "warm_steps": size.warm_steps,
         "threads": threads,
     }
@@ -216,8 +219,9 @@ ROWS = (
             SDCPP,
             partial(_gguf, kind),
             full_only=True,
-            warm=False,
-            remark="drawn once; its package gives no predictions",
+            alone=SLOW_STEPS,
+            remark=f"drawn once, in {SLOW_STEPS} steps; the others count as their mean; its "
+            "package gives no predictions",
         )
         for kind in ("q8_0", "q4_0")
     ),
