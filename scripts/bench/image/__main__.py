@@ -141,7 +141,9 @@ def bench(
     for form in sorted(forms):
         if kept.figures["quality"].get(form, {}).get("images") != images:
             print(f"images of the embedded model, {form}", flush=True)
-            kept.keep_quality(form, quality_of(form, threads, images) | {"images": images})
+            kept.keep_quality(
+                form, quality_of(prepared.folder, form, threads, images) | {"images": images}
+            )
     machines = [
         read_json(path) for kind in KINDS if (path := results / f"{stem}-{kind}.json").exists()
     ]

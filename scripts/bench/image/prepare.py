@@ -58,7 +58,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size("full", {}, {}, {}, steps=20, warm_steps=8, buckets=10),
+    "full": Size("full", {}, {}, {}, steps=20, warm_steps=4, buckets=10),
     "small": Size(
         "small",
         {

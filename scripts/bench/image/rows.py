@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 WORKERS = "scripts.bench.image.workers"
 BITS = ("w4a4", "w4a8", "w8a8")
 BF16 = "bf16"
-SLOW_STEPS = 3
+SLOW_STEPS, SLOWEST_STEPS = 4, 2
+"""That torch and stable-diffusion.cpp draw, of which a step takes 5 s and more on two cores."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Row:
         quality: the form of the embedded model whose images are compared; none where it is float's,
             or the program cannot run that model.
         full_only: the program knows Stable Diffusion's own sizes alone.
-        alone: the steps of the only drawing of a slow program that warms nothing up; the others
-            draw all steps, and then some warm ones.
+        drawn: the steps that a slow program draws of its first image; the others draw all.
+        warm: whether a second drawing is measured; another has nothing to warm up.
         remark: what else the reader must know.
     """
 
@@ -53,7 +54,8 @@ class Row:
     ready: Callable[[Prepared, Path], Ready] = field(repr=False)
     quality: str | None = None
     full_only: bool = False
-    alone: int | None = None
+    drawn: int | None = None
+    warm: bool = True
     remark: str = ""
 
     @property
@@ -77,8 +79,10 @@ def measure(row: Row, prepared: Prepared, environments: Environments) -> dict[st
     )
     ready = row.ready(prepared, python)
     request = drawing(size, threads) | {"inputs": str(prepared.inputs())} | ready.request
-    if row.alone is not None:
-        request |= {"cold_steps": row.alone, "warm_steps": 0}
+    if row.drawn is not None:
+        request["cold_steps"] = min(row.drawn, size.steps)
+    if not row.warm:
+        request["warm_steps"] = 0
     figures = run_worker(python, f"{WORKERS}.{row.worker}", request, threads)
     return figures | {"bytes": bytes_of(ready.files)}
 
@@ -145,6 +149,10 @@ def _row_of_ours(bits: str, attention: bool) -> Row:
         partial(_ours, bits, attention),
         quality=f"{bits}{suffix}",
     )
+
+
+def _few(steps: int) -> str:
+    return f"in {steps} steps, the others counted as their mean"
 
 
 _OWN_PRECISION = "at its own precision, bf16 where the processor has it"
@@ -219,19 +227,28 @@ ROWS = (
             SDCPP,
             partial(_gguf, kind),
             full_only=True,
-            alone=SLOW_STEPS,
-            remark=f"drawn once, in {SLOW_STEPS} steps; the others count as their mean; its "
-            "package gives no predictions",
+            drawn=SLOWEST_STEPS,
+            warm=False,
+            remark=f"drawn once, {_few(SLOWEST_STEPS)}; its package gives no predictions",
         )
         for kind in ("q8_0", "q4_0")
     ),
-    Row("torch", "torch, eager", "plain_torch", OURS, partial(_torch, False)),
+    Row(
+        "torch",
+        "torch, eager",
+        "plain_torch",
+        OURS,
+        partial(_torch, False),
+        drawn=SLOW_STEPS,
+        remark=f"the cold image {_few(SLOW_STEPS)}",
+    ),
     Row(
         "torch-compiled",
         "torch, compiled",
         "plain_torch",
         OURS,
         partial(_torch, True),
-        remark="the first image waits for the compiler",
+        drawn=SLOW_STEPS,
+        remark=f"the cold image {_few(SLOW_STEPS)}, and after the compiler",
     ),
 )

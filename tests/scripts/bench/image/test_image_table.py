@@ -69,7 +69,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
     """Run the command with ``measure``; return the figures that it kept."""
     monkeypatch.setattr(command, "kind_of_machine", lambda: "vnni")
     monkeypatch.setattr(
-        command, "quality_of", lambda form, threads, images: {"psnr": 30.5, "ssim": 0.91}
+        command, "quality_of", lambda folder, form, threads, images: {"psnr": 30.5, "ssim": 0.91}
     )
 
     def run(measure: Callable[..., dict[str, Any]], *arguments: str) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def test_images_of_the_embedded_model_are_compared_once_for_each_form(
 ) -> None:
     forms: list[str] = []
 
-    def quality(form: str, threads: int, images: int) -> dict[str, Any]:
+    def quality(folder: Path, form: str, threads: int, images: int) -> dict[str, Any]:
         forms.append(form)
         return {"psnr": 30.5, "ssim": 0.91}
 
