@@ -441,7 +441,6 @@ def build_ours(
     folder: Path, pipeline: Path, recorded: Path, bits: str, attention: bool, threads: int
 ) -> None:
     """Calibrate by min-max on what was recorded, export, and build all engines."""
-    from quest_deploy.artifacts.workspace import CALIBRATED
     from quest_deploy.calibration import ptq
     from quest_deploy.calibration.trajectories import Trajectories
     from quest_deploy.stages import CALIBRATE
@@ -472,7 +471,7 @@ def build_ours(
         files = save_calibrated(workspace, trajectories, checkpoint)
         return files, describe(workspace, checkpoint)
 
-    if not (folder / CALIBRATED).exists():
+    if CALIBRATE.name not in workspace.stages:
         CALIBRATE.run(workspace, chosen.of(CalibrateOptions), work=calibrate)
     if "export" not in workspace.stages:
         qd.export(workspace)
