@@ -99,8 +99,8 @@ bench-methods: $(READY)
 bench-sd15: $(READY)
 	$(BIN)/python scripts/bench/bench_sd15.py $(BENCH_ARGS)
 
-# Whole images beside other programs, docs/sd15/image.md: measures the rows that are missing; about an hour on two idle cores, 16 GiB
-# of memory and 30 GB on disk. BENCH_ARGS='--size small' is a try of minutes, '--only PATTERN' measures some rows.
+# Whole images beside other programs, docs/sd15/image.md: measures the rows that are missing; some 75 minutes on two idle cores,
+# 16 GiB of memory and 30 GB on disk. BENCH_ARGS='--size small' is a try of minutes, '--only PATTERN' measures some rows.
 bench-image: $(READY) $(PEERS)
 	$(BIN)/python -m scripts.bench.image $(BENCH_ARGS)
 

@@ -68,9 +68,13 @@ class Kept:
         return "figures" in entry and entry["definition"] == definition
 
     def keep(self, row: Row, definition: dict[str, Any], found: dict[str, Any]) -> None:
-        """Keep the row's {"figures"}, or the {"reason"} why it has none."""
-        date = time.strftime("%Y-%m-%d", time.gmtime())
-        self.figures["rows"][row.name] = {"definition": definition, "date": date, **found}
+        """Keep the row's {"figures"}, or the {"reason"} why it has none; rows that were measured
+        under another definition cannot stand beside it, and go.
+        """
+        date, rows = time.strftime("%Y-%m-%d", time.gmtime()), self.figures["rows"]
+        rows = {name: entry for name, entry in rows.items() if entry["definition"] == definition}
+        self.figures["rows"] = rows
+        rows[row.name] = {"definition": definition, "date": date, **found}
         write_json(self.path, self.figures)
 
     def keep_quality(self, form: str, found: dict[str, Any]) -> None:
@@ -141,7 +145,9 @@ def bench(
     for form in sorted(forms):
         if kept.figures["quality"].get(form, {}).get("images") != images:
             print(f"images of the embedded model, {form}", flush=True)
-            kept.keep_quality(form, quality_of(form, threads, images) | {"images": images})
+            kept.keep_quality(
+                form, quality_of(prepared.folder, form, threads, images) | {"images": images}
+            )
     machines = [
         read_json(path) for kind in KINDS if (path := results / f"{stem}-{kind}.json").exists()
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Size:
     Attributes:
         unet, text_encoder, vae: what differs from the registry's sd15, CLIPTextConfig's ViT-L/14
             and its autoencoder.
-        steps: of the cold drawing. warm_steps: of the warm one.
+        steps: of an image, and of the cold drawing. warm_steps: of the warm one.
         buckets: of ours, each visited once in the calibration's sampling.
     """
 
@@ -57,7 +58,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size("full", {}, {}, {}, steps=20, warm_steps=8, buckets=10),
+    "full": Size("full", {}, {}, {}, steps=20, warm_steps=4, buckets=10),
     "small": Size(
         "small",
         {
@@ -357,11 +358,12 @@ def convert(folder: Path, pipeline: Path) -> None:
             return self.module.decode(latent_sample, return_dict=False)[0]
 
     ids = torch.zeros(1, TOKENS, dtype=torch.int64)
+    timestep = torch.ones(1, dtype=torch.int64)  # as GenAI's pipeline gives it
     examples: dict[str, tuple[torch.nn.Module, dict[str, Any]]] = {
         TEXT_ENCODER: (TextEncoder(loaded.text_encoder), {"input_ids": ids}),
         UNET: (
             UNet(loaded.unet),
-            {"sample": latents, "timestep": torch.ones(1), "encoder_hidden_states": states},
+            {"sample": latents, "timestep": timestep, "encoder_hidden_states": states},
         ),
         VAE: (Decoder(loaded.vae), {"latent_sample": latents}),
     }
@@ -383,6 +385,8 @@ def quantize(folder: Path, source: Path, recorded: Path, form: str) -> None:
     model = openvino.Core().read_model(source)
     batches = list(Trajectories.load(recorded).batches(1))
     feeds = [{name: value.numpy() for name, value in batch.items()} for batch in batches]
+    for each in feeds:
+        each["timestep"] = each["timestep"].astype(np.int64)
     model.reshape({name: [-1, *value.shape[1:]] for name, value in feeds[0].items()})
     folder.mkdir()
     openvino.save_model(nncf_form(model, form, feeds), folder / source.name, compress_to_fp16=False)
@@ -437,7 +441,6 @@ def build_ours(
     folder: Path, pipeline: Path, recorded: Path, bits: str, attention: bool, threads: int
 ) -> None:
     """Calibrate by min-max on what was recorded, export, and build all engines."""
-    from quest_deploy.artifacts.workspace import CALIBRATED
     from quest_deploy.calibration import ptq
     from quest_deploy.calibration.trajectories import Trajectories
     from quest_deploy.stages import CALIBRATE
@@ -468,7 +471,7 @@ def build_ours(
         files = save_calibrated(workspace, trajectories, checkpoint)
         return files, describe(workspace, checkpoint)
 
-    if not (folder / CALIBRATED).exists():
+    if CALIBRATE.name not in workspace.stages:
         CALIBRATE.run(workspace, chosen.of(CalibrateOptions), work=calibrate)
     if "export" not in workspace.stages:
         qd.export(workspace)
@@ -497,9 +500,24 @@ def with_unet(folder: Path, exported: Path, unet: Path) -> None:
 
 
 def convert_to_gguf(path: Path, python: Path, pipeline: Path, kind: str) -> None:
-    """Have stable-diffusion.cpp convert the pipeline."""
-    module = "scripts.bench.image.workers.convert_sdcpp"
-    run([str(python), "-m", module, str(pipeline), str(path), kind])
+    """Have stable-diffusion.cpp convert the pipeline, from weights in FP16 and by their names in
+    the hub's files: what it cannot quantize, convolutions, keeps the type that it has.
+    """
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        half = Path(folder) / "pipeline"
+        shutil.copytree(pipeline, half, ignore=shutil.ignore_patterns("*.safetensors"))
+        for source in pipeline.glob("*/*.safetensors"):
+            # transformers 5 saves a text encoder without it.
+            prefix = "text_model." if source.parent.name == TEXT_ENCODER else ""
+            named = {
+                prefix + name.removeprefix(prefix): value.half()
+                for name, value in load_file(source).items()
+            }
+            save_file(named, half / source.relative_to(pipeline))
+        module = "scripts.bench.image.workers.convert_sdcpp"
+        run([str(python), "-m", module, str(half), str(path), kind])
 
 
 def run(command: list[str]) -> None:

@@ -8,9 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.models.registry import EMBEDDED
+import numpy as np
+
+from quest_deploy.files import sha256_of
+from quest_deploy.models.registry import EMBEDDED, EMBEDDED_FOLDER
 from quest_deploy.processes import in_own_process
-from scripts.bench.image.prepare import ATTENTION, BACKEND, HYBRID, INT8, nncf_form
+from scripts.bench.image.prepare import ATTENTION, BACKEND, HYBRID, INT8, nncf_form, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,25 +22,26 @@ if TYPE_CHECKING:
 
     from quest_deploy.evaluation.sampling import Denoiser
 
-CALIBRATION_SAMPLES, STEPS = 16, 20
-BATCH = 16
-IMAGES = 32
+CALIBRATION_SAMPLES, STEPS = 4, 20
+BATCH = 8
+IMAGES = 8
 BF16 = "bf16"
 
 
-def quality_of(form: str, threads: int, images: int = IMAGES) -> dict[str, Any]:
+def quality_of(folder: Path, form: str, threads: int, images: int = IMAGES) -> dict[str, Any]:
     """The likeness of ``images`` images to FP32's, in a process of its own: "psnr" in decibels and
     "ssim", each None where there is none.
 
     Args:
+        folder: keeps FP32's images, for all forms.
         form: such as "w4a8" or "w4a8-attention8" of ours, or "int8", "hybrid" or "bf16" of
             OpenVINO's.
     """
-    found: dict[str, Any] = in_own_process(_compare, form, threads, images)
+    found: dict[str, Any] = in_own_process(_compare, folder, form, threads, images)
     return found
 
 
-def _compare(form: str, threads: int, images: int) -> dict[str, Any]:
+def _compare(kept: Path, form: str, threads: int, images: int) -> dict[str, Any]:
     import torch
 
     from quest_deploy.evaluation.quality import SamplingOptions, draw, evaluate_images
@@ -47,13 +51,18 @@ def _compare(form: str, threads: int, images: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     model = load_model(resolve_source(EMBEDDED))
     sampling = SamplingOptions(images, steps=STEPS, guidance=model.guidance)
-    expected, labels = draw(model, float_denoiser(model.load_unet()), sampling)
+    unet = sha256_of(EMBEDDED_FOLDER / "unet" / "diffusion_pytorch_model.safetensors")
+    path = kept / f"fp32-images-{unet[:12]}-{images}.npy"
+    if not path.exists():
+        with whole(path) as partial, partial.open("wb") as stream:
+            np.save(stream, draw(model, float_denoiser(model.load_unet()), sampling)[0])
+    expected = np.load(path)
     with tempfile.TemporaryDirectory(prefix="quest-deploy-") as folder:
         if form in (INT8, HYBRID, BF16):
             denoise = _openvinos(model, form, threads)
         else:
             denoise = _ours(form, Path(folder) / "ours", threads)
-        found, _ = draw(model, denoise, sampling)
+        found, labels = draw(model, denoise, sampling)
         del denoise
     compared = evaluate_images(found, labels, expected, [])
     return {"psnr": compared.psnr, "ssim": compared.ssim}
@@ -93,8 +102,12 @@ def _openvinos(model: Any, form: str, threads: int) -> Denoiser:
     feeds = [{name: value.numpy() for name, value in batch.items()} for batch in batches]
 
     class Named(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = unet
+
         def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any) -> Any:
-            return unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+            return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
     with torch.no_grad():
         converted = openvino.convert_model(Named().eval(), example_input=batches[0])

@@ -53,7 +53,7 @@ class GenAi:
         states = openvino.Tensor(np.ascontiguousarray(inputs["encoder_hidden_states"]))
         self._unet.set_hidden_states("encoder_hidden_states", states)
         sample = openvino.Tensor(np.ascontiguousarray(inputs["sample"]))
-        timestep = openvino.Tensor(inputs["timestep"][:1])
+        timestep = openvino.Tensor(inputs["timestep"][:1].astype(np.int64))
         return self._unet.infer(sample, timestep).data
 
 

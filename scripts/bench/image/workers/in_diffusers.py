@@ -42,7 +42,7 @@ class InDiffusers:
         given: dict[str, Any] = {name: torch.from_numpy(value) for name, value in inputs.items()}
         sample, timestep = given.pop("sample"), given.pop("timestep")
         with torch.no_grad():
-            output = self._pipeline.unet(sample, timestep[0], **given, return_dict=False)[0]
+            output = self._pipeline.unet(sample, timestep[0].long(), **given, return_dict=False)[0]
         return output.float().numpy()
 
 

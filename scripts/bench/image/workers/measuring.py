@@ -7,8 +7,10 @@ what the program prints goes to standard error.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 TEXT_ENCODER, UNET, VAE = "text_encoder", "unet", "vae"
+PR_SET_PDEATHSIG = 1
 Calls = dict[str, list[float]]
 """Seconds of each call of a part."""
 
@@ -60,30 +63,31 @@ def measure(request: dict[str, Any], open_program: Callable[[dict[str, Any]], Pr
     """Open the program, draw twice, and compare its predictions with those of the float model.
 
     Args:
-        request: "spawned", the time at which this process was started; "steps" of the cold drawing
-            and "warm_steps" of the warm one; "inputs", the folder of :func:`predictions_error`; the
-            rest is the program's.
+        request: "spawned", the time at which this process was started; "steps" of an image, and
+            those that are drawn of it: "cold_steps", then "warm_steps", 0 where the first drawing
+            had nothing to warm up; "inputs", the folder of :func:`predictions_error`; the rest is
+            the program's.
 
     Returns:
         "open_s" and "first_image_s", since the process was started; "text_encoder_s",
-        "unet_step_s", "unet_s", "vae_s" and "image_s" of a warm drawing of "steps" steps, of which
-        those that were not drawn count as the mean one; "peak_bytes" of both drawings; "error", or
-        None.
+        "unet_step_s", "unet_s", "vae_s" and "image_s" of the last drawing; steps that were not
+        drawn count as the mean one; "peak_bytes" of both drawings; "error", or None.
     """
     program = open_program(request)
     opened = time.time()
-    calls, steps, warm = program.draw(request["steps"]), request["steps"], request["warm_steps"]
-    first = time.time()
-    whole, drawn = first - opened, steps
-    if warm:
-        started = time.perf_counter()
-        calls, drawn = program.draw(warm), warm
+    steps, drawn = request["steps"], request["cold_steps"]
+    calls = program.draw(drawn)
+    whole = time.time() - opened
+    first = whole + sum(calls[UNET]) / drawn * (steps - drawn)
+    if request["warm_steps"]:
+        started, drawn = time.perf_counter(), request["warm_steps"]
+        calls = program.draw(drawn)
         whole = time.perf_counter() - started
     step = sum(calls[UNET]) / drawn
     peak = peak_bytes()
     return {
         "open_s": opened - request["spawned"],
-        "first_image_s": first - request["spawned"],
+        "first_image_s": opened - request["spawned"] + first,
         "text_encoder_s": sum(calls[TEXT_ENCODER]),
         "unet_step_s": step,
         "unet_s": step * steps,
@@ -135,6 +139,8 @@ def main(open_program: Callable[[dict[str, Any]], Program], packages: Sequence[s
     Args:
         packages: of the program, whose versions belong to the figures.
     """
+    # It ends with the process that started it, however that ends.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     request = json.load(sys.stdin)
     with quiet() as send:
         send(measure(request, open_program) | {"versions": versions(packages)})

@@ -35,7 +35,7 @@ class Part(torch.nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The model's output, of its inputs in order; what is no tensor it does not take."""
         given = [x for x in (*inputs, *named.values()) if isinstance(x, torch.Tensor)]
-        feeds = [x.reshape(1) if x.dim() == 0 else x for x in given]
+        feeds = [x.long().reshape(1) if x.dim() == 0 else x for x in given]  # a timestep
         return (torch.from_numpy(self._model([x.numpy() for x in feeds])[0].copy()),)
 
     def decode(self, latents: Any, **options: Any) -> Any:

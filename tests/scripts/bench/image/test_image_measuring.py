@@ -61,10 +61,11 @@ def inputs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def asked(inputs: Path, warm_steps: int) -> dict[str, Any]:
+def asked(inputs: Path, warm_steps: int, cold_steps: int = 20) -> dict[str, Any]:
     return {
         "spawned": time.time() - 100,
         "steps": 20,
+        "cold_steps": cold_steps,
         "warm_steps": warm_steps,
         "inputs": str(inputs),
         "first": 9.0,
@@ -84,6 +85,14 @@ def test_a_program_that_is_drawn_with_once_has_the_first_drawing_s_figures(input
     found = measuring.measure(asked(inputs, warm_steps=0), Slow)
     assert found["unet_s"] == pytest.approx(9 + 19)
     assert found["image_s"] == pytest.approx(found["first_image_s"] - found["open_s"])
+
+
+def test_a_slow_program_s_image_has_its_other_steps_at_the_mean(inputs: Path) -> None:
+    found = measuring.measure(asked(inputs, warm_steps=0, cold_steps=4), Slow)
+    assert found["unet_step_s"] == 3
+    assert found["unet_s"] == 60
+    assert found["image_s"] == pytest.approx(48, abs=0.5)
+    assert found["first_image_s"] == pytest.approx(found["open_s"] + 48, abs=0.5)
 
 
 def test_the_error_is_relative_to_the_float_model_s_predictions(inputs: Path) -> None:

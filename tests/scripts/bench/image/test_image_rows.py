@@ -91,8 +91,10 @@ def test_predictions_are_compared_on_the_inputs_of_a_guided_image(prepared: Prep
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["w8a8", INT8, HYBRID, "bf16"])
-def test_images_of_the_embedded_model_come_near_fp32_s_at_8_bits(form: str) -> None:
-    found = quality_of(form, threads=1, images=2)
+def test_images_of_the_embedded_model_come_near_fp32_s_at_8_bits(
+    form: str, prepared: Prepared
+) -> None:
+    found = quality_of(prepared.folder, form, threads=1, images=2)
     assert found["psnr"] > 15
     assert 0.5 < found["ssim"] < 1
 
