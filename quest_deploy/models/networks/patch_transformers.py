@@ -144,7 +144,7 @@ class AnySizePatchEmbed(PatchEmbed):
         # Columns along the first row of patches, and rows along the first column: all there is.
         half = table.shape[-1] // 2
         grid = table.float().unflatten(1, (largest, largest))[0]
-        expected = self._sines(largest)
+        expected = self._sines(largest, table.device)
         for found in (grid[0, :, :half], grid[:, 0, half:]):
             if not torch.allclose(found, expected, atol=2e-3):  # as of a file in half precision
                 raise InputError(
@@ -157,20 +157,22 @@ class AnySizePatchEmbed(PatchEmbed):
         patches = self.proj(latent)
         rows, columns = patches.shape[-2:]
         # The first half of the width is of the columns, though diffusers calls it the height's.
-        parts = (self._sines(columns)[None], self._sines(rows)[:, None])
+        across, down = (self._sines(count, patches.device) for count in (columns, rows))
+        parts = (across[None], down[:, None])
         positions = torch.cat([part.expand(rows, columns, -1) for part in parts], -1)
         embedded: Tensor = patches.flatten(2).transpose(1, 2) + positions.flatten(0, 1)[None]
         return embedded
 
-    def _sines(self, count: Any) -> Tensor:
+    def _sines(self, count: Any, device: torch.device) -> Tensor:
         """The positions of ``count`` patches along one side, [count, D / 2]: the middle ones of the
         largest side where the model has one, and else so many that they span what the model's own
         side does.
         """
         quarter = self.width // 4
-        exponents = torch.arange(quarter, dtype=torch.float64) / quarter
+        exponents = torch.arange(quarter, dtype=torch.float64, device=device) / quarter
         frequencies = (10000.0**-exponents).float()
-        places, largest = torch.arange(count, dtype=torch.float32), self.pos_embed_max_size
+        places = torch.arange(count, dtype=torch.float32, device=device)
+        largest = self.pos_embed_max_size
         if largest:
             places = places + (largest - count) // 2
         span = self.base_size / self.interpolation_scale

@@ -127,6 +127,18 @@ def test_the_network_is_diffusers_own_at_every_size(
     torch.testing.assert_close(found, theirs(model, inputs), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+@torch.no_grad()
+def test_the_network_computes_where_its_inputs_are(
+    models: Callable[[str], PipelineModel], name: str
+) -> None:
+    model = models(name)
+    inputs = inputs_of(model, model.sample_shape[1:])
+    network: Any = prepare(model.load_unet(), {}, ScoreScale.PRODUCT).to("meta")
+    found = network(**{name: x.to("meta") for name, x in inputs.items()}, return_dict=False)[0]
+    assert found.device.type == "meta"  # which cannot be mixed with others, as a GPU cannot
+
+
 @torch.no_grad()
 def test_dit_takes_samples_that_are_no_squares_and_predicts_each_patch_in_its_place(
     models: Callable[[str], PipelineModel],
