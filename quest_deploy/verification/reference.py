@@ -349,12 +349,12 @@ def _layer_tensors(
             probes[name] = probe
     for name, product in chosen_products.items():
         sites = model.checkpoint.matmuls[name].sites
-        for i, (quantizer, x) in enumerate(zip(sites, operands[name], strict=True)):
-            if quantizer is None:
+        for i, (site, x) in enumerate(zip(sites, operands[name], strict=True)):
+            if site is None:
                 tensors[Key.operand(name, i)] = torch.cat([x, x.flip(0)])
         pair = (
-            x.flip(0) if quantizer is None else probes[quantizer]
-            for quantizer, x in zip(sites, operands[name], strict=True)
+            x.flip(0) if site is None else probes[site]
+            for site, x in zip(sites, operands[name], strict=True)
         )
         with model.at_timesteps(inputs["timestep"]):
             add_probes(name, product, *pair)

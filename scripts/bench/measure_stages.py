@@ -236,7 +236,7 @@ def main(
     known = read_json(kept) if kept.exists() else {"settings": settings, "sizes": {}}
     if known["settings"] != settings:
         raise typer.BadParameter(f"{kept} is of {known['settings']}; give another --json")
-    results = {name: known["sizes"].get(name) for name in SIZES}
+    results: dict[str, Any] = {name: known["sizes"].get(name) for name in SIZES}
     for name in chosen:
         workspace = folder / name
         if name in (again or ()):
