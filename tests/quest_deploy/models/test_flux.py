@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -39,24 +37,6 @@ if TYPE_CHECKING:
 NAMES = ("flux", "flux-schnell")
 OF_FLUX = (16, 56, 56)
 """The published models' axes."""
-
-
-@pytest.fixture
-def models(pipelines: Callable[[str], Path]) -> Callable[[str], PipelineModel]:
-    return lambda name: load_model(resolve_source(str(pipelines(name))))
-
-
-@pytest.fixture
-def changed(pipelines: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a small pipeline, one of its files changed."""
-
-    def copied(name: str, file: str, **changes: Any) -> Path:
-        folder = shutil.copytree(pipelines(name), tmp_path / name, dirs_exist_ok=True)
-        path = folder / file
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-        return folder
-
-    return copied
 
 
 def inputs_of(model: PipelineModel, size: tuple[int, int] = (8, 8)) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -37,24 +36,6 @@ if TYPE_CHECKING:
     from quest_deploy.models.pipeline_model import PipelineModel
 
 PROMPTS = ["a red cat", "photo of a house"]
-
-
-@pytest.fixture
-def models(pipelines: Callable[[str], Path]) -> Callable[[str], PipelineModel]:
-    return lambda name: load_model(resolve_source(str(pipelines(name))))
-
-
-@pytest.fixture
-def changed(pipelines: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a small pipeline, one of its files changed."""
-
-    def copied(name: str, file: str, **changes: Any) -> Path:
-        folder = shutil.copytree(pipelines(name), tmp_path / name, dirs_exist_ok=True)
-        path = folder / file
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-        return folder
-
-    return copied
 
 
 def inputs_of(model: PipelineModel, size: tuple[int, ...], batch: int = 2) -> dict[str, Tensor]:
