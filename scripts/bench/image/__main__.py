@@ -8,7 +8,6 @@ what this processor has, and is not measured again as long as what it depends on
 
 from __future__ import annotations
 
-import sys
 import textwrap
 import time
 from fnmatch import fnmatchcase
@@ -20,6 +19,7 @@ import typer
 from quest_deploy.backends.base import integer_instructions, processor_name
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file, read_json, write_json
+from scripts.bench.command import run
 from scripts.bench.image.prepare import ROOT, SIZES, Prepared
 from scripts.bench.image.quality import IMAGES, quality_of
 from scripts.bench.image.report import page
@@ -173,14 +173,8 @@ def _matching(patterns: Sequence[str]) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run :func:`bench`; an error ends it in one message and exit code 2 where the user can mend
-    it, 1 otherwise.
-    """
-    try:
-        app(args=arguments)
-    except QuestDeployError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(e.exit_code)
+    """Run :func:`bench`."""
+    run(app, arguments)
 
 
 if __name__ == "__main__":
