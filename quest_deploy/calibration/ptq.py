@@ -442,7 +442,7 @@ def _layer_data(
     return LayerData(
         name=plan.name,
         weight_bits=plan.weight_bits,
-        weight_codes=codes,
+        codes=codes,
         weight_scale=scale,
         bias=bias.detach().numpy().copy() if isinstance(bias, Tensor) else None,
         conv=conv_geometry(layer),

@@ -73,4 +73,4 @@ def _requantized(
     change = change if channel is None else fold_smoothing_scale(change, channel)
     weight = unrounded_weight(before, data, channel) + change
     codes, scale = rounded_weight(weight, data.weight_bits, method)
-    return replace(data, weight_codes=codes, weight_scale=scale)
+    return replace(data, codes=codes, weight_scale=scale)

@@ -247,7 +247,7 @@ class QuantizedModel(nn.Module):
                 )
             layers[name] = dataclasses.replace(
                 data,
-                weight_codes=codes.astype(data.weight_codes.dtype),
+                codes=codes.astype(data.codes.dtype),
                 bias=None if layer.bias is None else layer.bias.cpu().numpy().copy(),
             )
         quantizers = {

@@ -117,7 +117,7 @@ def main(
         "batch": batch,
         "latent_size": latent_size,
         "gradient_checkpointing": gradient_checkpointing,
-        "parameters": sum(layer.weight_codes.size for layer in checkpoint.layers.values()),
+        "parameters": sum(layer.codes.size for layer in checkpoint.layers.values()),
         "calibration_seconds": time.monotonic() - started,
         "calibration_peak_gib": peak_gib("cpu"),
         "targets": [],

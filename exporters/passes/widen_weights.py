@@ -1,0 +1,44 @@
+"""Store float weights in FP32 again that NarrowWeights stored in bfloat16, for runtimes that do not
+take it everywhere: TensorRT refuses it for processors before SM80.
+
+Guarantees: no initializer is BFLOAT16, and the Casts that read them are gone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from exporters.editor import lazy, replace_value
+from exporters.passes.contract import guarantee
+from quest_deploy.artifacts.tensors import LazyArray
+
+
+class WidenWeights(ir.passes.InPlacePass):
+    """See the module's docstring."""
+
+    def ensures(self, model: ir.Model) -> None:
+        left = [str(value.name) for value in _narrow(model)]
+        guarantee(not left, f"{', '.join(left[:3])} are bfloat16")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        narrow = _narrow(model)
+        for value in narrow:
+            tensor = value.const_value
+            assert tensor is not None
+            wide = LazyArray(
+                tensor.shape.numpy(),
+                np.dtype(np.float32),
+                lambda tensor=tensor: tensor.numpy().astype(np.float32),
+            )
+            value.const_value = lazy(str(value.name), wide)
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+            for cast, _ in tuple(value.uses()):
+                replace_value(cast.outputs[0], value)
+                model.graph.remove(cast, safe=True)
+        return ir.passes.PassResult(model, modified=bool(narrow))
+
+
+def _narrow(model: ir.Model) -> list[ir.Value]:
+    values = model.graph.initializers.values()
+    return [value for value in values if value.dtype is ir.DataType.BFLOAT16]
