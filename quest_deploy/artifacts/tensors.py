@@ -107,14 +107,14 @@ def stored_tensors(path: Path) -> tuple[dict[str, str], dict[str, LazyArray]]:
         pass
     (length,) = struct.unpack(_LENGTH, stream.read(8))
     header = json.loads(stream.read(length))
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
 
-    def stored(name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> LazyArray:
+    def stored(name: str, dtype: str, shape: list[int], start: int) -> LazyArray:
         def read() -> NDArray[Any]:
             if dtype not in _TYPES:
                 raise InputError(f"{path}: {name}: expected one of NumPy's types, found {dtype}")
             found = np.empty(shape, _TYPES[dtype])
-            stream.seek(8 + length + data_offsets[0])
+            stream.seek(8 + length + start)
             # Not the library, which maps the file: what was read once would stay in memory.
             if stream.readinto(found.reshape(-1).view(np.uint8)) != found.nbytes:
                 raise InputError(f"{path} was cut off while it was read; run the command again")
@@ -122,7 +122,10 @@ def stored_tensors(path: Path) -> tuple[dict[str, str], dict[str, LazyArray]]:
 
         return LazyArray(tuple(shape), _TYPES.get(dtype, np.dtype(np.void)), read)
 
-    return metadata, {name: stored(name, **entry) for name, entry in header.items()}
+    return metadata, {
+        name: stored(name, entry["dtype"], entry["shape"], entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def write_tensors(

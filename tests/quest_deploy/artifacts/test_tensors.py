@@ -139,6 +139,18 @@ def test_a_lazy_array_is_sent_to_another_process_as_its_values() -> None:
     np.testing.assert_array_equal(found, np.arange(3), strict=True)
 
 
+def test_what_the_library_overlooks_in_a_header_is_overlooked(tmp_path: Path) -> None:
+    entry = {"dtype": "I8", "shape": [2], "data_offsets": [0, 2], "of": "another tool"}
+    text = json.dumps({"__metadata__": None, "x": entry}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"\1\2")
+    with safe_open(path, "numpy") as stream:
+        assert stream.get_tensor("x").tolist() == [1, 2]
+    metadata, stored = stored_tensors(path)
+    assert metadata == {}
+    assert np.asarray(stored["x"]).tolist() == [1, 2]
+
+
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     with refused(tmp_path):
         stored_tensors(tmp_path)
