@@ -116,7 +116,7 @@ def stored_tensors(path: Path) -> tuple[dict[str, str], dict[str, LazyArray]]:
             found = np.empty(shape, _TYPES[dtype])
             stream.seek(8 + length + start)
             # Not the library, which maps the file: what was read once would stay in memory.
-            if stream.readinto(found.reshape(-1).view(np.uint8)) != found.nbytes:
+            if stream.readinto(found.reshape(-1).view(np.uint8).data) != found.nbytes:
                 raise InputError(f"{path} was cut off while it was read; run the command again")
             return found
 
@@ -158,4 +158,4 @@ def write_tensors(
     for name in names:
         array = np.ascontiguousarray(tensors[name])
         check(name, array)
-        file.write(array.reshape(-1).view(np.uint8))
+        file.write(array.reshape(-1).view(np.uint8).data)

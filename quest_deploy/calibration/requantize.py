@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from quest_deploy.artifacts.checkpoint import ActivationQuantizerData
@@ -61,7 +62,7 @@ def requantize(
             )
             layers[name] = _requantized(layers[name], old[key], new[key], channel, method)
         else:
-            floats[key] = floats[key] + (new[key] - old[key]).numpy()
+            floats[key] = np.asarray(floats[key]) + (new[key] - old[key]).numpy()
         progress("weights", i + 1, len(changed))
     return replace(checkpoint, layers=layers, floats=floats), len(changed)
 

@@ -126,8 +126,9 @@ def in_float32(module: nn.Module, *, narrow: bool) -> nn.Module:
     for layer in module.modules():
         held = narrow and isinstance(layer, nn.Linear) and layer.weight.dtype is torch.bfloat16
         for name, value in (*layer._parameters.items(), *layer._buffers.items()):
-            kept = value is None or (held and name == "weight")
-            if not kept and value.dtype is torch.bfloat16:
+            if value is None or (held and name == "weight"):
+                continue
+            if value.dtype is torch.bfloat16:
                 value.data = value.float()
         if held:
             layer.register_forward_pre_hook(_widen)
