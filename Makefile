@@ -14,7 +14,9 @@ DOCS := $(VENV)/docs
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 WORKSPACE ?= quest-out/emoji-w4a4
 
-.PHONY: demo docs-results test test-slow test-all fuzz kills soak lint docs docs-pages bench bench-methods bench-sd15 bench-serving clean $(SERVING)
+PEERS := $(VENV)/peers
+
+.PHONY: demo docs-results test test-slow test-all fuzz kills soak lint docs docs-pages bench bench-image bench-methods bench-sd15 bench-serving clean $(SERVING) $(PEERS)
 
 # Python compiles what it imports, once; pip would compile ten times as much.
 unexport PYTHONDONTWRITEBYTECODE
@@ -96,6 +98,21 @@ bench-methods: $(READY)
 # Everything at Stable Diffusion 1.5's size, docs/sd15/table.md: measures the steps that are missing; about an hour on two cores, 16 GiB.
 bench-sd15: $(READY)
 	$(BIN)/python scripts/bench/bench_sd15.py $(BENCH_ARGS)
+
+# Whole images beside other programs, docs/sd15/image.md: measures the rows that are missing; some 75 minutes on two idle cores,
+# 16 GiB of memory and 30 GB on disk. BENCH_ARGS='--size small' is a try of minutes, '--only PATTERN' measures some rows.
+bench-image: $(READY) $(PEERS)
+	$(BIN)/python -m scripts.bench.image $(BENCH_ARGS)
+
+# The other programs, each in an environment of its own. Where one cannot be installed the table says so, and the next run tries again.
+# torchvision comes with optimum-intel, which draws without it: PyPI's breaks a torch that is built for CPUs.
+$(PEERS): $(PEERS)/optimum/.ready $(PEERS)/sdcpp/.ready
+
+$(PEERS)/%/.ready: scripts/bench/image/peers/%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --quiet --no-compile --requirement $< > $(@D).log 2>&1 && \
+	  $(@D)/bin/pip uninstall --quiet --yes torchvision >> $(@D).log 2>&1 && touch $@ || \
+	  echo '$*: left out, pip could not install it (see $(@D).log)'
 
 # Backends whose packages have no wheels for this machine are left out, and `quest-deploy run --if-available` names them.
 $(DEMO_READY): pyproject.toml constraints.txt

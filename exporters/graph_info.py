@@ -123,6 +123,11 @@ def describe(
     )
 
 
+def has_quantizers(model: ir.Model) -> bool:
+    """Whether a graph, portable or lowered, is a quantized one."""
+    return QUANTIZERS_KEY in model.metadata_props
+
+
 def graph_info(model: ir.Model) -> GraphInfo:
     """Read the metadata; raise InputError for a graph that quest-deploy did not write."""
     props = model.metadata_props

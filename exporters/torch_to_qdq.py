@@ -203,7 +203,8 @@ def _to_onnx(
             verbose=False,
             optimize=False,  # see _simplify
             custom_translation_table={
-                torch.ops.aten.scaled_dot_product_attention.default: _attention
+                torch.ops.aten.scaled_dot_product_attention.default: _attention,
+                torch.ops.aten.rms_norm.default: _rms_norm,
             },
         )
 
@@ -253,11 +254,24 @@ def _attention(
     return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 
+def _rms_norm(x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
+    """x by its root mean square over the last dimensions, ``shape``; torch.onnx knows it from opset
+    23 on, and would decompose the whole model for it.
+    """
+    op: Any = opset21
+    square = op.Pow(x, op.Constant(value_float=2.0))
+    mean = op.ReduceMean(square, op.Constant(value_ints=list(range(-len(shape), 0))))
+    least = torch.finfo(torch.float32).eps if eps is None else eps
+    root = op.Sqrt(op.Add(mean, op.Constant(value_float=least)))
+    normal = op.Mul(x, op.Reciprocal(root))
+    return normal if weight is None else op.Mul(normal, weight)
+
+
 def _rewrite_conversions(graph: torch.fx.Graph) -> None:
     """Write each ``x.to(dtype)`` as the copy that it is, or as x where it is none."""
     for node in list(graph.nodes):
-        if node.target is torch.ops.aten.to.dtype:
-            x, dtype = node.args[:2]
+        if node.target in (torch.ops.aten.to.dtype, torch.ops.aten.to.dtype_layout):
+            x, dtype = node.args[0], node.meta["val"].dtype
             if x.meta["val"].dtype == dtype:
                 node.replace_all_uses_with(x)
                 graph.erase_node(node)

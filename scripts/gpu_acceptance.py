@@ -14,6 +14,7 @@ command answered, OUT/table.md the table.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -23,24 +24,24 @@ import typer
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # a script finds what is in its own folder alone
 
-from quest_deploy.errors import InputError, QuestDeployError  # noqa: E402
-from scripts.acceptance.runner import (  # noqa: E402
-    FAILED,
-    TIMEOUT,
+from quest_deploy.errors import QuestDeployError  # noqa: E402
+from scripts.acceptance.machine import (  # noqa: E402
     Places,
-    accept,
-    chosen,
     environment_of,
     find,
-    plan,
-    run_program,
+    find_tensorrt,
 )
+from scripts.acceptance.programs import run_program  # noqa: E402
+from scripts.acceptance.runner import FAILED, TIMEOUT, accept, chosen, plan  # noqa: E402
 from scripts.acceptance.steps import STEPS  # noqa: E402
 
 
 def main(
     sdk: Annotated[
-        Path | None, typer.Option(help="TensorRT's folder, with include/ and lib/.")
+        Path | None,
+        typer.Option(
+            help="TensorRT's folder; else the headers of TENSORRT_INCLUDE_DIR, pip's lib."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = ROOT
     / "quest-out"
@@ -64,16 +65,17 @@ def main(
 ) -> None:
     """Find out what this machine has, run what it can run, and write the table and the JSON."""
     try:
-        if sdk is not None and not (sdk / "include" / "NvInfer.h").is_file():
-            raise InputError(f"--sdk {sdk}: expected TensorRT's folder, with include/NvInfer.h")
+        sdk = None if sdk is None else sdk.resolve()
+        environment = environment_of(sdk)
+        tensorrt = find_tensorrt(sdk, environment)
         steps = chosen(STEPS, [*(only or ()), *((again or ()) if only else ())])
         chosen(STEPS, again or ())
-        places = Places(out.resolve(), None if sdk is None else sdk.resolve(), patience)
-        environment = environment_of(places.sdk)
-        machine = find(run_program, environment, places.sdk)
+        places = Places(out.resolve(), patience, tensorrt)
+        machine = find(run_program, environment, places)
         if dry_run:
             plan(steps, machine, places)
             return
+        print(*machine.lines(), sep="\n", file=sys.stderr, flush=True)
         value = accept(
             steps,
             machine,
@@ -93,4 +95,5 @@ def main(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs ends with this process
     typer.run(main)

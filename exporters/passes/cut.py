@@ -20,25 +20,28 @@ if TYPE_CHECKING:
     from exporters.graph_info import GraphInfo
 
 
-def cut_codes(model: ir.Model, info: GraphInfo, quantizer: str) -> ir.Model:
-    """A quantizer alone: (x, bucket) -> int8 codes."""
-    return _cut(
-        model, [info.quantizers[quantizer].input, BUCKET], [info.quantizers[quantizer].codes]
-    )
+def cut_codes(model: ir.Model, info: GraphInfo, *quantizers: str) -> ir.Model:
+    """Quantizers alone: (x of each, bucket) -> int8 codes of each."""
+    entries = [info.quantizers[quantizer] for quantizer in quantizers]
+    return _cut(model, [*(x.input for x in entries), BUCKET], [x.codes for x in entries])
 
 
-def cut_layer(model: ir.Model, info: GraphInfo, layer: str) -> ir.Model:
-    """A layer with its quantizer: (x, bucket) -> y, the float output after scale and
-    bias.
+def cut_layer(model: ir.Model, info: GraphInfo, *layers: str) -> ir.Model:
+    """Layers with their quantizers: (x of each, bucket) -> y of each, the float output after scale
+    and bias.
     """
-    entry = info.layers[layer]
-    return _cut(model, [info.quantizers[entry.site].input, BUCKET], [entry.output])
+    entries = [info.layers[layer] for layer in layers]
+    inputs = [info.quantizers[entry.site].input for entry in entries]
+    return _cut(model, [*inputs, BUCKET], [entry.output for entry in entries])
 
 
-def cut_matmul(model: ir.Model, info: GraphInfo, product: str) -> ir.Model:
-    """A product with its operands' quantizers: (a, b, bucket) -> y, the float output."""
-    entry = info.matmuls[product]
-    return _cut(model, [*entry.inputs, BUCKET], [entry.output])
+def cut_matmul(model: ir.Model, info: GraphInfo, *products: str) -> ir.Model:
+    """Products with their operands' quantizers: (a and b of each, bucket) -> y of each, the float
+    output.
+    """
+    entries = [info.matmuls[product] for product in products]
+    inputs = [x for entry in entries for x in entry.inputs]
+    return _cut(model, [*inputs, BUCKET], [entry.output for entry in entries])
 
 
 def segment_starts(model: ir.Model, info: GraphInfo) -> list[str]:
@@ -105,7 +108,7 @@ def cut_bucket(model: ir.Model) -> ir.Model:
 
 
 def _cut(model: ir.Model, inputs: list[str], outputs: list[str]) -> ir.Model:
-    graph = ir.convenience.extract(model.graph, inputs, outputs)
+    graph = ir.convenience.extract(model.graph, [*dict.fromkeys(inputs)], outputs)
     graph.opset_imports.update(model.graph.opset_imports)
     cut = ir.Model(graph, ir_version=model.ir_version)
     for identifier, function in model.functions.items():

@@ -29,6 +29,8 @@ class NarrowWeights(ir.passes.InPlacePass):
         narrow = [value for value in initializers if value.dtype is ir.DataType.BFLOAT16]
         bare = [x.name for x in narrow if {node.op_type for node, _ in x.uses()} - {"Cast"}]
         guarantee(not bare, f"{', '.join(map(str, bare[:3]))} are read in bfloat16")
+        wide = [str(value.name) for value in initializers if _is_narrowable(value)]
+        guarantee(not wide, f"{', '.join(wide[:3])} could be bfloat16")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         editor = Editor(model.graph)

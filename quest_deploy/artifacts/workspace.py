@@ -58,6 +58,7 @@ GRAPH = "unet.onnx"
 REFERENCE = "reference"
 REFERENCE_STATE = "reference-state"
 ENGINES = "engines"
+PARTS = "parts"
 REPORTS = "reports"
 SENSITIVITY_REPORT = "sensitivity.json"
 REPORT_PAGE = "report.html"
@@ -69,6 +70,7 @@ _REPORTED_PACKAGES = (
     "nvidia-modelopt",
     "onnx",
     "onnxruntime",
+    "onnxruntime-gpu",
     "openvino",
     "tensorrt-rtx",
     "tensorrt",
@@ -378,10 +380,8 @@ class Workspace:
                 f"{self.root} has no finished `{_command(stage)}`: run `{self._hint(stage)}` first"
             )
         whole = set() if whole is None else whole
-        for path, entry in ({} if stage in whole else record.files).items():
-            problem = _problem(self.root / path, entry)
-            if problem:
-                raise InputError(f"{self.root / path} {problem}; run `{self._hint(stage)}` again")
+        for path in () if stage in whole else record.files:
+            self._check_file(stage, path)
         whole.add(stage)
         again = f"run `{self._hint(stage)}` again"
         if self._precedes_checkpoint(stage):
@@ -397,6 +397,21 @@ class Workspace:
                     f"`{_command(stage)}` ran on an older result of `{_command(upstream)}`; {again}"
                 )
         return record
+
+    def require_recorded(self, stage: str, path: str) -> StageRecord:
+        """As :meth:`require`, but of the files only ``path`` is read, which has the hashes of those
+        that are used and whose reader checks them.
+        """
+        record = self.require(stage, set(self.stages))
+        self._check_file(stage, path)
+        return record
+
+    def _check_file(self, stage: str, path: str) -> None:
+        """Raise InputError where a file of a finished stage is missing or was changed."""
+        entry = self.stages[stage].files.get(path)
+        problem = "is not recorded" if entry is None else _problem(self.root / path, entry)
+        if problem:
+            raise InputError(f"{self.root / path} {problem}; run `{self._hint(stage)}` again")
 
     def fresh(
         self, stage: str, inputs: Iterable[str], options: dict[str, Any]

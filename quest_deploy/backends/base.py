@@ -11,6 +11,7 @@ import gc
 import importlib.util
 import platform
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,9 @@ FORMAT = "quest-deploy engine"
 VERSION = 2
 ENGINE_FILE = "engine.json"
 LOWERED = "lowered.onnx"
-REPAIR = "run `quest-deploy build-engine` again"
+BLOBS = "*.blob"
+"""What openvino compiled, beside the graph."""
+REPAIR = "run `quest-deploy build-engine` again, or `quest-deploy build-parts`, whichever built it"
 
 
 @validated("an engine's runtime")
@@ -69,11 +72,13 @@ class EngineRecord:
         options: what it was built with.
         built_by: versions, by package.
         graph_sha256: the portable graph's.
+        checkpoint_sha256: None of a text encoder or a VAE, whose weights are in no checkpoint.
         sample_multiple: what heights and widths of samples are multiples of.
         hardware: see :meth:`Backend.hardware`.
         files: the SHA-256 of each file, by name.
         kernels: see :meth:`Backend.kernels`; None in engines of earlier versions.
         exact_integers: of a CPU's engine, what its runtime computes exactly.
+        measured_on: the runtime and the processor that gave this answer, where a machine was asked.
         runtime, plugin: of a TensorRT engine.
         refitted_from: the ``graph_sha256`` of the engine whose plan this one's weights were put
             into; None where it was built.
@@ -83,12 +88,13 @@ class EngineRecord:
     options: EngineOptions
     built_by: dict[str, str]
     graph_sha256: str
-    checkpoint_sha256: str
-    sample_multiple: Positive
     hardware: dict[str, Any]
     files: dict[str, str]
+    checkpoint_sha256: str | None = None
+    sample_multiple: Positive = 1
     kernels: dict[str, int] | None = None
     exact_integers: dict[str, int] | None = None
+    measured_on: str | None = None
     runtime: Runtime | None = None
     plugin: PluginRecord | None = None
     refitted_from: str | None = None
@@ -179,7 +185,7 @@ class Backend(ABC):
 
     name: str
     compile_only_checks = False
-    """Whether :meth:`compile` writes nothing, since :meth:`open` compiles."""
+    """Whether :meth:`open` needs nothing that :meth:`compile` writes, since it compiles itself."""
     low_precision_graph = True
     """Whether a low precision of the options is in the graph, and not the runtime's own choice."""
 
@@ -276,6 +282,10 @@ class Backend(ABC):
         """
         return ""
 
+    def on_cpu(self, options: EngineOptions) -> bool:
+        """Whether an engine of ``options`` runs on the CPU."""
+        return False
+
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
         """Return what an engine built with ``options`` runs on."""
         return {"device": "CPU", "machine": platform.machine(), "processor": processor_name()}
@@ -293,7 +303,7 @@ class Backend(ABC):
         return self.answers(options)
 
     def answers(self, options: EngineOptions) -> dict[str, Any]:
-        """Return what this machine answered and the engine's form depends on, of JSON's types."""
+        """Return what this machine answered and the lowered graph depends on, of JSON's types."""
         return {}
 
 
@@ -331,11 +341,11 @@ def integer_instructions() -> tuple[str, ...]:
 
 def input_shapes(model: ir.Model, batch: int) -> dict[str, tuple[int, ...]]:
     """The shapes of the graph's inputs, by name, the sample of the size that the model is meant
-    for, and the tokens as many.
+    for, if it has one, and the tokens as many.
     """
     from exporters.graph_info import sample_shape, size_divisors, usual_tokens
 
-    tokens, sample = usual_tokens(model) or 0, sample_shape(model)
+    tokens = usual_tokens(model) or 0
     shapes: dict[str, tuple[int, ...]] = {
         value.name or "": (
             batch,
@@ -343,9 +353,24 @@ def input_shapes(model: ir.Model, batch: int) -> dict[str, tuple[int, ...]]:
         )
         for value in model.graph.inputs
     }
+    if "sample" not in shapes:
+        return shapes
+    sample = sample_shape(model)
     for name, divisor in size_divisors(model).items():
         shapes[name] = (*shapes[name][:2], *(side // divisor for side in sample[1:]))
     return shapes | {"sample": (batch, *sample)}
+
+
+def check_sizes(
+    name: str, sizes: Sequence[int | None], shape: Sequence[int], hint: str = ""
+) -> None:
+    """Raise InputError, whose message ends with ``hint``, where the input ``name`` has another
+    shape than ``sizes``, in which None is any.
+    """
+    fits = (size in (None, n) for size, n in zip(sizes, shape, strict=False))
+    if len(sizes) != len(shape) or not all(fits):
+        expected = ", ".join("any" if size is None else str(size) for size in sizes)
+        raise InputError(f"{name}: expected [{expected}], found {list(shape)}{hint}")
 
 
 def build_engine(
@@ -366,20 +391,35 @@ def build_engine(
     info = graph_info(model)
     backend.check_graph(model, options)
     lowered = lower_into(backend, model, folder, options)
-    kernels = backend.kernels(lowered, options)
+    of_graph = {
+        "graph_sha256": graph_sha256,
+        "checkpoint_sha256": info.checkpoint_sha256,
+        "sample_multiple": info.sample_multiple,
+        "kernels": backend.kernels(lowered, options),
+    }
     del model, lowered  # a gigabyte for Stable Diffusion, while the backend holds its own copy
     gc.collect()
+    return compile_lowered(backend, folder, options, progress, **of_graph)
+
+
+def compile_lowered(
+    backend: Backend,
+    folder: Path,
+    options: EngineOptions,
+    progress: Progress = no_progress,
+    **of_graph: Any,
+) -> EngineRecord:
+    """Compile the lowered graph in ``folder`` and write the engine's record; ``of_graph`` are the
+    fields of :class:`EngineRecord` that describe the graph.
+    """
     backend.compile(folder / LOWERED, folder, options, progress)
     record = EngineRecord(
         backend=backend.name,
         options=options,
         built_by={"quest-deploy": __version__, **versions()},
-        graph_sha256=graph_sha256,
-        checkpoint_sha256=info.checkpoint_sha256,
-        sample_multiple=info.sample_multiple,
         hardware=backend.hardware(options),
-        kernels=kernels,
         files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
+        **of_graph,
         **backend.record(options),
     )
     write_json(folder / ENGINE_FILE, sealed(record.to_json()))
@@ -443,11 +483,24 @@ def check_unchanged(folder: Path, record: EngineRecord) -> None:
 
 def changed_files(folder: Path, record: EngineRecord) -> list[str]:
     """The engine's files that are missing or not as they were built."""
-    return [
-        n
-        for n, digest in record.files.items()
-        if not (folder / n).is_file() or sha256_of(folder / n) != digest
-    ]
+
+    def changed(name: str) -> bool:
+        path = folder / name
+        return not path.is_file() or sha256_of(path) != record.files[name]
+
+    with ThreadPoolExecutor() as threads:  # hashing lets others run
+        found = zip(record.files, threads.map(changed, record.files), strict=True)
+        return [name for name, is_changed in found if is_changed]
+
+
+def file_bytes(folder: Path, options: EngineOptions) -> int:
+    """The bytes of an engine's files, without its record, and without blobs that only let it open
+    sooner: one that holds the weights counts.
+    """
+    left_out = {ENGINE_FILE}
+    if not options.compiled_weights:
+        left_out |= {path.name for path in folder.glob(BLOBS)}
+    return sum(path.stat().st_size for path in folder.iterdir() if path.name not in left_out)
 
 
 def require_package(package: str, extra: str, purpose: str) -> None:

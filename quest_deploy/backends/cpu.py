@@ -31,7 +31,7 @@ class CpuBackend(Backend):
         self.check_build(options)
 
     def on_cpu(self, options: EngineOptions) -> bool:
-        """Whether an engine of ``options`` runs on the CPU; a GPU's kernels add in 32 bits."""
+        """See :meth:`Backend.on_cpu`; a GPU's kernels add in 32 bits."""
         return True
 
     def exactness(self, options: EngineOptions) -> Exactness:
@@ -64,6 +64,12 @@ class CpuBackend(Backend):
     def answers(self, options: EngineOptions) -> dict[str, Any]:
         return {"exact_integers": dict(self.exactness(options).levels)}
 
+    def record(self, options: EngineOptions) -> dict[str, Any]:
+        from quest_deploy.backends.exactness import measurement_key
+
+        asked = self.on_cpu(options) and options.processor == NATIVE_PROCESSOR
+        return super().record(options) | ({"measured_on": measurement_key(self)} if asked else {})
+
     def kernels(self, lowered: ir.Model, options: EngineOptions) -> dict[str, int]:
         from exporters.exactness import kernel_needs
 
@@ -73,7 +79,8 @@ class CpuBackend(Backend):
         """As of any backend; besides, the engine's integer products must be exact on this
         machine.
         """
-        from quest_deploy.backends.exactness import check_kernels
+        from exporters.exactness import Exactness
+        from quest_deploy.backends.exactness import check_kernels, measurement_key
 
         options, kernels = super().check_engine(record), record.kernels
         if kernels is None:
@@ -81,7 +88,12 @@ class CpuBackend(Backend):
                 f"{ENGINE_FILE} does not say which integer kernels the engine needs, as earlier "
                 f"versions' do not; {REPAIR}"
             )
-        # What was built for any processor, too: here is perhaps another runtime, or no x86-64.
-        here = self.exactness(replace(options, processor=NATIVE_PROCESSOR))
+        if not kernels:
+            return options
+        if record.measured_on == measurement_key(self):  # the same runtime and processor answered
+            here = Exactness(record.exact_integers or {})
+        else:
+            # What was built for any processor, too: here is perhaps another runtime, or no x86-64.
+            here = self.exactness(replace(options, processor=NATIVE_PROCESSOR))
         check_kernels(here, kernels, f"quest-deploy build-engine --backend {self.name}")
         return options

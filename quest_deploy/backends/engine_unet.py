@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 import numpy as np
 
 from quest_deploy.artifacts.workspace import ENGINES
-from quest_deploy.backends.base import LOWERED, engine_info, open_engine
+from quest_deploy.backends.base import (
+    ENGINE_FILE,
+    LOWERED,
+    check_sizes,
+    engine_info,
+    open_engine,
+)
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.models.residuals import check_image_prompt
@@ -76,7 +82,7 @@ class EngineUNet:
         """
         from exporters.graph_info import load_graph
 
-        workspace.require(f"build-engine/{backend}")
+        workspace.require_recorded(f"build-engine/{backend}", f"{ENGINES}/{backend}/{ENGINE_FILE}")
         folder = workspace.path(ENGINES, backend)
         runner = open_engine(get_backend(backend), folder)
         graph = load_graph(folder / LOWERED)
@@ -149,12 +155,9 @@ class EngineUNet:
                 )
         # The sample comes before what is added, whose sizes it says.
         for name in sorted(filter(feeds.__contains__, self._inputs), key=self.added.__contains__):
-            sizes, found = self._sizes(name, feeds["sample"]), list(np.shape(feeds[name]))
-            fits = (size in (None, n) for size, n in zip(sizes, found, strict=False))
-            if len(sizes) != len(found) or not all(fits):
-                expected = ", ".join("any" if size is None else str(size) for size in sizes)
-                reason = _OF_ADDED if name in self.added else _OF_INPUTS
-                raise InputError(f"{name}: expected [{expected}], found {found}; {reason}")
+            hint = _OF_ADDED if name in self.added else _OF_INPUTS
+            sizes = self._sizes(name, feeds["sample"])
+            check_sizes(name, sizes, np.shape(feeds[name]), f"; {hint}")
 
     def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
         """The same on torch tensors: a :class:`quest_deploy.evaluation.sampling.Denoiser`."""

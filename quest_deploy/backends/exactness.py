@@ -100,7 +100,7 @@ def measured(backend: CpuBackend) -> Exactness:
     """Return what the backend's runtime computes exactly on this machine: what is kept, or else
     asked and kept.
     """
-    path, key = _cache_file(), _key(backend)
+    path, key = _cache_file(), measurement_key(backend)
     kept = _kept(path)
     if key not in kept:
         kept[key] = dict(ask(backend).levels)
@@ -126,13 +126,19 @@ def _kept(path: Path) -> dict[str, dict[str, int]]:
         return {}
 
 
-def _key(backend: CpuBackend) -> str:
-    """Return what an answer depends on: the runtime, what the processor says it has, the probe
-    itself."""
+def measurement_key(backend: CpuBackend) -> str:
+    """Return what an answer depends on: :func:`kernels_key`, and the probe itself."""
+    return f"{kernels_key(backend)}, probe {_exporters_digest()}"
+
+
+def kernels_key(backend: CpuBackend) -> str:
+    """Return what the kernels that a backend's runtime takes depend on: its version, and what the
+    processor says it has.
+    """
     flags = " ".join((*cpu_flags(), *_told_by_cpuid()))
     variables = "".join(f", {name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
     machine = f"{platform.machine()}, {processor_name()}, {_digest(flags.encode())}{variables}"
-    return f"{backend.name} {_version(backend.package)}, probe {_exporters_digest()}: {machine}"
+    return f"{backend.name} {_version(backend.package)}: {machine}"
 
 
 def _version(package: str) -> str:

@@ -6,11 +6,11 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.artifacts.workspace import versions
+from quest_deploy.backends import cuda
 from quest_deploy.backends.base import integer_instructions, processor_name, require_package
 from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.options import PROVIDERS, EngineOptions
 from quest_deploy.backends.registry import BACKENDS
-from quest_deploy.backends.tensorrt.base import gpu_count
 from quest_deploy.errors import InputError, QuestDeployError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def machine() -> dict[str, Any]:
         "machine": {
             "processor": processor_name(),
             "integer_instructions": list(integer_instructions()),
-            "gpus": gpu_count(),
+            "gpus": cuda.gpu_count(),
             "free_disk_bytes": shutil.disk_usage(".").free,
             "versions": versions(),
         },

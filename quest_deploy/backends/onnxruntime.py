@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib
 import json
 import logging
 import os
+import sys
 import tempfile
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quest_deploy.backends import cuda
 from quest_deploy.backends.base import LOWERED, Runner, input_arrays, input_shapes, reason_of
 from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.options import EngineOptions
@@ -30,7 +36,7 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-SETTINGS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+CUDA = (PROVIDERS["cuda"], {"use_tf32": "0"})
 """What is not quantized is FP32: TF32, which is on by default, rounds the operands of float
 products to 10 bits.
 """
@@ -73,6 +79,23 @@ class OnnxRuntimeBackend(CpuBackend):
                 f"onnxruntime has no provider {options.provider} on this machine (it has "
                 f"{', '.join(available)}); "
                 "install 'quest-deploy[gpu]' on a machine with an NVIDIA GPU"
+            )
+        if options.provider == "cpu":
+            return
+        if cuda.gpu_count() == 0:
+            raise InputError(
+                f"--provider {options.provider} runs on an NVIDIA GPU, and this machine has none"
+            )
+        if (missing := missing_library(options.provider)) is not None:
+            raise InputError(
+                f"onnxruntime {onnxruntime.__version__} cannot load its provider "
+                f"{options.provider}: {missing}; "
+                + (
+                    "install the TensorRT of that number, such as `pip install 'tensorrt<11'` for "
+                    "libnvinfer.so.10, in an environment of its own where another is in use"
+                    if "libnv" in missing
+                    else "install 'quest-deploy[gpu]', which brings CUDA's libraries"
+                )
             )
 
     def on_cpu(self, options: EngineOptions) -> bool:
@@ -167,6 +190,52 @@ def profiled_precisions(events: list[dict[str, Any]], wanted: list[str]) -> dict
     return found
 
 
+def missing_library(provider: str) -> str | None:
+    """Why onnxruntime cannot load a GPU provider, such as a library of TensorRT's that it was
+    built for; None where it can. It would only log that, and run on the CPU.
+    """
+    import onnxruntime
+
+    load_gpu_libraries(provider)
+    library = Path(onnxruntime.__file__).parent / "capi" / f"libonnxruntime_providers_{provider}.so"
+    try:
+        ctypes.CDLL(str(library), os.RTLD_LAZY)
+    except OSError as e:
+        return str(e)
+    return None
+
+
+@functools.cache  # what it does not find it would tell for each of a verification's parts
+def load_gpu_libraries(provider: str) -> None:
+    """Load what a GPU provider is linked with, from Python packages, where the linker does not
+    look.
+    """
+    import onnxruntime
+
+    with redirect_stdout(sys.stderr):  # it prints what it does not find
+        onnxruntime.preload_dlls()
+    if provider == "tensorrt":
+        with suppress(ImportError, OSError):  # NVIDIA's SDK may be where the linker looks
+            importlib.import_module("tensorrt")
+
+
+def providers_of(graph: Path, options: EngineOptions) -> list[tuple[str, dict[str, str]]]:
+    """The execution providers of a session, with their settings; what the first does not take goes
+    to the next.
+
+    TensorRT 10 wants to be told of each type that a graph has (microsoft/onnxruntime#13381), and
+    of INT8 only where there are QuantizeLinear and DequantizeLinear (#10743).
+    """
+    if options.provider != "tensorrt":
+        return [CUDA if options.provider == "cuda" else (PROVIDERS["cpu"], {})]
+    from exporters.graph_info import load_graph
+
+    quantized = any(node.op_type == "DequantizeLinear" for node in load_graph(graph).graph)
+    types = {"int8": quantized, "fp16": options.dtype == "fp16", "bf16": options.dtype == "bf16"}
+    settings = {f"trt_{name}_enable": str(int(on)) for name, on in types.items()}
+    return [(PROVIDERS["tensorrt"], settings), CUDA]
+
+
 def open_session(path: Path, options: EngineOptions, profile: Path | None = None) -> Any:
     """An onnxruntime.InferenceSession of the graph at ``path``, with the settings that every engine
     runs with.
@@ -191,10 +260,15 @@ def open_session(path: Path, options: EngineOptions, profile: Path | None = None
     if profile is not None:
         settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
     provider = PROVIDERS[options.provider]
+    if options.provider != "cpu":
+        load_gpu_libraries(options.provider)
+    if options.provider == "tensorrt":  # TensorRT reads it; the provider has no setting for it
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     with gathered(path, f"{path.name}.data") as graph:
         try:
+            # By default what fails on a GPU runs on the CPU instead, and standard output tells.
             session = onnxruntime.InferenceSession(
-                str(graph), settings, providers=[(provider, SETTINGS.get(provider, {}))]
+                str(graph), settings, providers=providers_of(graph, options), enable_fallback=False
             )
         except Exception as e:  # its exceptions share no base class but this one
             raise QuestDeployError(f"onnxruntime refuses {path}: {reason_of(e)}") from e

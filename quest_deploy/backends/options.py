@@ -171,6 +171,26 @@ class EngineOptions(Options):
         int,
         EngineOption("TensorRT: the largest batch.", minimum=1, backends=TENSORRT, ignored=True),
     ] = 16
+    compiled_batch: Annotated[
+        Sequence[int],
+        EngineOption(
+            "openvino: a batch, of inputs of the model's own sizes, that the engine opens for "
+            "without compiling; may be repeated; 0 is none.",
+            minimum=0,
+            default="2, an image with guidance",
+            recorded="compiled_batches",
+            backends=("openvino",),
+            ignored=True,
+        ),
+    ] = (2,)
+    compiled_weights: Annotated[
+        bool,
+        EngineOption(
+            "openvino: keep the weights with what was compiled, as INT8: more than twice the size "
+            "on disk, nearly half the memory.",
+            backends=("openvino",),
+        ),
+    ] = False
     dtype: Annotated[
         str,
         EngineOption(
@@ -370,6 +390,10 @@ class EngineOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if 0 in self.compiled_batch:
+            if len(self.compiled_batch) > 1:
+                raise InputError("--compiled-batch 0 excludes every other")
+            object.__setattr__(self, "compiled_batch", ())
         for name in ("timing_cache", "plugins"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, Path(path).resolve())

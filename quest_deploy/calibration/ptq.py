@@ -68,7 +68,7 @@ each bucket.
 """
 FEWEST_VALUES = 512
 VALUES_TOGETHER = 2**18
-"""How many quantized values the search for a range computes at a time."""
+"""How many values the searches for ranges and scales round at a time."""
 SMOOTHING_ALPHA = 0.5
 SHRINK_FACTORS = torch.linspace(1.0, 0.2, 81)
 SMALLEST_SCALE = 1e-8
@@ -136,9 +136,7 @@ def calibrate(
         InputError: a bucket without samples, or a layer that cannot be quantized.
     """
     batches = list(_batches(trajectories.first(options.samples), scheme, options.batch))
-    empty = set(range(scheme.buckets)) - {
-        int(b) for _, buckets in batches for b in buckets.unique()
-    }
+    empty = set(range(scheme.buckets)) - {bucket for _, bucket in batches}
     if empty:
         raise InputError(
             f"the calibration trajectories never visit the timestep buckets {sorted(empty)}; "
@@ -149,8 +147,8 @@ def calibrate(
 
     def recorded(phase: str) -> _Recorder:
         recorder = _Recorder(unet, plan_quantization(unet, probe, scheme), scheme, options)
-        for i, (inputs, buckets) in enumerate(batches):
-            recorder.run(inputs, buckets)
+        for i, (inputs, bucket) in enumerate(batches):
+            recorder.run(inputs, bucket)
             progress(phase, i + 1, len(batches))
         recorder.choose_smoothing_scales(scheme.granularity)
         return recorder
@@ -210,10 +208,11 @@ def _plain_config(unet: nn.Module) -> dict[str, Any]:
 
 def _batches(
     trajectories: Trajectories, scheme: Scheme, size: int
-) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """The batches, each of one step, with its bucket."""
     edges = torch.tensor(scheme.bucket_edges)
     for inputs in trajectories.batches(size):
-        yield inputs, bucket_of(inputs["timestep"], edges)
+        yield inputs, int(bucket_of(inputs["timestep"][:1], edges))
 
 
 class _Recorder:
@@ -230,11 +229,11 @@ class _Recorder:
         self.samples: dict[tuple[str, int], _Reservoir] = {}
         self.extremes: dict[tuple[str, int], Tensor] = {}
 
-    def run(self, inputs: dict[str, Tensor], buckets: Tensor) -> None:
+    def run(self, inputs: dict[str, Tensor], bucket: int) -> None:
         """Run the model on one batch and visit each quantizer's tensor."""
 
         def hook(quantizer: QuantizerPlan) -> Any:
-            return lambda module, args: self.visit(quantizer, args[quantizer.operand or 0], buckets)
+            return lambda module, args: self.visit(quantizer, args[quantizer.operand or 0], bucket)
 
         # Layers that share a quantizer read the same tensor: the first of them is enough.
         handles = [
@@ -247,24 +246,25 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
-    def visit(self, quantizer: QuantizerPlan, x: Tensor, buckets: Tensor) -> None:
-        """Keep some of a quantizer's values x [B, ...], and each channel's extremes, by bucket."""
-        for bucket in buckets.unique().tolist():
-            rows, key = (
-                x[buckets == bucket].transpose(quantizer.axis, -1).flatten(0, -2),
-                (quantizer.name, bucket),
-            )
-            found = torch.stack([rows.amin(0), rows.amax(0)])
-            before = self.extremes.get(key, found)
-            self.extremes[key] = torch.stack(
-                [torch.minimum(before[0], found[0]), torch.maximum(before[1], found[1])]
-            )
-            values, kept = (
-                (rows, FEWEST_VALUES)
-                if self.is_per_channel(quantizer)
-                else (rows.flatten()[:, None], self.kept)
-            )
-            self.samples.setdefault(key, _Reservoir(kept)).add(values, self.generator)
+    def visit(self, quantizer: QuantizerPlan, x: Tensor, bucket: int) -> None:
+        """Keep each channel's extremes of a quantizer's values x [B, ...] in ``bucket``, and some
+        of the values where a range is searched for.
+        """
+        rows, key = x.transpose(quantizer.axis, -1), (quantizer.name, bucket)
+        axes = tuple(range(rows.dim() - 1))
+        found = torch.stack([rows.amin(axes), rows.amax(axes)])
+        before = self.extremes.get(key, found)
+        self.extremes[key] = torch.stack(
+            [torch.minimum(before[0], found[0]), torch.maximum(before[1], found[1])]
+        )
+        if self.method is RangeMethod.MINMAX:
+            return
+        values, kept = (
+            (rows, FEWEST_VALUES)
+            if self.is_per_channel(quantizer)
+            else (rows[..., None], self.kept)
+        )
+        self.samples.setdefault(key, _Reservoir(kept)).add(values, self.generator)
 
     def choose_smoothing_scales(self, granularity: Granularity) -> None:
         """g = sqrt(amax_x / amax_w) (SmoothQuant, alpha 0.5), scaled to a geometric mean of one,
@@ -342,18 +342,18 @@ class _Recorder:
 
     def _kept(self, quantizer: QuantizerPlan, bucket: int) -> tuple[Tensor, Tensor]:
         """The sample and the extremes of the quantizer's values, over their channels' factors: [V,
-        C] and [2, C], C = 1 unless free.
+        C] and [2, C], C = 1 unless free. Without a sample the extremes stand for it.
         """
-        reservoir, extremes = (
-            self.samples[quantizer.name, bucket],
-            self.extremes[quantizer.name, bucket],
-        )
+        reservoir = self.samples.get((quantizer.name, bucket))
+        extremes = self.extremes[quantizer.name, bucket]
         if self.is_per_channel(quantizer):
-            return reservoir.rows, extremes
+            return extremes if reservoir is None else reservoir.rows, extremes
         channel = self.channel[quantizer.name]
         extremes = extremes / channel
-        values = reservoir.rows / channel[reservoir.places % len(channel)][:, None]
-        return values, torch.stack([extremes[0].amin(), extremes[1].amax()])[:, None]
+        extremes = torch.stack([extremes[0].amin(), extremes[1].amax()])[:, None]
+        if reservoir is None:
+            return extremes, extremes
+        return reservoir.rows / channel[reservoir.places % len(channel)][:, None], extremes
 
 
 class _Reservoir:
@@ -364,7 +364,7 @@ class _Reservoir:
 
     Attributes:
         rows: the sample, [up to size, C].
-        places: each row's index in the batch that it came with, int64.
+        places: each row's index among those of the batch that it came with, int64.
     """
 
     def __init__(self, size: int) -> None:
@@ -376,16 +376,17 @@ class _Reservoir:
         )
 
     def add(self, rows: Tensor, generator: torch.Generator) -> None:
-        """Add rows [N, C]."""
-        keys = torch.rand(len(rows), generator=generator)
-        # Of a late batch few rows have a chance: looking at those alone is what makes a large
-        # sample cheap.
-        places = (
-            (keys > self._keys.min()).nonzero()[:, 0]
-            if len(self._keys) == self.size
-            else torch.arange(len(rows))
-        )
-        rows, keys = rows[places], keys[places]
+        """Add rows [..., C]."""
+        shape = rows.shape[:-1]
+        keys = torch.rand(shape.numel(), generator=generator)
+        # Of a large or late batch few rows have a chance: looking at those alone is what makes a
+        # large sample cheap.
+        full = len(self._keys) == self.size
+        least = float(self._keys.min()) if full else 1 - 2 * self.size / len(keys)
+        places = (keys > least).nonzero()[:, 0]
+        if len(places) < self.size and not full:
+            places = torch.arange(len(keys))
+        rows, keys = rows[torch.unravel_index(places, shape)], keys[places]
         if len(self._keys):
             rows, keys, places = (
                 torch.cat([self.rows, rows]),
@@ -473,15 +474,21 @@ def _weight_scale(weight: Tensor, bits: int, method: RangeMethod) -> Tensor:
     low, high = weight_range(bits)
     flat = weight.flatten(1)
     full = torch.maximum(flat.amax(1) / high, flat.amin(1) / low).clamp(min=SMALLEST_SCALE)
-    best, best_error = full, torch.full_like(full, torch.inf)
-    for factor in method.factors:
-        scale = full * factor
-        error = method.error(
-            fake_quantize_weight(flat, WeightGrid.symmetric(scale, bits)) - flat, 1
-        )
-        best = torch.where(error < best_error, scale, best)
-        best_error = torch.minimum(error, best_error)
-    return best
+    if method is RangeMethod.MINMAX:
+        return full
+    # As many channels at once as stay in the processor's cache.
+    together = max(1, VALUES_TOGETHER // flat.shape[1])
+    scales = []
+    for rows, largest in zip(flat.split(together), full.split(together), strict=True):
+        best, best_error = largest, torch.full_like(largest, torch.inf)
+        for factor in method.factors:
+            scale = largest * factor
+            rounded = fake_quantize_weight(rows, WeightGrid.symmetric(scale, bits))
+            error = method.error(rounded.sub_(rows), 1)
+            best = torch.where(error < best_error, scale, best)
+            best_error = torch.minimum(error, best_error)
+        scales.append(best)
+    return torch.cat(scales)
 
 
 def _float32(values: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -306,7 +306,7 @@ def record_trajectories(
         scheme: visit each of its buckets; where ``steps`` would miss one, with other spacing and
             more steps.
         samples: how many samplings run side by side; their conditions are drawn by the model.
-        guidance: the classifier-free guidance weight, the model's where it is None. Where it is
+        guidance: the guidance weight, the model's where it is None. Where it is classifier-free and
             above 1, both halves of every sampling are recorded, the unconditional one first: 2 x
             ``samples`` rows; of a model that edits images three, in the order of
             :meth:`quest_deploy.models.channels.Guidance.parts`.
@@ -327,7 +327,7 @@ def record_trajectories(
 
     def by_row(asked: dict[str, Tensor], null: dict[str, Tensor] | None) -> dict[str, Tensor]:
         parts = guide.parts(asked, null)
-        return {name: torch.stack([x[name] for x in parts], 1).flatten(0, 1) for name in asked}
+        return {name: torch.stack([x[name] for x in parts], 1).flatten(0, 1) for name in parts[0]}
 
     drawn = model.draw_conditions(samples, generator)
     null = model.null_conditions(samples) if guide.guided else None

@@ -10,6 +10,7 @@ from quest_deploy.artifacts.workspace import (
     ENGINES,
     GRAPH,
     IMAGES,
+    PARTS,
     REFERENCE,
     REPORTS,
     SENSITIVITY_REPORT,
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from quest_deploy.stages.results import (
         Benchmark,
         BuiltEngine,
+        BuiltParts,
         Calibration,
         Evaluation,
         Export,
+        ExportedParts,
         Finetuning,
         Folding,
         Generation,
@@ -212,6 +215,23 @@ def built_engine(workspace: Workspace, details: BuiltEngine) -> str:
     return (
         f"{workspace.path(ENGINES, details['backend'])}, {made} in {details['seconds']:.1f} s "
         f"for {described_hardware(details['hardware'])}{how}\n{files}"
+    )
+
+
+def exported_parts(workspace: Workspace, details: ExportedParts) -> str:
+    """Describe the result of `export-parts`."""
+    lines = [f"{workspace.path(PARTS)}, weights in {details['weights']}"]
+    lines += [f"{name} {size(count)}" for name, count in details["parts"].items()]
+    lines += [f"{name} is left out: {why}" for name, why in details["left_out"].items()]
+    return "\n".join(lines)
+
+
+def built_parts(workspace: Workspace, details: BuiltParts) -> str:
+    """Describe the result of `build-parts`."""
+    parts = ", ".join(f"{name} {size(count)}" for name, count in details["parts"].items())
+    return (
+        f"{workspace.path(PARTS)}, built in {details['seconds']:.1f} s for {details['backend']} on "
+        f"{described_hardware(details['hardware'])}, in {details['dtype']}\n{parts}"
     )
 
 
@@ -464,6 +484,8 @@ _DESCRIPTIONS: dict[str, Callable[[Workspace, Any], str]] = {
     "export": export,
     "reference": reference,
     "build-engine": built_engine,
+    "export-parts": exported_parts,
+    "build-parts": built_parts,
     "verify": lambda _, details: verification(details),
     "benchmark": benchmark,
     "generate": lambda _, details: generation(details),

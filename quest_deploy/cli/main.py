@@ -16,12 +16,14 @@ from typer.rich_utils import rich_format_error
 from quest_deploy import __version__
 from quest_deploy.cli.benchmark import benchmark
 from quest_deploy.cli.build_engine import build_engine_command
+from quest_deploy.cli.build_parts import build_parts
 from quest_deploy.cli.calibrate import calibrate
 from quest_deploy.cli.client import client
 from quest_deploy.cli.console import discard_output, messages
 from quest_deploy.cli.doctor import doctor
 from quest_deploy.cli.evaluate import evaluate
 from quest_deploy.cli.export import export
+from quest_deploy.cli.export_parts import export_parts
 from quest_deploy.cli.finetune import finetune
 from quest_deploy.cli.generate import generate
 from quest_deploy.cli.import_ import import_command
@@ -69,6 +71,8 @@ app.command()(lora)
 app.command()(export)
 app.command()(reference)
 app.command("build-engine")(build_engine_command)
+app.command("export-parts")(export_parts)
+app.command("build-parts")(build_parts)
 app.command()(verify)
 app.command()(benchmark)
 app.command()(generate)

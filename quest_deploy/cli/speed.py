@@ -74,16 +74,17 @@ def timings(title: str, details: Benchmark) -> tuple[list[str], Rows]:
 
 
 def footprints(title: str, details: Benchmark) -> tuple[list[str], Rows]:
-    """The header, ``title`` first, and the rows of a table of the engines' files and memory."""
+    """The header, ``title`` first, and the rows of a table of the engines' files and memory; that
+    of the GPU where all of them have it.
+    """
     fp32 = _by_engine(details["footprints"])[FP32]
-    return [title, "files", GAIN, "peak memory", GAIN], [
+    columns = {"file_bytes": "files", "peak_memory_bytes": "peak memory"}
+    if all(f.get("gpu_bytes") is not None for f in details["footprints"]):  # not in earlier records
+        columns["gpu_bytes"] = "GPU memory"
+    return [title, *(cell for name in columns.values() for cell in (name, GAIN))], [
         [
             f["engine"],
-            *(
-                cell
-                for key in ("file_bytes", "peak_memory_bytes")
-                for cell in (size(f[key]), _gain(fp32[key], f[key]))
-            ),
+            *(cell for key in columns for cell in (size(f[key]), _gain(fp32[key], f[key]))),
         ]
         for f in details["footprints"]
     ]

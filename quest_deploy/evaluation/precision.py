@@ -21,7 +21,7 @@ from exporters.multiplications import multiplications
 from exporters.ops.timestep_quantize import TABLES
 from exporters.passes.insert_quantized_layers import product_name
 from quest_deploy.artifacts.checkpoint import DOWN, RESIDUAL, UP
-from quest_deploy.backends.base import LOWERED, input_shapes
+from quest_deploy.backends.base import LOWERED, file_bytes, input_shapes
 from quest_deploy.errors import InputError
 from quest_deploy.quantization.layer_kinds import PRODUCTS, group_of
 
@@ -87,8 +87,8 @@ class Sizes:
     """In bytes.
 
     Attributes:
-        graph: the ONNX file with its weights. engine: all files of the engine's folder; None for a
-            graph.
+        graph: the ONNX file with its weights. engine: see
+            :func:`quest_deploy.backends.base.file_bytes`; None for a graph.
         fp16: every parameter of the float model, which has no branches, in two bytes.
         ideal: the layers' weights at the bits asked for (half a byte at 4 bits, one at 8), every
             other parameter in two bytes, and no scales.
@@ -220,7 +220,7 @@ def engine_precision(backend: Backend, folder: Path, options: EngineOptions) -> 
     onnxruntime runs it once.
     """
     asked, sizes = _asked(folder / LOWERED)
-    sizes = replace(sizes, engine=sum(file.stat().st_size for file in folder.iterdir()))
+    sizes = replace(sizes, engine=file_bytes(folder, options))
     try:
         backend.check_run(options)
         found = backend.realised_precision(folder, options)

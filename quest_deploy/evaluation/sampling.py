@@ -51,8 +51,8 @@ def sample_images(
 
     Args:
         labels: int64 [B].
-        guidance: the classifier-free guidance weight; where it is above 1, both halves run as one
-            batch.
+        guidance: the guidance weight; where it is classifier-free and above 1, both halves run as
+            one batch.
         image_guidance: the weight of the image that is edited, the model's where it is None.
 
     Returns:
@@ -66,7 +66,7 @@ def sample_images(
     guide = guidance_of(model, guidance, image_guidance)
     asked = model.conditions(labels)
     parts = guide.parts(asked, model.null_conditions(len(labels)) if guide.guided else None)
-    conditions = {name: torch.cat([part[name] for part in parts]) for name in asked}
+    conditions = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     image = conditions.pop(IMAGE_CONDITION, None)
     channels = model.sample_shape[0]
     latents = torch.randn(len(labels), *model.sample_shape, generator=generator) * first_scale(

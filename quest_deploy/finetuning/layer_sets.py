@@ -53,6 +53,10 @@ TRANSFORMER_LAYER_SETS = {
         ("*.norm1.linear", "*.norm1_context.linear", "norm_out.linear"),
         ("*.ff.net.*", "*.ff_context.net.*", "*.attn.*", "*.attn2.*"),
     ),
+    "flux": _with_norms(
+        ("*.norm1.linear", "*.norm1_context.linear", "*.norm.linear", "norm_out.linear"),
+        ("*.ff.net.*", "*.ff_context.net.*", "*.attn.*", "*.proj_mlp", "*.proj_out"),
+    ),
     "sana": _with_norms(("time_embed.linear", *_TABLES), ("*.ff.conv_*", "*.attn1.*", "*.attn2.*")),
     "dit": _with_norms(("*.norm1.linear", "proj_out_1"), _BLOCKS),
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
@@ -18,8 +19,9 @@ _CROSS = ".attn2"
 
 
 def attentions(model: nn.Module) -> list[Any]:
-    """Every attention of a diffusers UNet."""
-    return [module for module in model.modules() if isinstance(module, Attention)]
+    """Every attention of a diffusers network."""
+    kinds = (Attention, AttentionModuleMixin)
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 class ImageAttention(nn.Module):

@@ -25,6 +25,8 @@ IMAGE_CONDITION = "image_condition"
 """The channels behind the latents, float32 [B, C, H, W], among a model's conditions. Inpainting has
 the mask and the masked image's latents, instruct-pix2pix the image's latents.
 """
+GUIDANCE = "guidance"
+"""The guidance weight, float32 [B], among the conditions of a model that embeds it."""
 INPAINTING, EDITING = "inpainting", "instruct-pix2pix"
 IMAGE_KINDS = {
     "StableDiffusionInpaintPipeline": INPAINTING,
@@ -106,12 +108,15 @@ def uses_variance(scheduler: Any) -> bool:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: a sampling is predicted under several conditions at once.
+    """Guidance: classifier-free, in which a sampling is predicted under several conditions at once,
+    or embedded, as a condition of one prediction.
 
     Attributes:
-        weight: of what is asked for; 1 or less is none, as in diffusers' pipelines.
+        weight: of what is asked for; classifier-free, 1 or less is none, as in diffusers'
+            pipelines.
         image_weight: of the image that is edited (InstructPix2Pix, arXiv 2211.09800); None for
             models that edit none.
+        embedded: whether the weight is the condition :data:`GUIDANCE`.
 
     Raises:
         InputError: an image weight below 1, which diffusers would take as none.
@@ -119,6 +124,7 @@ class Guidance:
 
     weight: float
     image_weight: float | None = None
+    embedded: bool = False
 
     def __post_init__(self) -> None:
         if self.image_weight is not None and not 1 <= self.image_weight < float("inf"):
@@ -127,7 +133,7 @@ class Guidance:
     @property
     def guided(self) -> bool:
         """Whether a sampling has more than one row: as diffusers has it, with weights above 1."""
-        return self.weight > 1
+        return self.weight > 1 and not self.embedded
 
     def parts(
         self, conditions: dict[str, Tensor], null: dict[str, Tensor] | None
@@ -138,6 +144,9 @@ class Guidance:
         Args:
             null: the conditions of nothing asked for; None where there is no guidance.
         """
+        if self.embedded:
+            rows = len(next(iter(conditions.values())))
+            return [{**conditions, GUIDANCE: torch.full((rows,), float(self.weight))}]
         if not self.guided or null is None:
             return [conditions]
         unasked = {**conditions, **null}
@@ -166,11 +175,17 @@ def guidance_of(
     model: DiffusionModel, weight: float | None, image_weight: float | None
 ) -> Guidance:
     """The guidance of ``model`` with these weights, its own where they are None; raise InputError
-    for an image's weight where it edits none.
+    for an image's weight where it edits none, and for one above 1 where none guides it.
     """
+    if weight is not None and weight > 1 and not (model.classifier_free or model.embeds_guidance):
+        raise InputError(
+            f"--guidance: {model.name} takes none, being distilled to sample without: expected 1 "
+            f"or less, not {weight:g}"
+        )
     if image_weight is not None and model.image_guidance is None:
         raise InputError(f"--image-guidance: expected an instruct-pix2pix model, not {model.name}")
     return Guidance(
         model.guidance if weight is None else weight,
         model.image_guidance if image_weight is None else image_weight,
+        model.embeds_guidance,
     )

@@ -83,6 +83,28 @@ class TransformerConfiguration(Configuration):
     use_additional_conditions: bool | None = None
 
 
+class FluxConfiguration(Configuration):
+    """transformer/config.json, of FLUX.1; its defaults are diffusers'."""
+
+    class_name: str = Field(alias="_class_name")
+    patch_size: Annotated[int, Field(ge=1, le=2**6)] = 1
+    in_channels: Channels = 64
+    out_channels: Channels | None = None
+    num_layers: Annotated[int, Field(ge=1, le=2**8)] = 19
+    num_single_layers: Annotated[int, Field(ge=1, le=2**8)] = 38
+    num_attention_heads: Channels = 24
+    attention_head_dim: Channels = 128
+    joint_attention_dim: Channels = 4096
+    pooled_projection_dim: Channels = 768
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[Channels, Channels, Channels] = (16, 56, 56)
+
+
+Shift = Annotated[float, Field(ge=-8, le=8)]
+"""The logarithm of a shift."""
+Tokens = Annotated[int, Field(ge=1, le=2**24)]
+
+
 class SchedulerConfiguration(Configuration):
     """scheduler/scheduler_config.json."""
 
@@ -94,6 +116,10 @@ class SchedulerConfiguration(Configuration):
     shift: Annotated[float, Field(gt=0)] | None = None
     flow_shift: Annotated[float, Field(gt=0)] | None = None
     steps_offset: Annotated[int, Field(ge=0, le=10**5)] = 0
+    base_shift: Shift | None = None
+    max_shift: Shift | None = None
+    base_image_seq_len: Tokens | None = None
+    max_image_seq_len: Tokens | None = None
 
 
 class TextEncoderConfiguration(Configuration):
@@ -113,6 +139,7 @@ class DecoderConfiguration(Configuration):
     scaling_factor: Annotated[float, Field(gt=0)] = 1.0
     shift_factor: float | None = None
     latent_channels: Channels | None = None
+    sample_size: Side | tuple[Side, Side] | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
 

@@ -26,6 +26,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.models.channels import EDITING, INPAINTING
 from quest_deploy.models.conditions import (
     BLOCK,
+    NO_GUIDANCE,
     ClassTokens,
     NoConditions,
     Prompts,
@@ -162,15 +163,16 @@ class PipelineModel:
             raise InputError(
                 f"--prompts: expected a text-to-image model, and {self.name} is {self.family}"
             )
-        self._schedule = self._read_schedule()
-        self.bucket_steps: int | None = None
-        if self.network.flow_matching:
-            self.bucket_steps = self.calibration_steps = self._usual_steps()
-            self.calibration_scheduler = flow_sampler(self._schedule)
         decoder = self.folder / (self._decoder or "vae") / "config.json"
         self._decoder_config = (
             read_configuration(DecoderConfiguration, decoder) if decoder.exists() else None
         )
+        size = self.network.sides(self.config, self._decoder_side())
+        self._schedule = self._read_schedule(self.network.schedule_tokens(size))
+        self.bucket_steps: int | None = None
+        if self.network.flow_matching:
+            self.bucket_steps = self.calibration_steps = self._usual_steps()
+            self.calibration_scheduler = flow_sampler(self._schedule)
         self.channels = self.network.channels(
             self.name,
             self.config,
@@ -181,10 +183,7 @@ class PipelineModel:
         self._given_prompts = prompts
         self._conditions: Conditions | None = None
         self._told_cut = False
-        self.sample_shape: tuple[int, ...] = (
-            self.channels.sampled,
-            *self.network.sides(self.config),
-        )
+        self.sample_shape: tuple[int, ...] = (self.channels.sampled, *size)
         if images is not None and not self.channels.image:
             raise InputError(
                 f"--image-folder: expected a model that inpaints or edits images, not {self.name}"
@@ -192,11 +191,13 @@ class PipelineModel:
         self._given_images = images
         self.train_timesteps: int = self._schedule["num_train_timesteps"]
         self.guidance = self.network.guidance(self.config, self.family)
+        self.classifier_free = self.network.classifier_free
+        self.embeds_guidance = self.network.embeds_guidance(self.config)
         editing = self.channels.image_kind == EDITING
         self.image_guidance: float | None = IMAGE_GUIDANCE if editing else None
         # A forward pass of Stable Diffusion takes seconds on a CPU, one of a latent-diffusion UNet
         # about one.
-        self.calibration_samples = 2 if self.guidance != 1 else 4
+        self.calibration_samples = 2 if self.guidance != 1 and self.classifier_free else 4
         self.forward_rows: int | None = 2 if self.family == TEXT_TO_IMAGE else 4
         self.evaluation_images = 4
         self.eight_bit_layers: Sequence[str] = ()
@@ -273,6 +274,8 @@ class PipelineModel:
 
     def null_conditions(self, count: int) -> dict[str, torch.Tensor]:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""
+        if not self.classifier_free:
+            raise InputError(NO_GUIDANCE)
         return self._asked.null(count)
 
     def without_padding(self, conditions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -474,17 +477,12 @@ class PipelineModel:
         height, width = (side * self._pixels_per_latent() for side in self.sample_shape[1:])
         return height, width
 
-    def image_scale(self, encoder: Any) -> float:
-        """What ``encoder``'s latents are multiplied by for the UNet; raise InputError where the
-        decoder would need the image too.
+    def image_scale(self, scaling_factor: float) -> float:
+        """What an image's latents are multiplied by for the UNet, of the ``scaling_factor`` of
+        what encodes it.
         """
-        if type(encoder).__name__ == "AsymmetricAutoencoderKL":
-            raise InputError(
-                f"{self.name}: its AsymmetricAutoencoderKL decodes with the image and the mask, "
-                "and a package cannot; use quest_deploy.load_pipeline"
-            )
         scaled = self.channels.image_kind == INPAINTING or self.index.get("is_cosxl_edit")
-        return float(encoder.config.scaling_factor) if scaled else 1.0
+        return float(scaling_factor) if scaled else 1.0
 
     def _image_inputs(self) -> list[ImageInput]:
         if self._given_images is None:
@@ -553,11 +551,20 @@ class PipelineModel:
     def _pixels_per_latent(self) -> int:
         if self._decoder_config is None:
             return 8
-        levels = self._decoder_config.get("block_out_channels")
-        levels = levels or self._decoder_config.get("decoder_block_out_channels")
-        if levels is None:
+        if not (levels := self._decoder_levels()):
             raise InputError(f"{self.name}: block_out_channels of its decoder is missing")
-        return int(2 ** (len(levels) - 1))
+        return int(2 ** (levels - 1))
+
+    def _decoder_levels(self) -> int:
+        """How many resolutions the decoder has; 0 where its configuration does not say it."""
+        config = self._decoder_config or {}
+        channels = config.get("block_out_channels") or config.get("decoder_block_out_channels")
+        return len(channels or ())
+
+    def _decoder_side(self) -> int | None:
+        """The side of the latents that the decoder is meant for, where a file says it."""
+        side, levels = (self._decoder_config or {}).get("sample_size"), self._decoder_levels()
+        return side // 2 ** (levels - 1) if isinstance(side, int) and levels else None
 
     def load_decoder(self) -> Any:
         """The diffusers module that decodes latents; None where the model works on pixels."""
@@ -584,7 +591,7 @@ class PipelineModel:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""
         return dict(self._schedule)
 
-    def _read_schedule(self) -> dict[str, Any]:
+    def _read_schedule(self, tokens: int | None) -> dict[str, Any]:
         path = self.folder / "scheduler" / "scheduler_config.json"
         config = read_configuration(SchedulerConfiguration, path)
         config |= {} if self._file is None else self._file.schedule
@@ -599,11 +606,13 @@ class PipelineModel:
                 raise InputError(
                     f"--prediction-type: not for {self.name}, a model of flow matching"
                 )
-            return flow_schedule(config, name, str(path))
+            return flow_schedule(config, name, str(path), tokens)
         return noise_schedule(config, name, str(path), latent=self._decoder is not None)
 
     def _usual_steps(self) -> int:
-        """How many steps diffusers' own pipeline takes, unless told otherwise."""
+        """How many steps it is used with, unless told otherwise: by default its pipeline's."""
+        if (known := self.network.usual_steps(self.config, self._schedule)) is not None:
+            return known
         parameters = inspect.signature(self.pipeline_class().__call__).parameters
         return int(parameters["num_inference_steps"].default)
 

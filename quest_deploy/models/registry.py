@@ -98,6 +98,12 @@ KNOWN_MODELS = {
     "sd35-medium": KnownModel(
         "stabilityai/stable-diffusion-3.5-medium", "b940f670f0eda2d07fbb75229e779da1ad11eb80"
     ),
+    "flux-dev": KnownModel(
+        "black-forest-labs/FLUX.1-dev", "3de623fc3c33e44ffbe2bad470d0f45bccf2eb21"
+    ),
+    "flux-schnell": KnownModel(
+        "black-forest-labs/FLUX.1-schnell", "741f7c3ce8b383c54771c7003378a50191e9efe9"
+    ),
     "ldm-bedroom": KnownModel(),
     "ldm-church": KnownModel(heads=8),
     "ldm-imagenet": KnownModel(),
@@ -124,8 +130,9 @@ class DiffusionModel(Protocol):
         sample_shape: the shape of one latent sample, without the batch. What else the network's
             ``sample`` holds is the condition :data:`quest_deploy.models.channels.IMAGE_CONDITION`.
         train_timesteps: the number of steps it was trained with.
-        guidance: the classifier-free guidance weight it is used with unless told otherwise; 1 is
-            none.
+        guidance: the guidance weight it is used with unless told otherwise; 1 is none.
+        classifier_free, embeds_guidance: how a weight guides it, see
+            :class:`quest_deploy.models.networks.network.Network`; neither, where none does.
         image_guidance: the same for the image that an instruct-pix2pix model edits; None for other
             models.
         calibration_samples, calibration_steps: how many samplings, of how many steps, are recorded
@@ -149,6 +156,8 @@ class DiffusionModel(Protocol):
     sample_shape: tuple[int, ...]
     train_timesteps: int
     guidance: float
+    classifier_free: bool
+    embeds_guidance: bool
     image_guidance: float | None
     calibration_samples: int
     calibration_steps: int

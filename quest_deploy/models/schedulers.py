@@ -70,6 +70,20 @@ FLOW_SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
 }
 """Those that sample a model of flow matching; DDIM's step and Euler's are the same one there."""
+OF_TOKENS = "of_tokens"
+"""What a :func:`flow_schedule` calls the part of it that a pipeline tells its scheduler."""
+DYNAMIC = "use_dynamic_shifting"
+_SHIFTS = {
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+}
+"""What a shift by a sample's tokens is computed of: numbers of tokens, and the logarithms of their
+shifts; diffusers' defaults.
+"""
+MOST_SHIFT = 16.0
+"""The largest logarithm of a shift."""
 OTHER_SIGMAS = (
     "invert_sigmas",
     "shift_terminal",
@@ -133,13 +147,17 @@ def noise_schedule(
     return {**defaults, **({"clip_sample": False} if latent else {}), **finite}
 
 
-def flow_schedule(config: Mapping[str, Any], class_name: str | None, where: str) -> dict[str, Any]:
+def flow_schedule(
+    config: Mapping[str, Any], class_name: str | None, where: str, tokens: int | None = None
+) -> dict[str, Any]:
     """What the scheduler's configuration of a model of flow matching (arXiv 2210.02747) says, the
     same for every class of ``FLOW_SCHEDULERS``: num_train_timesteps, prediction_type and shift;
     and its _class_name.
 
     Args:
         config, class_name, where: as of :func:`noise_schedule`.
+        tokens: of the model's own samples, where its pipeline tells the scheduler its sigmas; a
+            shift may depend on them then, and what it is computed of is under ``OF_TOKENS``.
 
     Raises:
         InputError: it is of another class, or more than a shift.
@@ -155,15 +173,44 @@ def flow_schedule(config: Mapping[str, Any], class_name: str | None, where: str)
             f"{where}: {wrong[0]} is not supported: the model is one of flow matching, and needs "
             f"{euler}, or {' or '.join(sorted(known - {euler}))} with use_flow_sigmas"
         )
-    if others := [key for key in OTHER_SIGMAS if config.get(key)]:
+    dynamic = tokens is not None and bool(config.get(DYNAMIC))
+    if others := [x for x in OTHER_SIGMAS if config.get(x) and not (x == DYNAMIC and dynamic)]:
         raise InputError(f"{where}: {others[0]} {config[others[0]]!r} is not supported")
-    shift = config.get("shift" if names[-1] == euler else "flow_shift") or 1.0
-    return {
+    schedule = {
         "_class_name": names[-1],
         "num_train_timesteps": config.get("num_train_timesteps", 1000),
         "prediction_type": FLOW,
-        "shift": float(shift),
+        "shift": float(config.get("shift" if names[-1] == euler else "flow_shift") or 1.0),
     }
+    if tokens is None:
+        return schedule
+    sizes = {
+        key: usual if config.get(key) is None else config[key] for key, usual in _SHIFTS.items()
+    }
+    if dynamic:
+        schedule["shift"] = math.exp(_shift_of(tokens, sizes, config.get("time_shift_type"), where))
+    return {**schedule, OF_TOKENS: {DYNAMIC: dynamic, **sizes}}
+
+
+def _shift_of(tokens: int, sizes: Mapping[str, float], kind: str | None, where: str) -> float:
+    """The logarithm of the shift for so many tokens: on the line through two."""
+    if kind not in (None, "exponential"):
+        raise InputError(
+            f"{where}: time_shift_type {kind!r} is not supported; expected exponential"
+        )
+    fewest, most, low, high = sizes.values()
+    if fewest == most:
+        raise InputError(
+            f"{where}: base_image_seq_len and max_image_seq_len are both {most}: expected two "
+            "numbers of tokens, between which the shift changes"
+        )
+    found = low + (high - low) / (most - fewest) * (tokens - fewest)
+    if abs(found) > MOST_SHIFT:
+        raise InputError(
+            f"{where}: base_shift {low:g} and max_shift {high:g} give {found:g} for {tokens} "
+            f"tokens: expected at most {MOST_SHIFT:g}, above or below zero"
+        )
+    return found
 
 
 def flow_sampler(schedule: Mapping[str, Any]) -> str:
@@ -179,12 +226,19 @@ def _flow_scheduler(name: str, config: Mapping[str, Any]) -> Any:
             f"--scheduler {name}: expected one of {', '.join(FLOW_SCHEDULERS)} for a model of flow "
             "matching"
         )
-    kind = getattr(diffusers, FLOW_SCHEDULERS[name])
-    trained = {"num_train_timesteps": config["num_train_timesteps"]}
+    kind: Any = getattr(diffusers, FLOW_SCHEDULERS[name])
+    if OF_TOKENS in config:
+        from quest_deploy.models.flow_schedulers import TOLD
+
+        kind = TOLD[kind.__name__]
+    shared = {
+        "num_train_timesteps": config["num_train_timesteps"],
+        **config.get(OF_TOKENS, {}),
+    }
     if name in ("ddim", "euler"):
-        return kind(shift=config["shift"], **trained)
+        return kind.from_config({"shift": config["shift"], **shared})
     sigmas = {"use_flow_sigmas": True, "flow_shift": config["shift"]}
-    return kind(prediction_type=FLOW, **sigmas, **trained)
+    return kind.from_config({"prediction_type": FLOW, **sigmas, **shared})
 
 
 def first_scale(scheduler: Any) -> Any:
@@ -292,6 +346,7 @@ def _problem(scheduler: Any, steps: int) -> str | None:
     """Return why a scheduler like this one cannot take ``steps`` steps; it is run through them,
     since some fail only on the way.
     """
+    import diffusers
     import torch
 
     from quest_deploy.models.channels import uses_variance
@@ -310,7 +365,8 @@ def _problem(scheduler: Any, steps: int) -> str | None:
             tried.set_timesteps(steps)
             highest = float(tried.timesteps.max())
             # Flow matching begins at the last timestep itself, pure noise.
-            begins = trained + (type(tried).__name__ == FLOW_SCHEDULERS["euler"])
+            euler = getattr(diffusers, FLOW_SCHEDULERS["euler"])
+            begins = trained + isinstance(tried, euler)
             if highest >= begins:
                 return (
                     f"they begin at timestep {highest:g}, and the model knows those below {trained}"

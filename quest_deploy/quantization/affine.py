@@ -59,8 +59,10 @@ def fake_quantize_weight(weight: Tensor, grid: WeightGrid) -> Tensor:
     """codes * scale, with the straight-through gradient for weights inside the range (zero for
     clipped ones).
     """
-    operands = (per_sample(values, weight) for values in (grid.scale, grid.low, grid.high))
-    result: Tensor = _FakeQuantizeWeight.apply(weight, *operands)
+    scale, low, high = (per_sample(values, weight) for values in (grid.scale, grid.low, grid.high))
+    if not torch.is_grad_enabled():
+        return _clamped_((weight / scale).round_(), low, high).mul_(scale)
+    result: Tensor = _FakeQuantizeWeight.apply(weight, scale, low, high)
     return result
 
 

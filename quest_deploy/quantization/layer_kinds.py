@@ -28,7 +28,7 @@ _GROUPS = {
         *("*.attn1.to_out.*", "*.attentions.*.to_out.*", "*.attn.to_out.*"),
         "*.attn.to_add_out",
     ),
-    "ff.net": ("*.ff.net.*", "*.ff_context.net.*", "*.ff.conv_*"),
+    "ff.net": ("*.ff.net.*", "*.ff_context.net.*", "*.ff.conv_*", "*.proj_mlp"),
     "resnets.conv1": ("*.resnets.*.conv1",),
     "resnets.conv2": ("*.resnets.*.conv2",),
     "resnets.conv_shortcut": ("*.conv_shortcut", "*.conv_shortcut.*"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -146,15 +147,20 @@ class ExplicitAttention(WrittenAttention):
 
     def attend(self, attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """See :meth:`quest_deploy.models.attention.WrittenAttention.attend`."""
+        factor = self.factor(attn)
         if self.scale is ScoreScale.OPERANDS:
-            root = attn.scale**0.5
+            root = factor**0.5
             scores = attn.scores(q * root, (k * root).transpose(2, 3))
         else:
-            scores = attn.scores(q, k.transpose(2, 3)) * attn.scale
+            scores = attn.scores(q, k.transpose(2, 3)) * factor
         if mask is not None:
             scores = scores + mask
         mixed: Tensor = attn.mix(scores.softmax(-1), v)
         return mixed
+
+    def factor(self, attn: Any) -> float:
+        """What the scores are multiplied by."""
+        return float(attn.scale)
 
 
 class ExplicitJointAttention(ExplicitAttention):
@@ -174,23 +180,9 @@ class ExplicitJointAttention(ExplicitAttention):
         """diffusers' processor interface: the patches [B, N, D], and the tokens [B, M, D] where
         there are any.
         """
-        q, k, v = (
-            _heads(attn, project, hidden_states, norm)
-            for project, norm in (
-                (attn.to_q, attn.norm_q),
-                (attn.to_k, attn.norm_k),
-                (attn.to_v, None),
-            )
-        )
+        q, k, v = _own(attn, hidden_states)
         if encoder_hidden_states is not None:
-            added = (
-                _heads(attn, project, encoder_hidden_states, norm)
-                for project, norm in (
-                    (attn.add_q_proj, attn.norm_added_q),
-                    (attn.add_k_proj, attn.norm_added_k),
-                    (attn.add_v_proj, None),
-                )
-            )
+            added = _added(attn, encoder_hidden_states)
             q, k, v = (torch.cat(both, 2) for both in zip((q, k, v), added, strict=True))
         mixed = self.attend(attn, q, k, v, None).transpose(1, 2).flatten(2)
         patches = mixed[:, : hidden_states.shape[1]]
@@ -201,12 +193,50 @@ class ExplicitJointAttention(ExplicitAttention):
         return output, tokens if attn.context_pre_only else attn.to_add_out(tokens)
 
 
+class ExplicitRotaryAttention(ExplicitAttention):
+    """The attention of FLUX written out: the text's tokens come before the sample's patches, in
+    some blocks by projections of their own, and q and k are turned by where they are. They are
+    quantized as turned.
+    """
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        **_: Any,
+    ) -> Any:
+        """diffusers' processor interface: the patches [B, N, D] and the tokens [B, M, D], or all of
+        them [B, M + N, D], and cosines and sines [M + N, d] of their positions.
+        """
+        q, k, v = _own(attn, hidden_states)
+        if encoder_hidden_states is not None:
+            added = _added(attn, encoder_hidden_states)
+            q, k, v = (torch.cat(both, 2) for both in zip(added, (q, k, v), strict=True))
+        if image_rotary_emb is not None:
+            rotated: Any = [apply_rotary_emb(x, image_rotary_emb) for x in (q, k)]
+            q, k = rotated
+        mixed = self.attend(attn, q, k, v, None).transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return mixed
+        tokens = encoder_hidden_states.shape[1]
+        patches = attn.to_out[1](attn.to_out[0](mixed[:, tokens:]))
+        return patches, attn.to_add_out(mixed[:, :tokens])
+
+    def factor(self, attn: Any) -> float:
+        """See :class:`ExplicitAttention`."""
+        return float(attn.head_dim**-0.5)
+
+
 _EXPLICIT: dict[str, type[ExplicitAttention] | None] = {
     "AttnProcessor": ExplicitAttention,
     "AttnProcessor2_0": ExplicitAttention,
     "SanaAttnProcessor2_0": ExplicitAttention,
     WrittenAttention.__name__: ExplicitAttention,
     "JointAttnProcessor2_0": ExplicitJointAttention,
+    "FluxAttnProcessor": ExplicitRotaryAttention,
     "SanaLinearAttnProcessor2_0": None,
 }
 """By diffusers' processor, or ours, what computes the same. Linear attention has no softmax: its
@@ -218,6 +248,19 @@ def _heads(attn: Any, project: Any, x: Tensor, norm: Any = None) -> Tensor:
     """x [B, N, D] projected, [B, heads, N, d], and normalized by ``norm`` where there is one."""
     heads: Tensor = project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
     return heads if norm is None else norm(heads)
+
+
+def _own(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of x by :func:`_heads`."""
+    q, k = _heads(attn, attn.to_q, x, attn.norm_q), _heads(attn, attn.to_k, x, attn.norm_k)
+    return q, k, _heads(attn, attn.to_v, x)
+
+
+def _added(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by the projections of the text."""
+    q = _heads(attn, attn.add_q_proj, x, attn.norm_added_q)
+    k = _heads(attn, attn.add_k_proj, x, attn.norm_added_k)
+    return q, k, _heads(attn, attn.add_v_proj, x)
 
 
 def prepare(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,7 +18,7 @@ from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from torch import Tensor, nn
+from torch import Tensor
 
 from exporters.graph_info import added_inputs, load_graph
 from quest_deploy.artifacts.model_source import IMAGE_ENCODER
@@ -41,9 +42,11 @@ from quest_deploy.models.residuals import (
     kind_of,
     unpacked,
 )
+from quest_deploy.serving.parts import engine_parts
+from quest_deploy.serving.stand_in import EngineStandIn, own_methods, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from quest_deploy.artifacts.model_source import IPAdapter
     from quest_deploy.models.pipeline_model import PipelineModel
@@ -64,35 +67,13 @@ _NO_IMAGES = (
 _PARTS = {part: kind for kind, part in PARTS.items()}
 """By what diffusers' pipelines call what adds to the UNet, what it is here."""
 _HARMLESS = (
+    "_reset_stateful_cache",
     "disable_freeu",
     "set_attention_slice",
     "set_default_attn_processor",
     "unfuse_qkv_projections",
 )
-"""What diffusers asks of a UNet to save memory, or to undo what no engine ever does."""
-_REFUSED = frozenset(
-    name
-    for network_class in (
-        getattr(diffusers, name)
-        for kind in NETWORKS
-        for name in kind.class_names
-        if hasattr(diffusers, name)
-    )
-    for name in dir(network_class)
-    if inspect.isfunction(inspect.getattr_static(network_class, name))
-    and not hasattr(ModelMixin, name)
-    and not hasattr(ConfigMixin, name)
-    and name not in _HARMLESS
-)
-"""What else a network of diffusers can be asked."""
-_REFUSED_OF_MODELS = (
-    "compile_repeated_blocks",
-    "dequantize",
-    "enable_gradient_checkpointing",
-    "enable_parallelism",
-    "load_state_dict",
-)
-"""What else any model of diffusers can be asked that an engine cannot do."""
+"""What diffusers asks of a network to save memory, or to undo what no engine ever does."""
 _ABSENT = (
     "add_embedding",
     "add_time_proj",
@@ -113,6 +94,23 @@ _ABSENT = (
     "up_blocks",
 )
 """The modules of a UNet, and the caches of a transformer, which an engine does not have."""
+_REFUSED = frozenset().union(
+    *(
+        own_methods(getattr(diffusers, name), ModelMixin, ConfigMixin)
+        for kind in NETWORKS
+        for name in kind.class_names
+        if hasattr(diffusers, name)
+    )
+) - {*_HARMLESS, *_ABSENT}
+"""What else a network of diffusers can be asked."""
+_REFUSED_OF_MODELS = (
+    "compile_repeated_blocks",
+    "dequantize",
+    "enable_gradient_checkpointing",
+    "enable_parallelism",
+    "load_state_dict",
+)
+"""What else any model of diffusers can be asked that an engine cannot do."""
 _REFUSED_BY_PIPELINES = (
     "delete_adapters",
     "disable_lora",
@@ -138,7 +136,8 @@ def load_pipeline(
 
     The pipeline's class is the one that the model's folder names. Text encoders, decoder,
     tokenizers and scheduler come from there, with the LoRAs of the workspace; the safety checker
-    does not, unless it is given.
+    does not, unless it is given. Where `quest-deploy build-parts` has run for ``backend``, text
+    encoders and VAE are its engines, but for what is given in ``parts``.
 
     >>> pipeline = load_pipeline("quest-out/sd15-w4a4", "openvino")               # doctest: +SKIP
     >>> pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
@@ -177,7 +176,7 @@ def load_pipeline(
         raise InputError("controlnet, adapter: diffusers has no pipeline with both; give one")
     for part in given:
         parts = {**parts, part: _controls(parts[part], model, part)}
-        opened.require(f"build-engine/{backend}")
+        opened.require_recorded(f"build-engine/{backend}", f"{ENGINES}/{backend}/{LOWERED}")
         taken = added_inputs(load_graph(opened.path(ENGINES, backend, LOWERED)))
         if _PARTS[part] not in map(kind_of, taken):
             raise InputError(f"{part}: {_not_exported(_PARTS[part])}")
@@ -187,11 +186,12 @@ def load_pipeline(
     if takes_images and not set(IMAGE_PARTS) <= parts.keys():
         parts = {**load_image_parts(model), **parts}
     network: Any = stand_in(EngineUNet.load(opened, backend), model.config, model.source.ip_adapter)
-    pipeline = model.load_pipeline(**{model.network.part: network, **parts})
+    beside = engine_parts(opened, backend, without=parts)
+    pipeline = model.load_pipeline(**{model.network.part: network, **beside, **parts})
     network.engine.pixels_per_latent = getattr(pipeline, "vae_scale_factor", 1)
     for name in _REFUSED_BY_PIPELINES:
         if hasattr(pipeline, name):
-            setattr(pipeline, name, _refusal(name))
+            setattr(pipeline, name, refusal(name, _FIXED))
     if takes_images:
         pipeline.set_ip_adapter_scale = network.set_ip_adapter_scale
     return pipeline
@@ -224,26 +224,10 @@ def _not_exported(kind: str) -> str:
     )
 
 
-def _refusal(name: str) -> Callable[..., NoReturn]:
-    def refuse(*arguments: Any, **options: Any) -> NoReturn:
-        raise InputError(f"{name}: {_FIXED}")
+class PipelineNetwork(EngineStandIn):
+    """An engine in the place of a pipeline's network."""
 
-    return refuse
-
-
-class _AbsentError(InputError, AttributeError):
-    """What an engine does not have of a UNet or transformer: ``hasattr`` finds none."""
-
-
-class PipelineNetwork(ModelMixin, ConfigMixin):
-    """An engine in the place of a pipeline's network.
-
-    It has no weights. ``to`` moves it in name: what it is called with may be on any device and
-    of any float type, the engine computes where it was built for, in float32, and the result goes
-    back to the caller's device and type.
-    """
-
-    config_name = "config.json"  # type: ignore[assignment]
+    fixed, harmless, refused_methods, absent = _FIXED, _HARMLESS, _REFUSED, _ABSENT
 
     def __init__(self, engine: EngineUNet, config: Mapping[str, Any]) -> None:
         """Stand in for the network of ``config`` with ``engine``."""
@@ -251,18 +235,10 @@ class PipelineNetwork(ModelMixin, ConfigMixin):
         self.engine = engine
         self._network = network_of(config["_class_name"])
         self.register_to_config(**_full_config(config))
-        # Empty: accelerate's hooks ask the first parameter of a module where it is.
-        self._place = nn.Parameter(torch.empty(0), requires_grad=False)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in _HARMLESS:
-            return lambda *arguments, **options: None
-        if name in _REFUSED:
-            return _refusal(name)
-        if name in _ABSENT and name not in self.__dict__.get("_modules", ()):
-            reason = _NO_IMAGES if name == _IMAGES else _FIXED
-            raise _AbsentError(f"{self._network.part}.{name}: {reason}")
-        return super().__getattr__(name)
+    def absence(self, name: str) -> str:
+        """Why there is no ``name``."""
+        return f"{self._network.part}.{name}: {_NO_IMAGES if name == _IMAGES else _FIXED}"
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> NoReturn:
         """Raise InputError: an engine is its workspace's."""
@@ -270,21 +246,6 @@ class PipelineNetwork(ModelMixin, ConfigMixin):
             "save_pretrained: an engine is kept in its workspace; copy that, and load it with "
             "quest_deploy.load_pipeline"
         )
-
-    @property
-    def attn_processors(self) -> dict[str, Any]:
-        """Return none: the engine has no processors."""
-        return {}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that pipelines give their latents and states."""
-        return self._place.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where pipelines put their latents and states."""
-        return self._place.device
 
     def _predict(
         self,
@@ -443,8 +404,19 @@ class PipelineTransformer(PipelineNetwork):
         **arguments: Any,
     ) -> Any:
         """Predict as diffusers' transformers do; see :meth:`PipelineNetwork._predict`."""
-        output = self._predict(hidden_states, timestep, arguments, added_cond_kwargs)
+        inputs = {"sample": hidden_states, "timestep": timestep, **arguments}
+        given = self._network.from_pipeline(inputs)
+        sample, steps = given.pop("sample"), given.pop("timestep")
+        prediction = self._predict(sample, steps, given, added_cond_kwargs)
+        output = self._network.to_pipeline(prediction)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    @contextmanager
+    def cache_context(self, name: str, **fields: Any) -> Iterator[None]:
+        """Do nothing: pipelines say by it which of several predictions a cache is of, and an
+        engine has none.
+        """
+        yield
 
 
 _STAND_INS: dict[str, Any] = {"unet": PipelineUNet, "transformer": PipelineTransformer}
@@ -464,7 +436,7 @@ def stand_in(
 
 
 for _name in _REFUSED_OF_MODELS:  # which __getattr__ is not asked for: the base class has them
-    setattr(PipelineNetwork, _name, _refusal(_name))
+    setattr(PipelineNetwork, _name, refusal(_name, _FIXED))
 
 
 def _full_config(config: Mapping[str, Any]) -> dict[str, Any]:

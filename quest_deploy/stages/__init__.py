@@ -16,6 +16,7 @@ from quest_deploy.artifacts.workspace import (
     FINETUNE_STATE,
     GRAPH,
     IMAGES,
+    PARTS,
     RECONSTRUCT_STATE,
     REFERENCE,
     REFERENCE_STATE,
@@ -27,10 +28,12 @@ from quest_deploy.artifacts.workspace import (
 from quest_deploy.stages.options import (
     BenchmarkOptions,
     BuildEngineOptions,
+    BuildPartsOptions,
     CalibrateOptions,
     EngineStageOptions,
     EvaluateOptions,
     ExportOptions,
+    ExportPartsOptions,
     FinetuneOptions,
     GenerateOptions,
     ImportOptions,
@@ -45,9 +48,11 @@ if TYPE_CHECKING:
     from quest_deploy.stages.results import (
         Benchmark,
         BuiltEngine,
+        BuiltParts,
         Calibration,
         Evaluation,
         Export,
+        ExportedParts,
         Finetuning,
         Folding,
         Generation,
@@ -96,6 +101,12 @@ REFERENCE_RECORDS: Stage[RecordsOptions, Reference] = Stage(
 BUILD_ENGINE: Stage[BuildEngineOptions, BuiltEngine] = Stage(
     "build-engine", BuildEngineOptions, reads=(EXPORT,), writes=(f"{ENGINES}/*/*",)
 )
+EXPORT_PARTS: Stage[ExportPartsOptions, ExportedParts] = Stage(
+    "export-parts", ExportPartsOptions, writes=(f"{PARTS}/*/*",), alone=True
+)
+BUILD_PARTS: Stage[BuildPartsOptions, BuiltParts] = Stage(
+    "build-parts", BuildPartsOptions, reads=(EXPORT_PARTS,), writes=(f"{PARTS}/*/*/*",)
+)
 VERIFY: Stage[EngineStageOptions, Verification] = Stage(
     "verify",
     EngineStageOptions,
@@ -130,6 +141,8 @@ STAGES: tuple[Stage[Any, Any], ...] = (
     EXPORT,
     REFERENCE_RECORDS,
     BUILD_ENGINE,
+    EXPORT_PARTS,
+    BUILD_PARTS,
     VERIFY,
     BENCHMARK,
     GENERATE,

@@ -31,9 +31,11 @@ from quest_deploy.serving.triton.options import TritonOptions
 from quest_deploy.stages import (
     BENCHMARK,
     BUILD_ENGINE,
+    BUILD_PARTS,
     CALIBRATE,
     EVALUATE,
     EXPORT,
+    EXPORT_PARTS,
     FINETUNE,
     GENERATE,
     IMPORT,
@@ -47,10 +49,12 @@ from quest_deploy.stages import run as pipeline
 from quest_deploy.stages.arguments import (
     BenchmarkArguments,
     BuildEngineArguments,
+    BuildPartsArguments,
     CalibrateArguments,
     ClientArguments,
     EvaluateArguments,
     ExportArguments,
+    ExportPartsArguments,
     FinetuneArguments,
     GenerateArguments,
     ImageRequest,
@@ -83,9 +87,11 @@ if TYPE_CHECKING:
     from quest_deploy.stages.results import (
         Benchmark,
         BuiltEngine,
+        BuiltParts,
         DrawnImage,
         Evaluation,
         Export,
+        ExportedParts,
         Finetuning,
         Generation,
         Reference,
@@ -231,6 +237,18 @@ def build_engine(chosen: BuildEngineArguments) -> BuiltEngine:
         backend=chosen.backend, engine=chosen.of(EngineOptions), refit_from=chosen.refit_from
     )
     return BUILD_ENGINE.run(chosen.opened(), options, chosen.progress)
+
+
+@takes(ExportPartsArguments)
+def export_parts(chosen: ExportPartsArguments) -> ExportedParts:
+    """Export text encoders and VAE as graphs for :func:`build_parts` and packages."""
+    return chosen.run(EXPORT_PARTS)
+
+
+@takes(BuildPartsArguments)
+def build_parts(chosen: BuildPartsArguments) -> BuiltParts:
+    """Build engines of the exported parts, which ``load_pipeline`` and ``generate`` then use."""
+    return chosen.run(BUILD_PARTS)
 
 
 @takes(VerifyArguments)

@@ -24,10 +24,12 @@ from quest_deploy.stages.options import (
     RECALIBRATION_SAMPLES,
     SEED,
     BenchmarkOptions,
+    BuildPartsOptions,
     CalibrateOptions,
     EngineStageOptions,
     EvaluateOptions,
     ExportOptions,
+    ExportPartsOptions,
     FinetuneOptions,
     GenerateOptions,
     ReferenceOptions,
@@ -178,6 +180,16 @@ class BuildEngineArguments(EngineOptions, EngineStageOptions, OnWorkspace):
     """The parameters of ``build_engine``."""
 
     refit_from: RefitFromOption = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPartsArguments(ExportPartsOptions, OnWorkspace):
+    """The parameters of ``export_parts``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildPartsArguments(BuildPartsOptions, OnWorkspace):
+    """The parameters of ``build_parts``."""
 
 
 @dataclass(frozen=True, kw_only=True)

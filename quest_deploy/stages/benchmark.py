@@ -50,8 +50,9 @@ def work(
             benchmark.FP32: workspace.new("baselines", benchmark.FP32),
         }
         multiple = engine_info(engine).sample_multiple
+        as_baselines = benchmark.without_blobs(built)
         images["pipeline"] = whole.time_images(
-            workspace, options, built, multiple, folders, progress
+            workspace, options, as_baselines, multiple, folders, progress
         )
     shutil.rmtree(workspace.new("baselines"))
     # Through JSON, so that what is printed is what a later run reads back.

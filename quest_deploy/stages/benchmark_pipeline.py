@@ -13,14 +13,17 @@ from exporters.graph_info import load_graph
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.engine_unet import EngineUNet
+from quest_deploy.backends.parts import built_parts
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
 from quest_deploy.evaluation.benchmark import FP32, QUANTIZED
 from quest_deploy.evaluation.memory import peak_memory
 from quest_deploy.evaluation.pipeline_benchmark import draw_in_turn, timing_of
+from quest_deploy.models.channels import guidance_of
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.schedulers import set_steps
 from quest_deploy.processes import in_own_process
+from quest_deploy.serving.parts import engine_parts
 from quest_deploy.serving.pipeline import stand_in
 from quest_deploy.stages.generate import call_arguments
 from quest_deploy.stages.options import GenerateOptions
@@ -45,6 +48,7 @@ def check(workspace: Workspace, options: BenchmarkOptions) -> None:
     model.require_weights("run as a pipeline")
     model.pipeline_class()
     drawing = options.drawing
+    guidance_of(model, drawing.guidance, None)
     set_steps(model.load_scheduler(drawing.scheduler), drawing.steps)
 
 
@@ -60,15 +64,16 @@ def time_images(
     drawing, images, runs = options.drawing, options.images or 1, options.draws or 3
     model = load_model(workspace.source)
     of_engine = engine_options, sample_multiple, drawing
+    beside = engine_parts(workspace, options.backend)
     pipelines = {
-        name: _pipeline(model, options.backend, folder, *of_engine)
+        name: _pipeline(model, options.backend, beside, folder, *of_engine)
         for name, folder in folders.items()
     }
     arguments = call_arguments(pipelines[QUANTIZED], model, drawing)
     drawings = draw_in_turn(
         pipelines, lambda pipeline: pipeline(**_seeded(arguments, drawing)), runs, progress
     )
-    del pipelines
+    del pipelines, beside
     timings = []
     for i, (name, folder) in enumerate(folders.items()):
         memory = in_own_process(_peak_memory, workspace.root, options.backend, folder, *of_engine)
@@ -85,6 +90,7 @@ def time_images(
         "draws": runs,
         "height": height,
         "width": width,
+        "parts": sorted(built_parts(workspace, options.backend)),
         "engines": [asdict(each) for each in timings],
         "speedup_over_fp32": totals[FP32] / totals[QUANTIZED],
     }
@@ -93,15 +99,19 @@ def time_images(
 def _pipeline(
     model: PipelineModel,
     backend: str,
+    beside: Mapping[str, Any],
     folder: Path,
     options: EngineOptions,
     sample_multiple: int,
     drawing: GenerateOptions,
 ) -> Any:
-    """The model's pipeline with the engine in ``folder`` as its network."""
+    """The model's pipeline with the engine in ``folder`` as its network, and ``beside`` it the
+    engines of the parts.
+    """
     runner = get_backend(backend).open(folder, options)
     engine = EngineUNet.of_graph(runner, sample_multiple, load_graph(folder / LOWERED))
-    pipeline = model.load_pipeline(**{model.network.part: stand_in(engine, model.config)})
+    network = stand_in(engine, model.config)
+    pipeline = model.load_pipeline(**{model.network.part: network, **beside})
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = model.load_scheduler(drawing.scheduler)
     return pipeline
@@ -120,7 +130,9 @@ def _peak_memory(
     sample_multiple: int,
     drawing: GenerateOptions,
 ) -> int:
-    model = load_model(Workspace.open(root).source)
-    pipeline = _pipeline(model, backend, folder, options, sample_multiple, drawing)
+    workspace = Workspace.open(root)
+    model = load_model(workspace.source)
+    beside = engine_parts(workspace, backend)
+    pipeline = _pipeline(model, backend, beside, folder, options, sample_multiple, drawing)
     pipeline(**_seeded(call_arguments(pipeline, model, drawing), drawing))
     return peak_memory()

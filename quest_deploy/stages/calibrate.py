@@ -12,6 +12,7 @@ from quest_deploy.calibration import ptq, reconstruction, trajectories
 from quest_deploy.calibration.training_state import hash_of_tensors
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sha256_of, write_json
+from quest_deploy.models.channels import guidance_of
 from quest_deploy.models.controls import Controls
 from quest_deploy.models.ip_adapters import ImagePrompts
 from quest_deploy.models.loading import load_model
@@ -59,6 +60,7 @@ def work(
             f"--method {QDIFF}: expected a model with a UNet, and {model.name} has a "
             f"{model.network.noun}; choose another method, and `quest-deploy finetune`"
         )
+    guidance_of(model, options.guidance, options.image_guidance)
     model.check_decoder()
     scheduler = model.load_scheduler(model.calibration_scheduler)
     steps = options.steps or most_steps(scheduler, model.calibration_steps)

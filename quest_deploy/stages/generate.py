@@ -13,7 +13,7 @@ from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.evaluation.image_grid import save_grid, save_image
 from quest_deploy.evaluation.sampling import sample_images
-from quest_deploy.models.channels import EDITING, INPAINTING
+from quest_deploy.models.channels import EDITING, INPAINTING, guidance_of
 from quest_deploy.models.image_inputs import ImageInput, read_image, resized
 from quest_deploy.models.ip_adapters import IMAGE_PARTS
 from quest_deploy.models.loading import load_model
@@ -53,7 +53,14 @@ def work(
             f"{given}: not for {model.name}, a model that is {model.family}"
             + (f" and for {kind}" if kind else "")
         )
-    set_steps(model.load_scheduler(options.scheduler), options.steps)  # refused before engines load
+    if options.negative_prompt is not None and not model.classifier_free:
+        raise InputError(
+            f"--negative-prompt: expected a model with classifier-free guidance, and {model.name} "
+            "has none"
+        )
+    # Both refused before engines load.
+    guidance_of(model, options.guidance, options.image_guidance)
+    set_steps(model.load_scheduler(options.scheduler), options.steps)
     draw = _draw_prompts if of_text else _draw_labels
     pictures, count = draw(workspace, model, options, progress)
     places = [str(workspace.path(IMAGES, picture.name)) for picture in pictures]

@@ -8,7 +8,7 @@ they are made.
 import codecs
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -18,7 +18,15 @@ from quest_deploy.artifacts.model_source import Lora, ModelSource
 from quest_deploy.artifacts.scaled_folder import ScaledFolder
 from quest_deploy.artifacts.workspace import ENGINES, REPORTS, SENSITIVITY_REPORT, Workspace
 from quest_deploy.backends.base import VERSION, engine_info
-from quest_deploy.backends.options import REFIT_FROM, EngineOptions, parse_sample_size
+from quest_deploy.backends.options import (
+    ENGINE_OPTIONS,
+    NATIVE,
+    REFIT_FROM,
+    TENSORRT,
+    EngineOptions,
+    declared_options,
+    parse_sample_size,
+)
 from quest_deploy.backends.refit import refitted_options
 from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.errors import InputError
@@ -66,7 +74,11 @@ SchedulerOption = Annotated[
 ]
 GuidanceOption = Annotated[
     float | None,
-    Option("Classifier-free guidance weight; 1 or less is none.", minimum=0, default="the model's"),
+    Option(
+        "Guidance weight; 1 or less is none where it is classifier-free.",
+        minimum=0,
+        default="the model's",
+    ),
 ]
 ImageGuidanceOption = Annotated[
     float | None,
@@ -164,6 +176,12 @@ class StageOptions(Options):
         read.
         """
 
+    def further_inputs(self, workspace: Workspace) -> list[str]:
+        """The stages that these options read besides the stage's own, as the manifest of
+        ``workspace`` calls them.
+        """
+        return []
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStageOptions(StageOptions):
@@ -235,7 +253,7 @@ class CalibrateOptions(ImageFolderOptions):
     guidance: Annotated[
         float | None,
         Option(
-            "Classifier-free guidance weight of the samplings; 1 or less is none.",
+            "Guidance weight of the samplings; 1 or less is none where it is classifier-free.",
             minimum=0,
             default="the model's",
         ),
@@ -693,6 +711,78 @@ class BuildEngineOptions(EngineStageOptions):
         return options.to_json() | answers | plugin | refitted | {"version": VERSION}
 
 
+WEIGHTS = FP32, INT8 = ("fp32", "int8")
+"""How the weights of parts are stored; they compute in float."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPartsOptions(StageOptions):
+    """How text encoders and VAE are stored."""
+
+    weights: Annotated[
+        str,
+        Option(
+            "Of the large weights: fp32, or int8, symmetric with a scale for each output channel, "
+            "dequantized where they are read: a quarter of the size.",
+            choices=WEIGHTS,
+        ),
+    ] = FP32
+
+
+def _of_parts(name: str, **changes: Any) -> Option:
+    """An engine's option, as the parts' engines take it."""
+    return replace(ENGINE_OPTIONS[name].option, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildPartsOptions(EngineStageOptions):
+    """How to build the engines of the parts for ``backend``."""
+
+    provider: Annotated[str, _of_parts("provider")] = EngineOptions.provider
+    threads: Annotated[int, _of_parts("threads")] = EngineOptions.threads
+    dtype: Annotated[
+        str,
+        _of_parts(
+            "dtype",
+            help="What they compute in: fp32; openvino takes bf16 too, where the processor has it.",
+            choices=("fp32", "bf16"),
+            limits={name: ("fp32",) for name in BACKENDS if name != "openvino"},
+            reasons={},
+        ),
+    ] = EngineOptions.dtype
+    compute_capability: Annotated[Sequence[str], _of_parts("compute_capability")] = ()
+    max_batch: Annotated[int, _of_parts("max_batch")] = EngineOptions.max_batch
+    sample_size: Annotated[Sequence[tuple[int, int]], _of_parts("sample_size")] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for each, option in declared_options(type(self)):
+            value = getattr(self, each.name)
+            if value != each.default and (
+                refusal := option.refusal(self.backend, self.provider, value)
+            ):
+                raise InputError(f"{each.flag}: {refusal}")
+        get_backend(self.backend).check_options(self.engine)
+
+    @property
+    def engine(self) -> EngineOptions:
+        """The engines' options: prompts and images come one by one, and nothing is quantized."""
+        own: dict[str, dict[str, Any]] = {"openvino": {"compiled_batch": (1,)}}
+        own |= {name: {"quantize": NATIVE} for name in TENSORRT}
+        chosen = {each.name: getattr(self, each.name) for each, _ in declared_options(type(self))}
+        return get_backend(self.backend).resolve(
+            EngineOptions(**chosen, **own.get(self.backend, {}))
+        )
+
+    def check_machine(self) -> None:
+        """Raise InputError where this machine cannot build the engines."""
+        get_backend(self.backend).check_build(self.engine)
+
+    def to_json(self) -> dict[str, Any]:
+        """The engines' options, and the version of their records."""
+        return self.engine.to_json() | {"version": VERSION}
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkOptions(EngineStageOptions):
     """What to time."""
@@ -729,7 +819,7 @@ class BenchmarkOptions(EngineStageOptions):
     guidance: Annotated[
         float | None,
         Option(
-            "Of --pipeline: classifier-free guidance weight; 1 or less is none.",
+            "Of --pipeline: guidance weight; 1 or less is none where it is classifier-free.",
             minimum=0,
             default="the model's",
         ),
@@ -755,6 +845,11 @@ class BenchmarkOptions(EngineStageOptions):
         """The options, those of whole images only where they are timed."""
         found = super().to_json()
         return found if self.pipeline else {k: v for k, v in found.items() if k != "pipeline"}
+
+    def further_inputs(self, workspace: Workspace) -> list[str]:
+        """Return the engines of the parts, where they are built and whole images are timed."""
+        parts = f"build-parts/{self.backend}"
+        return [parts] if self.pipeline and parts in workspace.stages else []
 
     @property
     def drawing(self) -> "GenerateOptions":

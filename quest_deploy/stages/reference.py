@@ -38,6 +38,8 @@ def work(
     checkpoint = load_checkpoint(workspace.checkpoint_path)
     recorded = recorded_inputs(workspace, checkpoint.architecture, options.added_inputs)
     model = QuantizedModel.from_checkpoint(checkpoint).eval()
+    for layer in model.quantized_layers().values():
+        layer.freeze()  # every pass would round it again
     state = workspace.path(REFERENCE_STATE)
     key = sha256_of_json(
         {

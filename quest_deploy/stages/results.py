@@ -116,6 +116,24 @@ class BuiltEngine(TypedDict):
     files: dict[str, int]
 
 
+class ExportedParts(TypedDict):
+    """The bytes of each part, by name, and why others were left out."""
+
+    parts: dict[str, int]
+    left_out: dict[str, str]
+    weights: str
+
+
+class BuiltParts(TypedDict):
+    """The engines of the parts: bytes by part."""
+
+    backend: str
+    hardware: dict[str, Any]
+    dtype: str
+    seconds: float
+    parts: dict[str, int]
+
+
 class Verification(TypedDict):
     """:class:`quest_deploy.verification.checks.results.Verification` as JSON."""
 

@@ -54,6 +54,7 @@ class Stage(Generic[Options, Result]):
         writes: glob patterns of the files that it writes, in the workspace.
         state: what lets it go on where it was interrupted: files and folders in the workspace, gone
             when it is done.
+        alone: whether `quest-deploy run` leaves out what reads it.
         long: whether it may take hours: its options are kept from its start, so that
             ``quest-deploy run`` goes on with them after an interruption.
     """
@@ -63,6 +64,7 @@ class Stage(Generic[Options, Result]):
     reads: tuple[Stage[Any, Any] | str, ...] = ()
     writes: tuple[str, ...] = ()
     state: tuple[str, ...] = ()
+    alone: bool = False
     long: bool = False
 
     @property
@@ -116,7 +118,7 @@ class Stage(Generic[Options, Result]):
         backend = getattr(options, "backend", None)
         name, recorded = self.recorded_name(backend), as_recorded(options)
         with workspace.locked():
-            inputs = self.inputs(workspace, backend)
+            inputs = self.inputs(workspace, backend) + options.further_inputs(workspace)
             whole: set[str] = set()
             for upstream in inputs:
                 workspace.require(upstream, whole)
@@ -145,11 +147,9 @@ class Stage(Generic[Options, Result]):
             workspace.record(name, inputs=inputs, options=recorded, files=files, details=details)
             workspace.forget_start(name)
             if outdated := workspace.outdated_by(name):
-                logger.warning(
-                    "outdated by this, and to be run again: %s; `quest-deploy run -w %s` does so",
-                    ", ".join(outdated),
-                    workspace.root,
-                )
+                repair = "" if self.alone else f"; `quest-deploy run -w {workspace.root}` does so"
+                listed = ", ".join(outdated)
+                logger.warning("outdated by this, and to be run again: %s%s", listed, repair)
             for left in self.state:
                 workspace.remove(left)
             return cast("Result", result)

@@ -320,11 +320,16 @@ def _layer_tensors(
 
     bucket = model.bucket_of(inputs["timestep"])
     tensors[Key.BUCKET] = torch.cat([bucket, bucket])
-    with model.at_timesteps(inputs["timestep"].repeat(2)):
-        untied: dict[str, Tensor] = {}
-        for name, quantizer in chosen.items():
-            x = torch.cat([seen[name], _probe(quantizer, seen[name], bucket, record)])
-            tensors[Key.x(name)] = x
+
+    def add_probes(name: str, module: nn.Module, *probes: Tensor) -> None:
+        """To what the pass itself gave, whose rows are not computed again."""
+        tensors[Key.y(name)] = torch.cat([tensors[Key.y(name)], module(*probes)])
+
+    probes: dict[str, Tensor] = {}
+    for name, quantizer in chosen.items():
+        x = torch.cat([seen[name], _probe(quantizer, seen[name], bucket, record)])
+        tensors[Key.x(name)] = x
+        with model.at_timesteps(inputs["timestep"].repeat(2)):
             tensors[Key.codes(name)] = quantizer.codes(x)
             ties = is_tie(quantizer.ratio(x))
             if ties.any():
@@ -333,32 +338,27 @@ def _layer_tensors(
                     Key.ties(name): ties.flatten().nonzero()[:, 0],
                     Key.untied(name): x[ties],
                 }
-            readers = [
-                reader for reader in model.checkpoint.quantizers[name].layers if reader in layers
-            ]
+        probe = x[2:]
+        readers = [
+            reader for reader in model.checkpoint.quantizers[name].layers if reader in layers
+        ]
+        with model.at_timesteps(inputs["timestep"], sharing=True):
             for reader in readers:
-                key = Key.y(reader)
-                tensors[key] = _with_probes(tensors[key], layers[reader](x))
-            if not readers:
-                untied[name] = x
-        for name, product in chosen_products.items():
-            sites = model.checkpoint.matmuls[name].sites
-            pair = [
-                untied[quantizer] if quantizer is not None else torch.cat([x, x.flip(0)])
-                for quantizer, x in zip(sites, operands[name], strict=True)
-            ]
-            tensors |= {
-                Key.operand(name, i): x
-                for i, (quantizer, x) in enumerate(zip(sites, pair, strict=True))
-                if quantizer is None
-            }
-            tensors[Key.y(name)] = _with_probes(tensors[Key.y(name)], product(*pair))
+                add_probes(reader, layers[reader], probe)
+        if not readers:
+            probes[name] = probe
+    for name, product in chosen_products.items():
+        sites = model.checkpoint.matmuls[name].sites
+        for i, (site, x) in enumerate(zip(sites, operands[name], strict=True)):
+            if site is None:
+                tensors[Key.operand(name, i)] = torch.cat([x, x.flip(0)])
+        pair = (
+            x.flip(0) if site is None else probes[site]
+            for site, x in zip(sites, operands[name], strict=True)
+        )
+        with model.at_timesteps(inputs["timestep"]):
+            add_probes(name, product, *pair)
     return tensors
-
-
-def _with_probes(real: Tensor, y: Tensor) -> Tensor:
-    """y [4, ...] with the rows that the pass itself gave, to the bit."""
-    return torch.cat([real, y[len(real) :]])
 
 
 def _rounding(
@@ -384,7 +384,10 @@ def _rounding(
     def moved(x: Tensor) -> Tensor:
         if not x.is_floating_point():
             return x
-        towards = torch.where(torch.rand(x.shape, generator=generator) < 0.5, -torch.inf, torch.inf)
+        # 0 or 1, then as far down or up as a float goes: comparisons are slower than arithmetic.
+        towards = (
+            torch.rand(x.shape, generator=generator).mul_(2).floor_().sub_(0.5).mul_(torch.inf)
+        )
         return torch.nextafter(x, towards).double()
 
     def compare(name: str, x: Tensor, expected: Tensor, axis: int) -> None:
@@ -554,16 +557,10 @@ def _sensitivity(
 
     def jitter(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
-        return (
-            x
-            * (
-                1
-                + (torch.rand(x.shape, generator=generator) * 2 - 1)
-                * JITTER_ULPS
-                * torch.finfo(x.dtype).eps
-            ),
-            *args[1:],
-        )
+        # In place: a new tensor at each step takes longer than the step.
+        noise = torch.rand(x.shape, generator=generator).mul_(2).sub_(1)
+        noise.mul_(JITTER_ULPS).mul_(torch.finfo(x.dtype).eps).add_(1)
+        return noise.mul_(x), *args[1:]
 
     handles = [quantizer.register_forward_pre_hook(jitter) for quantizer in model.sites]
     try:

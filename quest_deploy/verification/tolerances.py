@@ -91,11 +91,12 @@ def compare_codes(codes: NDArray[Any], expected: NDArray[Any], ratio: Floats) ->
     Codes are int8, or whole float32 numbers, of the same shape as ``ratio``.
     """
     different = codes != expected
-    neighbours = np.abs(codes.astype(np.float64) - expected.astype(np.float64)) <= np.maximum(
+    found, wanted, ratio = (x[different] for x in (codes, expected, ratio))
+    neighbours = np.abs(found.astype(np.float64) - wanted.astype(np.float64)) <= np.maximum(
         1, np.spacing(np.abs(ratio))
     )
-    explained = different & neighbours & (tie_distance(ratio) <= TIE_ULPS)
-    return CodeMismatches(codes.size, int(different.sum()), int((different & ~explained).sum()))
+    explained = neighbours & (tie_distance(ratio) <= TIE_ULPS)
+    return CodeMismatches(codes.size, found.size, int((~explained).sum()))
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 MIB = 2**20
-MEMORY_AIM_GIB = 24
-"""What finetuning at Stable Diffusion 1.5's size may need, so that it fits a common GPU."""
+OURS, LINKED = "headers of this tensorrt", "libnvinfer of this tensorrt"
+"""What ``find`` calls headers that plugins can be built with, and a library that programs can be
+linked with, to run with the TensorRT that Python has.
+"""
+MEMORY_AIM_GB, CONTEXT_GB = 24, 1
+"""What finetuning at Stable Diffusion 1.5's size may need, so that it fits a common GPU, and what
+CUDA's own context takes of it at most.
+"""
 _CODES = ("codes", "mismatches")
 
 Answer = dict[str, Any]
@@ -36,7 +42,7 @@ class Command:
     """A command line, and what is read out of its answer.
 
     Attributes:
-        line: words as a shell parses them; {out}, {sdk} and {root} stand for folders.
+        line: words as a shell parses them; what is in braces is what ``Places.names`` has.
         reads: the JSON file that it writes, where it does not print it.
     """
 
@@ -50,7 +56,7 @@ class Step:
     """Commands that are measured together.
 
     Attributes:
-        needs: what the machine must have, by the names that :func:`find` gives.
+        needs: what the machine must have, by the names that ``find`` gives.
         after: steps whose files it reads.
         minutes: what its commands may take together.
     """
@@ -92,13 +98,12 @@ def verify_figures(answer: Answer) -> list[Figure]:
 
 def benchmark_figures(answer: Answer) -> list[Figure]:
     """Of `benchmark`."""
-    peaks = {each["engine"]: each["peak_memory_bytes"] for each in answer["footprints"]}
-    sizes = {each["engine"]: each["file_bytes"] for each in answer["footprints"]}
+    held = {each["engine"]: _held(each) for each in answer["footprints"]}
     timings = [
         Figure(
             f"{each['engine']}, batch {each['batch']}",
-            f"{1e3 * each['median_s']:.3f} ms (p90 {1e3 * each['p90_s']:.3f}), files "
-            f"{sizes[each['engine']] / 1e6:.1f} MB, host {peaks[each['engine']] / MIB:.0f} MiB",
+            f"{1e3 * each['median_s']:.3f} ms (p90 {1e3 * each['p90_s']:.3f}), "
+            f"{held[each['engine']]}",
         )
         for each in answer["timings"]
     ]
@@ -106,6 +111,16 @@ def benchmark_figures(answer: Answer) -> list[Figure]:
     told = answer["precision"]["unavailable"] or "the runtime does not tell"
     share = told if realised is None else f"{realised:.1%}, {_kinds(answer['precision'])}"
     return [*timings, Figure("multiply-adds in INT8", share, f"{asked:.1%}")]
+
+
+def _held(footprint: Answer) -> str:
+    """What an engine takes; of the GPU's memory where that was told."""
+    on_gpu = footprint["gpu_bytes"]
+    return (
+        f"files {footprint['file_bytes'] / 1e6:.1f} MB, "
+        + ("" if on_gpu is None else f"GPU {on_gpu / MIB:.0f} MiB, ")
+        + f"host {footprint['peak_memory_bytes'] / MIB:.0f} MiB"
+    )
 
 
 def _kinds(precision: Answer) -> str:
@@ -132,8 +147,8 @@ def finetune_figures(answer: Answer) -> list[Figure]:
         Figure(f"{stage} step", f"{step['seconds']:.2f} s, peak {step['peak_gib']:.1f} GiB")
         for stage, step in last.items()
     ]
-    peak = Figure("peak memory", f"{answer['peak_gib']:.1f} GiB", f"{MEMORY_AIM_GIB} GiB")
-    return [*seconds, peak]
+    what = f"{answer['peak_gib']:.1f} GiB, where torch may hold {answer['limit_gb']:g} GB"
+    return [*seconds, Figure("peak memory", what, f"a GPU of {MEMORY_AIM_GB} GB")]
 
 
 def said(what: str, answer: Answer) -> list[Figure]:
@@ -187,11 +202,22 @@ def script(name: str, arguments: str, figures: Callable[[Answer], list[Figure]])
 
 @dataclass(frozen=True)
 class Model:
-    """A workspace, and the options of what makes it; ``reference`` of what verifies it."""
+    """A workspace, and the options of what makes it.
+
+    Attributes:
+        reference: of what verifies it.
+        tensorrt: of TensorRT's engines: all are in the GPU's memory when they are timed, each with
+            room for its largest batch.
+        benchmark: the batches, and what is timed beside.
+        minutes: of each step; a verification compiles some hundred parts and may take twice as
+            long.
+    """
 
     name: str
     calibrate: str
     reference: str = ""
+    tensorrt: str = ""
+    benchmark: str = "--batch 2 --batch 16"
     minutes: float = 10.0
 
     def steps(self) -> Iterator[Step]:
@@ -248,6 +274,8 @@ class Model:
         """
         name, backend = f"{self.name}-{engine.name}", f"--backend {engine.backend}"
         build = f"build-engine {backend} {engine.options}"
+        if not source and engine.backend in REFITTING:  # a refit has its engine's options
+            build += f" {self.tensorrt} {OF_THIS_GPU[engine.backend].format(name=name)}"
         stages = {
             "build": (
                 # Hard links: quest-deploy never writes into a file that is there.
@@ -257,14 +285,15 @@ class Model:
             "verify": (quest_deploy(f"verify {backend} -w {{out}}/{name}", verify_figures),),
             "benchmark": (
                 quest_deploy(
-                    f"benchmark {backend} --batch 2 --batch 16 -w {{out}}/{name}",
+                    f"benchmark {backend} {self.benchmark} -w {{out}}/{name}",
                     benchmark_figures,
                 ),
             ),
         }
         after = (*before, *engine.after)
         for stage, commands in stages.items():
-            yield Step(f"{name}-{stage}", commands, engine.needs, after, self.minutes)
+            minutes = self.minutes * (2 if stage == "verify" else 1)
+            yield Step(f"{name}-{stage}", commands, engine.needs, after, minutes)
             after = (f"{name}-build",)
 
 
@@ -281,9 +310,21 @@ class Engine:
 
 _FP16 = "--dtype fp16"
 REFITTING = ("tensorrt", "tensorrt-rtx")
+OF_THIS_GPU = {
+    # What was timed once is not timed again by `verify`, `benchmark`, or a second run.
+    "tensorrt": "--timing-cache {{out}}/timing/{name}",
+    "tensorrt-rtx": "--compute-capability {{capability}}",
+}
+FROM = {"tensorrt-gathered": "tensorrt 10.13", "tensorrt-attention": "tensorrt 10.14"}
+"""The first version that builds such an engine."""
 ENGINES = (
     *(
-        Engine(f"{backend}-{name}", backend, f"{_FP16} {options}", ("gpu", backend))
+        Engine(
+            f"{backend}-{name}",
+            backend,
+            f"{_FP16} {options}",
+            ("gpu", FROM.get(f"{backend}-{name}", backend)),
+        )
         for backend in REFITTING
         for name, options in (
             ("native", "--quantize native"),
@@ -296,7 +337,7 @@ ENGINES = (
         "tensorrt-plugin",
         "tensorrt",
         f"{_FP16} --quantize plugin --plugins {{out}}/plugins/libquest_trt_plugins.so",
-        ("gpu", "tensorrt"),
+        ("gpu", "tensorrt", OURS),
         ("plugins",),
     ),
     *(
@@ -309,16 +350,22 @@ ENGINES = (
         for provider in ("cuda", "tensorrt")
     ),
 )
+SMALL = 32
+"""A side of the latents that are verified."""
 MODELS = (
     Model("emoji", "--model emoji --bits w4a4"),
     Model(
         "sd15",
         shlex.join(bench_sd15.CALIBRATION),
-        "--sample-size 32 --megabytes 500",
+        f"--sample-size {SMALL} --megabytes 200",
+        # Its own size first, which is timed; the other is the reference's.
+        f"--max-batch 2 --sample-size 64 --sample-size {SMALL}",
+        "--batch 2 --no-static --runs 30",
         minutes=30,
     ),
 )
-_CMAKE = "cmake -S {root}/trt_plugins -DCMAKE_BUILD_TYPE=Release -DCMAKE_CUDA_ARCHITECTURES=native"
+_CMAKE = "cmake -S {root}/trt_plugins -DCMAKE_BUILD_TYPE=Release"
+_FOR_THE_GPU = "-DCMAKE_CUDA_ARCHITECTURES={capability}"
 _ON_THE_GPU = ("gpu", "nvcc", "cmake")
 STEPS = (
     Step(
@@ -337,7 +384,7 @@ STEPS = (
     Step(
         "kernels",
         (
-            Command(f"{_CMAKE} -B {{out}}/kernels"),
+            Command(f"{_CMAKE} {_FOR_THE_GPU} -B {{out}}/kernels"),
             Command("cmake --build {out}/kernels --parallel --target kernel_test measure"),
             Command(
                 "{out}/kernels/tests/kernel_test",
@@ -364,27 +411,31 @@ STEPS = (
             ),
             (*_ON_THE_GPU, "compute-sanitizer"),
             ("kernels",),
+            20,  # each access is looked at
         )
         for tool in measure_plugin.SANITIZER_TOOLS
     ),
     Step(
         "plugins",
         (
-            Command(f"{_CMAKE} -B {{out}}/plugins -DTENSORRT_ROOT={{sdk}}"),
+            Command(
+                f"{_CMAKE} {_FOR_THE_GPU} -B {{out}}/plugins -DTENSORRT_INCLUDE_DIR={{headers}} "
+                "-DTENSORRT_LIBRARY={library} -DNLOHMANN_JSON_INCLUDE_DIR={json}"
+            ),
             Command("cmake --build {out}/plugins --parallel"),
             Command(
                 "ctest --test-dir {out}/plugins --output-on-failure",
                 lambda answer: said("plugins in TensorRT's registry", answer),
             ),
         ),
-        (*_ON_THE_GPU, "sdk"),
+        (*_ON_THE_GPU, "tensorrt-headers"),
     ),
     Step(
         "finetune-sd15",
         (
             script(
                 "measure_finetune_cost",
-                "--device cuda --precision bf16 --steps 3",
+                f"--device cuda --precision bf16 --steps 3 --limit-gb {MEMORY_AIM_GB - CONTEXT_GB}",
                 finetune_figures,
             ),
         ),
@@ -400,7 +451,7 @@ STEPS = (
                 denoise_figures,
             ),
         ),
-        ("gpu", "tensorrt", "sdk"),
+        ("gpu", "tensorrt", LINKED, "nlohmann-json"),
         ("plugins", "emoji-tensorrt-native-build"),
     ),
     Step(

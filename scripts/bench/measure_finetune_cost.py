@@ -5,9 +5,11 @@ peak memory.
 
 The UNet has the configuration of stable-diffusion-v1-5's and random weights, and the "recorded"
 trajectories are random too: neither time nor memory depends on their values. It is calibrated to
-W4A4 in two buckets by min-max, its attention's q, k, v and softmax and the halves of its shortcuts
-included; then `finetune` runs, with the layer sets of text-to-image models and gradient
-checkpointing. Peaks are counted anew when finetuning begins, and printed after each step.
+W4A4 in two buckets by min-max, on small latents, its attention's q, k, v and softmax and the halves
+of its shortcuts included; then `finetune` runs, with the layer sets of text-to-image models and
+gradient checkpointing. Peaks are counted anew when finetuning begins, and printed after each step.
+With --limit-gb torch may hold no more of the GPU's memory than that: what it runs in is shown, and
+not only what it would have liked to have.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ TIMESTEPS = (801.0, 201.0)
 """One in each of two buckets."""
 SAMPLES = 4
 """Samplings in the trajectories."""
+CALIBRATION_SIZE = 16
+"""A side of the latents to calibrate on: what a step costs depends on no scale."""
 
 
 def load_unet() -> nn.Module:
@@ -81,6 +85,12 @@ def peak_gib(device: str) -> float:
     return int(line.split()[1]) / 2**20
 
 
+def limit_memory(gigabytes: float) -> None:
+    """Let torch hold at most that much (10^9 bytes each) of the GPU's memory; beyond it raises."""
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * gigabytes / whole))
+
+
 def reset_peak(device: str) -> None:
     """Count :func:`peak_gib` from now on."""
     if device == "cuda":
@@ -101,12 +111,19 @@ def main(
     ] = 8,
     steps: Annotated[int, typer.Option(help="Steps of each stage.")] = 1,
     gradient_checkpointing: bool = True,
+    limit_gb: Annotated[
+        float | None, typer.Option(help="cuda: the most memory that torch may hold, in GB.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Calibrate, run both stages, and print the cost of their steps."""
     started = time.monotonic()
+    if limit_gb is not None and device == "cuda":
+        limit_memory(limit_gb)
     trajectories = random_trajectories(latent_size)
-    checkpoint = calibrated_checkpoint(trajectories, attention_bits or None)
+    checkpoint = calibrated_checkpoint(
+        random_trajectories(min(latent_size, CALIBRATION_SIZE)), attention_bits or None
+    )
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name()
         if device == "cuda"
@@ -117,6 +134,7 @@ def main(
         "batch": batch,
         "latent_size": latent_size,
         "gradient_checkpointing": gradient_checkpointing,
+        "limit_gb": limit_gb,
         "parameters": sum(layer.codes.size for layer in checkpoint.layers.values()),
         "calibration_seconds": time.monotonic() - started,
         "calibration_peak_gib": peak_gib("cpu"),

@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from quest_deploy.backends.tensorrt.base import gpu_compute_capability, gpu_count
+from quest_deploy.backends.cuda import gpu_compute_capability, gpu_count
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file, read_json, write_json
 

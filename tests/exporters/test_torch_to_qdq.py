@@ -572,6 +572,13 @@ class _Attention(torch.nn.Module):
         return y
 
 
+class _Moves(torch.nn.Module):
+    """What moves a tensor to where it is, and to another type."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(x.device) * x.to(x.device, torch.float64).sum().float()
+
+
 MASK = torch.tensor([[0.0, -1.0, 2.0, 0.5, -3.0]])
 
 
@@ -584,9 +591,13 @@ MASK = torch.tensor([[0.0, -1.0, 2.0, 0.5, -3.0]])
         _Attention(scale=0.3),
         _Attention(is_causal=True),
         _Attention(attn_mask=MASK),
+        torch.nn.RMSNorm(8, eps=1e-2),
+        torch.nn.RMSNorm((5, 8), elementwise_affine=False),
+        _Moves(),
     ],
-    ids=["unknown", "writes", "attention", "scale", "causal", "mask"],
+    ids=["unknown", "writes", "attention", "scale", "causal", "mask", "rms", "rms of two", "moves"],
 )
+@torch.no_grad()
 def test_what_torch_onnx_does_not_know_as_it_is_is_exported_and_computes_the_same(
     module: torch.nn.Module,
 ) -> None:

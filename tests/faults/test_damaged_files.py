@@ -52,12 +52,13 @@ OPENERS = {
 """What reads a file, and ``torch.load`` and ``ir.load``."""
 OWN = {
     "models.plain_yaml:load_yaml": "a text, whose files' readers have kinds",
+    "backends.openvino.blobs:_weights_beside": "the graph that the same command has just lowered",
     "evaluation.retrieval:__init__": "the package's own file",
     "evaluation.perceptual:_state_dict": "another project's weights, by `weights_only` and its own tests",
     "models.controls:load_control": "a ControlNet's configuration, by `read_json` and its own tests",
-    "models.networks.sd3:check": "the model index again, which has a kind",
+    "models.networks.patch_transformers:require_encoders": "the model index again, which has a kind",
     "models.loras:_beside": "a LoRA's small neighbour, by `read_json` and its own tests",
-    "serving.triton.package:_check_text_encoder": "of a model that was loaded before",
+    "serving.part_graphs:takes_mask": "of a model that was loaded before",
     "stages.api:client": "sends the bytes: the server checks them, `read_bounded` the file",
 }
 """Readers without a kind, and why."""

@@ -23,6 +23,7 @@ from quest_deploy.models.registry import EMBEDDED, KNOWN_MODELS
 from tests.pipelines import PIPELINES, TRANSFORMERS
 from tests.quest_deploy.support import (
     CHAIN,
+    FLUX_CHAIN,
     LABEL_CHAIN,
     LDM_CHAIN,
     MINI_EMOJI_UNET,
@@ -250,6 +251,13 @@ def pixart_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
 def sd3_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     """The small pipeline of Stable Diffusion 3.5, through every command. Workers share one."""
     with _chain("sd3", SD3_CHAIN, tmp_path_factory) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def flux_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+    """The small pipeline of FLUX.1-dev, through every command. Workers share one."""
+    with _chain("flux", FLUX_CHAIN, tmp_path_factory) as made:
         yield made
 
 

@@ -144,6 +144,11 @@ SD3_CHAIN = {
     "schedule": ["--scheduler", "euler", "--steps", "4"],
 }
 """And of flow matching."""
+FLUX_CHAIN = {
+    **SD3_CHAIN,
+    "generate onnxruntime": [*("--prompt", "a red cat", "--steps", "2", "--guidance", "5")],
+}
+"""And whose guidance is embedded."""
 
 
 LINKS = ("to other names", "to the same names", "hard")

@@ -21,6 +21,7 @@ import torch
 
 from quest_deploy.artifacts.workspace import GRAPH, MANIFEST
 from quest_deploy.backends.base import ENGINE_FILE
+from quest_deploy.backends.cuda import gpu_count
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt import base as shared
@@ -311,7 +312,7 @@ def test_what_runs_an_engine_here_is_what_python_says(
         content["options"].update(options)
 
     reseal(folder / ENGINE_FILE, of_tensorrt)
-    monkeypatch.setattr(shared, "gpu_compute_capability", lambda: capability)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_compute_capability", lambda: capability)
     chosen = EngineOptions(**options)
     expected = shared.runs_engines_of(
         version, "10.16.1", version_compatible=chosen.version_compatible
@@ -758,7 +759,7 @@ def _denoise(
 def test_the_app_starts_tensorrt_for_rtx_and_says_that_there_is_no_gpu(
     denoise: Path, built: Path, tmp_path: Path
 ) -> None:
-    if shared.gpu_count():
+    if gpu_count():
         pytest.skip("this machine has a GPU")
     ended = _denoise(denoise, built, tmp_path)
     assert (ended.returncode, ended.stdout) == (1, "")

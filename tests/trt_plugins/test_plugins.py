@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -138,6 +139,29 @@ def test_plugins_compile_as_cpp20_from_11_5_on_and_implement_v3_interfaces_alone
     symbols = run("nm", "-C", *(build / "CMakeFiles/quest_plugin_objects.dir").rglob("*.o"))
     assert re.search(r"nvinfer1::\S*IPluginV3OneRuntime", symbols)
     assert not re.search(r"nvinfer1::\S*(IPluginV2|IPluginCreator\b)", symbols)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("include", "lib"), [("targets/{}/include", "targets/{}/lib"), ("include/{}", "lib/{}")]
+)
+def test_tensorrt_is_found_where_its_archive_and_debians_packages_have_it(
+    include: str, lib: str, tmp_path: Path
+) -> None:
+    require_compilers()
+    headers, libraries = (
+        tmp_path / "root" / folder.format(f"{platform.machine()}-linux-gnu")
+        for folder in (include, lib)
+    )
+    for folder in (headers, libraries):
+        folder.mkdir(parents=True)
+    (headers / "NvInferRuntime.h").touch()
+    (headers / "NvInferVersion.h").write_text(
+        "#define NV_TENSORRT_MAJOR 11\n#define NV_TENSORRT_MINOR 4\n"
+    )
+    (libraries / "libnvinfer.so").touch()
+    configured = configure(tmp_path / "build", f"-DTENSORRT_ROOT={tmp_path / 'root'}")
+    assert_holds(configured.stdout, f"headers {headers}", f"library {libraries}")
 
 
 def test_name_version_namespace_inputs_and_fields_are_the_exporters(

@@ -2,8 +2,12 @@
 if(NOT TENSORRT_INCLUDE_DIR AND DEFINED ENV{TENSORRT_INCLUDE_DIR})
   set(TENSORRT_INCLUDE_DIR $ENV{TENSORRT_INCLUDE_DIR} CACHE PATH "The folder of NvInferRuntime.h")
 endif()
-find_path(TENSORRT_INCLUDE_DIR NvInferRuntime.h HINTS ${TENSORRT_ROOT} $ENV{TENSORRT_ROOT} PATH_SUFFIXES include)
-find_library(TENSORRT_LIBRARY nvinfer HINTS ${TENSORRT_ROOT} $ENV{TENSORRT_ROOT} PATH_SUFFIXES lib lib64)
+# As Debian's packages, and as TensorRT's archive have them.
+set(multiarch ${CMAKE_SYSTEM_PROCESSOR}-linux-gnu)
+set(tensorrt_include include include/${multiarch} targets/${multiarch}/include)
+set(tensorrt_lib lib lib64 lib/${multiarch} targets/${multiarch}/lib)
+find_path(TENSORRT_INCLUDE_DIR NvInferRuntime.h HINTS ${TENSORRT_ROOT} $ENV{TENSORRT_ROOT} PATH_SUFFIXES ${tensorrt_include})
+find_library(TENSORRT_LIBRARY nvinfer HINTS ${TENSORRT_ROOT} $ENV{TENSORRT_ROOT} PATH_SUFFIXES ${tensorrt_lib})
 if(NOT TENSORRT_INCLUDE_DIR AND QUEST_FETCH_TENSORRT_HEADERS)
   include(FetchContent)
   FetchContent_Declare(tensorrt_headers

@@ -1,36 +1,50 @@
 """OpenVINO on the CPU: convolutions and linears as true INT8.
 
 The engine is the lowered graph itself: OpenVINO's own format would store the INT4 weights as INT8,
-twice the size.
+twice the size. Beside it lie blobs, compiled models without weights (see blobs.py), which open
+faster.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 from collections import OrderedDict
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.backends.base import LOWERED, Runner, input_arrays, input_shapes, reason_of
 from quest_deploy.backends.cpu import CpuBackend
+from quest_deploy.backends.openvino.blobs import (
+    blob_path,
+    hold_all_but_weights,
+    kept_blobs,
+    open_blob,
+    usual_shapes,
+    weights_config,
+    write_blob,
+)
 from quest_deploy.backends.openvino.precision import runtime_precisions
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.files import gathered
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import onnx_ir as ir
     from numpy.typing import NDArray
 
     from exporters.exactness import Exactness
+    from quest_deploy.backends.openvino.blobs import Shapes
     from quest_deploy.progress import Progress
-
-    Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 """openvino's name of each dtype that what is not INT8 may run in."""
 KEPT_SHAPES = 4
 """Each compiled batch size holds weights of its own in memory."""
+logger = logging.getLogger(__name__)
 
 
 class OpenVinoBackend(CpuBackend):
@@ -61,22 +75,60 @@ class OpenVinoBackend(CpuBackend):
         options: EngineOptions,
         progress: Progress,
     ) -> None:
-        """Compile it once: what openvino refuses is refused now."""
-        progress("compiling with openvino", 0, 1)
-        compile_graph(lowered, options)
-        progress("compiling with openvino", 1, 1)
+        """Compile it once: what openvino refuses is refused now. What was compiled for
+        ``options.compiled_batch`` is kept.
+        """
+        from exporters.graph_info import load_graph
+
+        batches = options.compiled_batch
+        progress("compiling with openvino", 0, max(1, len(batches)))
+        if not batches:
+            compile_graph(lowered, options)
+            progress("compiling with openvino", 1, 1)
+            return
+        model = load_graph(lowered)
+        for i, batch in enumerate(batches):
+            self._keep(lowered, model, folder, options, batch)
+            progress("compiling with openvino", i + 1, len(batches))
+
+    def _keep(
+        self, lowered: Path, model: ir.Model, folder: Path, options: EngineOptions, batch: int
+    ) -> None:
+        """Compile for ``batch`` and keep it; or, after a warning, only compile, where openvino
+        cannot give the same from a blob.
+        """
+        from quest_deploy.backends.exactness import kernels_key
+
+        shapes, fuse = usual_shapes(model, batch), _fuses(model)
+        path = blob_path(folder, batch, kernels_key(self))
+        try:
+            write_blob(
+                lambda: compile_graph(lowered, options, shapes, fuse=fuse, kept=True),
+                path,
+                _config(options) | weights_config(lowered, options),
+            )
+        except (RuntimeError, ValueError, OSError) as e:
+            if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+                raise
+            path.unlink(missing_ok=True)
+            logger.warning(
+                "openvino keeps nothing compiled for batches of %d (%s): the engine opens as "
+                "slowly as it compiles",
+                batch,
+                reason_of(e),
+            )
+            compile_graph(lowered, options, shapes, fuse=fuse)
 
     def open(self, folder: Path, options: EngineOptions) -> Runner:
         """With all kernels, but for float graphs that openvino crashes on, the benchmark's: see
         :func:`fusing_crashes`.
         """
         from exporters.graph_info import load_graph
+        from quest_deploy.backends.exactness import kernels_key
 
-        lowered = load_graph(folder / LOWERED)
-        in_float = all(node.op_type != "DequantizeLinear" for node in lowered.graph)
-        return _OpenVinoRunner(
-            folder / LOWERED, options, fuse=not (in_float and fusing_crashes(lowered))
-        )
+        model = load_graph(folder / LOWERED)
+        blobs = kept_blobs(folder, model, options.compiled_batch, kernels_key(self))
+        return _OpenVinoRunner(folder / LOWERED, options, fuse=_fuses(model), blobs=blobs)
 
     def open_segments(self, folder: Path, options: EngineOptions) -> Runner:
         """With the kernels that the engine has, but for graphs that openvino crashes on: see
@@ -97,6 +149,26 @@ class OpenVinoBackend(CpuBackend):
         shapes = input_shapes(lowered, 1)
         compiled = compile_graph(folder / LOWERED, options, tuple(shapes.items()))
         return runtime_precisions(compiled.get_runtime_model(), multiplications(lowered, shapes))
+
+
+def _fuses(lowered: ir.Model) -> bool:
+    """Whether openvino may fuse what it likes in an engine's graph."""
+    from exporters.graph_info import has_quantizers
+
+    return has_quantizers(lowered) or not fusing_crashes(lowered)
+
+
+def _config(options: EngineOptions) -> dict[str, Any]:
+    """The settings that every engine is compiled and read with."""
+    # Without the group size of 0 a float activation that meets a dequantized weight is quantized to
+    # 8 bits, silently.
+    config: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": HINTS[options.dtype],
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    }
+    if options.threads:
+        config["INFERENCE_NUM_THREADS"] = options.threads
+    return config
 
 
 def fusing_crashes(segments: ir.Model) -> bool:
@@ -121,26 +193,23 @@ def compile_graph(
     *,
     fuse: bool = True,
     profile: bool = False,
+    kept: bool = False,
 ) -> Any:
     """Compile the graph at ``path``, for fixed input shapes if given; ``profile`` makes each run
-    time its nodes.
+    time its nodes, ``kept`` is for what is written as a blob.
     """
     import openvino
 
-    core = openvino.Core()
-    # Without the group size of 0 a float activation that meets a dequantized weight is quantized to
-    # 8 bits, silently.
-    config: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": HINTS[options.dtype],
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-    }
+    core, config = openvino.Core(), _config(options)
     if profile:
         config["PERF_COUNT"] = True
-    if options.threads:
-        config["INFERENCE_NUM_THREADS"] = options.threads
+    beside = weights_config(path, options) if kept else {}
+    config |= beside
     try:
         with gathered(path, f"{path.name}.data") as graph:
             model = core.read_model(graph)
+        if beside:
+            hold_all_but_weights(model, path)
         if shapes is not None:
             model.reshape({name: list(shape) for name, shape in shapes})
         _forward_halves(model)
@@ -194,31 +263,54 @@ class _OpenVinoRunner(Runner):
     """Compiles the graph for each batch size it meets, and keeps the last few.
 
     OpenVINO fuses the elementwise work around the quantizers only where shapes are fixed: the same
-    graph with a dynamic batch was seen to take twice as long.
+    graph with a dynamic batch was seen to take twice as long. Threads take turns, since a request
+    has memory of its own for one call.
     """
 
-    def __init__(self, path: Path, options: EngineOptions, *, fuse: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        options: EngineOptions,
+        *,
+        fuse: bool = True,
+        blobs: Mapping[Shapes, Path] | None = None,
+    ) -> None:
+        """Run the graph at ``path``; ``blobs`` are what was compiled of it, by the shapes of the
+        inputs.
+        """
         self._path, self._options, self._fuse = path, options, fuse
-        self._requests: OrderedDict[Shapes, Any] = OrderedDict()
+        self._blobs = blobs or {}
+        self._requests: OrderedDict[Shapes, tuple[Any, Any]] = OrderedDict()
+        self._lock = Lock()
 
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        request = self._request(tuple((name, value.shape) for name, value in sorted(feeds.items())))
-        # A copy: the request's own output memory is overwritten by the next call.
-        try:
-            results = request.infer(input_arrays(feeds))
-        except RuntimeError as e:
-            raise QuestDeployError(f"openvino failed: {reason_of(e)}") from e
-        copies = [(output.get_names(), value.copy()) for output, value in results.items()]
+        shapes = tuple((name, value.shape) for name, value in sorted(feeds.items()))
+        with self._lock:
+            try:
+                results = self._request(shapes).infer(input_arrays(feeds))
+            except RuntimeError as e:
+                raise QuestDeployError(f"openvino failed: {reason_of(e)}") from e
+            # A copy: the request's own output memory is overwritten by the next call.
+            copies = [(output.get_names(), value.copy()) for output, value in results.items()]
         return {
             name: value for names, value in copies for name in names
         }  # equal outputs are one that has all their names
 
     def _request(self, shapes: Shapes) -> Any:
         if shapes not in self._requests:
-            self._requests[shapes] = compile_graph(
-                self._path, self._options, shapes, fuse=self._fuse
-            ).create_infer_request()
+            compiled, content = self._compiled(shapes)
+            self._requests[shapes] = compiled.create_infer_request(), content
             while len(self._requests) > KEPT_SHAPES:
                 self._requests.popitem(last=False)
         self._requests.move_to_end(shapes)
-        return self._requests[shapes]
+        return self._requests[shapes][0]
+
+    def _compiled(self, shapes: Shapes) -> tuple[Any, Any]:
+        """The compiled model, and what must outlive it: a blob's content, where it was opened from
+        one.
+        """
+        if (blob := self._blobs.get(shapes)) is not None:
+            config = _config(self._options) | weights_config(self._path, self._options)
+            if (opened := open_blob(blob, config)) is not None:
+                return opened
+        return compile_graph(self._path, self._options, shapes, fuse=self._fuse), None

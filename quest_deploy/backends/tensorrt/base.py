@@ -6,7 +6,6 @@ sdk.py, on the GPU it will run on.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
 import json
@@ -21,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quest_deploy.backends import cuda
 from quest_deploy.backends.base import (
     LOWERED,
     Backend,
@@ -73,6 +73,10 @@ UNSUPPORTED_CAPABILITIES = {
 """What its support matrix (1.0 to 1.5) says of compute capabilities that it builds for all the
 same.
 """
+INT8_OF_WEIGHTS = (
+    "the support matrix of tensorrt-rtx lists INT8 for weights alone: on the GPU, `quest-deploy "
+    "inspect` tells whether products of integers run as such, and --backend tensorrt runs them so"
+)
 FUSED_HEAD_SIZE, FUSED_TOKENS = 64, 512
 """The largest attention that TensorRT computes in one kernel of INT8; a larger one is slower than
 in FP16.
@@ -95,16 +99,27 @@ class TensorRtBackend(Backend):
 
     def check_run(self, options: EngineOptions) -> None:
         self._module()
-        if gpu_count() == 0:
+        if cuda.gpu_count() == 0:
             raise InputError(
                 f"{self.name} engines run on an NVIDIA GPU, and this machine has none; copy the "
                 "workspace to one that has"
+            )
+        self.check_driver()
+
+    def check_driver(self) -> None:
+        """Raise InputError where this machine's is too old for the package's CUDA."""
+        needed = cuda.major_of(self.package)
+        driver = cuda.driver_version() if needed is not None else ""
+        if needed is not None and int(driver.split(".")[0]) < needed:
+            raise InputError(
+                f"{self.package}_cu{needed} needs a driver that runs CUDA {needed}, and this runs "
+                f"{driver}: update it, or install the package for an older CUDA"
             )
 
     def check_engine(self, record: EngineRecord) -> EngineOptions:
         """Its version, its GPU and, where it has one, its plugin must be here."""
         options, built = super().check_engine(record), record.runtime
-        here = str(self._module().__version__)
+        here = version_number(self._module())
         if built is not None and not runs_engines_of(
             here, built.version, version_compatible=options.version_compatible
         ):
@@ -180,7 +195,7 @@ class TensorRtBackend(Backend):
         monitor = _monitor(trt, progress)
         # From the first object that logs on: parsing calls back into Python too.
         with _interrupts_stop(monitor), tempfile.TemporaryDirectory(dir=folder) as scratch:
-            builder = trt.Builder(logger)
+            builder = started(trt.Builder, logger)
             if options.quantize == PLUGIN:
                 load_plugin(builder.get_plugin_registry(), options.plugins, logger)
             network = builder.create_network(
@@ -290,7 +305,7 @@ class TensorRtBackend(Backend):
         return found
 
     def record(self, options: EngineOptions) -> dict[str, Any]:
-        return {"runtime": Runtime(self.package, str(self._module().__version__))}
+        return {"runtime": Runtime(self.package, version_number(self._module()))}
 
     def _module(self) -> Any:
         try:
@@ -310,12 +325,31 @@ class TensorRtRtxBackend(TensorRtBackend):
     remedy = "pip install 'quest-deploy[tensorrt-rtx]'"
 
     def resolve(self, options: EngineOptions) -> EngineOptions:
-        return replace(options, quantize=NATIVE) if options.quantize == AUTO else options
+        """Without a choice, for this machine's GPU too, where it builds for that."""
+        if options.quantize == AUTO:
+            options = replace(options, quantize=NATIVE)
+        if not options.compute_capability and cuda.gpu_count():
+            here = cuda.gpu_compute_capability()
+            more = {*known_capabilities(self._module())}.difference(
+                DEFAULT_CAPABILITIES, UNSUPPORTED_CAPABILITIES
+            )
+            if here in more:
+                return replace(options, compute_capability=(*DEFAULT_CAPABILITIES, here))
+        return options
+
+    def check_run(self, options: EngineOptions) -> None:
+        super().check_run(options)
+        here, known = cuda.gpu_compute_capability(), known_capabilities(self._module())
+        if here not in known:
+            raise InputError(
+                f"tensorrt-rtx runs on GPUs of compute capability {', '.join(known)}, and this "
+                f"machine's has {here}; use --backend tensorrt here"
+            )
 
     def check_build(self, options: EngineOptions) -> None:
         self.check_options(options)
         trt = self._module()
-        if (options.refittable or options.strip_plan) and gpu_count() == 0:
+        if (options.refittable or options.strip_plan) and cuda.gpu_count() == 0:
             raise InputError(
                 "--refittable and --strip-plan need an NVIDIA GPU, and this machine has none: "
                 "tensorrt-rtx compiles what puts weights into an engine with the GPU's driver"
@@ -328,6 +362,18 @@ class TensorRtRtxBackend(TensorRtBackend):
                     capability,
                     UNSUPPORTED_CAPABILITIES[capability],
                 )
+
+    def check_graph(self, model: ir.Model, options: EngineOptions) -> None:
+        super().check_graph(model, options)
+        messages.info("%s", INT8_OF_WEIGHTS)
+        built = options.compute_capability or DEFAULT_CAPABILITIES
+        if cuda.gpu_count() and (here := cuda.gpu_compute_capability()) not in built:
+            messages.warning(
+                "this machine's GPU, of compute capability %s, will not run the engine, which is "
+                "built for %s: give --compute-capability, or use --backend tensorrt",
+                here,
+                ", ".join(built),
+            )
 
     def profiles(self, shapes: list[Shapes]) -> list[Shapes]:
         """One for all: kernels are made for a shape when it is met, while each profile would be
@@ -343,6 +389,11 @@ class TensorRtRtxBackend(TensorRtBackend):
             "device": "GPU",
             "compute_capabilities": list(options.compute_capability or DEFAULT_CAPABILITIES),
         }
+
+
+def version_number(trt: Any) -> str:
+    """TensorRT's version, without what some packages add to it: 10.14.1.48 of 10.14.1.48.post1."""
+    return re.sub(r"\.post\d+$", "", str(trt.__version__))
 
 
 def runs_engines_of(here: str, built: str, *, version_compatible: bool) -> bool:
@@ -370,7 +421,7 @@ def check_compute_capability(hardware: dict[str, Any], options: EngineOptions) -
     """Raise InputError where an engine that was built for ``hardware`` (see
     :meth:`Backend.hardware`) does not run on this GPU.
     """
-    here, built = gpu_compute_capability(), hardware.get("compute_capabilities")
+    here, built = cuda.gpu_compute_capability(), hardware.get("compute_capabilities")
     anywhere = options.hardware_compatibility_level == "ampere_plus" and int(here) >= 80
     if isinstance(built, list) and here not in built and not anywhere:
         raise InputError(
@@ -425,32 +476,6 @@ def told_precisions(layers: list[Any], wanted: list[str]) -> dict[str, str]:
 
 def _told_type(tensor: dict[str, Any]) -> str:
     return str(next((tensor[key] for key in _TYPE_KEYS if key in tensor), ""))
-
-
-def gpu_count() -> int:
-    """How many NVIDIA GPUs the driver shows; 0 without a driver."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
-
-
-def gpu_compute_capability() -> str:
-    """The first GPU's compute capability, such as "90"; call it only where :func:`gpu_count` is
-    positive.
-    """
-    cuda = ctypes.CDLL("libcuda.so.1")
-    cuda.cuInit(0)
-    values = []
-    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-        value = ctypes.c_int(0)
-        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0)
-        values.append(str(value.value))
-    return "".join(values)
 
 
 def make_logger(trt: Any, *, verbose: bool = False) -> Any:
@@ -721,13 +746,36 @@ def _target(trt: Any, config: Any, capabilities: Sequence[str]) -> None:
 
 
 def _compute_capability(trt: Any, name: str) -> Any:
-    members = trt.ComputeCapability.__members__
-    if f"SM{name}" not in members:
-        supported = ", ".join(n.removeprefix("SM") for n in members if n.startswith("SM"))
+    if name not in (known := known_capabilities(trt)):
         raise InputError(
-            f"unknown compute capability {name!r}: this TensorRT for RTX builds for {supported}"
+            f"unknown compute capability {name!r}: this TensorRT for RTX builds for "
+            f"{', '.join(known)}"
         )
-    return members[f"SM{name}"]
+    return trt.ComputeCapability.__members__[f"SM{name}"]
+
+
+def known_capabilities(trt: Any) -> list[str]:
+    """The compute capabilities that this TensorRT for RTX builds for."""
+    members = trt.ComputeCapability.__members__
+    return [name.removeprefix("SM") for name in members if name.startswith("SM")]
+
+
+def started(kind: Any, logger: Any) -> Any:
+    """A builder or a runtime of TensorRT's.
+
+    Raises:
+        QuestDeployError: CUDA does not start, as where the driver is older than TensorRT's CUDA;
+            the package then raises a TypeError that does not tell.
+    """
+    try:
+        return kind(logger)
+    except TypeError as e:
+        told = "; ".join(logger.problems[-3:]) or str(e)
+        driver = f"; this driver runs CUDA {cuda.driver_version()}" if cuda.gpu_count() else ""
+        raise QuestDeployError(
+            f"TensorRT's {kind.__name__} cannot start: {told}{driver}; update the driver, or "
+            "install the package for an older CUDA"
+        ) from e
 
 
 def load_engine(trt: Any, logger: Any, folder: Path, options: EngineOptions) -> Any:
@@ -741,7 +789,7 @@ def load_engine(trt: Any, logger: Any, folder: Path, options: EngineOptions) -> 
 
 
 def _deserialized(trt: Any, logger: Any, folder: Path, options: EngineOptions) -> Any:
-    runtime = trt.Runtime(logger)
+    runtime = started(trt.Runtime, logger)
     runtime.engine_host_code_allowed = (
         options.version_compatible
     )  # such an engine brings the runtime that it needs, or the plugin
@@ -788,7 +836,7 @@ def fitting_profile(engine: Any, shapes: dict[str, tuple[int, ...]]) -> int:
 
 
 class _TensorRtRunner(Runner):
-    """Polygraphy's TrtRunner on the engine."""
+    """Polygraphy's TrtRunner on the engine; threads take turns, since it has one context."""
 
     def __init__(self, folder: Path, options: EngineOptions, package: str) -> None:
         from polygraphy import config
@@ -796,6 +844,7 @@ class _TensorRtRunner(Runner):
         config.USE_TENSORRT_RTX = (
             package == RTX
         )  # before its TensorRT backend is imported; one flavour a process
+        cuda.show_libraries()
         from polygraphy.backend.trt import TrtRunner
 
         trt = importlib.import_module(package)
@@ -808,17 +857,18 @@ class _TensorRtRunner(Runner):
             self._engine, weight_streaming_budget=budget if options.weight_streaming else None
         )
         self._runner.activate()
+        self._lock = threading.Lock()
 
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         profile = fitting_profile(
             self._engine, {name: value.shape for name, value in feeds.items()}
         )
-        if profile != self._profile:
-            self._runner.set_profile(profile)
-            self._profile = profile
-        return {
-            name: value.copy() for name, value in self._runner.infer(input_arrays(feeds)).items()
-        }
+        with self._lock:
+            if profile != self._profile:
+                self._runner.set_profile(profile)
+                self._profile = profile
+            outputs = self._runner.infer(input_arrays(feeds))
+            return {name: value.copy() for name, value in outputs.items()}
 
     def close(self) -> None:
         self._runner.deactivate()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from quest_deploy.backends import cuda
 from quest_deploy.backends.base import EngineRecord, PluginRecord
 from quest_deploy.backends.options import AUTO, GATHERED, NATIVE, PLUGIN, EngineOptions
 from quest_deploy.backends.tensorrt import base as shared
@@ -81,11 +81,12 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
                 f"--fused-attention: TensorRT {trt.__version__} has no Attention; "
                 f"{_name(HAS_ATTENTION)} is the first that has it"
             )
-        if shared.gpu_count() == 0:
+        if cuda.gpu_count() == 0:
             raise InputError(
                 "tensorrt builds on the GPU that runs the engine, and this machine has none; use "
                 "tensorrt-rtx here"
             )
+        self.check_driver()
         self.check_builder(trt, options)
         _check_timing_cache(options)
         if options.quantize == PLUGIN:
@@ -93,7 +94,7 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
 
     def check_graph(self, model: ir.Model, options: EngineOptions) -> None:
         super().check_graph(model, options)
-        if shared.gpu_count() and (here := shared.gpu_compute_capability()) in SLOW_INT8:
+        if cuda.gpu_count() and (here := cuda.gpu_compute_capability()) in SLOW_INT8:
             shared.messages.warning(
                 "the tensor cores of compute capability %s.%s, this GPU's, have no INT8 in their "
                 "own instructions: expect a smaller engine than in FP16, not a faster one; "
@@ -134,9 +135,9 @@ class TensorRtSdkBackend(shared.TensorRtBackend):
 
     def hardware(self, options: EngineOptions) -> dict[str, Any]:
         return {
-            "device": gpu_name(),
-            "compute_capabilities": [shared.gpu_compute_capability()],
-            "driver": f"CUDA {driver_version()}",
+            "device": cuda.gpu_name(),
+            "compute_capabilities": [cuda.gpu_compute_capability()],
+            "driver": f"CUDA {cuda.driver_version()}",
         }
 
     def record(self, options: EngineOptions) -> dict[str, Any]:
@@ -181,8 +182,8 @@ def _check_plugin(trt: Any, options: EngineOptions) -> None:
             "--quantize native"
         )
     logger = shared.make_logger(trt)
-    builder = trt.Builder(logger)  # its registry goes with it
     try:
+        builder = shared.started(trt.Builder, logger)  # its registry goes with it
         load_plugin(builder.get_plugin_registry(), options.plugins, logger)
     except QuestDeployError as e:
         raise InputError(f"--quantize plugin: {e}") from e
@@ -203,19 +204,3 @@ def _check_timing_cache(options: EngineOptions) -> None:
         raise InputError(
             f"--timing-cache {path}: expected a folder that can be written to, found {folder}"
         )
-
-
-def gpu_name() -> str:
-    """The first GPU's name, such as "NVIDIA H200"; call it only where there is one."""
-    cuda = ctypes.CDLL("libcuda.so.1")
-    cuda.cuInit(0)
-    name = ctypes.create_string_buffer(256)
-    cuda.cuDeviceGetName(name, len(name), 0)
-    return name.value.decode(errors="replace")
-
-
-def driver_version() -> str:
-    """The newest CUDA that the driver runs, such as "13.0"."""
-    version = ctypes.c_int(0)
-    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    return f"{version.value // 1000}.{version.value % 1000 // 10}"

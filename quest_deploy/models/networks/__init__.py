@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quest_deploy.errors import InputError
 from quest_deploy.models.networks.dit import DiT
+from quest_deploy.models.networks.flux import Flux
 from quest_deploy.models.networks.pixart import PixArt
 from quest_deploy.models.networks.sana import Sana
 from quest_deploy.models.networks.sd3 import SD3
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
     from quest_deploy.models.networks.network import Network
 
 UNET: Network = UNets()
-TRANSFORMERS: tuple[Network, ...] = (PixArt(), DiT(), SD3(), Sana())
+TRANSFORMERS: tuple[Network, ...] = (PixArt(), DiT(), SD3(), Sana(), Flux())
 NETWORKS = (UNET, *TRANSFORMERS)
 MISSING = {
-    "FluxTransformer2DModel": "its packed latents, its rotary positions and a guidance embedded",
-    "Flux2Transformer2DModel": "its packed latents, its rotary positions and a shared modulation",
+    "Flux2Transformer2DModel": "its shared modulation, its fourth axis of positions and its "
+    "decoder's latents",
     "QwenImageTransformer2DModel": "its complex rotary positions, its packed latents and, where it "
     "edits, a timestep for each token",
     "ZImageTransformer2DModel": "its complex rotary positions and its lists of samples",

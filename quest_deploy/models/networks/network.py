@@ -55,6 +55,7 @@ class Network(ABC):
         flow_matching: whether its schedule is flow matching's, in sigmas, or one of betas.
         takes_loras: whether LoRAs can be fused into it.
         takes_variance: whether a scheduler may be given the variance that it predicts.
+        classifier_free: whether what it predicts for no prompt, or no class, guides it.
         unserved: what packages for Triton lack for it; None where they have all.
     """
 
@@ -72,6 +73,7 @@ class Network(ABC):
     flow_matching = False
     takes_loras = False
     takes_variance = False
+    classifier_free = True
     unserved: str | None = None
 
     @abstractmethod
@@ -111,11 +113,37 @@ class Network(ABC):
 
     @abstractmethod
     def guidance(self, config: Mapping[str, Any], family: str) -> float:
-        """The classifier-free guidance weight that it is used with; 1 is none."""
+        """The guidance weight that it is used with; 1 is none."""
+
+    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
+        """Whether the guidance weight is a condition of its, called
+        :data:`quest_deploy.models.channels.GUIDANCE`, which a single prediction heeds.
+        """
+        return False
 
     @abstractmethod
-    def sides(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        """Height and width of the samples that it is meant for."""
+    def sides(self, config: Mapping[str, Any], of_decoder: int | None) -> tuple[int, int]:
+        """Height and width of the samples that it is meant for.
+
+        Args:
+            of_decoder: the side of the latents that the pipeline's decoder is meant for, where a
+                file says it.
+        """
+
+    def schedule_tokens(self, size: tuple[int, int]) -> int | None:
+        """How many tokens a sample of this height and width is, where the pipeline tells the
+        scheduler by them how far to shift, and its sigmas, evenly spaced from 1 on; None where the
+        scheduler's configuration says all.
+        """
+        return None
+
+    def usual_steps(self, config: Mapping[str, Any], schedule: Mapping[str, Any]) -> int | None:
+        """How many steps it is used with, where that is not its pipeline's default.
+
+        Args:
+            schedule: see :func:`quest_deploy.models.schedulers.flow_schedule`.
+        """
+        return None
 
     @abstractmethod
     def sample_multiple(self, config: Mapping[str, Any]) -> int:
@@ -166,6 +194,16 @@ class Network(ABC):
     ) -> States:
         """Random normal states in the shapes of ``count`` prompts, where there is no encoder."""
         raise TypeError(f"{self.class_names[0]} reads no prompts")
+
+    def from_pipeline(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What diffusers' pipeline calls its network with, as this class says: ``sample``,
+        ``timestep`` and the conditions; raise InputError for what such a network cannot take.
+        """
+        return given
+
+    def to_pipeline(self, prediction: Tensor) -> Tensor:
+        """A prediction [B, C, H, W] as the pipeline takes it."""
+        return prediction
 
     def of_size(self, config: Mapping[str, Any], size: tuple[int, int], count: int) -> States:
         """What the network is told of an image's height and width, in pixels; each [count, ...]."""

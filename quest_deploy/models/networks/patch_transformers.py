@@ -11,7 +11,9 @@ import torch
 from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor
 
+from quest_deploy.artifacts.model_source import INDEX
 from quest_deploy.errors import InputError
+from quest_deploy.files import read_json
 from quest_deploy.models.channels import Channels
 from quest_deploy.models.configurations import TransformerConfiguration
 from quest_deploy.models.networks.network import TEXT_TO_IMAGE, Network, States
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from quest_deploy.models.configurations import Configuration
 
 PROMPT_TOKENS = 300
 """As many as the pipelines of PixArt-Sigma and Sana pad prompts to."""
@@ -40,8 +43,9 @@ class PatchTransformers(Network):
     """
 
     part, noun = "transformer", "transformer"
-    configuration = TransformerConfiguration
-    supervised_blocks = checkpointed_blocks = ("BasicTransformerBlock",)
+    configuration: type[Configuration] = TransformerConfiguration
+    supervised_blocks: tuple[str, ...] = ("BasicTransformerBlock",)
+    checkpointed_blocks: tuple[str, ...] = ("BasicTransformerBlock",)
     unserved = "the server of a package samples with a UNet's conditions alone"
     flat_class: type[nn.Module]
     layers: str
@@ -90,7 +94,7 @@ class PatchTransformers(Network):
         """See :class:`Network`."""
         return self.layers
 
-    def sides(self, config: Mapping[str, Any]) -> tuple[int, int]:
+    def sides(self, config: Mapping[str, Any], of_decoder: int | None) -> tuple[int, int]:
         """See :class:`Network`."""
         return config["sample_size"], config["sample_size"]
 
@@ -140,7 +144,7 @@ class AnySizePatchEmbed(PatchEmbed):
         # Columns along the first row of patches, and rows along the first column: all there is.
         half = table.shape[-1] // 2
         grid = table.float().unflatten(1, (largest, largest))[0]
-        expected = self._sines(largest)
+        expected = self._sines(largest, table.device)
         for found in (grid[0, :, :half], grid[:, 0, half:]):
             if not torch.allclose(found, expected, atol=2e-3):  # as of a file in half precision
                 raise InputError(
@@ -153,26 +157,40 @@ class AnySizePatchEmbed(PatchEmbed):
         patches = self.proj(latent)
         rows, columns = patches.shape[-2:]
         # The first half of the width is of the columns, though diffusers calls it the height's.
-        parts = (self._sines(columns)[None], self._sines(rows)[:, None])
+        across, down = (self._sines(count, patches.device) for count in (columns, rows))
+        parts = (across[None], down[:, None])
         positions = torch.cat([part.expand(rows, columns, -1) for part in parts], -1)
         embedded: Tensor = patches.flatten(2).transpose(1, 2) + positions.flatten(0, 1)[None]
         return embedded
 
-    def _sines(self, count: Any) -> Tensor:
+    def _sines(self, count: Any, device: torch.device) -> Tensor:
         """The positions of ``count`` patches along one side, [count, D / 2]: the middle ones of the
         largest side where the model has one, and else so many that they span what the model's own
         side does.
         """
         quarter = self.width // 4
-        exponents = torch.arange(quarter, dtype=torch.float64) / quarter
+        exponents = torch.arange(quarter, dtype=torch.float64, device=device) / quarter
         frequencies = (10000.0**-exponents).float()
-        places, largest = torch.arange(count, dtype=torch.float32), self.pos_embed_max_size
+        places = torch.arange(count, dtype=torch.float32, device=device)
+        largest = self.pos_embed_max_size
         if largest:
             places = places + (largest - count) // 2
         span = self.base_size / self.interpolation_scale
         units = places * (span / largest) if largest else places * span / count
         angles = units[:, None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+def require_encoders(name: str, folder: Path, encoders: Sequence[str]) -> None:
+    """Raise InputError where one of the text ``encoders`` is not in the index of the pipeline in
+    ``folder``, of the model ``name``.
+    """
+    index = read_json(folder / INDEX)
+    if absent := [part for part in encoders if (index.get(part) or [None])[0] is None]:
+        raise InputError(
+            f"{name}: expected its text encoders {', '.join(encoders)}, and {absent[0]} is not in "
+            f"its {INDEX}; get the model whole"
+        )
 
 
 def unpatched(patches: Tensor, sample: Tensor, side: int) -> Tensor:

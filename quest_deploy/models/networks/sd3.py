@@ -11,11 +11,13 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
 
-from quest_deploy.artifacts.model_source import INDEX
-from quest_deploy.errors import InputError
-from quest_deploy.files import read_json
 from quest_deploy.models.networks.network import States
-from quest_deploy.models.networks.patch_transformers import PatchTransformers, spread, unpatched
+from quest_deploy.models.networks.patch_transformers import (
+    PatchTransformers,
+    require_encoders,
+    spread,
+    unpatched,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -74,13 +76,7 @@ class SD3(PatchTransformers):
     def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""
         super().check(name, config, folder, of_text=of_text)
-        index = read_json(folder / INDEX)
-        encoders = [f"text_encoder{suffix}" for suffix in ("", "_2", "_3")]
-        if absent := [part for part in encoders if (index.get(part) or [None])[0] is None]:
-            raise InputError(
-                f"{name}: expected Stable Diffusion 3's three text encoders, and {absent[0]} is "
-                f"not in its {INDEX}; get the model whole"
-            )
+        require_encoders(name, folder, ("text_encoder", "text_encoder_2", "text_encoder_3"))
 
     def largest_side(self, config: Mapping[str, Any]) -> int | None:
         """See :class:`Network`: positions are those of the middle of so many patches."""

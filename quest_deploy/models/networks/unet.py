@@ -102,7 +102,7 @@ class UNets(Network):
         classes = config.get("num_class_embeds")
         return None if classes is None else ClassLabels(classes)
 
-    def sides(self, config: Mapping[str, Any]) -> tuple[int, int]:
+    def sides(self, config: Mapping[str, Any], of_decoder: int | None) -> tuple[int, int]:
         """See :class:`Network`."""
         side = config["sample_size"]
         height, width = (side, side) if isinstance(side, int) else side

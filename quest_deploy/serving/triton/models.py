@@ -5,42 +5,37 @@ encoder, the decoder.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 
 from exporters.exactness import LEVELS
-from exporters.graph_info import HEIGHT, WIDTH, load_graph, save_graph, size_divisors
+from exporters.graph_info import save_graph, size_divisors
+from exporters.parts import trace
 from exporters.passes.fix_tokens import FixTokens
 from exporters.probe import make_probe
 from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.options import EngineOptions
+from quest_deploy.backends.parts import IMAGE_BATCH
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.models.residuals import IMAGE_TOKENS
+from quest_deploy.serving.triton import graphs
 from quest_deploy.serving.triton.layout import ONNX, PLAN
-from quest_deploy.serving.triton.parts import (
-    ControlNet,
-    Decoder,
-    Encoder,
-    ImageEncoder,
-    TextEncoder,
-    save_onnx,
-)
+from quest_deploy.serving.triton.parts import ControlNet, ImageEncoder
 from quest_deploy.serving.triton.plans import FLOAT_INPUTS, write_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    import onnx_ir as ir
 
     from quest_deploy.models.ip_adapters import ImagePrompts
     from quest_deploy.serving.triton.layout import Layout, Signature
 
-DECODER_BATCH = 4
 IMAGE = "image"
 """What a ControlNet is shown; see :class:`quest_deploy.serving.triton.parts.ControlNet`."""
 
@@ -85,82 +80,55 @@ def lower_unet(graph: ir.Model, version: Path, processor: str) -> ir.Model:
     return backend.lower(graph, options)
 
 
-def write_text_encoder(layout: Layout, pipeline: Any) -> Signature:
-    """The text encoders of a diffusers pipeline as one model."""
-    encoders, tokenizers = zip(*text_encoders(pipeline), strict=True)
-    module = TextEncoder(*encoders)
-    ids = {
-        name: torch.zeros(2, words.model_max_length, dtype=torch.int32)
-        for name, words in zip(("input_ids", "input_ids_2"), tokenizers, strict=False)
-    }
+def write_text_encoder(layout: Layout, parts: Sequence[ir.Model]) -> Signature:
+    """The text encoders, one or two, as one model, from their graphs, which are changed."""
+    graph = graphs.text_encoder(parts)
     version = layout.version_folder("text_encoder")
-    save_onnx(module, ids, module.outputs, {0: "batch"}, version / ONNX)
+    save_graph(graph, version / ONNX)
     _write_plan_beside(layout, version, layout.max_batch)
-    with torch.no_grad():
-        outputs = dict(zip(module.outputs, module(*ids.values()), strict=True))
+    ids = {value.name or "": _dims(value) for value in graph.graph.inputs}
     return layout.write_plan_config(
         "text_encoder",
-        {name: list(value.shape[1:]) for name, value in ids.items()},
-        {name: list(value.shape[1:]) for name, value in outputs.items()},
+        ids,
+        {value.name or "": _dims(value) for value in graph.graph.outputs},
         layout.max_batch,
         dict.fromkeys(ids, "TYPE_INT32"),
     )
 
 
-def text_encoders(pipeline: Any) -> list[tuple[Any, Any]]:
-    """A diffusers pipeline's text encoders, one or two, each with its tokenizer."""
-    return [
-        (encoder, getattr(pipeline, f"tokenizer{suffix}"))
-        for suffix in ("", "_2")
-        if (encoder := getattr(pipeline, f"text_encoder{suffix}", None)) is not None
-    ]
-
-
-def write_decoder(layout: Layout, decoder: Any) -> Signature:
-    """The decoder, an AutoencoderKL or a VQModel."""
-    latents = torch.zeros(1, *layout.sample_shape)
-    module = Decoder(decoder)
-    with torch.no_grad():
-        channels = module(latents).shape[1]
-    dynamic_axes = {0: "batch", 2: "height", 3: "width"}
-    version = layout.version_folder("vae_decoder")
-    save_onnx(
-        module, {"sample": latents.repeat(2, 1, 1, 1)}, ["image"], dynamic_axes, version / ONNX
-    )
-    _write_plan_beside(layout, version, DECODER_BATCH, layout.sizes)
+def write_decoder(layout: Layout, part: ir.Model) -> Signature:
+    """The decoder, from its graph, which is changed."""
+    graph, version = graphs.decoder(part), layout.version_folder("vae_decoder")
+    save_graph(graph, version / ONNX)
+    _write_plan_beside(layout, version, IMAGE_BATCH, layout.sizes)
     return layout.write_plan_config(
         "vae_decoder",
         {"sample": [layout.sample_shape[0], -1, -1]},
-        {"image": [channels, -1, -1]},
-        DECODER_BATCH,
+        {value.name or "": _dims(value) for value in graph.graph.outputs},
+        IMAGE_BATCH,
         {"sample": layout.kind},
         profiles=len(layout.sizes),
     )
 
 
-def write_encoder(layout: Layout, encoder: Any, scale: float) -> Signature:
-    """What encodes the images that are inpainted or edited.
+def write_encoder(layout: Layout, part: ir.Model, scale: float) -> Signature:
+    """What encodes the images that are inpainted or edited, from its graph, which is changed.
 
     Args:
-        encoder: an AutoencoderKL.
         scale: of the latents that the UNet takes.
     """
-    size = layout.pixels(layout.size)
-    version = layout.version_folder("vae_encoder")
-    module = Encoder(encoder, scale)
-    dynamic_axes = {0: "batch", 2: "height", 3: "width"}
-    images = {"sample": torch.zeros(2, 3, *size)}
-    save_onnx(module, images, list(module.outputs), dynamic_axes, version / ONNX)
+    graph, version = graphs.encoder(part, scale), layout.version_folder("vae_encoder")
+    save_graph(graph, version / ONNX)
     sizes = tuple(layout.pixels(each) for each in layout.sizes)
-    _write_plan_beside(layout, version, DECODER_BATCH, sizes)
+    _write_plan_beside(layout, version, IMAGE_BATCH, sizes)
     return layout.write_plan_config(
         "vae_encoder",
         {"sample": [3, -1, -1]},
-        {name: [layout.sample_shape[0], -1, -1] for name in module.outputs},
-        DECODER_BATCH,
+        {value.name or "": _dims(value) for value in graph.graph.outputs},
+        IMAGE_BATCH,
         {"sample": layout.kind},
         profiles=len(layout.sizes),
-        size=size,
+        size=layout.pixels(layout.size),
     )
 
 
@@ -169,13 +137,13 @@ def write_image_encoder(layout: Layout, prompts: ImagePrompts) -> Signature:
     module = ImageEncoder(prompts.encoder, prompts.projection)
     pixels = {"pixels": torch.zeros(2, 3, *prompts.crop)}
     version = layout.version_folder("image_encoder")
-    save_onnx(module, pixels, list(module.outputs), {0: "batch"}, version / ONNX)
-    _write_plan_beside(layout, version, DECODER_BATCH)
+    save_graph(trace(module, pixels, module.outputs, any_size=False), version / ONNX)
+    _write_plan_beside(layout, version, IMAGE_BATCH)
     return layout.write_plan_config(
         "image_encoder",
         {"pixels": [3, *prompts.crop]},
         {IMAGE_TOKENS: list(prompts.null(1)[IMAGE_TOKENS].shape[1:])},
-        DECODER_BATCH,
+        IMAGE_BATCH,
         {"pixels": layout.kind},
     )
 
@@ -199,14 +167,7 @@ def write_controlnet(
     image = {IMAGE: torch.zeros(2, 3 * pixels**2, height, width)}
     version = layout.version_folder("controlnet")
     module, outputs = ControlNet(net, list(examples), pixels), list(residuals)
-    axes = {0: "batch", 2: HEIGHT, 3: WIDTH}
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=version) as folder:
-        save_onnx(module, {**examples, **image}, outputs, axes, Path(folder) / ONNX)
-        graph = load_graph(Path(folder) / ONNX)
-        for value in graph.graph.inputs:  # torch has names of its own, and a profile is by these
-            if value.shape is not None and len(value.shape) == 4:
-                value.shape = ir.Shape([*value.shape[:2], HEIGHT, WIDTH])
-        save_graph(graph, version / ONNX)
+    save_graph(trace(module, {**examples, **image}, outputs), version / ONNX)
     _write_plan_beside(layout, version, layout.max_batch, layout.sizes)
     with torch.no_grad():
         added = module(*examples.values(), *image.values())
@@ -244,5 +205,5 @@ def _write_plan_beside(
 
 
 def _dims(value: ir.Value) -> list[int]:
-    """The dimensions of a graph's input without the batch; -1 for those that are free."""
+    """The dimensions of a graph's input or output without the batch; -1 for those that are free."""
     return [size if isinstance(size, int) else -1 for size in list(value.shape or [])[1:]]

@@ -14,9 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.graph_info import added_inputs, graph_info, load_graph
+from exporters.graph_info import added_inputs, graph_info, input_sizes, load_graph
+from exporters.part_info import part_info
 from quest_deploy import __version__
 from quest_deploy.artifacts.workspace import GRAPH
+from quest_deploy.backends.parts import VAE_DECODER, VAE_ENCODER
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder, read_json, sha256_of, write_json
 from quest_deploy.models.controls import load_control
@@ -24,6 +26,7 @@ from quest_deploy.models.ip_adapters import ImagePrompts
 from quest_deploy.models.loading import load_model
 from quest_deploy.models.residuals import CONTROLNET, IP_ADAPTER, T2I_ADAPTER, kind_of
 from quest_deploy.progress import no_progress
+from quest_deploy.serving.part_graphs import PartGraphs, without_modules
 from quest_deploy.serving.triton.layout import FILES, Layout
 from quest_deploy.serving.triton.models import (
     write_controlnet,
@@ -43,7 +46,9 @@ from quest_deploy.serving.triton.plans import find_plan
 from quest_deploy.serving.triton.readme import write_readme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
+
+    import onnx_ir as ir
 
     from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.models.pipeline_model import PipelineModel
@@ -87,14 +92,13 @@ def write_package(
             f"{model.name} inpaints with a UNet that has no channels for an image, which a "
             "package does not; use quest_deploy.load_pipeline"
         )
-    _check_text_encoder(model)
+    parts = PartGraphs(workspace, model)
     net = _controlnet(workspace, model, controlnet)
     prompts = None if model.source.ip_adapter is None else ImagePrompts(model)
     shown = None if prompts is None else prompts.settings
     rows = 1 if not guidable(model) else 2 if model.image_guidance is None else 3
-    decoder = model.load_decoder()
     of_text = model.asked_for == "prompt"
-    plan = find_plan(workspace, options, alone=decoder is None and not of_text, rows=rows)
+    plan = find_plan(workspace, options, alone=not parts.has_decoder and not of_text, rows=rows)
     if options.max_batch is not None and options.max_batch < rows:
         raise InputError(
             f"--max-batch {options.max_batch}: an image with guidance is {rows} rows at once"
@@ -108,7 +112,7 @@ def write_package(
         pipeline = None
         signatures: dict[str, Signature] = {}
         takes_image = model.channels.image > 0
-        total = 2 + of_text + (decoder is not None) + takes_image
+        total = 2 + of_text + parts.has_decoder + takes_image
         total += (net is not None) + (prompts is not None)
 
         progress("UNet", 0, total)
@@ -116,15 +120,18 @@ def write_package(
         del graph  # its weights are large
         if of_text:
             progress("text encoder", len(signatures), total)
-            pipeline = model.load_pipeline(vae=None)
-            signatures["text_encoder"] = write_text_encoder(layout, pipeline)
-        if decoder is not None:
+            encoders = {name: parts.load(name) for name in parts.encoders}
+            pipeline = _of_tokenizers(model, encoders)
+            signatures["text_encoder"] = write_text_encoder(layout, list(encoders.values()))
+            del encoders
+        if parts.has_decoder:
             progress("decoder", len(signatures), total)
-            signatures["vae_decoder"] = write_decoder(layout, decoder)
+            signatures["vae_decoder"] = write_decoder(layout, parts.load(VAE_DECODER))
         if takes_image:
             progress("encoder", len(signatures), total)
-            scale = model.image_scale(decoder)
-            signatures["vae_encoder"] = write_encoder(layout, decoder, scale)
+            encoder = parts.load(VAE_ENCODER)
+            scale = model.image_scale(part_info(encoder).config["scaling_factor"])
+            signatures["vae_encoder"] = write_encoder(layout, encoder, scale)
         residuals = {} if net is None else model.network.residuals(model.config, CONTROLNET)
         if net is not None:
             progress("ControlNet", len(signatures), total)
@@ -154,12 +161,13 @@ def write_package(
                 "plugins": [plugin.name for plugin in plugins],
             },
             "models": sorted(signatures),
+            "part_weights": parts.weights,
             "plan": plan is not None,
             "version_compatible": plan is not None and plan.options.version_compatible,
             "files": _hashes(made),
         }
         write_json(made / PACKAGE_FILE, record)
-        write_readme(layout, model, workspace.scheme.name, signatures, settings)
+        write_readme(layout, model, workspace.scheme.name, signatures, settings, parts.weights)
         files = [path for path in made.rglob("*") if path.is_file()]
         return {**record, "bytes": sum(path.stat().st_size for path in files)}
 
@@ -208,18 +216,15 @@ def _controlnet(workspace: Workspace, model: PipelineModel, folder: Path | None)
     return load_control(folder, model, CONTROLNET)
 
 
-def _check_text_encoder(model: PipelineModel) -> None:
-    """Raise InputError where diffusers gives the text encoder a mask, as it does to a sole one that
-    asks for it: a package's takes ids alone.
+def _of_tokenizers(model: PipelineModel, encoders: Mapping[str, ir.Model]) -> Any:
+    """The model's pipeline without its encoders and decoder; its tokenizers give as many tokens as
+    the graphs of the text encoders take.
     """
-    path = model.folder / "text_encoder" / "config.json"
-    if not path.is_file() or (model.folder / "text_encoder_2").exists():
-        return
-    if read_json(path).get("use_attention_mask"):
-        raise InputError(
-            f"{path}: use_attention_mask is not supported in a package, whose text encoder takes "
-            "token ids alone; use quest_deploy.load_pipeline"
-        )
+    pipeline = without_modules(model)
+    for name, graph in encoders.items():
+        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
+        (tokenizer.model_max_length,) = input_sizes(graph)["input_ids"][1:]
+    return pipeline
 
 
 def _write_surroundings(folder: Path, plugins: Iterable[Path], *, of_text: bool) -> None:

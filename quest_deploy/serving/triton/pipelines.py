@@ -13,9 +13,9 @@ from quest_deploy.files import write_json
 from quest_deploy.models.channels import EDITING, INPAINTING
 from quest_deploy.models.residuals import IMAGE_SCALE, IMAGE_TOKENS
 from quest_deploy.models.schedulers import SCHEDULERS
+from quest_deploy.models.tokenizers import TOKENIZERS
 from quest_deploy.serving.triton.configs import pipeline_config
 from quest_deploy.serving.triton.layout import FILES
-from quest_deploy.serving.triton.models import text_encoders
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -133,9 +133,9 @@ def image_kind(model: PipelineModel) -> str | None:
 
 
 def _write_tokenizers(version: Path, model: PipelineModel, pipeline: Any) -> None:
-    for (_, tokenizer), name in zip(
-        text_encoders(pipeline), ("tokenizer", "tokenizer_2"), strict=False
-    ):
+    tokenizers = [getattr(pipeline, name, None) for name in TOKENIZERS]
+    present = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
+    for tokenizer, name in zip(present, TOKENIZERS, strict=False):
         tokenizer.save_pretrained(version / name)
         if not (version / name / "tokenizer.json").is_file():
             raise InputError(

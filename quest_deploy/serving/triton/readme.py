@@ -68,6 +68,7 @@ def write_readme(
     scheme: str,
     models: Iterable[str],
     settings: dict[str, Any],
+    weights: Mapping[str, str],
 ) -> None:
     """Write it, last of all files: the server's command is ``serve.py``'s own.
 
@@ -75,7 +76,9 @@ def write_readme(
         scheme: its name.
         models: the names of the models that the pipelines call.
         settings: the pipelines'.
+        weights: how those of each part are stored, by the part's name.
     """
+    compressed = ", ".join(f"`{name}`" for name, kind in weights.items() if kind != "fp32")
     printed = subprocess.run(
         [sys.executable, layout.folder / "serve.py", "--print"],
         capture_output=True,
@@ -98,6 +101,7 @@ def write_readme(
         "model": model.name,
         "scheme": scheme,
         "models": ", ".join(f"`{name}`" for name in (*models, *PIPELINES)),
+        "compressed": f"The weights of {compressed} are INT8.\n\n" if compressed else "",
         "plan": NO_PLAN if layout.plan is None else _container(layout.plan),
         "command": " \\\n        ".join(shlex.split(command)).replace(
             "RANDOM_KEY", "$(openssl rand -hex 16)"

@@ -12,8 +12,8 @@ last-bit differences; where that is large, end to end proves nothing, and layers
 decide.
 
 A reference of a large model holds a sample of the quantizers in each record, so the result says how
-many of all were checked, and in how many buckets. One cut is compiled, and one tensor's values are
-in memory, at a time.
+many of all were checked, and in how many buckets. One record's values are in memory at a time: its
+quantizers are one cut, and so are its layers, where the backend compiles as it opens.
 
 Where an engine computes in FP16 or bf16, its graph says which values have that type. A quantizer
 then gets the reference's values rounded to it, and must give the codes that belong to those: they
@@ -34,7 +34,7 @@ from quest_deploy.verification.checks.buckets import check_buckets
 from quest_deploy.verification.checks.codes import check_codes
 from quest_deploy.verification.checks.end_to_end import check_end_to_end
 from quest_deploy.verification.checks.engine import CheckedEngine
-from quest_deploy.verification.checks.layers import check_layer
+from quest_deploy.verification.checks.layers import check_layers
 from quest_deploy.verification.checks.results import Verification
 from quest_deploy.verification.checks.segments import check_segments
 from quest_deploy.verification.checks.summary import summarize
@@ -42,11 +42,16 @@ from quest_deploy.verification.checks.summary import summarize
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from exporters.graph_info import GraphInfo
     from quest_deploy.artifacts.reference import Record, Tables
     from quest_deploy.backends.base import Backend
     from quest_deploy.backends.options import EngineOptions
     from quest_deploy.progress import Progress
+    from quest_deploy.verification.checks.engine import ByRecord
+    from quest_deploy.verification.tolerances import CodeMismatches
 
 __all__ = ["Verification", "verify_engine"]
 
@@ -72,6 +77,8 @@ def verify_engine(
             "reference` again"
         )
     _check_inputs(checked, records)
+    # First, before hundreds of cuts are compiled: an engine may not load, or not take these sizes.
+    end_to_end = check_end_to_end(checked, records)
     wrong_buckets = check_buckets(checked)
     by_quantizer = {
         quantizer: held
@@ -89,16 +96,18 @@ def verify_engine(
         if (held := {i: r for i, r in enumerate(records) if name in r.entry.products})
     }
     total = len(by_quantizer) + len(by_layer) + 1
-    codes, errors = {}, {}
-    for i, (quantizer, held) in enumerate(by_quantizer.items()):
-        codes[quantizer] = check_codes(checked, quantizer, held, tables[quantizer])
-        progress("sites", i + 1, total)
-    for i, (layer, held) in enumerate(by_layer.items()):
-        errors[layer] = check_layer(checked, layer, held, tables)
-        progress("layers", len(by_quantizer) + i + 1, total)
+    codes: ByRecord[list[CodeMismatches]] = {}
+    errors: ByRecord[NDArray[np.float32]] = {}
+    for of_quantizers in check_codes(checked, by_quantizer, tables):
+        codes |= of_quantizers
+        progress("sites", len(codes), total)
+    for of_layers in check_layers(checked, by_layer, tables):
+        errors |= of_layers
+        progress("layers", len(codes) + len(errors), total)
+    codes = {name: codes[name] for name in by_quantizer}  # in execution order
+    errors = {name: errors[name] for name in by_layer}
     segments = check_segments(checked, records)
     progress("segments", total, total)
-    end_to_end = check_end_to_end(checked, records)
     return summarize(checked, records, wrong_buckets, codes, errors, segments, end_to_end)
 
 

@@ -16,14 +16,17 @@ from quest_deploy.verification.checks.value_types import ValueTypes
 from quest_deploy.verification.runners import compare
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
+    from quest_deploy.artifacts.reference import Record
     from quest_deploy.backends.base import Backend, Runner
     from quest_deploy.backends.options import EngineOptions
 
     Arrays = dict[str, NDArray[Any]]
+    Reads = dict[str, str]
+    """The values of the graph that are given, each with the key of the record's tensor."""
     T = TypeVar("T")
     ByRecord: TypeAlias = dict[str, dict[int, T]]
     """Of a quantizer, layer or segment, by the record's number."""
@@ -46,6 +49,41 @@ class CheckedEngine:
         self.graph = load_graph(folder / LOWERED)
         self.info = graph_info(self.graph)
         self.types = ValueTypes(self.graph, options.dtype)
+
+    def groups(
+        self,
+        held: dict[str, dict[int, Record]],
+        reads: Callable[[str], Reads],
+        gives: Callable[[str], str],
+    ) -> list[list[str]]:
+        """Divide quantizers, layers or products, with the records that hold them, into what may be
+        one cut: those that the same records hold, none of which reads what another gives, or
+        another tensor of the reference under the same name.
+
+        Most of the time of a small cut is its compilation. Where the backend builds ahead, each is
+        a cut of its own: a builder may choose other kernels for more of them.
+
+        Args:
+            reads, gives: what one is given, and the value that it computes.
+        """
+        found: list[list[str]] = []
+        latest: dict[tuple[int, ...], tuple[list[str], Reads, set[str]]] = {}
+        for name, records in held.items():
+            numbers, given = tuple(records), reads(name)
+            group, read, computed = latest.get(numbers, ([], {}, set()))
+            apart = (
+                not self.backend.compile_only_checks
+                or gives(name) in read.keys() | computed
+                or computed & given.keys()
+                or any(read.get(value, key) != key for value, key in given.items())
+            )
+            if apart or not group:
+                group, read, computed = latest[numbers] = ([], {}, set())
+                found.append(group)
+            group.append(name)
+            read.update(given)
+            computed.add(gives(name))
+        return found
 
     def run(
         self, cut: ir.Model, feeds: Iterable[tuple[Arrays, Arrays]]

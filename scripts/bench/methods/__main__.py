@@ -9,7 +9,6 @@ A cell that is measured is not measured again, as long as what its figures depen
 from __future__ import annotations
 
 import json
-import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +17,7 @@ import typer
 
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file, remove_temporaries
+from scripts.bench.command import run
 from scripts.bench.methods.cells import SEEDS, all_cells
 from scripts.bench.methods.display import watching
 from scripts.bench.methods.model import ComparedModel
@@ -154,14 +154,8 @@ def _seeds(text: str) -> list[int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run :func:`compare`; an error ends it in one message and exit code 2 where the user can mend
-    it, 1 otherwise.
-    """
-    try:
-        app(args=arguments)
-    except QuestDeployError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(e.exit_code)
+    """Run :func:`compare`."""
+    run(app, arguments)
 
 
 if __name__ == "__main__":

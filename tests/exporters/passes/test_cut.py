@@ -52,6 +52,18 @@ def test_a_cut_layer_gives_its_float_output_after_scale_and_bias(
         onnx.checker.check_model(proto_of(cut), full_check=True)
 
 
+def test_one_cut_of_several_gives_what_each_gives_alone(hand_model: ir.Model) -> None:
+    info = graph_info(hand_model)
+    feeds = {entry.input: quantizer_input(name) for name, entry in info.quantizers.items()}
+    for cut, names in ((cut_codes, info.quantizers), (cut_layer, ("conv", "to_q", "to_k"))):
+        together = run(cut(hand_model, info, *names), {**feeds, "bucket": BUCKET})
+        for name, found in zip(names, together, strict=True):
+            one = cut(hand_model, info, name)
+            given = {x.name: feeds[x.name] for x in one.graph.inputs if x.name in feeds}
+            (alone,) = run(one, {**given, "bucket": BUCKET})
+            np.testing.assert_array_equal(found, alone)
+
+
 def test_a_cut_holds_the_parts_it_needs_and_no_more(hand_model: ir.Model) -> None:
     counts = op_counts(cut_layer(hand_model, graph_info(hand_model), "to_k"))
     assert counts == {

@@ -25,7 +25,7 @@ def published(*shape: int, seed: int = 0) -> Array:
     return values.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def graph(w: Array, b: Array) -> ir.Model:
+def two_products(w: Array, b: Array) -> ir.Model:
     model = graph_from_text(TEXT, w=w, b=b)
     model.functions.clear()
     return model
@@ -36,7 +36,7 @@ FEEDS = {"x": np.random.default_rng(3).standard_normal((3, 40)).astype(np.float3
 
 def test_weights_that_bfloat16_holds_take_half_the_bytes_and_give_the_same_numbers() -> None:
     w = published(40, 40)
-    model = graph(w, published(40, seed=1))
+    model = two_products(w, published(40, seed=1))
     before = run(model, FEEDS, optimized=False)
     assert NarrowWeights()(model).modified
     weight = model.graph.initializers["w"]
@@ -55,14 +55,14 @@ def test_weights_that_bfloat16_holds_take_half_the_bytes_and_give_the_same_numbe
 def test_weights_one_of_which_bfloat16_would_round_stay(place: tuple[int, int]) -> None:
     w = published(40, 40)
     w[place] = np.nextafter(w[place], np.float32(9))
-    model = graph(w, published(40, seed=1))
+    model = two_products(w, published(40, seed=1))
     assert not NarrowWeights()(model).modified
     np.testing.assert_array_equal(array_of(model.graph.initializers["w"]), w, strict=True)
 
 
 def test_widened_again_the_graph_is_what_it_was() -> None:
     w, b = published(40, 40), published(40, seed=1)
-    model, expected = graph(w, b), graph(w, b)
+    model, expected = two_products(w, b), two_products(w, b)
     NarrowWeights()(model)
     assert WidenWeights()(model).modified
     assert op_counts(model) == op_counts(expected)

@@ -331,7 +331,7 @@ def test_what_a_runtime_refuses_is_one_error_of_one_line(
     facts = ["Foo"] if unknown and backend == "onnxruntime" else []
     with refused(backend, tmp_path / LOWERED, *facts, error=QuestDeployError) as caught:
         get_backend(backend).compile(
-            tmp_path / LOWERED, tmp_path, EngineOptions(), lambda *progress: None
+            tmp_path / LOWERED, tmp_path, EngineOptions(compiled_batch=()), lambda *progress: None
         )
     assert "\n" not in str(caught.value)
     assert "core.cpp" not in str(caught.value)
@@ -415,7 +415,7 @@ def test_an_unknown_compute_capability_is_refused_with_the_known_ones(capability
 def test_running_a_tensorrt_rtx_engine_without_a_gpu_is_an_input_error(
     rtx: tuple[Path, list[tuple[str, int, int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 0)
     with refused("GPU"):
         open_engine(get_backend("tensorrt-rtx"), rtx[0])
 
@@ -433,7 +433,7 @@ def test_building_with_tensorrt_without_a_gpu_points_to_tensorrt_rtx(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.16.1"))
-    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 0)
     with refused("tensorrt-rtx"):
         get_backend("tensorrt").check_build(EngineOptions())
 

@@ -53,6 +53,7 @@ def test_an_engine_is_refused_where_its_products_saturate_with_the_command_that_
     folder = build(backend, WITH_VNNI)
     assert EXACT_ANYWHERE.short_of(engine_info(folder).kernels or {})
     open_engine(get_backend(backend), folder).close()
+    monkeypatch.setattr(exactness, "processor_name", lambda: "another processor")
     monkeypatch.setattr(exactness, "measured", lambda _: EXACT_ANYWHERE)
     with refused(f"build-engine --backend {backend}"):
         open_engine(get_backend(backend), folder)

@@ -76,6 +76,7 @@ class FakeTensorRt:
 
     __version__ = trt.__version__
     ILogger = trt.ILogger
+    ComputeCapability = trt.ComputeCapability
     fixed: Sequence[str] = ()
     fails = ""
 
@@ -121,8 +122,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
 
     monkeypatch.setattr(shared.TensorRtRtxBackend, "_module", lambda self: made)
     monkeypatch.setattr(shared.TensorRtRtxBackend, "compile", compile_plan)
-    monkeypatch.setattr(shared, "gpu_count", lambda: 1)
-    monkeypatch.setattr(shared, "gpu_compute_capability", lambda: "89")
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 1)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_compute_capability", lambda: "89")
+    monkeypatch.setattr("quest_deploy.backends.cuda.driver_version", lambda: "13.0")
     return made
 
 
@@ -264,7 +266,7 @@ def test_without_a_gpu_nothing_is_refitted(
     fake: FakeTensorRt, base: Path, folded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built(base, "--refittable")
-    monkeypatch.setattr(shared, "gpu_count", lambda: 0)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 0)
     cli(*BUILD, "-w", folded, "--refit-from", base).assert_refused("GPU")
 
 

@@ -22,6 +22,7 @@ from exporters.graph_info import (
     save_graph,
 )
 from quest_deploy.backends.base import LOWERED, Runtime, build_engine, engine_info
+from quest_deploy.backends.cuda import gpu_count
 from quest_deploy.backends.options import ENGINE_OPTIONS, EngineOptions
 from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.backends.tensorrt.base import (
@@ -29,9 +30,9 @@ from quest_deploy.backends.tensorrt.base import (
     check_sample_sizes,
     configure,
     fitting_profile,
-    gpu_count,
     load_engine,
     profile_shapes,
+    started,
     unfused_attention,
 )
 from quest_deploy.errors import QuestDeployError
@@ -189,6 +190,75 @@ def test_a_compute_capability_that_the_support_matrix_does_not_promise_is_a_warn
         assert_holds(message, f"--compute-capability {capability}", facts)
 
 
+def gpu(monkeypatch: pytest.MonkeyPatch, capability: str, driver: str = "13.0") -> None:
+    """A machine with such a GPU, and a driver for that CUDA."""
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 1)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_compute_capability", lambda: capability)
+    monkeypatch.setattr("quest_deploy.backends.cuda.driver_version", lambda: driver)
+
+
+@pytest.mark.parametrize(("capability", "runs"), [("89", True), ("121", True), ("90", False)])
+def test_a_gpu_that_tensorrt_for_rtx_knows_nothing_of_runs_none_of_its_engines(
+    capability: str, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(monkeypatch, capability)
+    if runs:
+        get_backend("tensorrt-rtx").check_run(EngineOptions())
+        return
+    with refused(capability, "89", "120", "--backend tensorrt"):
+        get_backend("tensorrt-rtx").check_run(EngineOptions())
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "told"),
+    [("89", (), False), ("121", ("86", "89", "120", "121"), False), ("80", (), True)],
+)
+def test_without_a_choice_an_engine_is_for_this_gpu_too_or_that_it_is_not_is_told(
+    capability: str,
+    built: tuple[str, ...],
+    told: bool,
+    hand_model: ir.Model,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gpu(monkeypatch, capability)
+    backend = get_backend("tensorrt-rtx")
+    options = backend.resolve(EngineOptions())
+    assert options.compute_capability == built
+    chosen = EngineOptions(compute_capability=("89",))
+    assert backend.resolve(chosen).compute_capability == ("89",)
+    backend.check_graph(hand_model, options)
+    assert len(caplog.records) == told
+    for record in caplog.records:
+        assert_holds(record.getMessage(), capability, "86, 89, 120", "--compute-capability")
+
+
+def test_that_int8_is_promised_for_weights_alone_is_said_before_the_build(
+    hand_model: ir.Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    get_backend("tensorrt-rtx").check_graph(hand_model, EngineOptions())
+    (record,) = caplog.records
+    assert_holds(record.getMessage(), "INT8", "weights", "inspect", "--backend tensorrt")
+
+
+def test_a_driver_that_is_too_old_is_one_message_with_tensorrts_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu(monkeypatch, "89", "12.4")
+    with refused("tensorrt_rtx_cu13", "CUDA 13", "12.4"):
+        get_backend("tensorrt-rtx").check_run(EngineOptions())
+    logger = _Log()
+
+    def builder(log: Any) -> None:
+        log.log(trt.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    with refused("error: 35", "CUDA 12.4", "driver", error=QuestDeployError):
+        started(builder, logger)
+    assert isinstance(started(trt.Builder, logger), trt.Builder)
+
+
 def test_engines_are_built_for_what_tensorrt_for_rtx_takes_by_itself() -> None:
     hardware = get_backend("tensorrt-rtx").hardware(EngineOptions())
     assert hardware["compute_capabilities"] == ["86", "89", "120"]
@@ -249,9 +319,9 @@ def test_tensorrt_rtx_needs_a_gpu_for_weights_that_can_be_exchanged(
     option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = EngineOptions(**{option: True})
-    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 1)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 1)
     get_backend("tensorrt-rtx").check_build(options)
-    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 0)
     with refused(ENGINE_OPTIONS[option].flag, "GPU"):
         get_backend("tensorrt-rtx").check_build(options)
 

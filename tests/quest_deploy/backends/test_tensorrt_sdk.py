@@ -72,10 +72,10 @@ def sdk(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     )
     module.__dict__.update(__version__="10.16.1", Builder=_Builder)
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(f"{SHARED}.gpu_count", lambda: 1)
-    monkeypatch.setattr(f"{SHARED}.gpu_compute_capability", lambda: "89")
-    monkeypatch.setattr("quest_deploy.backends.tensorrt.sdk.gpu_name", lambda: "NVIDIA L40S")
-    monkeypatch.setattr("quest_deploy.backends.tensorrt.sdk.driver_version", lambda: "13.0")
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 1)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_compute_capability", lambda: "89")
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_name", lambda: "NVIDIA L40S")
+    monkeypatch.setattr("quest_deploy.backends.cuda.driver_version", lambda: "13.0")
     monkeypatch.delenv(tensorrt_plugin.ENVIRONMENT, raising=False)
     monkeypatch.setattr(tensorrt_plugin, "BUILT", Path("/nowhere"))
     return module
@@ -134,6 +134,17 @@ def test_versions_that_it_is_not_written_for_are_refused(sdk: ModuleType) -> Non
         SDK.check_run(EngineOptions())
 
 
+def test_a_driver_that_is_too_old_for_the_packages_cuda_is_refused_before_anything_is_built(
+    sdk: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quest_deploy.backends.cuda.major_of", lambda package: 13)
+    SDK.check_build(EngineOptions())
+    monkeypatch.setattr("quest_deploy.backends.cuda.driver_version", lambda: "12.8")
+    for check in (SDK.check_build, SDK.check_run):
+        with refused("tensorrt_cu13", "CUDA 13", "12.8"):
+            check(EngineOptions())
+
+
 @pytest.mark.parametrize(("capability", "slow"), [("89", False), ("100", False), ("103", True)])
 def test_a_gpu_whose_integer_products_are_slow_is_told_of_once(
     sdk: ModuleType,
@@ -143,7 +154,7 @@ def test_a_gpu_whose_integer_products_are_slow_is_told_of_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(f"{SHARED}.gpu_compute_capability", lambda: capability)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_compute_capability", lambda: capability)
     SDK.check_build(EngineOptions())
     SDK.check_graph(hand_model, EngineOptions())
     told = [record.getMessage() for record in caplog.records]
@@ -441,8 +452,10 @@ def test_an_engine_of_another_version_or_gpu_is_refused_before_it_is_loaded(
     sdk.__dict__["__version__"] = "10.17.0"
     with refused("10.16.1", "10.17.0", "quest-deploy build-engine"):
         engine_options(SDK, engine)
-    sdk.__dict__["__version__"] = "10.16.1"
-    monkeypatch.setattr(f"{SHARED}.gpu_compute_capability", lambda: "90")
+    sdk.__dict__["__version__"] = "10.16.1.post1"  # as some of its packages are called
+    engine_options(SDK, engine)
+    assert SDK.record(EngineOptions())["runtime"] == Runtime("tensorrt", "10.16.1")
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_compute_capability", lambda: "90")
     with refused("89", "90", "quest-deploy build-engine"):
         engine_options(SDK, engine)
 
@@ -472,7 +485,9 @@ def test_engines_run_on_the_compute_capability_that_they_were_built_for_or_where
         ("75", ampere_plus, False),
         ("89", replace(ampere_plus, hardware_compatibility_level="same_compute_capability"), False),
     ):
-        monkeypatch.setattr(f"{SHARED}.gpu_compute_capability", lambda here=here: here)
+        monkeypatch.setattr(
+            "quest_deploy.backends.cuda.gpu_compute_capability", lambda here=here: here
+        )
         if runs:
             check_compute_capability(built, options)
         else:

@@ -151,6 +151,15 @@ def test_the_extremes_survive_when_a_quantizer_sees_more_values_than_are_kept(
         np.testing.assert_array_equal(few.quantizers[name].scale, quantizer.scale, err_msg=name)
 
 
+def test_minmax_keeps_no_values_since_it_searches_for_no_range(
+    net: nn.Module, recorded: Trajectories, minmax: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(_Reservoir, "add")
+    again = quantize(net, recorded, method=RangeMethod.MINMAX)
+    for name, quantizer in minmax.quantizers.items():
+        np.testing.assert_array_equal(again.quantizers[name].scale, quantizer.scale, err_msg=name)
+
+
 def activation_error(quantizer_values: Array, scale: Array, low: Array, high: Array) -> float:
     return float(
         np.square(
@@ -374,6 +383,26 @@ def test_a_range_searched_on_a_sample_is_about_that_of_all_values(method: RangeM
     of_sample, _ = _activation_ranges(sample, extremes, 4, Symmetry.ASYMMETRIC, method)
     assert of_all[0] < 0.6 * (extremes[1] - extremes[0]) / 15
     torch.testing.assert_close(of_sample, of_all, rtol=0.2, atol=0)
+
+
+def test_a_reservoir_keeps_the_same_rows_of_a_large_batch_as_of_its_parts() -> None:
+    rows, parts = torch.arange(5000.0).view(50, 100, 1), []
+    for batches in ([rows], rows.split(3)):
+        reservoir, generator = _Reservoir(20), torch.Generator().manual_seed(0)
+        for batch in batches:
+            reservoir.add(batch, generator)
+        parts.append(sorted(reservoir.rows.flatten().tolist()))
+    assert parts[0] == parts[1]
+
+
+def test_a_reservoir_takes_the_same_rows_of_values_that_lie_apart_in_memory() -> None:
+    rows, found = torch.randn(7, 6, 5, generator=torch.Generator().manual_seed(0)), []
+    for batch in (rows.transpose(0, 1), rows.transpose(0, 1).contiguous().view(42, 5)):
+        reservoir = _Reservoir(10)
+        reservoir.add(batch, torch.Generator().manual_seed(1))
+        found.append(reservoir)
+    assert torch.equal(found[0].rows, found[1].rows)
+    assert torch.equal(found[0].places, found[1].places)
 
 
 def heavy_tailed(columns: int) -> Tensor:

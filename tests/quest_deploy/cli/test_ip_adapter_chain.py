@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,6 +239,22 @@ def test_a_controlnet_and_an_ip_adapter_go_together_from_calibration_to_a_packag
     assert_same_image(found, draw(pipeline, **given)[0])
     for less in (IMAGE, CONTROL):
         assert np.abs(found.astype(int) - local.draw(**REQUEST, **less).astype(int)).max() > 1
+
+
+@pytest.mark.slow
+def test_engines_of_the_parts_draw_with_both_what_the_float_parts_draw(
+    both: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    root, net, _ = both
+    with_parts = shutil.copytree(root, tmp_path / "ws")
+    ok("export-parts", w=with_parts)
+    ok("build-parts", "--backend", BACKENDS[0], w=with_parts)
+    given = {"image": made_image(3, 16, 16).image, "guidance_scale": 5.0}
+    ours, theirs = (
+        quest_deploy.load_pipeline(x, BACKENDS[0], controlnet=net) for x in (with_parts, root)
+    )
+    assert type(ours.vae) is not type(theirs.vae)
+    assert np.abs(draw(ours, **given) - draw(theirs, **given)).mean() < 0.01
 
 
 @pytest.mark.slow

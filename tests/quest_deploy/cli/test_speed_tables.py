@@ -136,6 +136,17 @@ def test_every_engine_has_its_ratios_to_fp32() -> None:
     assert [row[2::2] for row in rows] == [["2.00x", "2.00x"], ["1.00x", "1.00x"]]
 
 
+def test_the_gpus_memory_is_shown_where_it_was_told_of_every_engine() -> None:
+    found = details(2.0)
+    for footprint, held in zip(found["footprints"], (3 << 20, None), strict=True):
+        footprint["gpu_bytes"] = held
+    assert "GPU memory" not in speed.footprints("engine", found)[0]
+    found["footprints"][1]["gpu_bytes"] = 6 << 20
+    header, rows = speed.footprints("engine", found)
+    column = header.index("GPU memory")
+    assert [row[column + 1] for row in rows] == ["2.00x", "1.00x"]
+
+
 def test_whole_images_follow_where_they_were_timed(tmp_path: Path) -> None:
     workspace = Workspace.create(tmp_path / "w", "emoji", Scheme.parse("w4a4", buckets=3))
     text = speed.benchmark(workspace, details(2.0, pipeline=images()))

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from PIL import Image
 
-from exporters.graph_info import graph_info, load_graph
+from exporters.graph_info import graph_info, input_sizes, load_graph
 from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import (
@@ -30,10 +30,10 @@ from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.finetuning.train import FinetuneOptions, finetune
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.quantization.model import QuantizedModel
-from quest_deploy.serving.pipeline import load_pipeline
+from quest_deploy.serving.pipeline import load_pipeline, stand_in
 from tests.helpers import refused
 from tests.pipelines import controlnet
-from tests.quest_deploy.support import PIXART_CHAIN, SD3_CHAIN, cli
+from tests.quest_deploy.support import FLUX_CHAIN, PIXART_CHAIN, SD3_CHAIN, cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -256,8 +256,126 @@ def test_the_engine_of_stable_diffusion_3_predicts_as_the_fake_quantized_model_a
     torch.testing.assert_close(found, quantized(sample, timestep, **given), rtol=1e-3, atol=1e-4)
 
 
+def test_flux_goes_through_every_command(flux_chain: Chain) -> None:
+    outcomes = flux_chain.outcomes
+    assert outcomes.keys() == FLUX_CHAIN.keys()
+    for backend in ("onnxruntime", "openvino"):
+        assert outcomes[f"verify {backend}"].json["passed"]
+    (picture,) = outcomes["generate openvino"].json["pictures"]
+    assert Image.open(picture).size == (24, 16)
+    results = outcomes["evaluate onnxruntime"].json["results"]
+    assert results["onnxruntime"]["psnr"] == pytest.approx(results["QuEST"]["psnr"], abs=0.5)
+    table = json.loads(Path(outcomes["schedule"].json["schedule"]).read_text())
+    assert [round(step["timestep"]) for step in table["steps"]] == [1000, 826, 613, 345]
+    sizes = input_sizes(load_graph(flux_chain.root / GRAPH))
+    assert (sizes["sample"], sizes["guidance"]) == ((None, 4, None, None), (None,))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_verification_of_flux_covers_every_layer_product_and_segment(
+    flux_chain: Chain, backend: str
+) -> None:
+    report = json.loads((flux_chain.root / "reports" / f"verify-{backend}.json").read_text())
+    info = graph_info(load_graph(flux_chain.root / GRAPH))
+    assert {layer["layer"] for layer in report["layers"]} == {*info.layers, *info.matmuls}
+    assert set(info.matmuls) == {
+        f"{blocks}.0.attn.{product}"
+        for blocks in ("transformer_blocks", "single_transformer_blocks")
+        for product in ("scores", "mix")
+    }
+    assert {"single_transformer_blocks.0.proj_out", "single_transformer_blocks.0.proj_mlp"} < set(
+        info.layers
+    )
+    assert {x["bucket"] for x in report["buckets"]} == set(range(4))
+    assert report["segments"]
+
+
+def test_finetuning_trains_the_norms_of_flux_in_float(flux_chain: Chain) -> None:
+    before, after = (
+        load_checkpoint(flux_chain.root / name).floats for name in (CALIBRATED, CHECKPOINT)
+    )
+    changed = {name for name, value in before.items() if not np.array_equal(value, after[name])}
+    norms = {"norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear"}
+    assert {norm for norm in norms if any(norm in name for name in changed)} == norms
+    assert all(any(norm in name for norm in norms) for name in changed)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@torch.no_grad()
+def test_the_pipeline_of_flux_draws_what_it_draws_around_the_fake_quantized_model(
+    flux_chain: Chain, backend: str
+) -> None:
+    pipeline = load_pipeline(flux_chain.root, backend)
+    assert type(pipeline) is FluxPipeline
+    quantized: Any = QuantizedModel.from_checkpoint(
+        load_checkpoint(flux_chain.root / CHECKPOINT)
+    ).eval()
+    model = load_model(Workspace.open(flux_chain.root).source)
+    around = model.load_pipeline(transformer=stand_in(quantized, model.config))
+    given: dict[str, Any] = {
+        "num_inference_steps": 3,
+        "guidance_scale": 6.0,
+        "output_type": "latent",
+    }
+    latents = []
+    for each in (pipeline, around):
+        each.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(2)
+        sizes = {"height": 12, "width": 32, "max_sequence_length": 40}
+        latents.append(each("a red cat", generator=generator, **sizes, **given).images)
+    assert latents[0].shape == (1, 24, 16)
+    torch.testing.assert_close(latents[0], latents[1], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pixart_chain", "sd3_chain"])
+def test_a_few_step_flux_without_guidance_goes_through_with_a_bucket_for_each_step(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "ws"
+    drawn = ("--prompt", "a cat", "--steps", "4")
+    run_all(
+        root,
+        ("calibrate", "--model", pipelines("flux-schnell"), "--samples", "1", "--bits", "w8a8"),
+        ("export",),
+        ("reference",),
+        ("build-engine", "--backend", "openvino"),
+        ("verify", "--backend", "openvino"),
+        ("generate", "--backend", "openvino", *drawn),
+        ("build-engine", "--backend", "tensorrt-rtx", *FP16),
+    )
+    scheme = Workspace.open(root).scheme
+    assert [scheme.bucket_of(t) for t in (250, 500, 750, 1000)] == [0, 1, 2, 3]
+    assert scheme.buckets == 4
+    for options in (("--guidance", "4"), ("--negative-prompt", "a dog")):
+        refusal = cli("generate", "-w", root, "--backend", "openvino", *drawn, *options)
+        refusal.assert_refused(options[0])
+    cli("package", "-w", root, "--triton", tmp_path / "p").assert_refused("transformer")
+
+
+@pytest.mark.slow
+def test_every_layer_of_flux_can_be_quantized(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "ws"
+    everything = ("--buckets", "2", "--float-layers", "none")
+    branches = ("--low-rank", "2", "--low-rank-layers", "*.proj_mlp")
+    run_all(
+        root,
+        ("calibrate", "--model", pipelines("flux"), *FEW, *everything, *branches),
+        ("export",),
+        ("reference",),
+        ("build-engine", "--backend", "onnxruntime"),
+        ("verify", "--backend", "onnxruntime"),
+        ("build-engine", "--backend", "tensorrt-rtx", *FP16),
+    )
+    layers = load_checkpoint(root / CALIBRATED).layers
+    guided = "time_text_embed.guidance_embedder.linear_1"
+    assert {"x_embedder", "context_embedder", "proj_out", guided} <= layers.keys()
+    assert (layers["x_embedder"].weight_bits, layers["proj_out"].weight_bits) == (8, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pixart_chain", "sd3_chain", "flux_chain"])
 def test_inspect_shows_what_a_transformer_and_its_engines_take(
     request: pytest.FixtureRequest, name: str
 ) -> None:
@@ -268,6 +386,7 @@ def test_inspect_shows_what_a_transformer_and_its_engines_take(
         shown = cli("inspect", path)
         assert shown.code == 0, shown.err
         wanted = {"encoder_hidden_states", "encoder_attention_mask", "pooled_projections"}
+        wanted |= {"guidance"}
         assert all(x in shown.out for x in wanted & set(network.conditions))
     shown = cli("inspect", chain.root)
     assert shown.code == 0, shown.err

@@ -7,9 +7,20 @@ import onnx_ir as ir
 import pytest
 
 from exporters.graph_info import load_graph, save_graph
-from quest_deploy.backends.base import LOWERED, build_engine
+from quest_deploy.backends.base import (
+    BLOBS,
+    LOWERED,
+    Runner,
+    build_engine,
+    engine_info,
+    input_shapes,
+)
+from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
+from quest_deploy.backends.openvino import backend as openvino_backend
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
+from quest_deploy.errors import QuestDeployError
+from quest_deploy.evaluation import benchmark
 from quest_deploy.evaluation.benchmark import (
     FP32,
     NATIVE_ENGINE,
@@ -18,6 +29,7 @@ from quest_deploy.evaluation.benchmark import (
     Benchmark,
     BenchmarkOptions,
     benchmark_engine,
+    held_memory,
 )
 from quest_deploy.evaluation.precision import engine_precision
 from tests.helpers import refused
@@ -97,6 +109,23 @@ def test_peak_memory_is_that_of_the_engine_and_not_of_the_process_that_measures(
         assert 10_000_000 < footprint.peak_memory_bytes < BALLAST_BYTES
 
 
+def test_the_quantized_engine_is_compiled_as_its_baselines_are(
+    mini_engines: Callable[[str], Path],
+    mini_proto: onnx.ModelProto,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(openvino_backend, "open_blob", lambda *arguments: opened.append(arguments))
+    monkeypatch.setattr(benchmark, "in_own_process", lambda work, *arguments: work(*arguments))
+    save_graph(ir.from_proto(mini_proto), tmp_path / "unet.onnx")
+    engine, choices = mini_engines("openvino"), BenchmarkOptions(batches=(2,), runs=1, warmup=0)
+    assert [*engine.glob(BLOBS)]
+    backend, options = get_backend("openvino"), engine_info(engine).options
+    benchmark_engine(backend, options, engine, tmp_path / "unet.onnx", tmp_path, choices)
+    assert opened == []
+
+
 def test_progress_tells_every_phase_to_its_end(
     timed: tuple[Benchmark, list[tuple[str, int, int]]],
 ) -> None:
@@ -161,6 +190,28 @@ def test_an_engine_in_a_low_precision_is_timed_against_the_float_model_in_it_too
     assert types == {FP32: {ir.DataType.FLOAT}, "fp16": {ir.DataType.FLOAT16}}
 
 
+@pytest.mark.parametrize(
+    ("on_cpu", "told", "expected"),
+    [(False, [100, 350], 250), (False, [100, 90], 0), (False, [None, 90], None), (True, [], None)],
+)
+def test_what_an_engine_holds_of_the_gpu_is_what_is_in_use_more_than_before_it_was_opened(
+    on_cpu: bool,
+    told: list[int | None],
+    expected: int | None,
+    mini_engines: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend, engine = get_backend("onnxruntime"), mini_engines("onnxruntime")
+    monkeypatch.setattr(type(backend), "on_cpu", lambda self, options: on_cpu)
+    monkeypatch.setattr("quest_deploy.evaluation.benchmark.gpu_memory_in_use", lambda: told.pop(0))
+    feeds = {
+        name: np.ones(shape, np.float32)
+        for name, shape in input_shapes(load_graph(engine / LOWERED), 1).items()
+    }
+    held, on_gpu = held_memory("onnxruntime", EngineOptions(threads=1), engine, feeds)
+    assert (held > 10_000_000, on_gpu, told) == (True, expected, [])
+
+
 def test_what_the_layers_run_in_is_told_beside_the_speed(
     timed: tuple[Benchmark, Any], mini_engines: Callable[[str], Path]
 ) -> None:
@@ -177,7 +228,7 @@ def test_what_the_layers_run_in_is_told_beside_the_speed(
 def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_built(
     mini_engines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quest_deploy.backends.tensorrt.base.gpu_count", lambda: 0)
+    monkeypatch.setattr("quest_deploy.backends.cuda.gpu_count", lambda: 0)
     with refused("tensorrt-rtx", "GPU"):
         benchmark_engine(
             get_backend("tensorrt-rtx"),
@@ -188,6 +239,23 @@ def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_built(
             BenchmarkOptions(),
         )
     assert not (tmp_path / "scratch").exists()
+
+
+def test_an_engine_that_a_gpu_does_not_load_is_told_before_its_baselines_are_built(
+    mini_engines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    class Broken(OnnxRuntimeBackend):
+        def on_cpu(self, options: EngineOptions) -> bool:
+            return False
+
+        def open(self, folder: Path, options: EngineOptions) -> Runner:
+            raise QuestDeployError(f"{folder} cannot be loaded: no kernel image")
+
+    engine, scratch = mini_engines("onnxruntime"), tmp_path / "scratch"
+    arguments = (engine, tmp_path / "unet.onnx", scratch, BenchmarkOptions())
+    with refused(engine, "no kernel image", error=QuestDeployError):
+        benchmark_engine(Broken(), EngineOptions(threads=1), *arguments)
+    assert not scratch.exists()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,14 @@ from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
 from tests.helpers import refused
-from tests.pipelines import CLASSES, PIPELINES, TEXT_WIDTH, TWO_LEVELS, text_to_image
+from tests.pipelines import (
+    CLASSES,
+    PIPELINES,
+    TEXT_WIDTH,
+    TWO_LEVELS,
+    text_to_image,
+    with_tiny_vae,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,21 +97,7 @@ def test_parts_of_the_safety_checker_that_are_missing_are_left_out_with_it(
 def test_a_tiny_decoder_of_sdxl_says_its_levels_by_its_own_channels(
     pipelines: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    from diffusers import AutoencoderTiny
-
-    folder = shutil.copytree(pipelines("sdxl"), tmp_path / "m")
-    shutil.rmtree(folder / "vae")
-    sides: dict[str, Any] = {
-        f"{side}_block_out_channels": (8, 8, 8) for side in ("encoder", "decoder")
-    }
-    AutoencoderTiny(
-        **sides, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1)
-    ).save_pretrained(folder / "vae")
-    path = folder / "vae" / "config.json"
-    config = json.loads(path.read_text())
-    config.pop("block_out_channels", None)
-    path.write_text(json.dumps(config))
-    recast(folder, vae=["diffusers", "AutoencoderTiny"])
+    folder = with_tiny_vae(pipelines("sdxl"), tmp_path / "m")
     model = load_model(resolve_source(str(folder)))
     assert isinstance(model, PipelineModel)
     assert model.image_size == (32, 32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.evaluation.sampling import float_denoiser, sample_images
+from quest_deploy.models.channels import guidance_of
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.networks import MISSING, NETWORKS, TRANSFORMERS, network_of
 from quest_deploy.models.networks.patch_transformers import repeated_tokens
@@ -38,31 +38,14 @@ if TYPE_CHECKING:
 PROMPTS = ["a red cat", "photo of a house"]
 
 
-@pytest.fixture
-def models(pipelines: Callable[[str], Path]) -> Callable[[str], PipelineModel]:
-    return lambda name: load_model(resolve_source(str(pipelines(name))))
-
-
-@pytest.fixture
-def changed(pipelines: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a small pipeline, one of its files changed."""
-
-    def copied(name: str, file: str, **changes: Any) -> Path:
-        folder = shutil.copytree(pipelines(name), tmp_path / name, dirs_exist_ok=True)
-        path = folder / file
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-        return folder
-
-    return copied
-
-
 def inputs_of(model: PipelineModel, size: tuple[int, ...], batch: int = 2) -> dict[str, Tensor]:
     """Random samples of a size, each at a timestep of its own, and the first labels' conditions."""
     generator = torch.Generator().manual_seed(1)
+    (conditions,) = guidance_of(model, None, None).parts(model.conditions(np.arange(batch)), None)
     return {
         "sample": torch.randn(batch, model.sample_shape[0], *size, generator=generator),
         "timestep": torch.tensor([3.0, 871.5])[:batch],
-        **model.conditions(np.arange(batch)),
+        **conditions,
     }
 
 
@@ -72,6 +55,8 @@ def theirs(model: PipelineModel, inputs: dict[str, Tensor]) -> Tensor:
     own = kind.from_pretrained(model.folder / "transformer").eval()
     given = dict(inputs)
     sample = given.pop("sample")
+    if kind is diffusers.FluxTransformer2DModel:
+        return packed_and_back(own, sample, given)
     if "class_labels" in given:
         given["class_labels"] = given["class_labels"].long()
     if kind is diffusers.PixArtTransformer2DModel:
@@ -81,9 +66,26 @@ def theirs(model: PipelineModel, inputs: dict[str, Tensor]) -> Tensor:
     return result
 
 
+def packed_and_back(own: Any, sample: Tensor, given: dict[str, Tensor]) -> Tensor:
+    """What diffusers' FLUX predicts, called as its pipeline does, by the pipeline's own packing."""
+    pipeline = diffusers.FluxPipeline
+    batch, channels, height, width = sample.shape
+    ids = pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, None, sample.dtype)
+    text = torch.zeros(given["encoder_hidden_states"].shape[1], 3)
+    patches = pipeline._pack_latents(sample, *sample.shape)
+    steps = {"timestep": given.pop("timestep") / 1000}
+    predicted = own(patches, img_ids=ids, txt_ids=text, **steps, **given).sample
+    unpacked: Tensor = pipeline._unpack_latents(predicted, 8 * height, 8 * width, 8)
+    assert unpacked.shape == (batch, channels, height, width)
+    return unpacked
+
+
 @pytest.mark.parametrize(
     ("name", "size"),
     [
+        ("flux", (8, 8)),
+        ("flux", (12, 6)),
+        ("flux-schnell", (2, 40)),
         ("sd3", (8, 8)),
         ("sd3", (12, 6)),
         ("sd3", (24, 2)),
@@ -104,6 +106,18 @@ def test_the_network_is_diffusers_own_at_every_size(
     inputs = inputs_of(model, size)
     found = model.load_unet()(**inputs, return_dict=False)[0]
     torch.testing.assert_close(found, theirs(model, inputs), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@torch.no_grad()
+def test_the_network_computes_where_its_inputs_are(
+    models: Callable[[str], PipelineModel], name: str
+) -> None:
+    model = models(name)
+    inputs = inputs_of(model, model.sample_shape[1:])
+    network: Any = prepare(model.load_unet(), {}, ScoreScale.PRODUCT).to("meta")
+    found = network(**{name: x.to("meta") for name, x in inputs.items()}, return_dict=False)[0]
+    assert found.device.type == "meta"  # which cannot be mixed with others, as a GPU cannot
 
 
 @torch.no_grad()
@@ -127,7 +141,7 @@ def test_dit_takes_samples_that_are_no_squares_and_predicts_each_patch_in_its_pl
     assert torch.equal(flat[:, 2:, 6:], patch)
 
 
-@pytest.mark.parametrize("name", ["pixart", "pixart-alpha", "sd3", "sana"])
+@pytest.mark.parametrize("name", ["pixart", "pixart-alpha", "sd3", "sana", "flux", "flux-schnell"])
 @torch.no_grad()
 def test_a_pipeline_around_our_network_draws_what_diffusers_draws(
     models: Callable[[str], PipelineModel], name: str
@@ -143,7 +157,8 @@ def test_a_pipeline_around_our_network_draws_what_diffusers_draws(
     own = model.pipeline_class().from_pretrained(model.folder)
     drawn = []
     height, width = model.image_size
-    binning = {} if name == "sd3" else {"use_resolution_binning": False}
+    binned = name in ("pixart", "pixart-alpha", "sana")
+    binning = {"use_resolution_binning": False} if binned else {}
     for pipeline in (ours, own):
         pipeline.set_progress_bar_config(disable=True)
         drawn.append(
@@ -409,7 +424,7 @@ def test_the_blocks_are_quantized_and_embedders_norms_and_last_projection_stay_i
     scheme = Scheme.parse("w4a4", buckets=2, float_layers=model.float_layers)
     planned = [layer.name for layer in plan_quantization(network, probe, scheme).layers]
     of_blocks = (".attn.", ".attn1.", ".attn2.", ".ff.net.", ".ff_context.net.")
-    of_blocks += (".ff.conv_inverted", ".ff.conv_point")
+    of_blocks += (".ff.conv_inverted", ".ff.conv_point", ".proj_mlp", "blocks.0.proj_out")
     assert planned
     assert all(any(part in name for part in of_blocks) for name in planned)
     # Two rows of each sample, which no bucket can be chosen for.
@@ -422,7 +437,7 @@ def test_the_blocks_are_quantized_and_embedders_norms_and_last_projection_stay_i
     bits = {x.name: x.weight_bits for x in everything}
     left = bits.keys() - set(planned)
     assert not any(any(part in name for part in of_blocks) for name in left)
-    (first,) = (name for name in left if name.endswith("_embed.proj"))
+    (first,) = (name for name in left if name.endswith(("_embed.proj", "x_embedder")))
     last = everything[-1].name
     assert {name for name, width in bits.items() if width == 8} == {first, last}
     assert last in ("proj_out", "proj_out_2")
@@ -474,7 +489,12 @@ def test_random_weights_need_neither_text_encoder_nor_decoder(
 
 @pytest.mark.parametrize(
     ("name", "millions", "channels", "tokens"),
-    [("pixart-sigma", 611, 4, 300), ("sd35-medium", 2243, 16, 333)],
+    [
+        ("pixart-sigma", 611, 4, 300),
+        ("sd35-medium", 2243, 16, 333),
+        ("flux-dev", 11901, 16, 512),
+        ("flux-schnell", 11891, 16, 512),
+    ],
 )
 def test_a_known_transformer_has_its_authors_size_and_a_pinned_commit(
     name: str, millions: int, channels: int, tokens: int
@@ -523,6 +543,12 @@ def test_a_transformer_without_an_adapter_is_refused_by_what_is_missing(
         ("pixart", {"use_additional_conditions": True}, "use_additional_conditions 128"),
         ("pixart", {"attention_head_dim": 9}, "attention_head_dim 18"),
         ("dit", {"num_embeds_ada_norm": None}, "num_embeds_ada_norm"),
+        ("flux", {"patch_size": 2}, "patch_size 2"),
+        ("flux", {"in_channels": 18}, "in_channels 18"),
+        ("flux", {"axes_dims_rope": [4, 6, 8]}, "axes_dims_rope 16"),
+        ("flux", {"axes_dims_rope": [4, 5, 7]}, "axes_dims_rope even"),
+        ("flux", {"in_channels": 32, "out_channels": 16}, "in_channels 32 out_channels 16"),
+        ("flux", {"num_single_layers": 0}, "num_single_layers"),
         ("sana", {"guidance_embeds": True}, "guidance_embeds"),
         ("sana", {"qk_norm": "rms_norm_across_heads"}, "qk_norm"),
         ("sana", {"timestep_scale": 0.001}, "timestep_scale 0.001"),

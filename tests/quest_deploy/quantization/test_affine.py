@@ -84,18 +84,21 @@ def test_weight_codes_equal_numpys_and_lie_in_the_formats_range(
     assert codes.max() <= high
 
 
+@pytest.mark.parametrize("learns", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
 @given(shape=shapes, seed=seeds)
 def test_a_fake_quantized_weight_is_exactly_its_codes_times_its_scale(
-    bits: int, shape: tuple[int, ...], seed: int
+    bits: int, shape: tuple[int, ...], seed: int, *, learns: bool
 ) -> None:
     weight, scale = random(shape, seed), steps(shape[0], seed)
     expected = weight_codes(weight, WeightGrid.symmetric(scale, bits)).float() * per_sample(
         scale, weight
     )
-    torch.testing.assert_close(
-        fake_quantize_weight(weight, WeightGrid.symmetric(scale, bits)), expected, rtol=0, atol=0
-    )
+    before = weight.clone()
+    with torch.set_grad_enabled(learns):
+        found = fake_quantize_weight(weight, WeightGrid.symmetric(scale, bits))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert torch.equal(weight, before)
 
 
 @given(shape=shapes, seed=seeds)

@@ -40,6 +40,15 @@ def double(small_checkpoint: Checkpoint) -> QuantizedModel:
     return QuantizedModel.from_checkpoint(small_checkpoint).eval().double()
 
 
+def test_a_deployed_models_weights_stay_the_same_where_they_are_frozen(
+    small_checkpoint: Checkpoint,
+) -> None:
+    for layer in QuantizedModel.from_checkpoint(small_checkpoint).quantized_layers().values():
+        before = layer.weight.clone()
+        layer.freeze()
+        assert torch.equal(layer.weight, before)
+
+
 def in_double(inputs: Inputs, rows: slice = slice(None)) -> Inputs:
     return {name: value[rows].double() for name, value in inputs.items()}
 

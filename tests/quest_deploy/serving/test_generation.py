@@ -30,6 +30,7 @@ from quest_deploy.models.residuals import (
     unet_residuals,
 )
 from quest_deploy.models.schedulers import SCHEDULERS
+from quest_deploy.serving.part_graphs import model_parts
 from quest_deploy.serving.pipeline import load_pipeline
 from quest_deploy.serving.triton.layout import Layout
 from quest_deploy.serving.triton.models import (
@@ -217,12 +218,15 @@ def reference(
     factor = pixels_per_latent(model, model.sample_shape)
     layout = Layout(folder, TritonOptions(), None, model.sample_shape, 2, factor)
     pipeline, decoder = model.load_pipeline(vae=None), model.load_decoder()
+    graphs = {name: part.graph() for name, part in model_parts(model).items()}
+    encoders = [graph for name, graph in graphs.items() if name.startswith("text_encoder")]
     signatures = {
-        "text_encoder": write_text_encoder(layout, pipeline),
-        "vae_decoder": write_decoder(layout, decoder),
+        "text_encoder": write_text_encoder(layout, encoders),
+        "vae_decoder": write_decoder(layout, graphs["vae_decoder"]),
     }
     if model.channels.image:
-        signatures["vae_encoder"] = write_encoder(layout, decoder, model.image_scale(decoder))
+        scale = model.image_scale(decoder.config.scaling_factor)
+        signatures["vae_encoder"] = write_encoder(layout, graphs["vae_encoder"], scale)
     residuals = {} if net is None else unet_residuals(model.config)
     if net is not None:
         conditions = model.null_conditions(2)

@@ -24,7 +24,7 @@ COMMANDS = {
     for command in app.registered_commands
     if command.callback is not None
 }
-FUNCTIONS = {"import": "import_checkpoint", "build-engine": "build_engine"}
+FUNCTIONS = {"import": "import_checkpoint"}
 WITHOUT_FUNCTION = {"compare", "doctor"}
 """They measure methods, and describe the machine."""
 ENGINE = ["build-engine onnxruntime", "verify onnxruntime"]
@@ -41,7 +41,7 @@ def test_every_option_of_a_command_is_a_parameter_of_its_function_with_the_same_
     command: str,
 ) -> None:
     options = parameters(COMMANDS[command])
-    taken = parameters(getattr(qd, FUNCTIONS.get(command, command)))
+    taken = parameters(getattr(qd, FUNCTIONS.get(command, command.replace("-", "_"))))
     shown = {"as_json"} | ({"layers"} if command == "inspect" else set())
     assert options.keys() - shown == taken.keys() - OF_PYTHON
     for name in options.keys() - shown:

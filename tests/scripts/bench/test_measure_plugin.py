@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from quest_deploy.backends.tensorrt.base import gpu_count
+from quest_deploy.backends.cuda import gpu_count
 from scripts.bench import measure_plugin as script
 from tests.helpers import assert_holds
 

@@ -2,11 +2,14 @@
 #
 # TENSORRT_ROOT, or TENSORRT_INCLUDE_DIR and TENSORRT_LIBRARY, say where it is. Its headers alone are enough to compile against: the
 # target is there as soon as they are found, and links TENSORRT_LIBRARY where that is found too.
-find_path(TENSORRT_INCLUDE_DIR NvInferRuntime.h HINTS ${TENSORRT_ROOT} $ENV{TENSORRT_ROOT} PATH_SUFFIXES include)
+set(multiarch ${CMAKE_SYSTEM_PROCESSOR}-linux-gnu)
+set(tensorrt_include include include/${multiarch} targets/${multiarch}/include)
+set(tensorrt_lib lib lib64 lib/${multiarch} targets/${multiarch}/lib)
+find_path(TENSORRT_INCLUDE_DIR NvInferRuntime.h HINTS ${TENSORRT_ROOT} $ENV{TENSORRT_ROOT} PATH_SUFFIXES ${tensorrt_include})
 if(QUEST_DEPLOY_TENSORRT_RTX)
-  find_library(TENSORRT_LIBRARY tensorrt_rtx HINTS ${TENSORRT_ROOT} $ENV{TENSORRT_ROOT} PATH_SUFFIXES lib lib64)
+  find_library(TENSORRT_LIBRARY tensorrt_rtx HINTS ${TENSORRT_ROOT} $ENV{TENSORRT_ROOT} PATH_SUFFIXES ${tensorrt_lib})
 else()
-  find_library(TENSORRT_LIBRARY nvinfer HINTS ${TENSORRT_ROOT} $ENV{TENSORRT_ROOT} PATH_SUFFIXES lib lib64)
+  find_library(TENSORRT_LIBRARY nvinfer HINTS ${TENSORRT_ROOT} $ENV{TENSORRT_ROOT} PATH_SUFFIXES ${tensorrt_lib})
 endif()
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(QuestTensorRT REQUIRED_VARS TENSORRT_INCLUDE_DIR

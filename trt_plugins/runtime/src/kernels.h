@@ -28,7 +28,7 @@ struct StepBuffers {
 /// Write value number `i` of the engine's inputs.
 QUEST_DEPLOY_BOTH inline void prepare_value(const StepBuffers& b, int step, std::size_t i) {
     const StepScales& scales = b.table[step];
-    const std::size_t rows = static_cast<std::size_t>(b.rows);
+    const auto rows = static_cast<std::size_t>(b.rows);
     if (i < b.count()) {
         const float scaled = scales.input_scale * b.samples[static_cast<std::size_t>(step % b.length) * b.count() + i];
         for (std::size_t row = 0; row < rows; ++row) b.input[(row * b.batch + i / b.each) * b.input_row + i % b.each] = scaled;

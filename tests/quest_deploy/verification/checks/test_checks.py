@@ -15,11 +15,12 @@ from safetensors.numpy import load_file, save_file
 from exporters.graph_info import QUANTIZERS_KEY
 from exporters.torch_to_qdq import portable_graph
 from quest_deploy.artifacts.reference import TABLES, ReferenceIndex, load_reference
-from quest_deploy.backends.base import Runner, SplitRunner, build_engine
+from quest_deploy.backends.base import ENGINE_FILE, Runner, SplitRunner, build_engine
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.cli import descriptions
+from quest_deploy.errors import InputError
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.verification import reference
 from quest_deploy.verification.checks import Verification, verify_engine
@@ -113,6 +114,26 @@ def test_an_engine_with_a_largest_batch_is_verified_with_all_timesteps_and_recor
     assert sum(quantizer.codes for quantizer in found.sites) == sum(
         quantizer.codes for quantizer in faithful("onnxruntime").sites
     )
+
+
+class TakesOtherSizes(OnnxRuntimeBackend):
+    """Opens engines that refuse every input, as TensorRT's do where they are built for others."""
+
+    def open(self, folder: Path, options: EngineOptions) -> Runner:
+        assert (folder / ENGINE_FILE).exists(), "a cut was opened before the engine itself"
+
+        class Refusing(Runner):
+            def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
+                raise InputError("built for other inputs")
+
+        return Refusing()
+
+
+def test_an_engine_that_does_not_take_the_references_sizes_is_refused_before_any_cut_is_compiled(
+    mini_engines: Callable[[str], Path], mini_reference: Path
+) -> None:
+    with refused("built for other inputs"):
+        verify_engine(TakesOtherSizes(), OPTIONS, mini_engines("onnxruntime"), mini_reference)
 
 
 def swap_buckets(model: ir.Model, quantizer: str, one: int, other: int) -> None:
@@ -667,7 +688,10 @@ def test_progress_counts_every_quantizer_and_layer_and_all_segments(
         mini_reference,
         lambda *progress: calls.append(progress),
     )
-    assert [(done, total) for _, done, total in calls] == [(i + 1, 50) for i in range(50)]
+    assert [*dict.fromkeys(phase for phase, _, _ in calls)] == ["sites", "layers", "segments"]
+    assert all(0 < done <= total == 50 for _, done, total in calls)
+    assert [done for _, done, _ in calls] == sorted({done for _, done, _ in calls})
+    assert calls[-1][1] == 50
 
 
 def test_the_reference_of_another_model_is_an_input_error(

@@ -1,0 +1,167 @@
+"""The text encoders of a pipeline, its decoder of latents and its encoder of images as graphs.
+
+A part's graph computes in float, takes any batch (images of any size too), and says what it was
+made from: the class and its configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from exporters.graph_info import HEIGHT, SAMPLE_SHAPE_KEY, WIDTH
+from exporters.part_info import (
+    HIDDEN_STATE,
+    IMAGE,
+    LAST_STATE,
+    LATENTS,
+    MOMENTS,
+    PART_KEY,
+    POOLED,
+    PartInfo,
+    last_norm,
+)
+from exporters.torch_to_qdq import quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+OPSET = 20
+TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+DECODER_CLASSES = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
+ENCODER_CLASSES = ("AutoencoderKL",)
+"""The classes that engines stand in for in a pipeline."""
+
+
+class _TextEncoder(nn.Module):
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        found = self.encoder(input_ids.long(), output_hidden_states=True)
+        pooled = found.get("text_embeds", found.get("pooler_output"))
+        return found.last_hidden_state, pooled, *found.hidden_states
+
+
+class _LastState(nn.Module):
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        state: Tensor = self.encoder(input_ids.long())[0]
+        return state
+
+
+class _Decoder(nn.Module):
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, sample: Tensor) -> Tensor:
+        image: Tensor = self.decoder.decode(sample, return_dict=False)[0]
+        return image
+
+
+class _Encoder(nn.Module):
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, sample: Tensor) -> Tensor:
+        moments: Tensor = self.encoder.encode(sample, return_dict=False)[0].parameters
+        return moments
+
+
+def text_encoder_graph(encoder: Any, tokens: int) -> ir.Model:
+    """From token ids, int32 [B, tokens], to what ``LAST_STATE`` and those after it say; to the
+    first of them where ``encoder`` is of another class than ``TEXT_CLASSES``.
+    """
+    ids = {"input_ids": torch.zeros(2, tokens, dtype=torch.int32)}
+    if type(encoder).__name__ in TEXT_CLASSES:
+        states = [HIDDEN_STATE.format(i) for i in range(encoder.config.num_hidden_layers + 1)]
+        graph = trace(_TextEncoder(encoder), ids, [LAST_STATE, POOLED, *states])
+        last_norm(graph)  # refused now
+    else:
+        graph = trace(_LastState(encoder), ids, [LAST_STATE])
+    return _described(graph, encoder, encoder.config.to_dict())
+
+
+def decoder_graph(decoder: Any, sample_shape: Sequence[int]) -> ir.Model:
+    """From latents as the decoder takes them, ``sample`` [B, C, h, w], to images [B, 3, H, W].
+
+    Args:
+        sample_shape: of the latents that it is meant for, [C, h, w].
+    """
+    return _of_images(_Decoder(decoder), decoder, sample_shape, IMAGE)
+
+
+def encoder_graph(encoder: Any, image_shape: Sequence[int]) -> ir.Model:
+    """From images, ``sample`` [B, 3, H, W] in [-1, 1], to the means of their latents and the
+    logarithms of the variances, [B, 2C, h, w].
+
+    Args:
+        encoder: of one of ``ENCODER_CLASSES``.
+        image_shape: of the images that it is meant for, [3, H, W].
+    """
+    return _of_images(_Encoder(encoder), encoder, image_shape, MOMENTS)
+
+
+def _of_images(module: nn.Module, part: Any, shape: Sequence[int], output: str) -> ir.Model:
+    graph = trace(module, {LATENTS: torch.zeros(2, *shape)}, [output])
+    graph.metadata_props[SAMPLE_SHAPE_KEY] = json.dumps(list(shape))
+    return _described(graph, part, dict(part.config))
+
+
+def _described(graph: ir.Model, part: Any, config: Mapping[str, Any]) -> ir.Model:
+    plain = json.loads(json.dumps(config, default=str))
+    info = PartInfo(type(part).__name__, plain)
+    graph.metadata_props[PART_KEY] = json.dumps(asdict(info))
+    return graph
+
+
+def trace(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    *,
+    any_size: bool = True,
+) -> ir.Model:
+    """``module`` as an ONNX graph, for any batch.
+
+    Args:
+        inputs: examples by name.
+        any_size: whether the height and the width of images, the inputs of four axes, may be any
+            too.
+    """
+    names = [
+        {0: "batch", 2: HEIGHT, 3: WIDTH} if any_size and value.dim() == 4 else {0: "batch"}
+        for value in inputs.values()
+    ]
+    shapes = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in names)
+    several = len(inputs) > 1  # of *inputs, one argument holds all
+    with torch.no_grad(), warnings.catch_warnings(), quiet("torch.onnx"):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=(shapes,) if several else shapes,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    traced = program.model.graph.inputs
+    for value, example, axes in zip(traced, inputs.values(), names, strict=True):
+        # torch has names of its own, and a profile is by these
+        value.shape = ir.Shape([axes.get(i, size) for i, size in enumerate(example.shape)])
+    return program.model

@@ -1,0 +1,166 @@
+"""The page: a table for each kind of machine, and who is ahead of whom, from the figures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from scripts.bench.image.prepare import PROMPT
+from scripts.bench.image.rows import ROWS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from scripts.bench.image.rows import Row
+
+    Figures = Mapping[str, Any]
+    """Of one machine, what ``__main__`` keeps in its file."""
+
+GIB, MB = 2**30, 1e6
+NONE = "-"
+COLUMNS = (
+    "program",
+    "first image, cold, s",
+    "text encoder, s",
+    "UNet, a step, s",
+    "UNet, all, s",
+    "VAE, s",
+    "image, s",
+    "peak, GiB",
+    "disk, MB",
+    "error of predictions",
+    "emoji PSNR, dB",
+    "SSIM",
+)
+
+
+def page(machines: Iterable[Figures]) -> str:
+    """Each machine's table, with what it was measured on, and the answer."""
+    lines = [
+        "# Whole images on a CPU",
+        "",
+        "Written by `make bench-image`; `scripts/bench/image` says how each figure is measured.",
+        "",
+    ]
+    for machine in machines:
+        lines += [f"## {machine['processor']} ({machine['instructions']})", ""]
+        lines += [*_about(machine), "", *_table(machine), "", *_remarks(machine), ""]
+        lines += [*answer(machine), ""]
+    return "\n".join(lines)
+
+
+def measured(machine: Figures, row: Row) -> dict[str, Any] | None:
+    """The figures of a row; None where there are none."""
+    entry = machine["rows"].get(row.name, {})
+    found: dict[str, Any] | None = entry.get("figures")
+    return found
+
+
+def _about(machine: Figures) -> list[str]:
+    """What was drawn, when, and by which versions."""
+    entries = [x for x in machine["rows"].values() if "figures" in x]
+    if not entries:
+        return ["Nothing is measured yet."]
+    asked = entries[0]["definition"]
+    dates = sorted({entry["date"] for entry in entries})
+    packages = sorted(
+        {
+            f"{name} {version}"
+            for entry in entries
+            for name, version in entry["figures"]["versions"].items()
+        }
+    )
+    measured_on = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    return [
+        f"Stable Diffusion 1.5 with random weights at {asked['width']}x{asked['height']} (size "
+        f"`{asked['size']}`), {asked['steps']} steps, guidance {asked['guidance']}, batch 1, "
+        f"“{PROMPT}”; {asked['threads']} threads, a process for each row, files in the system's "
+        f"cache. The cold image is counted from the start of its process. The rest is of a second "
+        f"image in the same process, of which {asked['warm_steps']} steps are drawn and the others "
+        "count as their mean; peak is the process's, of both images. The error is the relative L2 "
+        "distance of the UNet's predictions from torch's FP32, on the same inputs; ours and NNCF's "
+        f"are calibrated on the same {asked['buckets']} inputs, by min-max. PSNR and SSIM are of "
+        "the trained embedded model's images beside its FP32's, calibrated likewise and not "
+        "finetuned; random weights say nothing of images.",
+        "",
+        f"Measured {measured_on}, with {', '.join(packages)}.",
+    ]
+
+
+def _table(machine: Figures) -> list[str]:
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    for row in ROWS:
+        found = measured(machine, row)
+        cells = [NONE] * (len(COLUMNS) - 1) if found is None else _cells(machine, row, found)
+        lines.append(f"| {' | '.join([row.label, *cells])} |")
+    return lines
+
+
+def _cells(machine: Figures, row: Row, found: Mapping[str, Any]) -> list[str]:
+    times = ("first_image_s", "text_encoder_s", "unet_step_s", "unet_s", "vae_s", "image_s")
+    quality = machine["quality"].get(row.quality or "", {})
+    return [
+        *(f"{found[name]:.2f}" for name in times),
+        f"{found['peak_bytes'] / GIB:.2f}",
+        f"{found['bytes'] / MB:.0f}",
+        _number(found["error"], ".1e"),
+        _number(quality.get("psnr"), ".1f"),
+        _number(quality.get("ssim"), ".3f"),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return NONE if value is None else f"{value:{form}}"
+
+
+def _remarks(machine: Figures) -> list[str]:
+    """What the reader must know of rows, and why others have no figures."""
+    lines = []
+    for row in ROWS:
+        entry = machine["rows"].get(row.name, {})
+        if "figures" not in entry:
+            lines.append(f"- {row.label}: not measured: {entry.get('reason', 'not run yet')}.")
+        elif row.remark:
+            lines.append(f"- {row.label}: {row.remark}.")
+    return lines
+
+
+def answer(machine: Figures) -> list[str]:
+    """Who is ahead of whom, by the time of a whole image, and at which error: our fastest row, and
+    where that errs more than the other program, our fastest that does not.
+    """
+    found = {row: figures for row in ROWS if (figures := measured(machine, row)) is not None}
+    ours = {row: figures for row, figures in found.items() if row.ours}
+    if not ours or len(ours) == len(found):
+        return ["Nothing to compare yet."]
+    fastest = min(ours, key=lambda row: ours[row]["image_s"])
+    lines = [
+        f"Our fastest is {_name(fastest)}: an image in {ours[fastest]['image_s']:.1f} s, "
+        f"error {_number(ours[fastest]['error'], '.1e')}."
+    ]
+    for row, figures in found.items():
+        if row.ours:
+            continue
+        error = figures["error"]
+        as_exact = [] if error is None else [x for x in ours if ours[x]["error"] <= error]
+        text = f"- {row.label} ({figures['image_s']:.1f} s, error {_number(error, '.1e')}): "
+        text += _against(ours[fastest], figures, fastest)
+        if fastest not in as_exact and error is not None:
+            best = min(as_exact, key=lambda x: ours[x]["image_s"], default=None)
+            text += "; " + (
+                "none of ours errs as little"
+                if best is None
+                else f"at no larger error, {_against(ours[best], figures, best)}"
+            )
+        lines.append(f"{text}.")
+    return [lines[0], "", *lines[1:]]
+
+
+def _against(ours: Mapping[str, Any], other: Mapping[str, Any], row: Row) -> str:
+    ratio = other["image_s"] / ours["image_s"]
+    side = "ahead of it" if ratio >= 1 else "behind it"
+    memory = ours["peak_bytes"] / other["peak_bytes"]
+    return f"{_name(row)} is {side}, {ratio:.2f}x as fast with {memory:.2f}x its memory"
+
+
+def _name(row: Row) -> str:
+    return row.label.removeprefix("ours, ")

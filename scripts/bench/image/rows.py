@@ -1,0 +1,254 @@
+"""The rows of the table: a program each, at one precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from scripts.bench.image import prepare
+from scripts.bench.image.prepare import FLOAT, HYBRID, INT8, TEXT_ENCODER, UNET, VAE, bytes_of
+from scripts.bench.image.runner import OPTIMUM, OURS, SDCPP, Environments, run_worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from scripts.bench.image.prepare import Prepared
+
+WORKERS = "scripts.bench.image.workers"
+BITS = ("w4a4", "w4a8", "w8a8")
+BF16 = "bf16"
+SLOW_STEPS, SLOWEST_STEPS = 4, 2
+"""That torch and stable-diffusion.cpp draw, of which a step takes 5 s and more on two cores."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a worker is told beside the drawing, and the files that its program reads."""
+
+    request: dict[str, Any]
+    files: list[Path]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        name: what it is called in the figures. label: in the table.
+        worker: the module that measures it. environment: where that runs.
+        ready: makes what it reads, with the environment's interpreter.
+        quality: the form of the embedded model whose images are compared; none where it is float's,
+            or the program cannot run that model.
+        full_only: the program knows Stable Diffusion's own sizes alone.
+        drawn: the steps that a slow program draws of its first image; the others draw all.
+        warm: whether a second drawing is measured; another has nothing to warm up.
+        remark: what else the reader must know.
+    """
+
+    name: str
+    label: str
+    worker: str
+    environment: str
+    ready: Callable[[Prepared, Path], Ready] = field(repr=False)
+    quality: str | None = None
+    full_only: bool = False
+    drawn: int | None = None
+    warm: bool = True
+    remark: str = ""
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is this toolchain's."""
+        return self.worker == "ours"
+
+
+def measure(row: Row, prepared: Prepared, environments: Environments) -> dict[str, Any]:
+    """The figures of a row; see :func:`scripts.bench.image.workers.measuring.measure`, and
+    "bytes", what its files take on disk.
+
+    Raises:
+        MissingError: its program is not installed.
+        QuestDeployError: it failed.
+    """
+    python, size, threads = (
+        environments.python(row.environment),
+        prepared.size,
+        prepared.threads,
+    )
+    ready = row.ready(prepared, python)
+    request = drawing(size, threads) | {"inputs": str(prepared.inputs())} | ready.request
+    if row.drawn is not None:
+        request["cold_steps"] = min(row.drawn, size.steps)
+    if not row.warm:
+        request["warm_steps"] = 0
+    figures = run_worker(python, f"{WORKERS}.{row.worker}", request, threads)
+    return figures | {"bytes": bytes_of(ready.files)}
+
+
+def drawing(size: prepare.Size, threads: int) -> dict[str, Any]:
+    """What all workers are told."""
+    return {
+        "prompt": prepare.PROMPT,
+        "guidance": prepare.GUIDANCE,
+        "seed": prepare.SEED,
+        "height": prepare.pixels(size),
+        "width": prepare.pixels(size),
+        "steps": size.steps,
+        "cold_steps": size.steps,
+        "warm_steps": size.warm_steps,
+        "threads": threads,
+    }
+
+
+def _ours(bits: str, attention: bool, prepared: Prepared, python: Path) -> Ready:
+    folder = prepared.workspace(bits, attention)
+    parts = [folder / "parts" / name / prepare.BACKEND for name in ("text_encoder", "vae_decoder")]
+    return Ready({"folder": str(folder)}, [folder / "engines" / prepare.BACKEND, *parts])
+
+
+def _openvino(form: str, dtype: str, prepared: Prepared, python: Path) -> Ready:
+    models = {part: prepared.models() / f"{part}.xml" for part in (TEXT_ENCODER, UNET, VAE)}
+    models[UNET] = prepared.models(form) / f"{UNET}.xml"
+    files = [x for path in models.values() for x in (path, path.with_suffix(".bin"))]
+    request = {
+        "folder": str(prepared.pipeline()),
+        "parts": {part: str(path) for part, path in models.items()},
+        "shapes": prepare.shapes_of(prepared.size),
+        "dtype": dtype,
+    }
+    return Ready(request, files)
+
+
+def _exported(form: str, prepared: Prepared, python: Path) -> Ready:
+    folder = prepared.optimum(python, form)
+    return Ready(
+        {"folder": str(folder)}, [folder / x for x in ("text_encoder", "unet", "vae_decoder")]
+    )
+
+
+def _gguf(kind: str, prepared: Prepared, python: Path) -> Ready:
+    path = prepared.gguf(python, kind)
+    return Ready({"file": str(path)}, [path])
+
+
+def _torch(compiled: bool, prepared: Prepared, python: Path) -> Ready:
+    folder = prepared.pipeline()
+    files = [folder / part for part in (TEXT_ENCODER, UNET, VAE)]
+    return Ready({"folder": str(folder), "compiled": compiled}, files)
+
+
+def _row_of_ours(bits: str, attention: bool) -> Row:
+    suffix, words = ("-attention8", "attention at 8 bits") if attention else ("", "float attention")
+    return Row(
+        f"ours-{bits}{suffix}",
+        f"ours, {bits.upper()}, {words}",
+        "ours",
+        OURS,
+        partial(_ours, bits, attention),
+        quality=f"{bits}{suffix}",
+    )
+
+
+def _few(steps: int) -> str:
+    return f"in {steps} steps, the others counted as their mean"
+
+
+_OWN_PRECISION = "at its own precision, bf16 where the processor has it"
+ROWS = (
+    *(_row_of_ours(bits, attention) for bits in BITS for attention in (True, False)),
+    Row(
+        "openvino-fp32", "OpenVINO, FP32", "plain_openvino", OURS, partial(_openvino, FLOAT, "fp32")
+    ),
+    Row(
+        "openvino-bf16",
+        "OpenVINO, bf16",
+        "plain_openvino",
+        OURS,
+        partial(_openvino, FLOAT, BF16),
+        quality=BF16,
+    ),
+    Row(
+        "nncf-int8",
+        "NNCF, INT8",
+        "plain_openvino",
+        OURS,
+        partial(_openvino, INT8, "fp32"),
+        quality=INT8,
+    ),
+    Row(
+        "nncf-hybrid",
+        "NNCF, hybrid INT8",
+        "plain_openvino",
+        OURS,
+        partial(_openvino, HYBRID, "fp32"),
+        quality=HYBRID,
+    ),
+    Row(
+        "optimum-intel",
+        "optimum-intel",
+        "optimum_intel",
+        OPTIMUM,
+        partial(_exported, FLOAT),
+        remark=_OWN_PRECISION,
+    ),
+    Row(
+        "optimum-intel-hybrid",
+        "optimum-intel, hybrid INT8",
+        "optimum_intel",
+        OPTIMUM,
+        partial(_exported, HYBRID),
+        quality=HYBRID,
+        remark=_OWN_PRECISION,
+    ),
+    Row(
+        "openvino-genai",
+        "OpenVINO GenAI",
+        "genai",
+        OPTIMUM,
+        partial(_exported, FLOAT),
+        remark=_OWN_PRECISION,
+    ),
+    Row(
+        "openvino-genai-int8",
+        "OpenVINO GenAI, NNCF's INT8",
+        "genai",
+        OPTIMUM,
+        partial(_exported, INT8),
+        quality=INT8,
+        remark=_OWN_PRECISION,
+    ),
+    *(
+        Row(
+            f"sdcpp-{kind}",
+            f"stable-diffusion.cpp, {kind.upper()}",
+            "sdcpp",
+            SDCPP,
+            partial(_gguf, kind),
+            full_only=True,
+            drawn=SLOWEST_STEPS,
+            warm=False,
+            remark=f"drawn once, {_few(SLOWEST_STEPS)}; its package gives no predictions",
+        )
+        for kind in ("q8_0", "q4_0")
+    ),
+    Row(
+        "torch",
+        "torch, eager",
+        "plain_torch",
+        OURS,
+        partial(_torch, False),
+        drawn=SLOW_STEPS,
+        remark=f"the cold image {_few(SLOW_STEPS)}",
+    ),
+    Row(
+        "torch-compiled",
+        "torch, compiled",
+        "plain_torch",
+        OURS,
+        partial(_torch, True),
+        drawn=SLOW_STEPS,
+        remark=f"the cold image {_few(SLOW_STEPS)}, and after the compiler",
+    ),
+)

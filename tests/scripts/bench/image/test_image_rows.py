@@ -1,0 +1,115 @@
+"""Every row, measured on a small Stable Diffusion with random weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from scripts.bench.image import prepare
+from scripts.bench.image.__main__ import PEERS
+from scripts.bench.image.prepare import HYBRID, INT8, SIZES, Prepared, pixels, shapes_of
+from scripts.bench.image.quality import quality_of
+from scripts.bench.image.rows import ROWS, measure
+from scripts.bench.image.runner import Environments, MissingError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SMALL = SIZES["small"]
+FLOAT_ERROR, BF16_ERROR, INT8_ERROR = 1e-4, 0.05, 0.5
+LIMITS = {
+    "torch": FLOAT_ERROR,
+    "torch-compiled": FLOAT_ERROR,
+    "openvino-fp32": FLOAT_ERROR,
+    "openvino-bf16": BF16_ERROR,
+    "optimum-intel": BF16_ERROR,
+    "openvino-genai": BF16_ERROR,
+}
+"""What a row's predictions may be off by; the others' are quantized."""
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """What the programs read, of the small size."""
+    return Prepared(tmp_path_factory.mktemp("bench-image"), SMALL, threads=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "row",
+    [
+        row
+        for row in ROWS
+        if not row.full_only and not row.name.startswith(("ours-w4a8", "ours-w4a4"))
+    ],
+    ids=lambda row: row.name,
+)
+def test_every_row_that_is_installed_has_all_figures(row: Any, prepared: Prepared) -> None:
+    try:
+        found = measure(row, prepared, Environments(PEERS))
+    except MissingError as e:
+        pytest.skip(str(e))
+    assert 0 < found["error"] < LIMITS.get(row.name, INT8_ERROR) or row.worker == "plain_torch"
+    assert found["error"] < LIMITS.get(row.name, INT8_ERROR)
+    assert 0 < found["open_s"] < found["first_image_s"]
+    parts = [found[name] for name in ("text_encoder_s", "unet_s", "vae_s")]
+    assert min(parts) > 0
+    assert sum(parts) <= 1.01 * found["image_s"]
+    assert found["unet_step_s"] * SMALL.steps == pytest.approx(found["unet_s"])
+    assert found["peak_bytes"] > found["bytes"] > 0
+    assert found["versions"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_workspace_goes_on_with_what_is_missing(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "ours"
+    arguments = (folder, prepared.pipeline(), prepared.recorded(), "w8a8", False, 1)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(prepare.qd, "build_parts", killed)
+        prepare.build_ours(*arguments)
+    made = [folder / "calibrated.safetensors", folder / "engines" / "openvino" / "engine.json"]
+    before = [path.stat().st_mtime_ns for path in made]
+    prepare.build_ours(*arguments)
+    assert [path.stat().st_mtime_ns for path in made] == before
+    assert (folder / "parts" / "vae_decoder" / "openvino" / "engine.json").exists()
+
+
+@pytest.mark.slow
+def test_predictions_are_compared_on_the_inputs_of_a_guided_image(prepared: Prepared) -> None:
+    folder = prepared.inputs()
+    found = {path.stem: np.load(path) for path in folder.iterdir()}
+    _, (sample, _, states), _ = shapes_of(SMALL).values()
+    assert list(found["sample"].shape[1:]) == list(found["prediction"].shape[1:]) == sample
+    assert list(found["encoder_hidden_states"].shape[1:]) == states
+    unconditional, conditional = np.moveaxis(found["encoder_hidden_states"], 1, 0)
+    assert not np.allclose(unconditional, conditional)
+    assert (np.diff(found["timestep"][:, 0]) < 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["w8a8", INT8, HYBRID, "bf16"])
+def test_images_of_the_embedded_model_come_near_fp32_s_at_8_bits(
+    form: str, prepared: Prepared
+) -> None:
+    found = quality_of(prepared.folder, form, threads=1, images=2)
+    assert found["psnr"] > 15
+    assert 0.5 < found["ssim"] < 1
+
+
+def test_full_size_is_stable_diffusion_1_5_s() -> None:
+    full = SIZES["full"]
+    assert pixels(full) == 512
+    assert full.steps == 20
+    assert shapes_of(full)["unet"] == [[2, 4, 64, 64], [1], [2, 77, 768]]
+
+
+def test_an_environment_of_another_folder_is_not_taken(tmp_path: Path) -> None:
+    with pytest.raises(MissingError):
+        Environments(tmp_path).python("sdcpp")
