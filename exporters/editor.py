@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from quest_deploy.artifacts.tensors import Array
+    from quest_deploy.artifacts.lazy_tensors import Array
 
 
 class Editor:

@@ -62,7 +62,7 @@ from quest_deploy.artifacts.checkpoint import (
     QuantizerData,
     pack_4bit,
 )
-from quest_deploy.artifacts.tensors import LazyArray
+from quest_deploy.artifacts.lazy_tensors import LazyArray
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
         LayerData,
         PerChannelQuantizerData,
     )
-    from quest_deploy.artifacts.tensors import Array
+    from quest_deploy.artifacts.lazy_tensors import Array
 
 PLACEHOLDER_DOMAIN = "quest.export"
 LAYER_PLACEHOLDER, MATMUL_PLACEHOLDER, BRANCH_PLACEHOLDER = "Layer", "Product", "Branch"

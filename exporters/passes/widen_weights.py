@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from exporters.editor import lazy, replace_value
 from exporters.passes.contract import guarantee, need
-from quest_deploy.artifacts.tensors import LazyArray
+from quest_deploy.artifacts.lazy_tensors import LazyArray
 
 
 class WidenWeights(ir.passes.InPlacePass):

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PlainValidator
 from safetensors import SafetensorError
 
+from quest_deploy.artifacts.lazy_tensors import Array, LazyArray, stored_tensors, write_tensors
 from quest_deploy.artifacts.model_source import IMPORTED
 from quest_deploy.artifacts.schema import Bits, Positive, parse, validated
 from quest_deploy.artifacts.scheme import Scheme, Symmetry, activation_levels, weight_range
-from quest_deploy.artifacts.tensors import Array, LazyArray, stored_tensors, write_tensors
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file
 

@@ -55,8 +55,9 @@ def load_part(
             or this machine has not the memory for them.
     """
     files, variant = _files(folder)
+    elements = sum(map(_elements, files))
     narrow = narrow and all(map(_is_narrow, files))
-    check_memory(sum(map(_elements, files)), str(folder), narrow=narrow)
+    check_memory(elements, str(folder), narrow=narrow)
     module, info = part_class.from_pretrained(
         folder,
         torch_dtype=torch.bfloat16 if narrow else torch.float32,
@@ -204,7 +205,7 @@ def _check_shards(folder: Path, variant: str | None) -> None:
 
 
 def _is_narrow(path: Path) -> bool:
-    """Whether all that a safetensors file holds is bfloat16."""
+    """Whether all that a safetensors file, which :func:`_elements` took, holds is bfloat16."""
     with open_tensors(path, "pt") as file:
         return all(file.get_slice(key).get_dtype() == "BF16" for key in file.keys())  # noqa: SIM118
 

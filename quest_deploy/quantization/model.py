@@ -22,8 +22,8 @@ from quest_deploy.artifacts.checkpoint import (
     QuantizerData,
     ScoreScale,
 )
+from quest_deploy.artifacts.lazy_tensors import Array, LazyArray
 from quest_deploy.artifacts.scheme import activation_levels
-from quest_deploy.artifacts.tensors import Array, LazyArray
 from quest_deploy.errors import InputError
 from quest_deploy.models.attention import add_image_attentions
 from quest_deploy.models.networks import kind_of

@@ -21,8 +21,8 @@ from exporters.graph_info import GraphInfo, graph_info, input_sizes, load_graph,
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
 from exporters.torch_to_qdq import portable_graph
 from quest_deploy.artifacts.checkpoint import load_checkpoint, save_checkpoint
+from quest_deploy.artifacts.lazy_tensors import LazyArray
 from quest_deploy.artifacts.scheme import Scheme, quantile_edges
-from quest_deploy.artifacts.tensors import LazyArray
 from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.quantization.model import QuantizedModel

@@ -25,7 +25,7 @@ from quest_deploy.artifacts.checkpoint import (
     unpack_int4,
     unpack_uint4,
 )
-from quest_deploy.artifacts.tensors import LazyArray
+from quest_deploy.artifacts.lazy_tensors import LazyArray
 from tests.helpers import Array, assert_holds, branched_checkpoint, kinds_checkpoint, refused
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 from safetensors.torch import save_file as torch_save_file
 
-from quest_deploy.artifacts.tensors import LazyArray, stored_tensors, write_tensors
+from quest_deploy.artifacts.lazy_tensors import LazyArray, stored_tensors, write_tensors
 from tests.helpers import refused
 
 if TYPE_CHECKING:
