@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from quest_deploy.artifacts.lazy_tensors import Array
+
 
 class Editor:
     """Builds named nodes and constants, then inserts all of them before one node of the graph."""
@@ -72,6 +74,16 @@ class Editor:
         """Hand over everything built so far, for the caller to insert."""
         nodes, self._nodes = self._nodes, []
         return nodes
+
+
+def lazy(name: str, array: Array) -> ir.TensorProtocol:
+    """``array`` as a tensor that is in memory no longer than it is read."""
+    return ir.LazyTensor(
+        lambda: ir.tensor(np.asarray(array, order="C"), name=name),
+        ir.DataType.from_numpy(array.dtype),
+        ir.Shape(array.shape),
+        name=name,
+    )
 
 
 def array_of(value: ir.Value) -> NDArray[Any]:

@@ -3,7 +3,9 @@ bucket.
 
 torch exports the float skeleton only: each quantized layer is one placeholder node, which
 ``passes.insert_quantized_layers`` then replaces with its integer form, taken from the checkpoint.
-So no integer weight ever passes through torch, and the graph's names and shapes are ours.
+So no integer weight ever passes through torch, and the graph's names and shapes are ours. What
+stays in float is traced by its shape alone. A weight is read, and laid out as the graph holds it,
+when the graph is saved: so one at a time is in memory, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ import onnx_ir as ir
 import torch
 from accelerate import init_empty_weights
 from onnx_ir.passes import common
+from onnx_ir.tensor_adapters import to_torch_dtype
 from onnxscript import optimizer, rewriter
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 from onnxscript.onnx_opset import opset21
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from exporters.editor import lazy
 from exporters.graph_info import (
     ADDED_INPUTS_KEY,
     CHECKPOINT_KEY,
@@ -45,6 +50,7 @@ from exporters.passes.insert_quantized_layers import (
     PLACEHOLDER_DOMAIN,
     InsertQuantizedLayers,
 )
+from exporters.passes.narrow_weights import NarrowWeights
 from quest_deploy.artifacts.checkpoint import RESIDUAL
 from quest_deploy.quantization.model import (
     build_float_model,
@@ -89,7 +95,8 @@ def portable_graph(
 
     Returns:
         Inputs ``sample`` [batch, C, height, width] float32, ``timestep`` [batch] float32 and the
-        conditions; output ``out_sample``.
+        conditions; output ``out_sample``. Its weights are read from the checkpoint whenever they
+        are asked for.
     """
     with init_empty_weights(
         include_buffers=False
@@ -100,9 +107,11 @@ def portable_graph(
     of_tokens = [x for x in token_inputs(model) if x in example] if any_tokens else []
     skeleton = _Skeleton(model, checkpoint, list(example))
     graph = _traced(skeleton, example, of_tokens)
+    _take_floats(graph, checkpoint)
     _simplify(graph)
     graph.ir_version = timestep_quantize.IR_VERSION
     ForwardSlices()(graph)
+    NarrowWeights()(graph)
     InsertQuantizedLayers(checkpoint)(graph)
     common.ClearMetadataAndDocStringPass()(graph)
     common.RemoveUnusedNodesPass()(graph)
@@ -164,6 +173,13 @@ def _traced(skeleton: _Skeleton, example: dict[str, Tensor], of_tokens: list[str
             value.shape = ir.Shape([*value.shape[:2], f"{HEIGHT}{part}", f"{WIDTH}{part}"])
     program.model.metadata_props[SAMPLE_MULTIPLE_KEY] = json.dumps(factor)
     return program.model
+
+
+def _take_floats(graph: ir.Model, checkpoint: Checkpoint) -> None:
+    """Give the initializers that were traced by their shape alone the checkpoint's values."""
+    for name, value in graph.graph.initializers.items():
+        if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
+            value.const_value = lazy(name, checkpoint.floats[name.removeprefix(SKELETON)])
 
 
 def _to_onnx(
@@ -321,9 +337,13 @@ def _simplify(model: ir.Model) -> None:
     common.NameFixPass()(model)
 
 
+SKELETON = "model."
+"""What the names of a skeleton's parameters begin with."""
+
+
 class _Skeleton(nn.Module):
-    """The float model, its quantized layers and products replaced by placeholders; called with the
-    inputs ``names`` in order.
+    """The float model, its quantized layers and products replaced by placeholders, the rest without
+    values; called with the inputs ``names`` in order.
     """
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, names: list[str]) -> None:
@@ -335,7 +355,13 @@ class _Skeleton(nn.Module):
         for name in checkpoint.matmuls:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _MatmulPlaceholder(name))
-        floats = {key: torch.tensor(value) for key, value in checkpoint.floats.items()}
+        with FakeTensorMode():
+            floats = {
+                key: torch.empty(
+                    value.shape, dtype=to_torch_dtype(ir.DataType.from_numpy(value.dtype))
+                )
+                for key, value in checkpoint.floats.items()
+            }
         model.load_state_dict(floats, strict=True, assign=True)
         for name in checkpoint.architecture.low_rank:
             residual = model.get_submodule(f"{name}.{RESIDUAL}")
@@ -354,7 +380,7 @@ class _Skeleton(nn.Module):
 class _Placeholder(nn.Module):
     def __init__(self, layer: LayerData) -> None:
         super().__init__()
-        self.name, self.conv, self.codes_shape = layer.name, layer.conv, layer.weight_codes.shape
+        self.name, self.conv, self.codes_shape = layer.name, layer.conv, layer.codes.shape
         # diffusers reads these to choose dtypes and shapes; they hold no values.
         self.weight = torch.empty(0)
         groups = 1 if layer.conv is None else layer.conv.groups

@@ -433,7 +433,7 @@ def branched_checkpoint() -> Checkpoint:
     hand, rng = hand_checkpoint(), np.random.default_rng(5)
     scheme = replace(hand.scheme, low_rank=3, low_rank_layers=("last", "to_q"))
     codes = rng.integers(-127, 128, (3, 4, 3, 3), dtype=np.int8)
-    last = replace(hand.layers["last"], weight_codes=codes)
+    last = replace(hand.layers["last"], codes=codes)
     last = replace(last, conv=ConvGeometry((1, 1), (1, 1), (1, 1), 1))
     names = {name: f"{name}.residual" for name in ("last", "to_q")}
     layers = [

@@ -20,6 +20,7 @@ from exporters.passes.keep_timestep_quantize import KeepTimestepQuantize
 from exporters.passes.round_in_quantize_linear import RoundInQuantizeLinear
 from exporters.passes.to_dtype import to_dtype
 from exporters.passes.to_native import to_native
+from exporters.passes.widen_weights import WidenWeights
 
 Quantize = Literal["native", "plugin", "gathered"]
 
@@ -46,6 +47,7 @@ def lower(
         "gathered": (GatherQuantizeScale(),),
     }
     FixTokens()(model)
+    WidenWeights()(model)
     DequantizeCasts()(model)
     to_dtype(model, dtype)
     return to_native(

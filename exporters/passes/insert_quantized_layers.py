@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from exporters.editor import Editor, replace_value
+from exporters.editor import Editor, lazy, replace_value
 from exporters.exactness import FOUR_BITS, MIDDLE, SAFE, as_unsigned, pair_magnitude
 from exporters.graph_info import (
     BUCKET,
@@ -62,6 +62,7 @@ from quest_deploy.artifacts.checkpoint import (
     QuantizerData,
     pack_4bit,
 )
+from quest_deploy.artifacts.lazy_tensors import LazyArray
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
         LayerData,
         PerChannelQuantizerData,
     )
+    from quest_deploy.artifacts.lazy_tensors import Array
 
 PLACEHOLDER_DOMAIN = "quest.export"
 LAYER_PLACEHOLDER, MATMUL_PLACEHOLDER, BRANCH_PLACEHOLDER = "Layer", "Product", "Branch"
@@ -493,7 +495,7 @@ def _layer(editor: Editor, layer: LayerData, x: _Quantized, like: ir.Value) -> i
     y = _compute(editor, x, layer, like)
     if x.offset is not None:
         sums = (
-            layer.dequantized_weight.reshape(len(layer.weight_codes), -1)
+            layer.dequantized_weight.reshape(layer.codes.shape[0], -1)
             .sum(1, dtype=np.float64)
             .astype(np.float32)
         )
@@ -654,7 +656,7 @@ def _multiply(
     if layer.conv is None:
         return editor.op("MatMul", [x.value, weight], product_name(layer.name), shape=like.shape)
     top, left = (size - done for size, done in zip(layer.conv.padding, x.padded, strict=True))
-    attributes = _conv_attributes(layer.conv, layer.weight_codes.shape, (top, left))
+    attributes = _conv_attributes(layer.conv, layer.codes.shape, (top, left))
     name = product_name(layer.name)
     return editor.op("Conv", [x.value, weight], name, shape=like.shape, **attributes)
 
@@ -671,21 +673,22 @@ def _conv_attributes(
     }
 
 
-def _weight_constants(
-    layer: LayerData, *, integer: bool
-) -> tuple[NDArray[Any], NDArray[Any] | None]:
+def _weight_constants(layer: LayerData, *, integer: bool) -> tuple[Array, NDArray[Any] | None]:
     """The weight's codes as the graph stores them, a linear's transposed, and their zero-points;
     None where all are zero.
     """
-    codes: NDArray[Any]
-    codes, axis = (
-        (layer.weight_codes, 0)
-        if layer.conv is not None
-        else (np.ascontiguousarray(layer.weight_codes.T), 1)
-    )
-    if integer and codes.dtype == np.int8 and pair_magnitude(codes, axis) > SAFE:
-        return as_unsigned(codes), np.full(codes.shape[axis], MIDDLE, np.uint8)
+    codes, axis = (layer.codes, 0) if layer.conv is not None else (_transposed(layer.codes), 1)
+    wide = integer and codes.dtype == np.int8 and layer.weight_bits > FOUR_BITS
+    if wide and pair_magnitude(np.asarray(codes), axis) > SAFE:
+        unsigned = LazyArray(
+            codes.shape, np.dtype(np.uint8), lambda: as_unsigned(np.asarray(codes))
+        )
+        return unsigned, np.full(codes.shape[axis], MIDDLE, np.uint8)
     return codes, layer.weight_zero_point
+
+
+def _transposed(codes: Array) -> LazyArray:
+    return LazyArray(codes.shape[::-1], codes.dtype, lambda: np.asarray(codes).T)
 
 
 def _weight(editor: Editor, layer: LayerData) -> ir.Value:
@@ -707,13 +710,16 @@ def _weight(editor: Editor, layer: LayerData) -> ir.Value:
     )
 
 
-def stored(bits: int, codes: NDArray[Any], name: str) -> ir.TensorProtocol:
-    """Codes as the graph holds them: INT4 or UINT4, packed, or INT8 or UINT8."""
+def stored(bits: int, codes: Array, name: str) -> ir.TensorProtocol:
+    """Codes as the graph holds them: INT4 or UINT4, packed, or INT8 or UINT8; in memory no longer
+    than they are read.
+    """
     if bits != FOUR_BITS:
-        return ir.tensor(codes, name=name)
-    return ir.PackedTensor(
-        pack_4bit(codes),
-        ir.DataType.INT4 if codes.dtype == np.int8 else ir.DataType.UINT4,
-        shape=codes.shape,
+        return lazy(name, codes)
+    dtype = ir.DataType.INT4 if codes.dtype == np.int8 else ir.DataType.UINT4
+    return ir.LazyTensor(
+        lambda: ir.PackedTensor(pack_4bit(np.asarray(codes)), dtype, shape=codes.shape, name=name),
+        dtype,
+        ir.Shape(codes.shape),
         name=name,
     )

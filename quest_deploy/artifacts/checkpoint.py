@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -21,12 +20,11 @@ from annotated_types import MinLen
 from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PlainValidator
 from safetensors import SafetensorError
-from safetensors.numpy import save
 
+from quest_deploy.artifacts.lazy_tensors import Array, LazyArray, stored_tensors, write_tensors
 from quest_deploy.artifacts.model_source import IMPORTED
 from quest_deploy.artifacts.schema import Bits, Positive, parse, validated
 from quest_deploy.artifacts.scheme import Scheme, Symmetry, activation_levels, weight_range
-from quest_deploy.artifacts.tensors import open_tensors
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file
 
@@ -63,8 +61,9 @@ class LayerData:
     """A quantized layer: y = s_k * layer(codes_x, weight_codes * weight_scale) + bias.
 
     Attributes:
-        weight_codes: [O, I, kh, kw] or [O, I]; int8 within ``weight_range(weight_bits)``, or uint8
-            in [0, 2^b - 1] where the weight is asymmetric.
+        codes: of the weight, [O, I, kh, kw] or [O, I]; int8 within ``weight_range(weight_bits)``,
+            or uint8 in [0, 2^b - 1] where the weight is asymmetric. Of a checkpoint that was read,
+            not in memory; see :attr:`weight_codes`.
         weight_scale: float32 [O].
         bias: float32 [O] or None.
         macs: multiply-adds for one sample.
@@ -74,12 +73,17 @@ class LayerData:
 
     name: str
     weight_bits: int
-    weight_codes: NDArray[np.int8] | NDArray[np.uint8]
+    codes: Array
     weight_scale: FloatArray
     bias: FloatArray | None
     conv: ConvGeometry | None
     macs: int
     weight_zero_point: NDArray[np.uint8] | None = None
+
+    @property
+    def weight_codes(self) -> NDArray[Any]:
+        """The codes in memory; read each time that they are asked for."""
+        return np.asarray(self.codes)
 
     @property
     def centered_codes(self) -> NDArray[np.int16]:
@@ -97,7 +101,7 @@ class LayerData:
     @property
     def dequantized_weight(self) -> FloatArray:
         """The weight in float32, in the layer's shape."""
-        scale = self.weight_scale.reshape(-1, *([1] * (self.weight_codes.ndim - 1)))
+        scale = self.weight_scale.reshape(-1, *([1] * (len(self.codes.shape) - 1)))
         return np.asarray(self.centered_codes.astype(np.float32) * scale, np.float32)
 
 
@@ -221,7 +225,8 @@ class Checkpoint:
 
     Attributes:
         model: the registry's name of the model.
-        floats: the parameters and buffers of everything that is not quantized, by state-dict key.
+        floats: the parameters and buffers of everything that is not quantized, by state-dict key;
+            of a checkpoint that was read, each is read when ``numpy.asarray`` asks for it.
         provenance: how it came to be: {"method": ..., options}.
     """
 
@@ -230,7 +235,7 @@ class Checkpoint:
     scheme: Scheme
     layers: dict[str, LayerData]
     quantizers: dict[str, QuantizerData]
-    floats: dict[str, NDArray[Any]]
+    floats: dict[str, Array]
     provenance: dict[str, Any] = field(default_factory=dict)
     matmuls: dict[str, AttentionMatmulData] = field(default_factory=dict)
 
@@ -244,17 +249,17 @@ class Checkpoint:
         chosen = [layer for layer in self.layers.values() if layer.weight_bits == bits]
         branches = {name: down.size + up.size for name, (down, up) in self.branches.items()}
         beside = [self.layers[f"{name}.{RESIDUAL}"] for name in branches]
-        weights = sum(layer.weight_codes.size for layer in self.layers.values())
+        weights = sum(layer.codes.size for layer in self.layers.values())
         weights += sum(branches.values())
         products = sum(p.macs for p in self.matmuls.values() if self.product_bits(p) == bits)
         macs = sum(layer.macs for layer in self.layers.values()) + sum(
             product.macs for product in self.matmuls.values()
         )
         macs += sum(
-            layer.macs * size // layer.weight_codes.size
+            layer.macs * size // layer.codes.size
             for layer, size in zip(beside, branches.values(), strict=True)
         )
-        return sum(x.weight_codes.size for x in chosen) / weights, (
+        return sum(x.codes.size for x in chosen) / weights, (
             sum(x.macs for x in chosen) + products
         ) / macs
 
@@ -271,7 +276,10 @@ class Checkpoint:
         ``up`` [O, rank], by the name of the layer that is their sum with ``<name>.residual``.
         """
         return {
-            name: (self.floats[f"{name}.{DOWN}"], self.floats[f"{name}.{UP}"])
+            name: (
+                np.asarray(self.floats[f"{name}.{DOWN}"]),
+                np.asarray(self.floats[f"{name}.{UP}"]),
+            )
             for name in self.architecture.low_rank
         }
 
@@ -425,13 +433,12 @@ class _Header:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write ``checkpoint`` to ``path``, whole or not at all."""
-    tensors: dict[str, NDArray[Any]] = {}
+    """Write ``checkpoint`` to ``path``, whole or not at all, a tensor at a time."""
+    tensors: dict[str, Array] = {}
     layers, quantizers = [], []
     for layer in checkpoint.layers.values():
         key = f"layer.{layer.name}"
-        codes = layer.weight_codes
-        tensors[f"{key}.codes"] = pack_4bit(codes) if layer.weight_bits == 4 else codes
+        tensors[f"{key}.codes"] = _packed(layer.codes) if layer.weight_bits == 4 else layer.codes
         tensors[f"{key}.scale"] = layer.weight_scale
         if layer.weight_zero_point is not None:
             tensors[f"{key}.zero_point"] = layer.weight_zero_point
@@ -441,7 +448,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
             _LayerEntry(
                 layer.name,
                 layer.weight_bits,
-                codes.shape,
+                layer.codes.shape,
                 layer.bias is not None,
                 layer.conv,
                 layer.macs,
@@ -481,46 +488,37 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         "provenance": checkpoint.provenance,
     }
     metadata = {"format": FORMAT, "version": str(VERSION), "content": json.dumps(content)}
-    for name, values in tensors.items():
+
+    def check(name: str, values: NDArray[Any]) -> None:
         if not np.isfinite(values).all():
             raise QuestDeployError(
                 f"{checkpoint.provenance['method']} ended in values of {name} that are not finite; "
                 "nothing was saved"
             )
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(safetensors_bytes(tensors, metadata))
+
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        write_tensors(file, tensors, metadata, check)
 
 
-def safetensors_bytes(tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> bytes:
-    """A safetensors file: the same bytes for the same content. The library writes the metadata in
-    an order that changes from call to call.
-    """
-    # Not save_file: its errors on a full disk are no OSError.
-    content = save({name: np.ascontiguousarray(x) for name, x in tensors.items()})
-    (length,) = struct.unpack("<Q", content[:8])
-    header = {"__metadata__": metadata} | json.loads(content[8 : 8 + length])
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join((struct.pack("<Q", len(text)), text, content[8 + length :]))
+def _packed(codes: Array) -> LazyArray:
+    size = math.prod(codes.shape)
+    return LazyArray(((size + 1) // 2,), np.dtype(np.uint8), lambda: pack_4bit(np.asarray(codes)))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and validate a checkpoint; raise InputError for anything that :func:`save_checkpoint`
-    would not have written.
+    would not have written. Codes and floats, which may be gigabytes, stay in the file.
     """
     try:
-        with open_tensors(path) as stream:
-            metadata = stream.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise InputError(
-                    f"{path}: expected a {FORMAT}, found a safetensors file of another kind"
-                )
-            if metadata.get("version") != str(VERSION):
-                raise InputError(
-                    f"{path}: expected checkpoint version {VERSION}, found "
-                    f"{metadata.get('version')}"
-                )
-            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 - not a dict
+        metadata, tensors = stored_tensors(path)
+        if metadata.get("format") != FORMAT:
+            raise InputError(
+                f"{path}: expected a {FORMAT}, found a safetensors file of another kind"
+            )
+        if metadata.get("version") != str(VERSION):
+            raise InputError(
+                f"{path}: expected checkpoint version {VERSION}, found {metadata.get('version')}"
+            )
         return _assemble(parse(_Header, json.loads(metadata["content"]), str(path)), tensors)
     except FileNotFoundError as e:
         raise InputError(
@@ -539,7 +537,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise InputError(str(e) if str(path) in str(e) else f"{path}: {e}") from e
 
 
-def _assemble(header: _Header, tensors: dict[str, NDArray[Any]]) -> Checkpoint:
+def _assemble(header: _Header, tensors: dict[str, LazyArray]) -> Checkpoint:
     """The checkpoint of ``header`` and ``tensors``; raise InputError where they do not belong
     together.
     """
@@ -552,14 +550,14 @@ def _assemble(header: _Header, tensors: dict[str, NDArray[Any]]) -> Checkpoint:
         for name, rank in header.architecture.low_rank.items()
         for key, value in _branch(name, rank, layers, tensors).items()
     }
-    floats = branches | {
+    floats: dict[str, Array] = branches | {
         key.removeprefix("float."): tensors.pop(key)
         for key in list(tensors)
         if key.startswith("float.")
     }
     _check(not tensors, f"unexpected tensors: {', '.join(sorted(tensors)[:5])}")
     for name, values in floats.items():
-        _check_finite(values, f"float.{name}")
+        _check_finite(np.asarray(values), f"float.{name}")
     # Headers of earlier versions do not tell an imported checkpoint's order of sums.
     official = header.architecture.official_sums or header.model == IMPORTED
     return Checkpoint(
@@ -574,19 +572,21 @@ def _assemble(header: _Header, tensors: dict[str, NDArray[Any]]) -> Checkpoint:
     )
 
 
-def _layer(entry: _LayerEntry, tensors: dict[str, NDArray[Any]]) -> LayerData:
+def _layer(entry: _LayerEntry, tensors: dict[str, LazyArray]) -> LayerData:
     name, bits, shape, asymmetric = entry.name, entry.weight_bits, entry.shape, entry.asymmetric
     low, high = (0, activation_levels(bits)) if asymmetric else weight_range(bits)
-    codes: NDArray[Any]
-    if bits == 4:
-        packed = _take(tensors, f"layer.{name}.codes", ((math.prod(shape) + 1) // 2,), np.uint8)
-        codes = unpack_uint4(packed, shape) if asymmetric else unpack_int4(packed, shape)
+    key, dtype = f"layer.{name}.codes", np.uint8 if asymmetric else np.int8
+    if bits == 4:  # four bits hold no other codes
+        codes = _unpacked(
+            _stored(tensors, key, ((math.prod(shape) + 1) // 2,), np.uint8), shape, dtype
+        )
     else:
-        codes = _take(tensors, f"layer.{name}.codes", shape, np.uint8 if asymmetric else np.int8)
-    _check(
-        low <= codes.min() and codes.max() <= high,
-        f"layer {name}: weight codes outside {low}..{high}",
-    )
+        codes = _stored(tensors, key, shape, dtype)
+        read = np.asarray(codes)
+        _check(
+            low <= read.min() and read.max() <= high,
+            f"layer {name}: weight codes outside {low}..{high}",
+        )
     zero_point = (
         _take(tensors, f"layer.{name}.zero_point", shape[:1], np.uint8) if asymmetric else None
     )
@@ -602,20 +602,32 @@ def _layer(entry: _LayerEntry, tensors: dict[str, NDArray[Any]]) -> LayerData:
     return LayerData(name, bits, codes, scale, bias, entry.conv, entry.macs, zero_point)
 
 
+def compact(codes: NDArray[np.int8], bits: int) -> Array:
+    """Codes in the memory that they take in a file."""
+    return codes if bits != 4 else _unpacked(pack_4bit(codes), codes.shape, np.int8)
+
+
+def _unpacked(packed: Array, shape: tuple[int, ...], dtype: type) -> LazyArray:
+    unpack = unpack_uint4 if dtype is np.uint8 else unpack_int4
+    return LazyArray(shape, np.dtype(dtype), lambda: unpack(np.asarray(packed), shape))
+
+
 def _branch(
-    name: str, rank: int, layers: dict[str, LayerData], tensors: dict[str, NDArray[Any]]
-) -> dict[str, HalfArray]:
+    name: str, rank: int, layers: dict[str, LayerData], tensors: dict[str, LazyArray]
+) -> dict[str, Array]:
     residual = layers.get(f"{name}.{RESIDUAL}")
     if residual is None:
         raise InputError(f"branch {name}: the layer beside it is missing")
-    outputs, *inputs = residual.weight_codes.shape
+    outputs, *inputs = residual.codes.shape
     shapes = {f"{name}.{DOWN}": (rank, *inputs), f"{name}.{UP}": (outputs, rank)}
-    return {key: _take(tensors, f"float.{key}", shape, np.float16) for key, shape in shapes.items()}
+    return {
+        key: _stored(tensors, f"float.{key}", shape, np.float16) for key, shape in shapes.items()
+    }
 
 
 def _quantizer(
     entry: _QuantizerEntry,
-    tensors: dict[str, NDArray[Any]],
+    tensors: dict[str, LazyArray],
     layers: dict[str, LayerData],
     buckets: int,
 ) -> QuantizerData:
@@ -654,7 +666,7 @@ def _quantizer(
 
 
 def _per_channel_quantizer(
-    entry: _QuantizerEntry, tensors: dict[str, NDArray[Any]], buckets: int, channels: int | None
+    entry: _QuantizerEntry, tensors: dict[str, LazyArray], buckets: int, channels: int | None
 ) -> PerChannelQuantizerData:
     name = entry.name
     shape = (buckets, *_shape_of(tensors, f"site.{name}.scale", channels, skip=1))
@@ -679,11 +691,11 @@ def _per_channel_quantizer(
 
 
 def _input_channels(layer: LayerData) -> int:
-    return int(layer.weight_codes.shape[1]) * (1 if layer.conv is None else layer.conv.groups)
+    return int(layer.codes.shape[1]) * (1 if layer.conv is None else layer.conv.groups)
 
 
 def _shape_of(
-    tensors: dict[str, NDArray[Any]], key: str, channels: int | None, skip: int = 0
+    tensors: dict[str, LazyArray], key: str, channels: int | None, skip: int = 0
 ) -> tuple[int, ...]:
     """The expected shape behind the first ``skip`` dimensions: the readers' channels, or what is
     there for an operand of a product.
@@ -710,9 +722,9 @@ def _check(condition: bool, problem: str) -> None:
         raise InputError(problem)
 
 
-def _take(
-    tensors: dict[str, NDArray[Any]], key: str, shape: tuple[int, ...], dtype: type
-) -> NDArray[Any]:
+def _stored(
+    tensors: dict[str, LazyArray], key: str, shape: tuple[int, ...], dtype: type
+) -> LazyArray:
     tensor = tensors.pop(key)
     if tensor.shape != shape or tensor.dtype != dtype:
         raise InputError(
@@ -720,6 +732,12 @@ def _take(
             f"{list(tensor.shape)}"
         )
     return tensor
+
+
+def _take(
+    tensors: dict[str, LazyArray], key: str, shape: tuple[int, ...], dtype: type
+) -> NDArray[Any]:
+    return np.asarray(_stored(tensors, key, shape, dtype))
 
 
 def _check_finite(values: NDArray[Any], what: str) -> None:

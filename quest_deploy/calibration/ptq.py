@@ -24,6 +24,7 @@ from quest_deploy.artifacts.checkpoint import (
     LayerData,
     PerChannelQuantizerData,
     QuantizerData,
+    compact,
 )
 from quest_deploy.artifacts.scheme import (
     Granularity,
@@ -127,6 +128,7 @@ def calibrate(
     """Quantize ``unet`` by calibration alone.
 
     Args:
+        unet: stays as it is. What of it is not quantized is in the checkpoint as it is, not copied.
         trajectories: recorded on ``unet``; every bucket of ``scheme`` must occur in them.
         progress: called with a pass's name, the steps done and their number.
 
@@ -141,9 +143,7 @@ def calibrate(
             "record more steps"
         )
     probe = {k: v[:2] for k, v in batches[0][0].items()}
-    # The copy has the same weights, which a branch of low rank alone changes.
-    shared = {} if scheme.low_rank else {id(weight): weight for weight in unet.parameters()}
-    unet, split_shortcuts, attention = prepared_for(copy.deepcopy(unet, shared), scheme, probe)
+    unet, split_shortcuts, attention = prepared_for(_shared(unet), scheme, probe)
 
     def recorded(phase: str) -> _Recorder:
         recorder = _Recorder(unet, plan_quantization(unet, probe, scheme), scheme, options)
@@ -193,6 +193,12 @@ def calibrate(
             for product in plan.matmuls
         },
     )
+
+
+def _shared(unet: nn.Module) -> nn.Module:
+    """A copy whose modules are its own and whose weights are ``unet``'s: they may be gigabytes."""
+    weights = (*unet.parameters(), *unet.buffers())
+    return copy.deepcopy(unet, {id(weight): weight for weight in weights})
 
 
 def _plain_config(unet: nn.Module) -> dict[str, Any]:
@@ -394,7 +400,7 @@ class _Reservoir:
 
 
 def _input_amax(layer: nn.Module, like: Tensor) -> Tensor:
-    weight = layer.get_parameter("weight").abs()
+    weight = layer.get_parameter("weight").float().abs()
     amax = weight.transpose(0, 1).flatten(1).amax(1)
     return amax.repeat(like.numel() // amax.numel())
 
@@ -439,13 +445,13 @@ def _activation_ranges(
 def _layer_data(
     layer: nn.Module, plan: LayerPlan, channel: Tensor, method: RangeMethod
 ) -> LayerData:
-    weight = fold_smoothing_scale(layer.get_parameter("weight").detach(), channel)
+    weight = fold_smoothing_scale(layer.get_parameter("weight").detach().float(), channel)
     codes, scale = rounded_weight(weight, plan.weight_bits, method)
     bias = layer.bias
     return LayerData(
         name=plan.name,
         weight_bits=plan.weight_bits,
-        weight_codes=codes,
+        codes=compact(codes, plan.weight_bits),
         weight_scale=scale,
         bias=bias.detach().numpy().copy() if isinstance(bias, Tensor) else None,
         conv=conv_geometry(layer),

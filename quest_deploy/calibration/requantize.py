@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from quest_deploy.artifacts.checkpoint import ActivationQuantizerData
@@ -61,7 +62,7 @@ def requantize(
             )
             layers[name] = _requantized(layers[name], old[key], new[key], channel, method)
         else:
-            floats[key] = floats[key] + (new[key] - old[key]).numpy()
+            floats[key] = np.asarray(floats[key]) + (new[key] - old[key]).numpy()
         progress("weights", i + 1, len(changed))
     return replace(checkpoint, layers=layers, floats=floats), len(changed)
 
@@ -73,4 +74,4 @@ def _requantized(
     change = change if channel is None else fold_smoothing_scale(change, channel)
     weight = unrounded_weight(before, data, channel) + change
     codes, scale = rounded_weight(weight, data.weight_bits, method)
-    return replace(data, weight_codes=codes, weight_scale=scale)
+    return replace(data, codes=codes, weight_scale=scale)

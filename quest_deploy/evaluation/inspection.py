@@ -56,7 +56,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
                 {
                     "layer": name,
                     "kind": "linear" if layer.conv is None else "conv",
-                    "shape": list(layer.weight_codes.shape),
+                    "shape": list(layer.codes.shape),
                     "weight_bits": layer.weight_bits,
                     "activation_bits": quantizer.bits,
                     "site": quantizer.name,

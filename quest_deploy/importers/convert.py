@@ -563,7 +563,7 @@ def _layer_data(name: str, part: _Weight, bits: int) -> LayerData:
     return LayerData(
         name=name,
         weight_bits=bits,
-        weight_codes=codes.numpy().astype(np.uint8),
+        codes=codes.numpy().astype(np.uint8),
         weight_scale=_array(part.delta),
         bias=None if part.bias is None else _array(part.bias),
         conv=None,

@@ -77,6 +77,7 @@ from quest_deploy.models.unets import set_heads
 from quest_deploy.models.weights import (
     check_memory,
     check_weights,
+    in_float32,
     load_part,
     load_single_file,
 )
@@ -141,6 +142,9 @@ class PipelineModel:
         self.folder = _folder_of(source, self._file)
         self.index = read_index(self.folder)
         self.network, self.config = self._read_network()
+        # Of published weights: no setting of diffusers' classes.
+        half = self.config.pop("torch_dtype", None) == "bfloat16"
+        self._published_type = torch.bfloat16 if half else torch.float32
         if self._file is not None:
             self._apply(self._file)
         of_text = any(self.index.get(name, [None])[0] is not None for name in TEXT_ENCODERS)
@@ -205,19 +209,28 @@ class PipelineModel:
         for name, value in {} if self._known is None else self._known.defaults.items():
             setattr(self, name, value)
 
-    def load_unet(self) -> nn.Module:
+    def load_unet(self, *, narrow: bool = False) -> nn.Module:
         """The float model, its LoRAs fused, with its IP-Adapter's keys and values; random weights
-        are those of the source's seed.
+        are those of the source's seed, of the type of the published ones.
+
+        Args:
+            narrow: keep weights in bfloat16 that are so in their files, see
+                :func:`quest_deploy.models.weights.in_float32`; they are to be read, not changed.
         """
         class_name, part = self.config["_class_name"], self.network.part
+        narrow = narrow and not self.source.loras and self.source.ip_adapter is None
         with self._loading(f"the {self.network.noun}"):
             if self.source.random_weights:
+                dtype = self._published_type
                 with torch.device("meta"):
                     empty = self.network.build(class_name, self.config)
-                check_memory(sum(p.numel() for p in empty.parameters()), self.name)
-                with torch.random.fork_rng(devices=[]):
+                elements = sum(p.numel() for p in empty.parameters())
+                narrow = narrow and dtype is torch.bfloat16
+                check_memory(elements, self.name, narrow=narrow)
+                with torch.random.fork_rng(devices=[]), default_type(dtype):
                     torch.manual_seed(self.source.seed)
                     network = self.network.build(class_name, self.config)
+                network = in_float32(network, narrow=narrow)
             elif self.single_file is not None:
                 kind = getattr(diffusers, class_name)
                 network = load_single_file(self.single_file, kind, self.folder, part)
@@ -227,6 +240,7 @@ class PipelineModel:
                     getattr(diffusers, class_name),
                     whole=True,
                     unused=self.network.unused_weights,
+                    narrow=narrow,
                 )
         if self._known is not None and self._known.heads is not None:
             set_heads(network, self._known.heads)
@@ -669,6 +683,17 @@ class PipelineModel:
                 f"{where}: {part} cannot be loaded ({type(e).__name__}: "
                 f"{reason[0] if reason else ''})"
             ) from e
+
+
+@contextmanager
+def default_type(dtype: torch.dtype) -> Iterator[None]:
+    """Make tensors of floating-point numbers meanwhile that are of ``dtype`` unless told."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _folder_of(source: ModelSource, file: SingleFile | None) -> Path:

@@ -175,9 +175,9 @@ class DiffusionModel(Protocol):
     def labels(self) -> int:
         """How many labels it has."""
 
-    def load_unet(self) -> nn.Module:
+    def load_unet(self, *, narrow: bool = False) -> nn.Module:
         """The float model, FP32, in evaluation mode; called with ``sample``, ``timestep`` and the
-        conditions by name.
+        conditions by name. Its weights may be ``narrow`` where they are not changed.
         """
 
     def load_scheduler(self, name: str, **overrides: Any) -> Any:

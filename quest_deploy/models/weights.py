@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from quest_deploy.artifacts.tensors import open_tensors
 from quest_deploy.errors import InputError
@@ -21,8 +22,6 @@ from quest_deploy.files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
-
-    from torch import nn
 
 _FILE = re.compile(
     r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?(\.(?P<variant>[^.]+?))?"
@@ -36,7 +35,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_part(
-    folder: Path, part_class: Any, *, whole: bool = False, unused: Collection[str] = ()
+    folder: Path,
+    part_class: Any,
+    *,
+    whole: bool = False,
+    unused: Collection[str] = (),
+    narrow: bool = False,
 ) -> Any:
     """The module of ``part_class``, diffusers' or transformers', from its folder, in float32 and
     evaluation mode.
@@ -44,16 +48,19 @@ def load_part(
     Args:
         whole: refuse weights that the module has no place for, rather than say so.
         unused: the names of those that published files hold though no module reads them.
+        narrow: keep what is bfloat16 in the files so, see :func:`in_float32`.
 
     Raises:
         InputError: there are no safetensors; weights are missing, of another shape or not finite;
             or this machine has not the memory for them.
     """
     files, variant = _files(folder)
-    check_memory(sum(map(_elements, files)), str(folder))
+    elements = sum(map(_elements, files))
+    narrow = narrow and all(map(_is_narrow, files))
+    check_memory(elements, str(folder), narrow=narrow)
     module, info = part_class.from_pretrained(
         folder,
-        torch_dtype=torch.float32,
+        torch_dtype=torch.bfloat16 if narrow else torch.float32,
         use_safetensors=True,
         local_files_only=True,
         variant=variant,
@@ -63,7 +70,7 @@ def load_part(
     info["unexpected_keys"] = set(info["unexpected_keys"]) - set(unused)
     _check_fit(folder, info, whole=whole)
     check_weights(module, str(folder))
-    return module.eval()
+    return in_float32(module, narrow=narrow).eval()
 
 
 def load_single_file(path: Path, part_class: Any, folder: Path, part: str) -> Any:
@@ -110,11 +117,43 @@ def check_weights(module: nn.Module, where: str) -> None:
             )
 
 
-def check_memory(elements: int, where: str) -> None:
-    """Raise InputError where so many float32 weights do not fit this machine's memory; what this
-    process holds, it may free.
+def in_float32(module: nn.Module, *, narrow: bool) -> nn.Module:
+    """``module``, in place, computing in float32.
+
+    Args:
+        narrow: leave the weights of linear layers in bfloat16 where they are, and widen each while
+            its layer runs: the same results in half the memory.
     """
-    needed = 4 * elements
+    for layer in module.modules():
+        held = narrow and isinstance(layer, nn.Linear) and layer.weight.dtype is torch.bfloat16
+        for name, value in (*layer._parameters.items(), *layer._buffers.items()):
+            if value is None or (held and name == "weight"):
+                continue
+            if value.dtype is torch.bfloat16:
+                value.data = value.float()
+        if held:
+            layer.register_forward_pre_hook(_widen)
+            layer.register_forward_hook(_narrow, always_call=True)
+    return module
+
+
+def _widen(layer: nn.Module, args: Any) -> None:
+    weight = layer.get_parameter("weight")
+    if weight.dtype is torch.bfloat16:
+        layer.__dict__["narrow_weight"] = weight.data  # no buffer of its own
+        weight.data = weight.float()
+
+
+def _narrow(layer: nn.Module, args: Any, output: Any) -> None:
+    if "narrow_weight" in layer.__dict__:
+        layer.get_parameter("weight").data = layer.__dict__.pop("narrow_weight")
+
+
+def check_memory(elements: int, where: str, *, narrow: bool = False) -> None:
+    """Raise InputError where so many weights, float32 or ``narrow`` bfloat16 ones, do not fit this
+    machine's memory; what this process holds, it may free.
+    """
+    needed = (2 if narrow else 4) * elements
     memory = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     if needed > memory:
         raise InputError(
@@ -163,6 +202,12 @@ def _check_shards(folder: Path, variant: str | None) -> None:
                 raise InputError(
                     f"{index}: expected the shard {shard} beside it, and it is missing"
                 )
+
+
+def _is_narrow(path: Path) -> bool:
+    """Whether all that a safetensors file, which :func:`_elements` took, holds is bfloat16."""
+    with open_tensors(path, "pt") as file:
+        return all(file.get_slice(key).get_dtype() == "BF16" for key in file.keys())  # noqa: SIM118
 
 
 def _elements(path: Path) -> int:

@@ -22,6 +22,7 @@ from quest_deploy.artifacts.checkpoint import (
     QuantizerData,
     ScoreScale,
 )
+from quest_deploy.artifacts.lazy_tensors import Array, LazyArray
 from quest_deploy.artifacts.scheme import activation_levels
 from quest_deploy.errors import InputError
 from quest_deploy.models.attention import add_image_attentions
@@ -247,7 +248,7 @@ class QuantizedModel(nn.Module):
                 )
             layers[name] = dataclasses.replace(
                 data,
-                weight_codes=codes.astype(data.weight_codes.dtype),
+                codes=codes.astype(data.codes.dtype),
                 bias=None if layer.bias is None else layer.bias.cpu().numpy().copy(),
             )
         quantizers = {
@@ -258,7 +259,7 @@ class QuantizedModel(nn.Module):
             self.checkpoint,
             layers=layers,
             quantizers=quantizers,
-            floats=float_state(self.model, layers),
+            floats={key: np.array(x) for key, x in float_state(self.model, layers).items()},
             provenance=provenance,
         )
 
@@ -285,14 +286,23 @@ def fold_smoothing_scale(weight: Tensor, channel: Tensor) -> Tensor:
     return weight * factors.view(outputs, inputs_per_group, *([1] * (weight.dim() - 2)))
 
 
-def float_state(model: nn.Module, layers: Iterable[str]) -> dict[str, np.ndarray[Any, Any]]:
-    """The parameters and persistent buffers that belong to none of the quantized ``layers``."""
+def float_state(model: nn.Module, layers: Iterable[str]) -> dict[str, Array]:
+    """The parameters and persistent buffers that belong to none of the quantized ``layers``, in the
+    model's own memory where that is a CPU's.
+    """
     quantized = tuple(f"{name}." for name in layers)
     return {
-        key: value.cpu().numpy().copy()
+        key: _array(value)
         for key, value in model.state_dict().items()
         if not key.startswith(quantized)
     }
+
+
+def _array(value: Tensor) -> Array:
+    if value.dtype is not torch.bfloat16:
+        return value.cpu().numpy()
+    # Such as NumPy does not know, widened when they are read.
+    return LazyArray(tuple(value.shape), np.dtype(np.float32), lambda: value.float().cpu().numpy())
 
 
 def build_float_model(architecture: Architecture) -> nn.Module:

@@ -104,7 +104,9 @@ class LowRank(nn.Module):
         self.down.copy_(down)
         self.up.copy_(up)
         weight = self.residual.get_parameter("weight")
-        weight.sub_((self.up.float() @ self.down.float().flatten(1)).view_as(weight))
+        # Not in place: copies of the layer may share its weight.
+        rest = weight - (self.up.float() @ self.down.float().flatten(1)).view_as(weight)
+        self.residual.weight = nn.Parameter(rest, weight.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the layer itself returned."""

@@ -73,7 +73,7 @@ def work(
     prompt = (
         None if model.source.ip_adapter is None else ImagePrompts(model, options.ip_images, samples)
     )
-    unet = model.load_unet()
+    unet = model.load_unet(narrow=not reconstructs)
     rows = options.batch or model.forward_rows
 
     def start() -> Start:

@@ -55,6 +55,5 @@ def work(
         "layers": len(checkpoint.layers),
         "buckets": checkpoint.scheme.buckets,
         "bytes": sum(file.stat().st_size for file in files),
-        "fp32_weight_bytes": 4
-        * sum(layer.weight_codes.size for layer in checkpoint.layers.values()),
+        "fp32_weight_bytes": 4 * sum(layer.codes.size for layer in checkpoint.layers.values()),
     }

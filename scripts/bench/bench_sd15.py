@@ -1,5 +1,5 @@
-"""Measure the toolchain at Stable Diffusion 1.5's size; writes docs/sd15/table.md from
-scripts/bench/results/sd15.json, which it adds to.
+"""Measure the toolchain at Stable Diffusion 1.5's size, and exports of diffusion transformers at
+theirs; writes docs/sd15/table.md from scripts/bench/results/sd15.json, which it adds to.
 
     python scripts/bench/bench_sd15.py [--workspace DIR] [--again STEP] [--only STEP]
 
@@ -8,16 +8,22 @@ no image of it means anything. It is calibrated to W4A4 in 20 buckets by min-max
 softmax at 8 bits; a second workspace leaves attention in float. Both sides of each ratio are
 measured in one run of one step. What a step measured is kept at once, so that an interrupted run
 goes on with the next.
+
+A transformer, PixArt-Sigma or Stable Diffusion 3.5 medium, has random weights too and all of its
+layers; it is calibrated to W4A4 in 2 buckets on samples of 32x32, which its export does not depend
+on.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +39,7 @@ from quest_deploy.artifacts.workspace import (
 )
 from quest_deploy.backends.base import processor_name
 from quest_deploy.files import atomic_file, read_json, write_json
+from quest_deploy.models.registry import ARCHITECTURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +63,16 @@ CALIBRATION = (
     "--guidance",
     "1",
 )
+SIDE = 32
+"""Of a transformer's samples."""
+FEW = (
+    *("--method", "minmax", "--samples", "1", "--steps", "2", "--buckets", "2"),
+    *("--batch", "1", "--guidance", "1"),
+)
 QUANTIZED_ATTENTION = ("--attention-bits", "8", "--softmax-bits", "8")
+TRANSFORMERS = ("pixart-sigma", "sd35-medium")
+EXPORT = "export-"
+"""What the steps of transformers are called, before the model."""
 BATCH, THREADS, RUNS = "2", "2", "11"
 MEGA = 1e6
 
@@ -110,6 +126,38 @@ def ensure_graph(workspace: Path, *attention: str) -> None:
 
 def measure_export(workspace: Path, folder: Path) -> dict[str, Any]:
     return script("measure_export", folder, str(workspace))
+
+
+def measure_transformer(workspace: Path, folder: Path) -> dict[str, Any]:
+    """Calibrate the transformer that ``folder`` is called after, and measure its export."""
+    name = folder.name.removeprefix(EXPORT)
+    model = folder / name
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(ARCHITECTURES / name, model)
+    path = model / "transformer" / "config.json"
+    write_json(path, {**read_json(path), "sample_size": SIDE})
+    command = ("calibrate", "--model", str(model), "--random-weights", "--bits", "w4a4")
+    shutil.rmtree(folder / "workspace", ignore_errors=True)
+    calibration = measured_command(*command, *FEW, "-w", str(folder / "workspace"))
+    exports = script("measure_export", folder, str(folder / "workspace"), "--buckets", "0")
+    return {**exports, "calibration": calibration}
+
+
+def measured_command(*arguments: str) -> dict[str, float]:
+    """Run a command of quest-deploy; what its process took."""
+    command = [sys.executable, "-m", "quest_deploy", *arguments]
+    print(" ".join(command[2:]), flush=True)
+    started = time.monotonic()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return {
+        "seconds": time.monotonic() - started,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_gib": usage.ru_maxrss / 2**20,
+    }
 
 
 def measure_tensorrt(workspace: Path, folder: Path) -> dict[str, Any]:
@@ -169,12 +217,59 @@ def measure_verification(workspace: Path, folder: Path) -> dict[str, Any]:
 
 
 def export_lines(figures: dict[str, Any]) -> list[Line]:
-    (ours, *_), (plain, *_), wider, ratios = (
-        figures["ours"],
-        figures["plain"],
-        figures["wider"],
-        figures["summary"],
-    )
+    (ours, *_), wider, ratios = figures["ours"], figures["wider"], figures["summary"]
+    return [
+        *_cost_lines(figures, "4.5 GB"),
+        Line(
+            "graph, files",
+            f"{ours['bytes'] / MEGA:.1f} MB",
+            f"FP32 {figures['plain'][0]['bytes'] / MEGA:.0f} MB",
+            f"{ratios['bytes_ratio']:.3f}x",
+            "470 MB",
+        ),
+        Line(
+            "graph with 50 buckets, files",
+            f"{wider['bytes'] / MEGA:.1f} MB",
+            f"20 buckets {ours['bytes'] / MEGA:.1f} MB",
+            f"{ratios['wider_bytes_ratio']:.4f}x",
+            "1.02x",
+        ),
+        Line(
+            "graph with 50 buckets, nodes",
+            str(wider["nodes"]),
+            f"20 buckets {ours['nodes']}",
+            "",
+            "equal",
+        ),
+    ]
+
+
+def transformer_lines(figures: dict[str, Any], name: str) -> list[Line]:
+    (ours, *_), (plain, *_), cost = figures["ours"], figures["plain"], figures["calibration"]
+    lines = [
+        *_cost_lines(figures, "6 GB"),
+        Line(
+            "graph, files",
+            f"{ours['bytes'] / MEGA:.1f} MB",
+            f"4-bit payload {figures['payload_bytes'] / MEGA:.1f} MB",
+            f"{figures['summary']['payload_ratio']:.3f}x",
+            "1.1x",
+        ),
+        Line(
+            "graph, files",
+            f"{ours['bytes'] / MEGA:.1f} MB",
+            f"FP32 {plain['bytes'] / MEGA:.0f} MB",
+            f"{figures['summary']['bytes_ratio']:.3f}x",
+        ),
+        Line("calibration, processor time", f"{cost['cpu_seconds']:.0f} s"),
+        Line("calibration, peak memory", f"{cost['peak_gib']:.2f} GiB"),
+    ]
+    return [replace(line, what=f"{name}: {line.what}") for line in lines]
+
+
+def _cost_lines(figures: dict[str, Any], memory: str) -> list[Line]:
+    """What an export costs beside a plain one, ``memory`` being what is aimed at."""
+    (ours, *_), (plain, *_), ratios = figures["ours"], figures["plain"], figures["summary"]
     return [
         Line(
             "export, the whole command",
@@ -201,28 +296,7 @@ def export_lines(figures: dict[str, Any]) -> list[Line]:
             f"{ours['peak_gib']:.2f} GiB",
             f"FP32 torch.onnx.export {plain['peak_gib']:.2f} GiB",
             f"{ratios['peak_ratio']:.2f}x",
-            "4.5 GB",
-        ),
-        Line(
-            "graph, files",
-            f"{ours['bytes'] / MEGA:.1f} MB",
-            f"FP32 {plain['bytes'] / MEGA:.0f} MB",
-            f"{ratios['bytes_ratio']:.3f}x",
-            "470 MB",
-        ),
-        Line(
-            "graph with 50 buckets, files",
-            f"{wider['bytes'] / MEGA:.1f} MB",
-            f"20 buckets {ours['bytes'] / MEGA:.1f} MB",
-            f"{ratios['wider_bytes_ratio']:.4f}x",
-            "1.02x",
-        ),
-        Line(
-            "graph with 50 buckets, nodes",
-            str(wider["nodes"]),
-            f"20 buckets {ours['nodes']}",
-            "",
-            "equal",
+            memory,
         ),
     ]
 
@@ -347,10 +421,13 @@ def verification_lines(figures: dict[str, Any]) -> list[Line]:
 
 @dataclass(frozen=True)
 class Step:
-    """What is measured at a time, and its lines of the table."""
+    """What is measured at a time, and its lines of the table; ``needs_graph`` of Stable Diffusion
+    1.5, or none.
+    """
 
     measure: Callable[[Path, Path], dict[str, Any]]
     lines: Callable[[dict[str, Any]], list[Line]]
+    needs_graph: bool = True
 
 
 STEPS = {
@@ -366,6 +443,12 @@ STEPS = {
     "openvino-float-attention": Step(
         measure_openvino_float, lambda figures: openvino_lines(figures, "float attention")
     ),
+    **{
+        f"{EXPORT}{name}": Step(
+            measure_transformer, partial(transformer_lines, name=name), needs_graph=False
+        )
+        for name in TRANSFORMERS
+    },
 }
 
 
@@ -391,14 +474,15 @@ def table(results: dict[str, Any]) -> str:
     missing = [name for name in STEPS if name not in results]
     return "\n".join(
         [
-            "# Stable Diffusion 1.5 at full size",
+            "# Stable Diffusion 1.5 at full size, and exports of transformers",
             "",
             "Written by `make bench-sd15`; `scripts/bench/bench_sd15.py` says how each figure is "
             "measured. The UNet has random weights; W4A4,",
             f"20 buckets, latents 64x64; engines at batch {BATCH} with {THREADS} threads, medians, "
             "both sides of a ratio in one run.",
             "The errors are those of 4-bit min-max activations, beside NNCF's 8-bit ones, on "
-            "random weights: they say nothing of images.",
+            "random weights: they say nothing of images. The rows of transformers are of all their "
+            "layers, W4A4 in 2 buckets; the payload is the layers' codes and the rest in 16 bits.",
             "",
             f"Measured on: {'; '.join(machines)}.",
             f"With: {', '.join(packages)}.",
@@ -450,7 +534,8 @@ def main(
     for name, step in STEPS.items():
         if name in results or (only and name not in only):
             continue
-        ensure_graph(workspace, *QUANTIZED_ATTENTION)
+        if step.needs_graph:
+            ensure_graph(workspace, *QUANTIZED_ATTENTION)
         folder = workspace.with_name(f"{workspace.name}-measured") / name
         folder.mkdir(parents=True, exist_ok=True)
         figures = step.measure(workspace, folder)

@@ -12,7 +12,10 @@ making the model; ours are those of the whole command `quest-deploy export`. So 
 least kind to us; the ratio of the whole processes is given too.
 
 Then the checkpoint is given equal buckets, each with the scales of the old bucket that its middle
-lies in, and exported again.
+lies in, and exported again; not with --buckets 0.
+
+The payload is what the checkpoint holds, at the bits asked for: the layers' codes, and the rest in
+16 bits.
 """
 
 from __future__ import annotations
@@ -89,14 +92,17 @@ class Comparison:
     """The measurements, one Cost a repeat.
 
     Attributes:
-        wider: the export with ``wider_buckets`` buckets, the checkpoint having ``buckets``.
+        payload_bytes: of the checkpoint, see the module's docstring.
+        wider: the export with ``wider_buckets`` buckets, the checkpoint having ``buckets``; None
+            where it was left out.
     """
 
     plain: list[Cost]
     ours: list[Cost]
-    wider: Cost
+    payload_bytes: int
     buckets: int
-    wider_buckets: int
+    wider: Cost | None = None
+    wider_buckets: int = 0
 
     def summary(self) -> dict[str, Any]:
         """Ratios of medians, ours over the plain export's."""
@@ -104,6 +110,14 @@ class Comparison:
             _median(self.plain, name) for name in ("call_seconds", "call_cpu_seconds")
         )
         ours, ours_cpu = (_median(self.ours, name) for name in ("seconds", "cpu_seconds"))
+        wider = (
+            {
+                "wider_bytes_ratio": self.wider.bytes / self.ours[0].bytes,
+                "wider_more_nodes": self.wider.nodes - self.ours[0].nodes,
+            }
+            if self.wider
+            else {}
+        )
         return {
             "seconds_ratio": ours / plain_call,
             "cpu_seconds_ratio": ours_cpu / plain_call_cpu,
@@ -111,16 +125,15 @@ class Comparison:
             "process_cpu_seconds_ratio": ours_cpu / _median(self.plain, "cpu_seconds"),
             "peak_ratio": _median(self.ours, "peak_gib") / _median(self.plain, "peak_gib"),
             "bytes_ratio": self.ours[0].bytes / self.plain[0].bytes,
-            "wider_bytes_ratio": self.wider.bytes / self.ours[0].bytes,
-            "wider_more_nodes": self.wider.nodes - self.ours[0].nodes,
-        }
+            "payload_ratio": self.ours[0].bytes / self.payload_bytes,
+        } | wider
 
 
 def compare(
     root: Path, repeats: int, buckets: int, report: Callable[[str, Cost], None]
 ) -> Comparison:
-    """Measure the workspace ``root``, telling of each process that ends; raise CalledProcessError
-    where one fails.
+    """Measure the workspace ``root``, telling of each process that ends, the wider checkpoint with
+    ``buckets`` or not at all; raise CalledProcessError where one fails.
     """
     from quest_deploy.calibration.trajectories import Trajectories
 
@@ -135,11 +148,12 @@ def compare(
             "architecture": {
                 "class_name": checkpoint.architecture.class_name,
                 "config": checkpoint.architecture.config,
+                "split_shortcuts": {},
+                "attention": None,
             },
             "shapes": {name: list(value.shape) for name, value in example.items()},
         }
         (folder / "model.json").write_text(json.dumps(model))
-        save_checkpoint(with_buckets(checkpoint, buckets), folder / "wider.safetensors")
 
         def reported(name: str, cost: Cost) -> Cost:
             report(name, cost)
@@ -162,12 +176,22 @@ def compare(
                     ),
                 )
             )
+        found = Comparison(plain, ours, payload_bytes(checkpoint), checkpoint.scheme.buckets)
+        if not buckets:
+            return found
+        save_checkpoint(with_buckets(checkpoint, buckets), folder / "wider.safetensors")
         target = _fresh(folder / "wider")
         command = _call(
             "export_portable", folder / "wider.safetensors", copied / TRAJECTORIES, target
         )
         wider = reported(f"{buckets} buckets", measured(command, target))
-        return Comparison(plain, ours, wider, checkpoint.scheme.buckets, buckets)
+        return replace(found, wider=wider, wider_buckets=buckets)
+
+
+def payload_bytes(checkpoint: Checkpoint) -> int:
+    """What the checkpoint's weights take, see the module's docstring."""
+    layers = sum(x.codes.size * x.weight_bits for x in checkpoint.layers.values()) // 8
+    return layers + 2 * sum(value.size for value in checkpoint.floats.values())
 
 
 def measured(command: list[str], folder: Path) -> Cost:
@@ -293,7 +317,7 @@ def _print(name: str, cost: Cost) -> None:
 def main(
     workspace: Annotated[Path, typer.Argument(help="A workspace with a checkpoint; it is copied.")],
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each export.")] = 1,
-    buckets: Annotated[int, typer.Option(min=1, help="Buckets of the wider checkpoint.")] = 50,
+    buckets: Annotated[int, typer.Option(min=0, help="Buckets of the wider checkpoint.")] = 50,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the measurements to this file.")
     ] = None,

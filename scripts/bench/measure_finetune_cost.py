@@ -135,7 +135,7 @@ def main(
         "latent_size": latent_size,
         "gradient_checkpointing": gradient_checkpointing,
         "limit_gb": limit_gb,
-        "parameters": sum(layer.weight_codes.size for layer in checkpoint.layers.values()),
+        "parameters": sum(layer.codes.size for layer in checkpoint.layers.values()),
         "calibration_seconds": time.monotonic() - started,
         "calibration_peak_gib": peak_gib("cpu"),
         "targets": [],

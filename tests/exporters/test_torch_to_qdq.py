@@ -5,6 +5,7 @@ the fake-quantized model.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,12 +13,15 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from exporters import torch_to_qdq
 from exporters.editor import array_of
 from exporters.graph_info import GraphInfo, graph_info, input_sizes, load_graph, save_graph
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
 from exporters.torch_to_qdq import portable_graph
+from quest_deploy.artifacts.checkpoint import load_checkpoint, save_checkpoint
+from quest_deploy.artifacts.lazy_tensors import LazyArray
 from quest_deploy.artifacts.scheme import Scheme, quantile_edges
 from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
 from quest_deploy.calibration.trajectories import Trajectories
@@ -430,6 +434,61 @@ def test_a_saved_graph_loads_again_and_computes_the_same(
     np.testing.assert_array_equal(run(reloaded, feeds)[0], run(small_proto, feeds)[0])
 
 
+def saved(checkpoint: Checkpoint, inputs: dict[str, torch.Tensor], folder: Path) -> list[bytes]:
+    """The files of the portable graph of ``checkpoint``."""
+    folder.mkdir()
+    save_graph(portable_graph(checkpoint, inputs, "ab" * 32), folder / "model.onnx")
+    return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+
+def test_a_checkpoint_that_lies_in_a_file_gives_the_bytes_of_one_in_memory(
+    small_checkpoint: Checkpoint, small_inputs: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    layers = {
+        name: dataclasses.replace(layer, codes=layer.weight_codes)
+        for name, layer in small_checkpoint.layers.items()
+    }
+    held = dataclasses.replace(small_checkpoint, layers=layers)
+    save_checkpoint(small_checkpoint, tmp_path / "checkpoint")
+    stored = load_checkpoint(tmp_path / "checkpoint")
+    expected = saved(held, small_inputs, tmp_path / "held")
+    assert len(expected) == 2
+    assert saved(stored, small_inputs, tmp_path / "stored") == expected
+
+
+def test_weights_are_read_one_at_a_time_and_none_stays_in_memory(
+    small_checkpoint: Checkpoint, small_inputs: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    reads: dict[str, int] = {}
+    made: list[weakref.ref[Array]] = []
+    most = 0
+
+    def watched(name: str, array: Array | LazyArray) -> LazyArray:
+        def read() -> Array:
+            nonlocal most
+            found = np.array(array)
+            made.append(weakref.ref(found))
+            reads[name] = reads.get(name, 0) + 1
+            most = max(most, sum(each() is not None for each in made))
+            return found
+
+        return LazyArray(array.shape, array.dtype, read)
+
+    layers = {
+        name: dataclasses.replace(layer, codes=watched(name, layer.codes))
+        for name, layer in small_checkpoint.layers.items()
+    }
+    floats = {name: watched(name, value) for name, value in small_checkpoint.floats.items()}
+    watching = dataclasses.replace(small_checkpoint, layers=layers, floats=floats)
+    graph = portable_graph(watching, small_inputs, "")
+    four_bits = {x.name for x in layers.values() if x.weight_bits == 4}
+    assert four_bits
+    assert not four_bits & reads.keys()
+    save_graph(graph, tmp_path / "model.onnx")
+    assert reads.keys() == layers.keys() | floats.keys()
+    assert most <= 2
+
+
 def test_a_graph_that_is_missing_damaged_or_foreign_is_an_input_error(tmp_path: Path) -> None:
     with refused(tmp_path / "a.onnx", "quest-deploy export"):
         load_graph(tmp_path / "a.onnx")
@@ -549,6 +608,28 @@ def test_what_torch_onnx_does_not_know_as_it_is_is_exported_and_computes_the_sam
     assert program is not None
     (found,) = run(program.model, {"x": x[:2].numpy()})
     np.testing.assert_allclose(found, module(x[:2]).numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("module", [_Unknown(), _Writes()], ids=["unknown", "writes"])
+def test_what_has_no_values_is_traced_by_its_shape_where_operators_are_decomposed_too(
+    module: torch.nn.Module,
+) -> None:
+    with FakeTensorMode():
+        layer = torch.nn.Linear(8, 8).requires_grad_(requires_grad=False)
+    shapes = {"x": {0: torch.export.Dim("batch", max=63)}}
+    exported = torch.export.export(
+        torch.nn.Sequential(layer, module),
+        (torch.zeros(3, 5, 8),),
+        dynamic_shapes=tuple(shapes.values()),
+    )
+    program = torch_to_qdq._to_onnx(exported, ["x"], shapes)
+    assert program is not None
+    initializers = program.model.graph.initializers
+    assert {"0.weight", "0.bias"} <= initializers.keys()
+    for name in ("0.weight", "0.bias"):
+        tensor = initializers[name].const_value
+        assert isinstance(tensor, ir.Tensor)
+        assert isinstance(tensor.raw, FakeTensor)
 
 
 @pytest.mark.parametrize("operator", ["Mul", "Div", "Add", "Sub"])

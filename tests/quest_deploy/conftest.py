@@ -189,9 +189,9 @@ def _mini_emoji() -> Iterator[None]:
 
     others = PipelineModel.load_unet
 
-    def load_unet(model: PipelineModel) -> nn.Module:
+    def load_unet(model: PipelineModel, *, narrow: bool = False) -> nn.Module:
         if not model.embedded:
-            return others(model)
+            return others(model, narrow=narrow)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             unet: nn.Module = UNet2DConditionModel(**MINI_EMOJI_UNET)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import re
-from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -188,20 +187,13 @@ def _contents(records: Records) -> dict[str, Any] | None:
 
 
 def _checkpoints(workspace: Workspace, records: Records) -> dict[str, Checkpoint]:
-    """Of each stage that made one, without its weights; the one to be deployed last."""
+    """Of each stage that made one; the one to be deployed last."""
     made = dict.fromkeys((*ELSEWHERE, "calibrate"), CALIBRATED) | {"finetune": CHECKPOINT}
     return {
-        stage: _without_weights(load_checkpoint(workspace.path(file)))
+        stage: load_checkpoint(workspace.path(file))
         for stage, file in made.items()
         if stage in records
     }
-
-
-def _without_weights(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint's quantizers and what it says of its layers: the rest may be gigabytes."""
-    none = np.empty(0, np.int8)
-    layers = {name: replace(x, weight_codes=none) for name, x in checkpoint.layers.items()}
-    return replace(checkpoint, layers=layers, floats={})
 
 
 def _kinds(checkpoint: Checkpoint) -> list[dict[str, Any]]:

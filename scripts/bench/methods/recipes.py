@@ -351,7 +351,7 @@ def payload_of(checkpoint: Checkpoint) -> int:
     its activation quantizers, and all that stays in float.
     """
     layers = sum(
-        layer.weight_codes.size * layer.weight_bits // 8
+        layer.codes.size * layer.weight_bits // 8
         + layer.weight_scale.nbytes
         + (0 if layer.bias is None else layer.bias.nbytes)
         for layer in checkpoint.layers.values()

@@ -33,6 +33,7 @@ from exporters.passes.insert_quantized_layers import InsertQuantizedLayers
 from exporters.passes.keep_timestep_quantize import KeepTimestepQuantize
 from exporters.passes.low_precision_io import LowPrecisionIO
 from exporters.passes.merge_scales import MergeScales
+from exporters.passes.narrow_weights import NarrowWeights
 from exporters.passes.remove_quantization import RemoveQuantization
 from exporters.passes.round_in_quantize_linear import RoundInQuantizeLinear
 from exporters.passes.split_gates import SplitGates
@@ -40,11 +41,13 @@ from exporters.passes.to_low_precision import ToLowPrecision
 from exporters.passes.unsigned_activations import UnsignedActivations
 from exporters.passes.unsigned_codes import UnsignedCodes
 from exporters.passes.widen_int4 import WidenInt4
+from exporters.passes.widen_weights import WidenWeights
 from tests.exporters.passes.test_compress_weights import of_matmul
 from tests.exporters.passes.test_constant_reshapes import reshaping
 from tests.exporters.passes.test_fix_tokens import attending
 from tests.exporters.passes.test_forward_slices import sliced
 from tests.exporters.passes.test_fuse_attention import attention_graph
+from tests.exporters.passes.test_narrow_weights import published, two_products
 from tests.exporters.passes.test_split_gates import gated, with_bias
 from tests.helpers import (
     KINDS_TEXT,
@@ -82,6 +85,21 @@ def skeleton() -> ir.Model:
 
 def gate() -> ir.Model:
     return gated(with_bias(hand_checkpoint(), 4))
+
+
+def wide() -> ir.Model:
+    """Weights in FP32 that bfloat16 holds."""
+    return two_products(published(40, 40), published(40, seed=1))
+
+
+def narrow() -> ir.Model:
+    return changed(wide, NarrowWeights())
+
+
+def read_halves(model: ir.Model) -> None:
+    """A product reads a weight as it is stored."""
+    product = next(node for node in model.graph if node.op_type == "MatMul")
+    product.replace_input_with(1, model.graph.initializers["w"])
 
 
 def changed(make: Callable[[], ir.Model], change: Callable[[ir.Model], Any]) -> ir.Model:
@@ -158,6 +176,7 @@ BROKEN_NEEDS: list[tuple[ir.passes.InPlacePass, Callable[[], ir.Model]]] = [
     (UnsignedActivations(), dequantized),
     (UnsignedCodes(), dequantized),
     (WidenInt4(cast_at_runtime=False), lambda: changed(dequantized, compute_zero_points)),
+    (WidenWeights(), lambda: changed(narrow, read_halves)),
 ]
 
 WORK: list[tuple[ir.passes.InPlacePass, Callable[[], ir.Model]]] = [
@@ -183,6 +202,7 @@ WORK: list[tuple[ir.passes.InPlacePass, Callable[[], ir.Model]]] = [
     (InsertQuantizedLayers(kinds_checkpoint()), skeleton),
     (KeepTimestepQuantize(), portable),
     (MergeScales(), expanded),
+    (NarrowWeights(), wide),
     (RemoveQuantization(), portable),
     (RoundInQuantizeLinear(), expanded),
     (SplitGates(), gate),
@@ -190,6 +210,7 @@ WORK: list[tuple[ir.passes.InPlacePass, Callable[[], ir.Model]]] = [
     (UnsignedActivations(), expanded),
     (UnsignedCodes(), expanded),
     (WidenInt4(cast_at_runtime=False), expanded),
+    (WidenWeights(), narrow),
 ]
 """Each pass with a graph in which it has work to do."""
 
@@ -209,6 +230,7 @@ WITHOUT_NEEDS = {
     FuseAttention,
     FuseGeglu,
     LowPrecisionIO,
+    NarrowWeights,
 }
 
 

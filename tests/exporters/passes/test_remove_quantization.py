@@ -112,9 +112,7 @@ def test_case_3_the_halves_of_a_split_shortcut_are_one_conv_of_the_concatenation
     halves = {}
     for half, like, channels in (("first", "conv", 2), ("second", "last", 4)):
         codes = rng.integers(-8, 8, (3, channels, 1, 1), dtype=np.int8)
-        layer = dataclasses.replace(
-            hand.layers["last"], name=f"conv_shortcut.{half}", weight_codes=codes
-        )
+        layer = dataclasses.replace(hand.layers["last"], name=f"conv_shortcut.{half}", codes=codes)
         quantizer = dataclasses.replace(
             hand.quantizers[like], name=layer.name, layers=(layer.name,)
         )

@@ -43,7 +43,7 @@ def with_bias(checkpoint: Checkpoint, bits: int) -> Checkpoint:
     layer = checkpoint.layers["to_k"]
     codes = np.clip(layer.weight_codes, -8, 7) if bits == 4 else layer.weight_codes
     layer = dataclasses.replace(
-        layer, bias=np.arange(6, dtype=np.float32), weight_bits=bits, weight_codes=codes
+        layer, bias=np.arange(6, dtype=np.float32), weight_bits=bits, codes=codes
     )
     return dataclasses.replace(checkpoint, layers={**checkpoint.layers, "to_k": layer})
 

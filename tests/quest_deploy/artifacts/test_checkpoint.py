@@ -25,6 +25,7 @@ from quest_deploy.artifacts.checkpoint import (
     unpack_int4,
     unpack_uint4,
 )
+from quest_deploy.artifacts.lazy_tensors import LazyArray
 from tests.helpers import Array, assert_holds, branched_checkpoint, kinds_checkpoint, refused
 
 if TYPE_CHECKING:
@@ -82,9 +83,10 @@ def test_packing_follows_the_logical_order_of_a_transposed_array() -> None:
 
 
 def assert_equal(a: Any, b: Any) -> None:
-    """Equal in type, and arrays in dtype and every bit, through all dataclasses and
-    dictionaries.
+    """Equal in type, and arrays in dtype and every bit, wherever they lie, through all dataclasses
+    and dictionaries.
     """
+    a, b = (np.asarray(x) if isinstance(x, LazyArray) else x for x in (a, b))
     assert type(a) is type(b)
     if isinstance(a, np.ndarray):
         assert a.dtype == b.dtype

@@ -44,7 +44,7 @@ def with_other_weights(checkpoint: Checkpoint, *names: str) -> Checkpoint:
         layer = layers[name]
         layers[name] = replace(
             layer,
-            weight_codes=np.roll(layer.weight_codes, 1, axis=0),
+            codes=np.roll(layer.weight_codes, 1, axis=0),
             weight_scale=layer.weight_scale * np.float32(1.25),
         )
     return replace(checkpoint, layers=layers)

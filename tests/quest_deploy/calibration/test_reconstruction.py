@@ -364,7 +364,7 @@ def test_a_state_of_another_run_is_ignored(
     quantizer, layer = calibrated.quantizers["conv_in"], calibrated.layers["conv_in"]
     other_quantizer = dataclasses.replace(quantizer, scale=quantizer.scale * np.float32(1.1))
     other_layer = dataclasses.replace(
-        layer, weight_codes=np.clip(layer.weight_codes + 1, -127, 127).astype(np.int8)
+        layer, codes=np.clip(layer.weight_codes + 1, -127, 127).astype(np.int8)
     )
     changes: dict[str, dict[str, Any]] = {
         "options": {"options": dataclasses.replace(FEW, seed=4)},

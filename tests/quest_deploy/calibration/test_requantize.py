@@ -114,7 +114,7 @@ def test_a_change_of_a_fifth_of_a_step_counts_on_weights_that_finetuning_moved(
     low, high = weight_range(layer.weight_bits)
     moves = np.random.default_rng(0).integers(-2, 3, layer.weight_codes.shape)
     codes = np.clip(layer.weight_codes + moves, low, high).astype(np.int8)
-    moved = replace(layer, weight_codes=codes)
+    moved = replace(layer, codes=codes)
     finetuned = replace(mini_checkpoint, layers=mini_checkpoint.layers | {WIDE: moved})
 
     step = layer.weight_scale[:, None]

@@ -212,7 +212,7 @@ def test_a_ruined_layer_is_the_only_one_whose_figure_grows(
 ) -> None:
     ruined = "up_blocks.0.resnets.0.conv2"
     layer = mini_checkpoint.layers[ruined]
-    changed = dataclasses.replace(layer, weight_codes=np.zeros_like(layer.weight_codes))
+    changed = dataclasses.replace(layer, codes=np.zeros_like(layer.weight_codes))
     checkpoint = dataclasses.replace(
         mini_checkpoint, layers=mini_checkpoint.layers | {ruined: changed}
     )

@@ -12,6 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quest_deploy.artifacts.checkpoint import save_checkpoint
+from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
+from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.weights import check_memory
@@ -314,3 +318,52 @@ def test_a_model_is_loaded_again_however_much_of_it_is_in_memory(
     monkeypatch.setattr(psutil, "virtual_memory", Full)
     model = load_model(resolve_source(str(pipelines("sd"))))
     assert model.load_unet().state_dict().keys() == model.load_unet().state_dict().keys()
+
+
+@pytest.fixture
+def in_bfloat16(pipelines: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A small Stable Diffusion 3 whose transformer was published in bfloat16."""
+    folder = shutil.copytree(pipelines("sd3"), tmp_path / "sd3")
+    path = next((folder / "transformer").glob("*.safetensors"))
+    tensors = {name: value.bfloat16() for name, value in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("random_weights", [False, True])
+def test_linear_weights_stay_in_bfloat16_where_they_are_only_read_and_calibrate_to_the_same_bytes(
+    in_bfloat16: Path, random_weights: bool, tmp_path: Path
+) -> None:
+    if random_weights:
+        path = in_bfloat16 / "transformer" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "torch_dtype": "bfloat16"}))
+    model = load_model(resolve_source(str(in_bfloat16), random_weights=random_weights))
+    narrow, wide = model.load_unet(narrow=True), model.load_unet()
+    scheme = Scheme.parse("w4a4", edges=(500.0,), float_layers=model.float_layers)
+    files = []
+    for network in (narrow, wide):
+        recorded = record_trajectories(
+            model, network, steps=2, samples=1, seed=0, guidance=1.0, scheme=scheme
+        )
+        options = CalibrationOptions(RangeMethod.MINMAX)
+        path = tmp_path / f"{len(files)}.safetensors"
+        save_checkpoint(calibrate("sd3", network, recorded, scheme, options), path)
+        files.append((path.read_bytes(), recorded.output))
+    assert files[0][0] == files[1][0]
+    assert torch.equal(files[0][1], files[1][1])
+    linear = {f"{k}.weight" for k, x in wide.named_modules() if isinstance(x, torch.nn.Linear)}
+    for network, held in ((narrow, linear), (wide, set())):
+        state = network.state_dict()
+        assert {name for name, x in state.items() if x.dtype is torch.bfloat16} == held
+        assert {x.dtype for name, x in state.items() if name not in held} == {torch.float32}
+
+
+def test_weights_of_which_some_are_in_float32_are_loaded_so(
+    in_bfloat16: Path,
+) -> None:
+    path = next((in_bfloat16 / "transformer").glob("*.safetensors"))
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name].float()}, path, metadata={"format": "pt"})
+    network = load_model(resolve_source(str(in_bfloat16))).load_unet(narrow=True)
+    assert {value.dtype for value in network.state_dict().values()} == {torch.float32}

@@ -235,7 +235,7 @@ def test_over_the_teachers_weights_a_rounding_that_was_learned_stays_and_the_wei
     for name, layer in small_checkpoint.layers.items():
         codes = layer.weight_codes + rng.integers(-1, 2, layer.weight_codes.shape, dtype=np.int8)
         layers[name] = dataclasses.replace(
-            layer, weight_codes=np.clip(codes, *weight_range(layer.weight_bits)).astype(np.int8)
+            layer, codes=np.clip(codes, *weight_range(layer.weight_bits)).astype(np.int8)
         )
     learned = changed(small_checkpoint, layers=layers)
     student = QuantizedModel.from_checkpoint(learned, small_unet)
@@ -361,7 +361,7 @@ def test_a_layer_of_another_shape_than_the_architectures_is_refused(
     layer = small_checkpoint.layers["conv_in"]
     for other in (
         {"bias": None},
-        {"weight_codes": layer.weight_codes[:-1], "weight_scale": layer.weight_scale[:-1]},
+        {"codes": layer.weight_codes[:-1], "weight_scale": layer.weight_scale[:-1]},
     ):
         layers = {**small_checkpoint.layers, "conv_in": dataclasses.replace(layer, **other)}
         with refused("conv_in"):

@@ -48,10 +48,30 @@ def test_the_table_has_what_was_measured_and_names_what_was_not() -> None:
     )
     assert "0.256x" in page
     assert (
-        "Not measured: export, openvino, onnxruntime, verification, openvino-float-attention."
-        in page
+        "Not measured: export, openvino, onnxruntime, verification, openvino-float-attention, "
+        "export-pixart-sigma, export-sd35-medium." in page
     )
     assert "Measured on: a processor, 2026-11-21." in page
+
+
+def test_a_transformers_rows_say_which_and_compare_files_with_the_payload() -> None:
+    cost = {"seconds": 60.0, "cpu_seconds": 50.0, "peak_gib": 1.5, "bytes": 330_000_000}
+    plain = {**cost, "bytes": 2_440_000_000, "call_seconds": 48.0, "call_cpu_seconds": 40.0}
+    ratios = ("seconds", "cpu_seconds", "process_seconds", "peak", "bytes")
+    figures = {
+        "ours": [cost],
+        "plain": [plain],
+        "payload_bytes": 327_000_000,
+        "summary": {f"{x}_ratio": 1.25 for x in ratios} | {"payload_ratio": 1.009},
+        "calibration": {"cpu_seconds": 90.4, "peak_gib": 3.25},
+    }
+    page = script.table({"export-pixart-sigma": entry(figures)})
+    rows = [row for row in page.splitlines() if row.startswith("| pixart-sigma: ")]
+    assert len(rows) == 8
+    assert (
+        "| pixart-sigma: graph, files | 330.0 MB | 4-bit payload 327.0 MB | 1.009x | 1.1x |" in rows
+    )
+    assert "| pixart-sigma: calibration, peak memory | 3.25 GiB |  |  |  |" in rows
 
 
 def test_a_step_that_was_measured_is_not_measured_again(

@@ -43,18 +43,29 @@ def test_ratios_are_of_medians_and_count_the_plain_exports_call_alone() -> None:
         for x in (20.0, 60.0, 30.0)
     ]
     ours = [cost(x, 250, 30) for x in (40.0, 30.0, 90.0)]
-    assert script.Comparison(plain, ours, cost(1.0, 500, 33), 20, 50).summary() == pytest.approx(
-        {
-            "seconds_ratio": 40 / 20,
-            "cpu_seconds_ratio": 80 / 44,
-            "process_seconds_ratio": 40 / 30,
-            "process_cpu_seconds_ratio": 80 / 60,
-            "peak_ratio": 4 / 3,
-            "bytes_ratio": 0.25,
-            "wider_bytes_ratio": 2,
-            "wider_more_nodes": 3,
-        }
-    )
+    ratios = {
+        "seconds_ratio": 40 / 20,
+        "cpu_seconds_ratio": 80 / 44,
+        "process_seconds_ratio": 40 / 30,
+        "process_cpu_seconds_ratio": 80 / 60,
+        "peak_ratio": 4 / 3,
+        "bytes_ratio": 0.25,
+        "payload_ratio": 1.25,
+    }
+    found = script.Comparison(plain, ours, 200, 20)
+    assert found.summary() == pytest.approx(ratios)
+    found = script.Comparison(plain, ours, 200, 20, cost(1.0, 500, 33), 50)
+    wider = {"wider_bytes_ratio": 2, "wider_more_nodes": 3}
+    assert found.summary() == pytest.approx(ratios | wider)
+
+
+def test_the_payload_is_codes_at_their_bits_and_the_rest_in_sixteen(
+    small_checkpoint: Checkpoint,
+) -> None:
+    bits = sum(8 * x.nbytes for x in small_checkpoint.floats.values()) // 2
+    for layer in small_checkpoint.layers.values():
+        bits += layer.weight_codes.size * layer.weight_bits
+    assert script.payload_bytes(small_checkpoint) == bits // 8
 
 
 def test_a_process_is_charged_its_own_time_memory_and_files(tmp_path: Path) -> None:

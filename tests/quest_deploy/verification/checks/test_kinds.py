@@ -54,7 +54,7 @@ def asymmetric(checkpoint: Checkpoint) -> Checkpoint:
             -1, *[1] * (data.weight_codes.ndim - 1)
         )
         codes = np.clip(codes, 0, 2**data.weight_bits - 1).astype(np.uint8)
-        return dataclasses.replace(data, weight_codes=codes, weight_zero_point=zero_point)
+        return dataclasses.replace(data, codes=codes, weight_zero_point=zero_point)
 
     def quantizer(data: Any) -> Any:
         if data.symmetry is not Symmetry.SYMMETRIC:

@@ -1,0 +1,57 @@
+"""Store float weights in FP32 again that NarrowWeights stored in bfloat16, for runtimes that do not
+take it everywhere: TensorRT refuses it for processors before SM80.
+
+Needs: nothing but Casts to FLOAT reads a BFLOAT16 initializer.
+
+Guarantees: no initializer is BFLOAT16, and the Casts that read them are gone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from exporters.editor import lazy, replace_value
+from exporters.passes.contract import guarantee, need
+from quest_deploy.artifacts.lazy_tensors import LazyArray
+
+
+class WidenWeights(ir.passes.InPlacePass):
+    """See the module's docstring."""
+
+    def requires(self, model: ir.Model) -> None:
+        for value in _narrow(model):
+            casts = all(
+                node.op_type == "Cast" and node.outputs[0].dtype is ir.DataType.FLOAT
+                for node, _ in value.uses()
+            )
+            need(casts and not value.is_graph_output(), f"{value.name} is read in bfloat16")
+
+    def ensures(self, model: ir.Model) -> None:
+        left = [str(value.name) for value in _narrow(model)]
+        guarantee(not left, f"{', '.join(left[:3])} are bfloat16")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        narrow = _narrow(model)
+        for value in narrow:
+            value.const_value = lazy(str(value.name), _widened(value.const_value))
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+            for cast, _ in tuple(value.uses()):
+                replace_value(cast.outputs[0], value)
+                model.graph.remove(cast, safe=True)
+        return ir.passes.PassResult(model, modified=bool(narrow))
+
+
+def _widened(tensor: Any) -> LazyArray:
+    return LazyArray(
+        tuple(tensor.shape.numpy()),
+        np.dtype(np.float32),
+        lambda: tensor.numpy().astype(np.float32),
+    )
+
+
+def _narrow(model: ir.Model) -> list[ir.Value]:
+    values = model.graph.initializers.values()
+    return [value for value in values if value.dtype is ir.DataType.BFLOAT16]
