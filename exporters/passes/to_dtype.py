@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from exporters.passes.balance_scales import BalanceScales
 from exporters.passes.to_low_precision import ToLowPrecision
+from exporters.passes.widen_weights import WidenWeights
 
 LOW_PRECISION_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
@@ -17,5 +18,6 @@ def to_dtype(model: ir.Model, dtype: str) -> ir.Model:
     nothing, fp16 or bf16.
     """
     if dtype in LOW_PRECISION_TYPES:
-        ir.passes.Sequential(BalanceScales(), ToLowPrecision(LOW_PRECISION_TYPES[dtype]))(model)
+        low = ToLowPrecision(LOW_PRECISION_TYPES[dtype])
+        ir.passes.Sequential(WidenWeights(), BalanceScales(), low)(model)
     return model

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,14 +81,16 @@ def stored_tensors(path: Path) -> tuple[dict[str, str], dict[str, LazyArray]]:
     """The metadata of a file, and its tensors by name, none of them in memory: each is read again
     whenever it is asked for, from this very file, also where another has taken its name since.
 
-    Reading one raises InputError where its type is none of NumPy's, or the file was cut off since.
+    Reading one raises InputError where its type is none of NumPy's, or the file was written to
+    since.
 
     Raises:
         InputError, OSError, SafetensorError: as :func:`open_tensors`.
     """
-    stream = open_regular(path)
     with open_tensors(path):  # the library checks that the header fits the file
         pass
+    stream, reading = open_regular(path), threading.Lock()
+    opened = _version(stream)
     (length,) = struct.unpack(_LENGTH, stream.read(8))
     header = json.loads(stream.read(length))
     metadata = header.pop("__metadata__", None) or {}
@@ -96,10 +100,12 @@ def stored_tensors(path: Path) -> tuple[dict[str, str], dict[str, LazyArray]]:
             if dtype not in _TYPES:
                 raise InputError(f"{path}: {name}: expected one of NumPy's types, found {dtype}")
             found = np.empty(shape, _TYPES[dtype])
-            stream.seek(8 + length + start)
             # Not the library, which maps the file: what was read once would stay in memory.
-            if stream.readinto(found.reshape(-1).view(np.uint8).data) != found.nbytes:
-                raise InputError(f"{path} was cut off while it was read; run the command again")
+            with reading:
+                stream.seek(8 + length + start)
+                whole = stream.readinto(found.reshape(-1).view(np.uint8).data) == found.nbytes
+            if not whole or _version(stream) != opened:
+                raise InputError(f"{path} was changed while it was read; run the command again")
             return found
 
         return LazyArray(tuple(shape), _TYPES.get(dtype, np.dtype(np.void)), read)
@@ -108,6 +114,12 @@ def stored_tensors(path: Path) -> tuple[dict[str, str], dict[str, LazyArray]]:
         name: stored(name, entry["dtype"], entry["shape"], entry["data_offsets"][0])
         for name, entry in header.items()
     }
+
+
+def _version(stream: BinaryIO) -> tuple[int, int]:
+    """What changes when an open file is written to."""
+    found = os.fstat(stream.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def write_tensors(

@@ -11,7 +11,7 @@ from exporters import torch_to_qdq
 from exporters.graph_info import save_graph
 from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.workspace import GRAPH
-from quest_deploy.errors import QuestDeployError
+from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import sha256_of
 from quest_deploy.stages.added_inputs import recorded_inputs
 
@@ -39,6 +39,8 @@ def work(
             added=recorded.added,
         )
     except (PassError, InvariantError) as e:
+        if isinstance(e.__cause__, InputError):  # a pass read the checkpoint's file
+            raise e.__cause__ from None
         raise QuestDeployError(
             f"{workspace.checkpoint_path} cannot be exported: {e}; make it again, with another "
             "scheme"

@@ -133,7 +133,7 @@ def cost_of(command: list[str]) -> dict[str, float]:
 def weights_of(workspace: Path) -> int:
     """How many weights the quantized layers have."""
     layers = load_checkpoint(workspace / CALIBRATED).layers.values()
-    return sum(layer.weight_codes.size for layer in layers)
+    return sum(layer.codes.size for layer in layers)
 
 
 def costs(results: dict[str, Any], stage: str) -> tuple[list[int], list[float], list[float]]:

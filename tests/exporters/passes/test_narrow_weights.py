@@ -8,6 +8,7 @@ import pytest
 
 from exporters.editor import array_of
 from exporters.passes.narrow_weights import NarrowWeights
+from exporters.passes.to_dtype import LOW_PRECISION_TYPES, to_dtype
 from exporters.passes.widen_weights import WidenWeights
 from tests.helpers import Array, graph_from_text, op_counts, proto_of, run
 
@@ -28,7 +29,7 @@ def published(*shape: int, seed: int = 0) -> Array:
 def two_products(w: Array, b: Array) -> ir.Model:
     model = graph_from_text(TEXT, w=w, b=b)
     model.functions.clear()
-    return model
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto_of(model)))
 
 
 FEEDS = {"x": np.random.default_rng(3).standard_normal((3, 40)).astype(np.float32)}
@@ -74,3 +75,18 @@ def test_widened_again_the_graph_is_what_it_was() -> None:
     for found, before in pairs:
         np.testing.assert_array_equal(found, before, strict=True)
     assert not WidenWeights()(model).modified
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION_TYPES)
+def test_in_a_graph_of_a_low_precision_type_each_weight_is_stored_in_the_type_it_is_read_in(
+    dtype: str,
+) -> None:
+    w, b = published(40, 40), published(40, seed=1)
+    model, expected = two_products(w, b), two_products(w, b)
+    NarrowWeights()(model)
+    assert op_counts(to_dtype(model, dtype)) == op_counts(to_dtype(expected, dtype))
+    for name, value in model.graph.initializers.items():
+        assert value.dtype is expected.graph.initializers[name].dtype
+        np.testing.assert_array_equal(
+            array_of(value), array_of(expected.graph.initializers[name]), strict=True
+        )

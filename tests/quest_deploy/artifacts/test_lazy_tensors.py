@@ -103,6 +103,18 @@ def test_a_file_that_is_cut_off_after_it_was_opened_is_refused_where_it_is_read(
         np.asarray(stored["x"])
 
 
+def test_a_file_that_is_written_over_after_it_was_opened_is_refused_where_it_is_read(
+    tmp_path: Path,
+) -> None:
+    path = written(tmp_path / "a.safetensors", {"x": np.arange(5)})
+    _, stored = stored_tensors(path)
+    before = path.stat()
+    path.write_bytes(written(tmp_path / "b.safetensors", {"x": np.arange(5) + 1}).read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with refused(path):
+        np.asarray(stored["x"])
+
+
 def test_a_type_that_numpy_lacks_is_refused_where_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     torch_save_file({"x": torch.ones(2, dtype=torch.bfloat16), "y": torch.ones(2)}, path)

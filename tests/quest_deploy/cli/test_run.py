@@ -9,7 +9,7 @@ import shutil
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
-from onnx_ir.passes import PreconditionError
+from onnx_ir.passes import PostconditionError, PreconditionError
 
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
@@ -410,3 +410,13 @@ def test_a_checkpoint_that_cannot_be_exported_is_one_message(
     monkeypatch.setattr("exporters.torch_to_qdq.portable_graph", refuse)
     ended = small_export()
     ended.assert_refused("calibrated.safetensors", "its convolutions pad differently", code=1)
+
+
+def test_a_checkpoint_that_a_pass_finds_damaged_is_bad_input(
+    small_export: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise PostconditionError("a pass") from InputError("it was changed")
+
+    monkeypatch.setattr("exporters.torch_to_qdq.portable_graph", refuse)
+    small_export().assert_refused("it was changed", code=2)
