@@ -61,6 +61,7 @@ from quest_deploy.models.registry import (
     KNOWN_MODELS,
 )
 from quest_deploy.models.schedulers import (
+    FLOW,
     flow_sampler,
     flow_schedule,
     make_scheduler,
@@ -170,7 +171,7 @@ class PipelineModel:
         size = self.network.sides(self.config, self._decoder_side())
         self._schedule = self._read_schedule(self.network.schedule_tokens(size))
         self.bucket_steps: int | None = None
-        if self.network.flow_matching:
+        if self._schedule.get("prediction_type") == FLOW:
             self.bucket_steps = self.calibration_steps = self._usual_steps()
             self.calibration_scheduler = flow_sampler(self._schedule)
         self.channels = self.network.channels(
@@ -601,7 +602,8 @@ class PipelineModel:
             config["prediction_type"] = self.source.prediction_type
         parse_configuration(SchedulerConfiguration, config, str(self.single_file or path))
         _, name = self.index.get("scheduler", (None, None))
-        if self.network.flow_matching:
+        flow = self.network.flow_matching
+        if config.get("use_flow_sigmas") if flow is None else flow:
             if self.source.prediction_type is not None:
                 raise InputError(
                     f"--prediction-type: not for {self.name}, a model of flow matching"
