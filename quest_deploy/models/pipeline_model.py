@@ -56,8 +56,6 @@ from quest_deploy.models.networks.network import CLASS_CONDITIONAL, TEXT_TO_IMAG
 from quest_deploy.models.pipeline_classes import CONTROLLED, controlled_class, drawn_class
 from quest_deploy.models.registry import (
     ARCHITECTURES,
-    EMBEDDED,
-    EMBEDDED_FOLDER,
     KNOWN_MODELS,
 )
 from quest_deploy.models.schedulers import (
@@ -309,7 +307,7 @@ class PipelineModel:
     @property
     def embedded(self) -> bool:
         """Whether the package itself has the model."""
-        return self._known is KNOWN_MODELS[EMBEDDED]
+        return self._known is not None and self._known.folder is not None
 
     @property
     def judge_folder(self) -> Path | None:
@@ -704,7 +702,10 @@ def _folder_of(source: ModelSource, file: SingleFile | None) -> Path:
     if source.path is not None:
         return source.path
     if source.location is None:
-        return EMBEDDED_FOLDER if source.name == EMBEDDED else ARCHITECTURES / source.name
+        known = KNOWN_MODELS.get(source.name)
+        return (
+            ARCHITECTURES / source.name if known is None or known.folder is None else known.folder
+        )
     assert source.revision is not None
     return fetch_pipeline(source.location, source.revision)
 
