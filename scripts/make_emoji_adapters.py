@@ -40,10 +40,13 @@ from scripts.make_emoji_model import (
     PROMPT_DROPOUT,
     SCHEDULER,
     VARIANTS,
+    WEIGHTS,
     Training,
     can_flip,
+    check_vae,
     draw_pictures,
     encode_latents,
+    make_missing,
     pictures_of,
     take_parts,
     timestep_shares,
@@ -62,7 +65,6 @@ CONDITION_CHANNELS = (8, 16, 32, 64)
 """Of the ControlNet's first layers, each of half the side: the decoder's factor is 8."""
 WARMUP = 50
 STYLE, EDGES = "blue.safetensors", "edges"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 BLUE = (1.6, 1.0, 0.6)
 """The powers that make red, green and blue of a lightness in [0, 1]."""
 LIGHTNESS = (0.299, 0.587, 0.114)
@@ -147,21 +149,6 @@ class Lesson:
         states = self.states[(1 + rows) * asked]
         timesteps = timesteps.to(DEVICE)
         return self.scheduler.add_noise(latents, noise, timesteps), timesteps, states, noise
-
-
-def check_vae(work: Path, model: Path) -> None:
-    """Raise BadParameter where the VAE in ``work``, whose latents adapters learn from, is not the
-    model's, which may be the same in half precision.
-    """
-    ours, theirs = (
-        {name: x.half() for name, x in load_file(folder / "vae" / WEIGHTS).items()}
-        for folder in (work, model)
-    )
-    if ours.keys() != theirs.keys() or any(not ours[name].equal(x) for name, x in theirs.items()):
-        raise typer.BadParameter(
-            f"{work}: expected the VAE of {model}, whose UNet takes no other's latents; give "
-            "another --work"
-        )
 
 
 def train_lora(work: Path, model: Path, steps: int, batch: int) -> None:
@@ -280,9 +267,7 @@ def main(
             lambda: train_controlnet(work, model, controlnet_steps, controlnet_batch),
         ),
     ]
-    for result, make in stages:
-        if not (work / result).exists():
-            make()
+    make_missing(work, stages)
     write_adapters(work, out)
 
 

@@ -18,7 +18,7 @@ import random
 import shutil
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +50,7 @@ FONT_SIZE = 109
 """The one size of the font's pictures."""
 CELL = (136, 128)
 SIDE = 64
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 DIRECTED = ("left", "right", "clock", "arrow", "button", "keycap", "hand", "letter", "input")
 """A picture with one of these words in its name is another one when it is mirrored."""
 TOKENS = 24
@@ -424,11 +425,40 @@ def prompts_for(
             yield entry["name"]
 
 
-def take_parts(work: Path, start: Path) -> None:
-    """Keep a made model's tokenizer, VAE and judge as they are."""
-    for part in ("tokenizer", "vae", "judge"):
+def take_parts(
+    work: Path, start: Path, parts: Sequence[str] = ("tokenizer", "vae", "judge")
+) -> None:
+    """Keep these parts of a made model as they are."""
+    for part in parts:
         if not (work / part).exists():
             shutil.copytree(start / part, work / part)
+
+
+def check_vae(work: Path, model: Path) -> None:
+    """Raise BadParameter where the VAE in ``work``, whose latents are learned from, is not the
+    model's, which may be the same in half precision.
+    """
+    ours, theirs = (
+        {name: x.half() for name, x in load_file(folder / "vae" / WEIGHTS).items()}
+        for folder in (work, model)
+    )
+    if ours.keys() != theirs.keys() or any(not ours[name].equal(x) for name, x in theirs.items()):
+        raise typer.BadParameter(
+            f"{work}: expected the VAE of {model}, whose network takes no other's latents; give "
+            "another --work"
+        )
+
+
+def drawn_latents(
+    latents: Tensor, batch: int, generator: torch.Generator
+) -> tuple[Tensor, list[int]]:
+    """Latents [B, C, 8, 8] of pictures, most of them as they are, some shifted or mirrored; and
+    which pictures they are. ``latents`` as of :func:`encode_latents`.
+    """
+    rows = torch.randint(latents.shape[1], (batch,), generator=generator)
+    variants = torch.randint(1, len(latents), (batch,), generator=generator)
+    plain = torch.rand(batch, generator=generator) < PLAIN_SHARE
+    return latents[variants.masked_fill(plain, 0), rows], rows.tolist()
 
 
 def timestep_shares(scheduler: Any) -> Tensor:
@@ -460,13 +490,10 @@ def train_unet(work: Path, steps: int, batch: int, start: Path | None) -> None:
     shares = timestep_shares(scheduler)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(latents.shape[1], (batch,), generator=generator)
-        variants = torch.randint(1, len(latents), (batch,), generator=generator)
-        plain = torch.rand(batch, generator=generator) < PLAIN_SHARE
-        clean = latents[variants.masked_fill(plain, 0), rows]
+        clean, rows = drawn_latents(latents, batch, generator)
         noise = torch.randn(clean.shape, generator=generator).to(DEVICE)
         timesteps = torch.multinomial(shares, batch, True, generator=generator).to(DEVICE)
-        texts = list(prompts_for(entries, rows.tolist(), generator))
+        texts = list(prompts_for(entries, rows, generator))
         states = encoder(token_ids(tokenizer, texts)).last_hidden_state
         noisy = scheduler.add_noise(clean, noise, timesteps)
         predicted = unet(noisy, timesteps, encoder_hidden_states=states).sample
@@ -553,8 +580,8 @@ def retrieval(judge: Any, ids: Tensor, images: Tensor) -> float:
 
 
 def write_pipeline(work: Path, out: Path) -> None:
-    """The pipeline in FP16, in diffusers' layout."""
-    pipeline: Any = StableDiffusionPipeline(
+    """The pipeline, and what judges it."""
+    pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(work / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
@@ -564,6 +591,11 @@ def write_pipeline(work: Path, out: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    save_pipeline(pipeline, work, out)
+
+
+def save_pipeline(pipeline: Any, work: Path, out: Path) -> None:
+    """Write a pipeline in FP16, in diffusers' layout, its prompts, and what judges its images."""
     pipeline.to(torch.float16).save_pretrained(out, safe_serialization=True)
     entries = json.loads((work / "names.json").read_text())
     names = [entries[i]["name"] for i in prompt_order(len(entries))]
@@ -577,6 +609,13 @@ def write_pipeline(work: Path, out: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size / 1e6:.2f} MB")
+
+
+def make_missing(work: Path, stages: Iterable[tuple[str, Callable[[], None]]]) -> None:
+    """Make the results that are not in ``work``, in their order."""
+    for result, make in stages:
+        if not (work / result).exists():
+            make()
 
 
 def main(
@@ -602,9 +641,7 @@ def main(
         ("unet", lambda: train_unet(work, unet_steps, unet_batch, start)),
         ("judge", lambda: train_judge(work, judge_steps, judge_batch)),
     ]
-    for result, make in stages:
-        if not (work / result).exists():
-            make()
+    make_missing(work, stages)
     write_pipeline(work, out)
 
 

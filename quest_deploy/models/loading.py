@@ -16,7 +16,7 @@ from quest_deploy.artifacts.model_source import (
 from quest_deploy.errors import InputError
 from quest_deploy.files import absolute
 from quest_deploy.models.hub import fetch_pipeline
-from quest_deploy.models.registry import EMBEDDED, KNOWN_MODELS, OTHERWISE, check_model_name
+from quest_deploy.models.registry import KNOWN_MODELS, OTHERWISE, check_model_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,7 +71,7 @@ def resolve_source(
             fingerprint=print_of_it,
             prediction_type=prediction_type,
         )
-    if random_weights or model == EMBEDDED:
+    if random_weights or known.folder is not None:
         return ModelSource(
             model, random_weights=random_weights, prediction_type=prediction_type, **fused
         )

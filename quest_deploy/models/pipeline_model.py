@@ -56,11 +56,10 @@ from quest_deploy.models.networks.network import CLASS_CONDITIONAL, TEXT_TO_IMAG
 from quest_deploy.models.pipeline_classes import CONTROLLED, controlled_class, drawn_class
 from quest_deploy.models.registry import (
     ARCHITECTURES,
-    EMBEDDED,
-    EMBEDDED_FOLDER,
     KNOWN_MODELS,
 )
 from quest_deploy.models.schedulers import (
+    FLOW,
     flow_sampler,
     flow_schedule,
     make_scheduler,
@@ -170,7 +169,7 @@ class PipelineModel:
         size = self.network.sides(self.config, self._decoder_side())
         self._schedule = self._read_schedule(self.network.schedule_tokens(size))
         self.bucket_steps: int | None = None
-        if self.network.flow_matching:
+        if self._schedule.get("prediction_type") == FLOW:
             self.bucket_steps = self.calibration_steps = self._usual_steps()
             self.calibration_scheduler = flow_sampler(self._schedule)
         self.channels = self.network.channels(
@@ -308,7 +307,7 @@ class PipelineModel:
     @property
     def embedded(self) -> bool:
         """Whether the package itself has the model."""
-        return self._known is KNOWN_MODELS[EMBEDDED]
+        return self._known is not None and self._known.folder is not None
 
     @property
     def judge_folder(self) -> Path | None:
@@ -601,7 +600,8 @@ class PipelineModel:
             config["prediction_type"] = self.source.prediction_type
         parse_configuration(SchedulerConfiguration, config, str(self.single_file or path))
         _, name = self.index.get("scheduler", (None, None))
-        if self.network.flow_matching:
+        flow = self.network.flow_matching
+        if config.get("use_flow_sigmas") if flow is None else flow:
             if self.source.prediction_type is not None:
                 raise InputError(
                     f"--prediction-type: not for {self.name}, a model of flow matching"
@@ -702,7 +702,10 @@ def _folder_of(source: ModelSource, file: SingleFile | None) -> Path:
     if source.path is not None:
         return source.path
     if source.location is None:
-        return EMBEDDED_FOLDER if source.name == EMBEDDED else ARCHITECTURES / source.name
+        known = KNOWN_MODELS.get(source.name)
+        return (
+            ARCHITECTURES / source.name if known is None or known.folder is None else known.folder
+        )
     assert source.revision is not None
     return fetch_pipeline(source.location, source.revision)
 

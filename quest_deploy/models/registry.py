@@ -28,7 +28,7 @@ its scheduler.
 """
 EMBEDDED = "emoji"
 EMBEDDED_FOLDER = Path(__file__).parent / EMBEDDED
-"""The embedded model's diffusers folder, with its default prompts and what judges its images."""
+"""The embedded model that commands take unless told otherwise, and its folder."""
 GONE = {"tiny": EMBEDDED}
 """What former versions knew, and what does its work now."""
 
@@ -41,17 +41,21 @@ class KnownModel:
         repository, revision: on the Hugging Face Hub in diffusers' layout, at this commit; None
             where there is none.
         heads: of every attention, where the network's configuration cannot say it.
+        folder: the diffusers folder of an embedded model, with its default prompts and what judges
+            its images; None of another.
         defaults: the members of :class:`DiffusionModel` that are not its family's.
     """
 
     repository: str | None = None
     revision: str | None = None
     heads: int | None = None
+    folder: Path | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 KNOWN_MODELS = {
     EMBEDDED: KnownModel(
+        folder=EMBEDDED_FOLDER,
         defaults={
             "guidance": 4.0,
             "calibration_samples": 128,
@@ -79,7 +83,7 @@ KNOWN_MODELS = {
             # Its operations are too small to share: two threads are no faster than one, and far
             # slower where other work takes a core.
             "finetuning_threads": 1,
-        }
+        },
     ),
     "sd14": KnownModel("CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b"),
     "sd15": KnownModel(

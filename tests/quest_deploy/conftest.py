@@ -19,7 +19,7 @@ from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.backends.base import build_engine
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
-from quest_deploy.models.registry import EMBEDDED, KNOWN_MODELS
+from quest_deploy.models.registry import EMBEDDED, EMBEDDED_FOLDER, KNOWN_MODELS
 from tests.pipelines import PIPELINES, TRANSFORMERS
 from tests.quest_deploy.support import (
     CHAIN,
@@ -190,7 +190,7 @@ def _mini_emoji() -> Iterator[None]:
     others = PipelineModel.load_unet
 
     def load_unet(model: PipelineModel, *, narrow: bool = False) -> nn.Module:
-        if not model.embedded:
+        if model.folder != EMBEDDED_FOLDER:
             return others(model, narrow=narrow)
         with torch.random.fork_rng():
             torch.manual_seed(0)

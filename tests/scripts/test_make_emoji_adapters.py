@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.registry import EMBEDDED_FOLDER
 from scripts import make_emoji_adapters as script
-from scripts.make_emoji_model import encode_latents, take_parts
+from scripts.make_emoji_model import WEIGHTS, check_vae, encode_latents, take_parts
+from tests.scripts.emoji_work import small_work, squares
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,14 +24,6 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "adapters"
 STYLE, EDGES = SHIPPED / script.STYLE, SHIPPED / script.EDGES
-
-
-def squares(*tops: int) -> torch.Tensor:
-    """Pictures of a red square on white, its upper edge in that row."""
-    pictures = torch.ones(len(tops), 3, 64, 64)
-    for picture, top in zip(pictures, tops, strict=True):
-        picture[1:, top : top + 20, 20:40] = -1
-    return pictures
 
 
 def test_a_blue_picture_has_the_lightness_of_its_own_and_one_hue() -> None:
@@ -98,13 +90,7 @@ def test_the_shipped_controlnet_is_small_and_makes_the_residuals_of_edges() -> N
 
 @pytest.mark.slow
 def test_training_writes_what_diffusers_reads_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    names = ["red apple", "blue car", "left arrow", "cat"]
-    entries = [{"emoji": "", "name": name, "keywords": []} for name in names]
-    work, out = tmp_path / "work", tmp_path / "out"
-    work.mkdir()
-    (work / "names.json").write_text(json.dumps(entries))
-    pictures = ((squares(5, 10, 20, 30) + 1) * 127.5).byte()
-    save_file({"pictures": pictures}, work / "pictures.safetensors")
+    work, out = small_work(tmp_path / "work"), tmp_path / "out"
     take_parts(work, EMBEDDED_FOLDER)
     encode_latents(work)
     options: dict[str, Any] = {"out": out, "work": work, "model": EMBEDDED_FOLDER}
@@ -128,10 +114,10 @@ def test_training_writes_what_diffusers_reads_and_goes_on_where_it_was(tmp_path:
 
 def test_latents_of_another_vae_than_the_models_are_refused(tmp_path: Path) -> None:
     take_parts(tmp_path, EMBEDDED_FOLDER)
-    path = tmp_path / "vae" / script.WEIGHTS
+    path = tmp_path / "vae" / WEIGHTS
     weights = {name: value.float() for name, value in load_file(path).items()}
     save_file(weights, path)
-    script.check_vae(tmp_path, EMBEDDED_FOLDER)  # the same, in float32
+    check_vae(tmp_path, EMBEDDED_FOLDER)  # the same, in float32
     save_file({name: 1.01 * value for name, value in weights.items()}, path)
     with pytest.raises(typer.BadParameter):
-        script.check_vae(tmp_path, EMBEDDED_FOLDER)
+        check_vae(tmp_path, EMBEDDED_FOLDER)

@@ -52,7 +52,8 @@ class Network(ABC):
             memory.
         unused_weights: the names of weights that published files hold though nothing reads them.
         reconstructs: whether Q-Diffusion's reconstruction knows its blocks.
-        flow_matching: whether its schedule is flow matching's, in sigmas, or one of betas.
+        flow_matching: whether its schedule is flow matching's, in sigmas, or one of betas; None
+            where the scheduler's configuration says which, by use_flow_sigmas.
         takes_loras: whether LoRAs can be fused into it.
         takes_variance: whether a scheduler may be given the variance that it predicts.
         classifier_free: whether what it predicts for no prompt, or no class, guides it.
@@ -70,7 +71,7 @@ class Network(ABC):
     checkpointed_blocks: tuple[str, ...]
     unused_weights: tuple[str, ...] = ()
     reconstructs = False
-    flow_matching = False
+    flow_matching: bool | None = False
     takes_loras = False
     takes_variance = False
     classifier_free = True

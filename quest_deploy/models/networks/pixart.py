@@ -85,6 +85,7 @@ class PixArt(PatchTransformers):
     class_names, flat_class = ("PixArtTransformer2DModel", "FlatPixArt"), FlatPixArt
     token_inputs = ("encoder_hidden_states", "encoder_attention_mask")
     conditions = (*token_inputs, "resolution", "aspect_ratio")
+    flow_matching = None
     # The states of no prompt, which training drew from, in files that older diffusers wrote.
     unused_weights = ("caption_projection.y_embedding",)
     layers = "pixart"

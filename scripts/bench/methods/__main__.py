@@ -1,7 +1,8 @@
-"""Measure quantization methods against each other on the embedded model, cell by cell; writes
-docs/comparison: README.md, table.md and plot.png.
+"""Measure quantization methods against each other on an embedded model, cell by cell; writes
+docs/comparison: README.md, table.md and plot.png of `emoji`, and of another model a page of its
+name.
 
-    python -m scripts.bench.methods [--only 'w4a4-quest-*'] [--list] [--jobs 2]
+    python -m scripts.bench.methods [--model emoji-dit] [--only 'w4a4-quest-*'] [--list] [--jobs 2]
 
 A cell that is measured is not measured again, as long as what its figures depend on stays the same.
 """
@@ -17,21 +18,23 @@ import typer
 
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file, remove_temporaries
+from quest_deploy.models.registry import EMBEDDED
 from scripts.bench.command import run
-from scripts.bench.methods.cells import SEEDS, all_cells
+from scripts.bench.methods.cells import SEEDS, SUBJECTS, all_cells
 from scripts.bench.methods.display import watching
 from scripts.bench.methods.model import ComparedModel
 from scripts.bench.methods.plot import plot
 from scripts.bench.methods.recipes import definition_of
-from scripts.bench.methods.report import everything, markdown, readme
+from scripts.bench.methods.report import everything, markdown, readme, results_of
 from scripts.bench.methods.results import load_result
 from scripts.bench.methods.runner import ROOT, compute
 from scripts.bench.methods.speed import load_speeds
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from scripts.bench.methods.cells import Cell
+    from scripts.bench.methods.results import Result
     from scripts.bench.methods.runner import CellError
 
 COMMAND = "python -m scripts.bench.methods"
@@ -49,6 +52,9 @@ def compare(
             "repeated."
         ),
     ] = None,
+    name: Annotated[
+        str, typer.Option("--model", help=f"What is measured: {' or '.join(SUBJECTS)}.")
+    ] = EMBEDDED,
     seeds: Annotated[str, typer.Option(help="The seeds, separated by commas.")] = ",".join(
         map(str, SEEDS)
     ),
@@ -63,11 +69,14 @@ def compare(
     ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Cells that are computed side by side.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each cell.")] = 1,
-    folder: Annotated[Path, typer.Option("--cells", help="Where the cells' files are.")] = ROOT
-    / "scripts"
-    / "bench"
-    / "results"
-    / "methods",
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--cells",
+            help="Where the cells' files are; by default scripts/bench/results/methods, with the "
+            "model's name behind it for another one.",
+        ),
+    ] = None,
     store: Annotated[
         Path, typer.Option("--shared", help="Where cells keep what they share; may be removed.")
     ] = ROOT / "quest-out" / "methods",
@@ -82,7 +91,10 @@ def compare(
     resumes where it was interrupted.
     """
     numbers = _seeds(seeds)
-    cells = all_cells(numbers)
+    if name not in SUBJECTS:
+        raise InputError(f"--model {name}: expected {' or '.join(SUBJECTS)}")
+    folder = folder or ROOT / "scripts" / "bench" / "results" / results_of(name)
+    cells = all_cells(numbers, name)
     selected = [
         cell
         for cell in cells
@@ -91,7 +103,7 @@ def compare(
     if not selected:
         raise InputError(f"no cell matches {', '.join(only or [])}; --list names them all")
 
-    model = ComparedModel.load()
+    model = ComparedModel.load(name)
     definitions = {cell: definition_of(cell, model) for cell in cells}
     results = {cell: load_result(folder, cell, definitions[cell]) for cell in cells}
     if list_cells:
@@ -111,19 +123,17 @@ def compare(
                 folder,
                 store,
                 watcher,
+                model=name,
                 jobs=jobs,
                 threads=threads,
             )
         results |= {cell: load_result(folder, cell, definitions[cell]) for cell in missing}
-    command = COMMAND + (f" --seeds {seeds}" if numbers != list(SEEDS) else "")
-    pages = {
-        PAGE: readme(command, results, numbers, load_speeds()),
-        TABLE: markdown(model.name, model.sampling, command, results, numbers),
-    }
-    for name, text in pages.items():
-        with atomic_file(docs / name) as temporary:
-            temporary.write_text(text)
-    plot(results, numbers, docs / PLOT)
+    command = (
+        COMMAND
+        + (f" --model {name}" if name != EMBEDDED else "")
+        + (f" --seeds {seeds}" if numbers != list(SEEDS) else "")
+    )
+    pages = _write_pages(model, command, results, numbers, docs)
     if failures:
         worst = (
             InputError
@@ -140,7 +150,30 @@ def compare(
     if not missing and not pages_alone:
         print("nothing to compute: all selected cells are computed")
     measured = sum(result is not None for result in results.values())
-    print(f"{docs / PAGE}, {TABLE}, {PLOT}: {measured} of {len(cells)} cells computed")
+    written = ", ".join([str(docs / pages[0]), *pages[1:]])
+    print(f"{written}: {measured} of {len(cells)} cells computed")
+
+
+def _write_pages(
+    model: ComparedModel,
+    command: str,
+    results: Mapping[Cell, Result | None],
+    seeds: Sequence[int],
+    docs: Path,
+) -> list[str]:
+    """Write the pages of ``model``; their names."""
+    tables = markdown(model.name, model.sampling, command, results, seeds)
+    pages = {f"{model.name}.md": tables}
+    if model.name == EMBEDDED:
+        others = [name for name in SUBJECTS if (docs / f"{name}.md").exists()]
+        pages = {PAGE: readme(command, results, seeds, load_speeds(), others), TABLE: tables}
+    for name, text in pages.items():
+        with atomic_file(docs / name) as temporary:
+            temporary.write_text(text)
+    if model.name != EMBEDDED:
+        return list(pages)
+    plot(results, seeds, docs / PLOT)
+    return [*pages, PLOT]
 
 
 def _seeds(text: str) -> list[int]:

@@ -20,9 +20,10 @@ SEEDS = (0, 1, 2)
 FLOAT_BITS = "fp32"
 MAIN_BITS = ("w8a8", "w4a8", "w4a4")
 ABLATION_BITS = "w4a4"
+TRANSFORMER = "emoji-dit"
 _FINETUNING = KNOWN_MODELS[EMBEDDED].defaults["finetuning"]
 STEPS: int = _FINETUNING["temporal_steps"] + _FINETUNING["sensitive_steps"]
-"""Optimizer steps of every finetuned row, however its stages share them: the model's own number."""
+"""Optimizer steps of every finetuned row, however its stages share them: the models' own number."""
 STATIC = {"buckets": 1, "granularity": Granularity.PER_TENSOR}
 """What integer toolchains do: one scale a tensor for all timesteps."""
 FOUR_BITS: dict[str, Any] = {"eight_bit_layers": ()}
@@ -106,7 +107,7 @@ class Pipeline:
     Attributes:
         scheme: of ``Scheme.parse``; its layers of 8 bits are the model's unless told otherwise.
         quantiles: whether the buckets hold equally many of the recorded timesteps, instead of being
-            equally wide.
+            equally wide; None for what the model's commands do.
         recorded_on: what is calibrated and finetuned on.
         calibration: of ``CalibrationOptions``.
         rotated: whether q, k and v of every head are rotated, see
@@ -120,7 +121,7 @@ class Pipeline:
     """
 
     scheme: Mapping[str, Any] = field(default_factory=dict)
-    quantiles: bool = False
+    quantiles: bool | None = None
     recorded_on: Schedule = USUAL
     calibration: Mapping[str, Any] = field(default_factory=dict)
     rotated: bool = False
@@ -204,6 +205,7 @@ ROWS: dict[str, Row] = {
     "quest-k1": _quest({"buckets": 1}),
     "quest-k4": _quest({"buckets": 4}),
     "quest-k10": _quest({"buckets": 10}),
+    "quest-equal10": Row(Pipeline({"buckets": 10}, quantiles=False, finetuning={})),
     "quest-four-bits": _quest(FOUR_BITS),
     "quest-stage1": _quest(stages=("temporal",), temporal_steps=STEPS),
     "quest-per-tensor": _quest({"granularity": Granularity.PER_TENSOR}),
@@ -223,6 +225,7 @@ ROWS: dict[str, Row] = {
     "quest-4-steps": Row(Pipeline(finetuning={}), judged_on=FEWER),
     "quest-k4-4-steps": Row(_quest({"buckets": 4}).recipe, judged_on=FEWER),
     "equal4-4-steps": _made_for(FEWER, 4),
+    "quantiles4-4-steps": _made_for(FEWER, 4, quantiles=True),
     "fp32-50-steps": Row(Float(), (FLOAT_BITS,), judged_on=MORE),
     "equal1-50-steps": _made_for(MORE, 1),
     "equal10-50-steps": _made_for(MORE, 10),
@@ -326,6 +329,71 @@ ABLATIONS = (
 )
 
 
+_OF_UNETS = ("ptq-l2.4", "qdiff")
+"""What only UNets have: shortcuts to split, and blocks that Q-Diffusion reconstructs."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured of a model: its tables at each of ``MAIN_BITS``, and the others."""
+
+    main: tuple[Table, ...] = MAIN_TABLES
+    ablations: tuple[Table, ...] = ABLATIONS
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """All of them."""
+        return self.main + self.ablations
+
+    @property
+    def rows(self) -> set[tuple[str, str]]:
+        """What they show: a row's key, and bits."""
+        return {(key, table.bits) for table in self.tables for key in table.rows}
+
+
+SUBJECTS = {
+    EMBEDDED: Subject(),
+    TRANSFORMER: Subject(
+        tuple(
+            Table(
+                bits.upper(),
+                bits,
+                {key: label for key, label in _METHODS.items() if key not in _OF_UNETS},
+            )
+            for bits in MAIN_BITS
+        ),
+        (
+            Table(
+                "Timestep buckets",
+                ABLATION_BITS,
+                {
+                    "quest-k1": "1 bucket",
+                    "quest-k4": "4 buckets of five steps each",
+                    "quest-k10": "10 buckets of two steps each",
+                    "quest-equal10": "10 equally wide buckets",
+                    "quest": "20 buckets (baseline), one for each step",
+                },
+            ),
+            *(
+                table
+                for table in ABLATIONS
+                if table.rows.keys()
+                & {"quest-stage1", "quest-per-tensor", "quest-rotated", "quest-low-rank"}
+            ),
+            Table(
+                "4 steps",
+                ABLATION_BITS,
+                {
+                    "fp32-4-steps": "FP32",
+                    "quest-4-steps": "20 buckets, made for the usual 20 steps",
+                    "quest-k4-4-steps": "4 buckets, made for the usual 20 steps",
+                    "quantiles4-4-steps": "4 buckets, one for each step, made for these steps",
+                },
+            ),
+        ),
+    ),
+}
+"""The models by name. A transformer of flow matching has buckets of equally many of its steps."""
 BUCKETS = tuple(
     table
     for table in ABLATIONS
@@ -344,14 +412,14 @@ def cells_of(row: str, bits: str, seeds: Iterable[int]) -> list[Cell]:
     return [Cell(row, bits, seed) for seed in seeds] if bits in ROWS[row].bits else []
 
 
-def all_cells(seeds: Iterable[int] = SEEDS) -> list[Cell]:
-    """Every cell once: the first seed of all tables before the second, so that an interrupted run
-    shows every method.
+def all_cells(seeds: Iterable[int] = SEEDS, model: str = EMBEDDED) -> list[Cell]:
+    """Every cell of a model once: the first seed of all tables before the second, so that an
+    interrupted run shows every method.
     """
     shown = [
         cell
         for seed in seeds
-        for table in (*MAIN_TABLES, *ABLATIONS)
+        for table in SUBJECTS[model].tables
         for row in table.rows
         for cell in cells_of(row, table.bits, [seed])
     ]

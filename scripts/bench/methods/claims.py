@@ -20,6 +20,7 @@ from scripts.bench.methods.cells import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from scripts.bench.methods.cells import Subject
     from scripts.bench.methods.results import Result
 
 FIGURES = {"frechet_distance": "{:.2f}", "feature_distance": "{:.4f}"}
@@ -91,6 +92,12 @@ CLAIMS = (
         "equal4-4-steps",
         "quest-k4-4-steps",
     ),
+    Claim("10 buckets of two steps each beat 10 equally wide ones", "quest-k10", "quest-equal10"),
+    Claim(
+        "On 4 steps, buckets made for them beat as many made for 20",
+        "quantiles4-4-steps",
+        "quest-k4-4-steps",
+    ),
     Claim(
         "On 50 even steps, a bucket for each step beats one for all",
         "equal50-50-steps",
@@ -102,6 +109,15 @@ CLAIMS = (
 _SINCE_QUEST = {"quest-rotated", "quest-attention4-rotated", "quest-low-rank"}
 NEWER = tuple(claim for claim in CLAIMS if _SINCE_QUEST & {claim.better, claim.worse})
 """Of what the best work at W4A4 since QuEST adds."""
+
+
+def claims_of(subject: Subject) -> list[Claim]:
+    """Those whose rows ``subject``'s tables show."""
+    return [
+        claim
+        for claim in CLAIMS
+        if {(claim.better, claim.better_bits), (claim.worse, claim.worse_bits)} <= subject.rows
+    ]
 
 
 @dataclass(frozen=True)

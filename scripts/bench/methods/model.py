@@ -1,4 +1,4 @@
-"""The embedded model, recorded and drawn on any schedule of the comparison."""
+"""A compared model, recorded and drawn on any schedule of the comparison."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class ComparedModel(PipelineModel):
-    """The embedded model; whatever scheduler is asked for, it has its schedule's."""
+    """An embedded model; whatever scheduler is asked for, it has its schedule's."""
 
     schedule: Schedule = USUAL
 
     @classmethod
-    def load(cls) -> Self:
+    def load(cls, name: str = EMBEDDED) -> Self:
         """The model on its usual schedule."""
-        return cls(resolve_source(EMBEDDED))
+        return cls(resolve_source(name))
 
     def on(self, schedule: Schedule) -> Self:
         """The same on another schedule."""
@@ -41,7 +41,7 @@ class ComparedModel(PipelineModel):
 
     @property
     def timesteps(self) -> list[float]:
-        """Where the schedule evaluates the UNet."""
+        """Where the schedule evaluates the network."""
         scheduler = self.load_scheduler(self.schedule.scheduler)
         scheduler.set_timesteps(self.schedule.steps)
         return [float(timestep) for timestep in scheduler.timesteps]

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from quest_deploy.progress import Progress
 
 BATCH = 64
-ENDS = ("conv_in", "conv_out")
-"""The first and the last layer."""
+ENDS = ("conv_in", "conv_out", "pos_embed.proj", "proj_out")
+"""The first and the last layer, of a UNet and of a transformer."""
 
 
 def modelopt(
@@ -76,15 +76,24 @@ def _set_bits(entries: list[dict[str, Any]], bits: dict[str, int]) -> None:
 
 
 class _Named(nn.Module):
-    """A UNet with the inputs of the toolchain's graphs."""
+    """A network with the inputs of the toolchain's graphs; a transformer has a mask."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """The prediction [B, ...]."""
-        result: Tensor = self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+        mask = () if encoder_attention_mask is None else (encoder_attention_mask,)
+        result: Tensor = self.unet(
+            sample, timestep, encoder_hidden_states, *mask, return_dict=False
+        )[0]
         return result
 
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quest_deploy.artifacts.scheme import Scheme, quantile_edges
+from quest_deploy.artifacts.scheme import DEFAULT_BUCKETS, Scheme, quantile_edges
 from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
 from quest_deploy.calibration.reconstruction import ReconstructOptions, reconstruct
 from quest_deploy.calibration.sensitivity import error_shares, measure_sensitivity, select_sensitive
 from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.evaluation.quality import HELD_OUT_SAMPLES, HELD_OUT_SEED
 from quest_deploy.evaluation.sampling import float_denoiser
-from quest_deploy.finetuning.layer_sets import LAYER_SETS, select_layers
+from quest_deploy.finetuning.layer_sets import layer_sets
 from quest_deploy.finetuning.train import FinetuneOptions, finetune
-from quest_deploy.quantization.layer_kinds import group_of
+from quest_deploy.quantization.layer_kinds import group_of, matches
 from quest_deploy.quantization.model import QuantizedModel
 from scripts.bench.methods.cells import (
     PAPER_SENSITIVE,
@@ -148,8 +148,14 @@ def _recorded(model: ComparedModel, schedule: Schedule) -> dict[str, Any]:
 
 
 def _scheme(cell: Cell, recipe: Pipeline, model: ComparedModel) -> Scheme:
-    options = {"eight_bit_layers": model.eight_bit_layers, **recipe.scheme}
-    if recipe.quantiles:
+    options = {
+        "buckets": DEFAULT_BUCKETS,
+        "eight_bit_layers": model.eight_bit_layers,
+        "float_layers": model.float_layers,
+        **recipe.scheme,
+    }
+    of_flow = model.bucket_steps is not None
+    if of_flow if recipe.quantiles is None else recipe.quantiles:
         timesteps = model.on(recipe.recorded_on).timesteps
         options["edges"] = quantile_edges(timesteps, options["buckets"])
     return Scheme.parse(cell.bits, **options)
@@ -172,7 +178,7 @@ def _finetuning(cell: Cell, recipe: Pipeline, model: ComparedModel) -> FinetuneO
     if recipe.finetuning is None:
         return None
     options = {**model.finetuning, **recipe.finetuning}
-    return FinetuneOptions(family=model.family, seed=cell.seed, **options)
+    return FinetuneOptions(family=model.layer_set_name, seed=cell.seed, **options)
 
 
 def make(cell: Cell, model: ComparedModel, store: Path, report: Progress) -> Made:
@@ -228,7 +234,7 @@ class _Maker:
         if recipe.reported_layers or recipe.low_rank is not None:
             report = self.sensitivity(start, checkpoint, trajectories).to_json()
             layers = select_sensitive(report)
-            shares = paper_shares(error_shares(report), self.model.family)
+            shares = paper_shares(error_shares(report), self.model.layer_set_name)
             notes = {"sensitive_layers": list(layers), "error_shares": shares}
         if recipe.low_rank is not None:
             assert layers is not None
@@ -365,14 +371,15 @@ def payload_of(checkpoint: Checkpoint) -> int:
     return layers + tables + sum(value.nbytes for value in checkpoint.floats.values())
 
 
-def paper_shares(of_layer: dict[str, float], family: str) -> dict[str, float]:
-    """The shares of the layers' error that the paper's two sets make, and each of the other kinds
-    of layers.
+def paper_shares(of_layer: dict[str, float], layer_set_name: str) -> dict[str, float]:
+    """The shares of the layers' error that QuEST's two sets make, and each of the other kinds of
+    layers. A transformer's temporal layers stay in float.
     """
-    sets = LAYER_SETS[family]
+    sets = layer_sets(layer_set_name)
     shares = {PAPER_TEMPORAL: 0.0, PAPER_SENSITIVE: 0.0}
     temporal, sensitive = (
-        set(select_layers(of_layer, patterns)) for patterns in (sets.temporal, sets.sensitive)
+        {name for name in of_layer if any(matches(name, pattern) for pattern in patterns)}
+        for patterns in (sets.temporal, sets.sensitive)
     )
     for layer, share in of_layer.items():
         kind = (

@@ -12,24 +12,25 @@ import numpy as np
 
 from quest_deploy.calibration.reconstruction import ReconstructOptions
 from quest_deploy.evaluation.quality import HELD_OUT_SAMPLES
+from quest_deploy.models.registry import EMBEDDED
 from scripts.bench.methods.buckets import where_buckets_pay
 from scripts.bench.methods.cells import (
-    ABLATIONS,
     FLOAT_BITS,
-    MAIN_TABLES,
     ROWS,
     STEPS,
+    SUBJECTS,
     Cell,
     Table,
     cells_of,
 )
-from scripts.bench.methods.claims import CLAIMS, FIGURES, NEWER, critical_groups, judge
+from scripts.bench.methods.claims import FIGURES, NEWER, claims_of, critical_groups, judge
 from scripts.bench.methods.deploy import answer, choices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from quest_deploy.evaluation.quality import SamplingOptions
+    from scripts.bench.methods.cells import Subject
     from scripts.bench.methods.claims import Claim
     from scripts.bench.methods.results import Result
 
@@ -51,6 +52,11 @@ VERDICTS = (
     "means are so ordered,",
     'but not every pair; "not on average" and "the opposite holds" say the same of the other way '
     "round.",
+)
+OF_FLOW = (
+    "It is a transformer of flow matching: DDIM's step is Euler's there, embedders and adaptive "
+    "norms are floats too, and",
+    "the buckets hold equally many of the 20 steps, which its shift puts nearer to the noise.",
 )
 _GRANULARITIES = {
     "per_tensor": "per tensor",
@@ -83,8 +89,18 @@ def entries_of(table: Table, results: Results, seeds: Sequence[int]) -> Iterator
         yield Entry(label, key, cells, tuple(results.get(cell) for cell in cells))
 
 
-def readme(command: str, results: Results, seeds: Sequence[int], speeds: Speeds) -> str:
-    """The page: which bits to deploy, how to read the tables, and what is not computed yet."""
+def readme(
+    command: str,
+    results: Results,
+    seeds: Sequence[int],
+    speeds: Speeds,
+    others: Sequence[str] = (),
+) -> str:
+    """The page: which bits to deploy, how to read the tables, and what is not computed yet.
+
+    Args:
+        others: the models that have pages of their own, beside it.
+    """
     shown = _shown(results, seeds)
     measured = sum(result is not None for result in shown.values())
     lines = [
@@ -116,6 +132,7 @@ def readme(command: str, results: Results, seeds: Sequence[int], speeds: Speeds)
         "",
         "![Fréchet distances and prediction errors of all methods](plot.png)",
         "",
+        *(line for x in others for line in (f"The same of another model: [{x}]({x}.md).", "")),
         "## Where do timestep buckets pay?",
         "",
         "At W4A4, the Fréchet distance and how often the prompt is among the five nearest. One",
@@ -233,7 +250,8 @@ def markdown(
     seeds: Sequence[int],
 ) -> str:
     """The tables, with the command that makes them."""
-    cells = _shown(results, seeds)
+    subject, cells = SUBJECTS[model], _shown(results, seeds)
+    alone = model != EMBEDDED  # whose answers stand on a page of their own
     missing = sum(result is None for result in cells.values())
     images = (
         f"{sampling.images} images, {sampling.steps}-step {sampling.scheduler.upper()} but where a "
@@ -249,15 +267,16 @@ def markdown(
         "no cell was calibrated on.",
         "Seconds are CPU seconds of making the model (recording trajectories, calibration, "
         "training) without judging it.",
-        _budget_of_reconstruction(),
+        *([] if alone else [_budget_of_reconstruction()]),
         "Scales: what one activation scale covers, and the number of timestep buckets. The first "
-        "and the last layer have 8 bits.",
+        f"and the last layer {'are floats' if alone else 'have 8 bits'}.",
+        *(OF_FLOW if alone else []),
     )
     lines = [
-        "# Methods compared",
+        f"# Methods compared{f' on {model}' if alone else ''}",
         "",
-        f"Made by `{command}` from the files in `scripts/bench/results/methods/`; no number "
-        "is edited by hand.",
+        f"Made by `{command}` from the files in `scripts/bench/results/{results_of(model)}/`; no "
+        "number is edited by hand.",
         "",
         *intro,
         "",
@@ -266,17 +285,23 @@ def markdown(
         *_environments(cells),
         *_slow(cells),
     ]
-    for table in MAIN_TABLES:
+    if alone:
+        lines += ["", "## Which bits should one deploy?", ""]
+        lines += _deployment_table(results, seeds, None)
+        lines += ["", *(f"- {line}" for line in answer(results, seeds, None))]
+    for table in subject.main:
         lines += ["", f"## {table.title}", "", *_table("method", table, results, seeds)]
-    lines += ["", "## The papers' claims on this model", "", *_claims(results, seeds)]
-    for ablation in ABLATIONS:
+    lines += ["", "## The papers' claims on this model", "", *_claims(subject, results, seeds)]
+    if not alone:
+        lines += ["", *critical_groups(results, seeds)]
+    for ablation in subject.ablations:
         lines += [
             "",
             f"## {ablation.bits.upper()}: {ablation.title}",
             "",
             *_table("QuEST with", ablation, results, seeds),
         ]
-    for table in MAIN_TABLES:
+    for table in subject.main:
         lines += [
             "",
             f"## ε-MSE per timestep bucket, {table.title}",
@@ -316,7 +341,7 @@ def everything(model: str, command: str, results: Results, seeds: Sequence[int])
                 for e in entries_of(table, results, seeds)
             ],
         }
-        for table in (*MAIN_TABLES, *ABLATIONS)
+        for table in SUBJECTS[model].tables
     ]
     cells = {
         cell.name: None if result is None else result.to_json() for cell, result in results.items()
@@ -417,7 +442,7 @@ def _epsilon(result: Result, buckets: slice) -> float | None:
     return float(np.mean(errors)) if errors else None
 
 
-def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
+def _claims(subject: Subject, results: Results, seeds: Sequence[int]) -> list[str]:
     """Return what the papers say, and what the cells say to it."""
     header = [
         "claim",
@@ -429,7 +454,7 @@ def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
         "so judged",
     ]
     rows = []
-    for claim in CLAIMS:
+    for claim in claims_of(subject):
         row = [claim.text]
         for figure, style in FIGURES.items():
             verdict = judge(claim, figure, results, seeds)
@@ -441,9 +466,12 @@ def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
         *_markdown_table(header, rows),
         "",
         *VERDICTS,
-        "",
-        *critical_groups(results, seeds),
     ]
+
+
+def results_of(model: str) -> str:
+    """The folder of a model's cells, in scripts/bench/results."""
+    return "methods" if model == EMBEDDED else f"methods-{model}"
 
 
 def _sentence(claim: Claim, results: Results, seeds: Sequence[int]) -> str:

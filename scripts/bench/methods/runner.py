@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from quest_deploy.models.registry import EMBEDDED
 from scripts.bench.methods.results import Result, save_result
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ class CellError(Exception):
         self.exit_code = exit_code
 
 
-def worker_command(cell: Cell, store: Path, threads: int) -> list[str]:
+def worker_command(model: str, cell: Cell, store: Path, threads: int) -> list[str]:
     """The command that measures ``cell``; see ``scripts.bench.methods.worker``."""
-    arguments = (cell.row, cell.bits, str(cell.seed), str(store), str(threads))
+    arguments = (model, cell.row, cell.bits, str(cell.seed), str(store), str(threads))
     return [sys.executable, "-m", "scripts.bench.methods.worker", *arguments]
 
 
@@ -58,6 +59,7 @@ def compute(
     store: Path,
     watcher: Watcher,
     *,
+    model: str = EMBEDDED,
     jobs: int = 1,
     threads: int = 1,
 ) -> dict[Cell, CellError]:
@@ -67,6 +69,7 @@ def compute(
     Args:
         definitions: what each cell is measured under; saved with its result.
         store: where cells share what they make.
+        model: one of ``cells.SUBJECTS``.
         jobs: processes side by side.
         threads: of each process.
 
@@ -83,7 +86,7 @@ def compute(
                 watcher.started(cell)
                 try:
                     measured = await _measure(
-                        worker_command(cell, store, threads),
+                        worker_command(model, cell, store, threads),
                         scratch,
                         cell,
                         threads,

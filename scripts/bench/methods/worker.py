@@ -1,6 +1,6 @@
 """One cell in a process of its own, so that its time is its own, and a crash loses nothing else.
 
-    python -m scripts.bench.methods.worker ROW BITS SEED STORE THREADS
+    python -m scripts.bench.methods.worker MODEL ROW BITS SEED STORE THREADS
 
 writes JSON values to standard output, one a line: {"phase", "done", "total"} while it works, and at
 the end the cell's result (see :func:`measure`) or {"error", "exit_code"}.
@@ -102,13 +102,13 @@ def main(arguments: list[str]) -> None:
     def send(value: dict[str, Any]) -> None:
         print(json.dumps(value), file=protocol, flush=True)
 
-    row, bits, seed, store, threads = arguments
+    model, row, bits, seed, store, threads = arguments
     # What packages print (modelopt does) is no part of the protocol.
     with redirect_stdout(sys.stderr):
         try:
             torch.set_num_threads(int(threads))
             result = measure(
-                ComparedModel.load(),
+                ComparedModel.load(model),
                 Cell(row, bits, int(seed)),
                 Path(store),
                 lambda phase, done, total, detail="": send(

@@ -21,6 +21,7 @@ from quest_deploy.serving.pipeline import stand_in
 from quest_deploy.serving.schedule import run_schedule, schedule_from_scheduler
 from quest_deploy.stages.workspaces import SchemeChoices
 from tests.helpers import refused
+from tests.pipelines import pixart_of_flow
 from tests.quest_deploy.support import cli
 
 if TYPE_CHECKING:
@@ -121,8 +122,29 @@ def test_a_prediction_type_is_refused(pipelines: Callable[[str], Path]) -> None:
         load_model(source)
 
 
+@pytest.fixture
+def flowing_pixart(tmp_path: Path) -> PipelineModel:
+    return load_model(resolve_source(str(pixart_of_flow(tmp_path / "pixart", SHIFT))))
+
+
+def test_a_pixart_is_of_flow_matching_where_its_scheduler_says_so(
+    flowing_pixart: PipelineModel, pipelines: Callable[[str], Path]
+) -> None:
+    plain = load_model(resolve_source(str(pipelines("pixart"))))
+    assert (plain.bucket_steps, plain.scheduler_config()["prediction_type"]) == (None, "epsilon")
+    assert (flowing_pixart.bucket_steps, flowing_pixart.calibration_scheduler) == (20, "dpm++")
+    assert flowing_pixart.load_scheduler("euler").config.shift == SHIFT
+    edges = SchemeChoices(buckets=4).edges(flowing_pixart)
+    assert edges is not None
+    assert edges[-1] > 750  # the shift puts most steps near the noise
+
+
 @torch.no_grad()
-def test_our_loop_draws_what_diffusers_pipeline_draws(model: PipelineModel) -> None:
+@pytest.mark.parametrize("of_pixart", [False, True])
+def test_our_loop_draws_what_diffusers_pipeline_draws(
+    request: pytest.FixtureRequest, *, of_pixart: bool
+) -> None:
+    model = request.getfixturevalue("flowing_pixart" if of_pixart else "model")
     network = model.load_unet()
     engine: Any = float_denoiser(network)
     pipeline = model.load_pipeline(transformer=stand_in(engine, model.config))
@@ -133,9 +155,11 @@ def test_our_loop_draws_what_diffusers_pipeline_draws(model: PipelineModel) -> N
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(0),
         output_type="np",
+        **({"use_resolution_binning": False} if of_pixart else {}),
     ).images
+    own = model.calibration_scheduler
     ours = sample_images(
-        model, engine, np.asarray([0, 2]), scheduler="euler", steps=3, guidance=4.0, seed=0
+        model, engine, np.asarray([0, 2]), scheduler=own, steps=3, guidance=4.0, seed=0
     )
     np.testing.assert_allclose(ours, 2 * drawn.transpose(0, 3, 1, 2) - 1, atol=2e-4)
 

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from scripts.bench.methods.cells import Cell, all_cells
+from quest_deploy.models.registry import EMBEDDED, KNOWN_MODELS, KnownModel
+from scripts.bench.methods.cells import TRANSFORMER, Cell, all_cells
 from scripts.bench.methods.model import ComparedModel
 from scripts.bench.methods.recipes import definition_of
 from scripts.bench.methods.results import Result
+from tests.pipelines import pixart_of_flow
 from tests.quest_deploy.conftest import emoji, mini_emoji, mini_trajectories, mini_unet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from quest_deploy.models.pipeline_model import PipelineModel
 
     MakeResult = Callable[..., Result]
 
@@ -23,6 +28,30 @@ __all__ = ["emoji", "mini_emoji", "mini_trajectories", "mini_unet"]  # fixtures
 def compared() -> ComparedModel:
     """The model that the comparison is about; not to be changed."""
     return ComparedModel.load()
+
+
+@pytest.fixture
+def small_dit(
+    tmp_path_factory: pytest.TempPathFactory,
+    emoji: PipelineModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> str:
+    """The compared transformer's name, which stands for a small one with random weights; it draws
+    64x64 pixels, as the embedded model's judge takes them.
+    """
+    assert emoji.judge_folder is not None
+    folder = pixart_of_flow(tmp_path_factory.mktemp("dit"), sample_size=32, patch_size=4)
+    shutil.copytree(emoji.judge_folder, folder / "judge")
+    (folder / "prompts.txt").write_text("\n".join(emoji.prompts[:40]))
+    defaults = KNOWN_MODELS[EMBEDDED].defaults
+    steps = {"temporal_steps": 1, "sensitive_steps": 2, "batch": 4}
+    own = {
+        "finetuning": {**defaults["finetuning"], **steps},
+        "guidance": 4.0,
+        "eight_bit_layers": ("*.ff.net.2",),
+    }
+    monkeypatch.setitem(KNOWN_MODELS, TRANSFORMER, KnownModel(folder=folder, defaults=own))
+    return TRANSFORMER
 
 
 @pytest.fixture

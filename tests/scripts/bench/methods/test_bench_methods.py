@@ -31,8 +31,8 @@ import sys
 from scripts.bench.methods import worker
 from scripts.bench.methods.model import ComparedModel
 ComparedModel.load_as_is = ComparedModel.load
-def load():
-    model = ComparedModel.load_as_is()
+def load(name):
+    model = ComparedModel.load_as_is(name)
     model.calibration_samples, model.evaluation_images = 4, 6
     return model
 ComparedModel.load, worker.HELD_OUT_SAMPLES = load, 2
@@ -61,8 +61,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the cells that were computed, by stubs."""
     names: list[str] = []
 
-    def command(cell: Cell, store: Path, threads: int) -> list[str]:
-        names.append(cell.name)
+    def command(model: str, cell: Cell, store: Path, threads: int) -> list[str]:
+        names.append(cell.name if model == "emoji" else f"{model} {cell.name}")
         return [sys.executable, "-S", "-c", STUB]
 
     monkeypatch.setattr(runner, "worker_command", command)
@@ -168,6 +168,24 @@ def test_other_seeds_are_other_cells_and_stand_in_the_command(
     assert "`python -m scripts.bench.methods --seeds 7,5`" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.slow
+def test_the_cells_of_a_transformer_stand_apart_with_a_page_of_their_own(
+    compare: Compare, small_dit: str, tmp_path: Path, computed: list[str]
+) -> None:
+    assert compare("--pages").code == 0
+    page = (tmp_path / "README.md").read_text()
+    ended = compare("--model", small_dit, "--only", "w4a4-quest-seed*")
+    assert ended.code == 0, ended.err
+    assert computed == [f"{small_dit} w4a4-quest-seed{seed}" for seed in range(3)]
+    assert (tmp_path / "README.md").read_text() == page
+    own = (tmp_path / f"{small_dit}.md").read_text()
+    assert f"3 of {len(all_cells(model=small_dit))} cells" in own
+    assert f"`python -m scripts.bench.methods --model {small_dit}`" in own
+    assert "Q-Diffusion" not in own
+    assert compare("--pages").code == 0
+    assert f"({small_dit}.md)" in (tmp_path / "README.md").read_text()
+
+
 def test_what_failed_is_reported_after_the_table_was_written(
     compare: Compare,
     no_plot: None,
@@ -179,7 +197,7 @@ def test_what_failed_is_reported_after_the_table_was_written(
         "import json; print(json.dumps({'error': 'w8a8-nncf-seed0 needs nncf', 'exit_code': 2}))"
     )
 
-    def command(cell: Cell, store: Path, threads: int) -> list[str]:
+    def command(model: str, cell: Cell, store: Path, threads: int) -> list[str]:
         return [sys.executable, "-S", "-c", failing if cell.row == "nncf" else STUB]
 
     monkeypatch.setattr(runner, "worker_command", command)
@@ -194,6 +212,7 @@ def test_what_failed_is_reported_after_the_table_was_written(
     [
         (["--only", "w2a2-*"], "w2a2-* --list"),
         (["--seeds", "one"], "seeds 'one'"),
+        (["--model", "sd15"], "--model sd15 emoji emoji-dit"),
         (["--seeds", "1,1"], "seeds '1,1'"),
     ],
 )

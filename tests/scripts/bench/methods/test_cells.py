@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -11,25 +12,28 @@ from quest_deploy.finetuning.train import FinetuneOptions
 from scripts.bench.methods import recipes
 from scripts.bench.methods.cells import (
     ABLATIONS,
-    MAIN_TABLES,
+    FEWER,
     ROWS,
     SEEDS,
     STEPS,
+    SUBJECTS,
+    USUAL,
     Cell,
     Float,
     Pipeline,
+    Schedule,
     all_cells,
     cells_of,
 )
+from scripts.bench.methods.model import ComparedModel
 
-if TYPE_CHECKING:
-    from scripts.bench.methods.model import ComparedModel
-
-TABLES = (*MAIN_TABLES, *ABLATIONS)
+TABLES = [(name, table) for name, subject in SUBJECTS.items() for table in subject.tables]
 RESULTS = Path(recipes.__file__).parents[1] / "results" / "methods"
 
 
-@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.title)
+@pytest.mark.parametrize(
+    "table", [table for _, table in TABLES], ids=[f"{name} {table.title}" for name, table in TABLES]
+)
 def test_every_row_of_a_table_has_cells_or_a_reason(table: Any) -> None:
     for key in table.rows:
         assert bool(cells_of(key, table.bits, SEEDS)) != bool(
@@ -38,7 +42,7 @@ def test_every_row_of_a_table_has_cells_or_a_reason(table: Any) -> None:
 
 
 def test_every_row_is_shown() -> None:
-    assert {key for table in TABLES for key in table.rows} == set(ROWS)
+    assert {key for _, table in TABLES for key in table.rows} == set(ROWS)
 
 
 def test_every_cell_is_computed_once_whatever_tables_show_it() -> None:
@@ -98,10 +102,11 @@ def test_every_finetuned_row_takes_the_same_number_of_steps(
         if options := definition["recipe"].get("finetuning"):
             steps[cell.row] = sum(options[f"{stage}_steps"] for stage in options["stages"])
     assert set(steps.values()) == {STEPS}
+    recipes_of = {cell.row: ROWS[cell.row].recipe for cell in definitions}
     assert set(steps) == {
         key
-        for key, row in ROWS.items()
-        if isinstance(row.recipe, Pipeline) and row.recipe.finetuning is not None
+        for key, recipe in recipes_of.items()
+        if isinstance(recipe, Pipeline) and recipe.finetuning is not None
     }
 
 
@@ -163,6 +168,38 @@ def test_quantiles_of_few_uneven_steps_are_other_buckets_than_equally_wide_ones(
     assert edges("equal4-8-steps") == edges("equal4-4-steps") == [250.0, 500.0, 750.0]
     assert edges("quantiles4-8-steps") == [51.0, 424.0, 818.0]
     assert len(edges("quantiles8-8-steps")) == 7
+
+
+@pytest.mark.slow
+def test_a_transformers_buckets_hold_equally_many_steps_unless_a_row_says_otherwise(
+    small_dit: str,
+) -> None:
+    model = ComparedModel.load(small_dit)
+
+    def edges(row: str) -> list[float]:
+        definition = recipes.definition_of(Cell(row, "w4a4", 0), model)
+        assert definition["recipe"]["scheme"]["float_layers"]
+        found: list[float] = definition["recipe"]["scheme"]["bucket_edges"]
+        return found
+
+    def held(row: str, schedule: Schedule = USUAL) -> list[int]:
+        timesteps = model.on(schedule).timesteps
+        ends = pairwise([0, *edges(row), 1001])
+        return [sum(low <= t < high for t in timesteps) for low, high in ends]
+
+    assert edges("quest-equal10") == [100.0 * i for i in range(1, 10)]
+    assert held("quest-k1") == [20]
+    assert held("quest-k10") == [2] * 10
+    assert held("quest") == [1] * 20
+    assert held("quantiles4-4-steps", FEWER) == [1] * 4
+
+
+@pytest.mark.slow
+def test_no_two_cells_of_a_transformer_have_one_definition(small_dit: str) -> None:
+    model = ComparedModel.load(small_dit)
+    cells = all_cells(model=small_dit)
+    digests = {sha256_of_json(recipes.definition_of(cell, model)) for cell in cells}
+    assert len(digests) == len(cells)
 
 
 def test_every_row_starts_from_as_much_recorded_data_in_whole_samplings(

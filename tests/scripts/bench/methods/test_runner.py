@@ -52,19 +52,22 @@ class Watcher:
 def pretend(monkeypatch: pytest.MonkeyPatch, programs: dict[Cell, str]) -> None:
     """Let a cell's worker be its program; ``threads`` and the standard modules are there."""
 
-    def command(cell: Cell, store: Path, threads: int) -> list[str]:
+    def command(model: str, cell: Cell, store: Path, threads: int) -> list[str]:
         imports = f"import json, os, signal, sys, time\nthreads = {threads}\n"
         return [sys.executable, "-c", imports + programs[cell]]
 
     monkeypatch.setattr(runner, "worker_command", command)
 
 
-def test_the_worker_is_this_python_with_the_cell_in_its_arguments(tmp_path: Path) -> None:
-    command = worker_command(A, tmp_path, 2)
+def test_the_worker_is_this_python_with_the_model_and_the_cell_in_its_arguments(
+    tmp_path: Path,
+) -> None:
+    command = worker_command("emoji", A, tmp_path, 2)
     assert command == [
         sys.executable,
         "-m",
         "scripts.bench.methods.worker",
+        "emoji",
         "quest",
         "w4a4",
         "0",
@@ -172,7 +175,7 @@ from scripts.bench.methods import runner
 from scripts.bench.methods.cells import Cell
 from tests.scripts.bench.methods.test_runner import A, B, DONE, Watcher
 programs = {{A: "import json\\n" + DONE, B: "import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(600)"}}
-runner.worker_command = lambda cell, store, threads: [sys.executable, "-c", programs[cell]]
+runner.worker_command = lambda model, cell, store, threads: [sys.executable, "-c", programs[cell]]
 try:
     runner.compute({{A: {{}}, B: {{}}}}, Path({str(tmp_path)!r}), Path({str(tmp_path)!r}), Watcher())
 except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from quest_deploy.errors import InputError
-from scripts.bench.methods import recipes
+from scripts.bench.methods import recipes, worker
 from scripts.bench.methods.cells import PAPER_SENSITIVE, PAPER_TEMPORAL, Cell
 from scripts.bench.methods.model import ComparedModel
 from scripts.bench.methods.worker import main, measure
@@ -101,8 +101,8 @@ def test_the_worker_sends_progress_and_a_result_and_nothing_else(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ComparedModel, "load", lambda: few)
-    main(["ptq-minmax", "w8a8", "0", str(tmp_path), "1"])
+    monkeypatch.setattr(ComparedModel, "load", lambda name: few)
+    main(["emoji", "ptq-minmax", "w8a8", "0", str(tmp_path), "1"])
     *progress, result = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert {tuple(value) for value in progress} == {("phase", "done", "total")}
     assert "drawing" in {value["phase"] for value in progress}
@@ -125,9 +125,9 @@ def test_a_missing_package_is_the_users_to_install(
     module: str,
     extra: str,
 ) -> None:
-    monkeypatch.setattr(ComparedModel, "load", lambda: few)
+    monkeypatch.setattr(ComparedModel, "load", lambda name: few)
     monkeypatch.setitem(sys.modules, module, None)
-    main([row, bits, "0", str(tmp_path), "1"])
+    main(["emoji", row, bits, "0", str(tmp_path), "1"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["exit_code"] == InputError.exit_code
     assert_holds(last["error"], f"pip install -c constraints.txt '.[{extra}]'")
@@ -156,6 +156,27 @@ def test_nncfs_model_runs_through_the_same_loop(
     assert measured["notes"]["quantized_tensors"] > 10
     assert measured["quality"]["psnr"] > 15
     assert parameters < measured["payload_bytes"] < 2 * parameters
+
+
+@pytest.mark.parametrize("row", ["quest-auto-layers", "nncf", "modelopt"])
+@pytest.mark.slow
+def test_a_transformer_of_flow_matching_is_measured_as_a_unet_is(
+    small_dit: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, row: str
+) -> None:
+    if row in ("nncf", "modelopt"):
+        pytest.importorskip(row, reason="its extra is not installed")
+    monkeypatch.setattr(worker, "HELD_OUT_SAMPLES", 1)
+    model = ComparedModel.load(small_dit)
+    model.calibration_samples, model.evaluation_images = 4, 6
+    bits = "w8a8" if row == "nncf" else "w4a4"
+    measured = measure(model, Cell(row, bits, 0), tmp_path, silent)
+    assert 0 < measured["quality"]["psnr"] < 100
+    visited = [x is not None for x in measured["quality"]["epsilon_mse"]]
+    assert visited[-1]
+    assert not all(visited)  # the shift leaves equally wide buckets near the images out
+    if row == "quest-auto-layers":
+        assert measured["notes"]["error_shares"][PAPER_SENSITIVE] > 0.5
+        assert measured["notes"]["error_shares"][PAPER_TEMPORAL] == 0  # in float
 
 
 def test_shares_of_the_error_are_added_up_by_the_papers_sets_and_else_by_kind() -> None:
