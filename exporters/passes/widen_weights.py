@@ -1,9 +1,10 @@
-"""Store float weights in FP32 again that NarrowWeights stored in bfloat16, for runtimes that do not
-take it everywhere: TensorRT refuses it for processors before SM80.
+"""Store float weights in FP32 again that NarrowWeights stored in 16 bits, for runtimes that do not
+take those everywhere: TensorRT refuses bfloat16 for processors before SM80. Branches of low rank
+are widened too.
 
-Needs: nothing but Casts to FLOAT reads a BFLOAT16 initializer.
+Needs: nothing but Casts to FLOAT reads an initializer of 16 bits.
 
-Guarantees: no initializer is BFLOAT16, and the Casts that read them are gone.
+Guarantees: no float initializer has 16 bits, and the Casts that read them are gone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import onnx_ir as ir
 
 from exporters.editor import lazy, replace_value
 from exporters.passes.contract import guarantee, need
+from exporters.passes.narrow_weights import NARROW
 from quest_deploy.artifacts.lazy_tensors import LazyArray
 
 
@@ -27,11 +29,11 @@ class WidenWeights(ir.passes.InPlacePass):
                 node.op_type == "Cast" and node.outputs[0].dtype is ir.DataType.FLOAT
                 for node, _ in value.uses()
             )
-            need(casts and not value.is_graph_output(), f"{value.name} is read in bfloat16")
+            need(casts and not value.is_graph_output(), f"{value.name} is read in 16 bits")
 
     def ensures(self, model: ir.Model) -> None:
         left = [str(value.name) for value in _narrow(model)]
-        guarantee(not left, f"{', '.join(left[:3])} are bfloat16")
+        guarantee(not left, f"{', '.join(left[:3])} have 16 bits")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         narrow = _narrow(model)
@@ -53,5 +55,4 @@ def _widened(tensor: Any) -> LazyArray:
 
 
 def _narrow(model: ir.Model) -> list[ir.Value]:
-    values = model.graph.initializers.values()
-    return [value for value in values if value.dtype is ir.DataType.BFLOAT16]
+    return [value for value in model.graph.initializers.values() if value.dtype in NARROW]

@@ -14,8 +14,9 @@ least kind to us; the ratio of the whole processes is given too.
 Then the checkpoint is given equal buckets, each with the scales of the old bucket that its middle
 lies in, and exported again; not with --buckets 0.
 
-The payload is what the checkpoint holds, at the bits asked for: the layers' codes, and the rest in
-16 bits.
+The payload is what the checkpoint holds, at the bits asked for: the layers' codes, and the float
+weights in 16 bits. Where they were published in FP32 no graph without rounding is as small: what
+the checkpoint holds exactly is given too, with its biases, scales and tables.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 from exporters.graph_info import save_graph
+from exporters.passes.narrow_weights import narrow_type
 from quest_deploy.artifacts.checkpoint import (
     ActivationQuantizerData,
     Architecture,
@@ -92,7 +95,7 @@ class Comparison:
     """The measurements, one Cost a repeat.
 
     Attributes:
-        payload_bytes: of the checkpoint, see the module's docstring.
+        payload_bytes, exact_bytes: of the checkpoint, see the module's docstring.
         wider: the export with ``wider_buckets`` buckets, the checkpoint having ``buckets``; None
             where it was left out.
     """
@@ -100,6 +103,7 @@ class Comparison:
     plain: list[Cost]
     ours: list[Cost]
     payload_bytes: int
+    exact_bytes: int
     buckets: int
     wider: Cost | None = None
     wider_buckets: int = 0
@@ -126,6 +130,7 @@ class Comparison:
             "peak_ratio": _median(self.ours, "peak_gib") / _median(self.plain, "peak_gib"),
             "bytes_ratio": self.ours[0].bytes / self.plain[0].bytes,
             "payload_ratio": self.ours[0].bytes / self.payload_bytes,
+            "exact_ratio": self.ours[0].bytes / self.exact_bytes,
         } | wider
 
 
@@ -176,7 +181,8 @@ def compare(
                     ),
                 )
             )
-        found = Comparison(plain, ours, payload_bytes(checkpoint), checkpoint.scheme.buckets)
+        sizes = payload_bytes(checkpoint), exact_bytes(checkpoint)
+        found = Comparison(plain, ours, *sizes, checkpoint.scheme.buckets)
         if not buckets:
             return found
         save_checkpoint(with_buckets(checkpoint, buckets), folder / "wider.safetensors")
@@ -190,8 +196,28 @@ def compare(
 
 def payload_bytes(checkpoint: Checkpoint) -> int:
     """What the checkpoint's weights take, see the module's docstring."""
-    layers = sum(x.codes.size * x.weight_bits for x in checkpoint.layers.values()) // 8
-    return layers + 2 * sum(value.size for value in checkpoint.floats.values())
+    return _code_bytes(checkpoint) + 2 * sum(value.size for value in checkpoint.floats.values())
+
+
+def exact_bytes(checkpoint: Checkpoint) -> int:
+    """What all of the checkpoint takes where nothing is rounded: codes at their bits, a float
+    weight in the narrowest type that holds it.
+    """
+    tables = sum(
+        array.nbytes
+        for x in (*checkpoint.layers.values(), *checkpoint.quantizers.values())
+        for name, array in vars(x).items()
+        if type(array) is np.ndarray and name != "codes"
+    )
+    floats = sum(
+        value.size * (2 if narrow_type(np.asarray(value)) else 4)
+        for value in checkpoint.floats.values()
+    )
+    return _code_bytes(checkpoint) + floats + tables
+
+
+def _code_bytes(checkpoint: Checkpoint) -> int:
+    return sum(x.codes.size * x.weight_bits for x in checkpoint.layers.values()) // 8
 
 
 def measured(command: list[str], folder: Path) -> Cost:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -20,10 +19,14 @@ TEXT = """g (float[n, 40] x) => (float[n, 40] y, float[n, 40] z) {
 }"""
 
 
-def published(*shape: int, seed: int = 0) -> Array:
-    """Values that bfloat16 holds."""
+BFLOAT16, FLOAT16 = ir.DataType.BFLOAT16, ir.DataType.FLOAT16
+TYPES = pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+
+
+def published(*shape: int, seed: int = 0, dtype: ir.DataType = BFLOAT16) -> Array:
+    """Values that ``dtype`` holds."""
     values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-    return values.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return values.astype(dtype.numpy()).astype(np.float32)
 
 
 def two_products(w: Array, b: Array) -> ir.Model:
@@ -35,13 +38,16 @@ def two_products(w: Array, b: Array) -> ir.Model:
 FEEDS = {"x": np.random.default_rng(3).standard_normal((3, 40)).astype(np.float32)}
 
 
-def test_weights_that_bfloat16_holds_take_half_the_bytes_and_give_the_same_numbers() -> None:
-    w = published(40, 40)
+@TYPES
+def test_weights_that_sixteen_bits_hold_take_half_the_bytes_and_give_the_same_numbers(
+    dtype: ir.DataType,
+) -> None:
+    w = published(40, 40, dtype=dtype)
     model = two_products(w, published(40, seed=1))
     before = run(model, FEEDS, optimized=False)
     assert NarrowWeights()(model).modified
     weight = model.graph.initializers["w"]
-    assert weight.dtype is ir.DataType.BFLOAT16
+    assert weight.dtype is dtype
     assert weight.const_value is not None
     assert weight.const_value.nbytes == w.nbytes // 2
     np.testing.assert_array_equal(array_of(weight).astype(np.float32), w)
@@ -52,17 +58,28 @@ def test_weights_that_bfloat16_holds_take_half_the_bytes_and_give_the_same_numbe
         np.testing.assert_array_equal(found, expected, strict=True)
 
 
+@TYPES
 @pytest.mark.parametrize("place", [(0, 0), (39, 39), (17, 5)])
-def test_weights_one_of_which_bfloat16_would_round_stay(place: tuple[int, int]) -> None:
-    w = published(40, 40)
+def test_weights_one_of_which_would_be_rounded_stay(
+    place: tuple[int, int], dtype: ir.DataType
+) -> None:
+    w = published(40, 40, dtype=dtype)
     w[place] = np.nextafter(w[place], np.float32(9))
     model = two_products(w, published(40, seed=1))
     assert not NarrowWeights()(model).modified
     np.testing.assert_array_equal(array_of(model.graph.initializers["w"]), w, strict=True)
 
 
-def test_widened_again_the_graph_is_what_it_was() -> None:
-    w, b = published(40, 40), published(40, seed=1)
+@pytest.mark.parametrize("value", [65536.0, -1e6, 2**-26])
+def test_weights_beyond_the_range_of_fp16_stay(value: float) -> None:
+    w = published(40, 40, dtype=FLOAT16)
+    w[3, 4] = value
+    assert not NarrowWeights()(two_products(w, published(40, seed=1))).modified
+
+
+@TYPES
+def test_widened_again_the_graph_is_what_it_was(dtype: ir.DataType) -> None:
+    w, b = published(40, 40, dtype=dtype), published(40, seed=1)
     model, expected = two_products(w, b), two_products(w, b)
     NarrowWeights()(model)
     assert WidenWeights()(model).modified

@@ -62,12 +62,14 @@ def test_a_transformers_rows_say_which_and_compare_files_with_the_payload() -> N
         "ours": [cost],
         "plain": [plain],
         "payload_bytes": 327_000_000,
-        "summary": {f"{x}_ratio": 1.25 for x in ratios} | {"payload_ratio": 1.009},
+        "exact_bytes": 329_000_000,
+        "summary": {f"{x}_ratio": 1.25 for x in ratios}
+        | {"payload_ratio": 1.009, "exact_ratio": 1.003},
         "calibration": {"cpu_seconds": 90.4, "peak_gib": 3.25},
     }
     page = script.table({"export-pixart-sigma": entry(figures)})
     rows = [row for row in page.splitlines() if row.startswith("| pixart-sigma: ")]
-    assert len(rows) == 8
+    assert len(rows) == 9
     assert (
         "| pixart-sigma: graph, files | 330.0 MB | 4-bit payload 327.0 MB | 1.009x | 1.1x |" in rows
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +52,11 @@ def test_ratios_are_of_medians_and_count_the_plain_exports_call_alone() -> None:
         "peak_ratio": 4 / 3,
         "bytes_ratio": 0.25,
         "payload_ratio": 1.25,
+        "exact_ratio": 1.0,
     }
-    found = script.Comparison(plain, ours, 200, 20)
+    found = script.Comparison(plain, ours, 200, 250, 20)
     assert found.summary() == pytest.approx(ratios)
-    found = script.Comparison(plain, ours, 200, 20, cost(1.0, 500, 33), 50)
+    found = script.Comparison(plain, ours, 200, 250, 20, cost(1.0, 500, 33), 50)
     wider = {"wider_bytes_ratio": 2, "wider_more_nodes": 3}
     assert found.summary() == pytest.approx(ratios | wider)
 
@@ -66,6 +68,32 @@ def test_the_payload_is_codes_at_their_bits_and_the_rest_in_sixteen(
     for layer in small_checkpoint.layers.values():
         bits += layer.weight_codes.size * layer.weight_bits
     assert script.payload_bytes(small_checkpoint) == bits // 8
+
+
+def test_what_is_rounded_nowhere_takes_two_bytes_a_weight_only_where_those_hold_it(
+    small_checkpoint: Checkpoint,
+) -> None:
+    weight = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    halves = weight.astype(np.float16).astype(np.float32)
+    wide, narrow = (
+        script.exact_bytes(
+            replace(small_checkpoint, floats={**small_checkpoint.floats, "weight": x})
+        )
+        for x in (weight, halves)
+    )
+    assert wide - narrow == 2 * weight.size
+    assert narrow - script.exact_bytes(small_checkpoint) == 2 * weight.size
+    tables = [
+        getattr(x, name)
+        for x in small_checkpoint.quantizers.values()
+        for name in ("scale", "low", "high", "channel")
+    ]
+    tables += [x for y in small_checkpoint.layers.values() for x in (y.weight_scale, y.bias)]
+    held = sum(4 * x.size for x in tables if x is not None)
+    floats = small_checkpoint.floats.values()
+    wider = sum(2 * x.size for x in floats if not np.array_equal(x, np.asarray(x, np.float16)))
+    expected = script.payload_bytes(small_checkpoint) + held + wider
+    assert script.exact_bytes(small_checkpoint) == expected
 
 
 def test_a_process_is_charged_its_own_time_memory_and_files(tmp_path: Path) -> None:
