@@ -251,7 +251,8 @@ def _content_hash(x: Tensor) -> bytes:
     by their shape alone, that they are the same object.
     """
     if isinstance(x, FakeTensor):
-        return _NUMBERS.setdefault(x, next(_COUNT)).to_bytes(8, "little")
+        number: int = _NUMBERS.setdefault(x, next(_COUNT))
+        return number.to_bytes(8, "little")
     digest = hashlib.sha256(str(tuple(x.shape)).encode())
     digest.update(x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.digest()

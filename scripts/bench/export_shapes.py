@@ -73,7 +73,7 @@ def shape_checkpoint(
         {name: value for name, value in model.config.items() if not name.startswith("_")},
         {},
         None,
-        known and known.heads,
+        None if known is None else known.heads,
     )
     with without_weights():
         network = build_float_model(architecture)
@@ -117,10 +117,10 @@ def _quantizer(network: nn.Module, plan: QuantizerPlan, buckets: int) -> Activat
     symmetric = plan.symmetry is Symmetry.SYMMETRIC
     bounds = (-127, 127) if symmetric else (0, activation_levels(plan.bits))
     layer: Any = network.get_submodule(plan.layers[0])
-    tables = (np.full(buckets, x, np.float32) for x in (1, *bounds))
+    scale, low, high = (np.full(buckets, x, np.float32) for x in (1, *bounds))
     channel = np.ones(layer.weight.shape[1] * getattr(layer, "groups", 1), np.float32)
     return ActivationQuantizerData(
-        plan.name, plan.bits, plan.symmetry, plan.axis, plan.layers, *tables, channel
+        plan.name, plan.bits, plan.symmetry, plan.axis, plan.layers, scale, low, high, channel
     )
 
 
