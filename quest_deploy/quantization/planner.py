@@ -8,11 +8,14 @@ bit for bit. Products of two activations have a quantizer for each operand.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from quest_deploy.artifacts.scheme import Symmetry, usual_symmetry
 from quest_deploy.errors import InputError
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from quest_deploy.artifacts.scheme import Scheme
 
 QUANTIZABLE = (nn.Conv2d, nn.Linear)
+_COUNT, _NUMBERS = itertools.count(), WeakTensorKeyDictionary()
+"""Of tensors without values: an object's id is given to another once it is gone."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def plan_quantization(
 
     Args:
         probe: the model's inputs, ``sample`` among them; random and different for each sample, so
-            that equal layer inputs mean the same tensor.
+            that equal layer inputs mean the same tensor. The model may be one of fake tensors.
 
     Raises:
         InputError: the model executes no Conv2d or Linear, or none that is to have eight bits or to
@@ -242,6 +247,12 @@ def _macs(module: nn.Module, output: Tensor) -> int:
 
 
 def _content_hash(x: Tensor) -> bytes:
+    """What equal tensors have in common: their content, or of those without one, which are traced
+    by their shape alone, that they are the same object.
+    """
+    if isinstance(x, FakeTensor):
+        number: int = _NUMBERS.setdefault(x, next(_COUNT))
+        return number.to_bytes(8, "little")
     digest = hashlib.sha256(str(tuple(x.shape)).encode())
     digest.update(x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.digest()

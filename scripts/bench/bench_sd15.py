@@ -1,5 +1,5 @@
-"""Measure the toolchain at Stable Diffusion 1.5's size, and exports of diffusion transformers at
-theirs; writes docs/sd15/table.md from scripts/bench/results/sd15.json, which it adds to.
+"""Measure the toolchain at Stable Diffusion 1.5's size, and diffusion transformers at theirs;
+writes docs/sd15/table.md from scripts/bench/results/sd15.json, which it adds to.
 
     python scripts/bench/bench_sd15.py [--workspace DIR] [--again STEP] [--only STEP]
 
@@ -11,7 +11,8 @@ goes on with the next.
 
 A transformer, PixArt-Sigma or Stable Diffusion 3.5 medium, has random weights too and all of its
 layers; it is calibrated to W4A4 in 2 buckets on samples of 32x32, which its export does not depend
-on.
+on. To be timed PixArt-Sigma is calibrated in 20 buckets, with attention at 8 bits. FLUX.1-dev is
+too large to be calibrated here: its graph is made of its shapes (export_shapes.py).
 """
 
 from __future__ import annotations
@@ -70,9 +71,16 @@ FEW = (
     *("--batch", "1", "--guidance", "1"),
 )
 QUANTIZED_ATTENTION = ("--attention-bits", "8", "--softmax-bits", "8")
-TRANSFORMERS = ("pixart-sigma", "sd35-medium")
-EXPORT = "export-"
+ALL_BUCKETS = (
+    *("--method", "minmax", "--samples", "1", "--steps", "20"),
+    *("--batch", "1", "--guidance", "1"),
+)
+TRANSFORMERS, TIMED, SHAPED = ("pixart-sigma", "sd35-medium"), "pixart-sigma", "flux-dev"
+"""The models that are exported, the one that is timed, and the one of which shapes are exported."""
+EXPORT, SPEED = "export-", "openvino-"
 """What the steps of transformers are called, before the model."""
+TIMED_SIDE = 64
+"""Of samples that are timed: images of 512 pixels."""
 BATCH, THREADS, RUNS = "2", "2", "11"
 MEGA = 1e6
 
@@ -131,22 +139,51 @@ def measure_export(workspace: Path, folder: Path) -> dict[str, Any]:
 def measure_transformer(workspace: Path, folder: Path) -> dict[str, Any]:
     """Calibrate the transformer that ``folder`` is called after, and measure its export."""
     name = folder.name.removeprefix(EXPORT)
+    calibration = calibrate_transformer(name, folder, *FEW)
+    exports = script("measure_export", folder, str(folder / "workspace"), "--buckets", "0")
+    return {**exports, "calibration": calibration}
+
+
+def calibrate_transformer(name: str, folder: Path, *options: str) -> dict[str, float]:
+    """Calibrate the transformer ``name`` in ``folder`` / "workspace"; what that took."""
     model = folder / name
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(ARCHITECTURES / name, model)
     path = model / "transformer" / "config.json"
     write_json(path, {**read_json(path), "sample_size": SIDE})
-    command = ("calibrate", "--model", str(model), "--random-weights", "--bits", "w4a4")
     shutil.rmtree(folder / "workspace", ignore_errors=True)
-    calibration = measured_command(*command, *FEW, "-w", str(folder / "workspace"))
-    exports = script("measure_export", folder, str(folder / "workspace"), "--buckets", "0")
-    return {**exports, "calibration": calibration}
+    command = ("calibrate", "--model", str(model), "--random-weights", "--bits", "w4a4", *options)
+    return measured("-m", "quest_deploy", *command, "-w", str(folder / "workspace"))
 
 
-def measured_command(*arguments: str) -> dict[str, float]:
-    """Run a command of quest-deploy; what its process took."""
-    command = [sys.executable, "-m", "quest_deploy", *arguments]
-    print(" ".join(command[2:]), flush=True)
+def measure_shapes(workspace: Path, folder: Path) -> dict[str, Any]:
+    """Export the shapes of the model that ``folder`` is called after; the graph is not kept."""
+    name, target = folder.name.removeprefix(EXPORT), folder / "graph"
+    kept = folder / "export_shapes.json"
+    command = (str(SCRIPTS / "export_shapes.py"), name, str(target), "--json", str(kept))
+    try:
+        cost = measured(*command)
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+    return {**read_json(kept), **cost}
+
+
+def measure_transformer_speed(workspace: Path, folder: Path) -> dict[str, Any]:
+    """Time the transformer that ``folder`` is called after on OpenVINO."""
+    own = folder / "workspace"
+    if not (own / GRAPH).exists():
+        name = folder.name.removeprefix(SPEED)
+        calibrate_transformer(name, folder, *ALL_BUCKETS, *QUANTIZED_ATTENTION)
+        quest_deploy("export", "-w", str(own))
+    rivals = ("--rival", "fp32", "--rival", "nncf int8", "--rival", "static scales")
+    sizes = ("--dtype", "fp32", "--sample-size", str(TIMED_SIDE))
+    return compare_openvino(own / GRAPH, folder, *sizes, *rivals)
+
+
+def measured(*arguments: str) -> dict[str, float]:
+    """Run Python with ``arguments``; what its process took."""
+    command = [sys.executable, *arguments]
+    print(" ".join(command[1:]), flush=True)
     started = time.monotonic()
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
@@ -166,17 +203,12 @@ def measure_tensorrt(workspace: Path, folder: Path) -> dict[str, Any]:
 
 
 def measure_openvino(workspace: Path, folder: Path) -> dict[str, Any]:
-    return script(
-        "compare_openvino",
-        folder,
-        str(workspace / GRAPH),
-        "--batch",
-        BATCH,
-        "--threads",
-        THREADS,
-        "--runs",
-        RUNS,
-    )
+    return compare_openvino(workspace / GRAPH, folder)
+
+
+def compare_openvino(graph: Path, folder: Path, *options: str) -> dict[str, Any]:
+    usual = ("--batch", BATCH, "--threads", THREADS, "--runs", RUNS)
+    return script("compare_openvino", folder, str(graph), *usual, *options)
 
 
 def measure_openvino_float(workspace: Path, folder: Path) -> dict[str, Any]:
@@ -273,6 +305,37 @@ def transformer_lines(figures: dict[str, Any], name: str) -> list[Line]:
     return [replace(line, what=f"{name}: {line.what}") for line in lines]
 
 
+def shape_lines(figures: dict[str, Any], name: str) -> list[Line]:
+    weights, payload = figures["quantized_weights"] + figures["float_weights"], payload_of(figures)
+    size = f"{weights / 1e9:.1f} billion weights"
+    lines = [
+        Line("export", f"{figures['seconds']:.1f} s", size),
+        Line("export, processor time", f"{figures['cpu_seconds']:.1f} s"),
+        Line(
+            "export, peak memory",
+            f"{figures['peak_gib']:.2f} GiB",
+            f"FP32 weights {4 * weights / 2**30:.1f} GiB",
+            "",
+            "6 GB",
+        ),
+        Line(
+            "graph, files",
+            f"{figures['bytes'] / MEGA:.1f} MB",
+            f"4-bit payload {payload / MEGA:.1f} MB",
+            f"{figures['bytes'] / payload:.3f}x",
+            "1.1x",
+        ),
+        Line("graph, nodes", str(figures["nodes"])),
+    ]
+    return [replace(line, what=f"{name}, of its shapes: {line.what}") for line in lines]
+
+
+def payload_of(figures: dict[str, Any]) -> int:
+    """See measure_export.py."""
+    payload: int = figures["code_bytes"] + 2 * figures["float_weights"]
+    return payload
+
+
 def _cost_lines(figures: dict[str, Any], memory: str) -> list[Line]:
     """What an export costs beside a plain one, ``memory`` being what is aimed at."""
     (ours, *_), (plain, *_), ratios = figures["ours"], figures["plain"], figures["summary"]
@@ -323,7 +386,8 @@ def tensorrt_lines(figures: dict[str, Any]) -> list[Line]:
     ]
 
 
-def openvino_lines(figures: dict[str, Any], attention: str) -> list[Line]:
+def openvino_lines(figures: dict[str, Any], attention: str, **also: str) -> list[Line]:
+    """Lines of the engine and each rival; ``also`` are further aims, by the rival."""
     lines = []
     for row in figures["rows"]:
         if row["variant"] == "engine":
@@ -341,16 +405,14 @@ def openvino_lines(figures: dict[str, Any], attention: str) -> list[Line]:
             "nncf int8": "NNCF INT8",
             "static scales": "static scales",
         }.get(row["variant"], row["variant"])
-        aim = {"nncf int8": "above 1", "static scales": "0.97 or more", "50 buckets": "1"}.get(
-            row["variant"], ""
-        )
+        aims = {"nncf int8": "above 1", "static scales": "0.97 or more", "50 buckets": "1", **also}
         lines.append(
             Line(
                 f"openvino {row['dtype']}, {attention}",
                 "the engine, beside",
                 f"{rival} {row['seconds']:.2f} s",
                 f"{row['against_engine']:.3f}x as fast",
-                aim,
+                aims.get(row["variant"], ""),
             )
         )
     return lines
@@ -455,6 +517,14 @@ STEPS = {
         )
         for name in TRANSFORMERS
     },
+    f"{EXPORT}{SHAPED}": Step(measure_shapes, partial(shape_lines, name=SHAPED), needs_graph=False),
+    f"{SPEED}{TIMED}": Step(
+        measure_transformer_speed,
+        lambda figures: openvino_lines(
+            figures, f"{TIMED} at 512 px, attention at 8 bits", fp32="2 or more"
+        ),
+        needs_graph=False,
+    ),
 }
 
 
@@ -480,17 +550,17 @@ def table(results: dict[str, Any]) -> str:
     missing = [name for name in STEPS if name not in results]
     return "\n".join(
         [
-            "# Stable Diffusion 1.5 at full size, and exports of transformers",
+            "# Stable Diffusion 1.5 and transformers at full size",
             "",
             "Written by `make bench-sd15`; `scripts/bench/bench_sd15.py` says how each figure is "
             "measured. The UNet has random weights; W4A4,",
             f"20 buckets, latents 64x64; engines at batch {BATCH} with {THREADS} threads, medians, "
             "both sides of a ratio in one run.",
             "The errors are those of 4-bit min-max activations, beside NNCF's 8-bit ones, on "
-            "random weights: they say nothing of images. The rows of transformers are of all their "
-            "layers, W4A4 in 2 buckets; the payload is the layers' codes, and the float weights in "
-            "16 bits; or, where nothing is rounded, those of PixArt-Sigma in FP32, as it was "
-            "published, with biases and scales.",
+            "random weights: they say nothing of images. The rows of transformers' exports are of "
+            "all their layers, W4A4 in 2 buckets, FLUX.1-dev's in 20; the payload is the layers' "
+            "codes, and the float weights in 16 bits; or, where nothing is rounded, those of "
+            "PixArt-Sigma in FP32, as it was published, with biases and scales.",
             "",
             f"Measured on: {'; '.join(machines)}.",
             f"With: {', '.join(packages)}.",
@@ -508,7 +578,7 @@ def table(results: dict[str, Any]) -> str:
 def profiles(results: dict[str, Any]) -> list[str]:
     """Where openvino spends a forward pass, of ours and of NNCF's."""
     lines = []
-    for name in ("openvino", "openvino-float-attention"):
+    for name in ("openvino", "openvino-float-attention", f"{SPEED}{TIMED}"):
         for row in results[name]["found"]["rows"] if name in results else []:
             if row["variant"] in ("engine", "nncf int8"):
                 spent = ", ".join(

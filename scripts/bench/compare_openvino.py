@@ -31,7 +31,14 @@ import numpy as np
 import typer
 
 from exporters.editor import array_of
-from exporters.graph_info import BUCKET, graph_info, load_graph, save_graph
+from exporters.graph_info import (
+    BUCKET,
+    SAMPLE_SHAPE_KEY,
+    graph_info,
+    load_graph,
+    sample_shape,
+    save_graph,
+)
 from exporters.passes.remove_quantization import RemoveQuantization
 from quest_deploy.backends.base import input_shapes, processor_name
 from quest_deploy.backends.openvino.backend import compile_graph
@@ -74,6 +81,8 @@ FILES = {
 }
 WIDER_BUCKETS = 50
 TRAIN_TIMESTEPS = 1000.0
+MASK = "attention_mask"
+"""How the names of inputs end that are 1 for tokens and 0 for padding."""
 ROLES = {
     "convolution and linear": {
         "Convolution",
@@ -270,20 +279,29 @@ def relative_l2(output: Array, expected: Array) -> float:
     return float(np.linalg.norm(output.astype(np.float64) - wide) / np.linalg.norm(wide))
 
 
-def random_feeds(graph: Path, batch: int, seed: int) -> Feeds:
+def random_feeds(graph: Path, batch: int, seed: int, side: int | None = None) -> Feeds:
     """Inputs of the portable graph: standard normal, but for the timesteps, uniform in [0, 1000),
-    one for each sample.
+    one for each sample, and masks, which leave nothing out; samples of height and width ``side``,
+    or as the model has them.
     """
-
     generator, feeds = np.random.default_rng(seed), {}
-    for name, shape in input_shapes(load_graph(graph), batch).items():
-        wide = (
-            generator.uniform(0, TRAIN_TIMESTEPS, shape)
-            if name == "timestep"
-            else generator.standard_normal(shape)
-        )
+    for name, shape in input_shapes(_sized(load_graph(graph), side), batch).items():
+        if name == "timestep":
+            wide = generator.uniform(0, TRAIN_TIMESTEPS, shape)
+        elif name.endswith(MASK):
+            wide = np.ones(shape)
+        else:
+            wide = generator.standard_normal(shape)
         feeds[name] = wide.astype(np.float32)
     return feeds
+
+
+def _sized(model: ir.Model, side: int | None) -> ir.Model:
+    """``model``, meant for samples of height and width ``side``."""
+    if side is not None:
+        shape = [*sample_shape(model)[:-2], side, side]
+        model.metadata_props[SAMPLE_SHAPE_KEY] = json.dumps(shape)
+    return model
 
 
 def build(
@@ -370,6 +388,9 @@ def main(
         list[Variant],
         typer.Option(help="What the engine is timed beside; may be repeated. FP32 always is."),
     ] = list(RIVALS),  # noqa: B006 - typer's way
+    sample_size: Annotated[
+        int | None, typer.Option(help="Height and width of samples, if not the model's.")
+    ] = None,
     runs: Annotated[int, typer.Option(help="Timed runs of each side of each pair.")] = 11,
     calibration_samples: Annotated[int, typer.Option(help="Random batches for NNCF.")] = 2,
     folder: Annotated[
@@ -381,8 +402,9 @@ def main(
     import nncf
     import openvino
 
-    feeds = random_feeds(graph, batch, seed=0)
-    calibration = [random_feeds(graph, batch, seed) for seed in range(1, calibration_samples + 1)]
+    feeds, *calibration = (
+        random_feeds(graph, batch, seed, sample_size) for seed in range(calibration_samples + 1)
+    )
     versions = {"openvino": openvino.__version__, "nncf": nncf.__version__}
     print(
         f"{processor_name()}, {threads} threads, batch {batch}, {runs} runs; {versions}", flush=True
@@ -409,6 +431,7 @@ def main(
             "processor": processor_name(),
             "threads": threads,
             "batch": batch,
+            "shapes": {name: value.shape for name, value in feeds.items()},
             "runs": runs,
             "versions": versions,
         }

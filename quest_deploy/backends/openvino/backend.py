@@ -213,6 +213,8 @@ def compile_graph(
         if shapes is not None:
             model.reshape({name: list(shape) for name, shape in shapes})
         _forward_halves(model)
+        if options.dtype == "fp32":  # bf16 would round once more
+            _scale_masked_attention_last(model)
         if not fuse or (options.dtype == "bf16" and fusing_errs(model)):
             config["SNIPPETS_MODE"] = "DISABLE"
         return core.compile_model(model, "CPU", config)
@@ -257,6 +259,66 @@ def _forward_halves(model: Any) -> None:
         ):
             for i, part in enumerate(parts):
                 split.output(i).replace(part)
+
+
+def _scale_masked_attention_last(model: Any) -> None:
+    """Multiply what a masked attention gives by its sample's scale where the heads are joined
+    again, in place: the same numbers.
+
+    openvino 2026.4 fuses an attention only where it reads no more than some tensors; a mask is one
+    too many, as a test tells until it is not.
+    """
+    import openvino
+
+    for scaled in (op for op in model.get_ordered_ops() if op.get_type_name() == "Multiply"):
+        product, scale, path = scaled.input_value(0), scaled.input_value(1), _joined(scaled)
+        if not path or not _is_by_sample(scale, path) or not _is_masked(product.get_node()):
+            continue
+        _, transpose, joined = path
+        readers = joined.output(0).get_target_inputs()
+        transpose.input(0).replace_source_output(product)
+        flat = openvino.opset13.reshape(scale, [0, 1, 1], special_zero=True)
+        last = openvino.opset13.multiply(joined.output(0), flat)
+        for reader in readers:
+            reader.replace_source_output(last.output(0))
+
+
+def _joined(scaled: Any) -> list[Any]:
+    """``scaled`` and what joins its heads: the Transpose that alone reads it, and the Reshape that
+    alone reads that and is no output of the model; none where it is otherwise.
+    """
+    path = [scaled]
+    for kind in ("Transpose", "Reshape"):
+        inputs = list(path[-1].output(0).get_target_inputs())
+        if len(inputs) != 1 or inputs[0].get_node().get_type_name() != kind:
+            return []
+        path.append(inputs[0].get_node())
+    ends = [reader.get_node().get_type_name() for reader in path[-1].output(0).get_target_inputs()]
+    return [] if "Result" in ends else path
+
+
+def _is_by_sample(scale: Any, path: list[Any]) -> bool:
+    """Whether ``scale`` is [B, 1, 1, 1] and what ``path`` gives [B, ...], joined [B, N, C]."""
+    partial = [scale.get_partial_shape(), *(node.get_output_partial_shape(0) for node in path)]
+    if not all(shape.is_static for shape in partial):
+        return False
+    sizes, *shapes = (list(shape.to_shape()) for shape in partial)
+    order = path[1].input_value(1).get_node()
+    first = order.get_type_name() == "Constant" and order.get_data()[0] == 0
+    of_batch = first and all(shape[0] == sizes[0] for shape in shapes)
+    return of_batch and sizes[1:] == [1, 1, 1] and [len(x) for x in shapes] == [4, 4, 3]
+
+
+def _is_masked(product: Any) -> bool:
+    """Whether ``product`` is the second of an attention whose scores something is added to."""
+    if product.get_type_name() != "MatMul":
+        return False
+    node = product.input_value(0).get_node()
+    while node.get_type_name() not in ("Softmax", "MatMul") and node.get_input_size():
+        node = node.input_value(0).get_node()
+    if node.get_type_name() != "Softmax":
+        return False
+    return bool(node.input_value(0).get_node().get_type_name() == "Add")
 
 
 class _OpenVinoRunner(Runner):

@@ -49,7 +49,7 @@ def test_the_table_has_what_was_measured_and_names_what_was_not() -> None:
     assert "0.256x" in page
     assert (
         "Not measured: export, openvino, onnxruntime, verification, openvino-float-attention, "
-        "export-pixart-sigma, export-sd35-medium." in page
+        "export-pixart-sigma, export-sd35-medium, export-flux-dev, openvino-pixart-sigma." in page
     )
     assert "Measured on: a processor, 2026-11-21." in page
 
@@ -74,6 +74,35 @@ def test_a_transformers_rows_say_which_and_compare_files_with_the_payload() -> N
         "| pixart-sigma: graph, files | 330.0 MB | 4-bit payload 327.0 MB | 1.009x | 1.1x |" in rows
     )
     assert "| pixart-sigma: calibration, peak memory | 3.25 GiB |  |  |  |" in rows
+
+
+def test_the_rows_of_shapes_compare_files_with_the_payload() -> None:
+    figures = {"seconds": 200.4, "cpu_seconds": 150.0, "peak_gib": 2.5, "bytes": 11_000_000_000}
+    figures |= {"nodes": 9000, "quantized_weights": 8_000_000_000, "float_weights": 3_500_000_000}
+    figures["code_bytes"] = 4_000_000_000
+    page = script.table({"export-flux-dev": entry(figures)})
+    rows = [row for row in page.splitlines() if row.startswith("| flux-dev, of its shapes: ")]
+    assert len(rows) == 5
+    assert "export | 200.4 s | 11.5 billion weights |" in rows[0]
+    assert "| 11000.0 MB | 4-bit payload 11000.0 MB | 1.000x | 1.1x |" in rows[3]
+
+
+def test_a_timed_transformers_rows_name_it_and_what_is_aimed_at() -> None:
+    def row(variant: str, seconds: float, ratio: float) -> dict[str, Any]:
+        return {
+            "variant": variant,
+            "dtype": "fp32",
+            "seconds": seconds,
+            "speedup": 2.5 / ratio,
+            "against_engine": ratio,
+            "profile": {"norm": 1.0},
+        }
+
+    rows = [row("engine", 2, 1), row("fp32", 5, 2.5), row("static scales", 2, 1.0)]
+    page = script.table({"openvino-pixart-sigma": entry({"rows": rows})})
+    found = [x for x in page.splitlines() if "pixart-sigma at 512 px" in x and x[0] == "|"]
+    assert [x.rpartition(" | ")[2] for x in found] == [" |", "2 or more |", "0.97 or more |"]
+    assert "- openvino-pixart-sigma, fp32, engine: norm 1" in page
 
 
 def test_a_step_that_was_measured_is_not_measured_again(

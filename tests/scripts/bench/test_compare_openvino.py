@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from exporters.graph_info import graph_info, save_graph
+from exporters.graph_info import SAMPLE_SHAPE_KEY, graph_info, save_graph
 from exporters.lowering.onnxruntime import lower
 from quest_deploy.backends.base import input_shapes
 from scripts.bench import compare_openvino as script
-from tests.helpers import hand_checkpoint, hand_graph, run
+from tests.helpers import graph_from_text, hand_checkpoint, hand_graph, run
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -76,6 +76,23 @@ def test_more_buckets_hold_the_tables_of_the_buckets_that_they_divide(
 )
 def test_a_node_counts_for_what_it_computes(node_type: str, fused: str, role: str) -> None:
     assert script.role_of(node_type, fused) == role
+
+
+@pytest.mark.parametrize(("side", "expected"), [(None, (6, 8)), (16, (16, 16))])
+def test_inputs_have_the_size_asked_for_and_masks_leave_nothing_out(
+    side: int | None, expected: tuple[int, int], tmp_path: Path
+) -> None:
+    model = graph_from_text(
+        "g (float[batch, 4, height, width] sample, float[batch] timestep, float[batch, 5] "
+        "encoder_attention_mask) => (float[batch, 4, height, width] y) { y = Identity(sample) }"
+    )
+    model.metadata_props[SAMPLE_SHAPE_KEY] = "[4, 6, 8]"
+    save_graph(model, tmp_path / "model.onnx")
+    feeds = script.random_feeds(tmp_path / "model.onnx", 200, 0, side)
+    assert feeds["sample"].shape == (200, 4, *expected)
+    assert feeds["sample"].std() == pytest.approx(1, abs=0.1)
+    assert 900 < np.ptp(feeds["timestep"]) < 1000
+    np.testing.assert_array_equal(feeds["encoder_attention_mask"], np.ones((200, 5), np.float32))
 
 
 def test_a_small_graph_is_compared_with_nncf_and_the_table_is_written(
