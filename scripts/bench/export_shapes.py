@@ -29,8 +29,8 @@ from quest_deploy.artifacts.checkpoint import (
     Checkpoint,
     LayerData,
 )
+from quest_deploy.artifacts.lazy_tensors import LazyArray
 from quest_deploy.artifacts.scheme import Symmetry, activation_levels, weight_range
-from quest_deploy.artifacts.tensors import LazyArray
 from quest_deploy.artifacts.workspace import GRAPH
 from quest_deploy.models.channels import GUIDANCE
 from quest_deploy.models.loading import load_model, resolve_source
