@@ -104,6 +104,8 @@ row the class of no class.
 IMAGE_GUIDANCE = 1.5
 """What instruct-pix2pix models are used with, beside the weight of the text."""
 IMAGENET_CLASSES = 1000
+STEPS = 20
+"""What images are drawn with, of a model that is not of few steps."""
 
 
 class PipelineModel:
@@ -168,6 +170,7 @@ class PipelineModel:
         )
         size = self.network.sides(self.config, self._decoder_side())
         self._schedule = self._read_schedule(self.network.schedule_tokens(size))
+        self.steps = self.network.usual_steps(self.config, self._schedule) or STEPS
         self.bucket_steps: int | None = None
         if self._schedule.get("prediction_type") == FLOW:
             self.bucket_steps = self.calibration_steps = self._usual_steps()

@@ -134,6 +134,7 @@ class DiffusionModel(Protocol):
         sample_shape: the shape of one latent sample, without the batch. What else the network's
             ``sample`` holds is the condition :data:`quest_deploy.models.channels.IMAGE_CONDITION`.
         train_timesteps: the number of steps it was trained with.
+        steps: how many denoising steps its images are drawn with unless told otherwise.
         guidance: the guidance weight it is used with unless told otherwise; 1 is none.
         classifier_free, embeds_guidance: how a weight guides it, see
             :class:`quest_deploy.models.networks.network.Network`; neither, where none does.
@@ -159,6 +160,7 @@ class DiffusionModel(Protocol):
     layer_set_name: str
     sample_shape: tuple[int, ...]
     train_timesteps: int
+    steps: int
     guidance: float
     classifier_free: bool
     embeds_guidance: bool

@@ -366,7 +366,7 @@ class ScheduleArguments(OnWorkspace):
     """The parameters of ``schedule``."""
 
     scheduler: SchedulerOption = "ddim"
-    steps: StepsOption = 20
+    steps: StepsOption = None
     output: Annotated[
         Path | None,
         Option(

@@ -25,7 +25,7 @@ from quest_deploy.models.schedulers import set_steps
 from quest_deploy.processes import in_own_process
 from quest_deploy.serving.parts import engine_parts
 from quest_deploy.serving.pipeline import stand_in
-from quest_deploy.stages.generate import call_arguments
+from quest_deploy.stages.generate import call_arguments, steps_of
 from quest_deploy.stages.options import GenerateOptions
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def check(workspace: Workspace, options: BenchmarkOptions) -> None:
     model.pipeline_class()
     drawing = options.drawing
     guidance_of(model, drawing.guidance, None)
-    set_steps(model.load_scheduler(drawing.scheduler), drawing.steps)
+    set_steps(model.load_scheduler(drawing.scheduler), steps_of(model, drawing))
 
 
 def time_images(
@@ -83,7 +83,7 @@ def time_images(
     totals = {each.engine: each.total_s for each in timings}
     return {
         "network": model.network.noun,
-        "steps": drawing.steps,
+        "steps": steps_of(model, drawing),
         "scheduler": drawing.scheduler,
         "guidance": arguments["guidance_scale"],
         "images": images,

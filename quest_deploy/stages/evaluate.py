@@ -66,6 +66,7 @@ def work(
     model.require_weights("evaluate")
     engine_options(get_backend(options.backend), workspace.path(ENGINES, options.backend))
     defaults = {
+        "steps": model.steps,
         "guidance": model.guidance,
         "image_guidance": model.image_guidance,
         "images": model.evaluation_images,

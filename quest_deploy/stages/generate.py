@@ -60,7 +60,7 @@ def work(
         )
     # Both refused before engines load.
     guidance_of(model, options.guidance, options.image_guidance)
-    set_steps(model.load_scheduler(options.scheduler), options.steps)
+    set_steps(model.load_scheduler(options.scheduler), steps_of(model, options))
     draw = _draw_prompts if of_text else _draw_labels
     pictures, count = draw(workspace, model, options, progress)
     places = [str(workspace.path(IMAGES, picture.name)) for picture in pictures]
@@ -70,6 +70,11 @@ def work(
         "picture": places[0],
         "pictures": places,
     }
+
+
+def steps_of(model: PipelineModel, options: GenerateOptions) -> int:
+    """How many denoising steps are drawn with: the model's own number unless ``options`` say it."""
+    return model.steps if options.steps is None else options.steps
 
 
 def _guidance(model: PipelineModel, options: GenerateOptions) -> float:
@@ -87,7 +92,7 @@ def _draw_labels(
             unet,
             np.tile(labels, options.rows or GRID_ROWS),
             scheduler=options.scheduler,
-            steps=options.steps,
+            steps=steps_of(model, options),
             guidance=_guidance(model, options),
             seed=options.seed,
             progress=progress,
@@ -132,7 +137,7 @@ def _draw_prompts(
     _check_pixels(pipeline, model, options)
     pipeline.scheduler = model.load_scheduler(options.scheduler)
     arguments = call_arguments(pipeline, model, options)
-    arguments |= _progress_arguments(pipeline, options.steps, progress)
+    arguments |= _progress_arguments(pipeline, steps_of(model, options), progress)
     try:
         drawn = pipeline(**arguments).images
     except ValueError as e:  # what diffusers raises for arguments that do not go together
@@ -155,7 +160,7 @@ def call_arguments(pipeline: Any, model: PipelineModel, options: GenerateOptions
     arguments = {
         "prompt": prompts,
         "negative_prompt": None if negative is None else [negative] * len(prompts),
-        "num_inference_steps": options.steps,
+        "num_inference_steps": steps_of(model, options),
         "guidance_scale": _guidance(model, options),
         "num_images_per_prompt": options.rows or 1,
         "height": options.height or height,

@@ -68,7 +68,10 @@ METHOD_HELP = (
     "reconstruction (a new workspace has --split-shortcuts then)."
 )
 BackendOption = Annotated[str, Option(f"The backend: {', '.join(BACKENDS)}.")]
-StepsOption = Annotated[int, Option("Denoising steps.", minimum=1)]
+StepsOption = Annotated[
+    int | None,
+    Option("Denoising steps.", minimum=1, default="the model's, which is 20 of most"),
+]
 SchedulerOption = Annotated[
     str, Option(f"A diffusers scheduler: {', '.join(SCHEDULERS)}.", choices=tuple(SCHEDULERS))
 ]
@@ -806,7 +809,12 @@ class BenchmarkOptions(EngineStageOptions):
         Option("Time whole images too: text encoder, UNet, decoder; of a text-to-image model."),
     ] = False
     steps: Annotated[
-        int | None, Option("Of --pipeline: denoising steps.", minimum=1, default="20")
+        int | None,
+        Option(
+            "Of --pipeline: denoising steps.",
+            minimum=1,
+            default="the model's, which is 20 of most",
+        ),
     ] = None
     scheduler: Annotated[
         str | None,
@@ -857,7 +865,7 @@ class BenchmarkOptions(EngineStageOptions):
         return GenerateOptions(
             backend=self.backend,
             rows=self.images or 1,
-            steps=self.steps or 20,
+            steps=self.steps,
             scheduler=self.scheduler or "ddim",
             guidance=self.guidance,
         )
@@ -865,12 +873,13 @@ class BenchmarkOptions(EngineStageOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(EngineStageOptions):
-    """What to draw; None for one of the package's prompts, and for the model's own size and
+    """What to draw; None for one of the package's prompts, and for the model's own size, steps and
     guidance weight.
     """
 
     unset: ClassVar[tuple[str, ...]] = (
         "labels",
+        "steps",
         "guidance",
         "prompt",
         "negative_prompt",
@@ -912,7 +921,7 @@ class GenerateOptions(EngineStageOptions):
             default=f"{GRID_ROWS}, or 1 for a text-to-image model",
         ),
     ] = None
-    steps: StepsOption = 20
+    steps: StepsOption = None
     guidance: GuidanceOption = None
     image_guidance: ImageGuidanceOption = None
     scheduler: SchedulerOption = "ddim"
@@ -937,6 +946,7 @@ class EvaluateOptions(EngineStageOptions, ImageFolderOptions):
 
     unset: ClassVar[tuple[str, ...]] = (
         "images",
+        "steps",
         "guidance",
         "image_guidance",
         "image_folder",
@@ -948,7 +958,7 @@ class EvaluateOptions(EngineStageOptions, ImageFolderOptions):
     images: Annotated[
         int | None, Option("Images to draw with each.", minimum=2, default="the model's own")
     ] = None
-    steps: StepsOption = 20
+    steps: StepsOption = None
     guidance: GuidanceOption = None
     image_guidance: ImageGuidanceOption = None
     scheduler: SchedulerOption = "ddim"

@@ -17,20 +17,21 @@ if TYPE_CHECKING:
 
 
 def write_schedule(
-    workspace: Workspace, scheduler: str, steps: int, output: Path | None
+    workspace: Workspace, scheduler: str, steps: int | None, output: Path | None
 ) -> Schedule:
-    """Write the table of ``steps`` steps of a scheduler, with the model's noise schedule; raise
-    InputError where no table holds it.
+    """Write the table of ``steps`` steps of a scheduler, the model's own number where it is None,
+    with the model's noise schedule; raise InputError where no table holds it.
     """
     model = load_model(workspace.source)
+    count = model.steps if steps is None else steps
 
     def make() -> Any:
         made = model.load_scheduler(scheduler)
-        set_steps(made, steps)
+        set_steps(made, count)
         return made
 
     schedule = schedule_from_scheduler(make)
-    path = output or workspace.path(SCHEDULES, f"{scheduler}-{steps}.json")
+    path = output or workspace.path(SCHEDULES, f"{scheduler}-{count}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     schedule.save(path)
     return {

@@ -389,8 +389,10 @@ def _files(folder: Path, result: str = "result") -> list[Path]:
     return [folder / name for name in ("schedule.json", "sample", result)]
 
 
-NOTHING_ELSE = (0.0, 0, 0, 0.0, 0.0)
-"""What the emulated loop adds: image guidance, image and variance channels, control, adapter."""
+NOTHING_ELSE = (0.0, 0, 0, 0.0, 0.0, 0)
+"""What the emulated loop adds: image guidance, image and variance channels, control, adapter, an
+embedded guidance.
+"""
 
 
 def fake_model(sample: torch.Tensor, timestep: float) -> torch.Tensor:
@@ -508,7 +510,7 @@ def test_the_gpus_loop_joins_an_image_leaves_a_variance_out_and_adds_what_it_is_
     scheduler = _scheduler("euler")
     drawn = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(3))
     drawn.numpy().tofile(tmp_path / "sample")
-    given = (guidance, graph, image_guidance, image, variance, control, scale)
+    given = (guidance, graph, image_guidance, image, variance, control, scale, 0)
     ended = emulated(*_files(tmp_path), *given)
     assert ended.returncode == 0, ended.stderr
 
@@ -524,6 +526,30 @@ def test_the_gpus_loop_joins_an_image_leaves_a_variance_out_and_adds_what_it_is_
         answer = scaled / (1 + scaled.abs()) + 0.0005 * timestep + added[:, None, None]
         prediction = guide.combine(list(answer.chunk(parts)), 5)
         sample = scheduler.step(prediction, timestep, sample).prev_sample
+    result = np.fromfile(tmp_path / "result", np.float32).reshape(drawn.shape)
+    np.testing.assert_allclose(
+        result, sample.numpy(), rtol=0, atol=2e-5 * float(sample.abs().max())
+    )
+
+
+@pytest.mark.parametrize("graph", [0, 1])
+def test_the_gpus_loop_gives_an_engine_that_embeds_guidance_its_weight_and_predicts_once(
+    emulated: Host, tmp_path: Path, graph: int
+) -> None:
+    name, weight = f"{OF_FLOW}euler", 3.5
+    _schedule(name).save(tmp_path / "schedule.json")
+    scheduler = _scheduler(name)
+    drawn = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(3))
+    drawn.numpy().tofile(tmp_path / "sample")
+    ended = emulated(*_files(tmp_path), weight, graph, 0.0, 0, 0, 0.0, 0.0, 1)
+    assert ended.returncode == 0, ended.stderr
+
+    rows, vector = torch.arange(2), 0.02 * (torch.arange(20) % 3).reshape(5, 4)
+    beside = torch.tensor([0.0, 0.25]) + 0.01 * rows + 0.1 * weight
+    sample = drawn
+    for timestep in scheduler.timesteps:
+        answer = sample / (1 + sample.abs()) + 0.0005 * timestep + beside[:, None, None] + vector
+        sample = scheduler.step(answer, timestep, sample).prev_sample
     result = np.fromfile(tmp_path / "result", np.float32).reshape(drawn.shape)
     np.testing.assert_allclose(
         result, sample.numpy(), rtol=0, atol=2e-5 * float(sample.abs().max())

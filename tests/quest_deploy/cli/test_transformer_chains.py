@@ -332,7 +332,7 @@ def test_a_few_step_flux_without_guidance_goes_through_with_a_bucket_for_each_st
     pipelines: Callable[[str], Path], tmp_path: Path
 ) -> None:
     root = tmp_path / "ws"
-    drawn = ("--prompt", "a cat", "--steps", "4")
+    drawn = ("--prompt", "a cat")
     run_all(
         root,
         ("calibrate", "--model", pipelines("flux-schnell"), "--samples", "1", "--bits", "w8a8"),
@@ -341,8 +341,12 @@ def test_a_few_step_flux_without_guidance_goes_through_with_a_bucket_for_each_st
         ("build-engine", "--backend", "openvino"),
         ("verify", "--backend", "openvino"),
         ("generate", "--backend", "openvino", *drawn),
+        ("evaluate", "--backend", "openvino", "--images", "2"),
         ("build-engine", "--backend", "tensorrt-rtx", *FP16),
     )
+    assert cli("schedule", "-w", root, "--json").json["steps"] == 4
+    evaluated = Workspace.open(root).stages["evaluate/openvino"].details["sampling"]
+    assert evaluated["steps"] == 4
     scheme = Workspace.open(root).scheme
     assert [scheme.bucket_of(t) for t in (250, 500, 750, 1000)] == [0, 1, 2, 3]
     assert scheme.buckets == 4

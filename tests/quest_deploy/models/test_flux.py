@@ -24,6 +24,8 @@ from quest_deploy.models.schedulers import FLOW_SCHEDULERS, set_steps
 from quest_deploy.quantization.prepare import prepare
 from quest_deploy.serving.pipeline import stand_in
 from quest_deploy.serving.schedule import run_schedule, schedule_from_scheduler
+from quest_deploy.stages.generate import steps_of
+from quest_deploy.stages.options import BenchmarkOptions, GenerateOptions
 from quest_deploy.stages.workspaces import SchemeChoices
 from tests.helpers import refused
 from tests.quest_deploy.support import cli
@@ -238,6 +240,15 @@ def test_schnell_has_a_bucket_for_each_of_its_four_steps_and_dev_some_of_its_28(
         set_steps(scheduler, steps)
         held = {scheme.bucket_of(t) for t in scheduler.timesteps.tolist()}
         assert held == set(range(buckets))
+
+
+def test_what_is_drawn_has_schnells_four_steps_and_devs_20_unless_told_otherwise(
+    models: Callable[[str], PipelineModel],
+) -> None:
+    for name, steps in (("flux-schnell", 4), ("flux", 20)):
+        assert steps_of(models(name), GenerateOptions()) == steps
+        assert steps_of(models(name), BenchmarkOptions(pipeline=True).drawing) == steps
+        assert steps_of(models(name), GenerateOptions(steps=3)) == 3
 
 
 def test_calibration_records_one_row_a_sampling_with_the_guidance_that_dev_embeds(

@@ -68,7 +68,7 @@ struct Denoiser::Impl {
     OwnedEvent finished;  ///< the end of the loop that was enqueued last, on whatever stream
     DeviceArray<StepScales> table;
     DeviceArray<int> step;
-    DeviceArray<float> samples, predictions, noise, input, timestep, output;
+    DeviceArray<float> samples, predictions, noise, input, timestep, guidance, output;
     std::map<std::string, DeviceArray<float>> condition_values;
     std::map<std::string, bool> condition_given;
     std::vector<Tensor> conditions;
@@ -85,13 +85,18 @@ struct Denoiser::Impl {
             throw Error("expected a batch of 1 or more, found " + std::to_string(options.batch));
         if (options.image_guidance != 0 && !(options.image_guidance >= 1))
             throw Error("expected an image guidance of 1 or more, or of 0 for none, found " + std::to_string(options.image_guidance));
-        const int rows_each = rows_of_sample(options.guidance, options.image_guidance);
+        const auto& all = engine.tensors();
+        const bool embeds =
+            std::any_of(all.begin(), all.end(), [](const Tensor& tensor) { return tensor.is_input && tensor.name == kGuidance; });
+        const float classifier_free = embeds ? 1 : options.guidance;
+        const int rows_each = rows_of_sample(classifier_free, options.image_guidance);
         const std::int64_t rows = options.batch * rows_each;
         const std::size_t length = schedule.history();
         const Shape sample_shape = with_rows(engine.tensor(kSample), rows, options.sample_shape, "sample_shape");
         std::map<std::string, Shape> shapes{{kSample, sample_shape},
                                             {kTimestep, with_rows(engine.tensor(kTimestep), rows, {}, "condition_shapes")}};
-        for (const Tensor& tensor : engine.tensors()) {
+        if (embeds) shapes[kGuidance] = with_rows(engine.tensor(kGuidance), rows, {}, "condition_shapes");
+        for (const Tensor& tensor : all) {
             if (!tensor.is_input || shapes.count(tensor.name) != 0) continue;
             const auto given = options.condition_shapes.find(tensor.name);
             const Shape sizes = given == options.condition_shapes.end() ? Shape{} : given->second;
@@ -99,7 +104,7 @@ struct Denoiser::Impl {
             conditions.push_back({tensor.name, true, shapes[tensor.name]});
         }
         for (const auto& [name, shape] : options.condition_shapes)
-            if (name == kSample || name == kTimestep || shapes.count(name) == 0)
+            if (name == kSample || name == kTimestep || name == kGuidance || shapes.count(name) == 0)
                 throw Error("DenoiserOptions::condition_shapes: the engine has no condition called " + name);
         context.set_shapes(shapes, stream.get());
         const std::string output_name = only_output();
@@ -125,6 +130,13 @@ struct Denoiser::Impl {
         input = DeviceArray<float>(volume(sample_shape));
         timestep = DeviceArray<float>(static_cast<std::size_t>(rows));
         output = DeviceArray<float>(volume(output_shape));
+        if (embeds) {
+            const std::vector<float> weights(static_cast<std::size_t>(rows), options.guidance);
+            guidance = DeviceArray<float>(weights.size());
+            guidance.copy_from(weights.data(), weights.size(), stream.get());
+            check_cuda(cudaStreamSynchronize(stream.get()), "copying the guidance");  // before what is copied goes
+            context.bind(kGuidance, guidance.data());
+        }
         bind(output_name, rows);
         buffers = {table.data(),
                    step.data(),
@@ -134,7 +146,7 @@ struct Denoiser::Impl {
                    input_row,
                    volume(output_shape) / static_cast<std::size_t>(rows),
                    rows_each,
-                   options.guidance,
+                   classifier_free,
                    options.image_guidance,
                    samples.data(),
                    predictions.data(),

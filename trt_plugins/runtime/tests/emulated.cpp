@@ -2,11 +2,12 @@
 // small model in the engine's place. Work put on a stream is done when something waits for it, as late as CUDA may do it, or kept while a
 // graph is recorded; so what does not wait for another stream's work comes before it.
 //
-//   emulated SCHEDULE SAMPLE RESULT GUIDANCE GRAPH IMAGE_GUIDANCE IMAGE VARIANCE CONTROL SCALE [NOISE]
+//   emulated SCHEDULE SAMPLE RESULT GUIDANCE GRAPH IMAGE_GUIDANCE IMAGE VARIANCE CONTROL SCALE EMBEDS [NOISE]
 //
 // Two samples of 5 x 4; GRAPH is 0 or 1; IMAGE and VARIANCE are the channels that the engine reads and predicts beside the sample's.
 // CONTROL is what the sample's first value, with the timestep's thousandth, is multiplied by in the residual of each step; 0 for no such
-// work. SCALE is an IP-Adapter's, whose tokens are row r's tenth; 0 for none.
+// work. SCALE is an IP-Adapter's, whose tokens are row r's tenth; 0 for none. EMBEDS is 1 for an engine that embeds the guidance and reads
+// a vector of three values for each row besides, 0.01 r + 0.02 i.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -33,6 +34,8 @@ std::map<cudaStream_t, std::vector<Work>> streams;
 std::mutex streams_mutex;
 std::atomic<int> launches = 0, recordings = 0;
 std::int64_t image_channels = 0, variance_channels = 0;
+bool embeds = false;
+constexpr char kPooled[] = "pooled_projections";
 constexpr char kMiddle[] = "mid_block_additional_residual", kTokens[] = "ip_adapter_tokens", kScale[] = "ip_adapter_scale";
 std::atomic<int> steps_until_failure = -1;  // where not negative, so many steps are launched before one fails
 
@@ -150,6 +153,9 @@ struct Engine::Impl {
                                 {kTokens, true, {-1, 1, 1}},
                                 {kScale, true, {-1}},
                                 {"out", false, {-1, 5 + variance_channels, 4}}};
+    Impl() {
+        if (embeds) tensors.insert(tensors.end(), {{kGuidance, true, {-1}}, {kPooled, true, {-1, 3}}});
+    }
 };
 struct Context::Impl {
     std::map<std::string, Shape> shapes;
@@ -175,7 +181,8 @@ Shape Context::shape(const std::string& name) const {
 }
 void Context::bind(const std::string& name, void* device_memory) { impl_->places[name] = static_cast<float*>(device_memory); }
 void Context::enqueue(cudaStream_t stream) {
-    if (impl_->places.size() != 7 || impl_->shapes.size() != 6) throw Error("something is not bound");
+    const std::size_t inputs = embeds ? 8 : 6;
+    if (impl_->places.size() != inputs + 1 || impl_->shapes.size() != inputs) throw Error("something is not bound");
     const std::size_t rows = static_cast<std::size_t>(impl_->shapes["sample"][0]), each = 20;
     const std::size_t input_row = each + 4 * static_cast<std::size_t>(image_channels);
     const std::size_t output_row = each + 4 * static_cast<std::size_t>(variance_channels);
@@ -186,9 +193,10 @@ void Context::enqueue(cudaStream_t stream) {
             const float* input = places.at("sample") + row * input_row;
             const float condition = places.at("condition")[row] + places.at(kMiddle)[row * 3 + 2] +
                                     places.at(kTokens)[row] * places.at(kScale)[row],
-                        image = image_channels > 0 ? input[each + at % 4] : 0.0F;
+                        image = image_channels > 0 ? input[each + at % 4] : 0.0F,
+                        told = embeds ? 0.1F * places.at(kGuidance)[row] + places.at(kPooled)[row * 3 + at % 3] : 0.0F;
             places.at("out")[row * output_row + at] =
-                input[at] / (1 + std::fabs(input[at])) + 0.0005F * places.at("timestep")[row] + condition + image;
+                input[at] / (1 + std::fabs(input[at])) + 0.0005F * places.at("timestep")[row] + condition + image + told;
         }
     });
 }
@@ -214,6 +222,7 @@ int main(int count, char** words) {
         options.image_guidance = std::stof(words[6]);
         image_channels = std::stoi(words[7]);
         variance_channels = std::stoi(words[8]);
+        embeds = std::stoi(words[11]) != 0;
         const Engine engine = Engine::open({});
         const auto refused = [&](const char* problem) {
             try {
@@ -240,7 +249,7 @@ int main(int count, char** words) {
                 });
             };
         Denoiser denoiser(engine, schedule, options);
-        const std::vector<float> noise = count > 11 ? read_floats(words[11]) : std::vector<float>();
+        const std::vector<float> noise = count > 12 ? read_floats(words[12]) : std::vector<float>();
         try {
             denoiser.run(sample, noise);
             throw std::logic_error("it ran without its condition");
@@ -248,17 +257,21 @@ int main(int count, char** words) {
             std::cerr << error.what() << "\n";
         }
         // The condition of row r of n is 0 in the first half and 0.25 in the second; the image of row r has its number's tenth everywhere.
-        std::vector<float> condition, image, tokens, scales;
+        std::vector<float> condition, image, tokens, scales, pooled;
         for (const Tensor& tensor : denoiser.conditions()) {
             const std::size_t rows = static_cast<std::size_t>(tensor.shape[0]);
             for (std::size_t row = 0; row < rows; ++row)
                 if (tensor.name == kImageCondition) image.insert(image.end(), 4 * static_cast<std::size_t>(image_channels), 0.1F * row);
                 else if (tensor.name == kTokens) tokens.push_back(0.1F * row);
                 else if (tensor.name == kScale) scales.push_back(scale);
+                else if (tensor.name == kPooled)
+                    for (std::size_t i = 0; i < 3; ++i) pooled.push_back(0.01F * row + 0.02F * i);
+                else if (tensor.name == kGuidance) throw std::logic_error("the embedded guidance is to be set by hand");
                 else if (tensor.name == "condition") condition.push_back(row < rows / 2 ? 0.0F : 0.25F);
         }
         const auto set_conditions = [&](Denoiser& to) {
             to.set_condition("condition", condition);
+            if (embeds) to.set_condition(kPooled, pooled);
             if (image_channels > 0) to.set_condition(kImageCondition, image);
             if (scale == 0) return;
             to.set_condition(kTokens, tokens);

@@ -13,6 +13,8 @@
 namespace quest_deploy {
 
 constexpr char kImageCondition[] = "image_condition";
+/// The input for the guidance's weight, [rows], of a model that embeds one (FLUX.1-dev).
+constexpr char kGuidance[] = "guidance";
 /// In the names of inputs that may stay zeros, which add nothing: what ControlNets add, `down_block_additional_residual_0` and so on.
 constexpr char kResidual[] = "_additional_residual";
 /// In the names of an IP-Adapter's inputs, `ip_adapter_tokens` and `ip_adapter_scale`, which may both stay zeros likewise.
@@ -29,7 +31,8 @@ struct StepInputs {
 struct DenoiserOptions {
     std::int64_t batch = 1;  ///< samples denoised together
     Shape sample_shape;      ///< of the engine's sample, such as {4, 64, 64}; may be empty where the engine takes one size only
-    /// Classifier-free guidance. Where it is above 1, the engine runs on twice the batch, and a condition's first half is the empty one's.
+    /// The guidance's weight. Of an engine with the input kGuidance, what that is filled with. Of any other it is classifier-free: where
+    /// it is above 1, the engine runs on twice the batch, and a condition's first half is the empty one's.
     float guidance = 1;
     /// The image's weight, of a model that edits one (instruct-pix2pix); 0 for other models. With a guidance above 1 the engine then runs
     /// on three times the batch: with all conditions, without the text's, and without the text's and with zeros for the image's.
@@ -59,7 +62,7 @@ public:
     /// two or three times the batch under guidance. Where the engine's sample has more channels than its output, the rest, behind those
     /// that are denoised, are the condition kImageCondition: the mask and the masked image's latents, or the image's latents. An output
     /// of more channels than the sample has a variance behind them, which is left out. Those with kResidual in their names are zeros until
-    /// they are set; all others must be.
+    /// they are set; all others must be. kGuidance is none: DenoiserOptions says it.
     const std::vector<Tensor>& conditions() const;
     /// Copy a condition to the GPU; it stays until it is set again. Waits for a loop that was enqueued before, which reads the one before.
     /// Throws Error for an unknown name or another number of values.
