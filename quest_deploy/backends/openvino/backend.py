@@ -305,8 +305,13 @@ def _is_by_sample(scale: Any, path: list[Any]) -> bool:
     sizes, *shapes = (list(shape.to_shape()) for shape in partial)
     order = path[1].input_value(1).get_node()
     first = order.get_type_name() == "Constant" and order.get_data()[0] == 0
-    of_batch = first and all(shape[0] == sizes[0] for shape in shapes)
-    return of_batch and sizes[1:] == [1, 1, 1] and [len(x) for x in shapes] == [4, 4, 3]
+    batch = shapes[0][:1]
+    return (
+        first
+        and sizes == [*batch, 1, 1, 1]
+        and [len(shape) for shape in shapes] == [4, 4, 3]
+        and all(shape[:1] == batch for shape in shapes)
+    )
 
 
 def _is_masked(product: Any) -> bool:

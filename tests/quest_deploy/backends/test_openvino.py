@@ -28,6 +28,7 @@ from quest_deploy.evaluation.precision import engine_precision, graph_precision
 from tests.helpers import (
     WITH_VNNI,
     Array,
+    graph_from_text,
     hand_checkpoint,
     inserted,
     numpy_matmul,
@@ -242,6 +243,37 @@ def test_what_masked_attention_gives_is_right_where_it_is_an_output(
     found = compiled(model, tmp_path, feeds)(feeds)
     assert relative_error(found[0], np.abs(expected[-1])) < 5e-3
     assert relative_error(found[1], expected[-steps]) < 5e-3
+
+
+@pytest.mark.parametrize("perm", [(0, 2, 1, 3), (2, 0, 1, 3)])
+@pytest.mark.parametrize("shape", [(), (4,), (1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1)])
+def test_masked_attention_in_float_is_right_whatever_it_is_multiplied_by(
+    shape: tuple[int, ...], perm: tuple[int, ...], tmp_path: Path
+) -> None:
+    text = f"""g (float[2,2,2,4] q, float[2,2,4,2] k, float[2,2,2,4] v, float[2,1,1,2] mask)
+      => (float[2,2,8] out) {{
+        s = MatMul (q, k)
+        m = Add (s, mask)
+        p = Softmax <axis = -1> (m)
+        y = MatMul (p, v)
+        z = Mul (y, w)
+        t = Transpose <perm = {list(perm)}> (z)
+        sizes = Constant <value_ints = [0, 0, -1]> ()
+        j = Reshape (t, sizes)
+        out = Abs (j)
+    }}"""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal(shape).astype(np.float32)
+    save_graph(graph_from_text(text, w=w), tmp_path / "float.onnx")
+    sizes = {"q": (2, 2, 2, 4), "k": (2, 2, 4, 2), "v": (2, 2, 2, 4), "mask": (2, 1, 1, 2)}
+    feeds = {name: rng.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
+    model = compile_graph(
+        tmp_path / "float.onnx", EngineOptions(threads=1), tuple(sizes.items()), fuse=False
+    )
+    weights = np.exp(feeds["q"] @ feeds["k"] + feeds["mask"])
+    scaled = weights / weights.sum(-1, keepdims=True) @ feeds["v"] * w
+    expected = np.abs(scaled.transpose(perm).reshape(2, 2, 8))
+    np.testing.assert_allclose(model(feeds)[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_halves_of_a_gated_layer_are_neither_joined_nor_split_and_the_cut_layer_still_is_whole(
