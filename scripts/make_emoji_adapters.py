@@ -37,18 +37,16 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from scripts.make_emoji_model import (
     DEVICE,
+    PARTS,
     PROMPT_DROPOUT,
     SCHEDULER,
     VARIANTS,
     WEIGHTS,
     Training,
     can_flip,
-    check_vae,
-    draw_pictures,
-    encode_latents,
+    make_latents,
     make_missing,
     pictures_of,
-    take_parts,
     timestep_shares,
     token_ids,
     variants_of,
@@ -252,12 +250,8 @@ def main(
     controlnet_batch: int = 32,
 ) -> None:
     """Make the adapters."""
-    work.mkdir(parents=True, exist_ok=True)
-    take_parts(work, model)
-    check_vae(work, model)
+    make_latents(work, model, PARTS)
     stages: list[tuple[str, Callable[[], None]]] = [
-        ("names.json", lambda: draw_pictures(work)),
-        ("latents.safetensors", lambda: encode_latents(work)),
         ("states.safetensors", lambda: encode_names(work, model)),
         ("blue.safetensors", lambda: encode_styled(work)),
         (f"lora/{STYLE}", lambda: train_lora(work, model, lora_steps, lora_batch)),

@@ -14,7 +14,6 @@ Nothing here knows of quantization.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,14 +38,11 @@ from scripts.make_emoji_model import (
     VAE,
     VOCABULARY,
     Training,
-    check_vae,
-    draw_pictures,
     drawn_latents,
-    encode_latents,
+    make_latents,
     make_missing,
     prompts_for,
     save_pipeline,
-    take_parts,
 )
 
 OWN = "dit"
@@ -193,21 +189,17 @@ def main(
     batch: int = 64,
 ) -> None:
     """Make the model."""
-    (work / OWN).mkdir(parents=True, exist_ok=True)
-    take_parts(work, model, ("vae", "judge"))
-    check_vae(work, model)
-    stages: list[tuple[str, Callable[[], None]]] = [
-        ("names.json", lambda: draw_pictures(work)),
-        ("latents.safetensors", lambda: encode_latents(work)),
-        (
-            f"{OWN}/tokenizer",
-            lambda: make_tokenizer(
-                work / OWN / "tokenizer", json.loads((work / "names.json").read_text())
-            ),
-        ),
-        (f"{OWN}/text_encoder", lambda: train(work, steps, batch)),
-    ]
-    make_missing(work, stages)
+    make_latents(work, model, ("vae", "judge"))
+    own = work / OWN
+    own.mkdir(exist_ok=True)
+    entries = json.loads((work / "names.json").read_text())
+    make_missing(
+        work,
+        [
+            (f"{OWN}/tokenizer", lambda: make_tokenizer(own / "tokenizer", entries)),
+            (f"{OWN}/text_encoder", lambda: train(work, steps, batch)),
+        ],
+    )
     write_pipeline(work, out)
 
 

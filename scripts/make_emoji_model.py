@@ -56,6 +56,8 @@ DIRECTED = ("left", "right", "clock", "arrow", "button", "keycap", "hand", "lett
 TOKENS = 24
 VOCABULARY = 1600
 START, END = "<|startoftext|>", "<|endoftext|>"
+PARTS = ("tokenizer", "vae", "judge")
+"""What stays as it is where a made model is trained further."""
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAVE_SECONDS = 120.0
@@ -425,9 +427,7 @@ def prompts_for(
             yield entry["name"]
 
 
-def take_parts(
-    work: Path, start: Path, parts: Sequence[str] = ("tokenizer", "vae", "judge")
-) -> None:
+def take_parts(work: Path, start: Path, parts: Sequence[str] = PARTS) -> None:
     """Keep these parts of a made model as they are."""
     for part in parts:
         if not (work / part).exists():
@@ -616,6 +616,20 @@ def make_missing(work: Path, stages: Iterable[tuple[str, Callable[[], None]]]) -
     for result, make in stages:
         if not (work / result).exists():
             make()
+
+
+def make_latents(work: Path, model: Path, parts: Sequence[str]) -> None:
+    """Make the pictures and their latents where they are not in ``work``, for what is trained for
+    ``model``, whose VAE they are of; ``parts`` are what is taken of it.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    take_parts(work, model, parts)
+    check_vae(work, model)
+    stages: list[tuple[str, Callable[[], None]]] = [
+        ("names.json", lambda: draw_pictures(work)),
+        ("latents.safetensors", lambda: encode_latents(work)),
+    ]
+    make_missing(work, stages)
 
 
 def main(
