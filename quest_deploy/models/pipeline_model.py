@@ -593,6 +593,20 @@ class PipelineModel:
         """See :class:`quest_deploy.models.registry.DiffusionModel`."""
         return dict(self._schedule)
 
+    def schedule_of_size(self, height: int, width: int) -> dict[str, Any]:
+        """The configuration of :meth:`scheduler_config` for images of this size, in pixels, on
+        which a shift may depend; raise InputError where the network does not take it.
+        """
+        factor = self._pixels_per_latent()
+        each = factor * self.network.sample_multiple(self.config)
+        if height % each or width % each:
+            raise InputError(
+                f"--height {height}, --width {width}: expected multiples of {each} for {self.name}"
+            )
+        return self._read_schedule(
+            self.network.schedule_tokens((height // factor, width // factor))
+        )
+
     def _read_schedule(self, tokens: int | None) -> dict[str, Any]:
         path = self.folder / "scheduler" / "scheduler_config.json"
         config = read_configuration(SchedulerConfiguration, path)

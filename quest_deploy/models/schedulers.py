@@ -218,7 +218,7 @@ def flow_sampler(schedule: Mapping[str, Any]) -> str:
     return {kind: name for name, kind in FLOW_SCHEDULERS.items()}[schedule["_class_name"]]
 
 
-def _flow_scheduler(name: str, config: Mapping[str, Any]) -> Any:
+def _flow_options(name: str, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     import diffusers
 
     if name not in FLOW_SCHEDULERS:
@@ -236,9 +236,9 @@ def _flow_scheduler(name: str, config: Mapping[str, Any]) -> Any:
         **config.get(OF_TOKENS, {}),
     }
     if name in ("ddim", "euler"):
-        return kind.from_config({"shift": config["shift"], **shared})
+        return kind, {"shift": config["shift"], **shared}
     sigmas = {"use_flow_sigmas": True, "flow_shift": config["shift"]}
-    return kind.from_config({"prediction_type": FLOW, **sigmas, **shared})
+    return kind, {"prediction_type": FLOW, **sigmas, **shared}
 
 
 def first_scale(scheduler: Any) -> Any:
@@ -257,12 +257,26 @@ def make_scheduler(name: str, config: dict[str, Any]) -> Any:
     """A new diffusers scheduler of the short ``name`` with the model's noise schedule; raise
     InputError for an unknown name, or one that does not know the model's kind of schedule.
     """
+    kind, options = scheduler_options(name, config)
+    try:
+        return kind.from_config(options)
+    except Exception as e:  # diffusers raises whatever a configuration provokes
+        raise InputError(
+            f"scheduler_config.json cannot configure {SCHEDULERS[name]} ({e}); "
+            + _advice(kind, options, lambda _: True)
+        ) from e
+
+
+def scheduler_options(name: str, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class of :func:`make_scheduler`, and what it is configured with; raise InputError
+    likewise.
+    """
     import diffusers
 
     if name not in SCHEDULERS:
         raise InputError(f"unknown scheduler {name!r}: expected one of {', '.join(SCHEDULERS)}")
     if config.get("prediction_type") == FLOW:
-        return _flow_scheduler(name, config)
+        return _flow_options(name, config)
     kind = getattr(diffusers, SCHEDULERS[name])
     zero_snr = "rescale_betas_zero_snr"
     if config.get(zero_snr) and zero_snr not in inspect.signature(kind.__init__).parameters:
@@ -272,13 +286,7 @@ def make_scheduler(name: str, config: dict[str, Any]) -> Any:
         )
     if name != "ddpm":  # the others get the mean alone; DPM++ would cut it down to three channels
         config = {key: value for key, value in config.items() if key != "variance_type"}
-    try:
-        return kind.from_config(config)
-    except Exception as e:  # diffusers raises whatever a configuration provokes
-        raise InputError(
-            f"scheduler_config.json cannot configure {SCHEDULERS[name]} ({e}); "
-            + _advice(kind, config, lambda _: True)
-        ) from e
+    return kind, config
 
 
 def set_steps(scheduler: Any, steps: int) -> None:

@@ -133,7 +133,8 @@ class PartGraphs:
                 "takes token ids alone; use quest_deploy.load_pipeline"
             )
         # Of a sole text encoder the last states are enough.
-        needed = self.encoders if len(self.encoders) > 1 else []
+        joined = model.network.prompt_encoder is None and len(self.encoders) > 1
+        needed = self.encoders if joined else []
         for name in [*needed, *([VAE_ENCODER] if model.channels.image else [])]:
             if problem := self._parts[name].problem:
                 raise InputError(

@@ -326,7 +326,7 @@ def schedule(chosen: ScheduleArguments) -> Schedule:
     """Write a scheduler's steps as a table, which the C++ runtime denoises by."""
     opened = chosen.opened()
     written: Schedule = import_module("quest_deploy.stages.schedule").write_schedule(
-        opened, chosen.scheduler, chosen.steps, chosen.output
+        opened, chosen.scheduler, chosen.steps, chosen.output, chosen.height, chosen.width
     )
     return written
 

@@ -361,18 +361,30 @@ class LoraArguments(OnWorkspace):
     ] = None
 
 
+ScheduleSizeOption = Annotated[
+    int | None,
+    Option(
+        "Pixels of the images, for a model whose schedule depends on them (FLUX.1-dev).",
+        minimum=8,
+        default="the model's",
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScheduleArguments(OnWorkspace):
     """The parameters of ``schedule``."""
 
     scheduler: SchedulerOption = "ddim"
     steps: StepsOption = None
+    height: ScheduleSizeOption = None
+    width: ScheduleSizeOption = None
     output: Annotated[
         Path | None,
         Option(
             flags=("--output", "-o"),
             metavar="FILE",
-            default=f"{SCHEDULES}/<scheduler>-<steps>.json",
+            default=f"{SCHEDULES}/<scheduler>-<steps>[-<height>x<width>].json",
         ),
     ] = None
 

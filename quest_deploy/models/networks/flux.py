@@ -27,6 +27,7 @@ from quest_deploy.models.networks.patch_transformers import (
     require_encoders,
     spread,
 )
+from quest_deploy.models.networks.prompt_encoders import PromptEncoder, Tokens, most_tokens
 from quest_deploy.models.schedulers import DYNAMIC, OF_TOKENS
 
 if TYPE_CHECKING:
@@ -128,6 +129,22 @@ class Sinusoids(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], -1)
 
 
+class PooledCLIPAndT5(PromptEncoder):
+    """T5, and CLIP's pooled state, as FLUX's pipeline runs them."""
+
+    outputs = ("encoder_hidden_states", "pooled_projections")
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__()
+        self.clip, self.t5 = pipeline.text_encoder, pipeline.text_encoder_2
+        self.tokens = (Tokens(pipeline.tokenizer_max_length), Tokens(most_tokens(pipeline)))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`PromptEncoder`."""
+        of_clip, of_t5 = (ids.long() for ids in inputs)
+        return self.t5(of_t5)[0], self.clip(of_clip).pooler_output
+
+
 class Flux(PatchTransformers):
     """See :class:`quest_deploy.models.networks.network.Network`."""
 
@@ -142,6 +159,7 @@ class Flux(PatchTransformers):
     )
     supervised_output = 1
     layers = "flux"
+    prompt_encoder = PooledCLIPAndT5
 
     def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""

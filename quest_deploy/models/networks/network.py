@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quest_deploy.models.residuals import takes_none
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from quest_deploy.models.channels import Channels
     from quest_deploy.models.conditions import ClassLabels
     from quest_deploy.models.configurations import Configuration
+    from quest_deploy.models.networks.prompt_encoders import PromptEncoder
     from quest_deploy.models.residuals import Residual
 
 TEXT_TO_IMAGE, CLASS_CONDITIONAL, UNCONDITIONAL = (
@@ -57,7 +58,8 @@ class Network(ABC):
         takes_loras: whether LoRAs can be fused into it.
         takes_variance: whether a scheduler may be given the variance that it predicts.
         classifier_free: whether what it predicts for no prompt, or no class, guides it.
-        unserved: what packages for Triton lack for it; None where they have all.
+        prompt_encoder: makes of a pipeline what a package's server encodes prompts with; None where
+            it joins the graphs of the pipeline's text encoders.
     """
 
     part: str
@@ -75,7 +77,7 @@ class Network(ABC):
     takes_loras = False
     takes_variance = False
     classifier_free = True
-    unserved: str | None = None
+    prompt_encoder: Callable[[Any], PromptEncoder] | None = None
 
     @abstractmethod
     def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:

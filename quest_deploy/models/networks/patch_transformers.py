@@ -46,7 +46,6 @@ class PatchTransformers(Network):
     configuration: type[Configuration] = TransformerConfiguration
     supervised_blocks: tuple[str, ...] = ("BasicTransformerBlock",)
     checkpointed_blocks: tuple[str, ...] = ("BasicTransformerBlock",)
-    unserved = "the server of a package samples with a UNet's conditions alone"
     flat_class: type[nn.Module]
     layers: str
     embedder = "pos_embed"

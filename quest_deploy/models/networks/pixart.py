@@ -21,6 +21,7 @@ from quest_deploy.models.networks.patch_transformers import (
     spread,
     unpatched,
 )
+from quest_deploy.models.networks.prompt_encoders import PromptEncoder, Tokens, most_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -79,6 +80,22 @@ class FlatPixArt(PixArtTransformer2DModel):
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
+class T5WithMask(PromptEncoder):
+    """T5 as PixArt's pipelines run it."""
+
+    outputs = ("encoder_hidden_states", "encoder_attention_mask")
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__()
+        self.encoder = pipeline.text_encoder
+        self.tokens = (Tokens(most_tokens(pipeline), masked=True, lower=True),)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`PromptEncoder`."""
+        ids, mask = inputs
+        return self.encoder(ids.long(), attention_mask=mask.long())[0], mask.float()
+
+
 class PixArt(PatchTransformers):
     """See :class:`quest_deploy.models.networks.network.Network`."""
 
@@ -89,6 +106,7 @@ class PixArt(PatchTransformers):
     # The states of no prompt, which training drew from, in files that older diffusers wrote.
     unused_weights = ("caption_projection.y_embedding",)
     layers = "pixart"
+    prompt_encoder = T5WithMask
 
     def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""

@@ -22,6 +22,7 @@ from quest_deploy.models.networks.patch_transformers import (
     spread,
     unpatched,
 )
+from quest_deploy.models.networks.prompt_encoders import PromptEncoder, Tokens, most_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -78,6 +79,28 @@ class FlatSana(SanaTransformer2DModel):
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
+class Gemma(PromptEncoder):
+    """Gemma as Sana's pipeline runs it: behind an instruction, whose states are left out but for
+    the first one's.
+    """
+
+    outputs = ("encoder_hidden_states", "encoder_attention_mask")
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__()
+        self.encoder = pipeline.text_encoder
+        before, kept = "\n".join(_instruction(pipeline)), most_tokens(pipeline)
+        length = len(pipeline.tokenizer.encode(before)) + kept - 2  # as diffusers counts
+        self.tokens = (Tokens(length, masked=True, lower=True, before=before, kept=kept),)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`PromptEncoder`."""
+        ids, mask, places = (each.long() for each in inputs)
+        states = self.encoder(ids, attention_mask=mask)[0]
+        chosen = places[..., None].expand(-1, -1, states.shape[-1])
+        return states.gather(1, chosen), mask.gather(1, places).float()
+
+
 class Sana(PatchTransformers):
     """See :class:`quest_deploy.models.networks.network.Network`."""
 
@@ -87,6 +110,7 @@ class Sana(PatchTransformers):
     flow_matching = True
     supervised_blocks = checkpointed_blocks = ("SanaTransformerBlock",)
     layers = "sana"
+    prompt_encoder = Gemma
 
     def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""
@@ -113,7 +137,7 @@ class Sana(PatchTransformers):
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> tuple[States, States]:
         """See :class:`Network`; prompts have the instruction before them that the pipeline has."""
-        instruction = signature(pipeline.__call__).parameters["complex_human_instruction"].default
+        instruction = _instruction(pipeline)
         return encoded_prompts(pipeline, prompts, complex_human_instruction=instruction)
 
     def random_states(
@@ -122,3 +146,9 @@ class Sana(PatchTransformers):
         """See :class:`Network`."""
         width = config.get("caption_channels", USUAL_WIDTH)
         return random_states(count, width, generator)
+
+
+def _instruction(pipeline: Any) -> list[str]:
+    """The lines that the pipeline puts before every prompt that is asked for."""
+    lines: list[str] = signature(pipeline.__call__).parameters["complex_human_instruction"].default
+    return lines

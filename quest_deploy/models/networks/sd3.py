@@ -7,9 +7,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from quest_deploy.models.networks.network import States
 from quest_deploy.models.networks.patch_transformers import (
@@ -18,12 +19,11 @@ from quest_deploy.models.networks.patch_transformers import (
     spread,
     unpatched,
 )
+from quest_deploy.models.networks.prompt_encoders import PromptEncoder, Tokens, most_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-
-    from torch import nn
 
 RANDOM_TOKENS = 77 + 256
 """CLIP's, and as many as the pipeline pads T5's to."""
@@ -62,6 +62,33 @@ class FlatSD3(SD3Transformer2DModel):
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
+class CLIPsAndT5(PromptEncoder):
+    """Two CLIPs and T5 as Stable Diffusion 3's pipeline runs them: the CLIPs' last but one states
+    side by side, as wide as T5's, and T5's behind them.
+    """
+
+    outputs = ("encoder_hidden_states", "pooled_projections")
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__()
+        self.clips = nn.ModuleList([pipeline.text_encoder, pipeline.text_encoder_2])
+        self.t5 = pipeline.text_encoder_3
+        clip = Tokens(pipeline.tokenizer_max_length)
+        self.tokens = (clip, clip, Tokens(most_tokens(pipeline)))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`PromptEncoder`."""
+        *of_clips, of_t5 = (ids.long() for ids in inputs)
+        found = [
+            clip(ids, output_hidden_states=True)
+            for clip, ids in zip(self.clips, of_clips, strict=True)
+        ]
+        last = self.t5(of_t5)[0]
+        states = torch.cat([each.hidden_states[-2] for each in found], -1)
+        wide = F.pad(states, (0, last.shape[-1] - states.shape[-1]))
+        return torch.cat([wide, last], 1), torch.cat([each[0] for each in found], -1)
+
+
 class SD3(PatchTransformers):
     """See :class:`quest_deploy.models.networks.network.Network`."""
 
@@ -72,6 +99,7 @@ class SD3(PatchTransformers):
     supervised_blocks = checkpointed_blocks = ("JointTransformerBlock",)
     supervised_output = 1
     layers = "sd3"
+    prompt_encoder = CLIPsAndT5
 
     def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""

@@ -1,5 +1,5 @@
-"""A package's models that run on TensorRT, or without a GPU on its stand-in: the UNet, the text
-encoder, the decoder.
+"""A package's models that run on TensorRT, or without a GPU on its stand-in: the denoising network,
+the text encoder, the decoder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from quest_deploy.serving.triton.parts import ControlNet, ImageEncoder
 from quest_deploy.serving.triton.plans import FLOAT_INPUTS, write_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
     from pathlib import Path
 
     import onnx_ir as ir
@@ -40,11 +40,11 @@ IMAGE = "image"
 """What a ControlNet is shown; see :class:`quest_deploy.serving.triton.parts.ControlNet`."""
 
 
-def write_unet(layout: Layout, graph: ir.Model) -> Signature:
-    """The UNet, from its portable graph."""
-    version, plan = layout.version_folder("unet"), layout.plan
+def write_network(layout: Layout, graph: ir.Model, name: str) -> Signature:
+    """The denoising network, from its portable graph, as the model ``name``."""
+    version, plan = layout.version_folder(name), layout.plan
     FixTokens()(graph)  # a prompt is padded to so many
-    graph = lower_unet(graph, version, layout.options.processor)
+    graph = lower_network(graph, version, layout.options.processor)
     inputs = {value.name or "": _dims(value) for value in graph.graph.inputs}
     ((output, predicted),) = ((x.name or "", _dims(x)[0]) for x in graph.graph.outputs)
     save_graph(graph, version / ONNX)
@@ -53,7 +53,7 @@ def write_unet(layout: Layout, graph: ir.Model) -> Signature:
     elif plan is not None:
         shutil.copyfile(plan.folder / ENGINE, version / PLAN)
     return layout.write_plan_config(
-        "unet",
+        name,
         inputs,
         {output: [predicted, *inputs["sample"][1:]]},
         layout.max_batch,
@@ -64,7 +64,7 @@ def write_unet(layout: Layout, graph: ir.Model) -> Signature:
     )
 
 
-def lower_unet(graph: ir.Model, version: Path, processor: str) -> ir.Model:
+def lower_network(graph: ir.Model, version: Path, processor: str) -> ir.Model:
     """The graph that runs without a GPU; a probe of its kernels is written into ``version``.
 
     Args:
@@ -80,9 +80,8 @@ def lower_unet(graph: ir.Model, version: Path, processor: str) -> ir.Model:
     return backend.lower(graph, options)
 
 
-def write_text_encoder(layout: Layout, parts: Sequence[ir.Model]) -> Signature:
-    """The text encoders, one or two, as one model, from their graphs, which are changed."""
-    graph = graphs.text_encoder(parts)
+def write_text_encoder(layout: Layout, graph: ir.Model) -> Signature:
+    """The text encoders as one model, from their graph."""
     version = layout.version_folder("text_encoder")
     save_graph(graph, version / ONNX)
     _write_plan_beside(layout, version, layout.max_batch)

@@ -16,25 +16,28 @@ from typing import TYPE_CHECKING, Any
 
 from exporters.graph_info import added_inputs, graph_info, input_sizes, load_graph
 from exporters.part_info import part_info
+from exporters.parts import trace
 from quest_deploy import __version__
 from quest_deploy.artifacts.workspace import GRAPH
 from quest_deploy.backends.parts import VAE_DECODER, VAE_ENCODER
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder, read_json, sha256_of, write_json
 from quest_deploy.models.controls import load_control
-from quest_deploy.models.ip_adapters import ImagePrompts
+from quest_deploy.models.ip_adapters import IMAGE_PARTS, ImagePrompts
 from quest_deploy.models.loading import load_model
+from quest_deploy.models.pipeline_model import DECODERS
 from quest_deploy.models.residuals import CONTROLNET, IP_ADAPTER, T2I_ADAPTER, kind_of
 from quest_deploy.progress import no_progress
 from quest_deploy.serving.part_graphs import PartGraphs, without_modules
+from quest_deploy.serving.triton.graphs import text_encoder
 from quest_deploy.serving.triton.layout import FILES, Layout
 from quest_deploy.serving.triton.models import (
     write_controlnet,
     write_decoder,
     write_encoder,
     write_image_encoder,
+    write_network,
     write_text_encoder,
-    write_unet,
 )
 from quest_deploy.serving.triton.pipelines import (
     guidable,
@@ -46,11 +49,12 @@ from quest_deploy.serving.triton.plans import find_plan
 from quest_deploy.serving.triton.readme import write_readme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Sequence
 
     import onnx_ir as ir
 
     from quest_deploy.artifacts.workspace import Workspace
+    from quest_deploy.models.networks.prompt_encoders import Tokens
     from quest_deploy.models.pipeline_model import PipelineModel
     from quest_deploy.progress import Progress
     from quest_deploy.serving.triton.layout import Signature
@@ -81,11 +85,6 @@ def write_package(
     check_target(folder)
     workspace.require("export")
     model = load_model(workspace.source)
-    if model.network.unserved is not None:
-        raise InputError(
-            f"{model.name} has a {model.network.noun}, and no package can be made of it yet: "
-            f"{model.network.unserved}; use quest_deploy.load_pipeline"
-        )
     model.require_weights("serve")
     if model.channels.image_kind is not None and not model.channels.image:
         raise InputError(
@@ -109,21 +108,22 @@ def write_package(
         latents = (model.sample_shape[0], *info.sample_shape[1:])
         factor = pixels_per_latent(model, latents)
         layout = Layout(made, options, plan, latents, info.sample_multiple, factor)
-        pipeline = None
+        _check_largest(model, layout)
+        pipeline, tokens = None, None
         signatures: dict[str, Signature] = {}
         takes_image = model.channels.image > 0
         total = 2 + of_text + parts.has_decoder + takes_image
         total += (net is not None) + (prompts is not None)
 
-        progress("UNet", 0, total)
-        signatures["unet"] = write_unet(layout, graph)
+        network = model.network.part
+        progress(model.network.noun, 0, total)
+        signatures[network] = write_network(layout, graph, network)
         del graph  # its weights are large
         if of_text:
             progress("text encoder", len(signatures), total)
-            encoders = {name: parts.load(name) for name in parts.encoders}
-            pipeline = _of_tokenizers(model, encoders)
-            signatures["text_encoder"] = write_text_encoder(layout, list(encoders.values()))
-            del encoders
+            pipeline, tokens, encoder = _of_text(model, parts)
+            signatures["text_encoder"] = write_text_encoder(layout, encoder)
+            del encoder
         if parts.has_decoder:
             progress("decoder", len(signatures), total)
             signatures["vae_decoder"] = write_decoder(layout, parts.load(VAE_DECODER))
@@ -141,7 +141,7 @@ def write_package(
             progress("image encoder", len(signatures), total)
             signatures["image_encoder"] = write_image_encoder(layout, prompts)
         progress("pipeline", len(signatures), total)
-        settings = write_pipelines(layout, model, pipeline, signatures, residuals, shown)
+        settings = write_pipelines(layout, model, pipeline, signatures, residuals, shown, tokens)
         if prompts is not None:
             write_no_image(layout, prompts)
         plugins = tuple(map(Path, options.plugins)) if plan is None else plan.plugins
@@ -216,15 +216,33 @@ def _controlnet(workspace: Workspace, model: PipelineModel, folder: Path | None)
     return load_control(folder, model, CONTROLNET)
 
 
-def _of_tokenizers(model: PipelineModel, encoders: Mapping[str, ir.Model]) -> Any:
-    """The model's pipeline without its encoders and decoder; its tokenizers give as many tokens as
-    the graphs of the text encoders take.
+def _of_text(
+    model: PipelineModel, parts: PartGraphs
+) -> tuple[Any, Sequence[Tokens] | None, ir.Model]:
+    """The model's pipeline, of which the tokenizers are wanted, what they give, and the graph of
+    its text encoders.
     """
+    if model.network.prompt_encoder is not None:
+        unused = {name: None for name in (*DECODERS, *IMAGE_PARTS) if name in model.index}
+        pipeline = model.load_pipeline(**unused)
+        encoder = model.network.prompt_encoder(pipeline)
+        return pipeline, encoder.tokens, trace(encoder, encoder.examples(), encoder.outputs)
+    encoders = {name: parts.load(name) for name in parts.encoders}
     pipeline = without_modules(model)
     for name, graph in encoders.items():
         tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
         (tokenizer.model_max_length,) = input_sizes(graph)["input_ids"][1:]
-    return pipeline
+    return pipeline, None, text_encoder(list(encoders.values()))
+
+
+def _check_largest(model: PipelineModel, layout: Layout) -> None:
+    """Raise InputError where a request might ask for more than the network has positions for."""
+    largest = model.network.largest_side(model.config)
+    if largest is not None and layout.max_size > largest * layout.pixels_per_latent:
+        raise InputError(
+            f"--max-size {layout.max_size}: {model.name} has positions for images of up to "
+            f"{largest * layout.pixels_per_latent} pixels"
+        )
 
 
 def _write_surroundings(folder: Path, plugins: Iterable[Path], *, of_text: bool) -> None:

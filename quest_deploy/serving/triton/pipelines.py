@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,14 +12,15 @@ import numpy as np
 from quest_deploy.errors import InputError
 from quest_deploy.files import write_json
 from quest_deploy.models.channels import EDITING, INPAINTING
+from quest_deploy.models.networks.prompt_encoders import Tokens
 from quest_deploy.models.residuals import IMAGE_SCALE, IMAGE_TOKENS
-from quest_deploy.models.schedulers import SCHEDULERS
+from quest_deploy.models.schedulers import SCHEDULERS, scheduler_options
 from quest_deploy.models.tokenizers import TOKENIZERS
 from quest_deploy.serving.triton.configs import pipeline_config
 from quest_deploy.serving.triton.layout import FILES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -33,7 +35,7 @@ MODEL_TIMEOUT = 600
 """Seconds that a pipeline waits for one answer of another model: long enough for the largest UNet
 in its largest batch on a CPU.
 """
-STEPS, SCHEDULER = 20, "ddim"
+SCHEDULER = "ddim"
 
 
 def write_pipelines(
@@ -43,17 +45,23 @@ def write_pipelines(
     signatures: dict[str, Signature],
     residuals: Mapping[str, Residual] | None = None,
     shown: Mapping[str, Any] | None = None,
+    tokens: Sequence[Tokens] | None = None,
 ) -> dict[str, Any]:
     """Write both; return the settings that they read.
 
     Args:
         pipeline: the diffusers pipeline with the tokenizers, None of a model that reads no text.
         signatures: of the models that they call.
+        tokens: what each tokenizer gives; None for as many as it says, and nothing more.
         residuals: what a ControlNet adds to the UNet, if there is one.
         shown: how an IP-Adapter's images are read, if there is one; see
             :class:`quest_deploy.models.ip_adapters.ImagePrompts`.
     """
+    tokenizers = _tokenizers(pipeline)
+    if tokens is None:
+        tokens = [Tokens(each.model_max_length) for each in tokenizers.values()]
     settings = _settings(layout, model, pipeline, signatures)
+    settings["tokens"] = [asdict(each) for each in tokens]
     added = {name: [x.channels, x.divisor] for name, x in (residuals or {}).items()}
     settings["residuals"] = added
     if shown is not None:
@@ -70,7 +78,7 @@ def write_pipelines(
         for source in (FILES / "pipeline").glob("*.py"):
             shutil.copyfile(source, version / source.name)
         if pipeline is not None:
-            _write_tokenizers(version, model, pipeline)
+            _write_tokenizers(version, model, tokenizers)
         else:
             _write_conditions(version, model)
         write_json(version / "settings.json", settings)
@@ -90,14 +98,18 @@ def pixels_per_latent(model: PipelineModel, sample_shape: tuple[int, ...]) -> in
 
 def guidable(model: PipelineModel) -> bool:
     """Whether requests may ask for guidance."""
-    return model.asked_for == "prompt" or _null_conditions(model) is not None
+    asked = model.asked_for == "prompt" and model.classifier_free
+    return asked or _null_conditions(model) is not None
 
 
 def pipeline_inputs(model: PipelineModel, *, control: bool) -> dict[str, str]:
     """The pipelines' inputs and their types, ``control`` for whether there is a ControlNet."""
     prompted = model.source.ip_adapter is not None
     conditions = {
-        "prompt": {"prompt": "TYPE_STRING", "negative_prompt": "TYPE_STRING"},
+        "prompt": {
+            "prompt": "TYPE_STRING",
+            **({"negative_prompt": "TYPE_STRING"} if model.classifier_free else {}),
+        },
         "label": {"label": "TYPE_INT32"},
     }
     image = {
@@ -132,10 +144,14 @@ def image_kind(model: PipelineModel) -> str | None:
     return model.channels.image_kind if model.channels.image else None
 
 
-def _write_tokenizers(version: Path, model: PipelineModel, pipeline: Any) -> None:
-    tokenizers = [getattr(pipeline, name, None) for name in TOKENIZERS]
-    present = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
-    for tokenizer, name in zip(present, TOKENIZERS, strict=False):
+def _tokenizers(pipeline: Any) -> dict[str, Any]:
+    """The tokenizers of a pipeline, if it has any, under the names that they have in a package."""
+    found = (getattr(pipeline, name, None) for name in TOKENIZERS)
+    return dict(zip(TOKENIZERS, (each for each in found if each is not None), strict=False))
+
+
+def _write_tokenizers(version: Path, model: PipelineModel, tokenizers: Mapping[str, Any]) -> None:
+    for name, tokenizer in tokenizers.items():
         tokenizer.save_pretrained(version / name)
         if not (version / name / "tokenizer.json").is_file():
             raise InputError(
@@ -161,9 +177,12 @@ def _settings(
     layout: Layout, model: Any, pipeline: Any, signatures: dict[str, Signature]
 ) -> dict[str, Any]:
     of_text = pipeline is not None
-    of_xl = of_text and model.config.get("addition_embed_type") == "text_time"
+    of_size = list(model.network.of_size(model.config, model.image_size, 1)) if of_text else []
+    height, width = size = layout.size
+    tokens = model.network.schedule_tokens(size)
     return {
         "model": model.name,
+        "network": model.network.part,
         "sample_shape": list(layout.sample_shape),
         "text": of_text,
         "labels": 1 if of_text else model.labels,
@@ -174,29 +193,31 @@ def _settings(
         "size_factor": layout.pixels_per_latent * layout.sample_multiple,
         "decoder": "vae_decoder" in signatures,
         "schedulers": _schedulers(model),
-        "scheduler_config": model.scheduler_config(),
+        "tokens_per_latent": None if tokens is None else tokens / (height * width),
+        "embeds_guidance": model.embeds_guidance,
         "defaults": {
-            "steps": STEPS,
+            "steps": model.steps,
             "scheduler": SCHEDULER,
             "guidance": model.guidance,
             "image_guidance": model.image_guidance,
         },
         "image": image_kind(model),
-        "zero_unconditional": of_xl and bool(pipeline.config.get("force_zeros_for_empty_prompt")),
-        "time_ids": of_xl,
+        "zero_unconditional": of_text and bool(pipeline.config.get("force_zeros_for_empty_prompt")),
+        "of_size": of_size,
         "models": signatures,
     }
 
 
-def _schedulers(model: PipelineModel) -> dict[str, str]:
-    """Those that know the model's kind of noise schedule: diffusers' classes by their short names.
-    The server only configures them, and another one would draw from other betas without a word.
+def _schedulers(model: PipelineModel) -> dict[str, dict[str, Any]]:
+    """Those that know the model's kind of noise schedule: diffusers' classes and what configures
+    them, by their short names. Another one would draw from other betas without a word.
     """
     found = {}
-    for name, kind in SCHEDULERS.items():
+    for name in SCHEDULERS:
         with suppress(InputError):
             model.load_scheduler(name)
-            found[name] = kind
+            kind, options = scheduler_options(name, model.scheduler_config())
+            found[name] = {"class": kind.__name__, "config": options}
     return found
 
 

@@ -20,6 +20,7 @@ from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.backends.tensorrt.plugin import recorded_library
 from quest_deploy.errors import InputError
 from quest_deploy.files import sha256_of
+from quest_deploy.models.channels import GUIDANCE
 from quest_deploy.models.residuals import IMAGE_SCALE
 from quest_deploy.progress import no_progress
 
@@ -28,7 +29,15 @@ if TYPE_CHECKING:
     from quest_deploy.serving.triton.options import TritonOptions
 
 TRT = "tensorrt"
-FLOAT_INPUTS = ("timestep", "time_ids", IMAGE_SCALE)
+FLOAT_INPUTS = (
+    "timestep",
+    "time_ids",
+    "resolution",
+    "aspect_ratio",
+    "class_labels",
+    GUIDANCE,
+    IMAGE_SCALE,
+)
 """FP32 whatever the others are: rounded to FP16, a timestep can land in another bucket."""
 
 

@@ -16,7 +16,6 @@ from quest_deploy.serving.triton.pipelines import (
     MODEL_TIMEOUT,
     PIPELINES,
     SCHEDULER,
-    STEPS,
     pipeline_inputs,
 )
 
@@ -44,9 +43,9 @@ INPUTS = {
     "ip_adapter_image": "an image beside the prompt, a file likewise; without it nothing is added",
     "ip_adapter_scale": "scale of what the IP-Adapter adds; that of the calibration unless given",
     "seed": "the same seed draws the same image; the server chooses one if there is none",
-    "steps": f"denoising steps; {STEPS} unless given",
+    "steps": "denoising steps; $steps unless given",
     "scheduler": f"$schedulers; {SCHEDULER} unless given",
-    "guidance": "classifier-free guidance weight; 1 or less is none",
+    "guidance": "guidance weight, $guidance unless given; $unguided",
     "height": "pixels",
     "width": "pixels",
 }
@@ -96,6 +95,17 @@ def write_readme(
     ):
         question += f', ("{name}", "BYTES", open("{name}.png", "rb").read())'
         option += f" --{name.replace('_', '-')} {name}.png"
+    defaults = settings["defaults"]
+    words = {
+        "schedulers": ", ".join(settings["schedulers"]),
+        "steps": defaults["steps"],
+        "guidance": f"{defaults['guidance']:g}",
+        "unguided": "which the model embeds"
+        if settings["embeds_guidance"]
+        else "1 or less is none"
+        if settings["guidable"]
+        else "the model knows none above 1",
+    }
     values = {
         **asdict(layout.options),
         "model": model.name,
@@ -108,10 +118,11 @@ def write_readme(
         ),
         "inputs": "\n".join(
             f"| `{name}` | {kind.removeprefix('TYPE_').replace('STRING', 'BYTES')} | "
-            f"{INPUTS[name].replace('$schedulers', ', '.join(settings['schedulers']))} |"
+            f"{Template(INPUTS[name]).substitute(words)} |"
             for name, kind in inputs.items()
         ),
         "question": question,
+        "steps": defaults["steps"],
         "option": option,
         "delay": layout.options.queue_delay,
         "max_size": layout.max_size,

@@ -353,7 +353,6 @@ def test_a_few_step_flux_without_guidance_goes_through_with_a_bucket_for_each_st
     for options in (("--guidance", "4"), ("--negative-prompt", "a dog")):
         refusal = cli("generate", "-w", root, "--backend", "openvino", *drawn, *options)
         refusal.assert_refused(options[0])
-    cli("package", "-w", root, "--triton", tmp_path / "p").assert_refused("transformer")
 
 
 @pytest.mark.slow
@@ -500,14 +499,11 @@ def test_controlnets_and_adapters_of_a_transformer_are_refused(
     ended.assert_refused("controlnet", "FlatPixArt")
 
 
-def test_a_package_and_loras_of_a_transformer_are_refused_before_anything_is_written(
+def test_loras_of_a_transformer_are_refused_before_anything_is_written(
     pixart_chain: Chain, tmp_path: Path
 ) -> None:
     from safetensors.torch import save_file
 
-    packed = cli("package", "-w", pixart_chain.root, "--triton", tmp_path / "triton")
-    packed.assert_refused("transformer", "load_pipeline")
-    assert not (tmp_path / "triton").exists()
     save_file({"weight": torch.ones(1)}, tmp_path / "style.safetensors")
     lora = ("--lora", tmp_path / "style.safetensors", "-o", tmp_path / "other")
     cli("lora", "-w", pixart_chain.root, *lora).assert_refused("--lora", "transformer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers import transformer_flux
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from quest_deploy.artifacts.checkpoint import ScoreScale
@@ -18,6 +20,7 @@ from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.evaluation.sampling import float_denoiser, sample_images
+from quest_deploy.files import read_json
 from quest_deploy.models.channels import GUIDANCE, guidance_of
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.schedulers import FLOW_SCHEDULERS, set_steps
@@ -26,6 +29,7 @@ from quest_deploy.serving.pipeline import stand_in
 from quest_deploy.serving.schedule import run_schedule, schedule_from_scheduler
 from quest_deploy.stages.generate import steps_of
 from quest_deploy.stages.options import BenchmarkOptions, GenerateOptions
+from quest_deploy.stages.schedule import write_schedule
 from quest_deploy.stages.workspaces import SchemeChoices
 from tests.helpers import refused
 from tests.quest_deploy.support import cli
@@ -61,6 +65,24 @@ def drawn(pipeline: Any, **options: Any) -> Any:
     }
     generator = torch.Generator().manual_seed(0)
     return pipeline(generator=generator, output_type="np", **given).images
+
+
+def test_the_table_of_another_size_has_the_shift_of_that_size(
+    pipelines: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = pipelines("flux")
+    workspace: Any = SimpleNamespace(source=resolve_source(str(folder)))
+    for size, tokens in (((None, None), 16), ((32, 48), 96), ((None, 48), 48)):
+        table = tmp_path / "table.json"
+        write_schedule(workspace, "euler", 4, table, *size)
+        kind = diffusers.FlowMatchEulerDiscreteScheduler
+        scheduler = kind.from_pretrained(folder / "scheduler")
+        sigmas = np.linspace(1.0, 1 / 4, 4)
+        scheduler.set_timesteps(sigmas=sigmas, mu=calculate_shift(tokens))
+        found = [step["timestep"] for step in read_json(table)["steps"]]
+        assert found == pytest.approx(scheduler.timesteps.tolist())
+    with refused("--height", "4"):
+        write_schedule(workspace, "euler", 4, tmp_path / "odd.json", 18)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (30, 12), (256, 200)])

@@ -32,6 +32,7 @@ from quest_deploy.models.residuals import (
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.serving.part_graphs import model_parts
 from quest_deploy.serving.pipeline import load_pipeline
+from quest_deploy.serving.triton.graphs import text_encoder
 from quest_deploy.serving.triton.layout import Layout
 from quest_deploy.serving.triton.models import (
     write_controlnet,
@@ -119,7 +120,7 @@ def test_the_image_is_the_one_of_diffusers_pipeline(
         ({"steps": 2}, "prompt: expected one"),
         (
             {"prompt": "red " * TOKENS},
-            f"prompt: expected at most {TOKENS} tokens, of which two mark the start and the end; "
+            f"prompt: expected at most {TOKENS} tokens, 2 of them marks of the start or the end; "
             "found",
         ),
         (
@@ -221,7 +222,7 @@ def reference(
     graphs = {name: part.graph() for name, part in model_parts(model).items()}
     encoders = [graph for name, graph in graphs.items() if name.startswith("text_encoder")]
     signatures = {
-        "text_encoder": write_text_encoder(layout, encoders),
+        "text_encoder": write_text_encoder(layout, text_encoder(encoders)),
         "vae_decoder": write_decoder(layout, graphs["vae_decoder"]),
     }
     if model.channels.image:

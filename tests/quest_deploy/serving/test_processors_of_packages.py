@@ -11,7 +11,7 @@ import pytest
 
 from exporters.exactness import EXACT_ANYWHERE, kernel_needs
 from quest_deploy.backends import exactness
-from quest_deploy.serving.triton.models import lower_unet
+from quest_deploy.serving.triton.models import lower_network
 from tests.helpers import WITH_VNNI, refused
 from tests.quest_deploy.processors.packages import RefusedError, stand_in
 
@@ -26,7 +26,7 @@ def lowered(model: ir.Model, folder: Path, processor: str) -> ir.Model:
     into ``folder``.
     """
     folder.mkdir(exist_ok=True)
-    return lower_unet(model, folder, processor)
+    return lower_network(model, folder, processor)
 
 
 @pytest.mark.parametrize("processor", ["native", "any"])

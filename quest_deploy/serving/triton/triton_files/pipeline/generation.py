@@ -1,8 +1,9 @@
 """What `pipeline` and `pipeline_stream` do with one request, free of Triton: check it, denoise,
 decode.
 
-The models it needs (text encoder, UNet, decoder) are behind one asynchronous function. Needs numpy,
-torch, diffusers, Pillow, and for a text-to-image model tokenizers; runs on Python 3.10 or newer.
+The models it needs (text encoder, denoising network, decoder) are behind one asynchronous function.
+Needs numpy, torch, diffusers, Pillow, and for a text-to-image model tokenizers; runs on Python 3.10
+or newer.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     """Runs a model by its name: from inputs to outputs, each [B, ...]."""
 
 SETTINGS, CONDITIONS = "settings.json", "conditions.npz"
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+SUFFIXES = ("", "_2", "_3")
+"""Of the tokenizers, and of what each gives the text encoder."""
 MAX_PROMPT_BYTES = 16384
 """Longer prompts are refused before they are read."""
 MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS = 2**25, 2**24
@@ -42,6 +44,15 @@ MAX_CONTROL_SCALE = 10.0
 """Far beyond any scale that a ControlNet or an IP-Adapter is used with."""
 PROMPT_TOKENS, PROMPT_SCALE = "ip_adapter_tokens", "ip_adapter_scale"
 """The UNet's inputs of an IP-Adapter."""
+GUIDANCE = "guidance"
+"""The network's input for the weight, where it embeds one."""
+EULER_OF_FLOW = "FlowMatchEulerDiscreteScheduler"
+SIZES: dict[str, Callable[[int, int], list[float]]] = {
+    "time_ids": lambda height, width: [height, width, 0, 0, height, width],
+    "resolution": lambda height, width: [height, width],
+    "aspect_ratio": lambda height, width: [height / width],
+}
+"""What a network is told of an image's height and width, by the name of its input."""
 DTYPES = {
     "prompt": np.object_,
     "negative_prompt": np.object_,
@@ -109,9 +120,10 @@ class Job:
 
     Attributes:
         label: the class, of a class-conditional model.
-        tokens, negative_tokens: the token ids for each tokenizer, of a text-to-image model.
+        tokens, negative_tokens: what the text encoder reads, by the name of its input.
         no_negative: whether no negative prompt was given.
         height, width: of the image, in pixels.
+        guided: whether the guidance is classifier-free.
         image_guidance: the weight of the image that is edited, None where none is.
         image: float32 [1, 3, H, W] in [-1, 1], what is inpainted or edited, if anything.
         mask: float32 [1, 1, H, W], 1 where it is drawn anew and 0 elsewhere.
@@ -122,8 +134,8 @@ class Job:
     """
 
     label: int
-    tokens: tuple[list[int], ...]
-    negative_tokens: tuple[list[int], ...]
+    tokens: dict[str, list[int]]
+    negative_tokens: dict[str, list[int]]
     no_negative: bool
     seed: int
     steps: int
@@ -131,6 +143,7 @@ class Job:
     guidance: float
     height: int
     width: int
+    guided: bool = True
     image_guidance: float | None = None
     image: torch.Tensor | None = None
     mask: torch.Tensor | None = None
@@ -141,10 +154,10 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """How many rows of the UNet's batch it takes: with a guidance above 1 two, where an image
-        is edited three.
+        """How many rows of the network's batch it takes: with a classifier-free guidance above 1
+        two, where an image is edited three.
         """
-        if self.guidance <= 1:
+        if self.guidance <= 1 or not self.guided:
             return 1
         return 2 if self.image_guidance is None else 3
 
@@ -163,7 +176,8 @@ class Generator:
         tables = folder / CONDITIONS
         self._tables: Arrays = dict(np.load(tables, allow_pickle=False)) if tables.exists() else {}
         self._tokenizers = [
-            _tokenizer(folder / name) for name in TOKENIZERS if (folder / name).exists()
+            _tokenizer(folder / f"tokenizer{suffix}")
+            for suffix, _ in zip(SUFFIXES, self.settings["tokens"], strict=False)
         ]
         self._channels = self.settings["sample_shape"][0]
         self._prompt: dict[str, Any] = self.settings.get("image_prompt", {})
@@ -201,11 +215,14 @@ class Generator:
             NotFiniteError: a model gave infinities or NaNs.
         """
         conditions = await self._conditions(job, infer)
-        scheduler = self._scheduler(job.scheduler, job.steps)
+        scheduler = self._scheduler(job.scheduler, job.steps, job.height, job.width)
         generator = torch.Generator().manual_seed(job.seed)
         factor = self.settings["pixels_per_latent"]
         shape = (1, self._channels, job.height // factor, job.width // factor)
-        latents = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
+        # Flow matching's own scheduler scales neither noise nor inputs.
+        latents = torch.randn(shape, generator=generator) * getattr(
+            scheduler, "init_noise_sigma", 1.0
+        )
         # Schedulers that add noise take it from the seed too.
         extra = (
             {"generator": generator}
@@ -215,7 +232,10 @@ class Generator:
         behind = await self._image_condition(job, generator, infer)
         added = self._nothing_added(job.rows, *shape[2:])
         for i, timestep in enumerate(scheduler.timesteps):
-            scaled = scheduler.scale_model_input(latents, timestep).repeat(job.rows, 1, 1, 1)
+            scaled = latents
+            if hasattr(scheduler, "scale_model_input"):
+                scaled = scheduler.scale_model_input(latents, timestep)
+            scaled = scaled.repeat(job.rows, 1, 1, 1)
             inputs = {
                 "sample": scaled.numpy(),
                 "timestep": np.full((job.rows, 1), float(timestep), np.float32),
@@ -225,7 +245,8 @@ class Generator:
                 added = await self._residuals(job.control, job, inputs, infer)
             inputs |= added
             inputs["sample"] = torch.cat([scaled, *behind], 1).numpy()
-            answer = torch.from_numpy(next(iter((await infer("unet", inputs)).values())))
+            found = await infer(self.settings["network"], inputs)
+            answer = torch.from_numpy(next(iter(found.values())))
             prediction = guided(answer, job, self._channels)
             if not self._uses_variance(job.scheduler):
                 prediction = prediction[:, : self._channels]
@@ -254,29 +275,36 @@ class Generator:
                 f"scheduler: expected one of {', '.join(settings['schedulers'])}, found "
                 f"{scheduler[:100]!r}"
             )
-        self._scheduler(scheduler, steps)
+        height, width = self._size(given)
+        self._scheduler(scheduler, steps, height, width)
         guidance = float(given.get("guidance", defaults["guidance"]))
         if not 0 <= guidance <= MAX_GUIDANCE:  # nor NaN
             raise InvalidRequestError(
                 f"guidance: expected a weight from 0 to {MAX_GUIDANCE:g}, found {guidance:g}"
             )
-        if guidance > 1 and not settings["guidable"]:
+        guided, embedded = settings["guidable"], settings["embeds_guidance"]
+        if guidance > 1 and not guided and not embedded:
             raise InvalidRequestError(
                 "guidance: the model has no unconditional condition, so expected 1 or less, found "
                 f"{guidance:g}"
+            )
+        if "negative_prompt" in given and not guided:
+            raise InvalidRequestError(
+                "negative_prompt: expected none, the model has no classifier-free guidance"
             )
         seed = int(given.get("seed", secrets.randbits(32)))
         if seed < 0:
             raise InvalidRequestError(f"seed: expected 0 or more, found {seed}")
         if self._tokenizers and "prompt" not in given:
             raise InvalidRequestError("prompt: expected one")
-        height, width = self._size(given)
         image_guidance = self._image_guidance(given)
         image, mask = self._images(given, height, width)
         return Job(
             label=self._label(given),
-            tokens=self._tokens("prompt", given.get("prompt", b"")),
-            negative_tokens=self._tokens("negative_prompt", given.get("negative_prompt", b"")),
+            tokens=self._tokens("prompt", given.get("prompt", b""), asked=True),
+            negative_tokens=self._tokens(
+                "negative_prompt", given.get("negative_prompt", b""), asked=False
+            ),
             no_negative="negative_prompt" not in given,
             seed=seed,
             steps=steps,
@@ -284,6 +312,7 @@ class Generator:
             guidance=guidance,
             height=height,
             width=width,
+            guided=guided,
             image_guidance=image_guidance,
             image=image,
             mask=mask,
@@ -380,34 +409,53 @@ class Generator:
             )
         return height, width
 
-    def _tokens(self, name: str, given: bytes | str) -> tuple[list[int], ...]:
+    def _tokens(self, name: str, given: bytes | str, *, asked: bool) -> dict[str, list[int]]:
+        """What the text encoder reads of a prompt that is ``asked`` for, or of a negative one, by
+        the names of its inputs.
+        """
         text = _text(name, given)
-        found = []
-        for tokenizer, length, pad in self._tokenizers:
-            ids = tokenizer.encode(text).ids
-            if len(ids) > length:
+        found = {}
+        tokenizers = zip(SUFFIXES, self._tokenizers, self.settings["tokens"], strict=False)
+        for suffix, (tokenizer, pad), rule in tokenizers:
+            before, length, kept = rule["before"] if asked else "", rule["length"], rule["kept"]
+            most = length if asked or kept is None else kept
+            ids = tokenizer.encode(before + (text.lower().strip() if rule["lower"] else text)).ids
+            if len(ids) > most:
+                marks = tokenizer.num_special_tokens_to_add(is_pair=False)
                 raise InvalidRequestError(
-                    f"{name}: expected at most {length} tokens, of which two mark the start and "
-                    f"the end; found {len(ids)}"
+                    f"{name}: expected at most {most} tokens, {marks} of them marks of the start "
+                    f"or the end; found {len(ids)}"
                 )
-            found.append(ids + [pad] * (length - len(ids)))
-        return tuple(found)
+            rest = length - len(ids)
+            found[f"input_ids{suffix}"] = ids + [pad] * rest
+            if rule["masked"]:
+                found[f"attention_mask{suffix}"] = [1] * len(ids) + [0] * rest
+            if kept is not None:
+                last = range(length - kept + 1, length)
+                found[f"places{suffix}"] = [0, *last] if asked else [*range(kept)]
+        return found
 
-    def _scheduler(self, name: str, steps: int) -> Any:
-        config = {
-            key: value
-            for key, value in self.settings["scheduler_config"].items()
-            if key != "variance_type" or name == "ddpm"
-        }
-        scheduler = getattr(diffusers, self.settings["schedulers"][name]).from_config(config)
+    def _scheduler(self, name: str, steps: int, height: int, width: int) -> Any:
+        """A new scheduler, its timesteps set for an image of this size."""
+        made = self.settings["schedulers"][name]
+        scheduler = getattr(diffusers, made["class"]).from_config(made["config"])
         trained = scheduler.config.num_train_timesteps
         if steps > trained:
             raise InvalidRequestError(f"steps: expected at most {trained}, found {steps}")
+        euler_of_flow = made["class"] == EULER_OF_FLOW
+        told: dict[str, Any] = {}
+        if (tokens := self.settings["tokens_per_latent"]) is not None:
+            if euler_of_flow:
+                told["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+            if scheduler.config.use_dynamic_shifting:
+                area = height * width / self.settings["pixels_per_latent"] ** 2
+                told["mu"] = _shift(scheduler.config, area * tokens)
         try:
-            scheduler.set_timesteps(steps)
+            scheduler.set_timesteps(steps, **told)
         except Exception as e:  # LCM's has a limit of its own, PNDM's needs four
             raise InvalidRequestError(f"steps: {name} does not take {steps}: {e}") from e
-        if (highest := float(scheduler.timesteps.max())) >= trained:
+        # Flow matching begins at the last timestep itself, pure noise.
+        if (highest := float(scheduler.timesteps.max())) >= trained + euler_of_flow:
             raise InvalidRequestError(
                 f"steps: {steps} steps begin at timestep {highest:g}, and the model knows those "
                 f"below {trained}; take fewer"
@@ -416,8 +464,9 @@ class Generator:
 
     def _uses_variance(self, scheduler: str) -> bool:
         """Whether a scheduler takes the variance that the UNet predicts: DDPM's alone does."""
-        learned = self.settings["scheduler_config"].get("variance_type") in LEARNED_VARIANCE
-        return learned and self.settings["schedulers"][scheduler] == "DDPMScheduler"
+        made = self.settings["schedulers"][scheduler]
+        learned = made["config"].get("variance_type") in LEARNED_VARIANCE
+        return learned and made["class"] == "DDPMScheduler"
 
     async def _image_condition(
         self, job: Job, generator: torch.Generator, infer: Infer
@@ -461,26 +510,28 @@ class Generator:
         return {name: value * np.float32(job.control_scale) for name, value in added.items()}
 
     async def _conditions(self, job: Job, infer: Infer) -> Arrays:
-        """The UNet's further inputs, [rows, ...], in the order of :func:`guided`."""
+        """The network's further inputs, [rows, ...], in the order of :func:`guided`."""
         asked = {1: [True], 2: [False, True], 3: [True, False, False]}[job.rows]
         if not self._tokenizers:
             rows = [job.label if each else -1 for each in asked]
-            return {name: table[rows] for name, table in self._tables.items()}
+            # Triton wants a dimension behind the batch.
+            return {
+                name: table[rows].reshape(len(rows), -1, *table.shape[2:])
+                for name, table in self._tables.items()
+            }
         halves = [job.tokens if each else job.negative_tokens for each in asked]
-        names = ("input_ids", "input_ids_2")
-        ids = {
-            name: np.asarray(both, np.int32)
-            for name, both in zip(names, zip(*halves, strict=True), strict=False)
-        }
+        ids = {name: np.asarray([half[name] for half in halves], np.int32) for name in job.tokens}
         states = await infer("text_encoder", ids)
         if job.no_negative and self.settings["zero_unconditional"]:
             states = {
                 name: value * np.asarray(asked, value.dtype).reshape(-1, *[1] * (value.ndim - 1))
                 for name, value in states.items()
             }
-        if self.settings["time_ids"]:
-            sizes = [job.height, job.width, 0, 0, job.height, job.width]
-            states["time_ids"] = np.asarray([sizes] * len(halves), np.float32)
+        for name in self.settings["of_size"]:
+            told = SIZES[name](job.height, job.width)
+            states[name] = np.asarray([told] * job.rows, np.float32)
+        if self.settings["embeds_guidance"]:
+            states[GUIDANCE] = np.full((job.rows, 1), job.guidance, np.float32)
         return states | await self._image_prompt(job, asked, infer)
 
     async def _image_prompt(self, job: Job, asked: list[bool], infer: Infer) -> Arrays:
@@ -642,8 +693,15 @@ def _array(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(levels / 255)[None]
 
 
-def _tokenizer(folder: Path) -> tuple[Any, int, int]:
-    """A tokenizer, the number of tokens that it pads to, and what it pads with."""
+def _shift(config: Any, tokens: float) -> float:
+    """The logarithm of the shift of a schedule for so many tokens: on the line through two."""
+    fewest, most = config["base_image_seq_len"], config["max_image_seq_len"]
+    low, high = config["base_shift"], config["max_shift"]
+    return float(low + (high - low) / (most - fewest) * (tokens - fewest))
+
+
+def _tokenizer(folder: Path) -> tuple[Any, int]:
+    """A tokenizer, and what it pads with."""
     from tokenizers import Tokenizer
 
     tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -651,8 +709,4 @@ def _tokenizer(folder: Path) -> tuple[Any, int, int]:
     tokenizer.no_truncation()
     config = json.loads((folder / "tokenizer_config.json").read_text())
     pad = config["pad_token"]
-    return (
-        tokenizer,
-        config["model_max_length"],
-        tokenizer.token_to_id(pad if isinstance(pad, str) else pad["content"]),
-    )
+    return tokenizer, tokenizer.token_to_id(pad if isinstance(pad, str) else pad["content"])
