@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
 from quest_deploy import __version__
 from quest_deploy.artifacts.schema import Positive, parse_document, validated
@@ -120,6 +120,31 @@ class Runner(ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class OpenEngine:
+    """What calls a runner and closes it; a context manager.
+
+    Attributes:
+        openers: what opens an engine, for the message.
+    """
+
+    openers = "quest_deploy.load_pipeline"
+    _runner: Runner
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Raise InputError: the runtime's memory cannot be copied."""
+        raise InputError(
+            "an open engine cannot be copied or pickled (copy.deepcopy, pickle, torch.save): share "
+            "it, as type(pipeline)(**pipeline.components) does, or open it once more, also in "
+            f"another process, with {self.openers}"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._runner.close()
 
 
 class SplitRunner(Runner):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from quest_deploy.artifacts.workspace import ENGINES
 from quest_deploy.backends.base import (
     ENGINE_FILE,
     LOWERED,
+    OpenEngine,
     check_sizes,
     engine_info,
     open_engine,
@@ -36,13 +37,14 @@ _OF_INPUTS = (
 _OF_ADDED = "what is added has the channels of the engine's UNet and the sizes of its sample"
 
 
-class EngineUNet:
-    """Predicts with an engine. A context manager; each sample of a batch may be at a timestep of
-    its own.
+class EngineUNet(OpenEngine):
+    """Predicts with an engine; each sample of a batch may be at a timestep of its own.
 
     >>> with EngineUNet.load(workspace, "openvino") as unet:            # doctest: +SKIP
     ...     epsilon = unet.predict(sample, 501, encoder_hidden_states=tokens)
     """
+
+    openers = "quest_deploy.load_pipeline or EngineUNet.load"
 
     def __init__(
         self,
@@ -167,17 +169,3 @@ class EngineUNet:
         arrays = {name: value.float().numpy(force=True) for name, value in conditions.items()}
         rows, steps = (value.float().numpy(force=True) for value in (sample, timestep))
         return torch.from_numpy(self.predict(rows, steps, **arrays))
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        """Raise InputError: the runtime's memory cannot be copied."""
-        raise InputError(
-            "an open engine cannot be copied or pickled (copy.deepcopy, pickle, torch.save): share "
-            "it, as type(pipeline)(**pipeline.components) does, or open it once more, also in "
-            "another process, with quest_deploy.load_pipeline or EngineUNet.load"
-        )
-
-    def __enter__(self) -> EngineUNet:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._runner.close()

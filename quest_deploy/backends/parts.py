@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 from quest_deploy.artifacts.workspace import PARTS
 from quest_deploy.backends.base import (
     ENGINE_FILE,
     LOWERED,
     EngineRecord,
+    OpenEngine,
     check_sizes,
     compile_lowered,
     open_engine,
 )
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
-from quest_deploy.errors import InputError
 from quest_deploy.files import link_or_copy, sha256_of
 from quest_deploy.progress import no_progress
 
@@ -72,8 +72,8 @@ def build_part(
     )
 
 
-class EnginePart:
-    """A part's engine, called with its inputs by name; a context manager.
+class EnginePart(OpenEngine):
+    """A part's engine, called with its inputs by name.
 
     Attributes:
         info: what it was made from.
@@ -97,20 +97,6 @@ class EnginePart:
         for name, sizes in input_sizes(self.graph).items():
             check_sizes(name, sizes, feeds[name].shape)
         return self._runner.infer(feeds)
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        """Raise InputError: the runtime's memory cannot be copied."""
-        raise InputError(
-            "an open engine cannot be copied or pickled (copy.deepcopy, pickle, torch.save): share "
-            "it, as type(pipeline)(**pipeline.components) does, or open it once more with "
-            "quest_deploy.load_pipeline"
-        )
-
-    def __enter__(self) -> EnginePart:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._runner.close()
 
 
 def built_parts(

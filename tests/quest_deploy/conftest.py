@@ -11,7 +11,7 @@ import os
 import shutil
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -224,57 +224,31 @@ def mini_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
         yield made
 
 
-@pytest.fixture(scope="session")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
-    """The embedded model, through every command with few samples and steps, each with --json.
-    Workers share one.
-    """
-    with _chain("chain", CHAIN, tmp_path_factory) as made:
-        yield made
+def _shared(name: str, steps: Mapping[str, list[str]]) -> Any:
+    """A fixture: a model through every command of ``steps``. Workers share one."""
+
+    @pytest.fixture(scope="session")
+    def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+        with _chain(name, steps, tmp_path_factory) as made:
+            yield made
+
+    return shared
 
 
-@pytest.fixture(scope="session")
-def text_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
-    """The small text-to-image pipeline, through every command. Workers share one."""
-    with _chain("sd", TEXT_CHAIN, tmp_path_factory) as made:
-        yield made
-
-
-@pytest.fixture(scope="session")
-def pixart_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
-    """The small pipeline of PixArt-Sigma, through every command. Workers share one."""
-    with _chain("pixart", PIXART_CHAIN, tmp_path_factory) as made:
-        yield made
-
-
-@pytest.fixture(scope="session")
-def sd3_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
-    """The small pipeline of Stable Diffusion 3.5, through every command. Workers share one."""
-    with _chain("sd3", SD3_CHAIN, tmp_path_factory) as made:
-        yield made
-
-
-@pytest.fixture(scope="session")
-def flux_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
-    """The small pipeline of FLUX.1-dev, through every command. Workers share one."""
-    with _chain("flux", FLUX_CHAIN, tmp_path_factory) as made:
-        yield made
-
-
-@pytest.fixture(scope="session")
-def label_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
-    """The small class-conditional pipeline on pixels, as far as an engine. Workers share one."""
-    with _chain("class-pixels", LABEL_CHAIN, tmp_path_factory) as made:
-        yield made
-
-
-@pytest.fixture(scope="session")
-def ldm_chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
-    """The small unconditional latent-diffusion pipeline, through every command. Workers share
-    one.
-    """
-    with _chain("ldm", LDM_CHAIN, tmp_path_factory) as made:
-        yield made
+chain = _shared("chain", CHAIN)
+"""The embedded model, with few samples and steps, each command with --json."""
+text_chain = _shared("sd", TEXT_CHAIN)
+"""The small text-to-image pipeline."""
+pixart_chain = _shared("pixart", PIXART_CHAIN)
+"""The small pipeline of PixArt-Sigma."""
+sd3_chain = _shared("sd3", SD3_CHAIN)
+"""The small pipeline of Stable Diffusion 3.5."""
+flux_chain = _shared("flux", FLUX_CHAIN)
+"""The small pipeline of FLUX.1-dev."""
+label_chain = _shared("class-pixels", LABEL_CHAIN)
+"""The small class-conditional pipeline on pixels, as far as an engine."""
+ldm_chain = _shared("ldm", LDM_CHAIN)
+"""The small unconditional latent-diffusion pipeline."""
 
 
 @contextmanager

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from quest_deploy.errors import InputError
 from quest_deploy.models.conditions import ClassLabels
-from quest_deploy.models.networks.network import CLASS_CONDITIONAL
+from quest_deploy.models.networks.network import CLASS_CONDITIONAL, Config
 from quest_deploy.models.networks.patch_transformers import PatchTransformers, spread, unpatched
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -54,7 +53,7 @@ class DiT(PatchTransformers):
     conditions = ("class_labels",)
     layers = "dit"
 
-    def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
+    def check(self, name: str, config: Config, folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""
         super().check(name, config, folder, of_text=of_text)
         if of_text or config.get("num_embeds_ada_norm") is None:
@@ -63,19 +62,19 @@ class DiT(PatchTransformers):
                 "text encoder"
             )
 
-    def family(self, config: Mapping[str, Any], *, of_text: bool) -> str:
+    def family(self, config: Config, *, of_text: bool) -> str:
         """See :class:`Network`."""
         return CLASS_CONDITIONAL
 
-    def guidance(self, config: Mapping[str, Any], family: str) -> float:
+    def guidance(self, config: Config, family: str) -> float:
         """See :class:`Network`."""
         return 4.0
 
-    def float_layers(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+    def float_layers(self, config: Config) -> tuple[str, ...]:
         """See :class:`Network`: embedders, adaptive norms and what comes last."""
         return ("pos_embed.*", "*.norm1.*", "proj_out_*")
 
-    def labels(self, config: Mapping[str, Any]) -> ClassLabels | None:
+    def labels(self, config: Config) -> ClassLabels | None:
         """See :class:`Network`; the class of no class is behind the others."""
         classes = config["num_embeds_ada_norm"]
         return ClassLabels(classes, null_label=classes)

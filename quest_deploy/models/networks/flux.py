@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from quest_deploy.errors import InputError
 from quest_deploy.models.channels import GUIDANCE, Channels
 from quest_deploy.models.configurations import FluxConfiguration
-from quest_deploy.models.networks.network import States
+from quest_deploy.models.networks.network import Config, States
 from quest_deploy.models.networks.patch_transformers import (
     PatchTransformers,
     require_encoders,
@@ -161,7 +161,7 @@ class Flux(PatchTransformers):
     layers = "flux"
     prompt_encoder = PooledCLIPAndT5
 
-    def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
+    def check(self, name: str, config: Config, folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""
         require_encoders(name, folder, ("text_encoder", "text_encoder_2"))
         found = _settings(config)
@@ -182,13 +182,7 @@ class Flux(PatchTransformers):
                 )
 
     def channels(
-        self,
-        name: str,
-        config: Mapping[str, Any],
-        pipeline: str,
-        variance_type: str | None,
-        *,
-        of_text: bool,
+        self, name: str, config: Config, pipeline: str, variance_type: str | None, *, of_text: bool
     ) -> Channels:
         """See :class:`Network`; packed, those of a patch's latents are one."""
         given = _settings(config)["in_channels"]
@@ -206,7 +200,7 @@ class Flux(PatchTransformers):
         embedders.time_proj = Sinusoids(embedders.timestep_embedder.linear_1.in_features)
         return super().flat(network)
 
-    def sides(self, config: Mapping[str, Any], of_decoder: int | None) -> tuple[int, int]:
+    def sides(self, config: Config, of_decoder: int | None) -> tuple[int, int]:
         """See :class:`Network`; no file of the transformer's says it."""
         side = USUAL_SIDE if of_decoder is None else of_decoder
         if not side or side % PACKED:
@@ -216,7 +210,7 @@ class Flux(PatchTransformers):
             )
         return side, side
 
-    def sample_multiple(self, config: Mapping[str, Any]) -> int:
+    def sample_multiple(self, config: Config) -> int:
         """See :class:`Network`."""
         return PACKED
 
@@ -225,20 +219,20 @@ class Flux(PatchTransformers):
         height, width = size
         return height * width // PACKED**2
 
-    def usual_steps(self, config: Mapping[str, Any], schedule: Mapping[str, Any]) -> int | None:
+    def usual_steps(self, config: Config, schedule: Mapping[str, Any]) -> int | None:
         """See :class:`Network`; schnell's neither embeds guidance nor shifts its schedule."""
         distilled = not self.embeds_guidance(config) and not schedule[OF_TOKENS][DYNAMIC]
         return FEW_STEPS if distilled else None
 
-    def guidance(self, config: Mapping[str, Any], family: str) -> float:
+    def guidance(self, config: Config, family: str) -> float:
         """See :class:`Network`."""
         return 3.5 if self.embeds_guidance(config) else 1.0
 
-    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
+    def embeds_guidance(self, config: Config) -> bool:
         """See :class:`Network`."""
         return bool(config.get("guidance_embeds"))
 
-    def float_layers(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+    def float_layers(self, config: Config) -> tuple[str, ...]:
         """See :class:`Network`: embedders, adaptive norms and last projection."""
         embedders = ("x_embedder", "context_embedder", "time_text_embed.*")
         norms = ("*.norm1.linear", "*.norm1_context.linear", "*.norm.linear")
@@ -250,9 +244,7 @@ class Flux(PatchTransformers):
         asked = {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
         return asked, asked
 
-    def random_states(
-        self, config: Mapping[str, Any], count: int, generator: torch.Generator
-    ) -> States:
+    def random_states(self, config: Config, count: int, generator: torch.Generator) -> States:
         """See :class:`Network`."""
         found = _settings(config)
         width, pooled = found["joint_attention_dim"], found["pooled_projection_dim"]
@@ -317,7 +309,7 @@ def _grid(patches: Tensor, images: Tensor | None, text: Tensor | None) -> tuple[
     )
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(config: Config) -> dict[str, Any]:
     """``config`` with diffusers' defaults, which published files leave out."""
     parameters = signature(FluxTransformer2DModel.__init__).parameters.items()
     defaults = {name: p.default for name, p in parameters if p.default is not Parameter.empty}

@@ -5,12 +5,13 @@ asks which kind it is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quest_deploy.models.residuals import takes_none
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import torch
@@ -28,6 +29,8 @@ TEXT_TO_IMAGE, CLASS_CONDITIONAL, UNCONDITIONAL = (
     "unconditional",
 )
 """What images are asked for by: a model's family."""
+Config = Mapping[str, Any]
+"""What a network's config.json holds."""
 States = dict[str, "Tensor"]
 """Conditions by name, each [B, ...], float32."""
 
@@ -80,7 +83,7 @@ class Network(ABC):
     prompt_encoder: Callable[[Any], PromptEncoder] | None = None
 
     @abstractmethod
-    def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
+    def check(self, name: str, config: Config, folder: Path, *, of_text: bool) -> None:
         """Raise InputError, which names the setting, where a network is not supported.
 
         Args:
@@ -91,13 +94,7 @@ class Network(ABC):
 
     @abstractmethod
     def channels(
-        self,
-        name: str,
-        config: Mapping[str, Any],
-        pipeline: str,
-        variance_type: str | None,
-        *,
-        of_text: bool,
+        self, name: str, config: Config, pipeline: str, variance_type: str | None, *, of_text: bool
     ) -> Channels:
         """What its channels are; raise InputError where they fit no kind of model that is known.
 
@@ -107,7 +104,7 @@ class Network(ABC):
         """
 
     @abstractmethod
-    def family(self, config: Mapping[str, Any], *, of_text: bool) -> str:
+    def family(self, config: Config, *, of_text: bool) -> str:
         """What its images are asked for by: text-to-image, class-conditional or unconditional."""
 
     @abstractmethod
@@ -115,17 +112,17 @@ class Network(ABC):
         """Which of ``quest_deploy.finetuning.layer_sets`` applies to a model of ``family``."""
 
     @abstractmethod
-    def guidance(self, config: Mapping[str, Any], family: str) -> float:
+    def guidance(self, config: Config, family: str) -> float:
         """The guidance weight that it is used with; 1 is none."""
 
-    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
+    def embeds_guidance(self, config: Config) -> bool:
         """Whether the guidance weight is a condition of its, called
         :data:`quest_deploy.models.channels.GUIDANCE`, which a single prediction heeds.
         """
         return False
 
     @abstractmethod
-    def sides(self, config: Mapping[str, Any], of_decoder: int | None) -> tuple[int, int]:
+    def sides(self, config: Config, of_decoder: int | None) -> tuple[int, int]:
         """Height and width of the samples that it is meant for.
 
         Args:
@@ -140,7 +137,7 @@ class Network(ABC):
         """
         return None
 
-    def usual_steps(self, config: Mapping[str, Any], schedule: Mapping[str, Any]) -> int | None:
+    def usual_steps(self, config: Config, schedule: Mapping[str, Any]) -> int | None:
         """How many steps it is used with, where that is not its pipeline's default.
 
         Args:
@@ -149,15 +146,15 @@ class Network(ABC):
         return None
 
     @abstractmethod
-    def sample_multiple(self, config: Mapping[str, Any]) -> int:
+    def sample_multiple(self, config: Config) -> int:
         """What heights and widths of the samples must be multiples of."""
 
-    def largest_side(self, config: Mapping[str, Any]) -> int | None:
+    def largest_side(self, config: Config) -> int | None:
         """The largest height and width of the samples that it takes; None of one without."""
         return None
 
     @abstractmethod
-    def build(self, class_name: str, config: Mapping[str, Any]) -> nn.Module:
+    def build(self, class_name: str, config: Config) -> nn.Module:
         """A new network of one of ``class_names``, its weights not trained; whatever diffusers
         raises for a configuration that it cannot build.
         """
@@ -168,17 +165,17 @@ class Network(ABC):
         stay. Raise InputError where it cannot be.
         """
 
-    def float_layers(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+    def float_layers(self, config: Config) -> tuple[str, ...]:
         """The layers that stay in float unless told otherwise: globs, each of which matches."""
         return ()
 
-    def residuals(self, config: Mapping[str, Any], kind: str) -> dict[str, Residual]:
+    def residuals(self, config: Config, kind: str) -> dict[str, Residual]:
         """The inputs that a ``kind`` of ``quest_deploy.models.residuals.KINDS``, such as a
         ControlNet, gives a network of ``config``; raise InputError where it gives it none.
         """
         raise takes_none(config, kind)
 
-    def labels(self, config: Mapping[str, Any]) -> ClassLabels | None:
+    def labels(self, config: Config) -> ClassLabels | None:
         """The labels of a network that embeds them itself; None of another."""
         return None
 
@@ -192,9 +189,7 @@ class Network(ABC):
         """
         return conditions
 
-    def random_states(
-        self, config: Mapping[str, Any], count: int, generator: torch.Generator
-    ) -> States:
+    def random_states(self, config: Config, count: int, generator: torch.Generator) -> States:
         """Random normal states in the shapes of ``count`` prompts, where there is no encoder."""
         raise TypeError(f"{self.class_names[0]} reads no prompts")
 
@@ -208,6 +203,6 @@ class Network(ABC):
         """A prediction [B, C, H, W] as the pipeline takes it."""
         return prediction
 
-    def of_size(self, config: Mapping[str, Any], size: tuple[int, int], count: int) -> States:
+    def of_size(self, config: Config, size: tuple[int, int], count: int) -> States:
         """What the network is told of an image's height and width, in pixels; each [count, ...]."""
         return {}

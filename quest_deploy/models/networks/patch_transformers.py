@@ -16,10 +16,10 @@ from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
 from quest_deploy.models.channels import Channels
 from quest_deploy.models.configurations import TransformerConfiguration
-from quest_deploy.models.networks.network import TEXT_TO_IMAGE, Network, States
+from quest_deploy.models.networks.network import TEXT_TO_IMAGE, Config, Network, States
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import nn
@@ -50,7 +50,7 @@ class PatchTransformers(Network):
     layers: str
     embedder = "pos_embed"
 
-    def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
+    def check(self, name: str, config: Config, folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""
         size, patch = config["sample_size"], config["patch_size"]
         if size % patch:
@@ -67,13 +67,7 @@ class PatchTransformers(Network):
             )
 
     def channels(
-        self,
-        name: str,
-        config: Mapping[str, Any],
-        pipeline: str,
-        variance_type: str | None,
-        *,
-        of_text: bool,
+        self, name: str, config: Config, pipeline: str, variance_type: str | None, *, of_text: bool
     ) -> Channels:
         """See :class:`Network`; a variance that is predicted is left out, as in diffusers."""
         given = config["in_channels"]
@@ -85,7 +79,7 @@ class PatchTransformers(Network):
             )
         return Channels(given)
 
-    def family(self, config: Mapping[str, Any], *, of_text: bool) -> str:
+    def family(self, config: Config, *, of_text: bool) -> str:
         """See :class:`Network`; most read prompts."""
         return TEXT_TO_IMAGE
 
@@ -93,11 +87,11 @@ class PatchTransformers(Network):
         """See :class:`Network`."""
         return self.layers
 
-    def sides(self, config: Mapping[str, Any], of_decoder: int | None) -> tuple[int, int]:
+    def sides(self, config: Config, of_decoder: int | None) -> tuple[int, int]:
         """See :class:`Network`."""
         return config["sample_size"], config["sample_size"]
 
-    def sample_multiple(self, config: Mapping[str, Any]) -> int:
+    def sample_multiple(self, config: Config) -> int:
         """See :class:`Network`."""
         return int(config["patch_size"])
 
@@ -108,7 +102,7 @@ class PatchTransformers(Network):
         states = repeated_tokens(conditions["encoder_hidden_states"], mask)
         return {**conditions, "encoder_hidden_states": states}
 
-    def build(self, class_name: str, config: Mapping[str, Any]) -> nn.Module:
+    def build(self, class_name: str, config: Config) -> nn.Module:
         """See :class:`Network`."""
         kind: Any = getattr(diffusers, self.class_names[0])
         return self.flat(kind.from_config(config))

@@ -12,7 +12,7 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from torch import Tensor
 
 from quest_deploy.errors import InputError
-from quest_deploy.models.networks.network import States
+from quest_deploy.models.networks.network import Config, States
 from quest_deploy.models.networks.patch_transformers import (
     PADDING,
     PatchTransformers,
@@ -24,7 +24,7 @@ from quest_deploy.models.networks.patch_transformers import (
 from quest_deploy.models.networks.prompt_encoders import PromptEncoder, Tokens, most_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 TOLD_SIZE = 128
@@ -108,7 +108,7 @@ class PixArt(PatchTransformers):
     layers = "pixart"
     prompt_encoder = T5WithMask
 
-    def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
+    def check(self, name: str, config: Config, folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""
         super().check(name, config, folder, of_text=of_text)
         if not of_text:
@@ -120,11 +120,11 @@ class PixArt(PatchTransformers):
                 f"is {TOLD_SIZE}"
             )
 
-    def guidance(self, config: Mapping[str, Any], family: str) -> float:
+    def guidance(self, config: Config, family: str) -> float:
         """See :class:`Network`."""
         return 4.5
 
-    def float_layers(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+    def float_layers(self, config: Config) -> tuple[str, ...]:
         """See :class:`Network`: embedders, adaptive norm and last projection."""
         text = ("caption_projection.*",) if config.get("caption_channels") is not None else ()
         return ("pos_embed.*", "adaln_single.*", *text, "proj_out")
@@ -133,14 +133,12 @@ class PixArt(PatchTransformers):
         """See :class:`Network`."""
         return encoded_prompts(pipeline, prompts)
 
-    def random_states(
-        self, config: Mapping[str, Any], count: int, generator: torch.Generator
-    ) -> States:
+    def random_states(self, config: Config, count: int, generator: torch.Generator) -> States:
         """See :class:`Network`."""
         width = config.get("caption_channels") or config["cross_attention_dim"]
         return random_states(count, width, generator)
 
-    def of_size(self, config: Mapping[str, Any], size: tuple[int, int], count: int) -> States:
+    def of_size(self, config: Config, size: tuple[int, int], count: int) -> States:
         """See :class:`Network`."""
         if not _is_told(config):
             return {}
@@ -151,7 +149,7 @@ class PixArt(PatchTransformers):
         }
 
 
-def _is_told(config: Mapping[str, Any]) -> bool:
+def _is_told(config: Config) -> bool:
     """Whether a transformer of ``config`` is told the image's size."""
     told = config.get("use_additional_conditions")
     return config["sample_size"] == TOLD_SIZE if told is None else bool(told)

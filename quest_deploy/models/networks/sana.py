@@ -13,7 +13,7 @@ from diffusers.models.transformers.sana_transformer import SanaTransformer2DMode
 from torch import Tensor
 
 from quest_deploy.errors import InputError
-from quest_deploy.models.networks.network import States
+from quest_deploy.models.networks.network import Config, States
 from quest_deploy.models.networks.patch_transformers import (
     PADDING,
     PatchTransformers,
@@ -25,7 +25,7 @@ from quest_deploy.models.networks.patch_transformers import (
 from quest_deploy.models.networks.prompt_encoders import PromptEncoder, Tokens, most_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 USUAL_WIDTH = 2304
@@ -112,7 +112,7 @@ class Sana(PatchTransformers):
     layers = "sana"
     prompt_encoder = Gemma
 
-    def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
+    def check(self, name: str, config: Config, folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""
         super().check(name, config, folder, of_text=of_text)
         if not of_text:
@@ -124,11 +124,11 @@ class Sana(PatchTransformers):
                     f"{expected!r}"
                 )
 
-    def guidance(self, config: Mapping[str, Any], family: str) -> float:
+    def guidance(self, config: Config, family: str) -> float:
         """See :class:`Network`."""
         return 4.5
 
-    def float_layers(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+    def float_layers(self, config: Config) -> tuple[str, ...]:
         """See :class:`Network`: embedders, adaptive norm and last projection, and the depthwise
         convolutions, which multiply nine values each.
         """
@@ -140,9 +140,7 @@ class Sana(PatchTransformers):
         instruction = _instruction(pipeline)
         return encoded_prompts(pipeline, prompts, complex_human_instruction=instruction)
 
-    def random_states(
-        self, config: Mapping[str, Any], count: int, generator: torch.Generator
-    ) -> States:
+    def random_states(self, config: Config, count: int, generator: torch.Generator) -> States:
         """See :class:`Network`."""
         width = config.get("caption_channels", USUAL_WIDTH)
         return random_states(count, width, generator)

@@ -12,7 +12,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from quest_deploy.models.networks.network import States
+from quest_deploy.models.networks.network import Config, States
 from quest_deploy.models.networks.patch_transformers import (
     PatchTransformers,
     require_encoders,
@@ -22,7 +22,7 @@ from quest_deploy.models.networks.patch_transformers import (
 from quest_deploy.models.networks.prompt_encoders import PromptEncoder, Tokens, most_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 RANDOM_TOKENS = 77 + 256
@@ -101,17 +101,17 @@ class SD3(PatchTransformers):
     layers = "sd3"
     prompt_encoder = CLIPsAndT5
 
-    def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
+    def check(self, name: str, config: Config, folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""
         super().check(name, config, folder, of_text=of_text)
         require_encoders(name, folder, ("text_encoder", "text_encoder_2", "text_encoder_3"))
 
-    def largest_side(self, config: Mapping[str, Any]) -> int | None:
+    def largest_side(self, config: Config) -> int | None:
         """See :class:`Network`: positions are those of the middle of so many patches."""
         patches = config.get("pos_embed_max_size", USUAL_SIDE)
         return None if patches is None else int(patches * config["patch_size"])
 
-    def build(self, class_name: str, config: Mapping[str, Any]) -> nn.Module:
+    def build(self, class_name: str, config: Config) -> nn.Module:
         """See :class:`Network`."""
         side = config.get("pos_embed_max_size", USUAL_SIDE)
         # The table of positions would take gigabytes to make, only to be dropped.
@@ -121,11 +121,11 @@ class SD3(PatchTransformers):
         built: nn.Module = network
         return built
 
-    def guidance(self, config: Mapping[str, Any], family: str) -> float:
+    def guidance(self, config: Config, family: str) -> float:
         """See :class:`Network`."""
         return 7.0
 
-    def float_layers(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+    def float_layers(self, config: Config) -> tuple[str, ...]:
         """See :class:`Network`: embedders, adaptive norms and last projection."""
         embedders = ("pos_embed.*", "time_text_embed.*", "context_embedder")
         return (*embedders, "*.norm1.linear", "*.norm1_context.linear", "norm_out.*", "proj_out")
@@ -137,9 +137,7 @@ class SD3(PatchTransformers):
         )
         return _states(states, pooled), _states(no_states, no_pooled)
 
-    def random_states(
-        self, config: Mapping[str, Any], count: int, generator: torch.Generator
-    ) -> States:
+    def random_states(self, config: Config, count: int, generator: torch.Generator) -> States:
         """See :class:`Network`."""
         width, pooled = config["joint_attention_dim"], config["pooled_projection_dim"]
         return _states(

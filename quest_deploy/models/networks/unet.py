@@ -18,6 +18,7 @@ from quest_deploy.models.networks.network import (
     CLASS_CONDITIONAL,
     TEXT_TO_IMAGE,
     UNCONDITIONAL,
+    Config,
     Network,
     States,
 )
@@ -33,7 +34,7 @@ from quest_deploy.models.supported import (
 from quest_deploy.models.unets import ADDED_CONDITIONS, FLAT_CLASSES, with_flat_conditions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import nn
@@ -57,7 +58,7 @@ class UNets(Network):
     checkpointed_blocks = ("ResnetBlock2D", "Transformer2DModel", "Upsample2D", "Downsample2D")
     reconstructs = takes_loras = takes_variance = True
 
-    def check(self, name: str, config: Mapping[str, Any], folder: Path, *, of_text: bool) -> None:
+    def check(self, name: str, config: Config, folder: Path, *, of_text: bool) -> None:
         """See :class:`Network`."""
         check_unet(name, config, of_text=of_text)
         path, pooled = folder / "text_encoder_2" / "config.json", None
@@ -66,18 +67,12 @@ class UNets(Network):
         check_time_ids(name, config, pooled)
 
     def channels(
-        self,
-        name: str,
-        config: Mapping[str, Any],
-        pipeline: str,
-        variance_type: str | None,
-        *,
-        of_text: bool,
+        self, name: str, config: Config, pipeline: str, variance_type: str | None, *, of_text: bool
     ) -> Channels:
         """See :class:`Network`."""
         return channels_of(name, config, pipeline, variance_type, text=of_text)
 
-    def family(self, config: Mapping[str, Any], *, of_text: bool) -> str:
+    def family(self, config: Config, *, of_text: bool) -> str:
         """See :class:`Network`; it is also which layers QuEST trains: a UNet without
         cross-attention has attention blocks for transformers, whether it embeds a class or not.
         """
@@ -89,30 +84,30 @@ class UNets(Network):
         """See :class:`Network`."""
         return family
 
-    def guidance(self, config: Mapping[str, Any], family: str) -> float:
+    def guidance(self, config: Config, family: str) -> float:
         """See :class:`Network`."""
         return GUIDANCE[family] if self.labels(config) is None else 1.0
 
-    def residuals(self, config: Mapping[str, Any], kind: str) -> dict[str, Residual]:
+    def residuals(self, config: Config, kind: str) -> dict[str, Residual]:
         """See :class:`Network`."""
         return unet_residuals(config, kind)
 
-    def labels(self, config: Mapping[str, Any]) -> ClassLabels | None:
+    def labels(self, config: Config) -> ClassLabels | None:
         """See :class:`Network`."""
         classes = config.get("num_class_embeds")
         return None if classes is None else ClassLabels(classes)
 
-    def sides(self, config: Mapping[str, Any], of_decoder: int | None) -> tuple[int, int]:
+    def sides(self, config: Config, of_decoder: int | None) -> tuple[int, int]:
         """See :class:`Network`."""
         side = config["sample_size"]
         height, width = (side, side) if isinstance(side, int) else side
         return height, width
 
-    def sample_multiple(self, config: Mapping[str, Any]) -> int:
+    def sample_multiple(self, config: Config) -> int:
         """See :class:`Network`."""
         return sample_multiple(config)
 
-    def build(self, class_name: str, config: Mapping[str, Any]) -> nn.Module:
+    def build(self, class_name: str, config: Config) -> nn.Module:
         """See :class:`Network`."""
         kind: Any = FLAT_CLASSES.get(class_name) or getattr(diffusers, class_name)
         unet: nn.Module = kind.from_config(config)
@@ -140,9 +135,7 @@ class UNets(Network):
         )
         return asked, unasked
 
-    def random_states(
-        self, config: Mapping[str, Any], count: int, generator: torch.Generator
-    ) -> States:
+    def random_states(self, config: Config, count: int, generator: torch.Generator) -> States:
         """See :class:`Network`."""
         width = states_width(config)
         states = {
@@ -156,7 +149,7 @@ class UNets(Network):
             states["text_embeds"] = torch.randn(count, pooled, generator=generator)
         return states
 
-    def of_size(self, config: Mapping[str, Any], size: tuple[int, int], count: int) -> States:
+    def of_size(self, config: Config, size: tuple[int, int], count: int) -> States:
         """See :class:`Network`."""
         if config.get("addition_embed_type") != "text_time":
             return {}

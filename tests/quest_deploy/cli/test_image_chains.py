@@ -104,6 +104,15 @@ def test_the_engine_predicts_what_the_fake_quantized_model_predicts(made: Path) 
     assert expected.std() > 0.01
 
 
+def drawn_by_the_engines_pipeline(workspace: Path, **images: Any) -> np.ndarray:
+    """The image, int [H, W, C], by diffusers' pipeline around the engine."""
+    pipeline = load_pipeline(workspace, "onnxruntime")
+    pipeline.scheduler = load_model(Workspace.open(workspace).source).load_scheduler("ddim")
+    generator = torch.Generator().manual_seed(5)
+    settings = {"guidance_scale": 4.0, "num_inference_steps": 3, "generator": generator}
+    return np.asarray(pipeline("a red cat", **settings, **images).images[0], int)
+
+
 def test_generate_draws_the_given_image_as_the_engines_pipeline_does(
     made: Path, tmp_path: Path
 ) -> None:
@@ -127,16 +136,7 @@ def test_generate_draws_the_given_image_as_the_engines_pipeline_does(
     )
     assert ended.code == 0, ended.err
     found = np.asarray(Image.open(ended.json["picture"]), int)
-    pipeline = load_pipeline(made, "onnxruntime")
-    pipeline.scheduler = load_model(Workspace.open(made).source).load_scheduler("ddim")
-    expected = pipeline(
-        "a red cat",
-        guidance_scale=4.0,
-        num_inference_steps=3,
-        generator=torch.Generator().manual_seed(5),
-        **given,
-    ).images[0]
-    assert np.array_equal(found, np.asarray(expected, int))
+    assert np.array_equal(found, drawn_by_the_engines_pipeline(made, **given))
 
 
 def test_generate_refuses_images_that_the_model_does_not_take(made: Path, tmp_path: Path) -> None:
@@ -190,15 +190,7 @@ def test_a_package_draws_what_the_engines_pipeline_draws(made: Path, tmp_path: P
     if IMAGES[made.name]:
         files["mask_image"] = (tmp_path / "mask.png").read_bytes()
         given["mask_image"] = each.mask
-    pipeline = load_pipeline(made, "onnxruntime")
-    pipeline.scheduler = load_model(Workspace.open(made).source).load_scheduler("ddim")
-    expected = pipeline(
-        "a red cat",
-        guidance_scale=4.0,
-        num_inference_steps=3,
-        generator=torch.Generator().manual_seed(5),
-        **given,
-    ).images[0]
+    expected = drawn_by_the_engines_pipeline(made, **given)
     found = local.draw(prompt="a red cat", steps=3, seed=5, guidance=4.0, **files)
     # The encoder's last bits may change a code.
-    assert np.abs(found.astype(int) - np.asarray(expected, int)).mean() < 2
+    assert np.abs(found.astype(int) - expected).mean() < 2

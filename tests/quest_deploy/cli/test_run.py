@@ -52,6 +52,12 @@ STAGES = (
 NO_STAGES = ("workspace", "left_out", "failed")
 """The keys of `run --json` that are no stage's."""
 
+CALIBRATED = ("--samples", 8, "--steps", 4, "--method", "minmax", "--buckets", 2)
+TRAINED = (
+    *("--layers", "conv_out,conv_in", "--temporal-steps", 1),
+    *("--sensitive-steps", 1, "--batch", 2),
+)
+"""Options of calibration and finetuning that are no defaults."""
 
 SMALL: dict[str, StageOptions] = {
     "calibrate": CalibrateOptions(samples=8),
@@ -138,19 +144,8 @@ def test_run_keeps_the_options_that_calibration_and_finetuning_had(
 
     monkeypatch.setattr(export, "work", stop)
     root = tmp_path / "w"
-    small = ("--samples", 8, "--steps", 4)
-    assert cli("calibrate", "-w", root, "--method", "minmax", *small, "--buckets", 2).code == 0
-    chosen = (
-        "--layers",
-        "conv_out,conv_in",
-        "--temporal-steps",
-        1,
-        "--sensitive-steps",
-        1,
-        "--batch",
-        2,
-    )
-    assert cli("finetune", "-w", root, *chosen).code == 0
+    assert cli("calibrate", "-w", root, *CALIBRATED).code == 0
+    assert cli("finetune", "-w", root, *TRAINED).code == 0
     before = snapshot(root)
     ended = cli("run", "-w", root)
     assert ended.message.endswith("far enough")
@@ -179,40 +174,13 @@ def test_run_goes_on_with_the_options_of_what_was_interrupted(
     root = tmp_path / "w"
     with monkeypatch.context() as patch:
         patch.setattr("quest_deploy.calibration.trajectories.record_trajectories", interrupt)
-        ended = cli(
-            "calibrate",
-            "-w",
-            root,
-            "--samples",
-            8,
-            "--steps",
-            4,
-            "--method",
-            "minmax",
-            "--buckets",
-            2,
-        )
-    assert ended.code == 130
+        assert cli("calibrate", "-w", root, *CALIBRATED).code == 130
     with monkeypatch.context() as patch:
         patch.setattr("quest_deploy.finetuning.train.finetune", interrupt)
         assert cli("run", "-w", root).code == 130
         calibrated = Workspace.open(root).stages["calibrate"].options
-        assert (calibrated["samples"], calibrated["steps"], calibrated["method"]) == (
-            8,
-            4,
-            "minmax",
-        )
-        chosen = (
-            "--layers",
-            "conv_out,conv_in",
-            "--temporal-steps",
-            1,
-            "--sensitive-steps",
-            1,
-            "--batch",
-            2,
-        )
-        assert cli("finetune", "-w", root, *chosen).code == 130
+        assert [calibrated[key] for key in ("samples", "steps", "method")] == [8, 4, "minmax"]
+        assert cli("finetune", "-w", root, *TRAINED).code == 130
         kept = Workspace.open(root).options_of("finetune")
     started: list[FinetuneOptions] = []
     monkeypatch.setattr(

@@ -51,6 +51,16 @@ def run_all(root: Path, *commands: tuple[str | Path, ...]) -> None:
         assert ended.code == 0, f"{command}: {ended.err}"
 
 
+def trained_floats(root: Path) -> set[str]:
+    """The float parameters that finetuning changed."""
+    before, after = (load_checkpoint(root / name).floats for name in (CALIBRATED, CHECKPOINT))
+    return {name for name, value in before.items() if not np.array_equal(value, after[name])}
+
+
+def fake_quantized(root: Path) -> Any:
+    return QuantizedModel.from_checkpoint(load_checkpoint(root / CHECKPOINT)).eval()
+
+
 def test_a_transformer_goes_through_every_command(pixart_chain: Chain) -> None:
     outcomes = pixart_chain.outcomes
     assert outcomes.keys() == PIXART_CHAIN.keys()
@@ -83,9 +93,7 @@ def test_the_engine_predicts_as_the_fake_quantized_model_at_other_sizes_and_toke
     pixart_chain: Chain,
 ) -> None:
     pipeline = load_pipeline(pixart_chain.root, "onnxruntime")
-    quantized = QuantizedModel.from_checkpoint(
-        load_checkpoint(pixart_chain.root / CHECKPOINT)
-    ).eval()
+    quantized = fake_quantized(pixart_chain.root)
     generator = torch.Generator().manual_seed(3)
     sample = torch.randn(3, 4, 6, 12, generator=generator)
     timestep = torch.tensor([990.0, 500.0, 1.0])  # each in a bucket of its own
@@ -105,11 +113,7 @@ def test_the_engine_predicts_as_the_fake_quantized_model_at_other_sizes_and_toke
 
 
 def test_the_adaptive_norm_and_its_tables_are_trained_in_float(pixart_chain: Chain) -> None:
-    before, after = (
-        load_checkpoint(pixart_chain.root / name).floats for name in (CALIBRATED, CHECKPOINT)
-    )
-    changed = {name for name, value in before.items() if not np.array_equal(value, after[name])}
-    assert changed == {
+    assert trained_floats(pixart_chain.root) == {
         "adaln_single.linear.weight",
         "adaln_single.linear.bias",
         "scale_shift_table",
@@ -200,9 +204,14 @@ def test_an_alpha_goes_through_to_a_verified_engine(
     assert load_checkpoint(tmp_path / "ws" / CALIBRATED).branches
 
 
-def test_stable_diffusion_3_goes_through_every_command(sd3_chain: Chain) -> None:
-    outcomes = sd3_chain.outcomes
-    assert outcomes.keys() == SD3_CHAIN.keys()
+@pytest.mark.parametrize(
+    ("name", "steps"), [("sd3_chain", SD3_CHAIN), ("flux_chain", FLUX_CHAIN)], ids=["sd3", "flux"]
+)
+def test_a_transformer_of_joint_attention_goes_through_every_command(
+    request: pytest.FixtureRequest, name: str, steps: dict[str, list[str]]
+) -> None:
+    outcomes = request.getfixturevalue(name).outcomes
+    assert outcomes.keys() == steps.keys()
     for backend in ("onnxruntime", "openvino"):
         assert outcomes[f"verify {backend}"].json["passed"]
     (picture,) = outcomes["generate openvino"].json["pictures"]
@@ -213,25 +222,30 @@ def test_stable_diffusion_3_goes_through_every_command(sd3_chain: Chain) -> None
     assert table["steps"][0]["timestep"] == 1000
 
 
+@pytest.mark.parametrize("name", ["sd3_chain", "flux_chain"])
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_verification_of_stable_diffusion_3_covers_every_layer_product_and_segment(
-    sd3_chain: Chain, backend: str
+def test_verification_of_joint_attention_covers_every_layer_product_and_segment(
+    request: pytest.FixtureRequest, name: str, backend: str
 ) -> None:
-    report = json.loads((sd3_chain.root / "reports" / f"verify-{backend}.json").read_text())
-    info = graph_info(load_graph(sd3_chain.root / GRAPH))
+    chain: Chain = request.getfixturevalue(name)
+    report = json.loads((chain.root / "reports" / f"verify-{backend}.json").read_text())
+    info = graph_info(load_graph(chain.root / GRAPH))
     assert {layer["layer"] for layer in report["layers"]} == {*info.layers, *info.matmuls}
-    assert {"attn.scores", "attn.mix", "attn2.scores", "attn2.mix"} <= {
-        name.removeprefix("transformer_blocks.0.") for name in info.matmuls
-    }
     assert {x["bucket"] for x in report["buckets"]} == set(range(4))
     assert report["segments"]
 
 
+def test_the_graph_of_stable_diffusion_3_has_the_products_of_both_attentions(
+    sd3_chain: Chain,
+) -> None:
+    info = graph_info(load_graph(sd3_chain.root / GRAPH))
+    assert {"attn.scores", "attn.mix", "attn2.scores", "attn2.mix"} <= {
+        name.removeprefix("transformer_blocks.0.") for name in info.matmuls
+    }
+
+
 def test_finetuning_trains_the_norms_of_stable_diffusion_3_in_float(sd3_chain: Chain) -> None:
-    before, after = (
-        load_checkpoint(sd3_chain.root / name).floats for name in (CALIBRATED, CHECKPOINT)
-    )
-    changed = {name for name, value in before.items() if not np.array_equal(value, after[name])}
+    changed = trained_floats(sd3_chain.root)
     norms = {"norm1.linear", "norm1_context.linear", "norm_out.linear"}
     assert changed
     assert all(any(norm in name for norm in norms) for name in changed)
@@ -244,7 +258,7 @@ def test_the_engine_of_stable_diffusion_3_predicts_as_the_fake_quantized_model_a
 ) -> None:
     pipeline = load_pipeline(sd3_chain.root, backend)
     assert type(pipeline) is StableDiffusion3Pipeline
-    quantized = QuantizedModel.from_checkpoint(load_checkpoint(sd3_chain.root / CHECKPOINT)).eval()
+    quantized = fake_quantized(sd3_chain.root)
     generator = torch.Generator().manual_seed(3)
     sample = torch.randn(3, 4, 6, 12, generator=generator)
     given = {
@@ -256,28 +270,17 @@ def test_the_engine_of_stable_diffusion_3_predicts_as_the_fake_quantized_model_a
     torch.testing.assert_close(found, quantized(sample, timestep, **given), rtol=1e-3, atol=1e-4)
 
 
-def test_flux_goes_through_every_command(flux_chain: Chain) -> None:
-    outcomes = flux_chain.outcomes
-    assert outcomes.keys() == FLUX_CHAIN.keys()
-    for backend in ("onnxruntime", "openvino"):
-        assert outcomes[f"verify {backend}"].json["passed"]
-    (picture,) = outcomes["generate openvino"].json["pictures"]
-    assert Image.open(picture).size == (24, 16)
-    results = outcomes["evaluate onnxruntime"].json["results"]
-    assert results["onnxruntime"]["psnr"] == pytest.approx(results["QuEST"]["psnr"], abs=0.5)
-    table = json.loads(Path(outcomes["schedule"].json["schedule"]).read_text())
+def test_the_schedule_of_flux_is_shifted_and_its_graph_takes_guidance(flux_chain: Chain) -> None:
+    table = json.loads(Path(flux_chain.outcomes["schedule"].json["schedule"]).read_text())
     assert [round(step["timestep"]) for step in table["steps"]] == [1000, 826, 613, 345]
     sizes = input_sizes(load_graph(flux_chain.root / GRAPH))
     assert (sizes["sample"], sizes["guidance"]) == ((None, 4, None, None), (None,))
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_verification_of_flux_covers_every_layer_product_and_segment(
-    flux_chain: Chain, backend: str
+def test_the_graph_of_flux_has_the_layers_and_products_of_both_kinds_of_block(
+    flux_chain: Chain,
 ) -> None:
-    report = json.loads((flux_chain.root / "reports" / f"verify-{backend}.json").read_text())
     info = graph_info(load_graph(flux_chain.root / GRAPH))
-    assert {layer["layer"] for layer in report["layers"]} == {*info.layers, *info.matmuls}
     assert set(info.matmuls) == {
         f"{blocks}.0.attn.{product}"
         for blocks in ("transformer_blocks", "single_transformer_blocks")
@@ -286,15 +289,10 @@ def test_verification_of_flux_covers_every_layer_product_and_segment(
     assert {"single_transformer_blocks.0.proj_out", "single_transformer_blocks.0.proj_mlp"} < set(
         info.layers
     )
-    assert {x["bucket"] for x in report["buckets"]} == set(range(4))
-    assert report["segments"]
 
 
 def test_finetuning_trains_the_norms_of_flux_in_float(flux_chain: Chain) -> None:
-    before, after = (
-        load_checkpoint(flux_chain.root / name).floats for name in (CALIBRATED, CHECKPOINT)
-    )
-    changed = {name for name, value in before.items() if not np.array_equal(value, after[name])}
+    changed = trained_floats(flux_chain.root)
     norms = {"norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear"}
     assert {norm for norm in norms if any(norm in name for name in changed)} == norms
     assert all(any(norm in name for norm in norms) for name in changed)
@@ -307,9 +305,7 @@ def test_the_pipeline_of_flux_draws_what_it_draws_around_the_fake_quantized_mode
 ) -> None:
     pipeline = load_pipeline(flux_chain.root, backend)
     assert type(pipeline) is FluxPipeline
-    quantized: Any = QuantizedModel.from_checkpoint(
-        load_checkpoint(flux_chain.root / CHECKPOINT)
-    ).eval()
+    quantized = fake_quantized(flux_chain.root)
     model = load_model(Workspace.open(flux_chain.root).source)
     around = model.load_pipeline(transformer=stand_in(quantized, model.config))
     given: dict[str, Any] = {
@@ -445,7 +441,7 @@ def test_sana_goes_through_to_images_of_verified_engines(
         report = json.loads((root / "reports" / f"verify-{backend}.json").read_text())
         assert {x["layer"].removeprefix("transformer_blocks.0.") for x in report["layers"]} > layers
         assert report["segments"]
-    quantized = QuantizedModel.from_checkpoint(checkpoint).eval()
+    quantized = fake_quantized(root)
     generator = torch.Generator().manual_seed(3)
     sample = torch.randn(3, 4, 5, 12, generator=generator)
     given = {

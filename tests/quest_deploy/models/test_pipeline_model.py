@@ -39,16 +39,6 @@ FAMILIES = {
 }
 
 
-@pytest.fixture
-def models(pipelines: Callable[[str], Path]) -> Callable[[str], PipelineModel]:
-    def model(name: str) -> PipelineModel:
-        loaded = load_model(resolve_source(str(pipelines(name))))
-        assert isinstance(loaded, PipelineModel)
-        return loaded
-
-    return model
-
-
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

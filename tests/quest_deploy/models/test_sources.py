@@ -404,49 +404,41 @@ def single_file(folder: Path, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_a_single_file_gives_the_unet_of_the_folder_it_was_made_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
-) -> None:
-
+@pytest.fixture
+def small_sd15(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small pipeline, whose architecture single files are taken to have."""
     levels = {
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "up_block_types": ("CrossAttnUpBlock2D",),
         "block_out_channels": (32,),
     }
     folder = text_to_image(tmp_path / "architectures" / "sd15", **levels)
-    monkeypatch.setattr(
-        "quest_deploy.models.pipeline_model.ARCHITECTURES", tmp_path / "architectures"
-    )
-    path = single_file(folder, tmp_path / f"model{suffix}")
+    monkeypatch.setattr("quest_deploy.models.pipeline_model.ARCHITECTURES", folder.parent)
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_single_file_gives_the_unet_of_the_folder_it_was_made_from(
+    small_sd15: Path, tmp_path: Path, suffix: str
+) -> None:
+    path = single_file(small_sd15, tmp_path / f"model{suffix}")
     source = resolve_source(str(path))
     assert source.name == "model"
-    unet, expected = (
-        load_model(source).load_unet(),
-        load_model(resolve_source(str(folder))).load_unet(),
+    found, expected = (
+        load_model(each).load_unet().state_dict()
+        for each in (source, resolve_source(str(small_sd15)))
     )
-    assert unet.state_dict().keys() == expected.state_dict().keys()
-    assert all(
-        torch.equal(unet.state_dict()[key], value) for key, value in expected.state_dict().items()
-    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 @pytest.mark.parametrize("damage", ["missing", "NaN"])
 def test_a_damaged_weight_of_a_single_file_is_refused_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+    small_sd15: Path, tmp_path: Path, damage: str
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    levels = {
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "up_block_types": ("CrossAttnUpBlock2D",),
-        "block_out_channels": (32,),
-    }
-    folder = text_to_image(tmp_path / "architectures" / "sd15", **levels)
-    monkeypatch.setattr(
-        "quest_deploy.models.pipeline_model.ARCHITECTURES", tmp_path / "architectures"
-    )
-    path = single_file(folder, tmp_path / "model.safetensors")
+    path = single_file(small_sd15, tmp_path / "model.safetensors")
     tensors = load_file(path)
     key = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
     if damage == "missing":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 FEW: dict[str, Any] = {"samples": 1, "steps": 2, "buckets": 2, "method": "minmax"}
+UNET = "unet/config.json"
 TEXT: dict[str, tuple[str, dict[str, Any], str]] = {
     "an upscaler's noise level": ("sd", {"num_class_embeds": 10}, "num_class_embeds"),
     "classes beside tokens": ("class-tokens", {"num_class_embeds": 10}, "num_class_embeds"),
@@ -62,26 +62,13 @@ TEXT: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-@pytest.fixture
-def changed(pipelines: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a small pipeline, its UNet's configuration changed."""
-
-    def copy(name: str, **changes: Any) -> Path:
-        shutil.copytree(pipelines(name), tmp_path / name)
-        path = tmp_path / name / "unet" / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-        return tmp_path / name
-
-    return copy
-
-
 @pytest.mark.parametrize("random_weights", [False, True])
 @pytest.mark.parametrize("case", TEXT)
 def test_a_unet_that_is_not_supported_is_refused_by_its_setting(
     changed: Callable[..., Path], tmp_path: Path, case: str, *, random_weights: bool
 ) -> None:
     name, changes, facts = TEXT[case]
-    folder = changed(name, **changes)
+    folder = changed(name, UNET, **changes)
     extra = ["--random-weights"] if random_weights else []
     outcome = cli("calibrate", "-w", tmp_path / "ws", "--model", folder, *extra)
     outcome.assert_refused(*facts.split())
@@ -94,7 +81,7 @@ def test_the_width_of_states_may_be_said_for_each_level_but_is_one(
 ) -> None:
     config = json.loads((pipelines(name) / "unet" / "config.json").read_text())
     width, levels = config["cross_attention_dim"], len(config["block_out_channels"])
-    folder = changed(name, cross_attention_dim=[width] * levels)
+    folder = changed(name, UNET, cross_attention_dim=[width] * levels)
     model = load_model(resolve_source(str(folder), random_weights=True))
     states = model.conditions(np.zeros(1, np.int64))["encoder_hidden_states"]
     assert states.shape[-1] == width
@@ -106,7 +93,7 @@ def test_the_width_of_states_may_be_said_for_each_level_but_is_one(
 def test_sdxl_is_told_the_size_of_pictures_that_are_no_squares(
     changed: Callable[..., Path], tmp_path: Path, *, random_weights: bool
 ) -> None:
-    folder = changed("sdxl", sample_size=[8, 12])
+    folder = changed("sdxl", UNET, sample_size=[8, 12])
     workspace = qd.calibrate(
         str(folder), random_weights=random_weights, workspace=tmp_path / "ws", **FEW
     )
@@ -166,7 +153,7 @@ def test_labels_alone_go_through_every_command_and_draw_the_labels(tmp_path: Pat
 def test_the_first_convolution_has_8_bits_also_where_the_input_is_centered(
     changed: Callable[..., Path], tmp_path: Path, name: str, *, centered: bool
 ) -> None:
-    folder = changed(name, center_input_sample=centered)
+    folder = changed(name, UNET, center_input_sample=centered)
     workspace = qd.calibrate(str(folder), workspace=tmp_path / "ws", **FEW)
     layers = load_checkpoint(workspace.path(CALIBRATED)).layers
     assert {x for x, data in layers.items() if data.weight_bits == 8} == {"conv_in", "conv_out"}
@@ -177,7 +164,7 @@ def test_a_unet_that_does_not_run_is_refused_before_anything_is_recorded(
 ) -> None:
     # diffusers' skip blocks read three channels, whatever the configuration says
     blocks = {"down_block_types": ["SkipDownBlock2D"] * 2, "up_block_types": ["SkipUpBlock2D"] * 2}
-    folder = changed("ldm", in_channels=4, out_channels=4, **blocks)
+    folder = changed("ldm", UNET, in_channels=4, out_channels=4, **blocks)
     few = ("--samples", "1", "--steps", "2", "--random-weights")
     outcome = cli("calibrate", "-w", tmp_path / "ws", "--model", folder, *few)
     outcome.assert_refused("ldm", "[4, 8, 8]")

@@ -25,6 +25,7 @@ from quest_deploy.serving.pipeline import PipelineUNet
 from quest_deploy.serving.pipeline import _controls as given_controls
 from tests.helpers import refused
 from tests.pipelines import controlnet, t2i_adapter
+from tests.quest_deploy.serving.float_engine import FloatEngine, draw
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,36 +58,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-class FloatEngine:
-    """The float UNet in the place of an engine that has a ControlNet's inputs."""
-
-    def __init__(self, model: PipelineModel) -> None:
-        self.unet = model.load_unet()
-        self.added = dict.fromkeys(
-            (name for kind in KINDS for name in unet_residuals(model.config, kind)), 1
-        )
-
-    def __call__(self, sample: Any, timestep: Any, **conditions: Any) -> Any:
-        return self.unet(sample, timestep, **conditions, return_dict=False)[0]
-
-
 @pytest.fixture
 def nets(pipelines: Callable[[str], Path], tmp_path: Path) -> Callable[[str, int], list[Path]]:
     """So many ControlNets for a pipeline."""
     return lambda name, count: [
         controlnet(tmp_path / f"net-{i}", pipelines(name), seed=i) for i in range(count)
     ]
-
-
-def draw(pipeline: Any, **options: Any) -> Any:
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        "a red cat",
-        num_inference_steps=3,
-        generator=torch.Generator().manual_seed(0),
-        output_type="np",
-        **options,
-    ).images
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -99,7 +76,7 @@ def test_around_an_engine_that_predicts_as_the_unet_it_draws_as_diffusers_own(
         load_control(path, model, CONTROLNET) for path in nets(name, 2 if case == "two" else 1)
     ]
     given: Any = loaded if len(loaded) > 1 else loaded[0]
-    engine: Any = FloatEngine(model)
+    engine: Any = FloatEngine(model, *KINDS)
     ours = model.load_pipeline(unet=PipelineUNet(engine, model.config), controlnet=given)
     assert type(ours).__name__ == expected
     kind = getattr(diffusers, expected)
@@ -129,7 +106,7 @@ def test_with_a_t2i_adapter_it_draws_as_diffusers_own(
 ) -> None:
     model = PipelineModel(resolve_source(str(pipelines(name))))
     adapter = load_control(t2i_adapter(tmp_path / "net", pipelines(name)), model, T2I_ADAPTER)
-    engine: Any = FloatEngine(model)
+    engine: Any = FloatEngine(model, *KINDS)
     ours = model.load_pipeline(unet=PipelineUNet(engine, model.config), adapter=adapter)
     assert type(ours).__name__ == expected
     without = {} if "xl" in name else {"safety_checker": None, "requires_safety_checker": False}
@@ -299,7 +276,6 @@ def test_an_engine_without_the_inputs_refuses_what_a_controlnet_adds(
 ) -> None:
     model = PipelineModel(resolve_source(str(pipelines("controlled"))))
     engine: Any = FloatEngine(model)
-    engine.added = {}
     (path,) = nets("controlled", 1)
     unet = PipelineUNet(engine, model.config)
     pipeline = model.load_pipeline(unet=unet, controlnet=load_control(path, model, CONTROLNET))

@@ -20,10 +20,11 @@ from quest_deploy.models.controls import load_control
 from quest_deploy.models.image_inputs import made_image
 from quest_deploy.models.ip_adapters import load_image_parts
 from quest_deploy.models.loading import load_model, resolve_source
-from quest_deploy.models.residuals import CONTROLNET, T2I_ADAPTER, unet_residuals
+from quest_deploy.models.residuals import CONTROLNET, T2I_ADAPTER
 from quest_deploy.serving.pipeline import PipelineUNet, load_pipeline
 from tests.helpers import refused
 from tests.pipelines import controlnet, ip_adapter, t2i_adapter
+from tests.quest_deploy.serving.float_engine import FloatEngine, draw
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,24 +44,13 @@ CASES: dict[str, tuple[str, dict[str, bool], dict[str, Any]]] = {
 }
 
 
-class FloatEngine:
-    """The float UNet in the place of an engine."""
-
-    def __init__(self, model: PipelineModel, kind: str | None = None) -> None:
-        self.unet = model.load_unet()
-        names = () if kind is None else unet_residuals(model.config, kind)
-        self.added = dict.fromkeys(names, 1)
-
-    def __call__(self, sample: Any, timestep: Any, **conditions: Any) -> Any:
-        return self.unet(sample, timestep, **conditions, return_dict=False)[0]
-
-
 def model_with(pipeline: Path, adapter: Path) -> PipelineModel:
     return load_model(resolve_source(str(pipeline), ip_adapter=f"{adapter}:0.6"))
 
 
 def pipeline_of(model: PipelineModel, **parts: Any) -> Any:
-    engine: Any = FloatEngine(model, CONTROLNET if "controlnet" in parts else None)
+    kinds = (CONTROLNET,) if "controlnet" in parts else ()
+    engine: Any = FloatEngine(model, *kinds)
     unet = PipelineUNet(engine, model.config, model.source.ip_adapter)
     pipeline = model.load_pipeline(unet=unet, **load_image_parts(model), **parts)
     pipeline.set_ip_adapter_scale = unet.set_ip_adapter_scale
@@ -74,17 +64,6 @@ def diffusers_own(kind: Any, folder: Path, path: Path, **parts: Any) -> Any:
         str(path.parent.parent), subfolder=path.parent.name, weight_name=path.name
     )
     return pipeline
-
-
-def draw(pipeline: Any, **options: Any) -> Any:
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        "a red cat",
-        num_inference_steps=3,
-        generator=torch.Generator().manual_seed(0),
-        output_type="np",
-        **options,
-    ).images
 
 
 @pytest.mark.parametrize("case", CASES)
