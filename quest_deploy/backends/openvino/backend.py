@@ -304,7 +304,7 @@ def _is_by_sample(scale: Any, path: list[Any]) -> bool:
         return False
     sizes, *shapes = (list(shape.to_shape()) for shape in partial)
     order = path[1].input_value(1).get_node()
-    first = order.get_type_name() == "Constant" and order.get_data()[0] == 0
+    first = order.get_type_name() == "Constant" and bool(order.get_data()[0] == 0)
     batch = shapes[0][:1]
     return (
         first
