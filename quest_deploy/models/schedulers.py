@@ -303,6 +303,9 @@ def set_steps(scheduler: Any, steps: int) -> None:
             + (_numbers(scheduler, some) if some else _advice_on_steps(scheduler))
         )
     scheduler.set_timesteps(steps)
+    if scheduler.config.get("use_flow_sigmas"):
+        # It would look for the first timestep by its value, which a shift may give the second too.
+        scheduler.set_begin_index(0)
 
 
 def most_steps(scheduler: Any, most: int) -> int:

@@ -137,7 +137,8 @@ class PooledCLIPAndT5(PromptEncoder):
     def __init__(self, pipeline: Any) -> None:
         super().__init__()
         self.clip, self.t5 = pipeline.text_encoder, pipeline.text_encoder_2
-        self.tokens = (Tokens(pipeline.tokenizer_max_length), Tokens(most_tokens(pipeline)))
+        clip = Tokens(pipeline.tokenizer_max_length, cut=True)
+        self.tokens = (clip, Tokens(most_tokens(pipeline)))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """See :class:`PromptEncoder`."""

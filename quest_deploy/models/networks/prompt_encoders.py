@@ -22,6 +22,7 @@ class Tokens:
 
     Attributes:
         length: what they are padded to; a prompt of more is refused.
+        cut: whether the end of a longer prompt is left out instead, as another encoder reads it.
         masked: whether the encoder is told which are padding, ``attention_mask``.
         lower: whether the prompt is put into lower case and stripped first.
         before: the text before a prompt that is asked for, and not before a negative one.
@@ -31,6 +32,7 @@ class Tokens:
     """
 
     length: int
+    cut: bool = False
     masked: bool = False
     lower: bool = False
     before: str = ""

@@ -73,7 +73,7 @@ class CLIPsAndT5(PromptEncoder):
         super().__init__()
         self.clips = nn.ModuleList([pipeline.text_encoder, pipeline.text_encoder_2])
         self.t5 = pipeline.text_encoder_3
-        clip = Tokens(pipeline.tokenizer_max_length)
+        clip = Tokens(pipeline.tokenizer_max_length, cut=True)
         self.tokens = (clip, clip, Tokens(most_tokens(pipeline)))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:

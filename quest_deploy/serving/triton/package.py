@@ -9,6 +9,7 @@ file side by side. Triton's TensorRT backend loads the plan; the python-based st
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -109,7 +110,7 @@ def write_package(
         factor = pixels_per_latent(model, latents)
         layout = Layout(made, options, plan, latents, info.sample_multiple, factor)
         _check_largest(model, layout)
-        pipeline, tokens = None, None
+        pipeline, tokens, states = None, None, 0
         signatures: dict[str, Signature] = {}
         takes_image = model.channels.image > 0
         total = 2 + of_text + parts.has_decoder + takes_image
@@ -123,6 +124,7 @@ def write_package(
             progress("text encoder", len(signatures), total)
             pipeline, tokens, encoder = _of_text(model, parts)
             signatures["text_encoder"] = write_text_encoder(layout, encoder)
+            states = _row_bytes(encoder)
             del encoder
         if parts.has_decoder:
             progress("decoder", len(signatures), total)
@@ -167,7 +169,9 @@ def write_package(
             "files": _hashes(made),
         }
         write_json(made / PACKAGE_FILE, record)
-        write_readme(layout, model, workspace.scheme.name, signatures, settings, parts.weights)
+        write_readme(
+            layout, model, workspace.scheme.name, signatures, settings, parts.weights, states
+        )
         files = [path for path in made.rglob("*") if path.is_file()]
         return {**record, "bytes": sum(path.stat().st_size for path in files)}
 
@@ -233,6 +237,13 @@ def _of_text(
         tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
         (tokenizer.model_max_length,) = input_sizes(graph)["input_ids"][1:]
     return pipeline, None, text_encoder(list(encoders.values()))
+
+
+def _row_bytes(encoder: ir.Model) -> int:
+    """What a prompt's outputs take, in float32."""
+    shapes = [list(value.shape or [])[1:] for value in encoder.graph.outputs]
+    known = [[size for size in shape if isinstance(size, int)] for shape in shapes]
+    return 4 * sum(math.prod(sizes) for sizes in known)
 
 
 def _check_largest(model: PipelineModel, layout: Layout) -> None:

@@ -180,6 +180,7 @@ def _settings(
     of_size = list(model.network.of_size(model.config, model.image_size, 1)) if of_text else []
     height, width = size = layout.size
     tokens = model.network.schedule_tokens(size)
+    largest = model.network.largest_side(model.config)
     return {
         "model": model.name,
         "network": model.network.part,
@@ -190,6 +191,7 @@ def _settings(
         "pixels_per_latent": layout.pixels_per_latent,
         "size": list(layout.pixels(layout.size)),
         "sizes": [list(layout.pixels(size)) for size in layout.sizes],
+        "largest": None if largest is None else largest * layout.pixels_per_latent,
         "size_factor": layout.pixels_per_latent * layout.sample_multiple,
         "decoder": "vae_decoder" in signatures,
         "schedulers": _schedulers(model),

@@ -68,6 +68,7 @@ def write_readme(
     models: Iterable[str],
     settings: dict[str, Any],
     weights: Mapping[str, str],
+    states: int,
 ) -> None:
     """Write it, last of all files: the server's command is ``serve.py``'s own.
 
@@ -76,6 +77,7 @@ def write_readme(
         models: the names of the models that the pipelines call.
         settings: the pipelines'.
         weights: how those of each part are stored, by the part's name.
+        states: the bytes of what a prompt is encoded to, float32.
     """
     compressed = ", ".join(f"`{name}`" for name, kind in weights.items() if kind != "fp32")
     printed = subprocess.run(
@@ -129,7 +131,8 @@ def write_readme(
         "max_batch": layout.max_batch,
         "inner_queue": layout.inner_queue,
         "model_timeout": MODEL_TIMEOUT,
-        "shared_memory": shared_memory(layout, settings["residuals"]),
+        "shared_memory": shared_memory(layout, settings["residuals"], states),
+        "network": settings["network"],
         "sizes": ", ".join(f"{height}x{width}" for height, width in settings["sizes"])
         or f"multiples of {settings['size_factor']}",
     }
@@ -137,16 +140,19 @@ def write_readme(
     (layout.folder / "README.md").write_text(template.substitute(values))
 
 
-def shared_memory(layout: Layout, residuals: Mapping[str, tuple[int, int]]) -> int:
-    """The GiB in which Python's processes give each other tensors: one, and what a ControlNet adds
-    to both rows of each image in flight of both pipelines, from its model and on to the UNet's.
+def shared_memory(layout: Layout, residuals: Mapping[str, tuple[int, int]], states: int) -> int:
+    """The GiB in which Python's processes give each other tensors: one, and what both rows of each
+    image in flight of both pipelines are conditioned on, and what a ControlNet adds to them, from
+    its model and on to the network's.
 
     Args:
         residuals: channels and divisor of each.
+        states: the bytes of what a row is conditioned on, a prompt's states.
     """
     side = layout.max_size // layout.pixels_per_latent
     row = sum(4 * channels * (side // divisor) ** 2 for channels, divisor in residuals.values())
-    return 1 + -(-2 * 2 * len(PIPELINES) * layout.options.max_in_flight * row // 2**30)
+    rows = 2 * len(PIPELINES) * layout.options.max_in_flight
+    return 1 + -(-rows * (2 * row + states) // 2**30)
 
 
 def _container(plan: Plan) -> str:

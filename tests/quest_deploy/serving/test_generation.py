@@ -498,7 +498,15 @@ def test_shared_memory_holds_what_a_controlnet_adds_to_every_image_in_flight(
     residuals = {k: (x.channels, x.divisor) for k, x in controlnet_residuals(config).items()}
     for in_flight in (4, 16, 64):
         layout = Layout(tmp_path, TritonOptions(max_in_flight=in_flight), None, (4, 64, 64), 8, 8)
-        assert shared_memory(layout, {}) == 1
+        assert shared_memory(layout, {}, 0) == 1
         # Stable Diffusion 1.5: 54 MB for both rows of an image, twice, in each pipeline.
         least = 1 + in_flight * 2 * 2 * 53.8e6 / 2**30
-        assert least <= shared_memory(layout, residuals) < least + 1.1
+        assert least <= shared_memory(layout, residuals, 0) < least + 1.1
+
+
+def test_shared_memory_holds_the_states_of_every_prompt_in_flight(tmp_path: Path) -> None:
+    states = 4 * 333 * 4096  # Stable Diffusion 3's
+    for in_flight in (16, 64, 256):
+        layout = Layout(tmp_path, TritonOptions(max_in_flight=in_flight), None, (16, 64, 64), 2, 8)
+        least = 1 + in_flight * 2 * 2 * states / 2**30
+        assert least <= shared_memory(layout, {}, states) < least + 1.1

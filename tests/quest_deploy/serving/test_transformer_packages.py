@@ -108,7 +108,7 @@ def assert_equal_images(
 
 CASES = {
     "pixart": (("ddim", "dpm++"), 4.5, {"negative_prompt": "Blue", "height": 32, "width": 16}),
-    "pixart-alpha": (("dpm++",), 4.5, {}),
+    "pixart-alpha": (("dpm++",), 4.5, {"height": 256, "width": 128}),
     "sd3": (("euler", "unipc"), 7.0, {"negative_prompt": "blue", "height": 20, "width": 16}),
     "sana": (("dpm++", "euler"), 4.5, {"negative_prompt": "blue", "height": 32, "width": 64}),
     "flux": (tuple(FLOW_SCHEDULERS), 3.3, {"height": 32, "width": 48}),
@@ -148,11 +148,46 @@ def test_what_a_model_without_classifier_free_guidance_is_not_asked_for_is_refus
 def test_a_prompt_that_the_encoder_would_cut_is_refused(
     both: Callable[[str], tuple[FloatPipeline, Any]],
 ) -> None:
-    for name, most in (("pixart", 300), ("pixart-alpha", 120), ("sana", 300), ("flux", 77)):
+    for name, most in (("pixart", 300), ("pixart-alpha", 120), ("sana", 300), ("flux", 512)):
         package, _ = both(name)
         for asked in ("prompt", "negative_prompt")[: 1 + (name != "flux")]:
             with pytest.raises(package.generation.InvalidRequestError, match=asked):
                 package.draw(**{"prompt": PROMPT, asked: "cat " * most})
+
+
+def test_clip_reads_the_first_words_of_a_prompt_that_t5_reads_whole(
+    both: Callable[[str], tuple[FloatPipeline, Any]],
+) -> None:
+    for name in ("flux", "sd3"):
+        height, width = both(name)[0].generator.settings["size"]
+        words = " ".join(f"cat {i}" for i in range(60))
+        own = {"height": height, "width": width}
+        assert_equal_images(both(name), "euler", 1.0, prompt=f"{words} dog", **own)
+
+
+def test_a_size_beyond_the_networks_positions_is_refused(
+    both: Callable[[str], tuple[FloatPipeline, Any]],
+) -> None:
+    package, _ = both("sd3")
+    largest = package.generator.settings["largest"]
+    with pytest.raises(package.generation.InvalidRequestError, match=str(largest)):
+        package.draw(prompt=PROMPT, height=2 * largest, width=largest)
+
+
+@pytest.mark.parametrize("scheduler", ["dpm++", "unipc"])
+def test_a_schedule_that_begins_with_the_same_timestep_twice_is_run_to_its_end(
+    both: Callable[[str], tuple[FloatPipeline, Any]], scheduler: str
+) -> None:
+    package, _ = both("flux")
+    side = 256 * package.generator.settings["pixels_per_latent"]
+    made = package.generator._scheduler(scheduler, 50, side, side)
+    first, second, *_ = made.timesteps
+    assert first == second
+    sample = torch.zeros(1, 4, 2, 2)
+    for timestep in made.timesteps:
+        sample = made.step(torch.ones_like(sample), timestep, sample).prev_sample
+    # Along a straight line, from pure noise to the picture.
+    assert torch.allclose(sample, torch.full_like(sample, -1), atol=1e-3)
 
 
 def test_a_package_draws_with_as_many_steps_as_its_model(

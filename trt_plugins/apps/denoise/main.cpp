@@ -27,7 +27,7 @@ constexpr char kUsage[] =
     "                       model's sample has behind the latents, where it inpaints or edits an image\n"
     "  --noise FILE         fresh noise, [steps, batch, ...], for schedules that add some\n"
     "  --batch N            samples [1]\n"
-    "  --guidance G         classifier-free guidance [1]; where it is above 1, rows are twice the batch, the empty conditions first;\n"
+    "  --guidance G         classifier-free guidance [none]; where it is above 1, rows are twice the batch, the empty conditions first;\n"
     "                       of a model that embeds it, its weight\n"
     "  --image-guidance G   the image's weight, of a model that edits one; under guidance rows are then three times the batch:\n"
     "                       all conditions, the empty text with the image, the empty text with zeros for the image\n"

@@ -1,6 +1,7 @@
 #include "quest_deploy/denoiser.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -88,7 +89,9 @@ struct Denoiser::Impl {
         const auto& all = engine.tensors();
         const bool embeds =
             std::any_of(all.begin(), all.end(), [](const Tensor& tensor) { return tensor.is_input && tensor.name == kGuidance; });
-        const float classifier_free = embeds ? 1 : options.guidance;
+        if (embeds && !(options.guidance && *options.guidance >= 0 && std::isfinite(*options.guidance)))
+            throw Error("DenoiserOptions::guidance: the engine embeds it; expected a number of 0 or more");
+        const float weight = options.guidance.value_or(1), classifier_free = embeds ? 1 : weight;
         const int rows_each = rows_of_sample(classifier_free, options.image_guidance);
         const std::int64_t rows = options.batch * rows_each;
         const std::size_t length = schedule.history();
@@ -131,7 +134,7 @@ struct Denoiser::Impl {
         timestep = DeviceArray<float>(static_cast<std::size_t>(rows));
         output = DeviceArray<float>(volume(output_shape));
         if (embeds) {
-            const std::vector<float> weights(static_cast<std::size_t>(rows), options.guidance);
+            const std::vector<float> weights(static_cast<std::size_t>(rows), weight);
             guidance = DeviceArray<float>(weights.size());
             guidance.copy_from(weights.data(), weights.size(), stream.get());
             check_cuda(cudaStreamSynchronize(stream.get()), "copying the guidance");  // before what is copied goes

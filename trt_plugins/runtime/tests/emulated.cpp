@@ -18,6 +18,7 @@
 #include <iostream>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <utility>
 
@@ -238,6 +239,13 @@ int main(int count, char** words) {
         options.condition_shapes[kMiddle] = {1, 3};
         refused("an input that is none got a shape");
         options.condition_shapes.erase("middle");
+        if (embeds) {
+            for (const std::optional<float> wrong : {std::optional<float>(), std::optional<float>(-1.0F), std::optional<float>(NAN)}) {
+                options.guidance = wrong;
+                refused("an embedded guidance was none, negative or no number");
+            }
+            options.guidance = std::stof(words[4]);
+        }
         const float control = std::stof(words[9]), scale = std::stof(words[10]);
         const std::size_t input_row = 20 + 4 * static_cast<std::size_t>(image_channels);
         if (control != 0)

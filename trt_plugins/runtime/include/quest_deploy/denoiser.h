@@ -4,6 +4,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,9 +32,10 @@ struct StepInputs {
 struct DenoiserOptions {
     std::int64_t batch = 1;  ///< samples denoised together
     Shape sample_shape;      ///< of the engine's sample, such as {4, 64, 64}; may be empty where the engine takes one size only
-    /// The guidance's weight. Of an engine with the input kGuidance, what that is filled with. Of any other it is classifier-free: where
-    /// it is above 1, the engine runs on twice the batch, and a condition's first half is the empty one's.
-    float guidance = 1;
+    /// The guidance's weight. Of an engine with the input kGuidance, what that is filled with; it must be given, and not be negative. Of
+    /// any other it is classifier-free: where it is above 1, the engine runs on twice the batch, and a condition's first half is the empty
+    /// one's.
+    std::optional<float> guidance;
     /// The image's weight, of a model that edits one (instruct-pix2pix); 0 for other models. With a guidance above 1 the engine then runs
     /// on three times the batch: with all conditions, without the text's, and without the text's and with zeros for the image's.
     float image_guidance = 0;

@@ -388,11 +388,8 @@ class Generator:
 
     def _size(self, given: dict[str, Any]) -> tuple[int, int]:
         """Height and width, in pixels."""
-        factor, sizes, largest = (
-            self.settings["size_factor"],
-            self.settings["sizes"],
-            self.limits.max_size,
-        )
+        factor, sizes = self.settings["size_factor"], self.settings["sizes"]
+        largest = min(self.limits.max_size, self.settings["largest"] or self.limits.max_size)
         height, width = (
             int(given.get(name, default))
             for name, default in zip(("height", "width"), self.settings["size"], strict=True)
@@ -420,6 +417,8 @@ class Generator:
             before, length, kept = rule["before"] if asked else "", rule["length"], rule["kept"]
             most = length if asked or kept is None else kept
             ids = tokenizer.encode(before + (text.lower().strip() if rule["lower"] else text)).ids
+            if rule["cut"] and len(ids) > length:
+                ids = [*ids[: length - 1], ids[-1]]
             if len(ids) > most:
                 marks = tokenizer.num_special_tokens_to_add(is_pair=False)
                 raise InvalidRequestError(
@@ -460,6 +459,9 @@ class Generator:
                 f"steps: {steps} steps begin at timestep {highest:g}, and the model knows those "
                 f"below {trained}; take fewer"
             )
+        if made["config"].get("use_flow_sigmas"):
+            # It would look for the first timestep by its value, which a shift may give the second.
+            scheduler.set_begin_index(0)
         return scheduler
 
     def _uses_variance(self, scheduler: str) -> bool:
