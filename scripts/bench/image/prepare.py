@@ -10,14 +10,14 @@ import shutil
 import subprocess
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import quest_deploy as qd
-from quest_deploy.artifacts.workspace import MANIFEST, Workspace
+from quest_deploy.artifacts.workspace import CALIBRATED, MANIFEST, Workspace
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.models.registry import ARCHITECTURES
 from quest_deploy.processes import in_own_process
@@ -33,6 +33,7 @@ PROMPT, OTHER_PROMPT = "a photo of a cat and a dog", "a red house"
 COMPARED_STEPS = 4
 """Steps of the drawing whose predictions are compared; not the calibration's prompt or noise."""
 TEXT_ENCODER, UNET, VAE = "text_encoder", "unet", "vae"
+ATTENTION8, BF16 = "attention8", "bf16"
 FLOAT, INT8, HYBRID = "float", "int8", "hybrid"
 """Forms of OpenVINO's UNet: of torch's weights, NNCF's INT8, and optimum-intel's hybrid one."""
 
@@ -81,6 +82,43 @@ SIZES = {
         buckets=2,
     ),
 }
+
+
+@dataclass(frozen=True)
+class OurForm:
+    """What a row of ours runs.
+
+    Attributes:
+        bits: of the layers, as ``--bits`` takes them.
+        attention8: whether attention has 8 bits; its products are float otherwise.
+        bf16: whether bf16 computes what is not quantized, text encoder and VAE among it.
+    """
+
+    bits: str
+    attention8: bool = False
+    bf16: bool = False
+
+    @property
+    def name(self) -> str:
+        """Such as "w8a8-attention8"."""
+        parts = {ATTENTION8: self.attention8, BF16: self.bf16}
+        return "-".join((self.bits, *(name for name, has in parts.items() if has)))
+
+    @classmethod
+    def of(cls, name: str) -> OurForm:
+        """The form of this name."""
+        bits, *rest = name.split("-")
+        return cls(bits, ATTENTION8 in rest, BF16 in rest)
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """Options of `calibrate` beside the bits."""
+        return {"attention_bits": "8", "softmax_bits": "8"} if self.attention8 else {}
+
+    @property
+    def dtype(self) -> str:
+        """``--dtype`` of the engines."""
+        return BF16 if self.bf16 else "fp32"
 
 
 @contextmanager
@@ -133,16 +171,18 @@ class Prepared:
         unet = self.models() / f"{UNET}.xml"
         return self._made(f"openvino-{form}", quantize, unet, self.recorded(), form)
 
-    def workspace(self, bits: str, attention: bool) -> Path:
+    def workspace(self, form: OurForm) -> Path:
         """Our workspace, its engines built; goes on where it was interrupted."""
-        folder = self.folder / f"ours-{bits}{'-attention8' if attention else ''}"
+        folder = self.folder / f"ours-{form.name}"
         if not (folder / MANIFEST).exists() or (
             f"build-parts/{BACKEND}" not in Workspace.open(folder).stages
         ):
+            calibrated = None
+            if form.bf16:
+                calibrated = self.workspace(replace(form, bf16=False)) / CALIBRATED
             print(f"preparing {folder.name}", flush=True)
-            in_own_process(
-                build_ours, folder, self.pipeline(), self.recorded(), bits, attention, self.threads
-            )
+            given = self.pipeline(), self.recorded(), form, self.threads, calibrated
+            in_own_process(build_ours, folder, *given)
         return folder
 
     def optimum(self, python: Path, form: str = FLOAT) -> Path:
@@ -438,9 +478,17 @@ def _is_constant(value: Any) -> bool:
 
 
 def build_ours(
-    folder: Path, pipeline: Path, recorded: Path, bits: str, attention: bool, threads: int
+    folder: Path,
+    pipeline: Path,
+    recorded: Path,
+    form: OurForm,
+    threads: int,
+    calibrated: Path | None = None,
 ) -> None:
-    """Calibrate by min-max on what was recorded, export, and build all engines."""
+    """Calibrate by min-max on what was recorded, or take the checkpoint ``calibrated`` of the same
+    bits; export, and build all engines.
+    """
+    from quest_deploy.artifacts.checkpoint import load_checkpoint
     from quest_deploy.calibration import ptq
     from quest_deploy.calibration.trajectories import Trajectories
     from quest_deploy.stages import CALIBRATE
@@ -452,22 +500,25 @@ def build_ours(
     chosen = CalibrateArguments(
         str(pipeline),
         workspace=folder,
-        bits=bits,
+        bits=form.bits,
         buckets=len(trajectories.timestep),
         method="minmax",
-        **ATTENTION if attention else {},
+        **form.calibration,
     )
     workspace = chosen.opened()
 
     def calibrate(workspace: Workspace, options: Any, progress: Any) -> Any:
-        checkpoint = ptq.calibrate(
-            workspace.model,
-            _model(pipeline).load_unet(),
-            trajectories,
-            workspace.scheme,
-            ptq.CalibrationOptions(ptq.RangeMethod.MINMAX, batch=1),
-            progress,
-        )
+        if calibrated is not None:
+            checkpoint = load_checkpoint(calibrated)
+        else:
+            checkpoint = ptq.calibrate(
+                workspace.model,
+                _model(pipeline).load_unet(),
+                trajectories,
+                workspace.scheme,
+                ptq.CalibrationOptions(ptq.RangeMethod.MINMAX, batch=1),
+                progress,
+            )
         files = save_calibrated(workspace, trajectories, checkpoint)
         return files, describe(workspace, checkpoint)
 
@@ -476,12 +527,9 @@ def build_ours(
     if "export" not in workspace.stages:
         qd.export(workspace)
     if f"build-engine/{BACKEND}" not in workspace.stages:
-        qd.build_engine(workspace, backend=BACKEND, threads=threads)
+        qd.build_engine(workspace, backend=BACKEND, threads=threads, dtype=form.dtype)
     qd.export_parts(workspace)
-    qd.build_parts(workspace, backend=BACKEND, threads=threads)
-
-
-ATTENTION: dict[str, Any] = {"attention_bits": "8", "softmax_bits": "8"}
+    qd.build_parts(workspace, backend=BACKEND, threads=threads, dtype=form.dtype)
 
 
 def export_optimum(folder: Path, python: Path, pipeline: Path) -> None:

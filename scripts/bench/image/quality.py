@@ -13,7 +13,15 @@ import numpy as np
 from quest_deploy.files import sha256_of
 from quest_deploy.models.registry import EMBEDDED, EMBEDDED_FOLDER
 from quest_deploy.processes import in_own_process
-from scripts.bench.image.prepare import ATTENTION, BACKEND, HYBRID, INT8, nncf_form, whole
+from scripts.bench.image.prepare import (
+    BACKEND,
+    BF16,
+    HYBRID,
+    INT8,
+    OurForm,
+    nncf_form,
+    whole,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +33,6 @@ if TYPE_CHECKING:
 CALIBRATION_SAMPLES, STEPS = 4, 20
 BATCH = 8
 IMAGES = 8
-BF16 = "bf16"
 
 
 def quality_of(folder: Path, form: str, threads: int, images: int = IMAGES) -> dict[str, Any]:
@@ -61,29 +68,28 @@ def _compare(kept: Path, form: str, threads: int, images: int) -> dict[str, Any]
         if form in (INT8, HYBRID, BF16):
             denoise = _openvinos(model, form, threads)
         else:
-            denoise = _ours(form, Path(folder) / "ours", threads)
+            denoise = _ours(OurForm.of(form), Path(folder) / "ours", threads)
         found, labels = draw(model, denoise, sampling)
         del denoise
     compared = evaluate_images(found, labels, expected, [])
     return {"psnr": compared.psnr, "ssim": compared.ssim}
 
 
-def _ours(form: str, folder: Path, threads: int) -> Denoiser:
+def _ours(form: OurForm, folder: Path, threads: int) -> Denoiser:
     import quest_deploy as qd
     from quest_deploy.backends.engine_unet import EngineUNet
 
-    bits, _, attention = form.partition("-")
     workspace = qd.calibrate(
         EMBEDDED,
-        bits=bits,
+        bits=form.bits,
         workspace=folder,
         method="minmax",
         samples=CALIBRATION_SAMPLES,
         steps=STEPS,
-        **ATTENTION if attention else {},
+        **form.calibration,
     )
     qd.export(workspace)
-    qd.build_engine(workspace, backend=BACKEND, threads=threads)
+    qd.build_engine(workspace, backend=BACKEND, threads=threads, dtype=form.dtype)
     return EngineUNet.load(workspace, BACKEND)
 
 

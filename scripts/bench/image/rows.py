@@ -7,7 +7,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from scripts.bench.image import prepare
-from scripts.bench.image.prepare import FLOAT, HYBRID, INT8, TEXT_ENCODER, UNET, VAE, bytes_of
+from scripts.bench.image.prepare import (
+    BF16,
+    FLOAT,
+    HYBRID,
+    INT8,
+    TEXT_ENCODER,
+    UNET,
+    VAE,
+    OurForm,
+    bytes_of,
+)
 from scripts.bench.image.runner import OPTIMUM, OURS, SDCPP, Environments, run_worker
 
 if TYPE_CHECKING:
@@ -18,7 +28,6 @@ if TYPE_CHECKING:
 
 WORKERS = "scripts.bench.image.workers"
 BITS = ("w4a4", "w4a8", "w8a8")
-BF16 = "bf16"
 SLOW_STEPS, SLOWEST_STEPS = 4, 2
 """That torch and stable-diffusion.cpp draw, of which a step takes 5 s and more on two cores."""
 
@@ -102,8 +111,8 @@ def drawing(size: prepare.Size, threads: int) -> dict[str, Any]:
     }
 
 
-def _ours(bits: str, attention: bool, prepared: Prepared, python: Path) -> Ready:
-    folder = prepared.workspace(bits, attention)
+def _ours(form: OurForm, prepared: Prepared, python: Path) -> Ready:
+    folder = prepared.workspace(form)
     parts = [folder / "parts" / name / prepare.BACKEND for name in ("text_encoder", "vae_decoder")]
     return Ready({"folder": str(folder)}, [folder / "engines" / prepare.BACKEND, *parts])
 
@@ -139,15 +148,15 @@ def _torch(compiled: bool, prepared: Prepared, python: Path) -> Ready:
     return Ready({"folder": str(folder), "compiled": compiled}, files)
 
 
-def _row_of_ours(bits: str, attention: bool) -> Row:
-    suffix, words = ("-attention8", "attention at 8 bits") if attention else ("", "float attention")
+def _row_of_ours(form: OurForm) -> Row:
+    words = "attention at 8 bits" if form.attention8 else "float attention"
     return Row(
-        f"ours-{bits}{suffix}",
-        f"ours, {bits.upper()}, {words}",
+        f"ours-{form.name}",
+        f"ours, {form.bits.upper()}, {words}{', the rest in bf16' if form.bf16 else ''}",
         "ours",
         OURS,
-        partial(_ours, bits, attention),
-        quality=f"{bits}{suffix}",
+        partial(_ours, form),
+        quality=form.name,
     )
 
 
@@ -157,7 +166,8 @@ def _few(steps: int) -> str:
 
 _OWN_PRECISION = "at its own precision, bf16 where the processor has it"
 ROWS = (
-    *(_row_of_ours(bits, attention) for bits in BITS for attention in (True, False)),
+    *(_row_of_ours(OurForm(bits, attention)) for bits in BITS for attention in (True, False)),
+    *(_row_of_ours(OurForm("w8a8", attention, bf16=True)) for attention in (True, False)),
     Row(
         "openvino-fp32", "OpenVINO, FP32", "plain_openvino", OURS, partial(_openvino, FLOAT, "fp32")
     ),

@@ -9,7 +9,7 @@ import pytest
 
 from scripts.bench.image import prepare
 from scripts.bench.image.__main__ import PEERS
-from scripts.bench.image.prepare import HYBRID, INT8, SIZES, Prepared, pixels, shapes_of
+from scripts.bench.image.prepare import HYBRID, INT8, SIZES, OurForm, Prepared, pixels, shapes_of
 from scripts.bench.image.quality import quality_of
 from scripts.bench.image.rows import ROWS, measure
 from scripts.bench.image.runner import Environments, MissingError
@@ -70,7 +70,7 @@ def test_an_interrupted_workspace_goes_on_with_what_is_missing(
         raise KeyboardInterrupt
 
     folder = tmp_path / "ours"
-    arguments = (folder, prepared.pipeline(), prepared.recorded(), "w8a8", False, 1)
+    arguments = (folder, prepared.pipeline(), prepared.recorded(), OurForm("w8a8"), 1)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(prepare.qd, "build_parts", killed)
         prepare.build_ours(*arguments)
