@@ -296,7 +296,7 @@ def test_the_hash_of_a_file_is_its_sha_256(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_without_them_is_recorded_as_it_was_before_there_were_any() -> None:
-    assert EvaluateOptions().to_json().keys() == {"steps", "scheduler", "seed"}
+    assert EvaluateOptions().to_json().keys() == {"scheduler", "seed"}
 
 
 @pytest.mark.slow
