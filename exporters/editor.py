@@ -86,6 +86,20 @@ def lazy(name: str, array: Array) -> ir.TensorProtocol:
     )
 
 
+def store_as(value: ir.Value, dtype: ir.DataType) -> None:
+    """Store the initializer ``value`` in ``dtype``, converted when it is read."""
+    tensor = value.const_value
+    assert tensor is not None
+
+    def converted() -> ir.TensorProtocol:
+        return ir.tensor(tensor.numpy().astype(dtype.numpy()), name=value.name)
+
+    value.const_value = ir.LazyTensor(
+        converted, dtype, ir.Shape(tensor.shape.numpy()), name=value.name
+    )
+    value.type = ir.TensorType(dtype)
+
+
 def array_of(value: ir.Value) -> NDArray[Any]:
     """The constant behind an initializer; raise ValueError where ``value`` is not one."""
     if value.const_value is None:

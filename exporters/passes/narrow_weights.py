@@ -8,12 +8,12 @@ reads it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from exporters.editor import Editor, array_of
+from exporters.editor import Editor, array_of, store_as
 from exporters.passes.contract import guarantee
 
 if TYPE_CHECKING:
@@ -72,13 +72,7 @@ def _holds(dtype: ir.DataType, array: NDArray[np.float32]) -> bool:
 
 def _narrowed(editor: Editor, value: ir.Value, dtype: ir.DataType) -> ir.Value:
     """``value`` in ``dtype``, and the value that casts it back."""
-    tensor: Any = value.const_value
-
-    def narrow() -> ir.TensorProtocol:
-        return ir.tensor(tensor.numpy().astype(dtype.numpy()), name=value.name)
-
-    value.const_value = ir.LazyTensor(narrow, dtype, tensor.shape, name=value.name)
-    value.type = ir.TensorType(dtype)
+    store_as(value, dtype)
     float_type = ir.DataType.FLOAT
     return editor.op(
         "Cast",

@@ -9,15 +9,11 @@ Guarantees: no float initializer has 16 bits, and the Casts that read them are g
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import onnx_ir as ir
 
-from exporters.editor import lazy, replace_value
+from exporters.editor import replace_value, store_as
 from exporters.passes.contract import guarantee, need
 from exporters.passes.narrow_weights import NARROW
-from quest_deploy.artifacts.lazy_tensors import LazyArray
 
 
 class WidenWeights(ir.passes.InPlacePass):
@@ -38,20 +34,11 @@ class WidenWeights(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         narrow = _narrow(model)
         for value in narrow:
-            value.const_value = lazy(str(value.name), _widened(value.const_value))
-            value.type = ir.TensorType(ir.DataType.FLOAT)
+            store_as(value, ir.DataType.FLOAT)
             for cast, _ in tuple(value.uses()):
                 replace_value(cast.outputs[0], value)
                 model.graph.remove(cast, safe=True)
         return ir.passes.PassResult(model, modified=bool(narrow))
-
-
-def _widened(tensor: Any) -> LazyArray:
-    return LazyArray(
-        tuple(tensor.shape.numpy()),
-        np.dtype(np.float32),
-        lambda: tensor.numpy().astype(np.float32),
-    )
 
 
 def _narrow(model: ir.Model) -> list[ir.Value]:

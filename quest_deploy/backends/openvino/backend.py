@@ -285,7 +285,7 @@ def _scale_masked_attention_last(model: Any) -> None:
 
 def _joined(scaled: Any) -> list[Any]:
     """``scaled`` and what joins its heads: the Transpose that alone reads it, and the Reshape that
-    alone reads that and is no output of the model; none where it is otherwise.
+    alone reads that and is no output of the model; an empty list where something else does.
     """
     path = [scaled]
     for kind in ("Transpose", "Reshape"):

@@ -42,6 +42,7 @@ from quest_deploy.serving.triton.models import (
 )
 from quest_deploy.serving.triton.pipelines import (
     guidable,
+    largest_image,
     pixels_per_latent,
     write_no_image,
     write_pipelines,
@@ -248,11 +249,11 @@ def _row_bytes(encoder: ir.Model) -> int:
 
 def _check_largest(model: PipelineModel, layout: Layout) -> None:
     """Raise InputError where a request might ask for more than the network has positions for."""
-    largest = model.network.largest_side(model.config)
-    if largest is not None and layout.max_size > largest * layout.pixels_per_latent:
+    largest = largest_image(model, layout)
+    if largest is not None and layout.max_size > largest:
         raise InputError(
             f"--max-size {layout.max_size}: {model.name} has positions for images of up to "
-            f"{largest * layout.pixels_per_latent} pixels"
+            f"{largest} pixels"
         )
 
 

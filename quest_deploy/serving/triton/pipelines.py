@@ -96,6 +96,12 @@ def pixels_per_latent(model: PipelineModel, sample_shape: tuple[int, ...]) -> in
     return int(image.shape[2]) // sample_shape[1]
 
 
+def largest_image(model: PipelineModel, layout: Layout) -> int | None:
+    """The pixels of the largest side that the network has positions for; None of one without."""
+    side = model.network.largest_side(model.config)
+    return None if side is None else side * layout.pixels_per_latent
+
+
 def guidable(model: PipelineModel) -> bool:
     """Whether requests may ask for guidance."""
     asked = model.asked_for == "prompt" and model.classifier_free
@@ -180,7 +186,6 @@ def _settings(
     of_size = list(model.network.of_size(model.config, model.image_size, 1)) if of_text else []
     height, width = size = layout.size
     tokens = model.network.schedule_tokens(size)
-    largest = model.network.largest_side(model.config)
     return {
         "model": model.name,
         "network": model.network.part,
@@ -191,7 +196,7 @@ def _settings(
         "pixels_per_latent": layout.pixels_per_latent,
         "size": list(layout.pixels(layout.size)),
         "sizes": [list(layout.pixels(size)) for size in layout.sizes],
-        "largest": None if largest is None else largest * layout.pixels_per_latent,
+        "largest": largest_image(model, layout),
         "size_factor": layout.pixels_per_latent * layout.sample_multiple,
         "decoder": "vae_decoder" in signatures,
         "schedulers": _schedulers(model),

@@ -57,7 +57,7 @@ TRAINED = (
     *("--layers", "conv_out,conv_in", "--temporal-steps", 1),
     *("--sensitive-steps", 1, "--batch", 2),
 )
-"""Options of calibration and finetuning that are no defaults."""
+"""Options of calibration and finetuning, none of them a default."""
 
 SMALL: dict[str, StageOptions] = {
     "calibrate": CalibrateOptions(samples=8),
