@@ -112,6 +112,9 @@ class Runner(ABC):
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run once: the inputs by name, in the graph's dtypes, to the outputs by name."""
 
+    def prepare(self) -> None:  # noqa: B027 - most backends are ready when they are open
+        """Begin, in the background, what the first run would wait for."""
+
     def close(self) -> None:  # noqa: B027 - most backends free their memory with the object
         """Free what the engine holds."""
 
@@ -139,6 +142,10 @@ class OpenEngine:
             "it, as type(pipeline)(**pipeline.components) does, or open it once more, also in "
             f"another process, with {self.openers}"
         )
+
+    def prepare(self) -> None:
+        """Begin, in the background, what the first run would wait for."""
+        self._runner.prepare()
 
     def __enter__(self) -> Self:
         return self

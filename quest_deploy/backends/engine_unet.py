@@ -70,7 +70,8 @@ class EngineUNet(OpenEngine):
 
     @classmethod
     def of_graph(cls, runner: Runner, sample_multiple: int, graph: ir.Model) -> EngineUNet:
-        """Run with ``runner``, whose inputs are those of its lowered ``graph``."""
+        """Run with ``runner``, whose inputs are those of its lowered ``graph``,
+        of which the signature is enough."""
         from exporters.graph_info import added_inputs, input_sizes, size_divisors
 
         divisors = size_divisors(graph)
@@ -82,12 +83,12 @@ class EngineUNet(OpenEngine):
         """Open a workspace's engine, its record and its files checked; raise InputError where there
         is none that can run here.
         """
-        from exporters.graph_info import load_graph
+        from exporters.graph_info import load_signature
 
         workspace.require_recorded(f"build-engine/{backend}", f"{ENGINES}/{backend}/{ENGINE_FILE}")
         folder = workspace.path(ENGINES, backend)
         runner = open_engine(get_backend(backend), folder)
-        graph = load_graph(folder / LOWERED)
+        graph = load_signature(folder / LOWERED)
         return cls.of_graph(runner, engine_info(folder).sample_multiple, graph)
 
     def predict(

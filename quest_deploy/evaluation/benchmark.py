@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporters.graph_info import graph_info, load_graph, save_graph
+from exporters.graph_info import graph_info, load_graph, load_signature, save_graph
 from exporters.passes.fix_tokens import FixTokens
 from exporters.passes.remove_quantization import RemoveQuantization
 from exporters.passes.to_dtype import LOW_PRECISION_TYPES
@@ -210,7 +210,7 @@ def _feeds(graph: Path, batch: int, *, one_bucket: bool) -> dict[str, NDArray[np
     of all buckets, or of one.
     """
     generator = np.random.default_rng(0)
-    shapes = input_shapes(load_graph(graph), batch)
+    shapes = input_shapes(load_signature(graph), batch)
     feeds = {
         name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
     }

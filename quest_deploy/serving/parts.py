@@ -31,6 +31,7 @@ from quest_deploy.serving.stand_in import EngineStandIn, own_methods, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -80,16 +81,23 @@ def engine_parts(
         left_out |= {VAE_DECODER, VAE_ENCODER}
     folders = built_parts(workspace, backend, left_out)
     parts: dict[str, Any] = {
-        name: PipelineTextEncoder(EnginePart(backend, folders[name]))
+        name: PipelineTextEncoder(_prepared(backend, folders[name]))
         for name in (TEXT_ENCODER, TEXT_ENCODER_2)
         if name in folders
     }
     if VAE_DECODER in folders:
-        decoder = EnginePart(backend, folders[VAE_DECODER])
+        decoder = _prepared(backend, folders[VAE_DECODER])
         encoder = EnginePart(backend, folders[VAE_ENCODER]) if VAE_ENCODER in folders else None
         name = "vqvae" if decoder.info.kind == "VQModel" else "vae"
         parts[name] = PipelineVae(decoder, encoder)
     return parts
+
+
+def _prepared(backend: str, folder: Path) -> EnginePart:
+    """An engine that every image needs."""
+    engine = EnginePart(backend, folder)
+    engine.prepare()
+    return engine
 
 
 def _refuse_any(**arguments: Any) -> None:

@@ -20,7 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
-from exporters.graph_info import added_inputs, load_graph
+from exporters.graph_info import added_inputs, load_signature
 from quest_deploy.artifacts.model_source import IMAGE_ENCODER
 from quest_deploy.artifacts.workspace import ENGINES, Workspace
 from quest_deploy.backends.base import LOWERED
@@ -177,7 +177,7 @@ def load_pipeline(
     for part in given:
         parts = {**parts, part: _controls(parts[part], model, part)}
         opened.require_recorded(f"build-engine/{backend}", f"{ENGINES}/{backend}/{LOWERED}")
-        taken = added_inputs(load_graph(opened.path(ENGINES, backend, LOWERED)))
+        taken = added_inputs(load_signature(opened.path(ENGINES, backend, LOWERED)))
         if _PARTS[part] not in map(kind_of, taken):
             raise InputError(f"{part}: {_not_exported(_PARTS[part])}")
         kind = controlled_class(kind, part)
@@ -185,10 +185,12 @@ def load_pipeline(
     takes_images = model.source.ip_adapter is not None and has_encoder
     if takes_images and not set(IMAGE_PARTS) <= parts.keys():
         parts = {**load_image_parts(model), **parts}
-    network: Any = stand_in(EngineUNet.load(opened, backend), model.config, model.source.ip_adapter)
+    engine = EngineUNet.load(opened, backend)
+    engine.prepare()  # meanwhile the other parts are read
+    network: Any = stand_in(engine, model.config, model.source.ip_adapter)
     beside = engine_parts(opened, backend, without=parts)
     pipeline = model.load_pipeline(**{model.network.part: network, **beside, **parts})
-    network.engine.pixels_per_latent = getattr(pipeline, "vae_scale_factor", 1)
+    engine.pixels_per_latent = getattr(pipeline, "vae_scale_factor", 1)
     for name in _REFUSED_BY_PIPELINES:
         if hasattr(pipeline, name):
             setattr(pipeline, name, refusal(name, _FIXED))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from exporters.graph_info import load_graph
+from exporters.graph_info import load_signature
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.engine_unet import EngineUNet
@@ -109,7 +109,7 @@ def _pipeline(
     engines of the parts.
     """
     runner = get_backend(backend).open(folder, options)
-    engine = EngineUNet.of_graph(runner, sample_multiple, load_graph(folder / LOWERED))
+    engine = EngineUNet.of_graph(runner, sample_multiple, load_signature(folder / LOWERED))
     network = stand_in(engine, model.config)
     pipeline = model.load_pipeline(**{model.network.part: network, **beside})
     pipeline.set_progress_bar_config(disable=True)

@@ -52,9 +52,9 @@ def work(
 
 def _pixels_per_latent(graphs: dict[str, Path]) -> int:
     """A side of an image, in sides of its latents; 1 where no images are encoded."""
-    from exporters.graph_info import load_graph, sample_shape
+    from exporters.graph_info import load_signature, sample_shape
 
     if not {VAE_DECODER, VAE_ENCODER} <= graphs.keys():
         return 1
-    latent, image = (sample_shape(load_graph(graphs[x])) for x in (VAE_DECODER, VAE_ENCODER))
+    latent, image = (sample_shape(load_signature(graphs[x])) for x in (VAE_DECODER, VAE_ENCODER))
     return image[1] // latent[1]

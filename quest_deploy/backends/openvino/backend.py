@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ HINTS = {"fp32": "f32", "bf16": "bf16"}
 KEPT_SHAPES = 4
 """Each compiled batch size holds weights of its own in memory."""
 logger = logging.getLogger(__name__)
+_AHEAD = ThreadPoolExecutor(1, thread_name_prefix="quest-openvino")
+"""Opens what is about to run."""
 
 
 class OpenVinoBackend(CpuBackend):
@@ -78,7 +81,7 @@ class OpenVinoBackend(CpuBackend):
         """Compile it once: what openvino refuses is refused now. What was compiled for
         ``options.compiled_batch`` is kept.
         """
-        from exporters.graph_info import load_graph
+        from exporters.graph_info import load_signature
 
         batches = options.compiled_batch
         progress("compiling with openvino", 0, max(1, len(batches)))
@@ -86,20 +89,20 @@ class OpenVinoBackend(CpuBackend):
             compile_graph(lowered, options)
             progress("compiling with openvino", 1, 1)
             return
-        model = load_graph(lowered)
+        signature = load_signature(lowered)
         for i, batch in enumerate(batches):
-            self._keep(lowered, model, folder, options, batch)
+            self._keep(lowered, usual_shapes(signature, batch), folder, options, batch)
             progress("compiling with openvino", i + 1, len(batches))
 
     def _keep(
-        self, lowered: Path, model: ir.Model, folder: Path, options: EngineOptions, batch: int
+        self, lowered: Path, shapes: Shapes, folder: Path, options: EngineOptions, batch: int
     ) -> None:
         """Compile for ``batch`` and keep it; or, after a warning, only compile, where openvino
         cannot give the same from a blob.
         """
         from quest_deploy.backends.exactness import kernels_key
 
-        shapes, fuse = usual_shapes(model, batch), _fuses(model)
+        fuse = _fuses(lowered)
         path = blob_path(folder, batch, kernels_key(self))
         try:
             write_blob(
@@ -123,12 +126,14 @@ class OpenVinoBackend(CpuBackend):
         """With all kernels, but for float graphs that openvino crashes on, the benchmark's: see
         :func:`fusing_crashes`.
         """
-        from exporters.graph_info import load_graph
+        from exporters.graph_info import load_signature
         from quest_deploy.backends.exactness import kernels_key
 
-        model = load_graph(folder / LOWERED)
-        blobs = kept_blobs(folder, model, options.compiled_batch, kernels_key(self))
-        return _OpenVinoRunner(folder / LOWERED, options, fuse=_fuses(model), blobs=blobs)
+        lowered = folder / LOWERED
+        blobs = kept_blobs(
+            folder, load_signature(lowered), options.compiled_batch, kernels_key(self)
+        )
+        return _OpenVinoRunner(lowered, options, fuse=_fuses(lowered), blobs=blobs)
 
     def open_segments(self, folder: Path, options: EngineOptions) -> Runner:
         """With the kernels that the engine has, but for graphs that openvino crashes on: see
@@ -151,11 +156,11 @@ class OpenVinoBackend(CpuBackend):
         return runtime_precisions(compiled.get_runtime_model(), multiplications(lowered, shapes))
 
 
-def _fuses(lowered: ir.Model) -> bool:
+def _fuses(lowered: Path) -> bool:
     """Whether openvino may fuse what it likes in an engine's graph."""
-    from exporters.graph_info import has_quantizers
+    from exporters.graph_info import has_quantizers, load_graph, load_signature
 
-    return has_quantizers(lowered) or not fusing_crashes(lowered)
+    return has_quantizers(load_signature(lowered)) or not fusing_crashes(load_graph(lowered))
 
 
 def _config(options: EngineOptions) -> dict[str, Any]:
@@ -348,11 +353,32 @@ class _OpenVinoRunner(Runner):
         self._path, self._options, self._fuse = path, options, fuse
         self._blobs = blobs or {}
         self._requests: OrderedDict[Shapes, tuple[Any, Any]] = OrderedDict()
+        self._ahead: Shapes | None = None
         self._lock = Lock()
+
+    def prepare(self) -> None:
+        """Open the blob, where there is one; of several, it is unknown which is needed."""
+        if len(self._blobs) == 1:
+            [self._ahead] = self._blobs
+            _AHEAD.submit(self._open_ahead)
+
+    def _open_ahead(self) -> None:
+        with self._lock:
+            if self._ahead is not None:  # nothing has run yet
+                self._request(self._ahead)
+
+    def close(self) -> None:
+        """See the base class; what is being opened goes too."""
+        with self._lock:
+            self._ahead = None
+            self._requests.clear()
 
     def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         shapes = tuple((name, value.shape) for name, value in sorted(feeds.items()))
         with self._lock:
+            ahead, self._ahead = self._ahead, None
+            if ahead is not None and ahead != shapes:
+                self._requests.pop(ahead, None)  # it would only take memory
             try:
                 results = self._request(shapes).infer(input_arrays(feeds))
             except RuntimeError as e:

@@ -669,7 +669,7 @@ def profile_shapes(network: Any, lowered: Path, options: EngineOptions) -> list[
     One for each of the sample sizes, or one of the size that the model is meant for; inputs whose
     sizes follow the sample's have theirs of it, the other conditions' shapes are the graph's.
     """
-    from exporters.graph_info import load_graph, size_divisors
+    from exporters.graph_info import load_signature, size_divisors
 
     inputs = {
         tensor.name: list(tensor.shape)[1:]
@@ -682,7 +682,7 @@ def profile_shapes(network: Any, lowered: Path, options: EngineOptions) -> list[
         sizes = [_own_sample_size(lowered)]
 
     follows = any(-1 in shape for name, shape in inputs.items() if name != SAMPLE)
-    divisors = (size_divisors(load_graph(lowered)) if follows else {}) | {SAMPLE: 1}
+    divisors = (size_divisors(load_signature(lowered)) if follows else {}) | {SAMPLE: 1}
 
     def shapes(size: list[int], batch: int) -> dict[str, list[int]]:
         return {
@@ -721,10 +721,10 @@ def spanning_shapes(profiles: list[Shapes]) -> Shapes:
 
 def _own_sample_size(lowered: Path) -> list[int]:
     """The height and width of the samples that a graph is meant for, which takes others too."""
-    from exporters.graph_info import load_graph, sample_shape
+    from exporters.graph_info import load_signature, sample_shape
 
     try:
-        return list(sample_shape(load_graph(lowered)))[1:]
+        return list(sample_shape(load_signature(lowered)))[1:]
     except KeyError as e:
         raise QuestDeployError(
             f"{lowered} takes samples of any size and does not say which it is meant for"

@@ -15,7 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.graph_info import added_inputs, graph_info, input_sizes, load_graph
+from exporters.graph_info import (
+    added_inputs,
+    graph_info,
+    input_sizes,
+    load_graph,
+    load_signature,
+)
 from exporters.part_info import part_info
 from exporters.parts import trace
 from quest_deploy import __version__
@@ -198,7 +204,7 @@ def _controlnet(workspace: Workspace, model: PipelineModel, folder: Path | None)
     """The ControlNet in ``folder``, None without; raise InputError where the graph's inputs are not
     what it needs.
     """
-    added = added_inputs(load_graph(workspace.path(GRAPH)))
+    added = added_inputs(load_signature(workspace.path(GRAPH)))
     kinds = set(map(kind_of, added)) - {IP_ADAPTER}
     if T2I_ADAPTER in kinds:
         raise InputError(

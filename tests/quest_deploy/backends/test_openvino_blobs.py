@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 OPENVINO = get_backend("openvino")
 BATCH = 2
+needs_maps = pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped"
+)
 
 
 def feeds(batch: int = BATCH) -> dict[str, np.ndarray]:
@@ -309,19 +312,63 @@ def test_a_blob_that_is_gone_when_it_is_needed_is_compiled_instead(
     assert any(str(blob) in x.getMessage() for x in caplog.records)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def in_memory(blob: Path) -> bool:
+    return str(blob) in Path("/proc/self/maps").read_text()
+
+
+@needs_maps
 def test_a_batch_that_is_not_kept_open_has_no_blob_in_memory(engine: Path) -> None:
     (blob,) = blob_files(engine)
-
-    def mapped() -> bool:
-        return str(blob) in Path("/proc/self/maps").read_text()
-
     with open_engine(OPENVINO, engine) as runner:
         runner.infer(feeds())
-        assert mapped()
+        assert in_memory(blob)
         for batch in range(3, 3 + openvino_backend.KEPT_SHAPES):
             runner.infer(feeds(batch))
-        assert not mapped()
+        assert not in_memory(blob)
+
+
+def opened_ahead() -> None:
+    """Wait for what is being opened in the background."""
+    openvino_backend._AHEAD.submit(int).result()
+
+
+@needs_maps
+def test_a_prepared_engine_has_opened_its_blob_before_it_runs_and_does_not_again(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, (blob,) = answer_without_blobs(engine), blob_files(engine)
+    with open_engine(OPENVINO, engine) as runner:
+        assert not in_memory(blob)
+        runner.prepare()
+        opened_ahead()
+        assert in_memory(blob)
+        monkeypatch.setattr(openvino_backend, "open_blob", None)
+        np.testing.assert_array_equal(next(iter(runner.infer(feeds()).values())), expected)
+
+
+@needs_maps
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_was_prepared_leaves_memory_where_other_shapes_are_run(
+    engine: Path, *, waits: bool
+) -> None:
+    (blob,) = blob_files(engine)
+    with open_engine(OPENVINO, engine) as runner:
+        runner.prepare()
+        if waits:
+            opened_ahead()
+        runner.infer(feeds(3))
+        opened_ahead()
+        assert not in_memory(blob)
+        runner.infer(feeds())
+        assert in_memory(blob)
+
+
+def test_a_prepared_engine_whose_blob_cannot_be_read_is_compiled(engine: Path) -> None:
+    expected, (blob,) = answer_without_blobs(engine), blob_files(engine)
+    blob.write_bytes(b"no compiled model")
+    with OPENVINO.open(engine, engine_info(engine).options) as runner:
+        runner.prepare()
+        np.testing.assert_array_equal(next(iter(runner.infer(feeds()).values())), expected)
 
 
 def test_a_float_graph_with_weights_of_8_bits_is_asked_whether_fusing_crashes(

@@ -22,6 +22,9 @@ class FloatEngine:
     def __call__(self, sample: Any, timestep: Any, **conditions: Any) -> Any:
         return self.unet(sample, timestep, **conditions, return_dict=False)[0]
 
+    def prepare(self) -> None:
+        """It is ready."""
+
 
 def draw(pipeline: Any, **options: Any) -> Any:
     pipeline.set_progress_bar_config(disable=True)

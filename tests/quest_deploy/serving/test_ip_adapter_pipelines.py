@@ -116,7 +116,7 @@ def test_beside_a_t2i_adapter_stable_diffusion_xls_takes_an_image_as_diffusers_o
     workspace = Workspace.create(tmp_path / "ws", model.source, Scheme.parse("w4a4", buckets=2))
     monkeypatch.setattr(Workspace, "require_recorded", lambda *_: None)
     monkeypatch.setattr(EngineUNet, "load", lambda *_: engine)
-    monkeypatch.setattr("quest_deploy.serving.pipeline.load_graph", lambda _: None)
+    monkeypatch.setattr("quest_deploy.serving.pipeline.load_signature", lambda _: None)
     monkeypatch.setattr("quest_deploy.serving.pipeline.added_inputs", lambda _: engine.added)
     net = load_control(t2i_adapter(tmp_path / "net", folder), model, T2I_ADAPTER)
     ours = load_pipeline(workspace, adapter=net)
