@@ -50,7 +50,7 @@ def kind_of_machine() -> str:
 class Kept:
     """The figures of one kind of machine, in their file: {"processor", "instructions", "rows":
     {name: {"definition", "date", "figures"} or {"definition", "date", "reason"}}, "quality":
-    {form: {"psnr", "ssim", "images"}}}.
+    {form: {"psnr", "ssim", "revision", "images", "threads"}}}.
     """
 
     def __init__(self, path: Path) -> None:
@@ -143,11 +143,11 @@ def bench(
         kept.keep(row, definition, found | {"spent_s": spent})
     forms = {row.quality for row in rows if row.quality and kept.has(row, definition)}
     for form in sorted(forms):
-        if kept.figures["quality"].get(form, {}).get("images") != images:
-            print(f"images of the embedded model, {form}", flush=True)
-            kept.keep_quality(
-                form, quality_of(prepared.folder, form, threads, images) | {"images": images}
-            )
+        made = {"revision": REVISION, "images": images, "threads": threads}
+        if made.items() <= kept.figures["quality"].get(form, {}).items():
+            continue
+        print(f"images of the embedded model, {form}", flush=True)
+        kept.keep_quality(form, quality_of(prepared.folder, form, threads, images) | made)
     machines = [
         read_json(path) for kind in KINDS if (path := results / f"{stem}-{kind}.json").exists()
     ]

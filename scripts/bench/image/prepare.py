@@ -172,8 +172,8 @@ class Prepared:
         return self._made(f"openvino-{form}", quantize, unet, self.recorded(), form)
 
     def workspace(self, form: OurForm) -> Path:
-        """Our workspace, its engines built; goes on where it was interrupted."""
-        folder = self.folder / f"ours-{form.name}"
+        """Our workspace, its engines built for these threads; goes on where it was interrupted."""
+        folder = self.folder / f"ours-{form.name}-{self.threads}-threads"
         if not (folder / MANIFEST).exists() or (
             f"build-parts/{BACKEND}" not in Workspace.open(folder).stages
         ):
@@ -203,8 +203,13 @@ class Prepared:
 
 def bytes_of(paths: Sequence[Path]) -> int:
     """Of the files, and of all files in the folders."""
-    files = [x for path in paths for x in ([path] if path.is_file() else path.rglob("*"))]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sum(file.stat().st_size for file in files_of(paths))
+
+
+def files_of(paths: Sequence[Path]) -> list[Path]:
+    """The files, and all files in the folders."""
+    found = [x for path in paths for x in ([path] if path.is_file() else path.rglob("*"))]
+    return [file for file in found if file.is_file()]
 
 
 def shapes_of(size: Size) -> dict[str, list[list[int]]]:

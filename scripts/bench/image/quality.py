@@ -41,7 +41,7 @@ def quality_of(folder: Path, form: str, threads: int, images: int = IMAGES) -> d
 
     Args:
         folder: keeps FP32's images, for all forms.
-        form: such as "w4a8" or "w4a8-attention8" of ours, or "int8", "hybrid" or "bf16" of
+        form: such as "w4a8" or "w4a8-attention8" of ours, or "int8", "hybrid-bf16" or "bf16" of
             OpenVINO's.
     """
     found: dict[str, Any] = in_own_process(_compare, folder, form, threads, images)
@@ -65,7 +65,7 @@ def _compare(kept: Path, form: str, threads: int, images: int) -> dict[str, Any]
             np.save(stream, draw(model, float_denoiser(model.load_unet()), sampling)[0])
     expected = np.load(path)
     with tempfile.TemporaryDirectory(prefix="quest-deploy-") as folder:
-        if form in (INT8, HYBRID, BF16):
+        if form.startswith((INT8, HYBRID, BF16)):
             denoise = _openvinos(model, form, threads)
         else:
             denoise = _ours(OurForm.of(form), Path(folder) / "ours", threads)
@@ -118,10 +118,11 @@ def _openvinos(model: Any, form: str, threads: int) -> Denoiser:
     with torch.no_grad():
         converted = openvino.convert_model(Named().eval(), example_input=batches[0])
     converted.reshape({name: [-1, *value.shape[1:]] for name, value in feeds[0].items()})
-    quantized = converted if form == BF16 else nncf_form(converted, form, feeds)
+    kind, _, rest = form.partition("-")
+    quantized = converted if kind == BF16 else nncf_form(converted, kind, feeds)
     properties = {
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": PRECISIONS[BF16 if form == BF16 else "fp32"],
+        "INFERENCE_PRECISION_HINT": PRECISIONS[BF16 if BF16 in (kind, rest) else "fp32"],
     }
     compiled = openvino.Core().compile_model(quantized, "CPU", properties)
 

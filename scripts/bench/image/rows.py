@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from quest_deploy.backends.base import cpu_flags
 from scripts.bench.image import prepare
 from scripts.bench.image.prepare import (
     BF16,
@@ -17,8 +18,16 @@ from scripts.bench.image.prepare import (
     VAE,
     OurForm,
     bytes_of,
+    files_of,
 )
-from scripts.bench.image.runner import OPTIMUM, OURS, SDCPP, Environments, run_worker
+from scripts.bench.image.runner import (
+    OPTIMUM,
+    OURS,
+    SDCPP,
+    Environments,
+    MissingError,
+    run_worker,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +37,8 @@ if TYPE_CHECKING:
 
 WORKERS = "scripts.bench.image.workers"
 BITS = ("w4a4", "w4a8", "w8a8")
-SLOW_STEPS, SLOWEST_STEPS = 4, 2
+_AT_ONCE = 2**24
+SLOW_STEPS, SLOWEST_STEPS = 4, 3
 """That torch and stable-diffusion.cpp draw, of which a step takes 5 s and more on two cores."""
 
 
@@ -54,6 +64,7 @@ class Row:
         drawn: the steps that a slow program draws of its first image; the others draw all.
         warm: whether a second drawing is measured; another has nothing to warm up.
         remark: what else the reader must know.
+        bf16: whether it needs a processor that computes in bf16.
     """
 
     name: str
@@ -66,6 +77,7 @@ class Row:
     drawn: int | None = None
     warm: bool = True
     remark: str = ""
+    bf16: bool = False
 
     @property
     def ours(self) -> bool:
@@ -78,9 +90,11 @@ def measure(row: Row, prepared: Prepared, environments: Environments) -> dict[st
     "bytes", what its files take on disk.
 
     Raises:
-        MissingError: its program is not installed.
+        MissingError: its program is not installed, or the processor cannot compute so.
         QuestDeployError: it failed.
     """
+    if row.bf16 and not {"avx512_bf16", "amx_bf16"} & {*cpu_flags()}:
+        raise MissingError("this processor has no bf16")
     python, size, threads = (
         environments.python(row.environment),
         prepared.size,
@@ -92,8 +106,17 @@ def measure(row: Row, prepared: Prepared, environments: Environments) -> dict[st
         request["cold_steps"] = min(row.drawn, size.steps)
     if not row.warm:
         request["warm_steps"] = 0
+    read_once(ready.files)
     figures = run_worker(python, f"{WORKERS}.{row.worker}", request, threads)
     return figures | {"bytes": bytes_of(ready.files)}
+
+
+def read_once(paths: list[Path]) -> None:
+    """Read the files, and those in the folders, so that the system's cache has them."""
+    for file in files_of(paths):
+        with file.open("rb") as stream:
+            while stream.read(_AT_ONCE):
+                pass
 
 
 def drawing(size: prepare.Size, threads: int) -> dict[str, Any]:
@@ -157,14 +180,16 @@ def _row_of_ours(form: OurForm) -> Row:
         OURS,
         partial(_ours, form),
         quality=form.name,
+        bf16=form.bf16,
     )
 
 
 def _few(steps: int) -> str:
-    return f"in {steps} steps, the others counted as their mean"
+    return f"drawn in {steps} steps, the others counted as their median"
 
 
-_OWN_PRECISION = "at its own precision, bf16 where the processor has it"
+_OWN_PRECISION = "at its own precision, OpenVINO's default: bf16 where the processor has it"
+_ENCODER_TOO = "it opens the VAE's encoder too"
 ROWS = (
     *(_row_of_ours(OurForm(bits, attention)) for bits in BITS for attention in (True, False)),
     *(_row_of_ours(OurForm("w8a8", attention, bf16=True)) for attention in (True, False)),
@@ -178,22 +203,20 @@ ROWS = (
         OURS,
         partial(_openvino, FLOAT, BF16),
         quality=BF16,
+        bf16=True,
     ),
-    Row(
-        "nncf-int8",
-        "NNCF, INT8",
-        "plain_openvino",
-        OURS,
-        partial(_openvino, INT8, "fp32"),
-        quality=INT8,
-    ),
-    Row(
-        "nncf-hybrid",
-        "NNCF, hybrid INT8",
-        "plain_openvino",
-        OURS,
-        partial(_openvino, HYBRID, "fp32"),
-        quality=HYBRID,
+    *(
+        Row(
+            f"nncf-{form}{f'-{BF16}' if dtype == BF16 else ''}",
+            f"NNCF, {words}{', the rest in bf16' if dtype == BF16 else ''}",
+            "plain_openvino",
+            OURS,
+            partial(_openvino, form, dtype),
+            quality=f"{form}-{BF16}" if dtype == BF16 else form,
+            bf16=dtype == BF16,
+        )
+        for dtype in ("fp32", BF16)
+        for form, words in ((INT8, "INT8"), (HYBRID, "hybrid INT8"))
     ),
     Row(
         "optimum-intel",
@@ -201,16 +224,17 @@ ROWS = (
         "optimum_intel",
         OPTIMUM,
         partial(_exported, FLOAT),
-        remark=_OWN_PRECISION,
+        quality=BF16,
+        remark=f"{_OWN_PRECISION}; {_ENCODER_TOO}",
     ),
     Row(
         "optimum-intel-hybrid",
-        "optimum-intel, hybrid INT8",
+        "optimum-intel, NNCF's hybrid UNet",
         "optimum_intel",
         OPTIMUM,
         partial(_exported, HYBRID),
-        quality=HYBRID,
-        remark=_OWN_PRECISION,
+        quality=f"{HYBRID}-{BF16}",
+        remark=f"{_OWN_PRECISION}; {_ENCODER_TOO}; it would compress the other parts' weights too",
     ),
     Row(
         "openvino-genai",
@@ -218,15 +242,16 @@ ROWS = (
         "genai",
         OPTIMUM,
         partial(_exported, FLOAT),
+        quality=BF16,
         remark=_OWN_PRECISION,
     ),
     Row(
         "openvino-genai-int8",
-        "OpenVINO GenAI, NNCF's INT8",
+        "OpenVINO GenAI, NNCF's INT8 UNet",
         "genai",
         OPTIMUM,
         partial(_exported, INT8),
-        quality=INT8,
+        quality=f"{INT8}-{BF16}",
         remark=_OWN_PRECISION,
     ),
     *(
@@ -239,26 +264,29 @@ ROWS = (
             full_only=True,
             drawn=SLOWEST_STEPS,
             warm=False,
-            remark=f"drawn once, {_few(SLOWEST_STEPS)}; its package gives no predictions",
+            remark=(
+                f"by its defaults, drawn once; {_few(SLOWEST_STEPS)}; its package gives no "
+                "predictions, its file holds the VAE's encoder too"
+            ),
         )
         for kind in ("q8_0", "q4_0")
     ),
     Row(
         "torch",
-        "torch, eager",
+        "torch, FP32, eager",
         "plain_torch",
         OURS,
         partial(_torch, False),
         drawn=SLOW_STEPS,
-        remark=f"the cold image {_few(SLOW_STEPS)}",
+        remark=f"the cold image {_few(SLOW_STEPS)}; its files hold the VAE's encoder too",
     ),
     Row(
         "torch-compiled",
-        "torch, compiled",
+        "torch, FP32, compiled",
         "plain_torch",
         OURS,
         partial(_torch, True),
         drawn=SLOW_STEPS,
-        remark=f"the cold image {_few(SLOW_STEPS)}, and after the compiler",
+        remark=f"the cold image {_few(SLOW_STEPS)}, after the compiler's run",
     ),
 )

@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import signal
+import statistics
 import sys
 import time
 from contextlib import contextmanager
@@ -70,29 +71,30 @@ def measure(request: dict[str, Any], open_program: Callable[[dict[str, Any]], Pr
 
     Returns:
         "open_s" and "first_image_s", since the process was started; "text_encoder_s",
-        "unet_step_s", "unet_s", "vae_s" and "image_s" of the last drawing; steps that were not
-        drawn count as the mean one; "peak_bytes" of both drawings; "error", or None.
+        "unet_step_s", the median of "unet_steps_s", "unet_s", "vae_s" and "image_s" of the last
+        drawing, all of whose steps count as the median; steps that the first drawing left out too;
+        "peak_bytes" of both drawings; "error", or None.
     """
     program = open_program(request)
     opened = time.time()
     steps, drawn = request["steps"], request["cold_steps"]
     calls = program.draw(drawn)
-    whole = time.time() - opened
-    first = whole + sum(calls[UNET]) / drawn * (steps - drawn)
+    cold = whole = time.time() - opened
     if request["warm_steps"]:
-        started, drawn = time.perf_counter(), request["warm_steps"]
-        calls = program.draw(drawn)
+        started = time.perf_counter()
+        calls = program.draw(request["warm_steps"])
         whole = time.perf_counter() - started
-    step = sum(calls[UNET]) / drawn
+    step = statistics.median(calls[UNET])
     peak = peak_bytes()
     return {
         "open_s": opened - request["spawned"],
-        "first_image_s": opened - request["spawned"] + first,
+        "first_image_s": opened - request["spawned"] + cold + step * (steps - drawn),
         "text_encoder_s": sum(calls[TEXT_ENCODER]),
+        "unet_steps_s": calls[UNET],
         "unet_step_s": step,
         "unet_s": step * steps,
         "vae_s": sum(calls[VAE]),
-        "image_s": whole + step * (steps - drawn),
+        "image_s": whole - sum(calls[UNET]) + step * steps,
         "peak_bytes": peak,
         "error": predictions_error(program, Path(request["inputs"])),
     }

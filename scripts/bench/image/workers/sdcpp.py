@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 from stable_diffusion_cpp import StableDiffusion
@@ -45,7 +46,7 @@ class SdCpp:
             raise RuntimeError(f"expected to be told of {steps} steps and their start: {ends}")
         return {
             TEXT_ENCODER: [ends[0] - started],
-            UNET: [ends[-1] - ends[0]],
+            UNET: [end - start for start, end in pairwise(ends)],
             VAE: [ended - ends[-1]],
         }
 

@@ -97,7 +97,7 @@ def noting(names: list[str]) -> Callable[..., dict[str, Any]]:
 def test_a_row_that_is_measured_is_not_measured_again(bench: Any) -> None:
     names: list[str] = []
     bench(noting(names), "--only", "nncf-*")
-    assert names == ["nncf-int8", "nncf-hybrid"]
+    assert names == ["nncf-int8", "nncf-hybrid", "nncf-int8-bf16", "nncf-hybrid-bf16"]
     bench(noting(names))
     assert sorted(names) == sorted(row.name for row in ROWS)
     names.clear()
@@ -166,9 +166,11 @@ def test_images_of_the_embedded_model_are_compared_once_for_each_form(
         return {"psnr": 30.5, "ssim": 0.91}
 
     monkeypatch.setattr(command, "quality_of", quality)
-    bench(noting([]), "--only", NNCF, "--only", "openvino-genai-int8", "--only", TORCH)
-    bench(noting([]), "--only", NNCF, "--only", OURS)
-    assert forms == ["int8", "w4a4-attention8"]
+    bench(noting([]), "--only", "nncf-int8-bf16", "--only", "openvino-genai-int8", "--only", TORCH)
+    bench(noting([]), "--only", "nncf-int8-bf16", "--only", OURS)
+    assert forms == ["int8-bf16", "w4a4-attention8"]
+    bench(noting([]), "--only", OURS, "--threads", "1")
+    assert forms[2:] == ["w4a4-attention8"]
 
 
 def test_an_unknown_size_or_row_is_refused(bench: Any) -> None:
@@ -195,16 +197,16 @@ def test_every_row_has_a_line_and_one_without_figures_a_reason() -> None:
     assert "stable-diffusion.cpp, Q4_0: not measured: not run yet." in text
 
 
-def test_the_answer_is_our_fastest_and_our_fastest_of_no_larger_error() -> None:
+def test_the_answer_is_our_fastest_of_8_bits_and_our_fastest_of_no_larger_error() -> None:
     found = measured(
-        ours_w4a4_attention8=figures(30, 0.8),
+        ours_w4a4_attention8=figures(20, 0.8),
         ours_w8a8=figures(40, 0.05, peak_bytes=2**30),
-        ours_w8a8_attention8=figures(35, 0.07),
+        ours_w8a8_attention8=figures(30, 0.07),
         nncf_int8=figures(44, 0.06),
     )
     first, _, line = answer(found)
-    assert "W4A4, attention at 8 bits" in first
-    assert "W4A4, attention at 8 bits is ahead of it, 1.47x as fast with 1.00x its memory" in line
+    assert "W8A8, attention at 8 bits" in first
+    assert "W8A8, attention at 8 bits is ahead of it, 1.47x as fast with 1.00x its memory" in line
     assert (
         "at no larger error, W8A8, float attention is ahead of it, 1.10x as fast with 0.50x its "
         "memory" in line
@@ -212,13 +214,16 @@ def test_the_answer_is_our_fastest_and_our_fastest_of_no_larger_error() -> None:
 
 
 def test_the_answer_says_where_ours_is_behind_or_errs_more() -> None:
-    ours = {"ours_w4a4_attention8": figures(50, 0.8), "ours_w8a8": figures(60, 0.05)}
+    ours = {"ours_w8a8_attention8": figures(50, 0.8), "ours_w8a8": figures(60, 0.05)}
     behind = answer(measured(**ours, nncf_int8=figures(40, 0.04)))[-1]
-    assert "W4A4, attention at 8 bits is behind it, 0.80x as fast" in behind
+    assert "W8A8, attention at 8 bits is behind it, 0.80x as fast" in behind
     assert "none of ours errs as little" in behind
     unknown = answer(measured(**ours, **{"sdcpp-q8_0": figures(400, None)}))[-1]
     assert "8.00x as fast" in unknown
     assert "errs" not in unknown
+    assert "errors are not compared" in unknown
+    same = answer(measured(**ours, nncf_int8=figures(51, 0.9)))[-1]
+    assert "is as fast, 1.02x" in same
     (alone,) = answer(measured(ours_w8a8=figures(60, 0.05)))
     assert alone == "Nothing to compare yet."
 
