@@ -1,8 +1,8 @@
-"""Options, each declared once: a field of a dataclass, annotated with an :class:`Option`.
+"""Options, each declared once: a field of a dataclass, which an :class:`Option` makes.
 
 >>> @dataclass(frozen=True, kw_only=True)
 ... class Bake(Options):
-...     minutes: Annotated[int, Option("How long.", minimum=1)] = 40
+...     minutes: int = Option("How long.", minimum=1).field(40)
 
 What a command takes and helps with, the parameters of its function, the values that are refused,
 the names in files and the documentation's tables are read from these fields.
@@ -15,7 +15,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import EnumType
 from numbers import Integral, Real
 from pathlib import Path
@@ -27,6 +27,7 @@ from quest_deploy.errors import InputError
 P = ParamSpec("P")
 A = TypeVar("A")
 R = TypeVar("R")
+V = TypeVar("V")
 T = TypeVar("T", bound="Options")
 
 
@@ -44,6 +45,7 @@ class Option:
         parse: the value of such a text.
         argument: whether the command line has it without a flag.
         recorded: its name in files; empty means its own.
+        held: a dataclass that a path becomes by its ``of(path, flag)``; files have its fields.
     """
 
     help: str | None = None
@@ -57,6 +59,16 @@ class Option:
     parse: Callable[[Any], Any] | None = None
     argument: bool = False
     recorded: str = ""
+    held: Any = None
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Of a field that has no default, or is no keyword."""
+        return {"option": self}
+
+    def field(self, default: V) -> V:
+        """A dataclass's field with this option."""
+        return field(default=default, metadata=self.metadata)
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,17 @@ class Declared:
     def recorded(self) -> str:
         """How files call it."""
         return self.option.recorded or self.name
+
+    def hold(self, value: Any) -> Any:
+        """A path, or a record of what it became, as what :attr:`Option.held` says; of none None."""
+        kind = self.option.held
+        if kind is None:
+            return value
+        if isinstance(value, tuple):
+            return tuple(map(self.hold, value)) or None
+        if isinstance(value, Mapping):
+            return kind(**value)
+        return kind.of(value, self.flag) if isinstance(value, Path | str) else value
 
     def check(self, value: Any) -> None:
         """Raise InputError for a value of another type, out of range or not finite."""
@@ -150,17 +173,12 @@ def declared(options: type) -> Mapping[str, Declared]:
 def _declared(options: Any) -> Mapping[str, Declared]:
     # The modules that declare options do not postpone annotations: to evaluate them all would take
     # a tenth of the time that the program's help takes.
-    hints = get_type_hints(options, include_extras=True)
+    kinds = get_type_hints(options)
     return {
-        each.name: Declared(each.name, hints[each.name].__origin__, _default(each), option)
+        each.name: Declared(each.name, kinds[each.name], each.default, each.metadata["option"])
         for each in fields(options)
-        for option in getattr(hints[each.name], "__metadata__", ())
-        if isinstance(option, Option)
+        if "option" in each.metadata
     }
-
-
-def _default(each: Any) -> Any:
-    return each.default if each.default_factory is MISSING else each.default_factory()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +189,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, option in declared(type(self)).items():
-            value = _converted(getattr(self, name), option.kind)
+            value = option.hold(_converted(getattr(self, name), option.kind))
             object.__setattr__(self, name, value)
             option.check(value)
 
@@ -182,7 +200,15 @@ class Options:
     def to_json(self) -> dict[str, Any]:
         """The options as files have them, of JSON's types and tuples."""
         values = {each.recorded: getattr(self, name) for name, each in declared(type(self)).items()}
-        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+        return {name: _recorded(value) for name, value in values.items()}
+
+
+def _recorded(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_recorded, value))
+    if is_dataclass(value):
+        return asdict(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def takes(options: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:

@@ -25,19 +25,19 @@ class ScaledFolder:
     fingerprint: str
 
     @classmethod
-    def parse(cls, text: str, flag: str) -> ScaledFolder:
+    def of(cls, given: Path | str, flag: str) -> ScaledFolder:
         """Read "FOLDER" or "FOLDER:SCALE"; raise InputError, which names the ``flag``, where there
         is no such folder, or the scale is no positive number.
         """
-        path, scale = path_and_number(text, is_path=Path(text).is_dir())
+        path, scale = path_and_number(str(given), is_path=Path(given).is_dir())
         if scale is None or scale <= 0:
             raise InputError(
-                f"{flag} {text}: expected FOLDER:SCALE with a finite scale above 0, such as "
+                f"{flag} {given}: expected FOLDER:SCALE with a finite scale above 0, such as "
                 "canny:0.8"
             )
         if not (path / CONFIGURATION).is_file():
             raise InputError(
-                f"{flag} {text}: expected its folder in diffusers' layout, and {path} has no "
+                f"{flag} {given}: expected its folder in diffusers' layout, and {path} has no "
                 f"{CONFIGURATION}"
             )
         return cls(str(absolute(path)), scale, fingerprint(path))

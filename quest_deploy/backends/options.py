@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
@@ -144,249 +144,172 @@ class EngineOptions(Options):
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
         strict=True, extra="forbid", alias_generator=lambda name: ENGINE_OPTIONS[name].recorded
     )
-    provider: Annotated[
-        str,
-        EngineOption(
-            "onnxruntime's execution provider: cpu, cuda or tensorrt.",
-            choices=PROVIDERS,
-            backends=("onnxruntime",),
-        ),
-    ] = "cpu"
-    threads: Annotated[
-        int,
-        EngineOption(
-            "CPU threads; 0 lets the backend choose.", minimum=0, backends=CPUS, ignored=True
-        ),
-    ] = 0
-    compute_capability: Annotated[
-        Sequence[str],
-        EngineOption(
-            "tensorrt-rtx: a GPU to build for, such as 89; may be repeated.",
-            recorded="compute_capabilities",
-            backends=(RTX,),
-            reasons={SDK: "it builds for the GPU that it runs on"},
-        ),
-    ] = ()
-    max_batch: Annotated[
-        int,
-        EngineOption("TensorRT: the largest batch.", minimum=1, backends=TENSORRT, ignored=True),
-    ] = 16
-    compiled_batch: Annotated[
-        Sequence[int],
-        EngineOption(
-            "openvino: a batch, of inputs of the model's own sizes, that the engine opens for "
-            "without compiling; may be repeated; 0 is none.",
-            minimum=0,
-            default="2, an image with guidance",
-            recorded="compiled_batches",
-            backends=("openvino",),
-            ignored=True,
-        ),
-    ] = (2,)
-    compiled_weights: Annotated[
-        bool,
-        EngineOption(
-            "openvino: keep the weights with what was compiled, as INT8: more than twice the size "
-            "on disk, nearly half the memory.",
-            backends=("openvino",),
-        ),
-    ] = False
-    dtype: Annotated[
-        str,
-        EngineOption(
-            f"The precision of the non-quantized ops: {', '.join(DTYPES)}; openvino takes fp32 "
-            "and bf16.",
-            choices=DTYPES,
-            limits={"openvino": ("fp32", "bf16"), "onnxruntime --provider cpu": ("fp32",)},
-            reasons={"onnxruntime --provider cpu": "--provider cuda takes all"},
-        ),
-    ] = "fp32"
-    opt_batch: Annotated[
-        int | None,
-        EngineOption(
-            "TensorRT: the batch to tune for.",
-            minimum=1,
-            default="2, or the largest batch",
-            backends=TENSORRT,
-        ),
-    ] = None
-    sample_size: Annotated[
-        Sequence[tuple[int, int]],
-        EngineOption(
-            "TensorRT: a size of the model's samples, such as 64 for Stable Diffusion's "
-            "latents at 512 pixels; may be repeated: "
-            "one optimization profile each (tensorrt-rtx: one from the least to the largest).",
-            metavar="SIZE|HEIGHTxWIDTH",
-            default="the model's",
-            text=list[str],
-            parse=parse_sample_sizes,
-            recorded="sample_sizes",
-            backends=TENSORRT,
-        ),
-    ] = ()
-    pool_limit: Annotated[
-        int | None,
-        EngineOption(
-            "TensorRT: the most memory that a layer may use, such as workspace:2G.",
-            minimum=1,
-            metavar="workspace:SIZE",
-            text=str,
-            parse=parse_pool_limit,
-            recorded="workspace_limit",
-            backends=TENSORRT,
-        ),
-    ] = None
-    refittable: Annotated[
-        bool,
-        EngineOption(
-            "TensorRT: let --refit-from exchange the weights; tensorrt-rtx needs a GPU for it.",
-            backends=TENSORRT,
-        ),
-    ] = False
-    strip_plan: Annotated[
-        bool,
-        EngineOption(
-            "TensorRT: an engine without weights, given them when it is opened; needs a GPU.",
-            backends=TENSORRT,
-        ),
-    ] = False
-    timing_cache: Annotated[
-        Path | None,
-        EngineOption(
-            "tensorrt: keep the times of kernels in a file, for the next engine.",
-            metavar="FILE",
-            backends=(SDK,),
-            reasons={RTX: "it times no kernels when it builds"},
-        ),
-    ] = None
-    version_compatible: Annotated[
-        bool,
-        EngineOption(
-            "tensorrt: an engine that later versions can run.",
-            backends=(SDK,),
-            reasons={RTX: "its engines run on the release that built them alone"},
-        ),
-    ] = False
-    hardware_compatibility_level: Annotated[
-        str | None,
-        EngineOption(
-            f"tensorrt: the GPUs that can run it: {', '.join(HARDWARE_COMPATIBILITY_LEVELS)}.",
-            choices=HARDWARE_COMPATIBILITY_LEVELS,
-            backends=(SDK,),
-            reasons={RTX: "its engines run on the GPUs given with --compute-capability"},
-        ),
-    ] = None
-    builder_optimization_level: Annotated[
-        int | None,
-        EngineOption(
-            "tensorrt: how long to look for fast kernels, from 0 to 5.",
-            choices=tuple(range(6)),
-            backends=(SDK,),
-            reasons=LOOKS_WHEN_IT_RUNS,
-        ),
-    ] = None
-    quantize: Annotated[
-        str,
-        EngineOption(
-            f"TensorRT: what quantizes activations: {', '.join(QUANTIZE)}. plugin is "
-            "quest::TimestepQuantize, for tensorrt alone; native is arithmetic and QuantizeLinear; "
-            "gathered is QuantizeLinear alone, its scale the bucket's, for batches of one bucket; "
-            "auto takes the plugin where its library is found, else native.",
-            choices=QUANTIZE,
-            backends=TENSORRT,
-            limits={RTX: (AUTO, NATIVE, GATHERED)},
-            reasons=RUNS_NO_PLUGINS,
-        ),
-    ] = AUTO
-    plugins: Annotated[
-        Path | None,
-        EngineOption(
-            "tensorrt: the library of the plugin.",
-            metavar="FILE",
-            default="QUEST_DEPLOY_PLUGINS in the environment, or trt_plugins/build",
-            backends=(SDK,),
-            reasons=RUNS_NO_PLUGINS,
-        ),
-    ] = None
-    serialize_plugins: Annotated[
-        bool,
-        EngineOption(
-            "tensorrt: put the plugin's library into the engine; with --version-compatible.",
-            backends=(SDK,),
-            reasons=RUNS_NO_PLUGINS,
-        ),
-    ] = False
-    fused_attention: Annotated[
-        bool,
-        EngineOption(
-            "TensorRT: compute float attention in one kernel, by ONNX's Attention; with --dtype "
-            "fp16 or bf16.",
-            backends=TENSORRT,
-        ),
-    ] = False
-    weight_streaming: Annotated[
-        bool,
-        EngineOption(
-            "TensorRT: let weights stay in the host's memory, fetched while the engine runs.",
-            backends=TENSORRT,
-        ),
-    ] = False
-    weight_streaming_budget: Annotated[
-        int | None,
-        EngineOption(
-            "TensorRT: weights to keep on the GPU then, such as 2G.",
-            minimum=0,
-            metavar="SIZE",
-            default=TENSORRTS_CHOICE,
-            text=str,
-            parse=parse_budget,
-            backends=TENSORRT,
-        ),
-    ] = None
-    tactic_sources: Annotated[
-        Sequence[str] | None,
-        EngineOption(
-            "tensorrt: what kernels may be taken from, such as edge_mask_convolutions, or "
-            "none; may be repeated.",
-            default=TENSORRTS_CHOICE,
-            parse=parse_tactic_sources,
-            backends=(SDK,),
-            reasons=LOOKS_WHEN_IT_RUNS,
-        ),
-    ] = None
-    max_num_tactics: Annotated[
-        int | None,
-        EngineOption(
-            "tensorrt: how many kernels to time for a layer.",
-            minimum=1,
-            default=TENSORRTS_CHOICE,
-            backends=(SDK,),
-            reasons=LOOKS_WHEN_IT_RUNS,
-        ),
-    ] = None
-    profiling_verbosity: Annotated[
-        str,
-        EngineOption(
-            f"TensorRT: what the engine tells of its layers: {', '.join(PROFILING_VERBOSITIES)}; "
-            "`quest-deploy inspect` tells what they run in only if it is the first.",
-            choices=PROFILING_VERBOSITIES,
-            backends=TENSORRT,
-        ),
-    ] = "detailed"
-    processor: Annotated[
-        str,
-        EngineOption(
-            "CPU backends: native, exact on processors that compute as this one does, or any, "
-            "exact on every x86-64 and slower "
-            "where that has 8-bit weights.",
-            choices=PROCESSORS,
-            backends=CPUS,
-        ),
-    ] = NATIVE_PROCESSOR
-    verbose: Annotated[
-        bool,
-        EngineOption("TensorRT: print all that it logs while it builds.", backends=TENSORRT),
-    ] = False
+    provider: str = EngineOption(
+        "onnxruntime's execution provider: cpu, cuda or tensorrt.",
+        choices=PROVIDERS,
+        backends=("onnxruntime",),
+    ).field("cpu")
+    threads: int = EngineOption(
+        "CPU threads; 0 lets the backend choose.", minimum=0, backends=CPUS, ignored=True
+    ).field(0)
+    compute_capability: Sequence[str] = EngineOption(
+        "tensorrt-rtx: a GPU to build for, such as 89; may be repeated.",
+        recorded="compute_capabilities",
+        backends=(RTX,),
+        reasons={SDK: "it builds for the GPU that it runs on"},
+    ).field(())
+    max_batch: int = EngineOption(
+        "TensorRT: the largest batch.", minimum=1, backends=TENSORRT, ignored=True
+    ).field(16)
+    compiled_batch: Sequence[int] = EngineOption(
+        "openvino: a batch, of inputs of the model's own sizes, that the engine opens for "
+        "without compiling; may be repeated; 0 is none.",
+        minimum=0,
+        default="2, an image with guidance",
+        recorded="compiled_batches",
+        backends=("openvino",),
+        ignored=True,
+    ).field((2,))
+    compiled_weights: bool = EngineOption(
+        "openvino: keep the weights with what was compiled, as INT8: more than twice the size "
+        "on disk, nearly half the memory.",
+        backends=("openvino",),
+    ).field(False)
+    dtype: str = EngineOption(
+        f"The precision of the non-quantized ops: {', '.join(DTYPES)}; openvino takes fp32 "
+        "and bf16.",
+        choices=DTYPES,
+        limits={"openvino": ("fp32", "bf16"), "onnxruntime --provider cpu": ("fp32",)},
+        reasons={"onnxruntime --provider cpu": "--provider cuda takes all"},
+    ).field("fp32")
+    opt_batch: int | None = EngineOption(
+        "TensorRT: the batch to tune for.",
+        minimum=1,
+        default="2, or the largest batch",
+        backends=TENSORRT,
+    ).field(None)
+    sample_size: Sequence[tuple[int, int]] = EngineOption(
+        "TensorRT: a size of the model's samples, such as 64 for Stable Diffusion's "
+        "latents at 512 pixels; may be repeated: "
+        "one optimization profile each (tensorrt-rtx: one from the least to the largest).",
+        metavar="SIZE|HEIGHTxWIDTH",
+        default="the model's",
+        text=list[str],
+        parse=parse_sample_sizes,
+        recorded="sample_sizes",
+        backends=TENSORRT,
+    ).field(())
+    pool_limit: int | None = EngineOption(
+        "TensorRT: the most memory that a layer may use, such as workspace:2G.",
+        minimum=1,
+        metavar="workspace:SIZE",
+        text=str,
+        parse=parse_pool_limit,
+        recorded="workspace_limit",
+        backends=TENSORRT,
+    ).field(None)
+    refittable: bool = EngineOption(
+        "TensorRT: let --refit-from exchange the weights; tensorrt-rtx needs a GPU for it.",
+        backends=TENSORRT,
+    ).field(False)
+    strip_plan: bool = EngineOption(
+        "TensorRT: an engine without weights, given them when it is opened; needs a GPU.",
+        backends=TENSORRT,
+    ).field(False)
+    timing_cache: Path | None = EngineOption(
+        "tensorrt: keep the times of kernels in a file, for the next engine.",
+        metavar="FILE",
+        backends=(SDK,),
+        reasons={RTX: "it times no kernels when it builds"},
+    ).field(None)
+    version_compatible: bool = EngineOption(
+        "tensorrt: an engine that later versions can run.",
+        backends=(SDK,),
+        reasons={RTX: "its engines run on the release that built them alone"},
+    ).field(False)
+    hardware_compatibility_level: str | None = EngineOption(
+        f"tensorrt: the GPUs that can run it: {', '.join(HARDWARE_COMPATIBILITY_LEVELS)}.",
+        choices=HARDWARE_COMPATIBILITY_LEVELS,
+        backends=(SDK,),
+        reasons={RTX: "its engines run on the GPUs given with --compute-capability"},
+    ).field(None)
+    builder_optimization_level: int | None = EngineOption(
+        "tensorrt: how long to look for fast kernels, from 0 to 5.",
+        choices=tuple(range(6)),
+        backends=(SDK,),
+        reasons=LOOKS_WHEN_IT_RUNS,
+    ).field(None)
+    quantize: str = EngineOption(
+        f"TensorRT: what quantizes activations: {', '.join(QUANTIZE)}. plugin is "
+        "quest::TimestepQuantize, for tensorrt alone; native is arithmetic and QuantizeLinear; "
+        "gathered is QuantizeLinear alone, its scale the bucket's, for batches of one bucket; "
+        "auto takes the plugin where its library is found, else native.",
+        choices=QUANTIZE,
+        backends=TENSORRT,
+        limits={RTX: (AUTO, NATIVE, GATHERED)},
+        reasons=RUNS_NO_PLUGINS,
+    ).field(AUTO)
+    plugins: Path | None = EngineOption(
+        "tensorrt: the library of the plugin.",
+        metavar="FILE",
+        default="QUEST_DEPLOY_PLUGINS in the environment, or trt_plugins/build",
+        backends=(SDK,),
+        reasons=RUNS_NO_PLUGINS,
+    ).field(None)
+    serialize_plugins: bool = EngineOption(
+        "tensorrt: put the plugin's library into the engine; with --version-compatible.",
+        backends=(SDK,),
+        reasons=RUNS_NO_PLUGINS,
+    ).field(False)
+    fused_attention: bool = EngineOption(
+        "TensorRT: compute float attention in one kernel, by ONNX's Attention; with --dtype "
+        "fp16 or bf16.",
+        backends=TENSORRT,
+    ).field(False)
+    weight_streaming: bool = EngineOption(
+        "TensorRT: let weights stay in the host's memory, fetched while the engine runs.",
+        backends=TENSORRT,
+    ).field(False)
+    weight_streaming_budget: int | None = EngineOption(
+        "TensorRT: weights to keep on the GPU then, such as 2G.",
+        minimum=0,
+        metavar="SIZE",
+        default=TENSORRTS_CHOICE,
+        text=str,
+        parse=parse_budget,
+        backends=TENSORRT,
+    ).field(None)
+    tactic_sources: Sequence[str] | None = EngineOption(
+        "tensorrt: what kernels may be taken from, such as edge_mask_convolutions, or "
+        "none; may be repeated.",
+        default=TENSORRTS_CHOICE,
+        parse=parse_tactic_sources,
+        backends=(SDK,),
+        reasons=LOOKS_WHEN_IT_RUNS,
+    ).field(None)
+    max_num_tactics: int | None = EngineOption(
+        "tensorrt: how many kernels to time for a layer.",
+        minimum=1,
+        default=TENSORRTS_CHOICE,
+        backends=(SDK,),
+        reasons=LOOKS_WHEN_IT_RUNS,
+    ).field(None)
+    profiling_verbosity: str = EngineOption(
+        f"TensorRT: what the engine tells of its layers: {', '.join(PROFILING_VERBOSITIES)}; "
+        "`quest-deploy inspect` tells what they run in only if it is the first.",
+        choices=PROFILING_VERBOSITIES,
+        backends=TENSORRT,
+    ).field("detailed")
+    processor: str = EngineOption(
+        "CPU backends: native, exact on processors that compute as this one does, or any, "
+        "exact on every x86-64 and slower "
+        "where that has 8-bit weights.",
+        choices=PROCESSORS,
+        backends=CPUS,
+    ).field(NATIVE_PROCESSOR)
+    verbose: bool = EngineOption(
+        "TensorRT: print all that it logs while it builds.", backends=TENSORRT
+    ).field(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

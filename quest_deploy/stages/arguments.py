@@ -5,11 +5,11 @@ that it is about.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from quest_deploy.artifacts.model_source import ModelSource
 from quest_deploy.artifacts.workspace import REPORT_PAGE, REPORTS, SCHEDULES, Workspace
-from quest_deploy.backends.options import EngineOptions
+from quest_deploy.backends.options import REFIT_FROM, EngineOptions
 from quest_deploy.backends.registry import BACKENDS
 from quest_deploy.errors import InputError
 from quest_deploy.importers.settings import Source
@@ -22,7 +22,9 @@ from quest_deploy.stages.options import (
     METHOD_HELP,
     METHODS,
     RECALIBRATION_SAMPLES,
+    SCHEDULER,
     SEED,
+    STEPS,
     BenchmarkOptions,
     BuildPartsOptions,
     CalibrateOptions,
@@ -33,18 +35,15 @@ from quest_deploy.stages.options import (
     FinetuneOptions,
     GenerateOptions,
     ReferenceOptions,
-    RefitFromOption,
-    SchedulerOption,
     SensitivityOptions,
     StageOptions,
-    StepsOption,
 )
 from quest_deploy.stages.stage import Stage
 from quest_deploy.stages.workspaces import (
+    BITS,
     LORA,
-    BitsOption,
+    MODEL,
     ModelChoices,
-    ModelOption,
     Place,
     SchemeChoices,
     create_workspace,
@@ -83,15 +82,15 @@ class Arguments(Options):
 class OfWorkspace(Arguments):
     """The parameters of what is about a workspace."""
 
-    workspace: Annotated[Place, WORKSPACE] = field(default=None, kw_only=False)
+    workspace: Place = field(default=None, kw_only=False, metadata=WORKSPACE.metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnWorkspace(OfWorkspace):
     """The parameters of what works on a workspace that is there."""
 
-    model: ModelOption = None
-    bits: BitsOption = None
+    model: str | None = MODEL.field(None)
+    bits: str | None = BITS.field(None)
 
     def opened(self) -> Workspace:
         """The workspace; raise InputError where it is not of the model or bits."""
@@ -151,8 +150,8 @@ class ExportArguments(ExportOptions, MakingOne):
 class FromModel(MakingOne):
     """Those parameters with the model first: `calibrate sd15`."""
 
-    workspace: Annotated[Place, WORKSPACE] = None
-    model: ModelOption = field(default=None, kw_only=False)
+    workspace: Place = WORKSPACE.field(None)
+    model: str | None = field(default=None, kw_only=False, metadata=MODEL.metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +178,7 @@ class ReferenceArguments(ReferenceOptions, OnWorkspace):
 class BuildEngineArguments(EngineOptions, EngineStageOptions, OnWorkspace):
     """The parameters of ``build_engine``."""
 
-    refit_from: RefitFromOption = None
+    refit_from: Path | None = REFIT_FROM.field(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,15 +215,12 @@ class EvaluateArguments(EvaluateOptions, OnWorkspace):
 class ReportArguments(OnWorkspace):
     """The parameters of ``report``."""
 
-    output: Annotated[
-        Path | None,
-        Option(
-            "Where to write the page, which the manifest then does not record.",
-            flags=("--output", "-o"),
-            metavar="FILE",
-            default=f"{REPORTS}/{REPORT_PAGE}, in the workspace",
-        ),
-    ] = None
+    output: Path | None = Option(
+        "Where to write the page, which the manifest then does not record.",
+        flags=("--output", "-o"),
+        metavar="FILE",
+        default=f"{REPORTS}/{REPORT_PAGE}, in the workspace",
+    ).field(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,30 +231,22 @@ class RunArguments(FromModel):
         on_result: called after each stage, with its name and its backend's, and its result.
     """
 
-    method: Annotated[
-        str | None,
-        Option(
-            METHOD_HELP, choices=METHODS, default=f"the workspace's, or {CalibrateOptions.method}"
-        ),
-    ] = None
-    backend: Annotated[
-        Sequence[str],
-        Option(
-            f"Backends to verify and benchmark: {', '.join(BACKENDS)}; may be repeated.",
-            default=DEFAULT_BACKEND,
-        ),
-    ] = (DEFAULT_BACKEND,)
-    build_only: Annotated[
-        Sequence[str], Option("Backends to build for, without running; may be repeated.")
-    ] = ()
-    if_available: Annotated[
-        bool,
-        Option("Leave out, by name, the backends that this machine lacks, unless it lacks all."),
-    ] = False
-    seed: Annotated[
-        int | None,
-        replace(SEED, help="Of calibration and finetuning.", default="the workspace's, or 0"),
-    ] = None
+    method: str | None = Option(
+        METHOD_HELP, choices=METHODS, default=f"the workspace's, or {CalibrateOptions.method}"
+    ).field(None)
+    backend: Sequence[str] = Option(
+        f"Backends to verify and benchmark: {', '.join(BACKENDS)}; may be repeated.",
+        default=DEFAULT_BACKEND,
+    ).field((DEFAULT_BACKEND,))
+    build_only: Sequence[str] = Option(
+        "Backends to build for, without running; may be repeated."
+    ).field(())
+    if_available: bool = Option(
+        "Leave out, by name, the backends that this machine lacks, unless it lacks all."
+    ).field(False)
+    seed: int | None = replace(
+        SEED, help="Of calibration and finetuning.", default="the workspace's, or 0"
+    ).field(None)
     on_result: Callable[[Workspace, str, Any], None] = lambda workspace, stage, result: None
 
 
@@ -266,259 +254,200 @@ class RunArguments(FromModel):
 class ImportArguments(Arguments):
     """The parameters of ``import_checkpoint``."""
 
-    checkpoint: Annotated[
-        Path | str, Option("The official checkpoint (ckpt.pth).", text=Path, argument=True)
-    ] = field(kw_only=False)
-    source: Annotated[
-        Source | str, Option("The code that wrote it.", flags=("--from",), text=Source)
-    ] = field(kw_only=False)
-    unet: Annotated[
-        Path | str,
-        Option(
+    checkpoint: Path | str = field(
+        kw_only=False,
+        metadata=Option(
+            "The official checkpoint (ckpt.pth).", text=Path, argument=True
+        ).metadata,
+    )
+    source: Source | str = field(
+        kw_only=False,
+        metadata=Option("The code that wrote it.", flags=("--from",), text=Source).metadata,
+    )
+    unet: Path | str = field(
+        kw_only=False,
+        metadata=Option(
             "The CompVis UNet's configuration, YAML or JSON: an LDM config, or its UNet's "
             "parameters.",
             text=Path,
-        ),
-    ] = field(kw_only=False)
-    timesteps: Annotated[
-        Sequence[float] | None,
-        Option(
-            "QuEST: the calibrated timesteps, largest first, separated by commas.",
-            default=False,
-            text=str,
-            parse=parse_numbers,
-        ),
-    ] = None
-    weight_bits: Annotated[int | None, Option("Bits of weights: 4 or 8.", default=False)] = None
-    activation_bits: Annotated[
-        int | None, Option("Bits of activations: 4 or 8.", default=False)
-    ] = None
-    first_last_bits: Annotated[
-        int | None,
-        Option(
-            "Bits of what the first and the last layer read: QuEST's commands set 8.",
-            default=False,
-        ),
-    ] = None
-    softmax_bits: Annotated[
-        int | None,
-        Option("Bits of attention's softmax: 4, 8 or 16 (--sm_abit).", default=False),
-    ] = None
-    symmetric: Annotated[
-        bool | None,
-        Option(
-            "Whether activations are symmetric (--a_sym).",
-            flags=("--symmetric/--asymmetric",),
-            default=False,
-        ),
-    ] = None
-    context_tokens: Annotated[
-        int | None,
-        Option("Q-Diffusion: the length of the text or class condition.", default=False),
-    ] = None
-    settings: Annotated[
-        Path | None,
-        Option(
-            "A JSON file with the settings above, by their names (timesteps a list).",
-            default=False,
-        ),
-    ] = None
-    recalibrate: Annotated[
-        bool, Option("Keep the rounded weights; choose new activation scales, deployable ones.")
-    ] = False
-    samples: Annotated[
-        int | None,
-        Option(
-            "Samplings to record.",
-            minimum=1,
-            default=f"{IMPORT_SAMPLES}, or {RECALIBRATION_SAMPLES} to recalibrate",
-        ),
-    ] = None
-    seed: Annotated[int, SEED] = 0
-    workspace: Annotated[Path | str | None, WORKSPACE] = None
+        ).metadata,
+    )
+    timesteps: Sequence[float] | None = Option(
+        "QuEST: the calibrated timesteps, largest first, separated by commas.",
+        default=False,
+        text=str,
+        parse=parse_numbers,
+    ).field(None)
+    weight_bits: int | None = Option("Bits of weights: 4 or 8.", default=False).field(None)
+    activation_bits: int | None = Option("Bits of activations: 4 or 8.", default=False).field(None)
+    first_last_bits: int | None = Option(
+        "Bits of what the first and the last layer read: QuEST's commands set 8.", default=False
+    ).field(None)
+    softmax_bits: int | None = Option(
+        "Bits of attention's softmax: 4, 8 or 16 (--sm_abit).", default=False
+    ).field(None)
+    symmetric: bool | None = Option(
+        "Whether activations are symmetric (--a_sym).",
+        flags=("--symmetric/--asymmetric",),
+        default=False,
+    ).field(None)
+    context_tokens: int | None = Option(
+        "Q-Diffusion: the length of the text or class condition.", default=False
+    ).field(None)
+    settings: Path | None = Option(
+        "A JSON file with the settings above, by their names (timesteps a list).", default=False
+    ).field(None)
+    recalibrate: bool = Option(
+        "Keep the rounded weights; choose new activation scales, deployable ones."
+    ).field(False)
+    samples: int | None = Option(
+        "Samplings to record.",
+        minimum=1,
+        default=f"{IMPORT_SAMPLES}, or {RECALIBRATION_SAMPLES} to recalibrate",
+    ).field(None)
+    seed: int = SEED.field(0)
+    workspace: Path | str | None = WORKSPACE.field(None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraArguments(OnWorkspace):
     """The parameters of ``lora``."""
 
-    lora: Annotated[
-        Sequence[str],
-        replace(
+    lora: Sequence[str] = field(
+        metadata=replace(
             LORA,
             help="A LoRA to fold in, a .safetensors file; one that is in already gets the new "
             "weight, 0 takes it out; may be repeated.",
-        ),
-    ]
-    output: Annotated[
-        Path | None,
-        Option(
-            "The new workspace's folder.",
-            flags=("--output", "-o"),
-            metavar="DIR",
-            default="<workspace>-<LoRA>-<weight>",
-        ),
-    ] = None
+        ).metadata
+    )
+    output: Path | None = Option(
+        "The new workspace's folder.",
+        flags=("--output", "-o"),
+        metavar="DIR",
+        default="<workspace>-<LoRA>-<weight>",
+    ).field(None)
 
 
-ScheduleSizeOption = Annotated[
-    int | None,
-    Option(
-        "Pixels of the images, for a model whose schedule depends on them (FLUX.1-dev).",
-        minimum=8,
-        default="the model's",
-    ),
-]
+SCHEDULE_PIXELS = Option(
+    "Pixels of the images, for a model whose schedule depends on them (FLUX.1-dev).",
+    minimum=8,
+    default="the model's",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleArguments(OnWorkspace):
     """The parameters of ``schedule``."""
 
-    scheduler: SchedulerOption = "ddim"
-    steps: StepsOption = None
-    height: ScheduleSizeOption = None
-    width: ScheduleSizeOption = None
-    output: Annotated[
-        Path | None,
-        Option(
-            flags=("--output", "-o"),
-            metavar="FILE",
-            default=f"{SCHEDULES}/<scheduler>-<steps>[-<height>x<width>].json",
-        ),
-    ] = None
+    scheduler: str = SCHEDULER.field("ddim")
+    steps: int | None = STEPS.field(None)
+    height: int | None = SCHEDULE_PIXELS.field(None)
+    width: int | None = SCHEDULE_PIXELS.field(None)
+    output: Path | None = Option(
+        flags=("--output", "-o"),
+        metavar="FILE",
+        default=f"{SCHEDULES}/<scheduler>-<steps>[-<height>x<width>].json",
+    ).field(None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackageArguments(OnWorkspace):
     """The parameters of ``package``."""
 
-    triton: Annotated[
-        Path, Option("Write a package for Triton Inference Server there.", metavar="DIR")
-    ]
-    max_batch: Annotated[
-        int | None,
-        Option(
-            "Rows that the UNet runs at once; with guidance an image is two.",
-            default="the plan's, or 16",
-        ),
-    ] = None
-    max_steps: Annotated[int, Option("The most denoising steps of a request.")] = (
-        TritonOptions.max_steps
+    triton: Path = field(
+        metadata=Option(
+            "Write a package for Triton Inference Server there.", metavar="DIR"
+        ).metadata
     )
-    max_size: Annotated[
-        int | None,
-        Option("The most pixels of a height or width.", default="the plan's, or the model's"),
-    ] = None
-    max_images: Annotated[int, Option("The most images of a request.")] = TritonOptions.max_images
-    max_in_flight: Annotated[int, Option("Images that are drawn at the same time.")] = (
-        TritonOptions.max_in_flight
-    )
-    max_queue: Annotated[int, Option("Requests that may wait; more are refused at once.")] = (
-        TritonOptions.max_queue
-    )
-    queue_delay: Annotated[
-        int,
-        Option(
-            "Microseconds that a batch of the UNet waits for more requests, at every denoising "
-            "step."
-        ),
-    ] = TritonOptions.queue_delay
-    controlnet: Annotated[
-        Path | None,
-        Option(
-            "A ControlNet to serve beside the UNet, a folder in diffusers' layout, where the graph "
-            "has its inputs.",
-            metavar="DIR",
-            default="none",
-        ),
-    ] = None
-    io_dtype: Annotated[
-        str, Option(f"Of the models' inputs and outputs: {' or '.join(IO_DTYPES)}.")
-    ] = TritonOptions.io_dtype
-    plugin_library: Annotated[
-        Sequence[Path],
-        Option(
-            "A library of TensorRT plugins that the plan needs, besides its own; may be repeated.",
-            metavar="FILE",
-        ),
-    ] = ()
-    processor: Annotated[
-        str,
-        Option(
-            "Without a GPU: native, exact on processors that compute as this one does, or any, "
-            "exact on every x86-64."
-        ),
-    ] = TritonOptions.processor
+    max_batch: int | None = Option(
+        "Rows that the UNet runs at once; with guidance an image is two.",
+        default="the plan's, or 16"
+    ).field(None)
+    max_steps: int = Option("The most denoising steps of a request.").field(TritonOptions.max_steps)
+    max_size: int | None = Option("The most pixels of a height or width.", default="the plan's, or the model's").field(None)
+    max_images: int = Option("The most images of a request.").field(TritonOptions.max_images)
+    max_in_flight: int = Option("Images that are drawn at the same time.").field(TritonOptions.max_in_flight)
+    max_queue: int = Option("Requests that may wait; more are refused at once.").field(TritonOptions.max_queue)
+    queue_delay: int = Option(
+        "Microseconds that a batch of the UNet waits for more requests, at every denoising "
+        "step."
+    ).field(TritonOptions.queue_delay)
+    controlnet: Path | None = Option(
+        "A ControlNet to serve beside the UNet, a folder in diffusers' layout, where the graph "
+        "has its inputs.",
+        metavar="DIR",
+        default="none",
+    ).field(None)
+    io_dtype: str = Option(f"Of the models' inputs and outputs: {' or '.join(IO_DTYPES)}.").field(TritonOptions.io_dtype)
+    plugin_library: Sequence[Path] = Option(
+        "A library of TensorRT plugins that the plan needs, besides its own; may be repeated.",
+        metavar="FILE"
+    ).field(())
+    processor: str = Option(
+        "Without a GPU: native, exact on processors that compute as this one does, or any, "
+        "exact on every x86-64."
+    ).field(TritonOptions.processor)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToServer(Arguments):
     """Which server."""
 
-    url: Annotated[
-        str,
-        Option(
+    url: str = field(
+        kw_only=False,
+        metadata=Option(
             "The server's gRPC service, such as 127.0.0.1:8001.",
             metavar="HOST:PORT",
             argument=True,
-        ),
-    ] = field(kw_only=False)
+        ).metadata,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRequest(Options):
     """What to ask a server for; None for what it chooses."""
 
-    prompt: Annotated[str | None, Option("What to draw, of a text-to-image model.")] = None
-    negative_prompt: Annotated[str | None, Option("What not to draw.")] = None
-    label: Annotated[int | None, Option("The class to draw, of a class-conditional model.")] = None
-    steps: Annotated[int | None, Option("Denoising steps.", default="the server's")] = None
-    scheduler: Annotated[
-        str | None,
-        Option("A diffusers scheduler by its short name.", default="the server's"),
-    ] = None
-    guidance: Annotated[
-        float | None,
-        Option("Classifier-free guidance weight; 1 or less is none.", default="the model's"),
-    ] = None
-    init_image: Annotated[Path | None, Option("What to inpaint or edit, of a model that does.")] = (
-        None
-    )
-    mask_image: Annotated[
-        Path | None,
-        Option("An image, white where --init-image is drawn anew, of a model that inpaints."),
-    ] = None
-    image_guidance: Annotated[
-        float | None,
-        Option("Weight of the image that is edited, beside --guidance.", default="the model's"),
-    ] = None
-    control_image: Annotated[
-        Path | None, Option("What a ControlNet is shown, where the package has one.")
-    ] = None
-    control_scale: Annotated[
-        float | None, Option("Scale of what the ControlNet adds.", default="1")
-    ] = None
-    ip_adapter_image: Annotated[
-        Path | None, Option("An image beside the prompt, where the package has an IP-Adapter.")
-    ] = None
-    ip_adapter_scale: Annotated[
-        float | None,
-        Option("Scale of what the IP-Adapter adds.", default="that of the calibration"),
-    ] = None
-    height: Annotated[int | None, Option("Pixels.", default="the model's")] = None
-    width: Annotated[int | None, Option("Pixels.", default="the model's")] = None
-    seed: Annotated[
-        int | None,
-        Option("The same seed draws the same image.", default="the server's choice"),
-    ] = None
+    prompt: str | None = Option("What to draw, of a text-to-image model.").field(None)
+    negative_prompt: str | None = Option("What not to draw.").field(None)
+    label: int | None = Option("The class to draw, of a class-conditional model.").field(None)
+    steps: int | None = Option("Denoising steps.", default="the server's").field(None)
+    scheduler: str | None = Option(
+        "A diffusers scheduler by its short name.", default="the server's"
+    ).field(None)
+    guidance: float | None = Option(
+        "Classifier-free guidance weight; 1 or less is none.", default="the model's"
+    ).field(None)
+    init_image: Path | None = Option("What to inpaint or edit, of a model that does.").field(None)
+    mask_image: Path | None = Option(
+        "An image, white where --init-image is drawn anew, of a model that inpaints."
+    ).field(None)
+    image_guidance: float | None = Option(
+        "Weight of the image that is edited, beside --guidance.", default="the model's"
+    ).field(None)
+    control_image: Path | None = Option(
+        "What a ControlNet is shown, where the package has one."
+    ).field(None)
+    control_scale: float | None = Option(
+        "Scale of what the ControlNet adds.", default="1"
+    ).field(None)
+    ip_adapter_image: Path | None = Option(
+        "An image beside the prompt, where the package has an IP-Adapter."
+    ).field(None)
+    ip_adapter_scale: float | None = Option(
+        "Scale of what the IP-Adapter adds.", default="that of the calibration"
+    ).field(None)
+    height: int | None = Option("Pixels.", default="the model's").field(None)
+    width: int | None = Option("Pixels.", default="the model's").field(None)
+    seed: int | None = Option(
+        "The same seed draws the same image.", default="the server's choice"
+    ).field(None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientArguments(ImageRequest, ToServer):
     """The parameters of ``client``."""
 
-    output: Annotated[Path, Option("Where to write the PNG file.", flags=("--output", "-o"))] = (
-        Path("image.png")
-    )
-    timeout: Annotated[float, Option("Seconds to wait for each step.", minimum=0.1)] = 600.0
+    output: Path = Option(
+        "Where to write the PNG file.", flags=("--output", "-o")
+    ).field(Path("image.png"))
+    timeout: float = Option("Seconds to wait for each step.", minimum=0.1).field(600.0)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from quest_deploy.artifacts.hashed_path import HashedPath
 from quest_deploy.artifacts.image_folder import ImageFolder
@@ -67,45 +67,20 @@ METHOD_HELP = (
     "How clip ranges are chosen: mse, minmax or l2.4; or qdiff: l2.4, then Q-Diffusion's "
     "reconstruction (a new workspace has --split-shortcuts then)."
 )
-BackendOption = Annotated[str, Option(f"The backend: {', '.join(BACKENDS)}.")]
-StepsOption = Annotated[
-    int | None,
-    Option("Denoising steps.", minimum=1, default="the model's, which is 20 of most"),
-]
-SchedulerOption = Annotated[
-    str, Option(f"A diffusers scheduler: {', '.join(SCHEDULERS)}.", choices=tuple(SCHEDULERS))
-]
-GuidanceOption = Annotated[
-    float | None,
-    Option(
-        "Guidance weight; 1 or less is none where it is classifier-free.",
-        minimum=0,
-        default="the model's",
-    ),
-]
-ImageGuidanceOption = Annotated[
-    float | None,
-    Option(
-        "Weight of the image that an instruct-pix2pix model edits, beside --guidance.",
-        minimum=1,
-        default="the model's",
-    ),
-]
-ImageFolderOption = Annotated[
-    ImageFolder | Path | str | None,
-    Option(
-        "A folder of images for a model that inpaints, beside each NAME.png its NAME-mask.png, "
-        "white where it is drawn anew, or that edits images.",
-        metavar="DIR",
-        default="made ones",
-        text=Path,
-    ),
-]
-RefitFromOption = Annotated[Path | None, REFIT_FROM]
-PixelsOption = Annotated[
-    int | None,
-    Option("Pixels, for a text-to-image model.", minimum=8, default="the model's"),
-]
+BACKEND = Option(f"The backend: {', '.join(BACKENDS)}.")
+STEPS = Option("Denoising steps.", minimum=1, default="the model's, which is 20 of most")
+SCHEDULER = Option(f"A diffusers scheduler: {', '.join(SCHEDULERS)}.", choices=tuple(SCHEDULERS))
+GUIDANCE = Option(
+    "Guidance weight; 1 or less is none where it is classifier-free.",
+    minimum=0,
+    default="the model's",
+)
+IMAGE_GUIDANCE = Option(
+    "Weight of the image that an instruct-pix2pix model edits, beside --guidance.",
+    minimum=1,
+    default="the model's",
+)
+PIXELS = Option("Pixels, for a text-to-image model.", minimum=8, default="the model's")
 
 
 def parse_list(text: str) -> tuple[str, ...]:
@@ -191,7 +166,7 @@ class EngineStageOptions(StageOptions):
     """The options of a stage that is about the engine of ``backend``."""
 
     unrecorded: ClassVar[tuple[str, ...]] = ("backend",)
-    backend: BackendOption = DEFAULT_BACKEND
+    backend: str = BACKEND.field(DEFAULT_BACKEND)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,27 +179,21 @@ class EngineStageOptions(StageOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolderOptions(StageOptions):
-    """The options of a stage that starts from images; the manifest has the folder's hash."""
+    """The options of a stage that starts from images."""
 
-    image_folder: ImageFolderOption = None
-
-    def __post_init__(self) -> None:
-        given: Any = self.image_folder
-        if isinstance(given, Mapping):  # of a manifest
-            object.__setattr__(self, "image_folder", ImageFolder(**given))
-        super().__post_init__()
-        if isinstance(self.image_folder, Path | str):
-            object.__setattr__(self, "image_folder", ImageFolder.of(self.image_folder))
+    image_folder: ImageFolder | Path | str | None = Option(
+        "A folder of images for a model that inpaints, beside each NAME.png its NAME-mask.png, "
+        "white where it is drawn anew, or that edits images.",
+        metavar="DIR",
+        default="made ones",
+        text=Path,
+        held=ImageFolder,
+    ).field(None)
 
     @property
     def images_from(self) -> ImageFolder | None:
         """The folder, where one is given."""
         return self.image_folder if isinstance(self.image_folder, ImageFolder) else None
-
-    def to_json(self) -> dict[str, Any]:
-        """The options with the folder as an object."""
-        found = super().to_json()
-        return found | {"image_folder": asdict(self.images_from)} if self.images_from else found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,116 +207,76 @@ class CalibrateOptions(ImageFolderOptions):
         "control_images",
         "ip_adapter_images",
     )
-    method: Annotated[str, Option(METHOD_HELP, choices=METHODS)] = "mse"
-    samples: Annotated[
-        int | None, Option("Samplings to record.", minimum=1, default="the model's")
-    ] = None
-    steps: Annotated[
-        int | None,
-        Option(
-            "Sampling steps of each; more where that is needed to visit every bucket.",
-            minimum=1,
-            default="the model's",
-        ),
-    ] = None
-    batch: Annotated[
-        int | None, Option("Rows that run at once.", minimum=1, default="the model's")
-    ] = None
-    guidance: Annotated[
-        float | None,
-        Option(
-            "Guidance weight of the samplings; 1 or less is none where it is classifier-free.",
-            minimum=0,
-            default="the model's",
-        ),
-    ] = None
-    image_guidance: ImageGuidanceOption = None
-    prompts: Annotated[
-        Sequence[str] | None,
-        Option(
-            "A file with a prompt a line, for a text-to-image model.",
-            default="a short list of ours",
-            text=Path,
-            parse=read_prompts,
-        ),
-    ] = None
-    controlnet: Annotated[
-        Sequence[ScaledFolder | Path | str] | None,
-        Option(
-            "A ControlNet to calibrate with and without, a folder in diffusers' layout, and the "
-            "scale of what it adds; may be repeated, all of them together.",
-            metavar="DIR:SCALE",
-            default="none",
-            text=list[str],
-        ),
-    ] = None
-    t2i_adapter: Annotated[
-        Sequence[ScaledFolder | Path | str] | None,
-        Option(
-            "A T2I-adapter to calibrate with and without, likewise.",
-            metavar="DIR:SCALE",
-            default="none",
-            text=list[str],
-        ),
-    ] = None
-    control_images: Annotated[
-        Sequence[ImageFolder | Path | str] | None,
-        Option(
-            "A folder of what ControlNets and T2I-adapters are shown, such as edges or poses; "
-            "repeated, each is shown its own, the ControlNets first.",
-            metavar="DIR",
-            default="edges of the model's own pictures",
-            text=list[Path],
-        ),
-    ] = None
-    ip_adapter_images: Annotated[
-        ImageFolder | Path | str | None,
-        Option(
-            "A folder of what the IP-Adapter is shown.",
-            metavar="DIR",
-            default="the model's own pictures",
-            text=Path,
-        ),
-    ] = None
-    reconstruction_samples: Annotated[
-        int | None, Option("qdiff: recorded samples it learns from.", minimum=1)
-    ] = None
-    rounding_steps: Annotated[
-        int | None, Option("qdiff: steps a block that learn the rounding.", minimum=0)
-    ] = None
-    scale_steps: Annotated[
-        int | None, Option("qdiff: steps a block that learn the activation scales.", minimum=0)
-    ] = None
-    reconstruction_batch: Annotated[int | None, Option("qdiff: samples a step.", minimum=1)] = None
-    seed: Annotated[int, SEED] = 0
+    method: str = Option(METHOD_HELP, choices=METHODS).field("mse")
+    samples: int | None = Option(
+        "Samplings to record.", minimum=1, default="the model's"
+    ).field(None)
+    steps: int | None = Option(
+        "Sampling steps of each; more where that is needed to visit every bucket.",
+        minimum=1,
+        default="the model's",
+    ).field(None)
+    batch: int | None = Option(
+        "Rows that run at once.", minimum=1, default="the model's"
+    ).field(None)
+    guidance: float | None = Option(
+        "Guidance weight of the samplings; 1 or less is none where it is classifier-free.",
+        minimum=0,
+        default="the model's",
+    ).field(None)
+    image_guidance: float | None = IMAGE_GUIDANCE.field(None)
+    prompts: Sequence[str] | None = Option(
+        "A file with a prompt a line, for a text-to-image model.",
+        default="a short list of ours",
+        text=Path,
+        parse=read_prompts,
+    ).field(None)
+    controlnet: Sequence[ScaledFolder | Path | str] | None = Option(
+        "A ControlNet to calibrate with and without, a folder in diffusers' layout, and the "
+        "scale of what it adds; may be repeated, all of them together.",
+        metavar="DIR:SCALE",
+        default="none",
+        text=list[str],
+        held=ScaledFolder,
+    ).field(None)
+    t2i_adapter: Sequence[ScaledFolder | Path | str] | None = Option(
+        "A T2I-adapter to calibrate with and without, likewise.",
+        metavar="DIR:SCALE",
+        default="none",
+        text=list[str],
+        held=ScaledFolder,
+    ).field(None)
+    control_images: Sequence[ImageFolder | Path | str] | None = Option(
+        "A folder of what ControlNets and T2I-adapters are shown, such as edges or poses; "
+        "repeated, each is shown its own, the ControlNets first.",
+        metavar="DIR",
+        default="edges of the model's own pictures",
+        text=list[Path],
+        held=ImageFolder,
+    ).field(None)
+    ip_adapter_images: ImageFolder | Path | str | None = Option(
+        "A folder of what the IP-Adapter is shown.",
+        metavar="DIR",
+        default="the model's own pictures",
+        text=Path,
+        held=ImageFolder,
+    ).field(None)
+    reconstruction_samples: int | None = Option(
+        "qdiff: recorded samples it learns from.", minimum=1
+    ).field(None)
+    rounding_steps: int | None = Option(
+        "qdiff: steps a block that learn the rounding.", minimum=0
+    ).field(None)
+    scale_steps: int | None = Option(
+        "qdiff: steps a block that learn the activation scales.", minimum=0
+    ).field(None)
+    reconstruction_batch: int | None = Option("qdiff: samples a step.", minimum=1).field(None)
+    seed: int = SEED.field(0)
 
     def __post_init__(self) -> None:
-        for name in (*KINDS, "control_images"):
-            given: Any = getattr(self, name)
-            if isinstance(given, Sequence) and not isinstance(given, str):
-                of = ScaledFolder if name in KINDS else ImageFolder
-                of_manifest = (of(**x) if isinstance(x, Mapping) else x for x in given)
-                object.__setattr__(self, name, tuple(of_manifest) or None)
-        prompt: Any = self.ip_adapter_images
-        if isinstance(prompt, Mapping):
-            object.__setattr__(self, "ip_adapter_images", ImageFolder(**prompt))
         super().__post_init__()
-        if isinstance(prompt, Path | str):
-            folder = ImageFolder.of(prompt, "--ip-adapter-images")
-            object.__setattr__(self, "ip_adapter_images", folder)
-        for kind in KINDS:
-            found = [
-                x if isinstance(x, ScaledFolder) else ScaledFolder.parse(str(x), flag(kind))
-                for x in getattr(self, kind) or ()
-            ]
-            object.__setattr__(self, kind, tuple(found) or None)
         if self.control_images and not any(self.controls.values()):
             raise InputError(f"--control-images: needs {' or '.join(map(flag, KINDS))}")
-        shown = [
-            x if isinstance(x, ImageFolder) else ImageFolder.of(x, "--control-images")
-            for x in self.control_images or ()
-        ]
-        object.__setattr__(self, "control_images", tuple(shown) or None)
         if self.reconstruction and self.method != QDIFF:
             flags = [declared(type(self))[RECONSTRUCTION[x]].flag for x in self.reconstruction]
             raise InputError(f"{', '.join(flags)}: needs --method {QDIFF}, not {self.method}")
@@ -361,10 +290,7 @@ class CalibrateOptions(ImageFolderOptions):
     @property
     def controls(self) -> dict[str, tuple[ScaledFolder, ...]]:
         """The ControlNets and the T2I-adapters, by kind."""
-        given = {kind: getattr(self, kind) or () for kind in KINDS}
-        return {
-            k: tuple(x for x in each if isinstance(x, ScaledFolder)) for k, each in given.items()
-        }
+        return {kind: getattr(self, kind) or () for kind in KINDS}
 
     @property
     def shown(self) -> tuple[ImageFolder, ...]:
@@ -383,12 +309,8 @@ class CalibrateOptions(ImageFolderOptions):
             raise InputError("--ip-adapter-images: needs a workspace with --ip-adapter")
 
     def to_json(self) -> dict[str, Any]:
-        """The options, those of the reconstruction by themselves, folders as objects."""
+        """The options, those of the reconstruction by themselves."""
         found = super().to_json()
-        given: dict[str, tuple[Any, ...]] = {**self.controls, "control_images": self.shown}
-        found |= {name: [asdict(each) for each in x] for name, x in given.items() if x}
-        if self.ip_images is not None:
-            found["ip_adapter_images"] = asdict(self.ip_images)
         apart = {name: found[name] for name in found.keys() - RECONSTRUCTION.values()}
         return apart | {"reconstruction": self.reconstruction}
 
@@ -467,15 +389,12 @@ class LoraOptions(StageOptions):
 class SensitivityOptions(StageOptions):
     """How to measure the layers' sensitivity."""
 
-    samples: Annotated[
-        int,
-        Option(
-            "Recorded rows to run through, at all their steps; a sampling with guidance has two, "
-            "or three.",
-            minimum=1,
-        ),
-    ] = 4
-    batch: Annotated[int, Option("Rows that run at once.", minimum=1)] = 32
+    samples: int = Option(
+        "Recorded rows to run through, at all their steps; a sampling with guidance has two, "
+        "or three.",
+        minimum=1,
+    ).field(4)
+    batch: int = Option("Rows that run at once.", minimum=1).field(32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -495,89 +414,68 @@ class FinetuneOptions(StageOptions):
         "target_cache",
         "save_every",
     )
-    stages: Annotated[
-        Sequence[str] | None,
-        Option(
-            "The stages in order, separated by commas.",
-            choices=STAGES,
-            default="temporal,sensitive",
-            text=str,
-            parse=parse_list,
-        ),
-    ] = None
-    temporal_layers: Annotated[
-        Sequence[str] | None,
-        Option(
-            "Layers of the temporal stage: globs separated by commas, or all.",
-            default="the model family's",
-            text=str,
-            parse=parse_patterns,
-        ),
-    ] = None
-    layers: Annotated[
-        Sequence[str] | str | None,
-        Option(
-            f"Layers of the sensitive stage: globs separated by commas, all, or {AUTO} "
-            f"({REPORTS}/{SENSITIVITY_REPORT} picks them).",
-            default="the model family's",
-            text=str,
-            parse=parse_layers,
-            recorded="sensitive_layers",
-        ),
-    ] = None
-    carry_temporal: Annotated[
-        bool | None,
-        Option(
-            "Whether the sensitive stage trains the temporal layers on, where their stage came "
-            "first.",
-            flags=("--carry-temporal/--freeze-temporal",),
-            default="carry",
-        ),
-    ] = None
-    temporal_steps: Annotated[
-        int | None, Option("Optimizer steps of the temporal stage.", minimum=0)
-    ] = None
-    sensitive_steps: Annotated[
-        int | None, Option("Optimizer steps of the sensitive stage.", minimum=0)
-    ] = None
-    batch: Annotated[int | None, Option("Samples a step, over all processes.", minimum=1)] = None
-    weight_rate: Annotated[float | None, Option("Learning rate of the weights.", minimum=0)] = None
-    scale_rate: Annotated[
-        float | None, Option("Learning rate of the activation scales.", minimum=0)
-    ] = None
-    output_loss: Annotated[
-        float | None, Option("Weight of the loss at the model's output.", minimum=0)
-    ] = None
-    block_loss: Annotated[
-        float | None, Option("Weight of the loss at its blocks' outputs.", minimum=0)
-    ] = None
-    guidance_loss: Annotated[
-        float | None,
-        Option(
-            "Weight of the loss that keeps the length of what guidance multiplies, the difference "
-            "between conditional and unconditional outputs.",
-            minimum=0,
-        ),
-    ] = None
-    precision: Annotated[
-        str | None,
-        Option(
-            "float32, or bf16 for the float arithmetic between the quantizers.", choices=PRECISIONS
-        ),
-    ] = None
-    seed: Annotated[int, SEED] = 0
-    device: Annotated[str, Option("cpu or cuda.", choices=DEVICES)] = "cpu"
-    gradient_checkpointing: Annotated[
-        bool,
-        Option(
-            "Compute activations again in the backward pass: less memory, more time.",
-            flags=("--gradient-checkpointing/--no-gradient-checkpointing",),
-        ),
-    ] = False
-    target_cache: Annotated[
-        int, Option("MiB on disk for the float model's block outputs, per process.", minimum=1)
-    ] = 1024
-    save_every: Annotated[int, Option("Steps between two saved states.", minimum=1)] = 20
+    stages: Sequence[str] | None = Option(
+        "The stages in order, separated by commas.",
+        choices=STAGES,
+        default="temporal,sensitive",
+        text=str,
+        parse=parse_list,
+    ).field(None)
+    temporal_layers: Sequence[str] | None = Option(
+        "Layers of the temporal stage: globs separated by commas, or all.",
+        default="the model family's",
+        text=str,
+        parse=parse_patterns,
+    ).field(None)
+    layers: Sequence[str] | str | None = Option(
+        f"Layers of the sensitive stage: globs separated by commas, all, or {AUTO} "
+        f"({REPORTS}/{SENSITIVITY_REPORT} picks them).",
+        default="the model family's",
+        text=str,
+        parse=parse_layers,
+        recorded="sensitive_layers",
+    ).field(None)
+    carry_temporal: bool | None = Option(
+        "Whether the sensitive stage trains the temporal layers on, where their stage came "
+        "first.",
+        flags=("--carry-temporal/--freeze-temporal",),
+        default="carry",
+    ).field(None)
+    temporal_steps: int | None = Option(
+        "Optimizer steps of the temporal stage.", minimum=0
+    ).field(None)
+    sensitive_steps: int | None = Option(
+        "Optimizer steps of the sensitive stage.", minimum=0
+    ).field(None)
+    batch: int | None = Option("Samples a step, over all processes.", minimum=1).field(None)
+    weight_rate: float | None = Option("Learning rate of the weights.", minimum=0).field(None)
+    scale_rate: float | None = Option(
+        "Learning rate of the activation scales.", minimum=0
+    ).field(None)
+    output_loss: float | None = Option(
+        "Weight of the loss at the model's output.", minimum=0
+    ).field(None)
+    block_loss: float | None = Option(
+        "Weight of the loss at its blocks' outputs.", minimum=0
+    ).field(None)
+    guidance_loss: float | None = Option(
+        "Weight of the loss that keeps the length of what guidance multiplies, the difference "
+        "between conditional and unconditional outputs.",
+        minimum=0,
+    ).field(None)
+    precision: str | None = Option(
+        "float32, or bf16 for the float arithmetic between the quantizers.", choices=PRECISIONS
+    ).field(None)
+    seed: int = SEED.field(0)
+    device: str = Option("cpu or cuda.", choices=DEVICES).field("cpu")
+    gradient_checkpointing: bool = Option(
+        "Compute activations again in the backward pass: less memory, more time.",
+        flags=("--gradient-checkpointing/--no-gradient-checkpointing",),
+    ).field(False)
+    target_cache: int = Option(
+        "MiB on disk for the float model's block outputs, per process.", minimum=1
+    ).field(1024)
+    save_every: int = Option("Steps between two saved states.", minimum=1).field(20)
 
     def to_json(self) -> dict[str, Any]:
         """Return what was chosen of what shapes the result."""
@@ -594,22 +492,16 @@ class AddedInputsOptions(StageOptions):
     """Which inputs of what is added inside the model there are."""
 
     unset: ClassVar[tuple[str, ...]] = ("controlnet_inputs", "t2i_adapter_inputs")
-    controlnet_inputs: Annotated[
-        bool | None,
-        Option(
-            "Give the graph the inputs of what ControlNets add.",
-            flags=("--controlnet-inputs/--no-controlnet-inputs",),
-            default="where it was calibrated with --controlnet",
-        ),
-    ] = None
-    t2i_adapter_inputs: Annotated[
-        bool | None,
-        Option(
-            "Give the graph the inputs of what T2I-adapters add.",
-            flags=("--t2i-adapter-inputs/--no-t2i-adapter-inputs",),
-            default="where it was calibrated with --t2i-adapter",
-        ),
-    ] = None
+    controlnet_inputs: bool | None = Option(
+        "Give the graph the inputs of what ControlNets add.",
+        flags=("--controlnet-inputs/--no-controlnet-inputs",),
+        default="where it was calibrated with --controlnet",
+    ).field(None)
+    t2i_adapter_inputs: bool | None = Option(
+        "Give the graph the inputs of what T2I-adapters add.",
+        flags=("--t2i-adapter-inputs/--no-t2i-adapter-inputs",),
+        default="where it was calibrated with --t2i-adapter",
+    ).field(None)
 
     @property
     def added_inputs(self) -> dict[str, bool | None]:
@@ -626,34 +518,25 @@ class ExportOptions(AddedInputsOptions):
 class ReferenceOptions(StageOptions):
     """The options of :func:`quest_deploy.verification.reference.save_reference`."""
 
-    seed: Annotated[int, SEED] = 0
-    megabytes: Annotated[
-        int,
-        Option(
-            "The largest record; where it cannot hold all quantized tensors, the records hold "
-            "them in turn.",
-            minimum=1,
-        ),
-    ] = 1000
-    measured: Annotated[
-        int | None,
-        Option(
-            "In how many records the model's sensitivity to last-bit differences is measured.",
-            minimum=1,
-            default="all, or 2 where a record cannot hold all quantized tensors",
-        ),
-    ] = None
-    sample_size: Annotated[
-        tuple[int, int] | None,
-        Option(
-            "Cut the recorded samples down to this size: a large model's records then hold "
-            "more quantized tensors, in less time.",
-            metavar="SIZE|HEIGHTxWIDTH",
-            default="as recorded",
-            text=str,
-            parse=parse_sample_size,
-        ),
-    ] = None
+    seed: int = SEED.field(0)
+    megabytes: int = Option(
+        "The largest record; where it cannot hold all quantized tensors, the records hold "
+        "them in turn.",
+        minimum=1,
+    ).field(1000)
+    measured: int | None = Option(
+        "In how many records the model's sensitivity to last-bit differences is measured.",
+        minimum=1,
+        default="all, or 2 where a record cannot hold all quantized tensors",
+    ).field(None)
+    sample_size: tuple[int, int] | None = Option(
+        "Cut the recorded samples down to this size: a large model's records then hold "
+        "more quantized tensors, in less time.",
+        metavar="SIZE|HEIGHTxWIDTH",
+        default="as recorded",
+        text=str,
+        parse=parse_sample_size,
+    ).field(None)
 
     def to_json(self) -> dict[str, Any]:
         """The options and the version of the records."""
@@ -668,7 +551,7 @@ class BuildEngineOptions(EngineStageOptions):
     """How to build the engine of ``backend``."""
 
     engine: EngineOptions = field(default_factory=EngineOptions)
-    refit_from: RefitFromOption = None
+    refit_from: Path | None = REFIT_FROM.field(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -722,14 +605,11 @@ WEIGHTS = FP32, INT8 = ("fp32", "int8")
 class ExportPartsOptions(StageOptions):
     """How text encoders and VAE are stored."""
 
-    weights: Annotated[
-        str,
-        Option(
-            "Of the large weights: fp32, or int8, symmetric with a scale for each output channel, "
-            "dequantized where they are read: a quarter of the size.",
-            choices=WEIGHTS,
-        ),
-    ] = FP32
+    weights: str = Option(
+        "Of the large weights: fp32, or int8, symmetric with a scale for each output channel, "
+        "dequantized where they are read: a quarter of the size.",
+        choices=WEIGHTS,
+    ).field(FP32)
 
 
 def _of_parts(name: str, **changes: Any) -> Option:
@@ -741,21 +621,18 @@ def _of_parts(name: str, **changes: Any) -> Option:
 class BuildPartsOptions(EngineStageOptions):
     """How to build the engines of the parts for ``backend``."""
 
-    provider: Annotated[str, _of_parts("provider")] = EngineOptions.provider
-    threads: Annotated[int, _of_parts("threads")] = EngineOptions.threads
-    dtype: Annotated[
-        str,
-        _of_parts(
-            "dtype",
-            help="What they compute in: fp32; openvino takes bf16 too, where the processor has it.",
-            choices=("fp32", "bf16"),
-            limits={name: ("fp32",) for name in BACKENDS if name != "openvino"},
-            reasons={},
-        ),
-    ] = EngineOptions.dtype
-    compute_capability: Annotated[Sequence[str], _of_parts("compute_capability")] = ()
-    max_batch: Annotated[int, _of_parts("max_batch")] = EngineOptions.max_batch
-    sample_size: Annotated[Sequence[tuple[int, int]], _of_parts("sample_size")] = ()
+    provider: str = _of_parts("provider").field(EngineOptions.provider)
+    threads: int = _of_parts("threads").field(EngineOptions.threads)
+    dtype: str = _of_parts(
+        "dtype",
+        help="What they compute in: fp32; openvino takes bf16 too, where the processor has it.",
+        choices=("fp32", "bf16"),
+        limits={name: ("fp32",) for name in BACKENDS if name != "openvino"},
+        reasons={},
+    ).field(EngineOptions.dtype)
+    compute_capability: Sequence[str] = _of_parts("compute_capability").field(())
+    max_batch: int = _of_parts("max_batch").field(EngineOptions.max_batch)
+    sample_size: Sequence[tuple[int, int]] = _of_parts("sample_size").field(())
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -791,58 +668,39 @@ class BenchmarkOptions(EngineStageOptions):
     """What to time."""
 
     unset: ClassVar[tuple[str, ...]] = ("steps", "scheduler", "guidance", "images", "draws")
-    batch: Annotated[
-        Sequence[int],
-        Option("A batch size; may be repeated. [default: 1 and 16]", minimum=1, recorded="batches"),
-    ] = (1, 16)
-    runs: Annotated[int, Option("Timed inferences of each engine.", minimum=1)] = 50
-    warmup: Annotated[int, Option("Untimed inferences before.", minimum=0)] = 5
-    static: Annotated[
-        bool,
-        Option(
-            "Time static scales too; a large model's third engine may not fit into memory.",
-            flags=("--static/--no-static",),
-        ),
-    ] = True
-    pipeline: Annotated[
-        bool,
-        Option("Time whole images too: text encoder, UNet, decoder; of a text-to-image model."),
-    ] = False
-    steps: Annotated[
-        int | None,
-        Option(
-            "Of --pipeline: denoising steps.",
-            minimum=1,
-            default="the model's, which is 20 of most",
-        ),
-    ] = None
-    scheduler: Annotated[
-        str | None,
-        Option(
-            "Of --pipeline: a diffusers scheduler, such as ddim or unipc.",
-            choices=tuple(SCHEDULERS),
-            default="ddim",
-        ),
-    ] = None
-    guidance: Annotated[
-        float | None,
-        Option(
-            "Of --pipeline: guidance weight; 1 or less is none where it is classifier-free.",
-            minimum=0,
-            default="the model's",
-        ),
-    ] = None
-    images: Annotated[
-        int | None, Option("Of --pipeline: images drawn at once.", minimum=1, default="1")
-    ] = None
-    draws: Annotated[
-        int | None,
-        Option(
-            "Of --pipeline: timed drawings with each engine, after an untimed one.",
-            minimum=1,
-            default="3",
-        ),
-    ] = None
+    batch: Sequence[int] = Option(
+        "A batch size; may be repeated. [default: 1 and 16]", minimum=1, recorded="batches"
+    ).field((1, 16))
+    runs: int = Option("Timed inferences of each engine.", minimum=1).field(50)
+    warmup: int = Option("Untimed inferences before.", minimum=0).field(5)
+    static: bool = Option(
+        "Time static scales too; a large model's third engine may not fit into memory.",
+        flags=("--static/--no-static",),
+    ).field(True)
+    pipeline: bool = Option(
+        "Time whole images too: text encoder, UNet, decoder; of a text-to-image model."
+    ).field(False)
+    steps: int | None = Option(
+        "Of --pipeline: denoising steps.", minimum=1, default="the model's, which is 20 of most"
+    ).field(None)
+    scheduler: str | None = Option(
+        "Of --pipeline: a diffusers scheduler, such as ddim or unipc.",
+        choices=tuple(SCHEDULERS),
+        default="ddim",
+    ).field(None)
+    guidance: float | None = Option(
+        "Of --pipeline: guidance weight; 1 or less is none where it is classifier-free.",
+        minimum=0,
+        default="the model's",
+    ).field(None)
+    images: int | None = Option(
+        "Of --pipeline: images drawn at once.", minimum=1, default="1"
+    ).field(None)
+    draws: int | None = Option(
+        "Of --pipeline: timed drawings with each engine, after an untimed one.",
+        minimum=1,
+        default="3",
+    ).field(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -889,45 +747,32 @@ class GenerateOptions(EngineStageOptions):
         "mask",
         "image_guidance",
     )
-    prompt: Annotated[
-        Sequence[str] | None,
-        Option("What to draw, for a text-to-image model; may be repeated.", default="one of ours"),
-    ] = None
-    negative_prompt: Annotated[str | None, Option("What not to draw.")] = None
-    image: Annotated[
-        Path | None,
-        Option("What to inpaint or edit, for a model that does.", default="a made one"),
-    ] = None
-    mask: Annotated[
-        Path | None,
-        Option(
-            "An image as large as --image, white where it is drawn anew, for a model that "
-            "inpaints.",
-            default="a made one",
-        ),
-    ] = None
-    labels: Annotated[
-        str | None,
-        Option(
-            "The classes to draw, one column each: 0123, or 207,360 where there are more.",
-            default="the first ten",
-        ),
-    ] = None
-    rows: Annotated[
-        int | None,
-        Option(
-            "Images of each.",
-            minimum=1,
-            default=f"{GRID_ROWS}, or 1 for a text-to-image model",
-        ),
-    ] = None
-    steps: StepsOption = None
-    guidance: GuidanceOption = None
-    image_guidance: ImageGuidanceOption = None
-    scheduler: SchedulerOption = "ddim"
-    height: PixelsOption = None
-    width: PixelsOption = None
-    seed: Annotated[int, SEED] = 0
+    prompt: Sequence[str] | None = Option(
+        "What to draw, for a text-to-image model; may be repeated.", default="one of ours"
+    ).field(None)
+    negative_prompt: str | None = Option("What not to draw.").field(None)
+    image: Path | None = Option(
+        "What to inpaint or edit, for a model that does.", default="a made one"
+    ).field(None)
+    mask: Path | None = Option(
+        "An image as large as --image, white where it is drawn anew, for a model that "
+        "inpaints.",
+        default="a made one",
+    ).field(None)
+    labels: str | None = Option(
+        "The classes to draw, one column each: 0123, or 207,360 where there are more.",
+        default="the first ten",
+    ).field(None)
+    rows: int | None = Option(
+        "Images of each.", minimum=1, default=f"{GRID_ROWS}, or 1 for a text-to-image model"
+    ).field(None)
+    steps: int | None = STEPS.field(None)
+    guidance: float | None = GUIDANCE.field(None)
+    image_guidance: float | None = IMAGE_GUIDANCE.field(None)
+    scheduler: str = SCHEDULER.field("ddim")
+    height: int | None = PIXELS.field(None)
+    width: int | None = PIXELS.field(None)
+    seed: int = SEED.field(0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -955,70 +800,47 @@ class EvaluateOptions(EngineStageOptions, ImageFolderOptions):
         "fid",
         "inception",
     )
-    images: Annotated[
-        int | None, Option("Images to draw with each.", minimum=2, default="the model's own")
-    ] = None
-    steps: StepsOption = None
-    guidance: GuidanceOption = None
-    image_guidance: ImageGuidanceOption = None
-    scheduler: SchedulerOption = "ddim"
-    seed: Annotated[int, SEED] = 2024
-    clip: Annotated[
-        HashedPath | Path | str | None,
-        Option(
-            "A folder with a CLIP model in transformers' layout: measure the CLIP score, of a "
-            "text-to-image model.",
-            metavar="DIR",
-            text=Path,
-        ),
-    ] = None
-    lpips: Annotated[
-        HashedPath | Path | str | None,
-        Option(
-            "torchvision's weights of an AlexNet or a VGG-16, a .pth file: measure LPIPS to FP32's "
-            "images.",
-            metavar="FILE",
-            text=Path,
-        ),
-    ] = None
-    fid: Annotated[
-        HashedPath | Path | str | None,
-        Option(
-            "A folder of real images: measure the Frechet inception distance to them, with "
-            "--inception.",
-            metavar="DIR",
-            text=Path,
-        ),
-    ] = None
-    inception: Annotated[
-        HashedPath | Path | str | None,
-        Option(
-            "torch-fidelity's weights of an Inception v3, a .pth file, for --fid.",
-            metavar="FILE",
-            text=Path,
-        ),
-    ] = None
-
-    def __post_init__(self) -> None:
-        for name in METRIC_FILES:
-            if isinstance(given := getattr(self, name), Mapping):  # of a manifest
-                object.__setattr__(self, name, HashedPath(**given))
-        super().__post_init__()
-        for name in METRIC_FILES:
-            if isinstance(given := getattr(self, name), Path | str):
-                object.__setattr__(self, name, HashedPath.of(given, f"--{name}"))
+    images: int | None = Option(
+        "Images to draw with each.", minimum=2, default="the model's own"
+    ).field(None)
+    steps: int | None = STEPS.field(None)
+    guidance: float | None = GUIDANCE.field(None)
+    image_guidance: float | None = IMAGE_GUIDANCE.field(None)
+    scheduler: str = SCHEDULER.field("ddim")
+    seed: int = SEED.field(2024)
+    clip: HashedPath | Path | str | None = Option(
+        "A folder with a CLIP model in transformers' layout: measure the CLIP score, of a "
+        "text-to-image model.",
+        metavar="DIR",
+        text=Path,
+        held=HashedPath,
+    ).field(None)
+    lpips: HashedPath | Path | str | None = Option(
+        "torchvision's weights of an AlexNet or a VGG-16, a .pth file: measure LPIPS to FP32's "
+        "images.",
+        metavar="FILE",
+        text=Path,
+        held=HashedPath,
+    ).field(None)
+    fid: HashedPath | Path | str | None = Option(
+        "A folder of real images: measure the Frechet inception distance to them, with "
+        "--inception.",
+        metavar="DIR",
+        text=Path,
+        held=HashedPath,
+    ).field(None)
+    inception: HashedPath | Path | str | None = Option(
+        "torch-fidelity's weights of an Inception v3, a .pth file, for --fid.",
+        metavar="FILE",
+        text=Path,
+        held=HashedPath,
+    ).field(None)
 
     @property
     def metric_files(self) -> dict[str, HashedPath]:
         """What is given of ``METRIC_FILES``."""
         found = {name: getattr(self, name) for name in METRIC_FILES}
         return {name: given for name, given in found.items() if isinstance(given, HashedPath)}
-
-    def to_json(self) -> dict[str, Any]:
-        """The options, files and folders with their hashes: another content at the same place is
-        another evaluation.
-        """
-        return super().to_json() | {name: asdict(x) for name, x in self.metric_files.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

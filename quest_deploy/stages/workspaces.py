@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from quest_deploy.artifacts.model_source import IPAdapter, Lora, ModelSource
 from quest_deploy.artifacts.scheme import (
@@ -40,21 +39,15 @@ DEFAULT_MODEL, DEFAULT_BITS = EMBEDDED, "w4a8"
 logger = logging.getLogger(__name__)
 FLOAT, NONE = "float", "none"
 OPERAND_BITS = ("4", "8", FLOAT)
-ModelOption = Annotated[
-    str | None,
-    Option(
-        f"The model: {', '.join(MODEL_NAMES)}; or the path of a diffusers folder or of a "
-        "single-file checkpoint.",
-        default=f"the workspace's, or {DEFAULT_MODEL}",
-    ),
-]
-BitsOption = Annotated[
-    str | None,
-    Option(
-        f"Bits of weights and activations: {', '.join(SUPPORTED_BITS)}.",
-        default=f"the workspace's, or {DEFAULT_BITS}",
-    ),
-]
+MODEL = Option(
+    f"The model: {', '.join(MODEL_NAMES)}; or the path of a diffusers folder or of a "
+    "single-file checkpoint.",
+    default=f"the workspace's, or {DEFAULT_MODEL}",
+)
+BITS = Option(
+    f"Bits of weights and activations: {', '.join(SUPPORTED_BITS)}.",
+    default=f"the workspace's, or {DEFAULT_BITS}",
+)
 
 LORA = Option(
     "A LoRA to fuse before quantization, a .safetensors file; may be repeated.",
@@ -78,93 +71,63 @@ def _parse_edges(text: str) -> tuple[float, ...] | str:
 class SchemeChoices(Options):
     """What the user chose of the scheme; None for what is the workspace's, or the default."""
 
-    bits: BitsOption = None
-    buckets: Annotated[
-        int | None,
-        Option(
-            "Timestep buckets, from 1 to the number of training steps.",
-            default=f"the workspace's, or {DEFAULT_BUCKETS}",
-        ),
-    ] = None
-    bucket_edges: Annotated[
-        Sequence[float] | str | None,
-        Option(
-            "Where buckets end and begin: timesteps separated by commas; or SCHEDULER:STEPS, for "
-            "as many of that schedule's timesteps in each of --buckets.",
-            default="the workspace's, or equally wide buckets; of flow matching the model's steps",
-            text=str,
-            parse=_parse_edges,
-        ),
-    ] = None
-    granularity: Annotated[
-        Granularity | None,
-        Option(
-            "What one activation scale covers, besides its bucket.",
-            default=f"the workspace's, or {Granularity.FOLDED_CHANNEL.value}",
-        ),
-    ] = None
-    attention_bits: Annotated[
-        str | None,
-        Option(
-            "Bits of attention's q, k and v: 4, 8 or float.",
-            choices=OPERAND_BITS,
-            default="the workspace's, or float",
-        ),
-    ] = None
-    softmax_bits: Annotated[
-        str | None,
-        Option(
-            "Bits of attention's softmax, unsigned: 4, 8 or float.",
-            choices=OPERAND_BITS,
-            default="the workspace's, or float",
-        ),
-    ] = None
-    split_shortcuts: Annotated[
-        bool | None,
-        Option(
-            "Quantize the two halves of what a shortcut convolution reads, h and the skip "
-            "connection, each by itself.",
-            flags=("--split-shortcuts/--whole-shortcuts",),
-            default="the workspace's, or whole",
-        ),
-    ] = None
-    eight_bit_layers: Annotated[
-        Sequence[str] | None,
-        Option(
-            "Layers whose weights and inputs have 8 bits, whatever those of the rest have: globs "
-            "separated by commas, or none.",
-            default="the workspace's, or the model's",
-            text=str,
-            parse=_parse_layers,
-        ),
-    ] = None
-    float_layers: Annotated[
-        Sequence[str] | None,
-        Option(
-            "Layers that are not quantized: globs separated by commas, or none.",
-            default="the workspace's, or the model's",
-            text=str,
-            parse=_parse_layers,
-        ),
-    ] = None
-    low_rank: Annotated[
-        int | None,
-        Option(
-            "Rank of the branches in FP16 that run beside layers; 0 for none.",
-            minimum=0,
-            default="the workspace's, or 0",
-        ),
-    ] = None
-    low_rank_layers: Annotated[
-        Sequence[str] | None,
-        Option(
-            "Layers that have such a branch, such as those that `sensitivity` picks: globs "
-            "separated by commas, or all.",
-            default="the workspace's, or none",
-            text=str,
-            parse=parse_patterns,
-        ),
-    ] = None
+    bits: str | None = BITS.field(None)
+    buckets: int | None = Option(
+        "Timestep buckets, from 1 to the number of training steps.",
+        default=f"the workspace's, or {DEFAULT_BUCKETS}",
+    ).field(None)
+    bucket_edges: Sequence[float] | str | None = Option(
+        "Where buckets end and begin: timesteps separated by commas; or SCHEDULER:STEPS, for "
+        "as many of that schedule's timesteps in each of --buckets.",
+        default="the workspace's, or equally wide buckets; of flow matching the model's steps",
+        text=str,
+        parse=_parse_edges,
+    ).field(None)
+    granularity: Granularity | None = Option(
+        "What one activation scale covers, besides its bucket.",
+        default=f"the workspace's, or {Granularity.FOLDED_CHANNEL.value}",
+    ).field(None)
+    attention_bits: str | None = Option(
+        "Bits of attention's q, k and v: 4, 8 or float.",
+        choices=OPERAND_BITS,
+        default="the workspace's, or float",
+    ).field(None)
+    softmax_bits: str | None = Option(
+        "Bits of attention's softmax, unsigned: 4, 8 or float.",
+        choices=OPERAND_BITS,
+        default="the workspace's, or float",
+    ).field(None)
+    split_shortcuts: bool | None = Option(
+        "Quantize the two halves of what a shortcut convolution reads, h and the skip "
+        "connection, each by itself.",
+        flags=("--split-shortcuts/--whole-shortcuts",),
+        default="the workspace's, or whole",
+    ).field(None)
+    eight_bit_layers: Sequence[str] | None = Option(
+        "Layers whose weights and inputs have 8 bits, whatever those of the rest have: globs "
+        "separated by commas, or none.",
+        default="the workspace's, or the model's",
+        text=str,
+        parse=_parse_layers,
+    ).field(None)
+    float_layers: Sequence[str] | None = Option(
+        "Layers that are not quantized: globs separated by commas, or none.",
+        default="the workspace's, or the model's",
+        text=str,
+        parse=_parse_layers,
+    ).field(None)
+    low_rank: int | None = Option(
+        "Rank of the branches in FP16 that run beside layers; 0 for none.",
+        minimum=0,
+        default="the workspace's, or 0",
+    ).field(None)
+    low_rank_layers: Sequence[str] | None = Option(
+        "Layers that have such a branch, such as those that `sensitivity` picks: globs "
+        "separated by commas, or all.",
+        default="the workspace's, or none",
+        text=str,
+        parse=parse_patterns,
+    ).field(None)
 
     def scheme(
         self,
@@ -256,44 +219,30 @@ class ModelChoices(Options):
     default.
     """
 
-    model: ModelOption = None
-    revision: Annotated[
-        str | None,
-        Option(
-            "Commit, branch or tag of a model on the Hugging Face Hub.",
-            default="the registry's commit",
-        ),
-    ] = None
-    random_weights: Annotated[
-        bool,
-        Option("Build the model's architecture alone, for size and speed; needs no download."),
-    ] = False
-    lora: Annotated[Sequence[str], LORA] = ()
-    ip_adapter: Annotated[
-        str | None,
-        Option(
-            "An IP-Adapter to quantize with the model, a .safetensors file, and the scale to "
-            "calibrate with.",
-            metavar="PATH:SCALE",
-            default="the workspace's, or none",
-        ),
-    ] = None
-    image_encoder: Annotated[
-        Path | None,
-        Option(
-            "The folder of what encodes the IP-Adapter's images.",
-            metavar="DIR",
-            default="image_encoder beside the IP-Adapter, or the model's",
-        ),
-    ] = None
-    prediction_type: Annotated[
-        str | None,
-        Option(
-            "What the model predicts, where its files do not say it.",
-            choices=PREDICTION_TYPES,
-            default="what its files say",
-        ),
-    ] = None
+    model: str | None = MODEL.field(None)
+    revision: str | None = Option(
+        "Commit, branch or tag of a model on the Hugging Face Hub.", default="the registry's commit"
+    ).field(None)
+    random_weights: bool = Option(
+        "Build the model's architecture alone, for size and speed; needs no download."
+    ).field(False)
+    lora: Sequence[str] = LORA.field(())
+    ip_adapter: str | None = Option(
+        "An IP-Adapter to quantize with the model, a .safetensors file, and the scale to "
+        "calibrate with.",
+        metavar="PATH:SCALE",
+        default="the workspace's, or none",
+    ).field(None)
+    image_encoder: Path | None = Option(
+        "The folder of what encodes the IP-Adapter's images.",
+        metavar="DIR",
+        default="image_encoder beside the IP-Adapter, or the model's",
+    ).field(None)
+    prediction_type: str | None = Option(
+        "What the model predicts, where its files do not say it.",
+        choices=PREDICTION_TYPES,
+        default="what its files say",
+    ).field(None)
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,15 +30,12 @@ from tests.helpers import refused
 class Declared(EngineOptions):
     """The engine's options and another one of TensorRT's."""
 
-    streams: Annotated[
-        int,
-        EngineOption(
-            "tensorrt: auxiliary streams.",
-            minimum=0,
-            backends=("tensorrt",),
-            reasons={"tensorrt-rtx": "it chooses them itself"},
-        ),
-    ] = 1
+    streams: int = EngineOption(
+        "tensorrt: auxiliary streams.",
+        minimum=0,
+        backends=("tensorrt",),
+        reasons={"tensorrt-rtx": "it chooses them itself"},
+    ).field(1)
 
 
 class Ink(StrEnum):
@@ -52,14 +49,14 @@ class Ink(StrEnum):
 class Drawing(Options):
     """Options of most kinds."""
 
-    place: Annotated[Path, Option("Where.", argument=True)] = field(kw_only=False)
-    size: Annotated[Sequence[int], Option("Sizes.", minimum=1, recorded="sizes")] = (4,)
-    mode: Annotated[str, Option("How.", choices=("pen", "ink"))] = "pen"
-    digits: Annotated[
-        Sequence[int] | None, Option(text=str, parse=lambda text: tuple(map(int, text)))
-    ] = None
-    ink: Annotated[Ink, Option("Which.")] = Ink.BLACK
-    share: Annotated[float | None, Option("How much.")] = None
+    place: Path = field(kw_only=False, metadata=Option("Where.", argument=True).metadata)
+    size: Sequence[int] = Option("Sizes.", minimum=1, recorded="sizes").field((4,))
+    mode: str = Option("How.", choices=("pen", "ink")).field("pen")
+    digits: Sequence[int] | None = Option(
+        text=str, parse=lambda text: tuple(map(int, text))
+    ).field(None)
+    ink: Ink = Option("Which.").field(Ink.BLACK)
+    share: float | None = Option("How much.").field(None)
     on_done: Any = None
 
 

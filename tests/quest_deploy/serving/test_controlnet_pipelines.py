@@ -166,7 +166,7 @@ def test_a_t2i_adapter_in_half_precision_fits_as_another_does(
 
 
 def controls_of(model: PipelineModel, folders: dict[str, list[str]], images: Any = ()) -> Controls:
-    given = {k: [ScaledFolder.parse(x, k) for x in each] for k, each in folders.items()}
+    given = {k: [ScaledFolder.of(x, k) for x in each] for k, each in folders.items()}
     return Controls(given, images, model, 3)
 
 
@@ -243,7 +243,7 @@ def test_a_controlnet_that_was_changed_names_its_option(
 ) -> None:
     model = PipelineModel(resolve_source(str(pipelines("controlled"))))
     (path,) = nets("controlled", 1)
-    given = ScaledFolder.parse(str(path), "--controlnet")
+    given = ScaledFolder.of(str(path), "--controlnet")
     path.rename(path.with_name("moved"))
     with refused(path, "quest-deploy calibrate --controlnet"):
         Controls({CONTROLNET: [given]}, (), model, 1)
