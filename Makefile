@@ -97,7 +97,7 @@ bench-methods: $(READY)
 
 # Everything at Stable Diffusion 1.5's size, docs/sd15/table.md: measures the steps that are missing; about an hour on two cores, 16 GiB.
 bench-sd15: $(READY)
-	$(BIN)/python scripts/bench/bench_sd15.py $(BENCH_ARGS)
+	$(BIN)/python -m scripts.bench.bench_sd15 $(BENCH_ARGS)
 
 # Whole images beside other programs, docs/sd15/image.md: measures the rows that are missing; some 75 minutes on two idle cores,
 # 16 GiB of memory and 30 GB on disk. BENCH_ARGS='--size small' is a try of minutes, '--only PATTERN' measures some rows.
@@ -128,7 +128,7 @@ $(READY): $(DEMO_READY)
 
 # A Triton server under load on both protocols, docs/serving/table.md: about half an hour; BENCH_ARGS='--minutes 1' takes less.
 bench-serving: demo $(SERVING)
-	$(BIN)/python scripts/bench/bench_serving.py -w $(WORKSPACE) $(BENCH_ARGS)
+	$(BIN)/python -m scripts.bench.bench_serving -w $(WORKSPACE) $(BENCH_ARGS)
 
 # Where a Triton server runs: the toolchain's packages, but for the NumPy 1 that this wheel's python backend was built for.
 # Where there is no such wheel, the tests that serve are skipped, and the next run tries again.

@@ -1,7 +1,7 @@
 """Measure the toolchain at Stable Diffusion 1.5's size, and diffusion transformers at theirs;
 writes docs/sd15/table.md from scripts/bench/results/sd15.json, which it adds to.
 
-    python scripts/bench/bench_sd15.py [--workspace DIR] [--again STEP] [--only STEP]
+    python -m scripts.bench.bench_sd15 [--workspace DIR] [--again STEP] [--only STEP]
 
 The UNet is stable-diffusion-v1-5's with random weights: neither size nor time depends on them, and
 no image of it means anything. It is calibrated to W4A4 in 20 buckets by min-max, q, k, v and
@@ -18,7 +18,6 @@ too large to be calibrated here: its graph is made of its shapes (export_shapes.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -41,40 +40,20 @@ from quest_deploy.artifacts.workspace import (
 from quest_deploy.backends.base import processor_name
 from quest_deploy.files import atomic_file, read_json, write_json
 from quest_deploy.models.registry import ARCHITECTURES
+from scripts.bench.cost import cost_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent
-CALIBRATION = (
-    "--model",
-    "sd15",
-    "--random-weights",
-    "--bits",
-    "w4a4",
-    "--method",
-    "minmax",
-    "--samples",
-    "1",
-    "--steps",
-    "20",
-    "--batch",
-    "1",
-    "--guidance",
-    "1",
-)
+MINMAX = ("--method", "minmax", "--samples", "1", "--batch", "1", "--guidance", "1")
+ALL_BUCKETS = (*MINMAX, "--steps", "20")
+CALIBRATION = ("--model", "sd15", "--random-weights", "--bits", "w4a4", *ALL_BUCKETS)
 SIDE = 32
 """Of a transformer's samples."""
-FEW = (
-    *("--method", "minmax", "--samples", "1", "--steps", "2", "--buckets", "2"),
-    *("--batch", "1", "--guidance", "1"),
-)
+FEW = (*MINMAX, "--steps", "2", "--buckets", "2")
 QUANTIZED_ATTENTION = ("--attention-bits", "8", "--softmax-bits", "8")
-ALL_BUCKETS = (
-    *("--method", "minmax", "--samples", "1", "--steps", "20"),
-    *("--batch", "1", "--guidance", "1"),
-)
 TRANSFORMERS, TIMED, SHAPED = ("pixart-sigma", "sd35-medium"), "pixart-sigma", "flux-dev"
 """The models that are exported, the one that is timed, and the one of which shapes are exported."""
 EXPORT, SPEED = "export-", "openvino-"
@@ -115,7 +94,7 @@ def quest_deploy(*arguments: str) -> dict[str, Any]:
 def script(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
     """Run one of the scripts beside this one and return what it writes as JSON."""
     target = folder / f"{name}.json"
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *arguments, "--json", str(target)]
+    command = [sys.executable, "-m", f"scripts.bench.{name}", *arguments, "--json", str(target)]
     print(" ".join(command[1:]), flush=True)
     subprocess.run(command, check=True)
     result: dict[str, Any] = read_json(target)
@@ -144,7 +123,7 @@ def measure_transformer(workspace: Path, folder: Path) -> dict[str, Any]:
     return {**exports, "calibration": calibration}
 
 
-def calibrate_transformer(name: str, folder: Path, *options: str) -> dict[str, float]:
+def calibrate_transformer(name: str, folder: Path, *options: str) -> dict[str, Any]:
     """Calibrate the transformer ``name`` in ``folder`` / "workspace"; what that took."""
     model = folder / name
     shutil.rmtree(model, ignore_errors=True)
@@ -153,19 +132,16 @@ def calibrate_transformer(name: str, folder: Path, *options: str) -> dict[str, f
     write_json(path, {**read_json(path), "sample_size": SIDE})
     shutil.rmtree(folder / "workspace", ignore_errors=True)
     command = ("calibrate", "--model", str(model), "--random-weights", "--bits", "w4a4", *options)
-    return measured("-m", "quest_deploy", *command, "-w", str(folder / "workspace"))
+    return cost_of("-m", "quest_deploy", *command, "-w", str(folder / "workspace"))
 
 
 def measure_shapes(workspace: Path, folder: Path) -> dict[str, Any]:
     """Export the shapes of the model that ``folder`` is called after; the graph is not kept."""
     name, target = folder.name.removeprefix(EXPORT), folder / "graph"
-    kept = folder / "export_shapes.json"
-    command = (str(SCRIPTS / "export_shapes.py"), name, str(target), "--json", str(kept))
     try:
-        cost = measured(*command)
+        return cost_of("-m", "scripts.bench.export_shapes", name, str(target))
     finally:
         shutil.rmtree(target, ignore_errors=True)
-    return {**read_json(kept), **cost}
 
 
 def measure_transformer_speed(workspace: Path, folder: Path) -> dict[str, Any]:
@@ -178,23 +154,6 @@ def measure_transformer_speed(workspace: Path, folder: Path) -> dict[str, Any]:
     rivals = ("--rival", "fp32", "--rival", "nncf int8", "--rival", "static scales")
     sizes = ("--dtype", "fp32", "--sample-size", str(TIMED_SIDE))
     return compare_openvino(own / GRAPH, folder, *sizes, *rivals)
-
-
-def measured(*arguments: str) -> dict[str, float]:
-    """Run Python with ``arguments``; what its process took."""
-    command = [sys.executable, *arguments]
-    print(" ".join(command[1:]), flush=True)
-    started = time.monotonic()
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(process.returncode)
-    return {
-        "seconds": time.monotonic() - started,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_gib": usage.ru_maxrss / 2**20,
-    }
 
 
 def measure_tensorrt(workspace: Path, folder: Path) -> dict[str, Any]:
@@ -306,7 +265,8 @@ def transformer_lines(figures: dict[str, Any], name: str) -> list[Line]:
 
 
 def shape_lines(figures: dict[str, Any], name: str) -> list[Line]:
-    weights, payload = figures["quantized_weights"] + figures["float_weights"], payload_of(figures)
+    weights = figures["quantized_weights"] + figures["float_weights"]
+    payload = figures["payload_bytes"]
     size = f"{weights / 1e9:.1f} billion weights"
     lines = [
         Line("export", f"{figures['seconds']:.1f} s", size),
@@ -328,12 +288,6 @@ def shape_lines(figures: dict[str, Any], name: str) -> list[Line]:
         Line("graph, nodes", str(figures["nodes"])),
     ]
     return [replace(line, what=f"{name}, of its shapes: {line.what}") for line in lines]
-
-
-def payload_of(figures: dict[str, Any]) -> int:
-    """See measure_export.py."""
-    payload: int = figures["code_bytes"] + 2 * figures["float_weights"]
-    return payload
 
 
 def _cost_lines(figures: dict[str, Any], memory: str) -> list[Line]:

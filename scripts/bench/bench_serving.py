@@ -2,7 +2,7 @@
 scripts/bench/results/serving.json, and of them
 docs/serving/table.md and plot.png.
 
-    python scripts/bench/bench_serving.py -w WORKSPACE [--minutes 10] [--seconds 20]
+    python -m scripts.bench.bench_serving -w WORKSPACE [--minutes 10] [--seconds 20]
 
 First throughput: 1 to 16 clients ask for images, one after the other each, of a server that draws
 requests together and of one that draws them one by one (max_in_flight 1), the two in turn. Then

@@ -1,7 +1,7 @@
 """Compare the forms that one product of 8-bit codes may take, on a CPU's runtime, beside FP32: the
 tables of docs/processors.md.
 
-    python scripts/bench/compare_forms.py [--backend openvino] [--backend onnxruntime] [--runs 15]
+    python -m scripts.bench.compare_forms [--backend openvino] [--backend onnxruntime] [--runs 15]
     [--json FILE]
 
 The products are of Stable Diffusion 1.5, batch 2, their activations quantized in the graph as the

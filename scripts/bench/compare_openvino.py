@@ -1,7 +1,7 @@
 """Compare speeds on OpenVINO: a portable graph's engine, the same with static scales and with more
 buckets, NNCF's INT8, and FP32.
 
-    python scripts/bench/compare_openvino.py GRAPH [--dtype fp32 --dtype bf16] [--json FILE]
+    python -m scripts.bench.compare_openvino GRAPH [--dtype fp32 --dtype bf16] [--json FILE]
 
 GRAPH is what `quest-deploy export` wrote. FP32 is the float graph of the same model, on the
 dequantized weights (RemoveQuantization); NNCF quantizes that graph with its default preset,

@@ -1,6 +1,6 @@
 """Export the graph of a model that is too large to be calibrated here, by its shapes alone.
 
-    python scripts/bench/export_shapes.py MODEL FOLDER [--bits w4a4] [--json FILE]
+    python -m scripts.bench.export_shapes MODEL FOLDER [--bits w4a4] [--json FILE]
 
 MODEL is a name of the registry's or a folder in diffusers' layout, of which the configurations are
 read. The float model runs once, on tensors without values, among which layers share a quantizer
@@ -39,6 +39,7 @@ from quest_deploy.quantization.architectures import without_weights
 from quest_deploy.quantization.model import build_float_model, conv_geometry
 from quest_deploy.quantization.planner import plan_quantization
 from quest_deploy.stages.workspaces import SchemeChoices
+from scripts.bench.measure_export import payload_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -150,7 +151,7 @@ def main(
         "quantized_layers": len(layers),
         "quantized_weights": sum(x.codes.size for x in layers),
         "float_weights": sum(x.size for x in checkpoint.floats.values()),
-        "code_bytes": sum(x.codes.size * x.weight_bits for x in layers) // 8,
+        "payload_bytes": payload_bytes(checkpoint),
         "quantizers": len(checkpoint.quantizers),
         "nodes": len(onnx.load(folder / GRAPH, load_external_data=False).graph.node),
         "bytes": sum(path.stat().st_size for path in folder.glob(f"{GRAPH}*")),

@@ -1,7 +1,7 @@
 """Measure what exporting costs beside torch's plain export of the same float model, and what more
 timestep buckets add.
 
-    python scripts/bench/measure_export.py WORKSPACE [--repeats 3] [--buckets 50] [--json FILE]
+    python -m scripts.bench.measure_export WORKSPACE [--repeats 3] [--buckets 50] [--json FILE]
 
 WORKSPACE needs a checkpoint, calibrated or finetuned; it is copied, never changed. The plain export
 is torch.onnx.export(dynamo=True) of the model in FP32, its weights random, its shapes static, batch
@@ -22,10 +22,7 @@ the checkpoint holds exactly is given too, with its biases, scales and tables.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -55,16 +52,15 @@ from quest_deploy.artifacts.workspace import (
     Workspace,
 )
 from quest_deploy.files import sha256_of
+from scripts.bench.cost import cost_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from quest_deploy.artifacts.checkpoint import Checkpoint
 
 NOT_COPIED = (f"{GRAPH}*", ENGINES, IMAGES, REFERENCE, REPORTS)
 CALL = (
-    "import sys; sys.path.insert(0, sys.argv[1]); import measure_export; "
-    "getattr(measure_export, sys.argv[2])(*sys.argv[3:])"
+    "import sys; from scripts.bench import measure_export as script; "
+    "getattr(script, sys.argv[1])(*sys.argv[2:])"
 )
 """Runs one function of this file, with strings as arguments, in a process of its own."""
 
@@ -134,10 +130,8 @@ class Comparison:
         } | wider
 
 
-def compare(
-    root: Path, repeats: int, buckets: int, report: Callable[[str, Cost], None]
-) -> Comparison:
-    """Measure the workspace ``root``, telling of each process that ends, the wider checkpoint with
+def compare(root: Path, repeats: int, buckets: int) -> Comparison:
+    """Measure the workspace ``root``, printing what each process took, the wider checkpoint with
     ``buckets`` or not at all; raise CalledProcessError where one fails.
     """
     from quest_deploy.calibration.trajectories import Trajectories
@@ -159,38 +153,21 @@ def compare(
             "shapes": {name: list(value.shape) for name, value in example.items()},
         }
         (folder / "model.json").write_text(json.dumps(model))
-
-        def reported(name: str, cost: Cost) -> Cost:
-            report(name, cost)
-            return cost
-
         plain, ours = [], []
         for i in range(repeats):
             target = _fresh(folder / "plain")
-            plain.append(
-                reported(
-                    f"plain {i}",
-                    measured(_call("export_plain", folder / "model.json", target), target),
-                )
-            )
-            ours.append(
-                reported(
-                    f"ours {i}",
-                    measured(
-                        [sys.executable, "-m", "quest_deploy", "export", "-w", str(copied)], copied
-                    ),
-                )
-            )
+            call = _call("export_plain", folder / "model.json", target)
+            plain.append(measured(f"plain {i}", target, *call))
+            export = ("-m", "quest_deploy", "export", "-w", str(copied))
+            ours.append(measured(f"ours {i}", copied, *export))
         sizes = payload_bytes(checkpoint), exact_bytes(checkpoint)
         found = Comparison(plain, ours, *sizes, checkpoint.scheme.buckets)
         if not buckets:
             return found
         save_checkpoint(with_buckets(checkpoint, buckets), folder / "wider.safetensors")
         target = _fresh(folder / "wider")
-        command = _call(
-            "export_portable", folder / "wider.safetensors", copied / TRAJECTORIES, target
-        )
-        wider = reported(f"{buckets} buckets", measured(command, target))
+        call = _call("export_portable", folder / "wider.safetensors", copied / TRAJECTORIES, target)
+        wider = measured(f"{buckets} buckets", target, *call)
         return replace(found, wider=wider, wider_buckets=buckets)
 
 
@@ -220,34 +197,29 @@ def _code_bytes(checkpoint: Checkpoint) -> int:
     return sum(x.codes.size * x.weight_bits for x in checkpoint.layers.values()) // 8
 
 
-def measured(command: list[str], folder: Path) -> Cost:
-    """Run ``command``, which writes GRAPH and its data into ``folder``; raise CalledProcessError
-    where it fails.
-
-    The last line of its output may be {"call_seconds", "call_cpu_seconds"} in JSON. A process's
-    peak is at least what this one held when it was started.
+def measured(name: str, folder: Path, *arguments: str) -> Cost:
+    """Run Python with ``arguments``, which write GRAPH and its data into ``folder``, and may print
+    "call_seconds" and "call_cpu_seconds"; print what it took.
     """
     import onnx
 
-    start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, stdout=output)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, command)
-        output.seek(0)
-        lines = [line for line in output.read().splitlines() if line.startswith('{"call_')]
-    graph = onnx.load(folder / GRAPH, load_external_data=False)
-    return Cost(
-        seconds=seconds,
-        cpu_seconds=usage.ru_utime + usage.ru_stime,
-        peak_gib=usage.ru_maxrss / 2**20,  # Linux counts in KiB
+    cost = cost_of(*arguments)
+    found = Cost(
         bytes=sum(path.stat().st_size for path in folder.glob(f"{GRAPH}*")),
-        nodes=len(graph.graph.node),
-        **(json.loads(lines[-1]) if lines else {}),
+        nodes=len(onnx.load(folder / GRAPH, load_external_data=False).graph.node),
+        **cost,
     )
+    call = (
+        ""
+        if found.call_seconds is None
+        else f" (the call alone {found.call_seconds:.1f} s, {found.call_cpu_seconds:.1f} CPU s)"
+    )
+    print(
+        f"{name:<12} {found.seconds:6.1f} s {found.cpu_seconds:6.1f} CPU s{call}, peak "
+        f"{found.peak_gib:.2f} GiB, {found.bytes / 1e6:.1f} MB, {found.nodes} nodes",
+        flush=True,
+    )
+    return found
 
 
 def with_buckets(checkpoint: Checkpoint, buckets: int) -> Checkpoint:
@@ -314,7 +286,7 @@ def export_portable(checkpoint: str, trajectories: str, target: str) -> None:
 
 
 def _call(function: str, *arguments: Path) -> list[str]:
-    return [sys.executable, "-c", CALL, str(Path(__file__).parent), function, *map(str, arguments)]
+    return ["-c", CALL, function, *map(str, arguments)]
 
 
 def _fresh(folder: Path) -> Path:
@@ -327,19 +299,6 @@ def _median(costs: list[Cost], name: str) -> float:
     return float(median(getattr(cost, name) for cost in costs))
 
 
-def _print(name: str, cost: Cost) -> None:
-    call = (
-        ""
-        if cost.call_seconds is None
-        else f" (the call alone {cost.call_seconds:.1f} s, {cost.call_cpu_seconds:.1f} CPU s)"
-    )
-    print(
-        f"{name:<12} {cost.seconds:6.1f} s {cost.cpu_seconds:6.1f} CPU s{call}, peak "
-        f"{cost.peak_gib:.2f} GiB, {cost.bytes / 1e6:.1f} MB, {cost.nodes} nodes",
-        flush=True,
-    )
-
-
 def main(
     workspace: Annotated[Path, typer.Argument(help="A workspace with a checkpoint; it is copied.")],
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each export.")] = 1,
@@ -349,7 +308,7 @@ def main(
     ] = None,
 ) -> None:
     """Measure an export beside torch's plain one."""
-    comparison = compare(workspace, repeats, buckets, _print)
+    comparison = compare(workspace, repeats, buckets)
     summary = comparison.summary()
     print("\n".join(f"{name}: {value:.4g}" for name, value in summary.items()))
     if json_file is not None:

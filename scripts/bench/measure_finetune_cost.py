@@ -1,7 +1,7 @@
 """Measure what a step of finetuning costs for a UNet of Stable Diffusion 1.5's size: seconds and
 peak memory.
 
-    python scripts/bench/measure_finetune_cost.py [--device cuda] [--precision bf16] [--json FILE]
+    python -m scripts.bench.measure_finetune_cost [--device cuda] [--precision bf16] [--json FILE]
 
 The UNet has the configuration of stable-diffusion-v1-5's and random weights, and the "recorded"
 trajectories are random too: neither time nor memory depends on their values. It is calibrated to

@@ -1,7 +1,7 @@
 """Measure the plugins' kernels on this machine's GPU; writes docs/plugin/table.md and
 scripts/bench/results/plugin.json.
 
-    python scripts/bench/measure_plugin.py [--build FOLDER] [--repeats N] [--results FILE]
+    python -m scripts.bench.measure_plugin [--build FOLDER] [--repeats N] [--results FILE]
 
 Builds trt_plugins/ for the GPU that is here, compares the kernels with their scalar references on
 it, under compute-sanitizer too where that is installed, and then times them at Stable Diffusion

@@ -1,8 +1,8 @@
 """Measure what the stages cost, by the size of the model; writes docs/cost/ from
 scripts/bench/results/stages.json, which it adds to.
 
-    python scripts/bench/measure_stages.py [--size SIZE ...] [--again SIZE] [--folder DIR]
-    python scripts/bench/measure_stages.py --size sd15 --latents 64 --json FILE --docs DIR
+    python -m scripts.bench.measure_stages [--size SIZE ...] [--again SIZE] [--folder DIR]
+    python -m scripts.bench.measure_stages --size sd15 --latents 64 --json FILE --docs DIR
 
 The second line is the toolchain at the size that `make bench-sd15` measures. All sizes have random
 weights, W4A4 in as many buckets, attention at 8 bits, and samples as large: those of Stable
@@ -14,10 +14,8 @@ once, so that an interrupted run goes on with the next.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from quest_deploy.artifacts.workspace import CALIBRATED, ENGINES, REFERENCE, ver
 from quest_deploy.backends.base import open_engine, processor_name
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.files import atomic_file, read_json, write_json
+from scripts.bench.cost import cost_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent
@@ -41,7 +40,7 @@ ARCHITECTURES = ROOT / "quest_deploy" / "models" / "architectures"
 BACKEND, STEPS = "openvino", 3
 RECORDED = 32
 """The largest samples of the reference, as `make bench-sd15` has them."""
-CALL = "import sys; sys.path.insert(0, sys.argv[1]); import measure_stages as m; m.run_step()"
+CALL = "from scripts.bench import measure_stages as m; m.run_step()"
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ SIZES = {
 def commands(
     workspace: Path, model: Path, latents: int, buckets: int, method: str
 ) -> dict[str, list[str]]:
-    """The stages in order, each a command."""
-    program = [sys.executable, "-m", "quest_deploy"]
+    """The stages in order, each the arguments of Python."""
+    program = ["-m", "quest_deploy"]
     of_workspace = ("-w", str(workspace))
     calibration = (
         *("--model", str(model), "--random-weights", "--bits", "w4a4", "--method", method),
@@ -78,13 +77,13 @@ def commands(
         "build-engine": [*program, "build-engine", "--backend", BACKEND, *of_workspace],
         "reference": [*program, "reference", *recorded, *of_workspace],
         "verify": [*program, "verify", "--backend", BACKEND, *of_workspace],
-        "step": [sys.executable, "-c", CALL, str(SCRIPTS), str(workspace)],
+        "step": ["-c", CALL, str(workspace)],
     }
 
 
 def run_step() -> None:
     """Print the median of a few runs of the engine, {"step_seconds", "step_cpu_seconds"}."""
-    workspace = Path(sys.argv[2])
+    workspace = Path(sys.argv[1])
     inputs = load_reference(workspace / REFERENCE)[0][0].inputs
     spent = []
     with open_engine(get_backend(BACKEND), workspace / ENGINES / BACKEND) as runner:
@@ -106,28 +105,6 @@ def model_folder(size: Size, folder: Path, latents: int) -> Path:
         config["block_out_channels"] = size.widths
     path.write_text(json.dumps(config))
     return folder
-
-
-def cost_of(command: list[str]) -> dict[str, float]:
-    """Run ``command``: its seconds, those of its processor, and its peak memory, with what it
-    prints of a step; raise CalledProcessError where it fails. A process's peak is at least what
-    this one held when it was started.
-    """
-    print(" ".join(command[1:]), flush=True)
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command, output)
-    return {
-        "seconds": time.perf_counter() - start,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_gib": usage.ru_maxrss / 2**20,  # Linux counts in KiB
-        **(json.loads(output) if output.startswith('{"step_') else {}),
-    }
 
 
 def weights_of(workspace: Path) -> int:
@@ -252,8 +229,7 @@ def main(
         for stage, command in commands(workspace, model, latents, buckets, method).items():
             if stage in entry["stages"]:
                 continue
-            cost = cost_of(command)
-            entry["stages"][stage] = cost
+            entry["stages"][stage] = cost_of(*command)
             entry["weights"] = weights_of(workspace)
             results[name] = entry
             sizes = {key: value for key, value in results.items() if value is not None}

@@ -1,7 +1,7 @@
 """Measure what building a TensorRT engine from a portable graph costs: seconds, peak memory and
 bytes.
 
-    python scripts/bench/measure_tensorrt_build.py GRAPH [--dtype fp16]
+    python -m scripts.bench.measure_tensorrt_build GRAPH [--dtype fp16]
     [--sample-size 64 --sample-size 96] [--json FILE]
 
 The build runs in a process of its own, whose peak is that of lowering and building alone, as

@@ -79,7 +79,7 @@ def test_a_transformers_rows_say_which_and_compare_files_with_the_payload() -> N
 def test_the_rows_of_shapes_compare_files_with_the_payload() -> None:
     figures = {"seconds": 200.4, "cpu_seconds": 150.0, "peak_gib": 2.5, "bytes": 11_000_000_000}
     figures |= {"nodes": 9000, "quantized_weights": 8_000_000_000, "float_weights": 3_500_000_000}
-    figures["code_bytes"] = 4_000_000_000
+    figures["payload_bytes"] = 11_000_000_000
     page = script.table({"export-flux-dev": entry(figures)})
     rows = [row for row in page.splitlines() if row.startswith("| flux-dev, of its shapes: ")]
     assert len(rows) == 5

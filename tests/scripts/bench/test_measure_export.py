@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,10 +109,10 @@ def test_a_process_is_charged_its_own_time_memory_and_files(tmp_path: Path) -> N
         "while time.process_time() < 0.3: pass\n"
         "print('noise'); print(json.dumps({'call_seconds': 1.5, 'call_cpu_seconds': 2.5}))"
     )
-    cost = script.measured([sys.executable, "-c", code], tmp_path)
+    cost = script.measured("ours", tmp_path, "-c", code)
     assert cost.peak_gib >= 1
     assert min(cost.seconds, cost.cpu_seconds) >= 0.3
     assert cost.bytes == 1000 + (tmp_path / "unet.onnx").stat().st_size
     assert (cost.nodes, cost.call_seconds, cost.call_cpu_seconds) == (2, 1.5, 2.5)
-    with pytest.raises(script.subprocess.CalledProcessError):
-        script.measured([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)
+    with pytest.raises(CalledProcessError):
+        script.measured("ours", tmp_path, "-c", "raise SystemExit(3)")

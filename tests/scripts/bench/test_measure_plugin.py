@@ -70,7 +70,8 @@ def test_without_a_gpu_it_ends_at_once_with_one_clear_message_and_writes_nothing
 ) -> None:
     command = [
         sys.executable,
-        str(ROOT / "scripts" / "bench" / "measure_plugin.py"),
+        "-m",
+        "scripts.bench.measure_plugin",
         "--docs",
         str(tmp_path / "docs"),
         "--json",

@@ -45,7 +45,7 @@ def test_an_interrupted_measurement_goes_on_with_the_next_stage(
 ) -> None:
     ran: list[str] = []
 
-    def cost_of(command: list[str]) -> dict[str, float]:
+    def cost_of(*command: str) -> dict[str, float]:
         ran.append(next(name for name in ("calibrate", "export", "-c") if name in command))
         if ran == ["calibrate", "export"]:
             raise CalledProcessError(1, command)
