@@ -1,3 +1,1 @@
-"""The command line, one file per command; heavy packages are imported where a command needs
-them.
-"""
+"""The command line; heavy packages are imported where a command needs them."""
