@@ -88,13 +88,8 @@ def test_everything_has_wheels_on_aarch64(extras: tuple[str, ...], tmp_path: Pat
     names = [part for name in needed(extras, AARCH64) for part in PARTS.get(name, (name,))]
     platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in GLIBCS]
     options = [
-        "--quiet",
-        "--dry-run",
-        "--no-deps",
-        "--ignore-installed",
-        "--only-binary=:all:",
-        "--retries=1",
-        "--timeout=20",
+        *("--quiet", "--dry-run", "--no-deps", "--ignore-installed", "--only-binary=:all:"),
+        *("--retries=1", "--timeout=20"),
     ]
     pip = [
         sys.executable,

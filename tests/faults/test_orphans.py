@@ -33,15 +33,10 @@ def children(pid: int) -> set[int]:
 def test_the_processes_of_a_distributed_run_end_with_their_launcher(tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
     assert cli("calibrate", "-w", workspace, "--samples", "8", "--buckets", "3").code == 0
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
+    program = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
+        *("-m", "quest_deploy", "finetune", "-w", workspace, "--batch", "4"),
     ]
-    program = [*launcher, "-m", "quest_deploy", "finetune", "-w", workspace, "--batch", "4"]
     state = workspace / "finetune-state.pt"
     with subprocess.Popen(program, stderr=subprocess.DEVNULL) as process:
         try:

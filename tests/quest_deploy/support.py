@@ -100,14 +100,7 @@ TEXT_CHAIN = {
     "verify onnxruntime": [],
     "benchmark onnxruntime": LDM_CHAIN["benchmark openvino"],
     "generate onnxruntime": [
-        "--prompt",
-        "a red cat",
-        "--negative-prompt",
-        "blue",
-        "--steps",
-        "2",
-        "--rows",
-        "2",
+        *("--prompt", "a red cat", "--negative-prompt", "blue", "--steps", "2", "--rows", "2"),
     ],
     "evaluate onnxruntime": ["--images", "2", "--steps", "2"],
 }

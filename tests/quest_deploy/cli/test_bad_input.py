@@ -268,13 +268,8 @@ def test_an_unknown_scheduler_is_refused_with_the_known_ones(workspace: Path, co
         ),
         (
             [
-                "build-engine",
-                "--backend",
-                "tensorrt",
-                "--tactic-sources",
-                "none",
-                "--tactic-sources",
-                "x",
+                *("build-engine", "--backend", "tensorrt", "--tactic-sources", "none"),
+                *("--tactic-sources", "x"),
             ],
             "--tactic-sources none",
         ),

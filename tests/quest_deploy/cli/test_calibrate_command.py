@@ -58,20 +58,8 @@ def test_qdiff_splits_shortcuts_and_finetuning_starts_from_it(tmp_path: Path) ->
     assert set(snapshot(tmp_path)) == {MANIFEST, CALIBRATED, "trajectories.safetensors"}
     assert_holds(cli("export", "-w", tmp_path).err, "Q-Diffusion")
 
-    assert (
-        cli(
-            "finetune",
-            "-w",
-            tmp_path,
-            "--temporal-steps",
-            "2",
-            "--sensitive-steps",
-            "2",
-            "--batch",
-            "2",
-        ).code
-        == 0
-    )
+    few = ("--temporal-steps", "2", "--sensitive-steps", "2", "--batch", "2")
+    assert cli("finetune", "-w", tmp_path, *few).code == 0
     tuned = load_checkpoint(tmp_path / "checkpoint.safetensors")
     assert (tuned.provenance["method"], tuned.provenance["start"]) == ("quest", "qdiff")
     assert tuned.architecture == checkpoint.architecture

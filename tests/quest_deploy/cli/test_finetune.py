@@ -25,14 +25,8 @@ FEW = ("--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2")
 
 def test_layers_stages_losses_and_precision_are_options_and_are_recorded(workspace: Path) -> None:
     options = (
-        "--stages",
-        "sensitive,temporal",
-        "--layers",
-        "conv_in, *.ff.net.*",
-        "--temporal-layers",
-        "all",
-        "--output-loss",
-        "2",
+        *("--stages", "sensitive,temporal", "--layers", "conv_in, *.ff.net.*"),
+        *("--temporal-layers", "all", "--output-loss", "2"),
     )
     ended = cli(
         "finetune",
@@ -40,12 +34,7 @@ def test_layers_stages_losses_and_precision_are_options_and_are_recorded(workspa
         workspace,
         *FEW,
         *options,
-        "--block-loss",
-        "0.5",
-        "--guidance-loss",
-        "0",
-        "--precision",
-        "bf16",
+        *("--block-loss", "0.5", "--guidance-loss", "0", "--precision", "bf16"),
         "--gradient-checkpointing",
     )
     assert ended.code == 0, ended.err

@@ -161,14 +161,7 @@ def test_a_second_process_is_told_to_wait(workspace: Path) -> None:
 COMMANDS: dict[str, tuple[str, ...]] = {
     "calibrate": ("--samples", "1"),
     "finetune": (
-        "--temporal-steps",
-        "1",
-        "--sensitive-steps",
-        "1",
-        "--batch",
-        "2",
-        "--save-every",
-        "1",
+        *("--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2", "--save-every", "1"),
     ),
     "reference": (),
     "build-engine": ("--backend", "onnxruntime"),

@@ -185,17 +185,8 @@ def test_output_into_a_closed_pipe_ends_without_a_traceback() -> None:
 
 def test_progress_goes_to_standard_error_alone(workspace: Path) -> None:
     ended = cli(
-        "generate",
-        "-w",
-        workspace,
-        "--backend",
-        "onnxruntime",
-        "--steps",
-        "1",
-        "--rows",
-        "1",
-        "--prompt",
-        "cat",
+        *("generate", "-w", workspace, "--backend", "onnxruntime", "--steps", "1", "--rows", "1"),
+        *("--prompt", "cat"),
     )
     assert ended.code == 0
     assert str(workspace / "images" / "onnxruntime-0.png") in ended.out

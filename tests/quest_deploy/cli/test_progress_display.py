@@ -165,16 +165,8 @@ def test_finetune_and_a_reconstruction_print_stage_bucket_loss_and_time_left(
 ) -> None:
     monkeypatch.setattr(console_module, "SECONDS_BETWEEN_LINES", 0.0)
     few = (
-        "--samples",
-        "2",
-        "--steps",
-        "2",
-        "--buckets",
-        "2",
-        "--rounding-steps",
-        "1",
-        "--scale-steps",
-        "1",
+        *("--samples", "2", "--steps", "2", "--buckets", "2", "--rounding-steps", "1"),
+        *("--scale-steps", "1"),
     )
     calibrated = cli(
         "calibrate", "-w", tmp_path, "--method", "qdiff", *few, "--reconstruction-samples", "1"
@@ -186,16 +178,8 @@ def test_finetune_and_a_reconstruction_print_stage_bucket_loss_and_time_left(
         r"^calibrate: reconstruction, .*, 2 of \d+, .* left$", calibrated.err, re.MULTILINE
     ), calibrated.err
     tuned = cli(
-        "finetune",
-        "-w",
-        tmp_path,
-        "--temporal-steps",
-        "3",
-        "--sensitive-steps",
-        "3",
-        "--batch",
-        "2",
-        "--json",
+        *("finetune", "-w", tmp_path, "--temporal-steps", "3", "--sensitive-steps", "3"),
+        *("--batch", "2", "--json"),
     )
     assert tuned.json["steps"] == 6
     for stage, step in (("temporal", 2), ("sensitive", 5)):

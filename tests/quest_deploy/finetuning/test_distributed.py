@@ -23,26 +23,12 @@ if TYPE_CHECKING:
 
 ONE = [sys.executable]
 TWO = [
-    sys.executable,
-    "-m",
-    "accelerate.commands.launch",
-    "--multi_gpu",
-    "--num_processes",
-    "2",
-    "--main_process_port",
-    "0",
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+    *("--main_process_port", "0"),
 ]
 FINETUNE = [
-    "--temporal-steps",
-    "2",
-    "--sensitive-steps",
-    "2",
-    "--batch",
-    "4",
-    "--save-every",
-    "1",
-    "--target-cache",
-    "1",
+    *("--temporal-steps", "2", "--sensitive-steps", "2", "--batch", "4", "--save-every", "1"),
+    *("--target-cache", "1"),
 ]
 
 

@@ -32,14 +32,7 @@ SMALLEST_CHURCHES = {
     "image_size": 4,
 }
 SETTINGS = [
-    "--weight-bits",
-    4,
-    "--activation-bits",
-    4,
-    "--first-last-bits",
-    8,
-    "--softmax-bits",
-    8,
+    *("--weight-bits", 4, "--activation-bits", 4, "--first-last-bits", 8, "--softmax-bits", 8),
     "--asymmetric",
 ]
 
@@ -205,13 +198,7 @@ def test_a_file_that_is_missing_is_named_first(files: Path, tmp_path: Path, miss
     for name in {"ckpt.pth", "unet.json"} - {missing}:
         (tmp_path / name).write_bytes((files / name).read_bytes())
     ended = cli(
-        "import",
-        tmp_path / "ckpt.pth",
-        "--from",
-        "quest",
-        "--unet",
-        tmp_path / "unet.json",
-        "-w",
-        tmp_path / "w",
+        *("import", tmp_path / "ckpt.pth", "--from", "quest"),
+        *("--unet", tmp_path / "unet.json", "-w", tmp_path / "w"),
     )
     ended.assert_refused(tmp_path / missing)

@@ -210,15 +210,8 @@ def test_the_command_writes_the_models_table_into_the_workspace_or_where_it_is_t
     model.set_timesteps(6)
     assert [step["timestep"] for step in content["steps"]] == model.timesteps.tolist()
     ended = cli(
-        "schedule",
-        "-w",
-        mini_chain.root,
-        "--scheduler",
-        "lcm",
-        "--steps",
-        "4",
-        "-o",
-        tmp_path / "new" / "lcm.json",
+        *("schedule", "-w", mini_chain.root, "--scheduler", "lcm", "--steps", "4"),
+        *("-o", tmp_path / "new" / "lcm.json"),
     )
     assert ended.code == 0
     assert_holds(ended.out, 4, "LCMScheduler", "noise")

@@ -101,16 +101,8 @@ def test_limits_types_and_delay_are_those_that_were_asked_for(
         for text in (f"--{name.replace('_', '-')}", str(value))
     ]
     queue = [
-        "--max-queue",
-        "7",
-        "--max-images",
-        "3",
-        "--max-batch",
-        "8",
-        "--queue-delay",
-        "500",
-        "--io-dtype",
-        "fp16",
+        *("--max-queue", "7", "--max-images", "3", "--max-batch", "8", "--queue-delay", "500"),
+        *("--io-dtype", "fp16"),
     ]
     packaged(label_chain.root, tmp_path / "out", *options, *queue)
     for name in ("pipeline", "pipeline_stream"):

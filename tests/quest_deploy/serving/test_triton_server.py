@@ -63,16 +63,8 @@ def package(label_chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Its package; not to be changed."""
     folder = tmp_path_factory.mktemp("triton") / "package"
     ended = cli(
-        "package",
-        "--triton",
-        folder,
-        "-w",
-        label_chain.root,
-        "--max-steps",
-        MAX_STEPS,
-        "--max-images",
-        "2",
-        "--json",
+        *("package", "--triton", folder, "-w", label_chain.root, "--max-steps", MAX_STEPS),
+        *("--max-images", "2", "--json"),
     )
     assert ended.code == 0, ended.err
     assert ended.json["models"] == ["unet"]
@@ -366,16 +358,7 @@ def test_the_client_command_draws_what_the_pipeline_draws_and_counts_every_step(
     assert told == [(i, 5) for i in range(1, 6)]
     picture = tmp_path / "four.png"
     ended = cli(
-        "client",
-        server.grpc,
-        "--label",
-        "4",
-        "--seed",
-        "3",
-        "--steps",
-        "5",
-        "-o",
-        picture,
+        *("client", server.grpc, "--label", "4", "--seed", "3", "--steps", "5", "-o", picture),
         "--json",
     )
     assert ended.code == 0, ended.err

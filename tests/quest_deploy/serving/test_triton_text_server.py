@@ -169,16 +169,8 @@ def test_for_a_gpu_the_repository_lacks_nothing_but_triton_s_tensorrt_backend(
 def test_the_client_draws_a_prompt(server: PackageServer, tmp_path: Path) -> None:
     drawn = request_image(server.grpc, {"prompt": "a red cat", "steps": 2, "seed": 1})
     ended = cli(
-        "client",
-        server.grpc,
-        "--prompt",
-        "a red cat",
-        "--steps",
-        "2",
-        "--seed",
-        "1",
-        "-o",
-        tmp_path / "cat.png",
+        *("client", server.grpc, "--prompt", "a red cat", "--steps", "2", "--seed", "1"),
+        *("-o", tmp_path / "cat.png"),
     )
     assert ended.code == 0, ended.err
     assert (tmp_path / "cat.png").read_bytes() == drawn.png

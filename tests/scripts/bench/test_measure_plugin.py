@@ -58,10 +58,12 @@ RESULTS: dict[str, Any] = {
 }
 
 
-def invoke(*arguments: str) -> Any:
+def tabulated(results: Path, folder: Path) -> Any:
+    """How the script ends that writes the table of ``results`` into ``folder``."""
     app = script.typer.Typer()
     app.command()(script.main)
-    return CliRunner().invoke(app, list(arguments))
+    places = ["--docs", str(folder / "docs"), "--json", str(folder / "kept.json")]
+    return CliRunner().invoke(app, ["--results", str(results), *places])
 
 
 @pytest.mark.skipif(gpu_count() > 0, reason="a GPU is here")
@@ -69,15 +71,8 @@ def test_without_a_gpu_it_ends_at_once_with_one_clear_message_and_writes_nothing
     tmp_path: Path,
 ) -> None:
     command = [
-        sys.executable,
-        "-m",
-        "scripts.bench.measure_plugin",
-        "--docs",
-        str(tmp_path / "docs"),
-        "--json",
-        str(tmp_path / "plugin.json"),
-        "--build",
-        str(tmp_path / "b"),
+        *(sys.executable, "-m", "scripts.bench.measure_plugin", "--docs", tmp_path / "docs"),
+        *("--json", tmp_path / "plugin.json", "--build", tmp_path / "b"),
     ]
     done = subprocess.run(
         command,
@@ -97,14 +92,7 @@ def test_the_table_has_each_line_what_was_measured_where_and_how_many_reach_the_
 ) -> None:
     printed = tmp_path / "measured.json"
     printed.write_text(json.dumps(RESULTS))
-    done = invoke(
-        "--results",
-        str(printed),
-        "--docs",
-        str(tmp_path / "docs"),
-        "--json",
-        str(tmp_path / "kept.json"),
-    )
+    done = tabulated(printed, tmp_path)
     assert done.exit_code == 0, done.output
     text = (tmp_path / "docs" / "table.md").read_text()
     assert (
@@ -126,15 +114,7 @@ def test_the_table_has_each_line_what_was_measured_where_and_how_many_reach_the_
 
 
 def test_results_that_are_not_there_end_in_one_message(tmp_path: Path) -> None:
-    done = invoke(
-        "--results",
-        str(tmp_path / "none.json"),
-        "--docs",
-        str(tmp_path / "docs"),
-        "--json",
-        str(tmp_path / "kept.json"),
-    )
-    assert done.exit_code == 2
+    assert tabulated(tmp_path / "none.json", tmp_path).exit_code == 2
     assert list(tmp_path.iterdir()) == []
 
 
