@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -37,10 +39,6 @@ from quest_deploy.artifacts.checkpoint import (
 from quest_deploy.artifacts.scheme import Scheme, Symmetry
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json, sealed, write_json
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-    from pathlib import Path
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 from graphlib import CycleError
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from scripts.docs import architecture
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
 
 import pytest
 from PIL import Image
 
 from quest_deploy.artifacts.workspace import Workspace
 from tests.quest_deploy.conftest import mini_emoji  # noqa: F401 - a fixture
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STAGES = ["calibrate", "finetune", "export", "reference"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -15,9 +15,6 @@ from onnx.reference import ReferenceEvaluator
 
 from exporters.ops import timestep_quantize
 from tests.helpers import Array, Feeds, float32, graph_from_text, numpy_codes, proto_of, session
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 RUNTIMES = ("reference", "onnxruntime", "onnxruntime optimized")
 RANKS_AND_AXES = ((2, 1), (3, 1), (3, 2), (4, 1), (4, 2), (4, 3))

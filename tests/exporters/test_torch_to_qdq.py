@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -20,7 +20,7 @@ from exporters.editor import array_of
 from exporters.graph_info import GraphInfo, graph_info, input_sizes, load_graph, save_graph
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer
 from exporters.torch_to_qdq import portable_graph
-from quest_deploy.artifacts.checkpoint import load_checkpoint, save_checkpoint
+from quest_deploy.artifacts.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from quest_deploy.artifacts.lazy_tensors import LazyArray
 from quest_deploy.artifacts.scheme import Scheme, quantile_edges
 from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
@@ -41,11 +41,6 @@ from tests.helpers import (
     run_reference,
     session,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from quest_deploy.artifacts.checkpoint import Checkpoint
 
 BATCH = 5
 

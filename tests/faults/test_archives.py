@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +19,6 @@ from quest_deploy.files import check_archive
 from quest_deploy.finetuning.teacher_cache import TargetStream
 from quest_deploy.models.loading import load_model, resolve_source
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def deflated(path: Path, megabytes: int) -> Path:

@@ -14,8 +14,9 @@ import shutil
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -25,11 +26,7 @@ from quest_deploy.evaluation.memory import peak_memory, reset_peak_memory
 from tests.faults.damage import damage, restore
 from tests.faults.readers import Kind, kinds
 from tests.faults.results import keep
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain
 
 TRIES = 15
 """How many damages of each kind `make test` tries."""

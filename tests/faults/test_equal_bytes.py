@@ -1,17 +1,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from quest_deploy.files import sha256_of
-from tests.quest_deploy.support import CHAIN, cli
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import CHAIN, Chain, cli
 
 STEPS = ("calibrate", "finetune", "export", "reference", "build-engine onnxruntime", "schedule")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -13,12 +14,7 @@ from exporters.graph_info import load_graph
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
-from tests.quest_deploy.support import LINKS, cli, linked, snapshot, store_of
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import LINKS, Chain, cli, linked, snapshot, store_of
 
 CPU = ("onnxruntime", "openvino")
 COMMANDS = (

@@ -7,16 +7,14 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quest_deploy.evaluation.memory import peak_memory, reset_peak_memory
 from tests import pipelines
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 UNET, SCHEDULER, INDEX, VAE = (
     "unet/config.json",

@@ -7,14 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.faults.forked import broken, digests
-
-if TYPE_CHECKING:
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain
 
 PROGRAM = [sys.executable, "-m", "quest_deploy"]
 

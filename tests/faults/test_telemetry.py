@@ -4,10 +4,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain
 
 
 def test_onnxruntime_keeps_no_device_id_in_home_and_no_session_in_scratch(

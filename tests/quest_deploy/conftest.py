@@ -31,6 +31,7 @@ from tests.quest_deploy.support import (
     PIXART_CHAIN,
     SD3_CHAIN,
     TEXT_CHAIN,
+    Chain,
     Outcome,
     cli,
 )
@@ -167,14 +168,6 @@ def emoji() -> PipelineModel:
     from quest_deploy.models.loading import load_model, resolve_source
 
     return load_model(resolve_source("emoji"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Chain:
-    """A workspace, not to be changed, and how each command that made it ended."""
-
-    root: Path
-    outcomes: dict[str, Outcome]
 
 
 @contextmanager

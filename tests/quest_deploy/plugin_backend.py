@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+
+import onnx_ir as ir
 
 from exporters.lowering import tensorrt
 from exporters.ops.timestep_quantize import OP_TYPE, function_body
-from quest_deploy.backends.base import OneBucketRunner
+from quest_deploy.backends.base import OneBucketRunner, Runner
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
-from quest_deploy.backends.options import AUTO, GATHERED
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import onnx_ir as ir
-
-    from quest_deploy.backends.base import Runner
-    from quest_deploy.backends.options import EngineOptions
+from quest_deploy.backends.options import AUTO, GATHERED, EngineOptions
 
 
 class PluginOnTheCpu(OnnxRuntimeBackend):

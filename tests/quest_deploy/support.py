@@ -9,24 +9,21 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from quest_deploy.artifacts.checkpoint import pack_int4
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.cli.main import main
 from tests.helpers import assert_holds
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from numpy.typing import NDArray
 
 MINI_UNET = {
     "sample_size": 4,
@@ -205,6 +202,14 @@ class Outcome:
         """It ended with ``code`` and one message that holds the ``facts``."""
         assert_holds(self.message, *facts)
         assert self.code == code
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A workspace, not to be changed, and how each command that made it ended."""
+
+    root: Path
+    outcomes: dict[str, Outcome]
 
 
 def cli(*arguments: str | Path) -> Outcome:

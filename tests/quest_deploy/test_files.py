@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 from unittest.mock import Mock
 
 import pytest
@@ -23,10 +25,6 @@ from quest_deploy.files import (
     write_json,
 )
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
 
 class StopError(Exception):

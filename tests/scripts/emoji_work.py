@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 NAMES = ("red apple", "blue car", "left arrow", "cat")
 

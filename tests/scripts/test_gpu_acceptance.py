@@ -13,9 +13,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import typer.main
@@ -37,23 +38,11 @@ from scripts.acceptance.machine import (
     find_tensorrt,
 )
 from scripts.acceptance.programs import Ran, answer_of, run_program, words_of
-from scripts.acceptance.runner import (
-    FAILED,
-    MEASURED,
-    RESULTS,
-    SKIPPED,
-    TIMEOUT,
-    accept,
-    chosen,
-)
+from scripts.acceptance.runner import FAILED, MEASURED, RESULTS, SKIPPED, TIMEOUT, accept, chosen
 from scripts.acceptance.steps import STEPS, Command, Engine, Figure, Model, Step
 from tests.helpers import assert_holds, refused
+from tests.quest_deploy.support import Chain
 from tests.scripts.bench.test_measure_plugin import RESULTS as MEASURED_KERNELS
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from tests.quest_deploy.conftest import Chain
 
 ROOT = Path(__file__).parents[2]
 NEEDS = {name for step in STEPS for name in step.needs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +11,13 @@ import torch
 import typer
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.registry import EMBEDDED_FOLDER
 from scripts import make_emoji_adapters as script
 from scripts.make_emoji_model import WEIGHTS, check_vae, encode_latents, take_parts
 from tests.scripts.emoji_work import small_work, squares
-
-if TYPE_CHECKING:
-    from torch import nn
-
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "adapters"
 STYLE, EDGES = SHIPPED / script.STYLE, SHIPPED / script.EDGES

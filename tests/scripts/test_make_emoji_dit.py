@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,6 @@ from quest_deploy.models.registry import EMBEDDED_FOLDER
 from scripts import make_emoji_dit as script
 from scripts.make_emoji_model import WEIGHTS
 from tests.scripts.emoji_work import NAMES, small_work
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def test_its_tokenizer_knows_every_letter_of_the_names_and_ends_each(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from exporters.ops import geglu_timestep_quantize, timestep_quantize
-from tests.helpers import Array, along, graph_from_text, of_sample, session
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from tests.helpers import Feeds
+from tests.helpers import Array, Feeds, along, graph_from_text, of_sample, session
 
 PLUGINS = Path(__file__).parents[2] / "trt_plugins"
 SOURCES = (

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -27,6 +26,7 @@ from exporters.passes.center_weights import CenterWeights
 from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
 from exporters.passes.insert_quantized_layers import product_name
 from tests.helpers import (
+    Feeds,
     hand_checkpoint,
     hand_feeds,
     hand_graph,
@@ -39,9 +39,6 @@ from tests.helpers import (
     run,
     run_reference,
 )
-
-if TYPE_CHECKING:
-    from tests.helpers import Feeds
 
 UNSIGNED_ATTENTION = Exactness(
     {**EXACT_ANYWHERE.levels, **{f"{ATTENTION} {a} x {UNSIGNED}": LEVELS[0] for a in ACTIVATIONS}}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -57,9 +58,6 @@ from tests.helpers import (
     kinds_graph,
     lowering_begins_with,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 FP16 = ir.DataType.FLOAT16
 

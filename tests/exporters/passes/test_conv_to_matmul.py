@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -10,9 +10,6 @@ import pytest
 from exporters.passes.conv_to_matmul import ConvToMatMul
 from quest_deploy.artifacts.checkpoint import pack_4bit
 from tests.helpers import Array, graph_from_text, op_counts, proto_of, run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 TEXT = """
 g (uint8[batch,4,height,width] codes) => (float[batch,6,h,w] y)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -9,6 +7,7 @@ import onnx_ir as ir
 from exporters.graph_info import graph_info
 from exporters.passes.cut import cut_bucket, cut_codes, cut_layer, cut_segments
 from exporters.passes.to_low_precision import ToLowPrecision
+from quest_deploy.artifacts.checkpoint import Checkpoint
 from tests.helpers import (
     float32,
     numpy_layer,
@@ -18,9 +17,6 @@ from tests.helpers import (
     relative_error,
     run,
 )
-
-if TYPE_CHECKING:
-    from quest_deploy.artifacts.checkpoint import Checkpoint
 
 BUCKET = np.asarray([1, 0, 1])
 SHAPES = {"conv": (3, 2, 6, 6), "last": (3, 4, 3, 4), "to_q": (3, 3, 5)}

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -13,6 +11,7 @@ from exporters.lowering import tensorrt
 from exporters.ops import timestep_quantize
 from exporters.passes.cut import cut_codes
 from exporters.passes.gather_quantize_scale import GatherQuantizeScale
+from quest_deploy.artifacts.checkpoint import Checkpoint
 from tests.helpers import (
     Array,
     Feeds,
@@ -28,9 +27,6 @@ from tests.helpers import (
     run,
     run_reference,
 )
-
-if TYPE_CHECKING:
-    from quest_deploy.artifacts.checkpoint import Checkpoint
 
 ONE_BUCKET = {0: [0.0, 100.0, 499.0], 1: [500.0, 999.0, 700.0]}
 MIXED = [999.0, 0.0, 500.0]

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -12,6 +10,7 @@ from exporters.graph_info import graph_info
 from exporters.lowering import tensorrt
 from exporters.ops import timestep_quantize
 from exporters.passes.keep_timestep_quantize import KeepTimestepQuantize
+from quest_deploy.artifacts.checkpoint import Checkpoint
 from tests.helpers import (
     assert_same,
     hand_feeds,
@@ -22,9 +21,6 @@ from tests.helpers import (
     proto_of,
     run,
 )
-
-if TYPE_CHECKING:
-    from quest_deploy.artifacts.checkpoint import Checkpoint
 
 
 def quantizer_nodes(model: ir.Model) -> list[ir.Node]:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +12,8 @@ from exporters.editor import array_of
 from exporters.passes.balance_scales import BalanceScales
 from exporters.passes.to_low_precision import ToLowPrecision
 from tests.helpers import (
+    Array,
+    Feeds,
     float32,
     graph_from_text,
     hand_feeds,
@@ -25,9 +27,6 @@ from tests.helpers import (
     run,
     run_reference,
 )
-
-if TYPE_CHECKING:
-    from tests.helpers import Array, Feeds
 
 FLOAT, FP16, BF16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 each_type = pytest.mark.parametrize("dtype", [FP16, BF16], ids=lambda x: x.name.lower())

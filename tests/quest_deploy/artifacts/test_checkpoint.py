@@ -4,7 +4,9 @@ import dataclasses
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,10 +29,6 @@ from quest_deploy.artifacts.checkpoint import (
 )
 from quest_deploy.artifacts.lazy_tensors import LazyArray
 from tests.helpers import Array, assert_holds, branched_checkpoint, kinds_checkpoint, refused
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 

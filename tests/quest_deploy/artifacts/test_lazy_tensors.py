@@ -6,7 +6,8 @@ import json
 import os
 import pickle
 import struct
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,6 @@ from safetensors.torch import save_file as torch_save_file
 
 from quest_deploy.artifacts.lazy_tensors import LazyArray, stored_tensors, write_tensors
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TYPES = ("bool", "u1", "i1", "i2", "u2", "f2", "i4", "u4", "f4", "f8", "i8", "u8")
 

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,10 +16,6 @@ from quest_deploy.artifacts.workspace import MANIFEST, Workspace
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.files import sealed
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 SCHEME = Scheme.parse("w4a4", buckets=3)
 

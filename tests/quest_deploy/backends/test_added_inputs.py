@@ -5,17 +5,21 @@ model, and against those of the same checkpoint that take nothing.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from torch import nn
 
 from exporters.graph_info import STATES, added_inputs, input_sizes, size_divisors
 from exporters.torch_to_qdq import portable_graph
+from quest_deploy.artifacts.checkpoint import Checkpoint
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.backends.base import build_engine, input_shapes, open_engine
 from quest_deploy.backends.engine_unet import EngineUNet
@@ -35,14 +39,6 @@ from quest_deploy.verification.checks import verify_engine
 from quest_deploy.verification.reference import save_reference
 from tests.helpers import refused, relative_error, run_reference
 from tests.quest_deploy.support import MINI_UNET
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from torch import nn
-
-    from quest_deploy.artifacts.checkpoint import Checkpoint
 
 UNET = {
     **MINI_UNET,

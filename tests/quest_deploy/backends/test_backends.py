@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -30,17 +33,9 @@ from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.backends.tensorrt.base import DEFAULT_CAPABILITIES, ENGINE
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.files import sha256_of
+from quest_deploy.quantization.model import QuantizedModel
 from tests.helpers import refused, relative_error, reseal
-from tests.quest_deploy.support import LINKS, flip_byte, linked, truncate
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    import onnx
-
-    from quest_deploy.quantization.model import QuantizedModel
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import LINKS, Chain, flip_byte, linked, truncate
 
 CPU_BACKENDS = ("onnxruntime", "openvino")
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polygraphy.cuda.cuda as polygraphys
 import pytest
 
 from quest_deploy.backends import cuda
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DRIVER = """
 #include <string.h>

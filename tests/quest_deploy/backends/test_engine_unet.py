@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import Workspace
@@ -12,12 +15,6 @@ from quest_deploy.backends.base import Runner, engine_info, open_engine
 from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.backends.registry import get_backend
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from numpy.typing import NDArray
 
 SAMPLE = np.arange(24.0).reshape(3, 2, 2, 2)
 

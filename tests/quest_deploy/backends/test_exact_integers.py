@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -13,12 +15,6 @@ from quest_deploy.backends.cpu import CpuBackend
 from quest_deploy.backends.options import ANY_PROCESSOR, EngineOptions
 from quest_deploy.backends.registry import get_backend
 from tests.helpers import WITH_VNNI, refused, reseal
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    import onnx
 
 CPU_BACKENDS = ("onnxruntime", "openvino")
 each_cpu = pytest.mark.parametrize("backend", CPU_BACKENDS)

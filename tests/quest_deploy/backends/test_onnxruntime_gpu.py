@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -21,11 +22,6 @@ from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import QuestDeployError
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import onnx
 
 GPU_PROVIDERS = ("cuda", "tensorrt")
 each_provider = pytest.mark.parametrize("provider", GPU_PROVIDERS)

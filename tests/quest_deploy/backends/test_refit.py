@@ -5,9 +5,11 @@ command but TensorRT itself, which puts weights in on a GPU alone.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +20,7 @@ import tensorrt_rtx as trt
 import quest_deploy as qd
 from exporters.graph_info import CHECKPOINT_KEY, load_graph, save_graph
 from exporters.lowering.tensorrt import lower
+from quest_deploy.artifacts.checkpoint import Checkpoint
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import GRAPH, Workspace
 from quest_deploy.backends.base import ENGINE_FILE, LOWERED, check_unchanged, engine_info
@@ -26,12 +29,6 @@ from quest_deploy.backends.tensorrt import base as shared
 from quest_deploy.files import sha256_of
 from tests.helpers import assert_holds, hand_checkpoint, hand_graph
 from tests.quest_deploy.support import cli, flip_byte, snapshot
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from quest_deploy.artifacts.checkpoint import Checkpoint
 
 RTX = "tensorrt-rtx"
 BUILD = ("build-engine", "--backend", RTX)

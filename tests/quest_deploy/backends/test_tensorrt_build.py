@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -36,14 +37,10 @@ from quest_deploy.backends.tensorrt.base import (
     unfused_attention,
 )
 from quest_deploy.errors import QuestDeployError
+from quest_deploy.options import Declared
 from quest_deploy.processes import in_own_process
 from quest_deploy.progress import no_progress
 from tests.helpers import assert_holds, graph_from_text, kinds_checkpoint, kinds_graph, refused
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from quest_deploy.options import Declared
 
 GIVEN: dict[str, Any] = {
     "opt_batch": 3,

@@ -15,8 +15,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import onnx
 import onnx_ir as ir
 import pytest
 import tensorrt_rtx
@@ -45,9 +46,6 @@ from quest_deploy.backends.tensorrt.plugin import load_plugin, plugin_library, r
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.files import sha256_of
 from tests.helpers import assert_holds, refused, reseal
-
-if TYPE_CHECKING:
-    import onnx
 
 SDK = get_backend("tensorrt")
 SHARED = "quest_deploy.backends.tensorrt.base"

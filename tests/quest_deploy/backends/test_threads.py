@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,9 +13,6 @@ from onnx import TensorProto, helper, numpy_helper
 from quest_deploy.backends.base import LOWERED
 from quest_deploy.backends.options import CPUS, EngineOptions
 from quest_deploy.backends.registry import get_backend
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ROWS = WIDTH = 256
 CALLS = 60

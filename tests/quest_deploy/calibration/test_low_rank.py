@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,16 +23,12 @@ from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.reconstruction import ReconstructOptions, reconstruct, units_of
 from quest_deploy.calibration.requantize import requantize
 from quest_deploy.calibration.sensitivity import measure_sensitivity
+from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.finetuning.train import FinetuneOptions, finetune
 from quest_deploy.quantization.layer_kinds import group_of, matches
 from quest_deploy.quantization.model import QuantizedModel, prepared
 from quest_deploy.quantization.prepare import LowRank
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from quest_deploy.calibration.trajectories import Trajectories
 
 CONV, LINEAR, ALONE = (
     "up_blocks.0.resnets.0.conv_shortcut",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -26,12 +26,7 @@ from quest_deploy.calibration.ptq import (
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.quantization.model import fold_smoothing_scale
 from quest_deploy.quantization.prepare import Product, prepare
-from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.helpers import Array
+from tests.helpers import Array, refused
 
 BUCKETS = 2
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,10 +32,6 @@ from quest_deploy.quantization.layers import ActivationQuantizer
 from quest_deploy.quantization.model import QuantizedModel
 from tests.helpers import assert_holds, refused
 from tests.quest_deploy.support import flip_byte, truncate
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 OPTIONS = ReconstructOptions(samples=32, rounding_steps=60, scale_steps=10, batch=8)
 FEW = ReconstructOptions(samples=8, rounding_steps=3, scale_steps=2, batch=4, seed=3)

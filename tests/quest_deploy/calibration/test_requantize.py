@@ -6,22 +6,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from quest_deploy.artifacts.checkpoint import ActivationQuantizerData, Checkpoint
 from quest_deploy.artifacts.scheme import Granularity, Scheme, weight_range
 from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
 from quest_deploy.calibration.requantize import requantize
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from quest_deploy.calibration.trajectories import Trajectories
-    from tests.helpers import Array
+from quest_deploy.calibration.trajectories import Trajectories
+from tests.helpers import Array
 
 POWERS = {RangeMethod.MSE: 2.0, RangeMethod.L24: 2.4, RangeMethod.MINMAX: 2.0}
 WIDE = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj"

@@ -5,14 +5,17 @@ import dataclasses
 import itertools
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from quest_deploy.artifacts.checkpoint import ActivationQuantizerData, Checkpoint
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.sensitivity import (
@@ -22,19 +25,12 @@ from quest_deploy.calibration.sensitivity import (
     measure_sensitivity,
     select_sensitive,
 )
+from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.quantization.layer_kinds import OTHER, PRODUCTS, group_of
 from quest_deploy.quantization.prepare import prepare
 from tests.helpers import numpy_layer, of_sample, refused
 from tests.quest_deploy.support import strict_json
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import nn
-
-    from quest_deploy.artifacts.checkpoint import ActivationQuantizerData, Checkpoint
-    from quest_deploy.calibration.trajectories import Trajectories
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +10,6 @@ from PIL import Image
 
 from quest_deploy.calibration.sensitivity import LayerSensitivity, Sensitivity
 from quest_deploy.calibration.sensitivity_plot import DPI, ROWS, plot_sensitivity
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def sensitivity(errors: list[float]) -> Sensitivity:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,9 +17,6 @@ from quest_deploy.errors import QuestDeployError
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.residuals import IMAGE_SCALE, IMAGE_TOKENS
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -20,13 +22,7 @@ from quest_deploy.calibration import trajectories
 from quest_deploy.evaluation import quality
 from quest_deploy.files import read_json, write_json
 from tests.helpers import assert_holds, reseal
-from tests.quest_deploy.support import cli, flip_byte, snapshot, truncate
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain, cli, flip_byte, snapshot, truncate
 
 BACKEND_COMMANDS = ("build-engine", "verify", "benchmark", "generate", "evaluate")
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -18,9 +19,6 @@ from quest_deploy.calibration import reconstruction as reconstruct_module
 from quest_deploy.calibration import trajectories as trajectories_module
 from tests.helpers import assert_holds
 from tests.quest_deploy.support import Outcome, cli, flip_byte, snapshot, truncate
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 pytestmark = pytest.mark.usefixtures("mini_emoji")
 CALIBRATE = ("--buckets", "2", "--samples", "2", "--steps", "2")

@@ -6,24 +6,19 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from exporters.graph_info import graph_info, load_graph
-from quest_deploy.artifacts.checkpoint import load_checkpoint
+from quest_deploy.artifacts.checkpoint import Checkpoint, load_checkpoint
 from quest_deploy.artifacts.reference import load_reference
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.calibration.sensitivity import select_sensitive
 from quest_deploy.cli import descriptions
 from quest_deploy.files import read_json, sha256_of
-from tests.quest_deploy.support import CHAIN, STAGES, cli
-
-if TYPE_CHECKING:
-    from quest_deploy.artifacts.checkpoint import Checkpoint
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import CHAIN, STAGES, Chain, cli
 
 BACKENDS = ("openvino", "onnxruntime", "tensorrt-rtx")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import shutil
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -30,12 +31,7 @@ from scripts.acceptance import random_lora
 from tests.helpers import refused
 from tests.pipelines import controlled, controlnet, t2i_adapter
 from tests.quest_deploy.serving.local import LocalPipeline
-from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain, cli
 
 BACKEND = "onnxruntime"
 SHORT = ["--samples", "2", "--steps", "4", "--buckets", "2"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -12,13 +13,9 @@ from quest_deploy.calibration.sensitivity import select_sensitive
 from quest_deploy.errors import InputError
 from quest_deploy.files import read_json
 from quest_deploy.finetuning.train import FinetuneOptions
+from quest_deploy.models.pipeline_model import PipelineModel
 from tests.helpers import assert_holds
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from quest_deploy.models.pipeline_model import PipelineModel
 
 FEW = ("--temporal-steps", "1", "--sensitive-steps", "1", "--batch", "2")
 

@@ -5,7 +5,7 @@ that run there.
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -13,12 +13,7 @@ from quest_deploy.backends.cuda import gpu_count
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import InputError
-from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain, cli
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpu_count() == 0, reason="no NVIDIA GPU is here")]
 

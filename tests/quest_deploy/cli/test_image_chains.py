@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +23,6 @@ from quest_deploy.serving.pipeline import load_pipeline
 from tests.pipelines import PIPELINES
 from tests.quest_deploy.serving.local import LocalPipeline
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 text_format = pytest.importorskip("google.protobuf.text_format")
 model_config = pytest.importorskip("tritonclient.grpc.model_config_pb2")

@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -22,9 +23,6 @@ from quest_deploy.files import read_json
 from quest_deploy.verification import reference as reference_module
 from tests.helpers import assert_holds
 from tests.quest_deploy.support import STAGES, cli, snapshot, strict_json
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 FINETUNE = ("--temporal-steps", "4", "--sensitive-steps", "30", "--batch", "4", "--save-every", "1")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -43,9 +44,6 @@ from tests.pipelines import IMAGE_TOKENS as COUNT
 from tests.pipelines import IMAGE_WIDTH, PLUS_TOKENS, controlnet, ip_adapter
 from tests.quest_deploy.serving.local import LocalPipeline
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 REQUEST = {"prompt": "a red cat", "seed": 0, "steps": 4, "guidance": 5.0}
 

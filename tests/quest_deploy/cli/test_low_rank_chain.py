@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import onnx_ir as ir
 import pytest
@@ -12,9 +12,6 @@ from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.workspace import MANIFEST, Workspace
 from tests.helpers import assert_holds
 from tests.quest_deploy.support import CHAIN, cli
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("mini_emoji")
 CALIBRATE = ("--bits", "w4a4", "--samples", "4", "--buckets", "3")

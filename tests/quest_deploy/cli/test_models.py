@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,12 +27,7 @@ from quest_deploy.stages.workspaces import (
     create_workspace,
     open_workspace,
 )
-from tests.quest_deploy.support import LDM_CHAIN, TEXT_CHAIN, cli
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import LDM_CHAIN, TEXT_CHAIN, Chain, cli
 
 FEW = ("--samples", "2", "--steps", "2", "--buckets", "2", "--method", "minmax")
 

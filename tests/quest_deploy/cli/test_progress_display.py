@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +13,6 @@ from quest_deploy.cli import console as console_module
 from quest_deploy.cli.console import SECONDS_BETWEEN_LINES, Console, time_left
 from tests.helpers import assert_holds
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 STABLE_DIFFUSION_STEP = 476.0
 HOUR = 3600.0

@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
 
+import onnx_ir as ir
 import pytest
 from onnx_ir.passes import PostconditionError, PreconditionError
 
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.backends.openvino.backend import OpenVinoBackend
+from quest_deploy.backends.options import EngineOptions
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.stages import api, export, finetune
 from quest_deploy.stages import run as pipeline
@@ -27,14 +31,6 @@ from quest_deploy.stages.options import (
 )
 from tests.helpers import assert_holds
 from tests.quest_deploy.support import Outcome, change, cli, fail_verification, snapshot
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from pathlib import Path
-
-    import onnx_ir as ir
-
-    from quest_deploy.backends.options import EngineOptions
 
 pytestmark = pytest.mark.usefixtures("mini_emoji")
 STAGES = (

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.cli import speed
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PRECISION = {
     "shares": {},

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,12 +34,7 @@ from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import load_pipeline, stand_in
 from tests.helpers import refused
 from tests.pipelines import controlnet
-from tests.quest_deploy.support import FLUX_CHAIN, PIXART_CHAIN, SD3_CHAIN, cli
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import FLUX_CHAIN, PIXART_CHAIN, SD3_CHAIN, Chain, cli
 
 FP16 = ("--compute-capability", "89", "--dtype", "fp16")
 FEW = ("--samples", "1", "--steps", "2", "--method", "minmax")

@@ -10,15 +10,13 @@ import subprocess
 import sys
 import textwrap
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quest_deploy import files
 from tests.quest_deploy.cli.test_without_torch import RUNS_ENGINES
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SITE = """
 import multiprocessing, os, subprocess, sys, types  # which ask for msvcrt whether it is Windows

@@ -7,8 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,9 +17,6 @@ from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.backends.engine_unet import EngineUNet
 from quest_deploy.cli.main import TORCH_EXTRA
 from tests.quest_deploy.support import strict_json
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 ROOT = Path(__file__).parents[3]
 BLOCKED = f"import sys\nsys.modules.update(dict.fromkeys({sorted(TORCH_EXTRA)}))\n"

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -34,12 +37,6 @@ from quest_deploy.evaluation.benchmark import (
 from quest_deploy.evaluation.precision import engine_precision
 from tests.helpers import refused
 from tests.quest_deploy.plugin_backend import PluginOnTheCpu, kept
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    import onnx
 
 BALLAST_BYTES = 2**30
 

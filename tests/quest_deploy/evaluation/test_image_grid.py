@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from quest_deploy.evaluation.image_grid import save_comparison, save_grid
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def pixels(path: Path) -> np.ndarray:

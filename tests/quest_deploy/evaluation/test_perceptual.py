@@ -8,11 +8,12 @@ import shutil
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torchmetrics.functional.multimodal import clip_score
 from transformers import CLIPConfig, CLIPModel
@@ -24,9 +25,6 @@ from quest_deploy.stages.stage import as_recorded
 from tests.helpers import refused
 from tests.pipelines import tokenizer
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 CAPTIONS = ["a red cat", "a blue house", "a photo of a dog"]
 SIZE = (64, 64)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import platform
 from importlib.resources import files
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -22,12 +23,7 @@ from quest_deploy.stages.run import Run
 from scripts.docs import results
 from tests.helpers import refused
 from tests.quest_deploy.evaluation.page_reader import Page
-from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain, cli
 
 
 class Clock:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -42,11 +44,6 @@ from tests.helpers import (
     kinds_graph,
 )
 from tests.quest_deploy.backends.test_tensorrt_build import attention_to_build
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import onnx
 
 CPU_BACKENDS = ("onnxruntime", "openvino")
 OPTIONS = EngineOptions(threads=1)

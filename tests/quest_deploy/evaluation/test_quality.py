@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,18 +12,11 @@ from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.cli.descriptions import evaluation
 from quest_deploy.evaluation import quality
-from quest_deploy.evaluation.quality import (
-    SamplingOptions,
-    draw,
-    epsilon_mse,
-    evaluate_images,
-)
+from quest_deploy.evaluation.quality import SamplingOptions, draw, epsilon_mse, evaluate_images
 from quest_deploy.evaluation.retrieval import Judgement
 from quest_deploy.models.loading import load_model, resolve_source
+from quest_deploy.models.pipeline_model import PipelineModel
 from tests.quest_deploy.support import strict_json
-
-if TYPE_CHECKING:
-    from quest_deploy.models.pipeline_model import PipelineModel
 
 LABELS = np.arange(4)
 

@@ -11,9 +11,10 @@ import hashlib
 import platform
 import re
 import shutil
+from collections.abc import Callable
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import pytest
 import quest_deploy as qd
 from quest_deploy.artifacts.checkpoint import (
     ActivationQuantizerData,
+    Checkpoint,
     PerChannelQuantizerData,
     load_checkpoint,
     save_checkpoint,
@@ -33,13 +35,7 @@ from quest_deploy.evaluation.report_page.render import render
 from quest_deploy.files import sha256_of
 from tests.helpers import assert_holds, hand_checkpoint, refused
 from tests.quest_deploy.evaluation.page_reader import Page
-from tests.quest_deploy.support import cli, flip_byte, snapshot
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from quest_deploy.artifacts.checkpoint import Checkpoint
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain, cli, flip_byte, snapshot
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://x.example onerror='a()'>\"&{{ 7*7 }}"
 TIMES = "\N{MULTIPLICATION SIGN}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pytest
 import torch
@@ -14,8 +12,7 @@ from quest_deploy.evaluation import retrieval
 from quest_deploy.evaluation.retrieval import STATISTICS, Judge, frechet_distance
 from quest_deploy.models.loading import load_model, resolve_source
 
-if TYPE_CHECKING:
-    pass
+pass
 
 EYE = np.eye(3)
 NAMES, WIDTH, IMAGES = 30, 6, 12

@@ -1,20 +1,15 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from quest_deploy.evaluation.retrieval import Judge
-from quest_deploy.evaluation.sampling import float_denoiser, sample_images
+from quest_deploy.evaluation.sampling import Denoiser, float_denoiser, sample_images
+from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.schedulers import SCHEDULERS
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from quest_deploy.evaluation.sampling import Denoiser
-    from quest_deploy.models.pipeline_model import PipelineModel
 
 LABELS = np.arange(3)
 

@@ -5,21 +5,17 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.finetuning.distributed import Processes, is_main_process
 from tests.helpers import refused
 from tests.quest_deploy.support import cli, snapshot, strict_json
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
-    from torch import Tensor
 
 ONE = [sys.executable]
 TWO = [

@@ -1,16 +1,12 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from quest_deploy.finetuning.teacher_cache import TargetStream
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import Tensor
 
 STEP_BYTES = 4 * (2 * 3 + 5) + 4
 """Of a step's tensors, [2, 3] and [5], and its checksum."""

@@ -6,18 +6,22 @@ import logging
 import re
 import weakref
 import zipfile
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
 
-from quest_deploy.artifacts.checkpoint import PerChannelQuantizerData
+from quest_deploy.artifacts.checkpoint import Checkpoint, PerChannelQuantizerData
 from quest_deploy.artifacts.scheme import Granularity, Scheme
 from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.training_state import TrainingState
+from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.errors import InputError
 from quest_deploy.finetuning.block_outputs import BlockOutputs
 from quest_deploy.finetuning.distributed import Processes
@@ -37,15 +41,6 @@ from quest_deploy.quantization.layers import ActivationQuantizer
 from quest_deploy.quantization.model import QuantizedModel
 from tests.helpers import refused
 from tests.quest_deploy.support import flip_byte, truncate
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
-    from torch import nn
-
-    from quest_deploy.artifacts.checkpoint import Checkpoint
-    from quest_deploy.calibration.trajectories import Trajectories
 
 FAMILY = "class-conditional"
 OPTIONS = FinetuneOptions(

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quest_deploy.importers.architecture import UNetConfig
-from quest_deploy.importers.convert import import_checkpoint, rounded_layers
-from quest_deploy.importers.read import read
+from quest_deploy.importers.convert import Imported, import_checkpoint, rounded_layers
+from quest_deploy.importers.read import OfficialCheckpoint, read
 from quest_deploy.importers.settings import ImportSettings, Source
 from quest_deploy.quantization.model import QuantizedModel
 from tests.quest_deploy.importers.official import (
@@ -23,12 +24,6 @@ from tests.quest_deploy.importers.official import (
     make_checkpoint,
     make_model,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from quest_deploy.importers.convert import Imported
-    from quest_deploy.importers.read import OfficialCheckpoint
 
 SD = {
     "image_size": 8,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from quest_deploy.importers.read import OfficialCheckpoint
-    from quest_deploy.quantization.model import QuantizedModel
-    from tests.quest_deploy.importers.official import Quantized
+from quest_deploy.importers.read import OfficialCheckpoint
+from quest_deploy.quantization.model import QuantizedModel
+from tests.quest_deploy.importers.official import Quantized
 
 
 @dataclass

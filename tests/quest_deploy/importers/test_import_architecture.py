@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,6 @@ from tests.helpers import refused
 from tests.quest_deploy.importers.cases import CHURCHES, CLASS_CONDITIONAL, SD, UNCONDITIONAL, Case
 from tests.quest_deploy.importers.compare import relative
 from tests.quest_deploy.importers.official import Arithmetic, UNetModel
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 THREE_LEVELS = {
     **UNCONDITIONAL,

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +14,6 @@ from quest_deploy.importers import trajectories
 from tests.helpers import assert_holds
 from tests.quest_deploy.importers.cases import CHURCHES, UNCONDITIONAL, Case
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SMALLEST = {
     **UNCONDITIONAL,

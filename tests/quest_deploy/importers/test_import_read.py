@@ -1,22 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from quest_deploy.errors import InputError
 from quest_deploy.importers.read import read
 from quest_deploy.importers.settings import ImportSettings, Source
 from tests.helpers import assert_holds, refused
 from tests.quest_deploy.importers.cases import CONTEXT_TOKENS, SD, UNCONDITIONAL, Case
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from torch import Tensor
 
 LAYER = "model.middle_block.0.in_layers.2"
 

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quest_deploy.importers.settings import ImportSettings, Source
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ALL = {
     "timesteps": [900, 100],

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,10 +28,6 @@ from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.schedulers import SCHEDULERS
 from tests.helpers import refused
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 PROMPTS = ["a red cat", "a photo of a dog"]
 STEPS, SEED = 4, 5

@@ -3,7 +3,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.finetuning.layer_sets import LAYER_SETS
 from quest_deploy.models.conditions import BLOCK
 from quest_deploy.models.loading import load_model, resolve_source
+from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.registry import (
     EMBEDDED_FOLDER,
     KNOWN_MODELS,
@@ -26,11 +27,6 @@ from quest_deploy.models.registry import (
 from quest_deploy.models.schedulers import SCHEDULERS
 from tests.helpers import refused
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from quest_deploy.models.pipeline_model import PipelineModel
 
 
 def test_the_registry_knows_the_embedded_model_and_refuses_others() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -16,6 +18,7 @@ from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.evaluation.sampling import float_denoiser, sample_images
 from quest_deploy.models.loading import load_model, resolve_source
+from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.schedulers import FLOW_SCHEDULERS, OTHER_SIGMAS, SCHEDULERS, set_steps
 from quest_deploy.serving.pipeline import stand_in
 from quest_deploy.serving.schedule import run_schedule, schedule_from_scheduler
@@ -23,12 +26,6 @@ from quest_deploy.stages.workspaces import SchemeChoices
 from tests.helpers import refused
 from tests.pipelines import pixart_of_flow
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from quest_deploy.models.pipeline_model import PipelineModel
 
 SHIFT = 3.0
 

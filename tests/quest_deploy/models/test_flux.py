@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -23,6 +25,7 @@ from quest_deploy.evaluation.sampling import float_denoiser, sample_images
 from quest_deploy.files import read_json
 from quest_deploy.models.channels import GUIDANCE, guidance_of
 from quest_deploy.models.loading import load_model, resolve_source
+from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.schedulers import FLOW_SCHEDULERS, set_steps
 from quest_deploy.quantization.prepare import prepare
 from quest_deploy.serving.pipeline import stand_in
@@ -33,12 +36,6 @@ from quest_deploy.stages.schedule import write_schedule
 from quest_deploy.stages.workspaces import SchemeChoices
 from tests.helpers import refused
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from quest_deploy.models.pipeline_model import PipelineModel
 
 NAMES = ("flux", "flux-schnell")
 OF_FLUX = (16, 56, 56)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -21,17 +23,12 @@ from quest_deploy.models.attention import add_image_attentions
 from quest_deploy.models.image_inputs import made_image
 from quest_deploy.models.ip_adapters import ImagePrompts, load_image_parts, load_projection
 from quest_deploy.models.loading import load_model, resolve_source
+from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.residuals import IMAGE_PROMPT, IMAGE_SCALE, IMAGE_TOKENS
 from quest_deploy.quantization.model import build_float_model
 from tests.helpers import refused
-from tests.pipelines import IMAGE_TOKENS as COUNT
 from tests.pipelines import PLUS_TOKENS, ip_adapter
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
-    from quest_deploy.models.pipeline_model import PipelineModel
+from tests.pipelines import IMAGE_TOKENS as COUNT
 
 SHOWN = [made_image(i, 24, 20).image for i in (1, 2)]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,18 +18,7 @@ from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
 from tests.helpers import refused
-from tests.pipelines import (
-    CLASSES,
-    PIPELINES,
-    TEXT_WIDTH,
-    TWO_LEVELS,
-    text_to_image,
-    with_tiny_vae,
-)
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+from tests.pipelines import CLASSES, PIPELINES, TEXT_WIDTH, TWO_LEVELS, text_to_image, with_tiny_vae
 
 FAMILIES = {
     "sd": "text-to-image",

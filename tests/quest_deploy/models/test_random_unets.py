@@ -5,7 +5,8 @@ refused by the first command. There is no third outcome.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -19,9 +20,6 @@ from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.errors import InputError
 from quest_deploy.models.loading import load_model, resolve_source
 from tests.pipelines import SCHEDULER
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PLAIN_DOWN = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 PLAIN_UP = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -24,9 +25,6 @@ from quest_deploy.serving.schedule import run_schedule, schedule_from_scheduler
 from tests.helpers import refused
 from tests.pipelines import BETAS
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 CLIPPING = ("ddim", "ddpm", "lcm")
 SIGMAS = (

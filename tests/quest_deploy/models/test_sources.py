@@ -9,8 +9,9 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,9 +32,6 @@ from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
 from quest_deploy.quantization.model import QuantizedModel
 from tests.helpers import refused
 from tests.pipelines import text_to_image
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 MILLIONS = {
     "sd14": 860,

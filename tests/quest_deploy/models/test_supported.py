@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,6 @@ from quest_deploy.models.loading import load_model, resolve_source
 from tests.helpers import refused
 from tests.pipelines import BASE, CLASSES, PIPELINES
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 FEW: dict[str, Any] = {"samples": 1, "steps": 2, "buckets": 2, "method": "minmax"}
 UNET = "unet/config.json"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +20,6 @@ from quest_deploy.stages.options import read_prompts
 from tests.helpers import refused
 from tests.pipelines import TOKENS
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 LONG = "a photo of a red cat " * 3
 ENCODINGS = {

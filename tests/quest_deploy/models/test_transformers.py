@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -20,6 +22,7 @@ from quest_deploy.models.channels import guidance_of
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.networks import MISSING, NETWORKS, TRANSFORMERS, network_of
 from quest_deploy.models.networks.patch_transformers import repeated_tokens
+from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.registry import KNOWN_MODELS
 from quest_deploy.quantization.planner import plan_quantization
 from quest_deploy.quantization.prepare import prepare
@@ -28,12 +31,6 @@ from tests.helpers import refused
 from tests.pipelines import TEXT_WIDTH, sana
 from tests.pipelines import TRANSFORMERS as PIPELINES
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from quest_deploy.models.pipeline_model import PipelineModel
 
 PROMPTS = ["a red cat", "photo of a house"]
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx.inliner
@@ -23,10 +22,15 @@ import openvino
 from exporters.exactness import LEVELS
 from exporters.graph_info import save_graph
 from exporters.probe import make_probe
-from tests.helpers import kinds_checkpoint, kinds_expected, kinds_feeds, kinds_graph, relative_error
-
-if TYPE_CHECKING:
-    from tests.helpers import Array, Feeds
+from tests.helpers import (
+    Array,
+    Feeds,
+    kinds_checkpoint,
+    kinds_expected,
+    kinds_feeds,
+    kinds_graph,
+    relative_error,
+)
 
 
 def stock_errors(model: ir.Model, feeds: Feeds, expected: dict[str, Array]) -> dict[str, float]:

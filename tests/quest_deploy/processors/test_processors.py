@@ -10,11 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from torch import nn
 
 from exporters.exactness import ATTENTION, EXACT_ANYWHERE, LEVELS, SAFE
 from exporters.graph_info import load_graph, save_graph
@@ -23,17 +25,11 @@ from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.backends import exactness
 from quest_deploy.backends.base import integer_instructions
 from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
+from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.verification.reference import save_reference
 from tests.helpers import WITH_VNNI
 from tests.quest_deploy.serving.test_processors_of_packages import lowered
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import nn
-
-    from quest_deploy.calibration.trajectories import Trajectories
 
 HERE = Path(__file__).parent
 ARCH_SET_CPUID, SYS_ARCH_PRCTL = 0x1012, 158

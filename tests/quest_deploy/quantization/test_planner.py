@@ -1,17 +1,13 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
 from torch import Tensor, nn
 
+from quest_deploy.artifacts.checkpoint import Checkpoint
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.quantization.planner import QuantizationPlan, plan_quantization
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from quest_deploy.artifacts.checkpoint import Checkpoint
 
 W4A4 = Scheme.parse("w4a4", buckets=2)
 

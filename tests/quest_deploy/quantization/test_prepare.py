@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from quest_deploy.artifacts.checkpoint import ScoreScale
@@ -18,9 +19,6 @@ from quest_deploy.quantization.prepare import (
     prepared_for,
 )
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from diffusers.models.attention_processor import Attention
 
 Inputs = dict[str, Tensor]
 BOTH = list(ScoreScale)

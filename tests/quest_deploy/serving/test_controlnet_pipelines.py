@@ -4,8 +4,9 @@ that the images must be those of diffusers' own pipeline.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -26,9 +27,6 @@ from quest_deploy.serving.pipeline import _controls as given_controls
 from tests.helpers import refused
 from tests.pipelines import controlnet, t2i_adapter
 from tests.quest_deploy.serving.float_engine import FloatEngine, draw
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 GIVEN = made_image(3, 16, 16)
 EDGES = edges(GIVEN.image)

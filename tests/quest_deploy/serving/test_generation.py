@@ -8,7 +8,9 @@ import asyncio
 import io
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +25,7 @@ from quest_deploy.models.image_inputs import made_image
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_classes import controlled_class
 from quest_deploy.models.pipeline_model import PipelineModel
-from quest_deploy.models.residuals import (
-    CONTROLNET,
-    controlnet_residuals,
-    packed,
-    unet_residuals,
-)
+from quest_deploy.models.residuals import CONTROLNET, controlnet_residuals, packed, unet_residuals
 from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.serving.part_graphs import model_parts
 from quest_deploy.serving.pipeline import load_pipeline
@@ -46,13 +43,7 @@ from quest_deploy.serving.triton.readme import shared_memory
 from tests.helpers import refused
 from tests.pipelines import TOKENS, controlnet
 from tests.quest_deploy.serving.local import LocalPipeline
-from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain, cli
 
 PROMPT = "a red cat"
 

@@ -5,7 +5,9 @@ UNet here, so that the images must be those of diffusers' own pipeline.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +21,6 @@ from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.serving.pipeline import PipelineUNet
 from tests.pipelines import as_pipeline, text_to_image
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 GIVEN = made_image(3, 16, 24)
 INPAINTING: dict[str, Any] = {"image": GIVEN.image, "mask_image": GIVEN.mask, "strength": 1.0}

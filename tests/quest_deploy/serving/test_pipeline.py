@@ -8,8 +8,9 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,12 +28,7 @@ from quest_deploy.models.schedulers import SCHEDULERS
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import PipelineUNet, load_pipeline
 from tests.helpers import refused
-from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain, cli
 
 BACKEND = "onnxruntime"
 PROMPT = "a photo of a cat"

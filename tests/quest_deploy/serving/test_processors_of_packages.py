@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import PackageNotFoundError
-from typing import TYPE_CHECKING
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -14,11 +15,6 @@ from quest_deploy.backends import exactness
 from quest_deploy.serving.triton.models import lower_network
 from tests.helpers import WITH_VNNI, refused
 from tests.quest_deploy.processors.packages import RefusedError, stand_in
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import onnx
 
 
 def lowered(model: ir.Model, folder: Path, processor: str) -> ir.Model:

@@ -4,24 +4,20 @@ tests/trt_plugins/test_cpp_runtime.py runs them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
 
 from quest_deploy.files import read_json
+from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.schedulers import SCHEDULERS, make_scheduler
 from quest_deploy.serving.schedule import MAX_HISTORY, run_schedule, schedule_from_scheduler
 from tests.helpers import assert_holds, refused
-from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from quest_deploy.models.pipeline_model import PipelineModel
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain, cli
 
 CONFIG = {"beta_schedule": "scaled_linear", "clip_sample": False, "skip_prk_steps": True}
 

@@ -4,7 +4,8 @@ latents three times, as Stable Diffusion's does.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,6 @@ from tests.helpers import refused
 from tests.pipelines import text_to_image
 from tests.quest_deploy.serving.test_pipeline import draw, faked, states_of
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.slow
 LEVELS = {

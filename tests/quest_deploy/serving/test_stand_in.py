@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 
 from tests.quest_deploy.processors.packages import stand_in
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import pytest
 
 
 class Tensor:

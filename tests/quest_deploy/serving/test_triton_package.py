@@ -17,7 +17,7 @@ import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnxruntime as ort
 import pytest
@@ -25,7 +25,7 @@ import pytest
 from exporters.graph_info import load_graph, save_graph
 from exporters.lowering.tensorrt import lower as lower_for_tensorrt
 from quest_deploy.artifacts.workspace import ENGINES, Workspace
-from quest_deploy.backends.base import ENGINE_FILE
+from quest_deploy.backends.base import ENGINE_FILE, Backend
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
@@ -35,11 +35,7 @@ from quest_deploy.serving.triton.layout import MODELS
 from quest_deploy.serving.triton.pbtxt import Word, pbtxt
 from tests.helpers import assert_holds, refused
 from tests.quest_deploy.serving.local import LocalPipeline
-from tests.quest_deploy.support import cli, flip_byte
-
-if TYPE_CHECKING:
-    from quest_deploy.backends.base import Backend
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain, cli, flip_byte
 
 text_format = pytest.importorskip("google.protobuf.text_format")
 model_config = pytest.importorskip("tritonclient.grpc.model_config_pb2")

@@ -14,9 +14,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,12 +31,7 @@ from quest_deploy.serving.triton.layout import MODELS
 from quest_deploy.serving.triton.server import PackageServer, missing_server
 from tests.helpers import assert_holds
 from tests.pipelines import CLASSES
-from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain, cli
 
 grpc = pytest.importorskip("tritonclient.grpc")
 http = pytest.importorskip("tritonclient.http")

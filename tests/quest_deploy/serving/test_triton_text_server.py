@@ -7,8 +7,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,13 +23,7 @@ from scripts.bench import bench_serving as script
 from tests.helpers import assert_holds
 from tests.pipelines import TOKENS
 from tests.quest_deploy.serving.local import LocalPipeline
-from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain, cli
 
 grpc = pytest.importorskip("tritonclient.grpc")
 REASON = missing_server()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,6 @@ import pytest
 from quest_deploy.serving.triton.server import PackageServer, missing_server
 from tests.quest_deploy.serving.local import LocalPipeline
 from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 grpc = pytest.importorskip("tritonclient.grpc")
 REASON = missing_server()

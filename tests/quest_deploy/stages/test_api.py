@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,10 +16,6 @@ import quest_deploy as qd
 from quest_deploy.cli.main import app
 from tests.helpers import refused
 from tests.quest_deploy.support import fail_verification
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 COMMANDS = {
     command.name or command.callback.__name__: command.callback

@@ -5,9 +5,10 @@ LoRAs, and through the commands behind.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +18,9 @@ from safetensors.torch import save_file
 import quest_deploy as qd
 from exporters.graph_info import load_graph
 from exporters.lowering.tensorrt import lower
-from quest_deploy.artifacts.checkpoint import ActivationQuantizerData, load_checkpoint
+from quest_deploy.artifacts.checkpoint import ActivationQuantizerData, Checkpoint, load_checkpoint
 from quest_deploy.artifacts.scheme import weight_range
-from quest_deploy.artifacts.workspace import (
-    CALIBRATED,
-    CHECKPOINT,
-    GRAPH,
-    TRAJECTORIES,
-    Workspace,
-)
+from quest_deploy.artifacts.workspace import CALIBRATED, CHECKPOINT, GRAPH, TRAJECTORIES, Workspace
 from quest_deploy.backends.refit import changed_weights
 from quest_deploy.errors import QuestDeployError
 from quest_deploy.models.loading import load_model
@@ -33,15 +28,8 @@ from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import load_pipeline
 from quest_deploy.stages import lora as stage
 from scripts.acceptance import random_lora
-from tests.helpers import assert_holds
-from tests.quest_deploy.support import cli, flip_byte, snapshot
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from quest_deploy.artifacts.checkpoint import Checkpoint
-    from tests.helpers import Array
-    from tests.quest_deploy.conftest import Chain
+from tests.helpers import Array, assert_holds
+from tests.quest_deploy.support import Chain, cli, flip_byte, snapshot
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 QUERY, VALUE, CONV = f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_v", "down_blocks.0.resnets.0.conv1"

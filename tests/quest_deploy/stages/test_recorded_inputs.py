@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from quest_deploy.artifacts.checkpoint import Checkpoint
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import TRAJECTORIES, Workspace
 from quest_deploy.calibration.trajectories import Trajectories
@@ -14,11 +16,6 @@ from quest_deploy.models.residuals import adapter_residuals, controlnet_residual
 from quest_deploy.stages.added_inputs import recorded_inputs
 from quest_deploy.stages.calibrate import _kept
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from quest_deploy.artifacts.checkpoint import Checkpoint
 
 CONFIG = {
     "block_out_channels": (2, 3),

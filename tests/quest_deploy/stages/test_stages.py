@@ -5,8 +5,10 @@ them all.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,7 @@ from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import READ_CALIBRATED, Workspace
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.models.loading import resolve_source
-from quest_deploy.progress import no_progress
+from quest_deploy.progress import Progress, no_progress
 from quest_deploy.stages import (
     CALIBRATE,
     EVALUATE,
@@ -44,13 +46,7 @@ from quest_deploy.stages.options import (
 from quest_deploy.stages.run import as_exported, kept
 from quest_deploy.stages.stage import DEPLOYED, FINISHED, Stage, as_recorded
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from quest_deploy.progress import Progress
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain
 
 BY_NAME = {stage.name: stage for stage in STAGES}
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quest_deploy.artifacts.checkpoint import Checkpoint
 from quest_deploy.artifacts.reference import (
     INDEX,
     TABLES,
@@ -20,6 +23,7 @@ from quest_deploy.artifacts.reference import (
     load_reference,
 )
 from quest_deploy.artifacts.scheme import Scheme
+from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.verification.reference import (
     highest_timestep,
@@ -29,13 +33,6 @@ from quest_deploy.verification.reference import (
 )
 from tests.helpers import along, numpy_layer, of_sample, quantizer_codes, refused, relative_error
 from tests.quest_deploy.support import flip_byte, truncate
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from quest_deploy.artifacts.checkpoint import Checkpoint
-    from quest_deploy.calibration.trajectories import Trajectories
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -10,7 +10,10 @@ from safetensors import safe_open
 
 from exporters.graph_info import graph_info
 from exporters.passes.cut import upstream
+from quest_deploy.artifacts.checkpoint import Checkpoint
 from quest_deploy.artifacts.reference import OUTPUT, load_reference
+from quest_deploy.calibration.trajectories import Trajectories
+from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.verification.reference import save_reference
 from quest_deploy.verification.selection import (
     Structure,
@@ -20,13 +23,6 @@ from quest_deploy.verification.selection import (
     structure,
 )
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    import onnx
-
-    from quest_deploy.artifacts.checkpoint import Checkpoint
-    from quest_deploy.calibration.trajectories import Trajectories
-    from quest_deploy.quantization.model import QuantizedModel
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from quest_deploy.artifacts.checkpoint import Checkpoint
 from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.artifacts.workspace import Workspace
 from quest_deploy.evaluation.retrieval import Judge
@@ -20,11 +22,6 @@ from scripts.bench import compare_adapters as script
 from scripts.make_emoji_adapters import blue_of, edges_of
 from tests.helpers import refused
 from tests.scripts.test_make_emoji_adapters import squares
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from quest_deploy.artifacts.checkpoint import Checkpoint
 
 
 def test_edges_agree_within_a_pixel_and_no_farther() -> None:

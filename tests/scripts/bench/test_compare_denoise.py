@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +13,7 @@ from quest_deploy.files import read_json
 from quest_deploy.models.loading import load_model
 from scripts.bench import compare_denoise as script
 from tests.helpers import assert_holds
-
-if TYPE_CHECKING:
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain
 
 PROGRAM = """#!{python}
 import sys

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from exporters.graph_info import SAMPLE_SHAPE_KEY, graph_info, save_graph
@@ -12,9 +13,6 @@ from exporters.lowering.onnxruntime import lower
 from quest_deploy.backends.base import input_shapes
 from scripts.bench import compare_openvino as script
 from tests.helpers import graph_from_text, hand_checkpoint, hand_graph, run
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 
 def pair(rival: Any, engine: list[float], theirs: list[float], output: float) -> dict[Any, Any]:

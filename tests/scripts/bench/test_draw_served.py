@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -9,12 +9,7 @@ from quest_deploy.files import read_json
 from quest_deploy.serving.triton.server import missing_server
 from scripts.bench import draw_served as script
 from tests.helpers import assert_holds
-from tests.quest_deploy.support import cli
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.quest_deploy.conftest import Chain
+from tests.quest_deploy.support import Chain, cli
 
 
 def invoke(*arguments: str | Path) -> object:

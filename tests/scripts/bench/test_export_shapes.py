@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -14,11 +16,6 @@ from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibr
 from quest_deploy.calibration.trajectories import Trajectories, record_trajectories
 from quest_deploy.models.loading import load_model, resolve_source
 from scripts.bench import export_shapes as script
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
 
 NO_TABLES: dict[str, Any] = dict.fromkeys(("scale", "low", "high", "channel"))
 

@@ -3,17 +3,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CalledProcessError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
-from quest_deploy.artifacts.checkpoint import ActivationQuantizerData
+from quest_deploy.artifacts.checkpoint import ActivationQuantizerData, Checkpoint
 from scripts.bench import measure_export as script
-
-if TYPE_CHECKING:
-    from quest_deploy.artifacts.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize("buckets", [8, 50])

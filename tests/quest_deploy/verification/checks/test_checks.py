@@ -5,20 +5,25 @@ import json
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from exporters.graph_info import QUANTIZERS_KEY
 from exporters.torch_to_qdq import portable_graph
+from quest_deploy.artifacts.checkpoint import Checkpoint
 from quest_deploy.artifacts.reference import TABLES, ReferenceIndex, load_reference
 from quest_deploy.backends.base import ENGINE_FILE, Runner, SplitRunner, build_engine
 from quest_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
+from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.cli import descriptions
 from quest_deploy.errors import InputError
 from quest_deploy.quantization.model import QuantizedModel
@@ -28,15 +33,6 @@ from quest_deploy.verification.reference import save_reference
 from quest_deploy.verification.tolerances import LAYER_TOLERANCE, relative_error
 from tests.helpers import assert_holds, refused
 from tests.quest_deploy.support import change, initializer, places, set_initializer, strict_json
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    import onnx
-
-    from quest_deploy.artifacts.checkpoint import Checkpoint
-    from quest_deploy.calibration.trajectories import Trajectories
 
 BACKENDS = ("onnxruntime", "openvino")
 SLOW_ON_OPENVINO = ("onnxruntime", pytest.param("openvino", marks=pytest.mark.slow))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
 from exporters.passes.to_dtype import to_dtype
+from quest_deploy.artifacts.checkpoint import Checkpoint
 from quest_deploy.artifacts.reference import load_reference
 from quest_deploy.backends.base import build_engine
 from quest_deploy.backends.options import EngineOptions
@@ -20,14 +24,6 @@ from quest_deploy.verification.tolerances import (
     layer_tolerance,
 )
 from tests.quest_deploy.support import change, places
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    import onnx
-
-    from quest_deploy.artifacts.checkpoint import Checkpoint
 
 OPTIONS = EngineOptions(threads=1)
 RESNET = "up_blocks.0.resnets.0"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -13,13 +15,6 @@ from quest_deploy.backends.options import EngineOptions
 from quest_deploy.verification.checks import verify_engine
 from tests.quest_deploy.plugin_backend import PluginOnTheCpu, kept
 from tests.quest_deploy.support import change
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    import onnx
-
 
 each_way = pytest.mark.parametrize("quantize", ["plugin", "gathered"])
 

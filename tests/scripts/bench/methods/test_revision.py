@@ -5,32 +5,26 @@ stand side by side in one table.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor, nn
 
+from quest_deploy.artifacts.checkpoint import Checkpoint
 from quest_deploy.artifacts.scheme import Granularity, Scheme
 from quest_deploy.calibration.ptq import CalibrationOptions, RangeMethod, calibrate
 from quest_deploy.calibration.reconstruction import ReconstructOptions, reconstruct
 from quest_deploy.calibration.sensitivity import measure_sensitivity, select_sensitive
-from quest_deploy.calibration.trajectories import record_trajectories
+from quest_deploy.calibration.trajectories import Trajectories, record_trajectories
 from quest_deploy.evaluation.quality import epsilon_mse, evaluate_images
 from quest_deploy.evaluation.retrieval import Judge
 from quest_deploy.evaluation.sampling import float_denoiser
 from quest_deploy.finetuning.train import FinetuneOptions, Step, finetune
 from quest_deploy.models.loading import load_model, resolve_source
+from quest_deploy.models.pipeline_model import PipelineModel
 from scripts.bench.methods.recipes import REVISION
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from torch import Tensor, nn
-
-    from quest_deploy.artifacts.checkpoint import Checkpoint
-    from quest_deploy.calibration.trajectories import Trajectories
-    from quest_deploy.models.pipeline_model import PipelineModel
 
 FIGURES = {
     "minmax": 0.685784,

@@ -10,20 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from scripts.bench.methods import runner
 from scripts.bench.methods.cells import Cell
-from scripts.bench.methods.results import cell_path, load_result
+from scripts.bench.methods.results import Result, cell_path, load_result
 from scripts.bench.methods.runner import compute, worker_command
 from tests.scripts.bench.methods.conftest import measurement
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from scripts.bench.methods.results import Result
 
 DONE = f"print(json.dumps({measurement()!r}), flush=True)"
 """The last line of a worker that succeeds."""

@@ -2,14 +2,11 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 
 from scripts.bench.methods.shared import IMAGES, shared
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def images(value: float) -> np.ndarray:

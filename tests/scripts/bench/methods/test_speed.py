@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from quest_deploy.files import read_json, write_json
 from scripts.bench.methods import speed
 from scripts.bench.methods.cells import MAIN_BITS
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.mark.slow

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from quest_deploy.calibration.trajectories import Trajectories
 from scripts.bench.methods.rotation import hadamard, rotate_attention
 from tests.helpers import refused
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from quest_deploy.calibration.trajectories import Trajectories
 
 
 def output(unet: nn.Module, trajectories: Trajectories) -> Tensor:

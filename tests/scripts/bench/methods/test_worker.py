@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,6 @@ from scripts.bench.methods.cells import PAPER_SENSITIVE, PAPER_TEMPORAL, Cell
 from scripts.bench.methods.model import ComparedModel
 from scripts.bench.methods.worker import main, measure
 from tests.helpers import assert_holds
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def silent(phase: str, done: int, total: int, detail: str = "") -> None:
