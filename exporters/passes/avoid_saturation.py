@@ -44,8 +44,6 @@ FLOAT = "float"
 
 
 class AvoidSaturation(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def __init__(self, exactness: Exactness) -> None:
         self.exactness = exactness
 

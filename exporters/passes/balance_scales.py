@@ -36,8 +36,6 @@ LEAST, MOST = -14, 9
 
 
 class BalanceScales(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def requires(self, model: ir.Model) -> None:
         need_tables(quantizer_nodes(model))
 

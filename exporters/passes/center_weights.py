@@ -25,8 +25,6 @@ UNSIGNED = (ir.DataType.UINT4, ir.DataType.UINT8)
 
 
 class CenterWeights(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def __init__(self, *, signed_zero_points: bool) -> None:
         self.signed_zero_points = signed_zero_points
 

@@ -24,8 +24,6 @@ KEPT = 0
 
 
 class ConstantReshapes(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def ensures(self, model: ir.Model) -> None:
         left = [
             str(node.name) for node in model.graph if node.op_type == "Reshape" and _target(node)

@@ -33,8 +33,6 @@ _FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
 
 
 class ConvToMatMul(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def requires(self, model: ir.Model) -> None:
         need_expanded(model)
 

@@ -36,8 +36,6 @@ _PACKED = (ir.DataType.INT4, ir.DataType.UINT4)
 
 
 class DequantizeCasts(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def requires(self, model: ir.Model) -> None:
         need_layers(model)
 

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 
 class ExpandTimestepQuantize(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def requires(self, model: ir.Model) -> None:
         nodes = [node for node in quantizer_nodes(model) if not is_kept(node)]
         need_tables(nodes)

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 
 class FixTokens(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def ensures(self, model: ir.Model) -> None:
         left = [str(value.name) for value in model.graph.inputs if _is_open(value)]
         guarantee(not left, f"{', '.join(left)} still take any number of tokens")

@@ -16,8 +16,6 @@ from exporters.passes.contract import guarantee
 
 
 class ForwardSlices(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def ensures(self, model: ir.Model) -> None:
         left = [str(n.name) for n in model.graph if n.op_type == "Slice" and _part(n) is not None]
         guarantee(not left, f"{', '.join(left[:3])} still slice a concatenation's part")

@@ -53,8 +53,6 @@ class _Attention:
 
 
 class FuseAttention(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def ensures(self, model: ir.Model) -> None:
         left = float_attentions(model)
         guarantee(not left, f"{', '.join(sorted(left)[:3])} are not fused")

@@ -25,8 +25,6 @@ from exporters.passes.contract import guarantee_codes, is_kept
 
 
 class FuseGeglu(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def ensures(self, model: ir.Model) -> None:
         guarantee_codes(model)
 

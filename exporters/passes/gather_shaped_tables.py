@@ -19,8 +19,6 @@ from exporters.passes.gather_tables_once import guarantee_gathered, table_reads
 
 
 class GatherShapedTables(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def requires(self, model: ir.Model) -> None:
         need_bucket(model)
 

@@ -21,8 +21,6 @@ from exporters.passes.contract import guarantee, need_bucket
 
 
 class GatherTablesOnce(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def requires(self, model: ir.Model) -> None:
         need_bucket(model)
 

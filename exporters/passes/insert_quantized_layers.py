@@ -102,8 +102,6 @@ class _Quantized:
 
 
 class InsertQuantizedLayers(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
 

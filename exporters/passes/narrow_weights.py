@@ -24,8 +24,6 @@ NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 
 
 class NarrowWeights(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def ensures(self, model: ir.Model) -> None:
         initializers = model.graph.initializers.values()
         narrow = [value for value in initializers if value.dtype in NARROW]

@@ -26,8 +26,6 @@ from exporters.passes.contract import guarantee, need_expanded
 
 
 class RoundInQuantizeLinear(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def requires(self, model: ir.Model) -> None:
         need_expanded(model)
 

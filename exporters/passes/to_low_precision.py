@@ -49,8 +49,6 @@ take.
 
 
 class ToLowPrecision(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def __init__(self, dtype: ir.DataType) -> None:
         self.dtype = dtype
 

@@ -18,8 +18,6 @@ from exporters.passes.contract import dequantizers, guarantee, need
 
 
 class WidenInt4(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def __init__(self, *, cast_at_runtime: bool) -> None:
         self.cast_at_runtime = cast_at_runtime
 

@@ -17,8 +17,6 @@ from exporters.passes.narrow_weights import NARROW
 
 
 class WidenWeights(ir.passes.InPlacePass):
-    """See the module's docstring."""
-
     def requires(self, model: ir.Model) -> None:
         for value in _narrow(model):
             casts = all(

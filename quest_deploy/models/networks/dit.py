@@ -54,7 +54,6 @@ class DiT(PatchTransformers):
     layers = "dit"
 
     def check(self, name: str, config: Config, folder: Path, *, of_text: bool) -> None:
-        """See :class:`Network`."""
         super().check(name, config, folder, of_text=of_text)
         if of_text or config.get("num_embeds_ada_norm") is None:
             raise InputError(
@@ -63,11 +62,9 @@ class DiT(PatchTransformers):
             )
 
     def family(self, config: Config, *, of_text: bool) -> str:
-        """See :class:`Network`."""
         return CLASS_CONDITIONAL
 
     def guidance(self, config: Config, family: str) -> float:
-        """See :class:`Network`."""
         return 4.0
 
     def float_layers(self, config: Config) -> tuple[str, ...]:

@@ -141,7 +141,6 @@ class PooledCLIPAndT5(PromptEncoder):
         self.tokens = (clip, Tokens(most_tokens(pipeline)))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`PromptEncoder`."""
         of_clip, of_t5 = (ids.long() for ids in inputs)
         return self.t5(of_t5)[0], self.clip(of_clip).pooler_output
 
@@ -163,7 +162,6 @@ class Flux(PatchTransformers):
     prompt_encoder = PooledCLIPAndT5
 
     def check(self, name: str, config: Config, folder: Path, *, of_text: bool) -> None:
-        """See :class:`Network`."""
         require_encoders(name, folder, ("text_encoder", "text_encoder_2"))
         found = _settings(config)
         axes, width = found["axes_dims_rope"], found["attention_head_dim"]
@@ -196,7 +194,6 @@ class Flux(PatchTransformers):
         return Channels(given // PACKED**2)
 
     def flat(self, network: nn.Module) -> nn.Module:
-        """See :class:`Network`."""
         embedders: Any = network.get_submodule("time_text_embed")
         embedders.time_proj = Sinusoids(embedders.timestep_embedder.linear_1.in_features)
         return super().flat(network)
@@ -212,11 +209,9 @@ class Flux(PatchTransformers):
         return side, side
 
     def sample_multiple(self, config: Config) -> int:
-        """See :class:`Network`."""
         return PACKED
 
     def schedule_tokens(self, size: tuple[int, int]) -> int | None:
-        """See :class:`Network`."""
         height, width = size
         return height * width // PACKED**2
 
@@ -226,11 +221,9 @@ class Flux(PatchTransformers):
         return FEW_STEPS if distilled else None
 
     def guidance(self, config: Config, family: str) -> float:
-        """See :class:`Network`."""
         return 3.5 if self.embeds_guidance(config) else 1.0
 
     def embeds_guidance(self, config: Config) -> bool:
-        """See :class:`Network`."""
         return bool(config.get("guidance_embeds"))
 
     def float_layers(self, config: Config) -> tuple[str, ...]:
@@ -246,7 +239,6 @@ class Flux(PatchTransformers):
         return asked, asked
 
     def random_states(self, config: Config, count: int, generator: torch.Generator) -> States:
-        """See :class:`Network`."""
         found = _settings(config)
         width, pooled = found["joint_attention_dim"], found["pooled_projection_dim"]
         return {
@@ -255,7 +247,6 @@ class Flux(PatchTransformers):
         }
 
     def from_pipeline(self, given: dict[str, Any]) -> dict[str, Any]:
-        """See :class:`Network`."""
         patches, images, text = (given.pop(x, None) for x in ("sample", "img_ids", "txt_ids"))
         steps = torch.as_tensor(given["timestep"])
         if steps.numel() and not 0 <= float(steps.max()) <= 1:
@@ -268,7 +259,6 @@ class Flux(PatchTransformers):
         return {**given, "sample": unpacked(patches, unflat), "timestep": steps * UNIT}
 
     def to_pipeline(self, prediction: Tensor) -> Tensor:
-        """See :class:`Network`."""
         return packed(prediction)
 
 

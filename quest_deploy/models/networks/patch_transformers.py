@@ -51,7 +51,6 @@ class PatchTransformers(Network):
     embedder = "pos_embed"
 
     def check(self, name: str, config: Config, folder: Path, *, of_text: bool) -> None:
-        """See :class:`Network`."""
         size, patch = config["sample_size"], config["patch_size"]
         if size % patch:
             raise InputError(
@@ -84,15 +83,12 @@ class PatchTransformers(Network):
         return TEXT_TO_IMAGE
 
     def layer_set_name(self, family: str) -> str:
-        """See :class:`Network`."""
         return self.layers
 
     def sides(self, config: Config, of_decoder: int | None) -> tuple[int, int]:
-        """See :class:`Network`."""
         return config["sample_size"], config["sample_size"]
 
     def sample_multiple(self, config: Config) -> int:
-        """See :class:`Network`."""
         return int(config["patch_size"])
 
     def without_padding(self, conditions: States) -> States:
@@ -103,12 +99,10 @@ class PatchTransformers(Network):
         return {**conditions, "encoder_hidden_states": states}
 
     def build(self, class_name: str, config: Config) -> nn.Module:
-        """See :class:`Network`."""
         kind: Any = getattr(diffusers, self.class_names[0])
         return self.flat(kind.from_config(config))
 
     def flat(self, network: nn.Module) -> nn.Module:
-        """See :class:`Network`."""
         network.__class__ = self.flat_class
         patches: Any = network.get_submodule(self.embedder)
         if getattr(patches, "pos_embed", None) is not None:  # some have no positions

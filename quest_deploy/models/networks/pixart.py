@@ -91,7 +91,6 @@ class T5WithMask(PromptEncoder):
         self.tokens = (Tokens(most_tokens(pipeline), masked=True, lower=True),)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`PromptEncoder`."""
         ids, mask = inputs
         return self.encoder(ids.long(), attention_mask=mask.long())[0], mask.float()
 
@@ -109,7 +108,6 @@ class PixArt(PatchTransformers):
     prompt_encoder = T5WithMask
 
     def check(self, name: str, config: Config, folder: Path, *, of_text: bool) -> None:
-        """See :class:`Network`."""
         super().check(name, config, folder, of_text=of_text)
         if not of_text:
             raise InputError(f"{name}: a transformer of PixArt without a text encoder")
@@ -121,7 +119,6 @@ class PixArt(PatchTransformers):
             )
 
     def guidance(self, config: Config, family: str) -> float:
-        """See :class:`Network`."""
         return 4.5
 
     def float_layers(self, config: Config) -> tuple[str, ...]:
@@ -130,16 +127,13 @@ class PixArt(PatchTransformers):
         return ("pos_embed.*", "adaln_single.*", *text, "proj_out")
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> tuple[States, States]:
-        """See :class:`Network`."""
         return encoded_prompts(pipeline, prompts)
 
     def random_states(self, config: Config, count: int, generator: torch.Generator) -> States:
-        """See :class:`Network`."""
         width = config.get("caption_channels") or config["cross_attention_dim"]
         return random_states(count, width, generator)
 
     def of_size(self, config: Config, size: tuple[int, int], count: int) -> States:
-        """See :class:`Network`."""
         if not _is_told(config):
             return {}
         height, width = size

@@ -94,7 +94,6 @@ class Gemma(PromptEncoder):
         self.tokens = (Tokens(length, masked=True, lower=True, before=before, kept=kept),)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`PromptEncoder`."""
         ids, mask, places = (each.long() for each in inputs)
         states = self.encoder(ids, attention_mask=mask)[0]
         chosen = places[..., None].expand(-1, -1, states.shape[-1])
@@ -113,7 +112,6 @@ class Sana(PatchTransformers):
     prompt_encoder = Gemma
 
     def check(self, name: str, config: Config, folder: Path, *, of_text: bool) -> None:
-        """See :class:`Network`."""
         super().check(name, config, folder, of_text=of_text)
         if not of_text:
             raise InputError(f"{name}: a transformer of Sana without a text encoder")
@@ -125,7 +123,6 @@ class Sana(PatchTransformers):
                 )
 
     def guidance(self, config: Config, family: str) -> float:
-        """See :class:`Network`."""
         return 4.5
 
     def float_layers(self, config: Config) -> tuple[str, ...]:
@@ -141,7 +138,6 @@ class Sana(PatchTransformers):
         return encoded_prompts(pipeline, prompts, complex_human_instruction=instruction)
 
     def random_states(self, config: Config, count: int, generator: torch.Generator) -> States:
-        """See :class:`Network`."""
         width = config.get("caption_channels", USUAL_WIDTH)
         return random_states(count, width, generator)
 

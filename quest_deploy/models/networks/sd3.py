@@ -77,7 +77,6 @@ class CLIPsAndT5(PromptEncoder):
         self.tokens = (clip, clip, Tokens(most_tokens(pipeline)))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`PromptEncoder`."""
         *of_clips, of_t5 = (ids.long() for ids in inputs)
         found = [
             clip(ids, output_hidden_states=True)
@@ -102,7 +101,6 @@ class SD3(PatchTransformers):
     prompt_encoder = CLIPsAndT5
 
     def check(self, name: str, config: Config, folder: Path, *, of_text: bool) -> None:
-        """See :class:`Network`."""
         super().check(name, config, folder, of_text=of_text)
         require_encoders(name, folder, ("text_encoder", "text_encoder_2", "text_encoder_3"))
 
@@ -112,7 +110,6 @@ class SD3(PatchTransformers):
         return None if patches is None else int(patches * config["patch_size"])
 
     def build(self, class_name: str, config: Config) -> nn.Module:
-        """See :class:`Network`."""
         side = config.get("pos_embed_max_size", USUAL_SIDE)
         # The table of positions would take gigabytes to make, only to be dropped.
         network: Any = super().build(class_name, {**config, "pos_embed_max_size": 1})
@@ -122,7 +119,6 @@ class SD3(PatchTransformers):
         return built
 
     def guidance(self, config: Config, family: str) -> float:
-        """See :class:`Network`."""
         return 7.0
 
     def float_layers(self, config: Config) -> tuple[str, ...]:
@@ -131,14 +127,12 @@ class SD3(PatchTransformers):
         return (*embedders, "*.norm1.linear", "*.norm1_context.linear", "norm_out.*", "proj_out")
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> tuple[States, States]:
-        """See :class:`Network`."""
         states, no_states, pooled, no_pooled = pipeline.encode_prompt(
             list(prompts), None, None, device=torch.device("cpu"), do_classifier_free_guidance=True
         )
         return _states(states, pooled), _states(no_states, no_pooled)
 
     def random_states(self, config: Config, count: int, generator: torch.Generator) -> States:
-        """See :class:`Network`."""
         width, pooled = config["joint_attention_dim"], config["pooled_projection_dim"]
         return _states(
             torch.randn(count, RANDOM_TOKENS, width, generator=generator),

@@ -59,7 +59,6 @@ class UNets(Network):
     reconstructs = takes_loras = takes_variance = True
 
     def check(self, name: str, config: Config, folder: Path, *, of_text: bool) -> None:
-        """See :class:`Network`."""
         check_unet(name, config, of_text=of_text)
         path, pooled = folder / "text_encoder_2" / "config.json", None
         if path.exists():
@@ -69,7 +68,6 @@ class UNets(Network):
     def channels(
         self, name: str, config: Config, pipeline: str, variance_type: str | None, *, of_text: bool
     ) -> Channels:
-        """See :class:`Network`."""
         return channels_of(name, config, pipeline, variance_type, text=of_text)
 
     def family(self, config: Config, *, of_text: bool) -> str:
@@ -81,44 +79,35 @@ class UNets(Network):
         return CLASS_CONDITIONAL if has_cross_attention(config) else UNCONDITIONAL
 
     def layer_set_name(self, family: str) -> str:
-        """See :class:`Network`."""
         return family
 
     def guidance(self, config: Config, family: str) -> float:
-        """See :class:`Network`."""
         return GUIDANCE[family] if self.labels(config) is None else 1.0
 
     def residuals(self, config: Config, kind: str) -> dict[str, Residual]:
-        """See :class:`Network`."""
         return unet_residuals(config, kind)
 
     def labels(self, config: Config) -> ClassLabels | None:
-        """See :class:`Network`."""
         classes = config.get("num_class_embeds")
         return None if classes is None else ClassLabels(classes)
 
     def sides(self, config: Config, of_decoder: int | None) -> tuple[int, int]:
-        """See :class:`Network`."""
         side = config["sample_size"]
         height, width = (side, side) if isinstance(side, int) else side
         return height, width
 
     def sample_multiple(self, config: Config) -> int:
-        """See :class:`Network`."""
         return sample_multiple(config)
 
     def build(self, class_name: str, config: Config) -> nn.Module:
-        """See :class:`Network`."""
         kind: Any = FLAT_CLASSES.get(class_name) or getattr(diffusers, class_name)
         unet: nn.Module = kind.from_config(config)
         return unet
 
     def flat(self, network: nn.Module) -> nn.Module:
-        """See :class:`Network`."""
         return with_flat_conditions(network)
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> tuple[States, States]:
-        """See :class:`Network`."""
         given = {
             "prompt": prompts,
             "device": torch.device("cpu"),
@@ -136,7 +125,6 @@ class UNets(Network):
         return asked, unasked
 
     def random_states(self, config: Config, count: int, generator: torch.Generator) -> States:
-        """See :class:`Network`."""
         width = states_width(config)
         states = {
             "encoder_hidden_states": torch.randn(count, TEXT_TOKENS, width, generator=generator)
@@ -150,7 +138,6 @@ class UNets(Network):
         return states
 
     def of_size(self, config: Config, size: tuple[int, int], count: int) -> States:
-        """See :class:`Network`."""
         if config.get("addition_embed_type") != "text_time":
             return {}
         return {"time_ids": time_ids(*size).repeat(count, 1)}
