@@ -19,6 +19,7 @@ from unittest.mock import patch
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from PIL import Image
 
 from quest_deploy.artifacts.checkpoint import pack_int4
 from quest_deploy.artifacts.workspace import Workspace
@@ -270,6 +271,13 @@ def fail_verification(workspace: Path, backend: str) -> None:
     opened.record(
         f"verify/{backend}", inputs=inputs, options=record.options, files=files, details=details
     )
+
+
+def png_of(image: Image.Image) -> bytes:
+    """The image as a PNG file has it."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
 
 
 def flip_byte(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from scripts.acceptance import random_lora
 from tests.helpers import refused
 from tests.pipelines import controlled, controlnet, t2i_adapter
 from tests.quest_deploy.serving.local import LocalPipeline
-from tests.quest_deploy.support import Chain, cli
+from tests.quest_deploy.support import Chain, cli, png_of
 
 BACKEND = "onnxruntime"
 SHORT = ["--samples", "2", "--steps", "4", "--buckets", "2"]
@@ -323,12 +322,6 @@ def package(calibrated: Path, folders: tuple[Path, Path]) -> Path:
     made = ok("package", "--triton", folder, "--controlnet", folders[1], w=calibrated)
     assert made["models"] == ["controlnet", "text_encoder", "unet", "vae_decoder"]
     return folder
-
-
-def png_of(image: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, format="PNG")
-    return stream.getvalue()
 
 
 @pytest.mark.slow

@@ -43,15 +43,9 @@ from tests.helpers import refused
 from tests.pipelines import IMAGE_TOKENS as COUNT
 from tests.pipelines import IMAGE_WIDTH, PLUS_TOKENS, controlnet, ip_adapter
 from tests.quest_deploy.serving.local import LocalPipeline
-from tests.quest_deploy.support import cli
+from tests.quest_deploy.support import cli, png_of
 
 REQUEST = {"prompt": "a red cat", "seed": 0, "steps": 4, "guidance": 5.0}
-
-
-def png_of(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, format="PNG")
-    return stream.getvalue()
 
 
 SHOWN = made_image(4, 20, 24).image

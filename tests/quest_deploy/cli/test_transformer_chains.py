@@ -47,6 +47,12 @@ def run_all(root: Path, *commands: tuple[str | Path, ...]) -> None:
         assert ended.code == 0, f"{command}: {ended.err}"
 
 
+def to_verify(backend: str) -> list[tuple[str, ...]]:
+    """What is between calibration and the images of a verified engine."""
+    of_backend = ("--backend", backend)
+    return [("export",), ("reference",), ("build-engine", *of_backend), ("verify", *of_backend)]
+
+
 def trained_floats(root: Path) -> set[str]:
     """The float parameters that finetuning changed."""
     before, after = (load_checkpoint(root / name).floats for name in (CALIBRATED, CHECKPOINT))
@@ -170,10 +176,7 @@ def test_every_layer_of_a_transformer_can_be_quantized_and_verified(
     run_all(
         root,
         ("calibrate", "--model", pipelines("dit"), *FEW, *everything),
-        ("export",),
-        ("reference",),
-        ("build-engine", "--backend", "onnxruntime"),
-        ("verify", "--backend", "onnxruntime"),
+        *to_verify("onnxruntime"),
         ("generate", "--backend", "onnxruntime", *drawn),
         ("build-engine", "--backend", "tensorrt-rtx", *FP16),
     )
@@ -190,10 +193,7 @@ def test_an_alpha_goes_through_to_a_verified_engine(
     run_all(
         tmp_path / "ws",
         ("calibrate", "--model", pipelines("pixart-alpha"), *FEW, *branches, "--buckets", "2"),
-        ("export",),
-        ("reference",),
-        ("build-engine", "--backend", "openvino"),
-        ("verify", "--backend", "openvino"),
+        *to_verify("openvino"),
         ("generate", "--backend", "openvino", "--prompt", "a cat", "--steps", "2"),
         ("build-engine", "--backend", "tensorrt-rtx", *FP16),
     )
@@ -328,10 +328,7 @@ def test_a_few_step_flux_without_guidance_goes_through_with_a_bucket_for_each_st
     run_all(
         root,
         ("calibrate", "--model", pipelines("flux-schnell"), "--samples", "1", "--bits", "w8a8"),
-        ("export",),
-        ("reference",),
-        ("build-engine", "--backend", "openvino"),
-        ("verify", "--backend", "openvino"),
+        *to_verify("openvino"),
         ("generate", "--backend", "openvino", *drawn),
         ("evaluate", "--backend", "openvino", "--images", "2"),
         ("build-engine", "--backend", "tensorrt-rtx", *FP16),
@@ -357,10 +354,7 @@ def test_every_layer_of_flux_can_be_quantized(
     run_all(
         root,
         ("calibrate", "--model", pipelines("flux"), *FEW, *everything, *branches),
-        ("export",),
-        ("reference",),
-        ("build-engine", "--backend", "onnxruntime"),
-        ("verify", "--backend", "onnxruntime"),
+        *to_verify("onnxruntime"),
         ("build-engine", "--backend", "tensorrt-rtx", *FP16),
     )
     layers = load_checkpoint(root / CALIBRATED).layers
@@ -462,10 +456,7 @@ def test_every_layer_of_sana_can_be_quantized_its_depthwise_convolutions_too(
     run_all(
         root,
         ("calibrate", "--model", pipelines("sana"), *FEW, *everything),
-        ("export",),
-        ("reference",),
-        ("build-engine", "--backend", "onnxruntime"),
-        ("verify", "--backend", "onnxruntime"),
+        *to_verify("onnxruntime"),
     )
     depthwise = load_checkpoint(root / CALIBRATED).layers["transformer_blocks.0.ff.conv_depth"]
     assert depthwise.conv is not None

@@ -5,7 +5,6 @@ refuse; without a server.
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -43,9 +42,19 @@ from quest_deploy.serving.triton.readme import shared_memory
 from tests.helpers import refused
 from tests.pipelines import TOKENS, controlnet
 from tests.quest_deploy.serving.local import LocalPipeline
-from tests.quest_deploy.support import Chain, cli
+from tests.quest_deploy.support import Chain, cli, png_of
 
 PROMPT = "a red cat"
+ASKED: dict[str, Any] = {"prompt": PROMPT, "seed": 5}
+
+
+def assert_theirs(found: np.ndarray, pipeline: Any, steps: int, **given: Any) -> None:
+    """That the image is the one that diffusers' pipeline draws of ``ASKED``, but for the decoder's
+    last bits.
+    """
+    generator = torch.Generator().manual_seed(ASKED["seed"])
+    drawn = pipeline(PROMPT, num_inference_steps=steps, generator=generator, **given).images[0]
+    assert np.abs(found.astype(int) - np.asarray(drawn, int)).max() <= 1
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +98,9 @@ def test_the_image_is_the_one_of_diffusers_pipeline(
     diffusers_pipeline.scheduler = load_model(
         Workspace.open(text_chain.root).source
     ).load_scheduler(scheduler)
-    expected = diffusers_pipeline(
-        prompt=PROMPT,
-        negative_prompt=choices.get("negative_prompt"),
-        guidance_scale=choices["guidance"],
-        height=choices.get("height"),
-        width=choices.get("width"),
-        num_inference_steps=4,
-        generator=torch.Generator().manual_seed(5),
-    ).images[0]
-    found = local.draw(prompt=PROMPT, steps=4, seed=5, scheduler=scheduler, **choices)
-    assert (
-        np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
-    )  # the decoder's last bits
+    found = local.draw(**ASKED, steps=4, scheduler=scheduler, **choices)
+    theirs = {"guidance_scale" if k == "guidance" else k: x for k, x in choices.items()}
+    assert_theirs(found, diffusers_pipeline, 4, **theirs)
 
 
 @pytest.mark.parametrize(
@@ -260,25 +259,9 @@ def test_stable_diffusion_xl_s_image_is_the_one_of_diffusers_pipeline(
 ) -> None:
     pipeline, made = xl
     sizes = {"height": 24, "width": 16}
-    expected = made(
-        PROMPT,
-        negative_prompt=negative,
-        guidance_scale=guidance,
-        num_inference_steps=3,
-        generator=torch.Generator().manual_seed(5),
-        **sizes,
-    ).images[0]
-    given = {} if negative is None else {"negative_prompt": negative}
-    found = pipeline.draw(prompt=PROMPT, steps=3, seed=5, guidance=guidance, **sizes, **given)
-    assert (
-        np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
-    )  # the decoder's last bits
-
-
-def png_file(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, format="PNG")
-    return stream.getvalue()
+    given = sizes if negative is None else {**sizes, "negative_prompt": negative}
+    found = pipeline.draw(**ASKED, steps=3, guidance=guidance, **given)
+    assert_theirs(found, made, 3, guidance_scale=guidance, **given)
 
 
 @pytest.fixture(scope="module")
@@ -297,9 +280,9 @@ def from_images(
 
 
 GIVEN = made_image(7, 24, 16)
-FILES = {"init_image": png_file(GIVEN.image)}
+FILES = {"init_image": png_of(GIVEN.image)}
 assert GIVEN.mask is not None
-MASKED = {**FILES, "mask_image": png_file(GIVEN.mask)}
+MASKED = {**FILES, "mask_image": png_of(GIVEN.mask)}
 EITHER: dict[str, dict[str, bytes]] = {"inpaint": MASKED, "pix2pix": FILES}
 
 
@@ -310,20 +293,11 @@ def test_an_inpainted_image_is_the_one_of_diffusers_pipeline(
 ) -> None:
     pipeline, made = from_images(name)
     sizes = {"height": 24, "width": 16}
-    expected = made(
-        PROMPT,
-        image=GIVEN.image,
-        mask_image=GIVEN.mask,
-        strength=1.0,
-        guidance_scale=guidance,
-        num_inference_steps=3,
-        generator=torch.Generator().manual_seed(5),
-        **sizes,
-    ).images[0]
-    asked = {"prompt": PROMPT, "steps": 3, "seed": 5, "guidance": guidance, "scheduler": "ddpm"}
+    asked = {**ASKED, "steps": 3, "guidance": guidance, "scheduler": "ddpm"}
     found = pipeline.draw(**asked, **sizes, **MASKED)
-    assert np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
-    everywhere = png_file(Image.new("L", (16, 24), 255))
+    masked = {"image": GIVEN.image, "mask_image": GIVEN.mask, "strength": 1.0}
+    assert_theirs(found, made, 3, guidance_scale=guidance, **masked, **sizes)
+    everywhere = png_of(Image.new("L", (16, 24), 255))
     other = pipeline.draw(**asked, **sizes, **{**MASKED, "mask_image": everywhere})
     assert np.abs(found.astype(int) - other.astype(int)).max() > 1
 
@@ -340,20 +314,9 @@ def test_an_edited_image_is_the_one_of_diffusers_pipeline(
 ) -> None:
     pipeline, made = from_images(name)
     sizes = {"height": 24, "width": 16}
-    expected = made(
-        PROMPT,
-        image=GIVEN.image,
-        negative_prompt=negative,
-        guidance_scale=guidance,
-        image_guidance_scale=image_guidance,
-        num_inference_steps=3,
-        generator=torch.Generator().manual_seed(5),
-        **(sizes if "xl" in name else {}),  # Stable Diffusion's takes the image's own
-    ).images[0]
     found = pipeline.draw(
-        prompt=PROMPT,
+        **ASKED,
         steps=3,
-        seed=5,
         guidance=guidance,
         image_guidance=image_guidance,
         scheduler="ddpm",
@@ -361,12 +324,21 @@ def test_an_edited_image_is_the_one_of_diffusers_pipeline(
         **sizes,
         **FILES,
     )
-    assert np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
+    assert_theirs(
+        found,
+        made,
+        3,
+        image=GIVEN.image,
+        negative_prompt=negative,
+        guidance_scale=guidance,
+        image_guidance_scale=image_guidance,
+        **(sizes if "xl" in name else {}),  # Stable Diffusion's takes the image's own
+    )
 
 
 def bomb() -> bytes:
     """A small file of many pixels."""
-    return png_file(Image.new("1", (2**13, 2**13)))
+    return png_of(Image.new("1", (2**13, 2**13)))
 
 
 @pytest.mark.parametrize(
@@ -458,24 +430,16 @@ def test_with_a_controlnet_the_image_is_the_one_of_diffusers_pipeline(
     net = controlnet(tmp_path / "net", pipelines(name))
     pipeline, made = reference(pipelines(name), tmp_path / "package", net=net)
     shown = edges(GIVEN.image)
-    request = {"prompt": PROMPT, "seed": 7, "steps": 3, "guidance": 5.0}
+    request = {**ASKED, "steps": 3, "guidance": 5.0}
     if name == "controlled-inpaint":
         request |= MASKED | {"height": 24}
         image = {"image": GIVEN.image, "mask_image": GIVEN.mask, "control_image": shown}
     else:
         image = {"image": shown}
-    found = pipeline.draw(**request, control_image=png_file(shown), control_scale=0.5)
-    expected = made(
-        PROMPT,
-        **image,
-        height=request.get("height", 16),
-        width=16,
-        controlnet_conditioning_scale=0.5,
-        guidance_scale=5.0,
-        num_inference_steps=3,
-        generator=torch.Generator().manual_seed(7),
-    ).images[0]
-    assert np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
+    found = pipeline.draw(**request, control_image=png_of(shown), control_scale=0.5)
+    sizes = {"height": request.get("height", 16), "width": 16}
+    scales = {"controlnet_conditioning_scale": 0.5, "guidance_scale": 5.0}
+    assert_theirs(found, made, 3, **image, **sizes, **scales)
     assert np.abs(found.astype(int) - pipeline.draw(**request).astype(int)).max() > 1
 
 
