@@ -206,7 +206,7 @@ class Options:
 def _recorded(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_recorded, value))
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return str(value) if isinstance(value, Path) else value
 

@@ -344,19 +344,7 @@ def package(chosen: PackageArguments) -> dict[str, Any]:
     """Write a package that serves the model into the folder ``triton``; see
     :class:`quest_deploy.serving.triton.options.TritonOptions`.
     """
-    options = TritonOptions(
-        chosen.max_batch,
-        chosen.max_steps,
-        chosen.max_size,
-        chosen.max_images,
-        chosen.max_in_flight,
-        chosen.max_queue,
-        chosen.queue_delay,
-        chosen.io_dtype,
-        tuple(map(str, chosen.plugin_library)),
-        chosen.processor,
-    )
-    opened = chosen.opened()
+    opened, options = chosen.opened(), chosen.of(TritonOptions)
     with opened.reading(), progress_of(chosen.progress, "package") as shown:
         write_package = import_module("quest_deploy.serving.triton.package").write_package
         details: dict[str, Any] = write_package(

@@ -15,7 +15,7 @@ from quest_deploy.errors import InputError
 from quest_deploy.importers.settings import Source
 from quest_deploy.options import Option, Options
 from quest_deploy.progress import Display, Progress, no_progress
-from quest_deploy.serving.triton.options import IO_DTYPES, TritonOptions
+from quest_deploy.serving.triton.options import TritonOptions
 from quest_deploy.stages.options import (
     DEFAULT_BACKEND,
     IMPORT_SAMPLES,
@@ -256,9 +256,7 @@ class ImportArguments(Arguments):
 
     checkpoint: Path | str = field(
         kw_only=False,
-        metadata=Option(
-            "The official checkpoint (ckpt.pth).", text=Path, argument=True
-        ).metadata,
+        metadata=Option("The official checkpoint (ckpt.pth).", text=Path, argument=True).metadata,
     )
     source: Source | str = field(
         kw_only=False,
@@ -351,7 +349,7 @@ class ScheduleArguments(OnWorkspace):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackageArguments(OnWorkspace):
+class PackageArguments(TritonOptions, OnWorkspace):
     """The parameters of ``package``."""
 
     triton: Path = field(
@@ -359,34 +357,12 @@ class PackageArguments(OnWorkspace):
             "Write a package for Triton Inference Server there.", metavar="DIR"
         ).metadata
     )
-    max_batch: int | None = Option(
-        "Rows that the UNet runs at once; with guidance an image is two.",
-        default="the plan's, or 16"
-    ).field(None)
-    max_steps: int = Option("The most denoising steps of a request.").field(TritonOptions.max_steps)
-    max_size: int | None = Option("The most pixels of a height or width.", default="the plan's, or the model's").field(None)
-    max_images: int = Option("The most images of a request.").field(TritonOptions.max_images)
-    max_in_flight: int = Option("Images that are drawn at the same time.").field(TritonOptions.max_in_flight)
-    max_queue: int = Option("Requests that may wait; more are refused at once.").field(TritonOptions.max_queue)
-    queue_delay: int = Option(
-        "Microseconds that a batch of the UNet waits for more requests, at every denoising "
-        "step."
-    ).field(TritonOptions.queue_delay)
     controlnet: Path | None = Option(
         "A ControlNet to serve beside the UNet, a folder in diffusers' layout, where the graph "
         "has its inputs.",
         metavar="DIR",
         default="none",
     ).field(None)
-    io_dtype: str = Option(f"Of the models' inputs and outputs: {' or '.join(IO_DTYPES)}.").field(TritonOptions.io_dtype)
-    plugin_library: Sequence[Path] = Option(
-        "A library of TensorRT plugins that the plan needs, besides its own; may be repeated.",
-        metavar="FILE"
-    ).field(())
-    processor: str = Option(
-        "Without a GPU: native, exact on processors that compute as this one does, or any, "
-        "exact on every x86-64."
-    ).field(TritonOptions.processor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,7 +404,8 @@ class ImageRequest(Options):
         "What a ControlNet is shown, where the package has one."
     ).field(None)
     control_scale: float | None = Option(
-        "Scale of what the ControlNet adds.", default="1"
+        "Scale of what the ControlNet adds.",
+        default="1",
     ).field(None)
     ip_adapter_image: Path | None = Option(
         "An image beside the prompt, where the package has an IP-Adapter."
@@ -448,6 +425,7 @@ class ClientArguments(ImageRequest, ToServer):
     """The parameters of ``client``."""
 
     output: Path = Option(
-        "Where to write the PNG file.", flags=("--output", "-o")
+        "Where to write the PNG file.",
+        flags=("--output", "-o"),
     ).field(Path("image.png"))
     timeout: float = Option("Seconds to wait for each step.", minimum=0.1).field(600.0)

@@ -209,7 +209,9 @@ class CalibrateOptions(ImageFolderOptions):
     )
     method: str = Option(METHOD_HELP, choices=METHODS).field("mse")
     samples: int | None = Option(
-        "Samplings to record.", minimum=1, default="the model's"
+        "Samplings to record.",
+        minimum=1,
+        default="the model's",
     ).field(None)
     steps: int | None = Option(
         "Sampling steps of each; more where that is needed to visit every bucket.",
@@ -217,7 +219,9 @@ class CalibrateOptions(ImageFolderOptions):
         default="the model's",
     ).field(None)
     batch: int | None = Option(
-        "Rows that run at once.", minimum=1, default="the model's"
+        "Rows that run at once.",
+        minimum=1,
+        default="the model's",
     ).field(None)
     guidance: float | None = Option(
         "Guidance weight of the samplings; 1 or less is none where it is classifier-free.",
@@ -436,13 +440,13 @@ class FinetuneOptions(StageOptions):
         recorded="sensitive_layers",
     ).field(None)
     carry_temporal: bool | None = Option(
-        "Whether the sensitive stage trains the temporal layers on, where their stage came "
-        "first.",
+        "Whether the sensitive stage trains the temporal layers on, where their stage came first.",
         flags=("--carry-temporal/--freeze-temporal",),
         default="carry",
     ).field(None)
     temporal_steps: int | None = Option(
-        "Optimizer steps of the temporal stage.", minimum=0
+        "Optimizer steps of the temporal stage.",
+        minimum=0,
     ).field(None)
     sensitive_steps: int | None = Option(
         "Optimizer steps of the sensitive stage.", minimum=0
@@ -450,7 +454,8 @@ class FinetuneOptions(StageOptions):
     batch: int | None = Option("Samples a step, over all processes.", minimum=1).field(None)
     weight_rate: float | None = Option("Learning rate of the weights.", minimum=0).field(None)
     scale_rate: float | None = Option(
-        "Learning rate of the activation scales.", minimum=0
+        "Learning rate of the activation scales.",
+        minimum=0,
     ).field(None)
     output_loss: float | None = Option(
         "Weight of the loss at the model's output.", minimum=0
@@ -755,8 +760,7 @@ class GenerateOptions(EngineStageOptions):
         "What to inpaint or edit, for a model that does.", default="a made one"
     ).field(None)
     mask: Path | None = Option(
-        "An image as large as --image, white where it is drawn anew, for a model that "
-        "inpaints.",
+        "An image as large as --image, white where it is drawn anew, for a model that inpaints.",
         default="a made one",
     ).field(None)
     labels: str | None = Option(

@@ -53,7 +53,8 @@ class Drawing(Options):
     size: Sequence[int] = Option("Sizes.", minimum=1, recorded="sizes").field((4,))
     mode: str = Option("How.", choices=("pen", "ink")).field("pen")
     digits: Sequence[int] | None = Option(
-        text=str, parse=lambda text: tuple(map(int, text))
+        text=str,
+        parse=lambda text: tuple(map(int, text)),
     ).field(None)
     ink: Ink = Option("Which.").field(Ink.BLACK)
     share: float | None = Option("How much.").field(None)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +152,7 @@ def write_package(
         settings = write_pipelines(layout, model, pipeline, signatures, residuals, shown, tokens)
         if prompts is not None:
             write_no_image(layout, prompts)
-        plugins = tuple(map(Path, options.plugins)) if plan is None else plan.plugins
+        plugins = options.plugin_library if plan is None else plan.plugins
         _write_surroundings(made, plugins, of_text=of_text)
         progress("pipeline", total, total)
         record = {
@@ -164,7 +163,7 @@ def write_package(
             "scheme": workspace.scheme.to_json(),
             "checkpoint_sha256": info.checkpoint_sha256,
             "options": {
-                **asdict(options),
+                **options.to_json(),
                 "max_batch": layout.max_batch,
                 "max_size": layout.max_size,
                 "plugins": [plugin.name for plugin in plugins],

@@ -25,6 +25,8 @@ from quest_deploy.models.residuals import IMAGE_SCALE
 from quest_deploy.progress import no_progress
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from quest_deploy.artifacts.workspace import Workspace
     from quest_deploy.serving.triton.options import TritonOptions
 
@@ -113,15 +115,15 @@ def find_plan(
         except InputError as e:
             raise InputError(f"{why}, and {e}") from e
     return Plan(
-        folder, built, record.built_by.get(TRT, "unknown"), _plugins(record, options.plugins)
+        folder, built, record.built_by.get(TRT, "unknown"), _plugins(record, options.plugin_library)
     )
 
 
-def _plugins(record: EngineRecord, given: tuple[str, ...]) -> tuple[Path, ...]:
+def _plugins(record: EngineRecord, given: Sequence[Path]) -> tuple[Path, ...]:
     """The plugin libraries to package: those given, and the one that the engine's ``record``
     names, found by its hash.
     """
-    plugin, libraries = record.plugin, tuple(map(Path, given))
+    plugin, libraries = record.plugin, tuple(given)
     names = [path.name for path in libraries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(

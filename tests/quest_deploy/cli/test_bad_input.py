@@ -292,7 +292,7 @@ def test_an_unknown_choice_of_a_stage_is_refused(
         (["evaluate", "--guidance", "-1"], "--guidance 0"),
         (["calibrate", "--guidance", "-1"], "--guidance 0"),
         (["schedule", "--scheduler", "heun"], "--scheduler ddim 'heun'"),
-        (["package", "--triton", "out", "--max-batch", "1"], "--max-batch 2 1"),
+        (["package", "--triton", "out", "--max-batch", "1"], "--max-batch 2"),
     ],
 )
 def test_an_option_out_of_range_is_refused_before_the_workspace_is_looked_at(

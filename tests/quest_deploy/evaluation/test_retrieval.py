@@ -12,8 +12,6 @@ from quest_deploy.evaluation import retrieval
 from quest_deploy.evaluation.retrieval import STATISTICS, Judge, frechet_distance
 from quest_deploy.models.loading import load_model, resolve_source
 
-pass
-
 EYE = np.eye(3)
 NAMES, WIDTH, IMAGES = 30, 6, 12
 

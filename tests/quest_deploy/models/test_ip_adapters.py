@@ -27,8 +27,8 @@ from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.models.residuals import IMAGE_PROMPT, IMAGE_SCALE, IMAGE_TOKENS
 from quest_deploy.quantization.model import build_float_model
 from tests.helpers import refused
-from tests.pipelines import PLUS_TOKENS, ip_adapter
 from tests.pipelines import IMAGE_TOKENS as COUNT
+from tests.pipelines import PLUS_TOKENS, ip_adapter
 
 SHOWN = [made_image(i, 24, 20).image for i in (1, 2)]
 

@@ -9,8 +9,8 @@ from typing import Protocol
 import pytest
 
 from quest_deploy.files import read_json
-from scripts.bench.methods import recipes, runner
 from scripts.bench.methods import __main__ as program
+from scripts.bench.methods import recipes, runner
 from scripts.bench.methods.cells import Cell, all_cells
 from tests.quest_deploy.support import Outcome, snapshot
 from tests.scripts.bench.methods.conftest import measurement
