@@ -1,1 +1,3 @@
-"""The command line; heavy packages are imported where a command needs them."""
+"""The command line, one file per command; heavy packages are imported where a command needs
+them.
+"""

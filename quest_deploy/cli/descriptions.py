@@ -52,9 +52,7 @@ def describe(workspace: Workspace, stage: str) -> str:
     return _DESCRIPTIONS[stage.partition("/")[0]](workspace, details)
 
 
-def show_result(
-    console: Console, workspace: Workspace, stage: str, backend: str | None = None
-) -> None:
+def report(console: Console, workspace: Workspace, stage: str, backend: str | None = None) -> None:
     """Print what a finished stage reports."""
     name = f"{stage}/{backend}" if backend else stage
     details = workspace.stages[name].details

@@ -14,11 +14,29 @@ import typer
 from typer.rich_utils import rich_format_error
 
 from quest_deploy import __version__
-from quest_deploy.cli import commands
+from quest_deploy.cli.benchmark import benchmark
+from quest_deploy.cli.build_engine import build_engine_command
+from quest_deploy.cli.build_parts import build_parts
+from quest_deploy.cli.calibrate import calibrate
+from quest_deploy.cli.client import client
 from quest_deploy.cli.console import discard_output, messages
 from quest_deploy.cli.doctor import doctor
+from quest_deploy.cli.evaluate import evaluate
+from quest_deploy.cli.export import export
+from quest_deploy.cli.export_parts import export_parts
+from quest_deploy.cli.finetune import finetune
+from quest_deploy.cli.generate import generate
+from quest_deploy.cli.import_ import import_command
 from quest_deploy.cli.inspect import inspect
 from quest_deploy.cli.interruptions import INTERRUPTED, MESSAGE, raised
+from quest_deploy.cli.lora import lora
+from quest_deploy.cli.package import package
+from quest_deploy.cli.reference import reference
+from quest_deploy.cli.report import report
+from quest_deploy.cli.run import run
+from quest_deploy.cli.schedule import schedule
+from quest_deploy.cli.sensitivity import sensitivity
+from quest_deploy.cli.verify import verify
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import TEMPORARY_PREFIX
 
@@ -44,25 +62,25 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(commands.run)
-app.command()(commands.calibrate)
-app.command()(commands.sensitivity)
-app.command()(commands.finetune)
-app.command("import")(commands.import_command)
-app.command()(commands.lora)
-app.command()(commands.export)
-app.command()(commands.reference)
-app.command()(commands.build_engine)
-app.command()(commands.export_parts)
-app.command()(commands.build_parts)
-app.command()(commands.verify)
-app.command()(commands.benchmark)
-app.command()(commands.generate)
-app.command()(commands.evaluate)
-app.command()(commands.report)
-app.command()(commands.schedule)
-app.command()(commands.package)
-app.command()(commands.client)
+app.command()(run)
+app.command()(calibrate)
+app.command()(sensitivity)
+app.command()(finetune)
+app.command("import")(import_command)
+app.command()(lora)
+app.command()(export)
+app.command()(reference)
+app.command("build-engine")(build_engine_command)
+app.command("export-parts")(export_parts)
+app.command("build-parts")(build_parts)
+app.command()(verify)
+app.command()(benchmark)
+app.command()(generate)
+app.command()(evaluate)
+app.command()(report)
+app.command()(schedule)
+app.command()(package)
+app.command()(client)
 app.command()(inspect)
 app.command()(doctor)
 
