@@ -11,8 +11,8 @@ Cases:
 1. ``Conv(x, w)``, w [out, in, ...]: a scale for each row.
 2. ``MatMul(x, w)``, w [in, out], and ``Gemm(x, w)``, also transposed: a scale for each output.
 3. ``Gather(w, ids)``, w [words, width], an embedding: a scale for each word.
-4. Weights of fewer than ``LEAST`` numbers, those whose readers disagree on the axis, and all other
-   initializers stay.
+4. Weights of fewer than ``LEAST`` numbers, those whose readers disagree on the axis, tables that are
+   read at constant places, such as those of positions, and all other initializers stay.
 """
 
 from __future__ import annotations
@@ -91,4 +91,6 @@ def _axis(node: ir.Node, index: int) -> int | None:
     weight, axis = node.inputs[index], {("MatMul", 1): 1, ("Gather", 0): 0}
     shape = None if weight is None else weight.shape
     is_matrix = shape is not None and len(shape) == 2
-    return axis.get((node.op_type, index)) if is_matrix else None
+    places = node.inputs[1] if node.op_type == "Gather" else None
+    is_constant = places is not None and places.const_value is not None
+    return axis.get((node.op_type, index)) if is_matrix and not is_constant else None
