@@ -22,8 +22,8 @@ IDS, MASK = "input_ids", "attention_mask"
 token and 0 for padding.
 """
 LAST_STATE, POOLED, HIDDEN_STATE = "last_hidden_state", "pooled", "hidden_states.{}"
-"""What it gives: float32 [B, T, D], and of CLIP [B, P] and after each layer [B, T, D], the embeddings
-first.
+"""What it gives: float32 [B, T, D], and of CLIP [B, P] and after each layer [B, T, D], the
+embeddings first.
 """
 LATENTS, IMAGE, MOMENTS = "sample", "image", "moments"
 

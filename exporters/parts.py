@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from exporters.editor import Editor, lazy, replace_value
 from exporters.graph_info import HEIGHT, SAMPLE_SHAPE_KEY, WIDTH
 from exporters.part_info import (
     HIDDEN_STATE,
@@ -31,9 +36,12 @@ from exporters.part_info import (
     last_norm,
 )
 from exporters.torch_to_qdq import quiet
+from quest_deploy.artifacts.lazy_tensors import LazyArray
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
 OPSET = 20
 DECODER_CLASSES = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
@@ -204,10 +212,15 @@ def trace(
     shapes = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in names)
     kinds = {x.kind for x in signature(module.forward).parameters.values()}
     together = Parameter.VAR_POSITIONAL in kinds  # of *inputs, one argument holds all
-    with torch.no_grad(), warnings.catch_warnings(), quiet("torch.onnx"):
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        quiet("torch.onnx"),
+        _by_shape(module.eval()) as weights,
+    ):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            module.eval(),
+            module,
             tuple(inputs.values()),
             input_names=list(inputs),
             output_names=list(outputs),
@@ -215,10 +228,69 @@ def trace(
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
+            optimize=False,  # not before there are weights
         )
     assert program is not None
+    _give_weights(program.model, weights)
+    program.optimize()
     traced = program.model.graph.inputs
     for value, example, axes in zip(traced, inputs.values(), names, strict=True):
         # torch has names of its own, and a profile is by these
         value.shape = ir.Shape([axes.get(i, size) for i, size in enumerate(example.shape)])
     return program.model
+
+
+@contextmanager
+def _by_shape(module: nn.Module) -> Iterator[dict[str, LazyArray]]:
+    """Let ``module`` hold the shapes of its weights alone, in float32, for a while; yields what reads
+    them, by name, one at a time when a graph is saved, whatever type they are held in.
+    """
+    held = [
+        (part, name, value)
+        for part in module.modules()
+        for name, value in part._parameters.items()
+        if value is not None
+    ]
+    with FakeTensorMode():
+        shapes = {id(x): torch.empty(x.shape, dtype=torch.float32) for _, _, x in held}
+    weights = {
+        name: LazyArray(tuple(value.shape), np.dtype(np.float32), partial(_read, value))
+        for name, value in module.named_parameters(remove_duplicate=False)
+    }
+    try:
+        for part, name, value in held:
+            part._parameters[name] = nn.Parameter(shapes[id(value)], requires_grad=False)
+        yield weights
+    finally:
+        for part, name, value in held:
+            part._parameters[name] = value
+
+
+def _read(weight: Tensor) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = weight.detach().float().numpy()
+    return values
+
+
+def _give_weights(graph: ir.Model, weights: Mapping[str, LazyArray]) -> None:
+    """Give the initializers that were traced by shape their values, and transposed matrices theirs,
+    which the optimizer would compute and hold in memory.
+    """
+    editor = Editor(graph.graph)
+    given = {
+        value: weights[name]
+        for name, value in graph.graph.initializers.items()
+        if isinstance(getattr(value.const_value, "raw", None), FakeTensor)
+    }
+    for value, array in given.items():
+        value.const_value = lazy(str(value.name), array)
+    for node in list(graph.graph):
+        source = node.inputs[0] if node.op_type == "Transpose" else None
+        if source is not None and source in given and len(given[source].shape) == 2:
+            name = f"{source.name}.transposed"
+            turned = editor.constant(name, lazy(name, _transposed(given[source])))
+            replace_value(node.outputs[0], turned)
+            graph.graph.remove(node, safe=True)
+
+
+def _transposed(matrix: LazyArray) -> LazyArray:
+    return LazyArray(matrix.shape[::-1], matrix.dtype, lambda: np.asarray(matrix).T)

@@ -67,8 +67,8 @@ def model_parts(model: PipelineModel) -> dict[str, Part]:
 
 
 def takes_mask(model: PipelineModel) -> bool:
-    """Whether diffusers gives the text encoder a mask that its graph does not read, as it does where
-    a sole CLIP asks for it.
+    """Whether diffusers gives the text encoder a mask that its graph does not read, as it does
+    where a sole CLIP asks for it.
     """
     kinds = list(_classes(model, TEXT_ENCODERS).values())
     path = model.folder / TEXT_ENCODER / "config.json"
@@ -89,10 +89,11 @@ def _problem(kind: str, classes: Collection[str]) -> str:
 
 def without_modules(model: PipelineModel, name: str | None = None) -> Any:
     """The model's pipeline with its tokenizers, and of its encoders and decoders with that of
-    ``name`` alone.
+    ``name`` alone, its weights to be read, not changed.
     """
     large = {*TEXT_ENCODERS, *DECODERS, *IMAGE_PARTS} - {name}
-    return model.load_pipeline(**{each: None for each in large if each in model.index})
+    unused = {each: None for each in large if each in model.index}
+    return model.load_pipeline(narrow=True, **unused)
 
 
 def _text_graph(model: PipelineModel, name: str) -> ir.Model:

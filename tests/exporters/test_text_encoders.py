@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
@@ -17,8 +18,6 @@ from tests.helpers import op_counts, relative_error, run
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import onnx_ir as ir
 
 TOKENS, WORDS = 40, 3000
 """More than T5 has buckets for single distances, and those of a tokenizer."""
@@ -91,3 +90,10 @@ def test_int8_is_a_quarter_and_changes_the_states_little(
     assert 0.24 < sizes[1] / sizes[0] < 0.3
     (found,) = run(small, feeds)
     assert 1e-4 < relative_error(found[read], states(encoder, feeds)[read]) < 0.03
+
+
+def test_large_weights_are_read_when_the_graph_is_saved(made: tuple[Any, ir.Model]) -> None:
+    tensors = [x.const_value for x in made[1].graph.initializers.values()]
+    large = [x for x in tensors if x is not None and x.size > 8192]
+    assert len(large) > 10
+    assert all(isinstance(x, ir.LazyTensor) for x in large)

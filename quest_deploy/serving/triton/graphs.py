@@ -144,8 +144,8 @@ def _append(first: ir.Model, second: ir.Model) -> None:
 def _taken(
     part: ir.Model, into: ir.Graph, prefix: str
 ) -> tuple[list[ir.Node], list[ir.Value], dict[str, ir.Value]]:
-    """Take ``part`` apart, under names that begin with ``prefix``, its weights moved to ``into``: its
-    nodes, its inputs, and its outputs by their own names.
+    """Take ``part`` apart, under names that begin with ``prefix``, its weights moved to ``into``:
+    its nodes, its inputs, and its outputs by their own names.
     """
     graph = part.graph
     nodes, inputs = list(graph), list(graph.inputs)

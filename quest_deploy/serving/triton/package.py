@@ -225,8 +225,8 @@ def _controlnet(workspace: Workspace, model: PipelineModel, folder: Path | None)
 def text_model(
     model: PipelineModel, graphs: Mapping[str, ir.Model]
 ) -> tuple[Any, Sequence[Tokens] | None, ir.Model]:
-    """The model's pipeline, of which the tokenizers are wanted, what they give, and one graph of its
-    text encoders.
+    """The model's pipeline, of which the tokenizers are wanted, what they give, and one graph of
+    its text encoders.
 
     Args:
         graphs: of the text encoders, in their order, by the names of the parts; they are changed.

@@ -1,4 +1,4 @@
-"""The text encoders of diffusion transformers as engines: in diffusers' pipelines, and in packages."""
+"""The text encoders of diffusion transformers as engines, in diffusers' pipelines and packages."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
+from transformers import T5EncoderModel
 
 import quest_deploy as qd
 from exporters.passes import compress_weights
@@ -19,7 +21,7 @@ from quest_deploy.models.pipeline_model import TEXT_ENCODERS
 from quest_deploy.serving.part_graphs import PartGraphs, model_parts
 from quest_deploy.serving.parts import PipelineTextEncoder, engine_parts
 from quest_deploy.serving.triton.package import text_model
-from tests.helpers import op_counts, refused, relative_error
+from tests.helpers import op_counts, refused, relative_error, run
 from tests.pipelines import with_bert
 from tests.quest_deploy.serving.test_engine_parts import draw, with_parts
 
@@ -157,6 +159,30 @@ def test_a_text_encoder_of_another_kind_is_named_and_stays_what_it_is(
     assert qd.export_parts(workspace.root)["left_out"].keys() == {"text_encoder"}
     qd.build_parts(workspace.root, backend="onnxruntime", threads=1)
     assert engine_parts(Workspace.open(workspace.root), "onnxruntime").keys() == {"vae"}
+
+
+@torch.no_grad()
+def test_weights_in_bfloat16_stay_so_in_memory_and_are_exported_as_float32(
+    pipelines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(pipelines("pixart"), tmp_path / "model")
+    published = T5EncoderModel.from_pretrained(folder / "text_encoder").to(torch.bfloat16)
+    published.save_pretrained(folder / "text_encoder")
+    loaded, load = [], pipeline_model.load_part
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        loaded.append(load(*arguments, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(pipeline_model, "load_part", noted)
+    graph = model_parts(load_model(resolve_source(str(folder))))["text_encoder"].graph()
+    (held,) = loaded
+    assert torch.bfloat16 in {x.dtype for x in held.parameters()}
+    assert not any(x.dtype == ir.DataType.BFLOAT16 for x in graph.graph.initializers.values())
+    ids = np.arange(3, 303, dtype=np.int32)[None] % 60
+    (found,) = run(graph, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    expected = published.float()(torch.from_numpy(ids).long())[0].numpy()
+    assert relative_error(found, expected) < 1e-5
 
 
 @pytest.mark.slow
