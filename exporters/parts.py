@@ -242,8 +242,8 @@ def trace(
 
 @contextmanager
 def _by_shape(module: nn.Module) -> Iterator[dict[str, LazyArray]]:
-    """Let ``module`` hold the shapes of its weights alone, in float32, for a while; yields what reads
-    them, by name, one at a time when a graph is saved, whatever type they are held in.
+    """Let ``module`` hold the shapes of its weights alone, in float32, for a while; yields what
+    reads them, by name, one at a time when a graph is saved, whatever type they are held in.
     """
     held = [
         (part, name, value)
@@ -252,14 +252,17 @@ def _by_shape(module: nn.Module) -> Iterator[dict[str, LazyArray]]:
         if value is not None
     ]
     with FakeTensorMode():
-        shapes = {id(x): torch.empty(x.shape, dtype=torch.float32) for _, _, x in held}
+        shapes = {
+            id(x): nn.Parameter(torch.empty(x.shape, dtype=torch.float32), requires_grad=False)
+            for _, _, x in held
+        }
     weights = {
         name: LazyArray(tuple(value.shape), np.dtype(np.float32), partial(_read, value))
         for name, value in module.named_parameters(remove_duplicate=False)
     }
     try:
         for part, name, value in held:
-            part._parameters[name] = nn.Parameter(shapes[id(value)], requires_grad=False)
+            part._parameters[name] = shapes[id(value)]
         yield weights
     finally:
         for part, name, value in held:

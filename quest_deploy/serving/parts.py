@@ -114,8 +114,8 @@ def _tensor(values: NDArray[Any], like: torch.device, dtype: torch.dtype) -> Ten
 
 
 def _one_by_one(engine: EnginePart, **feeds: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """The outputs for inputs [B, ...], a row at a time: what is compiled for several rows has weights
-    of its own.
+    """The outputs for inputs [B, ...], a row at a time: what is compiled for several rows has
+    weights of its own.
     """
     count = len(next(iter(feeds.values())))
     rows = [engine(**{name: x[i : i + 1] for name, x in feeds.items()}) for i in range(count)]
