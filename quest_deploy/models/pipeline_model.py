@@ -405,9 +405,8 @@ class PipelineModel:
 
     def _load_encoders(self) -> Any:
         """The pipeline as far as it encodes prompts."""
-        return self.load_pipeline(
-            **{name: None for name in ("vae", *IMAGE_PARTS) if name in self.index}
-        )
+        unused: dict[str, Any] = {x: None for x in ("vae", *IMAGE_PARTS) if x in self.index}
+        return self.load_pipeline(**unused)
 
     def _check_loras(self) -> None:
         """Raise InputError where the pipeline takes no LoRAs, or one has weights for a part that
@@ -500,8 +499,9 @@ class PipelineModel:
         """From an image and a seed to the UNet's further channels [C, H, W], by the pipeline's own
         code.
         """
-        unused = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", *IMAGE_PARTS)
-        pipeline = self.load_pipeline(**{name: None for name in unused if name in self.index})
+        parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", *IMAGE_PARTS)
+        unused: dict[str, Any] = {name: None for name in parts if name in self.index}
+        pipeline = self.load_pipeline(**unused)
         height, width = self.image_size
         device = torch.device("cpu")
 

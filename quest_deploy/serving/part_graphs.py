@@ -92,7 +92,7 @@ def without_modules(model: PipelineModel, name: str | None = None) -> Any:
     ``name`` alone, its weights to be read, not changed.
     """
     large = {*TEXT_ENCODERS, *DECODERS, *IMAGE_PARTS} - {name}
-    unused = {each: None for each in large if each in model.index}
+    unused: dict[str, Any] = {each: None for each in large if each in model.index}
     return model.load_pipeline(narrow=True, **unused)
 
 

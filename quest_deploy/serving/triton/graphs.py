@@ -55,6 +55,7 @@ def with_parts(graph: ir.Model, parts: Mapping[str, ir.Model]) -> ir.Model:
         places = [x for x in graph.graph if (x.domain, x.op_type) == (PLACEHOLDER_DOMAIN, name)]
         nodes, inputs, outputs = _taken(part, graph.graph, name)
         for value, given in zip(inputs, places[0].inputs, strict=True):
+            assert given is not None
             value.replace_all_uses_with(given)
         graph.graph.insert_before(places[0], nodes)
         for place in places:
@@ -155,8 +156,10 @@ def _taken(
     graph.inputs.clear()
     graph.initializers.clear()
     graph.remove(nodes)
-    for named in (*initializers, *nodes, *(value for node in nodes for value in node.outputs)):
-        named.name = f"{prefix}/{named.name}"
+    for value in (*initializers, *(value for node in nodes for value in node.outputs)):
+        value.name = f"{prefix}/{value.name}"
+    for node in nodes:
+        node.name = f"{prefix}/{node.name}"
     for value in initializers:
         into.register_initializer(value)
     return nodes, inputs, outputs

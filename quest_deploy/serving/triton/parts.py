@@ -53,7 +53,9 @@ class EncoderPlaceholder(nn.Module):
         super().__init__()
         self.name, self.kind = name, part_info(graph).kind
         self.inputs = input_sizes(graph)
-        self.sizes = {x.name or "": list(x.shape or ())[1:] for x in graph.graph.outputs}
+        self.sizes: dict[str, list[Any]] = {
+            x.name or "": list(x.shape or ())[1:] for x in graph.graph.outputs
+        }
 
     def forward(
         self,
