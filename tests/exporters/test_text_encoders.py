@@ -69,9 +69,10 @@ def test_a_graph_gives_the_states_of_a_masked_batch(made: tuple[Any, ir.Model]) 
     assert relative_error(found[read], states(encoder, feeds)[read]) < 1e-5
 
 
-def test_t5_counts_distances_without_a_logarithm(made: tuple[Any, ir.Model]) -> None:
-    # Whose last bit, where a bucket begins, would put tokens into another one.
-    assert "Log" not in op_counts(made[1])
+def test_t5_counts_distances_without_a_logarithm() -> None:
+    # Whose last bit, where a bucket begins, would put tokens into another one. Of few tokens the
+    # optimizer computes it.
+    assert "Log" not in op_counts(text_encoder_graph(t5().eval(), 300))
 
 
 def test_int8_is_a_quarter_and_changes_the_states_little(
