@@ -70,8 +70,7 @@ def _limit(workspace: Path) -> dict[str, float]:
     integer = bool(sites) and None not in sites
     generator = np.random.default_rng(0)
     feeds = {
-        name: generator.standard_normal(shape).astype(np.float32)
-        for name, shape in shapes.items()
+        name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
     }
     feeds["timestep"][:] = 500
     del graph
