@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PART_KEY = "quest.part"
+IDS, MASK = "input_ids", "attention_mask"
+"""What a text encoder's graph takes, int32 [B, T]: token ids, and of those that read a mask 1 for a
+token and 0 for padding.
+"""
 LAST_STATE, POOLED, HIDDEN_STATE = "last_hidden_state", "pooled", "hidden_states.{}"
-"""What a text encoder's graph gives: float32 [B, T, D], [B, P], and after each layer [B, T, D],
-the embeddings first.
+"""What it gives: float32 [B, T, D], and of CLIP [B, P] and after each layer [B, T, D], the
+embeddings first.
 """
 LATENTS, IMAGE, MOMENTS = "sample", "image", "moments"
 

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from exporters.editor import Editor, lazy, replace_value
 from exporters.graph_info import HEIGHT, SAMPLE_SHAPE_KEY, WIDTH
 from exporters.part_info import (
     HIDDEN_STATE,
+    IDS,
     IMAGE,
     LAST_STATE,
     LATENTS,
+    MASK,
     MOMENTS,
     PART_KEY,
     POOLED,
@@ -28,36 +36,93 @@ from exporters.part_info import (
     last_norm,
 )
 from exporters.torch_to_qdq import quiet
+from quest_deploy.artifacts.lazy_tensors import LazyArray
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
 OPSET = 20
-TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 DECODER_CLASSES = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 ENCODER_CLASSES = ("AutoencoderKL",)
 """The classes that engines stand in for in a pipeline."""
 
 
-class _TextEncoder(nn.Module):
-    def __init__(self, encoder: Any) -> None:
+class _LastState(nn.Module):
+    """A text encoder that reads token ids, to its last states alone."""
+
+    inputs: tuple[str, ...] = (IDS,)
+
+    def __init__(self, encoder: Any, tokens: int) -> None:
+        """Wrap ``encoder`` for so many ``tokens``."""
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        found = self.encoder(input_ids.long(), output_hidden_states=True)
+    @property
+    def outputs(self) -> list[str]:
+        """The names of what it gives."""
+        return [LAST_STATE]
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The outputs for the inputs, in order."""
+        given = dict(zip(self.inputs, (x.long() for x in inputs), strict=True))
+        return self.encoder(**given)[0]
+
+
+class _CLIP(_LastState):
+    """CLIP, to its pooled state and the states after each layer too."""
+
+    @property
+    def outputs(self) -> list[str]:
+        layers = range(self.encoder.config.num_hidden_layers + 1)
+        return [LAST_STATE, POOLED, *(HIDDEN_STATE.format(i) for i in layers)]
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        (ids,) = inputs
+        found = self.encoder(ids.long(), output_hidden_states=True)
         pooled = found.get("text_embeds", found.get("pooler_output"))
         return found.last_hidden_state, pooled, *found.hidden_states
 
 
-class _LastState(nn.Module):
-    def __init__(self, encoder: Any) -> None:
-        super().__init__()
-        self.encoder = encoder
+class _Masked(_LastState):
+    """A text encoder that reads a mask too."""
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        state: Tensor = self.encoder(input_ids.long())[0]
-        return state
+    inputs = (IDS, MASK)
+
+
+class _T5(_Masked):
+    """T5, the buckets of its tokens' distances a constant.
+
+    It finds them by a logarithm, which is whole where a bucket begins: computed again in a runtime,
+    whose last bit may differ, tokens 16 apart would be taken for nearer ones.
+    """
+
+    buckets: Tensor
+
+    def __init__(self, encoder: Any, tokens: int) -> None:
+        super().__init__(encoder, tokens)
+        attention = next(
+            x for x in encoder.modules() if getattr(x, "has_relative_attention_bias", False)
+        )
+        places = torch.arange(tokens)
+        buckets = attention._relative_position_bucket(
+            places[None] - places[:, None],
+            num_buckets=attention.relative_attention_num_buckets,
+            max_distance=attention.relative_attention_max_distance,
+        )
+        self.register_buffer("buckets", buckets.int())
+        attention._relative_position_bucket = lambda *_, **__: self.buckets
+
+
+TEXT_CLASSES: dict[str, type[_LastState]] = {
+    "CLIPTextModel": _CLIP,
+    "CLIPTextModelWithProjection": _CLIP,
+    "Gemma2Model": _Masked,
+    "T5EncoderModel": _T5,
+}
+"""The classes of text encoders that engines stand in for, and how each is exported."""
+MASKED_CLASSES = tuple(name for name, kind in TEXT_CLASSES.items() if MASK in kind.inputs)
 
 
 class _Decoder(nn.Module):
@@ -81,16 +146,15 @@ class _Encoder(nn.Module):
 
 
 def text_encoder_graph(encoder: Any, tokens: int) -> ir.Model:
-    """From token ids, int32 [B, tokens], to what ``LAST_STATE`` and those after it say; to the
-    first of them where ``encoder`` is of another class than ``TEXT_CLASSES``.
+    """From token ids, int32 [B, tokens], and of some classes a mask, to what ``LAST_STATE`` and
+    those after it say; from ids to the last states where ``encoder`` is of another class than
+    ``TEXT_CLASSES``. ``encoder`` is changed.
     """
-    ids = {"input_ids": torch.zeros(2, tokens, dtype=torch.int32)}
-    if type(encoder).__name__ in TEXT_CLASSES:
-        states = [HIDDEN_STATE.format(i) for i in range(encoder.config.num_hidden_layers + 1)]
-        graph = trace(_TextEncoder(encoder), ids, [LAST_STATE, POOLED, *states])
+    module = TEXT_CLASSES.get(type(encoder).__name__, _LastState)(encoder, tokens)
+    ids = {name: torch.ones(2, tokens, dtype=torch.int32) for name in module.inputs}
+    graph = trace(module, ids, module.outputs)
+    if POOLED in module.outputs:
         last_norm(graph)  # refused now
-    else:
-        graph = trace(_LastState(encoder), ids, [LAST_STATE])
     return _described(graph, encoder, encoder.config.to_dict())
 
 
@@ -146,22 +210,90 @@ def trace(
         for value in inputs.values()
     ]
     shapes = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in names)
-    several = len(inputs) > 1  # of *inputs, one argument holds all
-    with torch.no_grad(), warnings.catch_warnings(), quiet("torch.onnx"):
+    kinds = {x.kind for x in signature(module.forward).parameters.values()}
+    together = Parameter.VAR_POSITIONAL in kinds  # of *inputs, one argument holds all
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        quiet("torch.onnx"),
+        _by_shape(module.eval()) as weights,
+    ):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            module.eval(),
+            module,
             tuple(inputs.values()),
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes=(shapes,) if several else shapes,
+            dynamic_shapes=(shapes,) if together else shapes,
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
+            optimize=False,  # not before there are weights
         )
     assert program is not None
+    _give_weights(program.model, weights)
+    program.optimize()
     traced = program.model.graph.inputs
     for value, example, axes in zip(traced, inputs.values(), names, strict=True):
         # torch has names of its own, and a profile is by these
         value.shape = ir.Shape([axes.get(i, size) for i, size in enumerate(example.shape)])
     return program.model
+
+
+@contextmanager
+def _by_shape(module: nn.Module) -> Iterator[dict[str, LazyArray]]:
+    """Let ``module`` hold the shapes of its weights alone, in float32, for a while; yields what
+    reads them, by name, one at a time when a graph is saved, whatever type they are held in.
+    """
+    held = [
+        (part, name, value)
+        for part in module.modules()
+        for name, value in part._parameters.items()
+        if value is not None
+    ]
+    with FakeTensorMode():
+        shapes = {
+            id(x): nn.Parameter(torch.empty(x.shape, dtype=torch.float32), requires_grad=False)
+            for _, _, x in held
+        }
+    weights = {
+        name: LazyArray(tuple(value.shape), np.dtype(np.float32), partial(_read, value))
+        for name, value in module.named_parameters(remove_duplicate=False)
+    }
+    try:
+        for part, name, value in held:
+            part._parameters[name] = shapes[id(value)]
+        yield weights
+    finally:
+        for part, name, value in held:
+            part._parameters[name] = value
+
+
+def _read(weight: Tensor) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = weight.detach().float().numpy()
+    return values
+
+
+def _give_weights(graph: ir.Model, weights: Mapping[str, LazyArray]) -> None:
+    """Give the initializers that were traced by shape their values, and transposed matrices theirs,
+    which the optimizer would compute and hold in memory.
+    """
+    editor = Editor(graph.graph)
+    given = {
+        value: weights[name]
+        for name, value in graph.graph.initializers.items()
+        if isinstance(getattr(value.const_value, "raw", None), FakeTensor)
+    }
+    for value, array in given.items():
+        value.const_value = lazy(str(value.name), array)
+    for node in list(graph.graph):
+        source = node.inputs[0] if node.op_type == "Transpose" else None
+        if source is not None and source in given and len(given[source].shape) == 2:
+            name = f"{source.name}.transposed"
+            turned = editor.constant(name, lazy(name, _transposed(given[source])))
+            replace_value(node.outputs[0], turned)
+            graph.graph.remove(node, safe=True)
+
+
+def _transposed(matrix: LazyArray) -> LazyArray:
+    return LazyArray(matrix.shape[::-1], matrix.dtype, lambda: np.asarray(matrix).T)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from quest_deploy.backends.base import Backend
     from quest_deploy.progress import Progress
 
-TEXT_ENCODER, TEXT_ENCODER_2 = "text_encoder", "text_encoder_2"
+TEXT_ENCODER = "text_encoder"
 VAE_DECODER, VAE_ENCODER = "vae_decoder", "vae_encoder"
 STAGE = "build-parts"
 IMAGE_BATCH = 4
@@ -42,7 +42,7 @@ def part_options(name: str, options: EngineOptions, pixels_per_latent: int) -> E
     """The options of a part's engine: of an encoder of images the samples are images, and
     images come one by one.
     """
-    if name in (TEXT_ENCODER, TEXT_ENCODER_2):
+    if name not in (VAE_DECODER, VAE_ENCODER):
         return replace(options, sample_size=())
     factor = pixels_per_latent if name == VAE_ENCODER else 1
     return replace(

@@ -338,16 +338,19 @@ class PipelineModel:
             )
         return found
 
-    def load_pipeline(self, **parts: Any) -> Any:
+    def load_pipeline(self, *, narrow: bool = False, **parts: Any) -> Any:
         """The diffusers pipeline, its LoRAs fused into the text encoders.
 
         Args:
+            narrow: keep weights of text encoders in bfloat16 that are so in their files, see
+                :func:`quest_deploy.models.weights.in_float32`.
             parts: by name, parts to take instead of the folder's; None leaves one away. Without
                 ``unet``, or ``transformer``, there is none; with ``controlnet`` or ``adapter`` it
                 is a pipeline that has one.
         """
         self.require_weights("run as a pipeline")
         pipeline_class = self.pipeline_class()
+        narrow = narrow and not self.source.loras  # which change them
         parts = {name: x for name, x in parts.items() if x is not None or name not in CONTROLLED}
         for part in CONTROLLED.keys() & parts.keys():
             pipeline_class = controlled_class(pipeline_class, part)
@@ -379,7 +382,8 @@ class PipelineModel:
                     library, kind = self.index.get(name, (None, None))
                     if library in ("diffusers", "transformers") and name not in given:
                         part_class = getattr(importlib.import_module(library), kind)
-                        given[name] = load_part(self.folder / name, part_class)
+                        held = narrow and name in TEXT_ENCODERS
+                        given[name] = load_part(self.folder / name, part_class, narrow=held)
                 for name in TOKENIZERS:
                     if self.index.get(name, [None])[0] is not None and name not in given:
                         check_tokenizer(self.folder / name)
@@ -401,9 +405,8 @@ class PipelineModel:
 
     def _load_encoders(self) -> Any:
         """The pipeline as far as it encodes prompts."""
-        return self.load_pipeline(
-            **{name: None for name in ("vae", *IMAGE_PARTS) if name in self.index}
-        )
+        unused: dict[str, Any] = {x: None for x in ("vae", *IMAGE_PARTS) if x in self.index}
+        return self.load_pipeline(**unused)
 
     def _check_loras(self) -> None:
         """Raise InputError where the pipeline takes no LoRAs, or one has weights for a part that
@@ -496,8 +499,9 @@ class PipelineModel:
         """From an image and a seed to the UNet's further channels [C, H, W], by the pipeline's own
         code.
         """
-        unused = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", *IMAGE_PARTS)
-        pipeline = self.load_pipeline(**{name: None for name in unused if name in self.index})
+        parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", *IMAGE_PARTS)
+        unused: dict[str, Any] = {name: None for name in parts if name in self.index}
+        pipeline = self.load_pipeline(**unused)
         height, width = self.image_size
         device = torch.device("cpu")
 

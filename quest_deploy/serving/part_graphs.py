@@ -12,6 +12,7 @@ from exporters.graph_info import load_graph
 from exporters.parts import (
     DECODER_CLASSES,
     ENCODER_CLASSES,
+    MASKED_CLASSES,
     TEXT_CLASSES,
     decoder_graph,
     encoder_graph,
@@ -26,7 +27,7 @@ from quest_deploy.models.ip_adapters import IMAGE_PARTS
 from quest_deploy.models.pipeline_model import DECODERS, TEXT_ENCODERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     import onnx_ir as ir
 
@@ -66,9 +67,12 @@ def model_parts(model: PipelineModel) -> dict[str, Part]:
 
 
 def takes_mask(model: PipelineModel) -> bool:
-    """Whether diffusers gives the text encoder a mask, as it does where a sole one asks for it."""
+    """Whether diffusers gives the text encoder a mask that its graph does not read, as it does
+    where a sole CLIP asks for it.
+    """
+    kinds = list(_classes(model, TEXT_ENCODERS).values())
     path = model.folder / TEXT_ENCODER / "config.json"
-    if not path.is_file() or len(_classes(model, TEXT_ENCODERS)) > 1:
+    if len(kinds) != 1 or kinds[0] in MASKED_CLASSES or not path.is_file():
         return False
     return bool(read_json(path).get("use_attention_mask"))
 
@@ -79,22 +83,31 @@ def _classes(model: PipelineModel, names: Sequence[str]) -> dict[str, str]:
     return {name: kind for name, (library, kind) in entries.items() if library is not None}
 
 
-def _problem(kind: str, classes: Sequence[str]) -> str:
+def _problem(kind: str, classes: Collection[str]) -> str:
     return "" if kind in classes else f"expected {' or '.join(classes)}, found {kind}"
 
 
 def without_modules(model: PipelineModel, name: str | None = None) -> Any:
     """The model's pipeline with its tokenizers, and of its encoders and decoders with that of
-    ``name`` alone.
+    ``name`` alone, its weights to be read, not changed.
     """
     large = {*TEXT_ENCODERS, *DECODERS, *IMAGE_PARTS} - {name}
-    return model.load_pipeline(**{each: None for each in large if each in model.index})
+    unused: dict[str, Any] = {each: None for each in large if each in model.index}
+    return model.load_pipeline(narrow=True, **unused)
 
 
 def _text_graph(model: PipelineModel, name: str) -> ir.Model:
     pipeline = without_modules(model, name)
-    tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
-    return text_encoder_graph(getattr(pipeline, name).eval(), tokenizer.model_max_length)
+    return text_encoder_graph(getattr(pipeline, name).eval(), _tokens(model, pipeline, name))
+
+
+def _tokens(model: PipelineModel, pipeline: Any, name: str) -> int:
+    """How many token ids a text encoder reads at most."""
+    if model.network.prompt_encoder is None:
+        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
+        return int(tokenizer.model_max_length)
+    tokens: int = model.network.prompt_encoder(pipeline).tokens[TEXT_ENCODERS.index(name)].length
+    return tokens
 
 
 def _decoder_graph(model: PipelineModel) -> ir.Model:
@@ -132,8 +145,8 @@ class PartGraphs:
                 f"{path}: use_attention_mask is not supported in a package, whose text encoder "
                 "takes token ids alone; use quest_deploy.load_pipeline"
             )
-        # Of a sole text encoder the last states are enough.
-        joined = model.network.prompt_encoder is None and len(self.encoders) > 1
+        # Of a UNet's sole text encoder the last states are enough.
+        joined = model.network.prompt_encoder is not None or len(self.encoders) > 1
         needed = self.encoders if joined else []
         for name in [*needed, *([VAE_ENCODER] if model.channels.image else [])]:
             if problem := self._parts[name].problem:

@@ -45,6 +45,7 @@ def work(
         if options.weights == INT8:
             CompressWeights()(graph)
         save_graph(graph, path)
+        del graph  # the next part is loaded without its weights
         written = sorted(path.parent.iterdir())
         sizes[name] = sum(file.stat().st_size for file in written)
         files += written

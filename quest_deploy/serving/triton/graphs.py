@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
-from exporters.editor import Editor
+from exporters.editor import Editor, replace_value
 from exporters.part_info import HIDDEN_STATE, LAST_STATE, POOLED, part_info
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
+PLACEHOLDER_DOMAIN = "quest.parts"
+"""Of nodes that stand for a part, whose name is their operator's."""
 LOG_VARIANCES = -30.0, 20.0
 """What diffusers clips the logarithms of latents' variances to."""
 
@@ -43,6 +45,25 @@ def text_encoder(graphs: Sequence[ir.Model]) -> ir.Model:
     both = editor.op("Concat", states, "encoder_hidden_states", shape=wide, axis=axis)
     first.graph.extend(editor.take())
     return _ending(first, {"encoder_hidden_states": both, "text_embeds": pooled})
+
+
+def with_parts(graph: ir.Model, parts: Mapping[str, ir.Model]) -> ir.Model:
+    """``graph``, in place, with the graphs of ``parts`` in the places of their placeholders, see
+    :class:`quest_deploy.serving.triton.parts.EncoderPlaceholder`.
+    """
+    for name, part in parts.items():
+        places = [x for x in graph.graph if (x.domain, x.op_type) == (PLACEHOLDER_DOMAIN, name)]
+        nodes, inputs, outputs = _taken(part, graph.graph, name)
+        for value, given in zip(inputs, places[0].inputs, strict=True):
+            assert given is not None
+            value.replace_all_uses_with(given)
+        graph.graph.insert_before(places[0], nodes)
+        for place in places:
+            replace_value(place.outputs[0], outputs[place.attributes["output"].as_string()])
+        graph.graph.remove(places, safe=True)
+    RemoveUnusedNodesPass()(graph)
+    RemoveUnusedOpsetsPass()(graph)
+    return graph
 
 
 def decoder(graph: ir.Model) -> ir.Model:
@@ -114,24 +135,34 @@ def _last_but_one(graph: ir.Model) -> str:
 
 def _append(first: ir.Model, second: ir.Model) -> None:
     """Move all of ``second`` into ``first``, under names of its own."""
-    graph = second.graph
+    nodes, inputs, _ = _taken(second, first.graph, "second")
+    for value in inputs:
+        value.name = f"{value.name}_2"
+    first.graph.inputs.extend(inputs)
+    first.graph.extend(nodes)
+
+
+def _taken(
+    part: ir.Model, into: ir.Graph, prefix: str
+) -> tuple[list[ir.Node], list[ir.Value], dict[str, ir.Value]]:
+    """Take ``part`` apart, under names that begin with ``prefix``, its weights moved to ``into``:
+    its nodes, its inputs, and its outputs by their own names.
+    """
+    graph = part.graph
     nodes, inputs = list(graph), list(graph.inputs)
+    outputs = {value.name or "": value for value in graph.outputs}
     initializers = list(graph.initializers.values())
-    produced = [value for node in nodes for value in node.outputs]
     graph.outputs.clear()
     graph.inputs.clear()
     graph.initializers.clear()
     graph.remove(nodes)
-    for value in (*initializers, *produced):
-        value.name = f"second/{value.name}"
+    for value in (*initializers, *(value for node in nodes for value in node.outputs)):
+        value.name = f"{prefix}/{value.name}"
     for node in nodes:
-        node.name = f"second/{node.name}"
-    for value in inputs:
-        value.name = f"{value.name}_2"
+        node.name = f"{prefix}/{node.name}"
     for value in initializers:
-        first.graph.register_initializer(value)
-    first.graph.inputs.extend(inputs)
-    first.graph.extend(nodes)
+        into.register_initializer(value)
+    return nodes, inputs, outputs
 
 
 def _ending(graph: ir.Model, outputs: dict[str, ir.Value]) -> ir.Model:

@@ -29,13 +29,12 @@ from quest_deploy.backends.parts import VAE_DECODER, VAE_ENCODER
 from quest_deploy.errors import InputError
 from quest_deploy.files import atomic_folder, read_json, sha256_of, write_json
 from quest_deploy.models.controls import load_control
-from quest_deploy.models.ip_adapters import IMAGE_PARTS, ImagePrompts
+from quest_deploy.models.ip_adapters import ImagePrompts
 from quest_deploy.models.loading import load_model
-from quest_deploy.models.pipeline_model import DECODERS
 from quest_deploy.models.residuals import CONTROLNET, IP_ADAPTER, T2I_ADAPTER, kind_of
 from quest_deploy.progress import no_progress
 from quest_deploy.serving.part_graphs import PartGraphs, without_modules
-from quest_deploy.serving.triton.graphs import text_encoder
+from quest_deploy.serving.triton.graphs import text_encoder, with_parts
 from quest_deploy.serving.triton.layout import FILES, Layout
 from quest_deploy.serving.triton.models import (
     write_controlnet,
@@ -45,6 +44,7 @@ from quest_deploy.serving.triton.models import (
     write_network,
     write_text_encoder,
 )
+from quest_deploy.serving.triton.parts import EncoderPlaceholder
 from quest_deploy.serving.triton.pipelines import (
     guidable,
     largest_image,
@@ -56,7 +56,7 @@ from quest_deploy.serving.triton.plans import find_plan
 from quest_deploy.serving.triton.readme import write_readme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import onnx_ir as ir
 
@@ -128,10 +128,11 @@ def write_package(
         del graph  # its weights are large
         if of_text:
             progress("text encoder", len(signatures), total)
-            pipeline, tokens, encoder = _of_text(model, parts)
+            encoders = {name: parts.load(name) for name in parts.encoders}
+            pipeline, tokens, encoder = text_model(model, encoders)
             signatures["text_encoder"] = write_text_encoder(layout, encoder)
             states = _row_bytes(encoder)
-            del encoder
+            del encoder, encoders
         if parts.has_decoder:
             progress("decoder", len(signatures), total)
             signatures["vae_decoder"] = write_decoder(layout, parts.load(VAE_DECODER))
@@ -226,23 +227,26 @@ def _controlnet(workspace: Workspace, model: PipelineModel, folder: Path | None)
     return load_control(folder, model, CONTROLNET)
 
 
-def _of_text(
-    model: PipelineModel, parts: PartGraphs
+def text_model(
+    model: PipelineModel, graphs: Mapping[str, ir.Model]
 ) -> tuple[Any, Sequence[Tokens] | None, ir.Model]:
-    """The model's pipeline, of which the tokenizers are wanted, what they give, and the graph of
+    """The model's pipeline, of which the tokenizers are wanted, what they give, and one graph of
     its text encoders.
+
+    Args:
+        graphs: of the text encoders, in their order, by the names of the parts; they are changed.
     """
-    if model.network.prompt_encoder is not None:
-        unused = {name: None for name in (*DECODERS, *IMAGE_PARTS) if name in model.index}
-        pipeline = model.load_pipeline(**unused)
-        encoder = model.network.prompt_encoder(pipeline)
-        return pipeline, encoder.tokens, trace(encoder, encoder.examples(), encoder.outputs)
-    encoders = {name: parts.load(name) for name in parts.encoders}
     pipeline = without_modules(model)
-    for name, graph in encoders.items():
-        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
-        (tokenizer.model_max_length,) = input_sizes(graph)["input_ids"][1:]
-    return pipeline, None, text_encoder(list(encoders.values()))
+    if model.network.prompt_encoder is None:
+        for name, graph in graphs.items():
+            tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
+            (tokenizer.model_max_length,) = input_sizes(graph)["input_ids"][1:]
+        return pipeline, None, text_encoder(list(graphs.values()))
+    for name, graph in graphs.items():
+        setattr(pipeline, name, EncoderPlaceholder(name, graph))
+    encoder = model.network.prompt_encoder(pipeline)
+    traced = trace(encoder, encoder.examples(), encoder.outputs)
+    return pipeline, encoder.tokens, with_parts(traced, graphs)
 
 
 def _row_bytes(encoder: ir.Model) -> int:

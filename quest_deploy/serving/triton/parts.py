@@ -1,17 +1,25 @@
-"""An IP-Adapter's image encoder and a ControlNet as a package's models."""
+"""An IP-Adapter's image encoder, a ControlNet and text encoders as a package's models."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers.models.embeddings import ImageProjection
 from torch import Tensor, nn
 
+from exporters.graph_info import input_sizes
+from exporters.part_info import IDS, MASK, part_info
+from quest_deploy.backends.base import check_sizes
 from quest_deploy.models.residuals import IMAGE_TOKENS
 from quest_deploy.models.unets import ADDED_CONDITIONS
+from quest_deploy.serving.parts import text_output
+from quest_deploy.serving.triton.graphs import PLACEHOLDER_DOMAIN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import onnx_ir as ir
 
 
 class ImageEncoder(nn.Module):
@@ -33,6 +41,53 @@ class ImageEncoder(nn.Module):
         states = found.image_embeds if self.pooled else found.hidden_states[-2]
         tokens: Tensor = self.projection(states)
         return tokens
+
+
+class EncoderPlaceholder(nn.Module):
+    """A text encoder to be traced without its weights: a node for each output of its graph, which
+    :func:`quest_deploy.serving.triton.graphs.with_parts` puts in their place.
+    """
+
+    def __init__(self, name: str, graph: ir.Model) -> None:
+        """Stand for the part ``name``, whose graph is ``graph``."""
+        super().__init__()
+        self.name, self.kind = name, part_info(graph).kind
+        self.inputs = input_sizes(graph)
+        self.sizes: dict[str, list[Any]] = {
+            x.name or "": list(x.shape or ())[1:] for x in graph.graph.outputs
+        }
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> Any:
+        """What the encoder gives for ids [B, T], and a mask [B, T] where it reads one; raise
+        InputError for another length than the graph's.
+        """
+        check_sizes(
+            self.name,
+            self.inputs[IDS],
+            input_ids.shape,
+            "; run `quest-deploy export-parts` again",
+        )
+        given = {IDS: input_ids}
+        if MASK in self.inputs:
+            given[MASK] = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        operands = tuple(x.int() for x in given.values())
+        outputs = {
+            output: torch.onnx.ops.symbolic(
+                f"{PLACEHOLDER_DOMAIN}::{self.name}",
+                operands,
+                {"output": output},
+                dtype=torch.float32,
+                shape=[input_ids.shape[0], *sizes],
+                version=1,
+            )
+            for output, sizes in self.sizes.items()
+        }
+        return text_output(self.kind, outputs, states=output_hidden_states)
 
 
 class ControlNet(nn.Module):

@@ -20,7 +20,8 @@ from quest_deploy.backends.base import integer_instructions, processor_name
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file, read_json, write_json
 from scripts.bench.command import run
-from scripts.bench.image.prepare import ROOT, SIZES, Prepared
+from scripts.bench.image.limits import limit_of
+from scripts.bench.image.prepare import ROOT, SIZES, OurForm, Prepared
 from scripts.bench.image.quality import IMAGES, quality_of
 from scripts.bench.image.report import page
 from scripts.bench.image.rows import ROWS, drawing, measure
@@ -50,7 +51,8 @@ def kind_of_machine() -> str:
 class Kept:
     """The figures of one kind of machine, in their file: {"processor", "instructions", "rows":
     {name: {"definition", "date", "figures"} or {"definition", "date", "reason"}}, "quality":
-    {form: {"psnr", "ssim", "revision", "images", "threads"}}}.
+    {form: {"psnr", "ssim", "revision", "images", "threads"}}, "limits": {form: {what
+    :func:`scripts.bench.image.limits.limit_of` returns, "revision", "threads"}}}.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,8 +61,8 @@ class Kept:
         here = {"processor": processor_name(), "instructions": kind_of_machine()}
         found: dict[str, Any] = read_json(path) if path.exists() else {}
         if {name: found.get(name) for name in here} != here:
-            found = {**here, "rows": {}, "quality": {}}
-        self.figures = found
+            found = {**here, "rows": {}}
+        self.figures = {"quality": {}, "limits": {}, **found}
 
     def has(self, row: Row, definition: dict[str, Any]) -> bool:
         """Whether the row is measured under ``definition``."""
@@ -77,9 +79,13 @@ class Kept:
         rows[row.name] = {"definition": definition, "date": date, **found}
         write_json(self.path, self.figures)
 
-    def keep_quality(self, form: str, found: dict[str, Any]) -> None:
-        """Keep the likeness of a form's images."""
-        self.figures["quality"][form] = found
+    def has_beside(self, part: str, form: str, made: dict[str, Any]) -> bool:
+        """Whether the "quality" or the "limits" of a form are known, made so."""
+        return made.items() <= self.figures[part].get(form, {}).items()
+
+    def keep_beside(self, part: str, form: str, found: dict[str, Any]) -> None:
+        """Keep the "quality" or the "limits" of a form."""
+        self.figures[part][form] = found
         write_json(self.path, self.figures)
 
 
@@ -141,13 +147,19 @@ def bench(
             failed.append(f"{row.name}: {found['reason']}")
         spent = time.monotonic() - started
         kept.keep(row, definition, found | {"spent_s": spent})
-    forms = {row.quality for row in rows if row.quality and kept.has(row, definition)}
-    for form in sorted(forms):
-        made = {"revision": REVISION, "images": images, "threads": threads}
-        if made.items() <= kept.figures["quality"].get(form, {}).items():
-            continue
-        print(f"images of the embedded model, {form}", flush=True)
-        kept.keep_quality(form, quality_of(prepared.folder, form, threads, images) | made)
+    made = {"revision": REVISION, "threads": threads}
+    known = [row for row in rows if row.quality and kept.has(row, definition)]
+    for form in sorted({row.quality for row in known if row.ours}):
+        if not kept.has_beside("limits", form, made):
+            print(f"a step's limit, {form}", flush=True)
+            found = limit_of(prepared.workspace(OurForm.of(form)))
+            kept.keep_beside("limits", form, found | made)
+    made["images"] = images
+    for form in sorted({row.quality for row in known}):
+        if not kept.has_beside("quality", form, made):
+            print(f"images of the embedded model, {form}", flush=True)
+            found = quality_of(prepared.folder, form, threads, images)
+            kept.keep_beside("quality", form, found | made)
     machines = [
         read_json(path) for kind in KINDS if (path := results / f"{stem}-{kind}.json").exists()
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from scripts.bench.image.limits import SIDE
 from scripts.bench.image.prepare import PROMPT
 from scripts.bench.image.quality import CALIBRATION_SAMPLES, STEPS
 from scripts.bench.image.rows import ROWS
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     Figures = Mapping[str, Any]
     """Of one machine, what ``__main__`` keeps in its file."""
 
-GIB, MB = 2**30, 1e6
+GIB, MB, TERA = 2**30, 1e6, 1e12
 NONE = "-"
 SAME = 0.03
 """What times differ by from one run to the next."""
@@ -34,6 +35,17 @@ COLUMNS = (
     "emoji PSNR, dB",
     "SSIM",
 )
+LIMIT_COLUMNS = (
+    "ours",
+    "a step, s",
+    "convolutions and linears, s",
+    "attention, s",
+    "the rest, s",
+    "attention at the peak, s",
+    "limit, s",
+    "peak, 10^12 multiply-adds a second",
+    "step beside the limit",
+)
 
 
 def page(machines: Iterable[Figures]) -> str:
@@ -47,7 +59,7 @@ def page(machines: Iterable[Figures]) -> str:
     for machine in machines:
         lines += [f"## {machine['processor']} ({machine['instructions']})", ""]
         lines += [*_about(machine), "", *_table(machine), "", *_remarks(machine), ""]
-        lines += [*answer(machine), ""]
+        lines += [*answer(machine), "", *_limits(machine)]
     return "\n".join(lines)
 
 
@@ -106,7 +118,7 @@ def _table(machine: Figures) -> list[str]:
 
 def _cells(machine: Figures, row: Row, found: Mapping[str, Any]) -> list[str]:
     times = ("first_image_s", "text_encoder_s", "unet_step_s", "unet_s", "vae_s", "image_s")
-    quality = machine["quality"].get(row.quality or "", {})
+    quality = machine["quality"].get(row.quality, {})
     return [
         *(f"{found[name]:.2f}" for name in times),
         f"{found['peak_bytes'] / GIB:.2f}",
@@ -131,6 +143,33 @@ def _remarks(machine: Figures) -> list[str]:
         elif row.remark:
             lines.append(f"- {row.label}: {row.remark}.")
     return lines
+
+
+def _limits(machine: Figures) -> list[str]:
+    """Ours beside the least that the kernels allow; nothing where that is not measured."""
+    found = machine.get("limits", {})
+    rows = [row for row in ROWS if row.ours and row.quality in found]
+    if not rows:
+        return []
+    lines = [
+        "A step beside its limit: the convolutions' and linears' own time, and attention's "
+        f"products at the rate of one product of {SIDE}x{SIDE} by {SIDE}x{SIDE}, in what they are "
+        "in. "
+        "Medians of runs of the engine alone, profiled, which have no other parts of a step.",
+        "",
+        f"| {' | '.join(LIMIT_COLUMNS)} |",
+        f"|{'---|' * len(LIMIT_COLUMNS)}",
+    ]
+    for row in rows:
+        each = found[row.quality]
+        seconds = ("step_s", "layers_s", "attention_s", "other_s", "attention_at_peak_s", "limit_s")
+        cells = [
+            *(f"{each[name]:.2f}" for name in seconds),
+            f"{each['peak'] / TERA:.2f}",
+            f"{each['step_s'] / each['limit_s']:.2f}x",
+        ]
+        lines.append(f"| {' | '.join([_name(row), *cells])} |")
+    return [*lines, ""]
 
 
 def answer(machine: Figures) -> list[str]:

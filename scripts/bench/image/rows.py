@@ -58,8 +58,8 @@ class Row:
         name: what it is called in the figures. label: in the table.
         worker: the module that measures it. environment: where that runs.
         ready: makes what it reads, with the environment's interpreter.
-        quality: the form of the embedded model whose images are compared; none where it is float's,
-            or the program cannot run that model.
+        quality: the form of the embedded model whose images are compared; empty where it is
+            float's, or the program cannot run that model.
         full_only: the program knows Stable Diffusion's own sizes alone.
         drawn: the steps that a slow program draws of its first image; the others draw all.
         warm: whether a second drawing is measured; another has nothing to warm up.
@@ -72,7 +72,7 @@ class Row:
     worker: str
     environment: str
     ready: Callable[[Prepared, Path], Ready] = field(repr=False)
-    quality: str | None = None
+    quality: str = ""
     full_only: bool = False
     drawn: int | None = None
     warm: bool = True

@@ -34,7 +34,7 @@ from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.serving.parts import PipelineTextEncoder, PipelineVae, engine_parts
 from quest_deploy.stages import BUILD_PARTS, EXPORT_PARTS
 from tests.helpers import op_counts, refused, relative_error
-from tests.pipelines import with_tiny_vae
+from tests.pipelines import with_bert, with_tiny_vae
 from tests.quest_deploy.support import Outcome, cli, flip_byte
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ BACKENDS = ("openvino", "onnxruntime")
 KINDS: dict[str, set[str]] = {
     "sd": {"text_encoder", "vae"},
     "sdxl": {"text_encoder", "text_encoder_2", "vae"},
-    "sd3": {"text_encoder", "text_encoder_2", "vae"},
+    "sd3": {"text_encoder", "text_encoder_2", "text_encoder_3", "vae"},
 }
 SLOW = ("sd3",)
 PROMPT = "a photo of a red cat"
@@ -68,8 +68,7 @@ def built(
     folder = pipelines(request.param)
     root = tmp_path_factory.mktemp("parts") / request.param
     Workspace.create(root, resolve_source(str(folder)), Scheme.parse("w4a4"))
-    exported = qd.export_parts(root)
-    assert exported["left_out"].keys() == ({"text_encoder_3"} if request.param == "sd3" else set())
+    assert qd.export_parts(root)["left_out"] == {}
     for backend in BACKENDS:
         qd.build_parts(root, backend=backend, threads=1)
     workspace = Workspace.open(root)
@@ -300,7 +299,7 @@ def test_engines_of_parts_that_were_exported_anew_name_the_command(sd: Workspace
     qd.export_parts(sd, weights="int8")
     with refused("quest-deploy build-parts --backend openvino"):
         engine_parts(Workspace.open(sd.root), "openvino")
-    given = {"text_encoder", "text_encoder_2", "vae"}
+    given = {"text_encoder", "text_encoder_2", "text_encoder_3", "vae"}
     assert engine_parts(Workspace.open(sd.root), "openvino", without=given) == {}
 
 
@@ -381,18 +380,19 @@ def test_encoders_that_cannot_be_exported_are_left_out_by_name_and_not_loaded(
         return load(folder, *arguments, **options)
 
     monkeypatch.setattr(pipeline_model, "load_part", noted)
-    source = resolve_source(str(pipelines("sd3")))
+    source = resolve_source(str(with_bert(pipelines("sdxl"), tmp_path / "model")))
     Workspace.create(tmp_path / "ws", source, Scheme.parse("w4a4"))
-    assert qd.export_parts(tmp_path / "ws")["left_out"].keys() == {"text_encoder_3"}
-    assert loaded == {"text_encoder", "text_encoder_2", "vae"}
+    assert qd.export_parts(tmp_path / "ws")["left_out"].keys() == {"text_encoder"}
+    assert loaded == {"text_encoder_2", "vae"}
 
 
 def test_a_model_none_of_whose_parts_can_be_exported_loads_none(
     pipelines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline_model, "load_part", None)
-    Workspace.create(tmp_path / "ws", resolve_source(str(pipelines("sana"))), Scheme.parse("w4a4"))
-    with refused("text_encoder", "Gemma2Model", "vae_decoder", "AutoencoderDC"):
+    source = resolve_source(str(with_bert(pipelines("sana"), tmp_path / "model")))
+    Workspace.create(tmp_path / "ws", source, Scheme.parse("w4a4"))
+    with refused("text_encoder", "BertModel", "vae_decoder", "AutoencoderDC"):
         qd.export_parts(tmp_path / "ws")
 
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from exporters.parts import trace
 from quest_deploy.models.loading import load_model, resolve_source
+from quest_deploy.models.pipeline_model import TEXT_ENCODERS
 from quest_deploy.models.schedulers import FLOW_SCHEDULERS
 from quest_deploy.serving.part_graphs import model_parts
 from quest_deploy.serving.triton.layout import Layout
 from quest_deploy.serving.triton.models import write_decoder, write_text_encoder
 from quest_deploy.serving.triton.options import TritonOptions
+from quest_deploy.serving.triton.package import text_model
 from quest_deploy.serving.triton.pipelines import pixels_per_latent, write_pipelines
 from tests.quest_deploy.serving.local import LocalPipeline
 
@@ -52,14 +53,13 @@ def packaged(source: Path, folder: Path) -> FloatPipeline:
     model = load_model(resolve_source(str(source)))
     factor = pixels_per_latent(model, model.sample_shape)
     layout = Layout(folder, TritonOptions(), None, model.sample_shape, 2, factor)
-    signatures = {"vae_decoder": write_decoder(layout, model_parts(model)["vae_decoder"].graph())}
+    parts = model_parts(model)
+    signatures = {"vae_decoder": write_decoder(layout, parts["vae_decoder"].graph())}
     pipeline, tokens = None, None
     if model.network.prompt_encoder is not None:
-        pipeline = model.load_pipeline(vae=None)
-        encoder = model.network.prompt_encoder(pipeline)
-        graph = trace(encoder, encoder.examples(), encoder.outputs)
+        graphs = {name: parts[name].graph() for name in TEXT_ENCODERS if name in parts}
+        pipeline, tokens, graph = text_model(model, graphs)
         signatures["text_encoder"] = write_text_encoder(layout, graph)
-        tokens = encoder.tokens
     write_pipelines(layout, model, pipeline, signatures, tokens=tokens)
     found = FloatPipeline(folder, max_size=256)
     found.model, found.network = model, model.load_unet()

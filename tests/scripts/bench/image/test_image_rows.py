@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import pytest
 
+from quest_deploy.backends.openvino.backend import compile_graph
+from quest_deploy.backends.openvino.precision import runtime_info
+from quest_deploy.backends.options import EngineOptions
 from scripts.bench.image import prepare
 from scripts.bench.image.__main__ import PEERS
+from scripts.bench.image.limits import limit_of, product
 from scripts.bench.image.prepare import HYBRID, INT8, SIZES, OurForm, Prepared, pixels, shapes_of
 from scripts.bench.image.quality import quality_of
 from scripts.bench.image.rows import ROWS, measure
@@ -60,6 +65,31 @@ def test_every_row_that_is_installed_has_all_figures(row: Any, prepared: Prepare
     assert found["unet_step_s"] * SMALL.steps == pytest.approx(found["unet_s"])
     assert found["peak_bytes"] > found["bytes"] > 0
     assert found["versions"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention8", [False, True])
+def test_a_step_s_limit_is_below_it_and_has_the_layers_own_time(
+    prepared: Prepared, *, attention8: bool
+) -> None:
+    found = limit_of(prepared.workspace(OurForm("w8a8", attention8)))
+    parts = found["layers_s"], found["attention_s"], found["other_s"]
+    assert min(parts) > 0
+    assert sum(parts) < 1.1 * found["step_s"]
+    assert found["attention_at_peak_s"] < found["attention_s"]
+    assert found["limit_s"] == found["layers_s"] + found["attention_at_peak_s"]
+
+
+@pytest.mark.parametrize("integer", [False, True])
+def test_the_peak_s_product_is_one_kernel_of_its_type(tmp_path: Path, *, integer: bool) -> None:
+    onnx.save(product(64, integer=integer), tmp_path / "product.onnx")
+    compiled = compile_graph(tmp_path / "product.onnx", EngineOptions(threads=1))
+    kernels = {
+        node.input(1).get_element_type().get_type_name()
+        for node in compiled.get_runtime_model().get_ordered_ops()
+        if runtime_info(node, "layerType").startswith("FullyConnected")
+    }
+    assert kernels == ({"i8"} if integer else {"f32"})
 
 
 @pytest.mark.slow

@@ -25,6 +25,17 @@ if TYPE_CHECKING:
 OURS, EXACT, NNCF, TORCH = "ours-w4a4-attention8", "ours-w8a8", "nncf-int8", "torch"
 
 
+LIMIT = {
+    "step_s": 3.0,
+    "layers_s": 1.5,
+    "attention_s": 1.0,
+    "other_s": 0.5,
+    "peak": 5e11,
+    "attention_at_peak_s": 0.5,
+    "limit_s": 2.0,
+}
+
+
 def figures(image: float, error: float | None, **changed: Any) -> dict[str, Any]:
     found = {
         "open_s": 3.0,
@@ -68,6 +79,8 @@ class Killed(BaseException):
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Run the command with ``measure``; return the figures that it kept."""
     monkeypatch.setattr(command, "kind_of_machine", lambda: "vnni")
+    monkeypatch.setattr(command, "limit_of", lambda workspace: LIMIT)
+    monkeypatch.setattr(command.Prepared, "workspace", lambda self, form: self.folder / form.name)
     monkeypatch.setattr(
         command, "quality_of", lambda folder, form, threads, images: {"psnr": 30.5, "ssim": 0.91}
     )
@@ -226,6 +239,23 @@ def test_the_answer_says_where_ours_is_behind_or_errs_more() -> None:
     assert "is as fast, 1.02x" in same
     (alone,) = answer(measured(ours_w8a8=figures(60, 0.05)))
     assert alone == "Nothing to compare yet."
+
+
+def test_a_step_of_ours_stands_beside_its_limit_which_is_measured_once(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def limit(workspace: Path) -> dict[str, float]:
+        asked.append(workspace.name)
+        return LIMIT
+
+    monkeypatch.setattr(command, "limit_of", limit)
+    for _ in range(2):
+        bench(noting([]), "--only", EXACT, "--only", NNCF)
+    assert asked == ["w8a8"]
+    line = "| W8A8, float attention | 3.00 | 1.50 | 1.00 | 0.50 | 0.50 | 2.00 | 0.50 | 1.50x |"
+    assert line in (tmp_path / "docs" / "image.md").read_text()
 
 
 def test_a_machine_without_figures_has_a_page() -> None:
