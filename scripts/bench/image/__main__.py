@@ -81,7 +81,8 @@ class Kept:
 
     def has_beside(self, part: str, form: str, made: dict[str, Any]) -> bool:
         """Whether the "quality" or the "limits" of a form are known, made so."""
-        return made.items() <= self.figures[part].get(form, {}).items()
+        known: dict[str, Any] = self.figures[part].get(form, {})
+        return made.items() <= known.items()
 
     def keep_beside(self, part: str, form: str, found: dict[str, Any]) -> None:
         """Keep the "quality" or the "limits" of a form."""
