@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporters.graph_info import load_graph
+from exporters.graph_info import load_graph, load_signature
 from quest_deploy.artifacts.checkpoint import load_checkpoint
 from quest_deploy.artifacts.image_folder import ImageFolder
 from quest_deploy.artifacts.reference import ReferenceIndex, load_reference
@@ -115,6 +115,7 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
         QuantizedModel.from_checkpoint(load_checkpoint(path))
 
     def graph(path: Path) -> None:
+        load_signature(path)
         for value in load_graph(path).graph.initializers.values():
             assert value.const_value is not None
             value.const_value.numpy()
@@ -181,7 +182,11 @@ def kinds(chain: Path, folder: Path) -> dict[str, Kind]:
         "trajectories": Kind(
             root / "trajectories.safetensors", Trajectories.load, ("calibration.trajectories:load",)
         ),
-        "graph": Kind(root / "unet.onnx", graph, ("exporters.graph_info:load_graph",)),
+        "graph": Kind(
+            root / "unet.onnx",
+            graph,
+            ("exporters.graph_info:load_graph", "exporters.graph_info:_signature"),
+        ),
         "reference index": Kind(
             root / "reference" / "reference.json",
             lambda path: ReferenceIndex.read(path.parent),
