@@ -140,7 +140,10 @@ def integer_products(model: ir.Model) -> list[IntegerProduct]:
 def _integer_product(node: ir.Node, bits: Mapping[str, int]) -> IntegerProduct | None:
     if node.op_type not in ("Conv", "MatMul"):
         return None
-    dequantizers = [_dequantizer(value) for value in node.inputs[:2]]
+    dequantizers = [
+        _dequantizer(_unmoved(node.inputs[0]) if node.op_type == "Conv" else node.inputs[0]),
+        _dequantizer(node.inputs[1]),
+    ]
     if dequantizers[0] is None or dequantizers[1] is None:
         return None
     activation, weight = (
@@ -176,6 +179,14 @@ def constant_codes(codes: ir.Value) -> NDArray[Any] | None:
     if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
         codes = producer.inputs[0]
     return array_of(codes) if codes.is_initializer() else None
+
+
+def _unmoved(value: ir.Value | None) -> ir.Value | None:
+    """``value`` before it was made an image (see LinearToConv)."""
+    producer = None if value is None else value.producer()
+    if producer is not None and producer.op_type in ("Transpose", "Unsqueeze"):
+        return _unmoved(producer.inputs[0])
+    return value
 
 
 def _dequantizer(value: ir.Value | None) -> ir.Node | None:

@@ -2,15 +2,16 @@
 folds when it compiles.
 
 Convolutions and linears run as INT8 there; so does quantized attention, whose products, scales and
-softmax become one kernel.
+softmax become one kernel. Without VNNI its integer linears are slow, and become convolutions.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from exporters.exactness import EXACT, Exactness
+from exporters.exactness import EXACT, LEVELS, LINEAR, SIGNED, Exactness, kernel
 from exporters.passes.dequantize_casts import DequantizeCasts
+from exporters.passes.linear_to_conv import LinearToConv
 from exporters.passes.merge_scales import MergeScales
 from exporters.passes.split_gates import SplitGates
 from exporters.passes.to_native import to_native
@@ -37,4 +38,10 @@ def lower(
         frozen_bucket=frozen_bucket,
         exactness=exactness,
         expanded=(UnsignedCodes(), MergeScales(), SplitGates()),
+        exact=() if _fast_linears(exactness) else (LinearToConv(),),
     )
+
+
+def _fast_linears(exactness: Exactness) -> bool:
+    """Whether integer linears are faster than float ones: those that add in 32 bits, by VNNI."""
+    return exactness.holds(kernel(LINEAR, SIGNED, SIGNED), LEVELS[0])

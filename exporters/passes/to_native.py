@@ -24,6 +24,7 @@ def to_native(
     frozen_bucket: int | None,
     expanded: tuple[ir.passes.InPlacePass, ...] = (),
     exactness: Exactness = EXACT,
+    exact: tuple[ir.passes.InPlacePass, ...] = (),
     portable: tuple[ir.passes.InPlacePass, ...] = (),
 ) -> ir.Model:
     """Rewrite ``model`` in place and return it.
@@ -33,6 +34,8 @@ def to_native(
         FreezeBucket.
         expanded: a backend's own passes, on the graph whose quantizers have been expanded.
         exactness: what the runtime's integer kernels compute exactly (see AvoidSaturation).
+        exact: a backend's own passes, on the graph whose products are exact, its weights not yet
+            widened.
         portable: a backend's own passes, on the portable graph, that take quantizers out of the
             expansion.
     """
@@ -43,6 +46,7 @@ def to_native(
         *([] if frozen_bucket is None else [FreezeBucket(frozen_bucket)]),
         CenterWeights(signed_zero_points=signed_zero_points),
         *([] if exactness.always else [AvoidSaturation(exactness)]),
+        *exact,
         WidenInt4(cast_at_runtime=cast_int4_at_runtime),
         common.CommonSubexpressionEliminationPass(),
         GatherTablesOnce(),

@@ -32,6 +32,7 @@ from exporters.passes.gather_shaped_tables import GatherShapedTables
 from exporters.passes.gather_tables_once import GatherTablesOnce
 from exporters.passes.insert_quantized_layers import InsertQuantizedLayers
 from exporters.passes.keep_timestep_quantize import KeepTimestepQuantize
+from exporters.passes.linear_to_conv import LinearToConv
 from exporters.passes.low_precision_io import LowPrecisionIO
 from exporters.passes.merge_scales import MergeScales
 from exporters.passes.narrow_weights import NarrowWeights
@@ -54,6 +55,7 @@ from tests.helpers import (
     KINDS_TEXT,
     graph_from_text,
     hand_checkpoint,
+    hand_graph,
     kinds_checkpoint,
     kinds_graph,
     lowering_begins_with,
@@ -73,6 +75,13 @@ def dequantized() -> ir.Model:
 
 def expanded() -> ir.Model:
     model = dequantized()
+    ExpandTimestepQuantize()(model)
+    return model
+
+
+def signed() -> ir.Model:
+    """Products of which one is of signed 4-bit weights on tokens."""
+    model = lowering_begins_with(hand_graph(hand_checkpoint()))
     ExpandTimestepQuantize()(model)
     return model
 
@@ -166,6 +175,8 @@ BROKEN_NEEDS: list[tuple[ir.passes.InPlacePass, Callable[[], ir.Model]]] = [
     (GatherTablesOnce(), lambda: changed(expanded, rename_the_bucket)),
     (InsertQuantizedLayers(hand_checkpoint()), skeleton),
     (KeepTimestepQuantize(), expanded),
+    (LinearToConv(), dequantized),
+    (LinearToConv(), lambda: changed(expanded, WidenInt4(cast_at_runtime=True))),
     (MergeScales(), dequantized),
     (RemoveQuantization(), lambda: changed(portable, rename_a_product)),
     (RoundInQuantizeLinear(), dequantized),
@@ -196,6 +207,7 @@ WORK: list[tuple[ir.passes.InPlacePass, Callable[[], ir.Model]]] = [
     (GatherQuantizeScale(), portable),
     (GatherShapedTables(), expanded),
     (GatherTablesOnce(), expanded),
+    (LinearToConv(), signed),
     (LowPrecisionIO(()), dequantized),
     (InsertQuantizedLayers(kinds_checkpoint()), skeleton),
     (KeepTimestepQuantize(), portable),
