@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from quest_deploy.artifacts.lazy_tensors import Array, LazyArray, stored_tensors, write_tensors
 from quest_deploy.artifacts.model_source import IMPORTED
-from quest_deploy.artifacts.schema import Bits, Positive, parse, validated
+from quest_deploy.artifacts.schema import Positive, WeightBits, parse, validated
 from quest_deploy.artifacts.scheme import Scheme, Symmetry, activation_levels, weight_range
 from quest_deploy.errors import InputError, QuestDeployError
 from quest_deploy.files import atomic_file
@@ -356,7 +356,7 @@ class _LayerEntry:
     """A layer in the header; its tensors stand under ``layer.<name>``."""
 
     name: str
-    weight_bits: Bits
+    weight_bits: WeightBits
     shape: tuple[Positive, ...]
     bias: bool
     conv: ConvGeometry | None

@@ -36,6 +36,10 @@ def one_of(*values: int) -> AfterValidator:
 
 
 Bits = Annotated[int, one_of(4, 8)]
+WeightBits = Annotated[int, one_of(4, 7, 8)]
+"""Two weights of 7 bits times any two activations of 8 fit 16 bits, in which x86's integer kernels
+without VNNI add them.
+"""
 
 
 def validated(label: str) -> Callable[[type[T]], type[T]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import NonNegativeInt
 
-from quest_deploy.artifacts.schema import Bits, Positive, parse, validated
+from quest_deploy.artifacts.schema import Bits, Positive, WeightBits, parse, validated
 from quest_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ LOW_RANK = ("low_rank", "low_rank_layers")
 """The fields that only a scheme of ``LOW_RANK_VERSION`` has."""
 FLOAT_LAYERS = "float_layers"
 """The field that only a scheme has which leaves layers in float: a file without means none."""
-SUPPORTED_BITS = ("w4a4", "w4a8", "w8a8")
+SUPPORTED_BITS = ("w4a4", "w4a8", "w7a8", "w8a8")
 DEFAULT_BUCKETS = 20
 TRAIN_TIMESTEPS = 1000
 FLOAT32_MAX = 2.0**128 - 2.0**104
@@ -72,7 +72,7 @@ class Scheme:
     (250.0, 500.0, 750.0)
 
     Attributes:
-        weight_bits: 4 or 8, symmetric per output channel.
+        weight_bits: 4, 7 or 8, symmetric per output channel.
         activation_bits: 4 or 8. Eight-bit activations are symmetric (codes -127..127), four-bit
             ones asymmetric.
         first_last_bits: bits of weights and activations of the first and the last layer.
@@ -92,7 +92,7 @@ class Scheme:
         low_rank_layers: glob patterns of the module paths of the layers that have one.
     """
 
-    weight_bits: Bits
+    weight_bits: WeightBits
     activation_bits: Bits
     bucket_edges: tuple[float, ...]
     first_last_bits: Bits = 8
@@ -246,10 +246,13 @@ def quantile_edges(timesteps: Sequence[float], buckets: int) -> tuple[float, ...
 
 
 def weight_range(bits: int) -> tuple[int, int]:
-    """The codes of a symmetric weight: all of INT4 (-8..7); INT8 without -128, as TensorRT
-    quantizes weights.
+    """The codes of a symmetric weight: all of INT4 (-8..7); of more bits those of either sign, as
+    TensorRT quantizes weights, INT8 without -128.
     """
-    return (-8, 7) if bits == 4 else (-127, 127)
+    if bits == 4:
+        return -8, 7
+    highest = 2 ** (bits - 1) - 1
+    return -highest, highest
 
 
 def usual_symmetry(activation_bits: int) -> Symmetry:

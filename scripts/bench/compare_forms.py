@@ -25,6 +25,7 @@ import numpy as np
 import typer
 from onnx import TensorProto, helper, numpy_helper, save
 
+from exporters.passes.conv_to_matmul import TO_FIRST, TO_LAST
 from quest_deploy.backends.base import processor_name
 from quest_deploy.backends.exactness import measured
 from quest_deploy.backends.onnxruntime import open_session
@@ -57,7 +58,7 @@ class Form(StrEnum):
     are summed.
     """
     POINTWISE = "1x1 convolution"
-    """A linear as a convolution over the tokens."""
+    """A linear as a convolution over the tokens, of signed codes (see LinearToConv)."""
 
 
 class Kind(StrEnum):
@@ -206,13 +207,12 @@ def _layer(
         lower = np.floor_divide(weights, 2)
         weights = np.concatenate([lower, weights - lower], summed)
         codes = graph.op("Concat", [codes, codes], "x.twice", axis=1 if convolution else 2)
-    pointwise = form is Form.POINTWISE
+    dequantized_codes, pointwise = graph.dequantized(codes, "x"), form is Form.POINTWISE
     if pointwise:
         weights = np.ascontiguousarray(weights.T[:, :, None, None])
-        by_channel = graph.op("Transpose", [codes], "x.by_channel", perm=[0, 2, 1])
-        codes = graph.op(
-            "Unsqueeze", [by_channel, graph.constant("last", np.asarray([3]))], "x.image"
-        )
+        row = graph.constant("row", np.asarray([1]))
+        image = graph.op("Unsqueeze", [dequantized_codes, row], "x.image")
+        dequantized_codes = graph.op("Transpose", [image], "x.channels_first", perm=TO_FIRST)
     stored = (weights.astype(np.int16) + 128).astype(np.uint8) if form is Form.UINT8 else weights
     zeros = np.full(product.outputs, 128 if form is Form.UINT8 else 0, stored.dtype)
     names = [
@@ -223,12 +223,10 @@ def _layer(
     dequantized = graph.op(
         "DequantizeLinear", names, "weights.dequantized", axis=0 if convolution or pointwise else 1
     )
-    result = _product(
-        graph, convolution or pointwise, graph.dequantized(codes, "x"), dequantized, weights
-    )
+    result = _product(graph, convolution or pointwise, dequantized_codes, dequantized, weights)
     if pointwise:
-        squeezed = graph.op("Squeeze", [result, "last"], "squeezed")
-        return graph.op("Transpose", [squeezed], "by_token", perm=[0, 2, 1])
+        image = graph.op("Transpose", [result], "channels_last", perm=TO_LAST)
+        return graph.op("Squeeze", [image, row], "tokens")
     return result
 
 

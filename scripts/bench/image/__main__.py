@@ -24,7 +24,7 @@ from scripts.bench.image.limits import limit_of
 from scripts.bench.image.prepare import ROOT, SIZES, OurForm, Prepared
 from scripts.bench.image.quality import IMAGES, quality_of
 from scripts.bench.image.report import page
-from scripts.bench.image.rows import ROWS, drawing, measure
+from scripts.bench.image.rows import AVX2, KINDS, VNNI, drawing, measure, rows_of
 from scripts.bench.image.runner import Environments, MissingError
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ RESULTS, DOCS = ROOT / "scripts" / "bench" / "results", ROOT / "docs" / "sd15"
 PEERS = ROOT / ".venv" / "peers"
 LONGEST = 300
 """Characters of a reason's line."""
-KINDS = VNNI, AVX2 = ("vnni", "avx2")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -178,11 +177,12 @@ def in_one_line(error: Exception) -> str:
 
 
 def _matching(patterns: Sequence[str]) -> list[Row]:
-    """The rows that match one of the globs; raise InputError where one matches none."""
+    """This machine's rows that match one of the globs; raise InputError where one matches none."""
+    rows = rows_of(kind_of_machine())
     for pattern in patterns:
-        if not any(fnmatchcase(row.name, pattern) for row in ROWS):
+        if not any(fnmatchcase(row.name, pattern) for row in rows):
             raise InputError(f"no row matches {pattern!r}; --list names them all")
-    return [row for row in ROWS if any(fnmatchcase(row.name, x) for x in patterns)]
+    return [row for row in rows if any(fnmatchcase(row.name, x) for x in patterns)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

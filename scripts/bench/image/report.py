@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from scripts.bench.image.limits import SIDE
 from scripts.bench.image.prepare import PROMPT
 from scripts.bench.image.quality import CALIBRATION_SAMPLES, STEPS
-from scripts.bench.image.rows import ROWS
+from scripts.bench.image.rows import rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -109,7 +109,7 @@ def _about(machine: Figures) -> list[str]:
 
 def _table(machine: Figures) -> list[str]:
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    for row in ROWS:
+    for row in rows_of(machine["instructions"]):
         found = measured(machine, row)
         cells = [NONE] * (len(COLUMNS) - 1) if found is None else _cells(machine, row, found)
         lines.append(f"| {' | '.join([row.label, *cells])} |")
@@ -136,7 +136,7 @@ def _number(value: float | None, form: str) -> str:
 def _remarks(machine: Figures) -> list[str]:
     """What the reader must know of rows, and why others have no figures."""
     lines = []
-    for row in ROWS:
+    for row in rows_of(machine["instructions"]):
         entry = machine["rows"].get(row.name, {})
         if "figures" not in entry:
             lines.append(f"- {row.label}: not measured: {entry.get('reason', 'not run yet')}.")
@@ -148,7 +148,7 @@ def _remarks(machine: Figures) -> list[str]:
 def _limits(machine: Figures) -> list[str]:
     """Ours beside the least that the kernels allow; nothing where that is not measured."""
     found = machine.get("limits", {})
-    rows = [row for row in ROWS if row.ours and row.quality in found]
+    rows = [row for row in rows_of(machine["instructions"]) if row.ours and row.quality in found]
     if not rows:
         return []
     lines = [
@@ -174,14 +174,15 @@ def _limits(machine: Figures) -> list[str]:
 
 def answer(machine: Figures) -> list[str]:
     """Who is ahead of whom, by the time of a whole image, and at which error of the UNet: our
-    fastest row of 8 bits, and where that errs more than the other program, our fastest that does
-    not.
+    fastest row of 8 bits, weights of 7 among them, and where that errs more than the other program,
+    our fastest that does not.
     """
-    found = {row: figures for row in ROWS if (figures := measured(machine, row)) is not None}
+    rows = rows_of(machine["instructions"])
+    found = {row: figures for row in rows if (figures := measured(machine, row)) is not None}
     ours = {row: figures for row, figures in found.items() if row.ours}
     if not ours or len(ours) == len(found):
         return ["Nothing to compare yet."]
-    of_8_bits = [row for row in ours if row.name.startswith("ours-w8a8")]
+    of_8_bits = [row for row in ours if row.name.startswith(("ours-w7a8", "ours-w8a8"))]
     fastest = min(of_8_bits or ours, key=lambda row: ours[row]["image_s"])
     lines = [
         f"Our fastest of 8 bits is {_name(fastest)}: an image in "

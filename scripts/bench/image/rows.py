@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 WORKERS = "scripts.bench.image.workers"
 BITS = ("w4a4", "w4a8", "w8a8")
+KINDS = VNNI, AVX2 = ("vnni", "avx2")
+"""Of machines, by whether the processor multiplies 8-bit integers exactly, in one instruction."""
 _AT_ONCE = 2**24
 SLOW_STEPS, SLOWEST_STEPS = 4, 3
 """That torch and stable-diffusion.cpp draw, of which a step takes 5 s and more on two cores."""
@@ -65,6 +67,7 @@ class Row:
         warm: whether a second drawing is measured; another has nothing to warm up.
         remark: what else the reader must know.
         bf16: whether it needs a processor that computes in bf16.
+        kinds: the machines that it is of interest on.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Row:
     warm: bool = True
     remark: str = ""
     bf16: bool = False
+    kinds: tuple[str, ...] = KINDS
 
     @property
     def ours(self) -> bool:
@@ -171,7 +175,12 @@ def _torch(compiled: bool, prepared: Prepared, python: Path) -> Ready:
     return Ready({"folder": str(folder), "compiled": compiled}, files)
 
 
-def _row_of_ours(form: OurForm) -> Row:
+def rows_of(kind: str) -> list[Row]:
+    """The rows of one kind of machine."""
+    return [row for row in ROWS if kind in row.kinds]
+
+
+def _row_of_ours(form: OurForm, kinds: tuple[str, ...] = KINDS) -> Row:
     words = "attention at 8 bits" if form.attention8 else "float attention"
     return Row(
         f"ours-{form.name}",
@@ -181,6 +190,7 @@ def _row_of_ours(form: OurForm) -> Row:
         partial(_ours, form),
         quality=form.name,
         bf16=form.bf16,
+        kinds=kinds,
     )
 
 
@@ -192,6 +202,7 @@ _OWN_PRECISION = "at its own precision, OpenVINO's default: bf16 where the proce
 _ENCODER_TOO = "it opens the VAE's encoder too"
 ROWS = (
     *(_row_of_ours(OurForm(bits, attention)) for bits in BITS for attention in (True, False)),
+    _row_of_ours(OurForm("w7a8"), (AVX2,)),
     *(_row_of_ours(OurForm("w8a8", attention, bf16=True)) for attention in (True, False)),
     Row(
         "openvino-fp32", "OpenVINO, FP32", "plain_openvino", OURS, partial(_openvino, FLOAT, "fp32")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -25,6 +26,7 @@ from exporters.passes.avoid_saturation import AvoidSaturation
 from exporters.passes.center_weights import CenterWeights
 from exporters.passes.expand_timestep_quantize import ExpandTimestepQuantize
 from exporters.passes.insert_quantized_layers import product_name
+from quest_deploy.artifacts.scheme import weight_range
 from tests.helpers import (
     Feeds,
     hand_checkpoint,
@@ -76,6 +78,19 @@ def test_case_1_what_is_exact_stays_as_it_is(hand_model: ir.Model) -> None:
         hand_model
     ).modified
     assert SATURATING_KEY not in hand_model.metadata_props
+
+
+def test_case_1_weights_of_7_bits_are_exact_on_every_processor() -> None:
+    checkpoint = hand_checkpoint()
+    rng, (low, high) = np.random.default_rng(0), weight_range(7)
+    layers = {}
+    for name, layer in checkpoint.layers.items():
+        codes = rng.integers(low, high + 1, layer.weight_codes.shape).astype(np.int8)
+        codes.flat[:2] = high
+        layers[name] = replace(layer, weight_bits=7, codes=codes)
+    model = prepared(hand_graph(replace(checkpoint, layers=layers)))
+    assert {product.weight for product in integer_products(model)} == {SIGNED}
+    assert not AvoidSaturation(EXACT_ANYWHERE)(model).modified
 
 
 def test_case_2_a_weight_that_may_saturate_is_unsigned_and_a_4_bit_one_is_not(

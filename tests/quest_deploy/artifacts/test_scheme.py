@@ -52,9 +52,11 @@ def test_the_scheme_and_source_of_a_plain_unet_are_written_as_before_there_were_
     assert Scheme.from_json(json.loads(scheme)) == Scheme.parse("w4a4", buckets=2)
 
 
-@pytest.mark.parametrize("bits", ["w4a16", "w3a4", "W4A4", "w4a4 ", "", "w44a4", "a4w4"])
+@pytest.mark.parametrize(
+    "bits", ["w4a16", "w3a4", "w7a7", "w8a7", "W4A4", "w4a4 ", "", "w44a4", "a4w4"]
+)
 def test_unknown_bits_are_refused_with_the_known_ones_listed(bits: str) -> None:
-    with refused(repr(bits), "w4a4", "w4a8", "w8a8"):
+    with refused(repr(bits), *SUPPORTED_BITS):
         Scheme.parse(bits)
 
 
@@ -184,7 +186,7 @@ def test_json_that_is_no_object_is_refused(value: Any) -> None:
 
 
 def test_code_ranges_are_those_of_the_formats() -> None:
-    assert (weight_range(4), weight_range(8)) == ((-8, 7), (-127, 127))
+    assert [weight_range(bits) for bits in (4, 7, 8)] == [(-8, 7), (-63, 63), (-127, 127)]
     assert (activation_levels(4), activation_levels(8)) == (15, 255)
 
 

@@ -14,7 +14,13 @@ from quest_deploy.artifacts.checkpoint import (
     Checkpoint,
     PerChannelQuantizerData,
 )
-from quest_deploy.artifacts.scheme import Granularity, Scheme, Symmetry, weight_range
+from quest_deploy.artifacts.scheme import (
+    SUPPORTED_BITS,
+    Granularity,
+    Scheme,
+    Symmetry,
+    weight_range,
+)
 from quest_deploy.calibration.ptq import (
     CalibrationOptions,
     RangeMethod,
@@ -211,7 +217,7 @@ def test_minmax_weight_scales_clip_nothing_and_use_the_whole_range(
         assert ((flat.min(1) == low) | (flat.max(1) == high)).all()
 
 
-@pytest.mark.parametrize("bits", ["w4a4", "w4a8", "w8a8"])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_bits_codes_and_bounds_are_those_of_the_scheme(
     net: nn.Module, recorded: Trajectories, bits: str
 ) -> None:
@@ -429,7 +435,7 @@ def test_each_search_is_the_best_of_all_methods_on_its_own_measure_of_activation
         assert (errors[RangeMethod.L24, 2.4] < errors[RangeMethod.MSE, 2.4]).any()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 7, 8])
 def test_each_search_is_the_best_of_all_methods_on_its_own_measure_of_weights(bits: int) -> None:
     weight, (low, high) = heavy_tailed(6).T.contiguous(), weight_range(bits)
 

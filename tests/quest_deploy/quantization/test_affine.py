@@ -69,7 +69,7 @@ def test_codes_come_from_a_division_and_not_from_a_reciprocal() -> None:
     np.testing.assert_array_equal(found.numpy(), np.rint(x / step))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 7, 8])
 @given(shape=shapes, seed=seeds, spread=st.sampled_from([0.1, 1.0, 100.0]))
 def test_weight_codes_equal_numpys_and_lie_in_the_formats_range(
     bits: int, shape: tuple[int, ...], seed: int, spread: float
@@ -85,7 +85,7 @@ def test_weight_codes_equal_numpys_and_lie_in_the_formats_range(
 
 
 @pytest.mark.parametrize("learns", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 7, 8])
 @given(shape=shapes, seed=seeds)
 def test_a_fake_quantized_weight_is_exactly_its_codes_times_its_scale(
     bits: int, shape: tuple[int, ...], seed: int, *, learns: bool

@@ -12,7 +12,7 @@ from quest_deploy.errors import InputError, QuestDeployError
 from scripts.bench.image import __main__ as command
 from scripts.bench.image import prepare
 from scripts.bench.image.report import answer, page
-from scripts.bench.image.rows import ROWS, drawing
+from scripts.bench.image.rows import AVX2, ROWS, VNNI, drawing, rows_of
 from scripts.bench.image.runner import MissingError
 from tests.helpers import refused
 
@@ -112,7 +112,7 @@ def test_a_row_that_is_measured_is_not_measured_again(bench: Any) -> None:
     bench(noting(names), "--only", "nncf-*")
     assert names == ["nncf-int8", "nncf-hybrid", "nncf-int8-bf16", "nncf-hybrid-bf16"]
     bench(noting(names))
-    assert sorted(names) == sorted(row.name for row in ROWS)
+    assert sorted(names) == sorted(row.name for row in rows_of(VNNI))
     names.clear()
     bench(noting(names), "--again", TORCH)
     assert names == [TORCH]
@@ -201,7 +201,8 @@ def test_every_row_has_a_line_and_one_without_figures_a_reason() -> None:
     found["quality"] = {"int8": {"psnr": 31.25, "ssim": 0.953}}
     text = page([found])
     lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "| " in line}
-    assert all(row.label in lines for row in ROWS)
+    assert all(row.label in lines for row in rows_of(VNNI))
+    assert "W7A8" not in text
     assert (
         "| 49.00 | 0.10 | 2.25 | 45.00 | 5.00 | 45.00 | 2.00 | 500 | 6.2e-02 | 31.2 | 0.953 |"
         in (lines["NNCF, INT8"])
@@ -224,6 +225,14 @@ def test_the_answer_is_our_fastest_of_8_bits_and_our_fastest_of_no_larger_error(
         "at no larger error, W8A8, float attention is ahead of it, 1.10x as fast with 0.50x its "
         "memory" in line
     )
+
+
+def test_weights_of_7_bits_are_among_our_8_bits_on_machines_without_vnni() -> None:
+    without = measured(
+        ours_w7a8=figures(30, 0.07), ours_w8a8=figures(40, 0.05), torch=figures(90, 0.0)
+    )
+    assert "W7A8, float attention" in answer({**without, "instructions": AVX2})[0]
+    assert "W8A8, float attention" in answer({**without, "instructions": VNNI})[0]
 
 
 def test_the_answer_says_where_ours_is_behind_or_errs_more() -> None:
