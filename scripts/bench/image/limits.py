@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
+from exporters.exactness import ATTENTION as PRODUCT
+from exporters.exactness import integer_products
 from exporters.graph_info import graph_info, load_graph
 from exporters.multiplications import multiplications
 from quest_deploy.backends.base import LOWERED, engine_options, input_shapes
@@ -66,8 +68,8 @@ def _limit(workspace: Path) -> dict[str, float]:
     unknown = [x.node for x in products if x.macs is None]
     if unknown:
         raise QuestDeployError(f"the graph does not tell the shapes of {', '.join(unknown)}")
-    sites = [site for each in graph_info(graph).matmuls.values() for site in each.sites]
-    integer = bool(sites) and None not in sites
+    on_integers = sum(product.kind == PRODUCT for product in integer_products(graph))
+    integer = 0 < on_integers == len(graph_info(graph).matmuls)
     generator = np.random.default_rng(0)
     feeds = {
         name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()

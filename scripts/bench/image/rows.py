@@ -97,7 +97,7 @@ def measure(row: Row, prepared: Prepared, environments: Environments) -> dict[st
         MissingError: its program is not installed, or the processor cannot compute so.
         QuestDeployError: it failed.
     """
-    if row.bf16 and not {"avx512_bf16", "amx_bf16"} & {*cpu_flags()}:
+    if row.bf16 and not has_bf16():
         raise MissingError("this processor has no bf16")
     python, size, threads = (
         environments.python(row.environment),
@@ -113,6 +113,11 @@ def measure(row: Row, prepared: Prepared, environments: Environments) -> dict[st
     read_once(ready.files)
     figures = run_worker(python, f"{WORKERS}.{row.worker}", request, threads)
     return figures | {"bytes": bytes_of(ready.files)}
+
+
+def has_bf16() -> bool:
+    """Whether this processor computes in bf16."""
+    return bool({"avx512_bf16", "amx_bf16"} & {*cpu_flags()})
 
 
 def read_once(paths: list[Path]) -> None:
