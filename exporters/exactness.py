@@ -114,8 +114,7 @@ class IntegerProduct:
     Attributes:
         node: it. kind: of ``KINDS``. activation, weight: the types of its codes.
         dequantize: the DequantizeLinear of its second operand.
-        magnitude: of its weights (see :func:`pair_magnitude`), or of the second operand's codes in
-            a product of two activations.
+        bits: of the second operand's codes in a product of two activations, where known.
     """
 
     node: ir.Node
@@ -123,7 +122,19 @@ class IntegerProduct:
     activation: str
     weight: str
     dequantize: ir.Node
-    magnitude: float
+    bits: int | None = None
+
+    @property
+    def magnitude(self) -> float:
+        """Of its weights (see :func:`pair_magnitude`), or of the second operand's codes in a
+        product of two activations; reads all weights.
+        """
+        highest, codes = float(LEVELS[0]), self.dequantize.inputs[0]
+        assert codes is not None
+        constant = constant_codes(codes)
+        if constant is None:
+            return float(LEVELS[-1]) if self.bits == FOUR_BITS else highest
+        return min(pair_magnitude(constant, 1 if self.kind == LINEAR else 0), highest)
 
     @property
     def kernel(self) -> str:
@@ -156,29 +167,34 @@ def _integer_product(node: ir.Node, bits: Mapping[str, int]) -> IntegerProduct |
         or weight.dtype not in _TYPES
     ):
         return None
-    constant = constant_codes(weight)
-    if constant is None:
-        kind, magnitude = (
-            ATTENTION,
-            float(LEVELS[0] if bits.get(weight.name or "") != FOUR_BITS else LEVELS[-1]),
-        )
+    if not _is_constant(weight):
+        kind = ATTENTION
     elif node.op_type == "Conv":
         kind = CONV if node.attributes.get_int("group", 1) == 1 else GROUPED_CONV
-        magnitude = pair_magnitude(constant, 0)
     else:
-        kind, magnitude = LINEAR, pair_magnitude(constant, 1)
+        kind = LINEAR
     types = _TYPES[activation.dtype], _TYPES[weight.dtype]
-    return IntegerProduct(node, kind, *types, dequantizers[1], min(magnitude, float(LEVELS[0])))
+    return IntegerProduct(node, kind, *types, dequantizers[1], bits.get(weight.name or ""))
 
 
 def constant_codes(codes: ir.Value) -> NDArray[Any] | None:
     """The weight's codes behind ``codes``, widened from 4 bits or not; None for what is
     computed.
     """
+    stored = _stored(codes)
+    return array_of(stored) if stored.is_initializer() else None
+
+
+def _is_constant(codes: ir.Value) -> bool:
+    return _stored(codes).is_initializer()
+
+
+def _stored(codes: ir.Value) -> ir.Value:
+    """``codes`` before they were widened from 4 bits."""
     producer = codes.producer()
     if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
-        codes = producer.inputs[0]
-    return array_of(codes) if codes.is_initializer() else None
+        return producer.inputs[0]
+    return codes
 
 
 def _unmoved(value: ir.Value | None) -> ir.Value | None:
@@ -200,6 +216,7 @@ def kernel_needs(model: ir.Model) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for product in integer_products(model):
-        level = min(level for level in LEVELS if level >= product.magnitude)
+        magnitude = product.magnitude
+        level = min(level for level in LEVELS if level >= magnitude)
         found[product.kernel] = max(level, found.get(product.kernel, 0))
     return found

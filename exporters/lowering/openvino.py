@@ -38,7 +38,7 @@ def lower(
         frozen_bucket=frozen_bucket,
         exactness=exactness,
         expanded=(UnsignedCodes(), MergeScales(), SplitGates()),
-        exact=() if _fast_linears(exactness) else (LinearToConv(),),
+        exact=() if _fast_linears(exactness) else (LinearToConv(exactness),),
     )
 
 

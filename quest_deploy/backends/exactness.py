@@ -25,8 +25,10 @@ import exporters
 from exporters.exactness import (
     ACTIVATIONS,
     EXACT,
+    EXACT_ANYWHERE,
     KINDS,
     LEVELS,
+    SAFE,
     UNSIGNED,
     Exactness,
     integer_products,
@@ -68,6 +70,10 @@ def ask(backend: CpuBackend) -> Exactness:
                 levels[name] = max(levels.get(name, 0), level if exact else 0)
             if all(found.values()):
                 break
+    # What is rewritten for a processor that saturates, where small weights fit its kernels.
+    for name, exact in _exact_kernels(backend, SAFE, EXACT_ANYWHERE).items():
+        if not exact:
+            levels[name] = 0
     return Exactness(levels)
 
 

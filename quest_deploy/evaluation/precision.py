@@ -36,10 +36,7 @@ if TYPE_CHECKING:
 
 INTEGER, FLOAT, UNKNOWN = "int8", "float", "unknown"
 FLOAT_BITS = 32
-SATURATES = (
-    "signed 8-bit ones may saturate on this processor, where weights of 7 bits (--bits w7a8) "
-    "cannot (docs/processors.md)"
-)
+SATURATES = "signed 8-bit ones may saturate on this processor (docs/processors.md)"
 _NAMED = 5
 """How many layers a warning names."""
 

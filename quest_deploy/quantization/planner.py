@@ -38,7 +38,7 @@ class LayerPlan:
 
     Attributes:
         name: its module path.
-        weight_bits: 4 or 8.
+        weight_bits: 4, 7 or 8.
         macs: multiply-adds for one sample of the probe's size.
     """
 

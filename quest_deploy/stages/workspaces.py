@@ -144,11 +144,15 @@ class SchemeChoices(Options):
             train_timesteps: the number of steps that the model was trained with.
             edges: those of the buckets; equally wide ones where it is None.
             split_shortcuts: where the user chose neither.
-            eight_bit_layers, float_layers: where the user chose none.
+            eight_bit_layers, float_layers: where the user chose none. Layers of 7-bit weights are
+                none of the former: they would lose what those are for.
         """
+        bits = self.bits or DEFAULT_BITS
+        if bits.startswith("w7"):
+            eight_bit_layers = ()
         usual = min(DEFAULT_BUCKETS, train_timesteps)
         return Scheme.parse(
-            self.bits or DEFAULT_BITS,
+            bits,
             buckets=usual if self.buckets is None else self.buckets,
             edges=edges,
             train_timesteps=train_timesteps,

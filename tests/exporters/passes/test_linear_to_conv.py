@@ -6,7 +6,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from exporters.exactness import EXACT, EXACT_ANYWHERE, integer_products
+from exporters.exactness import EXACT, EXACT_ANYWHERE, Exactness, integer_products
 from exporters.graph_info import save_graph
 from exporters.lowering import openvino
 from exporters.passes.avoid_saturation import AvoidSaturation
@@ -21,6 +21,7 @@ from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from tests.helpers import hand_feeds, lowering_begins_with, proto_of, relative_error, run
 
+FLOAT = ir.DataType.FLOAT
 TOLD = TYPE, KERNEL, NAMES = "layerType", "primitiveType", "originalLayersNames"
 IN_PLACE = "unknown"
 """How openvino's runtime model calls the kernel of a node that does not run."""
@@ -43,7 +44,7 @@ def test_case_1_linears_on_tokens_are_convolutions_that_compute_the_same(
     hand_model: ir.Model,
 ) -> None:
     before = run(prepared(hand_model), hand_feeds(TIMESTEPS))
-    assert LinearToConv()(hand_model).modified
+    assert LinearToConv(EXACT)(hand_model).modified
     onnx.checker.check_model(proto_of(hand_model), full_check=True)
     assert set(kinds(hand_model).values()) == {"conv", "grouped conv"}
     for ours, theirs in zip(run(hand_model, hand_feeds(TIMESTEPS)), before, strict=True):
@@ -52,7 +53,7 @@ def test_case_1_linears_on_tokens_are_convolutions_that_compute_the_same(
 
 def test_case_1_weights_keep_their_type_and_products_their_names(hand_model: ir.Model) -> None:
     names = set(kinds(prepared(hand_model)))
-    LinearToConv()(hand_model)
+    LinearToConv(EXACT)(hand_model)
     weights = {
         product.node.name: product.dequantize.inputs[0] for product in integer_products(hand_model)
     }
@@ -72,14 +73,42 @@ def test_case_2_unsigned_weights_and_linears_on_vectors_are_left_alone(
     hand_model: ir.Model,
 ) -> None:
     AvoidSaturation(EXACT_ANYWHERE)(prepared(hand_model))
-    LinearToConv()(hand_model)
+    LinearToConv(EXACT)(hand_model)
     found = kinds(hand_model)
     assert (found[product_name("to_q")], found[product_name("to_k")]) == ("conv", "linear")
     probe = prepared(make_probe(64).model)
-    LinearToConv()(probe)
+    LinearToConv(EXACT)(probe)
     found = kinds(probe)
     assert found[product_name("linear_signed")] == "conv"
     assert found[product_name("linear_of_vector_signed")] == "linear"
+
+
+def test_case_2_linears_that_no_convolution_computes_exactly_are_left_alone(
+    hand_model: ir.Model,
+) -> None:
+    worse = Exactness({**EXACT_ANYWHERE.levels, "conv int8 x int8": 0})
+    lowered = openvino.lower(hand_model, exactness=worse)
+    assert kinds(lowered)[product_name("to_q")] == "linear"
+
+
+def test_two_products_may_share_a_weight_and_one_may_be_an_output(hand_model: ir.Model) -> None:
+    model = prepared(hand_model)
+    (product,) = [n for n in model.graph if n.name == product_name("to_q")]
+    twin = ir.Node(
+        "",
+        "MatMul",
+        product.inputs,
+        outputs=[ir.Value(name="twin", shape=product.outputs[0].shape, type=ir.TensorType(FLOAT))],
+        name="twin.product",
+    )
+    model.graph.insert_after(product, twin)
+    model.graph.outputs.append(twin.outputs[0])
+    before = run(model, hand_feeds(TIMESTEPS))
+    LinearToConv(EXACT)(model)
+    onnx.checker.check_model(proto_of(model), full_check=True)
+    assert model.graph.outputs[-1].name == "twin"
+    for ours, theirs in zip(run(model, hand_feeds(TIMESTEPS)), before, strict=True):
+        assert relative_error(ours, theirs) < 1e-6
 
 
 def test_openvinos_linears_are_convolutions_where_theirs_may_saturate_and_nowhere_else(

@@ -88,6 +88,19 @@ def test_the_same_model_may_be_named_again_by_any_path_to_it(
     assert open_workspace(tmp_path / "ws", str(pipelines("sd")), None).source == made.source
 
 
+def test_a_model_s_layers_of_8_bits_are_none_of_7_bits_unless_they_are_given(
+    tmp_path: Path,
+) -> None:
+    def layers(**choices: Any) -> tuple[str, ...]:
+        name = "-".join(map(str, choices.values()))
+        made = create_workspace(tmp_path / name, ModelChoices(), SchemeChoices(**choices))
+        return made.scheme.eight_bit_layers
+
+    assert layers(bits="w4a8")
+    assert layers(bits="w7a8") == ()
+    assert layers(bits="w7a8", eight_bit_layers=("conv_in",)) == ("conv_in",)
+
+
 def test_a_command_without_a_folder_works_on_the_only_workspace_and_asks_where_several_are(
     tmp_path: Path, pipelines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

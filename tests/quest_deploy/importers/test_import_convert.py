@@ -89,10 +89,11 @@ def official_output_in_other_last_bits(
     timesteps: tuple[int, ...],
     timestep: int,
     inputs: dict[str, torch.Tensor],
+    seed: int,
 ) -> torch.Tensor:
     """What the official model gives where every layer, norm and SiLU is off by some last bits."""
     theirs.arithmetic = Quantized(state, OfficialSettings(timesteps, softmax_bits=16), timestep)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     kinds = (nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.SiLU)
 
     def disturb(_: nn.Module, __: object, y: torch.Tensor) -> torch.Tensor:
@@ -133,13 +134,18 @@ def test_the_official_sample_is_reproduced_end_to_end(tmp_path: Path) -> None:
             "timestep": given["timestep"],
             "encoder_hidden_states": given["context"],
         }
-        changed = official_output_in_other_last_bits(theirs, state, timesteps, timestep, inputs)
+        changed = [
+            official_output_in_other_last_bits(theirs, state, timesteps, timestep, inputs, seed)
+            for seed in range(4)
+        ]
         theirs.arithmetic = run = Quantized(
             state, OfficialSettings(timesteps, softmax_bits=16), timestep
         )
         output = theirs(*inputs.values())
         # On some processors torch's last bits are not the recording's, and codes at ties flip.
-        tolerance = 1e-5 if relative(output, expected) < 1e-5 else 2 * relative(changed, output)
+        tolerance = 2 * max(relative(x, output) for x in changed)
+        if relative(output, expected) < 1e-5:
+            tolerance = 1e-5
         assert relative(output, expected) < tolerance, "the tests' own official model is wrong"
         model = (
             model
