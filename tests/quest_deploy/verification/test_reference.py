@@ -26,6 +26,7 @@ from quest_deploy.artifacts.scheme import Scheme
 from quest_deploy.calibration.trajectories import Trajectories
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.verification.reference import (
+    _sensitivity,
     highest_timestep,
     is_tie,
     lowest_timestep,
@@ -192,6 +193,39 @@ def test_the_sensitivity_is_that_of_last_bit_differences(records: list[Record]) 
     sensitivities = np.asarray([record.entry.sensitivity for record in records])
     assert (sensitivities > 0).all()
     assert np.isfinite(sensitivities).all()
+
+
+class Rounding(torch.nn.Module):
+    """A quantizer of step 1."""
+
+    def ratio(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.round(x)
+
+
+class HangsOnOneCode(torch.nn.Module):
+    """A model whose outputs all are the code of the first value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = Rounding()
+        self.sites = [self.site]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.site(x)[:, :1] * torch.ones(4, dtype=x.dtype)
+
+
+@pytest.mark.parametrize(("ulps", "met"), [(100, True), (-100, True), (200, False)])
+def test_the_sensitivity_meets_the_one_code_that_all_hangs_on_where_it_lies_near_a_tie(
+    ulps: int, *, met: bool
+) -> None:
+    first = 1.5 * (1 + ulps * torch.finfo(torch.float32).eps)
+    x = torch.cat([torch.tensor([[first], [first]]), torch.rand(2, 1000)], 1)
+    model: Any = HangsOnOneCode()
+    changed = _sensitivity(model, {"x": x}, model(x), 0)
+    assert (min(changed) > 0.3) is met
 
 
 @pytest.mark.parametrize(

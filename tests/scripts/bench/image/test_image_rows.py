@@ -59,7 +59,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     [
         row
         for row in rows_of(kind_of_machine())
-        if not row.full_only and not row.name.startswith(("ours-w4a8", "ours-w4a4"))
+        if not row.full_only and not row.name.startswith(("ours-w4a8", "ours-w4a4", "ours-w7a8"))
     ],
     ids=lambda row: row.name,
 )
