@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,6 +40,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("quest", deadline=None, max_examples=40, derandomize=True, database=None)
 settings.load_profile("quest")
 
+UNTIL = float(os.environ.get("TESTS_UNTIL", "inf"))
+"""When slow tests begin no more, in seconds since 1970."""
 SLOW_FIXTURES = frozenset(
     {
         "build",
@@ -96,6 +99,13 @@ SMALL_UNET = {
 }
 TIMESTEPS = (990.0, 700.0, 400.0, 120.0)
 """One in each bucket of a scheme of four."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a slow test for which no time is left."""
+    if time.time() > UNTIL and item.get_closest_marker("slow") is not None:
+        pytest.skip("no time is left for it (TESTS_UNTIL)")
 
 
 @pytest.hookimpl(tryfirst=True)
