@@ -75,11 +75,17 @@ def resolve_source(
         return ModelSource(
             model, random_weights=random_weights, prediction_type=prediction_type, **fused
         )
-    if known.repository is None or known.revision is None:
+    if known.repository is None:
         raise InputError(
             f"{model} has no repository in diffusers' layout on the Hugging Face Hub; {OTHERWISE}"
         )
-    folder = fetch_pipeline(known.repository, revision or known.revision)
+    commit = revision or known.revision
+    if commit is None:
+        raise InputError(
+            f"{model}: no commit of {known.repository} is pinned; name one with --revision, or "
+            f"{OTHERWISE}"
+        )
+    folder = fetch_pipeline(known.repository, commit)
     return ModelSource(
         model,
         known.repository,

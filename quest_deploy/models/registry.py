@@ -39,7 +39,7 @@ class KnownModel:
 
     Attributes:
         repository, revision: on the Hugging Face Hub in diffusers' layout, at this commit; None
-            where there is none.
+            where there is none, or where users name one.
         heads: of every attention, where the network's configuration cannot say it.
         folder: the diffusers folder of an embedded model, with its default prompts and what judges
             its images; None of another.
@@ -102,6 +102,8 @@ KNOWN_MODELS = {
     "sd35-medium": KnownModel(
         "stabilityai/stable-diffusion-3.5-medium", "b940f670f0eda2d07fbb75229e779da1ad11eb80"
     ),
+    # Its commits are not known here: users name one.
+    "sana": KnownModel("Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"),
     "flux-dev": KnownModel(
         "black-forest-labs/FLUX.1-dev", "3de623fc3c33e44ffbe2bad470d0f45bccf2eb21"
     ),

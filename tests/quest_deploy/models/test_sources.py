@@ -25,7 +25,7 @@ from quest_deploy.calibration.ptq import CalibrationOptions, calibrate
 from quest_deploy.calibration.trajectories import record_trajectories
 from quest_deploy.files import sha256_of, write_json
 from quest_deploy.importers.architecture import UNetConfig
-from quest_deploy.models import pipeline_model, registry
+from quest_deploy.models import loading, pipeline_model, registry
 from quest_deploy.models.hub import fetch_pipeline
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.registry import ARCHITECTURES, KNOWN_MODELS
@@ -177,6 +177,20 @@ def test_a_hub_that_cannot_be_reached_is_an_error_that_names_the_other_ways(hub:
 def test_a_model_without_a_repository_in_this_layout_says_so(name: str) -> None:
     with refused(name, "--model PATH", "--random-weights"):
         resolve_source(name)
+
+
+def test_a_model_whose_commit_is_not_pinned_takes_one(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with refused("sana", KNOWN_MODELS["sana"].repository, "--revision", "--model PATH", "--random-weights"):
+        resolve_source("sana")
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        loading, "fetch_pipeline", lambda *given: asked.append(given) or hub / COMMIT
+    )
+    source = resolve_source("sana", revision=COMMIT)
+    assert asked == [(KNOWN_MODELS["sana"].repository, COMMIT)]
+    assert (source.location, source.revision, source.requested) == (*asked[0], COMMIT)
 
 
 @pytest.mark.parametrize(

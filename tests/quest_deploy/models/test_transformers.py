@@ -485,27 +485,28 @@ def test_random_weights_need_neither_text_encoder_nor_decoder(
 
 
 @pytest.mark.parametrize(
-    ("name", "millions", "channels", "tokens"),
+    ("name", "millions", "latents", "states"),
     [
-        ("pixart-sigma", 611, 4, 300),
-        ("sd35-medium", 2243, 16, 333),
-        ("flux-dev", 11901, 16, 512),
-        ("flux-schnell", 11891, 16, 512),
+        ("pixart-sigma", 611, (4, 128, 128), (300, 4096)),
+        ("sd35-medium", 2243, (16, 128, 128), (333, 4096)),
+        ("sana", 1604, (32, 32, 32), (300, 2304)),
+        ("flux-dev", 11901, (16, 128, 128), (512, 4096)),
+        ("flux-schnell", 11891, (16, 128, 128), (512, 4096)),
     ],
 )
-def test_a_known_transformer_has_its_authors_size_and_a_pinned_commit(
-    name: str, millions: int, channels: int, tokens: int
+def test_a_known_transformer_has_its_authors_size_and_a_pinned_commit_but_for_sana(
+    name: str, millions: int, latents: tuple[int, ...], states: tuple[int, int]
 ) -> None:
     known = KNOWN_MODELS[name]
     assert known.repository is not None
-    assert len(known.revision or "") == 40
+    assert len(known.revision or "") == (0 if name == "sana" else 40)
     model = load_model(resolve_source(name, random_weights=True))
-    assert (model.sample_shape, model.train_timesteps) == ((channels, 128, 128), 1000)
+    assert (model.sample_shape, model.train_timesteps) == (latents, 1000)
     with torch.device("meta"):
         network = model.network.build(model.config["_class_name"], model.config)
     assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
-    states = model.draw_conditions(1, torch.Generator())["encoder_hidden_states"]
-    assert states.shape == (1, tokens, 4096)
+    drawn = model.draw_conditions(1, torch.Generator())["encoder_hidden_states"]
+    assert drawn.shape == (1, *states)
 
 
 def test_a_folder_of_older_diffusers_names_its_class_by_its_norm(
