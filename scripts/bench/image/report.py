@@ -110,9 +110,8 @@ def _about(machine: Figures) -> list[str]:
 def _table(machine: Figures) -> list[str]:
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     for row in rows_of(machine["instructions"]):
-        found = measured(machine, row)
-        cells = [NONE] * (len(COLUMNS) - 1) if found is None else _cells(machine, row, found)
-        lines.append(f"| {' | '.join([row.label, *cells])} |")
+        if (found := measured(machine, row)) is not None:
+            lines.append(f"| {' | '.join([row.label, *_cells(machine, row, found)])} |")
     return lines
 
 
@@ -135,14 +134,17 @@ def _number(value: float | None, form: str) -> str:
 
 def _remarks(machine: Figures) -> list[str]:
     """What the reader must know of rows, and why others have no figures."""
-    lines = []
+    lines, missing = [], dict[str, list[str]]()
     for row in rows_of(machine["instructions"]):
         entry = machine["rows"].get(row.name, {})
         if "figures" not in entry:
-            lines.append(f"- {row.label}: not measured: {entry.get('reason', 'not run yet')}.")
+            missing.setdefault(entry.get("reason", "not run yet"), []).append(row.label)
         elif row.remark:
             lines.append(f"- {row.label}: {row.remark}.")
-    return lines
+    return [
+        *lines,
+        *(f"- Not measured: {'; '.join(rows)}: {reason}." for reason, rows in missing.items()),
+    ]
 
 
 def _limits(machine: Figures) -> list[str]:

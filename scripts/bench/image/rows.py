@@ -181,8 +181,8 @@ def _torch(compiled: bool, prepared: Prepared, python: Path) -> Ready:
 
 
 def rows_of(kind: str) -> list[Row]:
-    """The rows of one kind of machine."""
-    return [row for row in ROWS if kind in row.kinds]
+    """The rows of one kind of machine; processors that compute in bf16 have VNNI."""
+    return [row for row in ROWS if kind in row.kinds and not (row.bf16 and kind == AVX2)]
 
 
 def _row_of_ours(form: OurForm, kinds: tuple[str, ...] = KINDS) -> Row:
