@@ -26,25 +26,13 @@ def example(name: str) -> ModuleType:
     return module
 
 
-def assert_finished(root: Path, picture: Path) -> None:
-    workspace = Workspace.open(root)
-    assert list(workspace.stages) == [*STAGES, *(f"{stage}/openvino" for stage in OF_ENGINE)]
-    for stage in workspace.stages:
-        workspace.require(stage)
-    assert Image.open(picture).size == (64, 64)
-
-
 @pytest.mark.usefixtures("mini_emoji")
 def test_quickstart_goes_from_the_model_to_a_picture(tmp_path: Path) -> None:
     picture = example("quickstart").quickstart(
         tmp_path / "w", samples=8, temporal_steps=1, sensitive_steps=1, runs=2
     )
-    assert_finished(tmp_path / "w", picture)
-
-
-@pytest.mark.slow
-def test_quickstart_runs_on_the_embedded_model_itself(tmp_path: Path) -> None:
-    picture = example("quickstart").quickstart(
-        tmp_path / "w", samples=16, temporal_steps=2, sensitive_steps=2, runs=2
-    )
-    assert_finished(tmp_path / "w", picture)
+    workspace = Workspace.open(tmp_path / "w")
+    assert list(workspace.stages) == [*STAGES, *(f"{stage}/openvino" for stage in OF_ENGINE)]
+    for stage in workspace.stages:
+        workspace.require(stage)
+    assert Image.open(picture).size == (64, 64)

@@ -34,6 +34,7 @@ from tests.quest_deploy.support import (
     Chain,
     Outcome,
     cli,
+    in_this_process,
 )
 
 if TYPE_CHECKING:
@@ -254,8 +255,10 @@ def _chain(
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     root, record, pipeline = base / name, base / f"{name}.json", base / f"{name}-pipeline"
-    with (base / f"{name}.lock").open("w") as lock:
+    with (base / f"{name}.lock").open("w") as lock, ExitStack() as held:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if steps is not CHAIN:
+            held.enter_context(in_this_process())
         if not record.exists():
             shutil.rmtree(root, ignore_errors=True)
             outcomes = {}

@@ -30,7 +30,7 @@ from scripts.acceptance import random_lora
 from tests.helpers import refused
 from tests.pipelines import controlled, controlnet, t2i_adapter
 from tests.quest_deploy.serving.local import LocalPipeline
-from tests.quest_deploy.support import Chain, cli, png_of
+from tests.quest_deploy.support import Chain, cli, in_this_process, png_of
 
 BACKEND = "onnxruntime"
 SHORT = ["--samples", "2", "--steps", "4", "--buckets", "2"]
@@ -165,7 +165,8 @@ def test_two_at_once_and_scales_reach_the_engine(
 
 @pytest.mark.slow
 def test_the_other_commands_run_on_it_without_a_controlnet(calibrated: Path) -> None:
-    ok("benchmark", "--runs", "1", "--warmup", "0", "--batch", "1", w=calibrated)
+    with in_this_process():
+        ok("benchmark", "--runs", "1", "--warmup", "0", "--batch", "1", w=calibrated)
     pipeline = quest_deploy.load_pipeline(calibrated, BACKEND, controlnet=None)
     assert type(pipeline) is diffusers.StableDiffusionPipeline
     pipeline.set_progress_bar_config(disable=True)

@@ -22,7 +22,7 @@ from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import load_pipeline
 from tests.pipelines import PIPELINES
 from tests.quest_deploy.serving.local import LocalPipeline
-from tests.quest_deploy.support import cli
+from tests.quest_deploy.support import cli, in_this_process
 
 text_format = pytest.importorskip("google.protobuf.text_format")
 model_config = pytest.importorskip("tritonclient.grpc.model_config_pb2")
@@ -62,12 +62,13 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
                 each.mask.save(pictures / f"{i}-mask.png")
         given = ("--image-folder", pictures)
     few = ("--samples", "1", "--steps", "2", "--buckets", "2")
-    for command, *options in (
-        ("calibrate", "--model", folder / "model", *few, *given),
-        *COMMANDS,
-    ):
-        ended = cli(command, "-w", workspace, *options)
-        assert ended.code == 0, f"{command}: {ended.err}"
+    with in_this_process():
+        for command, *options in (
+            ("calibrate", "--model", folder / "model", *few, *given),
+            *COMMANDS,
+        ):
+            ended = cli(command, "-w", workspace, *options)
+            assert ended.code == 0, f"{command}: {ended.err}"
     return workspace
 
 

@@ -43,7 +43,7 @@ from tests.helpers import refused
 from tests.pipelines import IMAGE_TOKENS as COUNT
 from tests.pipelines import IMAGE_WIDTH, PLUS_TOKENS, controlnet, ip_adapter
 from tests.quest_deploy.serving.local import LocalPipeline
-from tests.quest_deploy.support import cli, png_of
+from tests.quest_deploy.support import cli, in_this_process, png_of
 
 REQUEST = {"prompt": "a red cat", "seed": 0, "steps": 4, "guidance": 5.0}
 
@@ -147,7 +147,8 @@ def test_records_hold_an_images_tokens(chain: Path) -> None:
 @pytest.mark.slow
 def test_the_other_commands_run_on_it(chain: Path) -> None:
     timed = ["--runs", "1", "--warmup", "0", "--batch", "1", "--backend", BACKENDS[0]]
-    ok("benchmark", *timed, w=chain)
+    with in_this_process():
+        ok("benchmark", *timed, w=chain)
     measured = ok("sensitivity", "--samples", "1", w=chain)["layers"]
     errors = [x["mse"] for x in measured if ".ip_adapter.to_" in x["layer"]]
     assert errors

@@ -34,7 +34,14 @@ from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import load_pipeline, stand_in
 from tests.helpers import refused
 from tests.pipelines import controlnet
-from tests.quest_deploy.support import FLUX_CHAIN, PIXART_CHAIN, SD3_CHAIN, Chain, cli
+from tests.quest_deploy.support import (
+    FLUX_CHAIN,
+    PIXART_CHAIN,
+    SD3_CHAIN,
+    Chain,
+    cli,
+    in_this_process,
+)
 
 FP16 = ("--compute-capability", "89", "--dtype", "fp16")
 FEW = ("--samples", "1", "--steps", "2", "--method", "minmax")
@@ -200,6 +207,7 @@ def test_an_alpha_goes_through_to_a_verified_engine(
     assert load_checkpoint(tmp_path / "ws" / CALIBRATED).branches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "steps"), [("sd3_chain", SD3_CHAIN), ("flux_chain", FLUX_CHAIN)], ids=["sd3", "flux"]
 )
@@ -218,6 +226,7 @@ def test_a_transformer_of_joint_attention_goes_through_every_command(
     assert table["steps"][0]["timestep"] == 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3_chain", "flux_chain"])
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_verification_of_joint_attention_covers_every_layer_product_and_segment(
@@ -388,7 +397,8 @@ def test_run_goes_on_where_the_commands_left_a_transformer(
 ) -> None:
     root = shutil.copytree(sd3_chain.root, tmp_path / "ws")
     (root / "engines" / "openvino" / "engine.json").unlink()
-    ended = cli("run", "-w", root, "--backend", "openvino", "--json")
+    with in_this_process():
+        ended = cli("run", "-w", root, "--backend", "openvino", "--json")
     assert ended.code == 0, ended.err
     stages = Workspace.open(root).stages
     assert {"verify/openvino", "benchmark/openvino", "generate/openvino"} <= stages.keys()

@@ -23,7 +23,6 @@ from quest_deploy.backends.openvino import backend as openvino_backend
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
 from quest_deploy.errors import QuestDeployError
-from quest_deploy.evaluation import benchmark
 from quest_deploy.evaluation.benchmark import (
     FP32,
     NATIVE_ENGINE,
@@ -37,6 +36,7 @@ from quest_deploy.evaluation.benchmark import (
 from quest_deploy.evaluation.precision import engine_precision
 from tests.helpers import refused
 from tests.quest_deploy.plugin_backend import PluginOnTheCpu, kept
+from tests.quest_deploy.support import in_this_process
 
 BALLAST_BYTES = 2**30
 
@@ -114,12 +114,12 @@ def test_the_quantized_engine_is_compiled_as_its_baselines_are(
 ) -> None:
     opened: list[Any] = []
     monkeypatch.setattr(openvino_backend, "open_blob", lambda *arguments: opened.append(arguments))
-    monkeypatch.setattr(benchmark, "in_own_process", lambda work, *arguments: work(*arguments))
     save_graph(ir.from_proto(mini_proto), tmp_path / "unet.onnx")
     engine, choices = mini_engines("openvino"), BenchmarkOptions(batches=(2,), runs=1, warmup=0)
     assert [*engine.glob(BLOBS)]
     backend, options = get_backend("openvino"), engine_info(engine).options
-    benchmark_engine(backend, options, engine, tmp_path / "unet.onnx", tmp_path, choices)
+    with in_this_process():  # where the list of what is opened is
+        benchmark_engine(backend, options, engine, tmp_path / "unet.onnx", tmp_path, choices)
     assert opened == []
 
 

@@ -242,7 +242,7 @@ def test_a_random_unet_goes_through_every_stage_or_is_refused_by_the_first(
     through: list[bool] = []
 
     @seed(1)
-    @settings(max_examples=60, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=20, suppress_health_check=list(HealthCheck))
     @given(unet=unets(), scheme=schemes(), of_text=st.booleans())
     def try_one(unet: dict[str, Any], scheme: dict[str, Any], *, of_text: bool) -> None:
         folder = tmp_path_factory.mktemp("unet")

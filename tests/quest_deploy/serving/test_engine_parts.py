@@ -31,6 +31,7 @@ from quest_deploy.backends.parts import built_parts
 from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.models import pipeline_model
 from quest_deploy.models.loading import load_model, resolve_source
+from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.serving.parts import PipelineTextEncoder, PipelineVae, engine_parts
 from quest_deploy.stages import BUILD_PARTS, EXPORT_PARTS
 from tests.helpers import op_counts, refused, relative_error
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from quest_deploy.models.pipeline_model import PipelineModel
     from quest_deploy.stages.stage import Stage
     from tests.quest_deploy.conftest import Chain
 
@@ -51,28 +51,38 @@ KINDS: dict[str, set[str]] = {
     "sdxl": {"text_encoder", "text_encoder_2", "vae"},
     "sd3": {"text_encoder", "text_encoder_2", "text_encoder_3", "vae"},
 }
-SLOW = ("sd3",)
+EACH = [pytest.param(x, marks=pytest.mark.slow if x == "sd3" else ()) for x in KINDS]
 PROMPT = "a photo of a red cat"
+Built = tuple[str, Workspace, PipelineModel]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in KINDS],
-)
-def built(
-    request: pytest.FixtureRequest,
-    pipelines: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[str, Workspace, PipelineModel]:
-    """A workspace with the parts' engines of both backends, not to be changed, and its model."""
-    folder = pipelines(request.param)
-    root = tmp_path_factory.mktemp("parts") / request.param
-    Workspace.create(root, resolve_source(str(folder)), Scheme.parse("w4a4"))
-    assert qd.export_parts(root)["left_out"] == {}
-    for backend in BACKENDS:
-        qd.build_parts(root, backend=backend, threads=1)
-    workspace = Workspace.open(root)
-    return request.param, workspace, load_model(workspace.source)
+@pytest.fixture(scope="module")
+def made(
+    pipelines: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Built]:
+    """By kind, a workspace with the parts' engines of both backends, not to be changed, and its
+    model.
+    """
+    known: dict[str, Built] = {}
+
+    def make(kind: str) -> Built:
+        if kind not in known:
+            root = tmp_path_factory.mktemp("parts") / kind
+            Workspace.create(root, resolve_source(str(pipelines(kind))), Scheme.parse("w4a4"))
+            assert qd.export_parts(root)["left_out"] == {}
+            for backend in BACKENDS:
+                qd.build_parts(root, backend=backend, threads=1)
+            workspace = Workspace.open(root)
+            known[kind] = kind, workspace, load_model(workspace.source)
+        return known[kind]
+
+    return make
+
+
+@pytest.fixture(params=EACH)
+def built(request: pytest.FixtureRequest, made: Callable[[str], Built]) -> Built:
+    """That of each kind."""
+    return made(request.param)
 
 
 def with_engines_of(
@@ -92,9 +102,19 @@ def parts(request: pytest.FixtureRequest, built: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def sd(built: Any, tmp_path: Path) -> Workspace:
-    """A copy of a workspace, to be changed."""
-    return Workspace.open(shutil.copytree(built[1].root, tmp_path / "copy"))
+def sd(made: Callable[[str], Built]) -> Built:
+    """That of Stable Diffusion: what is said of it holds of the others."""
+    return made("sd")
+
+
+@pytest.fixture
+def copied(sd: Built, tmp_path: Path) -> Workspace:
+    """A copy of Stable Diffusion's workspace, to be changed."""
+    return _copy(sd, tmp_path)
+
+
+def _copy(made: Built, folder: Path) -> Workspace:
+    return Workspace.open(shutil.copytree(made[1].root, folder / "copy"))
 
 
 def with_parts(model: PipelineModel, **parts: Any) -> Any:
@@ -239,26 +259,26 @@ IDS = torch.zeros(1, 8, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("name", VAE_CALLS)
-def test_what_the_vae_s_engines_do_not_do_is_refused_by_name(built: Any, name: str) -> None:
+def test_what_the_vae_s_engines_do_not_do_is_refused_by_name(sd: Built, name: str) -> None:
     with refused(name, "vae="):
-        VAE_CALLS[name](engine_parts(built[1], "onnxruntime")["vae"])
+        VAE_CALLS[name](engine_parts(sd[1], "onnxruntime")["vae"])
 
 
 @pytest.mark.parametrize("name", TEXT_CALLS)
-def test_what_a_text_encoder_s_engine_does_not_do_is_refused_by_name(built: Any, name: str) -> None:
+def test_what_a_text_encoder_s_engine_does_not_do_is_refused_by_name(sd: Built, name: str) -> None:
     with refused(name, "text_encoder="):
-        TEXT_CALLS[name](engine_parts(built[1], "onnxruntime")["text_encoder"])
+        TEXT_CALLS[name](engine_parts(sd[1], "onnxruntime")["text_encoder"])
 
 
-def test_slicing_changes_nothing(built: Any) -> None:
-    vae, latents = engine_parts(built[1], "onnxruntime")["vae"], torch.randn(2, 4, 8, 8)
+def test_slicing_changes_nothing(sd: Built) -> None:
+    vae, latents = engine_parts(sd[1], "onnxruntime")["vae"], torch.randn(2, 4, 8, 8)
     before = vae.decode(latents).sample
     vae.enable_slicing()
     assert torch.equal(vae.decode(latents).sample, before)
 
 
-def test_modules_of_the_vae_are_not_there(built: Any) -> None:
-    vae = engine_parts(built[1], "onnxruntime")["vae"]
+def test_modules_of_the_vae_are_not_there(sd: Built) -> None:
+    vae = engine_parts(sd[1], "onnxruntime")["vae"]
     assert not any(hasattr(vae, name) for name in ("encoder", "decoder", "quant_conv"))
     assert (vae.attn_processors, vae.use_tiling) == ({}, False)
 
@@ -288,19 +308,19 @@ def test_a_workspace_without_parts_has_none(
     assert engine_parts(workspace, "openvino") == {}
 
 
-def test_what_is_given_is_not_opened(sd: Workspace) -> None:
-    flip_byte(built_parts(sd, "onnxruntime")["vae_decoder"] / LOWERED)
+def test_what_is_given_is_not_opened(copied: Workspace) -> None:
+    flip_byte(built_parts(copied, "onnxruntime")["vae_decoder"] / LOWERED)
     with refused("quest-deploy build-parts"):
-        engine_parts(sd, "onnxruntime")
-    assert "vae" not in engine_parts(sd, "onnxruntime", without={"vae"})
+        engine_parts(copied, "onnxruntime")
+    assert "vae" not in engine_parts(copied, "onnxruntime", without={"vae"})
 
 
-def test_engines_of_parts_that_were_exported_anew_name_the_command(sd: Workspace) -> None:
-    qd.export_parts(sd, weights="int8")
+def test_engines_of_parts_that_were_exported_anew_name_the_command(copied: Workspace) -> None:
+    qd.export_parts(copied, weights="int8")
     with refused("quest-deploy build-parts --backend openvino"):
-        engine_parts(Workspace.open(sd.root), "openvino")
+        engine_parts(Workspace.open(copied.root), "openvino")
     given = {"text_encoder", "text_encoder_2", "text_encoder_3", "vae"}
-    assert engine_parts(Workspace.open(sd.root), "openvino", without=given) == {}
+    assert engine_parts(Workspace.open(copied.root), "openvino", without=given) == {}
 
 
 def initializer_bytes(graph: ir.Model) -> int:
@@ -308,38 +328,49 @@ def initializer_bytes(graph: ir.Model) -> int:
 
 
 def test_weights_of_8_bits_take_a_quarter_and_change_the_image_little(
-    built: Any, sd: Workspace, monkeypatch: pytest.MonkeyPatch
+    sd: Built, copied: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compress_weights, "LEAST", 64)  # this model's are small
-    before = initializer_bytes(load_graph(sd.path("parts", "vae_decoder", LOWERED)))
-    qd.export_parts(sd, weights="int8")
-    qd.build_parts(sd, backend="openvino", threads=1)
-    graph = load_graph(sd.path("parts", "vae_decoder", LOWERED))
+    before = initializer_bytes(load_graph(copied.path("parts", "vae_decoder", LOWERED)))
+    qd.export_parts(copied, weights="int8")
+    qd.build_parts(copied, backend="openvino", threads=1)
+    graph = load_graph(copied.path("parts", "vae_decoder", LOWERED))
     codes = [x for x in graph.graph.initializers.values() if x.dtype == ir.DataType.INT8]
     assert any(len(x.shape or ()) == 4 for x in codes)
-    opened = Workspace.open(sd.root)
+    opened = Workspace.open(copied.root)
     assert initializer_bytes(graph) < 0.4 * before
-    ours = draw(with_parts(built[2], **engine_parts(opened, "openvino")))
-    theirs = draw(with_parts(built[2]))
+    ours = draw(with_parts(sd[2], **engine_parts(opened, "openvino")))
+    theirs = draw(with_parts(sd[2]))
     assert 0 < np.abs(ours - theirs).mean() < 0.02
 
 
-def test_the_precision_is_recorded_and_bf16_is_openvino_s_alone(sd: Workspace) -> None:
-    outcome = cli("build-parts", "-w", sd.root, "--backend", "onnxruntime", "--dtype", "bf16")
+def test_the_precision_is_recorded_and_bf16_is_openvino_s_alone(copied: Workspace) -> None:
+    outcome = cli("build-parts", "-w", copied.root, "--backend", "onnxruntime", "--dtype", "bf16")
     outcome.assert_refused("--dtype", "onnxruntime")
-    qd.build_parts(sd, backend="openvino", dtype="bf16", threads=1)
-    folder = built_parts(Workspace.open(sd.root), "openvino")["vae_decoder"]
+    qd.build_parts(copied, backend="openvino", dtype="bf16", threads=1)
+    folder = built_parts(Workspace.open(copied.root), "openvino")["vae_decoder"]
     assert engine_info(folder).options.dtype == "bf16"
 
 
-@pytest.mark.parametrize("weights", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [("sd", "int8"), *(pytest.param(x, "fp32", marks=pytest.mark.slow) for x in ("sdxl", "sd3"))],
+)
 def test_tensorrt_rtx_builds_plans_of_all_parts_without_a_gpu(
-    sd: Workspace, weights: str, monkeypatch: pytest.MonkeyPatch
+    made: Callable[[str], Built],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    weights: str,
 ) -> None:
-    monkeypatch.setattr(compress_weights, "LEAST", 64)
-    qd.export_parts(sd, weights=weights)
-    built = qd.build_parts(sd, backend="tensorrt-rtx", compute_capability=("89",), max_batch=8)
-    folders = built_parts(Workspace.open(sd.root), "tensorrt-rtx")
+    workspace = _copy(made(kind), tmp_path)
+    if weights != "fp32":
+        monkeypatch.setattr(compress_weights, "LEAST", 64)
+        qd.export_parts(workspace, weights=weights)
+    built = qd.build_parts(
+        workspace, backend="tensorrt-rtx", compute_capability=("89",), max_batch=8
+    )
+    folders = built_parts(Workspace.open(workspace.root), "tensorrt-rtx")
     assert folders.keys() == built["parts"].keys() >= {"text_encoder", "vae_decoder"}
     for name, folder in folders.items():
         assert (folder / ENGINE).stat().st_size > 0
@@ -396,8 +427,8 @@ def test_a_model_none_of_whose_parts_can_be_exported_loads_none(
         qd.export_parts(tmp_path / "ws")
 
 
-def test_diffusers_and_transformers_take_stand_ins_for_models(built: Any) -> None:
-    parts = engine_parts(built[1], "onnxruntime")
+def test_diffusers_and_transformers_take_stand_ins_for_models(sd: Built) -> None:
+    parts = engine_parts(sd[1], "onnxruntime")
     assert isinstance(parts["vae"], ModelMixin)
     assert isinstance(parts["text_encoder"], PreTrainedModel)
 

@@ -17,7 +17,6 @@ from scripts.bench.image.limits import limit_of, product
 from scripts.bench.image.prepare import (
     BF16,
     HYBRID,
-    INT8,
     SIZES,
     OurForm,
     Prepared,
@@ -32,18 +31,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SMALL = SIZES["small"]
-FLOAT_ERROR, BF16_ERROR, INT8_ERROR = 1e-4, 0.05, 0.5
-LIMITS = {
-    "torch": FLOAT_ERROR,
-    "torch-compiled": FLOAT_ERROR,
-    "openvino-fp32": FLOAT_ERROR,
-    "openvino-bf16": BF16_ERROR,
-    "optimum-intel": BF16_ERROR,
-    "openvino-genai": BF16_ERROR,
-}
+ONE_OF_EACH = (
+    "ours-w8a8-attention8",
+    "ours-w8a8-attention8-bf16",
+    "openvino-fp32",
+    "nncf-int8",
+    "optimum-intel-hybrid",
+    "openvino-genai-int8",
+    "torch-compiled",
+)
+INT8_ERROR = 0.5
+LIMITS = {"torch-compiled": 1e-4, "openvino-fp32": 1e-4}
 """What a row's predictions may be off by; the others' are quantized."""
-
-
 NEEDS_BF16 = pytest.mark.skipif(not has_bf16(), reason="this processor has no bf16")
 
 
@@ -57,19 +56,20 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 @pytest.mark.parametrize(
     "row",
     [
-        row
+        pytest.param(row, id=row.name)
         for row in rows_of(kind_of_machine())
-        if not row.full_only and not row.name.startswith(("ours-w4a8", "ours-w4a4", "ours-w7a8"))
+        if row.name in ONE_OF_EACH
     ],
-    ids=lambda row: row.name,
 )
-def test_every_row_that_is_installed_has_all_figures(row: Any, prepared: Prepared) -> None:
+def test_a_row_of_each_program_that_is_installed_has_all_figures(
+    row: Any, prepared: Prepared
+) -> None:
     try:
         found = measure(row, prepared, Environments(PEERS))
     except MissingError as e:
         pytest.skip(str(e))
-    assert 0 < found["error"] < LIMITS.get(row.name, INT8_ERROR) or row.worker == "plain_torch"
     assert found["error"] < LIMITS.get(row.name, INT8_ERROR)
+    assert found["error"] > 0 or row.worker == "plain_torch"
     assert 0 < found["open_s"] < found["first_image_s"]
     parts = [found[name] for name in ("text_encoder_s", "unet_s", "vae_s")]
     assert min(parts) > 0
@@ -80,15 +80,11 @@ def test_every_row_that_is_installed_has_all_figures(row: Any, prepared: Prepare
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention8", [False, True])
-def test_a_step_s_limit_is_below_it_and_has_the_layers_own_time(
-    prepared: Prepared, *, attention8: bool
+def test_a_step_s_limit_is_the_layers_own_time_and_attention_s_at_the_peak(
+    prepared: Prepared,
 ) -> None:
-    found = limit_of(prepared.workspace(OurForm("w8a8", attention8)))
-    parts = found["layers_s"], found["attention_s"], found["other_s"]
-    assert min(parts) > 0
-    assert sum(parts) < 1.1 * found["step_s"]
-    assert found["attention_at_peak_s"] > 0
+    found = limit_of(prepared.workspace(OurForm("w8a8", attention8=True)))
+    assert min(found.values()) > 0
     assert found["limit_s"] == found["layers_s"] + found["attention_at_peak_s"]
 
 
@@ -136,7 +132,7 @@ def test_predictions_are_compared_on_the_inputs_of_a_guided_image(prepared: Prep
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["w8a8", INT8, HYBRID, pytest.param(BF16, marks=NEEDS_BF16)])
+@pytest.mark.parametrize("form", ["w8a8", HYBRID, pytest.param(BF16, marks=NEEDS_BF16)])
 def test_images_of_the_embedded_model_come_near_fp32_s_at_8_bits(
     form: str, prepared: Prepared
 ) -> None:
