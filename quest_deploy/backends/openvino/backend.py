@@ -348,10 +348,12 @@ class _OpenVinoRunner(Runner):
         blobs: Mapping[Shapes, Path] | None = None,
     ) -> None:
         """Run the graph at ``path``; ``blobs`` are what was compiled of it, by the shapes of the
-        inputs.
+        inputs. Neither may change while it is open: they are read whenever new shapes come.
         """
         self._path, self._options, self._fuse = path, options, fuse
         self._blobs = blobs or {}
+        self._files = (path, path.with_name(f"{path.name}.data"), *self._blobs.values())
+        self._opened = self._versions()
         self._requests: OrderedDict[Shapes, tuple[Any, Any]] = OrderedDict()
         self._ahead: Shapes | None = None
         self._lock = Lock()
@@ -400,10 +402,35 @@ class _OpenVinoRunner(Runner):
 
     def _compiled(self, shapes: Shapes) -> tuple[Any, Any]:
         """The compiled model, and what must outlive it: a blob's content, where it was opened from
-        one.
+        one. Raise QuestDeployError where the files are no more what was opened: another build's,
+        whose hashes nobody checked, and whose options are not these.
         """
+        self._check_files()
+        opened = None
         if (blob := self._blobs.get(shapes)) is not None:
             config = _config(self._options) | weights_config(self._path, self._options)
-            if (opened := open_blob(blob, config)) is not None:
-                return opened
-        return compile_graph(self._path, self._options, shapes, fuse=self._fuse), None
+            opened = open_blob(blob, config)
+        if opened is None:
+            opened = compile_graph(self._path, self._options, shapes, fuse=self._fuse), None
+        self._check_files()
+        return opened
+
+    def _check_files(self) -> None:
+        """Where one is gone the runtime says so, or does without it."""
+        found = zip(self._versions(), self._opened, strict=True)
+        if any(now not in (None, before) for now, before in found):
+            raise QuestDeployError(
+                f"{self._path.parent} was changed since the engine was opened; open it again"
+            )
+
+    def _versions(self) -> list[tuple[int, int, int] | None]:
+        """What changes when a file is replaced or written to; None where there is none."""
+        found: list[tuple[int, int, int] | None] = []
+        for path in self._files:
+            try:
+                state = path.stat()
+            except FileNotFoundError:
+                found.append(None)
+            else:
+                found.append((state.st_ino, state.st_size, state.st_mtime_ns))
+        return found

@@ -33,6 +33,7 @@ from quest_deploy.backends.openvino import backend as openvino_backend
 from quest_deploy.backends.openvino import blobs
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
+from quest_deploy.errors import QuestDeployError
 from quest_deploy.verification.checks.end_to_end import check_end_to_end
 from quest_deploy.verification.checks.engine import CheckedEngine
 from tests.helpers import refused, reseal
@@ -317,6 +318,25 @@ def in_memory(blob: Path) -> bool:
 
 
 @needs_maps
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("pattern", [LOWERED, BLOBS])
+def test_an_engine_that_another_build_replaced_runs_what_it_has_and_opens_no_more(
+    engine: Path, pattern: str, prepared: bool
+) -> None:
+    with open_engine(OPENVINO, engine) as runner:
+        first = runner.infer(feeds()) if prepared else None
+        for path in engine.glob(pattern):
+            other = path.with_name("other")
+            other.write_bytes(path.read_bytes())
+            other.replace(path)
+        for batch in (BATCH, BATCH + 1):
+            if first is not None and batch == BATCH:
+                np.testing.assert_equal(runner.infer(feeds()), first)
+            else:
+                with refused(engine, "open it again", error=QuestDeployError):
+                    runner.infer(feeds(batch))
+
+
 def test_a_batch_that_is_not_kept_open_has_no_blob_in_memory(engine: Path) -> None:
     (blob,) = blob_files(engine)
     with open_engine(OPENVINO, engine) as runner:
