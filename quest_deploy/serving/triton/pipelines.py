@@ -203,7 +203,7 @@ def _settings(
         "tokens_per_latent": None if tokens is None else tokens / (height * width),
         "embeds_guidance": model.embeds_guidance,
         "defaults": {
-            "steps": model.steps,
+            "steps": min(model.steps, layout.options.max_steps),
             "scheduler": SCHEDULER,
             "guidance": model.guidance,
             "image_guidance": model.image_guidance,

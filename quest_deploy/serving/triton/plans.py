@@ -112,6 +112,7 @@ def find_plan(
         )
         try:
             get_backend(TRT).check_build(built)
+            get_backend(TRT).check_engine(record)  # or no server would load all of them
         except InputError as e:
             raise InputError(f"{why}, and {e}") from e
     return Plan(

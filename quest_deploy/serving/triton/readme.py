@@ -131,7 +131,9 @@ def write_readme(
         "max_batch": layout.max_batch,
         "inner_queue": layout.inner_queue,
         "model_timeout": MODEL_TIMEOUT,
-        "shared_memory": shared_memory(layout, settings["residuals"], states),
+        "shared_memory": shared_memory(
+            layout, settings["residuals"], states, 2 if defaults["image_guidance"] is None else 3
+        ),
         "network": settings["network"],
         "sizes": ", ".join(f"{height}x{width}" for height, width in settings["sizes"])
         or f"multiples of {settings['size_factor']}",
@@ -140,18 +142,21 @@ def write_readme(
     (layout.folder / "README.md").write_text(template.substitute(values))
 
 
-def shared_memory(layout: Layout, residuals: Mapping[str, tuple[int, int]], states: int) -> int:
-    """The GiB in which Python's processes give each other tensors: one, and what both rows of each
+def shared_memory(
+    layout: Layout, residuals: Mapping[str, tuple[int, int]], states: int, image_rows: int = 2
+) -> int:
+    """The GiB in which Python's processes give each other tensors: one, and what all rows of each
     image in flight of both pipelines are conditioned on, and what a ControlNet adds to them, from
     its model and on to the network's.
 
     Args:
         residuals: channels and divisor of each.
         states: the bytes of what a row is conditioned on, a prompt's states.
+        image_rows: of an image with guidance.
     """
     side = layout.max_size // layout.pixels_per_latent
     row = sum(4 * channels * (side // divisor) ** 2 for channels, divisor in residuals.values())
-    rows = 2 * len(PIPELINES) * layout.options.max_in_flight
+    rows = image_rows * len(PIPELINES) * layout.options.max_in_flight
     return 1 + -(-rows * (2 * row + states) // 2**30)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from quest_deploy.models.image_inputs import made_image
 from quest_deploy.models.loading import load_model
 from quest_deploy.quantization.model import QuantizedModel
 from quest_deploy.serving.pipeline import load_pipeline
+from quest_deploy.serving.triton.server import PackageServer, missing_server
 from tests.pipelines import PIPELINES
 from tests.quest_deploy.serving.local import LocalPipeline
 from tests.quest_deploy.support import cli, in_this_process
@@ -136,6 +139,19 @@ def test_generate_draws_the_given_image_as_the_engines_pipeline_does(
     assert ended.code == 0, ended.err
     found = np.asarray(Image.open(ended.json["picture"]), int)
     assert np.array_equal(found, drawn_by_the_engines_pipeline(made, **given))
+
+
+@pytest.mark.skipif(missing_server() is not None, reason=str(missing_server()))
+def test_the_probe_finds_a_server_healthy_whose_requests_need_images(
+    made: Path, tmp_path: Path
+) -> None:
+    package = tmp_path / "out"
+    ended = cli("package", "--triton", package, "-w", made, "--max-steps", "1", "--json")
+    assert ended.code == 0, ended.err
+    with PackageServer(package, tmp_path / "server.log") as server:
+        probe = [sys.executable, package / "health.py", f"http://{server.http}"]
+        ended = subprocess.run(probe, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
 
 
 def test_generate_refuses_images_that_the_model_does_not_take(made: Path, tmp_path: Path) -> None:

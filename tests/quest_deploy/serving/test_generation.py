@@ -465,3 +465,5 @@ def test_shared_memory_holds_the_states_of_every_prompt_in_flight(tmp_path: Path
         layout = Layout(tmp_path, TritonOptions(max_in_flight=in_flight), None, (16, 64, 64), 2, 8)
         least = 1 + in_flight * 2 * 2 * states / 2**30
         assert least <= shared_memory(layout, {}, states) < least + 1.1
+        more = 1 + 1.5 * (least - 1)  # an edited image has three rows
+        assert more <= shared_memory(layout, {}, states, 3) < more + 1.1

@@ -25,10 +25,11 @@ import pytest
 from exporters.graph_info import load_graph, save_graph
 from exporters.lowering.tensorrt import lower as lower_for_tensorrt
 from quest_deploy.artifacts.workspace import ENGINES, Workspace
-from quest_deploy.backends.base import ENGINE_FILE, Backend
+from quest_deploy.backends.base import ENGINE_FILE, Backend, EngineRecord
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import BACKENDS, get_backend
 from quest_deploy.backends.tensorrt.base import ENGINE
+from quest_deploy.errors import InputError
 from quest_deploy.files import sealed, sha256_of
 from quest_deploy.serving import client
 from quest_deploy.serving.triton.layout import MODELS
@@ -277,6 +278,7 @@ def rtx_for_tensorrt(asked: list[EngineOptions]) -> Backend:
         builder.compile(lowered, folder, plain, progress)
 
     backend.check_build = lambda options: None  # type: ignore[method-assign]
+    backend.check_engine = lambda record: record.options  # type: ignore[method-assign]
     backend.compile = compile_  # type: ignore[method-assign]
     return backend
 
@@ -312,6 +314,24 @@ def test_where_there_is_a_plan_of_the_unet_the_other_models_plans_are_built_too_
         for name in ("unet", "text_encoder", "vae_decoder")
     ] == [1, 0, 1]
     assert not list((tmp_path / "out").rglob(".tmp-*"))
+
+
+def test_a_plan_that_does_not_run_here_gets_no_plans_from_here_beside_it(
+    text_chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = tmp_path / "workspace"
+    shutil.copytree(text_chain.root, workspace)
+    with_plan(workspace, workspace / ENGINES / "onnxruntime")
+
+    def elsewhere(record: EngineRecord) -> EngineOptions:
+        raise InputError(f"built by {record.built_by['tensorrt']} for another GPU")
+
+    backend = rtx_for_tensorrt([])
+    backend.check_engine = elsewhere  # type: ignore[method-assign]
+    monkeypatch.setitem(BACKENDS, "tensorrt", backend)
+    ended = cli("package", "--triton", tmp_path / "out", "-w", workspace)
+    ended.assert_refused("need plans too", "10.9.0", "another GPU")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_rtx_engine_is_not_packaged_as_a_plan_and_the_command_says_so(
@@ -403,6 +423,7 @@ def test_a_package_that_was_changed_is_not_served(
         "models/pipeline/1/torch.py",
         "models/other/1/model.py",
         "backends_cpu/tensorrt/numpy.py",
+        "torch.py",
     ],
 )
 def test_a_package_to_which_a_file_was_added_is_not_served_nor_a_plugin_loaded(

@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import struct
 import sys
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 
 FULL = "maximum queue size"
@@ -23,6 +25,8 @@ FULL = "maximum queue size"
 KEY_HEADER, KEY_VARIABLE = "quest-deploy-key", "QUEST_DEPLOY_HTTP_KEY"
 """As `serve.py` has them."""
 PNG = b"\x89PNG\r\n\x1a\n"
+IMAGES = {"inpainting": ("init_image", "mask_image"), "instruct-pix2pix": ("init_image",)}
+"""The images of a request, by the kind that the settings name."""
 
 
 def main() -> None:
@@ -43,22 +47,32 @@ def main() -> None:
             Path(__file__).resolve().parent / "models" / "pipeline" / "1" / "settings.json"
         ).read_text()
     )
-    inputs = [_input("steps", "INT32", 2), _input("seed", "INT64", 0)]
+    steps = min(2, settings["defaults"]["steps"])
+    inputs = [_input("steps", "INT32", steps), _input("seed", "INT64", 0)]
     if settings["text"]:
         inputs.append(_input("prompt", "BYTES", "health"))
     elif settings["labels"] > 1:
         inputs.append(_input("label", "INT32", 0))
+    images = IMAGES.get(settings["image"], ())
+    picture = _bytes(_picture())
+    size = {"binary_data_size": len(picture)}
+    about = {"shape": [1, 1], "datatype": "BYTES", "parameters": size}
     request = {
-        "inputs": inputs,
+        "inputs": [*inputs, *({"name": name, **about} for name in images)],
         "outputs": [{"name": "image", "parameters": {"binary_data": True}}],
     }
-    headers = {KEY_HEADER: os.environ[KEY_VARIABLE]} if KEY_VARIABLE in os.environ else {}
+    content = json.dumps(request).encode()
+    headers = {"Inference-Header-Content-Length": str(len(content))}
+    if KEY_VARIABLE in os.environ:
+        headers[KEY_HEADER] = os.environ[KEY_VARIABLE]
     # The environment's proxy is for elsewhere.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         answer = opener.open(
             urllib.request.Request(
-                f"{arguments.url}/v2/models/pipeline/infer", json.dumps(request).encode(), headers
+                f"{arguments.url}/v2/models/pipeline/infer",
+                content + picture * len(images),
+                headers,
             ),
             timeout=arguments.timeout,
         )
@@ -78,6 +92,21 @@ def main() -> None:
 
 def _input(name: str, datatype: str, value: object) -> dict[str, object]:
     return {"name": name, "shape": [1, 1], "datatype": datatype, "data": [value]}
+
+
+def _picture() -> bytes:
+    """A PNG of one gray pixel."""
+    header = struct.pack(">2I5B", 1, 1, 8, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0\x80")), (b"IEND", b""))
+    return PNG + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    )
+
+
+def _bytes(value: bytes) -> bytes:
+    """An element of a BYTES tensor, as it lies behind a request's JSON."""
+    return struct.pack("<I", len(value)) + value
 
 
 if __name__ == "__main__":

@@ -172,15 +172,17 @@ def check_files() -> None:
                 f"error: {path} is missing or was changed since it was packaged; run `quest-deploy "
                 "package` again"
             )
-    for folder in ("models", "plugins", "backends_cpu"):
-        for path in (PACKAGE / folder).rglob("*"):
-            name = path.relative_to(PACKAGE)
-            allowed = path.name == "config.pbtxt" or str(name) in listed
-            if not allowed and (path.is_symlink() or not path.is_dir()):
-                sys.exit(
-                    f"error: {path} is not a file of this package; remove it, or run "
-                    "`quest-deploy package` again"
-                )
+    found = [
+        path for x in ("models", "plugins", "backends_cpu") for path in (PACKAGE / x).rglob("*")
+    ]
+    for path in [*PACKAGE.glob("*.py"), *found]:
+        name = path.relative_to(PACKAGE)
+        allowed = path.name == "config.pbtxt" or str(name) in listed
+        if not allowed and (path.is_symlink() or not path.is_dir()):
+            sys.exit(
+                f"error: {path} is not a file of this package; remove it, or run "
+                "`quest-deploy package` again"
+            )
 
 
 def _sha256(path: Path) -> str:
