@@ -39,16 +39,23 @@ class PartInfo:
 
 def part_info(model: ir.Model) -> PartInfo:
     """What the graph of a part says that it was made from."""
-    text = model.metadata_props.get(PART_KEY, "null")
-    return parse(PartInfo, json.loads(text), "the graph", "run `quest-deploy export-parts` again")
+    repair = "run `quest-deploy export-parts` again"
+    try:
+        found = json.loads(model.metadata_props.get(PART_KEY, "null"))
+    except ValueError as e:
+        raise InputError(f"the graph's {PART_KEY!r} is no JSON ({e}); {repair}") from e
+    return parse(PartInfo, found, "the graph", repair)
 
 
 def last_norm(model: ir.Model) -> dict[str, NDArray[Any]]:
     """The "weight" and the "bias" of a text encoder's last norm, which pipelines put the states of
     an earlier layer through; raise InputError where it does not end with one.
     """
-    node = next(x.producer() for x in model.graph.outputs if x.name == LAST_STATE)
+    node = next((x.producer() for x in model.graph.outputs if x.name == LAST_STATE), None)
     parameters = [] if node is None else [x for x in node.inputs[1:] if x is not None]
     if node is None or node.op_type != "LayerNormalization" or len(parameters) != 2:
-        raise InputError(f"expected a text encoder that ends with a whole norm, found {node}")
+        raise InputError(
+            f"{LAST_STATE}: expected a text encoder that ends with a norm of weight and bias, "
+            f"found {node and node.op_type}; give it to load_pipeline in torch"
+        )
     return dict(zip(("weight", "bias"), map(array_of, parameters), strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from quest_deploy.artifacts.workspace import PARTS
+from quest_deploy.artifacts.workspace import MANIFEST, PARTS
 from quest_deploy.backends.base import (
     ENGINE_FILE,
     LOWERED,
@@ -17,6 +17,7 @@ from quest_deploy.backends.base import (
 )
 from quest_deploy.backends.options import EngineOptions
 from quest_deploy.backends.registry import get_backend
+from quest_deploy.errors import InputError
 from quest_deploy.files import link_or_copy, sha256_of
 from quest_deploy.progress import no_progress
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 TEXT_ENCODER = "text_encoder"
 VAE_DECODER, VAE_ENCODER = "vae_decoder", "vae_encoder"
 STAGE = "build-parts"
+NAMES = (TEXT_ENCODER, "text_encoder_2", "text_encoder_3", VAE_DECODER, VAE_ENCODER)
+"""All there may be."""
 IMAGE_BATCH = 4
 """The most images that a TensorRT engine decodes or encodes at once."""
 
@@ -89,14 +92,36 @@ class EnginePart(OpenEngine):
         self._runner = open_engine(get_backend(backend), folder)
         self.graph = load_graph(folder / LOWERED)
         self.info: PartInfo = part_info(self.graph)
+        self._folder = folder
+
+    def check_kind(self, kinds: Collection[str]) -> None:
+        """Raise InputError where it was made from an instance of another class than ``kinds``."""
+        if self.info.kind not in kinds:
+            raise InputError(
+                f"{self._folder}: expected a graph of {' or '.join(kinds)}, found one of "
+                f"{self.info.kind!r:.100}; run `quest-deploy export-parts` again"
+            )
 
     def __call__(self, **feeds: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Run once; raise InputError for an input of another shape than the engine's."""
         from exporters.graph_info import input_sizes
 
         for name, sizes in input_sizes(self.graph).items():
-            check_sizes(name, sizes, feeds[name].shape)
+            check_sizes(name, sizes, feeds[name].shape, "; give the float part to load_pipeline")
         return self._runner.infer(feeds)
+
+
+def part_names(workspace: Workspace, stage: str) -> list[str]:
+    """The parts that a finished stage names; raise InputError where one is none: names are folders
+    of the workspace.
+    """
+    found = list(workspace.stages[stage].details["parts"])
+    if unknown := [name for name in found if name not in NAMES]:
+        raise InputError(
+            f"{workspace.path(MANIFEST)}: expected parts among {', '.join(NAMES)}, found "
+            f"{unknown[0]!r:.100}; run `quest-deploy export-parts` again"
+        )
+    return found
 
 
 def built_parts(
@@ -111,7 +136,7 @@ def built_parts(
     stage = f"{STAGE}/{backend}"
     if stage not in workspace.stages:
         return {}
-    names = [name for name in workspace.stages[stage].details["parts"] if name not in without]
+    names = [name for name in part_names(workspace, stage) if name not in without]
     for name in names:
         workspace.require_recorded(stage, f"{PARTS}/{name}/{backend}/{ENGINE_FILE}")
     return {name: workspace.path(PARTS, name, backend) for name in names}

@@ -29,7 +29,7 @@ from exporters.part_info import (
     POOLED,
     last_norm,
 )
-from exporters.parts import DECODER_CLASSES
+from exporters.parts import DECODER_CLASSES, TEXT_CLASSES
 from quest_deploy.backends.parts import VAE_DECODER, VAE_ENCODER, EnginePart, built_parts
 from quest_deploy.errors import InputError
 from quest_deploy.models.pipeline_model import TEXT_ENCODERS
@@ -59,7 +59,6 @@ _REFUSED_OF_TEXT = (
     "set_adapter",
     "set_input_embeddings",
 )
-_REFUSED_OF_MODELS = ("enable_gradient_checkpointing", "load_state_dict", "save_pretrained")
 _HARMLESS_OF_VAE = ("disable_slicing", "disable_tiling", "enable_slicing", "unfuse_qkv_projections")
 """Images are decoded one by one anyway, and as a whole."""
 _REFUSED_OF_VAE = frozenset().union(
@@ -154,6 +153,7 @@ class PipelineTextEncoder(transformers.PreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, engine: EnginePart) -> None:
         """Stand in for the encoder that ``engine`` was made from."""
+        engine.check_kind(TEXT_CLASSES)
         kind = getattr(transformers, engine.info.kind)
         super().__init__(kind.config_class.from_dict(engine.info.config))
         self.engine = engine
@@ -181,8 +181,8 @@ class PipelineTextEncoder(transformers.PreTrainedModel):  # type: ignore[misc]
         tokens, most = input_ids.shape[1], input_sizes(self.engine.graph)[IDS][1] or 0
         if tokens > most:
             raise InputError(
-                f"input_ids: expected at most {most} tokens, found {tokens}; give the pipeline "
-                f"max_sequence_length={most} or less: {_FIXED}"
+                f"input_ids: expected at most {most} tokens, found {tokens}; give the pipeline a "
+                f"max_sequence_length that is {tokens - most} less: {_FIXED}"
             )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         # What is masked changes nothing, so that one engine reads prompts of all lengths.
@@ -263,6 +263,7 @@ class PipelineVae(EngineStandIn):
     def __init__(self, decoder: EnginePart, encoder: EnginePart | None) -> None:
         """Stand in for what ``decoder``, and ``encoder`` if there is one, were made from."""
         super().__init__()
+        decoder.check_kind(DECODER_CLASSES)
         self.decoder_engine, self.encoder_engine = decoder, encoder
         self.register_to_config(
             **{name: x for name, x in decoder.info.config.items() if not name.startswith("_")}
@@ -302,5 +303,4 @@ def _images(engine: EnginePart, values: Tensor, output: str) -> Tensor:
 
 for _name in _REFUSED_OF_TEXT:
     setattr(PipelineTextEncoder, _name, refusal(_name, _FIXED))
-for _name in _REFUSED_OF_MODELS:  # which __getattr__ is not asked for: the base class has them
-    setattr(PipelineVae, _name, refusal(_name, _FIXED))
+PipelineVae.save_pretrained = refusal("save_pretrained", _FIXED)  # type: ignore[method-assign]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -103,14 +103,6 @@ _REFUSED = frozenset().union(
     )
 ) - {*_HARMLESS, *_ABSENT}
 """What else a network of diffusers can be asked."""
-_REFUSED_OF_MODELS = (
-    "compile_repeated_blocks",
-    "dequantize",
-    "enable_gradient_checkpointing",
-    "enable_parallelism",
-    "load_state_dict",
-)
-"""What else any model of diffusers can be asked that an engine cannot do."""
 _REFUSED_BY_PIPELINES = (
     "delete_adapters",
     "disable_lora",
@@ -188,8 +180,11 @@ def load_pipeline(
     engine = EngineUNet.load(opened, backend)
     engine.prepare()  # meanwhile the other parts are read
     network: Any = stand_in(engine, model.config, model.source.ip_adapter)
-    beside = engine_parts(opened, backend, without=parts)
-    pipeline = model.load_pipeline(**{model.network.part: network, **beside, **parts})
+    with ExitStack() as undone:
+        undone.push(engine)  # or it would go on in the background
+        beside = engine_parts(opened, backend, without=parts)
+        pipeline = model.load_pipeline(**{model.network.part: network, **beside, **parts})
+        undone.pop_all()
     engine.pixels_per_latent = getattr(pipeline, "vae_scale_factor", 1)
     for name in _REFUSED_BY_PIPELINES:
         if hasattr(pipeline, name):
@@ -435,10 +430,6 @@ def stand_in(
         engine, config, **of_images
     )
     return made
-
-
-for _name in _REFUSED_OF_MODELS:  # which __getattr__ is not asked for: the base class has them
-    setattr(PipelineNetwork, _name, refusal(_name, _FIXED))
 
 
 def _full_config(config: Mapping[str, Any]) -> dict[str, Any]:

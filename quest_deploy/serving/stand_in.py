@@ -39,6 +39,18 @@ def own_methods(module_class: type, *bases: type) -> set[str]:
     }
 
 
+REFUSED_OF_MODELS = (
+    "compile_repeated_blocks",
+    "dequantize",
+    "enable_gradient_checkpointing",
+    "enable_parallelism",
+    "load_state_dict",
+)
+"""What any model of diffusers can be asked that an engine cannot do; ``__getattr__`` is not asked
+for it, since the base class has it.
+"""
+
+
 class EngineStandIn(ModelMixin, ConfigMixin):
     """An engine in the place of a diffusers model. It has no weights.
 
@@ -57,6 +69,11 @@ class EngineStandIn(ModelMixin, ConfigMixin):
     harmless: ClassVar[Collection[str]] = ()
     refused_methods: ClassVar[Collection[str]] = ()
     absent: ClassVar[Collection[str]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in REFUSED_OF_MODELS if hasattr(cls, "fixed") else ():
+            setattr(cls, name, refusal(name, cls.fixed))
 
     def __init__(self) -> None:
         super().__init__()

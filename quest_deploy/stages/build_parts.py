@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from quest_deploy.artifacts.workspace import PARTS
 from quest_deploy.backends.base import LOWERED, file_bytes
-from quest_deploy.backends.parts import VAE_DECODER, VAE_ENCODER, build_part, part_options
+from quest_deploy.backends.parts import (
+    VAE_DECODER,
+    VAE_ENCODER,
+    build_part,
+    part_names,
+    part_options,
+)
 from quest_deploy.backends.registry import get_backend
 
 if TYPE_CHECKING:
@@ -25,8 +31,7 @@ def work(
     """Build an engine of each exported part; write their folders."""
     backend, started = get_backend(options.backend), time.monotonic()
     graphs = {
-        name: workspace.path(PARTS, name, LOWERED)
-        for name in workspace.stages["export-parts"].details["parts"]
+        name: workspace.path(PARTS, name, LOWERED) for name in part_names(workspace, "export-parts")
     }
     factor = _pixels_per_latent(graphs)
     files: list[Path] = []

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from quest_deploy.backends import cuda
 from quest_deploy.backends.base import (
     LOWERED,
+    REPAIR,
     Backend,
     EngineRecord,
     OneBucketRunner,
@@ -125,7 +126,7 @@ class TensorRtBackend(Backend):
         ):
             raise InputError(
                 f"the engine was built by {self.name} {built.version}, and {here}, which is "
-                "installed, does not run it; run `quest-deploy build-engine` again"
+                f"installed, does not run it; {REPAIR}"
             )
         check_compute_capability(record.hardware, options)
         return options
@@ -426,7 +427,7 @@ def check_compute_capability(hardware: dict[str, Any], options: EngineOptions) -
     if isinstance(built, list) and here not in built and not anywhere:
         raise InputError(
             f"the engine was built for compute capabilities {', '.join(map(str, built))}, and this "
-            f"machine's GPU has {here}; run `quest-deploy build-engine` for it"
+            f"machine's GPU has {here}; {REPAIR}, for it"
         )
 
 
@@ -830,8 +831,7 @@ def fitting_profile(engine: Any, shapes: dict[str, tuple[int, ...]]) -> int:
         ):
             return profile
     raise InputError(
-        f"the engine was built for other inputs than {shapes}; run `quest-deploy build-engine` "
-        "with their --sample-size"
+        f"the engine was built for other inputs than {shapes}; {REPAIR}, with their --sample-size"
     )
 
 

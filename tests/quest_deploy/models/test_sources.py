@@ -182,7 +182,9 @@ def test_a_model_without_a_repository_in_this_layout_says_so(name: str) -> None:
 def test_a_model_whose_commit_is_not_pinned_takes_one(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with refused("sana", KNOWN_MODELS["sana"].repository, "--revision", "--model PATH", "--random-weights"):
+    with refused(
+        "sana", KNOWN_MODELS["sana"].repository, "--revision", "--model PATH", "--random-weights"
+    ):
         resolve_source("sana")
     asked: list[Any] = []
     monkeypatch.setattr(

@@ -8,6 +8,7 @@ import copy
 import inspect
 import shutil
 from fnmatch import fnmatchcase
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -23,24 +24,24 @@ from transformers import PreTrainedModel
 import quest_deploy as qd
 from exporters.editor import array_of
 from exporters.graph_info import load_graph
+from exporters.part_info import PART_KEY
 from exporters.passes import compress_weights
 from quest_deploy.artifacts.scheme import Scheme
-from quest_deploy.artifacts.workspace import Workspace
+from quest_deploy.artifacts.workspace import MANIFEST, Workspace
 from quest_deploy.backends.base import LOWERED, engine_info
-from quest_deploy.backends.parts import built_parts
+from quest_deploy.backends.parts import EnginePart, built_parts
 from quest_deploy.backends.tensorrt.base import ENGINE
 from quest_deploy.models import pipeline_model
 from quest_deploy.models.loading import load_model, resolve_source
 from quest_deploy.models.pipeline_model import PipelineModel
 from quest_deploy.serving.parts import PipelineTextEncoder, PipelineVae, engine_parts
 from quest_deploy.stages import BUILD_PARTS, EXPORT_PARTS
-from tests.helpers import op_counts, refused, relative_error
+from tests.helpers import op_counts, refused, relative_error, reseal
 from tests.pipelines import with_bert, with_tiny_vae
 from tests.quest_deploy.support import Outcome, cli, flip_byte
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from quest_deploy.stages.stage import Stage
     from tests.quest_deploy.conftest import Chain
@@ -245,6 +246,8 @@ VAE_CALLS: dict[str, Callable[[Any], Any]] = {
     "set_attn_processor": lambda vae: vae.set_attn_processor(None),
     "set_default_attn_processor": lambda vae: vae.set_default_attn_processor(),
     "load_lora_adapter": lambda vae: vae.load_lora_adapter({}),
+    "enable_gradient_checkpointing": lambda vae: vae.enable_gradient_checkpointing(),
+    "enable_parallelism": lambda vae: vae.enable_parallelism(config=None),
     "forward": lambda vae: vae(torch.zeros(1, 4, 8, 8)),
 }
 TEXT_CALLS: dict[str, Callable[[Any], Any]] = {
@@ -321,6 +324,39 @@ def test_engines_of_parts_that_were_exported_anew_name_the_command(copied: Works
         engine_parts(Workspace.open(copied.root), "openvino")
     given = {"text_encoder", "text_encoder_2", "text_encoder_3", "vae"}
     assert engine_parts(Workspace.open(copied.root), "openvino", without=given) == {}
+
+
+@pytest.mark.parametrize("stage", ["export-parts", "build-parts/openvino"])
+def test_a_part_that_a_changed_manifest_names_elsewhere_is_refused(
+    copied: Workspace, tmp_path: Path, stage: str
+) -> None:
+    place = str(tmp_path / "elsewhere")
+    parts = {"parts": {place: 1}}
+    reseal(copied.path(MANIFEST), lambda x: x["stages"][stage]["details"].update(parts))
+    with refused(MANIFEST, "text_encoder", repr(place), "quest-deploy export-parts"):
+        if stage == "export-parts":
+            qd.build_parts(copied.root, backend="openvino")
+        else:
+            engine_parts(Workspace.open(copied.root), "openvino")
+    assert not Path(place).exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "facts"),
+    [
+        ("{", "quest.part JSON"),
+        ('{"kind": "PreTrainedModel", "config": {}}', "T5EncoderModel PreTrainedModel"),
+    ],
+)
+def test_a_part_of_a_class_that_no_engine_stands_in_for_is_refused(
+    copied: Workspace, monkeypatch: pytest.MonkeyPatch, told: str, facts: str
+) -> None:
+    folder = built_parts(copied, "onnxruntime")["text_encoder"]
+    graph = load_graph(folder / LOWERED)
+    graph.metadata_props[PART_KEY] = told
+    monkeypatch.setattr("exporters.graph_info.load_graph", lambda path: graph)
+    with refused(*facts.split(), "quest-deploy export-parts"):
+        PipelineTextEncoder(EnginePart("onnxruntime", folder))
 
 
 def initializer_bytes(graph: ir.Model) -> int:
